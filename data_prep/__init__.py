@@ -1,0 +1,1 @@
+"""Text to shards: the data-prep command."""

@@ -1,0 +1,1 @@
+"""The words every other room uses; imports torch, numpy and yaml only."""

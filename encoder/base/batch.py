@@ -1,0 +1,35 @@
+"""What a micro-batch is: rows of packed documents laid end to end, with the question (which tokens to predict)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+IGNORE = -100   # label of a predicted position that only fills the fixed capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """One forward. T tokens, S documents (pieces, and segments of padding), M predicted positions.
+
+        ids      [CLS] a  a [MASK] [SEP] [CLS] b [SEP] pad pad
+        position   0   1  2    3     4     0   1   2    0   1
+        cu_seqlens 0                       5            8      10 (then 10 repeated up to the fixed length)
+    """
+
+    ids_T: torch.Tensor               # int64, after masking
+    positions_T: torch.Tensor         # int32, restarts at 0 in every document
+    cu_seqlens_S1: torch.Tensor       # int32, first 0, last T; the tail may repeat T (empty documents)
+    max_seqlen: int                   # longest document, known on the host
+    predict_index_M: torch.Tensor     # int64 into T
+    predict_target_M: torch.Tensor    # int64 clean ids, IGNORE where the capacity is not used
+    dropout_key_T: torch.Tensor       # int64, one key a token, a function of the row's address (encoder.nn.dropout)
+    masked_tokens: int                # predicted positions that count
+    tokens: int                       # tokens without padding
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
+        """The same batch with its tensors on another device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+                 for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
+        return replace(self, **moved)

@@ -1,0 +1,93 @@
+"""Who am I: rank and world from torchrun, deepspeed or SLURM, and the process group for them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from encoder.base.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Rank zero speaks and writes what is written once."""
+        return self.rank == 0
+
+
+def world_from_env(env: dict[str, str] | None = None) -> World:
+    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else from SLURM_PROCID/SLURM_NTASKS under srun, else one rank."""
+    env = dict(os.environ) if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
+        return World(rank=int(env["RANK"]), size=int(env["WORLD_SIZE"]),
+                     local_rank=int(env.get("LOCAL_RANK", "0")), local_size=int(local_size))
+    # SLURM_PROCID alone is also set in the batch script itself; SLURM_STEP_ID only inside srun
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return World(rank=int(env["SLURM_PROCID"]), size=int(env["SLURM_NTASKS"]),
+                     local_rank=int(env.get("SLURM_LOCALID", "0")),
+                     local_size=int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]))
+    return World()
+
+
+def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) -> None:
+    """Start torch.distributed for this world (gloo on CPU, nccl on CUDA); one rank needs no address and no port."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if world.size == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"{world.size} ranks but no MASTER_ADDR. Start with deepspeed or torchrun, "
+                          "or set MASTER_ADDR and MASTER_PORT in the job script.")
+    # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
+                      LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size))
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+
+
+def leave() -> None:
+    """End torch.distributed, if it runs."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The tensor summed in place over all ranks; int64 wraps, which is exact for hashes."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def wait_for_all() -> None:
+    """A barrier, if there is more than one rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+

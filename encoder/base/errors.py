@@ -1,0 +1,37 @@
+"""Errors that a person can cause: one line saying what was found, what is needed and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in the input. A command prints its text as one line and exits with code 2."""
+
+
+class ConfigError(UserError):
+    """A run, model or preparation file that cannot be used as it stands."""
+
+
+class ShardError(UserError):
+    """A shard folder that is missing, damaged, or does not fit the run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or belongs to another model or run."""
+
+
+class LedgerError(UserError):
+    """A ledger that does not continue: the data or the settings changed under a run."""
+
+
+class ExportError(UserError):
+    """A Hugging Face folder that cannot be written, read, or does not give the same numbers."""
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """' Did you mean x?' for a misspelt word, else the choices: the end of an error's sentence."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {close[0]}?"
+    return f"Known: {', '.join(choices)}."

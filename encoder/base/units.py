@@ -1,0 +1,66 @@
+"""Amounts and where a run stands: tokens written as a person writes them, and Progress."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+from encoder.base.errors import ConfigError
+
+TOKEN_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12,
+               "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_tokens(value: int | float | str) -> int:
+    """'2T' -> 2_000_000_000_000; also 500K, 1.719T, 98_304, 4Mi. Raises ConfigError unless it is a whole number >= 0."""
+    if isinstance(value, bool):
+        raise ConfigError(f"{value} is no number of tokens. Write for example 500K, 1.5B or 98304.")
+    if isinstance(value, int):
+        amount = Decimal(value)
+    else:
+        found = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+]?[0-9]+)?)\s*([kmbtKMBTgG]?[iI]?)\s*", str(value))
+        unit = found.group(2).lower() if found else ""
+        if not found or unit not in TOKEN_UNITS:
+            raise ConfigError(f"{value!r} is no number of tokens. Write for example 500K, 1.5B or 98304.")
+        try:
+            amount = Decimal(found.group(1).replace("_", "").replace(",", "")) * TOKEN_UNITS[unit]
+        except InvalidOperation as error:
+            raise ConfigError(f"{value!r} is no number of tokens. Write for example 500K, 1.5B or 98304.") from error
+    if amount != int(amount) or amount < 0:
+        raise ConfigError(f"{value!r} is not a whole number of tokens.")
+    return int(amount)
+
+
+def short_count(number: float) -> str:
+    """1_719_000_000_000 -> '1.719T', for people; not to be parsed again."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:.4g}"
+
+
+def short_seconds(seconds: float) -> str:
+    """3725 -> '1h02m', 62 -> '1m02s', 3.21 -> '3.2s'."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(round(seconds)), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands, counted over all ranks. Schedules, phases and file names are functions of this."""
+
+    step: int = 0                # updates done in the whole run
+    tokens: int = 0              # tokens without padding, whole run
+    phase: int = 0               # index of the current phase
+    phase_step: int = 0          # updates done in the current phase
+    phase_tokens: int = 0        # tokens without padding, current phase
+    masked_tokens: int = 0       # positions predicted, whole run
+    window: int = 0              # data position inside the phase: the next row is row `row` of window `window`
+    row: int = 0
+    ledger_hash: str = ""        # hash chain over every step's batch

@@ -1,0 +1,1 @@
+"""Shards to micro-batches, as a pure function of (run file, position)."""

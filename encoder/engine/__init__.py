@@ -1,0 +1,1 @@
+"""The only room that imports deepspeed: the update, ZeRO, checkpoints."""

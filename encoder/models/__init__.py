@@ -1,0 +1,1 @@
+"""Architectures assembled from encoder.nn, and their bridges to Hugging Face."""

@@ -1,0 +1,1 @@
+"""Layers as mathematics: no ranks, no files."""

@@ -1,0 +1,1 @@
+"""Clean tokens to a question; answers to a loss."""
