@@ -1,0 +1,162 @@
+"""What a shard folder holds: MDS shards, and beside them a card, the lengths and the tokenizer.
+
+    SOURCE/train/
+        index.json          MosaicML MDS: column input_ids, ndarray:uint16 or ndarray:uint32, one sample a document
+        shard.00000.mds     [CLS] ... [SEP] stored, at most `max_tokens_per_document` tokens a sample
+        lengths.bin         uint16 (uint32 when a length does not fit) tokens per sample, in the order of the shards
+        tokenizer.json      the tokenizer that made the ids
+        card.json           written last: a folder without it is not finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from encoder.base.errors import ConfigError, ShardError
+from encoder.base.files import write_atomic, write_json
+from encoder.base.schema import from_mapping, to_plain
+
+INPUT_IDS = "input_ids"
+CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialIds:
+    """The tokens that structure a document; `all_special` are never masked nor drawn as replacements."""
+
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    mask_id: int
+    unk_id: int
+    all_special: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The facts a run needs before it opens a shard."""
+
+    source: str
+    split: str                                   # train or held_out
+    tokenizer_sha256: str                        # of the bytes of tokenizer.json: the fingerprint
+    vocab_size: int
+    specials: SpecialIds
+    dtype: Literal["uint16", "uint32"]
+    documents: int                               # samples
+    tokens: int                                  # sum of the lengths
+    max_tokens_per_document: int                 # longest sample allowed
+    format: int = 1
+    recipe: dict[str, Any] = field(default_factory=dict)   # the settings and versions that made the folder
+
+    def __post_init__(self) -> None:
+        if self.format != 1:
+            raise ConfigError(f"format {self.format} was written by a newer version; this one reads format 1.")
+        ids = self.specials
+        top = max(ids.cls_id, ids.sep_id, ids.pad_id, ids.mask_id, ids.unk_id, *ids.all_special)
+        if top >= self.vocab_size:
+            raise ConfigError(f"special id {top} is outside the vocabulary of {self.vocab_size}.")
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a shard folder. Raises ShardError for a folder that is missing, empty, unfinished or damaged."""
+    path = folder / CARD
+    if not folder.is_dir():
+        raise ShardError(f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare.")
+    if not path.is_file():
+        if (folder / INDEX).is_file():
+            raise ShardError(f"{folder} has shards but no {CARD}. Finish it with data-prep prepare, "
+                             "or make the card with data-prep index.")
+        below = sorted(str(p.parent) for p in folder.glob(f"*/{CARD}")) or sorted(
+            str(p.parent) for p in folder.glob(f"*/*/{CARD}"))
+        hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
+        raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
+    try:
+        return from_mapping(Card, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except (ConfigError, ValueError, OSError) as error:
+        raise ShardError(f"{path} cannot be read: {error} Make the shards again.") from error
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write card.json atomically: the last act of making a shard folder."""
+    write_json(folder / CARD, to_plain(card))
+
+
+def read_lengths(folder: Path, card: Card) -> np.ndarray:
+    """Tokens per sample [documents], memory-mapped, in the order of the shards. Raises ShardError if it does not fit the card."""
+    path = folder / LENGTHS
+    if not path.is_file():
+        raise ShardError(f"{path} is missing. Make it again with data-prep index.")
+    size = path.stat().st_size
+    kind = lengths_dtype(card.max_tokens_per_document)
+    if size != card.documents * kind.itemsize:
+        raise ShardError(f"{path} has {size:,} bytes, but the card tells of {card.documents:,} documents of "
+                         f"{kind.itemsize} bytes. Make it again with data-prep index.")
+    if card.documents == 0:
+        raise ShardError(f"{folder} holds no documents. Give it text, or leave it out of the mixture.")
+    return np.memmap(path, dtype=kind, mode="r")
+
+
+def write_lengths(folder: Path, lengths: np.ndarray, *, max_tokens_per_document: int) -> None:
+    """Write lengths.bin atomically."""
+    write_atomic(folder / LENGTHS, np.ascontiguousarray(lengths, dtype=lengths_dtype(max_tokens_per_document)).tobytes())
+
+
+def lengths_dtype(max_tokens_per_document: int) -> np.dtype:
+    """uint16 where every length fits, else uint32; little-endian."""
+    return np.dtype("<u2") if max_tokens_per_document < 2**16 else np.dtype("<u4")
+
+
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else uint32."""
+    return np.dtype(np.uint16) if vocab_size <= 2**16 else np.dtype(np.uint32)
+
+
+def tokenizer_fingerprint(tokenizer_json: Path) -> str:
+    """Hex SHA-256 of the bytes of a tokenizer.json."""
+    try:
+        return hashlib.sha256(tokenizer_json.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ShardError(f"{tokenizer_json} cannot be read: {error.strerror}.") from error
+
+
+def special_ids_of(tokenizer_json: Path) -> tuple[int, SpecialIds]:
+    """(vocabulary size, special ids) of a tokenizer.json, by the names [CLS] [SEP] [PAD] [MASK] [UNK]. Raises ShardError."""
+    try:
+        content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+        vocab: dict[str, int] = content["model"]["vocab"]
+        added = content.get("added_tokens", [])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{tokenizer_json} is no tokenizer.json ({error}). "
+                         "Make one with data-prep tokenizer.") from error
+    names = {**vocab, **{a["content"]: a["id"] for a in added}}
+    missing = [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in names]
+    if missing:
+        raise ShardError(f"{tokenizer_json} lacks {', '.join(missing)}; needed: [CLS] [SEP] [PAD] [MASK] [UNK]. "
+                         "Make a tokenizer with data-prep tokenizer.")
+    specials = SpecialIds(cls_id=names["[CLS]"], sep_id=names["[SEP]"], pad_id=names["[PAD]"], mask_id=names["[MASK]"],
+                          unk_id=names["[UNK]"],
+                          all_special=tuple(sorted({a["id"] for a in added if a["special"]} |
+                                                   {names[n] for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")})))
+    return max(names.values()) + 1, specials
+
+
+def check_same_tokenizer(cards: dict[str, Card]) -> Card:
+    """All sources of a run must have been made with one tokenizer; returns the first card. Raises ShardError."""
+    first_name, first = next(iter(cards.items()))
+    for name, card in cards.items():
+        if card.tokenizer_sha256 != first.tokenizer_sha256:
+            raise ShardError(f"{name} was tokenized with {card.tokenizer_sha256[:12]}, {first_name} with "
+                             f"{first.tokenizer_sha256[:12]}. Prepare both with the same tokenizer.json.")
+    return first
+
+
+def with_totals(card: Card, lengths: np.ndarray) -> Card:
+    """The card with documents and tokens counted from the lengths."""
+    return dataclasses.replace(card, documents=int(len(lengths)), tokens=int(np.sum(lengths, dtype=np.int64)))
