@@ -23,6 +23,14 @@ class LedgerError(UserError):
     """A ledger that does not continue: the data or the settings changed under a run."""
 
 
+class RankError(UserError):
+    """A mistake that only this rank met while training; it speaks itself, whatever its number."""
+
+
+class SilentError(UserError):
+    """Another rank met a mistake and speaks; this one only leaves with it."""
+
+
 class ExportError(UserError):
     """A Hugging Face folder that cannot be written, read, or does not give the same numbers."""
 

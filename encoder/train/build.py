@@ -1,0 +1,162 @@
+"""Introduces the rooms to each other: the loader gets a question, the engine a model, the optimizer its stretches."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from encoder.base.batch import TokenBatch
+from encoder.base.dist import World, max_over_ranks
+from encoder.base.errors import ConfigError, RankError, ShardError, SilentError, UserError
+from encoder.base.files import sha256_of
+from encoder.base.rng import generator
+from encoder.base.units import Progress
+from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_batches, token_counts
+from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
+from encoder.data.shards import Source, open_source
+from encoder.models.catalog import build_model
+from encoder.objectives.catalog import build_objective
+from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
+from encoder.train.evaluate import HeldOut, unigram_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What the cards of a run's sources say, once they were seen to fit together and to fit the model."""
+
+    specials: SpecialIds
+    tokenizer_json: Path
+    cards: dict[str, Card]                 # by source name; held-out sources as NAME (held out)
+    card_sha256: dict[str, str]            # saved in checkpoints: a run goes on only over the same shards
+    mean_tokens: float                     # of a training document
+
+
+def source_name(config: SourceConfig) -> str:
+    """The name of a source in reports and in the data order's address."""
+    return config.name or read_card(Path(config.path)).source
+
+
+def check_data(run: RunConfig) -> DataFacts:
+    """Reads every card of the run (no shard). Raises ShardError or ConfigError; the same on every rank."""
+    cards: dict[str, Card] = {}
+    paths: dict[str, Path] = {}
+    groups = [(run.data.sources, "")] + [(p.sources, "") for p in run.phases if p.sources]
+    if run.evaluation:
+        groups.append((run.evaluation.sources, " (held out)"))
+    for sources, mark in groups:
+        names = [source_name(s) for s in sources]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice:
+            raise ConfigError(f"two sources of one mixture are named {twice}. Give one of them another name: NAME.")
+        for name, source in zip(names, sources):
+            path = Path(source.path)
+            if paths.setdefault(name + mark, path) != path:
+                raise ConfigError(f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME.")
+            cards[name + mark] = read_card(path)
+    first = check_same_tokenizer(cards)
+    for name, card in cards.items():
+        check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))
+    train = [cards[source_name(s)] for s in run.data.sources]
+    return DataFacts(specials=first.specials, tokenizer_json=next(iter(paths.values())) / TOKENIZER, cards=cards,
+                     card_sha256={name: sha256_of(path / CARD) for name, path in paths.items()},
+                     mean_tokens=sum(c.tokens for c in train) / max(1, sum(c.documents for c in train)))
+
+
+def check_same_data(facts: DataFacts, saved_sha256: dict[str, str]) -> None:
+    """The shards of a resumed run are those it was started with. Raises ShardError."""
+    for name, digest in saved_sha256.items():
+        if facts.card_sha256.get(name) != digest:
+            raise ShardError(f"the card of source {name} is not the one this run was trained on. "
+                             "Put the shards back, or start again with another out.")
+
+
+def choose_device(run: RunConfig, world: World) -> torch.device:
+    """The device of this rank; on CPU also its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch.")
+    if run.device == "cpu" or not torch.cuda.is_available():
+        if "OMP_NUM_THREADS" not in os.environ or run.device == "cpu" and os.environ["OMP_NUM_THREADS"] == "1":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // world.local_size))
+        return torch.device("cpu")
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def make_model(run: RunConfig) -> torch.nn.Module:
+    """The model with its initial weights, a function of the seed alone."""
+    return build_model(run.model, attention=run.attention, seed=run.seed)
+
+
+def open_mixture(sources: Sequence[SourceConfig]) -> list[Source]:
+    """Opens the shard folders of a mixture, in the order of the run file."""
+    return [open_source(Path(s.path), name=source_name(s)) for s in sources]
+
+
+def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.device, progress: Progress) -> Loader:
+    """The loader of the current phase, standing at the run's position."""
+    phase = run.phases[progress.phase]
+    mixture = run.sources_of(phase)
+    ids = facts.specials
+    return Loader(
+        sources=open_mixture(mixture), weights=[s.weight for s in mixture], seed=run.seed, phase=progress.phase,
+        max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
+        window_documents=run.data.window_documents,
+        corrupt=build_objective(run.objective, vocab_size=run.model.vocab_size, specials=ids),
+        pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
+        micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
+        start=DataPosition(window=progress.window, row=progress.row, phase_tokens=progress.phase_tokens),
+        static_shapes=device.type == "cuda", workers=run.loader.workers, pin_memory=device.type == "cuda")
+
+
+def make_held_out(run: RunConfig, facts: DataFacts, world: World, device: torch.device, phase: PhaseConfig) -> list[HeldOut]:
+    """This rank's share of the held-out batches, cut to the phase's document length."""
+    if run.evaluation is None:
+        return []
+    question = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False)
+    corrupt = build_objective(question, vocab_size=run.model.vocab_size, specials=facts.specials)
+    ids = facts.specials
+    return [HeldOut(name=source.name, batches=evaluation_batches(
+        source=source, rows=run.evaluation.rows, seed=run.seed, max_tokens_per_document=phase.max_tokens_per_document,
+        row_tokens=run.data.row_tokens, corrupt=corrupt, pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id,
+        rank=world.rank, world_size=world.size, micro_batch_rows=run.loader.micro_batch_rows,
+        static_shapes=device.type == "cuda")) for source in open_mixture(run.evaluation.sources)]
+
+
+def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:
+    """Unigram entropy in nats of the held-out text, or None without evaluation."""
+    if run.evaluation is None:
+        return None
+    counts = sum(token_counts(s, run.model.vocab_size) for s in open_mixture(run.evaluation.sources))
+    return unigram_entropy(np.asarray(counts), facts.specials.all_special)
+
+
+def fingerprint_batch(run: RunConfig) -> TokenBatch:
+    """A fixed batch of chance tokens, all of them predicted: its loss tells whether weights came back as they went."""
+    length = min(64, run.model.max_position_embeddings)
+    ids_T = torch.from_numpy(generator(run.seed, "fingerprint").integers(0, run.model.vocab_size, length))
+    return TokenBatch(ids_T=ids_T, positions_T=torch.arange(length, dtype=torch.int32),
+                      cu_seqlens_S1=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
+                      predict_index_M=torch.arange(length), predict_target_M=ids_T,
+                      dropout_key_T=torch.zeros(length, dtype=torch.int64), masked_tokens=length, tokens=length)
+
+
+def agree_on_errors(error: UserError | None, world: World) -> None:
+    """All ranks leave together: the lowest rank with an error raises it, the others raise SilentError."""
+    if dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        highest = int(max_over_ranks(torch.tensor([world.size - world.rank if error else 0], device=device))[0])
+    else:
+        highest = world.size - world.rank if error else 0
+    if highest == 0:
+        return
+    if error is not None and world.size - highest == world.rank:
+        raise error if world.first else RankError(f"rank {world.rank}: {error}") from error
+    raise SilentError(f"rank {world.size - highest} met an error")

@@ -1,0 +1,201 @@
+"""A run file: everything that decides a run, checked before anything starts.
+
+`identity_of(run)` is the part that decides the curve (data, model, objective, phases, optimizer, seed).
+The rest (ranks, micro-batches, ZeRO stage, workers, logging, how often to save) may change between two starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from encoder.base.errors import ConfigError, nearest
+from encoder.base.schema import Tokens, chosen_by, from_mapping, read_mapping, to_plain
+from encoder.base.units import short_count
+from encoder.engine.engine import EngineConfig
+from encoder.models.catalog import PRESETS, SYSTEMS
+from encoder.objectives.catalog import OBJECTIVES
+from encoder.optim.schedule import SCHEDULES, BatchWarmup, rows_at
+from encoder.optim.stable_adamw import StableAdamWConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One shard folder of a mixture."""
+
+    path: str                         # a folder with card.json, made by data-prep
+    weight: float = 1.0               # share of the tokens, relative to the other sources' weights
+    name: str | None = None           # in reports and in the data order's address; default: from the card
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"weight {self.weight} must be above 0. Leave the source out instead.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How documents become rows."""
+
+    sources: tuple[SourceConfig, ...]
+    row_tokens: int                   # capacity of a row: the unit of packing and of batch size
+    window_documents: int = 4096      # documents packed together; more: fuller rows, longer planning
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("sources is empty; needed: at least one {path: FOLDER}.")
+        if self.row_tokens < 8 or self.window_documents < 1:
+            raise ConfigError(f"row_tokens {self.row_tokens} and window_documents {self.window_documents} "
+                              "must be at least 8 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How rows reach this machine; nothing here changes the batches."""
+
+    micro_batch_rows: int = 1         # rows in one forward
+    workers: int = 1                  # processes that assemble rows ahead of time; 0: in the training process
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_rows < 1 or self.workers < 0:
+            raise ConfigError(f"micro_batch_rows {self.micro_batch_rows} and workers {self.workers} "
+                              "must be at least 1 and 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One stretch of a run. The data order, the schedules and the token clock start anew in each phase."""
+
+    name: str
+    tokens: Tokens                                         # without padding; ends with the step that reaches it
+    max_tokens_per_document: int                           # longer documents are cut into near-equal pieces
+    batch_tokens: Tokens                                   # capacity of a step over all ranks, in whole rows
+    lr: chosen_by("schedule", SCHEDULES)                   # noqa: F821
+    global_rope_theta: float
+    local_rope_theta: float = 10_000.0
+    batch_warmup: BatchWarmup | None = None
+    sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"phase {self.name}: tokens is 0; needed: at least one step.")
+        if self.max_tokens_per_document < 3:
+            raise ConfigError(f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves no room "
+                              "between [CLS] and [SEP]; needed: at least 3.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The held-out loss: fixed documents, fixed masks."""
+
+    sources: tuple[SourceConfig, ...]
+    every_tokens: Tokens
+    rows: int = 8                     # of data.row_tokens, per source
+    mask_share: float = 0.15          # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)
+
+    def __post_init__(self) -> None:
+        if self.every_tokens < 1 or self.rows < 1 or not 0 < self.mask_share < 1:
+            raise ConfigError("every_tokens and rows must be at least 1, mask_share between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save; ends of phases and interruptions are always saved."""
+
+    every_tokens: Tokens
+    keep_last: int = 2                # older ones are removed, ends of phases are kept
+
+    def __post_init__(self) -> None:
+        if self.every_tokens < 1 or self.keep_last < 1:
+            raise ConfigError("every_tokens and keep_last must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where numbers go beside the run folder's own metrics.jsonl."""
+
+    print_every_steps: int = 10
+    wandb_project: str | None = None  # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
+
+    def __post_init__(self) -> None:
+        if self.print_every_steps < 1:
+            raise ConfigError(f"print_every_steps {self.print_every_steps} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The whole run file."""
+
+    name: str
+    out: str                                               # the run folder: ledger, metrics, checkpoints
+    seed: int
+    model: chosen_by("system", SYSTEMS)                    # noqa: F821
+    data: DataConfig
+    objective: chosen_by("name", OBJECTIVES)               # noqa: F821
+    optimizer: StableAdamWConfig
+    phases: tuple[PhaseConfig, ...]
+    checkpoints: CheckpointConfig
+    evaluation: EvaluationConfig | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    attention: Literal["auto", "sdpa", "blocked"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ConfigError("phases is empty; needed: at least one phase.")
+        names = [p.name for p in self.phases]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"phases have the names {', '.join(names)}; each name may stand once.")
+        for phase in self.phases:
+            if phase.max_tokens_per_document > self.data.row_tokens:
+                raise ConfigError(f"phase {phase.name}: documents of {phase.max_tokens_per_document:,} tokens do not fit rows "
+                                  f"of {self.data.row_tokens:,}. Raise data.row_tokens or lower max_tokens_per_document.")
+            if phase.max_tokens_per_document > self.model.max_position_embeddings:
+                raise ConfigError(f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document:,} is above "
+                                  f"model.max_position_embeddings {self.model.max_position_embeddings:,}. Raise the latter.")
+            rows_at(0, batch_tokens=phase.batch_tokens, row_tokens=self.data.row_tokens, warmup=phase.batch_warmup)
+
+    def rows_at(self, phase: PhaseConfig, phase_tokens: int) -> int:
+        """Rows of the next step when `phase_tokens` were seen in the phase."""
+        return rows_at(phase_tokens, batch_tokens=phase.batch_tokens, row_tokens=self.data.row_tokens,
+                       warmup=phase.batch_warmup)
+
+    def sources_of(self, phase: PhaseConfig) -> tuple[SourceConfig, ...]:
+        """The mixture of a phase: its own, or the run's."""
+        return phase.sources or self.data.sources
+
+
+IDENTITY = ("seed", "model", "data", "objective", "optimizer", "phases")
+
+
+def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run file with `key=value` overrides. `model: {preset: NAME, ...}` is filled in from the catalog. Raises ConfigError."""
+    mapping = read_mapping(Path(path), overrides)
+    return from_mapping(RunConfig, _with_preset(mapping, where=str(path)), where=str(path))
+
+
+def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
+    """The plain values that decide the curve; a checkpoint goes on only under equal ones."""
+    plain = run if isinstance(run, dict) else to_plain(run)
+    identity = {key: plain.get(key) for key in IDENTITY}
+    identity["engine"] = {"gradient_clipping": (plain.get("engine") or {}).get("gradient_clipping")}
+    return identity
+
+
+def _with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:
+    model = mapping.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return mapping
+    name = model["preset"]
+    if name not in PRESETS:
+        raise ConfigError(f"{where}: model.preset is {name!r}. {nearest(str(name), list(PRESETS))}")
+    return {**mapping, "model": {**PRESETS[name], **{k: v for k, v in model.items() if k != "preset"}}}
+
+
+def describe_phase(phase: PhaseConfig) -> str:
+    """One line for people: name, amount, length, theta."""
+    return (f"{phase.name}: {short_count(phase.tokens)} tokens, documents up to {phase.max_tokens_per_document:,}, "
+            f"RoPE theta {phase.global_rope_theta:,.0f} global {phase.local_rope_theta:,.0f} local")

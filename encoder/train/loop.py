@@ -1,0 +1,290 @@
+"""The story of a run: build, resume, then step by step through the phases, evaluating and saving on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from encoder.base.dist import World, join, leave, sum_over_ranks, wait_for_all
+from encoder.base.errors import CheckpointError, RankError, ShardError, UserError
+from encoder.base.files import write_atomic, write_json
+from encoder.base.log import say
+from encoder.base.schema import differences, parse_yaml, to_plain, to_yaml
+from encoder.base.units import Progress, short_count, short_seconds
+from encoder.data.loader import StepData
+from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint, save_checkpoint
+from encoder.engine.engine import Engine, StepResult, start_engine
+from encoder.train import build
+from encoder.train.config import RunConfig, describe_phase, identity_of
+from encoder.train.evaluate import HeldOut, held_out_losses
+from encoder.train.faults import StopFlag
+from encoder.train.meters import SpeedMeter
+from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
+from encoder.train.tracking import LEDGER, Ledger, Tracker, chain
+
+RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"
+FINGERPRINT_TOLERANCE = 1e-5      # relative; the same weights on other ranks or threads differ by rounding only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: done, or stopped by a signal after saving."""
+
+    done: bool
+    progress: Progress | None
+    signal: int = 0
+
+
+def pretrain(run: RunConfig, world: World) -> Outcome:
+    """Trains a run to its end, or until a signal asks it to stop; goes on from the newest checkpoint in `run.out`."""
+    folder = Path(run.out)
+    _check_same_run(run, folder)
+    if (folder / DONE).exists():
+        say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
+        return Outcome(done=True, progress=None)
+    facts = build.check_data(run)
+    device = build.choose_device(run, world)
+    join(world, device=device)
+    try:
+        with StopFlag() as stop:
+            story = _prepare(run, facts, world, device, folder)
+            try:
+                return story.tell(stop)
+            finally:
+                story.close()
+    finally:
+        leave()
+
+
+class _Story:
+    """A run under way: the parts, and where it stands."""
+
+    def __init__(self, run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
+                 engine: Engine, incarnation: int, progress: Progress, entropy: float | None) -> None:
+        self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
+        self.engine, self.incarnation, self.progress = engine, incarnation, progress
+        self.entropy = entropy
+        self.held_out: list[HeldOut] = []
+        self.speed = SpeedMeter()
+        self.last_held_out: dict[str, float] = {}
+        self.ledger = Ledger(folder, resumed_at=progress) if world.first else None
+        self.tracker = Tracker(folder, wandb_project=run.tracking.wandb_project, run_name=run.name,
+                               settings=to_plain(run)) if world.first else None
+
+    def tell(self, stop: StopFlag) -> Outcome:
+        """Phase after phase, step after step."""
+        while (phase := current_phase(self.run, self.progress)) is not None:
+            say(f"phase {describe_phase(phase)}")
+            self.engine.module.set_rope_theta_(global_theta=phase.global_rope_theta, local_theta=phase.local_rope_theta)
+            self.held_out = build.make_held_out(self.run, self.facts, self.world, self.device, phase)
+            if self.progress.phase_step == 0:
+                self.evaluate()
+            with build.make_loader(self.run, self.facts, self.world, self.device, self.progress) as loader:
+                self.speed.pause()
+                while not phase_is_done(self.run, self.progress):
+                    before = self.progress
+                    data = self._next(loader)
+                    masked_tokens, batch_hash, stopping = self._agree(data, stop)
+                    lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
+                    result = self.engine.step(data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.lr.peak)
+                    self.progress = _after(before, data, masked_tokens, batch_hash)
+                    self._record(data, result, lr, masked_tokens, batch_hash)
+                    if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
+                        self.evaluate()
+                    ended = phase_is_done(self.run, self.progress)
+                    if stopping and not ended:
+                        self.save()
+                        return self._stopped(stop)
+                    if not ended and _crossed(before, self.progress, self.run.checkpoints.every_tokens):
+                        self.save()
+            self.evaluate()
+            self.progress = enter_next_phase(self.progress)
+            self.save(milestone=phase.name)
+            if stopping and current_phase(self.run, self.progress) is not None:
+                return self._stopped(stop)
+        return self._finished()
+
+    def evaluate(self) -> None:
+        """The held-out loss, said and recorded; nothing without an evaluation section or twice at one step."""
+        if not self.held_out or self.last_held_out.get("step") == self.progress.step and self.progress.phase_step:
+            return
+        losses = held_out_losses(self.held_out, self.engine.evaluate)
+        self.last_held_out = {"step": self.progress.step, **losses}
+        beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
+        per_source = "".join(f"  {k.removeprefix('held_out_loss_')} {v:.3f}" for k, v in losses.items() if k != "held_out_loss")
+        say(f"step {self.progress.step:>6}  held-out loss {losses['held_out_loss']:.3f}{beside}{per_source}")
+        if self.tracker:
+            self.tracker.metrics(self.progress.step, tokens=self.progress.tokens, **losses)
+        self.speed.pause()
+
+    def save(self, milestone: str | None = None) -> None:
+        """A committed checkpoint, with the loss of the fixed batch that a load must give again."""
+        saved = save_checkpoint(
+            self.folder / CHECKPOINTS, engine=self.engine, progress=self.progress, run_yaml=to_yaml(self.run),
+            incarnation=self.incarnation, keep_last=self.run.checkpoints.keep_last, milestone=milestone,
+            extra={"fingerprint_loss": _fingerprint(self.run, self.engine, self.device),
+                   "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out})
+        say(f"step {self.progress.step:>6}  saved {saved.name}" + (f" (end of {milestone})" if milestone else ""))
+        if self.tracker:
+            self.tracker.event("checkpoint", step=self.progress.step, tokens=self.progress.tokens, name=saved.name)
+        self.speed.pause()
+
+    def close(self) -> None:
+        """Files closed; safe after any error."""
+        if self.ledger:
+            self.ledger.close()
+        if self.tracker:
+            self.tracker.close()
+
+    def _next(self, loader: build.Loader) -> StepData:
+        try:
+            return loader.next_step()
+        except UserError as error:
+            raise RankError(f"rank {self.world.rank}: {error}") from error
+
+    def _agree(self, data: StepData, stop: StopFlag) -> tuple[int, int, bool]:
+        """One all-reduce: masked tokens of the step, hash of its batch, and whether any rank was asked to stop."""
+        shared = sum_over_ranks(torch.tensor([data.masked_tokens, data.row_hash, bool(stop.signal)],
+                                             dtype=torch.int64, device=self.device)).tolist()
+        return shared[0], shared[1], shared[2] > 0
+
+    def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int) -> None:
+        p, phase = self.progress, self.run.phases[self.progress.phase]
+        loss = float(result.loss)
+        self.speed.step(data.tokens)
+        if self.ledger:
+            self.ledger.write(p, phase=phase.name, rows=data.rows, tokens=data.tokens, masked_tokens=masked_tokens,
+                              batch_hash=batch_hash)
+        if self.tracker:
+            norm = float(result.grad_norm) if result.grad_norm is not None else None
+            self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(loss), lr=lr, rows=data.rows,
+                                 step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(norm),
+                                 tokens_per_second=round(self.speed.tokens_per_second, 1))
+        if p.step % self.run.tracking.print_every_steps == 0 or p.phase_step == 1:
+            left = sum(f.tokens for f in self.run.phases[p.phase:]) - p.phase_tokens
+            say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {loss:.3f}  lr {lr:.2e}  "
+                f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
+                f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
+        if not math.isfinite(loss):
+            raise RankError(f"the loss of step {p.step} is {loss}. The last good state is the newest folder in "
+                            f"{self.folder / CHECKPOINTS}; lower the learning rate before going on.")
+
+    def _stopped(self, stop: StopFlag) -> Outcome:
+        number = stop.signal or signal.SIGTERM
+        say(f"stopped by {signal.Signals(number).name} after step {self.progress.step}; the same command goes on from here")
+        if self.tracker:
+            self.tracker.event("stopped", step=self.progress.step, signal=int(number))
+        return Outcome(done=False, progress=self.progress, signal=int(number))
+
+    def _finished(self) -> Outcome:
+        wait_for_all()
+        if self.world.first:
+            self.tracker.event("done", step=self.progress.step, tokens=self.progress.tokens)
+            write_json(self.folder / DONE, {"step": self.progress.step, "tokens": self.progress.tokens,
+                                            "ledger_hash": self.progress.ledger_hash, "unigram_entropy": self.entropy,
+                                            **{k: v for k, v in self.last_held_out.items() if k != "step"}})
+        say(f"done: {self.progress.step} steps, {short_count(self.progress.tokens)} tokens, ledger {self.progress.ledger_hash}")
+        return Outcome(done=True, progress=self.progress)
+
+
+def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path) -> _Story:
+    """Everything before the first step. An error on one rank ends all of them here."""
+    error: UserError | None = None
+    entropy: float | None = None
+    try:
+        if world.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            entropy = build.held_out_entropy(run, facts)
+        for phase in run.phases:
+            build.open_mixture(run.sources_of(phase))
+    except OSError as problem:
+        error = ShardError(f"{problem.filename or folder}: {problem.strerror}.")
+    except UserError as problem:
+        error = problem
+    build.agree_on_errors(error, world)
+    incarnation = claim_incarnation(folder, world)
+    engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
+    progress = Progress()
+    found = newest_checkpoint(folder / CHECKPOINTS)
+    if found is not None:
+        progress, extra = load_checkpoint(found, engine)
+        build.check_same_data(facts, extra["card_sha256"])
+        if progress.phase < len(run.phases):
+            theta = run.phases[_phase_of_weights(progress)]
+            engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
+            _check_fingerprint(run, engine, device, extra["fingerprint_loss"], found)
+    story = _Story(run, facts, world, device, folder, engine, incarnation, progress, entropy)
+    story.last_held_out = extra["last_held_out"] if found is not None else {}
+    if world.first:
+        write_atomic(folder / RUN_FILE, to_yaml(run))
+        story.tracker.event("resume" if found else "start", step=progress.step, ranks=world.size, incarnation=incarnation,
+                            zero_stage=run.engine.zero_stage, precision=run.engine.precision)
+    _header(run, world, device, engine, progress, found)
+    return story
+
+
+def _header(run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress, found: Path | None) -> None:
+    count = sum(p.numel() for p in engine.module.parameters())
+    say(f"{run.name}: {short_count(count)} parameters, {world.size} rank{'s' if world.size > 1 else ''} on {device.type}"
+        f" ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each), "
+        f"ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
+        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {len(run.phases)} phases, run folder {run.out}")
+    say(f"attention: {engine.module.attention_reason}")
+    if found is not None:
+        say(f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, ledger {progress.ledger_hash}")
+
+
+def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int) -> Progress:
+    """The progress after a step, with the next link of the ledger's chain."""
+    tokens = before.tokens + data.tokens
+    return dataclasses.replace(
+        before, step=before.step + 1, tokens=tokens, phase_step=before.phase_step + 1,
+        phase_tokens=before.phase_tokens + data.tokens, masked_tokens=before.masked_tokens + masked_tokens,
+        window=data.end.window, row=data.end.row,
+        ledger_hash=chain(before.ledger_hash, step=before.step + 1, tokens=tokens, masked_tokens=masked_tokens,
+                          batch_hash=batch_hash))
+
+
+def _crossed(before: Progress, after: Progress, every_tokens: int | None) -> bool:
+    return bool(every_tokens) and before.tokens // every_tokens != after.tokens // every_tokens
+
+
+def _fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
+    loss_sum, count = engine.evaluate([build.fingerprint_batch(run).to(device)])
+    return loss_sum / count
+
+
+def _phase_of_weights(progress: Progress) -> int:
+    """The phase whose theta the model had when it was saved: at the end of a phase the next one is entered but not begun."""
+    return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
+
+
+def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, recorded: float, found: Path) -> None:
+    loss = _fingerprint(run, engine, device)
+    if not abs(loss - recorded) <= FINGERPRINT_TOLERANCE * abs(recorded):
+        raise CheckpointError(f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
+                              "The weights did not come back as they went; remove this folder to use the one before.")
+
+
+def _check_same_run(run: RunConfig, folder: Path) -> None:
+    """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed."""
+    path = folder / RUN_FILE
+    started = (folder / LEDGER).exists() and (folder / LEDGER).stat().st_size > 0 or (folder / CHECKPOINTS).exists()
+    if not path.exists() or not started:
+        return
+    before = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    changed = differences(identity_of(before), identity_of(run))
+    if changed:
+        key, old, new = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise CheckpointError(f"{folder} holds another run: {key} was {old}, now {new}{more}. "
+                              "Put it back, or start anew with out=ANOTHER_FOLDER.")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

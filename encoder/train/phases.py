@@ -1,0 +1,60 @@
+"""Where a run stands in its phases, and what its steps will be: pure functions of tokens seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from encoder.base.units import Progress
+from encoder.train.config import PhaseConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """One step as the schedules foresee it, with rows `fill` full."""
+
+    phase: int
+    step: int                # 1-based, whole run
+    phase_tokens: int        # seen before the step
+    rows: int
+    tokens: int
+    lr: float
+
+
+def lr_at(phase: PhaseConfig, *, phase_tokens: int, step_tokens: int) -> float:
+    """Learning rate of a step: the schedule at the middle of the step's tokens.
+
+    The midpoint rule makes the sum of rate x tokens equal the schedule's integral on straight stretches whatever the
+    batch size, and no step of a warm-up runs at rate 0.
+    """
+    middle = min(phase_tokens + step_tokens // 2, phase.tokens)
+    return phase.lr.at(middle, phase_tokens=phase.tokens)
+
+
+def current_phase(run: RunConfig, progress: Progress) -> PhaseConfig | None:
+    """The phase a run is in, or None when all are done."""
+    return run.phases[progress.phase] if progress.phase < len(run.phases) else None
+
+
+def phase_is_done(run: RunConfig, progress: Progress) -> bool:
+    """A phase ends with the first step that reaches its tokens."""
+    return progress.phase_tokens >= run.phases[progress.phase].tokens
+
+
+def enter_next_phase(progress: Progress) -> Progress:
+    """The first position of the next phase: its token clock and its data start at zero."""
+    return replace(progress, phase=progress.phase + 1, phase_step=0, phase_tokens=0, window=0, row=0)
+
+
+def planned_steps(run: RunConfig, *, fill: float = 1.0) -> Iterator[PlannedStep]:
+    """All steps of a run, with rows that are `fill` full (0 < fill <= 1; the true tokens follow from the documents)."""
+    step = 0
+    for index, phase in enumerate(run.phases):
+        seen = 0
+        while seen < phase.tokens:
+            rows = run.rows_at(phase, seen)
+            tokens = max(1, int(rows * run.data.row_tokens * fill))
+            step += 1
+            yield PlannedStep(phase=index, step=step, phase_tokens=seen, rows=rows, tokens=tokens,
+                              lr=lr_at(phase, phase_tokens=seen, step_tokens=tokens))
+            seen += tokens

@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Print what a run file means, without starting anything: parameters, phases, steps, curves, micro-batches, memory.
+
+    python launch/plan.py RUN.yaml [key=value ...] [--ranks N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, prints, returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--ranks", type=int, default=1, help="processes the run would have (default 1)")
+    args = parser.parse_args(argv)
+    if args.ranks < 1:
+        parser.error(f"--ranks {args.ranks}: needed is at least 1")
+
+    from encoder.base.errors import UserError
+    try:
+        from encoder.train.config import read_run
+        run = read_run(args.run, args.overrides)
+        from encoder.train.plan import plan_text
+        print(plan_text(run, ranks=args.ranks))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
