@@ -1,0 +1,37 @@
+"""Attention inside packed documents: one contract, several backends with the same numbers, a word that picks one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from encoder.base.errors import ConfigError, nearest
+from encoder.nn.attend.contract import Backend, Plan
+from encoder.nn.attend.sdpa import Sdpa
+
+__all__ = ["BACKENDS", "Backend", "Choice", "Plan", "choose_backend"]
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Sdpa(),)}     # fastest first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The backend that will run, and a line for the run's header."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_backend(word: str, device: torch.device) -> Choice:
+    """The backend called `word`, or with "auto" the fastest that can run on the device. Raises ConfigError."""
+    if word != "auto" and word not in BACKENDS:
+        raise ConfigError(f"attention {word!r} is unknown. {nearest(word, ['auto', *BACKENDS])}")
+    refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(device))}
+    able = [name for name in BACKENDS if name not in refusals]
+    if word in refusals:
+        raise ConfigError(f"{word} cannot run here: {refusals[word]}. Use attention: {' or '.join(['auto', *able])}.")
+    name = able[0] if word == "auto" else word
+    why = "the fastest that can run here" if word == "auto" else "asked for"
+    others = "".join(f"; {other} cannot run here: {refusal}" for other, refusal in refusals.items())
+    return Choice(backend=BACKENDS[name], reason=f"{name}: {why}{others}")

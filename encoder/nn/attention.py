@@ -1,0 +1,25 @@
+"""Self-attention of packed documents: one fused projection, rotary positions, a backend, and the way out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from encoder.nn.attend import Plan
+from encoder.nn.rope import rotate
+
+
+class Attention(nn.Module):
+    """Row w * C + h * D + j of Wqkv is feature j of head h of the query (w = 0), key (1) or value (2)."""
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.Wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.Wo = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_TC: Tensor, *, plan: Plan, rope: Tensor, local: bool) -> Tensor:
+        """[T, C] -> [T, C]; rope is a table of encoder.nn.rope."""
+        qkv_T3HD = self.Wqkv(x_TC).view(-1, 3, self.heads, self.head_width)
+        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+        out_THD = plan(rotate(q_THD, rope), rotate(k_THD, rope), v_THD, local=local)
+        return self.Wo(out_THD.reshape(x_TC.shape))

@@ -1,0 +1,46 @@
+"""Dropout by address: whether an element falls out is a function of its token's key, the layer and the channel.
+
+The key of a token is a random int64 that the data side derives from (seed, phase, window, row, position). Each layer
+has C random odd constants. Element (t, c) is kept when the wrapped product key_t * constant_c, read as a signed number,
+is at least the p-quantile of all int64: multiply-shift hashing (Dietzfelbinger et al. 1997). Why this is enough:
+
+- an odd constant is invertible modulo 2^64, so a uniform key gives a uniform product, and the rate is exactly p;
+- two tokens have independent keys, so their elements are independent;
+- two channels (or layers) a, b of one token depend on each other only through small whole numbers m, n with
+  m a + n b = 0 modulo 2^64; for random odd constants such a pair below 1,000 exists with a chance of about 1e-13.
+
+So the same elements fall out on any rank, in any micro-batch, after any resume, with no generator state. Cost: one
+outer product and one compare of int64, about as much as the residual addition beside it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from encoder.base.rng import generator
+
+
+class AddressedDropout(nn.Module):
+    """x + dropout(y): the residual addition with dropout of the branch; plain addition in eval mode or with p = 0."""
+
+    constant_C: Tensor
+
+    def __init__(self, *, width: int, layer: int, p: float) -> None:
+        super().__init__()
+        self.p = p
+        drawn = generator(0, "dropout", layer).integers(-2**63, 2**63, size=width, dtype=np.int64) | 1
+        self.register_buffer("constant_C", torch.from_numpy(drawn), persistent=False)
+
+    def forward(self, x_TC: Tensor, y_TC: Tensor, key_T: Tensor) -> Tensor:
+        """[T, C] + [T, C] -> [T, C]; key_T int64."""
+        if not self.training or self.p == 0.0:
+            return x_TC + y_TC
+        keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
+        return torch.addcmul(x_TC, y_TC, keep_TC.to(y_TC.dtype), value=1.0 / (1.0 - self.p))
+
+
+def quantile_of_int64(p: float) -> int:
+    """The number below which a share p of all int64 lies."""
+    return round(p * 2.0**64) - 2**63
