@@ -1,0 +1,152 @@
+"""Shard folders: written through streaming's MDSWriter, read back by a small reader of our own for the checks.
+
+One sample of the column input_ids (ndarray, dtype fixed, length free) lies in a shard as
+
+    uint32 bytes below | uint8 kind of the shape | shape: one uint8, uint16 or uint32 | ids
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from encoder.base.errors import ShardError
+from encoder.base.files import fsync_file, fsync_folder, write_atomic
+from encoder.data.shard_format import (
+    INDEX,
+    INPUT_IDS,
+    TOKENIZER,
+    Card,
+    with_totals,
+    write_card,
+    write_lengths,
+)
+
+HASH = "xxh64"
+
+
+class ShardFolder:
+    """One split being written: shards as they fill, then lengths, tokenizer and, last, the card."""
+
+    def __init__(self, folder: Path, *, dtype: np.dtype, shard_bytes: int, compression: str | None) -> None:
+        from streaming import MDSWriter
+
+        self.folder = folder
+        self.tokens = 0
+        self._lengths: list[np.ndarray] = []
+        self._writer = MDSWriter(columns={INPUT_IDS: f"ndarray:{dtype.name}"}, out=str(folder), size_limit=shard_bytes,
+                                 compression=compression, hashes=[HASH], max_workers=1)
+
+    def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
+        """Append the chosen pieces of a batch."""
+        ends_P = np.cumsum(lengths_P)
+        for end, length in zip(ends_P[chosen_P].tolist(), lengths_P[chosen_P].tolist(), strict=True):
+            self._writer.write({INPUT_IDS: ids_T[end - length:end]})
+        self._lengths.append(lengths_P[chosen_P].astype(np.uint32))
+        self.tokens += int(lengths_P[chosen_P].sum())
+
+    def finish(self, card: Card, tokenizer_json: bytes) -> Card:
+        """Close the shards and write the side files; returns the card with its totals."""
+        self._writer.finish()
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.uint32)
+        write_lengths(self.folder, lengths, max_tokens_per_document=card.max_tokens_per_document)
+        write_atomic(self.folder / TOKENIZER, tokenizer_json)
+        for path in sorted(self.folder.glob("shard.*")) + [self.folder / INDEX]:
+            fsync_file(path)
+        card = with_totals(card, lengths)
+        write_card(self.folder, card)
+        fsync_folder(self.folder)
+        return card
+
+    def abandon(self) -> None:
+        """Let go of the writer's threads after an error."""
+        self._writer.cancel_future_jobs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSamples:
+    """The samples of one shard, end to end."""
+
+    name: str
+    ids_T: np.ndarray
+    lengths_P: np.ndarray
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(np.split(self.ids_T, np.cumsum(self.lengths_P)[:-1]))
+
+
+def read_index(folder: Path) -> list[dict]:
+    """The shard entries of index.json. Raises ShardError."""
+    path = folder / INDEX
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["shards"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ShardError(f"{path} cannot be read: {error}. Make the shards again.") from error
+
+
+def read_shard(folder: Path, entry: dict, *, dtype: str) -> ShardSamples:
+    """One shard, its sizes and hashes checked, compressed or not. Raises ShardError with the file's name."""
+    encoding = f"ndarray:{dtype}"
+    if entry.get("column_names") != [INPUT_IDS] or entry.get("column_encodings") != [encoding]:
+        raise ShardError(f"{folder / INDEX} has the columns {entry.get('column_names')} as {entry.get('column_encodings')}; "
+                         f"needed: {INPUT_IDS} as {encoding}.")
+    packed, plain = entry["zip_data"], entry["raw_data"]
+    stored = packed or plain
+    path = folder / stored["basename"]
+    data = _checked(path, stored)
+    if packed:
+        from streaming.base.compression import decompress
+
+        try:
+            data = decompress(entry["compression"], data)
+        except Exception as error:    # each compressor has an error of its own
+            raise ShardError(f"{path} cannot be decompressed: {error}. Make the shards again.") from error
+    try:
+        return _samples(path.name, data, np.dtype(dtype), int(entry["samples"]))
+    except (ValueError, IndexError) as error:
+        raise ShardError(f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. Make the shards again.") from error
+
+
+def _checked(path: Path, info: dict) -> bytes:
+    """The bytes of a file, held against the size and the hashes of the index."""
+    import xxhash
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}. Make the shards again.") from error
+    if len(data) != info["bytes"]:
+        raise ShardError(f"{path} has {len(data):,} bytes, index.json tells of {info['bytes']:,}. Make the shards again.")
+    expected = info.get("hashes", {}).get(HASH)
+    if expected and xxhash.xxh64(data).hexdigest() != expected:
+        raise ShardError(f"{path} is damaged: its {HASH} is not the one in index.json. Make the shards again.")
+    return data
+
+
+def _samples(name: str, data: bytes, dtype: np.dtype, samples: int) -> ShardSamples:
+    count = int(np.frombuffer(data, "<u4", 1)[0])
+    if count != samples:
+        raise ValueError(f"it holds {count:,} samples")
+    offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64)
+    raw = np.frombuffer(data, np.uint8)
+    begins, ends = offsets[:-1], offsets[1:]
+    if offsets[-1] != len(raw) or np.any(ends - begins < 6):
+        raise ValueError("its offsets do not fit its size")
+    # kind of the shape: number of axes above the two bits that tell the width of the shape's numbers (encodings.NDArray)
+    kind = raw[begins + 4]
+    widths = 1 << (kind & 3).astype(np.int64)
+    if np.any(kind >> 2 != 1):
+        raise ValueError("a sample has more than one axis")
+    first_byte = begins + 5 + widths
+    sizes = ends - first_byte
+    if np.any(sizes <= 0) or np.any(sizes % dtype.itemsize):
+        raise ValueError("a sample's size is no whole number of ids")
+    keep = np.zeros(len(raw) + 1, np.int8)
+    keep[first_byte] += 1
+    keep[ends] -= 1
+    ids_T = raw[np.cumsum(keep[:-1], dtype=np.int8).astype(bool)].view(dtype)
+    return ShardSamples(name=name, ids_T=ids_T, lengths_P=sizes // dtype.itemsize)

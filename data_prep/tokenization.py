@@ -1,0 +1,155 @@
+"""Text to pieces of ids: fastokens where it proves equal to Hugging Face tokenizers, else tokenizers; [CLS] and [SEP] put on.
+
+Spellings of special tokens in raw text ("[MASK]", "<|endoftext|>") stay text: no document can write a special id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from encoder.base.errors import ConfigError, ShardError
+from encoder.base.log import warn_once
+
+EncoderName = Literal["fastokens", "tokenizers"]
+
+# What encoders disagree on: spellings of specials, white space around them, composed and decomposed letters,
+# runs of spaces, controls, scripts without spaces, joined emoji, digits, contractions.
+HOSTILE = (
+    "[MASK]", " [MASK]", "  [MASK] x", "a[MASK]b [CLS][SEP] [PAD]\n[UNK]", "<|endoftext|>", "<|padding|> <|endoftext|>\n\n",
+    "[unused0] [unused82]", "|||IP_ADDRESS||| |||EMAIL_ADDRESS|||", "[mask] [MASK", "[[MASK]]", " ", "    ", "\n", "\n \n  \n\t\t x",
+    "a" + " " * 24 + "b" + " " * 25 + "c", " leading", "trailing ", "tabs\t\tand\r\nreturns\r", "e\u0301 \u00e9 \u212b A\u030a \ufb01 \u1e9b\u0323",
+    "\u0000\u0001\u007f\u0085\u00a0\u2028\u2029\u200b\ufeff\ufffd", "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0 \u4e2d\u6587 \ud55c\uad6d\uc5b4",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f600\U0001f600", "1234567890 3.14159 1,000,000 0x1F 1e-9 \u00b2\u00bd\u0664",
+    "don't I'll we've they're he'd it's 'S 'LL", "snake_case camelCase ALLCAPS kebab-case", "a" * 300, "ab" * 200, "!?!?...---___===", "https://a.b/c?d=e&f#g",
+    "def f(x):\n    return x[0]  # done\n", "\u0130\u0131\u017f\u212a", "\U000e0001\U0010fffd",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """What a batch of documents becomes: pieces laid end to end, [CLS] ... [SEP] each."""
+
+    ids_T: np.ndarray            # uint16 or uint32
+    lengths_P: np.ndarray        # int64, tokens per piece with [CLS] and [SEP]
+    held_out_P: np.ndarray       # bool
+    held_out_documents: int
+    content_tokens: int          # before [CLS] and [SEP]
+
+
+class TextEncoder:
+    """Texts to ids without special tokens, by one of the two libraries; the ids are the same."""
+
+    def __init__(self, tokenizer_json: Path, name: EncoderName) -> None:
+        self.name = name
+        try:
+            if name == "fastokens":
+                import fastokens
+
+                self._tokenizer = fastokens.Tokenizer.from_file(str(tokenizer_json))
+            else:
+                import tokenizers
+
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+                self._tokenizer.encode_special_tokens = True
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        except ImportError:
+            raise
+        except Exception as error:    # both libraries raise plain Exception for a file they cannot read
+            raise ShardError(f"{tokenizer_json} is not a tokenizer that {name} can read: {error}") from error
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts end to end [T] uint32, tokens per text [D] int64)."""
+        if self.name == "fastokens":
+            ids, offsets = self._tokenizer.encode_batch_flat(list(texts), False, True)
+            return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
+        found = [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        lengths = np.array([len(f) for f in found], np.int64)
+        return np.fromiter((i for f in found for i in f), np.uint32, count=int(lengths.sum())), lengths
+
+
+def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> EncoderName:
+    """fastokens, if it is installed and gives the ids of Hugging Face tokenizers on hostile and on real text; said if not."""
+    judge = TextEncoder(tokenizer_json, "tokenizers")
+    slow = "Hugging Face tokenizers encodes instead: the same ids, about 20 times slower."
+    try:
+        fast = TextEncoder(tokenizer_json, "fastokens")
+    except (ImportError, ShardError) as error:
+        warn_once(f"fastokens cannot be used ({' '.join(str(error).split())}). {slow}")
+        return "tokenizers"
+    texts = [*HOSTILE, *real_texts]
+    for text, (a, b) in zip(texts, zip(_each(fast, texts), _each(judge, texts), strict=True), strict=True):
+        if not np.array_equal(a, b):
+            warn_once(f"fastokens gives other ids than Hugging Face tokenizers for {text[:40]!r}. {slow}")
+            return "tokenizers"
+    return "fastokens"
+
+
+def encode_pieces(encoder: TextEncoder, texts: Sequence[str], *, cls_id: int, sep_id: int, dtype: np.dtype,
+                  max_tokens_per_document: int, held_out_share: float) -> Pieces:
+    """Encode documents, cut the long ones, wrap every piece; a document's pieces all go to the same split."""
+    ids_T, lengths_D = encoder.encode(texts)
+    content_tokens = int(lengths_D.sum())
+    assert len(ids_T) == content_tokens, "offsets and ids must end together"
+    pieces_P, document_P = cut_lengths(lengths_D, max_tokens_per_document - 2)
+    held_out_D = np.array([is_held_out(text, held_out_share) for text in texts], bool)
+    lengths_P = pieces_P + 2
+    ends_P = np.cumsum(lengths_P)
+    wrapped_T = np.empty(int(ends_P[-1]) if len(ends_P) else 0, dtype)
+    content = np.ones(len(wrapped_T), bool)
+    content[ends_P - lengths_P] = False
+    content[ends_P - 1] = False
+    wrapped_T[ends_P - lengths_P] = cls_id
+    wrapped_T[ends_P - 1] = sep_id
+    wrapped_T[content] = ids_T
+    return Pieces(ids_T=wrapped_T, lengths_P=lengths_P, held_out_P=held_out_D[document_P],
+                  held_out_documents=int(held_out_D.sum()), content_tokens=content_tokens)
+
+
+def cut_lengths(lengths_D: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Near-equal pieces of documents: (tokens per piece [P], document of each piece [P]). Nothing is dropped.
+
+        10 tokens, capacity 4   ->   4 3 3
+    """
+    pieces_D = np.maximum(1, -(-lengths_D // capacity))
+    document_P = np.repeat(np.arange(len(lengths_D)), pieces_D)
+    index_P = np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
+    base_D, longer_D = lengths_D // pieces_D, lengths_D % pieces_D
+    return base_D[document_P] + (index_P < longer_D[document_P]), document_P
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the held-out split: a function of its text alone, so equal texts never part."""
+    return text_hash(text) < share * 2.0**64
+
+
+def text_hash(text: str) -> int:
+    """64 bits of the text's BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def one_thread_a_process() -> None:
+    """Both libraries start a thread per core; with a process per core they must not. Before the first encoding."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def check_tokenizer_path(path: Path) -> Path:
+    """The path, if a file is there. Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"tokenizer {path} does not exist. Make it: data-prep tokenizer modernbert --out {path}, "
+                          f"or data-prep tokenizer train --files YOUR_FILES --out {path}.")
+    return path
+
+
+def _each(encoder: TextEncoder, texts: Sequence[str]) -> list[np.ndarray]:
+    ids_T, lengths_D = encoder.encode(texts)
+    return np.split(ids_T, np.cumsum(lengths_D)[:-1])
