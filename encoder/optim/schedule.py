@@ -1,0 +1,165 @@
+"""Learning rate and batch size as pure functions of the tokens seen in a phase.
+
+`at(tokens, phase_tokens=...)` gives the rate at one point of the token clock; which point stands for a step is the
+caller's choice (encoder.train takes the middle of the step, so that no step runs at rate 0).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from encoder.base.errors import ConfigError
+from encoder.base.schema import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay:
+    """Linear warm-up, flat, linear decay at the end of the phase (ModernBERT, section 2.2; MiniCPM, arXiv 2404.06395).
+
+        peak        ________
+                   /        \\
+        0   ______/          \\ floor
+              warm-up     decay
+    """
+
+    peak: float
+    warmup_tokens: Tokens = 0
+    decay_tokens: Tokens = 0
+    floor_share: float = 0.0          # of the peak, reached at the end of the decay
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak, floor_share=self.floor_share)
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the parts do not fit."""
+        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=self.decay_tokens, phase_tokens=phase_tokens)
+        return self.peak * _warmup(tokens, self.warmup_tokens) * (
+            1.0 - (1.0 - self.floor_share) * _decay_share(tokens, self.decay_tokens, phase_tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Linear warm-up, then flat."""
+
+    peak: float
+    warmup_tokens: Tokens = 0
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak)
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen."""
+        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=0, phase_tokens=phase_tokens)
+        return self.peak * _warmup(tokens, self.warmup_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneMinusSqrt:
+    """Flat, then falling with 1 - sqrt(share of the decay that is over) (arXiv 2405.18392); ModernBERT's last phase."""
+
+    peak: float
+    decay_tokens: Tokens | None = None    # default: the whole phase
+    floor_share: float = 0.001            # as published for ModernBERT
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak, floor_share=self.floor_share)
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the decay does not fit."""
+        decay_tokens = phase_tokens if self.decay_tokens is None else self.decay_tokens
+        _check_fits(warmup_tokens=0, decay_tokens=decay_tokens, phase_tokens=phase_tokens)
+        return self.peak * (1.0 - (1.0 - self.floor_share) * math.sqrt(_decay_share(tokens, decay_tokens, phase_tokens)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to the floor at the end of the phase (arXiv 1608.03983)."""
+
+    peak: float
+    warmup_tokens: Tokens = 0
+    floor_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak, floor_share=self.floor_share)
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the warm-up does not fit."""
+        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=0, phase_tokens=phase_tokens)
+        share = _decay_share(tokens, phase_tokens - self.warmup_tokens, phase_tokens)
+        return self.peak * _warmup(tokens, self.warmup_tokens) * (
+            self.floor_share + (1.0 - self.floor_share) * 0.5 * (1.0 + math.cos(math.pi * share)))
+
+
+SCHEDULES = {"wsd": WarmupStableDecay, "constant": Constant, "one_minus_sqrt": OneMinusSqrt, "cosine": Cosine}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchWarmup:
+    """A staircase of batch sizes with the same number of steps on every stair (ModernBERT, section 2.2).
+
+    Sizes are from, from + increase, ... below the full batch. Tokens spent at a size are proportional to it, and add
+    up to `over_tokens`; from there on the batch is full. Counted over all ranks.
+    """
+
+    from_tokens: Tokens                   # batch at the start of the phase
+    over_tokens: Tokens                   # length of the whole warm-up
+    increase_tokens: Tokens | None = None # height of a stair; default: from_tokens, as published
+
+    def __post_init__(self) -> None:
+        if self.from_tokens < 1 or self.over_tokens < 1 or self.increase_tokens == 0:
+            raise ConfigError("from_tokens, over_tokens and increase_tokens must be at least 1. "
+                              "Leave batch_warmup out to start with the full batch.")
+
+
+def rows_at(phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: BatchWarmup | None) -> int:
+    """Rows of the next step when `phase_tokens` were seen in the phase. Raises ConfigError for sizes that are not whole rows."""
+    full = whole_rows(batch_tokens, row_tokens, name="batch_tokens")
+    if warmup is None:
+        return full
+    first = whole_rows(warmup.from_tokens, row_tokens, name="batch_warmup.from_tokens")
+    stair = first if warmup.increase_tokens is None else whole_rows(
+        warmup.increase_tokens, row_tokens, name="batch_warmup.increase_tokens")
+    if first >= full:
+        raise ConfigError(f"batch_warmup.from_tokens {warmup.from_tokens:,} is not below batch_tokens {batch_tokens:,}. "
+                          "Lower it, or leave batch_warmup out.")
+    sizes = range(first, full, stair)
+    weight, passed = sum(sizes), 0
+    for size in sizes:
+        passed += size
+        # phase_tokens < over_tokens * passed / weight, in whole numbers
+        if phase_tokens * weight < warmup.over_tokens * passed:
+            return size
+    return full
+
+
+def whole_rows(tokens: int, row_tokens: int, *, name: str) -> int:
+    """Rows in an amount of tokens. Raises ConfigError naming the nearest whole amounts."""
+    if tokens >= row_tokens and tokens % row_tokens == 0:
+        return tokens // row_tokens
+    below = tokens // row_tokens * row_tokens
+    near = ", ".join(f"{n:,}" for n in (below, below + row_tokens) if n)
+    raise ConfigError(f"{name} {tokens:,} is not a whole number of rows of {row_tokens:,}. Nearest: {near}.")
+
+
+def _warmup(tokens: int, warmup_tokens: int) -> float:
+    return min(1.0, tokens / warmup_tokens) if warmup_tokens else 1.0
+
+
+def _decay_share(tokens: int, decay_tokens: int, phase_tokens: int) -> float:
+    """0 before the decay, 1 at the end of the phase and after it."""
+    start = phase_tokens - decay_tokens
+    return min(1.0, (tokens - start) / decay_tokens) if tokens > start and decay_tokens else 0.0
+
+
+def _check(*, peak: float, floor_share: float = 0.0) -> None:
+    if not peak > 0.0:
+        raise ConfigError(f"peak {peak} must be above 0.")
+    if not 0.0 <= floor_share <= 1.0:
+        raise ConfigError(f"floor_share {floor_share} must lie between 0 and 1: it is a share of the peak.")
+
+
+def _check_fits(*, warmup_tokens: int, decay_tokens: int, phase_tokens: int) -> None:
+    if warmup_tokens + decay_tokens > phase_tokens:
+        raise ConfigError(f"warmup_tokens {warmup_tokens:,} and decay_tokens {decay_tokens:,} are more than the phase's "
+                          f"{phase_tokens:,} tokens. Shorten them, or lengthen the phase.")
