@@ -53,7 +53,7 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
         raise ConfigError(f"{path} cannot be read: {error}.") from error
     mapping = parse_yaml(text, where=str(path))
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path} holds a {_kind(mapping)}; a settings file is a mapping of keys to values.")
+        raise ConfigError(f"{path} holds {_kind(mapping)}; a settings file is a mapping of keys to values.")
     for override in overrides:
         _put(mapping, override)
     return mapping
@@ -73,7 +73,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
 def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "") -> T:
     """A settings object from plain values. Errors name the dotted key. A class's own checks raise ConfigError or ValueError."""
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{_at(where, key)} is a {_kind(mapping)}; needed: a mapping with keys {', '.join(_names(cls))}.")
+        raise ConfigError(f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys {', '.join(_names(cls))}.")
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in mapping:
@@ -172,10 +172,9 @@ def _put(mapping: dict[str, Any], override: str) -> None:
             if last:
                 at[part] = value
             else:
-                at[part] = at.get(part) if isinstance(at.get(part), (dict, list)) else {}
-                at = at[part]
+                at = at.setdefault(part, {})
         else:
-            raise ConfigError(f"override {dotted}: {'.'.join(parts[:i])} is a {_kind(at)} and has no key {part!r}.")
+            raise ConfigError(f"override {dotted}: {'.'.join(parts[:i])} is {_kind(at)} and has no key {part!r}.")
 
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
@@ -210,7 +209,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         raise ConfigError(f"{at} is {value!r}. {nearest(str(value), [str(w) for w in words])}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{at} is a {_kind(value)}; needed: a list.")
+            raise ConfigError(f"{at} is {_kind(value)}; needed: a list.")
         inner = typing.get_args(hint)
         if len(inner) == 2 and inner[1] is Ellipsis:
             return tuple(_value(inner[0], item, where, _join(key, i)) for i, item in enumerate(value))
@@ -219,7 +218,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         return tuple(_value(kind, item, where, _join(key, i)) for i, (kind, item) in enumerate(zip(inner, value)))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{at} is a {_kind(value)}; needed: a mapping.")
+            raise ConfigError(f"{at} is {_kind(value)}; needed: a mapping.")
         inner_kind = typing.get_args(hint)[1]
         return {str(k): _value(inner_kind, v, where, _join(key, k)) for k, v in value.items()}
     return _scalar(hint, value, at)
@@ -249,7 +248,7 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
 
 def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{_at(where, key)} is a {_kind(value)}; needed: a mapping with the key {chosen.tag}.")
+        raise ConfigError(f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}.")
     if chosen.tag not in value:
         raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}.")
     word = value[chosen.tag]
@@ -282,8 +281,8 @@ def _at(where: str, key: str) -> str:
 
 def _kind(value: Any) -> str:
     if value is None:
-        return "empty value"
-    return {dict: "mapping", list: "list", str: "text", int: "number", float: "number", bool: "true/false"}.get(
+        return "empty"
+    return {dict: "a mapping", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}.get(
         type(value), type(value).__name__)
 
 

@@ -1,0 +1,37 @@
+# make demo   raw text -> shards -> training (killed and resumed) -> Hugging Face folder -> fill-mask, in one command
+# make test   every test that needs neither a GPU nor a cluster
+# make check  style, import contract and the tests that take seconds
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test check clean
+
+help:
+	@sed -n 's/^# \(make.*\)/\1/p' Makefile
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml configs/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); needed: Python 3.10 to 3.13. Use make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about 6 GB, 2 to 5 minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install
+	@$(BIN)/python launch/demo.py
+
+test: install
+	@$(BIN)/python -m pytest
+
+check: install
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q tests/unit tests/house
+
+clean:
+	rm -rf demo runs

@@ -1,0 +1,133 @@
+"""A finished or running run as a picture and one HTML page: loss, held-out loss, learning rate, batch, speed, events."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encoder.base.errors import LedgerError, UserError
+from encoder.base.schema import parse_yaml
+from encoder.base.units import parse_tokens, short_count
+from encoder.train.tracking import EVENTS, LEDGER, METRICS, chain, metrics_by_step, read_jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A table added to the page."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: str = ""
+
+
+def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
+    """Writes loss.png and report.html into a run folder; returns the page. Raises UserError without metrics, LedgerError."""
+    metrics = metrics_by_step(folder / METRICS)
+    if not metrics:
+        raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
+    settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"), where=str(folder / "run.yaml"))
+    done = json.loads((folder / "done.json").read_text(encoding="utf-8")) if (folder / "done.json").exists() else {}
+    steps = verify_ledger(folder)
+    picture = draw(metrics, folder / "loss.png", title=settings["name"], entropy=done.get("unigram_entropy"),
+                   vocab_size=settings["model"]["vocab_size"])
+    losses = {k: v for k, v in done.items() if k.startswith("held_out_loss")}
+    last = max(metrics)
+    facts = [("steps", f"{last:,}"), ("tokens", short_count(metrics[last]["tokens"])),
+             ("state", "done" if done else "not done yet"),
+             *((k.replace("_", " "), f"{v:.3f} nats") for k, v in losses.items()),
+             *([("unigram entropy of the held-out text", f"{done['unigram_entropy']:.3f} nats")]
+               if done.get("unigram_entropy") else []),
+             ("ledger", f"{steps:,} steps, chain unbroken" + (f", {done['ledger_hash']}" if done else ""))]
+    phases = [[p["name"], short_count(parse_tokens(p["tokens"])), f"{p['max_tokens_per_document']:,}", f"{p['global_rope_theta']:,.0f}",
+               p["lr"]["schedule"], f"{p['lr']['peak']:g}"] for p in settings["phases"]]
+    events = [[e["time"], e["event"], ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event"))]
+              for e in read_jsonl(folder / EVENTS)]
+    page = _page(settings["name"], picture, [
+        Section(title="Result", head=("", ""), rows=facts),
+        *sections,
+        Section(title="Phases", head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"), rows=phases),
+        Section(title="Events", head=("time (UTC)", "event", "details"), rows=events)])
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def verify_ledger(folder: Path) -> int:
+    """Follows the ledger's hash chain from the first step; returns the number of steps. Raises LedgerError where it breaks."""
+    link = ""
+    lines = read_jsonl(folder / LEDGER)
+    for number, line in enumerate(lines, 1):
+        link = chain(link, step=line["step"], tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
+                     batch_hash=int(line["batch"], 16))
+        if line["step"] != number or line["chain"] != link:
+            raise LedgerError(f"{folder / LEDGER} line {number}: the chain breaks at step {line['step']}. "
+                              "The file was edited or belongs to another run.")
+    return len(lines)
+
+
+def draw(metrics: dict[int, dict[str, Any]], path: Path, *, title: str, entropy: float | None, vocab_size: int) -> Path:
+    """Four curves over tokens seen, as PNG."""
+    import math
+
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.5), layout="constrained", width_ratios=(2, 1))
+    (loss, rate), (speed, batch) = axes
+    trained = [(m["tokens"], m) for m in metrics.values() if m.get("loss") is not None]
+    held_out = [(m["tokens"], m["held_out_loss"]) for m in metrics.values() if "held_out_loss" in m]
+    x = [t for t, _ in trained]
+    loss.plot(x, [m["loss"] for _, m in trained], lw=0.8, color="#9bb7d4", label="training loss, each step")
+    if held_out:
+        loss.plot(*zip(*held_out), "o-", ms=3.5, lw=1.4, color="#b5402a", label=f"held-out loss, last {held_out[-1][1]:.2f}")
+    loss.axhline(math.log(vocab_size), lw=0.8, ls=":", color="#555", label=f"uniform, ln {vocab_size:,} = {math.log(vocab_size):.2f}")
+    if entropy:
+        loss.axhline(entropy, lw=0.8, ls="--", color="#555", label=f"unigram entropy, held-out text = {entropy:.2f}")
+    loss.set(title=f"{title}: masked-token loss (nats)", ylim=(0, None))
+    loss.legend(fontsize=8, frameon=False)
+    rate.plot(x, [m["lr"] for _, m in trained], color="#444")
+    rate.set(title="learning rate", ylim=(0, None))
+    speed.plot(x, [m["tokens_per_second"] for _, m in trained], color="#3a7d44")
+    speed.set(title="tokens a second", ylim=(0, None))
+    batch.step(x, [m["step_tokens"] for _, m in trained], color="#444")
+    batch.set(title="tokens a step", ylim=(0, None))
+    starts = {}
+    for tokens, m in trained:
+        starts.setdefault(m["phase"], tokens)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+        for name, tokens in list(starts.items())[1:]:
+            axis.axvline(tokens, lw=0.7, color="#aaa")
+            if axis is loss:
+                axis.annotate(name, (tokens, 0.03), xycoords=("data", "axes fraction"), fontsize=8, color="#666",
+                              xytext=(3, 0), textcoords="offset points")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _page(name: str, picture: Path, sections: Sequence[Section]) -> str:
+    image = base64.b64encode(picture.read_bytes()).decode()
+    body = "".join(_table(s) for s in sections)
+    return (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>"
+            "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
+            "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .9rem .2rem 0;text-align:left;"
+            "vertical-align:top;border-bottom:1px solid #eee}img{max-width:100%}h2{font-size:1.1rem;margin-bottom:.2rem}"
+            f"code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img alt='loss, rate, speed, batch' "
+            f"src='data:image/png;base64,{image}'>{body}</html>\n")
+
+
+def _table(section: Section) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in section.head) if any(section.head) else ""
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in section.rows)
+    text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
+    return f"<h2>{html.escape(section.title)}</h2>{text}<table>{'<tr>' + head + '</tr>' if head else ''}{rows}</table>"

@@ -1,0 +1,33 @@
+"""What every test shares: one thread, and which marked tests a plain run leaves out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest   # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow (minutes each)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = {item for item in items if any(item.get_closest_marker(m) for m in ("gpu", "cluster", "slow"))}
+    if not marked:
+        return
+    has_gpu = False
+    if any(item.get_closest_marker("gpu") for item in marked):
+        import torch
+        has_gpu = torch.cuda.is_available()
+    for item in marked:
+        if item.get_closest_marker("gpu") and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("cluster") and not shutil.which("sbatch"):
+            item.add_marker(pytest.mark.skip(reason="needs a Slurm cluster"))
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))

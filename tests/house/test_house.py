@@ -1,0 +1,89 @@
+"""The house is in order: imports, names, style, and every shipped file loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from encoder.base.schema import from_mapping, parse_yaml, to_yaml
+from encoder.train.config import RunConfig, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "tests", "benchmarks")
+                for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_rooms_import_only_downwards():
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_style_is_clean():
+    done = subprocess.run([Path(sys.executable).parent / "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_no_script_bears_the_name_of_a_library():
+    """A script's folder comes first on sys.path: launch/inspect.py would break torch."""
+    installed = _installed_top_levels()
+    stems = {p.stem for folder in ("launch", "data_prep") for p in (ROOT / folder).glob("*.py")} - {"__init__", "__main__"}
+    assert stems & (set(sys.stdlib_module_names) | installed) == set()
+
+
+def test_the_top_level_is_the_agreed_one():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in done.stdout.splitlines()}
+    agreed = {"README.md", "pyproject.toml", "encoder", "data_prep", "launch", "configs", "tests", "slurm",
+              "Makefile", "benchmarks", "docs", ".ci", ".gitignore"}
+    assert top <= agreed
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_every_shipped_run_file_loads_and_comes_back_the_same(path):
+    run = read_run(path)
+    assert from_mapping(RunConfig, parse_yaml(to_yaml(run), where="round trip")) == run
+
+
+def test_every_shipped_preparation_file_loads():
+    from data_prep.config import PrepConfig
+    for path in sorted((ROOT / "configs" / "prep").glob("*.yaml")):
+        from encoder.base.schema import read_settings
+        read_settings(PrepConfig, path)
+
+
+def test_readme_names_only_files_and_commands_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"(?:launch|configs|docs)/[\w/]+\.(?:py|yaml|md|txt)", text):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake (\w+)", text)) <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_nothing_is_pickled_or_trusted_from_afar():
+    bad = re.compile(r"import pickle|pickle\.load|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|\beval\(")
+    for path in PYTHON_FILES:
+        if path != Path(__file__):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                found = bad.search(line)
+                assert not found or ".eval(" in line, f"{path}:{number}: {line.strip()}"
+
+
+def test_nothing_names_a_machine_or_a_place():
+    bad = re.compile("/" + r"root/|/" + r"work/|/" + r"home/\w")
+    for path in [*PYTHON_FILES, *sorted(ROOT.glob("configs/**/*.*")), *sorted(ROOT.glob("docs/*")), ROOT / "README.md", ROOT / "Makefile"]:
+        if path.suffix in (".py", ".yaml", ".md", ".txt", ".json") or path.name == "Makefile":
+            found = bad.search(path.read_text())
+            assert not found, f"{path}: {found}"
+
+
+def _installed_top_levels() -> set[str]:
+    from importlib.metadata import packages_distributions
+    return {name for name, owners in packages_distributions().items() if owners != ["tessera"]}
