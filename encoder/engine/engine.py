@@ -1,0 +1,193 @@
+"""One step of training: micro-batches in, one update out, the same update on any number of ranks and any ZeRO stage.
+
+    loss of the step = sum of the losses of all predicted positions, over all micro-batches and ranks
+                       / their number, known before the first forward
+
+so neither the micro-batch nor the rank a row lands in has a say in its weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from encoder.base.batch import TokenBatch
+from encoder.base.dist import World, sum_over_ranks
+from encoder.base.errors import ConfigError
+from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
+from encoder.engine.zero_layout import check_cover, flat_parts, refresh_parameters, share_of
+from encoder.optim.groups import decay_groups
+from encoder.optim.slices import FlatPart, Stretch
+from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
+
+__all__ = ["Engine", "EngineConfig", "LossSum", "Piece", "StepResult", "start_engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did, over all ranks."""
+
+    loss: float            # nats per predicted position
+    grad_norm: float       # of the mean loss's gradient, before clipping; inf if not finite
+    masked_tokens: int
+    applied: bool          # False: the gradient was not finite and nothing moved
+
+
+class LossSum(NamedTuple):
+    """A sum of losses over all ranks and how many positions are in it."""
+
+    loss_sum: float
+    masked_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of a parameter that this rank answers for in a checkpoint; 1-d views, writing to them writes the state."""
+
+    name: str
+    start: int
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: StableAdamWConfig, world: World,
+                 device: torch.device) -> Engine:
+    """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join). `model(batch)` gives the loss sum.
+
+    The initial weights of rank zero hold on all ranks.
+    """
+    model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if config.precision == "bf16" else {}
+    steps = StableAdamW(decay_groups(model, weight_decay=optimizer.weight_decay), optimizer)
+    deepspeed = import_deepspeed(device)
+    ds_engine = initialize(deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size))
+    if config.precision == "fp64":
+        ds_engine.communication_data_type = torch.float64     # its configuration knows no such word
+    engine = Engine(ds_engine, optimizer=steps, config=config, world=world, device=device)
+    engine.set_masters(initial)
+    return engine
+
+
+class Engine:
+    """A model under training: the weights, their optimizer state, and the step that moves them."""
+
+    def __init__(self, ds_engine: Any, *, optimizer: StableAdamW, config: EngineConfig, world: World,
+                 device: torch.device) -> None:
+        self.config, self.world, self.device = config, world, device
+        self.module: torch.nn.Module = ds_engine.module        # the bare model
+        self.optimizer = optimizer
+        self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters() if p.requires_grad}
+        self._ds = ds_engine
+        self._parts = flat_parts(ds_engine)
+        self._plain_norm = torch.zeros(())                     # stage 0: DeepSpeed measures no norm there
+        numels = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
+        check_cover([s for _, s in self._owned()], numels=numels, world=world, device=device)
+        if config.zero_stage:
+            optimizer.set_stretches(self._parts, numels=numels)
+        else:
+            optimizer.register_step_pre_hook(self._before_plain_step)
+        optimizer.init_state()
+
+    def step(self, micro_batches: Sequence[TokenBatch], *, masked_tokens: int, lr: float, max_lr: float) -> StepResult:
+        """One update from this rank's micro-batches (equally many on every rank).
+
+        `masked_tokens` is the number of predicted positions of the whole step, over all ranks; `max_lr` the phase's
+        peak rate (the decay is per step at the peak). Raises ConfigError on all ranks if nothing is predicted.
+        """
+        if masked_tokens < 1:
+            raise ConfigError(f"a step of {len(micro_batches)} micro-batches on each of {self.world.size} ranks has no masked "
+                              "token. Raise the mask share or the batch, or look for empty documents.")
+        assert max_lr > 0.0, "the decay is relative to the peak rate"
+        for group in self.optimizer.param_groups:
+            group.update(lr=lr, max_lr=max_lr)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            with self._autocast():
+                loss_sum = self._ds(batch.to(self.device, non_blocking=True))
+            # DeepSpeed divides the gradients' sum by the number of ranks
+            self._ds.backward(loss_sum * (self.world.size / masked_tokens), scale_wrt_gas=False)
+            total += loss_sum.detach()
+        self._ds.step()
+        norm = self._plain_norm if self.config.zero_stage == 0 else self._ds.get_global_grad_norm()
+        norm = float(norm)
+        return StepResult(loss=float(sum_over_ranks(total)) / masked_tokens, masked_tokens=masked_tokens,
+                          grad_norm=norm if norm == norm else float("inf"), applied=norm < float("inf"))
+
+    def evaluate(self, batches: Iterable[TokenBatch]) -> LossSum:
+        """Loss without dropout and without gradients; ranks may bring different numbers of batches, also none."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                for batch in batches:
+                    sums[0] += self.module(batch.to(self.device, non_blocking=True))
+                    sums[1] += batch.masked_tokens
+        finally:
+            self.module.train(training)
+        loss_sum, masked_tokens = sum_over_ranks(sums).tolist()
+        return LossSum(loss_sum, int(masked_tokens))
+
+    def pieces(self) -> list[Piece]:
+        """All the state that lies on this rank, to be written to."""
+        return [self._piece(part, s) for part in self._parts for s in part.stretches]
+
+    def owned_pieces(self) -> list[Piece]:
+        """The state this rank answers for when all ranks save: every element on exactly one rank."""
+        return [self._piece(part, s) for part, s in self._owned()]
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates the optimizer has made: what its bias correction counts."""
+        return max(self.optimizer.state[part.tensor]["step"] for part in self._parts)
+
+    def state_was_loaded(self, *, optimizer_steps: int) -> None:
+        """After the pieces were written from a checkpoint: sets the counter, and the model's weights from the masters."""
+        for part in self._parts:
+            self.optimizer.state[part.tensor]["step"] = optimizer_steps
+        refresh_parameters(self._ds)
+
+    def set_masters(self, weights: dict[str, torch.Tensor]) -> None:
+        """Whole weights by name into the masters: bf16 parameters would start them 3 digits short."""
+        with torch.no_grad():
+            for piece in self.pieces() if weights else []:
+                piece.master.copy_(weights[piece.name].view(-1)[piece.start:piece.start + piece.master.numel()])
+        if weights:
+            refresh_parameters(self._ds)
+
+    def _owned(self) -> Iterator[tuple[FlatPart, Stretch]]:
+        for part in self._parts:
+            for s in part.stretches:
+                s = share_of(s, self.world) if self.config.zero_stage == 0 else s   # stage 0: all lies on every rank
+                if s.length:
+                    yield part, s
+
+    def _piece(self, part: FlatPart, s: Stretch) -> Piece:
+        state = self.optimizer.state[part.tensor]
+        return Piece(name=s.name, start=s.start, master=s.of(part.tensor.detach()), exp_avg=s.of(state["exp_avg"]),
+                     exp_avg_sq=s.of(state["exp_avg_sq"]))
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        # our own: DeepSpeed's torch_autocast reduces the gradients of Linear modules in bf16
+        if self.config.precision == "autocast":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _before_plain_step(self, optimizer: StableAdamW, _args: Any, _kwargs: Any) -> None:
+        """Stage 0: what ZeRO's optimizers do before they step. Measures, clips, and drops a gradient that is not finite."""
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in tensors if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(grads))
+        self._plain_norm = torch.linalg.vector_norm(norms.double())
+        if not torch.isfinite(self._plain_norm):
+            for p in tensors:
+                p.grad = None
+        elif self.config.gradient_clipping:
+            # the same formula as ZeRO's unscale_and_clip_grads
+            excess = ((self._plain_norm + 1e-6) / self.config.gradient_clipping).clamp(min=1.0)
+            torch._foreach_div_(grads, excess.to(grads[0].dtype))

@@ -1,0 +1,88 @@
+"""What DeepSpeed is told, and how it is kept quiet and from compiling anything."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+from encoder.base.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How parameters are held; apart from rounding, none but gradient_clipping changes the curve."""
+
+    zero_stage: Literal[0, 1, 2] = 1  # 0: all on every rank; 1: optimizer state cut over ranks; 2: gradients too
+    # fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT); bf16: bf16 parameters, fp32 masters; fp64: for tests
+    precision: Literal["fp32", "fp64", "autocast", "bf16"] = "fp32"
+    gradient_clipping: float = 0.0    # largest global gradient norm; 0: none (StableAdamW clips its own updates)
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ConfigError("precision bf16 with zero_stage 0: without ZeRO there are no fp32 master weights to collect "
+                              "small updates. Use zero_stage 1 or 2, or precision autocast.")
+        if self.precision == "fp64" and self.zero_stage != 0:
+            raise ConfigError(f"precision fp64 with zero_stage {self.zero_stage}: DeepSpeed keeps ZeRO's flat weights in fp32. "
+                              "Use zero_stage 0.")
+        if self.gradient_clipping < 0.0:
+            raise ConfigError(f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping.")
+
+
+def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for an engine whose caller scales the loss and says when a step is full."""
+    plain = {
+        # every engine.step() ends an accumulation: any number of micro-batches, another one at each step
+        "managed_gradient_accumulation": False,
+        "train_micro_batch_size_per_gpu": 1,       # only counted, never used: rows are ours
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        # DeepSpeed's default is 1.0; at stage 0 our own hook clips
+        "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
+        "communication_data_type": "fp32",         # else bf16 parameters reduce their gradients in bf16
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if config.precision == "bf16":
+        plain |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return plain
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed for this device, with its just-in-time compilation off.
+
+    Its TorchBackend compiles a shared-memory all-reduce on CPU (50-75 s, needs a compiler, leaves a lock behind when
+    killed) that training never calls.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)    # exists before its import, which then only adds a handler
+    with _quiet():
+        import deepspeed
+        import deepspeed.ops
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def initialize(deepspeed: ModuleType, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around a model and our optimizer, without its lines on the console."""
+    with _quiet():
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed's remarks on what we do on purpose (an untested optimizer) are not passed on; its errors are."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

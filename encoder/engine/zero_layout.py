@@ -1,0 +1,63 @@
+"""Where DeepSpeed keeps the weights that the optimizer steps: flat tensors and the parameters in them, stages 0 to 2.
+
+Read from each parameter's `_hp_mapping` (deepspeed/utils/tensor_fragment.py), which DeepSpeed itself uses for its
+universal checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from encoder.base.dist import World, sum_over_ranks
+from encoder.optim.slices import FlatPart, Stretch, first_gap
+
+
+def flat_parts(ds_engine: Any) -> list[FlatPart]:
+    """This rank's tensors that are stepped, one per optimizer group (stages 1, 2) or per parameter (stage 0)."""
+    names = {p: name for name, p in ds_engine.module.named_parameters() if p.requires_grad}
+    optimizer = ds_engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):          # stage 0: DeepSpeed leaves our optimizer as it is
+        return [FlatPart(tensor=p, stretches=(
+            Stretch(name=name, numel=p.numel(), start=0, length=p.numel(), flat_start=0),)) for p, name in names.items()]
+    if hasattr(optimizer, "bf16_groups"):                     # BF16_Optimizer: bf16 parameters at stage 1
+        groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+    else:                                                     # DeepSpeedZeroOptimizer
+        groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+    return [FlatPart(tensor=flat, stretches=tuple(_stretch(names[p], p) for p in group if p._hp_mapping is not None))
+            for group, flat in zip(groups, flats)]
+
+
+def refresh_parameters(ds_engine: Any) -> None:
+    """The model's parameters become what the master weights say, on all ranks (an all-gather at stages 1 and 2)."""
+    if not isinstance(ds_engine.optimizer, torch.optim.Optimizer):
+        ds_engine.optimizer.update_lp_params()
+
+
+def share_of(whole: Stretch, world: World) -> Stretch:
+    """This rank's part of a parameter that every rank holds whole, near-equal in size."""
+    start, end = (whole.numel * (world.rank + i) // world.size for i in (0, 1))
+    return dataclasses.replace(whole, start=start, length=end - start, flat_start=start)
+
+
+def check_cover(owned: Sequence[Stretch], *, numels: dict[str, int], world: World, device: torch.device) -> None:
+    """Asserts that the stretches of all ranks cover every parameter exactly once; one all-reduce of a small table."""
+    row = {name: i for i, name in enumerate(numels)}
+    # ZeRO cuts a group into one contiguous partition a rank, so a parameter has at most one stretch there
+    table = torch.zeros(world.size, len(row), 2, dtype=torch.int64)
+    for s in owned:
+        table[world.rank, row[s.name]] = torch.tensor([s.start, s.length])
+    everywhere = [Stretch(name=name, numel=numels[name], start=start, length=length, flat_start=0)
+                  for rows in sum_over_ranks(table.to(device)).tolist()
+                  for name, (start, length) in zip(numels, rows) if length]
+    problem = first_gap(numels, everywhere)
+    assert problem is None, f"DeepSpeed lays its flat tensors out in a way this code does not know: {problem}"
+
+
+def _stretch(name: str, p: torch.Tensor) -> Stretch:
+    inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.get_hp_fragment_address()
+    assert inside.numel == flat.numel, f"{name}: {inside.numel} elements in the parameter, {flat.numel} in the flat tensor"
+    return Stretch(name=name, numel=p.numel(), start=inside.start, length=flat.numel, flat_start=flat.start)
