@@ -1,0 +1,94 @@
+"""A run file is checked whole before anything starts; its steps follow from tokens alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoder.base.errors import ConfigError
+from encoder.base.units import Progress
+from encoder.train.config import identity_of, read_run
+from encoder.train.evaluate import HeldOut, held_out_losses, unigram_entropy
+from encoder.train.phases import enter_next_phase, lr_at, phase_is_done, planned_steps
+from encoder.train.plan import plan_text
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny_cpu.yaml"
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("phases.0.batch_tokens=10000", "is not a whole number of rows of 2,048. Nearest: 8,192, 10,240"),
+    ("phases.0.batch_warmup.from_tokens=3000", "is not a whole number of rows"),
+    ("phases.1.max_tokens_per_document=4096", "do not fit rows"),
+    ("phases.1.max_tokens_per_document=1024", "max_position_embeddings"),
+    ("phases.1.name=stable", "each name may stand once"),
+    ("phases.2.lr.warmup_tokens=5", "lr.warmup_tokens is unknown"),
+    ("phases=[]", "at least one phase"),
+    ("model.num_attention_heads=3", "head"),
+    ("engine.zero_stge=2", "Did you mean zero_stage?"),
+    ("objective.mask_share=1.5", "mask_share"),
+    ("model={preset: modernbert_bas}", "Did you mean modernbert_base?"),
+    ("data.sources.0.weight=0", "must be above 0"),
+])
+def test_a_run_that_cannot_be_is_refused_in_one_line(override, said):
+    with pytest.raises(ConfigError) as caught:
+        read_run(TINY, [override])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_preset_fills_in_the_published_sizes():
+    run = read_run(TINY, ["model={preset: modernbert_large, vocab_size: 8192}"])
+    assert (run.model.num_hidden_layers, run.model.hidden_size, run.model.intermediate_size, run.model.vocab_size) == (28, 1024, 2624, 8192)
+
+
+def test_the_rate_of_a_step_is_the_schedule_at_its_middle_and_ends_at_the_phase():
+    decay = read_run(TINY).phases[2]
+    half = lr_at(decay, phase_tokens=0, step_tokens=decay.tokens)
+    assert half == pytest.approx(decay.lr.at(decay.tokens // 2, phase_tokens=decay.tokens))
+    beyond = lr_at(decay, phase_tokens=decay.tokens - 1, step_tokens=10**9)
+    assert beyond == pytest.approx(decay.lr.peak * 0.001)
+
+
+def test_planned_steps_spend_each_phase_and_warm_the_batch_up():
+    run = read_run(TINY)
+    steps = list(planned_steps(run))
+    for index, phase in enumerate(run.phases):
+        own = [s for s in steps if s.phase == index]
+        assert sum(s.tokens for s in own[:-1]) < phase.tokens <= sum(s.tokens for s in own)
+    assert steps[0].rows < steps[-1].rows and [s.step for s in steps] == list(range(1, len(steps) + 1))
+
+
+def test_a_phase_ends_with_the_step_that_reaches_its_tokens():
+    run = read_run(TINY)
+    at = Progress(step=9, tokens=run.phases[0].tokens, phase_step=9, phase_tokens=run.phases[0].tokens - 1, window=2, row=3)
+    assert not phase_is_done(run, at) and phase_is_done(run, replace(at, phase_tokens=run.phases[0].tokens))
+    entered = enter_next_phase(at)
+    assert (entered.phase, entered.phase_tokens, entered.window, entered.row, entered.step) == (1, 0, 0, 0, 9)
+
+
+def test_what_changes_the_curve_is_identity_and_what_does_not_is_not():
+    run = read_run(TINY)
+    same = read_run(TINY, ["engine.zero_stage=2", "loader.micro_batch_rows=1", "out=elsewhere", "tracking.print_every_steps=1"])
+    assert identity_of(run) == identity_of(same)
+    for override in ("seed=18", "phases.0.tokens=1M", "objective.mask_share=0.2", "engine.gradient_clipping=1.0", "data.row_tokens=4096"):
+        assert identity_of(run) != identity_of(read_run(TINY, [override])), override
+
+
+def test_held_out_loss_is_a_sum_over_a_count_not_a_mean_of_means():
+    sets = [HeldOut(name="a", batches=["a"]), HeldOut(name="b", batches=["b"])]
+    losses = held_out_losses(sets, lambda batches: {"a": (10.0, 1), "b": (10.0, 9)}[batches[0]])
+    assert losses["held_out_loss"] == pytest.approx(2.0)
+    assert losses["held_out_loss_a"] == pytest.approx(10.0) and losses["held_out_loss_b"] == pytest.approx(10 / 9)
+
+
+def test_unigram_entropy_of_even_and_uneven_counts():
+    assert unigram_entropy(np.array([5, 5, 5, 5, 99]), [4]) == pytest.approx(np.log(4))
+    assert unigram_entropy(np.array([3, 1, 0]), []) == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+
+
+def test_a_plan_tells_of_every_phase_without_any_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = plan_text(read_run(TINY), ranks=2)
+    assert all(word in text for word in ("stable", "extension", "decay", "not prepared yet", "160,000", "micro-batches"))

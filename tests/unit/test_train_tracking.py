@@ -1,0 +1,74 @@
+"""The ledger continues, or says why not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from encoder.base.errors import LedgerError
+from encoder.base.units import Progress
+from encoder.train.report import verify_ledger
+from encoder.train.tracking import LEDGER, METRICS, Ledger, chain, metrics_by_step, read_jsonl
+
+
+def after(progress: Progress, batch_hash: int) -> Progress:
+    tokens = progress.tokens + 100
+    return replace(progress, step=progress.step + 1, tokens=tokens,
+                   ledger_hash=chain(progress.ledger_hash, step=progress.step + 1, tokens=tokens, masked_tokens=30, batch_hash=batch_hash))
+
+
+def write_steps(folder, start: Progress, hashes: list[int]) -> tuple[Progress, int]:
+    ledger = Ledger(folder, resumed_at=start)
+    for batch_hash in hashes:
+        start = after(start, batch_hash)
+        ledger.write(start, phase="a", rows=1, tokens=100, masked_tokens=30, batch_hash=batch_hash)
+    ledger.close()
+    return start, ledger.repeated_steps
+
+
+def test_steps_done_again_after_a_resume_add_no_lines_and_are_counted(tmp_path):
+    at_two, _ = write_steps(tmp_path, Progress(), [5, -6])
+    write_steps(tmp_path, at_two, [7, 8])
+    end, repeated = write_steps(tmp_path, at_two, [7, 8, 9])
+    assert repeated == 2 and [line["step"] for line in read_jsonl(tmp_path / LEDGER)] == [1, 2, 3, 4, 5]
+    assert verify_ledger(tmp_path) == 5 and read_jsonl(tmp_path / LEDGER)[-1]["chain"] == end.ledger_hash
+
+
+def test_other_data_after_a_resume_is_refused(tmp_path):
+    at_one, _ = write_steps(tmp_path, Progress(), [5])
+    write_steps(tmp_path, at_one, [7])
+    with pytest.raises(LedgerError, match="step 2 has batch 0000000000000008.*recorded 0000000000000007"):
+        write_steps(tmp_path, at_one, [8])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    at_one, _ = write_steps(tmp_path, Progress(), [5])
+    with pytest.raises(LedgerError, match="mixes two runs"):
+        Ledger(tmp_path, resumed_at=replace(at_one, ledger_hash="0" * 16))
+
+
+def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
+    at_one, _ = write_steps(tmp_path, Progress(), [5])
+    with open(tmp_path / LEDGER, "a") as f:
+        f.write('{"step": 2, "pha')
+    assert len(read_jsonl(tmp_path / LEDGER)) == 1
+    write_steps(tmp_path, at_one, [7])
+    assert verify_ledger(tmp_path) == 2
+
+
+def test_an_edited_ledger_is_found_out(tmp_path):
+    write_steps(tmp_path, Progress(), [5, 6, 7])
+    lines = (tmp_path / LEDGER).read_text().splitlines()
+    second = json.loads(lines[1])
+    lines[1] = json.dumps({**second, "masked_tokens": second["masked_tokens"] + 1})
+    (tmp_path / LEDGER).write_text("\n".join(lines) + "\n")
+    with pytest.raises(LedgerError, match="line 2: the chain breaks"):
+        verify_ledger(tmp_path)
+
+
+def test_metrics_of_a_step_done_twice_count_once(tmp_path):
+    (tmp_path / METRICS).write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "loss": 2.5}\n'
+                                    '{"step": 2, "held_out_loss": 9.0}\n')
+    assert metrics_by_step(tmp_path / METRICS)[2] == {"step": 2, "loss": 2.5, "held_out_loss": 9.0}
