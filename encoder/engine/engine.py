@@ -66,8 +66,7 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Sta
     steps = StableAdamW(decay_groups(model, weight_decay=optimizer.weight_decay), optimizer)
     deepspeed = import_deepspeed(device)
     ds_engine = initialize(deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size))
-    if config.precision == "fp64":
-        ds_engine.communication_data_type = torch.float64     # its configuration knows no such word
+    ds_engine.enable_backward_allreduce = config.zero_stage > 0   # stage 0: ours, because DeepSpeed's refuses fp64
     engine = Engine(ds_engine, optimizer=steps, config=config, world=world, device=device)
     engine.set_masters(initial)
     return engine
@@ -179,15 +178,13 @@ class Engine:
         return contextlib.nullcontext()
 
     def _before_plain_step(self, optimizer: StableAdamW, _args: Any, _kwargs: Any) -> None:
-        """Stage 0: what ZeRO's optimizers do before they step. Measures, clips, and drops a gradient that is not finite."""
+        """Stage 0, what ZeRO's optimizers do before they step: the mean over ranks, its norm, clipping, and no update from
+        a gradient that is not finite."""
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in tensors if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(grads))
-        self._plain_norm = torch.linalg.vector_norm(norms.double())
-        if not torch.isfinite(self._plain_norm):
-            for p in tensors:
-                p.grad = None
-        elif self.config.gradient_clipping:
-            # the same formula as ZeRO's unscale_and_clip_grads
-            excess = ((self._plain_norm + 1e-6) / self.config.gradient_clipping).clamp(min=1.0)
-            torch._foreach_div_(grads, excess.to(grads[0].dtype))
+        flat = sum_over_ranks(torch.cat([p.grad.view(-1) for p in tensors])).div_(self.world.size)
+        self._plain_norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+        if self.config.gradient_clipping:     # the formula of ZeRO's unscale_and_clip_grads
+            flat.div_(((self._plain_norm + 1e-6) / self.config.gradient_clipping).clamp(min=1.0).to(flat.dtype))
+        finite = bool(torch.isfinite(self._plain_norm))
+        for p, grad in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
+            p.grad = grad.view_as(p) if finite else None
