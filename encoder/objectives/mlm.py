@@ -1,0 +1,73 @@
+"""Masked language modelling: some tokens are hidden, replaced or kept, and all of those are to be predicted.
+
+Each token draws u ~ U(0, 1), p = mask_share, as in the released ModernBERT (fact sheet 3.6; Devlin et al. 2018, 3.1):
+
+    0 ------------------- 0.8 p ------- 0.9 p ------- p --------------------------- 1
+      [MASK]                    random id     kept        not asked
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from encoder.base.errors import ConfigError
+from encoder.objectives.contract import Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlmConfig:
+    """Which share of the tokens is asked, and how they are hidden."""
+
+    mask_share: float = 0.3               # of the tokens that may be masked
+    random_share: float = 0.1             # of the asked ones: shown as a random id
+    keep_share: float = 0.1               # of the asked ones: shown as they are
+    mask_special_tokens: bool = False     # true: the released ModernBERT objective, [CLS] and [SEP] asked as well
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_share < 1:
+            raise ConfigError(f"mask_share {self.mask_share} must lie between 0 and 1. ModernBERT uses 0.3, BERT 0.15.")
+        if not (0 <= self.random_share and 0 <= self.keep_share and self.random_share + self.keep_share <= 1):
+            raise ConfigError(f"random_share {self.random_share} and keep_share {self.keep_share} are shares of the asked "
+                              "tokens: each at least 0, together at most 1.")
+
+
+class MaskedLanguageModel:
+    """The Corrupt of masked language modelling.
+
+    By default special tokens are neither asked nor drawn as random replacements, which are uniform over all other ids.
+    With `mask_special_tokens` only padding is left out, and random ids are uniform over 0 to `mask_id` inclusive, as
+    the released models were trained (fact sheet 3.6: in practice [0, 50284], the specials included).
+    """
+
+    def __init__(self, config: MlmConfig, *, vocab_size: int, mask_id: int, pad_id: int, special_ids: tuple[int, ...]) -> None:
+        left_out = {pad_id} if config.mask_special_tokens else {*special_ids, pad_id, mask_id}
+        if max(left_out | {mask_id}) >= vocab_size:
+            raise ConfigError(f"special id {max(left_out | {mask_id})} is outside the vocabulary of {vocab_size:,}. "
+                              "Use the tokenizer's own vocab_size, or larger.")
+        self.config = config
+        self.mask_id = mask_id
+        self._may_ask_V = np.ones(vocab_size, dtype=bool)
+        self._may_ask_V[list(left_out)] = False
+        self._replacements = np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(self._may_ask_V)
+        if len(self._replacements) == 0:
+            raise ConfigError(f"a vocabulary of {vocab_size} holds special tokens only; needed: at least one ordinary token.")
+
+    def __call__(self, ids: np.ndarray, generator: np.random.Generator) -> Question:
+        """The question of one row. ids int64 [T] is not changed; one number is drawn for every token, asked or not."""
+        p, hidden_share = self.config.mask_share, 1.0 - self.config.random_share - self.config.keep_share
+        u_T = generator.random(len(ids))
+        index = np.flatnonzero((u_T < p) & self._may_ask_V[ids])
+        u_M = u_T[index]
+        shown = ids.copy()
+        shown[index[u_M < p * hidden_share]] = self.mask_id
+        replaced = index[(u_M >= p * hidden_share) & (u_M < p * (1.0 - self.config.keep_share))]
+        shown[replaced] = self._replacements[generator.integers(len(self._replacements), size=len(replaced))]
+        return Question(ids=shown, predict_index=index, predict_target=ids[index])
+
+    def capacity(self, tokens: int) -> int:
+        """Mean plus six standard deviations of the binomial, at most `tokens`: exceeded once in 10^9."""
+        p = self.config.mask_share
+        return min(tokens, math.ceil(tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p))))

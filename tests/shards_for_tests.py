@@ -1,0 +1,68 @@
+"""A small shard folder for tests: MDS written by streaming, card, lengths and a tiny tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from encoder.data.shard_format import (
+    INPUT_IDS,
+    TOKENIZER,
+    Card,
+    ids_dtype,
+    special_ids_of,
+    tokenizer_fingerprint,
+    with_totals,
+    write_card,
+    write_lengths,
+)
+
+SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")   # the last five ids of the vocabulary
+
+
+def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
+    """A tokenizer.json of `vocab_size` words: t0, t1, ... and the five special tokens at the end."""
+    vocab = {f"t{i}": i for i in range(vocab_size - len(SPECIALS))}
+    added = []
+    for name in SPECIALS:
+        vocab[name] = len(vocab)
+        added.append({"id": vocab[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                      "normalized": False, "special": True})
+    path.write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}}), encoding="utf-8")
+    return path
+
+
+def random_documents(count: int, *, seed: int = 0, vocab_size: int = 64, longest: int = 64) -> list[np.ndarray]:
+    """`count` documents [CLS] body [SEP] of 3 to `longest` tokens; bodies are made of ordinary words."""
+    rng = np.random.default_rng(seed)
+    words, cls_id, sep_id = vocab_size - 5, vocab_size - 4, vocab_size - 3
+    return [np.concatenate([[cls_id], rng.integers(0, words, rng.integers(1, longest - 1)), [sep_id]])
+            for _ in range(count)]
+
+
+def write_source(folder: Path, documents: Sequence[np.ndarray], *, vocab_size: int = 64, shard_bytes: int = 1 << 14,
+                 split: str = "train", max_tokens_per_document: int = 8192, compression: str | None = None,
+                 columns: Mapping[str, str] | None = None) -> Path:
+    """Write a finished shard folder and return it; `columns` adds to input_ids, for example {"id": "str"}."""
+    from streaming import MDSWriter
+
+    kind = ids_dtype(vocab_size)
+    columns = {INPUT_IDS: f"ndarray:{kind.name}", **(columns or {})}
+    with MDSWriter(columns=columns, out=str(folder), size_limit=shard_bytes, compression=compression) as out:
+        for number, ids in enumerate(documents):
+            sample = {INPUT_IDS: np.asarray(ids).astype(kind), "id": f"document {number}", "len": len(ids)}
+            out.write({name: sample[name] for name in columns})
+    _, specials = special_ids_of(write_tokenizer(folder / TOKENIZER, vocab_size=vocab_size))
+    lengths = np.array([len(ids) for ids in documents])
+    write_lengths(folder, lengths, max_tokens_per_document=max_tokens_per_document)
+    card = Card(source=folder.parent.name or folder.name, split=split, vocab_size=vocab_size, specials=specials,
+                tokenizer_sha256=tokenizer_fingerprint(folder / TOKENIZER), dtype=kind.name, documents=0, tokens=0,
+                max_tokens_per_document=max_tokens_per_document)
+    write_card(folder, with_totals(card, lengths))
+    return folder
