@@ -43,10 +43,13 @@ def world_from_env(env: dict[str, str] | None = None) -> World:
     return World()
 
 
-def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) -> None:
-    """Start torch.distributed for this world (gloo on CPU, nccl on CUDA); one rank needs no address and no port."""
+def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) -> bool:
+    """Start torch.distributed for this world (gloo on CPU, nccl on CUDA); one rank needs no address and no port.
+
+    False if it runs already: whoever started it ends it. Raises ConfigError without an address.
+    """
     if dist.is_initialized():
-        return
+        return False
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
@@ -58,6 +61,7 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
                       LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size))
     dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    return True
 
 
 def leave() -> None:

@@ -49,7 +49,7 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
         return Outcome(done=True, progress=None)
     facts = build.check_data(run)
     device = build.choose_device(run, world)
-    join(world, device=device)
+    joined = join(world, device=device)
     try:
         with StopFlag() as stop:
             story = _prepare(run, facts, world, device, folder)
@@ -58,7 +58,8 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
             finally:
                 story.close()
     finally:
-        leave()
+        if joined:
+            leave()
 
 
 class _Story:

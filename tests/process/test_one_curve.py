@@ -1,0 +1,111 @@
+"""Promise 1 and 2 through the real training loop: the curve does not depend on ranks, micro-batch or ZeRO stage, nor on a resume."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.base.dist import World
+from encoder.engine.checkpoint import newest_checkpoint, read_weights
+from encoder.train.config import read_run
+from encoder.train.loop import pretrain
+from encoder.train.tracking import LEDGER, read_jsonl
+from tests.process.ranks import run_ranks
+from tests.shards_for_tests import random_documents, write_source
+
+RUN = """
+name: t
+out: none
+seed: 3
+model: {{system: modernbert, vocab_size: 64, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 4, num_attention_heads: 2,
+        window_radius_tokens: 8, max_position_embeddings: 64, attention_output_dropout: 0.1}}
+data: {{sources: [{{path: {root}/a, name: a, weight: 2}}, {{path: {root}/b, name: b}}], row_tokens: 64, window_documents: 24}}
+objective: {{name: mlm}}
+optimizer: {{weight_decay: 1e-3}}
+phases:
+  - {{name: short, tokens: 2K, max_tokens_per_document: 32, batch_tokens: 512, global_rope_theta: 10000,
+     batch_warmup: {{from_tokens: 256, over_tokens: 1K}}, lr: {{schedule: wsd, peak: 1e-2, warmup_tokens: 500}}}}
+  - {{name: long, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, global_rope_theta: 160000,
+     lr: {{schedule: one_minus_sqrt, peak: 5e-3}}}}
+evaluation: {{sources: [{{path: {root}/held, name: held}}], every_tokens: 1K, rows: 3}}
+checkpoints: {{every_tokens: 1K, keep_last: 9}}
+loader: {{workers: 0}}
+"""
+# (name, rows of a micro-batch, ZeRO stage, precision); 8 rows a step at the end: 4 micro-batches of 2 on one rank
+CASES = [("fp64", 2, 0, "fp64"), ("fp64_half", 1, 0, "fp64"), ("zero0", 2, 0, "fp32"), ("zero1", 2, 1, "fp32"),
+         ("zero1_half", 1, 1, "fp32"), ("zero2", 2, 2, "fp32")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("one_curve")
+    write_source(root / "a", random_documents(120, seed=1, longest=60), vocab_size=64)
+    write_source(root / "b", random_documents(90, seed=2, longest=30), vocab_size=64)
+    write_source(root / "held", random_documents(30, seed=3, longest=60), vocab_size=64)
+    (root / "run.yaml").write_text(RUN.format(root=root))
+    for size in (1, 2):
+        run_ranks(train_cases, size, folder=str(root), cases=CASES)
+    return root
+
+
+def train_cases(world: World, *, folder: str, cases: list) -> None:
+    for name, rows, stage, precision in cases:
+        pretrain(read_run(f"{folder}/run.yaml", [
+            f"out={folder}/{name}-{world.size}", f"loader.micro_batch_rows={rows}", f"engine.zero_stage={stage}",
+            f"engine.precision={precision}"]), world)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found = newest_checkpoint(run / "checkpoints")
+    assert found is not None
+    return read_weights(found)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of all parameters together."""
+    assert list(a) == list(b)
+    off = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
+    return (off / sum(float(t.double().square().sum()) for t in a.values())) ** 0.5
+
+
+def test_the_ledgers_are_equal_line_by_line(folder):
+    first = read_jsonl(folder / "fp64-1" / LEDGER)
+    assert len(first) >= 10 and {line["rows"] for line in first} >= {4, 8, 7}
+    for name, *_ in CASES:
+        for size in (1, 2):
+            assert read_jsonl(folder / f"{name}-{size}" / LEDGER) == first, (name, size)
+
+
+def test_fp64_stage_0_gives_the_same_parameters_to_1e_10(folder):
+    one = weights(folder / "fp64-1")
+    assert next(iter(one.values())).dtype == torch.float64
+    for other in ("fp64-2", "fp64_half-1", "fp64_half-2"):
+        assert max(float((one[n] - t).abs().max()) for n, t in weights(folder / other).items()) < 1e-10, other
+
+
+def test_fp32_stages_0_1_2_give_the_same_parameters_to_1e_5(folder):
+    one = weights(folder / "zero1-1")
+    for other in ("zero1-2", "zero1_half-1", "zero1_half-2", "zero0-1", "zero0-2", "zero2-1", "zero2-2", "fp64-1"):
+        assert distance(one, weights(folder / other)) < 1e-5, other
+
+
+def test_a_run_cut_off_anywhere_resumes_on_other_ranks_and_another_stage(folder):
+    whole = read_jsonl(folder / "zero1-1" / LEDGER)
+    cut = folder / "zero2-2"
+    expected = weights(folder / "zero1-1")
+    saves = sorted((cut / "checkpoints").glob("*/COMMITTED"))
+    for path in saves[1:]:                                    # as a kill after the first save leaves it
+        shutil.rmtree(path.parent)
+    (cut / "done.json").unlink()
+    lines = (cut / LEDGER).read_text().splitlines(keepends=True)
+    (cut / LEDGER).write_text("".join(lines[:-3]) + lines[-3][:20])
+    run_ranks(resume, 1, folder=str(folder))
+    assert read_jsonl(cut / LEDGER) == whole and (cut / "done.json").exists()
+    assert distance(expected, weights(cut)) < 1e-5
+
+
+def resume(world: World, *, folder: str) -> None:
+    pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/zero2-2", "loader.micro_batch_rows=3", "engine.zero_stage=0"]), world)

@@ -1,0 +1,101 @@
+"""Mistakes at the commands: one line, exit code 2, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from encoder.base.files import write_json
+from encoder.data.shard_format import CARD
+from launch import export_hf, fill_mask, plan, pretrain, report
+from tests.shards_for_tests import random_documents, write_source
+
+RUN = """
+name: t
+out: {out}
+seed: 1
+model: {{system: modernbert, vocab_size: {vocab}, hidden_size: 64, intermediate_size: 32, num_hidden_layers: 1,
+        num_attention_heads: 1, max_position_embeddings: 64}}
+data: {{sources: [{{path: {source}}}], row_tokens: 64, window_documents: 16}}
+objective: {{name: mlm}}
+optimizer: {{}}
+phases:
+  - {{name: a, tokens: 1K, max_tokens_per_document: 64, batch_tokens: {batch}, global_rope_theta: 10000,
+     lr: {{schedule: constant, peak: 1e-3}}}}
+checkpoints: {{every_tokens: 1K}}
+loader: {{workers: 0}}
+"""
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_source(tmp_path / "shards" / "s" / "train", random_documents(20), vocab_size=64)
+
+
+def run_file(tmp_path: Path, source: Path, *, vocab: int = 64, batch: int = 128) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(out=tmp_path / "run", source=source, vocab=vocab, batch=batch))
+    return path
+
+
+def refused(capsys, command, *words: object) -> str:
+    """Runs a command that must refuse; returns its one line."""
+    assert command.main([str(w) for w in words]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "\n" not in said, said
+    return said
+
+
+def test_a_missing_run_file_names_its_neighbour(tmp_path, source, capsys):
+    run_file(tmp_path, source)
+    assert "Did you mean run.yaml?" in refused(capsys, pretrain, tmp_path / "rum.yaml")
+    assert "Did you mean run.yaml?" in refused(capsys, plan, tmp_path / "rum.yaml")
+
+
+def test_a_folder_without_shards_is_told_from_a_folder_above_them(tmp_path, source, capsys):
+    (tmp_path / "empty").mkdir()
+    said = refused(capsys, pretrain, run_file(tmp_path, tmp_path / "empty"))
+    assert "holds no shards" in said and "data-prep prepare" in said
+    assert f"Did you mean {source}?" in refused(capsys, pretrain, run_file(tmp_path, source.parent))
+    assert "does not exist" in refused(capsys, pretrain, run_file(tmp_path, tmp_path / "nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_does_not_fit_the_card(tmp_path, source, capsys):
+    said = refused(capsys, pretrain, run_file(tmp_path, source, vocab=32))
+    assert "64" in said and "32" in said and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_card(tmp_path, source, capsys):
+    (source / CARD).write_text("{ no json")
+    assert "cannot be read" in refused(capsys, pretrain, run_file(tmp_path, source))
+    write_json(source / CARD, {"source": "x"})
+    assert "missing" in refused(capsys, pretrain, run_file(tmp_path, source))
+
+
+def test_a_misspelt_key_and_a_batch_that_is_no_whole_number_of_rows(tmp_path, source, capsys):
+    said = refused(capsys, pretrain, run_file(tmp_path, source), "data.row_token=64")
+    assert "data.row_token is unknown. Did you mean row_tokens?" in said
+    assert "is not a whole number of rows of 64. Nearest: 64, 128" in refused(capsys, pretrain, run_file(tmp_path, source, batch=100))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_of_another_run_names_the_setting_that_changed(tmp_path, source, capsys):
+    from encoder.base.schema import to_yaml
+    from encoder.train.config import read_run
+    path = run_file(tmp_path, source)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "run.yaml").write_text(to_yaml(read_run(path)))
+    said = refused(capsys, pretrain, path, "model.hidden_size=128", "model.num_attention_heads=2")
+    assert "model.hidden_size was 64, now 128 (and 1 more)" in said and "out=ANOTHER_FOLDER" in said
+
+
+def test_the_other_commands_refuse_what_is_not_there(tmp_path, source, capsys):
+    assert "does not exist" in refused(capsys, export_hf, tmp_path / "no", tmp_path / "hf")
+    (tmp_path / "run").mkdir()
+    assert "holds no checkpoint yet" in refused(capsys, export_hf, tmp_path / "run", tmp_path / "hf")
+    assert "has begun" in refused(capsys, report, tmp_path / "run")
+    assert "no config.json" in refused(capsys, fill_mask, tmp_path / "run", "a [MASK]")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert "has no [MASK]" in refused(capsys, fill_mask, tmp_path / "run", "a mask")
