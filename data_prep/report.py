@@ -1,0 +1,124 @@
+"""`data-prep report`: what shard folders hold, as a table, a histogram of lengths and some text read back."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.shards import read_index, read_shard
+from data_prep.verify import find_shard_folders
+from encoder.base.files import write_atomic
+from encoder.base.log import say
+from encoder.data.shard_format import TOKENIZER, Card, read_card, read_lengths
+
+SAMPLES, SAMPLE_CHARS = 3, 300
+BAR_CHARS = 40
+HEAD = ("source", "split", "samples", "tokens", "share", "mean", "median", "p95", "longest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One shard folder in numbers, and the beginnings of a few samples."""
+
+    folder: Path
+    card: Card
+    lengths: np.ndarray
+    samples: list[str]
+
+
+def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
+    """Print the report; with `out`, also write out/report.html and out/lengths.png. Raises ShardError."""
+    found = [summarize(folder) for folder in find_shard_folders(folders)]
+    rows = table(found)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    for row in rows:
+        say("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+    for summary in found:
+        say(f"\n{summary.folder}: tokens per sample")
+        for line in histogram(summary.lengths):
+            say(f"  {line}")
+        for text in summary.samples:
+            say(f"  | {' '.join(text.split())}")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        picture = _picture(found)
+        write_atomic(out / "lengths.png", picture)
+        write_atomic(out / "report.html", _page(rows, found, picture))
+        say(f"\n{out / 'report.html'}")
+
+
+def summarize(folder: Path) -> Summary:
+    """Read a folder's card and lengths, and decode samples spread evenly over its first shard."""
+    import tokenizers
+
+    card = read_card(folder)
+    lengths = np.asarray(read_lengths(folder, card))
+    shard = list(read_shard(folder, read_index(folder)[0], dtype=card.dtype))
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
+    texts = [tokenizer.decode(ids_T[:SAMPLE_CHARS].tolist(), skip_special_tokens=False)[:SAMPLE_CHARS] for ids_T in chosen]
+    return Summary(folder=folder, card=card, lengths=lengths, samples=texts)
+
+
+def table(found: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """Rows of cells, the head first. The share is of the tokens of the same split."""
+    rows = [HEAD]
+    for s in found:
+        of_split = sum(o.card.tokens for o in found if o.card.split == s.card.split)
+        rows.append((s.card.source, s.card.split, f"{s.card.documents:,}", f"{s.card.tokens:,}",
+                     f"{100 * s.card.tokens / of_split:.1f} %", f"{s.lengths.mean():,.0f}", f"{np.median(s.lengths):,.0f}",
+                     f"{np.percentile(s.lengths, 95):,.0f}", f"{s.lengths.max():,}"))
+    return rows
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """Lines 'up to 128 | #### 1,234 samples, 12.3 % of the tokens', in powers of two."""
+    edges = [2**k for k in range(5, 64) if 2**(k - 1) < lengths.max()] or [32]
+    lines, low, tokens = [], 0, int(lengths.sum(dtype=np.int64))
+    counts = [int(np.sum((lengths > a) & (lengths <= b))) for a, b in zip([0, *edges], edges, strict=False)]
+    for high, count in zip(edges, counts, strict=True):
+        share = int(lengths[(lengths > low) & (lengths <= high)].sum(dtype=np.int64)) / tokens
+        bar = "#" * round(BAR_CHARS * count / max(counts))
+        lines.append(f"up to {high:>6,} |{bar:<{BAR_CHARS}}| {count:>9,} samples, {100 * share:5.1f} % of the tokens")
+        low = high
+    return lines
+
+
+def _picture(found: Sequence[Summary]) -> bytes:
+    """PNG: the share of each folder's tokens by sample length."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for s in found:
+        if s.card.split == "train":
+            weights = s.lengths / s.lengths.sum(dtype=np.int64)
+            axes.hist(s.lengths, bins=np.geomspace(4, s.card.max_tokens_per_document + 1, 60), weights=weights,
+                      histtype="step", label=s.card.source)
+    axes.set(xscale="log", xlabel="tokens per sample", ylabel="share of the source's tokens")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _page(rows: Sequence[tuple[str, ...]], found: Sequence[Summary], picture: bytes) -> str:
+    cells = "\n".join("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+                      for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False))
+    samples = "\n".join(f"<h3>{html.escape(s.card.source)} {s.card.split}</h3>" +
+                        "".join(f"<pre>{html.escape(text)}</pre>" for text in s.samples) for s in found)
+    return f"""<!doctype html><meta charset="utf-8"><title>Shards</title>
+<style>body{{font:16px sans-serif;max-width:60em;margin:2em auto}} td,th{{padding:.2em .8em;text-align:right}}
+pre{{white-space:pre-wrap;background:#f4f4f4;padding:.6em}} img{{max-width:100%}}</style>
+<h1>Shards</h1><table>{cells}</table>
+<img alt="tokens by sample length" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
+{samples}
+"""

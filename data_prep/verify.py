@@ -1,0 +1,71 @@
+"""`data-prep verify`: hold every byte of shard folders against index, card and lengths."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.shards import ShardSamples, read_index, read_shard
+from encoder.base.errors import ShardError
+from encoder.base.log import say
+from encoder.data.shard_format import CARD, TOKENIZER, Card, lengths_dtype, read_card, read_lengths, tokenizer_fingerprint
+
+
+def verify(folders: Sequence[Path]) -> int:
+    """Check all folders and say what was found, a line each; 0, or 2 when one is damaged. Raises ShardError for no folder."""
+    damaged = 0
+    for folder in find_shard_folders(folders):
+        try:
+            card, shards = verify_folder(folder)
+            say(f"{folder}: good, {shards:,} shards, {card.documents:,} samples, {card.tokens:,} tokens")
+        except ShardError as error:
+            damaged += 1
+            print(f"error: {error}", file=sys.stderr)
+    return 2 if damaged else 0
+
+
+def find_shard_folders(folders: Sequence[Path]) -> list[Path]:
+    """The folders that hold a card, at or below those given (hidden ones left out). Raises ShardError."""
+    found: dict[Path, None] = {}
+    for folder in folders:
+        cards = sorted(p for p in folder.rglob(CARD) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+        if not cards:
+            read_card(folder)          # says what is missing
+        found.update({p.parent: None for p in cards})
+    return list(found)
+
+
+def verify_folder(folder: Path) -> tuple[Card, int]:
+    """(card, number of shards) of a folder without damage. Raises ShardError naming the first damaged file."""
+    card = read_card(folder)
+    if tokenizer_fingerprint(folder / TOKENIZER) != card.tokenizer_sha256:
+        raise ShardError(f"{folder / TOKENIZER} is not the tokenizer of {CARD} (its SHA-256 differs). Make the shards again.")
+    lengths, at, shards = read_lengths(folder, card), 0, read_index(folder)
+    for entry in shards:
+        samples = read_shard(folder, entry, dtype=card.dtype)
+        _check_samples(folder, samples, lengths[at:at + len(samples.lengths_P)], card)
+        at += len(samples.lengths_P)
+    tokens = int(np.sum(lengths, dtype=np.int64))
+    if at != card.documents or tokens != card.tokens:
+        raise ShardError(f"{folder} has {at:,} samples and {tokens:,} tokens, {CARD} tells of {card.documents:,} and "
+                         f"{card.tokens:,}. Make the shards again.")
+    return card, len(shards)
+
+
+def _check_samples(folder: Path, samples: ShardSamples, expected_P: np.ndarray, card: Card) -> None:
+    path, lengths_P = folder / samples.name, samples.lengths_P
+    if not np.array_equal(lengths_P.astype(lengths_dtype(card.max_tokens_per_document)), expected_P):
+        raise ShardError(f"{path} has other sample lengths than lengths.bin. Make the shards again.")
+    ends_P = np.cumsum(lengths_P)
+    faults = {
+        f"an id beyond the vocabulary of {card.vocab_size:,}": samples.ids_T.max(initial=0) >= card.vocab_size,
+        "a sample that does not begin with [CLS]": np.any(samples.ids_T[ends_P - lengths_P] != card.specials.cls_id),
+        "a sample that does not end with [SEP]": np.any(samples.ids_T[ends_P - 1] != card.specials.sep_id),
+        f"a sample longer than {card.max_tokens_per_document:,} tokens": lengths_P.max(initial=0) > card.max_tokens_per_document,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ShardError(f"{path} has {fault}. Make the shards again.")
