@@ -1,40 +1,16 @@
-"""What an objective is to the data side: a function that turns one row of clean tokens into a question."""
+"""What an objective must be (`Corrupt`, giving a `Question`), and what it may know of a tokenizer (`Specials`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
+from encoder.base.question import Corrupt, Question
 
-
-@dataclass(frozen=True)
-class Question:
-    """One row as the model sees it, and what it is asked. T tokens of the row without padding, M predicted positions.
-
-        clean           [CLS]  the   cat   sat  [SEP]
-        ids_T           [CLS]  the [MASK]  sat  [SEP]
-        predict_index   2
-        predict_target  cat
-    """
-
-    ids: np.ndarray               # int64 [T], after masking
-    predict_index: np.ndarray     # int64 [M] into the row, ascending
-    predict_target: np.ndarray    # int64 [M], the clean ids there
-
-
-class Corrupt(Protocol):
-    """A question maker. It is sent to worker processes, so it must survive pickling."""
-
-    def __call__(self, ids: np.ndarray, generator: np.random.Generator) -> Question:
-        """The question of a row int64 [T]; the same ids and generator give the same question."""
-
-    def capacity(self, tokens: int) -> int:
-        """Predicted positions to make room for in `tokens` tokens; a question has more less often than once in 10^8."""
+__all__ = ["Corrupt", "Question", "Specials"]
 
 
 class Specials(Protocol):
-    """The special ids an objective needs to know (a card's SpecialIds is one)."""
+    """The special ids of a tokenizer (a card's SpecialIds is one)."""
 
     mask_id: int
     pad_id: int

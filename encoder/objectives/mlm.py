@@ -30,8 +30,8 @@ class MlmConfig:
         if not 0 < self.mask_share < 1:
             raise ConfigError(f"mask_share {self.mask_share} must lie between 0 and 1. ModernBERT uses 0.3, BERT 0.15.")
         if not (0 <= self.random_share and 0 <= self.keep_share and self.random_share + self.keep_share <= 1):
-            raise ConfigError(f"random_share {self.random_share} and keep_share {self.keep_share} are shares of the asked "
-                              "tokens: each at least 0, together at most 1.")
+            raise ConfigError(f"random_share {self.random_share} and keep_share {self.keep_share} are shares of the "
+                              "asked tokens: each at least 0, together at most 1.")
 
 
 class MaskedLanguageModel:
@@ -42,7 +42,8 @@ class MaskedLanguageModel:
     the released models were trained (fact sheet 3.6: in practice [0, 50284], the specials included).
     """
 
-    def __init__(self, config: MlmConfig, *, vocab_size: int, mask_id: int, pad_id: int, special_ids: tuple[int, ...]) -> None:
+    def __init__(self, config: MlmConfig, *, vocab_size: int, mask_id: int, pad_id: int,
+                 special_ids: tuple[int, ...]) -> None:
         left_out = {pad_id} if config.mask_special_tokens else {*special_ids, pad_id, mask_id}
         if max(left_out | {mask_id}) >= vocab_size:
             raise ConfigError(f"special id {max(left_out | {mask_id})} is outside the vocabulary of {vocab_size:,}. "
@@ -53,7 +54,7 @@ class MaskedLanguageModel:
         self._may_ask_V[list(left_out)] = False
         self._replacements = np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(self._may_ask_V)
         if len(self._replacements) == 0:
-            raise ConfigError(f"a vocabulary of {vocab_size} holds special tokens only; needed: at least one ordinary token.")
+            raise ConfigError(f"a vocabulary of {vocab_size} holds special tokens only; needed: an ordinary token.")
 
     def __call__(self, ids: np.ndarray, generator: np.random.Generator) -> Question:
         """The question of one row. ids int64 [T] is not changed; one number is drawn for every token, asked or not."""

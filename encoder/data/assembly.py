@@ -1,0 +1,181 @@
+"""Planned rows to one micro-batch: read the pieces, ask the question, lay everything end to end.
+
+What a row contains, its masks and its dropout keys are functions of the row's address alone. Padding, the micro-batch
+and the other rows never enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+from encoder.base.batch import IGNORE, TokenBatch
+from encoder.base.errors import ShardError
+from encoder.base.question import Corrupt, Question
+from encoder.base.rng import address_key, generator, splitmix64
+from encoder.data.shards import Source
+from encoder.data.windows import DOCUMENT, SOURCE
+
+# Static shapes: cu_seqlens has room for one document in 128 tokens (web text has one in 500 to 1,000), doubled until it
+# suffices; each unused entry costs attention kernels an empty block
+TOKENS_PER_SEQLEN = 128
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row to be assembled."""
+
+    address: tuple[int | str, ...]     # (phase, window, row), or ("held_out", source, row): keys masks and dropout
+    number: int                        # in its step, counted over all ranks
+    pieces_P4: np.ndarray              # int64, as in WindowPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """A micro-batch, and the hash of its rows: int64, summed with wrapping."""
+
+    batch: TokenBatch
+    row_hash: int
+
+    def pin_memory(self) -> Assembled:
+        """The same in page-locked memory; torch's DataLoader asks for it by this name."""
+        pinned = {name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+                  for name, value in vars(self.batch).items()}
+        return Assembled(batch=TokenBatch(**pinned), row_hash=self.row_hash)
+
+
+@dataclass(frozen=True)
+class _Row:
+    question: Question
+    lengths_P: list[int]
+    dropout_key_T: np.ndarray
+    hash: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembler:
+    """Makes micro-batches of at most `micro_batch_rows` rows. Picklable: worker processes hold a copy.
+
+    With `static_shapes` every micro-batch has micro_batch_rows * row_tokens tokens and the same number of predicted
+    positions, the padding at its end in segments of at most `max_tokens_per_document`. Without, it has no padding, and
+    one padding token where it has no row.
+    """
+
+    sources: Sequence[Source]
+    corrupt: Corrupt
+    seed: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    max_tokens_per_document: int
+    row_tokens: int
+    micro_batch_rows: int
+    static_shapes: bool
+
+    def assemble(self, specs: Sequence[RowSpec]) -> Assembled:
+        """The micro-batch of these rows. Raises ShardError for a shard that cannot be read."""
+        rows = [self._row(spec) for spec in specs]
+        tokens = sum(len(r.question.ids) for r in rows)
+        total = self.micro_batch_rows * self.row_tokens if self.static_shapes else max(tokens, 1)
+        lengths = [n for r in rows for n in r.lengths_P] + self._padding_segments(total - tokens)
+        starts_S1 = np.concatenate([[0], np.cumsum(lengths)])
+        row_starts = np.cumsum([0, *(len(r.question.ids) for r in rows)])
+        positions_T = np.arange(total) - np.repeat(starts_S1[:-1], lengths)
+        predict_index = _joined([r.question.predict_index + s for r, s in zip(rows, row_starts, strict=False)])
+        predicted, seqlens = len(predict_index), len(starts_S1)
+        if self.static_shapes:
+            predicted = self.micro_batch_rows * self.corrupt.capacity(self.row_tokens)
+            seqlens = self._seqlens_room(seqlens)
+        batch = TokenBatch(
+            ids_T=_padded(_joined([r.question.ids for r in rows]), total, self.pad_id),
+            positions_T=torch.from_numpy(positions_T.astype(np.int32)),
+            cu_seqlens_S1=_padded(starts_S1.astype(np.int32), seqlens, total),
+            max_seqlen=self.max_tokens_per_document if self.static_shapes else max(lengths),
+            predict_index_M=_padded(predict_index, predicted, 0),
+            predict_target_M=_padded(_joined([r.question.predict_target for r in rows]), predicted, IGNORE),
+            dropout_key_T=_padded(_joined([r.dropout_key_T for r in rows]), total, 0),
+            masked_tokens=len(predict_index), tokens=tokens)
+        return Assembled(batch=batch, row_hash=wrap_int64(sum(r.hash for r in rows)))
+
+    def _row(self, spec: RowSpec) -> _Row:
+        parts: list[np.ndarray] = []
+        lengths = [self._lay_piece(parts, *piece) for piece in spec.pieces_P4.tolist()]
+        ids = np.concatenate(parts, dtype=np.int64)
+        assert len(ids) <= self.row_tokens, "a row was planned above its capacity"
+        self._check_ids(ids, spec)
+        place = spec.address
+        question = self.corrupt(ids, generator(self.seed, "mlm", *place))
+        # room is counted by row, not by micro-batch, so that what is asked does not depend on the micro-batch
+        room = self.corrupt.capacity(self.row_tokens)
+        if len(question.predict_index) > room:
+            question = replace(question, predict_index=question.predict_index[:room],
+                               predict_target=question.predict_target[:room])
+        with np.errstate(over="ignore"):
+            counters = address_key(self.seed, "dropout", *place)[0] + np.arange(len(ids), dtype=np.uint64)
+        return _Row(question, lengths, splitmix64(counters).view(np.int64), _row_hash(spec.number, question))
+
+    def _lay_piece(self, parts: list[np.ndarray], source: int, document: int, start: int, end: int) -> int:
+        """Append a piece's ids, with [CLS] and [SEP] put back where it was cut; returns its length."""
+        ids = self.sources[source].read(document)
+        if start > 0:
+            parts.append(np.array([self.cls_id]))
+        parts.append(ids[start:end])
+        if end < len(ids):
+            parts.append(np.array([self.sep_id]))
+        return (end - start) + (start > 0) + (end < len(ids))
+
+    def _check_ids(self, ids: np.ndarray, spec: RowSpec) -> None:
+        vocab_size = self.sources[0].card.vocab_size
+        if ids.max() >= vocab_size:
+            for source, document in spec.pieces_P4[:, [SOURCE, DOCUMENT]].tolist():
+                top = self.sources[source].read(document).max()
+                if top >= vocab_size:
+                    raise ShardError(f"{self.sources[source].file_of(document)} holds id {top}, its vocabulary has "
+                                     f"{vocab_size:,}. Copy or prepare the shard again.")
+
+    def _padding_segments(self, padding: int) -> list[int]:
+        whole, rest = divmod(padding, self.max_tokens_per_document)
+        return [self.max_tokens_per_document] * whole + [rest] * (rest > 0)
+
+    def _seqlens_room(self, needed: int) -> int:
+        room = max(2, self.micro_batch_rows * self.row_tokens // TOKENS_PER_SEQLEN)
+        while room < needed:
+            room *= 2
+        return room
+
+
+def deal(specs: Sequence[RowSpec], *, rank: int, world_size: int, micro_batch_rows: int) -> list[list[RowSpec]]:
+    """This rank's micro-batches of a step: row r goes to rank r mod world; every rank gets the same number of them.
+
+        5 rows, 2 ranks, 2 rows a micro-batch:     rank 0  [0 2] [4]     rank 1  [1 3] []
+    """
+    mine = specs[rank::world_size]
+    count = -(-len(specs) // (world_size * micro_batch_rows))
+    return [list(mine[i * micro_batch_rows:(i + 1) * micro_batch_rows]) for i in range(count)]
+
+
+def wrap_int64(number: int) -> int:
+    """The number modulo 2^64 as a signed 64-bit integer: what adding int64 tensors gives."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _row_hash(number: int, question: Question) -> int:
+    """Of the row's number, its ids before and after masking, and the positions asked (targets: the ids before)."""
+    digest = blake2b(np.array([number, len(question.ids)], dtype="<i8"), digest_size=8)
+    for part in (question.ids, question.predict_index, question.predict_target):
+        digest.update(part.astype("<u4"))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _padded(values: np.ndarray, size: int, fill: int) -> torch.Tensor:
+    whole = np.full(size, fill, dtype=values.dtype)
+    whole[:len(values)] = values
+    return torch.from_numpy(whole)

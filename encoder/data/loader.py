@@ -1,0 +1,250 @@
+"""Shards to steps: deals the planned rows to ranks, has them assembled ahead of time, and says where the run stands.
+
+Everything that leaves this file is a function of (sources, settings, seed, position). The number of ranks, the
+micro-batch and the workers decide only who makes a row and when.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from encoder.base.batch import TokenBatch
+from encoder.base.errors import ConfigError, ShardError, UserError
+from encoder.base.question import Corrupt
+from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, wrap_int64
+from encoder.data.packing import pack_best_fit
+from encoder.data.shard_format import Card
+from encoder.data.shards import Source
+from encoder.data.windows import WindowPlan, Windows, cut, lay_rows
+
+MICRO_BATCHES_AHEAD = 4      # per worker; a micro-batch of 98,304 tokens holds 3 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPosition:
+    """Where a phase stands: the next row is row `row` of window `window`."""
+
+    window: int = 0
+    row: int = 0
+    phase_tokens: int = 0        # tokens without padding of all rows before
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepData:
+    """One step: this rank's micro-batches, and what every rank knows of the whole step without asking."""
+
+    micro_batches: list[TokenBatch]    # this rank's; the same number on every rank
+    rows: int                          # all ranks
+    tokens: int                        # all ranks, without padding
+    masked_tokens: int                 # this rank
+    row_hash: int                      # this rank; int64, summed over ranks it does not depend on the dealing
+    start: DataPosition
+    end: DataPosition
+    fill: float                        # share of the rows' capacity that is tokens
+
+
+class Loader:
+    """The steps of one phase from a position on, without end. Owns worker processes: use it in `with`, or close it.
+
+    `rows_at` tells how many rows the next step has, from the phase's tokens so far; only the main process calls it, and
+    ahead of time. An exception in a worker is raised by next_step(), a UserError as it is, others with the worker's
+    traceback; so is the death of a worker.
+    """
+
+    def __init__(self, *, sources: Sequence[Source], weights: Sequence[float], seed: int, phase: int,
+                 max_tokens_per_document: int, row_tokens: int, window_documents: int, corrupt: Corrupt, pad_id: int,
+                 cls_id: int, sep_id: int, rank: int, world_size: int, micro_batch_rows: int,
+                 rows_at: Callable[[int], int], start: DataPosition, static_shapes: bool, workers: int,
+                 pin_memory: bool = False) -> None:
+        _check_lengths(max_tokens_per_document, row_tokens)
+        assembler = Assembler(
+            sources=sources, corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
+            max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
+            static_shapes=static_shapes)
+        windows = Windows(sources=sources, weights=weights, seed=seed, phase=phase, row_tokens=row_tokens,
+                          max_tokens_per_document=max_tokens_per_document, window_documents=window_documents)
+        self._row_tokens = row_tokens
+        self._planner = _Planner(windows, phase=phase, start=start, rows_at=rows_at, rank=rank, world_size=world_size,
+                                 micro_batch_rows=micro_batch_rows)
+        self._iterator = _start(_MicroBatches(assembler), self._planner, workers=workers, pin_memory=pin_memory)
+        # also at interpreter exit, before multiprocessing waits for its children: workers do not listen to SIGTERM
+        self._finish = weakref.finalize(self, getattr(self._iterator, "_shutdown_workers", _nothing))
+
+    def next_step(self) -> StepData:
+        """The next step. Waits for the workers where they are behind."""
+        first = self._take()
+        step = self._planner.steps.popleft()
+        made = [first, *(self._take() for _ in range(step.micro_batches - 1))]
+        return StepData(
+            micro_batches=[m.batch for m in made], rows=step.rows, tokens=step.tokens,
+            masked_tokens=sum(m.batch.masked_tokens for m in made), row_hash=wrap_int64(sum(m.row_hash for m in made)),
+            start=step.start, end=step.end, fill=step.tokens / (step.rows * self._row_tokens))
+
+    def close(self) -> None:
+        """End the worker processes; the loader gives no more steps."""
+        self._finish()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self) -> Assembled:
+        made = next(self._iterator)
+        if isinstance(made, UserError):
+            raise made
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlannedStep:
+    rows: int
+    tokens: int
+    micro_batches: int
+    start: DataPosition
+    end: DataPosition
+
+
+class _Planner:
+    """Walks over the windows: yields this rank's micro-batches to be made, and keeps the steps they belong to.
+
+    The main process iterates it a few micro-batches ahead. Every rank plans every row, so that all ranks know a step's
+    tokens without a word.
+    """
+
+    def __init__(self, windows: Windows, *, phase: int, start: DataPosition, rows_at: Callable[[int], int], rank: int,
+                 world_size: int, micro_batch_rows: int) -> None:
+        self._windows, self._phase, self._position, self._rows_at = windows, phase, start, rows_at
+        self._rank, self._world_size, self._micro_batch_rows = rank, world_size, micro_batch_rows
+        self._plan: WindowPlan | None = None
+        self.steps: deque[_PlannedStep] = deque()
+
+    def __iter__(self) -> Iterator[list[RowSpec]]:
+        while True:
+            start, rows = self._position, self._rows_at(self._position.phase_tokens)
+            assert rows >= 1, "a step has at least one row"
+            specs = [self._next_row(number) for number in range(rows)]
+            mine = deal(specs, rank=self._rank, world_size=self._world_size, micro_batch_rows=self._micro_batch_rows)
+            self.steps.append(_PlannedStep(rows=rows, tokens=self._position.phase_tokens - start.phase_tokens,
+                                           micro_batches=len(mine), start=start, end=self._position))
+            yield from mine
+
+    def _next_row(self, number: int) -> RowSpec:
+        at = self._position
+        plan = self._plan = self._plan or self._windows.plan(at.window)
+        if at.row > 0 and at.row >= plan.rows:
+            raise ShardError(f"row {at.row} of window {at.window} does not exist: the window has {plan.rows} rows. "
+                             "The shards or the data settings are not those of this run.")
+        while plan.rows == 0:     # a window of fewer than one document
+            at = DataPosition(window=at.window + 1, phase_tokens=at.phase_tokens)
+            plan = self._plan = self._windows.plan(at.window)
+        tokens = at.phase_tokens + int(plan.tokens_R[at.row])
+        if at.row + 1 < plan.rows:
+            self._position = DataPosition(window=at.window, row=at.row + 1, phase_tokens=tokens)
+        else:
+            self._position, self._plan = DataPosition(window=at.window + 1, phase_tokens=tokens), None
+        return RowSpec(address=(self._phase, at.window, at.row), number=number, pieces_P4=plan.pieces(at.row))
+
+
+class _MicroBatches(Dataset):
+    """What torch's DataLoader asks for a micro-batch, in this process or in a worker."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self._assembler = assembler
+
+    def __getitem__(self, specs: list[RowSpec]) -> Assembled | UserError:
+        try:
+            return self._assembler.assemble(specs)
+        except UserError as error:      # goes home as a value: torch would bury its one line in a traceback
+            return error
+
+
+def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
+           pin_memory: bool) -> Iterator[Assembled | UserError]:
+    """Start `workers` processes that make micro-batches in order; 0: they are made when asked for.
+
+    The processes come from a fork server: it was started clean, so they inherit no lock that a thread of torch, gloo or
+    NCCL held at that moment, and no registered memory; and it has torch imported already, which a spawned process would
+    spend 2 to 4 s on. They do not hear SIGINT, SIGTERM and SIGUSR1, which reach whole process groups: the main process
+    still has to finish its step. They end when it does.
+    """
+    context: Any = None
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    loader = DataLoader(
+        data, sampler=planner, batch_size=None, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
+        multiprocessing_context=context, prefetch_factor=MICRO_BATCHES_AHEAD if workers else None,
+        generator=torch.Generator())      # its own: the default would draw from the model's
+    resource_tracker.ensure_running()     # now, since it unblocks signals when it starts (Python 3.10 to 3.12)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def evaluation_batches(*, source: Source, rows: int, seed: int, max_tokens_per_document: int, row_tokens: int,
+                       corrupt: Corrupt, pad_id: int, cls_id: int, sep_id: int, rank: int, world_size: int,
+                       micro_batch_rows: int, static_shapes: bool) -> list[TokenBatch]:
+    """This rank's share of the first documents of a held-out source, as many as fill `rows` rows (or all there are).
+
+    Always the same rows and the same masks for the same geometry and seed, on any number of ranks.
+    """
+    _check_lengths(max_tokens_per_document, row_tokens)
+    assembler = Assembler(
+        sources=[source], corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
+        max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
+        static_shapes=static_shapes)
+    documents = np.arange(min(source.documents, rows * row_tokens))
+    pieces = cut(0, documents, source.lengths[:len(documents)], max_tokens_per_document)
+    fitting = int(np.searchsorted(np.cumsum(pieces.tokens_P), rows * row_tokens, side="right"))
+    packed = pack_best_fit(pieces.tokens_P[:fitting], row_tokens)[:rows]
+    plan = lay_rows(pieces, packed)
+    specs = [RowSpec(address=("held_out", source.name, row), number=row, pieces_P4=plan.pieces(row))
+             for row in range(plan.rows)]
+    return [assembler.assemble(mine).batch
+            for mine in deal(specs, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows)]
+
+
+def token_counts(source: Source, vocab_size: int, documents: int | None = None) -> np.ndarray:
+    """How often each id occurs in the first `documents` documents (default: all), int64 [vocab_size]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    total = source.documents if documents is None else min(documents, source.documents)
+    for first in range(0, total, 1024):
+        ids = np.concatenate([source.read(d) for d in range(first, min(first + 1024, total))])
+        counts += np.bincount(ids, minlength=vocab_size)
+    return counts
+
+
+def check_fits(card: Card, *, vocab_size: int, where: str) -> None:
+    """The model has an embedding for every id of the shards. Raises ShardError."""
+    if card.vocab_size > vocab_size:
+        raise ShardError(f"{where} was made with a vocabulary of {card.vocab_size:,}, the model has {vocab_size:,}. "
+                         f"Set model.vocab_size to at least {card.vocab_size:,}, or use other shards.")
+
+
+def _check_lengths(max_tokens_per_document: int, row_tokens: int) -> None:
+    if not 3 <= max_tokens_per_document <= row_tokens:
+        raise ConfigError(f"max_tokens_per_document {max_tokens_per_document:,} must lie between 3 and "
+                          f"row_tokens {row_tokens:,}.")
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _nothing() -> None:
+    pass
