@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from encoder.nn.attend import Plan
-from encoder.nn.rope import rotate
+from encoder.nn.rope import split_and_rotate
 
 
 class Attention(nn.Module):
@@ -20,6 +20,5 @@ class Attention(nn.Module):
     def forward(self, x_TC: Tensor, *, plan: Plan, rope: Tensor, local: bool) -> Tensor:
         """[T, C] -> [T, C]; rope is a table of encoder.nn.rope."""
         qkv_T3HD = self.Wqkv(x_TC).view(-1, 3, self.heads, self.head_width)
-        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
-        out_THD = plan(rotate(q_THD, rope), rotate(k_THD, rope), v_THD, local=local)
+        out_THD = plan(*split_and_rotate(qkv_T3HD, rope), local=local)
         return self.Wo(out_THD.reshape(x_TC.shape))

@@ -9,10 +9,11 @@ import torch
 from encoder.base.errors import ConfigError, nearest
 from encoder.nn.attend.contract import Backend, Plan
 from encoder.nn.attend.sdpa import Sdpa
+from encoder.nn.attend.tiles import Tiles
 
 __all__ = ["BACKENDS", "Backend", "Choice", "Plan", "choose_backend"]
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Sdpa(),)}     # fastest first
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Tiles(), Sdpa())}     # fastest first
 
 
 @dataclass(frozen=True, kw_only=True)
