@@ -1,0 +1,240 @@
+"""Checkpoints that cannot be wrong: by parameter name and range, committed last, verified on load, fenced by incarnation.
+
+    RUN/incarnations/0001, 0002, ...     one empty file per start of the run; only the newest may commit or delete
+    RUN/checkpoints/tokens0000001234567-i0002/
+        rank00000.safetensors ...        stretches of parameters: masters and optimizer state
+        state.json                       shapes by name, optimizer steps, ranks and ZeRO stage of the save
+        progress.json  run.yaml  environment.json
+        MANIFEST.json                    size and SHA-256 of every file above
+        COMMITTED                        written last: a folder without it does not exist
+        MILESTONE                        only where retention must keep the folder; holds the milestone's name
+
+While it is written a folder is called `.NAME.part`. Any number of ranks and any ZeRO stage reads every save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from encoder.base.dist import World, sum_over_ranks
+from encoder.base.errors import CheckpointError
+from encoder.base.files import fsync_folder, sha256_of, write_atomic, write_json
+from encoder.base.log import warn_once
+from encoder.base.schema import from_mapping
+from encoder.base.units import Progress
+from encoder.engine.agree import collective_device, together
+from encoder.engine.checkpoint_folder import (
+    COMMITTED,
+    MANIFEST,
+    MILESTONE,
+    check_not_stale,
+    claim_next,
+    committed_folders,
+    damage,
+    folder_name,
+    remove_old,
+)
+from encoder.engine.checkpoint_stretches import KINDS, StretchReader, rank_file, write_pieces
+from encoder.engine.engine import Engine
+
+FORMAT = 1
+_PACKAGES = ("torch", "deepspeed", "safetensors", "numpy", "tokenizers", "transformers", "mosaicml-streaming", "tessera")
+
+
+def claim_incarnation(run_folder: Path, world: World) -> int:
+    """The number of this start of the run; from now on older starts can neither commit nor delete. Raises CheckpointError."""
+    claimed = torch.zeros(1, dtype=torch.int64)
+    together((lambda: claimed.fill_(claim_next(run_folder))) if world.first else None,
+             doing=f"cannot claim a start of the run in {run_folder}")
+    return int(sum_over_ranks(claimed.to(collective_device())))
+
+
+def save_checkpoint(root: Path, *, engine: Engine, progress: Progress, run_yaml: str, incarnation: int,
+                    extra: dict[str, Any], keep_last: int, milestone: str | None = None) -> Path:
+    """Commits one folder under `root` (RUN/checkpoints) and removes what retention does not keep; called on every rank.
+
+    `extra` holds plain JSON values that load_checkpoint gives back. Saving the same position twice writes nothing but the
+    milestone. Raises CheckpointError on all ranks if a file cannot be written (what was half-written is removed, older
+    checkpoints stay) or if a newer start of the run took over.
+    """
+    save = _Save(root, engine, progress, run_yaml, incarnation, extra, milestone)
+    first = engine.world.first
+    doing, then = f"cannot write checkpoint {save.final}", "The one before it stays valid; start again once there is room."
+    try:
+        together(save.begin if first else None, doing=doing, then=then)
+        if not int(sum_over_ranks(save.kept_already.to(collective_device()))):
+            together(save.write_rank, doing=doing, then=then)
+            save.digests = sum_over_ranks(save.digests.to(collective_device())).cpu()
+            together(save.commit if first else None, doing=doing, then=then)
+    except BaseException:
+        if first:
+            save.clean_up()
+        raise
+    together((lambda: remove_old(root, incarnation=incarnation, keep_last=keep_last)) if first else None,
+             doing=f"cannot remove old checkpoints in {root}", then=f"{save.final.name} is committed.")
+    return save.final
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The last committed folder whose files are what its manifest says; None if there was never one.
+
+    With ranks joined, rank zero reads and all get its answer. A damaged folder is named and the one before it taken.
+    Raises CheckpointError if there are checkpoints but none is whole.
+    """
+    folders = committed_folders(root)
+    names = torch.zeros(2, dtype=torch.int64)      # tokens, incarnation
+
+    def choose() -> None:
+        problem = None
+        for folder in reversed(folders):
+            problem = damage(folder)
+            if problem is None:
+                tokens, incarnation = folder.name.removeprefix("tokens").split("-i")
+                names.copy_(torch.tensor([int(tokens), int(incarnation)]))
+                return
+            warn_once(f"{problem} Checkpoint {folder.name} is left out, the one before it is tried.")
+        if problem:
+            raise CheckpointError(f"none of the {len(folders)} checkpoints in {root} is whole: {problem} "
+                                  "Start anew with another out.")
+
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    together(choose if first else None, doing=f"cannot read the checkpoints in {root}")
+    tokens, incarnation = sum_over_ranks(names.to(collective_device())).tolist()
+    return root / folder_name(tokens=tokens, incarnation=incarnation) if incarnation else None
+
+
+def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, Any]]:
+    """Reads a checkpoint into an engine of any rank count and ZeRO stage; gives back (progress, extra).
+
+    Called on every rank. Raises CheckpointError on all ranks if it is damaged or belongs to another model.
+    """
+    state: dict[str, Any] = {}
+
+    def load() -> None:
+        state.update(_read_state(folder))
+        _check_same_model(folder, saved=state["shapes"], ours=engine.shapes)
+        with StretchReader(folder) as reader:
+            for piece in engine.pieces():
+                for kind in KINDS:
+                    reader.copy_into(getattr(piece, kind), name=piece.name, start=piece.start, kind=kind)
+        state.update(_read_json(folder / "progress.json"))
+
+    together(load, doing=f"cannot read checkpoint {folder}", then="Remove this folder to use the one before it.")
+    engine.state_was_loaded(optimizer_steps=state["optimizer_steps"])
+    return from_mapping(Progress, state["progress"], where=str(folder)), state["extra"]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The whole master weights by name (fp32, or fp64 of an fp64 run) on the CPU; for one process. Raises CheckpointError."""
+    weights: dict[str, torch.Tensor] = {}
+    try:
+        with StretchReader(folder) as reader:
+            for name, shape in _read_state(folder)["shapes"].items():
+                weights[name] = torch.empty(shape, dtype=reader.dtype)
+                reader.copy_into(weights[name].view(-1), name=name, start=0, kind="master")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}. Use another one.") from error
+    return weights
+
+
+class _Save:
+    """One save under way: what each rank, and rank zero alone, writes."""
+
+    def __init__(self, root: Path, engine: Engine, progress: Progress, run_yaml: str, incarnation: int,
+                 extra: dict[str, Any], milestone: str | None) -> None:
+        name = folder_name(tokens=progress.tokens, incarnation=incarnation)
+        self.root, self.part, self.final = root, root / f".{name}.part", root / name
+        self.engine, self.progress, self.run_yaml, self.incarnation = engine, progress, run_yaml, incarnation
+        self.extra, self.milestone = extra, milestone
+        self.kept_already = torch.zeros(1, dtype=torch.int64)
+        self.digests = torch.zeros(engine.world.size, 33, dtype=torch.int64)     # a row a rank: bytes, SHA-256
+
+    def begin(self) -> None:
+        """Rank zero: an empty hidden folder; or, where this position is committed already, only its milestone."""
+        check_not_stale(self.root, self.incarnation)
+        self.clean_up()
+        if self.final.is_dir():
+            saved = _read_json(self.final / "progress.json")["progress"]
+            assert saved == dataclasses.asdict(self.progress), f"{self.final} was saved at another position"
+            self.kept_already.fill_(1)
+            if self.milestone:
+                write_atomic(self.final / MILESTONE, self.milestone)
+        else:
+            self.part.mkdir(parents=True)
+
+    def write_rank(self) -> None:
+        """Every rank: the state it answers for."""
+        rank = self.engine.world.rank
+        path = self.part / rank_file(rank)
+        write_pieces(path, self.engine.owned_pieces())
+        self.digests[rank] = torch.tensor([path.stat().st_size, *bytes.fromhex(sha256_of(path))])
+
+    def commit(self) -> None:
+        """Rank zero: everything else, then the name, then the mark."""
+        engine, part = self.engine, self.part
+        write_json(part / "state.json", {
+            "format": FORMAT, "optimizer_steps": engine.optimizer_steps, "ranks": engine.world.size,
+            "zero_stage": engine.config.zero_stage, "precision": engine.config.precision, "shapes": engine.shapes})
+        write_json(part / "progress.json", {"progress": dataclasses.asdict(self.progress), "extra": self.extra})
+        write_atomic(part / "run.yaml", self.run_yaml)
+        write_json(part / "environment.json", _environment())
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
+                 for p in sorted(part.iterdir()) if p.suffix != ".safetensors"}
+        for rank, (size, *digest) in enumerate(self.digests.tolist()):
+            files[rank_file(rank)] = {"bytes": size, "sha256": bytes(digest).hex()}
+        write_json(part / MANIFEST, files)
+        if self.milestone:
+            write_atomic(part / MILESTONE, self.milestone)
+        check_not_stale(self.root, self.incarnation)
+        os.rename(part, self.final)
+        fsync_folder(self.root)
+        write_atomic(self.final / COMMITTED, "")
+
+    def clean_up(self) -> None:
+        """Removes what this save, or one before it at this position, left without committing."""
+        shutil.rmtree(self.part, ignore_errors=True)
+        if not (self.final / COMMITTED).exists():
+            shutil.rmtree(self.final, ignore_errors=True)
+
+
+def _check_same_model(folder: Path, *, saved: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> None:
+    for name in [*ours, *saved]:
+        if saved.get(name) != ours.get(name):
+            there, here = (" x ".join(map(str, s[name])) if name in s else "absent" for s in (saved, ours))
+            raise CheckpointError(f"{folder} is of another model: {name} is {there} there, {here} here. "
+                                  "Use the model of its run.yaml, or another out.")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = _read_json(folder / "state.json")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has format {state['format']}; this version reads format {FORMAT}.")
+    return {**state, "shapes": {name: tuple(shape) for name, shape in state["shapes"].items()}}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Use another checkpoint.") from error
+
+
+def _environment() -> dict[str, str | None]:
+    """Versions only: a checkpoint is given to others."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions

@@ -1,0 +1,95 @@
+"""The folders of a run's checkpoints: their names, which start of the run may touch them, what is whole, what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from encoder.base.errors import CheckpointError
+from encoder.base.files import fsync_folder, sha256_of
+
+INCARNATIONS = "incarnations"
+MANIFEST, COMMITTED, MILESTONE = "MANIFEST.json", "COMMITTED", "MILESTONE"
+_NAME = re.compile(r"tokens(\d{13,})-i(\d{4,})")
+
+
+def folder_name(*, tokens: int, incarnation: int) -> str:
+    """tokens0000001234567-i0002; sorts by tokens up to 9.9 T."""
+    return f"tokens{tokens:013d}-i{incarnation:04d}"
+
+
+def claim_next(run_folder: Path) -> int:
+    """Takes the next incarnation number of a run: an empty file that only one process can create."""
+    folder = run_folder / INCARNATIONS
+    folder.mkdir(parents=True, exist_ok=True)
+    number = newest_incarnation(run_folder)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):       # another start took it in this moment
+            os.close(os.open(folder / f"{number:04d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            fsync_folder(folder)
+            return number
+
+
+def newest_incarnation(run_folder: Path) -> int:
+    """The highest number claimed, 0 before the first."""
+    return max((int(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*")), default=0)
+
+
+def check_not_stale(root: Path, incarnation: int) -> None:
+    """Raises CheckpointError if a newer start of the run was claimed. `root` is RUN/checkpoints."""
+    newest = newest_incarnation(root.parent)
+    assert newest >= incarnation, f"incarnation {incarnation} was never claimed in {root.parent}"
+    if newest > incarnation:
+        raise CheckpointError(f"this is start {incarnation} of the run in {root.parent}, but start {newest} has taken over. "
+                              "It wrote nothing; end this process.")
+
+
+def committed_folders(root: Path) -> list[Path]:
+    """Committed folders, the last written last: by incarnation, then by tokens."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and (path / COMMITTED).exists():
+            found.append(((int(match.group(2)), int(match.group(1))), path))
+    return [path for _, path in sorted(found)]
+
+
+def damage(folder: Path) -> str | None:
+    """The first file that is not what the manifest says, in one sentence; None if all are."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, fact in manifest.items():
+            size = (folder / name).stat().st_size
+            if size != fact["bytes"]:
+                return f"{folder / name} has {size:,} bytes, {fact['bytes']:,} were written."
+        with ThreadPoolExecutor(4) as pool:      # hashing lets go of the interpreter's lock
+            for name, digest in zip(manifest, pool.map(lambda n: sha256_of(folder / n), manifest), strict=True):
+                if digest != manifest[name]["sha256"]:
+                    return f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}."
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder / MANIFEST} cannot be read ({error})."
+    return None
+
+
+def remove_old(root: Path, *, incarnation: int, keep_last: int) -> None:
+    """Keeps the last folders and the milestones; removes older ones, and what uncommitted saves left behind.
+
+    Folders of a newer start are never touched. Raises CheckpointError if there is one.
+    """
+    check_not_stale(root, incarnation)
+    committed = committed_folders(root)
+    kept = {*committed[-keep_last:], *(path for path in committed if (path / MILESTONE).exists())}
+    for path in sorted(root.iterdir()):
+        match = _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part"))
+        if match and int(match.group(2)) <= incarnation and path not in kept:
+            # the mark goes first: a kill while removing must not leave a committed folder with files missing
+            (path / COMMITTED).unlink(missing_ok=True)
+            shutil.rmtree(path)

@@ -1,0 +1,73 @@
+"""The tensors of a checkpoint: stretches of parameters in one safetensors file a rank, read back by name and range.
+
+    key  model.layers.0.attn.Wqkv.weight@192/exp_avg      elements from 192 on of the flattened parameter's exp_avg
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from encoder.base.errors import CheckpointError
+from encoder.base.files import fsync_file
+from encoder.engine.engine import Piece
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file with one rank's stretches."""
+    return f"rank{rank:05d}.safetensors"
+
+
+def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
+    """Writes and syncs one rank's stretches, in their own precision. Raises OSError or SafetensorError."""
+    save_file({f"{piece.name}@{piece.start}/{kind}": getattr(piece, kind).to("cpu", copy=True)
+               for piece in pieces for kind in KINDS}, path)
+    fsync_file(path)
+
+
+class StretchReader:
+    """The rank files of one checkpoint, open, and where each range of each parameter lies in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.dtype = torch.float32                                   # of the masters
+        self._folder, self._open = folder, contextlib.ExitStack()
+        self._where: dict[str, list[tuple[int, int, Any]]] = {}      # name -> (start, end, file)
+
+    def __enter__(self) -> StretchReader:
+        with contextlib.ExitStack() as opening:                      # closes what is open if one of them cannot be
+            for path in sorted(self._folder.glob("rank*.safetensors")):
+                self._index(opening.enter_context(safe_open(path, framework="pt")))
+            self._open = opening.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def copy_into(self, target: torch.Tensor, *, name: str, start: int, kind: str) -> None:
+        """Fills a 1-d tensor with elements [start, start + len) of a parameter's state. Raises CheckpointError for a gap."""
+        end, filled = start + target.numel(), 0
+        for low, high, file in self._where.get(name, []):
+            a, b = max(start, low), min(end, high)
+            if a < b:
+                target[a - start:b - start].copy_(file.get_slice(f"{name}@{low}/{kind}")[a - low:b - low])
+                filled += b - a
+        if filled != target.numel():
+            raise CheckpointError(f"{self._folder} holds {filled:,} of {target.numel():,} elements of {name} ({kind}). "
+                                  "Remove this folder to use the one before it.")
+
+    def _index(self, file: Any) -> None:
+        for key in file.keys():
+            place, kind = key.rsplit("/", 1)
+            if kind == "master":
+                name, start = place.rsplit("@", 1)
+                part = file.get_slice(key)
+                self._where.setdefault(name, []).append((int(start), int(start) + part.get_shape()[0], file))
+                self.dtype = torch.float64 if part.get_dtype() == "F64" else torch.float32

@@ -1,0 +1,285 @@
+"""What runs on the ranks: curves of the tiny model, saves and resumes. Returns plain values; weights go to files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from encoder.base.dist import World
+from encoder.base.errors import UserError
+from encoder.base.units import Progress
+from encoder.engine import checkpoint
+from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint, read_weights, save_checkpoint
+from encoder.engine.engine import Engine, EngineConfig, start_engine
+from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
+from tests.process.tiny import MASKED_TOKENS, SIZE, share_of_step, tiny_model
+
+CPU = torch.device("cpu")
+CONFIG = StableAdamWConfig(weight_decay=0.01)
+STEPS, SAVED_AT = 10, 5
+SPIKED, SPIKE_STEP = "model.layers.1.mlp.Wi.weight", 3      # its gradient is 1,000 times as large in one step
+
+
+def lr_of(step: int) -> float:
+    return 1e-3 * (1.0 + 0.5 * (step % 3))
+
+
+def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0) -> tuple[Engine, dict]:
+    """An engine around the tiny model, and the switch of the spike."""
+    model, spike = tiny_model(), {"on": False}
+    dict(model.named_parameters())[SPIKED].register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
+    config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping)
+    return start_engine(model, config=config, optimizer=CONFIG, world=world, device=CPU), spike
+
+
+def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: float = 1.0) -> list[float]:
+    """Losses of some steps, micro-batches of `rows` rows."""
+    losses = []
+    for step in steps:
+        spike["on"] = step == SPIKE_STEP
+        batches = share_of_step(step, rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=rows)
+        result = engine.step(batches, masked_tokens=MASKED_TOKENS, lr=lr_scale * lr_of(step), max_lr=3e-3)
+        assert result.applied and result.masked_tokens == MASKED_TOKENS
+        losses.append(result.loss)
+    return losses
+
+
+def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: str, rows: int, clipping: float = 0.0,
+          whole_tensors: bool = True) -> dict[str, Any]:
+    """Ten steps, a checkpoint after the fifth; the final weights in OUT/label.safetensors."""
+    engine, spike = begin(world, zero_stage=zero_stage, precision=precision, clipping=clipping)
+    if not whole_tensors:
+        engine.optimizer._parts = {}          # every flat partition taken for a tensor, as an optimizer knows no better
+    incarnation = claim_incarnation(out / label, world)
+    losses = train(engine, spike, rows=rows, steps=range(SAVED_AT))
+    saved = save_checkpoint(out / label / "checkpoints", engine=engine, progress=Progress(step=SAVED_AT, tokens=1000),
+                            run_yaml="a: 1\n", incarnation=incarnation, extra={"note": [1, 2.5]}, keep_last=2)
+    losses += train(engine, spike, rows=rows, steps=range(SAVED_AT, STEPS))
+    keep_weights(engine, out / f"{label}.safetensors")
+    return {"losses": losses, "saved": str(saved), "evaluated": held_out(engine, world)}
+
+
+def held_out(engine: Engine, world: World) -> list[float]:
+    """Rank zero brings three micro-batches, the others one each less; the same rows in sum at 1 and at 2 ranks."""
+    rows = {(0, 1): [1, 1, 2, 4], (0, 2): [1, 1, 2], (1, 2): [4]}[world.rank, world.size]
+    batches = share_of_step(99, rank=0, world_size=1, micro_batch_rows=1)
+    engine.module.train()
+    sums = engine.evaluate([batches[r] for r in rows])
+    assert engine.module.training
+    return list(sums)
+
+
+def keep_weights(engine: Engine, path: Path) -> None:
+    if engine.world.first:
+        save_file({n: p.detach().clone() for n, p in engine.module.named_parameters()}, path)
+
+
+def curves(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
+    """One launch, many curves."""
+    return {s["label"]: curve(world, Path(out), **s) for s in settings}
+
+
+def plain_loop(world: World, *, out: str) -> None:
+    """The truth without an engine: all rows in one forward, autograd, whole tensors, fp64."""
+    model = tiny_model().double()
+    named = dict(model.named_parameters())
+    decay = [p for p in named.values() if p.ndim > 1]
+    rest = [p for p in named.values() if p.ndim <= 1]
+    optimizer = StableAdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], CONFIG)
+    for step in range(STEPS):
+        (batch,) = share_of_step(step, rank=0, world_size=1, micro_batch_rows=8)
+        (model(batch) / MASKED_TOKENS).backward()
+        if step == SPIKE_STEP:
+            named[SPIKED].grad.mul_(1000.0)
+        for group in optimizer.param_groups:
+            group.update(lr=lr_of(step), max_lr=3e-3)
+        optimizer.step()
+        model.zero_grad()
+    save_file({n: p.detach() for n, p in named.items()}, Path(out) / "plain.safetensors")
+
+
+def first_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
+    """One rank: the plain loop, then the curves."""
+    plain_loop(world, out=out)
+    return curves(world, out=out, settings=settings)
+
+
+def resumes(world: World, *, out: str, settings: list[dict]) -> dict[str, list[float]]:
+    """Loads checkpoints of the curves in this fresh process and trains on to step ten."""
+    losses = {}
+    for s in settings:
+        engine, spike = begin(world, zero_stage=s["zero_stage"], precision=s.get("precision", "fp32"))
+        progress, extra = load_checkpoint(newest_checkpoint(Path(out) / s["source"] / "checkpoints"), engine)
+        assert (progress, extra) == (Progress(step=SAVED_AT, tokens=1000), {"note": [1, 2.5]})
+        losses[s["label"]] = train(engine, spike, rows=s["rows"], steps=range(progress.step, STEPS))
+        keep_weights(engine, Path(out) / f"{s['label']}.safetensors")
+    return losses
+
+
+def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
+    """Everything that can happen to checkpoints and steps on one rank; each entry is asserted by a test."""
+    folder = Path(out) / "mishaps"
+    seen: dict[str, Any] = {}
+    engine, spike = begin(world, zero_stage=1)
+
+    def save(tokens: int, incarnation: int, *, keep_last: int = 2, milestone: str | None = None) -> Path:
+        return save_checkpoint(folder / "checkpoints", engine=engine, progress=Progress(step=1, tokens=tokens), run_yaml="",
+                               incarnation=incarnation, extra={}, keep_last=keep_last, milestone=milestone)
+
+    def names() -> list[str]:
+        return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+    def error_of(act: Any) -> str:
+        try:
+            act()
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    seen["none_yet"] = newest_checkpoint(folder / "checkpoints")
+    first = claim_incarnation(folder, world)
+    save(1, first, milestone="warm-up")
+    for tokens in (2, 3, 4):
+        save(tokens, first)
+    seen["kept"] = names()
+    save(4, first, milestone="stable")
+    save(5, first)
+    save(6, first)
+    save(7, first)
+    seen["kept_with_milestones"] = names()
+
+    # as a kill would leave it: at each of the file operations of a save in turn, nothing after it happens
+    second = claim_incarnation(folder, world)
+    seen["kills"] = []
+    for at in range(1, 50):
+        if not killed_at(at, lambda: save(8, second)):
+            break
+        seen["kills"].append(newest_checkpoint(folder / "checkpoints").name)
+    seen["after_kills"] = newest_checkpoint(folder / "checkpoints").name
+    third = claim_incarnation(folder, world)
+    (folder / "checkpoints" / ".tokens0000000000009-i0002.part").mkdir()
+    seen["stale"] = error_of(lambda: save(9, second))
+    save(10, third)
+    seen["after_third_start"] = names()
+
+    with too_small_files():
+        seen["full"] = error_of(lambda: save(11, third))
+    seen["after_full"] = [names(), newest_checkpoint(folder / "checkpoints").name]
+
+    good = folder / "checkpoints" / "tokens0000000000010-i0003"
+    content = (good / "rank00000.safetensors").read_bytes()
+    (good / "rank00000.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    seen["damaged"] = newest_checkpoint(folder / "checkpoints").name
+    (good / "rank00000.safetensors").write_bytes(content[:100])
+    seen["cut"] = newest_checkpoint(folder / "checkpoints").name
+    for path in (folder / "checkpoints").iterdir():
+        (path / "progress.json").unlink()
+    seen["none_whole"] = error_of(lambda: newest_checkpoint(folder / "checkpoints"))
+
+    save(12, third)
+    whole = newest_checkpoint(folder / "checkpoints")
+    seen["weights"] = {n: list(w.shape) for n, w in read_weights(whole).items()}
+    seen["weights_equal"] = all(torch.equal(w, dict(engine.module.named_parameters())[n]) for n, w in read_weights(whole).items())
+    seen["environment"] = (whole / "environment.json").read_text()
+    seen["shapes"] = {n: list(p.shape) for n, p in engine.module.named_parameters()}
+    other = start_engine(type(engine.module)(dataclasses.replace(SIZE, intermediate_size=20), attention="sdpa"),
+                         config=EngineConfig(), optimizer=CONFIG, world=world, device=CPU)
+    before = {n: p.detach().clone() for n, p in other.module.named_parameters()}
+    seen["another_model"] = error_of(lambda: load_checkpoint(whole, other))
+    seen["another_model_untouched"] = all(torch.equal(p, before[n]) for n, p in other.module.named_parameters())
+
+    seen["nothing_masked"] = error_of(lambda: engine.step([], masked_tokens=0, lr=1e-3, max_lr=1e-3))
+    for stage in (0, 1, 2):
+        engine, spike = begin(world, zero_stage=stage)
+        train(engine, spike, rows=2, steps=range(1))
+        steps, weights = engine.optimizer_steps, {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+        with torch.no_grad():
+            engine.module.decoder.bias[0] = float("nan")
+        broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), masked_tokens=MASKED_TOKENS,
+                             lr=1e-3, max_lr=1e-3)
+        moved = [n for n, p in engine.module.named_parameters() if n != "decoder.bias" and not torch.equal(p, weights[n])]
+        seen[f"not_finite_{stage}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
+    return seen
+
+
+class _Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it, and nothing is cleaned up after it."""
+
+
+def killed_at(operation: int, act: Any) -> bool:
+    """Runs an act that ends at its n-th file operation as if killed; False if it had fewer and went through."""
+    count = 0
+    names = ["write_pieces", "write_json", "write_atomic", "fsync_folder"]
+    real = {name: getattr(checkpoint, name) for name in names}
+    rename, clean_up = checkpoint.os.rename, checkpoint._Save.clean_up
+
+    def counted(do: Any) -> Any:
+        def one(*values: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == operation:
+                checkpoint._Save.clean_up = lambda self: None
+                raise _Killed
+            return do(*values, **named)
+        return one
+
+    try:
+        for name in names:
+            setattr(checkpoint, name, counted(real[name]))
+        checkpoint.os.rename = counted(rename)
+        act()
+    except _Killed:
+        return True
+    finally:
+        for name in names:
+            setattr(checkpoint, name, real[name])
+        checkpoint.os.rename, checkpoint._Save.clean_up = rename, clean_up
+    return False
+
+
+@contextlib.contextmanager
+def too_small_files() -> Any:
+    """No file may grow over 4 KB: what a full disk does to a write, on this process alone."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def two_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
+    """Rank one alone cannot write, then cannot read: both ranks must say so, and go on."""
+    folder = Path(out) / "two_rank_mishaps"
+    engine, _ = begin(world, zero_stage=2)
+    incarnation = claim_incarnation(folder, world)
+
+    def save(tokens: int) -> str:
+        try:
+            return save_checkpoint(folder / "checkpoints", engine=engine, progress=Progress(tokens=tokens), run_yaml="",
+                                   incarnation=incarnation, extra={}, keep_last=3).name
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+
+    seen: dict[str, Any] = {"incarnation": incarnation, "good": save(1)}
+    with too_small_files() if world.rank == 1 else contextlib.nullcontext():
+        seen["full"] = save(2)
+    seen["left"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    seen["newest"] = newest_checkpoint(folder / "checkpoints").name
+    try:
+        load_checkpoint(folder / ("checkpoints/" + seen["good"] if world.rank == 0 else "nowhere"), engine)
+        seen["unreadable"] = "no error"
+    except UserError as error:
+        seen["unreadable"] = str(error)
+    return seen
+
+
+def second_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
+    """Resumes, then what only shows on two ranks."""
+    return {"resumed": resumes(world, out=out, settings=settings), "mishaps": two_rank_mishaps(world, out=out)}

@@ -1,0 +1,214 @@
+"""The promises of the engine, on real processes: one curve, whole-tensor updates under ZeRO, checkpoints of any topology.
+
+Four launches serve all tests: 1 and 2 ranks train and save, then fresh processes of 1 and 2 ranks load.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.process import engine_cases
+from tests.process.ranks import run_ranks
+
+# 4 micro-batches of 2 rows at one rank, 2 of 2 and 4 of 1 at two ranks
+ONE_RANK = [
+    {"label": "fp64-s0-1x4", "zero_stage": 0, "precision": "fp64", "rows": 2},
+    {"label": "fp32-s0-1x4", "zero_stage": 0, "precision": "fp32", "rows": 2},
+    {"label": "fp32-s1-1x4", "zero_stage": 1, "precision": "fp32", "rows": 2},
+    {"label": "fp32-s2-1x4", "zero_stage": 2, "precision": "fp32", "rows": 2},
+    {"label": "clip-s0-1x4", "zero_stage": 0, "precision": "fp32", "rows": 2, "clipping": 0.5},
+    {"label": "flat-s1-1x4", "zero_stage": 1, "precision": "fp32", "rows": 2, "whole_tensors": False},
+    {"label": "bf16-s1-1x4", "zero_stage": 1, "precision": "bf16", "rows": 2},
+    {"label": "autocast-s1-1x4", "zero_stage": 1, "precision": "autocast", "rows": 2},
+]
+TWO_RANKS = [
+    {"label": "fp64-s0-2x2", "zero_stage": 0, "precision": "fp64", "rows": 2},
+    {"label": "fp64-s0-2x4", "zero_stage": 0, "precision": "fp64", "rows": 1},
+    {"label": "fp32-s0-2x2", "zero_stage": 0, "precision": "fp32", "rows": 2},
+    {"label": "fp32-s1-2x2", "zero_stage": 1, "precision": "fp32", "rows": 2},
+    {"label": "fp32-s1-2x4", "zero_stage": 1, "precision": "fp32", "rows": 1},
+    {"label": "fp32-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2},
+    {"label": "fp32-s2-2x4", "zero_stage": 2, "precision": "fp32", "rows": 1},
+    {"label": "clip-s1-2x2", "zero_stage": 1, "precision": "fp32", "rows": 2, "clipping": 0.5},
+    {"label": "clip-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2, "clipping": 0.5},
+    {"label": "bf16-s1-2x2", "zero_stage": 1, "precision": "bf16", "rows": 2},
+    {"label": "bf16-s2-2x2", "zero_stage": 2, "precision": "bf16", "rows": 2},
+]
+# (saved by, loaded at stage) in a fresh process
+RESUME_AT_ONE = [("fp32-s0-2x2", 1), ("fp32-s1-2x2", 2), ("fp32-s2-2x2", 0), ("fp64-s0-2x2", 0)]
+RESUME_AT_TWO = [("fp32-s1-1x4", 2), ("fp32-s0-1x4", 1), ("bf16-s1-2x2", 2)]
+SAME_TOPOLOGY = ["fp32-s0-2x2", "fp32-s1-2x2", "fp32-s2-2x2", "fp64-s0-2x2", "bf16-s1-2x2", "bf16-s2-2x2"]
+
+
+def _resume(pairs, rows):
+    return [{"label": f"{source}->s{stage}", "source": source, "zero_stage": stage, "rows": rows,
+             "precision": source.split("-")[0]} for source, stage in pairs]
+
+
+@functools.lru_cache(None)
+def out() -> Path:
+    return Path(tempfile.mkdtemp(prefix="engine-"))
+
+
+@functools.lru_cache(None)
+def trained() -> dict:
+    one = run_ranks(engine_cases.first_launch, 1, out=str(out()), settings=ONE_RANK)[0]
+    two = run_ranks(engine_cases.curves, 2, out=str(out()), settings=TWO_RANKS)
+    assert two[0] == two[1], "the ranks must report the same losses"
+    return {**one, **two[0]}
+
+
+@functools.lru_cache(None)
+def resumed_at_one() -> dict:
+    trained()
+    return run_ranks(engine_cases.resumes, 1, out=str(out()), settings=_resume(RESUME_AT_ONE, 2))[0]
+
+
+@functools.lru_cache(None)
+def resumed_at_two() -> list[dict]:
+    trained()
+    same = [(label, int(label.split("-s")[1][0])) for label in SAME_TOPOLOGY]
+    return run_ranks(engine_cases.second_launch, 2, out=str(out()), settings=_resume(RESUME_AT_TWO + same, 2))
+
+
+@functools.lru_cache(None)
+def mishaps() -> dict:
+    return run_ranks(engine_cases.one_rank_mishaps, 1, out=str(out()))[0]
+
+
+def weights(label: str) -> torch.Tensor:
+    """All final weights of a curve in one fp64 vector."""
+    return torch.cat([w.double().flatten() for _, w in sorted(load_file(out() / f"{label}.safetensors").items())])
+
+
+def distance(a: str, b: str) -> float:
+    """Relative L2 distance of two curves' final weights."""
+    return float(torch.linalg.vector_norm(weights(a) - weights(b)) / torch.linalg.vector_norm(weights(b)))
+
+
+@pytest.mark.parametrize("label", ["fp64-s0-1x4", "fp64-s0-2x2", "fp64-s0-2x4"])
+def test_in_fp64_the_curve_is_the_plain_loop_whatever_the_ranks_and_micro_batches(label):
+    losses = trained()[label]["losses"]
+    assert float((weights(label) - weights("plain")).abs().max()) < 1e-10
+    assert losses == pytest.approx(trained()["fp64-s0-1x4"]["losses"], rel=1e-12)
+
+
+@pytest.mark.parametrize("label", [s["label"] for s in ONE_RANK + TWO_RANKS if s["label"].startswith("fp32")])
+def test_in_fp32_every_zero_stage_and_rank_count_gives_the_same_weights(label):
+    trained()
+    assert distance(label, "plain") < 1e-5
+    assert distance(label, "fp32-s0-1x4") < 1e-5
+
+
+def test_an_optimizer_that_takes_flat_partitions_for_tensors_is_caught_by_the_spike():
+    trained()
+    assert distance("flat-s1-1x4", "plain") > 1e-3
+
+
+@pytest.mark.parametrize("label", ["clip-s1-2x2", "clip-s2-2x2"])
+def test_gradient_clipping_is_the_same_at_every_stage(label):
+    trained()
+    assert distance(label, "clip-s0-1x4") < 1e-5
+    assert distance(label, "plain") > 1e-3
+
+
+@pytest.mark.parametrize("label", ["bf16-s1-1x4", "bf16-s1-2x2", "bf16-s2-2x2", "autocast-s1-1x4"])
+def test_lower_precision_follows_the_curve(label):
+    """bf16 has 3 digits: losses to 1 %, and the masters start from the fp32 weights, not from rounded ones."""
+    losses = trained()[label]["losses"]
+    assert losses == pytest.approx(trained()["fp64-s0-1x4"]["losses"], rel=1e-2)
+    assert losses[-1] < losses[0]
+
+
+def test_the_held_out_loss_does_not_depend_on_the_ranks_though_they_bring_unequal_numbers_of_batches():
+    one, two = (trained()[label]["evaluated"] for label in ("fp64-s0-1x4", "fp64-s0-2x2"))
+    assert one == pytest.approx(two, rel=1e-12)
+    assert one[1] == two[1] == 1 + 1 + 2 + 4
+
+
+@pytest.mark.parametrize("source, stage", RESUME_AT_ONE + RESUME_AT_TWO)
+def test_a_checkpoint_goes_on_at_another_stage_and_rank_count(source, stage):
+    resumed = {**resumed_at_one(), **resumed_at_two()[0]["resumed"]}[f"{source}->s{stage}"]
+    bound = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-3}[source.split("-")[0]]
+    assert distance(f"{source}->s{stage}", source) < bound
+    assert resumed == pytest.approx(trained()[source]["losses"][5:], rel=10 * bound)
+
+
+@pytest.mark.parametrize("label", SAME_TOPOLOGY)
+def test_ten_steps_are_five_and_five_after_a_load_to_the_last_bit(label):
+    name = f"{label}->s{label.split('-s')[1][0]}"
+    assert resumed_at_two()[0]["resumed"][name] == trained()[label]["losses"][5:]
+    assert torch.equal(weights(name), weights(label))
+
+
+def test_ranks_agree_on_a_write_error_of_one_of_them():
+    for rank in resumed_at_two():
+        seen = rank["mishaps"]
+        assert "cannot write checkpoint" in seen["full"] and "File too large" in seen["full"]
+        assert "The one before it stays valid" in seen["full"] and "\n" not in seen["full"]
+        assert seen["left"] == [seen["good"]] and seen["newest"] == seen["good"]
+        assert "nowhere" in seen["unreadable"]
+    assert resumed_at_two()[0]["mishaps"]["full"] == resumed_at_two()[1]["mishaps"]["full"]
+
+
+def test_retention_keeps_the_last_folders_and_the_milestones():
+    seen = mishaps()
+    assert seen["none_yet"] is None
+    assert seen["kept"] == [f"tokens000000000000{n}-i0001" for n in (1, 3, 4)]
+    assert seen["kept_with_milestones"] == [f"tokens000000000000{n}-i0001" for n in (1, 4, 6, 7)]
+
+
+def test_a_kill_at_any_file_operation_of_a_save_leaves_the_checkpoint_before_it():
+    seen = mishaps()
+    assert len(seen["kills"]) >= 8
+    assert set(seen["kills"]) == {"tokens0000000000007-i0001"}
+    assert seen["after_kills"] == "tokens0000000000008-i0002"
+
+
+def test_a_stale_start_can_neither_commit_nor_delete_and_the_new_one_cleans_up():
+    seen = mishaps()
+    assert seen["stale"].startswith("CheckpointError: this is start 2 of the run") and "start 3 has taken over" in seen["stale"]
+    assert seen["after_third_start"] == ["tokens0000000000001-i0001", "tokens0000000000004-i0001",
+                                         "tokens0000000000008-i0002", "tokens0000000000010-i0003"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written():
+    seen = mishaps()
+    assert "cannot write checkpoint" in seen["full"] and "\n" not in seen["full"]
+    assert seen["after_full"] == [seen["after_third_start"], "tokens0000000000010-i0003"]
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken():
+    assert mishaps()["damaged"] == mishaps()["cut"] == "tokens0000000000008-i0002"
+    assert "none of the 4 checkpoints" in mishaps()["none_whole"] and "progress.json is missing" in mishaps()["none_whole"]
+
+
+def test_whole_weights_are_read_back_by_name_without_an_engine():
+    assert mishaps()["weights"] == mishaps()["shapes"] and mishaps()["weights_equal"]
+
+
+def test_the_environment_of_a_checkpoint_is_versions_only():
+    environment = json.loads(mishaps()["environment"])
+    assert {"python", "torch", "deepspeed"} <= set(environment)
+    assert not any("/" in str(v) for v in environment.values())
+
+
+def test_another_models_checkpoint_is_refused_naming_the_first_difference_and_nothing_is_loaded():
+    assert "model.layers.0.mlp.Wi.weight is 48 x 16 there, 40 x 16 here" in mishaps()["another_model"]
+    assert mishaps()["another_model_untouched"]
+
+
+def test_a_step_with_nothing_masked_is_refused():
+    assert "has no masked token" in mishaps()["nothing_masked"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_gradient_that_is_not_finite_moves_nothing(stage):
+    assert mishaps()[f"not_finite_{stage}"] == [False, "inf", [], True]

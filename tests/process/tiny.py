@@ -1,0 +1,47 @@
+"""A tiny ModernBERT and its rows, so that every process test trains the same thing; the rows are a function of the step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from encoder.base.batch import IGNORE, TokenBatch
+from encoder.base.rng import address_seed, generator
+from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+
+ROWS, ROW_TOKENS, VOCAB = 8, 24, 61      # 61: the decoder's bias has an odd number of elements
+SIZE = ModernBertConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                        global_attn_every_n_layers=2, window_radius_tokens=3, max_position_embeddings=64)
+
+
+def tiny_model(*, seed: int = 5) -> ModernBertForMaskedLM:
+    """Two layers, tied decoder, dropout on."""
+    return ModernBertForMaskedLM(SIZE, attention="sdpa", seed=seed)
+
+
+def micro_batch(step: int, rows: list[int]) -> TokenBatch:
+    """Some rows of a step end to end: two documents a row, every row with another number of masked tokens (row 0: none)."""
+    ids, targets, index, keys, ends = [], [], [], [], [0]
+    for i, row in enumerate(rows):
+        random = generator(1, "row", step, row)
+        ids.append(random.integers(0, VOCAB, ROW_TOKENS))
+        masked = np.sort(random.choice(ROW_TOKENS, size=row, replace=False))
+        index += [int(m) + i * ROW_TOKENS for m in masked] + [0] * (ROWS - row)
+        targets += random.integers(0, VOCAB, row).tolist() + [IGNORE] * (ROWS - row)
+        keys.append(np.arange(ROW_TOKENS) + (address_seed(1, step, row) >> 8))
+        ends += [ends[-1] + 10, ends[-1] + ROW_TOKENS]
+    lengths = np.diff(ends)
+    return TokenBatch(
+        ids_T=torch.from_numpy(np.concatenate(ids)), cu_seqlens_S1=torch.tensor(ends, dtype=torch.int32),
+        positions_T=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).int(), max_seqlen=int(lengths.max()),
+        predict_index_M=torch.tensor(index), predict_target_M=torch.tensor(targets),
+        dropout_key_T=torch.from_numpy(np.concatenate(keys)), masked_tokens=sum(rows), tokens=len(rows) * ROW_TOKENS)
+
+
+def share_of_step(step: int, *, rank: int, world_size: int, micro_batch_rows: int) -> list[TokenBatch]:
+    """Row r goes to rank r mod world, then micro-batches of some rows."""
+    mine = list(range(rank, ROWS, world_size))
+    return [micro_batch(step, mine[i:i + micro_batch_rows]) for i in range(0, len(mine), micro_batch_rows)]
+
+
+MASKED_TOKENS = sum(range(ROWS))
