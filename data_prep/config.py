@@ -58,7 +58,7 @@ class PrepareConfig:
     out: str
     sources: tuple[chosen_by("format", SOURCES), ...]
     root: str = "."                                   # the folder that the sources' files are relative to
-    max_tokens_per_document: int = 8192               # longer documents are cut into near-equal pieces, nothing is dropped
+    max_tokens_per_document: int = 8192               # longer ones are cut into near-equal pieces, nothing is dropped
     held_out_share: float = 0.01                      # documents kept out of training, chosen by a hash of their text
     on_error: Literal["stop", "skip"] = "stop"        # skip: count what cannot be read and go on
     processes: int = 0                                # 0: one per core
@@ -79,7 +79,8 @@ class PrepareConfig:
         if self.processes < 0:
             raise ConfigError(f"processes is {self.processes}; needed: a number of processes, or 0 for one per core.")
         if not 2**10 <= self.shard_bytes < 2**32:
-            raise ConfigError(f"shard_bytes is {self.shard_bytes:,}; needed: 1,024 to 4,294,967,295 (MDS offsets are 32 bits).")
+            raise ConfigError(f"shard_bytes is {self.shard_bytes:,}; needed: 1,024 to "
+                              "4,294,967,295 (MDS offsets have 32 bits).")
 
     @property
     def worker_processes(self) -> int:

@@ -33,13 +33,15 @@ PACKAGE_SHARE = 0.2             # at most this share of a source from one packag
 MIN_CHARS, MAX_CHARS = 200, 200_000
 MAX_LINE_CHARS = 500            # longer: data or minified
 MIN_LETTERS = 0.5               # share of letters and white space in code; below: tables of numbers
-MIN_PLAIN = 0.9                 # share of letters, spaces and plain punctuation in prose; below: formulas, options, paths
+MIN_PLAIN = 0.9                 # share of letters, spaces and plain punctuation in prose; below: formulas, paths
 NOT_LETTERS = bytes(b for b in range(128) if not (chr(b).isalpha() or chr(b).isspace()))
 NOT_PLAIN = bytes(b for b in range(128) if not (chr(b).isalpha() or chr(b) in " ,.'-"))
 OWN = {"encoder", "data_prep", "launch", "tessera"}     # the project itself: its text must not change the corpus
 
-SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "_vendor", "vendored", "licenses", "idle_test"}
-GENERATED = re.compile(r"(auto[- ]?|machine[- ]|code[- ]|been )generated|generated (by|from|with|using)|do not edit|@generated", re.I)
+SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "_vendor", "vendored",
+                   "licenses", "idle_test"}
+GENERATED = re.compile(r"(auto[- ]?|machine[- ]|code[- ]|been )generated|generated (by|from|with|using)|do not edit"
+                       r"|@generated", re.I)
 LEGAL_FILE = re.compile(r"licen[cs]e|copying|notice|author|contributor|changelog|changes|history|third.?party|top_level"
                         r"|entry_points|sources|requirements|vendor", re.I)
 LEGAL_TEXT = re.compile(r"copyright|licen[cs]ed? |warrant(y|ies)|all rights reserved", re.I)
@@ -48,12 +50,13 @@ DOCUMENTS = {".md", ".rst", ".txt"}
 # indented blocks, lists of arguments, doctests, directives, fields, underlined headings, tables
 NOT_PROSE = re.compile(r"\A(    |\t|(Args|Arguments|Attributes|Parameters|Kwargs)\s*:)"
                        r"|^\s*(>>>|\.\. |:\w|[-=~^*+#]{3,}\s*$|\||\w+ : )", re.M)
-COMMON_WORDS = {"the", "a", "an", "of", "is", "are", "to", "and", "in", "for", "this", "that", "with", "it", "be", "or", "if"}
+COMMON_WORDS = {"the", "a", "an", "of", "is", "are", "to", "and", "in", "for", "this", "that", "with",
+                "it", "be", "or", "if"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file of the environment; `name` is its path below the library folder, with / and without the machine's folders."""
+    """A file of the environment; `name` is its path below the library folder, without the machine's folders."""
 
     path: Path
     name: str
@@ -82,11 +85,13 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
         write_atomic(out / f"{name}.jsonl", content)
         packages = Counter(d["source"].split("/")[0] for d in documents)
         sums[name] = {"documents": len(documents), "text_bytes": sum(len(d["text"].encode("utf-8")) for d in documents),
-                      "file_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "packages": len(packages)}
-        say(f"{name}: {sums[name]['text_bytes'] / 1e6:.1f} MB of text, {len(documents):,} documents from {len(packages)} packages, "
-            f"{out / f'{name}.jsonl'}")
+                      "file_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+                      "packages": len(packages)}
+        say(f"{name}: {sums[name]['text_bytes'] / 1e6:.1f} MB of text, {len(documents):,} documents from "
+            f"{len(packages)} packages, {out / f'{name}.jsonl'}")
         if not documents:
-            raise ConfigError(f"this Python environment has no {name} to collect. Install some packages, or bring text of your own.")
+            raise ConfigError(f"this Python environment has no {name} to collect. "
+                              "Install some packages, or bring text of your own.")
     write_json(manifest, {**made_from, "python": ".".join(map(str, sys.version_info[:3])), "sources": sums})
 
 

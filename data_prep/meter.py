@@ -31,13 +31,16 @@ class Meter:
             self._task = self._bar.add_task(self.name, total=self.total_bytes, counts="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
 
     def add(self, *, file_bytes: int, documents: int, tokens: int) -> None:
         """Count what one block brought."""
-        self.bytes, self.documents, self.tokens = self.bytes + file_bytes, self.documents + documents, self.tokens + tokens
+        self.bytes += file_bytes
+        self.documents += documents
+        self.tokens += tokens
         if self._bar:
             self._bar.update(self._task, completed=self.bytes, counts=self.counts())
         elif time.monotonic() - self._said >= LINE_SECONDS:
@@ -48,8 +51,8 @@ class Meter:
     def counts(self) -> str:
         """'12,345 documents, 6.1M tokens, 45 MB/s, 12.3 Mtok/s, 3.2s'"""
         seconds = max(1e-9, self.seconds)
-        return (f"{self.documents:,} documents, {short_count(self.tokens)} tokens, {self.bytes / seconds / 1e6:.0f} MB/s, "
-                f"{self.tokens / seconds / 1e6:.1f} Mtok/s, {short_seconds(seconds)}")
+        rates = f"{self.bytes / seconds / 1e6:.0f} MB/s, {self.tokens / seconds / 1e6:.1f} Mtok/s"
+        return f"{self.documents:,} documents, {short_count(self.tokens)} tokens, {rates}, {short_seconds(seconds)}"
 
     @property
     def seconds(self) -> float:

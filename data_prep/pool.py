@@ -56,8 +56,9 @@ class BlockEncoder:
         job, parsed = self._job, parse(block)
         pieces = None
         if parsed.texts and not (parsed.problem and job.stop_on_error):
-            pieces = encode_pieces(self._encoder, parsed.texts, cls_id=job.cls_id, sep_id=job.sep_id, dtype=np.dtype(job.dtype),
-                                   max_tokens_per_document=job.max_tokens_per_document, held_out_share=job.held_out_share)
+            pieces = encode_pieces(self._encoder, parsed.texts, cls_id=job.cls_id, sep_id=job.sep_id,
+                                   dtype=np.dtype(job.dtype), held_out_share=job.held_out_share,
+                                   max_tokens_per_document=job.max_tokens_per_document)
         return Encoded(pieces=pieces, documents=len(parsed.texts), left_out=parsed.left_out, problem=parsed.problem,
                        file_bytes=block.file_bytes)
 
@@ -72,7 +73,8 @@ class EncoderPool:
             self._here, self._pool = BlockEncoder(job), None
         else:
             # spawn: a forked copy of a process with threads (streaming, arrow) can hang
-            self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start, initargs=(job,))
+            self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start,
+                                             initargs=(job,))
 
     def encoded(self, blocks: Iterable[Block]) -> Iterator[Encoded]:
         """The blocks' results in order. Raises UserError when a process dies."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from data_prep.config import PrepareConfig, Source
 from data_prep.meter import Meter
-from data_prep.pool import EncodeJob, Encoded, EncoderPool
+from data_prep.pool import Encoded, EncodeJob, EncoderPool
 from data_prep.readers import BLOCK_BYTES, Block, ReadError, file_bytes, find_files, parse, read_blocks
 from data_prep.shards import ShardFolder
 from data_prep.tokenization import check_tokenizer_path, choose_encoder
@@ -66,7 +66,8 @@ def prepare(config: PrepareConfig, *, only: str | None = None, again: bool = Fal
     """Make every source of the settings (or the one named `only`) that is not finished. Raises UserError."""
     sources = [s for s in config.sources if only in (None, s.name)]
     if not sources:
-        raise ConfigError(f"--source {only} is not in the settings. {nearest(only or '', [s.name for s in config.sources])}")
+        names = [s.name for s in config.sources]
+        raise ConfigError(f"--source {only} is not in the settings. {nearest(only or '', names)}")
     tokenizer_json = check_tokenizer_path(Path(config.tokenizer))
     vocab_size, specials = special_ids_of(tokenizer_json)
     # all mistakes that can be found before the first hour of work are found before it
@@ -115,14 +116,14 @@ def _plan(config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_siz
 
 
 def _stands(plan: _Plan) -> bool:
-    """Whether OUT/NAME is a source that some run finished. Raises ShardError when it is something else, never to be removed."""
+    """Whether OUT/NAME is a finished source. Raises ShardError when it is something else, which no run may remove."""
     if plan.folder.exists() and not (plan.folder / "train" / CARD).is_file():
         raise ShardError(f"{plan.folder} exists and is no finished source. Remove it, or set another out.")
     return plan.folder.exists()
 
 
 def _finished(plan: _Plan) -> bool:
-    """Whether the source stands there already, made from the same. Raises ShardError when it was made from something else."""
+    """Whether the source was made from the same. Raises ShardError when it was made from something else."""
     card = read_card(plan.folder / "train")
     old = {"tokenizer": card.tokenizer_sha256[:12], **{k: card.recipe.get(k) for k in plan.card.recipe}}
     new = {"tokenizer": plan.card.tokenizer_sha256[:12], **plan.card.recipe}
@@ -132,8 +133,8 @@ def _finished(plan: _Plan) -> bool:
         raise ShardError(f"{plan.folder} was made from something else ({'; '.join(changed[:2])}{more}). "
                          "Add --again to make it anew, or set another out.")
     held_out = card.recipe["counts"]["documents_held_out"]
-    say(f"{plan.source.name}: finished before, {card.documents:,} samples and {short_count(card.tokens)} tokens in train, "
-        f"{held_out:,} documents held out ({plan.folder}). Nothing to do.")
+    say(f"{plan.source.name}: finished before, {card.documents:,} samples and {short_count(card.tokens)} tokens in "
+        f"train, {held_out:,} documents held out ({plan.folder}). Nothing to do.")
     return True
 
 
@@ -141,8 +142,8 @@ def _start_pool(config: PrepareConfig, plans: list[_Plan]) -> EncoderPool:
     card = plans[0].card
     encoder = choose_encoder(plans[0].tokenizer_json, [text for plan in plans for text in _real_texts(plan)])
     job = EncodeJob(tokenizer_json=str(plans[0].tokenizer_json), encoder=encoder, cls_id=card.specials.cls_id,
-                    sep_id=card.specials.sep_id, dtype=card.dtype, max_tokens_per_document=config.max_tokens_per_document,
-                    held_out_share=config.held_out_share, stop_on_error=config.on_error == "stop")
+                    sep_id=card.specials.sep_id, dtype=card.dtype, held_out_share=config.held_out_share,
+                    max_tokens_per_document=config.max_tokens_per_document, stop_on_error=config.on_error == "stop")
     # more processes than blocks would only cost their start
     return EncoderPool(job, min(config.worker_processes, 1 + sum(plan.bytes for plan in plans) // BLOCK_BYTES))
 
@@ -236,7 +237,7 @@ def _report(plan: _Plan, counts: Counts) -> None:
 
 
 def _real_texts(plan: _Plan) -> list[str]:
-    """Some documents of the source, short ones, for the check of the encoder. Bad lines are reported later, in their place."""
+    """Some short documents of the source, for the check of the encoder. Bad lines are reported later, in place."""
     texts: list[str] = []
     with contextlib.suppress(ReadError):
         for block in itertools.islice(read_blocks(plan.source, plan.files[0]), 1):
@@ -255,7 +256,8 @@ def _hidden_folder(folder: Path) -> Iterator[Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the lock dies with its process, SIGKILL included
         except BlockingIOError as error:
-            raise UserError(f"another data-prep is making {folder} at this moment. Wait for it, or set another out.") from error
+            raise UserError(f"another data-prep is making {folder} at this moment. "
+                            "Wait for it, or set another out.") from error
         for leftover in part.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         try:
@@ -287,7 +289,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk of {out} is full. Free space or set another out, and run the same command: "
                             "finished sources are kept.") from error
-        raise UserError(f"{error.filename or out}: {error.strerror or error}. Check the folder out and its rights.") from error
+        raise UserError(f"{error.filename or out}: {error.strerror or error}. "
+                        "Check the folder out and its rights.") from error
 
 
 def _name_below(root: Path, path: Path) -> str:

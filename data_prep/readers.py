@@ -55,7 +55,7 @@ class Parsed:
 
 
 def find_files(source: Source, root: Path) -> list[Path]:
-    """The files of a source: its patterns in their order, each pattern's matches sorted. Raises ConfigError for no match."""
+    """The files of a source: its patterns in order, each pattern's matches sorted. Raises ConfigError for no match."""
     found: dict[Path, None] = {}
     for pattern in source.files:
         matches = [Path(p) for p in sorted(glob.glob(os.path.join(root, pattern), recursive=True)) if os.path.isfile(p)]
@@ -63,7 +63,7 @@ def find_files(source: Source, root: Path) -> list[Path]:
             place = root / pattern
             beside = sorted(p.name for p in place.parent.glob("*") if p.is_file())[:50] if place.parent.is_dir() else []
             what = "matches no file" if glob.has_magic(pattern) else "does not exist"
-            hint = nearest(place.name, beside) if beside else f"There is no file in {place.parent}. Set root or the files."
+            hint = nearest(place.name, beside) if beside else f"No file is in {place.parent}. Set root or the files."
             raise ConfigError(f"source {source.name}: {place} {what}. {hint}")
         found.update(dict.fromkeys(matches))
     return list(found)
@@ -132,11 +132,13 @@ def _checked(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
         if isinstance(value, str):
             yield place, value
         else:
-            result.leave_out("no text", f"{place}: {block.column!r} is {_named(value)}; needed: text. Set on_error: skip.")
+            result.leave_out("no text", f"{place}: {block.column!r} is {_named(value)}; needed: text. "
+                                        "Repair it, or set on_error: skip.")
 
 
 def _named(value: object) -> str:
-    words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number",
+             float: "a number"}
     return "null" if value is None else words.get(type(value), f"a {type(value).__name__}")
 
 
@@ -158,7 +160,7 @@ def _json_lines(path: Path, column: str) -> Iterator[Block]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """(the decompressed stream, the file below it); what goes wrong inside is raised as ReadError with the file's name."""
+    """(the decompressed stream, the file below it); what goes wrong inside is a ReadError with the file's name."""
     try:
         with open(path, "rb") as raw:
             if path.suffix == ".gz":
@@ -171,7 +173,8 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                 yield raw, raw
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ReadError(f"{path} cannot be read to its end: {why}. Fetch the file again, or set on_error: skip.") from error
+        raise ReadError(f"{path} cannot be read to its end: {why}. "
+                        "Fetch the file again, or set on_error: skip.") from error
 
 
 def _plain_text(source: TextSource, path: Path) -> Iterator[Block]:
@@ -208,7 +211,8 @@ def _dataset(path: Path, builder: str, *, column: str, **options: object) -> Ite
             first, given = first + len(texts), given + here
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         why = " ".join(str(error).split())[:200]
-        raise ReadError(f"{path} cannot be read as {builder}: {why}. Fetch the file again, or set on_error: skip.") from error
+        raise ReadError(f"{path} cannot be read as {builder}: {why}. "
+                        "Fetch the file again, or set on_error: skip.") from error
 
 
 def file_bytes(path: Path) -> int:

@@ -38,8 +38,9 @@ def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
     rows = table(found)
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     for row in rows:
-        say("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
-    for summary in found:
+        words, numbers = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
+        say("  ".join([*(cell.ljust(w) for cell, w in words), *(cell.rjust(w) for cell, w in numbers)]))
+    for summary in [s for s in found if s.card.split == "train"] or found:
         say(f"\n{summary.folder}: tokens per sample")
         for line in histogram(summary.lengths):
             say(f"  {line}")
@@ -62,8 +63,8 @@ def summarize(folder: Path) -> Summary:
     shard = list(read_shard(folder, read_index(folder)[0], dtype=card.dtype))
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
-    texts = [tokenizer.decode(ids_T[:SAMPLE_CHARS].tolist(), skip_special_tokens=False)[:SAMPLE_CHARS] for ids_T in chosen]
-    return Summary(folder=folder, card=card, lengths=lengths, samples=texts)
+    texts = [tokenizer.decode(ids_T[:SAMPLE_CHARS].tolist(), skip_special_tokens=False) for ids_T in chosen]
+    return Summary(folder=folder, card=card, lengths=lengths, samples=[t[:SAMPLE_CHARS] for t in texts])
 
 
 def table(found: Sequence[Summary]) -> list[tuple[str, ...]]:
@@ -72,8 +73,8 @@ def table(found: Sequence[Summary]) -> list[tuple[str, ...]]:
     for s in found:
         of_split = sum(o.card.tokens for o in found if o.card.split == s.card.split)
         rows.append((s.card.source, s.card.split, f"{s.card.documents:,}", f"{s.card.tokens:,}",
-                     f"{100 * s.card.tokens / of_split:.1f} %", f"{s.lengths.mean():,.0f}", f"{np.median(s.lengths):,.0f}",
-                     f"{np.percentile(s.lengths, 95):,.0f}", f"{s.lengths.max():,}"))
+                     f"{100 * s.card.tokens / of_split:.1f} %", f"{s.lengths.mean():,.0f}",
+                     f"{np.median(s.lengths):,.0f}", f"{np.percentile(s.lengths, 95):,.0f}", f"{s.lengths.max():,}"))
     return rows
 
 

@@ -92,8 +92,8 @@ def read_shard(folder: Path, entry: dict, *, dtype: str) -> ShardSamples:
     """One shard, its sizes and hashes checked, compressed or not. Raises ShardError with the file's name."""
     encoding = f"ndarray:{dtype}"
     if entry.get("column_names") != [INPUT_IDS] or entry.get("column_encodings") != [encoding]:
-        raise ShardError(f"{folder / INDEX} has the columns {entry.get('column_names')} as {entry.get('column_encodings')}; "
-                         f"needed: {INPUT_IDS} as {encoding}.")
+        raise ShardError(f"{folder / INDEX} has the columns {entry.get('column_names')} as "
+                         f"{entry.get('column_encodings')}; needed: {INPUT_IDS} as {encoding}.")
     packed, plain = entry["zip_data"], entry["raw_data"]
     stored = packed or plain
     path = folder / stored["basename"]
@@ -108,7 +108,8 @@ def read_shard(folder: Path, entry: dict, *, dtype: str) -> ShardSamples:
     try:
         return _samples(path.name, data, np.dtype(dtype), int(entry["samples"]))
     except (ValueError, IndexError) as error:
-        raise ShardError(f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. Make the shards again.") from error
+        raise ShardError(f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. "
+                         "Make the shards again.") from error
 
 
 def _checked(path: Path, info: dict) -> bytes:
@@ -120,7 +121,8 @@ def _checked(path: Path, info: dict) -> bytes:
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror}. Make the shards again.") from error
     if len(data) != info["bytes"]:
-        raise ShardError(f"{path} has {len(data):,} bytes, index.json tells of {info['bytes']:,}. Make the shards again.")
+        raise ShardError(f"{path} has {len(data):,} bytes, {INDEX} tells of {info['bytes']:,}. "
+                         "Make the shards again.")
     expected = info.get("hashes", {}).get(HASH)
     if expected and xxhash.xxh64(data).hexdigest() != expected:
         raise ShardError(f"{path} is damaged: its {HASH} is not the one in index.json. Make the shards again.")
@@ -136,7 +138,7 @@ def _samples(name: str, data: bytes, dtype: np.dtype, samples: int) -> ShardSamp
     begins, ends = offsets[:-1], offsets[1:]
     if offsets[-1] != len(raw) or np.any(ends - begins < 6):
         raise ValueError("its offsets do not fit its size")
-    # kind of the shape: number of axes above the two bits that tell the width of the shape's numbers (encodings.NDArray)
+    # kind of the shape: the number of axes, above two bits that tell the width of the shape's numbers
     kind = raw[begins + 4]
     widths = 1 << (kind & 3).astype(np.int64)
     if np.any(kind >> 2 != 1):

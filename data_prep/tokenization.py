@@ -1,4 +1,4 @@
-"""Text to pieces of ids: fastokens where it proves equal to Hugging Face tokenizers, else tokenizers; [CLS] and [SEP] put on.
+"""Text to pieces of ids, [CLS] ... [SEP] each: by fastokens where it proves equal to tokenizers, else by tokenizers.
 
 Spellings of special tokens in raw text ("[MASK]", "<|endoftext|>") stay text: no document can write a special id.
 """
@@ -22,13 +22,16 @@ EncoderName = Literal["fastokens", "tokenizers"]
 # What encoders disagree on: spellings of specials, white space around them, composed and decomposed letters,
 # runs of spaces, controls, scripts without spaces, joined emoji, digits, contractions.
 HOSTILE = (
-    "[MASK]", " [MASK]", "  [MASK] x", "a[MASK]b [CLS][SEP] [PAD]\n[UNK]", "<|endoftext|>", "<|padding|> <|endoftext|>\n\n",
-    "[unused0] [unused82]", "|||IP_ADDRESS||| |||EMAIL_ADDRESS|||", "[mask] [MASK", "[[MASK]]", " ", "    ", "\n", "\n \n  \n\t\t x",
-    "a" + " " * 24 + "b" + " " * 25 + "c", " leading", "trailing ", "tabs\t\tand\r\nreturns\r", "e\u0301 \u00e9 \u212b A\u030a \ufb01 \u1e9b\u0323",
-    "\u0000\u0001\u007f\u0085\u00a0\u2028\u2029\u200b\ufeff\ufffd", "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0 \u4e2d\u6587 \ud55c\uad6d\uc5b4",
+    "[MASK]", " [MASK]", "  [MASK] x", "a[MASK]b [CLS][SEP] [PAD]\n[UNK]", "<|endoftext|>",
+    "<|padding|> <|endoftext|>\n\n", "[unused0] [unused82]", "|||IP_ADDRESS||| |||EMAIL_ADDRESS|||", "[mask] [MASK",
+    "[[MASK]]", " ", "    ", "\n", "\n \n  \n\t\t x", "a" + " " * 24 + "b" + " " * 25 + "c", " leading", "trailing ",
+    "tabs\t\tand\r\nreturns\r", "e\u0301 \u00e9 \u212b A\u030a \ufb01 \u1e9b\u0323",
+    "\u0000\u0001\u007f\u0085\u00a0\u2028\u2029\u200b\ufeff\ufffd",
+    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0 \u4e2d\u6587 \ud55c\uad6d\uc5b4",
     "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0939\u093f\u0928\u094d\u0926\u0940",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f600\U0001f600", "1234567890 3.14159 1,000,000 0x1F 1e-9 \u00b2\u00bd\u0664",
-    "don't I'll we've they're he'd it's 'S 'LL", "snake_case camelCase ALLCAPS kebab-case", "a" * 300, "ab" * 200, "!?!?...---___===", "https://a.b/c?d=e&f#g",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f600\U0001f600",
+    "1234567890 3.14159 1,000,000 0x1F 1e-9 \u00b2\u00bd\u0664", "don't I'll we've they're he'd it's 'S 'LL",
+    "snake_case camelCase ALLCAPS kebab-case", "a" * 300, "ab" * 200, "!?!?...---___===", "https://a.b/c?d=e&f#g",
     "def f(x):\n    return x[0]  # done\n", "\u0130\u0131\u017f\u212a", "\U000e0001\U0010fffd",
 )
 
@@ -77,7 +80,7 @@ class TextEncoder:
 
 
 def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> EncoderName:
-    """fastokens, if it is installed and gives the ids of Hugging Face tokenizers on hostile and on real text; said if not."""
+    """fastokens, if it gives the ids of Hugging Face tokenizers on hostile and on real text; a warning if not."""
     judge = TextEncoder(tokenizer_json, "tokenizers")
     slow = "Hugging Face tokenizers encodes instead: the same ids, about 20 times slower."
     try:

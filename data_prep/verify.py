@@ -11,11 +11,19 @@ import numpy as np
 from data_prep.shards import ShardSamples, read_index, read_shard
 from encoder.base.errors import ShardError
 from encoder.base.log import say
-from encoder.data.shard_format import CARD, TOKENIZER, Card, lengths_dtype, read_card, read_lengths, tokenizer_fingerprint
+from encoder.data.shard_format import (
+    CARD,
+    TOKENIZER,
+    Card,
+    lengths_dtype,
+    read_card,
+    read_lengths,
+    tokenizer_fingerprint,
+)
 
 
 def verify(folders: Sequence[Path]) -> int:
-    """Check all folders and say what was found, a line each; 0, or 2 when one is damaged. Raises ShardError for no folder."""
+    """Check all folders and say what was found, a line each; 0, or 2 when one is damaged. Raises ShardError for none."""
     damaged = 0
     for folder in find_shard_folders(folders):
         try:
@@ -31,7 +39,8 @@ def find_shard_folders(folders: Sequence[Path]) -> list[Path]:
     """The folders that hold a card, at or below those given (hidden ones left out). Raises ShardError."""
     found: dict[Path, None] = {}
     for folder in folders:
-        cards = sorted(p for p in folder.rglob(CARD) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+        cards = [p for p in sorted(folder.rglob(CARD))
+                 if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
         if not cards:
             read_card(folder)          # says what is missing
         found.update({p.parent: None for p in cards})
@@ -42,7 +51,8 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
     """(card, number of shards) of a folder without damage. Raises ShardError naming the first damaged file."""
     card = read_card(folder)
     if tokenizer_fingerprint(folder / TOKENIZER) != card.tokenizer_sha256:
-        raise ShardError(f"{folder / TOKENIZER} is not the tokenizer of {CARD} (its SHA-256 differs). Make the shards again.")
+        raise ShardError(f"{folder / TOKENIZER} is not the tokenizer of {CARD} (its SHA-256 differs). "
+                         "Make the shards again.")
     lengths, at, shards = read_lengths(folder, card), 0, read_index(folder)
     for entry in shards:
         samples = read_shard(folder, entry, dtype=card.dtype)
@@ -64,7 +74,8 @@ def _check_samples(folder: Path, samples: ShardSamples, expected_P: np.ndarray, 
         f"an id beyond the vocabulary of {card.vocab_size:,}": samples.ids_T.max(initial=0) >= card.vocab_size,
         "a sample that does not begin with [CLS]": np.any(samples.ids_T[ends_P - lengths_P] != card.specials.cls_id),
         "a sample that does not end with [SEP]": np.any(samples.ids_T[ends_P - 1] != card.specials.sep_id),
-        f"a sample longer than {card.max_tokens_per_document:,} tokens": lengths_P.max(initial=0) > card.max_tokens_per_document,
+        f"a sample longer than {card.max_tokens_per_document:,} tokens":
+            lengths_P.max(initial=0) > card.max_tokens_per_document,
     }
     for fault, found in faults.items():
         if found:
