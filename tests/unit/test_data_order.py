@@ -1,0 +1,60 @@
+"""The order of documents: a permutation in every epoch, reached anywhere in no time."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from encoder.data.order import CACHED_GROUPS, SHARDS_PER_GROUP, DocumentOrder
+
+
+def order_of(samples, *, seed=1, phase=0, source="web"):
+    return DocumentOrder(np.array(samples), seed=seed, phase=phase, source=source)
+
+
+@pytest.mark.parametrize("samples", [[1], [7], [5, 1, 3], [3] * 16, [3] * 17, list(range(1, 60))])
+def test_every_epoch_is_a_permutation_of_all_documents(samples):
+    order, total = order_of(samples), sum(samples)
+    for epoch in range(3):
+        assert sorted(order.documents(epoch * total, total)) == list(range(total))
+
+
+def test_epochs_phases_seeds_and_sources_have_orders_of_their_own():
+    orders = [order_of([50] * 4, **other) for other in ({}, {"seed": 2}, {"phase": 1}, {"source": "x"})]
+    drawn = [tuple(o.documents(0, 200)) for o in orders] + [tuple(orders[0].documents(200, 200))]
+    assert len(set(drawn)) == 5
+
+
+def test_any_stretch_is_the_same_however_it_is_asked_for():
+    samples = [11, 2, 30, 7] * 10
+    whole = order_of(samples).documents(0, 1200)
+    assert (order_of(samples).documents(0, 1200) == whole).all()
+    asked = order_of(samples)
+    for start in [1100, 0, 499, 501, 3, 998]:       # backwards, over groups and over the end of an epoch
+        assert (asked.documents(start, 100) == whole[start:start + 100]).all()
+    assert len(asked.documents(5, 0)) == 0
+
+
+def test_documents_of_a_group_come_from_few_shards():
+    order = order_of([10] * 160)
+    for group in range(10):
+        shards = set(order.documents(group * 10 * SHARDS_PER_GROUP, 10 * SHARDS_PER_GROUP) // 10)
+        assert len(shards) == SHARDS_PER_GROUP
+
+
+def test_a_place_far_away_costs_as_much_as_the_first_and_memory_is_bounded():
+    order = order_of([1000] * 30_000)      # 30 million documents
+    start = time.perf_counter()
+    for place in [0, 10**9, 10**12, 10**15, 123456789, 5 * 10**6, 17]:
+        assert len(order.documents(place, 100)) == 100
+    assert time.perf_counter() - start < 2.0      # a permutation of 30 million alone takes longer
+    assert len(order._groups) <= CACHED_GROUPS
+
+
+def test_places_of_documents_are_spread_evenly():
+    # document 0 over 400 epochs: the mean place is N/2 within five standard errors
+    order, total = order_of([5] * 40), 200
+    places = [int(np.flatnonzero(order.documents(e * total, total) == 0)[0]) for e in range(400)]
+    assert abs(np.mean(places) - 99.5) < 5 * 57.7 / 20

@@ -1,0 +1,123 @@
+"""Masked language modelling: shares, what may be asked, what may be shown, and settings that are refused."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from encoder.base.errors import ConfigError
+from encoder.base.rng import generator
+from encoder.base.schema import from_mapping
+from encoder.objectives.catalog import OBJECTIVES, build_objective
+from encoder.objectives.mlm import MlmConfig
+
+V, UNK, CLS, SEP, PAD, MASK = 105, 100, 101, 102, 103, 104
+SPECIALS = SimpleNamespace(mask_id=MASK, pad_id=PAD, all_special=(UNK, CLS, SEP, PAD, MASK))
+
+
+def objective(*, vocab_size=V, **settings):
+    return build_objective(MlmConfig(**settings), vocab_size=vocab_size, specials=SPECIALS)
+
+
+def long_row(tokens=200_000, seed=0):
+    """Ordinary tokens with [CLS], [SEP], [UNK] and [PAD] strewn in."""
+    ids = np.random.default_rng(seed).integers(0, 100, tokens)
+    for at, special in enumerate((CLS, SEP, UNK, PAD)):
+        ids[at::50] = special
+    return ids
+
+
+def within_five_sigma(count, total, share):
+    return abs(count - total * share) < 5 * np.sqrt(total * share * (1 - share))
+
+
+def test_shares_are_those_of_the_settings():
+    ids = long_row()
+    question = objective(mask_share=0.3)(ids, generator(1, "a"))
+    ordinary = int((ids < 100).sum())
+    asked = len(question.predict_index)
+    shown = question.ids[question.predict_index]
+    assert within_five_sigma(asked, ordinary, 0.3)
+    assert within_five_sigma((shown == MASK).sum(), asked, 0.8)
+    # kept, or replaced by chance with itself (one in 100)
+    assert within_five_sigma((shown == question.predict_target).sum(), asked, 0.1 + 0.1 / 100)
+
+
+def test_targets_are_the_clean_ids_and_nothing_else_is_changed():
+    ids = long_row()
+    before = ids.copy()
+    question = objective()(ids, generator(1, "a"))
+    assert (ids == before).all()
+    assert (question.predict_target == ids[question.predict_index]).all()
+    assert (np.diff(question.predict_index) > 0).all()
+    untouched = np.ones(len(ids), dtype=bool)
+    untouched[question.predict_index] = False
+    assert (question.ids[untouched] == ids[untouched]).all()
+
+
+def test_special_tokens_are_neither_asked_nor_drawn():
+    ids = long_row()
+    question = objective()(ids, generator(1, "a"))
+    assert (question.predict_target < 100).all()
+    shown = question.ids[question.predict_index]
+    assert set(shown[shown != MASK]) == set(range(100))      # every ordinary id is drawn, no special one
+
+
+def test_replacements_are_uniform_over_the_ordinary_ids():
+    question = objective(mask_share=0.9, random_share=1.0, keep_share=0.0)(np.full(100_000, 7), generator(1, "a"))
+    counts = np.bincount(question.ids[question.predict_index], minlength=V)
+    assert counts[100:].sum() == 0
+    assert all(within_five_sigma(c, counts.sum(), 0.01) for c in counts[:100])
+
+
+def test_the_released_objective_asks_cls_and_sep_and_draws_up_to_the_mask():
+    ids = long_row()
+    question = objective(mask_special_tokens=True)(ids, generator(1, "a"))
+    for special in (CLS, SEP, UNK):
+        assert within_five_sigma((question.predict_target == special).sum(), (ids == special).sum(), 0.3)
+    assert (question.predict_target != PAD).all()
+    drawn = objective(mask_special_tokens=True, mask_share=0.9, random_share=1.0, keep_share=0.0, vocab_size=120)(
+        np.full(100_000, 7), generator(1, "a"))
+    assert set(drawn.ids[drawn.predict_index]) == set(range(MASK + 1))      # not 105 to 119, which no text has
+
+
+def test_padding_is_never_asked_nor_changed():
+    for released in (False, True):
+        question = objective(mask_special_tokens=released)(np.full(1000, PAD), generator(1, "a"))
+        assert len(question.predict_index) == 0 and (question.ids == PAD).all()
+
+
+def test_the_same_address_gives_the_same_question_and_another_gives_another():
+    ids = long_row(500)
+    one, same, other = (objective()(ids, generator(1, "mlm", 0, 3, row)) for row in (5, 5, 6))
+    assert (one.ids == same.ids).all() and (one.predict_index == same.predict_index).all()
+    assert set(one.predict_index) != set(other.predict_index)
+
+
+def test_the_capacity_holds_every_question_and_little_more():
+    ask = objective(mask_share=0.3)
+    assert ask.capacity(4096) == 1405       # 1228.8 + 6 * 29.33 = 1404.8
+    assert ask.capacity(3) == 3             # never above the tokens there are
+    ids = np.random.default_rng(0).integers(0, 100, 256)
+    assert max(len(ask(ids, generator(1, i)).predict_index) for i in range(2000)) <= ask.capacity(256)
+
+
+def test_the_question_maker_survives_pickling():
+    ask, ids = objective(), long_row(500)
+    assert (pickle.loads(pickle.dumps(ask))(ids, generator(1, "a")).ids == ask(ids, generator(1, "a")).ids).all()  # noqa: S301
+
+
+@pytest.mark.parametrize("settings, word", [
+    ({"mask_share": 0.0}, "mask_share"), ({"mask_share": 1.0}, "mask_share"), ({"random_share": -0.1}, "random_share"),
+    ({"random_share": 0.6, "keep_share": 0.6}, "together at most 1"), ({"mask_prob": 0.3}, "mask_prob is unknown")])
+def test_settings_that_make_no_sense_are_refused(settings, word):
+    with pytest.raises(ConfigError, match=word):
+        from_mapping(OBJECTIVES["mlm"], settings)
+
+
+def test_a_special_id_outside_the_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="special id 104 is outside the vocabulary of 104"):
+        objective(vocab_size=104)
