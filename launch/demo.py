@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole job on one machine: text -> tokenizer -> shards -> training, killed and resumed -> Hugging Face folder -> answers.
+"""The whole job on one machine: text -> tokenizer -> shards -> training, killed and resumed -> export -> answers.
 
     python launch/demo.py [--out demo] [--shrink 10]
 
@@ -33,15 +33,22 @@ SENTENCES = [
 def main(argv: list[str] | None = None) -> int:
     """Runs the parts in order; returns the exit code of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)")
-    parser.add_argument("--shrink", type=float, default=1.0, help="divide the corpus and the training by this (tests use 10)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)"
+    )
+    parser.add_argument(
+        "--shrink", type=float, default=1.0, help="divide the corpus and the training by this (tests use 10)"
+    )
     args = parser.parse_args(argv)
     demo = Demo(out=args.out.resolve(), shrink=args.shrink)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         demo.tell()
     except subprocess.CalledProcessError as error:
-        print(f"error: this command ended with exit code {error.returncode}: {' '.join(map(str, error.cmd))}", file=sys.stderr)
+        print(
+            f"error: this command ended with exit code {error.returncode}: {' '.join(map(str, error.cmd))}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nstopped; make demo goes on from here", file=sys.stderr)
@@ -58,8 +65,15 @@ class Demo:
         self.start = time.monotonic()
         self.bin = Path(sys.executable).parent
         # two ranks on the cores at hand, one thread each, no GPU: the demo is the same everywhere
-        self.env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PATH": f"{self.bin}:{os.environ.get('PATH', '')}"}
+        self.env = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{self.bin}:{os.environ.get('PATH', '')}",
+        }
 
     def tell(self) -> None:
         """The time line."""
@@ -76,8 +90,18 @@ class Demo:
         self.training()
         self.part("export: a Hugging Face folder, checked against transformers", self.out / "hf" / "config.json", [
             sys.executable, ROOT / "launch" / "export_hf.py", self.run, self.out / "hf"])
-        self.part("fill-mask: what the model answers", None, [
-            sys.executable, ROOT / "launch" / "fill_mask.py", self.out / "hf", *SENTENCES, "--json", self.out / "answers.json"])
+        self.part(
+            "fill-mask: what the model answers",
+            None,
+            [
+                sys.executable,
+                ROOT / "launch" / "fill_mask.py",
+                self.out / "hf",
+                *SENTENCES,
+                "--json",
+                self.out / "answers.json",
+            ],
+        )
         self.report()
 
     def part(self, title: str, made: Path | None, command: list[object]) -> None:
@@ -135,22 +159,33 @@ class Demo:
         total = sum(p.tokens for p in read_run(RUN_FILE, self.overrides()).phases)
         print("        $ " + " ".join(_short(w) for w in command[:6]), flush=True)
         console = Console()
-        columns = (TextColumn("        {task.fields[phase]:<10}"), BarColumn(30), TextColumn("{task.percentage:>3.0f} %  loss "
-                   "{task.fields[loss]}  held-out {task.fields[held_out]}  {task.fields[speed]} tok/s"), TimeElapsedColumn(),
-                   TimeRemainingColumn())
+        columns = (
+            TextColumn("        {task.fields[phase]:<10}"),
+            BarColumn(30),
+            TextColumn(
+                "{task.percentage:>3.0f} %  loss "
+                "{task.fields[loss]}  held-out {task.fields[held_out]}  {task.fields[speed]} tok/s"
+            ),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with open(self.out / "training.log", "ab") as log, Progress(
                 *columns, console=console, refresh_per_second=4, disable=not console.is_terminal) as bar:
             task = bar.add_task("training", total=total, phase="starting", loss="-", held_out="-", speed="-")
             process = subprocess.Popen(command, env=self.env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
             try:
-                self._watch(process, total, kill_at, lambda **now: bar.update(task, **now), plain=not console.is_terminal)
+                self._watch(
+                    process, total, kill_at, lambda **now: bar.update(task, **now), plain=not console.is_terminal
+                )
             except BaseException:
                 _kill_tree(process.pid)
                 raise
         lines = _ledger(self.run)
         return lines[-1]["step"] if lines else 0
 
-    def _watch(self, process: subprocess.Popen, total: int, kill_at: float | None, show: Callable[..., None], *, plain: bool) -> None:
+    def _watch(
+        self, process: subprocess.Popen, total: int, kill_at: float | None, show: Callable[..., None], *, plain: bool
+    ) -> None:
         from encoder.train.tracking import METRICS, metrics_by_step
         said = -1
         while process.poll() is None:
@@ -162,14 +197,21 @@ class Demo:
             if not trained:
                 continue
             held_out = [m["held_out_loss"] for m in metrics.values() if "held_out_loss" in m]
-            now = dict(phase=trained[-1]["phase"], loss=f"{trained[-1]['loss']:.2f}",
-                       held_out=f"{held_out[-1]:.2f}" if held_out else "-", speed=f"{trained[-1]['tokens_per_second']:,.0f}")
+            now = dict(
+                phase=trained[-1]["phase"],
+                loss=f"{trained[-1]['loss']:.2f}",
+                held_out=f"{held_out[-1]:.2f}" if held_out else "-",
+                speed=f"{trained[-1]['tokens_per_second']:,.0f}",
+            )
             tokens = _ledger(self.run)[-1]["tokens_seen"]
             show(completed=tokens, **now)
             if plain and int(10 * tokens / total) > said:
                 said = int(10 * tokens / total)
-                print(f"        {now['phase']:<10} {tokens / total:4.0%}  loss {now['loss']}  held-out {now['held_out']}  "
-                      f"{now['speed']} tok/s", flush=True)
+                print(
+                    f"        {now['phase']:<10} {tokens / total:4.0%}  loss {now['loss']}  held-out {now['held_out']}  "
+                    f"{now['speed']} tok/s",
+                    flush=True,
+                )
             saved = sorted((self.run / "checkpoints").glob("*/COMMITTED"))
             if kill_at is not None and tokens >= kill_at * total and saved and self._beyond_checkpoint():
                 _kill_tree(process.pid)
@@ -194,17 +236,24 @@ class Demo:
         resumed = next((e["step"] for e in read_jsonl(self.run / EVENTS) if e["event"] == "resume"), 0)
         if whole[: len(before)] != before:
             raise SystemExit("error: the ledger of the resumed run does not continue the first one's")
-        return [("killed with SIGKILL after step", f"{killed['steps']:,}"),
-                ("resumed from the checkpoint of step", f"{resumed:,}"),
-                ("steps done twice, hashes equal", f"{killed['steps'] - resumed:,} of {killed['steps'] - resumed:,}"),
-                ("ledger", f"{verify_ledger(self.run):,} steps in one unbroken chain, the first {len(before):,} from before the kill")]
+        return [
+            ("killed with SIGKILL after step", f"{killed['steps']:,}"),
+            ("resumed from the checkpoint of step", f"{resumed:,}"),
+            ("steps done twice, hashes equal", f"{killed['steps'] - resumed:,} of {killed['steps'] - resumed:,}"),
+            (
+                "ledger",
+                f"{verify_ledger(self.run):,} steps in one unbroken chain, the first {len(before):,} from before the kill",
+            ),
+        ]
 
     def report(self) -> None:
         """loss.png and report.html, with the answers and the kill in them."""
         from encoder.train.report import Section, write_report
         self.line("report")
         answers = json.loads((self.out / "answers.json").read_text(encoding="utf-8"))
-        rows = [(a["text"], *(f"{token.strip() or token!r} {share:.0%}" for token, share in a["masks"][0])) for a in answers]
+        rows = [
+            (a["text"], *(f"{token.strip() or token!r} {share:.0%}" for token, share in a["masks"][0])) for a in answers
+        ]
         page = write_report(self.run, sections=[
             Section(title="Killed and resumed", head=("", ""), rows=self.proof),
             Section(title="Fill-mask, from the exported folder", head=("text", "1", "2", "3", "4", "5"), rows=rows)])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write a run's newest checkpoint, or one checkpoint, as a Hugging Face folder, after transformers gave the same logits.
+"""Write a run's newest checkpoint, or one checkpoint, as a Hugging Face folder that gave transformers' logits.
 
-    python launch/export_hf.py RUN_FOLDER_OR_CHECKPOINT OUT
+python launch/export_hf.py RUN_FOLDER_OR_CHECKPOINT OUT
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, exports, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN_FOLDER_OR_CHECKPOINT")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; replaced only if it is an earlier export")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="the folder to write; replaced only if it is an earlier export"
+    )
     args = parser.parse_args(argv)
 
     from encoder.base.errors import UserError

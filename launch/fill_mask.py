@@ -21,7 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers there")
     args = parser.parse_args(argv)
     if not (args.folder / "config.json").is_file():
-        print(f"error: {args.folder} holds no config.json; needed: a folder written by launch/export_hf.py", file=sys.stderr)
+        print(
+            f"error: {args.folder} holds no config.json; needed: a folder written by launch/export_hf.py",
+            file=sys.stderr,
+        )
         return 2
     without = next((t for t in args.texts if "[MASK]" not in t), None)
     if without is not None:
@@ -53,7 +56,7 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict]:
         masks = []
         for place in places:
             best = torch.softmax(logits_TV[place].float(), -1).topk(top)
-            masks.append([(tokenizer.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices.tolist())])
+            masks.append([(tokenizer.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
         found.append({"text": text, "masks": masks})
     return found
 

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 launch/pretrain.py RUN.yaml [key=value ...]
     python launch/pretrain.py RUN.yaml [key=value ...]
 
-Exit code: 0 done, or stopped by a signal after saving (done.json in the run folder tells which); 2 a mistake in the input.
+Exit code: 0 done, or stopped by a signal after saving (done.json in the run folder tells which);
+2 a mistake in the input.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, trains, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example engine.zero_stage=2 phases.0.tokens=1M")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example engine.zero_stage=2 phases.0.tokens=1M"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
     args = parser.parse_args(argv)
 
-    from encoder.base.dist import world_from_env      # after --help and its errors: importing torch takes seconds
+    from encoder.base.dist import world_from_env  # after --help and its errors: importing torch takes seconds
     from encoder.base.errors import RankError, SilentError, UserError
     from encoder.base.log import speak_on
 

@@ -29,7 +29,7 @@ class World:
 
 
 def world_from_env(env: dict[str, str] | None = None) -> World:
-    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else from SLURM_PROCID/SLURM_NTASKS under srun, else one rank."""
+    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else SLURM_PROCID/SLURM_NTASKS (srun), else one rank."""
     env = dict(os.environ) if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
         local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
@@ -53,7 +53,9 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     if "MASTER_ADDR" not in os.environ:
         raise ConfigError(f"{world.size} ranks but no MASTER_ADDR. Start with deepspeed or torchrun, "
                           "or set MASTER_ADDR and MASTER_PORT in the job script.")

@@ -32,7 +32,7 @@ class _ChosenBy:
 
 
 def chosen_by(tag: str, choices: dict[str, type]) -> Any:
-    """A field type: the mapping's key `tag` names one of the settings classes. Use: `lr: chosen_by("schedule", SCHEDULES)`."""
+    """A field type: the mapping's key `tag` names one of the classes. Use: `lr: chosen_by("schedule", SCHEDULES)`."""
     return Annotated[Any, _ChosenBy(tag, choices)]
 
 
@@ -71,9 +71,11 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 
 def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "") -> T:
-    """A settings object from plain values. Errors name the dotted key. A class's own checks raise ConfigError or ValueError."""
+    """A settings object from plain values. Raises ConfigError, also for a class's own ValueError, naming the dotted key."""
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys {', '.join(_names(cls))}.")
+        raise ConfigError(
+            f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys {', '.join(_names(cls))}."
+        )
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in mapping:
@@ -127,7 +129,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]
             found += differences(old.get(name), new.get(name), _join(key, name))
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new)) for d in differences(a, b, _join(key, i))]
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, _join(key, i))]
     return [] if old == new else [(key, old, new)]
 
 
@@ -215,7 +217,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             return tuple(_value(inner[0], item, where, _join(key, i)) for i, item in enumerate(value))
         if len(value) != len(inner):
             raise ConfigError(f"{at} has {len(value)} items; needed: {len(inner)}.")
-        return tuple(_value(kind, item, where, _join(key, i)) for i, (kind, item) in enumerate(zip(inner, value)))
+        return tuple(_value(kind, item, where, _join(key, i)) for i, (kind, item) in enumerate(zip(inner, value, strict=True)))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{at} is {_kind(value)}; needed: a mapping.")
@@ -253,7 +255,9 @@ def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str) -> Any:
         raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}.")
     word = value[chosen.tag]
     if word not in chosen.choices:
-        raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is {word!r}. {nearest(str(word), list(chosen.choices))}")
+        raise ConfigError(
+            f"{_at(where, _join(key, chosen.tag))} is {word!r}. {nearest(str(word), list(chosen.choices))}"
+        )
     rest = {k: v for k, v in value.items() if k != chosen.tag}
     return from_mapping(chosen.choices[word], rest, where=where, key=key)
 

@@ -13,7 +13,7 @@ TOKEN_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12,
 
 
 def parse_tokens(value: int | float | str) -> int:
-    """'2T' -> 2_000_000_000_000; also 500K, 1.719T, 98_304, 4Mi. Raises ConfigError unless it is a whole number >= 0."""
+    """'2T' -> 2_000_000_000_000; also 500K, 1.719T, 98_304, 4Mi. Raises ConfigError unless a whole number >= 0."""
     if isinstance(value, bool):
         raise ConfigError(f"{value} is no number of tokens. Write for example 500K, 1.5B or 98304.")
     if isinstance(value, int):

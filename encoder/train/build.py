@@ -55,10 +55,12 @@ def check_data(run: RunConfig) -> DataFacts:
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice:
             raise ConfigError(f"two sources of one mixture are named {twice}. Give one of them another name: NAME.")
-        for name, source in zip(names, sources):
+        for name, source in zip(names, sources, strict=True):
             path = Path(source.path)
             if paths.setdefault(name + mark, path) != path:
-                raise ConfigError(f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME.")
+                raise ConfigError(
+                    f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME."
+                )
             cards[name + mark] = read_card(path)
     first = check_same_tokenizer(cards)
     for name, card in cards.items():
@@ -80,7 +82,9 @@ def check_same_data(facts: DataFacts, saved_sha256: dict[str, str]) -> None:
 def choose_device(run: RunConfig, world: World) -> torch.device:
     """The device of this rank; on CPU also its share of the cores, unless OMP_NUM_THREADS says otherwise."""
     if run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch.")
+        raise ConfigError(
+            "device is cuda, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch."
+        )
     if run.device == "cpu" or not torch.cuda.is_available():
         if "OMP_NUM_THREADS" not in os.environ or run.device == "cpu" and os.environ["OMP_NUM_THREADS"] == "1":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -116,7 +120,9 @@ def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.de
         static_shapes=device.type == "cuda", workers=run.loader.workers, pin_memory=device.type == "cuda")
 
 
-def make_held_out(run: RunConfig, facts: DataFacts, world: World, device: torch.device, phase: PhaseConfig) -> list[HeldOut]:
+def make_held_out(
+    run: RunConfig, facts: DataFacts, world: World, device: torch.device, phase: PhaseConfig
+) -> list[HeldOut]:
     """This rank's share of the held-out batches, cut to the phase's document length."""
     if run.evaluation is None:
         return []

@@ -71,7 +71,7 @@ class PhaseConfig:
     tokens: Tokens                                         # without padding; ends with the step that reaches it
     max_tokens_per_document: int                           # longer documents are cut into near-equal pieces
     batch_tokens: Tokens                                   # capacity of a step over all ranks, in whole rows
-    lr: chosen_by("schedule", SCHEDULES)                   # noqa: F821
+    lr: chosen_by("schedule", SCHEDULES)
     global_rope_theta: float
     local_rope_theta: float = 10_000.0
     batch_warmup: BatchWarmup | None = None
@@ -81,8 +81,10 @@ class PhaseConfig:
         if self.tokens < 1:
             raise ConfigError(f"phase {self.name}: tokens is 0; needed: at least one step.")
         if self.max_tokens_per_document < 3:
-            raise ConfigError(f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves no room "
-                              "between [CLS] and [SEP]; needed: at least 3.")
+            raise ConfigError(
+                f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves no room "
+                "between [CLS] and [SEP]; needed: at least 3."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,9 @@ class RunConfig:
     name: str
     out: str                                               # the run folder: ledger, metrics, checkpoints
     seed: int
-    model: chosen_by("system", SYSTEMS)                    # noqa: F821
+    model: chosen_by("system", SYSTEMS)
     data: DataConfig
-    objective: chosen_by("name", OBJECTIVES)               # noqa: F821
+    objective: chosen_by("name", OBJECTIVES)
     optimizer: StableAdamWConfig
     phases: tuple[PhaseConfig, ...]
     checkpoints: CheckpointConfig
@@ -151,11 +153,15 @@ class RunConfig:
             raise ConfigError(f"phases have the names {', '.join(names)}; each name may stand once.")
         for phase in self.phases:
             if phase.max_tokens_per_document > self.data.row_tokens:
-                raise ConfigError(f"phase {phase.name}: documents of {phase.max_tokens_per_document:,} tokens do not fit rows "
-                                  f"of {self.data.row_tokens:,}. Raise data.row_tokens or lower max_tokens_per_document.")
+                raise ConfigError(
+                    f"phase {phase.name}: documents of {phase.max_tokens_per_document:,} tokens do not fit rows "
+                    f"of {self.data.row_tokens:,}. Raise data.row_tokens or lower max_tokens_per_document."
+                )
             if phase.max_tokens_per_document > self.model.max_position_embeddings:
-                raise ConfigError(f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document:,} is above "
-                                  f"model.max_position_embeddings {self.model.max_position_embeddings:,}. Raise the latter.")
+                raise ConfigError(
+                    f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document:,} is above "
+                    f"model.max_position_embeddings {self.model.max_position_embeddings:,}. Raise the latter."
+                )
             rows_at(0, batch_tokens=phase.batch_tokens, row_tokens=self.data.row_tokens, warmup=phase.batch_warmup)
 
     def rows_at(self, phase: PhaseConfig, phase_tokens: int) -> int:
@@ -172,7 +178,7 @@ IDENTITY = ("seed", "model", "data", "objective", "optimizer", "phases")
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run file with `key=value` overrides. `model: {preset: NAME, ...}` is filled in from the catalog. Raises ConfigError."""
+    """A run file with `key=value` overrides; `model: {preset: NAME, ...}` is filled in. Raises ConfigError."""
     mapping = read_mapping(Path(path), overrides)
     return from_mapping(RunConfig, _with_preset(mapping, where=str(path)), where=str(path))
 

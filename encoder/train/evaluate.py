@@ -18,8 +18,10 @@ class HeldOut:
     batches: Sequence[TokenBatch]
 
 
-def held_out_losses(sets: Sequence[HeldOut], evaluate: Callable[[Sequence[TokenBatch]], tuple[float, int]]) -> dict[str, float]:
-    """Mean loss in nats per masked token: `held_out_loss` over all sources, `held_out_loss_NAME` for each where there are several.
+def held_out_losses(
+    sets: Sequence[HeldOut], evaluate: Callable[[Sequence[TokenBatch]], tuple[float, int]]
+) -> dict[str, float]:
+    """Mean loss in nats per masked token: `held_out_loss` over all sources, `held_out_loss_NAME` for each of several.
 
     `evaluate` gives (sum of losses, masked tokens) over all ranks; the mean over everything is sum / count, never a
     mean of means.

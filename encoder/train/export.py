@@ -16,14 +16,17 @@ from encoder.train.loop import CHECKPOINTS, RUN_FILE
 
 
 def export_run(folder: Path, out: Path) -> ExportProof:
-    """Exports the newest checkpoint of a run folder, or one checkpoint folder. Raises CheckpointError, ExportError, ShardError."""
+    """Exports a run folder's newest checkpoint, or a checkpoint folder. Raises CheckpointError, ExportError, ShardError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; needed: a run folder or a checkpoint folder.")
     checkpoint = folder if (folder / "COMMITTED").exists() else newest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet; needed: a run that has saved one.")
-    run = from_mapping(RunConfig, parse_yaml((checkpoint / RUN_FILE).read_text(encoding="utf-8"), where=str(checkpoint / RUN_FILE)),
-                       where=str(checkpoint / RUN_FILE))
+    run = from_mapping(
+        RunConfig,
+        parse_yaml((checkpoint / RUN_FILE).read_text(encoding="utf-8"), where=str(checkpoint / RUN_FILE)),
+        where=str(checkpoint / RUN_FILE),
+    )
     progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["progress"]
     # a checkpoint at the end of a phase stands at the start of the next: its weights belong to the phase that ended
     index = progress["phase"] - (1 if progress["phase_step"] == 0 and progress["phase"] > 0 else 0)
@@ -31,7 +34,9 @@ def export_run(folder: Path, out: Path) -> ExportProof:
     facts = build.check_data(run)
     if not facts.tokenizer_json.is_file():
         raise ExportError(f"{facts.tokenizer_json} is missing. Put the tokenizer back beside the shards.")
-    config = dataclasses.replace(run.model, global_rope_theta=phase.global_rope_theta, local_rope_theta=phase.local_rope_theta)
+    config = dataclasses.replace(
+        run.model, global_rope_theta=phase.global_rope_theta, local_rope_theta=phase.local_rope_theta
+    )
     longest = max(p.max_tokens_per_document for p in run.phases[: index + 1])
     return export_hf(weights=read_weights(checkpoint), config=config, tokenizer_json=facts.tokenizer_json,
                      specials=facts.specials, out=out, max_tokens=longest)

@@ -83,7 +83,7 @@ class _Story:
             say(f"phase {describe_phase(phase)}")
             self.engine.module.set_rope_theta_(global_theta=phase.global_rope_theta, local_theta=phase.local_rope_theta)
             self.held_out = build.make_held_out(self.run, self.facts, self.world, self.device, phase)
-            if self.progress.phase_step == 0:
+            if self.progress.phase_step == 0 and self._question_changed():
                 self.evaluate()
             with build.make_loader(self.run, self.facts, self.world, self.device, self.progress) as loader:
                 self.speed.pause()
@@ -92,7 +92,9 @@ class _Story:
                     data = self._next(loader)
                     masked_tokens, batch_hash, stopping = self._agree(data, stop)
                     lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
-                    result = self.engine.step(data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.lr.peak)
+                    result = self.engine.step(
+                        data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.lr.peak
+                    )
                     self.progress = _after(before, data, masked_tokens, batch_hash)
                     self._record(data, result, lr, masked_tokens, batch_hash)
                     if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
@@ -111,17 +113,28 @@ class _Story:
         return self._finished()
 
     def evaluate(self) -> None:
-        """The held-out loss, said and recorded; nothing without an evaluation section or twice at one step."""
+        """The held-out loss, said and recorded; nothing without an evaluation section, or twice at one step of a phase."""
         if not self.held_out or self.last_held_out.get("step") == self.progress.step and self.progress.phase_step:
             return
         losses = held_out_losses(self.held_out, self.engine.evaluate)
         self.last_held_out = {"step": self.progress.step, **losses}
         beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
-        per_source = "".join(f"  {k.removeprefix('held_out_loss_')} {v:.3f}" for k, v in losses.items() if k != "held_out_loss")
+        per_source = "".join(
+            f"  {k.removeprefix('held_out_loss_')} {v:.3f}" for k, v in losses.items() if k != "held_out_loss"
+        )
         say(f"step {self.progress.step:>6}  held-out loss {losses['held_out_loss']:.3f}{beside}{per_source}")
         if self.tracker:
             self.tracker.metrics(self.progress.step, tokens=self.progress.tokens, **losses)
         self.speed.pause()
+
+    def _question_changed(self) -> bool:
+        """At the start of a phase: whether the held-out loss is another one than at the end of the phase before."""
+        now, before = self.run.phases[self.progress.phase], self.run.phases[max(0, self.progress.phase - 1)]
+        return self.progress.step == 0 or (
+            now.max_tokens_per_document,
+            now.global_rope_theta,
+            now.local_rope_theta,
+        ) != (before.max_tokens_per_document, before.global_rope_theta, before.local_rope_theta)
 
     def save(self, milestone: str | None = None) -> None:
         """A committed checkpoint, with the loss of the fixed batch that a load must give again."""
@@ -171,13 +184,17 @@ class _Story:
             say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {loss:.3f}  lr {lr:.2e}  "
                 f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
                 f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
-        if not math.isfinite(loss):
-            raise RankError(f"the loss of step {p.step} is {loss}. The last good state is the newest folder in "
-                            f"{self.folder / CHECKPOINTS}; lower the learning rate before going on.")
+        if not (math.isfinite(loss) and result.applied):
+            raise RankError(
+                f"the loss of step {p.step} is {loss}, its gradient norm {result.grad_norm}. The last good "
+                f"state is the newest folder in {self.folder / CHECKPOINTS}; lower the learning rate before going on."
+            )
 
     def _stopped(self, stop: StopFlag) -> Outcome:
         number = stop.signal or signal.SIGTERM
-        say(f"stopped by {signal.Signals(number).name} after step {self.progress.step}; the same command goes on from here")
+        say(
+            f"stopped by {signal.Signals(number).name} after step {self.progress.step}; the same command goes on from here"
+        )
         if self.tracker:
             self.tracker.event("stopped", step=self.progress.step, signal=int(number))
         return Outcome(done=False, progress=self.progress, signal=int(number))
@@ -189,7 +206,9 @@ class _Story:
             write_json(self.folder / DONE, {"step": self.progress.step, "tokens": self.progress.tokens,
                                             "ledger_hash": self.progress.ledger_hash, "unigram_entropy": self.entropy,
                                             **{k: v for k, v in self.last_held_out.items() if k != "step"}})
-        say(f"done: {self.progress.step} steps, {short_count(self.progress.tokens)} tokens, ledger {self.progress.ledger_hash}")
+        say(
+            f"done: {self.progress.step} steps, {short_count(self.progress.tokens)} tokens, ledger {self.progress.ledger_hash}"
+        )
         return Outcome(done=True, progress=self.progress)
 
 
@@ -223,21 +242,33 @@ def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch
     story.last_held_out = extra["last_held_out"] if found is not None else {}
     if world.first:
         write_atomic(folder / RUN_FILE, to_yaml(run))
-        story.tracker.event("resume" if found else "start", step=progress.step, ranks=world.size, incarnation=incarnation,
-                            zero_stage=run.engine.zero_stage, precision=run.engine.precision)
+        story.tracker.event(
+            "resume" if found else "start",
+            step=progress.step,
+            ranks=world.size,
+            incarnation=incarnation,
+            zero_stage=run.engine.zero_stage,
+            precision=run.engine.precision,
+        )
     _header(run, world, device, engine, progress, found)
     return story
 
 
-def _header(run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress, found: Path | None) -> None:
+def _header(
+    run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress, found: Path | None
+) -> None:
     count = sum(p.numel() for p in engine.module.parameters())
-    say(f"{run.name}: {short_count(count)} parameters, {world.size} rank{'s' if world.size > 1 else ''} on {device.type}"
+    say(
+        f"{run.name}: {short_count(count)} parameters, {world.size} rank{'s' if world.size > 1 else ''} on {device.type}"
         f" ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each), "
         f"ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
-        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {len(run.phases)} phases, run folder {run.out}")
-    say(f"attention: {engine.module.attention_reason}")
+        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {len(run.phases)} phases, run folder {run.out}"
+    )
+    say(f"attention: {engine.module.attention_reason()}")
     if found is not None:
-        say(f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, ledger {progress.ledger_hash}")
+        say(
+            f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, ledger {progress.ledger_hash}"
+        )
 
 
 def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int) -> Progress:
@@ -268,8 +299,10 @@ def _phase_of_weights(progress: Progress) -> int:
 def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, recorded: float, found: Path) -> None:
     loss = _fingerprint(run, engine, device)
     if not abs(loss - recorded) <= FINGERPRINT_TOLERANCE * abs(recorded):
-        raise CheckpointError(f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
-                              "The weights did not come back as they went; remove this folder to use the one before.")
+        raise CheckpointError(
+            f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
+            "The weights did not come back as they went; remove this folder to use the one before."
+        )
 
 
 def _check_same_run(run: RunConfig, folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 
 
 class SpeedMeter:
-    """Tokens per second over the last `span` steps (evaluation and saving are not counted: call `pause` around them)."""
+    """Tokens per second over the last `span` steps (evaluation and saving are not counted: call `pause` after them)."""
 
     def __init__(self, *, span: int = 50) -> None:
         self._steps: deque[tuple[float, int]] = deque(maxlen=span)

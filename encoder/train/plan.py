@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,15 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
     for index, phase in enumerate(run.phases):
         own = [s for s in steps if s.phase == index]
         lines.append(_phase_row(run, phase, own, ranks))
-    flops = sum(p.tokens * train_flops_per_token(run.model, mean_attended_global=p.max_tokens_per_document,
-                                                 masked_share=getattr(run.objective, "mask_share", 0.3)) for p in run.phases)
+    flops = sum(
+        p.tokens
+        * train_flops_per_token(
+            run.model,
+            mean_attended_global=p.max_tokens_per_document,
+            masked_share=getattr(run.objective, "mask_share", 0.3),
+        )
+        for p in run.phases
+    )
     lines += [
         f"{'all':<12}{short_count(sum(p.tokens for p in run.phases)):>9}{'':>8}{'':>9}{len(steps):>10,}",
         "",
@@ -99,13 +107,17 @@ def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
 def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks: int) -> str:
     first, last = own[0], own[-1]
     capacity = run.data.row_tokens
-    batch = f"{short_count(first.rows * capacity)}" + (f" -> {short_count(last.rows * capacity)}" if first.rows != last.rows else "")
-    micro = [-(-(-(-s.rows // ranks)) // run.loader.micro_batch_rows) for s in (first, last)]
+    batch = f"{short_count(first.rows * capacity)}" + (
+        f" -> {short_count(last.rows * capacity)}" if first.rows != last.rows else ""
+    )
+    micro = [math.ceil(math.ceil(s.rows / ranks) / run.loader.micro_batch_rows) for s in (first, last)]
     each = f"{micro[0]}" + (f" -> {micro[1]}" if micro[0] != micro[1] else "") + " a rank"
     rates = [s.lr for s in own]
     middle = f" -> {max(rates):.2e}" if max(rates) > max(rates[0], rates[-1]) * 1.0001 else ""
-    return (f"{phase.name:<12}{short_count(phase.tokens):>9}{phase.max_tokens_per_document:>8,}"
-            f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15}{rates[0]:.2e}{middle} -> {rates[-1]:.2e}")
+    return (
+        f"{phase.name:<12}{short_count(phase.tokens):>9}{phase.max_tokens_per_document:>8,}"
+        f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15}{rates[0]:.2e}{middle} -> {rates[-1]:.2e}"
+    )
 
 
 def _data_text(run: RunConfig) -> str:
@@ -113,7 +125,9 @@ def _data_text(run: RunConfig) -> str:
     for source in run.data.sources:
         try:
             card = read_card(Path(source.path))
-            parts.append(f"{source.name or card.source} {source.weight / total:.1%} of {short_count(card.tokens)} tokens")
+            parts.append(
+                f"{source.name or card.source} {source.weight / total:.1%} of {short_count(card.tokens)} tokens"
+            )
         except ShardError:
             parts.append(f"{source.path} {source.weight / total:.1%} (not prepared yet)")
     return f"{', '.join(parts)}; rows of {run.data.row_tokens:,} tokens"
@@ -121,7 +135,9 @@ def _data_text(run: RunConfig) -> str:
 
 def _spark(values: list[float], width: int = 60) -> str:
     top = max(values) or 1.0
-    picked = [values[i * len(values) // width] for i in range(min(width, len(values)))] if len(values) > width else values
+    picked = (
+        [values[i * len(values) // width] for i in range(min(width, len(values)))] if len(values) > width else values
+    )
     return "".join(BARS[round(v / top * (len(BARS) - 1))] for v in picked)
 
 

@@ -1,4 +1,4 @@
-"""A finished or running run as a picture and one HTML page: loss, held-out loss, learning rate, batch, speed, events."""
+"""A run as a picture and one HTML page: loss, held-out loss, learning rate, batch, speed, events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Section:
 
 
 def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
-    """Writes loss.png and report.html into a run folder; returns the page. Raises UserError without metrics, LedgerError."""
+    """Writes loss.png and report.html into a run folder; returns the page. Raises UserError, LedgerError."""
     metrics = metrics_by_step(folder / METRICS)
     if not metrics:
         raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
@@ -44,15 +44,33 @@ def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
              *([("unigram entropy of the held-out text", f"{done['unigram_entropy']:.3f} nats")]
                if done.get("unigram_entropy") else []),
              ("ledger", f"{steps:,} steps, chain unbroken" + (f", {done['ledger_hash']}" if done else ""))]
-    phases = [[p["name"], short_count(parse_tokens(p["tokens"])), f"{p['max_tokens_per_document']:,}", f"{p['global_rope_theta']:,.0f}",
-               p["lr"]["schedule"], f"{p['lr']['peak']:g}"] for p in settings["phases"]]
+    phases = [
+        [
+            p["name"],
+            short_count(parse_tokens(p["tokens"])),
+            f"{p['max_tokens_per_document']:,}",
+            f"{p['global_rope_theta']:,.0f}",
+            p["lr"]["schedule"],
+            f"{p['lr']['peak']:g}",
+        ]
+        for p in settings["phases"]
+    ]
     events = [[e["time"], e["event"], ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event"))]
               for e in read_jsonl(folder / EVENTS)]
-    page = _page(settings["name"], picture, [
-        Section(title="Result", head=("", ""), rows=facts),
-        *sections,
-        Section(title="Phases", head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"), rows=phases),
-        Section(title="Events", head=("time (UTC)", "event", "details"), rows=events)])
+    page = _page(
+        settings["name"],
+        picture,
+        [
+            Section(title="Result", head=("", ""), rows=facts),
+            *sections,
+            Section(
+                title="Phases",
+                head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"),
+                rows=phases,
+            ),
+            Section(title="Events", head=("time (UTC)", "event", "details"), rows=events),
+        ],
+    )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -87,8 +105,16 @@ def draw(metrics: dict[int, dict[str, Any]], path: Path, *, title: str, entropy:
     x = [t for t, _ in trained]
     loss.plot(x, [m["loss"] for _, m in trained], lw=0.8, color="#9bb7d4", label="training loss, each step")
     if held_out:
-        loss.plot(*zip(*held_out), "o-", ms=3.5, lw=1.4, color="#b5402a", label=f"held-out loss, last {held_out[-1][1]:.2f}")
-    loss.axhline(math.log(vocab_size), lw=0.8, ls=":", color="#555", label=f"uniform, ln {vocab_size:,} = {math.log(vocab_size):.2f}")
+        loss.plot(
+            *zip(*held_out, strict=True), "o-", ms=3.5, lw=1.4, color="#b5402a", label=f"held-out loss, last {held_out[-1][1]:.2f}"
+        )
+    loss.axhline(
+        math.log(vocab_size),
+        lw=0.8,
+        ls=":",
+        color="#555",
+        label=f"uniform, ln {vocab_size:,} = {math.log(vocab_size):.2f}",
+    )
     if entropy:
         loss.axhline(entropy, lw=0.8, ls="--", color="#555", label=f"unigram entropy, held-out text = {entropy:.2f}")
     loss.set(title=f"{title}: masked-token loss (nats)", ylim=(0, None))
@@ -118,12 +144,14 @@ def draw(metrics: dict[int, dict[str, Any]], path: Path, *, title: str, entropy:
 def _page(name: str, picture: Path, sections: Sequence[Section]) -> str:
     image = base64.b64encode(picture.read_bytes()).decode()
     body = "".join(_table(s) for s in sections)
-    return (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>"
-            "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
-            "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .9rem .2rem 0;text-align:left;"
-            "vertical-align:top;border-bottom:1px solid #eee}img{max-width:100%}h2{font-size:1.1rem;margin-bottom:.2rem}"
-            f"code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img alt='loss, rate, speed, batch' "
-            f"src='data:image/png;base64,{image}'>{body}</html>\n")
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .9rem .2rem 0;text-align:left;"
+        "vertical-align:top;border-bottom:1px solid #eee}img{max-width:100%}h2{font-size:1.1rem;margin-bottom:.2rem}"
+        f"code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img alt='loss, rate, speed, batch' "
+        f"src='data:image/png;base64,{image}'>{body}</html>\n"
+    )
 
 
 def _table(section: Section) -> str:

@@ -28,10 +28,10 @@ def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_ha
 
 
 class Ledger:
-    """Append-only proof of what was trained. Steps done again after a resume must give the lines that are there already."""
+    """Append-only proof of what was trained. Steps done again after a resume must give the lines already there."""
 
     def __init__(self, folder: Path, *, resumed_at: Progress) -> None:
-        """Opens the ledger; lines after the resumed step become witnesses. Raises LedgerError if it does not lead to `resumed_at`."""
+        """Lines after the resumed step become witnesses. Raises LedgerError if the ledger does not lead there."""
         self.path = folder / LEDGER
         self.repeated_steps = 0
         lines = read_jsonl(self.path)
@@ -45,7 +45,9 @@ class Ledger:
         _drop_torn_tail(self.path)
         self._file = open(self.path, "a", encoding="utf-8")
 
-    def write(self, progress: Progress, *, phase: str, rows: int, tokens: int, masked_tokens: int, batch_hash: int) -> None:
+    def write(
+        self, progress: Progress, *, phase: str, rows: int, tokens: int, masked_tokens: int, batch_hash: int
+    ) -> None:
         """One step's line; a step that is already there must agree. Raises LedgerError."""
         line = {"step": progress.step, "phase": phase, "rows": rows, "tokens": tokens, "masked_tokens": masked_tokens,
                 "tokens_seen": progress.tokens, "next_window": progress.window, "next_row": progress.row,
@@ -54,8 +56,10 @@ class Ledger:
         if witness is not None:
             if witness != line:
                 key = next(k for k in line if witness.get(k) != line[k])
-                raise LedgerError(f"step {progress.step} has {key} {line[key]}, but {self.path} recorded {witness.get(key)} "
-                                  "before the stop. The shards or the settings changed: put them back, or use another out.")
+                raise LedgerError(
+                    f"step {progress.step} has {key} {line[key]}, but {self.path} recorded {witness.get(key)} "
+                    "before the stop. The shards or the settings changed: put them back, or use another out."
+                )
             self.repeated_steps += 1
             return
         self._file.write(json.dumps(line) + "\n")

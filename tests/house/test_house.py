@@ -19,19 +19,26 @@ PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "tests", "ben
 
 
 def test_rooms_import_only_downwards():
-    done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_style_is_clean():
-    done = subprocess.run([Path(sys.executable).parent / "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_no_script_bears_the_name_of_a_library():
     """A script's folder comes first on sys.path: launch/inspect.py would break torch."""
     installed = _installed_top_levels()
-    stems = {p.stem for folder in ("launch", "data_prep") for p in (ROOT / folder).glob("*.py")} - {"__init__", "__main__"}
+    stems = {p.stem for folder in ("launch", "data_prep") for p in (ROOT / folder).glob("*.py")} - {
+        "__init__",
+        "__main__",
+    }
     assert stems & (set(sys.stdlib_module_names) | installed) == set()
 
 
@@ -68,7 +75,9 @@ def test_readme_names_only_files_and_commands_that_exist():
 
 
 def test_nothing_is_pickled_or_trusted_from_afar():
-    bad = re.compile(r"import pickle|pickle\.load|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|\beval\(")
+    bad = re.compile(
+        r"import pickle|pickle\.load|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|\beval\("
+    )
     for path in PYTHON_FILES:
         if path != Path(__file__):
             for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -78,7 +87,13 @@ def test_nothing_is_pickled_or_trusted_from_afar():
 
 def test_nothing_names_a_machine_or_a_place():
     bad = re.compile("/" + r"root/|/" + r"work/|/" + r"home/\w")
-    for path in [*PYTHON_FILES, *sorted(ROOT.glob("configs/**/*.*")), *sorted(ROOT.glob("docs/*")), ROOT / "README.md", ROOT / "Makefile"]:
+    for path in [
+        *PYTHON_FILES,
+        *sorted(ROOT.glob("configs/**/*.*")),
+        *sorted(ROOT.glob("docs/*")),
+        ROOT / "README.md",
+        ROOT / "Makefile",
+    ]:
         if path.suffix in (".py", ".yaml", ".md", ".txt", ".json") or path.name == "Makefile":
             found = bad.search(path.read_text())
             assert not found, f"{path}: {found}"

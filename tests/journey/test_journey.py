@@ -1,4 +1,4 @@
-"""The whole job through the real commands: text -> shards -> training, killed and resumed -> Hugging Face folder -> answers."""
+"""The whole job through the real commands: text, shards, training killed and resumed, Hugging Face folder, answers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,14 @@ def demo(tmp_path_factory):
 
 def _demo(out: Path) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    return subprocess.run([sys.executable, ROOT / "launch" / "demo.py", "--out", str(out), "--shrink", "10"], cwd=ROOT, env=env,
-                          capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [sys.executable, ROOT / "launch" / "demo.py", "--out", str(out), "--shrink", "10"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def _tail(path: Path) -> str:
@@ -67,7 +73,11 @@ def test_the_export_answers_in_plain_transformers(demo):
 def test_the_report_is_there_to_be_looked_at(demo):
     out, _ = demo
     page = (out / "run" / "report.html").read_text()
-    assert (out / "run" / "loss.png").read_bytes().startswith(b"\x89PNG") and "Killed and resumed" in page and "data:image/png" in page
+    assert (
+        (out / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+        and "Killed and resumed" in page
+        and "data:image/png" in page
+    )
 
 
 def test_a_second_run_redoes_nothing(demo):
@@ -82,9 +92,22 @@ def test_a_second_run_redoes_nothing(demo):
 def test_the_launcher_passes_on_the_exit_code_of_a_mistake(tmp_path):
     """`deepspeed` with a misspelt key: one line from rank zero, exit code 2, no traceback, nothing made."""
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", ROOT / "launch" / "pretrain.py",
-                           ROOT / "configs" / "pretrain" / "tiny_cpu.yaml", "engine.zero_stge=2", f"out={tmp_path / 'run'}"],
-                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "deepspeed",
+            "--num_accelerators",
+            "2",
+            ROOT / "launch" / "pretrain.py",
+            ROOT / "configs" / "pretrain" / "tiny_cpu.yaml",
+            "engine.zero_stge=2",
+            f"out={tmp_path / 'run'}",
+        ],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.count("engine.zero_stge is unknown. Did you mean zero_stage?") == 1
     assert "Traceback" not in done.stderr + done.stdout and not (tmp_path / "run").exists()

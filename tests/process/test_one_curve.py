@@ -1,4 +1,4 @@
-"""Promise 1 and 2 through the real training loop: the curve does not depend on ranks, micro-batch or ZeRO stage, nor on a resume."""
+"""Through the real training loop: the curve does not depend on ranks, micro-batch, ZeRO stage, nor on a resume."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ RUN = """
 name: t
 out: none
 seed: 3
-model: {{system: modernbert, vocab_size: 64, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 4, num_attention_heads: 2,
-        window_radius_tokens: 8, max_position_embeddings: 64, attention_output_dropout: 0.1}}
-data: {{sources: [{{path: {root}/a, name: a, weight: 2}}, {{path: {root}/b, name: b}}], row_tokens: 64, window_documents: 24}}
+model: {{system: modernbert, vocab_size: 64, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 4,
+        num_attention_heads: 2, window_radius_tokens: 8, max_position_embeddings: 64, attention_output_dropout: 0.1}}
+data: {{sources: [{{path: {root}/a, name: a, weight: 2}}, {{path: {root}/b, name: b}}], row_tokens: 64,
+       window_documents: 24}}
 objective: {{name: mlm}}
 optimizer: {{weight_decay: 1e-3}}
 phases:
@@ -108,4 +109,7 @@ def test_a_run_cut_off_anywhere_resumes_on_other_ranks_and_another_stage(folder)
 
 
 def resume(world: World, *, folder: str) -> None:
-    pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/zero2-2", "loader.micro_batch_rows=3", "engine.zero_stage=0"]), world)
+    pretrain(
+        read_run(f"{folder}/run.yaml", [f"out={folder}/zero2-2", "loader.micro_batch_rows=3", "engine.zero_stage=0"]),
+        world,
+    )

@@ -34,7 +34,7 @@ class Outer:
     tokens: Tokens
     mode: Literal["fast", "slow"] = "fast"
     inner: Inner = Inner()
-    lr: chosen_by("schedule", {"flat": Flat, "warm": Warm}) = Flat(peak=1.0)   # noqa: F821
+    lr: chosen_by("schedule", {"flat": Flat, "warm": Warm}) = Flat(peak=1.0)
     note: str | None = None
 
 
@@ -90,7 +90,11 @@ def test_overrides_reach_into_lists_and_make_sections(tmp_path):
     path.write_text("phases: [{tokens: 1}, {tokens: 2}]\n")
     assert read_mapping(path, ["phases.1.tokens=5M", "engine.zero_stage=2"]) == {
         "phases": [{"tokens": 1}, {"tokens": "5M"}], "engine": {"zero_stage": 2}}
-    for wrong, said in (("phases.2.tokens=1", "list of 2 items"), ("engine", "has no '='"), ("phases.0.tokens.x=1", "has no key")):
+    for wrong, said in (
+        ("phases.2.tokens=1", "list of 2 items"),
+        ("engine", "has no '='"),
+        ("phases.0.tokens.x=1", "has no key"),
+    ):
         with pytest.raises(ConfigError, match=said):
             read_mapping(path, [wrong])
 

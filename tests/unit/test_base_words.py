@@ -12,9 +12,20 @@ from encoder.base.rng import address_seed, generator, splitmix64
 from encoder.base.units import parse_tokens, short_count, short_seconds
 
 
-@pytest.mark.parametrize(("text", "tokens"), [
-    ("2T", 2 * 10**12), ("1.719T", 1_719 * 10**9), ("98_304", 98_304), ("98,304", 98_304), ("4Ki", 4096), (0, 0), ("1e9", 10**9),
-    ("50b", 50 * 10**9), ("0.5K", 500)])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("2T", 2 * 10**12),
+        ("1.719T", 1_719 * 10**9),
+        ("98_304", 98_304),
+        ("98,304", 98_304),
+        ("4Ki", 4096),
+        (0, 0),
+        ("1e9", 10**9),
+        ("50b", 50 * 10**9),
+        ("0.5K", 500),
+    ],
+)
 def test_tokens_are_read_as_people_write_them(text, tokens):
     assert parse_tokens(text) == tokens
 
@@ -26,14 +37,24 @@ def test_what_is_no_amount_of_tokens_is_refused(text):
 
 
 def test_amounts_for_people():
-    assert (short_count(1_719e9), short_count(8192), short_seconds(62), short_seconds(3725)) == ("1.719T", "8.192K", "1m02s", "1h02m")
+    assert (short_count(1_719e9), short_count(8192), short_seconds(62), short_seconds(3725)) == (
+        "1.719T",
+        "8.192K",
+        "1m02s",
+        "1h02m",
+    )
 
 
 def test_an_address_gives_the_same_chance_whatever_was_drawn_before():
     first = generator(17, "mlm", 0, 5, 3).random(4)
     generator(17, "mlm", 0, 5, 2).random(1000)
     assert np.array_equal(first, generator(17, "mlm", 0, 5, 3).random(4))
-    others = [generator(18, "mlm", 0, 5, 3), generator(17, "rows", 0, 5, 3), generator(17, "mlm", 0, 53), generator(17, "mlm", 5, 0, 3)]
+    others = [
+        generator(18, "mlm", 0, 5, 3),
+        generator(17, "rows", 0, 5, 3),
+        generator(17, "mlm", 0, 53),
+        generator(17, "mlm", 5, 0, 3),
+    ]
     assert all(not np.array_equal(first, g.random(4)) for g in others)
     assert 0 <= address_seed(17, "init", "a") < 2**63
 

@@ -77,7 +77,9 @@ def test_a_damaged_card(tmp_path, source, capsys):
 def test_a_misspelt_key_and_a_batch_that_is_no_whole_number_of_rows(tmp_path, source, capsys):
     said = refused(capsys, pretrain, run_file(tmp_path, source), "data.row_token=64")
     assert "data.row_token is unknown. Did you mean row_tokens?" in said
-    assert "is not a whole number of rows of 64. Nearest: 64, 128" in refused(capsys, pretrain, run_file(tmp_path, source, batch=100))
+    assert "is not a whole number of rows of 64. Nearest: 64, 128" in refused(
+        capsys, pretrain, run_file(tmp_path, source, batch=100)
+    )
     assert not (tmp_path / "run").exists()
 
 

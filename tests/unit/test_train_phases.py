@@ -40,7 +40,12 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(override, said):
 
 def test_a_preset_fills_in_the_published_sizes():
     run = read_run(TINY, ["model={preset: modernbert_large, vocab_size: 8192}"])
-    assert (run.model.num_hidden_layers, run.model.hidden_size, run.model.intermediate_size, run.model.vocab_size) == (28, 1024, 2624, 8192)
+    assert (run.model.num_hidden_layers, run.model.hidden_size, run.model.intermediate_size, run.model.vocab_size) == (
+        28,
+        1024,
+        2624,
+        8192,
+    )
 
 
 def test_the_rate_of_a_step_is_the_schedule_at_its_middle_and_ends_at_the_phase():
@@ -62,7 +67,9 @@ def test_planned_steps_spend_each_phase_and_warm_the_batch_up():
 
 def test_a_phase_ends_with_the_step_that_reaches_its_tokens():
     run = read_run(TINY)
-    at = Progress(step=9, tokens=run.phases[0].tokens, phase_step=9, phase_tokens=run.phases[0].tokens - 1, window=2, row=3)
+    at = Progress(
+        step=9, tokens=run.phases[0].tokens, phase_step=9, phase_tokens=run.phases[0].tokens - 1, window=2, row=3
+    )
     assert not phase_is_done(run, at) and phase_is_done(run, replace(at, phase_tokens=run.phases[0].tokens))
     entered = enter_next_phase(at)
     assert (entered.phase, entered.phase_tokens, entered.window, entered.row, entered.step) == (1, 0, 0, 0, 9)
@@ -70,9 +77,17 @@ def test_a_phase_ends_with_the_step_that_reaches_its_tokens():
 
 def test_what_changes_the_curve_is_identity_and_what_does_not_is_not():
     run = read_run(TINY)
-    same = read_run(TINY, ["engine.zero_stage=2", "loader.micro_batch_rows=1", "out=elsewhere", "tracking.print_every_steps=1"])
+    same = read_run(
+        TINY, ["engine.zero_stage=2", "loader.micro_batch_rows=1", "out=elsewhere", "tracking.print_every_steps=1"]
+    )
     assert identity_of(run) == identity_of(same)
-    for override in ("seed=18", "phases.0.tokens=1M", "objective.mask_share=0.2", "engine.gradient_clipping=1.0", "data.row_tokens=4096"):
+    for override in (
+        "seed=18",
+        "phases.0.tokens=1M",
+        "objective.mask_share=0.2",
+        "engine.gradient_clipping=1.0",
+        "data.row_tokens=4096",
+    ):
         assert identity_of(run) != identity_of(read_run(TINY, [override])), override
 
 
@@ -91,4 +106,6 @@ def test_unigram_entropy_of_even_and_uneven_counts():
 def test_a_plan_tells_of_every_phase_without_any_shards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = plan_text(read_run(TINY), ranks=2)
-    assert all(word in text for word in ("stable", "extension", "decay", "not prepared yet", "160,000", "micro-batches"))
+    assert all(
+        word in text for word in ("stable", "extension", "decay", "not prepared yet", "160,000", "micro-batches")
+    )

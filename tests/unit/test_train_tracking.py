@@ -15,8 +15,14 @@ from encoder.train.tracking import LEDGER, METRICS, Ledger, chain, metrics_by_st
 
 def after(progress: Progress, batch_hash: int) -> Progress:
     tokens = progress.tokens + 100
-    return replace(progress, step=progress.step + 1, tokens=tokens,
-                   ledger_hash=chain(progress.ledger_hash, step=progress.step + 1, tokens=tokens, masked_tokens=30, batch_hash=batch_hash))
+    return replace(
+        progress,
+        step=progress.step + 1,
+        tokens=tokens,
+        ledger_hash=chain(
+            progress.ledger_hash, step=progress.step + 1, tokens=tokens, masked_tokens=30, batch_hash=batch_hash
+        ),
+    )
 
 
 def write_steps(folder, start: Progress, hashes: list[int]) -> tuple[Progress, int]:
