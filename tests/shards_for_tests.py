@@ -49,15 +49,16 @@ def random_documents(count: int, *, seed: int = 0, vocab_size: int = 64, longest
 def write_source(folder: Path, documents: Sequence[np.ndarray], *, vocab_size: int = 64, shard_bytes: int = 1 << 14,
                  split: str = "train", max_tokens_per_document: int = 8192, compression: str | None = None,
                  columns: Mapping[str, str] | None = None) -> Path:
-    """Write a finished shard folder and return it; `columns` adds to input_ids, for example {"id": "str"}."""
+    """Write a finished shard folder and return it; `columns` beside input_ids: {"id": "str", "len": "int"}."""
     from streaming import MDSWriter
 
     kind = ids_dtype(vocab_size)
     columns = {INPUT_IDS: f"ndarray:{kind.name}", **(columns or {})}
     with MDSWriter(columns=columns, out=str(folder), size_limit=shard_bytes, compression=compression) as out:
         for number, ids in enumerate(documents):
-            sample = {INPUT_IDS: np.asarray(ids).astype(kind), "id": f"document {number}", "len": len(ids)}
-            out.write({name: sample[name] for name in columns})
+            beside = {"str": f"document {number}", "int": len(ids)}
+            out.write({INPUT_IDS: np.asarray(ids).astype(kind),
+                       **{name: beside[encoding] for name, encoding in columns.items() if name != INPUT_IDS}})
     _, specials = special_ids_of(write_tokenizer(folder / TOKENIZER, vocab_size=vocab_size))
     lengths = np.array([len(ids) for ids in documents])
     write_lengths(folder, lengths, max_tokens_per_document=max_tokens_per_document)
