@@ -15,6 +15,8 @@ outer product and one compare of int64, about as much as the residual addition b
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -38,9 +40,24 @@ class AddressedDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x_TC + y_TC
         keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
-        return torch.addcmul(x_TC, y_TC, keep_TC.to(y_TC.dtype), value=1.0 / (1.0 - self.p))
+        return _AddScaled.apply(x_TC, y_TC, keep_TC.to(x_TC.dtype).mul_(1.0 / (1.0 - self.p)))
 
 
 def quantile_of_int64(p: float) -> int:
     """The number below which a share p of all int64 lies."""
     return round(p * 2.0**64) - 2**63
+
+
+class _AddScaled(torch.autograd.Function):
+    """x + y * factor in x's precision, one pass each way (autograd's own addcmul takes two passes back)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, y_TC: Tensor, factor_TC: Tensor) -> Tensor:
+        ctx.save_for_backward(factor_TC)
+        ctx.y_dtype = y_TC.dtype
+        return torch.addcmul(x_TC, y_TC.to(x_TC.dtype), factor_TC)
+
+    @staticmethod
+    def backward(ctx: Any, d_TC: Tensor) -> tuple[Tensor, Tensor, None]:
+        factor_TC, = ctx.saved_tensors
+        return d_TC, (d_TC * factor_TC).to(ctx.y_dtype), None

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def rope_table(positions_T: Tensor, *, theta: float, head_width: int) -> Tensor:
-    """cos and sin of the angles, [2, T, 1, 1, D/2] in fp32; made once per micro-batch and theta.
+    """cos and sin of the angles, [2, T, 1, D/2] in fp32; made once per micro-batch and theta.
 
     Angles are fp32 whatever the model's precision: at position 8,191 a bf16 angle would be off by up to 32 radians.
     """
     pair = torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32)
     angle_TP = positions_T.to(torch.float32)[:, None] * theta ** (-pair / head_width)
-    return torch.stack((angle_TP.cos(), angle_TP.sin()))[:, :, None, None, :]
+    return torch.stack((angle_TP.cos(), angle_TP.sin()))[:, :, None, :]
 
 
 def split_and_rotate(qkv_T3HD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,8 +31,10 @@ class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_T3HD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(table)
-        with torch.autocast(qkv_T3HD.device.type, enabled=False):
-            q_THD, k_THD = _turn(qkv_T3HD[:, :2], *table).unbind(1)
+        tokens, _, heads, width = qkv_T3HD.shape
+        q_THD, k_THD = (qkv_T3HD.new_empty(tokens, heads, width) for _ in "qk")
+        _turn(qkv_T3HD[:, 0], *table, out=q_THD)
+        _turn(qkv_T3HD[:, 1], *table, out=k_THD)
         return q_THD, k_THD, qkv_T3HD[:, 2].clone()
 
     @staticmethod
@@ -41,17 +43,20 @@ class _SplitAndRotate(torch.autograd.Function):
         cos, sin = table
         tokens, heads, width = dq_THD.shape
         d_qkv = dq_THD.new_empty(tokens, 3, heads, width)
-        with torch.autocast(dq_THD.device.type, enabled=False):
-            d_qkv[:, :2] = _turn(torch.stack((dq_THD, dk_THD), dim=1), cos, -sin)     # the transpose of a turn
+        _turn(dq_THD, cos, -sin, out=d_qkv[:, 0])       # the transpose of a turn is the turn back
+        _turn(dk_THD, cos, -sin, out=d_qkv[:, 1])
         d_qkv[:, 2] = dv_THD
         return d_qkv, None
 
 
-def _turn(x_T2HD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    exact = torch.promote_types(x_T2HD.dtype, torch.float32)
-    x, cos, sin = x_T2HD.to(exact), cos.to(exact), sin.to(exact)
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _turn(x_THD: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> None:
+    """out = x turned, computed in fp32 or fp64 and rounded once to out's dtype."""
+    exact = torch.promote_types(x_THD.dtype, torch.float32)
+    x, cos, sin = x_THD.to(exact), cos.to(exact), sin.to(exact)
+    turned = out if out.dtype == exact else torch.empty(out.shape, dtype=exact, device=out.device)
     (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=turned_b).addcmul_(a, sin)
-    return turned.to(x_T2HD.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=turned_b).addcmul_(a, sin)
+    if turned is not out:
+        out.copy_(turned)
