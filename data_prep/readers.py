@@ -10,6 +10,7 @@ import contextlib
 import glob
 import gzip
 import json
+import logging
 import os
 import zlib
 from collections import Counter
@@ -25,7 +26,7 @@ BLOCK_BYTES = 2**22
 
 
 class ReadError(UserError):
-    """A file that cannot be read to its end."""
+    """A file that cannot be read to its end; under on_error: skip, the rest of it is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +99,15 @@ def parse(block: Block) -> Parsed:
 
 def _json_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
     column, repair = block.column, "Repair the line, or set on_error: skip."
-    for number, line in enumerate(block.lines.split(b"\n"), start=block.first):
+    lines = block.lines.split(b"\n")
+    if not lines[-1]:
+        lines.pop()                              # the nothing after the last line end
+    for number, line in enumerate(lines, start=block.first):
         place = f"{block.file} line {number}"
         if number == 1 and line.startswith(b"\xef\xbb\xbf"):
             line = line[3:]
         if not line.strip():
-            if line or number < block.first + block.lines.count(b"\n"):   # not the nothing after the last line end
-                result.left_out["empty"] += 1
+            result.left_out["empty"] += 1
             continue
         try:
             value = json.loads(line.decode("utf-8"))
@@ -192,25 +195,29 @@ def _plain_text(source: TextSource, path: Path) -> Iterator[Block]:
 
 
 def _dataset(path: Path, builder: str, *, column: str, **options: object) -> Iterator[Block]:
-    """The records of one file through a builder of `datasets`, streamed."""
+    """The records of one file through a builder of `datasets`, streamed; of a Parquet file only the column is read."""
     import datasets
     import pyarrow
+    import pyarrow.parquet
 
     datasets.disable_progress_bars()
-    size, given = path.stat().st_size, 0
+    datasets.logging.set_verbosity(logging.CRITICAL)       # it prints errors that are raised, too
     try:
+        if builder == "parquet":
+            names = pyarrow.parquet.read_schema(path).names
+            if column not in names:
+                raise ConfigError(f"{path} has no column {column!r}. {nearest(column, sorted(names))} "
+                                  "Set the source's text.")
+            options["columns"] = [column]
         rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
-        first = 1
+        first, left = 1, path.stat().st_size
         for table in rows.with_format("arrow").iter(batch_size=256):
-            if column not in table.column_names:
-                raise ReadError(f"{path} has no column {column!r}. {nearest(column, sorted(table.column_names))} "
-                                "Set the source's text.")
             texts = table.column(column).to_pylist()
-            here = min(size - given, table.nbytes)
+            here = min(left, table.nbytes)
             yield Block(file=str(path), column=column, first=first, texts=texts, file_bytes=here)
-            first, given = first + len(texts), given + here
+            first, left = first + len(texts), left - here
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200].rstrip(".")
         raise ReadError(f"{path} cannot be read as {builder}: {why}. "
                         "Fetch the file again, or set on_error: skip.") from error
 

@@ -39,7 +39,7 @@ class ShardFolder:
         self.tokens = 0
         self._lengths: list[np.ndarray] = []
         self._writer = MDSWriter(columns={INPUT_IDS: f"ndarray:{dtype.name}"}, out=str(folder), size_limit=shard_bytes,
-                                 compression=compression, hashes=[HASH], max_workers=1)
+                                 compression=compression, hashes=[HASH])
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
         """Append the chosen pieces of a batch."""

@@ -51,7 +51,8 @@ def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_s
     learned = tokenizer.get_vocab_size()
     if learned != vocab_size - len(SPECIALS):
         raise ConfigError(f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give "
-                          f"{learned + len(SPECIALS):,} entries; needed: {vocab_size:,}. Give more text, or a smaller --vocab-size.")
+                          f"{learned + len(SPECIALS):,} entries; needed: {vocab_size:,}. "
+                          "Give more text, or a smaller --vocab-size.")
     content = json.loads(tokenizer.to_str())
     _put_specials(content, first_id=learned)
     _write(content, out)

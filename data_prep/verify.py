@@ -23,7 +23,7 @@ from encoder.data.shard_format import (
 
 
 def verify(folders: Sequence[Path]) -> int:
-    """Check all folders and say what was found, a line each; 0, or 2 when one is damaged. Raises ShardError for none."""
+    """Check all folders, a line each; returns 0, or 2 when one is damaged. Raises ShardError when there is none."""
     damaged = 0
     for folder in find_shard_folders(folders):
         try:
