@@ -86,7 +86,7 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
             "device is cuda, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch."
         )
     if run.device == "cpu" or not torch.cuda.is_available():
-        if "OMP_NUM_THREADS" not in os.environ or run.device == "cpu" and os.environ["OMP_NUM_THREADS"] == "1":
+        if "OMP_NUM_THREADS" not in os.environ:      # the deepspeed launcher leaves it unset: every rank takes all cores
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // world.local_size))
         return torch.device("cpu")

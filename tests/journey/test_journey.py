@@ -29,12 +29,7 @@ def _demo(out: Path) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     return subprocess.run(
         [sys.executable, ROOT / "launch" / "demo.py", "--out", str(out), "--shrink", "10"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+        cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def _tail(path: Path) -> str:
