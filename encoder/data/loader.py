@@ -7,7 +7,9 @@ micro-batch and the workers decide only who makes a row and when.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -187,6 +189,7 @@ def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
     loader = DataLoader(
         data, sampler=planner, batch_size=None, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
         multiprocessing_context=context, prefetch_factor=MICRO_BATCHES_AHEAD if workers else None,
+        worker_init_fn=_end_with_main_process,
         generator=torch.Generator())      # its own: the default would draw from the model's
     resource_tracker.ensure_running()     # now, since it unblocks signals when it starts (Python 3.10 to 3.12)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
@@ -194,6 +197,18 @@ def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_main_process(_worker: int) -> None:
+    """Runs in a worker: end it when the main process is killed.
+
+    torch's own watch asks for the parent, which is the fork server, and that one stays while it has workers.
+    """
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)     # at once: an orderly exit would wait for somebody to read the micro-batches in the pipe
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def evaluation_batches(*, source: Source, rows: int, seed: int, max_tokens_per_document: int, row_tokens: int,
