@@ -8,6 +8,7 @@ One sample of the column input_ids (ndarray, dtype fixed, length free) lies in a
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,16 @@ class ShardFolder:
     def __init__(self, folder: Path, *, dtype: np.dtype, shard_bytes: int, compression: str | None) -> None:
         from streaming import MDSWriter
 
+        class Writer(MDSWriter):
+            """MDSWriter, its 40 us of general encoding a sample replaced by 2 us for our one column; the same bytes."""
+
+            def encode_sample(self, sample: dict[str, np.ndarray]) -> bytes:
+                return sample_bytes(sample[INPUT_IDS])
+
         self.folder = folder
         self.tokens = 0
         self._lengths: list[np.ndarray] = []
-        self._writer = MDSWriter(columns={INPUT_IDS: f"ndarray:{dtype.name}"}, out=str(folder), size_limit=shard_bytes,
+        self._writer = Writer(columns={INPUT_IDS: f"ndarray:{dtype.name}"}, out=str(folder), size_limit=shard_bytes,
                                  compression=compression, hashes=[HASH])
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
@@ -65,6 +72,14 @@ class ShardFolder:
     def abandon(self) -> None:
         """Let go of the writer's threads after an error."""
         self._writer.cancel_future_jobs()
+
+
+def sample_bytes(ids_T: np.ndarray) -> bytes:
+    """One sample as it lies in a shard (streaming's encodings.NDArray): the kind is 4 x axes + width of the shape."""
+    length = len(ids_T)
+    shape = struct.pack("<BB", 4, length) if length < 2**8 else (
+        struct.pack("<BH", 5, length) if length < 2**16 else struct.pack("<BI", 6, length))
+    return struct.pack("<I", len(shape) + ids_T.nbytes) + shape + ids_T.tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)

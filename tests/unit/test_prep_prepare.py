@@ -81,6 +81,25 @@ def test_streaming_reads_the_same_ids_back(tmp_path):
     assert [ids.tolist() for ids in theirs] == ids_of(folder)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_shards_have_the_bytes_of_streamings_own_writer(tmp_path, dtype):
+    from streaming import MDSWriter
+
+    lengths_P = np.array([2, 255, 256, 65535, 65536, 3])           # around the widths of a shape's numbers
+    ids_T = np.arange(lengths_P.sum()).astype(dtype)
+    name = np.dtype(dtype).name
+    ours = ShardFolder(tmp_path / "ours", dtype=np.dtype(dtype), shard_bytes=2**18, compression=None)
+    ours.add(ids_T, lengths_P, np.ones(6, bool))
+    ours._writer.finish()
+    with MDSWriter(columns={"input_ids": f"ndarray:{name}"}, out=str(tmp_path / "theirs"), size_limit=2**18,
+                   hashes=["xxh64"]) as theirs:
+        for ids in np.split(ids_T, np.cumsum(lengths_P)[:-1]):
+            theirs.write({"input_ids": ids})
+    assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
+    read = [ids for entry in read_index(tmp_path / "ours") for ids in read_shard(tmp_path / "ours", entry, dtype=name)]
+    assert np.array_equal(np.concatenate(read), ids_T)
+
+
 @pytest.mark.parametrize("name, source", [
     ("a.jsonl.gz", {"format": "jsonl"}), ("a.jsonl.zst", {"format": "jsonl"}), ("a.parquet", {"format": "parquet"}),
     ("a.txt", {"format": "text", "document": "line"})])
