@@ -26,7 +26,6 @@ def demo(tmp_path_factory):
 
 
 def _demo(out: Path) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     return subprocess.run(
         [sys.executable, ROOT / "launch" / "demo.py", "--out", str(out), "--shrink", "10"],
         cwd=ROOT, capture_output=True, text=True, timeout=900)
