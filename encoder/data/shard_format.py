@@ -71,8 +71,8 @@ def read_card(folder: Path) -> Card:
         raise ShardError(f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare.")
     if not path.is_file():
         if (folder / INDEX).is_file():
-            raise ShardError(f"{folder} has shards but no {CARD}. Finish it with data-prep prepare, "
-                             "or make the card with data-prep index.")
+            raise ShardError(f"{folder} has shards but no {CARD}. "
+                             "Make the shards with data-prep prepare.")
         below = sorted(str(p.parent) for p in folder.glob(f"*/{CARD}")) or sorted(
             str(p.parent) for p in folder.glob(f"*/*/{CARD}"))
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
@@ -92,12 +92,12 @@ def read_lengths(folder: Path, card: Card) -> np.ndarray:
     """Tokens per sample [documents], memory-mapped, in the order of the shards. Raises ShardError if it does not fit the card."""
     path = folder / LENGTHS
     if not path.is_file():
-        raise ShardError(f"{path} is missing. Make it again with data-prep index.")
+        raise ShardError(f"{path} is missing. Make the shards again with data-prep prepare --again.")
     size = path.stat().st_size
     kind = lengths_dtype(card.max_tokens_per_document)
     if size != card.documents * kind.itemsize:
         raise ShardError(f"{path} has {size:,} bytes, but the card tells of {card.documents:,} documents of "
-                         f"{kind.itemsize} bytes. Make it again with data-prep index.")
+                         f"{kind.itemsize} bytes. Make the shards again with data-prep prepare --again.")
     if card.documents == 0:
         raise ShardError(f"{folder} holds no documents. Give it text, or leave it out of the mixture.")
     return np.memmap(path, dtype=kind, mode="r")

@@ -9,7 +9,7 @@ import torch
 from encoder.base.batch import IGNORE
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.question import Question
-from encoder.data.assembly import wrap_int64
+from encoder.data.assembly import Assembled, wrap_int64
 from encoder.data.loader import DataPosition, Loader, evaluation_batches
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
@@ -96,6 +96,12 @@ def test_masks_and_dropout_keys_do_not_depend_on_padding_or_micro_batch(sources)
     for static_shapes in (False, True):
         for micro_batch_rows in (1, 3, 8):
             assert everything(static_shapes=static_shapes, micro_batch_rows=micro_batch_rows) == expected
+
+
+def test_a_row_is_the_same_whatever_its_place_in_a_step(sources):
+    alone, together = ([d for s in steps_of(sources, count, rows_at=lambda _, rows=rows: rows)
+                        for m in s.micro_batches for d in documents_in(m)] for rows, count in ((1, 21), (7, 3)))
+    assert alone == together
 
 
 def test_resuming_after_any_step_gives_what_would_have_followed_on_any_number_of_ranks(sources):
@@ -214,6 +220,14 @@ def test_the_models_generator_is_left_alone(sources):
     before = torch.get_rng_state()
     steps_of(sources, 2)
     assert (torch.get_rng_state() == before).all()
+
+
+def test_pinning_pins_every_tensor_of_a_micro_batch(sources, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    (batch, *_) = steps_of(sources, 1)[0].micro_batches
+    again = Assembled(batch=batch, row_hash=5).pin_memory()
+    assert len(pinned) == 6 and again.row_hash == 5 and again.batch.ids_T is batch.ids_T
 
 
 def test_a_row_that_does_not_exist_is_refused(sources):

@@ -19,7 +19,6 @@ from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
 from tests.shards_for_tests import random_documents, write_source
 
-
 ROOT = Path(__file__).parents[2]
 
 
