@@ -68,7 +68,7 @@ class Source:
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
             raise ShardError(f"{path / INDEX} tells of {self._first_document[-1]:,} samples, the card of "
-                             f"{self.card.documents:,}. Make the card again with data-prep index.")
+                             f"{self.card.documents:,}. Make the shards again with data-prep prepare --again.")
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._stream: Any = None
 
@@ -92,7 +92,7 @@ class Source:
         ids = self._ids_at(self._opened(number), self._shards[number], sample)
         if len(ids) != self.lengths[document]:
             raise ShardError(f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says "
-                             f"{self.lengths[document]}. Make it again with data-prep index.")
+                             f"{self.lengths[document]}. Make the shards again with data-prep prepare --again.")
         return ids
 
     def file_of(self, document: int) -> Path:
@@ -202,7 +202,7 @@ def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype) -> _ShardFil
     encoding = info["column_encodings"][at]
     if encoding != f"ndarray:{dtype.name}":
         raise ShardError(f"{index}: column {INPUT_IDS} is {encoding}, the card says ndarray:{dtype.name}. "
-                         "Make the card again with data-prep index.")
+                         "Make the shards again with data-prep prepare --again.")
     sizes = info["column_sizes"]
     return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"], samples=info["samples"],
                       compressed=info["zip_data"] is not None, dtype=dtype.newbyteorder("<"),
