@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -70,6 +72,17 @@ def leave() -> None:
     """End torch.distributed, if it runs."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a process that had joined, without the interpreter's own ending; call it last, when all files are closed.
+
+    Gloo's threads let go of their last tensors on their own time, and the interpreter aborts a thread that does so
+    while it ends: "terminate called without an active exception", exit code 134, in 2 of 50 runs on a busy machine.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

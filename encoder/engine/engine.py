@@ -59,7 +59,7 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Sta
                  device: torch.device) -> Engine:
     """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join). `model(batch)` gives the loss sum.
 
-    The initial weights of rank zero hold on all ranks.
+    Every rank brings the same initial weights (a function of the seed).
     """
     model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
     initial = {name: p.detach().clone() for name, p in model.named_parameters()} if config.precision == "bf16" else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -80,9 +81,10 @@ def initialize(deepspeed: ModuleType, *, model: torch.nn.Module, optimizer: torc
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed's remarks on what we do on purpose (an untested optimizer) are not passed on; its errors are."""
+    """DeepSpeed's remarks on what we do on purpose (an untested optimizer) and its memory tables are not passed on."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(logging.NOTSET)

@@ -104,13 +104,13 @@ class StableAdamW(torch.optim.Optimizer):
         if not self.config.update_clipping:
             return [ratio.new_ones(()) for ratio in ratios]
         if not self._parts:
-            return [_scale(ratio.sum(dtype=torch.float64) / ratio.numel()).to(ratio.dtype) for ratio in ratios]
+            return [_scale(ratio.sum().double() / ratio.numel()).to(ratio.dtype) for ratio in ratios]
         # one collective for all parameters: 140 numbers, against 140 collectives of one number
         sums = torch.zeros_like(self._numels)
         for p, ratio in zip(tensors, ratios):
             part, rows = self._parts[p]
             if part.stretches:
-                sums.index_add_(0, rows, torch.stack([s.of(ratio).sum(dtype=torch.float64) for s in part.stretches]))
+                sums.index_add_(0, rows, torch.stack([s.of(ratio).sum() for s in part.stretches]).double())
         scales = _scale(sum_over_ranks(sums) / self._numels)
         return [scales[self._parts[p][1]].to(ratio.dtype) for p, ratio in zip(tensors, ratios)]
 

@@ -32,6 +32,7 @@ class DataFacts:
     """What the cards of a run's sources say, once they were seen to fit together and to fit the model."""
 
     specials: SpecialIds
+    vocab_size: int                        # the tokenizer's; the model's may be padded above it
     tokenizer_json: Path
     cards: dict[str, Card]                 # by source name; held-out sources as NAME (held out)
     card_sha256: dict[str, str]            # saved in checkpoints: a run goes on only over the same shards
@@ -66,7 +67,7 @@ def check_data(run: RunConfig) -> DataFacts:
     for name, card in cards.items():
         check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))
     train = [cards[source_name(s)] for s in run.data.sources]
-    return DataFacts(specials=first.specials, tokenizer_json=next(iter(paths.values())) / TOKENIZER, cards=cards,
+    return DataFacts(specials=first.specials, vocab_size=first.vocab_size, tokenizer_json=next(iter(paths.values())) / TOKENIZER, cards=cards,
                      card_sha256={name: sha256_of(path / CARD) for name, path in paths.items()},
                      mean_tokens=sum(c.tokens for c in train) / max(1, sum(c.documents for c in train)))
 
@@ -113,7 +114,7 @@ def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.de
         sources=open_mixture(mixture), weights=[s.weight for s in mixture], seed=run.seed, phase=progress.phase,
         max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
         window_documents=run.data.window_documents,
-        corrupt=build_objective(run.objective, vocab_size=run.model.vocab_size, specials=ids),
+        corrupt=build_objective(run.objective, vocab_size=facts.vocab_size, specials=ids),
         pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
         micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
         start=DataPosition(window=progress.window, row=progress.row, phase_tokens=progress.phase_tokens),
@@ -127,7 +128,7 @@ def make_held_out(
     if run.evaluation is None:
         return []
     question = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False)
-    corrupt = build_objective(question, vocab_size=run.model.vocab_size, specials=facts.specials)
+    corrupt = build_objective(question, vocab_size=facts.vocab_size, specials=facts.specials)
     ids = facts.specials
     return [HeldOut(name=source.name, batches=evaluation_batches(
         source=source, rows=run.evaluation.rows, seed=run.seed, max_tokens_per_document=phase.max_tokens_per_document,

@@ -59,10 +59,10 @@ def test_every_shipped_run_file_loads_and_comes_back_the_same(path):
 
 
 def test_every_shipped_preparation_file_loads():
-    from data_prep.config import PrepConfig
+    from data_prep.config import PrepareConfig
     for path in sorted((ROOT / "configs" / "prep").glob("*.yaml")):
         from encoder.base.schema import read_settings
-        read_settings(PrepConfig, path)
+        read_settings(PrepareConfig, path)
 
 
 def test_readme_names_only_files_and_commands_that_exist():

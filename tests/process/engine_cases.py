@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from encoder.base.dist import World
+from encoder.base.dist import World, wait_for_all
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
 from encoder.engine import checkpoint
-from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint, read_weights, save_checkpoint
+from encoder.engine.checkpoint import (
+    claim_incarnation,
+    load_checkpoint,
+    newest_checkpoint,
+    read_weights,
+    save_checkpoint,
+)
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from tests.process.tiny import MASKED_TOKENS, SIZE, share_of_step, tiny_model
@@ -27,7 +33,7 @@ SPIKED, SPIKE_STEP = "model.layers.1.mlp.Wi.weight", 3      # its gradient is 1,
 
 
 def lr_of(step: int) -> float:
-    return 1e-3 * (1.0 + 0.5 * (step % 3))
+    return 4e-3 * (1.0 + 0.5 * (step % 3))
 
 
 def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0) -> tuple[Engine, dict]:
@@ -44,7 +50,7 @@ def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: flo
     for step in steps:
         spike["on"] = step == SPIKE_STEP
         batches = share_of_step(step, rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=rows)
-        result = engine.step(batches, masked_tokens=MASKED_TOKENS, lr=lr_scale * lr_of(step), max_lr=3e-3)
+        result = engine.step(batches, masked_tokens=MASKED_TOKENS, lr=lr_scale * lr_of(step), max_lr=1e-2)
         assert result.applied and result.masked_tokens == MASKED_TOKENS
         losses.append(result.loss)
     return losses
@@ -98,7 +104,7 @@ def plain_loop(world: World, *, out: str) -> None:
         if step == SPIKE_STEP:
             named[SPIKED].grad.mul_(1000.0)
         for group in optimizer.param_groups:
-            group.update(lr=lr_of(step), max_lr=3e-3)
+            group.update(lr=lr_of(step), max_lr=1e-2)
         optimizer.step()
         model.zero_grad()
     save_file({n: p.detach() for n, p in named.items()}, Path(out) / "plain.safetensors")
@@ -270,6 +276,7 @@ def two_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     seen: dict[str, Any] = {"incarnation": incarnation, "good": save(1)}
     with too_small_files() if world.rank == 1 else contextlib.nullcontext():
         seen["full"] = save(2)
+    wait_for_all()       # rank zero removes what was half-written before it raises
     seen["left"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
     seen["newest"] = newest_checkpoint(folder / "checkpoints").name
     try:

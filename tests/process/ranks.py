@@ -70,7 +70,7 @@ def _main() -> None:
     module, name, values, result = sys.argv[1:]
     import torch
 
-    from encoder.base.dist import join, leave, world_from_env
+    from encoder.base.dist import end_process, join, leave, world_from_env
 
     torch.set_num_threads(1)
     world = world_from_env()
@@ -80,6 +80,7 @@ def _main() -> None:
         Path(result).write_text(json.dumps(value))
     finally:
         leave()
+    end_process(0)
 
 
 if __name__ == "__main__":

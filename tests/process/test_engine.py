@@ -109,7 +109,7 @@ def test_in_fp32_every_zero_stage_and_rank_count_gives_the_same_weights(label):
 
 def test_an_optimizer_that_takes_flat_partitions_for_tensors_is_caught_by_the_spike():
     trained()
-    assert distance("flat-s1-1x4", "plain") > 1e-3
+    assert distance("flat-s1-1x4", "plain") > 1e-3   # a hundred times the bound of the right ones
 
 
 @pytest.mark.parametrize("label", ["clip-s1-2x2", "clip-s2-2x2"])
@@ -124,7 +124,6 @@ def test_lower_precision_follows_the_curve(label):
     """bf16 has 3 digits: losses to 1 %, and the masters start from the fp32 weights, not from rounded ones."""
     losses = trained()[label]["losses"]
     assert losses == pytest.approx(trained()["fp64-s0-1x4"]["losses"], rel=1e-2)
-    assert losses[-1] < losses[0]
 
 
 def test_the_held_out_loss_does_not_depend_on_the_ranks_though_they_bring_unequal_numbers_of_batches():
