@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -63,7 +64,9 @@ def wait_for(ranks: list[tuple[subprocess.Popen, Path]], *, timeout_seconds: flo
         texts = [f"--- rank {i}, exit code {code}\n{path.with_suffix('.err').read_text()[-4000:]}"
                  for i, (code, (_, path)) in enumerate(zip(codes, ranks))]
         raise AssertionError("ranks failed or took too long:\n" + "\n".join(texts))
-    return [json.loads(path.with_suffix(".json").read_text()) for _, path in ranks]
+    results = [json.loads(path.with_suffix(".json").read_text()) for _, path in ranks]
+    shutil.rmtree(ranks[0][1].parent)
+    return results
 
 
 def _main() -> None:

@@ -5,8 +5,10 @@ Four launches serve all tests: 1 and 2 ranks train and save, then fresh processe
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -54,7 +56,9 @@ def _resume(pairs, rows):
 
 @functools.lru_cache(None)
 def out() -> Path:
-    return Path(tempfile.mkdtemp(prefix="engine-"))
+    folder = Path(tempfile.mkdtemp(prefix="engine-"))
+    atexit.register(shutil.rmtree, folder)
+    return folder
 
 
 @functools.lru_cache(None)
@@ -109,7 +113,7 @@ def test_in_fp32_every_zero_stage_and_rank_count_gives_the_same_weights(label):
 
 def test_an_optimizer_that_takes_flat_partitions_for_tensors_is_caught_by_the_spike():
     trained()
-    assert distance("flat-s1-1x4", "plain") > 1e-3   # a hundred times the bound of the right ones
+    assert distance("flat-s1-1x4", "plain") > 1e-3   # seen: 1e-2; the right ones 3e-6
 
 
 @pytest.mark.parametrize("label", ["clip-s1-2x2", "clip-s2-2x2"])

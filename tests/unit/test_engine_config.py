@@ -1,0 +1,40 @@
+"""What an engine may be asked for, and what DeepSpeed is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from encoder.base.errors import ConfigError
+from encoder.engine.zero_config import EngineConfig, zero_config
+
+
+@pytest.mark.parametrize("precision, stage, reason", [("bf16", 0, "no fp32 master weights"), ("fp64", 1, "in fp32"),
+                                                      ("fp64", 2, "in fp32")])
+def test_pairs_that_cannot_be_exact_are_refused_with_the_reason(precision, stage, reason):
+    with pytest.raises(ConfigError, match=reason):
+        EngineConfig(precision=precision, zero_stage=stage)
+
+
+@pytest.mark.parametrize("precision, stage", [("fp32", 0), ("fp32", 2), ("autocast", 0), ("bf16", 1), ("bf16", 2), ("fp64", 0)])
+def test_all_other_pairs_are_told_to_deepspeed_without_its_defaults(precision, stage):
+    told = zero_config(EngineConfig(precision=precision, zero_stage=stage), world_size=2)
+    assert told["managed_gradient_accumulation"] is False
+    assert told["gradient_clipping"] == 0.0                    # DeepSpeed's own default clips at 1.0
+    assert told["communication_data_type"] == "fp32"
+    assert "optimizer" not in told                             # such a block compiles a CPU Adam
+    assert told.get("bf16", {}).get("enabled", False) is (precision == "bf16")
+    assert "torch_autocast" not in told                        # it reduces Linear gradients in bf16
+
+
+def test_negative_clipping_is_refused():
+    with pytest.raises(ConfigError, match="below 0"):
+        EngineConfig(gradient_clipping=-1.0)
+
+
+def test_settings_are_read_without_importing_deepspeed():
+    """A plan or a mistake in a run file must not wait seconds for DeepSpeed."""
+    code = "import encoder.engine.engine, sys; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
