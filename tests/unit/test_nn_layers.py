@@ -1,0 +1,84 @@
+"""Facts of the layers, each checked against its formula."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from encoder.nn.embedding import TokenEmbedding
+from encoder.nn.heads import PredictionHead
+from encoder.nn.mlp import GeGLU
+from encoder.nn.norm import layer_norm
+from encoder.nn.rope import rope_table, split_and_rotate
+from tests.reference.dense import rotate_pair_by_pair
+
+
+def randn(*shape: int, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rotation_turns_the_pair_j_and_j_plus_half_by_position_times_theta_to_the_minus_2j_over_width():
+    positions = torch.tensor([0, 1, 2, 63, 500, 0, 1], dtype=torch.int32)
+    qkv = randn(7, 3, 2, 8)
+    q, k, v = split_and_rotate(qkv, rope_table(positions, theta=160000.0, head_width=8))
+    for found, which in ((q, 0), (k, 1)):
+        expected = rotate_pair_by_pair(qkv[:, which], positions, theta=160000.0)
+        assert torch.allclose(found, expected, rtol=0, atol=2e-4)      # fp32 angles: 500 * 2^-24 * a few
+        assert torch.equal(found[0], qkv[0, which])                    # position 0 does not turn
+    assert torch.equal(v, qkv[:, 2])
+
+
+def test_rotated_scores_depend_on_the_distance_only():
+    qkv = randn(1, 3, 1, 8).expand(9, 3, 1, 8)
+    q, k, _ = split_and_rotate(qkv, rope_table(torch.arange(9, dtype=torch.int32), theta=100.0, head_width=8))
+    scores = q[:, 0] @ k[:, 0].T
+    for distance in range(-8, 9):
+        along = scores.diagonal(distance)
+        assert torch.allclose(along, along[:1].expand_as(along), rtol=0, atol=1e-5)
+
+
+def test_the_gradient_of_the_rotation_is_exact():
+    table = rope_table(torch.arange(3, dtype=torch.int32), theta=100.0, head_width=4)
+    qkv = randn(3, 3, 2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: split_and_rotate(x, table), (qkv,))
+
+
+def test_the_rotation_in_bf16_is_the_fp32_one_rounded_once():
+    qkv = randn(100, 3, 2, 64, dtype=torch.float32).bfloat16()
+    table = rope_table(torch.arange(8000, 8100, dtype=torch.int32), theta=10000.0, head_width=64)
+    for found, exact in zip(split_and_rotate(qkv, table), split_and_rotate(qkv.float(), table), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, exact.bfloat16())
+
+
+def test_geglu_bends_the_first_half_by_exact_erf_and_leaves_the_second_straight():
+    mlp = GeGLU(width=4, intermediate=3).double()
+    x = randn(5, 4)
+    both = x @ mlp.Wi.weight.T
+    a, gate = both[:, :3], both[:, 3:]
+    expected = (0.5 * a * (1 + torch.erf(a / math.sqrt(2))) * gate) @ mlp.Wo.weight.T
+    assert torch.allclose(mlp(x), expected, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(mlp, (x.requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(mlp, {"Wi.weight": w}, (x,)),
+                                    (mlp.Wi.weight.detach().clone().requires_grad_(),))
+
+
+def test_the_norm_has_a_weight_no_bias_and_the_biased_variance():
+    norm = layer_norm(4, eps=1e-5)
+    x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
+    assert [name for name, _ in norm.named_parameters()] == ["weight"]
+    assert torch.allclose(norm(x), (x - 3.0) / math.sqrt(3.5 + 1e-5))      # squares 4 1 0 9, mean 3.5
+
+
+def test_the_embedding_is_a_lookup_and_a_norm_without_scaling():
+    layer = TokenEmbedding(vocab_size=5, width=4, norm_eps=1e-5)
+    ids = torch.tensor([3, 0, 3])
+    assert torch.equal(layer(ids), F.layer_norm(layer.tok_embeddings.weight[ids], (4,), eps=1e-5))
+
+
+def test_the_head_is_dense_then_gelu_then_norm():
+    head = PredictionHead(width=4, norm_eps=1e-5)
+    x = randn(3, 4, dtype=torch.float32)
+    assert torch.allclose(head(x), F.layer_norm(F.gelu(x @ head.dense.weight.T), (4,), eps=1e-5))
