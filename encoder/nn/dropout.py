@@ -40,7 +40,8 @@ class AddressedDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x_TC + y_TC
         keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
-        return _AddScaled.apply(x_TC, y_TC, keep_TC.to(x_TC.dtype).mul_(1.0 / (1.0 - self.p)))
+        exact = torch.promote_types(x_TC.dtype, torch.float32)       # in bf16 1 / 0.9 itself would be 0.16 % too small
+        return _AddScaled.apply(x_TC, y_TC, keep_TC.to(exact).mul_(1.0 / (1.0 - self.p)))
 
 
 def quantile_of_int64(p: float) -> int:
@@ -49,13 +50,14 @@ def quantile_of_int64(p: float) -> int:
 
 
 class _AddScaled(torch.autograd.Function):
-    """x + y * factor in x's precision, one pass each way (autograd's own addcmul takes two passes back)."""
+    """x + y * factor in the factor's precision, rounded once; one pass each way (autograd's addcmul: two)."""
 
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, y_TC: Tensor, factor_TC: Tensor) -> Tensor:
         ctx.save_for_backward(factor_TC)
         ctx.y_dtype = y_TC.dtype
-        return torch.addcmul(x_TC, y_TC.to(x_TC.dtype), factor_TC)
+        exact = factor_TC.dtype
+        return torch.addcmul(x_TC.to(exact), y_TC.to(exact), factor_TC).to(x_TC.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_TC: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -88,3 +88,9 @@ def test_quantiles_of_int64():
     assert quantile_of_int64(0.5) == 0
     assert quantile_of_int64(0.25) == -2**62
     assert quantile_of_int64(0.0) == -2**63
+
+
+def test_in_bf16_the_sum_is_the_exact_one_rounded_once():
+    layer, key_T = AddressedDropout(width=64, layer=0, p=0.1), keys(100)
+    x, y = torch.randn(100, 64).bfloat16(), torch.randn(100, 64).bfloat16()
+    assert torch.equal(layer(x, y, key_T), layer(x.float(), y.float(), key_T).bfloat16())
