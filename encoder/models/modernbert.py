@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al. 2024) with a masked-language head, on packed tokens, parameters named as Hugging Face does"""
+"""ModernBERT (Warner et al. 2024) with a masked-language head, on packed tokens, under Hugging Face's parameter names."""
 
 from __future__ import annotations
 
