@@ -141,7 +141,7 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    attention: Literal["auto", "sdpa", "blocked"] = "auto"
+    attention: Literal["auto", "tiles", "sdpa"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
