@@ -29,7 +29,7 @@ from data_prep.readers import BLOCK_BYTES, Block, ReadError, file_bytes, find_fi
 from data_prep.shards import ShardFolder
 from data_prep.tokenization import check_tokenizer_path, choose_encoder
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
-from encoder.base.files import fsync_folder
+from encoder.base.files import fsync_path
 from encoder.base.log import say, warn_once
 from encoder.base.schema import differences, to_plain
 from encoder.base.units import short_count
@@ -270,13 +270,13 @@ def _hidden_folder(folder: Path) -> Iterator[Path]:
 
 def _put_in_place(part: Path, folder: Path) -> None:
     """Rename, durably; an older folder of that name (--again) leaves at the last moment."""
-    fsync_folder(part)
+    fsync_path(part)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(part, folder)
-    fsync_folder(folder.parent)
+    fsync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from encoder.base.errors import ShardError
-from encoder.base.files import fsync_file, fsync_folder, write_atomic
+from encoder.base.files import fsync_path, write_atomic
 from encoder.data.shard_format import (
     INDEX,
     INPUT_IDS,
@@ -63,10 +63,10 @@ class ShardFolder:
         write_lengths(self.folder, lengths, max_tokens_per_document=card.max_tokens_per_document)
         write_atomic(self.folder / TOKENIZER, tokenizer_json)
         for path in sorted(self.folder.glob("shard.*")) + [self.folder / INDEX]:
-            fsync_file(path)
+            fsync_path(path)
         card = with_totals(card, lengths)
         write_card(self.folder, card)
-        fsync_folder(self.folder)
+        fsync_path(self.folder)
         return card
 
     def abandon(self) -> None:

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import CheckpointError
-from encoder.base.files import fsync_folder, sha256_of, write_atomic, write_json
+from encoder.base.files import fsync_path, sha256_of, write_atomic, write_json
 from encoder.base.log import warn_once
 from encoder.base.schema import from_mapping
 from encoder.base.units import Progress
@@ -199,7 +199,7 @@ class _Save:
             write_atomic(part / MILESTONE, self.milestone)
         check_not_stale(self.root, self.incarnation)
         os.rename(part, self.final)
-        fsync_folder(self.root)
+        fsync_path(self.root)
         write_atomic(self.final / COMMITTED, "")
 
     def clean_up(self) -> None:

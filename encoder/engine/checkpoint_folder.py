@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from encoder.base.errors import CheckpointError
-from encoder.base.files import fsync_folder, sha256_of
+from encoder.base.files import fsync_path, sha256_of
 
 INCARNATIONS = "incarnations"
 MANIFEST, COMMITTED, MILESTONE = "MANIFEST.json", "COMMITTED", "MILESTONE"
@@ -32,7 +32,7 @@ def claim_next(run_folder: Path) -> int:
         number += 1
         with contextlib.suppress(FileExistsError):       # another start took it in this moment
             os.close(os.open(folder / f"{number:04d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            fsync_folder(folder)
+            fsync_path(folder)
             return number
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from encoder.base.errors import CheckpointError
-from encoder.base.files import fsync_file
+from encoder.base.files import fsync_path, usual_mode
 from encoder.engine.engine import Piece
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -30,7 +30,8 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
     """Writes and syncs one rank's stretches, in their own precision. Raises OSError or SafetensorError."""
     save_file({f"{piece.name}@{piece.start}/{kind}": getattr(piece, kind).to("cpu", copy=True)
                for piece in pieces for kind in KINDS}, path)
-    fsync_file(path)
+    usual_mode(path)
+    fsync_path(path)
 
 
 class StretchReader:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ExportError
-from encoder.base.files import fsync_file, fsync_folder, write_json
+from encoder.base.files import fsync_path, usual_mode, write_json
 from encoder.base.rng import generator
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 
@@ -233,8 +233,9 @@ def _folder_that_appears(out: Path) -> Iterator[Path]:
     try:
         yield part
         for path in part.iterdir():
-            fsync_file(path)
-        fsync_folder(part)
+            usual_mode(path)
+            fsync_path(path)
+        fsync_path(part)
         if out.exists():
             old = out.with_name(f".{out.name}.{os.getpid()}.old")
             os.rename(out, old)
@@ -242,7 +243,7 @@ def _folder_that_appears(out: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(part, out)
-        fsync_folder(out.parent)
+        fsync_path(out.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

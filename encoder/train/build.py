@@ -67,7 +67,8 @@ def check_data(run: RunConfig) -> DataFacts:
     for name, card in cards.items():
         check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))
     train = [cards[source_name(s)] for s in run.data.sources]
-    return DataFacts(specials=first.specials, vocab_size=first.vocab_size, tokenizer_json=next(iter(paths.values())) / TOKENIZER, cards=cards,
+    return DataFacts(specials=first.specials, vocab_size=first.vocab_size, cards=cards,
+                     tokenizer_json=next(iter(paths.values())) / TOKENIZER,
                      card_sha256={name: sha256_of(path / CARD) for name, path in paths.items()},
                      mean_tokens=sum(c.tokens for c in train) / max(1, sum(c.documents for c in train)))
 

@@ -221,7 +221,7 @@ class _Killed(BaseException):
 def killed_at(operation: int, act: Any) -> bool:
     """Runs an act that ends at its n-th file operation as if killed; False if it had fewer and went through."""
     count = 0
-    names = ["write_pieces", "write_json", "write_atomic", "fsync_folder"]
+    names = ["write_pieces", "write_json", "write_atomic", "fsync_path"]
     real = {name: getattr(checkpoint, name) for name in names}
     rename, clean_up = checkpoint.os.rename, checkpoint._Save.clean_up
 

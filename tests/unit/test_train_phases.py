@@ -19,10 +19,10 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny_cpu.
 
 
 @pytest.mark.parametrize(("override", "said"), [
-    ("phases.0.batch_tokens=10000", "is not a whole number of rows of 2,048. Nearest: 8,192, 10,240"),
+    ("phases.0.batch_tokens=10000", "is not a whole number of rows of 512. Nearest: 9,728, 10,240"),
     ("phases.0.batch_warmup.from_tokens=3000", "is not a whole number of rows"),
     ("phases.1.max_tokens_per_document=4096", "do not fit rows"),
-    ("phases.1.max_tokens_per_document=1024", "max_position_embeddings"),
+    ("model.max_position_embeddings=256", "max_position_embeddings"),
     ("phases.1.name=stable", "each name may stand once"),
     ("phases.2.lr.warmup_tokens=5", "lr.warmup_tokens is unknown"),
     ("phases=[]", "at least one phase"),
@@ -86,7 +86,7 @@ def test_what_changes_the_curve_is_identity_and_what_does_not_is_not():
         "phases.0.tokens=1M",
         "objective.mask_share=0.2",
         "engine.gradient_clipping=1.0",
-        "data.row_tokens=4096",
+        "data.row_tokens=1024",
     ):
         assert identity_of(run) != identity_of(read_run(TINY, [override])), override
 
