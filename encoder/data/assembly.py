@@ -129,7 +129,7 @@ class Assembler:
                                predict_target=question.predict_target[:room])
         with np.errstate(over="ignore"):
             counters = address_key(self.seed, "dropout", *place)[0] + np.arange(len(ids), dtype=np.uint64)
-        return _Row(question, lengths, splitmix64(counters).view(np.int64), _row_hash(spec.number, question))
+        return _Row(question, lengths, splitmix64(counters).view(np.int64), _row_hash(spec.number, question, lengths))
 
     def _lay_piece(self, parts: list[np.ndarray], source: int, document: int, start: int, end: int) -> int:
         """Append a piece's ids, with [CLS] and [SEP] put back where it was cut; returns its length."""
@@ -176,9 +176,9 @@ def wrap_int64(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def _row_hash(number: int, question: Question) -> int:
-    """Of the row's number, its ids before and after masking, and the positions asked (targets: the ids before)."""
-    digest = blake2b(np.array([number, len(question.ids)], dtype="<i8"), digest_size=8)
+def _row_hash(number: int, question: Question, lengths_P: Sequence[int]) -> int:
+    """Of the row's number, where its documents end, the ids after masking, the positions asked and the ids before."""
+    digest = blake2b(np.array([number, *lengths_P], dtype="<i8"), digest_size=8)
     for part in (question.ids, question.predict_index, question.predict_target):
         digest.update(part.astype("<u4"))
     return int.from_bytes(digest.digest(), "little", signed=True)
