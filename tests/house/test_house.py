@@ -76,13 +76,12 @@ def test_readme_names_only_files_and_commands_that_exist():
 
 def test_nothing_is_pickled_or_trusted_from_afar():
     bad = re.compile(
-        r"import pickle|pickle\.load|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|\beval\("
+        r"import pickle|pickle\.load|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|(?<![.\w])eval\("
     )
     for path in PYTHON_FILES:
-        if path != Path(__file__):
+        if (ROOT / "tests") not in path.parents:
             for number, line in enumerate(path.read_text().splitlines(), 1):
-                found = bad.search(line)
-                assert not found or ".eval(" in line, f"{path}:{number}: {line.strip()}"
+                assert not bad.search(line), f"{path}:{number}: {line.strip()}"
 
 
 def test_nothing_names_a_machine_or_a_place():
