@@ -158,7 +158,7 @@ class Demo:
 
         from encoder.train.config import read_run
         total = sum(p.tokens for p in read_run(RUN_FILE, self.overrides()).phases)
-        print("        $ " + " ".join(_short(w) for w in command[:6]), flush=True)
+        print("        $ " + " ".join(_short(w) for w in command[:7]), flush=True)
         console = Console()
         columns = (
             TextColumn("        {task.fields[phase]:<10}"),

@@ -37,8 +37,14 @@ def claim_next(run_folder: Path) -> int:
 
 
 def newest_incarnation(run_folder: Path) -> int:
-    """The highest number claimed, 0 before the first."""
-    return max((int(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*")), default=0)
+    """The highest number claimed, 0 before the first.
+
+    The names of checkpoints count too: a run folder that was copied without its (empty) claims must not start again at 1,
+    where every new save would be the oldest.
+    """
+    claimed = [int(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*")]
+    saved = [int(match.group(2)) for p in (run_folder / "checkpoints").glob("tokens*") if (match := _NAME.fullmatch(p.name))]
+    return max([*claimed, *saved], default=0)
 
 
 def check_not_stale(root: Path, incarnation: int) -> None:

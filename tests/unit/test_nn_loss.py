@@ -35,6 +35,18 @@ def test_pieces_give_the_whole_vocabulary_loss_and_its_gradients(monkeypatch, dt
         assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("masked", [40, 83, 307])
+def test_bf16_gradients_keep_the_exact_scale_of_the_step(masked):
+    """world / masked tokens is no bf16 number: rounded first, it would scale every gradient wrongly, by world size."""
+    for world in (1, 3, 5):
+        h, weight, bias, target = question(torch.float32, positions=700, width=32)   # 22,400 roundings average out
+        h_half = h.detach().bfloat16().requires_grad_()
+        plain, = torch.autograd.grad(cross_entropy_sum(h_half, weight, bias, target), h_half)
+        scaled, = torch.autograd.grad(cross_entropy_sum(h_half, weight, bias, target) * (world / masked), h_half)
+        factor = float((scaled.double() * plain.double()).sum() / plain.double().square().sum())
+        assert factor == pytest.approx(world / masked, rel=5e-4)
+
+
 def test_ignored_positions_contribute_exactly_zero():
     h, weight, bias, target = question()
     cross_entropy_sum(h, weight, bias, target).backward()
