@@ -187,17 +187,17 @@ class Demo:
     def _watch(
         self, process: subprocess.Popen, total: int, kill_at: float | None, show: Callable[..., None], *, plain: bool
     ) -> None:
-        from encoder.train.tracking import METRICS, metrics_by_step
+        from encoder.train.tracking import METRICS, merged_metrics
         said = -1
         while process.poll() is None:
             time.sleep(0.3)
             if not (self.run / METRICS).exists():
                 continue
-            metrics = metrics_by_step(self.run / METRICS)
-            trained = [m for m in metrics.values() if m.get("loss") is not None]
+            metrics = merged_metrics(self.run / METRICS)
+            trained = [m for m in metrics if m.get("loss") is not None]
             if not trained:
                 continue
-            held_out = [m["held_out_loss"] for m in metrics.values() if "held_out_loss" in m]
+            held_out = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
             now = dict(
                 phase=trained[-1]["phase"],
                 loss=f"{trained[-1]['loss']:.2f}",

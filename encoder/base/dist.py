@@ -99,12 +99,6 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def wait_for_all() -> None:
-    """A barrier, if there is more than one rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

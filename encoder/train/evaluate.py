@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from encoder.base.batch import TokenBatch
+from encoder.base.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,15 @@ def held_out_losses(
     """Mean loss in nats per masked token: `held_out_loss` over all sources, `held_out_loss_NAME` for each of several.
 
     `evaluate` gives (sum of losses, masked tokens) over all ranks; the mean over everything is sum / count, never a
-    mean of means.
+    mean of means. Raises ConfigError, the same on all ranks, for a source without a masked token.
     """
     sums = {s.name: evaluate(s.batches) for s in sets}
-    losses = {"held_out_loss": sum(a for a, _ in sums.values()) / max(1, sum(n for _, n in sums.values()))}
+    empty = next((name for name, (_, count) in sums.items() if count == 0), None)
+    if empty is not None:
+        raise ConfigError(f"the held-out rows of {empty} have no masked token. Raise evaluation.rows or mask_share.")
+    losses = {"held_out_loss": sum(a for a, _ in sums.values()) / sum(n for _, n in sums.values())}
     if len(sums) > 1:
-        losses |= {f"held_out_loss_{name}": a / max(1, n) for name, (a, n) in sums.items()}
+        losses |= {f"held_out_loss_{name}": a / n for name, (a, n) in sums.items()}
     return losses
 
 

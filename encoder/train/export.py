@@ -9,6 +9,7 @@ from pathlib import Path
 from encoder.base.errors import CheckpointError, ExportError
 from encoder.base.schema import from_mapping, parse_yaml
 from encoder.engine.checkpoint import newest_checkpoint, read_weights
+from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.models.hf import ExportProof, export_hf
 from encoder.train import build
 from encoder.train.config import RunConfig
@@ -19,9 +20,11 @@ def export_run(folder: Path, out: Path) -> ExportProof:
     """Exports a run folder's newest checkpoint, or a checkpoint folder. Raises CheckpointError, ExportError, ShardError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; needed: a run folder or a checkpoint folder.")
-    checkpoint = folder if (folder / "COMMITTED").exists() else newest_checkpoint(folder / CHECKPOINTS)
+    checkpoint = folder if (folder / COMMITTED).exists() else newest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet; needed: a run that has saved one.")
+    if checkpoint == folder and (problem := damage(folder)):
+        raise CheckpointError(f"{problem} Export another checkpoint.")
     run = from_mapping(
         RunConfig,
         parse_yaml((checkpoint / RUN_FILE).read_text(encoding="utf-8"), where=str(checkpoint / RUN_FILE)),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from encoder.base.dist import World, join, leave, sum_over_ranks, wait_for_all
-from encoder.base.errors import CheckpointError, RankError, ShardError, UserError
+from encoder.base.dist import World, join, leave, sum_over_ranks
+from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say
 from encoder.base.schema import differences, parse_yaml, to_plain, to_yaml
@@ -28,7 +31,8 @@ from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_i
 from encoder.train.tracking import LEDGER, Ledger, Tracker, chain
 
 RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"
-FINGERPRINT_TOLERANCE = 1e-5      # relative; the same weights on other ranks or threads differ by rounding only
+# relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
+FINGERPRINT_TOLERANCE = {"fp64": 1e-5, "fp32": 1e-5, "autocast": 2e-3, "bf16": 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +77,24 @@ class _Story:
         self.held_out: list[HeldOut] = []
         self.speed = SpeedMeter()
         self.last_held_out: dict[str, float] = {}
-        self.ledger = Ledger(folder, resumed_at=progress) if world.first else None
-        self.tracker = Tracker(folder, wandb_project=run.tracking.wandb_project, run_name=run.name,
-                               settings=to_plain(run)) if world.first else None
+        self.ledger: Ledger | None = None
+        self.tracker: Tracker | None = None
+        self.error: UserError | None = None      # met by this rank alone; the others learn of it where all meet next
+        if world.first:
+            with self.guarded():
+                self.ledger = Ledger(folder, resumed_at=progress)
+                self.tracker = Tracker(folder, wandb_project=run.tracking.wandb_project, run_name=run.name,
+                                       settings=to_plain(run))
+        build.agree_on_errors(self.error, world)
 
     def tell(self, stop: StopFlag) -> Outcome:
         """Phase after phase, step after step."""
         while (phase := current_phase(self.run, self.progress)) is not None:
             say(f"phase {describe_phase(phase)}")
             self.engine.module.set_rope_theta_(global_theta=phase.global_rope_theta, local_theta=phase.local_rope_theta)
-            self.held_out = build.make_held_out(self.run, self.facts, self.world, self.device, phase)
-            if self.progress.phase_step == 0 and self._question_changed():
-                self.evaluate()
-            with build.make_loader(self.run, self.facts, self.world, self.device, self.progress) as loader:
+            with self.open_data() as loader:
+                if self.progress.phase_step == 0 and self._question_changed():
+                    self.evaluate()
                 self.speed.pause()
                 while not phase_is_done(self.run, self.progress):
                     before = self.progress
@@ -96,7 +105,9 @@ class _Story:
                         data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.lr.peak
                     )
                     self.progress = _after(before, data, masked_tokens, batch_hash)
-                    self._record(data, result, lr, masked_tokens, batch_hash)
+                    with self.guarded():
+                        self._record(data, result, lr, masked_tokens, batch_hash)
+                    self._check_finite(result)
                     if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
                         self.evaluate()
                     ended = phase_is_done(self.run, self.progress)
@@ -112,6 +123,28 @@ class _Story:
                 return self._stopped(stop)
         return self._finished()
 
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keeps a mistake that this rank alone can meet until all ranks meet: nobody leaves others waiting."""
+        try:
+            yield
+        except UserError as error:
+            self.error = self.error or error
+        except OSError as error:
+            self.error = self.error or UserError(
+                f"{error.filename or self.folder} cannot be read or written: {error.strerror}. "
+                "Make room or mend the disk; the same command goes on from the last checkpoint.")
+
+    def open_data(self) -> build.Loader:
+        """The phase's held-out batches and its loader, on all ranks or on none."""
+        loader = None
+        with self.guarded():
+            phase = self.run.phases[self.progress.phase]
+            self.held_out = build.make_held_out(self.run, self.facts, self.world, self.device, phase)
+            loader = build.make_loader(self.run, self.facts, self.world, self.device, self.progress)
+        build.agree_on_errors(self.error, self.world)
+        return loader
+
     def evaluate(self) -> None:
         """The held-out loss, said and recorded; nothing without an evaluation section, or twice at one step of a phase."""
         if not self.held_out or self.last_held_out.get("step") == self.progress.step and self.progress.phase_step:
@@ -124,7 +157,9 @@ class _Story:
         )
         say(f"step {self.progress.step:>6}  held-out loss {losses['held_out_loss']:.3f}{beside}{per_source}")
         if self.tracker:
-            self.tracker.metrics(self.progress.step, tokens=self.progress.tokens, **losses)
+            phase = self.run.phases[self.progress.phase].name
+            with self.guarded():
+                self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **losses)
         self.speed.pause()
 
     def _question_changed(self) -> bool:
@@ -138,33 +173,41 @@ class _Story:
 
     def save(self, milestone: str | None = None) -> None:
         """A committed checkpoint, with the loss of the fixed batch that a load must give again."""
+        with self.guarded():
+            if self.ledger:
+                self.ledger.sync()
+        build.agree_on_errors(self.error, self.world)
         saved = save_checkpoint(
             self.folder / CHECKPOINTS, engine=self.engine, progress=self.progress, run_yaml=to_yaml(self.run),
             incarnation=self.incarnation, keep_last=self.run.checkpoints.keep_last, milestone=milestone,
             extra={"fingerprint_loss": _fingerprint(self.run, self.engine, self.device),
+                   "fingerprint_precision": self.run.engine.precision,
                    "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out})
         say(f"step {self.progress.step:>6}  saved {saved.name}" + (f" (end of {milestone})" if milestone else ""))
         if self.tracker:
-            self.tracker.event("checkpoint", step=self.progress.step, tokens=self.progress.tokens, name=saved.name)
+            with self.guarded():
+                self.tracker.event("checkpoint", step=self.progress.step, tokens=self.progress.tokens, name=saved.name)
         self.speed.pause()
 
     def close(self) -> None:
-        """Files closed; safe after any error."""
-        if self.ledger:
-            self.ledger.close()
-        if self.tracker:
-            self.tracker.close()
+        """Files closed; safe after any error, also on a full disk, which was said already."""
+        for writer in (self.ledger, self.tracker):
+            if writer:
+                with contextlib.suppress(OSError):
+                    writer.close()
 
-    def _next(self, loader: build.Loader) -> StepData:
-        try:
+    def _next(self, loader: build.Loader) -> StepData | None:
+        with self.guarded():
             return loader.next_step()
-        except UserError as error:
-            raise RankError(f"rank {self.world.rank}: {error}") from error
+        return None
 
-    def _agree(self, data: StepData, stop: StopFlag) -> tuple[int, int, bool]:
-        """One all-reduce: masked tokens of the step, hash of its batch, and whether any rank was asked to stop."""
-        shared = sum_over_ranks(torch.tensor([data.masked_tokens, data.row_hash, bool(stop.signal)],
+    def _agree(self, data: StepData | None, stop: StopFlag) -> tuple[int, int, bool]:
+        """One all-reduce: masked tokens of the step, hash of its batch, whether a rank was asked to stop or met a mistake."""
+        mine = [data.masked_tokens, data.row_hash] if data else [0, 0]
+        shared = sum_over_ranks(torch.tensor([*mine, bool(stop.signal), self.error is not None],
                                              dtype=torch.int64, device=self.device)).tolist()
+        if shared[3]:
+            build.agree_on_errors(self.error, self.world)
         return shared[0], shared[1], shared[2] > 0
 
     def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int) -> None:
@@ -184,11 +227,15 @@ class _Story:
             say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {loss:.3f}  lr {lr:.2e}  "
                 f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
                 f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
-        if not (math.isfinite(loss) and result.applied):
-            raise RankError(
-                f"the loss of step {p.step} is {loss}, its gradient norm {result.grad_norm}. The last good "
-                f"state is the newest folder in {self.folder / CHECKPOINTS}; lower the learning rate before going on."
-            )
+
+    def _check_finite(self, result: StepResult) -> None:
+        """The same on all ranks. Raises UserError."""
+        if not (math.isfinite(result.loss) and result.applied):
+            phase = self.progress.phase
+            raise UserError(
+                f"the loss of step {self.progress.step} is {result.loss}, its gradient norm {result.grad_norm}. "
+                f"Start anew with a lower rate: out=ANOTHER_FOLDER phases.{phase}.lr.peak="
+                f"{self.run.phases[phase].lr.peak / 2:g}, or look at the data of that step in {self.folder / LEDGER}.")
 
     def _stopped(self, stop: StopFlag) -> Outcome:
         number = stop.signal or signal.SIGTERM
@@ -200,16 +247,17 @@ class _Story:
         return Outcome(done=False, progress=self.progress, signal=int(number))
 
     def _finished(self) -> Outcome:
-        wait_for_all()
+        p = self.progress
         if self.world.first:
-            self.tracker.event("done", step=self.progress.step, tokens=self.progress.tokens)
-            write_json(self.folder / DONE, {"step": self.progress.step, "tokens": self.progress.tokens,
-                                            "ledger_hash": self.progress.ledger_hash, "unigram_entropy": self.entropy,
-                                            **{k: v for k, v in self.last_held_out.items() if k != "step"}})
-        say(
-            f"done: {self.progress.step} steps, {short_count(self.progress.tokens)} tokens, ledger {self.progress.ledger_hash}"
-        )
-        return Outcome(done=True, progress=self.progress)
+            with self.guarded():
+                self.ledger.sync()
+                self.tracker.event("done", step=p.step, tokens=p.tokens)
+                write_json(self.folder / DONE, {
+                    "step": p.step, "tokens": p.tokens, "ledger_hash": p.ledger_hash, "unigram_entropy": self.entropy,
+                    **{k: v for k, v in self.last_held_out.items() if k != "step"}})
+        build.agree_on_errors(self.error, self.world)
+        say(f"done: {p.step} steps, {short_count(p.tokens)} tokens, ledger {p.ledger_hash}")
+        return Outcome(done=True, progress=p)
 
 
 def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path) -> _Story:
@@ -227,29 +275,25 @@ def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch
     except UserError as problem:
         error = problem
     build.agree_on_errors(error, world)
-    incarnation = claim_incarnation(folder, world)
     engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
-    progress = Progress()
+    progress, extra = Progress(), {}
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is not None:
+        _check_same_settings(run, found / RUN_FILE, of=str(found))
         progress, extra = load_checkpoint(found, engine)
         build.check_same_data(facts, extra["card_sha256"])
-        if progress.phase < len(run.phases):
-            theta = run.phases[_phase_of_weights(progress)]
-            engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
-            _check_fingerprint(run, engine, device, extra["fingerprint_loss"], found)
+        theta = run.phases[_phase_of_weights(progress)]
+        engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
+        _check_fingerprint(run, engine, device, extra, found)
+    incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
     story = _Story(run, facts, world, device, folder, engine, incarnation, progress, entropy)
-    story.last_held_out = extra["last_held_out"] if found is not None else {}
+    story.last_held_out = extra.get("last_held_out", {})
     if world.first:
-        write_atomic(folder / RUN_FILE, to_yaml(run))
-        story.tracker.event(
-            "resume" if found else "start",
-            step=progress.step,
-            ranks=world.size,
-            incarnation=incarnation,
-            zero_stage=run.engine.zero_stage,
-            precision=run.engine.precision,
-        )
+        with story.guarded():
+            write_atomic(folder / RUN_FILE, to_yaml(run))
+            story.tracker.event(
+                "resume" if found else "start", step=progress.step, ranks=world.size, incarnation=incarnation,
+                zero_stage=run.engine.zero_stage, precision=run.engine.precision)
     _header(run, world, device, engine, progress, found)
     return story
 
@@ -296,9 +340,10 @@ def _phase_of_weights(progress: Progress) -> int:
     return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
 
 
-def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, recorded: float, found: Path) -> None:
-    loss = _fingerprint(run, engine, device)
-    if not abs(loss - recorded) <= FINGERPRINT_TOLERANCE * abs(recorded):
+def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, extra: dict[str, Any], found: Path) -> None:
+    loss, recorded = _fingerprint(run, engine, device), extra["fingerprint_loss"]
+    tolerance = max(FINGERPRINT_TOLERANCE[word] for word in (run.engine.precision, extra["fingerprint_precision"]))
+    if not abs(loss - recorded) <= tolerance * abs(recorded):
         raise CheckpointError(
             f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
             "The weights did not come back as they went; remove this folder to use the one before."
@@ -309,14 +354,17 @@ def _check_same_run(run: RunConfig, folder: Path) -> None:
     """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed."""
     path = folder / RUN_FILE
     started = (folder / LEDGER).exists() and (folder / LEDGER).stat().st_size > 0 or (folder / CHECKPOINTS).exists()
-    if not path.exists() or not started:
-        return
+    if path.exists() and started:
+        _check_same_settings(run, path, of=str(folder))
+
+
+def _check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
     before = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
     changed = differences(identity_of(before), identity_of(run))
     if changed:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise CheckpointError(f"{folder} holds another run: {key} was {old}, now {new}{more}. "
+        raise CheckpointError(f"{of} holds another run: {key} was {old}, now {new}{more}. "
                               "Put it back, or start anew with out=ANOTHER_FOLDER.")
 
 

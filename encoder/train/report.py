@@ -13,7 +13,7 @@ from typing import Any
 from encoder.base.errors import LedgerError, UserError
 from encoder.base.schema import parse_yaml
 from encoder.base.units import parse_tokens, short_count
-from encoder.train.tracking import EVENTS, LEDGER, METRICS, chain, metrics_by_step, read_jsonl
+from encoder.train.tracking import EVENTS, LEDGER, METRICS, follow_chain, merged_metrics, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Section:
 
 def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
     """Writes loss.png and report.html into a run folder; returns the page. Raises UserError, LedgerError."""
-    metrics = metrics_by_step(folder / METRICS)
+    metrics = merged_metrics(folder / METRICS)
     if not metrics:
         raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
     settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"), where=str(folder / "run.yaml"))
@@ -37,8 +37,7 @@ def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
     picture = draw(metrics, folder / "loss.png", title=settings["name"], entropy=done.get("unigram_entropy"),
                    vocab_size=settings["model"]["vocab_size"])
     losses = {k: v for k, v in done.items() if k.startswith("held_out_loss")}
-    last = max(metrics)
-    facts = [("steps", f"{last:,}"), ("tokens", short_count(metrics[last]["tokens"])),
+    facts = [("steps", f"{metrics[-1]['step']:,}"), ("tokens", short_count(metrics[-1]["tokens"])),
              ("state", "done" if done else "not done yet"),
              *((k.replace("_", " "), f"{v:.3f} nats") for k, v in losses.items()),
              *([("unigram entropy of the held-out text", f"{done['unigram_entropy']:.3f} nats")]
@@ -77,19 +76,19 @@ def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
 
 
 def verify_ledger(folder: Path) -> int:
-    """Follows the ledger's hash chain from the first step; returns the number of steps. Raises LedgerError where it breaks."""
-    link = ""
+    """Follows the ledger's hash chain to its end, which a finished run knows; returns the last step. Raises LedgerError."""
     lines = read_jsonl(folder / LEDGER)
-    for number, line in enumerate(lines, 1):
-        link = chain(link, step=line["step"], tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
-                     batch_hash=int(line["batch"], 16))
-        if line["step"] != number or line["chain"] != link:
-            raise LedgerError(f"{folder / LEDGER} line {number}: the chain breaks at step {line['step']}. "
-                              "The file was edited or belongs to another run.")
-    return len(lines)
+    follow_chain(lines, folder / LEDGER)
+    last = lines[-1] if lines else {"step": 0, "chain": ""}
+    if (folder / "done.json").exists():
+        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        if (last["step"], last["chain"]) != (done["step"], done["ledger_hash"]):
+            raise LedgerError(f"{folder / LEDGER} ends at step {last['step']} with {last['chain']}, the finished run at step "
+                              f"{done['step']} with {done['ledger_hash']}. Lines are missing: restore the file.")
+    return last["step"]
 
 
-def draw(metrics: dict[int, dict[str, Any]], path: Path, *, title: str, entropy: float | None, vocab_size: int) -> Path:
+def draw(metrics: list[dict[str, Any]], path: Path, *, title: str, entropy: float | None, vocab_size: int) -> Path:
     """Four curves over tokens seen, as PNG."""
     import math
 
@@ -100,8 +99,8 @@ def draw(metrics: dict[int, dict[str, Any]], path: Path, *, title: str, entropy:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.5), layout="constrained", width_ratios=(2, 1))
     (loss, rate), (speed, batch) = axes
-    trained = [(m["tokens"], m) for m in metrics.values() if m.get("loss") is not None]
-    held_out = [(m["tokens"], m["held_out_loss"]) for m in metrics.values() if "held_out_loss" in m]
+    trained = [(m["tokens"], m) for m in metrics if m.get("loss") is not None]
+    held_out = [(m["tokens"], m["held_out_loss"]) for m in metrics if "held_out_loss" in m]
     x = [t for t, _ in trained]
     loss.plot(x, [m["loss"] for _, m in trained], lw=0.8, color="#9bb7d4", label="training loss, each step")
     if held_out:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import LedgerError
+from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
 from encoder.base.units import Progress
 
@@ -35,14 +36,16 @@ class Ledger:
         self.path = folder / LEDGER
         self.repeated_steps = 0
         lines = read_jsonl(self.path)
-        self._witness = {line["step"]: line for line in lines if line["step"] > resumed_at.step}
+        follow_chain(lines, self.path)
         last = next((line for line in lines if line["step"] == resumed_at.step), None)
-        if resumed_at.step and last is None:
-            warn_once(f"{self.path} has no line for step {resumed_at.step}; the ledger starts again there.")
         if last is not None and last["chain"] != resumed_at.ledger_hash:
             raise LedgerError(f"{self.path} step {resumed_at.step} has chain {last['chain']}, the checkpoint has "
                               f"{resumed_at.ledger_hash}. The folder mixes two runs: start again with another out.")
-        _drop_torn_tail(self.path)
+        if resumed_at.step and last is None:
+            lines = self._start_again(folder, resumed_at)
+        self._witness = {line["step"]: line for line in lines if line["step"] > resumed_at.step}
+        # a new file under the old name: a start of this run that still lives elsewhere writes on into the old one
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(self.path, "a", encoding="utf-8")
 
     def write(
@@ -65,11 +68,42 @@ class Ledger:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """Make the lines durable."""
-        self._file.flush()
+    def sync(self) -> None:
+        """Make the lines durable: before a checkpoint is, so that no power cut leaves a checkpoint beyond its ledger."""
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Make the lines durable and close the file."""
+        self.sync()
         self._file.close()
+
+    def _start_again(self, folder: Path, resumed_at: Progress) -> list[dict[str, Any]]:
+        """The ledger was lost or cut: what is left is put aside, and a new one goes on from the checkpoint's chain."""
+        aside = folder / f"ledger.before-step-{resumed_at.step}.jsonl"
+        if self.path.exists():
+            os.replace(self.path, aside)
+        warn_once(f"{self.path} did not reach step {resumed_at.step} of the checkpoint; what there was is in {aside.name}. "
+                  "A new ledger goes on from the checkpoint.")
+        return [{"restart": True, "step": resumed_at.step, "chain": resumed_at.ledger_hash}]
+
+
+def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
+    """Follows the hash chain from the first line to the last. Raises LedgerError where it breaks.
+
+    The first line is step 1, or the restart of a ledger that was lost.
+    """
+    link, step = "", 0
+    for number, line in enumerate(lines, 1):
+        if number == 1 and line.get("restart"):
+            link, step = line["chain"], line["step"]
+            continue
+        step += 1
+        if line.get("step") == step:
+            link = chain(link, step=step, tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
+                         batch_hash=int(line["batch"], 16))
+        if line.get("step") != step or line["chain"] != link:
+            raise LedgerError(f"{path} line {number}: the chain breaks at step {line.get('step')}. "
+                              "The file was edited or belongs to another run: put it back, or start again with another out.")
 
 
 class Tracker:
@@ -116,12 +150,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def metrics_by_step(path: Path) -> dict[int, dict[str, Any]]:
-    """metrics.jsonl as step -> values; where a step stands twice, the later line wins key by key."""
-    merged: dict[int, dict[str, Any]] = {}
+def merged_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in the order of steps; one line a step and phase, later values over earlier ones."""
+    merged: dict[tuple[int, str], dict[str, Any]] = {}
     for line in read_jsonl(path):
-        merged.setdefault(line["step"], {}).update(line)
-    return dict(sorted(merged.items()))
+        merged.setdefault((line["step"], line.get("phase", "")), {}).update(line)
+    return sorted(merged.values(), key=lambda line: line["step"])
 
 
 def _drop_torn_tail(path: Path) -> None:
@@ -137,4 +171,7 @@ def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]
 
     logged_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-    return wandb.init(project=project, name=name, config=settings, dir=str(folder), mode=mode, resume="allow", id=name)
+    # the same run folder goes on in the same wandb run; another folder of the same name does not
+    identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
+    return wandb.init(project=project, name=name, config=settings, dir=str(folder), mode=mode, resume="allow",
+                      id=f"{name}-{identity}")

@@ -10,7 +10,7 @@ import pytest
 from encoder.base.errors import LedgerError
 from encoder.base.units import Progress
 from encoder.train.report import verify_ledger
-from encoder.train.tracking import LEDGER, METRICS, Ledger, chain, metrics_by_step, read_jsonl
+from encoder.train.tracking import LEDGER, METRICS, Ledger, chain, merged_metrics, read_jsonl
 
 
 def after(progress: Progress, batch_hash: int) -> Progress:
@@ -55,6 +55,33 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         Ledger(tmp_path, resumed_at=replace(at_one, ledger_hash="0" * 16))
 
 
+def test_a_ledger_that_was_lost_goes_on_from_the_checkpoint_and_says_so(tmp_path, capsys):
+    at_two, _ = write_steps(tmp_path, Progress(), [5, 6])
+    lines = (tmp_path / LEDGER).read_text().splitlines(keepends=True)
+    (tmp_path / LEDGER).write_text(lines[0])
+    write_steps(tmp_path, at_two, [7])
+    assert "did not reach step 2" in capsys.readouterr().err and verify_ledger(tmp_path) == 3
+    assert (tmp_path / "ledger.before-step-2.jsonl").read_text() == lines[0]
+
+
+def test_a_start_that_still_lives_cannot_write_into_the_ledger_of_the_next(tmp_path):
+    stale = Ledger(tmp_path, resumed_at=Progress())
+    write_steps(tmp_path, Progress(), [5, 6])
+    stale.write(after(Progress(), 9), phase="a", rows=1, tokens=100, masked_tokens=30, batch_hash=9)
+    stale.close()
+    assert verify_ledger(tmp_path) == 2
+
+
+def test_a_ledger_cut_after_the_run_was_done_is_found_out(tmp_path):
+    end, _ = write_steps(tmp_path, Progress(), [5, 6, 7])
+    (tmp_path / "done.json").write_text(json.dumps({"step": 3, "ledger_hash": end.ledger_hash}))
+    assert verify_ledger(tmp_path) == 3
+    lines = (tmp_path / LEDGER).read_text().splitlines(keepends=True)
+    (tmp_path / LEDGER).write_text("".join(lines[:2]))
+    with pytest.raises(LedgerError, match="ends at step 2"):
+        verify_ledger(tmp_path)
+
+
 def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
     at_one, _ = write_steps(tmp_path, Progress(), [5])
     with open(tmp_path / LEDGER, "a") as f:
@@ -77,4 +104,4 @@ def test_an_edited_ledger_is_found_out(tmp_path):
 def test_metrics_of_a_step_done_twice_count_once(tmp_path):
     (tmp_path / METRICS).write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "loss": 2.5}\n'
                                     '{"step": 2, "held_out_loss": 9.0}\n')
-    assert metrics_by_step(tmp_path / METRICS)[2] == {"step": 2, "loss": 2.5, "held_out_loss": 9.0}
+    assert merged_metrics(tmp_path / METRICS)[1] == {"step": 2, "loss": 2.5, "held_out_loss": 9.0}
