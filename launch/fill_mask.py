@@ -10,53 +10,66 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, asks, prints, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="HF_FOLDER")
+    parser.add_argument("folder", type=Path, metavar="HF_FOLDER", help="a folder written by launch/export_hf.py")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them")
-    parser.add_argument("--top", type=int, default=5, help="answers for each [MASK]")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="answers for each [MASK] (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers there")
     args = parser.parse_args(argv)
-    if not (args.folder / "config.json").is_file():
-        print(
-            f"error: {args.folder} holds no config.json; needed: a folder written by launch/export_hf.py",
-            file=sys.stderr,
-        )
-        return 2
-    without = next((t for t in args.texts if "[MASK]" not in t), None)
+
+    from encoder.base.command import run_command
+
+    def body() -> None:
+        found = answers(args.folder, args.texts, top=args.top)
+        for item in found:
+            print(item["text"])
+            for at in item["masks"]:
+                print("    " + "   ".join(f"{token!r} {share:.1%}" for token, share in at))
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    return run_command(body)
+
+
+def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]:
+    """For each text, for each [MASK] in it, the `top` likeliest tokens with their probabilities. Raises ExportError."""
+    from encoder.base.errors import ExportError
+
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"{folder} holds no config.json; needed: a folder written by launch/export_hf.py.")
+    without = next((t for t in texts if "[MASK]" not in t), None)
     if without is not None:
-        print(f"error: {without!r} has no [MASK]; write one where the model shall answer", file=sys.stderr)
-        return 2
-    found = answers(args.folder, args.texts, top=args.top)
-    for item in found:
-        print(item["text"])
-        for at in item["masks"]:
-            print("    " + "   ".join(f"{token!r} {share:.0%}" for token, share in at))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 0
-
-
-def answers(folder: Path, texts: list[str], *, top: int) -> list[dict]:
-    """For each text, for each [MASK] in it, the `top` likeliest tokens with their probabilities."""
+        raise ExportError(f"{without!r} has no [MASK]; write one where the model shall answer.")
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    except Exception as error:      # transformers, tokenizers and safetensors each raise their own kinds
+        why = " ".join(str(error).split())[:200]
+        raise ExportError(f"{folder} cannot be read as a model ({why}). Export again with launch/export_hf.py.") from error
+    if not 1 <= top <= model.config.vocab_size:
+        raise ExportError(f"--top {top}: needed is 1 to {model.config.vocab_size:,}.")
     found = []
     for text in texts:
         inputs = tokenizer(text, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        if length > model.config.max_position_embeddings:
+            raise ExportError(f"a text of {length:,} tokens is longer than the model's "
+                              f"{model.config.max_position_embeddings:,}. Shorten it.")
         with torch.no_grad():
             logits_TV = model(**inputs).logits[0]
         places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
         masks = []
         for place in places:
             best = torch.softmax(logits_TV[place].float(), -1).topk(top)
-            masks.append([(tokenizer.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
+            pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            masks.append([(tokenizer.decode([token]), share) for share, token in pairs])
         found.append({"text": text, "masks": masks})
     return found
 

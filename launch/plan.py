@@ -13,23 +13,22 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Parses, prints, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--ranks", type=int, default=1, help="processes the run would have (default 1)")
+    parser.add_argument("run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes the run would have (default 1)")
     args = parser.parse_args(argv)
     if args.ranks < 1:
         parser.error(f"--ranks {args.ranks}: needed is at least 1")
 
-    from encoder.base.errors import UserError
-    try:
+    from encoder.base.command import run_command
+
+    def body() -> None:
         from encoder.train.config import read_run
         run = read_run(args.run, args.overrides)
         from encoder.train.plan import plan_text
         print(plan_text(run, ranks=args.ranks))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(body)
 
 
 if __name__ == "__main__":

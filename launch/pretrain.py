@@ -2,50 +2,54 @@
 """Pretrain a model from a run file, on one rank or many; goes on from the newest checkpoint in the run folder.
 
     deepspeed --num_accelerators 2 launch/pretrain.py RUN.yaml [key=value ...]
-    torchrun --nproc-per-node 2 launch/pretrain.py RUN.yaml [key=value ...]
+    torchrun --standalone --nproc-per-node 2 launch/pretrain.py RUN.yaml [key=value ...]
     python launch/pretrain.py RUN.yaml [key=value ...]
 
 Exit code: 0 done, or stopped by a signal after saving (done.json in the run folder tells which);
-2 a mistake in the input.
+2 a mistake in the input; 130 stopped by Ctrl-C before anything was written.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
+import time
+
+SPEAKER_SECONDS = 3.0      # launchers end the other ranks as soon as one leaves: those that say nothing leave last
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, trains, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example engine.zero_stage=2 phases.0.tokens=1M"
-    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
+                        help="settings put over the file's, for example engine.zero_stage=2 phases.0.tokens=1M")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
     args = parser.parse_args(argv)
-
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from encoder.base.dist import world_from_env  # after --help and its errors: importing torch takes seconds
-    from encoder.base.errors import RankError, SilentError, UserError
-    from encoder.base.log import speak_on
 
-    world = world_from_env()
-    speak_on(world.first)
-    try:
-        from encoder.train.config import read_run
-        run = read_run(args.run, args.overrides)
-        from encoder.train.loop import pretrain
-        pretrain(run, world)
-    except SilentError:
-        return 2
-    except UserError as error:
-        if world.first or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    from encoder.base.command import run_command
+    from encoder.base.errors import RankError, SilentError, UserError
+
+    def body() -> int:
+        from encoder.base.dist import world_from_env  # after --help and its errors: importing torch takes seconds
+        from encoder.base.log import speak_on
+        world = world_from_env()
+        speak_on(world.first)
+        try:
+            from encoder.train.config import read_run
+            run = read_run(args.run, args.overrides)
+            from encoder.train.loop import pretrain
+            pretrain(run, world)
+        except UserError as error:
+            if isinstance(error, SilentError) or not (world.first or isinstance(error, RankError)):
+                time.sleep(SPEAKER_SECONDS)
+                return 2
+            raise
+        return 0
+
+    return run_command(body, stopped="stopped before the first step; nothing was written")
 
 
 if __name__ == "__main__":

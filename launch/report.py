@@ -17,16 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run file's `out`")
     args = parser.parse_args(argv)
 
-    from encoder.base.errors import UserError
-    try:
+    from encoder.base.command import run_command
+
+    def body() -> None:
         from encoder.train.report import verify_ledger, write_report
         page = write_report(args.folder)
         print(f"ledger: {verify_ledger(args.folder):,} steps, chain unbroken")
         print(f"wrote {page} and {page.with_name('loss.png')}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(body)
 
 
 if __name__ == "__main__":

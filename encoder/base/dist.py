@@ -64,7 +64,12 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
                       LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size))
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']} port {os.environ.get('MASTER_PORT')}"
+        raise ConfigError(f"the {world.size} ranks cannot meet at {place} ({' '.join(str(error).split())[:150]}). If another "
+                          "program has the port, give another: deepspeed --master_port 29511 ...") from error
     return True
 
 

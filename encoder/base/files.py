@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.fsync(f.fileno())
         os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # a read-only disk would hide the first error
+            beside.unlink()
         raise
     fsync_path(path.parent)
 

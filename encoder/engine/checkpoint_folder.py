@@ -42,7 +42,7 @@ def newest_incarnation(run_folder: Path) -> int:
     The names of checkpoints count too: a run folder that was copied without its (empty) claims must not start again at 1,
     where every new save would be the oldest.
     """
-    claimed = [int(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*")]
+    claimed = [int(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*") if p.name.isdigit()]
     saved = [int(match.group(2)) for p in (run_folder / "checkpoints").glob("tokens*") if (match := _NAME.fullmatch(p.name))]
     return max([*claimed, *saved], default=0)
 
@@ -53,7 +53,7 @@ def check_not_stale(root: Path, incarnation: int) -> None:
     assert newest >= incarnation, f"incarnation {incarnation} was never claimed in {root.parent}"
     if newest > incarnation:
         raise CheckpointError(f"this is start {incarnation} of the run in {root.parent}, but start {newest} has taken over. "
-                              "It wrote nothing; end this process.")
+                              "This one saves nothing more: let it end, and go on with the other.")
 
 
 def committed_folders(root: Path) -> list[Path]:

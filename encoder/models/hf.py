@@ -146,9 +146,13 @@ def _write_tokenizer(folder: Path, tokenizer_json: Path, specials: SpecialIds, *
 
 
 def _write_model(folder: Path, model: nn.Module, config: ModernBertConfig, specials: SpecialIds) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ExportError(f"{folder} cannot be written: {error}. Make room, or name another folder.") from error
     write_json(folder / "config.json", hf_config(config, specials))
 
 

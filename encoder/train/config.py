@@ -80,6 +80,9 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError(f"phase {self.name}: tokens is 0; needed: at least one step.")
+        if not (self.global_rope_theta > 0 and self.local_rope_theta > 0):
+            raise ConfigError(f"phase {self.name}: RoPE theta {min(self.global_rope_theta, self.local_rope_theta):g}; needed: "
+                              "above 0, for example 10000.")
         if self.max_tokens_per_document < 3:
             raise ConfigError(
                 f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves no room "
@@ -146,6 +149,8 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed} must be 0 to 2^63 - 1.")
         if not self.phases:
             raise ConfigError("phases is empty; needed: at least one phase.")
         names = [p.name for p in self.phases]
@@ -199,6 +204,11 @@ def _with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"{where}: model.preset is {name!r}. {nearest(str(name), list(PRESETS))}")
     return {**mapping, "model": {**PRESETS[name], **{k: v for k, v in model.items() if k != "preset"}}}
+
+
+def schedule_word(phase: PhaseConfig) -> str:
+    """The word by which the run file chose the phase's schedule."""
+    return next(word for word, kind in SCHEDULES.items() if type(phase.lr) is kind)
 
 
 def describe_phase(phase: PhaseConfig) -> str:

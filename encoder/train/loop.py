@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from encoder.base.command import file_problem
 from encoder.base.dist import World, join, leave, sum_over_ranks
-from encoder.base.errors import CheckpointError, ShardError, UserError
+from encoder.base.errors import CheckpointError, UserError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say
-from encoder.base.schema import differences, parse_yaml, to_plain, to_yaml
+from encoder.base.schema import differences, read_mapping, to_plain, to_yaml
 from encoder.base.units import Progress, short_count, short_seconds
 from encoder.data.loader import StepData
 from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -55,8 +57,8 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     device = build.choose_device(run, world)
     joined = join(world, device=device)
     try:
-        with StopFlag() as stop:
-            story = _prepare(run, facts, world, device, folder)
+        with StopFlag() as stop, contextlib.ExitStack() as held:
+            story = _prepare(run, facts, world, device, folder, held)
             try:
                 return story.tell(stop)
             finally:
@@ -131,9 +133,7 @@ class _Story:
         except UserError as error:
             self.error = self.error or error
         except OSError as error:
-            self.error = self.error or UserError(
-                f"{error.filename or self.folder} cannot be read or written: {error.strerror}. "
-                "Make room or mend the disk; the same command goes on from the last checkpoint.")
+            self.error = self.error or UserError(file_problem(error))
 
     def open_data(self) -> build.Loader:
         """The phase's held-out batches and its loader, on all ranks or on none."""
@@ -260,18 +260,20 @@ class _Story:
         return Outcome(done=True, progress=p)
 
 
-def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path) -> _Story:
+def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
+             held: contextlib.ExitStack) -> _Story:
     """Everything before the first step. An error on one rank ends all of them here."""
     error: UserError | None = None
     entropy: float | None = None
     try:
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_lock(folder))
             entropy = build.held_out_entropy(run, facts)
         for phase in run.phases:
             build.open_mixture(run.sources_of(phase))
     except OSError as problem:
-        error = ShardError(f"{problem.filename or folder}: {problem.strerror}.")
+        error = UserError(file_problem(problem))
     except UserError as problem:
         error = problem
     build.agree_on_errors(error, world)
@@ -296,6 +298,20 @@ def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch
                 zero_stage=run.engine.zero_stage, precision=run.engine.precision)
     _header(run, world, device, engine, progress, found)
     return story
+
+
+def _lock(folder: Path) -> IO[str]:
+    """This process alone trains in the folder, on this machine and where the file system knows locks; freed when it ends."""
+    file = open(folder / ".lock", "w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise CheckpointError(f"another start of this run is training in {folder}. "
+                              "Wait for it, end it, or set another out.") from error
+    except OSError:
+        pass           # no locks there: the incarnation still keeps the older start from saving
+    return file
 
 
 def _header(
@@ -359,7 +375,7 @@ def _check_same_run(run: RunConfig, folder: Path) -> None:
 
 
 def _check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
-    before = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    before = read_mapping(path)
     changed = differences(identity_of(before), identity_of(run))
     if changed:
         key, old, new = changed[0]

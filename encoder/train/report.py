@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import LedgerError, UserError
-from encoder.base.schema import parse_yaml
-from encoder.base.units import parse_tokens, short_count
+from encoder.base.schema import from_mapping, read_mapping
+from encoder.base.units import short_count
+from encoder.train.config import RunConfig, schedule_word
+from encoder.train.loop import DONE, RUN_FILE
 from encoder.train.tracking import EVENTS, LEDGER, METRICS, follow_chain, merged_metrics, read_jsonl
 
 
@@ -31,11 +33,11 @@ def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
     metrics = merged_metrics(folder / METRICS)
     if not metrics:
         raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
-    settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"), where=str(folder / "run.yaml"))
-    done = json.loads((folder / "done.json").read_text(encoding="utf-8")) if (folder / "done.json").exists() else {}
+    run = from_mapping(RunConfig, read_mapping(folder / RUN_FILE), where=str(folder / RUN_FILE))
+    done = _read_done(folder)
     steps = verify_ledger(folder)
-    picture = draw(metrics, folder / "loss.png", title=settings["name"], entropy=done.get("unigram_entropy"),
-                   vocab_size=settings["model"]["vocab_size"])
+    picture = draw(metrics, folder / "loss.png", title=run.name, entropy=done.get("unigram_entropy"),
+                   vocab_size=run.model.vocab_size)
     losses = {k: v for k, v in done.items() if k.startswith("held_out_loss")}
     facts = [("steps", f"{metrics[-1]['step']:,}"), ("tokens", short_count(metrics[-1]["tokens"])),
              ("state", "done" if done else "not done yet"),
@@ -43,33 +45,15 @@ def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
              *([("unigram entropy of the held-out text", f"{done['unigram_entropy']:.3f} nats")]
                if done.get("unigram_entropy") else []),
              ("ledger", f"{steps:,} steps, chain unbroken" + (f", {done['ledger_hash']}" if done else ""))]
-    phases = [
-        [
-            p["name"],
-            short_count(parse_tokens(p["tokens"])),
-            f"{p['max_tokens_per_document']:,}",
-            f"{p['global_rope_theta']:,.0f}",
-            p["lr"]["schedule"],
-            f"{p['lr']['peak']:g}",
-        ]
-        for p in settings["phases"]
-    ]
-    events = [[e["time"], e["event"], ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event"))]
-              for e in read_jsonl(folder / EVENTS)]
-    page = _page(
-        settings["name"],
-        picture,
-        [
-            Section(title="Result", head=("", ""), rows=facts),
-            *sections,
-            Section(
-                title="Phases",
-                head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"),
-                rows=phases,
-            ),
-            Section(title="Events", head=("time (UTC)", "event", "details"), rows=events),
-        ],
-    )
+    phases = [[p.name, short_count(p.tokens), f"{p.max_tokens_per_document:,}", f"{p.global_rope_theta:,.0f}",
+               schedule_word(p), f"{p.lr.peak:g}"] for p in run.phases]
+    events = [[e.get("time", ""), e.get("event", ""),
+               ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event"))] for e in read_jsonl(folder / EVENTS)]
+    page = _page(run.name, picture, [
+        Section(title="Result", head=("", ""), rows=facts),
+        *sections,
+        Section(title="Phases", head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"), rows=phases),
+        Section(title="Events", head=("time (UTC)", "event", "details"), rows=events)])
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -80,12 +64,25 @@ def verify_ledger(folder: Path) -> int:
     lines = read_jsonl(folder / LEDGER)
     follow_chain(lines, folder / LEDGER)
     last = lines[-1] if lines else {"step": 0, "chain": ""}
-    if (folder / "done.json").exists():
-        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    done = _read_done(folder)
+    if not lines and (folder / METRICS).exists():
+        raise LedgerError(f"{folder} has metrics but no line in {LEDGER}. Lines are missing: restore the file.")
+    if done:
         if (last["step"], last["chain"]) != (done["step"], done["ledger_hash"]):
             raise LedgerError(f"{folder / LEDGER} ends at step {last['step']} with {last['chain']}, the finished run at step "
                               f"{done['step']} with {done['ledger_hash']}. Lines are missing: restore the file.")
     return last["step"]
+
+
+def _read_done(folder: Path) -> dict[str, Any]:
+    path = folder / DONE
+    if not path.exists():
+        return {}
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+        return {**done, "step": done["step"], "ledger_hash": done["ledger_hash"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise LedgerError(f"{path} is damaged. Remove it and start the run again: it is written anew.") from error
 
 
 def draw(metrics: list[dict[str, Any]], path: Path, *, title: str, entropy: float | None, vocab_size: int) -> Path:

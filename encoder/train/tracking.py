@@ -147,6 +147,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(line))
         except ValueError as error:
             raise LedgerError(f"{path} line {len(lines) + 1} is no JSON. Restore the file, or remove it.") from error
+        if not isinstance(lines[-1], dict) or not lines[-1]:
+            raise LedgerError(f"{path} line {len(lines)} is no record. Restore the file, or remove it.")
     return lines
 
 

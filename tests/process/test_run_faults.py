@@ -90,3 +90,12 @@ def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path):
     with pytest.raises(CheckpointError, match="rank00000.safetensors is damaged"):
         export_run(damaged, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_second_start_is_refused_while_the_first_trains(folder):
+    from encoder.train.loop import _lock
+    (folder / "locked").mkdir()
+    with _lock(folder / "locked"):
+        with pytest.raises(CheckpointError, match="another start of this run is training"):
+            _lock(folder / "locked")
+    _lock(folder / "locked").close()

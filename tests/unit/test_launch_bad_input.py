@@ -70,7 +70,7 @@ def test_a_vocabulary_that_does_not_fit_the_card(tmp_path, source, capsys):
 def test_a_damaged_card(tmp_path, source, capsys):
     (source / CARD).write_text("{ no json")
     assert "cannot be read" in refused(capsys, pretrain, run_file(tmp_path, source))
-    write_json(source / CARD, {"source": "x"})
+    write_json(source / CARD, {"format": 2, "source": "x"})
     assert "missing" in refused(capsys, pretrain, run_file(tmp_path, source))
 
 
