@@ -88,7 +88,7 @@ def prepare(config: PrepareConfig, *, only: str | None = None, again: bool = Fal
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """One source, looked at but not yet made. `card` is the card it will have, without totals."""
+    """One source, looked at but not yet made. `card` is the card it will have, without totals and hashes of content."""
 
     source: Source
     files: list[Path]
@@ -110,7 +110,8 @@ def _plan(config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_siz
                         for path in files]}
     card = Card(source=source.name, split="train", tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
                 vocab_size=vocab_size, specials=specials, dtype=ids_dtype(vocab_size).name, documents=0, tokens=0,
-                max_tokens_per_document=config.max_tokens_per_document, recipe=recipe)
+                max_tokens_per_document=config.max_tokens_per_document, index_sha256="", lengths_sha256="",
+                recipe=recipe)
     return _Plan(source=source, files=files, bytes=sum(f["bytes"] for f in recipe["files"]),
                  folder=Path(config.out) / source.name, tokenizer_json=tokenizer_json, card=card)
 

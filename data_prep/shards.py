@@ -7,6 +7,7 @@ One sample of the column input_ids (ndarray, dtype fixed, length free) lies in a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator
@@ -20,14 +21,13 @@ from encoder.base.files import fsync_path, write_atomic
 from encoder.data.shard_format import (
     INDEX,
     INPUT_IDS,
+    SHARD_HASH,
     TOKENIZER,
     Card,
-    with_totals,
+    with_content,
     write_card,
     write_lengths,
 )
-
-HASH = "xxh64"
 
 
 class ShardFolder:
@@ -46,7 +46,7 @@ class ShardFolder:
         self.tokens = 0
         self._lengths: list[np.ndarray] = []
         self._writer = Writer(columns={INPUT_IDS: f"ndarray:{dtype.name}"}, out=str(folder), size_limit=shard_bytes,
-                                 compression=compression, hashes=[HASH])
+                                 compression=compression, hashes=[SHARD_HASH])
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
         """Append the chosen pieces of a batch."""
@@ -57,14 +57,14 @@ class ShardFolder:
         self.tokens += int(lengths_P[chosen_P].sum())
 
     def finish(self, card: Card, tokenizer_json: bytes) -> Card:
-        """Close the shards and write the side files; returns the card with its totals."""
+        """Close the shards and write the side files; returns the card with its totals and hashes."""
         self._writer.finish()
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.uint32)
         write_lengths(self.folder, lengths, max_tokens_per_document=card.max_tokens_per_document)
         write_atomic(self.folder / TOKENIZER, tokenizer_json)
         for path in sorted(self.folder.glob("shard.*")) + [self.folder / INDEX]:
             fsync_path(path)
-        card = with_totals(card, lengths)
+        card = with_content(card, self.folder, lengths)
         write_card(self.folder, card)
         fsync_path(self.folder)
         return card
@@ -128,9 +128,7 @@ def read_shard(folder: Path, entry: dict, *, dtype: str) -> ShardSamples:
 
 
 def _checked(path: Path, info: dict) -> bytes:
-    """The bytes of a file, held against the size and the hashes of the index."""
-    import xxhash
-
+    """The bytes of a file, held against the size and the hash of the index."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -138,9 +136,8 @@ def _checked(path: Path, info: dict) -> bytes:
     if len(data) != info["bytes"]:
         raise ShardError(f"{path} has {len(data):,} bytes, {INDEX} tells of {info['bytes']:,}. "
                          "Make the shards again.")
-    expected = info.get("hashes", {}).get(HASH)
-    if expected and xxhash.xxh64(data).hexdigest() != expected:
-        raise ShardError(f"{path} is damaged: its {HASH} is not the one in index.json. Make the shards again.")
+    if hashlib.sha256(data).hexdigest() != info["hashes"].get(SHARD_HASH):
+        raise ShardError(f"{path} is damaged: its {SHARD_HASH} is not the one in {INDEX}. Make the shards again.")
     return data
 
 

@@ -15,6 +15,8 @@ from encoder.data.shard_format import (
     CARD,
     TOKENIZER,
     Card,
+    check_index,
+    check_lengths,
     lengths_dtype,
     read_card,
     read_lengths,
@@ -53,7 +55,9 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
     if tokenizer_fingerprint(folder / TOKENIZER) != card.tokenizer_sha256:
         raise ShardError(f"{folder / TOKENIZER} is not the tokenizer of {CARD} (its SHA-256 differs). "
                          "Make the shards again.")
+    check_index(folder, card)
     lengths, at, shards = read_lengths(folder, card), 0, read_index(folder)
+    check_lengths(folder, card)
     for entry in shards:
         samples = read_shard(folder, entry, dtype=card.dtype)
         _check_samples(folder, samples, lengths[at:at + len(samples.lengths_P)], card)

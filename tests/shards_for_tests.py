@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from encoder.base.files import sha256_of
 from encoder.data.shard_format import (
+    CARD,
+    INDEX,
     INPUT_IDS,
+    LENGTHS,
+    SHARD_HASH,
     TOKENIZER,
     Card,
     ids_dtype,
     special_ids_of,
     tokenizer_fingerprint,
-    with_totals,
+    with_content,
     write_card,
     write_lengths,
 )
@@ -54,7 +59,8 @@ def write_source(folder: Path, documents: Sequence[np.ndarray], *, vocab_size: i
 
     kind = ids_dtype(vocab_size)
     columns = {INPUT_IDS: f"ndarray:{kind.name}", **(columns or {})}
-    with MDSWriter(columns=columns, out=str(folder), size_limit=shard_bytes, compression=compression) as out:
+    with MDSWriter(columns=columns, out=str(folder), size_limit=shard_bytes, compression=compression,
+                   hashes=[SHARD_HASH]) as out:
         for number, ids in enumerate(documents):
             beside = {"str": f"document {number}", "int": len(ids)}
             out.write({INPUT_IDS: np.asarray(ids).astype(kind),
@@ -64,6 +70,13 @@ def write_source(folder: Path, documents: Sequence[np.ndarray], *, vocab_size: i
     write_lengths(folder, lengths, max_tokens_per_document=max_tokens_per_document)
     card = Card(source=folder.parent.name or folder.name, split=split, vocab_size=vocab_size, specials=specials,
                 tokenizer_sha256=tokenizer_fingerprint(folder / TOKENIZER), dtype=kind.name, documents=0, tokens=0,
-                max_tokens_per_document=max_tokens_per_document)
-    write_card(folder, with_totals(card, lengths))
+                max_tokens_per_document=max_tokens_per_document, index_sha256="", lengths_sha256="")
+    write_card(folder, with_content(card, folder, lengths))
     return folder
+
+
+def seal_again(folder: Path) -> None:
+    """Make the card's hashes those of index.json and lengths.bin as they are now; its totals stay."""
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    card.update(index_sha256=sha256_of(folder / INDEX), lengths_sha256=sha256_of(folder / LENGTHS))
+    (folder / CARD).write_text(json.dumps(card), encoding="utf-8")

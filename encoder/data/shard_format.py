@@ -1,11 +1,16 @@
 """What a shard folder holds: MDS shards, and beside them a card, the lengths and the tokenizer.
 
     SOURCE/train/
-        index.json          MosaicML MDS: column input_ids, ndarray:uint16 or ndarray:uint32, one sample a document
+        index.json          MosaicML MDS: column input_ids, ndarray:uint16 or ndarray:uint32, one sample a document;
+                            with the SHA-256 of every shard file (MDSWriter's hashes=["sha256"])
         shard.00000.mds     [CLS] ... [SEP] stored, at most `max_tokens_per_document` tokens a sample
         lengths.bin         uint16 (uint32 when a length does not fit) tokens per sample, in the order of the shards
         tokenizer.json      the tokenizer that made the ids
         card.json           written last: a folder without it is not finished
+
+The card names its content: index_sha256 (bytes of index.json, hence of every shard) is held at each opening,
+lengths_sha256 (bytes of lengths.bin) by data-prep verify alone, since 2 billion samples have 4 GB of lengths. A run that
+goes on over a card of the same SHA-256 goes on over the same content.
 """
 
 from __future__ import annotations
@@ -20,11 +25,13 @@ from typing import Any, Literal
 import numpy as np
 
 from encoder.base.errors import ConfigError, ShardError
-from encoder.base.files import write_atomic, write_json
+from encoder.base.files import sha256_of, write_atomic, write_json
 from encoder.base.schema import from_mapping, to_plain
 
 INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
+FORMAT = 2                                       # 1 had no hashes of content
+SHARD_HASH = "sha256"                            # of each shard file, in index.json, under MDS's name for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +59,12 @@ class Card:
     documents: int                               # samples
     tokens: int                                  # sum of the lengths
     max_tokens_per_document: int                 # longest sample allowed
-    format: int = 1
+    index_sha256: str                            # hex, of the bytes of index.json
+    lengths_sha256: str                          # hex, of the bytes of lengths.bin
+    format: int = FORMAT
     recipe: dict[str, Any] = field(default_factory=dict)   # the settings and versions that made the folder
 
     def __post_init__(self) -> None:
-        if self.format != 1:
-            raise ConfigError(f"format {self.format} was written by a newer version; this one reads format 1.")
         ids = self.specials
         top = max(ids.cls_id, ids.sep_id, ids.pad_id, ids.mask_id, ids.unk_id, *ids.all_special)
         if top >= self.vocab_size:
@@ -78,9 +85,14 @@ def read_card(folder: Path) -> Card:
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
     try:
-        return from_mapping(Card, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise ConfigError(f"it has format {found}, this version reads format {FORMAT}.")
+        return from_mapping(Card, content)
     except (ConfigError, ValueError, OSError) as error:
-        raise ShardError(f"{path} cannot be read: {error} Make the shards again.") from error
+        raise ShardError(f"{path} cannot be read: {error} "
+                         "Make the shards again with data-prep prepare --again.") from error
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -101,6 +113,28 @@ def read_lengths(folder: Path, card: Card) -> np.ndarray:
     if card.documents == 0:
         raise ShardError(f"{folder} holds no documents. Give it text, or leave it out of the mixture.")
     return np.memmap(path, dtype=kind, mode="r")
+
+
+def check_index(folder: Path, card: Card) -> None:
+    """index.json is the one the card was written for, hence the hashes of all shards are. Raises ShardError."""
+    _check_sha256(folder / INDEX, card.index_sha256)
+
+
+def check_lengths(folder: Path, card: Card) -> None:
+    """lengths.bin is the one the card was written for; reads all of it. Raises ShardError."""
+    _check_sha256(folder / LENGTHS, card.lengths_sha256)
+
+
+def _check_sha256(path: Path, needed: str) -> None:
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}. "
+                         "Copy the folder again, or make the shards again with data-prep prepare --again.") from error
+    if found != needed:
+        raise ShardError(f"{path} has SHA-256 {found[:12]}, {CARD} beside it tells of {needed[:12]}: the folder holds "
+                         "files of two makings, or a damaged one. Copy the folder again, or make the shards again with "
+                         "data-prep prepare --again.")
 
 
 def write_lengths(folder: Path, lengths: np.ndarray, *, max_tokens_per_document: int) -> None:
@@ -157,6 +191,8 @@ def check_same_tokenizer(cards: dict[str, Card]) -> Card:
     return first
 
 
-def with_totals(card: Card, lengths: np.ndarray) -> Card:
-    """The card with documents and tokens counted from the lengths."""
-    return dataclasses.replace(card, documents=int(len(lengths)), tokens=int(np.sum(lengths, dtype=np.int64)))
+def with_content(card: Card, folder: Path, lengths: np.ndarray) -> Card:
+    """The card with its totals, counted from the lengths, and the SHA-256 of index.json and lengths.bin as they lie in
+    the folder."""
+    return dataclasses.replace(card, documents=int(len(lengths)), tokens=int(np.sum(lengths, dtype=np.int64)),
+                               index_sha256=sha256_of(folder / INDEX), lengths_sha256=sha256_of(folder / LENGTHS))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from encoder.base.errors import ShardError
-from encoder.data.shard_format import INDEX, INPUT_IDS, LENGTHS, read_card, read_lengths
+from encoder.data.shard_format import INDEX, INPUT_IDS, LENGTHS, SHARD_HASH, check_index, read_card, read_lengths
 
 # Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the 16 shards of one
 # group of encoder.data.order, or of two at a border
@@ -51,7 +51,7 @@ class _OpenShard:
 def open_source(path: Path, *, name: str, cache: Path | None = None) -> Source:
     """Open a shard folder that has a card; `cache`: a folder the shards are copied to when first read.
 
-    Reads card.json and index.json, no shard and no length. Raises ShardError.
+    Reads card.json and index.json, no shard and no length. Raises ShardError, also for an index that is not the card's.
     """
     return Source(Path(path), name=name, cache=cache)
 
@@ -63,6 +63,7 @@ class Source:
         self.path, self.name, self.cache = path, name, cache
         self.card = read_card(path)
         self.lengths = read_lengths(path, self.card)
+        check_index(path, self.card)
         self._shards = _read_index(path / INDEX, dtype=np.dtype(self.card.dtype))
         self.samples_per_shard = np.array([s.samples for s in self._shards], dtype=np.int64)
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
@@ -172,10 +173,9 @@ class Source:
             from streaming import Stream  # 3.8 s to import, so only where it is needed
             from streaming.base.world import World
 
-            hashes = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["shards"][0]["hashes"]
             stream = Stream(remote=str(self.path) if self.cache is not None else None, local=str(self._folder),
                             download_retry=2, download_timeout=60, keep_zip=False,
-                            validate_hash=hashes[0] if hashes else None)
+                            validate_hash=SHARD_HASH)
             self._stream = stream, stream.get_shards(World(1, 1, 1, 0), False)
         return self._stream
 
@@ -202,6 +202,10 @@ def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype) -> _ShardFil
     encoding = info["column_encodings"][at]
     if encoding != f"ndarray:{dtype.name}":
         raise ShardError(f"{index}: column {INPUT_IDS} is {encoding}, the card says ndarray:{dtype.name}. "
+                         "Make the shards again with data-prep prepare --again.")
+    stored = info["zip_data"] or info["raw_data"]
+    if SHARD_HASH not in stored["hashes"]:
+        raise ShardError(f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "
                          "Make the shards again with data-prep prepare --again.")
     sizes = info["column_sizes"]
     return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"], samples=info["samples"],

@@ -14,9 +14,9 @@ import pytest
 from encoder.base.errors import ShardError
 from encoder.data import shards
 from encoder.data.loader import check_fits, token_counts
-from encoder.data.shard_format import CARD, INDEX, LENGTHS, write_lengths
+from encoder.data.shard_format import CARD, INDEX, LENGTHS, SHARD_HASH, write_lengths
 from encoder.data.shards import open_source
-from tests.shards_for_tests import random_documents, write_source
+from tests.shards_for_tests import random_documents, seal_again, write_source
 
 # lengths on both sides of 256, where MDS writes a shape in two bytes
 DOCUMENTS = random_documents(200, longest=64) + random_documents(20, longest=600, seed=1)
@@ -36,6 +36,11 @@ def small_folder(tmp_path_factory):
 def copy(tmp_path, small_folder):
     """A folder of 60 documents in several shards, to be damaged."""
     return shutil.copytree(small_folder, tmp_path / "web" / "train")
+
+
+def change_card(folder, **values) -> None:
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps({**card, **values}))
 
 
 def test_every_document_comes_back_in_any_order(folder):
@@ -143,17 +148,42 @@ def test_a_length_that_disagrees_is_named(copy):
 
 
 @pytest.mark.parametrize("break_it, word", [
-    (lambda d: (d / INDEX).unlink(), "index.json cannot be read"),
     (lambda d: (d / INDEX).write_text("{"), "index.json cannot be read"),
     (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("input_ids", "tokens")), "needed: input_ids"),
     (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("uint16", "uint32")), "is ndarray:uint32"),
     (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace('"samples": ', '"samples": 1')), "samples, the card"),
+    (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace(SHARD_HASH, "md5")),
+     r"index\.json has no sha256 of shard\.00000\.mds")])
+def test_an_index_that_does_not_fit_is_refused_although_the_card_tells_of_it(copy, break_it, word):
+    break_it(copy)
+    seal_again(copy)
+    with pytest.raises(ShardError, match=word):
+        open_source(copy, name="web")
+
+
+@pytest.mark.parametrize("break_it, word", [
+    (lambda d: (d / INDEX).unlink(), "index.json cannot be read: No such file"),
     (lambda d: (d / CARD).unlink(), "card.json"),
+    (lambda d: change_card(d, format=1), "it has format 1, this version reads format 2.*data-prep prepare --again"),
+    (lambda d: (d / CARD).write_text("[]"), "card.json cannot be read: it has format None"),
     (lambda d: (d / LENGTHS).write_bytes(b"12"), "lengths.bin has 2 bytes")])
 def test_a_folder_that_does_not_fit_together_is_refused_when_opened(copy, break_it, word):
     break_it(copy)
     with pytest.raises(ShardError, match=word):
         open_source(copy, name="web")
+
+
+def test_shards_replaced_by_others_of_the_same_counts_are_refused_when_opened(tmp_path):
+    documents = DOCUMENTS[:60]
+    changed = [np.concatenate([d[:1], (d[1:-1] + 1) % 59, d[-1:]]) for d in documents]      # same lengths, other words
+    old, new = (write_source(tmp_path / n / "train", docs) for n, docs in (("old", documents), ("new", changed)))
+    assert (old / LENGTHS).read_bytes() == (new / LENGTHS).read_bytes()
+    for path in [*new.glob("*.mds"), new / INDEX]:
+        shutil.copy(path, old)
+    with pytest.raises(ShardError, match=rf"{old}/index\.json has SHA-256 \w{{12}}, card\.json beside it tells of"):
+        open_source(old, name="web")
+    cards = [json.loads((d / CARD).read_text()) for d in (old, new)]
+    assert {k for k in cards[0] if cards[0][k] != cards[1][k]} == {"source", "index_sha256"}
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):

@@ -29,7 +29,8 @@ class Planned:
 def planned(name, lengths, *, documents_per_shard=10):
     lengths = np.array(lengths, dtype=np.uint16)
     card = Card(source=name, split="train", tokenizer_sha256="0", vocab_size=64, specials=SPECIALS, dtype="uint16",
-                documents=len(lengths), tokens=int(lengths.sum(dtype=np.int64)), max_tokens_per_document=8192)
+                documents=len(lengths), tokens=int(lengths.sum(dtype=np.int64)), max_tokens_per_document=8192,
+                index_sha256="", lengths_sha256="")
     samples = [len(part) for part in np.array_split(lengths, -(-len(lengths) // documents_per_shard))]
     return Planned(name, card, lengths, np.array(samples))
 

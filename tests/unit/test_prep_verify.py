@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from encoder.data.shard_format import read_card
+from tests.shards_for_tests import seal_again
 from tests.unit.prep_helpers import run, settings, texts, write_jsonl
 
 
@@ -30,14 +31,30 @@ def change_card(folder, **values) -> None:
     (folder / "card.json").write_text(json.dumps({**card, **values}))
 
 
+def swap_two_lengths(folder) -> None:
+    """The same size, and the same documents and tokens in all."""
+    lengths = np.fromfile(folder / "lengths.bin", "<u2")
+    other = int(np.argmax(lengths != lengths[0]))
+    lengths[[0, other]] = lengths[[other, 0]]
+    lengths.tofile(folder / "lengths.bin")
+
+
+def and_seal(change, folder) -> None:
+    change(folder)
+    seal_again(folder)
+
+
 DAMAGES = {
     "shard.00001.mds is damaged": lambda f: flip(f / "shard.00001.mds", -3),
     "shard.00000.mds has": lambda f: (f / "shard.00000.mds").write_bytes((f / "shard.00000.mds").read_bytes()[:-1]),
     "shard.00002.mds cannot be read": lambda f: (f / "shard.00002.mds").unlink(),
-    "other sample lengths than lengths.bin": lambda f: flip(f / "lengths.bin", 0),
-    "lengths.bin has": lambda f: (f / "lengths.bin").write_bytes((f / "lengths.bin").read_bytes() + b"\0\0"),
+    "other sample lengths than lengths.bin": lambda f: and_seal(swap_two_lengths, f),
+    "lengths.bin has SHA-256": swap_two_lengths,
+    "index.json has SHA-256": lambda f: (f / "index.json").write_text((f / "index.json").read_text() + " "),
+    "bytes, but the card tells of": lambda f: (f / "lengths.bin").write_bytes((f / "lengths.bin").read_bytes() + b"\0\0"),
     "is not the tokenizer of card.json": lambda f: flip(f / "tokenizer.json", 40),
-    "index.json cannot be read": lambda f: (f / "index.json").write_text("{"),
+    "index.json cannot be read": lambda f: (f / "index.json").unlink(),
+    "index.json cannot be read: Expecting": lambda f: and_seal(lambda g: (g / "index.json").write_text("{"), f),
     "tokens, card.json tells of": lambda f: change_card(f, tokens=5),
     "needed: input_ids as ndarray:uint32": lambda f: change_card(f, dtype="uint32"),
     "a sample longer than 16 tokens": lambda f: change_card(f, max_tokens_per_document=16),
