@@ -235,12 +235,21 @@ def evaluation_batches(*, source: Source, rows: int, seed: int, max_tokens_per_d
 
 
 def token_counts(source: Source, vocab_size: int, documents: int | None = None) -> np.ndarray:
-    """How often each id occurs in the first `documents` documents (default: all), int64 [vocab_size]."""
+    """How often each id occurs in the first `documents` documents (default: all), int64 [vocab_size].
+
+    Raises ShardError for an id beyond the vocabulary.
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
     total = source.documents if documents is None else min(documents, source.documents)
     for first in range(0, total, 1024):
-        ids = np.concatenate([source.read(d) for d in range(first, min(first + 1024, total))])
-        counts += np.bincount(ids, minlength=vocab_size)
+        read = [source.read(d) for d in range(first, min(first + 1024, total))]
+        found = np.bincount(np.concatenate(read), minlength=vocab_size)
+        if len(found) > vocab_size:
+            document = first + next(i for i, ids in enumerate(read) if ids.max(initial=0) >= vocab_size)
+            raise ShardError(f"source {source.name}: document {document:,}, in {source.file_of(document)}, has the id "
+                             f"{read[document - first].max():,}, beyond the vocabulary of {vocab_size:,}. "
+                             f"Check with data-prep verify {source.path}, and copy or prepare the shards again.")
+        counts += found
     return counts
 
 

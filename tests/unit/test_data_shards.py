@@ -197,6 +197,15 @@ def test_tokens_are_counted(folder):
     assert (token_counts(source, 80, documents=3) == np.bincount(np.concatenate(DOCUMENTS[:3]), minlength=80)).all()
 
 
+def test_an_id_beyond_the_vocabulary_is_named_with_its_document_when_tokens_are_counted(tmp_path):
+    documents = [*DOCUMENTS[:50], np.array([60, 64, 3, 61])]
+    source = open_source(write_source(tmp_path / "train", documents), name="web")
+    assert token_counts(source, 65)[64] == 1
+    with pytest.raises(ShardError, match=r"source web: document 50, in .*train/shard\.00000\.mds, has the id 64, "
+                                         r"beyond the vocabulary of 64\. Check with data-prep verify .*train, and copy"):
+        token_counts(source, 64)
+
+
 def test_a_vocabulary_that_does_not_fit_the_model_is_refused(folder):
     card = open_source(folder, name="web").card
     check_fits(card, vocab_size=64, where="data/web")
