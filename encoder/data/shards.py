@@ -96,6 +96,19 @@ class Source:
                              f"{self.lengths[document]}. Make the shards again with data-prep prepare --again.")
         return ids
 
+    def check_files(self) -> None:
+        """Every shard read in place is there with its size: a look at each name, no read. Raises ShardError."""
+        for shard in self._shards if self.cache is None else ():
+            path = self.path / shard.name
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError as error:
+                if shard.compressed:
+                    continue
+                raise _missing(path) from error
+            if size != shard.size_bytes:
+                raise _wrong_size(path, size, shard)
+
     def file_of(self, document: int) -> Path:
         """The shard file that holds a document, for messages."""
         return self._folder / self._shards[bisect_right(self._first_document, document) - 1].name
@@ -140,12 +153,11 @@ class Source:
             with open(path, "rb") as f:
                 buffer = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
-            raise ShardError(f"{path} is missing, but {INDEX} tells of it. Copy or prepare the shard again.") from error
+            raise _missing(path) from error
         except (OSError, ValueError) as error:
             raise ShardError(f"{path} cannot be read: {error}. Copy or prepare the shard again.") from error
         if len(buffer) != shard.size_bytes:
-            raise ShardError(f"{path} has {len(buffer):,} bytes, {INDEX} says {shard.size_bytes:,}. "
-                             "Copy or prepare the shard again.")
+            raise _wrong_size(path, len(buffer), shard)
         samples = int.from_bytes(buffer[:4], "little")
         if samples != shard.samples:
             raise ShardError(f"{path} holds {samples:,} samples, {INDEX} says {shard.samples:,}. "
@@ -178,6 +190,14 @@ class Source:
                             validate_hash=SHARD_HASH)
             self._stream = stream, stream.get_shards(World(1, 1, 1, 0), False)
         return self._stream
+
+
+def _missing(path: Path) -> ShardError:
+    return ShardError(f"{path} is missing, but {INDEX} tells of it. Copy or prepare the shard again.")
+
+
+def _wrong_size(path: Path, size: int, shard: _ShardFile) -> ShardError:
+    return ShardError(f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard again.")
 
 
 def _reopen(path: Path, name: str, cache: Path | None) -> Source:

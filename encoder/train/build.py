@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from encoder.base.batch import TokenBatch
+from encoder.base.command import file_problem
 from encoder.base.dist import World, max_over_ranks
 from encoder.base.errors import ConfigError, RankError, ShardError, SilentError, UserError
 from encoder.base.files import sha256_of
@@ -158,6 +160,19 @@ def fingerprint_batch(run: RunConfig) -> TokenBatch:
                       cu_seqlens_S1=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
                       predict_index_M=torch.arange(length), predict_target_M=ids_T,
                       dropout_key_T=torch.zeros(length, dtype=torch.int64), masked_tokens=length, tokens=length)
+
+
+@contextlib.contextmanager
+def all_ranks_agree(world: World) -> Iterator[None]:
+    """A stretch in which a rank may meet a mistake of its own: all ranks leave together, at its end."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as problem:
+        error = problem
+    except OSError as problem:
+        error = UserError(file_problem(problem))
+    agree_on_errors(error, world)
 
 
 def agree_on_errors(error: UserError | None, world: World) -> None:

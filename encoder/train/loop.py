@@ -263,20 +263,17 @@ class _Story:
 def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
              held: contextlib.ExitStack) -> _Story:
     """Everything before the first step. An error on one rank ends all of them here."""
-    error: UserError | None = None
     entropy: float | None = None
-    try:
+    with build.all_ranks_agree(world):
+        sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
+        if world.first:
+            for source in sources:
+                source.check_files()
+            entropy = build.held_out_entropy(run, facts)
+    with build.all_ranks_agree(world):
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(_lock(folder))
-            entropy = build.held_out_entropy(run, facts)
-        for phase in run.phases:
-            build.open_mixture(run.sources_of(phase))
-    except OSError as problem:
-        error = UserError(file_problem(problem))
-    except UserError as problem:
-        error = problem
-    build.agree_on_errors(error, world)
     engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
     progress, extra = Progress(), {}
     found = newest_checkpoint(folder / CHECKPOINTS)

@@ -74,6 +74,21 @@ def test_a_damaged_card(tmp_path, source, capsys):
     assert "missing" in refused(capsys, pretrain, run_file(tmp_path, source))
 
 
+def test_a_cut_or_missing_shard_is_found_before_anything_is_written(tmp_path, source, capsys):
+    shard = sorted(source.glob("*.mds"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"{shard} has" in refused(capsys, pretrain, run_file(tmp_path, source))
+    shard.unlink()
+    assert f"{shard} is missing" in refused(capsys, pretrain, run_file(tmp_path, source))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_out_that_is_a_file(tmp_path, source, capsys):
+    (tmp_path / "run").write_text("mine")
+    refused(capsys, pretrain, run_file(tmp_path, source))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 def test_a_misspelt_key_and_a_batch_that_is_no_whole_number_of_rows(tmp_path, source, capsys):
     said = refused(capsys, pretrain, run_file(tmp_path, source), "data.row_token=64")
     assert "data.row_token is unknown. Did you mean row_tokens?" in said
