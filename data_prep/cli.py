@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from pathlib import Path
 
+from encoder.base.command import complain, run_command
 from encoder.base.errors import UserError, nearest
 
 ABOUT = """Text to shards, for pretraining. In order:
@@ -25,31 +25,39 @@ PREPARE = """Make the shards of every source in a settings file. Example:
 key=value changes a setting (sources.0.files=[a.jsonl] reaches into lists). A source that is finished is not made
 again; one that was interrupted is begun again, and its final name never stands for a part."""
 
+STOPPED = {     # what Ctrl-C leaves behind, by command
+    "prepare": "stopped; nothing half-made was left, finished sources are kept. Run the same command to go on.",
+    "verify": "stopped; the folders that have no line yet were not checked.",
+}
+STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to begin again."
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit code: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's TERM cleans up as Ctrl-C does
     try:
-        parser = _parser()
-        args, rest = parser.parse_known_args(arguments)
-        if args.command == "prepare":
-            args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
-            rest = [word for word in rest if word not in args.overrides]
-        if rest:
-            raise UserError(f"{rest[0]} is not understood. {nearest(rest[0], _options(args.parser))} "
-                            f"See {args.parser.prog} --help.")
-        return args.run(args) or 0
+        args = _parsed(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing half-made was left, finished sources are kept. Run the same command to go on.",
-              file=sys.stderr)
-        return 130
+        return complain(str(error))
+    return run_command(lambda: args.run(args), stopped=STOPPED.get(args.command, STOPPED_ELSE))
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    args, rest = _parser().parse_known_args(arguments)
+    if args.command == "prepare":
+        args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in args.overrides]
+    if rest:
+        raise UserError(f"{rest[0]} is not understood. {nearest(rest[0], _options(args.parser))} "
+                        f"See {args.parser.prog} --help.")
+    return args
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with mistakes as one line."""
+    """argparse, with mistakes as one line, and options spelt out: a later option must not change what --sourc means."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}. See {self.prog} --help.")

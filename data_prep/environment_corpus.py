@@ -25,10 +25,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from data_prep.output import output
 from encoder.base.errors import ConfigError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say
 
+MANIFEST = "manifest.json"
 PACKAGE_SHARE = 0.2             # at most this share of a source from one package: oci alone has 18,000 files
 MIN_CHARS, MAX_CHARS = 200, 200_000
 MAX_LINE_CHARS = 500            # longer: data or minified
@@ -69,13 +71,18 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
         raise ConfigError(f"--size-mb is {size_mb:g}; needed: more than 0 and at most 1000.")
     files = sorted(_files(), key=lambda f: _order(f.name))
     made_from = {"size_mb": size_mb, "corpus": 1, "files": _fingerprint(files)}
-    manifest = out / "manifest.json"
+    manifest = out / MANIFEST
     if _stands(manifest, made_from):
         say(f"{out}: made before from the same environment. Nothing to do.")
         return
-    out.mkdir(parents=True, exist_ok=True)
-    manifest.unlink(missing_ok=True)          # written last: without it the corpus is not finished
-    limit = int(size_mb * 1e6 / 2)
+    with output(out, ["code.jsonl", "prose.jsonl", MANIFEST]):
+        manifest.unlink(missing_ok=True)          # written last: without it the corpus is not finished
+        sums = _write_sources(files, out, int(size_mb * 1e6 / 2))
+        write_json(manifest, {**made_from, "python": ".".join(map(str, sys.version_info[:3])), "sources": sums})
+
+
+def _write_sources(files: list[File], out: Path, limit: int) -> dict[str, dict[str, object]]:
+    """out/code.jsonl and out/prose.jsonl; returns what the manifest says of them."""
     taken: set[str] = set()
     sources = {"code": _code(files, limit, taken), "prose": _prose(files, limit, taken)}
     sums = {}
@@ -92,7 +99,7 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
         if not documents:
             raise ConfigError(f"this Python environment has no {name} to collect. "
                               "Install some packages, or bring text of your own.")
-    write_json(manifest, {**made_from, "python": ".".join(map(str, sys.version_info[:3])), "sources": sums})
+    return sums
 
 
 def _code(files: list[File], limit: int, taken: set[str]) -> list[dict[str, str]]:

@@ -63,6 +63,9 @@ def find_files(source: Source, root: Path) -> list[Path]:
         if not matches:
             place = root / pattern
             beside = sorted(p.name for p in place.parent.glob("*") if p.is_file())[:50] if place.parent.is_dir() else []
+            if place.is_dir():
+                raise ConfigError(f"source {source.name}: {place} is a folder; needed: files, "
+                                  f"such as {place / '*.jsonl'}.")
             what = "matches no file" if glob.has_magic(pattern) else "does not exist"
             hint = nearest(place.name, beside) if beside else f"No file is in {place.parent}. Set root or the files."
             raise ConfigError(f"source {source.name}: {place} {what}. {hint}")
@@ -115,7 +118,8 @@ def _json_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
             result.leave_out("not utf-8", f"{place}: byte {error.start + 1} is not UTF-8; needed: UTF-8 text. {repair}")
             continue
         except (ValueError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            deep = isinstance(error, RecursionError)
+            why = "nested too deeply" if deep else getattr(error, "msg", None) or str(error)
             result.leave_out("not json", f"{place} is not JSON ({why}); needed: one JSON object a line. {repair}")
             continue
         if not isinstance(value, dict):
@@ -141,7 +145,7 @@ def _checked(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
 
 def _named(value: object) -> str:
     words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number",
-             float: "a number"}
+             float: "a number", bytes: "bytes without an encoding"}
     return "null" if value is None else words.get(type(value), f"a {type(value).__name__}")
 
 
@@ -217,7 +221,7 @@ def _dataset(path: Path, builder: str, *, column: str, **options: object) -> Ite
             yield Block(file=str(path), column=column, first=first, texts=texts, file_bytes=here)
             first, left = first + len(texts), left - here
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        why = " ".join(str(error).split())[:200].rstrip(".")
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200].rstrip(".")
         raise ReadError(f"{path} cannot be read as {builder}: {why}. "
                         "Fetch the file again, or set on_error: skip.") from error
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.output import output
 from data_prep.shards import read_index, read_shard
 from data_prep.verify import find_shard_folders
+from encoder.base.errors import ShardError
 from encoder.base.files import write_atomic
 from encoder.base.log import say
-from encoder.data.shard_format import TOKENIZER, Card, read_card, read_lengths
+from encoder.data.shard_format import TOKENIZER, Card, check_index, read_card, read_lengths, tokenizer_fingerprint
 
+PICTURE, PAGE = "lengths.png", "report.html"
 SAMPLES, SAMPLE_CHARS = 3, 300
 BAR_CHARS = 40
 HEAD = ("source", "split", "samples", "tokens", "share", "mean", "median", "p95", "longest")
@@ -47,18 +50,21 @@ def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
         for text in summary.samples:
             say(f"  | {' '.join(text.split())}")
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         picture = _picture(found)
-        write_atomic(out / "lengths.png", picture)
-        write_atomic(out / "report.html", _page(rows, found, picture))
-        say(f"\n{out / 'report.html'}")
+        with output(out, [PICTURE, PAGE]):
+            write_atomic(out / PICTURE, picture)
+            write_atomic(out / PAGE, _page(rows, found, picture))
+        say(f"\n{out / PAGE}")
 
 
 def summarize(folder: Path) -> Summary:
-    """Read a folder's card and lengths, and decode samples spread evenly over its first shard."""
+    """Read a folder's card and lengths, and decode samples spread evenly over its first shard. Raises ShardError."""
     import tokenizers
 
     card = read_card(folder)
+    if tokenizer_fingerprint(folder / TOKENIZER) != card.tokenizer_sha256:
+        raise ShardError(f"{folder / TOKENIZER} is damaged: its SHA-256 is not the card's. Make the shards again.")
+    check_index(folder, card)
     lengths = np.asarray(read_lengths(folder, card))
     shard = list(read_shard(folder, read_index(folder)[0], dtype=card.dtype))
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))

