@@ -13,7 +13,7 @@ from encoder.base.errors import UserError
 @contextlib.contextmanager
 def output(folder: Path, names: Sequence[str]) -> Iterator[None]:
     """Makes the folder that the files `names` will be written to. After an error, Ctrl-C too, the files and folders
-    that were not there before are gone again. Raises UserError for a place that cannot be written, and for a full disk."""
+    that were not there before are gone again. Raises UserError for a place that cannot be written or is full."""
     for place in (folder, *folder.parents):
         if place.exists():
             if not place.is_dir():

@@ -234,7 +234,8 @@ def test_a_folder_in_the_place_of_a_file_is_called_a_folder(tmp_path, commands, 
 
 
 @pytest.mark.parametrize("command, words", [
-    ("_prepare", "finished sources are kept"), ("_train", "nothing half-made was left"), ("_verify", "were not checked")])
+    ("_prepare", "finished sources are kept"), ("_train", "nothing half-made was left"),
+    ("_verify", "were not checked")])
 def test_ctrl_c_says_what_the_command_leaves(commands, capsys, monkeypatch, command, words):
     def interrupted(args) -> None:
         raise KeyboardInterrupt
