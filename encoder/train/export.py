@@ -13,7 +13,7 @@ from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.models.hf import ExportProof, export_hf
 from encoder.train import build
 from encoder.train.config import RunConfig
-from encoder.train.loop import CHECKPOINTS, RUN_FILE
+from encoder.train.start import CHECKPOINTS, RUN_FILE
 
 
 def export_run(folder: Path, out: Path) -> ExportProof:

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
 from encoder.base.command import file_problem
 from encoder.base.dist import World, join, leave, sum_over_ranks
-from encoder.base.errors import CheckpointError, UserError
+from encoder.base.errors import UserError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say
-from encoder.base.schema import differences, read_mapping, to_plain, to_yaml
+from encoder.base.schema import to_plain, to_yaml
 from encoder.base.units import Progress, short_count, short_seconds
 from encoder.data.loader import StepData
-from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint, save_checkpoint
-from encoder.engine.engine import Engine, StepResult, start_engine
+from encoder.engine.checkpoint import save_checkpoint
+from encoder.engine.engine import StepResult
 from encoder.train import build
-from encoder.train.config import RunConfig, describe_phase, identity_of
+from encoder.train.config import RunConfig, describe_phase
 from encoder.train.evaluate import HeldOut, held_out_losses
 from encoder.train.faults import StopFlag
 from encoder.train.meters import SpeedMeter
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
+from encoder.train.start import CHECKPOINTS, DONE, RUN_FILE, Started, check_same_run, fingerprint, start_run
 from encoder.train.tracking import LEDGER, Ledger, Tracker, chain
-
-RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"
-# relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
-FINGERPRINT_TOLERANCE = {"fp64": 1e-5, "fp32": 1e-5, "autocast": 2e-3, "bf16": 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +44,7 @@ class Outcome:
 def pretrain(run: RunConfig, world: World) -> Outcome:
     """Trains a run to its end, or until a signal asks it to stop; goes on from the newest checkpoint in `run.out`."""
     folder = Path(run.out)
-    _check_same_run(run, folder)
+    check_same_run(run, folder)
     if (folder / DONE).exists():
         say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
         return Outcome(done=True, progress=None)
@@ -58,7 +53,8 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     joined = join(world, device=device)
     try:
         with StopFlag() as stop, contextlib.ExitStack() as held:
-            story = _prepare(run, facts, world, device, folder, held)
+            started = start_run(run, facts, world, device, folder, held)
+            story = _Story(run, facts, world, device, folder, started)
             try:
                 return story.tell(stop)
             finally:
@@ -72,21 +68,24 @@ class _Story:
     """A run under way: the parts, and where it stands."""
 
     def __init__(self, run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
-                 engine: Engine, incarnation: int, progress: Progress, entropy: float | None) -> None:
+                 started: Started) -> None:
         self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
-        self.engine, self.incarnation, self.progress = engine, incarnation, progress
-        self.entropy = entropy
+        self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
+        self.entropy, self.last_held_out = started.entropy, started.last_held_out
         self.held_out: list[HeldOut] = []
         self.speed = SpeedMeter()
-        self.last_held_out: dict[str, float] = {}
         self.ledger: Ledger | None = None
         self.tracker: Tracker | None = None
         self.error: UserError | None = None      # met by this rank alone; the others learn of it where all meet next
         if world.first:
             with self.guarded():
-                self.ledger = Ledger(folder, resumed_at=progress)
+                write_atomic(folder / RUN_FILE, to_yaml(run))
+                self.ledger = Ledger(folder, resumed_at=self.progress)
                 self.tracker = Tracker(folder, wandb_project=run.tracking.wandb_project, run_name=run.name,
                                        settings=to_plain(run))
+                self.tracker.event(
+                    "resume" if started.resumed else "start", step=self.progress.step, ranks=world.size,
+                    incarnation=self.incarnation, zero_stage=run.engine.zero_stage, precision=run.engine.precision)
         build.agree_on_errors(self.error, world)
 
     def tell(self, stop: StopFlag) -> Outcome:
@@ -103,9 +102,7 @@ class _Story:
                     data = self._next(loader)
                     masked_tokens, batch_hash, stopping = self._agree(data, stop)
                     lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
-                    result = self.engine.step(
-                        data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.lr.peak
-                    )
+                    result = self.engine.step(data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.lr.peak)
                     self.progress = _after(before, data, masked_tokens, batch_hash)
                     with self.guarded():
                         self._record(data, result, lr, masked_tokens, batch_hash)
@@ -165,11 +162,8 @@ class _Story:
     def _question_changed(self) -> bool:
         """At the start of a phase: whether the held-out loss is another one than at the end of the phase before."""
         now, before = self.run.phases[self.progress.phase], self.run.phases[max(0, self.progress.phase - 1)]
-        return self.progress.step == 0 or (
-            now.max_tokens_per_document,
-            now.global_rope_theta,
-            now.local_rope_theta,
-        ) != (before.max_tokens_per_document, before.global_rope_theta, before.local_rope_theta)
+        asked = [(p.max_tokens_per_document, p.global_rope_theta, p.local_rope_theta) for p in (now, before)]
+        return self.progress.step == 0 or asked[0] != asked[1]
 
     def save(self, milestone: str | None = None) -> None:
         """A committed checkpoint, with the loss of the fixed batch that a load must give again."""
@@ -180,7 +174,7 @@ class _Story:
         saved = save_checkpoint(
             self.folder / CHECKPOINTS, engine=self.engine, progress=self.progress, run_yaml=to_yaml(self.run),
             incarnation=self.incarnation, keep_last=self.run.checkpoints.keep_last, milestone=milestone,
-            extra={"fingerprint_loss": _fingerprint(self.run, self.engine, self.device),
+            extra={"fingerprint_loss": fingerprint(self.run, self.engine, self.device),
                    "fingerprint_precision": self.run.engine.precision,
                    "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out})
         say(f"step {self.progress.step:>6}  saved {saved.name}" + (f" (end of {milestone})" if milestone else ""))
@@ -239,9 +233,8 @@ class _Story:
 
     def _stopped(self, stop: StopFlag) -> Outcome:
         number = stop.signal or signal.SIGTERM
-        say(
-            f"stopped by {signal.Signals(number).name} after step {self.progress.step}; the same command goes on from here"
-        )
+        name = signal.Signals(number).name
+        say(f"stopped by {name} after step {self.progress.step}; the same command goes on from here")
         if self.tracker:
             self.tracker.event("stopped", step=self.progress.step, signal=int(number))
         return Outcome(done=False, progress=self.progress, signal=int(number))
@@ -260,74 +253,6 @@ class _Story:
         return Outcome(done=True, progress=p)
 
 
-def _prepare(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
-             held: contextlib.ExitStack) -> _Story:
-    """Everything before the first step. An error on one rank ends all of them here."""
-    entropy: float | None = None
-    with build.all_ranks_agree(world):
-        sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
-        if world.first:
-            for source in sources:
-                source.check_files()
-            entropy = build.held_out_entropy(run, facts)
-    with build.all_ranks_agree(world):
-        if world.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_lock(folder))
-    engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
-    progress, extra = Progress(), {}
-    found = newest_checkpoint(folder / CHECKPOINTS)
-    if found is not None:
-        _check_same_settings(run, found / RUN_FILE, of=str(found))
-        progress, extra = load_checkpoint(found, engine)
-        build.check_same_data(facts, extra["card_sha256"])
-        theta = run.phases[_phase_of_weights(progress)]
-        engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
-        _check_fingerprint(run, engine, device, extra, found)
-    incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
-    story = _Story(run, facts, world, device, folder, engine, incarnation, progress, entropy)
-    story.last_held_out = extra.get("last_held_out", {})
-    if world.first:
-        with story.guarded():
-            write_atomic(folder / RUN_FILE, to_yaml(run))
-            story.tracker.event(
-                "resume" if found else "start", step=progress.step, ranks=world.size, incarnation=incarnation,
-                zero_stage=run.engine.zero_stage, precision=run.engine.precision)
-    _header(run, world, device, engine, progress, found)
-    return story
-
-
-def _lock(folder: Path) -> IO[str]:
-    """This process alone trains in the folder, on this machine and where the file system knows locks; freed when it ends."""
-    file = open(folder / ".lock", "w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise CheckpointError(f"another start of this run is training in {folder}. "
-                              "Wait for it, end it, or set another out.") from error
-    except OSError:
-        pass           # no locks there: the incarnation still keeps the older start from saving
-    return file
-
-
-def _header(
-    run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress, found: Path | None
-) -> None:
-    count = sum(p.numel() for p in engine.module.parameters())
-    say(
-        f"{run.name}: {short_count(count)} parameters, {world.size} rank{'s' if world.size > 1 else ''} on {device.type}"
-        f" ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each), "
-        f"ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
-        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {len(run.phases)} phases, run folder {run.out}"
-    )
-    say(f"attention: {engine.module.attention_reason()}")
-    if found is not None:
-        say(
-            f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, ledger {progress.ledger_hash}"
-        )
-
-
 def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int) -> Progress:
     """The progress after a step, with the next link of the ledger's chain."""
     tokens = before.tokens + data.tokens
@@ -341,44 +266,6 @@ def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int
 
 def _crossed(before: Progress, after: Progress, every_tokens: int | None) -> bool:
     return bool(every_tokens) and before.tokens // every_tokens != after.tokens // every_tokens
-
-
-def _fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
-    loss_sum, count = engine.evaluate([build.fingerprint_batch(run).to(device)])
-    return loss_sum / count
-
-
-def _phase_of_weights(progress: Progress) -> int:
-    """The phase whose theta the model had when it was saved: at the end of a phase the next one is entered but not begun."""
-    return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
-
-
-def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, extra: dict[str, Any], found: Path) -> None:
-    loss, recorded = _fingerprint(run, engine, device), extra["fingerprint_loss"]
-    tolerance = max(FINGERPRINT_TOLERANCE[word] for word in (run.engine.precision, extra["fingerprint_precision"]))
-    if not abs(loss - recorded) <= tolerance * abs(recorded):
-        raise CheckpointError(
-            f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
-            "The weights did not come back as they went; remove this folder to use the one before."
-        )
-
-
-def _check_same_run(run: RunConfig, folder: Path) -> None:
-    """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed."""
-    path = folder / RUN_FILE
-    started = (folder / LEDGER).exists() and (folder / LEDGER).stat().st_size > 0 or (folder / CHECKPOINTS).exists()
-    if path.exists() and started:
-        _check_same_settings(run, path, of=str(folder))
-
-
-def _check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
-    before = read_mapping(path)
-    changed = differences(identity_of(before), identity_of(run))
-    if changed:
-        key, old, new = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise CheckpointError(f"{of} holds another run: {key} was {old}, now {new}{more}. "
-                              "Put it back, or start anew with out=ANOTHER_FOLDER.")
 
 
 def _finite(value: float | None) -> float | None:

@@ -93,9 +93,9 @@ def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path):
 
 
 def test_a_second_start_is_refused_while_the_first_trains(folder):
-    from encoder.train.loop import _lock
+    from encoder.train.start import lock_folder
     (folder / "locked").mkdir()
-    with _lock(folder / "locked"):
+    with lock_folder(folder / "locked"):
         with pytest.raises(CheckpointError, match="another start of this run is training"):
-            _lock(folder / "locked")
-    _lock(folder / "locked").close()
+            lock_folder(folder / "locked")
+    lock_folder(folder / "locked").close()

@@ -1,0 +1,138 @@
+"""Before the first step of a run: the data and the folder are looked at, the engine started, the newest checkpoint loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from encoder.base.dist import World
+from encoder.base.errors import CheckpointError
+from encoder.base.log import say
+from encoder.base.schema import differences, read_mapping
+from encoder.base.units import Progress, short_count
+from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
+from encoder.engine.engine import Engine, start_engine
+from encoder.train import build
+from encoder.train.config import RunConfig, identity_of
+from encoder.train.tracking import LEDGER
+
+RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"
+# relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
+FINGERPRINT_TOLERANCE = {"fp64": 1e-5, "fp32": 1e-5, "autocast": 2e-3, "bf16": 2e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """What a run stands on when its first step comes."""
+
+    engine: Engine
+    incarnation: int
+    progress: Progress
+    entropy: float | None              # unigram entropy of the held-out text, on rank zero
+    resumed: bool
+    last_held_out: dict[str, float]    # of the checkpoint
+
+
+def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
+              held: contextlib.ExitStack) -> Started:
+    """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here."""
+    entropy: float | None = None
+    with build.all_ranks_agree(world):
+        sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
+        if world.first:
+            for source in sources:
+                source.check_files()
+            entropy = build.held_out_entropy(run, facts)
+    with build.all_ranks_agree(world):
+        if world.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock_folder(folder))
+    engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
+    progress, extra = Progress(), {}
+    found = newest_checkpoint(folder / CHECKPOINTS)
+    if found is not None:
+        _check_same_settings(run, found / RUN_FILE, of=str(found))
+        progress, extra = load_checkpoint(found, engine)
+        build.check_same_data(facts, extra["card_sha256"])
+        theta = run.phases[_phase_of_weights(progress)]
+        engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
+        _check_fingerprint(run, engine, device, extra, found)
+    incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
+    _say_header(run, world, device, engine, progress, found)
+    return Started(engine=engine, incarnation=incarnation, progress=progress, entropy=entropy, resumed=found is not None,
+                   last_held_out=extra.get("last_held_out", {}))
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """This process alone trains in the folder, on this machine and where the file system knows locks; freed when it ends."""
+    file = open(folder / ".lock", "w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise CheckpointError(f"another start of this run is training in {folder}. "
+                              "Wait for it, end it, or set another out.") from error
+    except OSError:
+        pass           # no locks there: the incarnation still keeps the older start from saving
+    return file
+
+
+def _say_header(
+    run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress, found: Path | None
+) -> None:
+    count = sum(p.numel() for p in engine.module.parameters())
+    say(
+        f"{run.name}: {short_count(count)} parameters, {world.size} rank{'s' if world.size > 1 else ''} on {device.type}"
+        f" ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each), "
+        f"ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
+        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {len(run.phases)} phases, run folder {run.out}"
+    )
+    say(f"attention: {engine.module.attention_reason()}")
+    if found is not None:
+        say(
+            f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, ledger {progress.ledger_hash}"
+        )
+
+
+def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
+    """The mean loss on the fixed batch, by which a load is known to be what was saved."""
+    loss_sum, count = engine.evaluate([build.fingerprint_batch(run).to(device)])
+    return loss_sum / count
+
+
+def _phase_of_weights(progress: Progress) -> int:
+    """The phase whose theta the model had when it was saved: at the end of a phase the next one is entered but not begun."""
+    return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
+
+
+def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, extra: dict[str, Any], found: Path) -> None:
+    loss, recorded = fingerprint(run, engine, device), extra["fingerprint_loss"]
+    tolerance = max(FINGERPRINT_TOLERANCE[word] for word in (run.engine.precision, extra["fingerprint_precision"]))
+    if not abs(loss - recorded) <= tolerance * abs(recorded):
+        raise CheckpointError(
+            f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
+            "The weights did not come back as they went; remove this folder to use the one before."
+        )
+
+
+def check_same_run(run: RunConfig, folder: Path) -> None:
+    """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed."""
+    path = folder / RUN_FILE
+    started = (folder / LEDGER).exists() and (folder / LEDGER).stat().st_size > 0 or (folder / CHECKPOINTS).exists()
+    if path.exists() and started:
+        _check_same_settings(run, path, of=str(folder))
+
+
+def _check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
+    before = read_mapping(path)
+    changed = differences(identity_of(before), identity_of(run))
+    if changed:
+        key, old, new = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise CheckpointError(f"{of} holds another run: {key} was {old}, now {new}{more}. "
+                              "Put it back, or start anew with out=ANOTHER_FOLDER.")
