@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
-from encoder.base.dist import World, wait_for_all
+from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
 from encoder.engine import checkpoint
@@ -276,7 +277,7 @@ def two_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     seen: dict[str, Any] = {"incarnation": incarnation, "good": save(1)}
     with too_small_files() if world.rank == 1 else contextlib.nullcontext():
         seen["full"] = save(2)
-    wait_for_all()       # rank zero removes what was half-written before it raises
+    dist.barrier()      # rank zero removes what was half-written before it raises
     seen["left"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
     seen["newest"] = newest_checkpoint(folder / "checkpoints").name
     try:
