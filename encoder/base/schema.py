@@ -53,7 +53,8 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
         raise ConfigError(f"{path} cannot be read: {error}.") from error
     mapping = parse_yaml(text, where=str(path))
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path} holds {_kind(mapping)}; a settings file is a mapping of keys to values.")
+        found = "is empty" if mapping is None else f"holds {_kind(mapping)}"
+        raise ConfigError(f"{path} {found}; a settings file is a mapping of keys to values.")
     for override in overrides:
         _put(mapping, override)
     return mapping

@@ -74,14 +74,16 @@ class Card:
 def read_card(folder: Path) -> Card:
     """The card of a shard folder. Raises ShardError for a folder that is missing, empty, unfinished or damaged."""
     path = folder / CARD
+    if folder.exists() and not folder.is_dir():
+        raise ShardError(f"{folder} is a file; needed: a folder of shards. Make it with data-prep prepare.")
     if not folder.is_dir():
         raise ShardError(f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare.")
     if not path.is_file():
         if (folder / INDEX).is_file():
             raise ShardError(f"{folder} has shards but no {CARD}. "
                              "Make the shards with data-prep prepare.")
-        below = sorted(str(p.parent) for p in folder.glob(f"*/{CARD}")) or sorted(
-            str(p.parent) for p in folder.glob(f"*/*/{CARD}"))
+        below = sorted((p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CARD}")),
+                       key=lambda p: (p.name != "train", str(p)))
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
     try:
@@ -91,7 +93,7 @@ def read_card(folder: Path) -> Card:
             raise ConfigError(f"it has format {found}, this version reads format {FORMAT}.")
         return from_mapping(Card, content)
     except (ConfigError, ValueError, OSError) as error:
-        raise ShardError(f"{path} cannot be read: {error} "
+        raise ShardError(f"{path} cannot be read: {str(error).rstrip('.')}. "
                          "Make the shards again with data-prep prepare --again.") from error
 
 

@@ -208,7 +208,7 @@ def _read_index(path: Path, *, dtype: np.dtype) -> list[_ShardFile]:
     try:
         return [_shard_file(info, path, dtype) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} cannot be read ({error!r}). Copy or prepare the shards again.") from error
+        raise ShardError(f"{path} cannot be read: it is no index of MDS shards. Copy or prepare the shards again.") from error
 
 
 def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype) -> _ShardFile:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, ShardError
 from encoder.base.rng import generator
 from encoder.data.order import DocumentOrder
 from encoder.data.packing import pack_best_fit
@@ -118,6 +118,10 @@ def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int
     """
     assert max_tokens >= 3, "a piece holds [CLS], [SEP] and at least one token"
     lengths = lengths.astype(np.int64)
+    if len(lengths) and lengths.min() < 1:
+        place = int(documents[lengths.argmin()])
+        raise ShardError(f"document {place} of source number {source} has {lengths.min()} tokens by lengths.bin; needed: at least "
+                         "1. Look at the folder with data-prep verify.")
     body = lengths - 2
     count = np.where(lengths <= max_tokens, 1, -(-body // (max_tokens - 2)))
     whose = np.repeat(np.arange(len(documents)), count)

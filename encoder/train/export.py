@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 from encoder.base.errors import CheckpointError, ExportError
-from encoder.base.schema import from_mapping, parse_yaml
+from encoder.base.schema import from_mapping
+from encoder.base.units import Progress
+from encoder.data.shard_format import TOKENIZER, special_ids_of
 from encoder.engine.checkpoint import newest_checkpoint, read_weights
 from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.models.hf import ExportProof, export_hf
-from encoder.train import build
-from encoder.train.config import RunConfig
+from encoder.train.config import read_run
+from encoder.train.phases import phase_of_weights
 from encoder.train.start import CHECKPOINTS, RUN_FILE
 
 
@@ -25,21 +27,16 @@ def export_run(folder: Path, out: Path) -> ExportProof:
         raise CheckpointError(f"{folder} holds no checkpoint yet; needed: a run that has saved one.")
     if checkpoint == folder and (problem := damage(folder)):
         raise CheckpointError(f"{problem} Export another checkpoint.")
-    run = from_mapping(
-        RunConfig,
-        parse_yaml((checkpoint / RUN_FILE).read_text(encoding="utf-8"), where=str(checkpoint / RUN_FILE)),
-        where=str(checkpoint / RUN_FILE),
-    )
-    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["progress"]
-    # a checkpoint at the end of a phase stands at the start of the next: its weights belong to the phase that ended
-    index = progress["phase"] - (1 if progress["phase_step"] == 0 and progress["phase"] > 0 else 0)
+    run = read_run(checkpoint / RUN_FILE)
+    saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    index = phase_of_weights(from_mapping(Progress, saved["progress"]))
     phase = run.phases[index]
-    facts = build.check_data(run)
-    if not facts.tokenizer_json.is_file():
-        raise ExportError(f"{facts.tokenizer_json} is missing. Put the tokenizer back beside the shards.")
-    config = dataclasses.replace(
-        run.model, global_rope_theta=phase.global_rope_theta, local_rope_theta=phase.local_rope_theta
-    )
+    tokenizer_json = (folder.parent.parent if checkpoint == folder else folder) / TOKENIZER
+    if not tokenizer_json.is_file():
+        raise ExportError(f"{tokenizer_json} is missing. Put the run's tokenizer.json back: it stands beside the shards, too.")
+    _, specials = special_ids_of(tokenizer_json)
+    config = dataclasses.replace(run.model, global_rope_theta=phase.global_rope_theta,
+                                 local_rope_theta=phase.local_rope_theta)
     longest = max(p.max_tokens_per_document for p in run.phases[: index + 1])
-    return export_hf(weights=read_weights(checkpoint), config=config, tokenizer_json=facts.tokenizer_json,
-                     specials=facts.specials, out=out, max_tokens=longest)
+    return export_hf(weights=read_weights(checkpoint), config=config, tokenizer_json=tokenizer_json,
+                     specials=specials, out=out, max_tokens=longest)

@@ -20,6 +20,7 @@ from encoder.base.log import say
 from encoder.base.schema import to_plain, to_yaml
 from encoder.base.units import Progress, short_count, short_seconds
 from encoder.data.loader import StepData
+from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import save_checkpoint
 from encoder.engine.engine import StepResult
 from encoder.train import build
@@ -80,6 +81,7 @@ class _Story:
         if world.first:
             with self.guarded():
                 write_atomic(folder / RUN_FILE, to_yaml(run))
+                write_atomic(folder / TOKENIZER, facts.tokenizer_json.read_bytes())     # an export needs no shards
                 self.ledger = Ledger(folder, resumed_at=self.progress)
                 self.tracker = Tracker(folder, wandb_project=run.tracking.wandb_project, run_name=run.name,
                                        settings=to_plain(run))

@@ -46,6 +46,11 @@ def enter_next_phase(progress: Progress) -> Progress:
     return replace(progress, phase=progress.phase + 1, phase_step=0, phase_tokens=0, window=0, row=0)
 
 
+def phase_of_weights(progress: Progress) -> int:
+    """The phase whose theta the model had when it was saved: at the end of a phase the next one is entered but not begun."""
+    return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
+
+
 def planned_steps(run: RunConfig, *, fill: float = 1.0) -> Iterator[PlannedStep]:
     """All steps of a run, with rows that are `fill` full (0 < fill <= 1; the true tokens follow from the documents)."""
     step = 0

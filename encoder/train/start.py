@@ -19,6 +19,7 @@ from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest
 from encoder.engine.engine import Engine, start_engine
 from encoder.train import build
 from encoder.train.config import RunConfig, identity_of
+from encoder.train.phases import phase_of_weights
 from encoder.train.tracking import LEDGER
 
 RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"
@@ -59,7 +60,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         _check_same_settings(run, found / RUN_FILE, of=str(found))
         progress, extra = load_checkpoint(found, engine)
         build.check_same_data(facts, extra["card_sha256"])
-        theta = run.phases[_phase_of_weights(progress)]
+        theta = run.phases[phase_of_weights(progress)]
         engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
         _check_fingerprint(run, engine, device, extra, found)
     incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
@@ -82,32 +83,29 @@ def lock_folder(folder: Path) -> IO[str]:
     return file
 
 
-def _say_header(
-    run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress, found: Path | None
-) -> None:
-    count = sum(p.numel() for p in engine.module.parameters())
-    say(
-        f"{run.name}: {short_count(count)} parameters, {world.size} rank{'s' if world.size > 1 else ''} on {device.type}"
-        f" ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each), "
-        f"ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
-        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {len(run.phases)} phases, run folder {run.out}"
-    )
+def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress,
+                found: Path | None) -> None:
+    count, threads = sum(p.numel() for p in engine.module.parameters()), torch.get_num_threads()
+    say(f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type} "
+        f"({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
+        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {_many(len(run.phases), 'phase')}, run folder {run.out}")
     say(f"attention: {engine.module.attention_reason()}")
+    ledger = Path(run.out) / LEDGER
     if found is not None:
-        say(
-            f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, ledger {progress.ledger_hash}"
-        )
+        say(f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, "
+            f"ledger {progress.ledger_hash}")
+    elif ledger.exists() and ledger.stat().st_size:
+        say("no checkpoint is there: from the first step again, held to the ledger of the start before")
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}{'s' if count > 1 else ''}"
 
 
 def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
     """The mean loss on the fixed batch, by which a load is known to be what was saved."""
     loss_sum, count = engine.evaluate([build.fingerprint_batch(run).to(device)])
     return loss_sum / count
-
-
-def _phase_of_weights(progress: Progress) -> int:
-    """The phase whose theta the model had when it was saved: at the end of a phase the next one is entered but not begun."""
-    return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
 
 
 def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, extra: dict[str, Any], found: Path) -> None:
