@@ -121,7 +121,8 @@ class Demo:
 
     def training(self) -> None:
         """First start, SIGKILL in the middle, resume; then the ledger of both held together."""
-        command = [str(self.bin / "deepspeed"), "--num_accelerators", "2", "--master_port", str(_free_port()),
+        from encoder.base.dist import free_port
+        command = [str(self.bin / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()),
                    str(ROOT / "launch" / "pretrain.py"), str(RUN_FILE), *self.overrides()]
         killed_at = self.out / "killed.json"
         if not (self.run / "done.json").exists():
@@ -299,13 +300,6 @@ def _kill_tree(pid: int) -> None:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
-
-
-def _free_port() -> int:
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _short(word: str) -> str:

@@ -13,10 +13,8 @@ def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> 
     """Runs a command's body and returns its exit code; mistakes, full disks and Ctrl-C become one line, never a traceback."""
     try:
         return body() or 0
-    except UserError as error:
-        return complain(str(error))
-    except OSError as error:
-        return complain(file_problem(error))
+    except (UserError, OSError) as error:
+        return complain(str(as_user_error(error)))
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr, flush=True)
         return 130
@@ -28,7 +26,10 @@ def complain(text: str) -> int:
     return 2
 
 
-def file_problem(error: OSError) -> str:
-    """An OSError as found, needed, what to do."""
+def as_user_error(error: UserError | OSError) -> UserError:
+    """The error itself, or a file's problem as found, needed, what to do."""
+    if isinstance(error, UserError):
+        return error
     place = f"{os.fspath(error.filename)}: " if error.filename else ""
-    return f"{place}{error.strerror or error}. Needed: a place that can be read and written, with room. Mend it, or name another."
+    return UserError(f"{place}{error.strerror or error}. "
+                     "Needed: a place that can be read and written, with room. Mend it, or name another.")

@@ -56,7 +56,7 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     if "MASTER_ADDR" not in os.environ:
         raise ConfigError(f"{world.size} ranks but no MASTER_ADDR. Start with deepspeed or torchrun, "
@@ -104,7 +104,8 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody has at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
 
-_state = {"speaks": True, "start": time.monotonic(), "said": set()}
+_state = {"speaks": True, "said": set()}
 
 
 def speak_on(first_rank: bool) -> None:
@@ -24,8 +23,3 @@ def warn_once(line: str) -> None:
     if _state["speaks"] and line not in _state["said"]:
         _state["said"].add(line)
         print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def seconds_since_start() -> float:
-    """Seconds since this process imported the log."""
-    return time.monotonic() - _state["start"]

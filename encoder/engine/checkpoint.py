@@ -129,11 +129,17 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, A
             for piece in engine.pieces():
                 for kind in KINDS:
                     reader.copy_into(getattr(piece, kind), name=piece.name, start=piece.start, kind=kind)
-        state.update(_read_json(folder / "progress.json"))
+        state["progress"], state["extra"] = read_progress(folder)
 
     together(load, doing=f"cannot read checkpoint {folder}", then="Remove this folder to use the one before it.")
     engine.state_was_loaded(optimizer_steps=state["optimizer_steps"])
-    return from_mapping(Progress, state["progress"], where=str(folder)), state["extra"]
+    return state["progress"], state["extra"]
+
+
+def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """Where the run stood, and the `extra` of the save. Raises CheckpointError."""
+    saved = _read_json(folder / "progress.json")
+    return from_mapping(Progress, saved["progress"], where=str(folder)), saved["extra"]
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -166,8 +172,7 @@ class _Save:
         check_not_stale(self.root, self.incarnation)
         self.clean_up()
         if self.final.is_dir():
-            saved = _read_json(self.final / "progress.json")["progress"]
-            assert saved == dataclasses.asdict(self.progress), f"{self.final} was saved at another position"
+            assert read_progress(self.final)[0] == self.progress, f"{self.final} was saved at another position"
             self.kept_already.fill_(1)
             if self.milestone:
                 write_atomic(self.final / MILESTONE, self.milestone)

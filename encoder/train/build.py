@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from encoder.base.batch import TokenBatch
-from encoder.base.command import file_problem
+from encoder.base.command import as_user_error
 from encoder.base.dist import World, max_over_ranks
 from encoder.base.errors import ConfigError, RankError, ShardError, SilentError, UserError
 from encoder.base.files import sha256_of
@@ -23,6 +22,7 @@ from encoder.base.units import Progress
 from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_batches, token_counts
 from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
 from encoder.data.shards import Source, open_source
+from encoder.engine.agree import collective_device
 from encoder.models.catalog import build_model
 from encoder.objectives.catalog import build_objective
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
@@ -38,9 +38,7 @@ class DataFacts:
     specials: SpecialIds
     vocab_size: int                        # the tokenizer's; the model's may be padded above it
     tokenizer_json: Path
-    cards: dict[str, Card]                 # by source name; held-out sources as NAME (held out)
-    card_sha256: dict[str, str]            # saved in checkpoints: a run goes on only over the same shards
-    mean_tokens: float                     # of a training document
+    card_sha256: dict[str, str]            # by source name, held-out ones as NAME (held out); saved in checkpoints
 
 
 def source_name(config: SourceConfig) -> str:
@@ -70,11 +68,9 @@ def check_data(run: RunConfig) -> DataFacts:
     first = check_same_tokenizer(cards)
     for name, card in cards.items():
         check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))
-    train = [cards[source_name(s)] for s in run.data.sources]
-    return DataFacts(specials=first.specials, vocab_size=first.vocab_size, cards=cards,
+    return DataFacts(specials=first.specials, vocab_size=first.vocab_size,
                      tokenizer_json=next(iter(paths.values())) / TOKENIZER,
-                     card_sha256={name: sha256_of(path / CARD) for name, path in paths.items()},
-                     mean_tokens=sum(c.tokens for c in train) / max(1, sum(c.documents for c in train)))
+                     card_sha256={name: sha256_of(path / CARD) for name, path in paths.items()})
 
 
 def check_same_data(facts: DataFacts, saved_sha256: dict[str, str]) -> None:
@@ -168,20 +164,15 @@ def all_ranks_agree(world: World) -> Iterator[None]:
     error: UserError | None = None
     try:
         yield
-    except UserError as problem:
-        error = problem
-    except OSError as problem:
-        error = UserError(file_problem(problem))
+    except (UserError, OSError) as problem:
+        error = as_user_error(problem)
     agree_on_errors(error, world)
 
 
 def agree_on_errors(error: UserError | None, world: World) -> None:
     """All ranks leave together: the lowest rank with an error raises it, the others raise SilentError."""
-    if dist.is_initialized():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        highest = int(max_over_ranks(torch.tensor([world.size - world.rank if error else 0], device=device))[0])
-    else:
-        highest = world.size - world.rank if error else 0
+    mine = torch.tensor([world.size - world.rank if error else 0], device=collective_device())
+    highest = int(max_over_ranks(mine)[0])
     if highest == 0:
         return
     if error is not None and world.size - highest == world.rank:

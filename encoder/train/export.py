@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from encoder.base.errors import CheckpointError, ExportError
-from encoder.base.schema import from_mapping
-from encoder.base.units import Progress
 from encoder.data.shard_format import TOKENIZER, special_ids_of
-from encoder.engine.checkpoint import newest_checkpoint, read_weights
+from encoder.engine.checkpoint import newest_checkpoint, read_progress, read_weights
 from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.models.hf import ExportProof, export_hf
 from encoder.train.config import read_run
@@ -28,8 +25,7 @@ def export_run(folder: Path, out: Path) -> ExportProof:
     if checkpoint == folder and (problem := damage(folder)):
         raise CheckpointError(f"{problem} Export another checkpoint.")
     run = read_run(checkpoint / RUN_FILE)
-    saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-    index = phase_of_weights(from_mapping(Progress, saved["progress"]))
+    index = phase_of_weights(read_progress(checkpoint)[0])
     phase = run.phases[index]
     tokenizer_json = (folder.parent.parent if checkpoint == folder else folder) / TOKENIZER
     if not tokenizer_json.is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from encoder.base.command import file_problem
+from encoder.base.command import as_user_error
 from encoder.base.dist import World, join, leave, sum_over_ranks
 from encoder.base.errors import UserError
 from encoder.base.files import write_atomic, write_json
@@ -129,10 +129,8 @@ class _Story:
         """Keeps a mistake that this rank alone can meet until all ranks meet: nobody leaves others waiting."""
         try:
             yield
-        except UserError as error:
-            self.error = self.error or error
-        except OSError as error:
-            self.error = self.error or UserError(file_problem(error))
+        except (UserError, OSError) as error:
+            self.error = self.error or as_user_error(error)
 
     def open_data(self) -> build.Loader:
         """The phase's held-out batches and its loader, on all ranks or on none."""
@@ -208,19 +206,17 @@ class _Story:
 
     def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]
-        loss = float(result.loss)
         self.speed.step(data.tokens)
         if self.ledger:
             self.ledger.write(p, phase=phase.name, rows=data.rows, tokens=data.tokens, masked_tokens=masked_tokens,
                               batch_hash=batch_hash)
         if self.tracker:
-            norm = float(result.grad_norm) if result.grad_norm is not None else None
-            self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(loss), lr=lr, rows=data.rows,
-                                 step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(norm),
+            self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), lr=lr, rows=data.rows,
+                                 step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(result.grad_norm),
                                  tokens_per_second=round(self.speed.tokens_per_second, 1))
         if p.step % self.run.tracking.print_every_steps == 0 or p.phase_step == 1:
             left = sum(f.tokens for f in self.run.phases[p.phase:]) - p.phase_tokens
-            say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {loss:.3f}  lr {lr:.2e}  "
+            say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {result.loss:.3f}  lr {lr:.2e}  "
                 f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
                 f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
 
@@ -270,5 +266,5 @@ def _crossed(before: Progress, after: Progress, every_tokens: int | None) -> boo
     return bool(every_tokens) and before.tokens // every_tokens != after.tokens // every_tokens
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
