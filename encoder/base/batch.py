@@ -1,8 +1,9 @@
-"""What a micro-batch is: rows of packed documents laid end to end, with the question (which tokens to predict)."""
+"""What a micro-batch is: rows of packed documents laid end to end, with the question (which tokens to predict); and its answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -33,3 +34,11 @@ class TokenBatch:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
                  for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
         return replace(self, **moved)
+
+
+class SummedLoss(NamedTuple):
+    """What a model says to a micro-batch: sums over its predicted positions, scalars on the model's device."""
+
+    total: torch.Tensor               # what is differentiated: cross entropy, and what is added to it (z-loss)
+    cross_entropy: torch.Tensor       # nats, detached: what is reported
+    count: torch.Tensor               # int64: positions in the sums (the batch's masked_tokens)
