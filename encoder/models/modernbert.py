@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
-from encoder.nn.attend import Backend, choose_backend
+from encoder.nn.attend import Backend, Situation, check_word, choose_backend
 from encoder.nn.block import Block
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.heads import DecoderBias, PredictionHead
@@ -81,7 +81,7 @@ class ModernBertForMaskedLM(nn.Module):
         self.head = PredictionHead(width=config.hidden_size, norm_eps=config.norm_eps)
         self.decoder = DecoderBias(vocab_size=config.vocab_size)
         self.set_rope_theta_(global_theta=config.global_rope_theta, local_theta=config.local_rope_theta)
-        choose_backend(attention, torch.device("cpu"))      # an unknown word is refused before anything is built on it
+        check_word(attention)
         init_megatron_(self, seed=seed, initializer_range=config.initializer_range,
                        cutoff_factor=config.initializer_cutoff_factor, layers=config.num_hidden_layers)
 
@@ -95,7 +95,7 @@ class ModernBertForMaskedLM(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """x_TC after the final norm."""
-        backend = choose_backend(self.attention, batch.ids_T.device).backend
+        backend = choose_backend(self.attention, self._situation(batch.ids_T.device)).backend
         return self.model(batch, backend=backend, global_theta=self.global_rope_theta,
                           local_theta=self.local_rope_theta)
 
@@ -113,7 +113,11 @@ class ModernBertForMaskedLM(nn.Module):
 
     def attention_reason(self, device: torch.device | None = None) -> str:
         """Which backend runs, why, and why others cannot: a line for the run's header."""
-        return choose_backend(self.attention, device or self._tied_weight.device).reason
+        return choose_backend(self.attention, self._situation(device or self._tied_weight.device)).reason
+
+    def _situation(self, device: torch.device) -> Situation:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self._tied_weight.dtype
+        return Situation(device=device, dtype=dtype, head_width=self.config.head_width, training=self.training)
 
     @property
     def _tied_weight(self) -> Tensor:

@@ -16,6 +16,7 @@ from encoder.base.schema import Tokens, chosen_by, from_mapping, read_mapping, t
 from encoder.base.units import short_count
 from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
+from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, rows_at
 from encoder.optim.stable_adamw import StableAdamWConfig
@@ -144,7 +145,7 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    attention: Literal["auto", "tiles", "sdpa"] = "auto"
+    attention: AttentionWord = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

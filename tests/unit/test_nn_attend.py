@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from encoder.base.errors import ConfigError
-from encoder.nn.attend import BACKENDS, choose_backend
+from encoder.nn.attend import BACKENDS, Situation, Word, check_word, choose_backend
 from tests.reference.dense import dense_attention
 
 RADIUS = 64
+ON_CPU = Situation(device=torch.device("cpu"), dtype=torch.float32, head_width=8, training=True)
 DOCUMENTS = {
     "one token": [1],
     "all inside one window": [65, 30, 1, 64],
@@ -94,20 +97,26 @@ def test_bf16_stays_within_its_own_rounding_of_fp32(name):
 
 
 def test_auto_takes_the_first_that_can_run_and_says_so():
-    choice = choose_backend("auto", torch.device("cpu"))
+    choice = choose_backend("auto", ON_CPU)
     assert choice.backend.name == "tiles"
     assert choice.reason.startswith("tiles: the fastest that can run here")
-    assert choose_backend("sdpa", torch.device("cpu")).reason == "sdpa: asked for"
+    assert choose_backend("sdpa", ON_CPU).reason == "sdpa: asked for"
 
 
 def test_a_misspelt_backend_names_its_neighbour():
     with pytest.raises(ConfigError, match="'spda' is unknown. Did you mean sdpa?"):
-        choose_backend("spda", torch.device("cpu"))
+        check_word("spda")
+    with pytest.raises(ConfigError, match="'spda' is unknown"):
+        choose_backend("spda", ON_CPU)
+
+
+def test_a_run_file_may_name_every_backend():
+    assert get_args(Word) == ("auto", *BACKENDS)
 
 
 def test_a_backend_that_cannot_run_says_why_and_what_can(monkeypatch):
-    monkeypatch.setattr(type(BACKENDS["tiles"]), "why_not", lambda self, device: "needs a mosaic, this is a cpu")
+    monkeypatch.setattr(type(BACKENDS["tiles"]), "why_not", lambda self, situation: "needs a mosaic, this is a cpu")
     with pytest.raises(ConfigError, match="tiles cannot run here: needs a mosaic, this is a cpu. Use attention: auto or"):
-        choose_backend("tiles", torch.device("cpu"))
-    assert choose_backend("auto", torch.device("cpu")).reason == \
+        choose_backend("tiles", ON_CPU)
+    assert choose_backend("auto", ON_CPU).reason == \
         "sdpa: the fastest that can run here; tiles cannot run here: needs a mosaic, this is a cpu"

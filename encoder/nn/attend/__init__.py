@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import Literal, get_args
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.nn.attend.contract import Backend, Plan
+from encoder.nn.attend.contract import Backend, Plan, Situation
 from encoder.nn.attend.sdpa import Sdpa
 from encoder.nn.attend.tiles import Tiles
 
-__all__ = ["BACKENDS", "Backend", "Choice", "Plan", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "Choice", "Plan", "Situation", "Word", "check_word", "choose_backend"]
 
+Word = Literal["auto", "tiles", "sdpa"]
 BACKENDS: dict[str, Backend] = {b.name: b for b in (Tiles(), Sdpa())}     # fastest first
 
 
@@ -24,11 +24,16 @@ class Choice:
     reason: str
 
 
-def choose_backend(word: str, device: torch.device) -> Choice:
-    """The backend called `word`, or with "auto" the fastest that can run on the device. Raises ConfigError."""
-    if word != "auto" and word not in BACKENDS:
-        raise ConfigError(f"attention {word!r} is unknown. {nearest(word, ['auto', *BACKENDS])}")
-    refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(device))}
+def check_word(word: str) -> None:
+    """Raises ConfigError for a word that names no backend, whatever the device."""
+    if word not in get_args(Word):
+        raise ConfigError(f"attention {word!r} is unknown. {nearest(word, list(get_args(Word)))}")
+
+
+def choose_backend(word: str, situation: Situation) -> Choice:
+    """The backend called `word`, or with "auto" the fastest that can run in the situation. Raises ConfigError."""
+    check_word(word)
+    refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(situation))}
     able = [name for name in BACKENDS if name not in refusals]
     if word in refusals:
         raise ConfigError(f"{word} cannot run here: {refusals[word]}. Use attention: {' or '.join(['auto', *able])}.")

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What a backend is asked about: where and on what it would run."""
+
+    device: torch.device
+    dtype: torch.dtype                # of q, k and v
+    head_width: int
+    training: bool                    # gradients are needed
 
 
 class Plan(Protocol):
@@ -20,8 +31,8 @@ class Backend(Protocol):
 
     name: str
 
-    def why_not(self, device: torch.device) -> str | None:
-        """Why this backend cannot run on the device (found, needed), or None if it can."""
+    def why_not(self, situation: Situation) -> str | None:
+        """Why this backend cannot run there (found, needed), or None if it can. Asked at every forward: cheap."""
 
     def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
              window_radius_tokens: int) -> Plan:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder.nn.attend.contract import document_bounds
+from encoder.nn.attend.contract import Situation, document_bounds
 
 HIDDEN = -1e30          # added to the scores of keys that a query must not see: exp gives exactly 0 beside a visible key
 WIDTH_STEP = 32         # document tiles are widened to a multiple of this, so that few shapes occur
@@ -43,7 +43,7 @@ class Tiles:
 
     name = "tiles"
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, situation: Situation) -> str | None:
         """It runs everywhere."""
         return None
 
