@@ -31,6 +31,10 @@ class SilentError(UserError):
     """Another rank met a mistake and speaks; this one only leaves with it."""
 
 
+class ModelError(UserError):
+    """A stored model that is missing, damaged, of another kind, or whose weights do not fit its config."""
+
+
 class ExportError(UserError):
     """A Hugging Face folder that cannot be written, read, or does not give the same numbers."""
 

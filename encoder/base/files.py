@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, sync, rename."""
+"""Files and folders that are whole or absent: write beside, sync, rename."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from encoder.base.errors import UserError
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -46,6 +50,43 @@ def usual_mode(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
+
+
+@contextlib.contextmanager
+def folder_that_appears(out: Path, *, mark: str) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name when the block ends well, and vanishes when it does not.
+
+    An `out` that exists is replaced only where it is empty or holds the file `mark`, which the block writes and nobody
+    else does. Raises UserError for any other.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; needed: a folder that does not exist yet.")
+    if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
+        raise UserError(f"{out} is not empty and holds no {mark}, so it was not written by this command. "
+                        "Name another folder, or remove it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                usual_mode(path)
+            fsync_path(path)
+        fsync_path(part)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(part, out)
+        fsync_path(out.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,116 @@
+"""A model at rest: its config, its fp32 weights, its tokenizer and where it came from, in one *weights folder*.
+
+    OUT/
+        model.yaml           the config under the key `model`, as a run file has it
+        model.safetensors    fp32, by our names, which are Hugging Face's
+        tokenizer.json       where the model has one
+        origin.json          where it came from; also the mark of a folder that we may replace
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from encoder.base.errors import ConfigError, ModelError, UserError
+from encoder.base.files import folder_that_appears, write_atomic, write_json
+from encoder.base.schema import chosen_by, read_settings, to_yaml
+from encoder.models.catalog import SYSTEMS, build_model
+from encoder.models.modernbert import ModernBertConfig
+
+MODEL, WEIGHTS, TOKENIZER, ORIGIN = "model.yaml", "model.safetensors", "tokenizer.json", "origin.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """What a run folder, a checkpoint, a weights folder and a Hugging Face folder have in common."""
+
+    config: ModernBertConfig
+    weights: dict[str, Tensor]          # fp32 on the CPU, as state_dict() names them
+    tokenizer_json: Path | None         # a file, read when the model is written elsewhere
+    origin: str                         # one line for people
+    max_tokens: int | None = None       # the longest document trained on; None: max_position_embeddings
+
+
+def write_stored(model: StoredModel, out: Path) -> None:
+    """Write the weights folder `out`, whole or not at all. Raises UserError; ModelError where weights and config differ."""
+    check_weights(model.weights, model.config, of=model.origin)
+    with folder_that_appears(out, mark=ORIGIN) as part:
+        write_atomic(part / MODEL, to_yaml(_ModelFile(model=model.config)))
+        write_safetensors(model.weights, part / WEIGHTS)
+        if model.tokenizer_json is not None:
+            shutil.copyfile(model.tokenizer_json, part / TOKENIZER)
+        write_json(part / ORIGIN, {"origin": model.origin, "max_tokens": model.max_tokens})
+
+
+def read_stored(folder: Path) -> StoredModel:
+    """Read a weights folder. Raises ModelError for one that is incomplete, damaged, or whose weights do not fit."""
+    missing = [name for name in (MODEL, WEIGHTS, ORIGIN) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder} has no {missing[0]}; needed: a weights folder with {MODEL}, {WEIGHTS} and {ORIGIN}, "
+                         "as launch/import_hf.py and launch/grow.py write it.")
+    try:
+        config = read_settings(_ModelFile, folder / MODEL).model
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        origin, max_tokens = origin["origin"], origin["max_tokens"]
+    except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} cannot be read: {str(error).rstrip('.')}. Write the folder again.") from error
+    weights = fp32(read_safetensors(folder / WEIGHTS))
+    check_weights(weights, config, of=str(folder))
+    tokenizer_json = folder / TOKENIZER
+    return StoredModel(config=config, weights=weights, origin=origin, max_tokens=max_tokens,
+                       tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None)
+
+
+def check_weights(weights: dict[str, Tensor], config: ModernBertConfig, *, of: str) -> None:
+    """Names and shapes are those of the config's model. Raises ModelError with the first three that are not."""
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in build_model(config, seed=0).state_dict().items()}
+    lacking = sorted(wanted.keys() - weights.keys())
+    unknown = sorted(weights.keys() - wanted.keys())
+    unfit = [f"{n} {list(weights[n].shape)} for {list(s)}" for n, s in wanted.items()
+             if n in weights and weights[n].shape != s]
+    for words, names in (("lack", lacking), ("hold unknown", unknown), ("have another shape in", unfit)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(f"{of}: the weights {words} {', '.join(names[:3])}{more}. "
+                             "Give the config that the weights were trained with, or complete weights.")
+
+
+def fp32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous fp32 copies on the CPU; a tensor that is so already is not copied."""
+    return {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in weights.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, in the file's own dtypes. Raises ModelError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}. Copy or write the file again.") from error
+
+
+def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
+    """fp32, one file; equal weights give equal bytes. Raises UserError where there is no room."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(fp32(weights), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{path.parent} cannot be written: {error}. Make room, or name another folder.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelFile:
+    """model.yaml."""
+
+    model: chosen_by("system", SYSTEMS)
