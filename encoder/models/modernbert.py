@@ -1,4 +1,8 @@
-"""ModernBERT (Warner et al. 2024) with a masked-language head, on packed tokens, under Hugging Face's parameter names."""
+"""ModernBERT (Warner et al. 2024) with a masked-language head, on packed tokens, under Hugging Face's parameter names.
+
+The defaults are ModernBERT's. Other encoders of the family are other settings of the same class: a BERT is norm_place
+post, mlp gelu, positions learned, biases everywhere and only global layers (tests/unit/test_model_family.py).
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import SummedLoss, TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.nn.attend import Backend, Situation, check_word, choose_backend
-from encoder.nn.block import Block
+from encoder.nn.attention import Attention
+from encoder.nn.block import Block, NormPlace
+from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
-from encoder.nn.heads import DecoderBias, PredictionHead
+from encoder.nn.heads import Decoder, PredictionHead
 from encoder.nn.init import init_megatron_
 from encoder.nn.loss import cross_entropy_sum
-from encoder.nn.norm import layer_norm
-from encoder.nn.rope import rope_table
+from encoder.nn.mlp import FeedForward, Mlp
+from encoder.nn.norm import Norm, make_norm
+from encoder.nn.rope import Positions, rope_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +33,30 @@ class ModernBertConfig:
 
     vocab_size: int = 50368
     hidden_size: int = 768
-    intermediate_size: int = 1152               # one half of the gated layer
+    intermediate_size: int = 1152               # of a gated layer: one half
     num_hidden_layers: int = 22
     num_attention_heads: int = 12
+    attention_head_width: int | None = None     # default: hidden_size / num_attention_heads
+    mlp: Mlp = "geglu"
+    norm: Norm = "layernorm"
+    norm_place: NormPlace = "pre"               # pre: layer 0 needs no first norm (the embedding has one), a final one ends
+    norm_bias: bool = False
+    norm_eps: float = 1e-5
+    attention_bias: bool = False                # of Wqkv and Wo
+    mlp_bias: bool = False
+    head_bias: bool = False                     # of the prediction head's dense layer
+    decoder_bias: bool = True
+    tie_word_embeddings: bool = True            # the decoder's weight is the embedding
+    positions: Positions = "rope"
+    max_position_embeddings: int = 8192         # rows of the learned table; with rope only what an export promises
+    type_vocab_size: int = 0                    # rows of a segment table (BERT 2, RoBERTa 1); every token is of segment 0
     global_attn_every_n_layers: int = 3         # layers 0, n, 2n, ... see the whole document
     window_radius_tokens: int = 64              # the others see |i - j| <= 64: 129 keys
     global_rope_theta: float = 10000.0
     local_rope_theta: float = 10000.0
     attention_output_dropout: float = 0.1       # after attention's Wo; the only dropout
-    norm_eps: float = 1e-5
     initializer_range: float = 0.02
     initializer_cutoff_factor: float = 2.0
-    max_position_embeddings: int = 8192         # what an export promises; nothing is learned per position
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -48,19 +67,32 @@ class ModernBertConfig:
                      "initializer_cutoff_factor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; needed: more than 0.")
+        if self.type_vocab_size < 0:
+            raise ConfigError(f"type_vocab_size is {self.type_vocab_size}; needed: 0 (no segments) or more.")
         if not 0.0 <= self.attention_output_dropout < 1.0:
             raise ConfigError(f"attention_output_dropout is {self.attention_output_dropout}; needed: 0 to below 1.")
-        if self.hidden_size % self.num_attention_heads or self.head_width % 2:
-            width = 2 * self.num_attention_heads
+        if self.norm == "rmsnorm" and self.norm_bias:
+            raise ConfigError("norm_bias true with norm rmsnorm: an RMSNorm has no bias. Use norm_bias: false.")
+        self._check_head_width()
+
+    def _check_head_width(self) -> None:
+        even = 2 if self.positions == "rope" else 1         # rotary positions turn pairs
+        if self.attention_head_width is not None:
+            if self.attention_head_width < 1 or self.attention_head_width % even:
+                raise ConfigError(f"attention_head_width is {self.attention_head_width}; needed: at least 1, and even where "
+                                  "positions are rope, which turns pairs.")
+        elif self.hidden_size % (even * self.num_attention_heads):
+            width = even * self.num_attention_heads
             down = max(width, self.hidden_size // width * width)
             raise ConfigError(f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads gives a head width "
-                              f"of {self.hidden_size / self.num_attention_heads:g}; needed: a whole even number, "
-                              f"because rotary positions turn pairs. Nearest hidden_size: {down} or {down + width}.")
+                              f"of {self.hidden_size / self.num_attention_heads:g}; needed: a whole number, even where "
+                              f"positions are rope, which turns pairs. Nearest hidden_size: {down} or {down + width}; or "
+                              "set attention_head_width.")
 
     @property
     def head_width(self) -> int:
         """Features of one head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.attention_head_width or self.hidden_size // self.num_attention_heads
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only its window."""
@@ -68,86 +100,112 @@ class ModernBertConfig:
 
 
 class ModernBertForMaskedLM(nn.Module):
-    """Packed tokens -> sum of cross entropy at the predicted positions. The decoder's weight is the embedding.
+    """Packed tokens -> sums of the loss at the predicted positions.
 
-    `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device).
+    `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device);
+    `z_loss_weight` times the squared log of the softmax's denominator is added to the loss of a position in training.
     """
 
-    def __init__(self, config: ModernBertConfig, *, attention: str = "auto", seed: int = 0) -> None:
+    def __init__(self, config: ModernBertConfig, *, attention: str = "auto", seed: int = 0,
+                 z_loss_weight: float = 0.0) -> None:
         super().__init__()
-        self.config = config
-        self.attention = attention
-        self.model = _Encoder(config)
-        self.head = PredictionHead(width=config.hidden_size, norm_eps=config.norm_eps)
-        self.decoder = DecoderBias(vocab_size=config.vocab_size)
-        self.set_rope_theta_(global_theta=config.global_rope_theta, local_theta=config.local_rope_theta)
         check_word(attention)
+        self.config = config
+        self.attention, self.z_loss_weight = attention, z_loss_weight
+        self.model = _Encoder(config)
+        self.head = PredictionHead(width=config.hidden_size, bias=config.head_bias, norm=_norm(config))
+        self.decoder = Decoder(vocab_size=config.vocab_size, width=config.hidden_size, bias=config.decoder_bias,
+                               tied=config.tie_word_embeddings)
+        self.set_rope_theta_(global_theta=config.global_rope_theta, local_theta=config.local_rope_theta)
         init_megatron_(self, seed=seed, initializer_range=config.initializer_range,
                        cutoff_factor=config.initializer_cutoff_factor, layers=config.num_hidden_layers)
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """Sum of -log p(target) over the predicted positions, a scalar in fp32 (fp64 for fp64 weights).
+    def forward(self, batch: TokenBatch) -> SummedLoss:
+        """Sums of -log p(target) over the predicted positions, in fp32 (fp64 for fp64 weights).
 
         Every parameter is connected: with nothing to predict the gradients are zeros, not None.
         """
         x_MC = self.hidden_states(batch).index_select(0, batch.predict_index_M)
-        return cross_entropy_sum(self.head(x_MC), self._tied_weight, self.decoder.bias, batch.predict_target_M)
+        return cross_entropy_sum(self.head(x_MC), self._decoder_weight, self.decoder.bias, batch.predict_target_M,
+                                 z_loss_weight=self.z_loss_weight if self.training else 0.0)
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC after the final norm."""
+        """x_TC after the last norm."""
         backend = choose_backend(self.attention, self._situation(batch.ids_T.device)).backend
         return self.model(batch, backend=backend, global_theta=self.global_rope_theta,
                           local_theta=self.local_rope_theta)
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """[T, V] at all positions: for proofs and for asking questions, not for training."""
-        return F.linear(self.head(self.hidden_states(batch)), self._tied_weight, self.decoder.bias)
+        return F.linear(self.head(self.hidden_states(batch)), self._decoder_weight, self.decoder.bias)
 
     def set_rope_theta_(self, *, global_theta: float, local_theta: float) -> None:
         """The base of the rotary angles of global and local layers, from now on."""
         self.global_rope_theta, self.local_rope_theta = float(global_theta), float(local_theta)
 
+    def compile_blocks_(self) -> None:
+        """From now on the layers run compiled (regional: two small graphs shared by all layers, for each shape)."""
+        for block in self.model.layers:
+            block.compile_()
+
     def parameter_count(self) -> int:
-        """Trained numbers; the tied matrix counts once."""
+        """Trained numbers; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def attention_reason(self, device: torch.device | None = None) -> str:
-        """Which backend runs, why, and why others cannot: a line for the run's header."""
-        return choose_backend(self.attention, self._situation(device or self._tied_weight.device)).reason
+        """Which backend runs in training, why, and why others cannot: a line for the run's header."""
+        return choose_backend(self.attention, self._situation(device or self._decoder_weight.device)).reason
 
     def _situation(self, device: torch.device) -> Situation:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self._tied_weight.dtype
-        return Situation(device=device, dtype=dtype, head_width=self.config.head_width, training=self.training)
+        mixed = torch.is_autocast_enabled(device.type)
+        return Situation(device=device, head_width=self.config.head_width, training=torch.is_grad_enabled(),
+                         dtype=torch.get_autocast_dtype(device.type) if mixed else self._decoder_weight.dtype)
 
     @property
-    def _tied_weight(self) -> Tensor:
-        return self.model.embeddings.tok_embeddings.weight
+    def _decoder_weight(self) -> Tensor:
+        return self.model.embeddings.tok_embeddings.weight if self.decoder.weight is None else self.decoder.weight
 
 
 class _Encoder(nn.Module):
-    """Embedding, layers, final norm: the part that Hugging Face calls `model`."""
+    """Embedding, layers and, with norms before the sums, a final norm: the part that Hugging Face calls `model`."""
 
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = TokenEmbedding(vocab_size=config.vocab_size, width=config.hidden_size,
-                                         norm_eps=config.norm_eps)
-        self.layers = nn.ModuleList(
-            Block(layer=i, width=config.hidden_size, heads=config.num_attention_heads,
-                  intermediate=config.intermediate_size, norm_eps=config.norm_eps, local=config.is_local(i),
-                  attention_output_dropout=config.attention_output_dropout)
-            for i in range(config.num_hidden_layers))
-        self.final_norm = layer_norm(config.hidden_size, eps=config.norm_eps)
+        self.embeddings = TokenEmbedding(
+            vocab_size=config.vocab_size, width=config.hidden_size, norm=_norm(config), segments=config.type_vocab_size,
+            positions=config.max_position_embeddings if config.positions == "learned" else 0)
+        self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
 
     def forward(self, batch: TokenBatch, *, backend: Backend, global_theta: float, local_theta: float) -> Tensor:
         """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers."""
         plan = backend.plan(batch.cu_seqlens_S1, max_seqlen=batch.max_seqlen, tokens=len(batch.ids_T),
                             heads=self.config.num_attention_heads,
                             window_radius_tokens=self.config.window_radius_tokens)
-        ropes = {theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width)
+        turning = self.config.positions == "rope"
+        ropes = {theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width) if turning else None
                  for theta in {global_theta, local_theta}}
-        x_TC = self.embeddings(batch.ids_T)
+        x_TC = self.embeddings(batch.ids_T, batch.positions_T)
         for block in self.layers:
             x_TC = block(x_TC, plan=plan, rope=ropes[local_theta if block.local else global_theta],
                          dropout_key_T=batch.dropout_key_T)
         return self.final_norm(x_TC)
+
+
+def _block(config: ModernBertConfig, layer: int) -> Block:
+    # the embedding's norm stands right before the first layer: a second one would only multiply two weights
+    doubled = layer == 0 and config.norm_place == "pre"
+    return Block(
+        norm_place=config.norm_place, local=config.is_local(layer),
+        attn_norm=nn.Identity() if doubled else _norm(config),
+        attn=Attention(width=config.hidden_size, heads=config.num_attention_heads, head_width=config.head_width,
+                       bias=config.attention_bias),
+        attn_dropout=AddressedDropout(width=config.hidden_size, layer=layer, p=config.attention_output_dropout),
+        mlp_norm=_norm(config),
+        mlp=FeedForward(kind=config.mlp, width=config.hidden_size, intermediate=config.intermediate_size,
+                        bias=config.mlp_bias))
+
+
+def _norm(config: ModernBertConfig) -> nn.Module:
+    return make_norm(config.norm, config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)

@@ -1,31 +1,53 @@
-"""One pre-norm layer: attention, then the gated feed-forward, each added to the stream."""
+"""One layer: attention, then the feed-forward, each added to the stream, the norms before them or after the sums."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
 
 from encoder.nn.attend import Plan
 from encoder.nn.attention import Attention
 from encoder.nn.dropout import AddressedDropout
-from encoder.nn.mlp import GeGLU
-from encoder.nn.norm import layer_norm
+from encoder.nn.mlp import FeedForward
+
+NormPlace = Literal["pre", "post"]
 
 
 class Block(nn.Module):
-    """x = x + dropout(attention(norm(x))); x = x + mlp(norm(x)). Layer 0 has no first norm: the embedding has one."""
+    """pre:   x = x + dropout(attention(attn_norm(x)));   x = x + mlp(mlp_norm(x))
+    post:  x = attn_norm(x + dropout(attention(x)));   x = mlp_norm(x + mlp(x))
 
-    def __init__(self, *, layer: int, width: int, heads: int, intermediate: int, norm_eps: float, local: bool,
-                 attention_output_dropout: float) -> None:
+    The way up to attention and the way down from it are two functions, so that each can be compiled: what they see has
+    a fixed shape, while the backend between them meets other documents in each micro-batch.
+    """
+
+    def __init__(self, *, norm_place: NormPlace, attn_norm: nn.Module, attn: Attention, attn_dropout: AddressedDropout,
+                 mlp_norm: nn.Module, mlp: FeedForward, local: bool) -> None:
         super().__init__()
-        self.local = local
-        self.attn_norm = layer_norm(width, eps=norm_eps) if layer > 0 else nn.Identity()
-        self.attn = Attention(width=width, heads=heads)
-        self.attn_dropout = AddressedDropout(width=width, layer=layer, p=attention_output_dropout)
-        self.mlp_norm = layer_norm(width, eps=norm_eps)
-        self.mlp = GeGLU(width=width, intermediate=intermediate)
+        self.norm_place, self.local = norm_place, local
+        self.attn_norm, self.attn, self.attn_dropout = attn_norm, attn, attn_dropout
+        self.mlp_norm, self.mlp = mlp_norm, mlp
 
-    def forward(self, x_TC: Tensor, *, plan: Plan, rope: Tensor, dropout_key_T: Tensor) -> Tensor:
+    def forward(self, x_TC: Tensor, *, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        attended_TC = self.attn(self.attn_norm(x_TC), plan=plan, rope=rope, local=self.local)
-        x_TC = self.attn_dropout(x_TC, attended_TC, dropout_key_T)
-        return x_TC + self.mlp(self.mlp_norm(x_TC))
+        q_THD, k_THD, v_THD = self.up(x_TC, rope)
+        return self.down(x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
+
+    def compile_(self) -> None:
+        """From now on both ways run compiled, one graph for each shape; all blocks of a model share the graphs."""
+        self.up = torch.compile(self.up, dynamic=False)          # type: ignore[method-assign]
+        self.down = torch.compile(self.down, dynamic=False)      # type: ignore[method-assign]
+
+    def up(self, x_TC: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, C] -> query, key and value, each [T, H, D]."""
+        return self.attn.project(self.attn_norm(x_TC) if self.norm_place == "pre" else x_TC, rope)
+
+    def down(self, x_TC: Tensor, out_THD: Tensor, dropout_key_T: Tensor) -> Tensor:
+        """The stream [T, C] and what attention gave [T, H, D] -> [T, C]."""
+        x_TC = self.attn_dropout(x_TC, self.attn.merge(out_THD), dropout_key_T)
+        if self.norm_place == "pre":
+            return x_TC + self.mlp(self.mlp_norm(x_TC))
+        x_TC = self.attn_norm(x_TC)
+        return self.mlp_norm(x_TC + self.mlp(x_TC))

@@ -41,7 +41,10 @@ class AddressedDropout(nn.Module):
             return x_TC + y_TC
         keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
         exact = torch.promote_types(x_TC.dtype, torch.float32)       # in bf16 1 / 0.9 itself would be 0.16 % too small
-        return _AddScaled.apply(x_TC, y_TC, keep_TC.to(exact).mul_(1.0 / (1.0 - self.p)))
+        factor_TC = keep_TC.to(exact) * (1.0 / (1.0 - self.p))
+        if torch.compiler.is_compiling():
+            return torch.addcmul(x_TC.to(exact), y_TC.to(exact), factor_TC).to(x_TC.dtype)
+        return _AddScaled.apply(x_TC, y_TC, factor_TC)
 
 
 def quantile_of_int64(p: float) -> int:

@@ -1,20 +1,25 @@
-"""Token ids to vectors: a lookup and a norm; positions come in by rotation inside attention, not here."""
+"""Token ids to vectors: lookups, added, and a norm. With rotary positions the order comes in inside attention, not here."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from encoder.nn.norm import layer_norm
-
 
 class TokenEmbedding(nn.Module):
-    """ids_T -> x_TC, normalised."""
+    """norm(token + position, if learned + segment, if there are segments)."""
 
-    def __init__(self, *, vocab_size: int, width: int, norm_eps: float) -> None:
+    def __init__(self, *, vocab_size: int, width: int, norm: nn.Module, positions: int = 0, segments: int = 0) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(vocab_size, width)
-        self.norm = layer_norm(width, eps=norm_eps)
+        self.position_embeddings = nn.Embedding(positions, width) if positions else None
+        self.token_type_embeddings = nn.Embedding(segments, width) if segments else None
+        self.norm = norm
 
-    def forward(self, ids_T: Tensor) -> Tensor:
-        """[T] -> [T, C]."""
-        return self.norm(self.tok_embeddings(ids_T))
+    def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """[T] ids and places inside the document -> [T, C]. Every token is of segment 0: a batch knows no other yet."""
+        x_TC = self.tok_embeddings(ids_T)
+        if self.position_embeddings is not None:
+            x_TC = x_TC + self.position_embeddings(positions_T)
+        if self.token_type_embeddings is not None:
+            x_TC = x_TC + self.token_type_embeddings.weight[0]
+        return self.norm(x_TC)

@@ -1,4 +1,4 @@
-"""From hidden states to what the decoder reads: dense, GELU, norm."""
+"""From hidden states to logits: dense, GELU, norm; then the decoder."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder.nn.norm import layer_norm
-
 
 class PredictionHead(nn.Module):
-    """norm(gelu(dense(x))), no bias."""
+    """norm(gelu(dense(x)))."""
 
-    def __init__(self, *, width: int, norm_eps: float) -> None:
+    def __init__(self, *, width: int, bias: bool, norm: nn.Module) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width, bias=False)
-        self.norm = layer_norm(width, eps=norm_eps)
+        self.dense = nn.Linear(width, width, bias=bias)
+        self.norm = norm
 
     def forward(self, x_MC: Tensor) -> Tensor:
         """[M, C] -> [M, C]."""
         return self.norm(F.gelu(self.dense(x_MC)))
 
 
-class DecoderBias(nn.Module):
-    """What a tied decoder owns: a bias for every vocabulary entry. Its weight is the embedding, with one name only."""
+class Decoder(nn.Module):
+    """What the decoder owns: a bias for every vocabulary entry, and a weight [V, C] unless that is the embedding (tied)."""
 
-    def __init__(self, *, vocab_size: int) -> None:
+    def __init__(self, *, vocab_size: int, width: int, bias: bool, tied: bool) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Positions = Literal["rope", "learned"]         # turned in attention, or a table added to the tokens (encoder.nn.embedding)
 
 
 def rope_table(positions_T: Tensor, *, theta: float, head_width: int) -> Tensor:
@@ -24,6 +26,13 @@ def split_and_rotate(qkv_T3HD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, T
     The turn is computed in fp32 (fp64 for fp64 input) and rounded once. One autograd step instead of the 14 of plain
     torch: forward 2.4 ms against 5.3, fp32, 4,096 tokens of 4 heads x 64, one thread.
     """
+    if torch.compiler.is_compiling():           # the compiler fuses this better than it can see through our own step
+        exact = torch.promote_types(qkv_T3HD.dtype, torch.float32)
+        cos, sin = table.to(exact)
+        a, b = qkv_T3HD[:, :2].to(exact).chunk(2, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qkv_T3HD.dtype)
+        return turned[:, 0], turned[:, 1], qkv_T3HD[:, 2]
     return _SplitAndRotate.apply(qkv_T3HD, table)
 
 

@@ -74,7 +74,7 @@ def test_backends_give_the_same_loss_and_gradients(lengths):
     batch, found = packed(lengths, vocab=96), {}
     for attention in ("sdpa", "tiles"):
         model = ModernBertForMaskedLM(SMALL, attention=attention, seed=1).double()
-        loss = model(batch)
+        loss = model(batch).total
         loss.backward()
         found[attention] = loss.item(), gradients(model)
     assert found["sdpa"][0] == pytest.approx(found["tiles"][0], rel=1e-12)
@@ -86,7 +86,7 @@ def test_the_loss_of_a_packed_batch_is_the_sum_of_its_documents_dropout_included
     lengths = [20, 1, 33, 10]
     batch = packed(lengths, vocab=96, predict=30)
     model = ModernBertForMaskedLM(SMALL, seed=1).double()
-    whole = model(batch)
+    whole = model(batch).total
     whole.backward()
     expected = gradients(model)
     model.zero_grad()
@@ -98,13 +98,13 @@ def test_the_loss_of_a_packed_batch_is_the_sum_of_its_documents_dropout_included
                              cu_seqlens_S1=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
                              predict_index_M=batch.predict_index_M[inside] - start,
                              predict_target_M=batch.predict_target_M[inside], dropout_key_T=batch.dropout_key_T[part],
-                             masked_tokens=int(inside.sum()), tokens=length))
+                             masked_tokens=int(inside.sum()), tokens=length)).total
         loss.backward()
         alone, start = alone + loss.item(), start + length
     assert whole.item() == pytest.approx(alone, rel=1e-12)
     for name, grad in gradients(model).items():
         assert torch.allclose(grad, expected[name], rtol=0, atol=1e-10 * expected[name].abs().max()), name
-    assert model.eval()(batch).item() != pytest.approx(whole.item(), rel=1e-6)       # dropout was on
+    assert model.eval()(batch).total.item() != pytest.approx(whole.item(), rel=1e-6)       # dropout was on
 
 
 @pytest.mark.parametrize("capacity", [0, 8])
@@ -112,7 +112,7 @@ def test_nothing_to_predict_gives_zero_gradients_for_every_parameter(capacity):
     batch = packed([9, 20], vocab=96, predict=capacity)
     batch = replace(batch, predict_target_M=torch.full_like(batch.predict_target_M, -100), masked_tokens=0)
     model = ModernBertForMaskedLM(SMALL)
-    loss = model(batch)
+    loss = model(batch).total
     loss.backward()
     assert loss == 0
     for name, grad in gradients(model).items():
@@ -125,33 +125,33 @@ def test_a_micro_batch_without_tokens_gives_zero_gradients_for_every_parameter(a
     batch = replace(packed([1], vocab=96, predict=0), ids_T=nothing, positions_T=nothing.int(), dropout_key_T=nothing,
                     cu_seqlens_S1=torch.zeros(4, dtype=torch.int32), max_seqlen=0, tokens=0)
     model = ModernBertForMaskedLM(SMALL, attention=attention)
-    model(batch).backward()
+    model(batch).total.backward()
     assert all(grad is not None and not grad.any() for grad in gradients(model).values())
 
 
 def test_theta_can_change_between_steps_and_moves_only_the_layers_it_is_for():
     batch = packed([60], vocab=96)
     all_global = ModernBertForMaskedLM(replace(SMALL, global_attn_every_n_layers=1), seed=1).eval()
-    before = all_global(batch)
+    before = all_global(batch).total
     all_global.set_rope_theta_(global_theta=10000.0, local_theta=500.0)
-    assert torch.equal(all_global(batch), before)
+    assert torch.equal(all_global(batch).total, before)
     all_global.set_rope_theta_(global_theta=500.0, local_theta=500.0)
-    assert not torch.equal(all_global(batch), before)
+    assert not torch.equal(all_global(batch).total, before)
 
 
 def test_precisions_keep_their_words():
     batch = packed([30, 80], vocab=96)
     model = ModernBertForMaskedLM(SMALL, seed=1).eval()
-    exact = model(batch)
+    exact = model(batch).total
     assert exact.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(batch)
+        mixed = model(batch).total
     mixed.backward()
     assert mixed.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert 0 < abs(mixed - exact) < 0.02 * exact
     low = ModernBertForMaskedLM(SMALL, seed=1).eval().bfloat16()
-    assert low(batch).dtype == torch.float32 and abs(low(batch) - exact) < 0.05 * exact
-    assert ModernBertForMaskedLM(SMALL, seed=1).double()(batch).dtype == torch.float64
+    assert low(batch).total.dtype == torch.float32 and abs(low(batch).total - exact) < 0.05 * exact
+    assert ModernBertForMaskedLM(SMALL, seed=1).double()(batch).total.dtype == torch.float64
 
 
 def test_settings_survive_the_schema():
@@ -161,7 +161,7 @@ def test_settings_survive_the_schema():
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(hidden_size=100), "hidden_size 100 over 12 heads gives a head width of 8.33333.*Nearest hidden_size: 96 or 120"),
-    (dict(hidden_size=36), "head width of 3; needed: a whole even number.*Nearest hidden_size: 24 or 48"),
+    (dict(hidden_size=36), "head width of 3; needed: a whole number, even where.*Nearest hidden_size: 24 or 48"),
     (dict(vocab_size=0), "vocab_size is 0; needed: at least 1"),
     (dict(attention_output_dropout=1.0), "attention_output_dropout is 1.0; needed: 0 to below 1"),
     (dict(norm_eps=-1e-5), "norm_eps is -1e-05; needed: more than 0"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.heads import PredictionHead
-from encoder.nn.mlp import GeGLU
-from encoder.nn.norm import layer_norm
+from encoder.nn.mlp import FeedForward
+from encoder.nn.norm import make_norm
 from encoder.nn.rope import rope_table, split_and_rotate
 from tests.reference.dense import rotate_pair_by_pair
 
@@ -53,32 +54,56 @@ def test_the_rotation_in_bf16_is_the_fp32_one_rounded_once():
         assert torch.equal(found, exact.bfloat16())
 
 
-def test_geglu_bends_the_first_half_by_exact_erf_and_leaves_the_second_straight():
-    mlp = GeGLU(width=4, intermediate=3).double()
+@pytest.mark.parametrize("kind", ["geglu", "swiglu"])
+def test_the_gated_layer_bends_the_first_half_and_leaves_the_second_straight(kind):
+    mlp = FeedForward(kind=kind, width=4, intermediate=3, bias=False).double()
     x = randn(5, 4)
     both = x @ mlp.Wi.weight.T
     a, gate = both[:, :3], both[:, 3:]
-    expected = (0.5 * a * (1 + torch.erf(a / math.sqrt(2))) * gate) @ mlp.Wo.weight.T
-    assert torch.allclose(mlp(x), expected, rtol=0, atol=1e-14)
+    bent = 0.5 * a * (1 + torch.erf(a / math.sqrt(2))) if kind == "geglu" else a / (1 + torch.exp(-a))
+    assert torch.allclose(mlp(x), (bent * gate) @ mlp.Wo.weight.T, rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(mlp, (x.requires_grad_(),))
     assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(mlp, {"Wi.weight": w}, (x,)),
                                     (mlp.Wi.weight.detach().clone().requires_grad_(),))
 
 
-def test_the_norm_has_a_weight_no_bias_and_the_biased_variance():
-    norm = layer_norm(4, eps=1e-5)
+def test_the_plain_layer_has_one_half_and_exact_gelu():
+    mlp = FeedForward(kind="gelu", width=4, intermediate=3, bias=True).double()
+    x = randn(5, 4)
+    inner = x @ mlp.Wi.weight.T + mlp.Wi.bias
+    expected = (0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))) @ mlp.Wo.weight.T + mlp.Wo.bias
+    assert mlp.Wi.weight.shape == (3, 4) and torch.allclose(mlp(x), expected, rtol=0, atol=1e-14)
+
+
+def test_the_layer_norm_has_the_biased_variance_and_a_bias_only_where_asked():
     x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
-    assert [name for name, _ in norm.named_parameters()] == ["weight"]
-    assert torch.allclose(norm(x), (x - 3.0) / math.sqrt(3.5 + 1e-5))      # squares 4 1 0 9, mean 3.5
+    for bias in (False, True):
+        norm = make_norm("layernorm", 4, eps=1e-5, bias=bias)
+        assert [name for name, _ in norm.named_parameters()] == ["weight", "bias"][:1 + bias]
+        assert torch.allclose(norm(x), (x - 3.0) / math.sqrt(3.5 + 1e-5))      # squares 4 1 0 9, mean 3.5
+
+
+def test_the_rms_norm_divides_by_the_root_of_the_mean_square():
+    norm = make_norm("rmsnorm", 4, eps=1e-5, bias=False)
+    x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])                                   # squares 1 4 9 36, mean 12.5
+    assert torch.allclose(norm(x), x / math.sqrt(12.5 + 1e-5))
 
 
 def test_the_embedding_is_a_lookup_and_a_norm_without_scaling():
-    layer = TokenEmbedding(vocab_size=5, width=4, norm_eps=1e-5)
+    layer = TokenEmbedding(vocab_size=5, width=4, norm=make_norm("layernorm", 4, eps=1e-5, bias=False))
     ids = torch.tensor([3, 0, 3])
-    assert torch.equal(layer(ids), F.layer_norm(layer.tok_embeddings.weight[ids], (4,), eps=1e-5))
+    assert torch.equal(layer(ids, torch.arange(3)), F.layer_norm(layer.tok_embeddings.weight[ids], (4,), eps=1e-5))
 
 
-def test_the_head_is_dense_then_gelu_then_norm():
-    head = PredictionHead(width=4, norm_eps=1e-5)
+def test_learned_positions_and_segment_zero_are_added_before_the_norm():
+    layer = TokenEmbedding(vocab_size=5, width=4, norm=make_norm("layernorm", 4, eps=1e-5, bias=False), positions=6, segments=2)
+    ids, places = torch.tensor([3, 0, 3]), torch.tensor([0, 1, 0])
+    x = layer.tok_embeddings.weight[ids] + layer.position_embeddings.weight[places] + layer.token_type_embeddings.weight[0]
+    assert torch.equal(layer(ids, places), F.layer_norm(x, (4,), eps=1e-5))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_is_dense_then_gelu_then_norm(bias):
+    head = PredictionHead(width=4, bias=bias, norm=make_norm("layernorm", 4, eps=1e-5, bias=False))
     x = randn(3, 4, dtype=torch.float32)
-    assert torch.allclose(head(x), F.layer_norm(F.gelu(x @ head.dense.weight.T), (4,), eps=1e-5))
+    assert torch.allclose(head(x), F.layer_norm(F.gelu(F.linear(x, head.dense.weight, head.dense.bias)), (4,), eps=1e-5))
