@@ -31,7 +31,7 @@ __all__ = ["Engine", "EngineConfig", "LossSum", "Piece", "StepResult", "start_en
 class StepResult:
     """What one step did, over all ranks."""
 
-    loss: float            # nats per predicted position
+    loss: float            # cross entropy in nats per predicted position
     grad_norm: float       # of the mean loss's gradient, before clipping; inf if not finite
     masked_tokens: int
     applied: bool          # False: the gradient was not finite and nothing moved
@@ -57,7 +57,7 @@ class Piece:
 
 def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: StableAdamWConfig, world: World,
                  device: torch.device) -> Engine:
-    """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join). `model(batch)` gives the loss sum.
+    """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join). `model(batch)` gives a SummedLoss.
 
     Every rank brings the same initial weights (a function of the seed).
     """
@@ -104,17 +104,20 @@ class Engine:
         assert max_lr > 0.0, "the decay is relative to the peak rate"
         for group in self.optimizer.param_groups:
             group.update(lr=lr, max_lr=max_lr)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)      # of losses, of positions: one all-reduce
         for batch in micro_batches:
             with self._autocast():
-                loss_sum = self._ds(batch.to(self.device, non_blocking=True))
+                loss = self._ds(batch.to(self.device, non_blocking=True))
             # DeepSpeed divides the gradients' sum by the number of ranks
-            self._ds.backward(loss_sum * (self.world.size / masked_tokens), scale_wrt_gas=False)
-            total += loss_sum.detach()
+            self._ds.backward(loss.total * (self.world.size / masked_tokens), scale_wrt_gas=False)
+            sums[0] += loss.cross_entropy
+            sums[1] += loss.count
         self._ds.step()
         norm = self._plain_norm if self.config.zero_stage == 0 else self._ds.get_global_grad_norm()
         norm = float(norm)
-        return StepResult(loss=float(sum_over_ranks(total)) / masked_tokens, masked_tokens=masked_tokens,
+        loss_sum, counted = sum_over_ranks(sums).tolist()
+        assert counted == masked_tokens, f"the batches announced {masked_tokens} positions, the model counted {counted:.0f}"
+        return StepResult(loss=loss_sum / masked_tokens, masked_tokens=masked_tokens,
                           grad_norm=norm if norm == norm else float("inf"), applied=norm < float("inf"))
 
     def evaluate(self, batches: Iterable[TokenBatch]) -> LossSum:
@@ -125,8 +128,9 @@ class Engine:
         try:
             with torch.no_grad(), self._autocast():
                 for batch in batches:
-                    sums[0] += self.module(batch.to(self.device, non_blocking=True))
-                    sums[1] += batch.masked_tokens
+                    loss = self.module(batch.to(self.device, non_blocking=True))
+                    sums[0] += loss.cross_entropy
+                    sums[1] += loss.count
         finally:
             self.module.train(training)
         loss_sum, masked_tokens = sum_over_ranks(sums).tolist()

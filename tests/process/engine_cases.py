@@ -101,7 +101,7 @@ def plain_loop(world: World, *, out: str) -> None:
     optimizer = StableAdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], CONFIG)
     for step in range(STEPS):
         (batch,) = share_of_step(step, rank=0, world_size=1, micro_batch_rows=8)
-        (model(batch) / MASKED_TOKENS).backward()
+        (model(batch).total / MASKED_TOKENS).backward()
         if step == SPIKE_STEP:
             named[SPIKED].grad.mul_(1000.0)
         for group in optimizer.param_groups:

@@ -26,7 +26,7 @@ def test_pieces_give_the_whole_vocabulary_loss_and_its_gradients(monkeypatch, dt
     monkeypatch.setattr(loss_module, "PIECE_BYTES", piece_positions * 50 * dtype.itemsize)
     ours, truth = question(dtype), question(torch.float64)
     truth[:3] = [x.detach().double().requires_grad_() for x in ours[:3]]
-    found, expected = cross_entropy_sum(*ours), whole_vocabulary_loss(*truth)
+    found, expected = cross_entropy_sum(*ours).total, whole_vocabulary_loss(*truth)
     (found / 60).backward()
     (expected / 60).backward()
     assert found.dtype == dtype
@@ -41,25 +41,25 @@ def test_bf16_gradients_keep_the_exact_scale_of_the_step(masked):
     for world in (1, 3, 5):
         h, weight, bias, target = question(torch.float32, positions=700, width=32)   # 22,400 roundings average out
         h_half = h.detach().bfloat16().requires_grad_()
-        plain, = torch.autograd.grad(cross_entropy_sum(h_half, weight, bias, target), h_half)
-        scaled, = torch.autograd.grad(cross_entropy_sum(h_half, weight, bias, target) * (world / masked), h_half)
+        plain, = torch.autograd.grad(cross_entropy_sum(h_half, weight, bias, target).total, h_half)
+        scaled, = torch.autograd.grad(cross_entropy_sum(h_half, weight, bias, target).total * (world / masked), h_half)
         factor = float((scaled.double() * plain.double()).sum() / plain.double().square().sum())
         assert factor == pytest.approx(world / masked, rel=5e-4)
 
 
 def test_ignored_positions_contribute_exactly_zero():
     h, weight, bias, target = question()
-    cross_entropy_sum(h, weight, bias, target).backward()
+    cross_entropy_sum(h, weight, bias, target).total.backward()
     assert (h.grad[target == IGNORE] == 0).all() and (h.grad[target != IGNORE] != 0).any()
     kept = target != IGNORE
-    alone = cross_entropy_sum(h[kept], weight, bias, target[kept])
-    assert torch.allclose(alone, cross_entropy_sum(h, weight, bias, target), rtol=1e-14)
+    alone = cross_entropy_sum(h[kept], weight, bias, target[kept]).total
+    assert torch.allclose(alone, cross_entropy_sum(h, weight, bias, target).total, rtol=1e-14)
 
 
 @pytest.mark.parametrize("positions", [0, 3])
 def test_nothing_to_predict_gives_zero_and_zero_gradients(positions):
     h, weight, bias, target = question(positions=positions)
-    total = cross_entropy_sum(h, weight, bias, target.fill_(IGNORE))
+    total = cross_entropy_sum(h, weight, bias, target.fill_(IGNORE)).total
     total.backward()
     assert total == 0
     assert all(x.grad is not None and not x.grad.any() for x in (h, weight, bias))
@@ -67,19 +67,19 @@ def test_nothing_to_predict_gives_zero_and_zero_gradients(positions):
 
 def test_a_single_position_by_hand():
     h, weight, bias = torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([0.0, 0.0, 0.0, 0.0])
-    assert torch.allclose(cross_entropy_sum(h, weight, bias, torch.tensor([2])), torch.tensor(4.0).log())
+    assert torch.allclose(cross_entropy_sum(h, weight, bias, torch.tensor([2])).total, torch.tensor(4.0).log())
 
 
 def test_without_gradients_the_loss_is_the_same_and_keeps_nothing():
     h, weight, bias, target = question()
     with torch.no_grad():
-        found = cross_entropy_sum(h, weight, bias, target)
-    assert not found.requires_grad and torch.equal(found, cross_entropy_sum(h, weight, bias, target).detach())
+        found = cross_entropy_sum(h, weight, bias, target).total
+    assert not found.requires_grad and torch.equal(found, cross_entropy_sum(h, weight, bias, target).total.detach())
 
 
 def test_bf16_weights_give_an_fp32_sum_near_the_exact_one():
     ours = question(torch.bfloat16)
-    found = cross_entropy_sum(*ours)
+    found = cross_entropy_sum(*ours).total
     found.backward()
     truth = whole_vocabulary_loss(*(x.detach().double() for x in ours[:3]), ours[3])
     assert found.dtype == torch.float32 and ours[1].grad.dtype == torch.bfloat16
@@ -89,9 +89,9 @@ def test_bf16_weights_give_an_fp32_sum_near_the_exact_one():
 def test_autocast_multiplies_in_bf16_and_sums_in_fp32():
     ours, exact = question(torch.float32), question(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = cross_entropy_sum(*ours)
+        found = cross_entropy_sum(*ours).total
     found.backward()
-    expected = cross_entropy_sum(*exact)
+    expected = cross_entropy_sum(*exact).total
     expected.backward()
     assert found.dtype == torch.float32 and ours[1].grad.dtype == torch.float32
     assert 0 < abs(found - expected) < 0.01 * expected
