@@ -6,6 +6,7 @@ post, mlp gelu, positions learned, biases everywhere and only global layers (tes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from encoder.nn.block import Block, NormPlace
 from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.heads import Decoder, PredictionHead
-from encoder.nn.init import init_megatron_
+from encoder.nn.init import init_megatron_, initial_values
 from encoder.nn.loss import cross_entropy_sum
 from encoder.nn.mlp import FeedForward, Mlp
 from encoder.nn.norm import Norm, make_norm
@@ -117,8 +118,9 @@ class ModernBertForMaskedLM(nn.Module):
         self.decoder = Decoder(vocab_size=config.vocab_size, width=config.hidden_size, bias=config.decoder_bias,
                                tied=config.tie_word_embeddings)
         self.set_rope_theta_(global_theta=config.global_rope_theta, local_theta=config.local_rope_theta)
-        init_megatron_(self, seed=seed, initializer_range=config.initializer_range,
-                       cutoff_factor=config.initializer_cutoff_factor, layers=config.num_hidden_layers)
+        self._draw = dict(seed=seed, initializer_range=config.initializer_range,
+                          cutoff_factor=config.initializer_cutoff_factor, layers=config.num_hidden_layers)
+        init_megatron_(self, **self._draw)
 
     def forward(self, batch: TokenBatch) -> SummedLoss:
         """Sums of -log p(target) over the predicted positions, in fp32 (fp64 for fp64 weights).
@@ -139,14 +141,18 @@ class ModernBertForMaskedLM(nn.Module):
         """[T, V] at all positions: for proofs and for asking questions, not for training."""
         return F.linear(self.head(self.hidden_states(batch)), self._decoder_weight, self.decoder.bias)
 
+    def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
+        """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
+        return initial_values(name, shape, **self._draw)
+
     def set_rope_theta_(self, *, global_theta: float, local_theta: float) -> None:
         """The base of the rotary angles of global and local layers, from now on."""
         self.global_rope_theta, self.local_rope_theta = float(global_theta), float(local_theta)
 
-    def compile_blocks_(self) -> None:
+    def compile_blocks_(self, *, backend: str = "inductor") -> None:
         """From now on the layers run compiled (regional: two small graphs shared by all layers, for each shape)."""
         for block in self.model.layers:
-            block.compile_()
+            block.compile_(backend=backend)
 
     def parameter_count(self) -> int:
         """Trained numbers; a tied matrix counts once."""

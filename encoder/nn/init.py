@@ -1,47 +1,66 @@
-"""First values as Megatron draws them (Shoeybi et al. 2019): normals cut short, narrower where added to the stream."""
+"""First values as Megatron draws them (Shoeybi et al. 2019): normals cut short, narrower where added to the stream.
+
+    matrix                                                               sigma                                  base
+    tok_embeddings, position_embeddings, token_type_embeddings           initializer_range                      0.02
+    attn.Wqkv, mlp.Wi, head.dense                                        initializer_range                      0.02
+    attn.Wo, mlp.Wo                                                      initializer_range / sqrt(2 layers)     0.0030151
+    decoder.weight, where it is not the embedding                        hidden_size ** -0.5                    0.036084
+    biases 0, norm weights 1
+
+These are the values ModernBERT-base was trained from. transformers' own init differs: it divides head.dense by
+sqrt(2 layers), too.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from encoder.base.rng import address_seed
 
+PLAIN = ("tok_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight", "attn.Wqkv.weight",
+         "mlp.Wi.weight", "head.dense.weight")
 INTO_STREAM = ("attn.Wo.weight", "mlp.Wo.weight")
-OTHERS = ("tok_embeddings.weight", "attn.Wqkv.weight", "mlp.Wi.weight", "head.dense.weight")
+INTO_LOGITS = ("decoder.weight",)
 
 
 @torch.no_grad()
 def init_megatron_(model: nn.Module, *, seed: int, initializer_range: float, cutoff_factor: float, layers: int) -> None:
-    """Fill every parameter: matrices ~ normal(0, sigma) cut at +- cutoff_factor * sigma, biases 0, norm weights 1.
-
-    sigma is that of the normal before it is cut; cut at 2 sigma the values' own deviation is 0.8796 sigma.
-    Each matrix has its own generator, named by the parameter, so its values depend on the seed and the name only:
-    not on the order of construction, the number of ranks, or the parameters beside it. Drawn in fp32, then cast.
-    """
+    """Fills every parameter of a model with its `initial_values`; what is on the meta device is left to be filled later."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
-        if parameter.ndim < 2:
-            # decoder.bias is zero too. ModernBERT's own code forgot it when the decoder is tied and left nn.Linear's
-            # uniform +-1/sqrt(C): noise of about sigma / 0.02 = one embedding deviation on every logit, for no reason.
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        sigma = sigma_of(name, initializer_range=initializer_range, layers=layers)
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        torch.nn.init.trunc_normal_(drawn, std=sigma, a=-cutoff_factor * sigma, b=cutoff_factor * sigma,
-                                    generator=torch.Generator().manual_seed(address_seed(seed, "init", name)))
-        parameter.copy_(drawn)
+        if not parameter.is_meta:
+            parameter.copy_(initial_values(name, parameter.shape, seed=seed, initializer_range=initializer_range,
+                                           cutoff_factor=cutoff_factor, layers=layers))
 
 
-def sigma_of(name: str, *, initializer_range: float, layers: int) -> float:
-    """sigma of a matrix by its name: initializer_range, over sqrt(2 layers) where its product is added to the stream.
+def initial_values(name: str, shape: Sequence[int], *, seed: int, initializer_range: float, cutoff_factor: float,
+                   layers: int) -> Tensor:
+    """The first values of a whole parameter, fp32 on the CPU: a function of the seed, the name and the shape alone.
 
-    head.dense has the full initializer_range, as in ModernBERT's training code; transformers' init divides it too.
+    Matrices ~ normal(0, sigma) cut at +- cutoff_factor * sigma, biases 0, norm weights 1. Each matrix has its own
+    generator, named by the parameter, so neither the order of construction, the number of ranks, the ZeRO stage nor the
+    parameters beside it have a say. sigma is that of the normal before it is cut; cut at 2 sigma the values' own
+    deviation is 0.8796 sigma.
     """
+    if len(shape) < 2:
+        # decoder.bias is zero too. ModernBERT's own code forgot it when the decoder is tied and left nn.Linear's
+        # uniform +-1/sqrt(C): noise of about sigma / 0.02 = one embedding deviation on every logit, for no reason.
+        assert name.endswith(("bias", "norm.weight")), f"no rule to draw {name}"
+        return torch.full(tuple(shape), 0.0 if name.endswith("bias") else 1.0, device="cpu")
+    sigma = sigma_of(name, shape, initializer_range=initializer_range, layers=layers)
+    drawn = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+    return nn.init.trunc_normal_(drawn, std=sigma, a=-cutoff_factor * sigma, b=cutoff_factor * sigma,
+                                 generator=torch.Generator().manual_seed(address_seed(seed, "init", name)))
+
+
+def sigma_of(name: str, shape: Sequence[int], *, initializer_range: float, layers: int) -> float:
+    """sigma of a matrix [out, in] by its name: the table above."""
+    if name.endswith(PLAIN):
+        return initializer_range
     if name.endswith(INTO_STREAM):
         return initializer_range / math.sqrt(2 * layers)
-    assert name.endswith(OTHERS), f"no rule to draw {name}"
-    return initializer_range
+    assert name.endswith(INTO_LOGITS), f"no rule to draw {name}"
+    return shape[1] ** -0.5

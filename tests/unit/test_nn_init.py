@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.nn.init import sigma_of
+from encoder.nn.init import initial_values, sigma_of
 
 SHAPE = dict(vocab_size=2048, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2)
+EVERYTHING = dict(SHAPE, tie_word_embeddings=False, positions="learned", max_position_embeddings=512, type_vocab_size=200,
+                  attention_bias=True, mlp_bias=True, head_bias=True, norm_bias=True)
+RULE = dict(initializer_range=0.02, layers=4)
 CUT_AT_TWO = 0.87962566        # deviation of a standard normal cut at +-2
+WIDE, NARROW, LOGITS = 0.02, 0.02 / math.sqrt(2 * 4), 1 / math.sqrt(128)
+SIGMA = {"tok_embeddings": WIDE, "position_embeddings": WIDE, "token_type_embeddings": WIDE, "Wqkv": WIDE, "Wi": WIDE,
+         "head.dense": WIDE, "attn.Wo": NARROW, "mlp.Wo": NARROW, "decoder": LOGITS}
 
 
+@functools.cache
 def model(seed: int = 0, **changes) -> ModernBertForMaskedLM:
     return ModernBertForMaskedLM(ModernBertConfig(**{**SHAPE, **changes}), seed=seed)
 
 
+def everything() -> ModernBertForMaskedLM:
+    return model(**EVERYTHING)
+
+
+def expected(name: str) -> float:
+    return next(sigma for part, sigma in SIGMA.items() if part in name)
+
+
 def test_each_matrix_has_megatrons_deviation_cut_at_two_sigma():
-    wide, narrow = 0.02, 0.02 / math.sqrt(2 * 4)
-    sigmas = {"tok_embeddings": wide, "Wqkv": wide, "Wi": wide, "head.dense": wide, "attn.Wo": narrow, "mlp.Wo": narrow}
-    matrices = {n: p for n, p in model().named_parameters() if p.ndim == 2}
-    assert len(matrices) == 2 + 4 * 4
+    matrices = {n: p for n, p in everything().named_parameters() if p.ndim == 2}
+    assert len(matrices) == 5 + 4 * 4
+    assert {part for part in SIGMA if any(part in name for name in matrices)} == set(SIGMA)
     for name, p in matrices.items():
-        sigma = next(s for part, s in sigmas.items() if part in name)
-        assert sigma_of(name, initializer_range=0.02, layers=4) == pytest.approx(sigma)
-        assert p.std().item() == pytest.approx(CUT_AT_TWO * sigma, rel=4 / math.sqrt(2 * p.numel()) + 1e-3), name
-        assert abs(p.mean().item()) < 5 * sigma / math.sqrt(p.numel()), name
+        sigma, count = expected(name), p.numel()
+        # the standard error of a deviation, of itself: sqrt((kurtosis - 1) / 4 / count), the cut normal's kurtosis is 2.366
+        assert p.std().item() == pytest.approx(CUT_AT_TWO * sigma, rel=4 * math.sqrt(0.3415 / count)), name
+        assert abs(p.mean().item()) < 4 * CUT_AT_TWO * sigma / math.sqrt(count), name
         assert p.abs().max() <= 2 * sigma * (1 + 1e-6), name
-        assert p.abs().max() > 1.9 * sigma, name
+        assert p.abs().max() > 1.99 * sigma, name
 
 
 def test_head_dense_is_not_divided_by_the_depth_as_transformers_does():
     assert model(num_hidden_layers=8).head.dense.weight.std().item() == pytest.approx(CUT_AT_TWO * 0.02, rel=0.03)
 
 
-def test_norms_start_at_one_and_the_decoder_bias_at_zero():
-    for name, p in model().named_parameters():
-        if p.ndim == 1:
-            assert (p == (0 if name == "decoder.bias" else 1)).all(), name
+@pytest.mark.parametrize("named", [model, everything])
+def test_norms_start_at_one_and_every_bias_at_zero(named):
+    vectors = {n: p for n, p in named().named_parameters() if p.ndim == 1}
+    assert "decoder.bias" in vectors
+    for name, p in vectors.items():
+        assert (p == (0 if name.endswith("bias") else 1)).all(), name
 
 
 def test_values_depend_on_the_seed_and_the_name_not_on_what_else_there_is():
@@ -49,13 +66,28 @@ def test_values_depend_on_the_seed_and_the_name_not_on_what_else_there_is():
     assert not torch.equal(small[wqkv], model(seed=1, num_hidden_layers=2).state_dict()[wqkv])
     assert not torch.equal(small[wqkv], small["model.layers.0.attn.Wqkv.weight"])
     torch.manual_seed(99)
-    assert torch.equal(small[wqkv], model(num_hidden_layers=2).state_dict()[wqkv])
+    assert torch.equal(small[wqkv], model.__wrapped__(num_hidden_layers=2).state_dict()[wqkv])
+
+
+def test_a_models_weights_are_its_initial_values_one_by_one_also_where_it_stands_on_no_device():
+    with torch.device("meta"):
+        hollow = ModernBertForMaskedLM(ModernBertConfig(**EVERYTHING))
+    for name, p in everything().named_parameters():
+        assert torch.equal(p, hollow.initial_values(name, p.shape)), name
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4,)])
+def test_a_parameter_without_a_rule_is_refused(shape):
+    with pytest.raises(AssertionError, match="no rule to draw pooler.weight"):
+        initial_values("pooler.weight", shape, seed=0, cutoff_factor=2.0, **RULE)
 
 
 def test_megatron_core_agrees_on_the_deviation_before_the_cut():
     utils = pytest.importorskip("megatron.core.utils")
-    for name, judge in (("model.layers.0.attn.Wqkv.weight", utils.init_method_normal(0.02)),
-                        ("model.layers.0.mlp.Wo.weight", utils.scaled_init_method_normal(0.02, 22))):
-        torch.manual_seed(0)
-        drawn = judge(torch.empty(1000, 1000))
-        assert sigma_of(name, initializer_range=0.02, layers=22) == pytest.approx(drawn.std().item(), rel=0.004), name
+    for name, p in everything().named_parameters():
+        if p.ndim == 2 and "decoder" not in name:         # Megatron's own decoder is tied
+            scaled = name.endswith("Wo.weight")
+            judge = utils.scaled_init_method_normal(0.02, 4) if scaled else utils.init_method_normal(0.02)
+            torch.manual_seed(0)
+            drawn = judge(torch.empty(300, 1000))
+            assert sigma_of(name, p.shape, **RULE) == pytest.approx(drawn.std().item(), rel=0.006), name
