@@ -21,11 +21,13 @@ def dense_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, lengths: lis
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -math.inf).softmax(-1), v_THD)
 
 
-def whole_vocabulary_loss(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor, target_M: Tensor) -> Tensor:
-    """Sum of -log p(target) with all logits in memory."""
-    log_p = (h_MC @ weight_VC.T + bias_V).log_softmax(-1)
+def whole_vocabulary_loss(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_M: Tensor, *,
+                          z_loss_weight: float = 0.0) -> Tensor:
+    """Sum of -log p(target) + z_loss_weight * logsumexp^2 with all logits in memory."""
     counts = target_M != IGNORE
-    return -log_p[counts].gather(1, target_M[counts][:, None]).sum()
+    logits = (h_MC @ weight_VC.T + (0 if bias_V is None else bias_V))[counts]
+    z_loss = z_loss_weight * logits.logsumexp(-1).square().sum()
+    return z_loss - logits.log_softmax(-1).gather(1, target_M[counts][:, None]).sum()
 
 
 def rotate_pair_by_pair(x_THD: Tensor, positions_T: Tensor, *, theta: float) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import encoder.nn.loss as loss_module
 from encoder.base.batch import IGNORE
@@ -22,17 +26,59 @@ def question(dtype=torch.float64, *, positions: int = 70, vocab: int = 50, width
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("piece_positions", [1, 16, 1000])
-def test_pieces_give_the_whole_vocabulary_loss_and_its_gradients(monkeypatch, dtype, tolerance, piece_positions):
-    monkeypatch.setattr(loss_module, "PIECE_BYTES", piece_positions * 50 * dtype.itemsize)
-    ours, truth = question(dtype), question(torch.float64)
-    truth[:3] = [x.detach().double().requires_grad_() for x in ours[:3]]
-    found, expected = cross_entropy_sum(*ours).total, whole_vocabulary_loss(*truth)
-    (found / 60).backward()
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("z_loss_weight", [0.0, 1e-2])
+def test_pieces_give_the_whole_vocabulary_loss_and_its_gradients(monkeypatch, dtype, tolerance, piece_positions, bias,
+                                                                z_loss_weight):
+    monkeypatch.setitem(loss_module.PIECE_POSITIONS, "cpu", piece_positions)
+    h, weight, b, target = question(dtype)
+    ours = [h, weight, b] if bias else [h, weight]
+    truth = [x.detach().double().requires_grad_() for x in ours]
+    found = cross_entropy_sum(h, weight, b if bias else None, target, z_loss_weight=z_loss_weight)
+    expected = whole_vocabulary_loss(*truth, *[None] * (not bias), target, z_loss_weight=z_loss_weight)
+    plain = whole_vocabulary_loss(*truth, *[None] * (not bias), target)
+    (found.total / 60).backward()
     (expected / 60).backward()
-    assert found.dtype == dtype
-    assert abs(found - expected) <= tolerance * expected
-    for a, b in zip(ours[:3], truth[:3], strict=True):
+    assert found.total.dtype == found.cross_entropy.dtype == dtype
+    assert abs(found.total - expected) <= tolerance * expected
+    assert abs(found.cross_entropy - plain) <= tolerance * plain and not found.cross_entropy.requires_grad
+    assert found.count == 60 and found.count.dtype == torch.int64
+    for a, b in zip(ours, truth, strict=True):
         assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max().clamp(min=1)
+
+
+def test_z_loss_of_a_single_position_by_hand():
+    """Four equal logits of 0: logsumexp = log 4; its pull on each logit is 2 w log 4 / 4."""
+    bias = torch.zeros(4, requires_grad=True)
+    found = cross_entropy_sum(torch.zeros(1, 2), torch.zeros(4, 2), bias, torch.tensor([2]), z_loss_weight=0.5)
+    found.total.backward()
+    assert found.total.item() == pytest.approx(math.log(4) + 0.5 * math.log(4) ** 2)
+    assert found.cross_entropy.item() == pytest.approx(math.log(4))
+    pull = 0.25 * (1 + math.log(4))
+    assert bias.grad.tolist() == pytest.approx([pull, pull, pull - 1, pull])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees what every operation gives, also in backward, and keeps the largest number of elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_tensor_is_ever_larger_than_a_piece_of_logits_or_the_weight(autocast):
+    """700 positions over 1,000 words: 256,000 logits at a time, never 700,000."""
+    ours = question(torch.float32, positions=700, vocab=1000, width=32)
+    with LargestTensor() as seen, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        cross_entropy_sum(*ours, z_loss_weight=1e-4).total.backward()
+    assert seen.elements == 256 * 1000
+    with LargestTensor() as seen:
+        whole_vocabulary_loss(*ours).backward()
+    assert seen.elements == 700 * 1000
 
 
 @pytest.mark.parametrize("masked", [40, 83, 307])
