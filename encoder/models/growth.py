@@ -1,0 +1,221 @@
+"""A larger model that starts from a smaller one's weights: tiled features, repeated layers (ModernBERT-large from base).
+
+Every parameter is a few axes, every axis has a length in both models, and one function grows them all:
+
+    out[k] = src[(k - o) mod n]    k = 0 .. N-1    o = (N - n) // 2        mode middle: the source in the centre, wrapped around
+    out[k] = src[k mod n]                                                  mode edge:   the source first, then again
+    out[o .. o+n-1] = src, the rest as drawn for the new model             mode centre: a rim without a past
+
+on each axis by itself, without scaling or noise. An axis that is several matrices in one (query, key and value; both halves
+of a gated layer) grows block by block. Source: Warner et al. 2024, appendix A.2, and ModernBERT's initialization.py; the
+depth follows Gopher (Rae et al. 2021): layer i of the new model is layer round(i L_old / L_new) of the old.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from encoder.base.errors import ModelError
+from encoder.models.catalog import build_model
+from encoder.models.modernbert import ModernBertConfig
+
+Mode = Literal["middle", "edge", "centre"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """How the new model takes over the old one's weights."""
+
+    mode: Mode = "middle"
+    layer_map: Literal["modernbert", "same_kind"] = "modernbert"    # modernbert gives global layers local ones' weights
+    # ModernBERT's own code left the final norm at ones. It copies every other norm, and nothing says that it was meant.
+    final_norm: Literal["copy", "ones"] = "copy"
+    seed: int = 0                       # of the new model's own values, where they stay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The new weights, and what a person should know about them."""
+
+    weights: dict[str, Tensor]          # as ModernBertForMaskedLM.state_dict() names them
+    layer_sources: tuple[int, ...]      # the old layer that each new layer comes from
+    not_inherited: tuple[str, ...]      # what keeps the new model's own first values, and why
+    other_settings: tuple[str, ...]     # settings that are not those the source was trained with
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    """One axis of parameters: `blocks` matrices in one, each of `length`."""
+
+    name: str                                                   # in errors: the setting that decides the length
+    length: Callable[[ModernBertConfig], int]
+    blocks: Callable[[ModernBertConfig], int] = lambda config: 1
+
+
+_V = _Axis(name="vocab_size", length=lambda c: c.vocab_size)
+_P = _Axis(name="max_position_embeddings", length=lambda c: c.max_position_embeddings)
+_S = _Axis(name="type_vocab_size", length=lambda c: c.type_vocab_size)
+_C = _Axis(name="hidden_size", length=lambda c: c.hidden_size)
+_HD = _Axis(name="num_attention_heads", length=lambda c: c.num_attention_heads * c.head_width)
+_QKV = _Axis(name="num_attention_heads", length=_HD.length, blocks=lambda c: 3)
+_F = _Axis(name="intermediate_size", length=lambda c: c.intermediate_size)
+_GATED = _Axis(name="intermediate_size", length=_F.length, blocks=lambda c: 1 if c.mlp == "gelu" else 2)
+
+# the end of a parameter's name -> its axes; of a bias, the first one
+_AXES: dict[str, tuple[_Axis, ...]] = {
+    "tok_embeddings": (_V, _C),
+    "position_embeddings": (_P, _C),
+    "token_type_embeddings": (_S, _C),
+    "norm": (_C,),                      # embeddings.norm, attn_norm, mlp_norm, final_norm, head.norm
+    "attn.Wqkv": (_QKV, _C),
+    "attn.Wo": (_C, _HD),
+    "mlp.Wi": (_GATED, _C),
+    "mlp.Wo": (_C, _F),
+    "head.dense": (_C, _C),
+    "decoder": (_V, _C),                # its weight only where it is not the embedding
+}
+_GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
+# what a model may be given anew with the same weights; all other settings must be the source's
+FREE = ("global_attn_every_n_layers", "window_radius_tokens", "global_rope_theta", "local_rope_theta",
+        "attention_output_dropout", "norm_eps", "initializer_range", "initializer_cutoff_factor")
+
+
+def grow(weights: dict[str, Tensor], old: ModernBertConfig, new: ModernBertConfig, settings: GrowthConfig) -> Growth:
+    """The new model with the old one's weights in it. Raises ModelError naming the setting that cannot grow.
+
+    weights: of the `old` model, as its state_dict() names them; the result is fp32. Building draws the new model from
+    settings.seed, so that what stays uninherited has its usual first values.
+    """
+    _check_settings(old, new)
+    _check_sizes(old, new, settings)
+    sources = layer_sources(old, new, layer_map=settings.layer_map)
+    grown = {name: w.detach().float() for name, w in build_model(new, seed=settings.seed).state_dict().items()}
+    fresh = []
+    for name, own in grown.items():
+        source = _source_name(name, sources)
+        if settings.final_norm == "ones" and name.startswith("model.final_norm."):
+            fresh.append(f"{name}: as the new model has it, as final_norm {settings.final_norm} asks")
+        elif source not in weights:
+            fresh.append(f"{name}: as the new model has it, for layer {sources[_layer_of(name)]} of the source has none")
+        else:
+            grown[name] = _grown(weights[source], own, axes_of(name), old, new, mode=settings.mode)
+    if settings.mode == "centre":
+        fresh.append("everything outside the centre of an axis that grew, as mode centre asks")
+    return Growth(weights=grown, layer_sources=sources, not_inherited=tuple(fresh),
+                  other_settings=tuple(f"{n}: {there} in the source, {here} in the new model"
+                                       for n, there, here in differing(old, new) if n not in _GROWS))
+
+
+def differing(old: ModernBertConfig, new: ModernBertConfig) -> list[tuple[str, object, object]]:
+    """(setting, old value, new value) wherever two models differ; the head width by its number, however it was given."""
+    def settings(config: ModernBertConfig) -> dict[str, object]:
+        return {**dataclasses.asdict(config), "attention_head_width": config.head_width}
+    return [(name, there, here) for (name, there), here in zip(settings(old).items(), settings(new).values(), strict=True)
+            if there != here]
+
+
+def must_be_equal(config: ModernBertConfig) -> list[str]:
+    """The settings that decide what the weights mean, sizes aside."""
+    free = (*FREE, "max_position_embeddings") if config.positions == "rope" else FREE      # rope learns no table
+    return [f.name for f in dataclasses.fields(config) if f.name not in (*_GROWS, *free)]
+
+
+def layer_sources(old: ModernBertConfig, new: ModernBertConfig, *, layer_map: str) -> tuple[int, ...]:
+    """The old layer that each new layer comes from.
+
+    modernbert: round(i L_old / L_new), halves to even, as Python rounds; whether a layer is global or local is not asked.
+    same_kind:  the same rule among the global layers by themselves, and among the local ones. Raises ModelError where
+                the source has none of a kind, or more of them than the new model.
+    """
+    every_old, every_new = range(old.num_hidden_layers), range(new.num_hidden_layers)
+    if layer_map == "modernbert":
+        return tuple(_spread(len(every_old), len(every_new)))
+    found: dict[int, int] = {}
+    for kind, local in (("global", False), ("local", True)):
+        there = [i for i in every_old if old.is_local(i) is local]
+        here = [i for i in every_new if new.is_local(i) is local]
+        if len(there) > len(here) or here and not there:
+            raise ModelError(f"layer_map same_kind: the source has {len(there)} {kind} layers, the new model {len(here)}; "
+                             "needed: no fewer than the source, and none where the source has none. Change num_hidden_layers or "
+                             "global_attn_every_n_layers, or use layer_map modernbert.")
+        found.update((i, there[j]) for i, j in zip(here, _spread(len(there), len(here)), strict=True))
+    return tuple(found[i] for i in every_new)
+
+
+def axes_of(name: str) -> tuple[_Axis, ...]:
+    """The axes of a parameter by its name."""
+    stem, _, kind = name.rpartition(".")
+    axes = next((axes for end, axes in _AXES.items() if stem.endswith(end)), None)
+    assert axes, f"no axes are known for {name}"
+    return axes[:1] if kind == "bias" else axes
+
+
+def _spread(old: int, new: int) -> Sequence[int]:
+    # more than twice as many layers would round past the last one; ModernBERT's 22 -> 28 never comes there
+    return [min(round(i * old / new), old - 1) for i in range(new)]
+
+
+def _grown(source: Tensor, own: Tensor, axes: tuple[_Axis, ...], old: ModernBertConfig, new: ModernBertConfig, *,
+           mode: Mode) -> Tensor:
+    """One parameter: `source` of the old model spread over the shape of `own`, the new model's first values."""
+    out, inherited = source.float(), torch.ones((), dtype=torch.bool)
+    for dim, axis in enumerate(axes):
+        index = _places(axis.length(old), axis.length(new), blocks=axis.blocks(old), mode=mode)
+        out = out.index_select(dim, index.clamp(min=0))
+        inherited = inherited & (index >= 0).view([-1 if d == dim else 1 for d in range(len(axes))])
+    assert out.shape == own.shape, f"{list(out.shape)} grew where {list(own.shape)} is needed"
+    return out if inherited.all() else torch.where(inherited, out, own)
+
+
+def _places(old: int, new: int, *, blocks: int, mode: Mode) -> Tensor:
+    """[blocks * new]: the place in the old axis that each place of the new one comes from; -1: from nowhere."""
+    k = torch.arange(new)
+    shift = 0 if mode == "edge" else (new - old) // 2
+    place = (k - shift) % old
+    if mode == "centre":
+        place[(k < shift) | (k >= shift + old)] = -1
+    return torch.cat([torch.where(place < 0, -1, place + block * old) for block in range(blocks)])
+
+
+def _source_name(name: str, sources: tuple[int, ...]) -> str:
+    return re.sub(r"(?<=\.layers\.)\d+", lambda layer: str(sources[int(layer[0])]), name)
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+def _check_settings(old: ModernBertConfig, new: ModernBertConfig) -> None:
+    equal = must_be_equal(old)
+    wrong = next(((n, there, here) for n, there, here in differing(old, new) if n in equal), None)
+    if wrong:
+        name, there, here = wrong
+        hint = f" Set {name}: {there}"
+        if name == "attention_head_width":
+            hint += f", or hidden_size: {new.num_attention_heads * old.head_width} with {new.num_attention_heads} heads"
+        raise ModelError(f"{name} is {there} in the source and {here} in the new model; it cannot grow and must be equal.{hint}.")
+
+
+def _check_sizes(old: ModernBertConfig, new: ModernBertConfig, settings: GrowthConfig) -> None:
+    sizes = {name: (getattr(old, name), getattr(new, name)) for name in _GROWS}
+    for name, (there, here) in sizes.items():
+        if here < there:
+            raise ModelError(f"{name} is {there:,} in the source and {here:,} in the new model; needed: at least {there:,}, "
+                             f"for no axis can shrink. Raise {name}.")
+    if all(there == here for there, here in sizes.values()):
+        raise ModelError(f"the new model is as large as the source ({', '.join(f'{n} {t:,}' for n, (t, _) in sizes.items())}); "
+                         "needed: one of these larger. To train it on, name the source as init_from.")
+    there, here = sizes["num_attention_heads"]
+    if settings.mode != "edge" and (here - there) % 2:
+        raise ModelError(f"num_attention_heads {there} -> {here} in mode {settings.mode} shifts by {(here - there) / 2:g} heads of "
+                         f"{old.head_width} features, and a head would be cut in two; needed: a whole number of heads. "
+                         f"Nearest num_attention_heads: {here - 1} or {here + 1}; or use mode edge.")
+    if settings.final_norm == "ones" and new.norm_place == "post":
+        raise ModelError("final_norm ones: a model with norm_place post has no final norm. Leave final_norm at copy.")
