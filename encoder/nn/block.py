@@ -35,10 +35,10 @@ class Block(nn.Module):
         q_THD, k_THD, v_THD = self.up(x_TC, rope)
         return self.down(x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
 
-    def compile_(self) -> None:
+    def compile_(self, *, backend: str = "inductor") -> None:
         """From now on both ways run compiled, one graph for each shape; all blocks of a model share the graphs."""
-        self.up = torch.compile(self.up, dynamic=False)          # type: ignore[method-assign]
-        self.down = torch.compile(self.down, dynamic=False)      # type: ignore[method-assign]
+        self.up = torch.compile(self.up, backend=backend, dynamic=False, fullgraph=True)          # type: ignore[method-assign]
+        self.down = torch.compile(self.down, backend=backend, dynamic=False, fullgraph=True)      # type: ignore[method-assign]
 
     def up(self, x_TC: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, C] -> query, key and value, each [T, H, D]."""

@@ -103,6 +103,16 @@ def make_model(run: RunConfig) -> torch.nn.Module:
     return build_model(run.model, attention=run.attention, seed=run.seed)
 
 
+def compiles(run: RunConfig, device: torch.device) -> bool:
+    """Whether the layers run compiled."""
+    return run.compile == "blocks" or (run.compile == "auto" and device.type == "cuda" and run.engine.zero_stage < 3)
+
+
+def has_static_shapes(run: RunConfig, device: torch.device) -> bool:
+    """Whether micro-batches are padded to one shape: costs the rows' unfilled end, saves compiling and allocating anew."""
+    return device.type == "cuda" or compiles(run, device)
+
+
 def open_mixture(sources: Sequence[SourceConfig]) -> list[Source]:
     """Opens the shard folders of a mixture, in the order of the run file."""
     return [open_source(Path(s.path), name=source_name(s)) for s in sources]
@@ -121,7 +131,7 @@ def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.de
         pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
         micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
         start=DataPosition(window=progress.window, row=progress.row, phase_tokens=progress.phase_tokens),
-        static_shapes=device.type == "cuda", workers=run.loader.workers, pin_memory=device.type == "cuda")
+        static_shapes=has_static_shapes(run, device), workers=run.loader.workers, pin_memory=device.type == "cuda")
 
 
 def make_held_out(
@@ -137,7 +147,7 @@ def make_held_out(
         source=source, rows=run.evaluation.rows, seed=run.seed, max_tokens_per_document=phase.max_tokens_per_document,
         row_tokens=run.data.row_tokens, corrupt=corrupt, pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id,
         rank=world.rank, world_size=world.size, micro_batch_rows=run.loader.micro_batch_rows,
-        static_shapes=device.type == "cuda")) for source in open_mixture(run.evaluation.sources)]
+        static_shapes=has_static_shapes(run, device))) for source in open_mixture(run.evaluation.sources)]
 
 
 def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:

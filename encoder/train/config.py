@@ -142,10 +142,12 @@ class RunConfig:
     optimizer: StableAdamWConfig
     phases: tuple[PhaseConfig, ...]
     checkpoints: CheckpointConfig
+    init_from: str | None = None                           # a stored model that the weights start from, not the seed
     evaluation: EvaluationConfig | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     attention: AttentionWord = "auto"
+    compile: Literal["auto", "blocks", "off"] = "auto"    # layers by torch.compile; auto: on CUDA, below zero_stage 3
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -154,6 +156,9 @@ class RunConfig:
             raise ConfigError(f"seed {self.seed} must be 0 to 2^63 - 1.")
         if not self.phases:
             raise ConfigError("phases is empty; needed: at least one phase.")
+        if self.compile == "blocks" and self.engine.zero_stage == 3:
+            raise ConfigError("compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks that compiled code "
+                              "does not call. Use compile: off, or zero_stage 2.")
         names = [p.name for p in self.phases]
         if len(set(names)) < len(names):
             raise ConfigError(f"phases have the names {', '.join(names)}; each name may stand once.")
@@ -180,13 +185,13 @@ class RunConfig:
         return phase.sources or self.data.sources
 
 
-IDENTITY = ("seed", "model", "data", "objective", "optimizer", "phases")
+IDENTITY = ("seed", "model", "init_from", "data", "objective", "optimizer", "phases")
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run file with `key=value` overrides; `model: {preset: NAME, ...}` is filled in. Raises ConfigError."""
     mapping = read_mapping(Path(path), overrides)
-    return from_mapping(RunConfig, _with_preset(mapping, where=str(path)), where=str(path))
+    return from_mapping(RunConfig, with_preset(mapping, where=str(path)), where=str(path))
 
 
 def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +202,8 @@ def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def _with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:
+def with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """`model: {preset: NAME, ...}` filled in with the published shape. Raises ConfigError."""
     model = mapping.get("model")
     if not isinstance(model, dict) or "preset" not in model:
         return mapping

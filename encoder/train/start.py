@@ -16,13 +16,14 @@ from encoder.base.log import say
 from encoder.base.schema import differences, read_mapping
 from encoder.base.units import Progress, short_count
 from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
+from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.engine import Engine, start_engine
 from encoder.train import build
 from encoder.train.config import RunConfig, identity_of
 from encoder.train.phases import phase_of_weights
-from encoder.train.tracking import LEDGER
+from encoder.train.initial import InitialWeights, read_initial
+from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
-RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"
 # relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
 FINGERPRINT_TOLERANCE = {"fp64": 1e-5, "fp32": 1e-5, "autocast": 2e-3, "bf16": 2e-3}
 
@@ -37,23 +38,29 @@ class Started:
     entropy: float | None              # unigram entropy of the held-out text, on rank zero
     resumed: bool
     last_held_out: dict[str, float]    # of the checkpoint
+    init_sha256: str | None            # of the weights of init_from, also when resumed; on rank zero
 
 
 def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
               held: contextlib.ExitStack) -> Started:
     """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here."""
     entropy: float | None = None
+    initial: InitialWeights | None = None
     with build.all_ranks_agree(world):
         sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
         if world.first:
             for source in sources:
                 source.check_files()
             entropy = build.held_out_entropy(run, facts)
+        if run.init_from and not committed_folders(folder / CHECKPOINTS):
+            initial = read_initial(run, facts, hashed=world.first)
     with build.all_ranks_agree(world):
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock_folder(folder))
     engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
+    if build.compiles(run, device):
+        engine.module.compile_blocks_()
     progress, extra = Progress(), {}
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is not None:
@@ -63,10 +70,15 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         theta = run.phases[phase_of_weights(progress)]
         engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
         _check_fingerprint(run, engine, device, extra, found)
+    elif initial:
+        engine.set_masters(initial.weights)
     incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
     _say_header(run, world, device, engine, progress, found)
+    for line in initial.lines if initial else ():
+        say(line)
     return Started(engine=engine, incarnation=incarnation, progress=progress, entropy=entropy, resumed=found is not None,
-                   last_held_out=extra.get("last_held_out", {}))
+                   last_held_out=extra.get("last_held_out", {}),
+                   init_sha256=initial.sha256 if initial else extra.get("init_sha256"))
 
 
 def lock_folder(folder: Path) -> IO[str]:
