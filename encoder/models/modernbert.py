@@ -74,6 +74,9 @@ class ModernBertConfig:
             raise ConfigError(f"attention_output_dropout is {self.attention_output_dropout}; needed: 0 to below 1.")
         if self.norm == "rmsnorm" and self.norm_bias:
             raise ConfigError("norm_bias true with norm rmsnorm: an RMSNorm has no bias. Use norm_bias: false.")
+        if self.positions == "learned" and (self.global_rope_theta, self.local_rope_theta) != (1e4, 1e4):
+            raise ConfigError("a RoPE theta has no effect on positions learned. Leave global_rope_theta and local_rope_theta out, "
+                              "or use positions: rope.")
         self._check_head_width()
 
     def _check_head_width(self) -> None:
@@ -139,7 +142,11 @@ class ModernBertForMaskedLM(nn.Module):
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """[T, V] at all positions: for proofs and for asking questions, not for training."""
-        return F.linear(self.head(self.hidden_states(batch)), self._decoder_weight, self.decoder.bias)
+        return self.decode(self.hidden_states(batch))
+
+    def decode(self, x_MC: Tensor) -> Tensor:
+        """Hidden states [M, C] -> logits [M, V]."""
+        return F.linear(self.head(x_MC), self._decoder_weight, self.decoder.bias)
 
     def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
