@@ -56,7 +56,7 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
         found = "is empty" if mapping is None else f"holds {_kind(mapping)}"
         raise ConfigError(f"{path} {found}; a settings file is a mapping of keys to values.")
     for override in overrides:
-        _put(mapping, override)
+        put_override(mapping, override)
     return mapping
 
 
@@ -153,8 +153,8 @@ def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
-def _put(mapping: dict[str, Any], override: str) -> None:
-    """Put `a.b.0.c=value` into nested dicts and lists; the value is read as YAML."""
+def put_override(mapping: dict[str, Any], override: str) -> None:
+    """Put `a.b.0.c=value` into nested dicts and lists; the value is read as YAML. Raises ConfigError."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"override {override!r} has no '='. Write key=value, for example engine.zero_stage=2.")

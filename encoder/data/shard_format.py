@@ -164,14 +164,7 @@ def tokenizer_fingerprint(tokenizer_json: Path) -> str:
 
 def special_ids_of(tokenizer_json: Path) -> tuple[int, SpecialIds]:
     """(vocabulary size, special ids) of a tokenizer.json, by the names [CLS] [SEP] [PAD] [MASK] [UNK]. Raises ShardError."""
-    try:
-        content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-        vocab: dict[str, int] = content["model"]["vocab"]
-        added = content.get("added_tokens", [])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{tokenizer_json} is no tokenizer.json ({error}). "
-                         "Make one with data-prep tokenizer.") from error
-    names = {**vocab, **{a["content"]: a["id"] for a in added}}
+    names, added = _read_tokenizer(tokenizer_json)
     missing = [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in names]
     if missing:
         raise ShardError(f"{tokenizer_json} lacks {', '.join(missing)}; needed: [CLS] [SEP] [PAD] [MASK] [UNK]. "
@@ -181,6 +174,21 @@ def special_ids_of(tokenizer_json: Path) -> tuple[int, SpecialIds]:
                           all_special=tuple(sorted({a["id"] for a in added if a["special"]} |
                                                    {names[n] for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")})))
     return max(names.values()) + 1, specials
+
+
+def token_ids(tokenizer_json: Path) -> dict[str, int]:
+    """The id of every token of a tokenizer.json, added ones included. Raises ShardError."""
+    return _read_tokenizer(tokenizer_json)[0]
+
+
+def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """The id of every token, and the added tokens as they stand."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        added = content.get("added_tokens", [])
+        return {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}, added
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is no tokenizer.json ({error}). Make one with data-prep tokenizer.") from error
 
 
 def check_same_tokenizer(cards: dict[str, Card]) -> Card:

@@ -81,7 +81,8 @@ _AXES: dict[str, tuple[_Axis, ...]] = {
     "head.dense": (_C, _C),
     "decoder": (_V, _C),                # its weight only where it is not the embedding
 }
-_GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
+# the sizes that may be larger in the new model
+GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
 # what a model may be given anew with the same weights; all other settings must be the source's
 FREE = ("global_attn_every_n_layers", "window_radius_tokens", "global_rope_theta", "local_rope_theta",
         "attention_output_dropout", "norm_eps", "initializer_range", "initializer_cutoff_factor")
@@ -110,7 +111,7 @@ def grow(weights: dict[str, Tensor], old: ModernBertConfig, new: ModernBertConfi
         fresh.append("everything outside the centre of an axis that grew, as mode centre asks")
     return Growth(weights=grown, layer_sources=sources, not_inherited=tuple(fresh),
                   other_settings=tuple(f"{n}: {there} in the source, {here} in the new model"
-                                       for n, there, here in differing(old, new) if n not in _GROWS))
+                                       for n, there, here in differing(old, new) if n not in GROWS))
 
 
 def differing(old: ModernBertConfig, new: ModernBertConfig) -> list[tuple[str, object, object]]:
@@ -124,7 +125,7 @@ def differing(old: ModernBertConfig, new: ModernBertConfig) -> list[tuple[str, o
 def must_be_equal(config: ModernBertConfig) -> list[str]:
     """The settings that decide what the weights mean, sizes aside."""
     free = (*FREE, "max_position_embeddings") if config.positions == "rope" else FREE      # rope learns no table
-    return [f.name for f in dataclasses.fields(config) if f.name not in (*_GROWS, *free)]
+    return [f.name for f in dataclasses.fields(config) if f.name not in (*GROWS, *free)]
 
 
 def layer_sources(old: ModernBertConfig, new: ModernBertConfig, *, layer_map: str) -> tuple[int, ...]:
@@ -204,7 +205,7 @@ def _check_settings(old: ModernBertConfig, new: ModernBertConfig) -> None:
 
 
 def _check_sizes(old: ModernBertConfig, new: ModernBertConfig, settings: GrowthConfig) -> None:
-    sizes = {name: (getattr(old, name), getattr(new, name)) for name in _GROWS}
+    sizes = {name: (getattr(old, name), getattr(new, name)) for name in GROWS}
     for name, (there, here) in sizes.items():
         if here < there:
             raise ModelError(f"{name} is {there:,} in the source and {here:,} in the new model; needed: at least {there:,}, "

@@ -12,7 +12,7 @@ from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.models.hf import ExportProof, export_hf
 from encoder.train.config import read_run
 from encoder.train.phases import phase_of_weights
-from encoder.train.start import CHECKPOINTS, RUN_FILE
+from encoder.train.tracking import CHECKPOINTS, RUN_FILE
 
 
 def export_run(folder: Path, out: Path) -> ExportProof:

@@ -22,15 +22,18 @@ from encoder.base.units import Progress, short_count, short_seconds
 from encoder.data.loader import StepData
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import save_checkpoint
+from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.engine import StepResult
+from encoder.models.flops import train_flops
 from encoder.train import build
 from encoder.train.config import RunConfig, describe_phase
 from encoder.train.evaluate import HeldOut, held_out_losses
 from encoder.train.faults import StopFlag
-from encoder.train.meters import SpeedMeter
+from encoder.train.initial import read_initial
+from encoder.train.meters import SpeedMeter, bf16_peak, document_lengths
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
-from encoder.train.start import CHECKPOINTS, DONE, RUN_FILE, Started, check_same_run, fingerprint, start_run
-from encoder.train.tracking import LEDGER, Ledger, Tracker, chain
+from encoder.train.start import Started, check_same_run, fingerprint, start_run
+from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, RUN_FILE, Ledger, Tracker, chain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +53,13 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
         say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
         return Outcome(done=True, progress=None)
     facts = build.check_data(run)
+    fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
+    initial = read_initial(run, facts, hashed=world.first) if fresh else None
     device = build.choose_device(run, world)
     joined = join(world, device=device)
     try:
         with StopFlag() as stop, contextlib.ExitStack() as held:
-            started = start_run(run, facts, world, device, folder, held)
+            started = start_run(run, facts, world, device, folder, held, initial)
             story = _Story(run, facts, world, device, folder, started)
             try:
                 return story.tell(stop)
@@ -72,9 +77,10 @@ class _Story:
                  started: Started) -> None:
         self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
         self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
-        self.entropy, self.last_held_out = started.entropy, started.last_held_out
+        self.entropy, self.last_held_out, self.init_sha256 = started.entropy, started.last_held_out, started.init_sha256
         self.held_out: list[HeldOut] = []
-        self.speed = SpeedMeter()
+        peak = bf16_peak(device) if run.engine.precision in ("bf16", "autocast") else None
+        self.speed = SpeedMeter(peak=peak and peak * world.size)
         self.ledger: Ledger | None = None
         self.tracker: Tracker | None = None
         self.error: UserError | None = None      # met by this rank alone; the others learn of it where all meet next
@@ -87,7 +93,8 @@ class _Story:
                                        settings=to_plain(run))
                 self.tracker.event(
                     "resume" if started.resumed else "start", step=self.progress.step, ranks=world.size,
-                    incarnation=self.incarnation, zero_stage=run.engine.zero_stage, precision=run.engine.precision)
+                    incarnation=self.incarnation, zero_stage=run.engine.zero_stage, precision=run.engine.precision,
+                    **({"init_from": run.init_from, "init_sha256": self.init_sha256} if run.init_from else {}))
         build.agree_on_errors(self.error, world)
 
     def tell(self, stop: StopFlag) -> Outcome:
@@ -102,12 +109,12 @@ class _Story:
                 while not phase_is_done(self.run, self.progress):
                     before = self.progress
                     data = self._next(loader)
-                    masked_tokens, batch_hash, stopping = self._agree(data, stop)
+                    masked_tokens, batch_hash, flops, stopping = self._agree(data, stop)
                     lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
                     result = self.engine.step(data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.lr.peak)
                     self.progress = _after(before, data, masked_tokens, batch_hash)
                     with self.guarded():
-                        self._record(data, result, lr, masked_tokens, batch_hash)
+                        self._record(data, result, lr, masked_tokens, batch_hash, flops)
                     self._check_finite(result)
                     if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
                         self.evaluate()
@@ -176,7 +183,8 @@ class _Story:
             incarnation=self.incarnation, keep_last=self.run.checkpoints.keep_last, milestone=milestone,
             extra={"fingerprint_loss": fingerprint(self.run, self.engine, self.device),
                    "fingerprint_precision": self.run.engine.precision,
-                   "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out})
+                   "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out,
+                   "init_sha256": self.init_sha256})
         say(f"step {self.progress.step:>6}  saved {saved.name}" + (f" (end of {milestone})" if milestone else ""))
         if self.tracker:
             with self.guarded():
@@ -195,29 +203,39 @@ class _Story:
             return loader.next_step()
         return None
 
-    def _agree(self, data: StepData | None, stop: StopFlag) -> tuple[int, int, bool]:
-        """One all-reduce: masked tokens of the step, hash of its batch, whether a rank was asked to stop or met a mistake."""
-        mine = [data.masked_tokens, data.row_hash] if data else [0, 0]
+    def _agree(self, data: StepData | None, stop: StopFlag) -> tuple[int, int, int, bool]:
+        """One all-reduce: masked tokens of the step, hash of its batch, its model FLOP, whether a rank was asked to stop or
+        met a mistake."""
+        mine = [data.masked_tokens, data.row_hash, self._flops(data)] if data else [0, 0, 0]
         shared = sum_over_ranks(torch.tensor([*mine, bool(stop.signal), self.error is not None],
                                              dtype=torch.int64, device=self.device)).tolist()
-        if shared[3]:
+        if shared[4]:
             build.agree_on_errors(self.error, self.world)
-        return shared[0], shared[1], shared[2] > 0
+        return shared[0], shared[1], shared[2], shared[3] > 0
 
-    def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int) -> None:
+    def _flops(self, data: StepData) -> int:
+        """Model FLOP of this rank's documents as long as they are; padding is no work."""
+        return int(sum(train_flops(self.run.model, lengths=document_lengths(b), masked_tokens=b.masked_tokens)
+                       for b in data.micro_batches))
+
+    def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int,
+                flops: int) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]
-        self.speed.step(data.tokens)
+        self.speed.step(data.tokens, flops)
+        used = {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
         if self.ledger:
             self.ledger.write(p, phase=phase.name, rows=data.rows, tokens=data.tokens, masked_tokens=masked_tokens,
                               batch_hash=batch_hash)
         if self.tracker:
             self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), lr=lr, rows=data.rows,
                                  step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(result.grad_norm),
-                                 tokens_per_second=round(self.speed.tokens_per_second, 1))
+                                 tokens_per_second=round(self.speed.tokens_per_second, 1),
+                                 tflops_per_second=round(self.speed.tflops_per_second, 4), **used)
         if p.step % self.run.tracking.print_every_steps == 0 or p.phase_step == 1:
             left = sum(f.tokens for f in self.run.phases[p.phase:]) - p.phase_tokens
             say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {result.loss:.3f}  lr {lr:.2e}  "
                 f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
+                + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.2g} TFLOP/s  ") +
                 f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
 
     def _check_finite(self, result: StepResult) -> None:

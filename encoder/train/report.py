@@ -14,8 +14,7 @@ from encoder.base.errors import LedgerError, UserError
 from encoder.base.schema import from_mapping, read_mapping
 from encoder.base.units import short_count
 from encoder.train.config import RunConfig, schedule_word
-from encoder.train.start import DONE, RUN_FILE
-from encoder.train.tracking import EVENTS, LEDGER, METRICS, follow_chain, merged_metrics, read_jsonl
+from encoder.train.tracking import DONE, EVENTS, LEDGER, METRICS, RUN_FILE, follow_chain, merged_metrics, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)

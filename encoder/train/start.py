@@ -16,12 +16,11 @@ from encoder.base.log import say
 from encoder.base.schema import differences, read_mapping
 from encoder.base.units import Progress, short_count
 from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
-from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.engine import Engine, start_engine
 from encoder.train import build
 from encoder.train.config import RunConfig, identity_of
+from encoder.train.initial import InitialWeights
 from encoder.train.phases import phase_of_weights
-from encoder.train.initial import InitialWeights, read_initial
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
 # relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
@@ -42,18 +41,18 @@ class Started:
 
 
 def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
-              held: contextlib.ExitStack) -> Started:
-    """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here."""
+              held: contextlib.ExitStack, initial: InitialWeights | None) -> Started:
+    """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here.
+
+    `initial`: what init_from names; its weights are taken into the engine unless a checkpoint is there, and let go.
+    """
     entropy: float | None = None
-    initial: InitialWeights | None = None
     with build.all_ranks_agree(world):
         sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
         if world.first:
             for source in sources:
                 source.check_files()
             entropy = build.held_out_entropy(run, facts)
-        if run.init_from and not committed_folders(folder / CHECKPOINTS):
-            initial = read_initial(run, facts, hashed=world.first)
     with build.all_ranks_agree(world):
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +69,10 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         theta = run.phases[phase_of_weights(progress)]
         engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
         _check_fingerprint(run, engine, device, extra, found)
-    elif initial:
+    elif run.init_from:
+        assert initial, f"{folder} had a checkpoint a moment ago"
         engine.set_masters(initial.weights)
+        initial.weights.clear()      # 1.6 GB of the large model, on every rank
     incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
     _say_header(run, world, device, engine, progress, found)
     for line in initial.lines if initial else ():

@@ -12,7 +12,7 @@ from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.models.stored import MODEL, StoredModel, fp32, read_stored
 from encoder.train.config import read_run
 from encoder.train.phases import phase_of_weights
-from encoder.train.start import CHECKPOINTS, RUN_FILE
+from encoder.train.tracking import CHECKPOINTS, RUN_FILE
 
 _KINDS = "a run folder, a checkpoint, a weights folder or a Hugging Face folder"
 

@@ -20,6 +20,7 @@ from encoder.base.log import warn_once
 from encoder.base.units import Progress
 
 LEDGER, METRICS, EVENTS = "ledger.jsonl", "metrics.jsonl", "events.jsonl"
+RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"       # what else a run folder holds
 
 
 def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_hash: int) -> str:
