@@ -7,13 +7,16 @@ from typing import Literal, get_args
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.nn.attend.contract import Backend, Plan, Situation
+from encoder.nn.attend.flash import FLASH
+from encoder.nn.attend.flex import Flex
 from encoder.nn.attend.sdpa import Sdpa
 from encoder.nn.attend.tiles import Tiles
+from encoder.nn.attend.varlen import Varlen
 
 __all__ = ["BACKENDS", "Backend", "Choice", "Plan", "Situation", "Word", "check_word", "choose_backend"]
 
-Word = Literal["auto", "tiles", "sdpa"]
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Tiles(), Sdpa())}     # fastest first
+Word = Literal["auto", "flash", "flash4", "flash3", "flash2", "varlen", "flex", "tiles", "sdpa"]
+BACKENDS: dict[str, Backend] = {b.name: b for b in (*FLASH, Varlen(), Flex(), Tiles(), Sdpa())}     # fastest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,21 @@ def check_word(word: str) -> None:
 
 
 def choose_backend(word: str, situation: Situation) -> Choice:
-    """The backend called `word`, or with "auto" the fastest that can run in the situation. Raises ConfigError."""
+    """The backend called `word`; the newest flash with "flash", the fastest of all with "auto". Raises ConfigError."""
     check_word(word)
     refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(situation))}
     able = [name for name in BACKENDS if name not in refusals]
-    if word in refusals:
-        raise ConfigError(f"{word} cannot run here: {refusals[word]}. Use attention: {' or '.join(['auto', *able])}.")
-    name = able[0] if word == "auto" else word
-    why = "the fastest that can run here" if word == "auto" else "asked for"
-    others = "".join(f"; {other} cannot run here: {refusal}" for other, refusal in refusals.items())
-    return Choice(backend=BACKENDS[name], reason=f"{name}: {why}{others}")
+    asked = {"auto": list(BACKENDS), "flash": [b.name for b in FLASH]}.get(word, [word])
+    name = next((name for name in asked if name in able), None)
+    if name is None:
+        raise ConfigError(f"{_told({name: refusals[name] for name in asked})}. Use attention: {' or '.join(able)}.")
+    why = {"auto": "the fastest that can run here", "flash": "the newest that can run here"}.get(word, "asked for")
+    return Choice(backend=BACKENDS[name], reason="; ".join([f"{name}: {why}", *filter(None, [_told(refusals)])]))
+
+
+def _told(refusals: dict[str, str]) -> str:
+    """One clause a reason, for all backends that give it."""
+    names: dict[str, list[str]] = {}
+    for name, why in refusals.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(who)} cannot run here: {why}" for why, who in names.items())

@@ -1,0 +1,99 @@
+"""torch's flex_attention: one compiled kernel that skips the blocks of tokens that do not see each other.
+
+    documents     a a a a | a a b b | b c c c | d d d d       blocks of 4 tokens here, of 128 in truth
+
+    keys            0 1 2 3
+    queries   0     # o . .       #  all see all: no mask is asked
+              1     o o o .       o  some do: the mask decides pair by pair
+              2     . o o .       .  none do: skipped
+              3     . . . #
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from encoder.nn.attend.contract import Situation
+from encoder.nn.attend.packed import HALVES, Needs
+
+BLOCK_TOKENS = 128      # what the kernel skips by
+
+
+class Flex:
+    """Any precision that Triton multiplies in; CUDA alone, because on a CPU flex_attention has no way back."""
+
+    name = "flex"
+    needs = Needs(at_least=(8, 0), dtypes=(*HALVES, torch.float32), head_widths=range(16, 257))
+
+    def why_not(self, situation: Situation) -> str | None:
+        """It needs a CUDA device and triton."""
+        return self.needs.unmet(situation) or (None if find_spec("triton") else "triton is not installed")
+
+    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
+             window_radius_tokens: int) -> FlexPlan:
+        """Two block masks (one, where no document is longer than a window); nothing is read back from the device."""
+        attend = _compiled() if cu_seqlens_S1.device.type == "cuda" else flex_attention
+        whole = block_mask(cu_seqlens_S1, tokens=tokens, radius=None)
+        windowed = whole if max_seqlen <= window_radius_tokens + 1 else \
+            block_mask(cu_seqlens_S1, tokens=tokens, radius=window_radius_tokens)
+        return FlexPlan(attend, whole=whole, windowed=windowed)
+
+
+class FlexPlan:
+    """The block masks of one micro-batch."""
+
+    def __init__(self, attend: Callable[..., Tensor], *, whole: BlockMask, windowed: BlockMask) -> None:
+        self.attend, self.whole, self.windowed = attend, whole, windowed
+
+    def __call__(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, local: bool) -> Tensor:
+        """[T, H, D] -> [T, H, D]."""
+        tokens = len(q_THD)
+        if not tokens:
+            return v_THD
+        spare = -tokens % BLOCK_TOKENS
+        q, k, v = (F.pad(x_THD, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None] for x_THD in (q_THD, k_THD, v_THD))
+        out = self.attend(q, k, v, block_mask=self.windowed if local else self.whole)
+        return out[0].transpose(0, 1)[:tokens]
+
+
+def block_mask(cu_seqlens_S1: Tensor, *, tokens: int, radius: int | None) -> BlockMask:
+    """Which blocks see each other, from the documents of their first and last tokens: no mask of T x T is made.
+
+    Tokens beyond the last whole block count as one more document. Documents ascend, so two blocks share one exactly if
+    their ranges of documents meet. Who sees is seen: queries by keys and keys by queries are the same list.
+    """
+    blocks = -(-tokens // BLOCK_TOKENS)
+    place_T = torch.arange(blocks * BLOCK_TOKENS, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype)
+    document_T = torch.searchsorted(cu_seqlens_S1[1:].contiguous(), place_T, right=True)
+    first_B, last_B = document_T.view(blocks, BLOCK_TOKENS)[:, 0], document_T.view(blocks, BLOCK_TOKENS)[:, -1]
+    some_BB = (first_B[:, None] <= last_B) & (first_B <= last_B[:, None])
+    all_BB = (first_B[:, None] == last_B) & (first_B == last_B[:, None])
+    if radius is not None:
+        apart_BB = BLOCK_TOKENS * (place_T[:blocks, None] - place_T[:blocks]).abs()
+        some_BB &= apart_BB - (BLOCK_TOKENS - 1) <= radius
+        all_BB &= apart_BB + (BLOCK_TOKENS - 1) <= radius
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        together = document_T[query] == document_T[key]
+        return together if radius is None else together & ((query - key).abs() <= radius)
+
+    partial, full = _listed(some_BB & ~all_BB), _listed(all_BB)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees)
+
+
+def _listed(sees_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each block sees [1, 1, B], and which, those first [1, 1, B, B]."""
+    order_BB = sees_BB.int().argsort(dim=1, descending=True, stable=True)
+    return sees_BB.sum(1, dtype=torch.int32)[None, None], order_BB.int()[None, None]
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
