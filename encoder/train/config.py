@@ -6,6 +6,7 @@ The rest (ranks, micro-batches, ZeRO stage, workers, logging, how often to save)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,17 +74,17 @@ class PhaseConfig:
     max_tokens_per_document: int                           # longer documents are cut into near-equal pieces
     batch_tokens: Tokens                                   # capacity of a step over all ranks, in whole rows
     lr: chosen_by("schedule", SCHEDULES)
-    global_rope_theta: float
-    local_rope_theta: float = 10_000.0
+    global_rope_theta: float | None = None                 # default: the model's, as the next
+    local_rope_theta: float | None = None
     batch_warmup: BatchWarmup | None = None
     sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError(f"phase {self.name}: tokens is 0; needed: at least one step.")
-        if not (self.global_rope_theta > 0 and self.local_rope_theta > 0):
-            raise ConfigError(f"phase {self.name}: RoPE theta {min(self.global_rope_theta, self.local_rope_theta):g}; needed: "
-                              "above 0, for example 10000.")
+        for theta in (self.global_rope_theta, self.local_rope_theta):
+            if theta is not None and not theta > 0:
+                raise ConfigError(f"phase {self.name}: RoPE theta {theta:g}; needed: above 0, for example 10000.")
         if self.max_tokens_per_document < 3:
             raise ConfigError(
                 f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves no room "
@@ -159,6 +160,7 @@ class RunConfig:
         if self.compile == "blocks" and self.engine.zero_stage == 3:
             raise ConfigError("compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks that compiled code "
                               "does not call. Use compile: off, or zero_stage 2.")
+        self._fill_in_thetas()
         names = [p.name for p in self.phases]
         if len(set(names)) < len(names):
             raise ConfigError(f"phases have the names {', '.join(names)}; each name may stand once.")
@@ -174,6 +176,16 @@ class RunConfig:
                     f"model.max_position_embeddings {self.model.max_position_embeddings:,}. Raise the latter."
                 )
             rows_at(0, batch_tokens=phase.batch_tokens, row_tokens=self.data.row_tokens, warmup=phase.batch_warmup)
+
+    def _fill_in_thetas(self) -> None:
+        whole = tuple(dataclasses.replace(p, global_rope_theta=p.global_rope_theta or self.model.global_rope_theta,
+                                          local_rope_theta=p.local_rope_theta or self.model.local_rope_theta) for p in self.phases)
+        model = (self.model.global_rope_theta, self.model.local_rope_theta)
+        other = next((p for p in whole if (p.global_rope_theta, p.local_rope_theta) != model), None)
+        if self.model.positions == "learned" and other is not None:
+            raise ConfigError(f"phase {other.name}: a RoPE theta has no effect on learned positions. Leave it out, or use "
+                              "model.positions: rope.")
+        object.__setattr__(self, "phases", whole)
 
     def rows_at(self, phase: PhaseConfig, phase_tokens: int) -> int:
         """Rows of the next step when `phase_tokens` were seen in the phase."""

@@ -16,14 +16,15 @@ from tests.reference.plain_encoder import plain_logits
 TINY = ModernBertConfig(vocab_size=60, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=3,
                         window_radius_tokens=4, global_rope_theta=500.0, local_rope_theta=100.0, attention_output_dropout=0.0,
                         max_position_embeddings=64)
+LEARNED = dict(positions="learned", global_rope_theta=1e4, local_rope_theta=1e4)
 BIASED = dict(norm_bias=True, attention_bias=True, mlp_bias=True, head_bias=True)
-BERT = dict(norm_place="post", mlp="gelu", positions="learned", type_vocab_size=2, global_attn_every_n_layers=1, **BIASED)
+BERT = dict(norm_place="post", mlp="gelu", **LEARNED, type_vocab_size=2, global_attn_every_n_layers=1, **BIASED)
 SETTINGS = {
     "modernbert": {},
     "swiglu": dict(mlp="swiglu"),
     "gelu": dict(mlp="gelu"),
     "rmsnorm": dict(norm="rmsnorm"),
-    "learned positions": dict(positions="learned"),
+    "learned positions": LEARNED,
     "norms after the sums": dict(norm_place="post"),
     "narrow heads": dict(attention_head_width=4),
     "wide heads": dict(attention_head_width=10),
@@ -75,7 +76,7 @@ def test_a_setting_changes_the_parameters_it_names_and_no_others():
 
     assert names(tie_word_embeddings=False) == ({"decoder.weight"}, set())
     assert names(decoder_bias=False) == (set(), {"decoder.bias"})
-    assert names(positions="learned") == ({"model.embeddings.position_embeddings.weight"}, set())
+    assert names(**LEARNED) == ({"model.embeddings.position_embeddings.weight"}, set())
     assert names(norm_place="post") == ({"model.layers.0.attn_norm.weight"}, {"model.final_norm.weight"})
     assert names(mlp="swiglu") == names(norm="rmsnorm") == names(attention_head_width=4) == (set(), set())
     shapes = {n: tuple(p.shape) for n, p in ModernBertForMaskedLM(replace(TINY, attention_head_width=10, mlp="gelu"))
@@ -174,6 +175,7 @@ def name_in_roberta(name: str) -> str | list[str]:
 @pytest.mark.parametrize("wrong, words", [
     (dict(norm="rmsnorm", norm_bias=True), "norm_bias true with norm rmsnorm: an RMSNorm has no bias"),
     (dict(attention_head_width=5), "attention_head_width is 5; needed: at least 1, and even where positions are rope"),
+    (dict(positions="learned"), "a RoPE theta has no effect on positions learned"),
     (dict(type_vocab_size=-1), "type_vocab_size is -1; needed: 0 .no segments. or more"),
     (dict(hidden_size=25), "hidden_size 25 over 3 heads gives a head width of 8.33333; .*or set attention_head_width"),
     (dict(global_rope_theta=-1.0), "global_rope_theta is -1.0; needed: more than 0"),
