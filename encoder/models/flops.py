@@ -1,52 +1,85 @@
-"""How large a model is and what a token costs, by counting; checked against the built model in a test."""
+"""How large a model is and what a step costs, by counting; checked against the built model and torch's counter in tests.
+
+Model FLOP are what the mathematics needs: two for every multiply-add of the matrix products and of attention, nothing
+for norms, softmax, dropout or the optimizer. They are what MFU divides by the device's peak. Kernels do more, and that
+lowers MFU: flash attention multiplies queries and keys again in backward (5 products instead of 4), blocked attention
+computes whole blocks across the edge of a window or a document, padding runs through every matrix product, and
+positions that only fill the capacity of the question run through head and decoder.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from encoder.models.modernbert import ModernBertConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Trained numbers by place. `total` counts the tied matrix once."""
+    """Trained numbers by place. `total` counts a tied matrix once."""
 
-    embedding: int          # the token matrix, also the decoder's
+    embedding: int          # tokens, learned positions and segments
     matrices: int           # of all layers: Wqkv, Wo, Wi, Wo
+    biases: int             # of these
     norms: int              # embedding, layers, final
-    head: int               # dense, norm and the decoder's bias
+    head: int               # dense and norm
+    decoder: int            # its bias, and its weight where that is not the embedding
 
     @property
     def total(self) -> int:
         """All of them: 149,655,232 for ModernBERT-base."""
-        return self.embedding + self.matrices + self.norms + self.head
+        return self.embedding + self.matrices + self.biases + self.norms + self.head + self.decoder
 
 
 def parameter_counts(config: ModernBertConfig) -> ParameterCounts:
     """Counts from the shape alone."""
-    width, layers = config.hidden_size, config.num_hidden_layers
+    c, width, layers, inner = config, config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_width
+    norm = width * (1 + c.norm_bias)
     return ParameterCounts(
-        embedding=config.vocab_size * width,
-        matrices=layers * _matrix_numbers(config),
-        norms=width * (2 * layers + 1),             # layer 0 has one norm instead of two; embedding and final add two
-        head=width * width + width + config.vocab_size,
+        embedding=width * (c.vocab_size + c.type_vocab_size + (c.positions == "learned") * c.max_position_embeddings),
+        matrices=layers * _matrix_numbers(c),
+        biases=layers * (c.attention_bias * (3 * inner + width) + c.mlp_bias * (_mlp_inputs(c) * c.intermediate_size + width)),
+        # pre: layer 0 has one norm instead of two, embedding and final add two; post: no final one, the embedding adds one
+        norms=norm * (2 * layers + 1),
+        head=width * width + c.head_bias * width + norm,
+        decoder=c.decoder_bias * c.vocab_size + (not c.tie_word_embeddings) * c.vocab_size * width,
     )
 
 
-def train_flops_per_token(config: ModernBertConfig, *, mean_attended_global: float, masked_share: float) -> float:
-    """Model FLOP of one token forward and backward (3 x forward): matrix products and attention, nothing else.
+def attended_pairs(lengths: Sequence[int] | np.ndarray, radius: int | None) -> int:
+    """(query, key) pairs inside documents of these lengths: all of them, or those with |i - j| <= radius.
 
-    mean_attended_global: keys that a token sees on average in a global layer (the mean length of its document, weighted
-    by tokens); a local layer sees at most its window of it. masked_share: share of tokens that reach head and decoder.
+    A document of n tokens has n^2; in a window of w = min(radius, n - 1) tokens to each side n (2w + 1), less the
+    w (w + 1) / 2 keys that are missing at each end.
     """
-    width = config.hidden_size
+    n = np.asarray(lengths, dtype=np.int64)
+    w = n - 1 if radius is None else np.minimum(radius, n - 1)
+    return int((n * (2 * w + 1) - w * (w + 1)).sum())
+
+
+def train_flops(config: ModernBertConfig, *, lengths: Sequence[int] | np.ndarray, masked_tokens: float) -> float:
+    """Model FLOP of documents of these lengths forward and backward: 3 x forward (Kaplan et al. 2020, section 2.1).
+
+    masked_tokens: positions that reach head and decoder.
+    """
     local = sum(config.is_local(i) for i in range(config.num_hidden_layers))
-    keys = (config.num_hidden_layers - local) * mean_attended_global \
-        + local * min(2 * config.window_radius_tokens + 1, mean_attended_global)
-    layers = 2.0 * config.num_hidden_layers * _matrix_numbers(config)
-    head = masked_share * 2.0 * (width * width + width * config.vocab_size)
-    return 3.0 * (layers + head + 4.0 * width * keys)
+    pairs = (config.num_hidden_layers - local) * attended_pairs(lengths, None) \
+        + local * attended_pairs(lengths, config.window_radius_tokens)
+    layers = 2.0 * config.num_hidden_layers * _matrix_numbers(config) * int(np.sum(lengths, dtype=np.int64))
+    head = 2.0 * config.hidden_size * (config.hidden_size + config.vocab_size) * masked_tokens
+    # a pair costs query times key and weight times value: 2 products of 2 x head width in every head
+    return 3.0 * (layers + head + 4.0 * config.num_attention_heads * config.head_width * pairs)
 
 
 def _matrix_numbers(config: ModernBertConfig) -> int:
-    return 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    """Of one layer: Wqkv, Wo, Wi, Wo."""
+    attention = 4 * config.num_attention_heads * config.head_width
+    return config.hidden_size * (attention + (_mlp_inputs(config) + 1) * config.intermediate_size)
+
+
+def _mlp_inputs(config: ModernBertConfig) -> int:
+    """Halves of Wi's output."""
+    return 1 if config.mlp == "gelu" else 2

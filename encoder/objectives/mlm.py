@@ -25,6 +25,7 @@ class MlmConfig:
     random_share: float = 0.1             # of the asked ones: shown as a random id
     keep_share: float = 0.1               # of the asked ones: shown as they are
     mask_special_tokens: bool = False     # true: the released ModernBERT objective, [CLS] and [SEP] asked as well
+    z_loss_weight: float = 0.0            # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_share < 1:
@@ -32,6 +33,8 @@ class MlmConfig:
         if not (0 <= self.random_share and 0 <= self.keep_share and self.random_share + self.keep_share <= 1):
             raise ConfigError(f"random_share {self.random_share} and keep_share {self.keep_share} are shares of the "
                               "asked tokens: each at least 0, together at most 1.")
+        if not 0 <= self.z_loss_weight < math.inf:
+            raise ConfigError(f"z_loss_weight {self.z_loss_weight} must be at least 0. 0 is without it, PaLM uses 1e-4.")
 
 
 class MaskedLanguageModel:

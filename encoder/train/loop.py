@@ -235,7 +235,7 @@ class _Story:
             left = sum(f.tokens for f in self.run.phases[p.phase:]) - p.phase_tokens
             say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {result.loss:.3f}  lr {lr:.2e}  "
                 f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
-                + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.2g} TFLOP/s  ") +
+                + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.4g} TFLOP/s  ") +
                 f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
 
     def _check_finite(self, result: StepResult) -> None:

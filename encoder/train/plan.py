@@ -6,16 +6,20 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from encoder.base.errors import ShardError
 from encoder.base.units import short_count
-from encoder.data.shard_format import read_card
+from encoder.data.shard_format import read_card, read_lengths
+from encoder.data.windows import cut
 from encoder.models.catalog import build_model
-from encoder.models.flops import train_flops_per_token
+from encoder.models.flops import train_flops
+from encoder.nn.loss import PIECE_POSITIONS
 from encoder.train.config import PhaseConfig, RunConfig
 from encoder.train.phases import PlannedStep, planned_steps
 
+LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 FILL = 0.998          # rows of real text packed best-fit in windows of thousands of documents (measured 99.7 to 99.9 %)
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -32,6 +36,14 @@ class Memory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseWork:
+    """Model FLOP of a phase, forward and backward, and the shard folders whose lengths were not at hand."""
+
+    flops: float
+    unknown: tuple[str, ...]
 
 
 def plan_text(run: RunConfig, *, ranks: int) -> str:
@@ -59,15 +71,7 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
     for index, phase in enumerate(run.phases):
         own = [s for s in steps if s.phase == index]
         lines.append(_phase_row(run, phase, own, ranks))
-    flops = sum(
-        p.tokens
-        * train_flops_per_token(
-            run.model,
-            mean_attended_global=p.max_tokens_per_document,
-            masked_share=getattr(run.objective, "mask_share", 0.3),
-        )
-        for p in run.phases
-    )
+    works = [phase_work(run, phase) for phase in run.phases]
     lines += [
         f"{'all':<12}{short_count(sum(p.tokens for p in run.phases)):>9}{'':>8}{'':>9}{len(steps):>10,}",
         "",
@@ -76,11 +80,30 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
         "",
         f"memory a rank  about {_size(memory.total)}: weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, "
         f"optimizer {_size(memory.optimizer)}, activations {_size(memory.activations)}",
-        f"work           about {flops:.3g} floating-point operations (documents counted as long as they may be)",
+        f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(works)})",
         f"checkpoints    {_size(12 * count)} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
         f"{run.checkpoints.keep_last} kept and one for each end of a phase",
     ]
     return "\n".join(lines)
+
+
+def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
+    """From the lengths of the stored documents, cut as the phase cuts them; where there are none yet, from documents as
+    long as they may be, which is the most it can be."""
+    share, longest = run.objective.mask_share, phase.max_tokens_per_document
+    sources, unknown, flops = run.sources_of(phase), [], 0.0
+    for source in sources:
+        try:
+            stored = read_lengths(Path(source.path), read_card(Path(source.path)))
+            some = np.asarray(stored[::math.ceil(len(stored) / LOOKED_AT)])
+            lengths = cut(0, np.arange(len(some)), some, longest).tokens_P
+        except ShardError:
+            lengths = np.array([longest])
+            unknown.append(source.path)
+        tokens = int(lengths.sum())
+        one_token = train_flops(run.model, lengths=lengths, masked_tokens=share * tokens) / tokens
+        flops += one_token * phase.tokens * source.weight / sum(s.weight for s in sources)
+    return PhaseWork(flops=flops, unknown=tuple(unknown))
 
 
 def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
@@ -88,7 +111,7 @@ def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
 
     ZeRO-1 and 2 keep whole weights and gradients on every rank and split the fp32 masters and both moments.
     Activations count what autograd keeps of one layer and token: 14 hidden-wide tensors and 4 of the MLP's width,
-    and the logits of one predicted token in three.
+    and of the loss one piece of logits, in fp32 and again in 2 bytes, and the decoder's gradient before and after scaling.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
@@ -98,10 +121,11 @@ def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
     m = run.model
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
     per_token = m.num_hidden_layers * (14 * m.hidden_size + 4 * m.intermediate_size) * kept
-    logits = tokens * getattr(run.objective, "mask_share", 0.3) * m.vocab_size * 4
+    piece = min(tokens * run.objective.mask_share, PIECE_POSITIONS["cpu" if run.device == "cpu" else "cuda"])
+    loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)
     return Memory(weights=width * parameters, gradients=(4 if run.engine.precision == "bf16" else width) * parameters,
                   optimizer=(master * has_copy + 2 * master) * parameters // share,
-                  activations=int(tokens * per_token + min(logits, 2**28)))
+                  activations=int(tokens * per_token + loss))
 
 
 def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks: int) -> str:
@@ -146,3 +170,10 @@ def _size(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count / 1024:.1f} KiB"
+
+
+def _lengths_text(works: list[PhaseWork]) -> str:
+    unknown = sorted({path for w in works for path in w.unknown})
+    if not unknown:
+        return "documents as long as lengths.bin says, cut as the phases cut them"
+    return f"documents of {', '.join(unknown)} counted as long as they may be; the others as long as lengths.bin says"

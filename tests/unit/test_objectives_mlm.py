@@ -112,7 +112,8 @@ def test_the_question_maker_survives_pickling():
 
 @pytest.mark.parametrize("settings, word", [
     ({"mask_share": 0.0}, "mask_share"), ({"mask_share": 1.0}, "mask_share"), ({"random_share": -0.1}, "random_share"),
-    ({"random_share": 0.6, "keep_share": 0.6}, "together at most 1"), ({"mask_prob": 0.3}, "mask_prob is unknown")])
+    ({"random_share": 0.6, "keep_share": 0.6}, "together at most 1"), ({"mask_prob": 0.3}, "mask_prob is unknown"),
+    ({"z_loss_weight": -1e-4}, "z_loss_weight -0.0001 must be at least 0")])
 def test_settings_that_make_no_sense_are_refused(settings, word):
     with pytest.raises(ConfigError, match=word):
         from_mapping(OBJECTIVES["mlm"], settings)

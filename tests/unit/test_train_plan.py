@@ -1,0 +1,37 @@
+"""The work of a phase, from the documents that there are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoder.models.flops import train_flops
+from encoder.train.config import SourceConfig, read_run
+from encoder.train.plan import phase_work, plan_text
+from tests.shards_for_tests import write_source
+
+TINY = Path("configs/pretrain/tiny_cpu.yaml")
+
+
+def test_work_follows_the_stored_lengths_cut_as_the_phase_cuts_them(tmp_path):
+    """100 tokens with at most 52: bodies of 49 and 49, so 51 + 51 tokens; the other document stays whole."""
+    folder = write_source(tmp_path / "a" / "train", [np.ones(100, dtype=np.int64), np.ones(20, dtype=np.int64)])
+    here, missing = (SourceConfig(path=str(p), weight=1.0) for p in (folder, tmp_path / "missing"))
+    run = read_run(TINY)
+    phase = replace(run.phases[0], max_tokens_per_document=52, sources=(here,))
+    known = phase_work(run, phase)
+    per_token = train_flops(run.model, lengths=[51, 51, 20], masked_tokens=run.objective.mask_share * 122) / 122
+    assert known.unknown == () and known.flops == pytest.approx(per_token * phase.tokens)
+    longest = train_flops(run.model, lengths=[52], masked_tokens=run.objective.mask_share * 52) / 52
+    mixed = phase_work(run, replace(phase, sources=(here, missing)))
+    assert mixed.unknown == (missing.path,)
+    assert mixed.flops == pytest.approx((per_token + longest) / 2 * phase.tokens)
+
+
+def test_a_plan_says_whose_lengths_it_guessed(tmp_path, monkeypatch):
+    run = read_run(TINY)
+    monkeypatch.chdir(tmp_path)
+    assert f"documents of {run.data.sources[0].path}" in plan_text(run, ranks=1)
