@@ -231,3 +231,15 @@ def test_flex_equals_the_dense_mask(lengths, local):
     plan = BACKENDS["flex"].plan(ends, max_seqlen=max(lengths), tokens=tokens, heads=2, window_radius_tokens=64)
     expected = dense_attention(q, k, v, lengths=lengths, radius=64 if local else None)
     assert torch.allclose(plan(q, k, v, local=local), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_flex_compiled_visits_the_right_blocks_and_other_documents_do_not_compile_it_again():
+    compiled = torch.compile(lambda plan, q, k, v: plan(q, k, v, local=False) + plan(q, k, v, local=True), fullgraph=True)
+    q, k, v = (torch.randn(300, 2, 16, generator=torch.Generator().manual_seed(4)) for _ in range(3))
+    for again, lengths in enumerate(([100, 200], [7, 250, 43], [300], [128, 172])):
+        ends = torch.tensor([0, *lengths, *[0] * (4 - len(lengths))], dtype=torch.int32).cumsum(0).int()
+        plan = BACKENDS["flex"].plan(ends, max_seqlen=max(lengths), tokens=300, heads=2, window_radius_tokens=64)
+        expected = sum(dense_attention(q, k, v, lengths=lengths, radius=radius) for radius in (None, 64))
+        with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
+            assert torch.allclose(compiled(plan, q, k, v), expected, rtol=0, atol=2e-5)

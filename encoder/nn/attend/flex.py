@@ -38,12 +38,10 @@ class Flex:
 
     def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
              window_radius_tokens: int) -> FlexPlan:
-        """Two block masks (one, where no document is longer than a window); nothing is read back from the device."""
+        """Two block masks; nothing is read back from the device."""
         attend = _compiled() if cu_seqlens_S1.device.type == "cuda" else flex_attention
-        whole = block_mask(cu_seqlens_S1, tokens=tokens, radius=None)
-        windowed = whole if max_seqlen <= window_radius_tokens + 1 else \
-            block_mask(cu_seqlens_S1, tokens=tokens, radius=window_radius_tokens)
-        return FlexPlan(attend, whole=whole, windowed=windowed)
+        return FlexPlan(attend, whole=block_mask(cu_seqlens_S1, tokens=tokens, radius=None),
+                        windowed=block_mask(cu_seqlens_S1, tokens=tokens, radius=window_radius_tokens))
 
 
 class FlexPlan:
