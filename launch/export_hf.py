@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write a run's newest checkpoint, or one checkpoint, as a Hugging Face folder that gave transformers' logits.
+"""Write a run's newest checkpoint, one checkpoint, or a weights folder as a Hugging Face folder that gave our logits.
 
-python launch/export_hf.py RUN_FOLDER_OR_CHECKPOINT OUT
+    python launch/export_hf.py SOURCE OUT           for transformers and sentence-transformers
+    python launch/export_hf.py SOURCE OUT --onnx    for onnxruntime, too: OUT/onnx/model.onnx
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Parses, exports, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN_FOLDER_OR_CHECKPOINT",
-                        help="a run's `out`, or one folder of its checkpoints")
+    parser.add_argument("source", type=Path, metavar="SOURCE",
+                        help="a run's `out`, one folder of its checkpoints, or a weights folder")
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="the folder to write; replaced only if it is an earlier export"
     )
+    parser.add_argument("--onnx", action="store_true", help="also write OUT/onnx/model.onnx (needs the extra onnx)")
     args = parser.parse_args(argv)
 
     from encoder.base.command import run_command
 
     def body() -> None:
         from encoder.train.export import export_run
-        proof = export_run(args.source, args.out)
-        print(f"wrote {args.out}: transformers gives the same logits within {proof.max_abs_difference:.1e} "
-              f"at lengths {', '.join(map(str, proof.lengths))}")
+        for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():
+            print(f"wrote {args.out}: {asked} gives the same logits within {proof.max_abs_difference:.1e} at lengths "
+                  f"{', '.join(f'{n:,}' for n in proof.lengths)}, alone and padded on either side")
 
     return run_command(body)
 

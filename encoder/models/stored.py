@@ -58,7 +58,9 @@ def read_stored(folder: Path) -> StoredModel:
         config = read_settings(_ModelFile, folder / MODEL).model
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
         origin, max_tokens = origin["origin"], origin["max_tokens"]
-    except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} cannot be read: {str(error).rstrip('.')}. Write the folder again.") from error
     weights = fp32(read_safetensors(folder / WEIGHTS))
     check_weights(weights, config, of=str(folder))
@@ -75,7 +77,9 @@ def check_weights(weights: dict[str, Tensor], config: ModernBertConfig, *, of: s
     unknown = sorted(weights.keys() - wanted.keys())
     unfit = [f"{n} {list(weights[n].shape)} for {list(s)}" for n, s in wanted.items()
              if n in weights and weights[n].shape != s]
-    for words, names in (("lack", lacking), ("hold unknown", unknown), ("have another shape in", unfit)):
+    no_floats = [f"{n} {w.dtype}" for n, w in weights.items() if not w.is_floating_point()]
+    for words, names in (("lack", lacking), ("hold unknown", unknown), ("have another shape in", unfit),
+                         ("are no floats in", no_floats)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(f"{of}: the weights {words} {', '.join(names[:3])}{more}. "

@@ -9,6 +9,7 @@ from encoder.base.errors import CheckpointError, ModelError
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import newest_checkpoint, read_progress, read_weights
 from encoder.engine.checkpoint_folder import COMMITTED, damage
+from encoder.models.hf_import import CONFIG, read_hf
 from encoder.models.stored import MODEL, StoredModel, fp32, read_stored
 from encoder.train.config import read_run
 from encoder.train.phases import phase_of_weights
@@ -18,7 +19,7 @@ _KINDS = "a run folder, a checkpoint, a weights folder or a Hugging Face folder"
 
 
 def read_model(path: Path) -> StoredModel:
-    """The model at `path`, its thetas those of the phase that trained it last. Raises CheckpointError, ModelError."""
+    """The model at `path`, its thetas those of the phase that trained it last. Raises CheckpointError, ConfigError, ModelError."""
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise ModelError(f"{path} {found}; needed: {_KINDS}.")
@@ -33,6 +34,8 @@ def read_model(path: Path) -> StoredModel:
         return _read_checkpoint(newest, run_folder=path)
     if (path / MODEL).is_file():
         return read_stored(path)
+    if (path / CONFIG).is_file():
+        return read_hf(path)
     names = sorted(p.name for p in path.iterdir())
     found = f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "is empty"
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")

@@ -2,95 +2,111 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from encoder.base.errors import ExportError
-from encoder.models import hf
-from encoder.models.hf import export_hf
-from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-
-SPECIALS = SimpleNamespace(cls_id=1, sep_id=2, pad_id=3, mask_id=4, unk_id=0)
-CONFIG = ModernBertConfig(vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-                          global_rope_theta=160000.0, initializer_range=0.2, max_position_embeddings=1024)
+from encoder.base.errors import ExportError, ModelError, UserError
+from encoder.models import hf_export
+from encoder.models.hf_config import hf_config
+from encoder.models.hf_proof import prove
+from encoder.models.modernbert import ModernBertForMaskedLM
+from tests.hf_for_tests import CONFIG, SPECIALS, exported, names_in, stored, write_tokenizer_json
 
 
 @pytest.fixture
 def tokenizer_json(tmp_path):
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-    names = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(names + letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
-                                                             special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    path = tmp_path / "shards" / "tokenizer.json"
-    path.parent.mkdir()
-    tokenizer.save(str(path))
-    return path
+    return write_tokenizer_json(tmp_path / "shards" / "tokenizer.json")
 
 
-def exported(tokenizer_json, out, **changes):
-    values = dict(weights=ModernBertForMaskedLM(CONFIG, seed=2).state_dict(), config=CONFIG, tokenizer_json=tokenizer_json,
-                  specials=SPECIALS, out=out, max_tokens=300)
-    return export_hf(**{**values, **changes})
-
-
-def names_in(folder):
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_an_export_loads_in_transformers_with_the_same_logits_and_tokenizer(tokenizer_json, tmp_path):
-    import transformers
-
-    proof = exported(tokenizer_json, tmp_path / "out")
-    assert proof.lengths == (1, 127, 128, 129, 130, 300) and proof.max_abs_difference <= 2e-5
+def test_an_export_is_compared_at_the_edges_of_the_window_at_1024_and_at_the_longest_document(tokenizer_json, tmp_path):
+    proof = exported(tokenizer_json, tmp_path / "out", stored(max_tokens=1100))["transformers"]
+    assert proof.lengths == (1, 127, 128, 129, 130, 1024, 1100) and proof.max_abs_difference <= 2e-5
     assert names_in(tmp_path) == ["out", "shards"]
     assert names_in(tmp_path / "out") == ["config.json", "export_proof.json", "model.safetensors", "tokenizer.json",
                                           "tokenizer_config.json"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    asked = tokenizer("a [MASK]b")
-    assert set(asked) == {"input_ids", "attention_mask"}
-    assert tokenizer.convert_ids_to_tokens(asked["input_ids"]) == ["[CLS]", "a", "[MASK]", "b", "[SEP]"]   # space taken
-    assert tokenizer.model_max_length == 300 and tokenizer.pad_token_id == 3 and tokenizer.mask_token_id == 4
-    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
-    assert model.config.attention_dropout == 0.0 and model.config.max_position_embeddings == 1024
-    assert torch.equal(model.decoder.weight, model.model.embeddings.tok_embeddings.weight)
+    assert json.loads((tmp_path / "out" / "export_proof.json").read_text())["transformers"]["lengths"][-1] == 1100
+
+
+def test_each_length_is_asked_alone_padded_on_the_right_and_on_the_left():
+    ours = ModernBertForMaskedLM(dataclasses.replace(CONFIG, num_hidden_layers=1)).eval()
+    asked = []
+
+    def ask(ids_BL, real_BL):
+        asked.append(["".join("x" if r else "-" for r in row) for row in real_BL.tolist()])
+        return lambda row, positions: torch.zeros(positions.stop - positions.start, CONFIG.vocab_size)
+
+    with pytest.raises(ExportError, match="the logits of nobody differ from ours"):
+        prove(ours, ask, max_tokens=600, asked="nobody")
+    alone, right, left, long = asked[:5], asked[5], asked[6], asked[7:]
+    assert [len(rows[0]) for rows in alone] == [1, 127, 128, 129, 130] and len(right) == 5
+    assert right[0] == "x" + "-" * 132 and left[0] == "-" * 132 + "x" and left[4] == "---" + "x" * 130
+    assert long == [["x" * 600], ["x" * 600 + "---"], ["---" + "x" * 600]]
 
 
 def test_both_thetas_are_always_written_in_the_words_of_transformers_4_and_5():
-    written = hf.hf_config(CONFIG, SPECIALS)
+    written = hf_config(CONFIG, SPECIALS)
     assert (written["global_rope_theta"], written["local_rope_theta"]) == (160000.0, 10000.0)
     assert written["rope_parameters"]["full_attention"]["rope_theta"] == 160000.0
     assert written["rope_parameters"]["sliding_attention"]["rope_theta"] == 10000.0
     assert written["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
 
+@pytest.mark.parametrize("choice", [
+    {"mlp": "swiglu"}, {"tie_word_embeddings": False}, {"decoder_bias": False}, {"global_attn_every_n_layers": 2},
+    {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "head_bias": True, "window_radius_tokens": 16,
+     "norm_eps": 1e-2, "local_rope_theta": 500.0, "num_attention_heads": 4}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_setting_that_hugging_face_knows_is_the_same_model_there(tokenizer_json, tmp_path, choice, attention, monkeypatch):
+    theirs = hf_export.transformers_model
+
+    def transformers_model(folder):
+        model = theirs(folder)
+        model.set_attn_implementation(attention)
+        return model
+
+    monkeypatch.setattr(hf_export, "transformers_model", transformers_model)
+    proof = exported(tokenizer_json, tmp_path / "out", stored(dataclasses.replace(CONFIG, **choice)))["transformers"]
+    assert proof.max_abs_difference <= 2e-5
+
+
+@pytest.mark.parametrize(("choice", "words"), [
+    ({"norm": "rmsnorm"}, r"no word for norm rmsnorm \(needed: layernorm\)"), ({"mlp": "gelu"}, "mlp gelu"),
+    ({"norm_place": "post"}, "norm_place post"),
+    ({"positions": "learned", "type_vocab_size": 2, "global_rope_theta": 1e4}, "positions learned.*, type_vocab"),
+    ({"attention_head_width": 8}, r"attention_head_width 8 \(needed: hidden_size / num_attention_heads, 16\)")])
+def test_a_setting_that_hugging_face_has_no_word_for_is_refused_by_name(choice, words):
+    with pytest.raises(ExportError, match=words):
+        hf_config(dataclasses.replace(CONFIG, **choice), SPECIALS)
+
+
 @pytest.mark.parametrize("wrong", [{"global_rope_theta": 10000.0, "rope_parameters": None}, {"local_attention": 64},
                                    {"hidden_activation": "silu"}])
 def test_logits_that_differ_are_refused_and_nothing_is_left(tokenizer_json, tmp_path, monkeypatch, wrong):
-    true_config = hf.hf_config
-    monkeypatch.setattr(hf, "hf_config", lambda *a: {k: v for k, v in {**true_config(*a), **wrong}.items()
-                                                     if v is not None})
-    with pytest.raises(ExportError, match="transformers' logits differ from ours by .*Nothing was written"):
+    monkeypatch.setattr(hf_export, "hf_config", lambda *a: {k: v for k, v in {**hf_config(*a), **wrong}.items()
+                                                            if v is not None})
+    with pytest.raises(ExportError, match="logits of transformers differ from ours by .*Nothing was written"):
         exported(tokenizer_json, tmp_path / "out")
     assert names_in(tmp_path) == ["shards"]
 
 
-def test_a_failed_export_leaves_the_earlier_one_and_a_good_one_replaces_it(tokenizer_json, tmp_path):
+def test_a_failed_export_leaves_the_earlier_one_and_a_good_one_replaces_it(tokenizer_json, tmp_path, monkeypatch):
     out = tmp_path / "out"
     exported(tokenizer_json, out)
     first = (out / "model.safetensors").read_bytes()
-    with pytest.raises(ExportError, match="max_tokens 2,000 is more than max_position_embeddings 1,024"):
-        exported(tokenizer_json, out, max_tokens=2000)
+    with pytest.raises(ExportError, match="max_tokens 2,000 is more than max_position_embeddings 1,200"):
+        exported(tokenizer_json, out, stored(max_tokens=2000))
+    with monkeypatch.context() as patched:
+        patched.setattr(hf_export, "transformers_model", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            exported(tokenizer_json, out, stored(seed=3))
     assert (out / "model.safetensors").read_bytes() == first
-    exported(tokenizer_json, out, weights=ModernBertForMaskedLM(CONFIG, seed=3).state_dict(), max_tokens=20)
+    exported(tokenizer_json, out, stored(seed=3, max_tokens=20))
     assert (out / "model.safetensors").read_bytes() != first
-    assert json.loads((out / "export_proof.json").read_text())["lengths"] == [1, 20]
+    assert json.loads((out / "export_proof.json").read_text())["transformers"]["lengths"] == [1, 20]
     assert names_in(tmp_path) == ["out", "shards"]
 
 
@@ -98,31 +114,31 @@ def test_a_folder_of_something_else_is_never_touched(tokenizer_json, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExportError, match="out is not empty and was not written by an export"):
+    with pytest.raises(UserError, match="out is not empty and holds no export_proof.json"):
         exported(tokenizer_json, out)
-    with pytest.raises(ExportError, match="thesis.txt is a file; needed: a folder"):
+    with pytest.raises(UserError, match="thesis.txt is a file; needed: a folder"):
         exported(tokenizer_json, out / "thesis.txt")
     assert names_in(tmp_path) == ["out", "shards"] and names_in(out) == ["thesis.txt"]
 
 
 def test_weights_of_another_model_are_refused_by_name(tokenizer_json, tmp_path):
-    weights = ModernBertForMaskedLM(CONFIG).state_dict()
+    weights = stored().weights
     lacking = {k: v for k, v in weights.items() if k != "head.dense.weight"}
     for wrong, words in ((lacking, "the weights lack head.dense.weight"),
                          ({**weights, "head.dense.bias": torch.zeros(32)}, "the weights hold unknown head.dense.bias"),
                          ({**weights, "decoder.bias": torch.zeros(9)}, r"another shape in decoder.bias \[9\] for \[280\]")):
-        with pytest.raises(ExportError, match=words):
-            exported(tokenizer_json, tmp_path / "out", weights=wrong)
+        with pytest.raises(ModelError, match=words):
+            exported(tokenizer_json, tmp_path / "out", dataclasses.replace(stored(), weights=wrong))
     assert names_in(tmp_path) == ["shards"]
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tokenizer_json, tmp_path):
-    with pytest.raises(ExportError, match="has no token mask 279; the model's vocabulary is 280"):
-        exported(tokenizer_json, tmp_path / "out", specials=SimpleNamespace(**{**vars(SPECIALS), "mask_id": 279}))
-    small = ModernBertConfig(**{**vars(CONFIG), "vocab_size": 200})
-    with pytest.raises(ExportError, match="has ids up to 260; the model's vocabulary is 200"):
-        exported(tokenizer_json, tmp_path / "out", config=small, weights=ModernBertForMaskedLM(small).state_dict())
+def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_json, tmp_path):
+    model = stored()
+    with pytest.raises(ModelError, match="has no token mask 270"):
+        hf_export.export_hf(model, tokenizer_json, SimpleNamespace(**{**vars(SPECIALS), "mask_id": 270}), tmp_path / "out")
+    with pytest.raises(ModelError, match="has ids up to 260; the model's vocabulary is 200"):
+        exported(tokenizer_json, tmp_path / "out", stored(dataclasses.replace(CONFIG, vocab_size=200)))
     tokenizer_json.write_text("not json")
-    with pytest.raises(ExportError, match="cannot be used as a tokenizer.json"):
+    with pytest.raises(ModelError, match="cannot be used as a tokenizer.json"):
         exported(tokenizer_json, tmp_path / "out")
     assert names_in(tmp_path) == ["shards"]

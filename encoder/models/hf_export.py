@@ -1,0 +1,66 @@
+"""To Hugging Face: a folder that exists only after transformers, reading it back, gave the same logits as we do.
+
+The names of the parameters are Hugging Face's already, so nothing is renamed or permuted. What is written:
+
+    OUT/
+        config.json              both rotary thetas always explicit, in the words of transformers 4 and of 5
+        model.safetensors        fp32; decoder.weight is left out where it is the embedding
+        tokenizer.json           the run's own, with the mask token taking the space before it
+        tokenizer_config.json
+        onnx/model.onnx          where asked for: ids and attention mask -> logits, for onnxruntime
+        export_proof.json        what was compared, and how close it was; also the mark of a folder that we may replace
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from encoder.base.errors import ExportError
+from encoder.base.files import folder_that_appears, write_json
+from encoder.models.hf_config import SpecialIds, hf_config
+from encoder.models.hf_onnx import check_onnx_installed, write_onnx
+from encoder.models.hf_proof import Proof, asking, our_model, prove, transformers_model
+from encoder.models.hf_tokenizer import write_tokenizer
+from encoder.models.stored import WEIGHTS, StoredModel, check_weights, write_safetensors
+
+PROOF = "export_proof.json"
+
+
+def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, out: Path, *,
+              onnx: bool = False) -> dict[str, Proof]:
+    """Write `out`, a folder that AutoModelForMaskedLM and AutoTokenizer load, and prove it before it has its name.
+
+    Returns the proofs by what was asked: transformers, and onnxruntime where `onnx`. Raises UserError, leaving nothing
+    behind, where Hugging Face's ModernBERT cannot be this model, the weights do not fit the config, `out` holds
+    something that is no export of ours, or logits differ by more than 1e-4.
+    """
+    config, max_tokens = model.config, model.max_tokens or model.config.max_position_embeddings
+    if max_tokens > config.max_position_embeddings:
+        raise ExportError(f"max_tokens {max_tokens:,} is more than max_position_embeddings "
+                          f"{config.max_position_embeddings:,}. Raise the model's max_position_embeddings.")
+    settings = hf_config(config, specials)
+    check_weights(model.weights, config, of=model.origin)
+    if onnx:
+        check_onnx_installed()
+    ours = our_model(model.weights, config)
+    with folder_that_appears(out, mark=PROOF) as part:
+        write_tokenizer(part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens)
+        write_safetensors(model.weights, part / WEIGHTS)
+        write_json(part / "config.json", settings)
+        theirs = transformers_model(part)
+        _load_tokenizer(part)
+        proofs = {"transformers": prove(ours, asking(theirs), max_tokens=max_tokens, asked="transformers")}
+        if onnx:
+            proofs["onnxruntime"] = write_onnx(part, theirs, ours, max_tokens=max_tokens)
+        write_json(part / PROOF, {asked: {"max_abs_difference": proof.max_abs_difference, "lengths": list(proof.lengths)}
+                                  for asked, proof in proofs.items()})
+    return proofs
+
+
+def _load_tokenizer(folder: Path) -> None:
+    import transformers
+
+    try:
+        transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:      # whatever its version raises: the answer is the same, with its words
+        raise ExportError(f"transformers {transformers.__version__} cannot load the tokenizer: {error}") from error

@@ -1,0 +1,54 @@
+"""The tokenizer of a Hugging Face folder: the run's own tokenizer.json, with the edits that ModernBERT's release has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from encoder.base.errors import ModelError
+from encoder.base.files import write_json
+from encoder.models.hf_config import SpecialIds
+from encoder.models.stored import TOKENIZER
+
+
+def check_tokenizer(tokenizer_json: Path, *, vocab_size: int) -> None:
+    """It is a tokenizer.json whose ids the model has. Raises ModelError."""
+    _read(tokenizer_json, vocab_size)
+
+
+def write_tokenizer(folder: Path, tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int, max_tokens: int) -> None:
+    """tokenizer.json and tokenizer_config.json (its model_max_length is max_tokens). Raises ModelError."""
+    content, names = _read(tokenizer_json, vocab_size)
+    ids = {role: getattr(specials, f"{role}_id") for role in ("cls", "sep", "pad", "mask", "unk")}
+    strange = [f"{role} {i}" for role, i in ids.items() if i not in names]
+    if strange:
+        raise ModelError(f"{tokenizer_json} has no token {', '.join(strange)}. "
+                         "Give the tokenizer that the model was trained with.")
+    for token in content["added_tokens"]:
+        if token["id"] == specials.mask_id:
+            token["lstrip"] = True          # "a [MASK]" asks for " word", space included, as the vocabulary has it
+    (folder / TOKENIZER).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", **{f"{role}_token": names[i] for role, i in ids.items()},
+        "model_max_length": max_tokens, "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "right", "truncation_side": "right",
+        # ModernBERT's own file says true, which turns the decoded "x . y" into "x. y": wrong for code
+        "clean_up_tokenization_spaces": False,
+    })
+
+
+def _read(tokenizer_json: Path, vocab_size: int) -> tuple[dict[str, Any], dict[int, str]]:
+    """The file's content, and its tokens by id."""
+    try:
+        content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+        names = {i: word for word, i in content["model"]["vocab"].items()}
+        names.update({token["id"]: token["content"] for token in content["added_tokens"]})
+        top = max(names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{tokenizer_json} cannot be used as a tokenizer.json ({error!r}). "
+                         "Give the one that stands beside the shards.") from error
+    if top >= vocab_size:
+        raise ModelError(f"{tokenizer_json} has ids up to {top:,}; the model's vocabulary is {vocab_size:,}. "
+                         "Give the tokenizer that the model was trained with.")
+    return content, names
