@@ -169,3 +169,22 @@ def test_settings_survive_the_schema():
 def test_a_shape_that_cannot_be_says_what_can(wrong, words):
     with pytest.raises(ConfigError, match=words):
         ModernBertConfig(**wrong)
+
+
+def test_the_base_model_gives_transformers_logits():
+    """Random Megatron weights at the published shape, fp32: 22 layers of the true width add up more rounding than tiny ones."""
+    transformers = pytest.importorskip("transformers")
+    config = replace(preset("modernbert_base"), global_rope_theta=160000.0)
+    ours = ModernBertForMaskedLM(config, seed=4).eval()
+    theirs = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(
+        attn_implementation="sdpa", reference_compile=False)).eval()
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert missing in ([], ["decoder.weight"]) and unexpected == []
+    theirs.tie_weights()
+    lengths = [1, 127, 128, 129, 130, 600]
+    batch = packed(lengths, vocab=config.vocab_size)
+    with torch.no_grad():
+        for ids, found in zip(batch.ids_T.split(lengths), ours.logits(batch).split(lengths), strict=True):
+            difference = (found - theirs(input_ids=ids[None]).logits[0]).abs().max()
+            print(len(ids), f"{difference:.1e}")
+            assert difference <= 1e-4
