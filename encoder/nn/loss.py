@@ -14,9 +14,9 @@ from torch import Tensor
 from encoder.base.batch import IGNORE, SummedLoss
 
 # Positions of one piece. Every piece reads and writes the whole [V, C] gradient, so few positions waste the product:
-# on CPU at V = 50,368 pieces of 41 are 2 to 3 times slower than 256, and 512 or 768 no faster (at V = 8,192 any from 64
-# up is the same within noise). CUDA, by reasoning, not measured: at 2,048 the gradient's traffic (0.4 GB) takes less
-# than half the time of its product (158 GFLOP), and the fp32 piece is 0.4 GB.
+# on CPU at V = 50,368 pieces of 41 took twice the time of 256, and 768 at most a fifth less (at V = 8,192 any from 64 up
+# took the same). CUDA by reasoning, not measured: at 2,048 the gradient's traffic (0.4 GB) takes less than half the time
+# of its product (158 GFLOP), and the fp32 piece is 0.4 GB.
 PIECE_POSITIONS = {"cpu": 256, "cuda": 2048}
 
 

@@ -142,3 +142,23 @@ def test_autocast_multiplies_in_bf16_and_sums_in_fp32():
     assert found.dtype == torch.float32 and ours[1].grad.dtype == torch.float32
     assert 0 < abs(found - expected) < 0.01 * expected
     assert (ours[1].grad - exact[1].grad).abs().max() < 0.05 * exact[1].grad.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_cuda_the_loss_is_the_cpus_and_the_host_never_waits(autocast):
+    ours, truth = question(torch.float32, positions=5000, vocab=1000, width=64), question(positions=5000, vocab=1000, width=64)
+    there = [x.detach().cuda().requires_grad_(x.is_floating_point()) for x in ours]
+    whole_vocabulary_loss(*truth, z_loss_weight=1e-3).backward()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            found = cross_entropy_sum(*there, z_loss_weight=1e-3)
+        found.total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = whole_vocabulary_loss(*truth, z_loss_weight=1e-3)
+    bound = 2e-2 if autocast else 1e-4       # bf16 has 3 digits, TF32 is off
+    assert abs(found.total.item() - expected.item()) <= bound * expected.item() and found.count == (ours[3] != IGNORE).sum()
+    for a, b in zip(there[:3], truth[:3], strict=True):
+        assert (a.grad.cpu() - b.grad).abs().max() <= bound * b.grad.abs().max()
