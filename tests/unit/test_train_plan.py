@@ -19,7 +19,8 @@ TINY = Path("configs/pretrain/tiny_cpu.yaml")
 def test_work_follows_the_stored_lengths_cut_as_the_phase_cuts_them(tmp_path):
     """100 tokens with at most 52: bodies of 49 and 49, so 51 + 51 tokens; the other document stays whole."""
     folder = write_source(tmp_path / "a" / "train", [np.ones(100, dtype=np.int64), np.ones(20, dtype=np.int64)])
-    here, missing = (SourceConfig(path=str(p), weight=1.0) for p in (folder, tmp_path / "missing"))
+    here = SourceConfig(path=str(folder), weight=3.0)
+    missing = SourceConfig(path=str(tmp_path / "missing"), weight=1.0)
     run = read_run(TINY)
     phase = replace(run.phases[0], max_tokens_per_document=52, sources=(here,))
     known = phase_work(run, phase)
@@ -28,7 +29,7 @@ def test_work_follows_the_stored_lengths_cut_as_the_phase_cuts_them(tmp_path):
     longest = train_flops(run.model, lengths=[52], masked_tokens=run.objective.mask_share * 52) / 52
     mixed = phase_work(run, replace(phase, sources=(here, missing)))
     assert mixed.unknown == (missing.path,)
-    assert mixed.flops == pytest.approx((per_token + longest) / 2 * phase.tokens)
+    assert mixed.flops == pytest.approx((3 * per_token + longest) / 4 * phase.tokens)
 
 
 def test_a_plan_says_whose_lengths_it_guessed(tmp_path, monkeypatch):
