@@ -17,6 +17,7 @@ from encoder.models.catalog import build_model
 from encoder.models.flops import train_flops
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.train.config import PhaseConfig, RunConfig
+from encoder.train.initial import read_fitting
 from encoder.train.phases import PlannedStep, planned_steps
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
@@ -47,7 +48,7 @@ class PhaseWork:
 
 
 def plan_text(run: RunConfig, *, ranks: int) -> str:
-    """The plan for people. Raises ConfigError where the run cannot be; shards that are missing are only said."""
+    """The plan for people. Raises UserError where the run cannot be; what is not there yet is only said."""
     with torch.device("meta"):
         model = build_model(run.model, attention="sdpa", seed=run.seed)
     count = sum(p.numel() for p in model.parameters())
@@ -64,6 +65,7 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
         f"= {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens",
         f"optimizer   StableAdamW betas {run.optimizer.betas[0]}, {run.optimizer.betas[1]}, eps {run.optimizer.eps:g}, "
         f"decay {run.optimizer.weight_decay:g} a step at the peak rate (fully decoupled)",
+        f"weights     {_weights_text(run)}",
         f"data        {_data_text(run)}",
         "",
         f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15}learning rate",
@@ -142,6 +144,14 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks
         f"{phase.name:<12}{short_count(phase.tokens):>9}{phase.max_tokens_per_document:>8,}"
         f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15}{rates[0]:.2e}{middle} -> {rates[-1]:.2e}"
     )
+
+
+def _weights_text(run: RunConfig) -> str:
+    if run.init_from is None:
+        return f"drawn from seed {run.seed}"
+    if not Path(run.init_from).exists():
+        return f"from {run.init_from} (not there yet)"
+    return f"from {run.init_from}: {read_fitting(run).origin}"
 
 
 def _data_text(run: RunConfig) -> str:
