@@ -1,53 +1,128 @@
-"""The settings of `data-prep prepare`: which text, which tokenizer, where to."""
+"""The settings of `data-prep prepare` and `plan`: which text, which tokenizer, where to, and what a run takes of it."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from encoder.base.errors import ConfigError
-from encoder.base.schema import chosen_by
+from data_prep.filters import Filter
+from encoder.base.errors import ConfigError, nearest
+from encoder.base.schema import Tokens, chosen_by, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """What every format needs."""
+class Estimate:
+    """How much text a source holds, for `data-prep plan`: nothing of the shards depends on it."""
+
+    tokens: Tokens                   # of the whole source as it is described here, filters included
+    reference: str                   # who says so, and what was reckoned from it
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    """What every source has."""
 
     name: str                        # the folder of this source below `out`
-    files: tuple[str, ...]           # names or globs (** too), relative to `root`
+    license: str = ""                # goes to the card
+    estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
             raise ConfigError(f"name {self.name!r} cannot name a folder; needed: letters, digits, _ . -, no dot first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files(_Named):
+    """A source of files on this machine."""
+
+    files: tuple[str, ...]           # names or globs (** too), relative to `root`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.files:
             raise ConfigError(f"files of {self.name} is an empty list; needed: at least one name or glob.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlSource(_Source):
+class _Columns:
+    """A source whose documents have columns."""
+
+    text: str = "text"               # the column that holds the text; a.b.c reaches into nested fields
+    filters: tuple[Filter, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are read, each once."""
+        return tuple(dict.fromkeys([self.text, *(f.column for f in self.filters)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlSource(_Columns, _Files):
     """One JSON object a line; .gz and .zst are opened as they are."""
 
-    text: str = "text"               # the key that holds the text
-
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetSource(_Source):
+class ParquetSource(_Columns, _Files):
     """Parquet files, one row a document."""
 
-    text: str = "text"               # the column that holds the text
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowSource(_Columns, _Files):
+    """Arrow IPC files and streams (what `datasets` saves), one row a document."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSource(_Source):
+class TextSource(_Files):
     """Plain UTF-8 text."""
 
     document: Literal["file", "paragraph", "line"] = "file"   # what one document is; paragraphs end at an empty line
 
 
-SOURCES = {"jsonl": JsonlSource, "parquet": ParquetSource, "text": TextSource}
-Source = JsonlSource | ParquetSource | TextSource
+@dataclass(frozen=True, kw_only=True)
+class HubSource(_Columns, _Named):
+    """A dataset of the Hugging Face hub, streamed; code from the hub is never run."""
+
+    dataset: str                     # organisation/name, or a local folder of the same layout
+    config: str | None = None        # the subset
+    split: str = "train"
+    revision: str = "main"           # branch, tag or commit; the card holds the commit that it meant
+    files: tuple[str, ...] = ()      # globs inside the repository, in place of a config: a part of a large dataset
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config and self.files:
+            raise ConfigError(f"source {self.name} has both config and files; needed: one of them.")
+
+
+SOURCES = {"jsonl": JsonlSource, "parquet": ParquetSource, "arrow": ArrowSource, "text": TextSource, "hub": HubSource}
+Source = JsonlSource | ParquetSource | ArrowSource | TextSource | HubSource
+
+
+def recipe_of(source: Source) -> dict[str, Any]:
+    """The settings of a source that decide its shards, for the card: what `files` match counts, not how it is written."""
+    word = next(word for word, kind in SOURCES.items() if type(source) is kind)
+    settings = {**to_plain(source), "format": word}
+    if settings.get("filters"):
+        settings["filters"] = [{"column": f.column, **to_plain(f.rules)} for f in source.filters]
+    return {key: value for key, value in settings.items() if value and key not in ("files", "estimate", "revision")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The tokens that one phase of a run takes from each source."""
+
+    tokens: Tokens                   # of the phase; the sources' must add up to it
+    sources: dict[str, Tokens]
+
+    def __post_init__(self) -> None:
+        total = sum(self.sources.values())
+        if total != self.tokens:
+            raise ConfigError(f"its sources add up to {total:,} tokens; needed: {self.tokens:,}, "
+                              f"{abs(self.tokens - total):,} {'more' if total < self.tokens else 'fewer'}.")
+        if empty := [name for name, tokens in self.sources.items() if not tokens]:
+            raise ConfigError(f"{empty[0]} has 0 tokens. Leave it out instead.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +139,7 @@ class PrepareConfig:
     processes: int = 0                                # 0: one per core
     shard_bytes: int = 2**26
     compression: Literal["none", "zstd"] = "none"
+    mixtures: dict[str, Mixture] = field(default_factory=dict)      # for `data-prep plan`; prepare makes every source
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -72,6 +148,9 @@ class PrepareConfig:
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ConfigError(f"two sources are named {twice[0]}; needed: a name of its own for each.")
+        for mixture, source in ((m, s) for m, given in self.mixtures.items() for s in given.sources):
+            if source not in names:
+                raise ConfigError(f"mixtures.{mixture} names the source {source}. {nearest(source, names)}")
         if self.max_tokens_per_document < 8:
             raise ConfigError(f"max_tokens_per_document is {self.max_tokens_per_document}; needed: at least 8.")
         if not 0 <= self.held_out_share < 1:

@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config import PrepareConfig, Source
+from data_prep.config import PrepareConfig, Source, recipe_of
 from data_prep.meter import Meter
 from data_prep.pool import Encoded, EncodeJob, EncoderPool
-from data_prep.readers import BLOCK_BYTES, Block, ReadError, file_bytes, find_files, parse, read_blocks
+from data_prep.readers import BLOCK_BYTES, Block, InputFile, ReadError, find_files, parse, read_blocks
 from data_prep.shards import ShardFolder
 from data_prep.tokenization import check_tokenizer_path, choose_encoder
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
 from encoder.base.files import fsync_path
 from encoder.base.log import say, warn_once
-from encoder.base.schema import differences, to_plain
+from encoder.base.schema import differences
 from encoder.base.units import short_count
 from encoder.data.shard_format import CARD, Card, ids_dtype, read_card, special_ids_of, tokenizer_fingerprint
 
@@ -91,7 +91,7 @@ class _Plan:
     """One source, looked at but not yet made. `card` is the card it will have, without totals and hashes of content."""
 
     source: Source
-    files: list[Path]
+    files: list[InputFile]
     bytes: int
     folder: Path
     tokenizer_json: Path
@@ -99,20 +99,16 @@ class _Plan:
 
 
 def _plan(config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_size: int, specials: Any) -> _Plan:
-    root = Path(config.root)
-    files = find_files(source, root)
-    settings = {**to_plain(source), "format": type(source).__name__.removesuffix("Source").lower(),
-                "max_tokens_per_document": config.max_tokens_per_document, "held_out_share": config.held_out_share,
-                "shard_bytes": config.shard_bytes, "compression": config.compression}
-    del settings["files"]        # what they match counts, not how they are written
-    recipe = {"prepare": 1, "settings": settings,
-              "files": [{"name": _name_below(root, path), "bytes": file_bytes(path), "fingerprint": fingerprint(path)}
-                        for path in files]}
+    files = find_files(source, Path(config.root))
+    settings = {**recipe_of(source), "max_tokens_per_document": config.max_tokens_per_document,
+                "held_out_share": config.held_out_share, "shard_bytes": config.shard_bytes,
+                "compression": config.compression}
+    recipe = {"prepare": 1, "settings": settings, "files": [file.described() for file in files]}
     card = Card(source=source.name, split="train", tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
                 vocab_size=vocab_size, specials=specials, dtype=ids_dtype(vocab_size).name, documents=0, tokens=0,
                 max_tokens_per_document=config.max_tokens_per_document, index_sha256="", lengths_sha256="",
                 recipe=recipe)
-    return _Plan(source=source, files=files, bytes=sum(f["bytes"] for f in recipe["files"]),
+    return _Plan(source=source, files=files, bytes=sum(file.bytes for file in files),
                  folder=Path(config.out) / source.name, tokenizer_json=tokenizer_json, card=card)
 
 
@@ -182,9 +178,9 @@ def _write_source(plan: _Plan, config: PrepareConfig, pool: EncoderPool, part: P
 
 
 def _blocks(plan: _Plan, skip: bool, counts: Counts) -> Iterator[Block]:
-    for path in plan.files:
+    for file in plan.files:
         try:
-            yield from read_blocks(plan.source, path)
+            yield from read_blocks(plan.source, file)
         except ReadError as error:
             if not skip:
                 raise
@@ -294,32 +290,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
                         "Check the folder out and its rights.") from error
 
 
-def _name_below(root: Path, path: Path) -> str:
-    """The path below root, so that the card does not depend on where root lies."""
-    try:
-        return path.relative_to(root).as_posix()
-    except ValueError:
-        return path.name
-
-
 def _brief(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def fingerprint(path: Path, *, stretch_bytes: int = 2**20, stretches: int = 16) -> str:
-    """BLAKE2b of a file up to 16 MiB; of 16 even stretches of 1 MiB of a longer one, so that a terabyte is looked at in
-    seconds. A change between the stretches that leaves the size alone is not seen."""
-    digest = hashlib.blake2b(digest_size=16)
-    size = file_bytes(path)
-    try:
-        with open(path, "rb") as f:
-            if size <= stretch_bytes * stretches:
-                digest.update(f.read())
-            else:
-                for i in range(stretches):
-                    f.seek(i * (size - stretch_bytes) // (stretches - 1))
-                    digest.update(f.read(stretch_bytes))
-    except OSError as error:
-        raise ReadError(f"{path} cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()

@@ -1,28 +1,37 @@
-"""Files to blocks of documents: the only importer of `datasets`.
+"""Sources to blocks of documents: the only importer of `datasets`.
 
-A block is a few MiB of one file. JSON lines stay raw bytes in it, so that the process that encodes also parses;
-the process that reads only looks for line ends.
+A block is a few MiB of one file. Lines stay raw bytes in it, so that the process that encodes also parses; the process
+that reads only looks for line ends. Local JSON lines and plain text are read here; Parquet, Arrow and the hub through
+the builders of `datasets`, streamed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import gzip
+import hashlib
 import json
 import logging
 import os
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from data_prep.config import JsonlSource, ParquetSource, Source, TextSource
+from data_prep.config import ArrowSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
+from data_prep.filters import ABSENT, WrongType, look_up, named
 from encoder.base.errors import ConfigError, UserError, nearest
 
 BLOCK_BYTES = 2**22
+TABLE_ROWS = 1024                              # of a table in one block, fewer when they are long
+HUB_FILE_BYTES = 2**28                         # a hub file whose size is not known: for the bar and the processes alone
+ARROW_ENDS = (b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")   # of a file; of a stream; of one before 0.15
+SKIP = "set on_error: skip"
 
 
 class ReadError(UserError):
@@ -30,20 +39,37 @@ class ReadError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """Some neighbouring documents of one file; either raw JSON lines or texts."""
+class InputFile:
+    """One file of a source: the unit that is read from beginning to end."""
 
+    name: str                             # on the card: the path below root, or repository@commit/path on the hub
+    place: str                            # in messages
+    bytes: int                            # a guess on the hub
+    path: Path | None = None              # None: on the hub, where it is
+    number: int = 0                       # this one of the split's files
+
+    def described(self) -> dict[str, Any]:
+        """For the card: what a change of the file would change. Raises ReadError."""
+        if self.path is None:
+            return {"name": self.name}
+        return {"name": self.name, "bytes": self.bytes, "fingerprint": fingerprint(self.path)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some neighbouring documents of one file: raw lines, or the columns that the source names."""
+
+    source: Source
     file: str
-    column: str                           # the key or column that holds the text
-    first: int                            # number of the first line (record) in the file, from 1
+    first: int                            # number of the first line (row) in the file, from 1
     lines: bytes | None = None
-    texts: list[object] | None = None
+    columns: Mapping[str, list[Any]] | None = None
     file_bytes: int = 0                   # bytes of the file that were read for this block, for the progress bar
 
 
 @dataclass(kw_only=True)
 class Parsed:
-    """The texts of a block, and what was left out of it by reason. `problem` is the first bad line, as a sentence."""
+    """The texts of a block, and what was left out of it by reason. `problem` is the first bad document, as a sentence."""
 
     texts: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -55,8 +81,10 @@ class Parsed:
         self.problem = self.problem or problem
 
 
-def find_files(source: Source, root: Path) -> list[Path]:
+def find_files(source: Source, root: Path) -> list[InputFile]:
     """The files of a source: its patterns in order, each pattern's matches sorted. Raises ConfigError for no match."""
+    if isinstance(source, HubSource):
+        return _hub_files(source)
     found: dict[Path, None] = {}
     for pattern in source.files:
         matches = [Path(p) for p in sorted(glob.glob(os.path.join(root, pattern), recursive=True)) if os.path.isfile(p)]
@@ -70,38 +98,65 @@ def find_files(source: Source, root: Path) -> list[Path]:
             hint = nearest(place.name, beside) if beside else f"No file is in {place.parent}. Set root or the files."
             raise ConfigError(f"source {source.name}: {place} {what}. {hint}")
         found.update(dict.fromkeys(matches))
-    return list(found)
+    return [InputFile(name=_name_below(root, path), place=str(path), bytes=_size_of(path), path=path) for path in found]
 
 
-def read_blocks(source: Source, path: Path) -> Iterator[Block]:
+def read_blocks(source: Source, file: InputFile) -> Iterator[Block]:
     """The blocks of one file in order; memory is bounded by one block or the longest document. Raises ReadError."""
     if isinstance(source, JsonlSource):
-        return _json_lines(path, source.text)
-    if isinstance(source, ParquetSource):
-        return _dataset(path, "parquet", column=source.text)
-    return _plain_text(source, path)
+        return _lines(source, file)
+    if isinstance(source, TextSource):
+        return _whole_text(source, file) if source.document == "file" else _lines(source, file)
+    return _tables(source, file)
 
 
 def parse(block: Block) -> Parsed:
-    """Texts of a block in order. Documents without any character but white space are left out as `empty`."""
-    result = Parsed()
-    documents = _json_texts(block, result) if block.lines is not None else _checked(block, result)
-    for place, text in documents:
-        if not text or text.isspace():
-            result.left_out["empty"] += 1
-            continue
+    """Texts of a block in order. Documents that do not pass a filter, and those without any character but white space,
+    are left out and counted; what should not be there at all is a problem as well."""
+    source, result = block.source, Parsed()
+    if isinstance(source, TextSource):
+        for place, text in _plain_texts(block, result):
+            _take(place, text, result)
+        return result
+    rows = _json_rows(block, result) if block.lines is not None else _table_rows(block)
+    for place, row in rows:
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            result.leave_out("not unicode", f"{place}: the text holds half a surrogate pair, which is no character; "
-                                            "needed: whole characters. Repair it, or set on_error: skip.")
+            stopped_by = next((f for f in source.filters if not f.passes(look_up(row, f.column))), None)
+        except WrongType as error:
+            result.leave_out("filter cannot judge", f"{place}: {error}. Change the filter, or {SKIP}.")
             continue
-        result.texts.append(text)
+        if stopped_by:
+            result.left_out[stopped_by.label] += 1
+            continue
+        text = look_up(row, source.text)
+        if isinstance(text, str):
+            _take(place, text, result)
+        elif text is ABSENT:
+            keys = nearest(source.text, sorted(row)) if row else "The object is empty."
+            result.leave_out("no text", f"{place} has no {source.text!r}. {keys} Set the source's text, or on_error: skip.")
+        else:
+            result.leave_out("no text", f"{place}: {source.text!r} is {named(text)}; needed: text. Repair it, or {SKIP}.")
     return result
 
 
-def _json_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
-    column, repair = block.column, "Repair the line, or set on_error: skip."
+def _take(place: str, text: str, result: Parsed) -> None:
+    """One text into the result, or the reason why not."""
+    if not text or text.isspace():
+        result.left_out["empty"] += 1
+    elif "\0" in text:
+        result.leave_out("nul character", f"{place}: the text holds a NUL character, as files that are no text do; "
+                                          f"needed: text. Remove it, or {SKIP}.")
+    else:
+        try:
+            text.encode("utf-8")
+            result.texts.append(text)
+        except UnicodeEncodeError:
+            result.leave_out("not unicode", f"{place}: the text holds half a surrogate pair, which is no character; "
+                                            f"needed: whole characters. Repair it, or {SKIP}.")
+
+
+def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, Any]]]:
+    repair = f"Repair the line, or {SKIP}."
     lines = block.lines.split(b"\n")
     if not lines[-1]:
         lines.pop()                              # the nothing after the last line end
@@ -122,113 +177,242 @@ def _json_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
             why = "nested too deeply" if deep else getattr(error, "msg", None) or str(error)
             result.leave_out("not json", f"{place} is not JSON ({why}); needed: one JSON object a line. {repair}")
             continue
-        if not isinstance(value, dict):
-            result.leave_out("not json", f"{place} is {_named(value)}; needed: a JSON object with {column!r}. {repair}")
-        elif column not in value:
-            keys = nearest(column, sorted(value)) if value else "The object is empty."
-            result.leave_out("no text", f"{place} has no {column!r}. {keys} Set the source's text, or on_error: skip.")
-        elif not isinstance(value[column], str):
-            result.leave_out("no text", f"{place}: {column!r} is {_named(value[column])}; needed: text. {repair}")
-        else:
-            yield place, value[column]
-
-
-def _checked(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
-    for number, value in enumerate(block.texts, start=block.first):
-        place = f"{block.file} record {number}"
-        if isinstance(value, str):
+        if isinstance(value, dict):
             yield place, value
         else:
-            result.leave_out("no text", f"{place}: {block.column!r} is {_named(value)}; needed: text. "
-                                        "Repair it, or set on_error: skip.")
+            result.leave_out("not json", f"{place} is {named(value)}; needed: a JSON object with "
+                                         f"{block.source.text!r}. {repair}")
 
 
-def _named(value: object) -> str:
-    words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number",
-             float: "a number", bytes: "bytes without an encoding"}
-    return "null" if value is None else words.get(type(value), f"a {type(value).__name__}")
+def _table_rows(block: Block) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, values in enumerate(zip(*block.columns.values(), strict=True), start=block.first):
+        yield f"{block.file} row {number}", dict(zip(block.columns, values, strict=True))
 
 
-def _json_lines(path: Path, column: str) -> Iterator[Block]:
+def _plain_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
+    """Lines, paragraphs (between empty lines) or the whole file; a paragraph's place is the line it begins at."""
+    document, number = block.source.document, block.first
+    separator = {"line": rb"(\r?\n)", "paragraph": rb"(\r?\n(?:[ \t]*\r?\n)+)"}.get(document)
+    parts = re.split(separator, block.lines) if separator else [block.lines]
+    for raw, end in zip(parts[::2], [*parts[1::2], b""], strict=True):
+        if separator and not raw and not end:
+            continue                             # the nothing after the last line end
+        if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+            raw = raw[3:]
+        try:
+            yield block.file if document == "file" else f"{block.file} line {number}", raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = number + raw.count(b"\n", 0, error.start)
+            byte = error.start - raw.rfind(b"\n", 0, error.start)
+            result.leave_out("not utf-8", f"{block.file} line {line}: byte {byte} is not UTF-8; needed: UTF-8 text. "
+                                          f"Convert the file, or {SKIP}.")
+        number += raw.count(b"\n") + end.count(b"\n")
+
+
+def _lines(source: Source, file: InputFile) -> Iterator[Block]:
+    """Blocks of whole lines; of whole paragraphs where these are the documents."""
     rest, first, seen = b"", 1, 0
-    with _opened(path) as (stream, raw):
+    by_paragraph = isinstance(source, TextSource) and source.document == "paragraph"
+    ends = (b"\n\n", b"\n\r\n") if by_paragraph else (b"\n",)
+
+    def place() -> str:
+        return f"{file.place} cannot be read beyond line {first - 1 + rest.count(ends[0][:1]):,}"
+
+    with _readable(place), _opened(file.path) as (stream, raw):
         while piece := stream.read(BLOCK_BYTES):
-            cut = piece.rfind(b"\n") + 1
+            rest += piece
+            cut = max(at + len(end) if (at := rest.rfind(end)) >= 0 else 0 for end in ends)
             if not cut:
-                rest += piece
                 continue
-            lines, rest = rest + piece[:cut], piece[cut:]
+            lines, rest = rest[:cut], rest[cut:]
             now = raw.tell()
-            yield Block(file=str(path), column=column, first=first, lines=lines, file_bytes=now - seen)
+            yield Block(source=source, file=file.place, first=first, lines=lines, file_bytes=now - seen)
             first, seen = first + lines.count(b"\n"), now
         if rest:
-            yield Block(file=str(path), column=column, first=first, lines=rest, file_bytes=raw.tell() - seen)
+            yield Block(source=source, file=file.place, first=first, lines=rest, file_bytes=raw.tell() - seen)
+
+
+def _whole_text(source: TextSource, file: InputFile) -> Iterator[Block]:
+    with _readable(lambda: f"{file.place} cannot be read to its end"), _opened(file.path) as (stream, raw):
+        yield Block(source=source, file=file.place, first=1, lines=stream.read(), file_bytes=raw.tell())
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """(the decompressed stream, the file below it); what goes wrong inside is a ReadError with the file's name."""
+    """(the decompressed stream, the file below it)."""
+    with open(path, "rb") as raw:
+        if path.suffix == ".gz":
+            yield gzip.GzipFile(fileobj=raw), raw
+        elif path.suffix == ".zst":
+            import pyarrow
+
+            yield pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), raw
+        else:
+            yield raw, raw
+
+
+@contextlib.contextmanager
+def _readable(place: Callable[[], str], errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)) -> Iterator[None]:
+    """What goes wrong with the file inside is a ReadError that begins with `place()`."""
     try:
-        with open(path, "rb") as raw:
-            if path.suffix == ".gz":
-                yield gzip.GzipFile(fileobj=raw), raw
-            elif path.suffix == ".zst":
-                import pyarrow
-
-                yield pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), raw
-            else:
-                yield raw, raw
-    except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ReadError(f"{path} cannot be read to its end: {why}. "
-                        "Fetch the file again, or set on_error: skip.") from error
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200].rstrip(".")
+        raise ReadError(f"{place()}: {why}. Fetch the file again, or {SKIP}.") from error
 
 
-def _plain_text(source: TextSource, path: Path) -> Iterator[Block]:
-    if source.document == "file":
-        with _opened(path) as (stream, raw):
-            content = stream.read()
-            try:
-                text = content.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ReadError(f"{path}: byte {error.start + 1:,} is not UTF-8; needed: UTF-8 text. "
-                                "Convert the file, or set on_error: skip.") from error
-            yield Block(file=str(path), column="text", first=1, texts=[text], file_bytes=raw.tell())
-        return
-    yield from _dataset(path, "text", column="text", sample_by=source.document)
-
-
-def _dataset(path: Path, builder: str, *, column: str, **options: object) -> Iterator[Block]:
-    """The records of one file through a builder of `datasets`, streamed; of a Parquet file only the column is read."""
+def _tables(source: ParquetSource | ArrowSource | HubSource, file: InputFile) -> Iterator[Block]:
+    """The rows of one file through a builder of `datasets`; of a Parquet file only the columns in use are read."""
     import datasets
     import pyarrow
-    import pyarrow.parquet
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)       # it prints errors that are raised, too
+    # a remote file fails in as many ways as there are libraries below fsspec
+    errors = (Exception,) if file.path is None else (OSError, ValueError, pyarrow.ArrowException,
+                                                     datasets.exceptions.DatasetsError)
+    first, left = 1, file.bytes
+    with _readable(lambda: f"{file.place} cannot be read beyond row {first - 1:,}", errors):
+        for table in _rows(source, file).with_format("arrow").iter(batch_size=TABLE_ROWS):
+            step = max(1, table.num_rows * BLOCK_BYTES // max(1, table.nbytes))
+            for at in range(0, table.num_rows, step):
+                part = table.slice(at, step)
+                columns = {name: _column(part, name, source, file).to_pylist() for name in source.columns}
+                here = min(left, part.nbytes)
+                yield Block(source=source, file=file.place, first=first, columns=columns, file_bytes=here)
+                first, left = first + part.num_rows, left - here
+
+
+def _rows(source: ParquetSource | ArrowSource | HubSource, file: InputFile) -> Any:
+    """An IterableDataset over one file."""
+    import datasets
+    import pyarrow.parquet
+
+    options = {}
+    if isinstance(source, HubSource):
+        rows = _hub_rows(source)
+        return rows.shard(num_shards=rows.num_shards, index=file.number) if rows.num_shards > 1 else rows
+    if isinstance(source, ArrowSource):
+        _check_arrow_end(file)
+        word = "arrow"
+    else:
+        word = "parquet"
+        names = pyarrow.parquet.read_schema(file.path).names
+        options["columns"] = list(dict.fromkeys(_top(name, names, file) for name in source.columns))
+    return datasets.load_dataset(word, data_files=str(file.path), split="train", streaming=True, **options)
+
+
+def _check_arrow_end(file: InputFile) -> None:
+    """A stream that was cut between two of its batches reads as if it were whole, but for the mark at its end."""
+    with open(file.path, "rb") as f:
+        f.seek(max(0, file.bytes - 8))
+        if not f.read().endswith(ARROW_ENDS):
+            raise ReadError(f"{file.place} is cut short: it does not end as an Arrow file or stream does. "
+                            f"Fetch the file again, or {SKIP}.")
+
+
+def _column(table: Any, column: str, source: Source, file: InputFile) -> Any:
+    """A column of a table, or a field inside a structure (a.b.c). Raises ReadError."""
+    import pyarrow
+    import pyarrow.compute
+
+    top = _top(column, table.column_names, file)
+    array = table.column(top)
+    for name in column.split(".")[1:] if top != column else ():
+        fields = [f.name for f in array.type] if pyarrow.types.is_struct(array.type) else []
+        if name not in fields:
+            raise ReadError(f"{file.place} has no column {column!r}: nothing in {top!r} is named {name!r}. "
+                            f"Set the source's text or filters, or {SKIP}.")
+        array = pyarrow.compute.struct_field(array, name)
+    kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
+    words = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view, pyarrow.types.is_null)
+    if column == source.text and not any(is_kind(kind) for is_kind in words):
+        raise ReadError(f"{file.place}: column {column!r} is {kind}; needed: text. Set the source's text, or {SKIP}.")
+    return array
+
+
+def _top(column: str, names: list[str], file: InputFile) -> str:
+    """The column of a table that holds `column`: itself, or the a of a.b.c. Raises ReadError."""
+    top = column if column in names else column.partition(".")[0]
+    if top not in names:
+        raise ReadError(f"{file.place} has no column {column!r}. {nearest(column, sorted(names))} "
+                        f"Set the source's text or filters, or {SKIP}.")
+    return top
+
+
+def _hub_files(source: HubSource) -> list[InputFile]:
+    """The files of a dataset's split, the commit in their names. Raises ConfigError."""
+    builder, rows = _hub_builder(source), _hub_rows(source)
+    given = (getattr(builder.config, "data_files", None) or {}).get(source.split) or []
+    names = [str(url).removeprefix("hf://datasets/") for url in given]
+    if len(names) != rows.num_shards:
+        names = [f"{source.dataset} {source.split} {i + 1} of {rows.num_shards}" for i in range(rows.num_shards)]
+    splits = builder.info.splits or {}
+    known = splits[source.split].num_bytes if source.split in splits else None
+    size = known // len(names) if known else HUB_FILE_BYTES
+    local = Path(source.dataset)
+    return [InputFile(name=_name_below(local, Path(name)) if local.is_dir() else name, place=name, bytes=size, number=i)
+            for i, name in enumerate(names)]
+
+
+@functools.lru_cache(maxsize=8)
+def _hub_builder(source: HubSource) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    local = os.path.isdir(source.dataset)
     try:
-        if builder == "parquet":
-            names = pyarrow.parquet.read_schema(path).names
-            if column not in names:
-                raise ConfigError(f"{path} has no column {column!r}. {nearest(column, sorted(names))} "
-                                  "Set the source's text.")
-            options["columns"] = [column]
-        rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
-        first, left = 1, path.stat().st_size
-        for table in rows.with_format("arrow").iter(batch_size=256):
-            texts = table.column(column).to_pylist()
-            here = min(left, table.nbytes)
-            yield Block(file=str(path), column=column, first=first, texts=texts, file_bytes=here)
-            first, left = first + len(texts), left - here
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200].rstrip(".")
-        raise ReadError(f"{path} cannot be read as {builder}: {why}. "
-                        "Fetch the file again, or set on_error: skip.") from error
+        return datasets.load_dataset_builder(source.dataset, source.config, data_files=list(source.files) or None,
+                                             revision=None if local else source.revision)
+    except Exception as error:      # as many kinds as there are libraries between here and the hub
+        raise ConfigError(f"source {source.name}: dataset {source.dataset} cannot be opened: "
+                          f"{' '.join(str(error).split())[:200].rstrip('.')}. On a machine without a way to the hub, fetch it "
+                          f"elsewhere (hf download {source.dataset} --repo-type dataset --local-dir FOLDER) and set "
+                          "dataset: FOLDER.") from error
 
 
-def file_bytes(path: Path) -> int:
-    """Size of a file; raises ReadError when it cannot be looked at."""
+@functools.lru_cache(maxsize=8)
+def _hub_rows(source: HubSource) -> Any:
+    try:
+        return _hub_builder(source).as_streaming_dataset(source.split)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"source {source.name}: split {source.split} of dataset {source.dataset} cannot be opened: "
+                          f"{' '.join(str(error).split())[:200].rstrip('.')}.") from error
+
+
+def _size_of(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _name_below(root: Path, path: Path) -> str:
+    """The path below root, so that the card does not depend on where root lies."""
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return path.name
+
+
+def fingerprint(path: Path, *, stretch_bytes: int = 2**20, stretches: int = 16) -> str:
+    """BLAKE2b of a file up to 16 MiB; of 16 even stretches of 1 MiB of a longer one, so that a terabyte is looked at in
+    seconds. A change between the stretches that leaves the size alone is not seen."""
+    digest = hashlib.blake2b(digest_size=16)
+    size = _size_of(path)
+    try:
+        with open(path, "rb") as f:
+            if size <= stretch_bytes * stretches:
+                digest.update(f.read())
+            else:
+                for i in range(stretches):
+                    f.seek(i * (size - stretch_bytes) // (stretches - 1))
+                    digest.update(f.read(stretch_bytes))
+    except OSError as error:
+        raise ReadError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()

@@ -12,9 +12,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.config import JsonlSource, ParquetSource, Source, TextSource
+from data_prep.config import ArrowSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
 from data_prep.output import output
-from data_prep.readers import file_bytes, find_files, parse, read_blocks
+from data_prep.readers import find_files, parse, read_blocks
 from data_prep.tokenization import text_hash
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_atomic
@@ -111,12 +111,13 @@ def copy_tokenizer(given: Path, out: Path) -> None:
 
 
 def sources_of(patterns: Sequence[str]) -> list[Source]:
-    """File names and globs as sources: .jsonl (also .gz, .zst), .parquet, and everything else as plain text."""
+    """File names and globs as sources: .jsonl (also .gz, .zst), .parquet, .arrow; everything else as plain text."""
     def source(index: int, pattern: str) -> Source:
         name = f"files_{index}"
         if pattern.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")):
             return JsonlSource(name=name, files=(pattern,))
-        return (ParquetSource if pattern.endswith(".parquet") else TextSource)(name=name, files=(pattern,))
+        kinds = {".parquet": ParquetSource, ".arrow": ArrowSource}
+        return kinds.get(Path(pattern).suffix, TextSource)(name=name, files=(pattern,))
 
     return [source(i, p) for i, p in enumerate(patterns)]
 
@@ -126,13 +127,16 @@ class _Sample:
 
     def __init__(self, sources: Sequence[Source], root: Path, wanted_bytes: int) -> None:
         self.documents = self.bytes = 0
-        self._files = [(source, path) for source in sources for path in find_files(source, root)]
+        if hub := next((source for source in sources if isinstance(source, HubSource)), None):
+            raise ConfigError(f"source {hub.name} lies on the hub, and a sample of it would read all of it; needed: files. "
+                              "Give --files.")
+        self._files = [(source, file) for source in sources for file in find_files(source, root)]
         self._wanted = wanted_bytes
-        self._share = min(1.0, wanted_bytes / max(1, sum(file_bytes(path) for _, path in self._files)))
+        self._share = min(1.0, wanted_bytes / max(1, sum(file.bytes for _, file in self._files)))
 
     def texts(self) -> Iterator[str]:
-        for source, path in self._files:
-            for block in read_blocks(source, path):
+        for source, file in self._files:
+            for block in read_blocks(source, file):
                 parsed = parse(block)
                 if parsed.problem:
                     raise ConfigError(parsed.problem)

@@ -8,10 +8,12 @@ import json
 import os
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from data_prep import cli, environment_corpus
+from data_prep import cli, environment_corpus, readers
+from data_prep.config import JsonlSource
 from encoder.data.shard_format import read_card
 from tests.unit.prep_helpers import bytes_of, run, settings, texts, write_jsonl
 
@@ -88,31 +90,89 @@ def half(content: bytes) -> bytes:
     return content[:len(content) // 2]
 
 
+def table_bytes(how: str, table: pyarrow.Table) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    if how == "parquet":
+        pyarrow.parquet.write_table(table, sink, row_group_size=100)
+    else:
+        with {"file": pyarrow.ipc.new_file, "stream": pyarrow.ipc.new_stream}[how](sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+    return sink.getvalue().to_pybytes()
+
+
+def broken_page() -> bytes:
+    """A Parquet file of three row groups with the beginning of the second's page destroyed; the reader looks ahead, so no row comes before."""
+    content = bytearray(table_bytes("parquet", pyarrow.table({"text": texts(300)})))
+    at = pyarrow.parquet.read_metadata(pyarrow.BufferReader(bytes(content))).row_group(1).column(0).dictionary_page_offset
+    content[at:at + 60] = b"\xff" * 60
+    return bytes(content)
+
+
+def cut_between_batches() -> bytes:
+    """An Arrow stream that ends after its first batch, without the mark of its end."""
+    table = pyarrow.table({"text": texts(300)})
+    return table_bytes("stream", table.slice(0, 100))[:-8]
+
+
 @pytest.mark.parametrize("name, content, source, words", [
-    ("a.jsonl.gz", half(gzip.compress(json.dumps(texts(500)).encode())), {"format": "jsonl"}, "cannot be read to its end"),
-    ("a.jsonl.gz", GOOD, {"format": "jsonl"}, "Not a gzipped file"),
-    ("a.jsonl.zst", GOOD, {"format": "jsonl"}, "cannot be read to its end"),
-    ("a.parquet", b"PAR1 and no end", {"format": "parquet"}, "cannot be read as parquet"),
-    ("a.txt", b"fine\n\xff\n", {"format": "text"}, "byte 6 is not UTF-8"),
+    ("a.jsonl.gz", half(gzip.compress(b"".join(GOOD for _ in range(20_000)))), "jsonl", "beyond line 0"),
+    ("a.jsonl.gz", GOOD, "jsonl", "Not a gzipped file"),
+    ("a.jsonl.zst", GOOD, "jsonl", "cannot be read beyond line 0"),
+    ("a.parquet", b"PAR1 and no end", "parquet", "cannot be read beyond row 0"),
+    ("a.parquet", half(table_bytes("parquet", pyarrow.table({"text": texts(300)}))), "parquet", "beyond row 0"),
+    ("a.parquet", broken_page(), "parquet", "cannot be read beyond row 0"),
+    ("a.arrow", half(table_bytes("file", pyarrow.table({"text": texts(300)}))), "arrow", "is cut short"),
+    ("a.arrow", cut_between_batches(), "arrow", "is cut short"),
+    ("a.arrow", b"", "arrow", "is cut short"),
+    ("a.txt", b"fine\n\xff\n", "text", "line 2: byte 1 is not UTF-8"),
+    ("a.parquet", table_bytes("parquet", pyarrow.table({"texts": ["x"]})), "parquet",
+     "has no column 'text'. Did you mean texts?"),
+    ("a.parquet", table_bytes("parquet", pyarrow.table({"text": [5]})), "parquet", "column 'text' is int64; needed: text"),
+    ("a.arrow", table_bytes("file", pyarrow.table({"text": [["x"]]})), "arrow", "column 'text' is list<"),
 ])
 def test_a_broken_file_is_named_and_can_be_skipped(tmp_path, capsys, name, content, source, words):
     (tmp_path / name).write_bytes(content)
-    write_jsonl(tmp_path / "good.jsonl", texts(5))
-    broken = {"name": "a", "files": [name], **source}
+    good = tmp_path / f"good.{source}"
+    if source in ("jsonl", "text"):
+        write_jsonl(good, texts(5))
+    else:
+        good.write_bytes(table_bytes(source.replace("arrow", "file"), pyarrow.table({"text": texts(5)})))
+    broken = {"name": "a", "format": source, "files": [name]}
     err = refused(capsys, "prepare", settings(tmp_path, [broken]))
     assert name in err and words in err
     assert list((tmp_path / "shards").iterdir()) == []
-    if source["format"] == "jsonl":
-        broken["files"].append("good.jsonl")
-        assert run("prepare", settings(tmp_path, [broken], held_out_share=0.0), "on_error=skip") == 0
-        counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
-        assert counts["documents_read"] == 5 and counts["left_out"] == {"unreadable file or its end": 1}
+    broken["files"].append(good.name)
+    assert run("prepare", settings(tmp_path, [broken], held_out_share=0.0), "on_error=skip") == 0
+    counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
+    reason = "not utf-8" if source == "text" else "unreadable file or its end"
+    assert counts["documents_read"] == (1 if source == "text" else 5) and counts["left_out"] == {reason: 1}
 
 
-def test_a_missing_column_of_parquet_is_named(tmp_path, capsys):
-    pyarrow.parquet.write_table(pyarrow.table({"texts": ["x"]}), tmp_path / "a.parquet")
-    config = settings(tmp_path, [{"name": "a", "format": "parquet", "files": ["a.parquet"]}])
-    assert "has no column 'text'. Did you mean texts?" in refused(capsys, "prepare", config, "on_error=skip")
+@pytest.mark.parametrize("document, place", [("file", "a.txt line 4: byte 3"), ("line", "a.txt line 4: byte 3"),
+                                             ("paragraph", "a.txt line 4: byte 3")])
+def test_bad_bytes_of_plain_text_are_named_with_line_and_byte(tmp_path, capsys, document, place):
+    (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\nab\xff\n\nlast\n")
+    source = {"name": "a", "format": "text", "files": ["a.txt"], "document": document}
+    assert f"{place} is not UTF-8" in refused(capsys, "prepare", settings(tmp_path, [source]))
+
+
+def test_a_nul_character_and_a_null_row_are_named_by_line_and_row(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "a\\u0000b"}\n' + b"\0" * 40 + b"\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
+    for line, words in (("jsonl", "line 2: the text holds a NUL character"), ("parquet", "row 2: 'text' is null")):
+        config = settings(tmp_path, [{"name": "a", "format": line, "files": [f"a.{line}"]}], held_out_share=0.0)
+        assert words in refused(capsys, "prepare", config)
+    assert run("prepare", config, "on_error=skip", "sources.0.format=jsonl", "sources.0.files=[a.jsonl]") == 0
+    assert read_card(tmp_path / "shards/a/train").recipe["counts"]["left_out"] == {"nul character": 1, "not json": 1}
+
+
+def test_a_line_of_50_mb_is_one_document(tmp_path):
+    long = "word " * 10_000_000
+    (tmp_path / "a.jsonl").write_bytes(GOOD + json.dumps({"text": long}).encode() + b"\n" + GOOD)
+    source = JsonlSource(name="a", files=("a.jsonl",))
+    blocks = list(readers.read_blocks(source, readers.find_files(source, tmp_path)[0]))
+    found = [(block.first, [len(text) for text in readers.parse(block).texts]) for block in blocks]
+    assert sum((lengths for _, lengths in found), []) == [19, len(long), 19] and found[0] == (1, [19])
 
 
 @pytest.mark.parametrize("change, words", [
