@@ -230,7 +230,7 @@ class _Story:
             self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), lr=lr, rows=data.rows,
                                  step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(result.grad_norm),
                                  tokens_per_second=round(self.speed.tokens_per_second, 1),
-                                 tflops_per_second=round(self.speed.tflops_per_second, 4), **used)
+                                 tflops_per_second=round(self.speed.tflops_per_second, 6), **used)
         if p.step % self.run.tracking.print_every_steps == 0 or p.phase_step == 1:
             left = sum(f.tokens for f in self.run.phases[p.phase:]) - p.phase_tokens
             say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {result.loss:.3f}  lr {lr:.2e}  "
@@ -275,7 +275,7 @@ def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int
     return dataclasses.replace(
         before, step=before.step + 1, tokens=tokens, phase_step=before.phase_step + 1,
         phase_tokens=before.phase_tokens + data.tokens, masked_tokens=before.masked_tokens + masked_tokens,
-        window=data.end.window, row=data.end.row,
+        lanes=data.end.lanes,
         ledger_hash=chain(before.ledger_hash, step=before.step + 1, tokens=tokens, masked_tokens=masked_tokens,
                           batch_hash=batch_hash))
 
