@@ -9,17 +9,18 @@ so neither the micro-batch nor the rank a row lands in has a say in its weight.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from encoder.base.batch import TokenBatch
-from encoder.base.dist import World, sum_over_ranks
+from encoder.base.batch import IGNORE, TokenBatch
+from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
-from encoder.engine.zero_layout import check_cover, flat_parts, refresh_parameters, share_of
+from encoder.engine.zero_layout import check_cover, flat_parts, refresh_parameters, share_of, whole_shape
+from encoder.engine.zero_partition import Values, partition_, weights_may_go
 from encoder.optim.groups import decay_groups
 from encoder.optim.slices import FlatPart, Stretch
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
@@ -59,16 +60,25 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Sta
                  device: torch.device) -> Engine:
     """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join). `model(batch)` gives a SummedLoss.
 
-    Every rank brings the same initial weights (a function of the seed).
+    Every rank brings the same weights (a function of the seed); for stage 3 a model on the meta device, whose
+    `initial_values(name, shape)` gives its weights, one whole parameter at a time.
     """
-    model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if config.precision == "bf16" else {}
-    steps = StableAdamW(decay_groups(model, weight_decay=optimizer.weight_decay), optimizer)
+    groups = decay_groups(model, weight_decay=optimizer.weight_decay)         # by dimensions, which stage 3 takes away
     deepspeed = import_deepspeed(device)
+    if config.zero_stage == 3:
+        partition_(model, deepspeed=deepspeed, device=device,
+                   dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        first = model.initial_values
+    else:
+        model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
+        whole = {name: p.detach().clone() for name, p in model.named_parameters()} if config.precision == "bf16" else {}
+        first = lambda name, _shape: whole[name]      # noqa: E731
+    steps = StableAdamW(groups, optimizer)
     ds_engine = initialize(deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size))
     ds_engine.enable_backward_allreduce = config.zero_stage > 0   # stage 0: ours, because DeepSpeed's refuses fp64
     engine = Engine(ds_engine, optimizer=steps, config=config, world=world, device=device)
-    engine.set_masters(initial)
+    if config.precision == "bf16":
+        engine.set_masters(first)      # the bf16 parameters would start them 3 digits short
     return engine
 
 
@@ -80,7 +90,7 @@ class Engine:
         self.config, self.world, self.device = config, world, device
         self.module: torch.nn.Module = ds_engine.module        # the bare model
         self.optimizer = optimizer
-        self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters() if p.requires_grad}
+        self.shapes = {name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad}
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)
         self._plain_norm = torch.zeros(())                     # stage 0: DeepSpeed measures no norm there
@@ -106,7 +116,7 @@ class Engine:
             group.update(lr=lr, max_lr=max_lr)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)      # of losses, of positions: one all-reduce
         for batch in micro_batches:
-            with self._autocast():
+            with self._forward():
                 loss = self._ds(batch.to(self.device, non_blocking=True))
             # DeepSpeed divides the gradients' sum by the number of ranks
             self._ds.backward(loss.total * (self.world.size / masked_tokens), scale_wrt_gas=False)
@@ -120,15 +130,20 @@ class Engine:
         return StepResult(loss=loss_sum / masked_tokens, masked_tokens=masked_tokens,
                           grad_norm=norm if norm == norm else float("inf"), applied=norm < float("inf"))
 
-    def evaluate(self, batches: Iterable[TokenBatch]) -> LossSum:
+    def evaluate(self, batches: Sequence[TokenBatch]) -> LossSum:
         """Loss without dropout and without gradients; ranks may bring different numbers of batches, also none."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        forwards = [*batches]
+        if self.config.zero_stage == 3:      # weights are gathered layer by layer, by all ranks or by none
+            most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
+            forwards += [_nothing_to_predict()] * (most - len(batches))
         training = self.module.training
         self.module.eval()
         try:
-            with torch.no_grad(), self._autocast():
-                for batch in batches:
-                    loss = self.module(batch.to(self.device, non_blocking=True))
+            with torch.no_grad():
+                for batch in forwards:
+                    with self._forward():
+                        loss = self.module(batch.to(self.device, non_blocking=True))
                     sums[0] += loss.cross_entropy
                     sums[1] += loss.count
         finally:
@@ -155,13 +170,13 @@ class Engine:
             self.optimizer.state[part.tensor]["step"] = optimizer_steps
         refresh_parameters(self._ds)
 
-    def set_masters(self, weights: dict[str, torch.Tensor]) -> None:
-        """Whole weights by name into the masters: bf16 parameters would start them 3 digits short."""
+    def set_masters(self, values: Values) -> None:
+        """Writes whole weights, `values(name, shape)`, into the masters and from there into the model."""
         with torch.no_grad():
-            for piece in self.pieces() if weights else []:
-                piece.master.copy_(weights[piece.name].view(-1)[piece.start:piece.start + piece.master.numel()])
-        if weights:
-            refresh_parameters(self._ds)
+            for piece in self.pieces():
+                whole = values(piece.name, self.shapes[piece.name]).reshape(-1)
+                piece.master.copy_(whole[piece.start:piece.start + piece.master.numel()])
+        refresh_parameters(self._ds)
 
     def _owned(self) -> Iterator[tuple[FlatPart, Stretch]]:
         for part in self._parts:
@@ -175,11 +190,15 @@ class Engine:
         return Piece(name=s.name, start=s.start, master=s.of(part.tensor.detach()), exp_avg=s.of(state["exp_avg"]),
                      exp_avg_sq=s.of(state["exp_avg_sq"]))
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        # our own: DeepSpeed's torch_autocast reduces the gradients of Linear modules in bf16
-        if self.config.precision == "autocast":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """What a forward runs in."""
+        with contextlib.ExitStack() as forward:
+            if self.config.zero_stage == 3:
+                forward.enter_context(weights_may_go())
+            if self.config.precision == "autocast":      # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
+                forward.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
+            yield
 
     def _before_plain_step(self, optimizer: StableAdamW, _args: Any, _kwargs: Any) -> None:
         """Stage 0, what ZeRO's optimizers do before they step: the mean over ranks, its norm, clipping, and no update from
@@ -192,3 +211,11 @@ class Engine:
         finite = bool(torch.isfinite(self._plain_norm))
         for p, grad in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
             p.grad = grad.view_as(p) if finite else None
+
+
+def _nothing_to_predict() -> TokenBatch:
+    """One document of two tokens and no question: a forward of a rank whose batches are done while others go on."""
+    one = torch.zeros(1, dtype=torch.int64)
+    return TokenBatch(ids_T=one.repeat(2), positions_T=torch.arange(2, dtype=torch.int32), max_seqlen=2,
+                      cu_seqlens_S1=torch.tensor([0, 2], dtype=torch.int32), predict_index_M=one,
+                      predict_target_M=one + IGNORE, dropout_key_T=one.repeat(2), masked_tokens=0, tokens=2)

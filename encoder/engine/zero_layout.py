@@ -1,13 +1,18 @@
-"""Where DeepSpeed keeps the weights that the optimizer steps: flat tensors and the parameters in them, stages 0 to 2.
+"""Where DeepSpeed keeps the weights that the optimizer steps: flat tensors and the parameters in them, stages 0 to 3.
 
-Read from each parameter's `_hp_mapping` (deepspeed/utils/tensor_fragment.py), which DeepSpeed itself uses for its
-universal checkpoints.
+Stages 1 and 2 cut a group over the ranks, wherever the cuts fall. Read from each parameter's `_hp_mapping`
+(deepspeed/utils/tensor_fragment.py), which DeepSpeed itself uses for its universal checkpoints.
+
+Stage 3 cuts each parameter into equal parts, the last ones filled up, and steps sub-group by sub-group. No parameter is
+in two sub-groups, so the sums of whole tensors are complete when the first of them moves:
+
+    5 elements, 3 ranks    | 0 1 | 2 3 | 4 . |
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +28,9 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
     if isinstance(optimizer, torch.optim.Optimizer):          # stage 0: DeepSpeed leaves our optimizer as it is
         return [FlatPart(tensor=p, stretches=(
             Stretch(name=name, numel=p.numel(), start=0, length=p.numel(), flat_start=0),)) for p, name in names.items()]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):    # stage 3
+        return [FlatPart(tensor=flat, stretches=tuple(_own_parts(names, group)))
+                for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)]
     if hasattr(optimizer, "bf16_groups"):                     # BF16_Optimizer: bf16 parameters at stage 1
         groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
     else:                                                     # DeepSpeedZeroOptimizer
@@ -33,8 +41,18 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
 
 def refresh_parameters(ds_engine: Any) -> None:
     """The model's parameters become what the master weights say, on all ranks (an all-gather at stages 1 and 2)."""
-    if not isinstance(ds_engine.optimizer, torch.optim.Optimizer):
-        ds_engine.optimizer.update_lp_params()
+    optimizer = ds_engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        ds_engine.empty_partition_cache()                     # what is gathered now is old; it is gathered again when used
+        for weights, masters in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
+            weights.data.copy_(masters.data)                  # in fp32 they are the same tensor
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer.update_lp_params()
+
+
+def whole_shape(p: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also while it is cut over ranks."""
+    return tuple(getattr(p, "ds_shape", p.shape))
 
 
 def share_of(whole: Stretch, world: World) -> Stretch:
@@ -46,7 +64,7 @@ def share_of(whole: Stretch, world: World) -> Stretch:
 def check_cover(owned: Sequence[Stretch], *, numels: dict[str, int], world: World, device: torch.device) -> None:
     """Asserts that the stretches of all ranks cover every parameter exactly once; one all-reduce of a small table."""
     row = {name: i for i, name in enumerate(numels)}
-    # ZeRO cuts a group into one contiguous partition a rank, so a parameter has at most one stretch there
+    # one stretch of a parameter on a rank: a partition is contiguous, at stages 1 and 2 of a group, at stage 3 of it alone
     table = torch.zeros(world.size, len(row), 2, dtype=torch.int64)
     for s in owned:
         table[world.rank, row[s.name]] = torch.tensor([s.start, s.length])
@@ -61,3 +79,13 @@ def _stretch(name: str, p: torch.Tensor) -> Stretch:
     inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.get_hp_fragment_address()
     assert inside.numel == flat.numel, f"{name}: {inside.numel} elements in the parameter, {flat.numel} in the flat tensor"
     return Stretch(name=name, numel=p.numel(), start=inside.start, length=flat.numel, flat_start=flat.start)
+
+
+def _own_parts(names: dict[torch.Tensor, str], group: Sequence[Any]) -> Iterator[Stretch]:
+    flat_start = 0
+    for p in group:
+        start = p.ds_zero_partition_rank * p.partition_numel()
+        length = min(p.partition_numel(), p.ds_numel - start)
+        if length > 0:
+            yield Stretch(name=names[p], numel=p.ds_numel, start=start, length=length, flat_start=flat_start)
+        flat_start += p.partition_numel()

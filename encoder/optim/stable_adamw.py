@@ -67,9 +67,8 @@ class StableAdamW(torch.optim.Optimizer):
 
     def init_state(self) -> None:
         """Zero averages for every tensor, as they are before the first step; what is there stays."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._state_of(p)
+        for p in list(self._parts) or [p for group in self.param_groups for p in group["params"]]:
+            self._state_of(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
