@@ -26,8 +26,9 @@ class Question:
 class Corrupt(Protocol):
     """A question maker. It is sent to worker processes, so it must survive pickling."""
 
-    def __call__(self, ids: np.ndarray, generator: np.random.Generator) -> Question:
-        """The question of a row int64 [T]; the same ids and generator give the same question."""
+    def __call__(self, ids: np.ndarray, generator: np.random.Generator, *, phase_tokens: int) -> Question:
+        """The question of a row int64 [T] before which the phase had `phase_tokens` tokens; the same arguments give the
+        same question."""
 
     def capacity(self, tokens: int) -> int:
         """Predicted positions to make room for in a row of `tokens` tokens; a question has more once in 10^9 rows."""

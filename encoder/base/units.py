@@ -61,6 +61,5 @@ class Progress:
     phase_step: int = 0          # updates done in the current phase
     phase_tokens: int = 0        # tokens without padding, current phase
     masked_tokens: int = 0       # positions predicted, whole run
-    window: int = 0              # data position inside the phase: the next row is row `row` of window `window`
-    row: int = 0
+    lanes: tuple[tuple[int, int], ...] = ()     # next (window, row) of each lane of the phase's data; none at its beginning
     ledger_hash: str = ""        # hash chain over every step's batch

@@ -6,6 +6,7 @@ and the other rows never enter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -30,9 +31,10 @@ TOKENS_PER_SEQLEN = 128
 class RowSpec:
     """One row to be assembled."""
 
-    address: tuple[int | str, ...]     # (phase, window, row), or ("held_out", source, row): keys masks and dropout
+    address: tuple[int | str, ...]     # Windows.address and row, or ("held_out", source, row): keys masks and dropout
     number: int                        # in its step, counted over all ranks
     pieces_P4: np.ndarray              # int64, as in WindowPlan
+    phase_tokens: int = 0              # tokens of the phase before this row: what schedules of masks go by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +100,21 @@ class Assembler:
         starts_S1 = np.concatenate([[0], np.cumsum(lengths)])
         row_starts = np.cumsum([0, *(len(r.question.ids) for r in rows)])
         positions_T = np.arange(total) - np.repeat(starts_S1[:-1], lengths)
-        predict_index = _joined([r.question.predict_index + s for r, s in zip(rows, row_starts, strict=False)])
-        predicted, seqlens = len(predict_index), len(starts_S1)
+        index_parts = [r.question.predict_index + s for r, s in zip(rows, row_starts, strict=False)]
+        masked_tokens = sum(len(part) for part in index_parts)
+        predicted, seqlens = masked_tokens, len(starts_S1)
         if self.static_shapes:
             predicted = self.micro_batch_rows * self.corrupt.capacity(self.row_tokens)
             seqlens = self._seqlens_room(seqlens)
         batch = TokenBatch(
-            ids_T=_padded(_joined([r.question.ids for r in rows]), total, self.pad_id),
+            ids_T=_filled([r.question.ids for r in rows], total, self.pad_id),
             positions_T=torch.from_numpy(positions_T.astype(np.int32)),
-            cu_seqlens_S1=_padded(starts_S1.astype(np.int32), seqlens, total),
+            cu_seqlens_S1=_filled([starts_S1], seqlens, total, dtype=np.int32),
             max_seqlen=self.max_tokens_per_document if self.static_shapes else max(lengths),
-            predict_index_M=_padded(predict_index, predicted, 0),
-            predict_target_M=_padded(_joined([r.question.predict_target for r in rows]), predicted, IGNORE),
-            dropout_key_T=_padded(_joined([r.dropout_key_T for r in rows]), total, 0),
-            masked_tokens=len(predict_index), tokens=tokens)
+            predict_index_M=_filled(index_parts, predicted, 0),
+            predict_target_M=_filled([r.question.predict_target for r in rows], predicted, IGNORE),
+            dropout_key_T=_filled([r.dropout_key_T for r in rows], total, 0),
+            masked_tokens=masked_tokens, tokens=tokens)
         return Assembled(batch=batch, row_hash=wrap_int64(sum(r.hash for r in rows)))
 
     def _row(self, spec: RowSpec) -> _Row:
@@ -121,7 +124,7 @@ class Assembler:
         assert len(ids) <= self.row_tokens, "a row was planned above its capacity"
         self._check_ids(ids, spec)
         place = spec.address
-        question = self.corrupt(ids, generator(self.seed, "mlm", *place))
+        question = self.corrupt(ids, generator(self.seed, "mlm", *place), phase_tokens=spec.phase_tokens)
         # room is counted by row, not by micro-batch, so that what is asked does not depend on the micro-batch
         room = self.corrupt.capacity(self.row_tokens)
         if len(question.predict_index) > room:
@@ -161,12 +164,22 @@ class Assembler:
         return room
 
 
-def deal(specs: Sequence[RowSpec], *, rank: int, world_size: int, micro_batch_rows: int) -> list[list[RowSpec]]:
+def deal(specs: Sequence[RowSpec], *, rank: int, world_size: int, micro_batch_rows: int,
+         lanes: int = 1) -> list[list[RowSpec]]:
     """This rank's micro-batches of a step: row r goes to rank r mod world; every rank gets the same number of them.
 
         5 rows, 2 ranks, 2 rows a micro-batch:     rank 0  [0 2] [4]     rank 1  [1 3] []
+
+    Row r is of lane r mod lanes. Ranks that follow each other (a node's) serve lanes that follow each other, as far as
+    lanes and ranks have a common divisor g: rank group 0 of g has lane group 0 of g, dealt inside it as above.
+
+        8 rows, 4 ranks, 2 lanes:     lane 0  rank 0 [0 4]  rank 1 [2 6]     lane 1  rank 2 [1 5]  rank 3 [3 7]
     """
-    mine = specs[rank::world_size]
+    assert lanes == 1 or len(specs) % lanes == 0, "a step has as many rows of every lane"
+    groups = math.gcd(lanes, world_size)
+    group, place = divmod(rank, world_size // groups)
+    of_group = [s for s in specs if s.number % lanes * groups // lanes == group]
+    mine = of_group[place::world_size // groups]
     count = -(-len(specs) // (world_size * micro_batch_rows))
     return [list(mine[i * micro_batch_rows:(i + 1) * micro_batch_rows]) for i in range(count)]
 
@@ -184,11 +197,11 @@ def _row_hash(number: int, question: Question, lengths_P: Sequence[int]) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-def _padded(values: np.ndarray, size: int, fill: int) -> torch.Tensor:
-    whole = np.full(size, fill, dtype=values.dtype)
-    whole[:len(values)] = values
+def _filled(parts: Sequence[np.ndarray], size: int, fill: int, *, dtype: type = np.int64) -> torch.Tensor:
+    """The parts end to end, and `fill` behind them, [size]."""
+    whole, at = np.empty(size, dtype=dtype), 0
+    for part in parts:
+        whole[at:at + len(part)] = part
+        at += len(part)
+    whole[at:] = fill
     return torch.from_numpy(whole)

@@ -35,10 +35,9 @@ MICRO_BATCHES_AHEAD = 4      # per worker; a micro-batch of 98,304 tokens holds 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPosition:
-    """Where a phase stands: the next row is row `row` of window `window`."""
+    """Where a phase stands: the next row of each lane, as (window, row); none at the beginning."""
 
-    window: int = 0
-    row: int = 0
+    lanes: tuple[tuple[int, int], ...] = ()
     phase_tokens: int = 0        # tokens without padding of all rows before
 
 
@@ -59,26 +58,27 @@ class StepData:
 class Loader:
     """The steps of one phase from a position on, without end. Owns worker processes: use it in `with`, or close it.
 
-    `rows_at` tells how many rows the next step has, from the phase's tokens so far; only the main process calls it, and
-    ahead of time. An exception in a worker is raised by next_step(), a UserError as it is, others with the worker's
-    traceback; so is the death of a worker.
+    `rows_at` tells how many rows the next step has, from the phase's tokens so far: as many of each lane. Only the main
+    process calls it, and ahead of time. An exception in a worker is raised by next_step(), a UserError as it is, others
+    with the worker's traceback; so is the death of a worker.
     """
 
     def __init__(self, *, sources: Sequence[Source], weights: Sequence[float], seed: int, phase: int,
                  max_tokens_per_document: int, row_tokens: int, window_documents: int, corrupt: Corrupt, pad_id: int,
                  cls_id: int, sep_id: int, rank: int, world_size: int, micro_batch_rows: int,
                  rows_at: Callable[[int], int], start: DataPosition, static_shapes: bool, workers: int,
-                 pin_memory: bool = False) -> None:
+                 pin_memory: bool = False, lanes: int = 1) -> None:
         _check_lengths(max_tokens_per_document, row_tokens)
         assembler = Assembler(
             sources=sources, corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
             max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
             static_shapes=static_shapes)
-        windows = Windows(sources=sources, weights=weights, seed=seed, phase=phase, row_tokens=row_tokens,
-                          max_tokens_per_document=max_tokens_per_document, window_documents=window_documents)
+        self._windows = Windows(
+            sources=sources, weights=weights, seed=seed, phase=phase, row_tokens=row_tokens, lanes=lanes,
+            max_tokens_per_document=max_tokens_per_document, window_documents=window_documents)
         self._row_tokens = row_tokens
-        self._planner = _Planner(windows, phase=phase, start=start, rows_at=rows_at, rank=rank, world_size=world_size,
-                                 micro_batch_rows=micro_batch_rows)
+        self._planner = _Planner(self._windows, start=start, rows_at=rows_at, rank=rank, world_size=world_size,
+                                 micro_batch_rows=micro_batch_rows, lanes=lanes)
         self._iterator = _start(_MicroBatches(assembler), self._planner, workers=workers, pin_memory=pin_memory)
         # also at interpreter exit, before multiprocessing waits for its children: workers do not listen to SIGTERM
         self._finish = weakref.finalize(self, getattr(self._iterator, "_shutdown_workers", _nothing))
@@ -92,6 +92,10 @@ class Loader:
             micro_batches=[m.batch for m in made], rows=step.rows, tokens=step.tokens,
             masked_tokens=sum(m.batch.masked_tokens for m in made), row_hash=wrap_int64(sum(m.row_hash for m in made)),
             start=step.start, end=step.end, fill=step.tokens / (step.rows * self._row_tokens))
+
+    def epochs_at(self, position: DataPosition) -> dict[str, float]:
+        """How often each source was gone through at a position, by name, counted in whole windows."""
+        return self._windows.epochs_before([window for window, _ in position.lanes] or [0])
 
     def close(self) -> None:
         """End the worker processes; the loader gives no more steps."""
@@ -126,38 +130,55 @@ class _Planner:
     tokens without a word.
     """
 
-    def __init__(self, windows: Windows, *, phase: int, start: DataPosition, rows_at: Callable[[int], int], rank: int,
-                 world_size: int, micro_batch_rows: int) -> None:
-        self._windows, self._phase, self._position, self._rows_at = windows, phase, start, rows_at
-        self._rank, self._world_size, self._micro_batch_rows = rank, world_size, micro_batch_rows
-        self._plan: WindowPlan | None = None
+    def __init__(self, windows: Windows, *, start: DataPosition, rows_at: Callable[[int], int], rank: int,
+                 world_size: int, micro_batch_rows: int, lanes: int) -> None:
+        places = start.lanes or ((0, 0),) * lanes
+        assert len(places) == lanes, f"a position of {len(places)} lanes in a run of {lanes}"
+        self._lanes = [_Lane(windows, lane, window, row) for lane, (window, row) in enumerate(places)]
+        self._position = DataPosition(lanes=places, phase_tokens=start.phase_tokens)
+        self._rows_at, self._rank, self._world_size, self._micro_batch_rows = rows_at, rank, world_size, micro_batch_rows
         self.steps: deque[_PlannedStep] = deque()
 
     def __iter__(self) -> Iterator[list[RowSpec]]:
         while True:
             start, rows = self._position, self._rows_at(self._position.phase_tokens)
-            assert rows >= 1, "a step has at least one row"
-            specs = [self._next_row(number) for number in range(rows)]
-            mine = deal(specs, rank=self._rank, world_size=self._world_size, micro_batch_rows=self._micro_batch_rows)
-            self.steps.append(_PlannedStep(rows=rows, tokens=self._position.phase_tokens - start.phase_tokens,
-                                           micro_batches=len(mine), start=start, end=self._position))
+            assert rows >= 1 and rows % len(self._lanes) == 0, "a step has as many rows of every lane, at least one"
+            specs, tokens = [], start.phase_tokens
+            for number in range(rows):
+                spec, row_tokens = self._lanes[number % len(self._lanes)].next_row(number, tokens)
+                specs.append(spec)
+                tokens += row_tokens
+            self._position = DataPosition(lanes=tuple(lane.place for lane in self._lanes), phase_tokens=tokens)
+            mine = deal(specs, rank=self._rank, world_size=self._world_size, micro_batch_rows=self._micro_batch_rows,
+                        lanes=len(self._lanes))
+            self.steps.append(_PlannedStep(rows=rows, tokens=tokens - start.phase_tokens, micro_batches=len(mine),
+                                           start=start, end=self._position))
             yield from mine
 
-    def _next_row(self, number: int) -> RowSpec:
-        at = self._position
-        plan = self._plan = self._plan or self._windows.plan(at.window)
-        if at.row > 0 and at.row >= plan.rows:
-            raise ShardError(f"row {at.row} of window {at.window} does not exist: the window has {plan.rows} rows. "
+
+class _Lane:
+    """Where one lane stands, and the window it stands in once that was asked for."""
+
+    def __init__(self, windows: Windows, lane: int, window: int, row: int) -> None:
+        self._windows, self._lane = windows, lane
+        self.place = (window, row)
+        self._plan: WindowPlan | None = None
+
+    def next_row(self, number: int, phase_tokens: int) -> tuple[RowSpec, int]:
+        """The next row, as row `number` of its step, with its tokens."""
+        window, row = self.place
+        plan = self._plan or self._windows.plan(window, lane=self._lane)
+        if row > 0 and row >= plan.rows:
+            raise ShardError(f"row {row} of window {window} does not exist: the window has {plan.rows} rows. "
                              "The shards or the data settings are not those of this run.")
         while plan.rows == 0:     # a window of fewer than one document
-            at = DataPosition(window=at.window + 1, phase_tokens=at.phase_tokens)
-            plan = self._plan = self._windows.plan(at.window)
-        tokens = at.phase_tokens + int(plan.tokens_R[at.row])
-        if at.row + 1 < plan.rows:
-            self._position = DataPosition(window=at.window, row=at.row + 1, phase_tokens=tokens)
-        else:
-            self._position, self._plan = DataPosition(window=at.window + 1, phase_tokens=tokens), None
-        return RowSpec(address=(self._phase, at.window, at.row), number=number, pieces_P4=plan.pieces(at.row))
+            window += 1
+            plan = self._windows.plan(window, lane=self._lane)
+        last = row + 1 == plan.rows
+        self.place, self._plan = ((window + 1, 0), None) if last else ((window, row + 1), plan)
+        spec = RowSpec(address=(*self._windows.address(window, lane=self._lane), row), number=number,
+                       pieces_P4=plan.pieces(row), phase_tokens=phase_tokens)
+        return spec, int(plan.tokens_R[row])
 
 
 class _MicroBatches(Dataset):
@@ -226,8 +247,8 @@ def evaluation_batches(*, source: Source, rows: int, seed: int, max_tokens_per_d
     documents = np.arange(min(source.documents, rows * row_tokens))
     pieces = cut(0, documents, source.lengths[:len(documents)], max_tokens_per_document)
     fitting = int(np.searchsorted(np.cumsum(pieces.tokens_P), rows * row_tokens, side="right"))
-    packed = pack_best_fit(pieces.tokens_P[:fitting], row_tokens)[:rows]
-    plan = lay_rows(pieces, packed)
+    packing = pack_best_fit(pieces.tokens_P[:fitting], row_tokens)
+    plan = lay_rows(pieces, packing, np.arange(min(rows, packing.rows)))
     specs = [RowSpec(address=("held_out", source.name, row), number=row, pieces_P4=plan.pieces(row))
              for row in range(plan.rows)]
     return [assembler.assemble(mine).batch

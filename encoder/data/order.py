@@ -5,11 +5,12 @@
     documents    permuted inside their group by (seed, "order", phase, source, epoch, group)
 
 Every epoch visits every document exactly once; a reader touches only the shards of one group at a time.
+Lane l of L has an order of its own over the shards l, l + L, l + 2 L, ...; its number stands in the addresses above
+after the source where L is more than one.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,6 @@ import numpy as np
 from encoder.base.rng import generator
 
 SHARDS_PER_GROUP = 16        # 1 GiB of 64 MiB shards: about a million web documents shuffled together
-CACHED_GROUPS = 4            # 8 bytes a document; a window touches one group, or two at a border
 
 
 @dataclass(frozen=True)
@@ -25,57 +25,60 @@ class _Epoch:
     """The shards of one epoch in order, and where each group begins."""
 
     number: int
-    shards: np.ndarray             # int64, permuted shard numbers
+    shards: np.ndarray             # int64, the lane's shard numbers, permuted
     group_starts: np.ndarray       # int64 [groups + 1], in documents of the epoch
 
 
 class DocumentOrder:
-    """The order of one source in one phase. Remembers the epoch and the few groups it used last, nothing else.
+    """The order of one source in one phase and lane. Remembers the epoch and the groups it used last, nothing else.
 
-    `samples_per_shard` int64 [shards]; documents are numbered through the shards in stored order.
+    `samples_per_shard` int64 [shards] of the whole source; documents are numbered through the shards in stored order.
     """
 
-    def __init__(self, samples_per_shard: np.ndarray, *, seed: int, phase: int, source: str) -> None:
-        self._samples = np.asarray(samples_per_shard, dtype=np.int64)
-        self._first_document = np.concatenate([[0], np.cumsum(self._samples)])
-        self._address = ("order", phase, source)
+    def __init__(self, samples_per_shard: np.ndarray, *, seed: int, phase: int, source: str, lane: int = 0,
+                 lanes: int = 1) -> None:
+        samples = np.asarray(samples_per_shard, dtype=np.int64)
+        self._ends = np.cumsum(samples)
+        self._shards = np.arange(lane, len(samples), lanes)
+        self._samples = samples[self._shards]
+        self._address = ("order", phase, source, *((f"lane {lane}",) if lanes > 1 else ()))
         self._seed = seed
-        self.documents_per_epoch = int(self._first_document[-1])
+        self.documents_per_epoch = int(self._samples.sum())
         assert self.documents_per_epoch > 0, "an empty source has no order"
         self._epoch: _Epoch | None = None
-        self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._groups: dict[tuple[int, int], np.ndarray] = {}
 
     def documents(self, start: int, count: int) -> np.ndarray:
         """Document numbers int64 [count] at places start to start + count of the endless order."""
-        parts = []
+        parts, used = [], {}
         while count > 0:
             number, place = divmod(start, self.documents_per_epoch)
             epoch = self._epoch_of(number)
             group = int(np.searchsorted(epoch.group_starts, place, side="right")) - 1
             inside = place - int(epoch.group_starts[group])
-            part = self._group_of(epoch, group)[inside:inside + count]
+            key = (number, group)
+            used[key] = self._groups[key] if key in self._groups else self._shuffled(epoch, group)
+            part = used[key][inside:inside + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        self._groups = used or self._groups      # one group, or two at a border: the next stretch begins in the last
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
     def _epoch_of(self, number: int) -> _Epoch:
         if self._epoch is None or self._epoch.number != number:
-            shards = generator(self._seed, *self._address, number).permutation(len(self._samples))
-            ends = np.cumsum(self._samples[shards])
-            last_of_group = np.minimum(np.arange(SHARDS_PER_GROUP, len(shards) + SHARDS_PER_GROUP, SHARDS_PER_GROUP),
-                                       len(shards)) - 1
-            self._epoch = _Epoch(number, shards, np.concatenate([[0], ends[last_of_group]]))
+            order = generator(self._seed, *self._address, number).permutation(len(self._samples))
+            ends = np.cumsum(self._samples[order])
+            last_of_group = np.minimum(np.arange(SHARDS_PER_GROUP, len(order) + SHARDS_PER_GROUP, SHARDS_PER_GROUP),
+                                       len(order)) - 1
+            self._epoch = _Epoch(number, self._shards[order], np.concatenate([[0], ends[last_of_group]]))
         return self._epoch
 
-    def _group_of(self, epoch: _Epoch, group: int) -> np.ndarray:
-        key = (epoch.number, group)
-        if key not in self._groups:
-            shards = epoch.shards[group * SHARDS_PER_GROUP:(group + 1) * SHARDS_PER_GROUP]
-            first = self._first_document
-            documents = np.concatenate([np.arange(first[s], first[s + 1]) for s in shards])
-            generator(self._seed, *self._address, epoch.number, group).shuffle(documents)
-            self._groups[key] = documents
-            if len(self._groups) > CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
+    def _shuffled(self, epoch: _Epoch, group: int) -> np.ndarray:
+        # 4 bytes a document where they suffice: 2 MB a group of the 2T mixture, for each source and lane
+        kind = np.uint32 if self._ends[-1] < 2**32 else np.int64
+        shards = epoch.shards[group * SHARDS_PER_GROUP:(group + 1) * SHARDS_PER_GROUP]
+        first = [int(self._ends[s - 1]) if s else 0 for s in shards]
+        documents = np.concatenate([np.arange(f, int(self._ends[s]), dtype=kind)
+                                    for f, s in zip(first, shards, strict=True)])
+        generator(self._seed, *self._address, epoch.number, group).shuffle(documents)
+        return documents

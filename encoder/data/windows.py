@@ -2,7 +2,8 @@
 
 Window k takes floor((k+1) x_s) - floor(k x_s) documents of source s, where x_s is the source's share of the window's
 documents: proportional to weight / mean length, so that weights are shares of tokens. All in whole numbers, so that
-window 10^9 is as exact, and as near, as window 0.
+window 10^9 is as exact, and as near, as window 0. Each lane has windows of its own, over its own shards of every
+source, so that a reader of one lane needs only those.
 
     documents longer than the phase allows are cut into near-equal pieces, [CLS] and [SEP] put back:
         stored   C a b c d e f g S     (9 tokens, at most 6)
@@ -16,7 +17,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.rng import generator
 from encoder.data.order import DocumentOrder
-from encoder.data.packing import pack_best_fit
+from encoder.data.packing import Packing, pack_best_fit
 from encoder.data.shard_format import Card
 
 SOURCE, DOCUMENT, START, END = range(4)      # columns of a piece
@@ -61,31 +61,44 @@ class WindowPlan:
 
 
 class Windows:
-    """The windows of one phase: a pure function of the window's number."""
+    """The windows of one phase: a pure function of lane and window number. Raises ConfigError for more lanes than shards."""
 
     def __init__(self, *, sources: Sequence[PlannedSource], weights: Sequence[float], seed: int, phase: int,
-                 max_tokens_per_document: int, row_tokens: int, window_documents: int) -> None:
+                 max_tokens_per_document: int, row_tokens: int, window_documents: int, lanes: int = 1) -> None:
         self._sources = sources
         self._documents_per_window = documents_per_window([s.card for s in sources], weights, window_documents)
-        self._orders = [DocumentOrder(s.samples_per_shard, seed=seed, phase=phase, source=s.name) for s in sources]
-        self._seed, self._phase = seed, phase
+        for source in sources:
+            check_lanes(source.name, shards=len(source.samples_per_shard), lanes=lanes)
+        self._orders_of_lane = [
+            [DocumentOrder(s.samples_per_shard, seed=seed, phase=phase, source=s.name, lane=lane, lanes=lanes)
+             for s in sources] for lane in range(lanes)]
+        self._seed, self._phase, self._lanes = seed, phase, lanes
         self._max_tokens, self._row_tokens = max_tokens_per_document, row_tokens
 
+    def address(self, window: int, *, lane: int = 0) -> tuple[int, ...]:
+        """Where a window stands in the run: (phase, window), with several lanes (phase, lane, window)."""
+        return (self._phase, *((lane,) if self._lanes > 1 else ()), window)
+
     def documents_before(self, window: int) -> list[int]:
-        """How many documents of each source the windows before this one took."""
+        """How many documents of each source the windows of a lane before this one took."""
         return [x.numerator * window // x.denominator for x in self._documents_per_window]
 
-    def plan(self, window: int) -> WindowPlan:
-        """The rows of a window, packed and shuffled."""
+    def epochs_before(self, windows: Sequence[int]) -> dict[str, float]:
+        """How often each source was gone through, by name, when each lane stands at the beginning of its window."""
+        taken = np.sum([self.documents_before(w) for w in windows], axis=0).tolist()
+        return {s.name: n / s.card.documents for s, n in zip(self._sources, taken, strict=True)}
+
+    def plan(self, window: int, *, lane: int = 0) -> WindowPlan:
+        """The rows of a lane's window, packed and shuffled."""
         parts = []
         before, after = self.documents_before(window), self.documents_before(window + 1)
-        for number, order in enumerate(self._orders):
+        for number, order in enumerate(self._orders_of_lane[lane]):
             documents = order.documents(before[number], after[number] - before[number])
             parts.append(cut(number, documents, self._sources[number].lengths[documents], self._max_tokens))
         pieces = Pieces.joined(parts)
-        rows = pack_best_fit(pieces.tokens_P, self._row_tokens)
-        shuffled = generator(self._seed, "rows", self._phase, window).permutation(len(rows))
-        return lay_rows(pieces, [rows[r] for r in shuffled.tolist()])
+        packing = pack_best_fit(pieces.tokens_P, self._row_tokens)
+        shuffled = generator(self._seed, "rows", *self.address(window, lane=lane)).permutation(packing.rows)
+        return lay_rows(pieces, packing, shuffled)
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,13 @@ def documents_per_window(cards: Sequence[Card], weights: Sequence[float], window
     return [window_documents * share / sum(shares) for share in shares]
 
 
+def check_lanes(source: str, *, shards: int, lanes: int) -> None:
+    """Every lane has a shard of the source. Raises ConfigError."""
+    if shards < lanes:
+        raise ConfigError(f"source {source} has {shards} shards for {lanes} lanes; needed: a shard for each. Set data.lanes "
+                          f"to {shards} or less, or prepare smaller shards.")
+
+
 def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Pieces:
     """Pieces of at most `max_tokens`: whole documents where they fit, else the fewest near-equal pieces.
 
@@ -133,9 +153,10 @@ def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int
     return Pieces(np.stack([np.full(len(whose), source), documents[whose], start, end], axis=1), tokens)
 
 
-def lay_rows(pieces: Pieces, rows: Sequence[Sequence[int]]) -> WindowPlan:
-    """The plan in which the given rows of piece numbers follow each other."""
-    order = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(np.fromiter(map(len, rows), dtype=np.int64))]).astype(np.int64)
+def lay_rows(pieces: Pieces, packing: Packing, order_R: np.ndarray) -> WindowPlan:
+    """The plan in which these rows of a packing follow each other."""
+    counts = np.diff(packing.row_starts_R1)[order_R]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    order = packing.pieces_P[np.repeat(packing.row_starts_R1[order_R] - starts[:-1], counts) + np.arange(starts[-1])]
     tokens = np.concatenate([[0], np.cumsum(pieces.tokens_P[order])])
-    return WindowPlan(pieces.pieces_P4[order], starts, np.diff(tokens[starts]).astype(np.int64))
+    return WindowPlan(pieces.pieces_P4[order], starts, np.diff(tokens[starts]))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from encoder.objectives.contract import Corrupt, Specials
-from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig
+from encoder.objectives.mlm import MaskedLanguageModel, MaskShare, MlmConfig
+from encoder.objectives.words import WordEdges
 
 OBJECTIVES: dict[str, type] = {"mlm": MlmConfig}
 
 
-def build_objective(config: MlmConfig, *, vocab_size: int, specials: Specials) -> Corrupt:
-    """The question maker of an objective's settings. Raises ConfigError if a special id is outside the vocabulary."""
+def build_objective(config: MlmConfig, *, vocab_size: int, specials: Specials, share: MaskShare | None = None,
+                    words: WordEdges | None = None) -> Corrupt:
+    """The question maker of an objective's settings, `share` and `words` as for MaskedLanguageModel.
+
+    Raises ConfigError if a special id is outside the vocabulary.
+    """
     return MaskedLanguageModel(config, vocab_size=vocab_size, mask_id=specials.mask_id, pad_id=specials.pad_id,
-                               special_ids=specials.all_special)
+                               special_ids=specials.all_special, share=share, words=words)

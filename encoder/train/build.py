@@ -22,9 +22,12 @@ from encoder.base.units import Progress
 from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_batches, token_counts
 from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
 from encoder.data.shards import Source, open_source
+from encoder.data.windows import check_lanes
 from encoder.engine.agree import collective_device
 from encoder.models.catalog import build_model
 from encoder.objectives.catalog import build_objective
+from encoder.objectives.contract import Corrupt
+from encoder.objectives.words import read_word_edges
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.train.evaluate import HeldOut, unigram_entropy
 
@@ -113,9 +116,19 @@ def has_static_shapes(run: RunConfig, device: torch.device) -> bool:
     return device.type == "cuda" or compiles(run, device)
 
 
-def open_mixture(sources: Sequence[SourceConfig]) -> list[Source]:
-    """Opens the shard folders of a mixture, in the order of the run file."""
-    return [open_source(Path(s.path), name=source_name(s)) for s in sources]
+def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Source]:
+    """Opens the shard folders of a mixture, in the order of the run file. Raises ShardError, ConfigError for too many lanes."""
+    opened = [open_source(Path(s.path), name=source_name(s)) for s in sources]
+    for source in opened:
+        check_lanes(source.name, shards=len(source.samples_per_shard), lanes=lanes)
+    return opened
+
+
+def make_question(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Corrupt:
+    """What a phase asks of a row."""
+    words = read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.whole_words else None
+    return build_objective(run.objective, vocab_size=facts.vocab_size, specials=facts.specials,
+                           share=run.mask_share_of(phase), words=words)
 
 
 def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.device, progress: Progress) -> Loader:
@@ -124,13 +137,13 @@ def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.de
     mixture = run.sources_of(phase)
     ids = facts.specials
     return Loader(
-        sources=open_mixture(mixture), weights=[s.weight for s in mixture], seed=run.seed, phase=progress.phase,
-        max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
+        sources=open_mixture(mixture, lanes=run.data.lanes), weights=[s.weight for s in mixture], seed=run.seed,
+        phase=progress.phase, max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
         window_documents=run.data.window_documents,
-        corrupt=build_objective(run.objective, vocab_size=facts.vocab_size, specials=ids),
+        corrupt=make_question(run, facts, phase),
         pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
         micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
-        start=DataPosition(window=progress.window, row=progress.row, phase_tokens=progress.phase_tokens),
+        start=DataPosition(lanes=progress.lanes, phase_tokens=progress.phase_tokens), lanes=run.data.lanes,
         static_shapes=has_static_shapes(run, device), workers=run.loader.workers, pin_memory=device.type == "cuda")
 
 
@@ -140,7 +153,8 @@ def make_held_out(
     """This rank's share of the held-out batches, cut to the phase's document length."""
     if run.evaluation is None:
         return []
-    question = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False)
+    question = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False,
+                                   whole_words=False)      # the same question to all models
     corrupt = build_objective(question, vocab_size=facts.vocab_size, specials=facts.specials)
     ids = facts.specials
     return [HeldOut(name=source.name, batches=evaluation_batches(

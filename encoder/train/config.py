@@ -19,6 +19,7 @@ from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
 from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
+from encoder.objectives.mlm import MaskShare
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, rows_at
 from encoder.optim.stable_adamw import StableAdamWConfig
 
@@ -43,13 +44,14 @@ class DataConfig:
     sources: tuple[SourceConfig, ...]
     row_tokens: int                   # capacity of a row: the unit of packing and of batch size
     window_documents: int = 4096      # documents packed together; more: fuller rows, longer planning
+    lanes: int = 1                    # sequences of windows side by side, each over its own shards of every source
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("sources is empty; needed: at least one {path: FOLDER}.")
-        if self.row_tokens < 8 or self.window_documents < 1:
-            raise ConfigError(f"row_tokens {self.row_tokens} and window_documents {self.window_documents} "
-                              "must be at least 8 and 1.")
+        if self.row_tokens < 8 or self.window_documents < 1 or self.lanes < 1:
+            raise ConfigError(f"row_tokens {self.row_tokens}, window_documents {self.window_documents} and lanes {self.lanes} "
+                              "must be at least 8, 1 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,13 @@ class PhaseConfig:
     local_rope_theta: float | None = None
     batch_warmup: BatchWarmup | None = None
     sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
+    mask_share: float | None = None                        # default: the objective's
+    mask_share_end: float | None = None                    # reached at the phase's end, on a straight line over its tokens
 
     def __post_init__(self) -> None:
+        for share in (self.mask_share, self.mask_share_end):
+            if share is not None and not 0 < share < 1:
+                raise ConfigError(f"phase {self.name}: mask_share {share} must lie between 0 and 1. ModernBERT uses 0.3.")
         if self.tokens < 1:
             raise ConfigError(f"phase {self.name}: tokens is 0; needed: at least one step.")
         for theta in (self.global_rope_theta, self.local_rope_theta):
@@ -175,7 +182,11 @@ class RunConfig:
                     f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document:,} is above "
                     f"model.max_position_embeddings {self.model.max_position_embeddings:,}. Raise the latter."
                 )
-            rows_at(0, batch_tokens=phase.batch_tokens, row_tokens=self.data.row_tokens, warmup=phase.batch_warmup)
+            try:
+                self.rows_at(phase, 0)
+            except ConfigError as error:
+                each = f" A step takes a row of each of {self.data.lanes} data.lanes at a time." if self.data.lanes > 1 else ""
+                raise ConfigError(f"{error}{each}") from error
 
     def _fill_in_thetas(self) -> None:
         whole = tuple(dataclasses.replace(p, global_rope_theta=p.global_rope_theta or self.model.global_rope_theta,
@@ -189,8 +200,14 @@ class RunConfig:
 
     def rows_at(self, phase: PhaseConfig, phase_tokens: int) -> int:
         """Rows of the next step when `phase_tokens` were seen in the phase."""
-        return rows_at(phase_tokens, batch_tokens=phase.batch_tokens, row_tokens=self.data.row_tokens,
-                       warmup=phase.batch_warmup)
+        lanes = self.data.lanes      # as many rows of each
+        return lanes * rows_at(phase_tokens, batch_tokens=phase.batch_tokens, row_tokens=lanes * self.data.row_tokens,
+                               warmup=phase.batch_warmup)
+
+    def mask_share_of(self, phase: PhaseConfig) -> MaskShare:
+        """The share of a phase's tokens that is asked: the phase's own or the objective's, over the phase's tokens."""
+        return MaskShare(start=phase.mask_share or self.objective.mask_share, end=phase.mask_share_end,
+                         over_tokens=phase.tokens)
 
     def sources_of(self, phase: PhaseConfig) -> tuple[SourceConfig, ...]:
         """The mixture of a phase: its own, or the run's."""

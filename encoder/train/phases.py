@@ -43,7 +43,7 @@ def phase_is_done(run: RunConfig, progress: Progress) -> bool:
 
 def enter_next_phase(progress: Progress) -> Progress:
     """The first position of the next phase: its token clock and its data start at zero."""
-    return replace(progress, phase=progress.phase + 1, phase_step=0, phase_tokens=0, window=0, row=0)
+    return replace(progress, phase=progress.phase + 1, phase_step=0, phase_tokens=0, lanes=())
 
 
 def phase_of_weights(progress: Progress) -> int:

@@ -54,7 +54,7 @@ class Ledger:
     ) -> None:
         """One step's line; a step that is already there must agree. Raises LedgerError."""
         line = {"step": progress.step, "phase": phase, "rows": rows, "tokens": tokens, "masked_tokens": masked_tokens,
-                "tokens_seen": progress.tokens, "next_window": progress.window, "next_row": progress.row,
+                "tokens_seen": progress.tokens, "next": [list(place) for place in progress.lanes],   # (window, row) of each lane
                 "batch": f"{batch_hash & (2**64 - 1):016x}", "chain": progress.ledger_hash}
         witness = self._witness.pop(progress.step, None)
         if witness is not None:

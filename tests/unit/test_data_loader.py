@@ -117,7 +117,7 @@ def test_resuming_after_any_step_gives_what_would_have_followed_on_any_number_of
 def test_every_documents_tokens_are_shown_exactly_once_an_epoch(sources):
     # one source, 10 windows of 15 documents: an epoch of web
     class Ask:
-        def __call__(self, ids, generator):
+        def __call__(self, ids, generator, *, phase_tokens):
             return Question(ids=ids, predict_index=np.arange(0), predict_target=np.arange(0))
 
         def capacity(self, tokens):
@@ -125,7 +125,7 @@ def test_every_documents_tokens_are_shown_exactly_once_an_epoch(sources):
 
     bodies = []
     with loader_of(sources[:1], weights=[1.0], window_documents=15, corrupt=Ask(), rows_at=lambda _: 1) as loader:
-        while (step := loader.next_step()).start.window < 10:
+        while (step := loader.next_step()).start.lanes[0][0] < 10:
             for ids, _, _ in documents_in(step.micro_batches[0]):
                 assert ids[0] == CLS and ids[-1] == SEP and len(ids) <= CAP
                 bodies += ids[1:-1]
@@ -196,14 +196,14 @@ def test_the_hash_sees_masks_as_well_as_ids(sources):
 
 
 def test_position_one_billion_is_reached_at_once(sources):
-    far = DataPosition(window=10**9, row=1, phase_tokens=10**15)
+    far = DataPosition(lanes=((10**9, 1),), phase_tokens=10**15)
     (step,) = steps_of(sources, 1, start=far, rows_at=lambda tokens: 4 if tokens >= 10**15 else 1)
     assert step.start == far and step.rows == 4 and step.end.phase_tokens == 10**15 + step.tokens
 
 
 def test_surplus_questions_are_dropped_alike_in_every_layout(sources):
     class Greedy:
-        def __call__(self, ids, generator):
+        def __call__(self, ids, generator, *, phase_tokens):
             return Question(ids=ids, predict_index=np.arange(len(ids)), predict_target=ids)
 
         def capacity(self, tokens):
@@ -232,7 +232,7 @@ def test_pinning_pins_every_tensor_of_a_micro_batch(sources, monkeypatch):
 
 def test_a_row_that_does_not_exist_is_refused(sources):
     with pytest.raises(ShardError, match="row 999 of window 2 does not exist"):
-        steps_of(sources, 1, start=DataPosition(window=2, row=999))
+        steps_of(sources, 1, start=DataPosition(lanes=((2, 999),)))
 
 
 @pytest.mark.parametrize("cap", [2, 65])

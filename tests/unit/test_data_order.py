@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from encoder.data.order import CACHED_GROUPS, SHARDS_PER_GROUP, DocumentOrder
+from encoder.data.order import SHARDS_PER_GROUP, DocumentOrder
 
 
 def order_of(samples, *, seed=1, phase=0, source="web"):
@@ -50,7 +50,7 @@ def test_a_place_far_away_costs_as_much_as_the_first_and_memory_is_bounded():
     for place in [0, 10**9, 10**12, 10**15, 123456789, 5 * 10**6, 17]:
         assert len(order.documents(place, 100)) == 100
     assert time.perf_counter() - start < 2.0      # a permutation of 30 million alone takes longer
-    assert len(order._groups) <= CACHED_GROUPS
+    assert len(order._groups) == 1 and order._groups.popitem()[1].nbytes <= 16 * 1000 * 4
 
 
 def test_places_of_documents_are_spread_evenly():
@@ -58,3 +58,17 @@ def test_places_of_documents_are_spread_evenly():
     order, total = order_of([5] * 40), 200
     places = [int(np.flatnonzero(order.documents(e * total, total) == 0)[0]) for e in range(400)]
     assert abs(np.mean(places) - 99.5) < 5 * 57.7 / 20
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 7])
+def test_lanes_part_the_shards_and_each_goes_through_its_own_once_an_epoch(lanes):
+    samples = np.arange(5, 30)      # 25 shards
+    shard_of = np.repeat(np.arange(25), samples)
+    seen = []
+    for lane in range(lanes):
+        order = DocumentOrder(samples, seed=1, phase=0, source="web", lane=lane, lanes=lanes)
+        for epoch in range(2):
+            drawn = order.documents(epoch * order.documents_per_epoch, order.documents_per_epoch)
+            assert set(shard_of[drawn] % lanes) == {lane} and len(set(drawn)) == len(drawn)
+        seen += drawn.tolist()
+    assert sorted(seen) == list(range(samples.sum()))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 class Failing:
     """A question maker with a fault."""
 
-    def __call__(self, ids, generator):
+    def __call__(self, ids, generator, *, phase_tokens):
         raise ZeroDivisionError("a fault in the objective")
 
     def capacity(self, tokens):

@@ -68,11 +68,11 @@ def test_planned_steps_spend_each_phase_and_warm_the_batch_up():
 def test_a_phase_ends_with_the_step_that_reaches_its_tokens():
     run = read_run(TINY)
     at = Progress(
-        step=9, tokens=run.phases[0].tokens, phase_step=9, phase_tokens=run.phases[0].tokens - 1, window=2, row=3
+        step=9, tokens=run.phases[0].tokens, phase_step=9, phase_tokens=run.phases[0].tokens - 1, lanes=((2, 3),)
     )
     assert not phase_is_done(run, at) and phase_is_done(run, replace(at, phase_tokens=run.phases[0].tokens))
     entered = enter_next_phase(at)
-    assert (entered.phase, entered.phase_tokens, entered.window, entered.row, entered.step) == (1, 0, 0, 0, 9)
+    assert (entered.phase, entered.phase_tokens, entered.lanes, entered.step) == (1, 0, (), 9)
 
 
 def test_what_changes_the_curve_is_identity_and_what_does_not_is_not():

@@ -1,0 +1,89 @@
+"""Which tokens of a vocabulary begin a word and which leave one open: what masking whole words needs to know.
+
+    tokens   Ġthe  cat  alog  (   Ġx   1  )          a word goes on where a token that leaves it open is followed
+    begins     1    0    0    1    1   0  1          by one that begins none: "Ġthe cat alog", "Ġx 1"
+    open       1    1    1    0    1   1  0
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from encoder.base.errors import ConfigError
+
+LONGEST_WORD = 8     # tokens; what is longer (a key in base 64, a sentence without spaces) is asked in stretches of 8
+
+
+@dataclass(frozen=True)
+class WordEdges:
+    """Per token id, bool [V]: whether it begins a word whatever stands before it, and whether the next may continue it."""
+
+    begins_V: np.ndarray
+    open_V: np.ndarray
+
+    def words(self, ids: np.ndarray) -> np.ndarray:
+        """The number of each token's word, int64 [T], ascending from 0; no word has over LONGEST_WORD tokens."""
+        starts = self.begins_V[ids]
+        starts[1:] |= ~self.open_V[ids[:-1]]
+        starts[:1] = True
+        first = np.flatnonzero(starts)
+        inside = np.arange(len(ids)) - np.repeat(first, np.diff(first, append=len(ids)))
+        return np.cumsum(starts | (inside % LONGEST_WORD == 0)) - 1
+
+
+def read_word_edges(tokenizer_json: Path, *, vocab_size: int) -> WordEdges:
+    """The words of a byte-level BPE, a BPE with spaces as U+2581, a WordPiece or a WordLevel tokenizer. Raises ConfigError."""
+    begins_V, open_V = np.ones(vocab_size, dtype=bool), np.zeros(vocab_size, dtype=bool)
+    try:
+        content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+        edges, added = _edges_of(content), {a["content"]: a for a in content.get("added_tokens", [])}
+        for token, number in content["model"]["vocab"].items():
+            if token not in added:
+                begins_V[number], open_V[number] = edges(token)
+        for token, about in added.items():
+            if not about["special"]:
+                begins_V[about["id"]], open_V[about["id"]] = _edges_of_text(token)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{tokenizer_json}: its words cannot be told ({error}). Set objective.whole_words: false.") from error
+    return WordEdges(begins_V, open_V)
+
+
+def _edges_of(content: dict[str, Any]) -> Callable[[str], tuple[bool, bool]]:
+    """How the tokens of a tokenizer.json's model show whether they begin a word, and whether they leave it open."""
+    kind = content["model"].get("type")
+    if kind == "WordLevel":
+        return lambda token: (True, False)
+    if kind == "WordPiece":
+        prefix = content["model"]["continuing_subword_prefix"]
+        return lambda token: (not token.startswith(prefix), True)
+    if kind != "BPE":
+        raise ValueError(f"a {kind} model; known: BPE, WordPiece, WordLevel")
+    if '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
+        byte_of = _byte_of_character()
+        return lambda token: _edges_of_text(bytes(byte_of[c] for c in token).decode("utf-8", errors="replace"))
+    return lambda token: _edges_of_text(token.replace("\u2581", " "))
+
+
+def _edges_of_text(text: str) -> tuple[bool, bool]:
+    return not _is_letter(text[:1]), _is_letter(text[-1:])
+
+
+def _is_letter(character: str) -> bool:
+    """Letters, digits, marks that are written on letters, and parts of a character that a byte-level token was cut in."""
+    return character == "\ufffd" or character.isalnum() or unicodedata.category(character or " ").startswith("M")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as (Radford et al. 2019): printable ones as they are, the others
+    from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
+
