@@ -192,13 +192,18 @@ def _table_rows(block: Block) -> Iterator[tuple[str, dict[str, Any]]]:
 def _plain_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
     """Lines, paragraphs (between empty lines) or the whole file; a paragraph's place is the line it begins at."""
     document, number = block.source.document, block.first
-    separator = {"line": rb"(\r?\n)", "paragraph": rb"(\r?\n(?:[ \t]*\r?\n)+)"}.get(document)
+    separator = {"line": rb"(\r?\n)", "paragraph": rb"(\r?\n(?:\r?\n)+)"}.get(document)
     parts = re.split(separator, block.lines) if separator else [block.lines]
     for raw, end in zip(parts[::2], [*parts[1::2], b""], strict=True):
         if separator and not raw and not end:
             continue                             # the nothing after the last line end
         if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
             raw = raw[3:]
+        if document == "paragraph":              # more empty lines, at the beginning of a block
+            raw, before = raw.lstrip(b"\r\n"), raw
+            number += before.count(b"\n") - raw.count(b"\n")
+            if not raw:
+                continue
         try:
             yield block.file if document == "file" else f"{block.file} line {number}", raw.decode("utf-8")
         except UnicodeDecodeError as error:

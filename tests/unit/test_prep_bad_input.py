@@ -101,7 +101,7 @@ def table_bytes(how: str, table: pyarrow.Table) -> bytes:
 
 
 def broken_page() -> bytes:
-    """A Parquet file of three row groups with the beginning of the second's page destroyed; the reader looks ahead, so no row comes before."""
+    """A Parquet file of three row groups with the second's first page destroyed; the reader looks ahead: no row is left."""
     content = bytearray(table_bytes("parquet", pyarrow.table({"text": texts(300)})))
     at = pyarrow.parquet.read_metadata(pyarrow.BufferReader(bytes(content))).row_group(1).column(0).dictionary_page_offset
     content[at:at + 60] = b"\xff" * 60
