@@ -9,6 +9,7 @@ so neither the micro-batch nor the rank a row lands in has a say in its weight.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ class Engine:
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)
         self._plain_norm = torch.zeros(())                     # stage 0: DeepSpeed measures no norm there
-        numels = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
+        numels = {name: math.prod(shape) for name, shape in self.shapes.items()}
         check_cover([s for _, s in self._owned()], numels=numels, world=world, device=device)
         if config.zero_stage:
             optimizer.set_stretches(self._parts, numels=numels)
@@ -158,6 +159,11 @@ class Engine:
     def owned_pieces(self) -> list[Piece]:
         """The state this rank answers for when all ranks save: every element on exactly one rank."""
         return [self._piece(part, s) for part, s in self._owned()]
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained numbers; a tied matrix counts once."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def optimizer_steps(self) -> int:
