@@ -102,8 +102,9 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
 
 
 def make_model(run: RunConfig) -> torch.nn.Module:
-    """The model with its initial weights, a function of the seed alone."""
-    return build_model(run.model, attention=run.attention, seed=run.seed, z_loss_weight=run.objective.z_loss_weight)
+    """The model with its initial weights, a function of the seed alone; for ZeRO stage 3 without, for the engine draws them."""
+    with torch.device("meta" if run.engine.zero_stage == 3 else "cpu"):
+        return build_model(run.model, attention=run.attention, seed=run.seed, z_loss_weight=run.objective.z_loss_weight)
 
 
 def compiles(run: RunConfig, device: torch.device) -> bool:

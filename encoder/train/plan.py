@@ -111,22 +111,26 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
 def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
     """Bytes a rank needs for parameters, gradients, optimizer and one micro-batch's activations.
 
-    ZeRO-1 and 2 keep whole weights and gradients on every rank and split the fp32 masters and both moments.
+    ZeRO-1 splits the fp32 masters and both moments over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights, too
+    (the largest matrix stands whole while it is used). At stage 3 weights in fp32 are their own masters.
     Activations count what autograd keeps of one layer and token: 14 hidden-wide tensors and 4 of the MLP's width,
     and of the loss one piece of logits, in fp32 and again in 2 bytes, and the decoder's gradient before and after scaling.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
-    share = ranks if run.engine.zero_stage > 0 else 1
-    has_copy = run.engine.zero_stage > 0
-    tokens = run.loader.micro_batch_rows * run.data.row_tokens
     m = run.model
+    stage = run.engine.zero_stage
+    optimizer_share, gradient_share, weight_share = (ranks if stage >= cut else 1 for cut in (1, 2, 3))
+    has_copy = stage in (1, 2) or stage == 3 and run.engine.precision == "bf16"
+    gathered = m.hidden_size * max(m.vocab_size, 3 * m.hidden_size, 2 * m.intermediate_size) if stage == 3 else 0
+    tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
     per_token = m.num_hidden_layers * (14 * m.hidden_size + 4 * m.intermediate_size) * kept
     piece = min(tokens * run.objective.mask_share, PIECE_POSITIONS["cpu" if run.device == "cpu" else "cuda"])
     loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)
-    return Memory(weights=width * parameters, gradients=(4 if run.engine.precision == "bf16" else width) * parameters,
-                  optimizer=(master * has_copy + 2 * master) * parameters // share,
+    return Memory(weights=width * (parameters // weight_share + gathered),
+                  gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
+                  optimizer=(master * has_copy + 2 * master) * parameters // optimizer_share,
                   activations=int(tokens * per_token + loss))
 
 

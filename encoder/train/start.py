@@ -98,7 +98,7 @@ def lock_folder(folder: Path) -> IO[str]:
 
 def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress,
                 found: Path | None) -> None:
-    count, threads = sum(p.numel() for p in engine.module.parameters()), torch.get_num_threads()
+    count, threads = engine.parameter_count, torch.get_num_threads()
     say(f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type} "
         f"({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
         f"{short_count(sum(p.tokens for p in run.phases))} tokens in {_many(len(run.phases), 'phase')}, run folder {run.out}")
