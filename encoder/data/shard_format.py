@@ -7,6 +7,7 @@
         lengths.bin         uint16 (uint32 when a length does not fit) tokens per sample, in the order of the shards
         tokenizer.json      the tokenizer that made the ids
         card.json           written last: a folder without it is not finished
+        hashes.json         only beside shards made elsewhere whose index.json has no SHA-256: that of every shard file
 
 The card names its content: index_sha256 (bytes of index.json, hence of every shard) is held at each opening,
 lengths_sha256 (bytes of lengths.bin) by data-prep verify alone, since 2 billion samples have 4 GB of lengths. A run that
@@ -30,6 +31,7 @@ from encoder.base.schema import from_mapping, to_plain
 
 INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
+HASHES = "hashes.json"
 FORMAT = 2                                       # 1 had no hashes of content
 SHARD_HASH = "sha256"                            # of each shard file, in index.json, under MDS's name for it
 
@@ -61,6 +63,8 @@ class Card:
     max_tokens_per_document: int                 # longest sample allowed
     index_sha256: str                            # hex, of the bytes of index.json
     lengths_sha256: str                          # hex, of the bytes of lengths.bin
+    hashes_sha256: str = ""                      # hex, of the bytes of hashes.json; empty: index.json has the hashes
+    adds_specials: bool = False                  # samples that lack [CLS] or [SEP] at their ends get them when read
     format: int = FORMAT
     recipe: dict[str, Any] = field(default_factory=dict)   # the settings and versions that made the folder
 
@@ -80,8 +84,8 @@ def read_card(folder: Path) -> Card:
         raise ShardError(f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare.")
     if not path.is_file():
         if (folder / INDEX).is_file():
-            raise ShardError(f"{folder} has shards but no {CARD}. "
-                             "Make the shards with data-prep prepare.")
+            raise ShardError(f"{folder} has shards but no {CARD}. Make the shards with data-prep prepare, or, where they "
+                             "were made elsewhere, the card with data-prep index FOLDER --tokenizer FILE.")
         below = sorted((p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CARD}")),
                        key=lambda p: (p.name != "train", str(p)))
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
@@ -120,6 +124,21 @@ def read_lengths(folder: Path, card: Card) -> np.ndarray:
 def check_index(folder: Path, card: Card) -> None:
     """index.json is the one the card was written for, hence the hashes of all shards are. Raises ShardError."""
     _check_sha256(folder / INDEX, card.index_sha256)
+
+
+def read_hashes(folder: Path, card: Card) -> dict[str, str]:
+    """SHA-256 by file name of the shards whose index.json has none. Raises ShardError if it is not the card's."""
+    if not card.hashes_sha256:
+        return {}
+    _check_sha256(folder / HASHES, card.hashes_sha256)
+    return json.loads((folder / HASHES).read_text(encoding="utf-8"))
+
+
+def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
+    """A sample with [CLS] before it and [SEP] behind it, each only where it is not there."""
+    before = [] if ids_T[:1].tolist() == [specials.cls_id] else [specials.cls_id]
+    behind = [] if ids_T[-1:].tolist() == [specials.sep_id] else [specials.sep_id]
+    return np.concatenate([np.array(before, ids_T.dtype), ids_T, np.array(behind, ids_T.dtype)])
 
 
 def check_lengths(folder: Path, card: Card) -> None:

@@ -22,7 +22,19 @@ from typing import Any
 import numpy as np
 
 from encoder.base.errors import ShardError
-from encoder.data.shard_format import INDEX, INPUT_IDS, LENGTHS, SHARD_HASH, check_index, read_card, read_lengths
+from encoder.base.files import sha256_of
+from encoder.data.shard_format import (
+    HASHES,
+    INDEX,
+    INPUT_IDS,
+    LENGTHS,
+    SHARD_HASH,
+    check_index,
+    read_card,
+    read_hashes,
+    read_lengths,
+    with_specials,
+)
 
 # Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the 16 shards of one
 # group of encoder.data.order, or of two at a border
@@ -40,6 +52,8 @@ class _ShardFile:
     dtype: np.dtype
     variable_columns: int                      # columns with a size in the sample's head
     before: tuple[int | None, ...]             # sizes of the columns before input_ids, None where the head tells
+    stored: str                                # name of the file as it lies in the folder, compressed or not
+    sha256: str                                # hex, of that file
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Source:
         self.card = read_card(path)
         self.lengths = read_lengths(path, self.card)
         check_index(path, self.card)
-        self._shards = _read_index(path / INDEX, dtype=np.dtype(self.card.dtype))
+        self._shards = _read_index(path / INDEX, dtype=np.dtype(self.card.dtype), hashes=read_hashes(path, self.card))
         self.samples_per_shard = np.array([s.samples for s in self._shards], dtype=np.int64)
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
@@ -91,6 +105,8 @@ class Source:
         number = bisect_right(self._first_document, document) - 1
         sample = document - self._first_document[number]
         ids = self._ids_at(self._opened(number), self._shards[number], sample)
+        if self.card.adds_specials:
+            ids = with_specials(ids, self.card.specials)
         if len(ids) != self.lengths[document]:
             raise ShardError(f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says "
                              f"{self.lengths[document]}. Make the shards again with data-prep prepare --again.")
@@ -175,10 +191,20 @@ class Source:
                 return
             stream, shards = self._streaming()
             try:
+                if self.card.hashes_sha256:      # streaming knows only the hashes of index.json
+                    self._check_hash(self._shards[number])
                 stream.prepare_shard(shards[number])
+            except ShardError:
+                raise
             except Exception as error:      # streaming raises what its many back ends raise
                 name = self._shards[number].name
                 raise ShardError(f"{self.path} shard {name} could not be fetched: {error}") from error
+
+    def _check_hash(self, shard: _ShardFile) -> None:
+        path = self.path / shard.stored
+        if (found := sha256_of(path)) != shard.sha256:
+            raise ShardError(f"{path} has SHA-256 {found[:12]}, {HASHES} tells of {shard.sha256[:12]}. "
+                             "Copy or prepare the shard again.")
 
     def _streaming(self) -> tuple[Any, list[Any]]:
         if self._stream is None:
@@ -187,7 +213,7 @@ class Source:
 
             stream = Stream(remote=str(self.path) if self.cache is not None else None, local=str(self._folder),
                             download_retry=2, download_timeout=60, keep_zip=False,
-                            validate_hash=SHARD_HASH)
+                            validate_hash=None if self.card.hashes_sha256 else SHARD_HASH)
             self._stream = stream, stream.get_shards(World(1, 1, 1, 0), False)
         return self._stream
 
@@ -204,14 +230,14 @@ def _reopen(path: Path, name: str, cache: Path | None) -> Source:
     return Source(path, name=name, cache=cache)
 
 
-def _read_index(path: Path, *, dtype: np.dtype) -> list[_ShardFile]:
+def _read_index(path: Path, *, dtype: np.dtype, hashes: dict[str, str]) -> list[_ShardFile]:
     try:
-        return [_shard_file(info, path, dtype) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]]
+        return [_shard_file(info, path, dtype, hashes) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} cannot be read: it is no index of MDS shards. Copy or prepare the shards again.") from error
 
 
-def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype) -> _ShardFile:
+def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype, hashes: dict[str, str]) -> _ShardFile:
     if info["format"] != "mds" or info["version"] != 2:
         raise ShardError(f"{index} tells of {info['format']} version {info['version']}; needed: mds version 2.")
     names: list[str] = info["column_names"]
@@ -224,10 +250,12 @@ def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype) -> _ShardFil
         raise ShardError(f"{index}: column {INPUT_IDS} is {encoding}, the card says ndarray:{dtype.name}. "
                          "Make the shards again with data-prep prepare --again.")
     stored = info["zip_data"] or info["raw_data"]
-    if SHARD_HASH not in stored["hashes"]:
+    sha256 = stored["hashes"].get(SHARD_HASH) or hashes.get(stored["basename"])
+    if not sha256:
         raise ShardError(f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "
-                         "Make the shards again with data-prep prepare --again.")
+                         "Write it with data-prep index --again.")
     sizes = info["column_sizes"]
     return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"], samples=info["samples"],
                       compressed=info["zip_data"] is not None, dtype=dtype.newbyteorder("<"),
-                      variable_columns=sum(s is None for s in sizes), before=tuple(sizes[:at]))
+                      variable_columns=sum(s is None for s in sizes), before=tuple(sizes[:at]),
+                      stored=stored["basename"], sha256=sha256)
