@@ -194,7 +194,6 @@ class _Encoder(nn.Module):
     def forward(self, batch: TokenBatch, *, backend: Backend, global_theta: float, local_theta: float) -> Tensor:
         """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers."""
         plan = backend.plan(batch.cu_seqlens_S1, max_seqlen=batch.max_seqlen, tokens=len(batch.ids_T),
-                            heads=self.config.num_attention_heads,
                             window_radius_tokens=self.config.window_radius_tokens)
         turning = self.config.positions == "rope"
         ropes = {theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width) if turning else None

@@ -27,10 +27,10 @@ DOCUMENTS = {
 }
 
 
-def planned(name: str, lengths: list[int], *, radius: int = RADIUS, spare: int = 2, heads: int = 2):
+def planned(name: str, lengths: list[int], *, radius: int = RADIUS, spare: int = 2):
     total = sum(lengths)
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), *[total] * spare], dtype=torch.int32)
-    return BACKENDS[name].plan(ends, max_seqlen=max(lengths, default=0), tokens=total, heads=heads,
+    return BACKENDS[name].plan(ends, max_seqlen=max(lengths, default=0), tokens=total,
                                window_radius_tokens=radius)
 
 

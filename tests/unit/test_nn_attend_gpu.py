@@ -29,7 +29,7 @@ def name(request) -> str:
 
 def planned(name: str, lengths: list[int], *, radius: int = 64, spare: int = 3):
     ends = torch.tensor([0, *lengths, *[0] * spare]).cumsum(0).int().cuda()
-    return BACKENDS[name].plan(ends, max_seqlen=max(lengths), tokens=sum(lengths), heads=4, window_radius_tokens=radius)
+    return BACKENDS[name].plan(ends, max_seqlen=max(lengths), tokens=sum(lengths), window_radius_tokens=radius)
 
 
 def drawn(tokens: int, *, width: int = 64) -> list[torch.Tensor]:
@@ -98,7 +98,7 @@ def test_planning_and_running_never_wait_for_the_device(name):
 
     def step() -> None:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        plan = BACKENDS[name].plan(ends, max_seqlen=max(LENGTHS), tokens=len(q), heads=4, window_radius_tokens=64)
+        plan = BACKENDS[name].plan(ends, max_seqlen=max(LENGTHS), tokens=len(q), window_radius_tokens=64)
         (plan(*leaves, local=False) + plan(*leaves, local=True)).backward(d_out)
 
     step()                                      # compiles, where there is something to compile

@@ -98,7 +98,7 @@ def bare_cuda(monkeypatch) -> None:
 
 
 def planned(name: str, *, radius: int = 3):
-    return BACKENDS[name].plan(torch.tensor(ENDS, dtype=torch.int32), max_seqlen=14, tokens=20, heads=2,
+    return BACKENDS[name].plan(torch.tensor(ENDS, dtype=torch.int32), max_seqlen=14, tokens=20,
                                window_radius_tokens=radius)
 
 
@@ -134,7 +134,7 @@ def test_a_layer_compiles_whole_and_other_documents_do_not_compile_it_again(kern
     for again, lengths in enumerate(([14, 6], [3, 9, 8], [1, 10, 9], [12, 8])):
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
         ends = torch.cat((ends, ends.new_full((5 - len(ends),), 20)))
-        plan = BACKENDS[name].plan(ends, max_seqlen=max(lengths), tokens=20, heads=2, window_radius_tokens=3)
+        plan = BACKENDS[name].plan(ends, max_seqlen=max(lengths), tokens=20, window_radius_tokens=3)
         ours, truth = drawn(), drawn()
         with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
             out = compiled(plan, *ours)
@@ -228,7 +228,7 @@ def test_flex_equals_the_dense_mask(lengths, local):
     draw = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(tokens, 2, 16, generator=draw) for _ in range(3))
     ends = torch.tensor([0, *lengths, 0], dtype=torch.int32).cumsum(0).int()
-    plan = BACKENDS["flex"].plan(ends, max_seqlen=max(lengths), tokens=tokens, heads=2, window_radius_tokens=64)
+    plan = BACKENDS["flex"].plan(ends, max_seqlen=max(lengths), tokens=tokens, window_radius_tokens=64)
     expected = dense_attention(q, k, v, lengths=lengths, radius=64 if local else None)
     assert torch.allclose(plan(q, k, v, local=local), expected, rtol=0, atol=1e-5)
 
@@ -239,7 +239,7 @@ def test_flex_compiled_visits_the_right_blocks_and_other_documents_do_not_compil
     q, k, v = (torch.randn(300, 2, 16, generator=torch.Generator().manual_seed(4)) for _ in range(3))
     for again, lengths in enumerate(([100, 200], [7, 250, 43], [300], [128, 172])):
         ends = torch.tensor([0, *lengths, *[0] * (4 - len(lengths))], dtype=torch.int32).cumsum(0).int()
-        plan = BACKENDS["flex"].plan(ends, max_seqlen=max(lengths), tokens=300, heads=2, window_radius_tokens=64)
+        plan = BACKENDS["flex"].plan(ends, max_seqlen=max(lengths), tokens=300, window_radius_tokens=64)
         expected = sum(dense_attention(q, k, v, lengths=lengths, radius=radius) for radius in (None, 64))
         with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
             assert torch.allclose(compiled(plan, q, k, v), expected, rtol=0, atol=2e-5)

@@ -34,8 +34,7 @@ class Backend(Protocol):
     def why_not(self, situation: Situation) -> str | None:
         """Why this backend cannot run there (found, needed), or None if it can. Asked at every forward: cheap."""
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
-             window_radius_tokens: int) -> Plan:
+    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> Plan:
         """A plan for documents that end at cu_seqlens_S1[1:]; a repeated end is an empty document and is ignored."""
 
 

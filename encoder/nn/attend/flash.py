@@ -43,8 +43,7 @@ class Flash:
         missing = [name for name in self.takes if name not in takes]
         return f"the installed {self.package} is too old or too new: it takes no {', '.join(missing)}" if missing else None
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
-             window_radius_tokens: int) -> PackedPlan:
+    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> PackedPlan:
         """The documents as they are: nothing is read back from the device."""
         return PackedPlan(self.attend(_import(self.module, self.package)), cu_seqlens_S1=cu_seqlens_S1,
                           max_seqlen=max_seqlen, radius=window_radius_tokens)

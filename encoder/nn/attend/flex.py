@@ -36,8 +36,7 @@ class Flex:
         """It needs a CUDA device and triton."""
         return self.needs.unmet(situation) or (None if find_spec("triton") else "triton is not installed")
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
-             window_radius_tokens: int) -> FlexPlan:
+    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> FlexPlan:
         """Two block masks; nothing is read back from the device."""
         attend = _compiled() if cu_seqlens_S1.device.type == "cuda" else flex_attention
         return FlexPlan(attend, whole=block_mask(cu_seqlens_S1, tokens=tokens, radius=None),

@@ -18,8 +18,7 @@ class Sdpa:
         """It runs everywhere."""
         return None
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
-             window_radius_tokens: int) -> SdpaPlan:
+    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> SdpaPlan:
         """Host-side bounds and one band mask of the longest document."""
         bounds = document_bounds(cu_seqlens_S1, tokens=tokens)
         place = torch.arange(max((end - start for start, end in bounds), default=0), device=cu_seqlens_S1.device)

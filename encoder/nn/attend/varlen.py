@@ -24,8 +24,7 @@ class Varlen:
         """It needs a CUDA device from Ampere on, and halves."""
         return self.needs.unmet(situation) or _missing()
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, heads: int,
-             window_radius_tokens: int) -> PackedPlan:
+    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> PackedPlan:
         """The documents as they are: nothing is read back from the device."""
         return PackedPlan(_attend, cu_seqlens_S1=cu_seqlens_S1, max_seqlen=max_seqlen, radius=window_radius_tokens)
 
