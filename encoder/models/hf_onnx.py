@@ -36,12 +36,12 @@ def write_onnx(folder: Path, theirs: nn.Module, ours: ModernBertForMaskedLM, *, 
     """Write onnx/model.onnx (input_ids, attention_mask -> logits [batch, length, V]) and prove it. Raises ExportError."""
     path = folder / "onnx" / "model.onnx"
     path.parent.mkdir()
-    example = torch.ones(2, 16, dtype=torch.int64)
+    example = (torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64))    # one tensor twice were one input
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     size = sum(p.numel() * p.element_size() for p in theirs.parameters())
     try:
         with _quiet(), torch.no_grad():
-            torch.onnx.export(_Logits(theirs), (example, example), path, dynamo=True, verbose=False,
+            torch.onnx.export(_Logits(theirs), example, path, dynamo=True, verbose=False,
                               input_names=["input_ids", "attention_mask"], output_names=["logits"],
                               dynamic_shapes={"input_ids": axes, "attention_mask": axes},
                               external_data=size > INLINE_BYTES)

@@ -44,7 +44,7 @@ def prove(ours: ModernBertForMaskedLM, ask: Ask, *, max_tokens: int, asked: str)
     draw = generator(0, "export proof")
     documents = [torch.from_numpy(draw.integers(0, ours.config.vocab_size, n)) for n in lengths]
     with torch.inference_mode():
-        x_TC = ours.hidden_states(_packed(documents))
+        x_TC = ours.hidden_states(packed_documents(documents))
         expected = x_TC.split(lengths)
         worst = 0.0
         for batch in _batches(lengths):
@@ -118,7 +118,7 @@ def _worst(ours: ModernBertForMaskedLM, ask: Ask, documents: list[Tensor], expec
     return worst
 
 
-def _packed(documents: list[Tensor]) -> TokenBatch:
+def packed_documents(documents: list[Tensor]) -> TokenBatch:
     """Documents end to end, nothing asked."""
     lengths = torch.tensor([len(d) for d in documents])
     ids_T = torch.cat(documents)

@@ -8,7 +8,7 @@ import pytest
 
 from encoder.base.files import write_json
 from encoder.data.shard_format import CARD
-from launch import export_hf, fill_mask, plan, pretrain, report
+from launch import export_hf, fill_mask, import_hf, plan, pretrain, report
 from tests.shards_for_tests import random_documents, write_source
 
 RUN = """
@@ -111,8 +111,43 @@ def test_a_run_folder_of_another_run_names_the_setting_that_changed(tmp_path, so
 def test_the_other_commands_refuse_what_is_not_there(tmp_path, source, capsys):
     assert "does not exist" in refused(capsys, export_hf, tmp_path / "no", tmp_path / "hf")
     (tmp_path / "run").mkdir()
-    assert "holds no checkpoint yet" in refused(capsys, export_hf, tmp_path / "run", tmp_path / "hf")
+    assert "is empty; needed: a run folder" in refused(capsys, export_hf, tmp_path / "run", tmp_path / "hf")
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    assert "holds no checkpoint yet" in refused(capsys, export_hf, tmp_path / "begun", tmp_path / "hf")
     assert "has begun" in refused(capsys, report, tmp_path / "run")
     assert "no config.json" in refused(capsys, fill_mask, tmp_path / "run", "a [MASK]")
     (tmp_path / "run" / "config.json").write_text("{}")
     assert "has no [MASK]" in refused(capsys, fill_mask, tmp_path / "run", "a mask")
+
+
+def test_an_import_that_cannot_be_leaves_no_folder(tmp_path, capsys):
+    out, bert = tmp_path / "weights", tmp_path / "bert"
+    bert.mkdir()
+    write_json(bert / "config.json", {"model_type": "bert", "architectures": ["BertForMaskedLM"]})
+    assert "is of a BertForMaskedLM; needed: ModernBertForMaskedLM" in refused(capsys, import_hf, bert, out)
+    assert "is of a BertForMaskedLM" in refused(capsys, export_hf, bert, tmp_path / "hf")
+    assert "--heads has no effect on a folder" in refused(capsys, import_hf, bert, out, "--heads", 2)
+    assert "has no config.json" in refused(capsys, import_hf, tmp_path, out)
+    assert "does not exist" in refused(capsys, import_hf, tmp_path / "no.pt", out)
+    (tmp_path / "a.pt").write_text("text")
+    assert "--global-rope-theta 10000 for" in refused(capsys, import_hf, tmp_path / "a.pt", out)
+    assert "a.pt cannot be read" in refused(capsys, import_hf, tmp_path / "a.pt", out, "--global-rope-theta", 1e4)
+    write_json(bert / "config.json", {"model_type": "modernbert", "local_rope_theta": -1})
+    assert "local_rope_theta is -1; needed: above 0" in refused(capsys, import_hf, bert, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "bert"]
+
+
+def test_an_import_takes_a_flexbert_file_with_a_tokenizer(tmp_path, capsys):
+    import torch
+    from encoder.models.stored import read_stored
+    from tests.hf_for_tests import stored, write_tokenizer_json
+    from tests.unit.test_hf_import import flexbert
+    torch.save(flexbert(stored().weights), tmp_path / "a.pt")
+    words = [tmp_path / "a.pt", tmp_path / "weights", "--global-rope-theta", 1e4, "--heads", 2, "--tokenizer"]
+    assert "cannot be used as a tokenizer.json" in refused(capsys, import_hf, *words, tmp_path / "a.pt")
+    assert not (tmp_path / "weights").exists()
+    assert import_hf.main([str(w) for w in (*words, write_tokenizer_json(tmp_path / "tokenizer.json"))]) == 0
+    assert "4 layers of 32, 2 heads, vocabulary 280, RoPE theta 10,000 global" in capsys.readouterr().out
+    assert read_stored(tmp_path / "weights").tokenizer_json is not None
+    assert "is not empty and holds no origin.json" in refused(capsys, import_hf, tmp_path / "a.pt", tmp_path,
+                                                              "--global-rope-theta", 1e4, "--heads", 2)
