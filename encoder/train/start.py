@@ -71,7 +71,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         _check_fingerprint(run, engine, device, extra, found)
     elif run.init_from:
         assert initial, f"{folder} had a checkpoint a moment ago"
-        engine.set_masters(initial.weights)
+        engine.set_masters(lambda name, _shape: initial.weights[name])
         initial.weights.clear()      # 1.6 GB of the large model, on every rank
     incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
     _say_header(run, world, device, engine, progress, found)
