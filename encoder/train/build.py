@@ -30,6 +30,7 @@ from encoder.objectives.contract import Corrupt
 from encoder.objectives.words import read_word_edges
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.train.evaluate import HeldOut, unigram_entropy
+from encoder.train.repeats import count_repeats
 
 HELD_OUT = " (held out)"
 
@@ -68,6 +69,7 @@ def check_data(run: RunConfig) -> DataFacts:
                     f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME."
                 )
             cards[name + mark] = read_card(path)
+    count_repeats(run)
     first = check_same_tokenizer(cards)
     for name, card in cards.items():
         check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))

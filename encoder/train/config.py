@@ -31,10 +31,13 @@ class SourceConfig:
     path: str                         # a folder with card.json, made by data-prep
     weight: float = 1.0               # share of the tokens, relative to the other sources' weights
     name: str | None = None           # in reports and in the data order's address; default: from the card
+    max_epochs: float | None = None   # refuse a phase that goes through it more often
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(f"weight {self.weight} must be above 0. Leave the source out instead.")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise ConfigError(f"max_epochs {self.max_epochs} must be above 0. Leave the source out instead.")
 
 
 @dataclass(frozen=True, kw_only=True)

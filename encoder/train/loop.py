@@ -16,7 +16,7 @@ from encoder.base.command import as_user_error
 from encoder.base.dist import World, join, leave, sum_over_ranks
 from encoder.base.errors import UserError
 from encoder.base.files import write_atomic, write_json
-from encoder.base.log import say
+from encoder.base.log import say, warn_once
 from encoder.base.schema import to_plain, to_yaml
 from encoder.base.units import Progress, short_count, short_seconds
 from encoder.data.loader import StepData
@@ -32,6 +32,7 @@ from encoder.train.faults import StopFlag
 from encoder.train.initial import read_initial
 from encoder.train.meters import SpeedMeter, bf16_peak, document_lengths
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
+from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 from encoder.train.start import Started, check_same_run, fingerprint, start_run
 from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, RUN_FILE, Ledger, Tracker, chain
 
@@ -99,6 +100,10 @@ class _Story:
 
     def tell(self, stop: StopFlag) -> Outcome:
         """Phase after phase, step after step."""
+        repeats = count_repeats(self.run)
+        say(f"epochs: {repeats_text(repeats)}")
+        if many := many_epochs_text(repeats):
+            warn_once(many)
         while (phase := current_phase(self.run, self.progress)) is not None:
             say(f"phase {describe_phase(phase)}")
             self.engine.module.set_rope_theta_(global_theta=phase.global_rope_theta, local_theta=phase.local_rope_theta)
@@ -115,6 +120,7 @@ class _Story:
                     self.progress = _after(before, data, masked_tokens, batch_hash)
                     with self.guarded():
                         self._record(data, result, lr, masked_tokens, batch_hash, flops)
+                        self._record_epochs(loader, data)
                     self._check_finite(result)
                     if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
                         self.evaluate()
@@ -237,6 +243,14 @@ class _Story:
                 f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
                 + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.4g} TFLOP/s  ") +
                 f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
+
+    def _record_epochs(self, loader: build.Loader, data: StepData) -> None:
+        if self.tracker and [w for w, _ in data.start.lanes] != [w for w, _ in data.end.lanes]:
+            before = loader.epochs_at(data.start)
+            for source, epochs in loader.epochs_at(data.end).items():
+                if int(epochs) > int(before[source]):
+                    say(f"step {self.progress.step:>6}  epoch {int(epochs) + 1} of {source} begins")
+                    self.tracker.event("epoch", step=self.progress.step, source=source, epoch=int(epochs) + 1)
 
     def _check_finite(self, result: StepResult) -> None:
         """The same on all ranks. Raises UserError."""

@@ -19,6 +19,7 @@ from encoder.nn.loss import PIECE_POSITIONS
 from encoder.train.config import PhaseConfig, RunConfig
 from encoder.train.initial import read_fitting
 from encoder.train.phases import PlannedStep, planned_steps
+from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 FILL = 0.998          # rows of real text packed best-fit in windows of thousands of documents (measured 99.7 to 99.9 %)
@@ -67,6 +68,7 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
         f"decay {run.optimizer.weight_decay:g} a step at the peak rate (fully decoupled)",
         f"weights     {_weights_text(run)}",
         f"data        {_data_text(run)}",
+        *_epochs_lines(run),
         "",
         f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15}learning rate",
     ]
@@ -92,7 +94,7 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
 def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     """From the lengths of the stored documents, cut as the phase cuts them; where there are none yet, from documents as
     long as they may be, which is the most it can be."""
-    share, longest = run.objective.mask_share, phase.max_tokens_per_document
+    share, longest = run.mask_share_of(phase).mean, phase.max_tokens_per_document
     sources, unknown, flops = run.sources_of(phase), [], 0.0
     for source in sources:
         try:
@@ -126,7 +128,8 @@ def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
     per_token = m.num_hidden_layers * (14 * m.hidden_size + 4 * m.intermediate_size) * kept
-    piece = min(tokens * run.objective.mask_share, PIECE_POSITIONS["cpu" if run.device == "cpu" else "cuda"])
+    asked = tokens * max(run.mask_share_of(p).highest for p in run.phases)
+    piece = min(asked, PIECE_POSITIONS["cpu" if run.device == "cpu" else "cuda"])
     loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)
     return Memory(weights=width * (parameters // weight_share + gathered),
                   gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
@@ -169,6 +172,12 @@ def _data_text(run: RunConfig) -> str:
         except ShardError:
             parts.append(f"{source.path} {source.weight / total:.1%} (not prepared yet)")
     return f"{', '.join(parts)}; rows of {run.data.row_tokens:,} tokens"
+
+
+def _epochs_lines(run: RunConfig) -> list[str]:
+    repeats = count_repeats(run)
+    many = many_epochs_text(repeats)
+    return ([f"epochs      {repeats_text(repeats)}"] if repeats else []) + ([f"            warning: {many}"] if many else [])
 
 
 def _spark(values: list[float], width: int = 60) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
 from encoder.base.schema import from_mapping
 from encoder.objectives.catalog import OBJECTIVES, build_objective
-from encoder.objectives.mlm import MlmConfig
+from encoder.objectives.mlm import MaskShare, MlmConfig
+from encoder.objectives.words import LONGEST_WORD, WordEdges, read_word_edges
 
 V, UNK, CLS, SEP, PAD, MASK = 105, 100, 101, 102, 103, 104
 SPECIALS = SimpleNamespace(mask_id=MASK, pad_id=PAD, all_special=(UNK, CLS, SEP, PAD, MASK))
@@ -108,6 +110,69 @@ def test_the_capacity_holds_every_question_and_little_more():
 def test_the_question_maker_survives_pickling():
     ask, ids = objective(), long_row(500)
     assert (pickle.loads(pickle.dumps(ask))(ids, generator(1, "a")).ids == ask(ids, generator(1, "a")).ids).all()  # noqa: S301
+
+
+def test_a_share_that_falls_is_that_of_the_rows_place_and_its_room_that_of_the_highest():
+    ask = build_objective(MlmConfig(), vocab_size=V, specials=SPECIALS, share=MaskShare(start=0.3, end=0.15, over_tokens=1000))
+    ids = np.zeros(100_000, dtype=np.int64)
+    for seen, share in ((0, 0.3), (500, 0.225), (1000, 0.15), (10**9, 0.15)):
+        question = ask(ids, generator(1, "a"), phase_tokens=seen)
+        assert within_five_sigma(len(question.predict_index), len(ids), share)
+        assert within_five_sigma((question.ids[question.predict_index] == MASK).sum(), len(question.predict_index), 0.8)
+    assert ask.capacity(4096) == objective(mask_share=0.3).capacity(4096)
+
+
+def of_two_tokens():
+    """Words of the even ids 0 to 98, each gone on with by any odd ids."""
+    begins_V, open_V = np.ones(V, dtype=bool), np.ones(V, dtype=bool)
+    begins_V[1:100:2], open_V[100:] = False, False
+    return WordEdges(begins_V, open_V)
+
+
+def test_words_end_where_the_next_begins_or_nothing_may_follow_and_after_eight_tokens():
+    edges = of_two_tokens()
+    assert edges.words(np.array([CLS, 0, 1, 3, 4, SEP, 1, 1, 6])).tolist() == [0, 1, 1, 1, 2, 3, 4, 4, 5]
+    assert np.bincount(edges.words(np.array([0] + [1] * 19))).tolist() == [LONGEST_WORD, LONGEST_WORD, 4]
+    assert edges.words(np.array([1])).tolist() == [0] and len(edges.words(np.empty(0, dtype=np.int64))) == 0
+
+
+def test_a_word_is_asked_whole_or_not_at_all_at_the_shares_of_the_settings():
+    ids, edges = long_row(), of_two_tokens()
+    ask = build_objective(MlmConfig(whole_words=True), vocab_size=V, specials=SPECIALS, words=edges)
+    question = ask(ids, generator(1, "a"))
+    asked = np.zeros(len(ids), dtype=bool)
+    asked[question.predict_index] = True
+    words = edges.words(ids)
+    ordinary, count = np.bincount(words, weights=ids < 100), np.bincount(words, weights=asked)
+    assert ((count == 0) | (count == ordinary)).all() and not asked[ids >= 100].any()
+    total = int((ids < 100).sum())
+    spread = np.sqrt((ordinary ** 2).sum() * 0.3 * 0.7)
+    assert abs(asked.sum() - 0.3 * total) < 5 * spread
+    shown = question.ids[question.predict_index]
+    assert within_five_sigma((shown == MASK).sum(), len(shown), 0.8)
+    assert within_five_sigma((shown == question.predict_target).sum(), len(shown), 0.1 + 0.1 / 100)
+    assert set(shown[shown != MASK]) == set(range(100))
+    assert 0.3 * total + spread * 6 < ask.capacity(len(ids)) == 0.3 * len(ids) + 6 * np.sqrt(len(ids) * 0.21 * 4) // 1 + 1
+
+
+@pytest.mark.parametrize("content, edges", [
+    ({"model": {"type": "BPE", "vocab": {"Ġthe": 0, "cat": 1, "(": 2, "Ċ": 3, "Ġ(": 4, "'s": 5, "Ã": 6, "¤x": 7, "ĠÃ": 8}},
+      "pre_tokenizer": {"type": "ByteLevel"}}, ["wo", "-o", "w-", "w-", "w-", "wo", "-o", "-o", "wo"]),
+    ({"model": {"type": "BPE", "vocab": {"▁the": 0, "cat": 1, ".": 2}}, "pre_tokenizer": {"type": "Metaspace"}},
+     ["wo", "-o", "w-"]),
+    ({"model": {"type": "WordPiece", "vocab": {"the": 0, "##ir": 1, "[CLS]": 2}, "continuing_subword_prefix": "##"},
+      "added_tokens": [{"id": 2, "content": "[CLS]", "special": True}]}, ["wo", "-o", "w-"]),
+    ({"model": {"type": "WordLevel", "vocab": {"the": 0, "cat": 1}}}, ["w-", "w-"])])
+def test_words_are_told_from_the_tokenizer(tmp_path, content, edges):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = read_word_edges(tmp_path / "tokenizer.json", vocab_size=len(edges))
+    assert [("w" if b else "-") + ("o" if o else "-") for b, o in zip(found.begins_V, found.open_V)] == edges
+
+
+def test_a_tokenizer_whose_words_cannot_be_told_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}))
+    with pytest.raises(ConfigError, match=r"its words cannot be told \(a Unigram model; known: BPE, WordPiece, WordLevel\)"):
+        read_word_edges(tmp_path / "tokenizer.json", vocab_size=1)
 
 
 @pytest.mark.parametrize("settings, word", [

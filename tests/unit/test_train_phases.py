@@ -20,6 +20,10 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny_cpu.
 
 @pytest.mark.parametrize(("override", "said"), [
     ("phases.0.batch_tokens=10000", "is not a whole number of rows of 512. Nearest: 9,728, 10,240"),
+    ("data.lanes=3", "is not a whole number of rows of 1,536. Nearest: 1,536, 3,072. A step takes a row of each of 3 data.lanes"),
+    ("data.lanes=0", "lanes 0 must be at least"),
+    ("phases.0.mask_share=1.0", "phase stable: mask_share 1.0 must lie between 0 and 1"),
+    ("data.sources.0.max_epochs=0", "max_epochs 0.0 must be above 0"),
     ("phases.0.batch_warmup.from_tokens=3000", "is not a whole number of rows"),
     ("phases.1.max_tokens_per_document=4096", "do not fit rows"),
     ("model.max_position_embeddings=256", "max_position_embeddings"),
@@ -63,6 +67,19 @@ def test_planned_steps_spend_each_phase_and_warm_the_batch_up():
         own = [s for s in steps if s.phase == index]
         assert sum(s.tokens for s in own[:-1]) < phase.tokens <= sum(s.tokens for s in own)
     assert steps[0].rows < steps[-1].rows and [s.step for s in steps] == list(range(1, len(steps) + 1))
+
+
+def test_every_step_has_as_many_rows_of_each_lane():
+    run = read_run(TINY, ["data.lanes=2"])      # 1,024 to 2,048 tokens a step in rows of 512: one or two rows a lane
+    assert {run.rows_at(run.phases[0], seen) for seen in range(0, 400_000, 1000)} == {2, 4}
+
+
+def test_a_phase_may_ask_another_share_and_let_it_fall_over_its_tokens():
+    run = read_run(TINY, ["phases.1.mask_share=0.2", "phases.2.mask_share_end=0.15"])
+    shares = [run.mask_share_of(phase) for phase in run.phases]
+    assert [s.at(0) for s in shares] == [0.3, 0.2, 0.3] and [s.at(10**9) for s in shares] == pytest.approx([0.3, 0.2, 0.15])
+    assert shares[2].at(run.phases[2].tokens // 2) == pytest.approx(0.225) == pytest.approx(shares[2].mean)
+    assert shares[2].highest == 0.3
 
 
 def test_a_phase_ends_with_the_step_that_reaches_its_tokens():

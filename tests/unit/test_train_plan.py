@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from encoder.base.errors import ConfigError
 from encoder.models.flops import train_flops
 from encoder.train.config import SourceConfig, read_run
 from encoder.train.plan import phase_work, plan_text
+from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 from tests.shards_for_tests import write_source
 
 TINY = Path("configs/pretrain/tiny_cpu.yaml")
@@ -30,6 +32,23 @@ def test_work_follows_the_stored_lengths_cut_as_the_phase_cuts_them(tmp_path):
     mixed = phase_work(run, replace(phase, sources=(here, missing)))
     assert mixed.unknown == (missing.path,)
     assert mixed.flops == pytest.approx((3 * per_token + longest) / 4 * phase.tokens)
+
+
+def test_a_plan_counts_epochs_warns_of_many_and_refuses_more_than_a_source_allows(tmp_path):
+    """500 tokens, half of a phase of 2,000: two epochs; five in the next, whose only source it is."""
+    for name in ("a", "b"):
+        write_source(tmp_path / name, [np.ones(50, dtype=np.int64)] * 10)
+    run = read_run(TINY)
+    one, other = (SourceConfig(path=str(tmp_path / n), name=n, max_epochs=5) for n in ("a", "b"))
+    run = replace(run, phases=(replace(run.phases[1], name="stable", tokens=2000, sources=(one, other)),
+                               replace(run.phases[1], tokens=2500, sources=(one,))))
+    repeats = count_repeats(run)
+    assert repeats_text(repeats) == "stable: a 2, b 2; extension: a 5"
+    assert many_epochs_text(repeats).startswith("the run goes through a 7 times; above 4")
+    assert many_epochs_text(repeats[:2]) is None
+    assert "epochs      stable: a 2" in (text := plan_text(run, ranks=1)) and "warning: the run goes through a 7" in text
+    with pytest.raises(ConfigError, match="phase stable goes 2.00 times through source a, its max_epochs is 1.9"):
+        count_repeats(replace(run, phases=(replace(run.phases[0], sources=(replace(one, max_epochs=1.9), other)),)))
 
 
 def test_a_plan_says_whose_lengths_it_guessed(tmp_path, monkeypatch):
