@@ -25,8 +25,17 @@ PREPARE = """Make the shards of every source in a settings file. Example:
 key=value changes a setting (sources.0.files=[a.jsonl] reaches into lists). A source that is finished is not made
 again; one that was interrupted is begun again, and its final name never stands for a part."""
 
+INDEX = """Make MDS shards that another program wrote ready for training here. Example:
+
+  data-prep index shards/elsewhere/train --tokenizer corpus/tokenizer.json
+
+Needed is a column input_ids of ndarray:uint16 (ModernBERT's layout) or ndarray:uint32 (Ettin's), compressed or not;
+other columns are left alone. Nothing that is there is changed: card.json, lengths.bin, tokenizer.json and, where
+index.json has no SHA-256, hashes.json are added."""
+
 STOPPED = {     # what Ctrl-C leaves behind, by command
     "prepare": "stopped; nothing half-made was left, finished sources are kept. Run the same command to go on.",
+    "index": "stopped; folders that have their line are ready, the others are as they were.",
     "verify": "stopped; the folders that have no line yet were not checked.",
 }
 STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to begin again."
@@ -100,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     for kind in (train, modernbert, from_hf):
         kind.add_argument("--out", metavar="FILE", type=Path, required=True, help="the tokenizer.json to write")
 
+    index = command("index", _index, "write card, lengths and hashes beside MDS shards made elsewhere", INDEX)
+    index.add_argument("folders", metavar="FOLDER", nargs="+", type=Path,
+                       help="a folder with index.json, or one above such folders")
+    index.add_argument("--tokenizer", metavar="FILE", type=Path, required=True, help="the tokenizer.json that made the ids")
+    index.add_argument("--source", metavar="NAME", help="the name on the card (the folder's)")
+    index.add_argument("--split", choices=("train", "held_out"), default="train", help="what the shards are for (train)")
+    index.add_argument("--add-specials", action="store_true",
+                       help="let samples without [CLS] and [SEP] in; they get them when they are read")
+    index.add_argument("--again", action="store_true", help="write side files of an earlier data-prep index anew")
+
     verify = command("verify", _verify, "check shard folders: sizes, hashes, ids, [CLS] and [SEP], totals")
     verify.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
 
@@ -150,6 +169,14 @@ def _from_hf(args: argparse.Namespace) -> None:
     from data_prep.tokenizer_files import copy_tokenizer
 
     copy_tokenizer(args.given, args.out)
+
+
+def _index(args: argparse.Namespace) -> None:
+    from data_prep.side_files import index
+    from data_prep.tokenization import check_tokenizer_path
+
+    index(args.folders, tokenizer_json=check_tokenizer_path(args.tokenizer), source=args.source, split=args.split,
+          add_specials=args.add_specials, again=args.again)
 
 
 def _verify(args: argparse.Namespace) -> int:

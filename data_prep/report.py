@@ -17,7 +17,15 @@ from data_prep.verify import find_shard_folders
 from encoder.base.errors import ShardError
 from encoder.base.files import write_atomic
 from encoder.base.log import say
-from encoder.data.shard_format import TOKENIZER, Card, check_index, read_card, read_lengths, tokenizer_fingerprint
+from encoder.data.shard_format import (
+    TOKENIZER,
+    Card,
+    check_index,
+    read_card,
+    read_hashes,
+    read_lengths,
+    tokenizer_fingerprint,
+)
 
 PICTURE, PAGE = "lengths.png", "report.html"
 SAMPLES, SAMPLE_CHARS = 3, 300
@@ -66,7 +74,7 @@ def summarize(folder: Path) -> Summary:
         raise ShardError(f"{folder / TOKENIZER} is damaged: its SHA-256 is not the card's. Make the shards again.")
     check_index(folder, card)
     lengths = np.asarray(read_lengths(folder, card))
-    shard = list(read_shard(folder, read_index(folder)[0], dtype=card.dtype))
+    shard = list(read_shard(folder, read_index(folder)[0], dtype=card.dtype, hashes=read_hashes(folder, card)))
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
     texts = [tokenizer.decode(ids_T[:SAMPLE_CHARS].tolist(), skip_special_tokens=False) for ids_T in chosen]

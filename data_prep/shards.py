@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from encoder.data.shard_format import (
     SHARD_HASH,
     TOKENIZER,
     Card,
+    SpecialIds,
     with_content,
     write_card,
     write_lengths,
@@ -94,41 +95,73 @@ class ShardSamples:
         return iter(np.split(self.ids_T, np.cumsum(self.lengths_P)[:-1]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lacking:
+    """Which samples do not begin with [CLS], and which do not end with [SEP]."""
+
+    cls_P: np.ndarray
+    sep_P: np.ndarray
+
+
+def lacking_specials(samples: ShardSamples, specials: SpecialIds) -> Lacking:
+    """Look at both ends of every sample."""
+    ends_P = np.cumsum(samples.lengths_P)
+    return Lacking(cls_P=samples.ids_T[ends_P - samples.lengths_P] != specials.cls_id,
+                   sep_P=samples.ids_T[ends_P - 1] != specials.sep_id)
+
+
 def read_index(folder: Path) -> list[dict]:
     """The shard entries of index.json. Raises ShardError."""
     path = folder / INDEX
     try:
         return json.loads(path.read_text(encoding="utf-8"))["shards"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} cannot be read: {error}. Make the shards again.") from error
 
 
-def read_shard(folder: Path, entry: dict, *, dtype: str) -> ShardSamples:
-    """One shard, its sizes and hashes checked, compressed or not. Raises ShardError with the file's name."""
+def read_shard(folder: Path, entry: dict, *, dtype: str, hashes: Mapping[str, str] | None = None) -> ShardSamples:
+    """One shard, its size and hash checked, compressed or not; `hashes` of hashes.json where index.json has none.
+    Raises ShardError with the file's name."""
     encoding = f"ndarray:{dtype}"
-    if entry.get("column_names") != [INPUT_IDS] or entry.get("column_encodings") != [encoding]:
-        raise ShardError(f"{folder / INDEX} has the columns {entry.get('column_names')} as "
-                         f"{entry.get('column_encodings')}; needed: {INPUT_IDS} as {encoding}.")
-    packed, plain = entry["zip_data"], entry["raw_data"]
-    stored = packed or plain
-    path = folder / stored["basename"]
-    data = _checked(path, stored)
-    if packed:
-        from streaming.base.compression import decompress
+    if (found := column_encodings(folder, entry)[INPUT_IDS]) != encoding:
+        raise ShardError(f"{folder / INDEX} has the column {INPUT_IDS} as {found}; needed: {INPUT_IDS} as {encoding}.")
+    data = stored_bytes(folder, entry)
+    info = stored_info(entry)
+    if hashlib.sha256(data).hexdigest() != (info["hashes"].get(SHARD_HASH) or (hashes or {}).get(info["basename"])):
+        raise ShardError(f"{folder / info['basename']} is damaged: its {SHARD_HASH} is not the one in {INDEX}. "
+                         "Make the shards again.")
+    return samples_of(folder, entry, data)
 
-        try:
-            data = decompress(entry["compression"], data)
-        except Exception as error:    # each compressor has an error of its own
-            raise ShardError(f"{path} cannot be decompressed: {error}. Make the shards again.") from error
+
+def stored_info(entry: dict) -> dict:
+    """Name, size and hashes of a shard as it lies in the folder, from its entry of the index."""
+    return entry["zip_data"] or entry["raw_data"]
+
+
+def column_encodings(folder: Path, entry: dict) -> dict[str, str]:
+    """MDS's encoding of each column of a shard. Raises ShardError for another format, for pickles and without input_ids."""
     try:
-        return _samples(path.name, data, np.dtype(dtype), int(entry["samples"]))
-    except (ValueError, IndexError) as error:
-        raise ShardError(f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. "
+        word, columns = entry["format"], dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+        stored_info(entry)["basename"], stored_info(entry)["hashes"], entry["samples"], entry["column_sizes"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{folder / INDEX} is no index of MDS shards ({error} is missing). "
                          "Make the shards again.") from error
+    if word != "mds" or entry.get("version") != 2:
+        raise ShardError(f"{folder / INDEX} tells of {word} version {entry.get('version')}; needed: mds version 2.")
+    for name, encoding in columns.items():
+        if encoding.partition(":")[0] == "pkl":
+            raise ShardError(f"{folder / INDEX} has the column {name} as pkl: to read a pickle is to run its code. "
+                             "Write the shards again without that column.")
+    if INPUT_IDS not in columns:
+        raise ShardError(f"{folder / INDEX} has the columns {', '.join(columns)}; needed: {INPUT_IDS}. "
+                         "Tokenize the text with data-prep prepare.")
+    return columns
 
 
-def _checked(path: Path, info: dict) -> bytes:
-    """The bytes of a file, held against the size and the hash of the index."""
+def stored_bytes(folder: Path, entry: dict) -> bytes:
+    """A shard's file as it lies in the folder, its size checked. Raises ShardError."""
+    info = stored_info(entry)
+    path = folder / info["basename"]
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -136,31 +169,59 @@ def _checked(path: Path, info: dict) -> bytes:
     if len(data) != info["bytes"]:
         raise ShardError(f"{path} has {len(data):,} bytes, {INDEX} tells of {info['bytes']:,}. "
                          "Make the shards again.")
-    if hashlib.sha256(data).hexdigest() != info["hashes"].get(SHARD_HASH):
-        raise ShardError(f"{path} is damaged: its {SHARD_HASH} is not the one in {INDEX}. Make the shards again.")
     return data
 
 
-def _samples(name: str, data: bytes, dtype: np.dtype, samples: int) -> ShardSamples:
+def samples_of(folder: Path, entry: dict, data: bytes) -> ShardSamples:
+    """The column input_ids of a shard's file. Raises ShardError with the file's name."""
+    path = folder / stored_info(entry)["basename"]
+    if entry["zip_data"]:
+        from streaming.base.compression import decompress
+
+        try:
+            data = decompress(entry["compression"], data)
+        except Exception as error:    # each compressor has an error of its own
+            raise ShardError(f"{path} cannot be decompressed: {error}. Make the shards again.") from error
+    at = entry["column_names"].index(INPUT_IDS)
+    dtype = np.dtype(entry["column_encodings"][at].partition(":")[2]).newbyteorder("<")
+    try:
+        return _samples(path.name, data, dtype, samples=int(entry["samples"]), sizes=entry["column_sizes"], at=at)
+    except (ValueError, IndexError) as error:
+        raise ShardError(f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. "
+                         "Make the shards again.") from error
+
+
+def _samples(name: str, data: bytes, dtype: np.dtype, *, samples: int, sizes: Sequence[int | None],
+             at: int) -> ShardSamples:
+    """All samples of a shard at once; `sizes` in bytes of the columns (None: in each sample's head), `at` that of ids."""
     count = int(np.frombuffer(data, "<u4", 1)[0])
     if count != samples:
         raise ValueError(f"it holds {count:,} samples")
     offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64)
     raw = np.frombuffer(data, np.uint8)
-    begins, ends = offsets[:-1], offsets[1:]
-    if offsets[-1] != len(raw) or np.any(ends - begins < 6):
+    begins, limits = offsets[:-1], offsets[1:]
+    variable = [i for i, size in enumerate(sizes) if size is None]
+    if offsets[-1] != len(raw) or np.any(limits - begins < 4 * len(variable) + 2):
         raise ValueError("its offsets do not fit its size")
+    if at not in variable:
+        raise ValueError("its arrays have a fixed size")
+    # one number of the head of every sample, byte by byte: they are not aligned
+    head = {i: sum(raw[begins + 4 * k + byte].astype(np.int64) << 8 * byte for byte in range(4))
+            for k, i in enumerate(variable)}
+    column = begins + 4 * len(variable) + sum((head.get(i, sizes[i]) for i in range(at)), start=0)
+    ends = column + head[at]
+    if np.any(column < begins) or np.any(column >= limits) or np.any(ends > limits):
+        raise ValueError("a sample's columns do not fit its size")
     # kind of the shape: the number of axes, above two bits that tell the width of the shape's numbers
-    kind = raw[begins + 4]
-    widths = 1 << (kind & 3).astype(np.int64)
+    kind = raw[column]
     if np.any(kind >> 2 != 1):
         raise ValueError("a sample has more than one axis")
-    first_byte = begins + 5 + widths
-    sizes = ends - first_byte
-    if np.any(sizes <= 0) or np.any(sizes % dtype.itemsize):
+    first_byte = column + 1 + (1 << (kind & 3).astype(np.int64))
+    id_bytes = ends - first_byte
+    if np.any(id_bytes <= 0) or np.any(id_bytes % dtype.itemsize):
         raise ValueError("a sample's size is no whole number of ids")
     keep = np.zeros(len(raw) + 1, np.int8)
     keep[first_byte] += 1
     keep[ends] -= 1
     ids_T = raw[np.cumsum(keep[:-1], dtype=np.int8).astype(bool)].view(dtype)
-    return ShardSamples(name=name, ids_T=ids_T, lengths_P=sizes // dtype.itemsize)
+    return ShardSamples(name=name, ids_T=ids_T, lengths_P=id_bytes // dtype.itemsize)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import ShardSamples, read_index, read_shard
+from data_prep.shards import ShardSamples, lacking_specials, read_index, read_shard
 from encoder.base.errors import ShardError
 from encoder.base.log import say
 from encoder.data.shard_format import (
@@ -19,6 +19,7 @@ from encoder.data.shard_format import (
     check_lengths,
     lengths_dtype,
     read_card,
+    read_hashes,
     read_lengths,
     tokenizer_fingerprint,
 )
@@ -56,10 +57,10 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
         raise ShardError(f"{folder / TOKENIZER} is not the tokenizer of {CARD} (its SHA-256 differs). "
                          "Make the shards again.")
     check_index(folder, card)
-    lengths, at, shards = read_lengths(folder, card), 0, read_index(folder)
+    lengths, at, shards, hashes = read_lengths(folder, card), 0, read_index(folder), read_hashes(folder, card)
     check_lengths(folder, card)
     for entry in shards:
-        samples = read_shard(folder, entry, dtype=card.dtype)
+        samples = read_shard(folder, entry, dtype=card.dtype, hashes=hashes)
         _check_samples(folder, samples, lengths[at:at + len(samples.lengths_P)], card)
         at += len(samples.lengths_P)
     tokens = int(np.sum(lengths, dtype=np.int64))
@@ -70,14 +71,14 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
 
 
 def _check_samples(folder: Path, samples: ShardSamples, expected_P: np.ndarray, card: Card) -> None:
-    path, lengths_P = folder / samples.name, samples.lengths_P
+    path, lacks = folder / samples.name, lacking_specials(samples, card.specials)
+    lengths_P = samples.lengths_P + (lacks.cls_P.astype(np.int64) + lacks.sep_P) * card.adds_specials
     if not np.array_equal(lengths_P.astype(lengths_dtype(card.max_tokens_per_document)), expected_P):
         raise ShardError(f"{path} has other sample lengths than lengths.bin. Make the shards again.")
-    ends_P = np.cumsum(lengths_P)
     faults = {
         f"an id beyond the vocabulary of {card.vocab_size:,}": samples.ids_T.max(initial=0) >= card.vocab_size,
-        "a sample that does not begin with [CLS]": np.any(samples.ids_T[ends_P - lengths_P] != card.specials.cls_id),
-        "a sample that does not end with [SEP]": np.any(samples.ids_T[ends_P - 1] != card.specials.sep_id),
+        "a sample that does not begin with [CLS]": not card.adds_specials and np.any(lacks.cls_P),
+        "a sample that does not end with [SEP]": not card.adds_specials and np.any(lacks.sep_P),
         f"a sample longer than {card.max_tokens_per_document:,} tokens":
             lengths_P.max(initial=0) > card.max_tokens_per_document,
     }

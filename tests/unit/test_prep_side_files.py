@@ -1,0 +1,196 @@
+"""Shards made elsewhere get their side files and train here; ours are read by streaming's own dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming import MDSWriter, StreamingDataset
+from streaming.base.util import clean_stale_shared_memory
+
+from encoder.base.errors import ShardError
+from encoder.data.loader import DataPosition, Loader
+from encoder.data.shard_format import SpecialIds, read_card, read_lengths, with_specials
+from encoder.data.shards import open_source
+from encoder.objectives.catalog import build_objective
+from encoder.objectives.mlm import MlmConfig
+from tests.shards_for_tests import random_documents, write_tokenizer
+from tests.unit.prep_helpers import bytes_of, run, settings, texts, write_jsonl
+from tests.unit.test_prep_bad_input import refused
+
+V, CLS, SEP, PAD = 64, 60, 61, 62
+DOCUMENTS = random_documents(60, longest=400)
+MODERNBERT = {"input_ids": "ndarray:uint16", "id": "str", "len": "int"}
+ETTIN = {"input_ids": "ndarray:uint32", "id": "str"}
+
+
+def write_foreign(folder: Path, columns: dict[str, str], documents=DOCUMENTS, **settings) -> Path:
+    """Shards as another program writes them: plain MDSWriter, no hashes unless asked for."""
+    dtype = columns["input_ids"].partition(":")[2] if "input_ids" in columns else ""
+    with MDSWriter(columns=columns, out=str(folder), **{"size_limit": 4096, **settings}) as out:
+        for number, ids in enumerate(documents):
+            values = {"input_ids": np.asarray(ids, dtype or None), "id": f"document {number}", "len": len(ids),
+                      "chars": number, "text": "x"}
+            out.write({name: values[name] for name in columns})
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return write_tokenizer(tmp_path / "tokenizer.json", vocab_size=V)
+
+
+def streamed(folder: Path, cache: Path) -> list[np.ndarray]:
+    """What streaming.StreamingDataset reads, in stored order."""
+    before = set(os.listdir("/dev/shm"))
+    dataset = StreamingDataset(local=str(cache), remote=str(folder), shuffle=False, batch_size=1, keep_zip=False)
+    try:
+        return [dataset[i]["input_ids"] for i in range(len(dataset))]
+    finally:
+        del dataset
+        clean_stale_shared_memory()
+        for left in set(os.listdir("/dev/shm")) - before:       # of this process alone: its own names
+            Path("/dev/shm", left).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("columns", [MODERNBERT, ETTIN, {"input_ids": "ndarray:uint16"}, {"chars": "int", **MODERNBERT}],
+                         ids=["modernbert", "ettin", "bare", "fixed column first"])
+@pytest.mark.parametrize("writing", [
+    {}, {"compression": "zstd"}, {"hashes": ["sha256"]}, {"compression": "zstd:3", "hashes": ["xxh64"]}],
+    ids=["plain", "zstd", "hashed", "other hash"])
+def test_shards_made_elsewhere_give_streamings_ids_after_index(tmp_path, tokenizer, capsys, columns, writing):
+    folder = write_foreign(tmp_path / "web/train", columns, **writing)
+    before = bytes_of(folder)
+    assert run("index", folder, "--tokenizer", tokenizer) == 0
+    after = bytes_of(folder)
+    assert {name: after[name] for name in before} == before, "a foreign file was changed"
+    hashes = set() if writing.get("hashes") == ["sha256"] else {"hashes.json"}
+    assert set(after) - set(before) == {"card.json", "lengths.bin", "tokenizer.json"} | hashes
+    card = read_card(folder)
+    assert (card.source, card.dtype, card.documents) == ("web", columns["input_ids"].partition(":")[2], 60)
+    source = open_source(folder, name="web", cache=tmp_path / "ours")
+    assert all(np.array_equal(source.read(i), ids) for i, ids in enumerate(DOCUMENTS))
+    assert run("verify", folder) == 0 and run("report", folder) == 0
+    if "chars" not in columns:          # one look through StreamingDataset for each layout and way of storing is enough
+        theirs = streamed(folder, tmp_path / "theirs")
+        assert all(np.array_equal(source.read(i), ids) and source.read(i).dtype == ids.dtype for i, ids in enumerate(theirs))
+
+
+def test_our_own_shards_give_streaming_dataset_the_same_ids(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts(60))
+    assert run("prepare", settings(tmp_path), "shard_bytes=2048", "compression=zstd") == 0
+    folder = tmp_path / "shards/a/train"
+    source, theirs = open_source(folder, name="a", cache=tmp_path / "ours"), streamed(folder, tmp_path / "theirs")
+    assert len(theirs) == source.documents > 20
+    assert all(np.array_equal(source.read(i), ids) for i, ids in enumerate(theirs))
+
+
+@pytest.mark.parametrize("columns", [MODERNBERT, ETTIN], ids=["modernbert", "ettin"])
+def test_shards_made_elsewhere_train_here(tmp_path, tokenizer, columns):
+    folder = write_foreign(tmp_path / "web", columns)
+    assert run("index", folder, "--tokenizer", tokenizer) == 0
+    source = open_source(folder, name="web")
+    corrupt = build_objective(MlmConfig(), vocab_size=V, specials=source.card.specials)
+    with Loader(sources=[source], weights=[1.0], seed=3, phase=0, max_tokens_per_document=400, row_tokens=512,
+                window_documents=60, corrupt=corrupt, pad_id=PAD, cls_id=CLS, sep_id=SEP, rank=0, world_size=1,
+                micro_batch_rows=1, rows_at=lambda _: 1, start=DataPosition(), static_shapes=False, workers=0) as loader:
+        shown = []
+        while sum(map(len, shown)) < sum(map(len, DOCUMENTS)):
+            for batch in loader.next_step().micro_batches:
+                ids_T = batch.ids_T.clone()
+                kept = batch.predict_target_M >= 0
+                ids_T[batch.predict_index_M[kept]] = batch.predict_target_M[kept]
+                bounds = batch.cu_seqlens_S1.tolist()
+                shown += [ids_T[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False) if b > a and ids_T[a] != PAD]
+    assert sorted(shown) == sorted(ids.tolist() for ids in DOCUMENTS)
+
+
+def test_samples_without_cls_and_sep_get_them_only_when_asked_for(tmp_path, tokenizer, capsys):
+    bare = [ids[1:-1] if i % 3 == 0 else ids[:-1] if i % 3 == 1 else ids for i, ids in enumerate(DOCUMENTS)]
+    folder = write_foreign(tmp_path / "web", MODERNBERT, bare)
+    before = bytes_of(folder)
+    err = refused(capsys, "index", folder, "--tokenizer", tokenizer)
+    assert "shard.00000.mds sample 0 does not begin with [CLS]" in err and "--add-specials" in err
+    assert bytes_of(folder) == before
+    assert run("index", folder, "--tokenizer", tokenizer, "--add-specials") == 0
+    assert "40 of them without [CLS] or [SEP]" in capsys.readouterr().out
+    source = open_source(folder, name="web")
+    assert all(np.array_equal(source.read(i), ids) for i, ids in enumerate(DOCUMENTS))
+    assert read_lengths(folder, source.card).tolist() == [len(ids) for ids in DOCUMENTS]
+    assert run("verify", folder) == 0
+
+
+def test_a_special_token_is_put_on_once():
+    specials = SpecialIds(cls_id=9, sep_id=8, pad_id=7, mask_id=6, unk_id=5, all_special=(5, 6, 7, 8, 9))
+    for ids, whole in (([1], [9, 1, 8]), ([9, 1], [9, 1, 8]), ([1, 8], [9, 1, 8]), ([9, 1, 8], [9, 1, 8])):
+        out = with_specials(np.array(ids, np.uint16), specials)
+        assert out.tolist() == whole and out.dtype == np.uint16
+
+
+@pytest.mark.parametrize("columns, words", [
+    ({"input_ids": "ndarray:int64"}, "input_ids as ndarray:int64; needed: ndarray:uint16 or ndarray:uint32"),
+    ({"input_ids": "ndarray:int32"}, "input_ids as ndarray:int32; needed"),
+    ({"input_ids": "ndarray"}, "input_ids as ndarray; needed"),
+    ({"input_ids": "ndarray:uint16", "text": "pkl"}, "the column text as pkl: to read a pickle is to run its code"),
+    ({"input_ids": "pkl"}, "the column input_ids as pkl"), ({"text": "str"}, "has the columns text; needed: input_ids")])
+def test_a_layout_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path, tokenizer, capsys, columns, words):
+    folder = write_foreign(tmp_path / "web", columns)
+    before = bytes_of(folder)
+    assert words in refused(capsys, "index", folder, "--tokenizer", tokenizer)
+    assert bytes_of(folder) == before
+
+
+def damaged(change, folder: Path) -> None:
+    path = folder / "shard.00001.mds"
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda f: damaged(lambda b: b[:-1], f), "shard.00001.mds has"), (lambda f: (f / "shard.00001.mds").unlink(), "cannot be read"),
+    (lambda f: damaged(lambda b: b"\xff" * 4 + b[4:], f), "shard.00001.mds is no MDS shard of"),
+    (lambda f: damaged(lambda b: b[:4] + b"\xff" * 40 + b[44:], f), "shard.00001.mds is no MDS shard of"),
+    (lambda f: damaged(lambda b: b[:-12] + b"\xff\xff" + b[-10:], f), "holds the id 65,535, the tokenizer has 64 entries"),
+    (lambda f: (f / "index.json").write_text("{"), "index.json cannot be read"),
+    (lambda f: (f / "index.json").write_text('{"shards": [{"format": "mds"}]}'), "is no index of MDS shards"),
+    (lambda f: (f / "index.json").write_text('{"shards": []}'), "tells of no samples"),
+    (lambda f: (f / "index.json").unlink(), "holds no index.json"),
+    (lambda f: (f / "tokenizer.json").write_text("{}"), "holds another tokenizer.json")])
+def test_damage_is_one_line_with_the_file_and_nothing_is_written(tmp_path, tokenizer, capsys, change, words):
+    folder = write_foreign(tmp_path / "web", MODERNBERT)
+    change(folder)
+    before = bytes_of(folder)
+    assert words in refused(capsys, "index", folder, "--tokenizer", tokenizer)
+    assert bytes_of(folder) == before
+
+
+def test_damage_after_index_is_found_although_index_json_has_no_hash(tmp_path, tokenizer, capsys):
+    folder = write_foreign(tmp_path / "web", MODERNBERT, compression="zstd")
+    assert run("index", folder, "--tokenizer", tokenizer) == 0
+    capsys.readouterr()
+    path = folder / "shard.00000.mds.zstd"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    assert "shard.00000.mds.zstd is damaged" in refused(capsys, "verify", folder)
+    with pytest.raises(ShardError, match=r"shard\.00000\.mds\.zstd has SHA-256"):
+        open_source(folder, name="web", cache=tmp_path / "cache").read(0)
+    hashes = json.loads((folder / "hashes.json").read_text())
+    (folder / "hashes.json").write_text(json.dumps({**hashes, path.name: "0" * 64}))
+    with pytest.raises(ShardError, match=r"hashes\.json has SHA-256"):
+        open_source(folder, name="web")
+
+
+def test_an_indexed_folder_is_left_alone_and_redone_only_on_demand(tmp_path, tokenizer, capsys):
+    for name in ("x/train", "x/val"):
+        write_foreign(tmp_path / name, MODERNBERT)
+    assert run("index", tmp_path / "x", "--tokenizer", tokenizer, "--split", "held_out", "--source", "web") == 0
+    assert {read_card(tmp_path / "x" / name).split for name in ("train", "val")} == {"held_out"}
+    before = bytes_of(tmp_path / "x")
+    assert "has a card.json already" in refused(capsys, "index", tmp_path / "x", "--tokenizer", tokenizer)
+    assert run("index", tmp_path / "x", "--tokenizer", tokenizer, "--split", "held_out", "--source", "web", "--again") == 0
+    assert bytes_of(tmp_path / "x") == before
+    write_jsonl(tmp_path / "a.jsonl", texts(60))
+    assert run("prepare", settings(tmp_path)) == 0
+    own = tmp_path / "shards/a/train"
+    assert "of data-prep prepare" in refused(capsys, "index", own, "--tokenizer", own / "tokenizer.json", "--again")
