@@ -139,6 +139,7 @@ def test_an_import_that_cannot_be_leaves_no_folder(tmp_path, capsys):
 
 def test_an_import_takes_a_flexbert_file_with_a_tokenizer(tmp_path, capsys):
     import torch
+
     from encoder.models.stored import read_stored
     from tests.hf_for_tests import stored, write_tokenizer_json
     from tests.unit.test_hf_import import flexbert
