@@ -117,7 +117,7 @@ class Engine:
             group.update(lr=lr, max_lr=max_lr)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)      # of losses, of positions: one all-reduce
         for batch in micro_batches:
-            with self._forward():
+            with self.forward_mode():
                 loss = self._ds(batch.to(self.device, non_blocking=True))
             # DeepSpeed divides the gradients' sum by the number of ranks
             self._ds.backward(loss.total * (self.world.size / masked_tokens), scale_wrt_gas=False)
@@ -143,7 +143,7 @@ class Engine:
         try:
             with torch.no_grad():
                 for batch in forwards:
-                    with self._forward():
+                    with self.forward_mode():
                         loss = self.module(batch.to(self.device, non_blocking=True))
                     sums[0] += loss.cross_entropy
                     sums[1] += loss.count
@@ -197,7 +197,7 @@ class Engine:
                      exp_avg_sq=s.of(state["exp_avg_sq"]))
 
     @contextlib.contextmanager
-    def _forward(self) -> Iterator[None]:
+    def forward_mode(self) -> Iterator[None]:
         """What a forward runs in."""
         with contextlib.ExitStack() as forward:
             if self.config.zero_stage == 3:

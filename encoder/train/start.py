@@ -102,7 +102,9 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
     say(f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type} "
         f"({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
         f"{short_count(sum(p.tokens for p in run.phases))} tokens in {_many(len(run.phases), 'phase')}, run folder {run.out}")
-    say(f"attention: {engine.module.attention_reason()}")
+    with engine.forward_mode():             # under autocast a kernel meets bf16, whatever the weights are
+        reason = engine.module.attention_reason(device)
+    say(f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}")
     ledger = Path(run.out) / LEDGER
     if found is not None:
         say(f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, "

@@ -34,7 +34,7 @@ class Flex:
 
     def why_not(self, situation: Situation) -> str | None:
         """It needs a CUDA device and triton."""
-        return self.needs.unmet(situation) or (None if find_spec("triton") else "triton is not installed")
+        return self.needs.unmet(situation) or _missing()
 
     def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> FlexPlan:
         """Two block masks; nothing is read back from the device."""
@@ -89,6 +89,11 @@ def _listed(sees_BB: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each block sees [1, 1, B], and which, those first [1, 1, B, B]."""
     order_BB = sees_BB.int().argsort(dim=1, descending=True, stable=True)
     return sees_BB.sum(1, dtype=torch.int32)[None, None], order_BB.int()[None, None]
+
+
+@cache
+def _missing() -> str | None:
+    return None if find_spec("triton") else "triton is not installed"       # a search of the disk: not at every forward
 
 
 @cache
