@@ -12,6 +12,7 @@ from encoder.base.errors import UserError, nearest
 ABOUT = """Text to shards, for pretraining. In order:
 
   data-prep tokenizer modernbert --out corpus/tokenizer.json         ModernBERT's own 50,368 entries
+  data-prep plan configs/prep/four_domains.yaml root=corpus          what that costs
   data-prep prepare configs/prep/four_domains.yaml root=corpus       text -> shards/four_domains/<source>/train
   data-prep verify shards/four_domains                               every byte, every id
   data-prep report shards/four_domains --out shards/report           how many tokens, how long, what it reads like
@@ -24,6 +25,13 @@ PREPARE = """Make the shards of every source in a settings file. Example:
 
 key=value changes a setting (sources.0.files=[a.jsonl] reaches into lists). A source that is finished is not made
 again; one that was interrupted is begun again, and its final name never stands for a part."""
+
+PLAN = """What the sources of a settings file hold and cost, and how often a run goes through them. Example:
+
+  data-prep plan configs/prep/mixture_2t.yaml
+  data-prep plan configs/prep/mixture_2t.yaml --mixture pretrain_1024 --yaml >> RUN.yaml
+
+Tokens come from the cards of finished shards, else from a source's estimate, else from the sizes of its files."""
 
 INDEX = """Make MDS shards that another program wrote ready for training here. Example:
 
@@ -53,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     args, rest = _parser().parse_known_args(arguments)
-    if args.command == "prepare":
+    if args.command in ("prepare", "plan"):
         args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in args.overrides]
     if rest:
@@ -87,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     prepare.add_argument("--source", metavar="NAME", help="only this source")
     prepare.add_argument("--again", action="store_true", help="make finished sources again, in place of the old ones")
+
+    plan = command("plan", _plan, "tokens, disk, core-hours and epochs of a settings file; reads no text", PLAN)
+    plan.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
+    plan.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
+    plan.add_argument("--mixture", metavar="NAME", help="only this mixture (all)")
+    plan.add_argument("--yaml", action="store_true", help="print the sources: block of a run file for --mixture")
+    plan.add_argument("--speed", metavar="MTOK", type=float, help="millions of tokens that one core encodes in a second")
 
     tokenizer = command("tokenizer", None, "make a tokenizer.json: train, modernbert or from-hf")
     kinds = tokenizer.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -144,6 +159,20 @@ def _prepare(args: argparse.Namespace) -> None:
     from encoder.base.schema import read_settings
 
     prepare(read_settings(PrepareConfig, args.config, args.overrides), only=args.source, again=args.again)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from data_prep.config import PrepareConfig
+    from data_prep.plan import mixture_yaml, plan
+    from encoder.base.schema import read_settings
+
+    if args.yaml and not args.mixture:
+        raise UserError("--yaml needs the name of a mixture; needed: --mixture NAME.")
+    config = read_settings(PrepareConfig, args.config, args.overrides)
+    if args.yaml:
+        print(mixture_yaml(config, args.mixture))
+    else:
+        plan(config, mixture=args.mixture, speed_mtok=args.speed)
 
 
 def _train(args: argparse.Namespace) -> None:
