@@ -69,7 +69,7 @@ def check_data(run: RunConfig) -> DataFacts:
                     f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME."
                 )
             cards[name + mark] = read_card(path)
-    count_repeats(run)
+    count_repeats(run)       # refuses more than a source's max_epochs
     first = check_same_tokenizer(cards)
     for name, card in cards.items():
         check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from encoder.base.errors import ConfigError
-from encoder.data.shard_format import Card, SpecialIds
 from encoder.data.windows import Windows, cut, documents_per_window
-
-SPECIALS = SpecialIds(cls_id=60, sep_id=61, pad_id=62, mask_id=63, unk_id=59, all_special=(59, 60, 61, 62, 63))
-
-
-@dataclass
-class Planned:
-    """A source as planning sees it: numbers, no files."""
-
-    name: str
-    card: Card
-    lengths: np.ndarray
-    samples_per_shard: np.ndarray
+from tests import memory_source_for_tests as memory_source
 
 
 def planned(name, lengths, *, documents_per_shard=10):
-    lengths = np.array(lengths, dtype=np.uint16)
-    card = Card(source=name, split="train", tokenizer_sha256="0", vocab_size=64, specials=SPECIALS, dtype="uint16",
-                documents=len(lengths), tokens=int(lengths.sum(dtype=np.int64)), max_tokens_per_document=8192,
-                index_sha256="", lengths_sha256="")
-    samples = [len(part) for part in np.array_split(lengths, -(-len(lengths) // documents_per_shard))]
-    return Planned(name, card, lengths, np.array(samples))
+    return memory_source.planned(name, lengths, shards=-(-len(lengths) // documents_per_shard))
 
 
-def windows_of(sources, *, weights=None, cap=32, row_tokens=64, window_documents=20, seed=1, phase=0):
-    return Windows(sources=sources, weights=weights or [1.0] * len(sources), seed=seed, phase=phase,
+def windows_of(sources, *, weights=None, cap=32, row_tokens=64, window_documents=20, seed=1, phase=0, lanes=1):
+    return Windows(sources=sources, weights=weights or [1.0] * len(sources), seed=seed, phase=phase, lanes=lanes,
                    max_tokens_per_document=cap, row_tokens=row_tokens, window_documents=window_documents)
 
 
@@ -147,3 +129,15 @@ def test_a_window_of_less_than_one_document_may_be_empty():
 def test_weights_that_make_no_sense_are_refused(weights, word):
     with pytest.raises(ConfigError, match=word):
         documents_per_window([planned("a", [10]).card, planned("b", [10]).card], weights, 20)
+
+
+def test_more_lanes_than_shards_of_a_source_are_refused():
+    sources = [planned("a", [10] * 50), planned("b", [10] * 20)]
+    assert windows_of(sources, lanes=2).plan(0, lane=1).rows > 0
+    with pytest.raises(ConfigError, match="source b has 2 shards for 3 lanes; needed: a shard for each. Set data.lanes to 2"):
+        windows_of(sources, lanes=3)
+
+
+def test_epochs_are_counted_over_all_lanes():
+    # 20 documents a window in each of two lanes, of 50 documents in all: 2 epochs when one stands at 2 and the other at 3
+    assert windows_of([planned("a", [10] * 50)], lanes=2).epochs_before([2, 3]) == {"a": 2.0}

@@ -1,0 +1,46 @@
+"""A source that lives in memory: what planning and reading know of a shard folder, without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from encoder.data.shard_format import Card, SpecialIds
+
+SPECIALS = SpecialIds(cls_id=60, sep_id=61, pad_id=62, mask_id=63, unk_id=59, all_special=(59, 60, 61, 62, 63))
+
+
+@dataclass
+class MemorySource:
+    """Documents in shards; picklable, as a Source is."""
+
+    name: str
+    card: Card
+    lengths: np.ndarray
+    samples_per_shard: np.ndarray
+    documents: Sequence[np.ndarray] = ()
+
+    def read(self, document: int) -> np.ndarray:
+        return self.documents[document]
+
+    def file_of(self, document: int) -> Path:
+        return Path(self.name)
+
+
+def in_memory(name: str, documents: Sequence[np.ndarray], *, shards: int) -> MemorySource:
+    """A source of these documents, in shards of as equal numbers as can be."""
+    ids = [np.asarray(d, dtype=np.uint16) for d in documents]
+    return planned(name, [len(d) for d in ids], shards=shards, documents=ids)
+
+
+def planned(name: str, lengths: Sequence[int], *, shards: int, documents: Sequence[np.ndarray] = ()) -> MemorySource:
+    """A source of which only the lengths are known, unless its documents are given."""
+    lengths = np.array(lengths, dtype=np.uint16)
+    card = Card(source=name, split="train", tokenizer_sha256="0", vocab_size=64, specials=SPECIALS, dtype="uint16",
+                documents=len(lengths), tokens=int(lengths.sum(dtype=np.int64)), max_tokens_per_document=8192,
+                index_sha256="", lengths_sha256="")
+    samples = [len(part) for part in np.array_split(lengths, shards)]
+    return MemorySource(name, card, lengths, np.array(samples), documents)
