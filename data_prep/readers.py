@@ -368,6 +368,7 @@ def _hub_builder(source: HubSource) -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)     # five tries in 23 s, each told of in 500 characters
     local = os.path.isdir(source.dataset)
     try:
         return datasets.load_dataset_builder(source.dataset, source.config, data_files=list(source.files) or None,
