@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
-from encoder.engine import checkpoint
+from encoder.engine import checkpoint, zero_config
 from encoder.engine.checkpoint import (
     claim_incarnation,
     load_checkpoint,
@@ -25,9 +26,10 @@ from encoder.engine.checkpoint import (
 )
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
-from tests.process.tiny import MASKED_TOKENS, SIZE, share_of_step, tiny_model
+from tests.process.tiny import ALL_KINDS, MASKED_TOKENS, SIZE, share_of_step, tiny_model
 
 CPU = torch.device("cpu")
+_TORCHS_LINEAR = torch.nn.functional.linear
 CONFIG = StableAdamWConfig(weight_decay=0.01)
 STEPS, SAVED_AT = 10, 5
 SPIKED, SPIKE_STEP = "model.layers.1.mlp.Wi.weight", 3      # its gradient is 1,000 times as large in one step
@@ -37,12 +39,17 @@ def lr_of(step: int) -> float:
     return 4e-3 * (1.0 + 0.5 * (step % 3))
 
 
-def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0) -> tuple[Engine, dict]:
+def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0,
+          all_kinds: bool = False) -> tuple[Engine, dict]:
     """An engine around the tiny model, and the switch of the spike."""
-    model, spike = tiny_model(), {"on": False}
-    dict(model.named_parameters())[SPIKED].register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
+    # as cut up as a large model: DeepSpeed leaves parameters below 100,000 elements whole, and steps them all in one
+    zero_config.STAGE_3.update(stage3_param_persistence_threshold=0, sub_group_size=600)
+    with torch.device("meta" if zero_stage == 3 else "cpu"):
+        model = tiny_model(size=ALL_KINDS if all_kinds else SIZE)
     config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping)
-    return start_engine(model, config=config, optimizer=CONFIG, world=world, device=CPU), spike
+    engine, spike = start_engine(model, config=config, optimizer=CONFIG, world=world, device=CPU), {"on": False}
+    engine.module.get_parameter(SPIKED).register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
+    return engine, spike
 
 
 def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: float = 1.0) -> list[float]:
@@ -58,9 +65,10 @@ def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: flo
 
 
 def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: str, rows: int, clipping: float = 0.0,
-          whole_tensors: bool = True) -> dict[str, Any]:
+          whole_tensors: bool = True, all_kinds: bool = False) -> dict[str, Any]:
     """Ten steps, a checkpoint after the fifth; the final weights in OUT/label.safetensors."""
-    engine, spike = begin(world, zero_stage=zero_stage, precision=precision, clipping=clipping)
+    engine, spike = begin(world, zero_stage=zero_stage, precision=precision, clipping=clipping, all_kinds=all_kinds)
+    built = held_at_start(engine) if zero_stage == 3 else {}
     if not whole_tensors:
         engine.optimizer._parts = {}          # every flat partition taken for a tensor, as an optimizer knows no better
     incarnation = claim_incarnation(out / label, world)
@@ -69,7 +77,28 @@ def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: st
                             run_yaml="a: 1\n", incarnation=incarnation, extra={"note": [1, 2.5]}, keep_last=2)
     losses += train(engine, spike, rows=rows, steps=range(SAVED_AT, STEPS))
     keep_weights(engine, out / f"{label}.safetensors")
-    return {"losses": losses, "saved": str(saved), "evaluated": held_out(engine, world)}
+    return {"losses": losses, "saved": str(saved), "evaluated": held_out(engine, world), **built}
+
+
+def held_at_start(engine: Engine) -> dict[str, Any]:
+    """What a rank holds of a model that stage 3 has built, and whether all of it together is the plain build."""
+    parameters = dict(engine.module.named_parameters())
+    plain = dict(tiny_model(size=engine.module.config).named_parameters())
+    holds = {"gathered": sum(p.numel() for p in parameters.values()),
+             "too_large": [n for n, p in parameters.items() if p.ds_tensor.numel() != -(-p.ds_numel // engine.world.size)]}
+    whole = whole_weights(engine)
+    return {**holds, "other": [n for n in plain if not torch.equal(whole[n], plain[n].to(whole[n].dtype))]}
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """The model's weights, gathered where they are cut; called on every rank."""
+    named = dict(engine.module.named_parameters())
+    gathered = contextlib.nullcontext()
+    if engine.config.zero_stage == 3:
+        import deepspeed
+        gathered = deepspeed.zero.GatheredParameters(list(named.values()))
+    with gathered:
+        return {n: p.detach().clone() for n, p in named.items()}
 
 
 def held_out(engine: Engine, world: World) -> list[float]:
@@ -83,8 +112,26 @@ def held_out(engine: Engine, world: World) -> list[float]:
 
 
 def keep_weights(engine: Engine, path: Path) -> None:
+    weights = whole_weights(engine)
     if engine.world.first:
-        save_file({n: p.detach().clone() for n, p in engine.module.named_parameters()}, path)
+        save_file(weights, path)
+
+
+def weights_given_back(world: World) -> dict[str, Any]:
+    """At stage 3, in a forward after the first ones: elements gathered when the head is done, and whether the memory of a
+    layer's weight is free before the backward."""
+    engine, spike = begin(world, zero_stage=3)
+    train(engine, spike, rows=2, steps=range(2))
+    seen: dict[str, Any] = {}
+    wqkv = engine.module.model.layers[0].attn.Wqkv
+    hooks = [wqkv.register_forward_hook(lambda m, *_: seen.update(memory=StorageWeakRef(m.weight.untyped_storage())),
+                                        prepend=True),      # before DeepSpeed's, which takes the weight away
+             engine.module.head.register_forward_hook(lambda *_: seen.update(
+                 gathered=sum(p.numel() for p in engine.module.parameters()), free=seen.pop("memory").expired()))]
+    train(engine, spike, rows=8, steps=range(1))
+    for hook in hooks:
+        hook.remove()
+    return {**seen, "linear_is_torchs": torch.nn.functional.linear is _TORCHS_LINEAR}
 
 
 def curves(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
@@ -92,9 +139,9 @@ def curves(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
     return {s["label"]: curve(world, Path(out), **s) for s in settings}
 
 
-def plain_loop(world: World, *, out: str) -> None:
+def plain_loop(world: World, *, out: str, all_kinds: bool = False) -> None:
     """The truth without an engine: all rows in one forward, autograd, whole tensors, fp64."""
-    model = tiny_model().double()
+    model = tiny_model(size=ALL_KINDS if all_kinds else SIZE).double()
     named = dict(model.named_parameters())
     decay = [p for p in named.values() if p.ndim > 1]
     rest = [p for p in named.values() if p.ndim <= 1]
@@ -108,12 +155,13 @@ def plain_loop(world: World, *, out: str) -> None:
             group.update(lr=lr_of(step), max_lr=1e-2)
         optimizer.step()
         model.zero_grad()
-    save_file({n: p.detach() for n, p in named.items()}, Path(out) / "plain.safetensors")
+    save_file({n: p.detach() for n, p in named.items()}, Path(out) / f"plain{'_all_kinds' * all_kinds}.safetensors")
 
 
 def first_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
     """One rank: the plain loop, then the curves."""
     plain_loop(world, out=out)
+    plain_loop(world, out=out, all_kinds=True)
     return curves(world, out=out, settings=settings)
 
 
@@ -202,15 +250,17 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     seen["another_model_untouched"] = all(torch.equal(p, before[n]) for n, p in other.module.named_parameters())
 
     seen["nothing_masked"] = error_of(lambda: engine.step([], masked_tokens=0, lr=1e-3, max_lr=1e-3))
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         engine, spike = begin(world, zero_stage=stage)
         train(engine, spike, rows=2, steps=range(1))
-        steps, weights = engine.optimizer_steps, {n: p.detach().clone() for n, p in engine.module.named_parameters()}
-        with torch.no_grad():
-            engine.module.decoder.bias[0] = float("nan")
+        steps, weights = engine.optimizer_steps, whole_weights(engine)
+        for piece in engine.pieces():
+            if piece.name == "decoder.bias":
+                piece.master.data[0] = float("nan")
+        engine.state_was_loaded(optimizer_steps=steps)
         broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), masked_tokens=MASKED_TOKENS,
                              lr=1e-3, max_lr=1e-3)
-        moved = [n for n, p in engine.module.named_parameters() if n != "decoder.bias" and not torch.equal(p, weights[n])]
+        moved = [n for n, w in whole_weights(engine).items() if n != "decoder.bias" and not torch.equal(w, weights[n])]
         seen[f"not_finite_{stage}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
     return seen
 
@@ -290,4 +340,5 @@ def two_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
 
 def second_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
     """Resumes, then what only shows on two ranks."""
-    return {"resumed": resumes(world, out=out, settings=settings), "mishaps": two_rank_mishaps(world, out=out)}
+    return {"resumed": resumes(world, out=out, settings=settings), "mishaps": two_rank_mishaps(world, out=out),
+            "given_back": weights_given_back(world)}

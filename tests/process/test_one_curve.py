@@ -37,7 +37,7 @@ loader: {{workers: 0}}
 """
 # (name, rows of a micro-batch, ZeRO stage, precision); 8 rows a step at the end: 4 micro-batches of 2 on one rank
 CASES = [("fp64", 2, 0, "fp64"), ("fp64_half", 1, 0, "fp64"), ("zero0", 2, 0, "fp32"), ("zero1", 2, 1, "fp32"),
-         ("zero1_half", 1, 1, "fp32"), ("zero2", 2, 2, "fp32")]
+         ("zero1_half", 1, 1, "fp32"), ("zero2", 2, 2, "fp32"), ("zero3", 2, 3, "fp32")]
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,10 @@ def test_fp64_stage_0_gives_the_same_parameters_to_1e_10(folder):
         assert max(float((one[n] - t).abs().max()) for n, t in weights(folder / other).items()) < 1e-10, other
 
 
-def test_fp32_stages_0_1_2_give_the_same_parameters_to_1e_5(folder):
+def test_fp32_stages_0_to_3_give_the_same_parameters_to_1e_5(folder):
     one = weights(folder / "zero1-1")
-    for other in ("zero1-2", "zero1_half-1", "zero1_half-2", "zero0-1", "zero0-2", "zero2-1", "zero2-2", "fp64-1"):
+    for other in ("zero1-2", "zero1_half-1", "zero1_half-2", "zero0-1", "zero0-2", "zero2-1", "zero2-2", "zero3-1",
+                  "zero3-2", "fp64-1"):
         assert distance(one, weights(folder / other)) < 1e-5, other
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -14,9 +16,14 @@ SIZE = ModernBertConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, 
                         global_attn_every_n_layers=2, window_radius_tokens=3, max_position_embeddings=64)
 
 
-def tiny_model(*, seed: int = 5) -> ModernBertForMaskedLM:
+# a parameter of every kind there is: untied, biases, learned positions, segments
+ALL_KINDS = dataclasses.replace(SIZE, tie_word_embeddings=False, positions="learned", type_vocab_size=2, attention_bias=True,
+                                mlp_bias=True, head_bias=True, norm_bias=True)
+
+
+def tiny_model(*, size: ModernBertConfig = SIZE, seed: int = 5) -> ModernBertForMaskedLM:
     """Two layers, tied decoder, dropout on."""
-    return ModernBertForMaskedLM(SIZE, attention="sdpa", seed=seed)
+    return ModernBertForMaskedLM(size, attention="sdpa", seed=seed)
 
 
 def micro_batch(step: int, rows: list[int]) -> TokenBatch:

@@ -12,13 +12,14 @@ from encoder.engine.zero_config import EngineConfig, zero_config
 
 
 @pytest.mark.parametrize("precision, stage, reason", [("bf16", 0, "no fp32 master weights"), ("fp64", 1, "in fp32"),
-                                                      ("fp64", 2, "in fp32")])
+                                                      ("fp64", 2, "in fp32"), ("fp64", 3, "in fp32")])
 def test_pairs_that_cannot_be_exact_are_refused_with_the_reason(precision, stage, reason):
     with pytest.raises(ConfigError, match=reason):
         EngineConfig(precision=precision, zero_stage=stage)
 
 
-@pytest.mark.parametrize("precision, stage", [("fp32", 0), ("fp32", 2), ("autocast", 0), ("bf16", 1), ("bf16", 2), ("fp64", 0)])
+@pytest.mark.parametrize("precision, stage", [("fp32", 0), ("fp32", 2), ("autocast", 0), ("bf16", 1), ("bf16", 2), ("fp64", 0),
+                                              ("fp32", 3), ("bf16", 3)])
 def test_all_other_pairs_are_told_to_deepspeed_without_its_defaults(precision, stage):
     told = zero_config(EngineConfig(precision=precision, zero_stage=stage), world_size=2)
     assert told["managed_gradient_accumulation"] is False
