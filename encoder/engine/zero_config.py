@@ -42,8 +42,7 @@ STAGE_3 = {
     # keeps it, too. 150 M parameters on 2 ranks at the end of a forward: 2,505 MiB, with a look ahead 3,079
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
-    "reduce_bucket_size": 2**26,            # elements; DeepSpeed's 5e8 would be a buffer of 2 GB
-    "memory_efficient_linear": False,       # ours is in place during forwards alone
+    "reduce_bucket_size": 2**26,      # elements; DeepSpeed's 5e8 would be a buffer of 2 GB
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from encoder.base.errors import ConfigError
 from encoder.models.flops import train_flops
 from encoder.train.config import SourceConfig, read_run
-from encoder.train.plan import phase_work, plan_text
+from encoder.train.plan import estimate_memory, phase_work, plan_text
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 from tests.shards_for_tests import write_source
 
@@ -55,3 +55,16 @@ def test_a_plan_says_whose_lengths_it_guessed(tmp_path, monkeypatch):
     run = read_run(TINY)
     monkeypatch.chdir(tmp_path)
     assert f"documents of {run.data.sources[0].path}" in plan_text(run, ranks=1)
+
+
+@pytest.mark.parametrize("precision, stage, weights, gradients, optimizer", [
+    ("fp32", 0, 4, 4, 8), ("fp32", 1, 4, 4, 6), ("fp32", 2, 4, 2, 6), ("fp32", 3, 2, 2, 4),
+    ("bf16", 2, 2, 2, 6), ("bf16", 3, 1, 2, 6)])
+def test_each_zero_stage_splits_one_thing_more_over_two_ranks(precision, stage, weights, gradients, optimizer):
+    """Bytes of 1 M parameters; at stage 3 also the largest matrix, whole; in fp32 its weights are their own masters."""
+    run = read_run(TINY, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
+    memory = estimate_memory(run, parameters=10**6, ranks=2)
+    largest = run.model.vocab_size * run.model.hidden_size if stage == 3 else 0
+    width = 2 if precision == "bf16" else 4
+    assert memory.weights == weights * 10**6 + width * largest
+    assert (memory.gradients, memory.optimizer) == (gradients * 10**6, optimizer * 10**6)
