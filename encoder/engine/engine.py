@@ -103,11 +103,12 @@ class Engine:
             optimizer.register_step_pre_hook(self._before_plain_step)
         optimizer.init_state()
 
-    def step(self, micro_batches: Sequence[TokenBatch], *, masked_tokens: int, lr: float, max_lr: float) -> StepResult:
+    def step(self, micro_batches: Sequence[TokenBatch], *, masked_tokens: int, lr: float, max_lr: float,
+             weight_decay: float | None = None) -> StepResult:
         """One update from this rank's micro-batches (equally many on every rank).
 
-        `masked_tokens` is the number of predicted positions of the whole step, over all ranks; `max_lr` the phase's
-        peak rate (the decay is per step at the peak). Raises ConfigError on all ranks if nothing is predicted.
+        `masked_tokens` is the number of predicted positions of the whole step, over all ranks; `max_lr` the rate at which
+        a step loses the whole `weight_decay` (None: the optimizer's). Raises ConfigError on all ranks if nothing is predicted.
         """
         if masked_tokens < 1:
             raise ConfigError(f"a step of {len(micro_batches)} micro-batches on each of {self.world.size} ranks has no masked "
@@ -115,6 +116,8 @@ class Engine:
         assert max_lr > 0.0, "the decay is relative to the peak rate"
         for group in self.optimizer.param_groups:
             group.update(lr=lr, max_lr=max_lr)
+            if weight_decay is not None and group["decays"]:
+                group["weight_decay"] = weight_decay
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)      # of losses, of positions: one all-reduce
         for batch in micro_batches:
             with self.forward_mode():

@@ -85,6 +85,8 @@ class PhaseConfig:
     sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
     mask_share: float | None = None                        # default: the objective's
     mask_share_end: float | None = None                    # reached at the phase's end, on a straight line over its tokens
+    weight_decay: float | None = None                      # default: the optimizer's
+    max_lr: float | None = None                            # rate at which a step loses all of weight_decay; default: lr.peak
 
     def __post_init__(self) -> None:
         for share in (self.mask_share, self.mask_share_end):
@@ -95,6 +97,9 @@ class PhaseConfig:
         for theta in (self.global_rope_theta, self.local_rope_theta):
             if theta is not None and not theta > 0:
                 raise ConfigError(f"phase {self.name}: RoPE theta {theta:g}; needed: above 0, for example 10000.")
+        if self.weight_decay is not None and not 0.0 <= self.weight_decay < 1.0 or self.max_lr is not None and not self.max_lr > 0:
+            raise ConfigError(f"phase {self.name}: weight_decay {self.weight_decay} must lie in [0, 1), max_lr {self.max_lr} "
+                              "above 0. Leave them out for the optimizer's decay at the phase's own peak.")
         if self.max_tokens_per_document < 3:
             raise ConfigError(
                 f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves no room "
@@ -211,6 +216,10 @@ class RunConfig:
         """The share of a phase's tokens that is asked: the phase's own or the objective's, over the phase's tokens."""
         return MaskShare(start=phase.mask_share or self.objective.mask_share, end=phase.mask_share_end,
                          over_tokens=phase.tokens)
+
+    def weight_decay_of(self, phase: PhaseConfig) -> float:
+        """The share that a step of the phase takes from the matrices at the rate `phase.max_lr` (default: its peak)."""
+        return self.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay
 
     def sources_of(self, phase: PhaseConfig) -> tuple[SourceConfig, ...]:
         """The mixture of a phase: its own, or the run's."""

@@ -23,6 +23,7 @@ def test_matrices_decay_vectors_and_biases_do_not_and_a_tied_matrix_comes_once()
     assert [p is model.embedding.weight for p in decay["params"]] == [True]
     assert {id(p) for p in rest["params"]} == {id(model.norm.weight), id(model.norm.bias), id(model.decoder.bias)}
     assert (decay["weight_decay"], rest["weight_decay"]) == (1e-5, 0.0)
+    assert (decay["decays"], rest["decays"]) == (True, False)
 
 
 def test_a_model_without_vectors_has_one_group():
