@@ -24,7 +24,17 @@ PREPARE = """Make the shards of every source in a settings file. Example:
   data-prep prepare configs/prep/four_domains.yaml root=corpus processes=8
 
 key=value changes a setting (sources.0.files=[a.jsonl] reaches into lists). A source that is finished is not made
-again; one that was interrupted is begun again, and its final name never stands for a part."""
+again; one that was interrupted goes on from its finished segments (256 MiB of text each), and its final name never
+stands for a part. As a job array, on one file system, with the same settings:
+
+  data-prep prepare configs/prep/web.yaml --part $SLURM_ARRAY_TASK_ID/100       each of 1/100 to 100/100
+  data-prep merge configs/prep/web.yaml                                         when all are done
+
+The shards are the same bytes however many parts and processes made them. (A file that is compressed or a table is
+read by one process: give many of them rather than one.)"""
+
+MERGE = """Put together what data-prep prepare --part I/N made, with the settings of prepare: nothing is copied or encoded
+again. Says what is missing when a part is not done."""
 
 PLAN = """What the sources of a settings file hold and cost, and how often a run goes through them. Example:
 
@@ -42,7 +52,7 @@ other columns are left alone. Nothing that is there is changed: card.json, lengt
 index.json has no SHA-256, hashes.json are added."""
 
 STOPPED = {     # what Ctrl-C leaves behind, by command
-    "prepare": "stopped; nothing half-made was left, finished sources are kept. Run the same command to go on.",
+    "prepare": "stopped; nothing half-made was left, finished segments and sources are kept. Run the same command to go on.",
     "index": "stopped; folders that have their line are ready, the others are as they were.",
     "verify": "stopped; the folders that have no line yet were not checked.",
 }
@@ -94,7 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
     prepare.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     prepare.add_argument("--source", metavar="NAME", help="only this source")
+    prepare.add_argument("--part", metavar="I/N", type=_part, help="only part I of N, for job arrays; then merge")
     prepare.add_argument("--again", action="store_true", help="make finished sources again, in place of the old ones")
+
+    merge = command("merge", _merge, "parts of prepare --part to shard folders", MERGE)
+    merge.add_argument("config", metavar="CONFIG", type=Path, help="the file that prepare was given")
+    merge.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change, as for prepare")
+    merge.add_argument("--source", metavar="NAME", help="only this source")
 
     plan = command("plan", _plan, "tokens, disk, core-hours and epochs of a settings file; reads no text", PLAN)
     plan.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
@@ -158,7 +174,24 @@ def _prepare(args: argparse.Namespace) -> None:
     from data_prep.prepare import prepare
     from encoder.base.schema import read_settings
 
-    prepare(read_settings(PrepareConfig, args.config, args.overrides), only=args.source, again=args.again)
+    prepare(read_settings(PrepareConfig, args.config, args.overrides), only=args.source, part=args.part, again=args.again)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from data_prep.config import PrepareConfig
+    from data_prep.prepare import merge
+    from encoder.base.schema import read_settings
+
+    merge(read_settings(PrepareConfig, args.config, args.overrides), only=args.source)
+
+
+def _part(text: str) -> object:
+    from data_prep.segments import Part
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--part is {text}; needed: I/N with I from 1 to N, such as 3/16.")
+    return Part(index=int(index), count=int(count))
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -1,89 +1,85 @@
-"""`data-prep prepare`: the sources of a settings file, one after the other, from text to shard folders.
+"""`data-prep prepare` and `merge`: the sources of a settings file, one after the other, from text to shard folders.
 
-A source is made in the hidden folder OUT/.NAME.part and renamed to OUT/NAME when it is whole; the name never
-stands for a half-made folder. What a killed run left in the hidden folder is thrown away by the next one.
+A source is cut into segments (segments.py), each made by one process (worker.py) and kept in the ledger of the source
+(ledger.py) when it is whole; when all are there they become OUT/NAME (merge.py), a name that never stands for a half.
+The work can be spread over a job array: `--part I/N` makes the segments of one part, `merge` puts them together.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import fcntl
 import hashlib
 import itertools
-import os
-import shutil
-from collections import Counter
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep.config import PrepareConfig, Source, recipe_of
+from data_prep.ledger import Counts, Ledger, changes, identity, open_ledger
+from data_prep.merge import assemble
 from data_prep.meter import Meter
-from data_prep.pool import Encoded, EncodeJob, EncoderPool
-from data_prep.readers import BLOCK_BYTES, Block, InputFile, ReadError, find_files, parse, read_blocks
-from data_prep.shards import ShardFolder
+from data_prep.readers import ReadError, find_files, parse, pinned, read_blocks
+from data_prep.segments import Part, Segment, segments_of
 from data_prep.tokenization import check_tokenizer_path, choose_encoder
+from data_prep.worker import Done, EncodeJob, SegmentJob, SegmentPool
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
-from encoder.base.files import fsync_path
 from encoder.base.log import say, warn_once
-from encoder.base.schema import differences
 from encoder.base.units import short_count
 from encoder.data.shard_format import CARD, Card, ids_dtype, read_card, special_ids_of, tokenizer_fingerprint
 
-SPLITS = ("train", "held_out")
 CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000      # real text for the check of the encoder, per source
 
 
-@dataclass(kw_only=True)
-class Counts:
-    """What came in and where it went; `check` is the conservation law."""
+def prepare(config: PrepareConfig, *, only: str | None = None, part: Part | None = None, again: bool = False) -> None:
+    """Make every source of the settings (or the one named `only`) that is not finished, or only the segments of a part.
 
-    documents_read: int = 0                       # with text
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    left_out: Counter[str] = field(default_factory=Counter)
-    content_tokens: int = 0                       # as the tokenizer gave them
-    pieces: int = 0                               # samples written
-    tokens: int = 0                               # written, [CLS] and [SEP] counted
+    Raises UserError."""
+    if part and again:
+        raise ConfigError("--again with --part would throw away what other parts made. Remove the finished folder and "
+                          "its hidden one beside it, or set another out.")
+    plans = _plans(config, only)
+    open_plans = [plan for plan in plans if not _stands(plan) or again or not _finished(plan)]
+    if not open_plans:
+        return
+    pool = _start_pool(config, open_plans, part or Part())
+    try:
+        for plan in open_plans:
+            with _disk_errors(Path(config.out)), open_ledger(plan.folder, part or Part()) as ledger:
+                try:
+                    _make_segments(plan, ledger, part or Part(), pool, again=again)
+                except BaseException:
+                    pool.close()                # before anything of theirs is cleaned up
+                    raise
+                if not part:
+                    _assemble(plan, ledger)
+    finally:
+        pool.close()
 
-    def check(self) -> None:
-        """Everything read was written, and each piece got its [CLS] and [SEP]."""
-        assert sum(self.documents.values()) == self.documents_read, "a document was lost between reading and writing"
-        assert self.content_tokens + 2 * self.pieces == self.tokens, "a token was lost between encoding and writing"
 
-    def plain(self) -> dict[str, Any]:
-        """For the card."""
-        return {"documents_read": self.documents_read, **{f"documents_{s}": n for s, n in self.documents.items()},
-                "left_out": dict(sorted(self.left_out.items())), "content_tokens": self.content_tokens,
-                "pieces": self.pieces, "tokens": self.tokens}
+def merge(config: PrepareConfig, *, only: str | None = None) -> None:
+    """Put the parts of every source together. Raises UserError, naming what is missing."""
+    for plan in _plans(config, only):
+        if not (_stands(plan) and _finished(plan)):
+            with _disk_errors(Path(config.out)), open_ledger(plan.folder, Part()) as ledger:
+                ledger.begin(identity(plan.card), alone=True)
+                _assemble(plan, ledger)
 
 
-def prepare(config: PrepareConfig, *, only: str | None = None, again: bool = False) -> None:
-    """Make every source of the settings (or the one named `only`) that is not finished. Raises UserError."""
+def _plans(config: PrepareConfig, only: str | None) -> list[_Plan]:
+    """All mistakes that can be found before the first hour of work are found here."""
     sources = [s for s in config.sources if only in (None, s.name)]
     if not sources:
         names = [s.name for s in config.sources]
         raise ConfigError(f"--source {only} is not in the settings. {nearest(only or '', names)}")
     tokenizer_json = check_tokenizer_path(Path(config.tokenizer))
     vocab_size, specials = special_ids_of(tokenizer_json)
-    # all mistakes that can be found before the first hour of work are found before it
     plans = [_plan(config, source, tokenizer_json, vocab_size, specials) for source in sources]
-    open_plans = [plan for plan in plans if not _stands(plan) or again or not _finished(plan)]
-    out = Path(config.out)
-    with _disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if not open_plans:
-        return
-    pool = _start_pool(config, open_plans)
-    try:
-        for plan in open_plans:
-            _make(plan, config, pool)
-    finally:
-        pool.close()
+    with _disk_errors(Path(config.out)):
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    return plans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,24 +87,34 @@ class _Plan:
     """One source, looked at but not yet made. `card` is the card it will have, without totals and hashes of content."""
 
     source: Source
-    files: list[InputFile]
-    bytes: int
+    segments: list[Segment]
     folder: Path
     tokenizer_json: Path
     card: Card
 
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(segment.bytes for segment in self.segments)
+
+    @property
+    def made_from_sha256(self) -> str:
+        """Names the tokenizer, the settings and the files that every segment must be made from."""
+        return hashlib.sha256(json.dumps(identity(self.card), sort_keys=True).encode("utf-8")).hexdigest()
+
 
 def _plan(config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_size: int, specials: Any) -> _Plan:
     files = find_files(source, Path(config.root))
+    source = pinned(source, files)
     settings = {**recipe_of(source), "max_tokens_per_document": config.max_tokens_per_document,
                 "held_out_share": config.held_out_share, "shard_bytes": config.shard_bytes,
                 "compression": config.compression}
-    recipe = {"prepare": 1, "settings": settings, "files": [file.described() for file in files]}
+    recipe = {"prepare": 2, "settings": settings, "files": [file.described() for file in files]}
     card = Card(source=source.name, split="train", tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
                 vocab_size=vocab_size, specials=specials, dtype=ids_dtype(vocab_size).name, documents=0, tokens=0,
                 max_tokens_per_document=config.max_tokens_per_document, index_sha256="", lengths_sha256="",
                 recipe=recipe)
-    return _Plan(source=source, files=files, bytes=sum(file.bytes for file in files),
+    return _Plan(source=source, segments=segments_of(source, files, shard_bytes=config.shard_bytes),
                  folder=Path(config.out) / source.name, tokenizer_json=tokenizer_json, card=card)
 
 
@@ -122,12 +128,8 @@ def _stands(plan: _Plan) -> bool:
 def _finished(plan: _Plan) -> bool:
     """Whether the source was made from the same. Raises ShardError when it was made from something else."""
     card = read_card(plan.folder / "train")
-    old = {"tokenizer": card.tokenizer_sha256[:12], **{k: card.recipe.get(k) for k in plan.card.recipe}}
-    new = {"tokenizer": plan.card.tokenizer_sha256[:12], **plan.card.recipe}
-    changed = [f"{key} was {_brief(a)}, is {_brief(b)}" for key, a, b in differences(old, new)]
-    if changed:
-        more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
-        raise ShardError(f"{plan.folder} was made from something else ({'; '.join(changed[:2])}{more}). "
+    if changed := changes(identity(card), identity(plan.card)):
+        raise ShardError(f"{plan.folder} was made from something else ({changed}). "
                          "Add --again to make it anew, or set another out.")
     held_out = card.recipe["counts"]["documents_held_out"]
     say(f"{plan.source.name}: finished before, {card.documents:,} samples and {short_count(card.tokens)} tokens in "
@@ -135,100 +137,57 @@ def _finished(plan: _Plan) -> bool:
     return True
 
 
-def _start_pool(config: PrepareConfig, plans: list[_Plan]) -> EncoderPool:
+def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> SegmentPool:
     card = plans[0].card
     encoder = choose_encoder(plans[0].tokenizer_json, [text for plan in plans for text in _real_texts(plan)])
     job = EncodeJob(tokenizer_json=str(plans[0].tokenizer_json), encoder=encoder, cls_id=card.specials.cls_id,
                     sep_id=card.specials.sep_id, dtype=card.dtype, held_out_share=config.held_out_share,
-                    max_tokens_per_document=config.max_tokens_per_document, stop_on_error=config.on_error == "stop")
-    # more processes than blocks would only cost their start
-    return EncoderPool(job, min(config.worker_processes, 1 + sum(plan.bytes for plan in plans) // BLOCK_BYTES))
+                    max_tokens_per_document=config.max_tokens_per_document, shard_bytes=config.shard_bytes,
+                    compression=None if config.compression == "none" else config.compression,
+                    stop_on_error=config.on_error == "stop")
+    # more processes than segments would only cost their start
+    return SegmentPool(job, max(1, min(config.worker_processes, max(len(part.of(plan.segments)) for plan in plans))))
 
 
-def _make(plan: _Plan, config: PrepareConfig, pool: EncoderPool) -> None:
-    with _disk_errors(plan.folder.parent), _hidden_folder(plan.folder) as part:
-        counts = _write_source(plan, config, pool, part)
-        _put_in_place(part, plan.folder)
-    _report(plan, counts)
-
-
-def _write_source(plan: _Plan, config: PrepareConfig, pool: EncoderPool, part: Path) -> Counts:
-    """All documents of a source into part/train and part/held_out."""
-    source, skip = plan.source, config.on_error == "skip"
-    counts = Counts()
-    splits = {}
-    try:
-        splits = {split: ShardFolder(part / split, dtype=np.dtype(plan.card.dtype), shard_bytes=config.shard_bytes,
-                                     compression=None if config.compression == "none" else config.compression)
-                  for split in SPLITS}
-        with Meter(source.name, plan.bytes) as meter:
-            for encoded in pool.encoded(_blocks(plan, skip, counts)):
-                if encoded.problem and not skip:
-                    raise ConfigError(encoded.problem)
-                _write_block(encoded, splits, counts)
-                meter.add(file_bytes=encoded.file_bytes, documents=encoded.documents,
-                          tokens=0 if encoded.pieces is None else len(encoded.pieces.ids_T))
-            say(f"{source.name}: {meter.counts()}")
-        _finish_splits(plan, part, splits, counts)
-        return counts
-    except BaseException:
-        for folder in splits.values():
-            folder.abandon()
-        raise
-
-
-def _blocks(plan: _Plan, skip: bool, counts: Counts) -> Iterator[Block]:
-    for file in plan.files:
-        try:
-            yield from read_blocks(plan.source, file)
-        except ReadError as error:
-            if not skip:
-                raise
-            warn_once(f"left out: {error}")
-            counts.left_out["unreadable file or its end"] += 1
-
-
-def _write_block(encoded: Encoded, splits: dict[str, ShardFolder], counts: Counts) -> None:
-    counts.left_out.update(encoded.left_out)
-    counts.documents_read += encoded.documents
-    pieces = encoded.pieces
-    if pieces is None:
+def _make_segments(plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, *, again: bool) -> None:
+    """The segments of a part that are not finished."""
+    name, label = plan.source.name, "" if part.count == 1 else f" part {part.label}"
+    ledger.begin(identity(plan.card), alone=part.count == 1, again=again)
+    if ledger.assembled:
         return
-    splits["train"].add(pieces.ids_T, pieces.lengths_P, ~pieces.held_out_P)
-    splits["held_out"].add(pieces.ids_T, pieces.lengths_P, pieces.held_out_P)
-    counts.documents["held_out"] += pieces.held_out_documents
-    counts.documents["train"] += encoded.documents - pieces.held_out_documents
-    counts.content_tokens += pieces.content_tokens
-    counts.pieces += len(pieces.lengths_P)
+    ledger.clear(part)
+    finished, segments = ledger.finished(), part.of(plan.segments)
+    left = [s for s in segments if s.number not in finished]
+    if len(left) < len(segments):
+        say(f"{name}{label}: {len(segments) - len(left):,} of {len(segments):,} segments were finished before.")
+    if not left:
+        return
+    with Meter(f"{name}{label}", sum(s.bytes for s in left)) as meter:
+        def tell(done: Done) -> None:
+            meter.add(file_bytes=done.file_bytes, documents=done.documents, tokens=done.tokens)
+
+        pool.make([SegmentJob(source=plan.source, segment=s, part=part, folder=str(plan.folder),
+                              made_from_sha256=plan.made_from_sha256) for s in left], tell)
+    say(f"{name}{label}: {meter.counts()}")
 
 
-def _finish_splits(plan: _Plan, part: Path, splits: dict[str, ShardFolder], counts: Counts) -> None:
-    if not counts.documents["train"]:
-        raise ConfigError(f"source {plan.source.name} has no document for training ({counts.documents_read:,} read, "
-                          f"{sum(counts.left_out.values()):,} left out, {counts.documents['held_out']:,} held out). "
-                          "Give it more text or a smaller held_out_share.")
-    counts.tokens = sum(folder.tokens for folder in splits.values())
-    counts.check()
-    recipe = {**plan.card.recipe, "counts": counts.plain()}
+def _assemble(plan: _Plan, ledger: Ledger) -> None:
     tokenizer_json = plan.tokenizer_json.read_bytes()
     if hashlib.sha256(tokenizer_json).hexdigest() != plan.card.tokenizer_sha256:
         raise ConfigError(f"{plan.tokenizer_json} was changed while the source was being made. Run the command again.")
-    for split, folder in splits.items():
-        if counts.documents[split]:
-            folder.finish(dataclasses.replace(plan.card, split=split, recipe=recipe), tokenizer_json)
-        else:
-            folder.abandon()
-            shutil.rmtree(part / split)
+    counts = assemble(ledger, plan.segments, plan.card, made_from_sha256=plan.made_from_sha256,
+                      tokenizer_json=tokenizer_json)
+    _report(plan, counts)
 
 
 def _report(plan: _Plan, counts: Counts) -> None:
     left_out = sum(counts.left_out.values())
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.left_out.items()))
-    say(f"  documents  {counts.documents_read + left_out:>13,} in = {counts.documents['train']:,} train + "
-        f"{counts.documents['held_out']:,} held out + {left_out:,} left out{f' ({reasons})' if reasons else ''}")
+    say(f"  documents  {counts.documents_read + left_out:>13,} in = {counts.documents_train:,} train + "
+        f"{counts.documents_held_out:,} held out + {left_out:,} left out{f' ({reasons})' if reasons else ''}")
     say(f"  tokens     {counts.tokens:>13,} written = {counts.content_tokens:,} of text + 2 x {counts.pieces:,} pieces")
     say(f"  folder     {plan.folder}")
-    if not counts.documents["held_out"] and plan.card.recipe["settings"]["held_out_share"]:
+    if not counts.documents_held_out and plan.card.recipe["settings"]["held_out_share"]:
         warn_once(f"{plan.source.name} has too few documents for held_out_share: none was held out, "
                   f"and there is no {plan.folder / 'held_out'}.")
 
@@ -237,44 +196,10 @@ def _real_texts(plan: _Plan) -> list[str]:
     """Some short documents of the source, for the check of the encoder. Bad lines are reported later, in place."""
     texts: list[str] = []
     with contextlib.suppress(ReadError):
-        for block in itertools.islice(read_blocks(plan.source, plan.files[0]), 1):
+        for block in itertools.islice(read_blocks(plan.source, plan.segments[0].stretches[0].file), 1):
             texts = [t for t in parse(block).texts if len(t) < 20_000][:CHECK_DOCUMENTS]
     ends = list(itertools.accumulate(map(len, texts)))
     return texts[:sum(end <= CHECK_CHARS for end in ends)]
-
-
-@contextlib.contextmanager
-def _hidden_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside the final one, locked for this process; removed unless it was renamed."""
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(exist_ok=True)
-    handle = os.open(part, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the lock dies with its process, SIGKILL included
-        except BlockingIOError as error:
-            raise UserError(f"another data-prep is making {folder} at this moment. "
-                            "Wait for it, or set another out.") from error
-        for leftover in part.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        try:
-            yield part
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    finally:
-        os.close(handle)
-
-
-def _put_in_place(part: Path, folder: Path) -> None:
-    """Rename, durably; an older folder of that name (--again) leaves at the last moment."""
-    fsync_path(part)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(part, folder)
-    fsync_path(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -285,11 +210,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk of {out} is full. Free space or set another out, and run the same command: "
-                            "finished sources are kept.") from error
+                            "what is finished is kept.") from error
         raise UserError(f"{error.filename or out}: {error.strerror or error}. "
                         "Check the folder out and its rights.") from error
-
-
-def _brief(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -8,6 +8,7 @@ the builders of `datasets`, streamed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import glob
 import gzip
@@ -31,6 +32,7 @@ BLOCK_BYTES = 2**22
 TABLE_ROWS = 1024                              # of a table in one block, fewer when they are long
 HUB_FILE_BYTES = 2**28                         # a hub file whose size is not known: for the bar and the processes alone
 ARROW_ENDS = (b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")   # of a file; of a stream; of one before 0.15
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SKIP = "set on_error: skip"
 
 
@@ -65,6 +67,7 @@ class Block:
     lines: bytes | None = None
     columns: Mapping[str, list[Any]] | None = None
     file_bytes: int = 0                   # bytes of the file that were read for this block, for the progress bar
+    counted_from: int = 0                 # byte of the file that `first` is counted from; see `numbered`
 
 
 @dataclass(kw_only=True)
@@ -101,13 +104,35 @@ def find_files(source: Source, root: Path) -> list[InputFile]:
     return [InputFile(name=_name_below(root, path), place=str(path), bytes=_size_of(path), path=path) for path in found]
 
 
-def read_blocks(source: Source, file: InputFile) -> Iterator[Block]:
-    """The blocks of one file in order; memory is bounded by one block or the longest document. Raises ReadError."""
+def pinned(source: Source, files: list[InputFile]) -> Source:
+    """A source of the hub at the commit that its files were found at, so that every process reads the same."""
+    if isinstance(source, HubSource) and (found := re.search(r"@([0-9a-f]{40})/", files[0].name)):
+        return dataclasses.replace(source, revision=found[1])
+    return source
+
+
+def can_be_cut(source: Source, file: InputFile) -> bool:
+    """Whether the documents that begin in a range of the file's bytes can be read without those before."""
+    by_lines = isinstance(source, JsonlSource) or isinstance(source, TextSource) and source.document != "file"
+    return by_lines and file.path.suffix not in (".gz", ".zst")
+
+
+def read_blocks(source: Source, file: InputFile, begin: int = 0, end: int | None = None) -> Iterator[Block]:
+    """The blocks of one file in order; memory is bounded by one block or the longest document. Raises ReadError.
+
+    Of a file that can be cut, the documents that begin in bytes [begin, end)."""
     if isinstance(source, JsonlSource):
-        return _lines(source, file)
+        return _lines(source, file, begin, end)
     if isinstance(source, TextSource):
-        return _whole_text(source, file) if source.document == "file" else _lines(source, file)
+        return _whole_text(source, file) if source.document == "file" else _lines(source, file, begin, end)
     return _tables(source, file)
+
+
+def numbered(block: Block, file: InputFile) -> Block:
+    """The block with `first` counted from the beginning of its file: reads what lies before, for messages alone."""
+    if not block.counted_from:
+        return block
+    return dataclasses.replace(block, first=block.first + _line_ends(file.path, block.counted_from), counted_from=0)
 
 
 def parse(block: Block) -> Parsed:
@@ -162,7 +187,7 @@ def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, An
         lines.pop()                              # the nothing after the last line end
     for number, line in enumerate(lines, start=block.first):
         place = f"{block.file} line {number}"
-        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+        if number == 1 and not block.counted_from and line.startswith(BYTE_ORDER_MARK):
             line = line[3:]
         if not line.strip():
             result.left_out["empty"] += 1
@@ -197,7 +222,7 @@ def _plain_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
     for raw, end in zip(parts[::2], [*parts[1::2], b""], strict=True):
         if separator and not raw and not end:
             continue                             # the nothing after the last line end
-        if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+        if number == 1 and not block.counted_from and raw.startswith(BYTE_ORDER_MARK):
             raw = raw[3:]
         if document == "paragraph":              # more empty lines, at the beginning of a block
             raw, before = raw.lstrip(b"\r\n"), raw
@@ -214,27 +239,63 @@ def _plain_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
         number += raw.count(b"\n") + end.count(b"\n")
 
 
-def _lines(source: Source, file: InputFile) -> Iterator[Block]:
-    """Blocks of whole lines; of whole paragraphs where these are the documents."""
-    rest, first, seen = b"", 1, 0
+def _lines(source: Source, file: InputFile, begin: int, end: int | None) -> Iterator[Block]:
+    """Blocks of the whole lines that begin in [begin, end); of whole paragraphs where these are the documents."""
     by_paragraph = isinstance(source, TextSource) and source.document == "paragraph"
     ends = (b"\n\n", b"\n\r\n") if by_paragraph else (b"\n",)
+    rest: list[bytes] = []                   # what has not ended yet: joined once, a line may have gigabytes
+    first, start = 1, 0
 
     def place() -> str:
-        return f"{file.place} cannot be read beyond line {first - 1 + rest.count(ends[0][:1]):,}"
+        before = first - 1 + sum(piece.count(b"\n") for piece in rest) + _line_ends(file.path, start)
+        return f"{file.place} cannot be read beyond line {before:,}"
 
     with _readable(place), _opened(file.path) as (stream, raw):
-        while piece := stream.read(BLOCK_BYTES):
-            rest += piece
-            cut = max(at + len(end) if (at := rest.rfind(end)) >= 0 else 0 for end in ends)
+        left = None
+        if begin or end is not None:
+            start, stop = (_next_document(raw, at, ends) for at in (begin, file.bytes if end is None else end))
+            left = stop - start
+            raw.seek(start)
+        seen = raw.tell()
+        while piece := stream.read(BLOCK_BYTES if left is None else min(left, BLOCK_BYTES)):
+            left = None if left is None else left - len(piece)
+            if by_paragraph:                     # the two line ends between paragraphs may lie in two pieces
+                piece, rest = b"".join([*rest, piece]), []
+            cut = max(at + len(mark) if (at := piece.rfind(mark)) >= 0 else 0 for mark in ends)
             if not cut:
+                rest.append(piece)
                 continue
-            lines, rest = rest[:cut], rest[cut:]
-            now = raw.tell()
-            yield Block(source=source, file=file.place, first=first, lines=lines, file_bytes=now - seen)
+            lines, rest, now = b"".join([*rest, piece[:cut]]), [piece[cut:]], raw.tell()
+            yield Block(source=source, file=file.place, first=first, lines=lines, file_bytes=now - seen, counted_from=start)
             first, seen = first + lines.count(b"\n"), now
-        if rest:
-            yield Block(source=source, file=file.place, first=first, lines=rest, file_bytes=raw.tell() - seen)
+        if lines := b"".join(rest):
+            yield Block(source=source, file=file.place, first=first, lines=lines, file_bytes=raw.tell() - seen,
+                        counted_from=start)
+
+
+def _next_document(f: IO[bytes], at: int, ends: tuple[bytes, ...]) -> int:
+    """The first place at or after byte `at` where a document begins; the end of the file where none does."""
+    if at == 0:
+        return 0
+    longest = max(map(len, ends))
+    base = f.seek(max(0, at - longest))
+    data = b""
+    while piece := f.read(2**16):
+        data += piece
+        found = [i + len(e) for e in ends if (i := data.find(e, max(0, at - base - len(e)))) >= 0]
+        if found:
+            return base + min(found)
+        base, data = base + len(data[:-longest]), data[-longest:]
+    return base + len(data)
+
+
+def _line_ends(path: Path, before: int) -> int:
+    """Line ends in the first `before` bytes of a file, as far as it can be read."""
+    count = 0
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        while before and (piece := f.read(min(before, BLOCK_BYTES))):
+            count, before = count + piece.count(b"\n"), before - len(piece)
+    return count
 
 
 def _whole_text(source: TextSource, file: InputFile) -> Iterator[Block]:
@@ -406,9 +467,9 @@ def _name_below(root: Path, path: Path) -> str:
         return path.name
 
 
-def fingerprint(path: Path, *, stretch_bytes: int = 2**20, stretches: int = 16) -> str:
-    """BLAKE2b of a file up to 16 MiB; of 16 even stretches of 1 MiB of a longer one, so that a terabyte is looked at in
-    seconds. A change between the stretches that leaves the size alone is not seen."""
+def fingerprint(path: Path, *, stretch_bytes: int = 2**16, stretches: int = 16) -> str:
+    """BLAKE2b of a file up to 1 MiB; of 16 even stretches of 64 KiB of a longer one: every part of a job array looks at
+    all files. A change between the stretches that leaves the size alone is not seen."""
     digest = hashlib.blake2b(digest_size=16)
     size = _size_of(path)
     try:

@@ -1,4 +1,4 @@
-"""Shard folders: written through streaming's MDSWriter, read back by a small reader of our own for the checks.
+"""MDS shards: written as streaming's MDSWriter writes them, read back by a small reader of our own for the checks.
 
 One sample of the column input_ids (ndarray, dtype fixed, length free) lies in a shard as
 
@@ -7,8 +7,10 @@ One sample of the column input_ids (ndarray, dtype fixed, length free) lies in a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,70 +19,88 @@ from pathlib import Path
 import numpy as np
 
 from encoder.base.errors import ShardError
-from encoder.base.files import fsync_path, write_atomic
 from encoder.data.shard_format import (
     INDEX,
     INPUT_IDS,
     SHARD_HASH,
-    TOKENIZER,
-    Card,
     SpecialIds,
-    with_content,
-    write_card,
-    write_lengths,
 )
 
+ZSTD_LEVEL = 3              # streaming's own
 
-class ShardFolder:
-    """One split being written: shards as they fill, then lengths, tokenizer and, last, the card."""
 
-    def __init__(self, folder: Path, *, dtype: np.dtype, shard_bytes: int, compression: str | None) -> None:
-        from streaming import MDSWriter
+class ShardWriter:
+    """Shards of one split of one segment, FOLDER/SPLIT.00000.mds and on: byte for byte what streaming's MDSWriter writes,
+    at 5 ns a token against 18, and without importing streaming (and torch) in every process."""
 
-        class Writer(MDSWriter):
-            """MDSWriter, its 40 us of general encoding a sample replaced by 2 us for our one column; the same bytes."""
-
-            def encode_sample(self, sample: dict[str, np.ndarray]) -> bytes:
-                return sample_bytes(sample[INPUT_IDS])
-
-        self.folder = folder
+    def __init__(self, folder: Path, split: str, *, dtype: np.dtype, shard_bytes: int, compression: str | None) -> None:
+        self.entries: list[dict] = []                # of index.json, but for the name
         self.tokens = 0
-        self._lengths: list[np.ndarray] = []
-        self._writer = Writer(columns={INPUT_IDS: f"ndarray:{dtype.name}"}, out=str(folder), size_limit=shard_bytes,
-                                 compression=compression, hashes=[SHARD_HASH])
+        self._folder, self._split, self._dtype = folder, split, dtype
+        self._config = {"version": 2, "format": "mds", "compression": compression, "hashes": [SHARD_HASH],
+                        "size_limit": shard_bytes, "column_names": [INPUT_IDS],
+                        "column_encodings": [f"ndarray:{dtype.name}"], "column_sizes": [None]}
+        self._head = json.dumps(self._config, sort_keys=True).encode("utf-8")
+        self._samples: list[bytes] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._samples, self._sizes, self._room = [], [], self._config["size_limit"] - 8 - len(self._head)
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
-        """Append the chosen pieces of a batch."""
-        ends_P = np.cumsum(lengths_P)
-        for end, length in zip(ends_P[chosen_P].tolist(), lengths_P[chosen_P].tolist(), strict=True):
-            self._writer.write({INPUT_IDS: ids_T[end - length:end]})
-        self._lengths.append(lengths_P[chosen_P].astype(np.uint32))
-        self.tokens += int(lengths_P[chosen_P].sum())
+        """Append the chosen pieces of a batch, ids in `dtype`."""
+        ids, width = memoryview(np.ascontiguousarray(ids_T, self._dtype)).cast("B"), self._dtype.itemsize
+        ends_P = np.cumsum(lengths_P)[chosen_P]
+        lengths_P = lengths_P[chosen_P]
+        for begin, end, length in zip(((ends_P - lengths_P) * width).tolist(), (ends_P * width).tolist(),
+                                      lengths_P.tolist(), strict=True):
+            head = sample_head(length, width)
+            size = len(head) + end - begin
+            if self._room < size + 4 and self._sizes:
+                self._write()
+            self._samples += (head, ids[begin:end])
+            self._sizes.append(size)
+            self._room -= size + 4                   # 4 for its offset
+        self.tokens += int(lengths_P.sum())
 
-    def finish(self, card: Card, tokenizer_json: bytes) -> Card:
-        """Close the shards and write the side files; returns the card with its totals and hashes."""
-        self._writer.finish()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.uint32)
-        write_lengths(self.folder, lengths, max_tokens_per_document=card.max_tokens_per_document)
-        write_atomic(self.folder / TOKENIZER, tokenizer_json)
-        for path in sorted(self.folder.glob("shard.*")) + [self.folder / INDEX]:
-            fsync_path(path)
-        card = with_content(card, self.folder, lengths)
-        write_card(self.folder, card)
-        fsync_path(self.folder)
-        return card
+    def finish(self) -> list[dict]:
+        """Write what is left; the shards' entries for index.json."""
+        if self._sizes:
+            self._write()
+        return self.entries
 
-    def abandon(self) -> None:
-        """Let go of the writer's threads after an error."""
-        self._writer.cancel_future_jobs()
+    def _write(self) -> None:
+        """One shard: count, offsets, settings, samples."""
+        count = len(self._sizes)
+        offsets = np.concatenate([[0], np.cumsum(self._sizes)]) + 4 + 4 * (count + 1) + len(self._head)
+        data = b"".join([struct.pack("<I", count), offsets.astype("<u4").tobytes(), self._head, *self._samples])
+        self._begin()
+        name = f"{self._split}.{len(self.entries):05}.mds"
+        entry = {**self._config, "samples": count, "raw_data": _info(name, data), "zip_data": None}
+        if self._config["compression"]:
+            import zstd
+
+            data = zstd.compress(data, ZSTD_LEVEL)
+            name = f"{name}.zstd"
+            entry["zip_data"] = _info(name, data)
+        with open(self._folder / name, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        self.entries.append(entry)
 
 
-def sample_bytes(ids_T: np.ndarray) -> bytes:
-    """One sample as it lies in a shard (streaming's encodings.NDArray): the kind is 4 x axes + width of the shape."""
-    length = len(ids_T)
+def _info(name: str, data: bytes) -> dict:
+    return {"basename": name, "bytes": len(data), "hashes": {SHARD_HASH: hashlib.sha256(data).hexdigest()}}
+
+
+@functools.lru_cache(maxsize=2**14)
+def sample_head(length: int, width: int) -> bytes:
+    """What stands before a sample's ids (streaming's encodings.NDArray): the bytes below, kind and shape. The kind is
+    4 x axes + width of the shape."""
     shape = struct.pack("<BB", 4, length) if length < 2**8 else (
         struct.pack("<BH", 5, length) if length < 2**16 else struct.pack("<BI", 6, length))
-    return struct.pack("<I", len(shape) + ids_T.nbytes) + shape + ids_T.tobytes()
+    return struct.pack("<I", len(shape) + length * width) + shape
 
 
 @dataclass(frozen=True, kw_only=True)

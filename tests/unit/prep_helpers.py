@@ -12,7 +12,9 @@ import yaml
 
 from data_prep.cli import main
 from data_prep.config import TextSource
+from data_prep.shards import read_index, read_shard
 from data_prep.tokenizer_files import train_tokenizer
+from encoder.data.shard_format import read_card
 
 WORDS = "the a cat dog house tree runs sees under over quick slow red blue and or because when it was".split()
 
@@ -60,3 +62,9 @@ def run(*words: object) -> int:
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def ids_of(folder: Path) -> list[list[int]]:
+    """Every sample of a shard folder."""
+    card = read_card(folder)
+    return [ids.tolist() for entry in read_index(folder) for ids in read_shard(folder, entry, dtype=card.dtype)]

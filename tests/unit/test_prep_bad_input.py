@@ -50,11 +50,11 @@ def test_a_bad_line_is_named_with_file_and_number_and_can_be_skipped(tmp_path, c
     assert counts["documents_read"] == 21 and counts["left_out"] == {"empty": 1, reason: 1}
 
 
-def test_the_first_bad_line_is_named_also_by_several_processes(tmp_path, capsys, monkeypatch):
+def test_the_first_bad_line_is_named_also_by_several_processes_of_several_segments(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", 300)
-    monkeypatch.setattr("data_prep.prepare.BLOCK_BYTES", 300)
-    (tmp_path / "a.jsonl").write_bytes(GOOD * 40 + b"{\n" + GOOD * 40 + b"{\n")
-    assert "line 41 " in refused(capsys, "prepare", settings(tmp_path), "processes=2")
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 200 + b"{\n" + GOOD * 200 + b"{\n")      # four segments
+    assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "processes=2", "shard_bytes=1024")
+    assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "shard_bytes=1024")
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path):
@@ -294,7 +294,7 @@ def test_a_folder_in_the_place_of_a_file_is_called_a_folder(tmp_path, commands, 
 
 
 @pytest.mark.parametrize("command, words", [
-    ("_prepare", "finished sources are kept"), ("_train", "nothing half-made was left"),
+    ("_prepare", "finished segments and sources are kept"), ("_train", "nothing half-made was left"),
     ("_verify", "were not checked")])
 def test_ctrl_c_says_what_the_command_leaves(commands, capsys, monkeypatch, command, words):
     def interrupted(args) -> None:

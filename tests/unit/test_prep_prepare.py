@@ -11,11 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import prepare as story
-from data_prep.shards import ShardFolder, read_index, read_shard
+from data_prep.ledger import open_ledger
+from data_prep.segments import Part
+from data_prep.shards import ShardWriter, read_index, read_shard
 from encoder.base import log
 from encoder.data.shard_format import read_card, read_lengths
-from tests.unit.prep_helpers import bytes_of, run, settings, texts, write_jsonl
+from tests.unit.prep_helpers import bytes_of, ids_of, run, settings, texts, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +24,8 @@ def every_warning_again(monkeypatch):
     monkeypatch.setitem(log._state, "said", set())
 
 
-def ids_of(folder):
-    card = read_card(folder)
-    return [ids.tolist() for entry in read_index(folder) for ids in read_shard(folder, entry, dtype=card.dtype)]
-
-
 def test_shards_are_the_same_bytes_on_one_process_and_on_two(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", 2000)      # many blocks, so that two processes could swap them
-    monkeypatch.setattr("data_prep.prepare.BLOCK_BYTES", 2000)
     write_jsonl(tmp_path / "a.jsonl", texts(300))
     config = settings(tmp_path, shard_bytes=4096)
     assert run("prepare", config) == 0
@@ -81,22 +76,27 @@ def test_streaming_reads_the_same_ids_back(tmp_path):
     assert [ids.tolist() for ids in theirs] == ids_of(folder)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_shards_have_the_bytes_of_streamings_own_writer(tmp_path, dtype):
+@pytest.mark.parametrize("dtype, compression", [(np.uint16, None), (np.uint32, None), (np.uint16, "zstd")])
+def test_shards_have_the_bytes_of_streamings_own_writer(tmp_path, dtype, compression):
     from streaming import MDSWriter
 
     lengths_P = np.array([2, 255, 256, 65535, 65536, 3])           # around the widths of a shape's numbers
     ids_T = np.arange(lengths_P.sum()).astype(dtype)
     name = np.dtype(dtype).name
-    ours = ShardFolder(tmp_path / "ours", dtype=np.dtype(dtype), shard_bytes=2**18, compression=None)
-    ours.add(ids_T, lengths_P, np.ones(6, bool))
-    ours._writer.finish()
+    ours = ShardWriter(tmp_path, "train", dtype=np.dtype(dtype), shard_bytes=2**18, compression=compression)
+    for half in (slice(0, 3), slice(3, 6)):
+        ids_of_half = ids_T[lengths_P[:half.start].sum():][:lengths_P[half].sum()]
+        ours.add(ids_of_half, lengths_P[half], np.ones(3, bool))
+    entries = ours.finish()
     with MDSWriter(columns={"input_ids": f"ndarray:{name}"}, out=str(tmp_path / "theirs"), size_limit=2**18,
-                   hashes=["sha256"]) as theirs:
+                   compression=compression, hashes=["sha256"]) as theirs:
         for ids in np.split(ids_T, np.cumsum(lengths_P)[:-1]):
             theirs.write({"input_ids": ids})
-    assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
-    read = [ids for entry in read_index(tmp_path / "ours") for ids in read_shard(tmp_path / "ours", entry, dtype=name)]
+    as_theirs = json.loads(json.dumps(entries, sort_keys=True).replace("train.", "shard."))
+    assert as_theirs == read_index(tmp_path / "theirs") and len(entries) > 1
+    for path in tmp_path.glob("train.*"):
+        assert path.read_bytes() == (tmp_path / "theirs" / path.name.replace("train", "shard")).read_bytes()
+    read = [ids for entry in entries for ids in read_shard(tmp_path, entry, dtype=name)]
     assert np.array_equal(np.concatenate(read), ids_T)
 
 
@@ -178,17 +178,17 @@ def test_leftovers_of_a_killed_run_are_thrown_away(tmp_path):
     (OSError(errno.ENOSPC, "No space left on device"), 2, "disk of"), (KeyboardInterrupt(), 130, "Run the same command")])
 def test_a_run_broken_in_the_middle_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, capsys, error, code, words):
     write_jsonl(tmp_path / "a.jsonl", texts(50))
-    config, real = settings(tmp_path), ShardFolder.finish
+    config, real = settings(tmp_path), ShardWriter.finish
 
     def breaks(self, *rest):
         raise error
 
-    monkeypatch.setattr(ShardFolder, "finish", breaks)
+    monkeypatch.setattr(ShardWriter, "finish", breaks)
     assert run("prepare", config) == code
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
     assert list((tmp_path / "shards").iterdir()) == []
-    monkeypatch.setattr(ShardFolder, "finish", real)
+    monkeypatch.setattr(ShardWriter, "finish", real)
     assert run("prepare", config) == 0
 
 
@@ -196,9 +196,14 @@ def test_two_runs_do_not_make_the_same_source_at_once(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", texts(50))
     config = settings(tmp_path)
     (tmp_path / "shards").mkdir()
-    with story._hidden_folder(tmp_path / "shards/a"):
-        assert run("prepare", config) == 2
-    assert "another data-prep" in capsys.readouterr().err
+    with open_ledger(tmp_path / "shards/a", Part()):
+        assert run("prepare", config) == run("merge", config) == run("prepare", config, "--part", "1/2") == 2
+    assert capsys.readouterr().err.count("another data-prep is making") == 3
+    with open_ledger(tmp_path / "shards/a", Part(index=2, count=2)):
+        assert run("prepare", config, "--part", "1/2") == 0
+        assert run("prepare", config, "--part", "2/2") == run("prepare", config) == 2
+    assert run("prepare", config) == 0
+    assert [p.name for p in (tmp_path / "shards").iterdir()] == ["a"]
 
 
 def test_the_card_names_no_place_of_this_machine_and_no_time(tmp_path):

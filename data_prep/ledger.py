@@ -1,0 +1,263 @@
+"""A source in the making: OUT/.NAME.part, in which a segment stands when it is whole and durable.
+
+    OUT/.NAME.lock, .NAME.2-of-4.lock          held while a process works on the source, or on that part of it
+    OUT/.NAME.part/
+        segments/recipe.json                   what the segments are made from
+        segments/000007/                       finished: segment.json, train.00000.mds, train.lengths, held_out...
+        segments/.2-of-4.000008.1f0c/          in the making; thrown away by the next run of that part
+        train/, held_out/                      what OUT/NAME will hold; merge moves the shards here, the card last
+
+Every step is a rename of something whole, so a kill between any two leaves a state that the next run goes on from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.segments import Part, Segment
+from encoder.base.errors import ShardError, UserError
+from encoder.base.files import fsync_path, write_json
+from encoder.base.log import warn_once
+from encoder.base.schema import differences
+from encoder.data.shard_format import CARD, Card, read_card
+
+SPLITS = ("train", "held_out")
+SEGMENT = "segment.json"
+RECIPE = "recipe.json"
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What came in and where it went; `check` is the conservation law."""
+
+    documents_read: int = 0                       # with text
+    documents_train: int = 0
+    documents_held_out: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)      # by reason
+    content_tokens: int = 0                       # as the tokenizer gave them
+    pieces: int = 0                               # samples written
+    tokens: int = 0                               # written, [CLS] and [SEP] counted
+
+    def check(self) -> None:
+        """Everything read was written, and each piece got its [CLS] and [SEP]."""
+        assert self.documents_train + self.documents_held_out == self.documents_read, \
+            "a document was lost between reading and writing"
+        assert self.content_tokens + 2 * self.pieces == self.tokens, "a token was lost between encoding and writing"
+
+    def leave_out(self, reasons: dict[str, int]) -> None:
+        """Count documents that were left out."""
+        self.left_out = dict(sorted((Counter(self.left_out) + Counter(reasons)).items()))
+
+    def add(self, other: Counts) -> None:
+        """The counts of both."""
+        self.leave_out(other.left_out)
+        for name in ("documents_read", "documents_train", "documents_held_out", "content_tokens", "pieces", "tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """segment.json: what a finished segment was made from, and what it holds."""
+
+    made_from_sha256: str                         # of `identity` of the card to come
+    stretches: list[Any]                          # [file, first byte, last byte] of each
+    counts: Counts
+    tokens: dict[str, int]                        # by split
+    shards: dict[str, list[dict[str, Any]]]       # by split: entries of index.json, with the segment's own file names
+
+
+class Ledger:
+    """The folder OUT/.NAME.part of one source, opened under its lock by `open_ledger`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = folder                                             # where the source will stand
+        self.part = folder.with_name(f".{folder.name}.part")
+        self.segments = self.part / "segments"
+
+    def begin(self, made_from: dict[str, Any], *, alone: bool, again: bool = False) -> None:
+        """Go on with what is there if it was made from the same, else begin with nothing. Raises ShardError if it was made
+        from something else, unless `again`: then it is thrown away. Only who is `alone` throws anything away."""
+        if alone:
+            _remove(self._trash)
+        found = self._made_from()
+        if changed := changes(found, made_from) if found else "":
+            if not (again and alone):
+                raise ShardError(f"{self.part} holds segments made from something else ({changed}). "
+                                 "Prepare the whole with --again to make them anew, or set another out.")
+        if changed or not found:
+            if alone:
+                self.discard()
+            self.segments.mkdir(parents=True, exist_ok=True)
+            write_json(self.segments / RECIPE, made_from)
+
+    @property
+    def assembled(self) -> bool:
+        """Whether merge has finished all but the last rename."""
+        return (self.part / "train" / CARD).is_file()
+
+    def _made_from(self) -> dict[str, Any] | None:
+        if self.assembled:
+            return identity(read_card(self.part / "train"))
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.segments / RECIPE).read_text(encoding="utf-8"))
+        return None
+
+    def finished(self) -> set[int]:
+        """The numbers of the finished segments."""
+        with contextlib.suppress(FileNotFoundError):
+            return {int(name) for name in os.listdir(self.segments) if name.isdigit()}
+        return set()
+
+    def record(self, segment: Segment) -> Record:
+        """What a finished segment holds. Raises ShardError if it is damaged or was cut from other files."""
+        path = self.folder_of(segment) / SEGMENT
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            record = Record(**{**content, "counts": Counts(**content["counts"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ShardError(f"{path} cannot be read: {error}. Remove {path.parent}, and run prepare again.") from error
+        if record.stretches != [s.described() for s in segment.stretches]:
+            raise ShardError(f"{path.parent} was made from another stretch of the files. Remove it, and run prepare again.")
+        return record
+
+    def folder_of(self, segment: Segment) -> Path:
+        """Where a finished segment stands."""
+        return self.segments / f"{segment.number:06}"
+
+    @contextlib.contextmanager
+    def making(self, segment: Segment, part: Part) -> Iterator[Path]:
+        """An empty folder for a segment; when the block ends well, it is the finished segment."""
+        # a name of its own: a process orphaned by a kill of its parent may still write to an older one
+        beside = self.segments / f".{part.label}.{segment.number:06}.{secrets.token_hex(4)}"
+        beside.mkdir()
+        try:
+            yield beside
+            fsync_path(beside)
+            with contextlib.suppress(FileExistsError):       # another part of another count did it too, the same bytes
+                _rename_new(beside, self.folder_of(segment))
+            fsync_path(self.segments)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def clear(self, part: Part) -> None:
+        """Throw away what killed runs of this part (of every part, for the whole) left half-made."""
+        for name in os.listdir(self.segments):
+            if name.startswith("." if part.count == 1 else f".{part.label}."):
+                shutil.rmtree(self.segments / name)
+
+    def put_in_place(self) -> None:
+        """OUT/.NAME.part, complete but for its segments folder, becomes OUT/NAME; an older one leaves at the last moment."""
+        _remove(self.segments)
+        fsync_path(self.part)
+        if self.out.exists():
+            _remove(self._trash)
+            os.rename(self.out, self._trash)
+        os.rename(self.part, self.out)
+        fsync_path(self.out.parent)
+        _remove(self._trash)
+
+    def discard(self) -> None:
+        """Nothing is left of the folder; renamed first, so that no kill leaves a half of it under its name."""
+        _remove(self._trash)
+        if self.part.exists():
+            os.rename(self.part, self._trash)
+            _remove(self._trash)
+
+    @property
+    def _trash(self) -> Path:
+        return self.out.with_name(f".{self.out.name}.old")
+
+
+@contextlib.contextmanager
+def open_ledger(folder: Path, part: Part) -> Iterator[Ledger]:
+    """The ledger of OUT/NAME, locked: parts beside each other, the whole (and merge) alone. A ledger without a finished
+    segment is gone afterwards. Raises UserError when another process works on the same."""
+    whole, ledger = part.count == 1, Ledger(folder)
+    busy = f"another data-prep is making {folder} at this moment. Wait for it, or set another out."
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(_locked(folder.with_name(f".{folder.name}.lock"), "alone" if whole else "shared", busy))
+        if not whole:
+            name = f".{folder.name}.{part.label}.lock"
+            locks.enter_context(_locked(folder.with_name(name), "alone", busy.replace("making", f"making part {part.label} of")))
+        try:
+            yield ledger
+        finally:
+            if whole and ledger.part.exists() and not ledger.finished() and not any(
+                    (ledger.part / split).exists() for split in SPLITS):
+                ledger.discard()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, kind: Literal["alone", "shared"], busy: str) -> Iterator[None]:
+    """A lock that dies with its process, SIGKILL included. The last one that leaves removes the file."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_EX if kind == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UserError(busy) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warn_once(f"{path.parent} is on a file system without locks: see to it that no other data-prep works there.")
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)                          # it was removed between opening and locking
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)       # fails while other parts hold it
+            os.unlink(path)
+        os.close(handle)
+
+
+def _rename_new(beside: Path, folder: Path) -> None:
+    """Rename to a name that is not taken. Raises FileExistsError."""
+    try:
+        os.rename(beside, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)) from error
+        raise
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def identity(card: Card) -> dict[str, Any]:
+    """What a source was made from: its tokenizer, settings and files."""
+    return {"tokenizer": card.tokenizer_sha256[:12], **{k: v for k, v in card.recipe.items() if k != "counts"}}
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between two identities, as words; empty where nothing does."""
+    found = [f"{key} was {_brief(a)}, is {_brief(b)}" for key, a, b in differences(old, new)]
+    return "; ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+
+
+def _brief(value: Any) -> str:
+    """A value of the settings in a message."""
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write segment.json: the last file of a segment."""
+    write_json(folder / SEGMENT, dataclasses.asdict(record))

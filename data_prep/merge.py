@@ -1,0 +1,129 @@
+"""Finished segments to OUT/NAME: shards are renamed, not copied; index, lengths and card are made from the segments' own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.ledger import SPLITS, Counts, Ledger, Record
+from data_prep.segments import Segment
+from encoder.base.errors import ConfigError, ShardError
+from encoder.base.files import fsync_path, sha256_of, write_atomic
+from encoder.data.shard_format import CARD, INDEX, LENGTHS, TOKENIZER, Card, lengths_dtype, write_card
+
+COPY_BYTES = 2**22
+
+
+def assemble(ledger: Ledger, segments: Sequence[Segment], card: Card, *, made_from_sha256: str, tokenizer_json: bytes) -> Counts:
+    """Make OUT/NAME of all its segments; returns the totals. Raises ShardError when a segment is missing or does not fit,
+    ConfigError for a source without a document for training.
+
+    card: what the cards will be, without totals and hashes of content. A run that was killed in here is gone on with."""
+    if not ledger.assembled:
+        records = _checked(ledger, segments, made_from_sha256)
+        counts = Counts()
+        for record in records:
+            counts.add(record.counts)
+        counts.check()
+        if not counts.documents_train:
+            ledger.discard()
+            raise ConfigError(f"source {card.source} has no document for training ({counts.documents_read:,} read, "
+                              f"{sum(counts.left_out.values()):,} left out, {counts.documents_held_out:,} held out). "
+                              "Give it more text or a smaller held_out_share.")
+        card = dataclasses.replace(card, recipe={**card.recipe, "counts": dataclasses.asdict(counts)})
+        for split in reversed(SPLITS):          # train last: its card says that all is there
+            _assemble_split(ledger, segments, records, dataclasses.replace(card, split=split), tokenizer_json)
+    else:
+        counts = Counts(**json.loads((ledger.part / "train" / CARD).read_text(encoding="utf-8"))["recipe"]["counts"])
+    ledger.put_in_place()
+    return counts
+
+
+def _checked(ledger: Ledger, segments: Sequence[Segment], made_from_sha256: str) -> list[Record]:
+    """The record of every segment. Raises ShardError."""
+    finished = ledger.finished()
+    if absent := [s for s in segments if s.number not in finished]:
+        first = absent[0].stretches[0]
+        raise ShardError(f"{ledger.out.name} has {len(segments) - len(absent):,} of {len(segments):,} segments; the first "
+                         f"missing one begins in {first.file.place} at byte {first.begin:,}. Run data-prep prepare with "
+                         "the parts that are not done, or without --part for all that is missing.")
+    if extra := finished - {s.number for s in segments}:
+        raise ShardError(f"{ledger.segments} holds a segment {max(extra)}, the source has {len(segments):,}. "
+                         "Prepare it with --again.")
+    records = [ledger.record(segment) for segment in segments]
+    for segment, record in zip(segments, records, strict=True):
+        folder = ledger.folder_of(segment)
+        if record.made_from_sha256 != made_from_sha256:
+            raise ShardError(f"{folder} was made with other settings, another tokenizer or other files than the rest. "
+                             "Remove it, and run prepare again.")
+        record.counts.check()
+        samples = sum(entry["samples"] for split in SPLITS for entry in record.shards[split])
+        if samples != record.counts.pieces:
+            raise ShardError(f"{folder} has {samples:,} samples, its counts tell of {record.counts.pieces:,}. "
+                             "Remove it, and run prepare again.")
+    return records
+
+
+def _assemble_split(ledger: Ledger, segments: Sequence[Segment], records: Sequence[Record], card: Card,
+                    tokenizer_json: bytes) -> None:
+    documents = card.recipe["counts"][f"documents_{card.split}"]
+    folder = ledger.part / card.split
+    if not documents:
+        return
+    folder.mkdir(exist_ok=True)
+    entries, samples = [], 0
+    for segment, record in zip(segments, records, strict=True):
+        for entry in record.shards[card.split]:
+            moved = _named(entry, f"shard.{len(entries):05}.mds")
+            _move(ledger.folder_of(segment) / _stored(entry)["basename"], folder / _stored(moved)["basename"],
+                  _stored(entry)["bytes"])
+            entries.append(moved)
+            samples += entry["samples"]
+    write_atomic(folder / INDEX, json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+    itemsize = lengths_dtype(card.max_tokens_per_document).itemsize
+    _concatenate([ledger.folder_of(s) / f"{card.split}.lengths" for s in segments], folder / LENGTHS, samples * itemsize)
+    write_atomic(folder / TOKENIZER, tokenizer_json)
+    fsync_path(folder)
+    tokens = sum(record.tokens[card.split] for record in records)
+    write_card(folder, dataclasses.replace(card, documents=samples, tokens=tokens, index_sha256=sha256_of(folder / INDEX),
+                                           lengths_sha256=sha256_of(folder / LENGTHS)))
+
+
+def _stored(entry: dict) -> dict:
+    return entry["zip_data"] or entry["raw_data"]
+
+
+def _named(entry: dict, name: str) -> dict:
+    """The entry under its name in OUT/NAME; compression adds its own ending."""
+    raw, packed = entry["raw_data"], entry["zip_data"]
+    if packed:
+        packed = {**packed, "basename": name + Path(packed["basename"]).suffix}
+    return {**entry, "raw_data": {**raw, "basename": name}, "zip_data": packed}
+
+
+def _move(here: Path, there: Path, size: int) -> None:
+    """Rename, or find it renamed by a run that was killed. Raises ShardError."""
+    if here.exists():
+        os.rename(here, there)
+    if not there.is_file() or there.stat().st_size != size:
+        raise ShardError(f"{here} is missing or has another size than {size:,} bytes. "
+                         f"Remove {here.parent}, and run prepare again.")
+
+
+def _concatenate(parts: Sequence[Path], whole: Path, size: int) -> None:
+    beside = whole.with_name(f".{whole.name}.part")
+    with open(beside, "wb") as out:
+        for part in parts:
+            with open(part, "rb") as f:
+                shutil.copyfileobj(f, out, COPY_BYTES)
+        out.flush()
+        os.fsync(out.fileno())
+        found = out.tell()
+    if found != size:
+        beside.unlink()
+        raise ShardError(f"the lengths of {whole.parent} have {found:,} bytes; needed: {size:,}. Prepare it with --again.")
+    os.replace(beside, whole)

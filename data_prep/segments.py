@@ -1,0 +1,81 @@
+"""A source cut into segments: the unit that one process makes, that a kill costs, and that parts of a job array share.
+
+The files of a source lie end to end, and every `segment_bytes` of them begin a segment. What is read as a whole - a
+line, a paragraph, or a file that cannot be entered in its middle - belongs to the segment in which it begins:
+
+    files      |a.jsonl          |b.jsonl   |c.jsonl.gz        |d.jsonl |
+    segments   |0      |1      |2      |3      |4      |5      |6      |
+    c.jsonl.gz                               3 3 3 3 3 3 3 3 3           so 4 has nothing and is left out
+
+Segments are a function of the input and of shard_bytes alone. Every one makes shards of its own, so the shards are the
+same whoever made them, in however many parts, and however often that was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_prep.config import Source
+from data_prep.readers import InputFile, can_be_cut
+
+SEGMENT_SHARDS = 4          # shard_bytes of text in a segment: of English prose 1.8 shards of uint16, of code 2.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """The documents of one file that begin in [begin, end); the whole file where end is None."""
+
+    file: InputFile
+    begin: int = 0
+    end: int | None = None
+
+    def described(self) -> list:
+        """For segment.json."""
+        return [self.file.name, self.begin, self.end]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Some neighbouring stretches of a source."""
+
+    number: int
+    begin: int                         # where its first byte lies in the source, all files end to end
+    bytes: int
+    stretches: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Part `index` (from 1) of `count`: the segments that begin in this share of the source's bytes."""
+
+    index: int = 1
+    count: int = 1
+
+    @property
+    def label(self) -> str:
+        """'3-of-16', for names of files."""
+        return f"{self.index}-of-{self.count}"
+
+    def of(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Its segments."""
+        total = max(1, sum(s.bytes for s in segments))
+        return [s for s in segments if s.begin * self.count // total == self.index - 1]
+
+
+def segments_of(source: Source, files: Sequence[InputFile], *, shard_bytes: int) -> list[Segment]:
+    """The segments of a source's files, in order."""
+    size, at = SEGMENT_SHARDS * shard_bytes, 0
+    found: dict[int, list[tuple[int, int, Stretch]]] = {}       # (begin in the source, bytes, stretch)
+    for file in files:
+        first, last = at // size, (at + file.bytes - 1) // size
+        if can_be_cut(source, file) and first < last:
+            for k in range(first, last + 1):
+                begin, end = max(0, k * size - at), min(file.bytes, (k + 1) * size - at)
+                found.setdefault(k, []).append((at + begin, end - begin, Stretch(file=file, begin=begin, end=end)))
+        else:
+            found.setdefault(first, []).append((at, file.bytes, Stretch(file=file)))
+        at += file.bytes
+    return [Segment(number=number, begin=of_k[0][0], bytes=sum(size for _, size, _ in of_k),
+                    stretches=tuple(stretch for *_, stretch in of_k))
+            for number, (_, of_k) in enumerate(sorted(found.items()))]

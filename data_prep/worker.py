@@ -1,0 +1,213 @@
+"""Segments to shards on every core: a process reads, parses, encodes and writes a whole segment, and tells of it in a line.
+
+Nothing but a few numbers passes between processes, so the cores do not wait for one another.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.config import Source
+from data_prep.ledger import SPLITS, Counts, Ledger, Record, write_record
+from data_prep.readers import Block, InputFile, ReadError, numbered, parse, read_blocks
+from data_prep.segments import Part, Segment
+from data_prep.shards import ShardWriter
+from data_prep.tokenization import EncoderName, TextEncoder, encode_pieces, one_thread_a_process
+from encoder.base.errors import ConfigError, UserError
+from encoder.base.files import write_atomic
+from encoder.base.log import warn_once
+from encoder.data.shard_format import lengths_dtype
+
+PROGRESS_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """What a process must know to encode: the same for all sources."""
+
+    tokenizer_json: str
+    encoder: EncoderName
+    cls_id: int
+    sep_id: int
+    dtype: str
+    max_tokens_per_document: int
+    held_out_share: float
+    shard_bytes: int
+    compression: str | None
+    stop_on_error: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentJob:
+    """One segment to be made."""
+
+    source: Source
+    segment: Segment
+    part: Part
+    folder: str                   # OUT/NAME
+    made_from_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What one block brought, for the progress bar."""
+
+    file_bytes: int
+    documents: int
+    tokens: int
+
+
+class SegmentMaker:
+    """Makes segments in this process."""
+
+    def __init__(self, job: EncodeJob, tell: Callable[[Done], None]) -> None:
+        self._job, self._tell = job, tell
+        self._encoder = TextEncoder(Path(job.tokenizer_json), job.encoder)
+
+    def __call__(self, asked: SegmentJob) -> None:
+        """From files to a finished segment in the ledger. Raises UserError, OSError for the disk."""
+        with Ledger(Path(asked.folder)).making(asked.segment, asked.part) as folder:
+            counts = Counts()
+            out = _Splits(folder, self._job)
+            for file, block in self._blocks(asked, counts):
+                self._encode(file, block, out, counts)
+            shards = out.finish()
+            counts.tokens = sum(out.tokens.values())
+            counts.check()
+            stretches = [s.described() for s in asked.segment.stretches]
+            write_record(folder, Record(made_from_sha256=asked.made_from_sha256, stretches=stretches, counts=counts,
+                                        tokens=out.tokens, shards=shards))
+
+    def _blocks(self, asked: SegmentJob, counts: Counts) -> Iterator[tuple[InputFile, Block]]:
+        for stretch in asked.segment.stretches:
+            try:
+                for block in read_blocks(asked.source, stretch.file, stretch.begin, stretch.end):
+                    yield stretch.file, block
+            except ReadError as error:
+                if self._job.stop_on_error:
+                    raise
+                warn_once(f"left out: {error}")
+                counts.leave_out({"unreadable file or its end": 1})
+
+    def _encode(self, file: InputFile, block: Block, out: _Splits, counts: Counts) -> None:
+        job, parsed, tokens = self._job, parse(block), 0
+        if parsed.problem and job.stop_on_error:
+            raise ConfigError(parse(numbered(block, file)).problem)
+        counts.leave_out(parsed.left_out)
+        if parsed.texts:
+            pieces = encode_pieces(self._encoder, parsed.texts, cls_id=job.cls_id, sep_id=job.sep_id,
+                                   dtype=np.dtype(job.dtype), held_out_share=job.held_out_share,
+                                   max_tokens_per_document=job.max_tokens_per_document)
+            out.add(pieces.ids_T, pieces.lengths_P, pieces.held_out_P)
+            tokens = len(pieces.ids_T)
+            counts.add(Counts(documents_read=len(parsed.texts), documents_held_out=pieces.held_out_documents,
+                              documents_train=len(parsed.texts) - pieces.held_out_documents,
+                              content_tokens=pieces.content_tokens, pieces=len(pieces.lengths_P)))
+        self._tell(Done(file_bytes=block.file_bytes, documents=len(parsed.texts), tokens=tokens))
+
+
+class _Splits:
+    """The shards and lengths of a segment, train and held out."""
+
+    def __init__(self, folder: Path, job: EncodeJob) -> None:
+        self._folder, self._lengths_dtype = folder, lengths_dtype(job.max_tokens_per_document)
+        self._writers = {split: ShardWriter(folder, split, dtype=np.dtype(job.dtype), shard_bytes=job.shard_bytes,
+                                            compression=job.compression) for split in SPLITS}
+        self._lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+
+    def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, held_out_P: np.ndarray) -> None:
+        for split, chosen_P in zip(SPLITS, (~held_out_P, held_out_P), strict=True):
+            self._writers[split].add(ids_T, lengths_P, chosen_P)
+            self._lengths[split].append(lengths_P[chosen_P].astype(self._lengths_dtype))
+
+    def finish(self) -> dict[str, list[dict[str, Any]]]:
+        """Everything on the disk, durable; the entries of the shards by split."""
+        shards = {split: writer.finish() for split, writer in self._writers.items()}
+        for split, lengths in self._lengths.items():
+            write_atomic(self._folder / f"{split}.lengths", b"".join(part.tobytes() for part in lengths))
+        return shards
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {split: writer.tokens for split, writer in self._writers.items()}
+
+
+class SegmentPool:
+    """Several processes (or none besides this one) that make segments, in order; at most two wait for each."""
+
+    def __init__(self, job: EncodeJob, processes: int) -> None:
+        self._job, self._processes = job, processes
+        one_thread_a_process()
+        self._pool = None
+        if processes > 1:
+            # spawn: a forked copy of a process with threads (arrow) can hang
+            context = get_context("spawn")
+            self._news = context.SimpleQueue()
+            self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job, self._news))
+
+    def make(self, jobs: Iterable[SegmentJob], tell: Callable[[Done], None]) -> None:
+        """All of them; `tell` is called as they go on. Raises the error of the first segment that has one."""
+        if self._pool is None:
+            maker = SegmentMaker(self._job, tell)
+            for job in jobs:
+                maker(job)
+            return
+        waiting: deque[Future[None]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(self._pool.submit(_make, job))
+                if len(waiting) > 2 * self._processes:
+                    self._wait(waiting.popleft(), tell)
+            while waiting:
+                self._wait(waiting.popleft(), tell)
+        except BrokenProcessPool as error:
+            raise UserError("a process that encodes text died, most likely for want of memory. "
+                            f"Run it again with fewer processes than {self._processes}: processes=N.") from error
+
+    def _wait(self, future: Future[None], tell: Callable[[Done], None]) -> None:
+        done = False
+        while not done:
+            done = bool(wait([future], timeout=PROGRESS_SECONDS).done)
+            while not self._news.empty():
+                tell(self._news.get())
+        future.result()
+
+    def close(self) -> None:
+        """End the processes; segments that are not finished are given up."""
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+_this_process: dict[str, SegmentMaker] = {}
+
+
+def _start(job: EncodeJob, news: Any) -> None:
+    """In a new process: leave Ctrl-C to the parent, and end when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    one_thread_a_process()
+    _this_process["maker"] = SegmentMaker(job, news.put)
+
+
+def _end_with_parent() -> None:
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def _make(job: SegmentJob) -> None:
+    _this_process["maker"](job)
