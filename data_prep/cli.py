@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds)
     text = train.add_mutually_exclusive_group(required=True)
     text.add_argument("--files", metavar="GLOB", nargs="+",
-                      help=".jsonl (also .gz, .zst; key text), .parquet, plain text")
+                      help=".jsonl (also .gz, .zst; key text), .parquet, .arrow, plain text")
     text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
     train.add_argument("--vocab-size", metavar="N", type=int, default=8192,
                        help="entries, special tokens included (8192)")
