@@ -46,7 +46,7 @@ from encoder.engine.checkpoint_folder import (
     folder_name,
     remove_old,
 )
-from encoder.engine.checkpoint_stretches import KINDS, StretchReader, rank_file, write_pieces
+from encoder.engine.checkpoint_stretches import StretchReader, rank_file, write_pieces
 from encoder.engine.engine import Engine
 
 FORMAT = 1
@@ -127,8 +127,8 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, A
         _check_same_model(folder, saved=state["shapes"], ours=engine.shapes)
         with StretchReader(folder) as reader:
             for piece in engine.pieces():
-                for kind in KINDS:
-                    reader.copy_into(getattr(piece, kind), name=piece.name, start=piece.start, kind=kind)
+                for kind, tensor in piece.tensors.items():
+                    reader.copy_into(tensor, name=piece.name, start=piece.start, kind=kind)
         state["progress"], state["extra"] = read_progress(folder)
 
     together(load, doing=f"cannot read checkpoint {folder}", then="Remove this folder to use the one before it.")

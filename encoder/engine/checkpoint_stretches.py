@@ -18,8 +18,6 @@ from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, usual_mode
 from encoder.engine.engine import Piece
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-
 
 def rank_file(rank: int) -> str:
     """The name of the file with one rank's stretches."""
@@ -28,8 +26,8 @@ def rank_file(rank: int) -> str:
 
 def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
     """Writes and syncs one rank's stretches, in their own precision. Raises OSError or SafetensorError."""
-    save_file({f"{piece.name}@{piece.start}/{kind}": getattr(piece, kind).to("cpu", copy=True)
-               for piece in pieces for kind in KINDS}, path)
+    save_file({f"{piece.name}@{piece.start}/{kind}": tensor.to("cpu", copy=True)
+               for piece in pieces for kind, tensor in piece.tensors.items()}, path)
     usual_mode(path)
     fsync_path(path)
 

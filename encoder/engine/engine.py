@@ -48,13 +48,16 @@ class LossSum(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of a parameter that this rank answers for in a checkpoint; 1-d views, writing to them writes the state."""
+    """A stretch of a parameter that this rank answers for in a checkpoint, and its part of the optimizer's state."""
 
     name: str
     start: int
-    master: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    tensors: dict[str, torch.Tensor]     # by kind: master and what the optimizer keeps; 1-d views, writing to them counts
+
+    @property
+    def master(self) -> torch.Tensor:
+        """The weights themselves."""
+        return self.tensors["master"]
 
 
 def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: StableAdamWConfig, world: World,
@@ -195,9 +198,8 @@ class Engine:
                     yield part, s
 
     def _piece(self, part: FlatPart, s: Stretch) -> Piece:
-        state = self.optimizer.state[part.tensor]
-        return Piece(name=s.name, start=s.start, master=s.of(part.tensor.detach()), exp_avg=s.of(state["exp_avg"]),
-                     exp_avg_sq=s.of(state["exp_avg_sq"]))
+        kept = {kind: s.of(value) for kind, value in self.optimizer.state[part.tensor].items() if kind != "step"}
+        return Piece(name=s.name, start=s.start, tensors={"master": s.of(part.tensor.detach()), **kept})
 
     @contextlib.contextmanager
     def forward_mode(self) -> Iterator[None]:
