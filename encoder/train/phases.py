@@ -55,9 +55,10 @@ def planned_steps(run: RunConfig, *, fill: float = 1.0) -> Iterator[PlannedStep]
     """All steps of a run, with rows that are `fill` full (0 < fill <= 1; the true tokens follow from the documents)."""
     step = 0
     for index, phase in enumerate(run.phases):
-        seen = 0
+        warm_up = phase.batch_warmup.over_tokens if phase.batch_warmup else 0
+        seen, full = 0, run.rows_at(phase, warm_up)
         while seen < phase.tokens:
-            rows = run.rows_at(phase, seen)
+            rows = run.rows_at(phase, seen) if seen < warm_up else full
             tokens = max(1, int(rows * run.data.row_tokens * fill))
             step += 1
             yield PlannedStep(phase=index, step=step, phase_tokens=seen, rows=rows, tokens=tokens,
