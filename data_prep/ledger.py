@@ -188,6 +188,8 @@ def open_ledger(folder: Path, part: Part) -> Iterator[Ledger]:
     busy = f"another data-prep is making {folder} at this moment. Wait for it, or set another out."
     with contextlib.ExitStack() as locks:
         locks.enter_context(_locked(folder.with_name(f".{folder.name}.lock"), "alone" if whole else "shared", busy))
+        for killed in folder.parent.glob(f".{folder.name}.*-of-*.lock") if whole else ():
+            killed.unlink(missing_ok=True)
         if not whole:
             name = f".{folder.name}.{part.label}.lock"
             locks.enter_context(_locked(folder.with_name(name), "alone", busy.replace("making", f"making part {part.label} of")))
@@ -197,6 +199,13 @@ def open_ledger(folder: Path, part: Part) -> Iterator[Ledger]:
             if whole and ledger.part.exists() and not ledger.finished() and not any(
                     (ledger.part / split).exists() for split in SPLITS):
                 ledger.discard()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a run that was killed after its last rename left beside a finished source."""
+    if any(folder.parent.glob(f".{folder.name}.*")):
+        with contextlib.suppress(UserError), open_ledger(folder, Part()) as ledger:
+            ledger.discard()
 
 
 @contextlib.contextmanager
@@ -220,10 +229,12 @@ def _locked(path: Path, kind: Literal["alone", "shared"], busy: str) -> Iterator
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)       # fails while other parts hold it
-            os.unlink(path)
-        os.close(handle)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)   # fails while other parts hold it
+                os.unlink(path)
+        finally:
+            os.close(handle)
 
 
 def _rename_new(beside: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepareConfig, Source, recipe_of
-from data_prep.ledger import Counts, Ledger, changes, identity, open_ledger
+from data_prep.ledger import Counts, Ledger, changes, identity, open_ledger, tidy
 from data_prep.merge import assemble
 from data_prep.meter import Meter
 from data_prep.readers import ReadError, find_files, parse, pinned, read_blocks
@@ -134,6 +134,7 @@ def _finished(plan: _Plan) -> bool:
     held_out = card.recipe["counts"]["documents_held_out"]
     say(f"{plan.source.name}: finished before, {card.documents:,} samples and {short_count(card.tokens)} tokens in "
         f"train, {held_out:,} documents held out ({plan.folder}). Nothing to do.")
+    tidy(plan.folder)
     return True
 
 
