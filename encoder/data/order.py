@@ -64,6 +64,18 @@ class DocumentOrder:
         self._groups = used or self._groups      # one group, or two at a border: the next stretch begins in the last
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
+    def shards(self, start: int, count: int, *, at_most: int) -> list[int]:
+        """The shards whose groups the places start to start + count touch, soonest first: `at_most`, or a group more."""
+        found: dict[int, None] = {}
+        end = start + count
+        while start < end and len(found) < min(at_most, len(self._samples)):
+            number, place = divmod(start, self.documents_per_epoch)
+            epoch = self._epoch_of(number)
+            group = int(np.searchsorted(epoch.group_starts, place, side="right")) - 1
+            found.update(dict.fromkeys(epoch.shards[group * SHARDS_PER_GROUP:(group + 1) * SHARDS_PER_GROUP].tolist()))
+            start += int(epoch.group_starts[group + 1]) - place
+        return list(found)
+
     def _epoch_of(self, number: int) -> _Epoch:
         if self._epoch is None or self._epoch.number != number:
             order = generator(self._seed, *self._address, number).permutation(len(self._samples))
@@ -74,11 +86,10 @@ class DocumentOrder:
         return self._epoch
 
     def _shuffled(self, epoch: _Epoch, group: int) -> np.ndarray:
-        # 4 bytes a document where they suffice: 2 MB a group of the 2T mixture, for each source and lane
-        kind = np.uint32 if self._ends[-1] < 2**32 else np.int64
         shards = epoch.shards[group * SHARDS_PER_GROUP:(group + 1) * SHARDS_PER_GROUP]
         first = [int(self._ends[s - 1]) if s else 0 for s in shards]
-        documents = np.concatenate([np.arange(f, int(self._ends[s]), dtype=kind)
-                                    for f, s in zip(first, shards, strict=True)])
+        documents = np.concatenate([np.arange(f, int(self._ends[s])) for f, s in zip(first, shards, strict=True)])
         generator(self._seed, *self._address, epoch.number, group).shuffle(documents)
-        return documents
+        # kept in 4 bytes where they suffice: 2 MB a group of the 2T mixture, for each source and lane. Shuffled in 8, which
+        # numpy does in two thirds of the time: 5 ms
+        return documents.astype(np.uint32) if self._ends[-1] < 2**32 else documents
