@@ -46,7 +46,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     row_tokens: int                   # capacity of a row: the unit of packing and of batch size
-    window_documents: int = 4096      # documents packed together; more: fuller rows, longer planning
+    window_documents: int = 8192      # documents packed together; rows of 16,384 of real text: 4096 99.5 %, 8192 99.7 % full
     lanes: int = 1                    # sequences of windows side by side, each over its own shards of every source
 
     def __post_init__(self) -> None:
