@@ -15,6 +15,17 @@ class ShardError(UserError):
     """A shard folder that is missing, damaged, or does not fit the run."""
 
 
+class DamagedShard(ShardError):
+    """A shard whose bytes are not those that its folder tells of; `source` and number `shard` once they are known."""
+
+    def __init__(self, text: str, *, source: str = "", shard: int = -1) -> None:
+        super().__init__(text)
+        self.source, self.shard = source, shard
+
+    def __reduce__(self) -> tuple:      # from a worker it travels whole
+        return _damaged_shard, (str(self), self.source, self.shard)
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model or run."""
 
@@ -47,3 +58,7 @@ def nearest(word: str, choices: list[str]) -> str:
     if close:
         return f"Did you mean {close[0]}?"
     return f"Known: {', '.join(choices)}."
+
+
+def _damaged_shard(text: str, source: str, shard: int) -> DamagedShard:
+    return DamagedShard(text, source=source, shard=shard)

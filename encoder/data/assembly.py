@@ -176,12 +176,18 @@ def deal(specs: Sequence[RowSpec], *, rank: int, world_size: int, micro_batch_ro
         8 rows, 4 ranks, 2 lanes:     lane 0  rank 0 [0 4]  rank 1 [2 6]     lane 1  rank 2 [1 5]  rank 3 [3 7]
     """
     assert lanes == 1 or len(specs) % lanes == 0, "a step has as many rows of every lane"
-    groups = math.gcd(lanes, world_size)
-    group, place = divmod(rank, world_size // groups)
-    of_group = [s for s in specs if s.number % lanes * groups // lanes == group]
-    mine = of_group[place::world_size // groups]
+    own = lanes_of(rank, world_size=world_size, lanes=lanes)
+    group_ranks = world_size // math.gcd(lanes, world_size)
+    mine = [s for s in specs if s.number % lanes in own][rank % group_ranks::group_ranks]
     count = -(-len(specs) // (world_size * micro_batch_rows))
     return [list(mine[i * micro_batch_rows:(i + 1) * micro_batch_rows]) for i in range(count)]
+
+
+def lanes_of(rank: int, *, world_size: int, lanes: int) -> range:
+    """The lanes whose rows `deal` gives to a rank, alone or with the other ranks of its group."""
+    groups = math.gcd(lanes, world_size)
+    group = rank * groups // world_size
+    return range(group * lanes // groups, (group + 1) * lanes // groups)
 
 
 def wrap_int64(number: int) -> int:

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError, ShardError, UserError
 from encoder.base.question import Corrupt
-from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, wrap_int64
+from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, lanes_of, wrap_int64
 from encoder.data.packing import pack_best_fit
+from encoder.data.prefetch import Prefetch
 from encoder.data.shard_format import Card
 from encoder.data.shards import Source
 from encoder.data.windows import WindowPlan, Windows, cut, lay_rows
@@ -60,14 +61,15 @@ class Loader:
 
     `rows_at` tells how many rows the next step has, from the phase's tokens so far: as many of each lane. Only the main
     process calls it, and ahead of time. An exception in a worker is raised by next_step(), a UserError as it is, others
-    with the worker's traceback; so is the death of a worker.
+    with the worker's traceback; so is the death of a worker. `prefetch_windows`: how many windows ahead shards are brought
+    to the caches of their sources, 0 where none has a cache.
     """
 
     def __init__(self, *, sources: Sequence[Source], weights: Sequence[float], seed: int, phase: int,
                  max_tokens_per_document: int, row_tokens: int, window_documents: int, corrupt: Corrupt, pad_id: int,
                  cls_id: int, sep_id: int, rank: int, world_size: int, micro_batch_rows: int,
                  rows_at: Callable[[int], int], start: DataPosition, static_shapes: bool, workers: int,
-                 pin_memory: bool = False, lanes: int = 1) -> None:
+                 pin_memory: bool = False, lanes: int = 1, prefetch_windows: int = 0) -> None:
         _check_lengths(max_tokens_per_document, row_tokens)
         assembler = Assembler(
             sources=sources, corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
@@ -79,6 +81,10 @@ class Loader:
         self._row_tokens = row_tokens
         self._planner = _Planner(self._windows, start=start, rows_at=rows_at, rank=rank, world_size=world_size,
                                  micro_batch_rows=micro_batch_rows, lanes=lanes)
+        self._prefetch = Prefetch(sources=sources, windows=self._windows, windows_ahead=prefetch_windows,
+                                  lanes=lanes_of(rank, world_size=world_size, lanes=lanes)) if prefetch_windows else None
+        if self._prefetch:
+            self._prefetch.start(start.lanes or ((0, 0),) * lanes)
         self._iterator = _start(_MicroBatches(assembler), self._planner, workers=workers, pin_memory=pin_memory)
         # also at interpreter exit, before multiprocessing waits for its children: workers do not listen to SIGTERM
         self._finish = weakref.finalize(self, getattr(self._iterator, "_shutdown_workers", _nothing))
@@ -88,6 +94,8 @@ class Loader:
         first = self._take()
         step = self._planner.steps.popleft()
         made = [first, *(self._take() for _ in range(step.micro_batches - 1))]
+        if self._prefetch:      # from the step that was taken, not from the plans ahead of it: those are still to be read
+            self._prefetch.at(step.end.lanes)
         return StepData(
             micro_batches=[m.batch for m in made], rows=step.rows, tokens=step.tokens,
             masked_tokens=sum(m.batch.masked_tokens for m in made), row_hash=wrap_int64(sum(m.row_hash for m in made)),
@@ -100,6 +108,8 @@ class Loader:
     def close(self) -> None:
         """End the worker processes; the loader gives no more steps."""
         self._finish()
+        if self._prefetch:
+            self._prefetch.close()
 
     def __enter__(self) -> Loader:
         return self

@@ -1,30 +1,28 @@
-"""A shard folder as a list of documents: random access by memory map; the only importer of streaming in this room.
+"""A shard folder as a list of documents: random access by memory map.
 
     shard.00000.mds    uint32 n | uint32 offset x (n+1) | settings as JSON | sample | sample | ...
     sample             uint32 size of each column of no fixed size | the columns in the order of their names
     input_ids          (dimensions << 2 | log2 bytes of a size) | size x dimensions | values
 
-Shards that lie in the folder as plain .mds need nothing but this file. Compressed shards, and shards that are to be
-copied to a `cache` first, go through streaming.Stream: download, retry, hash, decompression.
+Shards that lie in the folder as plain .mds need nothing but this file. Compressed shards, and those of a folder that is
+read through a cache, go through encoder.data.cache.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from encoder.base.errors import ShardError
-from encoder.base.files import sha256_of
+from encoder.base.errors import DamagedShard, ShardError
+from encoder.data.cache import ShardCache, StoredShard, fetch_side_files
 from encoder.data.shard_format import (
-    HASHES,
     INDEX,
     INPUT_IDS,
     LENGTHS,
@@ -42,18 +40,13 @@ OPEN_SHARDS = 32
 
 
 @dataclass(frozen=True)
-class _ShardFile:
-    """One line of index.json: how to find input_ids in the samples of a shard."""
+class _ShardFile(StoredShard):
+    """One line of index.json: also how to find input_ids in the samples of a shard."""
 
-    name: str
-    size_bytes: int
     samples: int
-    compressed: bool
     dtype: np.dtype
     variable_columns: int                      # columns with a size in the sample's head
     before: tuple[int | None, ...]             # sizes of the columns before input_ids, None where the head tells
-    stored: str                                # name of the file as it lies in the folder, compressed or not
-    sha256: str                                # hex, of that file
 
 
 @dataclass(frozen=True)
@@ -62,19 +55,25 @@ class _OpenShard:
     offsets: np.ndarray                        # uint32 [samples + 1], a view of the map
 
 
-def open_source(path: Path, *, name: str, cache: Path | None = None) -> Source:
-    """Open a shard folder that has a card; `cache`: a folder the shards are copied to when first read.
+def open_source(origin: Path | str, *, name: str, cache: Path | None = None, cache_bytes: int | None = None) -> Source:
+    """Open a shard folder that has a card; with `cache`, a folder or URL whose files are fetched to that folder first.
 
-    Reads card.json and index.json, no shard and no length. Raises ShardError, also for an index that is not the card's.
+    Reads card.json and index.json, no shard and no length; all side files are fetched. `cache_bytes` is what its shards
+    may take in the cache. Raises ShardError, also for an index that is not the card's.
     """
-    return Source(Path(path), name=name, cache=cache)
+    return Source(str(origin), name=name, cache=cache, cache_bytes=cache_bytes)
 
 
 class Source:
     """The documents of one shard folder, numbered through its shards in stored order. Holds memory maps; picklable."""
 
-    def __init__(self, path: Path, *, name: str, cache: Path | None = None) -> None:
-        self.path, self.name, self.cache = path, name, cache
+    def __init__(self, origin: str, *, name: str, cache: Path | None = None, cache_bytes: int | None = None) -> None:
+        self.name, self.cache = name, cache
+        self._again = (origin, name, cache, cache_bytes)
+        if cache is not None:
+            fetch_side_files(origin, cache)
+        path = self.path = cache or Path(origin)      # where the side files are
+        self._cache = ShardCache(origin=origin, folder=path, limit_bytes=cache_bytes)
         self.card = read_card(path)
         self.lengths = read_lengths(path, self.card)
         check_index(path, self.card)
@@ -85,10 +84,9 @@ class Source:
             raise ShardError(f"{path / INDEX} tells of {self._first_document[-1]:,} samples, the card of "
                              f"{self.card.documents:,}. Make the shards again with data-prep prepare --again.")
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._stream: Any = None
 
     def __reduce__(self) -> tuple:
-        return _reopen, (self.path, self.name, self.cache)
+        return _reopen, self._again
 
     @property
     def documents(self) -> int:
@@ -101,16 +99,24 @@ class Source:
         return self.card.tokens / self.card.documents
 
     def read(self, document: int) -> np.ndarray:
-        """The ids of a document, uint16 or uint32, a read-only view of the file. Raises ShardError naming the file."""
-        number = bisect_right(self._first_document, document) - 1
+        """The ids of a document, uint16 or uint32, a read-only view of the file. Raises ShardError naming the file,
+        DamagedShard where it is there and wrong."""
+        number = self.shard_of(document)
         sample = document - self._first_document[number]
-        ids = self._ids_at(self._opened(number), self._shards[number], sample)
+        ids = self._ids_at(self._opened(number), number, sample)
         if self.card.adds_specials:
             ids = with_specials(ids, self.card.specials)
         if len(ids) != self.lengths[document]:
-            raise ShardError(f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says "
-                             f"{self.lengths[document]}. Make the shards again with data-prep prepare --again.")
+            raise self._damaged(number, f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says "
+                                        f"{self.lengths[document]}. Make the shards again with data-prep prepare --again.")
         return ids
+
+    def hold(self, shard: int, *, wait: bool) -> IO[bytes] | None:
+        """The file of a shard in the cache, fetched if it is not there, and kept from eviction while it is open.
+
+        None where there is no room, or another process is fetching it and `wait` is false. Raises ShardError.
+        """
+        return self._cache.open(self._shards[shard], may_exceed=False, wait=wait)
 
     def check_files(self) -> None:
         """Every shard read in place is there with its size: a look at each name, no read. Raises ShardError."""
@@ -119,21 +125,22 @@ class Source:
             try:
                 size = path.stat().st_size
             except FileNotFoundError as error:
-                if shard.compressed:
+                if shard.compression:
                     continue
                 raise _missing(path) from error
             if size != shard.size_bytes:
-                raise _wrong_size(path, size, shard)
+                raise ShardError(_wrong_size(path, size, shard))
+
+    def shard_of(self, document: int) -> int:
+        """The number of the shard that holds a document."""
+        return bisect_right(self._first_document, document) - 1
 
     def file_of(self, document: int) -> Path:
         """The shard file that holds a document, for messages."""
-        return self._folder / self._shards[bisect_right(self._first_document, document) - 1].name
+        return self._cache.place(self._shards[self.shard_of(document)])
 
-    @property
-    def _folder(self) -> Path:
-        return self.cache if self.cache is not None else self.path
-
-    def _ids_at(self, opened: _OpenShard, shard: _ShardFile, sample: int) -> np.ndarray:
+    def _ids_at(self, opened: _OpenShard, number: int, sample: int) -> np.ndarray:
+        shard = self._shards[number]
         begin, end = int(opened.offsets[sample]), int(opened.offsets[sample + 1])
         try:
             head = np.frombuffer(opened.buffer, "<u4", shard.variable_columns, begin).tolist()
@@ -147,8 +154,8 @@ class Source:
                 raise ValueError("no one-dimensional array that fills its column")
             return np.frombuffer(opened.buffer, shard.dtype, tokens, values)
         except (ValueError, IndexError) as error:
-            raise ShardError(f"{self._folder / shard.name} sample {sample} is damaged ({error}). "
-                             "Copy or prepare the shard again.") from error
+            raise self._damaged(number, f"{self._cache.place(shard)} sample {sample} is damaged ({error}). "
+                                        "Copy or prepare the shard again.") from error
 
     def _opened(self, number: int) -> _OpenShard:
         opened = self._open.get(number)
@@ -162,72 +169,43 @@ class Source:
 
     def _open_shard(self, number: int) -> _OpenShard:
         shard = self._shards[number]
-        path = self._folder / shard.name
+        path = self._cache.place(shard)
         try:
-            if not path.is_file() and (shard.compressed or self.cache is not None):
-                self._fetch(number)
-            with open(path, "rb") as f:
+            with self._open_file(shard, path) as f:
                 buffer = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise _missing(path) from error
-        except (OSError, ValueError) as error:
+        except ValueError as error:
+            raise self._damaged(number, f"{path} cannot be read: {error}. Copy or prepare the shard again.") from error
+        except OSError as error:
             raise ShardError(f"{path} cannot be read: {error}. Copy or prepare the shard again.") from error
+        except DamagedShard as error:
+            raise self._damaged(number, str(error)) from error
         if len(buffer) != shard.size_bytes:
-            raise _wrong_size(path, len(buffer), shard)
+            raise self._damaged(number, _wrong_size(path, len(buffer), shard))
         samples = int.from_bytes(buffer[:4], "little")
         if samples != shard.samples:
-            raise ShardError(f"{path} holds {samples:,} samples, {INDEX} says {shard.samples:,}. "
-                             "Copy or prepare the shard again.")
+            raise self._damaged(number, f"{path} holds {samples:,} samples, {INDEX} says {shard.samples:,}. "
+                                        "Copy or prepare the shard again.")
         return _OpenShard(buffer, np.frombuffer(buffer, "<u4", samples + 1, 4))
 
-    def _fetch(self, number: int) -> None:
-        """Let streaming copy, check and decompress a shard; one process at a time, the others find it there."""
-        folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".fetch.lock", "w") as lock:
-            # streaming writes NAME.tmp and renames it: two processes at once would truncate each other's file
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (folder / self._shards[number].name).is_file():
-                return
-            stream, shards = self._streaming()
-            try:
-                if self.card.hashes_sha256:      # streaming knows only the hashes of index.json
-                    self._check_hash(self._shards[number])
-                stream.prepare_shard(shards[number])
-            except ShardError:
-                raise
-            except Exception as error:      # streaming raises what its many back ends raise
-                name = self._shards[number].name
-                raise ShardError(f"{self.path} shard {name} could not be fetched: {error}") from error
+    def _open_file(self, shard: _ShardFile, path: Path) -> IO[bytes]:
+        return self._cache.open(shard) if self.cache is not None or shard.compression else open(path, "rb")
 
-    def _check_hash(self, shard: _ShardFile) -> None:
-        path = self.path / shard.stored
-        if (found := sha256_of(path)) != shard.sha256:
-            raise ShardError(f"{path} has SHA-256 {found[:12]}, {HASHES} tells of {shard.sha256[:12]}. "
-                             "Copy or prepare the shard again.")
-
-    def _streaming(self) -> tuple[Any, list[Any]]:
-        if self._stream is None:
-            from streaming import Stream  # 3.8 s to import, so only where it is needed
-            from streaming.base.world import World
-
-            stream = Stream(remote=str(self.path) if self.cache is not None else None, local=str(self._folder),
-                            download_retry=2, download_timeout=60, keep_zip=False,
-                            validate_hash=None if self.card.hashes_sha256 else SHARD_HASH)
-            self._stream = stream, stream.get_shards(World(1, 1, 1, 0), False)
-        return self._stream
+    def _damaged(self, number: int, text: str) -> DamagedShard:
+        return DamagedShard(text, source=self.name, shard=number)
 
 
 def _missing(path: Path) -> ShardError:
     return ShardError(f"{path} is missing, but {INDEX} tells of it. Copy or prepare the shard again.")
 
 
-def _wrong_size(path: Path, size: int, shard: _ShardFile) -> ShardError:
-    return ShardError(f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard again.")
+def _wrong_size(path: Path, size: int, shard: _ShardFile) -> str:
+    return f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard again."
 
 
-def _reopen(path: Path, name: str, cache: Path | None) -> Source:
-    return Source(path, name=name, cache=cache)
+def _reopen(origin: str, name: str, cache: Path | None, cache_bytes: int | None) -> Source:
+    return Source(origin, name=name, cache=cache, cache_bytes=cache_bytes)
 
 
 def _read_index(path: Path, *, dtype: np.dtype, hashes: dict[str, str]) -> list[_ShardFile]:
@@ -255,7 +233,7 @@ def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype, hashes: dict
         raise ShardError(f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "
                          "Write it with data-prep index --again.")
     sizes = info["column_sizes"]
-    return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"], samples=info["samples"],
-                      compressed=info["zip_data"] is not None, dtype=dtype.newbyteorder("<"),
-                      variable_columns=sum(s is None for s in sizes), before=tuple(sizes[:at]),
-                      stored=stored["basename"], sha256=sha256)
+    return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"],
+                      compression=info["compression"] if info["zip_data"] else None, stored=stored["basename"],
+                      stored_bytes=stored["bytes"], sha256=sha256, samples=info["samples"], dtype=dtype.newbyteorder("<"),
+                      variable_columns=sum(s is None for s in sizes), before=tuple(sizes[:at]))

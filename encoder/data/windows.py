@@ -88,6 +88,11 @@ class Windows:
         taken = np.sum([self.documents_before(w) for w in windows], axis=0).tolist()
         return {s.name: n / s.card.documents for s, n in zip(self._sources, taken, strict=True)}
 
+    def shards(self, window: int, count: int, *, lane: int = 0, at_most: int) -> list[list[int]]:
+        """Of each source the shards that `count` windows of a lane read, soonest first; at least those of its next document."""
+        places = zip(self._orders_of_lane[lane], self.documents_before(window), self.documents_before(window + count))
+        return [order.shards(start, max(1, end - start), at_most=at_most) for order, start, end in places]
+
     def plan(self, window: int, *, lane: int = 0) -> WindowPlan:
         """The rows of a lane's window, packed and shuffled."""
         parts = []

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.schema import Tokens, chosen_by, from_mapping, read_mapping, to_plain
 from encoder.base.units import short_count
+from encoder.data.remote import SCHEMES
 from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
 from encoder.nn.attend import Word as AttentionWord
@@ -28,7 +29,9 @@ from encoder.optim.stable_adamw import StableAdamWConfig
 class SourceConfig:
     """One shard folder of a mixture."""
 
-    path: str                         # a folder with card.json, made by data-prep
+    path: str                         # a folder with card.json, made by data-prep; or a URL of one, with `cache`
+    cache: str | None = None          # a folder of this machine that its files are fetched to, for this source alone
+    cache_bytes: int | None = None    # most that its shards may take there; default: all of them stay
     weight: float = 1.0               # share of the tokens, relative to the other sources' weights
     name: str | None = None           # in reports and in the data order's address; default: from the card
     max_epochs: float | None = None   # refuse a phase that goes through it more often
@@ -38,6 +41,22 @@ class SourceConfig:
             raise ConfigError(f"weight {self.weight} must be above 0. Leave the source out instead.")
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise ConfigError(f"max_epochs {self.max_epochs} must be above 0. Leave the source out instead.")
+        scheme = self.path.partition("://")[0]
+        if scheme != self.path and scheme not in SCHEMES:
+            raise ConfigError(f"path {self.path} begins with {scheme}://. {nearest(scheme, list(SCHEMES))}")
+        if scheme != self.path and self.cache is None:
+            raise ConfigError(f"path {self.path} lies elsewhere. Add cache: FOLDER, a folder of this machine to fetch it to.")
+        if self.cache is None and self.cache_bytes is not None:
+            raise ConfigError("cache_bytes has no effect without cache. Leave it out, or add cache: FOLDER.")
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise ConfigError(f"cache_bytes {self.cache_bytes} must be at least 1; leave it out to keep all shards.")
+        if self.cache is not None and Path(self.cache) == Path(self.path):
+            raise ConfigError(f"cache {self.cache} is the source itself. Leave it out, or name another folder.")
+
+    @property
+    def folder(self) -> Path:
+        """Where card, lengths and tokenizer are on this machine, of a cached source once they were fetched."""
+        return Path(self.cache or self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +82,11 @@ class LoaderConfig:
 
     micro_batch_rows: int = 1         # rows in one forward
     workers: int = 1                  # processes that assemble rows ahead of time; 0: in the training process
+    prefetch_windows: int | None = None      # how far ahead shards are brought to caches; default: 128
 
     def __post_init__(self) -> None:
+        if self.prefetch_windows is not None and self.prefetch_windows < 1:
+            raise ConfigError(f"prefetch_windows {self.prefetch_windows} must be at least 1.")
         if self.micro_batch_rows < 1 or self.workers < 0:
             raise ConfigError(f"micro_batch_rows {self.micro_batch_rows} and workers {self.workers} "
                               "must be at least 1 and 0.")
@@ -159,6 +181,7 @@ class RunConfig:
     phases: tuple[PhaseConfig, ...]
     checkpoints: CheckpointConfig
     init_from: str | None = None                           # a stored model that the weights start from, not the seed
+    branch_from: str | None = None                         # a run's checkpoint: weights and optimizer state start from it
     evaluation: EvaluationConfig | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -170,12 +193,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed {self.seed} must be 0 to 2^63 - 1.")
+        if self.init_from and self.branch_from:
+            raise ConfigError("init_from and branch_from both say where the weights start. Leave one out: branch_from takes the "
+                              "optimizer state, too.")
         if not self.phases:
             raise ConfigError("phases is empty; needed: at least one phase.")
         if self.compile == "blocks" and self.engine.zero_stage == 3:
             raise ConfigError("compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks that compiled code "
                               "does not call. Use compile: off, or zero_stage 2.")
         self._fill_in_thetas()
+        self._check_caches()
         names = [p.name for p in self.phases]
         if len(set(names)) < len(names):
             raise ConfigError(f"phases have the names {', '.join(names)}; each name may stand once.")
@@ -206,6 +233,21 @@ class RunConfig:
                               "model.positions: rope.")
         object.__setattr__(self, "phases", whole)
 
+    def _check_caches(self) -> None:
+        cached: dict[str, SourceConfig] = {}
+        for source in (s for s in self.all_sources() if s.cache):
+            other = cached.setdefault(source.cache, source)
+            if (other.path.rstrip("/"), other.cache_bytes) != (source.path.rstrip("/"), source.cache_bytes):
+                raise ConfigError(f"cache {source.cache} stands at {other.path} and at {source.path}, or with two cache_bytes. "
+                                  "Give each source a cache of its own.")
+        if self.loader.prefetch_windows is not None and not cached:
+            raise ConfigError("loader.prefetch_windows has no effect: no source has a cache. Leave it out.")
+
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """Of all phases and of the evaluation; a source that several phases share stands several times."""
+        training = (s for phase in self.phases for s in self.sources_of(phase))
+        return (*training, *(self.evaluation.sources if self.evaluation else ()))
+
     def rows_at(self, phase: PhaseConfig, phase_tokens: int) -> int:
         """Rows of the next step when `phase_tokens` were seen in the phase."""
         lanes = self.data.lanes      # as many rows of each
@@ -226,7 +268,7 @@ class RunConfig:
         return phase.sources or self.data.sources
 
 
-IDENTITY = ("seed", "model", "init_from", "data", "objective", "optimizer", "phases")
+IDENTITY = ("seed", "model", "init_from", "branch_from", "data", "objective", "optimizer", "phases")
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -238,9 +280,16 @@ def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
     """The plain values that decide the curve; a checkpoint goes on only under equal ones."""
     plain = run if isinstance(run, dict) else to_plain(run)
-    identity = {key: plain.get(key) for key in IDENTITY}
+    identity = _without_caches({key: plain.get(key) for key in IDENTITY})
     identity["engine"] = {"gradient_clipping": (plain.get("engine") or {}).get("gradient_clipping")}
     return identity
+
+
+def _without_caches(plain: Any) -> Any:
+    """Where a source's files are kept on a machine decides nothing."""
+    if isinstance(plain, dict):
+        return {k: _without_caches(v) for k, v in plain.items() if k not in ("cache", "cache_bytes")}
+    return [_without_caches(v) for v in plain] if isinstance(plain, list) else plain
 
 
 def with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:

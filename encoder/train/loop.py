@@ -27,7 +27,7 @@ from encoder.engine.engine import StepResult
 from encoder.models.flops import train_flops
 from encoder.train import build
 from encoder.train.config import RunConfig, describe_phase
-from encoder.train.evaluate import HeldOut, held_out_losses
+from encoder.train.evaluate import HeldOut, held_out_numbers
 from encoder.train.faults import StopFlag
 from encoder.train.initial import read_initial
 from encoder.train.meters import SpeedMeter, bf16_peak, document_lengths
@@ -53,6 +53,7 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     if (folder / DONE).exists():
         say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
         return Outcome(done=True, progress=None)
+    build.fetch_cards(run, world)
     facts = build.check_data(run)
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
@@ -79,6 +80,7 @@ class _Story:
         self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
         self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
         self.entropy, self.last_held_out, self.init_sha256 = started.entropy, started.last_held_out, started.init_sha256
+        self.parent = started.parent
         self.held_out: list[HeldOut] = []
         peak = bf16_peak(device) if run.engine.precision in ("bf16", "autocast") else None
         self.speed = SpeedMeter(peak=peak and peak * world.size)
@@ -89,13 +91,14 @@ class _Story:
             with self.guarded():
                 write_atomic(folder / RUN_FILE, to_yaml(run))
                 write_atomic(folder / TOKENIZER, facts.tokenizer_json.read_bytes())     # an export needs no shards
-                self.ledger = Ledger(folder, resumed_at=self.progress)
+                self.ledger = Ledger(folder, resumed_at=self.progress, parent=self.parent)
                 self.tracker = Tracker(folder, wandb_project=run.tracking.wandb_project, run_name=run.name,
                                        settings=to_plain(run))
                 self.tracker.event(
                     "resume" if started.resumed else "start", step=self.progress.step, ranks=world.size,
                     incarnation=self.incarnation, zero_stage=run.engine.zero_stage, precision=run.engine.precision,
-                    **({"init_from": run.init_from, "init_sha256": self.init_sha256} if run.init_from else {}))
+                    **({"init_from": run.init_from, "init_sha256": self.init_sha256} if run.init_from else {}),
+                    **({"parent": self.parent} if self.parent else {}))
         build.agree_on_errors(self.error, world)
 
     def tell(self, stop: StopFlag) -> Outcome:
@@ -157,20 +160,20 @@ class _Story:
         return loader
 
     def evaluate(self) -> None:
-        """The held-out loss, said and recorded; nothing without an evaluation section, or twice at one step of a phase."""
+        """The held-out loss and accuracy, said and recorded; nothing without an evaluation section, or twice at one step of a phase."""
         if not self.held_out or self.last_held_out.get("step") == self.progress.step and self.progress.phase_step:
             return
-        losses = held_out_losses(self.held_out, self.engine.evaluate)
-        self.last_held_out = {"step": self.progress.step, **losses}
+        numbers = held_out_numbers(self.held_out, self.engine.evaluate)
+        self.last_held_out = {"step": self.progress.step, **numbers}
         beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
-        per_source = "".join(
-            f"  {k.removeprefix('held_out_loss_')} {v:.3f}" for k, v in losses.items() if k != "held_out_loss"
-        )
-        say(f"step {self.progress.step:>6}  held-out loss {losses['held_out_loss']:.3f}{beside}{per_source}")
+        per_source = "".join(f"  {name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
+                             for name in [s.name for s in self.held_out] if len(self.held_out) > 1)
+        say(f"step {self.progress.step:>6}  held-out loss {numbers['held_out_loss']:.3f}{beside} accuracy "
+            f"{numbers['held_out_accuracy']:.1%}{per_source}")
         if self.tracker:
             phase = self.run.phases[self.progress.phase].name
             with self.guarded():
-                self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **losses)
+                self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **numbers)
         self.speed.pause()
 
     def _question_changed(self) -> bool:
@@ -191,7 +194,7 @@ class _Story:
             extra={"fingerprint_loss": fingerprint(self.run, self.engine, self.device),
                    "fingerprint_precision": self.run.engine.precision,
                    "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out,
-                   "init_sha256": self.init_sha256})
+                   "init_sha256": self.init_sha256, "parent": self.parent})
         say(f"step {self.progress.step:>6}  saved {saved.name}" + (f" (end of {milestone})" if milestone else ""))
         if self.tracker:
             with self.guarded():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from encoder.base.dist import World
 from encoder.base.errors import ShardError
 from encoder.base.units import short_count
 from encoder.data.shard_format import read_card, read_lengths
@@ -16,7 +18,8 @@ from encoder.data.windows import cut
 from encoder.models.catalog import build_model
 from encoder.models.flops import train_flops
 from encoder.nn.loss import PIECE_POSITIONS
-from encoder.train.config import PhaseConfig, RunConfig
+from encoder.train.branch import find_parent
+from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.train.initial import read_fitting
 from encoder.train.phases import PlannedStep, planned_steps
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
@@ -48,13 +51,13 @@ class PhaseWork:
     unknown: tuple[str, ...]
 
 
-def plan_text(run: RunConfig, *, ranks: int) -> str:
-    """The plan for people. Raises UserError where the run cannot be; what is not there yet is only said."""
+def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None = None) -> str:
+    """The plan for people; `steps` where they were worked out already. Raises UserError where the run cannot be; what is not there yet is only said."""
     with torch.device("meta"):
         model = build_model(run.model, attention="sdpa", seed=run.seed)
     count = sum(p.numel() for p in model.parameters())
     decayed = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1)
-    steps = list(planned_steps(run, fill=FILL))
+    steps = steps or list(planned_steps(run, fill=FILL))
     memory = estimate_memory(run, parameters=count, ranks=ranks)
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
@@ -65,9 +68,9 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
         f"micro-batches of {run.loader.micro_batch_rows} row{'s' * (run.loader.micro_batch_rows > 1)} "
         f"= {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens",
         f"optimizer   StableAdamW betas {run.optimizer.betas[0]}, {run.optimizer.betas[1]}, eps {run.optimizer.eps:g}, "
-        f"decay {run.optimizer.weight_decay:g} a step at the peak rate (fully decoupled)",
+        f"decay {_decay_text(run)}",
         f"weights     {_weights_text(run)}",
-        f"data        {_data_text(run)}",
+        *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
         "",
         f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15}learning rate",
@@ -98,7 +101,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     sources, unknown, flops = run.sources_of(phase), [], 0.0
     for source in sources:
         try:
-            stored = read_lengths(Path(source.path), read_card(Path(source.path)))
+            stored = read_lengths(source.folder, read_card(source.folder))
             some = np.asarray(stored[::math.ceil(len(stored) / LOOKED_AT)])
             lengths = cut(0, np.arange(len(some)), some, longest).tokens_P
         except ShardError:
@@ -153,7 +156,17 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks
     )
 
 
+def _decay_text(run: RunConfig) -> str:
+    own = [f"{p.name} {run.weight_decay_of(p):g}" + (f" at {p.max_lr:g}" if p.max_lr else "")
+           for p in run.phases if p.weight_decay is not None or p.max_lr is not None]
+    return f"{run.optimizer.weight_decay:g} a step at the peak rate (fully decoupled){'; '.join(['', *own])}"
+
+
 def _weights_text(run: RunConfig) -> str:
+    if run.branch_from is not None and Path(run.branch_from).exists():
+        return f"branched off {find_parent(run, World()).text}"
+    if run.branch_from is not None:
+        return f"branched off {run.branch_from} (not there yet)"
     if run.init_from is None:
         return f"drawn from seed {run.seed}"
     if not Path(run.init_from).exists():
@@ -161,17 +174,26 @@ def _weights_text(run: RunConfig) -> str:
     return f"from {run.init_from}: {read_fitting(run).origin}"
 
 
-def _data_text(run: RunConfig) -> str:
-    parts, total = [], sum(s.weight for s in run.data.sources)
-    for source in run.data.sources:
-        try:
-            card = read_card(Path(source.path))
-            parts.append(
-                f"{source.name or card.source} {source.weight / total:.1%} of {short_count(card.tokens)} tokens"
-            )
-        except ShardError:
-            parts.append(f"{source.path} {source.weight / total:.1%} (not prepared yet)")
-    return f"{', '.join(parts)}; rows of {run.data.row_tokens:,} tokens"
+def _data_lines(run: RunConfig) -> list[str]:
+    mixtures: dict[tuple[SourceConfig, ...], list[str]] = {}
+    for phase in run.phases:
+        mixtures.setdefault(run.sources_of(phase), []).append(phase.name)
+    missing: dict[str, str] = {}
+    lines = [f"rows of {run.data.row_tokens:,} tokens"]
+    for sources, phases in mixtures.items():
+        total, parts = sum(s.weight for s in sources), []
+        for source in sources:
+            try:
+                card = read_card(source.folder)
+                parts.append(f"{source.name or card.source} {source.weight / total:.1%} of {short_count(card.tokens)} tokens")
+            except ShardError:
+                parts.append(f"{source.name or source.path} {source.weight / total:.1%}")
+                missing[source.path] = "fetched" if source.cache else "prepared"
+        lines.append(f"{', '.join(phases)}: {', '.join(parts)}")
+    if missing:
+        path, word = next(iter(missing.items()))
+        lines.append(f"{path}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} not {word} yet")
+    return lines
 
 
 def _epochs_lines(run: RunConfig) -> list[str]:
@@ -199,4 +221,5 @@ def _lengths_text(works: list[PhaseWork]) -> str:
     unknown = sorted({path for w in works for path in w.unknown})
     if not unknown:
         return "documents as long as lengths.bin says, cut as the phases cut them"
-    return f"documents of {', '.join(unknown)} counted as long as they may be; the others as long as lengths.bin says"
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    return f"documents of {unknown[0]}{more} counted as long as they may be; the others as long as lengths.bin says"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from encoder.base.errors import ConfigError, ShardError
 from encoder.data.shard_format import read_card
@@ -30,7 +29,7 @@ def count_repeats(run: RunConfig) -> list[Repeats]:
         mixture = run.sources_of(phase)
         for source in mixture:
             try:
-                card = read_card(Path(source.path))
+                card = read_card(source.folder)
             except ShardError:           # not prepared yet: a plan says so, a start refuses it
                 continue
             epochs = phase.tokens * source.weight / sum(s.weight for s in mixture) / max(1, card.tokens)

@@ -77,18 +77,18 @@ def test_plain_shards_are_read_without_importing_streaming(folder):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_compressed_shards_are_unpacked_by_streaming_into_the_cache(tmp_path):
+def test_compressed_shards_are_unpacked_into_the_cache(tmp_path):
     folder = write_source(tmp_path / "train", DOCUMENTS, compression="zstd")
     assert not list(folder.glob("*.mds"))
     source = open_source(folder, name="web", cache=tmp_path / "cache")
     assert all((source.read(n) == DOCUMENTS[n]).all() for n in range(220))
-    assert not list(folder.glob("*.mds")) and list((tmp_path / "cache").glob("*.mds"))
+    assert not list(folder.glob("*.mds")) and list((tmp_path / "cache/shards").glob("*.mds"))
 
 
 def test_a_cache_holds_only_the_shards_that_were_read(tmp_path, copy):
     source = open_source(copy, name="web", cache=tmp_path / "cache")
     assert (source.read(0) == DOCUMENTS[0]).all()
-    assert [p.name for p in (tmp_path / "cache").glob("*.mds")] == ["shard.00000.mds"]
+    assert [p.name for p in (tmp_path / "cache/shards").glob("*.mds")] == ["shard.00000.mds"]
 
 
 def test_a_source_survives_pickling_without_its_maps(folder):

@@ -1,0 +1,294 @@
+"""The cache of a remote shard folder on this machine: fetched once, verified, evicted only when nobody uses it.
+
+    CACHE/origin.txt                                      where all of it comes from
+    CACHE/card.json index.json lengths.bin ...            the side files, card.json last
+    CACHE/shards/shard.00007.mds                          a whole, verified shard
+    CACHE/shards/.shard.00007.mds.lock, .part/            a shard on its way: how many bytes it will take, and its bytes
+
+Any number of processes, also of several jobs, share a cache. They agree by flock alone, which the kernel frees when a
+process is killed: a shared lock on a shard says that somebody reads it or will soon (a memory map keeps the lock of the
+file it was made from), and who evicts takes the exclusive one. No daemon, no shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from encoder.base.errors import DamagedShard, ShardError
+from encoder.base.files import fsync_path, sha256_of, write_atomic
+from encoder.base.log import warn_once
+from encoder.data import remote
+from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER, read_card
+
+TRIES = 5
+BACKOFF_SECONDS = 1.0        # before the second try, doubled before each one after it: 15 s in all
+ORIGIN, SHARDS, ROOM = "origin.txt", "shards", ".room.lock"
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard file as index.json tells of it."""
+
+    name: str
+    size_bytes: int
+    compression: str | None
+    stored: str              # name of the file as it lies in the folder, compressed or not
+    stored_bytes: int
+    sha256: str              # hex, of that file
+
+
+class ShardCache:
+    """Shards fetched from `origin` to `folder`; holds nothing open, so it is picklable.
+
+    Where the two are one, compressed shards are unpacked beside themselves, and nothing is ever evicted.
+    """
+
+    def __init__(self, *, origin: str, folder: Path, limit_bytes: int | None = None) -> None:
+        self.origin, self.limit_bytes = origin, limit_bytes
+        self.in_place = origin == str(folder)
+        self.folder = folder if self.in_place else folder / SHARDS
+
+    def place(self, shard: StoredShard) -> Path:
+        """Where the shard lies once it is here."""
+        return self.folder / (shard.name if self.in_place else shard.name.replace("/", "--"))
+
+    def open(self, shard: StoredShard, *, may_exceed: bool = True, wait: bool = True) -> IO[bytes] | None:
+        """The shard's file, fetched if it is not here; not evicted while it, or a map of it, is open.
+
+        None, only if `may_exceed` is false and nothing can be evicted to make room, or `wait` is false and another
+        process is fetching it. Raises ShardError, DamagedShard for a shard whose bytes are not those of index.json.
+        """
+        while True:
+            if (file := self._present(shard)) is not None:
+                return file
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _exclusive(self._lock_of(shard), wait=wait) as lock:
+                if lock is None:
+                    return None
+                if self.place(shard).exists():
+                    continue
+                lock.write(str(shard.size_bytes + (shard.stored_bytes if shard.compression else 0)))
+                lock.flush()
+                if (above := self._bytes_above_limit()) > 0:
+                    if not may_exceed:
+                        return None
+                    warn_once(f"{self.folder}: the shards in use take {above:,} bytes more than cache_bytes "
+                              f"{self.limit_bytes:,}. Raise it, or lower loader.prefetch_windows.")
+                return self._fetch(shard, lock)
+
+    def _present(self, shard: StoredShard) -> IO[bytes] | None:
+        path = self.place(shard)
+        try:
+            file = open(path, "rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        found = os.fstat(file.fileno())
+        if found.st_nlink and (found.st_size == shard.size_bytes or self.in_place):
+            with contextlib.suppress(OSError):       # another user's
+                os.utime(path)                       # needed now: what was needed longest ago is evicted first
+            return file
+        file.close()
+        if found.st_nlink:                           # cut short since it was fetched: a power cut, a full disk
+            with _exclusive(self.folder / ROOM):
+                _evict(path)
+        return None
+
+    def _bytes_above_limit(self) -> int:
+        """Evicts what nobody holds until all that is here or on its way fits the limit; how much it still is above."""
+        if self.limit_bytes is None:
+            return 0
+        with _exclusive(self.folder / ROOM):
+            shards, coming = [], 0
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith(".lock") and entry.name != ROOM:
+                    coming += self._coming(Path(entry.path))
+                elif not entry.name.startswith("."):
+                    found = entry.stat()
+                    shards.append((found.st_mtime_ns, found.st_size, Path(entry.path)))
+            above = sum(size for _, size, _ in shards) + coming - self.limit_bytes
+            for _, size, path in sorted(shards):
+                if above > 0 and _evict(path):
+                    above -= size
+        return above
+
+    def _coming(self, lock: Path) -> int:
+        """Bytes that a fetch under way will take; what a killed one left is removed."""
+        with contextlib.suppress(FileNotFoundError), open(lock) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read() or 0)
+            shutil.rmtree(lock.with_suffix(".part"), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+        return 0
+
+    def _fetch(self, shard: StoredShard, lock: IO[str]) -> IO[bytes]:
+        part = self._lock_of(shard).with_suffix(".part")
+        url = remote.url_of(self.origin, shard.stored)
+        try:
+            if self.in_place:
+                stored = self.folder / shard.stored
+                if wrong := _difference(stored, shard):
+                    raise DamagedShard(f"{url} {wrong}. Copy or prepare the shard again.")
+                _new_folder(part)
+            else:
+                stored = _fetched(url, part, check=lambda path: _difference(path, shard))
+            ready = part / "ready"
+            if shard.compression:
+                ready.write_bytes(_unpacked(stored, shard, url=url))
+            else:
+                stored.rename(ready)
+            fsync_path(ready)
+            file = open(ready, "rb")
+            fcntl.flock(file, fcntl.LOCK_SH)         # before it has its name, so that nobody evicts it first
+            with _exclusive(self.folder / ROOM):
+                ready.rename(self.place(shard))
+                lock.truncate(0)                     # here, and no more on its way
+            return file
+        except OSError as error:
+            raise ShardError(f"{url} cannot be brought to {self.place(shard)}: {error}.") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _lock_of(self, shard: StoredShard) -> Path:
+        place = self.place(shard)
+        return place.with_name(f".{place.name}.lock")
+
+
+def fetch_side_files(origin: str, folder: Path) -> None:
+    """Card, index, lengths and tokenizer of a remote shard folder, verified, once for all processes of this machine.
+
+    Raises ShardError, also for a cache of another origin and for a folder that is no cache.
+    """
+    origin = origin.rstrip("/")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder / ".side.lock"):
+            mark = folder / ORIGIN
+            if not mark.exists() and any(p.name != ".side.lock" for p in folder.iterdir()):
+                raise ShardError(f"{folder} is not empty and no cache of shards. Name an empty folder as cache.")
+            if mark.exists() and (found := mark.read_text(encoding="utf-8").strip()) != origin:
+                raise ShardError(f"{folder} is the cache of {found}, not of {origin}. Give each source a cache of its own.")
+            if not (folder / CARD).exists():
+                write_atomic(mark, origin + "\n")
+                _fetch_side_files(origin, folder)
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be the cache of {origin}: {error}.") from error
+
+
+def _fetch_side_files(origin: str, folder: Path) -> None:
+    part = folder / ".side.part"
+    try:
+        card_file = _fetched(remote.url_of(origin, CARD), part / "card", check=lambda path: None)
+        try:
+            card = read_card(card_file.parent)
+        except ShardError as error:
+            raise ShardError(f"{remote.url_of(origin, CARD)}, as it was fetched: {error}") from error
+        needed = {INDEX: card.index_sha256, LENGTHS: card.lengths_sha256, TOKENIZER: card.tokenizer_sha256}
+        if card.hashes_sha256:
+            needed[HASHES] = card.hashes_sha256
+        for name, sha256 in needed.items():
+            def check(path: Path, sha256: str = sha256) -> str | None:
+                found = sha256_of(path)
+                return None if found == sha256 else f"has SHA-256 {found[:12]}, {CARD} beside it tells of {sha256[:12]}"
+            file = _fetched(remote.url_of(origin, name), part / "file", check=check)
+            fsync_path(file)
+            file.rename(folder / name)
+        fsync_path(card_file)
+        card_file.rename(folder / CARD)              # last: a cache without it is not finished
+        fsync_path(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _fetched(url: str, part: Path, *, check: Callable[[Path], str | None]) -> Path:
+    """The file of a URL in the folder `part`, seen to be right by `check`, which tells what is wrong, or None.
+
+    Raises DamagedShard for a file that was never right, ShardError for one that could not be had, after TRIES tries.
+    """
+    path = part / url.rsplit("/", 1)[-1]
+    for number in range(TRIES):
+        if number:
+            time.sleep(BACKOFF_SECONDS * 2 ** (number - 1))
+        _new_folder(part)
+        try:
+            remote.download(url, path)
+            wrong, damaged = check(path), True
+        except Exception as error:      # streaming raises what its many back ends raise
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            wrong, damaged = " ".join(f"{error}".split()) or type(error).__name__, False
+        if not wrong:
+            return path
+    if damaged:
+        raise DamagedShard(f"{url} {wrong}; so it was {TRIES} times. Copy or prepare it again; if the folder was made anew, "
+                           "remove its cache.")
+    raise ShardError(f"{url} could not be fetched in {TRIES} tries: {wrong.rstrip('.')}. Look at the path, the network and "
+                     "the credentials.")
+
+
+def _difference(path: Path, shard: StoredShard) -> str | None:
+    size = path.stat().st_size
+    if size != shard.stored_bytes:
+        return f"has {size:,} bytes, {INDEX} says {shard.stored_bytes:,}"
+    found = sha256_of(path)
+    return None if found == shard.sha256 else f"has SHA-256 {found[:12]}, {INDEX} tells of {shard.sha256[:12]}"
+
+
+def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
+    try:
+        content, wrong = remote.decompress(shard.compression, stored.read_bytes()), ""
+    except Exception as error:      # each algorithm raises its own
+        content, wrong = b"", f" ({' '.join(str(error).split())})"
+    if len(content) != shard.size_bytes:
+        raise DamagedShard(f"{url} cannot be unpacked to the {shard.size_bytes:,} bytes that {INDEX} tells of{wrong}. "
+                           "Prepare the shard again.")
+    return content
+
+
+def _evict(path: Path) -> bool:
+    """Remove a shard that nobody holds; called under the room's lock, so that a name means one file meanwhile."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
+    """This process alone, by a lock file that is there only meanwhile; None if another has it and `wait` is false."""
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield None
+                return
+            if not os.fstat(file.fileno()).st_nlink:     # removed by the one before: others lock the next file
+                continue
+            file.truncate(0)
+            try:
+                yield file
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _new_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
