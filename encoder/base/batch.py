@@ -42,3 +42,4 @@ class SummedLoss(NamedTuple):
     total: torch.Tensor               # what is differentiated: cross entropy, and what is added to it (z-loss)
     cross_entropy: torch.Tensor       # nats, detached: what is reported
     count: torch.Tensor               # int64: positions in the sums (the batch's masked_tokens)
+    correct: torch.Tensor             # int64: those whose target has the highest logit; counted without gradients only

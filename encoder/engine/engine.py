@@ -40,10 +40,11 @@ class StepResult:
 
 
 class LossSum(NamedTuple):
-    """A sum of losses over all ranks and how many positions are in it."""
+    """A sum of losses over all ranks, how many positions are in it, and at how many the target had the highest logit."""
 
     loss_sum: float
     masked_tokens: int
+    correct: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,8 @@ class Engine:
                           grad_norm=norm if norm == norm else float("inf"), applied=norm < float("inf"))
 
     def evaluate(self, batches: Sequence[TokenBatch]) -> LossSum:
-        """Loss without dropout and without gradients; ranks may bring different numbers of batches, also none."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Loss and hits without dropout and without gradients; ranks may bring different numbers of batches, also none."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         forwards = [*batches]
         if self.config.zero_stage == 3:      # weights are gathered layer by layer, by all ranks or by none
             most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
@@ -153,10 +154,11 @@ class Engine:
                         loss = self.module(batch.to(self.device, non_blocking=True))
                     sums[0] += loss.cross_entropy
                     sums[1] += loss.count
+                    sums[2] += loss.correct
         finally:
             self.module.train(training)
-        loss_sum, masked_tokens = sum_over_ranks(sums).tolist()
-        return LossSum(loss_sum, int(masked_tokens))
+        loss_sum, masked_tokens, correct = sum_over_ranks(sums).tolist()
+        return LossSum(loss_sum, int(masked_tokens), int(correct))
 
     def pieces(self) -> list[Piece]:
         """All the state that lies on this rank, to be written to."""

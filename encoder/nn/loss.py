@@ -25,6 +25,7 @@ def cross_entropy_sum(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, ta
     """Sums over positions of -log softmax(h W^T + b)[target]; positions with target IGNORE contribute exactly zero.
 
     h_MC [M, C], weight_VC [V, C], bias_V [V] or None, target_M int64 [M]. The sums are fp64 for fp64 weights, else fp32.
+    Without gradients `correct` counts the positions whose target has the highest logit; with them it is zero.
     `total` has z_loss_weight * logsumexp(logits)^2 added at each of these positions (PaLM, Chowdhery et al. 2022,
     section 5; ST-MoE, Zoph et al. 2022, section 3.3, eq. 5, for a router's logits).
     Matrix products run in the autocast dtype where autocast is on, else in the weight's; the rest in fp32 or fp64.
@@ -41,6 +42,7 @@ class _CrossEntropySum(torch.autograd.Function):
         exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
         piece = PIECE_POSITIONS[h_MC.device.type]
         cross_entropy, squares = torch.zeros((2,), dtype=exact, device=h_MC.device).unbind()
+        correct = torch.zeros((), dtype=torch.int64, device=h_MC.device)
         with torch.autocast(h_MC.device.type, enabled=False):
             h, weight = h_MC.to(product), weight_VC.to(product)
             bias = None if bias_V is None else bias_V.to(exact)
@@ -55,6 +57,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 logits_mV = (h_mC @ weight.T).to(exact)
                 if bias is not None:
                     logits_mV.add_(bias)
+                if not with_gradients:      # evaluation alone: a pass over the piece
+                    correct += ((logits_mV.argmax(1, keepdim=True) == safe_m1) & counts_m1).sum()
                 top_m1 = logits_mV.amax(1, keepdim=True)
                 at_target_m1 = logits_mV.sub_(top_m1).gather(1, safe_m1)
                 e_mV = logits_mV.exp_()
@@ -74,8 +78,8 @@ class _CrossEntropySum(torch.autograd.Function):
         if with_gradients:
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), None if bias is None else d_bias.to(bias_V.dtype))
         count = (target_M != IGNORE).sum()
-        ctx.mark_non_differentiable(cross_entropy, count)
-        return cross_entropy + z_loss_weight * squares, cross_entropy, count
+        ctx.mark_non_differentiable(cross_entropy, count, correct)
+        return cross_entropy + z_loss_weight * squares, cross_entropy, count, correct
 
     @staticmethod
     def backward(ctx, d_total, *_):

@@ -1,4 +1,4 @@
-"""The held-out loss of a run: fixed documents and fixed masks, the same at every step, on any number of ranks."""
+"""The held-out loss and accuracy of a run: fixed documents and fixed masks, the same at every step, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class HeldOut:
     batches: Sequence[TokenBatch]
 
 
-def held_out_losses(
-    sets: Sequence[HeldOut], evaluate: Callable[[Sequence[TokenBatch]], tuple[float, int]]
+def held_out_numbers(
+    sets: Sequence[HeldOut], evaluate: Callable[[Sequence[TokenBatch]], tuple[float, int, int]]
 ) -> dict[str, float]:
-    """Mean loss in nats per masked token: `held_out_loss` over all sources, `held_out_loss_NAME` for each of several.
+    """Mean loss in nats per masked token, and the share of masked tokens whose own logit was the highest.
 
-    `evaluate` gives (sum of losses, masked tokens) over all ranks; the mean over everything is sum / count, never a
-    mean of means. Raises ConfigError, the same on all ranks, for a source without a masked token.
+    `held_out_loss` and `held_out_accuracy` over all sources, with _NAME for each of several. `evaluate` gives (sum of
+    losses, masked tokens, hits) over all ranks; the mean over everything is sum / count, never a mean of means. Raises
+    ConfigError, the same on all ranks, for a source without a masked token.
     """
     sums = {s.name: evaluate(s.batches) for s in sets}
-    empty = next((name for name, (_, count) in sums.items() if count == 0), None)
+    empty = next((name for name, (_, count, _) in sums.items() if count == 0), None)
     if empty is not None:
         raise ConfigError(f"the held-out rows of {empty} have no masked token. Raise evaluation.rows or mask_share.")
-    losses = {"held_out_loss": sum(a for a, _ in sums.values()) / sum(n for _, n in sums.values())}
-    if len(sums) > 1:
-        losses |= {f"held_out_loss_{name}": a / n for name, (a, n) in sums.items()}
-    return losses
+    shown = {"": tuple(map(sum, zip(*sums.values())))} | ({f"_{name}": s for name, s in sums.items()} if len(sums) > 1 else {})
+    return ({f"held_out_loss{end}": loss_sum / count for end, (loss_sum, count, _) in shown.items()}
+            | {f"held_out_accuracy{end}": correct / count for end, (_, count, correct) in shown.items()})
 
 
 def unigram_entropy(counts_V: np.ndarray, special_ids: Sequence[int]) -> float:

@@ -37,10 +37,10 @@ def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
     steps = verify_ledger(folder)
     picture = draw(metrics, folder / "loss.png", title=run.name, entropy=done.get("unigram_entropy"),
                    vocab_size=run.model.vocab_size)
-    losses = {k: v for k, v in done.items() if k.startswith("held_out_loss")}
+    held_out = _last_held_out(metrics)
     facts = [("steps", f"{metrics[-1]['step']:,}"), ("tokens", short_count(metrics[-1]["tokens"])),
              ("state", "done" if done else "not done yet"),
-             *((k.replace("_", " "), f"{v:.3f} nats") for k, v in losses.items()),
+             *((k.replace("_", " "), f"{v:.2%}" if "accuracy" in k else f"{v:.3f} nats") for k, v in held_out.items()),
              *([("unigram entropy of the held-out text", f"{done['unigram_entropy']:.3f} nats")]
                if done.get("unigram_entropy") else []),
              ("ledger", f"{steps:,} steps, chain unbroken" + (f", {done['ledger_hash']}" if done else ""))]
@@ -56,6 +56,12 @@ def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """What the last evaluation found: losses and accuracies by name."""
+    found = next((m for m in reversed(metrics) if "held_out_loss" in m), {})
+    return {k: v for k, v in found.items() if k.startswith(("held_out_loss", "held_out_accuracy"))}
 
 
 def verify_ledger(folder: Path) -> int:

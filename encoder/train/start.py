@@ -119,8 +119,8 @@ def _many(count: int, word: str) -> str:
 
 def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
     """The mean loss on the fixed batch, by which a load is known to be what was saved."""
-    loss_sum, count = engine.evaluate([build.fingerprint_batch(run).to(device)])
-    return loss_sum / count
+    found = engine.evaluate([build.fingerprint_batch(run).to(device)])
+    return found.loss_sum / found.masked_tokens
 
 
 def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, extra: dict[str, Any], found: Path) -> None:

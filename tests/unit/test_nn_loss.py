@@ -162,3 +162,16 @@ def test_on_cuda_the_loss_is_the_cpus_and_the_host_never_waits(autocast):
     assert abs(found.total.item() - expected.item()) <= bound * expected.item() and found.count == (ours[3] != IGNORE).sum()
     for a, b in zip(there[:3], truth[:3], strict=True):
         assert (a.grad.cpu() - b.grad).abs().max() <= bound * b.grad.abs().max()
+
+
+@pytest.mark.parametrize("piece_positions", [1, 16, 1000])
+def test_without_gradients_hits_are_counted_where_the_targets_logit_is_the_highest(monkeypatch, piece_positions):
+    monkeypatch.setitem(loss_module.PIECE_POSITIONS, "cpu", piece_positions)
+    h, weight, bias, target = question()
+    highest = (h @ weight.T + bias).argmax(1)
+    target[:20] = highest[:20]
+    target[2] = IGNORE
+    with torch.no_grad():
+        found = cross_entropy_sum(h, weight, bias, target)
+    assert found.correct == ((highest == target) & (target != IGNORE)).sum() >= 19
+    assert cross_entropy_sum(h, weight, bias, target).correct == 0, "a step of training does not look"

@@ -11,7 +11,7 @@ import pytest
 from encoder.base.errors import ConfigError
 from encoder.base.units import Progress
 from encoder.train.config import identity_of, read_run
-from encoder.train.evaluate import HeldOut, held_out_losses, unigram_entropy
+from encoder.train.evaluate import HeldOut, held_out_numbers, unigram_entropy
 from encoder.train.phases import enter_next_phase, lr_at, phase_is_done, planned_steps
 from encoder.train.plan import plan_text
 
@@ -110,9 +110,11 @@ def test_what_changes_the_curve_is_identity_and_what_does_not_is_not():
 
 def test_held_out_loss_is_a_sum_over_a_count_not_a_mean_of_means():
     sets = [HeldOut(name="a", batches=["a"]), HeldOut(name="b", batches=["b"])]
-    losses = held_out_losses(sets, lambda batches: {"a": (10.0, 1), "b": (10.0, 9)}[batches[0]])
+    losses = held_out_numbers(sets, lambda batches: {"a": (10.0, 1, 1), "b": (10.0, 9, 3)}[batches[0]])
     assert losses["held_out_loss"] == pytest.approx(2.0)
     assert losses["held_out_loss_a"] == pytest.approx(10.0) and losses["held_out_loss_b"] == pytest.approx(10 / 9)
+    assert losses["held_out_accuracy"] == 0.4 and losses["held_out_accuracy_a"] == 1.0
+    assert losses["held_out_accuracy_b"] == pytest.approx(1 / 3)
 
 
 def test_unigram_entropy_of_even_and_uneven_counts():
