@@ -24,7 +24,7 @@ PREPARE = """Make the shards of every source in a settings file. Example:
   data-prep prepare configs/prep/four_domains.yaml root=corpus processes=8
 
 key=value changes a setting (sources.0.files=[a.jsonl] reaches into lists). A source that is finished is not made
-again; one that was interrupted goes on from its finished segments (256 MiB of text each), and its final name never
+again; one that was interrupted goes on from its finished segments (256 MiB of text at most), and its final name never
 stands for a part. As a job array, on one file system, with the same settings:
 
   data-prep prepare configs/prep/web.yaml --part $SLURM_ARRAY_TASK_ID/100       each of 1/100 to 100/100

@@ -1,0 +1,162 @@
+"""Text to MDS shards end to end on two cores, ours beside MDSWriter + a Hugging Face tokenizer per document, in one run.
+
+    python benchmarks/prep.py CORPUS_FOLDER --tokenizer corpus/tokenizer.json --megabytes 500 --against-megabytes 20
+
+CORPUS_FOLDER holds *.jsonl with the key text. Ours is the command data-prep prepare with --processes processes (start-up
+and checks included) on the files one after the other, gone through as often as --megabytes asks. The other is what
+people usually write, in one process: json.loads, tokenizer(text) of transformers, MDSWriter.write; on the first
+--against-megabytes of every file in equal shares, start-up left out. Both hash their shards with SHA-256. At the end one
+process of ours is taken apart: where the time of a token goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import readers, shards, tokenization, worker
+from data_prep.config import JsonlSource
+from data_prep.ledger import Ledger, open_ledger
+from data_prep.segments import Part, segments_of
+from encoder.data.shard_format import read_card, special_ids_of
+
+# stretch of the work, and the functions that do it; each one's own time, without what it calls of the others
+STAGES: dict[str, list[tuple[Any, str]]] = {
+    "parse (JSON, checks)": [(worker, "parse")],
+    "encode": [(tokenization.TextEncoder, "encode")],
+    "held out (hash of the text)": [(tokenization, "is_held_out")],
+    "cut and wrap": [(worker, "encode_pieces")],
+    "samples": [(shards.ShardWriter, "add")],
+    "hash of the shard": [(shards, "_info")],
+    "write (fsync)": [(shards.ShardWriter, "_write")],
+    "read and the rest": [(worker.SegmentMaker, "__call__")],
+}
+
+
+def main() -> None:
+    """Prints a line a side, the ratio, and the profile."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("corpus", type=Path)
+    asked.add_argument("--tokenizer", type=Path, required=True)
+    asked.add_argument("--megabytes", type=int, default=500)
+    asked.add_argument("--against-megabytes", type=int, default=20)
+    asked.add_argument("--processes", type=int, default=2)
+    asked.add_argument("--json", type=Path, help="also write the numbers here")
+    args = asked.parse_args()
+    files = sorted(args.corpus.glob("*.jsonl"))
+    with tempfile.TemporaryDirectory(dir=args.corpus) as scratch:
+        folder = Path(scratch)
+        tokens, seconds = ours(files, args.tokenizer, folder, megabytes=args.megabytes, processes=args.processes)
+        their_tokens, their_seconds = theirs(files, args.tokenizer, folder, megabytes=args.against_megabytes)
+        stages = profile(files, args.tokenizer, folder)
+    rate, their_rate = tokens / seconds / 1e6, their_tokens / their_seconds / 1e6
+    print(f"data-prep prepare, {args.processes} processes   {tokens / 1e6:8.1f} Mtok in {seconds:6.1f} s   {rate:6.2f} Mtok/s")
+    print(f"tokenizer + MDSWriter, 1 process  {their_tokens / 1e6:8.1f} Mtok in {their_seconds:6.1f} s   {their_rate:6.2f} Mtok/s")
+    print(f"ratio {rate / their_rate:.1f}")
+    whole = sum(stages.values())
+    print(f"one process of ours, {1e3 / whole:.1f} Mtok/s; ns a token:")
+    for name, spent in stages.items():
+        print(f"  {name:<28} {spent:6.1f}   {100 * spent / whole:4.1f} %")
+    if args.json:
+        args.json.write_text(json.dumps({"mtok_per_second": rate, "their_mtok_per_second": their_rate,
+                                         "ratio": rate / their_rate, "nanoseconds_per_token": stages}, indent=1) + "\n")
+
+
+def ours(files: list[Path], tokenizer: Path, folder: Path, *, megabytes: int, processes: int) -> tuple[int, float]:
+    """(tokens, seconds) of the command."""
+    links, linked = [], 0
+    for number, file in enumerate(itertools.cycle(files)):
+        if linked >= megabytes * 1e6:
+            break
+        links.append(folder / f"{number:04}.jsonl")
+        links[-1].symlink_to(file.resolve())
+        linked += file.stat().st_size
+    config = {"tokenizer": str(tokenizer.resolve()), "root": str(folder), "out": str(folder / "ours"), "processes": processes,
+              "sources": [{"name": "all", "format": "jsonl", "files": [link.name for link in links]}]}
+    (folder / "prep.yaml").write_text(json.dumps(config))
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "data_prep", "prepare", str(folder / "prep.yaml")], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    tokens = read_card(folder / "ours/all/train").recipe["counts"]["tokens"]
+    shutil.rmtree(folder / "ours")
+    return tokens, seconds
+
+
+def theirs(files: list[Path], tokenizer_json: Path, folder: Path, *, megabytes: int) -> tuple[int, float]:
+    """(tokens, seconds) of the usual loop."""
+    from streaming import MDSWriter
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json))
+    lines, tokens = list(first_lines(files, int(megabytes * 1e6 / len(files)))), 0
+    began = time.perf_counter()
+    with MDSWriter(columns={"input_ids": "ndarray:uint16"}, out=str(folder / "theirs"), hashes=["sha256"]) as out:
+        for line in lines:
+            ids = np.array(tokenizer(json.loads(line)["text"], truncation=True, max_length=8192)["input_ids"], np.uint16)
+            out.write({"input_ids": ids})
+            tokens += len(ids)
+    return tokens, time.perf_counter() - began
+
+
+def first_lines(files: list[Path], file_bytes: int) -> Iterator[bytes]:
+    """Whole lines from the beginning of each file, about `file_bytes` of each."""
+    for file in files:
+        with open(file, "rb") as f:
+            yield from itertools.takewhile(lambda _: f.tell() <= file_bytes, iter(f.readline, b""))
+
+
+def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float]:
+    """Nanoseconds a token by stage, in this process, on every file once."""
+    spent, stack = dict.fromkeys(STAGES, 0.0), []
+
+    def timed(stage: str, real: Callable) -> Callable:
+        def call(*words: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            stack.append(0.0)
+            try:
+                return real(*words, **more)
+            finally:
+                took = time.perf_counter() - began
+                spent[stage] += took - stack.pop()
+                if stack:
+                    stack[-1] += took
+        return call
+
+    for stage, places in STAGES.items():
+        for owner, name in places:
+            setattr(owner, name, timed(stage, getattr(owner, name)))
+    vocab_size, specials = special_ids_of(tokenizer)
+    job = worker.EncodeJob(tokenizer_json=str(tokenizer), encoder="fastokens", cls_id=specials.cls_id, sep_id=specials.sep_id,
+                           dtype="uint16" if vocab_size <= 2**16 else "uint32", max_tokens_per_document=8192,
+                           held_out_share=0.01, shard_bytes=2**26, compression=None, stop_on_error=True)
+    tokenization.one_thread_a_process()
+    source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
+    tokens = 0
+
+    def count(done: worker.Done) -> None:
+        nonlocal tokens
+        tokens += done.tokens
+
+    maker = worker.SegmentMaker(job, count)
+    with open_ledger(folder / "taken_apart", Part()) as ledger:
+        ledger.begin({}, alone=True)
+        for segment in segments_of(source, readers.find_files(source, Path("/")), shard_bytes=2**26):
+            maker(worker.SegmentJob(source=source, segment=segment, part=Part(), folder=str(Ledger(folder / "taken_apart").out),
+                                    made_from_sha256=""))
+        ledger.discard()
+    return {stage: seconds / tokens * 1e9 for stage, seconds in spent.items()}
+
+
+if __name__ == "__main__":
+    main()
