@@ -44,16 +44,20 @@ def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWe
 def read_fitting(run: RunConfig) -> StoredModel:
     """The model of `run.init_from`, whose every parameter has its place in the run's model. Raises ModelError, CheckpointError."""
     stored = read_model(Path(run.init_from))
-    different = differing(stored.config, run.model)
-    wrong = [d for d in different if d[0] in (*GROWS, *must_be_equal(run.model))]
-    if wrong:
-        found = ", ".join(f"{name} {there} there, {here} in the run" for name, there, here in wrong[:3])
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        grows = all(name in GROWS and there < here for name, there, here in wrong)
-        raise ModelError(f"init_from {run.init_from} has another shape: {found}{more}. "
-                         + (f"Grow it: launch/grow.py {run.init_from} OUT --run RUN.yaml, then init_from: OUT." if grows else
-                            "Set the run's model to the same, or name another model."))
+    check_same_shape(stored.config, run, key="init_from", path=Path(run.init_from))
     return stored
+
+
+def check_same_shape(there: ModernBertConfig, run: RunConfig, *, key: str, path: Path) -> None:
+    """Every parameter of the model at `path` has its place in the run's model, and means the same there. Raises ModelError."""
+    wrong = [d for d in differing(there, run.model) if d[0] in (*GROWS, *must_be_equal(run.model))]
+    if wrong:
+        found = ", ".join(f"{name} {old} there, {new} in the run" for name, old, new in wrong[:3])
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        grows = all(name in GROWS and old < new for name, old, new in wrong)
+        raise ModelError(f"{key} {path} has another shape: {found}{more}. "
+                         + (f"Grow it: launch/grow.py {path} OUT --run RUN.yaml, then init_from: OUT." if grows else
+                            "Set the run's model to the same, or name another model."))
 
 
 def check_same_tokens(source: Path, shards: Path) -> None:
@@ -62,8 +66,8 @@ def check_same_tokens(source: Path, shards: Path) -> None:
     wrong = next((i for i in sorted(there.keys() | here.keys()) if there.get(i) != here.get(i)), None)
     if wrong is not None:
         said = [repr(names[wrong]) if wrong in names else "no token" for names in (there, here)]
-        raise ModelError(f"id {wrong} is {said[0]} in {source}, {said[1]} in {shards}; needed: shards made with the tokenizer of "
-                         "init_from. Prepare them with it, or start from another model.")
+        raise ModelError(f"id {wrong} is {said[0]} in {source}, {said[1]} in {shards}; needed: shards made with that model's "
+                         "tokenizer. Prepare them with it, or start from another model.")
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:

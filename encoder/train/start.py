@@ -16,8 +16,10 @@ from encoder.base.log import say
 from encoder.base.schema import differences, read_mapping
 from encoder.base.units import Progress, short_count
 from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
+from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.engine import Engine, start_engine
 from encoder.train import build
+from encoder.train.branch import find_parent
 from encoder.train.config import RunConfig, identity_of
 from encoder.train.initial import InitialWeights
 from encoder.train.phases import phase_of_weights
@@ -38,6 +40,7 @@ class Started:
     resumed: bool
     last_held_out: dict[str, float]    # of the checkpoint
     init_sha256: str | None            # of the weights of init_from, also when resumed; on rank zero
+    parent: dict[str, Any] | None      # what branch_from named, also when resumed
 
 
 def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
@@ -53,6 +56,8 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
             for source in sources:
                 source.check_files()
             entropy = build.held_out_entropy(run, facts)
+    fresh = not committed_folders(folder / CHECKPOINTS)
+    parent = find_parent(run, world, facts=facts) if run.branch_from and fresh else None
     with build.all_ranks_agree(world):
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,22 +69,22 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is not None:
         _check_same_settings(run, found / RUN_FILE, of=str(found))
-        progress, extra = load_checkpoint(found, engine)
+        progress, extra = _load(found, run, engine, device)
         build.check_same_data(facts, extra["card_sha256"])
-        theta = run.phases[phase_of_weights(progress)]
-        engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
-        _check_fingerprint(run, engine, device, extra, found)
-    elif run.init_from:
+    elif parent:
+        _load(parent.checkpoint, parent.run, engine, device)
+        progress, extra = Progress(ledger_hash=parent.progress.ledger_hash), {"parent": parent.record}
+    elif run.init_from or run.branch_from:
         assert initial, f"{folder} had a checkpoint a moment ago"
         engine.set_masters(lambda name, _shape: initial.weights[name])
         initial.weights.clear()      # 1.6 GB of the large model, on every rank
     incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
     _say_header(run, world, device, engine, progress, found)
-    for line in initial.lines if initial else ():
+    for line in initial.lines if initial else (f"branched off {parent.text}",) if parent else ():
         say(line)
     return Started(engine=engine, incarnation=incarnation, progress=progress, entropy=entropy, resumed=found is not None,
                    last_held_out=extra.get("last_held_out", {}),
-                   init_sha256=initial.sha256 if initial else extra.get("init_sha256"))
+                   init_sha256=initial.sha256 if initial else extra.get("init_sha256"), parent=extra.get("parent"))
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -123,14 +128,19 @@ def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
     return found.loss_sum / found.masked_tokens
 
 
-def _check_fingerprint(run: RunConfig, engine: Engine, device: torch.device, extra: dict[str, Any], found: Path) -> None:
+def _load(found: Path, run: RunConfig, engine: Engine, device: torch.device) -> tuple[Progress, dict[str, Any]]:
+    """A checkpoint of `run` into the engine; seen to give the loss it gave when it was saved."""
+    progress, extra = load_checkpoint(found, engine)
+    theta = run.phases[phase_of_weights(progress)]
+    engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
     loss, recorded = fingerprint(run, engine, device), extra["fingerprint_loss"]
-    tolerance = max(FINGERPRINT_TOLERANCE[word] for word in (run.engine.precision, extra["fingerprint_precision"]))
+    tolerance = max(FINGERPRINT_TOLERANCE[word] for word in (engine.config.precision, extra["fingerprint_precision"]))
     if not abs(loss - recorded) <= tolerance * abs(recorded):
         raise CheckpointError(
             f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
             "The weights did not come back as they went; remove this folder to use the one before."
         )
+    return progress, extra
 
 
 def check_same_run(run: RunConfig, folder: Path) -> None:

@@ -26,12 +26,12 @@ def read_model(path: Path) -> StoredModel:
     if (path / COMMITTED).exists():
         if problem := damage(path):
             raise CheckpointError(f"{problem} Use another checkpoint.")
-        return _read_checkpoint(path, run_folder=path.parent.parent)
+        return _read_checkpoint(path)
     if (path / CHECKPOINTS).is_dir() or (path / RUN_FILE).is_file():
         newest = newest_checkpoint(path / CHECKPOINTS)
         if newest is None:
             raise CheckpointError(f"{path} holds no checkpoint yet; needed: a run that has saved one.")
-        return _read_checkpoint(newest, run_folder=path)
+        return _read_checkpoint(newest)
     if (path / MODEL).is_file():
         return read_stored(path)
     if (path / CONFIG).is_file():
@@ -41,14 +41,19 @@ def read_model(path: Path) -> StoredModel:
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")
 
 
-def _read_checkpoint(checkpoint: Path, *, run_folder: Path) -> StoredModel:
+def checkpoint_facts(checkpoint: Path) -> StoredModel:
+    """All of a checkpoint's model but its weights. Raises CheckpointError, ConfigError."""
     run = read_run(checkpoint / RUN_FILE)
     index = phase_of_weights(read_progress(checkpoint)[0])
     phase = run.phases[index]
-    tokenizer_json = run_folder / TOKENIZER
+    tokenizer_json = checkpoint.parent.parent / TOKENIZER
     return StoredModel(
         config=dataclasses.replace(run.model, global_rope_theta=phase.global_rope_theta,
                                    local_rope_theta=phase.local_rope_theta),
-        weights=fp32(read_weights(checkpoint)), tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
+        weights={}, tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
         origin=f"run {run.name}, checkpoint {checkpoint.name}",
         max_tokens=max(p.max_tokens_per_document for p in run.phases[: index + 1]))
+
+
+def _read_checkpoint(checkpoint: Path) -> StoredModel:
+    return dataclasses.replace(checkpoint_facts(checkpoint), weights=fp32(read_weights(checkpoint)))

@@ -32,8 +32,11 @@ def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_ha
 class Ledger:
     """Append-only proof of what was trained. Steps done again after a resume must give the lines already there."""
 
-    def __init__(self, folder: Path, *, resumed_at: Progress) -> None:
-        """Lines after the resumed step become witnesses. Raises LedgerError if the ledger does not lead there."""
+    def __init__(self, folder: Path, *, resumed_at: Progress, parent: dict[str, Any] | None = None) -> None:
+        """Lines after the resumed step become witnesses; a branch's first line is its parent, from whose chain it goes on.
+
+        Raises LedgerError if the ledger does not lead to the resumed step.
+        """
         self.path = folder / LEDGER
         self.repeated_steps = 0
         lines = read_jsonl(self.path)
@@ -44,6 +47,8 @@ class Ledger:
                               f"{resumed_at.ledger_hash}. The folder mixes two runs: start again with another out.")
         if resumed_at.step and last is None:
             lines = self._start_again(folder, resumed_at)
+        elif parent and not lines:
+            lines = [{"parent": parent, "step": 0, "chain": resumed_at.ledger_hash}]
         self._witness = {line["step"]: line for line in lines if line["step"] > resumed_at.step}
         # a new file under the old name: a start of this run that still lives elsewhere writes on into the old one
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -91,11 +96,11 @@ class Ledger:
 def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
     """Follows the hash chain from the first line to the last. Raises LedgerError where it breaks.
 
-    The first line is step 1, or the restart of a ledger that was lost.
+    The first line is step 1, or the restart of a ledger that was lost, or the parent of a branch.
     """
     link, step = "", 0
     for number, line in enumerate(lines, 1):
-        if number == 1 and line.get("restart"):
+        if number == 1 and (line.get("restart") or line.get("parent")):
             link, step = line["chain"], line["step"]
             continue
         step += 1

@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Write the mean of several checkpoints' weights as a weights folder, as ModernBERT-base is the mean of four of its decay.
+
+    python launch/average.py RUN/checkpoints/A RUN/checkpoints/B [...] --out OUT
+
+Then export OUT (launch/export_hf.py), grow it, or train it on (init_from: OUT).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, averages, returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT",
+                        help="a folder of RUN/checkpoints; of one run, or of several of the same model and tokenizer")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT",
+                        help="the weights folder to write; replaced only if it is an earlier weights folder")
+    args = parser.parse_args(argv)
+
+    from encoder.base.command import run_command
+
+    def body() -> None:
+        from encoder.train.average import average_checkpoints
+        model = average_checkpoints(args.checkpoints, args.out)
+        print(f"wrote {args.out}: {model.origin}")
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
