@@ -27,13 +27,13 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path) -> StoredModel:
     Takes the memory of one model in fp32 and of its largest tensor in fp64, however many checkpoints there are.
     """
     facts = [_checked(path) for path in checkpoints]
-    if len({path.resolve() for path in checkpoints}) < max(2, len(checkpoints)):
-        raise ModelError(f"a mean of {len(checkpoints)} checkpoints, {len({p.resolve() for p in checkpoints})} different; needed: at "
-                         "least two, each once.")
+    different = len({path.resolve() for path in checkpoints})
+    if different < max(2, len(checkpoints)):
+        raise ModelError(f"a mean of {len(checkpoints)} checkpoints, {different} different; needed: at least two, each once.")
     first = facts[0]
     for path, other in zip(checkpoints[1:], facts[1:], strict=True):
-        if different := differing(first.config, other.config):
-            name, there, here = different[0]
+        if settings := differing(first.config, other.config):
+            name, there, here = settings[0]
             raise ModelError(f"{path} has {name} {here}, {checkpoints[0]} has {there}; needed: checkpoints of one model, under the "
                              "same RoPE thetas. Leave one of them out.")
         if _bytes_of(first.tokenizer_json) != _bytes_of(other.tokenizer_json):

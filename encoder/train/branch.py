@@ -1,4 +1,4 @@
-"""Where a run begins that branches off another one: `branch_from`, a checkpoint with its optimizer state, on a token clock of its own.
+"""Where a run begins that branches off another one: `branch_from`, a checkpoint with its optimizer state.
 
     parent   stable ----------o-----------o------------o
                               |           |

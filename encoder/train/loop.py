@@ -119,8 +119,9 @@ class _Story:
                     data = self._next(loader)
                     masked_tokens, batch_hash, flops, stopping = self._agree(data, stop)
                     lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
-                    result = self.engine.step(data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.max_lr or phase.lr.peak,
-                                              weight_decay=self.run.weight_decay_of(phase))
+                    result = self.engine.step(
+                        data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.max_lr or phase.lr.peak,
+                        weight_decay=self.run.weight_decay_of(phase))
                     self.progress = _after(before, data, masked_tokens, batch_hash)
                     with self.guarded():
                         self._record(data, result, lr, masked_tokens, batch_hash, flops)

@@ -52,7 +52,10 @@ class PhaseWork:
 
 
 def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None = None) -> str:
-    """The plan for people; `steps` where they were worked out already. Raises UserError where the run cannot be; what is not there yet is only said."""
+    """The plan for people; `steps` where they were worked out already.
+
+    Raises UserError where the run cannot be; what is not there yet is only said.
+    """
     with torch.device("meta"):
         model = build_model(run.model, attention="sdpa", seed=run.seed)
     count = sum(p.numel() for p in model.parameters())
