@@ -6,6 +6,7 @@ import datetime
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -102,6 +103,30 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process among those that have joined; (0, 1) before."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Each rank's table int64 [rows, K], by rank; ranks may have different numbers of rows."""
+    rank, size = rank_and_size()
+    counts = rows.new_zeros(size)
+    counts[rank] = len(rows)
+    tables = rows.new_zeros(size, int(sum_over_ranks(counts).max()), rows.shape[1])
+    tables[rank, :len(rows)] = rows
+    return [table[:count] for table, count in zip(sum_over_ranks(tables), counts.tolist())]
+
+
+def exchange(chunks: Sequence[torch.Tensor], *, receive: Sequence[int]) -> list[torch.Tensor]:
+    """Sends the 1-d chunks[r] to rank r; gives back what each rank r sent here, receive[r] elements."""
+    if len(chunks) == 1:
+        return list(chunks)
+    received = chunks[0].new_empty(sum(receive))
+    dist.all_to_all_single(received, torch.cat(list(chunks)), list(receive), [len(chunk) for chunk in chunks])
+    return list(received.split(list(receive)))
 
 
 def free_port() -> int:

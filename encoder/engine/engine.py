@@ -22,9 +22,9 @@ from encoder.base.errors import ConfigError
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
 from encoder.engine.zero_layout import check_cover, flat_parts, refresh_parameters, share_of, whole_shape
 from encoder.engine.zero_partition import Values, partition_, weights_may_go
-from encoder.optim.groups import decay_groups
+from encoder.optim.catalog import build_optimizer
 from encoder.optim.slices import FlatPart, Stretch
-from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
+from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer
 
 __all__ = ["Engine", "EngineConfig", "LossSum", "Piece", "StepResult", "start_engine"]
 
@@ -61,14 +61,14 @@ class Piece:
         return self.tensors["master"]
 
 
-def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: StableAdamWConfig, world: World,
+def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: MomentsConfig, world: World,
                  device: torch.device) -> Engine:
     """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join). `model(batch)` gives a SummedLoss.
 
     Every rank brings the same weights (a function of the seed); for stage 3 a model on the meta device, whose
     `initial_values(name, shape)` gives its weights, one whole parameter at a time.
     """
-    groups = decay_groups(model, weight_decay=optimizer.weight_decay)         # by dimensions, which stage 3 takes away
+    steps = build_optimizer(model, optimizer)         # grouped by dimensions, which stage 3 takes away
     deepspeed = import_deepspeed(device)
     if config.zero_stage == 3:
         partition_(model, deepspeed=deepspeed, device=device,
@@ -78,7 +78,6 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Sta
         model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
         whole = {name: p.detach().clone() for name, p in model.named_parameters()} if config.precision == "bf16" else {}
         first = lambda name, _shape: whole[name]      # noqa: E731
-    steps = StableAdamW(groups, optimizer)
     ds_engine = initialize(deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size))
     ds_engine.enable_backward_allreduce = config.zero_stage > 0   # stage 0: ours, because DeepSpeed's refuses fp64
     engine = Engine(ds_engine, optimizer=steps, config=config, world=world, device=device)
@@ -90,7 +89,7 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Sta
 class Engine:
     """A model under training: the weights, their optimizer state, and the step that moves them."""
 
-    def __init__(self, ds_engine: Any, *, optimizer: StableAdamW, config: EngineConfig, world: World,
+    def __init__(self, ds_engine: Any, *, optimizer: WholeTensorOptimizer, config: EngineConfig, world: World,
                  device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
         self.module: torch.nn.Module = ds_engine.module        # the bare model
@@ -99,10 +98,10 @@ class Engine:
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)
         self._plain_norm = torch.zeros(())                     # stage 0: DeepSpeed measures no norm there
-        numels = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        check_cover([s for _, s in self._owned()], numels=numels, world=world, device=device)
+        check_cover([s for _, s in self._owned()], numels={name: math.prod(shape) for name, shape in self.shapes.items()},
+                    world=world, device=device)
         if config.zero_stage:
-            optimizer.set_stretches(self._parts, numels=numels)
+            optimizer.set_stretches(self._parts, shapes=self.shapes)
         else:
             optimizer.register_step_pre_hook(self._before_plain_step)
         optimizer.init_state()
@@ -213,7 +212,7 @@ class Engine:
                 forward.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             yield
 
-    def _before_plain_step(self, optimizer: StableAdamW, _args: Any, _kwargs: Any) -> None:
+    def _before_plain_step(self, optimizer: WholeTensorOptimizer, _args: Any, _kwargs: Any) -> None:
         """Stage 0, what ZeRO's optimizers do before they step: the mean over ranks, its norm, clipping, and no update from
         a gradient that is not finite."""
         tensors = [p for group in optimizer.param_groups for p in group["params"]]

@@ -26,17 +26,19 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
     names = {p: name for name, p in ds_engine.module.named_parameters() if p.requires_grad}
     optimizer = ds_engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):          # stage 0: DeepSpeed leaves our optimizer as it is
-        return [FlatPart(tensor=p, stretches=(
-            Stretch(name=name, numel=p.numel(), start=0, length=p.numel(), flat_start=0),)) for p, name in names.items()]
+        return [FlatPart(tensor=p, group=i, stretches=(
+            Stretch(name=names[p], numel=p.numel(), start=0, length=p.numel(), flat_start=0),))
+            for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):    # stage 3
-        return [FlatPart(tensor=flat, stretches=tuple(_own_parts(names, group)))
-                for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)]
+        return [FlatPart(tensor=flat, stretches=tuple(_own_parts(names, params)), group=optimizer.sub_group_to_group_id[i])
+                for i, (params, flat) in enumerate(zip(
+                    optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True))]
     if hasattr(optimizer, "bf16_groups"):                     # BF16_Optimizer: bf16 parameters at stage 1
         groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
     else:                                                     # DeepSpeedZeroOptimizer
         groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-    return [FlatPart(tensor=flat, stretches=tuple(_stretch(names[p], p) for p in group if p._hp_mapping is not None))
-            for group, flat in zip(groups, flats)]
+    return [FlatPart(tensor=flat, stretches=tuple(_stretch(names[p], p) for p in params if p._hp_mapping is not None), group=i)
+            for i, (params, flat) in enumerate(zip(groups, flats, strict=True))]
 
 
 def refresh_parameters(ds_engine: Any) -> None:

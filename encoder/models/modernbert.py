@@ -152,6 +152,13 @@ class ModernBertForMaskedLM(nn.Module):
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
         return initial_values(name, shape, **self._draw)
 
+    def hidden_matrices(self) -> dict[str, int]:
+        """The matrices of the layers, by parameter: how many stand in it, one above another (query, key and value in Wqkv,
+        both halves in a gated Wi)."""
+        several = {"Wqkv": 3, "Wi": 1 if self.config.mlp == "gelu" else 2}
+        return {f"model.layers.{name}": several.get(name.split(".")[-2], 1)
+                for name, p in self.model.layers.named_parameters() if name.endswith(".weight") and p.ndim == 2}
+
     def set_rope_theta_(self, *, global_theta: float, local_theta: float) -> None:
         """The base of the rotary angles of global and local layers, from now on."""
         self.global_rope_theta, self.local_rope_theta = float(global_theta), float(local_theta)

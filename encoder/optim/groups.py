@@ -1,24 +1,29 @@
-"""Which parameters decay: matrices do, vectors and biases do not."""
+"""Which parameters a rule treats alike: matrices decay, vectors and biases do not, the layers' matrices may be Muon's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 
-def decay_groups(model: torch.nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups [decay, no decay] of a model's parameters; empty groups are left out, tied ones come once.
+def decay_groups(model: torch.nn.Module, *, weight_decay: float,
+                 hidden_matrices: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """Optimizer groups of a model's parameters; empty groups are left out, tied parameters come once.
 
-    Each says under `decays` which it is: a phase of a run may change the amount. No decay: at most one dimension, or a name that ends in .bias (the rule of ModernBERT's optimizer.py). The tied
-    embedding is a matrix and decays.
+    No decay: at most one dimension, or a name that ends in .bias (the rule of ModernBERT's optimizer.py). The tied
+    embedding is a matrix and decays. A group says whether it `decays` (a phase may change the amount), and how many
+    `matrices` each of its parameters is: for those named in `hidden_matrices` (name -> number), 0 for all others.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = [p for name, p in named if _decays(name, p)]
-    rest = [p for name, p in named if not _decays(name, p)]
-    groups = [{"params": decay, "weight_decay": weight_decay, "decays": True},
-              {"params": rest, "weight_decay": 0.0, "decays": False}]
-    return [group for group in groups if group["params"]]
+    hidden = hidden_matrices or {}
+    groups: dict[tuple[bool, int], list[torch.Tensor]] = {(True, n): [] for n in sorted({*hidden.values(), 0})}
+    groups[False, 0] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[_decays(name, p), hidden.get(name, 0)].append(p)
+    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "matrices": matrices}
+            for (decays, matrices), params in groups.items() if params]
 
 
 def _decays(name: str, parameter: torch.Tensor) -> bool:

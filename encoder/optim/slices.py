@@ -37,6 +37,7 @@ class FlatPart:
 
     tensor: torch.Tensor
     stretches: tuple[Stretch, ...]
+    group: int = 0      # of the optimizer's groups
 
 
 def first_gap(numels: Mapping[str, int], stretches: Sequence[Stretch]) -> str | None:

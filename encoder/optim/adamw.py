@@ -1,0 +1,46 @@
+"""AdamW as torch.optim.AdamW has it (arXiv 1711.05101 as everybody writes it); m and v as in whole_tensors.
+
+    theta <- theta (1 - eta_t lambda) - eta_t m / (sqrt(v) + eps)
+
+The decay follows the rate: a schedule that ends at zero ends the decay, too, and another peak is another decay. StableAdamW's
+is relative to the peak: lambda here is its weight_decay / peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from encoder.base.errors import ConfigError
+from encoder.optim.whole_tensors import Live, MomentsConfig, WholeTensorOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig(MomentsConfig):
+    """Decays as StableAdamW's default does at ModernBERT-base's peak: 1e-5 / 8e-4."""
+
+    weight_decay: float = 0.0125      # of rate 1: a step takes lr * weight_decay of a weight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.weight_decay >= 0.0:
+            raise ConfigError(f"weight_decay {self.weight_decay} must be at least 0.")
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        return (f"AdamW betas {self.betas[0]}, {self.betas[1]}, eps {self.eps:g}, decay {self.weight_decay:g} times the rate "
+                "a step")
+
+
+class AdamW(WholeTensorOptimizer):
+    """The rule above; it looks at single elements, so it needs no collective."""
+
+    config: AdamWConfig
+
+    def _move(self, live: Live) -> None:
+        for group, p in live:
+            self._take_in(p)
+            rates = torch.full_like(self._numels_of(p), group["lr"])
+            self._subtract(p, self._direction(p, out=torch.empty_like(p)), rates, decay=group["weight_decay"])

@@ -1,0 +1,77 @@
+"""Matrices that lie in stretches on many ranks come together, each on one rank, and go back: two all-to-alls.
+
+    rank 0   | a a a a b b |         rank 0   a a a a a a              rank 0   | A A A A B B |
+    rank 1   | a a b b c c |   ->    rank 1   b b b b           ->     rank 1   | A A B B C C |
+    rank 2   | c c         |         rank 2   c c c c                  rank 2   | C C         |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from encoder.base.dist import exchange
+from encoder.optim.slices import Stretch
+
+
+class Held(NamedTuple):
+    """A stretch, and the flat tensor that it lies in on its rank (by number)."""
+
+    part: int
+    stretch: Stretch
+
+
+class Exchange:
+    """Who works on which matrix, and what each rank sends to each; the same on every rank.
+
+    held: [ranks], what lies on each, in one order that all ranks know. costs: the matrices by name, and their work.
+    """
+
+    def __init__(self, held: Sequence[Sequence[Held]], *, costs: Mapping[str, float], rank: int) -> None:
+        self.owners = deal(costs, ranks=len(held))
+        self._numels = {h.stretch.name: h.stretch.numel for own in held for h in own}
+        self._mine = [[h for h in held[rank] if self.owners[h.stretch.name] == r] for r in range(len(held))]
+        self._others = [[h for h in own if self.owners[h.stretch.name] == rank] for own in held]
+
+    def bring_together(self, flats: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """The whole matrices that this rank works on, flattened."""
+        like = next(iter(flats.values()))
+        received = exchange([_joined([h.stretch.of(flats[h.part]) for h in some], like) for some in self._mine],
+                            receive=[sum(h.stretch.length for h in some) for some in self._others])
+        wholes = {h.stretch.name: like.new_empty(self._numels[h.stretch.name]) for some in self._others for h in some}
+        for h, values in _split(received, self._others):
+            _place(wholes, h).copy_(values)
+        return wholes
+
+    def give_back(self, wholes: Mapping[str, Tensor], flats: Mapping[int, Tensor]) -> None:
+        """Writes every rank's stretches of the matrices into its flat tensors."""
+        like = next(iter(flats.values()))
+        received = exchange([_joined([_place(wholes, h) for h in some], like) for some in self._others],
+                            receive=[sum(h.stretch.length for h in some) for some in self._mine])
+        for h, values in _split(received, self._mine):
+            h.stretch.of(flats[h.part]).copy_(values)
+
+
+def deal(costs: Mapping[str, float], *, ranks: int) -> dict[str, int]:
+    """The rank of each matrix: the dearest first, each to the rank with the least to do."""
+    load, owners = [0.0] * ranks, {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += costs[name]
+    return owners
+
+
+def _place(wholes: Mapping[str, Tensor], h: Held) -> Tensor:
+    return wholes[h.stretch.name].narrow(0, h.stretch.start, h.stretch.length)
+
+
+def _joined(tensors: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(tensors) if tensors else like.new_empty(0)
+
+
+def _split(received: Sequence[Tensor], held: Sequence[Sequence[Held]]) -> Iterator[tuple[Held, Tensor]]:
+    for values, some in zip(received, held, strict=True):
+        yield from zip(some, values.split([h.stretch.length for h in some]), strict=True)

@@ -1,0 +1,244 @@
+"""Every optimizer against its slow truth: whole tensors, and stretches of them cut at random as ZeRO cuts groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from encoder.base.errors import ConfigError
+from encoder.optim.adamw import AdamWConfig
+from encoder.optim.catalog import OPTIMIZERS, build_optimizer, state_elements
+from encoder.optim.exchange import deal
+from encoder.optim.lamb import LambConfig
+from encoder.optim.muon import MuonConfig, newton_schulz
+from encoder.optim.slices import FlatPart, Stretch
+from encoder.optim.stable_adamw import StableAdamWConfig
+from tests.reference.svd_muon import orthogonal
+from tests.reference.updates import slow_updates
+
+LRS = [1e-2, 2e-2, 3e-2, 3e-2, 1e-2, 5e-3]
+MAX_LR = 3e-2
+HIDDEN = {"qkv": 3, "up": 2, "out": 1}
+CONFIGS = {
+    "stable_adamw": StableAdamWConfig(weight_decay=0.01), "adamw": AdamWConfig(weight_decay=0.3), "lamb": LambConfig(),
+    "muon": MuonConfig(weight_decay=0.01), "muon-jordan": MuonConfig(weight_decay=0.01, matrix_scale="jordan", matrix_lr=3.0)}
+TORCH_TO_1E_12 = dict(rtol=1e-12, atol=1e-13)
+
+
+class Small(nn.Module):
+    """Parameters of all kinds: three matrices in one, two in one, wide ones and tall ones, an embedding, a vector, a bias."""
+
+    def __init__(self, dtype=torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        for name, shape in {"table": (5, 2), "qkv": (6, 5), "norm": (7,), "out": (4, 3), "up": (6, 2)}.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, dtype=dtype)))
+        self.linear = nn.Linear(2, 3, dtype=dtype)
+
+    def hidden_matrices(self) -> dict[str, int]:
+        return HIDDEN
+
+
+def start_and_grads(dtype=torch.float64, *, spike=100.0):
+    """Weights and one gradient per step and tensor; at step 4 the gradient of `qkv` is 100 times as large."""
+    start = {n: p.detach().clone() for n, p in Small(dtype).named_parameters()}
+    return start, [{n: torch.randn_like(p) * (spike if (t, n) == (3, "qkv") else 1.0) for n, p in start.items()}
+                   for t in range(len(LRS))]
+
+
+def truth_of(config, start, grads):
+    return slow_updates(start, grads, config, lrs=LRS, max_lr=MAX_LR, hidden_matrices=HIDDEN)
+
+
+def whole(config, grads, dtype=torch.float64):
+    model = Small(dtype)
+    optimizer, named = build_optimizer(model, config), dict(model.named_parameters())
+    for g, lr in zip(grads, LRS):
+        for n, p in named.items():
+            p.grad = g[n].clone()
+        for group in optimizer.param_groups:
+            group.update(lr=lr, max_lr=MAX_LR)
+        optimizer.step()
+    return {n: p.detach() for n, p in named.items()}
+
+
+def cut_groups(model, optimizer, parts, chance):
+    """Each group's parameters end to end and one element of padding, cut at random places into some flat tensors (also
+    empty ones), as ZeRO gives them to ranks."""
+    name_of, flats = {p: n for n, p in model.named_parameters()}, []
+    for number, group in enumerate(optimizer.param_groups):
+        total = sum(p.numel() for p in group["params"]) + 1
+        cuts = [0, *sorted(chance.randrange(total + 1) for _ in range(parts - 1)), total]
+        own = []
+        for low, high in zip(cuts, cuts[1:]):
+            at, stretches = 0, []
+            for p in group["params"]:
+                a, b = max(low, at), min(high, at + p.numel())
+                if a < b:
+                    stretches.append(Stretch(name=name_of[p], numel=p.numel(), start=a - at, length=b - a, flat_start=a - low))
+                at += p.numel()
+            own.append(FlatPart(tensor=torch.zeros(high - low, dtype=torch.float64), stretches=tuple(stretches), group=number))
+        group["params"] = [part.tensor for part in own]
+        flats += own
+    return flats
+
+
+def fill(flats, values):
+    for flat, tensor in flats:
+        for s in flat.stretches:
+            s.of(tensor).copy_(values[s.name].flatten()[s.start:s.start + s.length])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_update_is_the_slow_rule(name):
+    start, grads = start_and_grads()
+    truth, ours = truth_of(CONFIGS[name], start, grads), whole(CONFIGS[name], grads)
+    for n in start:
+        torch.testing.assert_close(ours[n], truth[n], **TORCH_TO_1E_12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cut_at_random_the_update_is_that_of_whole_tensors(name):
+    """All flat tensors in one process: the sums over a tensor's stretches, and its matrices, meet without a collective."""
+    start, grads = start_and_grads()
+    truth = truth_of(CONFIGS[name], start, grads)
+    shapes = {n: tuple(p.shape) for n, p in start.items()}
+    for seed in range(20):
+        model, chance = Small(), random.Random(seed)
+        optimizer = build_optimizer(model, CONFIGS[name])
+        flats = cut_groups(model, optimizer, parts=1 + seed % 4, chance=chance)
+        fill([(flat, flat.tensor) for flat in flats], start)
+        optimizer.set_stretches(flats, shapes=shapes)
+        groups = list(optimizer.param_groups)
+        for g, lr in zip(grads, LRS):
+            for flat in flats:
+                flat.tensor.grad = torch.zeros_like(flat.tensor)
+            fill([(flat, flat.tensor.grad) for flat in flats], g)
+            for group in groups:                      # all groups in one call, or one call a group, as ZeRO makes them
+                group.update(lr=lr, max_lr=MAX_LR)
+                if seed % 2:
+                    optimizer.param_groups = [group]
+                    optimizer.step()
+            if not seed % 2:
+                optimizer.step()
+        for flat in flats:
+            for s in flat.stretches:
+                torch.testing.assert_close(s.of(flat.tensor), truth[s.name].flatten()[s.start:s.start + s.length], **TORCH_TO_1E_12)
+        assert all(flat.tensor[-1] == 0.0 for flat in flats[len(flats) // len(groups) - 1::len(flats) // len(groups)]
+                   if len(flat.tensor)), "padding must stay zero"
+        if "muon" in name:
+            assert optimizer.orthogonalized == len(LRS) * sum(HIDDEN.values())
+
+
+def test_a_spike_in_one_tensor_slows_that_tensor_alone():
+    _, grads = start_and_grads()
+    calm = start_and_grads(spike=1.0)[1]
+    with_spike, without = whole(CONFIGS["stable_adamw"], grads), whole(CONFIGS["stable_adamw"], calm)
+    assert torch.equal(with_spike["norm"], without["norm"]) and torch.equal(with_spike["out"], without["out"])
+    assert not torch.allclose(with_spike["qkv"], without["qkv"])
+
+
+def test_a_tensor_without_gradient_is_left_alone_and_does_not_age():
+    model = nn.ParameterList([torch.ones(3), torch.ones(3)])
+    optimizer = build_optimizer(model, StableAdamWConfig())
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.init_state()
+    p, q = model
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert q.tolist() == [1.0, 1.0, 1.0] and optimizer.state[q]["step"] == 0 and optimizer.state[p]["step"] == 1
+
+
+def test_unsharded_stable_adamw_agrees_with_torch_optimi():
+    optimi = pytest.importorskip("optimi")
+    start, grads = start_and_grads(torch.float32)
+    config = CONFIGS["stable_adamw"]
+    theirs = {n: p.clone().requires_grad_() for n, p in start.items()}
+    decay = [p for n, p in theirs.items() if p.ndim > 1]
+    judge = optimi.StableAdamW([{"params": decay}, {"params": [p for p in theirs.values() if p.ndim == 1], "weight_decay": 0.0}],
+                               lr=MAX_LR, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, decouple_lr=True,
+                               max_lr=MAX_LR, triton=False)
+    for g, lr in zip(grads, LRS):
+        for n in theirs:
+            theirs[n].grad = g[n].clone()
+        for group in judge.param_groups:
+            group["lr"] = lr
+        judge.step()
+    ours = whole(config, grads, torch.float32)
+    for n in start:
+        torch.testing.assert_close(ours[n], theirs[n].detach(), rtol=2e-6, atol=2e-6)
+
+
+def test_muon_without_the_rest_is_torchs_but_for_its_bf16():
+    """torch's Muon takes its decay times the rate and computes in bf16 (two digits) everywhere."""
+    start, grads = start_and_grads()
+    theirs = start["out"].clone().requires_grad_()
+    judge = torch.optim.Muon([theirs], lr=1.0, weight_decay=0.01 / MAX_LR, adjust_lr_fn="match_rms_adamw")
+    for g, lr in zip(grads, LRS):
+        theirs.grad = g["out"].clone()
+        judge.param_groups[0]["lr"] = lr
+        judge.step()
+    moved = whole(CONFIGS["muon"], grads)["out"] - start["out"]
+    assert torch.linalg.vector_norm(theirs.detach() - start["out"] - moved) < 2e-2 * torch.linalg.vector_norm(moved)
+
+
+@pytest.mark.parametrize("name, left", [
+    # by hand: lr 0.02, then 0.01, peak 0.02, weight decay 0.1; no gradient, so that only the decay moves
+    ("stable_adamw", (1 - 0.1) * (1 - 0.05)), ("muon", (1 - 0.1) * (1 - 0.05)), ("adamw", (1 - 0.002) * (1 - 0.001)),
+    ("lamb", (1 - 0.02) * (1 - 0.01)),      # its direction is as long as the weights whatever it is made of
+])
+def test_decay_follows_the_rate_as_each_rule_says_and_vectors_do_not_decay(name, left):
+    model = Small()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(model, dataclasses.replace(CONFIGS[name], weight_decay=0.1))
+    for lr in (0.02, 0.01):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for group in optimizer.param_groups:
+            group.update(lr=lr, max_lr=0.02)
+        optimizer.step()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), start[n] * (left if p.ndim > 1 else 1.0), **TORCH_TO_1E_12)
+
+
+def test_muon_moves_with_the_size_of_adam_in_every_matrix():
+    """Root mean square of the update over the rate: 0.2 where all singular values are 1 (arXiv 2502.16982, lemma 1)."""
+    start, grads = start_and_grads(spike=1.0)
+    moved = whole(MuonConfig(weight_decay=0.0), grads[:1])
+    for n in HIDDEN:
+        size = float((moved[n] - start[n]).square().mean().sqrt()) / LRS[0]
+        assert 0.1 < size < 0.25, f"{n}: {size}"
+
+
+def test_newton_schulz_makes_tall_and_wide_matrices_orthogonal_as_the_singular_values_say():
+    torch.manual_seed(1)
+    for shape in ((3, 8), (8, 3), (5, 5), (1, 4)):
+        matrix = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(newton_schulz(matrix), torch.from_numpy(orthogonal(matrix.numpy())), **TORCH_TO_1E_12)
+        values = torch.linalg.svdvals(newton_schulz(matrix))
+        assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+    assert torch.equal(newton_schulz(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_matrices_are_dealt_the_dearest_first_to_the_rank_with_the_least_to_do():
+    assert deal({"a": 1.0, "b": 4.0, "c": 2.0, "d": 2.0}, ranks=2) == {"b": 0, "c": 1, "d": 1, "a": 0}
+    assert deal({"a": 1.0}, ranks=3) == {"a": 0}
+
+
+def test_each_optimizer_says_what_it_keeps():
+    numbers = {name: state_elements(Small(), config()) for name, config in OPTIMIZERS.items()}
+    hidden, all_of_it = 6 * 5 + 4 * 3 + 6 * 2, 5 * 2 + 6 * 5 + 7 + 4 * 3 + 6 * 2 + 3 * 2 + 3
+    assert numbers == {"stable_adamw": 2 * all_of_it, "adamw": 2 * all_of_it, "lamb": 2 * all_of_it, "muon": 2 * all_of_it - hidden}
+
+
+@pytest.mark.parametrize("kind, settings", [
+    (StableAdamWConfig, {"betas": (1.0, 0.9)}), (StableAdamWConfig, {"eps": 0.0}), (StableAdamWConfig, {"weight_decay": -1.0}),
+    (StableAdamWConfig, {"weight_decay": 1.0}), (AdamWConfig, {"weight_decay": -1.0}), (LambConfig, {"weight_decay": -0.1}),
+    (MuonConfig, {"momentum": 1.0}), (MuonConfig, {"matrix_lr": 0.0})], ids=str)
+def test_settings_outside_their_range_are_refused(kind, settings):
+    with pytest.raises(ConfigError):
+        kind(**settings)
