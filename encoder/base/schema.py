@@ -29,11 +29,12 @@ T = TypeVar("T")
 class _ChosenBy:
     tag: str
     choices: dict[str, type]
+    default: str | None = None
 
 
-def chosen_by(tag: str, choices: dict[str, type]) -> Any:
+def chosen_by(tag: str, choices: dict[str, type], *, default: str | None = None) -> Any:
     """A field type: the mapping's key `tag` names one of the classes. Use: `lr: chosen_by("schedule", SCHEDULES)`."""
-    return Annotated[Any, _ChosenBy(tag, choices)]
+    return Annotated[Any, _ChosenBy(tag, choices, default)]
 
 
 def read_settings(cls: type[T], path: Path | str, overrides: typing.Sequence[str] = ()) -> T:
@@ -252,9 +253,9 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
 def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}.")
-    if chosen.tag not in value:
+    word = value.get(chosen.tag, chosen.default)
+    if word is None:
         raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}.")
-    word = value[chosen.tag]
     if word not in chosen.choices:
         raise ConfigError(
             f"{_at(where, _join(key, chosen.tag))} is {word!r}. {nearest(str(word), list(chosen.choices))}"

@@ -9,10 +9,10 @@ is relative to the peak: lambda here is its weight_decay / peak.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from encoder.base.errors import ConfigError
 from encoder.optim.whole_tensors import Live, MomentsConfig, WholeTensorOptimizer
 
 
@@ -20,18 +20,14 @@ from encoder.optim.whole_tensors import Live, MomentsConfig, WholeTensorOptimize
 class AdamWConfig(MomentsConfig):
     """Decays as StableAdamW's default does at ModernBERT-base's peak: 1e-5 / 8e-4."""
 
+    rule: ClassVar[str] = "AdamW"
+
     weight_decay: float = 0.0125      # of rate 1: a step takes lr * weight_decay of a weight
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.weight_decay >= 0.0:
-            raise ConfigError(f"weight_decay {self.weight_decay} must be at least 0.")
-
     @property
-    def text(self) -> str:
-        """One line for people."""
-        return (f"AdamW betas {self.betas[0]}, {self.betas[1]}, eps {self.eps:g}, decay {self.weight_decay:g} times the rate "
-                "a step")
+    def decay_text(self) -> str:
+        """The decay in words."""
+        return f"{self.weight_decay:g} times the rate a step"
 
 
 class AdamW(WholeTensorOptimizer):

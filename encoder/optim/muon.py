@@ -49,9 +49,9 @@ class MuonConfig(StableAdamWConfig):
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """The settings in a line for people, but for the decay."""
         return (f"Muon momentum {self.momentum}, {self.matrix_scale} scale, {self.matrix_lr:g} times the rate, for the layers' "
-                f"matrices; the rest {super().text}")
+                f"matrices; {super().text} for the rest")
 
 
 class Muon(StableAdamW):

@@ -13,6 +13,7 @@ ever, so its later phases decayed less than they said; here it is the peak of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,19 +26,21 @@ from encoder.optim.whole_tensors import Live, MomentsConfig, WholeTensorOptimize
 class StableAdamWConfig(MomentsConfig):
     """The published values of ModernBERT-base."""
 
+    rule: ClassVar[str] = "StableAdamW"
+    decay_at_peak: ClassVar[bool] = True
+
     weight_decay: float = 1e-5        # per step at the peak rate; AdamW's number is weight_decay / peak
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.weight_decay < 1.0:
+        if not self.weight_decay < 1.0:
             raise ConfigError(f"weight_decay {self.weight_decay} must lie in [0, 1): it is the share lost in one step at the "
                               "peak rate.")
 
     @property
-    def text(self) -> str:
-        """One line for people."""
-        return (f"StableAdamW betas {self.betas[0]}, {self.betas[1]}, eps {self.eps:g}, "
-                f"decay {self.weight_decay:g} a step at the peak rate (fully decoupled)")
+    def decay_text(self) -> str:
+        """The decay in words."""
+        return f"{self.weight_decay:g} a step at the peak rate (fully decoupled)"
 
 
 class StableAdamW(WholeTensorOptimizer):

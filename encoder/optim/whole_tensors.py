@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,14 +28,25 @@ Live = list[tuple[dict[str, Any], Tensor]]      # (group, tensor) of the tensors
 class MomentsConfig:
     """What all of them are told of Adam's two averages."""
 
+    rule: ClassVar[str]
+    decay_at_peak: ClassVar[bool] = False      # weight_decay is the share lost in a step at the peak rate, max_lr
+
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"betas {self.betas[0]}, {self.betas[1]} must each lie in [0, 1).")
         if not self.eps > 0.0:
             raise ConfigError(f"eps {self.eps} must be above 0.")
+        if not self.weight_decay >= 0.0:
+            raise ConfigError(f"weight_decay {self.weight_decay} must be at least 0.")
+
+    @property
+    def text(self) -> str:
+        """The settings in a line for people, but for the decay."""
+        return f"{self.rule} betas {self.betas[0]}, {self.betas[1]}, eps {self.eps:g}"
 
 
 class WholeTensorOptimizer(torch.optim.Optimizer, ABC):

@@ -21,8 +21,8 @@ from encoder.models.catalog import PRESETS, SYSTEMS
 from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
 from encoder.objectives.mlm import MaskShare
+from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, rows_at
-from encoder.optim.stable_adamw import StableAdamWConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class RunConfig:
     model: chosen_by("system", SYSTEMS)
     data: DataConfig
     objective: chosen_by("name", OBJECTIVES)
-    optimizer: StableAdamWConfig
+    optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw")
     phases: tuple[PhaseConfig, ...]
     checkpoints: CheckpointConfig
     init_from: str | None = None                           # a stored model that the weights start from, not the seed
@@ -217,6 +217,9 @@ class RunConfig:
                     f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document:,} is above "
                     f"model.max_position_embeddings {self.model.max_position_embeddings:,}. Raise the latter."
                 )
+            if phase.max_lr is not None and not self.optimizer.decay_at_peak:
+                raise ConfigError(f"phase {phase.name}: max_lr {phase.max_lr:g} has no effect: the decay of this optimizer is not "
+                                  "relative to a peak rate. Leave it out.")
             try:
                 self.rows_at(phase, 0)
             except ConfigError as error:

@@ -18,6 +18,7 @@ from encoder.data.windows import cut
 from encoder.models.catalog import build_model
 from encoder.models.flops import train_flops
 from encoder.nn.loss import PIECE_POSITIONS
+from encoder.optim.catalog import state_elements
 from encoder.train.branch import find_parent
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.train.initial import read_fitting
@@ -61,7 +62,8 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
     count = sum(p.numel() for p in model.parameters())
     decayed = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1)
     steps = steps or list(planned_steps(run, fill=FILL))
-    memory = estimate_memory(run, parameters=count, ranks=ranks)
+    kept = state_elements(model, run.optimizer)
+    memory = estimate_memory(run, parameters=count, optimizer_elements=kept, ranks=ranks)
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
         "",
@@ -70,8 +72,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"engine      ZeRO-{run.engine.zero_stage}, {run.engine.precision}, {ranks} rank{'s' * (ranks > 1)}, "
         f"micro-batches of {run.loader.micro_batch_rows} row{'s' * (run.loader.micro_batch_rows > 1)} "
         f"= {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens",
-        f"optimizer   StableAdamW betas {run.optimizer.betas[0]}, {run.optimizer.betas[1]}, eps {run.optimizer.eps:g}, "
-        f"decay {_decay_text(run)}",
+        f"optimizer   {run.optimizer.text}, decay {_decay_text(run)}",
         f"weights     {_weights_text(run)}",
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
@@ -91,7 +92,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"memory a rank  about {_size(memory.total)}: weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, "
         f"optimizer {_size(memory.optimizer)}, activations {_size(memory.activations)}",
         f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(works)})",
-        f"checkpoints    {_size(12 * count)} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
+        f"checkpoints    {_size(4 * (count + kept))} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
         f"{run.checkpoints.keep_last} kept and one for each end of a phase",
     ]
     return "\n".join(lines)
@@ -116,11 +117,11 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     return PhaseWork(flops=flops, unknown=tuple(unknown))
 
 
-def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
+def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int, ranks: int) -> Memory:
     """Bytes a rank needs for parameters, gradients, optimizer and one micro-batch's activations.
 
-    ZeRO-1 splits the fp32 masters and both moments over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights, too
-    (the largest matrix stands whole while it is used). At stage 3 weights in fp32 are their own masters.
+    ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights
+    (the largest matrix stands whole while it is used), too. At stage 3 weights in fp32 are their own masters.
     Activations count what autograd keeps of one layer and token: 14 hidden-wide tensors and 4 of the MLP's width,
     and of the loss one piece of logits, in fp32 and again in 2 bytes, and the decoder's gradient before and after scaling.
     """
@@ -139,7 +140,7 @@ def estimate_memory(run: RunConfig, *, parameters: int, ranks: int) -> Memory:
     loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)
     return Memory(weights=width * (parameters // weight_share + gathered),
                   gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
-                  optimizer=(master * has_copy + 2 * master) * parameters // optimizer_share,
+                  optimizer=master * (has_copy * parameters + optimizer_elements) // optimizer_share,
                   activations=int(tokens * per_token + loss))
 
 
@@ -162,7 +163,7 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks
 def _decay_text(run: RunConfig) -> str:
     own = [f"{p.name} {run.weight_decay_of(p):g}" + (f" at {p.max_lr:g}" if p.max_lr else "")
            for p in run.phases if p.weight_decay is not None or p.max_lr is not None]
-    return f"{run.optimizer.weight_decay:g} a step at the peak rate (fully decoupled){'; '.join(['', *own])}"
+    return f"{run.optimizer.decay_text}{'; '.join(['', *own])}"
 
 
 def _weights_text(run: RunConfig) -> str:

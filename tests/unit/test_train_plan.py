@@ -63,7 +63,7 @@ def test_a_plan_says_whose_lengths_it_guessed(tmp_path, monkeypatch):
 def test_each_zero_stage_splits_one_thing_more_over_two_ranks(precision, stage, weights, gradients, optimizer):
     """Bytes of 1 M parameters; at stage 3 also the largest matrix, whole; in fp32 its weights are their own masters."""
     run = read_run(TINY, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
-    memory = estimate_memory(run, parameters=10**6, ranks=2)
+    memory = estimate_memory(run, parameters=10**6, optimizer_elements=2 * 10**6, ranks=2)
     largest = run.model.vocab_size * run.model.hidden_size if stage == 3 else 0
     width = 2 if precision == "bf16" else 4
     assert memory.weights == weights * 10**6 + width * largest
