@@ -6,21 +6,16 @@
         state.json                       shapes by name, optimizer steps, ranks and ZeRO stage of the save
         progress.json  run.yaml  environment.json
         MANIFEST.json                    size and SHA-256 of every file above
-        COMMITTED                        written last: a folder without it does not exist
+        COMMITTED                        written last, the SHA-256 of the manifest: a folder without it does not exist
         MILESTONE                        only where retention must keep the folder; holds the milestone's name
 
 While it is written a folder is called `.NAME.part`. Any number of ranks and any ZeRO stage reads every save.
+How a save is made stands in checkpoint_save.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import os
-import platform
-import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +25,13 @@ from safetensors import SafetensorError
 
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import CheckpointError
-from encoder.base.files import fsync_path, sha256_of, write_atomic, write_json
 from encoder.base.log import warn_once
 from encoder.base.schema import from_mapping
 from encoder.base.units import Progress
 from encoder.engine.agree import collective_device, together
-from encoder.engine.checkpoint_folder import (
-    COMMITTED,
-    MANIFEST,
-    MILESTONE,
-    check_not_stale,
-    claim_next,
-    committed_folders,
-    damage,
-    folder_name,
-    remove_old,
-)
-from encoder.engine.checkpoint_stretches import StretchReader, rank_file, write_pieces
+from encoder.engine.checkpoint_folder import FORMAT, claim_next, committed_folders, damage, folder_name
+from encoder.engine.checkpoint_stretches import StretchReader
 from encoder.engine.engine import Engine
-
-FORMAT = 1
-_PACKAGES = ("torch", "deepspeed", "safetensors", "numpy", "tokenizers", "transformers", "mosaicml-streaming", "tessera")
 
 
 def claim_incarnation(run_folder: Path, world: World) -> int:
@@ -59,32 +40,6 @@ def claim_incarnation(run_folder: Path, world: World) -> int:
     together((lambda: claimed.fill_(claim_next(run_folder))) if world.first else None,
              doing=f"cannot claim a start of the run in {run_folder}")
     return int(sum_over_ranks(claimed.to(collective_device())))
-
-
-def save_checkpoint(root: Path, *, engine: Engine, progress: Progress, run_yaml: str, incarnation: int,
-                    extra: dict[str, Any], keep_last: int, milestone: str | None = None) -> Path:
-    """Commits one folder under `root` (RUN/checkpoints) and removes what retention does not keep; called on every rank.
-
-    `extra` holds plain JSON values that load_checkpoint gives back. Saving the same position twice writes nothing but the
-    milestone. Raises CheckpointError on all ranks if a file cannot be written (what was half-written is removed, older
-    checkpoints stay) or if a newer start of the run took over.
-    """
-    save = _Save(root, engine, progress, run_yaml, incarnation, extra, milestone)
-    first = engine.world.first
-    doing, then = f"cannot write checkpoint {save.final}", "The one before it stays valid; start again once there is room."
-    try:
-        together(save.begin if first else None, doing=doing, then=then)
-        if not int(sum_over_ranks(save.kept_already.to(collective_device()))):
-            together(save.write_rank, doing=doing, then=then)
-            save.digests = sum_over_ranks(save.digests.to(collective_device())).cpu()
-            together(save.commit if first else None, doing=doing, then=then)
-    except BaseException:
-        if first:
-            save.clean_up()
-        raise
-    together((lambda: remove_old(root, incarnation=incarnation, keep_last=keep_last)) if first else None,
-             doing=f"cannot remove old checkpoints in {root}", then=f"{save.final.name} is committed.")
-    return save.final
 
 
 def newest_checkpoint(root: Path) -> Path | None:
@@ -155,65 +110,6 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-class _Save:
-    """One save under way: what each rank, and rank zero alone, writes."""
-
-    def __init__(self, root: Path, engine: Engine, progress: Progress, run_yaml: str, incarnation: int,
-                 extra: dict[str, Any], milestone: str | None) -> None:
-        name = folder_name(tokens=progress.tokens, incarnation=incarnation)
-        self.root, self.part, self.final = root, root / f".{name}.part", root / name
-        self.engine, self.progress, self.run_yaml, self.incarnation = engine, progress, run_yaml, incarnation
-        self.extra, self.milestone = extra, milestone
-        self.kept_already = torch.zeros(1, dtype=torch.int64)
-        self.digests = torch.zeros(engine.world.size, 33, dtype=torch.int64)     # a row a rank: bytes, SHA-256
-
-    def begin(self) -> None:
-        """Rank zero: an empty hidden folder; or, where this position is committed already, only its milestone."""
-        check_not_stale(self.root, self.incarnation)
-        self.clean_up()
-        if self.final.is_dir():
-            assert read_progress(self.final)[0] == self.progress, f"{self.final} was saved at another position"
-            self.kept_already.fill_(1)
-            if self.milestone:
-                write_atomic(self.final / MILESTONE, self.milestone)
-        else:
-            self.part.mkdir(parents=True)
-
-    def write_rank(self) -> None:
-        """Every rank: the state it answers for."""
-        rank = self.engine.world.rank
-        path = self.part / rank_file(rank)
-        write_pieces(path, self.engine.owned_pieces())
-        self.digests[rank] = torch.tensor([path.stat().st_size, *bytes.fromhex(sha256_of(path))])
-
-    def commit(self) -> None:
-        """Rank zero: everything else, then the name, then the mark."""
-        engine, part = self.engine, self.part
-        write_json(part / "state.json", {
-            "format": FORMAT, "optimizer_steps": engine.optimizer_steps, "ranks": engine.world.size,
-            "zero_stage": engine.config.zero_stage, "precision": engine.config.precision, "shapes": engine.shapes})
-        write_json(part / "progress.json", {"progress": dataclasses.asdict(self.progress), "extra": self.extra})
-        write_atomic(part / "run.yaml", self.run_yaml)
-        write_json(part / "environment.json", _environment())
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
-                 for p in sorted(part.iterdir()) if p.suffix != ".safetensors"}
-        for rank, (size, *digest) in enumerate(self.digests.tolist()):
-            files[rank_file(rank)] = {"bytes": size, "sha256": bytes(digest).hex()}
-        write_json(part / MANIFEST, files)
-        if self.milestone:
-            write_atomic(part / MILESTONE, self.milestone)
-        check_not_stale(self.root, self.incarnation)
-        os.rename(part, self.final)
-        fsync_path(self.root)
-        write_atomic(self.final / COMMITTED, "")
-
-    def clean_up(self) -> None:
-        """Removes what this save, or one before it at this position, left without committing."""
-        shutil.rmtree(self.part, ignore_errors=True)
-        if not (self.final / COMMITTED).exists():
-            shutil.rmtree(self.final, ignore_errors=True)
-
-
 def _check_same_model(folder: Path, *, saved: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> None:
     for name in [*ours, *saved]:
         if saved.get(name) != ours.get(name):
@@ -234,12 +130,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Use another checkpoint.") from error
-
-
-def _environment() -> dict[str, str | None]:
-    """Versions only: a checkpoint is given to others."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions

@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, sha256_of
 
+FORMAT = 1
 INCARNATIONS = "incarnations"
 MANIFEST, COMMITTED, MILESTONE = "MANIFEST.json", "COMMITTED", "MILESTONE"
 _NAME = re.compile(r"tokens(\d{13,})-i(\d{4,})")
@@ -69,6 +71,8 @@ def committed_folders(root: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """The first file that is not what the manifest says, in one sentence; None if all are."""
     try:
+        if (folder / COMMITTED).read_text(encoding="utf-8", errors="replace") != sha256_of(folder / MANIFEST):
+            return f"{folder / MANIFEST} is damaged: its SHA-256 is not the one in {COMMITTED}, or that one is."
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, fact in manifest.items():
             size = (folder / name).stat().st_size
@@ -85,14 +89,19 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def remove_old(root: Path, *, incarnation: int, keep_last: int) -> None:
-    """Keeps the last folders and the milestones; removes older ones, and what uncommitted saves left behind.
+def remove_old(root: Path, *, incarnation: int, keep_last: int, is_whole: Callable[[Path], bool]) -> None:
+    """Keeps the last whole folders and the milestones; removes older ones, and what uncommitted saves left behind.
 
-    Folders of a newer start are never touched. Raises CheckpointError if there is one.
+    A damaged folder counts for nothing; it goes when it is older than what is kept. Folders of a newer start are never
+    touched. Raises CheckpointError if there is one.
     """
     check_not_stale(root, incarnation)
     committed = committed_folders(root)
-    kept = {*committed[-keep_last:], *(path for path in committed if (path / MILESTONE).exists())}
+    kept, whole = {path for path in committed if (path / MILESTONE).exists()}, 0
+    for path in reversed(committed):
+        if whole < keep_last:
+            kept.add(path)
+            whole += is_whole(path)
     for path in sorted(root.iterdir()):
         match = _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part"))
         if match and int(match.group(2)) <= incarnation and path not in kept:

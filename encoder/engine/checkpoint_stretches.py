@@ -24,10 +24,15 @@ def rank_file(rank: int) -> str:
     return f"rank{rank:05d}.safetensors"
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
-    """Writes and syncs one rank's stretches, in their own precision. Raises OSError or SafetensorError."""
-    save_file({f"{piece.name}@{piece.start}/{kind}": tensor.to("cpu", copy=True)
-               for piece in pieces for kind, tensor in piece.tensors.items()}, path)
+def copy_pieces(pieces: Iterable[Piece]) -> dict[str, torch.Tensor]:
+    """One rank's stretches in memory, by key, in their own precision: training may go on."""
+    return {f"{piece.name}@{piece.start}/{kind}": tensor.to("cpu", copy=True)
+            for piece in pieces for kind, tensor in piece.tensors.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes and syncs one rank's file. Raises OSError or SafetensorError."""
+    save_file(tensors, path)
     usual_mode(path)
     fsync_path(path)
 

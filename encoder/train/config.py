@@ -148,7 +148,8 @@ class CheckpointConfig:
     """When to save; ends of phases and interruptions are always saved."""
 
     every_tokens: Tokens
-    keep_last: int = 2                # older ones are removed, ends of phases are kept
+    keep_last: int = 2                # whole ones; older ones are removed, ends of phases are kept
+    background: bool = True           # written while training goes on, from a copy in the machine's memory
 
     def __post_init__(self) -> None:
         if self.every_tokens < 1 or self.keep_last < 1:

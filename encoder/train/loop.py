@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from encoder.base.schema import to_plain, to_yaml
 from encoder.base.units import Progress, short_count, short_seconds
 from encoder.data.loader import StepData
 from encoder.data.shard_format import TOKENIZER
-from encoder.engine.checkpoint import save_checkpoint
 from encoder.engine.checkpoint_folder import committed_folders
+from encoder.engine.checkpoint_save import Saved, Saver
 from encoder.engine.engine import StepResult
 from encoder.models.flops import train_flops
 from encoder.train import build
@@ -82,6 +83,9 @@ class _Story:
         self.entropy, self.last_held_out, self.init_sha256 = started.entropy, started.last_held_out, started.init_sha256
         self.parent = started.parent
         self.held_out: list[HeldOut] = []
+        self.saver = Saver(folder / CHECKPOINTS, engine=self.engine, incarnation=self.incarnation,
+                           keep_last=run.checkpoints.keep_last)
+        self.stall_seconds = 0.0                 # of the save that is under way
         peak = bf16_peak(device) if run.engine.precision in ("bf16", "autocast") else None
         self.speed = SpeedMeter(peak=peak and peak * world.size)
         self.ledger: Ledger | None = None
@@ -131,7 +135,7 @@ class _Story:
                         self.evaluate()
                     ended = phase_is_done(self.run, self.progress)
                     if stopping and not ended:
-                        self.save()
+                        self.save(wait=True)
                         return self._stopped(stop)
                     if not ended and _crossed(before, self.progress, self.run.checkpoints.every_tokens):
                         self.save()
@@ -183,27 +187,43 @@ class _Story:
         asked = [(p.max_tokens_per_document, p.global_rope_theta, p.local_rope_theta) for p in (now, before)]
         return self.progress.step == 0 or asked[0] != asked[1]
 
-    def save(self, milestone: str | None = None) -> None:
-        """A committed checkpoint, with the loss of the fixed batch that a load must give again."""
+    def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
+        """A checkpoint, with the loss of the fixed batch that a load must give again; a milestone is committed on return."""
+        began = time.monotonic()
+        if self.saver.busy:
+            say(f"step {self.progress.step:>6}  waits for the checkpoint before, which is still being written")
+            self._saved(self.saver.wait())
         with self.guarded():
             if self.ledger:
                 self.ledger.sync()
         build.agree_on_errors(self.error, self.world)
-        saved = save_checkpoint(
-            self.folder / CHECKPOINTS, engine=self.engine, progress=self.progress, run_yaml=to_yaml(self.run),
-            incarnation=self.incarnation, keep_last=self.run.checkpoints.keep_last, milestone=milestone,
+        saved = self.saver.start(
+            self.progress, run_yaml=to_yaml(self.run), milestone=milestone,
             extra={"fingerprint_loss": fingerprint(self.run, self.engine, self.device),
                    "fingerprint_precision": self.run.engine.precision,
                    "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out,
                    "init_sha256": self.init_sha256, "parent": self.parent})
-        say(f"step {self.progress.step:>6}  saved {saved.name}" + (f" (end of {milestone})" if milestone else ""))
+        if wait or milestone or not self.run.checkpoints.background:
+            saved = saved or self.saver.wait()
+        self.stall_seconds = time.monotonic() - began
+        self._saved(saved)
+        self.speed.pause()
+
+    def _saved(self, saved: Saved | None) -> None:
+        """Says what was committed, if something was."""
+        if saved is None:
+            return
+        p = saved.progress
+        end = f" (end of {saved.milestone})" if saved.milestone else ""
+        say(f"step {self.progress.step:>6}  saved {saved.path.name}{end}: {short_count(saved.bytes)}B in {short_seconds(saved.seconds)}, training waited {short_seconds(self.stall_seconds)}")
         if self.tracker:
             with self.guarded():
-                self.tracker.event("checkpoint", step=self.progress.step, tokens=self.progress.tokens, name=saved.name)
-        self.speed.pause()
+                self.tracker.event("checkpoint", step=p.step, tokens=p.tokens, name=saved.path.name, bytes=saved.bytes,
+                                   seconds=round(saved.seconds, 3), stall_seconds=round(self.stall_seconds, 3))
 
     def close(self) -> None:
         """Files closed; safe after any error, also on a full disk, which was said already."""
+        self.saver.close()
         for writer in (self.ledger, self.tracker):
             if writer:
                 with contextlib.suppress(OSError):
@@ -216,12 +236,14 @@ class _Story:
 
     def _agree(self, data: StepData | None, stop: StopFlag) -> tuple[int, int, int, bool]:
         """One all-reduce: masked tokens of the step, hash of its batch, its model FLOP, whether a rank was asked to stop or
-        met a mistake."""
+        met a mistake, and which have written their part of a checkpoint."""
         mine = [data.masked_tokens, data.row_hash, self._flops(data)] if data else [0, 0, 0]
-        shared = sum_over_ranks(torch.tensor([*mine, bool(stop.signal), self.error is not None],
+        shared = sum_over_ranks(torch.tensor([*mine, bool(stop.signal), self.error is not None, self.saver.ready],
                                              dtype=torch.int64, device=self.device)).tolist()
         if shared[4]:
             build.agree_on_errors(self.error, self.world)
+        if shared[5] >= self.world.size:
+            self._saved(self.saver.advance())
         return shared[0], shared[1], shared[2], shared[3] > 0
 
     def _flops(self, data: StepData) -> int:

@@ -16,17 +16,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
-from encoder.engine import checkpoint, zero_config
+from encoder.engine import checkpoint_save, zero_config
 from encoder.engine.checkpoint import (
     claim_incarnation,
     load_checkpoint,
     newest_checkpoint,
     read_weights,
-    save_checkpoint,
 )
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
-from tests.process.tiny import ALL_KINDS, MASKED_TOKENS, SIZE, share_of_step, tiny_model
+from tests.process.tiny import ALL_KINDS, MASKED_TOKENS, SIZE, save_checkpoint, share_of_step, tiny_model
 
 CPU = torch.device("cpu")
 _TORCHS_LINEAR = torch.nn.functional.linear
@@ -272,31 +271,31 @@ class _Killed(BaseException):
 def killed_at(operation: int, act: Any) -> bool:
     """Runs an act that ends at its n-th file operation as if killed; False if it had fewer and went through."""
     count = 0
-    names = ["write_pieces", "write_json", "write_atomic", "fsync_path"]
-    real = {name: getattr(checkpoint, name) for name in names}
-    rename, clean_up = checkpoint.os.rename, checkpoint._Save.clean_up
+    names = ["write_tensors", "write_json", "write_atomic", "fsync_path"]
+    real = {name: getattr(checkpoint_save, name) for name in names}
+    rename, clean_up = checkpoint_save.os.rename, checkpoint_save._Save.clean_up
 
     def counted(do: Any) -> Any:
         def one(*values: Any, **named: Any) -> Any:
             nonlocal count
             count += 1
             if count == operation:
-                checkpoint._Save.clean_up = lambda self: None
+                checkpoint_save._Save.clean_up = lambda self: None
                 raise _Killed
             return do(*values, **named)
         return one
 
     try:
         for name in names:
-            setattr(checkpoint, name, counted(real[name]))
-        checkpoint.os.rename = counted(rename)
+            setattr(checkpoint_save, name, counted(real[name]))
+        checkpoint_save.os.rename = counted(rename)
         act()
     except _Killed:
         return True
     finally:
         for name in names:
-            setattr(checkpoint, name, real[name])
-        checkpoint.os.rename, checkpoint._Save.clean_up = rename, clean_up
+            setattr(checkpoint_save, name, real[name])
+        checkpoint_save.os.rename, checkpoint_save._Save.clean_up = rename, clean_up
     return False
 
 

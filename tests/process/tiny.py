@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from encoder.base.batch import IGNORE, TokenBatch
 from encoder.base.rng import address_seed, generator
+from encoder.base.units import Progress
+from encoder.engine.checkpoint_save import Saver
+from encoder.engine.engine import Engine
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 
 ROWS, ROW_TOKENS, VOCAB = 8, 24, 61      # 61: the decoder's bias has an odd number of elements
@@ -52,3 +57,11 @@ def share_of_step(step: int, *, rank: int, world_size: int, micro_batch_rows: in
 
 
 MASKED_TOKENS = sum(range(ROWS))
+
+
+def save_checkpoint(root: Path, *, engine: Engine, progress: Progress, incarnation: int, keep_last: int, run_yaml: str = "",
+                    extra: dict[str, Any] | None = None, milestone: str | None = None) -> Path:
+    """One save, waited for."""
+    saver = Saver(root, engine=engine, incarnation=incarnation, keep_last=keep_last)
+    saved = saver.start(progress, run_yaml=run_yaml, extra=extra or {}, milestone=milestone) or saver.wait()
+    return saved.path
