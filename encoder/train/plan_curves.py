@@ -60,8 +60,8 @@ def draw_plan(run: RunConfig, steps: Sequence[PlannedStep], path: Path) -> None:
         phase, x = run.phases[column.phase], [s.phase_tokens + s.tokens // 2 for s in column.steps]
         rate.set_title(f"{column.title}\n{short_count(column.end_tokens)} tokens", fontsize=9)
         rate.plot(x, [s.lr for s in column.steps], color="#444")
-        decay = run.weight_decay_of(phase) / (phase.max_lr or phase.lr.peak)
-        rate.annotate(f"peak {phase.lr.peak:g}, where a step\ndecays by {decay * phase.lr.peak:.3g}", (0.97, 0.5), ha="right",
+        relative_to = f" at {phase.max_lr:g}" if phase.max_lr else ""
+        rate.annotate(f"peak {phase.lr.peak:g}\nweight decay {run.weight_decay_of(phase):g}{relative_to}", (0.97, 0.5), ha="right",
                       xycoords="axes fraction", fontsize=8, color="#666")
         batch.step(x, [s.rows * run.data.row_tokens for s in column.steps], color="#444", where="mid")
         share.plot(x, [run.mask_share_of(phase).at(s.phase_tokens) for s in column.steps], color="#3a7d44")

@@ -69,7 +69,8 @@ def branches(world: World, *, folder: str) -> None:
     root = Path(folder)
     checkpoint = end_of_first_phase(root / "parent")
     for stage in (1, 3):
-        first_step(world, root=root, name=f"stage{stage}", settings=[*BRANCH, f"branch_from={checkpoint}", f"engine.zero_stage={stage}"])
+        first_step(world, root=root, name=f"stage{stage}",
+                   settings=[*BRANCH, f"branch_from={checkpoint}", f"engine.zero_stage={stage}"])
     first_step(world, root=root, name="weights_alone", settings=[*BRANCH, f"init_from={checkpoint}"])
     whole = read_run(root / "run.yaml", [f"out={root}/whole", *BRANCH, f"branch_from={checkpoint}", "checkpoints.every_tokens=448"])
     pretrain(whole, world)
@@ -161,7 +162,8 @@ def test_a_branch_says_where_it_comes_from_and_resumes_like_any_run(folder):
     (["seed=3"], ConfigError, "seed 3 is that of a run which this one branches off: .* for example 4"),
     (["model.hidden_size=128"], ModelError, "branch_from .* has another shape: hidden_size 64 there, 128 in the run"),
     (["model.vocab_size=128"], ModelError, "branch_from .* has another shape: vocab_size 64 there, 128 in the run"),
-    (["branch_from=nowhere"], CheckpointError, "branch_from nowhere does not exist; needed: a run folder or one of its checkpoints"),
+    (["optimizer={name: adamw}"], ConfigError, "has the state of StableAdamW, the run's optimizer is AdamW"),
+    (["branch_from=nowhere"], CheckpointError, "branch_from nowhere does not exist; needed: a run folder or one of"),
     (["branch_from={root}/a"], CheckpointError, "branch_from .*/a is no checkpoint and no run folder; .* Weights alone: init_from"),
 ])
 def test_what_a_run_cannot_branch_off_is_refused_in_one_line(folder, settings, error, said):
