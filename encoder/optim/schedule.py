@@ -91,7 +91,69 @@ class Cosine:
             self.floor_share + (1.0 - self.floor_share) * 0.5 * (1.0 + math.cos(math.pi * share)))
 
 
-SCHEDULES = {"wsd": WarmupStableDecay, "constant": Constant, "one_minus_sqrt": OneMinusSqrt, "cosine": Cosine}
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear warm-up, then a straight line down to the floor at the end of the phase, as BERT was trained."""
+
+    peak: float
+    warmup_tokens: Tokens = 0
+    floor_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak, floor_share=self.floor_share)
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the warm-up does not fit."""
+        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=0, phase_tokens=phase_tokens)
+        share = _decay_share(tokens, phase_tokens - self.warmup_tokens, phase_tokens)
+        return self.peak * _warmup(tokens, self.warmup_tokens) * (1.0 - (1.0 - self.floor_share) * share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineInverseSqrt:
+    """Linear warm-up, half of a cosine's way down, on as 1 / sqrt(tokens), linear decay (Stable LM 2, arXiv 2402.17834).
+
+    With u tokens after the warm-up, C = cosine_tokens and f = floor_share, the inverse square root takes over at u = C, where
+    the cosine stands at (1 + f) / 2, with the same slope:
+
+        u <= C    f + (1 - f) (1 + cos(pi u / (2 C))) / 2
+        u > C     (1 + f) / 2 * sqrt((C + d) / (u + d))        C + d = C (1 + f) / (pi (1 - f))
+
+    ModernBERT tried it and saw no difference to wsd over 100 B tokens.
+    """
+
+    peak: float
+    warmup_tokens: Tokens = 0
+    cosine_tokens: Tokens | None = None   # default: a quarter of the phase
+    decay_tokens: Tokens = 0              # at the end, on a straight line to the floor
+    floor_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak, floor_share=self.floor_share)
+        if self.floor_share == 1.0 or self.cosine_tokens == 0:
+            raise ConfigError(f"floor_share {self.floor_share:g} must be below 1 and cosine_tokens at least 1. For a flat rate use "
+                              "schedule: constant.")
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the parts do not fit."""
+        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=self.decay_tokens, phase_tokens=phase_tokens)
+        decay_start = phase_tokens - self.decay_tokens
+        high = self._share(min(tokens, decay_start) - self.warmup_tokens, phase_tokens)
+        share = high - (high - self.floor_share) * _decay_share(tokens, self.decay_tokens, phase_tokens)
+        return self.peak * _warmup(tokens, self.warmup_tokens) * share
+
+    def _share(self, after_warmup: int, phase_tokens: int) -> float:
+        """Of the peak, before the decay."""
+        u, f = max(0, after_warmup), self.floor_share
+        cosine = phase_tokens / 4 if self.cosine_tokens is None else self.cosine_tokens
+        if u <= cosine:
+            return f + (1.0 - f) * 0.5 * (1.0 + math.cos(math.pi * u / (2.0 * cosine)))
+        reach = cosine * (1.0 + f) / (math.pi * (1.0 - f))
+        return max(f, 0.5 * (1.0 + f) * math.sqrt(reach / (u - cosine + reach)))
+
+
+SCHEDULES = {"wsd": WarmupStableDecay, "constant": Constant, "one_minus_sqrt": OneMinusSqrt, "linear": Linear, "cosine": Cosine,
+             "cosine_inverse_sqrt": CosineInverseSqrt}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from encoder.base.errors import ConfigError
-from encoder.optim.schedule import SCHEDULES, BatchWarmup, Constant, Cosine, OneMinusSqrt, WarmupStableDecay, rows_at
+from encoder.optim.schedule import (
+    SCHEDULES,
+    BatchWarmup,
+    Constant,
+    Cosine,
+    CosineInverseSqrt,
+    Linear,
+    OneMinusSqrt,
+    WarmupStableDecay,
+    rows_at,
+)
 
 
 def test_wsd_rises_stays_and_falls_linearly():
@@ -36,6 +48,33 @@ def test_cosine_is_halfway_in_the_middle_and_at_the_floor_at_the_end():
     assert [cosine.at(t, phase_tokens=300) for t in (50, 100, 200, 300, 301)] == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2])
 
 
+def test_linear_falls_on_one_line_from_the_warm_up_to_the_end_of_the_phase():
+    linear = Linear(peak=4.0, warmup_tokens=100, floor_share=0.25)
+    assert [linear.at(t, phase_tokens=300) for t in (50, 100, 200, 300, 301)] == [2.0, 4.0, 2.5, 1.0, 1.0]
+
+
+def test_cosine_inverse_sqrt_is_the_published_one_piece_by_piece():
+    """delta and gamma as FlexBERT's scheduler has them (fact sheet 3.2), with W = 100, T = 1,100, Tc = 275, alpha_f = 0.2."""
+    schedule = CosineInverseSqrt(peak=2.0, warmup_tokens=100, floor_share=0.2)
+    delta = 275 * (1.2 - math.pi * 0.8) / (math.pi * 0.8)
+    gamma = 0.6 * math.sqrt(275 + delta)
+    assert [schedule.at(t, phase_tokens=1100) for t in (50, 100, 375)] == pytest.approx([1.0, 2.0, 1.2])
+    assert schedule.at(200, phase_tokens=1100) == pytest.approx(2 * (0.2 + 0.8 * (1 + math.cos(math.pi * 100 / 550)) / 2))
+    assert schedule.at(900, phase_tokens=1100) == pytest.approx(2 * gamma / math.sqrt(800 + delta))
+    cooled = CosineInverseSqrt(peak=2.0, warmup_tokens=100, decay_tokens=200, floor_share=0.2)
+    at_start = 2 * gamma / math.sqrt(800 + delta)
+    assert [cooled.at(t, phase_tokens=1100) for t in (900, 1000, 1100, 1200)] == pytest.approx(
+        [at_start, (at_start + 0.4) / 2, 0.4, 0.4])
+
+
+def test_cosine_and_inverse_square_root_meet_with_one_value_and_one_slope():
+    schedule = CosineInverseSqrt(peak=1.0, cosine_tokens=10**6, floor_share=0.1)
+    before, at, after = (schedule.at(10**6 + t, phase_tokens=10**7) for t in (-1000, 0, 1000))
+    assert at == pytest.approx(0.55) and (at - before) == pytest.approx(after - at, rel=1e-2)
+    with pytest.raises(ConfigError, match="use schedule: constant"):
+        CosineInverseSqrt(peak=1.0, floor_share=1.0)
+
+
 def test_constant_is_constant_after_its_warm_up():
     assert [Constant(peak=3.0, warmup_tokens=4).at(t, phase_tokens=9) for t in (2, 4, 9)] == [1.5, 3.0, 3.0]
     assert Constant(peak=3.0).at(0, phase_tokens=9) == 3.0
@@ -60,6 +99,53 @@ def test_batch_warmup_has_the_published_thresholds_of_modernbert_base():
         assert rows[threshold - 1] == size
         assert rows[threshold] == size + 768
     assert rows_at(0, batch_tokens=4608 * 1024, row_tokens=1024, warmup=warmup) == 768
+
+
+def staircase(*, first, full, over_tokens):
+    """{rows: (steps, tokens)} of a warm-up by steps of `first` rows, all rows full of 1,024 tokens."""
+    warmup, seen, stairs = BatchWarmup(from_tokens=first * 1024, over_tokens=over_tokens), 0, {}
+    while (rows := rows_at(seen, batch_tokens=full * 1024, row_tokens=1024, warmup=warmup)) < full:
+        steps, tokens = stairs.get(rows, (0, 0))
+        stairs[rows] = steps + 1, tokens + rows * 1024
+        seen += rows * 1024
+    return stairs
+
+
+def test_batch_warmup_of_base_is_the_published_staircase():
+    """Fact sheet 3.3: 3.33, 6.67, 10.0, 13.3, 16.7 B tokens, about 4,239 steps each."""
+    stairs = staircase(first=768, full=4608, over_tokens=50_000_000_000)
+    assert list(stairs) == [768, 1536, 2304, 3072, 3840]
+    assert [round(tokens / 1e9, 2) for _, tokens in stairs.values()] == [3.33, 6.67, 10.0, 13.33, 16.67]
+    assert [steps for steps, _ in stairs.values()] == pytest.approx([4239] * 5, abs=1)
+
+
+def test_batch_warmup_of_large_is_the_published_staircase():
+    """Fact sheet 3.3: 448 to 4,480 by steps of 448, 0.182 to 1.818 B tokens, about 396 steps each; to one step."""
+    stairs = staircase(first=448, full=4928, over_tokens=10_000_000_000)
+    assert list(stairs) == list(range(448, 4481, 448))
+    assert [tokens / 1e9 for _, tokens in stairs.values()] == pytest.approx([i * 0.1818 for i in range(1, 11)], abs=4.6e-3)
+    assert [steps for steps, _ in stairs.values()] == pytest.approx([396] * 10, abs=1)
+
+
+def test_the_rate_of_base_is_warm_on_the_first_stair_and_that_of_large_on_the_fifth():
+    base, large = (WarmupStableDecay(peak=1.0, warmup_tokens=tokens) for tokens in (3_000_000_000, 2_000_000_000))
+    assert (base.at(3_000_000_000 - 786_432, phase_tokens=10**12), base.at(3_000_000_000, phase_tokens=10**12)) == (
+        pytest.approx(3814 / 3815, abs=1e-5), 1.0)
+    warm = {"batch_tokens": 4928 * 1024, "row_tokens": 1024}
+    assert rows_at(3_000_000_000, batch_tokens=4608 * 1024, row_tokens=1024,
+                   warmup=BatchWarmup(from_tokens=768 * 1024, over_tokens=50_000_000_000)) == 768
+    assert rows_at(2_000_000_000, warmup=BatchWarmup(from_tokens=448 * 1024, over_tokens=10_000_000_000), **warm) == 2240
+    assert large.at(2_000_000_000, phase_tokens=10**12) == 1.0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 10**9, 3 * 10**9, 17 * 10**9, 49 * 10**9, 50 * 10**9])
+def test_the_schedules_of_modernbert_are_the_fact_sheets_formulas(tokens):
+    t, w, d, whole = tokens, 3 * 10**9, 10 * 10**9, 50 * 10**9
+    wsd = t / w if t < w else 1 if t < whole - d else max(0, 1 - (1 - 0.1) * (t - (whole - d)) / d)
+    ours = WarmupStableDecay(peak=1.0, warmup_tokens=w, decay_tokens=d, floor_share=0.1)
+    assert ours.at(t, phase_tokens=whole) == pytest.approx(wsd, abs=1e-9)
+    sqrt = max(0.001, 0.001 + (1 - 0.001) * (1 - math.sqrt(t / whole)))
+    assert OneMinusSqrt(peak=1.0).at(t, phase_tokens=whole) == pytest.approx(sqrt, abs=1e-12)
 
 
 def test_every_size_of_a_batch_warmup_gets_the_same_number_of_steps():
