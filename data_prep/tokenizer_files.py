@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_prep.config import ArrowSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
 from data_prep.output import output
-from data_prep.readers import find_files, parse, read_blocks
+from data_prep.readers import find_files, numbered, parse, read_blocks
 from data_prep.tokenization import text_hash
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_atomic
@@ -139,7 +139,7 @@ class _Sample:
             for block in read_blocks(source, file):
                 parsed = parse(block)
                 if parsed.problem:
-                    raise ConfigError(parsed.problem)
+                    raise ConfigError(parse(numbered(block, file)).problem)
                 for text in parsed.texts:
                     if text_hash(text) < self._share * 2.0**64 and self.bytes <= 2 * self._wanted:
                         self.documents += 1

@@ -55,6 +55,8 @@ def test_the_first_bad_line_is_named_also_by_several_processes_of_several_segmen
     (tmp_path / "a.jsonl").write_bytes(GOOD * 200 + b"{\n" + GOOD * 200 + b"{\n")      # four segments
     assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "processes=2", "shard_bytes=1024")
     assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "shard_bytes=1024")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert "a.jsonl.gz line 201 " in refused(capsys, "prepare", settings(tmp_path), "sources.0.files=[a.jsonl.gz]")
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path):
