@@ -72,9 +72,8 @@ def _fitting(checkpoint: Path, run: RunConfig, facts: DataFacts | None) -> Paren
     parent, (progress, extra) = read_run(checkpoint / RUN_FILE), read_progress(checkpoint)
     check_same_shape(parent.model, run, key="branch_from", path=checkpoint)
     if type(parent.optimizer) is not type(run.optimizer):
-        there, here = (type(c.optimizer).__name__.removesuffix("Config") for c in (parent, run))
-        raise ConfigError(f"branch_from {checkpoint} has the state of {there}, the run's optimizer is {here}. Use the same, or "
-                          "take the weights alone: init_from.")
+        raise ConfigError(f"branch_from {checkpoint} has the state of {parent.optimizer.rule}, the run's optimizer is "
+                          f"{run.optimizer.rule}. Use the same, or take the weights alone: init_from.")
     seeds = (parent.seed, *(extra.get("parent") or {}).get("seeds", ()))
     if run.seed in seeds:
         raise ConfigError(f"seed {run.seed} is that of a run which this one branches off: each phase would read documents in the "

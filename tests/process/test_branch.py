@@ -162,7 +162,7 @@ def test_a_branch_says_where_it_comes_from_and_resumes_like_any_run(folder):
     (["seed=3"], ConfigError, "seed 3 is that of a run which this one branches off: .* for example 4"),
     (["model.hidden_size=128"], ModelError, "branch_from .* has another shape: hidden_size 64 there, 128 in the run"),
     (["model.vocab_size=128"], ModelError, "branch_from .* has another shape: vocab_size 64 there, 128 in the run"),
-    (["optimizer={name: adamw}"], ConfigError, "has the state of StableAdamW, the run's optimizer is AdamW"),
+    (["optimizer.name=adamw"], ConfigError, "has the state of StableAdamW, the run's optimizer is AdamW"),
     (["branch_from=nowhere"], CheckpointError, "branch_from nowhere does not exist; needed: a run folder or one of"),
     (["branch_from={root}/a"], CheckpointError, "branch_from .*/a is no checkpoint and no run folder; .* Weights alone: init_from"),
 ])
