@@ -51,9 +51,18 @@ Needed is a column input_ids of ndarray:uint16 (ModernBERT's layout) or ndarray:
 other columns are left alone. Nothing that is there is changed: card.json, lengths.bin, tokenizer.json and, where
 index.json has no SHA-256, hashes.json are added."""
 
+UPLOAD = """Copy shard folders to object storage, through streaming's uploaders. Examples:
+
+  data-prep upload shards/four_domains s3://bucket/four_domains        .../web/train/shard.00000.mds and on
+  data-prep upload shards/four_domains hf://datasets/organisation/name
+
+Every folder is verified first, and its card.json goes last: a folder without it is not finished there, either. A run
+that was interrupted begins again with the folder that it was at."""
+
 STOPPED = {     # what Ctrl-C leaves behind, by command
     "prepare": "stopped; nothing half-made was left, finished segments and sources are kept. Run the same command to go on.",
     "index": "stopped; folders that have their line are ready, the others are as they were.",
+    "upload": "stopped; folders that have their line are complete, of the one being copied card.json is not there.",
     "verify": "stopped; the folders that have no line yet were not checked.",
 }
 STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to begin again."
@@ -153,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check shard folders: sizes, hashes, ids, [CLS] and [SEP], totals")
     verify.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
 
+    upload = command("upload", _upload, "copy verified shard folders to s3://, gs://, hf:// or another disk", UPLOAD)
+    upload.add_argument("folder", metavar="FOLDER", type=Path, help="shards, or a folder above them")
+    upload.add_argument("remote", metavar="REMOTE", help="where the folder's content goes, such as s3://bucket/shards")
+
     report = command("report", _report, "what is in shard folders: tokens, lengths, sample text")
     report.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
     report.add_argument("--out", metavar="DIR", type=Path, help="also write report.html and lengths.png here")
@@ -245,6 +258,12 @@ def _verify(args: argparse.Namespace) -> int:
     from data_prep.verify import verify
 
     return verify(args.folders)
+
+
+def _upload(args: argparse.Namespace) -> None:
+    from data_prep.upload import upload
+
+    upload(args.folder, args.remote)
 
 
 def _report(args: argparse.Namespace) -> None:

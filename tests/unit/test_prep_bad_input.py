@@ -56,7 +56,7 @@ def test_the_first_bad_line_is_named_also_by_several_processes_of_several_segmen
     assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "processes=2", "shard_bytes=1024")
     assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "shard_bytes=1024")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    assert "a.jsonl.gz line 201 " in refused(capsys, "prepare", settings(tmp_path), "sources.0.files=[a.jsonl.gz]")
+    assert "a.jsonl.gz line 201 " in refused(capsys, "prepare", settings(tmp_path), "sources.0.files=[a.jsonl.gz]", "--again")
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path):

@@ -1,0 +1,64 @@
+"""`data-prep upload`: verified shard folders to object storage, the card last."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from data_prep.shards import read_index, stored_info
+from data_prep.verify import find_shard_folders, verify_folder
+from encoder.base.errors import UserError
+from encoder.base.log import say
+from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER
+
+THREADS = 8          # uploads at a time
+TRIES = 3            # of each file
+
+
+def upload(folder: Path, remote: str) -> None:
+    """Copy every shard folder at or below `folder` to the same place below `remote`. Raises ShardError for a damaged one,
+    before any of it is copied, and UserError for a place that cannot be written."""
+    found = find_shard_folders([folder])
+    uploader = _uploader(folder, remote)
+    for shards in found:
+        _, count = verify_folder(shards)
+        names = [stored_info(entry)["basename"] for entry in read_index(shards)] + [INDEX, LENGTHS, TOKENIZER, HASHES]
+        place = shards.relative_to(folder)
+        paths = [str(place / name) for name in names if (shards / name).is_file()]
+        if not urlsplit(remote).scheme:
+            os.makedirs(Path(remote) / place, exist_ok=True)
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(uploader.upload_file, paths))
+            uploader.upload_file(str(place / CARD))
+        except Exception as error:       # as many kinds as there are clients below streaming's uploaders
+            raise UserError(f"{shards} could not be copied to {remote}: {' '.join(str(error).split())[:200].rstrip('.')}. "
+                            "Run the same command again.") from error
+        say(f"{shards} -> {remote.rstrip('/')}/{place.as_posix()}: {count:,} shards")
+
+
+def _uploader(folder: Path, remote: str) -> Any:
+    """streaming's uploader for the remote's scheme, reading from `folder`. Raises UserError."""
+    from streaming.base.storage.upload import UPLOADERS, CloudUploader
+
+    scheme = urlsplit(remote).scheme
+    if scheme not in UPLOADERS:
+        raise UserError(f"{remote} begins with {scheme}://; needed: one of {', '.join(f'{s}://' for s in UPLOADERS if s)}, "
+                        "or a path.")
+    if scheme == "hf":                   # HFUploader puts files into the repository's root, wherever the path points
+        if len(remote.rstrip("/").split("/")) != 5:
+            raise UserError(f"{remote} is not hf://datasets/ORGANISATION/NAME, which is all that an upload to hf can name.")
+        remote = f"{remote.rstrip('/')}/"
+    try:
+        if not scheme:
+            return CloudUploader.get((str(folder), remote), keep_local=True, retry=TRIES, exist_ok=True)
+        uploader = CloudUploader.get(remote, keep_local=True, retry=TRIES)
+    except Exception as error:
+        raise UserError(f"{remote} cannot be written to: {' '.join(str(error).split())[:200].rstrip('.')}. "
+                         "Check the name and the credentials of its client.") from error
+    os.rmdir(uploader.local)             # a temporary folder of its own, empty
+    uploader.local = str(folder)
+    return uploader
