@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from encoder.base.batch import IGNORE, TokenBatch
-from encoder.base.errors import ShardError
+from encoder.base.errors import DamagedShard
 from encoder.base.question import Corrupt, Question
 from encoder.base.rng import address_key, generator, splitmix64
 from encoder.data.shards import Source
@@ -92,8 +92,8 @@ class Assembler:
     static_shapes: bool
 
     def assemble(self, specs: Sequence[RowSpec]) -> Assembled:
-        """The micro-batch of these rows. Raises ShardError for a shard that cannot be read."""
-        rows = [self._row(spec) for spec in specs]
+        """The micro-batch of these rows. Raises ShardError for a shard that cannot be read, DamagedShard for one that is wrong."""
+        rows = [self._row(spec) for spec in specs if len(spec.pieces_P4)]      # none: all it had was left out
         tokens = sum(len(r.question.ids) for r in rows)
         total = self.micro_batch_rows * self.row_tokens if self.static_shapes else max(tokens, 1)
         lengths = [n for r in rows for n in r.lengths_P] + self._padding_segments(total - tokens)
@@ -150,8 +150,9 @@ class Assembler:
             for source, document in spec.pieces_P4[:, [SOURCE, DOCUMENT]].tolist():
                 top = self.sources[source].read(document).max()
                 if top >= vocab_size:
-                    raise ShardError(f"{self.sources[source].file_of(document)} holds id {top}, its vocabulary has "
-                                     f"{vocab_size:,}. Copy or prepare the shard again.")
+                    raise DamagedShard(f"{self.sources[source].file_of(document)} holds id {top}, its vocabulary has "
+                                       f"{vocab_size:,}. Copy or prepare the shard again.",
+                                       source=self.sources[source].name, shard=self.sources[source].shard_of(document))
 
     def _padding_segments(self, padding: int) -> list[int]:
         whole, rest = divmod(padding, self.max_tokens_per_document)

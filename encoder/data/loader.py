@@ -62,14 +62,15 @@ class Loader:
     `rows_at` tells how many rows the next step has, from the phase's tokens so far: as many of each lane. Only the main
     process calls it, and ahead of time. An exception in a worker is raised by next_step(), a UserError as it is, others
     with the worker's traceback; so is the death of a worker. `prefetch_windows`: how many windows ahead shards are brought
-    to the caches of their sources, 0 where none has a cache.
+    to the caches of their sources, 0 where none has a cache. `left_out`: shards to go without, as in Windows.
     """
 
     def __init__(self, *, sources: Sequence[Source], weights: Sequence[float], seed: int, phase: int,
                  max_tokens_per_document: int, row_tokens: int, window_documents: int, corrupt: Corrupt, pad_id: int,
                  cls_id: int, sep_id: int, rank: int, world_size: int, micro_batch_rows: int,
                  rows_at: Callable[[int], int], start: DataPosition, static_shapes: bool, workers: int,
-                 pin_memory: bool = False, lanes: int = 1, prefetch_windows: int = 0) -> None:
+                 pin_memory: bool = False, lanes: int = 1, prefetch_windows: int = 0,
+                 left_out: Sequence[tuple[int, int]] = ()) -> None:
         _check_lengths(max_tokens_per_document, row_tokens)
         assembler = Assembler(
             sources=sources, corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
@@ -77,8 +78,8 @@ class Loader:
             static_shapes=static_shapes)
         self._windows = Windows(
             sources=sources, weights=weights, seed=seed, phase=phase, row_tokens=row_tokens, lanes=lanes,
-            max_tokens_per_document=max_tokens_per_document, window_documents=window_documents)
-        self._row_tokens = row_tokens
+            max_tokens_per_document=max_tokens_per_document, window_documents=window_documents, left_out=left_out)
+        self.sources, self._row_tokens = sources, row_tokens
         self._planner = _Planner(self._windows, start=start, rows_at=rows_at, rank=rank, world_size=world_size,
                                  micro_batch_rows=micro_batch_rows, lanes=lanes)
         self._prefetch = Prefetch(sources=sources, windows=self._windows, windows_ahead=prefetch_windows,
@@ -159,6 +160,8 @@ class _Planner:
                 specs.append(spec)
                 tokens += row_tokens
             self._position = DataPosition(lanes=tuple(lane.place for lane in self._lanes), phase_tokens=tokens)
+            if tokens == start.phase_tokens:      # all of it left out
+                continue
             mine = deal(specs, rank=self._rank, world_size=self._world_size, micro_batch_rows=self._micro_batch_rows,
                         lanes=len(self._lanes))
             self.steps.append(_PlannedStep(rows=rows, tokens=tokens - start.phase_tokens, micro_batches=len(mine),

@@ -118,8 +118,8 @@ class Source:
         """
         return self._cache.open(self._shards[shard], may_exceed=False, wait=wait)
 
-    def check_files(self) -> None:
-        """Every shard read in place is there with its size: a look at each name, no read. Raises ShardError."""
+    def check_files(self, *, sizes: bool = True) -> None:
+        """Every shard read in place is there, with its size: a look at each name, no read. Raises ShardError."""
         for shard in self._shards if self.cache is None else ():
             path = self.path / shard.name
             try:
@@ -128,12 +128,16 @@ class Source:
                 if shard.compression:
                     continue
                 raise _missing(path) from error
-            if size != shard.size_bytes:
+            if sizes and size != shard.size_bytes:
                 raise ShardError(_wrong_size(path, size, shard))
 
     def shard_of(self, document: int) -> int:
         """The number of the shard that holds a document."""
         return bisect_right(self._first_document, document) - 1
+
+    def documents_of(self, shard: int) -> tuple[int, int]:
+        """The first document of a shard, and the one after its last."""
+        return self._first_document[shard], self._first_document[shard + 1]
 
     def file_of(self, document: int) -> Path:
         """The shard file that holds a document, for messages."""

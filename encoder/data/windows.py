@@ -61,11 +61,16 @@ class WindowPlan:
 
 
 class Windows:
-    """The windows of one phase: a pure function of lane and window number. Raises ConfigError for more lanes than shards."""
+    """The windows of one phase: a pure function of lane and window number. Raises ConfigError for more lanes than shards.
+
+    The pieces of shards in `left_out`, as (number of the source, shard), are taken out of their rows once these are laid:
+    all else stays where it was.
+    """
 
     def __init__(self, *, sources: Sequence[PlannedSource], weights: Sequence[float], seed: int, phase: int,
-                 max_tokens_per_document: int, row_tokens: int, window_documents: int, lanes: int = 1) -> None:
-        self._sources = sources
+                 max_tokens_per_document: int, row_tokens: int, window_documents: int, lanes: int = 1,
+                 left_out: Sequence[tuple[int, int]] = ()) -> None:
+        self._sources, self._left_out = sources, frozenset(left_out)
         self._documents_per_window = documents_per_window([s.card for s in sources], weights, window_documents)
         for source in sources:
             check_lanes(source.name, shards=len(source.samples_per_shard), lanes=lanes)
@@ -91,7 +96,8 @@ class Windows:
     def shards(self, window: int, count: int, *, lane: int = 0, at_most: int) -> list[list[int]]:
         """Of each source the shards that `count` windows of a lane read, soonest first; at least those of its next document."""
         places = zip(self._orders_of_lane[lane], self.documents_before(window), self.documents_before(window + count))
-        return [order.shards(start, max(1, end - start), at_most=at_most) for order, start, end in places]
+        return [[shard for shard in order.shards(start, max(1, end - start), at_most=at_most)
+                 if (number, shard) not in self._left_out] for number, (order, start, end) in enumerate(places)]
 
     def plan(self, window: int, *, lane: int = 0) -> WindowPlan:
         """The rows of a lane's window, packed and shuffled."""
@@ -103,7 +109,21 @@ class Windows:
         pieces = Pieces.joined(parts)
         packing = pack_best_fit(pieces.tokens_P, self._row_tokens)
         shuffled = generator(self._seed, "rows", *self.address(window, lane=lane)).permutation(packing.rows)
-        return lay_rows(pieces, packing, shuffled)
+        plan = lay_rows(pieces, packing, shuffled)
+        return self._without_left_out(plan) if self._left_out else plan
+
+    def _without_left_out(self, plan: WindowPlan) -> WindowPlan:
+        source_P, document_P, start_P, end_P = plan.pieces_P4.T
+        kept_P, length_P = np.ones(len(plan.pieces_P4), dtype=bool), np.zeros(len(plan.pieces_P4), dtype=np.int64)
+        for number, source in enumerate(self._sources):
+            length_P[source_P == number] = source.lengths[document_P[source_P == number]]
+        for number, shard in self._left_out:
+            samples = self._sources[number].samples_per_shard
+            first = int(samples[:shard].sum())
+            kept_P &= (source_P != number) | (document_P < first) | (document_P >= first + samples[shard])
+        tokens_P = ((end_P - start_P) + (start_P > 0) + (end_P < length_P)) * kept_P
+        tokens_R = np.diff(np.concatenate([[0], np.cumsum(tokens_P)])[plan.row_starts_R1])
+        return WindowPlan(plan.pieces_P4[kept_P], np.concatenate([[0], np.cumsum(kept_P)])[plan.row_starts_R1], tokens_R)
 
 
 @dataclass(frozen=True)

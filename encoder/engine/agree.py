@@ -26,7 +26,7 @@ def together(act: Callable[[], None] | None, *, doing: str, then: str = "") -> N
             act()
     except Exception as caught:
         error, text = caught, _sentence(caught, doing, then)
-    for said in _texts_of_all_ranks(text):
+    for said in texts_of_all_ranks(text):
         if said:
             if error is not None and not isinstance(error, (UserError, OSError, SafetensorError)):
                 raise error
@@ -46,7 +46,7 @@ def _sentence(error: Exception, doing: str, then: str) -> str:
     return " ".join(f"{doing}: {reason.rstrip('.')}. {then}".split())
 
 
-def _texts_of_all_ranks(text: str) -> Iterator[str]:
+def texts_of_all_ranks(text: str) -> Iterator[str]:
     """The text of each rank, by rank; one all-reduce of a small table."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     table = torch.zeros(ranks, TEXT_BYTES, dtype=torch.uint8)

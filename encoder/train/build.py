@@ -18,7 +18,6 @@ from encoder.base.dist import World, max_over_ranks
 from encoder.base.errors import ConfigError, RankError, ShardError, SilentError, UserError
 from encoder.base.files import sha256_of
 from encoder.base.rng import generator
-from encoder.base.units import Progress
 from encoder.data.cache import fetch_side_files
 from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_batches, token_counts
 from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
@@ -147,19 +146,19 @@ def make_question(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Corru
                            share=run.mask_share_of(phase), words=words)
 
 
-def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.device, progress: Progress) -> Loader:
-    """The loader of the current phase, standing at the run's position."""
-    phase = run.phases[progress.phase]
+def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.device, phase: PhaseConfig,
+                position: DataPosition, *, left_out: Sequence[tuple[int, int]] = ()) -> Loader:
+    """The loader of a phase, standing at a position of it, without some shards: (number of the source, shard)."""
     mixture = run.sources_of(phase)
     ids = facts.specials
     return Loader(
         sources=open_mixture(mixture, lanes=run.data.lanes), weights=[s.weight for s in mixture], seed=run.seed,
-        phase=progress.phase, max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
+        phase=run.phases.index(phase), max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
         window_documents=run.data.window_documents,
         corrupt=make_question(run, facts, phase),
         pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
         micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
-        start=DataPosition(lanes=progress.lanes, phase_tokens=progress.phase_tokens), lanes=run.data.lanes,
+        start=position, lanes=run.data.lanes, left_out=left_out,
         static_shapes=has_static_shapes(run, device), workers=run.loader.workers, pin_memory=device.type == "cuda",
         prefetch_windows=(run.loader.prefetch_windows or PREFETCH_WINDOWS) if any(s.cache for s in mixture) else 0)
 

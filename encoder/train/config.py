@@ -78,11 +78,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How rows reach this machine; nothing here changes the batches."""
+    """How rows reach this machine; nothing here changes the batches, but for shards that are lost."""
 
     micro_batch_rows: int = 1         # rows in one forward
     workers: int = 1                  # processes that assemble rows ahead of time; 0: in the training process
     prefetch_windows: int | None = None      # how far ahead shards are brought to caches; default: 128
+    on_bad_shard: Literal["stop", "quarantine"] = "stop"     # quarantine: go on without a damaged shard's documents
 
     def __post_init__(self) -> None:
         if self.prefetch_windows is not None and self.prefetch_windows < 1:

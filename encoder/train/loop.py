@@ -30,6 +30,7 @@ from encoder.train import build
 from encoder.train.config import RunConfig, describe_phase
 from encoder.train.evaluate import HeldOut, held_out_numbers
 from encoder.train.faults import StopFlag
+from encoder.train.feed import Feed, LostShard
 from encoder.train.initial import read_initial
 from encoder.train.meters import SpeedMeter, bf16_peak, document_lengths
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
@@ -81,7 +82,7 @@ class _Story:
         self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
         self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
         self.entropy, self.last_held_out, self.init_sha256 = started.entropy, started.last_held_out, started.init_sha256
-        self.parent = started.parent
+        self.parent, self.quarantine = started.parent, started.quarantine
         self.held_out: list[HeldOut] = []
         self.saver = Saver(folder / CHECKPOINTS, engine=self.engine, incarnation=self.incarnation,
                            keep_last=run.checkpoints.keep_last)
@@ -154,15 +155,28 @@ class _Story:
         except (UserError, OSError) as error:
             self.error = self.error or as_user_error(error)
 
-    def open_data(self) -> build.Loader:
-        """The phase's held-out batches and its loader, on all ranks or on none."""
-        loader = None
+    def open_data(self) -> Feed:
+        """The phase's held-out batches and its steps, on all ranks or on none."""
+        feed, p = None, self.progress
         with self.guarded():
-            phase = self.run.phases[self.progress.phase]
-            self.held_out = build.make_held_out(self.run, self.facts, self.world, self.device, phase)
-            loader = build.make_loader(self.run, self.facts, self.world, self.device, self.progress)
+            phase, parts = self.run.phases[p.phase], (self.run, self.facts, self.world, self.device)
+            self.held_out = build.make_held_out(*parts, phase)
+            feed = Feed(open_loader=lambda at, left_out: build.make_loader(*parts, phase, at, left_out=left_out),
+                        names=[build.source_name(s) for s in self.run.sources_of(phase)], quarantine=self.quarantine,
+                        position=build.DataPosition(lanes=p.lanes, phase_tokens=p.phase_tokens), step=p.step + 1,
+                        stops=self.run.loader.on_bad_shard == "stop", lose=self._lose)
         build.agree_on_errors(self.error, self.world)
-        return loader
+        return feed
+
+    def _lose(self, lost: LostShard) -> None:
+        """On every rank, before the first step without the shard."""
+        warn_once(f"{lost.file} of source {lost.source} is left out from step {lost.from_step} on, {lost.documents:,} documents of "
+                  f"{short_count(lost.tokens)} tokens an epoch: {lost.reason}")
+        if self.tracker:
+            with self.guarded():
+                self.quarantine.write()
+                values = dataclasses.asdict(lost)
+                self.tracker.event("quarantine", step=values.pop("from_step"), **values)
 
     def evaluate(self) -> None:
         """The held-out loss and accuracy, said and recorded; nothing without an evaluation section, or twice at one step of a phase."""
@@ -202,7 +216,7 @@ class _Story:
             extra={"fingerprint_loss": fingerprint(self.run, self.engine, self.device),
                    "fingerprint_precision": self.run.engine.precision,
                    "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out,
-                   "init_sha256": self.init_sha256, "parent": self.parent})
+                   "init_sha256": self.init_sha256, "quarantine": self.quarantine.to_plain(), "parent": self.parent})
         if wait or milestone or not self.run.checkpoints.background:
             saved = saved or self.saver.wait()
         self.stall_seconds = time.monotonic() - began
@@ -229,7 +243,7 @@ class _Story:
                 with contextlib.suppress(OSError):
                     writer.close()
 
-    def _next(self, loader: build.Loader) -> StepData | None:
+    def _next(self, loader: Feed) -> StepData | None:
         with self.guarded():
             return loader.next_step()
         return None
@@ -271,7 +285,7 @@ class _Story:
                 + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.4g} TFLOP/s  ") +
                 f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
 
-    def _record_epochs(self, loader: build.Loader, data: StepData) -> None:
+    def _record_epochs(self, loader: Feed, data: StepData) -> None:
         if self.tracker and [w for w, _ in data.start.lanes] != [w for w, _ in data.end.lanes]:
             before = loader.epochs_at(data.start)
             for source, epochs in loader.epochs_at(data.end).items():

@@ -21,6 +21,7 @@ from encoder.engine.engine import Engine, start_engine
 from encoder.train import build
 from encoder.train.branch import find_parent
 from encoder.train.config import RunConfig, identity_of
+from encoder.train.feed import Quarantine
 from encoder.train.initial import InitialWeights
 from encoder.train.phases import phase_of_weights
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
@@ -41,6 +42,7 @@ class Started:
     last_held_out: dict[str, float]    # of the checkpoint
     init_sha256: str | None            # of the weights of init_from, also when resumed; on rank zero
     parent: dict[str, Any] | None      # what branch_from named, also when resumed
+    quarantine: Quarantine
 
 
 def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
@@ -54,7 +56,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
         if world.first:
             for source in sources:
-                source.check_files()
+                source.check_files(sizes=run.loader.on_bad_shard == "stop")
             entropy = build.held_out_entropy(run, facts)
     fresh = not committed_folders(folder / CHECKPOINTS)
     parent = find_parent(run, world, facts=facts) if run.branch_from and fresh else None
@@ -84,7 +86,8 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         say(line)
     return Started(engine=engine, incarnation=incarnation, progress=progress, entropy=entropy, resumed=found is not None,
                    last_held_out=extra.get("last_held_out", {}),
-                   init_sha256=initial.sha256 if initial else extra.get("init_sha256"), parent=extra.get("parent"))
+                   init_sha256=initial.sha256 if initial else extra.get("init_sha256"), parent=extra.get("parent"),
+                   quarantine=Quarantine(folder, extra.get("quarantine", [])))
 
 
 def lock_folder(folder: Path) -> IO[str]:

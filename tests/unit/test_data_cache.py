@@ -310,6 +310,18 @@ def test_what_prefetch_cannot_fetch_is_the_readers_to_report(folder, tmp_path, f
                 loader.next_step()
 
 
+def test_steps_that_lost_all_their_documents_are_passed_over(folder):
+    source = open_source(folder, name="web")
+    lost = tuple((0, n) for n in range(1, len(source.samples_per_shard)))
+    first, end = source.documents_of(0)
+    with loader_of(source, left_out=lost) as loader:
+        steps = [loader.next_step() for _ in range(60)]
+    assert all(step.tokens == sum(b.tokens for b in step.micro_batches) > 0 for step in steps)
+    assert any(before.end != after.start for before, after in zip(steps, steps[1:]))
+    an_epoch = [s.tokens for s in steps if s.end.lanes[0][0] <= 25]        # 25 windows of 16 of 400 documents
+    assert sum(an_epoch) >= int(source.lengths[first:end].sum())
+
+
 def test_the_order_names_every_shard_that_its_documents_lie_in():
     samples = np.random.default_rng(0).integers(1, 5, 70)
     ends = np.cumsum(samples)

@@ -141,3 +141,20 @@ def test_more_lanes_than_shards_of_a_source_are_refused():
 def test_epochs_are_counted_over_all_lanes():
     # 20 documents a window in each of two lanes, of 50 documents in all: 2 epochs when one stands at 2 and the other at 3
     assert windows_of([planned("a", [10] * 50)], lanes=2).epochs_before([2, 3]) == {"a": 2.0}
+
+
+def test_what_is_left_out_leaves_its_rows_and_moves_nothing_else():
+    from tests.memory_source_for_tests import planned
+
+    source = planned("web", np.random.default_rng(0).integers(3, 60, 200).tolist(), shards=5)
+    whole, without = (Windows(sources=[source], weights=[1.0], seed=1, phase=0, max_tokens_per_document=32, row_tokens=64,
+                              window_documents=50, left_out=left_out) for left_out in ((), ((0, 1), (0, 4))))
+    for window in range(5):
+        old, new = whole.plan(window), without.plan(window)
+        assert new.rows == old.rows
+        for row in range(old.rows):
+            kept = [p for p in old.pieces(row).tolist() if p[1] // 40 not in (1, 4)]
+            assert new.pieces(row).tolist() == kept
+            tokens = sum(end - start + (start > 0) + (end < source.lengths[d]) for _, d, start, end in kept)
+            assert new.tokens_R[row] == tokens
+    assert without.shards(0, 9, at_most=9)[0] == [s for s in whole.shards(0, 9, at_most=9)[0] if s not in (1, 4)]

@@ -1,0 +1,134 @@
+"""The steps of a phase without the shards that were lost: `loader.on_bad_shard: quarantine`.
+
+A rank that meets a damaged shard tells the others before the step is trained. All write it on the list, leave its
+documents out of their rows from this step on (a row keeps its address and its other documents) and make the step again.
+So what is trained is a function of the run file, the position and the list; the list is in the run folder and in every
+checkpoint, and a run that goes on from before a loss leaves the shard out from the same step again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from encoder.base.dist import max_over_ranks
+from encoder.base.errors import DamagedShard, ShardError, UserError
+from encoder.base.files import write_json
+from encoder.data.loader import DataPosition, Loader, StepData
+from encoder.data.shards import Source
+from encoder.engine.agree import collective_device, texts_of_all_ranks
+
+LeftOut = tuple[tuple[int, int], ...]      # (number of the source in the mixture, shard)
+QUARANTINE = "quarantine.json"
+# of the tokens of a source; one shard of a small source may be more. Above it is no accident of storage
+MAX_LOST_SHARE = 0.05
+FINE, DAMAGED, OTHER = range(3)      # what a rank met
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostShard:
+    """A shard that a run leaves out from one of its steps on."""
+
+    source: str
+    shard: int           # its number in index.json
+    file: str
+    from_step: int
+    documents: int       # lost in each epoch
+    tokens: int
+    reason: str
+
+
+class Quarantine:
+    """The lost shards of a run, the same list on every rank."""
+
+    def __init__(self, folder: Path, saved: Sequence[dict[str, Any]]) -> None:
+        """Of the run folder, or, where only a checkpoint was copied, as the checkpoint has them."""
+        self.path = folder / QUARANTINE
+        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else saved
+        self.lost = [LostShard(**values) for values in found]
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """What a checkpoint saves."""
+        return [asdict(lost) for lost in self.lost]
+
+    def left_out(self, step: int, names: Sequence[str]) -> LeftOut:
+        """What a step of this mixture leaves out."""
+        return tuple((names.index(x.source), x.shard) for x in self.lost if x.from_step <= step and x.source in names)
+
+    def add(self, lost: LostShard, source: Source) -> None:
+        """Raises ShardError where too much of the source is lost."""
+        of_source = [x for x in self.lost if x.source == lost.source] + [lost]
+        share = sum(x.tokens for x in of_source) / source.card.tokens
+        if len(of_source) > 1 and share > MAX_LOST_SHARE:
+            raise ShardError(f"{len(of_source)} damaged shards with {share:.1%} of the tokens of source {lost.source}; at most "
+                             f"{MAX_LOST_SHARE:.0%} are left out. The last: {lost.reason}")
+        self.lost.append(lost)
+
+    def write(self) -> None:
+        """To the run folder, before a step is trained without them; rank zero."""
+        write_json(self.path, self.to_plain())
+
+
+class Feed:
+    """The steps of one phase, from its loader; opened again where another shard is left out. Use it in `with`.
+
+    `open_loader(position, left_out)` opens the phase's loader; `names` are those of its sources. With `stops` no further
+    shard is left out. `lose(lost)` is told of every loss, on every rank, and raises nothing.
+    """
+
+    def __init__(self, *, open_loader: Callable[[DataPosition, LeftOut], Loader], quarantine: Quarantine, names: Sequence[str],
+                 position: DataPosition, step: int, stops: bool, lose: Callable[[LostShard], None]) -> None:
+        self._open_loader, self._quarantine, self._names = open_loader, quarantine, names
+        self._position, self._step, self._stops, self._lose = position, step, stops, lose
+        self._left_out = quarantine.left_out(step, names)
+        self._loader = open_loader(position, self._left_out)
+
+    def next_step(self) -> StepData:
+        """As Loader.next_step, called on every rank. Raises what cannot be left out, on the rank that met it."""
+        while True:
+            data, error = None, None
+            try:
+                if (left_out := self._quarantine.left_out(self._step, self._names)) != self._left_out:
+                    self._loader.close()
+                    self._left_out, self._loader = left_out, self._open_loader(self._position, left_out)
+                data = self._loader.next_step()
+            except (UserError, OSError) as problem:
+                error = problem
+            if self._stops or not self._all_leave_out(error):
+                if error is not None:
+                    raise error
+                self._position, self._step = data.end, self._step + 1
+                return data
+
+    def epochs_at(self, position: DataPosition) -> dict[str, float]:
+        """As Loader.epochs_at."""
+        return self._loader.epochs_at(position)
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loader.close()
+
+    def _all_leave_out(self, error: Exception | None) -> bool:
+        """Whether some ranks met damaged shards, and nothing else was met: now they are on the list."""
+        damaged = isinstance(error, DamagedShard)
+        mine = FINE if error is None else DAMAGED if damaged else OTHER
+        if int(max_over_ranks(torch.tensor([mine], device=collective_device()))[0]) != DAMAGED:
+            return False
+        reason = str(error).encode()[:600].decode(errors="ignore")
+        said = json.dumps([error.source, error.shard, reason], ensure_ascii=False) if damaged else ""
+        found = {(source, shard): reason for source, shard, reason in map(json.loads, filter(None, texts_of_all_ranks(said)))}
+        for (name, shard), reason in sorted(found.items()):
+            source = self._loader.sources[self._names.index(name)]
+            first, end = source.documents_of(shard)
+            lost = LostShard(source=name, shard=shard, file=source.file_of(first).name, from_step=self._step, reason=reason,
+                             documents=end - first, tokens=int(source.lengths[first:end].sum(dtype="int64")))
+            self._quarantine.add(lost, source)
+            self._lose(lost)
+        return True
