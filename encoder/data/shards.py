@@ -101,7 +101,7 @@ class Source:
     def read(self, document: int) -> np.ndarray:
         """The ids of a document, uint16 or uint32, a read-only view of the file. Raises ShardError naming the file,
         DamagedShard where it is there and wrong."""
-        number = self.shard_of(document)
+        number = bisect_right(self._first_document, document) - 1
         sample = document - self._first_document[number]
         ids = self._ids_at(self._opened(number), number, sample)
         if self.card.adds_specials:

@@ -76,7 +76,8 @@ def on_one_rank(world: World, *, folder: str) -> bool:
 
 
 def on_two_ranks(world: World, *, folder: str) -> bool:
-    return pretrain(run_of(folder, "two", "loader.workers=1", "loader.micro_batch_rows=2"), world).done
+    return pretrain(run_of(folder, "two", "loader.workers=1", "loader.micro_batch_rows=2", f"data.sources.0.cache={folder}/cache",
+                           "data.sources.0.cache_bytes=5000", "loader.prefetch_windows=2"), world).done
 
 
 def test_all_ranks_leave_a_damaged_shard_out_from_the_same_step_on(folder):
@@ -85,6 +86,7 @@ def test_all_ranks_leave_a_damaged_shard_out_from_the_same_step_on(folder):
     assert one == two and (lost["source"], lost["shard"], lost["file"]) == ("b", 1, BAD) and lost["from_step"] > 2
     assert f"{BAD} sample {SAMPLE} is damaged" in lost["reason"]
     assert read_jsonl(folder / "one" / LEDGER) == read_jsonl(folder / "two" / LEDGER)
+    assert list((folder / "cache/shards").glob("*.mds")), "which read one of its sources through a cache"
 
 
 def test_the_loss_is_an_event_with_its_documents_and_tokens(folder):
