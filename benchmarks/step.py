@@ -63,6 +63,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=8)
     asked.add_argument("--dropout", type=float, default=0.1, help="after attention; transformers has none")
     asked.add_argument("--threads", type=int)
+    asked.add_argument("--profile", type=Path, help="write where our step's time goes, the twenty largest")
     asked.add_argument("--json", type=Path)
     args = asked.parse_args()
     if args.threads:
@@ -87,11 +88,14 @@ def main() -> None:
               f"{result['tflops_per_second']:8.2f} TFLOP/s{share}  {result['peak_memory'] / 2**30:6.2f} GiB  {result['how']}")
     if args.against:
         print(f"ours / transformers: {found['ours']['tokens_per_second'] / found['transformers']['tokens_per_second']:.2f}")
+    if args.profile:
+        args.profile.write_text(profiled(runners["ours"], device=device))
     if args.json:
         facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
                  "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
                  "date": time.strftime("%Y-%m-%d")}
-        args.json.write_text(json.dumps({"asked": {**vars(args), "json": None}, **facts, "results": found}, indent=1) + "\n")
+        asked_for = {**vars(args), "json": None, "profile": None}
+        args.json.write_text(json.dumps({"asked": asked_for, **facts, "results": found}, indent=1) + "\n")
 
 
 def make_batch(config: ModernBertConfig, args: argparse.Namespace, number: int) -> TokenBatch:
@@ -246,6 +250,20 @@ def measure(runners: dict[str, Ours | Theirs], *, rounds: int, device: torch.dev
     return {name: {"tokens_per_second": sum(runner.tokens) / statistics.median(seconds[name]),
                    "spread": (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]),
                    "peak_memory": memory[name], "how": runner.how} for name, runner in runners.items()}
+
+
+def profiled(runner: Ours, *, device: torch.device) -> str:
+    """The twenty operations or kernels that take longest, with their share."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for number in range(len(runner.tokens)):
+            runner.step(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profile.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=90)
 
 
 if __name__ == "__main__":
