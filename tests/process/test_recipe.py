@@ -39,6 +39,8 @@ def scaled_down(name: str, root: Path) -> RunConfig:
             overrides.append(f"phases.{i}.sources=[{{path: {root}/a, name: a}}]")
         overrides += [f"phases.{i}.max_tokens_per_document={ROW_TOKENS}", f"phases.{i}.batch_tokens={rows * ROW_TOKENS}",
                       f"phases.{i}.tokens={warm_up + STEPS * rows * ROW_TOKENS}"]
+    if name == "base":
+        overrides.append("phases.2.max_lr=8.0e-4")        # as the authors' code had it
     return read_run(path, overrides)
 
 
@@ -86,6 +88,8 @@ def test_the_trainer_takes_the_planned_steps_through_all_phases_and_batch_sizes(
 def test_every_step_has_its_phases_peak_decay_and_thetas(seen, name):
     root, told = seen
     run = scaled_down(name, root)
-    expected = [[phase.lr.peak, decay, phase.global_rope_theta, 1e4] for s in planned_steps(run) for phase in [run.phases[s.phase]]
-                for decay in [1e-5 if name == "base" or phase.name == "stable" else 1e-6]]
+    expected = []
+    for phase in (run.phases[s.phase] for s in planned_steps(run)):
+        peak = 8e-4 if (name, phase.name) == ("base", "decay") else phase.lr.peak
+        expected.append([peak, 1e-5 if name == "base" or phase.name == "stable" else 1e-6, phase.global_rope_theta, 1e4])
     assert [t[1:] for t in told[name]] == expected
