@@ -5,8 +5,9 @@
     torchrun --standalone --nproc-per-node 2 launch/pretrain.py RUN.yaml [key=value ...]
     python launch/pretrain.py RUN.yaml [key=value ...]
 
-Exit code: 0 done, or stopped by a signal after saving (done.json in the run folder tells which);
-2 a mistake in the input; 130 stopped by Ctrl-C before anything was written.
+Exit code: 0 done, or stopped by a signal or its time limit after saving (done.json in the run folder tells which: without it,
+start again); 1 a defect, here or on another rank; 2 a mistake in the input; 3 it hung, RUN/hangs says where; 130 stopped by
+Ctrl-C before anything was written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import traceback
 
 SPEAKER_SECONDS = 3.0      # launchers end the other ranks as soon as one leaves: those that say nothing leave last
 
@@ -43,9 +45,12 @@ def main(argv: list[str] | None = None) -> int:
             from encoder.train.loop import pretrain
             pretrain(run, world)
         except UserError as error:
-            if isinstance(error, SilentError) or not (world.first or isinstance(error, RankError)):
+            if isinstance(error, SilentError):
                 time.sleep(SPEAKER_SECONDS)
                 return 2
+            if not (world.first or isinstance(error, RankError)):
+                time.sleep(SPEAKER_SECONDS)      # a launcher whose rank zero met it too has ended this one by now
+                raise RankError(f"rank {world.rank}: {error}") from error
             raise
         return 0
 
@@ -53,7 +58,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     from encoder.base.dist import end_process
 
     end_process(code)

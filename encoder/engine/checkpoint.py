@@ -16,6 +16,7 @@ How a save is made stands in checkpoint_save.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,11 @@ def claim_incarnation(run_folder: Path, world: World) -> int:
     return int(sum_over_ranks(claimed.to(collective_device())))
 
 
-def newest_checkpoint(root: Path) -> Path | None:
+def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: True) -> Path | None:
     """The last committed folder whose files are what its manifest says; None if there was never one.
 
-    With ranks joined, rank zero reads and all get its answer. A damaged folder is named and the one before it taken.
+    Only those that `fits` count. With ranks joined, rank zero reads and all get its answer.
+    A damaged folder is named and the one before it taken.
     Raises CheckpointError if there are checkpoints but none is whole.
     """
     folders = committed_folders(root)
@@ -55,6 +57,8 @@ def newest_checkpoint(root: Path) -> Path | None:
         problem = None
         for folder in reversed(folders):
             problem = damage(folder)
+            if problem is None and not fits(folder):
+                continue
             if problem is None:
                 tokens, incarnation = folder.name.removeprefix("tokens").split("-i")
                 names.copy_(torch.tensor([int(tokens), int(incarnation)]))

@@ -23,6 +23,7 @@ from encoder.objectives.catalog import OBJECTIVES
 from encoder.objectives.mlm import MaskShare
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, rows_at
+from encoder.train.faults import FaultConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     attention: AttentionWord = "auto"
     compile: Literal["auto", "blocks", "off"] = "auto"    # layers by torch.compile; auto: on CUDA, below zero_stage 3
     device: Literal["auto", "cpu", "cuda"] = "auto"

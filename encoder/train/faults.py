@@ -1,12 +1,52 @@
-"""Being asked to stop: a signal sets a flag, the step finishes, all ranks agree, save, and leave."""
+"""What ends a run before its end, and what it does about bad steps: settings, signals, the time limit, the judge of steps."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
 from types import FrameType
+from typing import Any
+
+from encoder.base.errors import ConfigError, LedgerError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FINE, NOT_FINITE, SPIKE = "", "not_finite", "spike"      # what a step was, in the ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """A loss that is a spike: far above the median of the steps before it, in median absolute deviations of those."""
+
+    deviations: float = 20.0
+    over_steps: int = 100             # so many fine steps must be there first; counted anew in each phase
+
+    def __post_init__(self) -> None:
+        if not self.deviations > 0 or self.over_steps < 3:
+            raise ConfigError(f"deviations {self.deviations:g} and over_steps {self.over_steps} must be above 0 and at least 3.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """When a run goes back, stops in time, or is ended because it hangs."""
+
+    bad_steps: int = 3                         # so many in a row: back to the last good checkpoint, past the window
+    spike: SpikeConfig | None = None           # set: a spike of the loss is a bad step, too
+    max_hours: float | None = None             # from the start of the process; it saves and stops before
+    watchdog_minutes: float | None = 30.0      # without a step, an evaluation or a save: the process says where it hangs and ends
+
+    def __post_init__(self) -> None:
+        if self.bad_steps < 1:
+            raise ConfigError(f"bad_steps {self.bad_steps} must be at least 1. 1 goes back at the first bad step.")
+        for key in ("max_hours", "watchdog_minutes"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{key} {value:g} must be above 0. Use {key}: null for none.")
 
 
 class StopFlag:
@@ -31,3 +71,94 @@ class StopFlag:
         self._seen += 1
         if self._seen >= 3:
             os._exit(128 + number)
+
+
+class Deadline:
+    """When the run must have saved and stopped: `max_hours` after the process started, or SLURM's end of the job."""
+
+    SPARE_SECONDS = 10.0
+    FIRST_SAVE_SECONDS = 60.0      # while no save was measured
+
+    def __init__(self, max_hours: float | None, *, started: float, env: Mapping[str, str]) -> None:
+        """`started` as time.time()."""
+        ends = {"faults.max_hours": started + 3600 * max_hours} if max_hours is not None else {}
+        if env.get("SLURM_JOB_END_TIME", "").isdigit():
+            ends["SLURM_JOB_END_TIME"] = float(env["SLURM_JOB_END_TIME"])
+        self.of, self._end = min(ends.items(), key=lambda item: item[1], default=("", math.inf))
+        self._save_seconds = self._step_seconds = 0.0
+        self._stepped: float | None = None
+
+    def saved(self, seconds: float) -> None:
+        """A save took this long from its start to its mark."""
+        self._save_seconds = max(self._save_seconds, seconds)
+
+    def is_near(self) -> bool:
+        """Asked once a step: whether the next one must be the last. Leaves room for two of the slowest steps, evaluations among
+        them, and for two of the slowest saves."""
+        now = time.monotonic()
+        if self._stepped is not None:
+            self._step_seconds = max(self._step_seconds, now - self._stepped)
+        self._stepped = now
+        margin = self.SPARE_SECONDS + 2 * (self._step_seconds + (self._save_seconds or self.FIRST_SAVE_SECONDS))
+        return time.time() > self._end - margin
+
+
+class StepJudge:
+    """Says of each step whether it was fine, from what all ranks know alike, and counts the bad ones in a row.
+
+    What the ledger holds of steps that are done again is not judged anew: a step that was not finite is left out without
+    computing it, so that the run repeats itself also where a defect of the machine, not the data, was the cause.
+    """
+
+    def __init__(self, config: FaultConfig, *, recorded: dict[int, str], saved: Mapping[str, Any]) -> None:
+        self._config, self._recorded = config, recorded
+        self.in_a_row: int = saved.get("in_a_row", 0)
+        self.went_back: bool = saved.get("went_back", False)      # and no checkpoint was made on the way since
+        self._losses = deque(saved.get("losses", ()), maxlen=config.spike.over_steps if config.spike else 0)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What a checkpoint saves."""
+        return {"in_a_row": self.in_a_row, "went_back": self.went_back, "losses": [*self._losses]}
+
+    @property
+    def must_go_back(self) -> bool:
+        """Whether the bad steps in a row are too many."""
+        return self.in_a_row >= self._config.bad_steps
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether a step that is done again moved nothing the first time."""
+        return self._recorded.get(step) == NOT_FINITE
+
+    def judge(self, step: int, *, loss: float, applied: bool) -> str:
+        """FINE, NOT_FINITE or SPIKE. Raises LedgerError, the same on all ranks, where a step was fine and is not finite now."""
+        finite = applied and math.isfinite(loss)
+        found = self._recorded.get(step)
+        if found is None:
+            found = NOT_FINITE if not finite else SPIKE if self._is_spike(loss) else FINE
+        elif not finite and found != NOT_FINITE:
+            raise LedgerError(f"the gradient of step {step} is not finite; it was before the stop, says the ledger. A defect of "
+                              "the machine is likely: start again, on another one if it comes back.")
+        if found == FINE:
+            self.in_a_row = 0
+            self._losses.append(loss)
+        elif applied and not math.isfinite(loss):       # the weights have moved
+            self.in_a_row = self._config.bad_steps
+        else:
+            self.in_a_row += 1
+        return found
+
+    def new_phase(self) -> None:
+        """Losses of another length, mixture or mask share are no measure."""
+        self._losses.clear()
+
+    def gone_back(self) -> None:
+        """The weights are those of the last good checkpoint."""
+        self.in_a_row, self.went_back = 0, True
+        self._losses.clear()
+
+    def _is_spike(self, loss: float) -> bool:
+        if not self._config.spike or len(self._losses) < self._config.spike.over_steps:
+            return False
+        middle = median(self._losses)
+        deviation = max(median(abs(x - middle) for x in self._losses), 1e-3 * middle)
+        return loss > middle + self._config.spike.deviations * deviation

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from encoder.base.command import as_user_error
@@ -22,6 +24,7 @@ from encoder.base.schema import to_plain, to_yaml
 from encoder.base.units import Progress, short_count, short_seconds
 from encoder.data.loader import StepData
 from encoder.data.shard_format import TOKENIZER
+from encoder.engine.checkpoint import newest_checkpoint, read_progress
 from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.checkpoint_save import Saved, Saver
 from encoder.engine.engine import StepResult
@@ -29,19 +32,22 @@ from encoder.models.flops import train_flops
 from encoder.train import build
 from encoder.train.config import RunConfig, describe_phase
 from encoder.train.evaluate import HeldOut, held_out_numbers
-from encoder.train.faults import StopFlag
+from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge, StopFlag
 from encoder.train.feed import Feed, LostShard
 from encoder.train.initial import read_initial
 from encoder.train.meters import SpeedMeter, bf16_peak, document_lengths
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
-from encoder.train.start import Started, check_same_run, fingerprint, start_run
-from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, RUN_FILE, Ledger, Tracker, chain
+from encoder.train.start import Started, check_same_run, fingerprint, load_verified, start_run
+from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, RUN_FILE, Ledger, Tracker, chain, chain_back
+from encoder.train.watch import Watch
+
+_FAULT_TEXTS = {NOT_FINITE: "the gradient is not finite, nothing moved", SPIKE: "the loss is a spike"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: done, or stopped by a signal after saving."""
+    """How a run ended: done, or stopped by a signal or its time limit after saving."""
 
     done: bool
     progress: Progress | None
@@ -49,7 +55,7 @@ class Outcome:
 
 
 def pretrain(run: RunConfig, world: World) -> Outcome:
-    """Trains a run to its end, or until a signal asks it to stop; goes on from the newest checkpoint in `run.out`."""
+    """Trains a run to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint in `run.out`."""
     folder = Path(run.out)
     check_same_run(run, folder)
     if (folder / DONE).exists():
@@ -60,17 +66,20 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
     device = build.choose_device(run, world)
-    joined = join(world, device=device)
+    hang_minutes = run.faults.watchdog_minutes
+    # the watch speaks before a collective gives up
+    joined = join(world, device=device, timeout_seconds=max(600.0, 60 * (hang_minutes or 0) + 60))
+    watch = Watch(folder, world, hang_minutes=hang_minutes)
     try:
-        with StopFlag() as stop, contextlib.ExitStack() as held:
+        with watch, StopFlag() as stop, contextlib.ExitStack() as held:
             started = start_run(run, facts, world, device, folder, held, initial)
-            story = _Story(run, facts, world, device, folder, started)
+            story = _Story(run, facts, world, device, folder, started, watch)
             try:
                 return story.tell(stop)
             finally:
                 story.close()
     finally:
-        if joined:
+        if joined and not watch.torn:
             leave()
 
 
@@ -78,7 +87,7 @@ class _Story:
     """A run under way: the parts, and where it stands."""
 
     def __init__(self, run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
-                 started: Started) -> None:
+                 started: Started, watch: Watch) -> None:
         self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
         self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
         self.entropy, self.last_held_out, self.init_sha256 = started.entropy, started.last_held_out, started.init_sha256
@@ -86,7 +95,9 @@ class _Story:
         self.held_out: list[HeldOut] = []
         self.saver = Saver(folder / CHECKPOINTS, engine=self.engine, incarnation=self.incarnation,
                            keep_last=run.checkpoints.keep_last)
-        self.stall_seconds = 0.0                 # of the save that is under way
+        self.watch, self.stall_seconds = watch, 0.0      # the stall of the save that is under way
+        self.deadline = Deadline(run.faults.max_hours, started=psutil.Process().create_time(), env=os.environ)
+        self.time_is_up = False
         peak = bf16_peak(device) if run.engine.precision in ("bf16", "autocast") else None
         self.speed = SpeedMeter(peak=peak and peak * world.size)
         self.ledger: Ledger | None = None
@@ -105,6 +116,9 @@ class _Story:
                     **({"init_from": run.init_from, "init_sha256": self.init_sha256} if run.init_from else {}),
                     **({"parent": self.parent} if self.parent else {}))
         build.agree_on_errors(self.error, world)
+        recorded = _from_first_rank(self.ledger.recorded() if self.ledger else [], device)
+        self.taken_after = {step: weights_of_step for step, _, weights_of_step in recorded if weights_of_step >= 0}
+        self.judge = StepJudge(run.faults, recorded={step: fault for step, fault, _ in recorded}, saved=started.bad_steps)
 
     def tell(self, stop: StopFlag) -> Outcome:
         """Phase after phase, step after step."""
@@ -112,34 +126,46 @@ class _Story:
         say(f"epochs: {repeats_text(repeats)}")
         if many := many_epochs_text(repeats):
             warn_once(many)
+        save_is_due = False
         while (phase := current_phase(self.run, self.progress)) is not None:
+            self.watch.mark(f"opening phase {phase.name}")
             say(f"phase {describe_phase(phase)}")
-            self.engine.module.set_rope_theta_(global_theta=phase.global_rope_theta, local_theta=phase.local_rope_theta)
+            self._set_theta()
             with self.open_data() as loader:
-                if self.progress.phase_step == 0 and self._question_changed():
-                    self.evaluate()
+                if self.progress.phase_step == 0:
+                    self.judge.new_phase()
+                    if self._question_changed():
+                        self.evaluate()
                 self.speed.pause()
                 while not phase_is_done(self.run, self.progress):
-                    before = self.progress
+                    before, step = self.progress, self.progress.step + 1
+                    self.watch.mark(f"in step {step}")
                     data = self._next(loader)
                     masked_tokens, batch_hash, flops, stopping = self._agree(data, stop)
                     lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
-                    result = self.engine.step(
+                    result = _left_out(masked_tokens) if self.judge.is_left_out(step) else self.engine.step(
                         data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.max_lr or phase.lr.peak,
                         weight_decay=self.run.weight_decay_of(phase))
-                    self.progress = _after(before, data, masked_tokens, batch_hash)
+                    fault = self.judge.judge(step, loss=result.loss, applied=result.applied)
+                    self.progress = _after(before, data, masked_tokens, batch_hash, fault)
                     with self.guarded():
-                        self._record(data, result, lr, masked_tokens, batch_hash, flops)
+                        self._record(data, result, lr, masked_tokens, batch_hash, flops, fault)
                         self._record_epochs(loader, data)
-                    self._check_finite(result)
+                    if self.judge.must_go_back:
+                        self.go_back(result)
+                        break
                     if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
                         self.evaluate()
                     ended = phase_is_done(self.run, self.progress)
                     if stopping and not ended:
                         self.save(wait=True)
                         return self._stopped(stop)
-                    if not ended and _crossed(before, self.progress, self.run.checkpoints.every_tokens):
+                    save_is_due |= _crossed(before, self.progress, self.run.checkpoints.every_tokens)
+                    if save_is_due and not ended and not self.judge.in_a_row:
                         self.save()
+                        save_is_due = False
+            if not phase_is_done(self.run, self.progress):
+                continue                 # went back: the data go on elsewhere
             self.evaluate()
             self.progress = enter_next_phase(self.progress)
             self.save(milestone=phase.name)
@@ -179,9 +205,10 @@ class _Story:
                 self.tracker.event("quarantine", step=values.pop("from_step"), **values)
 
     def evaluate(self) -> None:
-        """The held-out loss and accuracy, said and recorded; nothing without an evaluation section, or twice at one step of a phase."""
+        """Held-out loss and accuracy, said and recorded; nothing without an evaluation section, or twice at one step of a phase."""
         if not self.held_out or self.last_held_out.get("step") == self.progress.step and self.progress.phase_step:
             return
+        self.watch.mark(f"evaluating after step {self.progress.step}")
         numbers = held_out_numbers(self.held_out, self.engine.evaluate)
         self.last_held_out = {"step": self.progress.step, **numbers}
         beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
@@ -195,6 +222,10 @@ class _Story:
                 self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **numbers)
         self.speed.pause()
 
+    def _set_theta(self) -> None:
+        phase = self.run.phases[self.progress.phase]
+        self.engine.module.set_rope_theta_(global_theta=phase.global_rope_theta, local_theta=phase.local_rope_theta)
+
     def _question_changed(self) -> bool:
         """At the start of a phase: whether the held-out loss is another one than at the end of the phase before."""
         now, before = self.run.phases[self.progress.phase], self.run.phases[max(0, self.progress.phase - 1)]
@@ -204,6 +235,9 @@ class _Story:
     def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
         """A checkpoint, with the loss of the fixed batch that a load must give again; a milestone is committed on return."""
         began = time.monotonic()
+        self.watch.mark(f"saving after step {self.progress.step}")
+        if not wait:
+            self.judge.went_back = False
         if self.saver.busy:
             say(f"step {self.progress.step:>6}  waits for the checkpoint before, which is still being written")
             self._saved(self.saver.wait())
@@ -216,7 +250,8 @@ class _Story:
             extra={"fingerprint_loss": fingerprint(self.run, self.engine, self.device),
                    "fingerprint_precision": self.run.engine.precision,
                    "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out,
-                   "init_sha256": self.init_sha256, "quarantine": self.quarantine.to_plain(), "parent": self.parent})
+                   "init_sha256": self.init_sha256, "quarantine": self.quarantine.to_plain(), "parent": self.parent,
+                   "bad_steps": self.judge.to_plain()})
         if wait or milestone or not self.run.checkpoints.background:
             saved = saved or self.saver.wait()
         self.stall_seconds = time.monotonic() - began
@@ -228,8 +263,10 @@ class _Story:
         if saved is None:
             return
         p = saved.progress
+        self.deadline.saved(saved.seconds)
         end = f" (end of {saved.milestone})" if saved.milestone else ""
-        say(f"step {self.progress.step:>6}  saved {saved.path.name}{end}: {short_count(saved.bytes)}B in {short_seconds(saved.seconds)}, training waited {short_seconds(self.stall_seconds)}")
+        say(f"step {self.progress.step:>6}  saved {saved.path.name}{end}: {short_count(saved.bytes)}B in "
+            f"{short_seconds(saved.seconds)}, training waited {short_seconds(self.stall_seconds)}")
         if self.tracker:
             with self.guarded():
                 self.tracker.event("checkpoint", step=p.step, tokens=p.tokens, name=saved.path.name, bytes=saved.bytes,
@@ -250,15 +287,17 @@ class _Story:
 
     def _agree(self, data: StepData | None, stop: StopFlag) -> tuple[int, int, int, bool]:
         """One all-reduce: masked tokens of the step, hash of its batch, its model FLOP, whether a rank was asked to stop or
-        met a mistake, and which have written their part of a checkpoint."""
+        met a mistake, which have written their part of a checkpoint, and whether rank zero's time is up."""
         mine = [data.masked_tokens, data.row_hash, self._flops(data)] if data else [0, 0, 0]
-        shared = sum_over_ranks(torch.tensor([*mine, bool(stop.signal), self.error is not None, self.saver.ready],
+        shared = sum_over_ranks(torch.tensor([*mine, bool(stop.signal), self.error is not None, self.saver.ready,
+                                             self.world.first and self.deadline.is_near()],
                                              dtype=torch.int64, device=self.device)).tolist()
         if shared[4]:
             build.agree_on_errors(self.error, self.world)
         if shared[5] >= self.world.size:
             self._saved(self.saver.advance())
-        return shared[0], shared[1], shared[2], shared[3] > 0
+        self.time_is_up = shared[6] > 0
+        return shared[0], shared[1], shared[2], shared[3] > 0 or self.time_is_up
 
     def _flops(self, data: StepData) -> int:
         """Model FLOP of this rank's documents as long as they are; padding is no work."""
@@ -266,13 +305,19 @@ class _Story:
                        for b in data.micro_batches))
 
     def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int,
-                flops: int) -> None:
+                flops: int, fault: str) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]
         self.speed.step(data.tokens, flops)
         used = {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
         if self.ledger:
             self.ledger.write(p, phase=phase.name, rows=data.rows, tokens=data.tokens, masked_tokens=masked_tokens,
-                              batch_hash=batch_hash)
+                              batch_hash=batch_hash, fault=fault)
+        if fault and self.tracker:
+            self.tracker.event("bad_step", step=p.step, fault=fault, in_a_row=self.judge.in_a_row, loss=_finite(result.loss),
+                               grad_norm=_finite(result.grad_norm))
+        if fault:
+            say(f"step {p.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}  loss {result.loss:.3f}  gradient norm "
+                f"{result.grad_norm:.3g}  {self.judge.in_a_row} in a row")
         if self.tracker:
             self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), lr=lr, rows=data.rows,
                                  step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(result.grad_norm),
@@ -293,21 +338,46 @@ class _Story:
                     say(f"step {self.progress.step:>6}  epoch {int(epochs) + 1} of {source} begins")
                     self.tracker.event("epoch", step=self.progress.step, source=source, epoch=int(epochs) + 1)
 
-    def _check_finite(self, result: StepResult) -> None:
-        """The same on all ranks. Raises UserError."""
-        if not (math.isfinite(result.loss) and result.applied):
-            phase = self.progress.phase
+    def go_back(self, result: StepResult) -> None:
+        """The weights of the last good checkpoint, and the data from the next window on. The clock of tokens goes on: what was
+        trained between is in the ledger, and so is this. Raises UserError, the same on all ranks, the second time in a row."""
+        p, step = self.progress, self.progress.step
+        self.watch.mark(f"going back after step {step}")
+        self._saved(self.saver.wait())
+        again = self.judge.went_back
+        found = None if again else newest_checkpoint(self.folder / CHECKPOINTS, fits=self._is_good)
+        if found is None:
+            why = "the run went back once since its last checkpoint" if again else "there is no good checkpoint to go back to"
             raise UserError(
-                f"the loss of step {self.progress.step} is {result.loss}, its gradient norm {result.grad_norm}. "
-                f"Start anew with a lower rate: out=ANOTHER_FOLDER phases.{phase}.lr.peak="
-                f"{self.run.phases[phase].lr.peak / 2:g}, or look at the data of that step in {self.folder / LEDGER}.")
+                f"{self.judge.in_a_row} bad steps in a row, and {why}: the loss of step {step} is {result.loss:.4g}, its gradient "
+                f"norm {result.grad_norm:.4g}. Start anew with a lower rate: out=ANOTHER_FOLDER phases.{p.phase}.lr.peak="
+                f"{self.run.phases[p.phase].lr.peak / 2:g}, or look at the data of these steps in {self.folder / LEDGER}.")
+        weights, _ = load_verified(found, self.run, self.engine, self.device)
+        self._set_theta()
+        lanes = tuple((window + (row > 0), 0) for window, row in p.lanes)
+        self.progress = dataclasses.replace(p, lanes=lanes, ledger_hash=chain_back(
+            p.ledger_hash, step=step, weights_of_step=weights.step, lanes=lanes))
+        self.judge.gone_back()
+        say(f"step {step:>6}  back to the weights of step {weights.step} ({found.name}); the data go on at the next window")
+        with self.guarded():
+            if self.ledger:
+                self.ledger.write_back(self.progress, weights_of_step=weights.step)
+            if self.tracker:
+                self.tracker.event("back", step=step, weights_of_step=weights.step, name=found.name)
+
+    def _is_good(self, folder: Path) -> bool:
+        """Whether a checkpoint was made after a fine step; of steps done again, whether it is the one that was taken then."""
+        progress, extra = read_progress(folder)
+        taken = self.taken_after.get(self.progress.step)
+        return extra.get("bad_steps", {}).get("in_a_row", 0) == 0 if taken is None else progress.step == taken
 
     def _stopped(self, stop: StopFlag) -> Outcome:
-        number = stop.signal or signal.SIGTERM
-        name = signal.Signals(number).name
+        number = 0 if self.time_is_up and not stop.signal else stop.signal or signal.SIGTERM
+        name = signal.Signals(number).name if number else f"its time limit ({self.deadline.of})"
         say(f"stopped by {name} after step {self.progress.step}; the same command goes on from here")
         if self.tracker:
-            self.tracker.event("stopped", step=self.progress.step, signal=int(number))
+            cause = {"signal": int(number)} if number else {"limit": self.deadline.of}
+            self.tracker.event("stopped", step=self.progress.step, **cause)
         return Outcome(done=False, progress=self.progress, signal=int(number))
 
     def _finished(self) -> Outcome:
@@ -324,7 +394,7 @@ class _Story:
         return Outcome(done=True, progress=p)
 
 
-def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int) -> Progress:
+def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int, fault: str) -> Progress:
     """The progress after a step, with the next link of the ledger's chain."""
     tokens = before.tokens + data.tokens
     return dataclasses.replace(
@@ -332,7 +402,21 @@ def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int
         phase_tokens=before.phase_tokens + data.tokens, masked_tokens=before.masked_tokens + masked_tokens,
         lanes=data.end.lanes,
         ledger_hash=chain(before.ledger_hash, step=before.step + 1, tokens=tokens, masked_tokens=masked_tokens,
-                          batch_hash=batch_hash))
+                          batch_hash=batch_hash, fault=fault))
+
+
+def _left_out(masked_tokens: int) -> StepResult:
+    """A step that moved nothing the first time, too."""
+    return StepResult(loss=math.nan, grad_norm=math.inf, masked_tokens=masked_tokens, applied=False)
+
+
+def _from_first_rank(recorded: list[tuple[int, str, int]], device: torch.device) -> list[tuple[int, str, int]]:
+    """The ledger's steps that will be done again, on all ranks."""
+    words = [FINE, NOT_FINITE, SPIKE]
+    table = torch.zeros(int(sum_over_ranks(torch.tensor([len(recorded)], device=device))), 3, dtype=torch.int64, device=device)
+    for row, (step, fault, weights_of_step) in enumerate(recorded):
+        table[row] = torch.tensor([step, words.index(fault), weights_of_step])
+    return [(step, words[fault], weights_of_step) for step, fault, weights_of_step in sum_over_ranks(table).tolist()]
 
 
 def _crossed(before: Progress, after: Progress, every_tokens: int | None) -> bool:

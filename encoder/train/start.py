@@ -42,6 +42,7 @@ class Started:
     last_held_out: dict[str, float]    # of the checkpoint
     init_sha256: str | None            # of the weights of init_from, also when resumed; on rank zero
     parent: dict[str, Any] | None      # what branch_from named, also when resumed
+    bad_steps: dict[str, Any]          # of the checkpoint, for the judge of steps
     quarantine: Quarantine
 
 
@@ -71,10 +72,10 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is not None:
         _check_same_settings(run, found / RUN_FILE, of=str(found))
-        progress, extra = _load(found, run, engine, device)
+        progress, extra = load_verified(found, run, engine, device)
         build.check_same_data(facts, extra["card_sha256"])
     elif parent:
-        _load(parent.checkpoint, parent.run, engine, device)
+        load_verified(parent.checkpoint, parent.run, engine, device)
         progress, extra = Progress(ledger_hash=parent.progress.ledger_hash), {"parent": parent.record}
     elif run.init_from or run.branch_from:
         assert initial, f"{folder} had a checkpoint a moment ago"
@@ -87,6 +88,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     return Started(engine=engine, incarnation=incarnation, progress=progress, entropy=entropy, resumed=found is not None,
                    last_held_out=extra.get("last_held_out", {}),
                    init_sha256=initial.sha256 if initial else extra.get("init_sha256"), parent=extra.get("parent"),
+                   bad_steps=extra.get("bad_steps", {}),
                    quarantine=Quarantine(folder, extra.get("quarantine", [])))
 
 
@@ -131,7 +133,7 @@ def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
     return found.loss_sum / found.masked_tokens
 
 
-def _load(found: Path, run: RunConfig, engine: Engine, device: torch.device) -> tuple[Progress, dict[str, Any]]:
+def load_verified(found: Path, run: RunConfig, engine: Engine, device: torch.device) -> tuple[Progress, dict[str, Any]]:
     """A checkpoint of `run` into the engine; seen to give the loss it gave when it was saved."""
     progress, extra = load_checkpoint(found, engine)
     theta = run.phases[phase_of_weights(progress)]

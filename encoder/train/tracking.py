@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ LEDGER, METRICS, EVENTS = "ledger.jsonl", "metrics.jsonl", "events.jsonl"
 RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"       # what else a run folder holds
 
 
-def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_hash: int) -> str:
-    """The next link: a hash over the previous link and what this step trained on (16 hex digits)."""
-    link = f"{previous}|{step}|{tokens}|{masked_tokens}|{batch_hash & (2**64 - 1):016x}"
+def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_hash: int, fault: str = "") -> str:
+    """The next link: a hash over the previous link, what this step trained on and, if it was bad, how (16 hex digits)."""
+    link = f"{previous}|{step}|{tokens}|{masked_tokens}|{batch_hash & (2**64 - 1):016x}" + (f"|{fault}" if fault else "")
+    return hashlib.blake2b(link.encode(), digest_size=8).hexdigest()
+
+
+def chain_back(previous: str, *, step: int, weights_of_step: int, lanes: Sequence[Sequence[int]]) -> str:
+    """The link of going back after a step: to which weights, and from where in the data on."""
+    link = f"{previous}|back|{step}|{weights_of_step}|{json.dumps([list(place) for place in lanes])}"
     return hashlib.blake2b(link.encode(), digest_size=8).hexdigest()
 
 
@@ -41,35 +48,48 @@ class Ledger:
         self.repeated_steps = 0
         lines = read_jsonl(self.path)
         follow_chain(lines, self.path)
-        last = next((line for line in lines if line["step"] == resumed_at.step), None)
-        if last is not None and last["chain"] != resumed_at.ledger_hash:
-            raise LedgerError(f"{self.path} step {resumed_at.step} has chain {last['chain']}, the checkpoint has "
+        here = {i: line["chain"] for i, line in enumerate(lines, 1) if line["step"] == resumed_at.step}     # also of going back
+        done = next((i for i, link in here.items() if link == resumed_at.ledger_hash), 0)
+        if here and not done:
+            raise LedgerError(f"{self.path} step {resumed_at.step} has chain {', '.join(here.values())}, the checkpoint has "
                               f"{resumed_at.ledger_hash}. The folder mixes two runs: start again with another out.")
-        if resumed_at.step and last is None:
-            lines = self._start_again(folder, resumed_at)
+        if resumed_at.step and not done:
+            lines, done = self._start_again(folder, resumed_at), 1
         elif parent and not lines:
-            lines = [{"parent": parent, "step": 0, "chain": resumed_at.ledger_hash}]
-        self._witness = {line["step"]: line for line in lines if line["step"] > resumed_at.step}
+            lines, done = [{"parent": parent, "step": 0, "chain": resumed_at.ledger_hash}], 1
+        self._witness = {(line["step"], "back" in line): line for line in lines[done:]}
         # a new file under the old name: a start of this run that still lives elsewhere writes on into the old one
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(self.path, "a", encoding="utf-8")
 
-    def write(
-        self, progress: Progress, *, phase: str, rows: int, tokens: int, masked_tokens: int, batch_hash: int
-    ) -> None:
+    def recorded(self) -> list[tuple[int, str, int]]:
+        """Steps that will be done again: number, what was bad, and the step whose weights were taken after it (-1: none)."""
+        return [(step, line.get("fault", ""), self._witness.get((step, True), {}).get("weights_of_step", -1))
+                for (step, back), line in sorted(self._witness.items()) if not back]
+
+    def write(self, progress: Progress, *, phase: str, rows: int, tokens: int, masked_tokens: int, batch_hash: int,
+              fault: str = "") -> None:
         """One step's line; a step that is already there must agree. Raises LedgerError."""
         line = {"step": progress.step, "phase": phase, "rows": rows, "tokens": tokens, "masked_tokens": masked_tokens,
                 "tokens_seen": progress.tokens, "next": [list(place) for place in progress.lanes],   # (window, row) of each lane
-                "batch": f"{batch_hash & (2**64 - 1):016x}", "chain": progress.ledger_hash}
-        witness = self._witness.pop(progress.step, None)
+                "batch": f"{batch_hash & (2**64 - 1):016x}", **({"fault": fault} if fault else {}), "chain": progress.ledger_hash}
+        self._add(line)
+
+    def write_back(self, progress: Progress, *, weights_of_step: int) -> None:
+        """After a step: the weights are again those of an earlier one, and the data go on at `progress`. Raises LedgerError."""
+        self._add({"back": True, "step": progress.step, "weights_of_step": weights_of_step,
+                   "next": [list(place) for place in progress.lanes], "chain": progress.ledger_hash})
+
+    def _add(self, line: dict[str, Any]) -> None:
+        witness = self._witness.pop((line["step"], "back" in line), None)
         if witness is not None:
             if witness != line:
-                key = next(k for k in line if witness.get(k) != line[k])
+                key = next(k for k in {**line, **witness} if witness.get(k) != line.get(k))
                 raise LedgerError(
-                    f"step {progress.step} has {key} {line[key]}, but {self.path} recorded {witness.get(key)} "
+                    f"step {line['step']} has {key} {line.get(key)}, but {self.path} recorded {witness.get(key)} "
                     "before the stop. The shards or the settings changed: put them back, or use another out."
                 )
-            self.repeated_steps += 1
+            self.repeated_steps += "back" not in line
             return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -103,10 +123,12 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
         if number == 1 and (line.get("restart") or line.get("parent")):
             link, step = line["chain"], line["step"]
             continue
-        step += 1
-        if line.get("step") == step:
+        step += "back" not in line
+        if line.get("step") == step and "back" in line:
+            link = chain_back(link, step=step, weights_of_step=line["weights_of_step"], lanes=line["next"])
+        elif line.get("step") == step:
             link = chain(link, step=step, tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
-                         batch_hash=int(line["batch"], 16))
+                         batch_hash=int(line["batch"], 16), fault=line.get("fault", ""))
         if line.get("step") != step or line["chain"] != link:
             raise LedgerError(f"{path} line {number}: the chain breaks at step {line.get('step')}. "
                               "The file was edited or belongs to another run: put it back, or start again with another out.")

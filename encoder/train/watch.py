@@ -1,0 +1,109 @@
+"""Nobody waits for ever: a thread ends this process where nothing moves any more, or where another rank has failed.
+
+    RUN/hangs/rank00003.txt     the step, the act and the stacks of all threads of a rank that stood still for too long
+    RUN/errors/ID.txt           the first error of a start on several ranks, whatever rank met it; ID is the start's own
+
+The thread lives outside of collectives: it also ends a rank whose main thread waits in one for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from encoder.base.dist import World, sum_over_ranks
+from encoder.base.errors import SilentError, UserError
+from encoder.base.files import fsync_path
+from encoder.engine.agree import collective_device
+
+HANGS, ERRORS = "hangs", "errors"
+HANG_CODE, FAILED_CODE = 3, 1
+LOOK_SECONDS = 5.0       # between two looks for the error of another rank, while this one stands still
+
+
+class Watch:
+    """Watches one rank of a start; `mark` says that it moves. In `with`, on all ranks, once they have joined."""
+
+    def __init__(self, folder: Path, world: World, *, hang_minutes: float | None) -> None:
+        self._world, self._hang_seconds = world, 60 * hang_minutes if hang_minutes else float("inf")
+        self._hang_file = folder / HANGS / f"rank{world.rank:05d}.txt"
+        start = torch.tensor([time.time_ns() if world.first else 0])
+        self._error_file = folder / ERRORS / f"{int(sum_over_ranks(start.to(collective_device())))}.txt"
+        self._doing, self._since = "starting", time.monotonic()
+        self._over, self.torn = threading.Event(), False       # torn: other ranks may still wait for this one
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Raises the first error of all ranks in place of what followed from it on this one."""
+        self._over.set()
+        self.torn = error is not None and self._world.size > 1
+        if not self.torn or isinstance(error, SilentError):
+            return
+        first = self._write_first(error)
+        if first and not isinstance(error, UserError):
+            # losing a peer is an error of every rank, with a traceback that says nothing; rank zero tells what was the cause
+            raise (UserError if self._world.first else SilentError)(f"{first} All of it is in {self._error_file}.") from None
+
+    def mark(self, doing: str) -> None:
+        """What this rank does from now on."""
+        self._doing, self._since = doing, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(LOOK_SECONDS, self._hang_seconds / 4)):
+            still_seconds = time.monotonic() - self._since
+            if still_seconds > self._hang_seconds:
+                self._say_where(still_seconds)
+                os._exit(HANG_CODE)
+            if still_seconds > LOOK_SECONDS and self._world.size > 1 and (first := self._first()):
+                print(f"rank {self._world.rank} ends, {self._doing}: {first} All of it is in {self._error_file}.",
+                      file=sys.stderr, flush=True)
+                os._exit(FAILED_CODE)
+
+    def _say_where(self, still_seconds: float) -> None:
+        line = f"rank {self._world.rank} hangs: nothing has moved for {still_seconds:.0f} s, {self._doing}. Its threads:\n"
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):       # a standard error that has no file
+            faulthandler.dump_traceback(sys.stderr)
+        with contextlib.suppress(OSError):
+            self._hang_file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._hang_file, "w", encoding="utf-8") as f:
+                f.write(line)
+                f.flush()
+                faulthandler.dump_traceback(f)
+                os.fsync(f.fileno())
+
+    def _write_first(self, error: BaseException) -> str:
+        """Writes the error down unless another rank's was there before; that one's line, or nothing."""
+        text = f"{error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        summary = " ".join(f"rank {self._world.rank} failed, {self._doing}: {type(error).__name__}: {error}".split())
+        with contextlib.suppress(OSError):
+            self._error_file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(self._error_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                return self._first()
+            with open(handle, "w", encoding="utf-8") as f:
+                f.write(f"{summary}\n\n{text}\n")
+                f.flush()
+                os.fsync(f.fileno())
+            fsync_path(self._error_file.parent)
+        return ""
+
+    def _first(self) -> str:
+        """The first line of another rank's error, or nothing."""
+        with contextlib.suppress(OSError):
+            return self._error_file.read_text(encoding="utf-8").split("\n", 1)[0].rstrip(".") + "."
+        return ""
