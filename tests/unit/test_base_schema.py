@@ -36,6 +36,7 @@ class Outer:
     inner: Inner = Inner()
     lr: chosen_by("schedule", {"flat": Flat, "warm": Warm}) = Flat(peak=1.0)
     note: str | None = None
+    wave: chosen_by("kind", {"flat": Flat, "warm": Warm}, default="warm") = Flat(peak=1.0)
 
 
 def build(text: str) -> Outer:
@@ -48,7 +49,13 @@ def test_units_words_and_numbers_written_as_text_are_read():
     assert from_mapping(Outer, to_plain(run)) == run
 
 
+def test_a_choice_with_a_usual_word_may_leave_it_out():
+    assert build("{name: a, tokens: 1, wave: {peak: 2, warmup_tokens: 3}}").wave == Warm(peak=2.0, warmup_tokens=3)
+    assert build("{name: a, tokens: 1, wave: {kind: flat, peak: 2}}").wave == Flat(peak=2.0)
+
+
 @pytest.mark.parametrize(("text", "said"), [
+    ("{name: a, tokens: 1, lr: {peak: 1}}", "lr.schedule is missing. Known: flat, warm."),
     ("{name: a, tokens: 1, inner: {row: 3}}", "run.yaml: inner.row is unknown. Did you mean rows?"),
     ("{name: a, tokens: 1, lr: {schedule: flat, peak: 1, warmup_tokens: 5}}", "lr.warmup_tokens is unknown"),
     ("{name: a, tokens: 1, lr: {schedule: wram, peak: 1}}", "lr.schedule is 'wram'. Did you mean warm?"),

@@ -54,8 +54,8 @@ def truth_of(config, start, grads):
     return slow_updates(start, grads, config, lrs=LRS, max_lr=MAX_LR, hidden_matrices=HIDDEN)
 
 
-def whole(config, grads, dtype=torch.float64):
-    model = Small(dtype)
+def whole(config, grads, dtype=torch.float64, *, device="cpu"):
+    model = Small(dtype).to(device)
     optimizer, named = build_optimizer(model, config), dict(model.named_parameters())
     for g, lr in zip(grads, LRS):
         for n, p in named.items():
@@ -184,6 +184,18 @@ def test_muon_without_the_rest_is_torchs_but_for_its_bf16():
         judge.step()
     moved = whole(CONFIGS["muon"], grads)["out"] - start["out"]
     assert torch.linalg.vector_norm(theirs.detach() - start["out"] - moved) < 2e-2 * torch.linalg.vector_norm(moved)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_on_a_gpu_the_update_is_the_slow_rule_but_for_newton_schulz_in_bf16(name):
+    start, grads = start_and_grads(torch.float32)
+    truth = truth_of(CONFIGS[name], start, grads)
+    ours = whole(CONFIGS[name], [{n: g.cuda() for n, g in step.items()} for step in grads], torch.float32, device="cuda")
+    for n, right in truth.items():
+        moved, off = right - start[n].double(), ours[n].cpu().double() - right
+        two_digits = "muon" in name and n in HIDDEN
+        assert torch.linalg.vector_norm(off) < (2e-2 if two_digits else 1e-4) * torch.linalg.vector_norm(moved), n
 
 
 @pytest.mark.parametrize("name, left", [

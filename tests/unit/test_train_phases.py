@@ -18,6 +18,13 @@ from encoder.train.plan import plan_text
 TINY = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny_cpu.yaml"
 
 
+def test_a_peak_for_a_decay_that_knows_none_is_refused():
+    assert read_run(TINY, ["phases.0.max_lr=1e-3", "optimizer={name: muon}"]).phases[0].max_lr == 1e-3
+    for name in ("adamw", "lamb"):
+        with pytest.raises(ConfigError, match="phase stable: max_lr 0.001 has no effect"):
+            read_run(TINY, ["phases.0.max_lr=1e-3", f"optimizer={{name: {name}}}"])
+
+
 @pytest.mark.parametrize(("override", "said"), [
     ("phases.0.batch_tokens=10000", "is not a whole number of rows of 512. Nearest: 9,728, 10,240"),
     ("data.lanes=3", "is not a whole number of rows of 1,536. Nearest: 1,536, 3,072. A step takes a row of each of 3 data.lanes"),
@@ -35,6 +42,8 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny_cpu.
     ("objective.mask_share=1.5", "mask_share"),
     ("model={preset: modernbert_bas}", "Did you mean modernbert_base?"),
     ("data.sources.0.weight=0", "must be above 0"),
+    ("optimizer={name: stable_adam}", "optimizer.name is 'stable_adam'. Did you mean stable_adamw?"),
+    ("optimizer={name: adamw, momentum: 0.9}", "optimizer.momentum is unknown"),
 ])
 def test_a_run_that_cannot_be_is_refused_in_one_line(override, said):
     with pytest.raises(ConfigError) as caught:

@@ -51,6 +51,15 @@ def test_a_plan_counts_epochs_warns_of_many_and_refuses_more_than_a_source_allow
         count_repeats(replace(run, phases=(replace(run.phases[0], sources=(replace(one, max_epochs=1.9), other)),)))
 
 
+@pytest.mark.parametrize("name, said", [
+    ("stable_adamw", "StableAdamW betas 0.9, 0.98, eps 1e-06, decay 1e-05 a step at the peak rate (fully decoupled)"),
+    ("adamw", "AdamW betas 0.9, 0.98, eps 1e-06, decay 1e-05 times the rate a step"),
+    ("lamb", "LAMB betas 0.9, 0.98, eps 1e-06, decay 1e-05 of the weights in the direction"),
+    ("muon", "Muon momentum 0.95, adam scale, 1 times the rate, for the layers' matrices; StableAdamW betas 0.9, 0.98")])
+def test_a_plan_says_which_optimizer_moves_the_weights(name, said):
+    assert f"optimizer   {said}" in plan_text(read_run(TINY, [f"optimizer.name={name}"]), ranks=1)
+
+
 def test_a_plan_says_whose_lengths_it_guessed(tmp_path, monkeypatch):
     run = read_run(TINY)
     monkeypatch.chdir(tmp_path)
