@@ -31,7 +31,7 @@ import numpy as np
 
 from data_prep import readers, shards, tokenization, worker
 from data_prep.config import JsonlSource
-from data_prep.ledger import Ledger, open_ledger
+from data_prep.ledger import open_ledger
 from data_prep.segments import Part, segments_of
 from encoder.data.shard_format import read_card, special_ids_of
 
@@ -162,7 +162,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
         for owner, name in places:
             setattr(owner, name, timed(stage, getattr(owner, name)))
     vocab_size, specials = special_ids_of(tokenizer)
-    job = worker.EncodeJob(tokenizer_json=str(tokenizer), encoder="fastokens", cls_id=specials.cls_id, sep_id=specials.sep_id,
+    job = worker.EncodeJob(tokenizer_json=str(tokenizer), cls_id=specials.cls_id, sep_id=specials.sep_id,
                            dtype="uint16" if vocab_size <= 2**16 else "uint32", max_tokens_per_document=8192,
                            held_out_share=0.01, shard_bytes=2**26, compression=None, stop_on_error=True)
     tokenization.one_thread_a_process()
@@ -177,7 +177,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
     with open_ledger(folder / "taken_apart", Part()) as ledger:
         ledger.begin({}, alone=True)
         for segment in segments_of(source, readers.find_files(source, Path("/")), shard_bytes=2**26):
-            maker(worker.SegmentJob(source=source, segment=segment, part=Part(), folder=str(Ledger(folder / "taken_apart").out),
+            maker(worker.SegmentJob(source=source, encoder="fastokens", segment=segment, part=Part(), folder=str(ledger.out),
                                     made_from_sha256=""))
         ledger.discard()
     return {stage: seconds / tokens * 1e9 for stage, seconds in spent.items()}

@@ -23,7 +23,7 @@ from data_prep.merge import assemble
 from data_prep.meter import Meter
 from data_prep.readers import ReadError, find_files, parse, pinned, read_blocks
 from data_prep.segments import Part, Segment, segments_of
-from data_prep.tokenization import check_tokenizer_path, choose_encoder
+from data_prep.tokenization import EncoderName, check_tokenizer_path, choose_encoder
 from data_prep.worker import Done, EncodeJob, SegmentJob, SegmentPool
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
 from encoder.base.log import say, warn_once
@@ -46,10 +46,11 @@ def prepare(config: PrepareConfig, *, only: str | None = None, part: Part | None
         return
     pool = _start_pool(config, open_plans, part or Part())
     try:
+        encoder = choose_encoder(open_plans[0].tokenizer_json, [text for plan in open_plans for text in _real_texts(plan)])
         for plan in open_plans:
             with _disk_errors(Path(config.out)), open_ledger(plan.folder, part or Part()) as ledger:
                 try:
-                    _make_segments(plan, ledger, part or Part(), pool, again=again)
+                    _make_segments(plan, ledger, part or Part(), pool, encoder, again=again)
                 except BaseException:
                     pool.close()                # before anything of theirs is cleaned up
                     raise
@@ -140,9 +141,8 @@ def _finished(plan: _Plan) -> bool:
 
 def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> SegmentPool:
     card = plans[0].card
-    encoder = choose_encoder(plans[0].tokenizer_json, [text for plan in plans for text in _real_texts(plan)])
-    job = EncodeJob(tokenizer_json=str(plans[0].tokenizer_json), encoder=encoder, cls_id=card.specials.cls_id,
-                    sep_id=card.specials.sep_id, dtype=card.dtype, held_out_share=config.held_out_share,
+    job = EncodeJob(tokenizer_json=str(plans[0].tokenizer_json), cls_id=card.specials.cls_id, sep_id=card.specials.sep_id,
+                    dtype=card.dtype, held_out_share=config.held_out_share,
                     max_tokens_per_document=config.max_tokens_per_document, shard_bytes=config.shard_bytes,
                     compression=None if config.compression == "none" else config.compression,
                     stop_on_error=config.on_error == "stop")
@@ -150,7 +150,8 @@ def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> Segmen
     return SegmentPool(job, max(1, min(config.worker_processes, max(len(part.of(plan.segments)) for plan in plans))))
 
 
-def _make_segments(plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, *, again: bool) -> None:
+def _make_segments(plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, encoder: EncoderName, *,
+                   again: bool) -> None:
     """The segments of a part that are not finished."""
     name, label = plan.source.name, "" if part.count == 1 else f" part {part.label}"
     ledger.begin(identity(plan.card), alone=part.count == 1, again=again)
@@ -167,7 +168,7 @@ def _make_segments(plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, *
         def tell(done: Done) -> None:
             meter.add(file_bytes=done.file_bytes, documents=done.documents, tokens=done.tokens)
 
-        pool.make([SegmentJob(source=plan.source, segment=s, part=part, folder=str(plan.folder),
+        pool.make([SegmentJob(source=plan.source, encoder=encoder, segment=s, part=part, folder=str(plan.folder),
                               made_from_sha256=plan.made_from_sha256) for s in left], tell)
     say(f"{name}{label}: {meter.counts()}")
 

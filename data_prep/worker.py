@@ -5,6 +5,7 @@ Nothing but a few numbers passes between processes, so the cores do not wait for
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ from data_prep.readers import Block, InputFile, ReadError, numbered, parse, read
 from data_prep.segments import Part, Segment
 from data_prep.shards import ShardWriter
 from data_prep.tokenization import EncoderName, TextEncoder, encode_pieces, one_thread_a_process
-from encoder.base.errors import ConfigError, UserError
+from encoder.base.errors import ConfigError, ShardError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
 from encoder.data.shard_format import lengths_dtype
@@ -38,7 +39,6 @@ class EncodeJob:
     """What a process must know to encode: the same for all sources."""
 
     tokenizer_json: str
-    encoder: EncoderName
     cls_id: int
     sep_id: int
     dtype: str
@@ -54,6 +54,7 @@ class SegmentJob:
     """One segment to be made."""
 
     source: Source
+    encoder: EncoderName
     segment: Segment
     part: Part
     folder: str                   # OUT/NAME
@@ -74,7 +75,13 @@ class SegmentMaker:
 
     def __init__(self, job: EncodeJob, tell: Callable[[Done], None]) -> None:
         self._job, self._tell = job, tell
-        self._encoder = TextEncoder(Path(job.tokenizer_json), job.encoder)
+        self._encoders: dict[EncoderName, TextEncoder] = {}
+
+    def encoder(self, name: EncoderName) -> TextEncoder:
+        """Loaded once (0.3 s). Raises ShardError."""
+        if name not in self._encoders:
+            self._encoders[name] = TextEncoder(Path(self._job.tokenizer_json), name)
+        return self._encoders[name]
 
     def __call__(self, asked: SegmentJob) -> None:
         """From files to a finished segment in the ledger. Raises UserError, OSError for the disk."""
@@ -82,7 +89,7 @@ class SegmentMaker:
             counts = Counts()
             out = _Splits(folder, self._job)
             for file, block in self._blocks(asked, counts):
-                self._encode(file, block, out, counts)
+                self._encode(self.encoder(asked.encoder), file, block, out, counts)
             shards = out.finish()
             counts.tokens = sum(out.tokens.values())
             counts.check()
@@ -101,13 +108,13 @@ class SegmentMaker:
                 warn_once(f"left out: {error}")
                 counts.leave_out({"unreadable file or its end": 1})
 
-    def _encode(self, file: InputFile, block: Block, out: _Splits, counts: Counts) -> None:
+    def _encode(self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts) -> None:
         job, parsed, tokens = self._job, parse(block), 0
         if parsed.problem and job.stop_on_error:
             raise ConfigError(parse(numbered(block, file)).problem)
         counts.leave_out(parsed.left_out)
         if parsed.texts:
-            pieces = encode_pieces(self._encoder, parsed.texts, cls_id=job.cls_id, sep_id=job.sep_id,
+            pieces = encode_pieces(encoder, parsed.texts, cls_id=job.cls_id, sep_id=job.sep_id,
                                    dtype=np.dtype(job.dtype), held_out_share=job.held_out_share,
                                    max_tokens_per_document=job.max_tokens_per_document)
             out.add(pieces.ids_T, pieces.lengths_P, pieces.held_out_P)
@@ -156,6 +163,8 @@ class SegmentPool:
             context = get_context("spawn")
             self._news = context.SimpleQueue()
             self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job, self._news))
+            for _ in range(processes):           # they start and load while this process checks the encoder
+                self._pool.submit(_get_ready)
 
     def make(self, jobs: Iterable[SegmentJob], tell: Callable[[Done], None]) -> None:
         """All of them; `tell` is called as they go on. Raises the error of the first segment that has one."""
@@ -207,6 +216,11 @@ def _start(job: EncodeJob, news: Any) -> None:
 def _end_with_parent() -> None:
     connection.wait([parent_process().sentinel])
     os._exit(1)
+
+
+def _get_ready() -> None:
+    with contextlib.suppress(ImportError, ShardError):
+        _this_process["maker"].encoder("fastokens")
 
 
 def _make(job: SegmentJob) -> None:
