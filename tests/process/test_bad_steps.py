@@ -1,0 +1,145 @@
+"""Steps that are not finite, in a real run on two ranks: skipped together, gone back from, repeated by a resume, a stop in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.base.dist import World
+from encoder.base.errors import UserError
+from encoder.data.loader import Loader
+from encoder.engine.checkpoint import newest_checkpoint, read_weights
+from encoder.engine.engine import Engine
+from encoder.train.config import read_run
+from encoder.train.loop import pretrain
+from encoder.train.report import verify_ledger
+from encoder.train.tracking import EVENTS, LEDGER, read_jsonl
+from tests.process.ranks import run_ranks
+from tests.shards_for_tests import random_documents, write_source
+
+RUN = """
+name: bad
+out: none
+seed: 3
+model: {{system: modernbert, vocab_size: 64, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1,
+        num_attention_heads: 1, max_position_embeddings: 64}}
+data: {{sources: [{{path: {root}/a, name: a}}], row_tokens: 64, window_documents: 30}}
+objective: {{name: mlm}}
+optimizer: {{}}
+phases: [{{name: one, tokens: 6K, max_tokens_per_document: 48, batch_tokens: 256, lr: {{schedule: constant, peak: 1e-3}}}}]
+checkpoints: {{every_tokens: 1K, keep_last: 99}}
+engine: {{precision: fp32}}
+loader: {{workers: 0}}
+tracking: {{print_every_steps: 100}}
+"""
+
+
+@contextlib.contextmanager
+def not_finite_at(bad: list[int], world: World) -> Iterator[list[int]]:
+    """Rank 1 (or the only one) has a gradient of NaN in the n-th steps that this start computes; gives the steps computed."""
+    plain, computed = Engine.step, []
+
+    def step(self: Engine, *values, **named):
+        computed.append(1)
+        if world.rank != world.size - 1 or len(computed) not in bad:
+            return plain(self, *values, **named)
+        hook = self.module.decoder.bias.register_hook(lambda g: g * float("nan"))
+        try:
+            return plain(self, *values, **named)
+        finally:
+            hook.remove()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        yield computed
+
+
+def start(world: World, folder: str, out: str, *, bad: list[int], stop_at: int = 0) -> str:
+    """A start of a run; returns its error or nothing. `stop_at`: it fails before this step, as a kill would end it."""
+    plain, calls = Loader.next_step, [0]
+
+    def next_step(self):
+        calls[0] += 1
+        if calls[0] == stop_at:
+            raise UserError("stopped here")
+        return plain(self)
+
+    with not_finite_at(bad, world), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "next_step", next_step)
+        try:
+            pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={min(world.size, 2)}"]), world)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def on_two_ranks(world: World, *, folder: str) -> list[str]:
+    return [start(world, folder, "skipped", bad=[3]), start(world, folder, "back", bad=[8, 9, 10]),
+            start(world, folder, "stopped", bad=[8, 9, 10, 11, 12, 13])]
+
+
+def on_one_rank(world: World, *, folder: str) -> list[str]:
+    """A run that is killed after it had gone back, goes on without its cause, and one that is not killed."""
+    root = Path(folder)
+    first = start(world, folder, "killed", bad=[8, 9, 10], stop_at=14)
+    for path in sorted((root / "killed" / "checkpoints").glob("tokens*"))[1:]:      # from far before the bad steps
+        shutil.rmtree(path)
+    return [first, start(world, folder, "killed", bad=[]), start(world, folder, "alone", bad=[8, 9, 10])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("bad")
+    write_source(root / "a", random_documents(90, seed=1, longest=60), vocab_size=64)
+    (root / "run.yaml").write_text(RUN.format(root=root))
+    one, two = run_ranks(on_two_ranks, 2, folder=str(root))
+    assert one == two and one[:2] == ["", ""], "all ranks see the same"
+    (root / "stopped" / "error").write_text(one[2])
+    (alone,) = run_ranks(on_one_rank, 1, folder=str(root))
+    assert alone[0] == "stopped here" and alone[1:] == ["", ""]
+    return root
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(newest_checkpoint(run / "checkpoints"))
+
+
+def events(run: Path, what: str) -> list[dict]:
+    return [e for e in read_jsonl(run / EVENTS) if e["event"] == what]
+
+
+def test_one_rank_with_nan_makes_all_skip_the_step_and_the_run_goes_on(folder):
+    lines = read_jsonl(folder / "skipped" / LEDGER)
+    assert [line["step"] for line in lines if line.get("fault")] == [3] and verify_ledger(folder / "skipped") == len(lines)
+    (event,) = events(folder / "skipped", "bad_step")
+    assert (event["step"], event["fault"], event["in_a_row"]) == (3, "not_finite", 1)
+    assert all(t.isfinite().all() for t in weights(folder / "skipped").values())
+
+
+def test_three_in_a_row_go_back_to_the_checkpoint_before_and_leave_out_the_rest_of_the_window(folder):
+    lines = read_jsonl(folder / "back" / LEDGER)
+    (back,) = [line for line in lines if line.get("back")]
+    saved = [e["step"] for e in events(folder / "back", "checkpoint")]
+    assert back["step"] == 10 and back["weights_of_step"] == max(s for s in saved if s < 8)
+    before, after = (next(line for line in lines if line["step"] == s and not line.get("back")) for s in (10, 11))
+    assert back["next"] == [[before["next"][0][0] + 1, 0]] and before["next"][0][1] > 0
+    assert after["next"][0][0] == back["next"][0][0] and after["tokens_seen"] == before["tokens_seen"] + after["tokens"]
+    assert not any(8 <= s <= 10 for s in saved) and verify_ledger(folder / "back") == lines[-1]["step"]
+
+
+def test_a_resume_repeats_what_the_ledger_holds_though_nothing_fails_any_more(folder):
+    """The checkpoint is from before the bad steps; the cause is gone; the weights are those of the run that was not killed."""
+    assert read_jsonl(folder / "killed" / LEDGER) == read_jsonl(folder / "alone" / LEDGER) == read_jsonl(folder / "back" / LEDGER)
+    for name, whole in weights(folder / "alone").items():
+        assert torch.equal(weights(folder / "killed")[name], whole)
+
+
+def test_the_second_time_without_a_checkpoint_in_between_the_run_stops_and_says_why(folder):
+    said = (folder / "stopped" / "error").read_text()
+    assert "3 bad steps in a row, and the run went back once since its last checkpoint" in said
+    assert "done" not in [e["event"] for e in read_jsonl(folder / "stopped" / EVENTS)]

@@ -1,0 +1,87 @@
+"""Nobody waits for ever: a rank that hangs or fails ends all ranks, and the first error is the one that is shown."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from encoder.base.dist import World
+from encoder.train.watch import ERRORS, HANGS, Watch
+from tests.process.ranks import start_ranks, wait_for
+
+
+def hangs(world: World, *, folder: str) -> None:
+    """Rank 1 stands still; rank 0 waits for it in a collective."""
+    import torch
+
+    from encoder.base.dist import sum_over_ranks
+
+    with Watch(Path(folder), world, hang_minutes=2 / 60) as watch:
+        for step in range(1, 5):
+            watch.mark(f"in step {step}")
+            if step == 3 and world.rank == 1:
+                stands_still()
+            sum_over_ranks(torch.ones(1))
+
+
+def stands_still() -> None:
+    time.sleep(600)
+
+
+def fails(world: World, *, folder: str) -> None:
+    """Rank 1 meets a defect in step 2; rank 0 waits for it in a collective, or does not even do that."""
+    import torch
+
+    from encoder.base.dist import sum_over_ranks
+
+    with Watch(Path(folder), world, hang_minutes=30) as watch:
+        watch.mark("in step 2")
+        if world.rank == 1:
+            [][7]
+        if folder.endswith("apart"):
+            stands_still()
+        sum_over_ranks(torch.ones(1))
+
+
+def ended(function, folder: Path, *, within_seconds: float) -> str:
+    """What the ranks said; they must all end by themselves."""
+    folder.mkdir()
+    ranks = start_ranks(function, 2, folder=str(folder))
+    end = time.monotonic() + 60 + within_seconds
+    while any(process.poll() is None for process, _ in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+    left = [process.poll() is None for process, _ in ranks]
+    with pytest.raises(AssertionError) as said:
+        wait_for(ranks, timeout_seconds=0.0)
+    assert not any(left), f"still there: {left}"
+    return str(said.value)
+
+
+def test_a_hang_is_ended_by_every_rank_with_its_step_and_the_stacks_of_all_threads(tmp_path):
+    said = ended(hangs, tmp_path / "run", within_seconds=10)
+    assert said.count("exit code 3") == 2
+    stacks = (tmp_path / "run" / HANGS / "rank00001.txt").read_text()
+    assert "rank 1 hangs: nothing has moved for 2 s, in step 3." in stacks or "for 3 s, in step 3" in stacks
+    assert "in stands_still" in stacks and stacks.count("hread 0x") >= 2
+    assert "sum_over_ranks" in (tmp_path / "run" / HANGS / "rank00000.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["in_a_collective", "apart"])
+def test_one_ranks_defect_ends_all_and_is_the_error_shown(tmp_path, name):
+    said = ended(fails, tmp_path / name, within_seconds=30)
+    (file,) = (tmp_path / name / ERRORS).iterdir()
+    first, _, rest = file.read_text().partition("\n")
+    assert first == "rank 1 failed, in step 2: IndexError: list index out of range"
+    assert "[][7]" in rest
+    of_zero = said.split("--- rank 1")[0]
+    assert first in of_zero and "IndexError" in said
+
+
+def test_a_run_that_moves_is_left_alone_and_nothing_is_written(tmp_path):
+    with Watch(tmp_path, World(), hang_minutes=1 / 120) as watch:
+        for _ in range(4):
+            watch.mark("in a step")
+            time.sleep(0.3)
+    assert not list(tmp_path.iterdir())
