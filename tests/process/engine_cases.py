@@ -261,6 +261,16 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
                              lr=1e-3, max_lr=1e-3)
         moved = [n for n, w in whole_weights(engine).items() if n != "decoder.bias" and not torch.equal(w, weights[n])]
         seen[f"not_finite_{stage}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
+        for piece in engine.pieces():
+            if piece.name == "decoder.bias":
+                piece.master.data.copy_(weights[piece.name].flatten()[piece.start:piece.start + piece.master.numel()])
+        engine.state_was_loaded(optimizer_steps=steps)
+        train(engine, spike, rows=2, steps=range(2, 3))
+        after = whole_weights(engine)
+        engine, spike = begin(world, zero_stage=stage)
+        train(engine, spike, rows=2, steps=range(1))
+        train(engine, spike, rows=2, steps=range(2, 3))
+        seen[f"as_if_never_{stage}"] = all(torch.equal(w, after[n]) for n, w in whole_weights(engine).items())
     return seen
 
 

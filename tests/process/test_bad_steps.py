@@ -1,4 +1,4 @@
-"""Steps that are not finite, in a real run on two ranks: skipped together, gone back from, repeated by a resume, a stop in the end."""
+"""Steps that are not finite, in a real run on two ranks: skipped together, gone back from, repeated by a resume, a stop at last."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def not_finite_at(bad: list[int], world: World) -> Iterator[list[int]]:
         yield computed
 
 
-def start(world: World, folder: str, out: str, *, bad: list[int], stop_at: int = 0) -> str:
+def start(world: World, folder: str, out: str, *settings: str, bad: list[int], stop_at: int = 0) -> str:
     """A start of a run; returns its error or nothing. `stop_at`: it fails before this step, as a kill would end it."""
     plain, calls = Loader.next_step, [0]
 
@@ -72,7 +72,8 @@ def start(world: World, folder: str, out: str, *, bad: list[int], stop_at: int =
     with not_finite_at(bad, world), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "next_step", next_step)
         try:
-            pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={min(world.size, 2)}"]), world)
+            pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={min(world.size, 2)}",
+                                                    *settings]), world)
         except UserError as error:
             return str(error)
     return ""
@@ -89,7 +90,8 @@ def on_one_rank(world: World, *, folder: str) -> list[str]:
     first = start(world, folder, "killed", bad=[8, 9, 10], stop_at=14)
     for path in sorted((root / "killed" / "checkpoints").glob("tokens*"))[1:]:      # from far before the bad steps
         shutil.rmtree(path)
-    return [first, start(world, folder, "killed", bad=[]), start(world, folder, "alone", bad=[8, 9, 10])]
+    return [first, start(world, folder, "killed", bad=[]), start(world, folder, "alone", bad=[8, 9, 10]),
+            start(world, folder, "limited", "faults.max_hours=1e-6", bad=[3]), start(world, folder, "limited", bad=[2])]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def folder(tmp_path_factory) -> Path:
     assert one == two and one[:2] == ["", ""], "all ranks see the same"
     (root / "stopped" / "error").write_text(one[2])
     (alone,) = run_ranks(on_one_rank, 1, folder=str(root))
-    assert alone[0] == "stopped here" and alone[1:] == ["", ""]
+    assert alone == ["stopped here", "", "", "", ""]
     return root
 
 
@@ -137,6 +139,12 @@ def test_a_resume_repeats_what_the_ledger_holds_though_nothing_fails_any_more(fo
     assert read_jsonl(folder / "killed" / LEDGER) == read_jsonl(folder / "alone" / LEDGER) == read_jsonl(folder / "back" / LEDGER)
     for name, whole in weights(folder / "alone").items():
         assert torch.equal(weights(folder / "killed")[name], whole)
+
+
+def test_a_run_stops_before_its_time_limit_with_a_checkpoint_and_goes_on_from_it(folder):
+    (stopped,), (resumed,) = events(folder / "limited", "stopped"), events(folder / "limited", "resume")
+    assert stopped["limit"] == "faults.max_hours" and stopped["step"] == resumed["step"] == 1
+    assert read_jsonl(folder / "limited" / LEDGER) == read_jsonl(folder / "skipped" / LEDGER)
 
 
 def test_the_second_time_without_a_checkpoint_in_between_the_run_stops_and_says_why(folder):

@@ -249,3 +249,4 @@ def test_a_step_with_nothing_masked_is_refused():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_moves_nothing(stage):
     assert mishaps()[f"not_finite_{stage}"] == [False, "inf", [], True]
+    assert mishaps()[f"as_if_never_{stage}"], "the next step is that of a run without it, to the last bit"
