@@ -36,7 +36,10 @@ class Block(nn.Module):
         return self.down(x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
 
     def compile_(self, *, backend: str = "inductor") -> None:
-        """From now on both ways run compiled, one graph for each shape; all blocks of a model share the graphs."""
+        """From now on both ways run compiled, one graph for each shape; all blocks of a process share the graphs."""
+        # kept by the code's place, so for all models and modes of a process: training, evaluation and the fixed batch of one
+        # run are 6 already, torch's limit is 8, and beyond it a full graph raises
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.up = torch.compile(self.up, backend=backend, dynamic=False, fullgraph=True)          # type: ignore[method-assign]
         self.down = torch.compile(self.down, backend=backend, dynamic=False, fullgraph=True)      # type: ignore[method-assign]
 

@@ -79,7 +79,9 @@ class _CrossEntropySum(torch.autograd.Function):
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), None if bias is None else d_bias.to(bias_V.dtype))
         count = (target_M != IGNORE).sum()
         ctx.mark_non_differentiable(cross_entropy, count, correct)
-        return cross_entropy + z_loss_weight * squares, cross_entropy, count, correct
+        # without z-loss its squares, which may overflow, have no say
+        total = cross_entropy + z_loss_weight * squares if z_loss_weight else cross_entropy.clone()
+        return total, cross_entropy, count, correct
 
     @staticmethod
     def backward(ctx, d_total, *_):
