@@ -70,6 +70,8 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Mom
     """
     steps = build_optimizer(model, optimizer)         # grouped by dimensions, which stage 3 takes away
     deepspeed = import_deepspeed(device)
+    if config.activation_checkpointing == "blocks":
+        model.recompute_blocks_()
     if config.zero_stage == 3:
         partition_(model, deepspeed=deepspeed, device=device,
                    dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
@@ -206,7 +208,8 @@ class Engine:
     def forward_mode(self) -> Iterator[None]:
         """What a forward runs in."""
         with contextlib.ExitStack() as forward:
-            if self.config.zero_stage == 3:
+            # layers that are computed again keep no weight, and theirs must not be replaced while they are in their backward
+            if self.config.zero_stage == 3 and self.config.activation_checkpointing == "off":
                 forward.enter_context(weights_may_go())
             if self.config.precision == "autocast":      # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
                 forward.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))

@@ -24,6 +24,10 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     # fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT); bf16: bf16 parameters, fp32 masters; fp64: for tests
     precision: Literal["fp32", "fp64", "autocast", "bf16"] = "fp32"
+    # blocks: of a layer its input alone is kept for the backward, which computes the rest again: exact, a third more work
+    activation_checkpointing: Literal["off", "blocks"] = "off"
+    # cpu: masters and optimizer state lie in the machine's memory, and the update is computed there
+    offload_optimizer: Literal["none", "cpu"] = "none"
     gradient_clipping: float = 0.0    # largest global gradient norm; 0: none (StableAdamW clips its own updates)
 
     def __post_init__(self) -> None:
@@ -33,6 +37,9 @@ class EngineConfig:
         if self.precision == "fp64" and self.zero_stage != 0:
             raise ConfigError(f"precision fp64 with zero_stage {self.zero_stage}: DeepSpeed keeps ZeRO's flat weights in fp32. "
                               "Use zero_stage 0.")
+        if self.offload_optimizer == "cpu" and self.zero_stage == 0:
+            raise ConfigError("offload_optimizer cpu with zero_stage 0: there the optimizer steps the model's own weights. "
+                              "Use zero_stage 1, 2 or 3, also on one rank.")
         if self.gradient_clipping < 0.0:
             raise ConfigError(f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping.")
 
@@ -57,7 +64,8 @@ def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
         # DeepSpeed's default is 1.0; at stage 0 our own hook clips
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "communication_data_type": "fp32",         # else bf16 parameters reduce their gradients in bf16
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, **(STAGE_3 if config.zero_stage == 3 else {})},
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, **(STAGE_3 if config.zero_stage == 3 else {}),
+                              **({"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer == "cpu" else {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,

@@ -6,6 +6,7 @@ post, mlp gelu, positions learned, biases everywhere and only global layers (tes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from encoder.nn.init import init_megatron_, initial_values
 from encoder.nn.loss import cross_entropy_sum
 from encoder.nn.mlp import FeedForward, Mlp
 from encoder.nn.norm import Norm, make_norm
+from encoder.nn.recompute import recomputed
 from encoder.nn.rope import Positions, rope_table
 
 
@@ -66,8 +68,8 @@ class ModernBertConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; needed: at least 1.")
         for name in ("global_rope_theta", "local_rope_theta", "norm_eps", "initializer_range",
                      "initializer_cutoff_factor"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; needed: more than 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; needed: more than 0, and finite.")
         if self.type_vocab_size < 0:
             raise ConfigError(f"type_vocab_size is {self.type_vocab_size}; needed: 0 (no segments) or more.")
         if not 0.0 <= self.attention_output_dropout < 1.0:
@@ -168,6 +170,10 @@ class ModernBertForMaskedLM(nn.Module):
         for block in self.model.layers:
             block.compile_(backend=backend)
 
+    def recompute_blocks_(self) -> None:
+        """From now on a layer keeps its input alone for the backward, which computes the rest again."""
+        self.model.recomputes = True
+
     def parameter_count(self) -> int:
         """Trained numbers; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
@@ -197,6 +203,7 @@ class _Encoder(nn.Module):
             positions=config.max_position_embeddings if config.positions == "learned" else 0)
         self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
+        self.recomputes = False
 
     def forward(self, batch: TokenBatch, *, backend: Backend, global_theta: float, local_theta: float) -> Tensor:
         """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers."""
@@ -206,9 +213,10 @@ class _Encoder(nn.Module):
         ropes = {theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width) if turning else None
                  for theta in {global_theta, local_theta}}
         x_TC = self.embeddings(batch.ids_T, batch.positions_T)
+        run = recomputed if self.recomputes and torch.is_grad_enabled() else nn.Module.__call__
         for block in self.layers:
-            x_TC = block(x_TC, plan=plan, rope=ropes[local_theta if block.local else global_theta],
-                         dropout_key_T=batch.dropout_key_T)
+            x_TC = run(block, x_TC, plan=plan, rope=ropes[local_theta if block.local else global_theta],
+                       dropout_key_T=batch.dropout_key_T)
         return self.final_norm(x_TC)
 
 

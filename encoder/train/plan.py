@@ -122,8 +122,9 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
 
     ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights
     (the largest matrix stands whole while it is used), too. At stage 3 weights in fp32 are their own masters.
-    Activations count what autograd keeps of one layer and token: 14 hidden-wide tensors and 4 of the MLP's width,
-    and of the loss one piece of logits, in fp32 and again in 2 bytes, and the decoder's gradient before and after scaling.
+    Activations count what autograd keeps of one layer and token: 14 hidden-wide tensors and 4 of the MLP's width (where layers
+    are computed again, those of one layer, and each layer's input), and of the loss one piece of logits, in fp32 and again
+    in 2 bytes, and the decoder's gradient before and after scaling.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
@@ -134,7 +135,9 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     gathered = m.hidden_size * max(m.vocab_size, 3 * m.hidden_size, 2 * m.intermediate_size) if stage == 3 else 0
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
-    per_token = m.num_hidden_layers * (14 * m.hidden_size + 4 * m.intermediate_size) * kept
+    layer = (14 * m.hidden_size + 4 * m.intermediate_size) * kept
+    again = run.engine.activation_checkpointing == "blocks"
+    per_token = m.num_hidden_layers * m.hidden_size * width + layer if again else m.num_hidden_layers * layer
     asked = tokens * max(run.mask_share_of(p).highest for p in run.phases)
     piece = min(asked, PIECE_POSITIONS["cpu" if run.device == "cpu" else "cuda"])
     loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)

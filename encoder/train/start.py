@@ -114,7 +114,8 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
         f"{short_count(sum(p.tokens for p in run.phases))} tokens in {_many(len(run.phases), 'phase')}, run folder {run.out}")
     with engine.forward_mode():             # under autocast a kernel meets bf16, whatever the weights are
         reason = engine.module.attention_reason(device)
-    say(f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}")
+    say(f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}"
+        f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}")
     ledger = Path(run.out) / LEDGER
     if found is not None:
         say(f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, "

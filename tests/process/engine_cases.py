@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import resource
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,13 +41,13 @@ def lr_of(step: int) -> float:
 
 
 def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0,
-          all_kinds: bool = False) -> tuple[Engine, dict]:
+          all_kinds: bool = False, memory: Mapping[str, str] = MappingProxyType({})) -> tuple[Engine, dict]:
     """An engine around the tiny model, and the switch of the spike."""
     # as cut up as a large model: DeepSpeed leaves parameters below 100,000 elements whole, and steps them all in one
     zero_config.STAGE_3.update(stage3_param_persistence_threshold=0, sub_group_size=600)
     with torch.device("meta" if zero_stage == 3 else "cpu"):
         model = tiny_model(size=ALL_KINDS if all_kinds else SIZE)
-    config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping)
+    config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping, **memory)
     engine, spike = start_engine(model, config=config, optimizer=CONFIG, world=world, device=CPU), {"on": False}
     engine.module.get_parameter(SPIKED).register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
     return engine, spike
@@ -64,9 +66,9 @@ def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: flo
 
 
 def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: str, rows: int, clipping: float = 0.0,
-          whole_tensors: bool = True, all_kinds: bool = False) -> dict[str, Any]:
+          whole_tensors: bool = True, all_kinds: bool = False, memory: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """Ten steps, a checkpoint after the fifth; the final weights in OUT/label.safetensors."""
-    engine, spike = begin(world, zero_stage=zero_stage, precision=precision, clipping=clipping, all_kinds=all_kinds)
+    engine, spike = begin(world, zero_stage=zero_stage, precision=precision, clipping=clipping, all_kinds=all_kinds, memory=memory)
     built = held_at_start(engine) if zero_stage == 3 else {}
     if not whole_tensors:
         engine.optimizer._parts = {}          # every flat partition taken for a tensor, as an optimizer knows no better
@@ -116,10 +118,10 @@ def keep_weights(engine: Engine, path: Path) -> None:
         save_file(weights, path)
 
 
-def weights_given_back(world: World) -> dict[str, Any]:
+def weights_given_back(world: World, memory: Mapping[str, str]) -> dict[str, Any]:
     """At stage 3, in a forward after the first ones: elements gathered when the head is done, and whether the memory of a
     layer's weight is free before the backward."""
-    engine, spike = begin(world, zero_stage=3)
+    engine, spike = begin(world, zero_stage=3, memory=memory)
     train(engine, spike, rows=2, steps=range(2))
     seen: dict[str, Any] = {}
     wqkv = engine.module.model.layers[0].attn.Wqkv
@@ -130,6 +132,7 @@ def weights_given_back(world: World) -> dict[str, Any]:
     train(engine, spike, rows=8, steps=range(1))
     for hook in hooks:
         hook.remove()
+    seen.pop("memory", None)      # of the layer computed again, in the backward
     return {**seen, "linear_is_torchs": torch.nn.functional.linear is _TORCHS_LINEAR}
 
 
@@ -350,4 +353,4 @@ def two_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
 def second_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
     """Resumes, then what only shows on two ranks."""
     return {"resumed": resumes(world, out=out, settings=settings), "mishaps": two_rank_mishaps(world, out=out),
-            "given_back": weights_given_back(world)}
+            "given_back": [weights_given_back(world, {"activation_checkpointing": word}) for word in ("off", "blocks")]}
