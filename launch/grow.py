@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="a run folder, a checkpoint, a weights folder or a Hugging Face folder")
     parser.add_argument("out", type=Path, metavar="OUT",
                         help="the weights folder to write; replaced only if it is an earlier weights folder")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings of the new model")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
+                        help="settings of the new model, put over those of the source, preset or run file")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--preset", metavar="NAME", help="a published shape, for example modernbert_large")
     target.add_argument("--run", type=Path, metavar="RUN.yaml", help="the run file that will train the new model")
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
                            settings=GrowthConfig(mode=args.mode, layer_map=args.layer_map, final_norm=args.final_norm,
                                                  seed=args.seed))
         print(growth_text(grown))
-        print(f"wrote {args.out}; to train it on: init_from: {args.out}")
+        print(f"wrote {args.out}; to train it on, a run file with the model of {args.out / 'model.yaml'} and init_from: {args.out}")
 
     return run_command(body)
 

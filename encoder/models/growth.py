@@ -200,7 +200,9 @@ def _check_settings(old: ModernBertConfig, new: ModernBertConfig) -> None:
         name, there, here = wrong
         hint = f" Set {name}: {there}"
         if name == "attention_head_width":
-            hint += f", or hidden_size: {new.num_attention_heads * old.head_width} with {new.num_attention_heads} heads"
+            heads = max(old.num_attention_heads, round(new.hidden_size / there))
+            hint += f", or num_attention_heads: {heads}" + (
+                "" if heads * there == new.hidden_size else f" with hidden_size: {heads * there}")
         raise ModelError(f"{name} is {there} in the source and {here} in the new model; it cannot grow and must be equal.{hint}.")
 
 

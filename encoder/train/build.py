@@ -25,6 +25,7 @@ from encoder.data.shards import Source, open_source
 from encoder.data.windows import check_lanes
 from encoder.engine.agree import collective_device
 from encoder.models.catalog import build_model
+from encoder.nn.attend import Situation, choose_backend
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.contract import Corrupt
 from encoder.objectives.words import read_word_edges
@@ -100,18 +101,24 @@ def check_same_data(facts: DataFacts, saved_sha256: dict[str, str]) -> None:
 
 
 def choose_device(run: RunConfig, world: World) -> torch.device:
-    """The device of this rank; on CPU also its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    """The device of this rank, where the run's attention can run. Raises ConfigError before anything is made.
+
+    On CPU also takes this rank's share of the cores, unless OMP_NUM_THREADS says otherwise.
+    """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device is cuda, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch."
         )
-    if run.device == "cpu" or not torch.cuda.is_available():
-        if "OMP_NUM_THREADS" not in os.environ:      # the deepspeed launcher leaves it unset: every rank takes all cores
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // world.local_size))
-        return torch.device("cpu")
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    device = torch.device("cpu")
+    if run.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+        device = torch.device("cuda", world.local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:        # the deepspeed launcher leaves it unset: every rank takes all cores
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // world.local_size))
+    computing = {"fp32": torch.float32, "fp64": torch.float64}.get(run.engine.precision, torch.bfloat16)
+    choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=run.model.head_width, training=True))
+    return device
 
 
 def make_model(run: RunConfig) -> torch.nn.Module:

@@ -118,7 +118,7 @@ def test_what_is_not_inherited_is_said():
     ({"num_hidden_layers": 3}, "num_hidden_layers is 4 in the source and 3"),
     ({"hidden_size": 4, "num_attention_heads": 1}, "hidden_size is 8 in the source and 4"),
     ({"vocab_size": 12}, "vocab_size is 11 in the source and 12 in the new model; it cannot grow.*Set vocab_size: 11"),
-    ({"hidden_size": 16}, "attention_head_width is 4 in the source and 8 .*or hidden_size: 8 with 2 heads"),
+    ({"hidden_size": 16}, "attention_head_width is 4 in the source and 8 .*or num_attention_heads: 4"),
     ({"hidden_size": 20, "num_attention_heads": 5}, "2 -> 5 in mode middle shifts by 1.5 heads .*Nearest .*: 4 or 6"),
     ({"mlp": "swiglu", "num_hidden_layers": 7}, "mlp is geglu in the source and swiglu"),
     ({"norm_bias": True}, "norm_bias is False in the source and True"),
