@@ -256,7 +256,7 @@ class Demo:
         rows = [
             (a["text"], *(f"{token.strip() or token!r} {share:.0%}" for token, share in a["masks"][0])) for a in answers
         ]
-        page = write_report(self.run, sections=[
+        page = write_report([self.run], self.run, sections=[
             Section(title="Killed and resumed", head=("", ""), rows=self.proof),
             Section(title="Fill-mask, from the exported folder", head=("text", "1", "2", "3", "4", "5"), rows=rows)])
         done = json.loads((self.run / "done.json").read_text(encoding="utf-8"))

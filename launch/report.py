@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Draw a run: loss.png and report.html in its folder, and its ledger's chain checked.
+"""Draw runs: loss.png and report.html with curves, results and where the time went; each ledger's chain is checked.
 
-    python launch/report.py RUN_FOLDER
+    python launch/report.py RUN_FOLDER                        into the run's folder
+    python launch/report.py RUN_FOLDER RUN_FOLDER --out OUT    several runs in one page
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Parses, writes, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run file's `out`")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER", help="a run file's `out`")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page goes; needed for several runs")
     args = parser.parse_args(argv)
 
     from encoder.base.command import run_command
 
     def body() -> None:
+        from encoder.base.errors import ConfigError
         from encoder.train.report import verify_ledger, write_report
-        page = write_report(args.folder)
-        print(f"ledger: {verify_ledger(args.folder):,} steps, chain unbroken")
+        if len(args.folders) > 1 and args.out is None:
+            raise ConfigError(f"{len(args.folders)} runs and no place for their page. Name one: --out FOLDER.")
+        page = write_report(args.folders, args.out or args.folders[0])
+        for folder in args.folders:
+            print(f"ledger of {folder}: {verify_ledger(folder):,} steps, chain unbroken")
         print(f"wrote {page} and {page.with_name('loss.png')}")
 
     return run_command(body)

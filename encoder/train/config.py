@@ -7,6 +7,7 @@ The rest (ranks, micro-batches, ZeRO stage, workers, logging, how often to save)
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,10 +165,17 @@ class TrackingConfig:
 
     print_every_steps: int = 10
     wandb_project: str | None = None  # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
+    tensorboard: bool = False         # also write RUN/tensorboard (the package: pip install 'tessera[tensorboard]')
 
     def __post_init__(self) -> None:
         if self.print_every_steps < 1:
             raise ConfigError(f"print_every_steps {self.print_every_steps} must be at least 1.")
+
+    def check_packages(self) -> None:
+        """Where the run is to start. Raises ConfigError for a package that is not here."""
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("tracking.tensorboard needs the package tensorboard, which is not here. "
+                              "Install it (pip install 'tessera[tensorboard]'), or leave the setting out.")
 
 
 @dataclass(frozen=True, kw_only=True)

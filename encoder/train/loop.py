@@ -31,11 +31,12 @@ from encoder.engine.engine import StepResult
 from encoder.models.flops import train_flops
 from encoder.train import build
 from encoder.train.config import RunConfig, describe_phase
+from encoder.train.console import Board, open_board
 from encoder.train.evaluate import HeldOut, held_out_numbers
 from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge, StopFlag
 from encoder.train.feed import Feed, LostShard
 from encoder.train.initial import read_initial
-from encoder.train.meters import SpeedMeter, bf16_peak, document_lengths
+from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths, memory_bytes
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 from encoder.train.start import Started, check_same_run, fingerprint, load_verified, start_run
@@ -56,7 +57,8 @@ class Outcome:
 
 def pretrain(run: RunConfig, world: World) -> Outcome:
     """Trains a run to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint in `run.out`."""
-    folder = Path(run.out)
+    folder, clock = Path(run.out), Clock(began=psutil.Process().create_time())
+    run.tracking.check_packages()
     check_same_run(run, folder)
     if (folder / DONE).exists():
         say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
@@ -73,7 +75,8 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     try:
         with watch, StopFlag() as stop, contextlib.ExitStack() as held:
             started = start_run(run, facts, world, device, folder, held, initial)
-            story = _Story(run, facts, world, device, folder, started, watch)
+            board = held.enter_context(open_board(first_rank=world.first, every_steps=run.tracking.print_every_steps))
+            story = _Story(run, facts, world, device, folder, started, watch, clock, board)
             try:
                 return story.tell(stop)
             finally:
@@ -87,7 +90,7 @@ class _Story:
     """A run under way: the parts, and where it stands."""
 
     def __init__(self, run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
-                 started: Started, watch: Watch) -> None:
+                 started: Started, watch: Watch, clock: Clock, board: Board) -> None:
         self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
         self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
         self.entropy, self.last_held_out, self.init_sha256 = started.entropy, started.last_held_out, started.init_sha256
@@ -96,10 +99,11 @@ class _Story:
         self.saver = Saver(folder / CHECKPOINTS, engine=self.engine, incarnation=self.incarnation,
                            keep_last=run.checkpoints.keep_last)
         self.watch, self.stall_seconds = watch, 0.0      # the stall of the save that is under way
-        self.deadline = Deadline(run.faults.max_hours, started=psutil.Process().create_time(), env=os.environ)
+        self.clock, self.board = clock, board
+        self.deadline = Deadline(run.faults.max_hours, started=clock.began, env=os.environ)
         self.time_is_up = False
         peak = bf16_peak(device) if run.engine.precision in ("bf16", "autocast") else None
-        self.speed = SpeedMeter(peak=peak and peak * world.size)
+        self.speed = SpeedMeter(clock, peak=peak and peak * world.size)
         self.ledger: Ledger | None = None
         self.tracker: Tracker | None = None
         self.error: UserError | None = None      # met by this rank alone; the others learn of it where all meet next
@@ -108,11 +112,11 @@ class _Story:
                 write_atomic(folder / RUN_FILE, to_yaml(run))
                 write_atomic(folder / TOKENIZER, facts.tokenizer_json.read_bytes())     # an export needs no shards
                 self.ledger = Ledger(folder, resumed_at=self.progress, parent=self.parent)
-                self.tracker = Tracker(folder, wandb_project=run.tracking.wandb_project, run_name=run.name,
+                self.tracker = Tracker(folder, run.tracking, clock=clock, start=self.incarnation, run_name=run.name,
                                        settings=to_plain(run))
                 self.tracker.event(
                     "resume" if started.resumed else "start", step=self.progress.step, ranks=world.size,
-                    incarnation=self.incarnation, zero_stage=run.engine.zero_stage, precision=run.engine.precision,
+                    began=round(clock.began, 3), zero_stage=run.engine.zero_stage, precision=run.engine.precision,
                     **({"init_from": run.init_from, "init_sha256": self.init_sha256} if run.init_from else {}),
                     **({"parent": self.parent} if self.parent else {}))
         build.agree_on_errors(self.error, world)
@@ -129,6 +133,7 @@ class _Story:
         save_is_due = False
         while (phase := current_phase(self.run, self.progress)) is not None:
             self.watch.mark(f"opening phase {phase.name}")
+            self.clock.turn_to("starting")
             say(f"phase {describe_phase(phase)}")
             self._set_theta()
             with self.open_data() as loader:
@@ -136,7 +141,7 @@ class _Story:
                     self.judge.new_phase()
                     if self._question_changed():
                         self.evaluate()
-                self.speed.pause()
+                self.clock.turn_to("training")
                 while not phase_is_done(self.run, self.progress):
                     before, step = self.progress, self.progress.step + 1
                     self.watch.mark(f"in step {step}")
@@ -152,6 +157,7 @@ class _Story:
                         self._record(data, result, lr, masked_tokens, batch_hash, flops, fault)
                         self._record_epochs(loader, data)
                     if self.judge.must_go_back:
+                        self.clock.turn_to("starting")
                         self.go_back(result)
                         break
                     if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
@@ -209,7 +215,8 @@ class _Story:
         if not self.held_out or self.last_held_out.get("step") == self.progress.step and self.progress.phase_step:
             return
         self.watch.mark(f"evaluating after step {self.progress.step}")
-        numbers = held_out_numbers(self.held_out, self.engine.evaluate)
+        with self.clock.doing("evaluating"):
+            numbers = held_out_numbers(self.held_out, self.engine.evaluate)
         self.last_held_out = {"step": self.progress.step, **numbers}
         beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
         per_source = "".join(f"  {name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
@@ -220,7 +227,6 @@ class _Story:
             phase = self.run.phases[self.progress.phase].name
             with self.guarded():
                 self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **numbers)
-        self.speed.pause()
 
     def _set_theta(self) -> None:
         phase = self.run.phases[self.progress.phase]
@@ -234,6 +240,10 @@ class _Story:
 
     def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
         """A checkpoint, with the loss of the fixed batch that a load must give again; a milestone is committed on return."""
+        with self.clock.doing("saving"):
+            self._save(milestone, wait=wait)
+
+    def _save(self, milestone: str | None, *, wait: bool) -> None:
         began = time.monotonic()
         self.watch.mark(f"saving after step {self.progress.step}")
         if not wait:
@@ -256,7 +266,6 @@ class _Story:
             saved = saved or self.saver.wait()
         self.stall_seconds = time.monotonic() - began
         self._saved(saved)
-        self.speed.pause()
 
     def _saved(self, saved: Saved | None) -> None:
         """Says what was committed, if something was."""
@@ -281,7 +290,7 @@ class _Story:
                     writer.close()
 
     def _next(self, loader: Feed) -> StepData | None:
-        with self.guarded():
+        with self.clock.doing("waiting"), self.guarded():
             return loader.next_step()
         return None
 
@@ -308,6 +317,7 @@ class _Story:
                 flops: int, fault: str) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]
         self.speed.step(data.tokens, flops)
+        held = memory_bytes(self.device)
         used = {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
         if self.ledger:
             self.ledger.write(p, phase=phase.name, rows=data.rows, tokens=data.tokens, masked_tokens=masked_tokens,
@@ -322,13 +332,14 @@ class _Story:
             self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), lr=lr, rows=data.rows,
                                  step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(result.grad_norm),
                                  tokens_per_second=round(self.speed.tokens_per_second, 1),
-                                 tflops_per_second=round(self.speed.tflops_per_second, 6), **used)
-        if p.step % self.run.tracking.print_every_steps == 0 or p.phase_step == 1:
-            left = sum(f.tokens for f in self.run.phases[p.phase:]) - p.phase_tokens
-            say(f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {result.loss:.3f}  lr {lr:.2e}  "
-                f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
-                + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.4g} TFLOP/s  ") +
-                f"left {short_seconds(self.speed.seconds_for(max(0, left)))}")
+                                 tflops_per_second=round(self.speed.tflops_per_second, 6), memory_bytes=held, **used)
+        left = max(0, sum(f.tokens for f in self.run.phases[p.phase:]) - p.phase_tokens)
+        self.board.show(
+            f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {result.loss:.3f}  lr {lr:.2e}  "
+            f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
+            + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.4g} TFLOP/s  ") +
+            f"waiting {self.speed.waiting_share:.0%}  {short_count(held)}B  left {short_seconds(self.speed.seconds_for(left))}",
+            step=p.step, share=p.tokens / (p.tokens + left), now=p.phase_step == 1)
 
     def _record_epochs(self, loader: Feed, data: StepData) -> None:
         if self.tracker and [w for w, _ in data.start.lanes] != [w for w, _ in data.end.lanes]:

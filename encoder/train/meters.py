@@ -1,11 +1,14 @@
-"""How fast a run goes: tokens and model FLOP per second over the last steps, share of the device's peak, time left."""
+"""Where a run's time goes, and how fast it is: seconds by kind, tokens and model FLOP a second, share of the peak, memory."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
+import psutil
 import torch
 
 from encoder.base.batch import TokenBatch
@@ -33,40 +36,82 @@ def document_lengths(batch: TokenBatch) -> np.ndarray:
     return np.diff(ends[ends <= batch.tokens])
 
 
+def memory_bytes(device: torch.device) -> int:
+    """The most that torch held on this GPU so far; on a CPU what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class Clock:
+    """Seconds of one start of a run by what they went to; every moment since `began` belongs to exactly one kind.
+
+    `began` is the time of day (seconds, Unix) at which the start began, usually its process; what passed since then until
+    now was starting. From here on a clock that nobody sets.
+    """
+
+    KINDS = ("starting", "training", "waiting", "evaluating", "saving")      # waiting: for data
+
+    def __init__(self, *, began: float) -> None:
+        self.began, self._kind, self._since = began, "starting", time.perf_counter()
+        self._seconds = dict.fromkeys(self.KINDS, 0.0) | {"starting": max(0.0, time.time() - began)}
+
+    def turn_to(self, kind: str) -> None:
+        """From now on time is of this kind."""
+        now = time.perf_counter()
+        self._seconds[self._kind] += now - self._since
+        self._kind, self._since = kind, now
+
+    @contextlib.contextmanager
+    def doing(self, kind: str) -> Iterator[None]:
+        """Time of this kind inside, of the kind before it after."""
+        before = self._kind
+        self.turn_to(kind)
+        try:
+            yield
+        finally:
+            self.turn_to(before)
+
+    def seconds(self) -> dict[str, float]:
+        """So far, by kind."""
+        self.turn_to(self._kind)
+        return dict(self._seconds)
+
+
 class SpeedMeter:
-    """Rates over the last `span` steps (evaluation and saving are not counted: call `pause` after them).
+    """Rates over the last `span` steps, by the clock's seconds of training and of waiting for data alone.
 
     `peak` is what all ranks' devices can do at most in FLOP per second, or None where this is not known.
     """
 
-    def __init__(self, *, peak: float | None = None, span: int = 50) -> None:
-        self._steps: deque[tuple[float, int, float]] = deque(maxlen=span)
-        self._peak = peak
-        self._since = time.perf_counter()
+    def __init__(self, clock: Clock, *, peak: float | None = None, span: int = 50) -> None:
+        self._steps: deque[tuple[float, float, int, float]] = deque(maxlen=span)
+        self._clock, self._peak, self._before = clock, peak, clock.seconds()
 
     def step(self, tokens: int, flops: float) -> None:
         """A step with this many tokens and model FLOP, over all ranks, ended now."""
-        now = time.perf_counter()
-        self._steps.append((now - self._since, tokens, flops))
-        self._since = now
+        before, self._before = self._before, self._clock.seconds()
+        training, waiting = (self._before[kind] - before[kind] for kind in ("training", "waiting"))
+        self._steps.append((training + waiting, waiting, tokens, flops))
 
-    def pause(self) -> None:
-        """What passed since the last step belongs to no step."""
-        self._since = time.perf_counter()
+    @property
+    def waiting_share(self) -> float:
+        """Of the time of steps, 0 to 1: waiting for data."""
+        return self._per_second(1)
 
     @property
     def tokens_per_second(self) -> float:
-        return self._per_second(1)
+        return self._per_second(2)
 
     @property
     def tflops_per_second(self) -> float:
         """10^12 model FLOP a second, all ranks together."""
-        return self._per_second(2) / 1e12
+        return self._per_second(3) / 1e12
 
     @property
     def mfu(self) -> float | None:
         """Model FLOP utilization (PaLM, Chowdhery et al. 2022, appendix B): the share of the peak, 0 to 1."""
-        return self._per_second(2) / self._peak if self._peak else None
+        return self._per_second(3) / self._peak if self._peak else None
 
     def seconds_for(self, tokens: int) -> float:
         """Seconds until this many more tokens are done at the present speed."""

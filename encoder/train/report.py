@@ -1,4 +1,4 @@
-"""A run as a picture and one HTML page: loss, held-out loss, learning rate, batch, speed, events."""
+"""Runs as a picture and one HTML page: curves, results and where the time went side by side, phases, events."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from encoder.base.errors import LedgerError, UserError
 from encoder.base.schema import from_mapping, read_mapping
 from encoder.base.units import short_count
 from encoder.train.config import RunConfig, schedule_word
+from encoder.train.curves import Curves, draw
+from encoder.train.goodput import WHAT_IS, wall_ms
 from encoder.train.tracking import DONE, EVENTS, LEDGER, METRICS, RUN_FILE, follow_chain, merged_metrics, read_jsonl
 
 
@@ -27,35 +29,76 @@ class Section:
     text: str = ""
 
 
-def write_report(folder: Path, *, sections: Sequence[Section] = ()) -> Path:
-    """Writes loss.png and report.html into a run folder; returns the page. Raises UserError, LedgerError."""
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a report reads of a run folder."""
+
+    folder: Path
+    config: RunConfig
+    metrics: list[dict[str, Any]]
+    done: dict[str, Any]
+    steps: int                       # of the ledger, its chain followed
+    spent_ms: dict[str, int]
+
+
+def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Section] = ()) -> Path:
+    """Writes loss.png and report.html of one or several runs into `out`; returns the page. Raises UserError, LedgerError."""
+    runs = [_read_run(folder) for folder in folders]
+    names = [run.config.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    out.mkdir(parents=True, exist_ok=True)
+    picture = draw([Curves(name=name, metrics=run.metrics, entropy=run.done.get("unigram_entropy"),
+                           vocab_size=run.config.model.vocab_size) for name, run in zip(names, runs)], out / "loss.png")
+    of = [f" of {name}" if len(runs) > 1 else "" for name in names]
+    page = _page(", ".join(names), picture, [
+        _side_by_side("Result", names, [_facts(run) for run in runs]),
+        *sections,
+        _side_by_side("Where the time went", names, [_time_facts(run) for run in runs], text="Parts sum to the wall time. "
+                      + "; ".join(f"{kind}: {what}" for kind, what in WHAT_IS.items()) + "."),
+        *(Section(title=f"Phases{end}", head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"),
+                  rows=[[p.name, short_count(p.tokens), f"{p.max_tokens_per_document:,}", f"{p.global_rope_theta:,.0f}",
+                         schedule_word(p), f"{p.lr.peak:g}"] for p in run.config.phases]) for end, run in zip(of, runs)),
+        *(Section(title=f"Events{end}", head=("time (UTC)", "event", "details"), rows=_events(run)) for end, run in zip(of, runs))])
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _read_run(folder: Path) -> _Run:
     metrics = merged_metrics(folder / METRICS)
     if not metrics:
         raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
-    run = from_mapping(RunConfig, read_mapping(folder / RUN_FILE), where=str(folder / RUN_FILE))
-    done = _read_done(folder)
-    steps = verify_ledger(folder)
-    picture = draw(metrics, folder / "loss.png", title=run.name, entropy=done.get("unigram_entropy"),
-                   vocab_size=run.model.vocab_size)
-    held_out = _last_held_out(metrics)
-    facts = [("steps", f"{metrics[-1]['step']:,}"), ("tokens", short_count(metrics[-1]["tokens"])),
-             ("state", "done" if done else "not done yet"),
-             *((k.replace("_", " "), f"{v:.2%}" if "accuracy" in k else f"{v:.3f} nats") for k, v in held_out.items()),
-             *([("unigram entropy of the held-out text", f"{done['unigram_entropy']:.3f} nats")]
-               if done.get("unigram_entropy") else []),
-             ("ledger", f"{steps:,} steps, chain unbroken" + (f", {done['ledger_hash']}" if done else ""))]
-    phases = [[p.name, short_count(p.tokens), f"{p.max_tokens_per_document:,}", f"{p.global_rope_theta:,.0f}",
-               schedule_word(p), f"{p.lr.peak:g}"] for p in run.phases]
-    events = [[e.get("time", ""), e.get("event", ""),
-               ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event"))] for e in read_jsonl(folder / EVENTS)]
-    page = _page(run.name, picture, [
-        Section(title="Result", head=("", ""), rows=facts),
-        *sections,
-        Section(title="Phases", head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"), rows=phases),
-        Section(title="Events", head=("time (UTC)", "event", "details"), rows=events)])
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    return _Run(folder=folder, config=from_mapping(RunConfig, read_mapping(folder / RUN_FILE), where=str(folder / RUN_FILE)),
+                metrics=metrics, done=_read_done(folder), steps=verify_ledger(folder), spent_ms=wall_ms(folder))
+
+
+def _facts(run: _Run) -> dict[str, str]:
+    entropy, last = run.done.get("unigram_entropy"), run.metrics[-1]
+    held_out = _last_held_out(run.metrics)
+    return {"steps": f"{last['step']:,}", "tokens": short_count(last["tokens"]), "state": "done" if run.done else "not done yet",
+            **{k.replace("_", " "): f"{v:.2%}" if "accuracy" in k else f"{v:.3f} nats" for k, v in held_out.items()},
+            **({"unigram entropy of the held-out text": f"{entropy:.3f} nats"} if entropy else {}),
+            "ledger": f"{run.steps:,} steps, chain unbroken" + (f", {run.done['ledger_hash']}" if run.done else "")}
+
+
+def _time_facts(run: _Run) -> dict[str, str]:
+    """Seconds to the millisecond, in which they are counted."""
+    wall = max(1, run.spent_ms.get("wall time", 0))
+    return {kind: f"{ms / 1000:,.3f} s  ({ms / wall:.1%})" for kind, ms in run.spent_ms.items() if ms or kind != "twice"}
+
+
+def _events(run: _Run) -> list[list[str]]:
+    return [[e.get("time", ""), e.get("event", ""),
+             ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event", "start", "began", "spent"))]
+            for e in read_jsonl(run.folder / EVENTS)]
+
+
+def _side_by_side(title: str, names: Sequence[str], facts: Sequence[dict[str, str]], text: str = "") -> Section:
+    """A row for each fact, a column for each run."""
+    keys = list(dict.fromkeys(key for of_run in facts for key in of_run))
+    return Section(title=title, head=("", *names) if len(names) > 1 else ("", ""), text=text,
+                   rows=[[key, *(of_run.get(key, "") for of_run in facts)] for key in keys])
 
 
 def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float]:
@@ -90,58 +133,6 @@ def _read_done(folder: Path) -> dict[str, Any]:
         raise LedgerError(f"{path} is damaged. Remove it and start the run again: it is written anew.") from error
 
 
-def draw(metrics: list[dict[str, Any]], path: Path, *, title: str, entropy: float | None, vocab_size: int) -> Path:
-    """Four curves over tokens seen, as PNG."""
-    import math
-
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.5), layout="constrained", width_ratios=(2, 1))
-    (loss, rate), (speed, batch) = axes
-    trained = [(m["tokens"], m) for m in metrics if m.get("loss") is not None]
-    held_out = [(m["tokens"], m["held_out_loss"]) for m in metrics if "held_out_loss" in m]
-    x = [t for t, _ in trained]
-    loss.plot(x, [m["loss"] for _, m in trained], lw=0.8, color="#9bb7d4", label="training loss, each step")
-    if held_out:
-        loss.plot(
-            *zip(*held_out, strict=True), "o-", ms=3.5, lw=1.4, color="#b5402a", label=f"held-out loss, last {held_out[-1][1]:.2f}"
-        )
-    loss.axhline(
-        math.log(vocab_size),
-        lw=0.8,
-        ls=":",
-        color="#555",
-        label=f"uniform, ln {vocab_size:,} = {math.log(vocab_size):.2f}",
-    )
-    if entropy:
-        loss.axhline(entropy, lw=0.8, ls="--", color="#555", label=f"unigram entropy, held-out text = {entropy:.2f}")
-    loss.set(title=f"{title}: masked-token loss (nats)", ylim=(0, None))
-    loss.legend(fontsize=8, frameon=False)
-    rate.plot(x, [m["lr"] for _, m in trained], color="#444")
-    rate.set(title="learning rate", ylim=(0, None))
-    speed.plot(x, [m["tokens_per_second"] for _, m in trained], color="#3a7d44")
-    speed.set(title="tokens a second", ylim=(0, None))
-    batch.step(x, [m["step_tokens"] for _, m in trained], color="#444")
-    batch.set(title="tokens a step", ylim=(0, None))
-    starts = {}
-    for tokens, m in trained:
-        starts.setdefault(m["phase"], tokens)
-    for axis in axes.flat:
-        axis.grid(alpha=0.25)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
-        for name, tokens in list(starts.items())[1:]:
-            axis.axvline(tokens, lw=0.7, color="#aaa")
-            if axis is loss:
-                axis.annotate(name, (tokens, 0.03), xycoords=("data", "axes fraction"), fontsize=8, color="#666",
-                              xytext=(3, 0), textcoords="offset points")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
-
-
 def _page(name: str, picture: Path, sections: Sequence[Section]) -> str:
     image = base64.b64encode(picture.read_bytes()).decode()
     body = "".join(_table(s) for s in sections)
@@ -150,7 +141,7 @@ def _page(name: str, picture: Path, sections: Sequence[Section]) -> str:
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
         "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .9rem .2rem 0;text-align:left;"
         "vertical-align:top;border-bottom:1px solid #eee}img{max-width:100%}h2{font-size:1.1rem;margin-bottom:.2rem}"
-        f"code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img alt='loss, rate, speed, batch' "
+        f"code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img alt='curves over tokens seen' "
         f"src='data:image/png;base64,{image}'>{body}</html>\n"
     )
 

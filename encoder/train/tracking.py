@@ -1,8 +1,11 @@
-"""What a run writes down: the ledger (exact, compared on resume), metrics and events; wandb beside them if asked.
+"""What a run writes down: the ledger (exact, compared on resume), metrics and events; wandb and TensorBoard beside them if asked.
 
     ledger.jsonl    one line a step: what was trained, as hashes; the same on any ranks and after any resume
     metrics.jsonl   loss, rate, speed, held-out loss: floating point, for curves
     events.jsonl    starts, resumes, checkpoints, stops
+
+A line of the last two carries the `start` that wrote it and the seconds `spent` by that start so far, by kind: a kill
+loses no more of where the time went than what passed since the last line.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from encoder.base.errors import LedgerError
 from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
 from encoder.base.units import Progress
+from encoder.train.config import TrackingConfig
+from encoder.train.meters import Clock
 
 LEDGER, METRICS, EVENTS = "ledger.jsonl", "metrics.jsonl", "events.jsonl"
 RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"       # what else a run folder holds
+TENSORBOARD = "tensorboard"
 
 
 def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_hash: int, fault: str = "") -> str:
@@ -135,34 +141,46 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 class Tracker:
-    """Metrics and events of rank zero; other ranks have none."""
+    """Metrics and events of rank zero; other ranks have none. `start` is the number of this start of the run."""
 
-    def __init__(self, folder: Path, *, wandb_project: str | None, run_name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: TrackingConfig, *, clock: Clock, start: int, run_name: str,
+                 settings: dict[str, Any]) -> None:
         _drop_torn_tail(folder / METRICS)
         _drop_torn_tail(folder / EVENTS)
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")
         self._events = open(folder / EVENTS, "a", encoding="utf-8")
-        self._wandb = _start_wandb(folder, wandb_project, run_name, settings) if wandb_project else None
+        self._clock, self._start = clock, start
+        self._wandb = _start_wandb(folder, config.wandb_project, run_name, settings) if config.wandb_project else None
+        self._tensorboard = _start_tensorboard(folder) if config.tensorboard else None
 
     def metrics(self, step: int, **values: Any) -> None:
         """Numbers of a step. After a resume a step may stand twice: the later line counts."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.write(json.dumps({"step": step, **values, **self._time()}) + "\n")
         self._metrics.flush()
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=step)
+            self._wandb.log(numbers, step=step)
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def event(self, what: str, **values: Any) -> None:
         """Something that happened, with the time of day (UTC)."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._events.write(json.dumps({"time": stamp, "event": what, **values}) + "\n")
+        self._events.write(json.dumps({"time": stamp, "event": what, **values, **self._time()}) + "\n")
         self._events.flush()
 
+    def _time(self) -> dict[str, Any]:
+        return {"start": self._start, "spent": {kind: round(s, 3) for kind, s in self._clock.seconds().items()}}
+
     def close(self) -> None:
-        """Close the files and the wandb run."""
+        """Close the files, the wandb run and the TensorBoard file."""
         self._metrics.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -194,6 +212,11 @@ def _drop_torn_tail(path: Path) -> None:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(path, whole)
+
+
+def _start_tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(folder / TENSORBOARD))
 
 
 def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]) -> Any:

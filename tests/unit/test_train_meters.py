@@ -8,24 +8,30 @@ import pytest
 import torch
 
 import encoder.train.meters as meters
-from encoder.train.meters import SpeedMeter, bf16_peak, document_lengths
+from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths
 from tests.packed_for_tests import packed
 
 
-def test_rates_are_sums_over_seconds_and_pauses_are_left_out(monkeypatch):
-    now = iter([0.0, 2.0, 102.0, 104.0])
+def test_every_moment_has_one_kind_and_rates_know_training_and_waiting_alone(monkeypatch):
+    now = iter([0.0, 5.0, 5.0, 6.0, 8.0, 8.0, 108.0, 110.0])
     monkeypatch.setattr(meters.time, "perf_counter", lambda: next(now))
-    meter = SpeedMeter(peak=8e12)
-    assert meter.tokens_per_second == meter.tflops_per_second == meter.mfu == 0.0
-    meter.step(100, 6e12)
-    meter.pause()
-    meter.step(300, 2e12)
-    assert (meter.tokens_per_second, meter.tflops_per_second, meter.mfu) == (100.0, 2.0, 0.25)
-    assert meter.seconds_for(500) == 5.0
+    monkeypatch.setattr(meters.time, "time", lambda: 1_003.0)
+    clock = Clock(began=1_000.0)
+    clock.turn_to("training")                   # at 5
+    meter = SpeedMeter(clock, peak=8e12)        # at 5
+    assert meter.tokens_per_second == meter.tflops_per_second == meter.mfu == meter.waiting_share == 0.0
+    clock.turn_to("waiting")                    # at 6
+    clock.turn_to("training")                   # at 8
+    with clock.doing("saving"):                 # 8 to 108
+        pass
+    meter.step(400, 12e12)                      # at 110
+    assert clock._seconds == {"starting": 8.0, "training": 3.0, "waiting": 2.0, "evaluating": 0.0, "saving": 100.0}
+    assert (meter.tokens_per_second, meter.tflops_per_second, meter.mfu, meter.waiting_share) == (80.0, 2.4, 0.3, 0.4)
+    assert meter.seconds_for(400) == 5.0
 
 
 def test_a_device_without_a_known_peak_has_no_utilization(monkeypatch):
-    assert bf16_peak(torch.device("cpu")) is None and SpeedMeter(peak=None).mfu is None
+    assert bf16_peak(torch.device("cpu")) is None and SpeedMeter(Clock(began=0.0)).mfu is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert bf16_peak(torch.device("cuda", 0)) == 989e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
