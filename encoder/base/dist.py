@@ -91,17 +91,28 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def collective_device() -> torch.device:
+    """Where collectives take their tensors: on the GPU under nccl."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The tensor summed in place over all ranks; int64 wraps, which is exact for hashes."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    """The tensor summed in place over all ranks, wherever it lies; int64 wraps, which is exact for hashes."""
+    return _reduce_over_ranks(values, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The element-wise maximum over all ranks, in place."""
+    return _reduce_over_ranks(values, dist.ReduceOp.MAX)
+
+
+def _reduce_over_ranks(values: torch.Tensor, op: dist.ReduceOp) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        there = values.to(collective_device())       # the tensor itself where it lies there
+        dist.all_reduce(there, op=op)
+        if there is not values:
+            values.copy_(there)
     return values
 
 
@@ -124,9 +135,10 @@ def exchange(chunks: Sequence[torch.Tensor], *, receive: Sequence[int]) -> list[
     """Sends the 1-d chunks[r] to rank r; gives back what each rank r sent here, receive[r] elements."""
     if len(chunks) == 1:
         return list(chunks)
-    received = chunks[0].new_empty(sum(receive))
-    dist.all_to_all_single(received, torch.cat(list(chunks)), list(receive), [len(chunk) for chunk in chunks])
-    return list(received.split(list(receive)))
+    sent = torch.cat(list(chunks)).to(collective_device())
+    received = sent.new_empty(sum(receive))
+    dist.all_to_all_single(received, sent, list(receive), [len(chunk) for chunk in chunks])
+    return list(received.to(chunks[0].device).split(list(receive)))
 
 
 def free_port() -> int:

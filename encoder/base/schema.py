@@ -207,6 +207,8 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         return from_mapping(hint, value, where=where, key=key)
     if origin is Literal:
         words = typing.get_args(hint)
+        if value is False and "off" in words:      # YAML 1.1 reads a bare off so
+            return "off"
         for word in words:
             if type(value) is type(word) and value == word:
                 return word

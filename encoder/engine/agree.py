@@ -33,12 +33,6 @@ def together(act: Callable[[], None] | None, *, doing: str, then: str = "") -> N
             raise CheckpointError(said) from error
 
 
-def collective_device() -> torch.device:
-    """Where collectives take their tensors: on the GPU under nccl."""
-    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
 def _sentence(error: Exception, doing: str, then: str) -> str:
     if isinstance(error, UserError):
         return str(error)
@@ -52,5 +46,5 @@ def texts_of_all_ranks(text: str) -> Iterator[str]:
     table = torch.zeros(ranks, TEXT_BYTES, dtype=torch.uint8)
     encoded = text.encode("utf-8")[:TEXT_BYTES]
     table[rank, :len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    for row in sum_over_ranks(table.to(collective_device())).tolist():
+    for row in sum_over_ranks(table).tolist():
         yield bytes(row).rstrip(b"\0").decode("utf-8", errors="ignore")

@@ -29,7 +29,7 @@ from encoder.base.errors import CheckpointError
 from encoder.base.log import warn_once
 from encoder.base.schema import from_mapping
 from encoder.base.units import Progress
-from encoder.engine.agree import collective_device, together
+from encoder.engine.agree import together
 from encoder.engine.checkpoint_folder import FORMAT, claim_next, committed_folders, damage, folder_name
 from encoder.engine.checkpoint_stretches import StretchReader
 from encoder.engine.engine import Engine
@@ -40,7 +40,7 @@ def claim_incarnation(run_folder: Path, world: World) -> int:
     claimed = torch.zeros(1, dtype=torch.int64)
     together((lambda: claimed.fill_(claim_next(run_folder))) if world.first else None,
              doing=f"cannot claim a start of the run in {run_folder}")
-    return int(sum_over_ranks(claimed.to(collective_device())))
+    return int(sum_over_ranks(claimed))
 
 
 def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: True) -> Path | None:
@@ -70,7 +70,7 @@ def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: Tr
 
     first = not dist.is_initialized() or dist.get_rank() == 0
     together(choose if first else None, doing=f"cannot read the checkpoints in {root}")
-    tokens, incarnation = sum_over_ranks(names.to(collective_device())).tolist()
+    tokens, incarnation = sum_over_ranks(names).tolist()
     return root / folder_name(tokens=tokens, incarnation=incarnation) if incarnation else None
 
 

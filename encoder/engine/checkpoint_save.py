@@ -29,7 +29,7 @@ from encoder.base.dist import sum_over_ranks
 from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, sha256_of, write_atomic, write_json
 from encoder.base.units import Progress
-from encoder.engine.agree import collective_device, together
+from encoder.engine.agree import together
 from encoder.engine.checkpoint import read_progress
 from encoder.engine.checkpoint_folder import (
     COMMITTED,
@@ -93,7 +93,7 @@ class Saver:
         save = _Save(self._root, self._engine, progress, run_yaml, self._incarnation, extra, milestone)
         with self._cleaned_up_after(save):
             together(save.begin if first else None, doing=save.doing, then=save.then)
-            kept_already = int(sum_over_ranks(save.kept_already.to(collective_device())))
+            kept_already = int(sum_over_ranks(save.kept_already))
             if not kept_already:
                 together(save.copy, doing=save.doing, then=save.then)
         if kept_already:
@@ -111,7 +111,7 @@ class Saver:
             together(save.raise_error, doing=save.doing, then=save.then)
             if not save.written:
                 save.written = True
-                save.digests = sum_over_ranks(save.digests.to(collective_device())).cpu()
+                sum_over_ranks(save.digests)
                 save.go(self._commit if self._engine.world.first else _nothing)
                 return None
         self._save = None

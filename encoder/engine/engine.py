@@ -20,7 +20,14 @@ from encoder.base.batch import IGNORE, TokenBatch
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
-from encoder.engine.zero_layout import check_cover, flat_parts, refresh_parameters, share_of, whole_shape
+from encoder.engine.zero_layout import (
+    check_cover,
+    flat_parts,
+    forget_gradients,
+    refresh_parameters,
+    share_of,
+    whole_shape,
+)
 from encoder.engine.zero_partition import Values, partition_, weights_may_go
 from encoder.optim.catalog import build_optimizer
 from encoder.optim.slices import FlatPart, Stretch
@@ -134,6 +141,8 @@ class Engine:
         self._ds.step()
         norm = self._plain_norm if self.config.zero_stage == 0 else self._ds.get_global_grad_norm()
         norm = float(norm)
+        if not norm < float("inf"):
+            forget_gradients(self._ds)
         loss_sum, counted = sum_over_ranks(sums).tolist()
         assert counted == masked_tokens, f"the batches announced {masked_tokens} positions, the model counted {counted:.0f}"
         return StepResult(loss=loss_sum / masked_tokens, masked_tokens=masked_tokens,

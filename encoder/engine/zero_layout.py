@@ -52,6 +52,13 @@ def refresh_parameters(ds_engine: Any) -> None:
         optimizer.update_lp_params()
 
 
+def forget_gradients(ds_engine: Any) -> None:
+    """After a step whose gradient was not finite. With an offloaded optimizer DeepSpeed 0.19.8 keeps that of bf16 parameters
+    at stages 1 and 2, adds the next ones to it, and never moves again."""
+    if getattr(ds_engine.optimizer, "cpu_offload", False):
+        ds_engine.optimizer.averaged_gradients.clear()
+
+
 def whole_shape(p: torch.Tensor) -> tuple[int, ...]:
     """The shape of a parameter, also while it is cut over ranks."""
     return tuple(getattr(p, "ds_shape", p.shape))

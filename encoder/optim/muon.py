@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from encoder.base.dist import gather_rows, rank_and_size
+from encoder.base.dist import collective_device, gather_rows, rank_and_size
 from encoder.base.errors import ConfigError
 from encoder.optim.exchange import Exchange, Held
 from encoder.optim.slices import FlatPart, Stretch
@@ -122,7 +122,8 @@ class Muon(StableAdamW):
     def _orthogonalize_(self, values: Tensor, *, matrices: int) -> None:
         """Each of the matrices, one above another, becomes orthogonal, and as large as its scale says."""
         for matrix in values.chunk(matrices):
-            matrix.copy_(newton_schulz(matrix)).mul_(self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale))
+            near = matrix if matrix.is_cuda else matrix.to(collective_device())       # offloaded: to the GPU and back
+            matrix.copy_(newton_schulz(near)).mul_(self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale))
             self.orthogonalized += 1
 
 

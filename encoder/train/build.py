@@ -23,7 +23,6 @@ from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_bat
 from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
 from encoder.data.shards import Source, open_source
 from encoder.data.windows import check_lanes
-from encoder.engine.agree import collective_device
 from encoder.models.catalog import build_model
 from encoder.nn.attend import Situation, choose_backend
 from encoder.objectives.catalog import build_objective
@@ -218,7 +217,7 @@ def all_ranks_agree(world: World) -> Iterator[None]:
 
 def agree_on_errors(error: UserError | None, world: World) -> None:
     """All ranks leave together: the lowest rank with an error raises it, the others raise SilentError."""
-    mine = torch.tensor([world.size - world.rank if error else 0], device=collective_device())
+    mine = torch.tensor([world.size - world.rank if error else 0])
     highest = int(max_over_ranks(mine)[0])
     if highest == 0:
         return

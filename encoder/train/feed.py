@@ -21,7 +21,7 @@ from encoder.base.errors import DamagedShard, ShardError, UserError
 from encoder.base.files import write_json
 from encoder.data.loader import DataPosition, Loader, StepData
 from encoder.data.shards import Source
-from encoder.engine.agree import collective_device, texts_of_all_ranks
+from encoder.engine.agree import texts_of_all_ranks
 
 LeftOut = tuple[tuple[int, int], ...]      # (number of the source in the mixture, shard)
 QUARANTINE = "quarantine.json"
@@ -119,7 +119,7 @@ class Feed:
         """Whether some ranks met damaged shards, and nothing else was met: now they are on the list."""
         damaged = isinstance(error, DamagedShard)
         mine = FINE if error is None else DAMAGED if damaged else OTHER
-        if int(max_over_ranks(torch.tensor([mine], device=collective_device()))[0]) != DAMAGED:
+        if int(max_over_ranks(torch.tensor([mine]))[0]) != DAMAGED:
             return False
         reason = str(error).encode()[:600].decode(errors="ignore")
         said = json.dumps([error.source, error.shard, reason], ensure_ascii=False) if damaged else ""

@@ -38,6 +38,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    offloaded: int      # in the machine's memory
 
     @property
     def total(self) -> int:
@@ -90,7 +91,8 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"batch          {_spark([float(s.tokens) for s in steps])}  up to {short_count(max(s.tokens for s in steps))} tokens",
         "",
         f"memory a rank  about {_size(memory.total)}: weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, "
-        f"optimizer {_size(memory.optimizer)}, activations {_size(memory.activations)}",
+        f"optimizer {_size(memory.optimizer)}, activations {_size(memory.activations)}"
+        f"{f'; in the machine {_size(memory.offloaded)}' if memory.offloaded else ''}",
         f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(works)})",
         f"checkpoints    {_size(4 * (count + kept))} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
         f"{run.checkpoints.keep_last} kept and one for each end of a phase",
@@ -121,7 +123,8 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     """Bytes a rank needs for parameters, gradients, optimizer and one micro-batch's activations.
 
     ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights
-    (the largest matrix stands whole while it is used), too. At stage 3 weights in fp32 are their own masters.
+    (the largest matrix stands whole while it is used), too. At stage 3 weights in fp32 are their own masters. An offloaded
+    optimizer has masters, its own numbers and the gradients in the machine's memory, at stage 3 the gradients twice.
     Activations count what autograd keeps of one layer and token: 14 hidden-wide tensors and 4 of the MLP's width (where layers
     are computed again, those of one layer, and each layer's input), and of the loss one piece of logits, in fp32 and again
     in 2 bytes, and the decoder's gradient before and after scaling.
@@ -132,6 +135,8 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     stage = run.engine.zero_stage
     optimizer_share, gradient_share, weight_share = (ranks if stage >= cut else 1 for cut in (1, 2, 3))
     has_copy = stage in (1, 2) or stage == 3 and run.engine.precision == "bf16"
+    offloads = run.engine.offload_optimizer == "cpu"
+    optimizer = master * ((has_copy or offloads) * parameters + optimizer_elements) // optimizer_share
     gathered = m.hidden_size * max(m.vocab_size, 3 * m.hidden_size, 2 * m.intermediate_size) if stage == 3 else 0
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
@@ -143,8 +148,8 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)
     return Memory(weights=width * (parameters // weight_share + gathered),
                   gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
-                  optimizer=master * (has_copy * parameters + optimizer_elements) // optimizer_share,
-                  activations=int(tokens * per_token + loss))
+                  optimizer=0 if offloads else optimizer, activations=int(tokens * per_token + loss),
+                  offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
 
 
 def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks: int) -> str:

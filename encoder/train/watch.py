@@ -22,7 +22,6 @@ import torch
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import SilentError, UserError
 from encoder.base.files import fsync_path
-from encoder.engine.agree import collective_device
 
 HANGS, ERRORS = "hangs", "errors"
 HANG_CODE, FAILED_CODE = 3, 1
@@ -36,7 +35,7 @@ class Watch:
         self._world, self._hang_seconds = world, 60 * hang_minutes if hang_minutes else float("inf")
         self._hang_file = folder / HANGS / f"rank{world.rank:05d}.txt"
         start = torch.tensor([time.time_ns() if world.first else 0])
-        self._error_file = folder / ERRORS / f"{int(sum_over_ranks(start.to(collective_device())))}.txt"
+        self._error_file = folder / ERRORS / f"{int(sum_over_ranks(start))}.txt"
         self._doing, self._since = "starting", time.monotonic()
         self._over, self.torn = threading.Event(), False       # torn: other ranks may still wait for this one
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)

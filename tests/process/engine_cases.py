@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from encoder.base.dist import World
+from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
 from encoder.engine import checkpoint_save, zero_config
@@ -40,15 +40,15 @@ def lr_of(step: int) -> float:
     return 4e-3 * (1.0 + 0.5 * (step % 3))
 
 
-def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0,
-          all_kinds: bool = False, memory: Mapping[str, str] = MappingProxyType({})) -> tuple[Engine, dict]:
+def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0, all_kinds: bool = False,
+          memory: Mapping[str, str] = MappingProxyType({}), device: torch.device = CPU) -> tuple[Engine, dict]:
     """An engine around the tiny model, and the switch of the spike."""
     # as cut up as a large model: DeepSpeed leaves parameters below 100,000 elements whole, and steps them all in one
     zero_config.STAGE_3.update(stage3_param_persistence_threshold=0, sub_group_size=600)
     with torch.device("meta" if zero_stage == 3 else "cpu"):
         model = tiny_model(size=ALL_KINDS if all_kinds else SIZE)
     config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping, **memory)
-    engine, spike = start_engine(model, config=config, optimizer=CONFIG, world=world, device=CPU), {"on": False}
+    engine, spike = start_engine(model, config=config, optimizer=CONFIG, world=world, device=device), {"on": False}
     engine.module.get_parameter(SPIKED).register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
     return engine, spike
 
@@ -252,8 +252,8 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     seen["another_model_untouched"] = all(torch.equal(p, before[n]) for n, p in other.module.named_parameters())
 
     seen["nothing_masked"] = error_of(lambda: engine.step([], masked_tokens=0, lr=1e-3, max_lr=1e-3))
-    for stage in (0, 1, 2, 3):
-        engine, spike = begin(world, zero_stage=stage)
+    for stage, offload in [*((stage, "none") for stage in (0, 1, 2, 3)), *((stage, "cpu") for stage in (1, 2, 3))]:
+        engine, spike = begin(world, zero_stage=stage, memory={"offload_optimizer": offload})
         train(engine, spike, rows=2, steps=range(1))
         steps, weights = engine.optimizer_steps, whole_weights(engine)
         for piece in engine.pieces():
@@ -263,7 +263,7 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
         broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), masked_tokens=MASKED_TOKENS,
                              lr=1e-3, max_lr=1e-3)
         moved = [n for n, w in whole_weights(engine).items() if n != "decoder.bias" and not torch.equal(w, weights[n])]
-        seen[f"not_finite_{stage}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
+        seen[f"not_finite_{stage}_{offload}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
         for piece in engine.pieces():
             if piece.name == "decoder.bias":
                 piece.master.data.copy_(weights[piece.name].flatten()[piece.start:piece.start + piece.master.numel()])
@@ -350,7 +350,37 @@ def two_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     return seen
 
 
+def goes_on_after_nan(world: World) -> dict[str, list[bool]]:
+    """Which steps were applied when the second one's gradient is not finite on the last rank, with an offloaded optimizer."""
+    applied = {}
+    for stage, precision in [(1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")]:
+        engine, _ = begin(world, zero_stage=stage, precision=precision, memory={"offload_optimizer": "cpu"})
+        factor = {"of": 1.0}
+        engine.module.get_parameter(SPIKED).register_hook(lambda g, factor=factor: g * factor["of"])
+        results = []
+        for step in range(3):
+            factor["of"] = float("nan") if step == 1 and world.rank == world.size - 1 else 1.0
+            batches = share_of_step(step, rank=world.rank, world_size=world.size, micro_batch_rows=2)
+            results.append(engine.step(batches, masked_tokens=MASKED_TOKENS, lr=lr_of(step), max_lr=1e-2).applied)
+        applied[f"{precision}-s{stage}"] = results
+    return applied
+
+
+def curves_on_gpu(world: World, *, settings: list[dict]) -> list[dict[str, Any]]:
+    """Losses, where the masters lie, and the final weights' lengths, of one rank on its GPU."""
+    leave()
+    join(world, device=torch.device("cuda", 0))
+    seen = []
+    for s in settings:
+        engine, spike = begin(world, **s, device=torch.device("cuda", 0))
+        losses = train(engine, spike, rows=2, steps=range(STEPS))
+        seen.append({"losses": losses, "masters": sorted({piece.master.device.type for piece in engine.pieces()}),
+                     "lengths": [float(piece.master.norm()) for piece in engine.pieces()]})
+    return seen
+
+
 def second_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
     """Resumes, then what only shows on two ranks."""
     return {"resumed": resumes(world, out=out, settings=settings), "mishaps": two_rank_mishaps(world, out=out),
+            "after_nan": goes_on_after_nan(world),
             "given_back": [weights_given_back(world, {"activation_checkpointing": word}) for word in ("off", "blocks")]}

@@ -108,3 +108,13 @@ def test_overrides_reach_into_lists_and_make_sections(tmp_path):
 
 def test_differences_name_the_dotted_key():
     assert differences({"a": {"b": [1, 2]}, "c": 1}, {"a": {"b": [1, 3]}}) == [("a.b.1", 2, 3), ("c", 1, None)]
+
+
+def test_a_bare_off_is_the_word_where_there_is_one(tmp_path):
+    """YAML reads it as false; `compile: off` is what our own messages advise."""
+    @dataclass(frozen=True, kw_only=True)
+    class Switch:
+        compile: Literal["auto", "off"] = "auto"
+
+    (tmp_path / "run.yaml").write_text("compile: off\n")
+    assert from_mapping(Switch, read_mapping(tmp_path / "run.yaml"), where="run.yaml").compile == "off"

@@ -30,6 +30,14 @@ def test_all_other_pairs_are_told_to_deepspeed_without_its_defaults(precision, s
     assert "torch_autocast" not in told                        # it reduces Linear gradients in bf16
 
 
+def test_an_offloaded_optimizer_is_ours_on_the_cpu_and_needs_zero():
+    told = zero_config(EngineConfig(zero_stage=2, offload_optimizer="cpu"), world_size=1)
+    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert told["zero_force_ds_cpu_optimizer"] is False        # else DeepSpeed wants its own Adam, compiled when first used
+    with pytest.raises(ConfigError, match="zero_stage 1, 2 or 3"):
+        EngineConfig(zero_stage=0, offload_optimizer="cpu")
+
+
 def test_negative_clipping_is_refused():
     with pytest.raises(ConfigError, match="below 0"):
         EngineConfig(gradient_clipping=-1.0)

@@ -77,3 +77,20 @@ def test_each_zero_stage_splits_one_thing_more_over_two_ranks(precision, stage, 
     width = 2 if precision == "bf16" else 4
     assert memory.weights == weights * 10**6 + width * largest
     assert (memory.gradients, memory.optimizer) == (gradients * 10**6, optimizer * 10**6)
+
+
+@pytest.mark.parametrize("stage, offloaded", [(1, 8), (2, 8), (3, 10)])
+def test_an_offloaded_optimizer_takes_the_machines_memory_instead(stage, offloaded):
+    """Bytes of 1 M parameters on one of two ranks: masters, two averages and the gradients, at stage 3 twice."""
+    run = read_run(TINY, [f"engine.zero_stage={stage}", "engine.precision=fp32", "engine.offload_optimizer=cpu"])
+    memory = estimate_memory(run, parameters=10**6, optimizer_elements=2 * 10**6, ranks=2)
+    assert (memory.optimizer, memory.offloaded) == (0, offloaded * 10**6)
+    assert "in the machine" in plan_text(run, ranks=2)
+
+
+def test_layers_computed_again_keep_their_inputs_and_one_of_them_whole():
+    memory = [estimate_memory(read_run(TINY, ["engine.precision=fp32", f"engine.activation_checkpointing={word}"]), parameters=1,
+                              optimizer_elements=1, ranks=1).activations for word in ("off", "blocks")]
+    m, tokens = read_run(TINY).model, read_run(TINY).loader.micro_batch_rows * read_run(TINY).data.row_tokens
+    layer = 4 * tokens * (14 * m.hidden_size + 4 * m.intermediate_size)
+    assert memory[0] - memory[1] == (m.num_hidden_layers - 1) * layer - 4 * tokens * m.num_hidden_layers * m.hidden_size
