@@ -45,7 +45,9 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
             thin = key == "loss"
             axis.plot(*_curve(run.metrics, key), lw=0.8 if thin else 1.2, color=colour, alpha=0.45 if thin else 1.0,
                       label=f"{run.name}: training" if thin else None, marker="o" if key == "held_out_accuracy" else None, ms=3)
-        axis.set(title=titles[key], ylim=(0, None))
+        axis.set(title=titles[key])
+        if key != "loss":                # losses differ by less than their distance from zero
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
         for name, tokens in sorted({start for run in runs for start in _phase_starts(run.metrics)}):
