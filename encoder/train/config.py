@@ -165,7 +165,7 @@ class TrackingConfig:
 
     print_every_steps: int = 10
     wandb_project: str | None = None  # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
-    tensorboard: bool = False         # also write RUN/tensorboard (the package: pip install 'tessera[tensorboard]')
+    tensorboard: bool = False         # also write RUN/tensorboard (needs the extra: pip install -e '.[tensorboard]')
 
     def __post_init__(self) -> None:
         if self.print_every_steps < 1:
@@ -175,7 +175,7 @@ class TrackingConfig:
         """Where the run is to start. Raises ConfigError for a package that is not here."""
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tracking.tensorboard needs the package tensorboard, which is not here. "
-                              "Install it (pip install 'tessera[tensorboard]'), or leave the setting out.")
+                              "Install the extra (pip install -e '.[tensorboard]'), or leave the setting out.")
 
 
 @dataclass(frozen=True, kw_only=True)

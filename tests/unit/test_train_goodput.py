@@ -143,7 +143,7 @@ def test_wandb_is_offline_unless_a_key_is_there(env, logged_in, mode, tmp_path, 
 def test_tensorboard_without_its_package_is_refused_and_says_what_to_install(monkeypatch):
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
     TrackingConfig().check_packages()
-    with pytest.raises(ConfigError, match=r"needs the package tensorboard.*tessera\[tensorboard\]"):
+    with pytest.raises(ConfigError, match=r"needs the package tensorboard.*\.\[tensorboard\]"):
         TrackingConfig(tensorboard=True).check_packages()
 
 
