@@ -28,8 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         from encoder.train.export import export_run
         for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():
-            print(f"wrote {args.out}: {asked} gives the same logits within {proof.max_abs_difference:.1e} at lengths "
-                  f"{', '.join(f'{n:,}' for n in proof.lengths)}, alone and padded on either side")
+            print(f"wrote {args.out}: {asked} gives {proof}")
 
     return run_command(body)
 

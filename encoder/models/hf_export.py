@@ -13,13 +13,24 @@ The names of the parameters are Hugging Face's already, so nothing is renamed or
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from encoder.base.errors import ExportError
 from encoder.base.files import folder_that_appears, write_json
 from encoder.models.hf_config import SpecialIds, hf_config
 from encoder.models.hf_onnx import check_onnx_installed, write_onnx
-from encoder.models.hf_proof import Proof, asking, our_model, prove, transformers_model
+from encoder.models.hf_proof import (
+    TOLERANCE,
+    TOLERANCE_DRAWN,
+    Proof,
+    asking,
+    asking_fp64,
+    drawn_difference,
+    our_model,
+    prove,
+    transformers_model,
+)
 from encoder.models.hf_tokenizer import write_tokenizer
 from encoder.models.stored import WEIGHTS, StoredModel, check_weights, write_safetensors
 
@@ -32,7 +43,7 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
 
     Returns the proofs by what was asked: transformers, and onnxruntime where `onnx`. Raises UserError, leaving nothing
     behind, where Hugging Face's ModernBERT cannot be this model, the weights do not fit the config, `out` holds
-    something that is no export of ours, or logits differ by more than 1e-4.
+    something that is no export of ours, or logits differ (encoder/models/hf_proof.py says by how much).
     """
     config, max_tokens = model.config, model.max_tokens or model.config.max_position_embeddings
     if max_tokens > config.max_position_embeddings:
@@ -49,11 +60,18 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
         write_json(part / "config.json", settings)
         theirs = transformers_model(part)
         _load_tokenizer(part)
-        proofs = {"transformers": prove(ours, asking(theirs), max_tokens=max_tokens, asked="transformers")}
+        drawn = drawn_difference(settings, config)
+        if not drawn <= TOLERANCE_DRAWN:
+            raise ExportError(f"the logits of transformers differ from ours by {drawn:.2e} on drawn weights in fp64; needed: at "
+                              f"most {TOLERANCE_DRAWN:.0e}. Nothing was written. To this transformers config.json says another "
+                              "model than ours: use a version of it that the README names.")
+        proofs = {"transformers": prove(ours, asking(theirs), max_tokens=max_tokens, asked="transformers",
+                                        ask_fp64=lambda: asking_fp64(theirs))}
         if onnx:
-            proofs["onnxruntime"] = write_onnx(part, theirs, ours, max_tokens=max_tokens)
-        write_json(part / PROOF, {asked: {"max_abs_difference": proof.max_abs_difference, "lengths": list(proof.lengths)}
-                                  for asked, proof in proofs.items()})
+            rounding = proofs["transformers"].max_abs_difference
+            proofs["onnxruntime"] = write_onnx(part, theirs, ours, max_tokens=max_tokens, tolerance=max(TOLERANCE, 4 * rounding))
+        write_json(part / PROOF, {"drawn_weights_fp64_difference": drawn,
+                                  **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()}})
     return proofs
 
 

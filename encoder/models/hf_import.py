@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.base.errors import ModelError
-from encoder.models.hf_config import NO_WORD, config_from_hf
-from encoder.models.hf_proof import Proof, asking, our_model, prove, transformers_model
+from encoder.base.errors import ExportError, ModelError
+from encoder.models.hf_config import NO_WORD, completed, config_from_hf
+from encoder.models.hf_proof import (
+    TOLERANCE_DRAWN,
+    Proof,
+    asking,
+    asking_fp64,
+    drawn_difference,
+    our_model,
+    prove,
+    transformers_model,
+)
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, fp32, read_safetensors
 
@@ -27,15 +36,18 @@ EMBEDDING, DECODER = "model.embeddings.tok_embeddings.weight", "decoder.weight"
 
 
 def read_hf(folder: Path) -> StoredModel:
-    """The model of a Hugging Face folder. Raises ModelError for another architecture, missing or unfit weights.
+    """The model of a Hugging Face folder, its config.json seen to mean the same to transformers, on drawn weights in fp64.
 
-    Dropout after attention has no word in config.json: the model has ModernBERT's own 0.1.
+    Raises ModelError for another architecture, a config that cannot be ours, missing or unfit weights. Dropout after
+    attention has no word in config.json: the model has ModernBERT's own 0.1.
     """
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM.")
-    config = config_from_hf(_read_json(folder / CONFIG), where=str(folder / CONFIG))
+    values = _read_json(folder / CONFIG)
+    config = config_from_hf(values, where=str(folder / CONFIG))
     weights = untie(_read_weights(folder), tied=config.tie_word_embeddings, of=str(folder))
     check_weights(weights, config, of=str(folder))
+    _check_meaning(values, config, folder / CONFIG)
     tokenizer_json = folder / TOKENIZER
     return StoredModel(
         config=config, weights=fp32(weights), tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
@@ -44,9 +56,24 @@ def read_hf(folder: Path) -> StoredModel:
 
 
 def prove_import(model: StoredModel, folder: Path) -> Proof:
-    """Our logits are those of transformers on the folder, to 1e-4 at all lengths and paddings. Raises ExportError."""
-    return prove(our_model(model.weights, model.config), asking(transformers_model(folder)), asked="transformers",
-                 max_tokens=model.max_tokens or model.config.max_position_embeddings)
+    """Our logits are those of transformers on the folder's weights, at all lengths and paddings. Raises ExportError.
+
+    To a transformers whose words config.json lacks they are given (hf_config.completed).
+    """
+    theirs = transformers_model(folder, completed(_read_json(folder / CONFIG), model.config))
+    return prove(our_model(model.weights, model.config), asking(theirs), asked="transformers",
+                 ask_fp64=lambda: asking_fp64(theirs), max_tokens=model.max_tokens or model.config.max_position_embeddings)
+
+
+def _check_meaning(values: dict[str, Any], config: ModernBertConfig, path: Path) -> None:
+    try:
+        drawn = drawn_difference(completed(values, config), config)
+    except ExportError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not drawn <= TOLERANCE_DRAWN:
+        raise ModelError(f"{path} means another model to transformers than to us: on drawn weights the logits differ by "
+                         f"{drawn:.2e} in fp64; needed: at most {TOLERANCE_DRAWN:.0e}. Take out the words that ModernBERT's own "
+                         "config.json does not have.")
 
 
 def untie(weights: dict[str, Tensor], *, tied: bool, of: str) -> dict[str, Tensor]:
@@ -71,24 +98,48 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read: {why}. Copy the file again.") from error
 
 
+def named_tensors(found: Any, *, where: str) -> dict[str, Tensor]:
+    """`found`, where it is a mapping of names to dense tensors. Raises ModelError."""
+    if not isinstance(found, dict):
+        raise ModelError(f"{where} holds a {type(found).__name__}; needed: a mapping of names to tensors. Save the model's "
+                         "state_dict().")
+    for name, tensor in found.items():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not isinstance(name, str) or not dense:
+            kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) and not dense else type(tensor).__name__
+            raise ModelError(f"{where} holds a {kind} under {name!r}; needed: dense tensors under names. Save the model's "
+                             "state_dict().")
+    return found
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
     if (folder / INDEX).is_file():
-        files = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(files, dict):
-            raise ModelError(f"{folder / INDEX} has no weight_map; needed: the names of the weights with their files.")
-        weights: dict[str, Tensor] = {}
-        for name in sorted(set(files.values())):
-            weights.update(read_safetensors(folder / name))
-        lost = sorted(files.keys() - weights.keys())
-        if lost:
-            raise ModelError(f"{folder}: {INDEX} tells of {lost[0]}, which is in no file. Copy the folder again.")
-        return weights
+        return _read_shards(folder)
     if (folder / PICKLED).is_file():
-        return load_tensors(folder / PICKLED)
+        return named_tensors(load_tensors(folder / PICKLED), where=str(folder / PICKLED))
     raise ModelError(f"{folder} has a {CONFIG} but no {WEIGHTS}, no {INDEX} and no {PICKLED}. Copy the folder again, or save "
                      "it with save_pretrained.")
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """Each tensor from the file that the index names for it; another file may hold an older one of that name."""
+    files = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict):
+        raise ModelError(f"{folder / INDEX} has no weight_map; needed: the names of the weights with their files.")
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelError(f"{folder / INDEX} gives {file!r} as the file of {name}; needed: the name of a file beside it. "
+                             "Copy the folder again.")
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        held = read_safetensors(folder / file)
+        weights.update((name, w) for name, w in held.items() if files.get(name) == file)
+    lost = sorted(files.keys() - weights.keys())
+    if lost:
+        raise ModelError(f"{folder}: {INDEX} tells of {lost[0]} in {files[lost[0]]}, which lacks it. Copy the folder again.")
+    return weights
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -105,4 +156,5 @@ def _max_tokens(folder: Path, config: ModernBertConfig) -> int | None:
     """model_max_length of the tokenizer, where it says one that the model can do."""
     path = folder / "tokenizer_config.json"
     found = _read_json(path).get("model_max_length") if path.is_file() else None
-    return found if isinstance(found, int) and 1 <= found <= config.max_position_embeddings else None
+    whole = isinstance(found, int) and not isinstance(found, bool)
+    return found if whole and 1 <= found <= config.max_position_embeddings else None

@@ -32,8 +32,12 @@ def check_onnx_installed() -> None:
                           "Install the extra: pip install -e '.[onnx]'.")
 
 
-def write_onnx(folder: Path, theirs: nn.Module, ours: ModernBertForMaskedLM, *, max_tokens: int) -> Proof:
-    """Write onnx/model.onnx (input_ids, attention_mask -> logits [batch, length, V]) and prove it. Raises ExportError."""
+def write_onnx(folder: Path, theirs: nn.Module, ours: ModernBertForMaskedLM, *, max_tokens: int,
+               tolerance: float) -> Proof:
+    """Write onnx/model.onnx (input_ids, attention_mask -> logits [batch, length, V]) and prove it. Raises ExportError.
+
+    tolerance: of a logit; the graph is fp32, so it may round as transformers was seen to round on these weights.
+    """
     path = folder / "onnx" / "model.onnx"
     path.parent.mkdir()
     example = (torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64))    # one tensor twice were one input
@@ -48,7 +52,8 @@ def write_onnx(folder: Path, theirs: nn.Module, ours: ModernBertForMaskedLM, *, 
     except Exception as error:      # the exporter has many kinds
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"torch {torch.__version__} cannot write the ONNX graph: {why}. Export without --onnx.") from error
-    return prove(ours, _asking(path), max_tokens=min(max_tokens, PROOF_TOKENS), asked="onnxruntime")
+    return prove(ours, _asking(path), max_tokens=min(max_tokens, PROOF_TOKENS), asked="onnxruntime",
+                 tolerance=tolerance)
 
 
 def _asking(path: Path):

@@ -1,7 +1,9 @@
 """The proof of a Hugging Face folder: transformers, loading it as a stranger would, gives the logits that we give.
 
-Documents of 1, 127-130 (the edges of a window of 129 keys), 1,024 and the longest allowed number of tokens are asked alone,
-padded on the left and padded on the right.
+Two questions are asked. What config.json means: a small model of the same kind, with drawn weights on which every setting
+shows, is compared in fp64. Whether weights and config belong together: documents of 1, 127-130 (the edges of a window of
+129 keys), 1,024 and the longest allowed number of tokens are asked with the model's own weights in fp32, and where its
+rounding alone is large (sharp attention), again in fp64. Each is asked alone, padded on the right and, in fp32, on the left.
 
     alone    a b c           left    - - - a b c        right    a b c - - -
                                      - - - - - d                 d - - - - -
@@ -9,19 +11,28 @@ padded on the left and padded on the right.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ExportError
 from encoder.base.rng import generator
+from encoder.models.hf_config import smaller
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 
-TOLERANCE = 1e-4            # fp32 logits of equal models differ by 4e-6 to 2e-5; a wrong theta or window by 1e-2 and more
+TOLERANCE = 1e-4            # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
+TOLERANCE_FP64 = 1e-6       # equal models: 1e-13; the angles are fp32 on both sides
+TOLERANCE_DRAWN = 1e-7      # equal: 4e-14; theta 160,001 for 160,000: 2e-4; norm_eps 1e-12 for 1e-6: 2e-3
+FP64_TOKENS = 1024          # the longest document asked in fp64
 CHUNK_TOKENS = 512          # logits compared at once: 100 MB of 50,368 entries; of a whole document of 8,192 it were 1.6 GB
 PADDING_TOKENS = 3          # beside the longest document of a batch
 
@@ -33,27 +44,69 @@ Ask = Callable[[Tensor, Tensor], Rows]             # (ids_BL, attention mask) ->
 class Proof:
     """What was compared before a folder came to be."""
 
-    max_abs_difference: float       # of a logit, over all documents and paddings
-    lengths: tuple[int, ...]        # of the documents compared, in tokens
+    max_abs_difference: float               # of a logit in fp32, over all documents and paddings
+    lengths: tuple[int, ...]                # of the documents compared, in tokens
+    fp64_difference: float | None = None    # the same up to FP64_TOKENS in fp64; None: fp32 was close enough
+
+    def __str__(self) -> str:
+        fp64 = "" if self.fp64_difference is None else f" in fp32, by its rounding ({self.fp64_difference:.1e} in fp64),"
+        return (f"the same logits within {self.max_abs_difference:.1e}{fp64} at lengths "
+                f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on either side")
 
 
-def prove(ours: ModernBertForMaskedLM, ask: Ask, *, max_tokens: int, asked: str) -> Proof:
-    """Compares `ours` with the model behind `ask`, which `asked` names. Raises ExportError above TOLERANCE."""
+def prove(ours: ModernBertForMaskedLM, ask: Ask, *, max_tokens: int, asked: str, tolerance: float = TOLERANCE,
+          ask_fp64: Callable[[], Ask] | None = None) -> Proof:
+    """Compares `ours` with the model behind `ask`, which `asked` names. Raises ExportError where they differ.
+
+    max_tokens: of the longest document; at least the window is passed in any case, where the model can be so long.
+    ask_fp64: the same model in fp64, asked where fp32 differs by more than `tolerance`.
+    """
     edge = 2 * ours.config.window_radius_tokens
-    lengths = [*sorted({n for n in (1, edge - 1, edge, edge + 1, edge + 2, 1024) if n < max_tokens}), max_tokens]
-    draw = generator(0, "export proof")
-    documents = [torch.from_numpy(draw.integers(0, ours.config.vocab_size, n)) for n in lengths]
-    with torch.inference_mode():
-        x_TC = ours.hidden_states(packed_documents(documents))
-        expected = x_TC.split(lengths)
-        worst = 0.0
-        for batch in _batches(lengths):
-            for left in (None, False, True):
-                worst = max(worst, _worst(ours, ask, [documents[i] for i in batch], [expected[i] for i in batch], left=left))
-    if not worst <= TOLERANCE:
-        raise ExportError(f"the logits of {asked} differ from ours by {worst:.2e}; needed: at most {TOLERANCE:.0e}. "
-                          "Nothing was written. Check that the weights and the config belong together.")
-    return Proof(max_abs_difference=worst, lengths=tuple(lengths))
+    longest = min(ours.config.max_position_embeddings, max(max_tokens, edge + 2))
+    lengths = sorted({min(n, longest) for n in (1, edge - 1, edge, edge + 1, edge + 2, 1024, max_tokens, longest)})
+    worst = _compared(ours, ask, lengths, paddings=(None, False, True))
+    proof = Proof(max_abs_difference=worst, lengths=tuple(lengths))
+    if worst <= tolerance:
+        return proof
+    said, needed = f"by {worst:.2e}", f"at most {tolerance:.0e}"
+    if ask_fp64 is not None and math.isfinite(worst):
+        fp64 = _compared(copy.deepcopy(ours).double(), ask_fp64(), [n for n in lengths if n <= FP64_TOKENS],
+                         paddings=(None, False))
+        if fp64 <= TOLERANCE_FP64:
+            return dataclasses.replace(proof, fp64_difference=fp64)
+        said, needed = f"{said} in fp32 and by {fp64:.2e} in fp64", f"{needed}, or {TOLERANCE_FP64:.0e} in fp64"
+    why = ("They are not finite: look for inf and nan in the weights." if not math.isfinite(worst) else
+           "Check that the weights and the config belong together." if ask_fp64 is not None else
+           "A model of sharp attention rounds as much in fp32, and fp64 cannot be asked here.")
+    raise ExportError(f"the logits of {asked} differ from ours {said}; needed: {needed}. Nothing was written. {why}")
+
+
+def drawn_difference(settings: dict[str, Any], config: ModernBertConfig) -> float:
+    """How far transformers' logits by config.json are from ours by `config`, both of a small model of that kind with drawn
+    weights, in fp64: 1e-13 where they mean the same, more than 1e-7 where they do not. Raises ExportError."""
+    import transformers
+
+    settings, config = smaller(settings, config)
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in ModernBertForMaskedLM(config).state_dict().items()}
+    draw = generator(0, "drawn weights")
+    weights = {name: torch.from_numpy(_drawn(name, shape, draw)) for name, shape in shapes.items()}
+    ours = our_model(weights, config)
+    try:
+        with torch.random.fork_rng(devices=[]):         # transformers draws first weights from torch's own generator
+            theirs = transformers.AutoModelForMaskedLM.from_config(
+                transformers.ModernBertConfig.from_dict(settings), attn_implementation="sdpa").double().eval()
+            notes = theirs.load_state_dict(weights, strict=False)
+    except Exception as error:      # whatever its version raises
+        raise ExportError(f"transformers {transformers.__version__} cannot make the model of config.json: "
+                          f"{_line(error)}") from error
+    lost = [n for n in (*notes.missing_keys, *notes.unexpected_keys) if n != "decoder.weight"]
+    if lost:
+        raise ExportError(f"transformers {transformers.__version__} by config.json has other weights than we have: {lost[:3]}.")
+    radius = config.window_radius_tokens            # of radius + 2 tokens the first and the last do not see each other
+    lengths = {1, 2, 40, radius + 1, radius + 2, min(2 * radius + 2, FP64_TOKENS)}
+    return _compared(ours, asking(theirs), sorted({min(n, config.max_position_embeddings) for n in lengths}),
+                     paddings=(None, False))
 
 
 def our_model(weights: dict[str, Tensor], config: ModernBertConfig) -> ModernBertForMaskedLM:
@@ -64,16 +117,20 @@ def our_model(weights: dict[str, Tensor], config: ModernBertConfig) -> ModernBer
     return model.eval()
 
 
-def transformers_model(folder: Path) -> torch.nn.Module:
-    """ModernBertForMaskedLM of a folder by transformers' own code, fp32. Raises ExportError."""
+def transformers_model(folder: Path, settings: dict[str, Any] | None = None) -> torch.nn.Module:
+    """ModernBertForMaskedLM of a folder by transformers' own code, fp32; `settings` in place of its config.json.
+
+    Raises ExportError.
+    """
     import transformers
 
     try:
+        given = {} if settings is None else {"config": transformers.ModernBertConfig.from_dict(settings)}
         model, notes = transformers.AutoModelForMaskedLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False,
-            output_loading_info=True)
+            output_loading_info=True, **given)
     except Exception as error:      # whatever its version raises: the answer is the same, with its words
-        raise ExportError(f"transformers {transformers.__version__} cannot load the folder: {error}") from error
+        raise ExportError(f"transformers {transformers.__version__} cannot load the folder: {_line(error)}") from error
     wrong = [n for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for n in notes.get(kind, ())
              if n != "decoder.weight"]
     if wrong:
@@ -84,9 +141,43 @@ def transformers_model(folder: Path) -> torch.nn.Module:
 def asking(model: torch.nn.Module) -> Ask:
     """Transformers' model as `prove` asks it: the last hidden state at once, head and decoder where they are looked at."""
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
-        x_BLC = model.model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state
+        try:
+            x_BLC = model.model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state
+        except Exception as error:      # whatever its version raises
+            import transformers
+            raise ExportError(f"transformers {transformers.__version__} loads the model but cannot run it: "
+                              f"{_line(error)}") from error
         return lambda row, positions: model.decoder(model.head(x_BLC[row, positions]))
     return ask
+
+
+def asking_fp64(model: torch.nn.Module) -> Ask:
+    """The same of a copy in fp64."""
+    return asking(copy.deepcopy(model).double())
+
+
+def _compared(ours: ModernBertForMaskedLM, ask: Ask, lengths: list[int], *, paddings: Sequence[bool | None]) -> float:
+    """The largest difference of a logit over drawn documents of these lengths."""
+    draw = generator(0, "export proof")
+    documents = [torch.from_numpy(draw.integers(0, ours.config.vocab_size, n)) for n in lengths]
+    with torch.inference_mode():
+        expected = ours.hidden_states(packed_documents(documents)).split(lengths)
+        return max(_worst(ours, ask, [documents[i] for i in batch], [expected[i] for i in batch], left=left)
+                   for batch in _batches(lengths) for left in paddings)
+
+
+def _drawn(name: str, shape: torch.Size, draw: np.random.Generator) -> np.ndarray:
+    """Values at which every setting shows: norms about 1, scores of attention about 2, embeddings small beside norm_eps."""
+    values = draw.standard_normal(tuple(shape))
+    if "norm" in name:
+        return values * 0.3 + (1.0 if name.endswith("weight") else 0.0)
+    if len(shape) == 1 or "tok_embeddings" in name:
+        return values * 0.1
+    return values * (1.5 / math.sqrt(shape[1]))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:

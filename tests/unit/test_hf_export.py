@@ -12,7 +12,7 @@ import torch
 from encoder.base.errors import ExportError, ModelError, UserError
 from encoder.models import hf_export
 from encoder.models.hf_config import hf_config
-from encoder.models.hf_proof import prove
+from encoder.models.hf_proof import drawn_difference, prove
 from encoder.models.modernbert import ModernBertForMaskedLM
 from tests.hf_for_tests import CONFIG, SPECIALS, exported, names_in, stored, write_tokenizer_json
 
@@ -93,6 +93,37 @@ def test_logits_that_differ_are_refused_and_nothing_is_left(tokenizer_json, tmp_
     assert names_in(tmp_path) == ["shards"]
 
 
+@pytest.mark.parametrize(("wrong", "at_least"), [
+    ({"global_rope_theta": 160001.0}, 1e-5), ({"local_rope_theta": 160000.0}, 1e-1), ({"norm_eps": 1e-6}, 1e-5),
+    ({"window_radius_tokens": 63}, 1e-1), ({"global_attn_every_n_layers": 2}, 1e-1), ({"mlp": "swiglu"}, 1e-1)],
+    ids=lambda w: next(iter(w)) if isinstance(w, dict) else "")
+def test_every_wrong_word_shows_on_drawn_weights(wrong, at_least):
+    config = dataclasses.replace(CONFIG, hidden_size=768, num_attention_heads=12, num_hidden_layers=22, vocab_size=50368)
+    said = hf_config(dataclasses.replace(config, **wrong), SPECIALS)
+    assert drawn_difference(said, config) > at_least
+    assert drawn_difference(hf_config(config, SPECIALS), config) < 1e-11
+
+
+def test_an_untrained_model_cannot_hide_a_wrong_theta(tokenizer_json, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_export, "hf_config", lambda config, specials: hf_config(
+        dataclasses.replace(config, global_rope_theta=10000.0), specials))
+    fresh = dataclasses.replace(CONFIG, initializer_range=0.002)
+    model = dataclasses.replace(stored(fresh), weights=ModernBertForMaskedLM(fresh).state_dict())     # its own logits: 1e-9 off
+    with pytest.raises(ExportError, match="on drawn weights in fp64"):
+        exported(tokenizer_json, tmp_path / "out", model)
+    assert names_in(tmp_path) == ["shards"]
+
+
+def test_sharp_attention_is_judged_in_fp64_and_both_figures_are_kept(tokenizer_json, tmp_path):
+    model = stored(max_tokens=20)
+    sharp = {n: w * 12 if n.endswith("Wqkv.weight") else w for n, w in model.weights.items()}
+    proof = exported(tokenizer_json, tmp_path / "out", dataclasses.replace(model, weights=sharp))["transformers"]
+    assert proof.max_abs_difference > 1e-4 and proof.fp64_difference < 1e-9 and "in fp64" in str(proof)
+    written = json.loads((tmp_path / "out" / "export_proof.json").read_text())
+    assert written["transformers"]["fp64_difference"] == proof.fp64_difference
+    assert written["drawn_weights_fp64_difference"] < 1e-11
+
+
 def test_a_failed_export_leaves_the_earlier_one_and_a_good_one_replaces_it(tokenizer_json, tmp_path, monkeypatch):
     out = tmp_path / "out"
     exported(tokenizer_json, out)
@@ -106,7 +137,7 @@ def test_a_failed_export_leaves_the_earlier_one_and_a_good_one_replaces_it(token
     assert (out / "model.safetensors").read_bytes() == first
     exported(tokenizer_json, out, stored(seed=3, max_tokens=20))
     assert (out / "model.safetensors").read_bytes() != first
-    assert json.loads((out / "export_proof.json").read_text())["transformers"]["lengths"] == [1, 20]
+    assert json.loads((out / "export_proof.json").read_text())["transformers"]["lengths"] == [1, 20, 127, 128, 129, 130]
     assert names_in(tmp_path) == ["out", "shards"]
 
 

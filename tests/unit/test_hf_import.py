@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from encoder.base.errors import ModelError
+from encoder.base.errors import ExportError, ModelError
 from encoder.models.composer_import import read_composer
 from encoder.models.hf_config import NO_WORD, OURS_ONLY, WORDS, config_from_hf, hf_config
 from encoder.models.hf_import import DECODER, EMBEDDING, prove_import, read_hf
@@ -97,6 +97,17 @@ def test_the_words_of_transformers_4_alone_and_of_5_alone_are_enough():
     assert config_from_hf({**four, "local_rope_theta": None}, where="").local_rope_theta == 160_000.0
 
 
+@pytest.mark.parametrize(("without", "put"), [
+    (("rope_parameters", "layer_types"), {}), (("rope_parameters", "layer_types"), {"local_rope_theta": None}),
+    (("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers"), {})], ids=["4", "4, local as global", "5"])
+def test_a_folder_in_the_words_of_either_transformers_is_proven_by_the_installed_one(folder, without, put):
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in {**json.loads(path.read_text()), **put}.items() if k not in without}))
+    model = read_hf(folder)
+    assert model.config.local_rope_theta == (160_000.0 if put else 10_000.0)
+    assert prove_import(model, folder).max_abs_difference <= 2e-5
+
+
 ALWAYS_FULL = ["full_attention"] * 4
 
 
@@ -116,7 +127,22 @@ ALWAYS_FULL = ["full_attention"] * 4
     ({"layer_types": ALWAYS_FULL}, "layer_types is not full_attention at layers 0, 3, 6, ... of 4"),
     ({"layer_types": ["sliding_attention"] * 4, "global_attn_every_n_layers": None}, "layer_types is not full_attention"),
     ({"global_attn_every_n_layers": 0, "layer_types": None}, "global_attn_every_n_layers is 0; needed"),
-    ({"num_attention_heads": 5}, "32 over 5 heads"),
+    ({"num_attention_heads": 5}, "32 over 5 heads gives a head width of 6.4; needed: an even whole number. Put the hidden_size"),
+    ({"head_dim": 8}, "head_dim is 8; needed: hidden_size / num_attention_heads, 16"),
+    ({"architectures": ["ModernBertForMaskedLM", "X"]}, "is of a ModernBertForMaskedLM, X; needed"),
+    ({"architectures": "ModernBertForMaskedLM"}, "needed: ModernBertForMaskedLM alone"),
+    ({"rope_parameters": "yarn"}, "rope_parameters is 'yarn'; needed: a mapping"),
+    ({"rope_parameters": {"full_attention": [1]}}, "rope_parameters is .*; needed: a mapping"),
+    ({"rope_parameters": {"rope_theta": 2e4, "rope_type": "default"}}, "rope_parameters is .*; needed: a mapping of full_att"),
+    ({"rope_theta": 2e4}, "rope_theta is 20000.0, but global_rope_theta is 160000"),
+    ({"global_rope_theta": True, "rope_parameters": None}, "global_rope_theta is True; needed: above 0, and finite"),
+    ({"sliding_window": 4}, "sliding_window is 4, which transformers 5 takes for half of local_attention 128"),
+    ({"is_causal": True}, "is_causal is True; needed: False"),
+    ({"hidden_activation": ["gelu"]}, r"hidden_activation is \['gelu'\]"),
+    ({"layer_types": 5}, "layer_types is 5; needed: a list"),
+    ({"global_attn_every_n_layers": None, "layer_types": None}, "global_attn_every_n_layers is None; needed"),
+    ({"tie_word_embeddings": None}, "tie_word_embeddings is null; needed: a value"),
+    ({"norm_eps": None}, "norm_eps is null"),
     ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
 ])
 def test_a_config_that_our_model_cannot_be_is_refused_by_name(changes, words):
@@ -152,6 +178,62 @@ def test_weights_in_several_files_and_in_pytorch_model_bin_are_read(folder):
     (folder / "model-1-of-2.safetensors").unlink()
     with pytest.raises(ModelError, match="model-1-of-2.safetensors cannot be read"):
         read_hf(folder)
+
+
+def test_a_tensor_is_taken_only_from_the_file_that_the_index_names(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    save_file({n: weights[n] for n in names[:9]}, folder / "a.safetensors")
+    save_file({n: weights[n] * (3 if n in names[:9] else 1) for n in names}, folder / "b.safetensors")   # older copies beside
+    index = folder / "model.safetensors.index.json"
+    files = {n: "a.safetensors" if n in names[:9] else "b.safetensors" for n in names}
+    index.write_text(json.dumps({"weight_map": files}))
+    assert equal(read_hf(folder).weights, weights)
+    for wrong in (5, ["a.safetensors"], "../hf/a.safetensors"):
+        index.write_text(json.dumps({"weight_map": {**files, names[0]: wrong}}))
+        with pytest.raises(ModelError, match="as the file of decoder.bias; needed: the name of a file beside it"):
+            read_hf(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize(("held", "words"), [
+    ([1], "holds a list; needed"), (torch.ones(3), "holds a Tensor; needed"), ({"a": {"b": 1}}, "holds a dict under 'a'"),
+    ({1: torch.ones(2)}, "holds a Tensor under 1"), ({"a": torch.ones(3).to_sparse()}, "holds a torch.sparse_coo tensor")])
+def test_a_pickled_file_of_something_else_is_one_line(folder, held, words):
+    (folder / "model.safetensors").unlink()
+    torch.save(held, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=f"pytorch_model.bin {words}"):
+        read_hf(folder)
+
+
+def test_a_length_that_is_no_number_is_none_and_a_short_one_still_passes_the_window(folder):
+    said = folder / "tokenizer_config.json"
+    said.write_text('{"model_max_length": true}')
+    assert read_hf(folder).max_tokens is None
+    said.write_text('{"model_max_length": 2}')
+    assert prove_import(read_hf(folder), folder).lengths == (1, 2, 127, 128, 129, 130)
+
+
+def test_a_word_that_transformers_reads_otherwise_is_seen_on_drawn_weights(folder, monkeypatch):
+    from encoder.models import hf_import
+    monkeypatch.setattr(hf_import, "config_from_hf", lambda values, where: dataclasses.replace(CONFIG, norm_eps=1e-6))
+    with pytest.raises(ModelError, match="config.json means another model to transformers than to us"):
+        read_model(folder)
+
+
+def test_what_transformers_itself_cannot_run_is_one_line(folder, monkeypatch):
+    from encoder.models import hf_import
+    model, theirs = read_hf(folder), hf_import.transformers_model
+
+    def broken(*args):
+        found = theirs(*args)
+        del found.model.layers[1].mlp.Wo
+        return found
+
+    monkeypatch.setattr(hf_import, "transformers_model", broken)
+    with pytest.raises(ExportError, match="loads the model but cannot run it: .*Wo"):
+        prove_import(model, folder)
 
 
 def test_a_stored_copy_of_the_embedding_is_dropped_and_another_decoder_refused(folder):
