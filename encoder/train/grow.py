@@ -8,8 +8,8 @@ from pathlib import Path
 
 from encoder.base.errors import ModelError
 from encoder.base.schema import chosen_by, from_mapping, put_override, read_mapping, to_plain
-from encoder.models.catalog import SYSTEMS
-from encoder.models.growth import GROWS, Growth, GrowthConfig, grow
+from encoder.models.catalog import PRESETS, SYSTEMS
+from encoder.models.growth import FREE, GROWS, Growth, GrowthConfig, grow
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
 from encoder.train.config import with_preset
@@ -29,8 +29,9 @@ def grow_model(source: Path, out: Path, *, preset: str | None = None, run: Path 
                settings: GrowthConfig) -> Grown:
     """Reads any stored model, grows it and writes the weights folder `out`, whole or not at all.
 
-    The new model is the published one called `preset`, or that of the run file `run`, or the source's own settings, with
-    `overrides` of its settings (hidden_size=256) put over. Raises UserError.
+    The new model is the published one called `preset`, with the source's thetas, window and other settings that change no
+    weight; or that of the run file `run`; or the source's own settings; `overrides` (hidden_size=256) are put over.
+    Raises UserError.
     """
     if out.resolve() == source.resolve():
         raise ModelError(f"{out} is the source itself. Name another folder to write.")
@@ -51,7 +52,10 @@ def new_config(old: ModernBertConfig, *, preset: str | None, run: Path | None, o
     if run:
         model = read_mapping(run).get("model")
     else:
-        model = {"preset": preset} if preset else to_plain(_Target(model=old))["model"]
+        model = to_plain(_Target(model=old))["model"]
+        if preset:
+            left_open = (n for n in (*FREE, "max_position_embeddings") if n not in PRESETS.get(preset, {}))
+            model = {"preset": preset, **{name: model[name] for name in left_open}}
     mapping = {"model": model}
     for override in overrides:
         put_override(mapping, f"model.{override}")

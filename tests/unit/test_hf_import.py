@@ -298,7 +298,7 @@ def test_flexbert_names_come_in_with_the_shape_their_tensors_have(tmp_path, layo
     model = read_composer(path, global_rope_theta=160_000.0, heads=2)
     assert equal(model.weights, weights)
     assert model.config == dataclasses.replace(CONFIG, max_position_embeddings=8192, initializer_range=0.02)
-    assert "2 heads, RoPE theta 160000 and 10000 as told" in model.origin
+    assert "2 heads, RoPE theta 160000 and 10000 as told; not said by the file and assumed: norm layernorm" in model.origin
 
 
 def test_an_untied_flexbert_decoder_is_kept(tmp_path):
@@ -323,9 +323,28 @@ def test_a_flexbert_file_that_does_not_serve_is_one_line(tmp_path):
     torch.save(flexbert(stored().weights), path)
     with pytest.raises(ModelError, match="32 over 5 heads.*--heads"):
         read_composer(path, global_rope_theta=1e4, heads=5)
+    with pytest.raises(ModelError, match="--heads is 0; needed: at least 1"):
+        read_composer(path, global_rope_theta=1e4, heads=0)
+    with pytest.raises(ModelError, match="32 features are no whole number of heads of 64.*Give --heads"):
+        read_composer(path, global_rope_theta=1e4)
+    for theta in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ModelError, match=r"^--local-rope-theta is .*; needed: above 0, and finite"):
+            read_composer(path, global_rope_theta=1e4, local_rope_theta=theta)
     path.write_text("not a checkpoint")
     with pytest.raises(ModelError, match="a.pt cannot be read"):
         read_composer(path, global_rope_theta=1e4)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize(("name", "tensor", "words"), [
+    (1, torch.ones(2), "holds a Tensor under 1"), ("bert.encoder.layers.foo.x", torch.ones(1), "has a layer 'foo'"),
+    ("bert.embeddings.tok_embeddings.weight", torch.ones(5), r"tok_embeddings.weight is \[5\]; needed: a matrix"),
+    ("bert.encoder.layers.0.mlp.Wo.weight", torch.ones(5), r"mlp.Wo.weight is \[5\]; needed: a matrix"),
+    ("head.norm.weight", torch.ones(32).to_sparse(), "holds a torch.sparse_coo tensor under 'head.norm.weight'")])
+def test_a_flexbert_file_with_one_strange_tensor_is_one_line(tmp_path, name, tensor, words):
+    torch.save({**flexbert(stored().weights), name: tensor}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=f"a.pt.*{words}"):
+        read_composer(tmp_path / "a.pt", global_rope_theta=1e4, heads=2)
 
 
 def test_a_write_that_fails_leaves_nothing_and_keeps_the_earlier_folder(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from encoder.base.schema import read_mapping
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.models.stored import StoredModel, read_stored, write_stored
 from encoder.train.config import read_run
+from encoder.train.grow import new_config
 from encoder.train.initial import check_same_tokens, read_fitting, weights_sha256
 from launch import grow, plan, pretrain
 from tests.shards_for_tests import random_documents, write_source, write_tokenizer
@@ -64,6 +65,14 @@ def test_the_model_to_be_is_a_run_files_a_presets_or_the_sources_with_settings_p
     assert (root / "by_run" / "tokenizer.json").read_bytes() == (root / "small" / "tokenizer.json").read_bytes()
     assert "vocab_size is 64 in the source and 50368" in refused(
         capsys, grow, root / "small", root / "out", "--preset", "modernbert_large", "attention_head_width=8")
+
+
+def test_a_preset_leaves_thetas_window_and_kinds_of_layers_as_the_source_has_them():
+    old = ModernBertConfig(global_rope_theta=160000.0, local_rope_theta=20000.0, window_radius_tokens=32,
+                           global_attn_every_n_layers=2, norm_eps=1e-6, max_position_embeddings=1024)
+    new = new_config(old, preset="modernbert_large", run=None, overrides=["window_radius_tokens=16"])
+    assert new == replace(old, hidden_size=1024, num_attention_heads=16, intermediate_size=2624, num_hidden_layers=28,
+                          window_radius_tokens=16)
 
 
 def test_the_words_of_the_command_reach_the_growth(root, capsys):
