@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ExportError
@@ -142,7 +143,8 @@ def asking(model: torch.nn.Module) -> Ask:
     """Transformers' model as `prove` asks it: the last hidden state at once, head and decoder where they are looked at."""
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
         try:
-            x_BLC = model.model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state
+            with _Fp64Stays():
+                x_BLC = model.model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state
         except Exception as error:      # whatever its version raises
             import transformers
             raise ExportError(f"transformers {transformers.__version__} loads the model but cannot run it: "
@@ -154,6 +156,15 @@ def asking(model: torch.nn.Module) -> Ask:
 def asking_fp64(model: torch.nn.Module) -> Ask:
     """The same of a copy in fp64."""
     return asking(copy.deepcopy(model).double())
+
+
+class _Fp64Stays(TorchFunctionMode):
+    """transformers 5 turns queries and keys as fp32 whatever they are: of an fp64 model 4e-6 in the logits, 4e-14 with this."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.float and args[0].dtype == torch.float64 and args[0].ndim == 4:     # [B, heads, L, D], no angles
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _compared(ours: ModernBertForMaskedLM, ask: Ask, lengths: list[int], *, paddings: Sequence[bool | None]) -> float:
