@@ -169,7 +169,28 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_json, tmp_path):
         hf_export.export_hf(model, tokenizer_json, SimpleNamespace(**{**vars(SPECIALS), "mask_id": 270}), tmp_path / "out")
     with pytest.raises(ModelError, match="has ids up to 260; the model's vocabulary is 200"):
         exported(tokenizer_json, tmp_path / "out", stored(dataclasses.replace(CONFIG, vocab_size=200)))
+    good = json.loads(tokenizer_json.read_text())
+    tokenizer_json.write_text(json.dumps({**good, "added_tokens": good["added_tokens"][:4],
+                                          "model": {**good["model"], "vocab": {**good["model"]["vocab"], "[MASK]": 4}}}))
+    with pytest.raises(ModelError, match=r"has \[MASK\] in its vocabulary, but not among added_tokens"):
+        exported(tokenizer_json, tmp_path / "out")
+    for post in ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+                 {**good["post_processor"], "single": good["post_processor"]["single"][:2]}):
+        tokenizer_json.write_text(json.dumps({**good, "post_processor": post}))
+        with pytest.raises(ModelError, match=r"of an empty text; needed: \[CLS\] and \[SEP\], \[1, 2\]"):
+            exported(tokenizer_json, tmp_path / "out")
     tokenizer_json.write_text("not json")
     with pytest.raises(ModelError, match="cannot be used as a tokenizer.json"):
         exported(tokenizer_json, tmp_path / "out")
     assert names_in(tmp_path) == ["shards"]
+
+
+def test_a_tokenizer_without_frame_is_given_one_and_loses_cuts_and_fillings(tokenizer_json, tmp_path):
+    import transformers
+    good = json.loads(tokenizer_json.read_text())
+    tokenizer_json.write_text(json.dumps({
+        **good, "post_processor": None,
+        "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}}))
+    exported(tokenizer_json, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("abcde")["input_ids"]) == ["[CLS]", *"abcde", "[SEP]"]
