@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import UserError
 
+_HOST = socket.gethostname()            # a pid is one of its host's alone
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part."""
@@ -57,16 +60,18 @@ def folder_that_appears(out: Path, *, mark: str) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its name when the block ends well, and vanishes when it does not.
 
     An `out` that exists is replaced only where it is empty or holds the file `mark`, which the block writes and nobody
-    else does. Raises UserError for any other.
+    else does. Raises UserError for any other. What a killed process of this host left beside `out` is put right first:
+    an earlier `out` that had been moved aside takes its name again, the rest is removed.
     """
     out = Path(os.path.abspath(out))
+    _put_right(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; needed: a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
         raise UserError(f"{out} is not empty and holds no {mark}, so it was not written by this command. "
                         "Name another folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    part, old = (out.with_name(f".{out.name}.{_HOST}.{os.getpid()}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
@@ -87,6 +92,32 @@ def folder_that_appears(out: Path, *, mark: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_right(out: Path) -> None:
+    """Of a process that was killed in folder_that_appears: `out` back from .old where it is missing, .part and .old removed."""
+    if not out.parent.is_dir():
+        return
+    left = re.compile(re.escape(f".{out.name}.{_HOST}.") + r"(\d+)\.(part|old)")
+    for path in sorted(out.parent.iterdir()):
+        match = left.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] == "old" and not out.exists():
+            os.rename(path, out)
+            fsync_path(out.parent)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:             # somebody else's
+        return True
+    return True
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,56 @@
+"""Folders that are whole or absent, also where a process was killed while it renamed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from encoder.base import files
+from encoder.base.files import folder_that_appears
+
+
+def written(out, content: str) -> None:
+    with folder_that_appears(out, mark="mark") as part:
+        (part / "mark").write_text(content)
+
+
+def killed_after_renames(out, count: int) -> None:
+    """A process that writes `out` anew and ends as if killed after so many renames."""
+    child = os.fork()
+    if child == 0:
+        rename, done = os.rename, []
+
+        def renamed(*paths):
+            if len(done) == count:
+                os._exit(9)
+            rename(*paths)
+            done.append(paths)
+
+        files.os.rename = renamed
+        try:
+            written(out, "2")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_after_a_kill_the_next_call_has_the_earlier_folder_and_nothing_beside_it(tmp_path, renames):
+    out = tmp_path / "out"
+    written(out, "1")
+    killed_after_renames(out, renames)
+    assert out.exists() == (renames == 0) and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(KeyboardInterrupt), folder_that_appears(out, mark="mark"):
+        raise KeyboardInterrupt
+    assert (out / "mark").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    written(out, "3")
+    assert (out / "mark").read_text() == "3"
+
+
+def test_what_a_living_process_or_another_host_writes_beside_is_left_alone(tmp_path):
+    alive = [tmp_path / f".out.{files._HOST}.{os.getppid()}.part", tmp_path / ".out.elsewhere.1.old", tmp_path / ".out.2.part"]
+    for folder in alive:
+        folder.mkdir()
+    written(tmp_path / "out", "1")
+    assert sorted(tmp_path.iterdir()) == sorted([*alive, tmp_path / "out"])
