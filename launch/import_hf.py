@@ -4,7 +4,7 @@
     python launch/import_hf.py HF_FOLDER OUT
     python launch/import_hf.py CHECKPOINT.pt OUT --global-rope-theta 160000 --tokenizer tokenizer.json
 
-A Hugging Face folder's weights are proven before OUT appears: transformers gives the same logits within 1e-4.
+A Hugging Face folder is proven before OUT appears: transformers gives the same logits, within 1e-4 in fp32 or 1e-6 in fp64.
 A run starts from OUT with init_from: OUT.
 """
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, where SOURCE has none")
     parser.add_argument("--global-rope-theta", type=float, metavar="THETA", help="of a .pt, which does not say it")
     parser.add_argument("--local-rope-theta", type=float, metavar="THETA", help="of a .pt (default 10000)")
-    parser.add_argument("--heads", type=int, metavar="N", help="of a .pt (default: hidden size / 64)")
+    parser.add_argument("--heads", type=int, metavar="N", help="of a .pt (default: hidden size / 64 where that is whole)")
     args = parser.parse_args(argv)
 
     from encoder.base.command import run_command
