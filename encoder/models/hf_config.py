@@ -42,8 +42,13 @@ class SpecialIds(Protocol):
     unk_id: int
 
 
-def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
-    """config.json. Raises ExportError for a setting that Hugging Face's ModernBERT has no word for."""
+def stays_ours(config: ModernBertConfig) -> str | None:
+    """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
+    strange = _without_words(config)
+    return f"not to Hugging Face, whose ModernBERT has no word for {', '.join(strange)}" if strange else None
+
+
+def _without_words(config: ModernBertConfig) -> list[str]:
     strange = [f"{name} {getattr(config, name)} (needed: {only})" for name, only in OURS_ONLY.items()
                if getattr(config, name) != only]
     if config.mlp not in ACTIVATIONS:
@@ -51,9 +56,14 @@ def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
     if config.head_width * config.num_attention_heads != config.hidden_size:
         strange.append(f"attention_head_width {config.attention_head_width} (needed: hidden_size / num_attention_heads, "
                        f"{config.hidden_size / config.num_attention_heads:g})")
-    if strange:
-        raise ExportError(f"Hugging Face's ModernBERT has no word for {', '.join(strange)}. "
-                          "Train with the needed setting, or keep the model as a weights folder.")
+    return strange
+
+
+def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
+    """config.json. Raises ExportError for a setting that Hugging Face's ModernBERT has no word for."""
+    if strange := _without_words(config):
+        raise ExportError(f"Hugging Face's ModernBERT has no word for {', '.join(strange)}. Train with the needed setting, or keep "
+                          "the model as a weights folder: launch/average.py CHECKPOINT --out OUT.")
     return {
         "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert", "dtype": "float32",
         **{theirs: getattr(config, ours) for ours, theirs in WORDS.items()},

@@ -17,6 +17,7 @@ from encoder.data.shard_format import read_card, read_lengths
 from encoder.data.windows import cut
 from encoder.models.catalog import build_model
 from encoder.models.flops import train_flops
+from encoder.models.hf_config import stays_ours
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.train.branch import find_parent
@@ -75,6 +76,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"= {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens",
         f"optimizer   {run.optimizer.text}, decay {_decay_text(run)}",
         f"weights     {_weights_text(run)}",
+        *([f"export      {stays}"] if (stays := stays_ours(run.model)) else []),
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
         "",
@@ -182,7 +184,7 @@ def _weights_text(run: RunConfig) -> str:
     if run.init_from is None:
         return f"drawn from seed {run.seed}"
     if not Path(run.init_from).exists():
-        return f"from {run.init_from} (not there yet)"
+        return f"from {run.init_from}, which is not there yet: launch/grow.py or launch/import_hf.py makes it"
     return f"from {run.init_from}: {read_fitting(run).origin}"
 
 

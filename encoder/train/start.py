@@ -18,6 +18,7 @@ from encoder.base.units import Progress, short_count
 from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.engine import Engine, start_engine
+from encoder.models.hf_config import stays_ours
 from encoder.train import build
 from encoder.train.branch import find_parent
 from encoder.train.config import RunConfig, identity_of
@@ -116,6 +117,8 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
         reason = engine.module.attention_reason(device)
     say(f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}"
         f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}")
+    if stays := stays_ours(run.model):
+        say(f"export: {stays}")
     ledger = Path(run.out) / LEDGER
     if found is not None:
         say(f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, "

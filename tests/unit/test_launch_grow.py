@@ -138,7 +138,7 @@ def test_a_start_from_another_tokenizer_is_refused_by_id_but_edits_of_how_text_i
 
 def test_the_plan_says_where_the_weights_come_from(root, capsys):
     assert plan.main([str(root / "run.yaml")]) == 0
-    assert f"weights     from {root / 'grown'} (not there yet)" in capsys.readouterr().out
+    assert f"weights     from {root / 'grown'}, which is not there yet" in capsys.readouterr().out
     grow.main([str(root / "small"), str(root / "grown"), "--run", str(root / "run.yaml")])
     assert plan.main([str(root / "run.yaml")]) == 0
     assert f"weights     from {root / 'grown'}: grown (mode middle" in capsys.readouterr().out

@@ -94,3 +94,10 @@ def test_layers_computed_again_keep_their_inputs_and_one_of_them_whole():
     m, tokens = read_run(TINY).model, read_run(TINY).loader.micro_batch_rows * read_run(TINY).data.row_tokens
     layer = 4 * tokens * (14 * m.hidden_size + 4 * m.intermediate_size)
     assert memory[0] - memory[1] == (m.num_hidden_layers - 1) * layer - 4 * tokens * m.num_hidden_layers * m.hidden_size
+
+
+@pytest.mark.parametrize("setting, word", [("model.norm=rmsnorm", "norm rmsnorm"), ("model.mlp=gelu", "mlp gelu")])
+def test_a_plan_says_before_training_what_cannot_become_a_hugging_face_folder(setting, word):
+    said = plan_text(read_run(TINY, [setting]), ranks=1)
+    assert f"export      not to Hugging Face, whose ModernBERT has no word for {word}" in said
+    assert "export" not in plan_text(read_run(TINY), ranks=1)
