@@ -54,10 +54,10 @@ def index(folders: Sequence[Path], *, tokenizer_json: Path, source: str | None =
         entries = read_index(folder)
         dtype = _dtype_of(folder, entries)
         with output(folder, [LENGTHS, TOKENIZER, HASHES, CARD]):
-            # an old card goes first: beside new lengths it would be a wrong one
-            (folder / CARD).unlink(missing_ok=True)
             read = _Read(folder, entries, vocab_size=vocab_size, specials=specials, add_specials=add_specials)
             longest = int(read.lengths.max())
+            # all is checked; an old card goes before what it names: beside new lengths it would be a wrong one
+            (folder / CARD).unlink(missing_ok=True)
             write_lengths(folder, read.lengths, max_tokens_per_document=longest)
             write_atomic(folder / TOKENIZER, tokenizer_json.read_bytes())
             if read.hashes:

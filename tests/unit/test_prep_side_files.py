@@ -172,6 +172,15 @@ def test_damage_after_index_is_found_although_index_json_has_no_hash(tmp_path, t
         open_source(folder, name="web")
 
 
+def test_an_index_again_that_fails_leaves_the_good_card(tmp_path, tokenizer, capsys):
+    folder = write_foreign(tmp_path / "web", MODERNBERT)
+    assert run("index", folder, "--tokenizer", tokenizer) == 0
+    before = bytes_of(folder)
+    wrong = write_tokenizer(tmp_path / "wrong.json", vocab_size=V + 1)          # its [CLS] is another id
+    assert "does not begin with [CLS]" in refused(capsys, "index", folder, "--tokenizer", wrong, "--again")
+    assert bytes_of(folder) == before
+
+
 def test_an_indexed_folder_is_left_alone_and_redone_only_on_demand(tmp_path, tokenizer, capsys):
     for name in ("x/train", "x/val"):
         write_foreign(tmp_path / name, MODERNBERT)
