@@ -128,6 +128,8 @@ class ShardCache:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return int(file.read() or 0)
+            if not os.fstat(file.fileno()).st_nlink:     # removed meanwhile: another fetch may have the next file
+                return self._coming(lock)
             shutil.rmtree(lock.with_suffix(".part"), ignore_errors=True)
             lock.unlink(missing_ok=True)
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import http.server
@@ -20,7 +21,7 @@ import pytest
 
 from encoder.base.errors import ConfigError, DamagedShard, ShardError
 from encoder.data import remote
-from encoder.data.cache import TRIES
+from encoder.data.cache import TRIES, ShardCache, _exclusive
 from encoder.data.loader import DataPosition, Loader
 from encoder.data.order import DocumentOrder
 from encoder.data.shard_format import CARD, INDEX, LENGTHS, TOKENIZER
@@ -272,6 +273,28 @@ def test_a_fetch_that_was_killed_is_begun_again(folder, tmp_path):
     reader.wait()
     source = open_source(folder, name="web", cache=tmp_path / "cache", cache_bytes=10**6)
     assert reads_all(source) and not hidden(tmp_path / "cache")
+
+
+def test_a_fetch_begun_while_an_ended_ones_lock_is_looked_at_is_left_alone(tmp_path, monkeypatch):
+    cache = ShardCache(origin="/elsewhere", folder=tmp_path, limit_bytes=10)
+    cache.folder.mkdir()
+    lock, real = cache.folder / ".a.mds.lock", fcntl.flock
+    ended, begun = _exclusive(lock), _exclusive(lock)
+    ended.__enter__()
+
+    def flock(file, how):       # between the look's open and its lock, one fetch ends and another begins
+        monkeypatch.setattr(fcntl, "flock", real)
+        ended.__exit__(None, None, None)
+        written = begun.__enter__()
+        written.write("1000")
+        written.flush()
+        lock.with_suffix(".part").mkdir()
+        return real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert cache._coming(lock) == 1000
+    assert lock.exists() and lock.with_suffix(".part").exists()
+    begun.__exit__(None, None, None)
 
 
 def loader_of(source, **settings):
