@@ -15,7 +15,7 @@ from pathlib import Path
 from data_prep.config import ArrowSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
 from data_prep.output import output
 from data_prep.readers import find_files, numbered, parse, read_blocks
-from data_prep.tokenization import text_hash
+from data_prep.tokenization import TextEncoder, text_hash
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.log import say
@@ -99,12 +99,14 @@ def modernbert_edits(content: dict) -> dict:
 
 
 def copy_tokenizer(given: Path, out: Path) -> None:
-    """Take over a Hugging Face folder's tokenizer.json (or the file itself), if it has the five special tokens."""
+    """Take over a Hugging Face folder's tokenizer.json (or the file itself), if it has the five special tokens
+    and tokenizers can read it."""
     path = given / "tokenizer.json" if given.is_dir() else given
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"{path} {what}; needed: a tokenizer.json, or the folder of one.")
     vocab_size, _ = special_ids_of(path)
+    TextEncoder(path, "tokenizers")          # raises for a file that the library cannot read
     with output(out.parent, [out.name]):
         write_atomic(out, path.read_bytes())
     say(f"{out}: {vocab_size:,} entries, a copy of {path}.")

@@ -182,16 +182,20 @@ def tokenizer_fingerprint(tokenizer_json: Path) -> str:
 
 
 def special_ids_of(tokenizer_json: Path) -> tuple[int, SpecialIds]:
-    """(vocabulary size, special ids) of a tokenizer.json, by the names [CLS] [SEP] [PAD] [MASK] [UNK]. Raises ShardError."""
+    """(vocabulary size, special ids) of a tokenizer.json, by the names [CLS] [SEP] [PAD] [MASK] [UNK]. Raises ShardError,
+    also where one of them is not marked special: encoders would give its id to its spelling in raw text."""
     names, added = _read_tokenizer(tokenizer_json)
+    special = {a["content"] for a in added if a.get("special") is True}
     missing = [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in names]
     if missing:
         raise ShardError(f"{tokenizer_json} lacks {', '.join(missing)}; needed: [CLS] [SEP] [PAD] [MASK] [UNK]. "
                          "Make a tokenizer with data-prep tokenizer.")
+    if plain := [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in special]:
+        raise ShardError(f"{tokenizer_json} does not mark {', '.join(plain)} as special, so that a text could write their "
+                         'ids; needed: "special": true in its added_tokens. Change it there: the ids stay the same.')
     specials = SpecialIds(cls_id=names["[CLS]"], sep_id=names["[SEP]"], pad_id=names["[PAD]"], mask_id=names["[MASK]"],
                           unk_id=names["[UNK]"],
-                          all_special=tuple(sorted({a["id"] for a in added if a["special"]} |
-                                                   {names[n] for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")})))
+                          all_special=tuple(sorted({names[n] for n in special})))
     return max(names.values()) + 1, specials
 
 
@@ -205,8 +209,11 @@ def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         added = content.get("added_tokens", [])
-        return {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}, added
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ids = {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}
+        if wrong := [token for token, i in ids.items() if type(i) is not int or i < 0]:
+            raise ValueError(f"{wrong[0]!r} has the id {ids[wrong[0]]!r}; needed: a whole number")
+        return ids, added
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is no tokenizer.json ({error}). Make one with data-prep tokenizer.") from error
 
 

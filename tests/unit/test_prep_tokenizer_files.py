@@ -94,3 +94,21 @@ def test_from_hf_copies_a_tokenizer_that_has_the_special_tokens(tmp_path):
     (tmp_path / "model/tokenizer.json").write_bytes(tokenizer_bytes())
     assert run("tokenizer", "from-hf", tmp_path / "model", "--out", tmp_path / "t.json") == 0
     assert (tmp_path / "t.json").read_bytes() == tokenizer_bytes()
+
+
+def changed(content: dict, name: str, **values) -> dict:
+    """A tokenizer.json's content with other values in one added token."""
+    return {**content, "added_tokens": [{**a, **values} if a["content"] == name else a for a in content["added_tokens"]]}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: changed(c, "[MASK]", special=False), "does not mark [MASK] as special, so that a text could write"),
+    (lambda c: changed(c, "[SEP]", id="7"), "'[SEP]' has the id '7'; needed: a whole number"),
+    (lambda c: [c], "is no tokenizer.json"),
+    (lambda c: {**c, "model": {**c["model"], "type": "none"}}, "is not a tokenizer that tokenizers can read"),
+], ids=["not special", "id as text", "a list", "no known model"])
+def test_a_tokenizer_that_shards_cannot_be_made_with_is_one_line(tmp_path, capsys, change, words):
+    (tmp_path / "given.json").write_text(json.dumps(change(json.loads(tokenizer_bytes()))))
+    assert run("tokenizer", "from-hf", tmp_path / "given.json", "--out", tmp_path / "t.json") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path / "t.json").exists()
