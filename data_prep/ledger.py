@@ -18,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections import Counter
@@ -188,8 +189,9 @@ def open_ledger(folder: Path, part: Part) -> Iterator[Ledger]:
     busy = f"another data-prep is making {folder} at this moment. Wait for it, or set another out."
     with contextlib.ExitStack() as locks:
         locks.enter_context(_locked(folder.with_name(f".{folder.name}.lock"), "alone" if whole else "shared", busy))
-        for killed in folder.parent.glob(f".{folder.name}.*-of-*.lock") if whole else ():
-            killed.unlink(missing_ok=True)
+        for name in os.listdir(folder.parent) if whole else ():
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+-of-\d+\.lock", name):    # not those of a source NAME.x
+                (folder.parent / name).unlink(missing_ok=True)
         if not whole:
             name = f".{folder.name}.{part.label}.lock"
             locks.enter_context(_locked(folder.with_name(name), "alone", busy.replace("making", f"making part {part.label} of")))

@@ -229,6 +229,7 @@ def _plain_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
             raw, before = raw.lstrip(b"\r\n"), raw
             number += before.count(b"\n") - raw.count(b"\n")
             if not raw:
+                number += end.count(b"\n")
                 continue
         try:
             yield block.file if document == "file" else f"{block.file} line {number}", raw.decode("utf-8")

@@ -62,7 +62,8 @@ class Part:
     def of(self, segments: Sequence[Segment]) -> list[Segment]:
         """Its segments."""
         total = max(1, sum(s.bytes for s in segments))
-        return [s for s in segments if s.begin * self.count // total == self.index - 1]
+        # an empty last file may begin at `total`
+        return [s for s in segments if min(s.begin, total - 1) * self.count // total == self.index - 1]
 
 
 def segment_bytes(source_bytes: int, shard_bytes: int) -> int:

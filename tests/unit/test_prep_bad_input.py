@@ -158,6 +158,13 @@ def test_bad_bytes_of_plain_text_are_named_with_line_and_byte(tmp_path, capsys, 
     assert f"{place} is not UTF-8" in refused(capsys, "prepare", settings(tmp_path, [source]))
 
 
+@pytest.mark.parametrize("document", ["file", "line", "paragraph"])
+def test_empty_lines_at_the_beginning_count(tmp_path, capsys, document):
+    (tmp_path / "a.txt").write_bytes(b"\n\r\n\nab\xff\n")
+    source = {"name": "a", "format": "text", "files": ["a.txt"], "document": document}
+    assert "a.txt line 4: byte 3 is not UTF-8" in refused(capsys, "prepare", settings(tmp_path, [source]))
+
+
 def test_a_nul_character_and_a_null_row_are_named_by_line_and_row(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "a\\u0000b"}\n' + b"\0" * 40 + b"\n")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")

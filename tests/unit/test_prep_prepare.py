@@ -206,6 +206,13 @@ def test_two_runs_do_not_make_the_same_source_at_once(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["a"]
 
 
+def test_a_run_leaves_the_locks_of_a_source_whose_name_begins_alike(tmp_path):
+    with open_ledger(tmp_path / "a.b", Part(index=1, count=2)):
+        (tmp_path / ".a.2-of-4.lock").touch()                        # of a killed part of a
+        with open_ledger(tmp_path / "a", Part()):
+            assert sorted(p.name for p in tmp_path.iterdir()) == [".a.b.1-of-2.lock", ".a.b.lock", ".a.lock"]
+
+
 def test_the_card_names_no_place_of_this_machine_and_no_time(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", texts(50))
     assert run("prepare", settings(tmp_path)) == 0

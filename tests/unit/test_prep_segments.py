@@ -74,6 +74,16 @@ def test_segments_do_not_depend_on_the_number_of_parts_and_parts_share_them_all(
     assert [len(Part(index=i, count=2).of(segments)) for i in (1, 2)] == [3, 2]      # by bytes: 1,900 and 500 of 2,400
 
 
+def test_an_empty_last_file_on_the_border_of_a_segment_belongs_to_the_last_part(tmp_path):
+    for name, size in (("a.jsonl", 800), ("b.jsonl", 0)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    source = JsonlSource(name="s", files=("*",))
+    segments = segments_of(source, readers.find_files(source, tmp_path), shard_bytes=100)
+    assert [(s.begin, s.bytes) for s in segments] == [(0, 400), (400, 400), (800, 0)]
+    for count in (1, 2, 3):
+        assert sum((Part(index=i + 1, count=count).of(segments) for i in range(count)), []) == segments
+
+
 @pytest.fixture
 def config(tmp_path):
     """A source of two plain files and a compressed one, in six segments."""
