@@ -150,6 +150,7 @@ def read_shard(folder: Path, entry: dict, *, dtype: str, hashes: Mapping[str, st
     if hashlib.sha256(data).hexdigest() != (info["hashes"].get(SHARD_HASH) or (hashes or {}).get(info["basename"])):
         raise ShardError(f"{folder / info['basename']} is damaged: its {SHARD_HASH} is not the one in {INDEX}. "
                          "Make the shards again.")
+    _check_unpacked_beside(folder, entry, data)
     return samples_of(folder, entry, data)
 
 
@@ -192,16 +193,31 @@ def stored_bytes(folder: Path, entry: dict) -> bytes:
     return data
 
 
+def _unpacked(folder: Path, entry: dict, data: bytes) -> bytes:
+    """A shard as MDS has it, from its file. Raises ShardError with the file's name."""
+    if not entry["zip_data"]:
+        return data
+    from streaming.base.compression import decompress
+
+    try:
+        return decompress(entry["compression"], data)
+    except Exception as error:    # each compressor has an error of its own
+        raise ShardError(f"{folder / stored_info(entry)['basename']} cannot be decompressed: {error}. "
+                         "Make the shards again.") from error
+
+
+def _check_unpacked_beside(folder: Path, entry: dict, data: bytes) -> None:
+    """Training unpacks a compressed shard beside itself and reads that copy from then on. Raises ShardError."""
+    copy = folder / entry["raw_data"]["basename"]
+    if entry["zip_data"] and copy.is_file() and copy.read_bytes() != _unpacked(folder, entry, data):
+        raise ShardError(f"{copy} is damaged: it is not what {stored_info(entry)['basename']} unpacks to. Remove it: "
+                         "training unpacks it again.")
+
+
 def samples_of(folder: Path, entry: dict, data: bytes) -> ShardSamples:
     """The column input_ids of a shard's file. Raises ShardError with the file's name."""
     path = folder / stored_info(entry)["basename"]
-    if entry["zip_data"]:
-        from streaming.base.compression import decompress
-
-        try:
-            data = decompress(entry["compression"], data)
-        except Exception as error:    # each compressor has an error of its own
-            raise ShardError(f"{path} cannot be decompressed: {error}. Make the shards again.") from error
+    data = _unpacked(folder, entry, data)
     at = entry["column_names"].index(INPUT_IDS)
     dtype = np.dtype(entry["column_encodings"][at].partition(":")[2]).newbyteorder("<")
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from encoder.data.shard_format import read_card
+from encoder.data.shards import open_source
 from tests.shards_for_tests import seal_again
 from tests.unit.prep_helpers import run, settings, texts, write_jsonl
 
@@ -78,6 +79,18 @@ def test_every_damage_is_found_and_named(shards, capsys, words):
     assert run("verify", shards.parent) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+def test_an_unpacked_copy_beside_a_compressed_shard_is_checked_too(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", texts(60))
+    assert run("prepare", settings(tmp_path), "shard_bytes=2048", "compression=zstd") == 0
+    folder = tmp_path / "shards/a/train"
+    source = open_source(folder, name="a")
+    assert all(len(source.read(i)) for i in range(source.documents))       # unpacks every shard beside itself
+    assert run("verify", folder) == 0
+    flip(folder / "shard.00001.mds", -3)
+    assert run("verify", folder) == 2
+    assert "shard.00001.mds is damaged: it is not what shard.00001.mds.zstd unpacks to" in capsys.readouterr().err
 
 
 def test_an_id_beyond_the_vocabulary_is_found(shards, capsys):
