@@ -239,5 +239,6 @@ def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype, hashes: dict
     sizes = info["column_sizes"]
     return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"],
                       compression=info["compression"] if info["zip_data"] else None, stored=stored["basename"],
-                      stored_bytes=stored["bytes"], sha256=sha256, samples=info["samples"], dtype=dtype.newbyteorder("<"),
-                      variable_columns=sum(s is None for s in sizes), before=tuple(sizes[:at]))
+                      stored_bytes=stored["bytes"], sha256=sha256,
+                      raw_sha256=info["raw_data"]["hashes"].get(SHARD_HASH, ""), samples=info["samples"],
+                      dtype=dtype.newbyteorder("<"), variable_columns=sum(s is None for s in sizes), before=tuple(sizes[:at]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -83,6 +84,30 @@ def test_compressed_shards_are_unpacked_into_the_cache(tmp_path):
     source = open_source(folder, name="web", cache=tmp_path / "cache")
     assert all((source.read(n) == DOCUMENTS[n]).all() for n in range(220))
     assert not list(folder.glob("*.mds")) and list((tmp_path / "cache/shards").glob("*.mds"))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1] + bytes([b[-1] ^ 4]), lambda b: b[:-7], lambda b: b + b"0", lambda b: b""])
+def test_a_damaged_copy_of_a_shard_unpacked_in_place_is_unpacked_again(tmp_path, damage):
+    folder = write_source(tmp_path / "train", DOCUMENTS, compression="zstd")
+    before = open_source(folder, name="web")
+    assert (before.read(0) == DOCUMENTS[0]).all()
+    copy = folder / "shard.00000.mds"
+    right = copy.read_bytes()
+    (folder / "new").write_bytes(damage(right))
+    (folder / "new").rename(copy)                        # `before` has the old one, and keeps it
+    source = open_source(folder, name="web")
+    assert all((source.read(n) == DOCUMENTS[n]).all() for n in range(220)) and copy.read_bytes() == right
+
+
+def test_an_unpacked_copy_is_read_through_once_only(tmp_path, monkeypatch):
+    folder = write_source(tmp_path / "train", DOCUMENTS, compression="zstd")
+    open_source(folder, name="web").read(0)
+    source, read, plain = open_source(folder, name="web"), [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda content: read.append(len(content)) or plain(content))
+    for _ in range(3):
+        source.read(0)
+        source._open.clear()
+    assert read == [(folder / "shard.00000.mds").stat().st_size]
 
 
 def test_a_cache_holds_only_the_shards_that_were_read(tmp_path, copy):
