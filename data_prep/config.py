@@ -151,8 +151,9 @@ class PrepareConfig:
         for mixture, source in ((m, s) for m, given in self.mixtures.items() for s in given.sources):
             if source not in names:
                 raise ConfigError(f"mixtures.{mixture} names the source {source}. {nearest(source, names)}")
-        if self.max_tokens_per_document < 8:
-            raise ConfigError(f"max_tokens_per_document is {self.max_tokens_per_document}; needed: at least 8.")
+        if not 8 <= self.max_tokens_per_document < 2**32:            # lengths.bin holds uint32 at most
+            raise ConfigError(f"max_tokens_per_document is {self.max_tokens_per_document}; "
+                              "needed: at least 8 and at most 4294967295.")
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share is {self.held_out_share}; needed: 0 or more and less than 1.")
         if self.processes < 0:

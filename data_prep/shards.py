@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,12 +132,26 @@ def lacking_specials(samples: ShardSamples, specials: SpecialIds) -> Lacking:
 
 
 def read_index(folder: Path) -> list[dict]:
-    """The shard entries of index.json. Raises ShardError."""
+    """The shard entries of index.json: every file once, its name, size and hashes of their kinds. Raises ShardError."""
     path = folder / INDEX
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["shards"]
+        entries = json.loads(path.read_text(encoding="utf-8"))["shards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} cannot be read: {error}. Make the shards again.") from error
+    try:
+        infos = [info for entry in entries for info in (entry["raw_data"], entry["zip_data"]) if info]
+        named = [("samples", entry["samples"], int) for entry in entries]
+        named += [(key, info[key], kind) for info in infos for key, kind in (("basename", str), ("bytes", int), ("hashes", dict))]
+        names = [stored_info(entry)["basename"] for entry in entries]
+    except (KeyError, TypeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else "shards is no list of mappings"
+        raise ShardError(f"{path} is no index of MDS shards ({why}). Make the shards again.") from error
+    for key, value, kind in named:
+        if type(value) is not kind:
+            raise ShardError(f"{path} is no index of MDS shards ({key} is {value!r}). Make the shards again.")
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise ShardError(f"{path} lists {twice} more than once; needed: every shard once. Make the index again.")
+    return entries
 
 
 def read_shard(folder: Path, entry: dict, *, dtype: str, hashes: Mapping[str, str] | None = None) -> ShardSamples:

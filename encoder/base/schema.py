@@ -12,7 +12,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -144,6 +144,10 @@ def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> 
     seen: dict = {}
     for key_node, value_node in node.value:
         name = loader.construct_object(key_node, deep=True)
+        if not isinstance(name, Hashable):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a key is {_kind(name)}; needed: a word. Text that begins with {{{{ or [ needs quotes",
+                key_node.start_mark)
         if name in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {name!r} stands twice in one mapping; keep one of them", key_node.start_mark)
@@ -258,7 +262,7 @@ def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str) -> Any:
     word = value.get(chosen.tag, chosen.default)
     if word is None:
         raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}.")
-    if word not in chosen.choices:
+    if not isinstance(word, str) or word not in chosen.choices:
         raise ConfigError(
             f"{_at(where, _join(key, chosen.tag))} is {word!r}. {nearest(str(word), list(chosen.choices))}"
         )

@@ -59,6 +59,7 @@ def test_a_choice_with_a_usual_word_may_leave_it_out():
     ("{name: a, tokens: 1, inner: {row: 3}}", "run.yaml: inner.row is unknown. Did you mean rows?"),
     ("{name: a, tokens: 1, lr: {schedule: flat, peak: 1, warmup_tokens: 5}}", "lr.warmup_tokens is unknown"),
     ("{name: a, tokens: 1, lr: {schedule: wram, peak: 1}}", "lr.schedule is 'wram'. Did you mean warm?"),
+    ("{name: a, tokens: 1, lr: {schedule: [flat], peak: 1}}", "lr.schedule is ['flat']. "),
     ("{name: a, tokens: 1, mode: fsat}", "mode is 'fsat'. Did you mean fast?"),
     ("{name: a}", "tokens is missing"),
     ("{name: a, tokens: many}", "tokens: 'many' is no number of tokens"),
@@ -118,3 +119,11 @@ def test_a_bare_off_is_the_word_where_there_is_one(tmp_path):
 
     (tmp_path / "run.yaml").write_text("compile: off\n")
     assert from_mapping(Switch, read_mapping(tmp_path / "run.yaml"), where="run.yaml").compile == "off"
+
+
+@pytest.mark.parametrize("text, words", [("files: [{{ path }}]", "line 1: a key is a mapping; needed: a word"),
+                                         ("? [a]\n: 1", "line 1: a key is a list; needed: a word")])
+def test_a_key_that_is_no_word_is_one_line(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_yaml(text, where="run.yaml")
+

@@ -157,6 +157,32 @@ def test_damage_is_one_line_with_the_file_and_nothing_is_written(tmp_path, token
     assert bytes_of(folder) == before
 
 
+def change_index(folder: Path, change) -> None:
+    content = json.loads((folder / "index.json").read_text())
+    change(content["shards"], content["shards"][0], content)
+    (folder / "index.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda all, one, top: top.update(shards=None), "shards is no list of mappings"),
+    (lambda all, one, top: top.update(shards=5), "shards is no list of mappings"),
+    (lambda all, one, top: all.insert(0, "x"), "shards is no list of mappings"),
+    (lambda all, one, top: one["raw_data"].pop("bytes"), "'bytes' is missing"),
+    (lambda all, one, top: one.pop("zip_data"), "'zip_data' is missing"),
+    (lambda all, one, top: one.update(raw_data=None), "no index of MDS shards"),
+    (lambda all, one, top: one["raw_data"].update(hashes=None), "hashes is None"),
+    (lambda all, one, top: one["raw_data"].update(basename=7), "basename is 7"),
+    (lambda all, one, top: one.update(samples="x"), "samples is 'x'"),
+    (lambda all, one, top: all.append(one), "lists shard.00000.mds more than once")])
+def test_an_index_json_of_another_making_is_one_line(tmp_path, tokenizer, capsys, change, words):
+    folder = write_foreign(tmp_path / "web", MODERNBERT)
+    change_index(folder, change)
+    before = bytes_of(folder)
+    err = refused(capsys, "index", folder, "--tokenizer", tokenizer)
+    assert words in err and "index.json" in err
+    assert bytes_of(folder) == before
+
+
 def test_damage_after_index_is_found_although_index_json_has_no_hash(tmp_path, tokenizer, capsys):
     folder = write_foreign(tmp_path / "web", MODERNBERT, compression="zstd")
     assert run("index", folder, "--tokenizer", tokenizer) == 0
