@@ -8,6 +8,7 @@ The work can be spread over a job array: `--part I/N` makes the segments of one 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import itertools
@@ -106,11 +107,12 @@ class _Plan:
 
 def _plan(config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_size: int, specials: Any) -> _Plan:
     files = find_files(source, Path(config.root))
-    source = pinned(source, files)
+    source, described = pinned(source, files), [file.described() for file in files]
+    files = [dataclasses.replace(file, fingerprint=of.get("fingerprint")) for file, of in zip(files, described, strict=True)]
     settings = {**recipe_of(source), "max_tokens_per_document": config.max_tokens_per_document,
                 "held_out_share": config.held_out_share, "shard_bytes": config.shard_bytes,
                 "compression": config.compression}
-    recipe = {"prepare": 2, "settings": settings, "files": [file.described() for file in files]}
+    recipe = {"prepare": 2, "settings": settings, "files": described}
     card = Card(source=source.name, split="train", tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
                 vocab_size=vocab_size, specials=specials, dtype=ids_dtype(vocab_size).name, documents=0, tokens=0,
                 max_tokens_per_document=config.max_tokens_per_document, index_sha256="", lengths_sha256="",

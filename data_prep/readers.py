@@ -49,12 +49,19 @@ class InputFile:
     bytes: int                            # a guess on the hub
     path: Path | None = None              # None: on the hub, where it is
     number: int = 0                       # this one of the split's files
+    fingerprint: str | None = None        # when the work was planned
 
     def described(self) -> dict[str, Any]:
         """For the card: what a change of the file would change. Raises ReadError."""
         if self.path is None:
             return {"name": self.name}
         return {"name": self.name, "bytes": self.bytes, "fingerprint": fingerprint(self.path)}
+
+    def check_unchanged(self) -> None:
+        """Raises ConfigError when the file is not what it was when the work was planned."""
+        if self.fingerprint and (_size_of(self.path), fingerprint(self.path)) != (self.bytes, self.fingerprint):
+            raise ConfigError(f"{self.place} was changed while the source was being made (it had {self.bytes:,} bytes and has "
+                              f"{_size_of(self.path):,}). Run the command again when nothing writes to it.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,8 +88,9 @@ class SegmentMaker:
         with Ledger(Path(asked.folder)).making(asked.segment, asked.part) as folder:
             counts = Counts()
             out = _Splits(folder, self._job)
-            for file, block in self._blocks(asked, counts):
-                self._encode(self.encoder(asked.encoder), file, block, out, counts)
+            with _unchanged(asked.segment):
+                for file, block in self._blocks(asked, counts):
+                    self._encode(self.encoder(asked.encoder), file, block, out, counts)
             shards = out.finish()
             counts.tokens = sum(out.tokens.values())
             counts.check()
@@ -123,6 +124,20 @@ class SegmentMaker:
                               documents_train=len(parsed.texts) - pieces.held_out_documents,
                               content_tokens=pieces.content_tokens, pieces=len(pieces.lengths_P)))
         self._tell(Done(file_bytes=block.file_bytes, documents=len(parsed.texts), tokens=tokens))
+
+
+@contextlib.contextmanager
+def _unchanged(segment: Segment) -> Iterator[None]:
+    """The files are, after what is done inside, what they were when it was planned. Raises ConfigError, also in place of an
+    error inside, which a change explains."""
+    try:
+        yield
+    except UserError:
+        for stretch in segment.stretches:
+            stretch.file.check_unchanged()
+        raise
+    for stretch in segment.stretches:
+        stretch.file.check_unchanged()
 
 
 class _Splits:

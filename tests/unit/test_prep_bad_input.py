@@ -150,6 +150,22 @@ def test_a_broken_file_is_named_and_can_be_skipped(tmp_path, capsys, name, conte
     assert counts["documents_read"] == (1 if source == "text" else 5) and counts["left_out"] == {reason: 1}
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("content", [GOOD * 30, GOOD * 99 + b"cut", GOOD * 101, GOOD.replace(b"good", b"evil") * 100])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, capsys, monkeypatch, content, on_error):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD * 100)
+
+    def change(*_) -> str:
+        path.write_bytes(content)
+        return "fastokens"
+
+    monkeypatch.setattr("data_prep.prepare.choose_encoder", change)          # after the plan, before the reading
+    err = refused(capsys, "prepare", settings(tmp_path), f"on_error={on_error}")
+    assert f"{path} was changed while" in err
+    assert list((tmp_path / "shards").iterdir()) == []
+
+
 @pytest.mark.parametrize("document, place", [("file", "a.txt line 4: byte 3"), ("line", "a.txt line 4: byte 3"),
                                              ("paragraph", "a.txt line 4: byte 3")])
 def test_bad_bytes_of_plain_text_are_named_with_line_and_byte(tmp_path, capsys, document, place):
@@ -160,7 +176,7 @@ def test_bad_bytes_of_plain_text_are_named_with_line_and_byte(tmp_path, capsys, 
 
 @pytest.mark.parametrize("document", ["file", "line", "paragraph"])
 def test_empty_lines_at_the_beginning_count(tmp_path, capsys, document):
-    (tmp_path / "a.txt").write_bytes(b"\n\r\n\nab\xff\n")
+    (tmp_path / "a.txt").write_bytes(b"\n\r\n\nab\xff\n\nlast\n")
     source = {"name": "a", "format": "text", "files": ["a.txt"], "document": document}
     assert "a.txt line 4: byte 3 is not UTF-8" in refused(capsys, "prepare", settings(tmp_path, [source]))
 
@@ -191,6 +207,7 @@ def test_a_line_of_50_mb_is_one_document(tmp_path):
     ("sources.0.name=../x", "cannot name a folder"),
     ("held_out_share=1", "needed: 0 or more and less than 1"),
     ("tokenizer=gone.json", "tokenizer gone.json does not exist"),
+    ("max_tokens_per_document=100000000000000000000", "needed: at least 8 and at most 4294967295"),
     ("compression=gzip", "compression is 'gzip'"),
 ])
 def test_a_wrong_setting_is_named(tmp_path, capsys, change, words):
