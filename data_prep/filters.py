@@ -51,6 +51,11 @@ class Filter:
         for value in (self.equals, *(self.one_of or ()), *(self.none_of or ())):
             if not isinstance(value, str | int | float | None):
                 raise ConfigError(f"the filter on {self.column} compares with {value!r}; needed: a text, a number, true or false.")
+        for word in ("one_of", "none_of"):
+            values = getattr(self, word) or ()
+            if bool in (kinds := {type(value) for value in values}) and len(kinds) > 1:
+                raise ConfigError(f"the filter on {self.column} has {_shown(values)} in {word}: true and false beside others. "
+                                  "YAML reads no, yes, on and off so; put quotes around the word.")
         for low, high in ((self.at_least, self.at_most), (self.at_least_chars, self.at_most_chars)):
             if low is not None and high is not None and low > high:
                 raise ConfigError(f"the filter on {self.column} asks for at least {low:,} and at most {high:,}; "
@@ -60,7 +65,7 @@ class Filter:
     def rules(self) -> dict[str, Any]:
         """The rules that were given, by word."""
         given = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
-        return {word: value for word, value in given.items() if value is not None and value is not False}
+        return {word: value for word, value in given.items() if value is not None and (word, value) != ("not_empty", False)}
 
     @property
     def label(self) -> str:
@@ -75,6 +80,8 @@ class Filter:
         items = value if isinstance(value, list) else [value]
         if value is ABSENT or value is None or items == []:
             return list(self.rules) == ["none_of"]
+        for wanted in ((self.equals,), self.one_of or (), self.none_of or ()):
+            self._check_comparable(items, [w for w in wanted if w is not None])
         for wanted in (() if self.equals is None else (self.equals,), self.one_of):
             if wanted and not all(any(_same(item, w) for w in wanted) for item in items):
                 return False
@@ -83,6 +90,14 @@ class Filter:
         if self.not_empty and (not value.strip() if isinstance(value, str) else value == {}):
             return False
         return self._within(value, self.at_least, self.at_most) and self._within_chars(value)
+
+    def _check_comparable(self, items: list[Any], wanted: list[Any]) -> None:
+        """Every item is a text, a number or a truth value as one of those wanted is; null is no value."""
+        kinds = {named(w) for w in wanted}
+        for item in items if kinds else ():
+            if item is not None and named(item) not in kinds:
+                raise WrongType(f"{self.column!r} is {named(item)}; needed: {' or '.join(sorted(kinds))}, "
+                                "as in the filter")
 
     def _within(self, value: Any, low: float | None, high: float | None) -> bool:
         if low is None and high is None:

@@ -31,7 +31,8 @@ from encoder.base.errors import ConfigError, UserError, nearest
 BLOCK_BYTES = 2**22
 TABLE_ROWS = 1024                              # of a table in one block, fewer when they are long
 HUB_FILE_BYTES = 2**28                         # a hub file whose size is not known: for the bar and the processes alone
-ARROW_ENDS = (b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")   # of a file; of a stream; of one before 0.15
+ARROW_FILE = b"ARROW1"                         # first and last
+ARROW_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")       # since Arrow 0.15; before
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SKIP = "set on_error: skip"
 
@@ -108,6 +109,12 @@ def find_files(source: Source, root: Path) -> list[InputFile]:
             hint = nearest(place.name, beside) if beside else f"No file is in {place.parent}. Set root or the files."
             raise ConfigError(f"source {source.name}: {place} {what}. {hint}")
         found.update(dict.fromkeys(matches))
+    once: dict[tuple[int, int], Path] = {}
+    for path in found:
+        first = once.setdefault(_file_number(path), path)
+        if first is not path:
+            raise ConfigError(f"source {source.name}: {first} and {path} are the same file; needed: each file once. "
+                              "Name it in one way.")
     return [InputFile(name=_name_below(root, path), place=str(path), bytes=_size_of(path), path=path) for path in found]
 
 
@@ -315,6 +322,8 @@ def _whole_text(source: TextSource, file: InputFile) -> Iterator[Block]:
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """(the decompressed stream, the file below it)."""
     with open(path, "rb") as raw:
+        if path.suffix in (".gz", ".zst") and not os.fstat(raw.fileno()).st_size:
+            raise EOFError("it is cut short to 0 bytes, and compressed nothing has some")
         if path.suffix == ".gz":
             yield gzip.GzipFile(fileobj=raw), raw
         elif path.suffix == ".zst":
@@ -379,12 +388,29 @@ def _rows(source: ParquetSource | ArrowSource | HubSource, file: InputFile) -> A
 
 
 def _check_arrow_end(file: InputFile) -> None:
-    """A stream that was cut between two of its batches reads as if it were whole, but for the mark at its end."""
-    with open(file.path, "rb") as f:
-        f.seek(max(0, file.bytes - 8))
-        if not f.read().endswith(ARROW_ENDS):
-            raise ReadError(f"{file.place} is cut short: it does not end as an Arrow file or stream does. "
-                            f"Fetch the file again, or {SKIP}.")
+    """A stream that was cut between two of its batches reads as if it were whole, but for the mark at its end. The mark
+    is looked for where the last batch ends: zeros that fill up a batch look like one of before Arrow 0.15."""
+    import pyarrow.ipc
+
+    whole = False
+    if file.bytes:
+        with pyarrow.memory_map(str(file.path)) as f:
+            if f.read(6) == ARROW_FILE:
+                f.seek(file.bytes - 6)
+                whole = f.read() == ARROW_FILE
+            else:
+                with contextlib.suppress(EOFError, OSError, pyarrow.ArrowException):
+                    end = 0
+                    f.seek(0)
+                    while end < file.bytes:
+                        whole = f.read(8).startswith(ARROW_STREAM_ENDS)
+                        f.seek(end)
+                        pyarrow.ipc.read_message(f)            # its content is not touched
+                        end = f.tell()
+                        whole = False
+    if not whole:
+        raise ReadError(f"{file.place} is cut short: it does not end as an Arrow file or stream does. "
+                        f"Fetch the file again, or {SKIP}.")
 
 
 def _column(table: Any, column: str, source: Source, file: InputFile) -> Any:
@@ -458,6 +484,11 @@ def _hub_rows(source: HubSource) -> Any:
     except Exception as error:
         raise ConfigError(f"source {source.name}: split {source.split} of dataset {source.dataset} cannot be opened: "
                           f"{' '.join(str(error).split())[:200].rstrip('.')}.") from error
+
+
+def _file_number(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def _size_of(path: Path) -> int:

@@ -110,14 +110,23 @@ def broken_page() -> bytes:
     return bytes(content)
 
 
-def cut_between_batches() -> bytes:
+def cut_between_batches(**more: list) -> bytes:
     """An Arrow stream that ends after its first batch, without the mark of its end."""
-    table = pyarrow.table({"text": texts(300)})
+    table = pyarrow.table({"text": texts(300), **more})
     return table_bytes("stream", table.slice(0, 100))[:-8]
+
+
+def old_stream() -> bytes:
+    """As Arrow wrote streams before 0.15."""
+    sink, table = pyarrow.BufferOutputStream(), pyarrow.table({"text": texts(5)})
+    with pyarrow.ipc.new_stream(sink, table.schema, options=pyarrow.ipc.IpcWriteOptions(use_legacy_format=True)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.mark.parametrize("name, content, source, words", [
     ("a.jsonl.gz", half(gzip.compress(b"".join(GOOD for _ in range(20_000)))), "jsonl", "beyond line 0"),
+    ("a.jsonl.gz", b"", "jsonl", "is cut short"), ("a.jsonl.zst", b"", "jsonl", "is cut short"),
     ("a.jsonl.gz", GOOD, "jsonl", "Not a gzipped file"),
     ("a.jsonl.zst", GOOD, "jsonl", "cannot be read beyond line 0"),
     ("a.parquet", b"PAR1 and no end", "parquet", "cannot be read beyond row 0"),
@@ -125,6 +134,9 @@ def cut_between_batches() -> bytes:
     ("a.parquet", broken_page(), "parquet", "cannot be read beyond row 0"),
     ("a.arrow", half(table_bytes("file", pyarrow.table({"text": texts(300)}))), "arrow", "is cut short"),
     ("a.arrow", cut_between_batches(), "arrow", "is cut short"),
+    ("a.arrow", cut_between_batches(z=[0] * 300), "arrow", "is cut short"),
+    ("a.arrow", cut_between_batches(z=[2**32 - 1] * 300), "arrow", "is cut short"),
+    ("a.arrow", old_stream()[:-4], "arrow", "is cut short"),
     ("a.arrow", b"", "arrow", "is cut short"),
     ("a.txt", b"fine\n\xff\n", "text", "line 2: byte 1 is not UTF-8"),
     ("a.parquet", table_bytes("parquet", pyarrow.table({"texts": ["x"]})), "parquet",
@@ -148,6 +160,26 @@ def test_a_broken_file_is_named_and_can_be_skipped(tmp_path, capsys, name, conte
     counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
     reason = "not utf-8" if source == "text" else "unreadable file or its end"
     assert counts["documents_read"] == (1 if source == "text" else 5) and counts["left_out"] == {reason: 1}
+
+
+def test_a_stream_of_before_arrow_0_15_is_read(tmp_path):
+    (tmp_path / "a.arrow").write_bytes(old_stream())
+    assert run("prepare", settings(tmp_path, [{"name": "a", "format": "arrow", "files": ["a.arrow"]}], held_out_share=0.0)) == 0
+    assert read_card(tmp_path / "shards/a/train").documents == 5
+
+
+@pytest.mark.parametrize("other", ["d/../a.jsonl", "link.jsonl", "hard.jsonl", "*.jsonl"])
+def test_one_file_under_two_names_is_refused(tmp_path, capsys, other):
+    write_jsonl(tmp_path / "a.jsonl", texts(5))
+    (tmp_path / "d").mkdir()
+    if not other.startswith("*"):
+        (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+        os.link(tmp_path / "a.jsonl", tmp_path / "hard.jsonl")
+    config = settings(tmp_path, [{"name": "a", "format": "jsonl", "files": ["a.jsonl", other]}])
+    if other.startswith("*"):                      # the same name again is no mistake
+        assert run("prepare", config) == 0
+    else:
+        assert f"{tmp_path}/a.jsonl and {tmp_path}/{other} are the same file" in refused(capsys, "prepare", config)
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])

@@ -37,11 +37,12 @@ def texts_of(source, root) -> tuple[list[str], dict[str, int]]:
 
 
 @pytest.mark.parametrize("rule, taken, not_taken", [
-    ({"equals": "en"}, ["en", ["en", "en"]], ["de", "EN", 1, None, ABSENT, [], ["en", "de"]]),
-    ({"equals": True}, [True], [1, "True", False]),
-    ({"equals": 4}, [4, 4.0], ["4", True]),
+    ({"equals": "en"}, ["en", ["en", "en"]], ["de", "EN", None, ABSENT, [], ["en", "de"], ["en", None]]),
+    ({"equals": True}, [True], [False]),
+    ({"equals": 4}, [4, 4.0], [5]),
+    ({"one_of": ("x", 4)}, ["x", 4], ["4", 5]),
     ({"one_of": ("MIT", "BSD")}, ["BSD", ["MIT"], ["MIT", "BSD"]], ["GPL", ["MIT", "GPL"], [], None]),
-    ({"none_of": ("GPL",)}, ["MIT", ["MIT"], [], None, ABSENT], ["GPL", ["MIT", "GPL"]]),
+    ({"none_of": ("GPL",)}, ["MIT", ["MIT"], [], None, ABSENT, ["MIT", None]], ["GPL", ["MIT", "GPL"]]),
     ({"at_least": 3, "at_most": 4}, [3, 3.5, 4], [2.9, 4.1, None, ABSENT]),
     ({"not_empty": True}, ["x", ["x"], {"a": 1}, 0], ["", " \n", [], {}, None, ABSENT]),
     ({"at_least_chars": 3}, ["abc"], ["ab", None]), ({"at_most_chars": 3}, ["abc", ""], ["abcd", None])])
@@ -54,6 +55,11 @@ def test_a_rule_takes_exactly_what_it_says(rule, taken, not_taken):
 def test_a_rule_that_cannot_judge_a_value_says_so():
     for rule, value in (({"at_least": 3}, "4"), ({"at_least": 3}, True), ({"at_most_chars": 3}, 4)):
         with pytest.raises(WrongType, match="'x' is .*; needed: (a number|text)"):
+            Filter(column="x", **rule).passes(value)
+    for rule, value in (({"equals": False}, "no"), ({"equals": True}, 1), ({"equals": 4}, True), ({"one_of": (4,)}, "4"),
+                        ({"none_of": (2000,)}, "2000"), ({"one_of": ("a",)}, ["a", 1]), ({"equals": "a"}, b"a"),
+                        ({"none_of": ("a",)}, [["a"]])):
+        with pytest.raises(WrongType, match="'x' is .*; needed: (a number|a text|true or false), as in the filter"):
             Filter(column="x", **rule).passes(value)
 
 
@@ -201,6 +207,8 @@ def test_a_file_of_the_hub_is_named_with_its_commit_and_read_by_its_number(monke
 
 def test_a_filter_without_a_sense_is_refused(tmp_path, capsys):
     for wrong, words in (({"column": "x"}, "has no rule"), ({"column": "x", "one_of": []}, "has an empty list"),
+                         ({"column": "x", "one_of": ["en", False]}, "[en, False] in one_of: true and false beside others"),
+                         ({"column": "x", "none_of": [True, 1]}, "in none_of: true and false"),
                          ({"column": "x", "equals": ["a"]}, "compares with"), ({"column": "x", "at_lest": 1}, "at_least"),
                          ({"column": "x", "at_least": 2, "at_most": 1}, "no value is both")):
         source = {"name": "a", "format": "jsonl", "files": ["a.jsonl"], "filters": [wrong]}
