@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     args, rest = _parser().parse_known_args(arguments)
-    if args.command in ("prepare", "plan"):
+    if args.command in ("prepare", "merge", "plan"):
         args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in args.overrides]
     if rest:

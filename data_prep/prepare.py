@@ -134,9 +134,10 @@ def _finished(plan: _Plan) -> bool:
     if changed := changes(identity(card), identity(plan.card)):
         raise ShardError(f"{plan.folder} was made from something else ({changed}). "
                          "Add --again to make it anew, or set another out.")
-    held_out = card.recipe["counts"]["documents_held_out"]
+    counts = card.recipe["counts"]
+    held_out, left_out = counts["documents_held_out"], sum(counts["left_out"].values())
     say(f"{plan.source.name}: finished before, {card.documents:,} samples and {short_count(card.tokens)} tokens in "
-        f"train, {held_out:,} documents held out ({plan.folder}). Nothing to do.")
+        f"train, {held_out:,} documents held out, {left_out:,} left out ({plan.folder}). Nothing to do.")
     tidy(plan.folder)
     return True
 

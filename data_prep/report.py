@@ -51,7 +51,7 @@ def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
     for row in rows:
         words, numbers = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
         say("  ".join([*(cell.ljust(w) for cell, w in words), *(cell.rjust(w) for cell, w in numbers)]))
-    for summary in [s for s in found if s.card.split == "train"] or found:
+    for summary in _shown(found):
         say(f"\n{summary.folder}: tokens per sample")
         for line in histogram(summary.lengths):
             say(f"  {line}")
@@ -105,6 +105,11 @@ def histogram(lengths: np.ndarray) -> list[str]:
     return lines
 
 
+def _shown(found: Sequence[Summary]) -> Sequence[Summary]:
+    """The folders to train on, or where there is none, all."""
+    return [s for s in found if s.card.split == "train"] or found
+
+
 def _picture(found: Sequence[Summary]) -> bytes:
     """PNG: the share of each folder's tokens by sample length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -113,11 +118,10 @@ def _picture(found: Sequence[Summary]) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for s in found:
-        if s.card.split == "train":
-            weights = s.lengths / s.lengths.sum(dtype=np.int64)
-            axes.hist(s.lengths, bins=np.geomspace(4, s.card.max_tokens_per_document + 1, 60), weights=weights,
-                      histtype="step", label=s.card.source)
+    for s in _shown(found):
+        weights = s.lengths / s.lengths.sum(dtype=np.int64)
+        axes.hist(s.lengths, bins=np.geomspace(4, s.card.max_tokens_per_document + 1, 60), weights=weights,
+                  histtype="step", label=s.card.source)
     axes.set(xscale="log", xlabel="tokens per sample", ylabel="share of the source's tokens")
     axes.legend()
     buffer = io.BytesIO()

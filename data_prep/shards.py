@@ -217,7 +217,7 @@ def _unpacked(folder: Path, entry: dict, data: bytes) -> bytes:
     try:
         return decompress(entry["compression"], data)
     except Exception as error:    # each compressor has an error of its own
-        raise ShardError(f"{folder / stored_info(entry)['basename']} cannot be decompressed: {error}. "
+        raise ShardError(f"{folder / stored_info(entry)['basename']} cannot be decompressed: {str(error).rstrip('.')}. "
                          "Make the shards again.") from error
 
 

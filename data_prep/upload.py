@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,8 @@ TRIES = 3            # of each file
 def upload(folder: Path, remote: str) -> None:
     """Copy every shard folder at or below `folder` to the same place below `remote`. Raises ShardError for a damaged one,
     before any of it is copied, and UserError for a place that cannot be written."""
+    if not urlsplit(remote).scheme and Path(remote).resolve() == folder.resolve():
+        raise UserError(f"{remote} is the folder that is to be copied; needed: another place.")
     found = find_shard_folders([folder])
     uploader = _uploader(folder, remote)
     for shards in found:
@@ -52,6 +55,7 @@ def _uploader(folder: Path, remote: str) -> Any:
         if len(remote.rstrip("/").split("/")) != 5:
             raise UserError(f"{remote} is not hf://datasets/ORGANISATION/NAME, which is all that an upload to hf can name.")
         remote = f"{remote.rstrip('/')}/"
+    logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)       # it warns that `folder` holds files
     try:
         if not scheme:
             return CloudUploader.get((str(folder), remote), keep_local=True, retry=TRIES, exist_ok=True)

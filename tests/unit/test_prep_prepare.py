@@ -140,6 +140,15 @@ def test_a_finished_source_is_not_made_again(tmp_path, capsys):
     assert (tmp_path / "shards/a").stat().st_ino == before
 
 
+def test_a_source_made_before_says_what_was_left_out_of_it_and_merge_takes_settings_after_options(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [*texts(60), ""])
+    config = settings(tmp_path)
+    assert run("prepare", config) == 0
+    capsys.readouterr()
+    assert run("merge", config, "--source", "a", "processes=1") == 0
+    assert "documents held out, 1 left out (" in capsys.readouterr().out
+
+
 def test_a_changed_recipe_is_refused_and_made_anew_only_on_demand(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", texts(50))
     config = settings(tmp_path)

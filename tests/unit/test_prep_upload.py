@@ -13,10 +13,17 @@ def prepared(tmp_path):
     return tmp_path / "shards"
 
 
-def test_another_disk_gets_the_same_bytes(tmp_path):
+def test_another_disk_gets_the_same_bytes(tmp_path, caplog):
     shards = prepared(tmp_path)
     assert run("upload", shards, tmp_path / "copy") == 0
     assert bytes_of(tmp_path / "copy") == bytes_of(shards)
+    assert not caplog.messages, "streaming warns that the folder holds files"
+
+
+def test_a_folder_is_not_copied_onto_itself(tmp_path, capsys):
+    shards = prepared(tmp_path)
+    assert run("upload", shards, tmp_path / "shards/../shards") == 2
+    assert "is the folder that is to be copied; needed: another place." in capsys.readouterr().err
 
 
 def test_object_storage_gets_every_file_under_its_place_and_the_card_last(tmp_path, monkeypatch, capsys):

@@ -116,3 +116,8 @@ def test_the_report_counts_tokens_and_reads_text_back(shards, capsys, tmp_path):
     assert "[CLS]" in out and any(word in out for word in ("house", "tree", "cat"))
     assert (tmp_path / "report/lengths.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (tmp_path / "report/report.html").read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_report_of_held_out_text_alone_draws_it(shards, tmp_path):
+    assert run("report", shards.parent / "held_out", "--out", tmp_path / "report") == 0
