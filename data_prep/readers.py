@@ -1,7 +1,7 @@
 """Sources to blocks of documents: the only importer of `datasets`.
 
 A block is a few MiB of one file. Lines stay raw bytes in it, so that the process that encodes also parses; the process
-that reads only looks for line ends. Local JSON lines and plain text are read here; Parquet, Arrow and the hub through
+that reads only looks for line ends. Local JSON lines, plain text and Parquet are read here; Arrow and the hub through
 the builders of `datasets`, streamed.
 """
 
@@ -29,16 +29,25 @@ from data_prep.filters import ABSENT, WrongType, look_up, named
 from encoder.base.errors import ConfigError, UserError, nearest
 
 BLOCK_BYTES = 2**22
+COMPRESSED_STEP_BYTES = 2**16                  # of decompressed text in one step: no more is lost before a break
 TABLE_ROWS = 1024                              # of a table in one block, fewer when they are long
 HUB_FILE_BYTES = 2**28                         # a hub file whose size is not known: for the bar and the processes alone
 ARROW_FILE = b"ARROW1"                         # first and last
 ARROW_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")       # since Arrow 0.15; before
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SKIP = "set on_error: skip"
+READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
 class ReadError(UserError):
     """A file that cannot be read to its end; under on_error: skip, the rest of it is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotUtf8:
+    """Stands for a text of a table that cannot be decoded."""
+
+    byte: int                             # the first bad one, from 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +180,9 @@ def parse(block: Block) -> Parsed:
         text = look_up(row, source.text)
         if isinstance(text, str):
             _take(place, text, result)
+        elif isinstance(text, NotUtf8):
+            result.leave_out("not utf-8", f"{place}: byte {text.byte} of {source.text!r} is not UTF-8; needed: UTF-8 text. "
+                                          f"Repair it, or {SKIP}.")
         elif text is ABSENT:
             keys = nearest(source.text, sorted(row)) if row else "The object is empty."
             result.leave_out("no text", f"{place} has no {source.text!r}. {keys} Set the source's text, or on_error: skip.")
@@ -273,8 +285,7 @@ def _lines(source: Source, file: InputFile, begin: int, end: int | None) -> Iter
             left = stop - at
             raw.seek(at)
         seen = raw.tell()
-        while piece := stream.read(BLOCK_BYTES if left is None else min(left, BLOCK_BYTES)):
-            left = None if left is None else left - len(piece)
+        for piece in _pieces(stream, left, compressed=stream is not raw):
             if by_paragraph:                     # the two line ends between paragraphs may lie in two pieces
                 piece, rest = b"".join([*rest, piece]), []
             cut = max(i + len(mark) if (i := piece.rfind(mark)) >= 0 else 0 for mark in ends)
@@ -286,6 +297,26 @@ def _lines(source: Source, file: InputFile, begin: int, end: int | None) -> Iter
             at, seen = at + len(lines), now
         if lines := b"".join(rest):
             yield Block(source=source, file=file.place, first=1, lines=lines, file_bytes=raw.tell() - seen, counted_from=at)
+
+
+def _pieces(stream: IO[bytes], left: int | None, *, compressed: bool) -> Iterator[bytes]:
+    """The next `left` bytes (None: all) by BLOCK_BYTES; where reading breaks, first what was read until there."""
+    step = COMPRESSED_STEP_BYTES if compressed else BLOCK_BYTES
+    while True:
+        parts, missing, error = [], BLOCK_BYTES if left is None else min(left, BLOCK_BYTES), None
+        try:
+            while missing and (part := stream.read1(min(missing, step))):
+                parts.append(part)
+                missing -= len(part)
+        except READ_ERRORS as broken:
+            error = broken
+        if parts:
+            yield b"".join(parts)
+            left = None if left is None else left - sum(map(len, parts))
+        if error:
+            raise error
+        if not parts:
+            return
 
 
 def _next_document(f: IO[bytes], at: int, ends: tuple[bytes, ...]) -> int:
@@ -307,9 +338,9 @@ def _next_document(f: IO[bytes], at: int, ends: tuple[bytes, ...]) -> int:
 def _line_ends(path: Path, before: int) -> int:
     """Line ends in the first `before` bytes of a file, decompressed, as far as it can be read."""
     count = 0
-    with contextlib.suppress(OSError, EOFError, zlib.error), _opened(path) as (stream, _):
-        while before and (piece := stream.read(min(before, BLOCK_BYTES))):
-            count, before = count + piece.count(b"\n"), before - len(piece)
+    with contextlib.suppress(*READ_ERRORS), _opened(path) as (stream, raw):
+        for piece in _pieces(stream, before, compressed=stream is not raw):
+            count += piece.count(b"\n")
     return count
 
 
@@ -335,7 +366,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 @contextlib.contextmanager
-def _readable(place: Callable[[], str], errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)) -> Iterator[None]:
+def _readable(place: Callable[[], str], errors: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
     """What goes wrong with the file inside is a ReadError that begins with `place()`."""
     try:
         yield
@@ -347,7 +378,7 @@ def _readable(place: Callable[[], str], errors: tuple[type[Exception], ...] = (O
 
 
 def _tables(source: ParquetSource | ArrowSource | HubSource, file: InputFile) -> Iterator[Block]:
-    """The rows of one file through a builder of `datasets`; of a Parquet file only the columns in use are read."""
+    """The rows of one file; of a Parquet file only the columns in use are read."""
     import datasets
     import pyarrow
 
@@ -358,33 +389,53 @@ def _tables(source: ParquetSource | ArrowSource | HubSource, file: InputFile) ->
                                                      datasets.exceptions.DatasetsError)
     first, left = 1, file.bytes
     with _readable(lambda: f"{file.place} cannot be read beyond row {first - 1:,}", errors):
-        for table in _rows(source, file).with_format("arrow").iter(batch_size=TABLE_ROWS):
+        for table in (_parquet_tables(source, file) if isinstance(source, ParquetSource) else
+                      _rows(source, file).with_format("arrow").iter(batch_size=TABLE_ROWS)):
             step = max(1, table.num_rows * BLOCK_BYTES // max(1, table.nbytes))
             for at in range(0, table.num_rows, step):
                 part = table.slice(at, step)
-                columns = {name: _column(part, name, source, file).to_pylist() for name in source.columns}
+                columns = {name: _values(_column(part, name, source, file)) for name in source.columns}
                 here = min(left, part.nbytes)
                 yield Block(source=source, file=file.place, first=first, columns=columns, file_bytes=here)
                 first, left = first + part.num_rows, left - here
 
 
-def _rows(source: ParquetSource | ArrowSource | HubSource, file: InputFile) -> Any:
-    """An IterableDataset over one file."""
-    import datasets
+def _parquet_tables(source: ParquetSource, file: InputFile) -> Iterator[Any]:
+    """A row group after the other, so that those before a broken one are read."""
+    import pyarrow
     import pyarrow.parquet
 
-    options = {}
+    with pyarrow.parquet.ParquetFile(file.path) as f:
+        columns = list(dict.fromkeys(_top(name, f.schema_arrow.names, file) for name in source.columns))
+        for group in range(f.num_row_groups):
+            for batch in f.iter_batches(TABLE_ROWS, row_groups=[group], columns=columns):
+                yield pyarrow.Table.from_batches([batch])
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as objects of Python; a value with text that is not UTF-8 is the NotUtf8 of it."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return NotUtf8(byte=error.start + 1)
+
+
+def _rows(source: ArrowSource | HubSource, file: InputFile) -> Any:
+    """An IterableDataset over one file."""
+    import datasets
+
     if isinstance(source, HubSource):
         rows = _hub_rows(source)
         return rows.shard(num_shards=rows.num_shards, index=file.number) if rows.num_shards > 1 else rows
-    if isinstance(source, ArrowSource):
-        _check_arrow_end(file)
-        word = "arrow"
-    else:
-        word = "parquet"
-        names = pyarrow.parquet.read_schema(file.path).names
-        options["columns"] = list(dict.fromkeys(_top(name, names, file) for name in source.columns))
-    return datasets.load_dataset(word, data_files=str(file.path), split="train", streaming=True, **options)
+    _check_arrow_end(file)
+    return datasets.load_dataset("arrow", data_files=str(file.path), split="train", streaming=True)
 
 
 def _check_arrow_end(file: InputFile) -> None:

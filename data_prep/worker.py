@@ -106,8 +106,8 @@ class SegmentMaker:
             except ReadError as error:
                 if self._job.stop_on_error:
                     raise
-                warn_once(f"left out: {error}")
-                counts.leave_out({"unreadable file or its end": 1})
+                warn_once(f"left out, with an unknown number of documents: {error}")
+                counts.leave_out({"rest of a broken file": 1})
 
     def _encode(self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts) -> None:
         job, parsed, tokens = self._job, parse(block), 0

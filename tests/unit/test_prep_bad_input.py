@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.ipc
@@ -103,7 +104,7 @@ def table_bytes(how: str, table: pyarrow.Table) -> bytes:
 
 
 def broken_page() -> bytes:
-    """A Parquet file of three row groups with the second's first page destroyed; the reader looks ahead: no row is left."""
+    """A Parquet file of three row groups with the second's first page destroyed."""
     content = bytearray(table_bytes("parquet", pyarrow.table({"text": texts(300)})))
     at = pyarrow.parquet.read_metadata(pyarrow.BufferReader(bytes(content))).row_group(1).column(0).dictionary_page_offset
     content[at:at + 60] = b"\xff" * 60
@@ -125,13 +126,13 @@ def old_stream() -> bytes:
 
 
 @pytest.mark.parametrize("name, content, source, words", [
-    ("a.jsonl.gz", half(gzip.compress(b"".join(GOOD for _ in range(20_000)))), "jsonl", "beyond line 0"),
+    ("a.jsonl.gz", half(gzip.compress(GOOD * 20_000)), "jsonl", "beyond line 9,"),
     ("a.jsonl.gz", b"", "jsonl", "is cut short"), ("a.jsonl.zst", b"", "jsonl", "is cut short"),
     ("a.jsonl.gz", GOOD, "jsonl", "Not a gzipped file"),
     ("a.jsonl.zst", GOOD, "jsonl", "cannot be read beyond line 0"),
     ("a.parquet", b"PAR1 and no end", "parquet", "cannot be read beyond row 0"),
     ("a.parquet", half(table_bytes("parquet", pyarrow.table({"text": texts(300)}))), "parquet", "beyond row 0"),
-    ("a.parquet", broken_page(), "parquet", "cannot be read beyond row 0"),
+    ("a.parquet", broken_page(), "parquet", "cannot be read beyond row 100"),
     ("a.arrow", half(table_bytes("file", pyarrow.table({"text": texts(300)}))), "arrow", "is cut short"),
     ("a.arrow", cut_between_batches(), "arrow", "is cut short"),
     ("a.arrow", cut_between_batches(z=[0] * 300), "arrow", "is cut short"),
@@ -158,8 +159,10 @@ def test_a_broken_file_is_named_and_can_be_skipped(tmp_path, capsys, name, conte
     broken["files"].append(good.name)
     assert run("prepare", settings(tmp_path, [broken], held_out_share=0.0), "on_error=skip") == 0
     counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
-    reason = "not utf-8" if source == "text" else "unreadable file or its end"
-    assert counts["documents_read"] == (1 if source == "text" else 5) and counts["left_out"] == {reason: 1}
+    reason = "not utf-8" if source == "text" else "rest of a broken file"
+    before = re.search(r"beyond (?:row|line) ([\d,]+)", err)
+    kept = 1 if source == "text" else 5 + (int(before[1].replace(",", "")) if before else 0)
+    assert counts["documents_read"] == kept and counts["left_out"] == {reason: 1}
 
 
 def test_a_stream_of_before_arrow_0_15_is_read(tmp_path):
@@ -211,6 +214,30 @@ def test_empty_lines_at_the_beginning_count(tmp_path, capsys, document):
     (tmp_path / "a.txt").write_bytes(b"\n\r\n\nab\xff\n\nlast\n")
     source = {"name": "a", "format": "text", "files": ["a.txt"], "document": document}
     assert "a.txt line 4: byte 3 is not UTF-8" in refused(capsys, "prepare", settings(tmp_path, [source]))
+
+
+def test_of_a_parquet_file_only_the_row_that_is_not_utf_8_is_left_out(tmp_path, capsys):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts(30), "bad #*# bytes", *texts(5, seed=1)]}), sink,
+                                compression="none")
+    (tmp_path / "a.bin").write_bytes(sink.getvalue().to_pybytes().replace(b"#*#", b"#\xff#"))
+    source = {"name": "a", "format": "parquet", "files": ["a.bin"]}
+    config = settings(tmp_path, [source], held_out_share=0.0)
+    assert "a.bin row 31: byte 6 of 'text' is not UTF-8" in refused(capsys, "prepare", config)
+    assert run("prepare", config, "on_error=skip") == 0
+    counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
+    assert counts["documents_read"] == 35 and counts["left_out"] == {"not utf-8": 1}
+
+
+def test_a_parquet_file_of_an_empty_row_group_is_empty(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(table_bytes("parquet", pyarrow.table({"text": texts(5)})))
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "b.parquet", empty.schema) as writer:
+        writer.write_table(empty)
+    assert pyarrow.parquet.read_metadata(tmp_path / "b.parquet").num_row_groups == 1
+    source = {"name": "a", "format": "parquet", "files": ["*.parquet"]}
+    assert run("prepare", settings(tmp_path, [source], held_out_share=0.0)) == 0
+    assert read_card(tmp_path / "shards/a/train").documents == 5
 
 
 def test_a_nul_character_and_a_null_row_are_named_by_line_and_row(tmp_path, capsys):
