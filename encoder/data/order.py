@@ -5,12 +5,13 @@
     documents    permuted inside their group by (seed, "order", phase, source, epoch, group)
 
 Every epoch visits every document exactly once; a reader touches only the shards of one group at a time.
-Lane l of L has an order of its own over the shards l, l + L, l + 2 L, ...; its number stands in the addresses above
-after the source where L is more than one.
+Each of several lanes has an order of its own over its share of the shards; its number stands in the addresses above after
+the source.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,24 @@ import numpy as np
 from encoder.base.rng import generator
 
 SHARDS_PER_GROUP = 16        # 1 GiB of 64 MiB shards: about a million web documents shuffled together
+
+
+def deal_shards(samples_per_shard: np.ndarray, lanes: int) -> list[np.ndarray]:
+    """The shards of each lane, int64, ascending: the largest first, each to the lane that has the fewest documents.
+
+    Ties go to the lower shard and the lower lane (longest processing time: Graham 1969, Bounds on Multiprocessing Timing
+    Anomalies). 60,000 shards take 0.03 s.
+    """
+    if lanes == 1:
+        return [np.arange(len(samples_per_shard))]
+    dealt: list[list[int]] = [[] for _ in range(lanes)]
+    held = [(0, lane) for lane in range(lanes)]
+    samples = samples_per_shard.tolist()
+    for shard in np.argsort(-np.asarray(samples_per_shard, dtype=np.int64), kind="stable").tolist():
+        documents, lane = held[0]
+        dealt[lane].append(shard)
+        heapq.heapreplace(held, (documents + samples[shard], lane))
+    return [np.sort(np.array(shards, dtype=np.int64)) for shards in dealt]
 
 
 @dataclass(frozen=True)
@@ -30,18 +49,19 @@ class _Epoch:
 
 
 class DocumentOrder:
-    """The order of one source in one phase and lane. Remembers the epoch and the groups it used last, nothing else.
+    """The order of one source in one phase. Remembers the epoch and the groups it used last, nothing else.
 
     `samples_per_shard` int64 [shards] of the whole source; documents are numbered through the shards in stored order.
+    `lane`: its number and its shards of deal_shards, None where there is one lane.
     """
 
-    def __init__(self, samples_per_shard: np.ndarray, *, seed: int, phase: int, source: str, lane: int = 0,
-                 lanes: int = 1) -> None:
+    def __init__(self, samples_per_shard: np.ndarray, *, seed: int, phase: int, source: str,
+                 lane: tuple[int, np.ndarray] | None = None) -> None:
         samples = np.asarray(samples_per_shard, dtype=np.int64)
         self._ends = np.cumsum(samples)
-        self._shards = np.arange(lane, len(samples), lanes)
+        self._shards = np.arange(len(samples)) if lane is None else lane[1]
         self._samples = samples[self._shards]
-        self._address = ("order", phase, source, *((f"lane {lane}",) if lanes > 1 else ()))
+        self._address = ("order", phase, source, *((f"lane {lane[0]}",) if lane else ()))
         self._seed = seed
         self.documents_per_epoch = int(self._samples.sum())
         assert self.documents_per_epoch > 0, "an empty source has no order"

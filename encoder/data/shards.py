@@ -208,6 +208,10 @@ def _wrong_size(path: Path, size: int, shard: _ShardFile) -> str:
     return f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard again."
 
 
+def _no_index(path: Path) -> ShardError:
+    return ShardError(f"{path} cannot be read: it is no index of MDS shards. Copy or prepare the shards again.")
+
+
 def _reopen(origin: str, name: str, cache: Path | None, cache_bytes: int | None) -> Source:
     return Source(origin, name=name, cache=cache, cache_bytes=cache_bytes)
 
@@ -216,7 +220,16 @@ def _read_index(path: Path, *, dtype: np.dtype, hashes: dict[str, str]) -> list[
     try:
         return [_shard_file(info, path, dtype, hashes) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} cannot be read: it is no index of MDS shards. Copy or prepare the shards again.") from error
+        raise _no_index(path) from error
+
+
+def read_samples_per_shard(folder: Path) -> np.ndarray:
+    """Documents of each shard of a folder, int64 [shards], by its index alone. Raises ShardError."""
+    path = folder / INDEX
+    try:
+        return np.array([int(info["samples"]) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]], dtype=np.int64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_index(path) from error
 
 
 def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype, hashes: dict[str, str]) -> _ShardFile:

@@ -23,11 +23,13 @@ import numpy as np
 
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.rng import generator
-from encoder.data.order import DocumentOrder
+from encoder.data.order import DocumentOrder, deal_shards
 from encoder.data.packing import Packing, pack_best_fit
 from encoder.data.shard_format import Card
 
 SOURCE, DOCUMENT, START, END = range(4)      # columns of a piece
+# a step takes as many rows of each lane, so that a lane with 5 % fewer documents repeats its own 5 % more often
+LANES_APART = 0.05
 
 
 class PlannedSource(Protocol):
@@ -61,7 +63,7 @@ class WindowPlan:
 
 
 class Windows:
-    """The windows of one phase: a pure function of lane and window number. Raises ConfigError for more lanes than shards.
+    """The windows of one phase: a pure function of lane and window number. Raises ConfigError as shards_of_lanes does.
 
     The pieces of shards in `left_out`, as (number of the source, shard), are taken out of their rows once these are laid:
     all else stays where it was.
@@ -72,11 +74,11 @@ class Windows:
                  left_out: Sequence[tuple[int, int]] = ()) -> None:
         self._sources, self._left_out = sources, frozenset(left_out)
         self._documents_per_window = documents_per_window([s.card for s in sources], weights, window_documents)
-        for source in sources:
-            check_lanes(source.name, shards=len(source.samples_per_shard), lanes=lanes)
+        dealt = [shards_of_lanes(s.name, s.samples_per_shard, lanes) for s in sources]
         self._orders_of_lane = [
-            [DocumentOrder(s.samples_per_shard, seed=seed, phase=phase, source=s.name, lane=lane, lanes=lanes)
-             for s in sources] for lane in range(lanes)]
+            [DocumentOrder(s.samples_per_shard, seed=seed, phase=phase, source=s.name,
+                           lane=(lane, shards[lane]) if lanes > 1 else None)
+             for s, shards in zip(sources, dealt, strict=True)] for lane in range(lanes)]
         self._seed, self._phase, self._lanes = seed, phase, lanes
         self._max_tokens, self._row_tokens = max_tokens_per_document, row_tokens
 
@@ -89,9 +91,11 @@ class Windows:
         return [x.numerator * window // x.denominator for x in self._documents_per_window]
 
     def epochs_before(self, windows: Sequence[int]) -> dict[str, float]:
-        """How often each source was gone through, by name, when each lane stands at the beginning of its window."""
-        taken = np.sum([self.documents_before(w) for w in windows], axis=0).tolist()
-        return {s.name: n / s.card.documents for s, n in zip(self._sources, taken, strict=True)}
+        """How often the lane that did so most went through its documents of each source, by name, when each stands at the
+        beginning of its window."""
+        epochs = [[n / order.documents_per_epoch for n, order in zip(self.documents_before(w), orders, strict=True)]
+                  for w, orders in zip(windows, self._orders_of_lane, strict=False)]
+        return {s.name: max(of_lanes) for s, of_lanes in zip(self._sources, zip(*epochs, strict=True), strict=True)}
 
     def shards(self, window: int, count: int, *, lane: int = 0, at_most: int) -> list[list[int]]:
         """Of each source the shards that `count` windows of a lane read, soonest first; at least those of its next document."""
@@ -149,11 +153,19 @@ def documents_per_window(cards: Sequence[Card], weights: Sequence[float], window
     return [window_documents * share / sum(shares) for share in shares]
 
 
-def check_lanes(source: str, *, shards: int, lanes: int) -> None:
-    """Every lane has a shard of the source. Raises ConfigError."""
+def shards_of_lanes(source: str, samples_per_shard: np.ndarray, lanes: int) -> list[np.ndarray]:
+    """The shards of a source that each lane has. Raises ConfigError for lanes without one, and more than LANES_APART apart."""
+    shards = len(samples_per_shard)
     if shards < lanes:
         raise ConfigError(f"source {source} has {shards} shards for {lanes} lanes; needed: a shard for each. Set data.lanes "
                           f"to {shards} or less, or prepare smaller shards.")
+    dealt = deal_shards(samples_per_shard, lanes)
+    documents = [int(samples_per_shard[own].sum()) for own in dealt]
+    if min(documents) < (1 - LANES_APART) * max(documents):
+        raise ConfigError(f"source {source} has {shards} shards, which make {lanes} lanes of {min(documents):,} to "
+                          f"{max(documents):,} documents; needed: at most {LANES_APART:.0%} apart. Set data.lanes lower, or "
+                          "prepare smaller shards.")
+    return dealt
 
 
 def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Pieces:

@@ -22,7 +22,7 @@ from encoder.data.cache import fetch_side_files
 from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_batches, token_counts
 from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
 from encoder.data.shards import Source, open_source
-from encoder.data.windows import check_lanes
+from encoder.data.windows import shards_of_lanes
 from encoder.models.catalog import build_model
 from encoder.nn.attend import Situation, choose_backend
 from encoder.objectives.catalog import build_objective
@@ -137,11 +137,11 @@ def has_static_shapes(run: RunConfig, device: torch.device) -> bool:
 
 
 def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Source]:
-    """Opens the shard folders of a mixture, in the order of the run file. Raises ShardError, ConfigError for too many lanes."""
+    """Opens the shard folders of a mixture, in the order of the run file. Raises ShardError, ConfigError as shards_of_lanes."""
     opened = [open_source(s.path, name=source_name(s), cache=Path(s.cache) if s.cache else None, cache_bytes=s.cache_bytes)
               for s in sources]
     for source in opened:
-        check_lanes(source.name, shards=len(source.samples_per_shard), lanes=lanes)
+        shards_of_lanes(source.name, source.samples_per_shard, lanes)
     return opened
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from encoder.base.errors import ConfigError, ShardError
 from encoder.data.shard_format import read_card
+from encoder.data.shards import read_samples_per_shard
+from encoder.data.windows import shards_of_lanes
 from encoder.train.config import RunConfig
 
 # what text teaches that is repeated up to 4 times is hardly less than new text does, and falls off from there
@@ -15,7 +17,7 @@ MANY_EPOCHS = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """How often one phase goes through one source."""
+    """How often one phase goes through one source; with lanes, how often the one of fewest documents goes through its own."""
 
     phase: str
     source: str
@@ -23,8 +25,9 @@ class Repeats:
 
 
 def count_repeats(run: RunConfig) -> list[Repeats]:
-    """Of every phase and source whose card is there. Raises ConfigError for more than a source's max_epochs."""
-    found = []
+    """Of every phase and source whose card is there. Raises ConfigError for more than a source's max_epochs, and as
+    shards_of_lanes does."""
+    found, lanes, fewest = [], run.data.lanes, {}
     for phase in run.phases:
         mixture = run.sources_of(phase)
         for source in mixture:
@@ -32,8 +35,12 @@ def count_repeats(run: RunConfig) -> list[Repeats]:
                 card = read_card(source.folder)
             except ShardError:           # not prepared yet: a plan says so, a start refuses it
                 continue
-            epochs = phase.tokens * source.weight / sum(s.weight for s in mixture) / max(1, card.tokens)
             name = source.name or card.source
+            if lanes > 1 and source.folder not in fewest:
+                samples = read_samples_per_shard(source.folder)
+                fewest[source.folder] = min(int(samples[own].sum()) for own in shards_of_lanes(name, samples, lanes))
+            unequal = card.documents / lanes / fewest[source.folder] if lanes > 1 else 1.0
+            epochs = phase.tokens * source.weight / sum(s.weight for s in mixture) / max(1, card.tokens) * unequal
             if source.max_epochs is not None and epochs > source.max_epochs:
                 raise ConfigError(f"phase {phase.name} goes {epochs:.2f} times through source {name}, its max_epochs is "
                                   f"{source.max_epochs:g}. Lower its weight or the phase's tokens, or add text.")

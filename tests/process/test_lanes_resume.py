@@ -57,8 +57,8 @@ def go_on_and_alone(world: World, *, folder: str, stop_at: int) -> list[int]:
 
 
 def test_two_ranks_then_one_then_three_continue_one_ledger(tmp_path: Path):
-    write_source(tmp_path / "a", random_documents(60, seed=1, longest=60), shard_bytes=1 << 11)
-    write_source(tmp_path / "b", random_documents(90, seed=2, longest=30), shard_bytes=1 << 10)
+    write_source(tmp_path / "a", random_documents(60, seed=1, longest=60), shard_bytes=700)
+    write_source(tmp_path / "b", random_documents(90, seed=2, longest=30), shard_bytes=700)
     (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
     first = run_ranks(go_on, 2, folder=str(tmp_path), out="cut", stop_at=1500)[0]
     ((second, steps),) = run_ranks(go_on_and_alone, 1, folder=str(tmp_path), stop_at=3500)

@@ -23,7 +23,7 @@ from encoder.base.errors import ConfigError, DamagedShard, ShardError
 from encoder.data import remote
 from encoder.data.cache import TRIES, ShardCache, _exclusive
 from encoder.data.loader import DataPosition, Loader
-from encoder.data.order import DocumentOrder
+from encoder.data.order import DocumentOrder, deal_shards
 from encoder.data.shard_format import CARD, INDEX, LENGTHS, TOKENIZER
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
@@ -304,7 +304,8 @@ def loader_of(source, **settings):
                   rows_at=lambda tokens: 4, start=DataPosition(), static_shapes=False, workers=0, **settings)
 
 
-def test_prefetch_brings_the_coming_windows_shards_and_changes_no_step(folder, tmp_path, faults, monkeypatch):
+def test_prefetch_brings_the_coming_windows_shards_and_changes_no_step(tmp_path, faults, monkeypatch):
+    folder = write_source(tmp_path / "web" / "train", DOCUMENTS, shard_bytes=1500)      # lanes of 199 and 201 documents
     monkeypatch.setattr("encoder.data.order.SHARDS_PER_GROUP", 2)
     with loader_of(open_source(folder, name="web"), lanes=2) as loader:
         expected = [loader.next_step().row_hash for _ in range(30)]
@@ -347,8 +348,8 @@ def test_steps_that_lost_all_their_documents_are_passed_over(folder):
 def test_the_order_names_every_shard_that_its_documents_lie_in():
     samples = np.random.default_rng(0).integers(1, 5, 70)
     ends = np.cumsum(samples)
-    for lane, lanes in ((0, 1), (1, 3)):
-        order = DocumentOrder(samples, seed=1, phase=0, source="web", lane=lane, lanes=lanes)
+    for lane in (None, (1, deal_shards(samples, 3)[1])):
+        order = DocumentOrder(samples, seed=1, phase=0, source="web", lane=lane)
         for start in range(0, 3 * order.documents_per_epoch, 37):
             lie_in = set(np.searchsorted(ends, order.documents(start, 20), side="right").tolist())
             named = order.shards(start, 20, at_most=70)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from encoder.data.order import SHARDS_PER_GROUP, DocumentOrder
+from encoder.data.order import SHARDS_PER_GROUP, DocumentOrder, deal_shards
 
 
 def order_of(samples, *, seed=1, phase=0, source="web"):
@@ -65,10 +65,31 @@ def test_lanes_part_the_shards_and_each_goes_through_its_own_once_an_epoch(lanes
     samples = np.arange(5, 30)      # 25 shards
     shard_of = np.repeat(np.arange(25), samples)
     seen = []
-    for lane in range(lanes):
-        order = DocumentOrder(samples, seed=1, phase=0, source="web", lane=lane, lanes=lanes)
+    for lane, own in enumerate(deal_shards(samples, lanes)):
+        order = DocumentOrder(samples, seed=1, phase=0, source="web", lane=(lane, own))
         for epoch in range(2):
             drawn = order.documents(epoch * order.documents_per_epoch, order.documents_per_epoch)
-            assert set(shard_of[drawn] % lanes) == {lane} and len(set(drawn)) == len(drawn)
+            assert set(shard_of[drawn]) == set(own) and len(set(drawn)) == len(drawn)
         seen += drawn.tolist()
     assert sorted(seen) == list(range(samples.sum()))
+
+
+def test_the_largest_shards_are_dealt_first_each_to_the_lane_of_fewest_documents():
+    # 9 8 7 | 5 to the lane of 7 | 4 to that of 8 | 3 to that of 9: 12 each
+    assert [own.tolist() for own in deal_shards(np.array([3, 9, 4, 8, 5, 7]), 3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [own.tolist() for own in deal_shards(np.array([2, 2, 2, 2]), 2)] == [[0, 2], [1, 3]]      # ties: the lower first
+    assert deal_shards(np.array([3, 9, 4]), 1)[0].tolist() == [0, 1, 2]
+
+
+def test_segments_with_a_short_last_shard_make_lanes_of_equal_documents():
+    samples = np.array([700, 700, 150] * 200)        # shards l, l + 3, l + 6, ... would be 140,000, 140,000 and 30,000
+    for lanes in (2, 3, 4, 8):
+        documents = [int(samples[own].sum()) for own in deal_shards(samples, lanes)]
+        assert sum(documents) == samples.sum() and min(documents) > 0.98 * max(documents)
+
+
+def test_sixty_thousand_shards_are_dealt_in_no_time():
+    samples = np.random.default_rng(0).integers(100, 900, 60_000)
+    start = time.perf_counter()
+    deal_shards(samples, 64)
+    assert time.perf_counter() - start < 1.0

@@ -14,6 +14,7 @@ from encoder.base.batch import IGNORE
 from encoder.base.rng import generator
 from encoder.data.assembly import wrap_int64
 from encoder.data.loader import DataPosition, Loader
+from encoder.data.order import deal_shards
 from encoder.data.windows import Windows
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MaskShare, MlmConfig
@@ -22,9 +23,9 @@ from tests.memory_source_for_tests import SPECIALS, MemorySource, in_memory, pla
 from tests.shards_for_tests import random_documents
 
 ROW = 64
-SOURCES = [in_memory("web", random_documents(130, longest=90), shards=9),
-           in_memory("code", random_documents(60, longest=200, seed=1), shards=5),
-           in_memory("books", random_documents(9, longest=300, seed=2), shards=4)]
+SOURCES = [in_memory("web", random_documents(132, longest=90), shards=12),
+           in_memory("code", random_documents(60, longest=200, seed=1), shards=12),
+           in_memory("books", random_documents(12, longest=300, seed=2), shards=12)]
 EDGES = WordEdges(np.arange(64) % 3 == 0, np.arange(64) < 59)
 START = DataPosition()
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -73,6 +74,13 @@ def documents_in(batch):
             for a, b in zip(ends, ends[1:]) if a < b <= batch.tokens]
 
 
+def lane_of_document(source, lanes):
+    lane_of_shard = np.empty(len(source.samples_per_shard), dtype=int)
+    for lane, own in enumerate(deal_shards(source.samples_per_shard, lanes)):
+        lane_of_shard[own] = lane
+    return np.repeat(lane_of_shard, source.samples_per_shard)
+
+
 @few
 @given(case=cases, world_size=st.integers(1, 8), micro_batch_rows=st.integers(1, 4), walked=st.integers(0, 5))
 def test_all_ranks_rows_are_those_of_one_rank_from_any_position(case, world_size, micro_batch_rows, walked):
@@ -93,14 +101,14 @@ def test_worker_processes_make_the_same_rows():
 @given(lanes=st.integers(1, 4), ranks=st.integers(1, 8), rows=st.integers(1, 5))
 def test_a_rank_meets_the_lanes_of_its_group_only(lanes, ranks, rows):
     case = Case(sources=1, lanes=lanes, cap=ROW, window_documents=20, rows_of_lane=rows, whole_words=False, seed=1)
-    shard_of = np.repeat(np.arange(9), SOURCES[0].samples_per_shard)
+    lane_of = lane_of_document(SOURCES[0], lanes)
     groups = np.gcd(lanes, ranks)
     for rank in range(ranks):
         with pytest.MonkeyPatch.context() as patch:
             read = set()
             patch.setattr(MemorySource, "read", lambda source, d, read=read: read.add(d) or source.documents[d])
             steps_of(case, 2, rank=rank, world_size=ranks)
-        assert {shard_of[d] % lanes * groups // lanes for d in read} <= {rank * groups // ranks}
+        assert {lane_of[d] * groups // lanes for d in read} <= {rank * groups // ranks}
 
 
 @few
@@ -109,8 +117,7 @@ def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(lanes, window_
     windows = Windows(sources=SOURCES, weights=[3.0, 2.0, 0.5], seed=seed, phase=0, max_tokens_per_document=cap, row_tokens=ROW,
                       window_documents=window_documents, lanes=lanes)
     for lane in range(lanes):
-        own = [[d for d, shard in enumerate(np.repeat(np.arange(len(s.samples_per_shard)), s.samples_per_shard))
-                if shard % lanes == lane] for s in SOURCES]
+        own = [np.flatnonzero(lane_of_document(s, lanes) == lane).tolist() for s in SOURCES]
         count = next(k for k in range(10**6) if all(n >= len(o) for n, o in zip(windows.documents_before(k), own)))
         tokens = Counter()
         for k in range(count):
@@ -130,7 +137,7 @@ def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(lanes, window_
 @given(weights=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4), lengths=st.lists(st.integers(3, 30), min_size=4, max_size=4),
        lanes=st.integers(1, 3), first=st.integers(0, 10**12))
 def test_any_hundred_windows_hold_the_mixture_within_half_a_percent(weights, lengths, lanes, first):
-    sources = [planned(f"s{i}", [n] * 97, shards=5) for i, n in enumerate(lengths[:len(weights)])]
+    sources = [planned(f"s{i}", [n] * 97, shards=6) for i, n in enumerate(lengths[:len(weights)])]
     windows = Windows(sources=sources, weights=weights, seed=1, phase=0, max_tokens_per_document=30, row_tokens=ROW,
                       window_documents=64, lanes=lanes)
     tokens = np.zeros(len(sources))

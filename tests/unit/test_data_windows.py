@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from encoder.base.errors import ConfigError
-from encoder.data.windows import Windows, cut, documents_per_window
+from encoder.data.windows import Windows, cut, documents_per_window, shards_of_lanes
 from tests import memory_source_for_tests as memory_source
 
 
@@ -132,15 +132,25 @@ def test_weights_that_make_no_sense_are_refused(weights, word):
 
 
 def test_more_lanes_than_shards_of_a_source_are_refused():
-    sources = [planned("a", [10] * 50), planned("b", [10] * 20)]
+    sources = [planned("a", [10] * 60), planned("b", [10] * 20)]
     assert windows_of(sources, lanes=2).plan(0, lane=1).rows > 0
     with pytest.raises(ConfigError, match="source b has 2 shards for 3 lanes; needed: a shard for each. Set data.lanes to 2"):
         windows_of(sources, lanes=3)
 
 
-def test_epochs_are_counted_over_all_lanes():
-    # 20 documents a window in each of two lanes, of 50 documents in all: 2 epochs when one stands at 2 and the other at 3
-    assert windows_of([planned("a", [10] * 50)], lanes=2).epochs_before([2, 3]) == {"a": 2.0}
+def test_lanes_of_unequal_documents_are_refused():
+    with pytest.raises(ConfigError, match="a has 9 shards, which make 8 lanes of 100 to 200 documents; needed: at most 5%"):
+        windows_of([planned("a", [10] * 900, documents_per_shard=100)], lanes=8)
+    shards_of_lanes("a", np.array([95, 100]), 2)
+    with pytest.raises(ConfigError, match="94 to 100 documents.*Set data.lanes lower, or prepare smaller shards"):
+        shards_of_lanes("a", np.array([94, 100]), 2)
+
+
+def test_epochs_are_those_of_the_lane_that_repeats_most():
+    # 20 documents a window; lanes of 25 documents
+    assert windows_of([planned("a", [10] * 50, documents_per_shard=25)], lanes=2).epochs_before([2, 3]) == {"a": 60 / 25}
+    # lanes of 49 and 48 documents, at the same window
+    assert windows_of([planned("a", [10] * 97, documents_per_shard=49)], lanes=2).epochs_before([12, 12]) == {"a": 240 / 48}
 
 
 def test_what_is_left_out_leaves_its_rows_and_moves_nothing_else():

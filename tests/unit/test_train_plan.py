@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from encoder.base.errors import ConfigError
+from encoder.data.shards import read_samples_per_shard
 from encoder.models.flops import train_flops
 from encoder.train.config import SourceConfig, read_run
 from encoder.train.plan import estimate_memory, phase_work, plan_text
@@ -49,6 +50,18 @@ def test_a_plan_counts_epochs_warns_of_many_and_refuses_more_than_a_source_allow
     assert "epochs      stable: a 2" in (text := plan_text(run, ranks=1)) and "warning: the run goes through a 7" in text
     with pytest.raises(ConfigError, match="phase stable goes 2.00 times through source a, its max_epochs is 1.9"):
         count_repeats(replace(run, phases=(replace(run.phases[0], sources=(replace(one, max_epochs=1.9), other)),)))
+
+
+def test_epochs_with_lanes_are_those_of_the_lane_of_fewest_documents(tmp_path):
+    """Shards, so lanes, of 20 and 19 documents of 50 tokens: 1,950 tokens are an epoch of all, and 39 / 38 of the second."""
+    write_source(tmp_path / "a", [np.ones(50, dtype=np.int64)] * 39, shard_bytes=2500)
+    assert read_samples_per_shard(tmp_path / "a").tolist() == [20, 19]
+    source = SourceConfig(path=str(tmp_path / "a"), name="a", max_epochs=1.03)
+    run = read_run(TINY, ["data.lanes=2"])
+    phase = replace(run.phases[0], tokens=1950, sources=(source,))
+    assert count_repeats(replace(run, phases=(phase,)))[0].epochs == pytest.approx(39 / 38)
+    with pytest.raises(ConfigError, match="phase stable goes 1.03 times through source a, its max_epochs is 1.02"):
+        count_repeats(replace(run, phases=(replace(phase, sources=(replace(source, max_epochs=1.02),)),)))
 
 
 @pytest.mark.parametrize("name, said", [
