@@ -9,12 +9,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections import deque
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ from encoder.base.errors import ConfigError, ShardError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
 from encoder.data.shard_format import lengths_dtype
-
-PROGRESS_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,76 +164,87 @@ class _Splits:
 
 
 class SegmentPool:
-    """Several processes (or none besides this one) that make segments, in order; at most two wait for each."""
+    """Several processes (or none besides this one) that make segments, given out in order.
+
+    Each hangs on a pipe of its own: the queues of a ProcessPoolExecutor leave semaphores in /dev/shm after a SIGKILL."""
 
     def __init__(self, job: EncodeJob, processes: int) -> None:
-        self._job, self._processes = job, processes
+        self._job = job
         one_thread_a_process()
-        self._pool = None
+        self._processes: dict[connection.Connection, BaseProcess] = {}
         if processes > 1:
             # spawn: a forked copy of a process with threads (arrow) can hang
             context = get_context("spawn")
-            self._news = context.SimpleQueue()
-            self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job, self._news))
             for _ in range(processes):           # they start and load while this process checks the encoder
-                self._pool.submit(_get_ready)
+                here, there = context.Pipe()
+                process = context.Process(target=_work, args=(job, there), daemon=True)
+                process.start()
+                there.close()                    # so that the end of the process ends the pipe
+                self._processes[here] = process
 
     def make(self, jobs: Iterable[SegmentJob], tell: Callable[[Done], None]) -> None:
         """All of them; `tell` is called as they go on. Raises the error of the first segment that has one."""
-        if self._pool is None:
+        if not self._processes:
             maker = SegmentMaker(self._job, tell)
             for job in jobs:
                 maker(job)
             return
-        waiting: deque[Future[None]] = deque()
         try:
-            for job in jobs:
-                waiting.append(self._pool.submit(_make, job))
-                if len(waiting) > 2 * self._processes:
-                    self._wait(waiting.popleft(), tell)
-            while waiting:
-                self._wait(waiting.popleft(), tell)
-        except BrokenProcessPool as error:
-            raise UserError("a process that encodes text died, most likely for want of memory. "
-                            f"Run it again with fewer processes than {self._processes}: processes=N.") from error
+            self._make(enumerate(jobs), tell)
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            raise UserError("a process that encodes text died, most likely for want of memory. Run it again with fewer "
+                            f"processes than {len(self._processes)}: processes=N.") from error
 
-    def _wait(self, future: Future[None], tell: Callable[[Done], None]) -> None:
-        done = False
-        while not done:
-            done = bool(wait([future], timeout=PROGRESS_SECONDS).done)
-            while not self._news.empty():
-                tell(self._news.get())
-        future.result()
+    def _make(self, jobs: Iterator[tuple[int, SegmentJob]], tell: Callable[[Done], None]) -> None:
+        idle, busy, failed = list(self._processes), {}, {}
+        while True:
+            while idle and not failed and (job := next(jobs, None)):
+                pipe = idle.pop()
+                busy[pipe] = job[0]
+                pipe.send(job[1])
+            if failed and min(failed) < min(busy.values(), default=min(failed) + 1):
+                error, trace = failed[min(failed)]
+                raise error from None if isinstance(error, UserError) else RuntimeError(trace)
+            if not busy:
+                return
+            for pipe in connection.wait(busy):
+                news = pipe.recv()
+                if isinstance(news, Done):
+                    tell(news)
+                    continue
+                number = busy.pop(pipe)
+                idle.append(pipe)
+                if news:
+                    failed[number] = news
 
     def close(self) -> None:
         """End the processes; segments that are not finished are given up."""
-        if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        for process in self._processes.values():
+            process.terminate()
+        for pipe, process in self._processes.items():
+            process.join()
+            pipe.close()
+        self._processes = {}
 
 
-_this_process: dict[str, SegmentMaker] = {}
-
-
-def _start(job: EncodeJob, news: Any) -> None:
-    """In a new process: leave Ctrl-C to the parent, and end when the parent is killed."""
+def _work(job: EncodeJob, pipe: connection.Connection) -> None:
+    """In a new process: leave Ctrl-C to the parent, and end when the parent is killed. Sends what is Done; after each
+    segment None, or an error and its trace."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     one_thread_a_process()
-    _this_process["maker"] = SegmentMaker(job, news.put)
+    maker = SegmentMaker(job, pipe.send)
+    with contextlib.suppress(ImportError, ShardError):
+        maker.encoder("fastokens")
+    while True:
+        try:
+            maker(pipe.recv())
+        except Exception as error:
+            pipe.send((error, traceback.format_exc()))
+        else:
+            pipe.send(None)
 
 
 def _end_with_parent() -> None:
     connection.wait([parent_process().sentinel])
     os._exit(1)
-
-
-def _get_ready() -> None:
-    with contextlib.suppress(ImportError, ShardError):
-        _this_process["maker"].encoder("fastokens")
-
-
-def _make(job: SegmentJob) -> None:
-    _this_process["maker"](job)

@@ -37,6 +37,15 @@ def test_shards_are_the_same_bytes_on_one_process_and_on_two(tmp_path, monkeypat
     assert {"a/train/card.json", "a/train/lengths.bin", "a/train/tokenizer.json", "a/held_out/card.json"} <= set(one)
 
 
+def test_processes_hold_no_semaphore_that_a_kill_would_leave_behind(tmp_path, monkeypatch):
+    def refuse(*_, **__) -> None:
+        raise AssertionError("a semaphore")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    write_jsonl(tmp_path / "a.jsonl", texts(200))
+    assert run("prepare", settings(tmp_path), "processes=2", "shard_bytes=1024") == 0
+
+
 def test_documents_and_tokens_are_conserved(tmp_path, capsys):
     documents = [*texts(80, longest=300), "", "  \n "]
     write_jsonl(tmp_path / "a.jsonl", documents)
