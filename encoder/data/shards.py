@@ -34,7 +34,7 @@ from encoder.data.shard_format import (
     with_specials,
 )
 
-# Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the 16 shards of one
+# Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the 8 shards of one
 # group of encoder.data.order, or of two at a border
 OPEN_SHARDS = 32
 
