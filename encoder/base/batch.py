@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -34,6 +35,18 @@ class TokenBatch:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
                  for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
         return replace(self, **moved)
+
+
+def packed_documents(documents: Sequence[torch.Tensor]) -> TokenBatch:
+    """Documents (int64 ids) end to end without padding or dropout keys; nothing is asked: replace() puts a question."""
+    lengths = torch.tensor([len(d) for d in documents])
+    ids_T = torch.cat([*documents])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return TokenBatch(
+        ids_T=ids_T, positions_T=torch.cat([torch.arange(len(d), dtype=torch.int32) for d in documents]),
+        cu_seqlens_S1=torch.cat((torch.zeros(1), lengths.cumsum(0))).to(torch.int32), max_seqlen=int(lengths.max()),
+        predict_index_M=nothing, predict_target_M=nothing, dropout_key_T=torch.zeros_like(ids_T), masked_tokens=0,
+        tokens=len(ids_T))
 
 
 class SummedLoss(NamedTuple):

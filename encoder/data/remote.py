@@ -13,11 +13,6 @@ TIMEOUT_SECONDS = 60.0      # without a byte
 SCHEMES = ("s3", "gs", "hf", "https", "http", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")
 
 
-def is_url(path: str) -> bool:
-    """Whether a path names another machine, or a file by its URL."""
-    return "://" in path
-
-
 def url_of(folder: str, name: str) -> str:
     """A file of a folder that a URL or a path names."""
     return f"{folder.rstrip('/')}/{name}"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from encoder.base.batch import IGNORE, TokenBatch
+from encoder.base.batch import IGNORE, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
@@ -240,6 +240,4 @@ class Engine:
 def _nothing_to_predict() -> TokenBatch:
     """One document of two tokens and no question: a forward of a rank whose batches are done while others go on."""
     one = torch.zeros(1, dtype=torch.int64)
-    return TokenBatch(ids_T=one.repeat(2), positions_T=torch.arange(2, dtype=torch.int32), max_seqlen=2,
-                      cu_seqlens_S1=torch.tensor([0, 2], dtype=torch.int32), predict_index_M=one,
-                      predict_target_M=one + IGNORE, dropout_key_T=one.repeat(2), masked_tokens=0, tokens=2)
+    return replace(packed_documents([one.repeat(2)]), predict_index_M=one, predict_target_M=one + IGNORE)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import packed_documents
 from encoder.base.errors import ExportError
 from encoder.base.rng import generator
 from encoder.models.hf_config import smaller
@@ -218,15 +218,3 @@ def _worst(ours: ModernBertForMaskedLM, ask: Ask, documents: list[Tensor], expec
             difference = float((rows(row, slice(start + at, start + end)) - ours.decode(x_TC[at:end])).abs().max())
             worst = max(worst, difference if difference == difference else float("inf"))
     return worst
-
-
-def packed_documents(documents: list[Tensor]) -> TokenBatch:
-    """Documents end to end, nothing asked."""
-    lengths = torch.tensor([len(d) for d in documents])
-    ids_T = torch.cat(documents)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return TokenBatch(
-        ids_T=ids_T, positions_T=torch.cat([torch.arange(len(d), dtype=torch.int32) for d in documents]),
-        cu_seqlens_S1=torch.cat((torch.zeros(1), lengths.cumsum(0))).to(torch.int32), max_seqlen=int(lengths.max()),
-        predict_index_M=nothing, predict_target_M=nothing, dropout_key_T=torch.zeros_like(ids_T), masked_tokens=0,
-        tokens=len(ids_T))

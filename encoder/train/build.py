@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, max_over_ranks
 from encoder.base.errors import ConfigError, RankError, ShardError, SilentError, UserError
@@ -198,10 +198,8 @@ def fingerprint_batch(run: RunConfig) -> TokenBatch:
     """A fixed batch of chance tokens, all of them predicted: its loss tells whether weights came back as they went."""
     length = min(64, run.model.max_position_embeddings)
     ids_T = torch.from_numpy(generator(run.seed, "fingerprint").integers(0, run.model.vocab_size, length))
-    return TokenBatch(ids_T=ids_T, positions_T=torch.arange(length, dtype=torch.int32),
-                      cu_seqlens_S1=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
-                      predict_index_M=torch.arange(length), predict_target_M=ids_T,
-                      dropout_key_T=torch.zeros(length, dtype=torch.int64), masked_tokens=length, tokens=length)
+    return dataclasses.replace(packed_documents([ids_T]), predict_index_M=torch.arange(length), predict_target_M=ids_T,
+                               masked_tokens=length)
 
 
 @contextlib.contextmanager
