@@ -50,7 +50,9 @@ class Watch:
         self.torn = error is not None and self._world.size > 1
         if not self.torn or isinstance(error, SilentError):
             return
-        first = self._write_first(error)
+        text = f"{error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        first = self._write_first(
+            " ".join(f"rank {self._world.rank} failed, {self._doing}: {type(error).__name__}: {error}".split()), text)
         if first and not isinstance(error, UserError):
             # losing a peer is an error of every rank, with a traceback that says nothing; rank zero tells what was the cause
             raise (UserError if self._world.first else SilentError)(f"{first} All of it is in {self._error_file}.") from None
@@ -64,6 +66,8 @@ class Watch:
             still_seconds = time.monotonic() - self._since
             if still_seconds > self._hang_seconds:
                 self._say_where(still_seconds)
+                # the others look as often: they say where they stand, too, before losing this rank ends them
+                time.sleep(2 * min(LOOK_SECONDS, self._hang_seconds / 4))
                 os._exit(HANG_CODE)
             if still_seconds > LOOK_SECONDS and self._world.size > 1 and (first := self._first()):
                 print(f"rank {self._world.rank} ends, {self._doing}: {first} All of it is in {self._error_file}.",
@@ -71,7 +75,9 @@ class Watch:
                 os._exit(FAILED_CODE)
 
     def _say_where(self, still_seconds: float) -> None:
-        line = f"rank {self._world.rank} hangs: nothing has moved for {still_seconds:.0f} s, {self._doing}. Its threads:\n"
+        summary = f"rank {self._world.rank} hangs: nothing has moved for {still_seconds:.0f} s, {self._doing}."
+        self._write_first(summary, f"The stacks of its threads are in {self._hang_file}.")
+        line = f"{summary} Its threads:\n"
         sys.stderr.write(line)
         sys.stderr.flush()
         with contextlib.suppress(OSError, ValueError):       # a standard error that has no file
@@ -84,10 +90,8 @@ class Watch:
                 faulthandler.dump_traceback(f)
                 os.fsync(f.fileno())
 
-    def _write_first(self, error: BaseException) -> str:
-        """Writes the error down unless another rank's was there before; that one's line, or nothing."""
-        text = f"{error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        summary = " ".join(f"rank {self._world.rank} failed, {self._doing}: {type(error).__name__}: {error}".split())
+    def _write_first(self, summary: str, text: str) -> str:
+        """Writes an error down, a line and all of it, unless another was there before; that one's line, or nothing."""
         with contextlib.suppress(OSError):
             self._error_file.parent.mkdir(parents=True, exist_ok=True)
             try:

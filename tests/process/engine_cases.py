@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from encoder.base.batch import SummedLoss
 from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
@@ -27,7 +28,7 @@ from encoder.engine.checkpoint import (
 )
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
-from tests.process.tiny import ALL_KINDS, MASKED_TOKENS, SIZE, save_checkpoint, share_of_step, tiny_model
+from tests.process.tiny import ALL_KINDS, ROWS, SIZE, masked_tokens_of, save_checkpoint, share_of_step, tiny_model
 
 CPU = torch.device("cpu")
 _TORCHS_LINEAR = torch.nn.functional.linear
@@ -59,16 +60,19 @@ def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: flo
     for step in steps:
         spike["on"] = step == SPIKE_STEP
         batches = share_of_step(step, rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=rows)
-        result = engine.step(batches, masked_tokens=MASKED_TOKENS, lr=lr_scale * lr_of(step), max_lr=1e-2)
-        assert result.applied and result.masked_tokens == MASKED_TOKENS
+        result = engine.step(batches, masked_tokens=masked_tokens_of(step), lr=lr_scale * lr_of(step), max_lr=1e-2)
+        assert result.applied and result.masked_tokens == masked_tokens_of(step)
         losses.append(result.loss)
     return losses
 
 
 def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: str, rows: int, clipping: float = 0.0,
-          whole_tensors: bool = True, all_kinds: bool = False, memory: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+          whole_tensors: bool = True, mean_of_means: bool = False, all_kinds: bool = False,
+          memory: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """Ten steps, a checkpoint after the fifth; the final weights in OUT/label.safetensors."""
     engine, spike = begin(world, zero_stage=zero_stage, precision=precision, clipping=clipping, all_kinds=all_kinds, memory=memory)
+    if mean_of_means:
+        take_means_of_means(engine, rows=rows)
     built = held_at_start(engine) if zero_stage == 3 else {}
     if not whole_tensors:
         engine.optimizer._parts = {}          # every flat partition taken for a tensor, as an optimizer knows no better
@@ -79,6 +83,23 @@ def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: st
     losses += train(engine, spike, rows=rows, steps=range(SAVED_AT, STEPS))
     keep_weights(engine, out / f"{label}.safetensors")
     return {"losses": losses, "saved": str(saved), "evaluated": held_out(engine, world), **built}
+
+
+def take_means_of_means(engine: Engine, *, rows: int) -> None:
+    """The usual mistake: each micro-batch's loss is its own mean, and a step's the mean of those."""
+    plain, per_rank = engine.step, -(-ROWS // engine.world.size) // rows
+    asked = {"of_step": 0}
+
+    def step(*values: Any, masked_tokens: int, **named: Any) -> Any:
+        asked["of_step"] = masked_tokens
+        return plain(*values, masked_tokens=masked_tokens, **named)
+
+    def mean(_module: Any, _inputs: Any, loss: SummedLoss) -> SummedLoss:
+        share = asked["of_step"] / (max(int(loss.count), 1) * per_rank * engine.world.size)
+        return loss._replace(total=loss.total * share)
+
+    engine.step = step
+    engine.module.register_forward_hook(mean)
 
 
 def held_at_start(engine: Engine) -> dict[str, Any]:
@@ -103,8 +124,8 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def held_out(engine: Engine, world: World) -> list[float]:
-    """Rank zero brings three micro-batches, the others one each less; the same rows in sum at 1 and at 2 ranks."""
-    rows = {(0, 1): [1, 1, 2, 4], (0, 2): [1, 1, 2], (1, 2): [4]}[world.rank, world.size]
+    """Rank zero of several brings three micro-batches, the last one the other, one between them none; the same rows in sum."""
+    rows = {0: [1, 1, 2], world.size - 1: [4]}.get(world.rank, []) if world.size > 1 else [1, 1, 2, 4]
     batches = share_of_step(99, rank=0, world_size=1, micro_batch_rows=1)
     engine.module.train()
     sums = engine.evaluate([batches[r] for r in rows])
@@ -150,7 +171,7 @@ def plain_loop(world: World, *, out: str, all_kinds: bool = False) -> None:
     optimizer = StableAdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], CONFIG)
     for step in range(STEPS):
         (batch,) = share_of_step(step, rank=0, world_size=1, micro_batch_rows=8)
-        (model(batch).total / MASKED_TOKENS).backward()
+        (model(batch).total / masked_tokens_of(step)).backward()
         if step == SPIKE_STEP:
             named[SPIKED].grad.mul_(1000.0)
         for group in optimizer.param_groups:
@@ -177,6 +198,38 @@ def resumes(world: World, *, out: str, settings: list[dict]) -> dict[str, list[f
         losses[s["label"]] = train(engine, spike, rows=s["rows"], steps=range(progress.step, STEPS))
         keep_weights(engine, Path(out) / f"{s['label']}.safetensors")
     return losses
+
+
+def pairings(world: World, *, out: str, sources: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Every checkpoint (label -> its stage) loaded at every stage, one after the other into the same engine, and trained on
+    to step ten: what is not what was saved, the losses, and how far from the source's own end the weights are."""
+    seen = {}
+    for stage in range(4):
+        engine, spike = begin(world, zero_stage=stage)
+        for source in sources:
+            folder = newest_checkpoint(Path(out) / source / "checkpoints")
+            load_checkpoint(folder, engine)
+            saved = stored_state(folder)
+            other = [f"{p.name}/{kind}" for p in engine.pieces() for kind, tensor in p.tensors.items()
+                     if not torch.equal(tensor, saved[p.name, kind][p.start:p.start + tensor.numel()])]
+            other += [n for n, w in whole_weights(engine).items() if not torch.equal(w.flatten(), saved[n, "master"])]
+            losses = train(engine, spike, rows=1, steps=range(SAVED_AT, STEPS))
+            end = load_file(Path(out) / f"{source}.safetensors")
+            off, length = (sum(float((w - z * end[n]).double().square().sum()) for n, w in whole_weights(engine).items()) ** 0.5
+                           for z in (1, 0))
+            seen[f"{source}->s{stage}x{world.size}"] = {"other": other, "losses": losses, "off": off / length}
+    return seen
+
+
+def stored_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """What the files of a checkpoint say of each parameter, by (name, kind), put together without our reader."""
+    parts: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for path in folder.glob("*.safetensors"):
+        for key, tensor in load_file(path).items():
+            place, kind = key.rsplit("/", 1)
+            name, start = place.rsplit("@", 1)
+            parts.setdefault((name, kind), {})[int(start)] = tensor
+    return {key: torch.cat([tensor for _, tensor in sorted(found.items())]) for key, found in parts.items()}
 
 
 def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
@@ -260,7 +313,7 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
             if piece.name == "decoder.bias":
                 piece.master.data[0] = float("nan")
         engine.state_was_loaded(optimizer_steps=steps)
-        broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), masked_tokens=MASKED_TOKENS,
+        broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), masked_tokens=masked_tokens_of(1),
                              lr=1e-3, max_lr=1e-3)
         moved = [n for n, w in whole_weights(engine).items() if n != "decoder.bias" and not torch.equal(w, weights[n])]
         seen[f"not_finite_{stage}_{offload}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
@@ -361,7 +414,7 @@ def goes_on_after_nan(world: World) -> dict[str, list[bool]]:
         for step in range(3):
             factor["of"] = float("nan") if step == 1 and world.rank == world.size - 1 else 1.0
             batches = share_of_step(step, rank=world.rank, world_size=world.size, micro_batch_rows=2)
-            results.append(engine.step(batches, masked_tokens=MASKED_TOKENS, lr=lr_of(step), max_lr=1e-2).applied)
+            results.append(engine.step(batches, masked_tokens=masked_tokens_of(step), lr=lr_of(step), max_lr=1e-2).applied)
         applied[f"{precision}-s{stage}"] = results
     return applied
 
@@ -379,8 +432,13 @@ def curves_on_gpu(world: World, *, settings: list[dict]) -> list[dict[str, Any]]
     return seen
 
 
-def second_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
-    """Resumes, then what only shows on two ranks."""
-    return {"resumed": resumes(world, out=out, settings=settings), "mishaps": two_rank_mishaps(world, out=out),
+def load_launch(world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]) -> dict[str, Any]:
+    """Resumes in a fresh process, then every pairing."""
+    return {"resumed": resumes(world, out=out, settings=settings), "pairings": pairings(world, out=out, sources=sources)}
+
+
+def second_launch(world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]) -> dict[str, Any]:
+    """As load_launch, then what only shows on two ranks."""
+    return {**load_launch(world, out=out, settings=settings, sources=sources), "mishaps": two_rank_mishaps(world, out=out),
             "after_nan": goes_on_after_nan(world),
             "given_back": [weights_given_back(world, {"activation_checkpointing": word}) for word in ("off", "blocks")]}

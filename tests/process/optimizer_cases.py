@@ -18,7 +18,7 @@ from encoder.optim.lamb import LambConfig
 from encoder.optim.muon import MuonConfig
 from encoder.optim.stable_adamw import StableAdamWConfig
 from tests.process.engine_cases import keep_weights
-from tests.process.tiny import MASKED_TOKENS, save_checkpoint, share_of_step, tiny_model
+from tests.process.tiny import masked_tokens_of, save_checkpoint, share_of_step, tiny_model
 
 CPU = torch.device("cpu")
 CONFIGS = {"stable_adamw": StableAdamWConfig(weight_decay=0.01), "adamw": AdamWConfig(weight_decay=0.3), "lamb": LambConfig(),
@@ -49,7 +49,7 @@ def train(engine: Engine, at: dict, steps: range) -> None:
     """One micro-batch on each rank; its loss has no say."""
     for at["step"] in steps:
         batches = share_of_step(at["step"], rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=8)
-        assert engine.step(batches, masked_tokens=MASKED_TOKENS, lr=LRS[at["step"]], max_lr=MAX_LR).applied
+        assert engine.step(batches, masked_tokens=masked_tokens_of(at["step"]), lr=LRS[at["step"]], max_lr=MAX_LR).applied
 
 
 def updates(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:

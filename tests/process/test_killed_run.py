@@ -1,10 +1,11 @@
-"""SIGKILL at random moments of a run on two ranks, of one rank or of all: in the end nothing shows that it ever happened."""
+"""SIGKILL at random moments of a run, of one rank or of all: in the end nothing shows that it ever happened."""
 
 from __future__ import annotations
 
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,35 +42,50 @@ loader: {{workers: 1}}
 """
 
 
-def train(world: World, *, folder: str, out: str) -> bool:
-    return pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}"]), world).done
+def train(world: World, *, folder: str, out: str, zero_stage: int = 2) -> bool:
+    return pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={zero_stage}"]), world).done
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills, tokens", [(50, "100K")])
-def test_killed_and_not_killed_end_with_the_same_weights_and_ledger(tmp_path, kills, tokens):
-    write_source(tmp_path / "a", random_documents(120, seed=1, longest=60), vocab_size=64)
-    write_source(tmp_path / "held", random_documents(30, seed=2, longest=60), vocab_size=64)
-    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path, tokens=tokens))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert wait_for(start_ranks(train, 2, folder=str(tmp_path), out="whole"), timeout_seconds=600) == [True, True]
+def killed_run(folder: Path, *, tokens: str, kills: int, topologies: Sequence[tuple[int, int]]) -> tuple[Path, Path]:
+    """The folders of a run on two ranks at stage 2, and of one that is killed so often and starts again each time on one of
+    the `topologies` (ranks, ZeRO stage)."""
+    write_source(folder / "a", random_documents(120, seed=1, longest=60), vocab_size=64)
+    write_source(folder / "held", random_documents(30, seed=2, longest=60), vocab_size=64)
+    (folder / "run.yaml").write_text(RUN.format(root=folder, tokens=tokens))
+    whole, killed = folder / "whole", folder / "killed"
+    assert wait_for(start_ranks(train, 2, folder=str(folder), out="whole"), timeout_seconds=900) == [True, True]
     chance, hits = random.Random(4), 0
     while not (killed / "done.json").exists():
-        ranks = start_ranks(train, 2, folder=str(tmp_path), out="killed")
+        size, stage = chance.choice(topologies)
+        ranks = start_ranks(train, size, folder=str(folder), out="killed", zero_stage=stage)
         if hits < kills:
             hits += kill_at_random(ranks, killed, chance)
         try:
-            wait_for(ranks, timeout_seconds=600 if hits >= kills else 40)      # a rank whose peer is gone ends by itself
+            wait_for(ranks, timeout_seconds=900 if hits >= kills else 60)      # a rank whose peer is gone ends by itself
         except AssertionError:
             assert hits <= kills
         finally:
             shutil.rmtree(ranks[0][1].parent, ignore_errors=True)
     print(f"{hits} kills, {sum(e['event'] == 'resume' for e in read_jsonl(killed / EVENTS))} resumes")
     assert hits == kills, f"the run was over after {hits} kills; give it more tokens"
+    return whole, killed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_killed_50_times_and_never_end_with_the_same_weights_and_ledger(tmp_path):
+    whole, killed = killed_run(tmp_path, tokens="100K", kills=50, topologies=[(2, 2)])
     assert read_jsonl(killed / LEDGER) == read_jsonl(whole / LEDGER) and verify_ledger(killed)
     a, b = (read_weights(newest_checkpoint(run / "checkpoints")) for run in (killed, whole))
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_and_started_again_on_other_ranks_and_stages_the_ledger_is_the_same(tmp_path):
+    whole, killed = killed_run(tmp_path, tokens="40K", kills=15, topologies=[(n, stage) for n in (1, 2, 3) for stage in range(4)])
+    assert read_jsonl(killed / LEDGER) == read_jsonl(whole / LEDGER) and verify_ledger(killed)
+    assert len({(e["ranks"], e["zero_stage"]) for e in read_jsonl(killed / EVENTS) if e["event"] in ("start", "resume")}) > 5
 
 
 def kill_at_random(ranks: list, run: Path, chance: random.Random) -> bool:
