@@ -1,10 +1,11 @@
-"""Steps that are not finite, in a real run on two ranks: skipped together, gone back from, repeated by a resume, a stop at last."""
+"""Bad steps in real runs, not finite or spikes: skipped together, gone back from, repeated by a resume, a stop at last."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,16 @@ tracking: {{print_every_steps: 100}}
 
 
 @contextlib.contextmanager
-def not_finite_at(bad: list[int], world: World) -> Iterator[list[int]]:
-    """Rank 1 (or the only one) has a gradient of NaN in the n-th steps that this start computes; gives the steps computed."""
+def bad_at(bad: list[int], spiked: list[int], world: World) -> Iterator[list[int]]:
+    """Rank 1 (or the only one) has a gradient of NaN in the n-th steps that this start computes, all have ten times the loss
+    in the spiked ones; gives the steps computed."""
     plain, computed = Engine.step, []
 
     def step(self: Engine, *values, **named):
         computed.append(1)
+        if len(computed) in spiked:
+            result = plain(self, *values, **named)
+            return dataclasses.replace(result, loss=10 * result.loss)
         if world.rank != world.size - 1 or len(computed) not in bad:
             return plain(self, *values, **named)
         hook = self.module.decoder.bias.register_hook(lambda g: g * float("nan"))
@@ -59,7 +64,8 @@ def not_finite_at(bad: list[int], world: World) -> Iterator[list[int]]:
         yield computed
 
 
-def start(world: World, folder: str, out: str, *settings: str, bad: list[int], stop_at: int = 0) -> str:
+def start(world: World, folder: str, out: str, *settings: str, bad: Sequence[int] = (), spiked: Sequence[int] = (),
+          stop_at: int = 0) -> str:
     """A start of a run; returns its error or nothing. `stop_at`: it fails before this step, as a kill would end it."""
     plain, calls = Loader.next_step, [0]
 
@@ -69,7 +75,7 @@ def start(world: World, folder: str, out: str, *settings: str, bad: list[int], s
             raise UserError("stopped here")
         return plain(self)
 
-    with not_finite_at(bad, world), pytest.MonkeyPatch.context() as patch:
+    with bad_at([*bad], [*spiked], world), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "next_step", next_step)
         try:
             pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={min(world.size, 2)}",
@@ -81,7 +87,11 @@ def start(world: World, folder: str, out: str, *settings: str, bad: list[int], s
 
 def on_two_ranks(world: World, *, folder: str) -> list[str]:
     return [start(world, folder, "skipped", bad=[3]), start(world, folder, "back", bad=[8, 9, 10]),
+            start(world, folder, "spiked", SPIKE, spiked=[9, 12, 13, 14]),
             start(world, folder, "stopped", bad=[8, 9, 10, 11, 12, 13])]
+
+
+SPIKE = "faults.spike={deviations: 10, over_steps: 5}"
 
 
 def on_one_rank(world: World, *, folder: str) -> list[str]:
@@ -91,7 +101,9 @@ def on_one_rank(world: World, *, folder: str) -> list[str]:
     for path in sorted((root / "killed" / "checkpoints").glob("tokens*"))[1:]:      # from far before the bad steps
         shutil.rmtree(path)
     return [first, start(world, folder, "killed", bad=[]), start(world, folder, "alone", bad=[8, 9, 10]),
-            start(world, folder, "limited", "faults.max_hours=1e-6", bad=[3]), start(world, folder, "limited", bad=[2])]
+            start(world, folder, "limited", "faults.max_hours=1e-6", bad=[3]), start(world, folder, "limited", bad=[2]),
+            start(world, folder, "spiked_killed", SPIKE, spiked=[9, 12, 13, 14], stop_at=16),
+            start(world, folder, "spiked_killed", SPIKE)]
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +112,10 @@ def folder(tmp_path_factory) -> Path:
     write_source(root / "a", random_documents(90, seed=1, longest=60), vocab_size=64)
     (root / "run.yaml").write_text(RUN.format(root=root))
     one, two = run_ranks(on_two_ranks, 2, folder=str(root))
-    assert one == two and one[:2] == ["", ""], "all ranks see the same"
-    (root / "stopped" / "error").write_text(one[2])
+    assert one == two and one[:3] == ["", "", ""], "all ranks see the same"
+    (root / "stopped" / "error").write_text(one[3])
     (alone,) = run_ranks(on_one_rank, 1, folder=str(root))
-    assert alone == ["stopped here", "", "", "", ""]
+    assert alone == ["stopped here", "", "", "", "", "stopped here", ""]
     return root
 
 
@@ -139,6 +151,24 @@ def test_a_resume_repeats_what_the_ledger_holds_though_nothing_fails_any_more(fo
     assert read_jsonl(folder / "killed" / LEDGER) == read_jsonl(folder / "alone" / LEDGER) == read_jsonl(folder / "back" / LEDGER)
     for name, whole in weights(folder / "alone").items():
         assert torch.equal(weights(folder / "killed")[name], whole)
+
+
+def test_a_spike_is_applied_and_three_in_a_row_go_back(folder):
+    lines = read_jsonl(folder / "spiked" / LEDGER)
+    assert [(e["step"], e["fault"], e["in_a_row"]) for e in events(folder / "spiked", "bad_step")] == [
+        (9, "spike", 1), (12, "spike", 1), (13, "spike", 2), (14, "spike", 3)]
+    (back,) = [line for line in lines if line.get("back")]
+    saved = [e["step"] for e in events(folder / "spiked", "checkpoint")]
+    assert (back["step"], back["weights_of_step"]) == (14, max(s for s in saved if s < 12))
+    assert [line["step"] for line in lines if line.get("fault")] == [9, 12, 13, 14]
+    assert verify_ledger(folder / "spiked") == lines[-1]["step"]
+
+
+def test_a_resume_repeats_the_spikes_of_the_ledger_though_the_loss_has_none_any_more(folder):
+    """Killed after it had gone back: the checkpoint from before the spikes is the one to go on from."""
+    assert read_jsonl(folder / "spiked_killed" / LEDGER) == read_jsonl(folder / "spiked" / LEDGER)
+    for name, whole in weights(folder / "spiked").items():
+        torch.testing.assert_close(weights(folder / "spiked_killed")[name], whole, rtol=1e-4, atol=1e-6)     # one rank, two
 
 
 def test_a_run_stops_before_its_time_limit_with_a_checkpoint_and_goes_on_from_it(folder):
