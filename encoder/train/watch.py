@@ -67,7 +67,7 @@ class Watch:
             if still_seconds > self._hang_seconds:
                 self._say_where(still_seconds)
                 # the others look as often: they say where they stand, too, before losing this rank ends them
-                time.sleep(2 * min(LOOK_SECONDS, self._hang_seconds / 4))
+                time.sleep(2 * min(LOOK_SECONDS, self._hang_seconds / 4) + 2)
                 os._exit(HANG_CODE)
             if still_seconds > LOOK_SECONDS and self._world.size > 1 and (first := self._first()):
                 print(f"rank {self._world.rank} ends, {self._doing}: {first} All of it is in {self._error_file}.",

@@ -3,45 +3,72 @@
     def ranks_sum(world, *, start): ...          # a function of a module, taking the World and plain values
     results = run_ranks(ranks_sum, 2, start=3)   # [result of rank 0, result of rank 1], through JSON
 
-The processes are forked from one that has imported everything and done nothing: a start takes 0.1 s of CPU, not 10.
+A start takes 0.1 s of CPU, not 10: the processes are forked from one that has imported everything (nursery.py).
 """
 
 from __future__ import annotations
 
-import importlib
+import atexit
+import functools
 import json
-import multiprocessing
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.process.imported"])
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.lru_cache(None)
+def _nursery() -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-m", "tests.process.nursery"], cwd=ROOT, stdin=subprocess.PIPE)
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)      # the last registered is called first
+    return process
 
 
 class Rank:
     """One process, with the words of subprocess.Popen."""
 
-    def __init__(self, *values: Any) -> None:
-        self._process = _SERVER.Process(target=_main, args=values)
-        self._process.start()
-        self.kill, self.wait = self._process.kill, self._process.join
+    def __init__(self, path: Path, **order: Any) -> None:
+        self._path = path
+        server = _nursery()
+        server.stdin.write(json.dumps({**order, "path": str(path)}).encode() + b"\n")
+        server.stdin.flush()
+        self.pid = int(self._said(".pid"))
+
+    def poll(self) -> int | None:
+        """None while it runs; minus the signal that ended it."""
+        file = self._path.with_suffix(".code")
+        return int(file.read_text()) if file.exists() else None
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; minus the signal that ended it."""
-        return self._process.exitcode
+        """As poll."""
+        return self.poll()
 
-    def poll(self) -> int | None:
-        """As returncode."""
-        return self._process.exitcode
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        return int(self._said(".code"))
+
+    def _said(self, suffix: str) -> str:
+        file = self._path.with_suffix(suffix)
+        while not file.exists():
+            assert _nursery().poll() is None, "the process that forks ranks has ended"
+            time.sleep(0.005)
+        return file.read_text()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *, timeout_seconds: float = 300.0, **values: Any) -> list[Any]:
@@ -60,7 +87,7 @@ def start_ranks(function: Callable[..., Any], world_size: int, **values: Any) ->
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         path = folder / str(rank)
-        ranks.append((Rank(env, function.__module__, function.__qualname__, values, str(path)), path))
+        ranks.append((Rank(path, env=env, module=function.__module__, name=function.__qualname__, values=values), path))
     return ranks
 
 
@@ -91,30 +118,3 @@ def wait_for(ranks: list[tuple[Rank, Path]], *, timeout_seconds: float) -> list[
 
 def _end_of(path: Path) -> str:
     return path.read_text()[-4000:] if path.exists() else "it ended before it began"
-
-
-def _main(env: dict[str, str], module: str, name: str, values: dict[str, Any], path: str) -> None:
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(path + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    os.environ.clear()
-    os.environ.update(env)
-
-    import torch
-
-    from encoder.base.dist import end_process, join, leave, world_from_env
-
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        world = world_from_env()
-        join(world, device=torch.device("cpu"), timeout_seconds=60.0)
-        try:
-            value = getattr(importlib.import_module(module), name)(world, **values)
-            Path(path + ".json").write_text(json.dumps(value))
-        finally:
-            leave()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    end_process(code)
