@@ -42,6 +42,10 @@ class SilentError(UserError):
     """Another rank met a mistake and speaks; this one only leaves with it."""
 
 
+class PeerError(UserError):
+    """Another rank failed first; rank zero tells what it was. A defect or a loss, which another start may not meet again."""
+
+
 class ModelError(UserError):
     """A stored model that is missing, damaged, of another kind, or whose weights do not fit its config."""
 
