@@ -174,7 +174,7 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
     except (OSError, ValueError) as error:
         raise Mistake(f"the run file {run_file} cannot be read ({getattr(error, 'strerror', None) or error}). {here}") from error
     found = [value for key, _, value in (o.partition("=") for o in overrides) if key == "out"]
-    found = found[-1:] or re.findall(r"^out\s*:[ \t]*(.*?)[ \t]*(?:#.*)?$", text, re.MULTILINE)
+    found = found[-1:] or re.findall(r"^out[ \t]*:[ \t]+(.*?)[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE)
     value = found[-1].strip() if found else ""
     if value[:1] in "\"'" and value[:1] == value[-1:]:
         value = value[1:-1]

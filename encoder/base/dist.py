@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from encoder.base.errors import ConfigError
+from encoder.base.slurm import expand_hosts, tasks_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,9 @@ def _slurm_tasks(env: Mapping[str, str]) -> int:
 
 
 def _slurm_local_size(env: Mapping[str, str]) -> int:
-    """Tasks on this node: "2(x3),1" is 2, 2, 2 and 1 for the nodes 0 to 3. SLURM_NTASKS_PER_NODE is there only where asked for."""
-    counts = [int(count) for word in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(",") if word
-              for count in [word.split("(")[0]] * int((re.findall(r"\(x(\d+)\)", word) or ["1"])[0])]
-    node = int(env.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
+    """Tasks on this node. SLURM_NTASKS_PER_NODE, which is there only where it was asked for, says what was asked for."""
+    counts, node = env.get("SLURM_STEP_TASKS_PER_NODE"), int(env.get("SLURM_NODEID", "0"))
+    return tasks_per_node(counts)[node] if counts else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
 
 
 def meeting_place(env: Mapping[str, str] | None = None) -> tuple[str, int] | None:
@@ -70,13 +68,7 @@ def meeting_place(env: Mapping[str, str] | None = None) -> tuple[str, int] | Non
     if not nodes or "SLURM_STEP_ID" not in env:
         return None
     job, restart, step = (int(env.get(f"SLURM_{key}") or "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    return first_node(nodes), 15000 + (job * 97 + restart * 11 + step) % 17000
-
-
-def first_node(nodes: str) -> str:
-    """The first name of SLURM's list: of "rack[2-3]n[01-10,17],login1" it is rack2n01."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else nodes)
+    return expand_hosts(nodes)[0], 15000 + (job * 97 + restart * 11 + step) % 17000
 
 
 def device_index(world: World, *, visible: int, env: Mapping[str, str] | None = None) -> int:
