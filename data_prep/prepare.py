@@ -70,6 +70,11 @@ def merge(config: PrepareConfig, *, only: str | None = None) -> None:
                 _assemble(plan, ledger)
 
 
+def all_made(config: PrepareConfig) -> bool:
+    """Whether every source is finished and merged; says which are. Raises UserError."""
+    return all([_stands(plan) and _finished(plan) for plan in _plans(config, None)])
+
+
 def missing_parts(config: PrepareConfig, *, count: int) -> list[int]:
     """Which of `count` parts have a segment, of any source, that is not finished. Raises UserError."""
     missing: set[int] = set()
