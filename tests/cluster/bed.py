@@ -35,7 +35,7 @@ class Bed:
     """A cluster in `folder`: nodes node1, node2, ...; each says it has `cpus` CPUs and `gpus` GPUs, which are none."""
 
     folder: Path
-    nodes: int = 3
+    nodes: int = 4
     cpus: int = 4
     gpus: int = 2
 

@@ -25,7 +25,7 @@ def session_bed() -> Iterator[Bed]:
 
 @pytest.fixture
 def bed(session_bed: Bed) -> Bed:
-    """Three idle nodes, node1 to node3; what a test has done to them is undone by the next one that asks."""
+    """Four idle nodes, node1 to node4; what a test has done to them is undone by the next one that asks."""
     session_bed.slurm("scancel", "--user=root")
     session_bed.wait_for_idle()
     return session_bed

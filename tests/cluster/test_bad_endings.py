@@ -80,19 +80,19 @@ def test_a_node_that_fails_the_preflight_is_named_and_left_out(bed: Bed, tmp_pat
     out, alone = tmp_path / "bad_node", tmp_path / "alone"
     bed.host("exec", "node2", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "a")               # it does not see the shards
     try:
-        job = submit(bed, run, out, "--nodes=2", env={"TESSERA_PREFLIGHT": "1"})
+        job = submit(bed, run, out, "--nodes=3", env={"TESSERA_PREFLIGHT": "1"})
         train_alone(run, alone)
         assert bed.wait_for_end(job, seconds=150) == "COMPLETED", log_of(out, job)[-3000:]
     finally:
         bed.host("exec", "node2", "umount", tmp_path / "a")
     lines = record(out, job)
     assert [line["nodes"] for line in lines if line["event"] == "excluded"] == [["node2"]]
-    assert [line["nodes"] for line in lines if line["event"] == "start"] == ["node[1-2]", "node[1,3]"]
+    assert [line["nodes"] for line in lines if line["event"] == "start"] == ["node[1-3]", "node[1,3-4]"]
     looks = [line for line in lines if line["event"] == "preflight"]
     assert [(look["code"], look["bad_nodes"]) for look in looks] == [(4, ["node2"]), (0, [])]
     assert lines[2]["event"] == "end" and "node2" in lines[2]["why"]
     with capsys.disabled():
-        print(f"\npreflight of two nodes: {looks[0]['seconds']:.0f} s with a bad node, {looks[1]['seconds']:.0f} s without")
+        print(f"\npreflight of three nodes: {looks[0]['seconds']:.0f} s with a bad node, {looks[1]['seconds']:.0f} s without")
     assert_same(out, alone)
 
 

@@ -70,7 +70,7 @@ def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path
     bed.wait_for_idle()
 
     # two nodes are free: when one is lost, the run goes on with fewer
-    bed.slurm("scontrol", "update", "NodeName=node3", "State=DRAIN", "Reason=test")
+    bed.slurm("scontrol", "update", "NodeName=node[3-4]", "State=DRAIN", "Reason=test")
     it.job = submit(bed, run, out, "--nodes=1-2", "--time=60", "--signal=B:USR1@60")
     wait_for_start(out, 2)
     it.when("the warning before the time limit", lambda: limit_comes(bed, it.job))
@@ -83,7 +83,7 @@ def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path
     unplugged = it.nodes()[0]
     it.when("the network of the batch host cut", lambda: bed.host("unplug", unplugged))
     assert starts(out)[-1]["ranks"] == 1                                                      # one node fewer
-    bed.slurm("scontrol", "update", "NodeName=node3", "State=RESUME")
+    bed.slurm("scontrol", "update", "NodeName=node[3-4]", "State=RESUME")
     [crashed] = it.nodes()
     it.when("the crash of a node", lambda: bed.host("crash", crashed))
 
