@@ -76,8 +76,9 @@ def check_cluster(*, nodes: int, gpus: int, cpus: int, partition: str | None, ti
     fit = [row for row in rows if int(re.sub(r"\D", "", row[1]) or 0) >= cpus and count_gpus(row[2]) >= gpus]
     if len(fit) < nodes:
         wish = f"{nodes} node{'s' * (nodes > 1)} with {cpus} core{'s' * (cpus > 1)}" + (f" and {gpus} GPUs" if gpus else "")
-        best = f"{max(int(re.sub(r'[^0-9]', '', row[1]) or 0) for row in rows)} cores and {max(count_gpus(r[2]) for r in rows)} GPUs"
-        raise ConfigError(f"{of} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most {best} each. "
+        cores = max(int(re.sub(r"\D", "", row[1]) or 0) for row in rows)
+        best = f"{cores} cores and {max(count_gpus(row[2]) for row in rows)} GPUs"
+        raise ConfigError(f"{of} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most {best}. "
                           "Ask for less, or name another --partition.")
     limit, wanted = minutes(rows[0][5]), minutes(time_limit or "")
     if limit and wanted and wanted > limit:
