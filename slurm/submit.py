@@ -128,13 +128,14 @@ def _submit(args: argparse.Namespace) -> int:
         after = ", ".join(f"{ids[role]} ({how})" for how, role in job.after)
         print(f"{ids[job.role]:<10}{job.role:<12}{after or 'at once'}")
     if folder:
-        print(f"output in {folder / 'slurm'}; how it stands: slurm/submit.py status {folder}")
+        print(f"output in {folder / 'slurm'}, until the check in {Path.cwd()}; how it stands: slurm/submit.py status {folder}")
     return 0
 
 
 def _chain(args: argparse.Namespace, folder: Path | None, missing: str) -> list[Job]:
     """The jobs in order."""
-    log = (lambda name: (f"--output={folder.absolute() / 'slurm' / name}.out",)) if folder else lambda name: ()
+    # what comes before the check writes where this was called: a run folder that is not shared is found by the check alone
+    early, late = Path.cwd(), folder.absolute() / "slurm" if folder else Path.cwd()
     where = tuple(f"--{key}={value}" for key, value in (("partition", args.partition), ("account", args.account), ("qos", args.qos))
                   if value)
     common, env = (*where, *args.sbatch), _environment(args)
@@ -149,10 +150,11 @@ def _chain(args: argparse.Namespace, folder: Path | None, missing: str) -> list[
         cpus = args.prep_cpus or args.cpus_per_task
         own = (f"--cpus-per-task={cpus}",) if cpus else ()
         if missing:
-            add("prep", "prep_array.sbatch", [args.prep, *args.prep_set], f"--array={missing}", *own, *log("prep-%A_%a"),
-                TESSERA_PARTS=str(args.parts))
+            add("prep", "prep_array.sbatch", [args.prep, *args.prep_set], f"--array={missing}", *own,
+                f"--output={early}/prep-%A_%a.out", TESSERA_PARTS=str(args.parts))
         if missing is not None:
-            add("merge", "prep_array.sbatch", [args.prep, *args.prep_set], "--job-name=merge", *own, *log("merge-%j"))
+            add("merge", "prep_array.sbatch", [args.prep, *args.prep_set], "--job-name=merge", *own,
+                f"--output={early}/merge-%j.out")
     if not args.run:
         return jobs
     per_node = args.gpus_per_node or args.tasks_per_node or 1
@@ -161,16 +163,17 @@ def _chain(args: argparse.Namespace, folder: Path | None, missing: str) -> list[
     shape += [f"--cpus-per-task={args.cpus_per_task}"] if args.cpus_per_task else []
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
     if not args.no_check:
-        add("check", "check.sbatch", [args.run, *args.overrides], *shape, "--time=15", f"--job-name=check-{name}", *log("check-%j"))
+        add("check", "check.sbatch", [args.run, *args.overrides], *shape, "--time=15", f"--job-name=check-{name}",
+            f"--output={early}/check-%j.out")
     for number in range(1, args.jobs + 1):
         role = "training" if args.jobs == 1 else f"training-{number}"
         own = [f"--job-name={name}", *([f"--time={args.time}"] if args.time else []), *(["--no-requeue"] if args.jobs > 1 else [])]
-        add(role, "pretrain.sbatch", [args.run, *args.overrides], *shape, *own, *log("%x-%j"),
+        add(role, "pretrain.sbatch", [args.run, *args.overrides], *shape, *own, f"--output={late}/%x-%j.out",
             how="afterany" if number > 1 else "afterok")
     if args.export:
         words = [str(folder), args.export, *(["--onnx"] if args.onnx else [])]
         own = (f"--cpus-per-task={args.cpus_per_task}",) if args.cpus_per_task else ()
-        add("export", "export.sbatch", words, f"--job-name=export-{name}", *own, *log("export-%j"))
+        add("export", "export.sbatch", words, f"--job-name=export-{name}", *own, f"--output={late}/export-%j.out")
     return jobs
 
 
