@@ -4,6 +4,7 @@
     job.py begin RUN.yaml [key=value ...]                      prints the run folder; exit code 3: the run is done already
     job.py preflight FOLDER --code C [--signal S] --seconds T  what the preflight found; exit code 0: go on
     job.py end FOLDER --code C [--signal S] --seconds T        why the training step ended, and what follows; exit code 4: requeued
+    job.py signalled FOLDER NAME                               a signal that the batch script got
     job.py signal-ranks SIGNAL                                 on each node, where a launcher stands between SLURM and the ranks
 
 It needs Python 3.8 and nothing else, so that it runs outside of containers. RUN/slurm/JOBID.jsonl holds one line an event, all with
@@ -13,7 +14,7 @@ It needs Python 3.8 and nothing else, so that it runs outside of containers. RUN
     start      name, partition, nodes (as SLURM writes them), node_count, ranks, run_file, overrides, restart_after: how the
                start before ended ("" on the first; "killed" where it wrote no end: node lost, preempted, requeued by hand),
                step and tokens: what was committed by then
-    signal     signal: USR1 before the time limit, TERM from scancel, preemption or the limit itself
+    signal     signal: USR1 before the time limit (TERM stands in the end's line alone, for there is little time then)
     preflight  code, seconds, bad_nodes
     excluded   nodes: left out of the job's next starts
     end        cause, why (a sentence), decision, code (srun's, which proves nothing), seconds (of the step), step and tokens
@@ -68,11 +69,17 @@ def main(argv: list[str] | None = None) -> int:
         verb.add_argument("--code", type=int, required=True)
         verb.add_argument("--signal", default="")
         verb.add_argument("--seconds", type=float, default=0.0)
+    verb = verbs.add_parser("signalled")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("name")
     verbs.add_parser("signal-ranks").add_argument("signal", choices=["USR1", "TERM"])
     args = parser.parse_args(argv)
     try:
         if args.verb == "begin":
             return begin(args.run, args.overrides, ranks=args.ranks)
+        if args.verb == "signalled":
+            Job(args.folder).write("signal", signal=args.name)
+            return GO
         if args.verb == "signal-ranks":
             return signal_ranks(getattr(signal, f"SIG{args.signal}"))
         job = Job(args.folder)

@@ -78,11 +78,27 @@ class Bed:
             return state if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY") else ""
         return wait_until(ended, seconds=seconds, what=f"the end of job {job_id}")
 
+    def heal(self) -> None:
+        """Undoes what a test, also one that failed, has done to the cluster; all nodes are idle when it returns."""
+        self._try(TESTBED / "host.sh", "start-daemon", "controller")
+        self._try("scancel", "--user=root")
+        for number in range(1, self.nodes + 1):
+            for action in ("boot", "plug"):
+                self._try(TESTBED / "host.sh", action, f"node{number}")
+        drained = self._run("sinfo", "-hN", "-p", "test", "-t", "drain", "-o", "%N").split()
+        if drained:
+            self._run("scontrol", "update", f"NodeName={','.join(sorted(set(drained)))}", "State=RESUME")
+        self.wait_for_idle()
+
     def wait_for_idle(self, *, seconds: float = 60.0) -> None:
         """All nodes are there and free."""
         def idle() -> bool:
             return len(self._run("sinfo", "-hN", "-p", "test", "-t", "idle", "--responding", "-o", "%N").split()) == self.nodes
         wait_until(idle, seconds=seconds, what="all nodes to be idle")
+
+    def _try(self, *command: Any) -> None:
+        """What fails where there is nothing to do: a node that runs is not booted."""
+        subprocess.run([str(word) for word in command], env=self.env, cwd=ROOT, capture_output=True)
 
     def _run(self, *command: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
         done = subprocess.run([str(word) for word in command], env={**self.env, **(env or {})}, cwd=cwd or ROOT,

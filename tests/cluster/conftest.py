@@ -26,6 +26,5 @@ def session_bed() -> Iterator[Bed]:
 @pytest.fixture
 def bed(session_bed: Bed) -> Bed:
     """Four idle nodes, node1 to node4; what a test has done to them is undone by the next one that asks."""
-    session_bed.slurm("scancel", "--user=root")
-    session_bed.wait_for_idle()
+    session_bed.heal()
     return session_bed

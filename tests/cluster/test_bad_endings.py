@@ -122,3 +122,18 @@ def test_what_cannot_be_right_is_said_in_one_line_before_any_rank_starts(bed: Be
     said = (tmp_path / "log").read_text()
     assert said.startswith("error: ") and said.count("\n") == 1 and needle in said, said
     assert not (tmp_path / "out").exists() and last_step(tmp_path / "out") == 0
+
+
+def test_what_the_nodes_cannot_do_is_said_by_the_preflight_and_no_rank_trains(bed: Bed, tmp_path):
+    run = write_run(tmp_path, tokens="8K", every_tokens="8K")
+    here, too_much = tmp_path / "here", tmp_path / "too_much"
+    wanted = {"TESSERA_PREFLIGHT": "1"}
+    apart = submit(bed, run, here, "--nodes=2", overrides=("out=/dev/shm/apart",), env=wanted)      # each node has its own
+    cuda = submit(bed, run, too_much, "--nodes=2", "--gpus-per-node=1", overrides=("device=cuda",), env=wanted)
+    for out, job, needle in ((here, apart, "/dev/shm/apart"), (too_much, cuda, "CUDA")):
+        assert bed.wait_for_end(job, seconds=120) == "FAILED", log_of(out, job)
+        assert bed.job(job)["ExitCode"] == "2:0", log_of(out, job)
+        errors = [line for line in log_of(out, job).splitlines() if line.startswith("error: ")]
+        assert needle in errors[0] and "no requeue can mend that" in errors[-1], log_of(out, job)
+        assert starts(out) == []
+    assert record(too_much, cuda)[-1]["cause"] == "mistake"
