@@ -99,21 +99,22 @@ def collect(folder: Path, target: Target, *, extras: list[str], without: list[st
     asked: dict[str, SpecifierSet] = {}
     walked: set[tuple[str, str]] = set()             # (package, extra or nothing) whose requirements are known
     while wanted:
-        new: dict[str, SpecifierSet] = {}
+        wanted = [need for need in wanted if not any(fnmatch(canonicalize_name(need.name), pattern) for pattern in without)]
         for need in wanted:
             name = canonicalize_name(need.name)
-            if any(fnmatch(name, pattern) for pattern in without):
-                continue
-            if name not in asked:
-                new[name] = new.get(name, SpecifierSet()) & need.specifier
+            asked[name] = asked.get(name, SpecifierSet()) & need.specifier
         have = wheels_by_name(folder)
-        fetch(folder, target, {n: s for n, s in new.items() if n not in have})
-        asked.update(new)
+        for name in {canonicalize_name(need.name) for need in wanted} & set(have):
+            if not asked[name].contains(parse_wheel_filename(have[name].name)[1], prereleases=True):
+                have.pop(name).unlink()              # what was asked later does not take this version
+                walked = {known for known in walked if known[0] != name}
+        names = dict.fromkeys(canonicalize_name(need.name) for need in wanted)
+        fetch(folder, target, {name: asked[name] for name in names if name not in have})
         have, following = wheels_by_name(folder), []
         for need in wanted:
             name = canonicalize_name(need.name)
             for extra in ("", *need.extras):
-                if name in have and (name, extra) not in walked:
+                if (name, extra) not in walked:
                     walked.add((name, extra))
                     following += requirements_of(have[name], target, extra)
         wanted = following

@@ -53,6 +53,7 @@ from encoder.train.start import check_same_run
 WAIT_SECONDS = 45.0         # a python of 1,000 nodes on a busy file system starts within that
 BAD_NODES = "bad_nodes"
 LOOKED_AT_AGAIN = 16        # slow links at most; more of them are no accident of a moment
+LOOKS_AGAIN = 2
 
 
 @dataclass(kw_only=True)
@@ -183,7 +184,7 @@ class Doctor:
             again = [] if silent else slow[:LOOKED_AT_AGAIN]
         if again := meeting.share("again", again):
             more: list[dict[str, Any]] = []
-            _within(self.wait_seconds, lambda: links.measure([again], more, turn="again"))
+            _within(self.wait_seconds, lambda: links.measure([again] * LOOKS_AGAIN, more, turn="again"))
             meeting.say("links seen again", list(more))
         if first:
             if again:

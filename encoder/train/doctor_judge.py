@@ -7,7 +7,7 @@ of the nodes or more have wrong is a mistake in the input.
 from __future__ import annotations
 
 import json
-import statistics
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import Any
 from encoder.base.units import short_bytes
 from encoder.train.plan import Needs
 
-SLOW_SHARE = 0.25        # of the median link of its kind: below, a link is slow. Sound ones of a kind differ by less than 2
+SLOW_SHARE = 0.25        # of the usual link of its kind: below, a link is slow. Sound ones of a kind differ by less than 2
 LEAST_GB_PER_SECOND = 0.01      # no training goes on over less, whatever the others have
 
 
@@ -213,7 +213,8 @@ def bad_links(links: Sequence[Link]) -> dict[Link, str]:
     found = {link: link.error for link in links if link.error}
     for inside in (False, True):
         fine = [link.gb_per_second for link in links if link.inside == inside and not link.error]
-        usual = statistics.median(fine) if fine else 0.0
+        # the upper quartile: one bad node of three has two links of three
+        usual = sorted(fine)[math.ceil(0.75 * (len(fine) - 1))] if fine else 0.0
         for link in links:
             if link.inside == inside and not link.error and link.gb_per_second < max(LEAST_GB_PER_SECOND, SLOW_SHARE * usual):
                 found[link] = f"{link.gb_per_second:.3g} GB/s, where {usual:.3g} are usual"

@@ -67,6 +67,7 @@ def judged(of: list[Link]) -> Findings:
 
 def test_a_node_is_named_when_all_its_links_are_slow_and_the_second_end_when_one_link_is():
     assert list(judged(links(9, 1, 1, 9, 10, count=5)).nodes) == ["n2"]
+    assert list(judged(links(9, 1, 1, count=3)).nodes) == ["n2"]                 # two slow links of three, and one node
     assert list(judged(links(9, 1, 9, 9, 10, count=5)).nodes) == ["n2"]          # the link of n1 and n2: without either it is gone
     assert judged(links(9, 4, 8, 9, 10, count=5)).nodes == {}                    # above a quarter of the usual
     assert set(judged(links(10, 9, 0.5, 0.4, 0.6, 9, 9, 11, count=8)).nodes) == {"n3", "n4"}
