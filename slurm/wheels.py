@@ -79,7 +79,8 @@ def main() -> int:
     if not re.fullmatch(r"manylinux_2_\d+_\w+", args.platform):
         parser.error(f"--platform {args.platform}: needed is such as manylinux_2_28_x86_64 or manylinux_2_34_aarch64")
     try:
-        collect(args.folder, Target(args.python, args.platform), extras=[e for e in args.extras.split(",") if e],
+        needs = [*own_requirements([e for e in args.extras.split(",") if e]), *BUILDS]
+        collect(args.folder, Target(args.python, args.platform), needs,
                 without=[canonicalize_name(n.strip()).replace("\\*", "*") for n in args.without.split(",") if n.strip()])
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,10 +93,10 @@ def main() -> int:
     return 0
 
 
-def collect(folder: Path, target: Target, *, extras: list[str], without: list[str]) -> None:
-    """Fills the folder. Raises Refused."""
+def collect(folder: Path, target: Target, needs: Iterable[str], *, without: Iterable[str] = ()) -> None:
+    """Fills the folder with what `needs` lead to. Raises Refused."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [Requirement(text) for text in (*own_requirements(extras), *BUILDS)]
+    wanted = [Requirement(text) for text in needs]
     asked: dict[str, SpecifierSet] = {}
     walked: set[tuple[str, str]] = set()             # (package, extra or nothing) whose requirements are known
     while wanted:
