@@ -16,6 +16,7 @@ if [ -z "${TESSERA_PYTHON:-}" ]; then
     TESSERA_PYTHON=python3
     [ ! -x "$TESSERA_HOME/.venv/bin/python" ] || TESSERA_PYTHON=$TESSERA_HOME/.venv/bin/python
 fi
+export PYTHONUNBUFFERED=1      # srun --unbuffered would give each task a terminal, and logs the codes of a progress bar
 export PYTHONPATH=$TESSERA_HOME${PYTHONPATH:+:$PYTHONPATH}      # data_prep, also where nothing was installed
 # shellcheck disable=SC2034  # for who sources this
 read -ra extra <<<"${TESSERA_SRUN_ARGS:-}"

@@ -82,8 +82,8 @@ def states(folder: Path) -> Iterator[JobState]:
 
 def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[str, str]], kept: list[dict[str, str]]) -> JobState:
     ended = _cause(written)
-    tasks = [{"state": task.get("JobState", "?"), "ran": task.get("RunTime", ""), "nodes": task.get("NodeList", ""),
-              "code": task.get("ExitCode", ""), "reason": task.get("Reason", "None")} for task in shown] or kept
+    tasks = [{"state": task.get("JobState", "?"), "ran": task.get("RunTime", "").replace("00:00:00", ""),
+              "nodes": task.get("NodeList", ""), "code": task.get("ExitCode", ""), "reason": task.get("Reason", "None")} for task in shown] or kept
     if not tasks:
         began = [e for e in written if e["event"] == "start"]
         last = written[-1] if written else {}

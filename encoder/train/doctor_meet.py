@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from encoder.base.dist import World, free_port, meeting_place
+from encoder.base.dist import World, meeting_place
 from encoder.base.errors import ConfigError
 
 LEAVE_SECONDS = 5.0
@@ -31,8 +31,9 @@ class Meeting:
         """Raises Silent where rank zero cannot be reached, ConfigError without an address."""
         self.world, self.wait_seconds = world, wait_seconds
         if world.size == 1:
-            address, port = "127.0.0.1", free_port()
-        elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            self.store: dist.Store = dist.HashStore()
+            return
+        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         elif place := meeting_place():
             address, port = place
