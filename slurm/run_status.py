@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections import Counter
@@ -66,6 +67,8 @@ def print_status(given: Path, overrides: list[str]) -> None:
         print(f"no job of {folder} is known (no {folder / 'slurm'})")
     trains = any(job.alive and job.role.startswith("training") for job in jobs)
     print(progress_text(folder, settings, alive=trains, now=time.time()))
+    if any((folder / "wandb").glob("offline-run-*")):
+        print(f"wandb, from a machine with internet: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*")
 
 
 def states(folder: Path) -> Iterator[JobState]:
@@ -83,7 +86,8 @@ def states(folder: Path) -> Iterator[JobState]:
 def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[str, str]], kept: list[dict[str, str]]) -> JobState:
     ended = _cause(written)
     tasks = [{"state": task.get("JobState", "?"), "ran": task.get("RunTime", "").replace("00:00:00", ""),
-              "nodes": task.get("NodeList", ""), "code": task.get("ExitCode", ""), "reason": task.get("Reason", "None")} for task in shown] or kept
+              "nodes": task.get("NodeList", ""), "code": task.get("ExitCode", ""),
+              "reason": task.get("Reason", "None")} for task in shown] or kept
     if not tasks:
         began = [e for e in written if e["event"] == "start"]
         last = written[-1] if written else {}

@@ -31,11 +31,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "slurm")]        # this folder's own name must not hide a library
 
-from slurm_commands import alive_jobs, check_cluster, node_range, run_words  # noqa: E402
+from slurm_commands import alive_jobs, check_cluster, minutes, node_range, run_words  # noqa: E402
 
 from encoder.base.command import run_command  # noqa: E402
 from encoder.base.errors import ConfigError, UserError  # noqa: E402
 
+LEAST_MINUTES = 10                 # pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
 SUBMITTED = "submitted.jsonl"      # in RUN/slurm: one line a job
 
 
@@ -109,6 +110,9 @@ def _submit(args: argparse.Namespace) -> int:
     check_cluster(nodes=fewest if args.run else 1, gpus=(args.gpus_per_node or 0) if args.run else 0,
                   cpus=per_node * (args.cpus_per_task or 1), partition=args.partition, time_limit=args.time)
     if args.run:
+        if args.time and 0 < minutes(args.time) < LEAST_MINUTES:
+            raise ConfigError(f"--time {args.time} is {minutes(args.time):g} minutes, but the training saves and leaves 5 minutes "
+                              f"before its limit. Needed: {LEAST_MINUTES} minutes or more.")
         if alive := alive_jobs(_record(folder)):
             raise ConfigError(f"job {', '.join(alive)} of this run is still queued or running. Wait for it, or scancel {alive[0]}; "
                               "slurm/submit.py status says how it stands.")

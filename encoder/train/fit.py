@@ -31,7 +31,7 @@ def fit_ranks(run: RunConfig, *, ranks: int) -> Fit:
     warnings = []
     for phase in run.phases:
         first = run.rows_at(phase, 0)
-        if first < ranks:
+        if first < ranks <= rows[phase.name]:
             warnings.append(f"phase {phase.name} begins with {first} rows a step: {ranks - first} of {ranks} ranks wait until its "
                             "batch has grown.")
         share = 1 - rows[phase.name] / (ranks * math.ceil(rows[phase.name] / ranks))

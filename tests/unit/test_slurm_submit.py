@@ -133,6 +133,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_submitted(cluster, run_fi
     assert "0 of 1 node with 8 cores and 8 GPUs" in cluster.refused(run_file, "--gpus-per-node=8")
     assert "there is no partition gpuu. Known: cpu, gpu." in cluster.refused(run_file, "--partition=gpuu")
     assert "--time 2-00 is above the limit of partition gpu, 1-00:00:00" in cluster.refused(run_file, "--time=2-00")
+    assert "--time 5:00 is 5 minutes" in cluster.refused(run_file, "--time=5:00")
     assert "--nodes is 4-2" in cluster.refused(run_file, "--nodes=4-2")
     assert "Did you mean hidden_size?" in cluster.refused(run_file, "model.hiden_size=4")
     assert "does not exist; needed: a folder of shards" in cluster.refused(run_file, "data.sources.0.path=elsewhere")
