@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     from encoder.base.command import run_command
-    from encoder.base.errors import PeerError, RankError, SilentError, UserError
+    from encoder.base.errors import PassingError, RankError, SilentError, UserError
 
     def body() -> int:
         from encoder.base.dist import world_from_env  # after --help and its errors: importing torch takes seconds
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     def tell_job(error: Exception) -> None:
         # srun ends the other ranks when one leaves, and then has their exit code, not this one's 2
         path = os.environ.get("TESSERA_MISTAKE_FILE")
-        if path and not isinstance(error, (PeerError, SilentError)):
+        if path and not isinstance(error, (PassingError, SilentError)):
             with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
                 file.write(" ".join(str(error).split()))
 

@@ -47,6 +47,8 @@ from typing import Any
 # exit codes: 0 is also "go on with the training step"; 75 is EX_TEMPFAIL, submit it again
 GO, FAILED, MISTAKE, DONE_ALREADY, REQUEUED, NOT_DONE, ENDED = 0, 1, 2, 3, 4, 75, 143
 PREFLIGHT_BAD_NODES = 4
+# per job: crashes, starts in a row that commit nothing, nodes left out
+LIMITS = {"TESSERA_MAX_CRASHES": 3, "TESSERA_MAX_IDLE_STARTS": 3, "TESSERA_MAX_BAD_NODES": 8}
 CONTROLLER_SECONDS = 900.0           # a controller that is being restarted is waited for
 CHECKPOINT = re.compile(r"tokens(\d{13,})-i(\d{4,})")
 
@@ -153,6 +155,8 @@ class Job:
 def begin(run_file: str, overrides: list[str], *, ranks: int) -> int:
     """Prints the run folder, makes its slurm folder and notes the start. Raises Mistake."""
     folder = run_folder(run_file, overrides)
+    for name in LIMITS:
+        limit(name)                     # refused now, not when it is needed
     job = Job(folder)
     job.own.mkdir(parents=True, exist_ok=True)
     before = [e for e in job.events() if e["event"] in ("start", "end")]
@@ -205,7 +209,7 @@ def read_bad_nodes(job: Job) -> set[str]:
     """The nodes that the preflight names, and those from which nothing was heard."""
     named, heard = job.preflight_folder / "bad_nodes", {p.stem for p in job.preflight_folder.glob("*.json")}
     bad = set(named.read_text(encoding="utf-8").split()) if named.exists() else set()
-    return bad | (set(node_names()) - heard)
+    return bad | (set(node_names()) - heard if heard else set())      # silence of all is no node's fault
 
 
 # --- when a step has ended -----------------------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def read_bad_nodes(job: Job) -> set[str]:
 def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[str] | None = None) -> int:
     """Notes why the step ended and what follows, and does it; returns the batch script's exit code."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)      # a requeue ends this job; what it calls inherits this
-    cause, why = cause_of_end(job, signalled=signalled, bad_nodes=bad_nodes or [])
+    cause, why = cause_of_end(job, code=code, signalled=signalled, bad_nodes=bad_nodes or [])
     step, tokens = job.committed()
     crashes = [e for e in job.events() if e["event"] == "end" and e["cause"] == "crash"]
     decision, reason = decide(job, cause=cause, tokens=tokens, crashes=crashes, bad_nodes=bad_nodes or [])
@@ -238,7 +242,7 @@ def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[
     return NOT_DONE if decision == "submit_again" else ENDED
 
 
-def cause_of_end(job: Job, *, signalled: str, bad_nodes: list[str]) -> tuple[str, str]:
+def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str]) -> tuple[str, str]:
     """The word and the sentence."""
     if (job.folder / "done.json").exists():
         return "done", "the run is done"
@@ -258,7 +262,7 @@ def cause_of_end(job: Job, *, signalled: str, bad_nodes: list[str]) -> tuple[str
     stopped = stopped_by_itself(job)
     if stopped:
         return "stopped", stopped
-    return "crash", first_error(job) or "the step ended without a word"
+    return "crash", first_error(job) or f"the step ended with exit code {code} and without a word"
 
 
 def decide(job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], bad_nodes: list[str]) -> tuple[str, str]:
@@ -268,15 +272,20 @@ def decide(job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], 
     if cause == "mistake":
         return "stop", "no requeue can mend that"
     if cause == "bad_nodes":
-        if set(bad_nodes) >= set(node_names()):
-            return "stop", "all nodes of the job failed, so no other nodes will do better"
+        before = {node for e in job.events() if e["event"] == "excluded" for node in e["nodes"]}
+        out, here = before | set(bad_nodes), node_names()
+        if set(here) <= set(bad_nodes) and (before or len(here) > 1):       # one node alone may be bad once
+            return "stop", "all nodes of the job failed, so other nodes would do no better: look for what they share"
+        allowed = limit("TESSERA_MAX_BAD_NODES")
+        if len(out) > allowed:
+            return "stop", f"that makes {len(out)} nodes, {allowed} are allowed (TESSERA_MAX_BAD_NODES): look for what they share"
         return "requeue", ""
     if cause == "stopped":
-        idle, allowed = starts_without_progress(job, tokens=tokens), limit("TESSERA_MAX_IDLE_STARTS", 3)
+        idle, allowed = starts_without_progress(job, tokens=tokens), limit("TESSERA_MAX_IDLE_STARTS")
         if idle >= allowed:
             return "stop", f"{idle} starts in a row committed nothing: the time limit is too short for a start and a step"
         return "requeue", ""
-    allowed = limit("TESSERA_MAX_CRASHES", 3)
+    allowed = limit("TESSERA_MAX_CRASHES")
     if crashes and tokens <= crashes[-1]["tokens"]:
         return "stop", f"it crashed before, and nothing was committed since: {tokens:,} tokens then and now"
     if len(crashes) >= allowed:
@@ -284,9 +293,9 @@ def decide(job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], 
     return "requeue", ""
 
 
-def limit(name: str, otherwise: int) -> int:
-    """A whole number from the environment."""
-    text = os.environ.get(name) or str(otherwise)
+def limit(name: str) -> int:
+    """One of LIMITS, or what the environment says instead."""
+    text = os.environ.get(name) or str(LIMITS[name])
     if not text.isdigit():
         raise Mistake(f"{name} is {text}; needed: a whole number.")
     return int(text)

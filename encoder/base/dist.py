@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, PassingError
 from encoder.base.slurm import expand_hosts, tasks_per_node
 
 
@@ -114,7 +114,7 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']} port {os.environ.get('MASTER_PORT')}"
-        raise ConfigError(f"the {world.size} ranks cannot meet at {place} ({' '.join(str(error).split())[:150]}). If another "
+        raise PassingError(f"the {world.size} ranks cannot meet at {place} ({' '.join(str(error).split())[:150]}). If another "
                           "program has the port, give another: deepspeed --master_port 29511 ...") from error
     return True
 

@@ -42,8 +42,12 @@ class SilentError(UserError):
     """Another rank met a mistake and speaks; this one only leaves with it."""
 
 
-class PeerError(UserError):
-    """Another rank failed first; rank zero tells what it was. A defect or a loss, which another start may not meet again."""
+class PassingError(UserError):
+    """No mistake in the input: a rank that was lost, a port that is taken. Another start may not meet it again."""
+
+
+class MachineError(PassingError, LedgerError):
+    """The machine computed what it had not computed before."""
 
 
 class ModelError(UserError):

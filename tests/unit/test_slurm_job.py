@@ -148,12 +148,26 @@ def test_bad_nodes_are_those_named_and_those_not_heard_from(job):
     (folder / "n3.json").unlink()
     job.call("preflight", "run", "--code", "143")
     assert "update JobId=7 ExcNodeList=n2,n3" in job.calls()
-    (folder / "n1.json").unlink()                                # all of them: that is no bad node
-    done = job.call("preflight", "run", "--code", "1")
-    assert done.returncode == 1 and "no other nodes will do better" in done.stderr
+    (folder / "bad_nodes").write_text("n1\nn2\nn3\n")                # all of them: the same would come of any others
+    assert job.call("preflight", "run", "--code", "4").returncode == 1
+    assert "other nodes would do no better" in job.events()[-1]["why"]
+    (folder / "bad_nodes").write_text("n2\n")
+    assert job.call("preflight", "run", "--code", "4", TESSERA_MAX_BAD_NODES="1").returncode == 1
+    assert "that makes 2 nodes, 1 are allowed" in job.events()[-1]["why"]
     assert job.call("preflight", "run", "--code", "2").returncode == 2
     (job.run / "slurm" / "7-r0-mistake.txt").unlink()
     assert job.call("preflight", "run", "--code", "0").returncode == 0
+
+
+def test_a_preflight_from_which_nothing_is_heard_is_a_crash_and_no_fault_of_a_node(job):
+    job.begin()
+    assert job.call("preflight", "run", "--code", "124").returncode == 4
+    assert (job.events()[-1]["cause"], job.events()[-2]["bad_nodes"]) == ("crash", []) and "ExcNodeList" not in job.calls()
+
+
+def test_a_limit_that_is_no_number_is_refused_at_once(job):
+    done = job.call("begin", "run.yaml", "--ranks", "3", TESSERA_MAX_CRASHES="many")
+    assert done.returncode == 2 and "TESSERA_MAX_CRASHES is many" in done.stderr
 
 
 def test_a_job_that_slurm_does_not_requeue_says_so(job):
