@@ -24,6 +24,8 @@ from encoder.base.errors import ConfigError
 from encoder.base.schema import read_mapping
 from encoder.base.units import parse_tokens, short_count, short_seconds
 
+CAUSES = {"stopped": "saved before its limit", "ended": "requeued, preempted or cancelled", "bad_nodes": "bad nodes",
+          "taken_over": "taken over"}          # the words of job.py, where they do not speak for themselves
 TAIL_BYTES = 2**16          # of a ledger or of metrics: some hundred lines
 
 
@@ -84,10 +86,10 @@ def states(folder: Path) -> Iterator[JobState]:
 
 
 def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[str, str]], kept: list[dict[str, str]]) -> JobState:
-    ended = _cause(written)
     tasks = [{"state": task.get("JobState", "?"), "ran": task.get("RunTime", "").replace("00:00:00", ""),
               "nodes": task.get("NodeList", ""), "code": task.get("ExitCode", ""),
               "reason": task.get("Reason", "None")} for task in shown] or kept
+    ended = _cause(written, alive=any(not task["state"].startswith(ENDED) for task in tasks))
     if not tasks:
         began = [e for e in written if e["event"] == "start"]
         last = written[-1] if written else {}
@@ -105,16 +107,24 @@ def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[
                     ended=ended or failed or (f"waits: {waiting}" if waiting else ""))
 
 
-def _cause(written: list[dict[str, Any]]) -> str:
+def _cause(written: list[dict[str, Any]], *, alive: bool) -> str:
     """What the job wrote down of its ends: one of each start, the last one in full."""
     ends = [e for e in written if e["event"] == "end"]
+    counts = Counter(CAUSES.get(e["cause"], e["cause"]) for e in ends)
+    if written and written[-1]["event"] != "end":
+        start = written[-1]["restart"] + 1
+        now = f"start {start} {'runs' if alive else 'was killed: it wrote no end'}" if ends or not alive else ""
+        return f"{now}; before: {_counted(counts)}" if ends else now
     if not ends:
         return ""
-    last, again = ends[-1], Counter(e["cause"] for e in ends[:-1])
-    before = f" (before: {', '.join(f'{n} x {cause}' for cause, n in again.items())})" if again else ""
-    if written[-1]["event"] != "end":
-        return f"running start {written[-1]['restart']}; the one before ended by {last['cause']}{before}"
-    return f"{last['cause']}, {last['why']}{before}" if last["cause"] != "done" else f"done{before}"
+    last = ends[-1]
+    counts[CAUSES.get(last["cause"], last["cause"])] -= 1
+    before = f" (before: {_counted(+counts)})" if +counts else ""
+    return f"done{before}" if last["cause"] == "done" else f"{last['cause']}, {last['why']}{before}"
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} x {what}" for what, n in counts.items())
 
 
 def _from_sacct(ids: list[str]) -> dict[str, list[dict[str, str]]]:

@@ -196,7 +196,7 @@ def status(cluster: Cluster, *words: object, **env: str) -> str:
 def test_status_reads_the_jobs_own_files_where_slurm_knows_nothing_any_more(cluster, tmp_path):
     said = status(cluster, write_run_folder(tmp_path / "r"))
     assert "7    check     gone" in said and "SLURM knows it no more" in said
-    assert "8    training  ended (stop)  1m12s  node[2-3]  crash, rank 1 fell over (before: 1 x stopped)" in said
+    assert "8    training  ended (stop)  1m12s  node[2-3]  crash, rank 1 fell over (before: 1 x saved before its limit)" in said
     assert "phase one, step 5, 500 of 2K tokens (25.0%), 10 tokens/s, 2m30s of training are left; nothing trains now" in said
 
 
@@ -207,6 +207,15 @@ def test_status_takes_states_from_sacct_and_from_the_controller_first(cluster, t
     assert "8    training  FAILED     00:10:00  node[2-3]  crash, rank" in said
     said = status(cluster, folder, SHOWN="JobId=8 JobState=RUNNING RunTime=00:01:00 NodeList=node[1-2] Reason=None ExitCode=0:0")
     assert "RUNNING" in said and "done in 2m30s (" in said and "without stops" in said
+
+
+def test_status_says_of_a_start_that_wrote_no_end_that_it_runs_or_was_killed(cluster, tmp_path):
+    folder = write_run_folder(tmp_path / "r")
+    own = (folder / "slurm" / "8.jsonl").read_text().splitlines()
+    (folder / "slurm" / "8.jsonl").write_text("\n".join(own[:3]) + "\n")
+    shown = "JobId=8 JobState={} RunTime=00:01:00 NodeList=node[2-3] Reason=None ExitCode=0:0"
+    assert "start 2 runs; before: 1 x saved before its limit" in status(cluster, folder, SHOWN=shown.format("RUNNING"))
+    assert "start 2 was killed: it wrote no end; before: 1 x saved" in status(cluster, folder, SHOWN=shown.format("NODE_FAIL"))
 
 
 def test_status_of_a_run_file_names_its_folder_and_of_neither_says_what_is_needed(cluster, tmp_path):
