@@ -112,7 +112,8 @@ class Doctor:
             judge_facts(found, whole, self.expected, needs=needs, came=set(facts))
             self._judge_run(run)
             nonce = secrets.token_hex(6)
-            self._folder(meeting, run, nonce, needs.checkpoint_bytes, {fact["node"] for fact in whole.values()})
+            firsts = {rank: fact["node"] for rank, fact in whole.items() if fact["local_rank"] == 0}
+            self._folder(meeting, run, nonce, needs.checkpoint_bytes, firsts)
         if go := not found.exit_code and self.world.size > 1:
             meeting.tell("links", True)
             self._links(meeting, [facts[rank]["node"] for rank in range(self.world.size)], run)
@@ -148,17 +149,17 @@ class Doctor:
         except UserError as error:
             self.findings.mistakes.append(str(error))
 
-    def _folder(self, meeting: Meeting, run: RunConfig, nonce: str, checkpoint_bytes: int, nodes: set[str]) -> None:
+    def _folder(self, meeting: Meeting, run: RunConfig, nonce: str, checkpoint_bytes: int, firsts: Mapping[int, str]) -> None:
+        """`firsts`: the first rank of each node that is here, and the node."""
         folder = Path(run.out)
         with _made_if_absent(folder):
             mine = look_at_folder(folder, nonce, node=self.node, wait_seconds=0.0, first=True)
             meeting.tell("folder", {"nonce": nonce})
             meeting.say("shared", mine)
-            asked = [rank for rank in range(self.world.size) if rank % self.world.local_size == 0]
-            shared = {value["node"]: value for value in meeting.collect("shared", ranks=asked).values()}
+            shared = {value["node"]: value for value in meeting.collect("shared", ranks=list(firsts)).values()}
             unseen = [node for node in shared if not shared[node].get("error")
                       and not _appears(folder / f".doctor-{nonce}-{node}", self.wait_seconds / 3)]
-            for node in nodes - set(shared):
+            for node in set(firsts.values()) - set(shared):
                 self.findings.blame(node, f"{node} fell silent while it looked at the run folder {folder}: its disk may hang")
             judge_folder(self.findings, shared, unseen, run.out, checkpoint_bytes=checkpoint_bytes)
             with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ A pair adds up whole numbers by an all-reduce of its own and holds the sum again
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Links:
                  hinder: Hinder | None = None) -> None:
         self._store, self._rank, self._device, self._hinder = store, rank, device, hinder
         self._bytes = message_bytes or MESSAGE_BYTES[device.type]
+        # NCCL's watchdog would end the process of whoever waits for a dead peer: an error of the wait is what is wanted
+        os.environ.update(TORCH_NCCL_BLOCKING_WAIT="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0")
 
     def measure(self, rounds: Sequence[Sequence[tuple[int, int]]], into: list[dict[str, Any]], *, turn: str = "first") -> None:
         """One view after another of the pairs that have this rank: {"ranks", "by", "gb_per_second"} or {..., "error"}. A view that

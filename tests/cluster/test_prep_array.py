@@ -44,7 +44,8 @@ def test_a_killed_part_a_lost_node_and_a_failed_part_made_again_leave_the_bytes_
     segments = tmp_path / "shards" / ".a.part" / "segments"
     array = submit(bed, config, "--array=1-3", "--cpus-per-task=4")
     merge = submit(bed, config, f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes")
-    wait_until(lambda: (segments / "000000").exists() and len(list(segments.glob("0*"))) >= 4, seconds=90, what="the first segments")
+    wait_until(lambda: (segments / "000000").exists() and len(list(segments.glob("0*"))) >= 4, seconds=90,
+               what="the first segments")
 
     victim = wait_until(lambda: processes_of("1/3"), seconds=10, what="a process of part 1")[0]
     subprocess.run(["kill", "-KILL", str(victim)], check=True)                # memory ended, say

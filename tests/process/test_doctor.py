@@ -39,17 +39,22 @@ def folder(tmp_path) -> Path:
 
 
 def examine(world: World, *, folder: str, slow: int = -1, damaged: int = -1, absent: int = -1, own_folder: int = -1,
-            wait_seconds: float = 20.0, overrides: tuple[str, ...] = ()) -> dict:
+            stuck: int = -1, per_node: int = 1, wait_seconds: float = 20.0, overrides: tuple[str, ...] = ()) -> dict:
     """Each rank is a node of its own. `slow` sends late, `damaged` sends other bytes, `absent` never comes, `own_folder` has
-    another run folder behind the same name, as a disk of its own would be."""
+    another run file, `stuck` never ends its first sum. Each node has `per_node` ranks, the last one what is left."""
     def hinder(sent: torch.Tensor) -> None:
         if world.rank == slow:
             time.sleep(0.4)
         if world.rank == damaged:
             sent[-1] += 1
+        if world.rank == stuck:
+            time.sleep(1000)
 
-    env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": f"node[1-{world.size}]", "SLURMD_NODENAME": f"node{world.rank + 1}",
-           "SLURM_STEP_TASKS_PER_NODE": f"1(x{world.size})"}
+    nodes = -(-world.size // per_node)
+    local_size = min(per_node, world.size - world.rank // per_node * per_node)
+    tasks = ",".join(str(min(per_node, world.size - node * per_node)) for node in range(nodes))
+    env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": f"node[1-{nodes}]",
+           "SLURMD_NODENAME": f"node{world.rank // per_node + 1}", "SLURM_STEP_TASKS_PER_NODE": tasks}
     if world.rank == absent:
         return {}
     if world.rank == own_folder:
@@ -57,7 +62,8 @@ def examine(world: World, *, folder: str, slow: int = -1, damaged: int = -1, abs
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) % 20000 + 20011)      # the tests' own store has theirs
     words = [f"out={folder}/other"] if world.rank == own_folder else []
     speak_on(world.first)
-    doctor = Doctor(world=World(rank=world.rank, size=world.size), env=env, report=Path(folder) / "report", hinder=hinder,
+    here = World(rank=world.rank, size=world.size, local_rank=world.rank % per_node, local_size=local_size)
+    doctor = Doctor(world=here, env=env, report=Path(folder) / "report", hinder=hinder,
                     wait_seconds=wait_seconds, message_bytes=2**18)
     code = doctor.examine(f"{folder}/run.yaml", [*overrides, *words])
     return {"code": code, "nodes": doctor.findings.nodes, "mistakes": doctor.findings.mistakes, "rows": dict(doctor.findings.rows)}
@@ -88,6 +94,20 @@ def test_the_node_that_damages_what_it_sends_is_named(folder):
     results = run_ranks(examine, 3, folder=str(folder), damaged=1)
     assert [r["code"] for r in results] == [4] * 3
     assert list(results[0]["nodes"]) == ["node2"] and "a sum is wrong" in results[0]["nodes"]["node2"]
+
+
+def test_a_node_that_falls_silent_among_the_links_is_named_and_hangs_nobody(folder):
+    began = time.monotonic()
+    results = run_ranks(examine, 4, folder=str(folder), stuck=2, wait_seconds=20.0)
+    assert time.monotonic() - began < 100
+    assert [r["code"] for r in results] == [4] * 4
+    assert list(results[0]["nodes"]) == ["node3"] and "no answer" in results[0]["nodes"]["node3"]
+
+
+def test_nodes_with_different_numbers_of_ranks_are_fine(folder):
+    results = run_ranks(examine, 3, folder=str(folder), per_node=2)
+    assert [r["code"] for r in results] == [0] * 3
+    assert "2 nodes" in results[0]["rows"]["run folder"] and "1 inside nodes" in results[0]["rows"]["links"]
 
 
 def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(folder):
