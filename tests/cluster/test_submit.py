@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.bed import ROOT, Bed
-from tests.cluster.tiny_run import record
+from tests.cluster.tiny_run import record, starts, wait_for_start
+from tests.unit.prep_helpers import run as data_prep
 from tests.unit.prep_helpers import settings, texts, write_jsonl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -92,3 +93,20 @@ def test_a_check_that_finds_a_mistake_ends_the_chain_before_the_training(bed: Be
         assert "node2 does not see what rank 0 writes into the run folder" in (tmp_path / f"check-{jobs['check']}.out").read_text()
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+def test_of_several_jobs_the_next_goes_on_where_the_one_before_was_cancelled(bed: Bed, run_file, tmp_path):
+    """As in a centre that forbids requeueing: three jobs, the first of them cancelled in its middle."""
+    assert data_prep("prepare", tmp_path / "prep.yaml") == 0
+    longer = ("phases.0.tokens=60K", "phases.1.tokens=20K", "checkpoints.every_tokens=8K")
+    jobs = jobs_of(submit(bed, tmp_path, "run.yaml", *longer, "--nodes=2", "--jobs=3", "--no-check"))
+    out = tmp_path / "runs" / "chain"
+    wait_for_start(out, 1, steps=30)
+    bed.slurm("scancel", jobs["training-1"])
+    assert bed.wait_for_end(jobs["training-1"], seconds=60) == "CANCELLED"
+    assert bed.wait_for_end(jobs["training-2"], seconds=200) == "COMPLETED"
+    assert bed.wait_for_end(jobs["training-3"], seconds=60) == "COMPLETED"
+    assert [s["event"] for s in starts(out)] == ["start", "resume"] and starts(out)[1]["step"] >= 10
+    assert record(out, jobs["training-3"])[-1]["why"] == "the run was done before this job began"
+    stands = submit(bed, tmp_path, "status", "run.yaml")
+    assert re.search(rf"{jobs['training-1']} +training-1 +CANCELLED", stands) and "runs/chain: done, " in stands
