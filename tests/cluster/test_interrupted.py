@@ -55,7 +55,7 @@ class Disturbed:
 
 
 def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path, capsys):
-    run = write_run(tmp_path, tokens="160K", every_tokens="8K")
+    run = write_run(tmp_path, tokens="100K", every_tokens="8K")
     out, alone = tmp_path / "disturbed", tmp_path / "alone"
     it = Disturbed(bed, out)
 

@@ -15,7 +15,7 @@ from encoder.train.config import RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
-PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "tests", "benchmarks")
+PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "slurm", "tests", "benchmarks")
                 for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
