@@ -112,14 +112,14 @@ def test_nodes_with_different_numbers_of_ranks_are_fine(folder):
 
 def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(folder):
     began = time.monotonic()
-    results = run_ranks(examine, 3, folder=str(folder), absent=1, wait_seconds=6.0)
-    assert time.monotonic() - began < 60
+    results = run_ranks(examine, 3, folder=str(folder), absent=1, wait_seconds=12.0)
+    assert time.monotonic() - began < 100
     assert (results[0]["code"], results[2]["code"]) == (4, 4) and list(results[0]["nodes"]) == ["node2"]
     assert "rank 1 of node2 did not come" in results[0]["nodes"]["node2"]
 
 
 def test_without_rank_zero_the_others_name_its_node(folder):
-    results = run_ranks(examine, 2, folder=str(folder), absent=0, wait_seconds=4.0)
+    results = run_ranks(examine, 2, folder=str(folder), absent=0, wait_seconds=8.0)
     assert results[1]["code"] == 4 and (folder / "report" / "bad_nodes").read_text() == "node1\n"
 
 
