@@ -67,7 +67,7 @@ def test_ranks_find_their_place_in_what_slurm_says_with_and_without_bound_gpus(b
 def test_ranks_that_hang_when_the_limit_comes_do_not_keep_the_job_from_its_requeue(bed: Bed, tmp_path):
     run = write_run(tmp_path, tokens="100K", every_tokens="8K")
     out = tmp_path / "hung"
-    job = submit(bed, run, out, "--nodes=1", "--time=3", env={"TESSERA_SPARE_SECONDS": "175"})
+    job = submit(bed, run, out, "--nodes=1", "--time=20", env={"TESSERA_SPARE_SECONDS": "1200"})
     wait_for_start(out, 1)
     bed.host("exec", "node1", "kill", "-STOP", *rank_pids(bed, "node1"))
     bed.slurm("scancel", "--batch", "--signal=USR1", job)
