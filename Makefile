@@ -1,5 +1,6 @@
 # make demo   raw text -> shards -> training (killed and resumed) -> Hugging Face folder -> fill-mask, in one command
 # make test   every test that needs neither a GPU nor a cluster
+# make test-cluster  job scripts on a real Slurm of several nodes on this machine; needs root and Debian's Slurm, says what is missing
 # make check  style, import contract and the tests that take seconds
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test test-cluster check clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -27,6 +28,9 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest
+
+test-cluster: install
+	@$(BIN)/python -m pytest --cluster -m cluster tests/cluster
 
 check: install
 	@$(BIN)/ruff check .

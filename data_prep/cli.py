@@ -28,7 +28,8 @@ again; one that was interrupted goes on from its finished segments (256 MiB of t
 stands for a part. As a job array, on one file system, with the same settings:
 
   data-prep prepare configs/prep/web.yaml --part $SLURM_ARRAY_TASK_ID/100       each of 1/100 to 100/100
-  data-prep merge configs/prep/web.yaml                                         when all are done
+  data-prep missing configs/prep/web.yaml --parts 100                           which of them are not
+  data-prep merge configs/prep/web.yaml --verify                                when all are done
 
 The shards are the same bytes however many parts and processes made them. (A file that is compressed or a table is
 read by one process: give many of them rather than one.)"""
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     args, rest = _parser().parse_known_args(arguments)
-    if args.command in ("prepare", "merge", "plan"):
+    if args.command in ("prepare", "merge", "missing", "plan"):
         args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in args.overrides]
     if rest:
@@ -120,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("config", metavar="CONFIG", type=Path, help="the file that prepare was given")
     merge.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change, as for prepare")
     merge.add_argument("--source", metavar="NAME", help="only this source")
+    merge.add_argument("--verify", action="store_true", help="then check every byte of them, as data-prep verify does")
+
+    missing = command("missing", _missing, "the numbers of the parts of prepare --part I/N that are not done, as 1-3,7")
+    missing.add_argument("config", metavar="CONFIG", type=Path, help="the file that prepare is given")
+    missing.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change, as for prepare")
+    missing.add_argument("--parts", metavar="N", type=_count, required=True, help="how many parts there are")
 
     plan = command("plan", _plan, "tokens, disk, core-hours and epochs of a settings file; reads no text", PLAN)
     plan.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
@@ -190,12 +197,33 @@ def _prepare(args: argparse.Namespace) -> None:
     prepare(read_settings(PrepareConfig, args.config, args.overrides), only=args.source, part=args.part, again=args.again)
 
 
-def _merge(args: argparse.Namespace) -> None:
+def _merge(args: argparse.Namespace) -> int:
     from data_prep.config import PrepareConfig
     from data_prep.prepare import merge
     from encoder.base.schema import read_settings
 
-    merge(read_settings(PrepareConfig, args.config, args.overrides), only=args.source)
+    config = read_settings(PrepareConfig, args.config, args.overrides)
+    merge(config, only=args.source)
+    if not args.verify:
+        return 0
+    from data_prep.verify import verify
+
+    return verify([Path(config.out) / source.name for source in config.sources if args.source in (None, source.name)])
+
+
+def _missing(args: argparse.Namespace) -> None:
+    from data_prep.config import PrepareConfig
+    from data_prep.prepare import missing_parts
+    from data_prep.segments import numbers_text
+    from encoder.base.schema import read_settings
+
+    print(numbers_text(missing_parts(read_settings(PrepareConfig, args.config, args.overrides), count=args.parts)))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--parts is {text}; needed: a whole number, at least 1.")
+    return int(text)
 
 
 def _part(text: str) -> object:

@@ -70,6 +70,23 @@ def merge(config: PrepareConfig, *, only: str | None = None) -> None:
                 _assemble(plan, ledger)
 
 
+def all_made(config: PrepareConfig) -> bool:
+    """Whether every source is finished and merged; says which are. Raises UserError."""
+    return all([_stands(plan) and _finished(plan) for plan in _plans(config, None)])
+
+
+def missing_parts(config: PrepareConfig, *, count: int) -> list[int]:
+    """Which of `count` parts have a segment, of any source, that is not finished. Raises UserError."""
+    missing: set[int] = set()
+    for plan in _plans(config, None):
+        ledger = Ledger(plan.folder)
+        if not _stands(plan) and not ledger.assembled:
+            finished = ledger.finished()
+            missing |= {index for index in range(1, count + 1)
+                        if any(s.number not in finished for s in Part(index=index, count=count).of(plan.segments))}
+    return sorted(missing)
+
+
 def _plans(config: PrepareConfig, only: str | None) -> list[_Plan]:
     """All mistakes that can be found before the first hour of work are found here."""
     sources = [s for s in config.sources if only in (None, s.name)]

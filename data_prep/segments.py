@@ -66,6 +66,17 @@ class Part:
         return [s for s in segments if min(s.begin, total - 1) * self.count // total == self.index - 1]
 
 
+def numbers_text(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 -> '1-3,7', as sbatch --array takes it."""
+    stretches: list[list[int]] = []
+    for number in numbers:
+        if stretches and number == stretches[-1][1] + 1:
+            stretches[-1][1] = number
+        else:
+            stretches.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in stretches)
+
+
 def segment_bytes(source_bytes: int, shard_bytes: int) -> int:
     """The bytes of a source that begin a segment: shards are full from 16 GB of text on, of the usual 64 MiB."""
     return min(SEGMENT_SHARDS * shard_bytes, max(LEAST_BYTES, -(-source_bytes // SEGMENTS)))

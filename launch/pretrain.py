@@ -6,13 +6,14 @@
     python launch/pretrain.py RUN.yaml [key=value ...]
 
 Exit code: 0 done, or stopped by a signal or its time limit after saving (done.json in the run folder tells which: without it,
-start again); 1 a defect, here or on another rank; 2 a mistake in the input; 3 it hung, RUN/hangs says where; 130 stopped by
-Ctrl-C before anything was written.
+start again); 1 a defect, here or on another rank; 2 a mistake in the input, also written to the file TESSERA_MISTAKE_FILE where
+a job names one; 3 it hung, RUN/hangs says where; 130 stopped by Ctrl-C before anything was written.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 import traceback
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     from encoder.base.command import run_command
-    from encoder.base.errors import RankError, SilentError, UserError
+    from encoder.base.errors import PassingError, RankError, SilentError, UserError
 
     def body() -> int:
         from encoder.base.dist import world_from_env  # after --help and its errors: importing torch takes seconds
@@ -44,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
             run = read_run(args.run, args.overrides)
             from encoder.train.loop import pretrain
             pretrain(run, world)
+        except OSError as error:
+            tell_job(error)
+            raise
         except UserError as error:
+            tell_job(error)
             if isinstance(error, SilentError):
                 time.sleep(SPEAKER_SECONDS)
                 return 2
@@ -53,6 +58,13 @@ def main(argv: list[str] | None = None) -> int:
                 raise RankError(f"rank {world.rank}: {error}") from error
             raise
         return 0
+
+    def tell_job(error: Exception) -> None:
+        # srun ends the other ranks when one leaves, and then has their exit code, not this one's 2
+        path = os.environ.get("TESSERA_MISTAKE_FILE")
+        if path and not isinstance(error, (PassingError, SilentError)):
+            with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+                file.write(" ".join(str(error).split()))
 
     return run_command(body, stopped="stopped before the first step; nothing was written")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,21 +13,25 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow (minutes each)")
+    parser.addoption("--cluster", action="store_true", help="also run tests marked cluster (they bring up a Slurm of their own)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     marked = {item for item in items if any(item.get_closest_marker(m) for m in ("gpu", "cluster", "slow"))}
     if not marked:
         return
-    has_gpu = False
+    has_gpu, no_cluster = False, "brings up a Slurm cluster: make test-cluster"
+    if config.getoption("--cluster"):
+        from tests.cluster.bed import why_not
+        no_cluster = why_not()
     if any(item.get_closest_marker("gpu") for item in marked):
         import torch
         has_gpu = torch.cuda.is_available()
     for item in marked:
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if item.get_closest_marker("cluster") and not shutil.which("sbatch"):
-            item.add_marker(pytest.mark.skip(reason="needs a Slurm cluster"))
+        if item.get_closest_marker("cluster") and no_cluster:
+            item.add_marker(pytest.mark.skip(reason=no_cluster))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 

@@ -1,4 +1,4 @@
-"""Who am I: rank and world from torchrun, deepspeed or SLURM, and the process group for them."""
+"""Who am I: rank, world and meeting place from torchrun, deepspeed or SLURM, and the process group for them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import datetime
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, PassingError
+from encoder.base.slurm import expand_hosts, tasks_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +32,59 @@ class World:
         return self.rank == 0
 
 
-def world_from_env(env: dict[str, str] | None = None) -> World:
-    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else SLURM_PROCID/SLURM_NTASKS (srun), else one rank."""
-    env = dict(os.environ) if env is None else env
+def world_from_env(env: Mapping[str, str] | None = None) -> World:
+    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else from srun's own variables, else one rank."""
+    env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
         local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
         return World(rank=int(env["RANK"]), size=int(env["WORLD_SIZE"]),
                      local_rank=int(env.get("LOCAL_RANK", "0")), local_size=int(local_size))
     # SLURM_PROCID alone is also set in the batch script itself; SLURM_STEP_ID only inside srun
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return World(rank=int(env["SLURM_PROCID"]), size=int(env["SLURM_NTASKS"]),
-                     local_rank=int(env.get("SLURM_LOCALID", "0")),
-                     local_size=int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
+        return World(rank=int(env["SLURM_PROCID"]), size=_slurm_tasks(env),
+                     local_rank=int(env.get("SLURM_LOCALID", "0")), local_size=_slurm_local_size(env))
     return World()
+
+
+def _slurm_tasks(env: Mapping[str, str]) -> int:
+    # the step's own count first: SLURM_NTASKS may be the job's, where srun ran with --ntasks-per-node alone
+    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or "1")
+
+
+def _slurm_local_size(env: Mapping[str, str]) -> int:
+    """Tasks on this node. SLURM_NTASKS_PER_NODE, which is there only where it was asked for, says what was asked for."""
+    counts, node = env.get("SLURM_STEP_TASKS_PER_NODE"), int(env.get("SLURM_NODEID", "0"))
+    return tasks_per_node(counts)[node] if counts else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
+
+
+def meeting_place(env: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """Host and port where the ranks of a SLURM step meet: rank zero's node, which is the step's first; None outside a step.
+
+    The port follows from job, restart and step, so that jobs that share a node, and ranks that an unplugged node still runs, do
+    not meet one another. It lies in 15000 to 31999, below the ports that Linux gives to connections.
+    """
+    env = os.environ if env is None else env
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if not nodes or "SLURM_STEP_ID" not in env:
+        return None
+    job, restart, step = (int(env.get(f"SLURM_{key}") or "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    return expand_hosts(nodes)[0], 15000 + (job * 97 + restart * 11 + step) % 17000
+
+
+def device_index(world: World, *, visible: int, env: Mapping[str, str] | None = None) -> int:
+    """Which of the `visible` GPUs is this rank's: its own one where SLURM binds GPUs to tasks, else that of its local rank.
+
+    Raises ConfigError where ranks would share a GPU.
+    """
+    env = os.environ if env is None else env
+    if world.local_rank < visible and world.local_size <= visible:
+        return world.local_rank
+    # --gpus-per-task and --gpu-bind let a task see some of the node's GPUs alone, numbered from 0
+    on_node = int(env.get("SLURM_GPUS_ON_NODE") or "0")
+    if "SLURM_STEP_ID" in env and on_node >= world.local_size and visible and world.local_size % visible == 0:
+        return world.local_rank % visible
+    raise ConfigError(f"{world.local_size} ranks on {socket.gethostname()}, but rank {world.rank} sees {visible} "
+                      f"GPU{'s' * (visible != 1)}. Needed: one GPU for each rank. Start fewer ranks a node, or ask for more GPUs.")
 
 
 def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) -> bool:
@@ -60,16 +101,20 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     if "MASTER_ADDR" not in os.environ:
-        raise ConfigError(f"{world.size} ranks but no MASTER_ADDR. Start with deepspeed or torchrun, "
-                          "or set MASTER_ADDR and MASTER_PORT in the job script.")
+        place = meeting_place()
+        if place is None:
+            raise ConfigError(f"{world.size} ranks but no MASTER_ADDR. Start with srun, deepspeed or torchrun, "
+                              "or set MASTER_ADDR and MASTER_PORT.")
+        os.environ.update(MASTER_ADDR=place[0], MASTER_PORT=os.environ.get("MASTER_PORT") or str(place[1]))
     # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
+    local_rank = device.index if device.type == "cuda" and device.index is not None else world.local_rank     # deepspeed's device
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank),
                       LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size))
     try:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']} port {os.environ.get('MASTER_PORT')}"
-        raise ConfigError(f"the {world.size} ranks cannot meet at {place} ({' '.join(str(error).split())[:150]}). If another "
+        raise PassingError(f"the {world.size} ranks cannot meet at {place} ({' '.join(str(error).split())[:150]}). If another "
                           "program has the port, give another: deepspeed --master_port 29511 ...") from error
     return True
 

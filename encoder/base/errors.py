@@ -42,6 +42,14 @@ class SilentError(UserError):
     """Another rank met a mistake and speaks; this one only leaves with it."""
 
 
+class PassingError(UserError):
+    """No mistake in the input: a rank that was lost, a port that is taken. Another start may not meet it again."""
+
+
+class MachineError(PassingError, LedgerError):
+    """The machine computed what it had not computed before."""
+
+
 class ModelError(UserError):
     """A stored model that is missing, damaged, of another kind, or whose weights do not fit its config."""
 

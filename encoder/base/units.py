@@ -40,6 +40,14 @@ def short_count(number: float) -> str:
     return f"{number:.4g}"
 
 
+def short_bytes(count: float) -> str:
+    """3_221_225_472 -> '3.0 GiB', for people."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"
+
+
 def short_seconds(seconds: float) -> str:
     """3725 -> '1h02m', 62 -> '1m02s', 3.21 -> '3.2s'."""
     if seconds < 60:

@@ -14,7 +14,7 @@ import torch
 
 from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.command import as_user_error
-from encoder.base.dist import World, max_over_ranks
+from encoder.base.dist import World, device_index, max_over_ranks
 from encoder.base.errors import ConfigError, RankError, ShardError, SilentError, UserError
 from encoder.base.files import sha256_of
 from encoder.base.rng import generator
@@ -110,8 +110,8 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
         )
     device = torch.device("cpu")
     if run.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
-        device = torch.device("cuda", world.local_rank)
+        device = torch.device("cuda", device_index(world, visible=torch.cuda.device_count()))
+        torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:        # the deepspeed launcher leaves it unset: every rank takes all cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // world.local_size))

@@ -13,7 +13,7 @@ from statistics import median
 from types import FrameType
 from typing import Any
 
-from encoder.base.errors import ConfigError, LedgerError
+from encoder.base.errors import ConfigError, MachineError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FINE, NOT_FINITE, SPIKE = "", "not_finite", "spike"      # what a step was, in the ledger
@@ -130,13 +130,13 @@ class StepJudge:
         return self._recorded.get(step) == NOT_FINITE
 
     def judge(self, step: int, *, loss: float, applied: bool) -> str:
-        """FINE, NOT_FINITE or SPIKE. Raises LedgerError, the same on all ranks, where a step was fine and is not finite now."""
+        """FINE, NOT_FINITE or SPIKE. Raises MachineError, the same on all ranks, where a step was fine and is not finite now."""
         finite = applied and math.isfinite(loss)
         found = self._recorded.get(step)
         if found is None:
             found = NOT_FINITE if not finite else SPIKE if self._is_spike(loss) else FINE
         elif not finite and found != NOT_FINITE:
-            raise LedgerError(f"the gradient of step {step} is not finite; it was before the stop, says the ledger. A defect of "
+            raise MachineError(f"the gradient of step {step} is not finite; it was before the stop, says the ledger. A defect of "
                               "the machine is likely: start again, on another one if it comes back.")
         if found == FINE:
             self.in_a_row = 0

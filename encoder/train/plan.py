@@ -12,7 +12,7 @@ import torch
 
 from encoder.base.dist import World
 from encoder.base.errors import ShardError
-from encoder.base.units import short_count
+from encoder.base.units import short_bytes, short_count
 from encoder.data.shard_format import read_card, read_lengths
 from encoder.data.windows import cut
 from encoder.models.catalog import build_model
@@ -47,6 +47,16 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a run asks of its machines."""
+
+    parameters: int
+    decayed: int                # of them, with weight decay
+    memory: Memory              # of one rank
+    checkpoint_bytes: int       # of one: masters and what the optimizer keeps, in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseWork:
     """Model FLOP of a phase, forward and backward, and the shard folders whose lengths were not at hand."""
 
@@ -59,13 +69,9 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
 
     Raises UserError where the run cannot be; what is not there yet is only said.
     """
-    with torch.device("meta"):
-        model = build_model(run.model, attention="sdpa", seed=run.seed)
-    count = sum(p.numel() for p in model.parameters())
-    decayed = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1)
+    needs = count_needs(run, ranks=ranks)
+    count, decayed, memory = needs.parameters, needs.decayed, needs.memory
     steps = steps or list(planned_steps(run, fill=FILL))
-    kept = state_elements(model, run.optimizer)
-    memory = estimate_memory(run, parameters=count, optimizer_elements=kept, ranks=ranks)
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
         "",
@@ -92,14 +98,26 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"learning rate  {_spark([s.lr for s in steps])}  0 to {max(s.lr for s in steps):.2e}",
         f"batch          {_spark([float(s.tokens) for s in steps])}  up to {short_count(max(s.tokens for s in steps))} tokens",
         "",
-        f"memory a rank  about {_size(memory.total)}: weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, "
-        f"optimizer {_size(memory.optimizer)}, activations {_size(memory.activations)}"
-        f"{f'; in the machine {_size(memory.offloaded)}' if memory.offloaded else ''}",
+        f"memory a rank  about {short_bytes(memory.total)}: weights {short_bytes(memory.weights)}, "
+        f"gradients {short_bytes(memory.gradients)}, optimizer {short_bytes(memory.optimizer)}, "
+        f"activations {short_bytes(memory.activations)}"
+        f"{f'; in the machine {short_bytes(memory.offloaded)}' if memory.offloaded else ''}",
         f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(works)})",
-        f"checkpoints    {_size(4 * (count + kept))} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
+        f"checkpoints    {short_bytes(needs.checkpoint_bytes)} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
         f"{run.checkpoints.keep_last} kept and one for each end of a phase",
     ]
     return "\n".join(lines)
+
+
+def count_needs(run: RunConfig, *, ranks: int) -> Needs:
+    """Counted from the model's shapes: no weight is made."""
+    with torch.device("meta"):
+        model = build_model(run.model, attention="sdpa", seed=run.seed)
+    count = sum(p.numel() for p in model.parameters())
+    kept = state_elements(model, run.optimizer)
+    return Needs(parameters=count, decayed=sum(p.numel() for p in model.parameters() if p.ndim > 1),
+                 memory=estimate_memory(run, parameters=count, optimizer_elements=kept, ranks=ranks),
+                 checkpoint_bytes=4 * (count + kept))
 
 
 def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
@@ -222,13 +240,6 @@ def _spark(values: list[float], width: int = 60) -> str:
         [values[i * len(values) // width] for i in range(min(width, len(values)))] if len(values) > width else values
     )
     return "".join(BARS[round(v / top * (len(BARS) - 1))] for v in picked)
-
-
-def _size(count: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1024:.1f} KiB"
 
 
 def _lengths_text(works: list[PhaseWork]) -> str:

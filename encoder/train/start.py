@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -93,12 +97,27 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
                    quarantine=Quarantine(folder, extra.get("quarantine", [])))
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """This process alone trains in the folder, on this machine and where the file system knows locks; freed when it ends."""
-    file = open(folder / ".lock", "w", encoding="utf-8")
+def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> IO[str]:
+    """This process alone trains in the folder, on this machine and where the file system knows locks; freed when it ends.
+
+    An earlier start of the same SLURM job that still holds it, on a node that was cut off, is passed by: its
+    incarnation keeps it from saving. Raises CheckpointError for any other.
+    """
+    env = os.environ if env is None else env
+    file = open(folder / ".lock", "a+", encoding="utf-8")
+    holder = {"job": env.get("SLURM_JOB_ID"), "restart": int(env.get("SLURM_RESTART_COUNT") or "0"), "host": socket.gethostname()}
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(json.dumps(holder))
+        file.flush()
     except BlockingIOError as error:
+        file.seek(0)
+        with contextlib.suppress(ValueError):
+            other = json.loads(file.read())
+            if holder["job"] and other["job"] == holder["job"] and other["restart"] < holder["restart"]:
+                say(f"start {other['restart']} of this job still lives on {other['host']}; it can save no more")
+                return file
         file.close()
         raise CheckpointError(f"another start of this run is training in {folder}. "
                               "Wait for it, end it, or set another out.") from error

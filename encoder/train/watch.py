@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from encoder.base.dist import World, sum_over_ranks
-from encoder.base.errors import SilentError, UserError
+from encoder.base.errors import PassingError, SilentError, UserError
 from encoder.base.files import fsync_path
 
 HANGS, ERRORS = "hangs", "errors"
@@ -55,7 +55,7 @@ class Watch:
             " ".join(f"rank {self._world.rank} failed, {self._doing}: {type(error).__name__}: {error}".split()), text)
         if first and not isinstance(error, UserError):
             # losing a peer is an error of every rank, with a traceback that says nothing; rank zero tells what was the cause
-            raise (UserError if self._world.first else SilentError)(f"{first} All of it is in {self._error_file}.") from None
+            raise (PassingError if self._world.first else SilentError)(f"{first} All of it is in {self._error_file}.") from None
 
     def mark(self, doing: str) -> None:
         """What this rank does from now on."""

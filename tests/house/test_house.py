@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from encoder.train.config import RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
-PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "tests", "benchmarks")
+PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "slurm", "tests", "benchmarks")
                 for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -72,6 +73,17 @@ def test_readme_names_only_files_and_commands_that_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"\bmake (\w+)", text)) <= targets
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_shell_script_passes_bash_and_shellcheck():
+    patterns = ("slurm/*.sbatch", "slurm/*.sh", "tests/cluster/testbed/*.sh", ".ci/run")
+    scripts = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    assert len(scripts) >= 8
+    for command in (["bash", "-n"], ["shellcheck", "-x", "-P", "SCRIPTDIR"]):
+        if shutil.which(command[0]):
+            for script in scripts:
+                done = subprocess.run([*command, script], capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_nothing_is_pickled_or_trusted_from_afar():

@@ -99,3 +99,14 @@ def test_a_second_start_is_refused_while_the_first_trains(folder):
         with pytest.raises(CheckpointError, match="another start of this run is training"):
             lock_folder(folder / "locked")
     lock_folder(folder / "locked").close()
+
+
+def test_only_a_later_start_of_the_same_job_passes_by_one_that_still_lives(folder):
+    from encoder.train.start import lock_folder
+    (folder / "job").mkdir()
+    with lock_folder(folder / "job", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}):
+        lock_folder(folder / "job", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}).close()
+        for env in ({}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2"}, {"SLURM_JOB_ID": "7"},
+                    {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}):
+            with pytest.raises(CheckpointError, match="another start of this run is training"):
+                lock_folder(folder / "job", env)

@@ -1,0 +1,436 @@
+#!/usr/bin/env python3
+"""What a training job writes down, and what it decides when its step ends; called by pretrain.sbatch on the job's first node.
+
+    job.py begin RUN.yaml [key=value ...]                      prints the run folder; exit code 3: the run is done already
+    job.py preflight FOLDER --code C [--signal S] --seconds T  what the preflight found; exit code 0: go on
+    job.py end FOLDER --code C [--signal S] --seconds T        why the training step ended, and what follows; exit code 4: requeued
+    job.py signalled FOLDER NAME                               a signal that the batch script got
+    job.py signal-ranks SIGNAL                                 on each node, where a launcher stands between SLURM and the ranks
+
+It needs Python 3.8 and nothing else, so that it runs outside of containers. RUN/slurm/JOBID.jsonl holds one line an event, all with
+
+    time (seconds since 1970), job (its id), restart (0, 1, ...), event
+
+    start      name, partition, nodes (as SLURM writes them), node_count, ranks, run_file, overrides, restart_after: how the
+               start before ended ("" on the first; "killed" where it wrote no end: node lost, preempted, requeued by hand),
+               step and tokens: what was committed by then
+    signal     signal: USR1 before the time limit (TERM stands in the end's line alone, for there is little time then)
+    preflight  code, seconds, bad_nodes
+    excluded   nodes: left out of the job's next starts
+    end        cause, why (a sentence), decision, code (srun's, which proves nothing), seconds (of the step), step and tokens
+               (committed), crashes (so far in this job), signal
+
+    cause      done         RUN/done.json is there, the only proof of success
+               stopped      saved and left before the time limit, or by a signal that the batch script passed on
+               ended        SLURM ended the job: cancelled, preempted, requeued by hand, or its limit came without a warning
+               crash        anything else that ended the step, the preflight included
+               mistake      the input cannot be right, however often it is tried; `why` has the line that the run said
+               bad_nodes    the preflight found nodes that must not be used
+               taken_over   a newer start of the same job is running: this one is the rest of a node that was cut off
+    decision   finish | requeue | stop (with RUN/slurm/JOBID-report.txt) | leave (SLURM or the user has decided already)
+               submit_again (SLURM does not requeue this job: the same sbatch line goes on)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# exit codes: 0 is also "go on with the training step"; 75 is EX_TEMPFAIL, submit it again
+GO, FAILED, MISTAKE, DONE_ALREADY, REQUEUED, NOT_DONE, ENDED = 0, 1, 2, 3, 4, 75, 143
+PREFLIGHT_BAD_NODES = 4
+# per job: crashes, starts in a row that commit nothing, nodes left out
+LIMITS = {"TESSERA_MAX_CRASHES": 3, "TESSERA_MAX_IDLE_STARTS": 3, "TESSERA_MAX_BAD_NODES": 8}
+CONTROLLER_SECONDS = 900.0           # a controller that is being restarted is waited for
+CHECKPOINT = re.compile(r"tokens(\d{13,})-i(\d{4,})")
+
+
+class Mistake(Exception):
+    """Found, needed, what to do: one line on standard error, exit code 2."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, acts, returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    begin_verb = verbs.add_parser("begin")
+    begin_verb.add_argument("run")
+    begin_verb.add_argument("overrides", nargs="*")
+    begin_verb.add_argument("--ranks", type=int, required=True)
+    for name in ("preflight", "end"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("folder", type=Path)
+        verb.add_argument("--code", type=int, required=True)
+        verb.add_argument("--signal", default="")
+        verb.add_argument("--seconds", type=float, default=0.0)
+    verb = verbs.add_parser("signalled")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("name")
+    verbs.add_parser("signal-ranks").add_argument("signal", choices=["USR1", "TERM"])
+    args = parser.parse_args(argv)
+    try:
+        if args.verb == "begin":
+            return begin(args.run, args.overrides, ranks=args.ranks)
+        if args.verb == "signalled":
+            Job(args.folder).write("signal", signal=args.name)
+            return GO
+        if args.verb == "signal-ranks":
+            return signal_ranks(getattr(signal, f"SIG{args.signal}"))
+        job = Job(args.folder)
+        return (preflight if args.verb == "preflight" else end)(job, code=args.code, signalled=args.signal, seconds=args.seconds)
+    except Mistake as mistake:
+        return complain(str(mistake))
+    except OSError as error:
+        place = f"{os.fspath(error.filename)}: " if error.filename else ""
+        return complain(f"{place}{error.strerror or error}. Needed: a run folder that can be read and written, with room. "
+                        "Mend it, or set another out=FOLDER.")
+
+
+class Job:
+    """This start of a SLURM job, and what its starts have written in the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        env = os.environ
+        self.folder, self.id, self.restart = folder, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or "0")
+        self.own = folder / "slurm"
+        self.record = self.own / f"{self.id}.jsonl"
+
+    @property
+    def preflight_folder(self) -> Path:
+        """Where the preflight of this start writes a file a node."""
+        return self.own / f"{self.id}-r{self.restart}-preflight"
+
+    @property
+    def mistake_file(self) -> Path:
+        """Where a rank of this start writes the mistake it met: its exit code does not get through srun."""
+        return self.own / f"{self.id}-r{self.restart}-mistake.txt"
+
+    def events(self) -> list[dict[str, Any]]:
+        """All lines so far, of all starts; a line torn by a kill is left out."""
+        found = []
+        for line in self.record.read_bytes().split(b"\n") if self.record.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def write(self, event: str, **values: Any) -> None:
+        """One line, durable: the job may be ended in the next moment."""
+        line = json.dumps({"time": round(time.time(), 3), "job": self.id, "restart": self.restart, "event": event, **values})
+        handle = os.open(self.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, line.encode() + b"\n")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def committed(self) -> tuple[int, int]:
+        """Step and tokens of the newest checkpoint; (0, 0) before the first."""
+        found = []
+        for path in (self.folder / "checkpoints").glob("tokens*"):
+            match = CHECKPOINT.fullmatch(path.name)
+            if match and (path / "COMMITTED").exists():
+                found.append((int(match[2]), int(match[1]), path))
+        if not found:
+            return 0, 0
+        _, tokens, path = max(found)
+        try:
+            return int(json.loads((path / "progress.json").read_text())["progress"]["step"]), tokens
+        except (OSError, ValueError, KeyError):
+            return 0, tokens
+
+
+# --- before the step --------------------------------------------------------------------------------------------------------
+
+
+def begin(run_file: str, overrides: list[str], *, ranks: int) -> int:
+    """Prints the run folder, makes its slurm folder and notes the start. Raises Mistake."""
+    folder = run_folder(run_file, overrides)
+    for name in LIMITS:
+        limit(name)                     # refused now, not when it is needed
+    job = Job(folder)
+    job.own.mkdir(parents=True, exist_ok=True)
+    before = [e for e in job.events() if e["event"] in ("start", "end")]
+    after = "" if not before else before[-1]["cause"] if before[-1]["event"] == "end" else "killed"
+    step, tokens = job.committed()
+    env = os.environ
+    job.write("start", name=env.get("SLURM_JOB_NAME", ""), partition=env.get("SLURM_JOB_PARTITION", ""),
+              nodes=env.get("SLURM_JOB_NODELIST", ""), node_count=int(env.get("SLURM_JOB_NUM_NODES") or "1"), ranks=ranks,
+              run_file=run_file, overrides=overrides, restart_after=after, step=step, tokens=tokens)
+    print(folder)
+    if (folder / "done.json").exists():
+        job.write("end", cause="done", why="the run was done before this job began", decision="finish", code=0, seconds=0.0,
+                  step=step, tokens=tokens, crashes=0, signal="")
+        return DONE_ALREADY
+    return GO
+
+
+def run_folder(run_file: str, overrides: list[str]) -> Path:
+    """`out` of the run file, or of the last override of it. Raises Mistake.
+
+    Reads that one line and no YAML: the job's first node may have no packages outside of the container.
+    """
+    here = f"The job runs in {os.getcwd()}; give a path from there, a whole path, or sbatch --chdir=FOLDER."
+    try:
+        text = Path(run_file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise Mistake(f"the run file {run_file} cannot be read ({getattr(error, 'strerror', None) or error}). {here}") from error
+    found = [value for key, _, value in (o.partition("=") for o in overrides) if key == "out"]
+    found = found[-1:] or re.findall(r"^out[ \t]*:[ \t]+(.*?)[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE)
+    value = found[-1].strip() if found else ""
+    if value[:1] in "\"'" and value[:1] == value[-1:]:
+        value = value[1:-1]
+    if not value or value[0] in "{[&*|>!%@`\"'":
+        raise Mistake(f"{run_file} has no line `out: FOLDER` with a plain name, but {value or 'none'}. Add it, or give out=FOLDER.")
+    return Path(value)
+
+
+def preflight(job: Job, *, code: int, signalled: str, seconds: float) -> int:
+    """Goes on, or ends this start: a mistake stops the job, bad nodes are left out of its next start."""
+    bad = sorted(read_bad_nodes(job)) if code not in (0, MISTAKE) and not signalled else []
+    job.write("preflight", code=code, seconds=seconds, bad_nodes=bad)
+    if code == 0 and not signalled:
+        return GO
+    if code == MISTAKE and not signalled and not job.mistake_file.exists():
+        job.mistake_file.write_text("the preflight refused the run; its lines are in the job's output\n", encoding="utf-8")
+    return end(job, code=code, signalled=signalled, seconds=seconds, bad_nodes=bad)
+
+
+def read_bad_nodes(job: Job) -> set[str]:
+    """The nodes that the preflight names, and those from which nothing was heard."""
+    named, heard = job.preflight_folder / "bad_nodes", {p.stem for p in job.preflight_folder.glob("*.json")}
+    bad = set(named.read_text(encoding="utf-8").split()) if named.exists() else set()
+    return bad | (set(node_names()) - heard if heard else set())      # silence of all is no node's fault
+
+
+# --- when a step has ended -----------------------------------------------------------------------------------------------------
+
+
+def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[str] | None = None) -> int:
+    """Notes why the step ended and what follows, and does it; returns the batch script's exit code."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)      # a requeue ends this job; what it calls inherits this
+    cause, why = cause_of_end(job, code=code, signalled=signalled, bad_nodes=bad_nodes or [])
+    step, tokens = job.committed()
+    crashes = [e for e in job.events() if e["event"] == "end" and e["cause"] == "crash"]
+    decision, reason = decide(job, cause=cause, tokens=tokens, crashes=crashes, bad_nodes=bad_nodes or [])
+    facts = dict(cause=cause, code=code, seconds=seconds, step=step, tokens=tokens, signal=signalled,
+                 crashes=len(crashes) + (cause == "crash"))
+    if decision == "requeue":
+        job.write("end", **facts, decision="requeue", why=why)       # before it: SLURM may end this process at once
+        refused = requeue(job, leave_out=bad_nodes or [])
+        if not refused:
+            say(f"{why}; requeued: it goes on from step {step}, {tokens:,} tokens")
+            return REQUEUED
+        decision, reason = "submit_again", f"SLURM did not requeue the job ({refused}): submit it again, it goes on from there"
+    job.write("end", **facts, decision=decision, why=f"{why}{'; ' + reason if reason else ''}")
+    if decision == "finish":
+        say(f"done: {tokens:,} tokens, step {step}")
+        return GO
+    if decision == "stop":
+        report = write_report(job, why=why, reason=reason)
+        return complain(f"{why}; {reason}. Report: {report}", code=MISTAKE if cause == "mistake" else FAILED)
+    say(f"{why}{'; ' + reason if reason else ''}; committed: step {step}, {tokens:,} tokens")
+    return NOT_DONE if decision == "submit_again" else ENDED
+
+
+def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str]) -> tuple[str, str]:
+    """The word and the sentence."""
+    if (job.folder / "done.json").exists():
+        return "done", "the run is done"
+    if signalled == "TERM":
+        return "ended", "SLURM ended the job (scancel, preemption, requeue or its time limit)"
+    state = job_state(job.id)
+    if state.get("Restarts", str(job.restart)) != str(job.restart):
+        return "taken_over", f"start {state['Restarts']} of this job has taken over from start {job.restart}"
+    if state.get("JobState", "RUNNING") != "RUNNING":
+        return "ended", f"SLURM has ended the job: {state['JobState']}"
+    if job.mistake_file.exists():
+        return "mistake", job.mistake_file.read_text(encoding="utf-8").strip()
+    if bad_nodes:
+        return "bad_nodes", f"the preflight failed on {', '.join(bad_nodes)}"
+    if signalled:
+        return "stopped", f"stopped by SIG{signalled} before the time limit"
+    stopped = stopped_by_itself(job)
+    if stopped:
+        return "stopped", stopped
+    return "crash", first_error(job) or f"the step ended with exit code {code} and without a word"
+
+
+def decide(job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], bad_nodes: list[str]) -> tuple[str, str]:
+    """finish, requeue, stop or leave; and why, where it is not plain."""
+    if cause in ("done", "ended", "taken_over"):
+        return ("finish" if cause == "done" else "leave"), ""
+    if cause == "mistake":
+        return "stop", "no requeue can mend that"
+    if cause == "bad_nodes":
+        before = {node for e in job.events() if e["event"] == "excluded" for node in e["nodes"]}
+        out, here = before | set(bad_nodes), node_names()
+        if set(here) <= set(bad_nodes) and (before or len(here) > 1):       # one node alone may be bad once
+            return "stop", "all nodes of the job failed, so other nodes would do no better: look for what they share"
+        allowed = limit("TESSERA_MAX_BAD_NODES")
+        if len(out) > allowed:
+            return "stop", f"that makes {len(out)} nodes, {allowed} are allowed (TESSERA_MAX_BAD_NODES): look for what they share"
+        return "requeue", ""
+    if cause == "stopped":
+        idle, allowed = starts_without_progress(job, tokens=tokens), limit("TESSERA_MAX_IDLE_STARTS")
+        if idle >= allowed:
+            return "stop", f"{idle} starts in a row committed nothing: the time limit is too short for a start and a step"
+        return "requeue", ""
+    allowed = limit("TESSERA_MAX_CRASHES")
+    if crashes and tokens <= crashes[-1]["tokens"]:
+        return "stop", f"it crashed before, and nothing was committed since: {tokens:,} tokens then and now"
+    if len(crashes) >= allowed:
+        return "stop", f"that is crash {len(crashes) + 1} of this job, {allowed} are allowed (TESSERA_MAX_CRASHES)"
+    return "requeue", ""
+
+
+def limit(name: str) -> int:
+    """One of LIMITS, or what the environment says instead."""
+    text = os.environ.get(name) or str(LIMITS[name])
+    if not text.isdigit():
+        raise Mistake(f"{name} is {text}; needed: a whole number.")
+    return int(text)
+
+
+def starts_without_progress(job: Job, *, tokens: int) -> int:
+    """How many of the job's last starts, this one included, began with what is committed now."""
+    begun = [e["tokens"] for e in job.events() if e["event"] == "start"]
+    count = 0
+    for at in reversed(begun):
+        if at < tokens:
+            break
+        count += 1
+    return count
+
+
+def stopped_by_itself(job: Job) -> str:
+    """What the run's own last event says, where this start saved and left by a signal or its time limit."""
+    events = job.folder / "events.jsonl"
+    began = max((e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart), default=0.0)
+    if not events.exists() or events.stat().st_mtime < began:
+        return ""
+    try:
+        last = json.loads(events.read_bytes().rstrip(b"\n").rsplit(b"\n", 1)[-1])
+    except ValueError:
+        return ""
+    if last.get("event") != "stopped":
+        return ""
+    by = last.get("limit") or f"signal {last.get('signal')}"
+    return f"stopped by {by} after step {last.get('step')}"
+
+
+def first_error(job: Job) -> str:
+    """The line that a rank of this start left in RUN/errors or RUN/hangs."""
+    began = max((e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart), default=0.0)
+    files = [p for name in ("errors", "hangs") for p in (job.folder / name).glob("*.txt") if p.stat().st_mtime >= began]
+    if not files:
+        return ""
+    return min(files, key=lambda p: p.stat().st_mtime).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0][:400]
+
+
+def write_report(job: Job, *, why: str, reason: str) -> Path:
+    """What happened in this job, for people; returns its path."""
+    path = job.own / f"{job.id}-report.txt"
+    lines = [f"Job {job.id} stopped: {reason}.", f"Last: {why}", "", "Its starts:"]
+    for event in job.events():
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        if event["event"] == "start":
+            lines.append(f"  {clock}  start {event['restart']} on {event['nodes']}, {event['ranks']} ranks, "
+                         f"from step {event['step']}, {event['tokens']:,} tokens")
+        elif event["event"] == "end":
+            lines.append(f"  {clock}  {event['cause']} after {event['seconds']:.0f} s, committed: step {event['step']}, "
+                         f"{event['tokens']:,} tokens: {event['why']}")
+        elif event["event"] == "excluded":
+            lines.append(f"  {clock}  left out from now on: {', '.join(event['nodes'])}")
+    lines += ["", "The first errors of the ranks are in errors/, stacks of a hang in hangs/, all output in the job's own file.",
+              "After mending it, the same sbatch line goes on from the newest checkpoint."]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+# --- SLURM -----------------------------------------------------------------------------------------------------------------------
+
+
+def job_state(job_id: str) -> dict[str, str]:
+    """What the controller says of a job: JobState, Restarts, ExcNodeList, ...; waits for a controller that does not answer."""
+    answer = ask("scontrol", "--oneliner", "show", "job", job_id)
+    return dict(word.partition("=")[::2] for word in answer.stdout.split() if "=" in word)
+
+
+def node_names() -> list[str]:
+    """The nodes of this job."""
+    nodes = os.environ["SLURM_JOB_NODELIST"]
+    return ask("scontrol", "show", "hostnames", nodes).stdout.split() if re.search(r"[\[,]", nodes) else [nodes]
+
+
+def requeue(job: Job, *, leave_out: list[str]) -> str:
+    """Asks SLURM to start the job again, without some nodes; what it answered where it refused, else nothing."""
+    excluded = [] if not leave_out else job_state(job.id).get("ExcNodeList", "(null)").replace("(null)", "").split(",")
+    answer = ask("scontrol", "requeue", job.id)
+    if answer.returncode:
+        return " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
+    if leave_out:
+        # accepted of a job that is no longer running, so after the requeue; SLURM lets it start only after its credential's
+        # time, 120 s, and gives this process KillWait, 30 s, to end
+        nodes = ",".join(sorted({*filter(None, excluded), *leave_out}))
+        for _ in range(50):
+            answer = ask("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={nodes}")
+            if not answer.returncode:
+                job.write("excluded", nodes=leave_out)
+                break
+            time.sleep(0.1)
+        else:
+            say(f"SLURM did not leave out {nodes}: {' '.join(answer.stderr.split())}")
+    return ""
+
+
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of SLURM's; tries again while the controller does not answer."""
+    end_at, wait_seconds = time.monotonic() + CONTROLLER_SECONDS, 1.0
+    while True:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        silent = re.search("contact slurm controller|timed out|Connection refused|Unable to establish", answer.stderr)
+        if not (answer.returncode and silent) or time.monotonic() > end_at:
+            return answer
+        time.sleep(wait_seconds)
+        wait_seconds = min(30.0, 2 * wait_seconds)
+
+
+def signal_ranks(number: int) -> int:
+    """Signals the ranks of this job on this node: the processes to which a launcher gave RANK."""
+    job_id = os.environ["SLURM_JOB_ID"]
+    for folder in Path("/proc").iterdir():
+        try:
+            if not folder.name.isdigit() or folder.stat().st_uid != os.getuid():
+                continue
+            env = dict(word.partition(b"=")[::2] for word in (folder / "environ").read_bytes().split(b"\0"))
+            command = (folder / "cmdline").read_bytes()
+            if env.get(b"SLURM_JOB_ID") == job_id.encode() and b"RANK" in env and b"launch/pretrain.py" in command:
+                os.kill(int(folder.name), number)
+        except OSError:
+            continue           # it has ended, or is not ours
+    return 0
+
+
+def say(line: str) -> None:
+    """One line in the job's output."""
+    print(f"job: {line}", file=sys.stderr, flush=True)
+
+
+def complain(text: str, *, code: int = MISTAKE) -> int:
+    """`error: TEXT` on standard error; returns the exit code."""
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""`submit.py status`: each job of a run with its state and how it ended, what was trained, how fast, and when it will be done.
+
+States come from the controller, which forgets ended jobs after minutes; then from sacct, where the cluster has it; then from
+what the job itself wrote down (RUN/slurm/JOBID.jsonl, see job.py), which also has the cause that SLURM does not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm_commands import ENDED, quiet, show_job
+
+from encoder.base.command import run_command
+from encoder.base.errors import ConfigError
+from encoder.base.schema import read_mapping
+from encoder.base.units import parse_tokens, short_count, short_seconds
+
+CAUSES = {"stopped": "saved before its limit", "ended": "requeued, preempted or cancelled", "bad_nodes": "bad nodes",
+          "taken_over": "taken over"}          # the words of job.py, where they do not speak for themselves
+TAIL_BYTES = 2**16          # of a ledger or of metrics: some hundred lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """A job, or all tasks of an array, as people want to see it."""
+
+    job: str
+    role: str
+    state: str
+    ran: str = ""
+    nodes: str = ""
+    ended: str = ""          # how, in words
+
+    @property
+    def alive(self) -> bool:
+        return not self.state.startswith((*ENDED, "ended", "gone"))
+
+
+def main(argv: list[str]) -> int:
+    """Parses, prints, returns the exit code."""
+    parser = argparse.ArgumentParser(prog="submit.py status", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN.yaml|RUN_FOLDER", help="the run file (with its overrides), or the run folder")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
+    args = parser.parse_args(argv)
+    return run_command(lambda: print_status(Path(args.run), args.overrides))
+
+
+def print_status(given: Path, overrides: list[str]) -> None:
+    """The table of jobs, then the run. Raises UserError."""
+    folder, settings = _folder_of(given, overrides)
+    jobs = list(states(folder))
+    if jobs:
+        rows = [("job", "role", "state", "ran", "nodes", "how it ended"), *(
+            (j.job, j.role, j.state, j.ran, j.nodes, j.ended) for j in jobs)]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        for row in rows:
+            print("  ".join([*(word.ljust(width) for word, width in zip(row[:5], widths)), row[5]]).rstrip())
+    else:
+        print(f"no job of {folder} is known (no {folder / 'slurm'})")
+    trains = any(job.alive and job.role.startswith("training") for job in jobs)
+    print(progress_text(folder, settings, alive=trains, now=time.time()))
+    if any((folder / "wandb").glob("offline-run-*")):
+        print(f"wandb, from a machine with internet: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*")
+
+
+def states(folder: Path) -> Iterator[JobState]:
+    """Of every job that was submitted for the run, or that trained it, oldest first."""
+    submitted = {line["job"]: line for line in _lines(folder / "slurm" / "submitted.jsonl")}
+    by_hand = sorted((p.stem for p in (folder / "slurm").glob("*.jsonl") if p.stem.isdigit() and p.stem not in submitted), key=int)
+    ids = sorted([*submitted, *by_hand], key=int)
+    known = _from_sacct(ids)
+    for job in ids:
+        role = submitted[job]["role"] if job in submitted else "training"
+        written = _lines(folder / "slurm" / f"{job}.jsonl")
+        yield _state(job, role, written, show_job(job), known.get(job, []))
+
+
+def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[str, str]], kept: list[dict[str, str]]) -> JobState:
+    tasks = [{"state": task.get("JobState", "?"), "ran": task.get("RunTime", "").replace("00:00:00", ""),
+              "nodes": task.get("NodeList", ""), "code": task.get("ExitCode", ""),
+              "reason": task.get("Reason", "None")} for task in shown] or kept
+    ended = _cause(written, alive=any(not task["state"].startswith(ENDED) for task in tasks))
+    if not tasks:
+        began = [e for e in written if e["event"] == "start"]
+        last = written[-1] if written else {}
+        nodes = began[-1]["nodes"] if began else ""
+        if last.get("event") == "end":
+            return JobState(job=job, role=role, state=f"ended ({last['decision']})", nodes=nodes, ended=ended,
+                            ran=short_seconds(last["seconds"]))
+        return JobState(job=job, role=role, state="gone", nodes=nodes, ended=ended or "SLURM knows it no more")
+    counts = Counter(task["state"] for task in tasks)
+    state = tasks[0]["state"] if len(tasks) == 1 else ", ".join(f"{n} {word}" for word, n in counts.most_common())
+    waiting = next((task["reason"] for task in tasks if task["state"] == "PENDING" and task["reason"] != "None"), "")
+    failed = next((f"exit code {task['code']}" for task in tasks if task["state"] == "FAILED"), "")
+    return JobState(job=job, role=role, state=state, ran=max((t["ran"] for t in tasks), key=len),
+                    nodes=", ".join(dict.fromkeys(t["nodes"] for t in tasks if t["nodes"] not in ("", "(null)", "None assigned"))),
+                    ended=ended or failed or (f"waits: {waiting}" if waiting else ""))
+
+
+def _cause(written: list[dict[str, Any]], *, alive: bool) -> str:
+    """What the job wrote down of its ends: one of each start, the last one in full."""
+    ends = [e for e in written if e["event"] == "end"]
+    counts = Counter(CAUSES.get(e["cause"], e["cause"]) for e in ends)
+    if written and written[-1]["event"] != "end":
+        start = written[-1]["restart"] + 1
+        now = f"start {start} {'runs' if alive else 'was killed: it wrote no end'}" if ends or not alive else ""
+        return f"{now}; before: {_counted(counts)}" if ends else now
+    if not ends:
+        return ""
+    last = ends[-1]
+    counts[CAUSES.get(last["cause"], last["cause"])] -= 1
+    before = f" (before: {_counted(+counts)})" if +counts else ""
+    return f"done{before}" if last["cause"] == "done" else f"{last['cause']}, {last['why']}{before}"
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} x {what}" for what, n in counts.items())
+
+
+def _from_sacct(ids: list[str]) -> dict[str, list[dict[str, str]]]:
+    """The last run of each job or task, as the accounting has it."""
+    if not ids:
+        return {}
+    fields = "JobID,State,ExitCode,Elapsed,NodeList"
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    asked = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", f"--format={fields}"]
+    for line in quiet(asked).splitlines():
+        words = line.split("|")
+        if len(words) == 5:
+            name, state, code, ran, nodes = words
+            found.setdefault(name.split("_")[0].split(".")[0], {})[name] = {
+                "state": state.split(" ")[0], "ran": ran, "nodes": nodes, "code": code, "reason": "None"}
+    return {job: list(tasks.values()) for job, tasks in found.items()}
+
+
+def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool, now: float) -> str:
+    """What was trained of how much, how fast, and when it ends if it goes on like that."""
+    total = sum(parse_tokens(phase["tokens"]) for phase in settings.get("phases", []))
+    last = next((line for line in reversed(_tail(folder / "ledger.jsonl")) if "tokens_seen" in line), None)
+    if (folder / "done.json").exists():
+        tokens, steps = (last["tokens_seen"], last["step"]) if last else (total, 0)
+        return f"{folder}: done, {short_count(tokens)} tokens, {steps:,} steps"
+    if last is None:
+        return f"{folder}: no step yet of {short_count(total)} tokens"
+    done = last["tokens_seen"]
+    text = (f"{folder}: phase {last['phase']}, step {last['step']:,}, {short_count(done)} of "
+            f"{short_count(total)} tokens ({done / total:.1%})")
+    speeds = [line["tokens_per_second"] for line in _tail(folder / "metrics.jsonl") if line.get("tokens_per_second")]
+    speed = speeds[-1] if speeds else 0.0
+    if not speed:
+        return text
+    left = max(0, total - done) / speed
+    ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
+    goes_on = f"done in {short_seconds(left)} ({ends}) without stops"
+    stands = f"{short_seconds(left)} of training are left; nothing trains now"
+    return f"{text}, {short_count(speed)} tokens/s, {goes_on if alive else stands}"
+
+
+def _folder_of(given: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The run folder, and its settings: those it was started with, or the run file's."""
+    if given.is_dir():
+        if not (given / "run.yaml").exists() and not (given / "slurm").exists():
+            raise ConfigError(f"{given} is no run folder: it has no run.yaml. Needed: a run file, or the `out` of one.")
+        return given, read_mapping(given / "run.yaml") if (given / "run.yaml").exists() else {}
+    settings = read_mapping(given, overrides)
+    if not isinstance(settings.get("out"), str):
+        raise ConfigError(f"{given} has no out. Needed: a run file, or a run folder.")
+    return Path(settings["out"]), settings
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a small JSON-lines file."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last whole lines of a file that may have a million."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as f:
+        f.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = f.read().split(b"\n")
+    whole = lines[1:-1] if path.stat().st_size > TAIL_BYTES else lines[:-1]
+    return [json.loads(line) for line in whole if line.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""SLURM's commands as functions, always as lists of words; what they answer, as plain values."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from encoder.base.errors import ConfigError, UserError
+
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "REVOKED")
+
+
+def run_words(command: list[str], *, env: dict[str, str] | None = None) -> str:
+    """Runs it and returns what it printed. Raises UserError with what it said."""
+    try:
+        done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{command[0]} is not on this machine. Run this on a login node of a SLURM cluster, "
+                        "or with --dry-run.") from error
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"{command[0]} refused: {re.sub('^sbatch: error: ', '', said) or f'exit code {done.returncode}'}.")
+    return done.stdout
+
+
+def quiet(command: list[str]) -> str:
+    """What it printed, empty where it failed or is not here."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def show_job(job_id: str) -> list[dict[str, str]]:
+    """What the controller knows of a job, one for each task of an array; nothing once it has forgotten it."""
+    lines = quiet(["scontrol", "--oneliner", "show", "job", job_id]).splitlines()
+    return [dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines]
+
+
+def alive_jobs(record: Path) -> list[str]:
+    """The ids of earlier submissions of a run that have not ended."""
+    if not record.exists():
+        return []
+    ids = [json.loads(line)["job"] for line in record.read_text(encoding="utf-8").splitlines()]
+    queued = set(quiet(["squeue", "--noheader", "--me", "--format=%A"]).split()) | set(
+        quiet(["squeue", "--noheader", "--me", "--format=%F"]).split())
+    return [job for job in dict.fromkeys(ids) if job in queued]
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """'4' -> 4, 4 and '2-4' -> 2, 4. Raises ConfigError."""
+    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text)
+    if not match or int(match[2] or match[1]) < int(match[1]):
+        raise ConfigError(f"--nodes is {text}; needed: a number such as 4, or a range such as 2-4.")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def check_cluster(*, nodes: int, gpus: int, cpus: int, partition: str | None, time_limit: str | None) -> None:
+    """Whether the partition could ever give that: SLURM lets what it cannot give wait for ever. Says nothing where sinfo is silent.
+
+    Raises ConfigError."""
+    asked = ["sinfo", "--noheader", "--Node", "--format=%N|%c|%G|%T|%P|%l", *([f"--partition={partition}"] if partition else [])]
+    rows = [row.split("|") for row in quiet(asked).splitlines() if row.count("|") == 5]
+    if partition is None:
+        rows = [row for row in rows if row[4].endswith("*")] or rows       # the default one
+    if not rows:
+        if partition and quiet(["sinfo", "--noheader", "--format=%P"]).strip():
+            known = ", ".join(sorted({p.strip("* ") for p in quiet(["sinfo", "--noheader", "--format=%P"]).split()}))
+            raise ConfigError(f"there is no partition {partition}. Known: {known}.")
+        return
+    of = f"partition {rows[0][4].rstrip('*')}"
+    fit = [row for row in rows if int(re.sub(r"\D", "", row[1]) or 0) >= cpus and count_gpus(row[2]) >= gpus]
+    if len(fit) < nodes:
+        wish = f"{nodes} node{'s' * (nodes > 1)} with {cpus} core{'s' * (cpus > 1)}" + (f" and {gpus} GPUs" if gpus else "")
+        cores = max(int(re.sub(r"\D", "", row[1]) or 0) for row in rows)
+        best = f"{cores} cores and {max(count_gpus(row[2]) for row in rows)} GPUs"
+        raise ConfigError(f"{of} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most {best}. "
+                          "Ask for less, or name another --partition.")
+    limit, wanted = minutes(rows[0][5]), minutes(time_limit or "")
+    if limit and wanted and wanted > limit:
+        raise ConfigError(f"--time {time_limit} is above the limit of {of}, {rows[0][5]}: the job would wait for ever. Ask for "
+                          "less: the training saves in time, and goes on in its next start.")
+
+
+def count_gpus(gres: str) -> int:
+    """'gpu:h100:8(S:0-1),nvme:1' -> 8."""
+    return sum(int(match) for match in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
+
+
+def minutes(text: str) -> float:
+    """A time of SLURM's in minutes: 90, 90:00, 24:00:00, 2-12, 2-12:30:00; 0 for none or no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        return 0.0
+    days, *rest = match.groups()
+    a, b, c = (int(word or 0) for word in rest)
+    if days is not None:
+        return 1440 * int(days) + 60 * a + b + c / 60
+    return 60 * a + b + c / 60 if rest[2] is not None else a + b / 60

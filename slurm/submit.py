@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Submit a run, or the preparation of its shards, as a chain of SLURM jobs; and see how it stands.
+
+    slurm/submit.py RUN.yaml [key=value ...] --nodes 4 --gpus-per-node 8 --time 24:00:00
+    slurm/submit.py RUN.yaml --nodes 2 --tasks-per-node 2 --prep CONFIG --parts 16 --export OUT     the whole way
+    slurm/submit.py --prep CONFIG --parts 16                                                        shards alone
+    slurm/submit.py status RUN.yaml                                                                 or the run folder
+
+The chain is prep -> merge -> check -> training -> export, each job started when the one before ended well. The training
+requeues itself until the run is done; where a centre forbids that, --jobs 5 submits five that go on one after the other.
+All phases of a run are trained by that one job. The same command again goes on: parts of the data that are there are not
+made again, and the training continues from its newest checkpoint.
+
+Nothing is submitted that cannot work: the run file is planned first (launch/plan.py prints the same), held against the
+number of ranks, and the request against what the cluster has. Exit code: 0 done, 2 a mistake in the input or refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / "slurm")]        # this folder's own name must not hide a library
+
+from slurm_commands import alive_jobs, check_cluster, minutes, node_range, run_words  # noqa: E402
+
+from encoder.base.command import run_command  # noqa: E402
+from encoder.base.errors import ConfigError, UserError  # noqa: E402
+
+LEAST_MINUTES = 10                 # pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
+SUBMITTED = "submitted.jsonl"      # in RUN/slurm: one line a job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One sbatch line; `after` are the roles of this chain that must have ended, with SLURM's word for how."""
+
+    role: str
+    script: str
+    words: tuple[str, ...]                         # the script's own
+    options: tuple[str, ...]                       # sbatch's
+    after: tuple[tuple[str, str], ...] = ()        # (afterok or afterany, role)
+    env: dict[str, str] = field(default_factory=dict)
+
+    def command(self, ids: dict[str, str]) -> list[str]:
+        """The whole line, once the jobs before it have their ids."""
+        waits = [f"{how}:{ids[role]}" for how, role in self.after]
+        depends = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
+        return ["sbatch", "--parsable", *self.options, *depends, str(ROOT / "slurm" / self.script), *self.words]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, checks, submits; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["status"]:
+        from run_status import main as status
+        return status(argv[1:])
+    parser = _parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.run is None and args.prep is None:
+        parser.error("nothing to submit. Needed: RUN.yaml, or --prep CONFIG")
+    return run_command(lambda: _submit(args), stopped="stopped; look at squeue --me for what was submitted")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="the run file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
+    job = parser.add_argument_group("the training job")
+    job.add_argument("--nodes", metavar="N", default="1", help="nodes, or from-to: as many as there are (1)")
+    job.add_argument("--gpus-per-node", type=_count, metavar="N", help="GPUs of a node, a rank each; leave it out for CPU only")
+    job.add_argument("--tasks-per-node", type=_count, metavar="N", help="ranks of a node without GPUs (1)")
+    job.add_argument("--cpus-per-task", type=_count, metavar="N", help="cores of a rank")
+    job.add_argument("--time", metavar="T", help="time limit of a start, as sbatch takes it: 24:00:00, 2-00")
+    job.add_argument("--partition", metavar="P")
+    job.add_argument("--account", metavar="A")
+    job.add_argument("--qos", metavar="Q")
+    job.add_argument("--jobs", type=_count, default=1, metavar="K", help="so many jobs after one another, that are not requeued")
+    job.add_argument("--container-image", metavar="IMAGE", help="for srun, with pyxis")
+    job.add_argument("--container-mounts", metavar="A:B,C", help="for srun, with pyxis")
+    job.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other option, e.g. --sbatch=--exclusive")
+    chain = parser.add_argument_group("before and after it")
+    chain.add_argument("--prep", metavar="CONFIG", help="prepare the shards of this file first")
+    chain.add_argument("--prep-set", action="append", default=[], metavar="key=value", help="a setting put over CONFIG's")
+    chain.add_argument("--parts", type=_count, default=1, metavar="N", help="tasks of the preparation (1)")
+    chain.add_argument("--prep-cpus", type=_count, metavar="N", help="cores of each (--cpus-per-task)")
+    chain.add_argument("--no-check", action="store_true", help="no job that looks at the nodes first; the training does so, too")
+    chain.add_argument("--export", metavar="OUT", help="write a Hugging Face folder at the end")
+    chain.add_argument("--onnx", action="store_true", help="with --export: also OUT/onnx/model.onnx")
+    parser.add_argument("--shards-elsewhere", action="store_true", help="the shards are seen by the compute nodes alone")
+    parser.add_argument("--no-plan", action="store_true", help="torch is not on this machine: leave the plan out")
+    parser.add_argument("--dry-run", action="store_true", help="print commands and scripts, submit nothing")
+    return parser
+
+
+def _submit(args: argparse.Namespace) -> int:
+    fewest, most = node_range(args.nodes)
+    per_node = args.gpus_per_node or args.tasks_per_node or 1
+    folder = _run_folder(args) if args.run else None
+    missing = _missing_parts(args) if args.prep else ""
+    check_cluster(nodes=fewest if args.run else 1, gpus=(args.gpus_per_node or 0) if args.run else 0,
+                  cpus=per_node * (args.cpus_per_task or 1), partition=args.partition, time_limit=args.time)
+    if args.run:
+        if args.time and 0 < minutes(args.time) < LEAST_MINUTES:
+            raise ConfigError(f"--time {args.time} is {minutes(args.time):g} minutes, but the training saves and leaves 5 minutes "
+                              f"before its limit. Needed: {LEAST_MINUTES} minutes or more.")
+        if alive := alive_jobs(_record(folder)):
+            raise ConfigError(f"job {', '.join(alive)} of this run is still queued or running. Wait for it, or scancel {alive[0]}; "
+                              "slurm/submit.py status says how it stands.")
+        if not args.no_plan:
+            from plan_first import plan_first
+            plan_first(args.run, args.overrides, ranks=[n * per_node for n in dict.fromkeys((fewest, most))],
+                       shards_must_be_there=not (args.prep or args.shards_elsewhere))
+    jobs = _chain(args, folder, missing)
+    if not jobs:
+        print("nothing to do: all parts are there, and merged")
+        return 0
+    if args.dry_run:
+        return _show(jobs)
+    ids = _send(jobs, folder)
+    print(f"{'job':<10}{'role':<12}after")
+    for job in jobs:
+        after = ", ".join(f"{ids[role]} ({how})" for how, role in job.after)
+        print(f"{ids[job.role]:<10}{job.role:<12}{after or 'at once'}")
+    if folder:
+        print(f"output in {folder / 'slurm'}, until the check in {Path.cwd()}; how it stands: slurm/submit.py status {folder}")
+    return 0
+
+
+def _chain(args: argparse.Namespace, folder: Path | None, missing: str) -> list[Job]:
+    """The jobs in order."""
+    # what comes before the check writes where this was called: a run folder that is not shared is found by the check alone
+    early, late = Path.cwd(), folder.absolute() / "slurm" if folder else Path.cwd()
+    where = tuple(f"--{key}={value}" for key, value in (("partition", args.partition), ("account", args.account), ("qos", args.qos))
+                  if value)
+    common, env = (*where, *args.sbatch), _environment(args)
+    jobs: list[Job] = []
+
+    def add(role: str, script: str, words: list[str], *options: str, how: str = "afterok", **changes: str) -> None:
+        after = ((how, jobs[-1].role),) if jobs else ()
+        jobs.append(Job(role=role, script=script, words=tuple(words), options=(*common, *options), after=after,
+                        env={**env, **changes}))
+
+    if args.prep:
+        cpus = args.prep_cpus or args.cpus_per_task
+        own = (f"--cpus-per-task={cpus}",) if cpus else ()
+        if missing:
+            add("prep", "prep_array.sbatch", [args.prep, *args.prep_set], f"--array={missing}", *own,
+                f"--output={early}/prep-%A_%a.out", TESSERA_PARTS=str(args.parts))
+        if missing is not None:
+            add("merge", "prep_array.sbatch", [args.prep, *args.prep_set], "--job-name=merge", *own,
+                f"--output={early}/merge-%j.out")
+    if not args.run:
+        return jobs
+    per_node = args.gpus_per_node or args.tasks_per_node or 1
+    shape = [f"--nodes={args.nodes}", f"--ntasks-per-node={per_node}"]
+    shape += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
+    shape += [f"--cpus-per-task={args.cpus_per_task}"] if args.cpus_per_task else []
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
+    if not args.no_check:
+        add("check", "check.sbatch", [args.run, *args.overrides], *shape, "--time=15", f"--job-name=check-{name}",
+            f"--output={early}/check-%j.out")
+    for number in range(1, args.jobs + 1):
+        role = "training" if args.jobs == 1 else f"training-{number}"
+        own = [f"--job-name={name}", *([f"--time={args.time}"] if args.time else []), *(["--no-requeue"] if args.jobs > 1 else [])]
+        add(role, "pretrain.sbatch", [args.run, *args.overrides], *shape, *own, f"--output={late}/%x-%j.out",
+            how="afterany" if number > 1 else "afterok")
+    if args.export:
+        words = [str(folder), args.export, *(["--onnx"] if args.onnx else [])]
+        own = (f"--cpus-per-task={args.cpus_per_task}",) if args.cpus_per_task else ()
+        add("export", "export.sbatch", words, f"--job-name=export-{name}", *own, f"--output={late}/export-%j.out")
+    return jobs
+
+
+def _environment(args: argparse.Namespace) -> dict[str, str]:
+    """What the job scripts read. Containers: their own python, and options for every srun."""
+    env = {"TESSERA_HOME": str(ROOT)}
+    extra = [f"--{key}={value}" for key, value in (("container-image", args.container_image),
+                                                   ("container-mounts", args.container_mounts)) if value]
+    for word in extra:
+        if re.search(r"\s", word):
+            raise ConfigError(f"{word!r} has white space in it, which the job scripts would take for the next option. Rename it.")
+    if extra:
+        env["TESSERA_SRUN_ARGS"] = " ".join([*filter(None, [os.environ.get("TESSERA_SRUN_ARGS")]), *extra])
+    if "TESSERA_PYTHON" not in os.environ:
+        env["TESSERA_PYTHON"] = "python3" if args.container_image else sys.executable
+    return env
+
+
+def _run_folder(args: argparse.Namespace) -> Path:
+    from encoder.base.schema import read_mapping
+    out = read_mapping(Path(args.run), args.overrides).get("out")
+    if not isinstance(out, str) or not out:
+        raise ConfigError(f"{args.run} has no out. Needed: out: FOLDER, the run folder.")
+    return Path(out)
+
+
+def _missing_parts(args: argparse.Namespace) -> str | None:
+    """As --array takes them; empty where only merging is left, None where all is done."""
+    from data_prep.config import PrepareConfig
+    from data_prep.prepare import all_made, missing_parts
+    from data_prep.segments import numbers_text
+    from encoder.base.schema import read_settings
+    config = read_settings(PrepareConfig, Path(args.prep), args.prep_set)
+    return None if all_made(config) else numbers_text(missing_parts(config, count=args.parts))
+
+
+def _show(jobs: list[Job]) -> int:
+    """What would be submitted: every line, then every script."""
+    ids = {job.role: f"<{job.role}>" for job in jobs}
+    for job in jobs:
+        words = [f"{key}={shlex.quote(value)}" for key, value in job.env.items()]
+        line = " ".join([*words, *(word if "<" in word else shlex.quote(word) for word in job.command(ids))])
+        print(f"# {job.role}\n{line}\n")
+    for script in dict.fromkeys(job.script for job in jobs):
+        print(f"# ---- slurm/{script}\n{(ROOT / 'slurm' / script).read_text(encoding='utf-8')}")
+    return 0
+
+
+def _send(jobs: list[Job], folder: Path | None) -> dict[str, str]:
+    """Submits all of them or none; returns the ids by role."""
+    if folder:
+        (folder / "slurm").mkdir(parents=True, exist_ok=True)        # SLURM makes no folder for its output
+    ids: dict[str, str] = {}
+    try:
+        with open(_record(folder) if folder else os.devnull, "a", encoding="utf-8") as record:
+            for job in jobs:
+                command = job.command(ids)
+                ids[job.role] = run_words(command, env=job.env).strip().partition(";")[0]
+                record.write(json.dumps({"time": round(time.time(), 3), "job": ids[job.role], "role": job.role,
+                                         "command": command}) + "\n")
+                record.flush()
+    except (UserError, OSError):
+        if ids:
+            subprocess.run(["scancel", *ids.values()], check=False, capture_output=True)
+        raise
+    return ids
+
+
+def _record(folder: Path) -> Path:
+    return folder / "slurm" / SUBMITTED
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What the doctor makes of what it was told: who differs, which node bad links have in common, what SLURM's lists mean."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.base.errors import ConfigError
+from encoder.base.slurm import expand_hosts, nodes_of_ranks, tasks_per_node
+from encoder.train.doctor_facts import look_at_folder, matmul_error, memory_errors, sources_sha256
+from encoder.train.doctor_judge import Findings, Link, bad_links, judge_all_reduce, judge_folder, judge_links, links_of
+from encoder.train.doctor_links import ring, rounds_of
+from launch import doctor
+from tests.shards_for_tests import random_documents, write_source
+from tests.unit.test_launch_bad_input import RUN
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    source = write_source(tmp_path / "s" / "train", random_documents(20), vocab_size=64)
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(out=tmp_path / "run", source=source, vocab=64, batch=128))
+    return path
+
+
+def test_lists_of_nodes_and_tasks_are_those_that_slurm_means():
+    assert expand_hosts("node[1,03-05],b") == ["node1", "node03", "node04", "node05", "b"]
+    assert expand_hosts("r[1-2]n[08-09]-ib") == ["r1n08-ib", "r1n09-ib", "r2n08-ib", "r2n09-ib"]
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(ConfigError, match="no range"):
+        expand_hosts("node[1-x]")
+    env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    assert nodes_of_ranks(env, size=3, local_size=2) == ["a1", "a1", "a2"]
+    assert nodes_of_ranks({}, size=3, local_size=2) == ["ranks 0-1", "ranks 0-1", "ranks 2-2"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9])
+def test_every_link_of_a_ring_is_measured_once_and_nobody_twice_in_a_round(count):
+    rounds = ring(count)
+    links = Counter(frozenset(pair) for pairs in rounds for pair in pairs)
+    assert set(links.values()) <= {1} and len(links) == {1: 0, 2: 1}.get(count, count)
+    for pairs in rounds:
+        ends = [end for pair in pairs for end in pair]
+        assert len(ends) == len(set(ends))
+
+
+def test_rank_l_of_a_node_meets_rank_l_of_the_next_and_the_ranks_of_a_node_form_a_chain():
+    rounds = [[(pair.ranks, pair.inside) for pair in pairs] for pairs in rounds_of(["a", "a", "a", "b", "b", "b"])]
+    assert rounds == [[((0, 3), False), ((1, 4), False), ((2, 5), False)], [((0, 1), True), ((3, 4), True)],
+                      [((1, 2), True), ((4, 5), True)]]
+
+
+def links(*speeds: float, count: int) -> list[Link]:
+    return [Link(ranks=(i, (i + 1) % count), nodes=(f"n{i}", f"n{(i + 1) % count}"), gb_per_second=speed)
+            for i, speed in enumerate(speeds)]
+
+
+def judged(of: list[Link]) -> Findings:
+    findings = Findings()
+    judge_links(findings, of)
+    return findings
+
+
+def test_a_node_is_named_when_all_its_links_are_slow_and_the_second_end_when_one_link_is():
+    assert list(judged(links(9, 1, 1, 9, 10, count=5)).nodes) == ["n2"]
+    assert list(judged(links(9, 1, 1, count=3)).nodes) == ["n2"]                 # two slow links of three, and one node
+    assert list(judged(links(9, 1, 9, 9, 10, count=5)).nodes) == ["n2"]          # the link of n1 and n2: without either it is gone
+    assert judged(links(9, 4, 8, 9, 10, count=5)).nodes == {}                    # above a quarter of the usual
+    assert set(judged(links(10, 9, 0.5, 0.4, 0.6, 9, 9, 11, count=8)).nodes) == {"n3", "n4"}
+
+
+def test_of_two_nodes_both_are_named_and_on_one_machine_a_slow_link_is_no_more_than_a_warning():
+    assert set(judged([Link(ranks=(0, 1), nodes=("a", "b"), gb_per_second=0.001)]).nodes) == {"a", "b"}
+    alone = judged([Link(ranks=(i, i + 1), nodes=("a", "a"), gb_per_second=speed) for i, speed in enumerate((9, 9, 1))])
+    assert alone.exit_code == 0 and "may only be busy" in alone.warnings[0]
+    broken = judged([Link(ranks=(0, 1), nodes=("a", "a"), error="what came was not what was sent")])
+    assert broken.exit_code == 4 and list(broken.nodes) == ["a"]
+
+
+def test_a_link_is_as_fast_as_its_slower_end_says_and_a_second_look_counts_if_it_is_better():
+    views = [{"ranks": [0, 1], "by": 0, "gb_per_second": 2.0}, {"ranks": [0, 1], "by": 1, "gb_per_second": 0.1},
+             {"ranks": [0, 1], "by": 1, "gb_per_second": 1.5}]
+    assert links_of(views, ["a", "b"])[0].gb_per_second == 1.5 and bad_links(links_of(views, ["a", "b"])) == {}
+
+
+def test_what_most_nodes_have_is_right_and_half_of_them_is_a_mistake():
+    findings = Findings()
+    assert not findings.hold_equal("versions", {"a": {"torch": "2.11"}, "b": {"torch": "2.10"}, "c": {"torch": "2.11"}}, advice="x")
+    assert findings.exit_code == 4 and "torch 2.10 where others have 2.11" in findings.nodes["b"]
+    halved = Findings()
+    halved.hold_equal("versions", {"a": {"torch": "2.11"}, "b": {"torch": "2.10"}}, advice="x")
+    assert halved.exit_code == 2 and not halved.nodes
+
+
+def test_a_run_folder_on_a_disk_of_each_node_is_a_mistake_and_on_one_node_without_the_disk_a_bad_node():
+    fine, blind = {"seen": True, "place": "", "free": 10**9}, {"seen": False, "place": "the folder is", "free": 0}
+    for shared, code in (({"a": fine, "b": blind}, 2), ({"a": fine, "b": blind, "c": fine}, 4), ({"a": fine, "b": fine}, 0)):
+        findings = Findings()
+        judge_folder(findings, shared, [], "runs/x", checkpoint_bytes=10**6)
+        assert findings.exit_code == code
+    findings = Findings()
+    judge_folder(findings, {"a": fine}, [], "runs/x", checkpoint_bytes=10**9)
+    assert "953.7 MiB free; needed: 1.9 GiB, two checkpoints" in findings.mistakes[0]
+
+
+def test_a_node_with_a_wrong_sum_is_named_and_a_sum_that_is_wrong_everywhere_is_a_mistake():
+    fine, wrong = {"gb_per_second": 1.0}, {"error": "the sum over all ranks is wrong"}
+    for found, code in (({0: fine, 1: wrong}, 4), ({0: wrong, 1: wrong}, 2), ({0: fine}, 4), ({0: fine, 1: fine}, 0)):
+        findings = Findings()
+        judge_all_reduce(findings, found, ["a", "b"])
+        assert findings.exit_code == code and list(findings.nodes) == (["b"] if code == 4 else [])
+
+
+def test_a_folder_is_seen_only_when_the_first_rank_has_written_there(tmp_path):
+    assert not look_at_folder(tmp_path, "n", node="b", wait_seconds=0.0)["seen"]
+    assert "error" not in look_at_folder(tmp_path, "n", node="a", wait_seconds=0.0, first=True)
+    seen = look_at_folder(tmp_path, "n", node="b", wait_seconds=0.0)
+    assert seen["seen"] and seen["free"] > 0 and (tmp_path / ".doctor-n-b").exists()
+    assert "Not a directory" in look_at_folder(tmp_path / ".doctor-n", "n", node="a", wait_seconds=0.0, first=True)["error"]
+
+
+def test_products_are_right_on_this_device_and_memory_errors_are_read_off_nvidia_smi():
+    assert matmul_error(torch.device("cpu")) < 1e-5
+    assert memory_errors("0, 0\n1, [N/A]\n2, 3\n") == "GPU 2: 3 uncorrected memory errors since it was last reset"
+
+
+def test_sources_have_another_name_after_any_change(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "a.py").write_text("x = 1\n")
+    before = sources_sha256(tmp_path)
+    (tmp_path / "encoder" / "a.py").write_text("x = 2\n")
+    assert sources_sha256(tmp_path) != before
+
+
+def test_by_hand_on_one_rank_it_says_what_it_saw(run_file, tmp_path, capsys):
+    assert doctor.main([str(run_file), "--report", str(tmp_path / "report")]) == 0
+    said = capsys.readouterr().out
+    assert "doctor: fine" in said and "two checkpoints take" in said and not (tmp_path / "run").exists()
+
+
+def test_mistakes_by_hand_are_said_with_exit_code_2(run_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for words, text in ((["model.hiden_size=8"], "Did you mean hidden_size?"), ([f"out={tmp_path}/file/x"], "cannot write into"),
+                        (["data.sources.0.path=shards/none"], "shards/none does not exist")):
+        assert doctor.main([str(run_file), *words]) == 2
+        assert text in capsys.readouterr().out
+    assert f"Looked for from the folder {os.getcwd()}" in (doctor.main(["nowhere.yaml"]), capsys.readouterr().out)[1]

@@ -1,0 +1,235 @@
+"""slurm/submit.py with stand-ins for SLURM's commands: what it would submit, what it refuses, how a run stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.process.ranks import ROOT
+from tests.shards_for_tests import random_documents, write_source
+from tests.unit.prep_helpers import run as data_prep
+from tests.unit.prep_helpers import settings, texts, write_jsonl
+from tests.unit.test_launch_bad_input import RUN
+
+STAND_IN = '#!{python}\nimport json, os, sys\nexec(open({code!r}).read())\n'
+SBATCH = """
+if any(word.startswith("--account=nobody") for word in sys.argv):
+    sys.exit("sbatch: error: Batch job submission failed: Invalid account")
+if any("export.sbatch" in word for word in sys.argv) and os.environ.get("REFUSE_EXPORT"):
+    sys.exit("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+log = os.environ["CALLS"]
+number = 11 + (open(log).read().count(chr(10)) if os.path.exists(log) else 0)
+kept = {k: v for k, v in os.environ.items() if k.startswith("TESSERA_")}
+open(log, "a").write(json.dumps({"what": "sbatch", "words": sys.argv[1:], "env": kept, "id": str(number)}) + chr(10))
+print(number)
+"""
+SINFO = """
+rows = [f"node{i}|8|gpu:h100:4(S:0-1)|idle|gpu*|1-00:00:00" for i in (1, 2)] + ["big|64|(null)|idle|cpu|infinite"]
+wanted = [w.partition("=")[2] for w in sys.argv if w.startswith("--partition=")]
+if "--format=%P" in sys.argv:
+    print("gpu*\\ncpu")
+else:
+    print("\\n".join(r for r in rows if not wanted or r.split("|")[4].rstrip("*") in wanted))
+"""
+OTHERS = {"squeue": "print(os.environ.get('QUEUED', ''))", "scancel": """
+open(os.environ["CALLS"], "a").write(json.dumps({"what": "scancel", "words": sys.argv[1:]}) + chr(10))""",
+          "sacct": "print(os.environ['SACCT']) if 'SACCT' in os.environ else sys.exit('Slurm accounting storage is disabled')",
+          "scontrol": "print(os.environ['SHOWN']) if 'SHOWN' in os.environ else sys.exit('Invalid job id specified')"}
+
+
+class Cluster:
+    """Commands of its own on PATH, and what was asked of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir()
+        for name, code in {"sbatch": SBATCH, "sinfo": SINFO, **OTHERS}.items():
+            (folder / f"{name}.code").write_text(code)
+            (folder / "bin" / name).write_text(STAND_IN.format(python=sys.executable, code=str(folder / f"{name}.code")))
+            (folder / "bin" / name).chmod(0o755)
+
+    def run(self, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("TESSERA_", "SLURM_"))}
+        return subprocess.run([sys.executable, str(ROOT / "slurm" / "submit.py"), *map(str, words)], cwd=self.folder, text=True,
+                              capture_output=True, env={**clean, "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+                                                        "CALLS": str(self.folder / "calls"), **env})
+
+    def refused(self, *words: object, **env: str) -> str:
+        done = self.run(*words, **env)
+        assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr + done.stdout
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert not [c for c in self.calls() if c["what"] == "sbatch"]
+        return done.stderr
+
+    def calls(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()] if (
+            self.folder / "calls").exists() else []
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    source = write_source(tmp_path / "s" / "train", random_documents(20), vocab_size=64)
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(out="runs/my run", source=source, vocab=64, batch=512))
+    return path
+
+
+def test_the_whole_chain_depends_each_job_on_the_one_before(cluster, run_file, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts(3_000, longest=100))
+    config = settings(tmp_path, shard_bytes=2**14)
+    assert data_prep("prepare", config, "--part", "2/4") == 0
+    done = cluster.run(run_file, "seed=2", "--nodes=2", "--gpus-per-node=4", "--cpus-per-task=2", "--time=12:00:00",
+                       "--partition=gpu", "--prep", config, "--prep-set", "processes=2", "--parts=4", "--export", "hf out",
+                       "--onnx", "--container-image=/images/t.sqsh", "--sbatch=--exclusive")
+    assert done.returncode == 0, done.stderr
+    prep, merge, check, training, export = cluster.calls()
+    scripts = [next(Path(w).name for w in c["words"] if w.endswith(".sbatch")) for c in cluster.calls()]
+    assert scripts == ["prep_array.sbatch", "prep_array.sbatch", "check.sbatch", "pretrain.sbatch", "export.sbatch"]
+    assert "--array=1,3-4" in prep["words"] and prep["env"]["TESSERA_PARTS"] == "4"
+    assert prep["words"][-2:] == [str(config), "processes=2"]
+    assert not any(w.startswith("--array") for w in merge["words"])
+    for job, before in ((merge, prep), (check, merge), (training, check), (export, training)):
+        assert {f"--dependency=afterok:{before['id']}", "--kill-on-invalid-dep=yes"} <= set(job["words"])
+    for word in ("--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=2"):
+        assert word in training["words"] and word in check["words"]
+    assert {"--time=12:00:00", "--partition=gpu", "--exclusive"} <= set(training["words"]) and training["words"][-2:] == [
+        str(run_file), "seed=2"]
+    assert export["words"][-3:] == ["runs/my run", "hf out", "--onnx"]
+    assert training["env"] == {"TESSERA_HOME": str(ROOT), "TESSERA_PYTHON": "python3",
+                               "TESSERA_SRUN_ARGS": "--container-image=/images/t.sqsh"}
+    assert (tmp_path / "runs" / "my run" / "slurm").is_dir() and "model " in done.stdout
+    assert any(w == f"--output={tmp_path}/runs/my run/slurm/%x-%j.out" for w in training["words"])
+
+
+def test_several_jobs_go_on_after_one_another_however_the_one_before_ended(cluster, run_file):
+    assert cluster.run(run_file, "--jobs=3", "--no-check", "--export=out").returncode == 0
+    first, second, third, export = cluster.calls()
+    assert not any(w.startswith("--dependency") for w in first["words"])
+    assert "--dependency=afterany:11" in second["words"] and "--dependency=afterany:12" in third["words"]
+    assert all("--no-requeue" in c["words"] for c in (first, second, third)) and "--dependency=afterok:13" in export["words"]
+
+
+def test_a_dry_run_prints_lines_and_scripts_and_submits_nothing(cluster, run_file, tmp_path):
+    done = cluster.run(run_file, "--nodes=2", "--dry-run")
+    assert done.returncode == 0 and not cluster.calls() and not (tmp_path / "runs").exists()
+    assert "--dependency=afterok:<check>" in done.stdout and "# ---- slurm/pretrain.sbatch\n#!/usr/bin/env bash" in done.stdout
+    assert "TESSERA_HOME=" in done.stdout and f"TESSERA_PYTHON={sys.executable}" in done.stdout
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_submitted(cluster, run_file, tmp_path):
+    said = cluster.refused(run_file, "--nodes=2", "--gpus-per-node=4", "phases.0.batch_tokens=256")
+    assert "8 ranks, but the largest step (phase a) has 4 rows" in said
+    assert "partition gpu has 2 of 3 nodes with 1 core" in cluster.refused(run_file, "--nodes=3")
+    assert "0 of 1 node with 8 cores and 8 GPUs" in cluster.refused(run_file, "--gpus-per-node=8")
+    assert "there is no partition gpuu. Known: cpu, gpu." in cluster.refused(run_file, "--partition=gpuu")
+    assert "--time 2-00 is above the limit of partition gpu, 1-00:00:00" in cluster.refused(run_file, "--time=2-00")
+    assert "--time 5:00 is 5 minutes" in cluster.refused(run_file, "--time=5:00")
+    assert "--nodes is 4-2" in cluster.refused(run_file, "--nodes=4-2")
+    assert "Did you mean hidden_size?" in cluster.refused(run_file, "model.hiden_size=4")
+    assert "does not exist; needed: a folder of shards" in cluster.refused(run_file, "data.sources.0.path=elsewhere")
+    assert "white space" in cluster.refused(run_file, "--container-image=my image")
+    (tmp_path / "file").write_text("")
+    assert "file" in cluster.refused(run_file, "out=file/run")
+    assert "job 11 of this run is still queued or running" in _second(cluster, run_file)
+
+
+def _second(cluster: Cluster, run_file: Path) -> str:
+    assert cluster.run(run_file, "--no-check").returncode == 0
+    (cluster.folder / "calls").unlink()
+    return cluster.refused(run_file, QUEUED="11\n12")
+
+
+def test_a_chain_that_is_refused_in_its_middle_leaves_no_job_behind(cluster, run_file):
+    done = cluster.run(run_file, "--export=hf", REFUSE_EXPORT="1")
+    assert done.returncode == 2 and done.stderr == "error: sbatch refused: QOSMaxSubmitJobPerUserLimit.\n"
+    assert cluster.calls()[-1] == {"what": "scancel", "words": ["11", "12"]}
+    (cluster.folder / "calls").unlink()
+    assert "Invalid account" in cluster.refused(run_file, "--account=nobody")
+
+
+def test_shards_alone_are_submitted_once_and_what_is_merged_never_again(cluster, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts(100))
+    config = settings(tmp_path)
+    assert cluster.run("--prep", config, "--parts=2").returncode == 0
+    prep, merge = cluster.calls()
+    assert "--array=1" in prep["words"]                 # there is one segment, hence one part that has something
+    assert f"--dependency=afterok:{prep['id']}" in merge["words"]
+    assert data_prep("prepare", config) == 0
+    (tmp_path / "calls").unlink()
+    assert "nothing to do" in cluster.run("--prep", config, "--parts=2").stdout and not cluster.calls()
+
+
+def write_run_folder(folder: Path, *, done: bool = False) -> Path:
+    (folder / "slurm").mkdir(parents=True)
+    (folder / "run.yaml").write_text("name: r\nout: r\nphases: [{name: one, tokens: 1000}, {name: two, tokens: 1K}]\n")
+    ledger = [{"step": s, "phase": "one", "tokens_seen": 100 * s} for s in (1, 2, 3, 4, 5)]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger) + '{"step": 6, "to')
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "tokens_per_second": 10.0}) + "\n")
+    jobs = [{"job": "7", "role": "check"}, {"job": "8", "role": "training"}]
+    (folder / "slurm" / "submitted.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    own = [{"event": "start", "restart": 0, "nodes": "node[1-2]"},
+           {"event": "end", "cause": "stopped", "why": "stopped by SIGUSR1", "decision": "requeue", "seconds": 50},
+           {"event": "start", "restart": 1, "nodes": "node[2-3]"},
+           {"event": "end", "cause": "crash", "why": "rank 1 fell over", "decision": "stop", "seconds": 72}]
+    (folder / "slurm" / "8.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+    if done:
+        (folder / "done.json").write_text("{}")
+    return folder
+
+
+def status(cluster: Cluster, *words: object, **env: str) -> str:
+    done = cluster.run("status", *words, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_status_reads_the_jobs_own_files_where_slurm_knows_nothing_any_more(cluster, tmp_path):
+    said = status(cluster, write_run_folder(tmp_path / "r"))
+    assert "7    check     gone" in said and "SLURM knows it no more" in said
+    assert "8    training  ended (stop)  1m12s  node[2-3]  crash, rank 1 fell over (before: 1 x saved before its limit)" in said
+    assert "phase one, step 5, 500 of 2K tokens (25.0%), 10 tokens/s, 2m30s of training are left; nothing trains now" in said
+
+
+def test_status_takes_states_from_sacct_and_from_the_controller_first(cluster, tmp_path):
+    folder = write_run_folder(tmp_path / "r")
+    said = status(cluster, folder, SACCT="7|COMPLETED|0:0|00:00:09|node1\n8|FAILED|1:0|00:10:00|node[2-3]")
+    assert "7    check     COMPLETED  00:00:09  node1\n" in said
+    assert "8    training  FAILED     00:10:00  node[2-3]  crash, rank" in said
+    said = status(cluster, folder, SHOWN="JobId=8 JobState=RUNNING RunTime=00:01:00 NodeList=node[1-2] Reason=None ExitCode=0:0")
+    assert "RUNNING" in said and "done in 2m30s (" in said and "without stops" in said
+
+
+def test_status_says_of_a_start_that_wrote_no_end_that_it_runs_or_was_killed(cluster, tmp_path):
+    folder = write_run_folder(tmp_path / "r")
+    own = (folder / "slurm" / "8.jsonl").read_text().splitlines()
+    (folder / "slurm" / "8.jsonl").write_text("\n".join(own[:3]) + "\n")
+    shown = "JobId=8 JobState={} RunTime=00:01:00 NodeList=node[2-3] Reason=None ExitCode=0:0"
+    assert "start 2 runs; before: 1 x saved before its limit" in status(cluster, folder, SHOWN=shown.format("RUNNING"))
+    assert "start 2 was killed: it wrote no end; before: 1 x saved" in status(cluster, folder, SHOWN=shown.format("NODE_FAIL"))
+
+
+def test_status_of_a_run_file_names_its_folder_and_of_neither_says_what_is_needed(cluster, tmp_path):
+    write_run_folder(tmp_path / "r", done=True)
+    (tmp_path / "run.yaml").write_text("name: r\nout: none\nphases: [{name: one, tokens: 1K}]\n")
+    assert "r: done, 500 tokens, 5 steps" in status(cluster, tmp_path / "run.yaml", f"out={tmp_path / 'r'}")
+    assert "no step yet of 1K tokens" in status(cluster, tmp_path / "run.yaml")
+    assert "is no run folder" in cluster.refused("status", tmp_path / "bin")
+
+
+def test_help_comes_without_torch():
+    script = ("import runpy, sys; path = sys.argv.pop(1)\n"
+              "try:\n    runpy.run_path(path, run_name='__main__')\nexcept SystemExit:\n    print('torch' in sys.modules)\n")
+    for words in (["--help"], ["status", "--help"]):
+        done = subprocess.run([sys.executable, "-c", script, str(ROOT / "slurm" / "submit.py"), *words], capture_output=True,
+                              text=True)
+        assert done.stdout.rstrip().endswith("False"), done.stdout + done.stderr
