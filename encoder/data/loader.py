@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from encoder.base.batch import TokenBatch
-from encoder.base.errors import ConfigError, ShardError, UserError
+from encoder.base.errors import ConfigError, PassingError, ShardError, UserError
 from encoder.base.question import Corrupt
 from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, lanes_of, wrap_int64
 from encoder.data.packing import pack_best_fit
@@ -119,7 +119,14 @@ class Loader:
         self.close()
 
     def _take(self) -> Assembled:
-        made = next(self._iterator)
+        try:
+            made = next(self._iterator)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            # torch's own words, without a type of their own
+            raise PassingError("a loader worker was killed from outside, as a machine short of memory does. Start again: the run "
+                               "goes on; with fewer loader.workers if it comes back.") from error
         if isinstance(made, UserError):
             raise made
         return made

@@ -52,7 +52,9 @@ def newest_incarnation(run_folder: Path) -> int:
 def check_not_stale(root: Path, incarnation: int) -> None:
     """Raises CheckpointError if a newer start of the run was claimed. `root` is RUN/checkpoints."""
     newest = newest_incarnation(root.parent)
-    assert newest >= incarnation, f"incarnation {incarnation} was never claimed in {root.parent}"
+    if newest < incarnation:
+        raise CheckpointError(f"{root.parent} is not what this start of the run began in: it, or its {INCARNATIONS}, was removed "
+                              "or replaced since. This start saves nothing more; put the folder back and start again.")
     if newest > incarnation:
         raise CheckpointError(f"this is start {incarnation} of the run in {root.parent}, but start {newest} has taken over. "
                               "This one saves nothing more: let it end, and go on with the other.")
@@ -89,19 +91,23 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def remove_old(root: Path, *, incarnation: int, keep_last: int, is_whole: Callable[[Path], bool]) -> None:
+def remove_old(root: Path, *, incarnation: int, keep_last: int, is_whole: Callable[[Path], bool],
+               is_good: Callable[[Path], bool] = lambda _: True) -> None:
     """Keeps the last whole folders and the milestones; removes older ones, and what uncommitted saves left behind.
 
+    The last whole one that `is_good`, to which the run may have to go back, stays however many others are newer.
     A damaged folder counts for nothing; it goes when it is older than what is kept. Folders of a newer start are never
     touched. Raises CheckpointError if there is one.
     """
     check_not_stale(root, incarnation)
     committed = committed_folders(root)
-    kept, whole = {path for path in committed if (path / MILESTONE).exists()}, 0
+    kept, whole, good = {path for path in committed if (path / MILESTONE).exists()}, 0, False
     for path in reversed(committed):
-        if whole < keep_last:
+        wanted = not good and is_good(path)
+        if whole < keep_last or wanted:
             kept.add(path)
-            whole += is_whole(path)
+            found = is_whole(path)
+            whole, good = whole + found, good or (wanted and found)
     for path in sorted(root.iterdir()):
         match = _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part"))
         if match and int(match.group(2)) <= incarnation and path not in kept:

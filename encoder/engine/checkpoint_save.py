@@ -65,8 +65,11 @@ class Saver:
     older checkpoints stay) or if a newer start of the run took over.
     """
 
-    def __init__(self, root: Path, *, engine: Engine, incarnation: int, keep_last: int) -> None:
+    def __init__(self, root: Path, *, engine: Engine, incarnation: int, keep_last: int,
+                 is_good: Callable[[Path], bool] = lambda _: True) -> None:
+        """`is_good`: whether the run could go back to a checkpoint; the last such one is always kept."""
         self._root, self._engine, self._incarnation, self._keep_last = root, engine, incarnation, keep_last
+        self._is_good = is_good
         self._save: _Save | None = None
         self._known_whole: dict[Path, bool] = {}      # rank zero: folders that this start wrote, or has hashed
 
@@ -135,7 +138,8 @@ class Saver:
         self._save.commit()
         self._known_whole[self._save.final] = True
         try:
-            remove_old(self._root, incarnation=self._incarnation, keep_last=self._keep_last, is_whole=self._is_whole)
+            remove_old(self._root, incarnation=self._incarnation, keep_last=self._keep_last, is_whole=self._is_whole,
+                       is_good=self._is_good)
         except OSError as error:
             raise CheckpointError(f"cannot remove old checkpoints in {self._root}: {error.strerror or error}. "
                                   f"{self._save.final.name} is committed.") from error

@@ -6,6 +6,7 @@ caller's choice (encoder.train takes the middle of the step, so that no step run
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -186,13 +187,14 @@ def rows_at(phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: Ba
         raise ConfigError(f"batch_warmup.from_tokens {warmup.from_tokens:,} is not below batch_tokens {batch_tokens:,}. "
                           "Lower it, or leave batch_warmup out.")
     sizes = range(first, full, stair)
-    weight, passed = sum(sizes), 0
-    for size in sizes:
-        passed += size
-        # phase_tokens < over_tokens * passed / weight, in whole numbers
-        if phase_tokens * weight < warmup.over_tokens * passed:
-            return size
-    return full
+
+    def passed(stairs: int) -> int:
+        return stairs * first + stair * stairs * (stairs - 1) // 2       # the sum of the first sizes
+
+    # the first stair with phase_tokens < over_tokens * passed / weight, in whole numbers; there may be millions of stairs
+    at = bisect.bisect_right(range(1, len(sizes) + 1), phase_tokens * passed(len(sizes)),
+                             key=lambda stairs: warmup.over_tokens * passed(stairs))
+    return sizes[at] if at < len(sizes) else full
 
 
 def whole_rows(tokens: int, row_tokens: int, *, name: str) -> int:

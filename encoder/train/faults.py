@@ -129,6 +129,10 @@ class StepJudge:
         """Whether a step that is done again moved nothing the first time."""
         return self._recorded.get(step) == NOT_FINITE
 
+    def is_recorded(self, step: int) -> bool:
+        """Whether a step is done again, and what it was stands in the ledger."""
+        return step in self._recorded
+
     def judge(self, step: int, *, loss: float, applied: bool) -> str:
         """FINE, NOT_FINITE or SPIKE. Raises MachineError, the same on all ranks, where a step was fine and is not finite now."""
         finite = applied and math.isfinite(loss)

@@ -49,8 +49,12 @@ class Quarantine:
     def __init__(self, folder: Path, saved: Sequence[dict[str, Any]]) -> None:
         """Of the run folder, or, where only a checkpoint was copied, as the checkpoint has them."""
         self.path = folder / QUARANTINE
-        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else saved
-        self.lost = [LostShard(**values) for values in found]
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else saved
+            self.lost = [LostShard(**values) for values in found]
+        except (ValueError, TypeError) as error:
+            raise ShardError(f"{self.path} cannot be read ({error}); needed: the list of shards that the run has left out. Put it "
+                             "back, or remove it: the checkpoint has one, too.") from error
 
     def to_plain(self) -> list[dict[str, Any]]:
         """What a checkpoint saves."""

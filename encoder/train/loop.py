@@ -17,7 +17,7 @@ import torch
 
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, join, leave, sum_over_ranks
-from encoder.base.errors import UserError
+from encoder.base.errors import CheckpointError, UserError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say, warn_once
 from encoder.base.schema import to_plain, to_yaml
@@ -97,7 +97,7 @@ class _Story:
         self.parent, self.quarantine = started.parent, started.quarantine
         self.held_out: list[HeldOut] = []
         self.saver = Saver(folder / CHECKPOINTS, engine=self.engine, incarnation=self.incarnation,
-                           keep_last=run.checkpoints.keep_last)
+                           keep_last=run.checkpoints.keep_last, is_good=self._is_good)
         self.watch, self.stall_seconds = watch, 0.0      # the stall of the save that is under way
         self.clock, self.board = clock, board
         self.deadline = Deadline(run.faults.max_hours, started=clock.began, env=os.environ)
@@ -166,7 +166,8 @@ class _Story:
                     if stopping and not ended:
                         self.save(wait=True)
                         return self._stopped(stop)
-                    save_is_due |= _crossed(before, self.progress, self.run.checkpoints.every_tokens)
+                    save_is_due |= (_crossed(before, self.progress, self.run.checkpoints.every_tokens)
+                                    or self.progress.step in self.taken_after.values())      # steps done again: to go back to
                     if save_is_due and not ended and not self.judge.in_a_row:
                         self.save()
                         save_is_due = False
@@ -217,7 +218,8 @@ class _Story:
         self.watch.mark(f"evaluating after step {self.progress.step}")
         with self.clock.doing("evaluating"):
             numbers = held_out_numbers(self.held_out, self.engine.evaluate)
-        self.last_held_out = {"step": self.progress.step, **numbers}
+        finite = {k: _finite(v) for k, v in numbers.items()}
+        self.last_held_out = {"step": self.progress.step, **finite}
         beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
         per_source = "".join(f"  {name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
                              for name in [s.name for s in self.held_out] if len(self.held_out) > 1)
@@ -226,7 +228,7 @@ class _Story:
         if self.tracker:
             phase = self.run.phases[self.progress.phase].name
             with self.guarded():
-                self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **numbers)
+                self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **finite)
 
     def _set_theta(self) -> None:
         phase = self.run.phases[self.progress.phase]
@@ -255,9 +257,16 @@ class _Story:
             if self.ledger:
                 self.ledger.sync()
         build.agree_on_errors(self.error, self.world)
+        loss = fingerprint(self.run, self.engine, self.device)
+        if not math.isfinite(loss):      # the same on all ranks
+            where = f"the weights after step {self.progress.step} give a loss of {loss} on the fixed batch"
+            if wait or milestone:
+                raise UserError(f"{where}: they are not saved, the checkpoints before them stay. {self._lower_rate()}.")
+            say(f"step {self.progress.step:>6}  not saved: {where}")
+            return
         saved = self.saver.start(
             self.progress, run_yaml=to_yaml(self.run), milestone=milestone,
-            extra={"fingerprint_loss": fingerprint(self.run, self.engine, self.device),
+            extra={"fingerprint_loss": loss,
                    "fingerprint_precision": self.run.engine.precision,
                    "card_sha256": self.facts.card_sha256, "last_held_out": self.last_held_out,
                    "init_sha256": self.init_sha256, "quarantine": self.quarantine.to_plain(), "parent": self.parent,
@@ -316,7 +325,8 @@ class _Story:
     def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int,
                 flops: int, fault: str) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]
-        self.speed.step(data.tokens, flops)
+        if not self.judge.is_left_out(p.step):      # else nothing was computed: no measure of speed
+            self.speed.step(data.tokens, flops)
         held = memory_bytes(self.device)
         used = {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
         if self.ledger:
@@ -326,7 +336,8 @@ class _Story:
             self.tracker.event("bad_step", step=p.step, fault=fault, in_a_row=self.judge.in_a_row, loss=_finite(result.loss),
                                grad_norm=_finite(result.grad_norm))
         if fault:
-            say(f"step {p.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}  loss {result.loss:.3f}  gradient norm "
+            again = ", says the ledger" if self.judge.is_recorded(p.step) else ""
+            say(f"step {p.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}{again}  loss {result.loss:.3f}  gradient norm "
                 f"{result.grad_norm:.3g}  {self.judge.in_a_row} in a row")
         if self.tracker:
             self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), lr=lr, rows=data.rows,
@@ -355,14 +366,16 @@ class _Story:
         p, step = self.progress, self.progress.step
         self.watch.mark(f"going back after step {step}")
         self._saved(self.saver.wait())
-        again = self.judge.went_back
+        again, taken = self.judge.went_back, self.taken_after.get(step)
         found = None if again else newest_checkpoint(self.folder / CHECKPOINTS, fits=self._is_good)
+        if found is None and taken is not None:
+            raise UserError(f"{self.folder / LEDGER} goes back from step {step} to the weights of step {taken}, whose checkpoint "
+                            f"is gone or damaged. Put it back, or remove those after step {taken}, so that it is made again.")
         if found is None:
             why = "the run went back once since its last checkpoint" if again else "there is no good checkpoint to go back to"
             raise UserError(
                 f"{self.judge.in_a_row} bad steps in a row, and {why}: the loss of step {step} is {result.loss:.4g}, its gradient "
-                f"norm {result.grad_norm:.4g}. Start anew with a lower rate: out=ANOTHER_FOLDER phases.{p.phase}.lr.peak="
-                f"{self.run.phases[p.phase].lr.peak / 2:g}, or look at the data of these steps in {self.folder / LEDGER}.")
+                f"norm {result.grad_norm:.4g}. {self._lower_rate()}, or look at the data of these steps in {self.folder / LEDGER}.")
         weights, _ = load_verified(found, self.run, self.engine, self.device)
         self._set_theta()
         lanes = tuple((window + (row > 0), 0) for window, row in p.lanes)
@@ -376,10 +389,19 @@ class _Story:
             if self.tracker:
                 self.tracker.event("back", step=step, weights_of_step=weights.step, name=found.name)
 
+    def _lower_rate(self) -> str:
+        phase = self.progress.phase
+        return (f"Start anew with a lower rate: out=ANOTHER_FOLDER phases.{phase}.lr.peak="
+                f"{self.run.phases[phase].lr.peak / 2:g}")
+
     def _is_good(self, folder: Path) -> bool:
-        """Whether a checkpoint was made after a fine step; of steps done again, whether it is the one that was taken then."""
-        progress, extra = read_progress(folder)
-        taken = self.taken_after.get(self.progress.step)
+        """Whether the run could go back to a checkpoint: it was made after a fine step; of steps done again, it is the one that
+        was taken then."""
+        try:
+            progress, extra = read_progress(folder)
+        except CheckpointError:
+            return False
+        taken = next((taken for back, taken in sorted(self.taken_after.items()) if back >= self.progress.step), None)
         return extra.get("bad_steps", {}).get("in_a_row", 0) == 0 if taken is None else progress.step == taken
 
     def _stopped(self, stop: StopFlag) -> Outcome:

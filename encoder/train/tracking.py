@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from encoder.base.errors import LedgerError
 from encoder.base.files import write_atomic
@@ -97,8 +98,7 @@ class Ledger:
                 )
             self.repeated_steps += "back" not in line
             return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        _append(self._file, line)
 
     def sync(self) -> None:
         """Make the lines durable: before a checkpoint is, so that no power cut leaves a checkpoint beyond its ledger."""
@@ -124,18 +124,25 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
 
     The first line is step 1, or the restart of a ledger that was lost, or the parent of a branch.
     """
-    link, step = "", 0
+    link, step, seen = "", 0, 0
     for number, line in enumerate(lines, 1):
-        if number == 1 and (line.get("restart") or line.get("parent")):
-            link, step = line["chain"], line["step"]
-            continue
-        step += "back" not in line
-        if line.get("step") == step and "back" in line:
-            link = chain_back(link, step=step, weights_of_step=line["weights_of_step"], lanes=line["next"])
-        elif line.get("step") == step:
-            link = chain(link, step=step, tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
-                         batch_hash=int(line["batch"], 16), fault=line.get("fault", ""))
-        if line.get("step") != step or line["chain"] != link:
+        try:
+            if number == 1 and (line.get("restart") or line.get("parent")):
+                link, step, seen = line["chain"], line["step"], None if line.get("restart") else 0
+                continue
+            step += "back" not in line
+            if "back" in line:
+                link = chain_back(link, step=step, weights_of_step=line["weights_of_step"], lanes=line["next"])
+                follows = True
+            else:
+                link = chain(link, step=step, tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
+                             batch_hash=int(line["batch"], 16), fault=line.get("fault", ""))
+                follows = seen is None or line["tokens_seen"] == seen + line["tokens"]
+                seen = line["tokens_seen"]
+            follows = follows and line["step"] == step and line["chain"] == link
+        except (KeyError, ValueError, TypeError):
+            follows = False
+        if not follows:
             raise LedgerError(f"{path} line {number}: the chain breaks at step {line.get('step')}. "
                               "The file was edited or belongs to another run: put it back, or start again with another out.")
 
@@ -155,11 +162,10 @@ class Tracker:
 
     def metrics(self, step: int, **values: Any) -> None:
         """Numbers of a step. After a resume a step may stand twice: the later line counts."""
-        self._metrics.write(json.dumps({"step": step, **values, **self._time()}) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, {"step": step, **values, **self._time()})
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._log_to_wandb(numbers, step)
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -167,8 +173,16 @@ class Tracker:
     def event(self, what: str, **values: Any) -> None:
         """Something that happened, with the time of day (UTC)."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._events.write(json.dumps({"time": stamp, "event": what, **values, **self._time()}) + "\n")
-        self._events.flush()
+        _append(self._events, {"time": stamp, "event": what, **values, **self._time()})
+
+    def _log_to_wandb(self, numbers: dict[str, Any], step: int) -> None:
+        import wandb
+
+        try:
+            self._wandb.log(numbers, step=step)
+        except (wandb.errors.Error, OSError) as error:
+            warn_once(f"wandb gets no more of this start ({' '.join(str(error).split())[:200]}); {METRICS} has all of it")
+            self._wandb = None
 
     def _time(self) -> dict[str, Any]:
         return {"start": self._start, "spent": {kind: round(s, 3) for kind, s in self._clock.seconds().items()}}
@@ -201,9 +215,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def merged_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in the order of steps; one line a step and phase, later values over earlier ones."""
     merged: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in read_jsonl(path):
-        merged.setdefault((line["step"], line.get("phase", "")), {}).update(line)
+    for number, line in enumerate(read_jsonl(path), 1):
+        if not isinstance(line.get("step"), int):
+            raise LedgerError(f"{path} line {number} has no step. Restore the file, or remove that line.")
+        there = merged.setdefault((line["step"], line.get("phase", "")), {})
+        # a bad step that is done again is not computed: its loss of the first time stays
+        there.update({k: v for k, v in line.items() if v is not None or k not in there})
     return sorted(merged.values(), key=lambda line: line["step"])
+
+
+def _append(file: IO[str], line: dict[str, Any]) -> None:
+    """A line, handed to the system. Raises OSError with the file's name, which a full disk does not say."""
+    try:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _drop_torn_tail(path: Path) -> None:
@@ -226,5 +253,15 @@ def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
     # the same run folder goes on in the same wandb run; another folder of the same name does not
     identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
-    return wandb.init(project=project, name=name, config=settings, dir=str(folder), mode=mode, resume="allow",
-                      id=f"{name}-{identity}")
+    told = dict(project=project, name=name, config=settings, dir=str(folder), resume="allow",
+                id=f"{re.sub('[^a-zA-Z0-9_.-]+', '-', name)[:100]}-{identity}")
+    try:
+        return wandb.init(mode=mode, **told)
+    except (wandb.errors.Error, OSError) as error:       # no run ends for want of its curves elsewhere
+        warn_once(f"wandb does not answer ({' '.join(str(error).split())[:200]}); it is written to {folder / 'wandb'}, "
+                  "and goes up with: wandb sync")
+    try:
+        return wandb.init(mode="offline", **told)
+    except (wandb.errors.Error, OSError) as error:
+        warn_once(f"wandb cannot be used ({' '.join(str(error).split())[:200]}); {METRICS} has all of it")
+        return None

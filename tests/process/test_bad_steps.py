@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from encoder.engine.engine import Engine
 from encoder.train.config import read_run
 from encoder.train.loop import pretrain
 from encoder.train.report import verify_ledger
-from encoder.train.tracking import EVENTS, LEDGER, read_jsonl
+from encoder.train.tracking import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
 
@@ -65,14 +67,17 @@ def bad_at(bad: list[int], spiked: list[int], world: World) -> Iterator[list[int
 
 
 def start(world: World, folder: str, out: str, *settings: str, bad: Sequence[int] = (), spiked: Sequence[int] = (),
-          stop_at: int = 0) -> str:
-    """A start of a run; returns its error or nothing. `stop_at`: it fails before this step, as a kill would end it."""
+          stop_at: int = 0, term_at: int = 0) -> str:
+    """A start of a run; returns its error or nothing. `stop_at`: it fails before this step, as a kill would end it;
+    `term_at`: SIGTERM comes then."""
     plain, calls = Loader.next_step, [0]
 
     def next_step(self):
         calls[0] += 1
         if calls[0] == stop_at:
             raise UserError("stopped here")
+        if calls[0] == term_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return plain(self)
 
     with bad_at([*bad], [*spiked], world), pytest.MonkeyPatch.context() as patch:
@@ -103,7 +108,23 @@ def on_one_rank(world: World, *, folder: str) -> list[str]:
     return [first, start(world, folder, "killed", bad=[]), start(world, folder, "alone", bad=[8, 9, 10]),
             start(world, folder, "limited", "faults.max_hours=1e-6", bad=[3]), start(world, folder, "limited", bad=[2]),
             start(world, folder, "spiked_killed", SPIKE, spiked=[9, 12, 13, 14], stop_at=16),
-            start(world, folder, "spiked_killed", SPIKE)]
+            start(world, folder, "spiked_killed", SPIKE), *preempted_in_a_row(world, folder), *other_cadence(world, folder),
+            start(world, folder, "diverged", "phases.0.lr.peak=1e25", "checkpoints.every_tokens=100")]
+
+
+def preempted_in_a_row(world: World, folder: str) -> list[str]:
+    """Bad steps 8, 9 and 10, and a stop after each of the first two."""
+    told = ["preempted", "checkpoints.keep_last=1"]
+    return [start(world, folder, *told, bad=[8], term_at=8), start(world, folder, *told, bad=[1], term_at=1),
+            start(world, folder, *told, bad=[1])]
+
+
+def other_cadence(world: World, folder: str) -> list[str]:
+    """Killed after it had gone back; the checkpoints are lost but for the first, and made at other steps from then on."""
+    first = start(world, folder, "cadence", bad=[8, 9, 10], stop_at=14)
+    for path in sorted((Path(folder) / "cadence" / "checkpoints").glob("tokens*"))[1:]:
+        shutil.rmtree(path)
+    return [first, start(world, folder, "cadence", "checkpoints.every_tokens=20K")]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +136,8 @@ def folder(tmp_path_factory) -> Path:
     assert one == two and one[:3] == ["", "", ""], "all ranks see the same"
     (root / "stopped" / "error").write_text(one[3])
     (alone,) = run_ranks(on_one_rank, 1, folder=str(root))
-    assert alone == ["stopped here", "", "", "", "", "stopped here", ""]
+    assert alone[:-1] == ["stopped here", "", "", "", "", "stopped here", "", "", "", "", "stopped here", ""]
+    (root / "diverged" / "error").write_text(alone[-1])
     return root
 
 
@@ -169,6 +191,31 @@ def test_a_resume_repeats_the_spikes_of_the_ledger_though_the_loss_has_none_any_
     assert read_jsonl(folder / "spiked_killed" / LEDGER) == read_jsonl(folder / "spiked" / LEDGER)
     for name, whole in weights(folder / "spiked").items():
         torch.testing.assert_close(weights(folder / "spiked_killed")[name], whole, rtol=1e-4, atol=1e-6)     # one rank, two
+
+
+def test_stops_among_bad_steps_never_cost_the_checkpoint_to_go_back_to(folder):
+    """keep_last is 1, and each stop saves: 7 is kept beside 8 and 9, which are after bad steps."""
+    (back,) = [line for line in read_jsonl(folder / "preempted" / LEDGER) if line.get("back")]
+    saved = [e["step"] for e in events(folder / "preempted", "checkpoint")]
+    assert {8, 9} <= set(saved) and (back["step"], back["weights_of_step"]) == (10, max(s for s in saved if s < 8))
+
+
+def test_a_checkpoint_that_the_ledger_goes_back_to_is_made_again_whatever_the_cadence(folder):
+    assert read_jsonl(folder / "cadence" / LEDGER) == read_jsonl(folder / "back" / LEDGER)
+    for name, whole in weights(folder / "alone").items():
+        assert torch.equal(weights(folder / "cadence")[name], whole)
+
+
+def test_weights_that_give_no_finite_loss_are_never_saved_and_the_run_says_what_to_lower(folder):
+    said = (folder / "diverged" / "error").read_text()
+    assert "Start anew with a lower rate: out=ANOTHER_FOLDER phases.0.lr.peak=5e+24" in said
+    assert not list((folder / "diverged" / "checkpoints").glob("tokens*"))
+
+
+def test_a_step_that_is_done_again_without_computing_it_keeps_its_first_loss(folder):
+    first, again = (m["loss"] for m in read_jsonl(folder / "killed" / METRICS) if m["step"] == 9)
+    merged = {m["step"]: m["loss"] for m in merged_metrics(folder / "killed" / METRICS)}
+    assert again is None and merged[9] == first > 1
 
 
 def test_a_run_stops_before_its_time_limit_with_a_checkpoint_and_goes_on_from_it(folder):

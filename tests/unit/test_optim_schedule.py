@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -167,3 +168,20 @@ def test_a_batch_that_is_not_whole_rows_names_its_neighbours():
         rows_at(0, batch_tokens=4096, row_tokens=2048, warmup=BatchWarmup(from_tokens=4096, over_tokens=9))
     with pytest.raises(ConfigError, match=r"batch_warmup.from_tokens 1,000 .* Nearest: 2,048\."):
         rows_at(0, batch_tokens=4096, row_tokens=2048, warmup=BatchWarmup(from_tokens=1000, over_tokens=9))
+
+
+def test_the_stair_of_any_amount_of_tokens_is_that_of_the_sum_also_among_millions():
+    chance = random.Random(2)
+    for _ in range(200):
+        row, first, stair, full = 16, chance.randint(1, 9), chance.randint(1, 5), chance.randint(10, 40)
+        warmup = BatchWarmup(from_tokens=first * row, over_tokens=chance.randint(1, 5000), increase_tokens=stair * row)
+        seen, passed, sizes = chance.randint(0, 6000), 0, range(first, full, stair)
+        expected = full
+        for size in sizes:
+            passed += size
+            if seen * sum(sizes) < warmup.over_tokens * passed:
+                expected = size
+                break
+        assert rows_at(seen, batch_tokens=full * row, row_tokens=row, warmup=warmup) == expected
+    huge = BatchWarmup(from_tokens=64, over_tokens=10**15)
+    assert rows_at(10**14, batch_tokens=64 * 10**12, row_tokens=64, warmup=huge) == pytest.approx(10**12 * 0.1**0.5, rel=1e-6)

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from encoder.base.errors import LedgerError
+from encoder.base.errors import LedgerError, ShardError
 from encoder.base.units import Progress
+from encoder.train.config import TrackingConfig
+from encoder.train.feed import Quarantine
+from encoder.train.meters import Clock
 from encoder.train.report import verify_ledger
-from encoder.train.tracking import LEDGER, METRICS, Ledger, chain, merged_metrics, read_jsonl
+from encoder.train.tracking import LEDGER, METRICS, Ledger, Tracker, chain, merged_metrics, read_jsonl
 
 
 def after(progress: Progress, batch_hash: int) -> Progress:
@@ -105,3 +108,57 @@ def test_metrics_of_a_step_done_twice_count_once(tmp_path):
     (tmp_path / METRICS).write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "loss": 2.5}\n'
                                     '{"step": 2, "held_out_loss": 9.0}\n')
     assert merged_metrics(tmp_path / METRICS)[1] == {"step": 2, "loss": 2.5, "held_out_loss": 9.0}
+
+
+@pytest.mark.parametrize("key, value", [
+    ("batch", None), ("batch", "zz"), ("batch", 5), ("masked_tokens", None), ("tokens_seen", None), ("tokens_seen", 101),
+    ("tokens", 99), ("chain", None), ("chain", 7), ("step", "1")])
+def test_an_edited_line_of_the_ledger_is_named(tmp_path, key, value):
+    write_steps(tmp_path, Progress(), [5, 6, 7])
+    lines = read_jsonl(tmp_path / LEDGER)
+    lines[1] = {k: v for k, v in {**lines[1], key: value}.items() if v is not None}
+    (tmp_path / LEDGER).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(LedgerError, match="line 2: the chain breaks at step"):
+        verify_ledger(tmp_path)
+
+
+def test_a_line_of_the_metrics_without_a_step_and_a_damaged_quarantine_are_named(tmp_path):
+    (tmp_path / METRICS).write_text('{"loss": 3}\n')
+    with pytest.raises(LedgerError, match="line 1 has no step"):
+        merged_metrics(tmp_path / METRICS)
+    (tmp_path / "quarantine.json").write_text("{")
+    with pytest.raises(ShardError, match="quarantine.json cannot be read"):
+        Quarantine(tmp_path, [])
+
+
+def test_wandb_that_does_not_answer_is_written_offline_and_one_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    told, logged = [], []
+
+    class Run:
+        def log(self, numbers, step):
+            logged.append(step)
+            if step == 2:
+                raise wandb.errors.CommError("gone")
+
+        def finish(self):
+            raise AssertionError("it was given up")
+
+    def init(**values):
+        told.append(values)
+        if values["mode"] == "online":
+            raise wandb.errors.CommError("no such host")
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = Tracker(tmp_path, TrackingConfig(wandb_project="p"), clock=Clock(began=0.0), start=1, run_name="a/b: ü #1",
+                      settings={})
+    for step in (1, 2, 3):
+        tracker.metrics(step, loss=1.0)
+    tracker.close()
+    assert [values["mode"] for values in told] == ["online", "offline"] and not set(told[0]["id"]) & set("/:;,#?' ")
+    assert logged == [1, 2] and len(read_jsonl(tmp_path / METRICS)) == 3
+    assert "wandb does not answer" in capsys.readouterr().err
