@@ -24,6 +24,13 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(complain(message))
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; needed: a whole number of at least 1")
+    return int(text)
+
+
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """'1,2,4' -> [1, 2, 4]."""
     def read(text: str) -> list[Any]:

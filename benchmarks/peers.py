@@ -42,8 +42,11 @@ class Theirs:
 
     def __init__(self, kind: str, config: ModernBertConfig, batches: list[TokenBatch], *, attention: str, batch_documents: int,
                  device: torch.device, autocast: Callable[[], AbstractContextManager]) -> None:
-        import transformers
-
+        try:
+            import transformers
+        except ImportError as error:
+            raise ConfigError(f"--against hf, but transformers cannot be imported ({error}). Install it, or leave "
+                              "--against out.") from error
         own = transformers.ModernBertConfig(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads, pad_token_id=PAD,
@@ -52,8 +55,8 @@ class Theirs:
         own._attn_implementation = attention
         self.newer = int(transformers.__version__.split(".")[0]) >= 5
         if attention == "flex_attention" and not self.newer:
-            raise ConfigError(f"--hf-attention flex_attention with transformers {transformers.__version__}: its ModernBERT has it from "
-                              "version 5 on. Use sdpa.")
+            raise ConfigError(f"--hf-attention flex_attention with transformers {transformers.__version__}: its ModernBERT has it "
+                              "from version 5 on. Use sdpa.")
         self.model = transformers.ModernBertForMaskedLM(own)
         missing = self.model.load_state_dict(ModernBertForMaskedLM(config, seed=1).state_dict(), strict=False).missing_keys
         assert set(missing) <= {"decoder.weight"}, f"transformers has weights that we have not: {missing}"
@@ -106,7 +109,8 @@ def _padded(documents: list[Document], size: int) -> list[Part]:
     return parts
 
 
-def _packed(documents: list[Document], row_tokens: int, *, flex: bool, config: ModernBertConfig, device: torch.device) -> list[Part]:
+def _packed(documents: list[Document], row_tokens: int, *, flex: bool, config: ModernBertConfig,
+            device: torch.device) -> list[Part]:
     """All rows of a micro-batch as one batch [R, L]; padding is a document of its own."""
     packing = pack_best_fit(torch.tensor([len(d.ids) for d in documents]).numpy(), row_tokens)
     ids, labels, document, position = [], [], [], []

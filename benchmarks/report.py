@@ -16,7 +16,8 @@ import torch
 
 from encoder.base.files import write_json
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "torch-optimi", "mosaicml-streaming", "tokenizers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "torch-optimi", "mosaicml-streaming",
+            "tokenizers", "numpy")
 FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2", "bf16", "sve")      # of /proc/cpuinfo, those that tell speeds
 
 
@@ -26,11 +27,13 @@ class Report:
     def __init__(self, path: Path | None, *, command: str, device: torch.device) -> None:
         self.path, self.tables = path, []
         self._facts = {"command": command, **environment(device)}
+        print(environment_text(self._facts), flush=True)
 
     def add(self, title: str, *, head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = (),
             figures: Any = None) -> None:
         """A table for people, its notes, and the numbers behind it."""
-        self.tables.append({"title": title, "head": [*head], "rows": [[*row] for row in rows], "notes": [*notes], "figures": figures})
+        self.tables.append({"title": title, "head": [*head], "rows": [[*row] for row in rows], "notes": [*notes],
+                            "figures": figures})
         print(f"\n{title}\n{aligned(head, rows)}", *notes, sep="\n", flush=True)
         if self.path:
             write_json(self.path, {**self._facts, "tables": self.tables})
@@ -40,8 +43,8 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     lines = [[*head], *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-                     for line in lines)
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     .rstrip() for line in lines)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable
@@ -19,36 +20,38 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import several, several_of
+from benchmarks.options import count, several, several_of
 from benchmarks.peers import KINDS, Theirs
 from benchmarks.report import Report
-from benchmarks.timing import Timed, in_turn, paired_ratio, ratio_text
+from benchmarks.timing import Timed, cpu_ratio, in_turn, paired_ratio, ratio_text
 from benchmarks.workload import SHAPES, config_of, make_batch
 from encoder.base.batch import TokenBatch
-from encoder.base.errors import UserError
+from encoder.base.errors import ConfigError, UserError
 from encoder.models.flops import parameter_counts, train_flops
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.nn.attend import BACKENDS, Situation
 from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.train.meters import bf16_peak, document_lengths
 
 # of the loss, between two ways to compute it from the same weights; in bf16 kernels round differently
 SAME_LOSS = {"fp32": 1e-5, "autocast": 2e-3}
+QUICK = dict(shape="tiny", length=128, row_tokens=256, batches=1, hf_batch=4)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Of this question."""
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--length", type=int, default=1024, help="longest document, in tokens")
-    parser.add_argument("--row-tokens", type=int, default=4096)
-    parser.add_argument("--rows", type=several(int), default=[1], help="rows of a micro-batch; several: a line each")
+    parser.add_argument("--length", type=count, default=1024, help="longest document, in tokens")
+    parser.add_argument("--row-tokens", type=count, default=4096)
+    parser.add_argument("--rows", type=several(count), default=[1], help="rows of a micro-batch; several: a line each")
     parser.add_argument("--precision", type=several_of("fp32", "autocast"), default=["autocast"])
-    parser.add_argument("--attention", type=several(str), default=["auto"])
-    parser.add_argument("--compile", type=several_of("off", "blocks", "graphs"), default=None, help="off on a CPU, blocks on CUDA")
+    parser.add_argument("--attention", type=several(str), default=["auto"], help="all: every backend that can run")
+    parser.add_argument("--compile", type=several_of("off", "blocks"), default=None, help="off on a CPU, blocks on CUDA")
     parser.add_argument("--kinds", type=several_of(*KINDS), default=[*KINDS], help="of transformers' batches")
-    parser.add_argument("--hf-attention", default="sdpa")
-    parser.add_argument("--hf-batch", type=int, default=8, help="documents of a padded batch")
-    parser.add_argument("--batches", type=int, default=4, help="micro-batches of a round")
+    parser.add_argument("--hf-attention", default="sdpa", help="best: flash_attention_2 where it is installed")
+    parser.add_argument("--hf-batch", type=count, default=8, help="documents of a padded batch")
+    parser.add_argument("--batches", type=count, default=4, help="micro-batches of a round")
     parser.add_argument("--dropout", type=float, default=0.0, help="after attention; transformers has none")
     parser.add_argument("--profile", action="store_true", help="also where our first line's step goes: the twenty largest")
 
@@ -57,26 +60,45 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     """A table for each precision."""
     device = torch.device(args.device)
     config = config_of(args.shape, dropout=args.dropout)
+    if args.row_tokens < args.length:
+        raise ConfigError(f"--row-tokens {args.row_tokens} is below --length {args.length}: a row must hold the longest document.")
+    if not 0.0 <= args.dropout < 1.0:
+        raise ConfigError(f"--dropout {args.dropout:g} must lie in [0, 1).")
     compiling = args.compile or ["blocks" if device.type == "cuda" else "off"]
     for precision in args.precision:
         autocast = forward_context(precision, device)
         sides: dict[str, Ours | Theirs] = {}
-        for rows, attention, compiled in itertools.product(args.rows, args.attention, compiling):
-            batches = [make_batch(vocab_size=config.vocab_size, longest=args.length, row_tokens=args.row_tokens, rows=rows, number=i)
-                       for i in range(args.batches)]
-            ours = Ours(config, batches, attention=attention, compiled=compiled, device=device, autocast=autocast)
+        too_large: list[str] = []
+        attentions = backends_of(args.attention, device, config, precision)
+        for rows, attention, compiled in itertools.product(args.rows, attentions, compiling):
+            batches = [make_batch(vocab_size=config.vocab_size, longest=args.length, row_tokens=args.row_tokens, rows=rows,
+                                  number=i) for i in range(args.batches)]
+            what = f"ours, {rows * args.row_tokens:,} tokens, {attention}"
+            try:
+                ours = Ours(config, batches, attention=attention, compiled=compiled, device=device, autocast=autocast)
+                check_same_loss(ours, ours.judged(), what="attention sdpa, not compiled", bound=SAME_LOSS[precision])
+                ours.step(0)
+            except torch.OutOfMemoryError:
+                too_large.append(what)
+                continue
             sides[f"ours, {rows * args.row_tokens:,} tokens, {ours.how}"] = ours
-            check_same_loss(ours, ours.judged(), what="attention sdpa, not compiled", bound=SAME_LOSS[precision])
+        if not sides:
+            raise UserError(f"{', '.join(too_large)}: out of memory. Needed: fewer --rows or a smaller --shape. "
+                            "Nothing was timed.")
         first = next(iter(sides))
         if args.against == "hf":
             batches = sides[first].all_batches
-            for kind in args.kinds:
-                theirs = Theirs(kind, config, batches, attention=args.hf_attention, batch_documents=args.hf_batch, device=device,
+            fresh = Ours(config, batches[:1], attention="auto", compiled="off", device=device, autocast=autocast)
+            attention, kinds = hf_attention(args.hf_attention), args.kinds
+            if attention.startswith("flash"):       # it leaves padding out by itself, and takes no mask of documents
+                kinds = [k for k in kinds if k != "packed"]
+            for kind in kinds:
+                theirs = Theirs(kind, config, batches, attention=attention, batch_documents=args.hf_batch, device=device,
                                 autocast=autocast)
-                check_same_loss(sides[first], theirs.loss(0).item(), what=theirs.name, bound=SAME_LOSS[precision])
+                check_same_loss(fresh, theirs.loss(0).item(), what=theirs.name, bound=SAME_LOSS[precision])
                 sides[f"{theirs.name}, {theirs.how}"] = theirs
         timed = in_turn({name: side_round(side) for name, side in sides.items()}, rounds=args.rounds, device=device)
-        _tell(report, args, config, sides, timed, precision=precision, device=device)
+        _tell(report, args, config, sides, timed, precision=precision, device=device, too_large=too_large)
         if args.profile:
             tell_profile(report, sides[first], device=device, title=f"{args.shape}, {args.length:,}, {precision}: {first}")
 
@@ -87,16 +109,13 @@ class Ours:
     def __init__(self, config: ModernBertConfig, batches: list[TokenBatch], *, attention: str, compiled: str, device: torch.device,
                  autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
         self.model = ModernBertForMaskedLM(config, attention=attention, seed=1).to(device)
-        if compiled in ("blocks", "graphs") and device.type == "cuda" or compiled == "blocks":
+        if compiled == "blocks":
             self.model.compile_blocks_()
-        if compiled == "graphs":
-            self.model.replay_micro_steps_()
         self.optimizer = StableAdamW(decay_groups(self.model, weight_decay=1e-5), StableAdamWConfig(), lr=1e-4, max_lr=1e-3)
         self.all_batches, self.batches = batches, [b.to(device) for b in batches]
         self.tokens, self.autocast = [b.tokens for b in batches], autocast
         with autocast():
-            self.how = self.model.attention_reason(device).split(":")[0] + {"off": "", "blocks": ", compiled layers"}.get(
-                compiled, ", graphs")
+            self.how = self.model.attention_reason(device).split(":")[0] + (", compiled layers" if compiled == "blocks" else "")
 
     def loss(self, number: int) -> torch.Tensor:
         """Mean over the predicted positions."""
@@ -130,6 +149,20 @@ def forward_context(precision: str, device: torch.device) -> Callable[[], contex
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
 
 
+def backends_of(words: list[str], device: torch.device, config: ModernBertConfig, precision: str) -> list[str]:
+    """`all` becomes the backends that can run here, but for the judge."""
+    if words != ["all"]:
+        return words
+    situation = Situation(device=device, head_width=config.head_width, training=True,
+                          dtype=torch.bfloat16 if precision == "autocast" else torch.float32)
+    return [name for name, backend in BACKENDS.items() if name != "sdpa" and backend.why_not(situation) is None] or ["sdpa"]
+
+
+def hf_attention(word: str) -> str:
+    """transformers' own word."""
+    return word if word != "best" else "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+
+
 def check_same_loss(ours: Ours, other: float, *, what: str, bound: float) -> None:
     """The same weights, documents and masks give the same loss, or nothing is timed. Raises UserError."""
     found = ours.loss(0).item()
@@ -139,7 +172,7 @@ def check_same_loss(ours: Ours, other: float, *, what: str, bound: float) -> Non
 
 
 def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, sides: dict[str, Ours | Theirs],
-          timed: dict[str, Timed], *, precision: str, device: torch.device) -> None:
+          timed: dict[str, Timed], *, precision: str, device: torch.device, too_large: list[str]) -> None:
     peak, on_gpu = bf16_peak(device), device.type == "cuda"
     rows, figures = [], {}
     for name, side in sides.items():
@@ -149,7 +182,8 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
         per_second, took = sum(side.tokens) / timed[name].median, timed[name]
         tflops = per_second * flops / 1e12
         figures[name] = {"tokens_per_second": per_second, "spread": took.spread, "seconds": [*took.seconds],
-                         "tokens": sum(side.tokens), "tflops_per_second": tflops, "mfu": tflops * 1e12 / peak if peak else None,
+                         "tokens": sum(side.tokens), "cpu_seconds": [*took.cpu_seconds],
+                         "tflops_per_second": tflops, "mfu": tflops * 1e12 / peak if peak else None,
                          "peak_bytes": took.peak_bytes}
         rows.append([name, f"{per_second:,.0f}", f"{took.spread:.0%}", f"{tflops:.3g}"]
                     + ([f"{tflops * 1e12 / peak:.1%}" if peak else "?", f"{took.peak_bytes / 2**30:.1f}"] if on_gpu else []))
@@ -159,9 +193,11 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
     count = parameter_counts(config).total
     report.add(f"Training steps: {args.shape} ({count / 1e6:.1f} M), documents up to {args.length:,}, {precision}",
                head=["", "tokens/s", "spread", "TFLOP/s", *(["of bf16 peak", "GiB"] if on_gpu else [])], rows=rows,
-               notes=[f"our first line is {ratio_text(r)} times as fast as {n}" for n, r in ratios.items()]
-               + [f"checked: each loss from the same weights within {SAME_LOSS[precision]:g}; {args.rounds} rounds of {args.batches} "
-                  "micro-batches in turn, median"],
+               notes=[f"our first line is {ratio_text(r)} times as fast as {n}"
+                      + ("" if on_gpu else f"; {cpu_ratio(timed[first], timed[n]):.2f} by CPU time") for n, r in ratios.items()]
+               + [f"checked: each loss from the same weights within {SAME_LOSS[precision]:g}; {args.rounds} rounds of "
+                  f"{args.batches} micro-batches in turn, median"]
+               + [f"{what}: out of memory" for what in too_large],
                figures={"sides": figures, "ratios": ratios, "asked": {k: v for k, v in vars(args).items() if k != "json"}})
 
 

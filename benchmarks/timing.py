@@ -15,7 +15,8 @@ class Timed:
     """Seconds of one side's counted rounds."""
 
     seconds: tuple[float, ...]
-    peak_bytes: int = 0        # of the CUDA device, in the rounds
+    cpu_seconds: tuple[float, ...] = ()      # of all threads of the process: neighbours on the machine disturb it less
+    peak_bytes: int = 0                      # of the CUDA device, in the rounds
 
     @property
     def median(self) -> float:
@@ -30,27 +31,33 @@ class Timed:
 
 def in_turn(sides: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm_up: int = 2) -> dict[str, Timed]:
     """Each side once a round; the first `warm_up` rounds are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
     for number in range(warm_up + rounds):
         for name, do in sides.items():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             do()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device))
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: Timed(seconds=tuple(taken), peak_bytes=peaks[name]) for name, taken in seconds.items()}
+                seconds[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
+    return {name: Timed(seconds=tuple(s for s, _ in taken), cpu_seconds=tuple(c for _, c in taken), peak_bytes=peaks[name])
+            for name, taken in seconds.items()}
 
 
 def paired_ratio(a: Timed, b: Timed) -> tuple[float, float, float]:
     """How many times as fast a is as b, round by round: lowest, median, highest."""
     ratios = sorted(slow / fast for fast, slow in zip(a.seconds, b.seconds, strict=True))
     return ratios[0], statistics.median(ratios), ratios[-1]
+
+
+def cpu_ratio(a: Timed, b: Timed) -> float:
+    """The same by CPU time, in the median."""
+    return statistics.median(slow / fast for fast, slow in zip(a.cpu_seconds, b.cpu_seconds, strict=True))
 
 
 def ratio_text(ratio: tuple[float, float, float]) -> str:

@@ -31,7 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def config_of(shape: str, *, dropout: float) -> ModernBertConfig:
     """The model of a name; thetas are the published ones of the long phases."""
-    return ModernBertConfig(**SHAPES[shape], global_rope_theta=160000.0, attention_output_dropout=dropout, max_position_embeddings=8192)
+    return ModernBertConfig(**SHAPES[shape], global_rope_theta=160000.0, attention_output_dropout=dropout,
+                            max_position_embeddings=8192)
 
 
 def real_lengths(*, longest: int) -> np.ndarray:
