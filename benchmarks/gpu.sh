@@ -34,7 +34,7 @@ bench() {   # bench NAME SECONDS QUESTION ARGUMENTS...
 rm -f "$out"/*.json
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 if "$python" -c 'import pytest' 2> /dev/null; then
-    ask correctness 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_nn_attend_gpu.py tests/unit/test_nn_loss.py tests/unit/test_no_sync.py
+    ask correctness 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_nn_attend_gpu.py tests/unit/test_nn_loss.py tests/process/test_no_sync.py
 else
     failed+=("correctness (pytest is not installed; the questions below check themselves)")
 fi

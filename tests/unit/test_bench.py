@@ -30,7 +30,7 @@ def memory_is_given_back(monkeypatch):
 def test_every_question_answers_with_numbers_their_spread_and_the_machine(question, tmp_path, capsys):
     assert main([question, *ON_CPU, "--json", str(tmp_path / "out.json"), *AGAINST.get(question, [])]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["date"] and found["cpu"] and found["torch"] == torch.__version__ and f"bench.py {question}" in found["command"]
+    assert found["date"] and found["cpu"] and torch.__version__.startswith(found["torch"]) and f"bench.py {question}" in found["command"]
     assert found["tables"] and all(t["rows"] and t["figures"] for t in found["tables"])
     assert question == "loss" or "spread" in found["tables"][0]["head"]
     said = capsys.readouterr().out
