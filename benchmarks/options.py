@@ -19,6 +19,7 @@ class OneLineParser(argparse.ArgumentParser):
         unknown = [word.split("=")[0] for word in message.removeprefix("unrecognized arguments: ").split()] \
             if message.startswith("unrecognized arguments: ") else []
         if unknown:
+            unknown = [word for word in unknown if word.startswith("-")] or unknown
             known = [word for action in self._actions for word in action.option_strings]
             message = f"{' '.join(unknown)} is unknown. {nearest(unknown[0], known)}"
         sys.exit(complain(message))

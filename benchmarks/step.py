@@ -5,7 +5,8 @@
 
 A step is forward and backward of one micro-batch of packed documents and one update of StableAdamW; transformers' is the same
 documents (benchmarks/peers.py) and torch's AdamW. Tokens are counted without padding. All start from the same weights; their
-losses on the same documents and masks must agree before anything is timed.
+losses on the same documents and masks, and the gradients of all weights, must agree before anything is timed: at the start every
+wrong model has a loss near log(vocabulary), too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from encoder.train.meters import bf16_peak, document_lengths
 
 # of the loss, between two ways to compute it from the same weights; in bf16 kernels round differently
 SAME_LOSS = {"fp32": 1e-5, "autocast": 2e-3}
-QUICK = dict(shape="tiny", length=128, row_tokens=256, batches=1, hf_batch=4)
+# and of the gradients: the length of the difference over that of the judge's
+SAME_GRADIENT = {"fp32": 1e-3, "autocast": 0.1}
+QUICK = dict(shape="tiny", length=128, row_tokens=256, rows=[1], batches=1, hf_batch=4)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--length", type=count, default=1024, help="longest document, in tokens")
     parser.add_argument("--row-tokens", type=count, default=4096)
-    parser.add_argument("--rows", type=several(count), default=[1], help="rows of a micro-batch; several: a line each")
+    parser.add_argument("--rows", type=several(count), default=[4], help="rows of a micro-batch; several: a line each")
     parser.add_argument("--precision", type=several_of("fp32", "autocast"), default=["autocast"])
     parser.add_argument("--attention", type=several(str), default=["auto"], help="all: every backend that can run")
     parser.add_argument("--compile", type=several_of("off", "blocks"), default=None, help="off on a CPU, blocks on CUDA")
@@ -76,7 +79,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             what = f"ours, {rows * args.row_tokens:,} tokens, {attention}"
             try:
                 ours = Ours(config, batches, attention=attention, compiled=compiled, device=device, autocast=autocast)
-                check_same_loss(ours, ours.judged(), what="attention sdpa, not compiled", bound=SAME_LOSS[precision])
+                check_same(ours, ours.judge(), what="attention sdpa, not compiled", precision=precision)
                 ours.step(0)
             except torch.OutOfMemoryError:
                 too_large.append(what)
@@ -95,7 +98,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             for kind in kinds:
                 theirs = Theirs(kind, config, batches, attention=attention, batch_documents=args.hf_batch, device=device,
                                 autocast=autocast)
-                check_same_loss(fresh, theirs.loss(0).item(), what=theirs.name, bound=SAME_LOSS[precision])
+                check_same(fresh, theirs, what=theirs.name, precision=precision)
                 sides[f"{theirs.name}, {theirs.how}"] = theirs
         timed = in_turn({name: side_round(side) for name, side in sides.items()}, rounds=args.rounds, device=device)
         _tell(report, args, config, sides, timed, precision=precision, device=device, too_large=too_large)
@@ -129,11 +132,11 @@ class Ours:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def judged(self) -> float:
-        """The loss of the first micro-batch by the plainest code there is."""
-        plain = ModernBertForMaskedLM(self.model.config, attention="sdpa", seed=1).to(self.batches[0].ids_T.device)
-        with torch.no_grad(), self.autocast():
-            return (plain.train()(self.batches[0]).total / self.batches[0].masked_tokens).item()
+    def judge(self) -> Ours:
+        """The plainest code there is, with the same weights, on the first micro-batch."""
+        device = self.batches[0].ids_T.device
+        return Ours(self.model.config, self.all_batches[:1], attention="sdpa", compiled="off", device=device,
+                    autocast=self.autocast)
 
 
 def side_round(side: Ours | Theirs) -> Callable[[], None]:
@@ -163,11 +166,24 @@ def hf_attention(word: str) -> str:
     return word if word != "best" else "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def check_same_loss(ours: Ours, other: float, *, what: str, bound: float) -> None:
-    """The same weights, documents and masks give the same loss, or nothing is timed. Raises UserError."""
-    found = ours.loss(0).item()
-    if not abs(found - other) <= bound * abs(other):
-        raise UserError(f"the loss is {found:.6f} with {ours.how} and {other:.6f} with {what}; needed: equal within {bound:g}. "
+def check_same(ours: Ours, other: Ours | Theirs, *, what: str, precision: str) -> None:
+    """The same weights, documents and masks give the same loss and gradients, or nothing is timed. Raises UserError."""
+    loss, wanted = ours.loss(0), other.loss(0)
+    if not abs(loss.item() - wanted.item()) <= (bound := SAME_LOSS[precision]) * abs(wanted.item()):
+        raise UserError(f"the loss is {loss.item():.6f} with {ours.how} and {wanted.item():.6f} with {what}; needed: equal within "
+                        f"{bound:g}. Nothing was timed.")
+    loss.backward()
+    wanted.backward()
+    apart = whole = torch.zeros((), dtype=torch.float64, device=loss.device)
+    theirs = dict(other.model.named_parameters())
+    for name, p in ours.model.named_parameters():
+        apart = apart + (p.grad - theirs[name].grad).double().square().sum()
+        whole = whole + theirs[name].grad.double().square().sum()
+    off = (apart / whole).sqrt().item()
+    for side in (ours, other):
+        side.optimizer.zero_grad(set_to_none=True)
+    if not off <= (bound := SAME_GRADIENT[precision]):
+        raise UserError(f"the gradient is {off:.1e} off with {ours.how} beside {what}; needed: at most {bound:g}. "
                         "Nothing was timed.")
 
 
@@ -195,8 +211,8 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
                head=["", "tokens/s", "spread", "TFLOP/s", *(["of bf16 peak", "GiB"] if on_gpu else [])], rows=rows,
                notes=[f"our first line is {ratio_text(r)} times as fast as {n}"
                       + ("" if on_gpu else f"; {cpu_ratio(timed[first], timed[n]):.2f} by CPU time") for n, r in ratios.items()]
-               + [f"checked: each loss from the same weights within {SAME_LOSS[precision]:g}; {args.rounds} rounds of "
-                  f"{args.batches} micro-batches in turn, median"]
+               + [f"checked: each loss from the same weights within {SAME_LOSS[precision]:g}, each gradient within "
+                  f"{SAME_GRADIENT[precision]:g}; {args.rounds} rounds of {args.batches} micro-batches in turn, median"]
                + [f"{what}: out of memory" for what in too_large],
                figures={"sides": figures, "ratios": ratios, "asked": {k: v for k, v in vars(args).items() if k != "json"}})
 

@@ -30,9 +30,10 @@ def memory_is_given_back(monkeypatch):
 def test_every_question_answers_with_numbers_their_spread_and_the_machine(question, tmp_path, capsys):
     assert main([question, *ON_CPU, "--json", str(tmp_path / "out.json"), *AGAINST.get(question, [])]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["date"] and found["cpu"] and torch.__version__.startswith(found["torch"]) and f"bench.py {question}" in found["command"]
+    assert found["date"] and found["cpu"] and f"bench.py {question}" in found["command"]
+    assert torch.__version__.startswith(found["torch"])
     assert found["tables"] and all(t["rows"] and t["figures"] for t in found["tables"])
-    assert question == "loss" or "spread" in found["tables"][0]["head"]
+    assert question == "loss" or any("spread" in t["head"] for t in found["tables"])
     said = capsys.readouterr().out
     assert all(t["title"] in said for t in found["tables"]) and "checked: " in said
     merge.merge(tmp_path / "table", [tmp_path / "out.json"])
@@ -93,7 +94,7 @@ def _rows_in_another_order(monkeypatch):
 
 
 @pytest.mark.parametrize("question, break_it, said", [
-    ("step", _other_seed, "the loss is"), ("step", _other_labels, "the loss is"),
+    ("step", _other_seed, "gradient is"), ("step", _other_labels, "gradient is"),
     ("attention", _attention_that_looks_at_nothing, "wrong is off"),
     ("optimizer", _longer_memory, "off its slow twin"), ("checkpoint", _weights_off_by_a_bit, "not those that were saved"),
     ("loader", _rows_in_another_order, "other rows than its slow twin")])
