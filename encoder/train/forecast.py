@@ -133,9 +133,10 @@ def forecast(run: RunConfig, *, steps: Sequence[PlannedStep], flops_per_token: S
 def communication_bytes(run: RunConfig, *, parameters: int, ranks: int, micro_batches: int) -> float:
     """That each rank sends in one step, by ring collectives: a reduce-scatter or an all-gather of n bytes sends n (N - 1) / N.
 
-    Gradients travel in fp32. Stage 0: an all-reduce of them a step. Stages 1 and 2: they are reduced after every micro-batch,
-    because DeepSpeed does not know which is the last (managed_gradient_accumulation is off), and the weights are gathered
-    once. Stage 3: weights are gathered for every forward and again for every backward.
+    Gradients travel in fp32. As counted on two ranks (tests/process/test_communication.py): at stages 0 to 2 whole buckets are
+    all-reduced, twice what their owners need; at stages 0 and 1 once a step, at stage 2 after every micro-batch. Then the weights
+    are gathered. Stage 3 reduce-scatters after every micro-batch and gathers weights for every forward and every backward (the
+    latter is not counted: a small model's weights are all below DeepSpeed's threshold and stay).
     """
     share = (ranks - 1) / ranks
     gradients = parameters * (8 if run.engine.precision == "fp64" else 4) * share
@@ -144,8 +145,7 @@ def communication_bytes(run: RunConfig, *, parameters: int, ranks: int, micro_ba
         return 2 * gradients
     if run.engine.zero_stage == 3:
         return micro_batches * (gradients + 2 * weights)
-    reduced = micro_batches * gradients * (2 if run.engine.zero_stage == 1 else 1)
-    return reduced + weights
+    return 2 * gradients * (micro_batches if run.engine.zero_stage == 2 else 1) + weights
 
 
 def forecast_lines(found: Forecast, *, ranks: int, machine: Machine | None, probe: Probe | None) -> list[str]:

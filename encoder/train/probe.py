@@ -83,9 +83,10 @@ def measure(run: RunConfig) -> Probe:
         few, several = ([statistics.median(column) for column in zip(*times[count])] for count in (FEW, MANY))
         rates[phase.max_tokens_per_document] = rate = (several[0] - few[0]) / max(several[1] - few[1], 1e-9)
         updates.append(max(0.0, few[1] - few[0] / rate))
-    text = f"this {device.type}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, as probed{', by CPU time' * alone}"
-    return Probe(flops_per_second=rates, update_seconds=statistics.median(updates), data_seconds_per_token=statistics.median(waits),
-                 base_bytes=base, peak_bytes=peak, text=text)
+    threads = torch.get_num_threads()
+    text = f"this {device.type}, {threads} thread{'s' * (threads > 1)}, as probed{', by CPU time' * alone}"
+    return Probe(flops_per_second=rates, update_seconds=statistics.median(updates),
+                 data_seconds_per_token=statistics.median(waits), base_bytes=base, peak_bytes=peak, text=text)
 
 
 def _main(argv: Sequence[str]) -> None:
