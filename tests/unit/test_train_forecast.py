@@ -37,7 +37,7 @@ def of(run, **named):
 
 
 def test_three_steps_by_hand():
-    """4,000 tokens of 1 GFLOP on two ranks at 0.5 TFLOP/s: 4 s a step; sent are twice half of 4 MB of gradients and half of 4 MB."""
+    """4,000 tokens of 1 GFLOP on two ranks at 0.5 TFLOP/s: 4 s a step. Sent: twice half of 4 MB of gradients, half of 4 MB."""
     found = of(read_run(TINY))
     assert found.tokens == 12_000 and found.computing_seconds == pytest.approx(12.0, rel=1e-3)
     assert found.bytes_a_step == 6e6 and found.communication_seconds == pytest.approx(3 * 6e6 / 1e9)
@@ -63,7 +63,8 @@ def test_small_models_wait_for_their_kernels():
 
 def test_a_probe_counts_its_own_rates_of_each_length_and_the_time_for_data():
     run = read_run(TINY)
-    probe = Probe(flops_per_second={128: 2e9, 512: 1e9}, update_seconds=0.5, data_seconds_per_token=1e-3, base_bytes=1, peak_bytes=2,
+    probe = Probe(flops_per_second={128: 2e9, 512: 1e9}, update_seconds=0.5, data_seconds_per_token=1e-3, base_bytes=1,
+                  peak_bytes=2,
                   text="")
     found = of(run, machine=None, probe=probe, ranks=1)
     assert found.computing_seconds == pytest.approx(12_000 * 1e9 / 2e9) and found.update_seconds == 1.5
