@@ -18,6 +18,8 @@ from encoder.base.files import write_atomic, write_json
 
 def merge(out: Path, paths: list[Path]) -> None:
     """Raises UserError where a file is not the bench's."""
+    if out.with_suffix(".json") in paths:
+        raise UserError(f"{out.with_suffix('.json')} is read and would be written over. Name another OUT.")
     found = [read(path) for path in paths]
     if not found:
         raise UserError("no JSON file of launch/bench.py was given. Needed: OUT FILE.json ...")

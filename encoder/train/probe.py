@@ -31,7 +31,8 @@ FEW, MANY = 1, 3               # micro-batches of the two kinds of steps: their 
 
 def probe(path: str, overrides: Sequence[str]) -> Probe:
     """In a new process. Raises UserError with what that process said."""
-    done = subprocess.run([sys.executable, "-m", "encoder.train.probe", path, *overrides], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "encoder.train.probe", path, *overrides], text=True, capture_output=True,
+                          env={"THP_MEM_ALLOC_ENABLE": "1", **os.environ})       # as launch/pretrain.py has it
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1].removeprefix("error: ")
         raise UserError(f"--measure: {said}")
