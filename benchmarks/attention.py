@@ -1,65 +1,73 @@
 """Attention of one packed micro-batch, forward and backward, by every route that can run here, side by side in one process.
 
-    python benchmarks/attention.py [--device cpu] [--documents 8x512] [--dtypes float32,bfloat16] [--json FILE]
+    python launch/bench.py attention [--documents real|8x512|30,500,1000] [--dtypes float32,bfloat16]
 
-Routes are timed in turn, round after round, so that what else the machine does hits all of them; the figures are medians,
-and the ratios are those of the table's first line. One thread on a CPU is timed by its own CPU time, so that neighbours
-matter less; anything else by the clock on the wall. Values and gradients of every route are checked against a dense mask
-in fp64 before anything is timed.
+Values and gradients of every route are checked, document by document, against a dense mask in fp64 before anything is timed.
+`real` are documents of the four domains, at most --length tokens each, --tokens together.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.options import count, several_of
+from benchmarks.report import Report
+from benchmarks.timing import in_turn, paired_ratio, ratio_text
+from benchmarks.workload import make_batch
+from encoder.base.errors import UserError
 from encoder.nn.attend import BACKENDS, Situation
+from encoder.train.meters import document_lengths
 
 RADIUS = 64
+QUICK = dict(documents=[40, 100, 7], heads=2, head_width=16)
+DENSE_TOKENS = 16_384      # a mask over the row of more has more than 2^28 places
 Route = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def main() -> None:
-    """One table a precision and kind of layer."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--device", default="cpu")
-    asked.add_argument("--documents", default="8x512", help="8x512, or lengths: 30,500,1000")
-    asked.add_argument("--dtypes", default="float32,bfloat16")
-    asked.add_argument("--heads", type=int, default=4)
-    asked.add_argument("--head-width", type=int, default=64)
-    asked.add_argument("--rounds", type=int, default=15)
-    asked.add_argument("--threads", type=int, default=torch.get_num_threads())
-    asked.add_argument("--json", type=Path)
-    args = asked.parse_args()
-    torch.set_num_threads(args.threads)
-    count, _, length = args.documents.partition("x")
-    lengths = [int(length)] * int(count) if length else [int(n) for n in args.documents.split(",")]
-    rows = []
-    for dtype in (getattr(torch, word) for word in args.dtypes.split(",")):
+def options(parser: argparse.ArgumentParser) -> None:
+    """Of this question."""
+    parser.add_argument("--documents", type=lengths, default="real", help="real, 8x512, or lengths: 30,500,1000")
+    parser.add_argument("--tokens", type=count, default=4096, help="of real documents")
+    parser.add_argument("--length", type=count, default=1024, help="longest real document")
+    parser.add_argument("--dtypes", type=several_of("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--heads", type=count, default=4)
+    parser.add_argument("--head-width", type=count, default=64)
+
+
+def lengths(text: str) -> list[int] | str:
+    """'8x512' -> eight times 512; 'real' stays."""
+    if text == "real":
+        return text
+    number, _, length = text.partition("x")
+    return [count(length)] * count(number) if length else [count(n) for n in text.split(",")]
+
+
+def ask(args: argparse.Namespace, report: Report) -> None:
+    """A table a precision and kind of layer."""
+    documents = args.documents
+    if documents == "real":
+        batch = make_batch(vocab_size=1024, longest=args.length, row_tokens=args.tokens, rows=1, number=0)
+        documents = [n for n in document_lengths(batch).tolist() if n]
+    for dtype in (getattr(torch, word) for word in args.dtypes):
         for local in (False, True):
-            rows += measure(lengths, dtype=dtype, local=local, args=args)
-    if args.json:
-        args.json.write_text(json.dumps({**vars(args), "json": None, "torch": torch.__version__, "rows": rows}, indent=1))
+            measure(documents, dtype=dtype, local=local, args=args, report=report)
 
 
-def measure(lengths: list[int], *, dtype: torch.dtype, local: bool, args: argparse.Namespace) -> list[dict]:
+def measure(lengths: list[int], *, dtype: torch.dtype, local: bool, args: argparse.Namespace, report: Report) -> None:
     """Milliseconds of forward and backward by route."""
     device = torch.device(args.device)
     draw = torch.Generator().manual_seed(0)
     q, k, v, d_out = (torch.randn(sum(lengths), args.heads, args.head_width, generator=draw).to(dtype).to(device)
                       for _ in range(4))
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-    routes = {"dense mask over the row": dense_row(lengths, local=local, device=device),
-              "padded to a batch": padded(lengths, local=local, device=device)}
+    routes = {"padded to a batch": padded(lengths, local=local, device=device)}
+    if sum(lengths) <= DENSE_TOKENS:
+        routes = {"dense mask over the row": dense_row(lengths, local=local, device=device), **routes}
     if not local:
         routes["nested, jagged"] = jagged(ends)
     situation = Situation(device=device, dtype=dtype, head_width=args.head_width, training=True)
@@ -68,29 +76,33 @@ def measure(lengths: list[int], *, dtype: torch.dtype, local: bool, args: argpar
             plan = backend.plan(ends, max_seqlen=max(lengths), tokens=len(q),
                                 window_radius_tokens=RADIUS)
             routes[name] = lambda q, k, v, plan=plan: plan(q, k, v, local=local)
-
-    exact = both_ways(routes["dense mask over the row"], *(x.double() for x in (q, k, v, d_out)))
-    bound = 1e-4 if dtype == torch.float32 and device.type == "cpu" else 0.05
-    for name, route in routes.items():
-        for ours, truth in zip(both_ways(route, q, k, v, d_out), exact, strict=True):
-            off = (ours.double() - truth).abs().max().item()
-            if not off < bound:
-                sys.exit(f"{name} is off by {off:.1e}; needed: below {bound:.0e}. Nothing was timed.")
-
-    seconds = {name: [] for name in routes}
-    for _ in range(args.rounds):
-        for name, route in routes.items():
-            start = now(device, args.threads)
-            both_ways(route, q, k, v, d_out)
-            seconds[name].append(now(device, args.threads) - start)
-    medians = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
-    first = next(iter(medians.values()))
+    check(routes, q, k, v, d_out, lengths=lengths, local=local)
+    timed = in_turn({name: lambda route=route: both_ways(route, q, k, v, d_out) for name, route in routes.items()},
+                    rounds=args.rounds, device=device)
+    first = next(iter(timed))
+    ratios = {name: paired_ratio(took, timed[first]) for name, took in timed.items()}
     kind = f"window {RADIUS}" if local else "global"
-    print(f"\n{str(dtype).removeprefix('torch.')}, {kind}, {args.documents} documents, {args.heads} heads x {args.head_width}, "
-          f"{device.type}, {args.threads} threads\n{'route':<26}{'ms':>8}{'ratio':>8}")
-    for name, ms in medians.items():
-        print(f"{name:<26}{ms:>8.1f}{first / ms:>8.2f}")
-    return [{"dtype": str(dtype), "layer": kind, "route": name, "ms": ms, "ratio": first / ms} for name, ms in medians.items()]
+    report.add(f"Attention, {str(dtype).removeprefix('torch.')}, {kind}: {len(lengths)} documents of up to {max(lengths):,} "
+               f"tokens, {sum(lengths):,} together, {args.heads} heads x {args.head_width}",
+               head=["route", "ms", "spread", "tokens/s", f"times as fast as {first}"],
+               rows=[[name, f"{1e3 * took.median:.2f}", f"{took.spread:.0%}", f"{sum(lengths) / took.median:,.0f}",
+                      ratio_text(ratios[name])] for name, took in timed.items()],
+               notes=["checked: output and gradients of each against fp64"],
+               figures={name: {"seconds": [*took.seconds], "cpu_seconds": [*took.cpu_seconds], "ratio": ratios[name],
+                               "peak_bytes": took.peak_bytes} for name, took in timed.items()})
+
+
+def check(routes: dict[str, Route], q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, lengths: list[int], local: bool) -> None:
+    """Every route against a dense mask a document, in fp64. Raises UserError."""
+    bound = 1e-4 if q.dtype == torch.float32 and q.device.type == "cpu" else 0.05
+    found = {name: both_ways(route, q, k, v, d_out) for name, route in routes.items()}
+    for start, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths):
+        own = slice(start, start + length)
+        exact = both_ways(dense_row([length], local=local, device=q.device), *(x[own].double() for x in (q, k, v, d_out)))
+        for name, values in found.items():
+            off = max((ours[own].double() - truth).abs().max().item() for ours, truth in zip(values, exact, strict=True))
+            if not off < bound:
+                raise UserError(f"attention {name} is off by {off:.1e}; needed: below {bound:.0e}. Nothing was timed.")
 
 
 def both_ways(route: Route, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> list[Tensor]:
@@ -146,16 +158,3 @@ def jagged(ends: Tensor) -> Route:
         return F.scaled_dot_product_attention(*nested).transpose(1, 2).values()
 
     return route
-
-
-def now(device: torch.device, threads: int) -> float:
-    """Seconds, after everything asked of the device is done."""
-    if device.type == "cpu" and threads == 1:
-        return time.process_time()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-if __name__ == "__main__":
-    main()

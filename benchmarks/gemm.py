@@ -1,64 +1,83 @@
-"""The card's own ceiling: TFLOP/s of bf16 matrix products, for large square ones and for every shape that a model multiplies.
+"""The device's own ceiling: TFLOP/s of bf16 matrix products, for large square ones and for every shape that a model multiplies.
 
-    python benchmarks/gemm.py --shape base --tokens 98304 [--json FILE]
+    python launch/bench.py gemm --device cuda --shape base --tokens 98304
+
+Each forward product has two of the same FLOP on the way back, of other layouts. A small product of each shape and layout is held
+against fp64 first.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from step import SHAPES
+from benchmarks.options import count
+from benchmarks.report import Report
+from benchmarks.timing import in_turn
+from benchmarks.workload import MASK_SHARE, SHAPES, config_of
+from encoder.base.errors import UserError
+from encoder.nn.loss import PIECE_POSITIONS
+from encoder.train.meters import bf16_peak
 
-from encoder.models.modernbert import ModernBertConfig
+QUICK = dict(shape="tiny", tokens=256, square=256)
+FORMS = {"forward": "nt", "d input": "nn", "d weight": "tn"}      # n: as it lies, t: transposed
+PRODUCTS = 5      # of a round: one alone is too short for the clock
+BOUND = 0.02      # of the largest element: bf16 has 8 bits, and rounds inputs alike on both sides
 
 
-def main() -> None:
-    """One line a shape; each forward product has two of the same FLOP on the way back, of other layouts."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--shape", choices=SHAPES, default="base")
-    asked.add_argument("--tokens", type=int, default=98304)
-    asked.add_argument("--device", default="cuda")
-    asked.add_argument("--json", type=Path)
-    args = asked.parse_args()
-    config = ModernBertConfig(**SHAPES[args.shape])
+def options(parser: argparse.ArgumentParser) -> None:
+    """Of this question."""
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--tokens", type=count, default=4096, help="of a micro-batch")
+    parser.add_argument("--square", type=count, default=None, help="side of the square products: 1024 on a CPU, 8192 on CUDA")
+
+
+def ask(args: argparse.Namespace, report: Report) -> None:
+    """A line a shape."""
+    device, found, rows = torch.device(args.device), {}, []
+    for name, (m, k, n) in shapes_of(args).items():
+        operands = {form: operands_of(form, m, k, n, device=device) for form in FORMS}
+        for form, (a, b) in operands.items():
+            check_product(a[:64], b[:, :64], what=f"{name}, {form}")
+        timed = in_turn({form: lambda pair=pair: [pair[0] @ pair[1] for _ in range(PRODUCTS)] for form, pair in operands.items()},
+                        rounds=args.rounds, device=device)
+        found[name] = {form: 2e-12 * m * k * n * PRODUCTS / took.median for form, took in timed.items()}
+        rows.append([name, f"{m:,} x {k:,} x {n:,}", *(f"{found[name][form]:.4g}" for form in FORMS),
+                     f"{max(took.spread for took in timed.values()):.0%}"])
+    ceiling = max(found["square"].values())
+    for row, name in zip(rows, found):
+        row.append(f"{sum(found[name].values()) / len(FORMS) / ceiling:.0%}")
+    peak = bf16_peak(device)
+    report.add(f"Matrix products in bf16, TFLOP/s: {args.shape}, {args.tokens:,} tokens",
+               head=["", "tokens x in x out", *FORMS, "spread", "of the ceiling"], rows=rows,
+               notes=[f"ceiling: the best square product, {ceiling:.4g} TFLOP/s"
+                      + (f", {ceiling * 1e12 / peak:.0%} of the data sheet's {peak / 1e12:,.0f}" if peak else ""),
+                      f"checked: 64 rows and columns of each against fp64 within {BOUND:g} of the largest"],
+               figures={"tflops": found, "ceiling_tflops": ceiling, "sheet_tflops": peak and peak / 1e12})
+
+
+def shapes_of(args: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
+    """name -> (rows, in, out) of the forward products."""
+    config, device = config_of(args.shape, dropout=0.0), args.device
     c, f, inner = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_width
-    masked = int(0.3 * args.tokens)
-    shapes = {"square 8192": (8192, 8192, 8192), "Wqkv": (args.tokens, c, 3 * inner), "Wo": (args.tokens, inner, c),
-              "Wi": (args.tokens, c, 2 * f), "mlp Wo": (args.tokens, f, c), "head": (masked, c, c),
-              "decoder, a piece": (2048, c, config.vocab_size)}
-    found = {}
-    for name, (m, k, n) in shapes.items():
-        forms = {"forward": ((m, k), (n, k), "nt"), "d input": ((m, n), (n, k), "nn"), "d weight": ((m, n), (m, k), "tn")}
-        found[name] = {form: tflops(*form_of, flops=2 * m * k * n, device=args.device) for form, form_of in forms.items()}
-        print(f"{name:<18}{m:>8} x {k:>6} x {n:>6}  " + "  ".join(f"{form} {value:7.1f}" for form, value in found[name].items()))
-    if args.json:
-        args.json.write_text(json.dumps({"asked": {**vars(args), "json": None}, "torch": torch.__version__,
-                                         "device": torch.cuda.get_device_name(), "tflops": found}, indent=1) + "\n")
+    side = args.square or (1024 if device == "cpu" else 8192)
+    return {"square": (side, side, side), "Wqkv": (args.tokens, c, 3 * inner), "Wo": (args.tokens, inner, c),
+            "Wi": (args.tokens, c, 2 * f), "mlp Wo": (args.tokens, f, c), "head": (max(1, int(MASK_SHARE * args.tokens)), c, c),
+            "decoder, a piece": (PIECE_POSITIONS[device], c, config.vocab_size)}
 
 
-def tflops(left: tuple[int, int], right: tuple[int, int], form: str, *, flops: int, device: str) -> float:
-    """Median of 7 rounds of 5 products."""
+def operands_of(form: str, m: int, k: int, n: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two factors as autograd hands them to the product: views, transposed where FORMS says t."""
+    left, right = {"forward": ((m, k), (n, k)), "d input": ((m, n), (n, k)), "d weight": ((m, n), (m, k))}[form]
     a, b = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in (left, right))
-    a, b = (a.T if form[0] == "t" else a), (b.T if form[1] == "t" else b)
-    seconds = []
-    for turn in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(5):
-            a @ b
-        end.record()
-        torch.cuda.synchronize()
-        if turn >= 2:
-            seconds.append(start.elapsed_time(end) / 5e3)
-    return flops / statistics.median(seconds) / 1e12
+    return a.T if FORMS[form][0] == "t" else a, b.T if FORMS[form][1] == "t" else b
 
 
-if __name__ == "__main__":
-    main()
+def check_product(a: Tensor, b: Tensor, *, what: str) -> None:
+    """Raises UserError where the product is wrong."""
+    exact = a.double() @ b.double()
+    off = ((a @ b).double() - exact).abs().max() / exact.abs().max()
+    if not off <= BOUND:
+        raise UserError(f"{what} is off by {off:.1e} of the largest element; needed: at most {BOUND:g}. Nothing was timed.")

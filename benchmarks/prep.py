@@ -1,13 +1,14 @@
 """Text to MDS shards end to end on two cores, ours beside MDSWriter + a Hugging Face tokenizer per document, in one run.
 
-    python benchmarks/prep.py CORPUS_FOLDER --tokenizer corpus/tokenizer.json --megabytes 500 --against-megabytes 20
+    python launch/bench.py prep [--corpus FOLDER --tokenizer corpus/tokenizer.json] [--megabytes 500] [--against-megabytes 20]
 
-CORPUS_FOLDER holds *.jsonl with the key text. Ours is the command data-prep prepare with --processes processes (start-up
-and checks included) on the files one after the other, gone through as often as --megabytes asks. The other is what
-people usually write, in one process: json.loads, tokenizer(text) of transformers, MDSWriter.write; on the first
---against-megabytes of every file in equal shares, start-up left out. Both hash their shards with SHA-256. Rates are by the
-clock and by CPU time, which says what cores that nobody else uses would do. At the end one process of ours is taken
-apart: where the CPU time of a token goes.
+FOLDER holds *.jsonl with the key text; without it text of this Python environment is collected and a tokenizer trained on it.
+Ours is the command data-prep prepare with --processes processes (start-up and checks included) on the files one after the
+other, gone through as often as --megabytes asks. The other is what people usually write, in one process: json.loads,
+tokenizer(text) of transformers, MDSWriter.write; on the first --against-megabytes of every file in equal shares, start-up left
+out. Both hash their shards with SHA-256. First both must have made the same ids of the first documents. Rates are by the clock
+and by CPU time, which says what cores that nobody else uses would do. At the end one process of ours is taken apart: where the
+CPU time of a token goes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import itertools
 import json
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +32,17 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import count
+from benchmarks.report import Report
 from data_prep import readers, shards, tokenization, worker
 from data_prep.config import JsonlSource
+from data_prep.environment_corpus import environment_corpus
 from data_prep.ledger import open_ledger
 from data_prep.segments import Part, segments_of
+from data_prep.tokenizer_files import sources_of, train_tokenizer
+from encoder.base.errors import ConfigError, UserError
 from encoder.data.shard_format import read_card, special_ids_of
+from encoder.data.shards import open_source
 
 # stretch of the work, and the functions that do it; each one's own time, without what it calls of the others
 STAGES: dict[str, list[tuple[Any, str]]] = {
@@ -48,34 +57,91 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
 }
 
 
-def main() -> None:
-    """Prints a line a side, the ratio, and the profile."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("corpus", type=Path)
-    asked.add_argument("--tokenizer", type=Path, required=True)
-    asked.add_argument("--megabytes", type=int, default=500)
-    asked.add_argument("--against-megabytes", type=int, default=20)
-    asked.add_argument("--processes", type=int, default=2)
-    asked.add_argument("--out", type=Path, help="a folder for the shards (the system's for temporary files)")
-    asked.add_argument("--json", type=Path, help="also write the numbers here")
-    args = asked.parse_args()
-    files = sorted(args.corpus.glob("*.jsonl"))
-    with tempfile.TemporaryDirectory(dir=args.out) as scratch:
+QUICK = dict(megabytes=1, against_megabytes=0.1, processes=1)
+CHECKED_BYTES = 200_000
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Of this question."""
+    parser.add_argument("--corpus", type=Path, metavar="FOLDER")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; needed with --corpus")
+    parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--against-megabytes", type=float, default=5)
+    parser.add_argument("--processes", type=count, default=2)
+    parser.add_argument("--folder", type=Path, help="where the shards are written and removed again (the system's for such files)")
+
+
+def ask(args: argparse.Namespace, report: Report) -> None:
+    """Both sides, and where our time goes."""
+    if (args.corpus is None) != (args.tokenizer is None):
+        raise ConfigError("--corpus and --tokenizer belong together. Give both, or neither.")
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
-        our = ours(files, args.tokenizer, folder, megabytes=args.megabytes, processes=args.processes)
-        their = theirs(files, args.tokenizer, folder, megabytes=args.against_megabytes)
-        stages = profile(files, args.tokenizer, folder)
-    for name, took in ((f"data-prep prepare, {args.processes} processes", our), ("tokenizer + MDSWriter, 1 process", their)):
-        print(f"{name:<34} {took.tokens / 1e6:7.1f} Mtok in {took.seconds:5.1f} s, {took.cpu_seconds:5.1f} s of CPU: "
-              f"{took.rate:6.2f} Mtok/s, {took.cpu_rate:6.2f} Mtok/CPU-s")
-    print(f"ratio {our.rate / their.rate:.1f}; by CPU time {args.processes * our.cpu_rate / their.cpu_rate:.1f}")
+        corpus, tokenizer = args.corpus, args.tokenizer
+        if corpus is None:
+            corpus, tokenizer = folder / "corpus", folder / "tokenizer.json"
+            corpus.mkdir()
+            environment_corpus(corpus, size_mb=0.5 if args.quick else 8)
+            train_tokenizer(sources_of(["*.jsonl"]), corpus, tokenizer, vocab_size=1024 if args.quick else 8192, sample_mb=2)
+        files = sorted(corpus.glob("*.jsonl"))
+        if not files or not tokenizer.is_file():
+            raise ConfigError(f"{corpus} holds {len(files)} files *.jsonl, and {tokenizer} is "
+                              f"{'' if tokenizer.is_file() else 'not '}there; "
+                              "needed: some, and a tokenizer.json.")
+        check_same_ids(files, tokenizer, folder)
+        our, their = [], []
+        for _ in range(1 if args.quick else min(3, args.rounds)):
+            our.append(ours(files, tokenizer, folder, megabytes=args.megabytes, processes=args.processes))
+            their.append(theirs(files, tokenizer, folder, megabytes=args.against_megabytes))
+        stages = profile(files, tokenizer, folder)
+    sides = {f"data-prep prepare, {args.processes} process{'es' * (args.processes > 1)}": our,
+             "tokenizer + MDSWriter, 1 process": their}
+    rows = [[name, f"{middle(took, 'tokens') / 1e6:.1f}", f"{middle(took, 'rate'):.2f}", spread(took),
+             f"{middle(took, 'cpu_rate'):.2f}"]
+            for name, took in sides.items()]
+    ratio = statistics.median(a.rate / b.rate for a, b in zip(our, their))
+    cpu_ratio = statistics.median(a.cpu_rate / b.cpu_rate for a, b in zip(our, their))
     whole = sum(stages.values())
-    print(f"one process of ours, {1e3 / whole:.1f} Mtok/CPU-s; ns a token:")
-    for name, spent in stages.items():
-        print(f"  {name:<28} {spent:6.1f}   {100 * spent / whole:4.1f} %")
-    if args.json:
-        args.json.write_text(json.dumps({"ours": dataclasses.asdict(our), "theirs": dataclasses.asdict(their),
-                                         "ratio": our.rate / their.rate, "nanoseconds_per_token": stages}, indent=1) + "\n")
+    report.add("Text to shards" + ("" if args.corpus else ", text of this Python environment"),
+               head=["", "Mtok", "Mtok/s", "spread", "Mtok/CPU-s"], rows=rows,
+               notes=[f"ratio {ratio:.1f}; {cpu_ratio:.1f} by CPU time, a core against a core",
+                      "checked: the same ids of the first documents on both sides",
+                      f"one process of ours, {1e3 / whole:.1f} Mtok/CPU-s; ns a token:",
+                      *(f"  {name:<28} {spent:6.1f}   {100 * spent / whole:4.1f} %" for name, spent in stages.items())],
+               figures={"sides": {name: [dataclasses.asdict(t) for t in took] for name, took in sides.items()},
+                        "ratio": ratio, "cpu_ratio": cpu_ratio, "nanoseconds_per_token": stages})
+
+
+def middle(took: list[Took], what: str) -> float:
+    """The median."""
+    return statistics.median(getattr(t, what) for t in took)
+
+
+def spread(took: list[Took]) -> str:
+    """Of the rate, over the median."""
+    rates = [t.rate for t in took]
+    return f"{(max(rates) - min(rates)) / statistics.median(rates):.0%}"
+
+
+def check_same_ids(files: list[Path], tokenizer: Path, folder: Path) -> None:
+    """What our command stores of some documents is what transformers' tokenizer makes of them. Raises UserError."""
+    from transformers import PreTrainedTokenizerFast
+
+    lines = [line for line in first_lines(files, CHECKED_BYTES // len(files)) if len(line) < 8192]
+    (folder / "checked").mkdir()
+    (folder / "checked/some.jsonl").write_bytes(b"".join(lines))
+    ours([folder / "checked/some.jsonl"], tokenizer, folder / "checked", megabytes=1e-6, processes=1, keep=True)
+    found = Counter()
+    for split in ("train", "held_out"):
+        if (folder / "checked/ours/all" / split).is_dir():
+            source = open_source(folder / "checked/ours/all" / split, name=split)
+            found.update(source.read(i).tobytes() for i in range(len(source.lengths)))
+    encode = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
+    wanted = Counter(np.array(encode(json.loads(line)["text"])["input_ids"], np.uint16).tobytes() for line in lines)
+    if found != wanted:
+        raise UserError(f"{sum((wanted - found).values())} of {len(lines)} documents have "
+                        "other ids than transformers' tokenizer gives. Nothing was timed.")
+    shutil.rmtree(folder / "checked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +163,7 @@ class Took:
         return self.tokens / self.cpu_seconds / 1e6
 
 
-def ours(files: list[Path], tokenizer: Path, folder: Path, *, megabytes: int, processes: int) -> Took:
+def ours(files: list[Path], tokenizer: Path, folder: Path, *, megabytes: float, processes: int, keep: bool = False) -> Took:
     """The command."""
     copies, copied = [], 0         # not links: one file under two names is refused
     for number, file in enumerate(itertools.cycle(files)):
@@ -113,16 +179,18 @@ def ours(files: list[Path], tokenizer: Path, folder: Path, *, megabytes: int, pr
     subprocess.run([sys.executable, "-m", "data_prep", "prepare", str(folder / "prep.yaml")], check=True, stdout=subprocess.DEVNULL)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     tokens = read_card(folder / "ours/all/train").recipe["counts"]["tokens"]
-    shutil.rmtree(folder / "ours")
+    if not keep:
+        shutil.rmtree(folder / "ours")
     return Took(tokens=tokens, seconds=seconds,
                 cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def theirs(files: list[Path], tokenizer_json: Path, folder: Path, *, megabytes: int) -> Took:
+def theirs(files: list[Path], tokenizer_json: Path, folder: Path, *, megabytes: float) -> Took:
     """The usual loop."""
     from streaming import MDSWriter
     from transformers import PreTrainedTokenizerFast
 
+    shutil.rmtree(folder / "theirs", ignore_errors=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json))
     lines, tokens = list(first_lines(files, int(megabytes * 1e6 / len(files)))), 0
     began, cpu_began = time.perf_counter(), time.process_time()
@@ -169,11 +237,11 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
     source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
     tokens = 0
 
-    def count(done: worker.Done) -> None:
+    def add(done: worker.Done) -> None:
         nonlocal tokens
         tokens += done.tokens
 
-    maker = worker.SegmentMaker(job, count)
+    maker = worker.SegmentMaker(job, add)
     with open_ledger(folder / "taken_apart", Part()) as ledger:
         ledger.begin({}, alone=True)
         for segment in segments_of(source, readers.find_files(source, Path("/")), shard_bytes=2**26):
@@ -181,7 +249,3 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
                                     made_from_sha256=""))
         ledger.discard()
     return {stage: seconds / tokens * 1e9 for stage, seconds in spent.items()}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Print what a run file means, without starting anything: parameters, phases, steps, curves, micro-batches, memory.
+"""Print what a run file means, without starting anything: parameters, phases, steps, curves, micro-batches, memory;
+with --gpu or --measure also tokens a second, hours, and what a rank sends in a step.
 
-    python launch/plan.py RUN.yaml [key=value ...] [--ranks N] [--png FILE]
+    python launch/plan.py RUN.yaml [key=value ...] [--ranks N] [--gpu h100 [--interconnect GB/s] | --measure] [--png FILE]
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes the run would have (default 1)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw rate, batch, mask share and length over tokens")
+    parser.add_argument("--gpu", metavar="WORD", help="also how fast it will be on this GPU: a100, h100, h200, b200 or l40s")
+    parser.add_argument("--interconnect", type=float, metavar="GB/s", help="of a rank to the others, each way")
+    parser.add_argument("--measure", action="store_true", help="also how fast it will be here, from a few steps of the run itself")
     args = parser.parse_intermixed_args(argv)
+    if args.gpu and args.measure:
+        parser.error("--gpu and --measure: one says how fast it is there, the other here; needed: one of them")
+    if args.interconnect is not None and not (args.interconnect > 0 and (args.gpu or args.measure)):
+        parser.error(f"--interconnect {args.interconnect:g}: needed is a rate above 0, and --gpu or --measure")
     if args.ranks < 1:
         parser.error(f"--ranks {args.ranks}: needed is at least 1")
 
@@ -30,7 +38,15 @@ def main(argv: list[str] | None = None) -> int:
         from encoder.train.phases import planned_steps
         from encoder.train.plan import FILL, plan_text
         steps = list(planned_steps(run, fill=FILL))
-        print(plan_text(run, ranks=args.ranks, steps=steps))
+        machine = probed = None
+        if args.gpu:
+            from encoder.train.forecast import gpu
+            machine = gpu(args.gpu)
+        if args.measure:
+            from encoder.train.probe import probe
+            probed = probe(args.run, args.overrides)
+        print(plan_text(run, ranks=args.ranks, steps=steps, machine=machine, probe=probed,
+                        interconnect=args.interconnect and 1e9 * args.interconnect))
         if args.png:
             from encoder.train.plan_curves import draw_plan
             draw_plan(run, steps, args.png)

@@ -229,12 +229,20 @@ class Engine:
         a gradient that is not finite."""
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         flat = sum_over_ranks(torch.cat([p.grad.view(-1) for p in tensors])).div_(self.world.size)
-        self._plain_norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+        self._plain_norm = _norm(flat)
         if self.config.gradient_clipping:     # the formula of ZeRO's unscale_and_clip_grads
             flat.div_(((self._plain_norm + 1e-6) / self.config.gradient_clipping).clamp(min=1.0).to(flat.dtype))
         finite = bool(torch.isfinite(self._plain_norm))
         for p, grad in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
             p.grad = grad.view_as(p) if finite else None
+
+
+def _norm(flat: torch.Tensor) -> torch.Tensor:
+    """fp64: of pieces of 4,096 elements in their own precision, together in fp64 (all in fp64: 23 ms against 1 for 6 M
+    fp32 elements on one core)."""
+    whole = len(flat) // 4096 * 4096
+    parts = torch.linalg.vector_norm(flat[:whole].view(-1, 4096), dim=1), torch.linalg.vector_norm(flat[whole:]).view(1)
+    return torch.cat(parts).double().square().sum().sqrt()
 
 
 def _nothing_to_predict() -> TokenBatch:

@@ -44,12 +44,12 @@ class EngineConfig:
             raise ConfigError(f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping.")
 
 
+BUCKET_ELEMENTS = 2**26      # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
 STAGE_3 = {
     # A weight goes after each use. By default DeepSpeed keeps what is used again within 1e9 elements, and any look ahead
     # keeps it, too. 150 M parameters on 2 ranks at the end of a forward: 2,505 MiB, with a look ahead 3,079
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
-    "reduce_bucket_size": 2**26,      # elements; DeepSpeed's 5e8 would be a buffer of 2 GB
 }
 
 
@@ -64,7 +64,8 @@ def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
         # DeepSpeed's default is 1.0; at stage 0 our own hook clips
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "communication_data_type": "fp32",         # else bf16 parameters reduce their gradients in bf16
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, **(STAGE_3 if config.zero_stage == 3 else {}),
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False,
+                              "reduce_bucket_size": BUCKET_ELEMENTS, **(STAGE_3 if config.zero_stage == 3 else {}),
                               **({"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer == "cpu" else {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from encoder.base.allocator import keep_freed_memory
 from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, device_index, max_over_ranks
@@ -102,7 +103,7 @@ def check_same_data(facts: DataFacts, saved_sha256: dict[str, str]) -> None:
 def choose_device(run: RunConfig, world: World) -> torch.device:
     """The device of this rank, where the run's attention can run. Raises ConfigError before anything is made.
 
-    On CPU also takes this rank's share of the cores, unless OMP_NUM_THREADS says otherwise.
+    On CPU also takes this rank's share of the cores, unless OMP_NUM_THREADS says otherwise, and keeps freed memory.
     """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -115,6 +116,8 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
     elif "OMP_NUM_THREADS" not in os.environ:        # the deepspeed launcher leaves it unset: every rank takes all cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // world.local_size))
+    if device.type == "cpu":
+        keep_freed_memory()
     computing = {"fp32": torch.float32, "fp64": torch.float64}.get(run.engine.precision, torch.bfloat16)
     choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=run.model.head_width, training=True))
     return device

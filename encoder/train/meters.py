@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
-import psutil
 import torch
 
 from encoder.base.batch import TokenBatch
@@ -40,6 +39,8 @@ def memory_bytes(device: torch.device) -> int:
     """The most that torch held on this GPU so far; on a CPU what the process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import psutil  # here: a machine that only measures on a GPU need not have it
+
     return psutil.Process().memory_info().rss
 
 

@@ -22,12 +22,14 @@ from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.train.branch import find_parent
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
+from encoder.train.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.train.initial import read_fitting
 from encoder.train.phases import PlannedStep, planned_steps
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 FILL = 0.998          # rows of real text packed best-fit in windows of thousands of documents (measured 99.7 to 99.9 %)
+CUDA_SHARE = 0.92     # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -64,8 +66,10 @@ class PhaseWork:
     unknown: tuple[str, ...]
 
 
-def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None = None) -> str:
-    """The plan for people; `steps` where they were worked out already.
+def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None = None, machine: Machine | None = None,
+              probe: Probe | None = None, interconnect: float | None = None) -> str:
+    """The plan for people; `steps` where they were worked out already. With a machine or a probe also how fast it will be;
+    interconnect: bytes a second of a rank to the others.
 
     Raises UserError where the run cannot be; what is not there yet is only said.
     """
@@ -102,10 +106,15 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"gradients {short_bytes(memory.gradients)}, optimizer {short_bytes(memory.optimizer)}, "
         f"activations {short_bytes(memory.activations)}"
         f"{f'; in the machine {short_bytes(memory.offloaded)}' if memory.offloaded else ''}",
+        *_fits_lines(run, memory, machine, probe, alone=count_needs(run, ranks=1).memory),
         f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(works)})",
         f"checkpoints    {short_bytes(needs.checkpoint_bytes)} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
         f"{run.checkpoints.keep_last} kept and one for each end of a phase",
     ]
+    if machine or probe:
+        found = forecast(run, steps=steps, flops_per_token=[w.flops / p.tokens for w, p in zip(works, run.phases)],
+                         parameters=count, ranks=ranks, machine=machine, probe=probe, interconnect=interconnect)
+        lines += forecast_lines(found, ranks=ranks, machine=machine, probe=probe)
     return "\n".join(lines)
 
 
@@ -118,6 +127,20 @@ def count_needs(run: RunConfig, *, ranks: int) -> Needs:
     return Needs(parameters=count, decayed=sum(p.numel() for p in model.parameters() if p.ndim > 1),
                  memory=estimate_memory(run, parameters=count, optimizer_elements=kept, ranks=ranks),
                  checkpoint_bytes=4 * (count + kept))
+
+
+def _fits_lines(run: RunConfig, memory: Memory, machine: Machine | None, probe: Probe | None, *, alone: Memory) -> list[str]:
+    """What a GPU has; or what the process will hold, by the probe of one rank, less what more ranks share."""
+    if probe:
+        held = probe.peak_bytes - alone.total - alone.offloaded + memory.total + memory.offloaded
+        return [f"process        about {short_bytes(held)} resident: as probed on one rank {short_bytes(probe.peak_bytes)}, of "
+                f"which {short_bytes(probe.base_bytes)} libraries"]
+    if machine is None:
+        return []
+    room = f"{short_bytes(machine.memory_bytes)} of one {machine.name}, of which about {CUDA_SHARE:.0%} can be used"
+    fits = memory.total <= CUDA_SHARE * machine.memory_bytes
+    return [f"               {'fits' if fits else 'does NOT fit'} {room}" + (
+        "" if fits else "; fewer loader.micro_batch_rows, or engine.activation_checkpointing: blocks")]
 
 
 def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:

@@ -1,15 +1,15 @@
 """Feeding, measured: how full rows are, how fast windows are planned and rows made, and what a 2T mixture costs to open.
 
-    python benchmarks/data.py [pack|plan|loader|index2t|memory ...] [--shards FOLDER] [--json FILE]
+    python launch/bench.py loader [--parts pack,plan,loader,index2t,memory] [--shards FOLDER]
 
-    pack      fill and speed of best fit decreasing on the real lengths, beside the slow twin of the tests
+    pack      fill and speed of best fit decreasing on the real lengths, beside the slow twin of the tests, whose rows it must give
     plan      a window from its number to its rows: order, lengths, cut, pack, shuffle; and what the time goes to
-    loader    read, pack, mask and collate in one process, and in two side by side, in turn
-    index2t   60,000 shards and 2 billion documents that are not there: only their index, card and lengths are
+    loader    read, pack, mask and collate in one process, and in two side by side, in turn; two must give the rows of one
+    index2t   60,000 shards and 2 billion documents that are not there: only their index, card and lengths are (5 GB for a while)
     memory    resident memory over 5 million documents, planned and read
 
-FOLDER holds NAME/train as `data-prep prepare configs/prep/four_domains.yaml` makes them. Without a word: all of them.
-Rates of one process are given by its own CPU time as well, which neighbours on the machine disturb less.
+FOLDER holds NAME/train as `data-prep prepare configs/prep/four_domains.yaml` makes them; without it, documents of their lengths and
+random ids are written first. Rates of one process are given by its own CPU time as well, which neighbours disturb less.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.options import several_of
+from benchmarks.report import Report
+from benchmarks.workload import real_lengths
+from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_json
 from encoder.data.loader import DataPosition, Loader
 from encoder.data.packing import pack_best_fit
@@ -55,115 +56,150 @@ from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
 
 DOMAINS, WEIGHTS = ("web", "books", "science", "code"), (0.4, 0.2, 0.2, 0.2)
+ROOT = Path(__file__).resolve().parents[1]
 ROW_TOKENS, WINDOW_DOCUMENTS, MICRO_BATCH_ROWS = 16_384, 8192, 6
 LENGTHS_OF_PHASES = (1024, 8192)
 SHARDS_2T, DOCUMENTS_2T, TOKENS_2T, SOURCES_2T = 60_000, 2_000_000_000, 2_000_000_000_000, 8
 
 
-def main() -> None:
-    """Runs the asked parts one after the other and prints their figures."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("parts", nargs="*", choices=[*PARTS, []])
-    asked.add_argument("--shards", type=Path, default=Path("shards/four_domains"))
-    asked.add_argument("--json", type=Path)
-    asked.add_argument("--child", help=argparse.SUPPRESS)
-    args = asked.parse_args()
-    if args.child:
-        CHILDREN[args.child.partition(":")[0]](args.shards, args.child.partition(":")[2])
-        return
-    found = {part: PARTS[part](args.shards) for part in args.parts or PARTS}
-    if args.json:
-        args.json.write_text(json.dumps({"cores": os.cpu_count(), "load": os.getloadavg()[0], **found}, indent=1) + "\n")
+QUICK = dict(parts=["pack", "plan", "loader"], seconds=0.3)
 
 
-def pack(shards: Path) -> dict[str, Any]:
+def options(parser: argparse.ArgumentParser) -> None:
+    """Of this question."""
+    parser.add_argument("--parts", type=several_of(*PARTS), default=["pack", "plan", "loader"])
+    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="prepared shards of the four domains")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a count of the loader's")
+
+
+def ask(args: argparse.Namespace, report: Report) -> None:
+    """A table a part."""
+    with tempfile.TemporaryDirectory(prefix="loader-") as scratch:
+        shards = args.shards
+        if shards is None:
+            shards = Path(scratch)
+            for number, name in enumerate(DOMAINS):
+                write_documents(shards / name / "train", name, real_lengths(longest=8192)[number::len(DOMAINS)])
+        elif missing := [name for name in DOMAINS if not (shards / name / "train" / INDEX).is_file()]:
+            raise ConfigError(f"--shards {shards} holds no {missing[0]}/train. Make them: "
+                              "data-prep prepare configs/prep/four_domains.yaml")
+        where = "prepared shards" if args.shards else "real lengths, random ids"
+        for part in args.parts:
+            PARTS[part](shards, report, where=where, args=args)
+
+
+def pack(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
     """Share of the rows that is tokens, and how long packing alone takes."""
     from tests.reference.packing import best_fit_decreasing
 
-    sources, found = mixture(shards), {}
-    print(f"{'longest':>8}{'window':>8}{'pieces':>8}{'fill':>9}{'Mtok/s':>9}{'Mpieces/s':>11}")
+    sources, found, rows = mixture(shards), {}, []
     for longest in LENGTHS_OF_PHASES:
-        for documents in (4096, 8192, 16_384):
-            plans = [windows_of(sources, longest=longest, documents=documents).plan(k) for k in range(12)]
+        some = pieces_of(windows_of(sources, longest=longest).plan(0), sources)[:2000 if args.quick else 8192]
+        began = time.process_time()
+        slow = best_fit_decreasing(some.tolist(), ROW_TOKENS)
+        slow_seconds, fast = time.process_time() - began, pack_best_fit(some, ROW_TOKENS)
+        if [fast.pieces_P[a:b].tolist() for a, b in zip(fast.row_starts_R1, fast.row_starts_R1[1:])] != slow:
+            raise UserError("pack_best_fit gives other rows than its slow twin. Nothing was timed.")
+        times = slow_seconds / best_of(3, lambda some=some: pack_best_fit(some, ROW_TOKENS))
+        for documents in (4096,) if args.quick else (4096, 8192, 16_384):
+            plans = [windows_of(sources, longest=longest, documents=documents).plan(k) for k in range(2 if args.quick else 12)]
             pieces = [pieces_of(plan, sources) for plan in plans]
-            tokens, rows = sum(int(p.sum()) for p in pieces), sum(plan.rows for plan in plans)
+            tokens, opened, count = sum(int(p.sum()) for p in pieces), sum(plan.rows for plan in plans), sum(map(len, pieces))
             seconds = best_of(3, lambda pieces=pieces: [pack_best_fit(p, ROW_TOKENS) for p in pieces])
-            count = sum(map(len, pieces))
-            fill, mtok, mpieces = tokens / rows / ROW_TOKENS, tokens / seconds / 1e6, count / seconds / 1e6
-            found[f"{longest}, {documents}"] = {"fill": fill, "mtok_per_cpu_second": mtok}
-            print(f"{longest:>8,}{documents:>8,}{count // len(plans):>8,}{fill:>9.3%}{mtok:>9,.0f}{mpieces:>11.2f}")
-        slow = best_of(1, lambda p=pieces[0]: best_fit_decreasing(p[:8192].tolist(), ROW_TOKENS))
-        fast = best_of(3, lambda p=pieces[0]: pack_best_fit(p[:8192], ROW_TOKENS))
-        print(f"{longest:>8,}  8,192 pieces: {slow / fast:,.0f} times as fast as looking at every row for every piece")
-        found[f"{longest}, times as fast as the slow twin"] = slow / fast
-    return found
+            found[f"{longest}, {documents}"] = {"fill": tokens / opened / ROW_TOKENS, "mtok_per_cpu_second": tokens / seconds / 1e6,
+                                                "times_the_slow_twin": times}
+            rows.append([f"{longest:,}, {documents:,}", f"{count // len(plans):,}", f"{tokens / opened / ROW_TOKENS:.3%}",
+                         f"{tokens / seconds / 1e6:,.0f}", f"{count / seconds / 1e6:.2f}", f"{times:,.0f}"])
+    report.add(f"Packing into rows of {ROW_TOKENS:,}, by CPU time: {where}",
+               head=["pieces up to, window", "pieces", "full", "Mtok/s", "Mpieces/s", "times the slow twin"], rows=rows,
+               notes=["checked: the rows of the slow twin, which looks at every row for every piece"], figures=found)
 
 
-def plan(shards: Path) -> dict[str, Any]:
+def plan(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
     """Whole windows, from number to rows."""
-    sources, found = mixture(shards), {}
+    sources, found, rows, each = mixture(shards), {}, [], 2 if args.quick else 12
     for longest in LENGTHS_OF_PHASES:
         windows = windows_of(sources, longest=longest)
         windows.plan(0)
         rate = []
-        for first in range(0, 60, 12):
+        for first in range(0, 5 * each, each):
             wall, cpu = time.perf_counter(), time.process_time()
-            tokens = sum(int(windows.plan(k).tokens_R.sum()) for k in range(first, first + 12))
+            tokens = sum(int(windows.plan(k).tokens_R.sum()) for k in range(first, first + each))
             rate.append((tokens / (time.perf_counter() - wall) / 1e6, tokens / (time.process_time() - cpu) / 1e6))
         wall, cpu = (statistics.median(r) for r in zip(*rate))
-        print(f"pieces up to {longest:>5,}: planning {wall:,.0f} Mtok/s, {cpu:,.0f} by CPU time")
-        found[str(longest)] = {"mtok_per_second": wall, "mtok_per_cpu_second": cpu}
-        print_profile(lambda windows=windows: [windows.plan(k) for k in range(12)], lines=6)
-    return found
+        walls = [r[0] for r in rate]
+        found[str(longest)] = {"mtok_per_second": wall, "mtok_per_cpu_second": cpu,
+                               "profile": profile(lambda windows=windows: [windows.plan(k) for k in range(each)], lines=6)}
+        rows.append([f"{longest:,}", f"{wall:,.0f}", f"{(max(walls) - min(walls)) / wall:.0%}", f"{cpu:,.0f}"])
+    report.add(f"Planning windows of {WINDOW_DOCUMENTS:,} documents: {where}",
+               head=["pieces up to", "Mtok/s", "spread", "by CPU time"], rows=rows, notes=found["1024"]["profile"], figures=found)
 
 
-def loader(shards: Path) -> dict[str, Any]:
+def loader(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
     """Processes that make micro-batches of 98,304 tokens as fast as they can."""
-    found: dict[str, Any] = {}
-    for longest in LENGTHS_OF_PHASES:
+    check_two_ranks(mixture(shards))
+    found, table = {}, []
+    for longest in LENGTHS_OF_PHASES[:1] if args.quick else LENGTHS_OF_PHASES:
         rounds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-        for _ in range(3):
+        for _ in range(1 if args.quick else 3):
             for processes in (1, 2):
-                made = side_by_side(shards, [f"loader:{longest},{rank},{processes}" for rank in range(processes)])
+                made = side_by_side(shards, [f"loader:{longest},{rank},{processes},{args.seconds}" for rank in range(processes)])
                 rounds[processes].append({key: sum(m[key] for m in made) for key in made[0]})
-        one, two = (statistics.median(r["wall"] for r in rounds[n]) for n in (1, 2))
-        cpu_one, cpu_two = (statistics.median(r["cpu"] for r in rounds[n]) for n in (1, 2))
-        print(f"pieces up to {longest:>5,}: one process {one:.1f} Mtok/s, two {two:.1f}, {two / one:.2f} times; by CPU time "
-              f"{cpu_one:.1f} and {cpu_two:.1f}, {cpu_two / cpu_one:.2f} times")
-        found[str(longest)] = {"one": one, "two": two, "ratio": two / one, "cpu_ratio": cpu_two / cpu_one, "rounds": rounds}
+        for n, ran in rounds.items():
+            walls, one = [r["wall"] for r in ran], statistics.median(r["wall"] for r in rounds[1])
+            wall, cpu = statistics.median(walls), statistics.median(r["cpu"] for r in ran)
+            table.append([f"up to {longest:,}, {n} process{'es' * (n > 1)}", f"{wall:.1f}",
+                          f"{(max(walls) - min(walls)) / wall:.0%}", f"{cpu:.1f}", f"{wall / one:.2f}"])
+        found[str(longest)] = {"rounds": rounds}
     with loader_of(mixture(shards), longest=LENGTHS_OF_PHASES[0]) as made:
         made.next_step()
-        print_profile(lambda: [made.next_step() for _ in range(8)], lines=12)
-    return found
+        found["profile"] = profile(lambda: [made.next_step() for _ in range(1 if args.quick else 8)], lines=12)
+    report.add(f"Micro-batches of {MICRO_BATCH_ROWS} rows, read, packed, masked and laid together: {where}",
+               head=["pieces", "Mtok/s", "spread", "by CPU time", "times one"], rows=table,
+               notes=["checked: two ranks make the rows of one (hashes)", *found["profile"]], figures=found)
+
+
+def check_two_ranks(sources: list[Source]) -> None:
+    """Raises UserError where the rows of two ranks are not those of one."""
+    hashes = []
+    for world_size in (1, 2):
+        total = 0
+        for rank in range(world_size):
+            with loader_of(sources, longest=LENGTHS_OF_PHASES[0], rank=rank, world_size=world_size) as made:
+                total += made.next_step().row_hash
+        hashes.append(total % 2**64)
+    if hashes[0] != hashes[1]:
+        raise UserError("two ranks make other rows than one. Nothing was timed.")
 
 
 def loader_child(shards: Path, arguments: str) -> None:
-    longest, rank, world_size = map(int, arguments.split(","))
+    longest, rank, world_size = map(int, arguments.split(",")[:3])
+    counted_seconds = float(arguments.split(",")[3])
     with loader_of(mixture(shards), longest=longest, rank=rank, world_size=world_size) as made:
         made.next_step()
         print("ready", flush=True)
         sys.stdin.readline()
         wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
-        while time.perf_counter() - wall < 4.0:
+        while time.perf_counter() - wall < counted_seconds:
             tokens += sum(m.tokens for m in made.next_step().micro_batches)
         print(json.dumps({"wall": tokens / (time.perf_counter() - wall) / 1e6, "cpu": tokens / (time.process_time() - cpu) / 1e6}))
 
 
-def index2t(shards: Path) -> dict[str, Any]:
+def index2t(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
     """Opens a mixture of 2 billion documents in a new process, and jumps about in it."""
-    del shards
+    del shards, where, args
+    found, rows = {}, []
     with tempfile.TemporaryDirectory(prefix="index2t-") as folder:
         write_index2t(Path(folder))
-        found = {}
         for sources in (1, SOURCES_2T):
             (made,) = side_by_side(Path(folder), [f"index2t:{sources}"])
-            print(f"{made['shards']:,} shards, {made['documents']:,} documents in {sources} sources: opened in "
-                  f"{made['open_seconds']:.2f} s, first window after {made['first_seconds']:.2f} s, {made['resident_gb']:.2f} GB "
-                  f"resident ({made['import_gb']:.2f} of it imports), {made['private_after_seeks_gb']:.2f} GB of its own after 60 "
-                  f"seeks; a seek takes {made['seek_ms']:.0f} ms in the median ({made['seek_cpu_ms']:.0f} by CPU time), "
-                  f"{made['slowest_seek_ms']:.0f} at most")
             found[f"{sources} sources"] = made
-    return found
+            rows.append([f"{sources} source{'s' * (sources > 1)}", f"{made['open_seconds']:.2f}", f"{made['first_seconds']:.2f}",
+                         f"{made['resident_gb']:.2f}", f"{made['private_after_seeks_gb']:.2f}", f"{made['seek_ms']:.0f}",
+                         f"{made['seek_cpu_ms']:.0f}", f"{made['slowest_seek_ms']:.0f}"])
+    report.add(f"{SHARDS_2T:,} shards, {DOCUMENTS_2T:,} documents that are not there",
+               head=["", "open s", "first window s", "GB", "GB of its own after 60 seeks", "seek ms", "by CPU time", "slowest"],
+               rows=rows, figures=found)
 
 
 def index2t_child(folder: Path, arguments: str) -> None:
@@ -230,18 +266,16 @@ def card_of(name: str, *, documents: int, tokens: int, index_sha256: str = "") -
                 documents=documents, tokens=tokens, max_tokens_per_document=8192, index_sha256=index_sha256, lengths_sha256="")
 
 
-def memory(shards: Path) -> dict[str, Any]:
+def memory(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
     """Resident memory of planning and of making rows, each in a new process, every million documents."""
-    del shards
+    del shards, where, args
     found = {}
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         write_small_documents(Path(folder) / "small")
         for what in ("plan", "rows"):
-            (made,) = side_by_side(Path(folder), [f"memory:{what}"])
-            found[what] = made["resident_mb"]
-            print(f"{what:>5}: resident MB after each of {len(made['resident_mb'])} million documents: "
-                  + " ".join(f"{mb:.0f}" for mb in made["resident_mb"]))
-    return found
+            found[what] = side_by_side(Path(folder), [f"memory:{what}"])[0]["resident_mb"]
+    report.add("Resident MB after each million documents", head=["", *(f"{n} M" for n in range(1, 6))],
+               rows=[[what, *(f"{mb:.0f}" for mb in resident)] for what, resident in found.items()], figures=found)
 
 
 def memory_child(folder: Path, what: str) -> None:
@@ -265,15 +299,19 @@ def memory_child(folder: Path, what: str) -> None:
 
 def write_small_documents(folder: Path, *, documents: int = 100_000) -> None:
     """Documents of 10 to 30 tokens: five million of them are read in a minute, in 50 epochs."""
+    write_documents(folder, "small", np.random.default_rng(0).integers(10, 31, documents))
+
+
+def write_documents(folder: Path, name: str, lengths: np.ndarray) -> None:
+    """A finished shard folder of documents of these lengths and random ids."""
     from streaming import MDSWriter
 
     draw = np.random.default_rng(0)
-    lengths = draw.integers(10, 31, documents)
     with MDSWriter(columns={INPUT_IDS: "ndarray:uint16"}, out=str(folder), hashes=[SHARD_HASH], size_limit=1 << 18) as out:
         for length in lengths.tolist():
             out.write({INPUT_IDS: draw.integers(0, 50000, length).astype(np.uint16)})
     write_lengths(folder, lengths, max_tokens_per_document=8192)
-    write_card(folder, with_content(card_of("small", documents=0, tokens=0), folder, lengths))
+    write_card(folder, with_content(card_of(name, documents=0, tokens=0), folder, lengths))
 
 
 def mixture(shards: Path) -> list[Source]:
@@ -312,19 +350,19 @@ def best_of(rounds: int, do: Callable[[], Any]) -> float:
     return min(seconds)
 
 
-def print_profile(do: Callable[[], Any], *, lines: int) -> None:
+def profile(do: Callable[[], Any], *, lines: int) -> list[str]:
     """The functions that hold the time, each without what it calls."""
-    profile = cProfile.Profile(time.process_time)
-    profile.runcall(do)
-    stats = pstats.Stats(profile).stats
+    taken = cProfile.Profile(time.process_time)
+    taken.runcall(do)
+    stats = pstats.Stats(taken).stats
     total = sum(own for _, _, own, _, _ in stats.values())
-    for (path, _, name), (_, calls, own, _, _) in sorted(stats.items(), key=lambda item: -item[1][2])[:lines]:
-        print(f"    {own / total:6.1%}  {calls:>8,} calls  {Path(path).stem}.{name}")
+    return [f"    {own / total:6.1%}  {calls:>8,} calls  {Path(path).stem}.{name}"
+            for (path, _, name), (_, calls, own, _, _) in sorted(stats.items(), key=lambda item: -item[1][2])[:lines]]
 
 
 def side_by_side(shards: Path, children: list[str]) -> list[dict[str, float]]:
-    """Processes of this script that begin together once all are ready, and what each printed last."""
-    started = [subprocess.Popen([sys.executable, __file__, "--shards", str(shards), "--child", child], text=True,
+    """Processes of this module that begin together once all are ready, and what each printed last."""
+    started = [subprocess.Popen([sys.executable, "-m", "benchmarks.loader", str(shards), child], text=True, cwd=ROOT,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
                for child in children]
     for process in started:
@@ -335,8 +373,9 @@ def side_by_side(shards: Path, children: list[str]) -> list[dict[str, float]]:
     return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
 
 
+
 PARTS = {"pack": pack, "plan": plan, "loader": loader, "index2t": index2t, "memory": memory}
 CHILDREN = {"loader": loader_child, "index2t": index2t_child, "memory": memory_child}
 
 if __name__ == "__main__":
-    main()
+    CHILDREN[sys.argv[2].partition(":")[0]](Path(sys.argv[1]), sys.argv[2].partition(":")[2])

@@ -1,0 +1,26 @@
+#!/usr/bin/env python3
+"""How fast it is here, beside what others do: preparation, loader, step, attention, optimizer, checkpoint.
+
+    python launch/bench.py [prep|loader|step|attention|optimizer|checkpoint|gemm|loss|all] [--device cpu|cuda] [--against hf]
+                           [--json FILE] [...]          each question has more: launch/bench.py step --help
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Asks, prints, returns the exit code."""
+    root = str(Path(__file__).resolve().parents[1])
+    if root not in sys.path:        # benchmarks/ belongs to the clone and is not installed
+        sys.path.insert(0, root)
+    from benchmarks.command import bench
+    from encoder.base.command import run_command
+    return run_command(lambda: bench(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

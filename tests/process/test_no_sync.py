@@ -1,0 +1,179 @@
+"""A micro-step asks the device nothing: the host never waits between the first kernel of a forward and the last of its backward.
+
+On CPU every operation that would have to wait for a device is counted as it is dispatched; on CUDA torch itself raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from encoder.base.dist import World
+from encoder.engine.engine import EngineConfig, start_engine
+from encoder.models import modernbert
+from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.nn.attend import BACKENDS, Choice
+from encoder.optim.stable_adamw import StableAdamWConfig
+from tests.packed_for_tests import packed
+from tests.process.ranks import run_ranks
+
+CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+                          window_radius_tokens=6, attention_output_dropout=0.1)
+LENGTHS = [30, 1, 50, 12, 35]
+# what gives the host a number, or a tensor whose size only the device knows
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
+           "nonzero_numpy", "argwhere", "_to_host"}
+
+
+class HostReads(TorchDispatchMode):
+    """The names of the operations that would wait, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in chosen)
+        counted = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in WAITING or by_mask or counted:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def host_reads() -> Iterator[list[str]]:
+    """Of the block; tolist, numpy and cpu are dispatched nowhere on a CPU, so they are watched by name."""
+    with HostReads() as reads, contextlib.ExitStack() as patches:
+        for name in ("tolist", "numpy", "cpu"):
+            plain = getattr(torch.Tensor, name)
+            def watched(tensor, *args, _name=name, _plain=plain, **named):
+                reads.found.append(_name)
+                return _plain(tensor, *args, **named)
+            patches.enter_context(mock.patch.object(torch.Tensor, name, watched))
+        yield reads.found
+
+
+class _OnDevice:
+    """Stands for the kernels of a GPU: documents are found without looking at them; a dense mask."""
+
+    name = "on device"
+
+    def why_not(self, situation):
+        return None
+
+    def plan(self, cu_seqlens_S1, *, max_seqlen, tokens, window_radius_tokens):
+        place_T = torch.arange(tokens, dtype=cu_seqlens_S1.dtype)
+        document_T = torch.searchsorted(cu_seqlens_S1[1:].contiguous(), place_T, right=True)
+        whole_TT = document_T[:, None] == document_T
+        near_TT = whole_TT & ((place_T[:, None] - place_T).abs() <= window_radius_tokens)
+
+        def attend(q_THD, k_THD, v_THD, *, local):
+            q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=near_TT if local else whole_TT)[0].transpose(0, 1)
+        return attend
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(modernbert, "choose_backend", lambda *_: Choice(backend=_OnDevice(), reason="stands for a kernel"))
+
+
+def batch(seed: int = 0):
+    return packed(LENGTHS, vocab=96, seed=seed)
+
+
+def test_what_waits_is_seen():
+    x = torch.arange(4.0)
+    for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0), lambda: x[x > 1], lambda: x.tolist(),
+                 lambda: x.numpy(), lambda: float(x[0]), lambda: torch.equal(x, x), lambda: x.masked_select(x > 1), lambda: x.cpu(),
+                 lambda: x.repeat_interleave(torch.tensor([1, 1, 1, 1]))):
+        with host_reads() as found:
+            wait()
+        assert found
+    with host_reads() as found:
+        x[torch.tensor([0, 1])] + x.index_select(0, torch.tensor([0, 1])).where(x[:2] > 0, 0)
+    assert not found
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
+def test_no_host_read_in_a_forward_and_its_backward(as_on_a_gpu, autocast, recompute):
+    model = ModernBertForMaskedLM(CONFIG, z_loss_weight=1e-4)
+    if recompute:
+        model.recompute_blocks_()
+    one = batch()
+    with host_reads() as found, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(one)
+        (loss.total * 0.5).backward()
+    assert found == [] and loss.count > 0 and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n not in ("tiles", "sdpa")])
+def test_plans_of_gpu_backends_read_nothing_back(name):
+    ends = batch().cu_seqlens_S1
+    with host_reads() as found:
+        BACKENDS[name].plan(ends, max_seqlen=50, tokens=128, window_radius_tokens=6)
+    assert found == []
+
+
+def reads_of_steps(world: World, *, stage: int) -> list[list[str]]:
+    """What steps of 1, 1 and 5 micro-batches read, the update included."""
+    with mock.patch.object(modernbert, "choose_backend", lambda *_: Choice(backend=_OnDevice(), reason="stands for a kernel")):
+        engine = start_engine(ModernBertForMaskedLM(CONFIG), config=EngineConfig(zero_stage=stage), optimizer=StableAdamWConfig(),
+                              world=world, device=torch.device("cpu"))
+        counts = []
+        for batches in (1, 1, 5):
+            some = [batch(i) for i in range(batches)]
+            with host_reads() as found:
+                engine.step(some, masked_tokens=world.size * sum(b.masked_tokens for b in some), lr=1e-3, max_lr=1e-3)
+            counts.append(found)
+    return counts
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_of_five_micro_batches_reads_as_often_as_a_step_of_one(stage):
+    """So no micro-step reads anything, DeepSpeed's part included."""
+    for _first, one, five in run_ranks(reads_of_steps, 2, stage=stage):
+        assert one and five == one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled layers"])
+def test_no_wait_for_the_device_in_three_micro_steps_on_cuda(compiled):
+    """Copies to the device included: their memory is pinned, as the loader's is."""
+    model = ModernBertForMaskedLM(ModernBertConfig(vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=4,
+                                                   num_attention_heads=2)).cuda()
+    if compiled:
+        model.compile_blocks_()
+    pinned = [_pinned(packed([300, 1, 400, 67], vocab=512, seed=i)) for i in range(4)]
+
+    def micro_step(one):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(one.to("cuda", non_blocking=True))
+        (loss.total * 0.5).backward()
+        return loss
+
+    for one in pinned[:1] * 2:
+        micro_step(one)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for one in pinned[1:]:
+            loss = micro_step(one)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.total.isfinite()
+
+
+def _pinned(one):
+    from dataclasses import fields, replace
+    return replace(one, **{f.name: getattr(one, f.name).pin_memory() for f in fields(one)
+                           if isinstance(getattr(one, f.name), torch.Tensor)})

@@ -1,0 +1,98 @@
+"""A forecast by hand: FLOP over rates, bytes over links, and what was assumed stands beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from encoder.base.errors import ConfigError
+from encoder.train.config import read_run
+from encoder.train.forecast import (
+    KERNEL_SECONDS,
+    MICRO_STEP_KERNELS,
+    UPDATE_BYTES,
+    Machine,
+    Probe,
+    communication_bytes,
+    forecast,
+    gpu,
+)
+from encoder.train.phases import PlannedStep
+from encoder.train.plan import plan_text
+from launch.plan import main
+
+TINY = "configs/pretrain/tiny_cpu.yaml"
+MACHINE = Machine(name="one of ours", flops=1e12, memory_bytes_per_second=1e15, memory_bytes=8e9, link_bytes_per_second=1e9,
+                  product_share=0.5, memory_share=1.0)
+
+
+def steps(rows: int = 8, count: int = 3) -> list[PlannedStep]:
+    return [PlannedStep(phase=0, step=i + 1, phase_tokens=0, rows=rows, tokens=rows * 500, lr=1e-3) for i in range(count)]
+
+
+def of(run, **named):
+    return forecast(run, **{"steps": steps(), "flops_per_token": [1e9, 1e9, 1e9], "parameters": 10**6, "ranks": 2,
+                            "machine": MACHINE, **named})
+
+
+def test_three_steps_by_hand():
+    """4,000 tokens of 1 GFLOP on two ranks at 0.5 TFLOP/s: 4 s a step. Sent: twice half of 4 MB of gradients, half of 4 MB."""
+    found = of(read_run(TINY))
+    assert found.tokens == 12_000 and found.computing_seconds == pytest.approx(12.0, rel=1e-3)
+    assert found.bytes_a_step == 6e6 and found.communication_seconds == pytest.approx(3 * 6e6 / 1e9)
+    assert found.update_seconds == pytest.approx(3 * 10**6 / 2 * UPDATE_BYTES / 1e15)
+    assert found.tokens_per_second == pytest.approx(12_000 / found.seconds)
+    assert [a for a in found.assumed if "1 GB/s" in a and "2 in one machine" in a]
+
+
+def test_a_measured_link_is_not_assumed_and_one_rank_sends_nothing():
+    run = read_run(TINY)
+    told = of(run, interconnect=2e9)
+    assert told.communication_seconds == pytest.approx(3 * 6e6 / 2e9) and not told.assumed
+    assert of(run, ranks=1).bytes_a_step == 0 and of(run, ranks=1).communication_seconds == 0
+
+
+def test_small_models_wait_for_their_kernels():
+    run = read_run(TINY)
+    fast = replace(MACHINE, flops=1e30)
+    layers, micro_batches = run.model.num_hidden_layers, 2          # 4 rows a rank, two in a micro-batch
+    seconds = 3 * micro_batches * layers * MICRO_STEP_KERNELS * KERNEL_SECONDS
+    assert of(run, machine=fast).computing_seconds == pytest.approx(seconds)
+
+
+def test_a_probe_counts_its_own_rates_of_each_length_and_the_time_for_data():
+    run = read_run(TINY)
+    probe = Probe(flops_per_second={128: 2e9, 512: 1e9}, update_seconds=0.5, data_seconds_per_token=1e-3, base_bytes=1,
+                  peak_bytes=2,
+                  text="")
+    found = of(run, machine=None, probe=probe, ranks=1)
+    assert found.computing_seconds == pytest.approx(12_000 * 1e9 / 2e9) and found.update_seconds == 1.5
+    assert found.data_seconds == pytest.approx(12.0) and not found.assumed
+
+
+@pytest.mark.parametrize("stage, one, three", [(0, 4e6, 4e6), (1, 6e6, 6e6), (2, 6e6, 14e6), (3, 6e6, 18e6)])
+def test_stages_two_and_three_send_after_every_micro_batch(stage, one, three):
+    run = read_run(TINY, [f"engine.zero_stage={stage}"])
+    assert [communication_bytes(run, parameters=10**6, ranks=2, micro_batches=n) for n in (1, 3)] == [one, three]
+
+
+def test_the_plan_of_a_published_recipe_names_what_it_assumes():
+    text = plan_text(read_run("configs/pretrain/modernbert_base.yaml"), ranks=8, machine=gpu("h100"))
+    speed = next(line for line in text.splitlines() if line.startswith("speed"))
+    assert "tokens/s on 8 x NVIDIA H100 80GB HBM3" in speed
+    for said in ("assumed, not measured  60% of 989 TFLOP/s", "450 GB/s of a rank to the others", "fits 74.5 GiB"):
+        assert said in text
+    large = read_run("configs/pretrain/modernbert_base.yaml", ["loader.micro_batch_rows=24"])
+    text = plan_text(large, ranks=8, machine=gpu("h100"))
+    assert "does NOT fit" in text
+
+
+def test_unknown_gpus_and_rates_without_effect_are_one_line(capsys):
+    with pytest.raises(ConfigError, match="--gpu h10 is unknown. Did you mean h100"):
+        gpu("h10")
+    assert main([TINY, "--gpu", "h10"]) == 2
+    for words in (["--interconnect", "50"], ["--gpu", "h100", "--measure"], ["--gpu", "h100", "--interconnect", "0"]):
+        with pytest.raises(SystemExit) as left:
+            main([TINY, *words])
+        assert left.value.code == 2
