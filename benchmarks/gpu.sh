@@ -55,7 +55,7 @@ bench step_17m_1024 40 step --shape 17m --row-tokens 16384 --length 1024 --rows 
 bench gemm_large 20 gemm --shape large --tokens 65536
 bench optimizer_base 20 optimizer --shape base
 bench checkpoint_base 45 checkpoint --shape base
-bench loss_memory 30 loss
+bench loss_memory 60 loss
 
 files=("$out"/*.json)
 [ -e "${files[0]}" ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"
