@@ -66,6 +66,18 @@ def _other_seed(monkeypatch):
                         lambda config, *, attention, seed: model(config, attention=attention, seed=seed + (attention == "sdpa")))
 
 
+def _other_gradients(monkeypatch):
+    plain = step.ModernBertForMaskedLM
+
+    def model(config, *, attention, seed):
+        made = plain(config, attention=attention, seed=seed)
+        if attention == "sdpa":
+            made.get_parameter("model.layers.0.mlp.Wo.weight").register_hook(lambda grad: 5 * grad)
+        return made
+
+    monkeypatch.setattr(step, "ModernBertForMaskedLM", model)
+
+
 def _other_labels(monkeypatch):
     documents = peers.documents_of
     def shifted(batch):
@@ -94,7 +106,7 @@ def _rows_in_another_order(monkeypatch):
 
 
 @pytest.mark.parametrize("question, break_it, said", [
-    ("step", _other_seed, "gradient is"), ("step", _other_labels, "gradient is"),
+    ("step", _other_seed, "the loss is"), ("step", _other_labels, "the loss is"), ("step", _other_gradients, "gradient is"),
     ("attention", _attention_that_looks_at_nothing, "wrong is off"),
     ("optimizer", _longer_memory, "off its slow twin"), ("checkpoint", _weights_off_by_a_bit, "not those that were saved"),
     ("loader", _rows_in_another_order, "other rows than its slow twin")])
