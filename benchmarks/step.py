@@ -37,8 +37,8 @@ from encoder.train.meters import bf16_peak, document_lengths
 
 # of the loss, between two ways to compute it from the same weights; in bf16 kernels round differently
 SAME_LOSS = {"fp32": 1e-5, "autocast": 2e-3}
-# and of the gradients: the length of the difference over that of the judge's
-SAME_GRADIENT = {"fp32": 1e-3, "autocast": 0.1}
+# and of each tensor's gradient: the length of the difference over that of the judge's. Seen: 1e-6 in fp32, 9e-3 under autocast
+SAME_GRADIENT = {"fp32": 1e-4, "autocast": 0.05}
 QUICK = dict(shape="tiny", length=128, row_tokens=256, rows=[1], batches=1, hf_batch=4)
 
 
@@ -174,16 +174,13 @@ def check_same(ours: Ours, other: Ours | Theirs, *, what: str, precision: str) -
                         f"{bound:g}. Nothing was timed.")
     loss.backward()
     wanted.backward()
-    apart = whole = torch.zeros((), dtype=torch.float64, device=loss.device)
-    theirs = dict(other.model.named_parameters())
-    for name, p in ours.model.named_parameters():
-        apart = apart + (p.grad - theirs[name].grad).double().square().sum()
-        whole = whole + theirs[name].grad.double().square().sum()
-    off = (apart / whole).sqrt().item()
+    theirs = {name: p.grad.double() for name, p in other.model.named_parameters()}
+    off, name = max((((p.grad - theirs[name]).norm() / theirs[name].norm()).item(), name)
+                    for name, p in ours.model.named_parameters())
     for side in (ours, other):
         side.optimizer.zero_grad(set_to_none=True)
     if not off <= (bound := SAME_GRADIENT[precision]):
-        raise UserError(f"the gradient is {off:.1e} off with {ours.how} beside {what}; needed: at most {bound:g}. "
+        raise UserError(f"the gradient of {name} is {off:.1e} off with {ours.how} beside {what}; needed: at most {bound:g}. "
                         "Nothing was timed.")
 
 
