@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool, now: f
         return f"{folder}: no step yet of {short_count(total)} tokens"
     done = last["tokens_seen"]
     text = (f"{folder}: phase {last['phase']}, step {last['step']:,}, {short_count(done)} of "
-            f"{short_count(total)} tokens ({done / total:.1%})")
+            f"{short_count(total)} tokens ({done / max(1, total):.1%})")
     speeds = [line["tokens_per_second"] for line in _tail(folder / "metrics.jsonl") if line.get("tokens_per_second")]
     speed = speeds[-1] if speeds else 0.0
     if not speed:
@@ -179,8 +179,8 @@ def _folder_of(given: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a small JSON-lines file."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    """The records of a small JSON-lines file."""
+    return _records(path.read_bytes().split(b"\n")) if path.exists() else []
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
@@ -190,8 +190,20 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     with open(path, "rb") as f:
         f.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = f.read().split(b"\n")
-    whole = lines[1:-1] if path.stat().st_size > TAIL_BYTES else lines[:-1]
-    return [json.loads(line) for line in whole if line.strip()]
+    return _records(lines)
+
+
+def _records(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Lines that a kill tore, or the window cut, are left out."""
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 if __name__ == "__main__":
