@@ -201,8 +201,20 @@ def preflight(job: Job, *, code: int, signalled: str, seconds: float) -> int:
     if code == 0 and not signalled:
         return GO
     if code == MISTAKE and not signalled and not job.mistake_file.exists():
-        job.mistake_file.write_text("the preflight refused the run; its lines are in the job's output\n", encoding="utf-8")
+        job.mistake_file.write_text(f"{named_mistake(job)}\n", encoding="utf-8")
     return end(job, code=code, signalled=signalled, seconds=seconds, bad_nodes=bad)
+
+
+def named_mistake(job: Job) -> str:
+    """The first mistake in the verdict that the preflight wrote on each node; of a run file that cannot be read there is none."""
+    for path in sorted(job.preflight_folder.glob("*.json")):
+        try:
+            mistakes = json.loads(path.read_text(encoding="utf-8"))["verdict"]["mistakes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if mistakes:
+            return f"the preflight: {mistakes[0]}"
+    return "the preflight refused the run; its lines are in the job's output"
 
 
 def read_bad_nodes(job: Job) -> set[str]:

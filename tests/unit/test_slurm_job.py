@@ -154,7 +154,11 @@ def test_bad_nodes_are_those_named_and_those_not_heard_from(job):
     (folder / "bad_nodes").write_text("n2\n")
     assert job.call("preflight", "run", "--code", "4", TESSERA_MAX_BAD_NODES="1").returncode == 1
     assert "that makes 2 nodes, 1 are allowed" in job.events()[-1]["why"]
+    assert job.call("preflight", "run", "--code", "2").returncode == 2 and "in the job's output" in job.events()[-1]["why"]
+    (job.run / "slurm" / "7-r0-mistake.txt").unlink()
+    (folder / "n2.json").write_text('{"verdict": {"mistakes": ["shards/web: no such folder"]}}')
     assert job.call("preflight", "run", "--code", "2").returncode == 2
+    assert "the preflight: shards/web: no such folder" in job.events()[-1]["why"]
     (job.run / "slurm" / "7-r0-mistake.txt").unlink()
     assert job.call("preflight", "run", "--code", "0").returncode == 0
 
