@@ -213,7 +213,7 @@ def pairings(world: World, *, out: str, sources: Mapping[str, int]) -> dict[str,
             other = [f"{p.name}/{kind}" for p in engine.pieces() for kind, tensor in p.tensors.items()
                      if not torch.equal(tensor, saved[p.name, kind][p.start:p.start + tensor.numel()])]
             other += [n for n, w in whole_weights(engine).items() if not torch.equal(w.flatten(), saved[n, "master"])]
-            losses = train(engine, spike, rows=1, steps=range(SAVED_AT, STEPS))
+            losses = train(engine, spike, rows=8, steps=range(SAVED_AT, STEPS))
             end = load_file(Path(out) / f"{source}.safetensors")
             off, length = (sum(float((w - z * end[n]).double().square().sum()) for n, w in whole_weights(engine).items()) ** 0.5
                            for z in (1, 0))
