@@ -10,8 +10,10 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_
 TESSERA_HOME=$(cd "$TESSERA_HOME" && pwd)
 TESSERA_ENV=${TESSERA_ENV:-$TESSERA_HOME/slurm/env.sh}
 [ -f "$TESSERA_ENV" ] || fail 2 "TESSERA_ENV is $TESSERA_ENV, which is no file on $(hostname). Needed: a copy of slurm/env.sh."
+set +u      # module files use variables that may not be set
 # shellcheck source=/dev/null
 . "$TESSERA_ENV"
+set -u
 if [ -z "${TESSERA_PYTHON:-}" ]; then
     TESSERA_PYTHON=python3
     [ ! -x "$TESSERA_HOME/.venv/bin/python" ] || TESSERA_PYTHON=$TESSERA_HOME/.venv/bin/python

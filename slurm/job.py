@@ -128,7 +128,8 @@ class Job:
         line = json.dumps({"time": round(time.time(), 3), "job": self.id, "restart": self.restart, "event": event, **values})
         handle = os.open(self.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(handle, line.encode() + b"\n")
+            torn = os.fstat(handle).st_size and not self.record.read_bytes().endswith(b"\n")       # a kill in the middle of a line
+            os.write(handle, b"\n" * bool(torn) + line.encode() + b"\n")
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -189,7 +190,7 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
     value = found[-1].strip() if found else ""
     if value[:1] in "\"'" and value[:1] == value[-1:]:
         value = value[1:-1]
-    if not value or value[0] in "{[&*|>!%@`\"'":
+    if not value or value[0] in "{[&*|>!%@`\"'" or re.search(r"""['"\\]|: | #""", value):      # YAML might read another name
         raise Mistake(f"{run_file} has no line `out: FOLDER` with a plain name, but {value or 'none'}. Add it, or give out=FOLDER.")
     return Path(value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -45,7 +44,8 @@ def alive_jobs(record: Path) -> list[str]:
     """The ids of earlier submissions of a run that have not ended."""
     if not record.exists():
         return []
-    ids = [json.loads(line)["job"] for line in record.read_text(encoding="utf-8").splitlines()]
+    ids = re.findall(r'"job": "(\d+)"', record.read_text(encoding="utf-8", errors="replace"))       # also beside torn lines
+    ids += [path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit()]             # submitted by hand
     queued = set(quiet(["squeue", "--noheader", "--me", "--format=%A"]).split()) | set(
         quiet(["squeue", "--noheader", "--me", "--format=%F"]).split())
     return [job for job in dict.fromkeys(ids) if job in queued]

@@ -139,14 +139,16 @@ def _submit(args: argparse.Namespace) -> int:
 def _chain(args: argparse.Namespace, folder: Path | None, missing: str) -> list[Job]:
     """The jobs in order."""
     # what comes before the check writes where this was called: a run folder that is not shared is found by the check alone
-    early, late = Path.cwd(), folder.absolute() / "slurm" if folder else Path.cwd()
+    early, late = (str(path).replace("%", "%%") for path in (       # sbatch fills in what follows a %
+        Path.cwd(), folder.absolute() / "slurm" if folder else Path.cwd()))
     where = tuple(f"--{key}={value}" for key, value in (("partition", args.partition), ("account", args.account), ("qos", args.qos))
                   if value)
     common, env = (*where, *args.sbatch), _environment(args)
     jobs: list[Job] = []
 
-    def add(role: str, script: str, words: list[str], *options: str, how: str = "afterok", **changes: str) -> None:
+    def add(role: str, script: str, words: list[str], *options: str, how: str = "afterok", also: str = "", **changes: str) -> None:
         after = ((how, jobs[-1].role),) if jobs else ()
+        after += (("afterok", also),) if also else ()
         jobs.append(Job(role=role, script=script, words=tuple(words), options=(*common, *options), after=after,
                         env={**env, **changes}))
 
@@ -169,11 +171,12 @@ def _chain(args: argparse.Namespace, folder: Path | None, missing: str) -> list[
     if not args.no_check:
         add("check", "check.sbatch", [args.run, *args.overrides], *shape, "--time=15", f"--job-name=check-{name}",
             f"--output={early}/check-%j.out")
+    early_end = jobs[-1].role if jobs else ""          # where it fails, none of several trainings may run
     for number in range(1, args.jobs + 1):
         role = "training" if args.jobs == 1 else f"training-{number}"
         own = [f"--job-name={name}", *([f"--time={args.time}"] if args.time else []), *(["--no-requeue"] if args.jobs > 1 else [])]
         add(role, "pretrain.sbatch", [args.run, *args.overrides], *shape, *own, f"--output={late}/%x-%j.out",
-            how="afterany" if number > 1 else "afterok")
+            how="afterany" if number > 1 else "afterok", also=early_end if number > 1 else "")
     if args.export:
         words = [str(folder), args.export, *(["--onnx"] if args.onnx else [])]
         own = (f"--cpus-per-task={args.cpus_per_task}",) if args.cpus_per_task else ()
@@ -235,7 +238,10 @@ def _send(jobs: list[Job], folder: Path | None) -> dict[str, str]:
         with open(_record(folder) if folder else os.devnull, "a", encoding="utf-8") as record:
             for job in jobs:
                 command = job.command(ids)
-                ids[job.role] = run_words(command, env=job.env).strip().partition(";")[0]
+                said = run_words(command, env=job.env).strip()
+                if not said.partition(";")[0].isdigit():
+                    raise ConfigError(f"sbatch gave no job id, but {said or 'nothing'}. Leave out what makes it submit nothing.")
+                ids[job.role] = said.partition(";")[0]
                 record.write(json.dumps({"time": round(time.time(), 3), "job": ids[job.role], "role": job.role,
                                          "command": command}) + "\n")
                 record.flush()

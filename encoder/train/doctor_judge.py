@@ -101,6 +101,7 @@ def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -
     kinds = Counter(fact["device"]["kind"] for fact in facts.values() if "error" not in fact["device"])
     common = kinds.most_common(1)[0][0] if kinds else ""
     short: dict[str, str] = {}
+    broken: dict[str, str] = {}
     for rank, fact in facts.items():
         device, node = fact["device"], fact["node"]
         allotted = next((f["gpus_allotted"] for f in facts.values() if f["node"] == node and f["local_rank"] == 0), "")
@@ -108,11 +109,17 @@ def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -
         if "error" in device and device["seen"] < fact["local_size"] and not was_given:
             short[node] = device["error"]            # the run file and the allocation do not fit each other
         elif "error" in device:
-            findings.blame(node, f"rank {rank} of {node}: {device['error']}")
+            broken.setdefault(node, f"rank {rank} of {node}: {device['error']}")
         elif device["kind"] != common:
             findings.blame(node, f"rank {rank} of {node} has device {device['kind']}, most have {common}: its GPU is not there")
         elif device.get("memory_errors"):
             findings.blame(node, f"{node}: {device['memory_errors']}")
+    nodes = {fact["node"] for fact in facts.values()}
+    if len(nodes) > 1 and len(broken) == len(nodes):      # a torch without CUDA, say: other nodes have it, too
+        findings.mistakes.append(f"{next(iter(broken.values())).rstrip('.')} (and so on every node)")
+    else:
+        for node, why in broken.items():
+            findings.blame(node, why)
     if short:
         findings.mistakes.append(next(iter(short.values())))
     if common and not short and all("error" not in fact["device"] for fact in facts.values()):
