@@ -110,7 +110,7 @@ def test_what_the_nodes_cannot_do_is_said_by_the_preflight_and_no_rank_trains(be
     apart = submit(bed, run, here, "--nodes=2", overrides=("out=/dev/shm/apart",), env=wanted)      # each node has its own
     cuda = submit(bed, run, too_much, "--nodes=2", "--gpus-per-node=1", overrides=("device=cuda",), env=wanted)
     for out, job, needle, why in ((here, apart, "node2 does not see what rank 0 writes", "no requeue can mend that"),
-                                  (too_much, cuda, "torch sees no CUDA device", "other nodes would do no better")):
+                                  (too_much, cuda, "torch sees no CUDA device", "no requeue can mend that")):
         assert bed.wait_for_end(job, seconds=120) == "FAILED", log_of(out, job)
         said = log_of(out, job)
         assert needle in said and why in said.splitlines()[-1], said
