@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Norm = Literal["layernorm", "rmsnorm"]
 
@@ -19,4 +21,19 @@ def make_norm(kind: Norm, width: int, *, eps: float, bias: bool) -> nn.Module:
         assert not bias, "an RMSNorm has no bias"
         return nn.RMSNorm(width, eps=eps)
     assert kind in get_args(Norm), f"no norm {kind}"
-    return nn.LayerNorm(width, eps=eps, bias=bias)
+    return LayerNorm(width, eps=eps, bias=bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, with half-precision input computed in fp32 on a CPU.
+
+    torch 2.11's CPU kernel adds up the gradient of the weight in bf16: 1.2 % off after 256 tokens, 2.5 % after 1,024, 9.4 % after
+    16,384. Its CUDA kernel adds in fp32, and so does RMSNorm on both.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C], in the dtype of x."""
+        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

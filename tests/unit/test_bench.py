@@ -66,16 +66,20 @@ def _other_seed(monkeypatch):
                         lambda config, *, attention, seed: model(config, attention=attention, seed=seed + (attention == "sdpa")))
 
 
-def _other_gradients(monkeypatch):
+def _other_gradients(monkeypatch, factor=1.2):
     plain = step.ModernBertForMaskedLM
 
     def model(config, *, attention, seed):
         made = plain(config, attention=attention, seed=seed)
         if attention == "sdpa":
-            made.get_parameter("model.layers.0.mlp.Wo.weight").register_hook(lambda grad: 1.2 * grad)
+            made.get_parameter("model.layers.0.mlp.Wo.weight").register_hook(lambda grad: factor * grad)
         return made
 
     monkeypatch.setattr(step, "ModernBertForMaskedLM", model)
+
+
+def _gradients_that_are_no_numbers(monkeypatch):
+    _other_gradients(monkeypatch, factor=float("nan"))
 
 
 def _other_labels(monkeypatch):
@@ -108,6 +112,7 @@ def _rows_in_another_order(monkeypatch):
 @pytest.mark.parametrize("question, break_it, said", [
     ("step", _other_seed, "the loss is"), ("step", _other_labels, "the loss is"),
     ("step", _other_gradients, "the gradient of model.layers.0.mlp.Wo.weight is"),
+    ("step", _gradients_that_are_no_numbers, "the gradient of model.layers.0.mlp.Wo.weight is inf off"),
     ("attention", _attention_that_looks_at_nothing, "wrong is off"),
     ("optimizer", _longer_memory, "off its slow twin"), ("checkpoint", _weights_off_by_a_bit, "not those that were saved"),
     ("loader", _rows_in_another_order, "other rows than its slow twin")])
