@@ -29,6 +29,7 @@ from benchmarks.timing import Timed, cpu_ratio, in_turn, paired_ratio, ratio_tex
 from benchmarks.workload import SHAPES, config_of, make_batch
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError, UserError
+from encoder.engine.graphed import GraphedForward
 from encoder.models.flops import parameter_counts, train_flops
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.attend import BACKENDS, Situation
@@ -55,6 +56,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", type=several_of("fp32", "autocast"), default=["autocast"])
     parser.add_argument("--attention", type=several(str), default=["auto"], help="all: every backend that can run")
     parser.add_argument("--compile", type=several_of("off", "blocks"), default=None, help="off on a CPU, blocks on CUDA")
+    parser.add_argument("--graphs", type=several_of("off", "micro_step"), default=["off"],
+                        help="micro_step: forward and backward as one CUDA graph")
     parser.add_argument("--kinds", type=several_of(*KINDS), default=[*KINDS], help="of transformers' batches")
     parser.add_argument("--hf-attention", default="sdpa", help="best: flash_attention_2 where it is installed")
     parser.add_argument("--hf-batch", type=count, default=8, help="documents of a padded batch")
@@ -69,6 +72,8 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     config = config_of(args.shape, dropout=args.dropout)
     if args.row_tokens < args.length:
         raise ConfigError(f"--row-tokens {args.row_tokens} is below --length {args.length}: a row must hold the longest document.")
+    if "micro_step" in args.graphs and device.type != "cuda":
+        raise ConfigError("--graphs micro_step is for --device cuda: it is CUDA's graphs that save launches. Leave it out.")
     if not 0.0 <= args.dropout < 1.0:
         raise ConfigError(f"--dropout {args.dropout:g} must lie in [0, 1).")
     compiling = args.compile or ["blocks" if device.type == "cuda" else "off"]
@@ -78,12 +83,13 @@ def ask(args: argparse.Namespace, report: Report) -> None:
         too_large: list[str] = []
         off: dict[str, str] = {}
         attentions = backends_of(args.attention, device, config, precision)
-        for rows, attention, compiled in itertools.product(args.rows, attentions, compiling):
+        for rows, attention, compiled, graphs in itertools.product(args.rows, attentions, compiling, args.graphs):
             batches = [make_batch(vocab_size=config.vocab_size, longest=args.length, row_tokens=args.row_tokens, rows=rows,
                                   number=i) for i in range(args.batches)]
             what = f"ours, {rows * args.row_tokens:,} tokens, {attention}"
             try:
-                ours = Ours(config, batches, attention=attention, compiled=compiled, device=device, autocast=autocast)
+                ours = Ours(config, batches, attention=attention, compiled=compiled, graphs=graphs, device=device,
+                            autocast=autocast)
                 truth = judged(config, batches, device=device)
                 said = check_same(ours, truth, what=ours.how, precision=precision, bounds=SAME_GRADIENT)
                 ours.step(0)
@@ -117,16 +123,19 @@ def ask(args: argparse.Namespace, report: Report) -> None:
 class Ours:
     """Packed documents, predicted positions only."""
 
-    def __init__(self, config: ModernBertConfig, batches: list[TokenBatch], *, attention: str, compiled: str, device: torch.device,
-                 autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
+    def __init__(self, config: ModernBertConfig, batches: list[TokenBatch], *, attention: str, compiled: str,
+                 device: torch.device, autocast: Callable[[], contextlib.AbstractContextManager], graphs: str = "off") -> None:
         self.model = ModernBertForMaskedLM(config, attention=attention, seed=1).to(device)
         if compiled == "blocks":
             self.model.compile_blocks_()
+        if graphs == "micro_step":
+            self.model.forward = GraphedForward(self.model)
         self.optimizer = StableAdamW(decay_groups(self.model, weight_decay=1e-5), StableAdamWConfig(), lr=1e-4, max_lr=1e-3)
         self.all_batches, self.batches = batches, [b.to(device) for b in batches]
         self.tokens, self.autocast = [b.tokens for b in batches], autocast
         with autocast():
             self.how = self.model.attention_reason(device).split(":")[0] + (", compiled layers" if compiled == "blocks" else "")
+            self.how += ", one graph" if graphs == "micro_step" else ""
 
     def loss(self, number: int) -> torch.Tensor:
         """Mean over the predicted positions."""

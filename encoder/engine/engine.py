@@ -19,6 +19,7 @@ import torch
 from encoder.base.batch import IGNORE, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.errors import ConfigError
+from encoder.engine.graphed import GraphedForward
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
 from encoder.engine.zero_layout import (
     check_cover,
@@ -103,6 +104,8 @@ class Engine:
         self.config, self.world, self.device = config, world, device
         self.module: torch.nn.Module = ds_engine.module        # the bare model
         self.optimizer = optimizer
+        if config.graphs == "micro_step":
+            self.module.forward = GraphedForward(self.module)
         self.shapes = {name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad}
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)

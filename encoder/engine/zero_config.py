@@ -28,6 +28,8 @@ class EngineConfig:
     activation_checkpointing: Literal["off", "blocks"] = "off"
     # cpu: masters and optimizer state lie in the machine's memory, and the update is computed there
     offload_optimizer: Literal["none", "cpu"] = "none"
+    # micro_step: forward and backward of a micro-batch as one CUDA graph, for small models that wait for launches
+    graphs: Literal["off", "micro_step"] = "off"
     gradient_clipping: float = 0.0    # largest global gradient norm; 0: none (StableAdamW clips its own updates)
 
     def __post_init__(self) -> None:
@@ -40,6 +42,9 @@ class EngineConfig:
         if self.offload_optimizer == "cpu" and self.zero_stage == 0:
             raise ConfigError("offload_optimizer cpu with zero_stage 0: there the optimizer steps the model's own weights. "
                               "Use zero_stage 1, 2 or 3, also on one rank.")
+        if self.graphs == "micro_step" and (self.zero_stage == 3 or self.activation_checkpointing != "off"):
+            raise ConfigError("graphs micro_step with zero_stage 3 or activation_checkpointing: both take weights or layers apart "
+                              "in the middle of a micro-step, and are for models too large to wait for launches. Use graphs: off.")
         if self.gradient_clipping < 0.0:
             raise ConfigError(f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping.")
 

@@ -118,6 +118,9 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
         torch.set_num_threads(max(1, cores // world.local_size))
     if device.type == "cpu":
         keep_freed_memory()
+        if run.engine.graphs == "micro_step":
+            raise ConfigError("engine.graphs is micro_step and the device a CPU; needed: CUDA, for it is CUDA's graphs that save "
+                              "launches. Use graphs: off.")
     computing = {"fp32": torch.float32, "fp64": torch.float64}.get(run.engine.precision, torch.bfloat16)
     choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=run.model.head_width, training=True))
     return device

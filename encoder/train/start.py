@@ -135,7 +135,8 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
     with engine.forward_mode():             # under autocast a kernel meets bf16, whatever the weights are
         reason = engine.module.attention_reason(device)
     say(f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}"
-        f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}")
+        f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}"
+        f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}")
     if stays := stays_ours(run.model):
         say(f"export: {stays}")
     ledger = Path(run.out) / LEDGER

@@ -57,6 +57,8 @@ TWO_RANKS = [
     {"label": "offload-s1-2x2", "zero_stage": 1, "precision": "bf16", "rows": 2, "memory": {"offload_optimizer": "cpu"}},
     {"label": "offload-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2, "memory": {"offload_optimizer": "cpu"}},
     {"label": "offload-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2, "memory": {"offload_optimizer": "cpu"}},
+    *({"label": f"graphed_{precision}-s{stage}-2x2", "zero_stage": stage, "precision": precision, "rows": 2,
+       "memory": {"graphs": "micro_step"}} for stage, precision in ((0, "fp64"), (1, "fp32"), (2, "bf16"))),
     {"label": "all_kinds-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2, "all_kinds": True},
 ]
 THREE_RANKS = [
@@ -180,6 +182,13 @@ def test_at_stage_3_a_forward_gives_the_weights_back_before_the_backward():
         assert seen["linear_is_torchs"], "torch's own function must be back in its place"
 
 
+@pytest.mark.parametrize("label, off", [("graphed_fp64-s0-2x2", 1e-12), ("graphed_fp32-s1-2x2", 1e-5)])
+def test_gradients_that_are_made_with_the_forward_and_handed_on_later_give_the_same_curve(label, off):
+    plain = label.removeprefix("graphed_")
+    assert trained()[label]["losses"] == pytest.approx(trained()[plain]["losses"], rel=off)
+    assert distance(label, plain) <= off
+
+
 @pytest.mark.parametrize("label, plain", [("again-s3-2x2", "fp32-s3-2x2"), ("offload-s1-2x2", "bf16-s1-2x2"),
                                           ("offload-s2-2x2", "fp32-s2-2x2"), ("offload-s3-2x2", "fp32-s3-2x2")])
 def test_layers_computed_again_and_an_offloaded_optimizer_change_no_bit(label, plain):
@@ -213,7 +222,7 @@ def test_gradient_clipping_is_the_same_at_every_stage(label):
 
 
 @pytest.mark.parametrize("label", ["bf16-s1-1x4", "bf16-s1-2x2", "bf16-s2-2x2", "bf16-s3-2x2", "autocast-s1-1x4",
-                                   "autocast-s3-2x2"])
+                                   "autocast-s3-2x2", "graphed_bf16-s2-2x2"])
 def test_lower_precision_follows_the_curve(label):
     """bf16 has 3 digits: losses to 1 %, and the masters start from the fp32 weights, not from rounded ones."""
     losses = trained()[label]["losses"]

@@ -139,6 +139,7 @@ def test_a_product_that_is_wrong_is_refused():
     (["step", "--shape", "huge"], "argument --shape: invalid choice: 'huge'"),
     (["step", "--kinds", "packt"], "argument --kinds: 'packt' is unknown. Did you mean packed?"),
     (["step", "--attention", "tile"], "tile"),
+    (["step", "--graphs", "micro_step"], "--graphs micro_step is for --device cuda"),
     (["step", "--row-tokens", "64"], "--row-tokens 64 is below --length"),
     (["--shape", "tiny"], "error: --shape is unknown."),
     (["gemm", "--against", "hf"], "--against hf is for the question step"),

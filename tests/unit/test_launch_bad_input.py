@@ -67,6 +67,11 @@ def test_a_vocabulary_that_does_not_fit_the_card(tmp_path, source, capsys):
     assert "64" in said and "32" in said and not (tmp_path / "run").exists()
 
 
+def test_cuda_graphs_on_a_cpu(tmp_path, source, capsys):
+    said = refused(capsys, pretrain, run_file(tmp_path, source), "device=cpu", "engine.graphs=micro_step")
+    assert "engine.graphs is micro_step and the device a CPU" in said and not (tmp_path / "run").exists()
+
+
 def test_a_damaged_card(tmp_path, source, capsys):
     (source / CARD).write_text("{ no json")
     assert "cannot be read" in refused(capsys, pretrain, run_file(tmp_path, source))

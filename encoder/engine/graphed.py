@@ -1,0 +1,140 @@
+"""Forward and backward of a micro-batch as one CUDA graph: one launch instead of some thousand, for models whose kernels are
+shorter than the host's time to launch them.
+
+    captured once a shape        ids, positions, cu_seqlens, question -> sums of the loss, d total / d parameter (all of them)
+    a micro-batch                copy it to where the graph reads, replay, hand the gradients on, times the caller's scale
+
+The gradients go on through autograd, so that ZeRO's hooks see each parameter's as ever. On a CPU the same work runs without a
+graph: what is tested there is all but the capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoder.base.batch import SummedLoss, TokenBatch
+
+WARM_UP = 3         # micro-steps before a capture, on a stream of their own: kernels are compiled and tuned, libraries loaded
+TENSORS = tuple(f.name for f in fields(TokenBatch) if f.type == "torch.Tensor")
+
+Work = Callable[[], tuple[SummedLoss, tuple[Tensor, ...]]]
+
+
+class GraphedForward:
+    """Stands in the place of `model.forward`: its SummedLoss, whose backward is already done.
+
+    One graph is kept. Another shape, theta, mode, precision or place of the weights captures another; phases differ in these,
+    micro-batches of a phase do not (encoder.data.assembly, static_shapes). Forwards without gradients run as ever.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.captures = 0
+        self._model, self._plain = model, model.forward
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._key: tuple[Any, ...] | None = None
+        self._graph: _Graph | None = None
+
+    def __call__(self, batch: TokenBatch) -> SummedLoss:
+        """Raises RuntimeError in the backward of a forward that another one has followed."""
+        if not torch.is_grad_enabled():
+            return self._plain(batch)
+        key = (*self._of_batch(batch), *self._of_model(batch.ids_T.device))
+        if key != self._key or self._graph is None:
+            self._key = self._graph = None          # its memory first
+            self._graph, self._key = _Graph(self._plain, batch, self._parameters), key
+            self.captures += 1
+        return SummedLoss(*_Replay.apply(self._graph, batch, *self._parameters))
+
+    def _of_batch(self, batch: TokenBatch) -> Iterator[Any]:
+        """What a graph is bound to, the host's numbers as well: max_seqlen is a launch's argument."""
+        yield batch.max_seqlen
+        for name in TENSORS:
+            yield (tensor := getattr(batch, name)).shape, tensor.dtype, tensor.device
+
+    def _of_model(self, device: torch.device) -> Iterator[Any]:
+        yield self._model.training
+        yield torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        yield from (getattr(self._model, name) for name in ("global_rope_theta", "local_rope_theta"))
+        yield from (p.data_ptr() for p in self._parameters)
+
+
+class _Graph:
+    """One shape's: reads its own copy of a micro-batch, writes its own results."""
+
+    def __init__(self, forward: Callable[[TokenBatch], SummedLoss], batch: TokenBatch, parameters: list[Tensor]) -> None:
+        self.turn = 0
+        self._batch = replace(batch, **{name: getattr(batch, name).clone() for name in TENSORS})
+        device = batch.ids_T.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else None
+
+        def work() -> tuple[SummedLoss, tuple[Tensor, ...]]:
+            # autocast's own cache would keep the weights of the warm-up in bf16 for ever
+            with torch.enable_grad(), torch.autocast(device.type, dtype=dtype, enabled=autocast, cache_enabled=False):
+                loss = forward(self._batch)
+            gradients = torch.autograd.grad(loss.total, parameters)
+            return SummedLoss(*(x.detach() for x in loss)), gradients
+
+        self._replay = captured(work) if device.type == "cuda" else work
+
+    def run(self, batch: TokenBatch) -> tuple[SummedLoss, tuple[Tensor, ...]]:
+        """Valid until the next run."""
+        self.turn += 1
+        for name in TENSORS:
+            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
+        return self._replay()
+
+
+def captured(work: Work) -> Work:
+    """The work as a CUDA graph; what it returns stays where it is."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: the watchdog of NCCL and the loader's pinning ask the driver things that a capture forbids its own thread
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = work()
+
+    def replay() -> tuple[SummedLoss, tuple[Tensor, ...]]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which run of a graph a backward belongs to."""
+
+    graph: _Graph
+    number: int
+
+    def check(self) -> None:
+        """Raises RuntimeError where its gradients are gone."""
+        if self.graph.turn != self.number:
+            raise RuntimeError("two forwards before a backward: the graph has written over the gradients of the first.")
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, batch: TokenBatch, *parameters: Tensor) -> tuple[Tensor, ...]:
+        loss, ctx.gradients = graph.run(batch)
+        ctx.turn = Turn(graph, graph.turn)
+        results = tuple(x.clone() for x in loss)            # the caller may keep them
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.turn.check()
+        scale = d_total.to(torch.promote_types(d_total.dtype, torch.float32))
+        # new tensors: autograd may keep one as a parameter's .grad, and the next replay writes over ours
+        return None, None, *((d.to(torch.promote_types(d.dtype, torch.float32)) * scale).to(d.dtype) for d in ctx.gradients)

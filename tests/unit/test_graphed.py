@@ -1,0 +1,113 @@
+"""encoder.engine.graphed: the same loss and gradients as a plain micro-step, captured when and only when something changed."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from encoder.base.errors import ConfigError
+from encoder.engine.graphed import GraphedForward
+from encoder.engine.zero_config import EngineConfig
+from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from tests.packed_for_tests import packed
+
+CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+                          window_radius_tokens=6, attention_output_dropout=0.1)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SCALE = 0.37
+
+
+def pair(device: str = "cpu", **named):
+    """A graphed model and its plain twin."""
+    models = [ModernBertForMaskedLM(CONFIG, seed=3, **named).to(device) for _ in range(2)]
+    models[0].forward = GraphedForward(models[0])
+    return models
+
+
+def batch(seed: int = 0, device: str = "cpu"):
+    return packed([30, 1, 50, 12, 35], vocab=96, seed=seed).to(device)
+
+
+def step(model, some):
+    loss = model(some)
+    (loss.total * SCALE).backward()
+    return loss
+
+
+def assert_same_gradients(ours, judge, *, within):
+    for (name, p), q in zip(ours.named_parameters(), judge.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=within, atol=within * q.grad.abs().max().item()), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_micro_steps_add_up_to_the_plain_gradients_and_follow_the_weights(device, autocast):
+    ours, judge = pair(device)
+    context = torch.autocast(device, dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
+    for _ in range(2):
+        for seed in range(3):                       # three micro-batches of one shape, added up in .grad
+            with context:
+                a, b = step(ours, batch(seed, device)), step(judge, batch(seed, device))
+            assert a.total.item() == pytest.approx(b.total.item(), rel=1e-2 if autocast else 1e-6)
+            assert a.cross_entropy.item() == pytest.approx(b.cross_entropy.item(), rel=1e-2 if autocast else 1e-6)
+            assert int(a.count) == int(b.count) > 0
+        assert_same_gradients(ours, judge, within=2e-2 if autocast else 1e-5)
+        for model in (ours, judge):                 # in place, as an optimizer does: the next replay sees it
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.7)
+                    p.grad = None
+    assert ours.forward.captures == 1
+
+
+def test_a_later_replay_does_not_write_over_gradients_that_a_parameter_keeps():
+    ours, _ = pair()
+    step(ours, batch(0))
+    kept = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours(batch(1))
+    assert all(torch.equal(p.grad, kept[name]) for name, p in ours.named_parameters())
+
+
+def test_whatever_a_graph_is_bound_to_captures_another_and_nothing_else_does():
+    ours, judge = pair(z_loss_weight=1e-3)
+
+    def captures_after(change=lambda model: None, some=None, *, autocast=False):
+        for model in (ours, judge):
+            change(model)
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                step(model, some or batch(1))
+        assert_same_gradients(ours, judge, within=2e-2 if autocast else 1e-5)
+        return ours.forward.captures
+
+    assert captures_after() == 1 and captures_after(some=batch(2)) == 1
+    assert captures_after(some=packed([60, 1, 67], vocab=96)) == 2
+    assert captures_after(some=replace(batch(0), max_seqlen=64)) == 3
+    assert captures_after() == 4
+    assert captures_after(lambda m: m.set_rope_theta_(global_theta=5e3, local_theta=1e3)) == 5
+    assert captures_after(lambda m: m.eval()) == 6 and captures_after(lambda m: m.train()) == 7
+    assert captures_after(autocast=True) == 8 and captures_after() == 9
+
+    def moved(model):
+        p = model.get_parameter("head.dense.weight")
+        p.data = p.data * 2
+
+    assert captures_after(moved) == 10 and captures_after() == 10
+    with torch.no_grad():
+        assert ours(batch(3)).total == judge(batch(3)).total and ours.forward.captures == 10
+
+
+def test_a_backward_whose_gradients_are_gone_is_refused():
+    ours, _ = pair()
+    first, _ = ours(batch(0)), ours(batch(1))
+    with pytest.raises(RuntimeError, match="two forwards before a backward"):
+        first.total.backward()
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"activation_checkpointing": "blocks"}])
+def test_where_a_micro_step_is_taken_apart_a_graph_is_refused(settings):
+    with pytest.raises(ConfigError, match="graphs micro_step with zero_stage 3 or activation_checkpointing"):
+        EngineConfig(graphs="micro_step", **settings)
