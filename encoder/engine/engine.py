@@ -80,6 +80,8 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Mom
     deepspeed = import_deepspeed(device)
     if config.activation_checkpointing == "blocks":
         model.recompute_blocks_()
+    if config.fp8 == "layers":
+        model.fp8_blocks_()
     if config.zero_stage == 3:
         partition_(model, deepspeed=deepspeed, device=device,
                    dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)

@@ -24,6 +24,8 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     # fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT); bf16: bf16 parameters, fp32 masters; fp64: for tests
     precision: Literal["fp32", "fp64", "autocast", "bf16"] = "fp32"
+    # layers: the products of the layers' linear maps in 8 bits, weights and optimizer as precision says
+    fp8: Literal["off", "layers"] = "off"
     # blocks: of a layer its input alone is kept for the backward, which computes the rest again: exact, a third more work
     activation_checkpointing: Literal["off", "blocks"] = "off"
     # cpu: masters and optimizer state lie in the machine's memory, and the update is computed there
@@ -42,6 +44,9 @@ class EngineConfig:
         if self.offload_optimizer == "cpu" and self.zero_stage == 0:
             raise ConfigError("offload_optimizer cpu with zero_stage 0: there the optimizer steps the model's own weights. "
                               "Use zero_stage 1, 2 or 3, also on one rank.")
+        if self.fp8 == "layers" and (self.precision in ("fp32", "fp64") or self.zero_stage == 3):
+            raise ConfigError(f"fp8 layers with precision {self.precision} and zero_stage {self.zero_stage}; needed: precision "
+                              "autocast or bf16, and a stage below 3, which would keep all weights in 8 bits for the backward.")
         if self.graphs == "micro_step" and (self.zero_stage == 3 or self.activation_checkpointing != "off"):
             raise ConfigError("graphs micro_step with zero_stage 3 or activation_checkpointing: both take weights or layers apart "
                               "in the middle of a micro-step, and are for models too large to wait for launches. Use graphs: off.")

@@ -21,6 +21,7 @@ from encoder.nn.attention import Attention
 from encoder.nn.block import Block, NormPlace
 from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
+from encoder.nn.fp8 import to_fp8_
 from encoder.nn.heads import Decoder, PredictionHead
 from encoder.nn.init import init_megatron_, initial_values
 from encoder.nn.loss import cross_entropy_sum
@@ -173,6 +174,10 @@ class ModernBertForMaskedLM(nn.Module):
     def recompute_blocks_(self) -> None:
         """From now on a layer keeps its input alone for the backward, which computes the rest again."""
         self.model.recomputes = True
+
+    def fp8_blocks_(self) -> None:
+        """From now on the layers' linear maps compute in 8 bits (encoder.nn.fp8). Raises ConfigError for odd shapes."""
+        to_fp8_(self.model.layers)
 
     def parameter_count(self) -> int:
         """Trained numbers; a tied matrix counts once."""

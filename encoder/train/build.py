@@ -121,6 +121,9 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
         if run.engine.graphs == "micro_step":
             raise ConfigError("engine.graphs is micro_step and the device a CPU; needed: CUDA, for it is CUDA's graphs that save "
                               "launches. Use graphs: off.")
+    if run.engine.fp8 == "layers" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f"engine.fp8 is layers, but {torch.cuda.get_device_name(device)} has no 8-bit products; needed: compute "
+                          "capability 8.9 (Ada, Hopper or newer). Use fp8: off.")
     computing = {"fp32": torch.float32, "fp64": torch.float64}.get(run.engine.precision, torch.bfloat16)
     choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=run.model.head_width, training=True))
     return device

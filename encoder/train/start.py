@@ -130,7 +130,8 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
                 found: Path | None) -> None:
     count, threads = engine.parameter_count, torch.get_num_threads()
     say(f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type} "
-        f"({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage}, {run.engine.precision}, "
+        f"({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage}, {run.engine.precision}"
+        f"{', layers in 8 bits' if run.engine.fp8 == 'layers' else ''}, "
         f"{short_count(sum(p.tokens for p in run.phases))} tokens in {_many(len(run.phases), 'phase')}, run folder {run.out}")
     with engine.forward_mode():             # under autocast a kernel meets bf16, whatever the weights are
         reason = engine.module.attention_reason(device)

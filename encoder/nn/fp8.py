@@ -1,0 +1,95 @@
+"""Linear layers whose three products run in 8 bits: E4M3 for weights and activations, E5M2 for gradients, one scale a tensor
+(Micikevicius et al. 2022, FP8 Formats for Deep Learning).
+
+    y = x W^T        d_x = d_y W        d_W = d_y^T x        each of quantized(a) quantized(b) times both scales, added up in fp32
+
+A scale maps the largest absolute value of a tensor, as it is now, to the format's largest: nothing overflows, nothing is remembered
+from step to step, so a resumed run is the run. Weights, their gradients and the optimizer keep their precision. A layer keeps its
+input for the way back in one byte an element. On CUDA (compute capability 8.9 and up) torch._scaled_mm computes it; on a CPU the
+same 8-bit numbers are multiplied in fp32, whose sums are exact to 1e-7.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoder.base.errors import ConfigError
+
+FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16               # of both sides of a matrix: the tensor cores' demand
+LEAST_SCALE = 1e-30         # of a tensor of zeros
+
+
+class Fp8Linear(nn.Linear):
+    """nn.Linear, its products in 8 bits; the output in autocast's dtype, else the input's."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear, *, name: str) -> Fp8Linear:
+        """On the same parameters. Raises ConfigError for sides that the hardware cannot take."""
+        if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+            raise ConfigError(f"fp8 layers: {name} is {linear.out_features} x {linear.in_features}; needed: multiples of "
+                              f"{MULTIPLE}. Change hidden_size or intermediate_size, or use engine.fp8: off.")
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, bias=False)
+        made.weight, made.bias = linear.weight, linear.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C] -> [T, O]."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        out = _Products.apply(x, self.weight, dtype)
+        return out if self.bias is None else out + self.bias.to(dtype)
+
+
+def to_fp8_(module: nn.Module) -> None:
+    """Every nn.Linear in it, from now on; parameters and their names stay. Raises ConfigError as Fp8Linear.of,
+    before any is changed."""
+    made = {name: Fp8Linear.of(child, name=name) for name, child in module.named_modules() if type(child) is nn.Linear}
+    for name, linear in made.items():
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, linear)
+
+
+def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in 8 bits and its scale, fp32 and 0-d: x is about q times scale. What is not finite makes it all not finite."""
+    most = torch.finfo(dtype).max
+    scale = (x.detach().abs().amax().float() / most).clamp(min=LEAST_SCALE)
+    return (x.float() / scale).clamp(-most, most).to(dtype), scale
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, weight_OC: Tensor, dtype: torch.dtype) -> Tensor:
+        x8, x_scale = quantized(x_TC, FORWARD)
+        w8, w_scale = quantized(weight_OC, FORWARD)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.dtypes = x_TC.dtype, weight_OC.dtype
+        return _product(x8, w8.t(), x_scale, w_scale, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_TO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        d8, d_scale = quantized(d_TO, BACKWARD)
+        d_x = _product(d8, _by_columns(w8), d_scale, w_scale, x_dtype)
+        if short := -len(d8) % MULTIPLE:        # the tokens are the sum's length here
+            d8, x8 = (F.pad(y.view(torch.uint8), (0, 0, 0, short)).view(y.dtype) for y in (d8, x8))
+        d_weight = _product(d8.t().contiguous(), _by_columns(x8), d_scale, x_scale, w_dtype)
+        return d_x, d_weight, None
+
+
+def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """a row-major, b column-major: what the tensor cores read."""
+    if a.device.type == "cuda":
+        return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
+    with torch.autocast(a.device.type, enabled=False):      # torch's own on a CPU takes 50 ms for 64 x 64 x 128
+        return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
+
+
+def _by_columns(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
