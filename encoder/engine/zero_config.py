@@ -55,6 +55,8 @@ class EngineConfig:
 
 
 BUCKET_ELEMENTS = 2**26      # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
+# Stages 1 and 2 reduce each stretch of a bucket to its owner; by default DeepSpeed all-reduces whole buckets: twice the bytes
+TO_THE_OWNER = {"use_multi_rank_bucket_allreduce": False}
 STAGE_3 = {
     # A weight goes after each use. By default DeepSpeed keeps what is used again within 1e9 elements, and any look ahead
     # keeps it, too. 150 M parameters on 2 ranks at the end of a forward: 2,505 MiB, with a look ahead 3,079
@@ -75,7 +77,7 @@ def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "communication_data_type": "fp32",         # else bf16 parameters reduce their gradients in bf16
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False,
-                              "reduce_bucket_size": BUCKET_ELEMENTS, **(STAGE_3 if config.zero_stage == 3 else {}),
+                              **TO_THE_OWNER, "reduce_bucket_size": BUCKET_ELEMENTS, **(STAGE_3 if config.zero_stage == 3 else {}),
                               **({"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer == "cpu" else {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

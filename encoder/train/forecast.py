@@ -133,10 +133,10 @@ def forecast(run: RunConfig, *, steps: Sequence[PlannedStep], flops_per_token: S
 def communication_bytes(run: RunConfig, *, parameters: int, ranks: int, micro_batches: int) -> float:
     """That each rank sends in one step, by ring collectives: a reduce-scatter or an all-gather of n bytes sends n (N - 1) / N.
 
-    Gradients travel in fp32. As counted on two ranks (tests/process/test_communication.py): at stages 0 to 2 whole buckets are
-    all-reduced, twice what their owners need; at stages 0 and 1 once a step, at stage 2 after every micro-batch. Then the weights
-    are gathered. Stage 3 reduce-scatters after every micro-batch and gathers weights for every forward and every backward (the
-    latter is not counted: a small model's weights are all below DeepSpeed's threshold and stay).
+    Gradients travel in fp32. As counted on two ranks (tests/process/test_communication.py): at stage 0 they are all-reduced;
+    each stretch is reduced to its owner at stage 1 once a step, at stage 2 after every micro-batch, and then the weights are
+    gathered. Stage 3 reduce-scatters after every micro-batch and gathers weights for every forward and every backward (the latter
+    is not counted: a small model's weights are all below DeepSpeed's threshold and stay).
     """
     share = (ranks - 1) / ranks
     gradients = parameters * (8 if run.engine.precision == "fp64" else 4) * share
@@ -145,7 +145,7 @@ def communication_bytes(run: RunConfig, *, parameters: int, ranks: int, micro_ba
         return 2 * gradients
     if run.engine.zero_stage == 3:
         return micro_batches * (gradients + 2 * weights)
-    return 2 * gradients * (micro_batches if run.engine.zero_stage == 2 else 1) + weights
+    return gradients * (micro_batches if run.engine.zero_stage == 2 else 1) + weights
 
 
 def forecast_lines(found: Forecast, *, ranks: int, machine: Machine | None, probe: Probe | None) -> list[str]:
