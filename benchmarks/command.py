@@ -25,6 +25,7 @@ QUESTIONS = {"prep": "text to shards, beside a tokenizer a document and MDSWrite
              "step": "training steps, beside transformers",
              "attention": "every backend, beside a dense mask and a padded batch",
              "optimizer": "updates, beside torch's and torch-optimi's",
+             "engine": "what DeepSpeed costs at each ZeRO stage, beside the same step without it",
              "checkpoint": "how long a save holds training up, beside torch.save",
              "gemm": "matrix products of a model, beside the device's own ceiling",
              "loss": "memory of the loss, beside all logits at once"}

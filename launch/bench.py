@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""How fast it is here, beside what others do: preparation, loader, step, attention, optimizer, checkpoint.
+"""How fast it is here, beside what others do: preparation, loader, step, attention, optimizer, engine, checkpoint.
 
-    python launch/bench.py [prep|loader|step|attention|optimizer|checkpoint|gemm|loss|all] [--device cpu|cuda] [--against hf]
+    python launch/bench.py [prep|loader|step|attention|optimizer|engine|checkpoint|gemm|loss|all] [--device cpu|cuda] [--against hf]
                            [--json FILE] [...]          each question has more: launch/bench.py step --help
 """
 
