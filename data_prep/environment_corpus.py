@@ -32,6 +32,7 @@ from encoder.base.log import say
 
 MANIFEST = "manifest.json"
 PACKAGE_SHARE = 0.2             # at most this share of a source from one package: oci alone has 18,000 files
+LEAST_SHARE = 0.5               # of the text asked for; with a tenth of it a source has no document to hold out
 MIN_CHARS, MAX_CHARS = 200, 200_000
 MAX_LINE_CHARS = 500            # longer: data or minified
 MIN_LETTERS = 0.5               # share of letters and white space in code; below: tables of numbers
@@ -96,9 +97,10 @@ def _write_sources(files: list[File], out: Path, limit: int) -> dict[str, dict[s
                       "packages": len(packages)}
         say(f"{name}: {sums[name]['text_bytes'] / 1e6:.1f} MB of text, {len(documents):,} documents from "
             f"{len(packages)} packages, {out / f'{name}.jsonl'}")
-        if not documents:
-            raise ConfigError(f"this Python environment has no {name} to collect. "
-                              "Install some packages, or bring text of your own.")
+        if sums[name]["text_bytes"] < LEAST_SHARE * limit:
+            raise ConfigError(f"this Python environment holds {sums[name]['text_bytes'] / 1e6:.1f} MB of {name}; needed: "
+                              f"{LEAST_SHARE:.0%} of the {limit / 1e6:g} MB asked for. Ask for less with --size-mb, run it in the "
+                              "environment that the project was installed into (make install), or bring text of your own.")
     return sums
 
 

@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         from encoder.train.config import read_run
         run = read_run(args.run, args.overrides)
         from encoder.train.phases import planned_steps
-        from encoder.train.plan import FILL, plan_text
-        steps = list(planned_steps(run, fill=FILL))
+        from encoder.train.plan import plan_text, row_fills
+        steps = list(planned_steps(run, fills=row_fills(run)))
         machine = probed = None
         if args.gpu:
             from encoder.train.forecast import gpu

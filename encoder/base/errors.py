@@ -59,10 +59,12 @@ class ExportError(UserError):
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """' Did you mean x?' for a misspelt word, else the choices: the end of an error's sentence."""
+    """' Did you mean x?' for a misspelt word, else the choices: the end of an error's sentence. Another number is no
+    misspelling: fp16 is not fp64."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, choices, n=1, cutoff=0.6)
+    close = [c for c in get_close_matches(word, choices, n=3, cutoff=0.6)
+             if c == word or c.rstrip("0123456789") != word.rstrip("0123456789")]
     if close:
         return f"Did you mean {close[0]}?"
     return f"Known: {', '.join(choices)}."

@@ -49,7 +49,7 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
     except FileNotFoundError as error:
         beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path} does not exist. " + (nearest(path.name, beside) if beside
-                          else f"There is no settings file in {path.parent}.")) from error
+                          else "There is no settings file beside it.")) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
     mapping = parse_yaml(text, where=str(path))
@@ -72,8 +72,11 @@ def parse_yaml(text: str, *, where: str) -> Any:
         raise ConfigError(f"{where}{line}: {problem}.") from error
 
 
-def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "") -> T:
-    """A settings object from plain values. Raises ConfigError, also for a class's own ValueError, naming the dotted key."""
+def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", tag: str | None = None) -> T:
+    """A settings object from plain values. Raises ConfigError, also for a class's own ValueError, naming the dotted key.
+
+    `tag`: the key that chose the class and is not among the values any more; a misspelt key may have meant it.
+    """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys {', '.join(_names(cls))}."
@@ -82,7 +85,8 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "") 
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in mapping:
         if name not in fields:
-            raise ConfigError(f"{_at(where, _join(key, name))} is unknown. {nearest(str(name), list(fields))}")
+            raise ConfigError(f"{_at(where, _join(key, name))} is unknown. "
+                              f"{nearest(str(name), [*([tag] if tag else []), *fields])}")
     values = {}
     for name, field in fields.items():
         if name in mapping:
@@ -267,7 +271,7 @@ def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str) -> Any:
             f"{_at(where, _join(key, chosen.tag))} is {word!r}. {nearest(str(word), list(chosen.choices))}"
         )
     rest = {k: v for k, v in value.items() if k != chosen.tag}
-    return from_mapping(chosen.choices[word], rest, where=where, key=key)
+    return from_mapping(chosen.choices[word], rest, where=where, key=key, tag=chosen.tag)
 
 
 def _choice_of(hint: Any) -> _ChosenBy | None:

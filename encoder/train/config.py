@@ -188,9 +188,9 @@ class RunConfig:
     model: chosen_by("system", SYSTEMS)
     data: DataConfig
     objective: chosen_by("name", OBJECTIVES)
-    optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw")
     phases: tuple[PhaseConfig, ...]
     checkpoints: CheckpointConfig
+    optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(default_factory=OPTIMIZERS["stable_adamw"])
     init_from: str | None = None                           # a stored model that the weights start from, not the seed
     branch_from: str | None = None                         # a run's checkpoint: weights and optimizer state start from it
     evaluation: EvaluationConfig | None = None

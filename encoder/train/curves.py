@@ -24,6 +24,7 @@ class Curves:
     metrics: list[dict[str, Any]]
     entropy: float | None         # unigram entropy of the held-out text, nats
     vocab_size: int
+    tokens_before: int = 0        # of the checkpoint that a branch began with: its curve goes on there
 
 
 def draw(runs: Sequence[Curves], path: Path) -> Path:
@@ -43,20 +44,22 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
     for key, axis in at.items():
         for run, colour in zip(runs, COLOURS * len(runs)):
             thin = key == "loss"
-            axis.plot(*_curve(run.metrics, key), lw=0.8 if thin else 1.2, color=colour, alpha=0.45 if thin else 1.0,
+            axis.plot(*_curve(run, key), lw=0.8 if thin else 1.2, color=colour, alpha=0.45 if thin else 1.0,
                       label=f"{run.name}: training" if thin else None, marker="o" if key == "held_out_accuracy" else None, ms=3)
         axis.set(title=titles[key])
         if key != "loss":                # losses differ by less than their distance from zero
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
-        for name, tokens in sorted({start for run in runs for start in _phase_starts(run.metrics)}):
-            axis.axvline(tokens, lw=0.7, color="#aaa")
-            if key == "loss":
-                axis.annotate(name, (tokens, 0.03), xycoords=("data", "axes fraction"), fontsize=8, color="#666",
-                              xytext=(3, 0), textcoords="offset points")
+        for number, (run, colour) in enumerate(zip(runs, COLOURS * len(runs))):
+            colour = "#888" if len(runs) == 1 else colour
+            for name, tokens in _phase_starts(run):
+                axis.axvline(tokens, lw=0.7, color=colour, alpha=0.6)
+                if key == "loss":       # runs one above another: their phases often begin at the same tokens
+                    axis.annotate(name, (tokens, 0.03 + 0.04 * number), xycoords=("data", "axes fraction"), fontsize=8,
+                                  color=colour, xytext=(3, 0), textcoords="offset points")
     for run, colour in zip(runs, COLOURS * len(runs)):
-        x, y = _curve(run.metrics, "held_out_loss")
+        x, y = _curve(run, "held_out_loss")
         if len(y):
             at["loss"].plot(x, y, "o-", ms=3.5, lw=1.4, color=colour, label=f"{run.name}: held-out, last {y[-1]:.2f}")
     for size in sorted({run.vocab_size for run in runs}):
@@ -69,18 +72,18 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
     return path
 
 
-def _curve(metrics: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def _curve(run: Curves, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and values where there is one; means of neighbours where there are too many. Held-out values stay as they are."""
-    found = [(m["tokens"], m[key]) for m in metrics if m.get(key) is not None]
+    found = [(run.tokens_before + m["tokens"], m[key]) for m in run.metrics if m.get(key) is not None]
     points = np.array(found, dtype=np.float64).reshape(-1, 2)
     if len(points) > MOST_POINTS and not key.startswith("held_out"):
         points = np.array([part.mean(0) for part in np.array_split(points, MOST_POINTS)])
     return points[:, 0], points[:, 1]
 
 
-def _phase_starts(metrics: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    """Phases after the first, and the tokens at their beginning."""
+def _phase_starts(run: Curves) -> list[tuple[str, int]]:
+    """Phases after the first (of a branch also the first), and the tokens at their beginning."""
     starts: dict[str, int] = {}
-    for m in metrics:
-        starts.setdefault(m["phase"], m["tokens"])
-    return list(starts.items())[1:]
+    for m in run.metrics:
+        starts.setdefault(m["phase"], run.tokens_before + m["tokens"])
+    return list(starts.items())[0 if run.tokens_before else 1:]

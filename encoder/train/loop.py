@@ -21,7 +21,7 @@ from encoder.base.errors import CheckpointError, UserError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say, warn_once
 from encoder.base.schema import to_plain, to_yaml
-from encoder.base.units import Progress, short_count, short_seconds
+from encoder.base.units import Progress, short_bytes, short_count, short_seconds
 from encoder.data.loader import StepData
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import newest_checkpoint, read_progress
@@ -176,6 +176,7 @@ class _Story:
             self.evaluate()
             self.progress = enter_next_phase(self.progress)
             self.save(milestone=phase.name)
+            save_is_due = False
             if stopping and current_phase(self.run, self.progress) is not None:
                 return self._stopped(stop)
         return self._finished()
@@ -223,7 +224,9 @@ class _Story:
         beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
         per_source = "".join(f"  {name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
                              for name in [s.name for s in self.held_out] if len(self.held_out) > 1)
-        say(f"step {self.progress.step:>6}  held-out loss {numbers['held_out_loss']:.3f}{beside} accuracy "
+        p = self.progress
+        asks = f" as phase {self.run.phases[p.phase].name} asks" if p.step and not p.phase_step else ""
+        say(f"step {self.progress.step:>6}  held-out loss{asks} {numbers['held_out_loss']:.3f}{beside} accuracy "
             f"{numbers['held_out_accuracy']:.1%}{per_source}")
         if self.tracker:
             phase = self.run.phases[self.progress.phase].name
@@ -282,8 +285,8 @@ class _Story:
             return
         p = saved.progress
         self.deadline.saved(saved.seconds)
-        end = f" (end of {saved.milestone})" if saved.milestone else ""
-        say(f"step {self.progress.step:>6}  saved {saved.path.name}{end}: {short_count(saved.bytes)}B in "
+        end = f", the end of {saved.milestone}" if saved.milestone else ""
+        say(f"step {self.progress.step:>6}  saved {saved.path.name} (step {p.step}{end}): {short_bytes(saved.bytes)} in "
             f"{short_seconds(saved.seconds)}, training waited {short_seconds(self.stall_seconds)}")
         if self.tracker:
             with self.guarded():
@@ -349,7 +352,7 @@ class _Story:
             f"step {p.step:>6}  {phase.name}  {short_count(p.tokens):>7} tokens  loss {result.loss:.3f}  lr {lr:.2e}  "
             f"batch {short_count(data.tokens)}  {short_count(self.speed.tokens_per_second)} tok/s  "
             + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.4g} TFLOP/s  ") +
-            f"waiting {self.speed.waiting_share:.0%}  {short_count(held)}B  left {short_seconds(self.speed.seconds_for(left))}",
+            f"waiting {self.speed.waiting_share:.0%}  {short_bytes(held)}  left {short_seconds(self.speed.seconds_for(left))}",
             step=p.step, share=p.tokens / (p.tokens + left), now=p.phase_step == 1)
 
     def _record_epochs(self, loader: Feed, data: StepData) -> None:

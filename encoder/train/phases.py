@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -51,11 +51,13 @@ def phase_of_weights(progress: Progress) -> int:
     return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
 
 
-def planned_steps(run: RunConfig, *, fill: float = 1.0) -> Iterator[PlannedStep]:
-    """All steps of a run, with rows that are `fill` full (0 < fill <= 1; the true tokens follow from the documents)."""
+def planned_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> Iterator[PlannedStep]:
+    """All steps of a run, with rows that are as full as `fills` says of each phase (0 to 1; the true tokens follow from the
+    documents)."""
     step = 0
     for index, phase in enumerate(run.phases):
         warm_up = phase.batch_warmup.over_tokens if phase.batch_warmup else 0
+        fill = fills[index] if fills else 1.0
         seen, full = 0, run.rows_at(phase, warm_up)
         while seen < phase.tokens:
             rows = run.rows_at(phase, seen) if seen < warm_up else full

@@ -13,8 +13,9 @@ import torch
 from encoder.base.dist import World
 from encoder.base.errors import ShardError
 from encoder.base.units import short_bytes, short_count
+from encoder.data.packing import pack_best_fit
 from encoder.data.shard_format import read_card, read_lengths
-from encoder.data.windows import cut
+from encoder.data.windows import cut, documents_per_window
 from encoder.models.catalog import build_model
 from encoder.models.flops import train_flops
 from encoder.models.hf_config import stays_ours
@@ -28,7 +29,8 @@ from encoder.train.phases import PlannedStep, planned_steps
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
-FILL = 0.998          # rows of real text packed best-fit in windows of thousands of documents (measured 99.7 to 99.9 %)
+FILL = 0.998          # of rows of documents that are not there yet (measured 99.7 to 99.9 % in windows of thousands of documents)
+FILL_WINDOWS = 8      # packed to know how full rows get
 CUDA_SHARE = 0.92     # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -75,7 +77,8 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
     """
     needs = count_needs(run, ranks=ranks)
     count, decayed, memory = needs.parameters, needs.decayed, needs.memory
-    steps = steps or list(planned_steps(run, fill=FILL))
+    fills = row_fills(run)
+    steps = steps or list(planned_steps(run, fills=fills))
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
         "",
@@ -90,7 +93,8 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
         "",
-        f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15}learning rate",
+        f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15} "
+        "learning rate",
     ]
     for index, phase in enumerate(run.phases):
         own = [s for s in steps if s.phase == index]
@@ -100,14 +104,15 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"{'all':<12}{short_count(sum(p.tokens for p in run.phases)):>9}{'':>8}{'':>9}{len(steps):>10,}",
         "",
         f"learning rate  {_spark([s.lr for s in steps])}  0 to {max(s.lr for s in steps):.2e}",
-        f"batch          {_spark([float(s.tokens) for s in steps])}  up to {short_count(max(s.tokens for s in steps))} tokens",
+        f"batch          {_spark([float(s.tokens) for s in steps])}  up to {short_count(max(s.tokens for s in steps))} tokens in "
+        f"rows that are {_share_text(fills)} full",
         "",
         f"memory a rank  about {short_bytes(memory.total)}: weights {short_bytes(memory.weights)}, "
         f"gradients {short_bytes(memory.gradients)}, optimizer {short_bytes(memory.optimizer)}, "
         f"activations {short_bytes(memory.activations)}"
-        f"{f'; in the machine {short_bytes(memory.offloaded)}' if memory.offloaded else ''}",
+        f"{f'; in the machine {short_bytes(memory.offloaded)}' if memory.offloaded else ''}{_libraries_text(run, probe)}",
         *_fits_lines(run, memory, machine, probe, alone=count_needs(run, ranks=1).memory),
-        f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(works)})",
+        f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(run, works)})",
         f"checkpoints    {short_bytes(needs.checkpoint_bytes)} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
         f"{run.checkpoints.keep_last} kept and one for each end of a phase",
     ]
@@ -116,6 +121,11 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
                          parameters=count, ranks=ranks, machine=machine, probe=probe, interconnect=interconnect)
         lines += forecast_lines(found, ranks=ranks, machine=machine, probe=probe)
     return "\n".join(lines)
+
+
+def _libraries_text(run: RunConfig, probe: Probe | None) -> str:
+    on_cpu = run.device == "cpu" or run.device == "auto" and not torch.cuda.is_available()
+    return "; torch and its libraries take about 0.8 GB beside it" if on_cpu and not probe else ""      # 782 to 840 MB seen
 
 
 def count_needs(run: RunConfig, *, ranks: int) -> Needs:
@@ -160,6 +170,35 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
         one_token = train_flops(run.model, lengths=lengths, masked_tokens=share * tokens) / tokens
         flops += one_token * phase.tokens * source.weight / sum(s.weight for s in sources)
     return PhaseWork(flops=flops, unknown=tuple(unknown))
+
+
+def row_fills(run: RunConfig) -> list[float]:
+    """How full the rows of each phase are: windows of its documents, drawn by their lengths, packed as the loader packs them; FILL
+    where lengths are not there yet."""
+    return [_row_fill(run, phase) for phase in run.phases]
+
+
+def _row_fill(run: RunConfig, phase: PhaseConfig) -> float:
+    sources = run.sources_of(phase)
+    try:
+        cards = [read_card(s.folder) for s in sources]
+        stored = [read_lengths(s.folder, card) for s, card in zip(sources, cards)]
+    except ShardError:
+        return FILL
+    shares = documents_per_window(cards, [s.weight for s in sources], run.data.window_documents)
+    draw, tokens, room = np.random.default_rng(0), 0, 0
+    for _ in range(FILL_WINDOWS):
+        lengths = np.concatenate([
+            cut(0, np.arange(count), lengths[draw.integers(0, len(lengths), count)], phase.max_tokens_per_document).tokens_P
+            for lengths, share in zip(stored, shares) if (count := int(share + draw.random()))])
+        tokens += int(lengths.sum())
+        room += pack_best_fit(lengths, run.data.row_tokens).rows * run.data.row_tokens
+    return tokens / room
+
+
+def _share_text(fills: Sequence[float]) -> str:
+    low, high = f"{min(fills):.1%}", f"{max(fills):.1%}"
+    return low if low == high else f"{low} to {high}"
 
 
 def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int, ranks: int) -> Memory:
@@ -207,7 +246,7 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks
     middle = f" -> {max(rates):.2e}" if max(rates) > max(rates[0], rates[-1]) * 1.0001 else ""
     return (
         f"{phase.name:<12}{short_count(phase.tokens):>9}{phase.max_tokens_per_document:>8,}"
-        f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15}{rates[0]:.2e}{middle} -> {rates[-1]:.2e}"
+        f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15} {rates[0]:.2e}{middle} -> {rates[-1]:.2e}"
     )
 
 
@@ -265,9 +304,11 @@ def _spark(values: list[float], width: int = 60) -> str:
     return "".join(BARS[round(v / top * (len(BARS) - 1))] for v in picked)
 
 
-def _lengths_text(works: list[PhaseWork]) -> str:
+def _lengths_text(run: RunConfig, works: list[PhaseWork]) -> str:
     unknown = sorted({path for w in works for path in w.unknown})
     if not unknown:
         return "documents as long as lengths.bin says, cut as the phases cut them"
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-    return f"documents of {unknown[0]}{more} counted as long as they may be; the others as long as lengths.bin says"
+    others = {s.path for p in run.phases for s in run.sources_of(p)} != {*unknown}
+    return (f"documents of {unknown[0]}{more} counted as long as they may be"
+            f"{'; the others as long as lengths.bin says' if others else ''}")

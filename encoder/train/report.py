@@ -46,10 +46,13 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
     runs = [_read_run(folder) for folder in folders]
     names = [run.config.name for run in runs]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
+        names = [folder.name for folder in folders]
+        if len(set(names)) < len(names):
+            names = [str(folder) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
     picture = draw([Curves(name=name, metrics=run.metrics, entropy=run.done.get("unigram_entropy"),
-                           vocab_size=run.config.model.vocab_size) for name, run in zip(names, runs)], out / "loss.png")
+                           tokens_before=_tokens_before(run), vocab_size=run.config.model.vocab_size)
+                    for name, run in zip(names, runs)], out / "loss.png")
     of = [f" of {name}" if len(runs) > 1 else "" for name in names]
     page = _page(", ".join(names), picture, [
         _side_by_side("Result", names, [_facts(run) for run in runs]),
@@ -90,8 +93,20 @@ def _time_facts(run: _Run) -> dict[str, str]:
 
 def _events(run: _Run) -> list[list[str]]:
     return [[e.get("time", ""), e.get("event", ""),
-             ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event", "start", "began", "spent"))]
+             ", ".join(f"{k} {v}" for k, v in _flat(e) if k not in ("time", "event", "start", "began", "spent"))]
             for e in read_jsonl(run.folder / EVENTS)]
+
+
+def _flat(values: dict[str, Any], key: str = "") -> list[tuple[str, Any]]:
+    """Names and values, those of inner tables as `outer.inner`."""
+    return [pair for k, v in values.items()
+            for pair in (_flat(v, f"{key}{k}.") if isinstance(v, dict) else [(f"{key}{k}", v)])]
+
+
+def _tokens_before(run: _Run) -> int:
+    """Tokens of the checkpoint that the run branched off; zero for a run of its own."""
+    begun = next((e for e in read_jsonl(run.folder / EVENTS) if e.get("parent")), {})
+    return begun.get("parent", {}).get("tokens", 0)
 
 
 def _side_by_side(title: str, names: Sequence[str], facts: Sequence[dict[str, str]], text: str = "") -> Section:

@@ -12,7 +12,8 @@ from encoder.base.dist import World
 from encoder.engine.checkpoint import newest_checkpoint, read_weights
 from encoder.train.config import read_run
 from encoder.train.loop import pretrain
-from encoder.train.tracking import LEDGER, read_jsonl
+from encoder.train.plan import row_fills
+from encoder.train.tracking import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
 
@@ -114,3 +115,17 @@ def resume(world: World, *, folder: str) -> None:
         read_run(f"{folder}/run.yaml", [f"out={folder}/zero2-2", "loader.micro_batch_rows=3", "engine.zero_stage=0"]),
         world,
     )
+
+
+def test_the_end_of_a_phase_settles_the_save_that_is_due_with_it(folder):
+    steps = [e["step"] for e in read_jsonl(folder / "zero1-1" / EVENTS) if e["event"] == "checkpoint"]
+    phases = [m["phase"] for m in merged_metrics(folder / "zero1-1" / METRICS) if "loss" in m]
+    end = phases.count("short")
+    assert end in steps and end + 1 not in steps and len(steps) == len({*steps})
+
+
+def test_the_plan_knows_how_full_the_rows_of_small_windows_get(folder):
+    trained = [m for m in merged_metrics(folder / "zero1-1" / METRICS) if "fill" in m]
+    for phase, planned in zip(("short", "long"), row_fills(read_run(folder / "run.yaml"))):
+        full = [m["fill"] for m in trained if m["phase"] == phase]
+        assert planned < 0.99 and planned == pytest.approx(sum(full) / len(full), abs=0.03)

@@ -61,6 +61,8 @@ def test_a_choice_with_a_usual_word_may_leave_it_out():
     ("{name: a, tokens: 1, lr: {schedule: wram, peak: 1}}", "lr.schedule is 'wram'. Did you mean warm?"),
     ("{name: a, tokens: 1, lr: {schedule: [flat], peak: 1}}", "lr.schedule is ['flat']. "),
     ("{name: a, tokens: 1, mode: fsat}", "mode is 'fsat'. Did you mean fast?"),
+    ("{name: a, tokens: 1, lr: {schedul: warm, schedule: flat, peak: 1}}", "lr.schedul is unknown. Did you mean schedule?"),
+    ("{name: a, tokens: 1, wave: {knd: flat, peak: 2, warmup_tokens: 3}}", "wave.knd is unknown. Did you mean kind?"),
     ("{name: a}", "tokens is missing"),
     ("{name: a, tokens: many}", "tokens: 'many' is no number of tokens"),
     ("{name: a, tokens: 1.5}", "tokens: 1.5 is not a whole number of tokens"),

@@ -60,6 +60,14 @@ def test_the_corpus_is_the_same_bytes_and_not_made_twice(environment, tmp_path, 
     assert "made before" in capsys.readouterr().out
 
 
+def test_an_environment_with_far_less_text_than_asked_for_is_refused_and_leaves_nothing_that_counts_as_made(
+        environment, tmp_path, capsys):
+    assert run("environment-corpus", "--out", tmp_path / "out", "--size-mb", "1") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "MB of code; needed: 50% of the 0.5 MB asked for" in said and "--size-mb" in said
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_only_paragraphs_that_read_as_english_are_prose():
     text = "\n\n".join([SENTENCE.format("x"), ">>> f(1)\n2", "Parameters\n----------\nx : int\n    The value of it.", "Short one.",
                         "    indented code that is long enough to be a sentence of the file.",

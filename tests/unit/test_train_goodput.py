@@ -12,13 +12,14 @@ from rich.console import Console
 from encoder.base.dist import World
 from encoder.base.errors import ConfigError
 from encoder.base.log import say
-from encoder.train import config
+from encoder.train import config, curves
 from encoder.train.config import TrackingConfig, read_run
 from encoder.train.console import open_board
+from encoder.train.curves import Curves
 from encoder.train.goodput import wall_ms
 from encoder.train.loop import pretrain
 from encoder.train.meters import Clock
-from encoder.train.report import write_report
+from encoder.train.report import _flat, write_report
 from encoder.train.tracking import EVENTS, METRICS, merged_metrics, read_jsonl
 from launch import report
 from tests.shards_for_tests import random_documents, write_source
@@ -171,3 +172,14 @@ def test_a_terminal_has_a_bar_and_a_log_a_line_each_few_steps(terminal, first_ra
         assert not capsys.readouterr().out
     else:
         assert capsys.readouterr().out == "step 1\nstep 2\nstep 4\nsaved\n" and out.getvalue() == ""
+
+
+def test_a_branch_is_drawn_from_where_its_parent_was_and_its_phases_under_its_own_name():
+    metrics = [{"tokens": 10, "phase": "decay", "loss": 3.0}, {"tokens": 20, "phase": "late", "loss": 2.0}]
+    own, branch = (Curves(name="x", metrics=metrics, entropy=None, vocab_size=64, tokens_before=n) for n in (0, 100))
+    assert curves._curve(own, "loss")[0].tolist() == [10, 20] and curves._curve(branch, "loss")[0].tolist() == [110, 120]
+    assert curves._phase_starts(own) == [("late", 20)] and curves._phase_starts(branch) == [("decay", 110), ("late", 120)]
+
+
+def test_an_event_with_a_table_in_it_is_told_in_words():
+    assert _flat({"step": 1, "parent": {"run": "a", "seeds": [1]}}) == [("step", 1), ("parent.run", "a"), ("parent.seeds", [1])]
