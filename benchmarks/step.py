@@ -55,12 +55,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row-tokens", type=count, default=4096)
     parser.add_argument("--rows", type=several(count), default=[4], help="rows of a micro-batch; several: a line each")
     parser.add_argument("--precision", type=several_of("fp32", "autocast", "fp8"), default=["autocast"],
-                        help="fp8: autocast with layers in 8 bits")
-    parser.add_argument("--attention", type=several(str), default=["auto"], help="all: every backend that can run")
-    parser.add_argument("--compile", type=several_of("off", "blocks"), default=None, help="off on a CPU, blocks on CUDA")
+                        help="fp32, autocast (bf16), fp8: autocast with layers in 8 bits")
+    parser.add_argument("--attention", type=several(str), default=["auto"],
+                        help="flash, flash2 to flash4, varlen, flex, tiles, sdpa; all: every backend that can run")
+    parser.add_argument("--compile", type=several_of("off", "blocks"), default=None,
+                        help="off, blocks: the layers by torch.compile (default: off on a CPU, blocks on CUDA)")
     parser.add_argument("--graphs", type=several_of("off", "micro_step"), default=["off"],
                         help="micro_step: forward and backward as one CUDA graph")
-    parser.add_argument("--kinds", type=several_of(*KINDS), default=[*KINDS], help="of transformers' batches")
+    parser.add_argument("--kinds", type=several_of(*KINDS), default=[*KINDS], help=f"of transformers' batches: {', '.join(KINDS)}")
     parser.add_argument("--hf-attention", default="sdpa", help="best: flash_attention_2 where it is installed")
     parser.add_argument("--hf-batch", type=count, default=8, help="documents of a padded batch")
     parser.add_argument("--batches", type=count, default=4, help="micro-batches of a round")

@@ -182,6 +182,8 @@ def _make_segments(plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, e
     left = [s for s in segments if s.number not in finished]
     if len(left) < len(segments):
         say(f"{name}{label}: {len(segments) - len(left):,} of {len(segments):,} segments were finished before.")
+    if not segments:
+        say(f"{name}{label}: none of the source's {len(plan.segments):,} segments begins in this part. Nothing to do.")
     if not left:
         return
     with Meter(f"{name}{label}", sum(s.bytes for s in left)) as meter:
