@@ -105,7 +105,7 @@ def _story(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for event in written:
         if event["event"] in ("start", "end"):
             story.append(event)
-        elif event["event"] == "refused" and story:
+        elif event["event"] == "refused" and story and story[-1]["event"] == "end":
             why = f"{story[-1]['why']}; SLURM did not requeue it: {event['why']}"
             story[-1] = {**story[-1], "decision": event["decision"], "why": why}
     return story
