@@ -30,7 +30,7 @@ test: install
 	@$(BIN)/python -m pytest
 
 test-cluster: install
-	@$(BIN)/python -m pytest --cluster -m cluster tests/cluster
+	@$(BIN)/python tests/cluster/side_by_side.py
 
 check: install
 	@$(BIN)/ruff check .

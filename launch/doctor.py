@@ -5,7 +5,7 @@
     srun python launch/doctor.py RUN.yaml [key=value ...] --report FOLDER      in a job, one task for each rank of the run
 
 Exit code: 0 fine; 2 a mistake in the input, which no other node would mend; 4 bad nodes, named on the console and in
-FOLDER/bad_nodes; 1 a defect of this program. FOLDER/NODE.json has what each node found.
+FOLDER/bad_nodes, 5 where all nodes are bad; 1 a defect of this program. FOLDER/NODE.json has what each node found.
 """
 
 from __future__ import annotations

@@ -16,9 +16,11 @@ It needs Python 3.8 and nothing else, so that it runs outside of containers. RUN
                step and tokens: what was committed by then
     signal     signal: USR1 before the time limit (TERM stands in the end's line alone, for there is little time then)
     preflight  code, seconds, bad_nodes
-    excluded   nodes: left out of the job's next starts
+    excluded   nodes: left out of the job's next starts; jobs: those that wait for it in the queue (submit.py --jobs), which leave
+               them out as well
     end        cause, why (a sentence), decision, code (srun's, which proves nothing), seconds (of the step), step and tokens
-               (committed), crashes (so far in this job), signal
+               (committed), crashes (so far in this job), signal; once for each start, before a requeue that may end this process
+    refused    why, decision (submit_again): what SLURM answered where the end before it asked for a requeue in vain
 
     cause      done         RUN/done.json is there, the only proof of success
                stopped      saved and left before the time limit, or by a signal that the batch script passed on
@@ -28,7 +30,7 @@ It needs Python 3.8 and nothing else, so that it runs outside of containers. RUN
                bad_nodes    the preflight found nodes that must not be used
                taken_over   a newer start of the same job is running: this one is the rest of a node that was cut off
     decision   finish | requeue | stop (with RUN/slurm/JOBID-report.txt) | leave (SLURM or the user has decided already)
-               submit_again (SLURM does not requeue this job: the same sbatch line goes on)
+               submit_again (SLURM does not requeue this job: the next one, or the same sbatch line, goes on)
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ from typing import Any
 
 # exit codes: 0 is also "go on with the training step"; 75 is EX_TEMPFAIL, submit it again
 GO, FAILED, MISTAKE, DONE_ALREADY, REQUEUED, NOT_DONE, ENDED = 0, 1, 2, 3, 4, 75, 143
-PREFLIGHT_BAD_NODES = 4
+OUT_OF_TIME = 124            # timeout's exit code
 # per job: crashes, starts in a row that commit nothing, nodes left out
 LIMITS = {"TESSERA_MAX_CRASHES": 3, "TESSERA_MAX_IDLE_STARTS": 3, "TESSERA_MAX_BAD_NODES": 8}
 CONTROLLER_SECONDS = 900.0           # a controller that is being restarted is waited for
+SUBMITTED = "submitted.jsonl"        # submit.py's: job, role
 CHECKPOINT = re.compile(r"tokens(\d{13,})-i(\d{4,})")
 
 
@@ -114,14 +117,8 @@ class Job:
         return self.own / f"{self.id}-r{self.restart}-mistake.txt"
 
     def events(self) -> list[dict[str, Any]]:
-        """All lines so far, of all starts; a line torn by a kill is left out."""
-        found = []
-        for line in self.record.read_bytes().split(b"\n") if self.record.exists() else ():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        """All lines so far, of all starts."""
+        return records(self.record)
 
     def write(self, event: str, **values: Any) -> None:
         """One line, durable: the job may be ended in the next moment."""
@@ -129,8 +126,12 @@ class Job:
         handle = os.open(self.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             torn = os.fstat(handle).st_size and not self.record.read_bytes().endswith(b"\n")       # a kill in the middle of a line
-            os.write(handle, b"\n" * bool(torn) + line.encode() + b"\n")
+            left = b"\n" * bool(torn) + line.encode() + b"\n"
+            while left:                      # a disk that is all but full takes a part of it
+                left = left[os.write(handle, left):]
             os.fsync(handle)
+        except OSError as error:             # of a handle, which has no name
+            raise OSError(error.errno, error.strerror, str(self.record)) from error
         finally:
             os.close(handle)
 
@@ -148,6 +149,19 @@ class Job:
             return int(json.loads((path / "progress.json").read_text())["progress"]["step"]), tokens
         except (OSError, ValueError, KeyError):
             return 0, tokens
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that may not be there; one torn by a kill is left out."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 # --- before the step --------------------------------------------------------------------------------------------------------
@@ -186,7 +200,14 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
     except (OSError, ValueError) as error:
         raise Mistake(f"the run file {run_file} cannot be read ({getattr(error, 'strerror', None) or error}). {here}") from error
     found = [value for key, _, value in (o.partition("=") for o in overrides) if key == "out"]
-    found = found[-1:] or re.findall(r"^out[ \t]*:[ \t]+(.*?)[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE)
+    lines = list(re.finditer(r"^out[ \t]*:(?:[ \t]+(.*?))?[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE)) if not found else []
+    if lines:
+        # what is indented below it YAML takes for more of the value
+        below = re.match(r"(?:[ \t]*(?:#.*)?\r?\n)*[ \t]+([^\s#].*)", text[lines[-1].end() + 1:])
+        if below:
+            raise Mistake(f"{run_file} has an out that goes on in the next line: {below[1].strip()}. Needed: `out: FOLDER` in one "
+                          "line, or give out=FOLDER.")
+        found = [lines[-1][1] or ""]
     value = found[-1].strip() if found else ""
     if value[:1] in "\"'" and value[:1] == value[-1:]:
         value = value[1:-1]
@@ -202,8 +223,13 @@ def preflight(job: Job, *, code: int, signalled: str, seconds: float) -> int:
     if code == 0 and not signalled:
         return GO
     if code == MISTAKE and not signalled and not job.mistake_file.exists():
-        job.mistake_file.write_text(f"{named_mistake(job)}\n", encoding="utf-8")
-    return end(job, code=code, signalled=signalled, seconds=seconds, bad_nodes=bad)
+        write_text(job.mistake_file, f"{named_mistake(job)}\n")
+    silent = f"the preflight ended with exit code {code} and without a word"
+    if code == OUT_OF_TIME:
+        allowed = os.environ.get("TESSERA_PREFLIGHT_SECONDS") or "300"
+        silent = (f"the preflight was not done after {seconds:.0f} s, TESSERA_PREFLIGHT_SECONDS gives it {allowed}: give it more, "
+                  "or see in the job's output where it stood")
+    return end(job, code=code, signalled=signalled, seconds=seconds, bad_nodes=bad, silent=silent)
 
 
 def named_mistake(job: Job) -> str:
@@ -228,23 +254,30 @@ def read_bad_nodes(job: Job) -> set[str]:
 # --- when a step has ended -----------------------------------------------------------------------------------------------------
 
 
-def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[str] | None = None) -> int:
-    """Notes why the step ended and what follows, and does it; returns the batch script's exit code."""
+def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[str] | None = None, silent: str = "") -> int:
+    """Notes why the step ended and what follows, and does it; returns the batch script's exit code.
+
+    `silent`: why it crashed, where no rank left a word."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)      # a requeue ends this job; what it calls inherits this
-    cause, why = cause_of_end(job, code=code, signalled=signalled, bad_nodes=bad_nodes or [])
+    cause, why = cause_of_end(job, code=code, signalled=signalled, bad_nodes=bad_nodes or [],
+                              silent=silent or f"the step ended with exit code {code} and without a word")
     step, tokens = job.committed()
     crashes = [e for e in job.events() if e["event"] == "end" and e["cause"] == "crash"]
     decision, reason = decide(job, cause=cause, tokens=tokens, crashes=crashes, bad_nodes=bad_nodes or [])
     facts = dict(cause=cause, code=code, seconds=seconds, step=step, tokens=tokens, signal=signalled,
                  crashes=len(crashes) + (cause == "crash"))
+    # before a requeue: SLURM may end this process at once
+    job.write("end", **facts, decision=decision, why=f"{why}{'; ' + reason if reason else ''}")
     if decision == "requeue":
-        job.write("end", **facts, decision="requeue", why=why)       # before it: SLURM may end this process at once
         refused = requeue(job, leave_out=bad_nodes or [])
         if not refused:
             say(f"{why}; requeued: it goes on from step {step}, {tokens:,} tokens")
             return REQUEUED
-        decision, reason = "submit_again", f"SLURM did not requeue the job ({refused}): submit it again, it goes on from there"
-    job.write("end", **facts, decision=decision, why=f"{why}{'; ' + reason if reason else ''}")
+        job.write("refused", why=refused, decision="submit_again")
+        after = leave_out_of_next_jobs(job, bad_nodes) if bad_nodes else []
+        goes_on = f"job {', '.join(after)} goes on without {', '.join(bad_nodes or [])}" if after else (
+            "submit it again, it goes on from there")
+        decision, reason = "submit_again", f"SLURM did not requeue the job ({refused}): {goes_on}"
     if decision == "finish":
         say(f"done: {tokens:,} tokens, step {step}")
         return GO
@@ -255,7 +288,7 @@ def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[
     return NOT_DONE if decision == "submit_again" else ENDED
 
 
-def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str]) -> tuple[str, str]:
+def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str], silent: str) -> tuple[str, str]:
     """The word and the sentence."""
     if (job.folder / "done.json").exists():
         return "done", "the run is done"
@@ -275,7 +308,7 @@ def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str]) -
     stopped = stopped_by_itself(job)
     if stopped:
         return "stopped", stopped
-    return "crash", first_error(job) or f"the step ended with exit code {code} and without a word"
+    return "crash", first_error(job) or silent
 
 
 def decide(job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], bad_nodes: list[str]) -> tuple[str, str]:
@@ -364,10 +397,20 @@ def write_report(job: Job, *, why: str, reason: str) -> Path:
                          f"{event['tokens']:,} tokens: {event['why']}")
         elif event["event"] == "excluded":
             lines.append(f"  {clock}  left out from now on: {', '.join(event['nodes'])}")
+        elif event["event"] == "refused":
+            lines.append(f"  {clock}  SLURM did not requeue the job: {event['why']}")
     lines += ["", "The first errors of the ranks are in errors/, stacks of a hang in hangs/, all output in the job's own file.",
               "After mending it, the same sbatch line goes on from the newest checkpoint."]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file; where the disk is full, the error says which one."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------------------
@@ -387,23 +430,48 @@ def node_names() -> list[str]:
 
 def requeue(job: Job, *, leave_out: list[str]) -> str:
     """Asks SLURM to start the job again, without some nodes; what it answered where it refused, else nothing."""
-    excluded = [] if not leave_out else job_state(job.id).get("ExcNodeList", "(null)").replace("(null)", "").split(",")
+    state = job_state(job.id) if leave_out else {}
     answer = ask("scontrol", "requeue", job.id)
     if answer.returncode:
         return " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
     if leave_out:
         # accepted of a job that is no longer running, so after the requeue; SLURM lets it start only after its credential's
         # time, 120 s, and gives this process KillWait, 30 s, to end
-        nodes = ",".join(sorted({*filter(None, excluded), *leave_out}))
         for _ in range(50):
-            answer = ask("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={nodes}")
-            if not answer.returncode:
-                job.write("excluded", nodes=leave_out)
+            refused = exclude(job.id, leave_out, state=state)
+            if not refused:
+                job.write("excluded", nodes=leave_out, jobs=[])
                 break
             time.sleep(0.1)
         else:
-            say(f"SLURM did not leave out {nodes}: {' '.join(answer.stderr.split())}")
+            say(f"SLURM did not leave out {', '.join(leave_out)}: {refused}")
     return ""
+
+
+def leave_out_of_next_jobs(job: Job, nodes: list[str]) -> list[str]:
+    """Trainings of this run that are queued behind this job (submit.py --jobs) are not to be given the nodes; returns their ids."""
+    after = []
+    for line in records(job.own / SUBMITTED):
+        if not str(line.get("role", "")).startswith("training") or line.get("job") in (None, job.id):
+            continue
+        state = job_state(line["job"])
+        if state.get("JobState") != "PENDING":
+            continue
+        refused = exclude(line["job"], nodes, state=state)
+        if refused:
+            say(f"SLURM did not leave {', '.join(nodes)} out of job {line['job']}: {refused}")
+        else:
+            after.append(line["job"])
+    if after:
+        job.write("excluded", nodes=nodes, jobs=after)
+    return after
+
+
+def exclude(job_id: str, nodes: list[str], *, state: dict[str, str]) -> str:
+    """Adds nodes to those that a job in the given state leaves out; what SLURM answered where it refused, else nothing."""
+    before = state.get("ExcNodeList", "(null)").replace("(null)", "")
+    answer = ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(filter(None, [before, *nodes]))}")
+    return (" ".join(answer.stderr.split()) or f"exit code {answer.returncode}") if answer.returncode else ""
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:

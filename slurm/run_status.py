@@ -1,23 +1,25 @@
 """`submit.py status`: each job of a run with its state and how it ended, what was trained, how fast, and when it will be done.
 
 States come from the controller, which forgets ended jobs after minutes; then from sacct, where the cluster has it; then from
-what the job itself wrote down (RUN/slurm/JOBID.jsonl, see job.py), which also has the cause that SLURM does not know.
+what the job itself wrote down (RUN/slurm/JOBID.jsonl, see job.py), which also has the cause that SLURM does not know. While the
+controller does not answer, a job that wrote no last word is "unknown": it may well run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm_commands import ENDED, quiet, show_job
+from slurm_commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
 from encoder.base.command import run_command
 from encoder.base.errors import ConfigError
@@ -26,6 +28,7 @@ from encoder.base.units import parse_tokens, short_count, short_seconds
 
 CAUSES = {"stopped": "saved before its limit", "ended": "requeued, preempted or cancelled", "bad_nodes": "bad nodes",
           "taken_over": "taken over"}          # the words of job.py, where they do not speak for themselves
+UNKNOWN, NO_CONTROLLER = "unknown", "the controller does not answer"
 TAIL_BYTES = 2**16          # of a ledger or of metrics: some hundred lines
 
 
@@ -41,8 +44,9 @@ class JobState:
     ended: str = ""          # how, in words
 
     @property
-    def alive(self) -> bool:
-        return not self.state.startswith((*ENDED, "ended", "gone"))
+    def alive(self) -> bool | None:
+        """None where nobody can say."""
+        return None if self.state == UNKNOWN else not self.state.startswith((*ENDED, "ended", "gone"))
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> int:
 def print_status(given: Path, overrides: list[str]) -> None:
     """The table of jobs, then the run. Raises UserError."""
     folder, settings = _folder_of(given, overrides)
-    jobs = list(states(folder))
+    jobs, silence = states(folder)
     if jobs:
         rows = [("job", "role", "state", "ran", "nodes", "how it ended"), *(
             (j.job, j.role, j.state, j.ran, j.nodes, j.ended) for j in jobs)]
@@ -67,39 +71,56 @@ def print_status(given: Path, overrides: list[str]) -> None:
             print("  ".join([*(word.ljust(width) for word, width in zip(row[:5], widths)), row[5]]).rstrip())
     else:
         print(f"no job of {folder} is known (no {folder / 'slurm'})")
-    trains = any(job.alive and job.role.startswith("training") for job in jobs)
-    print(progress_text(folder, settings, alive=trains, now=time.time()))
+    if silence:
+        print(f"warning: {silence}")
+    trains = {job.alive for job in jobs if job.role.startswith("training")}
+    print(progress_text(folder, settings, alive=True in trains or (None if None in trains else False), now=time.time()))
     if any((folder / "wandb").glob("offline-run-*")):
         print(f"wandb, from a machine with internet: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*")
 
 
-def states(folder: Path) -> Iterator[JobState]:
-    """Of every job that was submitted for the run, or that trained it, oldest first."""
+def states(folder: Path) -> tuple[list[JobState], str]:
+    """Of every job that was submitted for the run, or that trained it, oldest first; and why the controller did not answer."""
     submitted = {line["job"]: line for line in _lines(folder / "slurm" / "submitted.jsonl")}
     by_hand = sorted((p.stem for p in (folder / "slurm").glob("*.jsonl") if p.stem.isdigit() and p.stem not in submitted), key=int)
     ids = sorted([*submitted, *by_hand], key=int)
     known = _from_sacct(ids)
+    found, silence = [], ""
     for job in ids:
         role = submitted[job]["role"] if job in submitted else "training"
-        written = _lines(folder / "slurm" / f"{job}.jsonl")
-        yield _state(job, role, written, show_job(job), known.get(job, []))
+        written = _story(_lines(folder / "slurm" / f"{job}.jsonl"))
+        shown: list[dict[str, str]] | None = None
+        if not silence:                 # each question to a controller that is away takes its time
+            try:
+                shown = show_job(job)
+            except NoAnswer as why:
+                silence = str(why) if isinstance(why, NotHere) else f"{NO_CONTROLLER} ({why})"
+        found.append(_state(job, role, written, shown, known.get(job, []), silence=silence))
+    return found, silence
 
 
-def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[str, str]], kept: list[dict[str, str]]) -> JobState:
-    tasks = [{"state": task.get("JobState", "?"), "ran": task.get("RunTime", "").replace("00:00:00", ""),
-              "nodes": task.get("NodeList", ""), "code": task.get("ExitCode", ""),
-              "reason": task.get("Reason", "None")} for task in shown] or kept
-    ended = _cause(written, alive=any(not task["state"].startswith(ENDED) for task in tasks))
+def _story(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Starts and ends alone; a requeue that SLURM refused is part of the end that asked for it."""
+    story: list[dict[str, Any]] = []
+    for event in written:
+        if event["event"] in ("start", "end"):
+            story.append(event)
+        elif event["event"] == "refused" and story and story[-1]["event"] == "end":
+            why = f"{story[-1]['why']}; SLURM did not requeue it: {event['why']}"
+            story[-1] = {**story[-1], "decision": event["decision"], "why": why}
+    return story
+
+
+def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[str, str]] | None, kept: list[dict[str, str]], *,
+           silence: str) -> JobState:
+    """`shown`: what the controller says, nothing of a job that it has forgotten, None where it does not answer."""
+    tasks = [{"state": task.get("JobState", "?"), "ran": _ran(task), "nodes": task.get("NodeList", ""),
+              "code": task.get("ExitCode", ""), "reason": task.get("Reason", "None")} for task in shown or ()] or kept
     if not tasks:
-        began = [e for e in written if e["event"] == "start"]
-        last = written[-1] if written else {}
-        nodes = began[-1]["nodes"] if began else ""
-        if last.get("event") == "end":
-            return JobState(job=job, role=role, state=f"ended ({last['decision']})", nodes=nodes, ended=ended,
-                            ran=short_seconds(last["seconds"]))
-        return JobState(job=job, role=role, state="gone", nodes=nodes, ended=ended or "SLURM knows it no more")
+        return _without_slurm(job, role, written, silence=silence if shown is None else "")
     counts = Counter(task["state"] for task in tasks)
     state = tasks[0]["state"] if len(tasks) == 1 else ", ".join(f"{n} {word}" for word, n in counts.most_common())
+    ended = _cause(written, state=state)
     waiting = next((task["reason"] for task in tasks if task["state"] == "PENDING" and task["reason"] != "None"), "")
     failed = next((f"exit code {task['code']}" for task in tasks if task["state"] == "FAILED"), "")
     return JobState(job=job, role=role, state=state, ran=max((t["ran"] for t in tasks), key=len),
@@ -107,17 +128,41 @@ def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[
                     ended=ended or failed or (f"waits: {waiting}" if waiting else ""))
 
 
-def _cause(written: list[dict[str, Any]], *, alive: bool) -> str:
-    """What the job wrote down of its ends: one of each start, the last one in full."""
+def _without_slurm(job: str, role: str, written: list[dict[str, Any]], *, silence: str) -> JobState:
+    """From what the job wrote alone: SLURM has forgotten it, or nobody answers (`silence`)."""
+    last = written[-1] if written else {}
+    nodes = next((event["nodes"] for event in reversed(written) if event["event"] == "start"), "")
+    # of its own accord; after the others SLURM may have started it again
+    if last.get("decision") in ("finish", "stop", "submit_again") or (last.get("decision") == "leave" and not silence):
+        return JobState(job=job, role=role, state=f"ended ({last['decision']})", nodes=nodes, ended=_cause(written, state="ended"),
+                        ran=short_seconds(last["seconds"]))
+    if silence:
+        return JobState(job=job, role=role, state=UNKNOWN, nodes=nodes, ended=silence.split(" (")[0])
+    return JobState(job=job, role=role, state="gone", nodes=nodes, ended=_cause(written, state="gone") or "SLURM knows it no more")
+
+
+def _ran(task: dict[str, str]) -> str:
+    """Of a job that never started SLURM reckons from 1970, and of one that waits it shows when it may start."""
+    started = re.match(r"\d{4}-", task.get("StartTime", "")) and task.get("JobState") != "PENDING"
+    return task.get("RunTime", "").replace("00:00:00", "") if started else ""
+
+
+def _cause(written: list[dict[str, Any]], *, state: str) -> str:
+    """What the job wrote down of its ends: one of each start, the last one in full. `state`: SLURM's word, ended, or gone."""
     ends = [e for e in written if e["event"] == "end"]
     counts = Counter(CAUSES.get(e["cause"], e["cause"]) for e in ends)
+    over = state.startswith((*ENDED, "ended", "gone"))
     if written and written[-1]["event"] != "end":
+        killed = over or state == "PENDING"
         start = written[-1]["restart"] + 1
-        now = f"start {start} {'runs' if alive else 'was killed: it wrote no end'}" if ends or not alive else ""
+        now = f"start {start} {'was killed: it wrote no end' if killed else 'runs'}" if ends or killed else ""
         return f"{now}; before: {_counted(counts)}" if ends else now
     if not ends:
         return ""
     last = ends[-1]
+    if over and last["decision"] == "requeue":
+        how = "SLURM knows it no more" if state == "gone" else state.lower()
+        return f"{how} while it waited for its next start; before: {_counted(counts)}"
     counts[CAUSES.get(last["cause"], last["cause"])] -= 1
     before = f" (before: {_counted(+counts)})" if +counts else ""
     return f"done{before}" if last["cause"] == "done" else f"{last['cause']}, {last['why']}{before}"
@@ -143,8 +188,8 @@ def _from_sacct(ids: list[str]) -> dict[str, list[dict[str, str]]]:
     return {job: list(tasks.values()) for job, tasks in found.items()}
 
 
-def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool, now: float) -> str:
-    """What was trained of how much, how fast, and when it ends if it goes on like that."""
+def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool | None, now: float) -> str:
+    """What was trained of how much, how fast, and when it ends if it goes on like that; `alive` is None where nobody knows."""
     total = sum(parse_tokens(phase["tokens"]) for phase in settings.get("phases", []))
     last = next((line for line in reversed(_tail(folder / "ledger.jsonl")) if "tokens_seen" in line), None)
     if (folder / "done.json").exists():
@@ -162,7 +207,8 @@ def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool, now: f
     left = max(0, total - done) / speed
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
     goes_on = f"done in {short_seconds(left)} ({ends}) without stops"
-    stands = f"{short_seconds(left)} of training are left; nothing trains now"
+    stands = f"{short_seconds(left)} of training are left; " + (
+        "nobody says whether it trains now" if alive is None else "nothing trains now")
     return f"{text}, {short_count(speed)} tokens/s, {goes_on if alive else stands}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from encoder.base.errors import ConfigError, UserError
 
+ANSWER_SECONDS = 60.0
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "REVOKED")
 
 
@@ -25,29 +26,63 @@ def run_words(command: list[str], *, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
+class NoAnswer(Exception):
+    """A command of SLURM's failed; its text is what it said."""
+
+
+class NotHere(NoAnswer):
+    """The command is not on this machine."""
+
+
+def ask(command: list[str]) -> str:
+    """What it printed. Raises NoAnswer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
+    except FileNotFoundError as error:
+        raise NotHere(f"{command[0]} is not on this machine") from error
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswer(f"{command[0]} said nothing for {ANSWER_SECONDS:.0f} s") from error
+    except OSError as error:
+        raise NoAnswer(f"{command[0]}: {error.strerror or error}") from error
+    if done.returncode:
+        raise NoAnswer(" ".join((done.stderr or done.stdout).split()) or f"{command[0]} ended with exit code {done.returncode}")
+    return done.stdout
+
+
 def quiet(command: list[str]) -> str:
     """What it printed, empty where it failed or is not here."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        return ask(command)
+    except NoAnswer:
         return ""
-    return done.stdout if done.returncode == 0 else ""
 
 
 def show_job(job_id: str) -> list[dict[str, str]]:
-    """What the controller knows of a job, one for each task of an array; nothing once it has forgotten it."""
-    lines = quiet(["scontrol", "--oneliner", "show", "job", job_id]).splitlines()
+    """What the controller knows of a job, one for each task of an array; nothing once it has forgotten it. Raises NoAnswer."""
+    try:
+        lines = ask(["scontrol", "--oneliner", "show", "job", job_id]).splitlines()
+    except NoAnswer as why:
+        if "Invalid job id" in str(why):         # any other failure says nothing of the job
+            return []
+        raise
     return [dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines]
 
 
 def alive_jobs(record: Path) -> list[str]:
-    """The ids of earlier submissions of a run that have not ended."""
-    if not record.exists():
+    """The ids of earlier submissions of a run that have not ended; none on a machine without squeue. Raises UserError where
+    nobody can say."""
+    text = record.read_text(encoding="utf-8", errors="replace") if record.exists() else ""
+    ids = re.findall(r'"job": "(\d+)"', text)                                                       # also beside torn lines
+    ids += sorted(path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit())       # submitted by hand
+    if not ids:
         return []
-    ids = re.findall(r'"job": "(\d+)"', record.read_text(encoding="utf-8", errors="replace"))       # also beside torn lines
-    ids += [path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit()]             # submitted by hand
-    queued = set(quiet(["squeue", "--noheader", "--me", "--format=%A"]).split()) | set(
-        quiet(["squeue", "--noheader", "--me", "--format=%F"]).split())
+    try:
+        queued = ask(["squeue", "--noheader", "--me", "--format=%A %F"]).split()         # tasks of an array, and the array
+    except NotHere:
+        return []
+    except NoAnswer as why:
+        raise UserError(f"nobody says whether job {ids[-1]} of this run is still queued: squeue does not answer ({why}). "
+                        "Submit again when it does.") from why
     return [job for job in dict.fromkeys(ids) if job in queued]
 
 
@@ -67,23 +102,33 @@ def check_cluster(*, nodes: int, gpus: int, cpus: int, partition: str | None, ti
     rows = [row.split("|") for row in quiet(asked).splitlines() if row.count("|") == 5]
     if partition is None:
         rows = [row for row in rows if row[4].endswith("*")] or rows       # the default one
-    if not rows:
-        if partition and quiet(["sinfo", "--noheader", "--format=%P"]).strip():
-            known = ", ".join(sorted({p.strip("* ") for p in quiet(["sinfo", "--noheader", "--format=%P"]).split()}))
-            raise ConfigError(f"there is no partition {partition}. Known: {known}.")
-        return
-    of = f"partition {rows[0][4].rstrip('*')}"
+    by_partition: dict[str, dict[str, list[str]]] = {}                     # a node may be in several; a job runs in one of them
+    for row in rows:
+        by_partition.setdefault(row[4].rstrip("*"), {})[row[0]] = row
+    if partition:
+        known = {p.strip("* ") for p in quiet(["sinfo", "--noheader", "--format=%P"]).split()}
+        wrong = [name for name in partition.split(",") if name not in known]
+        if known and wrong:
+            raise ConfigError(f"there is no partition {', '.join(wrong)}. Known: {', '.join(sorted(known))}.")
+    lacks = [_lack(name, list(of.values()), nodes=nodes, gpus=gpus, cpus=cpus, time_limit=time_limit)
+             for name, of in by_partition.items()]
+    if lacks and all(lacks):
+        raise ConfigError(f"{'; '.join(lacks)}. Ask for less, or name another --partition.")
+
+
+def _lack(partition: str, rows: list[list[str]], *, nodes: int, gpus: int, cpus: int, time_limit: str | None) -> str:
+    """What a partition of these nodes could never give, or nothing."""
     fit = [row for row in rows if int(re.sub(r"\D", "", row[1]) or 0) >= cpus and count_gpus(row[2]) >= gpus]
     if len(fit) < nodes:
         wish = f"{nodes} node{'s' * (nodes > 1)} with {cpus} core{'s' * (cpus > 1)}" + (f" and {gpus} GPUs" if gpus else "")
         cores = max(int(re.sub(r"\D", "", row[1]) or 0) for row in rows)
         best = f"{cores} cores and {max(count_gpus(row[2]) for row in rows)} GPUs"
-        raise ConfigError(f"{of} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most {best}. "
-                          "Ask for less, or name another --partition.")
+        return f"partition {partition} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most {best}"
     limit, wanted = minutes(rows[0][5]), minutes(time_limit or "")
     if limit and wanted and wanted > limit:
-        raise ConfigError(f"--time {time_limit} is above the limit of {of}, {rows[0][5]}: the job would wait for ever. Ask for "
-                          "less: the training saves in time, and goes on in its next start.")
+        return (f"--time {time_limit} is above the limit of partition {partition}, {rows[0][5]}: the job would wait for ever (the "
+                "training saves before its limit, and goes on in its next start)")
+    return ""
 
 
 def count_gpus(gres: str) -> int:

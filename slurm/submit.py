@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "slurm")]        # this folder's own name must not hide a library
 
+from outlet import Outlet  # noqa: E402
 from slurm_commands import alive_jobs, check_cluster, minutes, node_range, run_words  # noqa: E402
 
 from encoder.base.command import run_command  # noqa: E402
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _submit(args: argparse.Namespace) -> int:
+    env = _environment(args)
     fewest, most = node_range(args.nodes)
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     folder = _run_folder(args) if args.run else None
@@ -120,7 +122,7 @@ def _submit(args: argparse.Namespace) -> int:
             from plan_first import plan_first
             plan_first(args.run, args.overrides, ranks=[n * per_node for n in dict.fromkeys((fewest, most))],
                        shards_must_be_there=not (args.prep or args.shards_elsewhere))
-    jobs = _chain(args, folder, missing)
+    jobs = _chain(args, folder, missing, env=env)
     if not jobs:
         print("nothing to do: all parts are there, and merged")
         return 0
@@ -136,14 +138,14 @@ def _submit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chain(args: argparse.Namespace, folder: Path | None, missing: str) -> list[Job]:
+def _chain(args: argparse.Namespace, folder: Path | None, missing: str | None, *, env: dict[str, str]) -> list[Job]:
     """The jobs in order."""
     # what comes before the check writes where this was called: a run folder that is not shared is found by the check alone
     early, late = (str(path).replace("%", "%%") for path in (       # sbatch fills in what follows a %
         Path.cwd(), folder.absolute() / "slurm" if folder else Path.cwd()))
     where = tuple(f"--{key}={value}" for key, value in (("partition", args.partition), ("account", args.account), ("qos", args.qos))
                   if value)
-    common, env = (*where, *args.sbatch), _environment(args)
+    common = (*where, *args.sbatch)
     jobs: list[Job] = []
 
     def add(role: str, script: str, words: list[str], *options: str, how: str = "afterok", also: str = "", **changes: str) -> None:
@@ -194,6 +196,11 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
             raise ConfigError(f"{word!r} has white space in it, which the job scripts would take for the next option. Rename it.")
     if extra:
         env["TESSERA_SRUN_ARGS"] = " ".join([*filter(None, [os.environ.get("TESSERA_SRUN_ARGS")]), *extra])
+    own = os.environ.get("TESSERA_ENV")
+    if own:
+        if not Path(own).is_file():
+            raise ConfigError(f"TESSERA_ENV is {own}, which is no file here. Needed: a copy of slurm/env.sh that the nodes see.")
+        env["TESSERA_ENV"] = str(Path(own).absolute())
     if "TESSERA_PYTHON" not in os.environ:
         env["TESSERA_PYTHON"] = "python3" if args.container_image else sys.executable
     return env
@@ -263,4 +270,8 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout = Outlet(sys.stdout)
+    try:
+        sys.exit(main())
+    finally:
+        sys.stdout.flush()

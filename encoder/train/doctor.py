@@ -4,7 +4,7 @@
     meet            a store on rank zero; who does not come is named
     run folder      one writes, all see it; all write, one sees it; room for two checkpoints
     links           neighbours, then all ranks at once
-    verdict         0 fine, 2 a mistake in the input, 4 nodes to leave out
+    verdict         0 fine, 2 a mistake in the input, 4 nodes to leave out, 5 all of them
 
 Nobody waits for anybody longer than `wait_seconds`, and nothing of the run is touched but its folder, which is made if it
 is not there. A report folder gets NODE.json of each node, written before anything is waited for and again at the end, and
@@ -119,8 +119,9 @@ class Doctor:
             self._links(meeting, [facts[rank]["node"] for rank in range(self.world.size)], run)
         else:
             meeting.tell("links", go)
-        verdict = {"exit_code": found.exit_code, "mistakes": found.mistakes, "nodes": found.nodes, "warnings": found.warnings,
-                   "rows": found.rows}
+        nodes = {facts[rank]["node"] if rank in facts else self.expected[rank] for rank in range(self.world.size)}
+        verdict = {"exit_code": found.exit_code_of(nodes), "mistakes": found.mistakes, "nodes": found.nodes,
+                   "warnings": found.warnings, "rows": found.rows}
         meeting.tell("verdict", verdict)
         return verdict
 
@@ -219,7 +220,8 @@ class Doctor:
             say(f"error: {text.rstrip('.')}.")
         for node, why in verdict["nodes"].items():
             say(f"bad node {node}: {why.rstrip('.')}.")
-        words = {0: "fine", 2: "the input must be mended first", 4: f"to be left out: {', '.join(verdict['nodes'])}"}
+        named = ", ".join(verdict["nodes"])
+        words = {0: "fine", 2: "the input must be mended first", 4: f"to be left out: {named}", 5: f"no node is left: {named}"}
         say(f"doctor: {words[verdict['exit_code']]} ({short_seconds(seconds)})")
 
     def _write_bad_nodes(self, nodes: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ class Meeting:
             self.store: dist.Store = dist.HashStore()
             return
         if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            address, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
         elif place := meeting_place():
             address, port = place
         else:
@@ -105,3 +105,9 @@ class Meeting:
             return None
         except (dist.DistError, RuntimeError) as error:
             raise Silent(f"rank 0 was lost ({str(error).splitlines()[0][:120]})") from error
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise ConfigError(f"MASTER_PORT is {text}. Needed: a whole number from 1 to 65535, the same on every rank.")
+    return int(text)

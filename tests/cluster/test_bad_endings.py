@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def log_of(out: Path, job: str) -> str:
     return Path(f"{out}-{job}.log").read_text()
 
 
-def test_ranks_of_an_unplugged_node_cannot_save_over_the_run_that_was_started_again(bed: Bed, tmp_path):
+def test_ranks_of_an_unplugged_node_cannot_save_over_the_run_that_was_started_again(bed: Bed, tmp_path, capsys):
     run = write_run(tmp_path, tokens="30K", every_tokens="8K")
     out, alone = tmp_path / "fenced", tmp_path / "alone"
     it = Disturbed(bed, out)
@@ -32,15 +33,20 @@ def test_ranks_of_an_unplugged_node_cannot_save_over_the_run_that_was_started_ag
     # frozen, so that they are in the middle of the run when the other start has taken over, however long that takes
     bed.host("exec", lost, "kill", "-STOP", *pids)
     bed.host("unplug", lost)
+    step, began = last_step(out), time.monotonic()
     try:
         theirs = set(committed_folders(out / "checkpoints"))
         wait_until(lambda: len(starts(out)) == 2, seconds=120, what="the second start")
         bed.host("exec", lost, "kill", "-CONT", *pids)
+        wait_until(lambda: last_step(out) > step, seconds=60, what="a new step")
+        seconds = time.monotonic() - began
         train_alone(run, alone)
         wait_until(lambda: "start 1 of the run" in log_of(out, it.job), seconds=60, what="the first start to be refused")
         assert bed.wait_for_end(it.job, seconds=120) == "COMPLETED", log_of(out, it.job)[-3000:]
     finally:
         bed.host("plug", lost)
+    with capsys.disabled():
+        print(f"\nseconds from the network of the batch host cut to the first new step: {seconds:.1f}")
     assert "but start 2 has taken over. This one saves nothing more" in log_of(out, it.job)
     assert "start 0 of this job still lives on" in log_of(out, it.job)                        # it held the folder's lock
     of_the_first = {path for path in committed_folders(out / "checkpoints") if path.name.endswith("-i0001")}

@@ -71,7 +71,7 @@ def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path
 
     # two nodes are free: when one is lost, the run goes on with fewer
     bed.slurm("scontrol", "update", "NodeName=node[3-4]", "State=DRAIN", "Reason=test")
-    it.job = submit(bed, run, out, "--nodes=1-2", "--time=60", "--signal=B:USR1@60")
+    it.job = submit(bed, run, out, "--nodes=1-2", "--time=60", "--signal=B:USR1@90")
     wait_for_start(out, 2)
     it.when("the warning before the time limit", lambda: limit_comes(it))
     it.when("a signal to the batch script", lambda: bed.slurm("scancel", "--batch", "--signal=USR1", it.job))
@@ -80,12 +80,9 @@ def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path
     it.when("preemption", lambda: bed.sbatch(*urgent, f"--nodelist={it.nodes()[0]}"))
     it.when("SIGKILL of a rank", lambda: kill_rank(bed, it.nodes()[-1]))
     assert [s["ranks"] for s in starts(out)] == [2] * 7
-    unplugged = it.nodes()[0]
-    it.when("the network of the batch host cut", lambda: bed.host("unplug", unplugged))
-    assert starts(out)[-1]["ranks"] == 1                                                      # one node fewer
-    bed.slurm("scontrol", "update", "NodeName=node[3-4]", "State=RESUME")
-    [crashed] = it.nodes()
+    crashed = it.nodes()[-1]                # test_bad_endings cuts the network of a batch host
     it.when("the crash of a node", lambda: bed.host("crash", crashed))
+    assert starts(out)[-1]["ranks"] == 1                                                      # one node fewer
 
     it.wait_for_progress()
     bed.host("stop-daemon", "controller")
@@ -103,12 +100,12 @@ def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path
     assert ends[-1]["cause"] == "done" and ends[-1]["crashes"] == 1
     assert [e["cause"] for e in ends if e["decision"] == "requeue"] == ["stopped", "stopped", "crash"]
     assert {e["cause"] for e in ends} <= {"stopped", "crash", "ended", "done", "taken_over"} and cancelled != it.job
-    bed.host("plug", unplugged)
     bed.host("boot", crashed)
 
 
 def limit_comes(it: Disturbed) -> None:
-    """Slurm's own warning, then the limit is put away again. Slurm looks every half minute, and warns up to a minute early; the
+    """Slurm's own warning, then the limit is put away again. Slurm looks every half minute, and then warns of a limit that is less
+    than 30 s more away than asked for: at its next look, for the limit is one to two minutes off and 90 s were asked for. The
     ranks are frozen meanwhile, for they would be done on a fast machine."""
     ranks = {node: rank_pids(it.bed, node) for node in it.nodes()}
     for node, pids in ranks.items():

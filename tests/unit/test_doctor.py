@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from encoder.base.dist import World
 from encoder.base.errors import ConfigError
 from encoder.base.slurm import expand_hosts, nodes_of_ranks, tasks_per_node
+from encoder.train.config import read_run
 from encoder.train.doctor_facts import look_at_folder, matmul_error, memory_errors, sources_sha256
-from encoder.train.doctor_judge import Findings, Link, bad_links, judge_all_reduce, judge_folder, judge_links, links_of
+from encoder.train.doctor_judge import (
+    Findings,
+    Link,
+    bad_links,
+    judge_all_reduce,
+    judge_facts,
+    judge_folder,
+    judge_links,
+    links_of,
+)
 from encoder.train.doctor_links import ring, rounds_of
+from encoder.train.doctor_meet import Meeting
+from encoder.train.plan import count_needs
 from launch import doctor
+from tests.process.ranks import ROOT
 from tests.shards_for_tests import random_documents, write_source
 from tests.unit.test_launch_bad_input import RUN
 
@@ -71,6 +87,50 @@ def test_a_node_is_named_when_all_its_links_are_slow_and_the_second_end_when_one
     assert list(judged(links(9, 1, 9, 9, 10, count=5)).nodes) == ["n2"]          # the link of n1 and n2: without either it is gone
     assert judged(links(9, 4, 8, 9, 10, count=5)).nodes == {}                    # above a quarter of the usual
     assert set(judged(links(10, 9, 0.5, 0.4, 0.6, 9, 9, 11, count=8)).nodes) == {"n3", "n4"}
+
+
+def test_a_job_whose_nodes_are_all_bad_has_an_exit_code_of_its_own():
+    findings = judged(links(9, 1, 1, 9, 10, count=5))
+    assert findings.exit_code_of({"n1", "n2"}) == 4 and findings.exit_code_of({"n2"}) == 5
+    findings.mistakes.append("the run file")
+    assert findings.exit_code_of({"n2"}) == 2 and Findings().exit_code_of({"n2"}) == 0
+
+
+def device_of(rank: int, error: str = "", *, per_node: int = 1) -> dict:
+    """What a rank says of itself where only its device may be wrong."""
+    device = {"kind": "cuda", "seen": 8, **({"error": error} if error else {"free": 2**40})}
+    return {"rank": rank, "local_rank": rank % per_node, "local_size": per_node, "node": f"n{rank // per_node}", "device": device,
+            "gpus_allotted": "8", "versions": {"torch": "2"}, "run_sha256": "a", "shards": {}, "folder": "/",
+            "memory": {"free": 2**40, "allowed": 0}}
+
+
+def judged_devices(run_file: Path, *errors: str, per_node: int = 1) -> Findings:
+    findings, needs = Findings(), count_needs(read_run(run_file), ranks=len(errors))
+    facts = {rank: device_of(rank, error, per_node=per_node) for rank, error in enumerate(errors)}
+    judge_facts(findings, facts, [fact["node"] for fact in facts.values()], came=set(facts), needs=needs)
+    return findings
+
+
+def test_a_device_that_fails_on_every_node_is_a_mistake_and_on_some_nodes_theirs(run_file):
+    everywhere = judged_devices(run_file, "torch has no CUDA.", "torch has no CUDA.", "", "torch has no CUDA.", per_node=2)
+    assert everywhere.exit_code == 2 and everywhere.mistakes == ["rank 0 of n0: torch has no CUDA (and so on every node)"]
+    assert not everywhere.nodes
+    some = judged_devices(run_file, "", "the product is wrong", "the product is wrong")
+    assert some.exit_code == 4 and some.nodes == {n: f"rank {n[1]} of {n}: the product is wrong" for n in ("n1", "n2")}
+    alone = judged_devices(run_file, "the product is wrong")                # of one node nobody knows: others may do better
+    assert alone.exit_code == 4 and alone.exit_code_of({"n0"}) == 5
+
+
+def test_a_port_that_is_none_is_refused_in_one_line(run_file, monkeypatch):
+    needed = "Needed: a whole number from 1 to 65535, the same on every rank."
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "xx"}.items():
+        monkeypatch.setenv(key, value)
+    done = subprocess.run([sys.executable, str(ROOT / "launch" / "doctor.py"), str(run_file)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: MASTER_PORT is xx. {needed}\n")
+    for port in ("0", "70000", "-1"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT is {port}. {needed}"):
+            Meeting(World(rank=0, size=2), wait_seconds=1.0)
 
 
 def test_of_two_nodes_both_are_named_and_on_one_machine_a_slow_link_is_no_more_than_a_warning():

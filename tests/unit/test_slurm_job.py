@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCONTROL = """#!/bin/sh
 echo "$@" >> {folder}/calls
 case "$*" in
-    *"show job"*) echo "JobId=7 JobState=$(cat {folder}/state) Restarts=$(cat {folder}/restarts) ExcNodeList=(null)" ;;
+    *"show job 7") echo "JobId=7 JobState=$(cat {folder}/state) Restarts=$(cat {folder}/restarts) ExcNodeList=(null)" ;;
+    *"show job 9") echo "JobId=9 JobState=PENDING ExcNodeList=m[1,3]" ;;
+    *"show job"*) echo "JobId=6 JobState=COMPLETED ExcNodeList=(null)" ;;
     *"show hostnames"*) printf 'n1\\nn2\\nn3\\n' ;;
     "requeue 7") cat {folder}/refused >&2; test ! -s {folder}/refused ;;
 esac
@@ -169,6 +171,16 @@ def test_a_preflight_from_which_nothing_is_heard_is_a_crash_and_no_fault_of_a_no
     assert (job.events()[-1]["cause"], job.events()[-2]["bad_nodes"]) == ("crash", []) and "ExcNodeList" not in job.calls()
 
 
+def test_a_preflight_that_runs_out_of_time_is_named_with_what_gives_it_more(job):
+    job.begin()
+    assert job.call("preflight", "run", "--code", "124", "--seconds", "40", TESSERA_PREFLIGHT_SECONDS="40").returncode == 4
+    why = job.events()[-1]["why"]
+    assert "the preflight was not done after 40 s, TESSERA_PREFLIGHT_SECONDS gives it 40" in why and "step" not in why
+    job.restart = 1
+    job.begin()
+    assert "the preflight ended with exit code 9" in job.call("preflight", "run", "--code", "9").stderr
+
+
 def test_a_limit_that_is_no_number_is_refused_at_once(job):
     done = job.call("begin", "run.yaml", "--ranks", "3", TESSERA_MAX_CRASHES="many")
     assert done.returncode == 2 and "TESSERA_MAX_CRASHES is many" in done.stderr
@@ -178,12 +190,32 @@ def test_a_job_that_slurm_does_not_requeue_says_so(job):
     job.begin()
     (job.folder / "refused").write_text("Requested operation is presently disabled")
     end = job.end("--signal", "USR1")
-    assert (end["decision"], end["exit"]) == ("submit_again", 75) and "presently disabled" in end["said"]
+    assert end["exit"] == 75 and "presently disabled" in end["said"] and "submit it again" in end["said"]
+    assert [e["event"] for e in job.events()] == ["start", "end", "refused"]            # one end of one start
+    assert job.events()[-1] == {**job.events()[-1], "why": "Requested operation is presently disabled", "decision": "submit_again"}
+
+
+def test_a_node_that_the_preflight_names_is_left_out_of_the_jobs_that_are_queued_behind(job):
+    job.begin()
+    (job.folder / "refused").write_text("Requested operation is presently disabled")          # --no-requeue
+    queued = [{"job": "5", "role": "check"}, {"job": "6", "role": "training-1"}, {"job": "7", "role": "training-2"},
+              {"job": "9", "role": "training-3"}]
+    (job.run / "slurm" / "submitted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in queued))
+    folder = job.run / "slurm" / "7-r0-preflight"
+    folder.mkdir()
+    (folder / "bad_nodes").write_text("n2\n")
+    for node in ("n1", "n2", "n3"):
+        (folder / f"{node}.json").write_text("{}")
+    done = job.call("preflight", "run", "--code", "4")
+    assert done.returncode == 75 and "job 9 goes on without n2" in done.stderr
+    assert [line for line in job.calls().splitlines() if "update" in line] == ["update JobId=9 ExcNodeList=m[1,3],n2"]
+    assert (job.events()[-1]["event"], job.events()[-1]["nodes"], job.events()[-1]["jobs"]) == ("excluded", ["n2"], ["9"])
 
 
 @pytest.mark.parametrize("text, overrides, found", [
     ("out: runs/a\n", [], "runs/a"), ("out: 'runs/a b' # c\n", [], "runs/a b"), ("out: a#b\n", [], "a#b"),
-    ("out: runs/a\n", ["out=b", "seed=1", "out=c"], "c"),
+    ("out: runs/a\n", ["out=b", "seed=1", "out=c"], "c"), ("out: >\n  runs/a\n", ["out=b"], "b"),
+    ("out: runs/a\n\n  # a remark\nphases:\n  - x\n", [], "runs/a"),
 ])
 def test_the_run_folder_is_that_of_the_run_file_or_the_last_override(job, text, overrides, found):
     (job.folder / "run.yaml").write_text(text)
@@ -193,6 +225,9 @@ def test_the_run_folder_is_that_of_the_run_file_or_the_last_override(job, text, 
 
 @pytest.mark.parametrize("text, needle", [
     ("out: {a: b}\n", "plain name"), ("  out: nested\n", "plain name"), (None, "cannot be read"),
+    ("out: a'b\n", "plain name"), ("out: 'a' 'b'\n", "plain name"), ("out: a: b\n", "plain name"), ('out: "a\\tb"\n', "plain name"),
+    ("out: >\n  runs/a\n", "goes on in the next line: runs/a"), ("out:\n\n  runs/a\n", "goes on in the next line: runs/a"),
+    ("out: runs/\n  # here\n  a b\nseed: 1\n", "goes on in the next line: a b"),
 ])
 def test_a_run_file_that_does_not_say_where_is_refused_in_one_line(job, text, needle):
     if text is None:
@@ -201,6 +236,31 @@ def test_a_run_file_that_does_not_say_where_is_refused_in_one_line(job, text, ne
         (job.folder / "run.yaml").write_text(text)
     done = job.call("begin", "run.yaml", "--ranks", "1")
     assert done.returncode == 2 and needle in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_line_goes_under_a_torn_one_and_is_read_again(job):
+    job.begin()
+    record = job.run / "slurm" / "7.jsonl"
+    record.write_bytes(record.read_bytes() + b'{"time": 3, "eve')
+    assert job.call("signalled", "run", "USR1").returncode == 0
+    lines = record.read_text().splitlines()
+    assert lines[1] == '{"time": 3, "eve' and json.loads(lines[2])["event"] == "signal" and len(lines) == 3
+    assert job.call("end", "run", "--code", "1", "--signal", "USR1").returncode == 4
+
+
+@pytest.mark.parametrize("what, file", [("record", "7.jsonl"), ("mistake", "7-r0-mistake.txt")])
+def test_a_file_for_which_there_is_no_room_is_named(job, what, file):
+    """Files of at most 1 KiB, as a disk that is full: the first bytes are written, the others refused."""
+    job.begin()
+    own = job.run / "slurm"
+    (own / "7.jsonl").write_text((own / "7.jsonl").read_text() + ("x" * 700 + "\n") * (what == "record"))
+    (own / "7-r0-preflight").mkdir()
+    (own / "7-r0-preflight" / "n1.json").write_text(json.dumps({"verdict": {"mistakes": ["m" * 4000]}}))
+    command = f"ulimit -f 1; exec {sys.executable} {ROOT}/slurm/job.py preflight run --code 2"
+    done = subprocess.run(["bash", "-c", command], cwd=job.folder, capture_output=True, text=True,
+                          env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"})
+    assert done.returncode == 2 and done.stderr.startswith(f"error: run/slurm/{file}: File too large. Needed: "), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_in_one_line(job):

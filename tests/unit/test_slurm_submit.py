@@ -24,22 +24,31 @@ if any("export.sbatch" in word for word in sys.argv) and os.environ.get("REFUSE_
     sys.exit("sbatch: error: QOSMaxSubmitJobPerUserLimit")
 log = os.environ["CALLS"]
 number = 11 + (open(log).read().count(chr(10)) if os.path.exists(log) else 0)
+if "SAYS" in os.environ:
+    sys.exit(print(os.environ["SAYS"]))
 kept = {k: v for k, v in os.environ.items() if k.startswith("TESSERA_")}
 open(log, "a").write(json.dumps({"what": "sbatch", "words": sys.argv[1:], "env": kept, "id": str(number)}) + chr(10))
 print(number)
 """
 SINFO = """
-rows = [f"node{i}|8|gpu:h100:4(S:0-1)|idle|gpu*|1-00:00:00" for i in (1, 2)] + ["big|64|(null)|idle|cpu|infinite"]
+rows = [f"node{i}|8|gpu:h100:4(S:0-1)|idle|gpu*|1-00:00:00" for i in (1, 2)] + ["big|64|(null)|idle|cpu|infinite"] + [
+    f"node{i}|8|gpu:h100:4(S:0-1)|idle|long|7-00:00:00" for i in (1, 2)]
 wanted = [w.partition("=")[2] for w in sys.argv if w.startswith("--partition=")]
 if "--format=%P" in sys.argv:
-    print("gpu*\\ncpu")
+    print("gpu*\\ncpu\\nlong")
 else:
-    print("\\n".join(r for r in rows if not wanted or r.split("|")[4].rstrip("*") in wanted))
+    print("\\n".join(r for r in rows if not wanted or r.split("|")[4].rstrip("*") in wanted[0].split(",")))
 """
-OTHERS = {"squeue": "print(os.environ.get('QUEUED', ''))", "scancel": """
+OTHERS = {"squeue": "sys.exit(os.environ['SILENT']) if 'SILENT' in os.environ else print(os.environ.get('QUEUED', ''))",
+          "scancel": """
 open(os.environ["CALLS"], "a").write(json.dumps({"what": "scancel", "words": sys.argv[1:]}) + chr(10))""",
           "sacct": "print(os.environ['SACCT']) if 'SACCT' in os.environ else sys.exit('Slurm accounting storage is disabled')",
-          "scontrol": "print(os.environ['SHOWN']) if 'SHOWN' in os.environ else sys.exit('Invalid job id specified')"}
+          "scontrol": """
+open(os.environ["CALLS"], "a").write(json.dumps({"what": "scontrol", "words": sys.argv[1:]}) + chr(10))
+if "SILENT" in os.environ:
+    sys.exit("slurm_load_jobs error: " + os.environ["SILENT"])
+print(os.environ["SHOWN"]) if "SHOWN" in os.environ else sys.exit("slurm_load_jobs error: Invalid job id specified")"""}
+AWAY = "Unable to contact slurm controller (connect failure)"
 
 
 class Cluster:
@@ -53,11 +62,12 @@ class Cluster:
             (folder / "bin" / name).write_text(STAND_IN.format(python=sys.executable, code=str(folder / f"{name}.code")))
             (folder / "bin" / name).chmod(0o755)
 
-    def run(self, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: object, stdout: int = subprocess.PIPE, **env: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("TESSERA_", "SLURM_"))}
         return subprocess.run([sys.executable, str(ROOT / "slurm" / "submit.py"), *map(str, words)], cwd=self.folder, text=True,
-                              capture_output=True, env={**clean, "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
-                                                        "CALLS": str(self.folder / "calls"), **env})
+                              stdout=stdout, stderr=subprocess.PIPE,
+                              env={**clean, "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+                                   "CALLS": str(self.folder / "calls"), **env})
 
     def refused(self, *words: object, **env: str) -> str:
         done = self.run(*words, **env)
@@ -119,6 +129,61 @@ def test_several_jobs_go_on_after_one_another_however_the_one_before_ended(clust
     assert all("--no-requeue" in c["words"] for c in (first, second, third)) and "--dependency=afterok:13" in export["words"]
 
 
+def test_none_of_several_jobs_runs_after_a_check_that_failed(cluster, run_file):
+    assert cluster.run(run_file, "--no-plan", "--jobs=3").returncode == 0
+    check, first, second, third = cluster.calls()
+    waits = [next(w for w in job["words"] if w.startswith("--dependency")) for job in (first, second, third)]
+    assert waits == ["--dependency=afterok:11", "--dependency=afterany:12,afterok:11", "--dependency=afterany:13,afterok:11"]
+    assert all("--kill-on-invalid-dep=yes" in job["words"] for job in (first, second, third)) and check["id"] == "11"
+
+
+def test_percent_signs_in_names_of_folders_are_no_patterns_of_sbatch(cluster, run_file, tmp_path):
+    (tmp_path / "50%j").mkdir()
+    command = [sys.executable, str(ROOT / "slurm" / "submit.py"), str(run_file), "--no-plan", "out=runs/%x"]
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run(command, cwd=tmp_path / "50%j", text=True, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    check, training = cluster.calls()
+    assert f"--output={tmp_path}/50%%j/check-%j.out" in check["words"]
+    assert f"--output={tmp_path}/50%%j/runs/%%x/slurm/%x-%j.out" in training["words"]
+
+
+def test_an_answer_of_sbatch_that_is_no_job_id_is_refused(cluster, run_file, tmp_path):
+    for says, shown in (("", "nothing"), ("Submitted batch job", "Submitted batch job")):
+        assert f"sbatch gave no job id, but {shown}." in cluster.refused(run_file, "--no-plan", SAYS=says)
+    assert (tmp_path / "runs" / "my run" / "slurm" / "submitted.jsonl").read_text() == ""
+    assert cluster.run(run_file, "--no-plan", "--no-check", SAYS="21;cluster2").returncode == 0
+    assert json.loads((tmp_path / "runs" / "my run" / "slurm" / "submitted.jsonl").read_text())["job"] == "21"
+
+
+def test_an_env_file_that_is_not_there_is_refused_and_one_that_is_goes_along_as_a_whole_path(cluster, run_file, tmp_path):
+    assert "TESSERA_ENV is my_env.sh, which is no file here" in cluster.refused(run_file, "--no-plan", TESSERA_ENV="my_env.sh")
+    (tmp_path / "my_env.sh").write_text("")
+    assert cluster.run(run_file, "--no-plan", TESSERA_ENV="my_env.sh").returncode == 0
+    assert {job["env"]["TESSERA_ENV"] for job in cluster.calls()} == {str(tmp_path / "my_env.sh")}
+
+
+def test_of_several_partitions_one_must_be_able_to_give_it_all(cluster, run_file):
+    said = cluster.refused(run_file, "--no-plan", "--nodes=3", "--partition=gpu,long")              # the same two nodes in both
+    assert "partition gpu has 2 of 3 nodes with 1 core; it has 2 nodes" in said and "partition long has 2 of 3" in said
+    assert "there is no partition gpuu. Known" in cluster.refused(run_file, "--no-plan", "--partition=gpu,gpuu")
+    assert cluster.run(run_file, "--no-plan", "--nodes=2", "--partition=gpu,cpu", "--no-check").returncode == 0
+    said = cluster.run(run_file, "--no-plan", "out=b", "--time=2-00", "--partition=gpu").stderr
+    assert "above the limit of partition gpu, 1-00:00:00" in said
+    assert cluster.run(run_file, "--no-plan", "out=b", "--time=2-00", "--partition=gpu,long").returncode == 0
+
+
+def test_a_reader_that_leaves_early_decides_nothing(cluster, run_file, tmp_path):
+    for words, submits in (([run_file, "--no-plan"], 2), ([run_file, "out=b", "--no-plan", "--dry-run"], 0),
+                           (["status", run_file], 0), (["--help"], 0)):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        reads, writes = os.pipe()
+        os.close(reads)                                 # as `| head` does once it has what it wants
+        done = cluster.run(*words, stdout=writes)
+        os.close(writes)
+        assert (done.returncode, done.stderr) == (0, "") and len([c for c in cluster.calls() if c["what"] == "sbatch"]) == submits
+
+
 def test_a_dry_run_prints_lines_and_scripts_and_submits_nothing(cluster, run_file, tmp_path):
     done = cluster.run(run_file, "--nodes=2", "--dry-run")
     assert done.returncode == 0 and not cluster.calls() and not (tmp_path / "runs").exists()
@@ -131,7 +196,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_submitted(cluster, run_fi
     assert "8 ranks, but the largest step (phase a) has 4 rows" in said
     assert "partition gpu has 2 of 3 nodes with 1 core" in cluster.refused(run_file, "--nodes=3")
     assert "0 of 1 node with 8 cores and 8 GPUs" in cluster.refused(run_file, "--gpus-per-node=8")
-    assert "there is no partition gpuu. Known: cpu, gpu." in cluster.refused(run_file, "--partition=gpuu")
+    assert "there is no partition gpuu. Known: cpu, gpu, long." in cluster.refused(run_file, "--partition=gpuu")
     assert "--time 2-00 is above the limit of partition gpu, 1-00:00:00" in cluster.refused(run_file, "--time=2-00")
     assert "--time 5:00 is 5 minutes" in cluster.refused(run_file, "--time=5:00")
     assert "--nodes is 4-2" in cluster.refused(run_file, "--nodes=4-2")
@@ -147,6 +212,20 @@ def _second(cluster: Cluster, run_file: Path) -> str:
     assert cluster.run(run_file, "--no-check").returncode == 0
     (cluster.folder / "calls").unlink()
     return cluster.refused(run_file, QUEUED="11\n12")
+
+
+def test_a_job_that_was_submitted_by_hand_is_seen_and_where_nobody_answers_nothing_is_submitted(cluster, run_file, tmp_path):
+    own = tmp_path / "runs" / "my run" / "slurm"
+    own.mkdir(parents=True)
+    (own / "34.jsonl").write_text('{"event": "start"}\n')
+    assert "job 34 of this run is still queued or running" in cluster.refused(run_file, "--no-plan", QUEUED="33 33\n34 34")
+    said = cluster.refused(run_file, "--no-plan", SILENT=AWAY)
+    assert "nobody says whether job 34 of this run is still queued: squeue does not answer (Unable to contact" in said
+    torn = '{"time": 1.0, "job": "11", "ro'
+    (own / "submitted.jsonl").write_text(torn + '{"time": 2.0, "job": "12", "role": "training"}\n')
+    assert "job 12 of this run" in cluster.refused(run_file, "--no-plan", QUEUED="12 12")
+    assert "job 11 of this run" in cluster.refused(run_file, "--no-plan", QUEUED="90 11")                # its array
+    assert cluster.run(run_file, "--no-plan", "--no-check").returncode == 0
 
 
 def test_a_chain_that_is_refused_in_its_middle_leaves_no_job_behind(cluster, run_file):
@@ -206,7 +285,8 @@ def test_status_takes_states_from_sacct_and_from_the_controller_first(cluster, t
     said = status(cluster, folder, SACCT="7|COMPLETED|0:0|00:00:09|node1\n8|FAILED|1:0|00:10:00|node[2-3]")
     assert "7    check     COMPLETED  00:00:09  node1\n" in said
     assert "8    training  FAILED     00:10:00  node[2-3]  crash, rank" in said
-    said = status(cluster, folder, SHOWN="JobId=8 JobState=RUNNING RunTime=00:01:00 NodeList=node[1-2] Reason=None ExitCode=0:0")
+    said = status(cluster, folder, SHOWN="JobId=8 JobState=RUNNING RunTime=00:01:00 StartTime=2026-11-26T10:00:00 "
+                                           "NodeList=node[1-2] Reason=None ExitCode=0:0")
     assert "RUNNING" in said and "done in 2m30s (" in said and "without stops" in said
 
 
@@ -214,9 +294,46 @@ def test_status_says_of_a_start_that_wrote_no_end_that_it_runs_or_was_killed(clu
     folder = write_run_folder(tmp_path / "r")
     own = (folder / "slurm" / "8.jsonl").read_text().splitlines()[2:]      # without what is torn
     (folder / "slurm" / "8.jsonl").write_text("\n".join(own[:3]) + "\n")
-    shown = "JobId=8 JobState={} RunTime=00:01:00 NodeList=node[2-3] Reason=None ExitCode=0:0"
+    shown = "JobId=8 JobState={} RunTime=00:01:00 StartTime=2026-11-26T10:00:00 NodeList=node[2-3] Reason=None ExitCode=0:0"
     assert "start 2 runs; before: 1 x saved before its limit" in status(cluster, folder, SHOWN=shown.format("RUNNING"))
     assert "start 2 was killed: it wrote no end; before: 1 x saved" in status(cluster, folder, SHOWN=shown.format("NODE_FAIL"))
+
+
+def test_status_guesses_nothing_while_the_controller_does_not_answer(cluster, tmp_path):
+    folder = write_run_folder(tmp_path / "r")
+    record = folder / "slurm" / "8.jsonl"
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(lines[:5]) + "\n")                # the second start has written no end
+    said = status(cluster, folder, SILENT=AWAY)
+    assert "8    training  unknown       node[2-3]  the controller does not answer\n" in said and "killed" not in said
+    assert f"warning: the controller does not answer (slurm_load_jobs error: {AWAY})" in said
+    assert "2m30s of training are left; nobody says whether it trains now" in said
+    assert len([call for call in cluster.calls() if call["what"] == "scontrol"]) == 1             # each takes its time
+    assert "was killed: it wrote no end" in status(cluster, folder)
+    record.write_text("\n".join(lines) + "\n")                    # its own last word counts
+    said = status(cluster, folder, SILENT=AWAY)
+    assert "8    training  ended (stop)" in said and "nothing trains now" in said
+    said = status(cluster, folder, SILENT=AWAY, SACCT="7|COMPLETED|0:0|00:00:09|node1")
+    assert "7    check     COMPLETED" in said
+
+
+def test_status_of_a_job_that_never_ran_or_was_cancelled_between_two_starts(cluster, tmp_path):
+    folder = write_run_folder(tmp_path / "r")
+    own = [{"event": "start", "restart": 0, "nodes": "node1"},
+           {"event": "end", "cause": "crash", "why": "rank 1 fell over", "decision": "requeue", "seconds": 50},
+           {"event": "excluded", "nodes": ["node1"], "jobs": []}]
+    (folder / "slurm" / "8.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+    shown = "JobId=8 JobState={} RunTime={} StartTime={} NodeList=(null) Reason=None ExitCode=0:0"
+    said = status(cluster, folder, SHOWN=shown.format("CANCELLED", "20783-17:11:05", "Unknown"))
+    assert "8    training  CANCELLED              cancelled while it waited for its next start; before: 1 x crash\n" in said
+    assert "20783" not in said
+    said = status(cluster, folder, SHOWN=shown.format("PENDING", "00:00:00", "2026-11-27T10:00:00"))
+    assert "8    training  PENDING              crash, rank 1 fell over\n" in said
+    assert "SLURM knows it no more while it waited for its next start; before: 1 x crash" in status(cluster, folder)
+    refused = {"event": "refused", "why": "Requested operation is presently disabled", "decision": "submit_again"}
+    (folder / "slurm" / "8.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*own[:2], refused, own[2])))
+    said = status(cluster, folder)
+    assert "8    training  ended (submit_again)  50.0s  node1  crash, rank 1 fell over; SLURM did not requeue it: Requested" in said
 
 
 def test_status_of_a_run_file_names_its_folder_and_of_neither_says_what_is_needed(cluster, tmp_path):
