@@ -32,7 +32,7 @@ SENTENCES = [
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the parts in order; returns the exit code of the first that fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)"
     )

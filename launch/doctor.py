@@ -18,7 +18,7 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, examines, returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="where NODE.json and bad_nodes go, on a shared disk")

@@ -15,7 +15,7 @@ from typing import Any
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, asks, prints, returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="HF_FOLDER", help="a folder written by launch/export_hf.py")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="answers for each [MASK] (default 5)")

@@ -23,7 +23,7 @@ SPEAKER_SECONDS = 3.0      # launchers end the other ranks as soon as one leaves
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, trains, returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="settings put over the file's, for example engine.zero_stage=2 phases.0.tokens=1M")

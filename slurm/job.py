@@ -62,7 +62,7 @@ class Mistake(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, acts, returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     begin_verb = verbs.add_parser("begin")
     begin_verb.add_argument("run")

@@ -51,7 +51,7 @@ class JobState:
 
 def main(argv: list[str]) -> int:
     """Parses, prints, returns the exit code."""
-    parser = argparse.ArgumentParser(prog="submit.py status", description=__doc__,
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="submit.py status", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN.yaml|RUN_FOLDER", help="the run file (with its overrides), or the run folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
@@ -73,8 +73,11 @@ def print_status(given: Path, overrides: list[str]) -> None:
         print(f"no job of {folder} is known (no {folder / 'slurm'})")
     if silence:
         print(f"warning: {silence}")
-    trains = {job.alive for job in jobs if job.role.startswith("training")}
-    print(progress_text(folder, settings, alive=True in trains or (None if None in trains else False), now=time.time()))
+    training = [job for job in jobs if job.role.startswith("training")]
+    trains = {job.alive for job in training}
+    waits = True in trains and not any(job.alive and not job.state.startswith("PENDING") for job in training)
+    alive = True in trains or (None if None in trains else False)
+    print(progress_text(folder, settings, alive=alive, waits=waits, now=time.time()))
     if any((folder / "wandb").glob("offline-run-*")):
         print(f"wandb, from a machine with internet: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*")
 
@@ -188,8 +191,9 @@ def _from_sacct(ids: list[str]) -> dict[str, list[dict[str, str]]]:
     return {job: list(tasks.values()) for job, tasks in found.items()}
 
 
-def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool | None, now: float) -> str:
-    """What was trained of how much, how fast, and when it ends if it goes on like that; `alive` is None where nobody knows."""
+def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool | None, waits: bool, now: float) -> str:
+    """What was trained of how much, how fast, and when it ends if it goes on like that; `alive` is None where nobody knows, `waits`
+    says of a job that lives that it has not started yet."""
     total = sum(parse_tokens(phase["tokens"]) for phase in settings.get("phases", []))
     last = next((line for line in reversed(_tail(folder / "ledger.jsonl")) if "tokens_seen" in line), None)
     if (folder / "done.json").exists():
@@ -208,8 +212,8 @@ def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool | None,
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
     goes_on = f"done in {short_seconds(left)} ({ends}) without stops"
     stands = f"{short_seconds(left)} of training are left; " + (
-        "nobody says whether it trains now" if alive is None else "nothing trains now")
-    return f"{text}, {short_count(speed)} tokens/s, {goes_on if alive else stands}"
+        "it waits for its start" if waits else "nobody says whether it trains now" if alive is None else "nothing trains now")
+    return f"{text}, {short_count(speed)} tokens/s, {goes_on if alive and not waits else stands}"
 
 
 def _folder_of(given: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="the run file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
     job = parser.add_argument_group("the training job")
@@ -116,7 +116,8 @@ def _submit(args: argparse.Namespace) -> int:
             raise ConfigError(f"--time {args.time} is {minutes(args.time):g} minutes, but the training saves and leaves 5 minutes "
                               f"before its limit. Needed: {LEAST_MINUTES} minutes or more.")
         if alive := alive_jobs(_record(folder)):
-            raise ConfigError(f"job {', '.join(alive)} of this run is still queued or running. Wait for it, or scancel {alive[0]}; "
+            jobs = f"job {alive[0]} of this run is" if len(alive) == 1 else f"jobs {', '.join(alive)} of this run are"
+            raise ConfigError(f"{jobs} still queued or running. Wait, or scancel {' '.join(alive)}; "
                               "slurm/submit.py status says how it stands.")
         if not args.no_plan:
             from plan_first import plan_first

@@ -67,7 +67,7 @@ class Refused(Exception):
 
 def main() -> int:
     """Parses, collects, says how to install; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="slurm/wheelhouse.sh", description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="slurm/wheelhouse.sh", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the wheels go")
     parser.add_argument("--python", default="{}.{}".format(*sys.version_info), metavar="3.X", help="the cluster's Python")
     parser.add_argument("--platform", default=f"manylinux_2_28_{platform.machine()}", metavar="TAG", help="the cluster's platform")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -13,11 +14,29 @@ def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> 
     """Runs a command's body and returns its exit code; mistakes, full disks and Ctrl-C become one line, never a traceback."""
     try:
         return body() or 0
+    except BrokenPipeError as error:
+        return 141 if _reader_has_left() else complain(str(as_user_error(error)))      # 128 + SIGPIPE, as a shell says it
     except (UserError, OSError) as error:
         return complain(str(as_user_error(error)))
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr, flush=True)
         return 130
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; what is still in the buffer then goes nowhere."""
+    try:
+        out = sys.stdout.fileno()
+    except (OSError, ValueError):      # no file
+        return False
+    poll = select.poll()
+    poll.register(out, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, out)
+    os.close(null)
+    return True
 
 
 def complain(text: str) -> int:

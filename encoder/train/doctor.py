@@ -162,7 +162,8 @@ class Doctor:
                       and not _appears(folder / f".doctor-{nonce}-{node}", self.wait_seconds / 3)]
             for node in set(firsts.values()) - set(shared):
                 self.findings.blame(node, f"{node} fell silent while it looked at the run folder {folder}: its disk may hang")
-            judge_folder(self.findings, shared, unseen, run.out, checkpoint_bytes=checkpoint_bytes)
+            judge_folder(self.findings, shared, unseen, run.out, checkpoint_bytes=checkpoint_bytes,
+                         at_most=run.checkpoints.keep_last + 1 + len(run.phases) - _standing(folder))
             with contextlib.suppress(OSError):
                 for path in folder.glob(".doctor-*"):           # of doctors that were killed, too
                     path.unlink(missing_ok=True)
@@ -251,6 +252,14 @@ def _appears(path: Path, seconds: float) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+def _standing(folder: Path) -> int:
+    """Checkpoints whose room is taken already."""
+    from encoder.engine.checkpoint_folder import committed_folders
+    from encoder.train.tracking import CHECKPOINTS
+
+    return len(committed_folders(folder / CHECKPOINTS))
 
 
 @contextlib.contextmanager

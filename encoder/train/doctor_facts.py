@@ -96,6 +96,8 @@ def look_at_folder(folder: Path, nonce: str, *, node: str, wait_seconds: float, 
             return facts | {"seen": False, "place": "the folder is there" if folder.is_dir() else "no such folder is"}
         time.sleep(0.2)
     try:
+        if first and not folder.exists():
+            folder.mkdir(parents=True)
         for path in (theirs, mine) if first else (mine,):
             path.write_text(node, encoding="utf-8")
         facts["free"] = shutil.disk_usage(folder).free

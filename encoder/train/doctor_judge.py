@@ -165,8 +165,9 @@ def _judge_memory(findings: Findings, firsts: Mapping[str, Mapping[str, Any]], f
 
 
 def judge_folder(findings: Findings, shared: Mapping[str, Mapping[str, Any]], missing: Sequence[str], out: str, *,
-                 checkpoint_bytes: int) -> None:
-    """`shared`: by node, whether it saw rank zero's file in the run folder, whether it could write there, and the room.
+                 checkpoint_bytes: int, at_most: int = 2) -> None:
+    """`at_most`: how many more checkpoints than now will ever stand at once.
+    `shared`: by node, whether it saw rank zero's file in the run folder, whether it could write there, and the room.
     `missing`: nodes whose file rank zero did not see."""
     wrong: dict[str, str] = {}
     need = 2 * checkpoint_bytes
@@ -184,8 +185,10 @@ def judge_folder(findings: Findings, shared: Mapping[str, Mapping[str, Any]], mi
     findings.blame_or_mistake(wrong, of=len(shared))
     if not wrong:
         free = min(at["free"] for at in shared.values())
+        whole = at_most * checkpoint_bytes
+        later = f", the {at_most} still to stand at once {short_bytes(whole)}: NOT enough to the end" if free < whole else ""
         findings.rows.append(("run folder", f"{out}: seen and written by {_many(len(shared), 'node')}, {short_bytes(free)} free; "
-                                            f"two checkpoints take {short_bytes(need)}"))
+                                            f"two checkpoints take {short_bytes(need)}{later}"))
 
 
 @dataclass(frozen=True, kw_only=True)

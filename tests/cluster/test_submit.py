@@ -62,7 +62,7 @@ def test_one_line_leads_from_text_to_an_exported_model(bed: Bed, run_file, tmp_p
     said = submit(bed, tmp_path, "run.yaml", "--nodes=2", "--tasks-per-node=2", "--prep=prep.yaml", "--parts=3", "--export=hf")
     jobs = jobs_of(said)
     assert list(jobs) == ["prep", "merge", "check", "training", "export"]
-    assert "is still queued or running" in submit(bed, tmp_path, "run.yaml", code=2)
+    assert "still queued or running" in submit(bed, tmp_path, "run.yaml", code=2)
     state = bed.wait_for_end(jobs["export"], seconds=300)
     logs = "\n".join(f"--- {p.name}\n{p.read_text()[-1500:]}" for p in sorted(tmp_path.rglob("*.out")))
     assert state == "COMPLETED", logs

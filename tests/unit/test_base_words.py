@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -82,3 +85,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_atomic(path, 5)      # type: ignore[arg-type]
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_reader_that_leaves_is_no_mistake_and_a_pipe_that_breaks_elsewhere_is_one(tmp_path):
+    program = ("import sys\nfrom encoder.base.command import run_command\n"
+               "def body():\n    if sys.argv[1] == 'elsewhere': raise BrokenPipeError(32, 'Broken pipe', 'a worker')\n"
+               "    for i in range(20000): print('line', i)\n"
+               "sys.exit(run_command(body))\n")
+    for where, code, said in (("here", 141, ""), ("elsewhere", 2, "error: a worker: Broken pipe")):
+        process = subprocess.Popen([sys.executable, "-c", program, where], text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        if where == "here":
+            process.stdout.readline()
+            process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait() == code and error.startswith(said) and bool(error) == bool(said), error

@@ -165,6 +165,11 @@ def test_a_run_folder_on_a_disk_of_each_node_is_a_mistake_and_on_one_node_withou
     findings = Findings()
     judge_folder(findings, {"a": fine}, [], "runs/x", checkpoint_bytes=10**9)
     assert "953.7 MiB free; needed: 1.9 GiB, two checkpoints" in findings.mistakes[0]
+    for at_most, said in ((3, "two checkpoints take 572.2 MiB"),
+                          (4, "the 4 still to stand at once 1.1 GiB: NOT enough to the end")):
+        findings = Findings()
+        judge_folder(findings, {"a": fine}, [], "runs/x", checkpoint_bytes=3 * 10**8, at_most=at_most)
+        assert findings.exit_code == 0 and findings.rows[0][1].endswith(said)
 
 
 def test_a_node_with_a_wrong_sum_is_named_and_a_sum_that_is_wrong_everywhere_is_a_mistake():
@@ -180,6 +185,7 @@ def test_a_folder_is_seen_only_when_the_first_rank_has_written_there(tmp_path):
     assert "error" not in look_at_folder(tmp_path, "n", node="a", wait_seconds=0.0, first=True)
     seen = look_at_folder(tmp_path, "n", node="b", wait_seconds=0.0)
     assert seen["seen"] and seen["free"] > 0 and (tmp_path / ".doctor-n-b").exists()
+    assert look_at_folder(tmp_path / "new" / "run", "n", node="a", wait_seconds=0.0, first=True)["free"] > 0
     assert "Not a directory" in look_at_folder(tmp_path / ".doctor-n", "n", node="a", wait_seconds=0.0, first=True)["error"]
 
 

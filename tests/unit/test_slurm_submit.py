@@ -288,6 +288,9 @@ def test_status_takes_states_from_sacct_and_from_the_controller_first(cluster, t
     said = status(cluster, folder, SHOWN="JobId=8 JobState=RUNNING RunTime=00:01:00 StartTime=2026-11-26T10:00:00 "
                                            "NodeList=node[1-2] Reason=None ExitCode=0:0")
     assert "RUNNING" in said and "done in 2m30s (" in said and "without stops" in said
+    said = status(cluster, folder, SHOWN="JobId=8 JobState=PENDING RunTime=00:00:00 StartTime=Unknown NodeList= Reason=BeginTime "
+                                           "ExitCode=0:0")
+    assert "2m30s of training are left; it waits for its start" in said and "without stops" not in said
 
 
 def test_status_says_of_a_start_that_wrote_no_end_that_it_runs_or_was_killed(cluster, tmp_path):
