@@ -64,7 +64,7 @@ def nearest(word: str, choices: list[str]) -> str:
     from difflib import get_close_matches
 
     close = [c for c in get_close_matches(word, choices, n=3, cutoff=0.6)
-             if c == word or c.rstrip("0123456789") != word.rstrip("0123456789")]
+             if c == word or len(c) != len(word) or c.rstrip("0123456789") != word.rstrip("0123456789")]
     if close:
         return f"Did you mean {close[0]}?"
     return f"Known: {', '.join(choices)}."
