@@ -152,9 +152,14 @@ class Job:
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may not be there; one torn by a kill is left out."""
+    """The lines of a file that may not be there."""
+    return whole_records(path.read_bytes().split(b"\n")) if path.exists() else []
+
+
+def whole_records(lines: list[bytes]) -> list[dict[str, Any]]:
+    """Of JSON lines those that no kill, and no window, has torn."""
     found = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in lines:
         try:
             record = json.loads(line)
         except ValueError:

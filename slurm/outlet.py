@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, TextIO
+
+from encoder.base.command import let_go
 
 
 class Outlet:
@@ -17,7 +18,7 @@ class Outlet:
         try:
             return self._stream.write(text)
         except BrokenPipeError:
-            self._go_nowhere()
+            let_go(self._stream)
             return len(text)
 
     def flush(self) -> None:
@@ -25,13 +26,7 @@ class Outlet:
         try:
             self._stream.flush()
         except BrokenPipeError:
-            self._go_nowhere()
-
-    def _go_nowhere(self) -> None:
-        # what is still in the buffer would be tried again when Python ends
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._stream.fileno())
-        os.close(null)
+            let_go(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

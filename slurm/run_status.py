@@ -8,17 +8,16 @@ controller does not answer, a job that wrote no last word is "unknown": it may w
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job import records, whole_records
 from slurm_commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
 from encoder.base.command import run_command
@@ -84,14 +83,14 @@ def print_status(given: Path, overrides: list[str]) -> None:
 
 def states(folder: Path) -> tuple[list[JobState], str]:
     """Of every job that was submitted for the run, or that trained it, oldest first; and why the controller did not answer."""
-    submitted = {line["job"]: line for line in _lines(folder / "slurm" / "submitted.jsonl")}
+    submitted = {line["job"]: line for line in records(folder / "slurm" / "submitted.jsonl")}
     by_hand = sorted((p.stem for p in (folder / "slurm").glob("*.jsonl") if p.stem.isdigit() and p.stem not in submitted), key=int)
     ids = sorted([*submitted, *by_hand], key=int)
     known = _from_sacct(ids)
     found, silence = [], ""
     for job in ids:
         role = submitted[job]["role"] if job in submitted else "training"
-        written = _story(_lines(folder / "slurm" / f"{job}.jsonl"))
+        written = _story(records(folder / "slurm" / f"{job}.jsonl"))
         shown: list[dict[str, str]] | None = None
         if not silence:                 # each question to a controller that is away takes its time
             try:
@@ -228,11 +227,6 @@ def _folder_of(given: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]
     return Path(settings["out"]), settings
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a small JSON-lines file."""
-    return _records(path.read_bytes().split(b"\n")) if path.exists() else []
-
-
 def _tail(path: Path) -> list[dict[str, Any]]:
     """The last whole lines of a file that may have a million."""
     if not path.exists():
@@ -240,20 +234,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     with open(path, "rb") as f:
         f.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = f.read().split(b"\n")
-    return _records(lines)
-
-
-def _records(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """Lines that a kill tore, or the window cut, are left out."""
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return whole_records(lines)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from encoder.base.errors import UserError
 
@@ -33,10 +34,15 @@ def _reader_has_left() -> bool:
     poll.register(out, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, out)
-    os.close(null)
+    let_go(sys.stdout)
     return True
+
+
+def let_go(stream: TextIO) -> None:
+    """What a stream still holds, and is given from now on, goes nowhere; else Python would try again when it ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def complain(text: str) -> int:

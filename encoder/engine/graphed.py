@@ -11,13 +11,14 @@ graph: what is tested there is all but the capture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from encoder.base.batch import SummedLoss, TokenBatch
+from encoder.nn.loss import scaled
 
 WARM_UP = 3         # micro-steps before a capture, on a stream of their own: kernels are compiled and tuned, libraries loaded
 TENSORS = tuple(f.name for f in fields(TokenBatch) if f.type == "torch.Tensor")
@@ -110,31 +111,18 @@ def captured(work: Work) -> Work:
     return replay
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Which run of a graph a backward belongs to."""
-
-    graph: _Graph
-    number: int
-
-    def check(self) -> None:
-        """Raises RuntimeError where its gradients are gone."""
-        if self.graph.turn != self.number:
-            raise RuntimeError("two forwards before a backward: the graph has written over the gradients of the first.")
-
-
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, batch: TokenBatch, *parameters: Tensor) -> tuple[Tensor, ...]:
         loss, ctx.gradients = graph.run(batch)
-        ctx.turn = Turn(graph, graph.turn)
+        ctx.graph, ctx.turn = graph, graph.turn
         results = tuple(x.clone() for x in loss)            # the caller may keep them
         ctx.mark_non_differentiable(*results[1:])
         return results
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.turn.check()
-        scale = d_total.to(torch.promote_types(d_total.dtype, torch.float32))
+        if ctx.graph.turn != ctx.turn:
+            raise RuntimeError("two forwards before a backward: the graph has written over the gradients of the first.")
         # new tensors: autograd may keep one as a parameter's .grad, and the next replay writes over ours
-        return None, None, *((d.to(torch.promote_types(d.dtype, torch.float32)) * scale).to(d.dtype) for d in ctx.gradients)
+        return None, None, *(scaled(d, d_total) for d in ctx.gradients)

@@ -77,8 +77,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
     """
     needs = count_needs(run, ranks=ranks)
     count, decayed, memory = needs.parameters, needs.decayed, needs.memory
-    fills = row_fills(run)
-    steps = steps or list(planned_steps(run, fills=fills))
+    steps = steps or list(planned_steps(run, fills=row_fills(run)))
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
         "",
@@ -105,7 +104,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         "",
         f"learning rate  {_spark([s.lr for s in steps])}  0 to {max(s.lr for s in steps):.2e}",
         f"batch          {_spark([float(s.tokens) for s in steps])}  up to {short_count(max(s.tokens for s in steps))} tokens in "
-        f"rows that are {_share_text(fills)} full",
+        f"rows that are {_fills_text(run, steps)} full",
         "",
         f"memory a rank  about {short_bytes(memory.total)}: weights {short_bytes(memory.weights)}, "
         f"gradients {short_bytes(memory.gradients)}, optimizer {short_bytes(memory.optimizer)}, "
@@ -196,7 +195,9 @@ def _row_fill(run: RunConfig, phase: PhaseConfig) -> float:
     return tokens / room
 
 
-def _share_text(fills: Sequence[float]) -> str:
+def _fills_text(run: RunConfig, steps: Sequence[PlannedStep]) -> str:
+    largest = {s.phase: s for s in sorted(steps, key=lambda s: s.rows)}.values()       # tokens are whole: there they tell it best
+    fills = [s.tokens / (s.rows * run.data.row_tokens) for s in largest]
     low, high = f"{min(fills):.1%}", f"{max(fills):.1%}"
     return low if low == high else f"{low} to {high}"
 

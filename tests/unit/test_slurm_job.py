@@ -137,13 +137,19 @@ def test_a_mistake_is_told_with_the_ranks_own_words_and_stops(job):
     assert "shards/web: no such folder." in end["said"] and end["said"].count("\n") == 1
 
 
-def test_bad_nodes_are_those_named_and_those_not_heard_from(job):
-    job.begin()
+def names_n2(job):
+    """A preflight of three nodes that found one bad; its folder."""
     folder = job.run / "slurm" / "7-r0-preflight"
     folder.mkdir()
     (folder / "bad_nodes").write_text("n2\n")
     for node in ("n1", "n2", "n3"):
         (folder / f"{node}.json").write_text("{}")
+    return folder
+
+
+def test_bad_nodes_are_those_named_and_those_not_heard_from(job):
+    job.begin()
+    folder = names_n2(job)
     done = job.call("preflight", "run", "--code", "4")
     assert done.returncode == 4 and "update JobId=7 ExcNodeList=n2" in job.calls()
     assert [e["nodes"] for e in job.events() if e["event"] == "excluded"] == [["n2"]]
@@ -201,11 +207,7 @@ def test_a_node_that_the_preflight_names_is_left_out_of_the_jobs_that_are_queued
     queued = [{"job": "5", "role": "check"}, {"job": "6", "role": "training-1"}, {"job": "7", "role": "training-2"},
               {"job": "9", "role": "training-3"}]
     (job.run / "slurm" / "submitted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in queued))
-    folder = job.run / "slurm" / "7-r0-preflight"
-    folder.mkdir()
-    (folder / "bad_nodes").write_text("n2\n")
-    for node in ("n1", "n2", "n3"):
-        (folder / f"{node}.json").write_text("{}")
+    names_n2(job)
     done = job.call("preflight", "run", "--code", "4")
     assert done.returncode == 75 and "job 9 goes on without n2" in done.stderr
     assert [line for line in job.calls().splitlines() if "update" in line] == ["update JobId=9 ExcNodeList=m[1,3],n2"]
