@@ -74,9 +74,13 @@ def print_status(given: Path, overrides: list[str]) -> None:
         print(f"warning: {silence}")
     training = [job for job in jobs if job.role.startswith("training")]
     trains = {job.alive for job in training}
-    waits = True in trains and not any(job.alive and not job.state.startswith("PENDING") for job in training)
-    alive = True in trains or (None if None in trains else False)
-    print(progress_text(folder, settings, alive=alive, waits=waits, now=time.time()))
+    if any(job.alive and not job.state.startswith("PENDING") for job in training):
+        stands = ""
+    elif True in trains:
+        stands = "it waits for its start"
+    else:
+        stands = "nobody says whether it trains now" if None in trains else "nothing trains now"
+    print(progress_text(folder, settings, stands=stands, now=time.time()))
     if any((folder / "wandb").glob("offline-run-*")):
         print(f"wandb, from a machine with internet: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*")
 
@@ -190,9 +194,8 @@ def _from_sacct(ids: list[str]) -> dict[str, list[dict[str, str]]]:
     return {job: list(tasks.values()) for job, tasks in found.items()}
 
 
-def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool | None, waits: bool, now: float) -> str:
-    """What was trained of how much, how fast, and when it ends if it goes on like that; `alive` is None where nobody knows, `waits`
-    says of a job that lives that it has not started yet."""
+def progress_text(folder: Path, settings: dict[str, Any], *, stands: str, now: float) -> str:
+    """What was trained of how much, how fast, and when it ends if it goes on like that; `stands` says why it may not go on."""
     total = sum(parse_tokens(phase["tokens"]) for phase in settings.get("phases", []))
     last = next((line for line in reversed(_tail(folder / "ledger.jsonl")) if "tokens_seen" in line), None)
     if (folder / "done.json").exists():
@@ -209,10 +212,9 @@ def progress_text(folder: Path, settings: dict[str, Any], *, alive: bool | None,
         return text
     left = max(0, total - done) / speed
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
-    goes_on = f"done in {short_seconds(left)} ({ends}) without stops"
-    stands = f"{short_seconds(left)} of training are left; " + (
-        "it waits for its start" if waits else "nobody says whether it trains now" if alive is None else "nothing trains now")
-    return f"{text}, {short_count(speed)} tokens/s, {goes_on if alive and not waits else stands}"
+    then = f"{short_seconds(left)} of training are left; {stands}" if stands else (
+        f"done in {short_seconds(left)} ({ends}) without stops")
+    return f"{text}, {short_count(speed)} tokens/s, {then}"
 
 
 def _folder_of(given: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
