@@ -31,6 +31,23 @@ def test_rotation_turns_the_pair_j_and_j_plus_half_by_position_times_theta_to_th
     assert torch.equal(v, qkv[:, 2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_tokens_turned_a_few_at_a_time_are_those_turned_together(monkeypatch, tokens, dtype):
+    table = rope_table(torch.arange(tokens, dtype=torch.int32), theta=100.0, head_width=8)
+    qkv, d = randn(tokens, 3, 2, 8, dtype=dtype).requires_grad_(), [randn(tokens, 2, 8, dtype=dtype, seed=i) for i in range(3)]
+
+    def turned():
+        out = split_and_rotate(qkv, table)
+        return [*out, *torch.autograd.grad(out, qkv, d)]
+
+    together = turned()
+    monkeypatch.setattr("encoder.nn.pieces.PIECE_ELEMENTS", 4 * 2 * 2 * 8 // torch.get_num_threads())      # four tokens
+    assert all(torch.equal(a, b) for a, b in zip(turned(), together, strict=True))
+    monkeypatch.setattr("encoder.nn.pieces.PIECE_ELEMENTS", 1)              # one token, which is the least
+    assert all(torch.equal(a, b) for a, b in zip(turned(), together, strict=True))
+
+
 def test_rotated_scores_depend_on_the_distance_only():
     qkv = randn(1, 3, 1, 8).expand(9, 3, 1, 8)
     q, k, _ = split_and_rotate(qkv, rope_table(torch.arange(9, dtype=torch.int32), theta=100.0, head_width=8))
