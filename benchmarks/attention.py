@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.options import count, several_of
+from benchmarks.options import several_of
 from benchmarks.report import Report
 from benchmarks.timing import in_turn, paired_ratio, ratio_text
 from benchmarks.workload import make_batch
+from encoder.base.command import count
 from encoder.base.errors import UserError
 from encoder.nn.attend import BACKENDS, Situation
 from encoder.train.meters import document_lengths

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import shlex
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.options import OneLineParser, count
 from benchmarks.report import Report
 from encoder.base.allocator import keep_freed_memory
+from encoder.base.command import CommandLine, count
 from encoder.base.errors import ConfigError, nearest
 
 # a question imports what it alone needs: a bare GPU machine has no deepspeed, no streaming and no fastokens
@@ -59,10 +58,9 @@ def bench(words: Sequence[str]) -> None:
         module.ask(asked[name], report)
 
 
-def _parser(question: str, module: ModuleType | None, *, quick: bool = False) -> OneLineParser:
+def _parser(question: str, module: ModuleType | None, *, quick: bool = False) -> CommandLine:
     about = "\n".join(f"  {name:<11} {text}" for name, text in QUESTIONS.items())
-    parser = OneLineParser(prog=f"bench.py {question}", allow_abbrev=False, description=__doc__, epilog=f"questions:\n{about}",
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(prog=f"bench.py {question}", description=__doc__, epilog=f"questions:\n{about}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--against", choices=("hf",), help="also the peer: transformers, for the step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here")

@@ -15,12 +15,13 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.options import count, several, several_of
+from benchmarks.options import several, several_of
 from benchmarks.report import Report
 from benchmarks.step import forward_context
 from benchmarks.timing import in_turn, paired_ratio, ratio_text
 from benchmarks.workload import SHAPES, config_of, make_batch
 from encoder.base.batch import TokenBatch
+from encoder.base.command import count
 from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
 from encoder.models.modernbert import ModernBertForMaskedLM

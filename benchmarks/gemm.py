@@ -13,10 +13,10 @@ import argparse
 import torch
 from torch import Tensor
 
-from benchmarks.options import count
 from benchmarks.report import Report
 from benchmarks.timing import in_turn
 from benchmarks.workload import MASK_SHARE, SHAPES, config_of
+from encoder.base.command import count
 from encoder.base.errors import UserError
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.train.meters import bf16_peak

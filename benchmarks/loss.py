@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.options import count
 from benchmarks.report import Report
 from benchmarks.workload import MASK_SHARE
+from encoder.base.command import count
 from encoder.base.errors import UserError
 from encoder.nn.loss import PIECE_POSITIONS, cross_entropy_sum
 

@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import count
 from benchmarks.report import Report
 from data_prep import readers, shards, tokenization, worker
 from data_prep.config import JsonlSource
@@ -40,6 +39,7 @@ from data_prep.environment_corpus import environment_corpus
 from data_prep.ledger import open_ledger
 from data_prep.segments import Part, segments_of
 from data_prep.tokenizer_files import sources_of, train_tokenizer
+from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.data.shard_format import read_card, special_ids_of
 from encoder.data.shards import open_source

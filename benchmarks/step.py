@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import count, several, several_of
+from benchmarks.options import several, several_of
 from benchmarks.peers import KINDS, Theirs
 from benchmarks.report import Report
 from benchmarks.timing import Timed, cpu_ratio, in_turn, paired_ratio, ratio_text
 from benchmarks.workload import SHAPES, config_of, make_batch
 from encoder.base.batch import TokenBatch
+from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.engine.graphed import GraphedForward
 from encoder.models.flops import parameter_counts, train_flops

@@ -6,8 +6,8 @@ import argparse
 import signal
 from pathlib import Path
 
-from encoder.base.command import complain, run_command
-from encoder.base.errors import UserError, nearest
+from encoder.base.command import UNKNOWN, CommandLine, count, run_command
+from encoder.base.errors import UserError
 
 ABOUT = """Text to shards, for pretraining. In order:
 
@@ -70,12 +70,9 @@ STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to beg
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Exit code: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted."""
+    """Run one command. Exit code, or SystemExit: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's TERM cleans up as Ctrl-C does
-    try:
-        args = _parsed(arguments)
-    except UserError as error:
-        return complain(str(error))
+    args = _parsed(arguments)
     return run_command(lambda: args.run(args), stopped=STOPPED.get(args.command, STOPPED_ELSE))
 
 
@@ -85,28 +82,16 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in args.overrides]
     if rest:
-        raise UserError(f"{rest[0]} is not understood. {nearest(rest[0], _options(args.parser))} "
-                        f"See {args.parser.prog} --help.")
+        args.parser.error(UNKNOWN + " ".join(rest))
     return args
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with mistakes as one line, and options spelt out: a later option must not change what --sourc means."""
-
-    def __init__(self, **settings: object) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}. See {self.prog} --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="data-prep", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="data-prep", description=ABOUT)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, run, help: str, description: str = "", under=commands) -> argparse.ArgumentParser:
-        made = under.add_parser(name, help=help, description=description or f"{help[0].upper()}{help[1:]}.",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    def command(name: str, run, help: str, description: str = "", under=commands) -> CommandLine:
+        made = under.add_parser(name, help=help, description=description or f"{help[0].upper()}{help[1:]}.")
         made.set_defaults(run=run, parser=made)
         return made
 
@@ -126,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     missing = command("missing", _missing, "the numbers of the parts of prepare --part I/N that are not done, as 1-3,7")
     missing.add_argument("config", metavar="CONFIG", type=Path, help="the file that prepare is given")
     missing.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change, as for prepare")
-    missing.add_argument("--parts", metavar="N", type=_count, required=True, help="how many parts there are")
+    missing.add_argument("--parts", metavar="N", type=count, required=True, help="how many parts there are")
 
     plan = command("plan", _plan, "tokens, disk, core-hours and epochs of a settings file; reads no text", PLAN)
     plan.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
@@ -142,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--files", metavar="GLOB", nargs="+",
                       help=".jsonl (also .gz, .zst; key text), .parquet, .arrow, plain text")
     text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
-    train.add_argument("--vocab-size", metavar="N", type=int, default=8192,
+    train.add_argument("--vocab-size", metavar="N", type=count, default=8192,
                        help="entries, special tokens included (8192)")
     train.add_argument("--sample-mb", metavar="MB", type=float, default=100,
                        help="train on about this much of the text (100)")
@@ -185,10 +170,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(parser: argparse.ArgumentParser) -> list[str]:
-    return [option for action in parser._actions for option in action.option_strings]
-
-
 def _prepare(args: argparse.Namespace) -> None:
     from data_prep.config import PrepareConfig
     from data_prep.prepare import prepare
@@ -220,18 +201,12 @@ def _missing(args: argparse.Namespace) -> None:
     print(numbers_text(missing_parts(read_settings(PrepareConfig, args.config, args.overrides), count=args.parts)))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--parts is {text}; needed: a whole number, at least 1.")
-    return int(text)
-
-
 def _part(text: str) -> object:
     from data_prep.segments import Part
 
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise UserError(f"--part is {text}; needed: I/N with I from 1 to N, such as 3/16.")
+        raise argparse.ArgumentTypeError(f"{text}; needed: I/N with I from 1 to N, such as 3/16")
     return Part(index=int(index), count=int(count))
 
 

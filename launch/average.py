@@ -8,21 +8,21 @@ Then export OUT (launch/export_hf.py), grow it, or train it on (init_from: OUT).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from encoder.base.command import CommandLine, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, averages, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT",
                         help="a folder of RUN/checkpoints; of one run, or of several of the same model and tokenizer")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT",
                         help="the weights folder to write; replaced only if it is an earlier weights folder")
     args = parser.parse_args(argv)
 
-    from encoder.base.command import run_command
 
     def body() -> None:
         from encoder.train.average import average_checkpoints

@@ -8,7 +8,6 @@ Every part runs the same command a person would type, and is left out when it is
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -18,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from encoder.base.command import CommandLine
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FILE = ROOT / "configs" / "pretrain" / "tiny_cpu.yaml"
@@ -32,7 +33,7 @@ SENTENCES = [
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the parts in order; returns the exit code of the first that fails."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)"
     )

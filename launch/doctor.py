@@ -15,10 +15,12 @@ import os
 import traceback
 from pathlib import Path
 
+from encoder.base.command import CommandLine, run_command
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, examines, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="where NODE.json and bad_nodes go, on a shared disk")
@@ -30,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     # torch would print a stack of its own for every wait that comes to nothing; what is silent is named by us
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
-    from encoder.base.command import run_command
 
     def body() -> int:
         from encoder.base.dist import world_from_env

@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from encoder.base.command import CommandLine, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, exports, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE",
                         help="a run's `out`, one folder of its checkpoints, or a weights folder")
     parser.add_argument(
@@ -23,7 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--onnx", action="store_true", help="also write OUT/onnx/model.onnx (needs the extra onnx)")
     args = parser.parse_args(argv)
 
-    from encoder.base.command import run_command
 
     def body() -> None:
         from encoder.train.export import export_run

@@ -6,23 +6,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from encoder.base.command import CommandLine, count, run_command
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, asks, prints, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="HF_FOLDER", help="a folder written by launch/export_hf.py")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="answers for each [MASK] (default 5)")
+    parser.add_argument("--top", type=count, default=5, metavar="N", help="answers for each [MASK] (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers there")
     args = parser.parse_args(argv)
 
-    from encoder.base.command import run_command
 
     def body() -> None:
         found = answers(args.folder, args.texts, top=args.top)

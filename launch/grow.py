@@ -11,14 +11,15 @@ size) is refused and nothing is written.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from encoder.base.command import CommandLine, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, grows, prints, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE",
                         help="a run folder, a checkpoint, a weights folder or a Hugging Face folder")
     parser.add_argument("out", type=Path, metavar="OUT",
@@ -41,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: needed is at least 0")
 
-    from encoder.base.command import run_command
 
     def body() -> None:
         from encoder.models.growth import GrowthConfig

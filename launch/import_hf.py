@@ -10,14 +10,15 @@ A run starts from OUT with init_from: OUT.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from encoder.base.command import CommandLine, count, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, imports, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE",
                         help="a folder with config.json and weights, or a .pt file in FlexBERT's names")
     parser.add_argument("out", type=Path, metavar="OUT",
@@ -25,10 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, where SOURCE has none")
     parser.add_argument("--global-rope-theta", type=float, metavar="THETA", help="of a .pt, which does not say it")
     parser.add_argument("--local-rope-theta", type=float, metavar="THETA", help="of a .pt (default 10000)")
-    parser.add_argument("--heads", type=int, metavar="N", help="of a .pt (default: hidden size / 64 where that is whole)")
+    parser.add_argument("--heads", type=count, metavar="N", help="of a .pt (default: hidden size / 64 where that is whole)")
     args = parser.parse_args(argv)
 
-    from encoder.base.command import run_command
 
     def body() -> None:
         import dataclasses

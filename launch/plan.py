@@ -7,17 +7,18 @@ with --gpu or --measure also tokens a second, hours, and what a rank sends in a 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from encoder.base.command import CommandLine, count, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, prints, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes the run would have (default 1)")
+    parser.add_argument("--ranks", type=count, default=1, metavar="N", help="processes the run would have (default 1)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw rate, batch, mask share and length over tokens")
     parser.add_argument("--gpu", metavar="WORD", help="also how fast it will be on this GPU: a100, h100, h200, b200 or l40s")
     parser.add_argument("--interconnect", type=float, metavar="GB/s", help="of a rank to the others, each way")
@@ -27,10 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--gpu and --measure: one says how fast it is there, the other here; needed: one of them")
     if args.interconnect is not None and not (args.interconnect > 0 and (args.gpu or args.measure)):
         parser.error(f"--interconnect {args.interconnect:g}: needed is a rate above 0, and --gpu or --measure")
-    if args.ranks < 1:
-        parser.error(f"--ranks {args.ranks}: needed is at least 1")
 
-    from encoder.base.command import run_command
 
     def body() -> None:
         from encoder.train.config import read_run

@@ -18,12 +18,14 @@ import os
 import time
 import traceback
 
+from encoder.base.command import CommandLine, run_command
+
 SPEAKER_SECONDS = 3.0      # launchers end the other ranks as soon as one leaves: those that say nothing leave last
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, trains, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="settings put over the file's, for example engine.zero_stage=2 phases.0.tokens=1M")
@@ -32,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    from encoder.base.command import run_command
     from encoder.base.errors import PassingError, RankError, SilentError, UserError
 
     def body() -> int:

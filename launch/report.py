@@ -7,19 +7,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from encoder.base.command import CommandLine, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, writes, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER", help="a run file's `out`")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page goes; needed for several runs")
     args = parser.parse_args(argv)
 
-    from encoder.base.command import run_command
 
     def body() -> None:
         from encoder.base.errors import ConfigError

@@ -7,7 +7,6 @@ controller does not answer, a job that wrote no last word is "unknown": it may w
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 from job import records, whole_records
 from slurm_commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
-from encoder.base.command import run_command
+from encoder.base.command import CommandLine, run_command
 from encoder.base.errors import ConfigError
 from encoder.base.schema import read_mapping
 from encoder.base.units import parse_tokens, short_count, short_seconds
@@ -50,8 +49,7 @@ class JobState:
 
 def main(argv: list[str]) -> int:
     """Parses, prints, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, prog="submit.py status", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(prog="submit.py status", description=__doc__)
     parser.add_argument("run", metavar="RUN.yaml|RUN_FOLDER", help="the run file (with its overrides), or the run folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "slurm")]        # this folder's own name 
 from outlet import Outlet  # noqa: E402
 from slurm_commands import alive_jobs, check_cluster, minutes, node_range, run_words  # noqa: E402
 
-from encoder.base.command import run_command  # noqa: E402
+from encoder.base.command import CommandLine, count, run_command  # noqa: E402
 from encoder.base.errors import ConfigError, UserError  # noqa: E402
 
 LEAST_MINUTES = 10                 # pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
@@ -72,28 +72,28 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: _submit(args), stopped="stopped; look at squeue --me for what was submitted")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> CommandLine:
+    parser = CommandLine(description=__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="the run file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
     job = parser.add_argument_group("the training job")
     job.add_argument("--nodes", metavar="N", default="1", help="nodes, or from-to: as many as there are (1)")
-    job.add_argument("--gpus-per-node", type=_count, metavar="N", help="GPUs of a node, a rank each; leave it out for CPU only")
-    job.add_argument("--tasks-per-node", type=_count, metavar="N", help="ranks of a node without GPUs (1)")
-    job.add_argument("--cpus-per-task", type=_count, metavar="N", help="cores of a rank")
+    job.add_argument("--gpus-per-node", type=count, metavar="N", help="GPUs of a node, a rank each; leave it out for CPU only")
+    job.add_argument("--tasks-per-node", type=count, metavar="N", help="ranks of a node without GPUs (1)")
+    job.add_argument("--cpus-per-task", type=count, metavar="N", help="cores of a rank")
     job.add_argument("--time", metavar="T", help="time limit of a start, as sbatch takes it: 24:00:00, 2-00")
     job.add_argument("--partition", metavar="P")
     job.add_argument("--account", metavar="A")
     job.add_argument("--qos", metavar="Q")
-    job.add_argument("--jobs", type=_count, default=1, metavar="K", help="so many jobs after one another, that are not requeued")
+    job.add_argument("--jobs", type=count, default=1, metavar="K", help="so many jobs after one another, that are not requeued")
     job.add_argument("--container-image", metavar="IMAGE", help="for srun, with pyxis")
     job.add_argument("--container-mounts", metavar="A:B,C", help="for srun, with pyxis")
     job.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other option, e.g. --sbatch=--exclusive")
     chain = parser.add_argument_group("before and after it")
     chain.add_argument("--prep", metavar="CONFIG", help="prepare the shards of this file first")
     chain.add_argument("--prep-set", action="append", default=[], metavar="key=value", help="a setting put over CONFIG's")
-    chain.add_argument("--parts", type=_count, default=1, metavar="N", help="tasks of the preparation (1)")
-    chain.add_argument("--prep-cpus", type=_count, metavar="N", help="cores of each (--cpus-per-task)")
+    chain.add_argument("--parts", type=count, default=1, metavar="N", help="tasks of the preparation (1)")
+    chain.add_argument("--prep-cpus", type=count, metavar="N", help="cores of each (--cpus-per-task)")
     chain.add_argument("--no-check", action="store_true", help="no job that looks at the nodes first; the training does so, too")
     chain.add_argument("--export", metavar="OUT", help="write a Hugging Face folder at the end")
     chain.add_argument("--onnx", action="store_true", help="with --export: also OUT/onnx/model.onnx")
@@ -262,12 +262,6 @@ def _send(jobs: list[Job], folder: Path | None) -> dict[str, str]:
 
 def _record(folder: Path) -> Path:
     return folder / "slurm" / SUBMITTED
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

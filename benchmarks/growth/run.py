@@ -9,11 +9,12 @@ What is already there is not done again. On one core: about 35 minutes (measured
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from encoder.base.command import CommandLine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -30,7 +31,7 @@ WORDS = {"random": "random (Megatron)", "grown": "grown: layer_map modernbert, f
 
 def main() -> None:
     """Everything, then the table on standard output."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked = CommandLine(description=__doc__)
     asked.add_argument("--shards", type=Path, required=True, help="the folder that holds four_domains/")
     asked.add_argument("--out", type=Path, required=True, help="run folders and weights folders")
     asked.add_argument("--picture", type=Path, help="default: OUT/growth.png")

@@ -1,14 +1,47 @@
-"""How a command ends: 0 done, 2 a mistake in the input (one line on standard error), 130 stopped by Ctrl-C."""
+"""How a command is read and how it ends: 0 done, 2 a mistake in the input (one line on standard error), 130 stopped by Ctrl-C."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import select
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
-from encoder.base.errors import UserError
+from encoder.base.errors import UserError, nearest
+
+UNKNOWN = "unrecognized arguments: "        # argparse's
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse with mistakes as one line and exit code 2, and options spelt out: a later one must not change what --sourc means."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        """Found, needed, where to read on."""
+        if message.startswith(UNKNOWN):
+            message = self.unknown(message.removeprefix(UNKNOWN).split())
+        sys.exit(complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {self.prog} --help."))
+
+    def unknown(self, words: list[str]) -> str:
+        """About words that are no option and have no place: the option they may be."""
+        word = next((w for w in words if w.startswith("-")), words[0])
+        option, equals, _ = word.partition("=")
+        settings = any(action.dest == "overrides" for action in self._actions)
+        if settings and equals and word.startswith("--"):
+            return f"{option} is unknown. Settings are given without dashes: {word.lstrip('-')}"
+        known = [o for action in self._actions if action.help != argparse.SUPPRESS for o in action.option_strings]
+        return f"{option} is unknown. {nearest(option, known)}"
+
+
+def count(text: str) -> int:
+    """The type of an option that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; needed: a whole number of at least 1")
+    return int(text)
 
 
 def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> int:

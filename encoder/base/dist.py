@@ -33,27 +33,42 @@ class World:
 
 
 def world_from_env(env: Mapping[str, str] | None = None) -> World:
-    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else from srun's own variables, else one rank."""
+    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else from srun's own variables, else one rank.
+
+    Raises ConfigError for values that no launcher gives.
+    """
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
-        local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
-        return World(rank=int(env["RANK"]), size=int(env["WORLD_SIZE"]),
-                     local_rank=int(env.get("LOCAL_RANK", "0")), local_size=int(local_size))
+        local_size = _whole(env, "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1)
+        world = World(rank=_whole(env, "RANK"), size=_whole(env, "WORLD_SIZE"), local_rank=_whole(env, "LOCAL_RANK", 0),
+                      local_size=local_size)
     # SLURM_PROCID alone is also set in the batch script itself; SLURM_STEP_ID only inside srun
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
-        return World(rank=int(env["SLURM_PROCID"]), size=_slurm_tasks(env),
-                     local_rank=int(env.get("SLURM_LOCALID", "0")), local_size=_slurm_local_size(env))
-    return World()
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
+        world = World(rank=_whole(env, "SLURM_PROCID"), size=_slurm_tasks(env), local_rank=_whole(env, "SLURM_LOCALID", 0),
+                      local_size=_slurm_local_size(env))
+    else:
+        return World()
+    if world.rank >= world.size:
+        raise ConfigError(f"the environment says rank {world.rank} of {world.size}; needed: ranks from 0 to below their number. "
+                          "Start with srun, deepspeed or torchrun, or mend RANK and WORLD_SIZE, or unset them.")
+    return world
+
+
+def _whole(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name) or ("" if default is None else str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name} is {text!r}; needed: a whole number, as srun, deepspeed and torchrun set it. Mend or unset it.")
+    return int(text)
 
 
 def _slurm_tasks(env: Mapping[str, str]) -> int:
     # the step's own count first: SLURM_NTASKS may be the job's, where srun ran with --ntasks-per-node alone
-    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or "1")
+    return _whole(env, "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS", 1)
 
 
 def _slurm_local_size(env: Mapping[str, str]) -> int:
     """Tasks on this node. SLURM_NTASKS_PER_NODE, which is there only where it was asked for, says what was asked for."""
-    counts, node = env.get("SLURM_STEP_TASKS_PER_NODE"), int(env.get("SLURM_NODEID", "0"))
+    counts, node = env.get("SLURM_STEP_TASKS_PER_NODE"), _whole(env, "SLURM_NODEID", 0)
     return tasks_per_node(counts)[node] if counts else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
 
 

@@ -56,7 +56,10 @@ def settings(folder: Path, sources: list[dict] | None = None, **changes: object)
 
 def run(*words: object) -> int:
     """The data-prep command; its exit code."""
-    return main([str(word) for word in words])
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as left:
+        return left.code
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

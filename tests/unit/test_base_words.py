@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -77,6 +78,20 @@ def test_ranks_come_from_torchrun_deepspeed_or_slurm():
     # the batch script itself has SLURM_PROCID too, but is no step
     assert world_from_env({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}).size == 1
     assert world_from_env({}).first
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'; needed: a whole number"),
+    ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
+    ({"RANK": "", "WORLD_SIZE": "2"}, "RANK is ''"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK is 'a'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1.0"}, "LOCAL_WORLD_SIZE is '1.0'"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2; needed: ranks from 0"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "rank 0 of 0"),
+    ({"SLURM_PROCID": "y", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, "SLURM_PROCID is 'y'")])
+def test_ranks_that_no_launcher_gives_are_named(env, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        world_from_env(env)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

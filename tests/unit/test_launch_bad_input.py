@@ -47,6 +47,21 @@ def refused(capsys, command, *words: object) -> str:
     return said
 
 
+@pytest.mark.parametrize("command, words, said", [
+    (pretrain, ["run.yaml", "--engine.zero_stage=2"],
+     "--engine.zero_stage is unknown. Settings are given without dashes: engine.zero_stage=2. See"),
+    (pretrain, [], "the following arguments are required: RUN.yaml. See"),
+    (plan, ["run.yaml", "--rank", "2"], "--rank is unknown. Did you mean --ranks? See"),
+    (plan, ["run.yaml", "--ranks", "two"], "argument --ranks: 'two'; needed: a whole number of at least 1. See"),
+    (report, ["a", "--fast"], "--fast is unknown. Known: -h, --help, --out. See"),
+    (export_hf, ["a"], "the following arguments are required: OUT. See")])
+def test_a_wrong_option_is_one_line_and_names_its_neighbour(command, words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main(words)
+    line = capsys.readouterr().err
+    assert left.value.code == 2 and line.startswith(f"error: {said} ") and line.endswith(" --help.\n") and line.count("\n") == 1
+
+
 def test_a_missing_run_file_names_its_neighbour(tmp_path, source, capsys):
     run_file(tmp_path, source)
     assert "Did you mean run.yaml?" in refused(capsys, pretrain, tmp_path / "rum.yaml")

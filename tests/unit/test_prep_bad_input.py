@@ -366,7 +366,7 @@ def test_a_sample_size_that_is_no_size_is_refused(tmp_path, commands, capsys, si
 
 def test_options_are_not_guessed_from_their_first_letters(tmp_path, commands, capsys):
     err = refused(capsys, "prepare", "prep.yaml", "--sourc", "a")
-    assert "--sourc is not understood. Did you mean --source?" in err
+    assert "--sourc is unknown. Did you mean --source? See data-prep prepare --help." in err
 
 
 def test_a_folder_in_the_place_of_a_file_is_called_a_folder(tmp_path, commands, capsys):

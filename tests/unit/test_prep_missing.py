@@ -38,4 +38,4 @@ def test_numbers_are_written_as_sbatch_takes_them():
 
 def test_a_count_of_parts_that_is_none_is_said(tmp_path, capsys):
     assert run("missing", tmp_path / "x.yaml", "--parts", "0") == 2
-    assert "--parts is 0; needed: a whole number, at least 1" in capsys.readouterr().err
+    assert "argument --parts: '0'; needed: a whole number of at least 1" in capsys.readouterr().err
