@@ -27,7 +27,7 @@ demo: install
 	@$(BIN)/python launch/demo.py
 
 test: install
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile
 
 test-cluster: install
 	@$(BIN)/python tests/cluster/side_by_side.py
