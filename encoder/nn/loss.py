@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.batch import IGNORE, SummedLoss
+from encoder.nn import loss_kernel
 from encoder.nn.pieces import piece_rows
 
 # Positions of one piece. Every piece reads and writes the whole [V, C] gradient, so few positions waste the product; on a CPU 512
@@ -41,46 +42,28 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx, h_MC, weight_VC, bias_V, target_M, z_loss_weight, product, with_gradients):
         exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
         piece = PIECE_POSITIONS[h_MC.device.type]
+        by_kernel = with_gradients and h_MC.device.type == "cuda" and exact == torch.float32 and loss_kernel.available()
         cross_entropy, squares = torch.zeros((2,), dtype=exact, device=h_MC.device).unbind()
         correct = torch.zeros((), dtype=torch.int64, device=h_MC.device)
         with torch.autocast(h_MC.device.type, enabled=False):
             h, weight = h_MC.to(product), weight_VC.to(product)
             bias = None if bias_V is None else bias_V.to(exact)
+            d_bias = None if bias is None else torch.zeros_like(bias)
             if with_gradients:
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
-                d_bias = None if bias is None else torch.zeros_like(bias)
-            rows = max(1, min(piece, piece_rows(h, elements=len(weight))))
-            exact_rV = torch.empty((rows, len(weight)), dtype=exact, device=h_MC.device)
             for start in range(0, len(target_M), piece):
                 h_mC, target_m = h[start:start + piece], target_M[start:start + piece]
                 logits_mV = h_mC @ weight.T
-                # a few positions at a time: their fp32 logits, exponentials and gradient stay in a CPU's cache, which takes 0.75 of
-                # the time at V = 8,192 and 0.65 at V = 50,368
-                for logits_rV, target_r in zip(logits_mV.split(rows), target_m.split(rows), strict=True):
-                    turned_rV = exact_rV[:len(logits_rV)].copy_(logits_rV)
-                    counts_r1 = (target_r != IGNORE)[:, None]
-                    safe_r1 = target_r[:, None].where(counts_r1, 0)
-                    if bias is not None:
-                        turned_rV.add_(bias)
-                    if not with_gradients:      # evaluation alone: a pass over the logits
-                        correct += ((turned_rV.argmax(1, keepdim=True) == safe_r1) & counts_r1).sum()
-                    top_r1 = turned_rV.amax(1, keepdim=True)
-                    at_target_r1 = turned_rV.sub_(top_r1).gather(1, safe_r1)
-                    sum_r1 = turned_rV.exp_().sum(1, keepdim=True)
-                    log_sum_r1 = sum_r1.log()
-                    cross_entropy += (log_sum_r1 - at_target_r1).where(counts_r1, 0).sum()
-                    logsumexp_r1 = log_sum_r1.add_(top_r1)
-                    squares += logsumexp_r1.square().where(counts_r1, 0).sum()
-                    if with_gradients:
-                        scale_r1 = ((1 + 2 * z_loss_weight * logsumexp_r1) / sum_r1).where(counts_r1, 0)
-                        turned_rV.mul_(scale_r1).scatter_add_(1, safe_r1, -counts_r1.to(exact))
-                        if bias is not None:
-                            d_bias += turned_rV.sum(0)
-                        logits_rV.copy_(turned_rV)
+                if not with_gradients:          # evaluation alone: a pass over the logits
+                    correct += _hits(logits_mV, bias, target_m)
+                turn = loss_kernel.turn_into_gradient_ if by_kernel else turn_into_gradient_
+                sums = turn(logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight)
+                cross_entropy += sums[0].sum()
+                squares += sums[1].sum()
                 if with_gradients:              # in the place of the logits stands their gradient
                     d_h[start:start + piece] = logits_mV @ weight
-                    d_weight += logits_mV.T @ h_mC
+                    _add_product_(d_weight, logits_mV.T, h_mC)
         if with_gradients:
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), None if bias is None else d_bias.to(bias_V.dtype))
         count = (target_M != IGNORE).sum()
@@ -92,6 +75,55 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total, *_):
         return *(None if d is None else scaled(d, d_total) for d in ctx.saved_tensors), None, None, None, None
+
+
+def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | None, d_bias_V: Tensor | None, *,
+                        z_loss_weight: float) -> tuple[Tensor, Tensor]:
+    """As loss_kernel's, of any dtype: fp64 logits are turned and summed in fp64, others in fp32; d_bias_V is of that dtype.
+
+    A few positions at a time: their fp32 logits, exponentials and gradient stay in a CPU's cache, which takes 0.75 of the time at
+    V = 8,192 and 0.65 at V = 50,368.
+    """
+    exact = torch.promote_types(logits_mV.dtype, torch.float32)
+    words = logits_mV.shape[1]
+    rows = min(len(logits_mV), piece_rows(logits_mV, elements=words))
+    cross_entropy_m1, squares_m1 = torch.empty((2, len(target_m), 1), dtype=exact, device=logits_mV.device).unbind()
+    buffer_rV = torch.empty((rows, words), dtype=exact, device=logits_mV.device)
+    for logits_rV, target_r, cross_entropy_r1, squares_r1 in zip(*(x.split(max(1, rows)) for x in (
+            logits_mV, target_m, cross_entropy_m1, squares_m1)), strict=True):
+        turned_rV = buffer_rV[:len(logits_rV)].copy_(logits_rV)
+        counts_r1 = (target_r != IGNORE)[:, None]
+        safe_r1 = target_r[:, None].where(counts_r1, 0)
+        if bias_V is not None:
+            turned_rV.add_(bias_V)
+        top_r1 = turned_rV.amax(1, keepdim=True)
+        at_target_r1 = turned_rV.sub_(top_r1).gather(1, safe_r1)
+        sum_r1 = turned_rV.exp_().sum(1, keepdim=True)
+        log_sum_r1 = sum_r1.log()
+        cross_entropy_r1.copy_((log_sum_r1 - at_target_r1).where(counts_r1, 0))
+        logsumexp_r1 = log_sum_r1.add_(top_r1)
+        squares_r1.copy_(logsumexp_r1.square().where(counts_r1, 0))
+        scale_r1 = ((1 + 2 * z_loss_weight * logsumexp_r1) / sum_r1).where(counts_r1, 0)
+        turned_rV.mul_(scale_r1).scatter_add_(1, safe_r1, -counts_r1.to(exact))
+        if d_bias_V is not None:
+            d_bias_V += turned_rV.sum(0)
+        logits_rV.copy_(turned_rV)
+    return cross_entropy_m1[:, 0], squares_m1[:, 0]
+
+
+def _hits(logits_mV: Tensor, bias_V: Tensor | None, target_m: Tensor) -> Tensor:
+    """How many targets have the highest logit."""
+    if bias_V is not None:
+        logits_mV = logits_mV + bias_V
+    return ((logits_mV.argmax(1) == target_m) & (target_m != IGNORE)).sum()
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; on CUDA the halves' product is added in fp32 where it is made."""
+    if total.device.type == "cuda" and a.element_size() == 2 and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
