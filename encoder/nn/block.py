@@ -19,8 +19,8 @@ class Block(nn.Module):
     """pre:   x = x + dropout(attention(attn_norm(x)));   x = x + mlp(mlp_norm(x))
     post:  x = attn_norm(x + dropout(attention(x)));   x = mlp_norm(x + mlp(x))
 
-    The way up to attention and the way down from it are two functions, so that each can be compiled: what they see has
-    a fixed shape, while the backend between them meets other documents in each micro-batch.
+    What of it is compiled has a fixed shape: the whole layer where its attention can be traced (kernels for packed documents), else
+    the way up to attention and the way down from it, while the backend between them meets other documents in each micro-batch.
     """
 
     def __init__(self, *, norm_place: NormPlace, attn_norm: nn.Module, attn: Attention, attn_dropout: AddressedDropout,
@@ -32,16 +32,23 @@ class Block(nn.Module):
 
     def forward(self, x_TC: Tensor, *, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
+        if plan.traceable:
+            return self.whole(x_TC, plan, rope, dropout_key_T)
         q_THD, k_THD, v_THD = self.up(x_TC, rope)
         return self.down(x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
 
     def compile_(self, *, backend: str = "inductor") -> None:
-        """From now on both ways run compiled, one graph for each shape; all blocks of a process share the graphs."""
+        """From now on its parts run compiled, one graph for each shape; all blocks of a process share the graphs."""
         # kept by the code's place, so for all models and modes of a process: training, evaluation and the fixed batch of one
         # run are 6 already, torch's limit is 8, and beyond it a full graph raises
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.up = torch.compile(self.up, backend=backend, dynamic=False, fullgraph=True)          # type: ignore[method-assign]
-        self.down = torch.compile(self.down, backend=backend, dynamic=False, fullgraph=True)      # type: ignore[method-assign]
+        for part in ("up", "down", "whole"):
+            setattr(self, part, torch.compile(getattr(self, part), backend=backend, dynamic=False, fullgraph=True))
+
+    def whole(self, x_TC: Tensor, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
+        """What forward computes, in one piece: the gradients of the stream are added up inside of what is compiled."""
+        q_THD, k_THD, v_THD = Block.up(self, x_TC, rope)
+        return Block.down(self, x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
 
     def up(self, x_TC: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, C] -> query, key and value, each [T, H, D]."""

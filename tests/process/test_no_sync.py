@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoder.base.dist import World
@@ -20,7 +19,7 @@ from encoder.models import modernbert
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.attend import BACKENDS, Choice
 from encoder.optim.stable_adamw import StableAdamWConfig
-from tests.packed_for_tests import packed
+from tests.packed_for_tests import OnDevice, packed
 from tests.process.ranks import run_ranks
 
 CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
@@ -61,29 +60,9 @@ def host_reads() -> Iterator[list[str]]:
         yield reads.found
 
 
-class _OnDevice:
-    """Stands for the kernels of a GPU: documents are found without looking at them; a dense mask."""
-
-    name = "on device"
-
-    def why_not(self, situation):
-        return None
-
-    def plan(self, cu_seqlens_S1, *, max_seqlen, tokens, window_radius_tokens):
-        place_T = torch.arange(tokens, dtype=cu_seqlens_S1.dtype)
-        document_T = torch.searchsorted(cu_seqlens_S1[1:].contiguous(), place_T, right=True)
-        whole_TT = document_T[:, None] == document_T
-        near_TT = whole_TT & ((place_T[:, None] - place_T).abs() <= window_radius_tokens)
-
-        def attend(q_THD, k_THD, v_THD, *, local):
-            q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=near_TT if local else whole_TT)[0].transpose(0, 1)
-        return attend
-
-
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(modernbert, "choose_backend", lambda *_: Choice(backend=_OnDevice(), reason="stands for a kernel"))
+    monkeypatch.setattr(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"))
 
 
 def batch(seed: int = 0):
@@ -126,7 +105,7 @@ def test_plans_of_gpu_backends_read_nothing_back(name):
 
 def reads_of_steps(world: World, *, stage: int) -> list[list[str]]:
     """What steps of 1, 1 and 5 micro-batches read, the update included."""
-    with mock.patch.object(modernbert, "choose_backend", lambda *_: Choice(backend=_OnDevice(), reason="stands for a kernel")):
+    with mock.patch.object(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel")):
         engine = start_engine(ModernBertForMaskedLM(CONFIG), config=EngineConfig(zero_stage=stage), optimizer=StableAdamWConfig(),
                               world=world, device=torch.device("cpu"))
         counts = []

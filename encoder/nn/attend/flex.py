@@ -46,6 +46,8 @@ class Flex:
 class FlexPlan:
     """The block masks of one micro-batch."""
 
+    traceable = True
+
     def __init__(self, attend: Callable[..., Tensor], *, whole: BlockMask, windowed: BlockMask) -> None:
         self.attend, self.whole, self.windowed = attend, whole, windowed
 

@@ -43,6 +43,8 @@ class Needs:
 class PackedPlan:
     """A kernel and the documents it is given; attend(q, k, v, cu_seqlens, longest, window or None) -> out."""
 
+    traceable = True
+
     def __init__(self, attend: Callable[..., Any], *, cu_seqlens_S1: Tensor, max_seqlen: int, radius: int) -> None:
         self.attend, self.cu_seqlens_S1, self.radius = attend, cu_seqlens_S1, radius
         # The kernels only size their grid by the longest document. Powers of two: a compiled layer sees few of them.

@@ -29,6 +29,8 @@ class Sdpa:
 class SdpaPlan:
     """Documents of one micro-batch."""
 
+    traceable = False
+
     def __init__(self, *, lengths: list[int], radius: int, band_LL: Tensor) -> None:
         self.lengths, self.radius, self.band_LL = lengths, radius, band_LL
 

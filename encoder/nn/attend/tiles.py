@@ -62,6 +62,8 @@ class Tiles:
 class TilesPlan:
     """The tilings of one micro-batch."""
 
+    traceable = False
+
     def __init__(self, *, whole: DocumentTiles, windowed: DocumentTiles | WindowTiles) -> None:
         self.whole, self.windowed = whole, windowed
 
