@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from encoder.base.batch import IGNORE, TokenBatch, packed_documents
+from encoder.base.batch import IGNORE, SummedLoss, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.engine.graphed import GraphedForward
@@ -108,6 +108,7 @@ class Engine:
         self.optimizer = optimizer
         if config.graphs == "micro_step":
             self.module.forward = GraphedForward(self.module)
+        self.module.forward = self._in_mode(self.module.forward)
         self.shapes = {name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad}
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)
@@ -137,8 +138,7 @@ class Engine:
                 group["weight_decay"] = weight_decay
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)      # of losses, of positions: one all-reduce
         for batch in micro_batches:
-            with self.forward_mode():
-                loss = self._ds(batch.to(self.device, non_blocking=True))
+            loss = self._ds(batch.to(self.device, non_blocking=True))
             # DeepSpeed divides the gradients' sum by the number of ranks
             self._ds.backward(loss.total * (self.world.size / masked_tokens), scale_wrt_gas=False)
             sums[0] += loss.cross_entropy
@@ -165,8 +165,7 @@ class Engine:
         try:
             with torch.no_grad():
                 for batch in forwards:
-                    with self.forward_mode():
-                        loss = self.module(batch.to(self.device, non_blocking=True))
+                    loss = self.module(batch.to(self.device, non_blocking=True))
                     sums[0] += loss.cross_entropy
                     sums[1] += loss.count
                     sums[2] += loss.correct
@@ -228,6 +227,14 @@ class Engine:
             if self.config.precision == "autocast":      # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
                 forward.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             yield
+
+    def _in_mode(self, forward: Callable[[TokenBatch], SummedLoss]) -> Callable[[TokenBatch], SummedLoss]:
+        """Inside DeepSpeed's own forward, which switches an autocast off that it finds around itself. It looks for CUDA's alone:
+        a GPU would have trained in fp32, a CPU in bf16."""
+        def in_mode(batch: TokenBatch) -> SummedLoss:
+            with self.forward_mode():
+                return forward(batch)
+        return in_mode
 
     def _before_plain_step(self, optimizer: WholeTensorOptimizer, _args: Any, _kwargs: Any) -> None:
         """Stage 0, what ZeRO's optimizers do before they step: the mean over ranks, its norm, clipping, and no update from

@@ -132,6 +132,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
 
     def _numels_of(self, p: Tensor) -> Tensor:
         """fp64 [views]: elements of the whole parameters that the views of p belong to."""
+        # new_full is a kernel; new_tensor copies a number of the host's, which on CUDA waits for all that was launched before it
         return self._numels[self._rows[p]] if self._parts else p.new_full((1,), p.numel(), dtype=torch.float64)
 
     def _subtract(self, p: Tensor, update: Tensor, rates: Tensor, *, decay: float = 0.0) -> None:

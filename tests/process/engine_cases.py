@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -232,6 +233,24 @@ def stored_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
             name, start = place.rsplit("@", 1)
             parts.setdefault((name, kind), {})[int(start)] = tensor
     return {key: torch.cat([tensor for _, tensor in sorted(found.items())]) for key, found in parts.items()}
+
+
+def products_where_autocast_is_seen(world: World) -> dict[str, list[str]]:
+    """The dtype of every linear map's output in a step and an evaluation under autocast, where DeepSpeed sees that it is on. It
+    asks without a device, which means CUDA: here the CPU answers."""
+    plain, seen = torch.is_autocast_enabled, {}
+    with mock.patch.object(torch, "is_autocast_enabled", lambda kind="cpu": plain(kind)):
+        for graphs in ("off", "micro_step"):
+            engine, _ = begin(world, zero_stage=1, precision="autocast", memory={"graphs": graphs})
+            found = []
+            for module in engine.module.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_hook(lambda _module, _inputs, out, found=found: found.append(str(out.dtype)))
+            batches = share_of_step(0, rank=0, world_size=1, micro_batch_rows=ROWS)
+            engine.step(batches, masked_tokens=masked_tokens_of(0), lr=1e-3, max_lr=1e-3)
+            engine.evaluate(batches)
+            seen[graphs] = found
+    return seen
 
 
 def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:

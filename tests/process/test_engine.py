@@ -229,6 +229,12 @@ def test_lower_precision_follows_the_curve(label):
     assert losses == pytest.approx(trained()["fp64-s0-1x4"]["losses"], rel=1e-2)
 
 
+def test_autocast_is_on_inside_deepspeeds_forward_where_deepspeed_sees_it():
+    """It turns an autocast off that it finds around itself, and looks for CUDA's alone: the products of a GPU were in fp32."""
+    for found in run_ranks(engine_cases.products_where_autocast_is_seen, 1)[0].values():
+        assert len(found) > 10 and set(found) == {"torch.bfloat16"}
+
+
 @pytest.mark.parametrize("other, off", [("fp64-s0-2x2", 1e-12), ("fp32-s3-2x2", 1e-5), ("fp32-s3-3x3", 1e-5)])
 def test_the_held_out_loss_does_not_depend_on_the_ranks_though_they_bring_unequal_numbers_of_batches(other, off):
     one, two = (trained()[label]["evaluated"] for label in ("fp64-s0-1x4", other))

@@ -18,6 +18,7 @@ from encoder.engine.engine import EngineConfig, start_engine
 from encoder.models import modernbert
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.attend import BACKENDS, Choice
+from encoder.optim.catalog import OPTIMIZERS, build_optimizer
 from encoder.optim.stable_adamw import StableAdamWConfig
 from tests.packed_for_tests import OnDevice, packed
 from tests.process.ranks import run_ranks
@@ -49,14 +50,15 @@ class HostReads(TorchDispatchMode):
 
 @contextlib.contextmanager
 def host_reads() -> Iterator[list[str]]:
-    """Of the block; tolist, numpy and cpu are dispatched nowhere on a CPU, so they are watched by name."""
+    """Of the block; tolist, numpy and cpu are dispatched nowhere on a CPU, so they are watched by name. So are new_tensor and
+    torch.tensor: a number of the host's is copied from memory that is not pinned, for which CUDA waits."""
     with HostReads() as reads, contextlib.ExitStack() as patches:
-        for name in ("tolist", "numpy", "cpu"):
-            plain = getattr(torch.Tensor, name)
-            def watched(tensor, *args, _name=name, _plain=plain, **named):
+        for home, name in (*((torch.Tensor, n) for n in ("tolist", "numpy", "cpu", "new_tensor")), (torch, "tensor")):
+            plain = getattr(home, name)
+            def watched(*args, _name=name, _plain=plain, **named):
                 reads.found.append(_name)
-                return _plain(tensor, *args, **named)
-            patches.enter_context(mock.patch.object(torch.Tensor, name, watched))
+                return _plain(*args, **named)
+            patches.enter_context(mock.patch.object(home, name, watched))
         yield reads.found
 
 
@@ -73,12 +75,13 @@ def test_what_waits_is_seen():
     x = torch.arange(4.0)
     for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0), lambda: x[x > 1], lambda: x.tolist(),
                  lambda: x.numpy(), lambda: float(x[0]), lambda: torch.equal(x, x), lambda: x.masked_select(x > 1), lambda: x.cpu(),
-                 lambda: x.repeat_interleave(torch.tensor([1, 1, 1, 1]))):
+                 lambda: x.repeat_interleave(x.long()), lambda: x.new_tensor([1.0]), lambda: torch.tensor(1.0)):
         with host_reads() as found:
             wait()
         assert found
+    first = torch.arange(2)
     with host_reads() as found:
-        x[torch.tensor([0, 1])] + x.index_select(0, torch.tensor([0, 1])).where(x[:2] > 0, 0)
+        x[first] + x.index_select(0, first).where(x[:2] > 0, 0)
     assert not found
 
 
@@ -101,6 +104,19 @@ def test_plans_of_gpu_backends_read_nothing_back(name):
     with host_reads() as found:
         BACKENDS[name].plan(ends, max_seqlen=50, tokens=128, window_radius_tokens=6)
     assert found == []
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_an_update_of_whole_tensors_asks_nothing_and_brings_no_number_to_the_device(rule):
+    """As benchmarks and stage 0 make it: on CUDA a copy a tensor was a wait a tensor, 137 in an update of base."""
+    model = ModernBertForMaskedLM(CONFIG)
+    optimizer = build_optimizer(model, OPTIMIZERS[rule]())
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with host_reads() as found:
+            optimizer.step()
+        assert found == []
 
 
 def reads_of_steps(world: World, *, stage: int) -> list[list[str]]:

@@ -8,10 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from encoder.base.errors import ConfigError
-from encoder.nn.attend import BACKENDS, Situation, choose_backend, flash, varlen
-from encoder.nn.attend.flex import block_mask
+from encoder.nn.attend import BACKENDS, Situation, choose_backend, flash, flex, varlen
+from encoder.nn.attend.flex import FlexPlan, block_mask
 from tests.reference.dense import dense_attention
 
 ON_CUDA = Situation(device=torch.device("cuda"), dtype=torch.bfloat16, head_width=64, training=True)
@@ -243,3 +244,21 @@ def test_flex_compiled_visits_the_right_blocks_and_other_documents_do_not_compil
         expected = sum(dense_attention(q, k, v, lengths=lengths, radius=radius) for radius in (None, 64))
         with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
             assert torch.allclose(compiled(plan, q, k, v), expected, rtol=0, atol=2e-5)
+
+
+def test_flex_compiles_for_more_shapes_than_torchs_limit(monkeypatch):
+    """torch runs the ninth shape uncompiled, with scores of T x T, and says so in a warning at most."""
+    torch._dynamo.reset()
+    flex._compiled.cache_clear()
+    torch._dynamo.config.recompile_limit = 8            # torch's own, whatever other tests have asked for
+    counters.clear()
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **named: plain(*args, backend="eager", **named))
+    for blocks in range(1, 11):
+        tokens = 128 * blocks
+        whole = block_mask(torch.tensor([0, 100, tokens], dtype=torch.int32), tokens=tokens, radius=None)
+        q, k, v = (torch.randn(tokens, 1, 16) for _ in "qkv")
+        ours = FlexPlan(flex._compiled(), whole=whole, windowed=whole)(q, k, v, local=False)
+        assert torch.allclose(ours, dense_attention(q, k, v, lengths=[100, tokens - 100], radius=None), rtol=0, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 10
+    flex._compiled.cache_clear()

@@ -100,4 +100,7 @@ def _missing() -> str | None:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    # a graph for each length, window and mode (a run with two phases and evaluation has 8); beyond torch's limit of 8 it would
+    # run uncompiled, with scores of T x T: whole, it raises instead
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
