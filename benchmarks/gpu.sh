@@ -34,8 +34,9 @@ bench() {   # bench NAME SECONDS QUESTION ARGUMENTS...
 rm -f "$out"/*.json
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 if "$python" -c 'import pytest' 2> /dev/null; then
-    ask correctness 60 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_nn_attend_gpu.py tests/unit/test_nn_loss.py tests/process/test_no_sync.py \
-        tests/unit/test_graphed.py tests/unit/test_nn_fp8.py
+    tests=(-q -p no:cacheprovider -m gpu)
+    ask correctness 60 "$python" -m pytest "${tests[@]}" tests/unit/test_nn_loss_kernel.py tests/unit/test_nn_loss.py tests/process/test_no_sync.py \
+        tests/unit/test_graphed.py tests/unit/test_nn_fp8.py tests/unit/test_nn_attend_gpu.py -k "not flex"
 else
     failed+=("correctness (pytest is not installed; the questions below check themselves)")
 fi
@@ -57,6 +58,8 @@ bench gemm_large 15 gemm --shape large --tokens 65536
 bench optimizer_base 15 optimizer --shape base
 bench checkpoint_base 30 checkpoint --shape base
 bench loss_memory 15 loss
+# its kernel is compiled for each shape of a test: what time is left is its
+if "$python" -c 'import pytest' 2> /dev/null; then ask correctness_flex 60 "$python" -m pytest "${tests[@]}" -x tests/unit/test_nn_attend_gpu.py -k flex; fi
 
 files=("$out"/*.json)
 [ -e "${files[0]}" ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"
