@@ -64,6 +64,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 if with_gradients:              # in the place of the logits stands their gradient
                     d_h[start:start + piece] = logits_mV @ weight
                     _add_product_(d_weight, logits_mV.T, h_mC)
+                del logits_mV                   # or it stands beside the next piece's, where activations are most
         if with_gradients:
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), None if bias is None else d_bias.to(bias_V.dtype))
         count = (target_M != IGNORE).sum()
@@ -88,10 +89,11 @@ def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | No
     words = logits_mV.shape[1]
     rows = min(len(logits_mV), piece_rows(logits_mV, elements=words))
     cross_entropy_m1, squares_m1 = torch.empty((2, len(target_m), 1), dtype=exact, device=logits_mV.device).unbind()
-    buffer_rV = torch.empty((rows, words), dtype=exact, device=logits_mV.device)
+    in_place = logits_mV.dtype == exact
+    buffer_rV = torch.empty((0 if in_place else rows, words), dtype=exact, device=logits_mV.device)
     for logits_rV, target_r, cross_entropy_r1, squares_r1 in zip(*(x.split(max(1, rows)) for x in (
             logits_mV, target_m, cross_entropy_m1, squares_m1)), strict=True):
-        turned_rV = buffer_rV[:len(logits_rV)].copy_(logits_rV)
+        turned_rV = logits_rV if in_place else buffer_rV[:len(logits_rV)].copy_(logits_rV)
         counts_r1 = (target_r != IGNORE)[:, None]
         safe_r1 = target_r[:, None].where(counts_r1, 0)
         if bias_V is not None:
@@ -107,7 +109,8 @@ def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | No
         turned_rV.mul_(scale_r1).scatter_add_(1, safe_r1, -counts_r1.to(exact))
         if d_bias_V is not None:
             d_bias_V += turned_rV.sum(0)
-        logits_rV.copy_(turned_rV)
+        if not in_place:
+            logits_rV.copy_(turned_rV)
     return cross_entropy_m1[:, 0], squares_m1[:, 0]
 
 

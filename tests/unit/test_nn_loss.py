@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,6 +58,33 @@ def test_z_loss_of_a_single_position_by_hand():
     assert found.cross_entropy.item() == pytest.approx(math.log(4))
     pull = 0.25 * (1 + math.log(4))
     assert bias.grad.tolist() == pytest.approx([pull, pull, pull - 1, pull])
+
+
+class PiecesOfLogits(TorchDispatchMode):
+    """The most bytes that tensors of a piece's logits hold at a time; views and what is written in place count once."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.most_bytes, self._alive = elements, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.numel() == self.elements and x.is_floating_point():
+                self._alive[x.untyped_storage()._cdata] = StorageWeakRef(x.untyped_storage()), x.nbytes
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        self.most_bytes = max(self.most_bytes, sum(nbytes for _, nbytes in self._alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("autocast, width", [(False, 4), (True, 4 + 2)], ids=["fp32", "autocast"])
+def test_a_piece_of_logits_is_gone_before_the_next_stands(monkeypatch, autocast, width):
+    """In fp32, and beside it in bf16 under autocast: what a run's memory is planned with."""
+    monkeypatch.setitem(loss_module.PIECE_POSITIONS, "cpu", 16)
+    ours = question(torch.float32, positions=48, vocab=100, width=8)
+    with PiecesOfLogits(16 * 100) as seen, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        cross_entropy_sum(*ours, z_loss_weight=1e-4).total.backward()
+    assert seen.most_bytes == width * 16 * 100
 
 
 class LargestTensor(TorchDispatchMode):
