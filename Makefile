@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml configs/constraints.txt
 demo: install
 	@$(BIN)/python launch/demo.py
 
+# files of tests side by side, one a core, each file's tests in one process and in their order; the longest are among the first
 test: install
-	@$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-cluster: install
 	@$(BIN)/python tests/cluster/side_by_side.py

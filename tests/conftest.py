@@ -1,4 +1,4 @@
-"""What every test shares: one thread, and which marked tests a plain run leaves out."""
+"""What every test shares: one thread, which marked tests a plain run leaves out, and how many files `-n auto` runs at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow (minutes each)")
     parser.addoption("--cluster", action="store_true", help="also run tests marked cluster (they bring up a Slurm of their own)")
+
+
+@pytest.hookimpl(optionalhook=True)       # a plain pytest serves without pytest-xdist
+def pytest_xdist_auto_num_workers() -> int | None:
+    """A process for each core and 3 GiB of memory, at most 12: then the longest file takes longer than the rest.
+
+    0: all in this process. None, where the environment has PYTEST_XDIST_AUTO_NUM_WORKERS: as many as that says.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    import psutil
+    workers = min(cores, psutil.virtual_memory().available // (3 * 2**30), 12)
+    return workers if workers > 1 else 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

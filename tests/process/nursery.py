@@ -9,6 +9,7 @@ do all ranks.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -24,7 +25,8 @@ from encoder.base.dist import end_process, join, leave, world_from_env
 from encoder.base.files import write_atomic
 from encoder.engine.zero_config import import_deepspeed
 
-NAMES = ("encoder.train.loop", "encoder.train.export", "encoder.train.grow")
+# the last but one is what DeepSpeed's first engine imports: torch.compile's 1,400 modules, 5 s of CPU in every rank
+NAMES = ("encoder.train.loop", "encoder.train.export", "encoder.train.grow", "deepspeed.runtime.zero.muon.muon_optimizer", "pytest")
 
 
 def serve() -> None:
@@ -33,6 +35,7 @@ def serve() -> None:
     import_deepspeed(torch.device("cpu"))
     for name in NAMES:
         importlib.import_module(name)
+    gc.freeze()      # DeepSpeed collects garbage at each load of stage 3: 1 s a time with all that was imported here
     paths: dict[int, str] = {}
     text, ended = b"", False
     while not ended:

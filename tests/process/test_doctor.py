@@ -124,9 +124,9 @@ def test_without_rank_zero_the_others_name_its_node(folder):
 
 
 def test_of_three_nodes_one_with_another_run_file_is_a_bad_node_of_two_it_is_a_mistake(folder):
-    three = run_ranks(examine, 3, folder=str(folder), own_folder=2)
+    three = run_ranks(examine, 3, folder=str(folder), own_folder=2, wait_seconds=12.0)
     assert [r["code"] for r in three] == [4] * 3 and list(three[0]["nodes"]) == ["node3"]
-    two = run_ranks(examine, 2, folder=str(folder), own_folder=1)
+    two = run_ranks(examine, 2, folder=str(folder), own_folder=1, wait_seconds=12.0)
     assert [r["code"] for r in two] == [2] * 2 and "settings of node" in two[0]["mistakes"][0]
 
 

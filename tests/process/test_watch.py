@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_a_hang_is_ended_by_every_rank_with_its_step_and_the_stacks_of_all_threa
     (error,) = (tmp_path / "run" / ERRORS).iterdir()
     assert " hangs: nothing has moved for " in error.read_text() and "in step 3." in error.read_text()
     stacks = (tmp_path / "run" / HANGS / "rank00001.txt").read_text()
-    assert "rank 1 hangs: nothing has moved for 2 s, in step 3." in stacks or "for 3 s, in step 3" in stacks
+    assert re.search(r"rank 1 hangs: nothing has moved for [2-9] s, in step 3\.", stacks)      # 2 or 3, unless the machine is busy
     assert "in stands_still" in stacks and stacks.count("hread 0x") >= 2
     assert "sum_over_ranks" in (tmp_path / "run" / HANGS / "rank00000.txt").read_text()
 
@@ -82,8 +83,8 @@ def test_one_ranks_defect_ends_all_and_is_the_error_shown(tmp_path, name):
 
 
 def test_a_run_that_moves_is_left_alone_and_nothing_is_written(tmp_path):
-    with Watch(tmp_path, World(), hang_minutes=1 / 120) as watch:
-        for _ in range(4):
+    with Watch(tmp_path, World(), hang_minutes=2 / 60) as watch:
+        for _ in range(10):
             watch.mark("in a step")
-            time.sleep(0.3)
+            time.sleep(0.25)
     assert not list(tmp_path.iterdir())

@@ -46,10 +46,10 @@ def test_documents_of_a_group_come_from_few_shards():
 
 def test_a_place_far_away_costs_as_much_as_the_first_and_memory_is_bounded():
     order = order_of([1000] * 30_000)      # 30 million documents
-    start = time.perf_counter()
+    start = time.process_time()
     for place in [0, 10**9, 10**12, 10**15, 123456789, 5 * 10**6, 17]:
         assert len(order.documents(place, 100)) == 100
-    assert time.perf_counter() - start < 2.0      # a permutation of 30 million alone takes longer
+    assert time.process_time() - start < 2.0      # a permutation of 30 million alone takes longer
     assert len(order._groups) == 1 and order._groups.popitem()[1].nbytes <= 16 * 1000 * 4
 
 
@@ -90,6 +90,6 @@ def test_segments_with_a_short_last_shard_make_lanes_of_equal_documents():
 
 def test_sixty_thousand_shards_are_dealt_in_no_time():
     samples = np.random.default_rng(0).integers(100, 900, 60_000)
-    start = time.perf_counter()
+    start = time.process_time()
     deal_shards(samples, 64)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
