@@ -15,7 +15,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from encoder.base.batch import SummedLoss, TokenBatch
 from encoder.nn.loss import scaled
@@ -33,10 +34,11 @@ class GraphedForward:
     micro-batches of a phase do not (encoder.data.assembly, static_shapes). Forwards without gradients run as ever.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.captures = 0
         self._model, self._plain = model, model.forward
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = [*self._named.values()]
         self._key: tuple[Any, ...] | None = None
         self._graph: _Graph | None = None
 
@@ -47,7 +49,7 @@ class GraphedForward:
         key = (*self._of_batch(batch), *self._of_model(batch.ids_T.device))
         if key != self._key or self._graph is None:
             self._key = self._graph = None          # its memory first
-            self._graph, self._key = _Graph(self._plain, batch, self._parameters), key
+            self._graph, self._key = _Graph(_Bare(self._model, self._plain), batch, self._named), key
             self.captures += 1
         return SummedLoss(*_Replay.apply(self._graph, batch, *self._parameters))
 
@@ -64,11 +66,26 @@ class GraphedForward:
         yield from (p.data_ptr() for p in self._parameters)
 
 
+class _Bare(nn.Module):
+    """A model as it was before its forward was replaced."""
+
+    def __init__(self, model: nn.Module, plain: Callable[[TokenBatch], SummedLoss]) -> None:
+        super().__init__()
+        self.model, self._plain = model, plain
+
+    def forward(self, batch: TokenBatch) -> SummedLoss:
+        """The model's own."""
+        return self._plain(batch)
+
+
 class _Graph:
     """One shape's: reads its own copy of a micro-batch, writes its own results."""
 
-    def __init__(self, forward: Callable[[TokenBatch], SummedLoss], batch: TokenBatch, parameters: list[Tensor]) -> None:
+    def __init__(self, bare: _Bare, batch: TokenBatch, parameters: dict[str, nn.Parameter]) -> None:
         self.turn = 0
+        # leaves of its own on the weights' memory: autograd adds up a parameter's gradient on the stream that was current when
+        # somebody (DeepSpeed) first hung a hook on it, the default one, and that must not wait for a capture
+        leaves = {f"model.{name}": nn.Parameter(p.detach()) for name, p in parameters.items()}
         self._batch = replace(batch, **{name: getattr(batch, name).clone() for name in TENSORS})
         device = batch.ids_T.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -77,8 +94,8 @@ class _Graph:
         def work() -> tuple[SummedLoss, tuple[Tensor, ...]]:
             # autocast's own cache would keep the weights of the warm-up in bf16 for ever
             with torch.enable_grad(), torch.autocast(device.type, dtype=dtype, enabled=autocast, cache_enabled=False):
-                loss = forward(self._batch)
-            gradients = torch.autograd.grad(loss.total, parameters)
+                loss = functional_call(bare, leaves, (self._batch,))
+            gradients = torch.autograd.grad(loss.total, [*leaves.values()])
             return SummedLoss(*(x.detach() for x in loss)), gradients
 
         self._replay = captured(work) if device.type == "cuda" else work

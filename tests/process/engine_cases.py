@@ -51,9 +51,7 @@ def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: f
         model = tiny_model(size=ALL_KINDS if all_kinds else SIZE)
     config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping, **memory)
     engine, spike = start_engine(model, config=config, optimizer=CONFIG, world=world, device=device), {"on": False}
-    # a graph's gradients pass the hook twice on a CPU: when they are made and when they are handed on
-    factor = 1000.0 ** 0.5 if config.graphs == "micro_step" else 1000.0
-    engine.module.get_parameter(SPIKED).register_hook(lambda g: g * (factor if spike["on"] else 1.0))
+    engine.module.get_parameter(SPIKED).register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
     return engine, spike
 
 

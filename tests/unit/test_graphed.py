@@ -63,6 +63,22 @@ def test_micro_steps_add_up_to_the_plain_gradients_and_follow_the_weights(device
     assert ours.forward.captures == 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gradients_of_a_graph_are_made_past_the_hooks_of_the_parameters(device):
+    """DeepSpeed's hang on a node of autograd's that was made on the default stream: a capture that meets it is refused by CUDA."""
+    ours, _ = pair(device)
+    called, kept = [], []
+    for name, p in ours.named_parameters():
+        p.register_hook(lambda _, name=name: called.append(name))
+        node = p.view_as(p).grad_fn.next_functions[0][0]
+        node.register_hook(lambda *_, name=name: called.append(name))
+        kept.append(node)
+    loss = ours(batch(0, device))
+    assert called == []
+    loss.total.backward()
+    assert sorted(called) == sorted(2 * [name for name, _ in ours.named_parameters()])
+
+
 def test_a_later_replay_does_not_write_over_gradients_that_a_parameter_keeps():
     ours, _ = pair()
     step(ours, batch(0))
