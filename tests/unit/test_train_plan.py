@@ -118,8 +118,8 @@ SMALL = ["model.hidden_size=256", "model.intermediate_size=384", "model.num_hidd
     ("base", 2, ["engine.activation_checkpointing=blocks"], 7.40), ("large", 1, [], 29.17), ("large", 2, [], 48.36),
     ("large", 2, ["engine.activation_checkpointing=blocks"], 14.48)])
 def test_memory_is_within_a_twentieth_of_what_torchs_allocator_counted(shape, rows, settings, found_gb):
-    """The most bytes of tensors in steps of two micro-batches under DeepSpeed on one CUDA device that only had memory (docs/log.md);
-    torch 2.11, layers compiled."""
+    """The most bytes of tensors in steps of two micro-batches under DeepSpeed on one CUDA device that had memory alone
+    (docs/log.md); torch 2.11, layers compiled."""
     run = read_run(Path(f"configs/pretrain/modernbert_{shape}.yaml"), [f"loader.micro_batch_rows={rows}", "device=cuda", *settings])
     needs = count_needs(run, ranks=1)
     assert needs.memory.total / 1e9 == pytest.approx(found_gb, rel=0.05)
