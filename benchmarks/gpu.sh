@@ -34,9 +34,8 @@ bench() {   # bench NAME SECONDS QUESTION ARGUMENTS...
 rm -f "$out"/*.json
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 if "$python" -c 'import pytest' 2> /dev/null; then
-    tests=(-q -p no:cacheprovider -m gpu)
-    ask correctness 60 "$python" -m pytest "${tests[@]}" tests/unit/test_nn_loss_kernel.py tests/unit/test_nn_loss.py tests/process/test_no_sync.py \
-        tests/unit/test_graphed.py tests/unit/test_nn_fp8.py tests/unit/test_nn_attend_gpu.py -k "not flex"
+    ask correctness 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_nn_loss_kernel.py tests/unit/test_nn_loss.py \
+        tests/process/test_no_sync.py tests/unit/test_graphed.py tests/unit/test_nn_fp8.py tests/unit/test_nn_attend_gpu.py
 else
     failed+=("correctness (pytest is not installed; the questions below check themselves)")
 fi
@@ -47,19 +46,17 @@ bench attention_8192 30 attention --documents 4x8192 --heads 12 --dtypes bfloat1
 bench gemm_base 20 gemm --shape base --tokens 98304
 
 base=(--shape base --row-tokens 16384) large=(--shape large --row-tokens 16384)
-bench step_base_1024 70 step "${base[@]}" --length 1024 --rows 2,6 --compile off,blocks --profile
-bench step_base_1024_backends 50 step "${base[@]}" --length 1024 --rows 4 --attention all
-bench step_base_1024_hf 50 step "${base[@]}" --length 1024 --rows 2 --against hf --kinds padded,sorted --hf-attention best --hf-batch 32
+bench step_base_1024 65 step "${base[@]}" --length 1024 --rows 2,6 --compile off,blocks --profile
+bench step_base_1024_backends 40 step "${base[@]}" --length 1024 --rows 4 --attention all
+bench step_base_1024_hf 45 step "${base[@]}" --length 1024 --rows 2 --against hf --kinds padded,sorted --hf-attention best --hf-batch 32
 bench step_base_8192 35 step "${base[@]}" --length 8192 --rows 2,4 --batches 2
-bench step_large_1024 35 step "${large[@]}" --length 1024 --rows 4 --batches 2 --precision autocast,fp8
+bench step_large_1024 35 step "${large[@]}" --length 1024 --rows 3 --batches 2 --precision autocast,fp8
 bench step_large_8192 35 step "${large[@]}" --length 8192 --rows 1,2 --batches 2
 bench step_17m_1024 40 step --shape 17m --row-tokens 16384 --length 1024 --rows 1,8 --compile off,blocks --graphs off,micro_step --profile
-bench gemm_large 15 gemm --shape large --tokens 65536
-bench optimizer_base 15 optimizer --shape base
-bench checkpoint_base 30 checkpoint --shape base
-bench loss_memory 15 loss
-# its kernel is compiled for each shape of a test: what time is left is its
-if "$python" -c 'import pytest' 2> /dev/null; then ask correctness_flex 60 "$python" -m pytest "${tests[@]}" -x tests/unit/test_nn_attend_gpu.py -k flex; fi
+bench gemm_large 10 gemm --shape large --tokens 65536
+bench optimizer_base 20 optimizer --shape base
+bench checkpoint_base 25 checkpoint --shape base
+bench loss_memory 10 loss
 
 files=("$out"/*.json)
 [ -e "${files[0]}" ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"

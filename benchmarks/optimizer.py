@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.options import several_of
 from benchmarks.report import Report
 from benchmarks.timing import in_turn, paired_ratio, ratio_text
-from benchmarks.workload import SHAPES, config_of
+from benchmarks.workload import SHAPES, config_of, first_model
 from encoder.base.errors import UserError
 from encoder.models.modernbert import ModernBertForMaskedLM
 from encoder.optim.catalog import OPTIMIZERS, build_optimizer, state_elements
@@ -81,11 +81,11 @@ def peers(shape: str, *, device: torch.device) -> dict[str, Callable[[], None]]:
 
 
 def with_gradients(shape: str, *, device: torch.device) -> ModernBertForMaskedLM:
-    """A model whose gradients are drawn."""
-    model = ModernBertForMaskedLM(config_of(shape, dropout=0.0)).to(device)
-    draw = torch.Generator().manual_seed(0)
+    """A model whose gradients are drawn, on the device: of base on a CPU 2 s a side."""
+    model = first_model(config_of(shape, dropout=0.0)).to(device)
+    draw = torch.Generator(device).manual_seed(0)
     for p in model.parameters():
-        p.grad = 1e-3 * torch.randn(p.shape, generator=draw).to(device)
+        p.grad = 1e-3 * torch.randn(p.shape, generator=draw, device=device)
     return model
 
 

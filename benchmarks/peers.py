@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.workload import Document, documents_of
+from benchmarks.workload import Document, documents_of, first_model
 from encoder.base.batch import IGNORE, TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.data.packing import pack_best_fit
-from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.models.modernbert import ModernBertConfig
 
 KINDS = ("padded", "sorted", "packed")
 PAD = 0
@@ -58,7 +58,7 @@ class Theirs:
             raise ConfigError(f"--hf-attention flex_attention with transformers {transformers.__version__}: its ModernBERT has it "
                               "from version 5 on. Use sdpa.")
         self.model = transformers.ModernBertForMaskedLM(own)
-        missing = self.model.load_state_dict(ModernBertForMaskedLM(config, seed=1).state_dict(), strict=False).missing_keys
+        missing = self.model.load_state_dict(first_model(config).state_dict(), strict=False).missing_keys
         assert set(missing) <= {"decoder.weight"}, f"transformers has weights that we have not: {missing}"
         self.model.tie_weights()
         self.model.to(device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from encoder.base.batch import IGNORE, TokenBatch
 from encoder.base.rng import generator
 from encoder.data.windows import cut
 from encoder.models.catalog import PRESETS
-from encoder.models.modernbert import ModernBertConfig
+from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.train.meters import document_lengths
 
 LENGTHS = Path(__file__).with_name("document_lengths.json")
@@ -32,6 +34,18 @@ def config_of(shape: str, *, dropout: float) -> ModernBertConfig:
     """The model of a name; thetas are the published ones of the long phases."""
     return ModernBertConfig(**SHAPES[shape], global_rope_theta=160000.0, attention_output_dropout=dropout,
                             max_position_embeddings=8192)
+
+
+def first_model(config: ModernBertConfig, *, attention: str = "auto") -> ModernBertForMaskedLM:
+    """A model of its own, on the CPU, from the weights that all sides start with."""
+    model = copy.deepcopy(_drawn(config))
+    model.attention = attention
+    return model
+
+
+@cache
+def _drawn(config: ModernBertConfig) -> ModernBertForMaskedLM:
+    return ModernBertForMaskedLM(config, seed=1)        # large: 7 s, a copy less than one; a bench has up to six sides
 
 
 def real_lengths(*, longest: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from encoder.base.batch import SummedLoss, TokenBatch
 from encoder.nn.loss import scaled
 
 WARM_UP = 3         # micro-steps before a capture, on a stream of their own: kernels are compiled and tuned, libraries loaded
+ENDS = "cu_seqlens_S1"
 TENSORS = tuple(f.name for f in fields(TokenBatch) if f.type == "torch.Tensor")
 
 Work = Callable[[], tuple[SummedLoss, tuple[Tensor, ...]]]
@@ -47,17 +49,18 @@ class GraphedForward:
         if not torch.is_grad_enabled():
             return self._plain(batch)
         key = (*self._of_batch(batch), *self._of_model(batch.ids_T.device))
-        if key != self._key or self._graph is None:
+        if key != self._key or self._graph is None or not self._graph.has_room(batch):
             self._key = self._graph = None          # its memory first
             self._graph, self._key = _Graph(_Bare(self._model, self._plain), batch, self._named), key
             self.captures += 1
         return SummedLoss(*_Replay.apply(self._graph, batch, *self._parameters))
 
     def _of_batch(self, batch: TokenBatch) -> Iterator[Any]:
-        """What a graph is bound to, the host's numbers as well: max_seqlen is a launch's argument."""
+        """What a graph is bound to, the host's numbers as well: max_seqlen is a launch's argument. Not the length of cu_seqlens."""
         yield batch.max_seqlen
         for name in TENSORS:
-            yield (tensor := getattr(batch, name)).shape, tensor.dtype, tensor.device
+            tensor = getattr(batch, name)
+            yield tensor.shape if name != ENDS else None, tensor.dtype, tensor.device
 
     def _of_model(self, device: torch.device) -> Iterator[Any]:
         yield self._model.training
@@ -100,17 +103,25 @@ class _Graph:
 
         self._replay = captured(work) if device.type == "cuda" else work
 
+    def has_room(self, batch: TokenBatch) -> bool:
+        """For as many documents. The loader makes room for more of them by the power of two, micro-batch by micro-batch: were a
+        graph bound to it, rows of short documents among those of long ones would capture again and again."""
+        return len(getattr(batch, ENDS)) <= len(getattr(self._batch, ENDS))
+
     def run(self, batch: TokenBatch) -> tuple[SummedLoss, tuple[Tensor, ...]]:
         """Valid until the next run."""
         self.turn += 1
         for name in TENSORS:
-            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
+            ours, theirs = getattr(self._batch, name), getattr(batch, name)
+            ours[:len(theirs)].copy_(theirs, non_blocking=True)
+            if len(theirs) < len(ours):
+                ours[len(theirs):] = len(batch.ids_T)       # of cu_seqlens: empty documents
         return self._replay()
 
 
 def captured(work: Work) -> Work:
     """The work as a CUDA graph; what it returns stays where it is."""
-    beside = torch.cuda.Stream()
+    beside = _stream(torch.cuda.current_device())
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
         for _ in range(WARM_UP):
@@ -118,7 +129,7 @@ def captured(work: Work) -> Work:
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
     # thread_local: the watchdog of NCCL and the loader's pinning ask the driver things that a capture forbids its own thread
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
         results = work()
 
     def replay() -> tuple[SummedLoss, tuple[Tensor, ...]]:
@@ -126,6 +137,12 @@ def captured(work: Work) -> Work:
         return results
 
     return replay
+
+
+@cache
+def _stream(_device: int) -> torch.cuda.Stream:
+    """One for all captures: torch keeps the workspaces of cuBLAS for every stream that ever multiplied, 64 MiB each."""
+    return torch.cuda.Stream()
 
 
 class _Replay(torch.autograd.Function):

@@ -16,12 +16,14 @@ from encoder.base.units import short_bytes, short_count
 from encoder.data.packing import pack_best_fit
 from encoder.data.shard_format import read_card, read_lengths
 from encoder.data.windows import cut, documents_per_window
+from encoder.engine.zero_config import BUCKET_ELEMENTS
 from encoder.models.catalog import build_model
 from encoder.models.flops import train_flops
 from encoder.models.hf_config import stays_ours
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.train.branch import find_parent
+from encoder.train.build import compiles
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.train.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.train.initial import read_fitting
@@ -43,11 +45,12 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    bucket: int         # of gradients on their way to their owner
     offloaded: int      # in the machine's memory
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"memory a rank  about {short_bytes(memory.total)}: weights {short_bytes(memory.weights)}, "
         f"gradients {short_bytes(memory.gradients)}, optimizer {short_bytes(memory.optimizer)}, "
         f"activations {short_bytes(memory.activations)}"
+        f"{f', a bucket of gradients {short_bytes(memory.bucket)}' if memory.bucket else ''}"
         f"{f'; in the machine {short_bytes(memory.offloaded)}' if memory.offloaded else ''}{_libraries_text(run, probe)}",
         *_fits_lines(run, memory, machine, probe, alone=count_needs(run, ranks=1).memory),
         f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(run, works)})",
@@ -208,9 +212,11 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights
     (the largest matrix stands whole while it is used), too. At stage 3 weights in fp32 are their own masters. An offloaded
     optimizer has masters, its own numbers and the gradients in the machine's memory, at stage 3 the gradients twice.
-    Activations count what autograd keeps of one layer and token: 14 hidden-wide tensors and 4 of the MLP's width (where layers
-    are computed again, those of one layer, and each layer's input), and of the loss one piece of logits, in fp32 and again
-    in 2 bytes, and the decoder's gradient before and after scaling.
+    Activations count what autograd keeps of one layer and token (where layers are computed again, those of one layer, and each
+    layer's input), and of the loss one piece of logits, in fp32 and again in 2 bytes, and the decoder's gradient before and
+    after scaling. Compiled layers keep 13 hidden-wide tensors of 2 bytes (the stream in fp32 counts twice) and 3 of the MLP's
+    width, the embedding 4 more for the whole model; plain layers 14 and 4. tests/unit/test_train_plan.py has what torch's
+    allocator counted.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
@@ -223,15 +229,24 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     gathered = m.hidden_size * max(m.vocab_size, 3 * m.hidden_size, 2 * m.intermediate_size) if stage == 3 else 0
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
-    layer = (14 * m.hidden_size + 4 * m.intermediate_size) * kept
+    on_cpu = run.device == "cpu"
+    if compiles(run, torch.device("cpu" if on_cpu else "cuda")) and kept == 2:
+        wide = 10 if run.engine.precision == "bf16" else 13
+        layer = 2 * (wide * m.hidden_size + 3 * m.intermediate_size)
+        if run.engine.fp8 == "layers":      # the inputs of four linear maps in one byte, two of them instead of a norm's output
+            layer -= 5 * m.hidden_size + m.intermediate_size
+        outside = 8 * m.hidden_size
+    else:
+        layer, outside = (14 * m.hidden_size + 4 * m.intermediate_size) * kept, 0
     again = run.engine.activation_checkpointing == "blocks"
-    per_token = m.num_hidden_layers * m.hidden_size * width + layer if again else m.num_hidden_layers * layer
+    per_token = outside + (m.num_hidden_layers * m.hidden_size * width + layer if again else m.num_hidden_layers * layer)
     asked = tokens * max(run.mask_share_of(p).highest for p in run.phases)
-    piece = min(asked, PIECE_POSITIONS["cpu" if run.device == "cpu" else "cuda"])
+    piece = min(asked, PIECE_POSITIONS["cpu" if on_cpu else "cuda"])
     loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)
     return Memory(weights=width * (parameters // weight_share + gathered),
                   gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
                   optimizer=0 if offloads else optimizer, activations=int(tokens * per_token + loss),
+                  bucket=0 if on_cpu or stage not in (1, 2) else 4 * BUCKET_ELEMENTS,       # a CPU maps what of it is used
                   offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
 
 

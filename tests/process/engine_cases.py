@@ -234,8 +234,8 @@ def stored_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def products_where_autocast_is_seen(world: World) -> dict[str, list[str]]:
-    """The dtype of every linear map's output in a step and an evaluation under autocast, where DeepSpeed sees that it is on. It
-    asks without a device, which means CUDA: here the CPU answers."""
+    """The dtype of every linear map's output in a step and an evaluation under autocast, where DeepSpeed sees that it is on.
+    It asks without a device, which means CUDA: here the CPU answers."""
     plain, seen = torch.is_autocast_enabled, {}
     with mock.patch.object(torch, "is_autocast_enabled", lambda kind="cpu": plain(kind)):
         for graphs in ("off", "micro_step"):

@@ -12,7 +12,7 @@ from encoder.base.errors import ConfigError
 from encoder.data.shards import read_samples_per_shard
 from encoder.models.flops import train_flops
 from encoder.train.config import SourceConfig, read_run
-from encoder.train.plan import estimate_memory, phase_work, plan_text
+from encoder.train.plan import count_needs, estimate_memory, phase_work, plan_text
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 from tests.shards_for_tests import write_source
 
@@ -107,6 +107,22 @@ def test_layers_computed_again_keep_their_inputs_and_one_of_them_whole():
     m, tokens = read_run(TINY).model, read_run(TINY).loader.micro_batch_rows * read_run(TINY).data.row_tokens
     layer = 4 * tokens * (14 * m.hidden_size + 4 * m.intermediate_size)
     assert memory[0] - memory[1] == (m.num_hidden_layers - 1) * layer - 4 * tokens * m.num_hidden_layers * m.hidden_size
+
+
+SMALL = ["model.hidden_size=256", "model.intermediate_size=384", "model.num_hidden_layers=7", "model.num_attention_heads=4"]
+
+
+@pytest.mark.parametrize("shape, rows, settings, found_gb", [
+    ("base", 1, SMALL, 2.46), ("base", 4, SMALL, 5.63), ("base", 2, [], 23.64), ("base", 4, [], 43.11),
+    ("base", 2, ["engine.fp8=layers"], 20.12), ("base", 2, ["engine.precision=bf16"], 20.71),
+    ("base", 2, ["engine.activation_checkpointing=blocks"], 7.40), ("large", 1, [], 29.17), ("large", 2, [], 48.36),
+    ("large", 2, ["engine.activation_checkpointing=blocks"], 14.48)])
+def test_memory_is_within_a_twentieth_of_what_torchs_allocator_counted(shape, rows, settings, found_gb):
+    """The most bytes of tensors in steps of two micro-batches under DeepSpeed on one CUDA device that had memory alone
+    (docs/log.md); torch 2.11, layers compiled."""
+    run = read_run(Path(f"configs/pretrain/modernbert_{shape}.yaml"), [f"loader.micro_batch_rows={rows}", "device=cuda", *settings])
+    needs = count_needs(run, ranks=1)
+    assert needs.memory.total / 1e9 == pytest.approx(found_gb, rel=0.05)
 
 
 @pytest.mark.parametrize("setting, word", [("model.norm=rmsnorm", "norm rmsnorm"), ("model.mlp=gelu", "mlp gelu")])
