@@ -213,10 +213,10 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     (the largest matrix stands whole while it is used), too. At stage 3 weights in fp32 are their own masters. An offloaded
     optimizer has masters, its own numbers and the gradients in the machine's memory, at stage 3 the gradients twice.
     Activations count what autograd keeps of one layer and token (where layers are computed again, those of one layer, and each
-    layer's input), and of the loss one piece of logits, in fp32 and again in 2 bytes, and the decoder's gradient before and
-    after scaling. Compiled layers keep 13 hidden-wide tensors of 2 bytes (the stream in fp32 counts twice) and 3 of the MLP's
-    width, the embedding 4 more for the whole model; plain layers 14 and 4. tests/unit/test_train_plan.py has what torch's
-    allocator counted.
+    layer's input), and of the loss one piece of logits, which becomes its gradient, the decoder's weight in 2 bytes, and its
+    gradient before and after scaling. Compiled layers keep 13 hidden-wide tensors of 2 bytes (the stream in fp32 counts twice)
+    and 3 of the MLP's width, the embedding 4 more for the whole model; plain layers 14 and 4. cuBLAS keeps 64 MiB to work in.
+    tests/unit/test_train_plan.py has what torch's allocator counted.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
@@ -242,10 +242,11 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     per_token = outside + (m.num_hidden_layers * m.hidden_size * width + layer if again else m.num_hidden_layers * layer)
     asked = tokens * max(run.mask_share_of(p).highest for p in run.phases)
     piece = min(asked, PIECE_POSITIONS["cpu" if on_cpu else "cuda"])
-    loss = m.vocab_size * (6 * piece + 8 * m.hidden_size)
+    loss = m.vocab_size * (kept * piece + (10 if kept == 2 else 8) * m.hidden_size)
+    workspace = 0 if on_cpu else 64 * 2**20
     return Memory(weights=width * (parameters // weight_share + gathered),
                   gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
-                  optimizer=0 if offloads else optimizer, activations=int(tokens * per_token + loss),
+                  optimizer=0 if offloads else optimizer, activations=int(tokens * per_token + loss) + workspace,
                   bucket=0 if on_cpu or stage not in (1, 2) else 4 * BUCKET_ELEMENTS,       # a CPU maps what of it is used
                   offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
 
