@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import attention, checkpoint, command, gemm, loader, merge, optimizer, peers, step
 from encoder.base.errors import UserError
+from encoder.models.modernbert import ModernBertForMaskedLM
 from launch.bench import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,21 +63,21 @@ def nothing_may_be_timed(monkeypatch):
 
 
 def _other_seed(monkeypatch):
-    model = step.ModernBertForMaskedLM
-    monkeypatch.setattr(step, "ModernBertForMaskedLM",
-                        lambda config, *, attention, seed: model(config, attention=attention, seed=seed + (attention == "sdpa")))
+    plain = step.first_model
+    monkeypatch.setattr(step, "first_model", lambda config, *, attention: (
+        ModernBertForMaskedLM(config, attention=attention, seed=2) if attention == "sdpa" else plain(config, attention=attention)))
 
 
 def _other_gradients(monkeypatch, factor=1.2):
-    plain = step.ModernBertForMaskedLM
+    plain = step.first_model
 
-    def model(config, *, attention, seed):
-        made = plain(config, attention=attention, seed=seed)
+    def model(config, *, attention):
+        made = plain(config, attention=attention)
         if attention == "sdpa":
             made.get_parameter("model.layers.0.mlp.Wo.weight").register_hook(lambda grad: factor * grad)
         return made
 
-    monkeypatch.setattr(step, "ModernBertForMaskedLM", model)
+    monkeypatch.setattr(step, "first_model", model)
 
 
 def _gradients_that_are_no_numbers(monkeypatch):
