@@ -44,7 +44,7 @@ GPUS = tuple(_SHEETS)
 BETWEEN_MACHINES = 50e9               # a 400 Gb/s card a GPU
 UPDATE_BYTES = 60                     # read and written for each element: gradient, master, two averages, in several passes
 LAYER_PASSES = 4                      # what a layer keeps is written, read again, and its gradient too
-MICRO_STEP_KERNELS = 65               # launched for each layer, forward and backward: 60 (large) to 78 (17m) counted, compiled
+MICRO_STEP_KERNELS = 60               # launched for each layer, forward and backward: 52 (base) to 64 (17m) counted, compiled
 KERNEL_SECONDS = 4e-6                 # to launch one: small models wait for it
 
 
