@@ -6,7 +6,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from encoder.base.command import UNKNOWN, CommandLine, count, run_command
+from encoder.base.command import CommandLine, count, run_command
 from encoder.base.errors import UserError
 
 ABOUT = """Text to shards, for pretraining. In order:
@@ -82,7 +82,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in args.overrides]
     if rest:
-        args.parser.error(UNKNOWN + " ".join(rest))
+        args.parser.error(args.parser.unknown(rest))
     return args
 
 

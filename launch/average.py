@@ -23,7 +23,6 @@ def main(argv: list[str] | None = None) -> int:
                         help="the weights folder to write; replaced only if it is an earlier weights folder")
     args = parser.parse_args(argv)
 
-
     def body() -> None:
         from encoder.train.average import average_checkpoints
         model = average_checkpoints(args.checkpoints, args.out)

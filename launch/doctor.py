@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     # torch would print a stack of its own for every wait that comes to nothing; what is silent is named by us
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
-
     def body() -> int:
         from encoder.base.dist import world_from_env
         from encoder.base.log import speak_on

@@ -24,7 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--onnx", action="store_true", help="also write OUT/onnx/model.onnx (needs the extra onnx)")
     args = parser.parse_args(argv)
 
-
     def body() -> None:
         from encoder.train.export import export_run
         for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():

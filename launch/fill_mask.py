@@ -23,7 +23,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers there")
     args = parser.parse_args(argv)
 
-
     def body() -> None:
         found = answers(args.folder, args.texts, top=args.top)
         for item in found:

@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: needed is at least 0")
 
-
     def body() -> None:
         from encoder.models.growth import GrowthConfig
         from encoder.train.grow import grow_model, growth_text

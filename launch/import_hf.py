@@ -29,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=count, metavar="N", help="of a .pt (default: hidden size / 64 where that is whole)")
     args = parser.parse_args(argv)
 
-
     def body() -> None:
         import dataclasses
 

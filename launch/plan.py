@@ -29,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.interconnect is not None and not (args.interconnect > 0 and (args.gpu or args.measure)):
         parser.error(f"--interconnect {args.interconnect:g}: needed is a rate above 0, and --gpu or --measure")
 
-
     def body() -> None:
         from encoder.train.config import read_run
         run = read_run(args.run, args.overrides)

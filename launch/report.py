@@ -20,7 +20,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page goes; needed for several runs")
     args = parser.parse_args(argv)
 
-
     def body() -> None:
         from encoder.base.errors import ConfigError
         from encoder.train.report import verify_ledger, write_report

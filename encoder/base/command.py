@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TextIO
 
 from encoder.base.errors import UserError, nearest
 
-UNKNOWN = "unrecognized arguments: "        # argparse's
+_UNKNOWN = "unrecognized arguments: "        # argparse's
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -22,8 +22,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Found, needed, where to read on."""
-        if message.startswith(UNKNOWN):
-            message = self.unknown(message.removeprefix(UNKNOWN).split())
+        if message.startswith(_UNKNOWN):
+            message = self.unknown(message.removeprefix(_UNKNOWN).split())
         sys.exit(complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {self.prog} --help."))
 
     def unknown(self, words: list[str]) -> str:

@@ -48,7 +48,7 @@ class _CrossEntropySum(torch.autograd.Function):
         with torch.autocast(h_MC.device.type, enabled=False):
             h, weight = h_MC.to(product), weight_VC.to(product)
             bias = None if bias_V is None else bias_V.to(exact)
-            d_bias = None if bias is None else torch.zeros_like(bias)
+            d_bias = None if bias is None or not with_gradients else torch.zeros_like(bias)
             if with_gradients:
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
@@ -57,8 +57,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 logits_mV = h_mC @ weight.T
                 if not with_gradients:          # evaluation alone: a pass over the logits
                     correct += _hits(logits_mV, bias, target_m)
-                turn = loss_kernel.turn_into_gradient_ if by_kernel else turn_into_gradient_
-                sums = turn(logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight)
+                if by_kernel:
+                    sums = loss_kernel.turn_into_gradient_(logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight)
+                else:
+                    sums = turn_into_gradient_(logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight,
+                                               sums_alone=not with_gradients)
                 cross_entropy += sums[0].sum()
                 squares += sums[1].sum()
                 if with_gradients:              # in the place of the logits stands their gradient
@@ -79,19 +82,20 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | None, d_bias_V: Tensor | None, *,
-                        z_loss_weight: float) -> tuple[Tensor, Tensor]:
+                        z_loss_weight: float, sums_alone: bool = False) -> tuple[Tensor, Tensor]:
     """As loss_kernel's, of any dtype: fp64 logits are turned and summed in fp64, others in fp32; d_bias_V is of that dtype.
+    With sums_alone the logits are only used up.
 
     A few positions at a time: their fp32 logits, exponentials and gradient stay in a CPU's cache, which takes 0.75 of the time at
     V = 8,192 and 0.65 at V = 50,368.
     """
     exact = torch.promote_types(logits_mV.dtype, torch.float32)
     words = logits_mV.shape[1]
-    rows = min(len(logits_mV), piece_rows(logits_mV, elements=words))
+    rows = piece_rows(logits_mV, elements=words)
     cross_entropy_m1, squares_m1 = torch.empty((2, len(target_m), 1), dtype=exact, device=logits_mV.device).unbind()
     in_place = logits_mV.dtype == exact
-    buffer_rV = torch.empty((0 if in_place else rows, words), dtype=exact, device=logits_mV.device)
-    for logits_rV, target_r, cross_entropy_r1, squares_r1 in zip(*(x.split(max(1, rows)) for x in (
+    buffer_rV = torch.empty((0 if in_place else min(rows, len(logits_mV)), words), dtype=exact, device=logits_mV.device)
+    for logits_rV, target_r, cross_entropy_r1, squares_r1 in zip(*(x.split(rows) for x in (
             logits_mV, target_m, cross_entropy_m1, squares_m1)), strict=True):
         turned_rV = logits_rV if in_place else buffer_rV[:len(logits_rV)].copy_(logits_rV)
         counts_r1 = (target_r != IGNORE)[:, None]
@@ -105,6 +109,8 @@ def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | No
         cross_entropy_r1.copy_((log_sum_r1 - at_target_r1).where(counts_r1, 0))
         logsumexp_r1 = log_sum_r1.add_(top_r1)
         squares_r1.copy_(logsumexp_r1.square().where(counts_r1, 0))
+        if sums_alone:
+            continue
         scale_r1 = ((1 + 2 * z_loss_weight * logsumexp_r1) / sum_r1).where(counts_r1, 0)
         turned_rV.mul_(scale_r1).scatter_add_(1, safe_r1, -counts_r1.to(exact))
         if d_bias_V is not None:

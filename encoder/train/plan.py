@@ -229,8 +229,9 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     gathered = m.hidden_size * max(m.vocab_size, 3 * m.hidden_size, 2 * m.intermediate_size) if stage == 3 else 0
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
-    on_cpu = run.device == "cpu"
-    if compiles(run, torch.device("cpu" if on_cpu else "cuda")) and kept == 2:
+    kind = "cpu" if run.device == "cpu" else "cuda"
+    on_cpu = kind == "cpu"
+    if compiles(run, torch.device(kind)) and kept == 2:
         wide = 10 if run.engine.precision == "bf16" else 13
         layer = 2 * (wide * m.hidden_size + 3 * m.intermediate_size)
         if run.engine.fp8 == "layers":      # the inputs of four linear maps in one byte, two of them instead of a norm's output
@@ -241,7 +242,7 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     again = run.engine.activation_checkpointing == "blocks"
     per_token = outside + (m.num_hidden_layers * m.hidden_size * width + layer if again else m.num_hidden_layers * layer)
     asked = tokens * max(run.mask_share_of(p).highest for p in run.phases)
-    piece = min(asked, PIECE_POSITIONS["cpu" if on_cpu else "cuda"])
+    piece = min(asked, PIECE_POSITIONS[kind])
     loss = m.vocab_size * (kept * piece + (10 if kept == 2 else 8) * m.hidden_size)
     workspace = 0 if on_cpu else 64 * 2**20
     return Memory(weights=width * (parameters // weight_share + gathered),
