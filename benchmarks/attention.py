@@ -9,6 +9,7 @@ Values and gradients of every route are checked, document by document, against a
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
@@ -66,11 +67,11 @@ def measure(lengths: list[int], *, dtype: torch.dtype, local: bool, args: argpar
     q, k, v, d_out = (torch.randn(sum(lengths), args.heads, args.head_width, generator=draw).to(dtype).to(device)
                       for _ in range(4))
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-    routes = {"padded to a batch": padded(lengths, local=local, device=device)}
+    routes = {"padded to a batch and back": padded(lengths, local=local, device=device)}
     if sum(lengths) <= DENSE_TOKENS:
         routes = {"dense mask over the row": dense_row(lengths, local=local, device=device), **routes}
     if not local:
-        routes["nested, jagged"] = jagged(ends)
+        routes["nested, jagged"] = jagged(lengths, ends.long())
     situation = Situation(device=device, dtype=dtype, head_width=args.head_width, training=True)
     for name, backend in BACKENDS.items():
         if device.type == "cuda" and name in ("tiles", "sdpa"):
@@ -97,13 +98,15 @@ def measure(lengths: list[int], *, dtype: torch.dtype, local: bool, args: argpar
 
 def check(routes: dict[str, Route], q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, lengths: list[int], local: bool) -> None:
     """Every route against a dense mask a document, in fp64. Raises UserError."""
-    bound = 1e-4 if q.dtype == torch.float32 and q.device.type == "cpu" else 0.05
+    bound = 1e-4 if q.dtype == torch.float32 else 0.02        # of a document's length as a vector; seen: 1e-5 and 4e-3
     found = {name: both_ways(route, q, k, v, d_out) for name, route in routes.items()}
     for start, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths):
         own = slice(start, start + length)
         exact = both_ways(dense_row([length], local=local, device=q.device), *(x[own].double() for x in (q, k, v, d_out)))
         for name, values in found.items():
-            off = max((ours[own].double() - truth).abs().max().item() for ours, truth in zip(values, exact, strict=True))
+            # the largest element would not do: of documents of 8,192 tokens all are below 0.2, and a block left out is off by 0.06
+            off = max(((ours[own].double() - truth).norm() / (truth.norm() + 1e-2 * truth.numel()**0.5)).item()
+                      for ours, truth in zip(values, exact, strict=True))
             if not off < bound:
                 raise UserError(f"attention {name} is off by {off:.1e}; needed: below {bound:.0e}. Nothing was timed.")
 
@@ -153,11 +156,13 @@ def padded(lengths: list[int], *, local: bool, device: torch.device) -> Route:
     return route
 
 
-def jagged(ends: Tensor) -> Route:
+def jagged(lengths: list[int], ends: Tensor) -> Route:
     """Nested tensors; they know no windows."""
+    # told, or each call would ask the device
+    make = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=ends, min_seqlen=min(lengths), max_seqlen=max(lengths))
 
     def route(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        nested = (torch.nested.nested_tensor_from_jagged(x, ends.long()).transpose(1, 2) for x in (q, k, v))
+        nested = (make(x).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*nested).transpose(1, 2).values()
 
     return route

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.options import several, several_of
 from benchmarks.report import Report
-from benchmarks.step import forward_context
+from benchmarks.step import forward_context, usual_precision
 from benchmarks.timing import in_turn, paired_ratio, ratio_text
 from benchmarks.workload import SHAPES, config_of, make_batch
 from encoder.base.batch import TokenBatch
@@ -41,7 +41,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row-tokens", type=count, default=1024)
     parser.add_argument("--stages", type=several_of("0", "1", "2", "3"), default=["0", "1", "2", "3"])
     parser.add_argument("--micro-batches", type=several(count), default=[1, 4], help="of a step; several: a table each")
-    parser.add_argument("--precision", choices=("fp32", "autocast"), default="autocast")
+    parser.add_argument("--precision", choices=("fp32", "autocast"), default=None,
+                        help="default: autocast where the device has units for bf16, else fp32")
 
 
 def ask(args: argparse.Namespace, report: Report) -> None:
@@ -56,19 +57,20 @@ def ask(args: argparse.Namespace, report: Report) -> None:
 
 
 def _tables(args: argparse.Namespace, report: Report, device: torch.device) -> None:
+    precision = args.precision or usual_precision(device)
     for number in args.micro_batches:
         config = config_of(args.shape, dropout=0.0)
         batches = [make_batch(vocab_size=config.vocab_size, longest=args.length, row_tokens=args.row_tokens, rows=1, number=i)
                    .to(device) for i in range(number)]
-        plain = Plain(args.shape, batches, precision=args.precision, device=device)
+        plain = Plain(args.shape, batches, precision=precision, device=device)
         sides: dict[str, Callable[[], None]] = {"without DeepSpeed": plain.step}
         off = {}
         for stage in map(int, args.stages):
             name = f"ZeRO stage {stage}"
-            sides[name], off[name] = engine_side(args.shape, batches, stage=stage, precision=args.precision, device=device)
+            sides[name], off[name] = engine_side(args.shape, batches, stage=stage, precision=precision, device=device)
         timed = in_turn(sides, rounds=args.rounds, device=device)
         first = timed["without DeepSpeed"]
-        report.add(f"A step of {number} micro-batches of {args.row_tokens:,} tokens: {args.shape}, one rank, {args.precision}",
+        report.add(f"A step of {number} micro-batches of {args.row_tokens:,} tokens: {args.shape}, one rank, {precision}",
                    head=["", "ms", "spread", "times the first's", "CPU ms", "above the first's"],
                    rows=[[name, f"{1e3 * took.median:.1f}", f"{took.spread:.0%}", ratio_text(paired_ratio(first, took)),
                           f"{1e3 * statistics.median(took.cpu_seconds):.1f}",

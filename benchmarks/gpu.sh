@@ -57,6 +57,7 @@ bench gemm_large 10 gemm --shape large --tokens 65536
 bench optimizer_base 20 optimizer --shape base
 bench checkpoint_base 25 checkpoint --shape base
 bench loss_memory 10 loss
+bench step_base_1024_hf_compiled 60 step "${base[@]}" --length 1024 --rows 2 --against hf --kinds padded,sorted --hf-attention best --hf-batch 32 --hf-compile on
 
 files=("$out"/*.json)
 [ -e "${files[0]}" ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"

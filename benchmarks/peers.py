@@ -41,7 +41,7 @@ class Theirs:
     """A ModernBertForMaskedLM of transformers with our weights, torch's AdamW, and micro-batches of one kind."""
 
     def __init__(self, kind: str, config: ModernBertConfig, batches: list[TokenBatch], *, attention: str, batch_documents: int,
-                 device: torch.device, autocast: Callable[[], AbstractContextManager]) -> None:
+                 device: torch.device, autocast: Callable[[], AbstractContextManager], compiled: bool = False) -> None:
         try:
             import transformers
         except ImportError as error:
@@ -50,7 +50,7 @@ class Theirs:
         own = transformers.ModernBertConfig(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads, pad_token_id=PAD,
-            bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, reference_compile=False, sparse_prediction=True,
+            bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, reference_compile=compiled, sparse_prediction=True,
             global_rope_theta=config.global_rope_theta, local_rope_theta=config.local_rope_theta)
         own._attn_implementation = attention
         self.newer = int(transformers.__version__.split(".")[0]) >= 5
@@ -67,6 +67,9 @@ class Theirs:
         if not self.newer:
             made = self.model.model._update_attention_mask
             self.model.model._update_attention_mask = lambda *a, **k: self._masks or made(*a, **k)
+        if compiled and self.newer:
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=True)
         longest = max(b.max_seqlen for b in batches)
         make = {"padded": lambda d: _padded(d, batch_documents),
                 "sorted": lambda d: _padded(sorted(d, key=lambda x: -len(x.ids)), batch_documents),
@@ -75,7 +78,7 @@ class Theirs:
         self.masked, self.tokens = [b.masked_tokens for b in batches], [b.tokens for b in batches]
         places = sum(p.inputs["input_ids"].numel() for s in self.steps for p in s)
         self.name = f"transformers {kind}"
-        self.how = f"{attention}, {sum(self.tokens) / places:.0%} of it tokens"
+        self.how = f"{attention}{', compiled' if compiled else ''}, {sum(self.tokens) / places:.0%} of it tokens"
 
     def loss(self, number: int) -> Tensor:
         """Mean over the predicted positions of a micro-batch."""

@@ -85,6 +85,6 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, check=True, text=True,
-                              capture_output=True).stdout.strip()
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent, check=True,
+                              text=True, capture_output=True).stdout.strip()
     return None

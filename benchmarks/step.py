@@ -36,7 +36,7 @@ from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.attend import BACKENDS, Situation
 from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
-from encoder.train.meters import bf16_peak, document_lengths
+from encoder.train.meters import bf16_peak, computes_bf16, document_lengths
 
 # of the loss, beside the judge's in fp32
 SAME_LOSS = {"fp32": 1e-5, "autocast": 2e-3, "fp8": 2e-3}
@@ -55,8 +55,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=count, default=1024, help="longest document, in tokens")
     parser.add_argument("--row-tokens", type=count, default=4096)
     parser.add_argument("--rows", type=several(count), default=[4], help="rows of a micro-batch; several: a line each")
-    parser.add_argument("--precision", type=several_of("fp32", "autocast", "fp8"), default=["autocast"],
-                        help="fp32, autocast (bf16), fp8: autocast with layers in 8 bits")
+    parser.add_argument("--precision", type=several_of("fp32", "autocast", "fp8"), default=None,
+                        help="fp32, autocast (bf16), fp8: autocast with layers in 8 bits (default: autocast where the device has "
+                             "units for bf16, else fp32)")
     parser.add_argument("--attention", type=several(str), default=["auto"],
                         help="flash, flash2 to flash4, varlen, flex, tiles, sdpa; all: every backend that can run")
     parser.add_argument("--compile", type=several_of("off", "blocks"), default=None,
@@ -65,6 +66,8 @@ def options(parser: argparse.ArgumentParser) -> None:
                         help="micro_step: forward and backward as one CUDA graph")
     parser.add_argument("--kinds", type=several_of(*KINDS), default=[*KINDS], help=f"of transformers' batches: {', '.join(KINDS)}")
     parser.add_argument("--hf-attention", default="sdpa", help="best: flash_attention_2 where it is installed")
+    parser.add_argument("--hf-compile", choices=("on", "off"), default="off",
+                        help="on: transformers compiled as well, its own way in version 4, layer by layer in version 5")
     parser.add_argument("--hf-batch", type=count, default=8, help="documents of a padded batch")
     parser.add_argument("--batches", type=count, default=4, help="micro-batches of a round")
     parser.add_argument("--dropout", type=float, default=0.0, help="after attention; transformers has none")
@@ -79,11 +82,14 @@ def ask(args: argparse.Namespace, report: Report) -> None:
         raise ConfigError(f"--row-tokens {args.row_tokens} is below --length {args.length}: a row must hold the longest document.")
     if "micro_step" in args.graphs and device.type != "cuda":
         raise ConfigError("--graphs micro_step is for --device cuda: it is CUDA's graphs that save launches. Leave it out.")
+    if "micro_step" in args.graphs and args.batches < 2:
+        raise ConfigError(f"--graphs micro_step with --batches {args.batches}: a graph that always repeats its first micro-batch "
+                          "would not be found out. Use 2 or more.")
     if not 0.0 <= args.dropout < 1.0:
         raise ConfigError(f"--dropout {args.dropout:g} must lie in [0, 1).")
     compiling = args.compile or ["blocks" if device.type == "cuda" else "off"]
     truths: dict[int, Truth] = {}         # by rows: no precision, backend, compiler or graph has a say in them
-    for precision in args.precision:
+    for precision in args.precision or [usual_precision(device)]:
         autocast = forward_context(precision, device)
         sides: dict[str, Ours | Theirs] = {}
         too_large: list[str] = []
@@ -101,6 +107,8 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 said = check_same(ours, truths[rows], what=ours.how, precision=precision, bounds=SAME_GRADIENT)
                 ours.step(0)
             except torch.OutOfMemoryError:
+                ours = None         # its weights and half-made gradients would stand beside all others
+                torch.cuda.empty_cache()
                 too_large.append(what)
                 continue
             name = f"ours, {rows * args.row_tokens:,} tokens, {ours.how}"
@@ -117,7 +125,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 kinds = [k for k in kinds if k != "packed"]
             for kind in kinds:
                 theirs = Theirs(kind, config, batches, attention=attention, batch_documents=args.hf_batch, device=device,
-                                autocast=autocast)
+                                autocast=autocast, compiled=args.hf_compile == "on")
                 name = f"{theirs.name}, {theirs.how}"
                 off[name] = check_same(theirs, truth, what=theirs.name, precision=precision, bounds=PEER_GRADIENT)
                 sides[name] = theirs
@@ -160,12 +168,25 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def held_bytes(side: Ours | Theirs) -> int:
+    """What a side keeps on a CUDA device from round to round: weights, optimizer state, a graph's pool."""
+    kept = [*side.model.parameters(), *side.model.buffers(),
+            *(x for state in side.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))]
+    own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.is_cuda}
+    return sum(own.values()) + getattr(side.model.forward, "pool_bytes", 0)
+
+
 def side_round(side: Ours | Theirs) -> Callable[[], None]:
     """A step for each micro-batch."""
     def do() -> None:
         for number in range(len(side.tokens)):
             side.step(number)
     return do
+
+
+def usual_precision(device: torch.device) -> str:
+    """autocast where the device has units for bf16."""
+    return "autocast" if computes_bf16(device) else "fp32"
 
 
 def forward_context(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
@@ -194,22 +215,25 @@ class Truth:
     """What a micro-batch gives."""
 
     loss: float
-    gradients: dict[str, torch.Tensor]        # fp64
+    gradients: dict[str, torch.Tensor]        # fp64, on the host
 
 
 def judged(config: ModernBertConfig, batches: list[TokenBatch], *, device: torch.device) -> Truth:
-    """The first micro-batch with the plainest code there is, in fp32: an attention call a document, nothing compiled; the layers
+    """The last micro-batch with the plainest code there is, in fp32: an attention call a document, nothing compiled; the layers
     are computed again on the way back, for their memory."""
-    side = Ours(config, batches[:1], attention="sdpa", compiled="off", device=device, autocast=contextlib.nullcontext)
+    side = Ours(config, batches[-1:], attention="sdpa", compiled="off", device=device, autocast=contextlib.nullcontext)
     side.model.recompute_blocks_()
     return taken(side)
 
 
 def taken(side: Ours | Theirs) -> Truth:
-    """Of the first micro-batch; leaves no gradient behind."""
-    loss = side.loss(0)
+    """Of the last micro-batch, after another one: a graph that does not look at its batch gives the first's. Leaves no gradient
+    behind."""
+    side.loss(0).backward()
+    side.optimizer.zero_grad(set_to_none=True)
+    loss = side.loss(-1)
     loss.backward()
-    gradients = {name: p.grad.double() for name, p in side.model.named_parameters()}
+    gradients = {name: p.grad.double().cpu() for name, p in side.model.named_parameters()}
     side.optimizer.zero_grad(set_to_none=True)
     return Truth(loss=loss.item(), gradients=gradients)
 
@@ -237,6 +261,7 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
     peak, on_gpu = bf16_peak(device), device.type == "cuda"
     rows, figures = [], {}
     for name, side in sides.items():
+        memory = timed[name].peak_bytes + held_bytes(side)
         batches = side.all_batches if isinstance(side, Ours) else sides[next(iter(sides))].all_batches
         flops = statistics.mean(train_flops(config, lengths=document_lengths(b), masked_tokens=b.masked_tokens) / b.tokens
                                 for b in batches)
@@ -245,9 +270,9 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
         figures[name] = {"tokens_per_second": per_second, "spread": took.spread, "seconds": [*took.seconds],
                          "tokens": sum(side.tokens), "cpu_seconds": [*took.cpu_seconds],
                          "tflops_per_second": tflops, "mfu": tflops * 1e12 / peak if peak else None,
-                         "peak_bytes": took.peak_bytes}
+                         "peak_bytes": memory}
         rows.append([name, f"{per_second:,.0f}", f"{took.spread:.0%}", f"{tflops:.3g}"]
-                    + ([f"{tflops * 1e12 / peak:.1%}" if peak else "?", f"{took.peak_bytes / 2**30:.1f}"] if on_gpu else []))
+                    + ([f"{tflops * 1e12 / peak:.1%}" if peak else "?", f"{memory / 2**30:.1f}"] if on_gpu else []))
     first, *_ = sides
     peers = [n for n in sides if isinstance(sides[n], Theirs)]
     ratios = {n: paired_ratio(timed[first], timed[n]) for n in peers}

@@ -16,7 +16,7 @@ class Timed:
 
     seconds: tuple[float, ...]
     cpu_seconds: tuple[float, ...] = ()      # of all threads of the process: neighbours on the machine disturb it less
-    peak_bytes: int = 0                      # of the CUDA device, in the rounds
+    peak_bytes: int = 0                      # of the CUDA device, in the rounds, beside what stood there before each
 
     @property
     def median(self) -> float:
@@ -38,11 +38,13 @@ def in_turn(sides: Mapping[str, Callable[[], object]], *, rounds: int, device: t
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
             began, cpu_began = time.perf_counter(), time.process_time()
             do()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device))
+                if number >= warm_up:        # in a first round a peer's optimizer makes its state, which stays
+                    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) - before)
             if number >= warm_up:
                 seconds[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
     return {name: Timed(seconds=tuple(s for s, _ in taken), cpu_seconds=tuple(c for _, c in taken), peak_bytes=peaks[name])

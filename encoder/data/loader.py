@@ -122,7 +122,7 @@ class Loader:
         try:
             made = next(self._iterator)
         except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+            if not ("DataLoader worker" in str(error) and "exited unexpectedly" in str(error)):
                 raise
             # torch's own words, without a type of their own
             raise PassingError("a loader worker was killed from outside, as a machine short of memory does. Start again: the run "

@@ -55,6 +55,12 @@ class GraphedForward:
             self.captures += 1
         return SummedLoss(*_Replay.apply(self._graph, batch, *self._parameters))
 
+    @property
+    def pool_bytes(self) -> int:
+        """What the graph keeps on a CUDA device between micro-steps; torch counts only its results as allocated."""
+        pool = getattr(self._graph and self._graph.replay, "pool", None)
+        return sum(s["total_size"] for s in torch.cuda.memory_snapshot(pool, include_traces=False)) if pool else 0
+
     def _of_batch(self, batch: TokenBatch) -> Iterator[Any]:
         """What a graph is bound to, the host's numbers as well: max_seqlen is a launch's argument. Not the length of cu_seqlens."""
         yield batch.max_seqlen
@@ -101,7 +107,7 @@ class _Graph:
             gradients = torch.autograd.grad(loss.total, [*leaves.values()])
             return SummedLoss(*(x.detach() for x in loss)), gradients
 
-        self._replay = captured(work) if device.type == "cuda" else work
+        self.replay = captured(work) if device.type == "cuda" else work
 
     def has_room(self, batch: TokenBatch) -> bool:
         """For as many documents. The loader makes room for more of them by the power of two, micro-batch by micro-batch: were a
@@ -116,7 +122,7 @@ class _Graph:
             ours[:len(theirs)].copy_(theirs, non_blocking=True)
             if len(theirs) < len(ours):
                 ours[len(theirs):] = len(batch.ids_T)       # of cu_seqlens: empty documents
-        return self._replay()
+        return self.replay()
 
 
 def captured(work: Work) -> Work:
@@ -136,6 +142,7 @@ def captured(work: Work) -> Work:
         graph.replay()
         return results
 
+    replay.pool = graph.pool()
     return replay
 
 
@@ -156,7 +163,9 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.graph.turn != ctx.turn:
+        graph, gradients = ctx.graph, ctx.gradients
+        ctx.graph = ctx.gradients = None            # or a loss that the caller keeps would keep the memory of a graph that is gone
+        if graph is None or graph.turn != ctx.turn:
             raise RuntimeError("two forwards before a backward: the graph has written over the gradients of the first.")
         # new tensors: autograd may keep one as a parameter's .grad, and the next replay writes over ours
-        return None, None, *(scaled(d, d_total) for d in ctx.gradients)
+        return None, None, *(scaled(d, d_total) for d in gradients)

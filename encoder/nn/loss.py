@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from encoder.base.batch import IGNORE, SummedLoss
+from encoder.base.pieces import piece_rows
 from encoder.nn import loss_kernel
-from encoder.nn.pieces import piece_rows
 
 # Positions of one piece. Every piece reads and writes the whole [V, C] gradient, so few positions waste the product; on a CPU 512
 # took what 1,024 did. CUDA by reasoning, not measured: at 2,048 the gradient's traffic (0.4 GB) takes less than half the time of

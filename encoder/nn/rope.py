@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from encoder.nn.pieces import piece_rows
+from encoder.base.pieces import piece_rows
 
 Positions = Literal["rope", "learned"]         # turned in attention, or a table added to the tokens (encoder.nn.embedding)
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from encoder.optim.whole_tensors import Live, MomentsConfig, WholeTensorOptimizer
 
 
@@ -36,7 +34,6 @@ class AdamW(WholeTensorOptimizer):
     config: AdamWConfig
 
     def _move(self, live: Live) -> None:
-        for group, p in live:
-            self._take_in(p)
-            rates = torch.full_like(self._numels_of(p), group["lr"])
-            self._subtract(p, self._direction(p, out=torch.empty_like(p)), rates, decay=group["weight_decay"])
+        for bundle in self._bundles(live):
+            self._take_in(bundle)
+            self._subtract(bundle.weights, self._direction(bundle), bundle.group["lr"], decay=bundle.group["weight_decay"])

@@ -11,12 +11,12 @@ the authors' code for BERT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from encoder.optim.whole_tensors import Live, MomentsConfig, WholeTensorOptimizer
+from encoder.optim.whole_tensors import Bundle, Live, MomentsConfig, WholeTensorOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +40,18 @@ class Lamb(WholeTensorOptimizer):
     config: LambConfig
 
     def _move(self, live: Live) -> None:
-        tensors = [p for _, p in live]
-        updates = [self._update(group, p) for group, p in live]
-        squares = self._whole_sums(tensors, [self._per_view(p, [
-            [theta.square().sum(), u.square().sum()] for theta, u in zip(self._views(p, p), self._views(p, update), strict=True)],
-            width=2) for p, update in zip(tensors, updates)])
-        for (group, p), update, square in zip(live, updates, squares):
-            weights, lengths = square.sqrt().unbind(dim=1)
-            trust = torch.ones_like(weights)
-            if group["decays"]:
-                trust = torch.where((weights > 0) & (lengths > 0), weights / lengths, trust)
-            self._subtract(p, update, trust * group["lr"])
+        sums = self._no_sums(width=2)
+        for bundle in self._bundles(live):
+            self._take_in(bundle)
+            self._add_squares(sums, 0, bundle, bundle.weights)
+            self._add_squares(sums, 1, bundle, self._update(bundle))
+        weights, lengths = self._whole(sums).sqrt().unbind(dim=1)
+        one = torch.ones_like(weights)
+        trust = torch.where((weights > 0) & (lengths > 0), weights / lengths, one)
+        for bundle in self._bundles(live):
+            self._subtract(bundle.weights, self._update(bundle), self._rates(bundle, trust if bundle.group["decays"] else one))
 
-    def _update(self, group: dict[str, Any], p: Tensor) -> Tensor:
-        self._take_in(p)
-        return self._direction(p, out=torch.empty_like(p)).add_(p, alpha=group["weight_decay"])
+    def _update(self, bundle: Bundle) -> list[Tensor]:
+        update = self._direction(bundle)
+        torch._foreach_add_(update, bundle.weights, alpha=bundle.group["weight_decay"])
+        return update

@@ -101,8 +101,7 @@ class Muon(StableAdamW):
             for group, p in hidden:
                 self._orthogonalize_(updates[p], matrices=group["matrices"])
         for group, p in hidden:
-            rates = torch.full_like(self._numels_of(p), group["lr"])
-            self._subtract(p, updates[p], rates, decay=group["weight_decay"] / group["max_lr"])
+            self._subtract([p], [updates[p]], group["lr"], decay=group["weight_decay"] / group["max_lr"])
 
     def _orthogonalize_cut(self, updates: dict[Tensor, Tensor]) -> None:
         """The updates of flat tensors, each matrix by the rank that it was dealt to."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ConfigError
-from encoder.optim.whole_tensors import Live, MomentsConfig, WholeTensorOptimizer
+from encoder.optim.whole_tensors import Bundle, Live, MomentsConfig, WholeTensorOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +49,18 @@ class StableAdamW(WholeTensorOptimizer):
     config: StableAdamWConfig
 
     def _move(self, live: Live) -> None:
-        tensors = [p for _, p in live]
-        ratios = [self._ratio(p) for p in tensors]
-        sums = self._whole_sums(tensors, [self._per_view(p, [[r.sum()] for r in self._views(p, ratio)], width=1)
-                                          for p, ratio in zip(tensors, ratios)])
-        for (group, p), ratio, ratio_sum in zip(live, ratios, sums):
-            rms = (ratio_sum[:, 0] / self._numels_of(p)).sqrt()
-            scale = rms.clamp(min=1.0).reciprocal().to(p.dtype)
-            self._subtract(p, self._direction(p, out=ratio), scale * group["lr"], decay=group["weight_decay"] / group["max_lr"])
+        sums = self._no_sums(width=1)
+        for bundle in self._bundles(live):
+            self._take_in(bundle)
+            self._add_squares(sums, 0, bundle, self._roots_of_ratios(bundle))
+        rms = (self._whole(sums)[:, 0] / self._numels).sqrt()
+        factors = rms.clamp(min=1.0).reciprocal()
+        for bundle in self._bundles(live):
+            decay = bundle.group["weight_decay"] / bundle.group["max_lr"]
+            self._subtract(bundle.weights, self._direction(bundle), self._rates(bundle, factors), decay=decay)
 
-    def _ratio(self, p: Tensor) -> Tensor:
-        """Moves the averages of one tensor on; returns g^2 / max(v, eps^2), element by element."""
-        self._take_in(p)
-        ratio = self.state[p]["exp_avg_sq"].clamp(min=self.config.eps**2)
-        return torch.div(p.grad.square(), ratio, out=ratio)
+    def _roots_of_ratios(self, bundle: Bundle) -> list[Tensor]:
+        """g / max(sqrt(v), eps), element by element."""
+        below = torch._foreach_sqrt(bundle.state["exp_avg_sq"])
+        torch._foreach_clamp_min_(below, self.config.eps)
+        return torch._foreach_div(bundle.grads, below)

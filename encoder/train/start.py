@@ -28,6 +28,7 @@ from encoder.train.branch import find_parent
 from encoder.train.config import RunConfig, identity_of
 from encoder.train.feed import Quarantine
 from encoder.train.initial import InitialWeights
+from encoder.train.meters import computes_bf16
 from encoder.train.phases import phase_of_weights
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
@@ -138,6 +139,8 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
     say(f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}"
         f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}"
         f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}")
+    if run.engine.precision in ("bf16", "autocast") and not computes_bf16(device):
+        say(f"precision {run.engine.precision} on a {device.type} without units for bf16: slower than engine.precision fp32")
     if stays := stays_ours(run.model):
         say(f"export: {stays}")
     ledger = Path(run.out) / LEDGER

@@ -29,6 +29,7 @@ from encoder.engine.checkpoint import (
 )
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
+from encoder.optim.whole_tensors import WholeTensorOptimizer
 from tests.process.tiny import ALL_KINDS, ROWS, SIZE, masked_tokens_of, save_checkpoint, share_of_step, tiny_model
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: st
         take_means_of_means(engine, rows=rows)
     built = held_at_start(engine) if zero_stage == 3 else {}
     if not whole_tensors:
-        engine.optimizer._parts = {}          # every flat partition taken for a tensor, as an optimizer knows no better
+        take_flats_for_tensors(engine.optimizer)
     incarnation = claim_incarnation(out / label, world)
     losses = train(engine, spike, rows=rows, steps=range(SAVED_AT))
     saved = save_checkpoint(out / label / "checkpoints", engine=engine, progress=Progress(step=SAVED_AT, tokens=1000),
@@ -84,6 +85,13 @@ def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: st
     losses += train(engine, spike, rows=rows, steps=range(SAVED_AT, STEPS))
     keep_weights(engine, out / f"{label}.safetensors")
     return {"losses": losses, "saved": str(saved), "evaluated": held_out(engine, world), **built}
+
+
+def take_flats_for_tensors(optimizer: WholeTensorOptimizer) -> None:
+    """Each flat partition is one whole parameter, as an optimizer has it that knows no better."""
+    flats = [*optimizer._parts]
+    optimizer._parts, optimizer._row = {}, {flat: i for i, flat in enumerate(flats)}
+    optimizer._know([flat.numel() for flat in flats], device=flats[0].device)
 
 
 def take_means_of_means(engine: Engine, *, rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import attention, checkpoint, command, gemm, loader, merge, optimizer, peers, step
 from encoder.base.errors import UserError
+from encoder.engine import graphed
 from encoder.models.modernbert import ModernBertForMaskedLM
 from launch.bench import main
 
@@ -125,6 +127,23 @@ def test_what_is_wrong_is_refused_before_anything_is_timed(question, break_it, s
     assert main([question, *ON_CPU, "--json", str(path), *AGAINST.get(question, [])]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error and error.endswith("Nothing was timed.") and not path.exists()
+
+
+def test_a_graph_that_repeats_its_first_micro_batch_is_refused(monkeypatch):
+    """It is captured with the first, so that one would not show it."""
+    config = step.config_of("tiny", dropout=0.0)
+    batches = [step.make_batch(vocab_size=config.vocab_size, longest=128, row_tokens=256, rows=1, number=i) for i in range(2)]
+    truth = step.judged(config, batches, device=torch.device("cpu"))
+
+    def check():
+        ours = step.Ours(config, batches, attention="auto", compiled="off", graphs="micro_step", device=torch.device("cpu"),
+                         autocast=contextlib.nullcontext)
+        step.check_same(ours, truth, what="the graph", precision="fp32", bounds=step.SAME_GRADIENT)
+
+    check()
+    monkeypatch.setattr(graphed._Graph, "run", lambda graph, _: (setattr(graph, "turn", graph.turn + 1), graph.replay())[1])
+    with pytest.raises(UserError, match="the loss is"):
+        check()
 
 
 def test_a_product_that_is_wrong_is_refused():

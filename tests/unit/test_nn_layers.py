@@ -42,9 +42,9 @@ def test_tokens_turned_a_few_at_a_time_are_those_turned_together(monkeypatch, to
         return [*out, *torch.autograd.grad(out, qkv, d)]
 
     together = turned()
-    monkeypatch.setattr("encoder.nn.pieces.PIECE_ELEMENTS", 4 * 2 * 2 * 8 // torch.get_num_threads())      # four tokens
+    monkeypatch.setattr("encoder.base.pieces.PIECE_ELEMENTS", 4 * 2 * 2 * 8 // torch.get_num_threads())      # four tokens
     assert all(torch.equal(a, b) for a, b in zip(turned(), together, strict=True))
-    monkeypatch.setattr("encoder.nn.pieces.PIECE_ELEMENTS", 1)              # one token, which is the least
+    monkeypatch.setattr("encoder.base.pieces.PIECE_ELEMENTS", 1)              # one token, which is the least
     assert all(torch.equal(a, b) for a, b in zip(turned(), together, strict=True))
 
 

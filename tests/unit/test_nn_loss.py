@@ -32,7 +32,7 @@ def question(dtype=torch.float64, *, positions: int = 70, vocab: int = 50, width
 def test_pieces_give_the_whole_vocabulary_loss_and_its_gradients(monkeypatch, dtype, tolerance, piece_positions, cached_positions,
                                                                 bias, z_loss_weight):
     monkeypatch.setitem(loss_module.PIECE_POSITIONS, "cpu", piece_positions)
-    monkeypatch.setattr("encoder.nn.pieces.PIECE_ELEMENTS", cached_positions * 50 // torch.get_num_threads())
+    monkeypatch.setattr("encoder.base.pieces.PIECE_ELEMENTS", cached_positions * 50 // torch.get_num_threads())
     h, weight, b, target = question(dtype)
     ours = [h, weight, b] if bias else [h, weight]
     truth = [x.detach().double().requires_grad_() for x in ours]
@@ -189,8 +189,8 @@ def test_on_cuda_the_loss_is_the_cpus_and_the_host_never_waits(autocast):
     expected = whole_vocabulary_loss(*truth, z_loss_weight=1e-3)
     bound = 2e-2 if autocast else 1e-4       # bf16 has 3 digits, TF32 is off
     assert abs(found.total.item() - expected.item()) <= bound * expected.item() and found.count == (ours[3] != IGNORE).sum()
-    for a, b in zip(there[:3], truth[:3], strict=True):
-        assert (a.grad.cpu() - b.grad).abs().max() <= bound * b.grad.abs().max()
+    for a, b in zip(there[:3], truth[:3], strict=True):       # under autocast seen on a CPU: 1e-2, 8e-3, 6e-3
+        assert (a.grad.cpu() - b.grad).norm() <= bound * b.grad.norm()
 
 
 @pytest.mark.parametrize("piece_positions", [1, 16, 1000])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoder.base.errors import ConfigError
+from encoder.optim import whole_tensors
 from encoder.optim.adamw import AdamWConfig
 from encoder.optim.catalog import OPTIMIZERS, build_optimizer, state_elements
 from encoder.optim.exchange import deal
@@ -132,6 +135,47 @@ def test_cut_at_random_the_update_is_that_of_whole_tensors(name):
                    if len(flat.tensor)), "padding must stay zero"
         if "muon" in name:
             assert optimizer.orthogonalized == len(LRS) * sum(HIDDEN.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("elements", [1, 12, 40])
+def test_the_update_does_not_depend_on_how_many_tensors_are_moved_together(name, elements, monkeypatch):
+    monkeypatch.setattr(whole_tensors, "piece_elements", lambda device: elements)
+    start, grads = start_and_grads()
+    truth, ours = truth_of(CONFIGS[name], start, grads), whole(CONFIGS[name], grads)
+    for n in start:
+        torch.testing.assert_close(ours[n], truth[n], **TORCH_TO_1E_12)
+
+
+class Operations(TorchDispatchMode):
+    """How many were called, but for views: on CUDA each would be a kernel, or one for each hundred tensors of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", ["stable_adamw", "adamw", "lamb"])
+def test_on_a_device_an_update_of_many_tensors_calls_no_more_operations_than_one_of_few(rule, monkeypatch):
+    """Lists of tensors are one operation; that which takes a rate for each is a kernel a tensor all the same."""
+    monkeypatch.setattr(whole_tensors, "piece_elements", lambda device: sys.maxsize)
+    monkeypatch.setattr(whole_tensors, "_squares", lambda values: torch.stack(torch._foreach_norm(values, 2)).double().square())
+    counts = []
+    for tensors in (4, 60):
+        model = nn.ParameterList([torch.randn(3, 2) for _ in range(tensors)] + [torch.randn(3) for _ in range(tensors)])
+        optimizer = build_optimizer(model, OPTIMIZERS[rule]())
+        optimizer.init_state()
+        for p in model:
+            p.grad = torch.randn_like(p)
+        with Operations() as called:
+            optimizer.step()
+        counts.append(called.count)
+    assert counts[0] == counts[1] < 70
 
 
 def test_a_spike_in_one_tensor_slows_that_tensor_alone():

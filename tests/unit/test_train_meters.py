@@ -38,6 +38,13 @@ def test_a_device_without_a_known_peak_has_no_utilization(monkeypatch):
     assert bf16_peak(torch.device("cuda", 0)) is None
 
 
+@pytest.mark.parametrize("units, can", [({"avx2": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True),
+                                        ({"bf16": True}, True)])
+def test_a_cpu_computes_in_bf16_if_it_has_units_for_it(monkeypatch, units, can):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert meters.computes_bf16(torch.device("cpu")) is can
+
+
 @pytest.mark.parametrize("tokens, expected", [(10, [3, 5, 2]), (8, [3, 5]), (0, [])])
 def test_padding_behind_the_tokens_is_no_document(tokens, expected):
     """packed repeats the last end, as static shapes do."""
