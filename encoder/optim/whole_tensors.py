@@ -25,6 +25,10 @@ from encoder.base.errors import ConfigError
 from encoder.base.pieces import piece_elements
 from encoder.optim.slices import FlatPart
 
+# moved together at most, unless one tensor is larger: what is computed on the way takes twice that, 0.5 GB in fp32. It costs no
+# kernels, each of which takes 320 x 65,536 elements at most
+TOGETHER_ELEMENTS = 2**26
+
 Live = list[tuple[dict[str, Any], Tensor]]      # (group, tensor) of the tensors that one step moves
 
 
@@ -118,13 +122,13 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         """The rule: takes the gradients in and moves the tensors."""
 
     def _bundles(self, live: Live) -> Iterator[Bundle]:
-        """All that a step moves, once: on CUDA what is alike together, on a CPU a few small tensors or a large one."""
+        """All that a step moves, once: on CUDA many tensors together, on a CPU a few small ones or a large one."""
         alike: dict[tuple[int, int], Live] = {}
         for group, p in live:
             alike.setdefault((id(group), self.state[p]["step"]), []).append((group, p))
         for (_, step), members in alike.items():
             group, device = members[0][0], members[0][1].device
-            limit, kinds = piece_elements(device), self.kinds_of(group)
+            limit, kinds = min(piece_elements(device), TOGETHER_ELEMENTS), self.kinds_of(group)
             rows, columns, elements = [], [], 0
             for row, views in self._views(members, kinds):
                 if rows and elements + len(views[0]) > limit:

@@ -210,35 +210,36 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     """Bytes a rank needs for parameters, gradients, optimizer and one micro-batch's activations.
 
     ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights
-    (the largest matrix stands whole while it is used), too. At stage 3 weights in fp32 are their own masters. An offloaded
-    optimizer has masters, its own numbers and the gradients in the machine's memory, at stage 3 the gradients twice.
+    (the largest matrix stands whole while it is used), too. DeepSpeed 0.19.8 copies masters from fp32 weights at stage 3 as well:
+    it compares a device with its name. An offloaded optimizer has masters, its own numbers and the gradients in the machine's
+    memory, at stage 3 the gradients twice.
+
     Activations count what autograd keeps of one layer and token (where layers are computed again, those of one layer, and each
     layer's input), and of the loss one piece of logits, which becomes its gradient, the decoder's weight in 2 bytes, and its
     gradient before and after scaling. Compiled layers keep 13 hidden-wide tensors of 2 bytes (the stream in fp32 counts twice)
-    and 3 of the MLP's width, the embedding 4 more for the whole model; plain layers 14 and 4. cuBLAS keeps 64 MiB to work in.
-    tests/unit/test_train_plan.py has what torch's allocator counted.
+    and 3 of the MLP's width, the embedding 4 more for the whole model; plain layers 14 and 4; in bf16 3 fewer. cuBLAS keeps
+    64 MiB to work in. tests/unit/test_train_plan.py has what torch's allocator counted.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
     m = run.model
     stage = run.engine.zero_stage
     optimizer_share, gradient_share, weight_share = (ranks if stage >= cut else 1 for cut in (1, 2, 3))
-    has_copy = stage in (1, 2) or stage == 3 and run.engine.precision == "bf16"
     offloads = run.engine.offload_optimizer == "cpu"
-    optimizer = master * ((has_copy or offloads) * parameters + optimizer_elements) // optimizer_share
+    optimizer = master * ((stage > 0) * parameters + optimizer_elements) // optimizer_share
     gathered = m.hidden_size * max(m.vocab_size, 3 * m.hidden_size, 2 * m.intermediate_size) if stage == 3 else 0
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
     kind = "cpu" if run.device == "cpu" else "cuda"
     on_cpu = kind == "cpu"
+    wide = 11 if run.engine.precision == "bf16" else 14
     if compiles(run, torch.device(kind)) and kept == 2:
-        wide = 10 if run.engine.precision == "bf16" else 13
-        layer = 2 * (wide * m.hidden_size + 3 * m.intermediate_size)
+        layer = 2 * ((wide - 1) * m.hidden_size + 3 * m.intermediate_size)
         if run.engine.fp8 == "layers":      # the inputs of four linear maps in one byte, two of them instead of a norm's output
             layer -= 5 * m.hidden_size + m.intermediate_size
         outside = 8 * m.hidden_size
     else:
-        layer, outside = (14 * m.hidden_size + 4 * m.intermediate_size) * kept, 0
+        layer, outside = (wide * m.hidden_size + 4 * m.intermediate_size) * kept, 0
     again = run.engine.activation_checkpointing == "blocks"
     per_token = outside + (m.num_hidden_layers * m.hidden_size * width + layer if again else m.num_hidden_layers * layer)
     asked = tokens * max(run.mask_share_of(p).highest for p in run.phases)
@@ -248,7 +249,7 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     return Memory(weights=width * (parameters // weight_share + gathered),
                   gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
                   optimizer=0 if offloads else optimizer, activations=int(tokens * per_token + loss) + workspace,
-                  bucket=0 if on_cpu or stage not in (1, 2) else 4 * BUCKET_ELEMENTS,       # a CPU maps what of it is used
+                  bucket=0 if on_cpu or stage == 0 else 4 * BUCKET_ELEMENTS,       # a CPU maps what of it is used
                   offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
 
 
