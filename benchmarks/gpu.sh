@@ -2,26 +2,37 @@
 # Everything worth knowing on one GPU, in under nine minutes, on a machine that has Python, torch, Triton and numpy and needs neither a
 # network nor an installation (transformers for the peer, pytest for the kernels' tests and safetensors for saves where they are there):
 #
-#   bash benchmarks/gpu.sh [FOLDER]     FOLDER (default: $OUT, or benchmarks/results/gpu-DATE) gets a file a question, and measured.md and
-#                                       measured.json with all of them, the card and the versions
+#   bash benchmarks/gpu.sh [FOLDER]     FOLDER (default: benchmarks/results/gpu-DATE) gets a file a question, and measured.md and
+#                                       measured.json with all of them, the card and the versions. Where OUT names a folder, as on
+#                                       machines that give back a few files, it gets those two and all.tgz, after every question
 #
-# First correctness: no timing is worth anything where it fails. Every question has its limit, together BUDGET seconds; one
-# that fails or takes too long is named at the end and does not stop the others. DEVICE=cpu QUICK=1 tries the script without a GPU.
+# First correctness: no timing is worth anything where it fails. Every question has its limit, all together BUDGET seconds; one
+# that fails, takes too long or finds no time left is named at the end and does not stop the others. DEVICE=cpu QUICK=1 tries the script without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-${OUT:-benchmarks/results/gpu-$(date +%Y-%m-%d)}}
+out=${1:-benchmarks/results/gpu-$(date +%Y-%m-%d)}
 mkdir -p "$out"
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-python=${PYTHON:-python} device=${DEVICE:-cuda} budget=${BUDGET:-530} failed=()
+# torch 2.11 takes cuDNN's attention first on Hopper, which makes a plan for every shape of a batch: half a second each, by reports
+export TORCH_CUDNN_SDPA_DEPRIORITIZED=1
+python=${PYTHON:-$(command -v python || command -v python3)} device=${DEVICE:-cuda} budget=${BUDGET:-530} failed=()
 quick=(); [ -n "${QUICK:-}" ] && quick=(--quick)
+
+keep() {
+    [ -n "${OUT:-}" ] || return 0
+    tar -czf "$OUT/all.tgz" -C "$out" .
+    cp "$out"/measured.* "$OUT" 2> /dev/null
+}
 
 ask() {     # ask NAME SECONDS COMMAND...
     local name=$1 limit=$2 left=$((budget - SECONDS)); shift 2
     local began=$SECONDS
     if [ "$left" -lt 5 ]; then failed+=("$name (no time left)"); return; fi
     echo "== $name"
-    timeout -k 2 "$((limit < left ? limit : left))" "$@" > "$out/$name.txt" 2>&1 || failed+=("$name ($?)")
+    # INT: pytest still names what has failed
+    timeout -s INT -k 5 "$((limit < left ? limit : left))" "$@" > "$out/$name.txt" 2>&1 || failed+=("$name ($?)")
     tail -n 8 "$out/$name.txt"
+    keep
     echo "   ($((SECONDS - began)) s)"
 }
 
@@ -34,9 +45,12 @@ bench() {   # bench NAME SECONDS QUESTION ARGUMENTS...
 rm -f "$out"/*.json
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 if "$python" -c 'import pytest' 2> /dev/null; then
-    ask correctness 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_nn_loss_kernel.py tests/unit/test_nn_loss.py \
-        tests/process/test_no_sync.py tests/unit/test_graphed.py tests/unit/test_nn_fp8.py tests/unit/test_nn_attend_gpu.py
+    tests=("$python" -m pytest -q -p no:cacheprovider --show-capture=no --tb=short -m gpu)
+    ask correctness 60 "${tests[@]}" -k "not flex and not sdpa and not tiles" tests/unit/test_nn_loss_kernel.py tests/unit/test_nn_loss.py \
+        tests/unit/test_optim_rules.py tests/process/test_no_sync.py tests/unit/test_graphed.py tests/unit/test_nn_fp8.py \
+        tests/unit/test_nn_attend_gpu.py
 else
+    tests=()
     failed+=("correctness (pytest is not installed; the questions below check themselves)")
 fi
 
@@ -46,19 +60,23 @@ bench attention_8192 30 attention --documents 4x8192 --heads 12 --dtypes bfloat1
 bench gemm_base 20 gemm --shape base --tokens 98304
 
 base=(--shape base --row-tokens 16384) large=(--shape large --row-tokens 16384)
-bench step_base_1024 65 step "${base[@]}" --length 1024 --rows 2,6 --compile off,blocks --profile
-bench step_base_1024_backends 40 step "${base[@]}" --length 1024 --rows 4 --attention all
-bench step_base_1024_hf 45 step "${base[@]}" --length 1024 --rows 2 --against hf --kinds padded,sorted --hf-attention best --hf-batch 32
+bench step_base_1024 75 step "${base[@]}" --length 1024 --rows 2,6 --compile off,blocks --profile
+bench step_base_1024_backends 60 step "${base[@]}" --length 1024 --rows 4 --attention all
+peer=(--length 1024 --rows 2 --batches 2 --against hf --kinds padded,sorted --hf-attention best --hf-batch 32)
+bench step_base_1024_hf 60 step "${base[@]}" "${peer[@]}"
 bench step_base_8192 35 step "${base[@]}" --length 8192 --rows 2,4 --batches 2
 bench step_large_1024 35 step "${large[@]}" --length 1024 --rows 3 --batches 2 --precision autocast,fp8
 bench step_large_8192 35 step "${large[@]}" --length 8192 --rows 1,2 --batches 2
 bench step_17m_1024 40 step --shape 17m --row-tokens 16384 --length 1024 --rows 1,8 --compile off,blocks --graphs off,micro_step --profile
 bench gemm_large 10 gemm --shape large --tokens 65536
 bench optimizer_base 20 optimizer --shape base
-bench checkpoint_base 25 checkpoint --shape base
+bench checkpoint_base 30 checkpoint --shape base --rounds 2
 bench loss_memory 10 loss
-bench step_base_1024_hf_compiled 60 step "${base[@]}" --length 1024 --rows 2 --against hf --kinds padded,sorted --hf-attention best --hf-batch 32 --hf-compile on
+bench step_base_1024_hf_compiled 60 step "${base[@]}" "${peer[@]}" --hf-compile on
+# last: flex compiles for every width, window and document set
+[ ${#tests[@]} -gt 0 ] && ask correctness_flex 90 "${tests[@]}" -k flex tests/unit/test_nn_attend_gpu.py
 
 files=("$out"/*.json)
 [ -e "${files[0]}" ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"
+keep
 echo "== done after $SECONDS s; failed: ${failed[*]:-nothing}"
