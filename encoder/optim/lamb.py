@@ -40,15 +40,15 @@ class Lamb(WholeTensorOptimizer):
     config: LambConfig
 
     def _move(self, live: Live) -> None:
-        sums = self._no_sums(width=2)
-        for bundle in self._bundles(live):
+        sums, bundles = self._no_sums(width=2), self._bundles(live)
+        for bundle in bundles:
             self._take_in(bundle)
             self._add_squares(sums, 0, bundle, bundle.weights)
             self._add_squares(sums, 1, bundle, self._update(bundle))
         weights, lengths = self._whole(sums).sqrt().unbind(dim=1)
         one = torch.ones_like(weights)
         trust = torch.where((weights > 0) & (lengths > 0), weights / lengths, one)
-        for bundle in self._bundles(live):
+        for bundle in bundles:
             self._subtract(bundle.weights, self._update(bundle), self._rates(bundle, trust if bundle.group["decays"] else one))
 
     def _update(self, bundle: Bundle) -> list[Tensor]:

@@ -49,13 +49,13 @@ class StableAdamW(WholeTensorOptimizer):
     config: StableAdamWConfig
 
     def _move(self, live: Live) -> None:
-        sums = self._no_sums(width=1)
-        for bundle in self._bundles(live):
+        sums, bundles = self._no_sums(width=1), self._bundles(live)
+        for bundle in bundles:
             self._take_in(bundle)
             self._add_squares(sums, 0, bundle, self._roots_of_ratios(bundle))
         rms = (self._whole(sums)[:, 0] / self._numels).sqrt()
         factors = rms.clamp(min=1.0).reciprocal()
-        for bundle in self._bundles(live):
+        for bundle in bundles:
             decay = bundle.group["weight_decay"] / bundle.group["max_lr"]
             self._subtract(bundle.weights, self._direction(bundle), self._rates(bundle, factors), decay=decay)
 

@@ -34,7 +34,7 @@ Live = list[tuple[dict[str, Any], Tensor]]      # (group, tensor) of the tensors
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bundle:
-    """Parts of tensors of one group that are moved together, each 1-d: the n-th of each list is of the same elements."""
+    """Tensors, or parts of them, of one group that are moved together: the n-th of each list is of the same elements."""
 
     group: dict[str, Any]
     step: int
@@ -121,8 +121,9 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
     def _move(self, live: Live) -> None:
         """The rule: takes the gradients in and moves the tensors."""
 
-    def _bundles(self, live: Live) -> Iterator[Bundle]:
+    def _bundles(self, live: Live) -> list[Bundle]:
         """All that a step moves, once: on CUDA many tensors together, on a CPU a few small ones or a large one."""
+        bundles: list[Bundle] = []
         alike: dict[tuple[int, int], Live] = {}
         for group, p in live:
             alike.setdefault((id(group), self.state[p]["step"]), []).append((group, p))
@@ -131,21 +132,22 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             limit, kinds = min(piece_elements(device), TOGETHER_ELEMENTS), self.kinds_of(group)
             rows, columns, elements = [], [], 0
             for row, views in self._views(members, kinds):
-                if rows and elements + len(views[0]) > limit:
-                    yield _bundle(group, step, kinds, rows, columns)
+                if rows and elements + views[0].numel() > limit:
+                    bundles.append(_bundle(group, step, kinds, rows, columns))
                     rows, columns, elements = [], [], 0
                 rows.append(row)
                 columns.append(views)
-                elements += len(views[0])
+                elements += views[0].numel()
             if rows:
-                yield _bundle(group, step, kinds, rows, columns)
+                bundles.append(_bundle(group, step, kinds, rows, columns))
+        return bundles
 
     def _views(self, members: Live, kinds: Sequence[str]) -> Iterator[tuple[int, list[Tensor]]]:
         """(row; weights, gradients and states) of each stretch, or whole tensor; padding of flat tensors is in none."""
         for _, p in members:
             values = [p, p.grad.contiguous(), *(self.state[p][kind] for kind in kinds)]
             if not self._parts:
-                yield self._row[p], [x.view(-1) for x in values]
+                yield self._row[p], values
             for s in self._parts[p].stretches if self._parts else ():
                 yield self._row[s.name], [s.of(x) for x in values]
 
