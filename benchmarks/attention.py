@@ -98,17 +98,26 @@ def measure(lengths: list[int], *, dtype: torch.dtype, local: bool, args: argpar
 
 def check(routes: dict[str, Route], q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, lengths: list[int], local: bool) -> None:
     """Every route against a dense mask a document, in fp64. Raises UserError."""
-    bound = 1e-4 if q.dtype == torch.float32 else 0.02        # of a document's length as a vector; seen: 1e-5 and 4e-3
+    bound = 1e-4 if q.dtype == torch.float32 else 0.02        # of a block's length as a vector; seen: 1e-5 and 5e-3
     found = {name: both_ways(route, q, k, v, d_out) for name, route in routes.items()}
     for start, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths):
         own = slice(start, start + length)
         exact = both_ways(dense_row([length], local=local, device=q.device), *(x[own].double() for x in (q, k, v, d_out)))
         for name, values in found.items():
-            # the largest element would not do: of documents of 8,192 tokens all are below 0.2, and a block left out is off by 0.06
-            off = max(((ours[own].double() - truth).norm() / (truth.norm() + 1e-2 * truth.numel()**0.5)).item()
-                      for ours, truth in zip(values, exact, strict=True))
+            off = max(difference(ours[own], truth) for ours, truth in zip(values, exact, strict=True))
             if not off < bound:
                 raise UserError(f"attention {name} is off by {off:.1e}; needed: below {bound:.0e}. Nothing was timed.")
+
+
+def difference(ours: Tensor, truth: Tensor) -> float:
+    """The largest, over blocks of 128 tokens of a head, of the length of the difference over that of the truth.
+
+    [L, H, D] both. The largest element would not do: of documents of 8,192 tokens all are below 0.2. Nor would the whole
+    document: what a kernel does wrong at its end alone is 1 % of it.
+    """
+    off, whole = (F.pad(x, (0, 0, 0, 0, 0, -len(x) % 128)).unflatten(0, (-1, 128)).norm(dim=(1, 3))
+                  for x in (ours.double() - truth, truth))
+    return (off / (whole + 1e-2 * (min(len(truth), 128) * truth.shape[2])**0.5)).max().item()
 
 
 def both_ways(route: Route, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> list[Tensor]:

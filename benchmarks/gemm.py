@@ -25,7 +25,7 @@ from encoder.train.meters import bf16_peak
 QUICK = dict(shape="tiny", tokens=256, square=256)
 FORMS = {"forward": "nt", "d input": "nn", "d weight": "tn"}      # n: as it lies, t: transposed
 PRODUCTS = 5      # of a round at least: one alone is too short for the clock
-GPU_ROUND = 1e13  # FLOP of a round on CUDA: 13 ms or more, or launching and waiting, about 20 us, would show
+GPU_ROUND = 1e13  # FLOP of a round on CUDA: 10 ms at 1 PFLOP/s, or launching and waiting, about 20 us, would show
 BOUND = 0.02      # of the largest element: bf16 has 8 bits, and rounds inputs alike on both sides
 
 

@@ -6,7 +6,7 @@
 #                                       measured.json with all of them, the card and the versions. Where OUT names a folder, as on
 #                                       machines that give back a few files, it gets those two and all.tgz, after every question
 #
-# First correctness: no timing is worth anything where it fails. Every question has its limit, all together BUDGET seconds; one
+# First correctness, but for what compiles long: no timing is worth anything where it fails. Every question has its limit, all together BUDGET seconds; one
 # that fails, takes too long or finds no time left is named at the end and does not stop the others. DEVICE=cpu QUICK=1 tries the script without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -73,8 +73,8 @@ bench optimizer_base 20 optimizer --shape base
 bench checkpoint_base 30 checkpoint --shape base --rounds 2
 bench loss_memory 10 loss
 bench step_base_1024_hf_compiled 60 step "${base[@]}" "${peer[@]}" --hf-compile on
-# last: flex compiles for every width, window and document set
-[ ${#tests[@]} -gt 0 ] && ask correctness_flex 90 "${tests[@]}" -k flex tests/unit/test_nn_attend_gpu.py
+# last, for every question above checks the backends that it times: flex compiles for each width, window and set of documents
+[ ${#tests[@]} -gt 0 ] && ask correctness_slow 90 "${tests[@]}" -k "flex or sdpa or tiles" tests/unit/test_nn_attend_gpu.py
 
 files=("$out"/*.json)
 [ -e "${files[0]}" ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import statistics
@@ -82,13 +83,15 @@ def ask(args: argparse.Namespace, report: Report) -> None:
         raise ConfigError(f"--row-tokens {args.row_tokens} is below --length {args.length}: a row must hold the longest document.")
     if "micro_step" in args.graphs and device.type != "cuda":
         raise ConfigError("--graphs micro_step is for --device cuda: it is CUDA's graphs that save launches. Leave it out.")
+    if args.hf_compile == "on" and device.type != "cuda":
+        raise ConfigError("--hf-compile on is for --device cuda: on a CPU transformers switches it off. Leave it out.")
     if "micro_step" in args.graphs and args.batches < 2:
         raise ConfigError(f"--graphs micro_step with --batches {args.batches}: a graph that always repeats its first micro-batch "
                           "would not be found out. Use 2 or more.")
     if not 0.0 <= args.dropout < 1.0:
         raise ConfigError(f"--dropout {args.dropout:g} must lie in [0, 1).")
     compiling = args.compile or ["blocks" if device.type == "cuda" else "off"]
-    truths: dict[int, Truth] = {}         # by rows: no precision, backend, compiler or graph has a say in them
+    truths: dict[int, Truth] = {}         # by tokens of a micro-batch: no precision, backend, compiler or graph has a say in them
     for precision in args.precision or [usual_precision(device)]:
         autocast = forward_context(precision, device)
         sides: dict[str, Ours | Theirs] = {}
@@ -99,44 +102,53 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             batches = [make_batch(vocab_size=config.vocab_size, longest=args.length, row_tokens=args.row_tokens, rows=rows,
                                   number=i) for i in range(args.batches)]
             what = f"ours, {rows * args.row_tokens:,} tokens, {attention}"
-            try:
-                ours = Ours(config, batches, attention=attention, compiled=compiled, graphs=graphs, device=device,
-                            autocast=autocast, fp8=precision == "fp8")
-                if rows not in truths:
-                    truths[rows] = judged(config, batches, device=device)
-                said = check_same(ours, truths[rows], what=ours.how, precision=precision, bounds=SAME_GRADIENT)
-                ours.step(0)
-            except torch.OutOfMemoryError:
-                ours = None         # its weights and half-made gradients would stand beside all others
-                torch.cuda.empty_cache()
+            make = functools.partial(Ours, config, batches, attention=attention, compiled=compiled, graphs=graphs, device=device,
+                                     autocast=autocast, fp8=precision == "fp8")
+            judge = functools.partial(judged, config, batches, device=device, known=truths)
+            if (made := checked(make, judge, precision=precision, bounds=SAME_GRADIENT)) is None:
                 too_large.append(what)
-                continue
-            name = f"ours, {rows * args.row_tokens:,} tokens, {ours.how}"
-            sides[name], off[name] = ours, said
+            else:
+                name = f"ours, {rows * args.row_tokens:,} tokens, {made[0].how}"
+                sides[name], off[name] = made
         if not sides:
             raise UserError(f"{', '.join(too_large)}: out of memory. Needed: fewer --rows or a smaller --shape. "
                             "Nothing was timed.")
         first = next(iter(sides))
         if args.against == "hf" and precision != "fp8":
             batches = sides[first].all_batches
-            truth = truths[len(batches[0].ids_T) // args.row_tokens]
             attention, kinds = hf_attention(args.hf_attention), args.kinds
             if attention.startswith("flash"):       # it leaves padding out by itself, and takes no mask of documents
                 kinds = [k for k in kinds if k != "packed"]
             for kind in kinds:
-                theirs = None
-                try:
-                    theirs = Theirs(kind, config, batches, attention=attention, batch_documents=args.hf_batch, device=device,
-                                    autocast=autocast, compiled=args.hf_compile == "on")
-                    name = f"{theirs.name}, {theirs.how}"
-                    off[name] = check_same(theirs, truth, what=theirs.name, precision=precision, bounds=PEER_GRADIENT)
-                    sides[name] = theirs
-                except torch.OutOfMemoryError:
+                make = functools.partial(Theirs, kind, config, batches, attention=attention, batch_documents=args.hf_batch,
+                                         device=device, autocast=autocast, compiled=args.hf_compile == "on")
+                judge = functools.partial(judged, config, batches, device=device, known=truths)
+                if (made := checked(make, judge, precision=precision, bounds=PEER_GRADIENT)) is None:
                     too_large.append(f"transformers {kind}")
+                else:
+                    name = f"{made[0].name}, {made[0].how}"
+                    sides[name], off[name] = made
         timed = in_turn({name: side_round(side) for name, side in sides.items()}, rounds=args.rounds, device=device)
         _tell(report, args, config, sides, timed, precision=precision, device=device, off=off, too_large=too_large)
         if args.profile:
             tell_profile(report, sides[first], device=device, title=f"{args.shape}, {args.length:,}, {precision}: {first}")
+
+
+def checked(make: Callable[[], Ours | Theirs], judge: Callable[[], Truth], *, precision: str,
+            bounds: dict[str, float]) -> tuple[Ours | Theirs, str] | None:
+    """A side and how far it is off, or None where the device has no room for it: nothing half-made stays beside the others.
+
+    Raises UserError.
+    """
+    try:
+        side = make()
+        said = check_same(side, judge(), what=side.name, precision=precision, bounds=bounds)
+        side.step(0)
+        return side, said
+    except torch.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()        # here: in the except the error still holds the side
+    return None
 
 
 class Ours:
@@ -158,6 +170,7 @@ class Ours:
         with autocast():
             self.how = self.model.attention_reason(device).split(":")[0] + (", compiled layers" if compiled == "blocks" else "")
             self.how += ", one graph" if graphs == "micro_step" else ""
+        self.name = self.how
 
     def loss(self, number: int) -> torch.Tensor:
         """Mean over the predicted positions."""
@@ -222,12 +235,16 @@ class Truth:
     gradients: dict[str, torch.Tensor]        # fp64, on the host
 
 
-def judged(config: ModernBertConfig, batches: list[TokenBatch], *, device: torch.device) -> Truth:
+def judged(config: ModernBertConfig, batches: list[TokenBatch], *, device: torch.device, known: dict[int, Truth]) -> Truth:
     """The last micro-batch with the plainest code there is, in fp32: an attention call a document, nothing compiled; the layers
-    are computed again on the way back, for their memory."""
+    are computed again on the way back, for their memory. Asked once for each size of micro-batch."""
+    size = len(batches[-1].ids_T)
+    if size in known:
+        return known[size]
     side = Ours(config, batches[-1:], attention="sdpa", compiled="off", device=device, autocast=contextlib.nullcontext)
     side.model.recompute_blocks_()
-    return taken(side)
+    known[size] = taken(side)
+    return known[size]
 
 
 def taken(side: Ours | Theirs) -> Truth:

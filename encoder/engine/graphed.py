@@ -165,7 +165,9 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         graph, gradients = ctx.graph, ctx.gradients
         ctx.graph = ctx.gradients = None            # or a loss that the caller keeps would keep the memory of a graph that is gone
-        if graph is None or graph.turn != ctx.turn:
+        if graph is None:
+            raise RuntimeError("a second backward through one forward: the graph's gradients were handed on by the first.")
+        if graph.turn != ctx.turn:
             raise RuntimeError("two forwards before a backward: the graph has written over the gradients of the first.")
         # new tensors: autograd may keep one as a parameter's .grad, and the next replay writes over ours
         return None, None, *(scaled(d, d_total) for d in gradients)

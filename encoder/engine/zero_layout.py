@@ -47,7 +47,7 @@ def refresh_parameters(ds_engine: Any) -> None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         ds_engine.empty_partition_cache()                     # what is gathered now is old; it is gathered again when used
         for weights, masters in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
-            weights.data.copy_(masters.data)                  # in fp32 they are the same tensor
+            weights.data.copy_(masters.data)
     elif not isinstance(optimizer, torch.optim.Optimizer):
         optimizer.update_lp_params()
 

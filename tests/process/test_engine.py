@@ -199,20 +199,18 @@ def test_layers_computed_again_and_an_offloaded_optimizer_change_no_bit(label, p
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 def test_on_a_gpu_offloaded_masters_lie_in_the_machines_memory_and_the_curve_is_the_same(stage, precision):
     settings = [{"zero_stage": stage, "precision": precision, "memory": memory} for memory in (
-        {}, {"activation_checkpointing": "blocks"}, {"offload_optimizer": "cpu"})]
-    if stage < 3:
-        settings.append({"zero_stage": stage, "precision": precision, "graphs": "micro_step"})
+        {}, {"activation_checkpointing": "blocks"}, {"graphs": "micro_step"}, {"offload_optimizer": "cpu"})
+        if not (stage == 3 and "graphs" in memory or stage == 0 and "offload_optimizer" in memory)]
     # a fresh interpreter: the one that ranks are forked from has asked for CUDA, and its DeepSpeed is the CPU's
     code = ("import json, sys\nfrom encoder.base.dist import World\nfrom tests.process import engine_cases\n"
             "print(json.dumps(engine_cases.curves_on_gpu(World(), settings=json.loads(sys.argv[1]))))")
     done = subprocess.run([sys.executable, "-c", code, json.dumps(settings)], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-4000:]
     plain, *others = json.loads(done.stdout.splitlines()[-1])
-    offloaded = others[1]
-    assert (plain["masters"], offloaded["masters"]) == (["cuda"], ["cpu"])
+    assert plain["masters"] == ["cuda"] and (stage == 0 or others[-1]["masters"] == ["cpu"])
     bound = 1e-5 if precision == "fp32" else 1e-2       # kernels that add in any order
     for other in others:
         assert other["losses"] == pytest.approx(plain["losses"], rel=bound)

@@ -133,7 +133,7 @@ def test_a_graph_that_repeats_its_first_micro_batch_is_refused(monkeypatch):
     """It is captured with the first, so that one would not show it."""
     config = step.config_of("tiny", dropout=0.0)
     batches = [step.make_batch(vocab_size=config.vocab_size, longest=128, row_tokens=256, rows=1, number=i) for i in range(2)]
-    truth = step.judged(config, batches, device=torch.device("cpu"))
+    truth = step.judged(config, batches, device=torch.device("cpu"), known={})
 
     def check():
         ours = step.Ours(config, batches, attention="auto", compiled="off", graphs="micro_step", device=torch.device("cpu"),

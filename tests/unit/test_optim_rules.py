@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoder.base.errors import ConfigError
@@ -35,12 +36,12 @@ TORCH_TO_1E_12 = dict(rtol=1e-12, atol=1e-13)
 class Small(nn.Module):
     """Parameters of all kinds: three matrices in one, two in one, wide ones and tall ones, an embedding, a vector, a bias."""
 
-    def __init__(self, dtype=torch.float64) -> None:
+    def __init__(self, dtype=torch.float64, device="cpu") -> None:
         super().__init__()
         torch.manual_seed(3)
         for name, shape in {"table": (5, 2), "qkv": (6, 5), "norm": (7,), "out": (4, 3), "up": (6, 2)}.items():
-            setattr(self, name, nn.Parameter(torch.randn(shape, dtype=dtype)))
-        self.linear = nn.Linear(2, 3, dtype=dtype)
+            setattr(self, name, nn.Parameter(torch.randn(shape, dtype=dtype, device=device)))
+        self.linear = nn.Linear(2, 3, dtype=dtype, device=device)
 
     def hidden_matrices(self) -> dict[str, int]:
         return HIDDEN
@@ -57,12 +58,12 @@ def truth_of(config, start, grads):
     return slow_updates(start, grads, config, lrs=LRS, max_lr=MAX_LR, hidden_matrices=HIDDEN)
 
 
-def whole(config, grads, dtype=torch.float64, *, device="cpu"):
+def whole(config, grads, dtype=torch.float64, *, device="cpu", keep=False):
     model = Small(dtype).to(device)
     optimizer, named = build_optimizer(model, config), dict(model.named_parameters())
     for g, lr in zip(grads, LRS):
         for n, p in named.items():
-            p.grad = g[n].clone()
+            p.grad = g[n] if keep else g[n].clone()
         for group in optimizer.param_groups:
             group.update(lr=lr, max_lr=MAX_LR)
         optimizer.step()
@@ -145,6 +146,42 @@ def test_the_update_does_not_depend_on_how_many_tensors_are_moved_together(name,
     truth, ours = truth_of(CONFIGS[name], start, grads), whole(CONFIGS[name], grads)
     for n in start:
         torch.testing.assert_close(ours[n], truth[n], **TORCH_TO_1E_12)
+
+
+def test_tensors_are_moved_together_up_to_a_bound_and_a_larger_one_alone(monkeypatch):
+    monkeypatch.setattr(whole_tensors, "piece_elements", lambda device: sys.maxsize)
+    monkeypatch.setattr(whole_tensors, "TOGETHER_ELEMENTS", 12)
+    model = nn.ParameterList([torch.zeros(n) for n in (3, 8, 2, 30, 1, 12)])
+    optimizer = build_optimizer(model, AdamWConfig())
+    for p in model:
+        p.grad = torch.zeros_like(p)
+    optimizer.init_state()
+    bundles = optimizer._bundles([(optimizer.param_groups[0], p) for p in model])
+    assert [[w.numel() for w in b.weights] for b in bundles] == [[3, 8], [2], [30], [1], [12]]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_that_lie_otherwise_in_memory_are_the_same_gradients(name):
+    start, grads = start_and_grads()
+    turned = [{n: g.T.contiguous().T if g.ndim == 2 else g for n, g in step.items()} for step in grads]
+    assert not turned[0]["qkv"].is_contiguous()
+    plain, ours = whole(CONFIGS[name], grads), whole(CONFIGS[name], turned, keep=True)
+    for n in start:
+        torch.testing.assert_close(ours[n], plain[n], **TORCH_TO_1E_12)
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_a_model_may_go_to_its_device_after_its_optimizer_is_made(rule):
+    """As at stage 0, where nobody tells of stretches later. CUDA is pretended: tensors of sizes and devices alone."""
+    with FakeTensorMode():
+        model = Small(torch.float32, device="cuda")
+        optimizer = build_optimizer(model, OPTIMIZERS[rule]())
+        optimizer._know(optimizer._counts, device=torch.device("cpu"))          # where the model was when it was made
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        kept = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        assert kept and {x.device.type for x in (*kept, optimizer._numels)} == {"cuda"}
 
 
 class Operations(TorchDispatchMode):
