@@ -15,7 +15,8 @@ mkdir -p "$out"
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # torch 2.11 takes cuDNN's attention first on Hopper, which makes a plan for every shape of a batch: half a second each, by reports
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1
-python=${PYTHON:-$(command -v python || command -v python3)} device=${DEVICE:-cuda} budget=${BUDGET:-530} failed=()
+set -m                    # each question is a process group, and Ctrl-C comes here
+python=${PYTHON:-$(command -v python || command -v python3)} device=${DEVICE:-cuda} budget=${BUDGET:-530} failed=() files=() child=
 quick=(); [ -n "${QUICK:-}" ] && quick=(--quick)
 
 keep() {
@@ -24,13 +25,26 @@ keep() {
     cp "$out"/measured.* "$OUT" 2> /dev/null
 }
 
+stop() {
+    [ -n "$child" ] && kill -TERM "$child" 2> /dev/null
+    keep
+    echo "== stopped; what was answered lies in $out"
+    exit 130
+}
+trap stop INT TERM
+
 ask() {     # ask NAME SECONDS COMMAND...
     local name=$1 limit=$2 left=$((budget - SECONDS)); shift 2
     local began=$SECONDS
     if [ "$left" -lt 5 ]; then failed+=("$name (no time left)"); return; fi
     echo "== $name"
     # INT: pytest still names what has failed
-    timeout -s INT -k 5 "$((limit < left ? limit : left))" "$@" > "$out/$name.txt" 2>&1 || failed+=("$name ($?)")
+    [ "$device" = cpu ] && limit=$((6 * limit))
+    limit=$((limit < left ? limit : left))
+    timeout -s INT -k 5 "$limit" "$@" > "$out/$name.txt" 2>&1 & child=$!
+    wait "$child"
+    case $? in 0) ;; 124 | 137) failed+=("$name (longer than $limit s)") ;; *) failed+=("$name (see $out/$name.txt)") ;; esac
+    child=
     tail -n 8 "$out/$name.txt"
     keep
     echo "   ($((SECONDS - began)) s)"
@@ -39,10 +53,11 @@ ask() {     # ask NAME SECONDS COMMAND...
 bench() {   # bench NAME SECONDS QUESTION ARGUMENTS...
     local name=$1 limit=$2 question=$3; shift 3
     [ -n "${QUICK:-}" ] && set --
+    rm -f "$out/$name.json"
     ask "$name" "$limit" "$python" launch/bench.py "$question" --device "$device" --rounds 5 --json "$out/$name.json" "${quick[@]}" "$@"
+    [ -e "$out/$name.json" ] && files+=("$out/$name.json")
 }
 
-rm -f "$out"/*.json
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 if "$python" -c 'import pytest' 2> /dev/null; then
     tests=("$python" -m pytest -q -p no:cacheprovider --show-capture=no --tb=short -m gpu)
@@ -76,7 +91,7 @@ bench step_base_1024_hf_compiled 60 step "${base[@]}" "${peer[@]}" --hf-compile 
 # last, for every question above checks the backends that it times: flex compiles for each width, window and set of documents
 [ ${#tests[@]} -gt 0 ] && ask correctness_slow 90 "${tests[@]}" -k "flex or sdpa or tiles" tests/unit/test_nn_attend_gpu.py
 
-files=("$out"/*.json)
-[ -e "${files[0]}" ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"
+[ ${#files[@]} -gt 0 ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"
 keep
 echo "== done after $SECONDS s; failed: ${failed[*]:-nothing}"
+[ ${#failed[@]} -eq 0 ]

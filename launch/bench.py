@@ -19,9 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = str(Path(__file__).resolve().parents[1])
     if root not in sys.path:        # benchmarks/ belongs to the clone and is not installed
         sys.path.insert(0, root)
-    from benchmarks.command import bench
     from encoder.base.command import run_command
-    return run_command(lambda: bench(sys.argv[1:] if argv is None else argv))
+
+    def body() -> None:
+        from benchmarks.command import bench  # here: torch takes seconds, in which Ctrl-C may come
+        bench(sys.argv[1:] if argv is None else argv)
+
+    return run_command(body)
 
 
 if __name__ == "__main__":

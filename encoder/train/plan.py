@@ -261,6 +261,8 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks
     )
     micro = [math.ceil(math.ceil(s.rows / ranks) / run.loader.micro_batch_rows) for s in (first, last)]
     each = f"{micro[0]}" + (f" -> {micro[1]}" if micro[0] != micro[1] else "") + " a rank"
+    if ranks > first.rows:
+        each += f" ({ranks - first.rows} idle)"
     rates = [s.lr for s in own]
     middle = f" -> {max(rates):.2e}" if max(rates) > max(rates[0], rates[-1]) * 1.0001 else ""
     return (

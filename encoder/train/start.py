@@ -140,7 +140,7 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
         f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}"
         f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}")
     if run.engine.precision in ("bf16", "autocast") and not computes_bf16(device):
-        say(f"precision {run.engine.precision} on a {device.type} without units for bf16: slower than engine.precision fp32")
+        say(f"precision {run.engine.precision} on a {device.type} without units for bf16: up to 30 times as slow as fp32")
     if stays := stays_ours(run.model):
         say(f"export: {stays}")
     ledger = Path(run.out) / LEDGER

@@ -11,6 +11,7 @@ import pytest
 from encoder.base.errors import ConfigError
 from encoder.data.shards import read_samples_per_shard
 from encoder.models.flops import train_flops
+from encoder.optim.schedule import Constant
 from encoder.train.config import SourceConfig, read_run
 from encoder.train.plan import count_needs, estimate_memory, phase_work, plan_text
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
@@ -58,7 +59,7 @@ def test_epochs_with_lanes_are_those_of_the_lane_of_fewest_documents(tmp_path):
     assert read_samples_per_shard(tmp_path / "a").tolist() == [20, 19]
     source = SourceConfig(path=str(tmp_path / "a"), name="a", max_epochs=1.03)
     run = read_run(TINY, ["data.lanes=2"])
-    phase = replace(run.phases[0], tokens=1950, sources=(source,))
+    phase = replace(run.phases[0], tokens=1950, sources=(source,), lr=Constant(peak=1e-3))
     assert count_repeats(replace(run, phases=(phase,)))[0].epochs == pytest.approx(39 / 38)
     with pytest.raises(ConfigError, match="phase stable goes 1.03 times through source a, its max_epochs is 1.02"):
         count_repeats(replace(run, phases=(replace(phase, sources=(replace(source, max_epochs=1.02),)),)))
