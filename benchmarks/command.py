@@ -47,6 +47,8 @@ def bench(words: Sequence[str]) -> None:
     if args.against and question not in ("step", "all"):
         raise ConfigError(f"--against {args.against} is for the question step; {question} always has its peers beside it. "
                           "Leave it out.")
+    if args.json and args.json.is_dir():
+        raise ConfigError(f"--json {args.json} is a folder; needed: a file in it.")
     if args.json and not args.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}. Make it, or name another.")
     if args.threads:
@@ -59,11 +61,11 @@ def bench(words: Sequence[str]) -> None:
 
 
 def _parser(question: str, module: ModuleType | None, *, quick: bool = False) -> CommandLine:
-    about = "\n".join(f"  {name:<11} {text}" for name, text in QUESTIONS.items())
+    about = "\n".join(f"  {name:<11} {text}" for name, text in (*QUESTIONS.items(), ("all", ", ".join(ALL))))
     parser = CommandLine(prog=f"bench.py {question}", description=__doc__, epilog=f"questions:\n{about}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--against", choices=("hf",), help="also the peer: transformers, for the step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here, over what is there")
     parser.add_argument("--threads", type=count, metavar="N", help="of torch, on a CPU")
     parser.add_argument("--rounds", type=count, default=8, metavar="N", help="counted rounds (default 8); two come before")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: whether it runs, not how fast it is")

@@ -6,8 +6,9 @@
 #                                       measured.json with all of them, the card and the versions. Where OUT names a folder, as on
 #                                       machines that give back a few files, it gets those two and all.tgz, after every question
 #
-# First correctness, but for what compiles long: no timing is worth anything where it fails. Every question has its limit, all together BUDGET seconds; one
-# that fails, takes too long or finds no time left is named at the end and does not stop the others. DEVICE=cpu QUICK=1 tries the script without a GPU.
+# First correctness, but for what compiles long: no timing is worth anything where it fails. Every question has its limit, all
+# together BUDGET seconds; one that fails, takes too long or finds no time left is named at the end (exit code 1) and does not stop
+# the others. DEVICE=cpu QUICK=1 tries the script without a GPU, each question with its smallest settings.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/gpu-$(date +%Y-%m-%d)}

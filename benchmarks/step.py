@@ -248,10 +248,11 @@ def judged(config: ModernBertConfig, batches: list[TokenBatch], *, device: torch
 
 
 def taken(side: Ours | Theirs) -> Truth:
-    """Of the last micro-batch, after another one: a graph that does not look at its batch gives the first's. Leaves no gradient
-    behind."""
-    side.loss(0).backward()
-    side.optimizer.zero_grad(set_to_none=True)
+    """Of the last micro-batch, after another one if there is one: a graph that does not look at its batch gives the first's.
+    Leaves no gradient behind."""
+    if len(side.tokens) > 1:
+        side.loss(0).backward()
+        side.optimizer.zero_grad(set_to_none=True)
     loss = side.loss(-1)
     loss.backward()
     gradients = {name: p.grad.double().cpu() for name, p in side.model.named_parameters()}

@@ -164,7 +164,8 @@ def test_a_product_that_is_wrong_is_refused():
     (["step", "--row-tokens", "64"], "--row-tokens 64 is below --length"),
     (["--shape", "tiny"], "error: --shape is unknown."),
     (["gemm", "--against", "hf"], "--against hf is for the question step"),
-    (["step", "--json", "no/such/folder/x.json"], "there is no folder"),
+    (["step", "--json", "no/such/folder/x.json"], "there is no folder"), (["step", "--json", "."], "--json . is a folder"),
+    (["step", "--hf-compile", "on"], "--hf-compile on is for --device cuda"),
     (["prep", "--corpus", "somewhere"], "--corpus and --tokenizer belong together"),
     (["loader", "--shards", "nowhere"], "--shards nowhere holds no web/train")])
 def test_a_typo_is_one_line_and_exit_code_2(words, said, capsys):

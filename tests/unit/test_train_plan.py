@@ -74,6 +74,16 @@ def test_a_plan_says_which_optimizer_moves_the_weights(name, said):
     assert f"optimizer   {said}" in plan_text(read_run(TINY, [f"optimizer.name={name}"]), ranks=1)
 
 
+def test_a_plan_says_how_many_ranks_have_nothing_to_do():
+    run = read_run(TINY)
+    assert "idle" not in plan_text(run, ranks=2) and " a rank (996 idle)" in plan_text(run, ranks=1000)
+
+
+def test_a_phase_too_short_for_its_schedule_is_told_when_the_file_is_read():
+    with pytest.raises(ConfigError, match="warmup_tokens 60,000 and decay_tokens 0 are more than the phase's 20,000 tokens"):
+        read_run(TINY, ["phases.0.tokens=20K"])
+
+
 def test_a_plan_says_whose_lengths_it_guessed(tmp_path, monkeypatch):
     run = read_run(TINY)
     monkeypatch.chdir(tmp_path)
