@@ -63,7 +63,7 @@ nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 if "$python" -c 'import pytest' 2> /dev/null; then
     tests=("$python" -m pytest -q -p no:cacheprovider --show-capture=no --tb=short -m gpu)
     ask correctness 60 "${tests[@]}" -k "not flex and not sdpa and not tiles" tests/unit/test_nn_loss_kernel.py tests/unit/test_nn_loss.py \
-        tests/unit/test_optim_rules.py tests/process/test_no_sync.py tests/unit/test_graphed.py tests/unit/test_nn_fp8.py \
+        tests/unit/test_optim_rules.py tests/unit/test_transfers.py tests/process/test_no_sync.py tests/unit/test_graphed.py tests/unit/test_nn_fp8.py \
         tests/unit/test_nn_attend_gpu.py
 else
     tests=()

@@ -20,6 +20,7 @@ from encoder.base.batch import IGNORE, SummedLoss, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.engine.graphed import GraphedForward
+from encoder.engine.transfers import on_device
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
 from encoder.engine.zero_layout import (
     check_cover,
@@ -137,8 +138,8 @@ class Engine:
             if weight_decay is not None and group["decays"]:
                 group["weight_decay"] = weight_decay
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)      # of losses, of positions: one all-reduce
-        for batch in micro_batches:
-            loss = self._ds(batch.to(self.device, non_blocking=True))
+        for batch in on_device(micro_batches, self.device):
+            loss = self._ds(batch)
             # DeepSpeed divides the gradients' sum by the number of ranks
             self._ds.backward(loss.total * (self.world.size / masked_tokens), scale_wrt_gas=False)
             sums[0] += loss.cross_entropy
@@ -164,8 +165,8 @@ class Engine:
         self.module.eval()
         try:
             with torch.no_grad():
-                for batch in forwards:
-                    loss = self.module(batch.to(self.device, non_blocking=True))
+                for batch in on_device(forwards, self.device):
+                    loss = self.module(batch)
                     sums[0] += loss.cross_entropy
                     sums[1] += loss.count
                     sums[2] += loss.correct
