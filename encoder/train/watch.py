@@ -37,6 +37,7 @@ class Watch:
         start = torch.tensor([time.time_ns() if world.first else 0])
         self._error_file = folder / ERRORS / f"{int(sum_over_ranks(start))}.txt"
         self._doing, self._since = "starting", time.monotonic()
+        self._hangs = False
         self._over, self.torn = threading.Event(), False       # torn: other ranks may still wait for this one
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -47,6 +48,8 @@ class Watch:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Raises the first error of all ranks in place of what followed from it on this one."""
         self._over.set()
+        if self._hangs and error is not None:      # another rank that hung has left before this one did: that is no defect here
+            os._exit(HANG_CODE)
         self.torn = error is not None and self._world.size > 1
         if not self.torn or isinstance(error, SilentError):
             return
@@ -75,6 +78,7 @@ class Watch:
                 os._exit(FAILED_CODE)
 
     def _say_where(self, still_seconds: float) -> None:
+        self._hangs = True
         summary = f"rank {self._world.rank} hangs: nothing has moved for {still_seconds:.0f} s, {self._doing}."
         self._write_first(summary, f"The stacks of its threads are in {self._hang_file}.")
         line = f"{summary} Its threads:\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_a_hang_is_ended_by_every_rank_with_its_step_and_the_stacks_of_all_threa
     assert "rank 1 hangs: nothing has moved for 2 s, in step 3." in stacks or "for 3 s, in step 3" in stacks
     assert "in stands_still" in stacks and stacks.count("hread 0x") >= 2
     assert "sum_over_ranks" in (tmp_path / "run" / HANGS / "rank00000.txt").read_text()
+
+
+def test_a_rank_that_hangs_and_loses_another_that_does_ends_as_one_that_hangs(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(ConnectionError), Watch(tmp_path, World(), hang_minutes=None) as watch:
+        watch._say_where(2.0)
+        raise ConnectionError("connection closed by peer")
+    assert codes == [3]
 
 
 @pytest.mark.parametrize("name", ["in_a_collective", "apart"])
