@@ -83,18 +83,18 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         self._parts: dict[Tensor, FlatPart] = {}             # empty: the tensors are whole
         whole = [p for group in self._groups for p in group["params"]]
         self._row: dict[Tensor | str, int] = {p: i for i, p in enumerate(whole)}      # of a tensor, or a name where they are cut
-        self._know([p.numel() for p in whole], device=whole[0].device)
+        self._know(torch.tensor([p.numel() for p in whole], dtype=torch.float64, device=whole[0].device))
 
     def set_stretches(self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]) -> None:
         """How the parameters (name -> shape, the same dict on every rank) lie in this rank's flat tensors."""
         self._parts = {part.tensor: part for part in parts}
         self._row = {name: i for i, name in enumerate(shapes)}
-        self._know([torch.Size(s).numel() for s in shapes.values()], device=parts[0].tensor.device)
+        self._know(torch.tensor([torch.Size(s).numel() for s in shapes.values()], dtype=torch.float64,
+                                device=parts[0].tensor.device))
 
-    def _know(self, numels: Sequence[int], *, device: torch.device) -> None:
-        self._counts = [*numels]
-        self._numels = torch.tensor(numels, dtype=torch.float64, device=device)
-        self._rows = torch.arange(len(numels), device=device).unbind()
+    def _know(self, numels: Tensor) -> None:
+        self._numels = numels                                # fp64 [parameters]
+        self._rows = torch.arange(len(numels), device=numels.device).unbind()
 
     def init_state(self) -> None:
         """Zero averages for every tensor, as they are before the first step; what is there stays."""
@@ -113,7 +113,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             self._state_of(p, group)["step"] += 1
         if live:
             if self._numels.device != live[0][1].device:       # stage 0: the model went to its device after this was made
-                self._know(self._counts, device=live[0][1].device)
+                self._know(self._numels.to(live[0][1].device))
             self._move(live)
 
     def kinds_of(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -176,7 +176,7 @@ def test_a_model_may_go_to_its_device_after_its_optimizer_is_made(rule):
     with FakeTensorMode():
         model = Small(torch.float32, device="cuda")
         optimizer = build_optimizer(model, OPTIMIZERS[rule]())
-        optimizer._know(optimizer._counts, device=torch.device("cpu"))          # where the model was when it was made
+        optimizer._know(optimizer._numels.cpu())          # where the model was when it was made
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
