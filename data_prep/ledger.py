@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import re
@@ -25,11 +24,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.segments import Part, Segment
 from encoder.base.errors import ShardError, UserError
-from encoder.base.files import fsync_path, write_json
+from encoder.base.files import fsync_path, is_leftover, write_json
+from encoder.base.locks import Busy, Kind, NoLocks, take_lock
 from encoder.base.log import warn_once
 from encoder.base.schema import differences
 from encoder.data.shard_format import CARD, Card, read_card
@@ -37,6 +37,7 @@ from encoder.data.shard_format import CARD, Card, read_card
 SPLITS = ("train", "held_out")
 SEGMENT = "segment.json"
 RECIPE = "recipe.json"
+_SEGMENT_NAME = re.compile("[0-9]{6,12}")
 
 
 @dataclass(kw_only=True)
@@ -118,7 +119,7 @@ class Ledger:
     def finished(self) -> set[int]:
         """The numbers of the finished segments."""
         with contextlib.suppress(FileNotFoundError):
-            return {int(name) for name in os.listdir(self.segments) if name.isdigit()}
+            return {int(name) for name in os.listdir(self.segments) if _SEGMENT_NAME.fullmatch(name)}
         return set()
 
     def record(self, segment: Segment) -> Record:
@@ -153,14 +154,17 @@ class Ledger:
             shutil.rmtree(beside, ignore_errors=True)
 
     def clear(self, part: Part) -> None:
-        """Throw away what killed runs of this part (of every part, for the whole) left half-made."""
+        """Throw away what killed runs of this part (of every part, for the whole) left half-made: folders of segments, and
+        the files of a killed write_atomic."""
         for name in os.listdir(self.segments):
             if name.startswith("." if part.count == 1 else f".{part.label}."):
-                shutil.rmtree(self.segments / name)
+                _remove(self.segments / name)
 
     def put_in_place(self) -> None:
         """OUT/.NAME.part, complete but for its segments folder, becomes OUT/NAME; an older one leaves at the last moment."""
         _remove(self.segments)
+        for path in [path for split in SPLITS for path in (self.part / split).glob(".*") if is_leftover(path.name)]:
+            _remove(path)
         fsync_path(self.part)
         if self.out.exists():
             _remove(self._trash)
@@ -211,19 +215,23 @@ def tidy(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, kind: Literal["alone", "shared"], busy: str) -> Iterator[None]:
+def _locked(path: Path, kind: Kind, busy: str) -> Iterator[None]:
     """A lock that dies with its process, SIGKILL included. The last one that leaves removes the file."""
+    without_locks = False
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, (fcntl.LOCK_EX if kind == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            take_lock(handle, path, kind)
+        except Busy as error:
             os.close(handle)
             raise UserError(busy) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            warn_once(f"{path.parent} is on a file system without locks: see to it that no other data-prep works there.")
+        except NoLocks as error:
+            without_locks = True
+            warn_once(f"{path.parent}: {error.strerror}. See to it that no other data-prep makes the same source there, "
+                      "or set out to a folder on another disk.")
+        except BaseException:
+            os.close(handle)
+            raise
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 break
@@ -232,9 +240,11 @@ def _locked(path: Path, kind: Literal["alone", "shared"], busy: str) -> Iterator
         yield
     finally:
         try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)   # fails while other parts hold it
-                os.unlink(path)
+            with contextlib.suppress(OSError, Busy):
+                if not without_locks:
+                    take_lock(handle, path, "alone")          # fails while other parts hold it
+                if not (without_locks and kind == "shared"):
+                    os.unlink(path)
         finally:
             os.close(handle)
 
@@ -249,9 +259,12 @@ def _rename_new(beside: Path, folder: Path) -> None:
         raise
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or a file, is gone afterwards."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def identity(card: Card) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from data_prep.meter import Meter
 from data_prep.output import output
 from data_prep.shards import column_encodings, lacking_specials, read_index, samples_of, stored_bytes, stored_info
 from encoder.base.errors import ShardError
-from encoder.base.files import sha256_of, write_atomic, write_json
+from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.log import say
 from encoder.base.units import short_count
 from encoder.data.shard_format import (
@@ -116,7 +116,8 @@ def _with_index(folders: Sequence[Path]) -> list[Path]:
     folders below it counts as the folder's own."""
     found: dict[Path, None] = {}
     for folder in folders:
-        below = [folder] if (folder / INDEX).is_file() else sorted(path.parent for path in folder.glob(f"**/{INDEX}"))
+        below = [folder] if (folder / INDEX).is_file() else sorted(
+            path.parent for path in folder.glob(f"**/{INDEX}") if not is_hidden(path, below=folder))
         if not below:
             raise ShardError(f"{folder} holds no {INDEX}; needed: a folder of MDS shards, or one above such folders.")
         found.update(dict.fromkeys(below))

@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.shards import ShardSamples, lacking_specials, read_index, read_shard
 from encoder.base.errors import ShardError
+from encoder.base.files import is_hidden
 from encoder.base.log import say
 from encoder.data.shard_format import (
     CARD,
@@ -42,8 +43,7 @@ def find_shard_folders(folders: Sequence[Path]) -> list[Path]:
     """The folders that hold a card, at or below those given (hidden ones left out). Raises ShardError."""
     found: dict[Path, None] = {}
     for folder in folders:
-        cards = [p for p in sorted(folder.rglob(CARD))
-                 if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+        cards = [path for path in sorted(folder.rglob(CARD)) if not is_hidden(path, below=folder)]
         if not cards:
             read_card(folder)          # says what is missing
         found.update({p.parent: None for p in cards})

@@ -16,6 +16,18 @@ from typing import Any
 from encoder.base.errors import UserError
 
 _HOST = socket.gethostname()            # a pid is one of its host's alone
+_LEFTOVER = re.compile(r"\..+\.(part|old)")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is what a killed writer left: .recipe.json.4711.part, .lengths.bin.part."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def is_hidden(path: Path, *, below: Path) -> bool:
+    """Whether a file lies in a hidden folder below `below`, where half-made things are, or is hidden itself."""
+    return any(part.startswith(".") for part in path.relative_to(below).parts)
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import IO
 
 from encoder.base.errors import DamagedShard, ShardError
-from encoder.base.files import fsync_path, sha256_of, write_atomic
+from encoder.base.files import fsync_path, is_leftover, sha256_of, write_atomic
+from encoder.base.locks import Busy, NoLocks, take_lock
 from encoder.base.log import warn_once
 from encoder.data import remote
 from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER, read_card
@@ -71,6 +71,22 @@ class ShardCache:
         None, only if `may_exceed` is false and nothing can be evicted to make room, or `wait` is false and another
         process is fetching it. Raises ShardError, DamagedShard for a shard whose bytes are not those of index.json.
         """
+        try:
+            return self._open(shard, may_exceed=may_exceed, wait=wait)
+        except OSError as error:
+            raise ShardError(self._why_not(shard, error)) from error
+
+    def _why_not(self, shard: StoredShard, error: OSError) -> str:
+        """A fault of the disk as found, needed, what to do."""
+        why = error.strerror or f"{error}"
+        if self.in_place:
+            needed = "unpacked" if shard.compression else "read"
+            return (f"{self.folder / shard.stored} cannot be {needed} where it lies: {why}. "
+                    "Give the source a cache: FOLDER, on a disk of this machine that can be written to.")
+        return (f"{remote.url_of(self.origin, shard.stored)} cannot be brought to {self.place(shard)}: {why}. "
+                "Mend that, or set the source's cache to a folder on a disk of this machine with room.")
+
+    def _open(self, shard: StoredShard, *, may_exceed: bool, wait: bool) -> IO[bytes] | None:
         while True:
             if (file := self._present(shard)) is not None:
                 return file
@@ -95,7 +111,11 @@ class ShardCache:
             file = open(path, "rb")
         except FileNotFoundError:
             return None
-        fcntl.flock(file, fcntl.LOCK_SH)
+        try:
+            take_lock(file, path, "shared", wait=True)
+        except NoLocks:
+            if not self.in_place:                    # in place nothing is evicted, so no reader needs a lock
+                raise
         found = os.fstat(file.fileno())
         if found.st_nlink and found.st_size == shard.size_bytes and self._is_right(file, shard):
             with contextlib.suppress(OSError):       # another user's
@@ -137,11 +157,11 @@ class ShardCache:
 
     def _coming(self, lock: Path) -> int:
         """Bytes that a fetch under way will take; what a killed one left is removed."""
-        with contextlib.suppress(FileNotFoundError), open(lock) as file:
+        with contextlib.suppress(FileNotFoundError, PermissionError), open(lock, "r+", encoding="ascii", errors="replace") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read() or 0)
+                take_lock(file, lock)
+            except Busy:
+                return _whole_number(file.read())
             if not os.fstat(file.fileno()).st_nlink:     # removed meanwhile: another fetch may have the next file
                 return self._coming(lock)
             shutil.rmtree(lock.with_suffix(".part"), ignore_errors=True)
@@ -166,13 +186,11 @@ class ShardCache:
                 stored.rename(ready)
             fsync_path(ready)
             file = open(ready, "rb")
-            fcntl.flock(file, fcntl.LOCK_SH)         # before it has its name, so that nobody evicts it first
+            take_lock(file, ready, "shared", wait=True)      # before it has its name, so that nobody evicts it first
             with _exclusive(self.folder / ROOM):
                 ready.rename(self.place(shard))
                 lock.truncate(0)                     # here, and no more on its way
             return file
-        except OSError as error:
-            raise ShardError(f"{url} cannot be brought to {self.place(shard)}: {error}.") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -191,7 +209,7 @@ def fetch_side_files(origin: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder / ".side.lock"):
             mark = folder / ORIGIN
-            if not mark.exists() and any(p.name != ".side.lock" for p in folder.iterdir()):
+            if not mark.exists() and any(p.name != ".side.lock" and not is_leftover(p.name) for p in folder.iterdir()):
                 raise ShardError(f"{folder} is not empty and no cache of shards. Name an empty folder as cache.")
             if mark.exists() and (found := mark.read_text(encoding="utf-8").strip()) != origin:
                 raise ShardError(f"{folder} is the cache of {found}, not of {origin}. Give each source a cache of its own.")
@@ -199,7 +217,8 @@ def fetch_side_files(origin: str, folder: Path) -> None:
                 write_atomic(mark, origin + "\n")
                 _fetch_side_files(origin, folder)
     except OSError as error:
-        raise ShardError(f"{folder} cannot be the cache of {origin}: {error}.") from error
+        raise ShardError(f"{folder} cannot be the cache of {origin}: {error.strerror or error}. "
+                         "Mend that, or set cache to a folder on a disk of this machine with room.") from error
 
 
 def _fetch_side_files(origin: str, folder: Path) -> None:
@@ -275,10 +294,10 @@ def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
 def _evict(path: Path) -> bool:
     """Remove a shard that nobody holds; called under the room's lock, so that a name means one file meanwhile."""
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(path, "r+b") as file:
+            take_lock(file, path)
             path.unlink()
-    except BlockingIOError:
+    except (Busy, PermissionError):                  # in use, or another user's
         return False
     except FileNotFoundError:
         pass
@@ -291,8 +310,8 @@ def _exclusive(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
+                take_lock(file, path, wait=wait)
+            except Busy:
                 yield None
                 return
             if not os.fstat(file.fileno()).st_nlink:     # removed by the one before: others lock the next file
@@ -303,6 +322,11 @@ def _exclusive(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _whole_number(text: str) -> int:
+    """The number a lock file holds; 0 for an empty one, and for what no fetch of ours wrote."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else 0
 
 
 def _new_folder(path: Path) -> None:

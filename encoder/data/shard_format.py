@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from encoder.base.errors import ConfigError, ShardError
-from encoder.base.files import sha256_of, write_atomic, write_json
+from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.schema import from_mapping, to_plain
 
 INPUT_IDS = "input_ids"
@@ -86,7 +86,8 @@ def read_card(folder: Path) -> Card:
         if (folder / INDEX).is_file():
             raise ShardError(f"{folder} has shards but no {CARD}. Make the shards with data-prep prepare, or, where they "
                              "were made elsewhere, the card with data-prep index FOLDER --tokenizer FILE.")
-        below = sorted((p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CARD}")),
+        below = sorted((p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CARD}")
+                        if not is_hidden(p, below=folder)),
                        key=lambda p: (p.name != "train", str(p)))
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")

@@ -16,6 +16,7 @@ from data_prep.config import JsonlSource, TextSource
 from data_prep.segments import Part, segments_of
 from encoder.base import log
 from encoder.data.shard_format import read_card
+from encoder.data.shards import open_source
 from tests.unit.prep_helpers import bytes_of, ids_of, run, settings, texts, write_jsonl
 
 
@@ -232,3 +233,32 @@ def test_a_run_killed_before_any_change_of_the_disk_is_repeated_to_the_same_byte
             assert run(*words) == 0
             assert bytes_of(out) == whole, f"killed before change {change}"
     assert change > 30
+
+
+def test_leftovers_of_killed_writers_are_passed_over_in_every_folder(tmp_path, config, capsys):
+    """A file .NAME.PID.part lies wherever write_atomic was killed: among segments, in what merge makes, in an empty cache."""
+    assert run("prepare", config, "--part", "1/2") == 0
+    part = tmp_path / "shards/.a.part"
+    (part / "segments/.recipe.json.4711.part").write_text("{")
+    (part / "segments/.1-of-2.000000.ab12").mkdir()
+    (part / "segments/²").mkdir()
+    (part / "train").mkdir()
+    (part / "train/.index.json.4711.part").write_text("{")
+    assert run("prepare", config, "--part", "2/2") == 0
+    assert run("prepare", config) == 0, capsys.readouterr().err
+    assert run("verify", tmp_path / "shards") == 0
+    assert not [p for p in (tmp_path / "shards").rglob(".*")]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / ".origin.txt.4711.part").write_text("s3:")
+    assert open_source(str(tmp_path / "shards/a/train"), name="a", cache=cache).documents
+
+
+def test_half_made_folders_are_no_shards_of_a_folder_above(tmp_path, config, capsys):
+    assert run("prepare", config) == 0
+    shutil.copytree(tmp_path / "shards/a", tmp_path / "shards/.b.part")
+    shutil.rmtree(tmp_path / "shards/a")
+    for command in (("verify", tmp_path / "shards"), ("index", tmp_path / "shards", "--tokenizer", tmp_path / "tokenizer.json")):
+        assert run(*command) == 2
+        err = capsys.readouterr().err
+        assert ".b.part" not in err and "holds no" in err
