@@ -18,7 +18,6 @@ import torch
 
 from encoder.base.batch import IGNORE, SummedLoss, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
-from encoder.base.errors import ConfigError
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.transfers import on_device
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
@@ -42,10 +41,10 @@ __all__ = ["Engine", "EngineConfig", "LossSum", "Piece", "StepResult", "start_en
 class StepResult:
     """What one step did, over all ranks."""
 
-    loss: float            # cross entropy in nats per predicted position
+    loss: float            # cross entropy in nats per predicted position; nan where none was
     grad_norm: float       # of the mean loss's gradient, before clipping; inf if not finite
     masked_tokens: int
-    applied: bool          # False: the gradient was not finite and nothing moved
+    applied: bool          # False: nothing moved, for the gradient was not finite or nothing was predicted
 
 
 class LossSum(NamedTuple):
@@ -127,11 +126,11 @@ class Engine:
         """One update from this rank's micro-batches (equally many on every rank).
 
         `masked_tokens` is the number of predicted positions of the whole step, over all ranks; `max_lr` the rate at which
-        a step loses the whole `weight_decay` (None: the optimizer's). Raises ConfigError on all ranks if nothing is predicted.
+        a step loses the whole `weight_decay` (None: the optimizer's). A step in which nothing is predicted moves nothing, neither
+        weights nor averages nor the optimizer's counter, on all ranks alike: `masked_tokens` is the same number on each.
         """
         if masked_tokens < 1:
-            raise ConfigError(f"a step of {len(micro_batches)} micro-batches on each of {self.world.size} ranks has no masked "
-                              "token. Raise the mask share or the batch, or look for empty documents.")
+            return StepResult(loss=math.nan, grad_norm=0.0, masked_tokens=0, applied=False)
         assert max_lr > 0.0, "the decay is relative to the peak rate"
         for group in self.optimizer.param_groups:
             group.update(lr=lr, max_lr=max_lr)

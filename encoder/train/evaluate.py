@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from encoder.base.batch import TokenBatch
-from encoder.base.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +25,17 @@ def held_out_numbers(
     """Mean loss in nats per masked token, and the share of masked tokens whose own logit was the highest.
 
     `held_out_loss` and `held_out_accuracy` over all sources, with _NAME for each of several. `evaluate` gives (sum of
-    losses, masked tokens, hits) over all ranks; the mean over everything is sum / count, never a mean of means. Raises
-    ConfigError, the same on all ranks, for a source without a masked token.
+    losses, masked tokens, hits) over all ranks; the mean over everything is sum / count, never a mean of means. Without a
+    masked token both are nan.
     """
     sums = {s.name: evaluate(s.batches) for s in sets}
-    empty = next((name for name, (_, count, _) in sums.items() if count == 0), None)
-    if empty is not None:
-        raise ConfigError(f"the held-out rows of {empty} have no masked token. Raise evaluation.rows or mask_share.")
     shown = {"": tuple(map(sum, zip(*sums.values())))} | ({f"_{name}": s for name, s in sums.items()} if len(sums) > 1 else {})
-    return ({f"held_out_loss{end}": loss_sum / count for end, (loss_sum, count, _) in shown.items()}
-            | {f"held_out_accuracy{end}": correct / count for end, (_, count, correct) in shown.items()})
+    return ({f"held_out_loss{end}": _mean(loss_sum, count) for end, (loss_sum, count, _) in shown.items()}
+            | {f"held_out_accuracy{end}": _mean(correct, count) for end, (_, count, correct) in shown.items()})
+
+
+def _mean(total: float, count: int) -> float:
+    return total / count if count else math.nan
 
 
 def unigram_entropy(counts_V: np.ndarray, special_ids: Sequence[int]) -> float:

@@ -133,6 +133,14 @@ class Feed:
             first, end = source.documents_of(shard)
             lost = LostShard(source=name, shard=shard, file=source.file_of(first).name, from_step=self._step, reason=reason,
                              documents=end - first, tokens=int(source.lengths[first:end].sum(dtype="int64")))
+            self._check_some_is_left(lost)
             self._quarantine.add(lost, source)
             self._lose(lost)
         return True
+
+    def _check_some_is_left(self, lost: LostShard) -> None:
+        """Raises ShardError, the same on all ranks, where the mixture would have no document without this shard, too."""
+        gone = {*self._quarantine.left_out(self._step, self._names), (self._names.index(lost.source), lost.shard)}
+        if len(gone) == sum(len(source.samples_per_shard) for source in self._loader.sources):
+            raise ShardError(f"{lost.file} of source {lost.source} was the last shard of the mixture that could be read: no "
+                             f"document is left. {lost.reason}")

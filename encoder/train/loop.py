@@ -40,7 +40,7 @@ from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths,
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 from encoder.train.start import Started, check_same_run, fingerprint, load_verified, start_run
-from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, RUN_FILE, Ledger, Tracker, chain, chain_back
+from encoder.train.tracking import CHECKPOINTS, DONE, EVENTS, LEDGER, RUN_FILE, Ledger, Tracker, chain, chain_back
 from encoder.train.watch import Watch
 
 _FAULT_TEXTS = {NOT_FINITE: "the gradient is not finite, nothing moved", SPIKE: "the loss is a spike"}
@@ -151,7 +151,8 @@ class _Story:
                     result = _left_out(masked_tokens) if self.judge.is_left_out(step) else self.engine.step(
                         data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.max_lr or phase.lr.peak,
                         weight_decay=self.run.weight_decay_of(phase))
-                    fault = self.judge.judge(step, loss=result.loss, applied=result.applied)
+                    # a step that asks nothing is neither fine nor bad: the ledger's count of masked tokens tells it
+                    fault = self.judge.judge(step, loss=result.loss, applied=result.applied) if masked_tokens else FINE
                     self.progress = _after(before, data, masked_tokens, batch_hash, fault)
                     with self.guarded():
                         self._record(data, result, lr, masked_tokens, batch_hash, flops, fault)
@@ -219,6 +220,11 @@ class _Story:
         self.watch.mark(f"evaluating after step {self.progress.step}")
         with self.clock.doing("evaluating"):
             numbers = held_out_numbers(self.held_out, self.engine.evaluate)
+        whole = numbers["held_out_accuracy"]
+        silent = [s.name for s in self.held_out if math.isnan(numbers.get(f"held_out_accuracy_{s.name}", whole))]
+        if silent:
+            warn_once(f"the held-out rows of {', '.join(silent)} have no masked token, and so no loss. Raise evaluation.rows or "
+                      "evaluation.mask_share")
         finite = {k: _finite(v) for k, v in numbers.items()}
         self.last_held_out = {"step": self.progress.step, **finite}
         beside = f" (unigram entropy {self.entropy:.2f})" if self.entropy is not None else ""
@@ -328,8 +334,10 @@ class _Story:
     def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int,
                 flops: int, fault: str) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]
-        if not self.judge.is_left_out(p.step):      # else nothing was computed: no measure of speed
+        if masked_tokens and not self.judge.is_left_out(p.step):      # else nothing was computed: no measure of speed
             self.speed.step(data.tokens, flops)
+        if not masked_tokens:
+            self._say_nothing_asked(data)
         held = memory_bytes(self.device)
         used = {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
         if self.ledger:
@@ -354,6 +362,12 @@ class _Story:
             + (f"mfu {used['mfu']:.0%}  " if used else f"{self.speed.tflops_per_second:.4g} TFLOP/s  ") +
             f"waiting {self.speed.waiting_share:.0%}  {short_bytes(held)}  left {short_seconds(self.speed.seconds_for(left))}",
             step=p.step, share=p.tokens / (p.tokens + left), now=p.phase_step == 1)
+
+    def _say_nothing_asked(self, data: StepData) -> None:
+        warn_once(f"step {self.progress.step} has no masked token in its {data.tokens:,} tokens: it moves nothing, and the run "
+                  f"goes on. {EVENTS} has every such step; a larger batch_tokens or mask_share makes them rarer")
+        if self.tracker:
+            self.tracker.event("nothing_asked", step=self.progress.step, tokens=data.tokens)
 
     def _record_epochs(self, loader: Feed, data: StepData) -> None:
         if self.tracker and [w for w, _ in data.start.lanes] != [w for w, _ in data.end.lanes]:

@@ -119,7 +119,7 @@ def _side_by_side(title: str, names: Sequence[str], facts: Sequence[dict[str, st
 def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """What the last evaluation found: losses and accuracies by name."""
     found = next((m for m in reversed(metrics) if "held_out_loss" in m), {})
-    return {k: v for k, v in found.items() if k.startswith(("held_out_loss", "held_out_accuracy"))}
+    return {k: v for k, v in found.items() if k.startswith(("held_out_loss", "held_out_accuracy")) and v is not None}
 
 
 def verify_ledger(folder: Path) -> int:
