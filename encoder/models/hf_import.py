@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,14 @@ def untie(weights: dict[str, Tensor], *, tied: bool, of: str) -> dict[str, Tenso
     return {name: w for name, w in weights.items() if name != DECODER}
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, read as tensors and plain values alone. Raises ModelError for anything else."""
+def load_tensors(path: Path, *, allowed: Sequence[Any] = ()) -> Any:
+    """What torch.save wrote, read as tensors and plain values alone. Raises ModelError for anything else.
+
+    allowed: further types that the file's format has, as torch.serialization.safe_globals takes them.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:          # torch, its unpickler and zipfile each raise their own kinds
         if kind := re.search(r"GLOBAL (\S+)", str(error)):
             raise ModelError(f"{path} holds {kind[1]} beside tensors, and reading that would run code named in the file. Where "

@@ -16,6 +16,7 @@ from encoder.models.hf_import import DECODER, EMBEDDING, prove_import, read_hf
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import read_stored, write_stored
 from encoder.train.stored import read_model
+from tests.composer_for_tests import flexbert
 from tests.hf_for_tests import CONFIG, SPECIALS, exported, names_in, stored, write_tokenizer_json
 
 SHAPE = dict(vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
@@ -283,13 +284,6 @@ def test_a_model_is_read_from_a_weights_folder_and_a_hugging_face_folder_alike(f
         read_model(tmp_path / "shards")
 
 
-def flexbert(weights, prefix=""):
-    """Our weights under the names of ModernBERT's training code, the decoder's copy of the embedding beside them."""
-    names = {n: prefix + n.replace("model.layers.", "bert.encoder.layers.").replace("model.", "bert.") for n in weights}
-    return {**{names[n]: w for n, w in weights.items()}, f"{prefix}decoder.weight": weights[EMBEDDING],
-            f"{prefix}bert.encoder.layers.1.attn.rotary_emb.inv_freq": torch.ones(8)}
-
-
 @pytest.mark.parametrize("layout", ["composer", "state dict"])
 def test_flexbert_names_come_in_with_the_shape_their_tensors_have(tmp_path, layout):
     weights = stored().weights
@@ -298,7 +292,8 @@ def test_flexbert_names_come_in_with_the_shape_their_tensors_have(tmp_path, layo
     model = read_composer(path, global_rope_theta=160_000.0, heads=2)
     assert equal(model.weights, weights)
     assert model.config == dataclasses.replace(CONFIG, max_position_embeddings=8192, initializer_range=0.02)
-    assert "2 heads, RoPE theta 160000 and 10000 as told; not said by the file and assumed: norm layernorm" in model.origin
+    assert "2 heads, RoPE theta 160000 and 10000, layernorm, geglu, by its tensors and as told" in model.origin
+    assert "not said by the file and assumed: local_rope_theta 10000.0, norm layernorm, mlp geglu" in model.origin
 
 
 def test_an_untied_flexbert_decoder_is_kept(tmp_path):
@@ -309,6 +304,7 @@ def test_an_untied_flexbert_decoder_is_kept(tmp_path):
 
 def test_a_flexbert_file_that_does_not_serve_is_one_line(tmp_path):
     path = tmp_path / "a.pt"
+    torch.save(flexbert(stored().weights), path)
     with pytest.raises(ModelError, match="does not say its RoPE thetas.*--global-rope-theta 10000"):
         read_composer(path, global_rope_theta=None)
     torch.save({"state": {"model": flexbert(stored().weights), "timestamp": SPECIALS}}, path)
