@@ -32,12 +32,13 @@ from encoder.base.batch import TokenBatch
 from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.engine.graphed import GraphedForward
+from encoder.engine.precision import computes_bf16
 from encoder.models.flops import parameter_counts, train_flops
 from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.attend import BACKENDS, Situation
 from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
-from encoder.train.meters import bf16_peak, computes_bf16, document_lengths
+from encoder.train.meters import bf16_peak, document_lengths
 
 # of the loss, beside the judge's in fp32
 SAME_LOSS = {"fp32": 1e-5, "autocast": 2e-3, "fp8": 2e-3}

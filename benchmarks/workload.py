@@ -24,8 +24,6 @@ MASK_SHARE = 0.3
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2),
     "small": dict(vocab_size=8192, hidden_size=256, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4),
-    "17m": dict(vocab_size=50368, hidden_size=256, intermediate_size=384, num_hidden_layers=7, num_attention_heads=4),
-    "68m": dict(vocab_size=50368, hidden_size=512, intermediate_size=768, num_hidden_layers=19, num_attention_heads=8),
     **{name.removeprefix("modernbert_"): {k: v for k, v in shape.items() if k != "system"} for name, shape in PRESETS.items()},
 }
 

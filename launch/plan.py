@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         machine = probed = None
         if args.gpu:
             from encoder.train.forecast import gpu
-            machine = gpu(args.gpu)
+            machine = gpu(args.gpu, precision=run.engine.precision)
         if args.measure:
             from encoder.train.probe import probe
             probed = probe(args.run, args.overrides)

@@ -19,6 +19,7 @@ import torch
 from encoder.base.batch import IGNORE, SummedLoss, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.engine.graphed import GraphedForward
+from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
 from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
 from encoder.engine.zero_layout import (
@@ -76,6 +77,7 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Mom
     Every rank brings the same weights (a function of the seed); for stage 3 a model on the meta device, whose
     `initial_values(name, shape)` gives its weights, one whole parameter at a time.
     """
+    config = replace(config, precision=precision_on(config.precision, device))
     steps = build_optimizer(model, optimizer)         # grouped by dimensions, which stage 3 takes away
     deepspeed = import_deepspeed(device)
     if config.activation_checkpointing == "blocks":

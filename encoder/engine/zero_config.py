@@ -22,8 +22,9 @@ class EngineConfig:
 
     # 0: all on every rank; 1: optimizer state cut over ranks; 2: gradients, too; 3: weights, too, gathered when used
     zero_stage: Literal[0, 1, 2, 3] = 1
-    # fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT); bf16: bf16 parameters, fp32 masters; fp64: for tests
-    precision: Literal["fp32", "fp64", "autocast", "bf16"] = "fp32"
+    # auto: autocast where the device has units for bf16, else fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT);
+    # bf16: bf16 parameters, fp32 masters; fp64: for tests
+    precision: Literal["auto", "fp32", "fp64", "autocast", "bf16"] = "auto"
     # layers: the products of the layers' linear maps in 8 bits, weights and optimizer as precision says
     fp8: Literal["off", "layers"] = "off"
     # blocks: of a layer its input alone is kept for the backward, which computes the rest again: exact, a third more work

@@ -42,10 +42,8 @@ def read_hf(folder: Path) -> StoredModel:
     Raises ModelError for another architecture, a config that cannot be ours, missing or unfit weights. Dropout after
     attention has no word in config.json: the model has ModernBERT's own 0.1.
     """
-    if not (folder / CONFIG).is_file():
-        raise ModelError(f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM.")
+    config = read_hf_config(folder)
     values = _read_json(folder / CONFIG)
-    config = config_from_hf(values, where=str(folder / CONFIG))
     weights = untie(_read_weights(folder), tied=config.tie_word_embeddings, of=str(folder))
     check_weights(weights, config, of=str(folder))
     _check_meaning(values, config, folder / CONFIG)
@@ -54,6 +52,13 @@ def read_hf(folder: Path) -> StoredModel:
         config=config, weights=fp32(weights), tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
         origin=f"Hugging Face folder {folder.name} (no word for {NO_WORD}: {config.attention_output_dropout})",
         max_tokens=_max_tokens(folder, config))
+
+
+def read_hf_config(folder: Path) -> ModernBertConfig:
+    """The shape that a folder's config.json tells. Raises ModelError."""
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM.")
+    return config_from_hf(_read_json(folder / CONFIG), where=str(folder / CONFIG))
 
 
 def prove_import(model: StoredModel, folder: Path) -> Proof:

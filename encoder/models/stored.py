@@ -55,7 +55,7 @@ def read_stored(folder: Path) -> StoredModel:
         raise ModelError(f"{folder} has no {missing[0]}; needed: a weights folder with {MODEL}, {WEIGHTS} and {ORIGIN}, "
                          "as launch/import_hf.py and launch/grow.py write it.")
     try:
-        config = read_settings(_ModelFile, folder / MODEL).model
+        config = read_stored_config(folder)
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
         origin, max_tokens = origin["origin"], origin["max_tokens"]
     except ConfigError as error:
@@ -67,6 +67,11 @@ def read_stored(folder: Path) -> StoredModel:
     tokenizer_json = folder / TOKENIZER
     return StoredModel(config=config, weights=weights, origin=origin, max_tokens=max_tokens,
                        tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None)
+
+
+def read_stored_config(folder: Path) -> ModernBertConfig:
+    """The shape of a weights folder's model. Raises ConfigError."""
+    return read_settings(_ModelFile, folder / MODEL).model
 
 
 def check_weights(weights: dict[str, Tensor], config: ModernBertConfig, *, of: str) -> None:

@@ -21,8 +21,9 @@ from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import newest_checkpoint, read_progress
 from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.train.build import DataFacts, all_ranks_agree
-from encoder.train.config import RunConfig, read_run
+from encoder.train.config import RunConfig
 from encoder.train.initial import check_same_shape, check_same_tokens
+from encoder.train.stored import read_saved_run
 from encoder.train.tracking import CHECKPOINTS, RUN_FILE
 
 
@@ -69,7 +70,7 @@ def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None)
 
 
 def _fitting(checkpoint: Path, run: RunConfig, facts: DataFacts | None) -> Parent:
-    parent, (progress, extra) = read_run(checkpoint / RUN_FILE), read_progress(checkpoint)
+    parent, (progress, extra) = read_saved_run(checkpoint / RUN_FILE), read_progress(checkpoint)
     check_same_shape(parent.model, run, key="branch_from", path=checkpoint)
     if type(parent.optimizer) is not type(run.optimizer):
         raise ConfigError(f"branch_from {checkpoint} has the state of {parent.optimizer.rule}, the run's optimizer is "

@@ -24,6 +24,7 @@ from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_bat
 from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
 from encoder.data.shards import Source, open_source
 from encoder.data.windows import shards_of_lanes
+from encoder.engine.precision import precision_on
 from encoder.models.catalog import build_model
 from encoder.nn.attend import Situation, choose_backend
 from encoder.objectives.catalog import build_objective
@@ -124,9 +125,20 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
     if run.engine.fp8 == "layers" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(f"engine.fp8 is layers, but {torch.cuda.get_device_name(device)} has no 8-bit products; needed: compute "
                           "capability 8.9 (Ada, Hopper or newer). Use fp8: off.")
-    computing = {"fp32": torch.float32, "fp64": torch.float64}.get(run.engine.precision, torch.bfloat16)
+    precision = precision_on(run.engine.precision, device)
+    computing = {"fp32": torch.float32, "fp64": torch.float64}.get(precision, torch.bfloat16)
     choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=run.model.head_width, training=True))
     return device
+
+
+def check_same_precision(run: RunConfig) -> None:
+    """All ranks train in one precision; with ranks joined. Raises ConfigError on all of them where auto meant two."""
+    words = ("fp32", "fp64", "autocast", "bf16")
+    mine = words.index(run.engine.precision)
+    highest, lowest = max_over_ranks(torch.tensor([mine, -mine])).tolist()
+    if highest != -lowest:
+        raise ConfigError(f"engine.precision auto is {words[-lowest]} on some ranks and {words[highest]} on others: their devices "
+                          f"differ. Set engine.precision: {words[-lowest]}.")
 
 
 def make_model(run: RunConfig) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.schema import Tokens, chosen_by, from_mapping, read_mapping, to_plain
+from encoder.base.schema import Tokens, chosen_by, from_mapping, put_override, read_mapping, to_plain
 from encoder.base.units import short_count
 from encoder.data.remote import SCHEMES
 from encoder.engine.engine import EngineConfig
@@ -66,7 +66,7 @@ class DataConfig:
     """How documents become rows."""
 
     sources: tuple[SourceConfig, ...]
-    row_tokens: int                   # capacity of a row: the unit of packing and of batch size
+    row_tokens: int                   # capacity of a row, the unit of packing and of batch size; default: divides every batch
     window_documents: int = 8192      # documents packed together; rows of 16,384 of real text: 4096 99.5 %, 8192 99.7 % full
     lanes: int = 1                    # sequences of windows side by side, each over its own shards of every source
 
@@ -99,11 +99,11 @@ class LoaderConfig:
 class PhaseConfig:
     """One stretch of a run. The data order, the schedules and the token clock start anew in each phase."""
 
-    name: str
+    name: str                                              # default: main, or phase_1, phase_2, ...
     tokens: Tokens                                         # without padding; ends with the step that reaches it
-    max_tokens_per_document: int                           # longer documents are cut into near-equal pieces
+    max_tokens_per_document: int                           # longer ones are cut into near-equal pieces; default: 1024
     batch_tokens: Tokens                                   # capacity of a step over all ranks, in whole rows
-    lr: chosen_by("schedule", SCHEDULES)
+    lr: chosen_by("schedule", SCHEDULES)                   # or its peak alone: warm-up, flat, decay at the run's end
     global_rope_theta: float | None = None                 # default: the model's, as the next
     local_rope_theta: float | None = None
     batch_warmup: BatchWarmup | None = None
@@ -137,7 +137,7 @@ class EvaluationConfig:
     """The held-out loss: fixed documents, fixed masks."""
 
     sources: tuple[SourceConfig, ...]
-    every_tokens: Tokens
+    every_tokens: Tokens              # default: a twentieth of the run, at most 5B
     rows: int = 8                     # of data.row_tokens, per source
     mask_share: float = 0.15          # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)
 
@@ -150,7 +150,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When to save; ends of phases and interruptions are always saved."""
 
-    every_tokens: Tokens
+    every_tokens: Tokens              # default: a twentieth of the run, at most 5B
     keep_last: int = 2                # whole ones; older ones are removed, ends of phases are kept
     background: bool = True           # written while training goes on, from a copy in the machine's memory
 
@@ -179,21 +179,36 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Derived:
+    """A setting that the run file does not have, and why it is what it is."""
+
+    key: str          # dotted
+    value: Any
+    why: str
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        value = f"{self.value:,}" if type(self.value) is int else self.value
+        return f"{self.key} {value}: {self.why}" if not isinstance(value, (dict, list)) else f"{self.key}: {self.why}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The whole run file."""
 
     name: str
-    out: str                                               # the run folder: ledger, metrics, checkpoints
-    seed: int
-    model: chosen_by("system", SYSTEMS)
-    data: DataConfig
-    objective: chosen_by("name", OBJECTIVES)
+    out: str                                               # the run folder: ledger, metrics, checkpoints; default: runs/NAME
+    seed: int                                              # of weights, order and masks; default: 17, a branch's another
+    model: chosen_by("system", SYSTEMS)                    # {preset: NAME}, or a shape; default: that of init_from
+    data: DataConfig                                       # or a list of shard folders
     phases: tuple[PhaseConfig, ...]
     checkpoints: CheckpointConfig
+    objective: chosen_by("name", OBJECTIVES, default="mlm") = field(default_factory=OBJECTIVES["mlm"])
     optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(default_factory=OPTIMIZERS["stable_adamw"])
     init_from: str | None = None                           # a stored model that the weights start from, not the seed
     branch_from: str | None = None                         # a run's checkpoint: weights and optimizer state start from it
-    evaluation: EvaluationConfig | None = None
+    evaluation: EvaluationConfig | None = None             # default: held_out beside train of the sources; null for none
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
@@ -201,6 +216,8 @@ class RunConfig:
     compile: Literal["auto", "blocks", "off"] = "auto"    # layers by torch.compile; auto: on CUDA, below zero_stage 3
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    given: dict[str, Any] | None = field(init=False, default=None, compare=False, repr=False)       # the run file as it was read
+    derived: tuple[Derived, ...] = field(init=False, default=(), compare=False, repr=False)         # what it left out
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -288,9 +305,33 @@ IDENTITY = ("seed", "model", "init_from", "branch_from", "data", "objective", "o
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run file with `key=value` overrides; `model: {preset: NAME, ...}` is filled in. Raises ConfigError."""
-    mapping = read_mapping(Path(path), overrides)
-    return from_mapping(RunConfig, with_preset(mapping, where=str(path)), where=str(path))
+    """A run file with `key=value` overrides, what it leaves out worked out (encoder.train.defaults). Raises ConfigError."""
+    # here: a default may come from a stored run, which is read by this module
+    from encoder.train.defaults import long_form
+
+    mapping = long_form(read_mapping(Path(path)))
+    for override in overrides:
+        put_override(mapping, override)
+    return run_of(long_form(mapping), where=str(path))
+
+
+def run_of(given: dict[str, Any], *, where: str) -> RunConfig:
+    """The run of a long form. Raises ConfigError."""
+    from encoder.train.defaults import with_defaults
+
+    mapping, derived = with_defaults(with_preset(given, where=where))
+    run = from_mapping(RunConfig, mapping, where=where)
+    object.__setattr__(run, "given", given)
+    object.__setattr__(run, "derived", derived)
+    return run
+
+
+def with_engine(run: RunConfig, **changes: Any) -> RunConfig:
+    """The run with other settings of its engine; it keeps what it knows of its file."""
+    changed = dataclasses.replace(run, engine=dataclasses.replace(run.engine, **changes))
+    object.__setattr__(changed, "given", run.given)
+    object.__setattr__(changed, "derived", run.derived)
+    return changed
 
 
 def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
@@ -314,7 +355,7 @@ def with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:
     if not isinstance(model, dict) or "preset" not in model:
         return mapping
     name = model["preset"]
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"{where}: model.preset is {name!r}. {nearest(str(name), list(PRESETS))}")
     return {**mapping, "model": {**PRESETS[name], **{k: v for k, v in model.items() if k != "preset"}}}
 

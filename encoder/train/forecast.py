@@ -25,7 +25,8 @@ class Machine:
     """What the device of one rank does. Rates per second; shares 0 to 1 of what training reaches of them."""
 
     name: str
-    flops: float                      # peak of the matrix products
+    flops: float                      # peak of the matrix products in bf16
+    fp32_flops: float                 # and in fp32, without TF32: torch does not use it unless it is told to
     memory_bytes_per_second: float
     memory_bytes: float               # that it has
     link_bytes_per_second: float      # of a rank to the others of its machine, each way
@@ -34,12 +35,18 @@ class Machine:
     memory_share: float = 0.8
     assumed: tuple[str, ...] = ()     # numbers above that were not measured
 
+    def peak(self, precision: str) -> float:
+        """FLOP per second at most: fp32 computes without the units for bf16, fp64 at half of that or less."""
+        return {"fp32": self.fp32_flops, "fp64": self.fp32_flops / 2}.get(precision, self.flops)
 
-# data sheets; the links are NVLink each way (L40S: PCIe 4)
+
+# data sheets: name, fp32 FLOP/s, memory bytes/s, memory, link each way (NVLink; L40S: PCIe 4)
 _SHEETS = {
-    "a100": ("NVIDIA A100-SXM4-80GB", 2.039e12, 80e9, 300e9), "h100": ("NVIDIA H100 80GB HBM3", 3.35e12, 80e9, 450e9),
-    "h200": ("NVIDIA H200", 4.8e12, 141e9, 450e9), "b200": ("NVIDIA B200", 8e12, 180e9, 900e9),
-    "l40s": ("NVIDIA L40S", 864e9, 48e9, 32e9)}
+    "a100": ("NVIDIA A100-SXM4-80GB", 19.5e12, 2.039e12, 80e9, 300e9),
+    "h100": ("NVIDIA H100 80GB HBM3", 67e12, 3.35e12, 80e9, 450e9),
+    "h200": ("NVIDIA H200", 67e12, 4.8e12, 141e9, 450e9),
+    "b200": ("NVIDIA B200", 80e12, 8e12, 180e9, 900e9),
+    "l40s": ("NVIDIA L40S", 91.6e12, 864e9, 48e9, 32e9)}
 GPUS = tuple(_SHEETS)
 BETWEEN_MACHINES = 50e9               # a 400 Gb/s card a GPU
 UPDATE_BYTES = 60                     # read and written for each element: gradient, master, two averages, in several passes
@@ -48,15 +55,15 @@ MICRO_STEP_KERNELS = 60               # launched for each layer, forward and bac
 KERNEL_SECONDS = 4e-6                 # to launch one: small models wait for it
 
 
-def gpu(word: str) -> Machine:
-    """A GPU by its short name, with the shares that we assume. Raises ConfigError."""
+def gpu(word: str, *, precision: str = "autocast") -> Machine:
+    """A GPU by its short name, with the shares that we assume of its peak in a precision (auto: in bf16). Raises ConfigError."""
     if word not in _SHEETS:
         raise ConfigError(f"--gpu {word} is unknown. {nearest(word, [*GPUS])}")
-    name, rate, size, link = _SHEETS[word]
-    machine = Machine(name=name, flops=BF16_PEAKS[name], memory_bytes_per_second=rate, memory_bytes=size,
+    name, fp32_flops, rate, size, link = _SHEETS[word]
+    machine = Machine(name=name, flops=BF16_PEAKS[name], fp32_flops=fp32_flops, memory_bytes_per_second=rate, memory_bytes=size,
                       link_bytes_per_second=link)
     return replace(machine, assumed=(
-        f"{machine.product_share:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s in matrix products and attention",
+        f"{machine.product_share:.0%} of {machine.peak(precision) / 1e12:,.3g} TFLOP/s in matrix products and attention",
         f"{machine.memory_share:.0%} of {rate / 1e12:.2f} TB/s", f"a kernel is launched in {1e6 * KERNEL_SECONDS:.0f} us"))
 
 
@@ -167,11 +174,11 @@ def forecast_lines(found: Forecast, *, ranks: int, machine: Machine | None, prob
 
 
 def _computing_seconds(run: RunConfig, machine: Machine, *, tokens: float, flops: float, micro_batches: int) -> float:
-    m, width = run.model, 4 if run.engine.precision == "fp32" else 2
+    m, width = run.model, {"fp32": 4, "fp64": 8}.get(run.engine.precision, 2)
     # layers computed again do a third more, of both
     again = 4 / 3 if run.engine.activation_checkpointing == "blocks" else 1.0
     moved = tokens * m.num_hidden_layers * (14 * m.hidden_size + 4 * m.intermediate_size) * width * LAYER_PASSES
-    busy = again * (flops / (machine.flops * machine.product_share)
+    busy = again * (flops / (machine.peak(run.engine.precision) * machine.product_share)
                     + moved / (machine.memory_bytes_per_second * machine.memory_share))
     return max(busy, micro_batches * m.num_hidden_layers * MICRO_STEP_KERNELS * KERNEL_SECONDS)
 

@@ -15,6 +15,8 @@ from encoder.models.stored import StoredModel, write_stored
 from encoder.train.config import with_preset
 from encoder.train.stored import read_model
 
+FOLLOWS = ("vocab_size", "global_rope_theta", "local_rope_theta")      # the source's, where a run file does not say
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grown:
@@ -51,6 +53,8 @@ def new_config(old: ModernBertConfig, *, preset: str | None, run: Path | None, o
     where = str(run) if run else "the new model"
     if run:
         model = read_mapping(run).get("model")
+        if isinstance(model, dict):         # what a run file leaves out follows the weights that it starts from
+            model = {**{name: getattr(old, name) for name in FOLLOWS}, **model}
     else:
         model = to_plain(_Target(model=old))["model"]
         if preset:

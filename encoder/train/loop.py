@@ -28,10 +28,12 @@ from encoder.engine.checkpoint import newest_checkpoint, read_progress
 from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.checkpoint_save import Saved, Saver
 from encoder.engine.engine import StepResult
+from encoder.engine.precision import precision_on
 from encoder.models.flops import train_flops
 from encoder.train import build
-from encoder.train.config import RunConfig, describe_phase
+from encoder.train.config import RunConfig, describe_phase, with_engine
 from encoder.train.console import Board, open_board
+from encoder.train.defaults import settled
 from encoder.train.evaluate import HeldOut, held_out_numbers
 from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge, StopFlag
 from encoder.train.feed import Feed, LostShard
@@ -64,13 +66,16 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
         say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
         return Outcome(done=True, progress=None)
     build.fetch_cards(run, world)
+    run = settled(run)
     facts = build.check_data(run)
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
     device = build.choose_device(run, world)
+    run = with_engine(run, precision=precision_on(run.engine.precision, device))
     hang_minutes = run.faults.watchdog_minutes
     # the watch speaks before a collective gives up
     joined = join(world, device=device, timeout_seconds=max(600.0, 60 * (hang_minutes or 0) + 60))
+    build.check_same_precision(run)
     watch = Watch(folder, world, hang_minutes=hang_minutes)
     try:
         with watch, StopFlag() as stop, contextlib.ExitStack() as held:

@@ -26,14 +26,6 @@ def bf16_peak(device: torch.device) -> float | None:
     return BF16_PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """If the device has units for bf16 (AMX, AVX512-BF16, ARM's; CUDA from capability 8.0). Others convert to fp32, and back."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    can = torch.cpu.get_capabilities()
-    return any(can.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
-
-
 def document_lengths(batch: TokenBatch) -> np.ndarray:
     """Lengths of a micro-batch's documents, int64; for one on the CPU. What lies behind `tokens` is padding.
 

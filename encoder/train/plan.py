@@ -16,6 +16,7 @@ from encoder.base.units import short_bytes, short_count
 from encoder.data.packing import pack_best_fit
 from encoder.data.shard_format import read_card, read_lengths
 from encoder.data.windows import cut, documents_per_window
+from encoder.engine.precision import precision_on
 from encoder.engine.zero_config import BUCKET_ELEMENTS
 from encoder.models.catalog import build_model
 from encoder.models.flops import train_flops
@@ -24,7 +25,8 @@ from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.train.branch import find_parent
 from encoder.train.build import compiles
-from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
+from encoder.train.config import PhaseConfig, RunConfig, SourceConfig, with_engine
+from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.train.initial import read_fitting
 from encoder.train.phases import PlannedStep, planned_steps
@@ -78,6 +80,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
 
     Raises UserError where the run cannot be; what is not there yet is only said.
     """
+    asked, run = run.engine.precision, on_machine(run, machine)
     needs = count_needs(run, ranks=ranks)
     count, decayed, memory = needs.parameters, needs.decayed, needs.memory
     steps = steps or list(planned_steps(run, fills=row_fills(run)))
@@ -86,7 +89,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         "",
         f"model       {count:,} parameters ({count - decayed:,} without weight decay), {run.model.num_hidden_layers} layers, "
         f"hidden {run.model.hidden_size}, vocabulary {run.model.vocab_size:,}",
-        f"engine      ZeRO-{run.engine.zero_stage}, {run.engine.precision}, {ranks} rank{'s' * (ranks > 1)}, "
+        f"engine      ZeRO-{run.engine.zero_stage}, {_precision_text(run, asked, machine)}, {ranks} rank{'s' * (ranks > 1)}, "
         f"micro-batches of {run.loader.micro_batch_rows} row{'s' * (run.loader.micro_batch_rows > 1)} "
         f"= {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens",
         f"optimizer   {run.optimizer.text}, decay {_decay_text(run)}",
@@ -94,6 +97,8 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         *([f"export      {stays}"] if (stays := stays_ours(run.model)) else []),
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
+        *(f"{'default' if i == 0 else '':<12}{d.text}" for i, d in enumerate(run.derived)),
+        *(f"{'warning' if i == 0 else '':<12}{line}" for i, line in enumerate(_warnings(run, machine))),
         "",
         f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15} "
         "learning rate",
@@ -126,6 +131,27 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
     return "\n".join(lines)
 
 
+def on_machine(run: RunConfig, machine: Machine | None) -> RunConfig:
+    """The run with the precision that `auto` means on a GPU, or here."""
+    return with_engine(run, precision="autocast" if machine and run.engine.precision == "auto" else
+                       precision_on(run.engine.precision, _device_here(run)))
+
+
+def _device_here(run: RunConfig) -> torch.device:
+    return torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _precision_text(run: RunConfig, asked: str, machine: Machine | None) -> str:
+    if asked != "auto":
+        return run.engine.precision
+    return f"{run.engine.precision} (auto: what {machine.name if machine else f'this {_device_here(run).type}'} is best at)"
+
+
+def _warnings(run: RunConfig, machine: Machine | None) -> list[str]:
+    slow = slow_precision_text(run, on_cuda=machine is not None or _device_here(run).type == "cuda")
+    return [*warnings_of(run), *([slow] if slow else [])]
+
+
 def _libraries_text(run: RunConfig, probe: Probe | None) -> str:
     on_cpu = run.device == "cpu" or run.device == "auto" and not torch.cuda.is_available()
     return "; torch and its libraries take about 0.8 GB beside it" if on_cpu and not probe else ""      # 782 to 840 MB seen
@@ -133,6 +159,7 @@ def _libraries_text(run: RunConfig, probe: Probe | None) -> str:
 
 def count_needs(run: RunConfig, *, ranks: int) -> Needs:
     """Counted from the model's shapes: no weight is made."""
+    run = on_machine(run, None)
     with torch.device("meta"):
         model = build_model(run.model, attention="sdpa", seed=run.seed)
     count = sum(p.numel() for p in model.parameters())

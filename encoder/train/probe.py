@@ -20,8 +20,9 @@ import torch
 from encoder.base.command import run_command
 from encoder.base.dist import World, join
 from encoder.base.errors import UserError
+from encoder.engine.precision import precision_on
 from encoder.models.flops import train_flops
-from encoder.train.config import RunConfig, read_run
+from encoder.train.config import RunConfig, read_run, with_engine
 from encoder.train.forecast import Probe
 from encoder.train.meters import document_lengths
 
@@ -48,6 +49,7 @@ def measure(run: RunConfig) -> Probe:
 
     world = World()
     device = build.choose_device(run, world)
+    run = with_engine(run, precision=precision_on(run.engine.precision, device))
     # on one thread of a CPU its own time: neighbours, who may be gone tomorrow, do not count
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter

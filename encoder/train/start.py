@@ -16,19 +16,20 @@ import torch
 
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError
-from encoder.base.log import say
+from encoder.base.log import say, warn_once
 from encoder.base.schema import differences, read_mapping
 from encoder.base.units import Progress, short_count
 from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.engine import Engine, start_engine
+from encoder.engine.precision import computes_bf16
 from encoder.models.hf_config import stays_ours
 from encoder.train import build
 from encoder.train.branch import find_parent
 from encoder.train.config import RunConfig, identity_of
+from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.feed import Quarantine
 from encoder.train.initial import InitialWeights
-from encoder.train.meters import computes_bf16
 from encoder.train.phases import phase_of_weights
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
@@ -141,6 +142,10 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
         f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}")
     if run.engine.precision in ("bf16", "autocast") and not computes_bf16(device):
         say(f"precision {run.engine.precision} on a {device.type} without units for bf16: up to 30 times as slow as fp32")
+    for line in warnings_of(run):
+        warn_once(line)
+    if device.type == "cuda" and computes_bf16(device) and (slow := slow_precision_text(run, on_cuda=True)):
+        warn_once(slow)
     if stays := stays_ours(run.model):
         say(f"export: {stays}")
     ledger = Path(run.out) / LEDGER

@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 
 from encoder.base.errors import CheckpointError, ModelError
+from encoder.base.schema import from_mapping, read_mapping
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import newest_checkpoint, read_progress, read_weights
-from encoder.engine.checkpoint_folder import COMMITTED, damage
-from encoder.models.hf_import import CONFIG, read_hf
-from encoder.models.stored import MODEL, StoredModel, fp32, read_stored
-from encoder.train.config import read_run
+from encoder.engine.checkpoint_folder import COMMITTED, committed_folders, damage
+from encoder.models.hf_import import CONFIG, read_hf, read_hf_config
+from encoder.models.modernbert import ModernBertConfig
+from encoder.models.stored import MODEL, StoredModel, fp32, read_stored, read_stored_config
+from encoder.train.config import RunConfig
 from encoder.train.phases import phase_of_weights
 from encoder.train.tracking import CHECKPOINTS, RUN_FILE
 
@@ -41,9 +43,39 @@ def read_model(path: Path) -> StoredModel:
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")
 
 
+def model_facts(path: Path) -> ModernBertConfig:
+    """The shape of the model at `path` without its weights, thetas as read_model has them. Raises UserError for what is none."""
+    if checkpoint := _newest_folder(path):
+        return checkpoint_facts(checkpoint).config
+    if (path / MODEL).is_file():
+        return read_stored_config(path)
+    return read_hf_config(path)
+
+
+def saved_run(path: Path) -> RunConfig:
+    """The run of a run folder or of one of its checkpoints. Raises CheckpointError, ConfigError."""
+    checkpoint = _newest_folder(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{path} holds no checkpoint; needed: a run folder or one of its checkpoints.")
+    return read_saved_run(checkpoint / RUN_FILE)
+
+
+def read_saved_run(path: Path) -> RunConfig:
+    """A run file that a run wrote: it says everything, and nothing is worked out again. Raises ConfigError."""
+    return from_mapping(RunConfig, read_mapping(path), where=str(path))
+
+
+def _newest_folder(path: Path) -> Path | None:
+    """The checkpoint at `path`, or the newest of the run folder at `path`; its files are not looked at."""
+    if (path / COMMITTED).is_file():
+        return path
+    folders = committed_folders(path / CHECKPOINTS)
+    return folders[-1] if folders else None
+
+
 def checkpoint_facts(checkpoint: Path) -> StoredModel:
     """All of a checkpoint's model but its weights. Raises CheckpointError, ConfigError."""
-    run = read_run(checkpoint / RUN_FILE)
+    run = read_saved_run(checkpoint / RUN_FILE)
     index = phase_of_weights(read_progress(checkpoint)[0])
     phase = run.phases[index]
     tokenizer_json = checkpoint.parent.parent / TOKENIZER

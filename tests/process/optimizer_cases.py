@@ -38,7 +38,8 @@ def begin(world: World, *, optimizer: str, zero_stage: int) -> tuple[Engine, dic
     zero_config.STAGE_3.update(stage3_param_persistence_threshold=0, sub_group_size=600)
     with torch.device("meta" if zero_stage == 3 else "cpu"):
         model = tiny_model()
-    engine = start_engine(model, config=EngineConfig(zero_stage=zero_stage), optimizer=CONFIGS[optimizer], world=world, device=CPU)
+    engine = start_engine(model, config=EngineConfig(zero_stage=zero_stage, precision="fp32"),
+                          optimizer=CONFIGS[optimizer], world=world, device=CPU)
     at = {"step": 0}
     for name, p in engine.module.named_parameters():
         p.register_hook(lambda g, name=name: gradient(name, g.shape, at["step"]))

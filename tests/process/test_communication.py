@@ -59,8 +59,8 @@ def moved(world: World, *, stage: int) -> list[dict[str, float]]:
     """In steps of one and of three micro-batches."""
     with torch.device("meta" if stage == 3 else "cpu"):
         model = tiny_model()
-    engine = start_engine(model, config=EngineConfig(zero_stage=stage), optimizer=StableAdamWConfig(), world=world,
-                          device=torch.device("cpu"))
+    engine = start_engine(model, config=EngineConfig(zero_stage=stage, precision="fp32"), optimizer=StableAdamWConfig(),
+                          world=world, device=torch.device("cpu"))
     results = []
     for count in (1, 3):
         rows = [[world.rank + 2 * i] for i in range(count)]

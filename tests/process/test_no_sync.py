@@ -122,7 +122,8 @@ def test_an_update_of_whole_tensors_asks_nothing_and_brings_no_number_to_the_dev
 def reads_of_steps(world: World, *, stage: int) -> list[list[str]]:
     """What steps of 1, 1 and 5 micro-batches read, the update included."""
     with mock.patch.object(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel")):
-        engine = start_engine(ModernBertForMaskedLM(CONFIG), config=EngineConfig(zero_stage=stage), optimizer=StableAdamWConfig(),
+        engine = start_engine(ModernBertForMaskedLM(CONFIG), config=EngineConfig(zero_stage=stage, precision="fp32"),
+                              optimizer=StableAdamWConfig(),
                               world=world, device=torch.device("cpu"))
         counts = []
         for batches in (1, 1, 5):

@@ -23,7 +23,8 @@ from encoder.train.plan import plan_text
 from launch.plan import main
 
 TINY = "configs/pretrain/tiny_cpu.yaml"
-MACHINE = Machine(name="one of ours", flops=1e12, memory_bytes_per_second=1e15, memory_bytes=8e9, link_bytes_per_second=1e9,
+MACHINE = Machine(name="one of ours", flops=1e12, fp32_flops=1e12, memory_bytes_per_second=1e15,
+                  memory_bytes=8e9, link_bytes_per_second=1e9,
                   product_share=0.5, memory_share=1.0)
 
 
@@ -55,7 +56,7 @@ def test_a_measured_link_is_not_assumed_and_one_rank_sends_nothing():
 
 def test_small_models_wait_for_their_kernels():
     run = read_run(TINY)
-    fast = replace(MACHINE, flops=1e30)
+    fast = replace(MACHINE, flops=1e30, fp32_flops=1e30)
     layers, micro_batches = run.model.num_hidden_layers, 2          # 4 rows a rank, two in a micro-batch
     seconds = 3 * micro_batches * layers * MICRO_STEP_KERNELS * KERNEL_SECONDS
     assert of(run, machine=fast).computing_seconds == pytest.approx(seconds)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import encoder.train.meters as meters
+from encoder.engine.precision import computes_bf16
 from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths
 from tests.packed_for_tests import packed
 
@@ -42,7 +43,7 @@ def test_a_device_without_a_known_peak_has_no_utilization(monkeypatch):
                                         ({"bf16": True}, True)])
 def test_a_cpu_computes_in_bf16_if_it_has_units_for_it(monkeypatch, units, can):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
-    assert meters.computes_bf16(torch.device("cpu")) is can
+    assert computes_bf16(torch.device("cpu")) is can
 
 
 @pytest.mark.parametrize("tokens, expected", [(10, [3, 5, 2]), (8, [3, 5]), (0, [])])
