@@ -158,7 +158,7 @@ class _Filler:
             self.put(m, "seed", SEED, "the usual one")
         else:
             self.put(m, "seed", parent_seed + 1, f"another one than branch_from's {parent_seed}, which would bring the same order")
-        whole = {"system": SYSTEM, **to_plain(source)} if source else UNKNOWN
+        whole = {"system": SYSTEM, **to_plain(source)} if source else UNKNOWN      # on a resume the source may be gone
         self.put(m, "model", whole, f"that of {word} {path}")
         model = m.get("model")
         if not isinstance(model, dict) or model is whole:
@@ -166,12 +166,13 @@ class _Filler:
         model.setdefault("system", SYSTEM)
         if not isinstance(model["system"], str) or model["system"] not in SYSTEMS:
             return
+        if model.get("positions", "rope") == "rope":
+            for theta in ("global_rope_theta", "local_rope_theta"):
+                value = getattr(source, theta) if source else UNKNOWN
+                self.put(model, f"model.{theta}", value, f"the weights of {word} were trained at it")
         if source:
             self.put(model, "model.vocab_size", source.vocab_size, f"that of {word}")
             self.put(model, "model.initializer_range", source.initializer_range, f"that of {word}")
-            if model.get("positions", "rope") == "rope":
-                self.put(model, "model.global_rope_theta", source.global_rope_theta, f"the weights of {word} were trained at it")
-                self.put(model, "model.local_rope_theta", source.local_rope_theta, f"the weights of {word} were trained at it")
             return
         card = next((c for c in map(_card_at, _folders(m)) if c), None)
         if card:

@@ -75,10 +75,10 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     hang_minutes = run.faults.watchdog_minutes
     # the watch speaks before a collective gives up
     joined = join(world, device=device, timeout_seconds=max(600.0, 60 * (hang_minutes or 0) + 60))
-    build.check_same_precision(run)
     watch = Watch(folder, world, hang_minutes=hang_minutes)
     try:
         with watch, StopFlag() as stop, contextlib.ExitStack() as held:
+            build.check_same_precision(run)
             started = start_run(run, facts, world, device, folder, held, initial)
             board = held.enter_context(open_board(first_rank=world.first, every_steps=run.tracking.print_every_steps))
             story = _Story(run, facts, world, device, folder, started, watch, clock, board)
