@@ -17,7 +17,7 @@ def plan_first(run_file: str, overrides: Sequence[str], *, ranks: Sequence[int],
         from encoder.train.config import read_run
         from encoder.train.fit import fit_ranks
         from encoder.train.plan import count_needs, plan_text
-        from encoder.train.start import check_same_run
+        from encoder.train.same import check_same_data, check_same_run
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not on this machine, so the run cannot be planned. Use the Python that the jobs use, or "
                         "--no-plan: the check job looks at everything, too.") from error
@@ -27,7 +27,7 @@ def plan_first(run_file: str, overrides: Sequence[str], *, ranks: Sequence[int],
         for warning in fit_ranks(run, ranks=count).warnings:
             print(f"warning: {warning}")
     if shards_must_be_there and not any(source.cache for source in run.all_sources()):
-        check_data(run)
+        check_same_data(run, check_data(run), Path(run.out))
     place = next(path for path in (Path(run.out).absolute(), *Path(run.out).absolute().parents) if path.exists())
     free, need = shutil.disk_usage(place).free, 2 * count_needs(run, ranks=ranks[0]).checkpoint_bytes
     if free < need:

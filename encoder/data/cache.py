@@ -57,7 +57,7 @@ class ShardCache:
 
     def __init__(self, *, origin: str, folder: Path, limit_bytes: int | None = None) -> None:
         self.origin, self.limit_bytes = origin, limit_bytes
-        self.in_place = origin == str(folder)
+        self.in_place = Path(origin) == folder
         self.folder = folder if self.in_place else folder / SHARDS
         self._seen_right: set[str] = set()           # names of what was unpacked in place
 
@@ -212,13 +212,28 @@ def fetch_side_files(origin: str, folder: Path) -> None:
             if not mark.exists() and any(p.name != ".side.lock" and not is_leftover(p.name) for p in folder.iterdir()):
                 raise ShardError(f"{folder} is not empty and no cache of shards. Name an empty folder as cache.")
             if mark.exists() and (found := mark.read_text(encoding="utf-8").strip()) != origin:
-                raise ShardError(f"{folder} is the cache of {found}, not of {origin}. Give each source a cache of its own.")
+                if not _has_card_of(folder, origin):
+                    raise ShardError(f"{folder} is the cache of {found}, not of {origin}. Give each source a cache of its own.")
+                write_atomic(mark, origin + "\n")        # moved, or named by another path: the same card, the same bytes
             if not (folder / CARD).exists():
                 write_atomic(mark, origin + "\n")
                 _fetch_side_files(origin, folder)
     except OSError as error:
         raise ShardError(f"{folder} cannot be the cache of {origin}: {error.strerror or error}. "
                          "Mend that, or set cache to a folder on a disk of this machine with room.") from error
+
+
+def _has_card_of(folder: Path, origin: str) -> bool:
+    """Whether a finished cache holds what lies at `origin`, by its card there; not where that cannot be had."""
+    part = folder / ".side.part"
+    try:
+        _new_folder(part)
+        remote.download(remote.url_of(origin, CARD), part / CARD)
+        return (part / CARD).read_bytes() == (folder / CARD).read_bytes()
+    except Exception:      # streaming raises what its many back ends raise
+        return False
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _fetch_side_files(origin: str, folder: Path) -> None:

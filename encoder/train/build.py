@@ -16,7 +16,7 @@ from encoder.base.allocator import keep_freed_memory
 from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, device_index, max_over_ranks
-from encoder.base.errors import ConfigError, RankError, ShardError, SilentError, UserError
+from encoder.base.errors import ConfigError, RankError, SilentError, UserError
 from encoder.base.files import sha256_of
 from encoder.base.rng import generator
 from encoder.data.cache import fetch_side_files
@@ -30,7 +30,7 @@ from encoder.nn.attend import Situation, choose_backend
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.contract import Corrupt
 from encoder.objectives.words import read_word_edges
-from encoder.train.config import PhaseConfig, RunConfig, SourceConfig
+from encoder.train.config import PhaseConfig, RunConfig, SourceConfig, with_settings
 from encoder.train.evaluate import HeldOut, unigram_entropy
 from encoder.train.repeats import count_repeats
 
@@ -67,6 +67,7 @@ def check_data(run: RunConfig) -> DataFacts:
     """Reads every card of the run (no shard). Raises ShardError or ConfigError; the same on every rank."""
     cards: dict[str, Card] = {}
     paths: dict[str, Path] = {}
+    digests: dict[str, str] = {}
     groups = [(run.data.sources, "")] + [(p.sources, "") for p in run.phases if p.sources]
     if run.evaluation:
         groups.append((run.evaluation.sources, HELD_OUT))
@@ -77,28 +78,31 @@ def check_data(run: RunConfig) -> DataFacts:
             raise ConfigError(f"two sources of one mixture are named {twice}. Give one of them another name: NAME.")
         for name, source in zip(names, sources, strict=True):
             path = source.folder
-            if paths.setdefault(name + mark, path) != path:
+            cards[name + mark] = read_card(path)
+            digest = sha256_of(path / CARD)
+            if digests.setdefault(name + mark, digest) != digest:
                 raise ConfigError(
                     f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME."
                 )
-            cards[name + mark] = read_card(path)
+            paths.setdefault(name + mark, path)
     count_repeats(run)       # refuses more than a source's max_epochs
     first = check_same_tokenizer(cards)
     for name, card in cards.items():
         check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))
     return DataFacts(specials=first.specials, vocab_size=first.vocab_size,
                      tokenizer_json=next(iter(paths.values())) / TOKENIZER,
-                     card_sha256={name: sha256_of(path / CARD) for name, path in paths.items()})
+                     card_sha256=digests)
 
 
-def check_same_data(facts: DataFacts, saved_sha256: dict[str, str]) -> None:
-    """The shards of a resumed run are those it was started with. Raises ShardError."""
-    for name, digest in saved_sha256.items():
-        if HELD_OUT in name:        # what is only looked at may change
-            continue
-        if facts.card_sha256.get(name) != digest:
-            raise ShardError(f"the card of source {name} is not the one this run was trained on. "
-                             "Put the shards back, or start again with another out.")
+def named_sources(run: RunConfig) -> RunConfig:
+    """The run with the name of every source written out, as it is recorded: a source is known by it wherever it lies."""
+    def named(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
+        return tuple(dataclasses.replace(s, name=source_name(s)) for s in sources)
+
+    return with_settings(
+        run, data=dataclasses.replace(run.data, sources=named(run.data.sources)),
+        phases=tuple(dataclasses.replace(p, sources=p.sources and named(p.sources)) for p in run.phases),
+        evaluation=run.evaluation and dataclasses.replace(run.evaluation, sources=named(run.evaluation.sources)))
 
 
 def choose_device(run: RunConfig, world: World) -> torch.device:

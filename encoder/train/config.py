@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.schema import Tokens, chosen_by, from_mapping, put_override, read_mapping, to_plain
+from encoder.base.schema import Tokens, chosen_by, differences, from_mapping, put_override, read_mapping, to_plain
 from encoder.base.units import short_count
 from encoder.data.remote import SCHEMES
 from encoder.engine.engine import EngineConfig
@@ -328,25 +328,49 @@ def run_of(given: dict[str, Any], *, where: str) -> RunConfig:
 
 def with_engine(run: RunConfig, **changes: Any) -> RunConfig:
     """The run with other settings of its engine; it keeps what it knows of its file."""
-    changed = dataclasses.replace(run, engine=dataclasses.replace(run.engine, **changes))
+    return with_settings(run, engine=dataclasses.replace(run.engine, **changes))
+
+
+def with_settings(run: RunConfig, **changes: Any) -> RunConfig:
+    """As dataclasses.replace; the run keeps what it knows of its file."""
+    changed = dataclasses.replace(run, **changes)
     object.__setattr__(changed, "given", run.given)
     object.__setattr__(changed, "derived", run.derived)
     return changed
 
 
 def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
-    """The plain values that decide the curve; a checkpoint goes on only under equal ones."""
+    """The plain values that decide the curve; a checkpoint goes on only under equal ones.
+
+    No path is among them, for it is content that decides: encoder.train.same holds cards, initial weights and a branch's parent
+    against what the checkpoint has of them.
+    """
     plain = run if isinstance(run, dict) else to_plain(run)
-    identity = _without_caches({key: plain.get(key) for key in IDENTITY})
+    identity = _without_places({key: plain.get(key) for key in IDENTITY})
+    for key in ("init_from", "branch_from"):
+        identity[key] = "a stored model" if plain.get(key) else None
     identity["engine"] = {"gradient_clipping": (plain.get("engine") or {}).get("gradient_clipping")}
     return identity
 
 
-def _without_caches(plain: Any) -> Any:
-    """Where a source's files are kept on a machine decides nothing."""
+def changed_settings(before: dict[str, Any], run: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of what decides the curve and is another than in the run file `before`.
+
+    A source without a name has its card's: there the names on the cards are compared, and not the settings.
+    """
+    changed = differences(identity_of(before), identity_of(run))
+    return [(key, old, new) for key, old, new in changed
+            if not (".sources." in f".{key}" and key.endswith(".name") and (old is None or new is None))]
+
+
+PLACES = ("path", "cache", "cache_bytes", "max_epochs")      # of a source: where it is, and how much of it is too much
+
+
+def _without_places(plain: Any) -> Any:
+    """The settings without where a source lies and where its files are kept: neither decides anything."""
     if isinstance(plain, dict):
-        return {k: _without_caches(v) for k, v in plain.items() if k not in ("cache", "cache_bytes")}
-    return [_without_caches(v) for v in plain] if isinstance(plain, list) else plain
+        return {k: _without_places(v) for k, v in plain.items() if k not in PLACES}
+    return [_without_places(v) for v in plain] if isinstance(plain, list) else plain
 
 
 def with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from encoder.train.doctor_links import Hinder, Links, rounds_of
 from encoder.train.doctor_meet import Meeting, Silent
 from encoder.train.fit import fit_ranks
 from encoder.train.plan import count_needs
-from encoder.train.start import check_same_run
+from encoder.train.same import check_same_data, check_same_run
 
 WAIT_SECONDS = 45.0         # a python of 1,000 nodes on a busy file system starts within that
 BAD_NODES = "bad_nodes"
@@ -138,7 +138,7 @@ class Doctor:
     def _judge_run(self, run: RunConfig) -> None:
         """What rank zero can see alone of the run file, its data and its folder."""
         for check in (lambda: run.tracking.check_packages(), lambda: check_same_run(run, Path(run.out)),
-                      lambda: None if self.findings.mistakes else build.check_data(run)):
+                      lambda: None if self.findings.mistakes else check_same_data(run, build.check_data(run), Path(run.out))):
             try:
                 check()
             except (UserError, OSError) as error:

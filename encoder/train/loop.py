@@ -41,7 +41,8 @@ from encoder.train.initial import read_initial
 from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths, memory_bytes
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
-from encoder.train.start import Started, check_same_run, fingerprint, load_verified, start_run
+from encoder.train.same import check_same_run
+from encoder.train.start import Started, fingerprint, load_verified, start_run
 from encoder.train.tracking import CHECKPOINTS, DONE, EVENTS, LEDGER, RUN_FILE, Ledger, Tracker, chain, chain_back
 from encoder.train.watch import Watch
 
@@ -68,6 +69,7 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     build.fetch_cards(run, world)
     run = settled(run)
     facts = build.check_data(run)
+    run = build.named_sources(run)
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
     device = build.choose_device(run, world)

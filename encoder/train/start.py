@@ -17,7 +17,6 @@ import torch
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError
 from encoder.base.log import say, warn_once
-from encoder.base.schema import differences, read_mapping
 from encoder.base.units import Progress, short_count
 from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.checkpoint_folder import committed_folders
@@ -26,11 +25,12 @@ from encoder.engine.precision import computes_bf16
 from encoder.models.hf_config import stays_ours
 from encoder.train import build
 from encoder.train.branch import find_parent
-from encoder.train.config import RunConfig, identity_of
+from encoder.train.config import RunConfig
 from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.feed import Quarantine
 from encoder.train.initial import InitialWeights
 from encoder.train.phases import phase_of_weights
+from encoder.train.same import check_same_content, check_same_settings
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
 # relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
@@ -78,9 +78,10 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     progress, extra = Progress(), {}
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is not None:
-        _check_same_settings(run, found / RUN_FILE, of=str(found))
+        with build.all_ranks_agree(world):
+            check_same_settings(run, found / RUN_FILE, of=str(found))
+            check_same_content(run, facts, found, first=world.first)
         progress, extra = load_verified(found, run, engine, device)
-        build.check_same_data(facts, extra["card_sha256"])
     elif parent:
         load_verified(parent.checkpoint, parent.run, engine, device)
         progress, extra = Progress(ledger_hash=parent.progress.ledger_hash), {"parent": parent.record}
@@ -179,21 +180,3 @@ def load_verified(found: Path, run: RunConfig, engine: Engine, device: torch.dev
             "The weights did not come back as they went; remove this folder to use the one before."
         )
     return progress, extra
-
-
-def check_same_run(run: RunConfig, folder: Path) -> None:
-    """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed."""
-    path = folder / RUN_FILE
-    started = (folder / LEDGER).exists() and (folder / LEDGER).stat().st_size > 0 or (folder / CHECKPOINTS).exists()
-    if path.exists() and started:
-        _check_same_settings(run, path, of=str(folder))
-
-
-def _check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
-    before = read_mapping(path)
-    changed = differences(identity_of(before), identity_of(run))
-    if changed:
-        key, old, new = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise CheckpointError(f"{of} holds another run: {key} was {old}, now {new}{more}. "
-                              "Put it back, or start anew with out=ANOTHER_FOLDER.")

@@ -161,6 +161,13 @@ def test_a_cache_belongs_to_one_source_and_is_no_folder_of_other_files(folder, t
         open_source(f"s3://bucket{folder}", name="web", cache=folder)
 
 
+def test_a_cache_stays_that_of_a_source_that_was_moved(folder, tmp_path, faults):
+    open_source(f"s3://bucket{folder}", name="web", cache=tmp_path / "cache").read(0)
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    source = open_source(f"s3://bucket{moved}", name="web", cache=tmp_path / "cache")
+    assert reads_all(source) and (tmp_path / "cache" / "origin.txt").read_text() == f"s3://bucket{moved}\n"
+
+
 def test_a_full_disk_is_said_at_once(folder, tmp_path, faults):
     def full(name, _number, _path):
         if name.startswith("shard"):

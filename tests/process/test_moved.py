@@ -1,0 +1,131 @@
+"""A run is known by its content: shards and models may be moved and named by another path, and not exchanged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from encoder.base.dist import World
+from encoder.base.errors import UserError
+from encoder.data.loader import Loader
+from encoder.train import build
+from encoder.train.config import read_run
+from encoder.train.loop import pretrain
+from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, read_jsonl
+from tests.process.ranks import run_ranks
+from tests.shards_for_tests import random_documents, write_source
+
+RUN = """
+name: moved
+out: none
+seed: 3
+model: {{system: modernbert, vocab_size: 64, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1,
+        num_attention_heads: 1, max_position_embeddings: 64}}
+data: {{sources: [{{path: {root}/a/train}}, {{path: {root}/b/train}}], row_tokens: 64, window_documents: 30}}
+objective: {{name: mlm}}
+phases: [{{name: one, tokens: 3K, max_tokens_per_document: 48, batch_tokens: 256, lr: {{schedule: constant, peak: 1e-3}}}}]
+checkpoints: {{every_tokens: 1K, keep_last: 99}}
+engine: {{precision: fp32}}
+loader: {{workers: 0}}
+tracking: {{print_every_steps: 100}}
+"""
+
+
+def start(world: World, root: Path, out: str, *settings: str, stop_at: int = 0) -> str:
+    """One start; its error, or nothing. `stop_at`: it fails before this step, as a kill would end it."""
+    plain, calls = Loader.next_step, [0]
+
+    def next_step(self):
+        calls[0] += 1
+        if calls[0] == stop_at:
+            raise UserError("stopped here")
+        return plain(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "next_step", next_step)
+        try:
+            pretrain(read_run(root / "run.yaml", [f"out={root}/{out}", *settings]), world)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def paths(a: object, b: object) -> list[str]:
+    return [f"data.sources.0.path={a}", f"data.sources.1.path={b}"]
+
+
+def moves(world: World, *, folder: str) -> dict[str, str]:
+    """Starts, stops, moves and goes on, in one process; what each start said."""
+    root, said = Path(folder), {}
+    said["whole"] = start(world, root, "whole")
+    for name in ("new", "old", "other", "swapped"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "old":       # as runs were recorded before: a source's name only where the run file has one
+                patch.setattr(build, "named_sources", lambda run: run)
+            said[f"{name} stops"] = start(world, root, name, stop_at=9)
+    begun = root / "branch", root / "grown"
+    said["branch stops"] = start(world, root, "branch", f"branch_from={root}/whole", "seed=4", stop_at=9)
+    said["grown stops"] = start(world, root, "grown", f"init_from={root}/whole", stop_at=9)
+    assert all(path.is_dir() for path in begun)
+
+    (root / "elsewhere").mkdir()
+    shutil.move(root / "a", root / "elsewhere" / "a")
+    os.symlink(root / "elsewhere" / "a", root / "link")
+    os.chdir(root)
+    moved = paths("./elsewhere/../link/train/", f"{root}/b/train//")
+    said["new"] = start(world, root, "new", *moved)
+    said["old"] = start(world, root, "old", *moved)
+    said["swapped"] = start(world, root, "swapped", *paths("b/train", "link/train"))
+    said["weight"] = start(world, root, "swapped", *moved, "data.sources.0.weight=2")
+
+    shutil.copytree(root / "whole", root / "copy")
+    said["branch of another"] = start(world, root, "branch", *moved, f"branch_from={root}/other", "seed=4")
+    said["branch"] = start(world, root, "branch", *moved, "branch_from=copy", "seed=4")
+    said["grown of another"] = start(world, root, "grown", *moved, f"init_from={root}/other")
+    said["grown"] = start(world, root, "grown", *moved, "init_from=copy/")
+
+    shutil.rmtree(root / "elsewhere" / "a")
+    write_source(root / "elsewhere" / "a" / "train", random_documents(90, seed=9, longest=60), vocab_size=64)
+    said["other"] = start(world, root, "other", *moved)
+    return said
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    root = tmp_path_factory.mktemp("moved")
+    for name, seed in (("a", 1), ("b", 2)):
+        write_source(root / name / "train", random_documents(90, seed=seed, longest=60), vocab_size=64)
+    (root / "run.yaml").write_text(RUN.format(root=root))
+    (said,) = run_ranks(moves, 1, folder=str(root))
+    return root, said
+
+
+@pytest.mark.parametrize("name", ["new", "old"])
+def test_a_run_goes_on_over_moved_shards_however_their_path_is_spelt(told, name):
+    root, said = told
+    assert said[f"{name} stops"] == "stopped here" and said[name] == "" and (root / name / DONE).is_file()
+    assert read_jsonl(root / name / LEDGER) == read_jsonl(root / "whole" / LEDGER)
+    assert len(list((root / name / CHECKPOINTS).glob("tokens*"))) > 1
+
+
+def test_other_text_under_the_same_path_is_refused_with_both_hashes(told):
+    _, said = told
+    assert said["other"].startswith("source a in ") and "has a card of SHA-256" in said["other"]
+    assert "this run was trained on" in said["other"] and "\n" not in said["other"]
+
+
+def test_sources_in_another_order_or_of_another_weight_are_another_run(told):
+    _, said = told
+    assert "was trained on the sources a, b, the run file has b, a" in said["swapped"] or "sources.0.name was a" in said["swapped"]
+    assert "data.sources.0.weight was 1.0, now 2.0" in said["weight"]
+
+
+def test_a_model_or_a_parent_is_known_by_its_content_and_not_its_path(told):
+    root, said = told
+    assert said["branch"] == said["grown"] == ""
+    assert "branch_from" in said["branch of another"] and "is not what this run branched off" in said["branch of another"]
+    assert "holds weights of SHA-256" in said["grown of another"]
+    assert (root / "branch" / DONE).is_file() and (root / "grown" / DONE).is_file()
