@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         run = read_run(args.run, args.overrides)
         from encoder.train.phases import planned_steps
         from encoder.train.plan import plan_text, row_fills
-        steps = list(planned_steps(run, fills=row_fills(run)))
+        steps = planned_steps(run, fills=row_fills(run))
         machine = probed = None
         if args.gpu:
             from encoder.train.forecast import gpu

@@ -180,21 +180,50 @@ def rows_at(phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: Ba
     full = whole_rows(batch_tokens, row_tokens, name="batch_tokens")
     if warmup is None:
         return full
+    stairs = _stairs_of(warmup, full=full, batch_tokens=batch_tokens, row_tokens=row_tokens)
+    at = stairs.index_at(phase_tokens)
+    return stairs.sizes[at] if at < len(stairs.sizes) else full
+
+
+def next_rise(phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: BatchWarmup | None) -> int | None:
+    """The first tokens of the phase, beyond `phase_tokens`, at which a step has more rows; None where it is full already."""
+    if warmup is None:
+        return None
+    full = whole_rows(batch_tokens, row_tokens, name="batch_tokens")
+    stairs = _stairs_of(warmup, full=full, batch_tokens=batch_tokens, row_tokens=row_tokens)
+    at = stairs.index_at(phase_tokens)
+    return stairs.end_of(at) if at < len(stairs.sizes) else None
+
+
+@dataclass(frozen=True)
+class _Stairs:
+    """A warm-up in rows. Whole numbers throughout; there may be millions of stairs."""
+
+    sizes: range
+    over_tokens: int
+
+    def passed(self, stairs: int) -> int:
+        """The sum of the first sizes."""
+        return stairs * self.sizes.start + self.sizes.step * stairs * (stairs - 1) // 2
+
+    def index_at(self, phase_tokens: int) -> int:
+        """The first stair with phase_tokens < over_tokens * passed / weight; their number behind the last one."""
+        return bisect.bisect_right(range(1, len(self.sizes) + 1), phase_tokens * self.passed(len(self.sizes)),
+                                   key=lambda stairs: self.over_tokens * self.passed(stairs))
+
+    def end_of(self, stair: int) -> int:
+        """The first tokens that are not on it any more."""
+        return -(-self.over_tokens * self.passed(stair + 1) // self.passed(len(self.sizes)))
+
+
+def _stairs_of(warmup: BatchWarmup, *, full: int, batch_tokens: int, row_tokens: int) -> _Stairs:
     first = whole_rows(warmup.from_tokens, row_tokens, name="batch_warmup.from_tokens")
     stair = first if warmup.increase_tokens is None else whole_rows(
         warmup.increase_tokens, row_tokens, name="batch_warmup.increase_tokens")
     if first >= full:
         raise ConfigError(f"batch_warmup.from_tokens {warmup.from_tokens:,} is not below batch_tokens {batch_tokens:,}. "
                           "Lower it, or leave batch_warmup out.")
-    sizes = range(first, full, stair)
-
-    def passed(stairs: int) -> int:
-        return stairs * first + stair * stairs * (stairs - 1) // 2       # the sum of the first sizes
-
-    # the first stair with phase_tokens < over_tokens * passed / weight, in whole numbers; there may be millions of stairs
-    at = bisect.bisect_right(range(1, len(sizes) + 1), phase_tokens * passed(len(sizes)),
-                             key=lambda stairs: warmup.over_tokens * passed(stairs))
-    return sizes[at] if at < len(sizes) else full
+    return _Stairs(range(first, full, stair), warmup.over_tokens)
 
 
 def whole_rows(tokens: int, row_tokens: int, *, name: str) -> int:

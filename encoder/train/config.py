@@ -23,7 +23,7 @@ from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
 from encoder.objectives.mlm import MaskShare
 from encoder.optim.catalog import OPTIMIZERS
-from encoder.optim.schedule import SCHEDULES, BatchWarmup, rows_at
+from encoder.optim.schedule import SCHEDULES, BatchWarmup, next_rise, rows_at
 from encoder.train.faults import FaultConfig
 
 
@@ -286,6 +286,11 @@ class RunConfig:
         lanes = self.data.lanes      # as many rows of each
         return lanes * rows_at(phase_tokens, batch_tokens=phase.batch_tokens, row_tokens=lanes * self.data.row_tokens,
                                warmup=phase.batch_warmup)
+
+    def next_rise(self, phase: PhaseConfig, phase_tokens: int) -> int | None:
+        """The first tokens of the phase, beyond `phase_tokens`, at which a step has more rows, or None."""
+        return next_rise(phase_tokens, batch_tokens=phase.batch_tokens, row_tokens=self.data.lanes * self.data.row_tokens,
+                         warmup=phase.batch_warmup)
 
     def mask_share_of(self, phase: PhaseConfig) -> MaskShare:
         """The share of a phase's tokens that is asked: the phase's own or the objective's, over the phase's tokens."""

@@ -17,7 +17,7 @@ from encoder.base.errors import ConfigError, nearest
 from encoder.base.units import short_count, short_seconds
 from encoder.train.config import RunConfig
 from encoder.train.meters import BF16_PEAKS
-from encoder.train.phases import PlannedStep
+from encoder.train.phases import Stretch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,9 @@ class Forecast:
         return self.tokens / self.seconds
 
 
-def forecast(run: RunConfig, *, steps: Sequence[PlannedStep], flops_per_token: Sequence[float], parameters: int, ranks: int,
+def forecast(run: RunConfig, *, stretches: Sequence[Stretch], flops_per_token: Sequence[float], parameters: int, ranks: int,
              machine: Machine | None = None, probe: Probe | None = None, interconnect: float | None = None) -> Forecast:
-    """Of `steps` on `ranks` ranks of a machine, or of the one that was probed. flops_per_token: a number a phase.
+    """Of the steps in `stretches` on `ranks` ranks of a machine, or of the one that was probed. flops_per_token: a number a phase.
 
     interconnect: bytes a second of a rank to the others, each way.
     """
@@ -115,25 +115,22 @@ def forecast(run: RunConfig, *, steps: Sequence[PlannedStep], flops_per_token: S
         machine.memory_bytes_per_second * machine.memory_share)
     parts = {"computing": 0.0, "update": 0.0, "communication": 0.0, "data": 0.0}
     most_bytes = 0.0
-    seconds_of_rows = {}                      # steps of equal phase and rows are equal; a recipe has 439,360 of them
-    for step in steps:
-        key = step.phase, step.rows
-        if key not in seconds_of_rows:
-            phase, rows = run.phases[step.phase], math.ceil(step.rows / ranks)
-            micro_batches = math.ceil(rows / run.loader.micro_batch_rows)
-            tokens = step.tokens / step.rows * rows
-            flops = tokens * flops_per_token[step.phase]
-            sent = communication_bytes(run, parameters=parameters, ranks=ranks, micro_batches=micro_batches)
-            most_bytes = max(most_bytes, sent)
-            seconds_of_rows[key] = {
-                "computing": flops / probe.flops_per_second[phase.max_tokens_per_document] if probe else
-                _computing_seconds(run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches),
-                "update": update, "communication": sent / link,
-                # a GPU's rows are made by other processes meanwhile
-                "data": tokens * probe.data_seconds_per_token if probe else 0.0}
-        for name, seconds in seconds_of_rows[key].items():
-            parts[name] += seconds
-    return Forecast(tokens=sum(s.tokens for s in steps), bytes_a_step=most_bytes, assumed=tuple(assumed),
+    for stretch in stretches:
+        phase, rows = run.phases[stretch.phase], math.ceil(stretch.rows / ranks)
+        micro_batches = math.ceil(rows / run.loader.micro_batch_rows)
+        tokens = stretch.tokens / stretch.rows * rows
+        flops = tokens * flops_per_token[stretch.phase]
+        sent = communication_bytes(run, parameters=parameters, ranks=ranks, micro_batches=micro_batches)
+        most_bytes = max(most_bytes, sent)
+        seconds_of_step = {
+            "computing": flops / probe.flops_per_second[phase.max_tokens_per_document] if probe else
+            _computing_seconds(run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches),
+            "update": update, "communication": sent / link,
+            # a GPU's rows are made by other processes meanwhile
+            "data": tokens * probe.data_seconds_per_token if probe else 0.0}
+        for name, seconds in seconds_of_step.items():
+            parts[name] += stretch.steps * seconds
+    return Forecast(tokens=sum(s.steps * s.tokens for s in stretches), bytes_a_step=most_bytes, assumed=tuple(assumed),
                     **{f"{name}_seconds": seconds for name, seconds in parts.items()})
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from encoder.base.units import Progress
@@ -11,7 +12,7 @@ from encoder.train.config import PhaseConfig, RunConfig
 
 
 class PlannedStep(NamedTuple):
-    """One step as the schedules foresee it, with rows `fill` full. A tuple: the recipe of base has 439,360 of them."""
+    """One step as the schedules foresee it, with rows `fill` full."""
 
     phase: int
     step: int                # 1-based, whole run
@@ -51,18 +52,75 @@ def phase_of_weights(progress: Progress) -> int:
     return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
 
 
-def planned_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> Iterator[PlannedStep]:
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one phase that follow each other and are of one size."""
+
+    phase: int
+    first_step: int          # 1-based, whole run
+    first_tokens: int        # of the phase, seen before the first of them
+    rows: int
+    tokens: int              # of each step
+    steps: int
+
+
+class PlannedSteps(Sequence[PlannedStep]):
+    """All steps of a run by their number, worked out when asked for: 10^9 of them take as much room as one.
+
+    `stretches` has an entry for each phase and for each size of its batch warm-up.
+    """
+
+    def __init__(self, run: RunConfig, stretches: Sequence[Stretch]) -> None:
+        self.stretches = tuple(stretches)
+        self._run, self._firsts = run, [s.first_step - 1 for s in stretches]
+
+    def __len__(self) -> int:
+        last = self.stretches[-1]
+        return last.first_step - 1 + last.steps
+
+    def __getitem__(self, index: int) -> PlannedStep:
+        """Step `index` + 1 of the run. Raises IndexError beyond the last one."""
+        index += len(self) if index < 0 else 0
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._firsts, index) - 1
+        return self._step(self.stretches[number], index - self._firsts[number])
+
+    def __iter__(self) -> Iterator[PlannedStep]:
+        return (self._step(stretch, place) for stretch in self.stretches for place in range(stretch.steps))
+
+    def indices(self, phase: int, *, until_tokens: int | None = None) -> range:
+        """Of the steps of a phase; of those alone before which it had at most `until_tokens`."""
+        own = [s for s in self.stretches if s.phase == phase]
+        first, end = own[0].first_step - 1, own[-1].first_step - 1 + own[-1].steps
+        if until_tokens is None:
+            return range(first, end)
+        return range(first, bisect_right(range(end), until_tokens, lo=first, key=lambda i: self[i].phase_tokens))
+
+    def peak_lr(self, phase: int) -> float:
+        """The highest rate of a phase's steps: schedules rise until their warm-up ends and fall from there."""
+        own = self.indices(phase)
+        top = self.indices(phase, until_tokens=getattr(self._run.phases[phase].lr, "warmup_tokens", 0))[-1]
+        return max(self[i].lr for i in {own[0], own[-1], *range(max(own[0], top - 1), min(own[-1], top + 1) + 1)})
+
+    def _step(self, stretch: Stretch, place: int) -> PlannedStep:
+        seen = stretch.first_tokens + place * stretch.tokens
+        return PlannedStep(phase=stretch.phase, step=stretch.first_step + place, phase_tokens=seen, rows=stretch.rows,
+                           tokens=stretch.tokens,
+                           lr=lr_at(self._run.phases[stretch.phase], phase_tokens=seen, step_tokens=stretch.tokens))
+
+
+def planned_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> PlannedSteps:
     """All steps of a run, with rows that are as full as `fills` says of each phase (0 to 1; the true tokens follow from the
-    documents)."""
-    step = 0
+    documents). tests/reference/planned_steps.py walks through them one by one."""
+    stretches, step = [], 1
     for index, phase in enumerate(run.phases):
-        warm_up = phase.batch_warmup.over_tokens if phase.batch_warmup else 0
-        fill = fills[index] if fills else 1.0
-        seen, full = 0, run.rows_at(phase, warm_up)
+        fill, seen = fills[index] if fills else 1.0, 0
         while seen < phase.tokens:
-            rows = run.rows_at(phase, seen) if seen < warm_up else full
+            rows, rise = run.rows_at(phase, seen), run.next_rise(phase, seen)
             tokens = max(1, int(rows * run.data.row_tokens * fill))
-            step += 1
-            yield PlannedStep(phase=index, step=step, phase_tokens=seen, rows=rows, tokens=tokens,
-                              lr=lr_at(phase, phase_tokens=seen, step_tokens=tokens))
-            seen += tokens
+            end = phase.tokens if rise is None else min(rise, phase.tokens)
+            steps = -(-(end - seen) // tokens)
+            stretches.append(Stretch(phase=index, first_step=step, first_tokens=seen, rows=rows, tokens=tokens, steps=steps))
+            step, seen = step + steps, seen + steps * tokens
+    return PlannedSteps(run, stretches)

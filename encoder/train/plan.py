@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from encoder.train.config import PhaseConfig, RunConfig, SourceConfig, with_engi
 from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.train.initial import read_fitting
-from encoder.train.phases import PlannedStep, planned_steps
+from encoder.train.phases import PlannedSteps, planned_steps
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
@@ -73,7 +72,7 @@ class PhaseWork:
     unknown: tuple[str, ...]
 
 
-def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None = None, machine: Machine | None = None,
+def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, machine: Machine | None = None,
               probe: Probe | None = None, interconnect: float | None = None) -> str:
     """The plan for people; `steps` where they were worked out already. With a machine or a probe also how fast it will be;
     interconnect: bytes a second of a rank to the others.
@@ -83,7 +82,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
     asked, run = run.engine.precision, on_machine(run, machine)
     needs = count_needs(run, ranks=ranks)
     count, decayed, memory = needs.parameters, needs.decayed, needs.memory
-    steps = steps or list(planned_steps(run, fills=row_fills(run)))
+    steps = steps or planned_steps(run, fills=row_fills(run))
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
         "",
@@ -104,14 +103,16 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         "learning rate",
     ]
     for index, phase in enumerate(run.phases):
-        own = [s for s in steps if s.phase == index]
-        lines.append(_phase_row(run, phase, own, ranks))
+        lines.append(_phase_row(run, phase, steps, index, ranks))
     works = [phase_work(run, phase) for phase in run.phases]
+    shown = [steps[i] for i in _spread(len(steps))]
+    highest = max(steps.peak_lr(index) for index in range(len(run.phases)))
+    largest = max(s.tokens for s in steps.stretches)
     lines += [
         f"{'all':<12}{short_count(sum(p.tokens for p in run.phases)):>9}{'':>8}{'':>9}{len(steps):>10,}",
         "",
-        f"learning rate  {_spark([s.lr for s in steps])}  0 to {max(s.lr for s in steps):.2e}",
-        f"batch          {_spark([float(s.tokens) for s in steps])}  up to {short_count(max(s.tokens for s in steps))} tokens in "
+        f"learning rate  {_spark([s.lr for s in shown], top=highest)}  0 to {highest:.2e}",
+        f"batch          {_spark([float(s.tokens) for s in shown], top=largest)}  up to {short_count(largest)} tokens in "
         f"rows that are {_fills_text(run, steps)} full",
         "",
         f"memory a rank  about {short_bytes(memory.total)}: weights {short_bytes(memory.weights)}, "
@@ -125,7 +126,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: Sequence[PlannedStep] | None
         f"{run.checkpoints.keep_last} kept and one for each end of a phase",
     ]
     if machine or probe:
-        found = forecast(run, steps=steps, flops_per_token=[w.flops / p.tokens for w, p in zip(works, run.phases)],
+        found = forecast(run, stretches=steps.stretches, flops_per_token=[w.flops / p.tokens for w, p in zip(works, run.phases)],
                          parameters=count, ranks=ranks, machine=machine, probe=probe, interconnect=interconnect)
         lines += forecast_lines(found, ranks=ranks, machine=machine, probe=probe)
     return "\n".join(lines)
@@ -226,8 +227,9 @@ def _row_fill(run: RunConfig, phase: PhaseConfig) -> float:
     return tokens / room
 
 
-def _fills_text(run: RunConfig, steps: Sequence[PlannedStep]) -> str:
-    largest = {s.phase: s for s in sorted(steps, key=lambda s: s.rows)}.values()       # tokens are whole: there they tell it best
+def _fills_text(run: RunConfig, steps: PlannedSteps) -> str:
+    # tokens are whole: in the largest steps they tell it best
+    largest = {s.phase: s for s in sorted(steps.stretches, key=lambda s: s.rows)}.values()
     fills = [s.tokens / (s.rows * run.data.row_tokens) for s in largest]
     low, high = f"{min(fills):.1%}", f"{max(fills):.1%}"
     return low if low == high else f"{low} to {high}"
@@ -280,8 +282,9 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
                   offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
 
 
-def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks: int) -> str:
-    first, last = own[0], own[-1]
+def _phase_row(run: RunConfig, phase: PhaseConfig, steps: PlannedSteps, index: int, ranks: int) -> str:
+    own = steps.indices(index)
+    first, last = steps[own[0]], steps[own[-1]]
     capacity = run.data.row_tokens
     batch = f"{short_count(first.rows * capacity)}" + (
         f" -> {short_count(last.rows * capacity)}" if first.rows != last.rows else ""
@@ -290,11 +293,11 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, own: list[PlannedStep], ranks
     each = f"{micro[0]}" + (f" -> {micro[1]}" if micro[0] != micro[1] else "") + " a rank"
     if ranks > first.rows:
         each += f" ({ranks - first.rows} idle)"
-    rates = [s.lr for s in own]
-    middle = f" -> {max(rates):.2e}" if max(rates) > max(rates[0], rates[-1]) * 1.0001 else ""
+    peak = steps.peak_lr(index)
+    middle = f" -> {peak:.2e}" if peak > max(first.lr, last.lr) * 1.0001 else ""
     return (
         f"{phase.name:<12}{short_count(phase.tokens):>9}{phase.max_tokens_per_document:>8,}"
-        f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15} {rates[0]:.2e}{middle} -> {rates[-1]:.2e}"
+        f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15} {first.lr:.2e}{middle} -> {last.lr:.2e}"
     )
 
 
@@ -344,12 +347,13 @@ def _epochs_lines(run: RunConfig) -> list[str]:
     return ([f"epochs      {repeats_text(repeats)}"] if repeats else []) + ([f"            warning: {many}"] if many else [])
 
 
-def _spark(values: list[float], width: int = 60) -> str:
-    top = max(values) or 1.0
-    picked = (
-        [values[i * len(values) // width] for i in range(min(width, len(values)))] if len(values) > width else values
-    )
-    return "".join(BARS[round(v / top * (len(BARS) - 1))] for v in picked)
+def _spread(count: int, width: int = 60) -> list[int]:
+    """Indices of the steps that a line of bars shows."""
+    return [i * count // width for i in range(width)] if count > width else [*range(count)]
+
+
+def _spark(values: list[float], *, top: float) -> str:
+    return "".join(BARS[round(v / (top or 1.0) * (len(BARS) - 1))] for v in values)
 
 
 def _lengths_text(run: RunConfig, works: list[PhaseWork]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from encoder.base.errors import UserError
 from encoder.base.units import short_count
 from encoder.train.config import RunConfig
-from encoder.train.phases import PlannedStep
+from encoder.train.phases import PlannedStep, PlannedSteps
 
 POINTS = 3000          # of a column, at most: more than it has pixels
 NARROW = 0.1           # of a phase: warm-ups shorter than that are also drawn apart
@@ -30,21 +30,20 @@ class Column:
     steps: Sequence[PlannedStep]
 
 
-def columns_of(run: RunConfig, steps: Sequence[PlannedStep]) -> list[Column]:
+def columns_of(run: RunConfig, steps: PlannedSteps) -> list[Column]:
     """The phases in order, each after its warm-ups where these are short; at most POINTS steps in each."""
     columns = []
     for index, phase in enumerate(run.phases):
-        own = [s for s in steps if s.phase == index]
         warm_up = max(getattr(phase.lr, "warmup_tokens", 0), phase.batch_warmup.over_tokens if phase.batch_warmup else 0)
         end = warm_up * 6 // 5
         if 0 < warm_up < NARROW * phase.tokens:
             columns.append(Column(title=f"{phase.name}, its warm-ups", phase=index, end_tokens=end,
-                                  steps=_thinned([s for s in own if s.phase_tokens <= end])))
-        columns.append(Column(title=phase.name, phase=index, end_tokens=phase.tokens, steps=_thinned(own)))
+                                  steps=_thinned(steps, steps.indices(index, until_tokens=end))))
+        columns.append(Column(title=phase.name, phase=index, end_tokens=phase.tokens, steps=_thinned(steps, steps.indices(index))))
     return columns
 
 
-def draw_plan(run: RunConfig, steps: Sequence[PlannedStep], path: Path) -> None:
+def draw_plan(run: RunConfig, steps: PlannedSteps, path: Path) -> None:
     """Writes the curves of `steps` as PNG. Raises UserError where the file cannot be written."""
     import matplotlib
     matplotlib.use("Agg")
@@ -81,9 +80,9 @@ def draw_plan(run: RunConfig, steps: Sequence[PlannedStep], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _thinned(steps: list[PlannedStep]) -> list[PlannedStep]:
-    every = max(1, len(steps) // POINTS)
-    return [*steps[::every], steps[-1]]
+def _thinned(steps: PlannedSteps, own: range) -> list[PlannedStep]:
+    every = max(1, len(own) // POINTS)
+    return [steps[i] for i in (*own[::every], own[-1])]
 
 
 def _save(figure: Any, path: Path) -> None:

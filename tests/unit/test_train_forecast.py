@@ -18,7 +18,7 @@ from encoder.train.forecast import (
     forecast,
     gpu,
 )
-from encoder.train.phases import PlannedStep
+from encoder.train.phases import Stretch
 from encoder.train.plan import plan_text
 from launch.plan import main
 
@@ -28,12 +28,12 @@ MACHINE = Machine(name="one of ours", flops=1e12, fp32_flops=1e12, memory_bytes_
                   product_share=0.5, memory_share=1.0)
 
 
-def steps(rows: int = 8, count: int = 3) -> list[PlannedStep]:
-    return [PlannedStep(phase=0, step=i + 1, phase_tokens=0, rows=rows, tokens=rows * 500, lr=1e-3) for i in range(count)]
+def steps(rows: int = 8, count: int = 3) -> list[Stretch]:
+    return [Stretch(phase=0, first_step=1, first_tokens=0, rows=rows, tokens=rows * 500, steps=count)]
 
 
 def of(run, **named):
-    return forecast(run, **{"steps": steps(), "flops_per_token": [1e9, 1e9, 1e9], "parameters": 10**6, "ranks": 2,
+    return forecast(run, **{"stretches": steps(), "flops_per_token": [1e9, 1e9, 1e9], "parameters": 10**6, "ranks": 2,
                             "machine": MACHINE, **named})
 
 

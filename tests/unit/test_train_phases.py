@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from encoder.train.config import identity_of, read_run
 from encoder.train.evaluate import HeldOut, held_out_numbers, unigram_entropy
 from encoder.train.phases import enter_next_phase, lr_at, phase_is_done, planned_steps
 from encoder.train.plan import plan_text
+from encoder.train.plan_curves import columns_of
+from tests.reference.planned_steps import walked_steps
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny_cpu.yaml"
 
@@ -137,3 +141,45 @@ def test_a_plan_tells_of_every_phase_without_any_shards(tmp_path, monkeypatch):
     assert all(
         word in text for word in ("stable", "extension", "decay", "not prepared yet", "160,000", "micro-batches")
     )
+
+
+WALKED = [("tiny_cpu", 0.9731, []), ("mini_four_domains", 0.9731, []),
+          ("modernbert_base", 0.998, []), ("modernbert_large", 1.0, []),
+          ("tiny_cpu", 0.9731, ["data.lanes=2"]), ("tiny_cpu", 1.0, ["phases.0.batch_tokens=200704", "data.row_tokens=512"]),
+          ("tiny_cpu", 1.0, ["phases.0.lr={schedule: cosine, peak: 1e-3, warmup_tokens: 77K}"]),
+          ("tiny_cpu", 0.9, ["phases.0.batch_warmup={from_tokens: 512, increase_tokens: 1024, over_tokens: 899_999}"])]
+
+
+@pytest.mark.parametrize(("name", "fill", "settings"), WALKED)
+def test_steps_worked_out_are_the_steps_walked_through(name, fill, settings):
+    run = read_run(TINY.with_name(f"{name}.yaml"), settings)
+    planned, walked = (of(run, fills=[fill] * len(run.phases)) for of in (planned_steps, walked_steps))
+    count, rates = [0] * len(run.phases), [0.0] * len(run.phases)
+    early = [0] * len(run.phases)
+    for ours, theirs in zip(planned, walked, strict=True):
+        assert ours == theirs
+        count[ours.phase] += 1
+        rates[ours.phase] = max(rates[ours.phase], ours.lr)
+        early[ours.phase] += ours.phase_tokens <= run.phases[ours.phase].tokens // 3
+    assert len(planned) == sum(count) and planned[-1] == theirs and planned[len(planned) // 2].step == len(planned) // 2 + 1
+    for index, phase in enumerate(run.phases):
+        assert planned.peak_lr(index) == rates[index] and len(planned.indices(index)) == count[index]
+        assert len(planned.indices(index, until_tokens=phase.tokens // 3)) == early[index]
+
+
+@pytest.mark.parametrize("settings", [
+    ["phases.0.tokens=2T"],                                                                    # 1.95e9 steps
+    ["phases.0.tokens=2T", "phases.0.batch_tokens=4_096_000", "phases.0.batch_warmup.over_tokens=1.9T"]])     # 3,999 stairs
+def test_a_plan_of_a_billion_steps_takes_a_second_and_little_memory(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = read_run(TINY, settings)
+    began = time.process_time()
+    steps = planned_steps(run)
+    text = plan_text(run, ranks=2, steps=steps)
+    columns = columns_of(run, steps)
+    assert time.process_time() - began < 1.5      # 0.2 and 0.7 s seen
+    assert f"{len(steps):,}" in text and columns[-1].steps[-1] == steps[len(steps) - 1] and len(steps) > 700_000
+    tracemalloc.start()
+    planned_steps(run)
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
