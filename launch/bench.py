@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from launch import home
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Asks, prints, returns the exit code."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # as launch/pretrain.py has it; peers in this process have it, too
-    root = str(Path(__file__).resolve().parents[1])
-    if root not in sys.path:        # benchmarks/ belongs to the clone and is not installed
+    root = str(home())
+    if root not in sys.path:        # benchmarks/ is no package of its own where a wheel is installed
         sys.path.insert(0, root)
     from encoder.base.command import run_command
 

@@ -23,6 +23,7 @@ from encoder.base.command import CommandLine, run_command
 from encoder.base.errors import ConfigError
 from encoder.base.schema import read_mapping
 from encoder.base.units import parse_tokens, short_count, short_seconds
+from encoder.train.short_forms import read_run_mapping, run_folder
 
 CAUSES = {"stopped": "saved before its limit", "ended": "requeued, preempted or cancelled", "bad_nodes": "bad nodes",
           "taken_over": "taken over"}          # the words of job.py, where they do not speak for themselves
@@ -49,7 +50,8 @@ class JobState:
 
 def main(argv: list[str]) -> int:
     """Parses, prints, returns the exit code."""
-    parser = CommandLine(prog="submit.py status", description=__doc__)
+    prog = "submit.py status" if Path(sys.argv[0]).name == "submit.py" else None
+    parser = CommandLine(prog=prog, description=__doc__)
     parser.add_argument("run", metavar="RUN.yaml|RUN_FOLDER", help="the run file (with its overrides), or the run folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
     args = parser.parse_args(argv)
@@ -221,10 +223,11 @@ def _folder_of(given: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]
         if not (given / "run.yaml").exists() and not (given / "slurm").exists():
             raise ConfigError(f"{given} is no run folder: it has no run.yaml. Needed: a run file, or the `out` of one.")
         return given, read_mapping(given / "run.yaml") if (given / "run.yaml").exists() else {}
-    settings = read_mapping(given, overrides)
-    if not isinstance(settings.get("out"), str):
+    settings = read_run_mapping(given, overrides)
+    folder = run_folder(settings)
+    if folder is None:
         raise ConfigError(f"{given} has no out. Needed: a run file, or a run folder.")
-    return Path(settings["out"]), settings
+    return Path(folder), settings
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:

@@ -208,10 +208,13 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _run_folder(args: argparse.Namespace) -> Path:
-    from encoder.base.schema import read_mapping
-    out = read_mapping(Path(args.run), args.overrides).get("out")
-    if not isinstance(out, str) or not out:
+    from encoder.train.short_forms import read_run_mapping, run_folder
+    mapping = read_run_mapping(Path(args.run), args.overrides)
+    out = run_folder(mapping)
+    if out is None:
         raise ConfigError(f"{args.run} has no out. Needed: out: FOLDER, the run folder.")
+    if "out" not in mapping:       # job.py, which needs no packages, reads it off the line
+        args.overrides = [*args.overrides, f"out={out}"]
     return Path(out)
 
 
@@ -264,9 +267,14 @@ def _record(folder: Path) -> Path:
     return folder / "slurm" / SUBMITTED
 
 
-if __name__ == "__main__":
+def command(argv: list[str] | None = None) -> int:
+    """main, with an output that may be closed by its reader."""
     sys.stdout = Outlet(sys.stdout)
     try:
-        sys.exit(main())
+        return main(argv)
     finally:
         sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(command())

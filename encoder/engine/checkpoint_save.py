@@ -44,7 +44,7 @@ from encoder.engine.checkpoint_folder import (
 from encoder.engine.checkpoint_stretches import copy_pieces, rank_file, write_tensors
 from encoder.engine.engine import Engine
 
-_PACKAGES = ("torch", "deepspeed", "safetensors", "numpy", "tokenizers", "transformers", "mosaicml-streaming", "tessera")
+_PACKAGES = ("torch", "deepspeed", "safetensors", "numpy", "tokenizers", "transformers", "mosaicml-streaming", "tessera-encoders")
 
 
 @dataclass(frozen=True, kw_only=True)

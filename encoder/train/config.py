@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.schema import Tokens, chosen_by, differences, from_mapping, put_override, read_mapping, to_plain
+from encoder.base.schema import Tokens, chosen_by, differences, from_mapping, to_plain
 from encoder.base.units import short_count
 from encoder.data.remote import SCHEMES
 from encoder.engine.engine import EngineConfig
@@ -25,6 +25,7 @@ from encoder.objectives.mlm import MaskShare
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, next_rise, rows_at
 from encoder.train.faults import FaultConfig
+from encoder.train.short_forms import read_run_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,17 +312,12 @@ IDENTITY = ("seed", "model", "init_from", "branch_from", "data", "objective", "o
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run file with `key=value` overrides, what it leaves out worked out (encoder.train.defaults). Raises ConfigError."""
-    # here: a default may come from a stored run, which is read by this module
-    from encoder.train.defaults import long_form
-
-    mapping = long_form(read_mapping(Path(path)))
-    for override in overrides:
-        put_override(mapping, override)
-    return run_of(long_form(mapping), where=str(path))
+    return run_of(read_run_mapping(Path(path), overrides), where=str(path))
 
 
 def run_of(given: dict[str, Any], *, where: str) -> RunConfig:
     """The run of a long form. Raises ConfigError."""
+    # here: a default may come from a stored run, which is read by this module
     from encoder.train.defaults import with_defaults
 
     mapping, derived = with_defaults(with_preset(given, where=where))

@@ -22,6 +22,7 @@ from encoder.data.shard_format import Card, read_card
 from encoder.models.catalog import SYSTEMS
 from encoder.models.modernbert import ModernBertConfig
 from encoder.train.config import Derived, RunConfig, run_of
+from encoder.train.short_forms import phases_of, run_folder
 from encoder.train.stored import model_facts, saved_run
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
@@ -37,27 +38,6 @@ TIMES, LEAST_STEPS = 20, 10      # a run saves and is judged about so often, but
 MOST_BETWEEN_TOKENS = 5_000_000_000
 BATCH_WARMUP_SHARE, FIRST_BATCH_SHARE = 0.03, 1 / 6          # ModernBERT-base: 50B of 1.719T, from 768 of 4,608 sequences
 UNKNOWN = object()
-
-
-def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a run file's mapping with its short forms written out; what is no short form stays as it is.
-
-        data: shards/web/train            ->    data: {sources: [{path: shards/web/train}]}
-        phases: {tokens: 10M, lr: 1e-3}   ->    phases: [{tokens: 10M, lr: {peak: 1e-3}}]
-    """
-    mapping = copy.deepcopy(mapping)
-    for key in ("data", "evaluation"):
-        if isinstance(mapping.get(key), (str, list)):
-            mapping[key] = {"sources": mapping[key]}
-    if isinstance(mapping.get("phases"), dict):
-        mapping["phases"] = [mapping["phases"]]
-    for holder in (mapping.get("data"), mapping.get("evaluation"), *_phases(mapping)):
-        if isinstance(holder, dict):
-            _write_out_sources(holder)
-    for phase in _phases(mapping):
-        if isinstance(phase.get("lr"), (int, float, str)) and not isinstance(phase["lr"], bool):
-            phase["lr"] = {"peak": phase["lr"]}
-    return mapping
 
 
 def with_defaults(mapping: dict[str, Any]) -> tuple[dict[str, Any], tuple[Derived, ...]]:
@@ -126,9 +106,8 @@ class _Filler:
     def fill_all(self) -> None:
         """In the order in which one follows from another."""
         m = self.mapping
-        name = m.get("name")
-        if isinstance(name, str) and name.strip("./") and "/" not in name:
-            self.put(m, "out", f"runs/{name}", "from name")
+        if folder := run_folder(m):
+            self.put(m, "out", folder, "from name")
         self.started = _started_settings(m.get("out"))
         self._fill_weights()
         self._fill_phases()
@@ -160,6 +139,11 @@ class _Filler:
             self.put(m, "seed", parent_seed + 1, f"another one than branch_from's {parent_seed}, which would bring the same order")
         whole = {"system": SYSTEM, **to_plain(source)} if source else UNKNOWN      # on a resume the source may be gone
         self.put(m, "model", whole, f"that of {word} {path}")
+        if "model" not in m and isinstance(path, str) and path:
+            try:
+                model_facts(Path(path))
+            except (UserError, OSError, ValueError) as error:
+                raise ConfigError(f"model is missing, and {word} does not tell it: {error}") from error
         model = m.get("model")
         if not isinstance(model, dict) or model is whole:
             return
@@ -189,7 +173,7 @@ class _Filler:
         model = m.get("model") if isinstance(m.get("model"), dict) else {}
         data = m.get("data") if isinstance(m.get("data"), dict) else {}
         limits = [a for a in (_amount(data.get("row_tokens")), _amount(model.get("max_position_embeddings"))) if a]
-        phases = list(_phases(m))
+        phases = list(phases_of(m))
         for number, phase in enumerate(phases):
             at = f"phases.{number}"
             self.put(phase, f"{at}.name", "main" if len(phases) == 1 else f"phase_{number + 1}", "its place")
@@ -208,7 +192,7 @@ class _Filler:
                 self.put(lr, f"{at}.lr.decay_tokens", int(DECAY_SHARE * tokens), f"{DECAY_SHARE:.0%} of the last phase")
 
     def _fill_rows(self) -> None:
-        data, phases = self.mapping.get("data"), list(_phases(self.mapping))
+        data, phases = self.mapping.get("data"), list(phases_of(self.mapping))
         if not isinstance(data, dict):
             return
         lanes = data.get("lanes", 1)
@@ -231,7 +215,7 @@ class _Filler:
 
     def _fill_intervals(self) -> None:
         m = self.mapping
-        tokens, batches = ([_amount(p.get(key)) or 1 for p in _phases(m)] for key in ("tokens", "batch_tokens"))
+        tokens, batches = ([_amount(p.get(key)) or 1 for p in phases_of(m)] for key in ("tokens", "batch_tokens"))
         every = min(max(sum(tokens) // TIMES, LEAST_STEPS * max(batches, default=1)), MOST_BETWEEN_TOKENS)
         why = f"a twentieth of the run, at least {LEAST_STEPS} steps, at most 5B"
         if isinstance(m.setdefault("checkpoints", {}), dict):
@@ -254,26 +238,13 @@ def row_tokens_of(step_tokens: int, *, longest_tokens: int) -> int:
     return max(shared) if shared else min(divisors)
 
 
-def _write_out_sources(holder: dict[str, Any]) -> None:
-    sources = holder.get("sources")
-    if isinstance(sources, (str, dict)):
-        sources = [sources]
-    if isinstance(sources, list):
-        holder["sources"] = [{"path": s} if isinstance(s, str) else s for s in sources]
-
-
-def _phases(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    phases = mapping.get("phases")
-    yield from (p for p in (phases if isinstance(phases, list) else []) if isinstance(p, dict))
-
-
 def _sources(holder: Any) -> list[dict[str, Any]]:
     sources = holder.get("sources") if isinstance(holder, dict) else None
     return [s for s in (sources if isinstance(sources, list) else []) if isinstance(s, dict)]
 
 
 def _folders(mapping: Mapping[str, Any]) -> Iterator[Path]:
-    for source in [*_sources(mapping.get("data")), *(s for p in _phases(mapping) for s in _sources(p))]:
+    for source in [*_sources(mapping.get("data")), *(s for p in phases_of(mapping) for s in _sources(p))]:
         place = source.get("cache") or source.get("path")
         if isinstance(place, str):
             yield Path(place)

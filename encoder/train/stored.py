@@ -22,9 +22,7 @@ _KINDS = "a run folder, a checkpoint, a weights folder or a Hugging Face folder"
 
 def read_model(path: Path) -> StoredModel:
     """The model at `path`, its thetas those of the phase that trained it last. Raises CheckpointError, ConfigError, ModelError."""
-    if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"{path} {found}; needed: {_KINDS}.")
+    _check_is_folder(path)
     if (path / COMMITTED).exists():
         if problem := damage(path):
             raise CheckpointError(f"{problem} Use another checkpoint.")
@@ -45,6 +43,7 @@ def read_model(path: Path) -> StoredModel:
 
 def model_facts(path: Path) -> ModernBertConfig:
     """The shape of the model at `path` without its weights, thetas as read_model has them. Raises UserError for what is none."""
+    _check_is_folder(path)
     if checkpoint := _newest_folder(path):
         return checkpoint_facts(checkpoint).config
     if (path / MODEL).is_file():
@@ -63,6 +62,12 @@ def saved_run(path: Path) -> RunConfig:
 def read_saved_run(path: Path) -> RunConfig:
     """A run file that a run wrote: it says everything, and nothing is worked out again. Raises ConfigError."""
     return from_mapping(RunConfig, read_mapping(path), where=str(path))
+
+
+def _check_is_folder(path: Path) -> None:
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {found}; needed: {_KINDS}.")
 
 
 def _newest_folder(path: Path) -> Path | None:

@@ -49,7 +49,7 @@ def test_the_top_level_is_the_agreed_one():
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in done.stdout.splitlines()}
     agreed = {"README.md", "pyproject.toml", "encoder", "data_prep", "launch", "configs", "tests", "slurm",
-              "Makefile", "benchmarks", "docs", ".ci", ".gitignore"}
+              "Makefile", "benchmarks", "docs", ".ci", ".gitignore", "LICENSE"}
     assert top <= agreed
 
 
@@ -112,4 +112,31 @@ def test_nothing_names_a_machine_or_a_place():
 
 def _installed_top_levels() -> set[str]:
     from importlib.metadata import packages_distributions
-    return {name for name, owners in packages_distributions().items() if owners != ["tessera"]}
+    return {name for name, owners in packages_distributions().items() if not {*owners} <= {"tessera", "tessera-encoders"}}
+
+
+def test_a_wheel_has_all_that_a_clone_has_beside_its_tests():
+    """Every package, the configurations, the job scripts, the benchmarks, the licence; under a name of its own."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    listed = set(setuptools["packages"])
+    found = {".".join(p.parent.relative_to(ROOT).parts) for room in ("encoder", "data_prep", "launch")
+             for p in ROOT.glob(f"{room}/**/__init__.py")}
+    shipped = {f"launch.shipped.{name}" for name in ("launch", "configs", "slurm", "benchmarks")}
+    assert listed == found | shipped and set(setuptools["package-dir"]) == shipped
+    for package in sorted(shipped):
+        folder = ROOT / setuptools["package-dir"][package]
+        patterns = setuptools["package-data"].get(package, [])
+        taken = {p for pattern in patterns for p in folder.glob(pattern)} | set(folder.glob("*.py")) | set(folder.glob("py.typed"))
+        lost = [p for p in folder.rglob("*") if p.is_file() and p not in taken and "__pycache__" not in p.parts]
+        assert not lost, lost
+    assert project["project"]["name"] == "tessera-encoders" and "Apache License" in (ROOT / "LICENSE").read_text()
+    assert all((ROOT / room / "py.typed").is_file() for room in ("encoder", "data_prep", "launch"))
+
+
+def test_the_library_says_its_version_and_names_without_torch():
+    code = ("import encoder, sys; assert encoder.__version__; assert 'torch' not in sys.modules; encoder.UserError; "
+            "assert 'torch' not in sys.modules; assert callable(encoder.read_run)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

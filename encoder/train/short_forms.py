@@ -1,0 +1,64 @@
+"""The short forms of a run file, written out; needs neither torch nor a file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from encoder.base.schema import put_override, read_mapping
+
+
+def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The long form of a run file with the overrides put in. Raises ConfigError.
+
+    An override may name a place of the long form, phases.0.tokens=1M, and hold a short one, phases.0.lr=1e-3.
+    """
+    mapping = long_form(read_mapping(path))
+    for override in overrides:
+        put_override(mapping, override)
+    return long_form(mapping)
+
+
+def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a run file's mapping with its short forms written out; what is no short form stays as it is.
+
+        data: shards/web/train            ->    data: {sources: [{path: shards/web/train}]}
+        phases: {tokens: 10M, lr: 1e-3}   ->    phases: [{tokens: 10M, lr: {peak: 1e-3}}]
+    """
+    mapping = copy.deepcopy(mapping)
+    for key in ("data", "evaluation"):
+        if isinstance(mapping.get(key), (str, list)):
+            mapping[key] = {"sources": mapping[key]}
+    if isinstance(mapping.get("phases"), dict):
+        mapping["phases"] = [mapping["phases"]]
+    for holder in (mapping.get("data"), mapping.get("evaluation"), *phases_of(mapping)):
+        if isinstance(holder, dict):
+            _write_out_sources(holder)
+    for phase in phases_of(mapping):
+        if isinstance(phase.get("lr"), (int, float, str)) and not isinstance(phase["lr"], bool):
+            phase["lr"] = {"peak": phase["lr"]}
+    return mapping
+
+
+def run_folder(mapping: Mapping[str, Any]) -> str | None:
+    """`out` of a run file, or runs/NAME; None where there is neither."""
+    out, name = mapping.get("out"), mapping.get("name")
+    if "out" in mapping:
+        return out if isinstance(out, str) and out else None
+    return f"runs/{name}" if isinstance(name, str) and name.strip("./") and "/" not in name else None
+
+
+def phases_of(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The phases of a long form that are mappings."""
+    phases = mapping.get("phases")
+    yield from (p for p in (phases if isinstance(phases, list) else []) if isinstance(p, dict))
+
+
+def _write_out_sources(holder: dict[str, Any]) -> None:
+    sources = holder.get("sources")
+    if isinstance(sources, (str, dict)):
+        sources = [sources]
+    if isinstance(sources, list):
+        holder["sources"] = [{"path": s} if isinstance(s, str) else s for s in sources]

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Write a commented run file or preparation file to start from; the templates are the shipped files of configs/.
+
+    tessera new --list
+    tessera new small --data shards/web/train --out run.yaml
+    tessera new prep own_text > own_text.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from encoder.base.command import CommandLine, run_command
+from encoder.base.errors import ConfigError, nearest
+from encoder.base.files import write_atomic
+from launch import home
+
+RUNS = {"tiny": "tiny_cpu", "small": "small", "laptop": "laptop", "one-gpu": "one_gpu", "base": "modernbert_base",
+        "large": "modernbert_large", "continue": "continue", "domain": "domain", "four-domains": "mini_four_domains"}
+_ITEM = re.compile(r"^ +- \{.*\bpath: ")                 # one shard folder of a list
+_TOP_KEY = re.compile(r"^([A-Za-z_]+):")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, writes, returns the exit code."""
+    parser = CommandLine(description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="TEMPLATE",
+                        help=f"{', '.join(RUNS)}; or: prep {' | '.join(preparations())}")
+    parser.add_argument("--list", action="store_true", help="what each template is for")
+    parser.add_argument("--data", action="append", default=[], metavar="SHARDS",
+                        help="your shard folder, instead of the template's; several: several times")
+    parser.add_argument("--name", metavar="NAME", help="name of the run; its folder is then runs/NAME")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output; never over a file")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(list_text())
+        return 0
+    if not args.words:
+        parser.error(f"no template. Needed: one of {', '.join(RUNS)}, or prep and one of {', '.join(preparations())}")
+
+    def body() -> None:
+        text = template(args.words)
+        if args.words[0] == "prep" and (args.data or args.name):
+            raise ConfigError("--data and --name are for run files. Leave them out, and edit the preparation file.")
+        if args.data:
+            text = with_data(text, args.data, of=args.words[0])
+        if args.name:
+            text = with_name(text, args.name)
+        if args.out is None:
+            sys.stdout.write(text)
+            return
+        if args.out.exists():
+            raise ConfigError(f"{args.out} is there already. Name another file, or remove it.")
+        write_atomic(args.out, text)
+        verb = "data-prep plan" if args.words[0] == "prep" else "tessera plan"
+        print(f"wrote {args.out}. Look at it, then: {verb} {args.out}")
+
+    return run_command(body)
+
+
+def preparations() -> list[str]:
+    """The preparation files."""
+    return sorted(path.stem for path in (home() / "configs" / "prep").glob("*.yaml"))
+
+
+def template(words: Sequence[str]) -> str:
+    """The shipped file that one or two words name. Raises ConfigError."""
+    if words[0] == "prep":
+        name = words[1] if len(words) == 2 else ""
+        if name not in preparations():
+            raise ConfigError(f"prep {name or 'without a name'} is no template. {nearest(name, preparations())}")
+        return (home() / "configs" / "prep" / f"{name}.yaml").read_text(encoding="utf-8")
+    if len(words) > 1:
+        raise ConfigError(f"{words[1]} is too much: one template. Shards are given as --data {words[1]}.")
+    if words[0] not in RUNS:
+        raise ConfigError(f"{words[0]} is no template. {nearest(words[0], [*RUNS, 'prep'])}")
+    return (home() / "configs" / "pretrain" / f"{RUNS[words[0]]}.yaml").read_text(encoding="utf-8")
+
+
+def list_text() -> str:
+    """Each template with the first line of its file."""
+    lines = [f"{word:<20}{_first_line([word])}" for word in RUNS]
+    return "\n".join([*lines, "", *(f"{f'prep {name}':<20}{_first_line(['prep', name])}" for name in preparations())])
+
+
+def with_data(text: str, folders: Sequence[str], *, of: str) -> str:
+    """The text with other shard folders; in `evaluation` SOURCE/train becomes SOURCE/held_out. Raises ConfigError."""
+    if re.search(r"^ {4,}sources:", text, re.M):
+        raise ConfigError(f"{of} has other shards in other phases, so one --data would not do. Leave it out, and edit the paths.")
+    held_out = [str(Path(f).parent / "held_out") if Path(f).name == "train" else f for f in folders]
+    return _replace_items(_replace_items(text, "data", folders), "evaluation", held_out)
+
+
+def with_name(text: str, name: str) -> str:
+    """The text with another name, and its run folder beside it."""
+    text = re.sub(r"^name: .*$", lambda _: f"name: {name}", text, flags=re.M)
+    return re.sub(r"^out: .*$", lambda _: f"out: runs/{name}", text, flags=re.M)
+
+
+def _replace_items(text: str, key: str, folders: Sequence[str]) -> str:
+    """The shard folders in the block of a top-level key."""
+    lines: list[str] = []
+    inside, done = "", False
+    for line in text.splitlines(keepends=True):
+        if found := _TOP_KEY.match(line):
+            inside = found.group(1)
+        if inside != key or not _ITEM.match(line):
+            lines.append(line)
+        elif not done:
+            indent = line[: len(line) - len(line.lstrip())]
+            lines += [f"{indent}- {{path: {_quoted(folder)}}}\n" for folder in folders]
+            done = True
+    return "".join(lines)
+
+
+def _quoted(path: str) -> str:
+    """As a YAML word: quoted unless it is plain."""
+    return path if re.fullmatch(r"[A-Za-z0-9_./~-]+", path) else json.dumps(path)
+
+
+def _first_line(words: Sequence[str]) -> str:
+    return template(words).splitlines()[0].removeprefix("# ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
