@@ -31,7 +31,7 @@ from encoder.base.errors import ShardError, UserError
 from encoder.base.files import fsync_path, is_leftover, write_json
 from encoder.base.locks import Busy, Kind, NoLocks, take_lock
 from encoder.base.log import warn_once
-from encoder.base.schema import differences
+from encoder.base.schema import brief, differences
 from encoder.data.shard_format import CARD, Card, read_card
 
 SPLITS = ("train", "held_out")
@@ -274,14 +274,8 @@ def identity(card: Card) -> dict[str, Any]:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs between two identities, as words; empty where nothing does."""
-    found = [f"{key} was {_brief(a)}, is {_brief(b)}" for key, a, b in differences(old, new)]
+    found = [f"{key} was {brief(a)}, is {brief(b)}" for key, a, b in differences(old, new)]
     return "; ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
-
-
-def _brief(value: Any) -> str:
-    """A value of the settings in a message."""
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def write_record(folder: Path, record: Record) -> None:

@@ -9,6 +9,7 @@ A settings class is a frozen dataclass. What a field may hold follows from its t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import types
 import typing
@@ -128,15 +129,29 @@ def to_yaml(value: Any) -> str:
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two plain values differ."""
+    """(dotted key, old value, new value) wherever two plain values differ; an item that one of two lists lacks is None there."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for name in [*old, *(n for n in new if n not in old)]:
             found += differences(old.get(name), new.get(name), _join(key, name))
         return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, _join(key, i))]
+    if isinstance(old, list) and isinstance(new, list):
+        pairs = enumerate(itertools.zip_longest(old, new))
+        return [d for i, (a, b) in pairs for d in differences(a, b, _join(key, i))]
     return [] if old == new else [(key, old, new)]
+
+
+def brief(value: Any) -> str:
+    """A plain value in a message: a mapping by its name, a long text by its beginning."""
+    if value is None:
+        return "not there"
+    if isinstance(value, dict):
+        word = next((value[key] for key in ("name", "preset", "schedule", "path") if isinstance(value.get(key), str)), "")
+        return f"{{{word}, ...}}" if word else "a mapping"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = f"{value:,}" if type(value) is int and abs(value) >= 10**5 else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _StrictLoader(yaml.SafeLoader):

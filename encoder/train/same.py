@@ -10,11 +10,13 @@ So shards and models may be moved, and named by another path; what is no longer 
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import CheckpointError, ShardError, UserError
-from encoder.base.schema import read_mapping
+from encoder.base.schema import brief, read_mapping
+from encoder.base.units import parse_tokens
 from encoder.engine.checkpoint import read_progress
 from encoder.engine.checkpoint_folder import COMMITTED, committed_folders
 from encoder.train.build import HELD_OUT, DataFacts
@@ -42,10 +44,24 @@ def check_same_run(run: RunConfig, folder: Path) -> None:
 def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
     """The run file at `path` decides the same curve. Raises CheckpointError naming the first setting that changed, of `of`."""
     changed = changed_settings(read_mapping(path), run)
-    if changed:
-        key, old, new = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise CheckpointError(f"{of} holds another run: {key} was {old}, now {new}{more}. Put it back, {ANEW}")
+    if not changed:
+        return
+    key, old, new = changed[0]
+    others = ", ".join(other for other, _, _ in changed[1:3])
+    more = f" (also {others}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''})" if others else ""
+    found = f"{of} holds another run: {key} was {brief(old)}, now {brief(new)}{more}."
+    if all(_is_extension(*change) for change in changed):
+        raise CheckpointError(f"{found} The phases of a run that has begun stay as they are. To train on from it: a run file with "
+                              f"branch_from: {run.out}, another name, out and seed, and only the phases that are to come.")
+    raise CheckpointError(f"{found} Put it back, {ANEW}")
+
+
+def _is_extension(key: str, old: Any, new: Any) -> bool:
+    """Whether a change asks for more: another phase, more tokens of one."""
+    if not key.startswith("phases."):
+        return False
+    longer = key.endswith(".tokens") and isinstance(old, (int, str)) and parse_tokens(old) < parse_tokens(new)
+    return old is None and isinstance(new, dict) or longer or key.endswith(("warmup_tokens", "decay_tokens", "over_tokens"))
 
 
 def check_same_data(run: RunConfig, facts: DataFacts, folder: Path) -> None:
@@ -73,8 +89,9 @@ def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str])
     saved = {name: digest for name, digest in saved_sha256.items() if HELD_OUT not in name}     # what is only looked at may change
     here = {name: digest for name, digest in facts.card_sha256.items() if HELD_OUT not in name}
     if [*saved] != [*here]:
-        raise ShardError(f"this run was trained on the sources {', '.join(saved)}, the run file has {', '.join(here)}. "
-                         f"Put them back in their order (a source's name is its card's unless it has a name:), {ANEW}")
+        number, old, new = next((i, a, b) for i, (a, b) in enumerate(zip_longest(saved, here)) if a != b)
+        raise ShardError(f"source {number} of this run was {brief(old)}, the run file has {brief(new)} there. "
+                         f"Put it back (a source's name is its card's unless it has a name:), {ANEW}")
     for name, digest in saved.items():
         if here[name] != digest:
             folder = next((s.folder for s in run.all_sources() if s.name == name), None)

@@ -119,7 +119,7 @@ def test_other_text_under_the_same_path_is_refused_with_both_hashes(told):
 
 def test_sources_in_another_order_or_of_another_weight_are_another_run(told):
     _, said = told
-    assert "was trained on the sources a, b, the run file has b, a" in said["swapped"] or "sources.0.name was a" in said["swapped"]
+    assert "source 0 of this run was a, the run file has b there" in said["swapped"] or "sources.0.name was a" in said["swapped"]
     assert "data.sources.0.weight was 1.0, now 2.0" in said["weight"]
 
 
