@@ -50,7 +50,7 @@ class _Columns:
     """A source whose documents have columns."""
 
     text: str = "text"               # the column that holds the text; a.b.c reaches into nested fields
-    filters: tuple[Filter, ...] = ()
+    filters: tuple[Filter, ...] = ()            # only documents that pass all of them
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class HubSource(_Columns, _Named):
 
     dataset: str                     # organisation/name, or a local folder of the same layout
     config: str | None = None        # the subset
-    split: str = "train"
+    split: str = "train"                        # train, validation, ...
     revision: str = "main"           # branch, tag or commit; the card holds the commit that it meant
     files: tuple[str, ...] = ()      # globs inside the repository, in place of a config: a part of a large dataset
 
@@ -114,7 +114,7 @@ class Mixture:
     """The tokens that one phase of a run takes from each source."""
 
     tokens: Tokens                   # of the phase; the sources' must add up to it
-    sources: dict[str, Tokens]
+    sources: dict[str, Tokens]                  # tokens by source
 
     def __post_init__(self) -> None:
         total = sum(self.sources.values())
@@ -130,15 +130,15 @@ class PrepareConfig:
     """Text to shards: OUT/<source>/train and OUT/<source>/held_out for every source."""
 
     tokenizer: str                                    # path of a tokenizer.json (data-prep tokenizer makes one)
-    out: str
+    out: str                                    # folder of the shards: OUT/NAME/train and OUT/NAME/held_out
     sources: tuple[chosen_by("format", SOURCES), ...]
     root: str = "."                                   # the folder that the sources' files are relative to
     max_tokens_per_document: int = 8192               # longer ones are cut into near-equal pieces, nothing is dropped
     held_out_share: float = 0.01                      # documents kept out of training, chosen by a hash of their text
     on_error: Literal["stop", "skip"] = "stop"        # skip: count what cannot be read and go on
     processes: int = 0                                # 0: one per core
-    shard_bytes: int = 2**26
-    compression: Literal["none", "zstd"] = "none"
+    shard_bytes: int = 2**26                    # of a shard, at most
+    compression: Literal["none", "zstd"] = "none" # of the shards; training unpacks them once
     mixtures: dict[str, Mixture] = field(default_factory=dict)      # for `data-prep plan`; prepare makes every source
 
     def __post_init__(self) -> None:

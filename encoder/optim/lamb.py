@@ -25,7 +25,7 @@ class LambConfig(MomentsConfig):
 
     rule: ClassVar[str] = "LAMB"
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)   # decay of the averages of gradients and of their squares
     weight_decay: float = 0.01        # of the weights, inside the direction whose length is normed
 
     @property

@@ -38,8 +38,8 @@ NEWTON_SCHULZ_STEPS = 5
 class MuonConfig(StableAdamWConfig):
     """StableAdamW's settings are those of the rest; the decay is everybody's."""
 
-    momentum: float = 0.95
-    matrix_scale: Literal["adam", "jordan"] = "adam"
+    momentum: float = 0.95                      # of the matrices
+    matrix_scale: Literal["adam", "jordan"] = "adam" # size of an update: AdamW's, or Jordan's own
     matrix_lr: float = 1.0            # rate of the matrices over that of the rest
 
     def __post_init__(self) -> None:

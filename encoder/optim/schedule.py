@@ -24,9 +24,9 @@ class WarmupStableDecay:
               warm-up     decay
     """
 
-    peak: float
-    warmup_tokens: Tokens = 0
-    decay_tokens: Tokens = 0
+    peak: float                                 # the highest rate
+    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
+    decay_tokens: Tokens = 0                    # at the end, on a straight line to the floor
     floor_share: float = 0.0          # of the peak, reached at the end of the decay
 
     def __post_init__(self) -> None:
@@ -43,8 +43,8 @@ class WarmupStableDecay:
 class Constant:
     """Linear warm-up, then flat."""
 
-    peak: float
-    warmup_tokens: Tokens = 0
+    peak: float                                 # the highest rate
+    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
 
     def __post_init__(self) -> None:
         _check(peak=self.peak)
@@ -59,8 +59,8 @@ class Constant:
 class OneMinusSqrt:
     """Flat, then falling with 1 - sqrt(share of the decay that is over) (arXiv 2405.18392); ModernBERT's last phase."""
 
-    peak: float
-    decay_tokens: Tokens | None = None    # default: the whole phase
+    peak: float                                 # the highest rate
+    decay_tokens: Tokens | None = None    # falling, at the end; default: the whole phase
     floor_share: float = 0.001            # as published for ModernBERT
 
     def __post_init__(self) -> None:
@@ -77,9 +77,9 @@ class OneMinusSqrt:
 class Cosine:
     """Linear warm-up, then half a cosine down to the floor at the end of the phase (arXiv 1608.03983)."""
 
-    peak: float
-    warmup_tokens: Tokens = 0
-    floor_share: float = 0.1
+    peak: float                                 # the highest rate
+    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
+    floor_share: float = 0.1                    # of the peak, at the end
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)
@@ -96,9 +96,9 @@ class Cosine:
 class Linear:
     """Linear warm-up, then a straight line down to the floor at the end of the phase, as BERT was trained."""
 
-    peak: float
-    warmup_tokens: Tokens = 0
-    floor_share: float = 0.0
+    peak: float                                 # the highest rate
+    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
+    floor_share: float = 0.0                    # of the peak, at the end
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)
@@ -123,11 +123,11 @@ class CosineInverseSqrt:
     ModernBERT tried it and saw no difference to wsd over 100 B tokens.
     """
 
-    peak: float
-    warmup_tokens: Tokens = 0
-    cosine_tokens: Tokens | None = None   # default: a quarter of the phase
+    peak: float                                 # the highest rate
+    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
+    cosine_tokens: Tokens | None = None   # after the warm-up; default: a quarter of the phase
     decay_tokens: Tokens = 0              # at the end, on a straight line to the floor
-    floor_share: float = 0.1
+    floor_share: float = 0.1                    # of the peak, at the end
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)

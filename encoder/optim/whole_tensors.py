@@ -51,8 +51,8 @@ class MomentsConfig:
     rule: ClassVar[str]
     decay_at_peak: ClassVar[bool] = False      # weight_decay is the share lost in a step at the peak rate, max_lr
 
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.98)    # decay of the averages of gradients and of their squares
+    eps: float = 1e-6                           # added to the root of the second
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:

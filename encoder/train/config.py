@@ -100,18 +100,18 @@ class LoaderConfig:
 class PhaseConfig:
     """One stretch of a run. The data order, the schedules and the token clock start anew in each phase."""
 
-    name: str                                              # default: main, or phase_1, phase_2, ...
+    name: str                                              # in reports and checkpoints; default: main, or phase_1, phase_2, ...
     tokens: Tokens                                         # without padding; ends with the step that reaches it
     max_tokens_per_document: int                           # longer ones are cut into near-equal pieces; default: 1024
     batch_tokens: Tokens                                   # capacity of a step over all ranks, in whole rows
     lr: chosen_by("schedule", SCHEDULES)                   # or its peak alone: warm-up, flat, decay at the run's end
-    global_rope_theta: float | None = None                 # default: the model's, as the next
-    local_rope_theta: float | None = None
+    global_rope_theta: float | None = None                 # of the global layers in this phase; default: the model's
+    local_rope_theta: float | None = None       # of the local layers in this phase; default: the model's
     batch_warmup: BatchWarmup | None = None
     sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
-    mask_share: float | None = None                        # default: the objective's
+    mask_share: float | None = None                        # of the tokens that are asked; default: the objective's
     mask_share_end: float | None = None                    # reached at the phase's end, on a straight line over its tokens
-    weight_decay: float | None = None                      # default: the optimizer's
+    weight_decay: float | None = None                      # share of the matrices lost in a step; default: the optimizer's
     max_lr: float | None = None                            # rate at which a step loses all of weight_decay; default: lr.peak
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ class EvaluationConfig:
     """The held-out loss: fixed documents, fixed masks."""
 
     sources: tuple[SourceConfig, ...]
-    every_tokens: Tokens              # default: a twentieth of the run, at most 5B
+    every_tokens: Tokens              # how often it is measured; default: a twentieth of the run, at most 5B
     rows: int = 8                     # of data.row_tokens, per source
     mask_share: float = 0.15          # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)
 
@@ -151,7 +151,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When to save; ends of phases and interruptions are always saved."""
 
-    every_tokens: Tokens              # default: a twentieth of the run, at most 5B
+    every_tokens: Tokens              # how often a checkpoint is written; default: a twentieth of the run, at most 5B
     keep_last: int = 2                # whole ones; older ones are removed, ends of phases are kept
     background: bool = True           # written while training goes on, from a copy in the machine's memory
 
@@ -164,7 +164,7 @@ class CheckpointConfig:
 class TrackingConfig:
     """Where numbers go beside the run folder's own metrics.jsonl."""
 
-    print_every_steps: int = 10
+    print_every_steps: int = 10                 # a line in a log
     wandb_project: str | None = None  # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
     tensorboard: bool = False         # also write RUN/tensorboard (needs the extra: pip install -e '.[tensorboard]')
 
@@ -198,24 +198,24 @@ class Derived:
 class RunConfig:
     """The whole run file."""
 
-    name: str
+    name: str                                   # of the run, in reports and in runs/NAME
     out: str                                               # the run folder: ledger, metrics, checkpoints; default: runs/NAME
     seed: int                                              # of weights, order and masks; default: 17, a branch's another
     model: chosen_by("system", SYSTEMS)                    # {preset: NAME}, or a shape; default: that of init_from
     data: DataConfig                                       # or a list of shard folders
     phases: tuple[PhaseConfig, ...]
-    checkpoints: CheckpointConfig
+    checkpoints: CheckpointConfig                          # default: see below
     objective: chosen_by("name", OBJECTIVES, default="mlm") = field(default_factory=OBJECTIVES["mlm"])
     optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(default_factory=OPTIMIZERS["stable_adamw"])
     init_from: str | None = None                           # a stored model that the weights start from, not the seed
     branch_from: str | None = None                         # a run's checkpoint: weights and optimizer state start from it
-    evaluation: EvaluationConfig | None = None             # default: held_out beside train of the sources; null for none
+    evaluation: EvaluationConfig | None = None             # default: held_out beside each train; null for none
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
-    attention: AttentionWord = "auto"
+    attention: AttentionWord = "auto"           # the kernels; auto: the fastest that can run
     compile: Literal["auto", "blocks", "off"] = "auto"    # layers by torch.compile; auto: on CUDA, below zero_stage 3
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto" # auto: CUDA where torch sees it
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     given: dict[str, Any] | None = field(init=False, default=None, compare=False, repr=False)       # the run file as it was read
     derived: tuple[Derived, ...] = field(init=False, default=(), compare=False, repr=False)         # what it left out

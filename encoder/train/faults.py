@@ -23,7 +23,7 @@ FINE, NOT_FINITE, SPIKE = "", "not_finite", "spike"      # what a step was, in t
 class SpikeConfig:
     """A loss that is a spike: far above the median of the steps before it, in median absolute deviations of those."""
 
-    deviations: float = 20.0
+    deviations: float = 20.0                    # above the median, in median absolute deviations
     over_steps: int = 100             # so many fine steps must be there first; counted anew in each phase
 
     def __post_init__(self) -> None:

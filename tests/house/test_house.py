@@ -140,3 +140,12 @@ def test_the_library_says_its_version_and_names_without_torch():
             "assert 'torch' not in sys.modules; assert callable(encoder.read_run)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_of_settings_is_what_the_classes_say():
+    """Every key with its type, its default and a meaning."""
+    from launch.reference import pages
+    for name, text in pages().items():
+        empty = [line for line in text.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+        assert not empty, f"write a comment behind these settings: {empty}"
+        assert (ROOT / "docs" / name).read_text() == text, f"docs/{name} is behind: run python launch/reference.py"
