@@ -48,8 +48,13 @@ INDEX = """Make MDS shards that another program wrote ready for training here. E
 
   data-prep index shards/elsewhere/train --tokenizer corpus/tokenizer.json
 
-Needed is a column input_ids of ndarray:uint16 (ModernBERT's layout) or ndarray:uint32 (Ettin's), compressed or not;
-other columns are left alone. Nothing that is there is changed: card.json, lengths.bin, tokenizer.json and, where
+Needed is a column of ids, compressed or not: input_ids, or the one that --column names, as an ndarray of whole numbers of
+8 to 64 bits, or as bytes with --dtype; other columns are left alone. Examples:
+
+  data-prep index shards/tokens --tokenizer t.json --column tokens --dtype int64 --add-specials       llm-foundry's chunks
+  data-prep index shards/padded --tokenizer t.json --strip-padding                    [CLS] a b [SEP] [PAD] [PAD] [PAD]
+
+Nothing that is there is changed: card.json, lengths.bin, tokenizer.json and, where
 index.json has no SHA-256, hashes.json are added."""
 
 UPLOAD = """Copy shard folders to object storage, through streaming's uploaders. Examples:
@@ -149,6 +154,12 @@ def _parser() -> CommandLine:
     index.add_argument("--split", choices=("train", "held_out"), default="train", help="what the shards are for (train)")
     index.add_argument("--add-specials", action="store_true",
                        help="let samples without [CLS] and [SEP] in; they get them when they are read")
+    index.add_argument("--strip-padding", action="store_true",
+                       help="let samples with [PAD] at their ends in; it is cut off when they are read")
+    index.add_argument("--keep-specials", action="store_true",
+                       help="let samples with [CLS], [SEP], [MASK] or [PAD] inside in, and train on them as they are")
+    index.add_argument("--column", metavar="NAME", default="input_ids", help="where the ids are (input_ids)")
+    index.add_argument("--dtype", metavar="TYPE", type=_width, help="of ids in a column of bytes: uint8 to int64")
     index.add_argument("--again", action="store_true", help="write side files of an earlier data-prep index anew")
 
     verify = command("verify", _verify, "check shard folders: sizes, hashes, ids, [CLS] and [SEP], totals")
@@ -250,11 +261,13 @@ def _from_hf(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from data_prep.side_files import index
+    from data_prep.side_files import Reading, index
     from data_prep.tokenization import check_tokenizer_path
 
+    reading = Reading(column=args.column, dtype=args.dtype, add_specials=args.add_specials, strip_padding=args.strip_padding,
+                      keep_specials=args.keep_specials)
     index(args.folders, tokenizer_json=check_tokenizer_path(args.tokenizer), source=args.source, split=args.split,
-          add_specials=args.add_specials, again=args.again)
+          reading=reading, again=args.again)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -267,6 +280,14 @@ def _upload(args: argparse.Namespace) -> None:
     from data_prep.upload import upload
 
     upload(args.folder, args.remote)
+
+
+def _width(text: str) -> str:
+    from encoder.data.shard_format import WIDTHS  # not where the commands are only listed: it imports numpy
+
+    if text not in WIDTHS:
+        raise argparse.ArgumentTypeError(f"{text}; needed: one of {', '.join(WIDTHS)}")
+    return text
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ def summarize(folder: Path) -> Summary:
         raise ShardError(f"{folder / TOKENIZER} is damaged: its SHA-256 is not the card's. Make the shards again.")
     check_index(folder, card)
     lengths = np.asarray(read_lengths(folder, card))
-    shard = list(read_shard(folder, read_index(folder)[0], dtype=card.dtype, hashes=read_hashes(folder, card)))
+    shard = list(read_shard(folder, read_index(folder)[0], card=card, hashes=read_hashes(folder, card)))
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
     texts = [tokenizer.decode(ids_T[:SAMPLE_CHARS].tolist(), skip_special_tokens=False) for ids_T in chosen]

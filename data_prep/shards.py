@@ -24,7 +24,10 @@ from encoder.data.shard_format import (
     INDEX,
     INPUT_IDS,
     SHARD_HASH,
+    Card,
+    IdColumn,
     SpecialIds,
+    ids_in,
 )
 
 ZSTD_LEVEL = 3              # streaming's own
@@ -125,10 +128,71 @@ class Lacking:
 
 
 def lacking_specials(samples: ShardSamples, specials: SpecialIds) -> Lacking:
+    """Look at both ends of every sample; one without ids lacks both."""
+    first_P, last_P = _ends(samples)
+    return Lacking(cls_P=first_P != specials.cls_id, sep_P=last_P != specials.sep_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """How many [PAD] each sample has before and behind its other ids; one of padding alone has all of it before."""
+
+    before_P: np.ndarray
+    behind_P: np.ndarray
+
+
+def padding_of(samples: ShardSamples, specials: SpecialIds) -> Padded:
     """Look at both ends of every sample."""
+    is_pad_T = samples.ids_T == specials.pad_id
+    if not is_pad_T.any():
+        return Padded(before_P=np.zeros(len(samples.lengths_P), np.int64), behind_P=np.zeros(len(samples.lengths_P), np.int64))
+    kept = np.flatnonzero(~is_pad_T)
     ends_P = np.cumsum(samples.lengths_P)
-    return Lacking(cls_P=samples.ids_T[ends_P - samples.lengths_P] != specials.cls_id,
-                   sep_P=samples.ids_T[ends_P - 1] != specials.sep_id)
+    begins_P = ends_P - samples.lengths_P
+    place_P, behind_P = np.searchsorted(kept, begins_P), np.searchsorted(kept, ends_P)
+    some_P = place_P < behind_P                       # not padding alone
+    kept = np.append(kept, 0)
+    first_P = np.where(some_P, kept[place_P], ends_P)
+    last_P = np.where(some_P, kept[behind_P - 1], ends_P - 1)
+    return Padded(before_P=first_P - begins_P, behind_P=ends_P - 1 - last_P)
+
+
+def without_padding(samples: ShardSamples, padded: Padded) -> ShardSamples:
+    """The samples as they are read where the card strips padding."""
+    if not (padded.before_P.any() or padded.behind_P.any()):
+        return samples
+    ends_P = np.cumsum(samples.lengths_P)
+    lengths_P = samples.lengths_P - padded.before_P - padded.behind_P
+    some_P = lengths_P > 0
+    edges = np.zeros(len(samples.ids_T) + 1, np.int8)
+    edges[(ends_P - samples.lengths_P + padded.before_P)[some_P]] += 1
+    edges[(ends_P - padded.behind_P)[some_P]] -= 1
+    return ShardSamples(name=samples.name, ids_T=samples.ids_T[np.cumsum(edges[:-1], dtype=np.int8) > 0], lengths_P=lengths_P)
+
+
+def specials_inside(samples: ShardSamples, specials: SpecialIds) -> dict[str, np.ndarray]:
+    """Which samples hold a special id where no text has one, bool [P] by what it is: [MASK] or [PAD] anywhere, [CLS] behind
+    the first place, [SEP] before the last."""
+    ids_T, some_P, ends_P = samples.ids_T, samples.lengths_P > 0, np.cumsum(samples.lengths_P)
+    found = {}
+    for word, special, allowed in (("[MASK]", specials.mask_id, None), ("[PAD]", specials.pad_id, None),
+                                   ("[CLS] behind its first place", specials.cls_id, (ends_P - samples.lengths_P)[some_P]),
+                                   ("[SEP] before its last place", specials.sep_id, ends_P[some_P] - 1)):
+        at = np.flatnonzero(ids_T == special)
+        at = at if allowed is None else at[~np.isin(at, allowed)]
+        if len(at):
+            found[word] = np.zeros(len(ends_P), bool)
+            found[word][np.searchsorted(ends_P, at, side="right")] = True
+    return found
+
+
+def _ends(samples: ShardSamples) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last id of each sample, int64 [P]; -1 where it has none."""
+    ends_P, some_P = np.cumsum(samples.lengths_P), samples.lengths_P > 0
+    first_P, last_P = np.full(len(ends_P), -1, np.int64), np.full(len(ends_P), -1, np.int64)
+    first_P[some_P] = samples.ids_T[(ends_P - samples.lengths_P)[some_P]]
+    last_P[some_P] = samples.ids_T[ends_P[some_P] - 1]
+    return first_P, last_P
 
 
 def read_index(folder: Path) -> list[dict]:
@@ -154,19 +218,19 @@ def read_index(folder: Path) -> list[dict]:
     return entries
 
 
-def read_shard(folder: Path, entry: dict, *, dtype: str, hashes: Mapping[str, str] | None = None) -> ShardSamples:
-    """One shard, its size and hash checked, compressed or not; `hashes` of hashes.json where index.json has none.
-    Raises ShardError with the file's name."""
-    encoding = f"ndarray:{dtype}"
-    if (found := column_encodings(folder, entry)[INPUT_IDS]) != encoding:
-        raise ShardError(f"{folder / INDEX} has the column {INPUT_IDS} as {found}; needed: {INPUT_IDS} as {encoding}.")
+def read_shard(folder: Path, entry: dict, *, card: Card, hashes: Mapping[str, str] | None = None) -> ShardSamples:
+    """One shard as it is stored, its size and hash checked, compressed or not; `hashes` of hashes.json where index.json has
+    none. Raises ShardError with the file's name."""
+    found = column_encodings(folder, entry, column=card.column)[card.column]
+    if found != card.stored_as:
+        raise ShardError(f"{folder / INDEX} has the column {card.column} as {found}; needed: {card.column} as {card.stored_as}.")
     data = stored_bytes(folder, entry)
     info = stored_info(entry)
     if hashlib.sha256(data).hexdigest() != (info["hashes"].get(SHARD_HASH) or (hashes or {}).get(info["basename"])):
         raise ShardError(f"{folder / info['basename']} is damaged: its {SHARD_HASH} is not the one in {INDEX}. "
                          "Make the shards again.")
     _check_unpacked_beside(folder, entry, data)
-    return samples_of(folder, entry, data)
+    return samples_of(folder, entry, data, column=card.id_column)
 
 
 def stored_info(entry: dict) -> dict:
@@ -174,8 +238,8 @@ def stored_info(entry: dict) -> dict:
     return entry["zip_data"] or entry["raw_data"]
 
 
-def column_encodings(folder: Path, entry: dict) -> dict[str, str]:
-    """MDS's encoding of each column of a shard. Raises ShardError for another format, for pickles and without input_ids."""
+def column_encodings(folder: Path, entry: dict, *, column: str = INPUT_IDS) -> dict[str, str]:
+    """MDS's encoding of each column of a shard. Raises ShardError for another format, for pickles and without `column`."""
     try:
         word, columns = entry["format"], dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
         stored_info(entry)["basename"], stored_info(entry)["hashes"], entry["samples"], entry["column_sizes"]
@@ -188,10 +252,17 @@ def column_encodings(folder: Path, entry: dict) -> dict[str, str]:
         if encoding.partition(":")[0] == "pkl":
             raise ShardError(f"{folder / INDEX} has the column {name} as pkl: to read a pickle is to run its code. "
                              "Write the shards again without that column.")
-    if INPUT_IDS not in columns:
-        raise ShardError(f"{folder / INDEX} has the columns {', '.join(columns)}; needed: {INPUT_IDS}. "
-                         "Tokenize the text with data-prep prepare.")
+    if column not in columns:
+        hold = [name for name, encoding in columns.items() if encoding.partition(":")[0] in ("ndarray", "bytes")]
+        way = f"Where another column holds the ids: data-prep index --column {hold[0]}." if hold else (
+            "Tokenize the text with data-prep prepare.")
+        raise ShardError(f"{folder / INDEX} has the columns {columns_text(columns)}; needed: {column}. {way}")
     return columns
+
+
+def columns_text(columns: Mapping[str, str]) -> str:
+    """'tokens (ndarray:int32), id (str)', for people."""
+    return ", ".join(f"{name} ({encoding})" for name, encoding in columns.items())
 
 
 def stored_bytes(folder: Path, entry: dict) -> bytes:
@@ -229,21 +300,19 @@ def _check_unpacked_beside(folder: Path, entry: dict, data: bytes) -> None:
                          "training unpacks it again.")
 
 
-def samples_of(folder: Path, entry: dict, data: bytes) -> ShardSamples:
-    """The column input_ids of a shard's file. Raises ShardError with the file's name."""
+def samples_of(folder: Path, entry: dict, data: bytes, *, column: IdColumn) -> ShardSamples:
+    """The ids of a shard's file, in their stored type. Raises ShardError with the file's name."""
     path = folder / stored_info(entry)["basename"]
     data = _unpacked(folder, entry, data)
-    at = entry["column_names"].index(INPUT_IDS)
-    dtype = np.dtype(entry["column_encodings"][at].partition(":")[2]).newbyteorder("<")
+    at = entry["column_names"].index(column.name)
     try:
-        return _samples(path.name, data, dtype, samples=int(entry["samples"]), sizes=entry["column_sizes"], at=at)
+        return _samples(path.name, data, column, samples=int(entry["samples"]), sizes=entry["column_sizes"], at=at)
     except (ValueError, IndexError) as error:
         raise ShardError(f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. "
                          "Make the shards again.") from error
 
 
-def _samples(name: str, data: bytes, dtype: np.dtype, *, samples: int, sizes: Sequence[int | None],
-             at: int) -> ShardSamples:
+def _samples(name: str, data: bytes, column: IdColumn, *, samples: int, sizes: Sequence[int | None], at: int) -> ShardSamples:
     """All samples of a shard at once; `sizes` in bytes of the columns (None: in each sample's head), `at` that of ids."""
     count = int(np.frombuffer(data, "<u4", 1)[0])
     if count != samples:
@@ -252,27 +321,35 @@ def _samples(name: str, data: bytes, dtype: np.dtype, *, samples: int, sizes: Se
     raw = np.frombuffer(data, np.uint8)
     begins, limits = offsets[:-1], offsets[1:]
     variable = [i for i, size in enumerate(sizes) if size is None]
-    if offsets[-1] != len(raw) or np.any(limits - begins < 4 * len(variable) + 2):
+    if offsets[-1] != len(raw) or np.any(limits - begins < 4 * len(variable)):
         raise ValueError("its offsets do not fit its size")
-    if at not in variable:
-        raise ValueError("its arrays have a fixed size")
     # one number of the head of every sample, byte by byte: they are not aligned
     head = {i: sum(raw[begins + 4 * k + byte].astype(np.int64) << 8 * byte for byte in range(4))
             for k, i in enumerate(variable)}
-    column = begins + 4 * len(variable) + sum((head.get(i, sizes[i]) for i in range(at)), start=0)
-    ends = column + head[at]
-    if np.any(column < begins) or np.any(column >= limits) or np.any(ends > limits):
+    columns = begins + 4 * len(variable) + sum((head.get(i, sizes[i]) for i in range(at)), start=0)
+    ends = columns + head.get(at, sizes[at])
+    if np.any(columns < begins) or np.any(columns > limits) or np.any(ends > limits) or np.any(ends < columns):
         raise ValueError("a sample's columns do not fit its size")
-    # kind of the shape: the number of axes, above two bits that tell the width of the shape's numbers
-    kind = raw[column]
-    if np.any(kind >> 2 != 1):
-        raise ValueError("a sample has more than one axis")
-    first_byte = column + 1 + (1 << (kind & 3).astype(np.int64))
+    plain = column.dtype is not None and column.has_shape and np.all(columns < ends) and np.all(raw[columns] >> 2 == 1)
+    if plain or column.dtype is not None and not column.has_shape:
+        return _together(name, raw, columns, ends, column)
+    # arrays that name their own type, or have axes of size 1: one by one
+    parts = [ids_in(column, data, begin, end - begin) for begin, end in zip(columns.tolist(), ends.tolist(), strict=True)]
+    return ShardSamples(name=name, ids_T=np.concatenate(parts) if parts else np.empty(0, np.int64),
+                        lengths_P=np.array([len(part) for part in parts], dtype=np.int64))
+
+
+def _together(name: str, raw: np.ndarray, columns: np.ndarray, ends: np.ndarray, column: IdColumn) -> ShardSamples:
+    """Arrays of one axis, or bare ids, of one type: cut out of the shard all at once."""
+    first_byte = columns
+    if column.has_shape:       # one byte that tells the width of the size, and the size
+        first_byte = columns + 1 + (1 << (raw[columns] & 3).astype(np.int64))
     id_bytes = ends - first_byte
-    if np.any(id_bytes <= 0) or np.any(id_bytes % dtype.itemsize):
-        raise ValueError("a sample's size is no whole number of ids")
-    keep = np.zeros(len(raw) + 1, np.int8)
-    keep[first_byte] += 1
-    keep[ends] -= 1
-    ids_T = raw[np.cumsum(keep[:-1], dtype=np.int8).astype(bool)].view(dtype)
-    return ShardSamples(name=name, ids_T=ids_T, lengths_P=id_bytes // dtype.itemsize)
+    if np.any(id_bytes < column.has_shape) or np.any(id_bytes % column.dtype.itemsize):
+        raise ValueError(f"a sample's size is no whole number of {column.dtype.name}")
+    edges = np.zeros(len(raw) + 1, np.int8)
+    edges[first_byte[id_bytes > 0]] += 1
+    edges[ends[id_bytes > 0]] -= 1
+    ids_T = raw[np.cumsum(edges[:-1], dtype=np.int8).astype(bool)].view(column.dtype)
+    return ShardSamples(name=name, ids_T=ids_T.view(np.int64) if column.dtype == np.uint64 else ids_T,
+                        lengths_P=id_bytes // column.dtype.itemsize)

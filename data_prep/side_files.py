@@ -4,20 +4,35 @@ What other programs write is left as it is: index.json and the shards are read, 
 
     ModernBERT     input_ids ndarray:uint16, id str, len int
     Ettin          input_ids ndarray:uint32, id str
-    any other      with input_ids as ndarray:uint16 or ndarray:uint32, and no pickled column
+    any other      one column of ids: ndarray of whole numbers of 8 to 64 bits, of one axis (or others of size 1), or bytes
+
+Padding at the ends of samples is cut when they are read, where that is asked for; other special ids inside are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.meter import Meter
 from data_prep.output import output
-from data_prep.shards import column_encodings, lacking_specials, read_index, samples_of, stored_bytes, stored_info
+from data_prep.shards import (
+    ShardSamples,
+    column_encodings,
+    columns_text,
+    lacking_specials,
+    padding_of,
+    read_index,
+    samples_of,
+    specials_inside,
+    stored_bytes,
+    stored_info,
+    without_padding,
+)
 from encoder.base.errors import ShardError
 from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.log import say
@@ -30,8 +45,11 @@ from encoder.data.shard_format import (
     LENGTHS,
     SHARD_HASH,
     TOKENIZER,
+    WIDTHS,
     Card,
+    IdColumn,
     SpecialIds,
+    id_column,
     read_card,
     special_ids_of,
     with_content,
@@ -39,22 +57,43 @@ from encoder.data.shard_format import (
     write_lengths,
 )
 
-READABLE = {"ndarray:uint16": "uint16", "ndarray:uint32": "uint32"}
+MANY_JUST_ABOVE = 0.1       # of the samples, from which on it is said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the samples of shards made elsewhere are to be read.
+
+    column, dtype: where the ids are, and of what type where the shards do not say it (bytes).
+    add_specials: samples without [CLS] before and [SEP] behind are let in, and get them when they are read.
+    strip_padding: samples with [PAD] at their ends are let in, and lose it when they are read.
+    keep_specials: samples with other special ids inside are let in, and keep them.
+    """
+
+    column: str = INPUT_IDS
+    dtype: str | None = None
+    add_specials: bool = False
+    strip_padding: bool = False
+    keep_specials: bool = False
 
 
 def index(folders: Sequence[Path], *, tokenizer_json: Path, source: str | None = None, split: str = "train",
-          add_specials: bool = False, again: bool = False) -> None:
+          reading: Reading | None = None, again: bool = False) -> None:
     """Write the side files of every folder with an index.json, at or below those given. Raises ShardError.
 
-    add_specials: samples without [CLS] before and [SEP] behind are let in, and get them when they are read.
+    folders, tokenizer_json: the shards, and the tokenizer that made their ids.
+    source, split: of the card; by default the folder's name, and train.
+    again: side files that an earlier index wrote are written anew.
     """
+    reading = reading or Reading()
     vocab_size, specials = special_ids_of(tokenizer_json)
     for folder in _with_index(folders):
         _check_free(folder, tokenizer_json, again)
         entries = read_index(folder)
-        dtype = _dtype_of(folder, entries)
+        column, encoding = _column_of(folder, entries, reading)
+        dtype = "int64" if column.dtype is None else column.dtype.name
         with output(folder, [LENGTHS, TOKENIZER, HASHES, CARD]):
-            read = _Read(folder, entries, vocab_size=vocab_size, specials=specials, add_specials=add_specials)
+            read = _Read(folder, entries, vocab_size=vocab_size, specials=specials, column=column, reading=reading)
             longest = int(read.lengths.max())
             # all is checked; an old card goes before what it names: beside new lengths it would be a wrong one
             (folder / CARD).unlink(missing_ok=True)
@@ -66,40 +105,89 @@ def index(folders: Sequence[Path], *, tokenizer_json: Path, source: str | None =
                         vocab_size=vocab_size, specials=specials, dtype=dtype, documents=0, tokens=0,
                         max_tokens_per_document=longest, index_sha256="", lengths_sha256="",
                         hashes_sha256=sha256_of(folder / HASHES) if read.hashes else "", adds_specials=read.lacking > 0,
-                        recipe={"index": 1, "columns": column_encodings(folder, entries[0])})
+                        strips_padding=read.padded > 0, holds_specials=read.special > 0, column=column.name,
+                        encoding="" if encoding == f"ndarray:{dtype}" else encoding,
+                        recipe={"index": 1, "columns": column_encodings(folder, entries[0], column=column.name)})
             card = with_content(card, folder, read.lengths)
             write_card(folder, card)
-        added = f", {read.lacking:,} of them without [CLS] or [SEP], which are added when read" if read.lacking else ""
+        said = [f", {read.lacking:,} of them without [CLS] or [SEP], which are added when read"] if read.lacking else []
+        said += [f", {read.padded:,} of them with [PAD] at their ends ({read.padding / read.stored:.0%} of the stored ids), which "
+                 "is cut off when read"] if read.padded else []
+        said += [f", {read.special:,} of them with special ids inside, which are kept"] if read.special else []
         say(f"{folder}: {card.documents:,} samples of up to {longest:,} tokens, {short_count(card.tokens)} tokens, "
-            f"{card.dtype}{added}.")
+            f"{card.stored_as}{''.join(said)}.")
+        if above := just_above_text(read.lengths):
+            say(f"{folder}: {above}")
+
+
+def just_above_text(lengths: np.ndarray) -> str | None:
+    """One line where many samples are a token or two longer than a power of two: chunks to which [CLS] and [SEP] were added."""
+    shares = {2**n: float(np.mean((lengths > 2**n) & (lengths <= 2**n + 2))) for n in range(5, 17)}
+    length, share = max(shares.items(), key=lambda item: item[1])
+    if share < MANY_JUST_ABOVE:
+        return None
+    return (f"{share:.0%} of the samples are just above {length:,}, with {length + 1:,} or {length + 2:,} tokens: a phase of "
+            f"max_tokens_per_document {length:,} would cut each in two halves, of {length + 2:,} takes them whole.")
 
 
 class _Read:
     """Lengths of all samples of a folder, the hashes that its index lacks, and how many samples lack a special token."""
 
-    def __init__(self, folder: Path, entries: Sequence[dict], *, vocab_size: int, specials: SpecialIds,
-                 add_specials: bool) -> None:
+    def __init__(self, folder: Path, entries: Sequence[dict], *, vocab_size: int, specials: SpecialIds, column: IdColumn,
+                 reading: Reading) -> None:
         self.hashes: dict[str, str] = {}
-        self.lacking = 0
+        self.lacking = self.padded = self.special = 0       # samples
+        self.stored = self.padding = 0                      # ids
+        self._vocab_size, self._specials, self._reading = vocab_size, specials, reading
         lengths = []
         with Meter(folder.name, sum(stored_info(entry)["bytes"] for entry in entries)) as meter:
             for entry in entries:
                 data = stored_bytes(folder, entry)
                 self._hash(folder, entry, data)
-                samples = samples_of(folder, entry, data)
                 path = folder / stored_info(entry)["basename"]
-                if (top := int(samples.ids_T.max(initial=0))) >= vocab_size:
-                    raise ShardError(f"{path} holds the id {top:,}, the tokenizer has {vocab_size:,} entries. "
-                                     "Give the tokenizer that made the shards.")
-                lacks = lacking_specials(samples, specials)
-                for word, lacks_P in (("begin with [CLS]", lacks.cls_P), ("end with [SEP]", lacks.sep_P)):
-                    if np.any(lacks_P) and not add_specials:
-                        raise ShardError(f"{path} sample {int(np.argmax(lacks_P))} does not {word} of the tokenizer. Give the "
-                                         "tokenizer that made the shards, or --add-specials where they were made without.")
-                self.lacking += int(np.sum(lacks.cls_P | lacks.sep_P))
-                lengths.append(samples.lengths_P + lacks.cls_P + lacks.sep_P)
+                lengths.append(self._lengths(path, samples_of(folder, entry, data, column=column), column))
                 meter.add(file_bytes=len(data), documents=len(lengths[-1]), tokens=int(lengths[-1].sum()))
         self.lengths = np.concatenate(lengths)
+
+    def _lengths(self, path: Path, stored: ShardSamples, column: IdColumn) -> np.ndarray:
+        """Of the samples of a shard as they are read, int64 [P]. Raises ShardError for ids that are no document's."""
+        self._check_ids(path, stored, column)
+        padded = padding_of(stored, self._specials)
+        some_P = (padded.before_P > 0) | (padded.behind_P > 0)
+        padding = int(padded.before_P.sum() + padded.behind_P.sum())
+        if padding and not self._reading.strip_padding:
+            raise ShardError(f"{path} has [PAD] at the ends of {int(some_P.sum()):,} of {len(some_P):,} samples, {padding:,} of "
+                             f"its {len(stored.ids_T):,} ids: they would be trained as text. Cut them off when they are read: "
+                             "--strip-padding; or prepare the text anew with data-prep prepare.")
+        self.padded, self.padding, self.stored = (
+            self.padded + int(some_P.sum()), self.padding + padding, self.stored + len(stored.ids_T))
+        samples = without_padding(stored, padded) if padding else stored
+        lacks = lacking_specials(samples, self._specials)
+        for word, lacks_P in (("begin with [CLS]", lacks.cls_P), ("end with [SEP]", lacks.sep_P)):
+            if np.any(lacks_P) and not self._reading.add_specials:
+                raise ShardError(f"{path} sample {int(np.argmax(lacks_P))} does not {word} of the tokenizer. Give the "
+                                 "tokenizer that made the shards, or --add-specials where they were made without.")
+        inside = specials_inside(samples, self._specials)
+        if inside and not self._reading.keep_specials:
+            word, found_P = next(iter(inside.items()))
+            raise ShardError(f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples (the first: "
+                             f"{int(np.argmax(found_P))}), which would be trained as text. {_INSIDE[word]} Where that is meant: "
+                             "--keep-specials.")
+        self.special += int(np.sum(np.any([*inside.values()], axis=0))) if inside else 0
+        self.lacking += int(np.sum(lacks.cls_P | lacks.sep_P))
+        return samples.lengths_P + lacks.cls_P + lacks.sep_P
+
+    def _check_ids(self, path: Path, stored: ShardSamples, column: IdColumn) -> None:
+        top, least = (int(stored.ids_T.max(initial=0)), int(stored.ids_T.min(initial=0)))
+        if top >= self._vocab_size or least < 0:
+            raise ShardError(f"{path} holds the id {top if top >= self._vocab_size else least:,}, the tokenizer has "
+                             f"{self._vocab_size:,} entries. Give the tokenizer that made the shards"
+                             + (", or another --dtype." if self._reading.dtype else "."))
+        if self._reading.dtype and column.dtype.itemsize < 8 and len(stored.ids_T) >= 64:
+            wide = _wider(stored, column, self._vocab_size)
+            if wide:
+                raise ShardError(f"{path}: read as {column.dtype.name} its ids are 0 wherever {wide} has its upper bytes. "
+                                 f"Needed: --dtype {wide}.")
 
     def _hash(self, folder: Path, entry: dict, data: bytes) -> None:
         info, found = stored_info(entry), hashlib.sha256(data).hexdigest()
@@ -136,15 +224,47 @@ def _check_free(folder: Path, tokenizer_json: Path, again: bool) -> None:
                          "Give that one with --tokenizer, if it made the shards, or move it away.")
 
 
-def _dtype_of(folder: Path, entries: Sequence[dict]) -> str:
-    """uint16 or uint32, the same in all shards. Raises ShardError."""
-    found = {column_encodings(folder, entry)[INPUT_IDS] for entry in entries}
+_INSIDE = {
+    "[MASK]": "Shards that are masked already cannot be masked anew: prepare the text with data-prep prepare.",
+    "[PAD]": "Padding in the middle cannot be cut off: write a document a sample.",
+    "[CLS] behind its first place": "A sample is one document, whose tokens all see each other: write a document a sample.",
+    "[SEP] before its last place": "A sample is one document, whose tokens all see each other: write a document a sample."}
+
+
+def _column_of(folder: Path, entries: Sequence[dict], reading: Reading) -> tuple[IdColumn, str]:
+    """The ids' column and its encoding, the same in all shards. Raises ShardError, saying which columns there are."""
     if not any(entry["samples"] for entry in entries):
         raise ShardError(f"{folder / INDEX} tells of no samples. Leave the folder out.")
-    if len(found) > 1 or not found <= set(READABLE):
-        raise ShardError(f"{folder / INDEX} has the column {INPUT_IDS} as {' and '.join(sorted(found))}; needed: "
-                         f"{' or '.join(READABLE)}. Write the shards again with that column.")
-    return READABLE[found.pop()]
+    name = reading.column
+    columns = column_encodings(folder, entries[0], column=name)
+    found = {column_encodings(folder, entry, column=name)[name] for entry in entries}
+    if len(found) > 1:
+        raise ShardError(f"{folder / INDEX} has the column {name} as {' and '.join(sorted(found))}; needed: one type in all "
+                         "shards. Write them again, or index them as folders of their own.")
+    encoding = found.pop()
+    if encoding.partition(":")[0] == "bytes" and reading.dtype is None:
+        raise ShardError(f"{folder / INDEX} has the column {name} as bytes, which does not say what numbers they are; needed: "
+                         f"--dtype, one of {', '.join(WIDTHS)} (int64 where they were made by an array's tobytes()).")
+    try:
+        column = id_column(name, encoding, dtype=reading.dtype)
+    except ShardError as error:
+        raise ShardError(f"{folder / INDEX} has the columns {columns_text(columns)}; {error}") from error
+    if reading.dtype is not None and encoding.partition(":")[0] != "bytes" and column.dtype != np.dtype(reading.dtype):
+        raise ShardError(f"{folder / INDEX} has the column {name} as {encoding}: --dtype {reading.dtype} has no effect on it. "
+                         "Leave it out.")
+    return column, encoding
+
+
+def _wider(stored: ShardSamples, column: IdColumn, vocab_size: int) -> str | None:
+    """The type that the bytes are of where the one named is too narrow: its upper halves are all 0."""
+    raw = stored.ids_T.view(np.uint8)
+    for width in ("int64", "int32", "int16"):
+        size = np.dtype(width).itemsize
+        if size > column.dtype.itemsize and not np.any(stored.lengths_P * column.dtype.itemsize % size):
+            ids = raw.view(np.dtype(width).newbyteorder("<"))
+            if ids.min() >= 0 and ids.max() < vocab_size:
+                return width
+    return None
 
 
 def _name_of(folder: Path) -> str:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import ShardSamples, lacking_specials, read_index, read_shard
+from data_prep.shards import (
+    Padded,
+    ShardSamples,
+    lacking_specials,
+    padding_of,
+    read_index,
+    read_shard,
+    specials_inside,
+    without_padding,
+)
 from encoder.base.errors import ShardError
 from encoder.base.files import is_hidden
 from encoder.base.log import say
@@ -60,7 +69,7 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
     lengths, at, shards, hashes = read_lengths(folder, card), 0, read_index(folder), read_hashes(folder, card)
     check_lengths(folder, card)
     for entry in shards:
-        samples = read_shard(folder, entry, dtype=card.dtype, hashes=hashes)
+        samples = read_shard(folder, entry, card=card, hashes=hashes)
         _check_samples(folder, samples, lengths[at:at + len(samples.lengths_P)], card)
         at += len(samples.lengths_P)
     tokens = int(np.sum(lengths, dtype=np.int64))
@@ -70,18 +79,37 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
     return card, len(shards)
 
 
-def _check_samples(folder: Path, samples: ShardSamples, expected_P: np.ndarray, card: Card) -> None:
-    path, lacks = folder / samples.name, lacking_specials(samples, card.specials)
+def _check_samples(folder: Path, stored: ShardSamples, expected_P: np.ndarray, card: Card) -> None:
+    path, padded = folder / stored.name, padding_of(stored, card.specials)
+    samples = without_padding(stored, padded) if card.strips_padding else stored
+    lacks = lacking_specials(samples, card.specials)
     lengths_P = samples.lengths_P + (lacks.cls_P.astype(np.int64) + lacks.sep_P) * card.adds_specials
     if not np.array_equal(lengths_P.astype(lengths_dtype(card.max_tokens_per_document)), expected_P):
         raise ShardError(f"{path} has other sample lengths than lengths.bin. Make the shards again.")
-    faults = {
-        f"an id beyond the vocabulary of {card.vocab_size:,}": samples.ids_T.max(initial=0) >= card.vocab_size,
-        "a sample that does not begin with [CLS]": not card.adds_specials and np.any(lacks.cls_P),
-        "a sample that does not end with [SEP]": not card.adds_specials and np.any(lacks.sep_P),
-        f"a sample longer than {card.max_tokens_per_document:,} tokens":
-            lengths_P.max(initial=0) > card.max_tokens_per_document,
-    }
+    inside = {} if card.holds_specials else specials_inside(samples, card.specials)
+    padding = {word: found_P for word, found_P in inside.items() if word == "[PAD]"}      # before what it hides at the ends
+    _refuse(path, {f"an id beyond the vocabulary of {card.vocab_size:,}": samples.ids_T.max(initial=0) >= card.vocab_size,
+                   "an id below 0": samples.ids_T.min(initial=0) < 0})
+    _refuse_specials(path, padding, padded, card)
+    _refuse(path, {"a sample that does not begin with [CLS]": not card.adds_specials and np.any(lacks.cls_P),
+                   "a sample that does not end with [SEP]": not card.adds_specials and np.any(lacks.sep_P),
+                   f"a sample longer than {card.max_tokens_per_document:,} tokens":
+                       lengths_P.max(initial=0) > card.max_tokens_per_document})
+    _refuse_specials(path, inside, padded, card)
+
+
+def _refuse(path: Path, faults: dict[str, bool]) -> None:
     for fault, found in faults.items():
         if found:
             raise ShardError(f"{path} has {fault}. Make the shards again.")
+
+
+def _refuse_specials(path: Path, inside: dict[str, np.ndarray], padded: Padded, card: Card) -> None:
+    for word, found_P in inside.items():
+        way = "Make the shards again."
+        if "index" in card.recipe:
+            at_ends = word == "[PAD]" and (padded.before_P.any() or padded.behind_P.any())
+            option = "--strip-padding, which cuts it off when they are read" if at_ends else "--keep-specials, if that is meant"
+            way = f"Index them again: data-prep index --again {option}."
+        raise ShardError(f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples, which would be trained as "
+                         f"text. {way}")

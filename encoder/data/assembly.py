@@ -146,13 +146,15 @@ class Assembler:
 
     def _check_ids(self, ids: np.ndarray, spec: RowSpec) -> None:
         vocab_size = self.sources[0].card.vocab_size
-        if ids.max() >= vocab_size:
-            for source, document in spec.pieces_P4[:, [SOURCE, DOCUMENT]].tolist():
-                top = self.sources[source].read(document).max()
-                if top >= vocab_size:
-                    raise DamagedShard(f"{self.sources[source].file_of(document)} holds id {top}, its vocabulary has "
-                                       f"{vocab_size:,}. Copy or prepare the shard again.",
-                                       source=self.sources[source].name, shard=self.sources[source].shard_of(document))
+        if ids.max() < vocab_size and ids.min() >= 0:
+            return
+        for source, document in spec.pieces_P4[:, [SOURCE, DOCUMENT]].tolist():
+            read = self.sources[source].read(document)
+            wrong = read[(read >= vocab_size) | (read < 0)]
+            if len(wrong):
+                raise DamagedShard(f"{self.sources[source].file_of(document)} holds id {wrong[0]}, its vocabulary has "
+                                   f"{vocab_size:,}. Copy or prepare the shard again.",
+                                   source=self.sources[source].name, shard=self.sources[source].shard_of(document))
 
     def _padding_segments(self, padding: int) -> list[int]:
         whole, rest = divmod(padding, self.max_tokens_per_document)

@@ -1,7 +1,8 @@
 """What a shard folder holds: MDS shards, and beside them a card, the lengths and the tokenizer.
 
     SOURCE/train/
-        index.json          MosaicML MDS: column input_ids, ndarray:uint16 or ndarray:uint32, one sample a document;
+        index.json          MosaicML MDS: column input_ids, ndarray:uint16 or ndarray:uint32, one sample a document (shards
+                            made elsewhere: a column of another name and type, see Card.column);
                             with the SHA-256 of every shard file (MDSWriter's hashes=["sha256"])
         shard.00000.mds     [CLS] ... [SEP] stored, at most `max_tokens_per_document` tokens a sample
         lengths.bin         uint16 (uint32 when a length does not fit) tokens per sample, in the order of the shards
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,10 @@ INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
 HASHES = "hashes.json"
 FORMAT = 2                                       # 1 had no hashes of content
+Width = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+WIDTHS: tuple[str, ...] = typing.get_args(Width)
+# how an MDS column `ndarray` without a type names that of each sample (streaming's encodings.NDArray)
+_WIDTH_OF_BYTE = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
 SHARD_HASH = "sha256"                            # of each shard file, in index.json, under MDS's name for it
 
 
@@ -57,7 +63,7 @@ class Card:
     tokenizer_sha256: str                        # of the bytes of tokenizer.json: the fingerprint
     vocab_size: int
     specials: SpecialIds
-    dtype: Literal["uint16", "uint32"]
+    dtype: Width                                 # of the ids as they are stored; int64 where each sample names its own
     documents: int                               # samples
     tokens: int                                  # sum of the lengths
     max_tokens_per_document: int                 # longest sample allowed
@@ -65,6 +71,10 @@ class Card:
     lengths_sha256: str                          # hex, of the bytes of lengths.bin
     hashes_sha256: str = ""                      # hex, of the bytes of hashes.json; empty: index.json has the hashes
     adds_specials: bool = False                  # samples that lack [CLS] or [SEP] at their ends get them when read
+    strips_padding: bool = False                 # samples with [PAD] at their ends lose it when read
+    holds_specials: bool = False                 # samples have [CLS], [SEP], [MASK] or [PAD] inside, and are meant to
+    column: str = INPUT_IDS                      # of the shards: where the ids are
+    encoding: str = ""                           # of that column, as index.json has it; empty: ndarray:DTYPE
     format: int = FORMAT
     recipe: dict[str, Any] = field(default_factory=dict)   # the settings and versions that made the folder
 
@@ -73,6 +83,79 @@ class Card:
         top = max(ids.cls_id, ids.sep_id, ids.pad_id, ids.mask_id, ids.unk_id, *ids.all_special)
         if top >= self.vocab_size:
             raise ConfigError(f"special id {top} is outside the vocabulary of {self.vocab_size}.")
+
+    @property
+    def stored_as(self) -> str:
+        """The encoding of the ids' column, as index.json must have it."""
+        return self.encoding or f"ndarray:{self.dtype}"
+
+    @property
+    def id_column(self) -> IdColumn:
+        """How the ids lie in their column. Raises ShardError."""
+        return id_column(self.column, self.stored_as, dtype=self.dtype)
+
+
+# fields that a card has only where they say something: a card of data-prep prepare is the same bytes as ever
+_SELDOM = ("strips_padding", "holds_specials", "column", "encoding")
+
+
+@dataclass(frozen=True)
+class IdColumn:
+    """How the ids of a document lie in the bytes of an MDS column.
+
+        ndarray:int32          shape | ids             ndarray           type | shape | ids
+        ndarray:int32:1,512    ids                     bytes             ids, of a type that the card names
+    """
+
+    name: str
+    dtype: np.dtype | None         # little-endian; None: a byte before each array names it
+    has_shape: bool                # before each array: a byte of (axes << 2 | log2 bytes of a size), and the sizes
+
+
+def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:
+    """The layout of a column by its MDS encoding; `dtype` is needed for bytes. Raises ShardError for what holds no ids."""
+    kind, _, rest = encoding.partition(":")
+    word, _, shape = rest.partition(":")
+    if kind == "bytes":
+        return IdColumn(name, np.dtype(dtype).newbyteorder("<"), has_shape=False)
+    sizes = [int(size) for size in shape.split(",") if size.isdecimal()] if shape else []
+    if kind != "ndarray" or word not in ("", *WIDTHS) or shape and (not sizes or sum(size > 1 for size in sizes) > 1):
+        raise ShardError(f"the column {name} is {encoding}; needed: ndarray of whole numbers of one axis (or others of size 1), or "
+                         "bytes.")
+    return IdColumn(name, np.dtype(word).newbyteorder("<") if word else None, has_shape=not shape)
+
+
+def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
+    """The ids [T] in `size` bytes of a column from `begin` on, a view. Raises ValueError, IndexError."""
+    at, end, dtype = begin, begin + size, column.dtype
+    if dtype is None:
+        dtype, at = np.dtype(_width_named(data[at])).newbyteorder("<"), at + 1
+    if column.has_shape:
+        axes, width = data[at] >> 2, 1 << (data[at] & 3)
+        values = at + 1 + axes * width
+        count = int.from_bytes(data[at + 1:values], "little") if axes == 1 else _folded(
+            np.frombuffer(data, f"<u{width}", axes, at + 1).tolist())
+        if values + count * dtype.itemsize != end:
+            raise ValueError("no one-dimensional array that fills its column")
+        at = values
+    count, rest = divmod(end - at, dtype.itemsize)
+    if rest:
+        raise ValueError(f"{end - at} bytes are no whole number of {dtype.name}")
+    ids = np.frombuffer(data, dtype, count, at)
+    return ids.view(np.int64) if dtype == np.uint64 else ids       # no arithmetic is exact over both of them
+
+
+def _width_named(byte: int) -> str:
+    if byte not in _WIDTH_OF_BYTE:
+        raise ValueError(f"an array of type number {byte}, which is no whole number")
+    return _WIDTH_OF_BYTE[byte]
+
+
+def _folded(shape: list[int]) -> int:
+    """The ids of an array with axes of size 1: (1, 512) -> 512."""
+    if not shape or sum(size > 1 for size in shape) > 1:
+        raise ValueError(f"an array of shape {tuple(shape)}; needed: one axis, or others of size 1")
+    return max(shape)
 
 
 def read_card(folder: Path) -> Card:
@@ -104,7 +187,8 @@ def read_card(folder: Path) -> Card:
 
 def write_card(folder: Path, card: Card) -> None:
     """Write card.json atomically: the last act of making a shard folder."""
-    write_json(folder / CARD, to_plain(card))
+    plain, usual = to_plain(card), {f.name: f.default for f in dataclasses.fields(Card)}
+    write_json(folder / CARD, {k: v for k, v in plain.items() if k not in _SELDOM or v != usual[k]})
 
 
 def read_lengths(folder: Path, card: Card) -> np.ndarray:
@@ -135,11 +219,29 @@ def read_hashes(folder: Path, card: Card) -> dict[str, str]:
     return json.loads((folder / HASHES).read_text(encoding="utf-8"))
 
 
+def as_read(ids_T: np.ndarray, card: Card) -> np.ndarray:
+    """A stored sample as it is trained: without padding at its ends, then with [CLS] and [SEP], as the card says."""
+    if card.strips_padding:
+        ids_T = without_padding(ids_T, card.specials.pad_id)
+    return with_specials(ids_T, card.specials) if card.adds_specials else ids_T
+
+
+def without_padding(ids_T: np.ndarray, pad_id: int) -> np.ndarray:
+    """A sample without [PAD] at its ends."""
+    if len(ids_T) and ids_T[0] != pad_id and ids_T[-1] != pad_id:
+        return ids_T
+    kept = np.flatnonzero(ids_T != pad_id)
+    return ids_T[kept[0]:kept[-1] + 1] if len(kept) else ids_T[:0]
+
+
 def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
     """A sample with [CLS] before it and [SEP] behind it, each only where it is not there."""
     before = [] if ids_T[:1].tolist() == [specials.cls_id] else [specials.cls_id]
     behind = [] if ids_T[-1:].tolist() == [specials.sep_id] else [specials.sep_id]
-    return np.concatenate([np.array(before, ids_T.dtype), ids_T, np.array(behind, ids_T.dtype)])
+    # ids of 8 bits can be those of a large vocabulary's first tokens
+    narrow = np.iinfo(ids_T.dtype).max < max(specials.cls_id, specials.sep_id)
+    dtype = np.dtype(np.int64) if narrow else ids_T.dtype
+    return np.concatenate([np.array(before, dtype), ids_T, np.array(behind, dtype)])
 
 
 def check_lengths(folder: Path, card: Card) -> None:

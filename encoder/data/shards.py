@@ -2,7 +2,7 @@
 
     shard.00000.mds    uint32 n | uint32 offset x (n+1) | settings as JSON | sample | sample | ...
     sample             uint32 size of each column of no fixed size | the columns in the order of their names
-    input_ids          (dimensions << 2 | log2 bytes of a size) | size x dimensions | values
+    input_ids          (dimensions << 2 | log2 bytes of a size) | size x dimensions | values; others: shard_format.IdColumn
 
 Shards that lie in the folder as plain .mds need nothing but this file. Compressed shards, and those of a folder that is
 read through a cache, go through encoder.data.cache.
@@ -24,14 +24,16 @@ from encoder.base.errors import DamagedShard, ShardError
 from encoder.data.cache import ShardCache, StoredShard, fetch_side_files
 from encoder.data.shard_format import (
     INDEX,
-    INPUT_IDS,
     LENGTHS,
     SHARD_HASH,
+    Card,
+    IdColumn,
+    as_read,
     check_index,
+    ids_in,
     read_card,
     read_hashes,
     read_lengths,
-    with_specials,
 )
 
 # Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the 8 shards of one
@@ -41,12 +43,13 @@ OPEN_SHARDS = 32
 
 @dataclass(frozen=True)
 class _ShardFile(StoredShard):
-    """One line of index.json: also how to find input_ids in the samples of a shard."""
+    """One line of index.json: also how to find the ids in the samples of a shard."""
 
     samples: int
-    dtype: np.dtype
+    column: IdColumn
+    size: int | None                           # of the ids' column in bytes, None where the head tells
     variable_columns: int                      # columns with a size in the sample's head
-    before: tuple[int | None, ...]             # sizes of the columns before input_ids, None where the head tells
+    before: tuple[int | None, ...]             # sizes of the columns before it, None where the head tells
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Source:
         self.card = read_card(path)
         self.lengths = read_lengths(path, self.card)
         check_index(path, self.card)
-        self._shards = _read_index(path / INDEX, dtype=np.dtype(self.card.dtype), hashes=read_hashes(path, self.card))
+        self._shards = _read_index(path / INDEX, card=self.card, hashes=read_hashes(path, self.card))
         self.samples_per_shard = np.array([s.samples for s in self._shards], dtype=np.int64)
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
@@ -99,13 +102,11 @@ class Source:
         return self.card.tokens / self.card.documents
 
     def read(self, document: int) -> np.ndarray:
-        """The ids of a document, uint16 or uint32, a read-only view of the file. Raises ShardError naming the file,
-        DamagedShard where it is there and wrong."""
+        """The ids of a document as it is trained, in their stored type, where possible a read-only view of the file. Raises
+        ShardError naming the file, DamagedShard where it is there and wrong."""
         number = bisect_right(self._first_document, document) - 1
         sample = document - self._first_document[number]
-        ids = self._ids_at(self._opened(number), number, sample)
-        if self.card.adds_specials:
-            ids = with_specials(ids, self.card.specials)
+        ids = as_read(self._ids_at(self._opened(number), number, sample), self.card)
         if len(ids) != self.lengths[document]:
             raise self._damaged(number, f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says "
                                         f"{self.lengths[document]}. Make the shards again with data-prep prepare --again.")
@@ -151,12 +152,10 @@ class Source:
             at = begin + 4 * shard.variable_columns
             for size in shard.before:
                 at += head.pop(0) if size is None else size
-            size, kind = head[0], opened.buffer[at]
-            values = at + 1 + (1 << (kind & 3))
-            tokens = int.from_bytes(opened.buffer[at + 1:values], "little")
-            if kind >> 2 != 1 or values + tokens * shard.dtype.itemsize != at + size or at + size > end:
-                raise ValueError("no one-dimensional array that fills its column")
-            return np.frombuffer(opened.buffer, shard.dtype, tokens, values)
+            size = head[0] if shard.size is None else shard.size
+            if at + size > end:
+                raise ValueError("its columns do not fit its size")
+            return ids_in(shard.column, opened.buffer, at, size)
         except (ValueError, IndexError) as error:
             raise self._damaged(number, f"{self._cache.place(shard)} sample {sample} is damaged ({error}). "
                                         "Copy or prepare the shard again.") from error
@@ -216,9 +215,9 @@ def _reopen(origin: str, name: str, cache: Path | None, cache_bytes: int | None)
     return Source(origin, name=name, cache=cache, cache_bytes=cache_bytes)
 
 
-def _read_index(path: Path, *, dtype: np.dtype, hashes: dict[str, str]) -> list[_ShardFile]:
+def _read_index(path: Path, *, card: Card, hashes: dict[str, str]) -> list[_ShardFile]:
     try:
-        return [_shard_file(info, path, dtype, hashes) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]]
+        return [_shard_file(info, path, card, hashes) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_index(path) from error
 
@@ -232,17 +231,17 @@ def read_samples_per_shard(folder: Path) -> np.ndarray:
         raise _no_index(path) from error
 
 
-def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype, hashes: dict[str, str]) -> _ShardFile:
+def _shard_file(info: dict[str, Any], index: Path, card: Card, hashes: dict[str, str]) -> _ShardFile:
     if info["format"] != "mds" or info["version"] != 2:
         raise ShardError(f"{index} tells of {info['format']} version {info['version']}; needed: mds version 2.")
     names: list[str] = info["column_names"]
-    if INPUT_IDS not in names:
-        raise ShardError(f"{index} has columns {', '.join(names)}; needed: {INPUT_IDS}. "
+    if card.column not in names:
+        raise ShardError(f"{index} has columns {', '.join(names)}; needed: {card.column}. "
                          "Tokenize with data-prep prepare.")
-    at = names.index(INPUT_IDS)
+    at = names.index(card.column)
     encoding = info["column_encodings"][at]
-    if encoding != f"ndarray:{dtype.name}":
-        raise ShardError(f"{index}: column {INPUT_IDS} is {encoding}, the card says ndarray:{dtype.name}. "
+    if encoding != card.stored_as:
+        raise ShardError(f"{index}: column {card.column} is {encoding}, the card says {card.stored_as}. "
                          "Make the shards again with data-prep prepare --again.")
     stored = info["zip_data"] or info["raw_data"]
     sha256 = stored["hashes"].get(SHARD_HASH) or hashes.get(stored["basename"])
@@ -254,4 +253,5 @@ def _shard_file(info: dict[str, Any], index: Path, dtype: np.dtype, hashes: dict
                       compression=info["compression"] if info["zip_data"] else None, stored=stored["basename"],
                       stored_bytes=stored["bytes"], sha256=sha256,
                       raw_sha256=info["raw_data"]["hashes"].get(SHARD_HASH, ""), samples=info["samples"],
-                      dtype=dtype.newbyteorder("<"), variable_columns=sum(s is None for s in sizes), before=tuple(sizes[:at]))
+                      column=card.id_column, size=sizes[at], variable_columns=sum(s is None for s in sizes),
+                       before=tuple(sizes[:at]))

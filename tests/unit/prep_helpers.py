@@ -70,4 +70,4 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def ids_of(folder: Path) -> list[list[int]]:
     """Every sample of a shard folder."""
     card = read_card(folder)
-    return [ids.tolist() for entry in read_index(folder) for ids in read_shard(folder, entry, dtype=card.dtype)]
+    return [ids.tolist() for entry in read_index(folder) for ids in read_shard(folder, entry, card=card)]

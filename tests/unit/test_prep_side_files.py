@@ -99,6 +99,137 @@ def test_shards_made_elsewhere_train_here(tmp_path, tokenizer, columns):
     assert sorted(shown) == sorted(ids.tolist() for ids in DOCUMENTS)
 
 
+SHAPES = {"as they are": lambda ids: ids, "one row": lambda ids: ids[None, :], "one column": lambda ids: ids[:, None]}
+
+
+def write_tokens(folder: Path, encoding: str, documents=DOCUMENTS, *, dtype: str = "int64", shape: str = "as they are",
+                 compression: str | None = None) -> Path:
+    """Shards whose ids are in a column `tokens` beside another one, as other programs have them."""
+    with MDSWriter(columns={"id": "str", "tokens": encoding}, out=str(folder), size_limit=4096, compression=compression) as out:
+        for number, ids in enumerate(documents):
+            values = np.asarray(ids, dtype)
+            out.write({"id": f"document {number}",
+                       "tokens": values.tobytes() if encoding == "bytes" else SHAPES[shape](values)})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+@pytest.mark.parametrize("kind", ["typed", "untyped", "bytes"])
+def test_ids_of_any_width_and_sign_in_any_column_are_read_exactly(tmp_path, tokenizer, capsys, dtype, kind):
+    encoding = {"typed": f"ndarray:{dtype}", "untyped": "ndarray", "bytes": "bytes"}[kind]
+    folder = write_tokens(tmp_path / "web", encoding, dtype=dtype, compression="zstd" if kind == "typed" else None)
+    told = ["--dtype", dtype] if kind == "bytes" else []
+    assert run("index", folder, "--tokenizer", tokenizer, "--column", "tokens", *told) == 0
+    source = open_source(folder, name="web")
+    assert all(np.array_equal(source.read(i), ids) for i, ids in enumerate(DOCUMENTS))
+    assert run("verify", folder) == 0 and run("report", folder) == 0
+    card = read_card(folder)
+    assert (card.column, card.stored_as, card.tokens) == ("tokens", encoding, sum(map(len, DOCUMENTS)))
+
+
+@pytest.mark.parametrize("encoding", ["ndarray:int32", "ndarray", "ndarray:int32:1,40", "ndarray:int32:40"])
+@pytest.mark.parametrize("shape", ["one row", "one column", "as they are"])
+def test_axes_of_size_one_fold_and_two_long_ones_are_told(tmp_path, tokenizer, capsys, encoding, shape):
+    even = [np.concatenate([[CLS], np.arange(38) % 50, [SEP]])] * 50
+    shape = {"ndarray:int32:1,40": "one row", "ndarray:int32:40": "as they are"}.get(encoding, shape)
+    folder = write_tokens(tmp_path / "web", encoding, even, dtype="int32", shape=shape)
+    assert run("index", folder, "--tokenizer", tokenizer, "--column", "tokens") == 0 and run("verify", folder) == 0
+    source = open_source(folder, name="web")
+    assert all(np.array_equal(source.read(i), even[0]) for i in range(50))
+    with MDSWriter(columns={"input_ids": "ndarray:int32"}, out=str(tmp_path / "two")) as out:
+        out.write({"input_ids": np.zeros((2, 20), np.int32)})
+    assert "an array of shape (2, 20); needed: one axis" in refused(capsys, "index", tmp_path / "two", "--tokenizer", tokenizer)
+
+
+def test_the_message_says_which_columns_were_found_and_what_to_write(tmp_path, tokenizer, capsys):
+    typed, plain = write_tokens(tmp_path / "a", "ndarray:int32", dtype="int32"), write_tokens(tmp_path / "b", "bytes")
+    err = refused(capsys, "index", typed, "--tokenizer", tokenizer)
+    assert "has the columns id (str), tokens (ndarray:int32); needed: input_ids" in err and "--column tokens" in err
+    assert "needed: --dtype, one of uint8" in refused(capsys, "index", plain, "--tokenizer", tokenizer, "--column", "tokens")
+    args = ("--tokenizer", tokenizer, "--column", "tokens", "--dtype")
+    for dtype in ("uint16", "int32", "uint8"):
+        assert "Needed: --dtype int64" in refused(capsys, "index", plain, *args, dtype)
+    assert "--dtype int64 has no effect" in refused(capsys, "index", typed, *args, "int64")
+    narrow = write_tokens(tmp_path / "c", "bytes", dtype="uint16")
+    err = refused(capsys, "index", narrow, *args, "uint64")
+    assert "no whole number of uint64" in err or "holds the id" in err
+    negative = write_tokens(tmp_path / "d", "ndarray:int16", [np.array([CLS, -5, SEP])], dtype="int16")
+    assert "holds the id -5" in refused(capsys, "index", negative, *args[:-1])
+
+
+PADDED = [np.concatenate([[PAD] * (i % 3), ids, [PAD] * (7 * i % 5)]).astype(int) for i, ids in enumerate(DOCUMENTS)]
+
+
+def test_padding_at_the_ends_is_refused_with_a_way_out_or_cut_when_read(tmp_path, tokenizer, capsys):
+    folder = write_foreign(tmp_path / "web/train", MODERNBERT, PADDED)
+    before = bytes_of(folder)
+    for more in ([], ["--add-specials"]):          # which would put [CLS] before the padding
+        err = refused(capsys, "index", folder, "--tokenizer", tokenizer, *more)
+        assert "shard.00000.mds has [PAD] at the ends of" in err and "--strip-padding" in err and "--add-specials" not in err
+    assert bytes_of(folder) == before
+    assert run("index", folder, "--tokenizer", tokenizer, "--strip-padding") == 0
+    assert "with [PAD] at their ends" in capsys.readouterr().out
+    source = open_source(folder, name="web")
+    assert source.card.strips_padding and not source.card.adds_specials
+    assert all(np.array_equal(source.read(i), ids) for i, ids in enumerate(DOCUMENTS))
+    assert read_lengths(folder, source.card).tolist() == [len(ids) for ids in DOCUMENTS] and run("verify", folder) == 0
+
+
+def test_padding_is_cut_before_cls_and_sep_are_added(tmp_path, tokenizer):
+    bare = [np.concatenate([ids[1:-1], [PAD] * 5]) for ids in DOCUMENTS] + [np.array([PAD] * 4)]
+    folder = write_foreign(tmp_path / "web", MODERNBERT, bare)
+    assert run("index", folder, "--tokenizer", tokenizer, "--strip-padding", "--add-specials") == 0
+    source = open_source(folder, name="web")
+    assert all(np.array_equal(source.read(i), ids) for i, ids in enumerate(DOCUMENTS))
+    assert source.read(len(DOCUMENTS)).tolist() == [CLS, SEP] and run("verify", folder) == 0
+
+
+@pytest.mark.parametrize("place, word", [(63, "[MASK]"), (PAD, "[PAD]"), (CLS, "[CLS] behind its first place"),
+                                         (SEP, "[SEP] before its last place")])
+def test_special_ids_inside_samples_are_refused_or_kept_on_demand(tmp_path, tokenizer, capsys, place, word):
+    holed = [np.concatenate([ids[:2], [place], ids[2:]]) if len(ids) > 9 else ids for ids in DOCUMENTS]
+    folder = write_foreign(tmp_path / "web", MODERNBERT, holed)
+    err = refused(capsys, "index", folder, "--tokenizer", tokenizer)
+    assert f"shard.00000.mds has {word} in " in err and "would be trained as text" in err and "--keep-specials" in err
+    assert run("index", folder, "--tokenizer", tokenizer, "--keep-specials") == 0
+    source = open_source(folder, name="web")
+    assert all(np.array_equal(source.read(i), ids) for i, ids in enumerate(holed)) and run("verify", folder) == 0
+    change_card = json.loads((folder / "card.json").read_text())
+    assert change_card.pop("holds_specials") is True
+    (folder / "card.json").write_text(json.dumps(change_card))       # as an earlier index wrote it
+    assert f"has {word} in " in refused(capsys, "verify", folder)
+
+
+def test_verify_tells_of_padding_that_an_earlier_index_let_in(tmp_path, tokenizer, capsys):
+    folder = write_foreign(tmp_path / "web", MODERNBERT, [np.concatenate([ids, [PAD] * 3, [SEP]]) for ids in DOCUMENTS])
+    assert run("index", folder, "--tokenizer", tokenizer, "--keep-specials") == 0
+    card = json.loads((folder / "card.json").read_text())
+    del card["holds_specials"]
+    (folder / "card.json").write_text(json.dumps(card))
+    assert "[PAD]" in refused(capsys, "verify", folder)
+
+
+def test_unknown_tokens_are_text(tmp_path, tokenizer):
+    folder = write_foreign(tmp_path / "web", MODERNBERT, [np.array([CLS, 3, 59, 59, SEP])] * 9)
+    assert run("index", folder, "--tokenizer", tokenizer) == 0 and run("verify", folder) == 0
+
+
+def test_chunks_that_are_just_above_a_length_are_said_by_index(tmp_path, tokenizer, capsys):
+    chunks = [np.arange(128) % 50] * 30
+    folder = write_foreign(tmp_path / "web", MODERNBERT, chunks)
+    assert run("index", folder, "--tokenizer", tokenizer, "--add-specials") == 0
+    out = capsys.readouterr().out
+    assert "100% of the samples are just above 128, with 129 or 130 tokens" in out and "of 130 takes them whole" in out
+
+
+def test_a_card_of_prepare_is_the_same_bytes_as_before(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts(20))
+    assert run("prepare", settings(tmp_path)) == 0
+    card = json.loads((tmp_path / "shards/a/train/card.json").read_text())
+    assert not {"column", "encoding", "strips_padding", "holds_specials"} & set(card)
+    assert read_card(tmp_path / "shards/a/train").column == "input_ids"
+
+
 def test_samples_without_cls_and_sep_get_them_only_when_asked_for(tmp_path, tokenizer, capsys):
     bare = [ids[1:-1] if i % 3 == 0 else ids[:-1] if i % 3 == 1 else ids for i, ids in enumerate(DOCUMENTS)]
     folder = write_foreign(tmp_path / "web", MODERNBERT, bare)
@@ -122,11 +253,9 @@ def test_a_special_token_is_put_on_once():
 
 
 @pytest.mark.parametrize("columns, words", [
-    ({"input_ids": "ndarray:int64"}, "input_ids as ndarray:int64; needed: ndarray:uint16 or ndarray:uint32"),
-    ({"input_ids": "ndarray:int32"}, "input_ids as ndarray:int32; needed"),
-    ({"input_ids": "ndarray"}, "input_ids as ndarray; needed"),
+    ({"input_ids": "ndarray:float32"}, "the column input_ids is ndarray:float32; needed: ndarray of whole numbers"),
     ({"input_ids": "ndarray:uint16", "text": "pkl"}, "the column text as pkl: to read a pickle is to run its code"),
-    ({"input_ids": "pkl"}, "the column input_ids as pkl"), ({"text": "str"}, "has the columns text; needed: input_ids")])
+    ({"input_ids": "pkl"}, "the column input_ids as pkl"), ({"text": "str"}, "has the columns text (str); needed: input_ids")])
 def test_a_layout_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path, tokenizer, capsys, columns, words):
     folder = write_foreign(tmp_path / "web", columns)
     before = bytes_of(folder)
