@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from encoder.base.errors import ConfigError, ShardError
+from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import warn_once
 
 EncoderName = Literal["fastokens", "tokenizers"]
@@ -147,7 +148,9 @@ def one_thread_a_process() -> None:
 
 
 def check_tokenizer_path(path: Path) -> Path:
-    """The path, if a file is there. Raises ConfigError."""
+    """The path, if a file is there; of ORG/NAME on the Hugging Face hub the file that was fetched. Raises ConfigError."""
+    if name := parse_hub_name(path):
+        return fetch_tokenizer(name, error=ConfigError)
     if path.is_dir():
         raise ConfigError(f"tokenizer {path} is a folder; needed: a tokenizer.json, such as {path / 'tokenizer.json'}.")
     if not path.is_file():

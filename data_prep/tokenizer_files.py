@@ -18,6 +18,7 @@ from data_prep.readers import find_files, numbered, parse, read_blocks
 from data_prep.tokenization import TextEncoder, text_hash
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_atomic
+from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import say
 from encoder.data.shard_format import special_ids_of
 
@@ -101,7 +102,10 @@ def modernbert_edits(content: dict) -> dict:
 def copy_tokenizer(given: Path, out: Path) -> None:
     """Take over a Hugging Face folder's tokenizer.json (or the file itself), if it has the five special tokens
     and tokenizers can read it."""
-    path = given / "tokenizer.json" if given.is_dir() else given
+    if name := parse_hub_name(given):
+        path = fetch_tokenizer(name, error=ConfigError)
+    else:
+        path = given / "tokenizer.json" if given.is_dir() else given
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"{path} {what}; needed: a tokenizer.json, or the folder of one.")

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write the mean of several checkpoints' weights as a weights folder, as ModernBERT-base is the mean of four of its decay.
+"""Write the mean of checkpoints' weights as a weights folder, as ModernBERT-base is the mean of four of its decay.
 
     python launch/average.py RUN/checkpoints/A RUN/checkpoints/B [...] --out OUT
+    python launch/average.py RUN --out OUT              the weights of the newest checkpoint, as they are
 
 Then export OUT (launch/export_hf.py), grow it, or train it on (init_from: OUT).
 """
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, averages, returns the exit code."""
     parser = CommandLine(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT",
-                        help="a folder of RUN/checkpoints; of one run, or of several of the same model and tokenizer")
+                        help="a folder of RUN/checkpoints, or a run folder for its newest; all of the same model and tokenizer")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT",
                         help="the weights folder to write; replaced only if it is an earlier weights folder")
     args = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 """Take a model from Hugging Face, or from ModernBERT's own training code, as a weights folder.
 
     python launch/import_hf.py HF_FOLDER OUT
+    python launch/import_hf.py answerdotai/ModernBERT-base OUT        from the Hugging Face hub, where there is a network
     python launch/import_hf.py ep0-ba1000-rank0.pt OUT                a checkpoint of Composer's trainer: it says all settings
     python launch/import_hf.py STATE_DICT.pt OUT --global-rope-theta 160000 --tokenizer tokenizer.json
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="a folder with config.json and weights, or a .pt file in FlexBERT's names",
+        help="a Hugging Face folder, ORG/NAME[@REVISION] on its hub, or a .pt file in FlexBERT's names",
     )
     parser.add_argument(
         "out",
@@ -53,59 +54,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        import dataclasses
-        import tempfile
+        from encoder.train.import_model import import_model
 
-        from encoder.base.errors import ModelError
-        from encoder.models.composer_import import read_composer
-        from encoder.models.hf_import import prove_import, read_hf
-        from encoder.models.hf_tokenizer import check_tokenizer
-        from encoder.models.stored import write_stored
-
-        def imported(scratch: Path) -> None:
-            told = {
-                k: v
-                for k in ("global_rope_theta", "local_rope_theta", "heads")
-                if (v := getattr(args, k)) is not None
-            }
-            if args.source.is_dir():
-                if told:
-                    raise ModelError(
-                        f"--{next(iter(told)).replace('_', '-')} has no effect on a folder, whose "
-                        "config.json says it. "
-                        "Leave it out."
-                    )
-                model = read_hf(args.source)
-            else:
-                model = read_composer(args.source, **told, tokenizer_to=scratch / "tokenizer.json")
-            if args.tokenizer is not None:
-                if model.tokenizer_json is not None:
-                    raise ModelError(
-                        f"--tokenizer is not needed: {args.source} has its own tokenizer.json. "
-                        "Leave it out."
-                    )
-                model = dataclasses.replace(model, tokenizer_json=args.tokenizer)
-            if model.tokenizer_json is not None:
-                check_tokenizer(model.tokenizer_json, vocab_size=model.config.vocab_size)
-            proof = prove_import(model, args.source) if args.source.is_dir() else None
-            write_stored(model, args.out)
-            c = model.config
-            print(
-                f"wrote {args.out}: {c.num_hidden_layers} layers of {c.hidden_size}, "
-                f"{c.num_attention_heads} heads, vocabulary "
-                f"{c.vocab_size:,}, RoPE theta {c.global_rope_theta:,.0f} global "
-                f"{c.local_rope_theta:,.0f} local, "
-                f"{'with its' if model.tokenizer_json else 'no'} tokenizer; from {model.origin}"
-            )
-            if proof is not None:
-                print(f"transformers gives {proof}")
-
-        if not args.source.exists():
-            raise ModelError(
-                f"{args.source} does not exist; needed: a Hugging Face folder or a .pt file."
-            )
-        with tempfile.TemporaryDirectory() as scratch:
-            imported(Path(scratch))
+        words = ("global_rope_theta", "local_rope_theta", "heads")
+        told = {word: value for word in words if (value := getattr(args, word)) is not None}
+        model, proof = import_model(args.source, args.out, tokenizer=args.tokenizer, told=told)
+        c = model.config
+        print(
+            f"wrote {args.out}: {c.num_hidden_layers} layers of {c.hidden_size}, "
+            f"{c.num_attention_heads} heads, vocabulary {c.vocab_size:,}, RoPE theta "
+            f"{c.global_rope_theta:,.0f} global {c.local_rope_theta:,.0f} local, "
+            f"{'with its' if model.tokenizer_json else 'no'} tokenizer; from {model.origin}"
+        )
+        if proof is not None:
+            print(f"transformers gives {proof}")
 
     return run_command(body)
 

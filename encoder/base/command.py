@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
@@ -35,6 +36,11 @@ class CommandLine(argparse.ArgumentParser):
             return f"{option} is unknown. Settings are given without dashes: {word.lstrip('-')}"
         known = [o for action in self._actions if action.help != argparse.SUPPRESS for o in action.option_strings]
         return f"{option} is unknown. {nearest(option, known)}"
+
+
+def as_typed(verb: str, *words: object) -> str:
+    """A command of ours as it can be pasted into a shell: `tessera VERB WORDS`, quoted where needed."""
+    return shlex.join(["tessera", verb, *map(str, words)])
 
 
 def count(text: str) -> int:

@@ -63,7 +63,7 @@ def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
     """config.json. Raises ExportError for a setting that Hugging Face's ModernBERT has no word for."""
     if strange := _without_words(config):
         raise ExportError(f"Hugging Face's ModernBERT has no word for {', '.join(strange)}. Train with the needed setting, or keep "
-                          "the model as a weights folder: launch/average.py CHECKPOINT --out OUT.")
+                          "the model as a weights folder.")
     return {
         "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert", "dtype": "float32",
         **{theirs: getattr(config, ours) for ours, theirs in WORDS.items()},

@@ -8,16 +8,21 @@ The names of the parameters are Hugging Face's already, so nothing is renamed or
         tokenizer.json           the run's own, with the mask token taking the space before it
         tokenizer_config.json
         onnx/model.onnx          where asked for: ids and attention mask -> logits, for onnxruntime
+        README.md, modules.json  a model card, and what sentence-transformers reads (encoder/models/hf_card.py)
         export_proof.json        what was compared, and how close it was; also the mark of a folder that we may replace
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
 from encoder.base.errors import ExportError
-from encoder.base.files import folder_that_appears, write_json
+from encoder.base.files import folder_that_appears, sha256_of, write_json
+from encoder.base.untrusted import read_json
+from encoder.models.hf_card import CARD, Training, write_card, write_sentence_transformers
 from encoder.models.hf_config import SpecialIds, hf_config
 from encoder.models.hf_onnx import check_onnx_installed, write_onnx
 from encoder.models.hf_proof import (
@@ -32,15 +37,18 @@ from encoder.models.hf_proof import (
     transformers_model,
 )
 from encoder.models.hf_tokenizer import write_tokenizer
-from encoder.models.stored import WEIGHTS, StoredModel, check_weights, write_safetensors
+from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, write_safetensors
 
 PROOF = "export_proof.json"
+FILES, SHA256 = "files", "sha256"          # in it: the names of what the export wrote, and hashes of what a person may edit
+HASHED = ("config.json", WEIGHTS, TOKENIZER, CARD)
 
 
 def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, out: Path, *,
-              onnx: bool = False) -> dict[str, Proof]:
+              onnx: bool = False, training: Training | None = None) -> dict[str, Proof]:
     """Write `out`, a folder that AutoModelForMaskedLM and AutoTokenizer load, and prove it before it has its name.
 
+    training: what the model card says of its making; default: where the model came from.
     Returns the proofs by what was asked: transformers, and onnxruntime where `onnx`. Raises UserError, leaving nothing
     behind, where Hugging Face's ModernBERT cannot be this model, the weights do not fit the config, `out` holds
     something that is no export of ours, or logits differ (encoder/models/hf_proof.py says by how much).
@@ -53,13 +61,14 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
     check_weights(model.weights, config, of=model.origin)
     if onnx:
         check_onnx_installed()
+    _check_nothing_is_lost(out)
     ours = our_model(model.weights, config)
     with folder_that_appears(out, mark=PROOF) as part:
         write_tokenizer(part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens)
         write_safetensors(model.weights, part / WEIGHTS)
         write_json(part / "config.json", settings)
         theirs = transformers_model(part)
-        _load_tokenizer(part)
+        mask_token = _load_tokenizer(part).mask_token
         drawn = drawn_difference(settings, config)
         if not drawn <= TOLERANCE_DRAWN:
             raise ExportError(f"the logits of transformers differ from ours by {drawn:.2e} on drawn weights in fp64; needed: at "
@@ -70,15 +79,49 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
         if onnx:
             rounding = min(2 * proofs["transformers"].max_abs_difference, 1e-2)         # a wrong window is 1e-1 off
             proofs["onnxruntime"] = write_onnx(part, theirs, ours, max_tokens=max_tokens, tolerance=max(TOLERANCE, rounding))
+        write_sentence_transformers(part, width=config.hidden_size, max_tokens=max_tokens)
+        write_card(part, config=config, parameters=ours.parameter_count(), mask_token=mask_token, max_tokens=max_tokens,
+                   training=training or Training(name=out.name, facts={"origin": model.origin}), proofs=proofs,
+                   shown_as=Path(os.path.abspath(out)).name)
         write_json(part / PROOF, {"drawn_weights_fp64_difference": drawn,
-                                  **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()}})
+                                  **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()},
+                                  SHA256: {name: sha256_of(part / name) for name in HASHED}, FILES: files_of(part)})
     return proofs
 
 
-def _load_tokenizer(folder: Path) -> None:
+def _check_nothing_is_lost(out: Path) -> None:
+    """An earlier export is replaced only where nobody edited its card or put files beside it. Raises ExportError."""
+    if not (out / PROOF).is_file():
+        return
+    proof = read_json(out / PROOF, error=ExportError)
+    names = proof.get(FILES) if isinstance(proof, dict) else None
+    if not isinstance(names, list):
+        return              # of an export that wrote no card
+    for name in files_of(out):
+        if name not in (*names, PROOF):
+            raise ExportError(f"{out} holds {name}, which no export wrote and another export would remove. Move it away, or name "
+                              "another folder.")
+    if CARD in edited_since(out, proof):
+        raise ExportError(f"{out / CARD} was edited since it was written, and another export would write over it. Move it away, or "
+                          "name another folder.")
+
+
+def edited_since(folder: Path, proof: dict[str, Any]) -> list[str]:
+    """Files of an export that are not what was proven."""
+    hashes = proof.get(SHA256)
+    hashes = hashes if isinstance(hashes, dict) else {}
+    return [name for name in HASHED if (folder / name).is_file() and sha256_of(folder / name) != hashes.get(name)]
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of all files of a folder, those of inner folders as PATH/NAME."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _load_tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:      # whatever its version raises: the answer is the same, with its words
         raise ExportError(f"transformers {transformers.__version__} cannot load the tokenizer: {error}") from error

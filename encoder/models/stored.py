@@ -53,7 +53,7 @@ def read_stored(folder: Path) -> StoredModel:
     missing = [name for name in (MODEL, WEIGHTS, ORIGIN) if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder} has no {missing[0]}; needed: a weights folder with {MODEL}, {WEIGHTS} and {ORIGIN}, "
-                         "as launch/import_hf.py and launch/grow.py write it.")
+                         "as tessera import and tessera grow write it.")
     try:
         config = read_stored_config(folder)
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights, as a weights folder: what ModernBERT-base is, of four checkpoints of its decay."""
+"""The mean of checkpoints' weights, as a weights folder: what ModernBERT-base is, of four of its decay; of one, its weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from encoder.base.errors import CheckpointError, ModelError
+from encoder.engine.checkpoint import newest_checkpoint
 from encoder.engine.checkpoint_folder import COMMITTED, damage
 from encoder.engine.checkpoint_stretches import StretchReader
 from encoder.models.catalog import build_model
 from encoder.models.growth import differing
 from encoder.models.stored import StoredModel, write_stored
 from encoder.train.stored import checkpoint_facts
+from encoder.train.tracking import CHECKPOINTS, RUN_FILE
 
 
 def average_checkpoints(checkpoints: Sequence[Path], out: Path) -> StoredModel:
     """Writes the mean of checkpoints of one model, each of the same weight, whole or not at all. Raises UserError.
 
+    checkpoints: folders of RUN/checkpoints; a run folder stands for its newest. One alone is written as it is.
     Takes the memory of one model in fp32 and of its largest tensor in fp64, however many checkpoints there are.
     """
+    checkpoints = [_newest_of(path) for path in checkpoints]
     facts = [_checked(path) for path in checkpoints]
     different = len({path.resolve() for path in checkpoints})
-    if different < max(2, len(checkpoints)):
-        raise ModelError(f"a mean of {len(checkpoints)} checkpoints, {different} different; needed: at least two, each once.")
+    if different < len(checkpoints):
+        raise ModelError(f"a mean of {len(checkpoints)} checkpoints, {different} different; needed: each once.")
     first = facts[0]
     for path, other in zip(checkpoints[1:], facts[1:], strict=True):
         if settings := differing(first.config, other.config):
@@ -41,7 +45,7 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path) -> StoredModel:
                              "Leave one of them out.")
     model = dataclasses.replace(
         first, weights=mean_weights(checkpoints, first), max_tokens=max(f.max_tokens for f in facts),
-        origin=f"mean of {len(facts)} checkpoints: {'; '.join(f.origin for f in facts)}")
+        origin=f"mean of {len(facts)} checkpoints: {'; '.join(f.origin for f in facts)}" if len(facts) > 1 else first.origin)
     write_stored(model, out)
     return model
 
@@ -66,10 +70,20 @@ def mean_weights(checkpoints: Sequence[Path], facts: StoredModel) -> dict[str, T
     return weights
 
 
+def _newest_of(path: Path) -> Path:
+    """The newest checkpoint of a run folder; any other path as it is. Raises CheckpointError."""
+    if not (path / RUN_FILE).is_file() or (path / COMMITTED).exists():
+        return path
+    newest = newest_checkpoint(path / CHECKPOINTS)
+    if newest is None:
+        raise CheckpointError(f"{path} holds no checkpoint yet; needed: a run that has saved one.")
+    return newest
+
+
 def _checked(checkpoint: Path) -> StoredModel:
     if not (checkpoint / COMMITTED).is_file():
         found = "is no committed checkpoint" if checkpoint.is_dir() else "does not exist"
-        raise CheckpointError(f"{checkpoint} {found}; needed: folders of RUN/checkpoints.")
+        raise CheckpointError(f"{checkpoint} {found}; needed: folders of RUN/checkpoints, or a run folder.")
     if problem := damage(checkpoint):
         raise CheckpointError(f"{problem} Use another checkpoint.")
     return checkpoint_facts(checkpoint)

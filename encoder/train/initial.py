@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from encoder.base.command import as_typed
 from encoder.base.errors import ModelError
 from encoder.data.shard_format import token_ids
 from encoder.models.growth import GROWS, differing, must_be_equal
@@ -56,7 +57,7 @@ def check_same_shape(there: ModernBertConfig, run: RunConfig, *, key: str, path:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         grows = all(name in GROWS and old < new for name, old, new in wrong)
         raise ModelError(f"{key} {path} has another shape: {found}{more}. "
-                         + (f"Grow it: launch/grow.py {path} OUT --run RUN.yaml, then init_from: OUT." if grows else
+                         + (f"Grow it: {as_typed('grow', path, 'OUT', '--run', 'RUN.yaml')}, then init_from: OUT." if grows else
                             "Set the run's model to the same, or name another model."))
 
 

@@ -31,12 +31,14 @@ from encoder.engine.engine import StepResult
 from encoder.engine.precision import precision_on
 from encoder.models.flops import train_flops
 from encoder.train import build
+from encoder.train.about import about_run
 from encoder.train.config import RunConfig, describe_phase, with_engine
 from encoder.train.console import Board, open_board
 from encoder.train.defaults import settled
 from encoder.train.evaluate import HeldOut, held_out_numbers
 from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge, StopFlag
 from encoder.train.feed import Feed, LostShard
+from encoder.train.hints import how_to_go_on, what_comes_next
 from encoder.train.initial import read_initial
 from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths, memory_bytes
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
@@ -124,6 +126,7 @@ class _Story:
                 self.tracker.event(
                     "resume" if started.resumed else "start", step=self.progress.step, ranks=world.size,
                     began=round(clock.began, 3), zero_stage=run.engine.zero_stage, precision=run.engine.precision,
+                    about=about_run(run, world, device, parameters=self.engine.parameter_count),
                     **({"init_from": run.init_from, "init_sha256": self.init_sha256} if run.init_from else {}),
                     **({"parent": self.parent} if self.parent else {}))
         build.agree_on_errors(self.error, world)
@@ -431,7 +434,7 @@ class _Story:
     def _stopped(self, stop: StopFlag) -> Outcome:
         number = 0 if self.time_is_up and not stop.signal else stop.signal or signal.SIGTERM
         name = signal.Signals(number).name if number else f"its time limit ({self.deadline.of})"
-        say(f"stopped by {name} after step {self.progress.step}; the same command goes on from here")
+        say(f"stopped by {name} after step {self.progress.step}; {how_to_go_on(self.folder, self.world)}")
         if self.tracker:
             cause = {"signal": int(number)} if number else {"limit": self.deadline.of}
             self.tracker.event("stopped", step=self.progress.step, **cause)
@@ -448,6 +451,8 @@ class _Story:
                     **{k: v for k, v in self.last_held_out.items() if k != "step"}})
         build.agree_on_errors(self.error, self.world)
         say(f"done: {p.step} steps, {short_count(p.tokens)} tokens, ledger {p.ledger_hash}")
+        for line in what_comes_next(self.run, self.folder):
+            say(line)
         return Outcome(done=True, progress=p)
 
 

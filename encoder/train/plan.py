@@ -11,6 +11,7 @@ import torch
 
 from encoder.base.dist import World
 from encoder.base.errors import ShardError
+from encoder.base.hub import parse_hub_name
 from encoder.base.units import short_bytes, short_count
 from encoder.data.packing import pack_best_fit
 from encoder.data.shard_format import read_card, read_lengths
@@ -27,9 +28,10 @@ from encoder.train.build import compiles
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig, with_engine
 from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.forecast import Machine, Probe, forecast, forecast_lines
-from encoder.train.initial import read_fitting
+from encoder.train.initial import check_same_shape, read_fitting
 from encoder.train.phases import PlannedSteps, planned_steps
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
+from encoder.train.stored import model_facts
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 FILL = 0.998          # of rows of documents that are not there yet (measured 99.7 to 99.9 % in windows of thousands of documents)
@@ -314,8 +316,11 @@ def _weights_text(run: RunConfig) -> str:
         return f"branched off {run.branch_from} (not there yet)"
     if run.init_from is None:
         return f"drawn from seed {run.seed}"
+    if name := parse_hub_name(run.init_from):
+        check_same_shape(model_facts(Path(run.init_from)), run, key="init_from", path=Path(run.init_from))
+        return f"from {name} on the Hugging Face hub"
     if not Path(run.init_from).exists():
-        return f"from {run.init_from}, which is not there yet: launch/grow.py or launch/import_hf.py makes it"
+        return f"from {run.init_from}, which is not there yet: tessera grow or tessera import makes it"
     return f"from {run.init_from}: {read_fitting(run).origin}"
 
 

@@ -93,7 +93,8 @@ def _time_facts(run: _Run) -> dict[str, str]:
 
 def _events(run: _Run) -> list[list[str]]:
     return [[e.get("time", ""), e.get("event", ""),
-             ", ".join(f"{k} {v}" for k, v in _flat(e) if k not in ("time", "event", "start", "began", "spent"))]
+             ", ".join(f"{k} {v}" for k, v in _flat(e) if k not in ("time", "event", "start", "began", "spent")
+                       and not k.startswith("about."))]
             for e in read_jsonl(run.folder / EVENTS)]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import CheckpointError, ShardError, UserError
+from encoder.base.hub import parse_hub_name
 from encoder.base.schema import brief, read_mapping
 from encoder.base.units import parse_tokens
 from encoder.engine.checkpoint import read_progress
@@ -102,7 +103,7 @@ def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str])
 
 def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
     """The model at `path` is the one that the run began with. One that is gone is not needed any more."""
-    if not path.exists():
+    if not path.exists() and (parse_hub_name(path) is None or str(path) == str(Path(before or ""))):
         return
     same_place = before is not None and path.resolve() == Path(before).resolve()
     try:

@@ -1,4 +1,4 @@
-"""Any model that we can name by a path: a run folder, a checkpoint, a weights folder or a Hugging Face folder."""
+"""Any model that we can name: a run folder, a checkpoint, a weights folder, a Hugging Face folder, or a name on its hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from encoder.base.errors import CheckpointError, ModelError
+from encoder.base.hub import HubName, fetch_model, parse_hub_name
 from encoder.base.schema import from_mapping, read_mapping
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import newest_checkpoint, read_progress, read_weights
@@ -17,11 +18,13 @@ from encoder.train.config import RunConfig
 from encoder.train.phases import phase_of_weights
 from encoder.train.tracking import CHECKPOINTS, RUN_FILE
 
-_KINDS = "a run folder, a checkpoint, a weights folder or a Hugging Face folder"
+_KINDS = "a run folder, a checkpoint, a weights folder, a Hugging Face folder, or ORG/NAME on the Hugging Face hub"
 
 
 def read_model(path: Path) -> StoredModel:
     """The model at `path`, its thetas those of the phase that trained it last. Raises CheckpointError, ConfigError, ModelError."""
+    if name := parse_hub_name(path):
+        return _read_hub(name)
     _check_is_folder(path)
     if (path / COMMITTED).exists():
         if problem := damage(path):
@@ -43,6 +46,8 @@ def read_model(path: Path) -> StoredModel:
 
 def model_facts(path: Path) -> ModernBertConfig:
     """The shape of the model at `path` without its weights, thetas as read_model has them. Raises UserError for what is none."""
+    if name := parse_hub_name(path):
+        return read_hf_config(fetch_model(name, weights=False, error=ModelError).folder)
     _check_is_folder(path)
     if checkpoint := _newest_folder(path):
         return checkpoint_facts(checkpoint).config
@@ -76,6 +81,13 @@ def _newest_folder(path: Path) -> Path | None:
         return path
     folders = committed_folders(path / CHECKPOINTS)
     return folders[-1] if folders else None
+
+
+def _read_hub(name: HubName) -> StoredModel:
+    fetched = fetch_model(name, error=ModelError)
+    model = read_hf(fetched.folder)
+    origin = model.origin.replace(f"folder {fetched.folder.name}", f"hub {name.id} at commit {fetched.commit}", 1)
+    return dataclasses.replace(model, origin=origin)
 
 
 def checkpoint_facts(checkpoint: Path) -> StoredModel:

@@ -194,6 +194,15 @@ def test_the_mean_of_checkpoints_is_the_mean_by_hand_and_a_model_like_any_other(
     assert mean.config.global_rope_theta == 160000 and mean.max_tokens == 64 and mean.tokenizer_json is not None
 
 
+def test_one_checkpoint_and_a_run_folder_become_a_weights_folder_of_their_own(folder, capsys):
+    last = newest_checkpoint(folder / "parent" / "checkpoints")
+    for source, out in ((last, "one"), (folder / "parent", "newest")):
+        assert average.main([str(source), "--out", str(folder / out)]) == 0
+        assert f"run t, checkpoint {last.name}" in capsys.readouterr().out
+        found = read_stored(folder / out).weights
+        assert all(torch.equal(found[n], w) for n, w in read_weights(last).items())
+
+
 def test_checkpoints_that_have_no_mean_are_refused_in_one_line(folder, capsys):
     first, last = end_of_first_phase(folder / "parent"), newest_checkpoint(folder / "parent" / "checkpoints")
     moved = shutil.copytree(folder / "parent", folder / "other_words") / "checkpoints" / last.name
@@ -202,8 +211,9 @@ def test_checkpoints_that_have_no_mean_are_refused_in_one_line(folder, capsys):
     torn = shutil.copytree(folder / "parent", folder / "torn") / "checkpoints" / last.name
     next(torn.glob("rank*")).write_bytes(b"")
     for sources, said in [([first, last], "global_rope_theta 160000.0"), ([last, moved], "another tokenizer.json"),
-                          ([last], "a mean of 1 checkpoints"), ([last, last], "a mean of 2 checkpoints, 1 different"),
-                          ([last, folder / "parent"], "is no committed checkpoint"), ([last, torn], "has 0 bytes")]:
+                          ([last, last], "a mean of 2 checkpoints, 1 different"),
+                          ([last, folder / "parent"], "a mean of 2 checkpoints, 1 different"),
+                          ([last, folder / "nowhere"], "does not exist"), ([last, torn], "has 0 bytes")]:
         assert average.main([*map(str, sources), "--out", str(folder / "none")]) == 2
         line = capsys.readouterr().err.strip()
         assert line.startswith("error: ") and said in line and "\n" not in line, line

@@ -26,8 +26,9 @@ def test_an_export_is_compared_at_the_edges_of_the_window_at_1024_and_at_the_lon
     proof = exported(tokenizer_json, tmp_path / "out", stored(max_tokens=1100))["transformers"]
     assert proof.lengths == (1, 127, 128, 129, 130, 1024, 1100) and proof.max_abs_difference <= 2e-5
     assert names_in(tmp_path) == ["out", "shards"]
-    assert names_in(tmp_path / "out") == ["config.json", "export_proof.json", "model.safetensors", "tokenizer.json",
-                                          "tokenizer_config.json"]
+    assert names_in(tmp_path / "out") == [
+        "1_Pooling", "README.md", "config.json", "config_sentence_transformers.json", "export_proof.json", "model.safetensors",
+        "modules.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert json.loads((tmp_path / "out" / "export_proof.json").read_text())["transformers"]["lengths"][-1] == 1100
 
 
