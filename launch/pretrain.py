@@ -19,6 +19,10 @@ import time
 import traceback
 
 from encoder.base.command import CommandLine, run_command
+from encoder.base.log import speak_on
+from encoder.base.peers import peers_of_this_rank, watch_peers
+from encoder.base.stopping import StopFlag
+from encoder.base.world import meeting_address, world_from_env
 
 SPEAKER_SECONDS = 3.0      # launchers end the other ranks as soon as one leaves: those that say nothing leave last
 
@@ -37,20 +41,26 @@ def main(argv: list[str] | None = None) -> int:
     from encoder.base.errors import PassingError, RankError, SilentError, UserError
 
     def body() -> int:
-        from encoder.base.dist import world_from_env  # after --help and its errors: importing torch takes seconds
-        from encoder.base.log import speak_on
+        with StopFlag() as stop:
+            return train(stop)
+
+    def train(stop: StopFlag) -> int:
         world = world_from_env()
         speak_on(world.first)
         try:
+            if world.size > 1:
+                watch_peers(world, meeting_address(world))      # before torch is imported, which takes seconds
             from encoder.train.config import read_run
             run = read_run(args.run, args.overrides)
             from encoder.train.loop import pretrain
-            pretrain(run, world)
+            pretrain(run, world, stop=stop)
         except OSError as error:
             tell_job(error)
             raise
         except UserError as error:
             tell_job(error)
+            if peers := peers_of_this_rank():
+                peers.fail(2)
             if isinstance(error, SilentError):
                 time.sleep(SPEAKER_SECONDS)
                 return 2

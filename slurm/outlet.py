@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TextIO
 
-from encoder.base.command import let_go
+from encoder.base.log import let_go
 
 
 class Outlet:

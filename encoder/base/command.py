@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from encoder.base.errors import UserError, nearest
+from encoder.base.log import let_go, print_line, readable_streams, reader_has_left
 
 _UNKNOWN = "unrecognized arguments: "        # argparse's
 
@@ -19,6 +19,7 @@ class CommandLine(argparse.ArgumentParser):
     """argparse with mistakes as one line and exit code 2, and options spelt out: a later one must not change what --sourc means."""
 
     def __init__(self, **settings: Any) -> None:
+        readable_streams()      # here, since every command begins here
         super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
@@ -55,38 +56,24 @@ def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> 
     try:
         return body() or 0
     except BrokenPipeError as error:
-        return 141 if _reader_has_left() else complain(str(as_user_error(error)))      # 128 + SIGPIPE, as a shell says it
+        if not reader_has_left(sys.stdout):
+            return complain(str(as_user_error(error)))
+        let_go(sys.stdout)
+        return 141      # 128 + SIGPIPE, as a shell says it
     except (UserError, OSError) as error:
         return complain(str(as_user_error(error)))
+    except UnicodeEncodeError as error:
+        # a file's name; what is printed always fits
+        return complain(f"the locale's encoding, {error.encoding}, has no letters for {error.object[:200]!r}. "
+                        "Needed: names of files that it can spell. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.")
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr, flush=True)
+        print_line(stopped, sys.stderr, survive=True)
         return 130
-
-
-def _reader_has_left() -> bool:
-    """Whether nobody reads standard output any more, as after `| head`; what is still in the buffer then goes nowhere."""
-    try:
-        out = sys.stdout.fileno()
-    except (OSError, ValueError):      # no file
-        return False
-    poll = select.poll()
-    poll.register(out, 0)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        return False
-    let_go(sys.stdout)
-    return True
-
-
-def let_go(stream: TextIO) -> None:
-    """What a stream still holds, and is given from now on, goes nowhere; else Python would try again when it ends."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
 
 
 def complain(text: str) -> int:
     """`error: TEXT` on standard error; returns exit code 2."""
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print_line(f"error: {' '.join(text.split())}", sys.stderr, survive=True)
     return 2
 
 

@@ -1,89 +1,25 @@
-"""Who am I: rank, world and meeting place from torchrun, deepspeed or SLURM, and the process group for them."""
+"""The process group of the ranks: they meet, sum, exchange and leave."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from encoder.base.errors import ConfigError, PassingError
-from encoder.base.slurm import expand_hosts, tasks_per_node
+from encoder.base.log import print_line
+from encoder.base.peers import CONNECT_SECONDS, peers_of_this_rank, watch_peers
+from encoder.base.world import MeetingPlace, World, meeting_address, meeting_place, world_from_env
 
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """This process among its peers."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Rank zero speaks and writes what is written once."""
-        return self.rank == 0
-
-
-def world_from_env(env: Mapping[str, str] | None = None) -> World:
-    """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else from srun's own variables, else one rank.
-
-    Raises ConfigError for values that no launcher gives.
-    """
-    env = os.environ if env is None else env
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local_size = _whole(env, "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1)
-        world = World(rank=_whole(env, "RANK"), size=_whole(env, "WORLD_SIZE"), local_rank=_whole(env, "LOCAL_RANK", 0),
-                      local_size=local_size)
-    # SLURM_PROCID alone is also set in the batch script itself; SLURM_STEP_ID only inside srun
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
-        world = World(rank=_whole(env, "SLURM_PROCID"), size=_slurm_tasks(env), local_rank=_whole(env, "SLURM_LOCALID", 0),
-                      local_size=_slurm_local_size(env))
-    else:
-        return World()
-    if world.rank >= world.size:
-        raise ConfigError(f"the environment says rank {world.rank} of {world.size}; needed: ranks from 0 to below their number. "
-                          "Start with srun, deepspeed or torchrun, or mend RANK and WORLD_SIZE, or unset them.")
-    return world
-
-
-def _whole(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = env.get(name) or ("" if default is None else str(default))
-    if not text.isdecimal():
-        raise ConfigError(f"{name} is {text!r}; needed: a whole number, as srun, deepspeed and torchrun set it. Mend or unset it.")
-    return int(text)
-
-
-def _slurm_tasks(env: Mapping[str, str]) -> int:
-    # the step's own count first: SLURM_NTASKS may be the job's, where srun ran with --ntasks-per-node alone
-    return _whole(env, "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS", 1)
-
-
-def _slurm_local_size(env: Mapping[str, str]) -> int:
-    """Tasks on this node. SLURM_NTASKS_PER_NODE, which is there only where it was asked for, says what was asked for."""
-    counts, node = env.get("SLURM_STEP_TASKS_PER_NODE"), _whole(env, "SLURM_NODEID", 0)
-    return tasks_per_node(counts)[node] if counts else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
-
-
-def meeting_place(env: Mapping[str, str] | None = None) -> tuple[str, int] | None:
-    """Host and port where the ranks of a SLURM step meet: rank zero's node, which is the step's first; None outside a step.
-
-    The port follows from job, restart and step, so that jobs that share a node, and ranks that an unplugged node still runs, do
-    not meet one another. It lies in 15000 to 31999, below the ports that Linux gives to connections.
-    """
-    env = os.environ if env is None else env
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    if not nodes or "SLURM_STEP_ID" not in env:
-        return None
-    job, restart, step = (int(env.get(f"SLURM_{key}") or "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    return expand_hosts(nodes)[0], 15000 + (job * 97 + restart * 11 + step) % 17000
+__all__ = ["World", "meeting_place", "world_from_env"]
 
 
 def device_index(world: World, *, visible: int, env: Mapping[str, str] | None = None) -> int:
@@ -105,39 +41,108 @@ def device_index(world: World, *, visible: int, env: Mapping[str, str] | None = 
 def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) -> bool:
     """Start torch.distributed for this world (gloo on CPU, nccl on CUDA); one rank needs no address and no port.
 
-    False if it runs already: whoever started it ends it. Raises ConfigError without an address.
+    False if it runs already: whoever started it ends it. Raises ConfigError without an address, PassingError where the
+    ranks do not meet. From here on a rank whose peer is gone ends, wherever it stands (peers.py).
     """
     if dist.is_initialized():
         return False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    if world.size == 1 and "MASTER_ADDR" not in os.environ:
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-        )
-    if "MASTER_ADDR" not in os.environ:
-        place = meeting_place()
-        if place is None:
-            raise ConfigError(f"{world.size} ranks but no MASTER_ADDR. Start with srun, deepspeed or torchrun, "
-                              "or set MASTER_ADDR and MASTER_PORT.")
-        os.environ.update(MASTER_ADDR=place[0], MASTER_PORT=os.environ.get("MASTER_PORT") or str(place[1]))
     # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us
     local_rank = device.index if device.type == "cuda" and device.index is not None else world.local_rank     # deepspeed's device
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank),
-                      LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    names = dict(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank),
+                 LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if world.size == 1:
+        os.environ.update(names)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return True
+    place = meeting_address(world)
+    os.environ.update(names, MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
     try:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
-    except dist.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']} port {os.environ.get('MASTER_PORT')}"
-        raise PassingError(f"the {world.size} ranks cannot meet at {place} ({' '.join(str(error).split())[:150]}). If another "
-                          "program has the port, give another: deepspeed --master_port 29511 ...") from error
+        store = _meet(world, place, timeout_seconds=timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    except (dist.DistError, TimeoutError) as error:
+        raise PassingError(f"the {world.size} ranks cannot meet at {place.host} port {place.port} "
+                           f"({' '.join(str(error).split())[:150]}). If another program has the port, give another: "
+                           "deepspeed --master_port 29511 ...") from error
     return True
+
+
+_met: dict[str, object] = {}      # of this process: the stores by place, and how often it met others
+
+
+def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.Store:
+    """The store that all ranks share, once all are there. Waits aloud; raises TimeoutError, DistError."""
+    until = time.monotonic() + timeout_seconds
+    peers = watch_peers(world, place)
+    aloud = Aloud(f"{place.host} port {place.port} ({place.said_by})", said_by=world.said_by or "the caller", size=world.size)
+    store = _store(world, place, aloud, until=until)
+    # runs in one process, one after the other, meet at the same place
+    _met["times"] = _met.get("times", 0) + 1
+    store = dist.PrefixStore(f"tessera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_met['times']}", store)
+    if world.first:
+        store.set("peers", peers.listen(place.host))
+    else:
+        while not store.check(["peers"]):
+            aloud.wait("rank 0", until=until)
+        try:
+            peers.connect(store.get("peers").decode())
+        except OSError as error:
+            print_line(f"warning: rank {world.rank} has no line to rank 0 ({error.strerror or error}): that another rank is gone "
+                       "is noticed by the next collective alone", sys.stderr)
+    arrived = store.add("arrived", 1)
+    while world.first and arrived < world.size:
+        aloud.wait(f"{world.size - arrived} of {world.size} ranks", until=until)
+        arrived = store.add("arrived", 0)
+    peers.all_have_met()
+    return store
+
+
+def _store(world: World, place: MeetingPlace, aloud: Aloud, *, until: float) -> dist.Store:
+    """Rank zero opens the store, unless torchrun's agent has it; the others wait until it answers."""
+    key = f"{place.host} {place.port}"
+    if key in _met:
+        return _met[key]
+    opens = world.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while not opens:
+        with contextlib.suppress(OSError):
+            socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS).close()
+            break
+        aloud.wait("rank 0", until=until)
+    left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
+    _met[key] = dist.TCPStore(place.host, place.port, None, opens, timeout=left, wait_for_workers=False, multi_tenant=opens)
+    return _met[key]
+
+
+class Aloud:
+    """Waits in short naps, and says for whom: after 10 s, and again after twice as long each time."""
+
+    FIRST_SECONDS = 10.0
+
+    def __init__(self, place: str, *, said_by: str, size: int) -> None:
+        self._place, self._said_by, self._size = place, said_by, size
+        self._began = time.monotonic()
+        self._next = self.FIRST_SECONDS
+
+    def wait(self, whom: str, *, until: float) -> None:
+        """A nap of 0.1 s. Raises TimeoutError from `until` (time.monotonic) on."""
+        waited = time.monotonic() - self._began
+        if time.monotonic() > until:
+            raise TimeoutError(f"{whom} did not come within {waited:.0f} s")
+        if waited >= self._next:
+            self._next *= 2
+            print_line(f"waiting for {whom} since {waited:.0f} s, at {self._place}; that there are {self._size} ranks says "
+                       f"{self._said_by}. If they have not been started, end this with Ctrl-C; for one rank alone: "
+                       "RANK=0 WORLD_SIZE=1 before the command.", sys.stderr, survive=True)
+        time.sleep(0.1)
 
 
 def leave() -> None:
     """End torch.distributed, if it runs."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if peers := peers_of_this_rank():
+        peers.close()
 
 
 def end_process(code: int) -> NoReturn:

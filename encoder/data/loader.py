@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError, PassingError, ShardError, UserError
 from encoder.base.question import Corrupt
+from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, lanes_of, wrap_int64
 from encoder.data.packing import pack_best_fit
 from encoder.data.prefetch import Prefetch
@@ -220,7 +221,7 @@ def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
 
     The processes come from a fork server: it was started clean, so they inherit no lock that a thread of torch, gloo or
     NCCL held at that moment, and no registered memory; and it has torch imported already, which a spawned process would
-    spend 2 to 4 s on. They do not hear SIGINT, SIGTERM and SIGUSR1, which reach whole process groups: the main process
+    spend 2 to 4 s on. They do not hear the signals that ask a process to end, which reach whole process groups: the main process
     still has to finish its step. They end when it does.
     """
     context: Any = None
@@ -233,7 +234,7 @@ def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
         worker_init_fn=_end_with_main_process,
         generator=torch.Generator())      # its own: the default would draw from the model's
     resource_tracker.ensure_running()     # now, since it unblocks signals when it starts (Python 3.10 to 3.12)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         return iter(loader)
     finally:

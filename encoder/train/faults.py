@@ -1,21 +1,17 @@
-"""What ends a run before its end, and what it does about bad steps: settings, signals, the time limit, the judge of steps."""
+"""What ends a run before its end, and what it does about bad steps: settings, the time limit, the judge of steps."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from types import FrameType
 from typing import Any
 
 from encoder.base.errors import ConfigError, MachineError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FINE, NOT_FINITE, SPIKE = "", "not_finite", "spike"      # what a step was, in the ledger
 
 
@@ -47,30 +43,6 @@ class FaultConfig:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ConfigError(f"{key} {value:g} must be above 0. Use {key}: null for none.")
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1. The third one of them ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: int = 0
-        self._seen = 0
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> StopFlag:
-        self._before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        # a terminal's Ctrl-C reaches a rank twice: from the terminal, and as SIGTERM from the launcher
-        self.signal = self.signal or number
-        self._seen += 1
-        if self._seen >= 3:
-            os._exit(128 + number)
 
 
 class Deadline:

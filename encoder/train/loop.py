@@ -19,8 +19,9 @@ from encoder.base.command import as_user_error
 from encoder.base.dist import World, join, leave, sum_over_ranks
 from encoder.base.errors import CheckpointError, UserError
 from encoder.base.files import write_atomic, write_json
-from encoder.base.log import say, warn_once
+from encoder.base.log import outlive_readers, say, warn_once
 from encoder.base.schema import to_plain, to_yaml
+from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress, short_bytes, short_count, short_seconds
 from encoder.data.loader import StepData
 from encoder.data.shard_format import TOKENIZER
@@ -36,7 +37,7 @@ from encoder.train.config import RunConfig, describe_phase, with_engine
 from encoder.train.console import Board, open_board
 from encoder.train.defaults import settled
 from encoder.train.evaluate import HeldOut, held_out_numbers
-from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge, StopFlag
+from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge
 from encoder.train.feed import Feed, LostShard
 from encoder.train.hints import how_to_go_on, what_comes_next
 from encoder.train.initial import read_initial
@@ -60,8 +61,15 @@ class Outcome:
     signal: int = 0
 
 
-def pretrain(run: RunConfig, world: World) -> Outcome:
-    """Trains a run to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint in `run.out`."""
+def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
+    """Trains a run to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint in `run.out`.
+
+    `stop`: a flag that listens already; None: one that listens from here to the end. Raises UserError.
+    """
+    if stop is None:
+        with StopFlag() as stop:
+            return pretrain(run, world, stop=stop)
+    outlive_readers()
     folder, clock = Path(run.out), Clock(began=psutil.Process().create_time())
     run.tracking.check_packages()
     check_same_run(run, folder)
@@ -81,7 +89,7 @@ def pretrain(run: RunConfig, world: World) -> Outcome:
     joined = join(world, device=device, timeout_seconds=max(600.0, 60 * (hang_minutes or 0) + 60))
     watch = Watch(folder, world, hang_minutes=hang_minutes)
     try:
-        with watch, StopFlag() as stop, contextlib.ExitStack() as held:
+        with watch, contextlib.ExitStack() as held:
             build.check_same_precision(run)
             started = start_run(run, facts, world, device, folder, held, initial)
             board = held.enter_context(open_board(first_rank=world.first, every_steps=run.tracking.print_every_steps))
@@ -104,6 +112,7 @@ class _Story:
         self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
         self.entropy, self.last_held_out, self.init_sha256 = started.entropy, started.last_held_out, started.init_sha256
         self.parent, self.quarantine = started.parent, started.quarantine
+        self.lock = started.lock
         self.held_out: list[HeldOut] = []
         self.saver = Saver(folder / CHECKPOINTS, engine=self.engine, incarnation=self.incarnation,
                            keep_last=run.checkpoints.keep_last, is_good=self._is_good)
@@ -136,6 +145,8 @@ class _Story:
 
     def tell(self, stop: StopFlag) -> Outcome:
         """Phase after phase, step after step."""
+        if self.lock:
+            stop.on_asked = self.lock.say_ending
         repeats = count_repeats(self.run)
         say(f"epochs: {repeats_text(repeats)}")
         if many := many_epochs_text(repeats):
@@ -175,6 +186,8 @@ class _Story:
                         self.evaluate()
                     ended = phase_is_done(self.run, self.progress)
                     if stopping and not ended:
+                        if self.lock:
+                            self.lock.say_ending()
                         self.save(wait=True)
                         return self._stopped(stop)
                     save_is_due |= (_crossed(before, self.progress, self.run.checkpoints.every_tokens)
@@ -326,9 +339,10 @@ class _Story:
         """One all-reduce: masked tokens of the step, hash of its batch, its model FLOP, whether a rank was asked to stop or
         met a mistake, which have written their part of a checkpoint, and whether rank zero's time is up."""
         mine = [data.masked_tokens, data.row_hash, self._flops(data)] if data else [0, 0, 0]
-        shared = sum_over_ranks(torch.tensor([*mine, bool(stop.signal), self.error is not None, self.saver.ready,
+        shared = sum_over_ranks(torch.tensor([*mine, stop.asked, self.error is not None, self.saver.ready,
                                              self.world.first and self.deadline.is_near()],
                                              dtype=torch.int64, device=self.device)).tolist()
+        stop.begin()
         if shared[4]:
             build.agree_on_errors(self.error, self.world)
         if shared[5] >= self.world.size:
@@ -432,11 +446,14 @@ class _Story:
         return extra.get("bad_steps", {}).get("in_a_row", 0) == 0 if taken is None else progress.step == taken
 
     def _stopped(self, stop: StopFlag) -> Outcome:
-        number = 0 if self.time_is_up and not stop.signal else stop.signal or signal.SIGTERM
-        name = signal.Signals(number).name if number else f"its time limit ({self.deadline.of})"
+        if self.time_is_up and not stop.asked:
+            number, name, cause = 0, f"its time limit ({self.deadline.of})", {"limit": self.deadline.of}
+        else:
+            number = stop.signal or signal.SIGTERM
+            name = stop.cause or signal.Signals(number).name
+            cause = {"signal": int(number)}
         say(f"stopped by {name} after step {self.progress.step}; {how_to_go_on(self.folder, self.world)}")
         if self.tracker:
-            cause = {"signal": int(number)} if number else {"limit": self.deadline.of}
             self.tracker.event("stopped", step=self.progress.step, **cause)
         return Outcome(done=False, progress=self.progress, signal=int(number))
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
-import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -30,6 +25,7 @@ from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.feed import Quarantine
 from encoder.train.initial import InitialWeights
 from encoder.train.phases import phase_of_weights
+from encoder.train.run_lock import RunLock, lock_folder
 from encoder.train.same import check_same_content, check_same_settings
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
@@ -51,6 +47,7 @@ class Started:
     parent: dict[str, Any] | None      # what branch_from named, also when resumed
     bad_steps: dict[str, Any]          # of the checkpoint, for the judge of steps
     quarantine: Quarantine
+    lock: RunLock | None               # of the folder, on rank zero
 
 
 def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
@@ -60,6 +57,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     `initial`: what init_from names; its weights are taken into the engine unless a checkpoint is there, and let go.
     """
     entropy: float | None = None
+    lock: RunLock | None = None
     with build.all_ranks_agree(world):
         sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
         if world.first:
@@ -71,7 +69,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     with build.all_ranks_agree(world):
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock_folder(folder))
+            lock = held.enter_context(lock_folder(folder))
     engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
     if build.compiles(run, device):
         engine.module.compile_blocks_()
@@ -97,36 +95,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
                    last_held_out=extra.get("last_held_out", {}),
                    init_sha256=initial.sha256 if initial else extra.get("init_sha256"), parent=extra.get("parent"),
                    bad_steps=extra.get("bad_steps", {}),
-                   quarantine=Quarantine(folder, extra.get("quarantine", [])))
-
-
-def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> IO[str]:
-    """This process alone trains in the folder, on this machine and where the file system knows locks; freed when it ends.
-
-    An earlier start of the same SLURM job that still holds it, on a node that was cut off, is passed by: its
-    incarnation keeps it from saving. Raises CheckpointError for any other.
-    """
-    env = os.environ if env is None else env
-    file = open(folder / ".lock", "a+", encoding="utf-8")
-    holder = {"job": env.get("SLURM_JOB_ID"), "restart": int(env.get("SLURM_RESTART_COUNT") or "0"), "host": socket.gethostname()}
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(json.dumps(holder))
-        file.flush()
-    except BlockingIOError as error:
-        file.seek(0)
-        with contextlib.suppress(ValueError):
-            other = json.loads(file.read())
-            if holder["job"] and other["job"] == holder["job"] and other["restart"] < holder["restart"]:
-                say(f"start {other['restart']} of this job still lives on {other['host']}; it can save no more")
-                return file
-        file.close()
-        raise CheckpointError(f"another start of this run is training in {folder}. "
-                              "Wait for it, end it, or set another out.") from error
-    except OSError:
-        pass           # no locks there: the incarnation still keeps the older start from saving
-    return file
+                   quarantine=Quarantine(folder, extra.get("quarantine", [])), lock=lock)
 
 
 def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress,

@@ -22,6 +22,7 @@ import torch
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import PassingError, SilentError, UserError
 from encoder.base.files import fsync_path
+from encoder.base.peers import peers_of_this_rank
 
 HANGS, ERRORS = "hangs", "errors"
 HANG_CODE, FAILED_CODE = 3, 1
@@ -43,6 +44,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._thread.start()
+        if peers := peers_of_this_rank():
+            peers.last_words = self._last_words
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -76,6 +79,16 @@ class Watch:
                 print(f"rank {self._world.rank} ends, {self._doing}: {first} All of it is in {self._error_file}.",
                       file=sys.stderr, flush=True)
                 os._exit(FAILED_CODE)
+
+    def _last_words(self, gone: str) -> tuple[str, int]:
+        """What a rank says that ends since another is gone, and its exit code."""
+        if self._hangs:
+            return f"rank {self._world.rank} hangs, {self._doing}; {gone}", HANG_CODE
+        cause = self._first()
+        if cause:
+            return f"rank {self._world.rank} ends, {self._doing}: {cause} All of it is in {self._error_file}.", FAILED_CODE
+        return (f"rank {self._world.rank} ends, {self._doing}: {gone}: killed, out of memory, or its machine failed. Start again: "
+                "the run goes on from its last checkpoint."), FAILED_CODE
 
     def _say_where(self, still_seconds: float) -> None:
         self._hangs = True

@@ -1,0 +1,131 @@
+"""A rank whose peer is gone ends within ten seconds, wherever it stands; a peer that is stopped is not gone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from encoder.base.dist import World
+from encoder.train.config import read_run
+from encoder.train.loop import pretrain
+from encoder.train.tracking import EVENTS, METRICS, read_jsonl
+from tests.process.ranks import Rank, start_ranks
+from tests.process.test_killed_run import RUN
+from tests.shards_for_tests import random_documents, write_source
+
+MOST_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("peers")
+    write_source(root / "a", random_documents(120, seed=1, longest=60), vocab_size=64)
+    write_source(root / "held", random_documents(30, seed=2, longest=60), vocab_size=64)
+    (root / "run.yaml").write_text(RUN.format(root=root, tokens="400K"))
+    return root
+
+
+def trains(world: World, *, folder: str, out: str, overrides: list[str]) -> bool:
+    return pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", *overrides]), world).done
+
+
+def stands_still_in(world: World, *, folder: str, out: str, name: str) -> bool:
+    """Trains; where `module:Class.method` is called first, rank zero says so and stands still, in no collective."""
+    import importlib
+
+    module, _, owner = name.partition(":")
+    *classes, method = owner.split(".")
+    holder = importlib.import_module(module)
+    for one in classes:
+        holder = getattr(holder, one)
+    plain = getattr(holder, method)
+
+    def stand_still(*args, **kwargs):
+        Path(folder, f"{out}.{world.rank}").touch()
+        if world.rank == 0:
+            time.sleep(120)
+        return plain(*args, **kwargs)
+
+    setattr(holder, method, stand_still)
+    return trains(world, folder=folder, out=out, overrides=[f"phases.{i}.tokens=2K" for i in range(3)])
+
+
+def seconds_to_end(rank: Rank, *, most: float = 90.0) -> float:
+    began = time.monotonic()
+    while rank.poll() is None and time.monotonic() - began < most:
+        time.sleep(0.02)
+    seconds = time.monotonic() - began
+    rank.kill()
+    return seconds
+
+
+# where rank zero stands in no collective at all, and no error of one can reach it
+STANDS = {
+    "start": "encoder.train.start:start_engine",
+    "step": "encoder.engine.engine:Engine.step",
+    "evaluation": "encoder.train.loop:held_out_numbers",
+    "save": "encoder.engine.checkpoint_save:_Save.write_rank",
+    "end": "encoder.train.loop:_Story._finished",
+}
+
+
+@pytest.mark.parametrize("place", STANDS)
+def test_a_rank_whose_peer_is_killed_ends_within_ten_seconds(folder, place):
+    (zero, _), (one, _) = ranks = start_ranks(stands_still_in, 2, folder=str(folder), out=place, name=STANDS[place])
+    until = time.monotonic() + 120
+    while not (folder / f"{place}.0").exists() and time.monotonic() < until and zero.poll() is None:
+        time.sleep(0.02)
+    assert (folder / f"{place}.0").exists(), ranks[0][1].with_suffix(".err").read_text()[-2000:]
+    one.kill()
+    assert seconds_to_end(zero) < MOST_SECONDS
+    assert zero.poll() == 1
+    assert "rank 1 is gone" in ranks[0][1].with_suffix(".err").read_text()
+
+
+def test_a_peer_that_is_stopped_or_busy_is_not_taken_for_gone(folder):
+    (zero, _), (one, _) = start_ranks(trains, 2, folder=str(folder), out="stopped", overrides=[])
+    until = time.monotonic() + 120
+    while len(read_jsonl(folder / "stopped" / METRICS)) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in (one, zero):
+            os.kill(rank.pid, number)
+            time.sleep(4.0 if number == signal.SIGSTOP else 0.1)
+    steps = len(read_jsonl(folder / "stopped" / METRICS))
+    until = time.monotonic() + 60
+    while len(read_jsonl(folder / "stopped" / METRICS)) < steps + 5 and time.monotonic() < until:
+        time.sleep(0.05)
+    still_train = zero.poll() is None and one.poll() is None
+    for rank in (zero, one):
+        rank.kill()
+    assert still_train and len(read_jsonl(folder / "stopped" / METRICS)) >= steps + 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_sixty_kills_at_random_moments_leave_no_rank_behind(folder):
+    """One of two ranks, from the first moment on, in steps, evaluations and saves that follow each other closely."""
+    chance = random.Random(14)
+    waits = []
+    for number in range(60):
+        out = f"random{number}"
+        tokens = "20K" if number % 3 == 2 else "400K"      # every third is near its end when it is hit
+        ranks = start_ranks(trains, 2, folder=str(folder), out=out, overrides=[f"phases.{i}.tokens={tokens}" for i in range(3)])
+        if number % 3:
+            until = time.monotonic() + 60
+            while not read_jsonl(folder / out / EVENTS) and time.monotonic() < until:
+                time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 6.0))
+        victim = chance.randrange(2)
+        if ranks[victim][0].poll() is not None or ranks[1 - victim][0].poll() is not None:
+            continue
+        ranks[victim][0].kill()
+        waits.append(seconds_to_end(ranks[1 - victim][0]))
+        print(f"kill {number}: rank {victim}, the other ended after {waits[-1]:.1f} s", flush=True)
+    print(f"{len(waits)} kills, at most {max(waits):.1f} s, median {sorted(waits)[len(waits) // 2]:.1f} s")
+    assert len(waits) >= 50 and max(waits) < MOST_SECONDS
