@@ -163,6 +163,7 @@ class _Story:
                     if self._question_changed():
                         self.evaluate()
                 self.clock.turn_to("training")
+                stop.begin()
                 while not phase_is_done(self.run, self.progress):
                     before, step = self.progress, self.progress.step + 1
                     self.watch.mark(f"in step {step}")
@@ -342,7 +343,6 @@ class _Story:
         shared = sum_over_ranks(torch.tensor([*mine, stop.asked, self.error is not None, self.saver.ready,
                                              self.world.first and self.deadline.is_near()],
                                              dtype=torch.int64, device=self.device)).tolist()
-        stop.begin()
         if shared[4]:
             build.agree_on_errors(self.error, self.world)
         if shared[5] >= self.world.size:
