@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.output import output
-from data_prep.shards import read_index, read_shard
+from data_prep.shards import read_shard
 from data_prep.verify import find_shard_folders
 from encoder.base.errors import ShardError
 from encoder.base.files import write_atomic
@@ -23,6 +23,7 @@ from encoder.data.shard_format import (
     check_index,
     read_card,
     read_hashes,
+    read_index,
     read_lengths,
     tokenizer_fingerprint,
 )

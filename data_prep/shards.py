@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from encoder.base.errors import ShardError
+from encoder.base.unpack import unpack
+from encoder.base.untrusted import inside, open_regular
 from encoder.data.shard_format import (
     INDEX,
     INPUT_IDS,
@@ -28,6 +29,7 @@ from encoder.data.shard_format import (
     IdColumn,
     SpecialIds,
     ids_in,
+    stored_info,
 )
 
 ZSTD_LEVEL = 3              # streaming's own
@@ -195,29 +197,6 @@ def _ends(samples: ShardSamples) -> tuple[np.ndarray, np.ndarray]:
     return first_P, last_P
 
 
-def read_index(folder: Path) -> list[dict]:
-    """The shard entries of index.json: every file once, its name, size and hashes of their kinds. Raises ShardError."""
-    path = folder / INDEX
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["shards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} cannot be read: {error}. Make the shards again.") from error
-    try:
-        infos = [info for entry in entries for info in (entry["raw_data"], entry["zip_data"]) if info]
-        named = [("samples", entry["samples"], int) for entry in entries]
-        named += [(key, info[key], kind) for info in infos for key, kind in (("basename", str), ("bytes", int), ("hashes", dict))]
-        names = [stored_info(entry)["basename"] for entry in entries]
-    except (KeyError, TypeError) as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else "shards is no list of mappings"
-        raise ShardError(f"{path} is no index of MDS shards ({why}). Make the shards again.") from error
-    for key, value, kind in named:
-        if type(value) is not kind:
-            raise ShardError(f"{path} is no index of MDS shards ({key} is {value!r}). Make the shards again.")
-    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
-        raise ShardError(f"{path} lists {twice} more than once; needed: every shard once. Make the index again.")
-    return entries
-
-
 def read_shard(folder: Path, entry: dict, *, card: Card, hashes: Mapping[str, str] | None = None) -> ShardSamples:
     """One shard as it is stored, its size and hash checked, compressed or not; `hashes` of hashes.json where index.json has
     none. Raises ShardError with the file's name."""
@@ -231,11 +210,6 @@ def read_shard(folder: Path, entry: dict, *, card: Card, hashes: Mapping[str, st
                          "Make the shards again.")
     _check_unpacked_beside(folder, entry, data)
     return samples_of(folder, entry, data, column=card.id_column)
-
-
-def stored_info(entry: dict) -> dict:
-    """Name, size and hashes of a shard as it lies in the folder, from its entry of the index."""
-    return entry["zip_data"] or entry["raw_data"]
 
 
 def column_encodings(folder: Path, entry: dict, *, column: str = INPUT_IDS) -> dict[str, str]:
@@ -268,34 +242,37 @@ def columns_text(columns: Mapping[str, str]) -> str:
 def stored_bytes(folder: Path, entry: dict) -> bytes:
     """A shard's file as it lies in the folder, its size checked. Raises ShardError."""
     info = stored_info(entry)
-    path = folder / info["basename"]
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror}. Make the shards again.") from error
-    if len(data) != info["bytes"]:
-        raise ShardError(f"{path} has {len(data):,} bytes, {INDEX} tells of {info['bytes']:,}. "
-                         "Make the shards again.")
-    return data
+    path = inside(folder, info["basename"], where=folder / INDEX, error=ShardError)
+    with open_regular(path, error=ShardError) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != info["bytes"]:
+            raise ShardError(f"{path} has {size:,} bytes, {INDEX} tells of {info['bytes']:,}. Make the shards again.")
+        try:
+            return file.read()
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read: {error.strerror}. Make the shards again.") from error
 
 
 def _unpacked(folder: Path, entry: dict, data: bytes) -> bytes:
     """A shard as MDS has it, from its file. Raises ShardError with the file's name."""
     if not entry["zip_data"]:
         return data
-    from streaming.base.compression import decompress
-
     try:
-        return decompress(entry["compression"], data)
-    except Exception as error:    # each compressor has an error of its own
-        raise ShardError(f"{folder / stored_info(entry)['basename']} cannot be decompressed: {str(error).rstrip('.')}. "
-                         "Make the shards again.") from error
+        return unpack(str(entry["compression"]), data, size=entry["raw_data"]["bytes"])
+    except ValueError as error:
+        raise ShardError(f"{folder / stored_info(entry)['basename']} cannot be unpacked to the {entry['raw_data']['bytes']:,} "
+                         f"bytes that {INDEX} tells of: {error}. Make the shards again.") from error
 
 
 def _check_unpacked_beside(folder: Path, entry: dict, data: bytes) -> None:
     """Training unpacks a compressed shard beside itself and reads that copy from then on. Raises ShardError."""
-    copy = folder / entry["raw_data"]["basename"]
-    if entry["zip_data"] and copy.is_file() and copy.read_bytes() != _unpacked(folder, entry, data):
+    if not entry["zip_data"]:
+        return
+    copy = inside(folder, entry["raw_data"]["basename"], where=folder / INDEX, error=ShardError)
+    if not copy.is_file():
+        return
+    same_size = copy.stat().st_size == entry["raw_data"]["bytes"]
+    if not same_size or copy.read_bytes() != _unpacked(folder, entry, data):
         raise ShardError(f"{copy} is damaged: it is not what {stored_info(entry)['basename']} unpacks to. Remove it: "
                          "training unpacks it again.")
 

@@ -26,11 +26,9 @@ from data_prep.shards import (
     columns_text,
     lacking_specials,
     padding_of,
-    read_index,
     samples_of,
     specials_inside,
     stored_bytes,
-    stored_info,
     without_padding,
 )
 from encoder.base.errors import ShardError
@@ -51,7 +49,9 @@ from encoder.data.shard_format import (
     SpecialIds,
     id_column,
     read_card,
+    read_index,
     special_ids_of,
+    stored_info,
     with_content,
     write_card,
     write_lengths,

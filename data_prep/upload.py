@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from data_prep.shards import read_index, stored_info
 from data_prep.verify import find_shard_folders, verify_folder
-from encoder.base.errors import UserError
+from encoder.base.errors import ShardError, UserError
 from encoder.base.log import say
-from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER
+from encoder.base.untrusted import inside
+from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER, read_index, stored_info
 
 THREADS = 8          # uploads at a time
 TRIES = 3            # of each file
@@ -27,10 +27,13 @@ def upload(folder: Path, remote: str) -> None:
     found = find_shard_folders([folder])
     uploader = _uploader(folder, remote)
     for shards in found:
-        _, count = verify_folder(shards)
-        names = [stored_info(entry)["basename"] for entry in read_index(shards)] + [INDEX, LENGTHS, TOKENIZER, HASHES]
+        card, count = verify_folder(shards)
+        names = [stored_info(entry)["basename"] for entry in read_index(shards)] + [INDEX, LENGTHS, TOKENIZER]
+        names += [HASHES] if card.hashes_sha256 else []
+        for name in (*names, CARD):                      # what was verified is what is copied, and no file of elsewhere
+            inside(shards, name, where=shards / INDEX, error=ShardError)
         place = shards.relative_to(folder)
-        paths = [str(place / name) for name in names if (shards / name).is_file()]
+        paths = [str(place / name) for name in names]
         if not urlsplit(remote).scheme:
             os.makedirs(Path(remote) / place, exist_ok=True)
         try:

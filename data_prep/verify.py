@@ -13,7 +13,6 @@ from data_prep.shards import (
     ShardSamples,
     lacking_specials,
     padding_of,
-    read_index,
     read_shard,
     specials_inside,
     without_padding,
@@ -30,6 +29,7 @@ from encoder.data.shard_format import (
     lengths_dtype,
     read_card,
     read_hashes,
+    read_index,
     read_lengths,
     tokenizer_fingerprint,
 )

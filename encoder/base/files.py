@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import UserError
+from encoder.base.untrusted import regular_file
 
 _HOST = socket.gethostname()            # a pid is one of its host's alone
 _LEFTOVER = re.compile(r"\..+\.(part|old)")
@@ -133,9 +134,9 @@ def _is_alive(pid: int) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces of 1 MiB."""
+    """Hex SHA-256 of a regular file, read in pieces of 1 MiB. Raises OSError, also for a fifo, which it does not wait for."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with regular_file(path) as f:
         while piece := f.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -40,33 +40,32 @@ class _Refused(ValueError):
     """What a hook of the parser does not take; its text is the end of a sentence."""
 
 
-def open_regular(path: Path | str, *, error: type[UserError] = UserError) -> IO[bytes]:
-    """A regular file, open for reading bytes; a fifo or a device is refused without waiting for it.
-
-    Raises `error`, with the OSError as its cause: a caller that answers a missing file asks `missing(caught)`.
-    """
-    handle = -1
+def regular_file(path: Path | str) -> IO[bytes]:
+    """A regular file, open for reading bytes. Raises OSError, also for a fifo or a device, which it does not wait for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
-            kind = next((word for test, word in _KINDS if test(mode)), "no file")
-            raise error(f"{path} is {kind}; needed: a file.")
+            kind = next((word for test, word in _KINDS if test(mode)), "another kind")
+            raise OSError(errno.EINVAL, f"it is {kind}; needed: a file", os.fspath(path))
         os.set_blocking(handle, True)
-        file = os.fdopen(handle, "rb")
-        handle = -1
-        return file
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def open_regular(path: Path | str, *, error: type[UserError] = UserError) -> IO[bytes]:
+    """As regular_file, but raises `error`, one sentence; whether the file is not there, `missing(caught)` tells."""
+    try:
+        return regular_file(path)
+    except FileNotFoundError as why:
+        raise error(f"{path} cannot be read: it does not exist.") from why
     except OSError as why:
-        if why.errno == errno.ENXIO:
-            raise error(f"{path} is a socket or a device; needed: a file.") from why
-        if isinstance(why, FileNotFoundError):
-            raise error(f"{path} does not exist.") from why
-        raise error(f"{path} cannot be read: {why.strerror or why}.") from why
+        reason = "it is a socket or a device; needed: a file" if why.errno == errno.ENXIO else why.strerror or why
+        raise error(f"{path} cannot be read: {reason}.") from why
     except ValueError as why:       # a NUL, or a character that no name of a file can hold
-        raise error(f"{str(path)!r} cannot be the name of a file: {why}.") from why
-    finally:
-        if handle >= 0:
-            os.close(handle)
+        raise error(f"{ascii(str(path))} cannot be read: no file has such a name ({why}).") from why
 
 
 def missing(caught: UserError) -> bool:
@@ -83,7 +82,7 @@ def read_bytes(path: Path | str, *, error: type[UserError] = UserError, most_byt
             raise error(f"{path} cannot be read: {why.strerror or why}.") from why
         if len(content) > most_bytes:
             size = max(os.fstat(file.fileno()).st_size, len(content))
-            raise error(f"{path} has {size:,} bytes; at most {most_bytes:,} are read of such a file.")
+            raise error(f"{path} cannot be read: it has {size:,} bytes, and no such file has more than {most_bytes:,}.")
     return content
 
 
@@ -94,9 +93,9 @@ def read_text(path: Path | str, *, error: type[UserError] = UserError, most_byte
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as why:
         if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise error(f"{path} is UTF-16; needed: UTF-8. Save it so.") from why
+            raise error(f"{path} cannot be read: it is UTF-16; needed: UTF-8. Save it so.") from why
         line = content.count(b"\n", 0, why.start) + 1
-        raise error(f"{path} line {line} is not UTF-8 (byte {why.start:,}). Save it as UTF-8.") from why
+        raise error(f"{path} cannot be read: line {line} is not UTF-8 (byte {why.start:,}). Save it as UTF-8.") from why
 
 
 def read_json(path: Path | str, *, error: type[UserError] = UserError, most_bytes: int = MOST_BYTES,
@@ -131,20 +130,20 @@ def parse_json(text: str, *, where: Path | str, error: type[UserError] = UserErr
         return float(word)
 
     if text.count("[") + text.count("{") > MOST_CONTAINERS:
-        raise error(f"{where} holds more than {MOST_CONTAINERS:,} lists and mappings; no file of its kind does.")
+        raise error(f"{where} cannot be read: it holds more than {MOST_CONTAINERS:,} lists and mappings, as no such file does.")
     try:
         value = json.loads(text, parse_int=_integer, parse_float=number, parse_constant=constant,
                            object_pairs_hook=_mapping_of)
     except RecursionError:
         _too_deep(text, where, error)
     except json.JSONDecodeError as why:
-        what = "is empty" if not text.strip() else f"line {why.lineno} is no JSON: {why.msg[:1].lower()}{why.msg[1:]}"
-        raise error(f"{where} {what}.") from why
+        what = "it is empty" if not text.strip() else f"{why.msg} in line {why.lineno}"
+        raise error(f"{where} cannot be read: {what}; needed: JSON.") from why
     except _Refused as why:
-        raise error(f"{where} {why}.") from why
+        raise error(f"{where} cannot be read: it {why}.") from why
     if not isinstance(value, root):
         found = {dict: "a mapping", list: "a list", str: "text", type(None): "null"}.get(type(value), "one number")
-        raise error(f"{where} holds {found}; needed: {'a mapping' if root is dict else 'a list'}.")
+        raise error(f"{where} cannot be read: it holds {found}; needed: {'a mapping' if root is dict else 'a list'}.")
     _check(value, text, where, error)
     return value
 
@@ -241,7 +240,7 @@ def _check(value: Any, text: str, where: Path | str, error: type[UserError]) -> 
             elif isinstance(item, list):
                 below += item
             elif surrogates and isinstance(item, str) and not _is_whole(item):
-                raise error(f"{where} holds half of a character ({ascii(item)[:60]}); needed: text that is Unicode.")
+                raise error(f"{where} cannot be read: it holds half of a character ({ascii(item)[:60]}); needed: Unicode.")
         level = [item for item in below if isinstance(item, (dict, list)) or surrogates and isinstance(item, str)]
         depth += 1
         if depth > MOST_DEPTH and level:
@@ -266,4 +265,4 @@ def _too_deep(text: str, where: Path | str, error: type[UserError]) -> NoReturn:
         if depth > MOST_DEPTH:
             line = text.count("\n", 0, match.start()) + 1
             break
-    raise error(f"{where} line {line} is nested more than {MOST_DEPTH} levels deep; no file of its kind is.")
+    raise error(f"{where} cannot be read: line {line} is nested more than {MOST_DEPTH} levels deep, as no such file is.")

@@ -27,6 +27,8 @@ from encoder.base.errors import DamagedShard, ShardError
 from encoder.base.files import fsync_path, is_leftover, sha256_of, write_atomic
 from encoder.base.locks import Busy, NoLocks, take_lock
 from encoder.base.log import warn_once
+from encoder.base.unpack import unpack
+from encoder.base.untrusted import inside, read_text, regular_file
 from encoder.data import remote
 from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER, read_card
 
@@ -71,6 +73,8 @@ class ShardCache:
         None, only if `may_exceed` is false and nothing can be evicted to make room, or `wait` is false and another
         process is fetching it. Raises ShardError, DamagedShard for a shard whose bytes are not those of index.json.
         """
+        for name in {shard.name, shard.stored} if self.in_place else ():
+            inside(self.folder, name, where=self.folder / INDEX, error=ShardError)
         try:
             return self._open(shard, may_exceed=may_exceed, wait=wait)
         except OSError as error:
@@ -108,7 +112,7 @@ class ShardCache:
     def _present(self, shard: StoredShard) -> IO[bytes] | None:
         path = self.place(shard)
         try:
-            file = open(path, "rb")
+            file = regular_file(path)
         except FileNotFoundError:
             return None
         try:
@@ -211,7 +215,7 @@ def fetch_side_files(origin: str, folder: Path) -> None:
             mark = folder / ORIGIN
             if not mark.exists() and any(p.name != ".side.lock" and not is_leftover(p.name) for p in folder.iterdir()):
                 raise ShardError(f"{folder} is not empty and no cache of shards. Name an empty folder as cache.")
-            if mark.exists() and (found := mark.read_text(encoding="utf-8").strip()) != origin:
+            if mark.exists() and (found := read_text(mark, error=ShardError, most_bytes=2**16).strip()) != origin:
                 if not _has_card_of(folder, origin):
                     raise ShardError(f"{folder} is the cache of {found}, not of {origin}. Give each source a cache of its own.")
                 write_atomic(mark, origin + "\n")        # moved, or named by another path: the same card, the same bytes
@@ -296,12 +300,14 @@ def _difference(path: Path, shard: StoredShard) -> str | None:
 
 
 def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
+    """The bytes of a shard, seen to be those of index.json before they get its name. Raises DamagedShard."""
     try:
-        content, wrong = remote.decompress(shard.compression, stored.read_bytes()), ""
-    except Exception as error:      # each algorithm raises its own
-        content, wrong = b"", f" ({' '.join(str(error).split())})"
-    if len(content) != shard.size_bytes:
-        raise DamagedShard(f"{url} cannot be unpacked to the {shard.size_bytes:,} bytes that {INDEX} tells of{wrong}. "
+        content = unpack(shard.compression, stored.read_bytes(), size=shard.size_bytes)
+    except ValueError as error:
+        raise DamagedShard(f"{url} cannot be unpacked to the {shard.size_bytes:,} bytes that {INDEX} tells of ({error}). "
+                           "Prepare the shard again.") from error
+    if shard.raw_sha256 and (found := hashlib.sha256(content).hexdigest()) != shard.raw_sha256:
+        raise DamagedShard(f"{url} unpacks to bytes of SHA-256 {found[:12]}, {INDEX} tells of {shard.raw_sha256[:12]}. "
                            "Prepare the shard again.")
     return content
 

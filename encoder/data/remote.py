@@ -27,10 +27,3 @@ def download(url: str, path: Path) -> None:
     from streaming.base.storage.download import CloudDownloader  # 3.8 s to import, so only where it is needed
 
     CloudDownloader.direct_download(url.removeprefix("file://"), str(path), TIMEOUT_SECONDS)
-
-
-def decompress(algorithm: str, packed: bytes) -> bytes:
-    """The bytes that MDSWriter packed; `algorithm` as index.json names it."""
-    from streaming.base.compression import decompress as unpack
-
-    return unpack(algorithm, packed)

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import re
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ import numpy as np
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.schema import from_mapping, to_plain
+from encoder.base.untrusted import INDEX_BYTES, plain_name, read_bytes, read_json
 
 INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
@@ -40,6 +42,11 @@ WIDTHS: tuple[str, ...] = typing.get_args(Width)
 # how an MDS column `ndarray` without a type names that of each sample (streaming's encodings.NDArray)
 _WIDTH_OF_BYTE = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
 SHARD_HASH = "sha256"                            # of each shard file, in index.json, under MDS's name for it
+MOST_SHARD_BYTES = 2**32                         # offsets in a shard have 32 bits
+MOST_IDS = 2**32                                 # an id has at most 32 bits
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_SIDE_FILES = (CARD, LENGTHS, INDEX, TOKENIZER, HASHES, "origin.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +181,18 @@ def read_card(folder: Path) -> Card:
                        key=lambda p: (p.name != "train", str(p)))
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
+    again = "Make the shards again with data-prep prepare --again."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, error=ConfigError)
+    except ConfigError as error:
+        raise ShardError(f"{error} {again}") from error
+    try:
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT:
-            raise ConfigError(f"it has format {found}, this version reads format {FORMAT}.")
+            raise ConfigError(f"it has format {found!r}, this version reads format {FORMAT}.")
         return from_mapping(Card, content)
-    except (ConfigError, ValueError, OSError) as error:
-        raise ShardError(f"{path} cannot be read: {str(error).rstrip('.')}. "
-                         "Make the shards again with data-prep prepare --again.") from error
+    except ConfigError as error:
+        raise ShardError(f"{path} cannot be read: {str(error).rstrip('.')}. {again}") from error
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -215,8 +225,101 @@ def read_hashes(folder: Path, card: Card) -> dict[str, str]:
     """SHA-256 by file name of the shards whose index.json has none. Raises ShardError if it is not the card's."""
     if not card.hashes_sha256:
         return {}
-    _check_sha256(folder / HASHES, card.hashes_sha256)
-    return json.loads((folder / HASHES).read_text(encoding="utf-8"))
+    path = folder / HASHES
+    _check_sha256(path, card.hashes_sha256)
+    found = read_json(path, root=dict, error=ShardError, most_bytes=INDEX_BYTES)
+    for name, sha256 in found.items():
+        plain_name(name, where=path, error=ShardError)
+        if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+            raise ShardError(f"{path} gives {ascii(sha256)[:80]} as the SHA-256 of {name}; needed: 64 hexadecimal digits. "
+                             "Make it again with data-prep index --again.")
+    return found
+
+
+def read_index(folder: Path) -> list[dict[str, Any]]:
+    """The shard entries of index.json, seen to be what MDSWriter writes: the one reader of other people's indexes.
+
+    Every file is named once, below the folder, and a packed one as its shard with an ending more; sizes and counts are
+    whole numbers that MDS can have. Nothing but index.json is opened. Raises ShardError.
+    """
+    path = folder / INDEX
+    content = read_json(path, root=dict, error=ShardError, most_bytes=INDEX_BYTES)
+    entries = content.get("shards")
+    if not isinstance(entries, list):
+        raise _no_index(path, "shards is no list of mappings")
+    names: list[str] = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise _no_index(path, f"shards is no list of mappings: number {number}")
+        try:
+            names += _names_of(entry, path)
+        except KeyError as error:
+            raise _no_index(path, f"{error} is missing in shard {number}") from error
+    # in a cache a shard lies under its name without folders
+    count = Counter(name.replace("/", "--").lower() for name in names)
+    if twice := next((name for name in names if count[name.replace("/", "--").lower()] > 1), None):
+        raise ShardError(f"{path} lists {twice} more than once; needed: every file once. Make the index again.")
+    return entries
+
+
+def stored_info(entry: dict[str, Any]) -> dict[str, Any]:
+    """Name, size and hashes of a shard as it lies in the folder, from its entry of the index."""
+    return entry["zip_data"] or entry["raw_data"]
+
+
+def _names_of(entry: dict[str, Any], path: Path) -> list[str]:
+    """The names of one entry's files. Raises ShardError, and KeyError for a key that every entry has."""
+    if entry["format"] != "mds" or entry["version"] != 2:
+        raise ShardError(f"{path} tells of {ascii(entry['format'])[:40].strip(chr(39))} version {ascii(entry['version'])[:40]}; "
+                         "needed: mds version 2.")
+    _check_columns(entry, path)
+    _check_number("samples", entry["samples"], path)
+    raw, packed = entry["raw_data"], entry["zip_data"]
+    for key, info in (("raw_data", raw), ("zip_data", packed)):
+        if info is None and key == "zip_data":
+            continue
+        if not isinstance(info, dict):
+            raise _no_index(path, f"{key} is {ascii(info)[:60]}")
+        _check_number(f"bytes of {key}", info["bytes"], path)
+        if not isinstance(info["hashes"], dict) or not all(isinstance(digest, str) for digest in info["hashes"].values()):
+            raise _no_index(path, f"hashes is {ascii(info['hashes'])[:60]}")
+        name = info["basename"]
+        if not isinstance(name, str):
+            raise _no_index(path, f"basename is {ascii(name)[:60]}")
+        plain_name(name, where=path, error=ShardError)
+        if any(part.startswith(".") for part in name.split("/")) or name.lower() in _SIDE_FILES:
+            raise _no_index(path, f"{name} is the name of another kind of file")
+    if packed is None:
+        return [raw["basename"]]
+    # MDSWriter's rule. A shard is unpacked beside its packed file: under another name it could replace any file there
+    if not re.fullmatch(re.escape(raw["basename"]) + r"\.[a-z0-9]{1,8}", packed["basename"]):
+        raise _no_index(path, f"{packed['basename']} would be unpacked to {raw['basename']}; needed: the same name without "
+                              "its last ending")
+    return [raw["basename"], packed["basename"]]
+
+
+def _check_columns(entry: dict[str, Any], path: Path) -> None:
+    """Names, encodings and sizes of the columns, as many of each."""
+    names, encodings, sizes = (entry[key] for key in ("column_names", "column_encodings", "column_sizes"))
+    for key, values, kind in (("column_names", names, str), ("column_encodings", encodings, str), ("column_sizes", sizes, int)):
+        if not isinstance(values, list) or len(values) != len(names):
+            raise _no_index(path, f"{key} is {ascii(values)[:60]}")
+        for value in values:
+            if type(value) is not kind and not (kind is int and value is None):
+                raise _no_index(path, f"{key} holds {ascii(value)[:60]}")
+            if kind is int and value is not None:
+                _check_number(key, value, path)
+    if not isinstance(entry.get("compression"), (str, type(None))):
+        raise _no_index(path, f"compression is {ascii(entry['compression'])[:60]}")
+
+
+def _check_number(what: str, value: Any, path: Path) -> None:
+    if type(value) is not int or not 0 <= value < MOST_SHARD_BYTES:
+        raise _no_index(path, f"{what} is {ascii(value)[:60]}; needed: a whole number below 2^32")
+
+
+def _no_index(path: Path, why: str) -> ShardError:
+    return ShardError(f"{path} is no index of MDS shards ({why}). Copy or make the shards again.")
 
 
 def as_read(ids_T: np.ndarray, card: Card) -> np.ndarray:
@@ -278,10 +381,7 @@ def ids_dtype(vocab_size: int) -> np.dtype:
 
 def tokenizer_fingerprint(tokenizer_json: Path) -> str:
     """Hex SHA-256 of the bytes of a tokenizer.json."""
-    try:
-        return hashlib.sha256(tokenizer_json.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ShardError(f"{tokenizer_json} cannot be read: {error.strerror}.") from error
+    return hashlib.sha256(read_bytes(tokenizer_json, error=ShardError)).hexdigest()
 
 
 def special_ids_of(tokenizer_json: Path) -> tuple[int, SpecialIds]:
@@ -309,14 +409,16 @@ def token_ids(tokenizer_json: Path) -> dict[str, int]:
 
 def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """The id of every token, and the added tokens as they stand."""
+    content = read_json(path, root=dict, error=ShardError)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         added = content.get("added_tokens", [])
         ids = {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}
-        if wrong := [token for token, i in ids.items() if type(i) is not int or i < 0]:
-            raise ValueError(f"{wrong[0]!r} has the id {ids[wrong[0]]!r}; needed: a whole number")
+        if wrong := [token for token, i in ids.items() if type(i) is not int or not 0 <= i < MOST_IDS]:
+            raise ValueError(f"{wrong[0][:60]!r} has the id {ascii(ids[wrong[0]])[:60]}; needed: a whole number below 2^32")
+        if not all(isinstance(a["content"], str) for a in added):
+            raise ValueError("an added token is no text")
         return ids, added
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is no tokenizer.json ({error}). Make one with data-prep tokenizer.") from error
 
 

@@ -10,7 +10,6 @@ read through a cache, go through encoder.data.cache.
 
 from __future__ import annotations
 
-import json
 import mmap
 from bisect import bisect_right
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from encoder.base.errors import DamagedShard, ShardError
+from encoder.base.untrusted import inside, regular_file
 from encoder.data.cache import ShardCache, StoredShard, fetch_side_files
 from encoder.data.shard_format import (
     INDEX,
@@ -33,7 +33,9 @@ from encoder.data.shard_format import (
     ids_in,
     read_card,
     read_hashes,
+    read_index,
     read_lengths,
+    stored_info,
 )
 
 # Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the 8 shards of one
@@ -80,7 +82,8 @@ class Source:
         self.card = read_card(path)
         self.lengths = read_lengths(path, self.card)
         check_index(path, self.card)
-        self._shards = _read_index(path / INDEX, card=self.card, hashes=read_hashes(path, self.card))
+        hashes = read_hashes(path, self.card)
+        self._shards = [_shard_file(entry, path / INDEX, self.card, hashes) for entry in read_index(path)]
         self.samples_per_shard = np.array([s.samples for s in self._shards], dtype=np.int64)
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
@@ -190,10 +193,15 @@ class Source:
         if samples != shard.samples:
             raise self._damaged(number, f"{path} holds {samples:,} samples, {INDEX} says {shard.samples:,}. "
                                         "Copy or prepare the shard again.")
+        if len(buffer) < 4 * (samples + 2):
+            raise self._damaged(number, f"{path} is too short for {samples:,} samples. Copy or prepare the shard again.")
         return _OpenShard(buffer, np.frombuffer(buffer, "<u4", samples + 1, 4))
 
     def _open_file(self, shard: _ShardFile, path: Path) -> IO[bytes]:
-        return self._cache.open(shard) if self.cache is not None or shard.compression else open(path, "rb")
+        if self.cache is not None or shard.compression:
+            return self._cache.open(shard)
+        inside(self.path, shard.name, where=self.path / INDEX, error=ShardError)       # a link may have come since
+        return regular_file(path)
 
     def _damaged(self, number: int, text: str) -> DamagedShard:
         return DamagedShard(text, source=self.name, shard=number)
@@ -207,33 +215,16 @@ def _wrong_size(path: Path, size: int, shard: _ShardFile) -> str:
     return f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard again."
 
 
-def _no_index(path: Path) -> ShardError:
-    return ShardError(f"{path} cannot be read: it is no index of MDS shards. Copy or prepare the shards again.")
-
-
 def _reopen(origin: str, name: str, cache: Path | None, cache_bytes: int | None) -> Source:
     return Source(origin, name=name, cache=cache, cache_bytes=cache_bytes)
 
 
-def _read_index(path: Path, *, card: Card, hashes: dict[str, str]) -> list[_ShardFile]:
-    try:
-        return [_shard_file(info, path, card, hashes) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _no_index(path) from error
-
-
 def read_samples_per_shard(folder: Path) -> np.ndarray:
     """Documents of each shard of a folder, int64 [shards], by its index alone. Raises ShardError."""
-    path = folder / INDEX
-    try:
-        return np.array([int(info["samples"]) for info in json.loads(path.read_text(encoding="utf-8"))["shards"]], dtype=np.int64)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _no_index(path) from error
+    return np.array([entry["samples"] for entry in read_index(folder)], dtype=np.int64)
 
 
 def _shard_file(info: dict[str, Any], index: Path, card: Card, hashes: dict[str, str]) -> _ShardFile:
-    if info["format"] != "mds" or info["version"] != 2:
-        raise ShardError(f"{index} tells of {info['format']} version {info['version']}; needed: mds version 2.")
     names: list[str] = info["column_names"]
     if card.column not in names:
         raise ShardError(f"{index} has columns {', '.join(names)}; needed: {card.column}. "
@@ -243,7 +234,7 @@ def _shard_file(info: dict[str, Any], index: Path, card: Card, hashes: dict[str,
     if encoding != card.stored_as:
         raise ShardError(f"{index}: column {card.column} is {encoding}, the card says {card.stored_as}. "
                          "Make the shards again with data-prep prepare --again.")
-    stored = info["zip_data"] or info["raw_data"]
+    stored = stored_info(info)
     sha256 = stored["hashes"].get(SHARD_HASH) or hashes.get(stored["basename"])
     if not sha256:
         raise ShardError(f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,11 +12,13 @@ from pathlib import Path
 
 from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, sha256_of
+from encoder.base.untrusted import inside, missing, number_in_name, read_bytes, read_json
 
 FORMAT = 1
 INCARNATIONS = "incarnations"
 MANIFEST, COMMITTED, MILESTONE = "MANIFEST.json", "COMMITTED", "MILESTONE"
-_NAME = re.compile(r"tokens(\d{13,})-i(\d{4,})")
+# no run comes to numbers of 19 digits, and a tensor of int64 could not carry them
+_NAME = re.compile(r"tokens([0-9]{13,18})-i([0-9]{4,18})")
 
 
 def folder_name(*, tokens: int, incarnation: int) -> str:
@@ -44,9 +45,9 @@ def newest_incarnation(run_folder: Path) -> int:
     The names of checkpoints count too: a run folder that was copied without its (empty) claims must not start again at 1,
     where every new save would be the oldest.
     """
-    claimed = [int(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*") if p.name.isdigit()]
+    claimed = [number_in_name(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*")]
     saved = [int(match.group(2)) for p in (run_folder / "checkpoints").glob("tokens*") if (match := _NAME.fullmatch(p.name))]
-    return max([*claimed, *saved], default=0)
+    return max([*filter(None, claimed), *saved], default=0)
 
 
 def check_not_stale(root: Path, incarnation: int) -> None:
@@ -73,19 +74,25 @@ def committed_folders(root: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """The first file that is not what the manifest says, in one sentence; None if all are."""
     try:
-        if (folder / COMMITTED).read_text(encoding="utf-8", errors="replace") != sha256_of(folder / MANIFEST):
+        committed = read_bytes(folder / COMMITTED, error=CheckpointError, most_bytes=2**16)
+        if committed.decode("ascii", "replace") != sha256_of(folder / MANIFEST):
             return f"{folder / MANIFEST} is damaged: its SHA-256 is not the one in {COMMITTED}, or that one is."
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST, root=dict, error=CheckpointError)
         for name, fact in manifest.items():
-            size = (folder / name).stat().st_size
+            path = inside(folder, name, where=folder / MANIFEST, error=CheckpointError, folders=False)
+            size = path.stat().st_size
             if size != fact["bytes"]:
                 return f"{folder / name} has {size:,} bytes, {fact['bytes']:,} were written."
         with ThreadPoolExecutor(4) as pool:      # hashing lets go of the interpreter's lock
             for name, digest in zip(manifest, pool.map(lambda n: sha256_of(folder / n), manifest), strict=True):
                 if digest != manifest[name]["sha256"]:
                     return f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}."
+        if unknown := sorted(p.name for p in folder.glob("rank*.safetensors") if p.name not in manifest):
+            return f"{folder / unknown[0]} is not in {MANIFEST}."
     except FileNotFoundError as error:
         return f"{error.filename} is missing."
+    except CheckpointError as error:
+        return f"{folder / (error.__cause__.filename or '')} is missing." if missing(error) else str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / MANIFEST} cannot be read ({error})."
     return None

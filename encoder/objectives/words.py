@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from encoder.base.errors import ConfigError
+from encoder.base.untrusted import read_json
 
 LONGEST_WORD = 8     # tokens; what is longer (a key in base 64, a sentence without spaces) is asked in stretches of 8
 
@@ -41,8 +42,8 @@ class WordEdges:
 def read_word_edges(tokenizer_json: Path, *, vocab_size: int) -> WordEdges:
     """The words of a byte-level BPE, a BPE with spaces as U+2581, a WordPiece or a WordLevel tokenizer. Raises ConfigError."""
     begins_V, open_V = np.ones(vocab_size, dtype=bool), np.zeros(vocab_size, dtype=bool)
+    content = read_json(tokenizer_json, root=dict, error=ConfigError)
     try:
-        content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
         edges, added = _edges_of(content), {a["content"]: a for a in content.get("added_tokens", [])}
         for token, number in content["model"]["vocab"].items():
             if token not in added:
@@ -50,7 +51,7 @@ def read_word_edges(tokenizer_json: Path, *, vocab_size: int) -> WordEdges:
         for token, about in added.items():
             if not about["special"]:
                 begins_V[about["id"]], open_V[about["id"]] = _edges_of_text(token)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{tokenizer_json}: its words cannot be told ({error}). Set objective.whole_words: false.") from error
     return WordEdges(begins_V, open_V)
 

@@ -17,12 +17,13 @@ import torch
 
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, join, leave, sum_over_ranks
-from encoder.base.errors import CheckpointError, UserError
+from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import outlive_readers, say, warn_once
 from encoder.base.schema import to_plain, to_yaml
 from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress, short_bytes, short_count, short_seconds
+from encoder.base.untrusted import read_bytes
 from encoder.data.loader import StepData
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import newest_checkpoint, read_progress
@@ -128,7 +129,7 @@ class _Story:
         if world.first:
             with self.guarded():
                 write_atomic(folder / RUN_FILE, to_yaml(run))
-                write_atomic(folder / TOKENIZER, facts.tokenizer_json.read_bytes())     # an export needs no shards
+                write_atomic(folder / TOKENIZER, read_bytes(facts.tokenizer_json, error=ShardError))     # an export needs no shards
                 self.ledger = Ledger(folder, resumed_at=self.progress, parent=self.parent)
                 self.tracker = Tracker(folder, run.tracking, clock=clock, start=self.incarnation, run_name=run.name,
                                        settings=to_plain(run))

@@ -12,9 +12,9 @@ import yaml
 
 from data_prep.cli import main
 from data_prep.config import TextSource
-from data_prep.shards import read_index, read_shard
+from data_prep.shards import read_shard
 from data_prep.tokenizer_files import train_tokenizer
-from encoder.data.shard_format import read_card
+from encoder.data.shard_format import read_card, read_index
 
 WORDS = "the a cat dog house tree runs sees under over quick slow red blue and or because when it was".split()
 

@@ -36,11 +36,11 @@ def test_json_is_read_as_it_stands():
 
 
 @pytest.mark.parametrize("text, said", [
-    ("[" * 30_000, "line 1 is nested more than 64 levels deep"),
+    ("[" * 30_000, "cannot be read: line 1 is nested more than 64 levels deep"),
     ('{"a":\n' * 100_000 + "1" + "}" * 100_000, "line 65 is nested more than 64 levels deep"),
     ("[" * 200 + "]" * 200, "nested more than 64"),
-    ('"' + "\\\"" * 10**6, "is no JSON: unterminated string"),
-    ("[" * 70 + '"' + '\\"[' * 10**6, "is no JSON: unterminated string"),
+    ('"' + "\\\"" * 10**6, "Unterminated string"),
+    ("[" * 70 + '"' + '\\"[' * 10**6, "Unterminated string"),
     ("1" * 5_000, "holds an integer of 5,000 digits"),
     ("-" + "1" * 10**7, "holds an integer of 10,000,001 digits"),
     ("1e999999999", "holds the number 1e999999999, which is too large"),
@@ -50,10 +50,10 @@ def test_json_is_read_as_it_stands():
     ('{"x": {"b": 1, "a": 1, "a": 2}}', "has the key 'a' twice"),
     ('"\\ud800"', "half of a character ('\\ud800')"),
     ('{"\\udc80": 1}', "half of a character"),
-    ("", "is empty"),
-    (" \n", "is empty"),
-    ('{\n"a": 1,\n}', "line 3 is no JSON"),
-    ('{"a": 1} x', "is no JSON: extra data"),
+    ("", "it is empty"),
+    (" \n", "it is empty"),
+    ('{\n"a": 1,\n}', "in line 3; needed: JSON"),
+    ('{"a": 1} x', "Extra data in line 1"),
     ("[" + "[]," * 5_000_001 + "1]", "more than 5,000,000 lists"),
 ])
 def test_json_of_any_depth_size_and_digits_is_one_sentence(text, said):
@@ -83,15 +83,15 @@ def test_only_a_regular_file_within_its_bytes_is_opened(tmp_path):
     (tmp_path / "utf16").write_bytes('{"a": 1}'.encode("utf-16"))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "list").write_text("[]")
-    assert "is a fifo; needed: a file." in said(tmp_path / "fifo")
+    assert "cannot be read: it is a fifo; needed: a file." in said(tmp_path / "fifo")
     assert "is a socket" in said(tmp_path / "socket")
     assert "is a device; needed: a file." in said("/dev/zero")
     assert "is a folder; needed: a file." in said(tmp_path)
-    assert "does not exist." in said(tmp_path / "none")
+    assert "cannot be read: it does not exist." in said(tmp_path / "none")
     assert "cannot be read" in said(tmp_path / "loop")
-    assert "cannot be the name of a file" in said(f"{tmp_path}/a\0b")
-    assert "has 101 bytes; at most 100 are read" in said(tmp_path / "big", most_bytes=100)
-    assert "latin line 2 is not UTF-8" in said(tmp_path / "latin")
+    assert "no file has such a name" in said(f"{tmp_path}/a\0b")
+    assert "it has 101 bytes, and no such file has more than 100" in said(tmp_path / "big", most_bytes=100)
+    assert "latin cannot be read: line 2 is not UTF-8" in said(tmp_path / "latin")
     assert "is UTF-16; needed: UTF-8" in said(tmp_path / "utf16")
     assert "holds a list; needed: a mapping." in said(tmp_path / "list", root=dict)
     server.close()

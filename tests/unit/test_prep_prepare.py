@@ -13,9 +13,9 @@ import pytest
 
 from data_prep.ledger import open_ledger
 from data_prep.segments import Part
-from data_prep.shards import ShardWriter, read_index, read_shard
+from data_prep.shards import ShardWriter, read_shard
 from encoder.base import log
-from encoder.data.shard_format import read_card, read_lengths
+from encoder.data.shard_format import read_card, read_index, read_lengths
 from tests.unit.prep_helpers import bytes_of, ids_of, run, settings, texts, write_jsonl
 
 
