@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import re
 import secrets
@@ -32,7 +31,8 @@ from encoder.base.files import fsync_path, is_leftover, write_json
 from encoder.base.locks import Busy, Kind, NoLocks, take_lock
 from encoder.base.log import warn_once
 from encoder.base.schema import brief, differences
-from encoder.data.shard_format import CARD, Card, read_card
+from encoder.base.untrusted import INDEX_BYTES, plain_name, read_json
+from encoder.data.shard_format import CARD, Card, read_card, stored_info
 
 SPLITS = ("train", "held_out")
 SEGMENT = "segment.json"
@@ -112,8 +112,8 @@ class Ledger:
     def _made_from(self) -> dict[str, Any] | None:
         if self.assembled:
             return identity(read_card(self.part / "train"))
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return json.loads((self.segments / RECIPE).read_text(encoding="utf-8"))
+        with contextlib.suppress(ShardError):
+            return read_json(self.segments / RECIPE, root=dict, error=ShardError)
         return None
 
     def finished(self) -> set[int]:
@@ -126,9 +126,15 @@ class Ledger:
         """What a finished segment holds. Raises ShardError if it is damaged or was cut from other files."""
         path = self.folder_of(segment) / SEGMENT
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, root=dict, error=ShardError, most_bytes=INDEX_BYTES)
             record = Record(**{**content, "counts": Counts(**content["counts"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for info in (stored_info(entry) for split in SPLITS for entry in record.shards[split]):
+                plain_name(info["basename"], where=path, error=ShardError, folders=False)
+                if type(info["bytes"]) is not int:
+                    raise TypeError("bytes is no whole number")
+        except ShardError as error:
+            raise ShardError(f"{error} Remove {path.parent}, and run prepare again.") from error
+        except (ValueError, KeyError, TypeError) as error:
             raise ShardError(f"{path} cannot be read: {error}. Remove {path.parent}, and run prepare again.") from error
         if record.stretches != [s.described() for s in segment.stretches]:
             raise ShardError(f"{path.parent} was made from another stretch of the files. Remove it, and run prepare again.")

@@ -13,7 +13,7 @@ from data_prep.ledger import SPLITS, Counts, Ledger, Record
 from data_prep.segments import Segment
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.files import fsync_path, sha256_of, write_atomic
-from encoder.data.shard_format import CARD, INDEX, LENGTHS, TOKENIZER, Card, lengths_dtype, write_card
+from encoder.data.shard_format import INDEX, LENGTHS, TOKENIZER, Card, lengths_dtype, read_card, write_card
 
 COPY_BYTES = 2**22
 
@@ -38,7 +38,7 @@ def assemble(ledger: Ledger, segments: Sequence[Segment], card: Card, *, made_fr
         for split in reversed(SPLITS):          # train last: its card says that all is there
             _assemble_split(ledger, segments, records, dataclasses.replace(card, split=split), tokenizer_json)
     else:
-        counts = Counts(**json.loads((ledger.part / "train" / CARD).read_text(encoding="utf-8"))["recipe"]["counts"])
+        counts = Counts(**read_card(ledger.part / "train").recipe["counts"])
     ledger.put_in_place()
     return counts
 

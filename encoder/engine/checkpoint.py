@@ -15,7 +15,7 @@ How a save is made stands in checkpoint_save.py.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from encoder.base.dist import World, sum_over_ranks
-from encoder.base.errors import CheckpointError
+from encoder.base.errors import CheckpointError, ConfigError
 from encoder.base.log import warn_once
 from encoder.base.schema import from_mapping
 from encoder.base.units import Progress
+from encoder.base.untrusted import read_json
 from encoder.engine.agree import together
 from encoder.engine.checkpoint_folder import FORMAT, claim_next, committed_folders, damage, folder_name
 from encoder.engine.checkpoint_stretches import StretchReader
@@ -97,8 +98,14 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, A
 
 def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """Where the run stood, and the `extra` of the save. Raises CheckpointError."""
-    saved = _read_json(folder / "progress.json")
-    return from_mapping(Progress, saved["progress"], where=str(folder)), saved["extra"]
+    path = folder / "progress.json"
+    saved = _read_json(path)
+    if not isinstance(saved.get("progress"), dict) or not isinstance(saved.get("extra"), dict):
+        raise CheckpointError(f"{path} has no progress or no extra. Use another checkpoint.")
+    try:
+        return from_mapping(Progress, saved["progress"], where=str(folder)), saved["extra"]
+    except ConfigError as error:
+        raise CheckpointError(f"{error} Use another checkpoint.") from error
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,6 +114,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         with StretchReader(folder) as reader:
             for name, shape in _read_state(folder)["shapes"].items():
+                reader.check_whole(name, math.prod(shape))      # before memory is taken for what a file only tells of
                 weights[name] = torch.empty(shape, dtype=reader.dtype)
                 reader.copy_into(weights[name].view(-1), name=name, start=0, kind="master")
     except (OSError, SafetensorError) as error:
@@ -123,14 +131,22 @@ def _check_same_model(folder: Path, *, saved: dict[str, tuple[int, ...]], ours: 
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    state = _read_json(folder / "state.json")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{folder} has format {state['format']}; this version reads format {FORMAT}.")
-    return {**state, "shapes": {name: tuple(shape) for name, shape in state["shapes"].items()}}
+    path = folder / "state.json"
+    state = _read_json(path)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {ascii(state.get('format'))[:40]}; this version reads format {FORMAT}.")
+    shapes, steps = state.get("shapes"), state.get("optimizer_steps")
+    if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())) or type(steps) is not int or steps < 0:
+        raise CheckpointError(f"{path} has no shapes of parameters or no optimizer_steps. Use another checkpoint.")
+    return {**state, "shapes": {name: tuple(shape) for name, shape in shapes.items()}}
 
 
-def _read_json(path: Path) -> Any:
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**40 for size in value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Use another checkpoint.") from error
+        return read_json(path, root=dict, error=CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Use another checkpoint.") from error

@@ -92,7 +92,7 @@ def damage(folder: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{error.filename} is missing."
     except CheckpointError as error:
-        return f"{folder / (error.__cause__.filename or '')} is missing." if missing(error) else str(error)
+        return f"{error.__cause__.filename} is missing." if missing(error) else str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / MANIFEST} cannot be read ({error})."
     return None

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, usual_mode
+from encoder.base.untrusted import open_regular
 from encoder.engine.engine import Piece
 
 
@@ -37,6 +39,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     fsync_path(path)
 
 
+_KEY = re.compile(r"(?P<name>.+)@(?P<start>[0-9]{1,18})/(?P<kind>[^/]+)", re.DOTALL)
+_DTYPES = ("F32", "F64", "F16", "BF16")
+
+
 class StretchReader:
     """The rank files of one checkpoint, open, and where each range of each parameter lies in them."""
 
@@ -48,7 +54,8 @@ class StretchReader:
     def __enter__(self) -> StretchReader:
         with contextlib.ExitStack() as opening:                      # closes what is open if one of them cannot be
             for path in sorted(self._folder.glob("rank*.safetensors")):
-                self._index(opening.enter_context(safe_open(path, framework="pt")))
+                open_regular(path, error=CheckpointError).close()    # a fifo would be waited for
+                self._index(opening.enter_context(safe_open(path, framework="pt")), path)
             self._open = opening.pop_all()
         return self
 
@@ -67,11 +74,20 @@ class StretchReader:
             raise CheckpointError(f"{self._folder} holds {filled:,} of {target.numel():,} elements of {name} ({kind}). "
                                   "Remove this folder to use the one before it.")
 
-    def _index(self, file: Any) -> None:
+    def check_whole(self, name: str, elements: int) -> None:
+        """The files hold so many elements of a parameter. Raises CheckpointError."""
+        found = sum(high - low for low, high, _ in self._where.get(name, []))
+        if found != elements:
+            raise CheckpointError(f"{self._folder} holds {found:,} of {elements:,} elements of {name} (master). "
+                                  "Remove this folder to use the one before it.")
+
+    def _index(self, file: Any, path: Path) -> None:
         for key in file.keys():
-            place, kind = key.rsplit("/", 1)
-            if kind == "master":
-                name, start = place.rsplit("@", 1)
-                part = file.get_slice(key)
+            match, part = _KEY.fullmatch(key), file.get_slice(key)
+            if match is None or len(part.get_shape()) != 1 or part.get_dtype() not in _DTYPES:
+                raise CheckpointError(f"{path} holds {ascii(key)[:80]} of {part.get_dtype()} {part.get_shape()}; needed: stretches "
+                                      f"of parameters, {' or '.join(_DTYPES)}. Remove this folder to use the one before it.")
+            if match["kind"] == "master":
+                name, start = match["name"], match["start"]
                 self._where.setdefault(name, []).append((int(start), int(start) + part.get_shape()[0], file))
                 self.dtype = torch.float64 if part.get_dtype() == "F64" else torch.float32

@@ -6,7 +6,6 @@ whatever float they are, and become fp32.
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ExportError, ModelError
+from encoder.base.untrusted import inside, open_regular, plain_name, read_json
 from encoder.models.hf_config import NO_WORD, completed, config_from_hf
 from encoder.models.hf_proof import (
     TOLERANCE_DRAWN,
@@ -97,6 +97,7 @@ def load_tensors(path: Path, *, allowed: Sequence[Any] = ()) -> Any:
 
     allowed: further types that the file's format has, as torch.serialization.safe_globals takes them.
     """
+    open_regular(path, error=ModelError).close()        # a fifo would be waited for
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -119,6 +120,10 @@ def named_tensors(found: Any, *, where: str) -> dict[str, Tensor]:
             kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) and not dense else type(tensor).__name__
             raise ModelError(f"{where} holds a {kind} under {name!r}; needed: dense tensors under names. Save the model's "
                              "state_dict().")
+        # also one that repeats few values over a shape of terabytes
+        if tensor.is_meta or tensor.is_quantized or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ModelError(f"{where} holds {name!r} without all of its values ({list(tensor.shape)}); needed: whole tensors. "
+                             "Load the model's weights before you save its state_dict().")
     return found
 
 
@@ -138,13 +143,11 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     files = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict):
         raise ModelError(f"{folder / INDEX} has no weight_map; needed: the names of the weights with their files.")
-    for name, file in files.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ModelError(f"{folder / INDEX} gives {file!r} as the file of {name}; needed: the name of a file beside it. "
-                             "Copy the folder again.")
+    for file in files.values():
+        plain_name(file, where=folder / INDEX, error=ModelError, folders=False)
     weights: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
-        held = read_safetensors(folder / file)
+        held = read_safetensors(inside(folder, file, where=folder / INDEX, error=ModelError, folders=False))
         weights.update((name, w) for name, w in held.items() if files.get(name) == file)
     lost = sorted(files.keys() - weights.keys())
     if lost:
@@ -153,13 +156,11 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """A mapping; NaN and Infinity are taken, which transformers writes."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}. Copy the file again.") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} holds no mapping of names to values. Copy the file again.")
-    return values
+        return read_json(path, root=dict, error=ModelError, non_finite=True)
+    except ModelError as error:
+        raise ModelError(f"{error} Copy the file again.") from error
 
 
 def _max_tokens(folder: Path, config: ModernBertConfig) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from encoder.base.errors import ModelError
 from encoder.base.files import write_json
+from encoder.base.untrusted import read_json
 from encoder.models.hf_config import SpecialIds
 from encoder.models.stored import TOKENIZER
 
@@ -72,12 +73,15 @@ def _ids_of_nothing(content: dict[str, Any], tokenizer_json: Path) -> list[int]:
 def _read(tokenizer_json: Path, vocab_size: int) -> tuple[dict[str, Any], dict[int, str]]:
     """The file's content, and its tokens by id."""
     try:
-        content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+        content = read_json(tokenizer_json, root=dict, error=ModelError)
         names = {i: word for word, i in content["model"]["vocab"].items()}
         names.update({token["id"]: token["content"] for token in content["added_tokens"]})
         top = max(names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{tokenizer_json} cannot be used as a tokenizer.json ({error!r}). "
+        if not all(type(i) is int and isinstance(word, str) for i, word in names.items()):
+            raise TypeError("an id is no whole number")
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error).rstrip(".") if isinstance(error, ModelError) else repr(error)
+        raise ModelError(f"{tokenizer_json} cannot be used as a tokenizer.json ({why}). "
                          "Give the one that stands beside the shards.") from error
     if top >= vocab_size:
         raise ModelError(f"{tokenizer_json} has ids up to {top:,}; the model's vocabulary is {vocab_size:,}. "

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from encoder.base.errors import ConfigError, ModelError, UserError
 from encoder.base.files import folder_that_appears, write_atomic, write_json
 from encoder.base.schema import chosen_by, read_settings, to_yaml
+from encoder.base.untrusted import open_regular, read_json
 from encoder.models.catalog import SYSTEMS, build_model
 from encoder.models.modernbert import ModernBertConfig
 
@@ -56,8 +56,10 @@ def read_stored(folder: Path) -> StoredModel:
                          "as tessera import and tessera grow write it.")
     try:
         config = read_stored_config(folder)
-        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        origin = read_json(folder / ORIGIN, root=dict, error=ConfigError)
         origin, max_tokens = origin["origin"], origin["max_tokens"]
+        if not isinstance(origin, str) or not (max_tokens is None or type(max_tokens) is int and 0 < max_tokens < 2**40):
+            raise ValueError(f"{ORIGIN} holds no origin, or no max_tokens")
     except ConfigError as error:
         raise ModelError(str(error)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -101,6 +103,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    open_regular(path, error=ModelError).close()        # a fifo would be waited for
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

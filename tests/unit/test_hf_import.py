@@ -193,7 +193,7 @@ def test_a_tensor_is_taken_only_from_the_file_that_the_index_names(folder):
     assert equal(read_hf(folder).weights, weights)
     for wrong in (5, ["a.safetensors"], "../hf/a.safetensors"):
         index.write_text(json.dumps({"weight_map": {**files, names[0]: wrong}}))
-        with pytest.raises(ModelError, match="as the file of decoder.bias; needed: the name of a file beside it"):
+        with pytest.raises(ModelError, match="which .*; needed: the name of a file beside it"):
             read_hf(folder)
 
 
