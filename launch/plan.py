@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         from encoder.train.config import read_run
         run = read_run(args.run, args.overrides)
+        from encoder.train.filling import row_fills
         from encoder.train.phases import planned_steps
-        from encoder.train.plan import plan_text, row_fills
+        from encoder.train.plan import plan_text
         steps = planned_steps(run, fills=row_fills(run))
         machine = probed = None
         if args.gpu:

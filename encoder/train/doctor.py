@@ -33,7 +33,9 @@ from encoder.base.log import say
 from encoder.base.slurm import node_name, nodes_of_ranks
 from encoder.base.units import short_seconds
 from encoder.train import build
+from encoder.train.checks import check_settings, hints_of
 from encoder.train.config import RunConfig, read_run
+from encoder.train.defaults import warnings_of
 from encoder.train.doctor_facts import gather_facts, look_at_folder
 from encoder.train.doctor_judge import (
     Findings,
@@ -147,6 +149,7 @@ class Doctor:
             fit = fit_ranks(run, ranks=self.world.size)
             self.findings.rows.append(("fit", fit.text))
             self.findings.warnings += fit.warnings
+            self.findings.warnings += [*check_settings(run), *warnings_of(run), *hints_of(run, ranks=self.world.size)]
         except UserError as error:
             self.findings.mistakes.append(str(error))
 

@@ -34,6 +34,7 @@ from encoder.engine.precision import precision_on
 from encoder.models.flops import train_flops
 from encoder.train import build
 from encoder.train.about import about_run
+from encoder.train.checks import check_settings
 from encoder.train.config import RunConfig, describe_phase, with_engine
 from encoder.train.console import Board, open_board
 from encoder.train.defaults import settled
@@ -80,6 +81,7 @@ def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> O
     build.fetch_cards(run, world)
     run = settled(run)
     facts = build.check_data(run)
+    known = check_settings(run)
     run = build.named_sources(run)
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
@@ -92,7 +94,7 @@ def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> O
     try:
         with watch, contextlib.ExitStack() as held:
             build.check_same_precision(run)
-            started = start_run(run, facts, world, device, folder, held, initial)
+            started = start_run(run, facts, world, device, folder, held, initial, known)
             board = held.enter_context(open_board(first_rank=world.first, every_steps=run.tracking.print_every_steps))
             story = _Story(run, facts, world, device, folder, started, watch, clock, board)
             try:

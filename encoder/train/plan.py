@@ -13,9 +13,8 @@ from encoder.base.dist import World
 from encoder.base.errors import ShardError
 from encoder.base.hub import parse_hub_name
 from encoder.base.units import short_bytes, short_count
-from encoder.data.packing import pack_best_fit
 from encoder.data.shard_format import read_card, read_lengths
-from encoder.data.windows import cut, documents_per_window
+from encoder.data.windows import cut
 from encoder.engine.precision import precision_on
 from encoder.engine.zero_config import BUCKET_ELEMENTS
 from encoder.models.catalog import build_model
@@ -25,8 +24,10 @@ from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.train.branch import find_parent
 from encoder.train.build import compiles
+from encoder.train.checks import check_settings, hints_of
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig, with_engine
 from encoder.train.defaults import slow_precision_text, warnings_of
+from encoder.train.filling import FILL, fill_rows
 from encoder.train.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.train.initial import check_same_shape, read_fitting
 from encoder.train.phases import PlannedSteps, planned_steps
@@ -34,8 +35,6 @@ from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
 from encoder.train.stored import model_facts
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
-FILL = 0.998          # of rows of documents that are not there yet (measured 99.7 to 99.9 % in windows of thousands of documents)
-FILL_WINDOWS = 8      # packed to know how full rows get
 CUDA_SHARE = 0.92     # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -84,7 +83,8 @@ def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, 
     asked, run = run.engine.precision, on_machine(run, machine)
     needs = count_needs(run, ranks=ranks)
     count, decayed, memory = needs.parameters, needs.decayed, needs.memory
-    steps = steps or planned_steps(run, fills=row_fills(run))
+    begun_mistakes, fillings = check_settings(run), [fill_rows(run, phase) for phase in run.phases]
+    steps = steps or planned_steps(run, fills=[f.fill if f else FILL for f in fillings])
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
         "",
@@ -99,7 +99,8 @@ def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, 
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
         *(f"{'default' if i == 0 else '':<12}{d.text}" for i, d in enumerate(run.derived)),
-        *(f"{'warning' if i == 0 else '':<12}{line}" for i, line in enumerate(_warnings(run, machine))),
+        *(f"{'warning' if i == 0 else '':<12}{line}" for i, line in enumerate([
+            *begun_mistakes, *_warnings(run, machine), *hints_of(run, ranks=ranks, fillings=fillings)])),
         "",
         f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15} "
         "learning rate",
@@ -203,30 +204,6 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
         one_token = train_flops(run.model, lengths=lengths, masked_tokens=share * tokens) / tokens
         flops += one_token * phase.tokens * source.weight / sum(s.weight for s in sources)
     return PhaseWork(flops=flops, unknown=tuple(unknown))
-
-
-def row_fills(run: RunConfig) -> list[float]:
-    """How full the rows of each phase are: windows of its documents, drawn by their lengths, packed as the loader packs them; FILL
-    where lengths are not there yet."""
-    return [_row_fill(run, phase) for phase in run.phases]
-
-
-def _row_fill(run: RunConfig, phase: PhaseConfig) -> float:
-    sources = run.sources_of(phase)
-    try:
-        cards = [read_card(s.folder) for s in sources]
-        stored = [read_lengths(s.folder, card) for s, card in zip(sources, cards)]
-    except ShardError:
-        return FILL
-    shares = documents_per_window(cards, [s.weight for s in sources], run.data.window_documents)
-    draw, tokens, room = np.random.default_rng(0), 0, 0
-    for _ in range(FILL_WINDOWS):
-        lengths = np.concatenate([
-            cut(0, np.arange(count), lengths[draw.integers(0, len(lengths), count)], phase.max_tokens_per_document).tokens_P
-            for lengths, share in zip(stored, shares) if (count := int(share + draw.random()))])
-        tokens += int(lengths.sum())
-        room += pack_best_fit(lengths, run.data.row_tokens).rows * run.data.row_tokens
-    return tokens / room
 
 
 def _fills_text(run: RunConfig, steps: PlannedSteps) -> str:

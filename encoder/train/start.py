@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from encoder.engine.precision import computes_bf16
 from encoder.models.hf_config import stays_ours
 from encoder.train import build
 from encoder.train.branch import find_parent
+from encoder.train.checks import hints_of
 from encoder.train.config import RunConfig
 from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.feed import Quarantine
@@ -51,10 +53,11 @@ class Started:
 
 
 def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
-              held: contextlib.ExitStack, initial: InitialWeights | None) -> Started:
+              held: contextlib.ExitStack, initial: InitialWeights | None, mistakes: Sequence[str] = ()) -> Started:
     """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here.
 
     `initial`: what init_from names; its weights are taken into the engine unless a checkpoint is there, and let go.
+    `mistakes`: of the settings of a run that has begun, to be said.
     """
     entropy: float | None = None
     lock: RunLock | None = None
@@ -88,7 +91,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         engine.set_masters(lambda name, _shape: initial.weights[name])
         initial.weights.clear()      # 1.6 GB of the large model, on every rank
     incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
-    _say_header(run, world, device, engine, progress, found)
+    _say_header(run, world, device, engine, progress, found, mistakes)
     for line in initial.lines if initial else (f"branched off {parent.text}",) if parent else ():
         say(line)
     return Started(engine=engine, incarnation=incarnation, progress=progress, entropy=entropy, resumed=found is not None,
@@ -99,7 +102,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
 
 
 def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress,
-                found: Path | None) -> None:
+                found: Path | None, mistakes: Sequence[str]) -> None:
     count, threads = engine.parameter_count, torch.get_num_threads()
     say(f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type} "
         f"({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage}, {run.engine.precision}"
@@ -112,7 +115,7 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
         f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}")
     if run.engine.precision in ("bf16", "autocast") and not computes_bf16(device):
         say(f"precision {run.engine.precision} on a {device.type} without units for bf16: up to 30 times as slow as fp32")
-    for line in warnings_of(run):
+    for line in (*mistakes, *warnings_of(run), *(hints_of(run, ranks=world.size) if world.first else ())):
         warn_once(line)
     if device.type == "cuda" and computes_bf16(device) and (slow := slow_precision_text(run, on_cuda=True)):
         warn_once(slow)

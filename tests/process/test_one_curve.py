@@ -11,8 +11,8 @@ import torch
 from encoder.base.dist import World
 from encoder.engine.checkpoint import newest_checkpoint, read_weights
 from encoder.train.config import read_run
+from encoder.train.filling import row_fills
 from encoder.train.loop import pretrain
-from encoder.train.plan import row_fills
 from encoder.train.tracking import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
