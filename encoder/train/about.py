@@ -14,6 +14,8 @@ from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.units import short_count
 from encoder.data.shard_format import read_card
+from encoder.models.flops import parameter_counts
+from encoder.optim.catalog import OPTIMIZERS
 from encoder.train.config import RunConfig
 from encoder.train.tracking import EVENTS, read_jsonl
 
@@ -81,11 +83,13 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     told = [e for e in starts if isinstance(e.get("about"), dict)]
     about = told[-1]["about"] if told else {}
     m = run.model
-    size = about.get("parameters")
+    layers = f"{m.num_hidden_layers} layer{'' if m.num_hidden_layers == 1 else 's'}"
+    optimizer = next((w for w, kind in OPTIMIZERS.items() if type(run.optimizer) is kind), "")
+    size = about.get("parameters") or parameter_counts(m).total
     lines = {
         "model": (f"{size:,} parameters, " if isinstance(size, int) else "")
-        + f"{m.num_hidden_layers} layers of {m.hidden_size}, {m.num_attention_heads} heads, vocabulary {m.vocab_size:,}",
-        "optimizer": f"{type(run.optimizer).__name__}, seed {run.seed}",
+        + f"{layers} of {m.hidden_size}, {m.num_attention_heads} heads, vocabulary {m.vocab_size:,}",
+        "optimizer": f"{optimizer}, seed {run.seed}",
     }
     share = getattr(run.objective, "mask_share", None)
     if share is not None:

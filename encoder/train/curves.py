@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,16 @@ import numpy as np
 from encoder.base.units import short_count
 
 MOST_POINTS = 2000       # of a curve; means of neighbouring steps above that
+SMOOTH_FROM = 20         # fewer steps are drawn as they are
+TITLES = {               # what a curve is, and the unit of its axis
+    "loss": ("masked-token loss", "nats a masked token"),
+    "lr": ("learning rate", "rate"),
+    "step_tokens": ("batch", "tokens a step"),
+    "held_out_accuracy": ("held-out accuracy", "share of the masked tokens"),
+    "tokens_per_second": ("speed", "tokens/s, all ranks"),
+    "mfu": ("model FLOP utilization", "share of the devices' bf16 peak"),
+    "tflops_per_second": ("model FLOP a second", "TFLOP/s, all ranks"),
+}
 COLOURS = ("#b5402a", "#2f6db3", "#3a7d44", "#8a5aa8", "#b8860b", "#4a4a4a")
 
 
@@ -27,8 +38,11 @@ class Curves:
     tokens_before: int = 0        # of the checkpoint that a branch began with: its curve goes on there
 
 
-def draw(runs: Sequence[Curves], path: Path) -> Path:
-    """Loss and accuracy, rate, batch, speed and share of the peak (FLOP a second where no peak is known), as PNG."""
+def draw(runs: Sequence[Curves]) -> bytes:
+    """Loss and accuracy, rate, batch, speed and share of the peak (FLOP a second where no peak is known), as PNG.
+
+    The loss of each step is faint, its running mean over about a twentieth of the steps is drawn over it.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -36,45 +50,87 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
 
     used = "mfu" if any("mfu" in m for run in runs for m in run.metrics) else "tflops_per_second"
     figure, at = pyplot.subplot_mosaic([["loss", "loss", "lr"], ["loss", "loss", "step_tokens"],
-                                        ["held_out_accuracy", "tokens_per_second", used]], figsize=(12, 9), layout="constrained")
-    titles = {"loss": "masked-token loss (nats)", "lr": "learning rate", "step_tokens": "tokens a step",
-              "held_out_accuracy": "held-out accuracy", "tokens_per_second": "tokens a second",
-              "mfu": "model FLOP utilization", "tflops_per_second": "model TFLOP a second"}
-    titles["loss"] = f"{runs[0].name}: {titles['loss']}" if len(runs) == 1 else titles["loss"]
+                                        ["held_out_accuracy", "tokens_per_second", used]], figsize=(13, 9.5), layout="constrained")
+    colours = list(zip(runs, COLOURS * len(runs)))
     for key, axis in at.items():
-        for run, colour in zip(runs, COLOURS * len(runs)):
-            thin = key == "loss"
-            axis.plot(*_curve(run, key), lw=0.8 if thin else 1.2, color=colour, alpha=0.45 if thin else 1.0,
-                      label=f"{run.name}: training" if thin else None, marker="o" if key == "held_out_accuracy" else None, ms=3)
-        axis.set(title=titles[key])
+        for run, colour in colours:
+            if key == "loss":
+                _draw_loss(axis, run, colour)
+            else:
+                marker = "o" if key == "held_out_accuracy" else None
+                axis.plot(*_curve(run, key), lw=1.2, color=colour, marker=marker, ms=3)
+        title, unit = TITLES[key]
+        alone = f"{_literal(runs[0].name)}: " if key == "loss" and len(runs) == 1 else ""
+        axis.set_title(f"{alone}{title}", fontsize=10)
+        axis.set_xlabel("tokens seen", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.tick_params(labelsize=8)
         if key != "loss":                # losses differ by less than their distance from zero
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
-        for number, (run, colour) in enumerate(zip(runs, COLOURS * len(runs))):
+        if key in ("tokens_per_second", "step_tokens"):
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+        if key in ("held_out_accuracy", "mfu"):
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+        for number, (run, colour) in enumerate(colours):
             colour = "#888" if len(runs) == 1 else colour
             for name, tokens in _phase_starts(run):
                 axis.axvline(tokens, lw=0.7, color=colour, alpha=0.6)
                 if key == "loss":       # runs one above another: their phases often begin at the same tokens
-                    axis.annotate(name, (tokens, 0.03 + 0.04 * number), xycoords=("data", "axes fraction"), fontsize=8,
+                    axis.annotate(_literal(name), (tokens, 0.03 + 0.04 * number), xycoords=("data", "axes fraction"), fontsize=8,
                                   color=colour, xytext=(3, 0), textcoords="offset points")
-    for run, colour in zip(runs, COLOURS * len(runs)):
-        x, y = _curve(run, "held_out_loss")
-        if len(y):
-            at["loss"].plot(x, y, "o-", ms=3.5, lw=1.4, color=colour, label=f"{run.name}: held-out, last {y[-1]:.2f}")
     for size in sorted({run.vocab_size for run in runs}):
         at["loss"].axhline(math.log(size), lw=0.8, ls=":", color="#555", label=f"uniform, ln {size:,} = {math.log(size):.2f}")
     for entropy in sorted({run.entropy for run in runs if run.entropy}):
         at["loss"].axhline(entropy, lw=0.8, ls="--", color="#555", label=f"unigram entropy, held-out text = {entropy:.2f}")
     at["loss"].legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # of a name's letters that no font here has: they are drawn as boxes
+        figure.savefig(png, dpi=110, format="png")
     pyplot.close(figure)
-    return path
+    return png.getvalue()
+
+
+def _draw_loss(axis: Any, run: Curves, colour: str) -> None:
+    name = _literal(run.name)
+    x, y = _curve(run, "loss")
+    axis.plot(x, y, lw=0.7, color=colour, alpha=0.3, label=f"{name}: training, each step" if len(y) < SMOOTH_FROM else None)
+    if len(y) >= SMOOTH_FROM:
+        smooth = running_mean(y, over=max(8, len(y) // 20))
+        axis.plot(x, smooth, lw=1.4, color=colour, alpha=0.9, label=f"{name}: training, running mean, last {smooth[-1]:.2f}")
+    x, y = _curve(run, "held_out_loss")
+    if len(y):
+        axis.plot(x, y, "o--", ms=4, lw=1.0, color=colour, mec="white", mew=0.5, label=f"{name}: held-out, last {y[-1]:.2f}")
+
+
+def running_mean(values: np.ndarray, *, over: int) -> np.ndarray:
+    """An exponential mean over about so many values, from the first one on without a bias to zero.
+
+        1 3 5 over 3   ->   1, 2.33, 3.86
+    """
+    keep = 1.0 - 2.0 / (over + 1)
+    total = weight = 0.0
+    means = np.empty(len(values))
+    for i, value in enumerate(values):
+        total = keep * total + (1.0 - keep) * float(value)
+        weight = keep * weight + (1.0 - keep)
+        means[i] = total / weight
+    return means
+
+
+def _literal(name: str) -> str:
+    """A name as matplotlib draws it letter by letter: no formula, no hidden label, one short line."""
+    line = " ".join(name.split())
+    line = line if len(line) <= 60 else f"{line[:57]}..."
+    return f"\u200b{line}".replace("$", r"\$") if line.startswith("_") else line.replace("$", r"\$")
 
 
 def _curve(run: Curves, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and values where there is one; means of neighbours where there are too many. Held-out values stay as they are."""
-    found = [(run.tokens_before + m["tokens"], m[key]) for m in run.metrics if m.get(key) is not None]
+    found = [(run.tokens_before + m["tokens"], m[key]) for m in run.metrics
+             if isinstance(m.get(key), (int, float)) and isinstance(m.get("tokens"), int)]
     points = np.array(found, dtype=np.float64).reshape(-1, 2)
     if len(points) > MOST_POINTS and not key.startswith("held_out"):
         points = np.array([part.mean(0) for part in np.array_split(points, MOST_POINTS)])

@@ -5,18 +5,25 @@ from __future__ import annotations
 import base64
 import html
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import LedgerError, UserError
+from encoder.base.files import write_atomic
 from encoder.base.schema import from_mapping, read_mapping
 from encoder.base.units import short_count
+from encoder.train.about import what_was_trained
 from encoder.train.config import RunConfig, schedule_word
 from encoder.train.curves import Curves, draw
 from encoder.train.goodput import WHAT_IS, wall_ms
 from encoder.train.tracking import DONE, EVENTS, LEDGER, METRICS, RUN_FILE, follow_chain, merged_metrics, read_jsonl
+from encoder.train.watch import ERRORS, HANGS
+
+PAGE, PICTURE = "report.html", "loss.png"
+MARK = "<meta name='generator' content='tessera report'>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +56,15 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
         names = [folder.name for folder in folders]
         if len(set(names)) < len(names):
             names = [str(folder) for folder in folders]
+    _check_ours(out)
     out.mkdir(parents=True, exist_ok=True)
     picture = draw([Curves(name=name, metrics=run.metrics, entropy=run.done.get("unigram_entropy"),
                            tokens_before=_tokens_before(run), vocab_size=run.config.model.vocab_size)
-                    for name, run in zip(names, runs)], out / "loss.png")
+                    for name, run in zip(names, runs)])
     of = [f" of {name}" if len(runs) > 1 else "" for name in names]
     page = _page(", ".join(names), picture, [
         _side_by_side("Result", names, [_facts(run) for run in runs]),
+        _side_by_side("What was trained", names, [what_was_trained(run.config, run.folder) for run in runs]),
         *sections,
         _side_by_side("Where the time went", names, [_time_facts(run) for run in runs], text="Parts sum to the wall time. "
                       + "; ".join(f"{kind}: {what}" for kind, what in WHAT_IS.items()) + "."),
@@ -63,9 +72,22 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
                   rows=[[p.name, short_count(p.tokens), f"{p.max_tokens_per_document:,}", f"{p.global_rope_theta:,.0f}",
                          schedule_word(p), f"{p.lr.peak:g}"] for p in run.config.phases]) for end, run in zip(of, runs)),
         *(Section(title=f"Events{end}", head=("time (UTC)", "event", "details"), rows=_events(run)) for end, run in zip(of, runs))])
-    path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path = out / PAGE
+    write_atomic(path, page)
+    write_atomic(out / PICTURE, picture)
     return path
+
+
+def _check_ours(out: Path) -> None:
+    """A page or picture of that name which no report wrote is not written over. Raises UserError."""
+    page = out / PAGE
+    foreign = None
+    if page.exists():
+        foreign = None if MARK in page.read_text(encoding="utf-8", errors="replace") else page
+    elif (out / PICTURE).exists():
+        foreign = out / PICTURE
+    if foreign:
+        raise UserError(f"{foreign} was not written by this command. Move it away, or name another folder: --out FOLDER.")
 
 
 def _read_run(folder: Path) -> _Run:
@@ -79,10 +101,33 @@ def _read_run(folder: Path) -> _Run:
 def _facts(run: _Run) -> dict[str, str]:
     entropy, last = run.done.get("unigram_entropy"), run.metrics[-1]
     held_out = _last_held_out(run.metrics)
-    return {"steps": f"{last['step']:,}", "tokens": short_count(last["tokens"]), "state": "done" if run.done else "not done yet",
-            **{k.replace("_", " "): f"{v:.2%}" if "accuracy" in k else f"{v:.3f} nats" for k, v in held_out.items()},
+    speeds = [m["tokens_per_second"] for m in run.metrics if isinstance(m.get("tokens_per_second"), (int, float))]
+    return {"steps": f"{last['step']:,}", "tokens": short_count(last["tokens"]), "state": _state(run),
+            **({"speed": f"{short_count(statistics.median(speeds))} tokens/s, the median of all steps"} if speeds else {}),
+            **{k.replace("_", " "): _held_out_text(k, v) for k, v in held_out.items()},
             **({"unigram entropy of the held-out text": f"{entropy:.3f} nats"} if entropy else {}),
             "ledger": f"{run.steps:,} steps, chain unbroken" + (f", {run.done['ledger_hash']}" if run.done else "")}
+
+
+def _held_out_text(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.2%}" if "accuracy" in name else f"{value:.3f} nats"
+
+
+def _state(run: _Run) -> str:
+    """Done, stopped, failed, or under way, as far as the run folder tells."""
+    if run.done:
+        return "done"
+    events = [e for e in read_jsonl(run.folder / EVENTS) if e.get("event") in ("start", "resume", "stopped")]
+    if events and events[-1]["event"] == "stopped":
+        return f"stopped after step {events[-1].get('step')}, not done yet"
+    found = [path for name in (ERRORS, HANGS) for path in (run.folder / name).glob("*.txt")]
+    began = max((e.get("began", 0) for e in events), default=0)
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is not None and newest.stat().st_mtime > began:
+        return f"failed, see {newest.parent.name}/{newest.name}; not done yet"
+    return "under way, or killed: not done yet"
 
 
 def _time_facts(run: _Run) -> dict[str, str]:
@@ -94,7 +139,7 @@ def _time_facts(run: _Run) -> dict[str, str]:
 def _events(run: _Run) -> list[list[str]]:
     return [[e.get("time", ""), e.get("event", ""),
              ", ".join(f"{k} {v}" for k, v in _flat(e) if k not in ("time", "event", "start", "began", "spent")
-                       and not k.startswith("about."))]
+                       and not k.startswith(("about.", "spent.")))]
             for e in read_jsonl(run.folder / EVENTS)]
 
 
@@ -117,10 +162,10 @@ def _side_by_side(title: str, names: Sequence[str], facts: Sequence[dict[str, st
                    rows=[[key, *(of_run.get(key, "") for of_run in facts)] for key in keys])
 
 
-def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float]:
+def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
     """What the last evaluation found: losses and accuracies by name."""
     found = next((m for m in reversed(metrics) if "held_out_loss" in m), {})
-    return {k: v for k, v in found.items() if k.startswith(("held_out_loss", "held_out_accuracy")) and v is not None}
+    return {k: v for k, v in found.items() if k.startswith(("held_out_loss", "held_out_accuracy"))}
 
 
 def verify_ledger(folder: Path) -> int:
@@ -149,11 +194,11 @@ def _read_done(folder: Path) -> dict[str, Any]:
         raise LedgerError(f"{path} is damaged. Remove it and start the run again: it is written anew.") from error
 
 
-def _page(name: str, picture: Path, sections: Sequence[Section]) -> str:
-    image = base64.b64encode(picture.read_bytes()).decode()
+def _page(name: str, picture: bytes, sections: Sequence[Section]) -> str:
+    image = base64.b64encode(picture).decode()
     body = "".join(_table(s) for s in sections)
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'>{MARK}<title>{html.escape(name)}</title><style>"
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
         "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .9rem .2rem 0;text-align:left;"
         "vertical-align:top;border-bottom:1px solid #eee}img{max-width:100%}h2{font-size:1.1rem;margin-bottom:.2rem}"

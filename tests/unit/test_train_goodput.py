@@ -120,7 +120,7 @@ def test_a_run_knows_where_its_time_went_and_one_page_shows_several(run_folder, 
     assert report.main([str(run_folder), str(run_folder)]) == 2 and "--out FOLDER" in capsys.readouterr().err
     assert report.main([str(run_folder), str(run_folder), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "report.html").read_text()
-    assert page.count(f"<th>{run_folder}</th>") == 4 and f"{parts['training'] / 1000:,.3f} s" in page
+    assert page.count(f"<th>{run_folder}</th>") == 6 and f"{parts['training'] / 1000:,.3f} s" in page
     assert write_report([run_folder], run_folder) == run_folder / "report.html"
 
 
