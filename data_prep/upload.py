@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,6 @@ def upload(folder: Path, remote: str) -> None:
             inside(shards, name, where=shards / INDEX, error=ShardError)
         place = shards.relative_to(folder)
         paths = [str(place / name) for name in names]
-        if not urlsplit(remote).scheme:
-            os.makedirs(Path(remote) / place, exist_ok=True)
         try:
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(uploader.upload_file, paths))
@@ -46,11 +45,31 @@ def upload(folder: Path, remote: str) -> None:
         say(f"{shards} -> {remote.rstrip('/')}/{place.as_posix()}: {count:,} shards")
 
 
-def _uploader(folder: Path, remote: str) -> Any:
-    """streaming's uploader for the remote's scheme, reading from `folder`. Raises UserError."""
-    from streaming.base.storage.upload import UPLOADERS, CloudUploader
+class _Copier:
+    """An uploader to another disk."""
 
+    def __init__(self, folder: Path, remote: Path) -> None:
+        self._folder, self._remote = folder, remote
+
+    def upload_file(self, name: str) -> None:
+        """One file, under its name only when it is whole."""
+        path = self._remote / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        shutil.copyfile(self._folder / name, part)
+        os.replace(part, path)
+
+
+def _uploader(folder: Path, remote: str) -> Any:
+    """streaming's uploader for the remote's scheme, reading from `folder`; for a path our own. Raises UserError."""
     scheme = urlsplit(remote).scheme
+    if not scheme:
+        return _Copier(folder, Path(remote))
+    try:
+        from streaming.base.storage.upload import UPLOADERS, CloudUploader
+    except ModuleNotFoundError as error:
+        raise UserError(f"{remote} is written by mosaicml-streaming, which is not here ({error.name}). Install the extra: "
+                        "pip install 'tessera-encoders[remote]'.") from error
     if scheme not in UPLOADERS:
         raise UserError(f"{remote} begins with {scheme}://; needed: one of {', '.join(f'{s}://' for s in UPLOADERS if s)}, "
                         "or a path.")
@@ -60,8 +79,6 @@ def _uploader(folder: Path, remote: str) -> Any:
         remote = f"{remote.rstrip('/')}/"
     logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)       # it warns that `folder` holds files
     try:
-        if not scheme:
-            return CloudUploader.get((str(folder), remote), keep_local=True, retry=TRIES, exist_ok=True)
         uploader = CloudUploader.get(remote, keep_local=True, retry=TRIES)
     except Exception as error:
         raise UserError(f"{remote} cannot be written to: {' '.join(str(error).split())[:200].rstrip('.')}. "

@@ -278,6 +278,8 @@ def _fetched(url: str, part: Path, *, check: Callable[[Path], str | None]) -> Pa
         try:
             remote.download(url, path)
             wrong, damaged = check(path), True
+        except ShardError:              # what it needs is not installed
+            raise
         except Exception as error:      # streaming raises what its many back ends raise
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise

@@ -76,14 +76,27 @@ def reads_all(source) -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
-def test_a_folder_read_through_a_cache_gives_its_documents_by_streamings_own_downloader(folder, tmp_path, prefix,
-                                                                                            monkeypatch):
+def test_a_folder_read_through_a_cache_gives_its_documents(folder, tmp_path, prefix, monkeypatch):
     monkeypatch.delattr("multiprocessing.shared_memory.SharedMemory.__init__")      # nobody may make any
     source = open_source(f"{prefix}{folder}/", name="web", cache=tmp_path / "cache")
     assert reads_all(source) and len(shard_files(tmp_path / "cache")) == len(source.samples_per_shard)
     assert not hidden(tmp_path / "cache")
     for name in (CARD, INDEX, LENGTHS, TOKENIZER):
         assert (tmp_path / "cache" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_local_shards_are_read_without_the_clients_of_object_storage(folder, tmp_path, monkeypatch):
+    """An install without the extra: compressed and cached shards of this machine are read, s3:// names what it needs."""
+    packed = write_source(tmp_path / "packed", DOCUMENTS, compression="zstd")
+    for name in [name for name in sys.modules if name.split(".")[0] == "streaming"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "streaming", None)
+    assert reads_all(open_source(f"file://{folder}", name="web", cache=tmp_path / "cache"))
+    assert (open_source(str(packed), name="packed").read(3) == DOCUMENTS[3]).all()
+    began = time.monotonic()
+    with pytest.raises(ShardError, match=r"s3://b/x/card.json is read by mosaicml-streaming.*tessera-encoders\[remote\]"):
+        open_source("s3://b/x", name="web", cache=tmp_path / "other")
+    assert time.monotonic() - began < 1, "nothing that a second try would mend"
 
 
 def test_a_folder_behind_a_web_server_is_read(folder, tmp_path):

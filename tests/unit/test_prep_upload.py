@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import streaming.base.storage.upload as theirs
 
 from tests.unit.prep_helpers import bytes_of, run, settings, texts, write_jsonl
@@ -18,6 +20,16 @@ def test_another_disk_gets_the_same_bytes(tmp_path, caplog):
     assert run("upload", shards, tmp_path / "copy") == 0
     assert bytes_of(tmp_path / "copy") == bytes_of(shards)
     assert not caplog.messages, "streaming warns that the folder holds files"
+
+
+def test_another_disk_needs_no_clients_of_object_storage(tmp_path, monkeypatch, capsys):
+    shards = prepared(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "streaming"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "streaming", None)
+    assert run("upload", shards, tmp_path / "copy") == 0 and bytes_of(tmp_path / "copy") == bytes_of(shards)
+    assert run("upload", shards, "s3://b/x") == 2
+    assert "pip install 'tessera-encoders[remote]'" in capsys.readouterr().err
 
 
 def test_a_folder_is_not_copied_onto_itself(tmp_path, capsys):
