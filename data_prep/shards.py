@@ -228,7 +228,7 @@ def column_encodings(folder: Path, entry: dict, *, column: str = INPUT_IDS) -> d
                              "Write the shards again without that column.")
     if column not in columns:
         hold = [name for name, encoding in columns.items() if encoding.partition(":")[0] in ("ndarray", "bytes")]
-        way = f"Where another column holds the ids: data-prep index --column {hold[0]}." if hold else (
+        way = f"Where another column holds the ids: data-prep index FOLDER --tokenizer FILE --column {hold[0]}." if hold else (
             "Tokenize the text with data-prep prepare.")
         raise ShardError(f"{folder / INDEX} has the columns {columns_text(columns)}; needed: {column}. {way}")
     return columns

@@ -110,6 +110,6 @@ def _refuse_specials(path: Path, inside: dict[str, np.ndarray], padded: Padded, 
         if "index" in card.recipe:
             at_ends = word == "[PAD]" and (padded.before_P.any() or padded.behind_P.any())
             option = "--strip-padding, which cuts it off when they are read" if at_ends else "--keep-specials, if that is meant"
-            way = f"Index them again: data-prep index --again {option}."
+            way = f"Index them again: data-prep index FOLDER --tokenizer FILE --again {option}."
         raise ShardError(f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples, which would be trained as "
                          f"text. {way}")

@@ -181,7 +181,7 @@ def read_card(folder: Path) -> Card:
                        key=lambda p: (p.name != "train", str(p)))
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
-    again = "Make the shards again with data-prep prepare --again."
+    again = "Make the shards again with data-prep prepare CONFIG --again."
     try:
         content = read_json(path, error=ConfigError)
     except ConfigError as error:
@@ -205,12 +205,12 @@ def read_lengths(folder: Path, card: Card) -> np.ndarray:
     """Tokens per sample [documents], memory-mapped, in the order of the shards. Raises ShardError if it does not fit the card."""
     path = folder / LENGTHS
     if not path.is_file():
-        raise ShardError(f"{path} is missing. Make the shards again with data-prep prepare --again.")
+        raise ShardError(f"{path} is missing. Make the shards again with data-prep prepare CONFIG --again.")
     size = path.stat().st_size
     kind = lengths_dtype(card.max_tokens_per_document)
     if size != card.documents * kind.itemsize:
         raise ShardError(f"{path} has {size:,} bytes, but the card tells of {card.documents:,} documents of "
-                         f"{kind.itemsize} bytes. Make the shards again with data-prep prepare --again.")
+                         f"{kind.itemsize} bytes. Make the shards again with data-prep prepare CONFIG --again.")
     if card.documents == 0:
         raise ShardError(f"{folder} holds no documents. Give it text, or leave it out of the mixture.")
     return np.memmap(path, dtype=kind, mode="r")
@@ -232,7 +232,7 @@ def read_hashes(folder: Path, card: Card) -> dict[str, str]:
         plain_name(name, where=path, error=ShardError)
         if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
             raise ShardError(f"{path} gives {ascii(sha256)[:80]} as the SHA-256 of {name}; needed: 64 hexadecimal digits. "
-                             "Make it again with data-prep index --again.")
+                             "Make it again with data-prep index FOLDER --tokenizer FILE --again.")
     return found
 
 
@@ -357,11 +357,11 @@ def _check_sha256(path: Path, needed: str) -> None:
         found = sha256_of(path)
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror}. "
-                         "Copy the folder again, or make the shards again with data-prep prepare --again.") from error
+                         "Copy the folder again, or make the shards again with data-prep prepare CONFIG --again.") from error
     if found != needed:
         raise ShardError(f"{path} has SHA-256 {found[:12]}, {CARD} beside it tells of {needed[:12]}: the folder holds "
                          "files of two makings, or a damaged one. Copy the folder again, or make the shards again with "
-                         "data-prep prepare --again.")
+                         "data-prep prepare CONFIG --again.")
 
 
 def write_lengths(folder: Path, lengths: np.ndarray, *, max_tokens_per_document: int) -> None:

@@ -88,7 +88,7 @@ class Source:
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
             raise ShardError(f"{path / INDEX} tells of {self._first_document[-1]:,} samples, the card of "
-                             f"{self.card.documents:,}. Make the shards again with data-prep prepare --again.")
+                             f"{self.card.documents:,}. Make the shards again with data-prep prepare CONFIG --again.")
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __reduce__(self) -> tuple:
@@ -112,7 +112,7 @@ class Source:
         ids = as_read(self._ids_at(self._opened(number), number, sample), self.card)
         if len(ids) != self.lengths[document]:
             raise self._damaged(number, f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says "
-                                        f"{self.lengths[document]}. Make the shards again with data-prep prepare --again.")
+                                        f"{self.lengths[document]}. Make the shards again with data-prep prepare CONFIG --again.")
         return ids
 
     def hold(self, shard: int, *, wait: bool) -> IO[bytes] | None:
@@ -233,12 +233,12 @@ def _shard_file(info: dict[str, Any], index: Path, card: Card, hashes: dict[str,
     encoding = info["column_encodings"][at]
     if encoding != card.stored_as:
         raise ShardError(f"{index}: column {card.column} is {encoding}, the card says {card.stored_as}. "
-                         "Make the shards again with data-prep prepare --again.")
+                         "Make the shards again with data-prep prepare CONFIG --again.")
     stored = stored_info(info)
     sha256 = stored["hashes"].get(SHARD_HASH) or hashes.get(stored["basename"])
     if not sha256:
         raise ShardError(f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "
-                         "Write it with data-prep index --again.")
+                         "Write it with data-prep index FOLDER --tokenizer FILE --again.")
     sizes = info["column_sizes"]
     return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"],
                       compression=info["compression"] if info["zip_data"] else None, stored=stored["basename"],

@@ -189,7 +189,7 @@ def test_an_index_that_does_not_fit_is_refused_although_the_card_tells_of_it(cop
 @pytest.mark.parametrize("break_it, word", [
     (lambda d: (d / INDEX).unlink(), "index.json cannot be read: No such file"),
     (lambda d: (d / CARD).unlink(), "card.json"),
-    (lambda d: change_card(d, format=1), "it has format 1, this version reads format 2.*data-prep prepare --again"),
+    (lambda d: change_card(d, format=1), "it has format 1, this version reads format 2.*data-prep prepare CONFIG --again"),
     (lambda d: (d / CARD).write_text("[]"), "card.json cannot be read: it has format None"),
     (lambda d: (d / LENGTHS).write_bytes(b"12"), "lengths.bin has 2 bytes")])
 def test_a_folder_that_does_not_fit_together_is_refused_when_opened(copy, break_it, word):

@@ -1,0 +1,414 @@
+"""Every command that README, docs, --help, errors and settings files name is run here, or stands in the list of those left out.
+
+A workspace holds small things under the names that the documents use. Placeholders (RUN.yaml, SOURCE, {}) stand for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep import cli
+from launch import tessera
+from tests.composer_for_tests import flexbert, flexbert_config, write_composer
+from tests.hf_for_tests import CONFIG, stored, write_tokenizer_json
+from tests.named_commands import ROOT, named_commands
+
+COMMANDS = named_commands()
+OURS = re.compile(
+    r"^(?:srun )?(?:python )?(?:launch/(?P<launch>\w+)\.py|slurm/(?P<slurm>submit)\.py|(?P<verb>tessera|data-prep))(?= |$)"
+)
+
+# what no test of one small machine can run, and why
+LEFT_OUT = {
+    r"(?:sbatch )?slurm/\w+\.(?:sbatch|sh)": "needs a cluster; tests/cluster and tests/unit/test_slurm_scripts.py run them",
+    r"slurm/(?:submit|job)\.py": "needs a cluster; tests/cluster and tests/unit/test_slurm_submit.py",
+    r"tessera (?:submit|status)": "needs a cluster; tests/unit/test_slurm_submit.py",
+    r"srun ": "needs a cluster; tests/cluster/test_doctor.py",
+    r"(?:bash )?benchmarks/": "needs a GPU, or is a file's name",
+    r"(?:python )?launch/bench\.py|tessera bench|python -m benchmarks": "minutes; tests/unit/test_bench.py",
+    r"(?:deepspeed|torchrun) .*(?:configs/|29511)": "8 GPUs, or part of a command",
+    r"(?:python )?launch/pretrain\.py configs/": "hours; tests/unit/test_recipes.py reads the recipes",
+    r"tessera pretrain (?!RUN|run|\{\})": "hours; tests/unit/test_recipes.py reads the recipes",
+    r"tessera plan continue\.yaml": "needs the weights of ModernBERT-base",
+    r".*modernbert_large": "writes 1.6 GB; tests/unit/test_launch_grow.py grows small ones",
+    r".*answerdotai/ModernBERT-base": "needs a network; tests/unit/test_base_hub.py has a hub of its own",
+    r"tessera push|python launch/push_hub\.py": "needs a network; tests/unit/test_hf_card.py",
+    r"hf |pip |wandb ": "another program, or needs a network",
+    r"pytest|make ": "tests of tests; the targets are looked up in the Makefile",
+    r"python -m (?:encoder|data_prep)": "a module's name",
+    r"(?:python )?launch/demo\.py": "minutes; tests/journey/test_journey.py",
+    r"data-prep environment-corpus": "reads all of this environment; tests/unit/test_prep_environment_corpus.py",
+    r"data-prep upload": "needs a network; tests/unit/test_prep_upload.py",
+    r"data-prep tokenizer modernbert": "needs a network; tests/unit/test_prep_tokenizer_files.py",
+    r"data-prep prepare .*mixture_2t": "2T tokens from a network",
+    r"data-prep prepare --part I/N": "a way of writing; with numbers it is run",
+    r"data-prep merge": "needs all 100 parts; tests/unit/test_prep_segments.py merges",
+}
+
+RUN = """
+name: small
+out: runs/small
+seed: 1
+model: {system: modernbert, hidden_size: 128, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,
+        max_position_embeddings: 256}
+data: {sources: [{path: shards/four_domains/web/train}], row_tokens: 256, window_documents: 64}
+objective: {name: mlm}
+phases: [{name: a, tokens: 4K, max_tokens_per_document: 128, batch_tokens: 1024, lr: {schedule: constant, peak: 1e-3}}]
+evaluation: {sources: [{path: shards/four_domains/web/held_out}], every_tokens: 2K, rows: 1}
+checkpoints: {every_tokens: 2K, keep_last: 3}
+loader: {workers: 0}
+device: cpu
+"""
+WORDS = {
+    "RUN.yaml": "run.yaml",
+    "SOURCE": "runs/small",
+    "RUN": "runs/small",
+    "RUN_FOLDER": "runs/small",
+    "HF_FOLDER": "hf/tiny",
+    "CONFIG": "prep.yaml",
+    "FILE.yaml": "prep.yaml",
+    "configs/prep/web.yaml": "prep.yaml",
+    "root=FOLDER": "root=corpus",
+    "root=FOLDER_OF_THE_CORPUS": "root=corpus",
+    "SHARDS": "shards/elsewhere/train",
+    "FOLDER": "shards/elsewhere/train",
+    "YOUR_FILES": "corpus/web.jsonl",
+    "$SLURM_ARRAY_TASK_ID/100": "3/100",
+    "processes=8": "processes=1",
+    "N": "2",
+    "STATE_DICT.pt": "STATE_DICT.pt",
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Small things under the names of the documents; the run is trained by the command that they name."""
+    place = tmp_path_factory.mktemp("workspace")
+    before = Path.cwd()
+    os.chdir(place)
+    for name in ("launch", "slurm", "benchmarks", "configs"):
+        Path(name).symlink_to(ROOT / name)
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list("etaoinshrdlu"), 5)) for _ in range(200)]
+    for folder in ("corpus",):
+        Path(folder).mkdir()
+        for name in ("web", "books", "science", "code", "prose", "text"):
+            lines = [json.dumps({"text": " ".join(draw.choice(words, 40))}) for _ in range(150)]
+            Path(folder, f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    Path("demo").mkdir()
+    Path("demo/corpus").symlink_to("../corpus")
+    must(
+        "data-prep tokenizer train --files corpus/web.jsonl --vocab-size 400 --out "
+        "corpus/tokenizer.json"
+    )
+    for path in ("t.json", "FILE"):
+        shutil.copy("corpus/tokenizer.json", path)
+    prep = Path("configs/prep/four_domains.yaml").read_text()
+    Path("prep.yaml").write_text(
+        prep.replace("shards/four_domains", "shards/prep") + "processes: 1\n"
+    )
+    for name in ("own_text", "laptop", "one_gpu", "small", "domain"):
+        kind = "prep" if name == "own_text" else "pretrain"
+        shutil.copy(ROOT / "configs" / kind / f"{name}.yaml", f"{name}.yaml")
+    must("data-prep prepare configs/prep/four_domains.yaml root=corpus processes=1")
+    made_elsewhere()
+    Path("run.yaml").write_text(RUN)
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "pretrain.py", "run.yaml"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    Path("runs/base").symlink_to("small")
+    Path("large.yaml").write_text(
+        RUN.replace("hidden_size: 128", "hidden_size: 256, vocab_size: 448")
+        .replace("num_attention_heads: 2", "num_attention_heads: 4")
+        .replace("runs/small", "runs/large")
+    )
+    for out in ("hf/tiny", "hf/small", "runs/small-hf", "models/ModernBERT-base"):
+        if out == "hf/tiny":
+            must("tessera export runs/small hf/tiny")
+        else:
+            shutil.copytree("hf/tiny", out)
+    model = stored(
+        CONFIG.__class__(
+            vocab_size=280,
+            hidden_size=64,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+        )
+    )
+    torch.save(flexbert(model.weights), "STATE_DICT.pt")
+    write_composer(Path("ep0-ba1000-rank0.pt"), model.weights, flexbert_config(model.config))
+    write_tokenizer_json(Path("tokenizer.json"))
+    yield done.stdout
+    os.chdir(before)
+
+
+def made_elsewhere() -> None:
+    """MDS of other makers: as streaming writes it, padded, and in another column."""
+    from streaming import MDSWriter
+
+    web = Path("shards/four_domains/web/train")
+    target = Path("shards/elsewhere/train")
+    shutil.copytree(web, target)
+    for name in ("card.json", "lengths.bin", "hashes.json", "tokenizer.json"):
+        (target / name).unlink(missing_ok=True)
+    specials = {
+        t["content"]: t["id"] for t in json.loads(Path("t.json").read_text())["added_tokens"]
+    }
+    body = [specials["[CLS]"], 7, 8, 9, 10, specials["[SEP]"]]
+    for name, column, ids in (
+        ("padded", "input_ids", [*body, specials["[PAD]"], specials["[PAD]"]]),
+        ("tokens", "tokens", body[1:-1]),
+    ):
+        kind = np.uint16 if column == "input_ids" else np.int64
+        with MDSWriter(
+            out=f"shards/{name}", columns={column: f"ndarray:{np.dtype(kind)}"}
+        ) as writer:
+            for _ in range(20):
+                writer.write({column: np.array(ids, dtype=kind)})
+
+
+def run(command: str) -> tuple[int, str]:
+    """A command in this process: its exit code, and what it said."""
+    words = shlex.split(command)
+    words = words[1:] if words[0] == "python" else words
+    out = io.StringIO()
+    argv = words[1:]
+    if words[0] == "data-prep":
+        main = cli.main
+    elif words[0] == "tessera":
+        main = tessera.main
+    else:
+        main = importlib.import_module(f"launch.{Path(words[0]).stem}").main
+    before = sys.argv
+    with redirect_stdout(out), redirect_stderr(out):
+        try:
+            code = main(argv)
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
+        finally:
+            sys.argv = before
+    return int(code or 0), out.getvalue()
+
+
+def must(command: str) -> str:
+    code, said = run(command)
+    assert code == 0, f"{command}\n{said[-3000:]}"
+    return said
+
+
+def why_left_out(command: str) -> str | None:
+    return next((why for pattern, why in LEFT_OUT.items() if re.match(pattern, command)), None)
+
+
+def is_mention(command: str) -> bool:
+    """A program or verb without arguments: a name in a sentence."""
+    words = command.removeprefix("python ").split()
+    return (
+        len(words) == 1
+        or words[0] in ("tessera", "data-prep")
+        and len(words) == 2
+        and not words[1].startswith("-")
+        or (words[:2] == ["data-prep", "tokenizer"] and len(words) == 3)
+    )
+
+
+def as_run(command: str, number: int) -> str:
+    """A command with things of the workspace for its placeholders."""
+    text = re.sub(r"\s*\[(?:key=value \.\.\.|\.\.\.)\]", "", command)
+    text = (
+        re.sub(r"(?<=\s)\[(?!MASK)([^\[\]]*(?:\[[^\[\]]*\]?)?)\]?", "", text)
+        if "[--" in text
+        else text
+    )
+    saved = sorted(
+        p.name for p in Path("runs/small/checkpoints").iterdir() if not p.name.startswith(".")
+    )
+    text = re.sub(r"(RUN|runs/base)/checkpoints/A", f"runs/small/checkpoints/{saved[0]}", text)
+    text = re.sub(r"(RUN|runs/base)/checkpoints/B", f"runs/small/checkpoints/{saved[-1]}", text)
+    words = text.split(" ")
+    fresh = f"out/{number}"
+    for i, word in enumerate(words):
+        before = words[i - 1] if i else ""
+        if word == "OUT":
+            asks = "fill_mask" in text
+            words[i] = "hf/tiny" if asks else fresh
+        elif word == "FILE" and before == "--tokenizer":
+            words[i] = "t.json"
+        elif word == "{}":
+            words[i] = hole(text, before, fresh)
+        elif word.startswith("{}"):
+            words[i] = word.replace("{}", "runs/small")
+        else:
+            words[i] = WORDS.get(word, word)
+    text = " ".join(words)
+    if "grow" in text:
+        text = text.replace("--run run.yaml", "--run large.yaml")
+    if "import_hf.py" in text or "tessera import" in text:
+        text = text.replace("runs/small ", "hf/tiny ")
+    if "tokenizer train" in text:  # of little text
+        text = f"{re.sub('--vocab-size [0-9]+', '', text)} --vocab-size 400"
+        text = text.replace("--out corpus/tokenizer.json", f"--out {fresh}.json")
+    if "prepare" in words or "prepare" in text.split(" ")[:2]:
+        text += f" out=out/shards{number} processes=1"
+        text = text if "own_text" not in text else f"{text} tokenizer=t.json"
+    if "data-prep index" in text:  # each on a copy: it is indexed once
+        source = next(w for w in words if w.startswith("shards/"))
+        shutil.copytree(source, fresh)
+        text = text.replace(source, fresh, 1)
+    for made in (
+        "runs/large_weights",
+        "runs/small-hf",
+        "hf/small",
+        "weights/mean",
+        "weights/base",
+        "weights/large",
+    ):
+        if text.split(" ")[1:2] and not re.search(r"fill[-_]mask|report|push", text):
+            text = text.replace(f" {made}", f" {fresh}-made")
+    return text.replace("--out run.yaml", f"--out new{number}.yaml")
+
+
+def hole(text: str, before: str, fresh: str) -> str:
+    if before == "--out":
+        return fresh if "average" in text else f"{fresh}.json"
+    if "verify" in text:
+        return "shards/four_domains/web/train"
+    if before == "--again":
+        return "--strip-padding"
+    if before == "--column":
+        return "input_ids"
+    if "fill-mask" in text:
+        return "hf/tiny"
+    if "pretrain" in text:
+        return "run.yaml"
+    return "runs/small" if before != "runs/small" else fresh
+
+
+RUNNABLE = [
+    c for c in sorted(COMMANDS) if OURS.match(c) and not is_mention(c) and why_left_out(c) is None
+]
+
+
+LAUNCHED = [c for c in sorted(COMMANDS) if re.match("deepspeed|torchrun", c) and "RUN.yaml" in c]
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_a_named_launcher_starts_the_run_on_its_ranks(workspace, command):
+    """On the run that is done: what is asked is whether the launchers take the line as it stands."""
+    words = as_run(command, 0).split()
+    program = Path(sys.executable).parent / words[0]
+    done = subprocess.run(
+        [program, *words[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+    )
+    assert done.returncode == 0 and "runs/small is done already" in done.stdout + done.stderr, (
+        done.stderr[-2000:]
+    )
+
+
+def test_every_named_command_is_run_here_or_left_out_for_a_reason():
+    tried = {*RUNNABLE, *LAUNCHED}
+    lost = [c for c in COMMANDS if c not in tried and not is_mention(c) and not why_left_out(c)]
+    assert not lost, f"neither run nor listed in LEFT_OUT: {[(c, COMMANDS[c]) for c in lost]}"
+    unused = [p for p in LEFT_OUT if not any(re.match(p, c) for c in COMMANDS)]
+    assert not unused, f"LEFT_OUT names what no text names any more: {unused}"
+
+
+def test_every_named_option_and_file_is_there():
+    """Also of what is left out: an option must stand in its command's --help, a file and a target must exist."""
+    helps: dict[str, str] = {}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for command, places in COMMANDS.items():
+        for path in re.findall(
+            r"(?:launch|slurm|benchmarks|configs)/[\w/]+\.(?:py|sh|sbatch|yaml)", command
+        ):
+            assert (ROOT / path).exists() or path == "configs/prep/web.yaml", (
+                f"{command} in {places}: no {path}"
+            )
+        if command.startswith("make "):
+            assert command.split()[1] in targets, f"{command} in {places}"
+        match = OURS.match(command)
+        if match is None:
+            continue
+        program = match[0].removeprefix("srun ").removeprefix("python ")
+        rest = command[match.end() :].split()
+        if match["verb"] and rest and not rest[0].startswith("-"):
+            program = f"{program} {rest[0]}" + (
+                f" {rest[1]}" if rest[0] == "tokenizer" and len(rest) > 1 else ""
+            )
+        if program not in helps:
+            helps[program] = help_of(program)
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", command[match.end() :]):
+            assert option in helps[program], f"{command} in {places}: {program} has no {option}"
+
+
+def help_of(program: str) -> str:
+    if program == "slurm/submit.py" or program in ("tessera submit", "tessera status"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "slurm" / "submit.py", "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout
+    code, said = run(f"{program} --help")
+    assert code == 0, f"{program} --help: {said[-500:]}"
+    return said
+
+
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_a_named_command_works(workspace, command):
+    must(as_run(command, RUNNABLE.index(command)))
+
+
+def test_what_a_run_names_at_its_end_works_as_it_stands(workspace):
+    lines = [line for line in workspace.splitlines() if "tessera " in line]
+    typed = [shlex.split(line[line.index("tessera ") :].split("   ")[0]) for line in lines]
+    assert [words[1] for words in typed] == ["report", "export", "fill-mask"]
+    shutil.rmtree("runs/small-hf", ignore_errors=True)
+    for words in typed:
+        must(shlex.join(words))
+
+
+def test_the_card_of_an_exported_run_says_what_trained_it(workspace):
+    card = Path("hf/tiny/README.md").read_text()
+    for words in (
+        "# small",
+        " steps, 4",
+        "data web",
+        "masked tokens, 30%",
+        "held out loss",
+        "torch 2",
+        "the same logits within",
+    ):
+        assert words in card, words
+    assert str(Path.cwd()) not in card and "shards/" not in card
