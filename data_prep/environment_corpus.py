@@ -29,6 +29,7 @@ from data_prep.output import output
 from encoder.base.errors import ConfigError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say
+from encoder.base.main_script import without_main_script
 
 MANIFEST = "manifest.json"
 PACKAGE_SHARE = 0.2             # at most this share of a source from one package: oci alone has 18,000 files
@@ -119,7 +120,9 @@ def _prose(files: list[File], limit: int, taken: set[str]) -> list[dict[str, str
     documents, seen = _Chosen(limit), set()
     # documentation and package descriptions first: the best prose, and the least of it
     left = sorted((f for f in files if f.name not in taken), key=lambda f: f.path.suffix == ".py")
-    with get_context("spawn").Pool(min(8, os.cpu_count() or 1), initializer=_leave_interrupts_to_the_parent) as pool:
+    with without_main_script():
+        pool = get_context("spawn").Pool(min(8, os.cpu_count() or 1), initializer=_leave_interrupts_to_the_parent)
+    with pool:
         for file, paragraphs in zip(left, pool.imap(_prose_of, left, chunksize=50), strict=True):
             if documents.room_for(file.package):
                 new = [p for p in dict.fromkeys(paragraphs) if p not in seen]

@@ -28,6 +28,7 @@ from data_prep.tokenization import EncoderName, TextEncoder, encode_pieces, one_
 from encoder.base.errors import ConfigError, ShardError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
+from encoder.base.main_script import without_main_script
 from encoder.data.shard_format import lengths_dtype
 
 
@@ -178,7 +179,8 @@ class SegmentPool:
             for _ in range(processes):           # they start and load while this process checks the encoder
                 here, there = context.Pipe()
                 process = context.Process(target=_work, args=(job, there), daemon=True)
-                process.start()
+                with without_main_script():
+                    process.start()
                 there.close()                    # so that the end of the process ends the pipe
                 self._processes[here] = process
 

@@ -99,7 +99,9 @@ class StopFlag:
         if number == signal.SIGINT and not self.begun:
             self.cause = self.cause or "SIGINT"
             raise KeyboardInterrupt
-        self._note(number)
+        # before, the thread ends the process
+        if self.begun:
+            self._note(number)
 
     def _note(self, number: int) -> None:
         if not self.cause:

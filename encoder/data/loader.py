@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError, PassingError, ShardError, UserError
+from encoder.base.main_script import without_main_script
 from encoder.base.question import Corrupt
 from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, lanes_of, wrap_int64
@@ -236,7 +237,8 @@ def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
     resource_tracker.ensure_running()     # now, since it unblocks signals when it starts (Python 3.10 to 3.12)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        return iter(loader)
+        with without_main_script():
+            return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

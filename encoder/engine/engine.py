@@ -21,7 +21,7 @@ from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
-from encoder.engine.zero_config import EngineConfig, import_deepspeed, initialize, zero_config
+from encoder.engine.zero_config import EngineConfig, forget_former_groups, import_deepspeed, initialize, zero_config
 from encoder.engine.zero_layout import (
     check_cover,
     flat_parts,
@@ -80,6 +80,7 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Mom
     config = replace(config, precision=precision_on(config.precision, device))
     steps = build_optimizer(model, optimizer)         # grouped by dimensions, which stage 3 takes away
     deepspeed = import_deepspeed(device)
+    forget_former_groups()
     if config.activation_checkpointing == "blocks":
         model.recompute_blocks_()
     if config.fp8 == "layers":

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from encoder.base.errors import ConfigError
 
@@ -103,6 +104,20 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         import deepspeed.ops
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def forget_former_groups() -> None:
+    """Takes from DeepSpeed the process groups of a run that this process has left: it would ask them, not the new ones."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    if comm.cdb is None or groups._WORLD_GROUP is None:
+        return
+    try:
+        dist.get_process_group_ranks(groups._WORLD_GROUP)
+    except (KeyError, ValueError):
+        comm.cdb = None
+        groups._release_process_group_references()
 
 
 def initialize(deepspeed: ModuleType, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

@@ -1,0 +1,54 @@
+"""Several runs in one Python process, from a script without a main guard: as from the shell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from encoder.train.tracking import LEDGER, METRICS, read_jsonl
+from tests.process.test_killed_run import RUN
+from tests.shards_for_tests import random_documents, write_source
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys
+from encoder.base.dist import World
+from encoder.base.errors import UserError
+from encoder.data.loader import Loader
+from encoder.train.config import read_run
+from encoder.train.loop import pretrain
+
+def train(out, stage, workers):
+    settings = [f"out={out}", f"engine.zero_stage={stage}", f"loader.workers={workers}"]
+    return pretrain(read_run("run.yaml", settings), World()).done
+
+assert train("first", 2, 1)
+plain = Loader.next_step
+def fails(self):
+    raise UserError("a shard is damaged.")
+Loader.next_step = fails
+try:
+    train("failed", 3, 0)
+except UserError as error:
+    print("refused:", error)
+Loader.next_step = plain
+assert train("again", 2, 0)
+print("all done")
+"""
+
+
+def test_runs_follow_each_other_in_one_process_without_a_main_guard(tmp_path):
+    write_source(tmp_path / "a", random_documents(60, seed=1, longest=60), vocab_size=64)
+    write_source(tmp_path / "held", random_documents(30, seed=2, longest=60), vocab_size=64)
+    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path, tokens="1K"), encoding="utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=500,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refused: a shard is damaged." in done.stdout and done.stdout.endswith("all done\n")
+    ledgers = [read_jsonl(tmp_path / out / LEDGER) for out in ("first", "again")]
+    assert ledgers[0] == ledgers[1]
+    losses = [[line["loss"] for line in read_jsonl(tmp_path / out / METRICS) if "loss" in line] for out in ("first", "again")]
+    assert losses[0] == losses[1]
