@@ -21,19 +21,19 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from encoder.base.log import print_line
 from encoder.base.world import MeetingPlace, World
 
 # a rank that lost another one has so long to end by its own error, which says more
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.5
 # a network may be away for so long: a switch that starts again, a link that comes back
 SILENT_SECONDS = 60
 CONNECT_SECONDS = 5.0
 SPEAK_SECONDS = 2.0
 # before they have met: how often a rank looks for its neighbours, and among how many
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.05
 MOST_NEIGHBOURS = 64
 FAILED_CODE = 1
 _LINE_BYTES = 256
@@ -64,11 +64,12 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         os.register_at_fork(after_in_child=self._forget)
 
-    def seek_neighbours(self, place: MeetingPlace) -> None:
-        """Finds the ranks on this machine that meet at the same place, also those that begin later; each is watched."""
+    def seek_neighbours(self, place: MeetingPlace, near: Sequence[int]) -> None:
+        """Finds those of the ranks `near` that are on this machine, also those that begin later; each is watched."""
         # Linux's abstract names: no file is left, and the name is free when its process ends
         self._name = f"\0tessera {os.getuid()} {place.host} {place.port} "
-        self._sought = [rank for rank in range(self.rank) if rank >= self.rank - MOST_NEIGHBOURS]
+        # both ways: one that dies right after it began has perhaps not looked yet, but can be looked for
+        self._sought = [rank for rank in near if rank != self.rank]
         with contextlib.suppress(OSError):
             door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             door.bind(f"{self._name}{self.rank}")
@@ -76,6 +77,8 @@ class Peers:
             door.setblocking(False)
             self._door = door
             self._selector.register(door, selectors.EVENT_READ)
+        for rank in [*self._sought]:
+            self._visit(rank)
 
     def start(self) -> None:
         """Begins to watch."""
@@ -180,7 +183,7 @@ class Peers:
                     del strangers[one]
 
     def _visit(self, rank: int) -> None:
-        """Connects to a neighbour of lower rank, if it has begun."""
+        """Connects to a neighbour, if it has begun."""
         door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             door.connect(f"{self._name}{rank}")
@@ -220,7 +223,7 @@ class Peers:
                 known = not token and _user_of(connection) == os.getuid()
             else:
                 known = len(token) == 1 and hmac.compare_digest(token[0], self._token)
-            if known and 0 < int(rank) < self.size:
+            if known and 0 <= int(rank) < self.size:
                 if connection.family != socket.AF_UNIX:
                     connection.send(b"+")
                 self._hold(connection, int(rank))
@@ -297,7 +300,9 @@ def watch_peers(world: World, place: MeetingPlace) -> Peers:
     peers = _of_this_process.get("peers")
     if peers is None:
         peers = _of_this_process["peers"] = Peers(rank=world.rank, size=world.size)
-        peers.seek_neighbours(place)
+        first = world.rank - world.local_rank
+        near = range(first, first + world.local_size) if world.local_size > 1 else range(min(world.size, MOST_NEIGHBOURS))
+        peers.seek_neighbours(place, near)
         peers.start()
     return peers
 
