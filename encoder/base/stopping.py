@@ -73,8 +73,8 @@ class StopFlag:
             end.setblocking(False)
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # what nohup and a shell's & ignore stays ignored; a batch script's trap '' USR1 shields its launcher alone
-                if number in (signal.SIGHUP, signal.SIGQUIT) and signal.getsignal(number) is signal.SIG_IGN:
+                # nohup's stays ignored; a batch script's trap '' USR1 shields its launcher alone, a shell's & the keyboard
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._before[number] = signal.signal(number, self._on_signal)
             self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
