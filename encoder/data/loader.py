@@ -64,7 +64,7 @@ class Loader:
     `rows_at` tells how many rows the next step has, from the phase's tokens so far: as many of each lane. Only the main
     process calls it, and ahead of time. An exception in a worker is raised by next_step(), a UserError as it is, others
     with the worker's traceback; so is the death of a worker. `prefetch_windows`: how many windows ahead shards are brought
-    to the caches of their sources, 0 where none has a cache. `left_out`: shards to go without, as in Windows.
+    to the caches of their sources, 0 where none has a cache. `left_out` and `shuffle_shards` are as in Windows.
     """
 
     def __init__(self, *, sources: Sequence[Source], weights: Sequence[float], seed: int, phase: int,
@@ -72,15 +72,18 @@ class Loader:
                  cls_id: int, sep_id: int, rank: int, world_size: int, micro_batch_rows: int,
                  rows_at: Callable[[int], int], start: DataPosition, static_shapes: bool, workers: int,
                  pin_memory: bool = False, lanes: int = 1, prefetch_windows: int = 0,
-                 left_out: Sequence[tuple[int, int]] = ()) -> None:
+                 left_out: Sequence[tuple[int, int]] = (), shuffle_shards: int | None = None) -> None:
         _check_lengths(max_tokens_per_document, row_tokens)
+        for source in sources:      # a window may touch the last group of one epoch and the first of the next
+            source.open_shards = max(source.open_shards, 2 * (shuffle_shards or 0))
         assembler = Assembler(
             sources=sources, corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
             max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
             static_shapes=static_shapes)
         self._windows = Windows(
             sources=sources, weights=weights, seed=seed, phase=phase, row_tokens=row_tokens, lanes=lanes,
-            max_tokens_per_document=max_tokens_per_document, window_documents=window_documents, left_out=left_out)
+            max_tokens_per_document=max_tokens_per_document, window_documents=window_documents, left_out=left_out,
+            shuffle_shards=shuffle_shards)
         self.sources, self._row_tokens = sources, row_tokens
         self._planner = _Planner(self._windows, start=start, rows_at=rows_at, rank=rank, world_size=world_size,
                                  micro_batch_rows=micro_batch_rows, lanes=lanes)

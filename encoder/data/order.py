@@ -1,7 +1,7 @@
 """The order of documents: document i of a source, for any i, without a permutation of all documents.
 
     epoch        i // N
-    shards       permuted by (seed, "order", phase, source, epoch), taken in groups of 8
+    shards       permuted by (seed, "order", phase, source, epoch), taken in groups of 8, or as many as a run asks for
     documents    permuted inside their group by (seed, "order", phase, source, epoch, group)
 
 Every epoch visits every document exactly once; a reader touches only the shards of one group at a time.
@@ -52,17 +52,18 @@ class DocumentOrder:
     """The order of one source in one phase. Remembers the epoch and the groups it used last, nothing else.
 
     `samples_per_shard` int64 [shards] of the whole source; documents are numbered through the shards in stored order.
-    `lane`: its number and its shards of deal_shards, None where there is one lane.
+    `lane`: its number and its shards of deal_shards, None where there is one lane. `group_shards`: whose documents are
+    shuffled together; None: SHARDS_PER_GROUP.
     """
 
     def __init__(self, samples_per_shard: np.ndarray, *, seed: int, phase: int, source: str,
-                 lane: tuple[int, np.ndarray] | None = None) -> None:
+                 lane: tuple[int, np.ndarray] | None = None, group_shards: int | None = None) -> None:
         samples = np.asarray(samples_per_shard, dtype=np.int64)
         self._ends = np.cumsum(samples)
         self._shards = np.arange(len(samples)) if lane is None else lane[1]
         self._samples = samples[self._shards]
         self._address = ("order", phase, source, *((f"lane {lane[0]}",) if lane else ()))
-        self._seed = seed
+        self._seed, self._group_shards = seed, group_shards or SHARDS_PER_GROUP
         self.documents_per_epoch = int(self._samples.sum())
         assert self.documents_per_epoch > 0, "an empty source has no order"
         self._epoch: _Epoch | None = None
@@ -92,7 +93,7 @@ class DocumentOrder:
             number, place = divmod(start, self.documents_per_epoch)
             epoch = self._epoch_of(number)
             group = int(np.searchsorted(epoch.group_starts, place, side="right")) - 1
-            found.update(dict.fromkeys(epoch.shards[group * SHARDS_PER_GROUP:(group + 1) * SHARDS_PER_GROUP].tolist()))
+            found.update(dict.fromkeys(epoch.shards[group * self._group_shards:(group + 1) * self._group_shards].tolist()))
             start += int(epoch.group_starts[group + 1]) - place
         return list(found)
 
@@ -100,13 +101,13 @@ class DocumentOrder:
         if self._epoch is None or self._epoch.number != number:
             order = generator(self._seed, *self._address, number).permutation(len(self._samples))
             ends = np.cumsum(self._samples[order])
-            last_of_group = np.minimum(np.arange(SHARDS_PER_GROUP, len(order) + SHARDS_PER_GROUP, SHARDS_PER_GROUP),
-                                       len(order)) - 1
+            size = self._group_shards
+            last_of_group = np.minimum(np.arange(size, len(order) + size, size), len(order)) - 1
             self._epoch = _Epoch(number, self._shards[order], np.concatenate([[0], ends[last_of_group]]))
         return self._epoch
 
     def _shuffled(self, epoch: _Epoch, group: int) -> np.ndarray:
-        shards = epoch.shards[group * SHARDS_PER_GROUP:(group + 1) * SHARDS_PER_GROUP]
+        shards = epoch.shards[group * self._group_shards:(group + 1) * self._group_shards]
         first = [int(self._ends[s - 1]) if s else 0 for s in shards]
         documents = np.concatenate([np.arange(f, int(self._ends[s])) for f, s in zip(first, shards, strict=True)])
         generator(self._seed, *self._address, epoch.number, group).shuffle(documents)

@@ -407,6 +407,18 @@ def token_ids(tokenizer_json: Path) -> dict[str, int]:
     return _read_tokenizer(tokenizer_json)[0]
 
 
+# ids kept free for later or left over: [unused12] (BERT, ModernBERT), <unused12> (Gemma), madeupword0001 (RoBERTa),
+# <|reserved_special_token_12|> (Llama 3), <extra_id_12> (T5)
+_UNUSED = re.compile(r"[\[<]\|?(unused|reserved)[a-z_ ]*[-_ ]?\d+\|?[\]>]|<extra_id_\d+>|madeupword\d+", re.IGNORECASE)
+
+
+def unused_ids(tokenizer_json: Path, *, vocab_size: int) -> tuple[int, ...]:
+    """The ids below `vocab_size` that no text gives: of tokens such as [unused12], and of no token. Raises ShardError."""
+    ids = token_ids(tokenizer_json)
+    used = {number for token, number in ids.items() if not _UNUSED.fullmatch(token)}
+    return tuple(number for number in range(vocab_size) if number not in used)
+
+
 def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """The id of every token, and the added tokens as they stand."""
     content = read_json(path, root=dict, error=ShardError)

@@ -90,9 +90,10 @@ class Source:
             raise ShardError(f"{path / INDEX} tells of {self._first_document[-1]:,} samples, the card of "
                              f"{self.card.documents:,}. Make the shards again with data-prep prepare CONFIG --again.")
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self.open_shards = OPEN_SHARDS
 
     def __reduce__(self) -> tuple:
-        return _reopen, self._again
+        return _reopen, (*self._again, self.open_shards)
 
     @property
     def documents(self) -> int:
@@ -167,7 +168,7 @@ class Source:
         opened = self._open.get(number)
         if opened is None:
             opened = self._open[number] = self._open_shard(number)
-            if len(self._open) > OPEN_SHARDS:
+            if len(self._open) > self.open_shards:
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(number)
@@ -215,8 +216,10 @@ def _wrong_size(path: Path, size: int, shard: _ShardFile) -> str:
     return f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard again."
 
 
-def _reopen(origin: str, name: str, cache: Path | None, cache_bytes: int | None) -> Source:
-    return Source(origin, name=name, cache=cache, cache_bytes=cache_bytes)
+def _reopen(origin: str, name: str, cache: Path | None, cache_bytes: int | None, open_shards: int) -> Source:
+    source = Source(origin, name=name, cache=cache, cache_bytes=cache_bytes)
+    source.open_shards = open_shards
+    return source
 
 
 def read_samples_per_shard(folder: Path) -> np.ndarray:

@@ -65,19 +65,20 @@ class WindowPlan:
 class Windows:
     """The windows of one phase: a pure function of lane and window number. Raises ConfigError as shards_of_lanes does.
 
+    `shuffle_shards`: of each source, whose documents are shuffled together (None: as DocumentOrder has it).
     The pieces of shards in `left_out`, as (number of the source, shard), are taken out of their rows once these are laid:
     all else stays where it was.
     """
 
     def __init__(self, *, sources: Sequence[PlannedSource], weights: Sequence[float], seed: int, phase: int,
                  max_tokens_per_document: int, row_tokens: int, window_documents: int, lanes: int = 1,
-                 left_out: Sequence[tuple[int, int]] = ()) -> None:
+                 left_out: Sequence[tuple[int, int]] = (), shuffle_shards: int | None = None) -> None:
         self._sources, self._left_out = sources, frozenset(left_out)
         self._documents_per_window = documents_per_window([s.card for s in sources], weights, window_documents)
         dealt = [shards_of_lanes(s.name, s.samples_per_shard, lanes) for s in sources]
         self._orders_of_lane = [
             [DocumentOrder(s.samples_per_shard, seed=seed, phase=phase, source=s.name,
-                           lane=(lane, shards[lane]) if lanes > 1 else None)
+                           lane=(lane, shards[lane]) if lanes > 1 else None, group_shards=shuffle_shards)
              for s, shards in zip(sources, dealt, strict=True)] for lane in range(lanes)]
         self._seed, self._phase, self._lanes = seed, phase, lanes
         self._max_tokens, self._row_tokens = max_tokens_per_document, row_tokens

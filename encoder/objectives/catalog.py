@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from encoder.objectives.contract import Corrupt, Specials
 from encoder.objectives.mlm import MaskedLanguageModel, MaskShare, MlmConfig
 from encoder.objectives.words import WordEdges
@@ -10,10 +12,10 @@ OBJECTIVES: dict[str, type] = {"mlm": MlmConfig}
 
 
 def build_objective(config: MlmConfig, *, vocab_size: int, specials: Specials, share: MaskShare | None = None,
-                    words: WordEdges | None = None) -> Corrupt:
-    """The question maker of an objective's settings, `share` and `words` as for MaskedLanguageModel.
+                    words: WordEdges | None = None, unused: Sequence[int] = ()) -> Corrupt:
+    """The question maker of an objective's settings; `share`, `words` and `unused` as for MaskedLanguageModel.
 
     Raises ConfigError if a special id is outside the vocabulary.
     """
     return MaskedLanguageModel(config, vocab_size=vocab_size, mask_id=specials.mask_id, pad_id=specials.pad_id,
-                               special_ids=specials.all_special, share=share, words=words)
+                               special_ids=specials.all_special, share=share, words=words, unused=unused)

@@ -12,7 +12,9 @@ another draw, how it is hidden (Devlin et al.'s later models).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +34,8 @@ class MlmConfig:
     mask_share: float = 0.3               # of the tokens that may be masked
     random_share: float = 0.1             # of the asked ones: shown as a random id
     keep_share: float = 0.1               # of the asked ones: shown as they are
+    # random ids are drawn from: used, tokens that text can hold; all, those and [unused12] and the like
+    random_tokens: Literal["used", "all"] = "used"
     mask_special_tokens: bool = False     # true: the released ModernBERT objective, [CLS] and [SEP] asked as well
     whole_words: bool = False             # true: all tokens of a word are asked, or none
     z_loss_weight: float = 0.0            # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
@@ -72,14 +76,16 @@ class MaskShare:
 class MaskedLanguageModel:
     """The Corrupt of masked language modelling.
 
-    By default special tokens are neither asked nor drawn as random replacements, which are uniform over all other ids.
+    By default special tokens are neither asked nor drawn as random replacements, which are uniform over all other ids but
+    those in `unused`, and over these, too, with `random_tokens` all.
     With `mask_special_tokens` only padding is left out, and random ids are uniform over 0 to `mask_id` inclusive, as
     the released models were trained (fact sheet 3.6: in practice [0, 50284], the specials included).
     `share`: a phase's own, instead of the settings'. `words`: needed for whole words.
     """
 
     def __init__(self, config: MlmConfig, *, vocab_size: int, mask_id: int, pad_id: int,
-                 special_ids: tuple[int, ...], share: MaskShare | None = None, words: WordEdges | None = None) -> None:
+                 special_ids: tuple[int, ...], share: MaskShare | None = None, words: WordEdges | None = None,
+                 unused: Sequence[int] = ()) -> None:
         assert words is not None or not config.whole_words, "whole words need the vocabulary's word edges"
         left_out = {pad_id} if config.mask_special_tokens else {*special_ids, pad_id, mask_id}
         if max(left_out | {mask_id}) >= vocab_size:
@@ -91,7 +97,10 @@ class MaskedLanguageModel:
         self.mask_id = mask_id
         self._may_ask_V = np.ones(vocab_size, dtype=bool)
         self._may_ask_V[list(left_out)] = False
-        self._replacements = np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(self._may_ask_V)
+        may_show_V = self._may_ask_V.copy()
+        if config.random_tokens == "used":
+            may_show_V[list(unused)] = False
+        self._replacements = np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(may_show_V)
         if len(self._replacements) == 0:
             raise ConfigError(f"a vocabulary of {vocab_size} holds special tokens only; needed: an ordinary token.")
 

@@ -21,7 +21,7 @@ from encoder.base.files import sha256_of
 from encoder.base.rng import generator
 from encoder.data.cache import fetch_side_files
 from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_batches, token_counts
-from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
+from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card, unused_ids
 from encoder.data.shards import Source, open_source
 from encoder.data.windows import shards_of_lanes
 from encoder.engine.precision import precision_on
@@ -174,7 +174,11 @@ def make_question(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Corru
     """What a phase asks of a row."""
     words = read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.whole_words else None
     return build_objective(run.objective, vocab_size=facts.vocab_size, specials=facts.specials,
-                           share=run.mask_share_of(phase), words=words)
+                           share=run.mask_share_of(phase), words=words, unused=_unused(run, facts))
+
+
+def _unused(run: RunConfig, facts: DataFacts) -> tuple[int, ...]:
+    return unused_ids(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.random_tokens == "used" else ()
 
 
 def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.device, phase: PhaseConfig,
@@ -185,7 +189,7 @@ def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.de
     return Loader(
         sources=open_mixture(mixture, lanes=run.data.lanes), weights=[s.weight for s in mixture], seed=run.seed,
         phase=run.phases.index(phase), max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
-        window_documents=run.data.window_documents,
+        window_documents=run.data.window_documents, shuffle_shards=run.data.shuffle_shards,
         corrupt=make_question(run, facts, phase),
         pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
         micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
@@ -201,7 +205,7 @@ def make_held_out(
     if run.evaluation is None:
         return []
     question = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False,
-                                   whole_words=False)      # the same question to all models
+                                   whole_words=False, random_tokens="all")      # the same question to all models
     corrupt = build_objective(question, vocab_size=facts.vocab_size, specials=facts.specials)
     ids = facts.specials
     return [HeldOut(name=source.name, batches=evaluation_batches(

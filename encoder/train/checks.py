@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from encoder.base.errors import ConfigError, ShardError
+from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.shard_format import Card, read_card
 from encoder.data.shards import open_source
 from encoder.data.windows import documents_per_window
@@ -105,6 +106,12 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
         yield "data.sources is read by no phase: each has sources of its own. Leave one of them out."
     if all(phase.mask_share is not None for phase in phases) and _is_given(run, "objective", "mask_share"):
         yield "objective.mask_share has no effect: each phase has a mask_share of its own."
+    if run.objective.mask_special_tokens and _is_given(run, "objective", "random_tokens"):
+        yield "objective.random_tokens has no effect: with mask_special_tokens ids are drawn as for the released ModernBERT."
+    cached = [source for _, sources in _mixtures(run) for source in sources if source.cache]
+    if cached and run.data.shuffle_shards > SHARDS_PER_GROUP:
+        yield (f"data.shuffle_shards {run.data.shuffle_shards}: so many shards of {cached[0].path} are fetched before its first "
+               "documents are read. It is meant for shards on this machine.")
     for number, phase in enumerate(phases):
         share = run.mask_share_of(phase)
         if share.end is not None and share.end == share.start:
@@ -219,7 +226,7 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
 def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterator[str]:
     limit, lengths = phase.max_tokens_per_document, filling.lengths_D.astype(np.int64)
     longest = int(lengths.max())
-    if longest * 2 <= limit:
+    if longest * 2 <= limit and f"phases.{run.phases.index(phase)}.max_tokens_per_document" not in {d.key for d in run.derived}:
         yield (f"phase {phase.name} cuts documents at {limit:,} tokens, and the longest of {len(lengths):,} that were looked at "
                f"has {longest:,}: none is cut, and no position beyond is trained.")
     above = (lengths > limit) & (lengths <= max(limit + 2, JUST_ABOVE * limit))

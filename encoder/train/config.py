@@ -16,6 +16,7 @@ from typing import Any, Literal
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.schema import Tokens, chosen_by, differences, from_mapping, to_plain
 from encoder.base.units import short_count
+from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
 from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
@@ -26,6 +27,8 @@ from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, next_rise, rows_at
 from encoder.train.faults import FaultConfig
 from encoder.train.short_forms import read_run_mapping
+
+MOST_SHUFFLED = 256          # an open shard takes a file handle, of 1,024 that a process usually has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class DataConfig:
     row_tokens: int                   # capacity of a row, the unit of packing and of batch size; default: divides every batch
     window_documents: int = 8192      # documents packed together; rows of 16,384 of real text: 4096 99.5 %, 8192 99.7 % full
     lanes: int = 1                    # sequences of windows side by side, each over its own shards of every source
+    shuffle_shards: int = SHARDS_PER_GROUP     # of a source, shuffled together; more where shards are local: a wider shuffle
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -77,6 +81,9 @@ class DataConfig:
         if self.row_tokens < 8 or self.window_documents < 1 or self.lanes < 1:
             raise ConfigError(f"row_tokens {self.row_tokens}, window_documents {self.window_documents} and lanes {self.lanes} "
                               "must be at least 8, 1 and 1.")
+        if not 1 <= self.shuffle_shards <= MOST_SHUFFLED:
+            raise ConfigError(f"shuffle_shards {self.shuffle_shards} must be 1 to {MOST_SHUFFLED}: so many shards of every "
+                              "source are open at a time.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,12 +353,25 @@ def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
     No path is among them, for it is content that decides: encoder.train.same holds cards, initial weights and a branch's parent
     against what the checkpoint has of them.
     """
-    plain = run if isinstance(run, dict) else to_plain(run)
+    plain = _with_old_meanings(run) if isinstance(run, dict) else to_plain(run)
     identity = _without_places({key: plain.get(key) for key in IDENTITY})
     for key in ("init_from", "branch_from"):
         identity[key] = "a stored model" if plain.get(key) else None
     identity["engine"] = {"gradient_clipping": (plain.get("engine") or {}).get("gradient_clipping")}
     return identity
+
+
+# settings that came later, and what a resolved run file without them means
+OLD_MEANINGS = {"objective.random_tokens": "all", "data.shuffle_shards": SHARDS_PER_GROUP}
+
+
+def _with_old_meanings(plain: dict[str, Any]) -> dict[str, Any]:
+    plain = dict(plain)
+    for dotted, meaning in OLD_MEANINGS.items():
+        section, _, key = dotted.partition(".")
+        if isinstance(plain.get(section), dict):
+            plain[section] = {key: meaning, **plain[section]}
+    return plain
 
 
 def changed_settings(before: dict[str, Any], run: RunConfig) -> list[tuple[str, Any, Any]]:

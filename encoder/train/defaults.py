@@ -21,7 +21,7 @@ from encoder.base.units import parse_tokens, short_count
 from encoder.data.shard_format import Card, read_card
 from encoder.models.catalog import SYSTEMS
 from encoder.models.modernbert import ModernBertConfig
-from encoder.train.config import Derived, RunConfig, run_of
+from encoder.train.config import OLD_MEANINGS, Derived, RunConfig, run_of
 from encoder.train.short_forms import phases_of, run_folder
 from encoder.train.stored import model_facts, saved_run
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
@@ -112,6 +112,7 @@ class _Filler:
         self._fill_weights()
         self._fill_phases()
         self._fill_rows()
+        self._fill_added()
         self._fill_intervals()
 
     def put(self, holder: dict[str, Any], dotted: str, value: Any, why: str) -> None:
@@ -212,6 +213,14 @@ class _Filler:
                 self.put(warmup, f"phases.{number}.batch_warmup.from_tokens", rows * row * lanes, "a sixth of the batch")
                 self.put(warmup, f"phases.{number}.batch_warmup.over_tokens", max(1, int(BATCH_WARMUP_SHARE * tokens)),
                          f"{BATCH_WARMUP_SHARE:.0%} of the phase")
+
+    def _fill_added(self) -> None:
+        """Settings that a run which began before there were any goes on with as it was."""
+        for dotted, before in OLD_MEANINGS.items() if self.started else ():
+            section, _, key = dotted.partition(".")
+            holder = self.mapping.setdefault(section, {})
+            if isinstance(holder, dict) and _look_up(self.started, dotted) is UNKNOWN:
+                self.put(holder, dotted, before, "as the run was started, before there was this setting")
 
     def _fill_intervals(self) -> None:
         m = self.mapping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from encoder.base.dist import World
 from encoder.base.errors import ShardError
 from encoder.base.hub import parse_hub_name
 from encoder.base.units import short_bytes, short_count
-from encoder.data.shard_format import read_card, read_lengths
+from encoder.data.shard_format import INDEX, read_card, read_lengths
+from encoder.data.shards import read_samples_per_shard
 from encoder.data.windows import cut
 from encoder.engine.precision import precision_on
 from encoder.engine.zero_config import BUCKET_ELEMENTS
@@ -36,6 +38,7 @@ from encoder.train.stored import model_facts
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 CUDA_SHARE = 0.92     # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
+QUICKLY_READ_BYTES = 2**22      # of an index
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -317,10 +320,32 @@ def _data_lines(run: RunConfig) -> list[str]:
                 parts.append(f"{source.name or source.path} {source.weight / total:.1%}")
                 missing[source.path] = "fetched" if source.cache else "prepared"
         lines.append(f"{', '.join(phases)}: {', '.join(parts)}")
+    lines += _order_lines(run)
     if missing:
         path, word = next(iter(missing.items()))
         lines.append(f"{path}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} not {word} yet")
     return lines
+
+
+def _order_lines(run: RunConfig) -> list[str]:
+    """How local the order of documents is, of the sources that are not shuffled whole."""
+    group, local = run.data.shuffle_shards, {}
+    for source in (s for phase in run.phases for s in run.sources_of(phase)):
+        with contextlib.suppress(ShardError):
+            card, index = read_card(source.folder), source.folder / INDEX
+            if index.stat().st_size > QUICKLY_READ_BYTES:          # a shard takes 0.7 KB
+                shards = index.stat().st_size // 700
+            else:
+                shards = len(read_samples_per_shard(source.folder))
+            shards //= run.data.lanes
+            if shards > group:
+                local[source.name or card.source] = (shards, card.documents)
+    if not local:
+        return []
+    name, (shards, documents) = max(local.items(), key=lambda item: item[1][0])
+    more = f" (and of {len(local) - 1} more)" if len(local) > 1 else ""
+    return [f"order: {group} of {shards:,} shards of {name}{more} are read at a time, {short_count(documents * group / shards)} "
+            f"of its {short_count(documents)} documents shuffled together; data.shuffle_shards sets how many"]
 
 
 def _epochs_lines(run: RunConfig) -> list[str]:

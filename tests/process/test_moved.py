@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 
 from encoder.base.dist import World
 from encoder.base.errors import UserError
+from encoder.base.schema import to_yaml
 from encoder.data.loader import Loader
-from encoder.train import build
+from encoder.data.shard_format import tokenizer_fingerprint
+from encoder.train import build, loop
 from encoder.train.config import read_run
 from encoder.train.loop import pretrain
 from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, read_jsonl
@@ -129,3 +132,37 @@ def test_a_model_or_a_parent_is_known_by_its_content_and_not_its_path(told):
     assert "branch_from" in said["branch of another"] and "is not what this run branched off" in said["branch of another"]
     assert "holds weights of SHA-256" in said["grown of another"]
     assert (root / "branch" / DONE).is_file() and (root / "grown" / DONE).is_file()
+
+
+def restarts(world: World, *, folder: str) -> dict[str, str]:
+    """A run recorded before there were some settings: as it goes on, and as it does not."""
+    root, said = Path(folder), {}
+    old = ["objective.random_tokens=all"]
+    said["whole"] = start(world, root, "whole", *old)
+    with pytest.MonkeyPatch.context() as patch:
+        added = ("random_tokens", "shuffle_shards")
+        patch.setattr(loop, "to_yaml", lambda run: "".join(
+            line for line in to_yaml(run).splitlines(keepends=True) if not any(key in line for key in added)))
+        said["stops"] = start(world, root, "before", *old, stop_at=9)
+    said["wider"] = start(world, root, "before", "data.shuffle_shards=9")
+    said["used"] = start(world, root, "before", "objective.random_tokens=used")
+    said["before"] = start(world, root, "before")
+    said["new"] = start(world, root, "new")
+    return said
+
+
+def test_a_run_from_before_a_setting_goes_on_with_what_it_meant_then(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        write_source(tmp_path / name / "train", random_documents(90, seed=seed, longest=60), vocab_size=64)
+        path = tmp_path / name / "train" / "tokenizer.json"
+        path.write_text(path.read_text().replace('"t9"', '"[unused9]"').replace('"t12"', '"[unused12]"'))
+        card = json.loads((path.parent / "card.json").read_text())
+        (path.parent / "card.json").write_text(json.dumps({**card, "tokenizer_sha256": tokenizer_fingerprint(path)}))
+    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
+    (said,) = run_ranks(restarts, 1, folder=str(tmp_path))
+    assert (said["whole"], said["stops"], said["before"], said["new"]) == ("", "stopped here", "", "")
+    assert "objective.random_tokens was all, now used" in said["used"] and "data.shuffle_shards was 8, now 9" in said["wider"]
+    before, whole, new = (read_jsonl(tmp_path / name / LEDGER) for name in ("before", "whole", "new"))
+    assert before == whole and new != whole, "the masks of a new run are others"
+    assert "random_tokens: all" in (tmp_path / "before" / "run.yaml").read_text()
+    assert "random_tokens: used" in (tmp_path / "new" / "run.yaml").read_text()

@@ -93,3 +93,26 @@ def test_sixty_thousand_shards_are_dealt_in_no_time():
     start = time.process_time()
     deal_shards(samples, 64)
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize("group", [1, 8, 20, 64])
+def test_a_wider_group_visits_every_document_once_and_any_place_at_once(group):
+    samples = np.array([10] * 50)
+    whole = DocumentOrder(samples, seed=1, phase=0, source="web", group_shards=group)
+    order = whole.documents(0, 1000)
+    assert sorted(order[:500]) == sorted(order[500:]) == list(range(500)) and not np.array_equal(order[:500], order[500:])
+    for start in (0, 3, 199, 499, 777):
+        again = DocumentOrder(samples, seed=1, phase=0, source="web", group_shards=group)
+        assert np.array_equal(again.documents(start, 100), order[start:start + 100])
+    assert len(set((order[:10 * min(group, 50)] // 10).tolist())) == min(group, 50)
+    if group == 8:
+        assert np.array_equal(DocumentOrder(samples, seed=1, phase=0, source="web").documents(0, 1000), order)
+
+
+def test_a_wider_group_makes_the_order_less_local():
+    def spread(group: int) -> float:
+        orders = [DocumentOrder(np.array([20] * 100), seed=seed, phase=0, source="web", group_shards=group).documents(0, 2000)
+                  for seed in range(60)]
+        return float(np.std([np.corrcoef(np.arange(2000), order)[0, 1] for order in orders]))
+
+    assert spread(8) > 0.1 > 0.06 > spread(100)

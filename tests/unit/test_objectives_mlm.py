@@ -12,9 +12,11 @@ import pytest
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
 from encoder.base.schema import from_mapping
+from encoder.data.shard_format import unused_ids
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.mlm import MaskShare, MlmConfig
 from encoder.objectives.words import LONGEST_WORD, WordEdges, read_word_edges
+from tests.shards_for_tests import write_tokenizer
 
 V, UNK, CLS, SEP, PAD, MASK = 105, 100, 101, 102, 103, 104
 SPECIALS = SimpleNamespace(mask_id=MASK, pad_id=PAD, all_special=(UNK, CLS, SEP, PAD, MASK))
@@ -187,3 +189,28 @@ def test_settings_that_make_no_sense_are_refused(settings, word):
 def test_a_special_id_outside_the_vocabulary_is_refused():
     with pytest.raises(ConfigError, match="special id 104 is outside the vocabulary of 104"):
         objective(vocab_size=104)
+
+
+def test_random_replacements_leave_out_unused_ids_unless_asked_for():
+    ids = np.arange(100).repeat(200)
+    settings = {"mask_share": 0.9, "random_share": 1.0, "keep_share": 0.0}
+
+    def drawn(unused, **more):
+        ask = build_objective(MlmConfig(**settings, **more), vocab_size=V, specials=SPECIALS, unused=unused)
+        question = ask(ids, generator(1, "a"))
+        return set(question.ids[question.predict_index].tolist()), question
+
+    assert drawn((7, 99))[0] == set(range(100)) - {7, 99}
+    every, question = drawn((7, 99), random_tokens="all")
+    assert every == set(range(100)) and np.array_equal(question.ids, drawn(())[1].ids), "as it was before there was the setting"
+
+
+def test_unused_ids_are_read_off_the_tokenizer(tmp_path):
+    path = write_tokenizer(tmp_path / "tokenizer.json", vocab_size=64)
+    content = json.loads(path.read_text())
+    names = ["[unused12]", "<unused3>", "madeupword0001", "<|reserved_special_token_5|>", "<extra_id_9>", "[UNUSED_7]"]
+    content["model"]["vocab"] = {names[number - 10] if 10 <= number < 16 else token: number
+                                 for token, number in content["model"]["vocab"].items() if number != 20}
+    content["model"]["vocab"].update({"unused": 70, "[used]": 71})
+    path.write_text(json.dumps(content))
+    assert unused_ids(path, vocab_size=74) == (*range(10, 16), 20, 64, 65, 66, 67, 68, 69, 72, 73)
