@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out.exists():
             raise ConfigError(f"{args.out} is there already. Name another file, or remove it.")
         write_atomic(args.out, text)
-        verb = "data-prep plan" if args.words[0] == "prep" else "tessera plan"
+        verb = "data-prep prepare" if args.words[0] == "prep" else "tessera plan"
         print(f"wrote {args.out}. Look at it, then: {verb} {args.out}")
 
     return run_command(body)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from encoder.base.dist import World
-from encoder.base.errors import ShardError
+from encoder.base.errors import ModelError, ShardError
 from encoder.base.hub import parse_hub_name
 from encoder.base.units import short_bytes, short_count
 from encoder.data.shard_format import INDEX, read_card, read_lengths
@@ -297,7 +297,11 @@ def _weights_text(run: RunConfig) -> str:
     if run.init_from is None:
         return f"drawn from seed {run.seed}"
     if name := parse_hub_name(run.init_from):
-        check_same_shape(model_facts(Path(run.init_from)), run, key="init_from", path=Path(run.init_from))
+        try:
+            there = model_facts(Path(run.init_from))
+        except ModelError as error:          # a plan needs no network; the run says so when it starts
+            return f"from {name} on the Hugging Face hub: {error}"
+        check_same_shape(there, run, key="init_from", path=Path(run.init_from))
         return f"from {name} on the Hugging Face hub"
     if not Path(run.init_from).exists():
         return f"from {run.init_from}, which is not there yet: tessera grow or tessera import makes it"

@@ -51,7 +51,7 @@ def count_repeats(run: RunConfig) -> list[Repeats]:
 def repeats_text(repeats: list[Repeats]) -> str:
     """'stable: web 0.42, code 1.3; decay: web 0.05', for people."""
     phases = dict.fromkeys(r.phase for r in repeats)
-    return "; ".join(f"{phase}: " + ", ".join(f"{r.source} {r.epochs:.3g}" for r in repeats if r.phase == phase)
+    return "; ".join(f"{phase}: " + ", ".join(f"{r.source} {_times(r.epochs)}" for r in repeats if r.phase == phase)
                      for phase in phases)
 
 
@@ -60,6 +60,10 @@ def many_epochs_text(repeats: list[Repeats]) -> str | None:
     totals: dict[str, float] = {}
     for r in repeats:
         totals[r.source] = totals.get(r.source, 0.0) + r.epochs
-    many = [f"{name} {epochs:.3g} times" for name, epochs in totals.items() if epochs > MANY_EPOCHS]
+    many = [f"{name} {_times(epochs)} times" for name, epochs in totals.items() if epochs > MANY_EPOCHS]
     return (f"the run goes through {', '.join(many)}; above {MANY_EPOCHS:g} repeated text teaches much less than new text. "
             "Add text, or lower the weight.") if many else None
+
+
+def _times(epochs: float) -> str:
+    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from encoder.train.config import RunConfig, read_run
+from encoder.train.forecast import gpu
 from encoder.train.phases import planned_steps
+from encoder.train.plan import plan_text
 from encoder.train.plan_curves import columns_of, draw_plan
+from launch.new_file import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,3 +86,23 @@ def test_a_plan_is_drawn_a_column_a_phase_and_one_for_short_warm_ups(tmp_path):
     assert max(s.phase_tokens for s in columns[0].steps) <= 60e9 and {s.phase for s in columns[3].steps} == {2}
     draw_plan(run, steps, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("small", 16_913_600), ("laptop", 16_913_600), ("one_gpu", 68_457_664),
+                                                  ("domain", 32_081_344), ("continue", 149_655_232)])
+def test_a_recipe_for_one_machine_is_short_fits_a_gpu_and_says_hours(name, parameters):
+    """Without shards at hand: ModernBERT's vocabulary. Ettin's models of these shapes have 16.8, 31.9 and 68.2 M weights."""
+    path = ROOT / "configs" / "pretrain" / f"{name}.yaml"
+    settings = [line for line in path.read_text().splitlines() if line and not line.lstrip().startswith("#")]
+    run = read_run(path)
+    said = plan_text(run, ranks=1, machine=gpu("a100"))
+    assert f"{parameters:,} parameters" in said and "fits 74.5 GiB" in said and "does NOT fit" not in said and "time  " in said
+    assert run.out == f"runs/{name}" and len(settings) <= (11 if len(run.phases) == 1 else 30)
+
+
+def test_every_journey_of_the_documents_ends_in_a_folder_that_transformers_reads():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    journeys = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "tessera" in block]
+    assert len(journeys) == 5 and all("tessera export" in j or "--export" in j for j in journeys)
+    for word in re.findall(r"^tessera new (?!prep)([\w-]+)", text, re.M):
+        assert word in RUNS
