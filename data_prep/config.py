@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from data_prep.filters import Filter
+from data_prep.other_words import OTHER_WORDS
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.schema import Tokens, chosen_by, to_plain
+from encoder.base.schema import PathText, Tokens, chosen_by, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class _Named:
 class _Files(_Named):
     """A source of files on this machine."""
 
-    files: tuple[str, ...]           # names or globs (** too), relative to `root`
+    files: tuple[PathText, ...]      # names or globs (** too), relative to `root`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,11 +85,11 @@ class TextSource(_Files):
 class HubSource(_Columns, _Named):
     """A dataset of the Hugging Face hub, streamed; code from the hub is never run."""
 
-    dataset: str                     # organisation/name, or a local folder of the same layout
+    dataset: PathText                # organisation/name, or a local folder of the same layout
     config: str | None = None        # the subset
     split: str = "train"                        # train, validation, ...
     revision: str = "main"           # branch, tag or commit; the card holds the commit that it meant
-    files: tuple[str, ...] = ()      # globs inside the repository, in place of a config: a part of a large dataset
+    files: tuple[PathText, ...] = () # globs inside the repository, in place of a config: a part of a large dataset
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,10 +130,12 @@ class Mixture:
 class PrepareConfig:
     """Text to shards: OUT/<source>/train and OUT/<source>/held_out for every source."""
 
-    tokenizer: str                                    # path of a tokenizer.json (data-prep tokenizer makes one)
-    out: str                                    # folder of the shards: OUT/NAME/train and OUT/NAME/held_out
+    other_words: ClassVar[dict[str, str]] = OTHER_WORDS
+
+    tokenizer: PathText                                # path of a tokenizer.json (data-prep tokenizer makes one)
+    out: PathText                               # folder of the shards: OUT/NAME/train and OUT/NAME/held_out
     sources: tuple[chosen_by("format", SOURCES), ...]
-    root: str = "."                                   # the folder that the sources' files are relative to
+    root: PathText = "."                              # the folder that the sources' files are relative to
     max_tokens_per_document: int = 8192               # longer ones are cut into near-equal pieces, nothing is dropped
     held_out_share: float = 0.01                      # documents kept out of training, chosen by a hash of their text
     on_error: Literal["stop", "skip"] = "stop"        # skip: count what cannot be read and go on

@@ -7,10 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from encoder.base.errors import UserError, nearest
+from encoder.base.errors import ConfigError, UserError, nearest
 from encoder.base.log import let_go, print_line, readable_streams, reader_has_left
+from encoder.base.schema import expand_path
 
 _UNKNOWN = "unrecognized arguments: "        # argparse's
 
@@ -21,6 +23,7 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         readable_streams()      # here, since every command begins here
         super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
+        self.register("type", Path, _path)            # of every option and place with type=Path, also of those of groups
 
     def error(self, message: str) -> NoReturn:
         """Found, needed, where to read on."""
@@ -42,6 +45,14 @@ class CommandLine(argparse.ArgumentParser):
 def as_typed(verb: str, *words: object) -> str:
     """A command of ours as it can be pasted into a shell: `tessera VERB WORDS`, quoted where needed."""
     return shlex.join(["tessera", verb, *map(str, words)])
+
+
+def _path(text: str) -> Path:
+    """A path with ~, $NAME and ${NAME} filled in, which a shell leaves in quotes and behind an equals sign."""
+    try:
+        return expand_path(Path(text)) if text else expand_path("")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def count(text: str) -> int:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
+import re
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -21,8 +23,14 @@ import yaml
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.units import parse_tokens
+from encoder.base.untrusted import MOST_DEPTH, MOST_DIGITS, missing, number_in_name, read_text
 
 Tokens = Annotated[int, "tokens"]     # an amount of tokens: 98304, 500K, 1.719T
+PathText = Annotated[str, "path"]     # a file, a folder or a URL: ~/x and $HOME/x are expanded
+MOST_YAML_BYTES = 2**20               # the largest shipped settings file has 12 KB
+MOST_NODES = 20_000                   # of a YAML text, every alias counted as what it stands for
+MOST_INT = 2**63                      # what numpy, torch and the ledger can count
+MOST_MISTAKES = 12                    # named in one error
 T = TypeVar("T")
 
 
@@ -45,14 +53,15 @@ def read_settings(cls: type[T], path: Path | str, overrides: typing.Sequence[str
 
 def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
     """The YAML mapping of a file with the overrides put in, not yet checked against a class."""
+    path = expand_path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+        text = read_text(path, error=ConfigError, most_bytes=MOST_YAML_BYTES)
+    except ConfigError as error:
+        if not missing(error):
+            raise
         beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path} does not exist. " + (nearest(path.name, beside) if beside
                           else "There is no settings file beside it.")) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from error
     mapping = parse_yaml(text, where=str(path))
     if not isinstance(mapping, dict):
         found = "is empty" if mapping is None else f"holds {_kind(mapping)}"
@@ -63,43 +72,157 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """YAML with duplicate keys refused and numbers such as 1e-4 read as numbers."""
+    """YAML with duplicate keys refused and numbers such as 1e-4 read as numbers. Raises ConfigError, naming the line.
+
+    Depth, digits and what aliases multiply are bounded, and no tag makes anything but plain values.
+    """
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        return _unshared(yaml.load(text, Loader=_StrictLoader))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{where} line {line}: a character that no text has (U+{ord(text[error.position]):04X}). "
+                          "Take it out.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(f"{where}{line}: {problem}.") from error
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
+        raise ConfigError(f"{where} is no YAML ({type(error).__name__}).") from error
 
 
-def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", tag: str | None = None) -> T:
-    """A settings object from plain values. Raises ConfigError, also for a class's own ValueError, naming the dotted key.
+def _unshared(value: Any) -> Any:
+    """The same plain value without parts that stand in several places: an override changes one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
-    `tag`: the key that chose the class and is not among the values any more; a misspelt key may have meant it.
+
+class Mistakes(ConfigError):
+    """Several mistakes of one settings file, each a sentence that names its key."""
+
+    def __init__(self, mistakes: Sequence[str], *, where: str = "") -> None:
+        self.mistakes = tuple(mistakes)
+        shown = [m.removeprefix(f"{where}: ") if where else m for m in self.mistakes[:MOST_MISTAKES]]
+        more = f" And {len(self.mistakes) - MOST_MISTAKES} more." if len(self.mistakes) > MOST_MISTAKES else ""
+        listed = " ".join(f"({number}) {text}" for number, text in enumerate(shown, start=1))
+        super().__init__(f"{where + ': ' if where else ''}{len(self.mistakes)} mistakes: {listed}{more}")
+
+    def __reduce__(self) -> tuple:
+        return ConfigError, (str(self),)
+
+
+def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", tag: str | None = None,
+                 root: type | None = None) -> T:
+    """A settings object from plain values. Raises ConfigError with all mistakes, also a class's own, by their dotted keys.
+
+    where: the file, for messages.
+    key: dotted place of this mapping in the file; "" for all of it.
+    tag: the key that chose the class and is not among the values any more; a misspelt key may have meant it.
+    root: class of the whole file, which knows where else a word may belong and other programs' words for it.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys {', '.join(_names(cls))}."
         )
+    root = root or cls
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    mistakes: list[str] = []
+    meant: set[str] = set()
     for name in mapping:
         if name not in fields:
-            raise ConfigError(f"{_at(where, _join(key, name))} is unknown. "
-                              f"{nearest(str(name), [*([tag] if tag else []), *fields])}")
+            known = [*([tag] if tag else []), *fields]
+            hint = nearest(_shown_key(name), known)
+            meant.add(hint.removeprefix("Did you mean ").rstrip("?"))
+            if not hint.startswith("Did you mean"):
+                hint = _where_else(str(name), root, cls) or hint
+            mistakes.append(f"{_at(where, _join(key, _shown_key(name)))} is unknown. {_other_word(str(name), root) or hint}")
     values = {}
     for name, field in fields.items():
         if name in mapping:
-            values[name] = _value(hints[name], mapping[name], where, _join(key, name))
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{_at(where, _join(key, name))} is missing. Add it: {name}: {_wanted(hints[name])}.")
+            try:
+                values[name] = _value(hints[name], mapping[name], where, _join(key, name), root)
+            except Mistakes as error:
+                mistakes += error.mistakes
+            except ConfigError as error:
+                mistakes.append(str(error))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and name not in meant:
+            mistakes.append(f"{_at(where, _join(key, name))} is missing. Add it: {name}: {_example(name, hints[name])}.")
+    if len(mistakes) > 1:
+        raise Mistakes(mistakes, where=where)
+    if mistakes:
+        raise ConfigError(mistakes[0])
     try:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{_at(where, key)}: {error}" if (where or key) else str(error)) from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"{_at(where, key)}: {error}") from error
+
+
+def expand_path(path: Path | str) -> Any:
+    """A path with ~, $NAME and ${NAME} filled in, of the class that it had; a URL stays as it is. Raises ConfigError.
+
+        ~/shards -> /home/me/shards        $SCRATCH/runs -> /scratch/me/runs        s3://bucket/x -> s3://bucket/x
+    """
+    text = os.fspath(path)
+    if not text or not text.strip():
+        raise ConfigError("it is empty; needed: a path. For the folder that you are in, write its name's path, such as ./runs.")
+    if "\0" in text or not _whole_text(text):
+        raise ConfigError(f"{ascii(text)[:80]} holds a character that no path has. Write the path again.")
+    if "${oc." in text or re.search(r"\$\{[^}]*[:.][^}]*\}", text):
+        raise ConfigError(f"{text[:200]} is a reference of OmegaConf, which is not read here. Write $NAME for a variable of the "
+                          "environment, such as $HOME/runs, or the path itself.")
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text):
+        return path
+
+    def filled(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise ConfigError(f"{text[:200]} names the variable {name}, which is not set. Set it, or write the path itself.")
+        return os.environ[name]
+
+    # the environment's own values are not looked through again
+    new = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", filled, text)
+    if text.startswith("~"):
+        new = os.path.expanduser(new)
+        if new.startswith("~"):
+            raise ConfigError(f"{text[:200]} begins with ~, and no such home folder is known. Write the path itself, or ./ before "
+                              "it for a folder of that name.")
+    return type(path)(new) if isinstance(path, Path) else new
+
+
+def expand_paths(cls: type, mapping: Any, *, where: str, key: str = "") -> Any:
+    """A copy of plain values with every path of the class expanded; what does not fit the class stays. Raises ConfigError."""
+    if not isinstance(mapping, Mapping):
+        return mapping
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: _expanded(hints[name], value, where, _join(key, name)) if name in hints else value
+            for name, value in mapping.items()}
+
+
+def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
+    if value is None:
+        return None
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        hint = next(o for o in typing.get_args(hint) if o is not type(None))
+    if typing.get_origin(hint) is Annotated and "path" in hint.__metadata__:
+        return _path(value, _at(where, key)) if isinstance(value, str) else value
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return [_expanded(typing.get_args(hint)[0], item, where, _join(key, i)) for i, item in enumerate(value)]
+    chosen = _choice_of(hint)
+    if chosen and isinstance(value, Mapping):
+        word = value.get(chosen.tag, chosen.default)
+        hint = chosen.choices.get(word) if isinstance(word, str) else None
+    return expand_paths(hint, value, where=where, key=key) if dataclasses.is_dataclass(hint) else value
+
+
+def _path(value: str, at: str) -> str:
+    try:
+        return expand_path(value)
+    except ConfigError as error:
+        raise ConfigError(f"{at}: {error}") from error
 
 
 def to_plain(value: Any) -> Any:
@@ -154,22 +277,78 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+_PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{word}" for word in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value"))
+
+
 class _StrictLoader(yaml.SafeLoader):
-    pass
+    """PyYAML's reader of plain values, with bounds; every mistake is one of its own errors, with a place."""
+
+    # a date is text: no setting is one, and 2026-02-31 is none
+    yaml_implicit_resolvers: typing.ClassVar = {
+        letter: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}      # by identity of a node: its own and those below it, aliases counted again
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One node, after its depth, its tag and its size were judged."""
+        event = self.peek_event()
+        place = event.start_mark
+        self._depth += 1
+        self._nodes += 1
+        if self._depth > MOST_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MOST_DEPTH} levels deep; no settings file is", place)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} stands inside of what it names", place)
+        if id(node) not in self._sizes:
+            if node.tag not in _PLAIN_TAGS:
+                tag = str(node.tag).replace("tag:yaml.org,2002:", "!!")[:60]
+                raise yaml.composer.ComposerError(None, None, f"the tag {tag} is not read here; write the value alone", place)
+            below = node.value if isinstance(node, yaml.SequenceNode) else (
+                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else [])
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in below)
+        if max(self._nodes, self._sizes[id(node)]) > MOST_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES:,} values with what aliases repeat", place)
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """The value of a node; one that its tag does not allow is an error with its place."""
+        try:
+            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
+                raise ValueError
+            if node.tag == "tag:yaml.org,2002:str" and not _whole_text(node.value):
+                raise ValueError
+            return super().construct_object(node, deep=deep)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+            kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
+                node.tag.rpartition(":")[2], "a value")
+            shown = ascii(node.value)[:40] if isinstance(node.value, str) else "this"
+            raise yaml.constructor.ConstructorError(None, None, f"{shown} cannot be read as {kind}", node.start_mark) from error
 
 
 def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> dict:
+    own = {id(key) for key, _ in node.value}
     loader.flatten_mapping(node)
     seen: dict = {}
+    merged: set = set()
     for key_node, value_node in node.value:
         name = loader.construct_object(key_node, deep=True)
         if not isinstance(name, Hashable):
             raise yaml.constructor.ConstructorError(
                 None, None, f"a key is {_kind(name)}; needed: a word. Text that begins with {{{{ or [ needs quotes",
                 key_node.start_mark)
-        if name in seen:
+        if id(key_node) not in own:                 # by <<: what stands in the mapping itself goes before it
+            merged.add(name)
+        elif name in seen and name not in merged:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {name!r} stands twice in one mapping; keep one of them", key_node.start_mark)
+                None, None, f"the key {_shown_key(name)!r} stands twice in one mapping; keep one of them", key_node.start_mark)
+        else:
+            merged.discard(name)
         seen[name] = loader.construct_object(value_node, deep=True)
     return seen
 
@@ -182,19 +361,21 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"override {override!r} has no '='. Write key=value, for example engine.zero_stage=2.")
+    parts = dotted.split(".")
+    if len(parts) > MOST_DEPTH or not all(parts) or not _whole_text(dotted):
+        raise ConfigError(f"override {ascii(dotted)[1:60]} is no key. Write key=value, for example engine.zero_stage=2.")
     value = parse_yaml(text, where=f"override {dotted}")
     at: Any = mapping
-    parts = dotted.split(".")
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         if isinstance(at, list):
-            if not part.isdigit() or int(part) >= len(at):
+            if (number := number_in_name(part)) is None or number >= len(at):
                 raise ConfigError(f"override {dotted}: {'.'.join(parts[:i])} is a list of {len(at)} items, "
                                   f"and {part!r} is none of 0 to {len(at) - 1}.")
             if last:
-                at[int(part)] = value
+                at[number] = value
             else:
-                at = at[int(part)]
+                at = at[number]
         elif isinstance(at, dict):
             if last:
                 at[part] = value
@@ -204,7 +385,7 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {dotted}: {'.'.join(parts[:i])} is {_kind(at)} and has no key {part!r}.")
 
 
-def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
     """One value held against one type; raises ConfigError with the key's full name."""
     at = _at(where, key)
     chosen = _choice_of(hint)
@@ -215,10 +396,12 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             if type(None) in options:
                 return None
             raise ConfigError(f"{at} is empty; needed: {_wanted(hint)}.")
-        return _value(next(o for o in options if o is not type(None)), value, where, key)
+        return _value(next(o for o in options if o is not type(None)), value, where, key, root)
     if chosen:
-        return _chosen(chosen, value, where, key)
+        return _chosen(chosen, value, where, key, root)
     if origin is Annotated:
+        if "path" in hint.__metadata__ and isinstance(value, str):
+            return _path(value, at)
         if "tokens" in hint.__metadata__:
             try:
                 return parse_tokens(value)
@@ -227,7 +410,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         hint = typing.get_args(hint)[0]
         origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value, where=where, key=key)
+        return from_mapping(hint, value, where=where, key=key, root=root)
     if origin is Literal:
         words = typing.get_args(hint)
         if value is False and "off" in words:      # YAML 1.1 reads a bare off so
@@ -235,22 +418,44 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         for word in words:
             if type(value) is type(word) and value == word:
                 return word
-        raise ConfigError(f"{at} is {value!r}. {nearest(str(value), [str(w) for w in words])}")
+        raise ConfigError(f"{at} is {_shown(value)}. {_nearest_value(value, [str(w) for w in words])}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{at} is {_kind(value)}; needed: a list.")
         inner = typing.get_args(hint)
         if len(inner) == 2 and inner[1] is Ellipsis:
-            return tuple(_value(inner[0], item, where, _join(key, i)) for i, item in enumerate(value))
+            return tuple(_all_or_mistakes(
+                [lambda i=i, item=item: _value(inner[0], item, where, _join(key, i), root) for i, item in enumerate(value)], where))
         if len(value) != len(inner):
             raise ConfigError(f"{at} has {len(value)} items; needed: {len(inner)}.")
-        return tuple(_value(kind, item, where, _join(key, i)) for i, (kind, item) in enumerate(zip(inner, value, strict=True)))
+        return tuple(_all_or_mistakes(
+            [lambda i=i, kind=kind, item=item: _value(kind, item, where, _join(key, i), root)
+             for i, (kind, item) in enumerate(zip(inner, value, strict=True))], where))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{at} is {_kind(value)}; needed: a mapping.")
         inner_kind = typing.get_args(hint)[1]
-        return {str(k): _value(inner_kind, v, where, _join(key, k)) for k, v in value.items()}
+        values = _all_or_mistakes([lambda k=k, v=v: _value(inner_kind, v, where, _join(key, _shown_key(k)), root)
+                                   for k, v in value.items()], where)
+        return dict(zip(map(str, value), values, strict=True))
     return _scalar(hint, value, at)
+
+
+def _all_or_mistakes(asked: Sequence[Callable[[], Any]], where: str) -> list[Any]:
+    """The value of each; the mistakes of all of them in one error."""
+    values, mistakes = [], []
+    for ask in asked:
+        try:
+            values.append(ask())
+        except Mistakes as error:
+            mistakes += error.mistakes
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if len(mistakes) > 1:
+        raise Mistakes(mistakes, where=where)
+    if mistakes:
+        raise ConfigError(mistakes[0])
+    return values
 
 
 def _scalar(hint: Any, value: Any, at: str) -> Any:
@@ -259,34 +464,39 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        if "\0" in value or not _whole_text(value):
+            raise ConfigError(f"{at} is {_shown(value)}, with a character that no text has. Take it out.")
         return value
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        if not -MOST_INT <= value < MOST_INT:
+            raise ConfigError(f"{at} is {_shown(value)}; needed: a whole number of at most 63 bits.")
+        return value
     if hint is float and not isinstance(value, bool):
         try:                                # YAML 1.1 reads 1e-4 as text
             number = float(value) if isinstance(value, (int, float, str)) else None
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
         if number is not None and math.isfinite(number):
             return number
-    shown = f"{value!r} ({_kind(value)})" if value is not None else "empty"
+    shown = f"{_shown(value)} ({_kind(value)})" if value is not None else "empty"
     raise ConfigError(f"{at} is {shown}; needed: {_wanted(hint)}.")
 
 
-def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str) -> Any:
+def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str, root: type) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}.")
     word = value.get(chosen.tag, chosen.default)
     if word is None:
-        raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}.")
+        raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}. "
+                          f"Add it: {chosen.tag}: {next(iter(chosen.choices))}.")
     if not isinstance(word, str) or word not in chosen.choices:
         raise ConfigError(
-            f"{_at(where, _join(key, chosen.tag))} is {word!r}. {nearest(str(word), list(chosen.choices))}"
+            f"{_at(where, _join(key, chosen.tag))} is {_shown(word)}. {_nearest_value(word, list(chosen.choices))}"
         )
     rest = {k: v for k, v in value.items() if k != chosen.tag}
-    return from_mapping(chosen.choices[word], rest, where=where, key=key, tag=chosen.tag)
+    return from_mapping(chosen.choices[word], rest, where=where, key=key, tag=chosen.tag, root=root)
 
 
 def _choice_of(hint: Any) -> _ChosenBy | None:
@@ -296,6 +506,121 @@ def _choice_of(hint: Any) -> _ChosenBy | None:
     if typing.get_origin(hint) in (Union, types.UnionType):
         return next((c for c in map(_choice_of, typing.get_args(hint)) if c), None)
     return None
+
+
+# other programs' words for values of ours; the first that the setting knows is meant
+_OTHER_VALUES = {
+    "gpu": ("cuda",), "cuda:0": ("cuda",), "mps": ("cpu",), "amp": ("autocast",), "mixed": ("autocast",), "amp_bf16": ("autocast",),
+    "bf16-mixed": ("autocast",), "fp16": ("autocast",), "float16": ("autocast",), "amp_fp16": ("autocast",),
+    "bfloat16": ("bf16", "autocast"), "float32": ("fp32",), "float": ("fp32",), "32-true": ("fp32",), "double": ("fp64",),
+    "float64": ("fp64",), "adam": ("adamw",), "decoupled_adamw": ("adamw",), "adamw_torch": ("adamw",),
+    "adamw_torch_fused": ("adamw",), "decoupled_stableadamw": ("stable_adamw",), "stableadamw": ("stable_adamw",),
+    "warmup_stable_decay": ("wsd",), "trapezoidal": ("wsd",), "cosine_with_warmup": ("cosine",), "linear": ("wsd", "constant"),
+    "constant_with_warmup": ("constant", "wsd"), "flash_attention_2": ("flash2",), "flash_attention_3": ("flash3",),
+    "json": ("jsonl",), "gzip": ("zstd",), "huggingface": ("hub",), "hf": ("hub",), "txt": ("text",), "masked_lm": ("mlm",),
+    "bert": ("modernbert",), "flex_bert": ("modernbert",), "error": ("stop",), "raise": ("stop",), "ignore": ("skip",)}
+# what a missing key may hold, where its type alone does not show it
+_EXAMPLES = {"name": "first", "out": "runs/first", "path": "shards/web/train", "tokens": "1B", "peak": "1e-3", "seed": "17",
+             "files": "[web/*.jsonl]", "tokenizer": "tokenizer.json", "max_tokens_per_document": "1024", "row_tokens": "1024",
+             "batch_tokens": "64Ki", "every_tokens": "10M", "column": "language", "dataset": "organisation/name",
+             "from_tokens": "8Ki", "over_tokens": "10M", "reference": "the dataset's card", "preset": "modernbert_base"}
+
+
+def _example(name: str, hint: Any, depth: int = 0) -> str:
+    """A value that the key could have, as YAML in one line."""
+    if name in _EXAMPLES:
+        return _EXAMPLES[name]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        hint = next(o for o in typing.get_args(hint) if o is not type(None))
+    chosen, tag = _choice_of(hint), ""
+    if chosen:
+        word = chosen.default or next(iter(chosen.choices))
+        hint, tag = chosen.choices[word], f"{chosen.tag}: {word}"
+    if dataclasses.is_dataclass(hint):
+        if depth > 3:
+            return "{...}"
+        hints = typing.get_type_hints(hint, include_extras=True)
+        needed = [f"{f.name}: {_example(f.name, hints[f.name], depth + 1)}" for f in dataclasses.fields(hint)
+                  if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        return "{" + ", ".join([tag] * bool(tag) + needed) + "}"
+    if typing.get_origin(hint) is Annotated:
+        return "1M" if "tokens" in hint.__metadata__ else "path/to/it"
+    if typing.get_origin(hint) is Literal:
+        return str(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        kinds = inner[:1] if len(inner) == 2 and inner[1] is Ellipsis else inner
+        return "[" + ", ".join(_example("", kind, depth + 1) for kind in kinds) + "]"
+    if typing.get_origin(hint) is dict:
+        return "{first: " + _example("", typing.get_args(hint)[1], depth + 1) + "}"
+    return {int: "1", float: "0.1", bool: "true", str: "text"}.get(hint, "value")
+
+
+def _nearest_value(value: Any, words: list[str]) -> str:
+    meant = next((w for w in _OTHER_VALUES.get(str(value)[:200].lower(), ()) if w in words), None)
+    return f"Write {meant}." if meant else nearest(str(value)[:200], words)
+
+
+def _other_word(name: str, root: type) -> str | None:
+    """What another program's word is called here, where the file's class knows it: `other_words`."""
+    known: Mapping[str, str] = getattr(root, "other_words", {})
+    plain = name.lower().replace("-", "_").lstrip("_")[:200]
+    return f"Here it is {known[plain]}." if plain in known else None
+
+
+def _where_else(name: str, root: type, cls: type) -> str | None:
+    """The other places of the file where a key of this name belongs."""
+    places = [place for place, owner in _places(name, root, "", ()) if owner is not cls]
+    return f"It belongs to {' or '.join(dict.fromkeys(places[:3]))}." if places else None
+
+
+def _places(name: str, cls: type, key: str, above: tuple[type, ...]) -> typing.Iterator[tuple[str, type]]:
+    if cls in above:
+        return
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        place = _join(key, field.name)
+        if field.name == name:
+            yield place, cls
+        for kind, item in _classes_of(hints[field.name]):
+            yield from _places(name, kind, place + item, (*above, cls))
+
+
+def _classes_of(hint: Any) -> list[tuple[type, str]]:
+    """The settings classes that a field may hold, and the number of a list's first item."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return [found for option in typing.get_args(hint) for found in _classes_of(option)]
+    chosen = _choice_of(hint)
+    if chosen:
+        return [(kind, "") for kind in chosen.choices.values()]
+    if typing.get_origin(hint) is tuple:
+        return [(kind, ".0") for kind, _ in _classes_of(typing.get_args(hint)[0])]
+    return [(hint, "")] if dataclasses.is_dataclass(hint) else []
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, short."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"a number of {len(str(abs(value)))} digits"
+    text = repr(value) if not isinstance(value, (dict, list)) or len(str(value)) <= 60 else _kind(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _shown_key(name: Any) -> str:
+    text = str(name)
+    text = text if text.isprintable() and text else ascii(name)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _whole_text(text: str) -> bool:
+    """Whether a text is Unicode, without half characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _names(cls: type) -> list[str]:
@@ -323,7 +648,8 @@ def _wanted(hint: Any) -> str:
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join("nothing" if o is type(None) else _wanted(o) for o in typing.get_args(hint))
     if typing.get_origin(hint) is Annotated:
-        return "a number of tokens (98304, 500K, 1.5B)" if "tokens" in hint.__metadata__ else "a value"
+        return "a number of tokens (98304, 500K, 1.5B)" if "tokens" in hint.__metadata__ else (
+            "a path" if "path" in hint.__metadata__ else "a value")
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(str(w) for w in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

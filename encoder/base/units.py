@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from encoder.base.errors import ConfigError
 
@@ -16,19 +16,25 @@ def parse_tokens(value: int | float | str) -> int:
     """'2T' -> 2_000_000_000_000; also 500K, 1.719T, 98_304, 4Mi. Raises ConfigError unless a whole number >= 0."""
     if isinstance(value, bool):
         raise ConfigError(f"{value} is no number of tokens. Write for example 500K, 1.5B or 98304.")
+    shown = ascii(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     if isinstance(value, int):
         amount = Decimal(value)
+    elif len(str(value)) > 60:
+        raise ConfigError(f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304.")
     else:
         found = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+]?[0-9]+)?)\s*([kmbtKMBTgG]?[iI]?)\s*", str(value))
         unit = found.group(2).lower() if found else ""
         if not found or unit not in TOKEN_UNITS:
-            raise ConfigError(f"{value!r} is no number of tokens. Write for example 500K, 1.5B or 98304.")
+            raise ConfigError(f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304.")
         try:
             amount = Decimal(found.group(1).replace("_", "").replace(",", "")) * TOKEN_UNITS[unit]
-        except InvalidOperation as error:
-            raise ConfigError(f"{value!r} is no number of tokens. Write for example 500K, 1.5B or 98304.") from error
+        except ArithmeticError as error:       # an exponent beyond any
+            raise ConfigError(f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304.") from error
+    if abs(amount) >= 2**63:
+        raise ConfigError(f"{shown} is more tokens than 63 bits can count.")
     if amount != int(amount) or amount < 0:
-        raise ConfigError(f"{value!r} is not a whole number of tokens.")
+        raise ConfigError(f"{shown} is not a whole number of tokens.")
     return int(amount)
 
 

@@ -11,10 +11,10 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.schema import Tokens, chosen_by, differences, from_mapping, to_plain
+from encoder.base.schema import PathText, Tokens, chosen_by, differences, expand_paths, from_mapping, to_plain
 from encoder.base.units import short_count
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
@@ -26,6 +26,7 @@ from encoder.objectives.mlm import MaskShare
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, next_rise, rows_at
 from encoder.train.faults import FaultConfig
+from encoder.train.other_words import OTHER_WORDS
 from encoder.train.short_forms import read_run_mapping
 
 MOST_SHUFFLED = 256          # an open shard takes a file handle, of 1,024 that a process usually has
@@ -35,8 +36,8 @@ MOST_SHUFFLED = 256          # an open shard takes a file handle, of 1,024 that 
 class SourceConfig:
     """One shard folder of a mixture."""
 
-    path: str                         # a folder with card.json, made by data-prep; or a URL of one, with `cache`
-    cache: str | None = None          # a folder of this machine that its files are fetched to, for this source alone
+    path: PathText                    # a folder with card.json, made by data-prep; or a URL of one, with `cache`
+    cache: PathText | None = None     # a folder of this machine that its files are fetched to, for this source alone
     cache_bytes: int | None = None    # most that its shards may take there; default: all of them stay
     weight: float = 1.0               # share of the tokens, relative to the other sources' weights
     name: str | None = None           # in reports and in the data order's address; default: from the card
@@ -205,8 +206,10 @@ class Derived:
 class RunConfig:
     """The whole run file."""
 
+    other_words: ClassVar[dict[str, str]] = OTHER_WORDS
+
     name: str                                   # of the run, in reports and in runs/NAME
-    out: str                                               # the run folder: ledger, metrics, checkpoints; default: runs/NAME
+    out: PathText                                          # the run folder: ledger, metrics, checkpoints; default: runs/NAME
     seed: int                                              # of weights, order and masks; default: 17, a branch's another
     model: chosen_by("system", SYSTEMS)                    # {preset: NAME}, or a shape; default: that of init_from
     data: DataConfig                                       # or a list of shard folders
@@ -214,8 +217,8 @@ class RunConfig:
     checkpoints: CheckpointConfig                          # default: see below
     objective: chosen_by("name", OBJECTIVES, default="mlm") = field(default_factory=OBJECTIVES["mlm"])
     optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(default_factory=OPTIMIZERS["stable_adamw"])
-    init_from: str | None = None                           # a stored model that the weights start from, not the seed
-    branch_from: str | None = None                         # a run's checkpoint: weights and optimizer state start from it
+    init_from: PathText | None = None                      # a stored model that the weights start from, not the seed
+    branch_from: PathText | None = None                    # a run's checkpoint: weights and optimizer state start from it
     evaluation: EvaluationConfig | None = None             # default: held_out beside each train; null for none
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -327,7 +330,7 @@ def run_of(given: dict[str, Any], *, where: str) -> RunConfig:
     # here: a default may come from a stored run, which is read by this module
     from encoder.train.defaults import with_defaults
 
-    mapping, derived = with_defaults(with_preset(given, where=where))
+    mapping, derived = with_defaults(expand_paths(RunConfig, with_preset(given, where=where), where=where))
     run = from_mapping(RunConfig, mapping, where=where)
     object.__setattr__(run, "given", given)
     object.__setattr__(run, "derived", derived)
