@@ -164,7 +164,7 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", 
 def expand_path(path: Path | str) -> Any:
     """A path with ~, $NAME and ${NAME} filled in, of the class that it had; a URL stays as it is. Raises ConfigError.
 
-        ~/shards -> /home/me/shards        $SCRATCH/runs -> /scratch/me/runs        s3://bucket/x -> s3://bucket/x
+        ~/shards -> /users/me/shards       $SCRATCH/runs -> /scratch/me/runs        s3://bucket/x -> s3://bucket/x
     """
     text = os.fspath(path)
     if not text or not text.strip():
@@ -557,8 +557,10 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
 
 
 def _nearest_value(value: Any, words: list[str]) -> str:
-    meant = next((w for w in _OTHER_VALUES.get(str(value)[:200].lower(), ()) if w in words), None)
-    return f"Write {meant}." if meant else nearest(str(value)[:200], words)
+    hint = nearest(str(value)[:200], words)
+    if not hint.startswith("Did you mean"):
+        hint = next((f"Write {w}." for w in _OTHER_VALUES.get(str(value)[:200].lower(), ()) if w in words), hint)
+    return hint
 
 
 def _other_word(name: str, root: type) -> str | None:

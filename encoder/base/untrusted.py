@@ -59,8 +59,6 @@ def open_regular(path: Path | str, *, error: type[UserError] = UserError) -> IO[
     """As regular_file, but raises `error`, one sentence; whether the file is not there, `missing(caught)` tells."""
     try:
         return regular_file(path)
-    except FileNotFoundError as why:
-        raise error(f"{path} cannot be read: it does not exist.") from why
     except OSError as why:
         reason = "it is a socket or a device; needed: a file" if why.errno == errno.ENXIO else why.strerror or why
         raise error(f"{path} cannot be read: {reason}.") from why

@@ -31,7 +31,7 @@ import numpy as np
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.schema import from_mapping, to_plain
-from encoder.base.untrusted import INDEX_BYTES, plain_name, read_bytes, read_json
+from encoder.base.untrusted import INDEX_BYTES, missing, plain_name, read_bytes, read_json
 
 INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
@@ -421,7 +421,13 @@ def unused_ids(tokenizer_json: Path, *, vocab_size: int) -> tuple[int, ...]:
 
 def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """The id of every token, and the added tokens as they stand."""
-    content = read_json(path, root=dict, error=ShardError)
+    try:
+        content = read_json(path, root=dict, error=ShardError)
+    except ShardError as error:
+        if missing(error):
+            raise
+        raise ShardError(f"{path} is no tokenizer.json ({str(error).removeprefix(f'{path} ').rstrip('.')}). "
+                         "Make one with data-prep tokenizer.") from error
     try:
         added = content.get("added_tokens", [])
         ids = {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}

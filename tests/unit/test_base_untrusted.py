@@ -87,7 +87,7 @@ def test_only_a_regular_file_within_its_bytes_is_opened(tmp_path):
     assert "is a socket" in said(tmp_path / "socket")
     assert "is a device; needed: a file." in said("/dev/zero")
     assert "is a folder; needed: a file." in said(tmp_path)
-    assert "cannot be read: it does not exist." in said(tmp_path / "none")
+    assert "cannot be read: No such file or directory." in said(tmp_path / "none")
     assert "cannot be read" in said(tmp_path / "loop")
     assert "no file has such a name" in said(f"{tmp_path}/a\0b")
     assert "it has 101 bytes, and no such file has more than 100" in said(tmp_path / "big", most_bytes=100)
