@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from encoder.base.command import CommandLine
+from encoder.base.done import is_done
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FILE = ROOT / "configs" / "pretrain" / "tiny_cpu.yaml"
@@ -126,7 +127,7 @@ class Demo:
         command = [str(self.bin / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()),
                    str(ROOT / "launch" / "pretrain.py"), str(RUN_FILE), *self.overrides()]
         killed_at = self.out / "killed.json"
-        if not (self.run / "done.json").exists():
+        if not is_done(self.run)[0]:
             if not killed_at.exists():
                 self.line("training: first start (it will be killed in the middle)")
                 steps = self.train(command, kill_at=0.45)

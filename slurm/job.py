@@ -46,6 +46,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from encoder.base.done import is_done  # noqa: E402  (Python alone, as this file)
+
 # exit codes: 0 is also "go on with the training step"; 75 is EX_TEMPFAIL, submit it again
 GO, FAILED, MISTAKE, DONE_ALREADY, REQUEUED, NOT_DONE, ENDED = 0, 1, 2, 3, 4, 75, 143
 OUT_OF_TIME = 124            # timeout's exit code
@@ -151,6 +155,14 @@ class Job:
             return 0, tokens
 
 
+def counts_as_done(folder: Path) -> bool:
+    """Whether the run is finished; a done.json that does not count is said on standard error."""
+    done, problem = is_done(folder)
+    if problem:
+        print(f"warning: {problem}", file=sys.stderr)
+    return done
+
+
 def records(path: Path) -> list[dict[str, Any]]:
     """The lines of a file that may not be there."""
     return whole_records(path.read_bytes().split(b"\n")) if path.exists() else []
@@ -187,7 +199,7 @@ def begin(run_file: str, overrides: list[str], *, ranks: int) -> int:
               nodes=env.get("SLURM_JOB_NODELIST", ""), node_count=int(env.get("SLURM_JOB_NUM_NODES") or "1"), ranks=ranks,
               run_file=run_file, overrides=overrides, restart_after=after, step=step, tokens=tokens)
     print(folder)
-    if (folder / "done.json").exists():
+    if counts_as_done(folder):
         job.write("end", cause="done", why="the run was done before this job began", decision="finish", code=0, seconds=0.0,
                   step=step, tokens=tokens, crashes=0, signal="")
         return DONE_ALREADY
@@ -295,7 +307,7 @@ def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[
 
 def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str], silent: str) -> tuple[str, str]:
     """The word and the sentence."""
-    if (job.folder / "done.json").exists():
+    if counts_as_done(job.folder):
         return "done", "the run is done"
     if signalled == "TERM":
         return "ended", "SLURM ended the job (scancel, preemption, requeue or its time limit)"

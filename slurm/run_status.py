@@ -20,6 +20,7 @@ from job import records, whole_records
 from slurm_commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
 from encoder.base.command import CommandLine, run_command
+from encoder.base.done import is_done
 from encoder.base.errors import ConfigError
 from encoder.base.schema import read_mapping
 from encoder.base.units import parse_tokens, short_count, short_seconds
@@ -198,7 +199,10 @@ def progress_text(folder: Path, settings: dict[str, Any], *, stands: str, now: f
     """What was trained of how much, how fast, and when it ends if it goes on like that; `stands` says why it may not go on."""
     total = sum(parse_tokens(phase["tokens"]) for phase in settings.get("phases", []))
     last = next((line for line in reversed(_tail(folder / "ledger.jsonl")) if "tokens_seen" in line), None)
-    if (folder / "done.json").exists():
+    done, problem = is_done(folder)
+    if problem:
+        print(f"warning: {problem}", file=sys.stderr)
+    if done:
         tokens, steps = (last["tokens_seen"], last["step"]) if last else (total, 0)
         return f"{folder}: done, {short_count(tokens)} tokens, {steps:,} steps"
     if last is None:

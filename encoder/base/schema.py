@@ -557,10 +557,8 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
 
 
 def _nearest_value(value: Any, words: list[str]) -> str:
-    hint = nearest(str(value)[:200], words)
-    if not hint.startswith("Did you mean"):
-        hint = next((f"Write {w}." for w in _OTHER_VALUES.get(str(value)[:200].lower(), ()) if w in words), hint)
-    return hint
+    meant = next((w for w in _OTHER_VALUES.get(str(value)[:200].lower(), ()) if w in words), None)
+    return f"Did you mean {meant}?" if meant else nearest(str(value)[:200], words)
 
 
 def _other_word(name: str, root: type) -> str | None:

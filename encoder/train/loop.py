@@ -17,6 +17,7 @@ import torch
 
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, join, leave, sum_over_ranks
+from encoder.base.done import is_done
 from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import outlive_readers, say, warn_once
@@ -75,7 +76,10 @@ def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> O
     folder, clock = Path(run.out), Clock(began=psutil.Process().create_time())
     run.tracking.check_packages()
     check_same_run(run, folder)
-    if (folder / DONE).exists():
+    done, problem = is_done(folder)
+    if problem and world.first:
+        warn_once(problem.replace("start the run again, and what", "what"))
+    if done:
         say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
         return Outcome(done=True, progress=None)
     build.fetch_cards(run, world)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoder.base.done import read_done
 from encoder.base.errors import LedgerError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.schema import from_mapping, read_mapping
@@ -19,7 +19,7 @@ from encoder.train.about import what_was_trained
 from encoder.train.config import RunConfig, schedule_word
 from encoder.train.curves import Curves, draw
 from encoder.train.goodput import WHAT_IS, wall_ms
-from encoder.train.tracking import DONE, EVENTS, LEDGER, METRICS, RUN_FILE, follow_chain, merged_metrics, read_jsonl
+from encoder.train.tracking import EVENTS, LEDGER, METRICS, RUN_FILE, follow_chain, merged_metrics, read_jsonl
 from encoder.train.watch import ERRORS, HANGS
 
 PAGE, PICTURE = "report.html", "loss.png"
@@ -95,7 +95,8 @@ def _read_run(folder: Path) -> _Run:
     if not metrics:
         raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
     return _Run(folder=folder, config=from_mapping(RunConfig, read_mapping(folder / RUN_FILE), where=str(folder / RUN_FILE)),
-                metrics=metrics, done=_read_done(folder), steps=verify_ledger(folder), spent_ms=wall_ms(folder))
+                metrics=metrics, done=read_done(folder, with_checkpoint=False) or {}, steps=verify_ledger(folder),
+                spent_ms=wall_ms(folder))
 
 
 def _facts(run: _Run) -> dict[str, str]:
@@ -173,25 +174,10 @@ def verify_ledger(folder: Path) -> int:
     lines = read_jsonl(folder / LEDGER)
     follow_chain(lines, folder / LEDGER)
     last = lines[-1] if lines else {"step": 0, "chain": ""}
-    done = _read_done(folder)
+    read_done(folder, with_checkpoint=False)
     if not lines and (folder / METRICS).exists():
         raise LedgerError(f"{folder} has metrics but no line in {LEDGER}. Lines are missing: restore the file.")
-    if done:
-        if (last["step"], last["chain"]) != (done["step"], done["ledger_hash"]):
-            raise LedgerError(f"{folder / LEDGER} ends at step {last['step']} with {last['chain']}, the finished run at step "
-                              f"{done['step']} with {done['ledger_hash']}. Lines are missing: restore the file.")
     return last["step"]
-
-
-def _read_done(folder: Path) -> dict[str, Any]:
-    path = folder / DONE
-    if not path.exists():
-        return {}
-    try:
-        done = json.loads(path.read_text(encoding="utf-8"))
-        return {**done, "step": done["step"], "ledger_hash": done["ledger_hash"]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise LedgerError(f"{path} is damaged. Remove it and start the run again: it is written anew.") from error
 
 
 def _page(name: str, picture: bytes, sections: Sequence[Section]) -> str:

@@ -77,8 +77,9 @@ def test_a_word_of_another_trainer_or_place_points_to_ours(tmp_path, word, here)
     assert f"{word.split(':')[0]} is unknown." in said and here in said
 
 
-@pytest.mark.parametrize("override, said", [("device=gpu", "Write cuda."), ("engine.precision=fp16", "Write autocast."),
-                                            ("engine.precision=bfloat16", "Write bf16.")])
+@pytest.mark.parametrize("override, said", [("device=gpu", "Did you mean cuda?"),
+                                            ("engine.precision=fp16", "Did you mean autocast?"),
+                                            ("engine.precision=bfloat16", "Did you mean bf16?")])
 def test_a_value_of_another_trainer_points_to_ours(tmp_path, override, said):
     assert said in refused(tmp_path, RUN, override)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.done_for_tests import finish
 from tests.process.ranks import ROOT
 from tests.shards_for_tests import random_documents, write_source
 from tests.unit.prep_helpers import run as data_prep
@@ -263,7 +264,8 @@ def write_run_folder(folder: Path, *, done: bool = False) -> Path:
     torn = '{"event": "sta\n[1]\n'          # a kill in the middle of a line, and no record
     (folder / "slurm" / "8.jsonl").write_text(torn + "".join(json.dumps(line) + "\n" for line in own))
     if done:
-        (folder / "done.json").write_text("{}")
+        finish(folder, step=ledger[-1]["step"], tokens=ledger[-1]["tokens_seen"], ledger=False)
+        (folder / "ledger.jsonl").write_text("".join(json.dumps({**line, "chain": "c" * 32}) + "\n" for line in ledger))
     return folder
 
 
