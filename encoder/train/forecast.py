@@ -67,6 +67,10 @@ def gpu(word: str, *, precision: str = "autocast") -> Machine:
         f"{machine.memory_share:.0%} of {rate / 1e12:.2f} TB/s", f"a kernel is launched in {1e6 * KERNEL_SECONDS:.0f} us"))
 
 
+# an idle machine: 0 to 2 % and 1.1 to 1.3 seen
+BUSY_SHARE, BUSY_SPREAD = 0.1, 2.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probe:
     """What a short run of the same model on this machine took, on one rank."""
@@ -77,6 +81,11 @@ class Probe:
     base_bytes: int                         # the process with everything imported and no model
     peak_bytes: int                         # the process while it trained
     text: str                               # what it was made on
+    clock: str = "wall clock"
+    rounds: int = 0                         # steps of several micro-batches that were timed, all lengths together
+    spread: float = 1.0                     # the slowest of them over the fastest, of one length
+    waited_share: float | None = None       # of the time that threads could have computed, they waited for a core
+    wall_over_cpu: float | None = None      # wall time over CPU time a thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +172,25 @@ def forecast_lines(found: Forecast, *, ranks: int, machine: Machine | None, prob
              f"{short_count(round(found.tokens_per_second / ranks))} a rank",
              f"time           about {short_seconds(whole)} ({whole / 3600:,.2f} h; {ranks * whole / 3600:,.1f} rank-hours): "
              f"{shares}"]
+    if probe and probe.rounds:
+        lines += _probe_lines(probe)
     if ranks > 1:
         lines.append(f"communication  up to {found.bytes_a_step / 1e9:,.3g} GB sent by a rank in a step")
     for number, text in enumerate(found.assumed):
         lines.append(f"{'assumed, not measured' if number == 0 else '':<23}{text}")
+    return lines
+
+
+def _probe_lines(probe: Probe) -> list[str]:
+    """By which clock, how often, and whether the machine was busy with other work."""
+    both = f"; wall time {probe.wall_over_cpu:.2f} times the CPU time of a thread" if probe.wall_over_cpu else ""
+    lines = [f"measured       by {probe.clock}, {probe.rounds} rounds, the faster half of them; the slowest took "
+             f"{probe.spread:.2f} times the fastest{both}"]
+    waited = probe.waited_share or 0.0
+    if waited >= BUSY_SHARE or probe.spread >= BUSY_SPREAD:
+        why = f"threads waited {waited:.0%} of their time for a core" if waited >= BUSY_SHARE else "the rounds differ widely"
+        lines.append(f"               the machine is busy with other work ({why}): alone the run may be several times as fast. "
+                     "Measure again when it is idle.")
     return lines
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,6 +29,64 @@ from encoder.train.meters import document_lengths
 
 ROUNDS, SECONDS_A_PHASE = 7, 40.0
 FEW, MANY = 1, 3               # micro-batches of the two kinds of steps: their difference is the micro-batch, the rest the update
+
+
+# of a micro-batch's time by its share of the FLOP, that the difference of the two kinds of steps is at least: beyond is noise
+LEAST_SHARE = 0.25
+
+
+class Clock:
+    """Wall clock and CPU time of this process's threads, and how long these stood ready without a core."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu, self._delay = time.perf_counter(), time.process_time(), _waited_for_cores()
+
+    @property
+    def wall_seconds(self) -> float:
+        return time.perf_counter() - self._wall
+
+    @property
+    def cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu
+
+    @property
+    def waited_share(self) -> float | None:
+        """Of the time that threads could have computed, 0 to 1; None where the system does not say."""
+        delay = _waited_for_cores()
+        if delay is None or self._delay is None:
+            return None
+        waited = max(0.0, delay - self._delay)
+        return waited / max(1e-9, waited + self.cpu_seconds)
+
+
+def _waited_for_cores() -> float | None:
+    """Seconds that all threads of this process were ready to run and did not (Linux, Documentation/scheduler/sched-stats)."""
+    total = 0.0
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{thread}/schedstat") as file:
+                total += int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
+    return total or None
+
+
+def rate_of(few: Sequence[tuple[float, float]], many: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(model FLOP a second of micro-batches, seconds of an update) from the (FLOP, seconds) of steps of few and of many of them.
+
+    Of each kind the faster half counts: neighbours make steps slower and never faster.
+    """
+    (few_flops, few_seconds), (many_flops, many_seconds) = (_faster_half(steps) for steps in (few, many))
+    more = many_flops - few_flops
+    seconds = max(many_seconds - few_seconds, LEAST_SHARE * many_seconds * more / many_flops)
+    rate = more / seconds
+    return rate, max(0.0, few_seconds - few_flops / rate)
+
+
+def _faster_half(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    fast = sorted(steps, key=lambda step: step[1] / step[0])[:(len(steps) + 1) // 2]
+    flops, seconds = zip(*fast, strict=True)
+    return statistics.median(flops), statistics.median(seconds)
 
 
 def probe(path: str, overrides: Sequence[str]) -> Probe:
@@ -58,7 +117,8 @@ def measure(run: RunConfig) -> Probe:
     join(world, device=device)
     base = psutil.Process().memory_info().rss
     engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
-    rates, updates, waits, peak = {}, [], [], 0
+    rates, updates, waits, spreads, peak, rounds = {}, [], [], [], 0, 0
+    stopwatch = Clock()
     for phase in run.phases:
         if phase.max_tokens_per_document in rates:
             continue
@@ -75,21 +135,31 @@ def measure(run: RunConfig) -> Probe:
                     flops = sum(train_flops(run.model, lengths=document_lengths(b), masked_tokens=b.masked_tokens)
                                 for b in some)
                     started = clock()
-                    engine.step(some, masked_tokens=sum(b.masked_tokens for b in some), lr=1e-6, max_lr=1e-3)
+                    asked_tokens = sum(b.masked_tokens for b in some)
+                    engine.step(some, masked_tokens=asked_tokens, lr=1e-6, max_lr=1e-3)
                     took = clock() - started
-                    if number:           # the first of each is a warm-up
+                    if number and asked_tokens:           # the first of each is a warm-up
                         times[count].append((flops, took))
                         waits.append(waited / data.tokens)
                     peak = max(peak, psutil.Process().memory_info().rss)
                 if number >= 3 and time.monotonic() - began > SECONDS_A_PHASE:
                     break
-        few, several = ([statistics.median(column) for column in zip(*times[count])] for count in (FEW, MANY))
-        rates[phase.max_tokens_per_document] = rate = (several[0] - few[0]) / max(several[1] - few[1], 1e-9)
-        updates.append(max(0.0, few[1] - few[0] / rate))
+        if not (times[FEW] and times[MANY]):
+            raise UserError(f"the steps of phase {phase.name} that were to be timed have no masked token. Raise its mask share, or "
+                            "loader.micro_batch_rows.")
+        rates[phase.max_tokens_per_document], update = rate_of(times[FEW], times[MANY])
+        updates.append(update)
+        pace = [seconds / flops for flops, seconds in times[MANY]]
+        spreads.append(max(pace) / min(pace))
+        rounds += len(pace)
     threads = torch.get_num_threads()
-    text = f"this {device.type}, {threads} thread{'s' * (threads > 1)}, as probed{', by CPU time' * alone}"
+    text = f"this {device.type}, {threads} thread{'s' * (threads > 1)}, as probed"
+    on_cpu = device.type == "cpu"
     return Probe(flops_per_second=rates, update_seconds=statistics.median(updates),
-                 data_seconds_per_token=statistics.median(waits), base_bytes=base, peak_bytes=peak, text=text)
+                 data_seconds_per_token=statistics.median(waits), base_bytes=base, peak_bytes=peak, text=text,
+                 clock="CPU time, as there is one thread" if alone else "wall clock", rounds=rounds, spread=max(spreads),
+                 waited_share=stopwatch.waited_share if on_cpu else None,
+                 wall_over_cpu=stopwatch.wall_seconds / max(1e-9, stopwatch.cpu_seconds / threads) if on_cpu else None)
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,10 +20,12 @@ from encoder.train.forecast import (
     Probe,
     communication_bytes,
     forecast,
+    forecast_lines,
     gpu,
 )
 from encoder.train.phases import Stretch
 from encoder.train.plan import plan_text
+from encoder.train.probe import Clock, rate_of
 from launch.plan import main
 
 TINY = "configs/pretrain/tiny_cpu.yaml"
@@ -97,3 +103,41 @@ def test_unknown_gpus_and_rates_without_effect_are_one_line(capsys):
         with pytest.raises(SystemExit) as left:
             main([TINY, *words])
         assert left.value.code == 2
+
+
+def test_a_probe_survives_a_busy_machine_and_says_that_it_is_one():
+    """Micro-batches of 1 GFLOP at 1 GFLOP/s and an update of 0.5 s; neighbours make two rounds in three slower."""
+    few = [(1e9, 1.5 * slow) for slow in (1.0, 9.0, 1.02, 4.0, 1.01, 3.0)]
+    many = [(3e9, 3.5 * slow) for slow in (3.0, 1.0, 1.02, 1.01, 14.0, 2.0)]
+    rate, update = rate_of(few, many)
+    assert rate == pytest.approx(1e9, rel=0.05) and update == pytest.approx(0.5, abs=0.05)
+    rate, update = rate_of([(1e9, 9.0)] * 4, [(3e9, 3.5)] * 4)        # nonsense: no step of three is faster than one of one
+    assert 0 < rate <= 4 * 3e9 / 3.5 and update >= 0
+
+    made = dict(flops_per_second={128: 2e9, 512: 1e9}, update_seconds=0.5, data_seconds_per_token=1e-3, base_bytes=1, peak_bytes=2,
+                text="this cpu, 2 threads, as probed", rounds=14, wall_over_cpu=1.1)
+    run = read_run(TINY)
+
+    def lines(**more):
+        probe = Probe(**made, **more)
+        return "\n".join(forecast_lines(of(run, machine=None, probe=probe, ranks=1), ranks=1, machine=None, probe=probe))
+
+    assert "measured       by wall clock, 14 rounds" in lines(spread=1.2, waited_share=0.01) and "busy" not in lines(spread=1.2)
+    assert "threads waited 55% of their time for a core" in lines(spread=1.2, waited_share=0.55)
+    assert "the rounds differ widely" in lines(spread=3.0)
+
+
+def test_threads_that_wait_for_a_core_are_seen():
+    clock, loud = Clock(), [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+    try:
+        time.sleep(0.5)
+        end = time.perf_counter() + 1.5
+        while time.perf_counter() < end:
+            pass
+        share = clock.waited_share
+        assert share is None or share > 0.1
+        assert clock.wall_seconds > 1.9 and 0 < clock.cpu_seconds < clock.wall_seconds
+    finally:
+        for process in loud:
+            process.kill()
+            process.wait()
