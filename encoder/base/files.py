@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,13 @@ def usual_mode(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_that_appears(out: Path, *, mark: str) -> Iterator[Path]:
+def folder_that_appears(out: Path, *, mark: str, ours: Collection[str] | None = None) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its name when the block ends well, and vanishes when it does not.
 
-    An `out` that exists is replaced only where it is empty or holds the file `mark`, which the block writes and nobody
-    else does. Raises UserError for any other. What a killed process of this host left beside `out` is put right first:
-    an earlier `out` that had been moved aside takes its name again, the rest is removed.
+    An `out` that exists is replaced only where it is empty, or holds the file `mark`, which the block writes and nobody
+    else does, and no file beyond `ours` (names below it; None: any). Raises UserError for any other. What a killed process
+    of this host left beside `out` is put right first: an earlier `out` that had been moved aside takes its name again, the
+    rest is removed.
     """
     out = Path(os.path.abspath(out))
     _put_right(out)
@@ -83,6 +84,11 @@ def folder_that_appears(out: Path, *, mark: str) -> Iterator[Path]:
     if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
         raise UserError(f"{out} is not empty and holds no {mark}, so it was not written by this command. "
                         "Name another folder, or remove it.")
+    if ours is not None and out.is_dir():
+        foreign = next((name for name in files_below(out) if name != mark and name not in ours), None)
+        if foreign:
+            raise UserError(f"{out} holds {foreign}, which this command did not write and would remove. Move it away, or name "
+                            "another folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     part, old = (out.with_name(f".{out.name}.{_HOST}.{os.getpid()}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
@@ -105,6 +111,11 @@ def folder_that_appears(out: Path, *, mark: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Names of all files of a folder, sorted, those of inner folders as FOLDER/NAME."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _put_right(out: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import ExportError
-from encoder.base.files import folder_that_appears, sha256_of, write_json
+from encoder.base.files import files_below, folder_that_appears, sha256_of, write_json
 from encoder.base.untrusted import read_json
 from encoder.models.hf_card import CARD, Training, write_card, write_sentence_transformers
 from encoder.models.hf_config import SpecialIds, hf_config
@@ -61,9 +61,9 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
     check_weights(model.weights, config, of=model.origin)
     if onnx:
         check_onnx_installed()
-    _check_nothing_is_lost(out)
+    earlier = _files_of_earlier(out)
     ours = our_model(model.weights, config)
-    with folder_that_appears(out, mark=PROOF) as part:
+    with folder_that_appears(out, mark=PROOF, ours=earlier) as part:
         write_tokenizer(part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens)
         write_safetensors(model.weights, part / WEIGHTS)
         write_json(part / "config.json", settings)
@@ -85,25 +85,22 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
                    shown_as=Path(os.path.abspath(out)).name)
         write_json(part / PROOF, {"drawn_weights_fp64_difference": drawn,
                                   **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()},
-                                  SHA256: {name: sha256_of(part / name) for name in HASHED}, FILES: files_of(part)})
+                                  SHA256: {name: sha256_of(part / name) for name in HASHED}, FILES: files_below(part)})
     return proofs
 
 
-def _check_nothing_is_lost(out: Path) -> None:
-    """An earlier export is replaced only where nobody edited its card or put files beside it. Raises ExportError."""
+def _files_of_earlier(out: Path) -> list[str] | None:
+    """What an earlier export wrote to `out`; None where it did not say. Raises ExportError where its card was edited since."""
     if not (out / PROOF).is_file():
-        return
-    proof = read_json(out / PROOF, error=ExportError)
-    names = proof.get(FILES) if isinstance(proof, dict) else None
+        return None
+    proof = read_json(out / PROOF, error=ExportError, root=dict)
+    names = proof.get(FILES)
     if not isinstance(names, list):
-        return              # of an export that wrote no card
-    for name in files_of(out):
-        if name not in (*names, PROOF):
-            raise ExportError(f"{out} holds {name}, which no export wrote and another export would remove. Move it away, or name "
-                              "another folder.")
+        return None              # of an export that wrote no card
     if CARD in edited_since(out, proof):
         raise ExportError(f"{out / CARD} was edited since it was written, and another export would write over it. Move it away, or "
                           "name another folder.")
+    return names
 
 
 def edited_since(folder: Path, proof: dict[str, Any]) -> list[str]:
@@ -111,11 +108,6 @@ def edited_since(folder: Path, proof: dict[str, Any]) -> list[str]:
     hashes = proof.get(SHA256)
     hashes = hashes if isinstance(hashes, dict) else {}
     return [name for name in HASHED if (folder / name).is_file() and sha256_of(folder / name) != hashes.get(name)]
-
-
-def files_of(folder: Path) -> list[str]:
-    """Names of all files of a folder, those of inner folders as PATH/NAME."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
 def _load_tokenizer(folder: Path) -> Any:

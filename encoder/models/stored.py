@@ -40,7 +40,7 @@ class StoredModel:
 def write_stored(model: StoredModel, out: Path) -> None:
     """Write the weights folder `out`, whole or not at all. Raises UserError; ModelError where weights and config differ."""
     check_weights(model.weights, model.config, of=model.origin)
-    with folder_that_appears(out, mark=ORIGIN) as part:
+    with folder_that_appears(out, mark=ORIGIN, ours=(MODEL, WEIGHTS, TOKENIZER)) as part:
         write_atomic(part / MODEL, to_yaml(_ModelFile(model=model.config)))
         write_safetensors(model.weights, part / WEIGHTS)
         if model.tokenizer_json is not None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from encoder.base.errors import ExportError
+from encoder.base.errors import ExportError, UserError
 from encoder.models.hf_card import Table, Training
 from encoder.models.hf_push import push_export
 from tests.hf_for_tests import CONFIG, exported, stored, write_tokenizer_json
@@ -99,7 +99,7 @@ def test_an_export_does_not_write_over_what_a_person_put_there(folder, tokenizer
     exported(tokenizer_json, out, MODEL)
     exported(tokenizer_json, out, MODEL)  # its own it may replace
     (out / "LICENSE").write_text("mine")
-    with pytest.raises(ExportError, match="holds LICENSE, which no export wrote"):
+    with pytest.raises(UserError, match="holds LICENSE, which this command did not write"):
         exported(tokenizer_json, out, MODEL)
     (out / "LICENSE").unlink()
     (out / "README.md").write_text("license: mine")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from encoder.base.errors import ExportError, ModelError
+from encoder.base.errors import ExportError, ModelError, UserError
 from encoder.models.composer_import import read_composer
 from encoder.models.hf_config import NO_WORD, OURS_ONLY, WORDS, config_from_hf, hf_config
 from encoder.models.hf_import import DECODER, EMBEDDING, prove_import, read_hf
@@ -351,3 +351,13 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_the_earlier_folder(tmp_path
         with pytest.raises(KeyboardInterrupt):
             write_stored(stored(seed=3), tmp_path / name)
     assert names_in(tmp_path) == ["weights"] and equal(read_stored(tmp_path / "weights").weights, stored().weights)
+
+
+def test_a_weights_folder_is_not_replaced_with_what_a_person_put_there(tmp_path):
+    write_stored(stored(), tmp_path / "weights")
+    write_stored(stored(seed=3), tmp_path / "weights")
+    (tmp_path / "weights" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="weights holds notes.txt, which this command did not write"):
+        write_stored(stored(), tmp_path / "weights")
+    assert (tmp_path / "weights" / "notes.txt").read_text() == "mine" and names_in(tmp_path) == ["weights"]
+    assert equal(read_stored(tmp_path / "weights").weights, stored(seed=3).weights)
