@@ -232,7 +232,8 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
     vocab_size, specials = special_ids_of(tokenizer)
     job = worker.EncodeJob(tokenizer_json=str(tokenizer), cls_id=specials.cls_id, sep_id=specials.sep_id,
                            dtype="uint16" if vocab_size <= 2**16 else "uint32", max_tokens_per_document=8192,
-                           held_out_share=0.01, shard_bytes=2**26, compression=None, stop_on_error=True)
+                           held_out_share=0.01, shard_bytes=2**26, compression=None, stop_on_error=True,
+                           max_document_bytes=2**26)
     tokenization.one_thread_a_process()
     source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
     tokens = 0

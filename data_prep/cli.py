@@ -31,8 +31,15 @@ stands for a part. As a job array, on one file system, with the same settings:
   data-prep missing configs/prep/web.yaml --parts 100                           which of them are not
   data-prep merge configs/prep/web.yaml --verify                                when all are done
 
-The shards are the same bytes however many parts and processes made them. (A file that is compressed or a table is
-read by one process: give many of them rather than one.)"""
+The shards are the same bytes however many parts and processes made them. (A file that is packed, or of another format
+than jsonl and text, is read by one process: give many of them rather than one.)
+
+  format: jsonl        one JSON object a line            json_array    one JSON array of objects
+          csv, tsv     columns: [...] without header     text          document: file, paragraph, line
+          parquet      arrow                             mds           folders of MDS shards of text
+          hub          dataset: ORGANISATION/NAME, or a local folder of that layout
+
+Text packed by gzip, zstd, bzip2 or xz is read as it is, by its content and not its name."""
 
 MERGE = """Put together what data-prep prepare --part I/N made, with the settings of prepare: nothing is copied or encoded
 again. Says what is missing when a part is not done."""
@@ -130,7 +137,7 @@ def _parser() -> CommandLine:
     train = command("train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds)
     text = train.add_mutually_exclusive_group(required=True)
     text.add_argument("--files", metavar="GLOB", nargs="+",
-                      help=".jsonl (also .gz, .zst; key text), .parquet, .arrow, plain text")
+                      help=".jsonl, .csv, .tsv, .parquet, .arrow (column text), index.json of MDS, else plain text; packed or not")
     text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
     train.add_argument("--vocab-size", metavar="N", type=count, default=8192,
                        help="entries, special tokens included (8192)")

@@ -39,11 +39,14 @@ class _Files(_Named):
     """A source of files on this machine."""
 
     files: tuple[PathText, ...]      # names or globs (** too), relative to `root`
+    zstd_window_bytes: int = 2**27   # of a .zst file made with zstd --long: up to 2**31, and as much memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.files:
             raise ConfigError(f"files of {self.name} is an empty list; needed: at least one name or glob.")
+        if not 2**10 <= self.zstd_window_bytes <= 2**31:
+            raise ConfigError(f"zstd_window_bytes of {self.name} is {self.zstd_window_bytes:,}; needed: 1,024 to 2,147,483,648.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +57,50 @@ class _Columns:
     filters: tuple[Filter, ...] = ()            # only documents that pass all of them
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def used_columns(self) -> tuple[str, ...]:
         """All columns that are read, each once."""
         return tuple(dict.fromkeys([self.text, *(f.column for f in self.filters)]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSource(_Columns, _Files):
-    """One JSON object a line; .gz and .zst are opened as they are."""
+    """One JSON object a line. Files of text may be packed by gzip, zstd, bzip2 or xz, whatever their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonArraySource(_Columns, _Files):
+    """One JSON array of objects a file, read as a stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvSource(_Columns, _Files):
+    """Comma-separated values by the rules of Python's csv; the first record names the columns."""
+
+    delimiter: str = ","             # between cells
+    quotes: bool = True              # a cell in "..." may hold delimiters, line ends and "" for one quote
+    columns: tuple[str, ...] = ()    # their names, where the first record is none but a document
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.delimiter) != 1 or self.delimiter in '"\r\n\0 ' or ord(self.delimiter) > 127:
+            raise ConfigError(f"delimiter of {self.name} is {self.delimiter!r}; needed: one character, such as ',' ';' or '\\t'.")
+        if twice := [name for name in self.columns if self.columns.count(name) > 1]:
+            raise ConfigError(f"columns of {self.name} has {twice[0]} twice; needed: each once.")
+        if self.columns and (absent := [column for column in self.used_columns if column not in self.columns]):
+            raise ConfigError(f"columns of {self.name} lacks {absent[0]}, which text or a filter names. "
+                              f"{nearest(absent[0], list(self.columns))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TsvSource(CsvSource):
+    """Tab-separated values."""
+
+    delimiter: str = "\t"            # between cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class MdsSource(_Columns, _Files):
+    """MDS shards of text (columns of str): `files` are folders with an index.json, or these index files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +136,23 @@ class HubSource(_Columns, _Named):
             raise ConfigError(f"source {self.name} has both config and files; needed: one of them.")
 
 
-SOURCES = {"jsonl": JsonlSource, "parquet": ParquetSource, "arrow": ArrowSource, "text": TextSource, "hub": HubSource}
-Source = JsonlSource | ParquetSource | ArrowSource | TextSource | HubSource
+SOURCES = {"jsonl": JsonlSource, "json_array": JsonArraySource, "csv": CsvSource, "tsv": TsvSource, "parquet": ParquetSource,
+           "arrow": ArrowSource, "mds": MdsSource, "text": TextSource, "hub": HubSource}
+Source = JsonlSource | JsonArraySource | CsvSource | ParquetSource | ArrowSource | MdsSource | TextSource | HubSource
 
 
 def recipe_of(source: Source) -> dict[str, Any]:
     """The settings of a source that decide its shards, for the card: what `files` match counts, not how it is written."""
-    word = next(word for word, kind in SOURCES.items() if type(source) is kind)
-    settings = {**to_plain(source), "format": word}
+    settings = {**to_plain(source), "format": word_of(source)}
     if settings.get("filters"):
         settings["filters"] = [{"column": f.column, **to_plain(f.rules)} for f in source.filters]
-    return {key: value for key, value in settings.items() if value and key not in ("files", "estimate", "revision")}
+    left = ("files", "estimate", "revision", "zstd_window_bytes")
+    return {key: value for key, value in settings.items() if value and key not in left}
+
+
+def word_of(source: Source) -> str:
+    """The `format` of a source."""
+    return next(word for word, kind in SOURCES.items() if type(source) is kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +187,7 @@ class PrepareConfig:
     processes: int = 0                                # 0: one per core
     shard_bytes: int = 2**26                    # of a shard, at most
     compression: Literal["none", "zstd"] = "none" # of the shards; training unpacks them once
+    max_document_bytes: int = 70_000_000        # of a line, row or file as it is read; larger ones are left out
     mixtures: dict[str, Mixture] = field(default_factory=dict)      # for `data-prep plan`; prepare makes every source
 
     def __post_init__(self) -> None:
@@ -161,6 +207,8 @@ class PrepareConfig:
             raise ConfigError(f"held_out_share is {self.held_out_share}; needed: 0 or more and less than 1.")
         if self.processes < 0:
             raise ConfigError(f"processes is {self.processes}; needed: a number of processes, or 0 for one per core.")
+        if not 2**10 <= self.max_document_bytes <= 2**31:
+            raise ConfigError(f"max_document_bytes is {self.max_document_bytes:,}; needed: 1,024 to 2,147,483,648.")
         if not 2**10 <= self.shard_bytes < 2**32:
             raise ConfigError(f"shard_bytes is {self.shard_bytes:,}; needed: 1,024 to "
                               "4,294,967,295 (MDS offsets have 32 bits).")

@@ -37,6 +37,7 @@ from encoder.data.shard_format import CARD, Card, read_card, stored_info
 SPLITS = ("train", "held_out")
 SEGMENT = "segment.json"
 RECIPE = "recipe.json"
+SHOWN_FILES, SHOWN_CHARS = 50, 300               # of bad files
 _SEGMENT_NAME = re.compile("[0-9]{6,12}")
 
 
@@ -51,6 +52,17 @@ class Counts:
     content_tokens: int = 0                       # as the tokenizer gave them
     pieces: int = 0                               # samples written
     tokens: int = 0                               # written, [CLS] and [SEP] counted
+    bad_files: dict[str, str] = field(default_factory=dict)     # files cut short or of another kind, and why; the first 50
+
+    def add_bad_file(self, name: str, why: str) -> None:
+        """Remember a file that could not be read as what it is meant to be."""
+        if len(self.bad_files) < SHOWN_FILES:
+            self.bad_files.setdefault(name, " ".join(why.split())[:SHOWN_CHARS])
+
+    def plain(self) -> dict[str, Any]:
+        """For segment.json and the card; without bad files, as it was before they were counted."""
+        plain = dataclasses.asdict(self)
+        return plain if self.bad_files else {key: value for key, value in plain.items() if key != "bad_files"}
 
     def check(self) -> None:
         """Everything read was written, and each piece got its [CLS] and [SEP]."""
@@ -65,6 +77,8 @@ class Counts:
     def add(self, other: Counts) -> None:
         """The counts of both."""
         self.leave_out(other.left_out)
+        for name, why in other.bad_files.items():
+            self.add_bad_file(name, why)
         for name in ("documents_read", "documents_train", "documents_held_out", "content_tokens", "pieces", "tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -286,4 +300,4 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def write_record(folder: Path, record: Record) -> None:
     """Write segment.json: the last file of a segment."""
-    write_json(folder / SEGMENT, dataclasses.asdict(record))
+    write_json(folder / SEGMENT, {**dataclasses.asdict(record), "counts": record.counts.plain()})

@@ -31,16 +31,23 @@ def assemble(ledger: Ledger, segments: Sequence[Segment], card: Card, *, made_fr
         counts.check()
         if not counts.documents_train:
             ledger.discard()
+            bad = "".join(f" {name} cannot be read: {why}" for name, why in list(counts.bad_files.items())[:1])
             raise ConfigError(f"source {card.source} has no document for training ({counts.documents_read:,} read, "
-                              f"{sum(counts.left_out.values()):,} left out, {counts.documents_held_out:,} held out). "
-                              "Give it more text or a smaller held_out_share.")
-        card = dataclasses.replace(card, recipe={**card.recipe, "counts": dataclasses.asdict(counts)})
+                              f"{sum(counts.left_out.values()):,} left out{_reasons(counts)}, "
+                              f"{counts.documents_held_out:,} held out).{bad} Give it more text or a smaller held_out_share.")
+        card = dataclasses.replace(card, recipe={**card.recipe, "counts": counts.plain()})
         for split in reversed(SPLITS):          # train last: its card says that all is there
             _assemble_split(ledger, segments, records, dataclasses.replace(card, split=split), tokenizer_json)
     else:
         counts = Counts(**read_card(ledger.part / "train").recipe["counts"])
     ledger.put_in_place()
     return counts
+
+
+def _reasons(counts: Counts) -> str:
+    """Why documents were left out, the most frequent reasons first."""
+    first = sorted(counts.left_out.items(), key=lambda item: -item[1])[:4]
+    return f": {', '.join(f'{n:,} {reason}' for reason, n in first)}" if first else ""
 
 
 def _checked(ledger: Ledger, segments: Sequence[Segment], made_from_sha256: str) -> list[Record]:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import PrepareConfig, Source, recipe_of
-from data_prep.ledger import Counts, Ledger, changes, identity, open_ledger, tidy
+from data_prep.config import PrepareConfig, Source, recipe_of, word_of
+from data_prep.ledger import SHOWN_FILES, Counts, Ledger, changes, identity, open_ledger, tidy
 from data_prep.merge import assemble
 from data_prep.meter import Meter
-from data_prep.readers import ReadError, find_files, parse, pinned, read_blocks
+from data_prep.readers import ReadError, check_kind, find_files, parse, pinned, read_blocks
+from data_prep.readers.blocks import MOST_DOCUMENT_BYTES
 from data_prep.segments import Part, Segment, segments_of
 from data_prep.tokenization import EncoderName, check_tokenizer_path, choose_encoder
 from data_prep.worker import Done, EncodeJob, SegmentJob, SegmentPool
@@ -110,6 +111,7 @@ class _Plan:
     folder: Path
     tokenizer_json: Path
     card: Card
+    max_document_bytes: int
 
     @property
     def bytes(self) -> int:
@@ -129,13 +131,19 @@ def _plan(config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_siz
     settings = {**recipe_of(source), "max_tokens_per_document": config.max_tokens_per_document,
                 "held_out_share": config.held_out_share, "shard_bytes": config.shard_bytes,
                 "compression": config.compression}
+    if config.on_error == "skip" and config.max_document_bytes != MOST_DOCUMENT_BYTES:     # else none was left out for it
+        settings["max_document_bytes"] = config.max_document_bytes
+    if config.on_error == "stop":
+        for file in files:
+            check_kind(source, file)
     recipe = {"prepare": 2, "settings": settings, "files": described}
     card = Card(source=source.name, split="train", tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
                 vocab_size=vocab_size, specials=specials, dtype=ids_dtype(vocab_size).name, documents=0, tokens=0,
                 max_tokens_per_document=config.max_tokens_per_document, index_sha256="", lengths_sha256="",
                 recipe=recipe)
     return _Plan(source=source, segments=segments_of(source, files, shard_bytes=config.shard_bytes),
-                 folder=Path(config.out) / source.name, tokenizer_json=tokenizer_json, card=card)
+                 folder=Path(config.out) / source.name, tokenizer_json=tokenizer_json, card=card,
+                 max_document_bytes=config.max_document_bytes)
 
 
 def _stands(plan: _Plan) -> bool:
@@ -153,8 +161,9 @@ def _finished(plan: _Plan) -> bool:
                          "Add --again to make it anew, or set another out.")
     counts = card.recipe["counts"]
     held_out, left_out = counts["documents_held_out"], sum(counts["left_out"].values())
+    bad = f", {len(counts['bad_files'])} bad files" if counts.get("bad_files") else ""
     say(f"{plan.source.name}: finished before, {card.documents:,} samples and {short_count(card.tokens)} tokens in "
-        f"train, {held_out:,} documents held out, {left_out:,} left out ({plan.folder}). Nothing to do.")
+        f"train, {held_out:,} documents held out, {left_out:,} left out{bad} ({plan.folder}). Nothing to do.")
     tidy(plan.folder)
     return True
 
@@ -165,7 +174,7 @@ def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> Segmen
                     dtype=card.dtype, held_out_share=config.held_out_share,
                     max_tokens_per_document=config.max_tokens_per_document, shard_bytes=config.shard_bytes,
                     compression=None if config.compression == "none" else config.compression,
-                    stop_on_error=config.on_error == "stop")
+                    stop_on_error=config.on_error == "stop", max_document_bytes=config.max_document_bytes)
     # more processes than segments would only cost their start
     return SegmentPool(job, max(1, min(config.worker_processes, max(len(part.of(plan.segments)) for plan in plans))))
 
@@ -210,7 +219,15 @@ def _report(plan: _Plan, counts: Counts) -> None:
     say(f"  documents  {counts.documents_read + left_out:>13,} in = {counts.documents_train:,} train + "
         f"{counts.documents_held_out:,} held out + {left_out:,} left out{f' ({reasons})' if reasons else ''}")
     say(f"  tokens     {counts.tokens:>13,} written = {counts.content_tokens:,} of text + 2 x {counts.pieces:,} pieces")
+    if counts.bad_files:
+        more = " or more" if len(counts.bad_files) == SHOWN_FILES else ""
+        files = {stretch.file.name for segment in plan.segments for stretch in segment.stretches}
+        say(f"  bad files  {len(counts.bad_files):>13,}{more} of {len(files):,}: " + "; ".join(
+            f"{name} ({why.rstrip('.')})" for name, why in itertools.islice(counts.bad_files.items(), 3)))
     say(f"  folder     {plan.folder}")
+    if counts.bad_files:
+        warn_once(f"{plan.source.name}: {len(counts.bad_files)} of its files could not be read as {word_of(plan.source)}, first "
+                  f"{next(iter(counts.bad_files))}. What they hold is not in the shards; mend them and prepare with --again.")
     if not counts.documents_held_out and plan.card.recipe["settings"]["held_out_share"]:
         warn_once(f"{plan.source.name} has too few documents for held_out_share: none was held out, "
                   f"and there is no {plan.folder / 'held_out'}.")
@@ -220,7 +237,8 @@ def _real_texts(plan: _Plan) -> list[str]:
     """Some short documents of the source, for the check of the encoder. Bad lines are reported later, in place."""
     texts: list[str] = []
     with contextlib.suppress(ReadError):
-        for block in itertools.islice(read_blocks(plan.source, plan.segments[0].stretches[0].file), 1):
+        first = plan.segments[0].stretches[0].file
+        for block in itertools.islice(read_blocks(plan.source, first, most_bytes=plan.max_document_bytes), 1):
             texts = [t for t in parse(block).texts if len(t) < 20_000][:CHECK_DOCUMENTS]
     ends = list(itertools.accumulate(map(len, texts)))
     return texts[:sum(end <= CHECK_CHARS for end in ends)]

@@ -14,11 +14,14 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.long_texts import TooLong, batches, cuts_of, parts_of
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import warn_once
 
 EncoderName = Literal["fastokens", "tokenizers"]
+HASH_CHARS = 2**20              # of a text at a time, as bytes
+BATCH_CHARS: dict[EncoderName, int] = {"fastokens": 2**21, "tokenizers": 2**18}      # 30 and 250 bytes of memory each
 
 # What encoders disagree on: spellings of specials, white space around them, composed and decomposed letters,
 # runs of spaces, controls, scripts without spaces, joined emoji, digits, contractions.
@@ -53,6 +56,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer_json: Path, name: EncoderName) -> None:
         self.name = name
+        self._cuts = cuts_of(tokenizer_json)
         try:
             if name == "fastokens":
                 import fastokens
@@ -71,8 +75,29 @@ class TextEncoder:
             raise ShardError(f"{tokenizer_json} is not a tokenizer that {name} can read: {error}. "
                              "Make one with data-prep tokenizer.") from error
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all texts end to end [T] uint32, tokens per text [D] int64)."""
+    def encode(self, texts: Sequence[str], dtype: np.dtype | type = np.uint32) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts end to end [T], tokens per text [D] int64), by as much text at a time as bounds memory.
+
+        A long text is encoded in parts, which end where no token can go on (long_texts.py). Raises TooLong for one that has
+        no such place for too long."""
+        ids: list[np.ndarray] = []
+        lengths_D = np.zeros(len(texts), np.int64)
+        for documents, parts in batches(texts, self._cuts, most_chars=BATCH_CHARS[self.name]):
+            ids_T, lengths_P = self._encode(parts)
+            ids.append(ids_T.astype(dtype, copy=False))
+            np.add.at(lengths_D, documents, lengths_P)
+        return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, dtype), *ids]), lengths_D
+
+    def fits(self, text: str) -> bool:
+        """Whether the text can be encoded: not where a part without a cut would be too long."""
+        try:
+            for _ in parts_of(text, self._cuts, most_chars=BATCH_CHARS[self.name]):
+                pass
+        except TooLong:
+            return False
+        return True
+
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.name == "fastokens":
             ids, offsets = self._tokenizer.encode_batch_flat(list(texts), False, True)
             return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
@@ -101,7 +126,7 @@ def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> Enco
 def encode_pieces(encoder: TextEncoder, texts: Sequence[str], *, cls_id: int, sep_id: int, dtype: np.dtype,
                   max_tokens_per_document: int, held_out_share: float) -> Pieces:
     """Encode documents, cut the long ones, wrap every piece; a document's pieces all go to the same split."""
-    ids_T, lengths_D = encoder.encode(texts)
+    ids_T, lengths_D = encoder.encode(texts, dtype)
     content_tokens = int(lengths_D.sum())
     assert len(ids_T) == content_tokens, "offsets and ids must end together"
     pieces_P, document_P = cut_lengths(lengths_D, max_tokens_per_document - 2)
@@ -138,7 +163,10 @@ def is_held_out(text: str, share: float) -> bool:
 
 def text_hash(text: str) -> int:
     """64 bits of the text's BLAKE2b."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(digest_size=8)
+    for at in range(0, len(text), HASH_CHARS):
+        digest.update(text[at:at + HASH_CHARS].encode("utf-8"))
+    return int.from_bytes(digest.digest(), "little")
 
 
 def one_thread_a_process() -> None:

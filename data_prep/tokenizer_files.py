@@ -12,15 +12,26 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.config import ArrowSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
+from data_prep.config import (
+    ArrowSource,
+    CsvSource,
+    HubSource,
+    JsonlSource,
+    MdsSource,
+    ParquetSource,
+    Source,
+    TextSource,
+    TsvSource,
+)
 from data_prep.output import output
 from data_prep.readers import find_files, numbered, parse, read_blocks
+from data_prep.readers.packed import PACKED_ENDINGS
 from data_prep.tokenization import TextEncoder, text_hash
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import say
-from encoder.data.shard_format import special_ids_of
+from encoder.data.shard_format import INDEX, special_ids_of
 
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 
@@ -117,13 +128,15 @@ def copy_tokenizer(given: Path, out: Path) -> None:
 
 
 def sources_of(patterns: Sequence[str]) -> list[Source]:
-    """File names and globs as sources: .jsonl (also .gz, .zst), .parquet, .arrow; everything else as plain text."""
+    """File names and globs as sources by their endings, those of packing left out; everything else as plain text."""
+    kinds = {".jsonl": JsonlSource, ".json": JsonlSource, ".csv": CsvSource, ".tsv": TsvSource, ".parquet": ParquetSource,
+             ".arrow": ArrowSource}
+
     def source(index: int, pattern: str) -> Source:
-        name = f"files_{index}"
-        if pattern.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")):
-            return JsonlSource(name=name, files=(pattern,))
-        kinds = {".parquet": ParquetSource, ".arrow": ArrowSource}
-        return kinds.get(Path(pattern).suffix, TextSource)(name=name, files=(pattern,))
+        path = Path(pattern)
+        bare = path.with_suffix("") if path.suffix in PACKED_ENDINGS else path
+        kind = MdsSource if path.name == INDEX else kinds.get(bare.suffix, TextSource)
+        return kind(name=f"files_{index}", files=(pattern,))
 
     return [source(i, p) for i, p in enumerate(patterns)]
 

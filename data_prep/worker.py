@@ -21,8 +21,10 @@ import numpy as np
 
 from data_prep.config import Source
 from data_prep.ledger import SPLITS, Counts, Ledger, Record, write_record
-from data_prep.readers import Block, InputFile, ReadError, numbered, parse, read_blocks
-from data_prep.segments import Part, Segment
+from data_prep.long_texts import MOST_UNCUT_CHARS
+from data_prep.readers import Block, InputFile, Parsed, ReadError, numbered, parse, read_blocks
+from data_prep.readers.blocks import SKIP
+from data_prep.segments import Part, Segment, Stretch
 from data_prep.shards import ShardWriter
 from data_prep.tokenization import EncoderName, TextEncoder, encode_pieces, one_thread_a_process
 from encoder.base.errors import ConfigError, ShardError, UserError
@@ -30,6 +32,8 @@ from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
 from encoder.base.main_script import without_main_script
 from encoder.data.shard_format import lengths_dtype
+
+MANY = 100               # documents of a part of a file, of which none is good: the file is of another kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class EncodeJob:
     shard_bytes: int
     compression: str | None
     stop_on_error: bool
+    max_document_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,13 @@ class SegmentJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class At:
+    """Where a process is, said before it encodes a block: should it die there, the sentence names the place."""
+
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Done:
     """What one block brought, for the progress bar."""
 
@@ -71,8 +83,9 @@ class Done:
 class SegmentMaker:
     """Makes segments in this process."""
 
-    def __init__(self, job: EncodeJob, tell: Callable[[Done], None]) -> None:
+    def __init__(self, job: EncodeJob, tell: Callable[[Done | At], None]) -> None:
         self._job, self._tell = job, tell
+        self._place = ""
         self._encoders: dict[EncoderName, TextEncoder] = {}
 
     def encoder(self, name: EncoderName) -> TextEncoder:
@@ -87,8 +100,10 @@ class SegmentMaker:
             counts = Counts()
             out = _Splits(folder, self._job)
             with _unchanged(asked.segment):
-                for file, block in self._blocks(asked, counts):
-                    self._encode(self.encoder(asked.encoder), file, block, out, counts)
+                try:
+                    self._read(asked, out, counts)
+                except MemoryError as error:
+                    raise UserError(no_memory(self._place)) from error
             shards = out.finish()
             counts.tokens = sum(out.tokens.values())
             counts.check()
@@ -96,21 +111,52 @@ class SegmentMaker:
             write_record(folder, Record(made_from_sha256=asked.made_from_sha256, stretches=stretches, counts=counts,
                                         tokens=out.tokens, shards=shards))
 
-    def _blocks(self, asked: SegmentJob, counts: Counts) -> Iterator[tuple[InputFile, Block]]:
+    def _read(self, asked: SegmentJob, out: _Splits, counts: Counts) -> None:
+        """The stretches of a segment, each to its end or to where it breaks."""
+        encoder = self.encoder(asked.encoder)
         for stretch in asked.segment.stretches:
+            good, problems, first_problem, broken = 0, 0, "", ""
             try:
-                for block in read_blocks(asked.source, stretch.file, stretch.begin, stretch.end):
-                    yield stretch.file, block
+                for block in self._blocks(asked.source, stretch):
+                    parsed = self._encode(encoder, stretch.file, block, out, counts)
+                    good += len(parsed.texts)
+                    problems += parsed.problems
+                    first_problem = first_problem or parsed.problem or ""
             except ReadError as error:
                 if self._job.stop_on_error:
                     raise
+                broken = str(error)
                 warn_once(f"left out, with an unknown number of documents: {error}")
                 counts.leave_out({"rest of a broken file": 1})
+            if not broken and not good and problems >= (1 if stretch.end is None else MANY):
+                broken = f"none of {problems:,} documents could be read: {first_problem}"
+                warn_once(f"{stretch.file.place}: {broken}")
+            if broken:
+                counts.add_bad_file(stretch.file.name, broken)
 
-    def _encode(self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts) -> None:
+    def _blocks(self, source: Source, stretch: Stretch) -> Iterator[Block]:
+        """The blocks of a stretch; the place of each is told before it is worked on."""
+        self._say_place(stretch.file, None)
+        for block in read_blocks(source, stretch.file, stretch.begin, stretch.end, most_bytes=self._job.max_document_bytes):
+            self._say_place(stretch.file, block)
+            yield block
+
+    def _say_place(self, file: InputFile, block: Block | None) -> None:
+        self._place = file.place
+        if block:
+            behind = f" behind byte {block.counted_from:,}" if block.counted_from else ""
+            self._place += f"{behind}, {block.kind_of_row} {block.first:,} and on"
+        self._tell(At(place=self._place))
+
+    def _encode(self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts) -> Parsed:
         job, parsed, tokens = self._job, parse(block), 0
+        for number in [number for number in sorted(parsed.long, reverse=True) if not encoder.fits(parsed.texts[number])]:
+            text = parsed.texts.pop(number)
+            parsed.leave_out("no end of a word", f"{parsed.long[number]}: {len(text):,} characters, of which {MOST_UNCUT_CHARS:,} "
+                                                 "follow one another without a place to cut between words; needed: prose or code "
+                                                 f"with spaces. Leave it out, or {SKIP}.")
         if parsed.problem and job.stop_on_error:
-            raise ConfigError(parse(numbered(block, file)).problem)
+            raise ConfigError(parse(numbered(block, file)).problem or parsed.problem)
         counts.leave_out(parsed.left_out)
         if parsed.texts:
             pieces = encode_pieces(encoder, parsed.texts, cls_id=job.cls_id, sep_id=job.sep_id,
@@ -122,6 +168,13 @@ class SegmentMaker:
                               documents_train=len(parsed.texts) - pieces.held_out_documents,
                               content_tokens=pieces.content_tokens, pieces=len(pieces.lengths_P)))
         self._tell(Done(file_bytes=block.file_bytes, documents=len(parsed.texts), tokens=tokens))
+        return parsed
+
+
+def no_memory(place: str) -> str:
+    """The sentence about a process that ran out of memory."""
+    return (f"memory ran out at {place}. Run it again with fewer processes (processes: N), a smaller max_document_bytes, "
+            "or more memory; what is finished is kept.")
 
 
 @contextlib.contextmanager
@@ -187,30 +240,35 @@ class SegmentPool:
     def make(self, jobs: Iterable[SegmentJob], tell: Callable[[Done], None]) -> None:
         """All of them; `tell` is called as they go on. Raises the error of the first segment that has one."""
         if not self._processes:
-            maker = SegmentMaker(self._job, tell)
+            maker = SegmentMaker(self._job, lambda news: tell(news) if isinstance(news, Done) else None)
             for job in jobs:
                 maker(job)
             return
-        try:
-            self._make(enumerate(jobs), tell)
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            raise UserError("a process that encodes text died, most likely for want of memory. Run it again with fewer "
-                            f"processes than {len(self._processes)}: processes=N.") from error
+        self._make(enumerate(jobs), tell)
 
     def _make(self, jobs: Iterator[tuple[int, SegmentJob]], tell: Callable[[Done], None]) -> None:
         idle, busy, failed = list(self._processes), {}, {}
+        places = {pipe: "its start" for pipe in idle}
         while True:
             while idle and not failed and (job := next(jobs, None)):
                 pipe = idle.pop()
                 busy[pipe] = job[0]
-                pipe.send(job[1])
+                places[pipe] = job[1].segment.stretches[0].file.place
+                with contextlib.suppress(OSError):       # dead: told of where its news are read
+                    pipe.send(job[1])
             if failed and min(failed) < min(busy.values(), default=min(failed) + 1):
                 error, trace = failed[min(failed)]
                 raise error from None if isinstance(error, UserError) else RuntimeError(trace)
             if not busy:
                 return
             for pipe in connection.wait(busy):
-                news = pipe.recv()
+                try:
+                    news = pipe.recv()
+                except (EOFError, OSError) as error:
+                    raise UserError(self._how_it_died(pipe, places[pipe])) from error
+                if isinstance(news, At):
+                    places[pipe] = news.place
+                    continue
                 if isinstance(news, Done):
                     tell(news)
                     continue
@@ -218,6 +276,17 @@ class SegmentPool:
                 idle.append(pipe)
                 if news:
                     failed[number] = news
+
+    def _how_it_died(self, pipe: connection.Connection, place: str) -> str:
+        """A process that ended by itself: by which signal, and where."""
+        process = self._processes[pipe]
+        process.join(DEATH_SECONDS)
+        code, count = process.exitcode, len(self._processes)
+        how = f"by signal {-code} ({signal.Signals(-code).name})" if code and -code in set(signal.Signals) else f"with code {code}"
+        memory = code in (-signal.SIGKILL, -signal.SIGABRT, 1, None)
+        why = ", most likely for want of memory" if memory else ""
+        return (f"a process that encodes text died {how} at {place}{why}. Run it again with fewer processes than {count} "
+                "(processes: N), a smaller max_document_bytes, or more memory; what is finished is kept.")
 
     def close(self) -> None:
         """End the processes; segments that are not finished are given up."""
@@ -227,6 +296,9 @@ class SegmentPool:
             process.join()
             pipe.close()
         self._processes = {}
+
+
+DEATH_SECONDS = 10.0                 # until the exit code of a process that closed its pipe is known
 
 
 def _work(job: EncodeJob, pipe: connection.Connection) -> None:

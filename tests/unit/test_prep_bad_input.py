@@ -128,8 +128,6 @@ def old_stream() -> bytes:
 @pytest.mark.parametrize("name, content, source, words", [
     ("a.jsonl.gz", half(gzip.compress(GOOD * 20_000)), "jsonl", "beyond line 9,"),
     ("a.jsonl.gz", b"", "jsonl", "is cut short"), ("a.jsonl.zst", b"", "jsonl", "is cut short"),
-    ("a.jsonl.gz", GOOD, "jsonl", "Not a gzipped file"),
-    ("a.jsonl.zst", GOOD, "jsonl", "cannot be read beyond line 0"),
     ("a.parquet", b"PAR1 and no end", "parquet", "cannot be read beyond row 0"),
     ("a.parquet", half(table_bytes("parquet", pyarrow.table({"text": texts(300)}))), "parquet", "beyond row 0"),
     ("a.parquet", broken_page(), "parquet", "cannot be read beyond row 100"),

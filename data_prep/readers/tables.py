@@ -1,0 +1,306 @@
+"""Parquet and Arrow: the columns in use, some rows at a time, counted in bytes whatever the rows are."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from data_prep.config import ArrowSource, HubSource, ParquetSource, Source
+from data_prep.readers.blocks import SKIP, Block, Limits, NotUtf8, ReadError, TooLarge, readable
+from data_prep.readers.files import InputFile
+from data_prep.readers.parquet_pages import DICTIONARY, pages_of
+from encoder.base.errors import nearest
+
+TABLE_ROWS = 1024                              # in one block, fewer when they are long
+BATCH_BYTES = 2**26                            # of a Parquet batch, where pages tell how long a row may be
+ARROW_FILE = b"ARROW1"                         # first and last
+ARROW_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")       # since Arrow 0.15; before
+PAGE_DOCUMENTS = 8                             # a Parquet page may have as many times max_document_bytes
+BATCH_DOCUMENTS = 8                            # a compressed Arrow batch, too
+
+
+def parquet_blocks(source: ParquetSource | HubSource, file: InputFile, limits: Limits, stream: IO[bytes] | None = None
+                   ) -> Iterator[Block]:
+    """The rows of a Parquet file, a row group after the other, so that those before a broken one are read.
+
+    stream: the open file, where it lies elsewhere.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    made = _Maker(source, file, limits)
+    # a remote file fails in as many ways as there are libraries below fsspec
+    errors = (OSError, ValueError, pyarrow.ArrowException) if stream is None else (Exception,)
+    with readable(made.place, errors), contextlib.ExitStack() as held:
+        raw = stream or held.enter_context(open(file.path, "rb"))
+        f = held.enter_context(pyarrow.parquet.ParquetFile(raw))
+        columns = list(dict.fromkeys(top(name, f.schema_arrow.names, file) for name in source.used_columns))
+        for group in range(f.num_row_groups):
+            facts = f.metadata.row_group(group)
+            chunks = [facts.column(i) for i in range(facts.num_columns)
+                      if facts.column(i).path_in_schema.partition(".")[0] in columns or facts.column(i).path_in_schema in columns]
+            rows = facts.num_rows
+            largest, dictionary = _largest_pages(raw, chunks, PAGE_DOCUMENTS * limits.document_bytes)
+            if largest > PAGE_DOCUMENTS * limits.document_bytes:
+                yield made.too_large(rows, largest, f"{file.place} row group {group + 1} has a Parquet page", PAGE_DOCUMENTS)
+                continue
+            batch_rows = min(TABLE_ROWS, max(1, BATCH_BYTES // max(1, largest, dictionary)))
+            for batch in f.iter_batches(batch_rows, row_groups=[group], columns=columns):
+                yield from made.blocks(pyarrow.Table.from_batches([batch]))
+
+
+def _largest_pages(raw: IO[bytes], chunks: list[Any], most: int) -> tuple[int, int]:
+    """Bytes of the largest page where a chunk has more than `most`, else 0; bytes of the largest dictionary."""
+    largest = dictionary = 0
+    at = raw.tell()
+    for chunk in chunks:
+        begin = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
+        begin = chunk.data_page_offset if begin is None or begin <= 0 else begin
+        with contextlib.suppress(ValueError):             # what is no header is the reader's to report
+            for page in pages_of(raw, begin, chunk.total_compressed_size):
+                if page.kind == DICTIONARY:
+                    dictionary = max(dictionary, page.bytes)
+                if chunk.total_uncompressed_size <= most:
+                    break
+                largest = max(largest, page.bytes)
+    raw.seek(at)
+    return largest, dictionary
+
+
+def arrow_blocks(source: ArrowSource, file: InputFile, limits: Limits) -> Iterator[Block]:
+    """The rows of an Arrow file or stream, from a memory map whose pages are let go of as soon as they are read."""
+    import pyarrow
+    import pyarrow.ipc
+
+    made = _Maker(source, file, limits)
+    with readable(made.place, (OSError, ValueError, pyarrow.ArrowException)), open(file.path, "rb") as raw:
+        if not file.bytes:
+            raise ReadError(_cut_short(file))
+        pages = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)        # closed with the last array that looks into it
+        unpacked = _check_arrow(file, pages)
+        _let_go(pages)
+        if unpacked > BATCH_DOCUMENTS * limits.document_bytes:
+            yield made.too_large(1, unpacked, f"{file.place} has a compressed batch, to be unpacked as a whole,", BATCH_DOCUMENTS)
+            return
+        for batch in _arrow_batches(source, file, pages, compressed=unpacked > 0):
+            for at in range(0, batch.num_rows, TABLE_ROWS):
+                for block in made.blocks(pyarrow.Table.from_batches([batch.slice(at, TABLE_ROWS)])):
+                    yield block
+                    _let_go(pages)
+
+
+def _arrow_batches(source: ArrowSource, file: InputFile, pages: mmap.mmap, *, compressed: bool) -> Iterator[Any]:
+    """The record batches. Of compressed ones the columns in use alone are unpacked; others stay where they lie, which the
+    choice of columns would copy."""
+    import pyarrow
+    import pyarrow.ipc
+
+    data, is_file = pyarrow.py_buffer(memoryview(pages)), pages[:6] == ARROW_FILE
+    open_it = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+    names = open_it(data).schema.names
+    tops = [top(name, names, file) for name in source.used_columns]
+    chosen = sorted({names.index(name) for name in tops}) if compressed else []
+    reader = open_it(data, options=pyarrow.ipc.IpcReadOptions(included_fields=chosen))
+    if is_file:
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+    else:
+        yield from reader
+
+
+def _let_go(pages: mmap.mmap) -> None:
+    """Pages that were read are no more this process's memory; they stay in the machine's cache."""
+    if hasattr(pages, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _check_arrow(file: InputFile, pages: mmap.mmap) -> int:
+    """Bytes of the largest compressed batch once it is unpacked. Raises ReadError for a file that is cut short.
+
+    A stream that was cut between two of its batches reads as if it were whole, but for the mark at its end. The mark is
+    looked for where the last batch ends: zeros that fill up a batch look like one of before Arrow 0.15."""
+    import pyarrow
+    import pyarrow.ipc
+
+    is_file = pages[:6] == ARROW_FILE
+    whole, unpacked, end = is_file and pages[-6:] == ARROW_FILE, 0, 8 if is_file else 0
+    reader = pyarrow.BufferReader(pyarrow.py_buffer(memoryview(pages)))
+    with contextlib.suppress(EOFError, OSError, pyarrow.ArrowException):
+        while end < file.bytes:
+            if not is_file:
+                whole = pages[end:end + 8].startswith(ARROW_STREAM_ENDS)
+            reader.seek(end)
+            message = pyarrow.ipc.read_message(reader)             # its content is not touched
+            end = reader.tell()
+            if not is_file:
+                whole = False
+            unpacked = max(unpacked, unpacked_bytes(message))
+    if not whole:
+        raise ReadError(_cut_short(file))
+    return unpacked
+
+
+def _cut_short(file: InputFile) -> str:
+    return f"{file.place} is cut short: it does not end as an Arrow file or stream does. Fetch the file again, or {SKIP}."
+
+
+def unpacked_bytes(message: Any) -> int:
+    """What the compressed buffers of a record batch take when unpacked, 0 for a batch that is not compressed.
+
+    Reads the FlatBuffers table of the message (header, field 2: a RecordBatch) for buffers (2) and compression (3); each
+    compressed buffer begins with its size in 8 bytes."""
+    import struct
+
+    if message.type != "record batch":
+        return 0
+    data, body = memoryview(message.metadata), message.body
+
+    def field(table: int, number: int) -> int:
+        vtable = table - struct.unpack_from("<i", data, table)[0]
+        if 4 + 2 * number + 2 > struct.unpack_from("<H", data, vtable)[0]:
+            return 0
+        offset = struct.unpack_from("<H", data, vtable + 4 + 2 * number)[0]
+        return table + offset if offset else 0
+
+    try:
+        root = struct.unpack_from("<I", data, 0)[0]
+        at = field(root, 2)
+        batch = at + struct.unpack_from("<I", data, at)[0]
+        if not field(batch, 3):
+            return 0
+        at = field(batch, 2)
+        buffers = at + struct.unpack_from("<I", data, at)[0]
+        total, view = 0, memoryview(body)
+        for k in range(struct.unpack_from("<I", data, buffers)[0]):
+            offset, length = struct.unpack_from("<qq", data, buffers + 4 + 16 * k)
+            if length >= 8:
+                size = struct.unpack_from("<q", view, offset)[0]
+                total += length - 8 if size < 0 else size
+        return total
+    except struct.error:
+        return 0                                   # the reader says what is wrong
+
+
+class _Maker:
+    """Tables to blocks of one file, with rows counted through it."""
+
+    def __init__(self, source: Source, file: InputFile, limits: Limits) -> None:
+        self._source, self._file, self._limits = source, file, limits
+        self._first, self._left = 1, file.bytes
+
+    def place(self) -> str:
+        """How far it came, for messages."""
+        return f"{self._file.place} cannot be read beyond row {self._first - 1:,}"
+
+    def too_large(self, rows: int, size: int, what: str, documents: int) -> Block:
+        """Rows that cannot be read one by one."""
+        first, self._first = self._first, self._first + rows
+        return self._made(first, 0, too_large=TooLarge(number=1, bytes=size, documents=rows, what=what, times=documents))
+
+    def _made(self, first: int, size: int, **content: Any) -> Block:
+        here = min(self._left, size)
+        self._left -= here
+        return Block(source=self._source, file=self._file.place, first=first, file_bytes=here,
+                     most_bytes=self._limits.document_bytes, **content)
+
+    def blocks(self, table: Any) -> Iterator[Block]:
+        """Blocks of at most block_bytes, or of one row."""
+        columns = {name: _column(table, name, self._source, self._file) for name in self._source.used_columns}
+        bytes_R = _row_bytes(columns[self._source.text], table)
+        ends_R = np.cumsum(bytes_R)
+        at = 0
+        while at < table.num_rows:
+            before = int(ends_R[at - 1]) if at else 0
+            stop = max(at + 1, int(np.searchsorted(ends_R, before + self._limits.block_bytes, side="right")))
+            first, self._first = self._first, self._first + stop - at
+            size = int(ends_R[stop - 1]) - before
+            if stop == at + 1 and size > self._limits.document_bytes:
+                yield self._made(first, size, too_large=TooLarge(number=1, bytes=size))
+            else:
+                yield self._made(first, size, columns={name: _values(c.slice(at, stop - at)) for name, c in columns.items()})
+            at = stop
+
+
+def _row_bytes(text: Any, table: Any) -> np.ndarray:
+    """About the bytes of each row [R] int64: of its text exactly, of the other columns their mean."""
+    import pyarrow
+    import pyarrow.compute
+
+    rows = max(1, table.num_rows)
+    try:
+        lengths = pyarrow.chunked_array([_text_bytes(chunk) for chunk in text.chunks], pyarrow.int64())
+        exact = lengths.fill_null(0).to_numpy().astype(np.int64)
+    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowTypeError, pyarrow.ArrowInvalid):
+        return np.full(table.num_rows, table.nbytes // rows, np.int64)
+    others = max(0, table.nbytes - int(exact.sum())) // rows
+    return exact + others
+
+
+def _text_bytes(chunk: Any) -> Any:
+    import pyarrow
+    import pyarrow.compute
+
+    if pyarrow.types.is_dictionary(chunk.type):
+        return pyarrow.compute.binary_length(chunk.dictionary).cast(pyarrow.int64()).take(chunk.indices)
+    if pyarrow.types.is_null(chunk.type):
+        return pyarrow.nulls(len(chunk), pyarrow.int64())
+    return pyarrow.compute.binary_length(chunk).cast(pyarrow.int64())
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as objects of Python; a value with text that is not UTF-8 is the NotUtf8 of it."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return NotUtf8(byte=error.start + 1)
+
+
+def _column(table: Any, column: str, source: Source, file: InputFile) -> Any:
+    """A column of a table, or a field inside a structure (a.b.c). Raises ReadError."""
+    import pyarrow
+    import pyarrow.compute
+
+    found = top(column, table.column_names, file)
+    array = table.column(found)
+    for name in column.split(".")[1:] if found != column else ():
+        fields = [f.name for f in array.type] if pyarrow.types.is_struct(array.type) else []
+        if name not in fields:
+            raise ReadError(f"{file.place} has no column {column!r}: nothing in {found!r} is named {name!r}. "
+                            f"Set the source's text or filters, or {SKIP}.")
+        array = pyarrow.compute.struct_field(array, name)
+    kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
+    words = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view, pyarrow.types.is_null)
+    if column == source.text and not any(is_kind(kind) for is_kind in words):
+        raise ReadError(f"{file.place}: column {column!r} is {kind}; needed: text. Set the source's text, or {SKIP}.")
+    return array
+
+
+def top(column: str, names: list[str], file: InputFile) -> str:
+    """The column of a table that holds `column`: itself, or the a of a.b.c. Raises ReadError."""
+    found = column if column in names else column.partition(".")[0]
+    if found not in names:
+        raise ReadError(f"{file.place} has no column {column!r}. {nearest(column, sorted(names))} "
+                        f"Set the source's text or filters, name files that have it, or {SKIP}.")
+    return found
+
+
+def table_blocks(source: Source, file: InputFile, tables: Iterator[Any], limits: Limits, errors: tuple[type[Exception], ...]
+                 ) -> Iterator[Block]:
+    """The rows of tables that another library reads."""
+    made = _Maker(source, file, limits)
+    with readable(made.place, errors):
+        for table in tables:
+            yield from made.blocks(table)
+
+
