@@ -20,6 +20,7 @@ from encoder.base.log import say
 from encoder.data.shard_format import (
     TOKENIZER,
     Card,
+    as_read,
     check_index,
     read_card,
     read_hashes,
@@ -78,7 +79,8 @@ def summarize(folder: Path) -> Summary:
     shard = list(read_shard(folder, read_index(folder)[0], card=card, hashes=read_hashes(folder, card)))
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
-    texts = [tokenizer.decode(ids_T[:SAMPLE_CHARS].tolist(), skip_special_tokens=False) for ids_T in chosen]
+    read = [as_read(ids_T, card)[:SAMPLE_CHARS].tolist() for ids_T in chosen]
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in read]
     return Summary(folder=folder, card=card, lengths=lengths, samples=[t[:SAMPLE_CHARS] for t in texts])
 
 

@@ -212,7 +212,7 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
                    f"{known.card.tokens:,}: all of it is used.")
     for where, sources in _mixtures(run):
         known = [*_known(where, sources)]
-        if len(known) < len(sources):
+        if len(known) < len(sources) or not all(k.card.tokens for k in known):
             continue
         shares = documents_per_window([k.card for k in known], [s.weight for s in sources], run.data.window_documents)
         small = [(k, share) for k, share in zip(known, shares, strict=True) if share > k.card.documents]

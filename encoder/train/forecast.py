@@ -189,8 +189,9 @@ def _probe_lines(probe: Probe) -> list[str]:
     waited = probe.waited_share or 0.0
     if waited >= BUSY_SHARE or probe.spread >= BUSY_SPREAD:
         why = f"threads waited {waited:.0%} of their time for a core" if waited >= BUSY_SHARE else "the rounds differ widely"
-        lines.append(f"               the machine is busy with other work ({why}): alone the run may be several times as fast. "
-                     "Measure again when it is idle.")
+        times = f"about {1 / max(0.02, 1 - waited):.1f} times" if waited >= BUSY_SHARE else "several times"
+        lines.append(f"               the machine is busy with other work ({why}): alone the run may be {times} as fast. Measure "
+                     "again when it is idle.")
     return lines
 
 

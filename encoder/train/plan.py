@@ -335,7 +335,7 @@ def _order_lines(run: RunConfig) -> list[str]:
     """How local the order of documents is, of the sources that are not shuffled whole."""
     group, local = run.data.shuffle_shards, {}
     for source in (s for phase in run.phases for s in run.sources_of(phase)):
-        with contextlib.suppress(ShardError):
+        with contextlib.suppress(ShardError, OSError):
             card, index = read_card(source.folder), source.folder / INDEX
             if index.stat().st_size > QUICKLY_READ_BYTES:          # a shard takes 0.7 KB
                 shards = index.stat().st_size // 700

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from encoder.base.dist import World
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, ShardError
 from encoder.train.checks import check_settings, hints_of, mistakes_of
 from encoder.train.config import read_run
 from encoder.train.filling import fill_rows
@@ -161,3 +162,26 @@ def test_doctor_tells_what_plan_tells(root, monkeypatch):
         root / "run.yaml", ["phases.0.batch_warmup={from_tokens: 256, over_tokens: 1M}"]).phases)
     doctor._judge_run(long)
     assert any("never reach batch_tokens" in line for line in doctor.findings.mistakes)
+
+
+def test_a_source_without_a_document_is_planned_and_refused_at_the_start(root):
+    write_source(root / "empty", random_documents(3, longest=9), vocab_size=64)
+    card = json.loads((root / "empty" / "card.json").read_text())
+    (root / "empty" / "lengths.bin").write_bytes(b"")
+    (root / "empty" / "card.json").write_text(json.dumps({**card, "documents": 0, "tokens": 0}))
+    run = read_run(root / "run.yaml", [f"data.sources=[{{path: {root}/a/train, name: x}}, {{path: {root}/empty, name: y}}]"])
+    assert plan_text(run, ranks=1) and isinstance(hints_of(run, ranks=1), list)
+    with pytest.raises(ShardError, match="holds no documents"):
+        pretrain(run, World())
+
+
+def test_a_plan_says_how_local_the_order_is(root):
+    text = plan_text(read_run(root / "run.yaml", ["data.shuffle_shards=1"]), ranks=1)
+    shards = len(list((root / "a" / "train").glob("*.mds")))
+    assert ("order: 1 of" in text) == (shards > 1)
+    write_source(root / "many", random_documents(400, seed=1, longest=64), vocab_size=64, shard_bytes=1024)
+    shards = len(list((root / "many").glob("*.mds")))
+    text = plan_text(read_run(root / "run.yaml", [f"data.sources.0.path={root}/many", "data.window_documents=200"]), ranks=1)
+    assert f"order: 8 of {shards} shards of a are read at a time" in text and "data.shuffle_shards sets how many" in text
+    with pytest.raises(ConfigError, match="shuffle_shards 0 must be 1 to 256"):
+        read_run(root / "run.yaml", ["data.shuffle_shards=0"])
