@@ -20,6 +20,10 @@ class Estimate:
     tokens: Tokens                   # of the whole source as it is described here, filters included
     reference: str                   # who says so, and what was reckoned from it
 
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise ConfigError("tokens is 0; needed: how many the source holds. Leave the estimate out where nobody knows.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Named:
@@ -30,8 +34,8 @@ class _Named:
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
-            raise ConfigError(f"name {self.name!r} cannot name a folder; needed: letters, digits, _ . -, no dot first.")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}", self.name):
+            raise ConfigError(f"name {self.name[:60]!r} cannot name a folder; needed: letters, digits, _ . -, no dot first, 150 at most.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def _cells(p: SourcePlan) -> tuple[str, ...]:
 
 def _mixture_cells(given: Mixture, plans: dict[str, SourcePlan]) -> list[tuple[str, ...]]:
     return [(name, short_count(tokens), f"{100 * tokens / given.tokens:.2f} %",
-             f"{tokens / plans[name].amount.tokens:.2f}" if plans[name].amount else "?")
+             f"{tokens / plans[name].amount.tokens:.2f}" if plans[name].amount and plans[name].amount.tokens else "?")
             for name, tokens in given.sources.items()]
 
 
@@ -140,7 +140,7 @@ def _remarks(plans: Sequence[SourcePlan], mixtures: dict[str, Mixture]) -> None:
         taken = sum(m.sources.get(p.name, 0) for m in mixtures.values())
         if p.amount is None:
             warn_once(f"nothing tells how much {p.name} holds: give it an estimate, or prepare it.")
-        elif taken > MANY_EPOCHS * p.amount.tokens:
+        elif p.amount.tokens and taken > MANY_EPOCHS * p.amount.tokens:
             warn_once(f"{p.name} is gone through {taken / p.amount.tokens:.1f} times in all; beyond {MANY_EPOCHS} epochs "
                       "repeated text teaches less and less. Lower its budget.")
         elif mixtures and not taken:

@@ -66,8 +66,8 @@ def nearest(word: str, choices: list[str]) -> str:
     close = [c for c in get_close_matches(word, choices, n=3, cutoff=0.6)
              if c == word or len(c) != len(word) or c.rstrip("0123456789") != word.rstrip("0123456789")]
     if close:
-        return f"Did you mean {close[0]}?"
-    return f"Known: {', '.join(choices)}."
+        return f"Did you mean {close[0] if len(close[0]) <= 200 else close[0][:200] + '...'}?"
+    return f"Known: {', '.join(c if len(c) <= 80 else f'{c[:77]}...' for c in choices)}."
 
 
 def _damaged_shard(text: str, source: str, shard: int) -> DamagedShard:

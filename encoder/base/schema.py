@@ -23,7 +23,15 @@ import yaml
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.units import parse_tokens
-from encoder.base.untrusted import MOST_DEPTH, MOST_DIGITS, missing, number_in_name, read_text
+from encoder.base.untrusted import (
+    MOST_DEPTH,
+    MOST_DIGITS,
+    MOST_NAME_BYTES,
+    MOST_PATH_BYTES,
+    missing,
+    number_in_name,
+    read_text,
+)
 
 Tokens = Annotated[int, "tokens"]     # an amount of tokens: 98304, 500K, 1.719T
 PathText = Annotated[str, "path"]     # a file, a folder or a URL: ~/x and $HOME/x are expanded
@@ -185,6 +193,8 @@ def expand_path(path: Path | str) -> Any:
 
     # the environment's own values are not looked through again
     new = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", filled, text)
+    if len(os.fsencode(new)) > MOST_PATH_BYTES or any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in new.split("/")):
+        raise ConfigError(f"{text[:60]}... is too long for a path: a name has at most {MOST_NAME_BYTES} bytes. Write a shorter one.")
     if text.startswith("~"):
         new = os.path.expanduser(new)
         if new.startswith("~"):

@@ -30,6 +30,10 @@ from encoder.nn.norm import Norm, make_norm
 from encoder.nn.recompute import recomputed
 from encoder.nn.rope import Positions, rope_table
 
+# no model is larger, and a config made elsewhere must not keep a plan or an import busy for hours
+MOST = {"vocab_size": 2**31, "hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
+        "num_attention_heads": 2**14, "max_position_embeddings": 2**31, "type_vocab_size": 2**20}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModernBertConfig:
@@ -67,6 +71,9 @@ class ModernBertConfig:
                      "global_attn_every_n_layers", "window_radius_tokens", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; needed: at least 1.")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} is {getattr(self, name):,}; needed: at most {most:,}.")
         for name in ("global_rope_theta", "local_rope_theta", "norm_eps", "initializer_range",
                      "initializer_cutoff_factor"):
             if not 0 < getattr(self, name) < math.inf:
