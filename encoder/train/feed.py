@@ -19,6 +19,7 @@ import torch
 from encoder.base.dist import max_over_ranks
 from encoder.base.errors import DamagedShard, ShardError, UserError
 from encoder.base.files import write_json
+from encoder.base.untrusted import read_json
 from encoder.data.loader import DataPosition, Loader, StepData
 from encoder.data.shards import Source
 from encoder.engine.agree import texts_of_all_ranks
@@ -50,9 +51,9 @@ class Quarantine:
         """Of the run folder, or, where only a checkpoint was copied, as the checkpoint has them."""
         self.path = folder / QUARANTINE
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else saved
+            found = read_json(self.path, error=ShardError, root=list) if self.path.exists() else saved
             self.lost = [LostShard(**values) for values in found]
-        except (ValueError, TypeError) as error:
+        except (ShardError, TypeError) as error:
             raise ShardError(f"{self.path} cannot be read ({error}); needed: the list of shards that the run has left out. Put it "
                              "back, or remove it: the checkpoint has one, too.") from error
 

@@ -39,8 +39,8 @@ class RunLock:
     def other(self) -> dict[str, Any]:
         """What the other start wrote; empty before it did."""
         self._file.seek(0)
-        with contextlib.suppress(ValueError, OSError):
-            found = json.loads(self._file.read())
+        with contextlib.suppress(ValueError, OSError, RecursionError):
+            found = json.loads(self._file.read(2**16))
             return found if isinstance(found, dict) else {}
         return {}
 

@@ -205,7 +205,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             lines.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LedgerError(f"{path} line {len(lines) + 1} is no JSON. Restore the file, or remove it.") from error
         if not isinstance(lines[-1], dict) or not lines[-1]:
             raise LedgerError(f"{path} line {len(lines)} is no record. Restore the file, or remove it.")
