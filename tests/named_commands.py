@@ -29,9 +29,10 @@ START = re.compile(rf"(?<![\w/.-])(?:{OURS}|{THEIRS}|(?:{VERBS})(?= {PROSE}[a-z-
 WORD = re.compile(
     r"--?[A-Za-z][\w-]*(?:=\S+)?"  # an option
     r"|\"[^\"]*\"|'[^']*'"  # a quoted text
-    r"|\{\}\S*|\[[^\]]*\]|\.\.\.|[A-Z][A-Z_0-9]*(?:[/.]\S*)?"  # a hole, a choice, a placeholder
+    r"|\{\}\S*|\[[^\]]*\]|\.\.\.|[A-Z][A-Z_0-9]*(?:[/.]\S*)?(?![\w-])"  # a hole, a choice, a placeholder
     r"|[\w.-]+=\S*|\S*[/.]\S*\w\S*|\d\S*|\$\w+\S*"  # a setting, a path, a number, a variable
 )
+STOPS = r"(?:has|and|or|is|puts|says|gives|tells|then|where|for|of|in|to)\b"  # a sentence goes on
 SECOND = {
     "tokenizer": "train|modernbert|from-hf",
     "new": r"[\w-]+",
@@ -63,7 +64,7 @@ def _whole(text: str, match: re.Match) -> str:
     takes_verb = bool(re.fullmatch(VERBS, match[0])) or match[0].startswith(("python -m", "make"))
     while at < len(text) and text[at] == " " and text[at + 1 : at + 2] not in ("", " "):
         word = WORD.match(text, at + 1)
-        plain = re.compile(r"[a-z][\w-]*").match(text, at + 1)
+        plain = re.compile(rf"(?!{STOPS})[A-Za-z][\w-]*").match(text, at + 1)
         option = len(words) > 1 and words[-1].startswith("--") and "=" not in words[-1]
         second = SECOND.get(words[-1]) if words[0] in VERBS.split("|") else None
         follows = plain and second and re.fullmatch(second, plain[0])

@@ -41,9 +41,11 @@ LEFT_OUT = {
     r"srun ": "needs a cluster; tests/cluster/test_doctor.py",
     r"(?:bash )?benchmarks/": "needs a GPU, or is a file's name",
     r"(?:python )?launch/bench\.py|tessera bench|python -m benchmarks": "minutes; tests/unit/test_bench.py",
-    r"(?:deepspeed|torchrun) .*(?:configs/|29511)": "8 GPUs, or part of a command",
+    r"(?:deepspeed|torchrun) .*(?:configs/|29511|small\.yaml)": "8 GPUs, hours, or part of a command",
+    r"tessera plan --gpu$|pip": "part of a command",
     r"(?:python )?launch/pretrain\.py configs/": "hours; tests/unit/test_recipes.py reads the recipes",
     r"tessera pretrain (?!RUN|run|\{\})": "hours; tests/unit/test_recipes.py reads the recipes",
+    r"tessera plan domain\.yaml": "refuses so little text as is here; tests/unit/test_recipes.py",
     r"tessera plan continue\.yaml": "needs the weights of ModernBERT-base",
     r".*modernbert_large": "writes 1.6 GB; tests/unit/test_launch_grow.py grows small ones",
     r".*answerdotai/ModernBERT-base": "needs a network; tests/unit/test_base_hub.py has a hub of its own",
@@ -122,10 +124,14 @@ def workspace(tmp_path_factory):
     Path("prep.yaml").write_text(
         prep.replace("shards/four_domains", "shards/prep") + "processes: 1\n"
     )
-    for name in ("own_text", "laptop", "one_gpu", "small", "domain"):
-        kind = "prep" if name == "own_text" else "pretrain"
-        shutil.copy(ROOT / "configs" / kind / f"{name}.yaml", f"{name}.yaml")
+    templates = ("laptop", "one_gpu", "small", "domain")
+    for name in templates:
+        shutil.copy(ROOT / "configs" / "pretrain" / f"{name}.yaml", f"{name}.yaml")
+    shutil.copy(ROOT / "configs" / "pretrain" / "modernbert_base.yaml", "base.yaml")
+    shutil.copy(ROOT / "configs" / "prep" / "own_text.yaml", "own_text.yaml")
     must("data-prep prepare configs/prep/four_domains.yaml root=corpus processes=1")
+    Path("shards/own_text/text").parent.mkdir(parents=True)
+    Path("shards/own_text/text").symlink_to("../four_domains/web")
     made_elsewhere()
     Path("run.yaml").write_text(RUN)
     done = subprocess.run(
@@ -136,17 +142,16 @@ def workspace(tmp_path_factory):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    Path("runs/base").symlink_to("small")
+    for name in ("base", "laptop", "continue", "domain"):
+        Path("runs", name).symlink_to("small")
     Path("large.yaml").write_text(
         RUN.replace("hidden_size: 128", "hidden_size: 256, vocab_size: 448")
         .replace("num_attention_heads: 2", "num_attention_heads: 4")
         .replace("runs/small", "runs/large")
     )
-    for out in ("hf/tiny", "hf/small", "runs/small-hf", "models/ModernBERT-base"):
-        if out == "hf/tiny":
-            must("tessera export runs/small hf/tiny")
-        else:
-            shutil.copytree("hf/tiny", out)
+    must("tessera export runs/small hf/tiny")
+    for out in ("hf/small", "hf/laptop", "runs/small-hf", "models/ModernBERT-base"):
+        shutil.copytree("hf/tiny", out)
     model = stored(
         CONFIG.__class__(
             vocab_size=280,
@@ -276,17 +281,20 @@ def as_run(command: str, number: int) -> str:
         source = next(w for w in words if w.startswith("shards/"))
         shutil.copytree(source, fresh)
         text = text.replace(source, fresh, 1)
-    for made in (
-        "runs/large_weights",
-        "runs/small-hf",
-        "hf/small",
-        "weights/mean",
-        "weights/base",
-        "weights/large",
-    ):
-        if text.split(" ")[1:2] and not re.search(r"fill[-_]mask|report|push", text):
-            text = text.replace(f" {made}", f" {fresh}-made")
-    return text.replace("--out run.yaml", f"--out new{number}.yaml")
+    if re.search(r"tessera (?:export|import|grow)|(?:export_hf|import_hf|grow)\.py", text):
+        text = re.sub(
+            r"((?:export|import|grow)\S* \S+) (?!-)\S+", rf"\1 {fresh}-made", text, count=1
+        )
+    if "average" in text:
+        text = re.sub(r"--out \S+", f"--out {fresh}-made", text)
+    if "tessera new" in text:  # never over a file that is there
+        text = re.sub(r"--out \S+", f"--out new{number}.yaml", text)
+    if re.search(r"tessera plan|launch/plan", text):        # of a run that has not begun
+        text += f" out={fresh}-run"
+    # steps of a small run are measured, and a small run is looked at
+    return text.replace("laptop.yaml --measure", "run.yaml --measure").replace(
+        "doctor small.yaml", "doctor run.yaml"
+    )
 
 
 def hole(text: str, before: str, fresh: str) -> str:
