@@ -17,6 +17,7 @@ from benchmarks.report import Report
 from encoder.base.allocator import keep_freed_memory
 from encoder.base.command import CommandLine, count
 from encoder.base.errors import ConfigError, nearest
+from encoder.base.files import refuse_foreign
 
 # a question imports what it alone needs: a bare GPU machine has no deepspeed, no streaming and no fastokens
 QUESTIONS = {"prep": "text to shards, beside a tokenizer a document and MDSWriter",
@@ -51,6 +52,8 @@ def bench(words: Sequence[str]) -> None:
         raise ConfigError(f"--json {args.json} is a folder; needed: a file in it.")
     if args.json and not args.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}. Make it, or name another.")
+    if args.json:
+        refuse_foreign(args.json, ours=lambda head: b'"command": "python launch/bench.py' in head)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
@@ -65,7 +68,7 @@ def _parser(question: str, module: ModuleType | None, *, quick: bool = False) ->
     parser = CommandLine(prog=f"bench.py {question}", description=__doc__, epilog=f"questions:\n{about}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--against", choices=("hf",), help="also the peer: transformers, for the step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here, over what is there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here, over those of a bench before")
     parser.add_argument("--threads", type=count, metavar="N", help="of torch, on a CPU")
     parser.add_argument("--rounds", type=count, default=8, metavar="N", help="counted rounds (default 8); two come before")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: whether it runs, not how fast it is")

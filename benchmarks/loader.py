@@ -362,7 +362,8 @@ def profile(do: Callable[[], Any], *, lines: int) -> list[str]:
 
 def side_by_side(shards: Path, children: list[str]) -> list[dict[str, float]]:
     """Processes of this module that begin together once all are ready, and what each printed last."""
-    started = [subprocess.Popen([sys.executable, "-m", "benchmarks.loader", str(shards), child], text=True, cwd=ROOT,
+    started = [subprocess.Popen([sys.executable, "-m", "benchmarks.loader", str(shards), child],
+                                encoding="utf-8", errors="replace", cwd=ROOT,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
                for child in children]
     for process in started:

@@ -66,7 +66,7 @@ def in_a_process(route: str, precision: str, positions: int, args: argparse.Name
     """The figures of one case, from a process that did nothing else before."""
     command = [sys.executable, "-m", "benchmarks.loss", route, precision,
                *map(str, (positions, args.device, args.vocab, args.width))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=ROOT)
     if done.returncode:
         raise UserError(f"the loss, {route}, {precision}, {positions:,} positions: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
@@ -120,7 +120,7 @@ def peak(device: str) -> int:
 
 def status_bytes(name: str) -> int:
     """A line of the process's status, which is in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 

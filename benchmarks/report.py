@@ -73,7 +73,7 @@ def environment_text(facts: dict[str, Any]) -> str:
 
 def _cpu_words(key: str) -> list[str]:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.split(":")[0].strip().lower() in (key, "features" if key == "flags" else key):
                 return line.partition(":")[2].split()
     return []
@@ -86,5 +86,5 @@ def _cpu_name() -> str:
 def _commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent, check=True,
-                              text=True, capture_output=True).stdout.strip()
+                              encoding="utf-8", errors="replace", capture_output=True).stdout.strip()
     return None

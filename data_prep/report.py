@@ -15,7 +15,7 @@ from data_prep.output import output
 from data_prep.shards import read_shard
 from data_prep.verify import find_shard_folders
 from encoder.base.errors import ShardError
-from encoder.base.files import write_atomic
+from encoder.base.files import refuse_foreign, write_atomic
 from encoder.base.log import say
 from encoder.data.shard_format import (
     TOKENIZER,
@@ -30,6 +30,7 @@ from encoder.data.shard_format import (
 )
 
 PICTURE, PAGE = "lengths.png", "report.html"
+MADE_BY = "data-prep report"      # in both: what says so may be written over
 SAMPLES, SAMPLE_CHARS = 3, 300
 BAR_CHARS = 40
 HEAD = ("source", "split", "samples", "tokens", "share", "mean", "median", "p95", "longest")
@@ -60,6 +61,8 @@ def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
         for text in summary.samples:
             say(f"  | {' '.join(text.split())}")
     if out:
+        refuse_foreign(out / PAGE, ours=lambda head: MADE_BY.encode() in head)
+        refuse_foreign(out / PICTURE, ours=lambda head: MADE_BY.encode() in head)
         picture = _picture(found)
         with output(out, [PICTURE, PAGE]):
             write_atomic(out / PICTURE, picture)
@@ -128,7 +131,7 @@ def _picture(found: Sequence[Summary]) -> bytes:
     axes.set(xscale="log", xlabel="tokens per sample", ylabel="share of the source's tokens")
     axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": MADE_BY})
     return buffer.getvalue()
 
 
@@ -138,6 +141,7 @@ def _page(rows: Sequence[tuple[str, ...]], found: Sequence[Summary], picture: by
     samples = "\n".join(f"<h3>{html.escape(s.card.source)} {s.card.split}</h3>" +
                         "".join(f"<pre>{html.escape(text)}</pre>" for text in s.samples) for s in found)
     return f"""<!doctype html><meta charset="utf-8"><title>Shards</title>
+<meta name="generator" content="{MADE_BY}">
 <style>body{{font:16px sans-serif;max-width:60em;margin:2em auto}} td,th{{padding:.2em .8em;text-align:right}}
 pre{{white-space:pre-wrap;background:#f4f4f4;padding:.6em}} img{{max-width:100%}}</style>
 <h1>Shards</h1><table>{cells}</table>

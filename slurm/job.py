@@ -150,7 +150,7 @@ class Job:
             return 0, 0
         _, tokens, path = max(found)
         try:
-            return int(json.loads((path / "progress.json").read_text())["progress"]["step"]), tokens
+            return int(json.loads((path / "progress.json").read_text(encoding="utf-8"))["progress"]["step"]), tokens
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             return 0, tokens
 
@@ -495,7 +495,7 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of SLURM's; tries again while the controller does not answer."""
     end_at, wait_seconds = time.monotonic() + CONTROLLER_SECONDS, 1.0
     while True:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         silent = re.search("contact slurm controller|timed out|Connection refused|Unable to establish", answer.stderr)
         if not (answer.returncode and silent) or time.monotonic() > end_at:
             return answer

@@ -16,7 +16,8 @@ ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 def run_words(command: list[str], *, env: dict[str, str] | None = None) -> str:
     """Runs it and returns what it printed. Raises UserError with what it said."""
     try:
-        done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True,
+                              encoding="utf-8", errors="replace", check=False)
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not on this machine. Run this on a login node of a SLURM cluster, "
                         "or with --dry-run.") from error
@@ -37,7 +38,8 @@ class NotHere(NoAnswer):
 def ask(command: list[str]) -> str:
     """What it printed. Raises NoAnswer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
+        done = subprocess.run(command, capture_output=True,
+                              encoding="utf-8", errors="replace", check=False, timeout=ANSWER_SECONDS)
     except FileNotFoundError as error:
         raise NotHere(f"{command[0]} is not on this machine") from error
     except subprocess.TimeoutExpired as error:

@@ -192,7 +192,7 @@ def wheels_by_name(folder: Path) -> dict[str, Path]:
 def pip(*words: object) -> subprocess.CompletedProcess[str]:
     """Runs pip; DeepSpeed's build makes no operators, so that its wheel is pure."""
     return subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, words)], capture_output=True,
-                          text=True, env={**os.environ, "DS_BUILD_OPS": "0"}, check=False)
+                          encoding="utf-8", errors="replace", env={**os.environ, "DS_BUILD_OPS": "0"}, check=False)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
         _launch("pretrain.py", HERE / "large.yaml", f"out={out / label}", *start, *places)
     curves = {label: _held_out(out / label) for label in WAYS}
     picture = args.picture or out / "growth.png"
-    _draw(curves, json.loads((out / "random" / "done.json").read_text()), path=picture)
+    _draw(curves, json.loads((out / "random" / "done.json").read_text(encoding="utf-8")), path=picture)
     _table(curves)
     print(f"wrote {picture}")
 

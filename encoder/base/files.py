@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def is_hidden(path: Path, *, below: Path) -> bool:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # a name of a file that is not UTF-8 is written as JSON and YAML escape it: \udcff
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(beside, "wb") as f:
@@ -50,6 +51,19 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """write_atomic of a value as indented JSON; NaN is refused."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def refuse_foreign(path: Path, *, ours: Callable[[bytes], bool]) -> None:
+    """A file that this command did not write is not written over. Raises UserError.
+
+    ours: whether the first 64 KiB of a file are of this command's making.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    if head and not ours(head):
+        raise UserError(f"{path} is there, and this command did not write it. Name another file, or remove it.")
 
 
 def fsync_path(path: Path) -> None:

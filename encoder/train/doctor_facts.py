@@ -150,7 +150,8 @@ def _uncorrected_errors() -> str:
         return ""
     command = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True,
+                              encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return f"nvidia-smi did not answer in {NVIDIA_SMI_SECONDS:.0f} s"
     return memory_errors(done.stdout)

@@ -47,9 +47,10 @@ from encoder.train.initial import read_initial
 from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths, memory_bytes
 from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
 from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
+from encoder.train.run_folder import write_run_file
 from encoder.train.same import check_same_run
 from encoder.train.start import Started, fingerprint, load_verified, start_run
-from encoder.train.tracking import CHECKPOINTS, DONE, EVENTS, LEDGER, RUN_FILE, Ledger, Tracker, chain, chain_back
+from encoder.train.tracking import CHECKPOINTS, DONE, EVENTS, LEDGER, Ledger, Tracker, chain, chain_back
 from encoder.train.watch import Watch
 
 _FAULT_TEXTS = {NOT_FINITE: "the gradient is not finite, nothing moved", SPIKE: "the loss is a spike"}
@@ -134,7 +135,7 @@ class _Story:
         self.error: UserError | None = None      # met by this rank alone; the others learn of it where all meet next
         if world.first:
             with self.guarded():
-                write_atomic(folder / RUN_FILE, to_yaml(run))
+                write_run_file(folder, run)
                 write_atomic(folder / TOKENIZER, read_bytes(facts.tokenizer_json, error=ShardError))     # an export needs no shards
                 self.ledger = Ledger(folder, resumed_at=self.progress, parent=self.parent)
                 self.tracker = Tracker(folder, run.tracking, clock=clock, start=self.incarnation, run_name=run.name,

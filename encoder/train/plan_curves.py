@@ -16,6 +16,7 @@ from encoder.base.units import short_count
 from encoder.train.config import RunConfig
 from encoder.train.phases import PlannedStep, PlannedSteps
 
+MADE_BY = "tessera plan"      # in the picture: what says so may be written over
 POINTS = 3000          # of a column, at most: more than it has pixels
 NARROW = 0.1           # of a phase: warm-ups shorter than that are also drawn apart
 
@@ -87,6 +88,6 @@ def _thinned(steps: PlannedSteps, own: range) -> list[PlannedStep]:
 
 def _save(figure: Any, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=110, format="png")
+        figure.savefig(path, dpi=110, format="png", metadata={"Software": MADE_BY})
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from error

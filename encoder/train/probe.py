@@ -91,7 +91,8 @@ def _faster_half(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def probe(path: str, overrides: Sequence[str]) -> Probe:
     """In a new process. Raises UserError with what that process said."""
-    done = subprocess.run([sys.executable, "-m", "encoder.train.probe", path, *overrides], text=True, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "encoder.train.probe", path, *overrides],
+                          encoding="utf-8", errors="replace", capture_output=True,
                           env={"THP_MEM_ALLOC_ENABLE": "1", **os.environ})       # as launch/pretrain.py has it
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1].removeprefix("error: ")

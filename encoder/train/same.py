@@ -23,6 +23,7 @@ from encoder.engine.checkpoint_folder import COMMITTED, committed_folders
 from encoder.train.build import HELD_OUT, DataFacts
 from encoder.train.config import RunConfig, changed_settings
 from encoder.train.initial import weights_sha256
+from encoder.train.run_folder import check_folder
 from encoder.train.stored import read_model
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE, read_jsonl
 
@@ -37,7 +38,9 @@ def has_begun(folder: Path) -> bool:
 
 
 def check_same_run(run: RunConfig, folder: Path) -> None:
-    """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed."""
+    """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed, ConfigError for a folder
+    that holds what no run wrote."""
+    check_folder(folder)
     if has_begun(folder):
         check_same_settings(run, folder / RUN_FILE, of=str(folder))
 
