@@ -170,14 +170,14 @@ def test_steps_worked_out_are_the_steps_walked_through(name, fill, settings):
 @pytest.mark.parametrize("settings", [
     ["phases.0.tokens=2T"],                                                                    # 1.95e9 steps
     ["phases.0.tokens=2T", "phases.0.batch_tokens=4_096_000", "phases.0.batch_warmup.over_tokens=1.9T"]])     # 3,999 stairs
-def test_a_plan_of_a_billion_steps_takes_a_second_and_little_memory(settings, tmp_path, monkeypatch):
+def test_a_plan_of_a_billion_steps_takes_little_time_and_memory(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = read_run(TINY, settings)
     began = time.process_time()
     steps = planned_steps(run)
     text = plan_text(run, ranks=2, steps=steps)
     columns = columns_of(run, steps)
-    assert time.process_time() - began < 1.5      # 0.2 and 0.7 s seen
+    assert time.process_time() - began < 3.0      # 0.2 and 0.7 s seen, of CPU time on a quiet core
     assert f"{len(steps):,}" in text and columns[-1].steps[-1] == steps[len(steps) - 1] and len(steps) > 700_000
     tracemalloc.start()
     planned_steps(run)
