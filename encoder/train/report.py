@@ -24,6 +24,7 @@ from encoder.train.watch import ERRORS, HANGS
 
 PAGE, PICTURE = "report.html", "loss.png"
 MARK = "<meta name='generator' content='tessera report'>"
+OLD_MARK = "<img alt='curves over tokens seen'"          # of pages that had none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,8 @@ def _check_ours(out: Path) -> None:
     page = out / PAGE
     foreign = None
     if page.exists():
-        foreign = None if MARK in page.read_text(encoding="utf-8", errors="replace") else page
+        text = page.read_text(encoding="utf-8", errors="replace")
+        foreign = None if MARK in text or OLD_MARK in text else page
     elif (out / PICTURE).exists():
         foreign = out / PICTURE
     if foreign:

@@ -154,6 +154,9 @@ def test_a_page_or_picture_of_somebody_else_is_not_written_over(tmp_path, capsys
         assert [p.name for p in out.iterdir()] == [name] and (out / name).read_text() == "mine"
     page_of(folder, tmp_path / "page")
     page_of(folder, tmp_path / "page")
+    # nor was the page of an earlier version marked
+    (tmp_path / "page" / "report.html").write_text("<h1>small</h1><img alt='curves over tokens seen' src=''>")
+    page_of(folder, tmp_path / "page")
 
 
 def test_a_running_mean_has_no_bias_at_its_beginning():
