@@ -79,10 +79,10 @@ class _Records:
             if names.count(column) != 1:
                 what = "twice" if column in names else ""
                 other = next((d for d in SEPARATORS if d != source.delimiter and len(names) == 1 and d in names[0]), "")
-                hint = f"Its first line holds {other!r}: set the source's delimiter." if other else (
+                hint = f"Its first line holds {other!r}: set the source's delimiter to it." if other else (
                     f"{nearest(column, names[:30])} Set the source's text or filters, or columns where no line names them.")
                 problem = f"names the column {column!r} twice." if what else f"has no column {column!r}."
-                raise ReadError(f"{self._file.place} {problem} {hint} Or {SKIP}.")
+                raise ReadError(f"{self._file.place} {problem} {hint} Or leave the file out, or {SKIP}.")
         return [names.index(column) for column in source.used_columns]
 
     def __iter__(self) -> Iterator[tuple[int, list[str], int]]:

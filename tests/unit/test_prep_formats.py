@@ -134,7 +134,7 @@ def test_every_new_format_gives_the_ids_of_json_lines_on_any_number_of_processes
 
 @pytest.mark.parametrize("source, name, content, words", [
     ("csv", "a.csv", b"txt,n\nx,1\n", "a.csv has no column 'text'. Did you mean txt? Set the source's text or filters, or columns"),
-    ("csv", "a.csv", b"n;text\n1;x\n", "Its first line holds ';': set the source's delimiter."),
+    ("csv", "a.csv", b"n;text\n1;x\n", "Its first line holds ';': set the source's delimiter to it."),
     ("csv", "a.csv", b"text,text\na,b\n", "names the column 'text' twice"),
     ("csv", "a.csv", b'text\nfine\n"never closed\nmore\n',
      "a.csv line 3: a quote is opened and never closed. Close it, or set quotes: false"),

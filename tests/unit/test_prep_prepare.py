@@ -15,7 +15,7 @@ from data_prep.ledger import open_ledger
 from data_prep.segments import Part
 from data_prep.shards import ShardWriter, read_shard
 from encoder.base import log
-from encoder.data.shard_format import read_card, read_index, read_lengths
+from encoder.data.shard_format import Card, SpecialIds, read_card, read_index, read_lengths
 from tests.unit.prep_helpers import bytes_of, ids_of, run, settings, texts, write_jsonl
 
 
@@ -105,7 +105,10 @@ def test_shards_have_the_bytes_of_streamings_own_writer(tmp_path, dtype, compres
     assert as_theirs == read_index(tmp_path / "theirs") and len(entries) > 1
     for path in tmp_path.glob("train.*"):
         assert path.read_bytes() == (tmp_path / "theirs" / path.name.replace("train", "shard")).read_bytes()
-    read = [ids for entry in entries for ids in read_shard(tmp_path, entry, dtype=name)]
+    card = Card(source="a", split="train", tokenizer_sha256="", vocab_size=9, documents=0, tokens=0, max_tokens_per_document=9,
+                specials=SpecialIds(cls_id=0, sep_id=1, pad_id=2, mask_id=3, unk_id=4, all_special=()), dtype=name,
+                index_sha256="", lengths_sha256="")
+    read = [ids for entry in entries for ids in read_shard(tmp_path, entry, card=card)]
     assert np.array_equal(np.concatenate(read), ids_T)
 
 
