@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.config import HubSource, Mixture, PrepareConfig, Source
+from data_prep.config import HubSource, Mixture, ParquetSource, PrepareConfig, Source
 from data_prep.readers import ReadError, find_files
 from encoder.base.errors import ConfigError, ShardError, nearest
 from encoder.base.log import say, warn_once
@@ -22,7 +22,6 @@ from encoder.data.shard_format import ids_dtype, read_card, special_ids_of
 TOKENS_PER_CORE_SECOND = 10_000_000
 BYTES_PER_TOKEN = 4.0              # of JSON lines
 PACKED = 3.0                       # gzip of the same; zstd and Parquet are near it
-PACKED_ENDINGS = (".gz", ".zst", ".parquet")
 SAMPLE_BYTES = 13                  # offset, head and shape in the shard, length beside it
 TOKENS_PER_SAMPLE = 700            # mean of the four domains; for sources without a card
 ZSTD = 0.5                         # of uint16 ids, books and code
@@ -101,7 +100,7 @@ def _amount(config: PrepareConfig, source: Source) -> Amount | None:
         return None
     else:
         try:
-            sizes = [file.bytes * (PACKED if file.place.endswith(PACKED_ENDINGS) else 1)
+            sizes = [file.bytes * (PACKED if file.packing or isinstance(source, ParquetSource) else 1)
                      for file in find_files(source, Path(config.root))]
         except (ConfigError, ReadError):
             return None                         # the files are not on this machine
