@@ -8,6 +8,7 @@ from pathlib import Path
 
 from encoder.base.command import CommandLine, count, run_command
 from encoder.base.errors import UserError
+from encoder.base.stopping import STOP_SIGNALS
 
 ABOUT = """Text to shards, for pretraining. In order:
 
@@ -83,7 +84,10 @@ STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to beg
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit code, or SystemExit: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's TERM cleans up as Ctrl-C does
+    # what a scheduler or a closed terminal sends cleans up as Ctrl-C does; what nohup ignores stays ignored
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     args = _parsed(arguments)
     return run_command(lambda: args.run(args), stopped=STOPPED.get(args.command, STOPPED_ELSE))
 

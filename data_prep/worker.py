@@ -31,6 +31,7 @@ from encoder.base.errors import ConfigError, ShardError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
 from encoder.base.main_script import without_main_script
+from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.shard_format import lengths_dtype
 
 MANY = 100               # documents of a part of a file, of which none is good: the file is of another kind
@@ -291,7 +292,7 @@ class SegmentPool:
     def close(self) -> None:
         """End the processes; segments that are not finished are given up."""
         for process in self._processes.values():
-            process.terminate()
+            process.kill()
         for pipe, process in self._processes.items():
             process.join()
             pipe.close()
@@ -304,7 +305,8 @@ DEATH_SECONDS = 10.0                 # until the exit code of a process that clo
 def _work(job: EncodeJob, pipe: connection.Connection) -> None:
     """In a new process: leave Ctrl-C to the parent, and end when the parent is killed. Sends what is Done; after each
     segment None, or an error and its trace."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:      # they reach whole process groups: the parent decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     one_thread_a_process()
     maker = SegmentMaker(job, pipe.send)

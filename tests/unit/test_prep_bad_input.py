@@ -399,3 +399,20 @@ def test_ctrl_c_while_training_a_tokenizer_leaves_nothing(tmp_path, commands, ca
     monkeypatch.setattr("data_prep.tokenizer_files.parse", interrupted)
     assert run(*commands["train"], "--out", "new/t.json") == 130
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_every_signal_that_asks_to_end_is_answered_with_how_to_go_on(name, monkeypatch, capsys):
+    import signal
+
+    from data_prep import cli
+    from encoder.base.stopping import STOP_SIGNALS
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    monkeypatch.setattr(cli, "_prepare", lambda _: signal.raise_signal(getattr(signal, name)))
+    try:
+        assert cli.main(["prepare", "prep.yaml"]) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "Run the same command to go on" in capsys.readouterr().err
