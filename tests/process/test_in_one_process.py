@@ -42,7 +42,7 @@ print("all done")
 def test_runs_follow_each_other_in_one_process_without_a_main_guard(tmp_path):
     write_source(tmp_path / "a", random_documents(60, seed=1, longest=60), vocab_size=64)
     write_source(tmp_path / "held", random_documents(30, seed=2, longest=60), vocab_size=64)
-    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path, tokens="1K"), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path, tokens="2K"), encoding="utf-8")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=500,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
