@@ -171,10 +171,12 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
             yield f"phase {phase.name} is one step: its {phase.tokens:,} tokens are no more than one batch."
             continue
         warmup, decay = getattr(phase.lr, "warmup_tokens", 0), getattr(phase.lr, "decay_tokens", 0) or 0
-        if 0 < warmup <= first.tokens // 2:
+        left_out = {d.key for d in run.derived}
+        if 0 < warmup <= first.tokens // 2 and f"phases.{number}.lr.warmup_tokens" not in left_out:
             yield (f"phases.{number}.lr.warmup_tokens {warmup:,} has no effect: half of the first step's {first.tokens:,} "
                    "tokens, where its rate is taken, is beyond it.")
-        if 0 < decay <= last.tokens // 2 and phase.tokens - decay > last.phase_tokens + last.tokens // 2:
+        told = f"phases.{number}.lr.decay_tokens" not in left_out
+        if told and 0 < decay <= last.tokens // 2 and phase.tokens - decay > last.phase_tokens + last.tokens // 2:
             yield f"phases.{number}.lr.decay_tokens {decay:,} has no effect: it is below half of the last step's {last.tokens:,}."
         if phase.batch_warmup and phase.batch_warmup.over_tokens <= first.tokens:
             yield f"phases.{number}.batch_warmup is over after one step of {first.tokens:,} tokens."
@@ -216,7 +218,7 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
             continue
         shares = documents_per_window([k.card for k in known], [s.weight for s in sources], run.data.window_documents)
         small = [(k, share) for k, share in zip(known, shares, strict=True) if share > k.card.documents]
-        if small:
+        if small and "data.window_documents" not in {d.key for d in run.derived}:
             one, share = max(small, key=lambda pair: pair[1] / pair[0].card.documents)
             yield (f"data.window_documents {run.data.window_documents:,} is more than there is: a window goes "
                    f"{float(share) / one.card.documents:.3g} times through the {one.card.documents:,} documents of {one.name} "

@@ -72,7 +72,8 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     row_tokens: int                   # capacity of a row, the unit of packing and of batch size; default: divides every batch
-    window_documents: int = 8192      # documents packed together; rows of 16,384 of real text: 4096 99.5 %, 8192 99.7 % full
+    # packed together, fewer where a source has fewer; rows of 16,384 of real text: 4096 99.5 %, 8192 99.7 % full
+    window_documents: int = 8192
     lanes: int = 1                    # sequences of windows side by side, each over its own shards of every source
     shuffle_shards: int = SHARDS_PER_GROUP     # of a source, shuffled together; more where shards are local: a wider shuffle
 

@@ -19,6 +19,7 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.base.schema import read_mapping, to_plain
 from encoder.base.units import parse_tokens, short_count
 from encoder.data.shard_format import Card, read_card
+from encoder.data.windows import documents_per_window
 from encoder.models.catalog import SYSTEMS
 from encoder.models.modernbert import ModernBertConfig
 from encoder.train.config import OLD_MEANINGS, Derived, RunConfig, run_of
@@ -30,6 +31,8 @@ SEED = 17
 SYSTEM = "modernbert"
 DOCUMENT_TOKENS = 1024           # ModernBERT's first phase
 MOST_ROW_TOKENS = 16384          # rows of 16,384 are 99.7 % full of real text, and enough for one forward of a GPU
+WINDOW_DOCUMENTS = 8192          # rows of 16,384 of real text are 99.7 % full
+LEAST_WINDOW_DOCUMENTS = 256     # smaller windows leave rows half empty
 ROWS_A_STEP = 8                  # or more, so that ranks and micro-batches find rows to share
 VOCAB_MULTIPLE = 64              # of the embedding's rows: what matrix products like
 WARMUP_SHARE, MOST_WARMUP_TOKENS = 0.02, 3_000_000_000       # of the run's first phase; ModernBERT's 3B are the most
@@ -206,6 +209,9 @@ class _Filler:
         row = row_tokens_of(step, longest_tokens=longest)
         self.put(data, "data.row_tokens", row, f"divides every batch, holds documents of {longest:,}")
         row = _amount(data["row_tokens"]) or row
+        window = window_documents_of(self.mapping, lanes=lanes)
+        fewer = window if window < WINDOW_DOCUMENTS else UNKNOWN
+        self.put(data, "data.window_documents", fewer, "a window goes through no source twice")
         for number, phase in enumerate(phases):
             warmup, batch, tokens = phase.get("batch_warmup"), _amount(phase.get("batch_tokens")), _amount(phase.get("tokens"))
             if isinstance(warmup, dict) and batch and tokens:
@@ -235,6 +241,28 @@ class _Filler:
             self.put(m["evaluation"], "evaluation.every_tokens", every, why)
 
 
+def window_documents_of(mapping: Mapping[str, Any], *, lanes: int) -> int:
+    """Documents of a window that goes through no source twice, in any phase; at most WINDOW_DOCUMENTS.
+
+    Two sources of 100 and 1,000 documents of the same length at equal weights: 200, raised to LEAST_WINDOW_DOCUMENTS.
+    A mixture whose cards are not all there has no say.
+
+    mapping: the long form of a run file.
+    lanes: into how many each source is dealt.
+    """
+    most = WINDOW_DOCUMENTS
+    for holder in (mapping.get("data"), *phases_of(mapping)):
+        sources = _sources(holder)
+        cards = [_card_at(Path(place)) if isinstance(place := _place_of(s), str) else None for s in sources]
+        weights = [s.get("weight", 1.0) for s in sources]
+        if not cards or not all(card and card.tokens for card in cards):
+            continue
+        with contextlib.suppress(ConfigError, TypeError):
+            shares = documents_per_window(cards, weights, 1)
+            most = min(most, *(int(card.documents / lanes / share) for card, share in zip(cards, shares, strict=True)))
+    return max(most, LEAST_WINDOW_DOCUMENTS)
+
+
 def row_tokens_of(step_tokens: int, *, longest_tokens: int) -> int:
     """The capacity of a row: the largest divisor of a step with rows to share, or else the smallest that holds a document.
 
@@ -254,9 +282,14 @@ def _sources(holder: Any) -> list[dict[str, Any]]:
 
 def _folders(mapping: Mapping[str, Any]) -> Iterator[Path]:
     for source in [*_sources(mapping.get("data")), *(s for p in phases_of(mapping) for s in _sources(p))]:
-        place = source.get("cache") or source.get("path")
+        place = _place_of(source)
         if isinstance(place, str):
             yield Path(place)
+
+
+def _place_of(source: Mapping[str, Any]) -> Any:
+    """Where a source's card lies on this machine, if the run file says so."""
+    return source.get("cache") or source.get("path")
 
 
 def _held_out_beside(mapping: Mapping[str, Any]) -> list[dict[str, str]]:

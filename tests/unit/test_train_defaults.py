@@ -16,7 +16,7 @@ from encoder.models.catalog import PRESETS, build_model
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
 from encoder.train.config import RunConfig, identity_of, read_run
-from encoder.train.defaults import initializer_range_of, row_tokens_of
+from encoder.train.defaults import WINDOW_DOCUMENTS, initializer_range_of, row_tokens_of, window_documents_of
 from encoder.train.forecast import gpu
 from encoder.train.plan import plan_text
 from tests.shards_for_tests import random_documents, write_source
@@ -73,6 +73,24 @@ def test_settings_that_are_given_stay_as_they_are(short):
 def test_initial_weights_follow_the_width(short, hidden, sigma):
     """sqrt(2 / (5 x 128)) = 0.0559."""
     assert of(short, f"model.hidden_size={hidden}").model.initializer_range == sigma == initializer_range_of(hidden)
+
+
+def test_a_window_goes_through_no_source_twice(tmp_path):
+    """Sources of 300 and 900 documents of one length at equal weights: windows of 600, half of each."""
+    for name, count in (("a", 300), ("b", 900)):
+        write_source(tmp_path / name, [[1, 5, 6, 2]] * count, vocab_size=VOCAB)
+    mapping = {"data": {"sources": [{"path": str(tmp_path / name)} for name in ("a", "b")]}}
+    assert window_documents_of(mapping, lanes=1) == 600
+    assert window_documents_of(mapping, lanes=2) == 300
+    mapping["data"]["sources"][0]["weight"] = 3.0
+    assert window_documents_of(mapping, lanes=1) == 400
+    mapping["data"]["sources"].append({"path": str(tmp_path / "not_there")})
+    assert window_documents_of(mapping, lanes=1) == WINDOW_DOCUMENTS
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(SHORT.format(shards=tmp_path).replace("/a/train", "/b"), encoding="utf-8")
+    assert read_run(run_file, [f"out={tmp_path}/out"]).data.window_documents == 900
+    assert read_run(run_file, [f"out={tmp_path}/out", "data={sources: [" + str(tmp_path / "b") + "], window_documents: 8192}"]
+                    ).data.window_documents == 8192
 
 
 def test_presets_keep_the_published_initial_weights(short):
