@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from data_prep.filters import Filter
 from data_prep.other_words import OTHER_WORDS
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.schema import PathText, Tokens, chosen_by, to_plain
+from encoder.base.schema import LocalText, PathText, Tokens, chosen_by, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +183,9 @@ class PrepareConfig:
     other_words: ClassVar[dict[str, str]] = OTHER_WORDS
 
     tokenizer: PathText                                # path of a tokenizer.json (data-prep tokenizer makes one)
-    out: PathText                               # folder of the shards: OUT/NAME/train and OUT/NAME/held_out
+    out: LocalText                              # folder of the shards: OUT/NAME/train and OUT/NAME/held_out
     sources: tuple[chosen_by("format", SOURCES), ...]
-    root: PathText = "."                              # the folder that the sources' files are relative to
+    root: LocalText = "."                             # the folder that the sources' files are relative to
     max_tokens_per_document: int = 8192               # longer ones are cut into near-equal pieces, nothing is dropped
     held_out_share: float = 0.01                      # documents kept out of training, chosen by a hash of their text
     on_error: Literal["stop", "skip"] = "stop"        # skip: count what cannot be read and go on
@@ -196,6 +196,10 @@ class PrepareConfig:
     mixtures: dict[str, Mixture] = field(default_factory=dict)      # for `data-prep plan`; prepare makes every source
 
     def __post_init__(self) -> None:
+        scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", self.tokenizer)
+        if scheme and scheme[1] != "hf":
+            raise ConfigError(f"tokenizer {self.tokenizer} begins with {scheme[0]}; needed: a tokenizer.json of this machine, or a "
+                              "name of the hub, such as hf://answerdotai/ModernBERT-base.")
         if not self.sources:
             raise ConfigError("sources is an empty list; needed: at least one source.")
         names = [s.name for s in self.sources]

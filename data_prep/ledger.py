@@ -239,7 +239,7 @@ def _locked(path: Path, kind: Kind, busy: str) -> Iterator[None]:
     """A lock that dies with its process, SIGKILL included. The last one that leaves removes the file."""
     without_locks = False
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             take_lock(handle, path, kind)
         except Busy as error:

@@ -22,7 +22,7 @@ from data_prep.config import PrepareConfig, Source, recipe_of, word_of
 from data_prep.ledger import SHOWN_FILES, Counts, Ledger, changes, identity, open_ledger, tidy
 from data_prep.merge import assemble
 from data_prep.meter import Meter
-from data_prep.readers import ReadError, check_kind, find_files, parse, pinned, read_blocks
+from data_prep.readers import check_kind, find_files, pinned
 from data_prep.readers.blocks import MOST_DOCUMENT_BYTES
 from data_prep.segments import Part, Segment, segments_of
 from data_prep.tokenization import EncoderName, check_tokenizer_path, choose_encoder
@@ -31,8 +31,6 @@ from encoder.base.errors import ConfigError, ShardError, UserError, nearest
 from encoder.base.log import say, warn_once
 from encoder.base.units import short_count
 from encoder.data.shard_format import CARD, Card, ids_dtype, read_card, special_ids_of, tokenizer_fingerprint
-
-CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000      # real text for the check of the encoder, per source
 
 
 def prepare(config: PrepareConfig, *, only: str | None = None, part: Part | None = None, again: bool = False) -> None:
@@ -48,7 +46,7 @@ def prepare(config: PrepareConfig, *, only: str | None = None, part: Part | None
         return
     pool = _start_pool(config, open_plans, part or Part())
     try:
-        encoder = choose_encoder(open_plans[0].tokenizer_json, [text for plan in open_plans for text in _real_texts(plan)])
+        encoder = choose_encoder(open_plans[0].tokenizer_json, _real_texts(open_plans, pool))
         for plan in open_plans:
             with _disk_errors(Path(config.out)), open_ledger(plan.folder, part or Part()) as ledger:
                 try:
@@ -233,15 +231,9 @@ def _report(plan: _Plan, counts: Counts) -> None:
                   f"and there is no {plan.folder / 'held_out'}.")
 
 
-def _real_texts(plan: _Plan) -> list[str]:
-    """Some short documents of the source, for the check of the encoder. Bad lines are reported later, in place."""
-    texts: list[str] = []
-    with contextlib.suppress(ReadError):
-        first = plan.segments[0].stretches[0].file
-        for block in itertools.islice(read_blocks(plan.source, first, most_bytes=plan.max_document_bytes), 1):
-            texts = [t for t in parse(block).texts if len(t) < 20_000][:CHECK_DOCUMENTS]
-    ends = list(itertools.accumulate(map(len, texts)))
-    return texts[:sum(end <= CHECK_CHARS for end in ends)]
+def _real_texts(plans: list[_Plan], pool: SegmentPool) -> list[str]:
+    """Some short documents of every source, for the check of the encoder."""
+    return [text for plan in plans for text in pool.sample(plan.source, plan.segments[0].stretches[0].file)]
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from encoder.base.errors import ShardError
 from encoder.base.files import refuse_foreign, write_atomic
 from encoder.base.log import say
 from encoder.data.shard_format import (
+    INDEX,
     TOKENIZER,
     Card,
     as_read,
@@ -79,7 +80,10 @@ def summarize(folder: Path) -> Summary:
         raise ShardError(f"{folder / TOKENIZER} is damaged: its SHA-256 is not the card's. Make the shards again.")
     check_index(folder, card)
     lengths = np.asarray(read_lengths(folder, card))
-    shard = list(read_shard(folder, read_index(folder)[0], card=card, hashes=read_hashes(folder, card)))
+    filled = next((entry for entry in read_index(folder) if entry["samples"]), None)
+    if filled is None:
+        raise ShardError(f"{folder / INDEX} tells of no samples, the card of {card.documents:,}. Make the shards again.")
+    shard = list(read_shard(folder, filled, card=card, hashes=read_hashes(folder, card)))
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
     read = [as_read(ids_T, card)[:SAMPLE_CHARS].tolist() for ids_T in chosen]

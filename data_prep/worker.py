@@ -6,6 +6,7 @@ Nothing but a few numbers passes between processes, so the cores do not wait for
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -34,6 +35,9 @@ from encoder.base.main_script import without_main_script
 from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.shard_format import lengths_dtype
 
+IN_CHILDREN = True       # also where one process is asked for; a test that looks into its work has it in its own
+CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000      # real text for the check of the encoder, per source
+MOST_CHECK_CHARS = 20_000                        # of one document
 MANY = 100               # documents of a part of a file, of which none is good: the file is of another kind
 
 
@@ -66,6 +70,14 @@ class SegmentJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleJob:
+    """Some short documents from the beginning of a file, for the check of the encoder."""
+
+    source: Source
+    file: InputFile
+
+
+@dataclass(frozen=True, kw_only=True)
 class At:
     """Where a process is, said before it encodes a block: should it die there, the sentence names the place."""
 
@@ -81,12 +93,19 @@ class Done:
     tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The answer to a SampleJob."""
+
+    texts: list[str]
+
+
 class SegmentMaker:
     """Makes segments in this process."""
 
-    def __init__(self, job: EncodeJob, tell: Callable[[Done | At], None]) -> None:
+    def __init__(self, job: EncodeJob, tell: Callable[[Done | At | Sample], None]) -> None:
         self._job, self._tell = job, tell
-        self._place = ""
+        self.place = ""                # where it is, for messages
         self._encoders: dict[EncoderName, TextEncoder] = {}
 
     def encoder(self, name: EncoderName) -> TextEncoder:
@@ -95,16 +114,28 @@ class SegmentMaker:
             self._encoders[name] = TextEncoder(Path(self._job.tokenizer_json), name)
         return self._encoders[name]
 
-    def __call__(self, asked: SegmentJob) -> None:
-        """From files to a finished segment in the ledger. Raises UserError, OSError for the disk."""
+    def __call__(self, asked: SegmentJob | SampleJob) -> None:
+        """From files to a finished segment in the ledger, or to a Sample. Raises UserError, OSError for the disk."""
+        if isinstance(asked, SampleJob):
+            self._tell(self._sample(asked))
+        else:
+            self._make(asked)
+
+    def _sample(self, asked: SampleJob) -> Sample:
+        """Bad lines are reported later, in place."""
+        texts: list[str] = []
+        with contextlib.suppress(ReadError), _memory_told(self):
+            for block in itertools.islice(self._blocks(asked.source, Stretch(file=asked.file)), 1):
+                texts = [text for text in parse(block).texts if len(text) < MOST_CHECK_CHARS][:CHECK_DOCUMENTS]
+        ends = list(itertools.accumulate(map(len, texts)))
+        return Sample(texts=texts[:sum(end <= CHECK_CHARS for end in ends)])
+
+    def _make(self, asked: SegmentJob) -> None:
         with Ledger(Path(asked.folder)).making(asked.segment, asked.part) as folder:
             counts = Counts()
             out = _Splits(folder, self._job)
-            with _unchanged(asked.segment):
-                try:
-                    self._read(asked, out, counts)
-                except MemoryError as error:
-                    raise UserError(no_memory(self._place)) from error
+            with _unchanged(asked.segment), _memory_told(self):
+                self._read(asked, out, counts)
             shards = out.finish()
             counts.tokens = sum(out.tokens.values())
             counts.check()
@@ -143,11 +174,11 @@ class SegmentMaker:
             yield block
 
     def _say_place(self, file: InputFile, block: Block | None) -> None:
-        self._place = file.place
+        self.place = file.place
         if block:
             behind = f" behind byte {block.counted_from:,}" if block.counted_from else ""
-            self._place += f"{behind}, {block.kind_of_row} {block.first:,} and on"
-        self._tell(At(place=self._place))
+            self.place += f"{behind}, {block.kind_of_row} {block.first:,} and on"
+        self._tell(At(place=self.place))
 
     def _encode(self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts) -> Parsed:
         job, parsed, tokens = self._job, parse(block), 0
@@ -170,6 +201,14 @@ class SegmentMaker:
                               content_tokens=pieces.content_tokens, pieces=len(pieces.lengths_P)))
         self._tell(Done(file_bytes=block.file_bytes, documents=len(parsed.texts), tokens=tokens))
         return parsed
+
+
+@contextlib.contextmanager
+def _memory_told(maker: SegmentMaker) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(no_memory(maker.place)) from error
 
 
 def no_memory(place: str) -> str:
@@ -219,7 +258,7 @@ class _Splits:
 
 
 class SegmentPool:
-    """Several processes (or none besides this one) that make segments, given out in order.
+    """Processes that make segments, given out in order: one at least, whose death by native code is a sentence of this one.
 
     Each hangs on a pipe of its own: the queues of a ProcessPoolExecutor leave semaphores in /dev/shm after a SIGKILL."""
 
@@ -227,7 +266,7 @@ class SegmentPool:
         self._job = job
         one_thread_a_process()
         self._processes: dict[connection.Connection, BaseProcess] = {}
-        if processes > 1:
+        if processes > 1 or IN_CHILDREN:
             # spawn: a forked copy of a process with threads (arrow) can hang
             context = get_context("spawn")
             for _ in range(processes):           # they start and load while this process checks the encoder
@@ -238,23 +277,29 @@ class SegmentPool:
                 there.close()                    # so that the end of the process ends the pipe
                 self._processes[here] = process
 
-    def make(self, jobs: Iterable[SegmentJob], tell: Callable[[Done], None]) -> None:
-        """All of them; `tell` is called as they go on. Raises the error of the first segment that has one."""
+    def sample(self, source: Source, file: InputFile) -> list[str]:
+        """Some short documents from the beginning of a file; no process but those of the pool reads what others made."""
+        texts: list[str] = []
+        self.make([SampleJob(source=source, file=file)], lambda news: texts.extend(news.texts))
+        return texts
+
+    def make(self, jobs: Iterable[SegmentJob | SampleJob], tell: Callable[[Any], None]) -> None:
+        """All of them; `tell` is called with what is Done, and each Sample. Raises the error of the first that has one."""
         if not self._processes:
-            maker = SegmentMaker(self._job, lambda news: tell(news) if isinstance(news, Done) else None)
+            maker = SegmentMaker(self._job, lambda news: None if isinstance(news, At) else tell(news))
             for job in jobs:
                 maker(job)
             return
         self._make(enumerate(jobs), tell)
 
-    def _make(self, jobs: Iterator[tuple[int, SegmentJob]], tell: Callable[[Done], None]) -> None:
+    def _make(self, jobs: Iterator[tuple[int, SegmentJob | SampleJob]], tell: Callable[[Any], None]) -> None:
         idle, busy, failed = list(self._processes), {}, {}
         places = {pipe: "its start" for pipe in idle}
         while True:
             while idle and not failed and (job := next(jobs, None)):
                 pipe = idle.pop()
                 busy[pipe] = job[0]
-                places[pipe] = job[1].segment.stretches[0].file.place
+                places[pipe] = _file_of(job[1]).place
                 with contextlib.suppress(OSError):       # dead: told of where its news are read
                     pipe.send(job[1])
             if failed and min(failed) < min(busy.values(), default=min(failed) + 1):
@@ -270,7 +315,7 @@ class SegmentPool:
                 if isinstance(news, At):
                     places[pipe] = news.place
                     continue
-                if isinstance(news, Done):
+                if isinstance(news, Done | Sample):
                     tell(news)
                     continue
                 number = busy.pop(pipe)
@@ -286,8 +331,9 @@ class SegmentPool:
         how = f"by signal {-code} ({signal.Signals(-code).name})" if code and -code in set(signal.Signals) else f"with code {code}"
         memory = code in (-signal.SIGKILL, -signal.SIGABRT, 1, None)
         why = ", most likely for want of memory" if memory else ""
-        return (f"a process that encodes text died {how} at {place}{why}. Run it again with fewer processes than {count} "
-                "(processes: N), a smaller max_document_bytes, or more memory; what is finished is kept.")
+        fewer = f"fewer processes than {count} (processes: N), " if count > 1 else ""
+        return (f"a process that encodes text died {how} at {place}{why}. Run it again with {fewer}a smaller max_document_bytes, "
+                f"more memory, or without this file; what is finished is kept.")
 
     def close(self) -> None:
         """End the processes; segments that are not finished are given up."""
@@ -297,6 +343,10 @@ class SegmentPool:
             process.join()
             pipe.close()
         self._processes = {}
+
+
+def _file_of(job: SegmentJob | SampleJob) -> InputFile:
+    return job.file if isinstance(job, SampleJob) else job.segment.stretches[0].file
 
 
 DEATH_SECONDS = 10.0                 # until the exit code of a process that closed its pipe is known

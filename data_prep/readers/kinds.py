@@ -119,6 +119,9 @@ def _kind_by_bytes(head: bytes) -> Kind:
     """Text, or bytes of an unknown kind: by NULs, control characters, and whether it is UTF-8."""
     if len(head) >= 4 and not head.strip(b"\0"):
         return Kind("other", "nothing but NUL bytes, as after a crash of a machine", "Fetch the file again")
+    if any(len(head) >= 16 and all(head[at::4].count(b"\0") > 0.95 * len(head[at::4]) for at in places)
+           for places in ((1, 2, 3), (0, 1, 2))):
+        return Kind("other", "text in UTF-32", "Save it as UTF-8 (iconv -f UTF-32 -t UTF-8)")
     nuls, controls = head.count(b"\0"), len(head) - len(head.translate(None, _CONTROLS))
     if nuls * 3 > len(head) and len(head) >= 4 and 0 in (head[::2].count(b"\0"), head[1::2].count(b"\0")):
         return Kind("other", *_UTF16)

@@ -207,10 +207,17 @@ def _decoder(shard: TextShard, name: str) -> Callable[[bytes], Any]:
     if encoding == "str":
         return _text
     if encoding == "json":
-        return lambda data: json.loads(data.decode("utf-8"))
+        return _json
     if encoding in ("str_int", "str_float"):
         return lambda data: (int if encoding == "str_int" else float)(data.decode("ascii"))
     return lambda data: np.frombuffer(data, "<i8" if encoding == "int" else np.dtype(encoding).newbyteorder("<"), 1)[0].item()
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
 
 
 def _text(data: bytes) -> str | NotUtf8:

@@ -19,7 +19,7 @@ TABLE_ROWS = 1024                              # in one block, fewer when they a
 BATCH_BYTES = 2**26                            # of a Parquet batch, where pages tell how long a row may be
 ARROW_FILE = b"ARROW1"                         # first and last
 ARROW_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")       # since Arrow 0.15; before
-PAGE_DOCUMENTS = 8                             # a Parquet page may have as many times max_document_bytes
+PAGE_DOCUMENTS = 5                             # a Parquet page may have as many times max_document_bytes: 8 took 2.1 GB
 BATCH_DOCUMENTS = 8                            # a compressed Arrow batch, too
 
 
@@ -292,6 +292,9 @@ def top(column: str, names: list[str], file: InputFile) -> str:
     if found not in names:
         raise ReadError(f"{file.place} has no column {column!r}. {nearest(column, sorted(names))} "
                         f"Set the source's text or filters, name files that have it, or {SKIP}.")
+    if names.count(found) > 1:
+        raise ReadError(f"{file.place} has the column {found!r} {names.count(found)} times; needed: once. Write the file anew with "
+                        f"columns of different names, or {SKIP}.")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from encoder.base.errors import ConfigError, UserError, nearest
 from encoder.base.log import let_go, print_line, readable_streams, reader_has_left
-from encoder.base.schema import expand_path
+from encoder.base.schema import expand_path, local_path
 
 _UNKNOWN = "unrecognized arguments: "        # argparse's
 
@@ -50,6 +51,8 @@ def as_typed(verb: str, *words: object) -> str:
 def _path(text: str) -> Path:
     """A path with ~, $NAME and ${NAME} filled in, which a shell leaves in quotes and behind an equals sign."""
     try:
+        if not re.match("hf:/", text):
+            local_path(text)
         return expand_path(Path(text)) if text else expand_path("")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error

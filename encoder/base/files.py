@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from encoder.base.errors import UserError
 from encoder.base.untrusted import regular_file
@@ -36,7 +36,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(beside, "wb") as f:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()                     # of a killed process of this number, or a link that somebody laid
+        with open(beside, "xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -46,6 +48,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             beside.unlink()
         raise
     fsync_path(path.parent)
+
+
+def open_to_append(path: Path) -> IO[str]:
+    """A file of text to write on at its end, not through a symbolic link: a folder made elsewhere may hold one. Raises OSError."""
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    return open(path, "a", encoding="utf-8", opener=opener)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import IO, Literal
 
@@ -36,6 +37,24 @@ class Busy(Exception):
 
 class NoLocks(OSError):
     """No lock can be had on this disk; the text says which folder and why."""
+
+
+def open_lock(path: Path) -> IO[str]:
+    """A lock file, made where it is missing, open for reading and writing text at its end; never through a symbolic link.
+
+    A folder made elsewhere could hold a link in its place, and what a lock says would replace what the link points to.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link in place of a lock; remove it", os.fspath(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no file, in place of a lock; remove it", os.fspath(path))
+    return os.fdopen(handle, "a+", encoding="utf-8", errors="replace")
 
 
 def take_lock(file: IO | int, path: Path, kind: Kind = "alone", *, wait: bool = False) -> None:

@@ -35,6 +35,7 @@ from encoder.base.untrusted import (
 
 Tokens = Annotated[int, "tokens"]     # an amount of tokens: 98304, 500K, 1.719T
 PathText = Annotated[str, "path"]     # a file, a folder or a URL: ~/x and $HOME/x are expanded
+LocalText = Annotated[str, "path", "local"]      # of this machine, and no URL
 MOST_YAML_BYTES = 2**20               # the largest shipped settings file has 12 KB
 MOST_NODES = 20_000                   # of a YAML text, every alias counted as what it stands for
 MOST_INT = 2**63                      # what numpy, torch and the ledger can count
@@ -74,8 +75,7 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
     if not isinstance(mapping, dict):
         found = "is empty" if mapping is None else f"holds {_kind(mapping)}"
         raise ConfigError(f"{path} {found}; a settings file is a mapping of keys to values.")
-    for override in overrides:
-        put_override(mapping, override)
+    put_overrides(mapping, overrides)
     return mapping
 
 
@@ -204,6 +204,14 @@ def expand_path(path: Path | str) -> Any:
     return type(path)(new) if isinstance(path, Path) else new
 
 
+def local_path(path: str) -> str:
+    """The path, if it is no URL, which would make a folder of this name here. Raises ConfigError."""
+    if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+", path):
+        there = " Write the path itself: /" + path[scheme.end():] if scheme[1].lower() == "file" else ""
+        raise ConfigError(f"{path[:200]} begins with {scheme[0]}; needed: a path of this machine.{there or ' Name a folder here.'}")
+    return path
+
+
 def expand_paths(cls: type, mapping: Any, *, where: str, key: str = "") -> Any:
     """A copy of plain values with every path of the class expanded; what does not fit the class stays. Raises ConfigError."""
     if not isinstance(mapping, Mapping):
@@ -219,7 +227,7 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
     if typing.get_origin(hint) is Annotated and "path" in hint.__metadata__:
-        return _path(value, _at(where, key)) if isinstance(value, str) else value
+        return _path(value, _at(where, key), local=False) if isinstance(value, str) else value
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return [_expanded(typing.get_args(hint)[0], item, where, _join(key, i)) for i, item in enumerate(value)]
     chosen = _choice_of(hint)
@@ -229,9 +237,12 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
     return expand_paths(hint, value, where=where, key=key) if dataclasses.is_dataclass(hint) else value
 
 
-def _path(value: str, at: str) -> str:
+def _path(value: str, at: str, *, local: bool) -> str:
     try:
-        return expand_path(value)
+        path = expand_path(value)
+        if path != path.strip() and not os.path.lexists(path):
+            raise ConfigError(f"{path!r} begins or ends with white space. Take it out.")
+        return local_path(path) if local else path
     except ConfigError as error:
         raise ConfigError(f"{at}: {error}") from error
 
@@ -291,12 +302,21 @@ def brief(value: Any) -> str:
 _PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{word}" for word in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value"))
 
 
+_RESOLVERS = {
+    "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
+    "int": re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)\Z"),
+    "float": re.compile(r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
+                        r"|\.(?:nan|NaN|NAN))\Z")}
+_TRUTHS = {"yes": True, "on": True, "no": False, "off": False}       # words of YAML 1.1, taken where a truth value is due
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's reader of plain values, with bounds; every mistake is one of its own errors, with a place."""
 
-    # a date is text: no setting is one, and 2026-02-31 is none
+    # as YAML 1.2 has it, not 1.1: no dates, 1:30 is not 90, 017 not 15, and the language no is not false
     yaml_implicit_resolvers: typing.ClassVar = {
-        letter: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+        letter: [(tag, _RESOLVERS.get(tag.rpartition(":")[2], regexp)) for tag, regexp in resolvers
+                 if not tag.endswith(":timestamp")]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
     def __init__(self, text: str) -> None:
@@ -367,6 +387,11 @@ def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
+def put_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put each of them. Raises ConfigError with the mistakes of all."""
+    _all_or_mistakes([lambda override=override: put_override(mapping, override) for override in overrides], "")
+
+
 def put_override(mapping: dict[str, Any], override: str) -> None:
     """Put `a.b.0.c=value` into nested dicts and lists; the value is read as YAML. Raises ConfigError."""
     dotted, equals, text = override.partition("=")
@@ -412,7 +437,7 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
         return _chosen(chosen, value, where, key, root)
     if origin is Annotated:
         if "path" in hint.__metadata__ and isinstance(value, str):
-            return _path(value, at)
+            return _path(value, at, local="local" in hint.__metadata__)
         if "tokens" in hint.__metadata__:
             try:
                 return parse_tokens(value)
@@ -474,6 +499,8 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
         return value
     if hint is bool and isinstance(value, bool):
         return value
+    if hint is bool and isinstance(value, str) and value.lower() in _TRUTHS:
+        return _TRUTHS[value.lower()]
     if hint is str and isinstance(value, str):
         if "\0" in value or not _whole_text(value):
             raise ConfigError(f"{at} is {_shown(value)}, with a character that no text has. Take it out.")
@@ -492,7 +519,8 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
         if number is not None and math.isfinite(number):
             return number
     shown = f"{_shown(value)} ({_kind(value)})" if value is not None else "empty"
-    raise ConfigError(f"{at} is {shown}; needed: {_wanted(hint)}.")
+    quotes = " Put it in quotes." if hint is str and isinstance(value, (bool, int, float)) else ""
+    raise ConfigError(f"{at} is {shown}; needed: {_wanted(hint)}.{quotes}")
 
 
 def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str, root: type) -> Any:
@@ -503,9 +531,11 @@ def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str, root: type) -> 
         raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}. "
                           f"Add it: {chosen.tag}: {next(iter(chosen.choices))}.")
     if not isinstance(word, str) or word not in chosen.choices:
-        raise ConfigError(
-            f"{_at(where, _join(key, chosen.tag))} is {_shown(word)}. {_nearest_value(word, list(chosen.choices))}"
-        )
+        wrong = f"{_at(where, _join(key, chosen.tag))} is {_shown(word)}. {_nearest_value(word, list(chosen.choices))}"
+        known = [name for cls in chosen.choices.values() for name in _names(cls)]
+        unknown = [name for name in value if name != chosen.tag and name not in known]
+        others = [f"{_at(where, _join(key, _shown_key(name)))} is unknown. {nearest(_shown_key(name), known)}" for name in unknown]
+        raise Mistakes([wrong, *others], where=where) if others else ConfigError(wrong)
     rest = {k: v for k, v in value.items() if k != chosen.tag}
     return from_mapping(chosen.choices[word], rest, where=where, key=key, tag=chosen.tag, root=root)
 

@@ -7,6 +7,8 @@ import gzip
 import io
 from collections.abc import Callable
 
+# ids of text shrink to a third, padded samples to a thirtieth; 4 GiB of zeros come in 130 KB
+LARGE_BYTES, MOST_TIMES = 2**30, 30
 _ZSTD_MAGIC = 0xFD2FB528
 
 
@@ -22,6 +24,8 @@ def unpack(algorithm: str, packed: bytes, *, size: int) -> bytes:
     name = algorithm.partition(":")[0]
     if name not in _ALGORITHMS:
         raise ValueError(f"compression {algorithm!r} is none of {', '.join(_ALGORITHMS)}")
+    if size > max(LARGE_BYTES, MOST_TIMES * len(packed)):
+        raise ValueError(f"{len(packed):,} bytes would grow to {size:,}, as no shard of text does")
     try:
         content = _ALGORITHMS[name](packed, size)
     except ImportError as error:

@@ -25,7 +25,7 @@ from typing import IO
 
 from encoder.base.errors import DamagedShard, ShardError
 from encoder.base.files import fsync_path, is_leftover, sha256_of, write_atomic
-from encoder.base.locks import Busy, NoLocks, take_lock
+from encoder.base.locks import Busy, NoLocks, open_lock, take_lock
 from encoder.base.log import warn_once
 from encoder.base.unpack import unpack
 from encoder.base.untrusted import inside, read_text, regular_file
@@ -161,6 +161,8 @@ class ShardCache:
 
     def _coming(self, lock: Path) -> int:
         """Bytes that a fetch under way will take; what a killed one left is removed."""
+        if lock.is_symlink():
+            return 0
         with contextlib.suppress(FileNotFoundError, PermissionError), open(lock, "r+", encoding="ascii", errors="replace") as file:
             try:
                 take_lock(file, lock)
@@ -331,7 +333,7 @@ def _evict(path: Path) -> bool:
 def _exclusive(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
     """This process alone, by a lock file that is there only meanwhile; None if another has it and `wait` is false."""
     while True:
-        with open(path, "a+", encoding="utf-8") as file:
+        with open_lock(path) as file:
             try:
                 take_lock(file, path, wait=wait)
             except Busy:

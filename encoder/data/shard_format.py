@@ -86,10 +86,23 @@ class Card:
     recipe: dict[str, Any] = field(default_factory=dict)   # the settings and versions that made the folder
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         ids = self.specials
-        top = max(ids.cls_id, ids.sep_id, ids.pad_id, ids.mask_id, ids.unk_id, *ids.all_special)
-        if top >= self.vocab_size:
-            raise ConfigError(f"special id {top} is outside the vocabulary of {self.vocab_size}.")
+        named = (ids.cls_id, ids.sep_id, ids.pad_id, ids.mask_id, ids.unk_id)
+        if outside := [i for i in (*named, *ids.all_special) if not 0 <= i < self.vocab_size]:
+            raise ConfigError(f"special id {outside[0]} is outside the vocabulary of {self.vocab_size}.")
+        if plain := [i for i in named if i not in ids.all_special]:
+            raise ConfigError(f"all_special lacks the id {plain[0]}, which would be masked as text.")
+
+    def _check_numbers(self) -> None:
+        """Totals that shards can have, which all arithmetic on a card relies on. Raises ConfigError."""
+        if not 1 <= self.vocab_size <= MOST_IDS or not 1 <= self.max_tokens_per_document < MOST_SHARD_BYTES:
+            raise ConfigError(f"vocab_size {self.vocab_size:,} and max_tokens_per_document {self.max_tokens_per_document:,} "
+                              "must be at least 1, and fit 32 bits.")
+        most = self.documents * self.max_tokens_per_document
+        if self.documents < 0 or not min(1, self.documents) <= self.tokens <= most:
+            raise ConfigError(f"it tells of {self.documents:,} samples of at most {self.max_tokens_per_document:,} tokens, and of "
+                              f"{self.tokens:,} tokens in all, which cannot be.")
 
     @property
     def stored_as(self) -> str:

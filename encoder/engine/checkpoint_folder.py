@@ -118,6 +118,9 @@ def remove_old(root: Path, *, incarnation: int, keep_last: int, is_whole: Callab
     for path in sorted(root.iterdir()):
         match = _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part"))
         if match and int(match.group(2)) <= incarnation and path not in kept:
+            if path.is_symlink():               # laid by a person: what lies behind it is not this run's to remove
+                path.unlink()
+                continue
             # the mark goes first: a kill while removing must not leave a committed folder with files missing
             (path / COMMITTED).unlink(missing_ok=True)
             shutil.rmtree(path)

@@ -141,6 +141,10 @@ def _of_intervals(run: RunConfig, steps: PlannedSteps) -> Iterator[str]:
                "and a kill costs all since the last one.")
     elif _is_given(run, "checkpoints", "keep_last") and run.checkpoints.keep_last > max(2, total // saves + len(run.phases)):
         yield f"checkpoints.keep_last {run.checkpoints.keep_last} has no effect: the run saves {total // saves} times."
+    step = steps[len(steps) - 1].tokens
+    for key, every, what in (("checkpoints", saves, "it saves"), ("evaluation", checks, "it is evaluated")):
+        if every and every < step and len(steps) > 1 and f"{key}.every_tokens" not in derived:
+            yield f"{key}.every_tokens {every:,} is less than a step's {step:,} tokens: {what} after every step."
     if checks and checks > total and "evaluation.every_tokens" not in derived:
         yield (f"evaluation.every_tokens {checks:,} is more than the run's {total:,} tokens: it is evaluated at the beginning "
                "and the end of phases alone.")

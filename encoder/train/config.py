@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.schema import PathText, Tokens, chosen_by, differences, expand_paths, from_mapping, to_plain
+from encoder.base.schema import (
+    LocalText,
+    PathText,
+    Tokens,
+    chosen_by,
+    differences,
+    expand_paths,
+    from_mapping,
+    to_plain,
+)
 from encoder.base.units import short_count
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
@@ -29,6 +39,8 @@ from encoder.train.faults import FaultConfig
 from encoder.train.other_words import OTHER_WORDS
 from encoder.train.short_forms import read_run_mapping
 
+MOST_WINDOW_DOCUMENTS = 2**24
+MOST_WORKERS = 256
 MOST_SHUFFLED = 256          # an open shard takes a file handle, of 1,024 that a process usually has
 
 
@@ -37,7 +49,7 @@ class SourceConfig:
     """One shard folder of a mixture."""
 
     path: PathText                    # a folder with card.json, made by data-prep; or a URL of one, with `cache`
-    cache: PathText | None = None     # a folder of this machine that its files are fetched to, for this source alone
+    cache: LocalText | None = None     # a folder of this machine that its files are fetched to, for this source alone
     cache_bytes: int | None = None    # most that its shards may take there; default: all of them stay
     weight: float = 1.0               # share of the tokens, relative to the other sources' weights
     name: str | None = None           # in reports and in the data order's address; default: from the card
@@ -83,6 +95,9 @@ class DataConfig:
         if self.row_tokens < 8 or self.window_documents < 1 or self.lanes < 1:
             raise ConfigError(f"row_tokens {self.row_tokens}, window_documents {self.window_documents} and lanes {self.lanes} "
                               "must be at least 8, 1 and 1.")
+        if self.window_documents > MOST_WINDOW_DOCUMENTS:
+            raise ConfigError(f"window_documents {self.window_documents:,} is more than {MOST_WINDOW_DOCUMENTS:,}: a window is "
+                              "planned as a whole, in about 100 bytes of memory a document.")
         if not 1 <= self.shuffle_shards <= MOST_SHUFFLED:
             raise ConfigError(f"shuffle_shards {self.shuffle_shards} must be 1 to {MOST_SHUFFLED}: so many shards of every "
                               "source are open at a time.")
@@ -100,9 +115,9 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.prefetch_windows is not None and self.prefetch_windows < 1:
             raise ConfigError(f"prefetch_windows {self.prefetch_windows} must be at least 1.")
-        if self.micro_batch_rows < 1 or self.workers < 0:
-            raise ConfigError(f"micro_batch_rows {self.micro_batch_rows} and workers {self.workers} "
-                              "must be at least 1 and 0.")
+        if self.micro_batch_rows < 1 or not 0 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"micro_batch_rows {self.micro_batch_rows} and workers {self.workers} must be at least 1, and 0 "
+                              f"to {MOST_WORKERS}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +225,7 @@ class RunConfig:
     other_words: ClassVar[dict[str, str]] = OTHER_WORDS
 
     name: str                                   # of the run, in reports and in runs/NAME
-    out: PathText                                          # the run folder: ledger, metrics, checkpoints; default: runs/NAME
+    out: LocalText                                         # the run folder: ledger, metrics, checkpoints; default: runs/NAME
     seed: int                                              # of weights, order and masks; default: 17, a branch's another
     model: chosen_by("system", SYSTEMS)                    # {preset: NAME}, or a shape; default: that of init_from
     data: DataConfig                                       # or a list of shard folders
@@ -219,7 +234,7 @@ class RunConfig:
     objective: chosen_by("name", OBJECTIVES, default="mlm") = field(default_factory=OBJECTIVES["mlm"])
     optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(default_factory=OPTIMIZERS["stable_adamw"])
     init_from: PathText | None = None                      # a stored model that the weights start from, not the seed
-    branch_from: PathText | None = None                    # a run's checkpoint: weights and optimizer state start from it
+    branch_from: LocalText | None = None                    # a run's checkpoint: weights and optimizer state start from it
     evaluation: EvaluationConfig | None = None             # default: held_out beside each train; null for none
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -237,6 +252,10 @@ class RunConfig:
         if self.init_from and self.branch_from:
             raise ConfigError("init_from and branch_from both say where the weights start. Leave one out: branch_from takes the "
                               "optimizer state, too.")
+        scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", self.init_from or "")
+        if scheme and scheme[1] != "hf":
+            raise ConfigError(f"init_from {self.init_from} begins with {scheme[0]}; needed: a folder or file of this machine, or a "
+                              "name of the hub, such as hf://answerdotai/ModernBERT-base.")
         if not self.phases:
             raise ConfigError("phases is empty; needed: at least one phase.")
         if self.compile == "blocks" and self.engine.zero_stage == 3:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encoder.base.errors import ModelError
-from encoder.base.schema import chosen_by, from_mapping, put_override, read_mapping, to_plain
+from encoder.base.schema import chosen_by, from_mapping, put_overrides, read_mapping, to_plain
 from encoder.models.catalog import PRESETS, SYSTEMS
 from encoder.models.growth import FREE, GROWS, Growth, GrowthConfig, grow
 from encoder.models.modernbert import ModernBertConfig
@@ -61,8 +61,7 @@ def new_config(old: ModernBertConfig, *, preset: str | None, run: Path | None, o
             left_open = (n for n in (*FREE, "max_position_embeddings") if n not in PRESETS.get(preset, {}))
             model = {"preset": preset, **{name: model[name] for name in left_open}}
     mapping = {"model": model}
-    for override in overrides:
-        put_override(mapping, f"model.{override}")
+    put_overrides(mapping, [f"model.{override}" for override in overrides])
     return from_mapping(_Target, with_preset(mapping, where=where), where=where).model
 
 

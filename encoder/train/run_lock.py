@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from encoder.base.errors import CheckpointError
-from encoder.base.locks import Busy, NoLocks, take_lock
+from encoder.base.locks import Busy, NoLocks, open_lock, take_lock
 from encoder.base.log import say, warn_once
 from encoder.base.stopping import launchers_above
 
@@ -26,7 +26,7 @@ class RunLock:
 
     def __init__(self, folder: Path, holder: dict[str, Any]) -> None:
         self._holder = holder
-        self._file = open(folder / LOCK, "a+", encoding="utf-8")
+        self._file = open_lock(folder / LOCK)
         self._path = folder / LOCK
         self.held = False
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from encoder.base.schema import put_override, read_mapping
+from encoder.base.schema import put_overrides, read_mapping
 
 
 def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -16,8 +16,7 @@ def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any
     An override may name a place of the long form, phases.0.tokens=1M, and hold a short one, phases.0.lr=1e-3.
     """
     mapping = long_form(read_mapping(path))
-    for override in overrides:
-        put_override(mapping, override)
+    put_overrides(mapping, overrides)
     return long_form(mapping)
 
 

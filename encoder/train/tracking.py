@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from encoder.base.errors import LedgerError
-from encoder.base.files import write_atomic
+from encoder.base.files import open_to_append, write_atomic
 from encoder.base.log import warn_once
 from encoder.base.units import Progress
 from encoder.train.config import TrackingConfig
@@ -67,7 +67,7 @@ class Ledger:
         self._witness = {(line["step"], "back" in line): line for line in lines[done:]}
         # a new file under the old name: a start of this run that still lives elsewhere writes on into the old one
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open_to_append(self.path)
 
     def recorded(self) -> list[tuple[int, str, int]]:
         """Steps that will be done again: number, what was bad, and the step whose weights were taken after it (-1: none)."""
@@ -154,8 +154,8 @@ class Tracker:
                  settings: dict[str, Any]) -> None:
         _drop_torn_tail(folder / METRICS)
         _drop_torn_tail(folder / EVENTS)
-        self._metrics = open(folder / METRICS, "a", encoding="utf-8")
-        self._events = open(folder / EVENTS, "a", encoding="utf-8")
+        self._metrics = open_to_append(folder / METRICS)
+        self._events = open_to_append(folder / EVENTS)
         self._clock, self._start = clock, start
         self._wandb = _start_wandb(folder, config.wandb_project, run_name, settings) if config.wandb_project else None
         self._tensorboard = _start_tensorboard(folder) if config.tensorboard else None

@@ -67,8 +67,14 @@ def test_packed_shards_on_such_a_disk_name_the_cache_setting(tmp_path, monkeypat
                 raise OSError(code, os.strerror(code), str(path))
             return real(path, mode, *words, **more)
 
-        real = open
+        def read_only_handle(path, flags, *words, **more):
+            if flags & (os.O_WRONLY | os.O_RDWR):
+                raise OSError(code, os.strerror(code), str(path))
+            return real_handle(path, flags, *words, **more)
+
+        real, real_handle = open, os.open
         monkeypatch.setattr("builtins.open", read_only)
+        monkeypatch.setattr("os.open", read_only_handle)
     else:
         refuse_flock(monkeypatch, code)
     with pytest.raises(ShardError, match=r"shard\.00000\.mds\.zstd cannot be unpacked where it lies: .*\. Give the source a "

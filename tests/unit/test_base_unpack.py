@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from encoder.base import unpack as unpack_module
 from encoder.base.unpack import unpack
 
 TEXT = bytes(range(256)) * 700
@@ -61,3 +62,11 @@ def test_a_file_that_unpacks_to_gigabytes_costs_no_memory(algorithm, tmp_path):
         "except ValueError as error: print(error)\n")
     done = subprocess.run([sys.executable, "-c", program, algorithm, str(tmp_path / "packed")], capture_output=True, text=True)
     assert done.returncode == 0 and "bytes" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("algorithm", ["zstd", "gz", "bz2", "br", "snappy"])
+def test_a_small_file_that_would_take_gigabytes_is_refused_unread(algorithm, monkeypatch):
+    """Also where its index and its own header agree on the size."""
+    monkeypatch.setattr(unpack_module, "_ALGORITHMS", {algorithm: lambda *_: pytest.fail("it was unpacked")})
+    with pytest.raises(ValueError, match="as no shard of text does"):
+        unpack(algorithm, bytes(400_000), size=2**32 - 1)

@@ -11,8 +11,11 @@ import pytest
 
 from data_prep.cli import main as data_prep
 from encoder.base.errors import ShardError
+from encoder.base.files import open_to_append, write_atomic
 from encoder.data.shard_format import CARD, HASHES, INDEX, TOKENIZER, read_card, write_card
 from encoder.data.shards import open_source
+from encoder.engine.checkpoint_folder import claim_next, remove_old
+from encoder.train.run_lock import RunLock
 from launch import pretrain
 from tests.shards_for_tests import random_documents, seal_again, write_source
 from tests.unit.test_launch_bad_input import run_file
@@ -44,8 +47,9 @@ def everything(root: Path) -> dict[str, str]:
 
 def refused(capsys, command, *words) -> str:
     assert command([str(word) for word in words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 1000, said
+    lines = capsys.readouterr().err.splitlines()
+    said, = (line for line in lines if not line.startswith("warning: "))
+    assert said.startswith("error: ") and len(said) < 1000, said
     return said
 
 
@@ -141,3 +145,61 @@ def test_a_fifo_among_the_shards_is_not_waited_for(tmp_path, capsys, name):
     os.mkfifo(shards / name)
     for command, *words in ((data_prep, "verify", shards), (pretrain.main, run, "device=cpu")):
         assert str(shards) in refused(capsys, command, *words)
+
+
+@pytest.mark.parametrize("change", [
+    {"tokens": 0}, {"tokens": -5}, {"tokens": 10**15}, {"documents": 0}, {"documents": -1}, {"max_tokens_per_document": 0},
+    {"max_tokens_per_document": 2**40}, {"vocab_size": -1}, {"vocab_size": 2**62}, {"specials": {"cls_id": -1}},
+    {"specials": {"pad_id": -7}}, {"specials": {"mask_id": 0}}, {"specials": {"all_special": [-1]}},
+    {"specials": {"all_special": []}}],
+    ids=str)
+def test_numbers_on_a_card_that_cannot_be_are_one_sentence(folders, capsys, change):
+    """No command divides by them, and no special id that is masked as text, or lies outside, is trained."""
+    shards, _ = folders
+    card = json.loads((shards / "card.json").read_text())
+    for key, value in change.items():
+        card[key] = {**card[key], **value} if isinstance(value, dict) else value
+    (shards / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ShardError, match="card.json cannot be read"):
+        open_source(shards, name="a")
+    for command in ("verify", "report"):
+        assert "card.json cannot be read" in refused(capsys, data_prep, command, shards)
+
+
+def test_an_index_without_samples_is_one_sentence_in_a_report(folders, capsys):
+    shards, _ = folders
+    change_index(shards, lambda entries: entries.clear())
+    seal_again(shards)
+    assert "tells of no samples" in refused(capsys, data_prep, "report", shards)
+
+
+def test_a_link_in_place_of_a_lock_or_log_writes_nothing_outside(folders, tmp_path):
+    """A folder made elsewhere holds links to a person's file where ours are locked, appended to and removed."""
+    shards, victim = folders
+    evil, before = victim / "evil.pth", everything(victim)
+    source = open_source(shards, name="a")
+    (shards / ".shard.00000.mds.lock").symlink_to(evil)
+    with pytest.raises(ShardError, match="symbolic link in place of a lock"):
+        source.read(0)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in (".lock", "events.jsonl", "metrics.jsonl"):
+        (run / name).symlink_to(evil)
+    with pytest.raises(OSError, match="symbolic link in place of a lock"):
+        RunLock(run, {"host": "h"})
+    for name in ("events.jsonl", "metrics.jsonl"):
+        with pytest.raises(OSError):
+            open_to_append(run / name)
+    (victim / "COMMITTED").write_text("")
+    (run / "checkpoints/tokens0000000000010-i0001").symlink_to(victim)
+    start = claim_next(run)
+    remove_old(run / "checkpoints", incarnation=start, keep_last=1, is_whole=lambda path: True)
+    for number in range(20, 40, 10):
+        (run / f"checkpoints/tokens00000000000{number}-i0001").mkdir()
+        (run / f"checkpoints/tokens00000000000{number}-i0001/COMMITTED").write_text("")
+    remove_old(run / "checkpoints", incarnation=start, keep_last=1, is_whole=lambda path: True)
+    (victim / "COMMITTED").unlink()
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["tokens0000000000030-i0001"] and everything(victim) == before
+    (run / f".card.json.{os.getpid()}.part").symlink_to(evil)
+    write_atomic(run / "card.json", "{}")
+    assert everything(victim) == before and not (run / "card.json").is_symlink()

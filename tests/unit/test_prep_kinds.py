@@ -19,6 +19,7 @@ import pytest
 from data_prep.config import JsonlSource
 from data_prep.readers import packed
 from data_prep.readers.kinds import kind_of
+from data_prep.readers.mds import TextShard, _decoder
 from encoder.base import log
 from encoder.data.shard_format import read_card
 from tests.unit.prep_helpers import ids_of, run, settings, texts, write_jsonl
@@ -91,6 +92,8 @@ FOREIGN = {
     "utf-16": (lambda _: LINES.decode().encode("utf-16"), "is text in UTF-16", "iconv"),
     "utf-16-le": (lambda _: LINES.decode().encode("utf-16-le"), "is text in UTF-16", "iconv"),
     "utf-32": (lambda _: LINES.decode().encode("utf-32"), "is text in UTF-32", "iconv"),
+    "utf-32-be": (lambda _: LINES.decode().encode("utf-32-be"), "is text in UTF-32", "iconv"),
+    "utf-32-le": (lambda _: LINES.decode().encode("utf-32-le"), "is text in UTF-32", "iconv"),
     "nul": (lambda _: bytes(4000), "is nothing but NUL bytes", "Fetch the file again"),
     "random": (lambda _: random.Random(1).randbytes(9000), "is no text, but bytes of an unknown kind", "file, hexdump"),
     "pdf": (lambda _: b"%PDF-1.7\n" + bytes(200), "is a PDF document", "Give the text"),
@@ -134,6 +137,20 @@ def test_a_file_of_another_kind_is_one_bad_file_and_named(tmp_path, capsys, kind
 def test_content_that_is_not_the_format_is_called_what_it_is(tmp_path, capsys, source, content, words):
     (tmp_path / "a").write_bytes(content)
     assert words in refused(capsys, "prepare", settings(tmp_path, [{"name": "a", "format": source, "files": ["a"]}]))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file"])
+def test_a_table_that_has_a_column_twice_is_told_so(tmp_path, capsys, kind):
+    table = pyarrow.Table.from_arrays([pyarrow.array(DOCUMENTS)] * 2, names=["text", "text"])
+    (tmp_path / "a").write_bytes(table_bytes(kind, table))
+    source = {"name": "a", "format": "parquet" if kind == "parquet" else "arrow", "files": ["a"]}
+    assert "has the column 'text' 2 times" in refused(capsys, "prepare", settings(tmp_path, [source]))
+
+
+def test_json_of_any_depth_in_an_mds_column_is_a_broken_sample():
+    with pytest.raises(ValueError, match="nested too deeply"):
+        _decoder(TextShard(samples=1, bytes=1, names=("text",), encodings=("json",), sizes=(None,), compression=None), "text")(
+            b"[" * 50_000 + b"]" * 50_000)
 
 
 def test_text_of_any_language_and_a_stray_nul_is_text():

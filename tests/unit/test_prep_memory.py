@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep import long_texts, tokenization, worker
+from data_prep.cli import main
 from data_prep.config import JsonlSource
 from data_prep.long_texts import TooLong, cuts_of, parts_of
 from data_prep.readers import InputFile, find_files, parse, read_blocks
@@ -220,20 +221,21 @@ def _dies(job: object, pipe: connection.Connection) -> None:
     """In the place of worker._work: dies as native code and the kernel do."""
     asked = pipe.recv()
     pipe.send(At(place="big.jsonl, line 5 and on"))
-    os.kill(os.getpid(), int(asked.made_from_sha256))
+    os.kill(os.getpid(), int(getattr(asked, "made_from_sha256", signal.SIGABRT)))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV])
-def test_a_process_that_dies_is_one_sentence_with_file_and_row(monkeypatch, number):
+def test_a_process_that_dies_is_one_sentence_with_file_and_row(monkeypatch, number, processes):
     monkeypatch.setattr(worker, "_work", _dies)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     file = InputFile(name="big.jsonl", place="big.jsonl", bytes=1)
     segment = Segment(number=0, begin=0, bytes=1, stretches=(Stretch(file=file),))
     job = SegmentJob(source=JsonlSource(name="a", files=("x",)), encoder="fastokens", part=Part(), folder="x", segment=segment,
                      made_from_sha256=str(int(number)))
-    pool = SegmentPool(None, 2)
+    pool = SegmentPool(None, processes)
     try:
-        words = rf"died by signal {int(number)} \({number.name}\) at big\.jsonl, line 5 and on.*processes: N"
+        words = rf"died by signal {int(number)} \({number.name}\) at big\.jsonl, line 5 and on.*without this file"
         with pytest.raises(UserError, match=words):
             pool.make([job], lambda done: None)
     finally:
@@ -252,3 +254,15 @@ def test_a_lack_of_memory_is_one_sentence_with_file_and_row(tmp_path, capsys, mo
     err = refused(capsys, "prepare", config)
     assert "memory ran out at" in err and "a.jsonl, line 1 and on. Run it again with fewer processes" in err
     assert parse and list((tmp_path / "shards").iterdir()) == []
+
+
+def test_no_file_of_others_is_read_by_the_process_that_commands(tmp_path, capsys, monkeypatch):
+    """Native code that dies in the first block, where the encoder is checked, ends in a sentence, too."""
+    monkeypatch.setattr("data_prep.worker._work", _dies)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    write_jsonl(tmp_path / "a.jsonl", texts(20))
+    with pytest.raises(SystemExit) as left:
+        sys.exit(main(["prepare", str(settings(tmp_path))]))
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and "died by signal 6 (SIGABRT) at" in err and err.count("\n") == 1
+    assert list((tmp_path / "shards").iterdir()) == []

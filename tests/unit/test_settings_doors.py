@@ -13,7 +13,7 @@ from data_prep.other_words import OTHER_WORDS as PREP_WORDS
 from encoder.base.command import CommandLine
 from encoder.base.errors import ConfigError
 from encoder.base.schema import _places, expand_path, from_mapping, parse_yaml, read_mapping, read_settings
-from encoder.train.config import RunConfig, read_run
+from encoder.train.config import CheckpointConfig, RunConfig, read_run
 from encoder.train.other_words import OTHER_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,3 +185,53 @@ def test_a_settings_file_that_is_no_regular_file_is_not_waited_for(tmp_path):
     (tmp_path / "big.yaml").write_text("# " + "x" * 2**21)
     with pytest.raises(ConfigError, match="it has 2,097,154 bytes"):
         read_settings(PrepareConfig, tmp_path / "big.yaml")
+
+
+@pytest.mark.parametrize("line, said", [
+    ("seed: 1:30", "seed is '1:30' (text); needed: a whole number"), ("seed: 017", "seed is '017' (text)"),
+    ("name: 7", "needed: text. Put it in quotes"), ("name: true", "needed: text. Put it in quotes")])
+def test_no_value_means_another_one_than_is_written(tmp_path, line, said):
+    """YAML 1.1 reads 1:30 as 90, 017 as 15, and the language no as false: nobody who wrote them meant that."""
+    key = line.partition(":")[0]
+    assert said in refused(tmp_path, "\n".join(line if old.startswith(f"{key}:") else old for old in RUN.splitlines()))
+
+
+def test_words_of_yaml_1_1_are_text_but_where_a_truth_value_is_due():
+    found = parse_yaml("a: [en, no, on, off, yes, 007, 020, 2:30, true, 0x1f, -5, +3, 1_000, .5, 1e3, 1.5e3, .inf]", where="x")
+    assert found["a"][:9] == ["en", "no", "on", "off", "yes", "007", "020", "2:30", True]
+    assert found["a"][9:] == [31, -5, 3, 1000, 0.5, "1e3", 1500.0, float("inf")]
+    assert from_mapping(CheckpointConfig, {"every_tokens": 1, "background": "no"}).background is False
+    assert from_mapping(CheckpointConfig, {"every_tokens": 1, "background": "Yes"}).background is True
+
+
+def test_all_mistakes_of_overrides_and_of_a_choice_are_said_at_once(tmp_path):
+    said = refused(tmp_path, RUN, "noequals", "phases.9.tokens=1", "phases.0.tokens.x=1", "a.=3")
+    assert said.count("override") >= 4 and "4 mistakes" in said
+    said = refused(tmp_path, RUN, "phases.0.lr={schedule: cosin, peek: 1, warmup_token: 2}")
+    assert "Did you mean cosine?" in said and "Did you mean peak?" in said and "Did you mean warmup_tokens?" in said
+
+
+@pytest.mark.parametrize("override", [
+    "out=s3://bucket/x", "out=file:///tmp/x", "out=FILE:/tmp/x", "branch_from=https://a/b", "init_from=https://huggingface.co/a/b",
+    "init_from=file:///x", "data.sources.0.cache=gs://b/c", "out='runs/x '", "out=' runs/x'"])
+def test_a_url_or_a_stray_space_never_names_a_folder_here(tmp_path, override):
+    said = refused(tmp_path, RUN, override)
+    assert "begins with" in said or "begins or ends with white space" in said
+
+
+def test_a_url_in_place_of_a_path_is_refused_by_every_command():
+    line = CommandLine(prog="x")
+    line.add_argument("--out", type=Path)
+    for text in ("s3://b/x", "file:///tmp/x", "https://a/b"):
+        with pytest.raises(SystemExit):
+            line.parse_args(["--out", text])
+    for key in ("root", "out", "tokenizer"):
+        with pytest.raises(ConfigError, match="begins with"):
+            from_mapping(PrepareConfig, {"tokenizer": "t.json", "out": "o", "sources": [
+                {"name": "a", "format": "text", "files": ["x"]}], key: "https://a/b"})
+
+
+@pytest.mark.parametrize("override, said", [
+    ("loader.workers=100000", "must be at least 1, and 0 to 256"), ("data.window_documents=1000000000", "is more than 16,777,216")])
+def test_a_number_that_no_machine_can_have_is_refused(tmp_path, override, said):
+    assert said in refused(tmp_path, RUN, override)

@@ -55,6 +55,8 @@ def test_a_run_whose_settings_all_have_their_effect_is_told_nothing(root):
 @pytest.mark.parametrize("settings, said", [
     (["checkpoints.every_tokens=1M"], "checkpoints.every_tokens 1,000,000 is more than the run's 20,000 tokens"),
     (["evaluation.every_tokens=1M"], "evaluation.every_tokens 1,000,000 is more than"),
+    (["checkpoints.every_tokens=5"], "checkpoints.every_tokens 5 is less than a step's"),
+    (["evaluation.every_tokens=100"], "evaluation.every_tokens 100 is less than a step's"),
     (["checkpoints.keep_last=50"], "checkpoints.keep_last 50 has no effect: the run saves 2 times"),
     (["phases.0.mask_share_end=0.3"], "phases.0.mask_share_end 0.3 has no effect"),
     (["phases.0.max_lr=1e-3", "phases.0.weight_decay=0"], "phases.0.max_lr 0.001 has no effect: the phase's weight_decay is 0"),
