@@ -6,7 +6,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from encoder.base.command import CommandLine, count, run_command
+from encoder.base.command import CommandLine, count, place, run_command
 from encoder.base.errors import UserError
 from encoder.base.stopping import STOP_SIGNALS
 
@@ -140,7 +140,7 @@ def _parser() -> CommandLine:
     kinds = tokenizer.add_subparsers(dest="kind", metavar="KIND", required=True)
     train = command("train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds)
     text = train.add_mutually_exclusive_group(required=True)
-    text.add_argument("--files", metavar="GLOB", nargs="+",
+    text.add_argument("--files", metavar="GLOB", nargs="+", type=place,
                       help=".jsonl, .csv, .tsv, .parquet, .arrow (column text), index.json of MDS, else plain text; packed or not")
     text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
     train.add_argument("--vocab-size", metavar="N", type=count, default=8192,
@@ -178,7 +178,7 @@ def _parser() -> CommandLine:
 
     upload = command("upload", _upload, "copy verified shard folders to s3://, gs://, hf:// or another disk", UPLOAD)
     upload.add_argument("folder", metavar="FOLDER", type=Path, help="shards, or a folder above them")
-    upload.add_argument("remote", metavar="REMOTE", help="where the folder's content goes, such as s3://bucket/shards")
+    upload.add_argument("remote", metavar="REMOTE", type=place, help="where the folder's content goes, such as s3://bucket/shards")
 
     report = command("report", _report, "what is in shard folders: tokens, lengths, sample text")
     report.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")

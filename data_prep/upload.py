@@ -23,7 +23,7 @@ TRIES = 3            # of each file
 def upload(folder: Path, remote: str) -> None:
     """Copy every shard folder at or below `folder` to the same place below `remote`. Raises ShardError for a damaged one,
     before any of it is copied, and UserError for a place that cannot be written."""
-    if not urlsplit(remote).scheme and Path(remote).resolve() == folder.resolve():
+    if not urlsplit(remote).scheme and os.path.realpath(remote) == os.path.realpath(folder):
         raise UserError(f"{remote} is the folder that is to be copied; needed: another place.")
     found = find_shard_folders([folder])
     uploader = _uploader(folder, remote)

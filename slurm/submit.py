@@ -34,7 +34,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "slurm")]        # this folder's own name 
 from outlet import Outlet  # noqa: E402
 from slurm_commands import alive_jobs, check_cluster, minutes, node_range, run_words  # noqa: E402
 
-from encoder.base.command import CommandLine, count, run_command  # noqa: E402
+from encoder.base.command import CommandLine, count, place, run_command  # noqa: E402
 from encoder.base.errors import ConfigError, UserError  # noqa: E402
 
 LEAST_MINUTES = 10                 # pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
@@ -90,12 +90,12 @@ def _parser() -> CommandLine:
     job.add_argument("--container-mounts", metavar="A:B,C", help="for srun, with pyxis")
     job.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other option, e.g. --sbatch=--exclusive")
     chain = parser.add_argument_group("before and after it")
-    chain.add_argument("--prep", metavar="CONFIG", help="prepare the shards of this file first")
+    chain.add_argument("--prep", metavar="CONFIG", type=place, help="prepare the shards of this file first")
     chain.add_argument("--prep-set", action="append", default=[], metavar="key=value", help="a setting put over CONFIG's")
     chain.add_argument("--parts", type=count, default=1, metavar="N", help="tasks of the preparation (1)")
     chain.add_argument("--prep-cpus", type=count, metavar="N", help="cores of each (--cpus-per-task)")
     chain.add_argument("--no-check", action="store_true", help="no job that looks at the nodes first; the training does so, too")
-    chain.add_argument("--export", metavar="OUT", help="write a Hugging Face folder at the end")
+    chain.add_argument("--export", metavar="OUT", type=place, help="write a Hugging Face folder at the end")
     chain.add_argument("--onnx", action="store_true", help="with --export: also OUT/onnx/model.onnx")
     parser.add_argument("--shards-elsewhere", action="store_true", help="the shards are seen by the compute nodes alone")
     parser.add_argument("--no-plan", action="store_true", help="torch is not on this machine: leave the plan out")

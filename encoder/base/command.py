@@ -58,6 +58,14 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
+def place(text: str) -> str:
+    """The type of an argument that is a path, a glob or a URL: ~, $NAME and ${NAME} are filled in."""
+    try:
+        return expand_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+
 def count(text: str) -> int:
     """The type of an option that is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.cli import _parsed as prep_arguments
 from data_prep.config import PrepareConfig
 from data_prep.other_words import OTHER_WORDS as PREP_WORDS
 from encoder.base.command import CommandLine
@@ -15,6 +16,7 @@ from encoder.base.errors import ConfigError
 from encoder.base.schema import _places, expand_path, from_mapping, parse_yaml, read_mapping, read_settings
 from encoder.train.config import CheckpointConfig, RunConfig, read_run
 from encoder.train.other_words import OTHER_WORDS
+from slurm.submit import _parser as submit_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (ROOT / "configs" / "pretrain" / "tiny_cpu.yaml").read_text()
@@ -235,3 +237,16 @@ def test_a_url_in_place_of_a_path_is_refused_by_every_command():
     ("loader.workers=100000", "must be at least 1, and 0 to 256"), ("data.window_documents=1000000000", "is more than 16,777,216")])
 def test_a_number_that_no_machine_can_have_is_refused(tmp_path, override, said):
     assert said in refused(tmp_path, RUN, override)
+
+
+def test_every_argument_that_names_a_place_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.delenv("NOT_SET_HERE", raising=False)
+    for words in (["upload", "x", "PLACE_HERE"], ["tokenizer", "train", "--out", "t", "--files", "PLACE_HERE"]):
+        found = vars(prep_arguments([word.replace("PLACE_HERE", "$PLACE/x") for word in words]))
+        assert f"{tmp_path}/x" in (found.get("remote"), *(found.get("files") or ()))
+        for wrong in ("$NOT_SET_HERE/x", "~nobody-here/x", " ", ""):
+            with pytest.raises(SystemExit):
+                prep_arguments([word.replace("PLACE_HERE", wrong) for word in words])
+    monkeypatch.setattr("sys.argv", ["submit"])
+    assert submit_parser().parse_args(["--prep", "$PLACE/p.yaml", "--export", "$PLACE/hf"]).export == f"{tmp_path}/hf"
