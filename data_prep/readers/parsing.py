@@ -15,6 +15,8 @@ from encoder.base.errors import nearest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_KEYS = 12
+# a line of 70 MB can hold 20 million empty lists, each of which takes 64 bytes as an object of Python
+LARGE_LINE_BYTES, MOST_CONTAINERS = 2**22, 10**6
 LONG_CHARS = 2**20                 # encoders look at such texts before they take them
 
 
@@ -99,6 +101,9 @@ def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, An
         if not line.strip():
             result.left_out["empty"] += 1
             continue
+        if _is_crowded(line) and (value := _used_fields(block, line)) is not ABSENT:
+            yield place, value
+            continue
         try:
             value = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
@@ -112,6 +117,11 @@ def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, An
         elif value is not ABSENT:
             result.leave_out("not json", f"{place} is {named(value)}; needed: a JSON object with "
                                          f"{block.source.text!r}. {repair}")
+
+
+def _is_crowded(line: bytes) -> bool:
+    """Whether a line holds so many lists and objects that only the fields in use are made values of."""
+    return len(line) > LARGE_LINE_BYTES and line.count(b"[") + line.count(b"{") > MOST_CONTAINERS
 
 
 def _numbered_lines(block: Block) -> Iterator[tuple[int, bytes]]:

@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 from multiprocessing import connection
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from data_prep import long_texts, tokenization, worker
 from data_prep.cli import main
 from data_prep.config import JsonlSource
 from data_prep.long_texts import TooLong, cuts_of, parts_of
-from data_prep.readers import InputFile, find_files, parse, read_blocks
+from data_prep.readers import Block, InputFile, find_files, parse, read_blocks
 from data_prep.segments import Part, Segment, Stretch
 from data_prep.tokenization import TextEncoder
 from data_prep.worker import At, SegmentJob, SegmentPool
@@ -266,3 +267,16 @@ def test_no_file_of_others_is_read_by_the_process_that_commands(tmp_path, capsys
     err = capsys.readouterr().err
     assert left.value.code == 2 and "died by signal 6 (SIGABRT) at" in err and err.count("\n") == 1
     assert list((tmp_path / "shards").iterdir()) == []
+
+
+def test_millions_of_lists_in_unused_fields_are_not_made_values_of(monkeypatch):
+    monkeypatch.setattr("data_prep.readers.parsing.LARGE_LINE_BYTES", 10_000)
+    monkeypatch.setattr("data_prep.readers.parsing.MOST_CONTAINERS", 10_000)
+    line = b'{"text": "a b", "z": [' + b"[], " * 20_000 + b'{"": 0}], "n": 3}'
+    source = JsonlSource(name="a", files=("x",))
+    tracemalloc.start()
+    try:
+        parsed = parse(Block(source=source, file="a.jsonl", first=1, lines=line + b'\n{"text": "c"}\n'))
+        assert parsed.texts == ["a b", "c"] and tracemalloc.get_traced_memory()[1] < 4 * len(line)
+    finally:
+        tracemalloc.stop()

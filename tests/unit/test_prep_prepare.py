@@ -106,7 +106,7 @@ def test_shards_have_the_bytes_of_streamings_own_writer(tmp_path, dtype, compres
     for path in tmp_path.glob("train.*"):
         assert path.read_bytes() == (tmp_path / "theirs" / path.name.replace("train", "shard")).read_bytes()
     card = Card(source="a", split="train", tokenizer_sha256="", vocab_size=9, documents=0, tokens=0, max_tokens_per_document=9,
-                specials=SpecialIds(cls_id=0, sep_id=1, pad_id=2, mask_id=3, unk_id=4, all_special=()), dtype=name,
+                specials=SpecialIds(cls_id=0, sep_id=1, pad_id=2, mask_id=3, unk_id=4, all_special=tuple(range(5))), dtype=name,
                 index_sha256="", lengths_sha256="")
     read = [ids for entry in entries for ids in read_shard(tmp_path, entry, card=card)]
     assert np.array_equal(np.concatenate(read), ids_T)
