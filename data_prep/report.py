@@ -17,6 +17,7 @@ from data_prep.verify import find_shard_folders
 from encoder.base.errors import ShardError
 from encoder.base.files import refuse_foreign, write_atomic
 from encoder.base.log import say
+from encoder.base.untrusted import native_code
 from encoder.data.shard_format import (
     INDEX,
     TOKENIZER,
@@ -84,10 +85,13 @@ def summarize(folder: Path) -> Summary:
     if filled is None:
         raise ShardError(f"{folder / INDEX} tells of no samples, the card of {card.documents:,}. Make the shards again.")
     shard = list(read_shard(folder, filled, card=card, hashes=read_hashes(folder, card)))
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    what = f"{folder / TOKENIZER} is not a tokenizer that tokenizers can read"
+    with native_code(what, error=ShardError):
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
     read = [as_read(ids_T, card)[:SAMPLE_CHARS].tolist() for ids_T in chosen]
-    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in read]
+    with native_code(what, error=ShardError):
+        texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in read]
     return Summary(folder=folder, card=card, lengths=lengths, samples=[t[:SAMPLE_CHARS] for t in texts])
 
 

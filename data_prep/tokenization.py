@@ -18,6 +18,7 @@ from data_prep.long_texts import TooLong, batches, cuts_of, parts_of
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import warn_once
+from encoder.base.untrusted import native_code
 
 EncoderName = Literal["fastokens", "tokenizers"]
 HASH_CHARS = 2**20              # of a text at a time, as bytes
@@ -57,7 +58,8 @@ class TextEncoder:
     def __init__(self, tokenizer_json: Path, name: EncoderName) -> None:
         self.name = name
         self._cuts = cuts_of(tokenizer_json)
-        try:
+        self._what = f"{tokenizer_json} is not a tokenizer that {name} can read"
+        with native_code(self._what, error=ShardError):
             if name == "fastokens":
                 import fastokens
 
@@ -69,11 +71,6 @@ class TextEncoder:
                 self._tokenizer.encode_special_tokens = True
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-        except ImportError:
-            raise
-        except Exception as error:    # both libraries raise plain Exception for a file they cannot read
-            raise ShardError(f"{tokenizer_json} is not a tokenizer that {name} can read: {error}. "
-                             "Make one with data-prep tokenizer.") from error
 
     def encode(self, texts: Sequence[str], dtype: np.dtype | type = np.uint32) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts end to end [T], tokens per text [D] int64), by as much text at a time as bounds memory.
@@ -98,6 +95,10 @@ class TextEncoder:
         return True
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        with native_code(self._what, error=ShardError):
+            return self._encoded(texts)
+
+    def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.name == "fastokens":
             ids, offsets = self._tokenizer.encode_batch_flat(list(texts), False, True)
             return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))

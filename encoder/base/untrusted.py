@@ -9,12 +9,14 @@ fifo, no memory beyond a small multiple of `most_bytes`, no file outside the fol
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -144,6 +146,23 @@ def parse_json(text: str, *, where: Path | str, error: type[UserError] = UserErr
         raise error(f"{where} cannot be read: it holds {found}; needed: {'a mapping' if root is dict else 'a list'}.")
     _check(value, text, where, error)
     return value
+
+
+@contextlib.contextmanager
+def native_code(what: str, *, error: type[UserError] = UserError) -> Iterator[None]:
+    """Whatever a library of native code raises inside, a panic of Rust too, is one `error` that begins with `what`.
+
+    A panic is no Exception to Python, so that nothing else would catch it.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, ImportError):
+        raise
+    except BaseException as why:
+        if not isinstance(why, Exception) and type(why).__name__ != "PanicException":
+            raise
+        said = " ".join(str(why).split())[:200].rstrip(".") or type(why).__name__
+        raise error(f"{what}: {said}. Make one with data-prep tokenizer.") from why
 
 
 def plain_name(name: Any, *, where: Path | str, error: type[UserError] = UserError, folders: bool = True) -> str:

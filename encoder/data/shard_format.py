@@ -44,6 +44,7 @@ _WIDTH_OF_BYTE = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32"
 SHARD_HASH = "sha256"                            # of each shard file, in index.json, under MDS's name for it
 MOST_SHARD_BYTES = 2**32                         # offsets in a shard have 32 bits
 MOST_IDS = 2**32                                 # an id has at most 32 bits
+MOST_TOKEN_ID = 2**24                            # of a tokenizer.json: libraries make tables up to its largest id
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SIDE_FILES = (CARD, LENGTHS, INDEX, TOKENIZER, HASHES, "origin.txt")
@@ -444,8 +445,8 @@ def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     try:
         added = content.get("added_tokens", [])
         ids = {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}
-        if wrong := [token for token, i in ids.items() if type(i) is not int or not 0 <= i < MOST_IDS]:
-            raise ValueError(f"{wrong[0][:60]!r} has the id {ascii(ids[wrong[0]])[:60]}; needed: a whole number below 2^32")
+        if wrong := [token for token, i in ids.items() if type(i) is not int or not 0 <= i < MOST_TOKEN_ID]:
+            raise ValueError(f"{wrong[0][:60]!r} has the id {ascii(ids[wrong[0]])[:60]}; needed: a whole number below 2^24")
         if not all(isinstance(a["content"], str) for a in added):
             raise ValueError("an added token is no text")
         return ids, added

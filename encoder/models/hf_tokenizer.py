@@ -8,7 +8,7 @@ from typing import Any
 
 from encoder.base.errors import ModelError
 from encoder.base.files import write_json
-from encoder.base.untrusted import read_json
+from encoder.base.untrusted import native_code, read_json
 from encoder.models.hf_config import SpecialIds
 from encoder.models.stored import TOKENIZER
 
@@ -63,11 +63,8 @@ def _template(names: dict[int, str], specials: SpecialIds) -> dict[str, Any]:
 def _ids_of_nothing(content: dict[str, Any], tokenizer_json: Path) -> list[int]:
     import tokenizers
 
-    try:
+    with native_code(f"{tokenizer_json} cannot be used as a tokenizer.json", error=ModelError):
         return tokenizers.Tokenizer.from_str(json.dumps(content)).encode("").ids
-    except Exception as error:          # the library raises Exception itself
-        raise ModelError(f"{tokenizer_json} cannot be used as a tokenizer.json ({error}). "
-                         "Give the one that stands beside the shards.") from error
 
 
 def _read(tokenizer_json: Path, vocab_size: int) -> tuple[dict[str, Any], dict[int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from data_prep import tokenization
 from data_prep.tokenization import HOSTILE, TextEncoder, choose_encoder, cut_lengths, encode_pieces, is_held_out
 from encoder.base import log
+from encoder.base.errors import ShardError
+from encoder.data.shard_format import special_ids_of
 from tests.unit.prep_helpers import texts, tokenizer_bytes
 
 
@@ -97,3 +100,24 @@ def test_a_fast_encoder_with_other_ids_is_not_used(tokenizer_json, monkeypatch, 
     monkeypatch.setattr(tokenization, "TextEncoder", Wrong)
     assert choose_encoder(tokenizer_json) == "tokenizers"
     assert "other ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {"model": {"continuing_subword_prefix": "##"}},
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}}], ids=str)
+def test_a_panic_of_native_code_is_one_sentence_with_the_tokenizer(tmp_path, change):
+    content = json.loads(tokenizer_bytes())
+    for key, value in change.items():
+        content[key] = {**content[key], **value} if key == "model" else value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ShardError, match="is not a tokenizer that tokenizers can read"):
+        choose_encoder(tmp_path / "tokenizer.json", ["a text"])
+
+
+def test_an_id_beyond_any_vocabulary_makes_no_table(tmp_path):
+    content = json.loads(tokenizer_bytes())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 2**31, "content": "[X]"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ShardError, match="below 2.24"):
+        special_ids_of(tmp_path / "tokenizer.json")
