@@ -27,7 +27,7 @@ from pathlib import Path
 
 from data_prep.output import output
 from encoder.base.errors import ConfigError
-from encoder.base.files import write_atomic, write_json
+from encoder.base.files import refuse_foreign, write_atomic, write_json
 from encoder.base.log import say
 from encoder.base.main_script import without_main_script
 from encoder.base.untrusted import read_json
@@ -78,6 +78,9 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
     if _stands(manifest, made_from):
         say(f"{out}: made before from the same environment. Nothing to do.")
         return
+    refuse_foreign(manifest, ours=lambda head: head.startswith(b'{\n "size_mb": '))
+    for name in ("code", "prose"):
+        refuse_foreign(out / f"{name}.jsonl", ours=lambda head: head.startswith(b'{"text": ') and b'"source": "' in head)
     with output(out, ["code.jsonl", "prose.jsonl", MANIFEST]):
         manifest.unlink(missing_ok=True)          # written last: without it the corpus is not finished
         sums = _write_sources(files, out, int(size_mb * 1e6 / 2))

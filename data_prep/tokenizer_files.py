@@ -28,7 +28,7 @@ from data_prep.readers import find_files, numbered, parse, read_blocks
 from data_prep.readers.packed import PACKED_ENDINGS
 from data_prep.tokenization import TextEncoder, text_hash
 from encoder.base.errors import ConfigError, UserError
-from encoder.base.files import write_atomic
+from encoder.base.files import refuse_foreign, write_atomic
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import say
 from encoder.base.untrusted import MOST_BYTES
@@ -64,6 +64,7 @@ def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_s
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIALS), initial_alphabet=alphabet, show_progress=False)
+    _refuse_others(out)
     sample = _Sample(sources, root, int(sample_mb * 1e6))
     with output(out.parent, [out.name]):
         tokenizer.train_from_iterator(sample.texts(), trainer)
@@ -80,6 +81,7 @@ def train_tokenizer(sources: Sequence[Source], root: Path, out: Path, *, vocab_s
 
 def modernbert_tokenizer(out: Path, *, wheel: Path | None = None, cache: Path | None = None) -> None:
     """Write ModernBERT's tokenizer of 50,368 entries. OLMo's comes from the wheel given, or from PyPI through pip."""
+    _refuse_others(out)
     with output(out.parent, [out.name]), tempfile.TemporaryDirectory() as scratch:
         content = json.loads(olmo_tokenizer(wheel or _fetched_wheel(cache or Path(scratch))))
         _write(modernbert_edits(content), out)
@@ -125,8 +127,10 @@ def copy_tokenizer(given: Path, out: Path) -> None:
         raise ConfigError(f"{path} {what}; needed: a tokenizer.json, or the folder of one.")
     vocab_size, _ = special_ids_of(path)
     TextEncoder(path, "tokenizers")          # raises for a file that the library cannot read
+    content = path.read_bytes()
+    _refuse_others(out, same_as=content)
     with output(out.parent, [out.name]):
-        write_atomic(out, path.read_bytes())
+        write_atomic(out, content)
     say(f"{out}: {vocab_size:,} entries, a copy of {path}.")
 
 
@@ -182,6 +186,11 @@ def _put_specials(content: dict, *, first_id: int) -> None:
 def _added(i: int, content: str, *, special: bool, lstrip: bool = False) -> dict:
     return {"id": i, "content": content, "single_word": False, "lstrip": lstrip, "rstrip": False,
             "normalized": not special, "special": special}
+
+
+def _refuse_others(out: Path, *, same_as: bytes | None = None) -> None:
+    """Raises UserError for a file that no data-prep tokenizer wrote: json.dumps spaces it as no tokenizers library does."""
+    refuse_foreign(out, ours=lambda head: head.startswith(b'{"version": "') or (same_as or b"").startswith(head))
 
 
 def _write(content: dict, out: Path) -> None:

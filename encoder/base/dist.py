@@ -8,13 +8,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from encoder.base.errors import ConfigError, PassingError
+from encoder.base.errors import ConfigError, PassingError, UserError
 from encoder.base.log import print_line
 from encoder.base.peers import CONNECT_SECONDS, peers_of_this_rank, watch_peers
 from encoder.base.world import MeetingPlace, World, meeting_address, meeting_place, world_from_env
@@ -44,6 +44,8 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     False if it runs already: whoever started it ends it. Raises ConfigError without an address, PassingError where the
     ranks do not meet. From here on a rank whose peer is gone ends, wherever it stands (peers.py).
     """
+    if _met.pop("torn", False):
+        leave()
     if dist.is_initialized():
         return False
     # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us
@@ -66,6 +68,27 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
                            f"({' '.join(str(error).split())[:150]}). If another program has the port, give another: "
                            "deepspeed --master_port 29511 ...") from error
     return True
+
+
+@contextlib.contextmanager
+def watched(world: World) -> Iterator[None]:
+    """Watches the neighbours from the first moment on, before the ranks meet: until then nobody would miss a rank that dies.
+
+    Does nothing on one rank, and where this process watches already or has joined.
+    """
+    if world.size == 1 or dist.is_initialized() or peers_of_this_rank():
+        yield
+        return
+    peers = watch_peers(world, meeting_address(world))
+    try:
+        yield
+    except UserError:
+        # one that has not met the others leaves them: they are told, and do not wait for it
+        peers.fail(2)
+        raise
+    finally:
+        if not dist.is_initialized():
+            peers.close()
 
 
 _met: dict[str, object] = {}      # of this process: the stores by place, and how often it met others
@@ -137,8 +160,15 @@ class Aloud:
         time.sleep(0.1)
 
 
-def leave() -> None:
-    """End torch.distributed, if it runs."""
+def leave(*, torn: bool = False) -> None:
+    """End torch.distributed, if it runs.
+
+    torn: other ranks may still wait for this one, and are to see it end, not leave in good order. So it stays until this
+    process ends, or until its next `join`.
+    """
+    if torn:
+        _met["torn"] = True
+        return
     if dist.is_initialized():
         dist.destroy_process_group()
     if peers := peers_of_this_rank():

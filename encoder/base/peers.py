@@ -12,8 +12,10 @@ its connections, since the kernel answers for it; a network that is cut is notic
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import os
+import resource
 import secrets
 import selectors
 import socket
@@ -26,16 +28,23 @@ from collections.abc import Callable, Sequence
 from encoder.base.log import print_line
 from encoder.base.world import MeetingPlace, World
 
-# a rank that lost another one has so long to end by its own error, which says more
+# so long has a rank to end by its own error, which says more: after a mistake of another one (longer than that one waits
+# for the others to say it, too), and after another one's death
 GRACE_SECONDS = 3.5
+LOST_SECONDS = 2.0
 # a network may be away for so long: a switch that starts again, a link that comes back
 SILENT_SECONDS = 60
 CONNECT_SECONDS = 5.0
-SPEAK_SECONDS = 2.0
+SPEAK_SECONDS = 1.0
 # before they have met: how often a rank looks for its neighbours, and among how many
 LOOK_SECONDS = 0.05
 MOST_NEIGHBOURS = 64
 FAILED_CODE = 1
+# connections that nothing is left for wait in the system's queue: how long, before rank zero asks again
+FULL_SECONDS = 1.0
+# of a process beside its connections: files, workers' pipes, torch's own connections
+OTHER_FILES = 1024
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _LINE_BYTES = 256
 _BYE = b"bye"
 
@@ -56,6 +65,8 @@ class Peers:
         self._closing = False
         self._server: socket.socket | None = None             # rank zero's, for all
         self._door: socket.socket | None = None               # every rank's, for neighbours, until all have met
+        self._full_until = 0.0                # no connection is taken before: no file number is free
+        self._full_said = False
         self._sought: list[int] = []
         self._met = False
         self._ear, self._mouth = socket.socketpair()
@@ -95,6 +106,7 @@ class Peers:
         near: the host of the meeting place, by which the others reach this machine.
         """
         self._token = secrets.token_hex(16).encode()
+        _allow_files(self.size + OTHER_FILES)
         if socket.has_dualstack_ipv6():
             self._server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         else:
@@ -110,6 +122,7 @@ class Peers:
         token, port, *hosts = invitation.split()
         problem: OSError = ConnectionError("no address")
         for host in hosts:
+            connection = None
             try:
                 connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
                 connection.sendall(f"{token} {self.rank}\n".encode())
@@ -117,6 +130,8 @@ class Peers:
                     raise ConnectionError("somebody else answers")
             except OSError as error:
                 problem = error
+                if connection is not None:
+                    connection.close()
                 continue
             self._hold(connection, 0)
             self._wake()
@@ -158,7 +173,9 @@ class Peers:
     def _watch(self) -> None:
         strangers: dict[socket.socket, float] = {}
         while not self._closing:
-            for key, _ in self._selector.select(timeout=LOOK_SECONDS if self._sought else 5.0):
+            self._ask_again()
+            soon = LOOK_SECONDS if self._sought else FULL_SECONDS if self._full_until else 5.0
+            for key, _ in self._selector.select(timeout=soon):
                 one = key.fileobj
                 if self._closing:
                     return
@@ -184,12 +201,14 @@ class Peers:
 
     def _visit(self, rank: int) -> None:
         """Connects to a neighbour, if it has begun."""
-        door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        door = None
         try:
+            door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             door.connect(f"{self._name}{rank}")
             door.send(f"{self.rank}\n".encode())
         except OSError:
-            door.close()
+            if door is not None:
+                door.close()
             return
         self._sought.remove(rank)
         self._hold(door, rank)
@@ -198,7 +217,8 @@ class Peers:
         self._met = False
         self._sought = []
         if self._door is not None:
-            self._selector.unregister(self._door)
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(self._door)
             self._door.close()
             self._door = None
         for connection in [one for one in self._rank_of if one.family == socket.AF_UNIX]:
@@ -207,11 +227,33 @@ class Peers:
             self._drop(connection)
 
     def _accept(self, server: socket.socket, strangers: dict[socket.socket, float]) -> None:
-        with contextlib.suppress(OSError):
+        try:
             connection, _ = server.accept()
-            connection.setblocking(False)
-            self._selector.register(connection, selectors.EVENT_READ)
-            strangers[connection] = time.monotonic()
+        except OSError as error:
+            if error.errno in _FULL:
+                self._wait_for_room(server, error)
+            return
+        connection.setblocking(False)
+        self._selector.register(connection, selectors.EVENT_READ)
+        strangers[connection] = time.monotonic()
+
+    def _wait_for_room(self, server: socket.socket, error: OSError) -> None:
+        """A connection that cannot be taken stays readable: asked without a pause, it would keep a core busy."""
+        if not self._full_said:
+            self._full_said = True
+            print_line(f"warning: rank {self.rank} cannot take another rank's connection ({error.strerror}): that this one is gone "
+                       "is noticed by the next collective alone. Needed: `ulimit -n` of the number of ranks and "
+                       f"{OTHER_FILES:,} more.", sys.stderr, survive=True)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(server)
+        self._full_until = time.monotonic() + FULL_SECONDS
+
+    def _ask_again(self) -> None:
+        if self._full_until and time.monotonic() >= self._full_until:
+            self._full_until = 0.0
+            for one in (self._server, self._door):
+                if one is not None and one not in self._selector.get_map():
+                    self._selector.register(one, selectors.EVENT_READ)
 
     def _greet(self, connection: socket.socket, strangers: dict[socket.socket, float]) -> None:
         """The first line of a connection: who knows the token is a rank, all others are sent away."""
@@ -269,7 +311,7 @@ class Peers:
 
     def _end(self) -> None:
         """Ends this process, unless its main thread does so first or leaves in good order."""
-        until = time.monotonic() + GRACE_SECONDS
+        until = time.monotonic() + (LOST_SECONDS if self._code == FAILED_CODE else GRACE_SECONDS)
         while time.monotonic() < until:
             if self._closing:
                 return
@@ -311,6 +353,15 @@ def _user_of(connection: socket.socket) -> int:
     """The user of the process at the other end of a Unix socket."""
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return user
+
+
+def _allow_files(needed: int) -> None:
+    """Raises this process's own limit of open files, which is often 1,024, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
 
 
 def _keep_alive(connection: socket.socket) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from encoder.base.command import as_user_error
 from encoder.base.dist import World
 from encoder.base.errors import UserError
-from encoder.base.files import write_atomic, write_json
+from encoder.base.files import refuse_foreign, write_atomic, write_json
 from encoder.base.log import say
 from encoder.base.slurm import node_name, nodes_of_ranks
 from encoder.base.units import short_seconds
@@ -236,6 +236,8 @@ class Doctor:
     def _write_report(self, stage: str, **values: Any) -> None:
         if self.report is None or self.world.local_rank:
             return
+        refuse_foreign(self.report / f"{self.node}.json", ours=lambda head: head.startswith(b'{\n "node": "'))
+        refuse_foreign(self.report / BAD_NODES, ours=lambda head: re.fullmatch(rb"([\w.-]+\n)*", head) is not None)
         self.report.mkdir(parents=True, exist_ok=True)
         stamp = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         write_json(self.report / f"{self.node}.json", {"node": self.node, "stage": stage, "time": stamp, **values})

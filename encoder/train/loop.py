@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from encoder.base.command import as_user_error
-from encoder.base.dist import World, join, leave, sum_over_ranks
+from encoder.base.dist import World, join, leave, sum_over_ranks, watched
 from encoder.base.done import is_done
 from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.base.files import write_atomic, write_json
@@ -74,6 +74,11 @@ def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> O
         with StopFlag() as stop:
             return pretrain(run, world, stop=stop)
     outlive_readers()
+    with watched(world):
+        return _pretrain(run, world, stop)
+
+
+def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     folder, clock = Path(run.out), Clock(began=psutil.Process().create_time())
     run.tracking.check_packages()
     check_same_run(run, folder)
@@ -107,8 +112,8 @@ def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> O
             finally:
                 story.close()
     finally:
-        if joined and not watch.torn:
-            leave()
+        if joined:
+            leave(torn=watch.torn)
 
 
 class _Story:

@@ -13,7 +13,7 @@ import pytest
 from encoder.base.dist import World
 from encoder.train.config import read_run
 from encoder.train.loop import pretrain
-from encoder.train.tracking import EVENTS, METRICS, read_jsonl
+from encoder.train.tracking import EVENTS, LEDGER, METRICS, read_jsonl
 from tests.process.ranks import Rank, start_ranks
 from tests.process.test_killed_run import RUN
 from tests.shards_for_tests import random_documents, write_source
@@ -106,26 +106,45 @@ def test_a_peer_that_is_stopped_or_busy_is_not_taken_for_gone(folder):
     assert still_train and len(read_jsonl(folder / "stopped" / METRICS)) >= steps + 5
 
 
+def latest_moment(out: Path) -> str:
+    """What a run did last, by its folder."""
+    events = read_jsonl(out / EVENTS)
+    steps = len(read_jsonl(out / LEDGER))
+    return f"step {steps}, last event {events[-1].get('event')}" if events else "starting"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_sixty_kills_at_random_moments_leave_no_rank_behind(folder):
-    """One of two ranks, from half a second after its start on, in steps, evaluations and saves that follow each other closely."""
+    """One of two ranks, from 50 ms after its start on, in steps, evaluations and saves that follow each other closely."""
     chance = random.Random(14)
     waits = []
+    never_seen = []
     for number in range(60):
         out = f"random{number}"
         tokens = "20K" if number % 3 == 2 else "400K"      # every third is near its end when it is hit
-        ranks = start_ranks(trains, 2, folder=str(folder), out=out, overrides=[f"phases.{i}.tokens={tokens}" for i in range(3)])
+        # a loader's process imports torch anew: most runs do without it, and so reach more of their life in the same time
+        overrides = [*(f"phases.{i}.tokens={tokens}" for i in range(3)), f"loader.workers={int(number % 6 == 1)}"]
+        ranks = start_ranks(trains, 2, folder=str(folder), out=out, overrides=overrides)
         if number % 3:
             until = time.monotonic() + 60
             while not read_jsonl(folder / out / EVENTS) and time.monotonic() < until:
                 time.sleep(0.02)
-        time.sleep(chance.uniform(0.5, 6.0))
+        # a third of them while it starts, the half of these in its first second
+        time.sleep(chance.uniform(0.05, 1.0) if number % 6 == 0 else chance.uniform(0.5, 6.0))
+        moment = latest_moment(folder / out)
         victim = chance.randrange(2)
         if ranks[victim][0].poll() is not None or ranks[1 - victim][0].poll() is not None:
             continue
         ranks[victim][0].kill()
-        waits.append(seconds_to_end(ranks[1 - victim][0]))
-        print(f"kill {number}: rank {victim}, the other ended after {waits[-1]:.1f} s", flush=True)
-    print(f"{len(waits)} kills, at most {max(waits):.1f} s, median {sorted(waits)[len(waits) // 2]:.1f} s")
-    assert len(waits) >= 50 and max(waits) < MOST_SECONDS
+        seconds = seconds_to_end(ranks[1 - victim][0])
+        # the limit: it died before it had begun to watch, and here is no launcher that ends the others
+        if number % 6 == 0 and seconds > MOST_SECONDS:
+            never_seen.append(seconds)
+            print(f"kill {number}: rank {victim}, never seen; the other ended after {seconds:.1f} s", flush=True)
+            continue
+        waits.append(seconds)
+        print(f"kill {number}: rank {victim}, {moment}; the other ended after {waits[-1]:.1f} s", flush=True)
+    print(f"{len(waits)} kills, {len(never_seen)} never seen", flush=True)
+    print(f"at most {max(waits):.1f} s, median {sorted(waits)[len(waits) // 2]:.1f} s")
+    assert len(waits) >= 50 and len(never_seen) <= 3 and max(waits) < MOST_SECONDS
