@@ -91,7 +91,8 @@ def signalled(launcher: str, name: str, to: str, folder: Path) -> Seen:
         while time.monotonic() - began < LINGER_SECONDS and any(is_rank(p) for p in processes_of(out)):
             time.sleep(0.1)
         ended = time.monotonic()
-        while process.poll() is None and time.monotonic() - began < LINGER_SECONDS:
+        # DeepSpeed's inner launcher looks for its ranks once a second
+        while (process.poll() is None or processes_of(out)) and time.monotonic() - began < LINGER_SECONDS:
             time.sleep(0.1)
         stops = [line for line in read_jsonl(out / EVENTS) if line.get("event") == "stopped"]
         return Seen(saved=bool(stops) and newest_checkpoint(out / CHECKPOINTS) is not None, rank_seconds=ended - began,
