@@ -68,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
                 time.sleep(SPEAKER_SECONDS)      # a launcher whose rank zero met it too has ended this one by now
                 raise RankError(f"rank {world.rank}: {error}") from error
             raise
+        # a run that is done already is left before the ranks have met: the others must not take that for a death
+        if peers := peers_of_this_rank():
+            peers.close()
         return 0
 
     def tell_job(error: Exception) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from encoder.base.dist import World
+from encoder.base.dist import World, free_port
 from encoder.train.config import read_run
 from encoder.train.loop import pretrain
 from encoder.train.tracking import EVENTS, LEDGER, METRICS, read_jsonl
@@ -18,6 +20,7 @@ from tests.process.ranks import Rank, start_ranks
 from tests.process.test_killed_run import RUN
 from tests.shards_for_tests import random_documents, write_source
 
+ROOT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 10.0
 
 
@@ -111,6 +114,33 @@ def latest_moment(out: Path) -> str:
     events = read_jsonl(out / EVENTS)
     steps = len(read_jsonl(out / LEDGER))
     return f"step {steps}, last event {events[-1].get('event')}" if events else "starting"
+
+
+SLOW_TO_IMPORT = """
+import os, sys, time
+
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and os.environ["RANK"] == "0":
+            sys.meta_path.remove(self)
+            time.sleep(8)
+
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def test_a_peer_that_leaves_a_done_run_is_not_taken_for_gone(folder, tmp_path):
+    """Rank one finds done.json and leaves while rank zero, on a busy machine, is still importing torch."""
+    settings = [f"out={folder}/done", *(f"phases.{i}.tokens=2K" for i in range(3))]
+    assert pretrain(read_run(f"{folder}/run.yaml", settings), World()).done
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_IMPORT, encoding="utf-8")
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+             "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ranks = [subprocess.Popen([sys.executable, ROOT / "launch" / "pretrain.py", folder / "run.yaml", *settings],
+                              env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
 
 
 @pytest.mark.slow
