@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -177,7 +178,7 @@ def _from_cache(name: HubName, weights: bool, why: Exception) -> Fetched:
 def _no_network(name: HubName, why: Exception) -> NoReturn:
     revision = f" --revision {name.revision}" if name.revision else ""
     folder = name.id.partition("/")[2]
-    said = " ".join(str(why).split())[:120] or type(why).__name__
+    said = textwrap.shorten(str(why), 120, placeholder=" ...") or type(why).__name__
     raise UserError(
         f"{name} is no file or folder here, and the Hugging Face hub cannot be asked from this "
         f"machine ({said}). Where there "

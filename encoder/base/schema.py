@@ -39,7 +39,7 @@ LocalText = Annotated[str, "path", "local"]      # of this machine, and no URL
 MOST_YAML_BYTES = 2**20               # the largest shipped settings file has 12 KB
 MOST_NODES = 20_000                   # of a YAML text, every alias counted as what it stands for
 MOST_INT = 2**63                      # what numpy, torch and the ledger can count
-MOST_MISTAKES = 12                    # named in one error
+MOST_MISTAKES = 60                    # named in one error: all of a file that somebody wrote
 T = TypeVar("T")
 
 
@@ -406,8 +406,10 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
         last = i == len(parts) - 1
         if isinstance(at, list):
             if (number := number_in_name(part)) is None or number >= len(at):
-                raise ConfigError(f"override {dotted}: {'.'.join(parts[:i])} is a list of {len(at)} items, "
-                                  f"and {part!r} is none of 0 to {len(at) - 1}.")
+                place = ".".join(parts[:i])
+                meant = f" Did you mean {place}.0.{'.'.join(parts[i:])}?" if at and number is None else ""
+                raise ConfigError(f"override {dotted}: {place} is a list of {len(at)} items, "
+                                  f"and {part!r} is none of 0 to {len(at) - 1}.{meant}")
             if last:
                 at[number] = value
             else:

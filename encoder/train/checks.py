@@ -59,7 +59,7 @@ def check_settings(run: RunConfig) -> list[str]:
 
 def mistakes_of(run: RunConfig) -> list[str]:
     """What contradicts itself, the same on every rank that sees the same cards."""
-    return [*_warmups_too_long(run), *_text_in_both(run)]
+    return [*_warmups_too_long(run), *_text_in_both(run), *_rates_of_nothing(run)]
 
 
 def hints_of(run: RunConfig, *, ranks: int, fillings: list[Filling | None] | None = None) -> list[str]:
@@ -189,6 +189,17 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
     if run.loader.micro_batch_rows > share:
         yield (f"loader.micro_batch_rows {run.loader.micro_batch_rows} is more than the {share} row{'s' * (share > 1)} that a "
                f"rank of {ranks} has of the largest step: a micro-batch holds {share} at most.")
+
+
+def _rates_of_nothing(run: RunConfig) -> Iterator[str]:
+    """About a run that would not move: a phase of one step takes its rate where the schedule has ended."""
+    steps = planned_steps(run, fills=[1.0] * len(run.phases))
+    if all(len(steps.indices(number)) == 1 for number in range(len(run.phases))) and not any(
+            steps[steps.indices(number)[0]].lr for number in range(len(run.phases))):
+        phase = run.phases[0]
+        yield (f"phases.0.tokens {phase.tokens:,} is one step of {phase.batch_tokens:,} tokens, at a learning rate of 0: nothing "
+               f"would be learned. Lower phases.0.batch_tokens, for example to {run.data.row_tokens * run.data.lanes:,}, or train "
+               "on more tokens.")
 
 
 # against the cards ---------------------------------------------------------------------------------------------------

@@ -280,7 +280,10 @@ class RunConfig:
             if phase.max_lr is not None and not self.optimizer.decay_at_peak:
                 raise ConfigError(f"phase {phase.name}: max_lr {phase.max_lr:g} has no effect: the decay of this optimizer is not "
                                   "relative to a peak rate. Leave it out.")
-            phase.lr.at(0, phase_tokens=phase.tokens)
+            try:
+                phase.lr.at(0, phase_tokens=phase.tokens)
+            except ConfigError as error:
+                raise ConfigError(f"phases.{self.phases.index(phase)}.lr of phase {phase.name}: {error}") from error
             try:
                 self.rows_at(phase, 0)
             except ConfigError as error:

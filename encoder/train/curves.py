@@ -46,7 +46,7 @@ def draw(runs: Sequence[Curves]) -> bytes:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     used = "mfu" if any("mfu" in m for run in runs for m in run.metrics) else "tflops_per_second"
     figure, at = pyplot.subplot_mosaic([["loss", "loss", "lr"], ["loss", "loss", "step_tokens"],
@@ -72,7 +72,7 @@ def draw(runs: Sequence[Curves]) -> bytes:
         if key in ("tokens_per_second", "step_tokens"):
             axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
         if key in ("held_out_accuracy", "mfu"):
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+            axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         for number, (run, colour) in enumerate(colours):
             colour = "#888" if len(runs) == 1 else colour
             for name, tokens in _phase_starts(run):

@@ -70,6 +70,9 @@ def warnings_of(run: RunConfig) -> list[str]:
                          f"{short_count(more)} parameters that no text trains. Leave it out for {needed:,}.")
     source = run.init_from or run.branch_from
     there = _facts_of(source) if source else None
+    if source and there is None:
+        lines.append(f"{source} is not at hand: what follows from it, such as RoPE thetas, is shown by the defaults here, and is "
+                     "the model's own where the run starts.")
     if there and model.positions == "rope":
         first = run.phases[0]
         for name in ("global_rope_theta", "local_rope_theta"):
@@ -161,6 +164,9 @@ class _Filler:
         if source:
             self.put(model, "model.vocab_size", source.vocab_size, f"that of {word}")
             self.put(model, "model.initializer_range", source.initializer_range, f"that of {word}")
+            for key, value in to_plain(source).items():
+                if value != getattr(ModernBertConfig, key, None):
+                    self.put(model, f"model.{key}", value, f"that of {word}")
             return
         card = next((c for c in map(_card_at, _folders(m)) if c), None)
         if card:
@@ -236,7 +242,10 @@ class _Filler:
         if isinstance(m.setdefault("checkpoints", {}), dict):
             self.put(m["checkpoints"], "checkpoints.every_tokens", every, why)
         if beside := _held_out_beside(m):
-            self.put(m, "evaluation", {"sources": beside}, "the held-out documents beside the shards")
+            if isinstance(m.get("evaluation"), dict):
+                self.put(m["evaluation"], "evaluation.sources", beside, "the held-out documents beside the shards")
+            else:
+                self.put(m, "evaluation", {"sources": beside}, "the held-out documents beside the shards")
         if isinstance(m.get("evaluation"), dict):
             self.put(m["evaluation"], "evaluation.every_tokens", every, why)
 

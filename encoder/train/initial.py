@@ -58,7 +58,7 @@ def check_same_shape(there: ModernBertConfig, run: RunConfig, *, key: str, path:
         grows = all(name in GROWS and old < new for name, old, new in wrong)
         raise ModelError(f"{key} {path} has another shape: {found}{more}. "
                          + (f"Grow it: {as_typed('grow', path, 'OUT', '--run', 'RUN.yaml')}, then init_from: OUT." if grows else
-                            "Set the run's model to the same, or name another model."))
+                            f"Leave model out of the run file, which then is that of {key}, or name another model."))
 
 
 def check_same_tokens(source: Path, shards: Path) -> None:

@@ -25,11 +25,15 @@ def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
 
         data: shards/web/train            ->    data: {sources: [{path: shards/web/train}]}
         phases: {tokens: 10M, lr: 1e-3}   ->    phases: [{tokens: 10M, lr: {peak: 1e-3}}]
+        optimizer: adamw                  ->    optimizer: {name: adamw}
     """
     mapping = copy.deepcopy(mapping)
     for key in ("data", "evaluation"):
         if isinstance(mapping.get(key), (str, list)):
             mapping[key] = {"sources": mapping[key]}
+    for key in ("objective", "optimizer"):
+        if isinstance(mapping.get(key), str):
+            mapping[key] = {"name": mapping[key]}
     if isinstance(mapping.get("phases"), dict):
         mapping["phases"] = [mapping["phases"]]
     for holder in (mapping.get("data"), mapping.get("evaluation"), *phases_of(mapping)):

@@ -187,3 +187,11 @@ def test_a_plan_says_how_local_the_order_is(root):
     assert f"order: 8 of {shards} shards of a are read at a time" in text and "data.shuffle_shards sets how many" in text
     with pytest.raises(ConfigError, match="shuffle_shards 0 must be 1 to 256"):
         read_run(root / "run.yaml", ["data.shuffle_shards=0"])
+
+
+def test_a_run_of_one_step_at_rate_zero_is_refused(root):
+    settings = ["phases.0.tokens=500", "phases.0.lr={schedule: wsd, peak: 1e-3, warmup_tokens: 10, decay_tokens: 100}"]
+    assert mistakes_of(read_run(root / "run.yaml", settings)) == [
+        "phases.0.tokens 500 is one step of 1,024 tokens, at a learning rate of 0: nothing would be learned. Lower "
+        "phases.0.batch_tokens, for example to 256, or train on more tokens."]
+    assert not mistakes_of(read_run(root / "run.yaml", ["phases.0.tokens=500"]))

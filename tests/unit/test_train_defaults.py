@@ -121,6 +121,10 @@ def test_thetas_follow_the_weights_that_a_run_starts_from(short, tmp_path):
     other = of(short, start, f"model={shape}", "phases.0.global_rope_theta=10000")
     assert f"global_rope_theta is 160000 at {tmp_path}/source and 10000 in phase main" in plan_text(other, ranks=1)
 
+    partial = of(short, start, "model={attention_output_dropout: 0.0}").model
+    assert partial == dataclasses.replace(config, attention_output_dropout=0.0)
+    assert "gone is not at hand: what follows from it" in plan_text(of(short, "init_from=/gone"), ranks=1)
+
     (tmp_path / "no_model.yaml").write_text("\n".join(line for line in short.read_text().splitlines() if "model:" not in line))
     assert of(tmp_path / "no_model.yaml", start).model == config
 
@@ -188,3 +192,22 @@ def test_a_wrong_value_is_refused_and_never_stops_the_defaults(short, key):
             read_run(file)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_an_evaluation_without_sources_takes_the_held_out_documents(short):
+    given = of(short, "evaluation={every_tokens: 20K}").evaluation
+    assert [Path(s.path).name for s in given.sources] == ["held_out"] and given.every_tokens == 20_000
+
+
+def test_a_name_alone_chooses_optimizer_and_objective(short):
+    assert of(short, "optimizer=lamb", "objective=mlm").optimizer == of(short, "optimizer={name: lamb}").optimizer
+
+
+def test_an_override_without_the_place_in_a_list_is_told_where(short):
+    with pytest.raises(UserError, match=r"Did you mean phases\.0\.tokens\?"):
+        of(short, "phases.tokens=16K")
+
+
+def test_a_schedule_that_does_not_fit_is_named_by_its_key(short):
+    with pytest.raises(UserError, match=r"phases\.0\.lr of phase main: warmup_tokens 200,000 and"):
+        of(short, "phases.0.lr={schedule: wsd, peak: 1e-3, warmup_tokens: 200K}")
