@@ -129,6 +129,7 @@ def workspace(tmp_path_factory):
         shutil.copy(ROOT / "configs" / "pretrain" / f"{name}.yaml", f"{name}.yaml")
     shutil.copy(ROOT / "configs" / "pretrain" / "modernbert_base.yaml", "base.yaml")
     shutil.copy(ROOT / "configs" / "prep" / "own_text.yaml", "own_text.yaml")
+    shutil.copy(ROOT / "configs" / "prep" / "mixture_2t.yaml", "mixture.yaml")
     must("data-prep prepare configs/prep/four_domains.yaml root=corpus processes=1")
     Path("shards/own_text/text").parent.mkdir(parents=True)
     Path("shards/own_text/text").symlink_to("../four_domains/web")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from encoder.base.dist import World, free_port
+from encoder.base.peers import LOOK_SECONDS
 from encoder.train.config import read_run
 from encoder.train.loop import pretrain
 from encoder.train.tracking import EVENTS, LEDGER, METRICS, read_jsonl
@@ -22,6 +23,7 @@ from tests.shards_for_tests import random_documents, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 10.0
+KILLS = 60
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,12 @@ def test_a_peer_that_is_stopped_or_busy_is_not_taken_for_gone(folder):
     assert still_train and len(read_jsonl(folder / "stopped" / METRICS)) >= steps + 5
 
 
+def doors() -> set[str]:
+    """The names by which ranks of this machine find each other, of all that watch now."""
+    lines = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
+    return {line.partition("@")[2] for line in lines if "@tessera " in line}
+
+
 def latest_moment(out: Path) -> str:
     """What a run did last, by its folder."""
     events = read_jsonl(out / EVENTS)
@@ -146,16 +154,23 @@ def test_a_peer_that_leaves_a_done_run_is_not_taken_for_gone(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_sixty_kills_at_random_moments_leave_no_rank_behind(folder):
-    """One of two ranks, from 50 ms after its start on, in steps, evaluations and saves that follow each other closely."""
+    """One of two ranks, from the moment on that both have begun to watch, which they do before torch is imported.
+
+    Every kill counts. A rank that dies before that moment is its launcher's to notice, and there is none here.
+    """
     chance = random.Random(14)
     waits = []
-    never_seen = []
-    for number in range(60):
+    for number in range(KILLS):
         out = f"random{number}"
         tokens = "20K" if number % 3 == 2 else "400K"      # every third is near its end when it is hit
         # a loader's process imports torch anew: most runs do without it, and so reach more of their life in the same time
         overrides = [*(f"phases.{i}.tokens={tokens}" for i in range(3)), f"loader.workers={int(number % 6 == 1)}"]
+        before = doors()
         ranks = start_ranks(trains, 2, folder=str(folder), out=out, overrides=overrides)
+        until = time.monotonic() + 60
+        while len(doors() - before) < 2 and not (folder / out / EVENTS).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(2 * LOOK_SECONDS)
         if number % 3:
             until = time.monotonic() + 60
             while not read_jsonl(folder / out / EVENTS) and time.monotonic() < until:
@@ -168,13 +183,7 @@ def test_sixty_kills_at_random_moments_leave_no_rank_behind(folder):
             continue
         ranks[victim][0].kill()
         seconds = seconds_to_end(ranks[1 - victim][0])
-        # the limit: it died before it had begun to watch, and here is no launcher that ends the others
-        if number % 6 == 0 and seconds > MOST_SECONDS:
-            never_seen.append(seconds)
-            print(f"kill {number}: rank {victim}, never seen; the other ended after {seconds:.1f} s", flush=True)
-            continue
         waits.append(seconds)
         print(f"kill {number}: rank {victim}, {moment}; the other ended after {waits[-1]:.1f} s", flush=True)
-    print(f"{len(waits)} kills, {len(never_seen)} never seen", flush=True)
-    print(f"at most {max(waits):.1f} s, median {sorted(waits)[len(waits) // 2]:.1f} s")
-    assert len(waits) >= 50 and len(never_seen) <= 3 and max(waits) < MOST_SECONDS
+    print(f"{len(waits)} kills, at most {max(waits):.1f} s, median {sorted(waits)[len(waits) // 2]:.1f} s")
+    assert len(waits) >= KILLS * 5 // 6 and max(waits) < MOST_SECONDS
