@@ -14,7 +14,7 @@ from encoder.base.errors import UserError
 from encoder.base.schema import to_yaml
 from encoder.data.loader import Loader
 from encoder.data.shard_format import tokenizer_fingerprint
-from encoder.train import build, loop
+from encoder.train import build, loop, run_folder
 from encoder.train.config import read_run
 from encoder.train.loop import pretrain
 from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, read_jsonl
@@ -141,8 +141,9 @@ def restarts(world: World, *, folder: str) -> dict[str, str]:
     said["whole"] = start(world, root, "whole", *old)
     with pytest.MonkeyPatch.context() as patch:
         added = ("random_tokens", "shuffle_shards")
-        patch.setattr(loop, "to_yaml", lambda run: "".join(
-            line for line in to_yaml(run).splitlines(keepends=True) if not any(key in line for key in added)))
+        for writer in (loop, run_folder):
+            patch.setattr(writer, "to_yaml", lambda run: "".join(
+                line for line in to_yaml(run).splitlines(keepends=True) if not any(key in line for key in added)))
         said["stops"] = start(world, root, "before", *old, stop_at=9)
     said["wider"] = start(world, root, "before", "data.shuffle_shards=9")
     said["used"] = start(world, root, "before", "objective.random_tokens=used")
