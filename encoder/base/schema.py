@@ -169,6 +169,15 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", 
         raise ConfigError(f"{_at(where, key)}: {error}") from error
 
 
+def _names_a_file(text: str) -> bool:
+    """Whether a text has the bytes of a file's name, also of one that is not UTF-8."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def expand_path(path: Path | str) -> Any:
     """A path with ~, $NAME and ${NAME} filled in, of the class that it had; a URL stays as it is. Raises ConfigError.
 
@@ -177,7 +186,7 @@ def expand_path(path: Path | str) -> Any:
     text = os.fspath(path)
     if not text or not text.strip():
         raise ConfigError("it is empty; needed: a path. For the folder that you are in, write its name's path, such as ./runs.")
-    if "\0" in text or not _whole_text(text):
+    if "\0" in text or not _names_a_file(text):
         raise ConfigError(f"{ascii(text)[:80]} holds a character that no path has. Write the path again.")
     if "${oc." in text or re.search(r"\$\{[^}]*[:.][^}]*\}", text):
         raise ConfigError(f"{text[:200]} is a reference of OmegaConf, which is not read here. Write $NAME for a variable of the "
