@@ -238,9 +238,10 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
     source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
     tokens = 0
 
-    def add(done: worker.Done) -> None:
+    def add(told: worker.At | worker.Done) -> None:
         nonlocal tokens
-        tokens += done.tokens
+        if isinstance(told, worker.Done):
+            tokens += told.tokens
 
     maker = worker.SegmentMaker(job, add)
     with open_ledger(folder / "taken_apart", Part()) as ledger:

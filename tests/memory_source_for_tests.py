@@ -22,6 +22,7 @@ class MemorySource:
     lengths: np.ndarray
     samples_per_shard: np.ndarray
     documents: Sequence[np.ndarray] = ()
+    open_shards: int = 0
 
     def read(self, document: int) -> np.ndarray:
         return self.documents[document]

@@ -64,7 +64,7 @@ class Peers:
         self._token = b""
         self._closing = False
         self._server: socket.socket | None = None             # rank zero's, for all
-        self._door: socket.socket | None = None               # every rank's, for neighbours, until all have met
+        self._door: socket.socket | None = None               # every rank's, for neighbours
         self._full_until = 0.0                # no connection is taken before: no file number is free
         self._full_said = False
         self._sought: list[int] = []
@@ -214,13 +214,9 @@ class Peers:
         self._hold(door, rank)
 
     def _let_neighbours_go(self) -> None:
+        # the door stays open: one that has just connected, and waits to be taken, would see its end as this rank's death
         self._met = False
         self._sought = []
-        if self._door is not None:
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(self._door)
-            self._door.close()
-            self._door = None
         for connection in [one for one in self._rank_of if one.family == socket.AF_UNIX]:
             with contextlib.suppress(OSError):
                 connection.send(_BYE + b"\n")

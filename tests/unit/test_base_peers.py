@@ -137,3 +137,31 @@ def test_a_neighbour_that_has_begun_is_missed_and_one_never_seen_is_not(dies, tm
         assert zero.gone == ("rank 1 is gone" if dies else "")
     finally:
         zero.close()
+
+
+def test_neighbours_whose_connections_still_wait_are_let_go_without_a_death():
+    """All have met while rank 1, slow, has not yet taken the connections of its neighbours."""
+    place = MeetingPlace(host="nowhere waiting", port=1, said_by="the test")
+    ranks = [Peers(rank=rank, size=4) for rank in range(4)]
+    slow = ranks[1]
+    for one in ranks:
+        one._end = lambda: None
+    slow.seek_neighbours(place, range(4))
+    try:
+        for one in (ranks[0], ranks[2], ranks[3]):
+            one.seek_neighbours(place, range(4))
+            one.start()
+        slow.all_have_met()
+        slow.start()
+        time.sleep(0.5)
+        assert [one.gone for one in ranks] == [""] * 4
+        for one in ranks:
+            one.all_have_met()
+        until = time.monotonic() + 5.0
+        while any(one._rank_of for one in ranks) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not any(one._rank_of for one in ranks)
+        assert [one.gone for one in ranks] == [""] * 4
+    finally:
+        for one in ranks:
+            one.close()

@@ -110,7 +110,7 @@ def test_a_start_from_another_shape_names_the_settings_and_the_way(root, capsys)
     assert f"and 1 more. Grow it: tessera grow {root / 'small'} OUT --run RUN.yaml" in said
     grow.main([str(root / "small"), str(root / "grown"), "--run", str(root / "run.yaml")])
     capsys.readouterr()
-    assert "mlp geglu there, swiglu in the run. Set the run's model to the same" in refused(
+    assert "mlp geglu there, swiglu in the run. Leave model out of the run file" in refused(
         capsys, pretrain, root / "run.yaml", "model.mlp=swiglu")
     assert "attention_head_width 8 there, 4 in the run" in refused(
         capsys, pretrain, root / "run.yaml", "model.num_attention_heads=8")      # every shape would fit

@@ -58,14 +58,16 @@ DAMAGES = {
     "index.json cannot be read: Expecting": lambda f: and_seal(lambda g: (g / "index.json").write_text("{"), f),
     "tokens, card.json tells of": lambda f: change_card(f, tokens=5),
     "needed: input_ids as ndarray:uint32": lambda f: change_card(f, dtype="uint32"),
-    "a sample longer than 16 tokens": lambda f: change_card(f, max_tokens_per_document=16),
-    "does not begin with [CLS]": lambda f: change_card(f, specials={**specials(f), "cls_id": 1}),
-    "does not end with [SEP]": lambda f: change_card(f, specials={**specials(f), "sep_id": 1}),
+    "a sample longer than 64 tokens": lambda f: change_card(f, max_tokens_per_document=64),
+    "does not begin with [CLS]": lambda f: change_card(f, specials=specials(f, cls_id=1)),
+    "does not end with [SEP]": lambda f: change_card(f, specials=specials(f, sep_id=1)),
 }
 
 
-def specials(folder) -> dict:
-    return json.loads((folder / "card.json").read_text())["specials"]
+def specials(folder, **changed: int) -> dict:
+    """The special ids of a card, with some of them others."""
+    ids = json.loads((folder / "card.json").read_text())["specials"]
+    return {**ids, **changed, "all_special": [*ids["all_special"], *changed.values()]}
 
 
 def test_whole_shards_are_good(shards, capsys):
@@ -95,7 +97,7 @@ def test_an_unpacked_copy_beside_a_compressed_shard_is_checked_too(tmp_path, cap
 
 def test_an_id_beyond_the_vocabulary_is_found(shards, capsys):
     top = read_card(shards).specials.sep_id          # the highest id that text can hold; specials above are not written
-    low = {"cls_id": 0, "sep_id": 0, "pad_id": 0, "mask_id": 0, "unk_id": 0, "all_special": []}
+    low = {"cls_id": 0, "sep_id": 0, "pad_id": 0, "mask_id": 0, "unk_id": 0, "all_special": [0]}
     change_card(shards, vocab_size=top, specials=low)
     assert run("verify", shards) == 2
     assert f"an id beyond the vocabulary of {top}" in capsys.readouterr().err
