@@ -25,6 +25,7 @@ from encoder.base.command import count
 from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
 from encoder.models.modernbert import ModernBertForMaskedLM
+from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig, mlm_loss
 from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 
@@ -88,13 +89,13 @@ class Plain:
         self.model = ModernBertForMaskedLM(config_of(shape, dropout=0.0), seed=1).to(device)
         self.optimizer = StableAdamW(decay_groups(self.model, weight_decay=RULE.weight_decay), RULE, lr=LR, max_lr=MAX_LR)
         self.batches, self.context = batches, forward_context(precision, device)
-        self.masked = sum(b.masked_tokens for b in batches)
+        self.masked = sum(b.counts["mlm"] for b in batches)
 
     def step(self) -> None:
         """One update."""
         for batch in self.batches:
             with self.context():
-                loss = self.model(batch)
+                loss = mlm_loss(self.model, batch)
             (loss.total / self.masked).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,12 +108,12 @@ def engine_side(shape: str, batches: list[TokenBatch], *, stage: int, precision:
 
     with torch.device("meta" if stage == 3 else "cpu"):
         model = ModernBertForMaskedLM(config_of(shape, dropout=0.0), seed=1)
-    engine = start_engine(model, config=EngineConfig(zero_stage=stage, precision=precision), optimizer=RULE, world=World(),
-                          device=device)
-    masked = sum(b.masked_tokens for b in batches)
+    engine = start_engine(model, objective=_objective(model.config.vocab_size), optimizer=RULE, world=World(), device=device,
+                          config=EngineConfig(zero_stage=stage, precision=precision))
+    masked = sum(b.counts["mlm"] for b in batches)
 
     def step() -> None:
-        engine.step(batches, masked_tokens=masked, lr=LR, max_lr=MAX_LR)
+        engine.step(batches, counts={"mlm": masked}, lr=LR, max_lr=MAX_LR)
 
     plain = Plain(shape, batches, precision=precision, device=device)
     for _ in range(2):
@@ -128,3 +129,8 @@ def engine_side(shape: str, batches: list[TokenBatch], *, stage: int, precision:
         raise UserError(f"two steps at ZeRO stage {stage} leave weights {off:.1e} off those without DeepSpeed; needed: at most "
                         f"{bound:g}. Nothing was timed.")
     return step, off
+
+
+def _objective(vocab_size: int) -> MaskedLanguageModel:
+    """Masked language modelling; only its loss is asked for."""
+    return MaskedLanguageModel(MlmConfig(), vocab_size=vocab_size, mask_id=0, pad_id=0, special_ids=(0,))

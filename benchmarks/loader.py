@@ -327,7 +327,7 @@ def loader_of(sources: list[Source], *, longest: int, rank: int = 0, world_size:
     card = sources[0].card
     ids = card.specials
     return Loader(sources=sources, weights=weights, seed=1, phase=0, max_tokens_per_document=longest, row_tokens=ROW_TOKENS,
-                  window_documents=WINDOW_DOCUMENTS, corrupt=build_objective(MlmConfig(), vocab_size=card.vocab_size, specials=ids),
+                  window_documents=WINDOW_DOCUMENTS, masker=build_objective(MlmConfig(), vocab_size=card.vocab_size, specials=ids),
                   pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=rank, world_size=world_size,
                   micro_batch_rows=MICRO_BATCH_ROWS, rows_at=lambda _: 4 * MICRO_BATCH_ROWS, start=DataPosition(),
                   static_shapes=True, workers=0)

@@ -75,7 +75,7 @@ class Theirs:
                 "sorted": lambda d: _padded(sorted(d, key=lambda x: -len(x.ids)), batch_documents),
                 "packed": lambda d: _packed(d, longest, flex=attention == "flex_attention", config=config, device=device)}[kind]
         self.steps = [[_on(part, device) for part in make(documents_of(b))] for b in batches]
-        self.masked, self.tokens = [b.masked_tokens for b in batches], [b.tokens for b in batches]
+        self.masked, self.tokens = [b.counts["mlm"] for b in batches], [b.tokens for b in batches]
         places = sum(p.inputs["input_ids"].numel() for s in self.steps for p in s)
         self.name = f"transformers {kind}"
         self.how = f"{attention}{', compiled' if compiled else ''}, {sum(self.tokens) / places:.0%} of it tokens"

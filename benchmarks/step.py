@@ -28,7 +28,7 @@ from benchmarks.peers import KINDS, Theirs
 from benchmarks.report import Report
 from benchmarks.timing import Timed, cpu_ratio, in_turn, paired_ratio, ratio_text
 from benchmarks.workload import SHAPES, config_of, first_model, make_batch
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import LossTerm, TokenBatch
 from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.engine.graphed import GraphedForward
@@ -36,6 +36,7 @@ from encoder.engine.precision import computes_bf16
 from encoder.models.flops import parameter_counts, train_flops
 from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.attend import BACKENDS, Situation
+from encoder.objectives.mlm import MLM, mlm_loss
 from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.train.meters import bf16_peak, document_lengths
@@ -163,8 +164,9 @@ class Ours:
             self.model.fp8_blocks_()
         if compiled == "blocks":
             self.model.compile_blocks_()
+        self.terms_of = self._terms_of
         if graphs == "micro_step":
-            self.model.forward = GraphedForward(self.model)
+            self.terms_of = GraphedForward(self.model, self._terms_of)
         self.optimizer = StableAdamW(decay_groups(self.model, weight_decay=1e-5), StableAdamWConfig(), lr=1e-4, max_lr=1e-3)
         self.all_batches, self.batches = batches, [b.to(device) for b in batches]
         self.tokens, self.autocast = [b.tokens for b in batches], autocast
@@ -173,11 +175,14 @@ class Ours:
             self.how += ", one graph" if graphs == "micro_step" else ""
         self.name = self.how
 
+    def _terms_of(self, batch: TokenBatch) -> dict[str, LossTerm]:
+        return {MLM: mlm_loss(self.model, batch)}
+
     def loss(self, number: int) -> torch.Tensor:
         """Mean over the predicted positions."""
         batch = self.batches[number]
         with self.autocast():
-            return self.model(batch).total / batch.masked_tokens
+            return self.terms_of(batch)[MLM].total / batch.counts[MLM]
 
     def step(self, number: int) -> None:
         """One update."""
@@ -191,7 +196,7 @@ def held_bytes(side: Ours | Theirs) -> int:
     kept = [*side.model.parameters(), *side.model.buffers(),
             *(x for state in side.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))]
     own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.is_cuda}
-    return sum(own.values()) + getattr(side.model.forward, "pool_bytes", 0)
+    return sum(own.values()) + getattr(side.terms_of, "pool_bytes", 0)
 
 
 def side_round(side: Ours | Theirs) -> Callable[[], None]:
@@ -286,7 +291,7 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
     for name, side in sides.items():
         memory = timed[name].peak_bytes + held_bytes(side)
         batches = side.all_batches if isinstance(side, Ours) else sides[next(iter(sides))].all_batches
-        flops = statistics.mean(train_flops(config, lengths=document_lengths(b), masked_tokens=b.masked_tokens) / b.tokens
+        flops = statistics.mean(train_flops(config, lengths=document_lengths(b), targets=b.counts) / b.tokens
                                 for b in batches)
         per_second, took = sum(side.tokens) / timed[name].median, timed[name]
         tflops = per_second * flops / 1e12

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoder.base.batch import IGNORE, TokenBatch
+from encoder.base.batch import IGNORE, Targets, TokenBatch
 from encoder.base.rng import generator
 from encoder.data.windows import cut
 from encoder.models.catalog import PRESETS
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.objectives.mlm import MLM
 from encoder.train.meters import document_lengths
 
 LENGTHS = Path(__file__).with_name("document_lengths.json")
@@ -86,8 +87,8 @@ def make_batch(*, vocab_size: int, longest: int, row_tokens: int, rows: int, num
     seqlens[:len(ends)] = torch.from_numpy(ends)
     return TokenBatch(
         ids_T=ids_T, positions_T=torch.from_numpy(np.arange(capacity) - np.repeat(ends[:-1], segments)).int(),
-        cu_seqlens_S1=seqlens, max_seqlen=longest, predict_index_M=index, predict_target_M=target,
-        dropout_key_T=torch.from_numpy(draw.integers(-2**63, 2**63, capacity)), masked_tokens=masked, tokens=tokens)
+        cu_seqlens_S1=seqlens, max_seqlen=longest, targets={MLM: Targets(index_M=index, value_M=target, count=masked)},
+        token_key_T=torch.from_numpy(draw.integers(-2**63, 2**63, capacity)), tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ class Document:
 def documents_of(batch: TokenBatch) -> list[Document]:
     """The documents of a packed micro-batch, in a random order."""
     labels_T = torch.full_like(batch.ids_T, IGNORE)
-    labels_T[batch.predict_index_M[:batch.masked_tokens]] = batch.predict_target_M[:batch.masked_tokens]
+    masked = batch.targets[MLM]
+    labels_T[masked.index_M[:masked.count]] = masked.value_M[:masked.count]
     lengths = [n for n in document_lengths(batch).tolist() if n]        # a full row repeats its end
     found = [Document(ids=ids, labels=labels) for ids, labels in
              zip(batch.ids_T[:batch.tokens].split(lengths), labels_T[:batch.tokens].split(lengths), strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import Targets, TokenBatch
 from encoder.nn.attend.packed import PackedPlan
 
 
@@ -19,9 +19,9 @@ def packed(lengths: list[int], *, vocab: int, seed: int = 0, predict: int | None
         ids_T=torch.randint(0, vocab, (tokens,), generator=draw),
         positions_T=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
         cu_seqlens_S1=torch.tensor(ends, dtype=torch.int32), max_seqlen=max(lengths),
-        predict_index_M=torch.randperm(tokens, generator=draw)[:predict].sort().values,
-        predict_target_M=torch.randint(0, vocab, (predict,), generator=draw),
-        dropout_key_T=torch.randint(-2**63, 2**63 - 1, (tokens,), generator=draw), masked_tokens=predict, tokens=tokens)
+        targets={"mlm": Targets(index_M=torch.randperm(tokens, generator=draw)[:predict].sort().values,
+                                value_M=torch.randint(0, vocab, (predict,), generator=draw), count=predict)},
+        token_key_T=torch.randint(-2**63, 2**63 - 1, (tokens,), generator=draw), tokens=tokens)
 
 
 class OnDevice:

@@ -1,19 +1,32 @@
-"""What a micro-batch is: rows of packed documents laid end to end, with the question (which tokens to predict); and its answer."""
+"""A micro-batch: rows of packed documents laid end to end, with the targets to predict; and the loss terms that answer it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
-IGNORE = -100   # label of a predicted position that only fills the fixed capacity
+IGNORE = -100   # target of a position that only fills the fixed capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What one loss term predicts: a value at each of M positions.
+
+        masked tokens   index 2, 7    value cat, sat       (ids before masking)
+        sentence pair   index 0       value 1              (0 or 1 at the document's [CLS])
+    """
+
+    index_M: torch.Tensor      # int64 into T
+    value_M: torch.Tensor      # int64; IGNORE where the fixed capacity is not used
+    count: int                 # positions that count, known on the host before the first forward
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """One forward. T tokens, S documents (pieces, and segments of padding), M predicted positions.
+    """One forward. T tokens, S documents (pieces, and segments of padding), M target positions of a loss term.
 
         ids      [CLS] a  a [MASK] [SEP] [CLS] b [SEP] pad pad
         position   0   1  2    3     4     0   1   2    0   1
@@ -24,35 +37,71 @@ class TokenBatch:
     positions_T: torch.Tensor         # int32, restarts at 0 in every document
     cu_seqlens_S1: torch.Tensor       # int32, first 0, last T; the tail may repeat T (empty documents)
     max_seqlen: int                   # longest document, known on the host
-    predict_index_M: torch.Tensor     # int64 into T
-    predict_target_M: torch.Tensor    # int64 clean ids, IGNORE where the capacity is not used
-    dropout_key_T: torch.Tensor       # int64, one key a token, a function of the row's address (encoder.nn.dropout)
-    masked_tokens: int                # predicted positions that count
+    targets: Mapping[str, Targets]    # by the name of a loss term
+    # int64, one random key per token, a function of the row's address: what dropout, sampling and permutations are drawn from
+    token_key_T: torch.Tensor
     tokens: int                       # tokens without padding
+    segments_T: torch.Tensor | None = None      # int64, segment of each token; None: all of segment 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Targets of each loss term."""
+        return {name: t.count for name, t in self.targets.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, those of targets as `targets.NAME.index_M`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
+        for name, t in self.targets.items():
+            found[f"targets.{name}.index_M"] = t.index_M
+            found[f"targets.{name}.value_M"] = t.value_M
+        return found
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> TokenBatch:
+        """The same batch with other tensors, named as tensors() names them."""
+        targets = {
+            name: replace(t, index_M=tensors[f"targets.{name}.index_M"], value_M=tensors[f"targets.{name}.value_M"])
+            for name, t in self.targets.items()
+        }
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("targets.")}
+        return replace(self, targets=targets, **own)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
         """The same batch with its tensors on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-                 for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
-        return replace(self, **moved)
+        return self.with_tensors({name: x.to(device, non_blocking=non_blocking) for name, x in self.tensors().items()})
 
 
-def packed_documents(documents: Sequence[torch.Tensor]) -> TokenBatch:
-    """Documents (int64 ids) end to end without padding or dropout keys; nothing is asked: replace() puts a question."""
+def packed_documents(documents: Sequence[torch.Tensor], targets: Mapping[str, Targets] | None = None) -> TokenBatch:
+    """Documents (int64 ids) end to end, without padding, token keys or segments; without targets, unless they are given."""
     lengths = torch.tensor([len(d) for d in documents])
     ids_T = torch.cat([*documents])
-    nothing = torch.zeros(0, dtype=torch.int64)
     return TokenBatch(
-        ids_T=ids_T, positions_T=torch.cat([torch.arange(len(d), dtype=torch.int32) for d in documents]),
-        cu_seqlens_S1=torch.cat((torch.zeros(1), lengths.cumsum(0))).to(torch.int32), max_seqlen=int(lengths.max()),
-        predict_index_M=nothing, predict_target_M=nothing, dropout_key_T=torch.zeros_like(ids_T), masked_tokens=0,
-        tokens=len(ids_T))
+        ids_T=ids_T,
+        positions_T=torch.cat([torch.arange(len(d), dtype=torch.int32) for d in documents]),
+        cu_seqlens_S1=torch.cat((torch.zeros(1), lengths.cumsum(0))).to(torch.int32),
+        max_seqlen=int(lengths.max()),
+        targets=targets or {},
+        token_key_T=torch.zeros_like(ids_T),
+        tokens=len(ids_T),
+    )
 
 
-class SummedLoss(NamedTuple):
-    """What a model says to a micro-batch: sums over its predicted positions, scalars on the model's device."""
+class LossTerm(NamedTuple):
+    """One term of a micro-batch's loss: sums over its targets, scalars on the model's device.
 
-    total: torch.Tensor               # what is differentiated: cross entropy, and what is added to it (z-loss)
-    cross_entropy: torch.Tensor       # nats, detached: what is reported
-    count: torch.Tensor               # int64: positions in the sums (the batch's masked_tokens)
-    correct: torch.Tensor             # int64: those whose target has the highest logit; counted without gradients only
+    The loss of a step is, over all its micro-batches and ranks, the sum over terms of weight x total / count.
+    """
+
+    total: torch.Tensor               # what is differentiated: `sum`, and what is added to it in training (z-loss)
+    sum: torch.Tensor                 # nats, detached: what is reported
+    count: torch.Tensor               # int64: targets in the sums (the batch's count)
+    correct: torch.Tensor             # int64: targets that have the highest logit; counted without gradients only
+    weight: float = 1.0               # of this term's mean in the loss
+
+
+class TermSum(NamedTuple):
+    """One term over all ranks: the sum of its losses in nats, its targets, and those that had the highest logit."""
+
+    sum: float
+    count: int
+    correct: int

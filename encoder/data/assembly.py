@@ -1,6 +1,6 @@
-"""Planned rows to one micro-batch: read the pieces, ask the question, lay everything end to end.
+"""Planned rows to one micro-batch: read the pieces, mask them, lay everything end to end.
 
-What a row contains, its masks and its dropout keys are functions of the row's address alone. Padding, the micro-batch
+What a row contains, its masks and its token keys are functions of the row's address alone. Padding, the micro-batch
 and the other rows never enter.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoder.base.batch import IGNORE, TokenBatch
+from encoder.base.batch import IGNORE, Targets, TokenBatch
 from encoder.base.errors import DamagedShard
-from encoder.base.question import Corrupt, Question
+from encoder.base.objective import MaskedRow, Masker, RowTargets
 from encoder.base.rng import address_key, generator, splitmix64
 from encoder.data.shards import Source
 from encoder.data.windows import DOCUMENT, SOURCE
@@ -47,27 +47,26 @@ class Assembled:
     def __getstate__(self) -> dict[str, Any]:
         # from a worker tensors travel as arrays through its pipe: seven tensors in shared memory would cost the main
         # process 1 ms in handles and 2 ms in waiting, whatever their size, and need room in /dev/shm
-        return {"row_hash": self.row_hash, "batch": {name: value.numpy() if isinstance(value, torch.Tensor) else value
-                                                     for name, value in vars(self.batch).items()}}
+        arrays = {name: tensor.numpy() for name, tensor in self.batch.tensors().items()}
+        bare = self.batch.with_tensors(dict.fromkeys(arrays))
+        return {"row_hash": self.row_hash, "bare": bare, "arrays": arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        batch = TokenBatch(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                              for name, value in state["batch"].items()})
+        tensors = {name: torch.from_numpy(array) for name, array in state["arrays"].items()}
         object.__setattr__(self, "row_hash", state["row_hash"])
-        object.__setattr__(self, "batch", batch)
+        object.__setattr__(self, "batch", state["bare"].with_tensors(tensors))
 
     def pin_memory(self) -> Assembled:
         """The same in page-locked memory; torch's DataLoader asks for it by this name."""
-        pinned = {name: value.pin_memory() if isinstance(value, torch.Tensor) else value
-                  for name, value in vars(self.batch).items()}
-        return Assembled(batch=TokenBatch(**pinned), row_hash=self.row_hash)
+        pinned = {name: tensor.pin_memory() for name, tensor in self.batch.tensors().items()}
+        return Assembled(batch=self.batch.with_tensors(pinned), row_hash=self.row_hash)
 
 
 @dataclass(frozen=True)
 class _Row:
-    question: Question
+    masked: MaskedRow
     lengths_P: list[int]
-    dropout_key_T: np.ndarray
+    token_key_T: np.ndarray
     hash: int
 
 
@@ -75,13 +74,13 @@ class _Row:
 class Assembler:
     """Makes micro-batches of at most `micro_batch_rows` rows. Picklable: worker processes hold a copy.
 
-    With `static_shapes` every micro-batch has micro_batch_rows * row_tokens tokens and the same number of predicted
-    positions, the padding at its end in segments of at most `max_tokens_per_document`. Without, it has no padding, and
+    With `static_shapes` every micro-batch has micro_batch_rows * row_tokens tokens and the same number of targets,
+    the padding at its end in segments of at most `max_tokens_per_document`. Without, it has no padding, and
     one padding token where it has no row.
     """
 
     sources: Sequence[Source]
-    corrupt: Corrupt
+    masker: Masker
     seed: int
     pad_id: int
     cls_id: int
@@ -94,28 +93,35 @@ class Assembler:
     def assemble(self, specs: Sequence[RowSpec]) -> Assembled:
         """The micro-batch of these rows. Raises ShardError for a shard that cannot be read, DamagedShard for one that is wrong."""
         rows = [self._row(spec) for spec in specs if len(spec.pieces_P4)]      # none: all it had was left out
-        tokens = sum(len(r.question.ids) for r in rows)
+        tokens = sum(len(r.masked.ids) for r in rows)
         total = self.micro_batch_rows * self.row_tokens if self.static_shapes else max(tokens, 1)
         lengths = [n for r in rows for n in r.lengths_P] + self._padding_segments(total - tokens)
         starts_S1 = np.concatenate([[0], np.cumsum(lengths)])
-        row_starts = np.cumsum([0, *(len(r.question.ids) for r in rows)])
+        row_starts = np.cumsum([0, *(len(r.masked.ids) for r in rows)])
         positions_T = np.arange(total) - np.repeat(starts_S1[:-1], lengths)
-        index_parts = [r.question.predict_index + s for r, s in zip(rows, row_starts, strict=False)]
-        masked_tokens = sum(len(part) for part in index_parts)
-        predicted, seqlens = masked_tokens, len(starts_S1)
-        if self.static_shapes:
-            predicted = self.micro_batch_rows * self.corrupt.capacity(self.row_tokens)
-            seqlens = self._seqlens_room(seqlens)
+        seqlens = self._seqlens_room(len(starts_S1)) if self.static_shapes else len(starts_S1)
         batch = TokenBatch(
-            ids_T=_filled([r.question.ids for r in rows], total, self.pad_id),
+            ids_T=_filled([r.masked.ids for r in rows], total, self.pad_id),
             positions_T=torch.from_numpy(positions_T.astype(np.int32)),
             cu_seqlens_S1=_filled([starts_S1], seqlens, total, dtype=np.int32),
             max_seqlen=self.max_tokens_per_document if self.static_shapes else max(lengths),
-            predict_index_M=_filled(index_parts, predicted, 0),
-            predict_target_M=_filled([r.question.predict_target for r in rows], predicted, IGNORE),
-            dropout_key_T=_filled([r.dropout_key_T for r in rows], total, 0),
-            masked_tokens=masked_tokens, tokens=tokens)
+            targets={term: self._targets(term, rows, row_starts) for term in self.masker.terms},
+            token_key_T=_filled([r.token_key_T for r in rows], total, 0),
+            segments_T=self._segments(rows, total),
+            tokens=tokens)
         return Assembled(batch=batch, row_hash=wrap_int64(sum(r.hash for r in rows)))
+
+    def _targets(self, term: str, rows: Sequence[_Row], row_starts: np.ndarray) -> Targets:
+        index = [r.masked.targets[term].index + start for r, start in zip(rows, row_starts, strict=False)]
+        value = [r.masked.targets[term].value for r in rows]
+        count = sum(len(part) for part in index)
+        room = self.micro_batch_rows * self.masker.capacity(term, self.row_tokens) if self.static_shapes else count
+        return Targets(index_M=_filled(index, room, 0), value_M=_filled(value, room, IGNORE), count=count)
+
+    def _segments(self, rows: Sequence[_Row], total: int) -> torch.Tensor | None:
+        if not self.masker.has_segments:
+            return None
+        return _filled([r.masked.segments for r in rows], total, 0)
 
     def _row(self, spec: RowSpec) -> _Row:
         parts: list[np.ndarray] = []
@@ -124,15 +130,17 @@ class Assembler:
         assert len(ids) <= self.row_tokens, "a row was planned above its capacity"
         self._check_ids(ids, spec)
         place = spec.address
-        question = self.corrupt(ids, generator(self.seed, "mlm", *place), phase_tokens=spec.phase_tokens)
-        # room is counted by row, not by micro-batch, so that what is asked does not depend on the micro-batch
-        room = self.corrupt.capacity(self.row_tokens)
-        if len(question.predict_index) > room:
-            question = replace(question, predict_index=question.predict_index[:room],
-                               predict_target=question.predict_target[:room])
+        masked = self.masker.mask(
+            ids, generator(self.seed, "mlm", *place), lengths=lengths, phase_tokens=spec.phase_tokens)
+        masked = replace(masked, targets={term: self._in_room(term, masked.targets[term]) for term in self.masker.terms})
         with np.errstate(over="ignore"):
             counters = address_key(self.seed, "dropout", *place)[0] + np.arange(len(ids), dtype=np.uint64)
-        return _Row(question, lengths, splitmix64(counters).view(np.int64), _row_hash(spec.number, question, lengths))
+        return _Row(masked, lengths, splitmix64(counters).view(np.int64), _row_hash(spec.number, masked, lengths))
+
+    def _in_room(self, term: str, targets: RowTargets) -> RowTargets:
+        # room is counted by row, not by micro-batch, so that what is predicted does not depend on the micro-batch
+        room = self.masker.capacity(term, self.row_tokens)
+        return RowTargets(targets.index[:room], targets.value[:room])
 
     def _lay_piece(self, parts: list[np.ndarray], source: int, document: int, start: int, end: int) -> int:
         """Append a piece's ids, with [CLS] and [SEP] put back where it was cut; returns its length."""
@@ -198,10 +206,16 @@ def wrap_int64(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def _row_hash(number: int, question: Question, lengths_P: Sequence[int]) -> int:
-    """Of the row's number, where its documents end, the ids after masking, the positions asked and the ids before."""
+def _row_hash(number: int, masked: MaskedRow, lengths_P: Sequence[int]) -> int:
+    """Of the row's number, where its documents end, the ids after masking, each term's targets, and the segments."""
     digest = blake2b(np.array([number, *lengths_P], dtype="<i8"), digest_size=8)
-    for part in (question.ids, question.predict_index, question.predict_target):
+    first, *others = masked.targets.values()
+    parts = [masked.ids, *first]
+    for targets in others:
+        parts += [np.array([len(targets.index)]), *targets]
+    if masked.segments is not None:
+        parts.append(masked.segments)
+    for part in parts:
         digest.update(part.astype("<u4"))
     return int.from_bytes(digest.digest(), "little", signed=True)
 

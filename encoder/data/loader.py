@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError, PassingError, ShardError, UserError
 from encoder.base.main_script import without_main_script
-from encoder.base.question import Corrupt
+from encoder.base.objective import Masker
 from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, lanes_of, wrap_int64
 from encoder.data.packing import pack_best_fit
@@ -51,7 +51,7 @@ class StepData:
     micro_batches: list[TokenBatch]    # this rank's; the same number on every rank
     rows: int                          # all ranks
     tokens: int                        # all ranks, without padding
-    masked_tokens: int                 # this rank
+    counts: dict[str, int]             # targets of each loss term, this rank
     row_hash: int                      # this rank; int64, summed over ranks it does not depend on the dealing
     start: DataPosition
     end: DataPosition
@@ -68,7 +68,7 @@ class Loader:
     """
 
     def __init__(self, *, sources: Sequence[Source], weights: Sequence[float], seed: int, phase: int,
-                 max_tokens_per_document: int, row_tokens: int, window_documents: int, corrupt: Corrupt, pad_id: int,
+                 max_tokens_per_document: int, row_tokens: int, window_documents: int, masker: Masker, pad_id: int,
                  cls_id: int, sep_id: int, rank: int, world_size: int, micro_batch_rows: int,
                  rows_at: Callable[[int], int], start: DataPosition, static_shapes: bool, workers: int,
                  pin_memory: bool = False, lanes: int = 1, prefetch_windows: int = 0,
@@ -77,7 +77,7 @@ class Loader:
         for source in sources:      # a window may touch the last group of one epoch and the first of the next
             source.open_shards = max(source.open_shards, 2 * (shuffle_shards or 0))
         assembler = Assembler(
-            sources=sources, corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
+            sources=sources, masker=masker, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
             max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
             static_shapes=static_shapes)
         self._windows = Windows(
@@ -104,7 +104,7 @@ class Loader:
             self._prefetch.at(step.end.lanes)
         return StepData(
             micro_batches=[m.batch for m in made], rows=step.rows, tokens=step.tokens,
-            masked_tokens=sum(m.batch.masked_tokens for m in made), row_hash=wrap_int64(sum(m.row_hash for m in made)),
+            counts=_added([m.batch.counts for m in made]), row_hash=wrap_int64(sum(m.row_hash for m in made)),
             start=step.start, end=step.end, fill=step.tokens / (step.rows * self._row_tokens))
 
     def epochs_at(self, position: DataPosition) -> dict[str, float]:
@@ -259,7 +259,7 @@ def _end_with_main_process(_worker: int) -> None:
 
 
 def evaluation_batches(*, source: Source, rows: int, seed: int, max_tokens_per_document: int, row_tokens: int,
-                       corrupt: Corrupt, pad_id: int, cls_id: int, sep_id: int, rank: int, world_size: int,
+                       masker: Masker, pad_id: int, cls_id: int, sep_id: int, rank: int, world_size: int,
                        micro_batch_rows: int, static_shapes: bool) -> list[TokenBatch]:
     """This rank's share of the first documents of a held-out source, as many as fill `rows` rows (or all there are).
 
@@ -267,7 +267,7 @@ def evaluation_batches(*, source: Source, rows: int, seed: int, max_tokens_per_d
     """
     _check_lengths(max_tokens_per_document, row_tokens)
     assembler = Assembler(
-        sources=[source], corrupt=corrupt, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
+        sources=[source], masker=masker, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
         max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
         static_shapes=static_shapes)
     documents = np.arange(min(source.documents, rows * row_tokens))
@@ -311,6 +311,10 @@ def _check_lengths(max_tokens_per_document: int, row_tokens: int) -> None:
     if not 3 <= max_tokens_per_document <= row_tokens:
         raise ConfigError(f"max_tokens_per_document {max_tokens_per_document:,} must lie between 3 and "
                           f"row_tokens {row_tokens:,}.")
+
+
+def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {term: sum(one[term] for one in counts) for term in counts[0]}
 
 
 def _as_it_is(made: Any) -> Any:

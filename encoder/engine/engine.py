@@ -1,23 +1,26 @@
 """One step of training: micro-batches in, one update out, the same update on any number of ranks and any ZeRO stage.
 
-    loss of the step = sum of the losses of all predicted positions, over all micro-batches and ranks
-                       / their number, known before the first forward
+    loss of the step = sum over its terms of    weight x sum of the term's losses over all micro-batches and ranks
+                                                / number of its targets there, known before the first forward
 
-so neither the micro-batch nor the rank a row lands in has a say in its weight.
+so neither the micro-batch nor the rank a row lands in has a say in its weight. Each term has its own denominator: a term with few
+targets, or with none on some ranks, weighs as much as it should.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from encoder.base.batch import IGNORE, SummedLoss, TokenBatch, packed_documents
+from encoder.base.batch import IGNORE, LossTerm, Targets, TermSum, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
+from encoder.base.objective import Objective
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
@@ -35,25 +38,20 @@ from encoder.optim.catalog import build_optimizer
 from encoder.optim.slices import FlatPart, Stretch
 from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer
 
-__all__ = ["Engine", "EngineConfig", "LossSum", "Piece", "StepResult", "start_engine"]
+__all__ = ["Engine", "EngineConfig", "Piece", "StepResult", "start_engine"]
+
+
+Forward = Callable[[TokenBatch], dict[str, LossTerm]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one step did, over all ranks."""
 
-    loss: float            # cross entropy in nats per predicted position; nan where none was
-    grad_norm: float       # of the mean loss's gradient, before clipping; inf if not finite
-    masked_tokens: int
-    applied: bool          # False: nothing moved, for the gradient was not finite or nothing was predicted
-
-
-class LossSum(NamedTuple):
-    """A sum of losses over all ranks, how many positions are in it, and at how many the target had the highest logit."""
-
-    loss_sum: float
-    masked_tokens: int
-    correct: int
+    loss: float                  # the terms' means by their weights, in nats; nan where nothing was to be predicted
+    grad_norm: float             # of the mean loss's gradient, before clipping; inf if not finite
+    applied: bool                # False: nothing moved, for the gradient was not finite or nothing was to be predicted
+    means: dict[str, float]      # each term's mean in nats per target; nan where it had none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +68,17 @@ class Piece:
         return self.tensors["master"]
 
 
-def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: MomentsConfig, world: World,
-                 device: torch.device) -> Engine:
-    """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join). `model(batch)` gives a SummedLoss.
+def start_engine(model: torch.nn.Module, *, objective: Objective, config: EngineConfig, optimizer: MomentsConfig,
+                 world: World, device: torch.device) -> Engine:
+    """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join).
 
-    Every rank brings the same weights (a function of the seed); for stage 3 a model on the meta device, whose
-    `initial_values(name, shape)` gives its weights, one whole parameter at a time.
+    model: with the same weights on every rank (a function of the seed); for stage 3 on the meta device, where its
+        `initial_values(name, shape)` gives its weights, one whole parameter at a time
+    objective: its loss becomes the model's forward
+    config: precision, ZeRO stage and what else decides how a step is computed
+    optimizer: the settings of the update
+    world: this rank among the others
+    device: of this rank
     """
     config = replace(config, precision=precision_on(config.precision, device))
     steps = build_optimizer(model, optimizer)         # grouped by dimensions, which stage 3 takes away
@@ -95,7 +98,7 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Mom
         first = lambda name, _shape: whole[name]      # noqa: E731
     ds_engine = initialize(deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size))
     ds_engine.enable_backward_allreduce = config.zero_stage > 0   # stage 0: ours, because DeepSpeed's refuses fp64
-    engine = Engine(ds_engine, optimizer=steps, config=config, world=world, device=device)
+    engine = Engine(ds_engine, objective=objective, optimizer=steps, config=config, world=world, device=device)
     if config.precision == "bf16":
         engine.set_masters(first)      # the bf16 parameters would start them 3 digits short
     return engine
@@ -104,14 +107,16 @@ def start_engine(model: torch.nn.Module, *, config: EngineConfig, optimizer: Mom
 class Engine:
     """A model under training: the weights, their optimizer state, and the step that moves them."""
 
-    def __init__(self, ds_engine: Any, *, optimizer: WholeTensorOptimizer, config: EngineConfig, world: World,
-                 device: torch.device) -> None:
+    def __init__(self, ds_engine: Any, *, objective: Objective, optimizer: WholeTensorOptimizer, config: EngineConfig,
+                 world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
         self.module: torch.nn.Module = ds_engine.module        # the bare model
         self.optimizer = optimizer
+        self.objective = objective
+        forward = self._terms_of
         if config.graphs == "micro_step":
-            self.module.forward = GraphedForward(self.module)
-        self.module.forward = self._in_mode(self.module.forward)
+            forward = GraphedForward(self.module, forward)
+        self.module.forward = self._in_mode(forward)
         self.shapes = {name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad}
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)
@@ -124,58 +129,80 @@ class Engine:
             optimizer.register_step_pre_hook(self._before_plain_step)
         optimizer.init_state()
 
-    def step(self, micro_batches: Sequence[TokenBatch], *, masked_tokens: int, lr: float, max_lr: float,
+    def step(self, micro_batches: Sequence[TokenBatch], *, counts: Mapping[str, int], lr: float, max_lr: float,
              weight_decay: float | None = None) -> StepResult:
-        """One update from this rank's micro-batches (equally many on every rank).
+        """One update from this rank's micro-batches.
 
-        `masked_tokens` is the number of predicted positions of the whole step, over all ranks; `max_lr` the rate at which
-        a step loses the whole `weight_decay` (None: the optimizer's). A step in which nothing is predicted moves nothing, neither
-        weights nor averages nor the optimizer's counter, on all ranks alike: `masked_tokens` is the same number on each.
+        A step in which nothing is to be predicted moves nothing, neither weights nor moments nor the optimizer's counter, on all
+        ranks alike.
+
+        micro_batches: equally many on every rank
+        counts: targets of each loss term in the whole step, over all ranks
+        lr: the learning rate
+        max_lr: the rate at which a step loses the whole `weight_decay`
+        weight_decay: share that the matrices lose; None: the optimizer's
         """
-        if masked_tokens < 1:
-            return StepResult(loss=math.nan, grad_norm=0.0, masked_tokens=0, applied=False)
+        if not any(counts.values()):
+            return StepResult(loss=math.nan, grad_norm=0.0, applied=False, means=dict.fromkeys(counts, math.nan))
         assert max_lr > 0.0, "the decay is relative to the peak rate"
         for group in self.optimizer.param_groups:
             group.update(lr=lr, max_lr=max_lr)
             if weight_decay is not None and group["decays"]:
                 group["weight_decay"] = weight_decay
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)      # of losses, of positions: one all-reduce
+        # of losses and of targets, by term: one all-reduce
+        sums = torch.zeros(len(counts), 2, dtype=torch.float64, device=self.device)
+        weights: dict[str, float] = {}
         for batch in on_device(micro_batches, self.device):
             loss = self._ds(batch)
-            # DeepSpeed divides the gradients' sum by the number of ranks
-            self._ds.backward(loss.total * (self.world.size / masked_tokens), scale_wrt_gas=False)
-            sums[0] += loss.cross_entropy
-            sums[1] += loss.count
+            assert [*loss] == [*counts], f"the loss has the terms {[*loss]}, the step {[*counts]}"
+            self._ds.backward(self._objective_of(loss, counts), scale_wrt_gas=False)
+            for row, term in zip(sums, loss.values(), strict=True):
+                row[0] += term.sum
+                row[1] += term.count
+            weights = {name: term.weight for name, term in loss.items()}
         self._ds.step()
         norm = self._plain_norm if self.config.zero_stage == 0 else self._ds.get_global_grad_norm()
         norm = float(norm)
         if not norm < float("inf"):
             forget_gradients(self._ds)
-        loss_sum, counted = sum_over_ranks(sums).tolist()
-        assert counted == masked_tokens, f"the batches announced {masked_tokens} positions, the model counted {counted:.0f}"
-        return StepResult(loss=loss_sum / masked_tokens, masked_tokens=masked_tokens,
+        means = {}
+        for (name, count), (loss_sum, counted) in zip(counts.items(), sum_over_ranks(sums).tolist(), strict=True):
+            assert counted == count, f"{name}: the batches announced {count} targets, the loss counted {counted:.0f}"
+            means[name] = loss_sum / count if count else math.nan
+        return StepResult(loss=sum(weights[name] * mean for name, mean in means.items() if counts[name]), means=means,
                           grad_norm=norm if norm == norm else float("inf"), applied=norm < float("inf"))
 
-    def evaluate(self, batches: Sequence[TokenBatch]) -> LossSum:
-        """Loss and hits without dropout and without gradients; ranks may bring different numbers of batches, also none."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+    def _objective_of(self, loss: Mapping[str, LossTerm], counts: Mapping[str, int]) -> torch.Tensor:
+        """What a micro-batch adds to the loss of the step, times the ranks, by whose number DeepSpeed divides the gradients' sum.
+
+        A term without targets in the whole step is exactly zero, and stays in the graph: every parameter has a gradient.
+        """
+        shares = [term.total * (term.weight * self.world.size / max(1, counts[name])) for name, term in loss.items()]
+        return functools.reduce(torch.add, shares)
+
+    def evaluate(self, batches: Sequence[TokenBatch]) -> dict[str, TermSum]:
+        """The loss terms without dropout and without gradients, over all ranks, which may bring different numbers of batches."""
+        terms = self.objective.terms
+        sums = torch.zeros(len(terms), 3, dtype=torch.float64, device=self.device)
         forwards = [*batches]
         if self.config.zero_stage == 3:      # weights are gathered layer by layer, by all ranks or by none
             most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
-            forwards += [_nothing_to_predict()] * (most - len(batches))
+            forwards += [_nothing_to_predict(terms)] * (most - len(batches))
         training = self.module.training
         self.module.eval()
         try:
             with torch.no_grad():
                 for batch in on_device(forwards, self.device):
                     loss = self.module(batch)
-                    sums[0] += loss.cross_entropy
-                    sums[1] += loss.count
-                    sums[2] += loss.correct
+                    for row, term in zip(sums, loss.values(), strict=True):
+                        row[0] += term.sum
+                        row[1] += term.count
+                        row[2] += term.correct
         finally:
             self.module.train(training)
-        loss_sum, masked_tokens, correct = sum_over_ranks(sums).tolist()
-        return LossSum(loss_sum, int(masked_tokens), int(correct))
+        over_ranks = sum_over_ranks(sums).tolist()
+        return {name: TermSum(loss_sum, int(count), int(correct))
+                for name, (loss_sum, count, correct) in zip(terms, over_ranks, strict=True)}
 
     def pieces(self) -> list[Piece]:
         """All the state that lies on this rank, to be written to."""
@@ -231,10 +258,13 @@ class Engine:
                 forward.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             yield
 
-    def _in_mode(self, forward: Callable[[TokenBatch], SummedLoss]) -> Callable[[TokenBatch], SummedLoss]:
+    def _terms_of(self, batch: TokenBatch) -> dict[str, LossTerm]:
+        return self.objective.loss(self.module, batch)
+
+    def _in_mode(self, forward: Forward) -> Forward:
         """Inside DeepSpeed's own forward, which switches an autocast off that it finds around itself. It looks for CUDA's alone:
         a GPU would have trained in fp32, a CPU in bf16."""
-        def in_mode(batch: TokenBatch) -> SummedLoss:
+        def in_mode(batch: TokenBatch) -> dict[str, LossTerm]:
             with self.forward_mode():
                 return forward(batch)
         return in_mode
@@ -260,7 +290,8 @@ def _norm(flat: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).double().square().sum().sqrt()
 
 
-def _nothing_to_predict() -> TokenBatch:
-    """One document of two tokens and no question: a forward of a rank whose batches are done while others go on."""
+def _nothing_to_predict(terms: Sequence[str]) -> TokenBatch:
+    """One document of two tokens without targets: a forward of a rank whose batches are done while others go on."""
     one = torch.zeros(1, dtype=torch.int64)
-    return replace(packed_documents([one.repeat(2)]), predict_index_M=one, predict_target_M=one + IGNORE)
+    nothing = Targets(index_M=one, value_M=one + IGNORE, count=0)
+    return packed_documents([one.repeat(2)], dict.fromkeys(terms, nothing))

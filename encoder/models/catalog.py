@@ -28,6 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 _BUILDERS = {ModernBertConfig: ModernBertForMaskedLM}
 
 
-def build_model(config: ModernBertConfig, *, attention: str = "auto", seed: int, z_loss_weight: float = 0.0) -> nn.Module:
+def build_model(config: ModernBertConfig, *, attention: str = "auto", seed: int) -> nn.Module:
     """The model of a settings object, its weights drawn from the seed."""
-    return _BUILDERS[type(config)](config, attention=attention, seed=seed, z_loss_weight=z_loss_weight)
+    return _BUILDERS[type(config)](config, attention=attention, seed=seed)

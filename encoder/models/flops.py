@@ -9,7 +9,7 @@ positions that only fill the capacity of the question run through head and decod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,16 +60,16 @@ def attended_pairs(lengths: Sequence[int] | np.ndarray, radius: int | None) -> i
     return int((n * (2 * w + 1) - w * (w + 1)).sum())
 
 
-def train_flops(config: ModernBertConfig, *, lengths: Sequence[int] | np.ndarray, masked_tokens: float) -> float:
+def train_flops(config: ModernBertConfig, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]) -> float:
     """Model FLOP of documents of these lengths forward and backward: 3 x forward (Kaplan et al. 2020, section 2.1).
 
-    masked_tokens: positions that reach head and decoder.
+    targets: of each loss term; those of masked tokens reach head and decoder.
     """
     local = sum(config.is_local(i) for i in range(config.num_hidden_layers))
     pairs = (config.num_hidden_layers - local) * attended_pairs(lengths, None) \
         + local * attended_pairs(lengths, config.window_radius_tokens)
     layers = 2.0 * config.num_hidden_layers * _matrix_numbers(config) * int(np.sum(lengths, dtype=np.int64))
-    head = 2.0 * config.hidden_size * (config.hidden_size + config.vocab_size) * masked_tokens
+    head = 2.0 * config.hidden_size * (config.hidden_size + config.vocab_size) * targets.get("mlm", 0.0)
     # a pair costs query times key and weight times value: 2 products of 2 x head width in every head
     return 3.0 * (layers + head + 4.0 * config.num_attention_heads * config.head_width * pairs)
 

@@ -7,14 +7,15 @@ post, mlp gelu, positions learned, biases everywhere and only global layers (tes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder.base.batch import SummedLoss, TokenBatch
+from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.nn.attend import Backend, Situation, check_word, choose_backend
 from encoder.nn.attention import Attention
@@ -22,9 +23,8 @@ from encoder.nn.block import Block, NormPlace
 from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.fp8 import to_fp8_
-from encoder.nn.heads import Decoder, PredictionHead
+from encoder.nn.heads import Decoder, PredictionHead, TokenDecoder
 from encoder.nn.init import init_megatron_, initial_values
-from encoder.nn.loss import cross_entropy_sum
 from encoder.nn.mlp import FeedForward, Mlp
 from encoder.nn.norm import Norm, make_norm
 from encoder.nn.recompute import recomputed
@@ -38,6 +38,9 @@ MOST = {"vocab_size": 2**31, "hidden_size": 2**18, "intermediate_size": 2**20, "
 @dataclass(frozen=True, kw_only=True)
 class ModernBertConfig:
     """The shape of a model; the defaults are ModernBERT-base before its context extension."""
+
+    # what a phase may change, with the same weights
+    PHASE_SETTINGS: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
 
     vocab_size: int = 50368                     # rows of the embedding; default: the shards' vocabulary in whole 64s
     hidden_size: int = 768                      # width of the residual stream
@@ -108,47 +111,48 @@ class ModernBertConfig:
         """Features of one head."""
         return self.attention_head_width or self.hidden_size // self.num_attention_heads
 
+    @property
+    def phase_texts(self) -> dict[str, str]:
+        """What a phase may change, for people: a column of a table and its cell."""
+        if self.positions == "learned":
+            return {}
+        return {"RoPE theta": f"{self.global_rope_theta:,.0f}", "of local layers": f"{self.local_rope_theta:,.0f}"}
+
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only its window."""
         return layer % self.global_attn_every_n_layers != 0
 
 
 class ModernBertForMaskedLM(nn.Module):
-    """Packed tokens -> sums of the loss at the predicted positions.
+    """Packed tokens -> hidden states, and the head and decoder that an objective asks for.
 
-    `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device);
-    `z_loss_weight` times the squared log of the softmax's denominator is added to the loss of a position in training.
+    `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device).
     """
 
-    def __init__(self, config: ModernBertConfig, *, attention: str = "auto", seed: int = 0,
-                 z_loss_weight: float = 0.0) -> None:
+    def __init__(self, config: ModernBertConfig, *, attention: str = "auto", seed: int = 0) -> None:
         super().__init__()
         check_word(attention)
         self.config = config
-        self.attention, self.z_loss_weight = attention, z_loss_weight
+        self.attention = attention
         self.model = _Encoder(config)
         self.head = PredictionHead(width=config.hidden_size, bias=config.head_bias, norm=_norm(config))
         self.decoder = Decoder(vocab_size=config.vocab_size, width=config.hidden_size, bias=config.decoder_bias,
                                tied=config.tie_word_embeddings)
-        self.set_rope_theta_(global_theta=config.global_rope_theta, local_theta=config.local_rope_theta)
+        self.phase_settings: dict[str, float] = {}
+        self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
         self._draw = dict(seed=seed, initializer_range=config.initializer_range,
                           cutoff_factor=config.initializer_cutoff_factor, layers=config.num_hidden_layers)
         init_megatron_(self, **self._draw)
 
-    def forward(self, batch: TokenBatch) -> SummedLoss:
-        """Sums of -log p(target) over the predicted positions, in fp32 (fp64 for fp64 weights).
-
-        Every parameter is connected: with nothing to predict the gradients are zeros, not None.
-        """
-        x_MC = self.hidden_states(batch).index_select(0, batch.predict_index_M)
-        return cross_entropy_sum(self.head(x_MC), self._decoder_weight, self.decoder.bias, batch.predict_target_M,
-                                 z_loss_weight=self.z_loss_weight if self.training else 0.0)
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """x_TC; under an engine this is replaced by the objective's loss."""
+        return self.hidden_states(batch)
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """x_TC after the last norm."""
         backend = choose_backend(self.attention, self._situation(batch.ids_T.device)).backend
-        return self.model(batch, backend=backend, global_theta=self.global_rope_theta,
-                          local_theta=self.local_rope_theta)
+        return self.model(batch, backend=backend, global_theta=self.phase_settings["global_rope_theta"],
+                          local_theta=self.phase_settings["local_rope_theta"])
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """[T, V] at all positions: for proofs and for asking questions, not for training."""
@@ -156,7 +160,11 @@ class ModernBertForMaskedLM(nn.Module):
 
     def decode(self, x_MC: Tensor) -> Tensor:
         """Hidden states [M, C] -> logits [M, V]."""
-        return F.linear(self.head(x_MC), self._decoder_weight, self.decoder.bias)
+        return F.linear(*self.token_decoder(x_MC))
+
+    def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
+        """Hidden states [M, C] -> the head's output, and the decoder's weight and bias: logits not yet computed."""
+        return TokenDecoder(self.head(x_MC), self._decoder_weight, self.decoder.bias)
 
     def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
@@ -169,9 +177,9 @@ class ModernBertForMaskedLM(nn.Module):
         return {f"model.layers.{name}": several.get(name.split(".")[-2], 1)
                 for name, p in self.model.layers.named_parameters() if name.endswith(".weight") and p.ndim == 2}
 
-    def set_rope_theta_(self, *, global_theta: float, local_theta: float) -> None:
-        """The base of the rotary angles of global and local layers, from now on."""
-        self.global_rope_theta, self.local_rope_theta = float(global_theta), float(local_theta)
+    def set_phase_(self, settings: Mapping[str, float]) -> None:
+        """Sets what a phase may change: the base of the rotary angles of global and local layers, from now on."""
+        self.phase_settings = {name: float(value) for name, value in settings.items()}
 
     def compile_blocks_(self, *, backend: str = "inductor") -> None:
         """From now on the layers run compiled (regional: two small graphs shared by all layers, for each shape)."""
@@ -224,11 +232,11 @@ class _Encoder(nn.Module):
         turning = self.config.positions == "rope"
         ropes = {theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width) if turning else None
                  for theta in {global_theta, local_theta}}
-        x_TC = self.embeddings(batch.ids_T, batch.positions_T)
+        x_TC = self.embeddings(batch.ids_T, batch.positions_T, batch.segments_T)
         run = recomputed if self.recomputes and torch.is_grad_enabled() else nn.Module.__call__
         for block in self.layers:
             x_TC = run(block, x_TC, plan=plan, rope=ropes[local_theta if block.local else global_theta],
-                       dropout_key_T=batch.dropout_key_T)
+                       dropout_key_T=batch.token_key_T)
         return self.final_norm(x_TC)
 
 

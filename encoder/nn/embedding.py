@@ -18,13 +18,14 @@ class TokenEmbedding(nn.Module):
         self.token_type_embeddings = nn.Embedding(segments, width) if segments else None
         self.norm = norm
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
-        """[T] ids and places inside the document -> [T, C]. Every token is of segment 0: a batch knows no other yet."""
+    def forward(self, ids_T: Tensor, positions_T: Tensor, segments_T: Tensor | None = None) -> Tensor:
+        """[T] ids, positions inside the document and segments -> [T, C]; without segments every token is of segment 0."""
         x_TC = lookup(self.tok_embeddings, ids_T)
         if self.position_embeddings is not None:
             x_TC = x_TC + lookup(self.position_embeddings, positions_T)
         if self.token_type_embeddings is not None:
-            x_TC = x_TC + self.token_type_embeddings.weight[0]
+            table = self.token_type_embeddings
+            x_TC = x_TC + (table.weight[0] if segments_T is None else lookup(table, segments_T))
         return self.norm(x_TC)
 
 

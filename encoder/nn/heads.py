@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class TokenDecoder(NamedTuple):
+    """The last map from hidden states to logits, not yet computed: logits = hidden W^T + b, never whole in memory."""
+
+    hidden_MC: Tensor
+    weight_VC: Tensor
+    bias_V: Tensor | None
 
 
 class PredictionHead(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from encoder.base.batch import IGNORE, SummedLoss
+from encoder.base.batch import IGNORE, LossTerm
 from encoder.base.pieces import piece_rows
 from encoder.nn import loss_kernel
 
@@ -22,7 +22,7 @@ PIECE_POSITIONS = {"cpu": 512, "cuda": 2048}
 
 
 def cross_entropy_sum(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_M: Tensor, *,
-                      z_loss_weight: float = 0.0) -> SummedLoss:
+                      z_loss_weight: float = 0.0) -> LossTerm:
     """Sums over positions of -log softmax(h W^T + b)[target]; positions with target IGNORE contribute exactly zero.
 
     h_MC [M, C], weight_VC [V, C], bias_V [V] or None, target_M int64 [M]. The sums are fp64 for fp64 weights, else fp32.
@@ -33,7 +33,7 @@ def cross_entropy_sum(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, ta
     """
     device = h_MC.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
-    return SummedLoss(*_CrossEntropySum.apply(h_MC, weight_VC, bias_V, target_M, z_loss_weight, product,
+    return LossTerm(*_CrossEntropySum.apply(h_MC, weight_VC, bias_V, target_M, z_loss_weight, product,
                                               torch.is_grad_enabled()))
 
 

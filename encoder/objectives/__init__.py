@@ -1,1 +1,1 @@
-"""Clean tokens to a question; answers to a loss."""
+"""Clean tokens to masked rows; a model's outputs to a loss."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from encoder.objectives.contract import Corrupt, Specials
+from encoder.objectives.contract import Objective, Specials
 from encoder.objectives.mlm import MaskedLanguageModel, MaskShare, MlmConfig
 from encoder.objectives.words import WordEdges
 
@@ -12,8 +12,8 @@ OBJECTIVES: dict[str, type] = {"mlm": MlmConfig}
 
 
 def build_objective(config: MlmConfig, *, vocab_size: int, specials: Specials, share: MaskShare | None = None,
-                    words: WordEdges | None = None, unused: Sequence[int] = ()) -> Corrupt:
-    """The question maker of an objective's settings; `share`, `words` and `unused` as for MaskedLanguageModel.
+                    words: WordEdges | None = None, unused: Sequence[int] = ()) -> Objective:
+    """The objective of its settings; `share`, `words` and `unused` as for MaskedLanguageModel.
 
     Raises ConfigError if a special id is outside the vocabulary.
     """

@@ -1,12 +1,12 @@
-"""What an objective must be (`Corrupt`, giving a `Question`), and what it may know of a tokenizer (`Specials`)."""
+"""What an objective must be (encoder.base.objective), and what it may know of a tokenizer."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from encoder.base.question import Corrupt, Question
+from encoder.base.objective import MaskedRow, Masker, Objective, RowTargets
 
-__all__ = ["Corrupt", "Question", "Specials"]
+__all__ = ["MaskedRow", "Masker", "Objective", "RowTargets", "Specials"]
 
 
 class Specials(Protocol):

@@ -1,12 +1,12 @@
-"""Masked language modelling: some tokens are hidden, replaced or kept, and all of those are to be predicted.
+"""Masked language modelling: some tokens are masked, replaced or kept, and all of those are to be predicted.
 
 Each token draws u ~ U(0, 1), p = mask_share, as in the released ModernBERT (fact sheet 3.6; Devlin et al. 2018, 3.1):
 
     0 ------------------- 0.8 p ------- 0.9 p ------- p --------------------------- 1
-      [MASK]                    random id     kept        not asked
+      [MASK]                    random id     kept        not predicted
 
-With whole words each word draws whether it is asked (the share of the tokens is p again), and each of its tokens, of
-another draw, how it is hidden (Devlin et al.'s later models).
+With whole words each word draws whether it is predicted (the share of the tokens is p again), and each of its tokens, of
+another draw, how it is shown (Devlin et al.'s later models).
 """
 
 from __future__ import annotations
@@ -14,30 +14,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from encoder.base.batch import LossTerm, Targets, TokenBatch
 from encoder.base.errors import ConfigError
-from encoder.objectives.contract import Question
+from encoder.nn.heads import TokenDecoder
+from encoder.nn.loss import cross_entropy_sum
+from encoder.objectives.contract import MaskedRow, RowTargets
 from encoder.objectives.words import WordEdges
 
-# Variance of a row's count of asked tokens over that of single tokens: mean squared over mean length of its words. Rows of
+# Variance of a row's count of predicted tokens over that of single tokens: mean squared over mean length of its words. Rows of
 # 16,384 have 1.2 to 1.5, the worst of 659 rows (web, books, science, code; ModernBERT's vocabulary) 4.1, none over 8
 WORDS_VARIANCE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class MlmConfig:
-    """Which share of the tokens is asked, and how they are hidden."""
+    """Which share of the tokens is predicted, and how they are shown."""
 
     mask_share: float = 0.3               # of the tokens that may be masked
-    random_share: float = 0.1             # of the asked ones: shown as a random id
-    keep_share: float = 0.1               # of the asked ones: shown as they are
+    random_share: float = 0.1             # of the predicted ones: shown as a random id
+    keep_share: float = 0.1               # of the predicted ones: shown as they are
     # random ids are drawn from: used, tokens that text can hold; all, those and [unused12] and the like
     random_tokens: Literal["used", "all"] = "used"
-    mask_special_tokens: bool = False     # true: the released ModernBERT objective, [CLS] and [SEP] asked as well
-    whole_words: bool = False             # true: all tokens of a word are asked, or none
+    mask_special_tokens: bool = False     # true: the released ModernBERT objective, [CLS] and [SEP] masked as well
+    whole_words: bool = False             # true: all tokens of a word are predicted, or none
     z_loss_weight: float = 0.0            # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
 
     def __post_init__(self) -> None:
@@ -45,14 +50,14 @@ class MlmConfig:
             raise ConfigError(f"mask_share {self.mask_share} must lie between 0 and 1. ModernBERT uses 0.3, BERT 0.15.")
         if not (0 <= self.random_share and 0 <= self.keep_share and self.random_share + self.keep_share <= 1):
             raise ConfigError(f"random_share {self.random_share} and keep_share {self.keep_share} are shares of the "
-                              "asked tokens: each at least 0, together at most 1.")
+                              "predicted tokens: each at least 0, together at most 1.")
         if not 0 <= self.z_loss_weight < math.inf:
             raise ConfigError(f"z_loss_weight {self.z_loss_weight} must be at least 0. 0 is without it, PaLM uses 1e-4.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskShare:
-    """The share of a phase's tokens that is asked: `start`, or on a straight line to `end` when `over_tokens` were seen."""
+    """The masking rate of a phase: `start`, or on a straight line to `end` when `over_tokens` were seen."""
 
     start: float
     end: float | None = None
@@ -73,15 +78,46 @@ class MaskShare:
         return self.start if self.end is None else (self.start + self.end) / 2
 
 
-class MaskedLanguageModel:
-    """The Corrupt of masked language modelling.
+MLM = "mlm"      # the loss term
 
-    By default special tokens are neither asked nor drawn as random replacements, which are uniform over all other ids but
+
+class TokenModel(Protocol):
+    """What the loss asks of a model."""
+
+    training: bool
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """x_TC after the last norm."""
+
+    def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
+        """The prediction head's output at some positions, and the decoder."""
+
+
+def mlm_loss(model: TokenModel, batch: TokenBatch, *, z_loss_weight: float = 0.0) -> LossTerm:
+    """Sums of -log p(target) over the masked tokens of a micro-batch, in fp32 (fp64 for fp64 weights).
+
+    model: packed tokens to hidden states, and a decoder
+    batch: with targets `mlm`
+    z_loss_weight: times logsumexp(logits)^2, added at each of them in training
+    """
+    targets = batch.targets[MLM]
+    x_MC = model.hidden_states(batch).index_select(0, targets.index_M)
+    z_loss_weight = z_loss_weight if model.training else 0.0
+    return cross_entropy_sum(*model.token_decoder(x_MC), targets.value_M, z_loss_weight=z_loss_weight)
+
+
+class MaskedLanguageModel:
+    """The objective of masked language modelling.
+
+    By default special tokens are neither predicted nor drawn as random replacements, which are uniform over all other ids but
     those in `unused`, and over these, too, with `random_tokens` all.
     With `mask_special_tokens` only padding is left out, and random ids are uniform over 0 to `mask_id` inclusive, as
     the released models were trained (fact sheet 3.6: in practice [0, 50284], the specials included).
     `share`: a phase's own, instead of the settings'. `words`: needed for whole words.
     """
+
+    terms = (MLM,)
+    has_segments = False
 
     def __init__(self, config: MlmConfig, *, vocab_size: int, mask_id: int, pad_id: int,
                  special_ids: tuple[int, ...], share: MaskShare | None = None, words: WordEdges | None = None,
@@ -95,36 +131,51 @@ class MaskedLanguageModel:
         self.share = share or MaskShare(start=config.mask_share)
         self._words = words if config.whole_words else None
         self.mask_id = mask_id
-        self._may_ask_V = np.ones(vocab_size, dtype=bool)
-        self._may_ask_V[list(left_out)] = False
-        may_show_V = self._may_ask_V.copy()
+        self._maskable_V = np.ones(vocab_size, dtype=bool)
+        self._maskable_V[list(left_out)] = False
+        may_show_V = self._maskable_V.copy()
         if config.random_tokens == "used":
             may_show_V[list(unused)] = False
         self._replacements = np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(may_show_V)
         if len(self._replacements) == 0:
             raise ConfigError(f"a vocabulary of {vocab_size} holds special tokens only; needed: an ordinary token.")
 
-    def __call__(self, ids: np.ndarray, generator: np.random.Generator, *, phase_tokens: int = 0) -> Question:
-        """The question of one row. ids int64 [T] is not changed; one number is drawn for every token, asked or not, or
-        for every word and then for every asked token."""
+    def mask(
+        self, ids: np.ndarray, generator: np.random.Generator, *, lengths: Sequence[int] = (), phase_tokens: int = 0
+    ) -> MaskedRow:
+        """One row, masked. One number is drawn for every token, or for every word and then for every predicted token.
+
+        ids: int64 [T], not changed
+        generator: keyed by the row's address
+        lengths: of the row's documents; not needed here
+        phase_tokens: tokens of the phase before this row, for a masking rate that changes
+        """
         p, hidden_share = self.share.at(phase_tokens), 1.0 - self.config.random_share - self.config.keep_share
-        may_ask_T = self._may_ask_V[ids]
+        maskable_T = self._maskable_V[ids]
         if self._words is None:
             u_T = generator.random(len(ids))
-            index = np.flatnonzero((u_T < p) & may_ask_T)
+            index = np.flatnonzero((u_T < p) & maskable_T)
             u_M = u_T[index]
         else:
             word_T = self._words.words(ids)
             u_W = generator.random(int(word_T[-1]) + 1)
-            index = np.flatnonzero((u_W < p)[word_T] & may_ask_T)
+            index = np.flatnonzero((u_W < p)[word_T] & maskable_T)
             u_M = generator.random(len(index)) * p
         shown = ids.copy()
         shown[index[u_M < p * hidden_share]] = self.mask_id
         replaced = index[(u_M >= p * hidden_share) & (u_M < p * (1.0 - self.config.keep_share))]
         shown[replaced] = self._replacements[generator.integers(len(self._replacements), size=len(replaced))]
-        return Question(ids=shown, predict_index=index, predict_target=ids[index])
+        return MaskedRow(ids=shown, targets={MLM: RowTargets(index, ids[index])})
 
-    def capacity(self, tokens: int) -> int:
+    def loss(self, model: TokenModel, batch: TokenBatch) -> dict[str, LossTerm]:
+        """Sums of -log p(target) over the predicted positions, in fp32 (fp64 for fp64 weights)."""
+        return {MLM: mlm_loss(model, batch, z_loss_weight=self.config.z_loss_weight)}
+
+    def all_targets(self, ids_T: Tensor) -> dict[str, Targets]:
+        """Every token of a document, also special ones."""
+        return {MLM: Targets(index_M=torch.arange(len(ids_T)), value_M=ids_T, count=len(ids_T))}
+
+    def capacity(self, term: str, tokens: int) -> int:
         """Mean plus six standard deviations at the highest share, at most `tokens`: exceeded once in 10^9."""
         p, variance = self.share.highest, WORDS_VARIANCE if self._words else 1.0
         return min(tokens, math.ceil(tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p) * variance)))

@@ -1,4 +1,4 @@
-"""Introduces the rooms to each other: the loader gets a question, the engine a model, the optimizer its stretches."""
+"""Introduces the rooms to each other: the loader gets an objective, the engine a model, the optimizer its stretches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from encoder.engine.precision import precision_on
 from encoder.models.catalog import build_model
 from encoder.nn.attend import Situation, choose_backend
 from encoder.objectives.catalog import build_objective
-from encoder.objectives.contract import Corrupt
+from encoder.objectives.contract import Objective
 from encoder.objectives.words import read_word_edges
 from encoder.train.config import PhaseConfig, RunConfig, SourceConfig, with_settings
 from encoder.train.evaluate import HeldOut, unigram_entropy
@@ -148,7 +148,7 @@ def check_same_precision(run: RunConfig) -> None:
 def make_model(run: RunConfig) -> torch.nn.Module:
     """The model with its initial weights, a function of the seed alone; for ZeRO stage 3 without, for the engine draws them."""
     with torch.device("meta" if run.engine.zero_stage == 3 else "cpu"):
-        return build_model(run.model, attention=run.attention, seed=run.seed, z_loss_weight=run.objective.z_loss_weight)
+        return build_model(run.model, attention=run.attention, seed=run.seed)
 
 
 def compiles(run: RunConfig, device: torch.device) -> bool:
@@ -170,8 +170,8 @@ def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Sou
     return opened
 
 
-def make_question(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Corrupt:
-    """What a phase asks of a row."""
+def make_objective(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Objective:
+    """The objective of a phase: how its rows are masked, and the loss."""
     words = read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.whole_words else None
     return build_objective(run.objective, vocab_size=facts.vocab_size, specials=facts.specials,
                            share=run.mask_share_of(phase), words=words, unused=_unused(run, facts))
@@ -190,7 +190,7 @@ def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.de
         sources=open_mixture(mixture, lanes=run.data.lanes), weights=[s.weight for s in mixture], seed=run.seed,
         phase=run.phases.index(phase), max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
         window_documents=run.data.window_documents, shuffle_shards=run.data.shuffle_shards,
-        corrupt=make_question(run, facts, phase),
+        masker=make_objective(run, facts, phase),
         pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
         micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
         start=position, lanes=run.data.lanes, left_out=left_out,
@@ -204,13 +204,13 @@ def make_held_out(
     """This rank's share of the held-out batches, cut to the phase's document length."""
     if run.evaluation is None:
         return []
-    question = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False,
-                                   whole_words=False, random_tokens="all")      # the same question to all models
-    corrupt = build_objective(question, vocab_size=facts.vocab_size, specials=facts.specials)
+    same = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False,
+                                   whole_words=False, random_tokens="all")      # the same for all models
+    masker = build_objective(same, vocab_size=facts.vocab_size, specials=facts.specials)
     ids = facts.specials
     return [HeldOut(name=source.name, batches=evaluation_batches(
         source=source, rows=run.evaluation.rows, seed=run.seed, max_tokens_per_document=phase.max_tokens_per_document,
-        row_tokens=run.data.row_tokens, corrupt=corrupt, pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id,
+        row_tokens=run.data.row_tokens, masker=masker, pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id,
         rank=world.rank, world_size=world.size, micro_batch_rows=run.loader.micro_batch_rows,
         static_shapes=has_static_shapes(run, device))) for source in open_mixture(run.evaluation.sources)]
 
@@ -223,12 +223,11 @@ def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:
     return unigram_entropy(np.asarray(counts), facts.specials.all_special)
 
 
-def fingerprint_batch(run: RunConfig) -> TokenBatch:
-    """A fixed batch of chance tokens, all of them predicted: its loss tells whether weights came back as they went."""
+def fingerprint_batch(run: RunConfig, objective: Objective) -> TokenBatch:
+    """A fixed batch of random tokens, all of them predicted: its loss tells whether weights came back as they went."""
     length = min(64, run.model.max_position_embeddings)
     ids_T = torch.from_numpy(generator(run.seed, "fingerprint").integers(0, run.model.vocab_size, length))
-    return dataclasses.replace(packed_documents([ids_T]), predict_index_M=torch.arange(length), predict_target_M=ids_T,
-                               masked_tokens=length)
+    return packed_documents([ids_T], objective.all_targets(ids_T))
 
 
 @contextlib.contextmanager

@@ -50,13 +50,13 @@ def training_of(source: Path, model: StoredModel, *, name: str) -> Training:
             p.name,
             short_count(p.tokens),
             f"{p.max_tokens_per_document:,}",
-            f"{p.global_rope_theta:,.0f}",
+            *run.model_of(p).phase_texts.values(),
             f"{schedule_word(p)}, peak {p.lr.peak:g}",
             short_count(p.batch_tokens),
         ]
         for p in run.phases
     ]
-    head = ("phase", "tokens", "longest text", "global RoPE theta", "rate", "tokens a step")
+    head = ("phase", "tokens", "longest text", *run.model_of(run.phases[0]).phase_texts, "rate", "tokens per step")
     name_on_hub = parse_hub_name(run.init_from) if run.init_from else None
     return Training(
         name=run.name,

@@ -129,8 +129,7 @@ class PhaseConfig:
     max_tokens_per_document: int                           # longer ones are cut into near-equal pieces; default: 1024
     batch_tokens: Tokens                                   # capacity of a step over all ranks, in whole rows
     lr: chosen_by("schedule", SCHEDULES)                   # or its peak alone: warm-up, flat, decay at the run's end
-    global_rope_theta: float | None = None                 # of the global layers in this phase; default: the model's
-    local_rope_theta: float | None = None       # of the local layers in this phase; default: the model's
+    model: dict[str, float] = field(default_factory=dict)      # what the phase changes of the model; default: nothing
     batch_warmup: BatchWarmup | None = None
     sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
     mask_share: float | None = None                        # of the tokens that are asked; default: the objective's
@@ -144,9 +143,6 @@ class PhaseConfig:
                 raise ConfigError(f"phase {self.name}: mask_share {share} must lie between 0 and 1. ModernBERT uses 0.3.")
         if self.tokens < 1:
             raise ConfigError(f"phase {self.name}: tokens is 0; needed: at least one step.")
-        for theta in (self.global_rope_theta, self.local_rope_theta):
-            if theta is not None and not theta > 0:
-                raise ConfigError(f"phase {self.name}: RoPE theta {theta:g}; needed: above 0, for example 10000.")
         if self.weight_decay is not None and not 0.0 <= self.weight_decay < 1.0 or self.max_lr is not None and not self.max_lr > 0:
             raise ConfigError(f"phase {self.name}: weight_decay {self.weight_decay} must lie in [0, 1), max_lr {self.max_lr} "
                               "above 0. Leave them out for the optimizer's decay at the phase's own peak.")
@@ -261,7 +257,7 @@ class RunConfig:
         if self.compile == "blocks" and self.engine.zero_stage == 3:
             raise ConfigError("compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks that compiled code "
                               "does not call. Use compile: off, or zero_stage 2.")
-        self._fill_in_thetas()
+        self._fill_in_phase_models()
         self._check_caches()
         names = [p.name for p in self.phases]
         if len(set(names)) < len(names):
@@ -290,15 +286,21 @@ class RunConfig:
                 each = f" A step takes a row of each of {self.data.lanes} data.lanes at a time." if self.data.lanes > 1 else ""
                 raise ConfigError(f"{error}{each}") from error
 
-    def _fill_in_thetas(self) -> None:
-        whole = tuple(dataclasses.replace(p, global_rope_theta=p.global_rope_theta or self.model.global_rope_theta,
-                                          local_rope_theta=p.local_rope_theta or self.model.local_rope_theta) for p in self.phases)
-        model = (self.model.global_rope_theta, self.model.local_rope_theta)
-        other = next((p for p in whole if (p.global_rope_theta, p.local_rope_theta) != model), None)
-        if self.model.positions == "learned" and other is not None:
-            raise ConfigError(f"phase {other.name}: a RoPE theta has no effect on learned positions. Leave it out, or use "
-                              "model.positions: rope.")
-        object.__setattr__(self, "phases", whole)
+    def _fill_in_phase_models(self) -> None:
+        may_change = self.model.PHASE_SETTINGS
+        own = {name: getattr(self.model, name) for name in may_change}
+        whole = []
+        for number, phase in enumerate(self.phases):
+            for name in phase.model:
+                if name not in may_change:
+                    raise ConfigError(f"phases.{number}.model.{name} is nothing that a phase may change of this model. "
+                                      f"{nearest(name, list(may_change))}")
+            try:
+                dataclasses.replace(self.model, **phase.model)
+            except ConfigError as error:
+                raise ConfigError(f"phases.{number}.model of phase {phase.name}: {error}") from error
+            whole.append(dataclasses.replace(phase, model={**own, **phase.model}))
+        object.__setattr__(self, "phases", tuple(whole))
 
     def _check_caches(self) -> None:
         cached: dict[str, SourceConfig] = {}
@@ -334,6 +336,10 @@ class RunConfig:
     def weight_decay_of(self, phase: PhaseConfig) -> float:
         """The share that a step of the phase takes from the matrices at the rate `phase.max_lr` (default: its peak)."""
         return self.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay
+
+    def model_of(self, phase: PhaseConfig) -> Any:
+        """The model's settings with what the phase changes."""
+        return dataclasses.replace(self.model, **phase.model)
 
     def sources_of(self, phase: PhaseConfig) -> tuple[SourceConfig, ...]:
         """The mixture of a phase: its own, or the run's."""
@@ -387,12 +393,30 @@ def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
+# of a phase, which are in its `model` now
+FORMER_PHASE_KEYS = ("global_rope_theta", "local_rope_theta")
 # settings that came later, and what a resolved run file without them means
 OLD_MEANINGS = {"objective.random_tokens": "all", "data.shuffle_shards": SHARDS_PER_GROUP}
 
 
+def todays_form(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved run file of any version, with the keys of today: RoPE thetas of a phase stood in the phase itself once."""
+    phases = plain.get("phases")
+    if not isinstance(phases, list):
+        return plain
+    return {**plain, "phases": [_todays_phase(p) if isinstance(p, dict) else p for p in phases]}
+
+
+def _todays_phase(phase: dict[str, Any]) -> dict[str, Any]:
+    moved = {key: value for key, value in phase.items() if key in FORMER_PHASE_KEYS}
+    if not moved:
+        return phase
+    kept = {key: value for key, value in phase.items() if key not in moved}
+    return {**kept, "model": {**moved, **(phase.get("model") or {})}}
+
+
 def _with_old_meanings(plain: dict[str, Any]) -> dict[str, Any]:
-    plain = dict(plain)
+    plain = dict(todays_form(plain))
     for dotted, meaning in OLD_MEANINGS.items():
         section, _, key = dotted.partition(".")
         if isinstance(plain.get(section), dict):
@@ -436,7 +460,8 @@ def schedule_word(phase: PhaseConfig) -> str:
     return next(word for word, kind in SCHEDULES.items() if type(phase.lr) is kind)
 
 
-def describe_phase(phase: PhaseConfig) -> str:
-    """One line for people: name, amount, length, theta."""
-    return (f"{phase.name}: {short_count(phase.tokens)} tokens, documents up to {phase.max_tokens_per_document:,}, "
-            f"RoPE theta {phase.global_rope_theta:,.0f} global {phase.local_rope_theta:,.0f} local")
+def describe_phase(run: RunConfig, phase: PhaseConfig) -> str:
+    """One line for people: name, amount, length, and what the phase may change of the model."""
+    texts = [f"{label} {text}" for label, text in run.model_of(phase).phase_texts.items()]
+    return ", ".join([f"{phase.name}: {short_count(phase.tokens)} tokens",
+                      f"documents up to {phase.max_tokens_per_document:,}", *texts])

@@ -22,7 +22,7 @@ from encoder.data.shard_format import Card, read_card
 from encoder.data.windows import documents_per_window
 from encoder.models.catalog import SYSTEMS
 from encoder.models.modernbert import ModernBertConfig
-from encoder.train.config import OLD_MEANINGS, Derived, RunConfig, run_of
+from encoder.train.config import OLD_MEANINGS, Derived, RunConfig, run_of, todays_form
 from encoder.train.short_forms import phases_of, run_folder
 from encoder.train.stored import model_facts, saved_run
 from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
@@ -73,10 +73,10 @@ def warnings_of(run: RunConfig) -> list[str]:
     if source and there is None:
         lines.append(f"{source} is not at hand: what follows from it, such as RoPE thetas, is shown by the defaults here, and is "
                      "the model's own where the run starts.")
-    if there and model.positions == "rope":
+    if there:
         first = run.phases[0]
-        for name in ("global_rope_theta", "local_rope_theta"):
-            old, new = getattr(there, name), getattr(first, name)
+        for name, new in first.model.items():
+            old = getattr(there, name, new)
             if old != new:
                 lines.append(f"{name} is {old:g} at {source} and {new:g} in phase {first.name}: the weights were trained at "
                              "another one. Leave it out to go on as they were trained.")
@@ -341,7 +341,7 @@ def _started_settings(out: Any) -> dict[str, Any]:
         if folder and (folder / RUN_FILE).is_file():
             ledger = folder / LEDGER
             if (folder / CHECKPOINTS).is_dir() or ledger.is_file() and ledger.stat().st_size:
-                return read_mapping(folder / RUN_FILE)
+                return todays_form(read_mapping(folder / RUN_FILE))
     return {}
 
 

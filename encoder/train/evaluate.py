@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import TermSum, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +20,31 @@ class HeldOut:
 
 
 def held_out_numbers(
-    sets: Sequence[HeldOut], evaluate: Callable[[Sequence[TokenBatch]], tuple[float, int, int]]
+    sets: Sequence[HeldOut], evaluate: Callable[[Sequence[TokenBatch]], dict[str, TermSum]]
 ) -> dict[str, float]:
-    """Mean loss in nats per masked token, and the share of masked tokens whose own logit was the highest.
+    """Mean loss in nats per target, and the share of targets whose own logit was the highest.
 
-    `held_out_loss` and `held_out_accuracy` over all sources, with _NAME for each of several. `evaluate` gives (sum of
-    losses, masked tokens, hits) over all ranks; the mean over everything is sum / count, never a mean of means. Without a
-    masked token both are nan.
+        held_out_loss, held_out_accuracy                  of the first loss term over all sources
+        held_out_loss_web, held_out_accuracy_web          of each of several sources
+        held_out_loss_sop, held_out_accuracy_sop          of each further loss term, over all sources
+
+    The mean over everything is sum / count, never a mean of means. Without a target both are nan.
+
+    sets: this rank's batches of each source
+    evaluate: the sums of each loss term over all ranks
     """
     sums = {s.name: evaluate(s.batches) for s in sets}
-    shown = {"": tuple(map(sum, zip(*sums.values())))} | ({f"_{name}": s for name, s in sums.items()} if len(sums) > 1 else {})
-    return ({f"held_out_loss{end}": _mean(loss_sum, count) for end, (loss_sum, count, _) in shown.items()}
-            | {f"held_out_accuracy{end}": _mean(correct, count) for end, (_, count, correct) in shown.items()})
+    first, *others = next(iter(sums.values()))
+    shown = {"": _added([s[first] for s in sums.values()])}
+    if len(sums) > 1:
+        shown |= {f"_{name}": s[first] for name, s in sums.items()}
+    shown |= {f"_{term}": _added([s[term] for s in sums.values()]) for term in others}
+    losses = {f"held_out_loss{end}": _mean(s.sum, s.count) for end, s in shown.items()}
+    return losses | {f"held_out_accuracy{end}": _mean(s.correct, s.count) for end, s in shown.items()}
+
+
+def _added(sums: Sequence[TermSum]) -> TermSum:
+    return TermSum(*map(sum, zip(*sums)))
 
 
 def _mean(total: float, count: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,5 +80,4 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def _at_start(run: RunConfig) -> ModernBertConfig:
-    first = run.phases[0]
-    return dataclasses.replace(run.model, global_rope_theta=first.global_rope_theta, local_rope_theta=first.local_rope_theta)
+    return run.model_of(run.phases[0])

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,26 @@ class Outcome:
     done: bool
     progress: Progress | None
     signal: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepAgreement:
+    """What all ranks know of a step before it."""
+
+    counts: dict[str, int]      # targets of each loss term, over all ranks
+    batch_hash: int             # int64, of all rows
+    flops: int                  # model FLOP, over all ranks
+    stop: bool                  # a rank was asked to stop, or rank zero's time is up: save after this step
+
+    @property
+    def masked_tokens(self) -> int:
+        """Targets of the first loss term, as ledger and progress count them."""
+        return next(iter(self.counts.values()))
+
+    @property
+    def other_targets(self) -> dict[str, int]:
+        """Targets of the other loss terms."""
+        return dict([*self.counts.items()][1:])
 
 
 def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
@@ -168,12 +188,12 @@ class _Story:
         while (phase := current_phase(self.run, self.progress)) is not None:
             self.watch.mark(f"opening phase {phase.name}")
             self.clock.turn_to("starting")
-            say(f"phase {describe_phase(phase)}")
-            self._set_theta()
+            say(f"phase {describe_phase(self.run, phase)}")
+            self.engine.module.set_phase_(phase.model)
             with self.open_data() as loader:
                 if self.progress.phase_step == 0:
                     self.judge.new_phase()
-                    if self._question_changed():
+                    if self._held_out_changed():
                         self.evaluate()
                 self.clock.turn_to("training")
                 stop.begin()
@@ -181,16 +201,17 @@ class _Story:
                     before, step = self.progress, self.progress.step + 1
                     self.watch.mark(f"in step {step}")
                     data = self._next(loader)
-                    masked_tokens, batch_hash, flops, stopping = self._agree(data, stop)
+                    agreed = self._agree(data, stop)
                     lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
-                    result = _left_out(masked_tokens) if self.judge.is_left_out(step) else self.engine.step(
-                        data.micro_batches, masked_tokens=masked_tokens, lr=lr, max_lr=phase.max_lr or phase.lr.peak,
+                    result = _left_out(agreed.counts) if self.judge.is_left_out(step) else self.engine.step(
+                        data.micro_batches, counts=agreed.counts, lr=lr, max_lr=phase.max_lr or phase.lr.peak,
                         weight_decay=self.run.weight_decay_of(phase))
-                    # a step that asks nothing is neither fine nor bad: the ledger's count of masked tokens tells it
-                    fault = self.judge.judge(step, loss=result.loss, applied=result.applied) if masked_tokens else FINE
-                    self.progress = _after(before, data, masked_tokens, batch_hash, fault)
+                    # a step that predicts nothing is neither fine nor bad: the ledger's count of masked tokens tells it
+                    predicts = any(agreed.counts.values())
+                    fault = self.judge.judge(step, loss=result.loss, applied=result.applied) if predicts else FINE
+                    self.progress = _after(before, data, agreed, fault)
                     with self.guarded():
-                        self._record(data, result, lr, masked_tokens, batch_hash, flops, fault)
+                        self._record(data, result, lr, agreed, fault)
                         self._record_epochs(loader, data)
                     if self.judge.must_go_back:
                         self.clock.turn_to("starting")
@@ -199,7 +220,7 @@ class _Story:
                     if _crossed(before, self.progress, self.run.evaluation and self.run.evaluation.every_tokens):
                         self.evaluate()
                     ended = phase_is_done(self.run, self.progress)
-                    if stopping and not ended:
+                    if agreed.stop and not ended:
                         if self.lock:
                             self.lock.say_ending()
                         self.save(wait=True)
@@ -215,7 +236,7 @@ class _Story:
             self.progress = enter_next_phase(self.progress)
             self.save(milestone=phase.name)
             save_is_due = False
-            if stopping and current_phase(self.run, self.progress) is not None:
+            if agreed.stop and current_phase(self.run, self.progress) is not None:
                 return self._stopped(stop)
         return self._finished()
 
@@ -276,15 +297,11 @@ class _Story:
             with self.guarded():
                 self.tracker.metrics(self.progress.step, phase=phase, tokens=self.progress.tokens, **finite)
 
-    def _set_theta(self) -> None:
-        phase = self.run.phases[self.progress.phase]
-        self.engine.module.set_rope_theta_(global_theta=phase.global_rope_theta, local_theta=phase.local_rope_theta)
-
-    def _question_changed(self) -> bool:
+    def _held_out_changed(self) -> bool:
         """At the start of a phase: whether the held-out loss is another one than at the end of the phase before."""
         now, before = self.run.phases[self.progress.phase], self.run.phases[max(0, self.progress.phase - 1)]
-        asked = [(p.max_tokens_per_document, p.global_rope_theta, p.local_rope_theta) for p in (now, before)]
-        return self.progress.step == 0 or asked[0] != asked[1]
+        decided_by = [(p.max_tokens_per_document, p.model) for p in (now, before)]
+        return self.progress.step == 0 or decided_by[0] != decided_by[1]
 
     def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
         """A checkpoint, with the loss of the fixed batch that a load must give again; a milestone is committed on return."""
@@ -349,37 +366,39 @@ class _Story:
             return loader.next_step()
         return None
 
-    def _agree(self, data: StepData | None, stop: StopFlag) -> tuple[int, int, int, bool]:
-        """One all-reduce: masked tokens of the step, hash of its batch, its model FLOP, whether a rank was asked to stop or
-        met a mistake, which have written their part of a checkpoint, and whether rank zero's time is up."""
-        mine = [data.masked_tokens, data.row_hash, self._flops(data)] if data else [0, 0, 0]
-        shared = sum_over_ranks(torch.tensor([*mine, stop.asked, self.error is not None, self.saver.ready,
-                                             self.world.first and self.deadline.is_near()],
-                                             dtype=torch.int64, device=self.device)).tolist()
-        if shared[4]:
+    def _agree(self, data: StepData | None, stop: StopFlag) -> StepAgreement:
+        """What all ranks know of a step before it, by one all-reduce. Raises what a rank has met."""
+        terms = self.engine.objective.terms
+        counts = [data.counts[term] if data else 0 for term in terms]
+        mine = [data.row_hash, self._flops(data)] if data else [0, 0]
+        time_is_near = self.world.first and self.deadline.is_near()
+        flags = [stop.asked, self.error is not None, self.saver.ready, time_is_near]
+        shared = sum_over_ranks(torch.tensor([*counts, *mine, *flags], dtype=torch.int64, device=self.device)).tolist()
+        batch_hash, flops, stops, errors, saves_ready, time_is_up = shared[len(terms):]
+        if errors:
             build.agree_on_errors(self.error, self.world)
-        if shared[5] >= self.world.size:
+        if saves_ready >= self.world.size:
             self._saved(self.saver.advance())
-        self.time_is_up = shared[6] > 0
-        return shared[0], shared[1], shared[2], shared[3] > 0 or self.time_is_up
+        self.time_is_up = time_is_up > 0
+        return StepAgreement(counts=dict(zip(terms, shared)), batch_hash=batch_hash, flops=flops,
+                             stop=stops > 0 or self.time_is_up)
 
     def _flops(self, data: StepData) -> int:
         """Model FLOP of this rank's documents as long as they are; padding is no work."""
-        return int(sum(train_flops(self.run.model, lengths=document_lengths(b), masked_tokens=b.masked_tokens)
-                       for b in data.micro_batches))
+        return int(sum(train_flops(self.run.model, lengths=document_lengths(b), targets=b.counts) for b in data.micro_batches))
 
-    def _record(self, data: StepData, result: StepResult, lr: float, masked_tokens: int, batch_hash: int,
-                flops: int, fault: str) -> None:
+    def _record(self, data: StepData, result: StepResult, lr: float, agreed: StepAgreement, fault: str) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]
-        if masked_tokens and not self.judge.is_left_out(p.step):      # else nothing was computed: no measure of speed
-            self.speed.step(data.tokens, flops)
-        if not masked_tokens:
-            self._say_nothing_asked(data)
+        predicts = any(agreed.counts.values())
+        if predicts and not self.judge.is_left_out(p.step):      # else nothing was computed: no measure of speed
+            self.speed.step(data.tokens, agreed.flops)
+        if not predicts:
+            self._say_nothing_masked(data)
         held = memory_bytes(self.device)
         used = {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
         if self.ledger:
-            self.ledger.write(p, phase=phase.name, rows=data.rows, tokens=data.tokens, masked_tokens=masked_tokens,
-                              batch_hash=batch_hash, fault=fault)
+            self.ledger.write(p, phase=phase.name, rows=data.rows, tokens=data.tokens, masked_tokens=agreed.masked_tokens,
+                              batch_hash=agreed.batch_hash, fault=fault, other_targets=agreed.other_targets)
         if fault and self.tracker:
             self.tracker.event("bad_step", step=p.step, fault=fault, in_a_row=self.judge.in_a_row, loss=_finite(result.loss),
                                grad_norm=_finite(result.grad_norm))
@@ -388,7 +407,8 @@ class _Story:
             say(f"step {p.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}{again}  loss {result.loss:.3f}  gradient norm "
                 f"{result.grad_norm:.3g}  {self.judge.in_a_row} in a row")
         if self.tracker:
-            self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), lr=lr, rows=data.rows,
+            self.tracker.metrics(p.step, phase=phase.name, tokens=p.tokens, loss=_finite(result.loss), **_by_term(result), lr=lr,
+                                 rows=data.rows,
                                  step_tokens=data.tokens, fill=round(data.fill, 4), grad_norm=_finite(result.grad_norm),
                                  tokens_per_second=round(self.speed.tokens_per_second, 1),
                                  tflops_per_second=round(self.speed.tflops_per_second, 6), memory_bytes=held, **used)
@@ -400,7 +420,7 @@ class _Story:
             f"waiting {self.speed.waiting_share:.0%}  {short_bytes(held)}  left {short_seconds(self.speed.seconds_for(left))}",
             step=p.step, share=p.tokens / (p.tokens + left), now=p.phase_step == 1)
 
-    def _say_nothing_asked(self, data: StepData) -> None:
+    def _say_nothing_masked(self, data: StepData) -> None:
         warn_once(f"step {self.progress.step} has no masked token in its {data.tokens:,} tokens: it moves nothing, and the run "
                   f"goes on. {EVENTS} has every such step; a larger batch_tokens or mask_share makes them rarer")
         if self.tracker:
@@ -431,7 +451,7 @@ class _Story:
                 f"{self.judge.in_a_row} bad steps in a row, and {why}: the loss of step {step} is {result.loss:.4g}, its gradient "
                 f"norm {result.grad_norm:.4g}. {self._lower_rate()}, or look at the data of these steps in {self.folder / LEDGER}.")
         weights, _ = load_verified(found, self.run, self.engine, self.device)
-        self._set_theta()
+        self.engine.module.set_phase_(self.run.phases[p.phase].model)
         lanes = tuple((window + (row > 0), 0) for window, row in p.lanes)
         self.progress = dataclasses.replace(p, lanes=lanes, ledger_hash=chain_back(
             p.ledger_hash, step=step, weights_of_step=weights.step, lanes=lanes))
@@ -486,20 +506,27 @@ class _Story:
         return Outcome(done=True, progress=p)
 
 
-def _after(before: Progress, data: StepData, masked_tokens: int, batch_hash: int, fault: str) -> Progress:
+def _after(before: Progress, data: StepData, agreed: StepAgreement, fault: str) -> Progress:
     """The progress after a step, with the next link of the ledger's chain."""
     tokens = before.tokens + data.tokens
     return dataclasses.replace(
         before, step=before.step + 1, tokens=tokens, phase_step=before.phase_step + 1,
-        phase_tokens=before.phase_tokens + data.tokens, masked_tokens=before.masked_tokens + masked_tokens,
+        phase_tokens=before.phase_tokens + data.tokens, masked_tokens=before.masked_tokens + agreed.masked_tokens,
         lanes=data.end.lanes,
-        ledger_hash=chain(before.ledger_hash, step=before.step + 1, tokens=tokens, masked_tokens=masked_tokens,
-                          batch_hash=batch_hash, fault=fault))
+        ledger_hash=chain(before.ledger_hash, step=before.step + 1, tokens=tokens, masked_tokens=agreed.masked_tokens,
+                          batch_hash=agreed.batch_hash, fault=fault, other_targets=agreed.other_targets))
 
 
-def _left_out(masked_tokens: int) -> StepResult:
+def _left_out(counts: Mapping[str, int]) -> StepResult:
     """A step that moved nothing the first time, too."""
-    return StepResult(loss=math.nan, grad_norm=math.inf, masked_tokens=masked_tokens, applied=False)
+    return StepResult(loss=math.nan, grad_norm=math.inf, applied=False, means=dict.fromkeys(counts, math.nan))
+
+
+def _by_term(result: StepResult) -> dict[str, float | None]:
+    """The mean of each of several loss terms."""
+    if len(result.means) == 1:
+        return {}
+    return {f"loss_{name}": _finite(mean) for name, mean in result.means.items()}
 
 
 def _from_first_rank(recorded: list[tuple[int, str, int]], device: torch.device) -> list[tuple[int, str, int]]:

@@ -88,6 +88,8 @@ _WORDS = {
         "alpha_f",
     "phases.0.lr.floor_share: 0.1, a share of the peak":
         "min_lr",
+    "phases.0.model: {global_rope_theta: 160000}, of one phase, or model.global_rope_theta, of all":
+        "global_rope_theta local_rope_theta rope_theta",
     "no setting: torchrun, deepspeed or srun say how many ranks there are":
         "gpus num_gpus ngpus nproc_per_node world_size num_nodes devices",
     "device: cuda":

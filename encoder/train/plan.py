@@ -105,7 +105,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, 
         *(f"{'warning' if i == 0 else '':<12}{line}" for i, line in enumerate([
             *begun_mistakes, *_warnings(run, machine), *hints_of(run, ranks=ranks, fillings=fillings)])),
         "",
-        f"{'phase':<12}{'tokens':>9}{'length':>8}{'theta':>9}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15} "
+        f"{'phase':<12}{'tokens':>9}{'length':>8}{_phase_columns(run)}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15} "
         "learning rate",
     ]
     for index, phase in enumerate(run.phases):
@@ -204,7 +204,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
             lengths = np.array([longest])
             unknown.append(source.path)
         tokens = int(lengths.sum())
-        one_token = train_flops(run.model, lengths=lengths, masked_tokens=share * tokens) / tokens
+        one_token = train_flops(run.model, lengths=lengths, targets={"mlm": share * tokens}) / tokens
         flops += one_token * phase.tokens * source.weight / sum(s.weight for s in sources)
     return PhaseWork(flops=flops, unknown=tuple(unknown))
 
@@ -264,6 +264,10 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
                   offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
 
 
+def _phase_columns(run: RunConfig) -> str:
+    return "".join(f"  {label}" for label in run.model_of(run.phases[0]).phase_texts)
+
+
 def _phase_row(run: RunConfig, phase: PhaseConfig, steps: PlannedSteps, index: int, ranks: int) -> str:
     own = steps.indices(index)
     first, last = steps[own[0]], steps[own[-1]]
@@ -276,10 +280,11 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, steps: PlannedSteps, index: i
     if ranks > first.rows:
         each += f" ({ranks - first.rows} idle)"
     peak = steps.peak_lr(index)
+    cells = "".join(f"{text:>{len(label) + 2}}" for label, text in run.model_of(phase).phase_texts.items())
     middle = f" -> {peak:.2e}" if peak > max(first.lr, last.lr) * 1.0001 else ""
     return (
         f"{phase.name:<12}{short_count(phase.tokens):>9}{phase.max_tokens_per_document:>8,}"
-        f"{phase.global_rope_theta:>9,.0f}{len(own):>10,}  {batch:<18}{each:<15} {first.lr:.2e}{middle} -> {last.lr:.2e}"
+        f"{cells}{len(own):>10,}  {batch:<18}{each:<15} {first.lr:.2e}{middle} -> {last.lr:.2e}"
     )
 
 

@@ -66,8 +66,9 @@ def draw_plan(run: RunConfig, steps: PlannedSteps, path: Path) -> None:
         batch.step(x, [s.rows * run.data.row_tokens for s in column.steps], color="#444", where="mid")
         share.plot(x, [run.mask_share_of(phase).at(s.phase_tokens) for s in column.steps], color="#3a7d44")
         length.plot((0, column.end_tokens), (phase.max_tokens_per_document,) * 2, color="#444")
-        length.annotate(f"documents up to {phase.max_tokens_per_document:,}\nRoPE theta {phase.global_rope_theta:,.0f} global, "
-                        f"{phase.local_rope_theta:,.0f} local", (0.03, 0.4), xycoords="axes fraction", fontsize=8, color="#666")
+        texts = ", ".join(f"{label} {text}" for label, text in run.model_of(phase).phase_texts.items())
+        length.annotate(f"documents up to {phase.max_tokens_per_document:,}\n{texts}", (0.03, 0.4),
+                        xycoords="axes fraction", fontsize=8, color="#666")
         length.set(xlim=(0, column.end_tokens))
         length.xaxis.set_major_locator(MaxNLocator(4))
         length.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from encoder.base.batch import TokenBatch
 from encoder.base.command import run_command
 from encoder.base.dist import World, join
 from encoder.base.errors import UserError
@@ -117,7 +118,9 @@ def measure(run: RunConfig) -> Probe:
     import_deepspeed(device)
     join(world, device=device)
     base = psutil.Process().memory_info().rss
-    engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
+    objective = build.make_objective(run, facts, run.phases[0])
+    engine = start_engine(build.make_model(run), objective=objective, config=run.engine, optimizer=run.optimizer, world=world,
+                          device=device)
     rates, updates, waits, spreads, peak, rounds = {}, [], [], [], 0, 0
     stopwatch = Clock()
     for phase in run.phases:
@@ -133,13 +136,13 @@ def measure(run: RunConfig) -> Probe:
                     data = loader.next_step()
                     waited = clock() - asked
                     some = data.micro_batches[:count]
-                    flops = sum(train_flops(run.model, lengths=document_lengths(b), masked_tokens=b.masked_tokens)
+                    flops = sum(train_flops(run.model, lengths=document_lengths(b), targets=b.counts)
                                 for b in some)
+                    counts = _counts(some)
                     started = clock()
-                    asked_tokens = sum(b.masked_tokens for b in some)
-                    engine.step(some, masked_tokens=asked_tokens, lr=1e-6, max_lr=1e-3)
+                    engine.step(some, counts=counts, lr=1e-6, max_lr=1e-3)
                     took = clock() - started
-                    if number and asked_tokens:           # the first of each is a warm-up
+                    if number and any(counts.values()):           # the first of each is a warm-up
                         times[count].append((flops, took))
                         waits.append(waited / data.tokens)
                     peak = max(peak, psutil.Process().memory_info().rss)
@@ -171,3 +174,7 @@ if __name__ == "__main__":
     code = run_command(lambda: _main(sys.argv[1:]))
     sys.stdout.flush()
     os._exit(code)        # gloo's thread frees its last tensor while the interpreter ends, which sometimes aborts
+
+
+def _counts(batches: Sequence[TokenBatch]) -> dict[str, int]:
+    return {term: sum(b.counts[term] for b in batches) for term in batches[0].counts}

@@ -13,12 +13,12 @@ from typing import Any
 from encoder.base.done import read_done
 from encoder.base.errors import LedgerError, UserError
 from encoder.base.files import write_atomic
-from encoder.base.schema import from_mapping, read_mapping
 from encoder.base.units import short_count
 from encoder.train.about import what_was_trained
 from encoder.train.config import RunConfig, schedule_word
 from encoder.train.curves import Curves, draw
 from encoder.train.goodput import WHAT_IS, wall_ms
+from encoder.train.stored import read_saved_run
 from encoder.train.tracking import EVENTS, LEDGER, METRICS, RUN_FILE, follow_chain, merged_metrics, read_jsonl
 from encoder.train.watch import ERRORS, HANGS
 
@@ -69,14 +69,19 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
         *sections,
         _side_by_side("Where the time went", names, [_time_facts(run) for run in runs], text="Parts sum to the wall time. "
                       + "; ".join(f"{kind}: {what}" for kind, what in WHAT_IS.items()) + "."),
-        *(Section(title=f"Phases{end}", head=("phase", "tokens", "length", "global RoPE theta", "schedule", "peak rate"),
-                  rows=[[p.name, short_count(p.tokens), f"{p.max_tokens_per_document:,}", f"{p.global_rope_theta:,.0f}",
-                         schedule_word(p), f"{p.lr.peak:g}"] for p in run.config.phases]) for end, run in zip(of, runs)),
+        *(_phases(f"Phases{end}", run.config) for end, run in zip(of, runs)),
         *(Section(title=f"Events{end}", head=("time (UTC)", "event", "details"), rows=_events(run)) for end, run in zip(of, runs))])
     path = out / PAGE
     write_atomic(path, page)
     write_atomic(out / PICTURE, picture)
     return path
+
+
+def _phases(title: str, run: RunConfig) -> Section:
+    own = [run.model_of(p).phase_texts for p in run.phases]
+    rows = [[p.name, short_count(p.tokens), f"{p.max_tokens_per_document:,}", *texts.values(), schedule_word(p), f"{p.lr.peak:g}"]
+            for p, texts in zip(run.phases, own)]
+    return Section(title=title, head=("phase", "tokens", "length", *own[0], "schedule", "peak rate"), rows=rows)
 
 
 def _check_ours(out: Path) -> None:
@@ -96,7 +101,7 @@ def _read_run(folder: Path) -> _Run:
     metrics = merged_metrics(folder / METRICS)
     if not metrics:
         raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
-    return _Run(folder=folder, config=from_mapping(RunConfig, read_mapping(folder / RUN_FILE), where=str(folder / RUN_FILE)),
+    return _Run(folder=folder, config=read_saved_run(folder / RUN_FILE),
                 metrics=metrics, done=read_done(folder, with_checkpoint=False) or {}, steps=verify_ledger(folder),
                 spent_ms=wall_ms(folder))
 

@@ -73,7 +73,9 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder))
-    engine = start_engine(build.make_model(run), config=run.engine, optimizer=run.optimizer, world=world, device=device)
+    objective = build.make_objective(run, facts, run.phases[0])
+    engine = start_engine(build.make_model(run), objective=objective, config=run.engine, optimizer=run.optimizer, world=world,
+                          device=device)
     if build.compiles(run, device):
         engine.module.compile_blocks_()
     progress, extra = Progress(), {}
@@ -135,15 +137,15 @@ def _many(count: int, word: str) -> str:
 
 def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
     """The mean loss on the fixed batch, by which a load is known to be what was saved."""
-    found = engine.evaluate([build.fingerprint_batch(run).to(device)])
-    return found.loss_sum / found.masked_tokens
+    batch = build.fingerprint_batch(run, engine.objective)
+    found = engine.evaluate([batch.to(device)])
+    return sum(term.sum / term.count for term in found.values())
 
 
 def load_verified(found: Path, run: RunConfig, engine: Engine, device: torch.device) -> tuple[Progress, dict[str, Any]]:
     """A checkpoint of `run` into the engine; seen to give the loss it gave when it was saved."""
     progress, extra = load_checkpoint(found, engine)
-    theta = run.phases[phase_of_weights(progress)]
-    engine.module.set_rope_theta_(global_theta=theta.global_rope_theta, local_theta=theta.local_rope_theta)
+    engine.module.set_phase_(run.phases[phase_of_weights(progress)].model)
     loss, recorded = fingerprint(run, engine, device), extra["fingerprint_loss"]
     tolerance = max(FINGERPRINT_TOLERANCE[word] for word in (engine.config.precision, extra["fingerprint_precision"]))
     if not abs(loss - recorded) <= tolerance * abs(recorded):

@@ -14,7 +14,7 @@ from encoder.engine.checkpoint_folder import COMMITTED, committed_folders, damag
 from encoder.models.hf_import import CONFIG, read_hf, read_hf_config
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import MODEL, StoredModel, fp32, read_stored, read_stored_config
-from encoder.train.config import RunConfig
+from encoder.train.config import RunConfig, todays_form
 from encoder.train.phases import phase_of_weights
 from encoder.train.tracking import CHECKPOINTS, RUN_FILE
 
@@ -66,7 +66,7 @@ def saved_run(path: Path) -> RunConfig:
 
 def read_saved_run(path: Path) -> RunConfig:
     """A run file that a run wrote: it says everything, and nothing is worked out again. Raises ConfigError."""
-    return from_mapping(RunConfig, read_mapping(path), where=str(path))
+    return from_mapping(RunConfig, todays_form(read_mapping(path)), where=str(path))
 
 
 def _check_is_folder(path: Path) -> None:
@@ -97,8 +97,7 @@ def checkpoint_facts(checkpoint: Path) -> StoredModel:
     phase = run.phases[index]
     tokenizer_json = checkpoint.parent.parent / TOKENIZER
     return StoredModel(
-        config=dataclasses.replace(run.model, global_rope_theta=phase.global_rope_theta,
-                                   local_rope_theta=phase.local_rope_theta),
+        config=run.model_of(phase),
         weights={}, tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
         origin=f"run {run.name}, checkpoint {checkpoint.name}",
         max_tokens=max(p.max_tokens_per_document for p in run.phases[: index + 1]))

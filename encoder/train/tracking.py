@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,9 +31,23 @@ RUN_FILE, DONE, CHECKPOINTS = "run.yaml", "done.json", "checkpoints"       # wha
 TENSORBOARD = "tensorboard"
 
 
-def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_hash: int, fault: str = "") -> str:
-    """The next link: a hash over the previous link, what this step trained on and, if it was bad, how (16 hex digits)."""
-    link = f"{previous}|{step}|{tokens}|{masked_tokens}|{batch_hash & (2**64 - 1):016x}" + (f"|{fault}" if fault else "")
+def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_hash: int, fault: str = "",
+          other_targets: Mapping[str, int] | None = None) -> str:
+    """The next link: a hash over the previous link, what this step trained on and, if it was bad, how (16 hex digits).
+
+    previous: the link before; "" before the first step
+    step: number of the step, from 1
+    tokens: of the run, after the step
+    masked_tokens: targets of the objective's first loss term in the step
+    batch_hash: int64, of all rows of the step
+    fault: what was bad, or ""
+    other_targets: of further loss terms, by name
+    """
+    link = f"{previous}|{step}|{tokens}|{masked_tokens}|{batch_hash & (2**64 - 1):016x}"
+    for name, count in (other_targets or {}).items():
+        link += f"|{name}={count}"
+    if fault:
+        link += f"|{fault}"
     return hashlib.blake2b(link.encode(), digest_size=8).hexdigest()
 
 
@@ -75,11 +89,26 @@ class Ledger:
                 for (step, back), line in sorted(self._witness.items()) if not back]
 
     def write(self, progress: Progress, *, phase: str, rows: int, tokens: int, masked_tokens: int, batch_hash: int,
-              fault: str = "") -> None:
-        """One step's line; a step that is already there must agree. Raises LedgerError."""
-        line = {"step": progress.step, "phase": phase, "rows": rows, "tokens": tokens, "masked_tokens": masked_tokens,
-                "tokens_seen": progress.tokens, "next": [list(place) for place in progress.lanes],   # (window, row) of each lane
-                "batch": f"{batch_hash & (2**64 - 1):016x}", **({"fault": fault} if fault else {}), "chain": progress.ledger_hash}
+              fault: str = "", other_targets: Mapping[str, int] | None = None) -> None:
+        """One step's line; a step that is already there must agree. Raises LedgerError.
+
+        progress: after the step
+        phase: its name
+        rows: of the step, over all ranks
+        tokens: of the step, without padding
+        masked_tokens, batch_hash, fault, other_targets: as of chain()
+        """
+        line: dict[str, Any] = {
+            "step": progress.step, "phase": phase, "rows": rows, "tokens": tokens, "masked_tokens": masked_tokens}
+        if other_targets:
+            line["other_targets"] = dict(other_targets)
+        line |= {
+            "tokens_seen": progress.tokens,
+            "next": [list(place) for place in progress.lanes],      # (window, row) of each lane
+            "batch": f"{batch_hash & (2**64 - 1):016x}"}
+        if fault:
+            line["fault"] = fault
+        line["chain"] = progress.ledger_hash
         self._add(line)
 
     def write_back(self, progress: Progress, *, weights_of_step: int) -> None:
@@ -136,7 +165,8 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
                 follows = True
             else:
                 link = chain(link, step=step, tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
-                             batch_hash=int(line["batch"], 16), fault=line.get("fault", ""))
+                             batch_hash=int(line["batch"], 16), fault=line.get("fault", ""),
+                             other_targets=line.get("other_targets"))
                 follows = seen is None or line["tokens_seen"] == seen + line["tokens"]
                 seen = line["tokens_seen"]
             follows = follows and line["step"] == step and line["chain"] == link

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from encoder.base.batch import SummedLoss
+from encoder.base.batch import LossTerm
 from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
@@ -28,9 +28,20 @@ from encoder.engine.checkpoint import (
     read_weights,
 )
 from encoder.engine.engine import Engine, EngineConfig, start_engine
+from encoder.objectives.mlm import mlm_loss
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.optim.whole_tensors import WholeTensorOptimizer
-from tests.process.tiny import ALL_KINDS, ROWS, SIZE, masked_tokens_of, save_checkpoint, share_of_step, tiny_model
+from tests.process.tiny import (
+    ALL_KINDS,
+    ROWS,
+    SIZE,
+    counts_of,
+    masked_tokens_of,
+    mlm_objective,
+    save_checkpoint,
+    share_of_step,
+    tiny_model,
+)
 
 CPU = torch.device("cpu")
 _TORCHS_LINEAR = torch.nn.functional.linear
@@ -51,7 +62,8 @@ def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: f
     with torch.device("meta" if zero_stage == 3 else "cpu"):
         model = tiny_model(size=ALL_KINDS if all_kinds else SIZE)
     config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping, **memory)
-    engine, spike = start_engine(model, config=config, optimizer=CONFIG, world=world, device=device), {"on": False}
+    engine = start_engine(model, objective=mlm_objective(), config=config, optimizer=CONFIG, world=world, device=device)
+    spike = {"on": False}
     engine.module.get_parameter(SPIKED).register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
     return engine, spike
 
@@ -62,8 +74,8 @@ def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: flo
     for step in steps:
         spike["on"] = step == SPIKE_STEP
         batches = share_of_step(step, rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=rows)
-        result = engine.step(batches, masked_tokens=masked_tokens_of(step), lr=lr_scale * lr_of(step), max_lr=1e-2)
-        assert result.applied and result.masked_tokens == masked_tokens_of(step)
+        result = engine.step(batches, counts=counts_of(step), lr=lr_scale * lr_of(step), max_lr=1e-2)
+        assert result.applied and result.loss == result.means["mlm"]
         losses.append(result.loss)
     return losses
 
@@ -97,15 +109,15 @@ def take_flats_for_tensors(optimizer: WholeTensorOptimizer) -> None:
 def take_means_of_means(engine: Engine, *, rows: int) -> None:
     """The usual mistake: each micro-batch's loss is its own mean, and a step's the mean of those."""
     plain, per_rank = engine.step, -(-ROWS // engine.world.size) // rows
-    asked = {"of_step": 0}
+    asked: dict[str, int] = {}
 
-    def step(*values: Any, masked_tokens: int, **named: Any) -> Any:
-        asked["of_step"] = masked_tokens
-        return plain(*values, masked_tokens=masked_tokens, **named)
+    def step(*values: Any, counts: dict[str, int], **named: Any) -> Any:
+        asked.update(counts)
+        return plain(*values, counts=counts, **named)
 
-    def mean(_module: Any, _inputs: Any, loss: SummedLoss) -> SummedLoss:
-        share = asked["of_step"] / (max(int(loss.count), 1) * per_rank * engine.world.size)
-        return loss._replace(total=loss.total * share)
+    def mean(_module: Any, _inputs: Any, loss: dict[str, LossTerm]) -> dict[str, LossTerm]:
+        return {name: term._replace(total=term.total * (asked[name] / (max(int(term.count), 1) * per_rank * engine.world.size)))
+                for name, term in loss.items()}
 
     engine.step = step
     engine.module.register_forward_hook(mean)
@@ -180,7 +192,7 @@ def plain_loop(world: World, *, out: str, all_kinds: bool = False) -> None:
     optimizer = StableAdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], CONFIG)
     for step in range(STEPS):
         (batch,) = share_of_step(step, rank=0, world_size=1, micro_batch_rows=8)
-        (model(batch).total / masked_tokens_of(step)).backward()
+        (mlm_loss(model, batch).total / masked_tokens_of(step)).backward()
         if step == SPIKE_STEP:
             named[SPIKED].grad.mul_(1000.0)
         for group in optimizer.param_groups:
@@ -253,7 +265,7 @@ def products_where_autocast_is_seen(world: World) -> dict[str, list[str]]:
                 if isinstance(module, torch.nn.Linear):
                     module.register_forward_hook(lambda _module, _inputs, out, found=found: found.append(str(out.dtype)))
             batches = share_of_step(0, rank=0, world_size=1, micro_batch_rows=ROWS)
-            engine.step(batches, masked_tokens=masked_tokens_of(0), lr=1e-3, max_lr=1e-3)
+            engine.step(batches, counts=counts_of(0), lr=1e-3, max_lr=1e-3)
             engine.evaluate(batches)
             seen[graphs] = found
     return seen
@@ -326,13 +338,14 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     seen["environment"] = (whole / "environment.json").read_text()
     seen["shapes"] = {n: list(p.shape) for n, p in engine.module.named_parameters()}
     other = start_engine(type(engine.module)(dataclasses.replace(SIZE, intermediate_size=20), attention="sdpa"),
-                         config=EngineConfig(precision="fp32"), optimizer=CONFIG, world=world, device=CPU)
+                         objective=mlm_objective(), config=EngineConfig(precision="fp32"), optimizer=CONFIG, world=world,
+                         device=CPU)
     before = {n: p.detach().clone() for n, p in other.module.named_parameters()}
     seen["another_model"] = error_of(lambda: load_checkpoint(whole, other))
     seen["another_model_untouched"] = all(torch.equal(p, before[n]) for n, p in other.module.named_parameters())
 
-    nothing = engine.step([], masked_tokens=0, lr=1e-3, max_lr=1e-3)
-    seen["nothing_masked"] = [nothing.applied, nothing.masked_tokens, nothing.grad_norm]
+    nothing = engine.step([], counts={"mlm": 0}, lr=1e-3, max_lr=1e-3)
+    seen["nothing_masked"] = [nothing.applied, str(nothing.loss), nothing.grad_norm]
     for stage, offload in [*((stage, "none") for stage in (0, 1, 2, 3)), *((stage, "cpu") for stage in (1, 2, 3))]:
         engine, spike = begin(world, zero_stage=stage, memory={"offload_optimizer": offload})
         train(engine, spike, rows=2, steps=range(1))
@@ -341,7 +354,7 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
             if piece.name == "decoder.bias":
                 piece.master.data[0] = float("nan")
         engine.state_was_loaded(optimizer_steps=steps)
-        broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), masked_tokens=masked_tokens_of(1),
+        broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), counts=counts_of(1),
                              lr=1e-3, max_lr=1e-3)
         moved = [n for n, w in whole_weights(engine).items() if n != "decoder.bias" and not torch.equal(w, weights[n])]
         seen[f"not_finite_{stage}_{offload}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
@@ -442,7 +455,7 @@ def goes_on_after_nan(world: World) -> dict[str, list[bool]]:
         for step in range(3):
             factor["of"] = float("nan") if step == 1 and world.rank == world.size - 1 else 1.0
             batches = share_of_step(step, rank=world.rank, world_size=world.size, micro_batch_rows=2)
-            results.append(engine.step(batches, masked_tokens=masked_tokens_of(step), lr=lr_of(step), max_lr=1e-2).applied)
+            results.append(engine.step(batches, counts=counts_of(step), lr=lr_of(step), max_lr=1e-2).applied)
         applied[f"{precision}-s{stage}"] = results
     return applied
 

@@ -18,7 +18,7 @@ from encoder.optim.lamb import LambConfig
 from encoder.optim.muon import MuonConfig
 from encoder.optim.stable_adamw import StableAdamWConfig
 from tests.process.engine_cases import keep_weights
-from tests.process.tiny import masked_tokens_of, save_checkpoint, share_of_step, tiny_model
+from tests.process.tiny import counts_of, mlm_objective, save_checkpoint, share_of_step, tiny_model
 
 CPU = torch.device("cpu")
 CONFIGS = {"stable_adamw": StableAdamWConfig(weight_decay=0.01), "adamw": AdamWConfig(weight_decay=0.3), "lamb": LambConfig(),
@@ -38,7 +38,7 @@ def begin(world: World, *, optimizer: str, zero_stage: int) -> tuple[Engine, dic
     zero_config.STAGE_3.update(stage3_param_persistence_threshold=0, sub_group_size=600)
     with torch.device("meta" if zero_stage == 3 else "cpu"):
         model = tiny_model()
-    engine = start_engine(model, config=EngineConfig(zero_stage=zero_stage, precision="fp32"),
+    engine = start_engine(model, objective=mlm_objective(), config=EngineConfig(zero_stage=zero_stage, precision="fp32"),
                           optimizer=CONFIGS[optimizer], world=world, device=CPU)
     at = {"step": 0}
     for name, p in engine.module.named_parameters():
@@ -50,7 +50,7 @@ def train(engine: Engine, at: dict, steps: range) -> None:
     """One micro-batch on each rank; its loss has no say."""
     for at["step"] in steps:
         batches = share_of_step(at["step"], rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=8)
-        assert engine.step(batches, masked_tokens=masked_tokens_of(at["step"]), lr=LRS[at["step"]], max_lr=MAX_LR).applied
+        assert engine.step(batches, counts=counts_of(at["step"]), lr=LRS[at["step"]], max_lr=MAX_LR).applied
 
 
 def updates(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from encoder.train.tracking import LEDGER, follow_chain, read_jsonl
 from launch import average
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
-from tests.process.tiny import masked_tokens_of, share_of_step
+from tests.process.tiny import counts_of, share_of_step
 from tests.shards_for_tests import random_documents, write_source
 
-BRANCH = ["seed=4", "phases=[{name: decay, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, global_rope_theta: 160000, "
+BRANCH = ["seed=4", "phases=[{name: decay, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, "
+          "model: {global_rope_theta: 160000}, "
           "lr: {schedule: one_minus_sqrt, peak: 5e-3}}]"]
 
 
@@ -95,7 +96,7 @@ def first_step(world: World, *, root: Path, name: str, settings: list[str] = ())
     engine = started.engine
     write_state(engine, root / f"{name}_before")
     batches = share_of_step(1, rank=world.rank, world_size=world.size, micro_batch_rows=2)
-    engine.step(batches, masked_tokens=masked_tokens_of(1), lr=5e-3, max_lr=5e-3)
+    engine.step(batches, counts=counts_of(1), lr=5e-3, max_lr=5e-3)
     write_state(engine, root / f"{name}_after")
     if world.first:
         (root / f"{name}.json").write_text(json.dumps(

@@ -16,7 +16,7 @@ from encoder.optim.stable_adamw import StableAdamWConfig
 from encoder.train.config import read_run
 from encoder.train.forecast import communication_bytes
 from tests.process.ranks import run_ranks
-from tests.process.tiny import micro_batch, tiny_model
+from tests.process.tiny import micro_batch, mlm_objective, tiny_model
 
 # by ring: of n bytes, with N ranks, (N - 1) / N times n is sent by each; an all-reduce is a reduce-scatter and an all-gather.
 # name -> how often, and which argument is the whole
@@ -59,16 +59,17 @@ def moved(world: World, *, stage: int) -> list[dict[str, float]]:
     """In steps of one and of three micro-batches."""
     with torch.device("meta" if stage == 3 else "cpu"):
         model = tiny_model()
-    engine = start_engine(model, config=EngineConfig(zero_stage=stage, precision="fp32"), optimizer=StableAdamWConfig(),
+    engine = start_engine(model, objective=mlm_objective(),
+                          config=EngineConfig(zero_stage=stage, precision="fp32"), optimizer=StableAdamWConfig(),
                           world=world, device=torch.device("cpu"))
     results = []
     for count in (1, 3):
         rows = [[world.rank + 2 * i] for i in range(count)]
         some = [micro_batch(1, r) for r in rows]
-        masked = torch.tensor([sum(b.masked_tokens for b in some)])
+        masked = torch.tensor([sum(b.counts["mlm"] for b in some)])
         dist.all_reduce(masked)
         with sent(world) as found:
-            engine.step(some, masked_tokens=int(masked), lr=1e-3, max_lr=1e-3)
+            engine.step(some, counts={"mlm": int(masked)}, lr=1e-3, max_lr=1e-3)
         results.append({**found, "parameters": engine.parameter_count})
     return results
 

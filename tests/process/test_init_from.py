@@ -15,6 +15,7 @@ from encoder.base.errors import CheckpointError
 from encoder.engine.checkpoint import newest_checkpoint, read_progress
 from encoder.models.modernbert import ModernBertForMaskedLM
 from encoder.models.stored import read_stored
+from encoder.objectives.mlm import mlm_loss
 from encoder.train import build
 from encoder.train.config import read_run
 from encoder.train.initial import read_initial, weights_sha256
@@ -74,7 +75,8 @@ def masters_are_the_stored_values(world: World, *, folder: str, stage: int, prec
     found = [(p.master, expected[p.name].view(-1)[p.start:p.start + len(p.master)]) for p in engine.pieces()]
     plain = ModernBertForMaskedLM(run.model).eval()
     plain.load_state_dict(expected)
-    loss = plain(build.fingerprint_batch(run)).cross_entropy.item() / build.fingerprint_batch(run).masked_tokens
+    batch = build.fingerprint_batch(run, engine.objective)
+    loss = mlm_loss(plain, batch).sum.item() / batch.counts["mlm"]
     assert fingerprint(run, engine, device) == pytest.approx(loss, rel=FINGERPRINT_TOLERANCE[precision])
     return bool(found) and all(torch.equal(a, b.to(a.dtype)) for a, b in found)
 

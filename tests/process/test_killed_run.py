@@ -32,7 +32,7 @@ optimizer: {{}}
 phases:
   - {{name: one, tokens: {tokens}, max_tokens_per_document: 32, batch_tokens: 256,
      batch_warmup: {{from_tokens: 128, over_tokens: 2K}}, lr: {{schedule: wsd, peak: 1e-3, warmup_tokens: 500}}}}
-  - {{name: two, tokens: {tokens}, max_tokens_per_document: 64, batch_tokens: 256, global_rope_theta: 160000,
+  - {{name: two, tokens: {tokens}, max_tokens_per_document: 64, batch_tokens: 256, model: {{global_rope_theta: 160000}},
      lr: {{schedule: constant, peak: 1e-3}}}}
   - {{name: three, tokens: {tokens}, max_tokens_per_document: 64, batch_tokens: 256, lr: {{schedule: one_minus_sqrt, peak: 1e-3}}}}
 evaluation: {{sources: [{{path: {root}/held, name: held}}], every_tokens: 2K, rows: 3}}

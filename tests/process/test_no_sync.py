@@ -18,10 +18,12 @@ from encoder.engine.engine import EngineConfig, start_engine
 from encoder.models import modernbert
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.attend import BACKENDS, Choice
+from encoder.objectives.mlm import mlm_loss
 from encoder.optim.catalog import OPTIMIZERS, build_optimizer
 from encoder.optim.stable_adamw import StableAdamWConfig
 from tests.packed_for_tests import OnDevice, packed
 from tests.process.ranks import run_ranks
+from tests.process.tiny import mlm_objective
 
 CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
                           window_radius_tokens=6, attention_output_dropout=0.1)
@@ -88,12 +90,12 @@ def test_what_waits_is_seen():
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
 def test_no_host_read_in_a_forward_and_its_backward(as_on_a_gpu, autocast, recompute):
-    model = ModernBertForMaskedLM(CONFIG, z_loss_weight=1e-4)
+    model = ModernBertForMaskedLM(CONFIG)
     if recompute:
         model.recompute_blocks_()
     one = batch()
     with host_reads() as found, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(one)
+        loss = mlm_loss(model, one, z_loss_weight=1e-4)
         (loss.total * 0.5).backward()
     assert found == [] and loss.count > 0 and all(p.grad is not None for p in model.parameters())
 
@@ -122,14 +124,14 @@ def test_an_update_of_whole_tensors_asks_nothing_and_brings_no_number_to_the_dev
 def reads_of_steps(world: World, *, stage: int) -> list[list[str]]:
     """What steps of 1, 1 and 5 micro-batches read, the update included."""
     with mock.patch.object(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel")):
-        engine = start_engine(ModernBertForMaskedLM(CONFIG), config=EngineConfig(zero_stage=stage, precision="fp32"),
-                              optimizer=StableAdamWConfig(),
+        engine = start_engine(ModernBertForMaskedLM(CONFIG), objective=mlm_objective(CONFIG.vocab_size),
+                              config=EngineConfig(zero_stage=stage, precision="fp32"), optimizer=StableAdamWConfig(),
                               world=world, device=torch.device("cpu"))
         counts = []
         for batches in (1, 1, 5):
             some = [batch(i) for i in range(batches)]
             with host_reads() as found:
-                engine.step(some, masked_tokens=world.size * sum(b.masked_tokens for b in some), lr=1e-3, max_lr=1e-3)
+                engine.step(some, counts={"mlm": world.size * sum(b.counts["mlm"] for b in some)}, lr=1e-3, max_lr=1e-3)
             counts.append(found)
     return counts
 
@@ -154,7 +156,7 @@ def test_no_wait_for_the_device_in_three_micro_steps_on_cuda(compiled):
 
     def micro_step(one):
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(one.to("cuda", non_blocking=True))
+            loss = mlm_loss(model, one.to("cuda", non_blocking=True))
         (loss.total * 0.5).backward()
         return loss
 
@@ -171,6 +173,4 @@ def test_no_wait_for_the_device_in_three_micro_steps_on_cuda(compiled):
 
 
 def _pinned(one):
-    from dataclasses import fields, replace
-    return replace(one, **{f.name: getattr(one, f.name).pin_memory() for f in fields(one)
-                           if isinstance(getattr(one, f.name), torch.Tensor)})
+    return one.with_tensors({name: tensor.pin_memory() for name, tensor in one.tensors().items()})

@@ -28,9 +28,9 @@ data: {{sources: [{{path: {root}/a, name: a, weight: 2}}, {{path: {root}/b, name
 objective: {{name: mlm}}
 optimizer: {{weight_decay: 1e-3}}
 phases:
-  - {{name: short, tokens: 2K, max_tokens_per_document: 32, batch_tokens: 512, global_rope_theta: 10000,
+  - {{name: short, tokens: 2K, max_tokens_per_document: 32, batch_tokens: 512, model: {{global_rope_theta: 10000}},
      batch_warmup: {{from_tokens: 256, over_tokens: 1K}}, lr: {{schedule: wsd, peak: 1e-2, warmup_tokens: 500}}}}
-  - {{name: long, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, global_rope_theta: 160000,
+  - {{name: long, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, model: {{global_rope_theta: 160000}},
      lr: {{schedule: one_minus_sqrt, peak: 5e-3}}}}
 evaluation: {{sources: [{{path: {root}/held, name: held}}], every_tokens: 1K, rows: 3}}
 checkpoints: {{every_tokens: 1K, keep_last: 9}}

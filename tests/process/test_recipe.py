@@ -51,7 +51,7 @@ def train(world: World, *, root: str) -> dict[str, list]:
     def listening(engine: Engine, *args, **kwargs):
         result = step(engine, *args, **kwargs)
         matrices = max(g["weight_decay"] for g in engine.optimizer.param_groups)
-        told.append([kwargs["lr"], kwargs["max_lr"], matrices, engine.module.global_rope_theta, engine.module.local_rope_theta])
+        told.append([kwargs["lr"], kwargs["max_lr"], matrices, *engine.module.phase_settings.values()])
         return result
 
     step, Engine.step, seen = Engine.step, listening, {}
@@ -91,5 +91,5 @@ def test_every_step_has_its_phases_peak_decay_and_thetas(seen, name):
     expected = []
     for phase in (run.phases[s.phase] for s in planned_steps(run)):
         peak = 8e-4 if (name, phase.name) == ("base", "decay") else phase.lr.peak
-        expected.append([peak, 1e-5 if name == "base" or phase.name == "stable" else 1e-6, phase.global_rope_theta, 1e4])
+        expected.append([peak, 1e-5 if name == "base" or phase.name == "stable" else 1e-6, phase.model["global_rope_theta"], 1e4])
     assert [t[1:] for t in told[name]] == expected

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoder.base.batch import IGNORE, TokenBatch
+from encoder.base.batch import IGNORE, Targets, TokenBatch
 from encoder.base.rng import address_seed, generator
 from encoder.base.units import Progress
 from encoder.engine.checkpoint_save import Saver
 from encoder.engine.engine import Engine
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig
 
 ROWS, ROW_TOKENS, VOCAB = 8, 24, 61      # 61: the decoder's bias has an odd number of elements
 SIZE = ModernBertConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -44,6 +45,17 @@ def masked_tokens_of(step: int) -> int:
     return sum(masked_in(step, row) for row in range(ROWS))
 
 
+def counts_of(step: int) -> dict[str, int]:
+    """As masked_tokens_of, by loss term."""
+    return {"mlm": masked_tokens_of(step)}
+
+
+def mlm_objective(vocab_size: int = VOCAB) -> MaskedLanguageModel:
+    """Plain masked language modelling; special ids are the last four."""
+    last = range(vocab_size - 4, vocab_size)
+    return MaskedLanguageModel(MlmConfig(), vocab_size=vocab_size, mask_id=last[3], pad_id=last[2], special_ids=tuple(last))
+
+
 def micro_batch(step: int, rows: list[int]) -> TokenBatch:
     """Some rows of a step end to end, two documents a row."""
     ids, targets, index, keys, ends = [], [], [], [], [0]
@@ -59,9 +71,9 @@ def micro_batch(step: int, rows: list[int]) -> TokenBatch:
     return TokenBatch(
         ids_T=torch.from_numpy(np.concatenate(ids)), cu_seqlens_S1=torch.tensor(ends, dtype=torch.int32),
         positions_T=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).int(), max_seqlen=int(lengths.max()),
-        predict_index_M=torch.tensor(index), predict_target_M=torch.tensor(targets),
-        dropout_key_T=torch.from_numpy(np.concatenate(keys)), tokens=len(rows) * ROW_TOKENS,
-        masked_tokens=sum(masked_in(step, row) for row in rows))
+        targets={"mlm": Targets(index_M=torch.tensor(index), value_M=torch.tensor(targets),
+                                count=sum(masked_in(step, row) for row in rows))},
+        token_key_T=torch.from_numpy(np.concatenate(keys)), tokens=len(rows) * ROW_TOKENS)
 
 
 def share_of_step(step: int, *, rank: int, world_size: int, micro_batch_rows: int) -> list[TokenBatch]:

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from encoder.models import modernbert
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.attend import Choice
+from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import OnDevice, packed
 
 CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=7, num_attention_heads=4,
@@ -48,11 +49,11 @@ def test_two_hundred_varied_batches_compile_three_graphs_and_never_again(attenti
     other global and local layers."""
     model = ModernBertForMaskedLM(CONFIG)
     model.compile_blocks_(backend="aot_eager")       # what is traced and guarded is the same for every backend
-    model(batch(0)).total.backward()
+    mlm_loss(model, batch(0)).total.backward()
     assert counters["stats"]["unique_graphs"] == 3
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(1, 200):
-            loss = model(batch(seed)).total
+            loss = mlm_loss(model, batch(seed)).total
             if seed % 20 == 0:
                 loss.backward()
     assert counters["stats"]["unique_graphs"] == 3
@@ -66,7 +67,7 @@ def test_compiled_layers_give_the_loss_and_gradients_of_plain_ones(attention, ba
     plain, compiled = (ModernBertForMaskedLM(ModernBertConfig(**{**vars(CONFIG), **settings}), seed=1) for _ in range(2))
     compiled.compile_blocks_(backend=backend)
     for seed in (0, 1):
-        expected, found = plain(batch(seed)).total, compiled(batch(seed)).total
+        expected, found = mlm_loss(plain, batch(seed)).total, mlm_loss(compiled, batch(seed)).total
         expected.backward()
         found.backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -84,8 +85,8 @@ def test_autograd_adds_and_copies_nothing_of_a_layers_size_outside_of_what_is_co
         model.fp8_blocks_()
     model.compile_blocks_(backend="aot_eager_decomp_partition")
     one = batch(0)
-    model(one).total.backward()
-    loss = model(one).total
+    mlm_loss(model, one).total.backward()
+    loss = mlm_loss(model, one).total
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         loss.backward()
     events = profiler.events()

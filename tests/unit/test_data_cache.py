@@ -324,7 +324,7 @@ def test_a_fetch_begun_while_an_ended_ones_lock_is_looked_at_is_left_alone(tmp_p
 def loader_of(source, **settings):
     return Loader(sources=[source], weights=[1.0], seed=1, phase=0, max_tokens_per_document=32, row_tokens=64,
                   window_documents=16, pad_id=62, cls_id=60, sep_id=61, rank=0, world_size=1, micro_batch_rows=2,
-                  corrupt=build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
+                  masker=build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
                   rows_at=lambda tokens: 4, start=DataPosition(), static_shapes=False, workers=0, **settings)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from encoder.base.batch import IGNORE
 from encoder.base.errors import ConfigError, ShardError
-from encoder.base.question import Question
+from encoder.base.objective import MaskedRow, RowTargets
 from encoder.data.assembly import Assembled, wrap_int64
 from encoder.data.loader import DataPosition, Loader, evaluation_batches
 from encoder.data.shards import open_source
@@ -41,7 +41,7 @@ def objective(sources, **settings):
 def loader_of(sources, **changes) -> Loader:
     settings = dict(
         sources=sources, weights=[2.0, 1.0], seed=3, phase=0, max_tokens_per_document=CAP, row_tokens=ROW,
-        window_documents=16, corrupt=objective(sources), pad_id=PAD, cls_id=CLS, sep_id=SEP, rank=0, world_size=1,
+        window_documents=16, masker=objective(sources), pad_id=PAD, cls_id=CLS, sep_id=SEP, rank=0, world_size=1,
         micro_batch_rows=2, rows_at=growing, start=DataPosition(), static_shapes=False, workers=0)
     return Loader(**{**settings, **changes})
 
@@ -54,20 +54,20 @@ def steps_of(sources, count, **changes):
 def whole_step_hashes(sources, count, *, world_size, **changes):
     """What the ledger sees of each step: the sum over ranks, as an all-reduce of int64 gives it."""
     ranks = [steps_of(sources, count, rank=r, world_size=world_size, **changes) for r in range(world_size)]
-    return [(wrap_int64(sum(s.row_hash for s in step)), sum(s.masked_tokens for s in step), step[0].tokens, step[0].rows)
+    return [(wrap_int64(sum(s.row_hash for s in step)), sum(s.counts["mlm"] for s in step), step[0].tokens, step[0].rows)
             for step in zip(*ranks, strict=True)]
 
 
 def documents_in(batch):
     """Every document of a micro-batch: (shown ids, {position: target}), padding and empty ones left out."""
-    targets = dict(zip(batch.predict_index_M.tolist(), batch.predict_target_M.tolist(), strict=True))
+    targets = dict(zip(batch.targets["mlm"].index_M.tolist(), batch.targets["mlm"].value_M.tolist(), strict=True))
     found = []
     bounds = batch.cu_seqlens_S1.tolist()
     for start, end in zip(bounds, bounds[1:], strict=False):
         ids = batch.ids_T[start:end].tolist()
         if ids and set(ids) != {PAD}:
             found.append((ids, {i - start: t for i, t in targets.items() if start <= i < end and t != IGNORE},
-                          batch.dropout_key_T[start:end].tolist()))
+                          batch.token_key_T[start:end].tolist()))
     return found
 
 
@@ -117,14 +117,16 @@ def test_resuming_after_any_step_gives_what_would_have_followed_on_any_number_of
 def test_every_documents_tokens_are_shown_exactly_once_an_epoch(sources):
     # one source, 10 windows of 15 documents: an epoch of web
     class Ask:
-        def __call__(self, ids, generator, *, phase_tokens):
-            return Question(ids=ids, predict_index=np.arange(0), predict_target=np.arange(0))
+        terms, has_segments = ("mlm",), False
 
-        def capacity(self, tokens):
+        def mask(self, ids, generator, *, lengths, phase_tokens):
+            return MaskedRow(ids=ids, targets={"mlm": RowTargets(np.arange(0), np.arange(0))})
+
+        def capacity(self, term, tokens):
             return 1
 
     bodies = []
-    with loader_of(sources[:1], weights=[1.0], window_documents=15, corrupt=Ask(), rows_at=lambda _: 1) as loader:
+    with loader_of(sources[:1], weights=[1.0], window_documents=15, masker=Ask(), rows_at=lambda _: 1) as loader:
         while (step := loader.next_step()).start.lanes[0][0] < 10:
             for ids, _, _ in documents_in(step.micro_batches[0]):
                 assert ids[0] == CLS and ids[-1] == SEP and len(ids) <= CAP
@@ -135,7 +137,7 @@ def test_every_documents_tokens_are_shown_exactly_once_an_epoch(sources):
 def test_counts_of_a_step_are_those_of_its_batches(sources):
     for step in steps_of(sources, 10):
         assert step.tokens == sum(m.tokens for m in step.micro_batches) == step.end.phase_tokens - step.start.phase_tokens
-        assert step.masked_tokens == sum(int((m.predict_target_M != IGNORE).sum()) for m in step.micro_batches)
+        assert step.counts["mlm"] == sum(int((m.targets["mlm"].value_M != IGNORE).sum()) for m in step.micro_batches)
         assert step.rows == growing(step.start.phase_tokens)
         assert step.fill == step.tokens / (step.rows * ROW)
         assert len(step.micro_batches) == -(-step.rows // 2)
@@ -143,29 +145,29 @@ def test_counts_of_a_step_are_those_of_its_batches(sources):
 
 @pytest.mark.parametrize("static_shapes", [False, True])
 def test_a_batch_fits_together(sources, static_shapes):
-    ask = objective(sources)
+    room = 3 * objective(sources).capacity("mlm", ROW)
     for step in steps_of(sources, 6, static_shapes=static_shapes, world_size=2, micro_batch_rows=3):
         for m in step.micro_batches:
             bounds = m.cu_seqlens_S1.tolist()
-            assert bounds[0] == 0 and bounds[-1] == len(m.ids_T) == len(m.positions_T) == len(m.dropout_key_T)
+            assert bounds[0] == 0 and bounds[-1] == len(m.ids_T) == len(m.positions_T) == len(m.token_key_T)
             assert bounds == sorted(bounds)
             spans = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
             assert m.positions_T.tolist() == [i for a, b in spans for i in range(b - a)]
             assert max(b - a for a, b in spans) <= m.max_seqlen <= CAP
-            counted = m.predict_target_M != IGNORE
-            assert int(counted.sum()) == m.masked_tokens and (m.predict_index_M[counted] < m.tokens).all()
+            counted = m.targets["mlm"].value_M != IGNORE
+            assert int(counted.sum()) == m.counts["mlm"] and (m.targets["mlm"].index_M[counted] < m.tokens).all()
             assert (m.ids_T[:m.tokens] != PAD).all() and (m.ids_T[m.tokens:] == PAD).all()
             assert (m.ids_T.dtype, m.positions_T.dtype, m.cu_seqlens_S1.dtype) == (torch.int64, torch.int32, torch.int32)
-            assert {t.dtype for t in (m.predict_index_M, m.predict_target_M, m.dropout_key_T)} == {torch.int64}
+            assert {t.dtype for t in (m.targets["mlm"].index_M, m.targets["mlm"].value_M, m.token_key_T)} == {torch.int64}
             if static_shapes:
-                assert len(m.ids_T) == 3 * ROW and m.max_seqlen == CAP and len(m.predict_index_M) == 3 * ask.capacity(ROW)
+                assert len(m.ids_T) == 3 * ROW and m.max_seqlen == CAP and len(m.targets["mlm"].index_M) == room
             else:
-                assert len(m.ids_T) == m.tokens and len(m.predict_index_M) == m.masked_tokens
+                assert len(m.ids_T) == m.tokens and len(m.targets["mlm"].index_M) == m.counts["mlm"]
                 assert m.max_seqlen == max(b - a for a, b in spans)
 
 
 def test_static_shapes_are_the_same_in_every_micro_batch(sources):
-    shapes = {tuple(len(t) for t in (m.ids_T, m.cu_seqlens_S1, m.predict_index_M, m.predict_target_M))
+    shapes = {tuple(len(t) for t in (m.ids_T, m.cu_seqlens_S1, m.targets["mlm"].index_M, m.targets["mlm"].value_M))
               for s in steps_of(sources, 20, static_shapes=True, micro_batch_rows=4) for m in s.micro_batches}
     # 4 rows of 64 tokens hold up to 32 documents at most now and then: cu_seqlens doubles, the rest never moves
     assert len({(t, i, p) for t, _, i, p in shapes}) == 1
@@ -178,7 +180,7 @@ def test_ranks_left_short_get_as_many_micro_batches_of_nothing(sources, static_s
     assert {len(s.micro_batches) for s in ranks} == {1}
     for short in ranks[5:]:         # five rows, eight ranks
         (nothing,) = short.micro_batches
-        assert (short.masked_tokens, nothing.tokens, short.row_hash) == (0, 0, 0) and short.tokens == ranks[0].tokens
+        assert (short.counts["mlm"], nothing.tokens, short.row_hash) == (0, 0, 0) and short.tokens == ranks[0].tokens
         assert (nothing.ids_T == PAD).all() and len(nothing.ids_T) == (2 * ROW if static_shapes else 1)
         assert nothing.cu_seqlens_S1[-1] == len(nothing.ids_T)
 
@@ -190,7 +192,7 @@ def test_phases_and_seeds_draw_their_own(sources):
 
 def test_the_hash_sees_masks_as_well_as_ids(sources):
     def hashes(**mlm):
-        return [s.row_hash for s in steps_of(sources, 2, corrupt=objective(sources, **mlm))]
+        return [s.row_hash for s in steps_of(sources, 2, masker=objective(sources, **mlm))]
 
     assert hashes() != hashes(mask_share=0.2) and hashes() != hashes(random_share=0.2)
 
@@ -203,16 +205,18 @@ def test_position_one_billion_is_reached_at_once(sources):
 
 def test_surplus_questions_are_dropped_alike_in_every_layout(sources):
     class Greedy:
-        def __call__(self, ids, generator, *, phase_tokens):
-            return Question(ids=ids, predict_index=np.arange(len(ids)), predict_target=ids)
+        terms, has_segments = ("mlm",), False
 
-        def capacity(self, tokens):
+        def mask(self, ids, generator, *, lengths, phase_tokens):
+            return MaskedRow(ids=ids, targets={"mlm": RowTargets(np.arange(len(ids)), ids)})
+
+        def capacity(self, term, tokens):
             return 7
 
-    one, other = (steps_of(sources, 2, corrupt=Greedy(), **c)
+    one, other = (steps_of(sources, 2, masker=Greedy(), **c)
                   for c in ({}, {"static_shapes": True, "micro_batch_rows": 5}))
     assert [s.row_hash for s in one] == [s.row_hash for s in other]
-    assert one[0].masked_tokens == other[0].masked_tokens == 7 * 5
+    assert one[0].counts["mlm"] == other[0].counts["mlm"] == 7 * 5
 
 
 def test_the_models_generator_is_left_alone(sources):
@@ -251,7 +255,7 @@ def test_an_id_outside_the_vocabulary_names_its_shard(tmp_path):
 
 def held_out(sources, *, rows=6, **changes):
     settings = dict(source=sources[0], rows=rows, seed=3, max_tokens_per_document=CAP, row_tokens=ROW,
-                    corrupt=objective(sources), pad_id=PAD, cls_id=CLS, sep_id=SEP, rank=0, world_size=1,
+                    masker=objective(sources), pad_id=PAD, cls_id=CLS, sep_id=SEP, rank=0, world_size=1,
                     micro_batch_rows=2, static_shapes=False)
     return evaluation_batches(**{**settings, **changes})
 

@@ -53,7 +53,7 @@ def steps_of(case: Case, count: int, *, start=START, rank=0, world_size=1, micro
     ask = build_objective(MlmConfig(whole_words=case.whole_words), vocab_size=64, specials=SPECIALS, words=EDGES,
                           share=MaskShare(start=0.5, end=0.1, over_tokens=2000))
     with Loader(sources=SOURCES[:case.sources], weights=[3.0, 2.0, 0.5][:case.sources], seed=case.seed, phase=1,
-                max_tokens_per_document=case.cap, row_tokens=ROW, window_documents=case.window_documents, corrupt=ask,
+                max_tokens_per_document=case.cap, row_tokens=ROW, window_documents=case.window_documents, masker=ask,
                 pad_id=62, cls_id=60, sep_id=61, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows,
                 rows_at=lambda seen: case.lanes * (case.rows_of_lane + seen // 1500), start=start,
                 static_shapes=rank % 2 == 1, workers=workers, lanes=case.lanes) as loader:
@@ -63,13 +63,13 @@ def steps_of(case: Case, count: int, *, start=START, rank=0, world_size=1, micro
 def content(steps):
     """Of each step over all ranks: every document with its masks and dropout keys, sorted, and what the ledger sees."""
     return [(sorted(d for s in ranks for m in s.micro_batches for d in documents_in(m)), ranks[0].tokens,
-             sum(s.masked_tokens for s in ranks), wrap_int64(sum(s.row_hash for s in ranks)), ranks[0].start, ranks[0].end)
+             sum(s.counts["mlm"] for s in ranks), wrap_int64(sum(s.row_hash for s in ranks)), ranks[0].start, ranks[0].end)
             for ranks in zip(*steps, strict=True)]
 
 
 def documents_in(batch):
-    ids, keys, ends = batch.ids_T.tolist(), batch.dropout_key_T.tolist(), batch.cu_seqlens_S1.tolist()
-    asked = [(i, t) for i, t in zip(batch.predict_index_M.tolist(), batch.predict_target_M.tolist()) if t != IGNORE]
+    ids, keys, ends = batch.ids_T.tolist(), batch.token_key_T.tolist(), batch.cu_seqlens_S1.tolist()
+    asked = [(i, t) for i, t in zip(batch.targets["mlm"].index_M.tolist(), batch.targets["mlm"].value_M.tolist()) if t != IGNORE]
     return [(tuple(ids[a:b]), tuple(keys[a:b]), tuple((i - a, t) for i, t in asked if a <= i < b))
             for a, b in zip(ends, ends[1:]) if a < b <= batch.tokens]
 
@@ -159,11 +159,11 @@ def test_masks_have_their_shares_spare_specials_and_are_drawn_for_each_row_alone
     ask = build_objective(MlmConfig(mask_share=share, random_share=random_share, keep_share=keep_share,
                                     whole_words=whole_words), vocab_size=64, specials=SPECIALS, words=EDGES)
     ids = np.random.default_rng(seed).integers(0, 64, 8000)
-    one, other = (ask(ids, generator(seed, "mlm", 0, window, row)) for row in (5, 6))
+    one, other = (ask.mask(ids, generator(seed, "mlm", 0, window, row)) for row in (5, 6))
     ordinary = ids < 59
     spread = np.bincount(EDGES.words(ids), weights=ordinary) if whole_words else ordinary
     for question in (one, other):
-        asked, target = question.predict_index, question.predict_target
+        asked, target = question.targets["mlm"]
         shown = question.ids[asked]
         assert (target == ids[asked]).all() and ordinary[asked].all()
         assert (np.delete(question.ids, asked) == np.delete(ids, asked)).all()
@@ -171,7 +171,7 @@ def test_masks_have_their_shares_spare_specials_and_are_drawn_for_each_row_alone
         assert abs(len(asked) - share * ordinary.sum()) <= 5 * np.sqrt((spread**2).sum() * share * (1 - share))
         assert within_five_sigma((shown == 63).sum(), len(asked), 1 - random_share - keep_share)
         assert within_five_sigma((shown == target).sum(), len(asked), keep_share + random_share / 59)
-    both = len(np.intersect1d(one.predict_index, other.predict_index))
+    both = len(np.intersect1d(one.targets["mlm"].index, other.targets["mlm"].index))
     assert abs(both - share**2 * ordinary.sum()) <= 5 * np.sqrt((spread**2).sum() * share**2 * (1 - share**2))
 
 
@@ -181,7 +181,7 @@ def test_masks_of_neighbouring_rows_are_uncorrelated(whole_words):
     ids = np.full(64, 3)         # each a word of its own
     asked = np.zeros((2000, 64))
     for row in range(2000):
-        asked[row, ask(ids, generator(1, "mlm", 0, 0, row)).predict_index] = 1
+        asked[row, ask.mask(ids, generator(1, "mlm", 0, 0, row)).targets["mlm"].index] = 1
     between = np.corrcoef(asked.T)[np.triu_indices(64, 1)]          # of places, over rows
     neighbours = np.corrcoef(asked[:-1].ravel(), asked[1:].ravel())[0, 1]
     assert np.abs(between).max() < 5 / np.sqrt(2000) and abs(neighbours) < 5 / np.sqrt(asked.size)
@@ -192,8 +192,8 @@ def test_phase_lane_window_and_row_each_give_masks_of_their_own():
     asked = []
     for phase, lanes in ((0, 1), (0, 2), (1, 1), (1, 2)):
         with Loader(sources=[source], weights=[1.0], seed=1, phase=phase, max_tokens_per_document=32, row_tokens=ROW,
-                    window_documents=8, corrupt=build_objective(MlmConfig(), vocab_size=64, specials=SPECIALS), pad_id=62,
+                    window_documents=8, masker=build_objective(MlmConfig(), vocab_size=64, specials=SPECIALS), pad_id=62,
                     cls_id=60, sep_id=61, rank=0, world_size=1, micro_batch_rows=1, rows_at=lambda _: 12, start=START,
                     static_shapes=False, workers=0, lanes=lanes) as loader:
-            asked += [tuple(m.predict_index_M.tolist()) for m in loader.next_step().micro_batches]
+            asked += [tuple(m.targets["mlm"].index_M.tolist()) for m in loader.next_step().micro_batches]
     assert len(set(asked)) == len(asked) == 48

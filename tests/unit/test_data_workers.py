@@ -37,11 +37,11 @@ def folder(tmp_path_factory):
     return write_source(tmp_path_factory.mktemp("web") / "train", random_documents(100), shard_bytes=1 << 11)
 
 
-def loader_of(folder, *, workers, corrupt=None):
+def loader_of(folder, *, workers, masker=None):
     source = open_source(folder, name="web")
     return Loader(sources=[source], weights=[1.0], seed=1, phase=0, max_tokens_per_document=32, row_tokens=64,
                   window_documents=16, pad_id=62, cls_id=60, sep_id=61, rank=0, world_size=1, micro_batch_rows=2,
-                  corrupt=corrupt or build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
+                  masker=masker or build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
                   rows_at=lambda tokens: 3 + tokens // 1000, start=DataPosition(), static_shapes=False, workers=workers)
 
 
@@ -81,7 +81,7 @@ def test_workers_make_the_steps_that_one_process_makes_and_leave_when_closed(fol
 
 
 def test_a_fault_in_a_worker_comes_home_with_its_traceback(folder):
-    with loader_of(folder, workers=1, corrupt=Failing()) as loader:
+    with loader_of(folder, workers=1, masker=Failing()) as loader:
         with pytest.raises(ZeroDivisionError, match=r"(?s)Original Traceback.*assembly\.py.*a fault in the objective"):
             loader.next_step()
         pids = pids_of(loader)

@@ -21,7 +21,7 @@ data: {{sources: [{{path: {source}}}], row_tokens: 64, window_documents: 16}}
 objective: {{name: mlm}}
 optimizer: {{}}
 phases:
-  - {{name: a, tokens: 1K, max_tokens_per_document: 64, batch_tokens: {batch}, global_rope_theta: 10000,
+  - {{name: a, tokens: 1K, max_tokens_per_document: 64, batch_tokens: {batch}, model: {{global_rope_theta: 10000}},
      lr: {{schedule: constant, peak: 1e-3}}}}
 checkpoints: {{every_tokens: 1K}}
 loader: {{workers: 0}}

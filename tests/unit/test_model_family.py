@@ -9,6 +9,7 @@ import torch
 
 from encoder.base.errors import ConfigError
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import packed
 from tests.reference.dense import whole_vocabulary_loss
 from tests.reference.plain_encoder import plain_logits
@@ -54,11 +55,11 @@ def with_random_weights(config: ModernBertConfig, *, attention: str = "auto") ->
 def test_loss_and_gradients_of_every_setting_equal_the_plain_reference_in_fp64(setting, lengths):
     model = with_random_weights(replace(TINY, **setting), attention="sdpa" if len(lengths) % 2 else "tiles")
     batch = packed(lengths, vocab=60, seed=len(lengths))
-    found = model(batch).total
+    found = mlm_loss(model, batch).total
     found.backward()
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.state_dict().items()}
-    logits = plain_logits(weights, model.config, batch.ids_T, lengths)[batch.predict_index_M]
-    expected = whole_vocabulary_loss(logits, torch.eye(60, dtype=torch.float64), torch.zeros(60), batch.predict_target_M)
+    logits = plain_logits(weights, model.config, batch.ids_T, lengths)[batch.targets["mlm"].index_M]
+    expected = whole_vocabulary_loss(logits, torch.eye(60, dtype=torch.float64), torch.zeros(60), batch.targets["mlm"].value_M)
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     for name, p in model.named_parameters():

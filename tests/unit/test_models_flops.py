@@ -15,6 +15,7 @@ from encoder.base.schema import from_mapping
 from encoder.models.catalog import PRESETS
 from encoder.models.flops import attended_pairs, parameter_counts, train_flops
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import packed
 
 SMALL = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=20, num_hidden_layers=4, num_attention_heads=4,
@@ -55,7 +56,7 @@ def test_flops_by_hand():
     """One layer of width 2 with one head, MLP width 3, 5 words; documents of 2 and 1 tokens, one position predicted:
     3 tokens x 2 (2 x 6 + 2 x 2 + 2 x 6 + 3 x 2) = 204; 5 pairs x 4 x 2 = 40; head 2 (2 x 2 + 2 x 5) = 28."""
     config = ModernBertConfig(vocab_size=5, hidden_size=2, intermediate_size=3, num_hidden_layers=1, num_attention_heads=1)
-    assert train_flops(config, lengths=[2, 1], masked_tokens=1) == 3 * (204 + 40 + 28)
+    assert train_flops(config, lengths=[2, 1], targets={"mlm": 1}) == 3 * (204 + 40 + 28)
 
 
 @pytest.mark.parametrize("lengths", [[17], [9, 1, 17, 4]], ids=str)
@@ -66,12 +67,12 @@ def test_flops_equal_torchs_counter_forward_and_backward(monkeypatch, setting, l
     monkeypatch.setattr(modernbert, "choose_backend", lambda *_: SimpleNamespace(backend=backend))
     config = replace(SMALL, **setting)
     model, batch = ModernBertForMaskedLM(config), packed(lengths, vocab=96)
-    expected = train_flops(config, lengths=lengths, masked_tokens=batch.masked_tokens)
+    expected = train_flops(config, lengths=lengths, targets=batch.counts)
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         model(batch)
     assert 3 * forward.get_total_flops() == expected
     with FlopCounterMode(display=False) as both:
-        model(batch).total.backward()
+        mlm_loss(model, batch).total.backward()
     assert both.get_total_flops() == expected
 
 
@@ -93,6 +94,6 @@ class WholeDocuments:
 def test_flops_of_base_are_those_of_the_papers_formula():
     base = from_mapping(ModernBertConfig, {k: v for k, v in PRESETS["modernbert_base"].items() if k != "system"})
     for length, forward in ((1024, 2.75e8), (8192, 4.51e8)):
-        assert train_flops(base, lengths=[length], masked_tokens=0.3 * length) == pytest.approx(3 * length * forward, rel=0.005)
+        assert train_flops(base, lengths=[length], targets={"mlm": 0.3 * length}) == pytest.approx(3 * length * forward, rel=0.005)
     counts = parameter_counts(base)
     assert counts.embedding == 38_682_624 and counts.matrices + counts.norms == 110_331_648 and counts.biases == 0

@@ -12,6 +12,7 @@ from encoder.base.schema import from_mapping, to_plain
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
 from encoder.models.flops import parameter_counts
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import packed
 
 SMALL = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -53,7 +54,7 @@ def test_logits_equal_transformers_across_the_edge_of_the_window(attention, thet
     config = ModernBertConfig(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
                               num_attention_heads=2, initializer_range=0.1)
     ours = ModernBertForMaskedLM(config, attention=attention, seed=4).eval()
-    ours.set_rope_theta_(global_theta=thetas[0], local_theta=thetas[1])
+    ours.set_phase_({"global_rope_theta": thetas[0], "local_rope_theta": thetas[1]})
     theirs = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(
         vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2,
         global_rope_theta=thetas[0], local_rope_theta=thetas[1], pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -74,7 +75,7 @@ def test_backends_give_the_same_loss_and_gradients(lengths):
     batch, found = packed(lengths, vocab=96), {}
     for attention in ("sdpa", "tiles"):
         model = ModernBertForMaskedLM(SMALL, attention=attention, seed=1).double()
-        loss = model(batch).total
+        loss = mlm_loss(model, batch).total
         loss.backward()
         found[attention] = loss.item(), gradients(model)
     assert found["sdpa"][0] == pytest.approx(found["tiles"][0], rel=1e-12)
@@ -86,33 +87,33 @@ def test_the_loss_of_a_packed_batch_is_the_sum_of_its_documents_dropout_included
     lengths = [20, 1, 33, 10]
     batch = packed(lengths, vocab=96, predict=30)
     model = ModernBertForMaskedLM(SMALL, seed=1).double()
-    whole = model(batch).total
+    whole = mlm_loss(model, batch).total
     whole.backward()
     expected = gradients(model)
     model.zero_grad()
     alone, start = 0.0, 0
     for length in lengths:
-        inside = (batch.predict_index_M >= start) & (batch.predict_index_M < start + length)
+        inside = (batch.targets["mlm"].index_M >= start) & (batch.targets["mlm"].index_M < start + length)
         part = slice(start, start + length)
         loss = model(replace(batch, ids_T=batch.ids_T[part], positions_T=batch.positions_T[part],
                              cu_seqlens_S1=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
-                             predict_index_M=batch.predict_index_M[inside] - start,
-                             predict_target_M=batch.predict_target_M[inside], dropout_key_T=batch.dropout_key_T[part],
+                             predict_index_M=batch.targets["mlm"].index_M[inside] - start,
+                             predict_target_M=batch.targets["mlm"].value_M[inside], token_key_T=batch.token_key_T[part],
                              masked_tokens=int(inside.sum()), tokens=length)).total
         loss.backward()
         alone, start = alone + loss.item(), start + length
     assert whole.item() == pytest.approx(alone, rel=1e-12)
     for name, grad in gradients(model).items():
         assert torch.allclose(grad, expected[name], rtol=0, atol=1e-10 * expected[name].abs().max()), name
-    assert model.eval()(batch).total.item() != pytest.approx(whole.item(), rel=1e-6)       # dropout was on
+    assert mlm_loss(model.eval(), batch).total.item() != pytest.approx(whole.item(), rel=1e-6)       # dropout was on
 
 
 @pytest.mark.parametrize("capacity", [0, 8])
 def test_nothing_to_predict_gives_zero_gradients_for_every_parameter(capacity):
     batch = packed([9, 20], vocab=96, predict=capacity)
-    batch = replace(batch, predict_target_M=torch.full_like(batch.predict_target_M, -100), masked_tokens=0)
+    batch = replace(batch, predict_target_M=torch.full_like(batch.targets["mlm"].value_M, -100), masked_tokens=0)
     model = ModernBertForMaskedLM(SMALL)
-    loss = model(batch).total
+    loss = mlm_loss(model, batch).total
     loss.backward()
     assert loss == 0
     for name, grad in gradients(model).items():
@@ -122,36 +123,36 @@ def test_nothing_to_predict_gives_zero_gradients_for_every_parameter(capacity):
 @pytest.mark.parametrize("attention", ["sdpa", "tiles"])
 def test_a_micro_batch_without_tokens_gives_zero_gradients_for_every_parameter(attention):
     nothing = torch.zeros(0, dtype=torch.int64)
-    batch = replace(packed([1], vocab=96, predict=0), ids_T=nothing, positions_T=nothing.int(), dropout_key_T=nothing,
+    batch = replace(packed([1], vocab=96, predict=0), ids_T=nothing, positions_T=nothing.int(), token_key_T=nothing,
                     cu_seqlens_S1=torch.zeros(4, dtype=torch.int32), max_seqlen=0, tokens=0)
     model = ModernBertForMaskedLM(SMALL, attention=attention)
-    model(batch).total.backward()
+    mlm_loss(model, batch).total.backward()
     assert all(grad is not None and not grad.any() for grad in gradients(model).values())
 
 
 def test_theta_can_change_between_steps_and_moves_only_the_layers_it_is_for():
     batch = packed([60], vocab=96)
     all_global = ModernBertForMaskedLM(replace(SMALL, global_attn_every_n_layers=1), seed=1).eval()
-    before = all_global(batch).total
-    all_global.set_rope_theta_(global_theta=10000.0, local_theta=500.0)
-    assert torch.equal(all_global(batch).total, before)
-    all_global.set_rope_theta_(global_theta=500.0, local_theta=500.0)
-    assert not torch.equal(all_global(batch).total, before)
+    before = mlm_loss(all_global, batch).total
+    all_global.set_phase_({"global_rope_theta": 10000.0, "local_rope_theta": 500.0})
+    assert torch.equal(mlm_loss(all_global, batch).total, before)
+    all_global.set_phase_({"global_rope_theta": 500.0, "local_rope_theta": 500.0})
+    assert not torch.equal(mlm_loss(all_global, batch).total, before)
 
 
 def test_precisions_keep_their_words():
     batch = packed([30, 80], vocab=96)
     model = ModernBertForMaskedLM(SMALL, seed=1).eval()
-    exact = model(batch).total
+    exact = mlm_loss(model, batch).total
     assert exact.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(batch).total
+        mixed = mlm_loss(model, batch).total
     mixed.backward()
     assert mixed.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert 0 < abs(mixed - exact) < 0.02 * exact
     low = ModernBertForMaskedLM(SMALL, seed=1).eval().bfloat16()
-    assert low(batch).total.dtype == torch.float32 and abs(low(batch).total - exact) < 0.05 * exact
-    assert ModernBertForMaskedLM(SMALL, seed=1).double()(batch).total.dtype == torch.float64
+    assert mlm_loss(low, batch).total.dtype == torch.float32 and abs(mlm_loss(low, batch).total - exact) < 0.05 * exact
+    assert mlm_loss(ModernBertForMaskedLM(SMALL, seed=1).double(), batch).total.dtype == torch.float64
 
 
 def test_settings_survive_the_schema():

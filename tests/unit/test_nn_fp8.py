@@ -114,10 +114,10 @@ def losses(*, eight: bool, compiled: str | None = None, steps: int = 40) -> list
     for _ in range(steps):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(batch)
-        (loss.total / batch.masked_tokens).backward()
+        (loss.total / batch.counts["mlm"]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        found.append(loss.cross_entropy.item() / batch.masked_tokens)
+        found.append(loss.sum.item() / batch.counts["mlm"])
     return found
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import packed
 
 CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
@@ -33,7 +34,7 @@ def forward_and_backward(config: ModernBertConfig, *, again: bool, mixed: bool =
         return x
 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        loss = model(BATCH).total
+        loss = mlm_loss(model, BATCH).total
     count = sum(x.untyped_storage().nbytes() for x in kept.values())
     loss.backward()
     return loss.detach(), [p.grad for p in model.parameters()], count

@@ -42,12 +42,12 @@ def test_shares_are_those_of_the_settings():
     ids = long_row()
     question = objective(mask_share=0.3)(ids, generator(1, "a"))
     ordinary = int((ids < 100).sum())
-    asked = len(question.predict_index)
-    shown = question.ids[question.predict_index]
+    asked = len(question.targets["mlm"].index)
+    shown = question.ids[question.targets["mlm"].index]
     assert within_five_sigma(asked, ordinary, 0.3)
     assert within_five_sigma((shown == MASK).sum(), asked, 0.8)
     # kept, or replaced by chance with itself (one in 100)
-    assert within_five_sigma((shown == question.predict_target).sum(), asked, 0.1 + 0.1 / 100)
+    assert within_five_sigma((shown == question.targets["mlm"].value).sum(), asked, 0.1 + 0.1 / 100)
 
 
 def test_targets_are_the_clean_ids_and_nothing_else_is_changed():
@@ -55,24 +55,24 @@ def test_targets_are_the_clean_ids_and_nothing_else_is_changed():
     before = ids.copy()
     question = objective()(ids, generator(1, "a"))
     assert (ids == before).all()
-    assert (question.predict_target == ids[question.predict_index]).all()
-    assert (np.diff(question.predict_index) > 0).all()
+    assert (question.targets["mlm"].value == ids[question.targets["mlm"].index]).all()
+    assert (np.diff(question.targets["mlm"].index) > 0).all()
     untouched = np.ones(len(ids), dtype=bool)
-    untouched[question.predict_index] = False
+    untouched[question.targets["mlm"].index] = False
     assert (question.ids[untouched] == ids[untouched]).all()
 
 
 def test_special_tokens_are_neither_asked_nor_drawn():
     ids = long_row()
     question = objective()(ids, generator(1, "a"))
-    assert (question.predict_target < 100).all()
-    shown = question.ids[question.predict_index]
+    assert (question.targets["mlm"].value < 100).all()
+    shown = question.ids[question.targets["mlm"].index]
     assert set(shown[shown != MASK]) == set(range(100))      # every ordinary id is drawn, no special one
 
 
 def test_replacements_are_uniform_over_the_ordinary_ids():
     question = objective(mask_share=0.9, random_share=1.0, keep_share=0.0)(np.full(100_000, 7), generator(1, "a"))
-    counts = np.bincount(question.ids[question.predict_index], minlength=V)
+    counts = np.bincount(question.ids[question.targets["mlm"].index], minlength=V)
     assert counts[100:].sum() == 0
     assert all(within_five_sigma(c, counts.sum(), 0.01) for c in counts[:100])
 
@@ -81,47 +81,48 @@ def test_the_released_objective_asks_cls_and_sep_and_draws_up_to_the_mask():
     ids = long_row()
     question = objective(mask_special_tokens=True)(ids, generator(1, "a"))
     for special in (CLS, SEP, UNK):
-        assert within_five_sigma((question.predict_target == special).sum(), (ids == special).sum(), 0.3)
-    assert (question.predict_target != PAD).all()
+        assert within_five_sigma((question.targets["mlm"].value == special).sum(), (ids == special).sum(), 0.3)
+    assert (question.targets["mlm"].value != PAD).all()
     drawn = objective(mask_special_tokens=True, mask_share=0.9, random_share=1.0, keep_share=0.0, vocab_size=120)(
         np.full(100_000, 7), generator(1, "a"))
-    assert set(drawn.ids[drawn.predict_index]) == set(range(MASK + 1))      # not 105 to 119, which no text has
+    assert set(drawn.ids[drawn.targets["mlm"].index]) == set(range(MASK + 1))      # not 105 to 119, which no text has
 
 
 def test_padding_is_never_asked_nor_changed():
     for released in (False, True):
         question = objective(mask_special_tokens=released)(np.full(1000, PAD), generator(1, "a"))
-        assert len(question.predict_index) == 0 and (question.ids == PAD).all()
+        assert len(question.targets["mlm"].index) == 0 and (question.ids == PAD).all()
 
 
 def test_the_same_address_gives_the_same_question_and_another_gives_another():
     ids = long_row(500)
     one, same, other = (objective()(ids, generator(1, "mlm", 0, 3, row)) for row in (5, 5, 6))
-    assert (one.ids == same.ids).all() and (one.predict_index == same.predict_index).all()
-    assert set(one.predict_index) != set(other.predict_index)
+    assert (one.ids == same.ids).all() and (one.targets["mlm"].index == same.targets["mlm"].index).all()
+    assert set(one.targets["mlm"].index) != set(other.targets["mlm"].index)
 
 
 def test_the_capacity_holds_every_question_and_little_more():
     ask = objective(mask_share=0.3)
-    assert ask.capacity(4096) == 1405       # 1228.8 + 6 * 29.33 = 1404.8
-    assert ask.capacity(3) == 3             # never above the tokens there are
+    assert ask.capacity("mlm", 4096) == 1405       # 1228.8 + 6 * 29.33 = 1404.8
+    assert ask.capacity("mlm", 3) == 3             # never above the tokens there are
     ids = np.random.default_rng(0).integers(0, 100, 256)
-    assert max(len(ask(ids, generator(1, i)).predict_index) for i in range(2000)) <= ask.capacity(256)
+    assert max(len(ask.mask(ids, generator(1, i)).targets["mlm"].index) for i in range(2000)) <= ask.capacity("mlm", 256)
 
 
 def test_the_question_maker_survives_pickling():
     ask, ids = objective(), long_row(500)
-    assert (pickle.loads(pickle.dumps(ask))(ids, generator(1, "a")).ids == ask(ids, generator(1, "a")).ids).all()  # noqa: S301
+    assert (pickle.loads(pickle.dumps(ask)).mask(ids, generator(1, "a")).ids == ask.mask(ids, generator(1, "a")).ids).all()  # noqa: S301
 
 
 def test_a_share_that_falls_is_that_of_the_rows_place_and_its_room_that_of_the_highest():
     ask = build_objective(MlmConfig(), vocab_size=V, specials=SPECIALS, share=MaskShare(start=0.3, end=0.15, over_tokens=1000))
     ids = np.zeros(100_000, dtype=np.int64)
     for seen, share in ((0, 0.3), (500, 0.225), (1000, 0.15), (10**9, 0.15)):
-        question = ask(ids, generator(1, "a"), phase_tokens=seen)
-        assert within_five_sigma(len(question.predict_index), len(ids), share)
-        assert within_five_sigma((question.ids[question.predict_index] == MASK).sum(), len(question.predict_index), 0.8)
-    assert ask.capacity(4096) == objective(mask_share=0.3).capacity(4096)
+        question = ask.mask(ids, generator(1, "a"), phase_tokens=seen)
+        assert within_five_sigma(len(question.targets["mlm"].index), len(ids), share)
+        shown = question.ids[question.targets["mlm"].index]
+        assert within_five_sigma((shown == MASK).sum(), len(shown), 0.8)
+    assert ask.capacity("mlm", 4096) == objective(mask_share=0.3).capacity("mlm", 4096)
 
 
 def of_two_tokens():
@@ -141,20 +142,20 @@ def test_words_end_where_the_next_begins_or_nothing_may_follow_and_after_eight_t
 def test_a_word_is_asked_whole_or_not_at_all_at_the_shares_of_the_settings():
     ids, edges = long_row(), of_two_tokens()
     ask = build_objective(MlmConfig(whole_words=True), vocab_size=V, specials=SPECIALS, words=edges)
-    question = ask(ids, generator(1, "a"))
+    question = ask.mask(ids, generator(1, "a"))
     asked = np.zeros(len(ids), dtype=bool)
-    asked[question.predict_index] = True
+    asked[question.targets["mlm"].index] = True
     words = edges.words(ids)
     ordinary, count = np.bincount(words, weights=ids < 100), np.bincount(words, weights=asked)
     assert ((count == 0) | (count == ordinary)).all() and not asked[ids >= 100].any()
     total = int((ids < 100).sum())
     spread = np.sqrt((ordinary ** 2).sum() * 0.3 * 0.7)
     assert abs(asked.sum() - 0.3 * total) < 5 * spread
-    shown = question.ids[question.predict_index]
+    shown = question.ids[question.targets["mlm"].index]
     assert within_five_sigma((shown == MASK).sum(), len(shown), 0.8)
-    assert within_five_sigma((shown == question.predict_target).sum(), len(shown), 0.1 + 0.1 / 100)
+    assert within_five_sigma((shown == question.targets["mlm"].value).sum(), len(shown), 0.1 + 0.1 / 100)
     assert set(shown[shown != MASK]) == set(range(100))
-    assert 0.3 * total + spread * 6 < ask.capacity(len(ids)) == 0.3 * len(ids) + 6 * np.sqrt(len(ids) * 0.21 * 4) // 1 + 1
+    assert 0.3 * total + spread * 6 < ask.capacity("mlm", len(ids)) == 0.3 * len(ids) + 6 * np.sqrt(len(ids) * 0.21 * 4) // 1 + 1
 
 
 @pytest.mark.parametrize("content, edges", [
@@ -197,8 +198,8 @@ def test_random_replacements_leave_out_unused_ids_unless_asked_for():
 
     def drawn(unused, **more):
         ask = build_objective(MlmConfig(**settings, **more), vocab_size=V, specials=SPECIALS, unused=unused)
-        question = ask(ids, generator(1, "a"))
-        return set(question.ids[question.predict_index].tolist()), question
+        question = ask.mask(ids, generator(1, "a"))
+        return set(question.ids[question.targets["mlm"].index].tolist()), question
 
     assert drawn((7, 99))[0] == set(range(100)) - {7, 99}
     every, question = drawn((7, 99), random_tokens="all")

@@ -84,16 +84,16 @@ def test_shards_made_elsewhere_train_here(tmp_path, tokenizer, columns):
     folder = write_foreign(tmp_path / "web", columns)
     assert run("index", folder, "--tokenizer", tokenizer) == 0
     source = open_source(folder, name="web")
-    corrupt = build_objective(MlmConfig(), vocab_size=V, specials=source.card.specials)
+    masker = build_objective(MlmConfig(), vocab_size=V, specials=source.card.specials)
     with Loader(sources=[source], weights=[1.0], seed=3, phase=0, max_tokens_per_document=400, row_tokens=512,
-                window_documents=60, corrupt=corrupt, pad_id=PAD, cls_id=CLS, sep_id=SEP, rank=0, world_size=1,
+                window_documents=60, masker=masker, pad_id=PAD, cls_id=CLS, sep_id=SEP, rank=0, world_size=1,
                 micro_batch_rows=1, rows_at=lambda _: 1, start=DataPosition(), static_shapes=False, workers=0) as loader:
         shown = []
         while sum(map(len, shown)) < sum(map(len, DOCUMENTS)):
             for batch in loader.next_step().micro_batches:
                 ids_T = batch.ids_T.clone()
-                kept = batch.predict_target_M >= 0
-                ids_T[batch.predict_index_M[kept]] = batch.predict_target_M[kept]
+                kept = batch.targets["mlm"].value_M >= 0
+                ids_T[batch.targets["mlm"].index_M[kept]] = batch.targets["mlm"].value_M[kept]
                 bounds = batch.cu_seqlens_S1.tolist()
                 shown += [ids_T[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False) if b > a and ids_T[a] != PAD]
     assert sorted(shown) == sorted(ids.tolist() for ids in DOCUMENTS)

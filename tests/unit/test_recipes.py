@@ -58,9 +58,10 @@ def test_every_phase_has_the_published_length_batch_rate_decay_and_theta():
     for name, phases in published.items():
         run = recipe(name)
         found = [(str(p.tokens // 10**9), p.max_tokens_per_document, p.batch_tokens / p.max_tokens_per_document, p.lr.peak,
-                  run.weight_decay_of(p), p.global_rope_theta) for p in run.phases]
+                  run.weight_decay_of(p), p.model["global_rope_theta"]) for p in run.phases]
         assert found == phases
-        assert all(p.local_rope_theta == 1e4 and run.mask_share_of(p).highest == 0.3 and p.max_lr is None for p in run.phases)
+        assert all(p.model["local_rope_theta"] == 1e4 for p in run.phases)
+        assert all(run.mask_share_of(p).highest == 0.3 and p.max_lr is None for p in run.phases)
 
 
 @pytest.mark.parametrize("name", ["base", "large"])

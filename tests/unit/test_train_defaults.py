@@ -116,9 +116,9 @@ def test_thetas_follow_the_weights_that_a_run_starts_from(short, tmp_path):
     shape = "{vocab_size: 128, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2}"
 
     silent = of(short, start, f"model={shape}")
-    assert (silent.phases[0].global_rope_theta, silent.phases[0].local_rope_theta) == (160_000.0, 20_000.0)
+    assert (silent.phases[0].model["global_rope_theta"], silent.phases[0].model["local_rope_theta"]) == (160_000.0, 20_000.0)
     assert "another one" not in plan_text(silent, ranks=1)
-    other = of(short, start, f"model={shape}", "phases.0.global_rope_theta=10000")
+    other = of(short, start, f"model={shape}", "phases.0.model.global_rope_theta=10000")
     assert f"global_rope_theta is 160000 at {tmp_path}/source and 10000 in phase main" in plan_text(other, ranks=1)
 
     partial = of(short, start, "model={attention_output_dropout: 0.0}").model

@@ -20,8 +20,8 @@ model: {{system: modernbert, vocab_size: 64, hidden_size: 32, intermediate_size:
 data: {{sources: [{{path: nowhere, name: web}}], row_tokens: 64, window_documents: 16}}
 objective: {{name: mlm, mask_share: 0.3}}
 phases:
-  - {{name: "{phase}", tokens: 1K, max_tokens_per_document: 64, batch_tokens: 128, global_rope_theta: 10000,
-     local_rope_theta: 10000, lr: {{schedule: constant, peak: 1e-3}}}}
+  - {{name: "{phase}", tokens: 1K, max_tokens_per_document: 64, batch_tokens: 128,
+     model: {{global_rope_theta: 10000, local_rope_theta: 10000}}, lr: {{schedule: constant, peak: 1e-3}}}}
 checkpoints: {{every_tokens: 1K}}
 """
 ABOUT = {

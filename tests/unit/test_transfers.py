@@ -67,6 +67,6 @@ def test_every_batch_arrives_whole_whatever_is_copied_meanwhile(device):
     for batch in on_device(batches, torch.device(device)):
         for _ in range(20):
             work = (work @ work).clamp(max=1.0)         # the reads below come long after the next copy was asked for
-        sums.append((batch.ids_T.double() * work[0, 0]).sum() + batch.dropout_key_T.double().sum())
-    expected = [b.ids_T.double().sum() + b.dropout_key_T.double().sum() for b in batches]
+        sums.append((batch.ids_T.double() * work[0, 0]).sum() + batch.token_key_T.double().sum())
+    expected = [b.ids_T.double().sum() + b.token_key_T.double().sum() for b in batches]
     assert torch.stack(sums).cpu().allclose(torch.stack(expected), rtol=1e-9)

@@ -1,0 +1,65 @@
+"""What an objective is: how a row of clean tokens is masked (numpy, in loader workers), and the loss that a model then has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from encoder.base.batch import LossTerm, Targets, TokenBatch
+
+
+class RowTargets(NamedTuple):
+    """Targets of one loss term in a row. M of them, ascending."""
+
+    index: np.ndarray      # int64 [M] into the row
+    value: np.ndarray      # int64 [M]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedRow:
+    """One row as the model sees it, and what is to be predicted. T tokens of the row without padding.
+
+        clean           [CLS]  the   cat   sat  [SEP]
+        ids             [CLS]  the [MASK]  sat  [SEP]
+        targets["mlm"]  index 2, value cat
+    """
+
+    ids: np.ndarray                            # int64 [T], after masking
+    targets: Mapping[str, RowTargets]          # by the name of a loss term: each of the objective's, also where it is empty
+    segments: np.ndarray | None = None      # int64 [T]; None: all of segment 0
+
+
+class Masker(Protocol):
+    """The data half of an objective. It is sent to worker processes, so it must survive pickling."""
+
+    terms: tuple[str, ...]       # names of the loss terms, in the order in which ledger and reports have them
+    has_segments: bool           # whether its rows have segments
+
+    def mask(self, ids: np.ndarray, generator: np.random.Generator, *, lengths: Sequence[int], phase_tokens: int) -> MaskedRow:
+        """The masked row of clean ids; the same arguments give the same row.
+
+        ids: int64 [T], documents end to end, not changed
+        generator: keyed by the row's address
+        lengths: of the row's documents, in their order
+        phase_tokens: tokens of the phase before this row, by which schedules go
+        """
+
+    def capacity(self, term: str, tokens: int) -> int:
+        """Targets of a term to make room for in a row of `tokens` tokens; a row has more once in 10^9."""
+
+
+class Objective(Masker, Protocol):
+    """Both halves. One object serves one phase."""
+
+    def loss(self, model: Any, batch: TokenBatch) -> dict[str, LossTerm]:
+        """The loss terms of a micro-batch, one for each of `terms` in their order.
+
+        Every trained parameter must be connected to them, also where a term has no target: gradients are then zeros, not None.
+        """
+
+    def all_targets(self, ids_T: Tensor) -> dict[str, Targets]:
+        """Targets at every place of a document that can have one: the loss that tells whether weights came back as they went."""
