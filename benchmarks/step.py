@@ -33,7 +33,6 @@ from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import computes_bf16
-from encoder.models.flops import parameter_counts, train_flops
 from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.attend import BACKENDS, Situation
 from encoder.objectives.mlm import MLM, mlm_loss
@@ -291,7 +290,7 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
     for name, side in sides.items():
         memory = timed[name].peak_bytes + held_bytes(side)
         batches = side.all_batches if isinstance(side, Ours) else sides[next(iter(sides))].all_batches
-        flops = statistics.mean(train_flops(config, lengths=document_lengths(b), targets=b.counts) / b.tokens
+        flops = statistics.mean(config.train_flops(lengths=document_lengths(b), targets=b.counts) / b.tokens
                                 for b in batches)
         per_second, took = sum(side.tokens) / timed[name].median, timed[name]
         tflops = per_second * flops / 1e12
@@ -304,7 +303,7 @@ def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, si
     first, *_ = sides
     peers = [n for n in sides if isinstance(sides[n], Theirs)]
     ratios = {n: paired_ratio(timed[first], timed[n]) for n in peers}
-    count = parameter_counts(config).total
+    count = config.parameter_counts().total
     report.add(f"Training steps: {args.shape} ({count / 1e6:.1f} M), documents up to {args.length:,}, {precision}",
                head=["", "tokens/s", "spread", "TFLOP/s", *(["of bf16 peak", "GiB"] if on_gpu else [])], rows=rows,
                notes=[f"our first line is {ratio_text(r)} times as fast as {n}"

@@ -59,13 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         words = ("global_rope_theta", "local_rope_theta", "heads")
         told = {word: value for word in words if (value := getattr(args, word)) is not None}
         model, proof = import_model(args.source, args.out, tokenizer=args.tokenizer, told=told)
-        c = model.config
-        print(
-            f"wrote {args.out}: {c.num_hidden_layers} layers of {c.hidden_size}, "
-            f"{c.num_attention_heads} heads, vocabulary {c.vocab_size:,}, RoPE theta "
-            f"{c.global_rope_theta:,.0f} global {c.local_rope_theta:,.0f} local, "
-            f"{'with its' if model.tokenizer_json else 'no'} tokenizer; from {model.origin}"
-        )
+        facts = "; ".join(f"{name} {value}" for name, value in model.config.facts.items())
+        tokenizer = "with its" if model.tokenizer_json else "no"
+        print(f"wrote {args.out}: {facts}; {tokenizer} tokenizer; from {model.origin}")
         if proof is not None:
             print(f"transformers gives {proof}")
 

@@ -6,9 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from encoder.models.contract import Family, ModelConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 
-SYSTEMS: dict[str, type] = {"modernbert": ModernBertConfig}
+# a new family is one line here (docs/adding_a_model.md)
+FAMILIES: dict[str, Family] = {
+    "modernbert": Family(settings=ModernBertConfig, model=ModernBertForMaskedLM),
+}
+SYSTEMS: dict[str, type] = {name: family.settings for name, family in FAMILIES.items()}
 
 # The first three are Ettin's shapes (Weller et al. 2025), their initial weights by Megatron's rule, sqrt(2 / (5 hidden));
 # the others are ModernBERT's as published (Warner et al. 2024).
@@ -25,9 +30,12 @@ PRESETS: dict[str, dict[str, Any]] = {
                          "num_attention_heads": 16, "initializer_range": 0.02},
 }
 
-_BUILDERS = {ModernBertConfig: ModernBertForMaskedLM}
+
+def system_of(config: ModelConfig) -> str:
+    """The name of a settings object's family."""
+    return next(name for name, family in FAMILIES.items() if type(config) is family.settings)
 
 
-def build_model(config: ModernBertConfig, *, attention: str = "auto", seed: int) -> nn.Module:
+def build_model(config: ModelConfig, *, attention: str = "auto", seed: int) -> nn.Module:
     """The model of a settings object, its weights drawn from the seed."""
-    return _BUILDERS[type(config)](config, attention=attention, seed=seed)
+    return FAMILIES[system_of(config)].model(config, attention=attention, seed=seed)

@@ -1,4 +1,4 @@
-"""How large a model is and what a step costs, by counting; checked against the built model and torch's counter in tests.
+"""How large an encoder is and what a step costs, by counting; checked against the built model and torch's counter in tests.
 
 Model FLOP are what the mathematics needs: two for every multiply-add of the matrix products and of attention, nothing
 for norms, softmax, dropout or the optimizer. They are what MFU divides by the device's peak. Kernels do more, and that
@@ -9,32 +9,43 @@ positions that only fill the capacity of the question run through head and decod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
-from encoder.models.modernbert import ModernBertConfig
+from encoder.models.contract import ParameterCounts
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParameterCounts:
-    """Trained numbers by place. `total` counts a tied matrix once."""
+class EncoderShape(Protocol):
+    """The settings of an encoder of packed tokens that decide its size and its work."""
 
-    embedding: int          # tokens, learned positions and segments
-    matrices: int           # of all layers: Wqkv, Wo, Wi, Wo
-    biases: int             # of these
-    norms: int              # embedding, layers, final
-    head: int               # dense and norm
-    decoder: int            # its bias, and its weight where that is not the embedding
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    mlp: str
+    norm_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
+    head_bias: bool
+    decoder_bias: bool
+    tie_word_embeddings: bool
+    positions: str
+    max_position_embeddings: int
+    type_vocab_size: int
+    window_radius_tokens: int
 
     @property
-    def total(self) -> int:
-        """All of them: 149,655,232 for ModernBERT-base."""
-        return self.embedding + self.matrices + self.biases + self.norms + self.head + self.decoder
+    def head_width(self) -> int:
+        """Features of one attention head."""
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees only its window."""
 
 
-def parameter_counts(config: ModernBertConfig) -> ParameterCounts:
+def parameter_counts(config: EncoderShape) -> ParameterCounts:
     """Counts from the shape alone."""
     c, width, layers, inner = config, config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_width
     norm = width * (1 + c.norm_bias)
@@ -60,26 +71,27 @@ def attended_pairs(lengths: Sequence[int] | np.ndarray, radius: int | None) -> i
     return int((n * (2 * w + 1) - w * (w + 1)).sum())
 
 
-def train_flops(config: ModernBertConfig, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]) -> float:
+def train_flops(config: EncoderShape, *, lengths: Sequence[int] | np.ndarray, decoded: float) -> float:
     """Model FLOP of documents of these lengths forward and backward: 3 x forward (Kaplan et al. 2020, section 2.1).
 
-    targets: of each loss term; those of masked tokens reach head and decoder.
+    lengths: of the documents, in tokens
+    decoded: positions that reach head and decoder
     """
     local = sum(config.is_local(i) for i in range(config.num_hidden_layers))
     pairs = (config.num_hidden_layers - local) * attended_pairs(lengths, None) \
         + local * attended_pairs(lengths, config.window_radius_tokens)
     layers = 2.0 * config.num_hidden_layers * _matrix_numbers(config) * int(np.sum(lengths, dtype=np.int64))
-    head = 2.0 * config.hidden_size * (config.hidden_size + config.vocab_size) * targets.get("mlm", 0.0)
+    head = 2.0 * config.hidden_size * (config.hidden_size + config.vocab_size) * decoded
     # a pair costs query times key and weight times value: 2 products of 2 x head width in every head
     return 3.0 * (layers + head + 4.0 * config.num_attention_heads * config.head_width * pairs)
 
 
-def _matrix_numbers(config: ModernBertConfig) -> int:
+def _matrix_numbers(config: EncoderShape) -> int:
     """Of one layer: Wqkv, Wo, Wi, Wo."""
     attention = 4 * config.num_attention_heads * config.head_width
     return config.hidden_size * (attention + (_mlp_inputs(config) + 1) * config.intermediate_size)
 
 
-def _mlp_inputs(config: ModernBertConfig) -> int:
+def _mlp_inputs(config: EncoderShape) -> int:
     """Halves of Wi's output."""
     return 1 if config.mlp == "gelu" else 2

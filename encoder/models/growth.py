@@ -4,7 +4,7 @@ Every parameter is a few axes, every axis has a length in both models, and one f
 
     out[k] = src[(k - o) mod n]    k = 0 .. N-1    o = (N - n) // 2        mode middle: the source in the centre, wrapped around
     out[k] = src[k mod n]                                                  mode edge:   the source first, then again
-    out[o .. o+n-1] = src, the rest as drawn for the new model             mode centre: a rim without a past
+    out[o .. o+n-1] = src, the rest as drawn for the new model             mode centre: the border keeps its initial weights
 
 on each axis by itself, without scaling or noise. An axis that is several matrices in one (query, key and value; both halves
 of a gated layer) grows block by block. Source: Warner et al. 2024, appendix A.2, and ModernBERT's initialization.py; the
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from encoder.base.errors import ModelError
 from encoder.models.catalog import build_model
-from encoder.models.modernbert import ModernBertConfig
+from encoder.models.contract import Axis, GrowthRules, ModelConfig
 
 Mode = Literal["middle", "edge", "centre"]
 
@@ -50,45 +50,7 @@ class Growth:
     other_settings: tuple[str, ...]     # settings that are not those the source was trained with
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Axis:
-    """One axis of parameters: `blocks` matrices in one, each of `length`."""
-
-    name: str                                                   # in errors: the setting that decides the length
-    length: Callable[[ModernBertConfig], int]
-    blocks: Callable[[ModernBertConfig], int] = lambda config: 1
-
-
-_V = _Axis(name="vocab_size", length=lambda c: c.vocab_size)
-_P = _Axis(name="max_position_embeddings", length=lambda c: c.max_position_embeddings)
-_S = _Axis(name="type_vocab_size", length=lambda c: c.type_vocab_size)
-_C = _Axis(name="hidden_size", length=lambda c: c.hidden_size)
-_HD = _Axis(name="num_attention_heads", length=lambda c: c.num_attention_heads * c.head_width)
-_QKV = _Axis(name="num_attention_heads", length=_HD.length, blocks=lambda c: 3)
-_F = _Axis(name="intermediate_size", length=lambda c: c.intermediate_size)
-_GATED = _Axis(name="intermediate_size", length=_F.length, blocks=lambda c: 1 if c.mlp == "gelu" else 2)
-
-# the end of a parameter's name -> its axes; of a bias, the first one
-_AXES: dict[str, tuple[_Axis, ...]] = {
-    "tok_embeddings": (_V, _C),
-    "position_embeddings": (_P, _C),
-    "token_type_embeddings": (_S, _C),
-    "norm": (_C,),                      # embeddings.norm, attn_norm, mlp_norm, final_norm, head.norm
-    "attn.Wqkv": (_QKV, _C),
-    "attn.Wo": (_C, _HD),
-    "mlp.Wi": (_GATED, _C),
-    "mlp.Wo": (_C, _F),
-    "head.dense": (_C, _C),
-    "decoder": (_V, _C),                # its weight only where it is not the embedding
-}
-# the sizes that may be larger in the new model
-GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
-# what a model may be given anew with the same weights; all other settings must be the source's
-FREE = ("global_attn_every_n_layers", "window_radius_tokens", "global_rope_theta", "local_rope_theta",
-        "attention_output_dropout", "norm_eps", "initializer_range", "initializer_cutoff_factor")
-
-
-def grow(weights: dict[str, Tensor], old: ModernBertConfig, new: ModernBertConfig, settings: GrowthConfig) -> Growth:
+def grow(weights: dict[str, Tensor], old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> Growth:
     """The new model with the old one's weights in it. Raises ModelError naming the setting that cannot grow.
 
     weights: of the `old` model, as its state_dict() names them; the result is fp32. Building draws the new model from
@@ -106,29 +68,29 @@ def grow(weights: dict[str, Tensor], old: ModernBertConfig, new: ModernBertConfi
         elif source not in weights:
             fresh.append(f"{name}: as the new model has it, for layer {sources[_layer_of(name)]} of the source has none")
         else:
-            grown[name] = _grown(weights[source], own, axes_of(name), old, new, mode=settings.mode)
+            grown[name] = _grown(weights[source], own, axes_of(name, new.growth()), old, new, mode=settings.mode)
     if settings.mode == "centre":
         fresh.append("everything outside the centre of an axis that grew, as mode centre asks")
     return Growth(weights=grown, layer_sources=sources, not_inherited=tuple(fresh),
                   other_settings=tuple(f"{n}: {there} in the source, {here} in the new model"
-                                       for n, there, here in differing(old, new) if n not in GROWS))
+                                       for n, there, here in differing(old, new) if n not in new.growth().grows))
 
 
-def differing(old: ModernBertConfig, new: ModernBertConfig) -> list[tuple[str, object, object]]:
+def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, object, object]]:
     """(setting, old value, new value) wherever two models differ; the head width by its number, however it was given."""
-    def settings(config: ModernBertConfig) -> dict[str, object]:
+    def settings(config: ModelConfig) -> dict[str, object]:
         return {**dataclasses.asdict(config), "attention_head_width": config.head_width}
     return [(name, there, here) for (name, there), here in zip(settings(old).items(), settings(new).values(), strict=True)
             if there != here]
 
 
-def must_be_equal(config: ModernBertConfig) -> list[str]:
+def must_be_equal(config: ModelConfig) -> list[str]:
     """The settings that decide what the weights mean, sizes aside."""
-    free = (*FREE, "max_position_embeddings") if config.positions == "rope" else FREE      # rope learns no table
-    return [f.name for f in dataclasses.fields(config) if f.name not in (*GROWS, *free)]
+    rules = config.growth()
+    return [f.name for f in dataclasses.fields(config) if f.name not in (*rules.grows, *rules.free)]
 
 
-def layer_sources(old: ModernBertConfig, new: ModernBertConfig, *, layer_map: str) -> tuple[int, ...]:
+def layer_sources(old: ModelConfig, new: ModelConfig, *, layer_map: str) -> tuple[int, ...]:
     """The old layer that each new layer comes from.
 
     modernbert: round(i L_old / L_new), halves to even, as Python rounds; whether a layer is global or local is not asked.
@@ -139,9 +101,10 @@ def layer_sources(old: ModernBertConfig, new: ModernBertConfig, *, layer_map: st
     if layer_map == "modernbert":
         return tuple(_spread(len(every_old), len(every_new)))
     found: dict[int, int] = {}
-    for kind, local in (("global", False), ("local", True)):
-        there = [i for i in every_old if old.is_local(i) is local]
-        here = [i for i in every_new if new.is_local(i) is local]
+    kinds_old, kinds_new = old.growth().layer_kinds, new.growth().layer_kinds
+    for kind in sorted({*kinds_old, *kinds_new}):
+        there = [i for i in every_old if kinds_old[i] == kind]
+        here = [i for i in every_new if kinds_new[i] == kind]
         if len(there) > len(here) or here and not there:
             raise ModelError(f"layer_map same_kind: the source has {len(there)} {kind} layers, the new model {len(here)}; "
                              "needed: no fewer than the source, and none where the source has none. Change num_hidden_layers or "
@@ -150,10 +113,10 @@ def layer_sources(old: ModernBertConfig, new: ModernBertConfig, *, layer_map: st
     return tuple(found[i] for i in every_new)
 
 
-def axes_of(name: str) -> tuple[_Axis, ...]:
+def axes_of(name: str, rules: GrowthRules) -> tuple[Axis, ...]:
     """The axes of a parameter by its name."""
     stem, _, kind = name.rpartition(".")
-    axes = next((axes for end, axes in _AXES.items() if stem.endswith(end)), None)
+    axes = next((axes for end, axes in rules.axes.items() if stem.endswith(end)), None)
     assert axes, f"no axes are known for {name}"
     return axes[:1] if kind == "bias" else axes
 
@@ -163,7 +126,7 @@ def _spread(old: int, new: int) -> Sequence[int]:
     return [min(round(i * old / new), old - 1) for i in range(new)]
 
 
-def _grown(source: Tensor, own: Tensor, axes: tuple[_Axis, ...], old: ModernBertConfig, new: ModernBertConfig, *,
+def _grown(source: Tensor, own: Tensor, axes: tuple[Axis, ...], old: ModelConfig, new: ModelConfig, *,
            mode: Mode) -> Tensor:
     """One parameter: `source` of the old model spread over the shape of `own`, the new model's first values."""
     out, inherited = source.float(), torch.ones((), dtype=torch.bool)
@@ -193,7 +156,7 @@ def _layer_of(name: str) -> int:
     return int(name.split(".layers.")[1].split(".")[0])
 
 
-def _check_settings(old: ModernBertConfig, new: ModernBertConfig) -> None:
+def _check_settings(old: ModelConfig, new: ModelConfig) -> None:
     equal = must_be_equal(old)
     wrong = next(((n, there, here) for n, there, here in differing(old, new) if n in equal), None)
     if wrong:
@@ -206,8 +169,8 @@ def _check_settings(old: ModernBertConfig, new: ModernBertConfig) -> None:
         raise ModelError(f"{name} is {there} in the source and {here} in the new model; it cannot grow and must be equal.{hint}.")
 
 
-def _check_sizes(old: ModernBertConfig, new: ModernBertConfig, settings: GrowthConfig) -> None:
-    sizes = {name: (getattr(old, name), getattr(new, name)) for name in GROWS}
+def _check_sizes(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> None:
+    sizes = {name: (getattr(old, name), getattr(new, name)) for name in new.growth().grows}
     for name, (there, here) in sizes.items():
         if here < there:
             raise ModelError(f"{name} is {there:,} in the source and {here:,} in the new model; needed: at least {there:,}, "

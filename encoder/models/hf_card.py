@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.files import write_json
+from encoder.models.contract import ModelConfig
 from encoder.models.hf_proof import Proof
-from encoder.models.modernbert import ModernBertConfig
 
 CARD = "README.md"
 MODULES = [("", "Transformer"), ("1_Pooling", "Pooling")]
@@ -46,7 +46,7 @@ class Training:
 def write_card(
     folder: Path,
     *,
-    config: ModernBertConfig,
+    config: ModelConfig,
     parameters: int,
     mask_token: str,
     max_tokens: int,
@@ -64,12 +64,8 @@ def write_card(
     """
     model = {
         "parameters": f"{parameters:,}",
-        "layers": f"{config.num_hidden_layers}, every {config.global_attn_every_n_layers}. global,"
-        f" the others see {2 * config.window_radius_tokens + 1} tokens",
-        "width, heads": f"{config.hidden_size}, {config.num_attention_heads}",
-        "vocabulary": f"{config.vocab_size:,}",
+        **config.facts,
         "longest text": f"{max_tokens:,} tokens",
-        "RoPE theta": f"{config.global_rope_theta:,.0f} global, {config.local_rope_theta:,.0f} local",
     }
     proven = [[asked, str(proof)] for asked, proof in proofs.items()]
     parts = [

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from encoder.base.errors import ConfigError, ExportError, ModelError
 from encoder.base.schema import from_mapping
+from encoder.models.hf_bridge import Bridge
 from encoder.models.modernbert import ModernBertConfig
 
 # ours -> theirs
@@ -42,7 +43,7 @@ class SpecialIds(Protocol):
     unk_id: int
 
 
-def stays_ours(config: ModernBertConfig) -> str | None:
+def _blocker(config: ModernBertConfig) -> str | None:
     """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
     strange = _without_words(config)
     return f"not to Hugging Face, whose ModernBERT has no word for {', '.join(strange)}" if strange else None
@@ -57,6 +58,12 @@ def _without_words(config: ModernBertConfig) -> list[str]:
         strange.append(f"attention_head_width {config.attention_head_width} (needed: hidden_size / num_attention_heads, "
                        f"{config.hidden_size / config.num_attention_heads:g})")
     return strange
+
+
+def _edges(config: ModernBertConfig) -> tuple[int, ...]:
+    """At the edges of the window: of `edge + 2` tokens the first and the last do not see each other in a local layer."""
+    edge = 2 * config.window_radius_tokens
+    return edge - 1, edge, edge + 1, edge + 2
 
 
 def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
@@ -220,3 +227,19 @@ def _global_every_n(values: dict[str, Any], layers: int, where: str) -> int:
         raise ModelError(f"{where}: layer_types is not full_attention at layers 0, {every_n}, {2 * every_n}, ... of {layers} and "
                          "sliding_attention between them; needed: this pattern, our model has no other.")
     return every_n
+
+
+MODERNBERT = Bridge(
+    model_type="modernbert",
+    architecture="ModernBertForMaskedLM",
+    config_class="ModernBertConfig",
+    without_word=NO_WORD,
+    blocker=_blocker,
+    to_settings=hf_config,
+    from_settings=config_from_hf,
+    completed=completed,
+    smaller=smaller,
+    edges=_edges,
+    hidden_states=lambda model, ids_BL, real_BL: model.model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state,
+    logits=lambda model, x_MC: model.decoder(model.head(x_MC)),
+)

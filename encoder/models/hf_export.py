@@ -22,8 +22,9 @@ from typing import Any
 from encoder.base.errors import ExportError
 from encoder.base.files import files_below, folder_that_appears, sha256_of, write_json
 from encoder.base.untrusted import read_json
+from encoder.models.hf_bridges import bridge_of
 from encoder.models.hf_card import CARD, Training, write_card, write_sentence_transformers
-from encoder.models.hf_config import SpecialIds, hf_config
+from encoder.models.hf_config import SpecialIds
 from encoder.models.hf_onnx import check_onnx_installed, write_onnx
 from encoder.models.hf_proof import (
     TOLERANCE,
@@ -57,7 +58,10 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
     if max_tokens > config.max_position_embeddings:
         raise ExportError(f"max_tokens {max_tokens:,} is more than max_position_embeddings "
                           f"{config.max_position_embeddings:,}. Raise the model's max_position_embeddings.")
-    settings = hf_config(config, specials)
+    bridge = bridge_of(config)
+    if bridge is None:
+        raise ExportError("this model has no class in transformers. Keep it as a weights folder.")
+    settings = bridge.to_settings(config, specials)
     check_weights(model.weights, config, of=model.origin)
     if onnx:
         check_onnx_installed()
@@ -67,15 +71,15 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
         write_tokenizer(part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens)
         write_safetensors(model.weights, part / WEIGHTS)
         write_json(part / "config.json", settings)
-        theirs = transformers_model(part)
+        theirs = transformers_model(part, bridge)
         mask_token = _load_tokenizer(part).mask_token
         drawn = drawn_difference(settings, config)
         if not drawn <= TOLERANCE_DRAWN:
             raise ExportError(f"the logits of transformers differ from ours by {drawn:.2e} on drawn weights in fp64; needed: at "
                               f"most {TOLERANCE_DRAWN:.0e}. Nothing was written. To this transformers config.json says another "
                               "model than ours: use a version of it that the README names.")
-        proofs = {"transformers": prove(ours, asking(theirs), max_tokens=max_tokens, asked="transformers",
-                                        ask_fp64=lambda: asking_fp64(theirs))}
+        proofs = {"transformers": prove(ours, asking(theirs, bridge), max_tokens=max_tokens, asked="transformers",
+                                        ask_fp64=lambda: asking_fp64(theirs, bridge))}
         if onnx:
             rounding = min(2 * proofs["transformers"].max_abs_difference, 1e-2)         # a wrong window is 1e-1 off
             proofs["onnxruntime"] = write_onnx(part, theirs, ours, max_tokens=max_tokens, tolerance=max(TOLERANCE, rounding))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from encoder.base.errors import ExportError, ModelError
 from encoder.base.untrusted import inside, open_regular, plain_name, read_json
-from encoder.models.hf_config import NO_WORD, completed, config_from_hf
+from encoder.models.contract import ModelConfig
+from encoder.models.hf_bridges import bridge_of_settings
 from encoder.models.hf_proof import (
     TOLERANCE_DRAWN,
     Proof,
@@ -28,7 +29,6 @@ from encoder.models.hf_proof import (
     prove,
     transformers_model,
 )
-from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, fp32, read_safetensors
 
 CONFIG = "config.json"
@@ -48,32 +48,36 @@ def read_hf(folder: Path) -> StoredModel:
     check_weights(weights, config, of=str(folder))
     _check_meaning(values, config, folder / CONFIG)
     tokenizer_json = folder / TOKENIZER
+    without_word = bridge_of_settings(values).without_word
     return StoredModel(
         config=config, weights=fp32(weights), tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
-        origin=f"Hugging Face folder {folder.name} (no word for {NO_WORD}: {config.attention_output_dropout})",
+        origin=f"Hugging Face folder {folder.name} (no word for {without_word}: {getattr(config, without_word)})",
         max_tokens=_max_tokens(folder, config))
 
 
-def read_hf_config(folder: Path) -> ModernBertConfig:
+def read_hf_config(folder: Path) -> ModelConfig:
     """The shape that a folder's config.json tells. Raises ModelError."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM.")
-    return config_from_hf(_read_json(folder / CONFIG), where=str(folder / CONFIG))
+    settings = _read_json(folder / CONFIG)
+    return bridge_of_settings(settings).from_settings(settings, where=str(folder / CONFIG))
 
 
 def prove_import(model: StoredModel, folder: Path) -> Proof:
     """Our logits are those of transformers on the folder's weights, at all lengths and paddings. Raises ExportError.
 
-    To a transformers whose words config.json lacks they are given (hf_config.completed).
+    To a transformers whose words config.json lacks they are given (Bridge.completed).
     """
-    theirs = transformers_model(folder, completed(_read_json(folder / CONFIG), model.config))
-    return prove(our_model(model.weights, model.config), asking(theirs), asked="transformers",
-                 ask_fp64=lambda: asking_fp64(theirs), max_tokens=model.max_tokens or model.config.max_position_embeddings)
+    settings = _read_json(folder / CONFIG)
+    bridge = bridge_of_settings(settings)
+    theirs = transformers_model(folder, bridge, bridge.completed(settings, model.config))
+    return prove(our_model(model.weights, model.config), asking(theirs, bridge), asked="transformers",
+                 ask_fp64=lambda: asking_fp64(theirs, bridge), max_tokens=model.max_tokens or model.config.max_position_embeddings)
 
 
-def _check_meaning(values: dict[str, Any], config: ModernBertConfig, path: Path) -> None:
+def _check_meaning(values: dict[str, Any], config: ModelConfig, path: Path) -> None:
     try:
-        drawn = drawn_difference(completed(values, config), config)
+        drawn = drawn_difference(bridge_of_settings(values).completed(values, config), config)
     except ExportError as error:
         raise ModelError(f"{path}: {error}") from error
     if not drawn <= TOLERANCE_DRAWN:
@@ -163,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{error} Copy the file again.") from error
 
 
-def _max_tokens(folder: Path, config: ModernBertConfig) -> int | None:
+def _max_tokens(folder: Path, config: ModelConfig) -> int | None:
     """model_max_length of the tokenizer, where it says one that the model can do."""
     path = folder / "tokenizer_config.json"
     found = _read_json(path).get("model_max_length") if path.is_file() else None

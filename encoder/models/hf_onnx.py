@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder.base.errors import ExportError
-from encoder.models.hf_proof import Proof, Rows, prove
-from encoder.models.modernbert import ModernBertForMaskedLM
+from encoder.models.hf_proof import MaskedModel, Proof, Rows, prove
 
 PROOF_TOKENS = 1024             # the longest document asked: onnxruntime keeps the scores of all heads, 3 GB at 8,192
 INLINE_BYTES = 1_500_000_000    # weights beyond it lie beside the graph: one protobuf file ends at 2 GB
@@ -32,7 +31,7 @@ def check_onnx_installed() -> None:
                           "Install the extra: pip install -e '.[onnx]'.")
 
 
-def write_onnx(folder: Path, theirs: nn.Module, ours: ModernBertForMaskedLM, *, max_tokens: int,
+def write_onnx(folder: Path, theirs: nn.Module, ours: MaskedModel, *, max_tokens: int,
                tolerance: float) -> Proof:
     """Write onnx/model.onnx (input_ids, attention_mask -> logits [batch, length, V]) and prove it. Raises ExportError.
 

@@ -17,18 +17,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from encoder.base.batch import packed_documents
+from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.errors import ExportError
 from encoder.base.rng import generator
-from encoder.models.hf_config import smaller
-from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.models.catalog import build_model
+from encoder.models.contract import ModelConfig
+from encoder.models.hf_bridge import Bridge
+from encoder.models.hf_bridges import bridge_of
 
 TOLERANCE = 1e-4            # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
 TOLERANCE_FP64 = 1e-6       # equal models: 1e-13; the angles are fp32 on both sides
@@ -39,6 +41,18 @@ PADDING_TOKENS = 3          # beside the longest document of a batch
 
 Rows = Callable[[int, slice], Tensor]              # (row, positions) -> logits [positions, V]
 Ask = Callable[[Tensor, Tensor], Rows]             # (ids_BL, attention mask) -> their logits, made when they are looked at
+
+
+class MaskedModel(Protocol):
+    """A model of ours that predicts masked tokens; an nn.Module."""
+
+    config: ModelConfig
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """x_TC after the last norm."""
+
+    def decode(self, x_MC: Tensor) -> Tensor:
+        """Hidden states [M, C] -> logits [M, V]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +69,16 @@ class Proof:
                 f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on either side")
 
 
-def prove(ours: ModernBertForMaskedLM, ask: Ask, *, max_tokens: int, asked: str, tolerance: float = TOLERANCE,
+def prove(ours: MaskedModel, ask: Ask, *, max_tokens: int, asked: str, tolerance: float = TOLERANCE,
           ask_fp64: Callable[[], Ask] | None = None) -> Proof:
     """Compares `ours` with the model behind `ask`, which `asked` names. Raises ExportError where they differ.
 
     max_tokens: of the longest document; at least the window is passed in any case, where the model can be so long.
     ask_fp64: the same model in fp64, asked where fp32 differs by more than `tolerance`.
     """
-    edge = 2 * ours.config.window_radius_tokens
-    longest = min(ours.config.max_position_embeddings, max(max_tokens, edge + 2))
-    lengths = sorted({min(n, longest) for n in (1, edge - 1, edge, edge + 1, edge + 2, 1024, max_tokens, longest)})
+    edges = _bridge(ours.config).edges(ours.config)
+    longest = min(ours.config.max_position_embeddings, max(max_tokens, *edges))
+    lengths = sorted({min(n, longest) for n in (1, *edges, 1024, max_tokens, longest)})
     worst = _compared(ours, ask, lengths, paddings=(None, False, True))
     proof = Proof(max_abs_difference=worst, lengths=tuple(lengths))
     if worst <= tolerance:
@@ -82,21 +96,22 @@ def prove(ours: ModernBertForMaskedLM, ask: Ask, *, max_tokens: int, asked: str,
     raise ExportError(f"the logits of {asked} differ from ours {said}; needed: {needed}. Nothing was written. {why}")
 
 
-def drawn_difference(settings: dict[str, Any], config: ModernBertConfig) -> float:
+def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     """How far transformers' logits by config.json are from ours by `config`, both of a small model of that kind with drawn
     weights, in fp64: 1e-13 where they mean the same, more than 1e-7 where they do not. Raises ExportError."""
     import transformers
 
-    settings, config = smaller(settings, config)
+    bridge = _bridge(config)
+    settings, config = bridge.smaller(settings, config)
     with torch.device("meta"):
-        shapes = {name: w.shape for name, w in ModernBertForMaskedLM(config).state_dict().items()}
+        shapes = {name: w.shape for name, w in build_model(config, seed=0).state_dict().items()}
     draw = generator(0, "drawn weights")
     weights = {name: torch.from_numpy(_drawn(name, shape, draw)) for name, shape in shapes.items()}
     ours = our_model(weights, config)
     try:
         with torch.random.fork_rng(devices=[]):         # transformers draws first weights from torch's own generator
             theirs = transformers.AutoModelForMaskedLM.from_config(
-                transformers.ModernBertConfig.from_dict(settings), attn_implementation="sdpa").double().eval()
+                _config_of(bridge, settings), attn_implementation="sdpa").double().eval()
             notes = theirs.load_state_dict(weights, strict=False)
     except Exception as error:      # whatever its version raises
         raise ExportError(f"transformers {transformers.__version__} cannot make the model of config.json: "
@@ -104,29 +119,29 @@ def drawn_difference(settings: dict[str, Any], config: ModernBertConfig) -> floa
     lost = [n for n in (*notes.missing_keys, *notes.unexpected_keys) if n != "decoder.weight"]
     if lost:
         raise ExportError(f"transformers {transformers.__version__} by config.json has other weights than we have: {lost[:3]}.")
-    radius = config.window_radius_tokens            # of radius + 2 tokens the first and the last do not see each other
-    lengths = {1, 2, 40, radius + 1, radius + 2, min(2 * radius + 2, FP64_TOKENS)}
-    return _compared(ours, asking(theirs), sorted({min(n, config.max_position_embeddings) for n in lengths}),
+    edges = bridge.edges(config)
+    lengths = {1, 2, 40, *(n // 2 + 1 for n in edges), *(min(n, FP64_TOKENS) for n in edges)}
+    return _compared(ours, asking(theirs, bridge), sorted({min(n, config.max_position_embeddings) for n in lengths}),
                      paddings=(None, False))
 
 
-def our_model(weights: dict[str, Tensor], config: ModernBertConfig) -> ModernBertForMaskedLM:
+def our_model(weights: dict[str, Tensor], config: ModelConfig) -> MaskedModel:
     """The model on the CPU with these weights, which are not copied."""
     with torch.device("meta"):
-        model = ModernBertForMaskedLM(config)
+        model = build_model(config, seed=0)
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def transformers_model(folder: Path, settings: dict[str, Any] | None = None) -> torch.nn.Module:
-    """ModernBertForMaskedLM of a folder by transformers' own code, fp32; `settings` in place of its config.json.
+def transformers_model(folder: Path, bridge: Bridge, settings: dict[str, Any] | None = None) -> torch.nn.Module:
+    """The model of a folder by transformers' own code, fp32; `settings` in place of its config.json.
 
     Raises ExportError.
     """
     import transformers
 
     try:
-        given = {} if settings is None else {"config": transformers.ModernBertConfig.from_dict(settings)}
+        given = {} if settings is None else {"config": _config_of(bridge, settings)}
         model, notes = transformers.AutoModelForMaskedLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False,
             output_loading_info=True, **given)
@@ -139,23 +154,23 @@ def transformers_model(folder: Path, settings: dict[str, Any] | None = None) -> 
     return model.eval()
 
 
-def asking(model: torch.nn.Module) -> Ask:
+def asking(model: torch.nn.Module, bridge: Bridge) -> Ask:
     """Transformers' model as `prove` asks it: the last hidden state at once, head and decoder where they are looked at."""
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
         try:
             with _Fp64Stays():
-                x_BLC = model.model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state
+                x_BLC = bridge.hidden_states(model, ids_BL, real_BL)
         except Exception as error:      # whatever its version raises
             import transformers
             raise ExportError(f"transformers {transformers.__version__} loads the model but cannot run it: "
                               f"{_line(error)}") from error
-        return lambda row, positions: model.decoder(model.head(x_BLC[row, positions]))
+        return lambda row, positions: bridge.logits(model, x_BLC[row, positions])
     return ask
 
 
-def asking_fp64(model: torch.nn.Module) -> Ask:
+def asking_fp64(model: torch.nn.Module, bridge: Bridge) -> Ask:
     """The same of a copy in fp64."""
-    return asking(copy.deepcopy(model).double())
+    return asking(copy.deepcopy(model).double(), bridge)
 
 
 class _Fp64Stays(TorchFunctionMode):
@@ -167,7 +182,7 @@ class _Fp64Stays(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _compared(ours: ModernBertForMaskedLM, ask: Ask, lengths: list[int], *, paddings: Sequence[bool | None]) -> float:
+def _compared(ours: MaskedModel, ask: Ask, lengths: list[int], *, paddings: Sequence[bool | None]) -> float:
     """The largest difference of a logit over drawn documents of these lengths."""
     draw = generator(0, "export proof")
     documents = [torch.from_numpy(draw.integers(0, ours.config.vocab_size, n)) for n in lengths]
@@ -175,6 +190,18 @@ def _compared(ours: ModernBertForMaskedLM, ask: Ask, lengths: list[int], *, padd
         expected = ours.hidden_states(packed_documents(documents)).split(lengths)
         return max(_worst(ours, ask, [documents[i] for i in batch], [expected[i] for i in batch], left=left)
                    for batch in _batches(lengths) for left in paddings)
+
+
+def _bridge(config: ModelConfig) -> Bridge:
+    bridge = bridge_of(config)
+    assert bridge, "who asks for a proof has asked export_blocker before"
+    return bridge
+
+
+def _config_of(bridge: Bridge, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    return getattr(transformers, bridge.config_class).from_dict(settings)
 
 
 def _drawn(name: str, shape: torch.Size, draw: np.random.Generator) -> np.ndarray:
@@ -197,7 +224,7 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     return [short] * bool(short) + [[i] for i, n in enumerate(lengths) if n > CHUNK_TOKENS]
 
 
-def _worst(ours: ModernBertForMaskedLM, ask: Ask, documents: list[Tensor], expected: Sequence[Tensor], *,
+def _worst(ours: MaskedModel, ask: Ask, documents: list[Tensor], expected: Sequence[Tensor], *,
            left: bool | None) -> float:
     """The largest difference of a logit over some documents: each alone (left None), or padded to one batch."""
     if left is None:

@@ -7,16 +7,19 @@ post, mlp gelu, positions learned, biases everywhere and only global layers (tes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
+from encoder.models.contract import Axis, GrowthRules, ParameterCounts
+from encoder.models.flops import parameter_counts, train_flops
 from encoder.nn.attend import Backend, Situation, check_word, choose_backend
 from encoder.nn.attention import Attention
 from encoder.nn.block import Block, NormPlace
@@ -118,9 +121,82 @@ class ModernBertConfig:
             return {}
         return {"RoPE theta": f"{self.global_rope_theta:,.0f}", "of local layers": f"{self.local_rope_theta:,.0f}"}
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """The shape, for people: name and value, as a model card shows them."""
+        window = 2 * self.window_radius_tokens + 1
+        return {
+            "layers": f"{self.num_hidden_layers}, every {self.global_attn_every_n_layers}. global, the others see {window} tokens",
+            "width, heads": f"{self.hidden_size}, {self.num_attention_heads}",
+            "vocabulary": f"{self.vocab_size:,}",
+            **self.phase_texts,
+        }
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Trained numbers by place, from the shape alone."""
+        return parameter_counts(self)
+
+    def train_flops(self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]) -> float:
+        """Model FLOP of documents forward and backward.
+
+        lengths: of the documents, in tokens
+        targets: of each loss term; those of masked tokens reach head and decoder
+        """
+        return train_flops(self, lengths=lengths, decoded=targets.get("mlm", 0.0))
+
+    def growth(self) -> GrowthRules:
+        """How a larger model takes over this one's weights."""
+        # rope learns no table
+        free = (*_FREE, "max_position_embeddings") if self.positions == "rope" else _FREE
+        kinds = tuple("local" if self.is_local(layer) else "global" for layer in range(self.num_hidden_layers))
+        return GrowthRules(axes=_AXES, grows=_GROWS, free=free, layer_kinds=kinds)
+
+    def without_effect(self, given: Callable[[str], bool], *, longest_tokens: int) -> Iterator[str]:
+        """Settings that change nothing beside the others, a sentence each.
+
+        given: whether the run file has a setting of this name
+        longest_tokens: of a document, in any phase
+        """
+        if self.global_attn_every_n_layers == 1:
+            for name in ("window_radius_tokens", "local_rope_theta"):
+                if given(name):
+                    yield f"model.{name} has no effect: with global_attn_every_n_layers 1 no layer is local."
+        elif self.num_hidden_layers > 1 and self.window_radius_tokens >= longest_tokens - 1:
+            yield (f"model.window_radius_tokens {self.window_radius_tokens} reaches over every document of at most "
+                   f"{longest_tokens:,} tokens: no layer is local.")
+
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only its window."""
         return layer % self.global_attn_every_n_layers != 0
+
+
+_V = Axis(name="vocab_size", length=lambda c: c.vocab_size)
+_P = Axis(name="max_position_embeddings", length=lambda c: c.max_position_embeddings)
+_S = Axis(name="type_vocab_size", length=lambda c: c.type_vocab_size)
+_C = Axis(name="hidden_size", length=lambda c: c.hidden_size)
+_HD = Axis(name="num_attention_heads", length=lambda c: c.num_attention_heads * c.head_width)
+_QKV = Axis(name="num_attention_heads", length=_HD.length, blocks=lambda c: 3)
+_F = Axis(name="intermediate_size", length=lambda c: c.intermediate_size)
+_GATED = Axis(name="intermediate_size", length=_F.length, blocks=lambda c: 1 if c.mlp == "gelu" else 2)
+
+# the end of a parameter's name -> its axes; of a bias, the first one
+_AXES: dict[str, tuple[Axis, ...]] = {
+    "tok_embeddings": (_V, _C),
+    "position_embeddings": (_P, _C),
+    "token_type_embeddings": (_S, _C),
+    "norm": (_C,),                      # embeddings.norm, attn_norm, mlp_norm, final_norm, head.norm
+    "attn.Wqkv": (_QKV, _C),
+    "attn.Wo": (_C, _HD),
+    "mlp.Wi": (_GATED, _C),
+    "mlp.Wo": (_C, _F),
+    "head.dense": (_C, _C),
+    "decoder": (_V, _C),                # its weight only where it is not the embedding
+}
+# the sizes that may be larger in the new model
+_GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
+# what a model may be given anew with the same weights; all other settings must be the source's
+_FREE = ("global_attn_every_n_layers", "window_radius_tokens", "global_rope_theta", "local_rope_theta",
+        "attention_output_dropout", "norm_eps", "initializer_range", "initializer_cutoff_factor")
 
 
 class ModernBertForMaskedLM(nn.Module):

@@ -21,7 +21,7 @@ from encoder.base.files import folder_that_appears, write_atomic, write_json
 from encoder.base.schema import chosen_by, read_settings, to_yaml
 from encoder.base.untrusted import open_regular, read_json
 from encoder.models.catalog import SYSTEMS, build_model
-from encoder.models.modernbert import ModernBertConfig
+from encoder.models.contract import ModelConfig
 
 MODEL, WEIGHTS, TOKENIZER, ORIGIN = "model.yaml", "model.safetensors", "tokenizer.json", "origin.json"
 
@@ -30,7 +30,7 @@ MODEL, WEIGHTS, TOKENIZER, ORIGIN = "model.yaml", "model.safetensors", "tokenize
 class StoredModel:
     """What a run folder, a checkpoint, a weights folder and a Hugging Face folder have in common."""
 
-    config: ModernBertConfig
+    config: ModelConfig
     weights: dict[str, Tensor]          # fp32 on the CPU, as state_dict() names them
     tokenizer_json: Path | None         # a file, read when the model is written elsewhere
     origin: str                         # one line for people
@@ -71,12 +71,12 @@ def read_stored(folder: Path) -> StoredModel:
                        tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None)
 
 
-def read_stored_config(folder: Path) -> ModernBertConfig:
+def read_stored_config(folder: Path) -> ModelConfig:
     """The shape of a weights folder's model. Raises ConfigError."""
     return read_settings(_ModelFile, folder / MODEL).model
 
 
-def check_weights(weights: dict[str, Tensor], config: ModernBertConfig, *, of: str) -> None:
+def check_weights(weights: dict[str, Tensor], config: ModelConfig, *, of: str) -> None:
     """Names and shapes are those of the config's model. Raises ModelError with the first three that are not."""
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in build_model(config, seed=0).state_dict().items()}

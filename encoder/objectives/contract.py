@@ -1,12 +1,49 @@
-"""What an objective must be (encoder.base.objective), and what it may know of a tokenizer."""
+"""What an objective must be (encoder.base.objective), its settings, and what it may know of tokenizer and phase."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from encoder.base.objective import MaskedRow, Masker, Objective, RowTargets
+from encoder.objectives.words import WordEdges
 
-__all__ = ["MaskedRow", "Masker", "Objective", "RowTargets", "Specials"]
+__all__ = ["MaskShare", "MaskedRow", "Masker", "Objective", "ObjectiveConfig", "ObjectiveFacts", "RowTargets", "Specials"]
+
+
+class ObjectiveConfig(Protocol):
+    """The settings of an objective: a frozen dataclass that checks itself when it is made (ConfigError)."""
+
+    mask_share: float                  # of the tokens that may be masked
+
+    @property
+    def needs_word_edges(self) -> bool:
+        """Whether build() must know where words begin."""
+
+    @property
+    def needs_unused_ids(self) -> bool:
+        """Whether build() must know the ids that no text has."""
+
+    def held_out(self, *, mask_share: float) -> ObjectiveConfig:
+        """The objective of the held-out loss: the same for all models. Its loss terms are those of training."""
+
+    def without_effect(self, given: Callable[[str], bool]) -> Iterator[str]:
+        """Settings that change nothing beside the others, a sentence each; `given`: whether the run file has one."""
+
+    def build(self, facts: ObjectiveFacts) -> Objective:
+        """The objective of a phase. Raises ConfigError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveFacts:
+    """What an objective may know of the shards and of the phase."""
+
+    vocab_size: int                        # the tokenizer's
+    specials: Specials
+    share: MaskShare | None = None         # the phase's masking rate; None: the settings'
+    words: WordEdges | None = None         # where it needs_word_edges
+    unused_ids: Sequence[int] = ()         # where it needs_unused_ids
 
 
 class Specials(Protocol):
@@ -15,3 +52,26 @@ class Specials(Protocol):
     mask_id: int
     pad_id: int
     all_special: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskShare:
+    """The masking rate of a phase: `start`, or on a straight line to `end` when `over_tokens` were seen."""
+
+    start: float
+    end: float | None = None
+    over_tokens: int = 1
+
+    def at(self, phase_tokens: int) -> float:
+        """The share in a row before which the phase had `phase_tokens` tokens."""
+        if self.end is None:
+            return self.start
+        return self.start + (self.end - self.start) * min(1.0, phase_tokens / self.over_tokens)
+
+    @property
+    def highest(self) -> float:
+        return max(self.start, self.end or 0.0)
+
+    @property
+    def mean(self) -> float:
+        return self.start if self.end is None else (self.start + self.end) / 2

@@ -12,8 +12,8 @@ another draw, how it is shown (Devlin et al.'s later models).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from encoder.base.batch import LossTerm, Targets, TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.nn.heads import TokenDecoder
 from encoder.nn.loss import cross_entropy_sum
-from encoder.objectives.contract import MaskedRow, RowTargets
+from encoder.objectives.contract import MaskedRow, MaskShare, ObjectiveFacts, RowTargets
 from encoder.objectives.words import WordEdges
 
 # Variance of a row's count of predicted tokens over that of single tokens: mean squared over mean length of its words. Rows of
@@ -54,28 +54,30 @@ class MlmConfig:
         if not 0 <= self.z_loss_weight < math.inf:
             raise ConfigError(f"z_loss_weight {self.z_loss_weight} must be at least 0. 0 is without it, PaLM uses 1e-4.")
 
-
-@dataclass(frozen=True, kw_only=True)
-class MaskShare:
-    """The masking rate of a phase: `start`, or on a straight line to `end` when `over_tokens` were seen."""
-
-    start: float
-    end: float | None = None
-    over_tokens: int = 1
-
-    def at(self, phase_tokens: int) -> float:
-        """The share in a row before which the phase had `phase_tokens` tokens."""
-        if self.end is None:
-            return self.start
-        return self.start + (self.end - self.start) * min(1.0, phase_tokens / self.over_tokens)
+    @property
+    def needs_word_edges(self) -> bool:
+        """Whether build() must know where words begin."""
+        return self.whole_words
 
     @property
-    def highest(self) -> float:
-        return max(self.start, self.end or 0.0)
+    def needs_unused_ids(self) -> bool:
+        """Whether build() must know the ids that no text has."""
+        return self.random_tokens == "used"
 
-    @property
-    def mean(self) -> float:
-        return self.start if self.end is None else (self.start + self.end) / 2
+    def held_out(self, *, mask_share: float) -> MlmConfig:
+        """The objective of the held-out loss: the same for all models."""
+        return replace(self, mask_share=mask_share, mask_special_tokens=False, whole_words=False, random_tokens="all")
+
+    def without_effect(self, given: Callable[[str], bool]) -> Iterator[str]:
+        """Settings that change nothing beside the others, a sentence each; `given`: whether the run file has one."""
+        if self.mask_special_tokens and given("random_tokens"):
+            yield "objective.random_tokens has no effect: with mask_special_tokens ids are drawn as for the released ModernBERT."
+
+    def build(self, facts: ObjectiveFacts) -> MaskedLanguageModel:
+        """Raises ConfigError if a special id is outside the vocabulary."""
+        ids = facts.specials
+        return MaskedLanguageModel(self, vocab_size=facts.vocab_size, mask_id=ids.mask_id, pad_id=ids.pad_id,
+                                   special_ids=ids.all_special, share=facts.share, words=facts.words, unused=facts.unused_ids)
 
 
 MLM = "mlm"      # the loss term

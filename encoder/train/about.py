@@ -14,7 +14,6 @@ from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.units import short_count
 from encoder.data.shard_format import read_card
-from encoder.models.flops import parameter_counts
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.train.config import RunConfig
 from encoder.train.tracking import EVENTS, read_jsonl
@@ -85,7 +84,7 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     m = run.model
     layers = f"{m.num_hidden_layers} layer{'' if m.num_hidden_layers == 1 else 's'}"
     optimizer = next((w for w, kind in OPTIMIZERS.items() if type(run.optimizer) is kind), "")
-    size = about.get("parameters") or parameter_counts(m).total
+    size = about.get("parameters") or m.parameter_counts().total
     lines = {
         "model": (f"{size:,} parameters, " if isinstance(size, int) else "")
         + f"{layers} of {m.hidden_size}, {m.num_attention_heads} heads, vocabulary {m.vocab_size:,}",

@@ -172,13 +172,13 @@ def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Sou
 
 def make_objective(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Objective:
     """The objective of a phase: how its rows are masked, and the loss."""
-    words = read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.whole_words else None
+    words = read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.needs_word_edges else None
     return build_objective(run.objective, vocab_size=facts.vocab_size, specials=facts.specials,
                            share=run.mask_share_of(phase), words=words, unused=_unused(run, facts))
 
 
 def _unused(run: RunConfig, facts: DataFacts) -> tuple[int, ...]:
-    return unused_ids(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.random_tokens == "used" else ()
+    return unused_ids(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.needs_unused_ids else ()
 
 
 def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.device, phase: PhaseConfig,
@@ -204,9 +204,8 @@ def make_held_out(
     """This rank's share of the held-out batches, cut to the phase's document length."""
     if run.evaluation is None:
         return []
-    same = dataclasses.replace(run.objective, mask_share=run.evaluation.mask_share, mask_special_tokens=False,
-                                   whole_words=False, random_tokens="all")      # the same for all models
-    masker = build_objective(same, vocab_size=facts.vocab_size, specials=facts.specials)
+    settings = run.objective.held_out(mask_share=run.evaluation.mask_share)
+    masker = build_objective(settings, vocab_size=facts.vocab_size, specials=facts.specials)
     ids = facts.specials
     return [HeldOut(name=source.name, batches=evaluation_batches(
         source=source, rows=run.evaluation.rows, seed=run.seed, max_tokens_per_document=phase.max_tokens_per_document,

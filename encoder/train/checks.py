@@ -106,8 +106,7 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
         yield "data.sources is read by no phase: each has sources of its own. Leave one of them out."
     if all(phase.mask_share is not None for phase in phases) and _is_given(run, "objective", "mask_share"):
         yield "objective.mask_share has no effect: each phase has a mask_share of its own."
-    if run.objective.mask_special_tokens and _is_given(run, "objective", "random_tokens"):
-        yield "objective.random_tokens has no effect: with mask_special_tokens ids are drawn as for the released ModernBERT."
+    yield from run.objective.without_effect(lambda name: _is_given(run, "objective", name))
     cached = [source for _, sources in _mixtures(run) for source in sources if source.cache]
     if cached and run.data.shuffle_shards > SHARDS_PER_GROUP:
         yield (f"data.shuffle_shards {run.data.shuffle_shards}: so many shards of {cached[0].path} are fetched before its first "
@@ -121,11 +120,8 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
     for where, sources in _mixtures(run):
         if len(sources) == 1 and sources[0].weight != 1.0:
             yield f"{where}.0.weight {sources[0].weight:g} has no effect: there is one source."
-    if model.global_attn_every_n_layers == 1:
-        if _is_given(run, "model", "window_radius_tokens"):
-            yield "model.window_radius_tokens has no effect: with global_attn_every_n_layers 1 no layer is local."
-        if _is_given(run, "model", "local_rope_theta"):
-            yield "model.local_rope_theta has no effect: with global_attn_every_n_layers 1 no layer is local."
+    longest = max(phase.max_tokens_per_document for phase in phases)
+    yield from model.without_effect(lambda name: _is_given(run, "model", name), longest_tokens=longest)
     if run.init_from or run.branch_from:
         if _is_given(run, "model", "initializer_range"):
             yield "model.initializer_range has no effect: the weights come from a stored model."
@@ -164,10 +160,6 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
             "an export would promise lengths that were never trained")
         yield (f"model.max_position_embeddings {model.max_position_embeddings:,} is above the longest documents of all phases, "
                f"{longest:,}: {what}.")
-    every = model.global_attn_every_n_layers
-    if every > 1 and model.num_hidden_layers > 1 and model.window_radius_tokens >= longest - 1:
-        yield (f"model.window_radius_tokens {model.window_radius_tokens} reaches over every document of at most {longest:,} "
-               "tokens: no layer is local.")
     for number, phase in enumerate(run.phases):
         own = steps.indices(number)
         first, last = steps[own[0]], steps[own[-1]]
@@ -271,7 +263,7 @@ def _of_questions(run: RunConfig, phase: PhaseConfig, filling: Filling | None, s
     else:
         tokens_R, pieces_R = filling.tokens_R, filling.pieces_R
     # of each word one draw where words are whole, of each token else; [CLS] and [SEP] are not asked
-    units_R = np.maximum(0, tokens_R - 2 * pieces_R) / (_word_tokens(run, phase) if run.objective.whole_words else 1.0)
+    units_R = np.maximum(0, tokens_R - 2 * pieces_R) / (_word_tokens(run, phase) if run.objective.needs_word_edges else 1.0)
     silent = float(np.mean((1.0 - lowest) ** units_R))
     own = [s for s in steps.stretches if s.phase == index]
     expected = sum(s.steps * silent ** s.rows for s in own)

@@ -32,7 +32,7 @@ from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
 from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
-from encoder.objectives.mlm import MaskShare
+from encoder.objectives.contract import MaskShare
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, next_rise, rows_at
 from encoder.train.faults import FaultConfig
@@ -132,7 +132,7 @@ class PhaseConfig:
     model: dict[str, float] = field(default_factory=dict)      # what the phase changes of the model; default: nothing
     batch_warmup: BatchWarmup | None = None
     sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
-    mask_share: float | None = None                        # of the tokens that are asked; default: the objective's
+    mask_share: float | None = None                        # masking rate; default: the objective's
     mask_share_end: float | None = None                    # reached at the phase's end, on a straight line over its tokens
     weight_decay: float | None = None                      # share of the matrices lost in a step; default: the optimizer's
     max_lr: float | None = None                            # rate at which a step loses all of weight_decay; default: lr.peak
@@ -329,7 +329,7 @@ class RunConfig:
                          warmup=phase.batch_warmup)
 
     def mask_share_of(self, phase: PhaseConfig) -> MaskShare:
-        """The share of a phase's tokens that is asked: the phase's own or the objective's, over the phase's tokens."""
+        """The masking rate of a phase: the phase's own or the objective's, over the phase's tokens."""
         return MaskShare(start=phase.mask_share or self.objective.mask_share, end=phase.mask_share_end,
                          over_tokens=phase.tokens)
 

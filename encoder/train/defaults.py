@@ -20,8 +20,8 @@ from encoder.base.schema import read_mapping, to_plain
 from encoder.base.units import parse_tokens, short_count
 from encoder.data.shard_format import Card, read_card
 from encoder.data.windows import documents_per_window
-from encoder.models.catalog import SYSTEMS
-from encoder.models.modernbert import ModernBertConfig
+from encoder.models.catalog import SYSTEMS, system_of
+from encoder.models.contract import ModelConfig
 from encoder.train.config import OLD_MEANINGS, Derived, RunConfig, run_of, todays_form
 from encoder.train.short_forms import phases_of, run_folder
 from encoder.train.stored import model_facts, saved_run
@@ -144,7 +144,7 @@ class _Filler:
             self.put(m, "seed", SEED, "the usual one")
         else:
             self.put(m, "seed", parent_seed + 1, f"another one than branch_from's {parent_seed}, which would bring the same order")
-        whole = {"system": SYSTEM, **to_plain(source)} if source else UNKNOWN      # on a resume the source may be gone
+        whole = {"system": system_of(source), **to_plain(source)} if source else UNKNOWN      # on a resume the source may be gone
         self.put(m, "model", whole, f"that of {word} {path}")
         if "model" not in m and isinstance(path, str) and path:
             try:
@@ -157,15 +157,16 @@ class _Filler:
         model.setdefault("system", SYSTEM)
         if not isinstance(model["system"], str) or model["system"] not in SYSTEMS:
             return
+        family = SYSTEMS[model["system"]]
         if model.get("positions", "rope") == "rope":
-            for theta in ("global_rope_theta", "local_rope_theta"):
-                value = getattr(source, theta) if source else UNKNOWN
-                self.put(model, f"model.{theta}", value, f"the weights of {word} were trained at it")
+            for name in family.PHASE_SETTINGS:
+                value = getattr(source, name, UNKNOWN) if source else UNKNOWN
+                self.put(model, f"model.{name}", value, f"the weights of {word} were trained at it")
         if source:
             self.put(model, "model.vocab_size", source.vocab_size, f"that of {word}")
             self.put(model, "model.initializer_range", source.initializer_range, f"that of {word}")
             for key, value in to_plain(source).items():
-                if value != getattr(ModernBertConfig, key, None):
+                if value != getattr(family, key, None):
                     self.put(model, f"model.{key}", value, f"that of {word}")
             return
         card = next((c for c in map(_card_at, _folders(m)) if c), None)
@@ -173,8 +174,8 @@ class _Filler:
             self.put(model, "model.vocab_size", whole_vocabulary(card.vocab_size),
                      f"the shards' {card.vocab_size:,} tokens in whole {VOCAB_MULTIPLE}s")
         else:
-            self.put(model, "model.vocab_size", ModernBertConfig.vocab_size, "ModernBERT's, until the shards are there")
-        width = model.get("hidden_size", ModernBertConfig.hidden_size)
+            self.put(model, "model.vocab_size", family.vocab_size, "the family's own, until the shards are there")
+        width = model.get("hidden_size", family.hidden_size)
         if isinstance(width, int) and not isinstance(width, bool) and 0 < width < 2**31:
             self.put(model, "model.initializer_range", initializer_range_of(width), "sqrt(2 / (5 hidden_size))")
 
@@ -321,7 +322,7 @@ def _card_at(folder: Path) -> Card | None:
     return None
 
 
-def _facts_of(path: str) -> ModernBertConfig | None:
+def _facts_of(path: str) -> ModelConfig | None:
     """The shape of a stored model, or None where there is none to be read: who needs it says so."""
     with contextlib.suppress(UserError, OSError, ValueError):
         return model_facts(Path(path))

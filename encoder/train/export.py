@@ -8,7 +8,7 @@ from pathlib import Path
 from encoder.base.command import as_typed
 from encoder.base.errors import ExportError
 from encoder.data.shard_format import special_ids_of
-from encoder.models.hf_config import stays_ours
+from encoder.models.hf_bridges import export_blocker
 from encoder.models.hf_export import export_hf
 from encoder.models.hf_proof import Proof
 from encoder.models.stored import MODEL
@@ -19,7 +19,7 @@ from encoder.train.stored import read_model
 def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proof]:
     """Exports a run folder's newest checkpoint, a checkpoint, or a weights folder; returns the proofs. Raises UserError."""
     model = read_model(source)
-    if stays := stays_ours(model.config):
+    if stays := export_blocker(model.config):
         kept = "it is one already" if (source / MODEL).is_file() else as_typed("average", source, "--out", "OUT")
         raise ExportError(f"{source} goes {stays}. Train with the needed setting, or keep the model as a weights folder: {kept}")
     if model.tokenizer_json is None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from encoder.base.errors import ModelError
 from encoder.base.schema import chosen_by, from_mapping, put_overrides, read_mapping, to_plain
 from encoder.models.catalog import PRESETS, SYSTEMS
-from encoder.models.growth import FREE, GROWS, Growth, GrowthConfig, grow
-from encoder.models.modernbert import ModernBertConfig
+from encoder.models.contract import ModelConfig
+from encoder.models.growth import Growth, GrowthConfig, grow
 from encoder.models.stored import StoredModel, write_stored
 from encoder.train.config import with_preset
 from encoder.train.stored import read_model
 
-FOLLOWS = ("vocab_size", "global_rope_theta", "local_rope_theta")      # the source's, where a run file does not say
+FOLLOWS = ("vocab_size",)      # the source's, where a run file does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +48,17 @@ def grow_model(source: Path, out: Path, *, preset: str | None = None, run: Path 
     return Grown(source=old, model=model, growth=growth)
 
 
-def new_config(old: ModernBertConfig, *, preset: str | None, run: Path | None, overrides: Sequence[str]) -> ModernBertConfig:
+def new_config(old: ModelConfig, *, preset: str | None, run: Path | None, overrides: Sequence[str]) -> ModelConfig:
     """The settings of the model to be. Raises ConfigError."""
     where = str(run) if run else "the new model"
     if run:
         model = read_mapping(run).get("model")
         if isinstance(model, dict):         # what a run file leaves out follows the weights that it starts from
-            model = {**{name: getattr(old, name) for name in FOLLOWS}, **model}
+            model = {**{name: getattr(old, name) for name in (*FOLLOWS, *old.PHASE_SETTINGS)}, **model}
     else:
         model = to_plain(_Target(model=old))["model"]
         if preset:
-            left_open = (n for n in (*FREE, "max_position_embeddings") if n not in PRESETS.get(preset, {}))
+            left_open = (n for n in (*old.growth().free, "max_position_embeddings") if n not in PRESETS.get(preset, {}))
             model = {"preset": preset, **{name: model[name] for name in left_open}}
     mapping = {"model": model}
     put_overrides(mapping, [f"model.{override}" for override in overrides])
@@ -68,9 +68,10 @@ def new_config(old: ModernBertConfig, *, preset: str | None, run: Path | None, o
 def growth_text(grown: Grown) -> str:
     """What a person should know about a growth: sizes, where each layer comes from, and what was not inherited."""
     old, new, sources = grown.source.config, grown.model.config, grown.growth.layer_sources
-    changed = [str(i) for i, s in enumerate(sources) if old.is_local(s) != new.is_local(i)]
+    kinds_old, kinds_new = old.growth().layer_kinds, new.growth().layer_kinds
+    changed = [str(i) for i, s in enumerate(sources) if kinds_old[s] != kinds_new[i]]
     lines = [f"source      {grown.source.origin}",
-             *(f"{name.replace('num_', ''):<22}{getattr(old, name):>9,} -> {getattr(new, name):,}" for name in GROWS),
+             *(f"{name.replace('num_', ''):<22}{getattr(old, name):>9,} -> {getattr(new, name):,}" for name in new.growth().grows),
              f"{'values':<22}{_values(grown.source):>9,} -> {_values(grown.model):,}"]
     for start in range(0, len(sources), 28):
         part = range(start, min(start + 28, len(sources)))

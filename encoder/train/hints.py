@@ -7,7 +7,7 @@ from pathlib import Path
 
 from encoder.base.command import as_typed
 from encoder.base.dist import World
-from encoder.models.hf_config import stays_ours
+from encoder.models.hf_bridges import export_blocker
 from encoder.train.config import RunConfig
 from encoder.train.tracking import RUN_FILE
 
@@ -23,7 +23,7 @@ def what_comes_next(run: RunConfig, folder: Path) -> list[str]:
     """
     beside = folder.with_name(f"{folder.name}-hf")
     commands = [(as_typed("report", folder), "its curves and results, as a page")]
-    if stays_ours(run.model):
+    if export_blocker(run.model):
         weights = folder.with_name(f"{folder.name}-weights")
         commands.append((as_typed("average", folder, "--out", weights), "its weights, as a folder"))
     else:

@@ -11,8 +11,8 @@ from torch import Tensor
 from encoder.base.command import as_typed
 from encoder.base.errors import ModelError
 from encoder.data.shard_format import token_ids
-from encoder.models.growth import GROWS, differing, must_be_equal
-from encoder.models.modernbert import ModernBertConfig
+from encoder.models.contract import ModelConfig
+from encoder.models.growth import differing, must_be_equal
 from encoder.models.stored import StoredModel
 from encoder.train.build import DataFacts
 from encoder.train.config import RunConfig
@@ -48,13 +48,14 @@ def read_fitting(run: RunConfig) -> StoredModel:
     return stored
 
 
-def check_same_shape(there: ModernBertConfig, run: RunConfig, *, key: str, path: Path) -> None:
+def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path) -> None:
     """Every parameter of the model at `path` has its place in the run's model, and means the same there. Raises ModelError."""
-    wrong = [d for d in differing(there, run.model) if d[0] in (*GROWS, *must_be_equal(run.model))]
+    may_grow = run.model.growth().grows
+    wrong = [d for d in differing(there, run.model) if d[0] in (*may_grow, *must_be_equal(run.model))]
     if wrong:
         found = ", ".join(f"{name} {old} there, {new} in the run" for name, old, new in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        grows = all(name in GROWS and old < new for name, old, new in wrong)
+        grows = all(name in may_grow and old < new for name, old, new in wrong)
         raise ModelError(f"{key} {path} has another shape: {found}{more}. "
                          + (f"Grow it: {as_typed('grow', path, 'OUT', '--run', 'RUN.yaml')}, then init_from: OUT." if grows else
                             f"Leave model out of the run file, which then is that of {key}, or name another model."))
@@ -79,5 +80,5 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _at_start(run: RunConfig) -> ModernBertConfig:
+def _at_start(run: RunConfig) -> ModelConfig:
     return run.model_of(run.phases[0])

@@ -32,7 +32,6 @@ from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.checkpoint_save import Saved, Saver
 from encoder.engine.engine import StepResult
 from encoder.engine.precision import precision_on
-from encoder.models.flops import train_flops
 from encoder.train import build
 from encoder.train.about import about_run
 from encoder.train.checks import check_settings
@@ -385,7 +384,7 @@ class _Story:
 
     def _flops(self, data: StepData) -> int:
         """Model FLOP of this rank's documents as long as they are; padding is no work."""
-        return int(sum(train_flops(self.run.model, lengths=document_lengths(b), targets=b.counts) for b in data.micro_batches))
+        return int(sum(self.run.model.train_flops(lengths=document_lengths(b), targets=b.counts) for b in data.micro_batches))
 
     def _record(self, data: StepData, result: StepResult, lr: float, agreed: StepAgreement, fault: str) -> None:
         p, phase = self.progress, self.run.phases[self.progress.phase]

@@ -20,8 +20,7 @@ from encoder.data.windows import cut
 from encoder.engine.precision import precision_on
 from encoder.engine.zero_config import BUCKET_ELEMENTS
 from encoder.models.catalog import build_model
-from encoder.models.flops import train_flops
-from encoder.models.hf_config import stays_ours
+from encoder.models.hf_bridges import export_blocker
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.train.branch import find_parent
@@ -98,7 +97,7 @@ def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, 
         f"= {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens",
         f"optimizer   {run.optimizer.text}, decay {_decay_text(run)}",
         f"weights     {_weights_text(run)}",
-        *([f"export      {stays}"] if (stays := stays_ours(run.model)) else []),
+        *([f"export      {stays}"] if (stays := export_blocker(run.model)) else []),
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
         *(f"{'default' if i == 0 else '':<12}{d.text}" for i, d in enumerate(run.derived)),
@@ -204,7 +203,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
             lengths = np.array([longest])
             unknown.append(source.path)
         tokens = int(lengths.sum())
-        one_token = train_flops(run.model, lengths=lengths, targets={"mlm": share * tokens}) / tokens
+        one_token = run.model.train_flops(lengths=lengths, targets={"mlm": share * tokens}) / tokens
         flops += one_token * phase.tokens * source.weight / sum(s.weight for s in sources)
     return PhaseWork(flops=flops, unknown=tuple(unknown))
 

@@ -23,7 +23,6 @@ from encoder.base.command import run_command
 from encoder.base.dist import World, join
 from encoder.base.errors import UserError
 from encoder.engine.precision import precision_on
-from encoder.models.flops import train_flops
 from encoder.train.config import RunConfig, read_run, with_engine
 from encoder.train.forecast import Probe
 from encoder.train.meters import document_lengths
@@ -136,7 +135,7 @@ def measure(run: RunConfig) -> Probe:
                     data = loader.next_step()
                     waited = clock() - asked
                     some = data.micro_batches[:count]
-                    flops = sum(train_flops(run.model, lengths=document_lengths(b), targets=b.counts)
+                    flops = sum(run.model.train_flops(lengths=document_lengths(b), targets=b.counts)
                                 for b in some)
                     counts = _counts(some)
                     started = clock()

@@ -18,7 +18,7 @@ from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest
 from encoder.engine.checkpoint_folder import committed_folders
 from encoder.engine.engine import Engine, start_engine
 from encoder.engine.precision import computes_bf16
-from encoder.models.hf_config import stays_ours
+from encoder.models.hf_bridges import export_blocker
 from encoder.train import build
 from encoder.train.branch import find_parent
 from encoder.train.checks import hints_of
@@ -121,7 +121,7 @@ def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engi
         warn_once(line)
     if device.type == "cuda" and computes_bf16(device) and (slow := slow_precision_text(run, on_cuda=True)):
         warn_once(slow)
-    if stays := stays_ours(run.model):
+    if stays := export_blocker(run.model):
         say(f"export: {stays}")
     ledger = Path(run.out) / LEDGER
     if found is not None:

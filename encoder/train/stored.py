@@ -11,8 +11,8 @@ from encoder.base.schema import from_mapping, read_mapping
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint import newest_checkpoint, read_progress, read_weights
 from encoder.engine.checkpoint_folder import COMMITTED, committed_folders, damage
+from encoder.models.contract import ModelConfig
 from encoder.models.hf_import import CONFIG, read_hf, read_hf_config
-from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import MODEL, StoredModel, fp32, read_stored, read_stored_config
 from encoder.train.config import RunConfig, todays_form
 from encoder.train.phases import phase_of_weights
@@ -44,7 +44,7 @@ def read_model(path: Path) -> StoredModel:
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")
 
 
-def model_facts(path: Path) -> ModernBertConfig:
+def model_facts(path: Path) -> ModelConfig:
     """The shape of the model at `path` without its weights, thetas as read_model has them. Raises UserError for what is none."""
     if name := parse_hub_name(path):
         return read_hf_config(fetch_model(name, weights=False, error=ModelError).folder)

@@ -17,7 +17,8 @@ from encoder.data.loader import DataPosition, Loader
 from encoder.data.order import deal_shards
 from encoder.data.windows import Windows
 from encoder.objectives.catalog import build_objective
-from encoder.objectives.mlm import MaskShare, MlmConfig
+from encoder.objectives.contract import MaskShare
+from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.words import WordEdges
 from tests.memory_source_for_tests import SPECIALS, MemorySource, in_memory, planned
 from tests.shards_for_tests import random_documents

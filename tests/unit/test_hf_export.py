@@ -11,9 +11,10 @@ import torch
 
 from encoder.base.errors import ExportError, ModelError, UserError
 from encoder.models import hf_export
-from encoder.models.hf_config import hf_config
+from encoder.models.hf_bridges import BRIDGES
+from encoder.models.hf_config import MODERNBERT, hf_config
 from encoder.models.hf_proof import drawn_difference, prove
-from encoder.models.modernbert import ModernBertForMaskedLM
+from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from tests.hf_for_tests import CONFIG, SPECIALS, exported, names_in, stored, write_tokenizer_json
 
 
@@ -64,8 +65,8 @@ def test_both_thetas_are_always_written_in_the_words_of_transformers_4_and_5():
 def test_every_setting_that_hugging_face_knows_is_the_same_model_there(tokenizer_json, tmp_path, choice, attention, monkeypatch):
     theirs = hf_export.transformers_model
 
-    def transformers_model(folder):
-        model = theirs(folder)
+    def transformers_model(folder, bridge):
+        model = theirs(folder, bridge)
         model.set_attn_implementation(attention)
         return model
 
@@ -84,11 +85,15 @@ def test_a_setting_that_hugging_face_has_no_word_for_is_refused_by_name(choice, 
         hf_config(dataclasses.replace(CONFIG, **choice), SPECIALS)
 
 
+def write_settings_by(monkeypatch, to_settings):
+    """config.json is written by another function."""
+    monkeypatch.setitem(BRIDGES, ModernBertConfig, dataclasses.replace(MODERNBERT, to_settings=to_settings))
+
+
 @pytest.mark.parametrize("wrong", [{"global_rope_theta": 10000.0, "rope_parameters": None}, {"local_attention": 64},
                                    {"hidden_activation": "silu"}])
 def test_logits_that_differ_are_refused_and_nothing_is_left(tokenizer_json, tmp_path, monkeypatch, wrong):
-    monkeypatch.setattr(hf_export, "hf_config", lambda *a: {k: v for k, v in {**hf_config(*a), **wrong}.items()
-                                                            if v is not None})
+    write_settings_by(monkeypatch, lambda *a: {k: v for k, v in {**hf_config(*a), **wrong}.items() if v is not None})
     with pytest.raises(ExportError, match="logits of transformers differ from ours by .*Nothing was written"):
         exported(tokenizer_json, tmp_path / "out")
     assert names_in(tmp_path) == ["shards"]
@@ -106,7 +111,7 @@ def test_every_wrong_word_shows_on_drawn_weights(wrong, at_least):
 
 
 def test_an_untrained_model_cannot_hide_a_wrong_theta(tokenizer_json, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_export, "hf_config", lambda config, specials: hf_config(
+    write_settings_by(monkeypatch, lambda config, specials: hf_config(
         dataclasses.replace(config, global_rope_theta=10000.0), specials))
     fresh = dataclasses.replace(CONFIG, initializer_range=0.002)
     model = dataclasses.replace(stored(fresh), weights=ModernBertForMaskedLM(fresh).state_dict())     # its own logits: 1e-9 off
@@ -132,7 +137,7 @@ def test_a_failed_export_leaves_the_earlier_one_and_a_good_one_replaces_it(token
     with pytest.raises(ExportError, match="max_tokens 2,000 is more than max_position_embeddings 1,200"):
         exported(tokenizer_json, out, stored(max_tokens=2000))
     with monkeypatch.context() as patched:
-        patched.setattr(hf_export, "transformers_model", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(hf_export, "transformers_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             exported(tokenizer_json, out, stored(seed=3))
     assert (out / "model.safetensors").read_bytes() == first

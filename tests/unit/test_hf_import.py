@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from encoder.base.errors import ExportError, ModelError, UserError
 from encoder.models.composer_import import read_composer
-from encoder.models.hf_config import NO_WORD, OURS_ONLY, WORDS, config_from_hf, hf_config
+from encoder.models.hf_bridges import BRIDGES
+from encoder.models.hf_config import MODERNBERT, NO_WORD, OURS_ONLY, WORDS, config_from_hf, hf_config
 from encoder.models.hf_import import DECODER, EMBEDDING, prove_import, read_hf
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import read_stored, write_stored
@@ -217,8 +218,8 @@ def test_a_length_that_is_no_number_is_none_and_a_short_one_still_passes_the_win
 
 
 def test_a_word_that_transformers_reads_otherwise_is_seen_on_drawn_weights(folder, monkeypatch):
-    from encoder.models import hf_import
-    monkeypatch.setattr(hf_import, "config_from_hf", lambda values, where: dataclasses.replace(CONFIG, norm_eps=1e-6))
+    another = dataclasses.replace(MODERNBERT, from_settings=lambda values, where: dataclasses.replace(CONFIG, norm_eps=1e-6))
+    monkeypatch.setitem(BRIDGES, type(CONFIG), another)
     with pytest.raises(ModelError, match="config.json means another model to transformers than to us"):
         read_model(folder)
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import encoder.models.modernbert as modernbert
 from encoder.base.schema import from_mapping
 from encoder.models.catalog import PRESETS
-from encoder.models.flops import attended_pairs, parameter_counts, train_flops
+from encoder.models.flops import attended_pairs
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import packed
@@ -33,7 +33,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_the_parameters_of_every_setting_are_counted(setting):
     config = replace(SMALL, **setting)
-    assert parameter_counts(config).total == ModernBertForMaskedLM(config).parameter_count()
+    assert config.parameter_counts().total == ModernBertForMaskedLM(config).parameter_count()
 
 
 @pytest.mark.parametrize("radius", [None, 1, 3, 8, 100])
@@ -56,7 +56,7 @@ def test_flops_by_hand():
     """One layer of width 2 with one head, MLP width 3, 5 words; documents of 2 and 1 tokens, one position predicted:
     3 tokens x 2 (2 x 6 + 2 x 2 + 2 x 6 + 3 x 2) = 204; 5 pairs x 4 x 2 = 40; head 2 (2 x 2 + 2 x 5) = 28."""
     config = ModernBertConfig(vocab_size=5, hidden_size=2, intermediate_size=3, num_hidden_layers=1, num_attention_heads=1)
-    assert train_flops(config, lengths=[2, 1], targets={"mlm": 1}) == 3 * (204 + 40 + 28)
+    assert config.train_flops(lengths=[2, 1], targets={"mlm": 1}) == 3 * (204 + 40 + 28)
 
 
 @pytest.mark.parametrize("lengths", [[17], [9, 1, 17, 4]], ids=str)
@@ -67,7 +67,7 @@ def test_flops_equal_torchs_counter_forward_and_backward(monkeypatch, setting, l
     monkeypatch.setattr(modernbert, "choose_backend", lambda *_: SimpleNamespace(backend=backend))
     config = replace(SMALL, **setting)
     model, batch = ModernBertForMaskedLM(config), packed(lengths, vocab=96)
-    expected = train_flops(config, lengths=lengths, targets=batch.counts)
+    expected = config.train_flops(lengths=lengths, targets=batch.counts)
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         model(batch)
     assert 3 * forward.get_total_flops() == expected
@@ -94,6 +94,6 @@ class WholeDocuments:
 def test_flops_of_base_are_those_of_the_papers_formula():
     base = from_mapping(ModernBertConfig, {k: v for k, v in PRESETS["modernbert_base"].items() if k != "system"})
     for length, forward in ((1024, 2.75e8), (8192, 4.51e8)):
-        assert train_flops(base, lengths=[length], targets={"mlm": 0.3 * length}) == pytest.approx(3 * length * forward, rel=0.005)
-    counts = parameter_counts(base)
+        assert base.train_flops(lengths=[length], targets={"mlm": 0.3 * length}) == pytest.approx(3 * length * forward, rel=0.005)
+    counts = base.parameter_counts()
     assert counts.embedding == 38_682_624 and counts.matrices + counts.norms == 110_331_648 and counts.biases == 0

@@ -10,7 +10,6 @@ import torch
 from encoder.base.errors import ConfigError
 from encoder.base.schema import from_mapping, to_plain
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
-from encoder.models.flops import parameter_counts
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import packed
@@ -33,7 +32,7 @@ def test_the_presets_have_the_published_number_of_parameters(name, parameters):
     config = preset(name)
     with torch.device("meta"):
         model = build_model(config, seed=0)
-    assert model.parameter_count() == parameters == parameter_counts(config).total
+    assert model.parameter_count() == parameters == config.parameter_counts().total
 
 
 def test_the_names_are_hugging_faces_and_the_tied_matrix_has_one_name():

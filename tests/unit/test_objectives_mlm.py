@@ -14,7 +14,8 @@ from encoder.base.rng import generator
 from encoder.base.schema import from_mapping
 from encoder.data.shard_format import unused_ids
 from encoder.objectives.catalog import OBJECTIVES, build_objective
-from encoder.objectives.mlm import MaskShare, MlmConfig
+from encoder.objectives.contract import MaskShare
+from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.words import LONGEST_WORD, WordEdges, read_word_edges
 from tests.shards_for_tests import write_tokenizer
 

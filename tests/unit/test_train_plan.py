@@ -10,7 +10,6 @@ import pytest
 
 from encoder.base.errors import ConfigError
 from encoder.data.shards import read_samples_per_shard
-from encoder.models.flops import train_flops
 from encoder.optim.schedule import Constant
 from encoder.train.config import SourceConfig, read_run
 from encoder.train.plan import count_needs, estimate_memory, phase_work, plan_text
@@ -28,9 +27,9 @@ def test_work_follows_the_stored_lengths_cut_as_the_phase_cuts_them(tmp_path):
     run = read_run(TINY)
     phase = replace(run.phases[0], max_tokens_per_document=52, sources=(here,))
     known = phase_work(run, phase)
-    per_token = train_flops(run.model, lengths=[51, 51, 20], targets={"mlm": run.objective.mask_share * 122}) / 122
+    per_token = run.model.train_flops(lengths=[51, 51, 20], targets={"mlm": run.objective.mask_share * 122}) / 122
     assert known.unknown == () and known.flops == pytest.approx(per_token * phase.tokens)
-    longest = train_flops(run.model, lengths=[52], targets={"mlm": run.objective.mask_share * 52}) / 52
+    longest = run.model.train_flops(lengths=[52], targets={"mlm": run.objective.mask_share * 52}) / 52
     mixed = phase_work(run, replace(phase, sources=(here, missing)))
     assert mixed.unknown == (missing.path,)
     assert mixed.flops == pytest.approx((3 * per_token + longest) / 4 * phase.tokens)

@@ -1,0 +1,133 @@
+"""What the house asks of a model and of its settings; a family is one file that has both (encoder/models/modernbert.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encoder.base.batch import TokenBatch
+
+
+class ModelConfig(Protocol):
+    """The settings of a model: a frozen dataclass that checks itself when it is made (ConfigError)."""
+
+    # what a phase may change, with the same weights; each is a number
+    PHASE_SETTINGS: ClassVar[tuple[str, ...]]
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+
+    @property
+    def head_width(self) -> int:
+        """Features of one attention head."""
+
+    @property
+    def phase_texts(self) -> dict[str, str]:
+        """What a phase may change, for people: a column of a table and its cell."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The shape, for people: name and value, as a model card shows them."""
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Trained numbers by place, from the shape alone."""
+
+    def train_flops(self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]) -> float:
+        """Model FLOP of documents forward and backward.
+
+        lengths: of the documents, in tokens
+        targets: of each loss term
+        """
+
+    def growth(self) -> GrowthRules:
+        """How a model of this family grows."""
+
+    def without_effect(self, given: Callable[[str], bool], *, longest_tokens: int) -> Iterator[str]:
+        """Settings that change nothing beside the others, a sentence each.
+
+        given: whether the run file has a setting of this name
+        longest_tokens: of a document, in any phase
+        """
+
+
+class Model(Protocol):
+    """A torch Module from packed tokens to hidden states, under Hugging Face's parameter names."""
+
+    config: ModelConfig
+    training: bool
+    phase_settings: dict[str, float]       # what it runs with now
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """x_TC after the last norm."""
+
+    def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The initial weights of a parameter, whole: a function of the seed."""
+
+    def hidden_matrices(self) -> dict[str, int]:
+        """The matrices of the layers (what Muon orthogonalizes): how many stand in each, one above another."""
+
+    def set_phase_(self, settings: Mapping[str, float]) -> None:
+        """Sets what a phase may change."""
+
+    def compile_blocks_(self) -> None:
+        """From now on the layers run compiled."""
+
+    def recompute_blocks_(self) -> None:
+        """From now on a layer keeps its input alone for the backward pass."""
+
+    def fp8_blocks_(self) -> None:
+        """From now on the layers' matmuls run in FP8. Raises ConfigError for odd shapes."""
+
+    def attention_reason(self, device: torch.device | None = None) -> str:
+        """Which attention kernel runs in training, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One entry of the catalog."""
+
+    settings: type
+    model: Callable[..., Any]       # (settings, *, attention, seed) -> Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Trained numbers by place. `total` counts a tied matrix once."""
+
+    embedding: int          # tokens, learned positions and segments
+    matrices: int           # of all layers: Wqkv, Wo, Wi, Wo
+    biases: int             # of these
+    norms: int              # embedding, layers, final
+    head: int               # dense and norm
+    decoder: int            # its bias, and its weight where that is not the embedding
+
+    @property
+    def total(self) -> int:
+        """All of them: 149,655,232 for ModernBERT-base."""
+        return self.embedding + self.matrices + self.biases + self.norms + self.head + self.decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of parameters: `blocks` matrices in one, each of `length`."""
+
+    name: str                                       # in errors: the setting that decides the length
+    length: Callable[[Any], int]
+    blocks: Callable[[Any], int] = lambda config: 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthRules:
+    """What may grow, what is free, and along which axes the parameters lie."""
+
+    axes: Mapping[str, tuple[Axis, ...]]      # the end of a parameter's name -> its axes; of a bias, the first one
+    grows: tuple[str, ...]                    # settings that may be larger in the new model
+    free: tuple[str, ...]                     # settings that may differ with the same weights; all others must be equal
+    layer_kinds: tuple[str, ...]              # of each layer: weights of one kind mean something else in another
