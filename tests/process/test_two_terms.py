@@ -1,0 +1,221 @@
+"""A loss of two terms whose counts differ wildly between ranks gives one curve: each term has its own denominator.
+
+    masked tokens   0 to 7 in a row, and another number in each
+    rare            one in row 0 of a step, none in the others: with 2 or 3 ranks one rank has all of them; none at all in step 2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from encoder.base.batch import IGNORE, LossTerm, Targets, TokenBatch
+from encoder.base.dist import World
+from encoder.base.objective import MaskedRow, RowTargets
+from encoder.engine.checkpoint import newest_checkpoint, read_weights
+from encoder.engine.engine import Engine, start_engine
+from encoder.engine.zero_config import EngineConfig
+from encoder.nn.loss import cross_entropy_sum
+from encoder.objectives.catalog import OBJECTIVES
+from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig, mlm_loss
+from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
+from encoder.train.config import read_run
+from encoder.train.loop import pretrain
+from encoder.train.tracking import LEDGER, METRICS, follow_chain, merged_metrics, read_jsonl
+from tests.process import tiny
+from tests.process.engine_cases import keep_weights
+from tests.process.ranks import run_ranks
+from tests.process.test_one_curve import RUN
+from tests.shards_for_tests import random_documents, write_source
+
+STEPS, WEIGHT = 4, 5.0
+CONFIG = StableAdamWConfig(weight_decay=0.01)
+
+
+class TwoTerms(MaskedLanguageModel):
+    """Masked tokens, and a rare second term: whether a document of this row is the one in eight that has a target."""
+
+    terms = ("mlm", "rare")
+
+    def mask(self, ids, generator, *, lengths=(), phase_tokens=0) -> MaskedRow:
+        row = super().mask(ids, generator, lengths=lengths, phase_tokens=phase_tokens)
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        rare = [start for start, length in zip(starts, lengths) if length % 8 == 0]
+        return dataclasses.replace(row, targets={**row.targets, "rare": RowTargets(
+            torch.tensor(rare, dtype=torch.int64).numpy(), torch.tensor([3 + s % 2 for s in rare], dtype=torch.int64).numpy())})
+
+    def loss(self, model, batch: TokenBatch) -> dict[str, LossTerm]:
+        targets = batch.targets["rare"]
+        x_MC = model.hidden_states(batch).index_select(0, targets.index_M)
+        rare = cross_entropy_sum(*model.token_decoder(x_MC), targets.value_M)
+        return {"mlm": mlm_loss(model, batch), "rare": rare._replace(weight=WEIGHT)}
+
+    def all_targets(self, ids_T):
+        first = Targets(index_M=torch.zeros(1, dtype=torch.int64), value_M=ids_T[:1], count=1)
+        return {**super().all_targets(ids_T), "rare": first}
+
+    def capacity(self, term, tokens):
+        return tokens // 3 if term == "rare" else super().capacity(term, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoTermsConfig(MlmConfig):
+    """Its settings."""
+
+    def build(self, facts) -> TwoTerms:
+        ids = facts.specials
+        return TwoTerms(self, vocab_size=facts.vocab_size, mask_id=ids.mask_id, pad_id=ids.pad_id, special_ids=ids.all_special,
+                        share=facts.share, unused=facts.unused_ids)
+
+
+def objective() -> TwoTerms:
+    last = range(tiny.VOCAB - 4, tiny.VOCAB)
+    return TwoTerms(TwoTermsConfig(), vocab_size=tiny.VOCAB, mask_id=last[3], pad_id=last[2], special_ids=tuple(last))
+
+
+def rare_in(step: int, row: int) -> int:
+    return int(row == 0 and step != 2)
+
+
+def counts_of(step: int) -> dict[str, int]:
+    return {**tiny.counts_of(step), "rare": sum(rare_in(step, row) for row in range(tiny.ROWS))}
+
+
+def micro_batch(step: int, rows: list[int]) -> TokenBatch:
+    """As tiny.micro_batch, with the rare targets; one place is kept for each row."""
+    batch = tiny.micro_batch(step, rows)
+    index = torch.tensor([i * tiny.ROW_TOKENS for i in range(len(rows))])
+    value = torch.tensor([7 if rare_in(step, row) else IGNORE for row in rows])
+    rare = Targets(index_M=index, value_M=value, count=int((value != IGNORE).sum()))
+    return dataclasses.replace(batch, targets={**batch.targets, "rare": rare})
+
+
+def share_of_step(step: int, world: World, rows: int) -> list[TokenBatch]:
+    mine = [world.rank + world.size * i for i in range(-(-tiny.ROWS // world.size))]
+    return [micro_batch(step, mine[i:i + rows]) for i in range(0, len(mine), rows)]
+
+
+def curves(world: World, *, out: str, settings: list[dict[str, Any]]) -> None:
+    """Some steps of each setting; the final weights in OUT/label.safetensors."""
+    for s in settings:
+        with torch.device("meta" if s["zero_stage"] == 3 else "cpu"):
+            model = tiny.tiny_model()
+        config = EngineConfig(zero_stage=s["zero_stage"], precision=s["precision"], **s.get("memory", {}))
+        engine = start_engine(model, objective=objective(), config=config, optimizer=CONFIG, world=world,
+                              device=torch.device("cpu"))
+        if s.get("mean_of_means"):
+            take_means_of_means(engine, micro_batches=-(-tiny.ROWS // world.size) // s["rows"])
+        for step in range(STEPS):
+            result = engine.step(share_of_step(step, world, s["rows"]), counts=counts_of(step), lr=4e-3, max_lr=1e-2)
+            assert result.applied and [*result.means] == ["mlm", "rare"]
+            expected = result.means["mlm"] + (WEIGHT * result.means["rare"] if counts_of(step)["rare"] else 0.0)
+            assert result.loss == pytest.approx(expected, rel=1e-12)
+        keep_weights(engine, Path(out) / f"{s['label']}.safetensors")
+
+
+def take_means_of_means(engine: Engine, *, micro_batches: int) -> None:
+    """The usual mistake: each micro-batch's term is divided by its own count, and a step is the mean of those."""
+    counts: dict[str, int] = {}
+    plain = engine.step
+
+    def step(*values: Any, **named: Any) -> Any:
+        counts.update(named["counts"])
+        return plain(*values, **named)
+
+    def mean(_module: Any, _inputs: Any, loss: dict[str, LossTerm]) -> dict[str, LossTerm]:
+        parts = micro_batches * engine.world.size
+        return {name: term._replace(total=term.total * (counts[name] / (max(int(term.count), 1) * parts)))
+                for name, term in loss.items()}
+
+    engine.step = step
+    engine.module.register_forward_hook(mean)
+
+
+def plain_loop(out: Path) -> None:
+    """The truth without an engine: all rows in one forward, autograd, whole tensors, fp64."""
+    model = tiny.tiny_model().double()
+    named = dict(model.named_parameters())
+    groups = [{"params": [p for p in named.values() if p.ndim > 1]},
+              {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = StableAdamW(groups, CONFIG)
+    for step in range(STEPS):
+        terms = objective().loss(model, micro_batch(step, [*range(tiny.ROWS)]))
+        counts = counts_of(step)
+        total = sum(term.weight * term.total / counts[name] for name, term in terms.items() if counts[name])
+        total.backward()
+        for group in optimizer.param_groups:
+            group.update(lr=4e-3, max_lr=1e-2)
+        optimizer.step()
+        model.zero_grad()
+    save_file({n: p.detach() for n, p in named.items()}, out / "plain.safetensors")
+
+
+RANKS = {1: 4, 2: 2, 3: 1}      # rows of a micro-batch, by the number of ranks
+CASES = [("fp64", 0, {}), ("fp32", 0, {}), ("fp32", 1, {}), ("fp32", 2, {}), ("fp32", 3, {}),
+         ("fp32", 1, {"graphs": "micro_step"})]
+
+
+def label_of(precision: str, stage: int, memory: dict[str, str], ranks: int) -> str:
+    return f"{precision}-s{stage}{'-graphs' * bool(memory)}-{ranks}"
+
+
+@pytest.fixture(scope="module")
+def out() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="two-terms-"))
+    plain_loop(folder)
+    for ranks, rows in RANKS.items():
+        settings = [{"label": label_of(*case, ranks), "precision": case[0], "zero_stage": case[1], "memory": case[2], "rows": rows}
+                    for case in CASES]
+        if ranks == 2:
+            settings.append({"label": "means", "precision": "fp64", "zero_stage": 0, "rows": rows, "mean_of_means": True})
+        run_ranks(curves, ranks, out=str(folder), settings=settings)
+    return folder
+
+
+def distance(out: Path, label: str) -> float:
+    one, other = (load_file(out / f"{name}.safetensors") for name in ("plain", label))
+    off = sum(float((one[n].double() - other[n].double()).square().sum()) for n in one)
+    return (off / sum(float(t.double().square().sum()) for t in one.values())) ** 0.5
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: label_of(*c, 0)[:-2])
+def test_two_terms_give_the_plain_curve_on_any_ranks_and_stage(out, case, ranks):
+    assert distance(out, label_of(*case, ranks)) < (1e-12 if case[0] == "fp64" else 1e-5)
+
+
+def test_a_mean_of_means_is_another_curve(out):
+    assert distance(out, "means") > 1e-4
+
+
+def trained(world: World, *, folder: str, out: str) -> None:
+    OBJECTIVES["two"] = TwoTermsConfig
+    pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", "engine.precision=fp64", "engine.zero_stage=0",
+                                             "objective.name=two"]), world)
+
+
+def test_two_terms_go_through_the_loop_on_one_and_two_ranks(tmp_path):
+    """Ledger, metrics, held-out losses and checkpoints have both terms."""
+    for number, (name, longest) in enumerate((("a", 60), ("b", 30), ("held", 60))):
+        write_source(tmp_path / name, random_documents(60, seed=number, longest=longest), vocab_size=64)
+    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
+    for ranks in (1, 2):
+        run_ranks(trained, ranks, folder=str(tmp_path), out=f"r{ranks}")
+    one, two = (read_jsonl(tmp_path / f"r{ranks}" / LEDGER) for ranks in (1, 2))
+    assert one == two and any(line["other_targets"]["rare"] for line in one)
+    follow_chain(one, tmp_path / "r1" / LEDGER)
+    edited = [{**line, "other_targets": {"rare": 99}} if i == 3 else line for i, line in enumerate(one)]
+    with pytest.raises(Exception, match="chain breaks"):
+        follow_chain(edited, tmp_path / "r1" / LEDGER)
+    metrics = merged_metrics(tmp_path / "r1" / METRICS)
+    steps = [m for m in metrics if m.get("loss_rare") is not None]
+    assert steps and all(m["loss"] == pytest.approx(m["loss_mlm"] + WEIGHT * m["loss_rare"], rel=1e-9) for m in steps)
+    assert any("held_out_loss_rare" in m and "held_out_loss" in m for m in metrics)
+    weights = [read_weights(newest_checkpoint(tmp_path / f"r{ranks}" / "checkpoints")) for ranks in (1, 2)]
+    assert max(float((weights[0][n] - t).abs().max()) for n, t in weights[1].items()) < 1e-10
