@@ -26,8 +26,8 @@ from benchmarks.workload import SHAPES, config_of, make_batch
 from encoder.base.dist import World
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.units import Progress
-from encoder.engine.checkpoint import claim_incarnation, read_weights
-from encoder.engine.checkpoint_save import Saved, Saver
+from encoder.engine.checkpoint.read import claim_incarnation, read_weights
+from encoder.engine.checkpoint.save import Saved, Saver
 from encoder.engine.engine import Piece
 
 QUICK = dict(shape="tiny")

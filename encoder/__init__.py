@@ -11,8 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {"read_run": "encoder.train.config", "RunConfig": "encoder.train.config", "pretrain": "encoder.train.loop",
-          "World": "encoder.base.dist", "read_model": "encoder.train.stored", "ModernBertConfig": "encoder.models.modernbert",
+_ROOMS = {"read_run": "encoder.runs.config", "RunConfig": "encoder.runs.config", "pretrain": "encoder.train.loop",
+          "World": "encoder.base.dist", "read_model": "encoder.runs.weights", "ModernBertConfig": "encoder.models.modernbert",
           "ModernBertForMaskedLM": "encoder.models.modernbert", "PRESETS": "encoder.models.catalog",
           "UserError": "encoder.base.errors"}
 __all__ = ["__version__", *_ROOMS]

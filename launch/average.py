@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        from encoder.train.average import average_checkpoints
+        from encoder.tools.weights.average import average_checkpoints
         model = average_checkpoints(args.checkpoints, args.out)
         print(f"wrote {args.out}: {model.origin}")
 

@@ -159,7 +159,7 @@ class Demo:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        from encoder.train.config import read_run
+        from encoder.runs.config import read_run
         total = sum(p.tokens for p in read_run(RUN_FILE, self.overrides()).phases)
         print("        $ " + " ".join(_short(w) for w in command[:7]), flush=True)
         console = Console()
@@ -190,7 +190,7 @@ class Demo:
     def _watch(
         self, process: subprocess.Popen, total: int, kill_at: float | None, show: Callable[..., None], *, plain: bool
     ) -> None:
-        from encoder.train.tracking import METRICS, merged_metrics
+        from encoder.runs.folder import METRICS, merged_metrics
         said = -1
         while process.poll() is None:
             time.sleep(0.3)
@@ -228,14 +228,14 @@ class Demo:
 
     def _beyond_checkpoint(self) -> bool:
         """At least three steps were done since the newest save, so that a resume has something to do again."""
-        from encoder.train.tracking import EVENTS, read_jsonl
+        from encoder.runs.folder import EVENTS, read_jsonl
         saves = [e["step"] for e in read_jsonl(self.run / EVENTS) if e["event"] == "checkpoint"]
         return bool(saves) and _ledger(self.run)[-1]["step"] >= saves[-1] + 3
 
     def compare(self, killed: dict) -> list[tuple[str, str]]:
         """The ledger as the kill left it against the ledger of the whole run."""
-        from encoder.train.report import verify_ledger
-        from encoder.train.tracking import EVENTS, read_jsonl
+        from encoder.runs.folder import EVENTS, read_jsonl
+        from encoder.tools.report.report import verify_ledger
         whole, before = _ledger(self.run), killed["ledger"]
         resumed = next((e["step"] for e in read_jsonl(self.run / EVENTS) if e["event"] == "resume"), 0)
         if whole[: len(before)] != before:
@@ -252,7 +252,7 @@ class Demo:
 
     def report(self) -> None:
         """loss.png and report.html, with the answers and the kill in them."""
-        from encoder.train.report import Section, write_report
+        from encoder.tools.report.report import Section, write_report
         self.line("report")
         answers = json.loads((self.out / "answers.json").read_text(encoding="utf-8"))
         rows = [
@@ -285,7 +285,7 @@ def _token_settings() -> list[tuple[str, object]]:
 
 
 def _ledger(run: Path) -> list[dict]:
-    from encoder.train.tracking import LEDGER, read_jsonl
+    from encoder.runs.folder import LEDGER, read_jsonl
     return read_jsonl(run / LEDGER)
 
 

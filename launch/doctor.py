@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         from encoder.base.log import speak_on
         world = world_from_env()
         speak_on(world.first)
-        from encoder.train.doctor import Doctor
+        from encoder.tools.doctor.doctor import Doctor
         doctor = Doctor(world=world, env=dict(os.environ), report=args.report, wait_seconds=args.wait_seconds)
         return doctor.examine(args.run, args.overrides)
 

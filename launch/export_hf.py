@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        from encoder.train.export import export_run
+        from encoder.tools.weights.export import export_run
         for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():
             print(f"wrote {args.out}: {asked} gives {proof}")
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         from encoder.models.growth import GrowthConfig
-        from encoder.train.grow import grow_model, growth_text
+        from encoder.tools.weights.grow import grow_model, growth_text
         grown = grow_model(args.source, args.out, preset=args.preset, run=args.run, overrides=args.overrides,
                            settings=GrowthConfig(mode=args.mode, layer_map=args.layer_map, final_norm=args.final_norm,
                                                  seed=args.seed))

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        from encoder.train.import_model import import_model
+        from encoder.tools.weights.imports import import_model
 
         words = ("global_rope_theta", "local_rope_theta", "heads")
         told = {word: value for word in words if (value := getattr(args, word)) is not None}

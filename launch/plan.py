@@ -30,29 +30,29 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--interconnect {args.interconnect:g}: needed is a rate above 0, and --gpu or --measure")
 
     def body() -> None:
-        from encoder.train.config import read_run
+        from encoder.runs.config import read_run
         run = read_run(args.run, args.overrides)
-        from encoder.train.run_folder import check_folder
+        from encoder.runs.foreign_files import check_folder
         check_folder(Path(run.out))
         if args.png:
             from encoder.base.files import refuse_foreign
-            from encoder.train.plan_curves import MADE_BY
+            from encoder.tools.plan.curves import MADE_BY
             refuse_foreign(args.png, ours=lambda head: MADE_BY.encode() in head)
-        from encoder.train.filling import row_fills
-        from encoder.train.phases import planned_steps
-        from encoder.train.plan import plan_text
+        from encoder.runs.filling import row_fills
+        from encoder.runs.phases import planned_steps
+        from encoder.tools.plan.plan import plan_text
         steps = planned_steps(run, fills=row_fills(run))
         machine = probed = None
         if args.gpu:
-            from encoder.train.forecast import gpu
+            from encoder.tools.plan.forecast import gpu
             machine = gpu(args.gpu, precision=run.engine.precision)
         if args.measure:
-            from encoder.train.probe import probe
+            from encoder.tools.plan.probe import probe
             probed = probe(args.run, args.overrides)
         print(plan_text(run, ranks=args.ranks, steps=steps, machine=machine, probe=probed,
                         interconnect=args.interconnect and 1e9 * args.interconnect))
         if args.png:
-            from encoder.train.plan_curves import draw_plan
+            from encoder.tools.plan.curves import draw_plan
             draw_plan(run, steps, args.png)
             print(f"wrote {args.png}")
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if world.size > 1:
                 watch_peers(world, meeting_address(world))      # before torch is imported, which takes seconds
-            from encoder.train.config import read_run
+            from encoder.runs.config import read_run
             run = read_run(args.run, args.overrides)
             from encoder.train.loop import pretrain
             pretrain(run, world, stop=stop)

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        from encoder.models.hf_push import push_export
+        from encoder.models.hf.push import push_export
 
         lines = push_export(
             args.folder, args.repository, private=args.private, revision=args.revision

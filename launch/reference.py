@@ -73,7 +73,7 @@ def pages() -> dict[str, str]:
     """File name -> text of each page."""
     from data_prep.config import PrepareConfig
     from encoder.models.catalog import PRESETS
-    from encoder.train.config import RunConfig
+    from encoder.runs.config import RunConfig
 
     presets = ", ".join(f"`{name}`" for name in PRESETS)
     return {"run_file.md": _page(RunConfig, _RUN_INTRO.replace("PRESETS", presets)),

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         from encoder.base.errors import ConfigError
-        from encoder.train.report import verify_ledger, write_report
+        from encoder.tools.report.report import verify_ledger, write_report
         if len(args.folders) > 1 and args.out is None:
             raise ConfigError(f"{len(args.folders)} runs and no place for their page. Name one: --out FOLDER.")
         page = write_report(args.folders, args.out or args.folders[0])

@@ -13,11 +13,11 @@ def plan_first(run_file: str, overrides: Sequence[str], *, ranks: Sequence[int],
     """Prints the plan. Raises UserError for what cannot work on any of the numbers of ranks."""
     try:
         from encoder.base.units import short_bytes
-        from encoder.train.build import check_data
-        from encoder.train.config import read_run
-        from encoder.train.fit import fit_ranks
-        from encoder.train.plan import count_needs, plan_text
-        from encoder.train.same import check_same_data, check_same_run
+        from encoder.runs.config import read_run
+        from encoder.runs.facts import check_data
+        from encoder.runs.same import check_same_data, check_same_run
+        from encoder.tools.plan.fit import fit_ranks
+        from encoder.tools.plan.plan import count_needs, plan_text
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not on this machine, so the run cannot be planned. Use the Python that the jobs use, or "
                         "--no-plan: the check job looks at everything, too.") from error

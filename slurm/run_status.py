@@ -24,7 +24,7 @@ from encoder.base.done import is_done
 from encoder.base.errors import ConfigError
 from encoder.base.schema import read_mapping
 from encoder.base.units import parse_tokens, short_count, short_seconds
-from encoder.train.short_forms import read_run_mapping, run_folder
+from encoder.runs.short_forms import read_run_mapping, run_folder
 
 CAUSES = {"stopped": "saved before its limit", "ended": "requeued, preempted or cancelled", "bad_nodes": "bad nodes",
           "taken_over": "taken over"}          # the words of job.py, where they do not speak for themselves

@@ -208,7 +208,7 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _run_folder(args: argparse.Namespace) -> Path:
-    from encoder.train.short_forms import read_run_mapping, run_folder
+    from encoder.runs.short_forms import read_run_mapping, run_folder
     mapping = read_run_mapping(Path(args.run), args.overrides)
     out = run_folder(mapping)
     if out is None:

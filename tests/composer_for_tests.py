@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.models.hf_import import EMBEDDING
+from encoder.models.hf.read import EMBEDDING
 from encoder.models.modernbert import ModernBertConfig
 
 # what transformers writes of a configuration: all that PretrainedConfig has no default for

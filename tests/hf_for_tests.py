@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from encoder.models.hf_export import export_hf
+from encoder.models.hf.write import export_hf
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.models.stored import StoredModel
 

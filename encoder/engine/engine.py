@@ -24,8 +24,8 @@ from encoder.base.objective import Objective
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
-from encoder.engine.zero_config import EngineConfig, forget_former_groups, import_deepspeed, initialize, zero_config
-from encoder.engine.zero_layout import (
+from encoder.engine.zero.config import EngineConfig, forget_former_groups, import_deepspeed, initialize, zero_config
+from encoder.engine.zero.layout import (
     check_cover,
     flat_parts,
     forget_gradients,
@@ -33,7 +33,7 @@ from encoder.engine.zero_layout import (
     share_of,
     whole_shape,
 )
-from encoder.engine.zero_partition import Values, partition_, weights_may_go
+from encoder.engine.zero.partition import Values, partition_, weights_may_go
 from encoder.optim.catalog import build_optimizer
 from encoder.optim.slices import FlatPart, Stretch
 from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +11,11 @@ import torch
 
 from encoder.base.allocator import keep_freed_memory
 from encoder.base.batch import TokenBatch, packed_documents
-from encoder.base.command import as_user_error
 from encoder.base.dist import World, device_index, max_over_ranks
-from encoder.base.errors import ConfigError, RankError, SilentError, UserError
-from encoder.base.files import sha256_of
+from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
-from encoder.data.cache import fetch_side_files
-from encoder.data.loader import DataPosition, Loader, check_fits, evaluation_batches, token_counts
-from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card, unused_ids
+from encoder.data.loader import DataPosition, Loader, evaluation_batches, token_counts
+from encoder.data.shard_format import unused_ids
 from encoder.data.shards import Source, open_source
 from encoder.data.windows import shards_of_lanes
 from encoder.engine.precision import precision_on
@@ -30,79 +24,11 @@ from encoder.nn.attend import Situation, choose_backend
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.contract import Objective
 from encoder.objectives.words import read_word_edges
-from encoder.train.config import PhaseConfig, RunConfig, SourceConfig, with_settings
+from encoder.runs.config import PhaseConfig, RunConfig, SourceConfig
+from encoder.runs.facts import DataFacts, source_name
 from encoder.train.evaluate import HeldOut, unigram_entropy
-from encoder.train.repeats import count_repeats
 
-HELD_OUT = " (held out)"
 PREFETCH_WINDOWS = 128      # 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFacts:
-    """What the cards of a run's sources say, once they were seen to fit together and to fit the model."""
-
-    specials: SpecialIds
-    vocab_size: int                        # the tokenizer's; the model's may be padded above it
-    tokenizer_json: Path
-    card_sha256: dict[str, str]            # by source name, held-out ones as NAME (held out); saved in checkpoints
-
-
-def source_name(config: SourceConfig) -> str:
-    """The name of a source in reports and in the data order's address."""
-    return config.name or read_card(config.folder).source
-
-
-def fetch_cards(run: RunConfig, world: World) -> None:
-    """Cards, lengths and tokenizers of the sources that have a cache, once for a machine. Raises ShardError or RankError."""
-    try:
-        for source in run.all_sources():
-            if source.cache:
-                fetch_side_files(source.path, Path(source.cache))
-    except UserError as error:       # other machines may have met nothing: whoever did speaks
-        raise error if world.first else RankError(f"rank {world.rank}: {error}") from error
-
-
-def check_data(run: RunConfig) -> DataFacts:
-    """Reads every card of the run (no shard). Raises ShardError or ConfigError; the same on every rank."""
-    cards: dict[str, Card] = {}
-    paths: dict[str, Path] = {}
-    digests: dict[str, str] = {}
-    groups = [(run.data.sources, "")] + [(p.sources, "") for p in run.phases if p.sources]
-    if run.evaluation:
-        groups.append((run.evaluation.sources, HELD_OUT))
-    for sources, mark in groups:
-        names = [source_name(s) for s in sources]
-        twice = next((n for n in names if names.count(n) > 1), None)
-        if twice:
-            raise ConfigError(f"two sources of one mixture are named {twice}. Give one of them another name: NAME.")
-        for name, source in zip(names, sources, strict=True):
-            path = source.folder
-            cards[name + mark] = read_card(path)
-            digest = sha256_of(path / CARD)
-            if digests.setdefault(name + mark, digest) != digest:
-                raise ConfigError(
-                    f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME."
-                )
-            paths.setdefault(name + mark, path)
-    count_repeats(run)       # refuses more than a source's max_epochs
-    first = check_same_tokenizer(cards)
-    for name, card in cards.items():
-        check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))
-    return DataFacts(specials=first.specials, vocab_size=first.vocab_size,
-                     tokenizer_json=next(iter(paths.values())) / TOKENIZER,
-                     card_sha256=digests)
-
-
-def named_sources(run: RunConfig) -> RunConfig:
-    """The run with the name of every source written out, as it is recorded: a source is known by it wherever it lies."""
-    def named(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
-        return tuple(dataclasses.replace(s, name=source_name(s)) for s in sources)
-
-    return with_settings(
-        run, data=dataclasses.replace(run.data, sources=named(run.data.sources)),
-        phases=tuple(dataclasses.replace(p, sources=p.sources and named(p.sources)) for p in run.phases),
-        evaluation=run.evaluation and dataclasses.replace(run.evaluation, sources=named(run.evaluation.sources)))
 
 
 def choose_device(run: RunConfig, world: World) -> torch.device:
@@ -227,25 +153,3 @@ def fingerprint_batch(run: RunConfig, objective: Objective) -> TokenBatch:
     length = min(64, run.model.max_position_embeddings)
     ids_T = torch.from_numpy(generator(run.seed, "fingerprint").integers(0, run.model.vocab_size, length))
     return packed_documents([ids_T], objective.all_targets(ids_T))
-
-
-@contextlib.contextmanager
-def all_ranks_agree(world: World) -> Iterator[None]:
-    """A stretch in which a rank may meet a mistake of its own: all ranks leave together, at its end."""
-    error: UserError | None = None
-    try:
-        yield
-    except (UserError, OSError) as problem:
-        error = as_user_error(problem)
-    agree_on_errors(error, world)
-
-
-def agree_on_errors(error: UserError | None, world: World) -> None:
-    """All ranks leave together: the lowest rank with an error raises it, the others raise SilentError."""
-    mine = torch.tensor([world.size - world.rank if error else 0])
-    highest = int(max_over_ranks(mine)[0])
-    if highest == 0:
-        return
-    if error is not None and world.size - highest == world.rank:
-        raise error if world.first else RankError(f"rank {world.rank}: {error}") from error
-    raise SilentError(f"rank {world.size - highest} met an error")

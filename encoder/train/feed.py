@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from encoder.base.agreement import texts_of_all_ranks
 from encoder.base.dist import max_over_ranks
 from encoder.base.errors import DamagedShard, ShardError, UserError
 from encoder.base.files import write_json
 from encoder.base.untrusted import read_json
 from encoder.data.loader import DataPosition, Loader, StepData
 from encoder.data.shards import Source
-from encoder.engine.agree import texts_of_all_ranks
 
 LeftOut = tuple[tuple[int, int], ...]      # (number of the source in the mixture, shard)
 QUARANTINE = "quarantine.json"

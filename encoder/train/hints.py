@@ -7,9 +7,9 @@ from pathlib import Path
 
 from encoder.base.command import as_typed
 from encoder.base.dist import World
-from encoder.models.hf_bridges import export_blocker
-from encoder.train.config import RunConfig
-from encoder.train.tracking import RUN_FILE
+from encoder.models.hf.catalog import export_blocker
+from encoder.runs.config import RunConfig
+from encoder.runs.folder import RUN_FILE
 
 
 def what_comes_next(run: RunConfig, folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from encoder.base.agreement import agree_on_errors
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, join, leave, sum_over_ranks, watched
 from encoder.base.done import is_done
@@ -25,31 +26,34 @@ from encoder.base.schema import to_plain, to_yaml
 from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress, short_bytes, short_count, short_seconds
 from encoder.base.untrusted import read_bytes
-from encoder.data.loader import StepData
+from encoder.data.loader import DataPosition, StepData
 from encoder.data.shard_format import TOKENIZER
-from encoder.engine.checkpoint import newest_checkpoint, read_progress
-from encoder.engine.checkpoint_folder import committed_folders
-from encoder.engine.checkpoint_save import Saved, Saver
+from encoder.engine.checkpoint.folder import committed_folders
+from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
+from encoder.engine.checkpoint.save import Saved, Saver
 from encoder.engine.engine import StepResult
 from encoder.engine.precision import precision_on
+from encoder.runs.about import about_run
+from encoder.runs.checks import check_settings
+from encoder.runs.config import RunConfig, describe_phase, with_engine
+from encoder.runs.defaults import settled
+from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
+from encoder.runs.facts import DataFacts, check_data, fetch_cards, named_sources, source_name
+from encoder.runs.folder import CHECKPOINTS, DONE, EVENTS, LEDGER
+from encoder.runs.foreign_files import write_run_file
+from encoder.runs.initial import read_initial
+from encoder.runs.ledger import Ledger, chain, chain_back
+from encoder.runs.phases import current_phase, enter_next_phase, lr_at, phase_is_done
+from encoder.runs.same import check_same_run
 from encoder.train import build
-from encoder.train.about import about_run
-from encoder.train.checks import check_settings
-from encoder.train.config import RunConfig, describe_phase, with_engine
 from encoder.train.console import Board, open_board
-from encoder.train.defaults import settled
 from encoder.train.evaluate import HeldOut, held_out_numbers
 from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge
 from encoder.train.feed import Feed, LostShard
 from encoder.train.hints import how_to_go_on, what_comes_next
-from encoder.train.initial import read_initial
 from encoder.train.meters import Clock, SpeedMeter, bf16_peak, document_lengths, memory_bytes
-from encoder.train.phases import current_phase, enter_next_phase, lr_at, phase_is_done
-from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
-from encoder.train.run_folder import write_run_file
-from encoder.train.same import check_same_run
+from encoder.train.recorder import Tracker
 from encoder.train.start import Started, fingerprint, load_verified, start_run
-from encoder.train.tracking import CHECKPOINTS, DONE, EVENTS, LEDGER, Ledger, Tracker, chain, chain_back
 from encoder.train.watch import Watch
 
 _FAULT_TEXTS = {NOT_FINITE: "the gradient is not finite, nothing moved", SPIKE: "the loss is a spike"}
@@ -107,11 +111,11 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     if done:
         say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
         return Outcome(done=True, progress=None)
-    build.fetch_cards(run, world)
+    fetch_cards(run, world)
     run = settled(run)
-    facts = build.check_data(run)
+    facts = check_data(run)
     known = check_settings(run)
-    run = build.named_sources(run)
+    run = named_sources(run)
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
     device = build.choose_device(run, world)
@@ -138,7 +142,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
 class _Story:
     """A run under way: the parts, and where it stands."""
 
-    def __init__(self, run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
+    def __init__(self, run: RunConfig, facts: DataFacts, world: World, device: torch.device, folder: Path,
                  started: Started, watch: Watch, clock: Clock, board: Board) -> None:
         self.run, self.facts, self.world, self.device, self.folder = run, facts, world, device, folder
         self.engine, self.incarnation, self.progress = started.engine, started.incarnation, started.progress
@@ -170,7 +174,7 @@ class _Story:
                     about=about_run(run, world, device, parameters=self.engine.parameter_count),
                     **({"init_from": run.init_from, "init_sha256": self.init_sha256} if run.init_from else {}),
                     **({"parent": self.parent} if self.parent else {}))
-        build.agree_on_errors(self.error, world)
+        agree_on_errors(self.error, world)
         recorded = _from_first_rank(self.ledger.recorded() if self.ledger else [], device)
         self.taken_after = {step: weights_of_step for step, _, weights_of_step in recorded if weights_of_step >= 0}
         self.judge = StepJudge(run.faults, recorded={step: fault for step, fault, _ in recorded}, saved=started.bad_steps)
@@ -254,10 +258,10 @@ class _Story:
             phase, parts = self.run.phases[p.phase], (self.run, self.facts, self.world, self.device)
             self.held_out = build.make_held_out(*parts, phase)
             feed = Feed(open_loader=lambda at, left_out: build.make_loader(*parts, phase, at, left_out=left_out),
-                        names=[build.source_name(s) for s in self.run.sources_of(phase)], quarantine=self.quarantine,
-                        position=build.DataPosition(lanes=p.lanes, phase_tokens=p.phase_tokens), step=p.step + 1,
+                        names=[source_name(s) for s in self.run.sources_of(phase)], quarantine=self.quarantine,
+                        position=DataPosition(lanes=p.lanes, phase_tokens=p.phase_tokens), step=p.step + 1,
                         stops=self.run.loader.on_bad_shard == "stop", lose=self._lose)
-        build.agree_on_errors(self.error, self.world)
+        agree_on_errors(self.error, self.world)
         return feed
 
     def _lose(self, lost: LostShard) -> None:
@@ -318,7 +322,7 @@ class _Story:
         with self.guarded():
             if self.ledger:
                 self.ledger.sync()
-        build.agree_on_errors(self.error, self.world)
+        agree_on_errors(self.error, self.world)
         loss = fingerprint(self.run, self.engine, self.device)
         if not math.isfinite(loss):      # the same on all ranks
             where = f"the weights after step {self.progress.step} give a loss of {loss} on the fixed batch"
@@ -375,7 +379,7 @@ class _Story:
         shared = sum_over_ranks(torch.tensor([*counts, *mine, *flags], dtype=torch.int64, device=self.device)).tolist()
         batch_hash, flops, stops, errors, saves_ready, time_is_up = shared[len(terms):]
         if errors:
-            build.agree_on_errors(self.error, self.world)
+            agree_on_errors(self.error, self.world)
         if saves_ready >= self.world.size:
             self._saved(self.saver.advance())
         self.time_is_up = time_is_up > 0
@@ -498,7 +502,7 @@ class _Story:
                 write_json(self.folder / DONE, {
                     "step": p.step, "tokens": p.tokens, "ledger_hash": p.ledger_hash, "unigram_entropy": self.entropy,
                     **{k: v for k, v in self.last_held_out.items() if k != "step"}})
-        build.agree_on_errors(self.error, self.world)
+        agree_on_errors(self.error, self.world)
         say(f"done: {p.step} steps, {short_count(p.tokens)} tokens, ledger {p.ledger_hash}")
         for line in what_comes_next(self.run, self.folder):
             say(line)

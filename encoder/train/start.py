@@ -10,26 +10,28 @@ from typing import Any
 
 import torch
 
+from encoder.base.agreement import all_ranks_agree
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError
 from encoder.base.log import say, warn_once
 from encoder.base.units import Progress, short_count
-from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
-from encoder.engine.checkpoint_folder import committed_folders
+from encoder.engine.checkpoint.folder import committed_folders
+from encoder.engine.checkpoint.read import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.engine import Engine, start_engine
 from encoder.engine.precision import computes_bf16
-from encoder.models.hf_bridges import export_blocker
+from encoder.models.hf.catalog import export_blocker
+from encoder.runs.branch import find_parent
+from encoder.runs.checks import hints_of
+from encoder.runs.config import RunConfig
+from encoder.runs.defaults import slow_precision_text, warnings_of
+from encoder.runs.facts import DataFacts
+from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE
+from encoder.runs.initial import InitialWeights
+from encoder.runs.lock import RunLock, lock_folder
+from encoder.runs.phases import phase_of_weights
+from encoder.runs.same import check_same_content, check_same_settings
 from encoder.train import build
-from encoder.train.branch import find_parent
-from encoder.train.checks import hints_of
-from encoder.train.config import RunConfig
-from encoder.train.defaults import slow_precision_text, warnings_of
 from encoder.train.feed import Quarantine
-from encoder.train.initial import InitialWeights
-from encoder.train.phases import phase_of_weights
-from encoder.train.run_lock import RunLock, lock_folder
-from encoder.train.same import check_same_content, check_same_settings
-from encoder.train.tracking import CHECKPOINTS, LEDGER, RUN_FILE
 
 # relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
 FINGERPRINT_TOLERANCE = {"fp64": 1e-5, "fp32": 1e-5, "autocast": 2e-3, "bf16": 2e-3}
@@ -52,7 +54,7 @@ class Started:
     lock: RunLock | None               # of the folder, on rank zero
 
 
-def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torch.device, folder: Path,
+def start_run(run: RunConfig, facts: DataFacts, world: World, device: torch.device, folder: Path,
               held: contextlib.ExitStack, initial: InitialWeights | None, mistakes: Sequence[str] = ()) -> Started:
     """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here.
 
@@ -61,7 +63,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     """
     entropy: float | None = None
     lock: RunLock | None = None
-    with build.all_ranks_agree(world):
+    with all_ranks_agree(world):
         sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
         if world.first:
             for source in sources:
@@ -69,7 +71,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
             entropy = build.held_out_entropy(run, facts)
     fresh = not committed_folders(folder / CHECKPOINTS)
     parent = find_parent(run, world, facts=facts) if run.branch_from and fresh else None
-    with build.all_ranks_agree(world):
+    with all_ranks_agree(world):
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder))
@@ -81,7 +83,7 @@ def start_run(run: RunConfig, facts: build.DataFacts, world: World, device: torc
     progress, extra = Progress(), {}
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is not None:
-        with build.all_ranks_agree(world):
+        with all_ranks_agree(world):
             check_same_settings(run, found / RUN_FILE, of=str(found))
             check_same_content(run, facts, found, first=world.first)
         progress, extra = load_verified(found, run, engine, device)

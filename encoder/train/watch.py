@@ -23,8 +23,8 @@ from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import PassingError, SilentError, UserError
 from encoder.base.files import fsync_path
 from encoder.base.peers import peers_of_this_rank
+from encoder.runs.folder import ERRORS, HANGS
 
-HANGS, ERRORS = "hangs", "errors"
 HANG_CODE, FAILED_CODE = 3, 1
 LOOK_SECONDS = 5.0       # between two looks for the error of another rank, while this one stands still
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from encoder.engine.checkpoint_folder import committed_folders
+from encoder.engine.checkpoint.folder import committed_folders
 from tests.cluster.bed import Bed, wait_until
 from tests.cluster.test_interrupted import Disturbed, kill_rank, rank_pids
 from tests.cluster.tiny_run import PRETRAIN, assert_same, last_step, record, starts, submit, train_alone, write_run

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from encoder.engine.checkpoint_folder import committed_folders
-from encoder.train.tracking import EVENTS, read_jsonl
+from encoder.engine.checkpoint.folder import committed_folders
+from encoder.runs.folder import EVENTS, read_jsonl
 from tests.cluster.bed import Bed, wait_until
 from tests.cluster.tiny_run import (
     assert_same,

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from encoder.engine.checkpoint import newest_checkpoint, read_weights
-from encoder.train.report import verify_ledger
-from encoder.train.tracking import EVENTS, LEDGER, read_jsonl
+from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
+from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
+from encoder.tools.report.report import verify_ledger
 from tests.cluster.bed import ROOT, Bed, wait_until
 from tests.process.test_one_curve import distance
 from tests.shards_for_tests import random_documents, write_source

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from encoder.base.schema import from_mapping, parse_yaml, to_yaml
-from encoder.train.config import RunConfig, read_run
+from encoder.runs.config import RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))

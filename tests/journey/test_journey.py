@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from encoder.train.report import verify_ledger
-from encoder.train.tracking import EVENTS, LEDGER, read_jsonl
+from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
+from encoder.tools.report.report import verify_ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 

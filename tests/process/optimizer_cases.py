@@ -10,9 +10,9 @@ import torch
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.rng import address_seed
 from encoder.base.units import Progress
-from encoder.engine import zero_config
-from encoder.engine.checkpoint import claim_incarnation, load_checkpoint, newest_checkpoint
+from encoder.engine.checkpoint.read import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.engine import Engine, EngineConfig, start_engine
+from encoder.engine.zero import config as zero_config
 from encoder.optim.adamw import AdamWConfig
 from encoder.optim.lamb import LambConfig
 from encoder.optim.muon import MuonConfig

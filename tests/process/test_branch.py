@@ -14,18 +14,19 @@ from safetensors.torch import save_file
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError, ConfigError, LedgerError, ModelError
 from encoder.base.units import Progress
-from encoder.engine.checkpoint import newest_checkpoint, read_progress, read_weights
-from encoder.engine.checkpoint_stretches import StretchReader
+from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
+from encoder.engine.checkpoint.tensors import StretchReader
 from encoder.engine.engine import Engine
 from encoder.models.stored import read_stored
-from encoder.train import build
-from encoder.train.branch import find_parent
-from encoder.train.config import read_run
+from encoder.runs.branch import find_parent
+from encoder.runs.config import read_run
+from encoder.runs.facts import check_data
+from encoder.runs.folder import LEDGER, read_jsonl
+from encoder.runs.ledger import follow_chain
+from encoder.tools.plan.plan import plan_text
+from encoder.tools.report.report import verify_ledger
 from encoder.train.loop import pretrain
-from encoder.train.plan import plan_text
-from encoder.train.report import verify_ledger
 from encoder.train.start import start_run
-from encoder.train.tracking import LEDGER, follow_chain, read_jsonl
 from launch import average
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
@@ -87,9 +88,9 @@ def branches(world: World, *, folder: str) -> None:
 
 def first_step(world: World, *, root: Path, name: str, settings: list[str] = ()) -> None:
     """Starts a run, writes the state it starts with and the state after one step on fixed batches."""
-    from encoder.train.initial import read_initial
+    from encoder.runs.initial import read_initial
     run = read_run(root / "run.yaml", [f"out={root}/{name}", *settings])
-    facts = build.check_data(run)
+    facts = check_data(run)
     initial = read_initial(run, facts, hashed=False) if run.init_from else None
     with contextlib.ExitStack() as held:
         started = start_run(run, facts, world, torch.device("cpu"), Path(run.out), held, initial)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from encoder.base.dist import World
 from encoder.engine.engine import EngineConfig, start_engine
 from encoder.optim.stable_adamw import StableAdamWConfig
-from encoder.train.config import read_run
-from encoder.train.forecast import communication_bytes
+from encoder.runs.config import read_run
+from encoder.tools.plan.forecast import communication_bytes
 from tests.process.ranks import run_ranks
 from tests.process.tiny import micro_batch, mlm_objective, tiny_model
 

@@ -12,7 +12,7 @@ import torch
 
 from encoder.base.dist import World
 from encoder.base.log import speak_on
-from encoder.train.doctor import Doctor
+from encoder.tools.doctor.doctor import Doctor
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from encoder.train.tracking import LEDGER, METRICS, read_jsonl
+from encoder.runs.folder import LEDGER, METRICS, read_jsonl
 from tests.process.test_killed_run import RUN
 from tests.shards_for_tests import random_documents, write_source
 
@@ -17,7 +17,7 @@ import sys
 from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.data.loader import Loader
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
 from encoder.train.loop import pretrain
 
 def train(out, stage, workers):

@@ -12,16 +12,17 @@ import torch
 
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError
-from encoder.engine.checkpoint import newest_checkpoint, read_progress
+from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.models.modernbert import ModernBertForMaskedLM
 from encoder.models.stored import read_stored
 from encoder.objectives.mlm import mlm_loss
+from encoder.runs.config import read_run
+from encoder.runs.facts import check_data
+from encoder.runs.folder import read_jsonl
+from encoder.runs.initial import read_initial, weights_sha256
 from encoder.train import build
-from encoder.train.config import read_run
-from encoder.train.initial import read_initial, weights_sha256
 from encoder.train.loop import pretrain
 from encoder.train.start import FINGERPRINT_TOLERANCE, fingerprint, start_run
-from encoder.train.tracking import read_jsonl
 from launch import grow
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
@@ -67,7 +68,7 @@ def masters_are_the_stored_values(world: World, *, folder: str, stage: int, prec
     """This rank's share of the masters, to the last bit; and the model's own parameters, by the loss they give."""
     run = read_run(f"{folder}/run.yaml", [f"out={folder}/{precision}{stage}-{world.size}", f"init_from={folder}/moved", *LARGE,
                                           f"engine.zero_stage={stage}", f"engine.precision={precision}"])
-    facts, device = build.check_data(run), torch.device("cpu")
+    facts, device = check_data(run), torch.device("cpu")
     initial = read_initial(run, facts, hashed=world.first)
     with contextlib.ExitStack() as held:
         engine = start_run(run, facts, world, device, Path(run.out), held, initial).engine

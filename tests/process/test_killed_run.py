@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from encoder.base.dist import World
-from encoder.engine.checkpoint import newest_checkpoint, read_weights
-from encoder.train.config import read_run
+from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
+from encoder.runs.config import read_run
+from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
+from encoder.tools.report.report import verify_ledger
 from encoder.train.loop import pretrain
-from encoder.train.report import verify_ledger
-from encoder.train.tracking import EVENTS, LEDGER, read_jsonl
 from tests.process.ranks import start_ranks, wait_for
 from tests.shards_for_tests import random_documents, write_source
 

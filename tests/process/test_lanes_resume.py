@@ -9,9 +9,9 @@ import pytest
 
 from encoder.base.dist import World
 from encoder.data.loader import Loader
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
+from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
 from encoder.train.loop import pretrain
-from encoder.train.tracking import EVENTS, LEDGER, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from encoder.base.dist import free_port
-from encoder.engine.checkpoint import newest_checkpoint
-from encoder.train.tracking import CHECKPOINTS, EVENTS, METRICS, read_jsonl
+from encoder.engine.checkpoint.read import newest_checkpoint
+from encoder.runs.folder import CHECKPOINTS, EVENTS, METRICS, read_jsonl
 from tests.process.test_killed_run import RUN
 from tests.shards_for_tests import random_documents, write_source
 

@@ -14,10 +14,11 @@ from encoder.base.errors import UserError
 from encoder.base.schema import to_yaml
 from encoder.data.loader import Loader
 from encoder.data.shard_format import tokenizer_fingerprint
-from encoder.train import build, loop, run_folder
-from encoder.train.config import read_run
+from encoder.runs import foreign_files as run_folder
+from encoder.runs.config import read_run
+from encoder.runs.folder import CHECKPOINTS, DONE, LEDGER, read_jsonl
+from encoder.train import build, loop
 from encoder.train.loop import pretrain
-from encoder.train.tracking import CHECKPOINTS, DONE, LEDGER, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
 

@@ -12,12 +12,12 @@ from encoder.base.dist import World
 from encoder.base.errors import ShardError, UserError
 from encoder.data.loader import Loader
 from encoder.data.shard_format import CARD
-from encoder.engine.checkpoint import newest_checkpoint, read_weights
+from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.engine.engine import Engine
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, read_jsonl
+from encoder.tools.report.report import verify_ledger, write_report
 from encoder.train.loop import pretrain
-from encoder.train.report import verify_ledger, write_report
-from encoder.train.tracking import EVENTS, LEDGER, METRICS, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from encoder.base.dist import World
-from encoder.engine.checkpoint import newest_checkpoint, read_weights
-from encoder.train.config import read_run
-from encoder.train.filling import row_fills
+from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
+from encoder.runs.config import read_run
+from encoder.runs.filling import row_fills
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.train.loop import pretrain
-from encoder.train.tracking import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import random_documents, write_source
 

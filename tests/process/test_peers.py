@@ -14,9 +14,9 @@ import pytest
 
 from encoder.base.dist import World, free_port
 from encoder.base.peers import LOOK_SECONDS
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, read_jsonl
 from encoder.train.loop import pretrain
-from encoder.train.tracking import EVENTS, LEDGER, METRICS, read_jsonl
 from tests.process.ranks import Rank, start_ranks
 from tests.process.test_killed_run import RUN
 from tests.shards_for_tests import random_documents, write_source
@@ -74,7 +74,7 @@ STANDS = {
     "start": "encoder.train.start:start_engine",
     "step": "encoder.engine.engine:Engine.step",
     "evaluation": "encoder.train.loop:held_out_numbers",
-    "save": "encoder.engine.checkpoint_save:_Save.write_rank",
+    "save": "encoder.engine.checkpoint.save:_Save.write_rank",
     "end": "encoder.train.loop:_Story._finished",
 }
 

@@ -11,9 +11,9 @@ import pytest
 
 from encoder.base.dist import World
 from encoder.base.errors import ShardError
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
+from encoder.runs.folder import CHECKPOINTS, DONE, EVENTS, LEDGER, read_jsonl
 from encoder.train.loop import pretrain
-from encoder.train.tracking import CHECKPOINTS, DONE, EVENTS, LEDGER, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
 from tests.shards_for_tests import random_documents, write_source

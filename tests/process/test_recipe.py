@@ -9,10 +9,10 @@ import pytest
 
 from encoder.base.dist import World
 from encoder.engine.engine import Engine
-from encoder.train.config import RunConfig, read_run
+from encoder.runs.config import RunConfig, read_run
+from encoder.runs.folder import METRICS, merged_metrics
+from encoder.runs.phases import planned_steps
 from encoder.train.loop import pretrain
-from encoder.train.phases import planned_steps
-from encoder.train.tracking import METRICS, merged_metrics
 from tests.process.ranks import run_ranks
 from tests.shards_for_tests import write_source
 

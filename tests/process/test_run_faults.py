@@ -10,10 +10,10 @@ import pytest
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.data.loader import Loader
-from encoder.train.config import read_run
-from encoder.train.export import export_run
+from encoder.runs.config import read_run
+from encoder.runs.folder import LEDGER, read_jsonl
+from encoder.tools.weights.export import export_run
 from encoder.train.loop import pretrain
-from encoder.train.tracking import LEDGER, read_jsonl
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
 from tests.shards_for_tests import random_documents, write_source

@@ -18,16 +18,17 @@ from safetensors.torch import load_file, save_file
 from encoder.base.batch import IGNORE, LossTerm, Targets, TokenBatch
 from encoder.base.dist import World
 from encoder.base.objective import MaskedRow, RowTargets
-from encoder.engine.checkpoint import newest_checkpoint, read_weights
+from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.engine.engine import Engine, start_engine
-from encoder.engine.zero_config import EngineConfig
+from encoder.engine.zero.config import EngineConfig
 from encoder.nn.loss import cross_entropy_sum
 from encoder.objectives.catalog import OBJECTIVES
 from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig, mlm_loss
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
+from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
+from encoder.runs.ledger import follow_chain
 from encoder.train.loop import pretrain
-from encoder.train.tracking import LEDGER, METRICS, follow_chain, merged_metrics, read_jsonl
 from tests.process import tiny
 from tests.process.engine_cases import keep_weights
 from tests.process.ranks import run_ranks

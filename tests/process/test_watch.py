@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from encoder.base.dist import World
-from encoder.train.watch import ERRORS, HANGS, Watch
+from encoder.runs.folder import ERRORS, HANGS
+from encoder.train.watch import Watch
 from tests.process.ranks import start_ranks, wait_for
 
 

@@ -12,7 +12,7 @@ import torch
 from encoder.base.batch import IGNORE, Targets, TokenBatch
 from encoder.base.rng import address_seed, generator
 from encoder.base.units import Progress
-from encoder.engine.checkpoint_save import Saver
+from encoder.engine.checkpoint.save import Saver
 from encoder.engine.engine import Engine
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from encoder.train.config import RunConfig
-from encoder.train.phases import PlannedStep, lr_at
+from encoder.runs.config import RunConfig
+from encoder.runs.phases import PlannedStep, lr_at
 
 
 def walked_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> Iterator[PlannedStep]:

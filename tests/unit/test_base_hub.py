@@ -17,7 +17,7 @@ from data_prep.tokenization import check_tokenizer_path
 from encoder.base.errors import ConfigError, ModelError
 from encoder.base.hub import _wanted, parse_hub_name
 from encoder.models.stored import read_stored
-from encoder.train.stored import model_facts, read_model
+from encoder.runs.weights import model_facts, read_model
 from launch import import_hf
 from tests.hf_for_tests import exported, stored, write_tokenizer_json
 
@@ -141,7 +141,7 @@ import sys
 from pathlib import Path
 from launch import import_hf
 from data_prep.tokenization import check_tokenizer_path
-from encoder.train.stored import model_facts, read_model
+from encoder.runs.weights import model_facts, read_model
 assert import_hf.main(["me/model", "out"]) == 0
 print(read_model(Path("hf://me/model@main")).origin)
 print(model_facts(Path("me/model")).hidden_size, check_tokenizer_path(Path("me/model")).name)

@@ -13,9 +13,9 @@ import torch
 
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ModelError
-from encoder.models.composer_import import read_composer
-from encoder.models.flexbert_config import DEFAULTS, READ, WITHOUT_EFFECT
-from encoder.models.hf_proof import our_model
+from encoder.models.hf.composer import read_composer
+from encoder.models.hf.flexbert import DEFAULTS, READ, WITHOUT_EFFECT
+from encoder.models.hf.parity import our_model
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import read_stored
 from launch import import_hf

@@ -29,7 +29,7 @@ from encoder.data.shard_format import CARD, INDEX, LENGTHS, TOKENIZER
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
-from encoder.train.config import LoaderConfig, SourceConfig
+from encoder.runs.config import LoaderConfig, SourceConfig
 from tests.shards_for_tests import random_documents, write_source
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,11 @@ import torch
 from encoder.base.dist import World
 from encoder.base.errors import ConfigError
 from encoder.base.slurm import expand_hosts, nodes_of_ranks, tasks_per_node
-from encoder.train.config import read_run
-from encoder.train.doctor_facts import look_at_folder, matmul_error, memory_errors, sources_sha256
-from encoder.train.doctor_judge import (
+from encoder.runs.config import read_run
+from encoder.tools.doctor.facts import look_at_folder, matmul_error, memory_errors, sources_sha256
+from encoder.tools.doctor.links import ring, rounds_of
+from encoder.tools.doctor.rendezvous import Meeting
+from encoder.tools.doctor.verdict import (
     Findings,
     Link,
     bad_links,
@@ -26,9 +28,7 @@ from encoder.train.doctor_judge import (
     judge_links,
     links_of,
 )
-from encoder.train.doctor_links import ring, rounds_of
-from encoder.train.doctor_meet import Meeting
-from encoder.train.plan import count_needs
+from encoder.tools.plan.plan import count_needs
 from launch import doctor
 from tests.process.ranks import ROOT
 from tests.shards_for_tests import random_documents, write_source

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from encoder.base.errors import ConfigError
-from encoder.engine.zero_config import EngineConfig, zero_config
+from encoder.engine.zero.config import EngineConfig, zero_config
 
 
 @pytest.mark.parametrize("precision, stage, reason", [("bf16", 0, "no fp32 master weights"), ("fp64", 1, "in fp32"),

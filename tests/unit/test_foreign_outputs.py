@@ -9,7 +9,7 @@ import pytest
 from data_prep.cli import main as data_prep
 from encoder.base.errors import UserError
 from encoder.base.world import World
-from encoder.train.doctor import Doctor
+from encoder.tools.doctor.doctor import Doctor
 from tests.shards_for_tests import random_documents, write_source
 
 FOREIGN = "my own notes\n"

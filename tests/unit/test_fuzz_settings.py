@@ -114,10 +114,10 @@ def paths(tmp_path_factory) -> dict[str, str]:
 
 def run_of(path: Path) -> str:
     """As launch/plan.py does it."""
-    from encoder.train.config import read_run
-    from encoder.train.filling import row_fills
-    from encoder.train.phases import planned_steps
-    from encoder.train.plan import plan_text
+    from encoder.runs.config import read_run
+    from encoder.runs.filling import row_fills
+    from encoder.runs.phases import planned_steps
+    from encoder.tools.plan.plan import plan_text
 
     run = read_run(path)
     steps = planned_steps(run, fills=row_fills(run))

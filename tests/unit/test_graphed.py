@@ -13,7 +13,7 @@ import torch
 
 from encoder.base.errors import ConfigError
 from encoder.engine.graphed import GraphedForward
-from encoder.engine.zero_config import EngineConfig
+from encoder.engine.zero.config import EngineConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import mlm_loss
 from tests.packed_for_tests import packed

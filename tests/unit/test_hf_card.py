@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from encoder.base.errors import ExportError, UserError
-from encoder.models.hf_card import Table, Training
-from encoder.models.hf_push import push_export
+from encoder.models.hf.card import Table, Training
+from encoder.models.hf.push import push_export
 from tests.hf_for_tests import CONFIG, exported, stored, write_tokenizer_json
 
 MODEL = stored(dataclasses.replace(CONFIG, num_hidden_layers=2))

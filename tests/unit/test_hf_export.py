@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from encoder.base.errors import ExportError, ModelError, UserError
-from encoder.models import hf_export
-from encoder.models.hf_bridges import BRIDGES
-from encoder.models.hf_config import MODERNBERT, hf_config
-from encoder.models.hf_proof import drawn_difference, prove
+from encoder.models.hf import write as hf_export
+from encoder.models.hf.catalog import BRIDGES
+from encoder.models.hf.modernbert import MODERNBERT, hf_config
+from encoder.models.hf.parity import drawn_difference, prove
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from tests.hf_for_tests import CONFIG, SPECIALS, exported, names_in, stored, write_tokenizer_json
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoder.base.errors import ExportError, ModelError, UserError
-from encoder.models.composer_import import read_composer
-from encoder.models.hf_bridges import BRIDGES
-from encoder.models.hf_config import MODERNBERT, NO_WORD, OURS_ONLY, WORDS, config_from_hf, hf_config
-from encoder.models.hf_import import DECODER, EMBEDDING, prove_import, read_hf
+from encoder.models.hf.catalog import BRIDGES
+from encoder.models.hf.composer import read_composer
+from encoder.models.hf.modernbert import MODERNBERT, NO_WORD, OURS_ONLY, WORDS, config_from_hf, hf_config
+from encoder.models.hf.read import DECODER, EMBEDDING, prove_import, read_hf
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import read_stored, write_stored
-from encoder.train.stored import read_model
+from encoder.runs.weights import read_model
 from tests.composer_for_tests import flexbert
 from tests.hf_for_tests import CONFIG, SPECIALS, exported, names_in, stored, write_tokenizer_json
 
@@ -225,7 +225,7 @@ def test_a_word_that_transformers_reads_otherwise_is_seen_on_drawn_weights(folde
 
 
 def test_what_transformers_itself_cannot_run_is_one_line(folder, monkeypatch):
-    from encoder.models import hf_import
+    from encoder.models.hf import read as hf_import
     model, theirs = read_hf(folder), hf_import.transformers_model
 
     def broken(*args):

@@ -11,8 +11,8 @@ import torch
 
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ExportError
-from encoder.models import hf_onnx
-from encoder.models.hf_proof import our_model
+from encoder.models.hf import onnx as hf_onnx
+from encoder.models.hf.parity import our_model
 from tests.hf_for_tests import CONFIG, exported, names_in, stored, write_tokenizer_json
 
 MODEL = stored(dataclasses.replace(CONFIG, num_hidden_layers=2))

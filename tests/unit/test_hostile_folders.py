@@ -14,8 +14,8 @@ from encoder.base.errors import ShardError
 from encoder.base.files import open_to_append, write_atomic
 from encoder.data.shard_format import CARD, HASHES, INDEX, TOKENIZER, read_card, write_card
 from encoder.data.shards import open_source
-from encoder.engine.checkpoint_folder import claim_next, remove_old
-from encoder.train.run_lock import RunLock
+from encoder.engine.checkpoint.folder import claim_next, remove_old
+from encoder.runs.lock import RunLock
 from launch import pretrain
 from tests.shards_for_tests import random_documents, seal_again, write_source
 from tests.unit.test_launch_bad_input import run_file

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from encoder.base.errors import CheckpointError, ModelError, UserError
-from encoder.engine.checkpoint import read_progress, read_weights
-from encoder.engine.checkpoint_folder import claim_next, committed_folders, damage, newest_incarnation
-from encoder.engine.checkpoint_stretches import StretchReader
-from encoder.models.hf_import import load_tensors, named_tensors, read_hf
+from encoder.engine.checkpoint.folder import claim_next, committed_folders, damage, newest_incarnation
+from encoder.engine.checkpoint.read import read_progress, read_weights
+from encoder.engine.checkpoint.tensors import StretchReader
+from encoder.models.hf.read import load_tensors, named_tensors, read_hf
 from encoder.models.stored import read_safetensors
 
 

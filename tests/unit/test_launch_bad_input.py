@@ -120,7 +120,7 @@ def test_a_misspelt_key_and_a_batch_that_is_no_whole_number_of_rows(tmp_path, so
 
 def test_a_run_folder_of_another_run_names_the_setting_that_changed(tmp_path, source, capsys):
     from encoder.base.schema import to_yaml
-    from encoder.train.config import read_run
+    from encoder.runs.config import read_run
     path = run_file(tmp_path, source)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "run.yaml").write_text(to_yaml(read_run(path)))

@@ -11,9 +11,9 @@ import pytest
 from encoder.base.schema import read_mapping
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.models.stored import StoredModel, read_stored, write_stored
-from encoder.train.config import read_run
-from encoder.train.grow import new_config
-from encoder.train.initial import check_same_tokens, read_fitting, weights_sha256
+from encoder.runs.config import read_run
+from encoder.runs.initial import check_same_tokens, read_fitting, weights_sha256
+from encoder.tools.weights.grow import new_config
 from launch import grow, plan, pretrain
 from tests.shards_for_tests import random_documents, write_source, write_tokenizer
 from tests.unit.test_launch_bad_input import refused

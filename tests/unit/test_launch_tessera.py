@@ -11,7 +11,7 @@ import pytest
 
 from encoder import __version__
 from encoder.base.schema import read_settings
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
 from launch import home, new_file, tessera
 from tests.shards_for_tests import random_documents, write_source
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoder.base.errors import ConfigError
-from encoder.engine.zero_config import EngineConfig
+from encoder.engine.zero.config import EngineConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn import fp8
 from encoder.nn.fp8 import BACKWARD, FORWARD, Fp8Linear, quantized, to_fp8_

@@ -11,7 +11,7 @@ from data_prep.plan import mixture_yaml, source_plan
 from encoder.base import log
 from encoder.base.schema import from_mapping, parse_yaml, read_settings
 from encoder.data.shard_format import read_card
-from encoder.train.config import SourceConfig
+from encoder.runs.config import SourceConfig
 from tests.unit.prep_helpers import run, settings, texts, write_jsonl
 from tests.unit.test_prep_bad_input import refused
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from encoder.train.config import RunConfig, read_run
-from encoder.train.forecast import gpu
-from encoder.train.phases import planned_steps
-from encoder.train.plan import plan_text
-from encoder.train.plan_curves import columns_of, draw_plan
+from encoder.runs.config import RunConfig, read_run
+from encoder.runs.phases import planned_steps
+from encoder.tools.plan.curves import columns_of, draw_plan
+from encoder.tools.plan.forecast import gpu
+from encoder.tools.plan.plan import plan_text
 from launch.new_file import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ import pytest
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import refuse_foreign
 from encoder.base.schema import to_yaml
-from encoder.train.config import read_run
-from encoder.train.run_folder import EDITED, check_folder, write_run_file
+from encoder.runs.config import read_run
+from encoder.runs.foreign_files import EDITED, check_folder, write_run_file
 from launch import plan
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ from data_prep.other_words import OTHER_WORDS as PREP_WORDS
 from encoder.base.command import CommandLine
 from encoder.base.errors import ConfigError
 from encoder.base.schema import _places, expand_path, from_mapping, parse_yaml, read_mapping, read_settings
-from encoder.train.config import CheckpointConfig, RunConfig, read_run
-from encoder.train.other_words import OTHER_WORDS
+from encoder.runs.config import CheckpointConfig, RunConfig, read_run
+from encoder.runs.other_words import OTHER_WORDS
 from slurm.submit import _parser as submit_parser
 
 ROOT = Path(__file__).resolve().parents[2]

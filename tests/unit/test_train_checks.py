@@ -11,12 +11,12 @@ import pytest
 
 from encoder.base.dist import World
 from encoder.base.errors import ConfigError, ShardError
-from encoder.train.checks import check_settings, hints_of, mistakes_of
-from encoder.train.config import read_run
-from encoder.train.filling import fill_rows
+from encoder.runs.checks import check_settings, hints_of, mistakes_of
+from encoder.runs.config import read_run
+from encoder.runs.filling import fill_rows
+from encoder.runs.folder import LEDGER
+from encoder.tools.plan.plan import plan_text
 from encoder.train.loop import pretrain
-from encoder.train.plan import plan_text
-from encoder.train.tracking import LEDGER
 from launch.plan import main
 from tests.shards_for_tests import random_documents, write_source
 
@@ -154,7 +154,7 @@ def test_windows_of_less_than_a_document_can_be_planned(root):
 
 
 def test_doctor_tells_what_plan_tells(root, monkeypatch):
-    from encoder.train.doctor import Doctor
+    from encoder.tools.doctor.doctor import Doctor
 
     doctor = Doctor(world=World(), env={})
     run = read_run(root / "run.yaml", ["checkpoints.every_tokens=1M"])

@@ -15,10 +15,10 @@ from encoder.engine.precision import precision_on
 from encoder.models.catalog import PRESETS, build_model
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
-from encoder.train.config import RunConfig, identity_of, read_run
-from encoder.train.defaults import WINDOW_DOCUMENTS, initializer_range_of, row_tokens_of, window_documents_of
-from encoder.train.forecast import gpu
-from encoder.train.plan import plan_text
+from encoder.runs.config import RunConfig, identity_of, read_run
+from encoder.runs.defaults import WINDOW_DOCUMENTS, initializer_range_of, row_tokens_of, window_documents_of
+from encoder.tools.plan.forecast import gpu
+from encoder.tools.plan.plan import plan_text
 from tests.shards_for_tests import random_documents, write_source
 
 VOCAB = 100

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from encoder.base.errors import ConfigError, LedgerError
-from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, FaultConfig, SpikeConfig, StepJudge
+from encoder.runs.faults import FaultConfig, SpikeConfig
+from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge
 
 SPIKES = FaultConfig(bad_steps=2, spike=SpikeConfig(deviations=10.0, over_steps=5))
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 
 from encoder.base.errors import ConfigError
-from encoder.train.config import read_run
-from encoder.train.forecast import (
+from encoder.runs.config import read_run
+from encoder.runs.phases import Stretch
+from encoder.tools.plan.forecast import (
     KERNEL_SECONDS,
     MICRO_STEP_KERNELS,
     UPDATE_BYTES,
@@ -23,9 +24,8 @@ from encoder.train.forecast import (
     forecast_lines,
     gpu,
 )
-from encoder.train.phases import Stretch
-from encoder.train.plan import plan_text
-from encoder.train.probe import Clock, rate_of
+from encoder.tools.plan.plan import plan_text
+from encoder.tools.plan.probe import Clock, rate_of
 from launch.plan import main
 
 TINY = "configs/pretrain/tiny_cpu.yaml"

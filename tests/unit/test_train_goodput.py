@@ -12,15 +12,16 @@ from rich.console import Console
 from encoder.base.dist import World
 from encoder.base.errors import ConfigError
 from encoder.base.log import say
-from encoder.train import config, curves
-from encoder.train.config import TrackingConfig, read_run
+from encoder.runs import config
+from encoder.runs.config import TrackingConfig, read_run
+from encoder.runs.folder import EVENTS, METRICS, merged_metrics, read_jsonl
+from encoder.tools.report import curves
+from encoder.tools.report.curves import Curves
+from encoder.tools.report.goodput import wall_ms
+from encoder.tools.report.report import _flat, write_report
 from encoder.train.console import open_board
-from encoder.train.curves import Curves
-from encoder.train.goodput import wall_ms
 from encoder.train.loop import pretrain
 from encoder.train.meters import Clock
-from encoder.train.report import _flat, write_report
-from encoder.train.tracking import EVENTS, METRICS, merged_metrics, read_jsonl
 from launch import report
 from tests.shards_for_tests import random_documents, write_source
 
@@ -129,7 +130,7 @@ def test_a_run_knows_where_its_time_went_and_one_page_shows_several(run_folder, 
 def test_wandb_is_offline_unless_a_key_is_there(env, logged_in, mode, tmp_path, monkeypatch):
     import wandb
 
-    from encoder.train.tracking import Tracker
+    from encoder.train.recorder import Tracker
     asked = {}
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -152,7 +153,8 @@ def test_tensorboard_gets_every_number(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from encoder.train.tracking import TENSORBOARD, Tracker
+    from encoder.runs.folder import TENSORBOARD
+    from encoder.train.recorder import Tracker
     tracker = Tracker(tmp_path, TrackingConfig(tensorboard=True), clock=Clock(began=0.0), start=1, run_name="r", settings={})
     tracker.metrics(3, phase="one", loss=2.5)
     tracker.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from encoder.base.dist import World
-from encoder.train.config import read_run
+from encoder.runs.config import read_run
 from encoder.train.hints import how_to_go_on, what_comes_next
 from launch.tessera import VERBS
 from tests.unit.test_train_report import RUN

@@ -12,11 +12,11 @@ import pytest
 
 from encoder.base.errors import ConfigError
 from encoder.base.units import Progress
-from encoder.train.config import identity_of, read_run
+from encoder.runs.config import identity_of, read_run
+from encoder.runs.phases import enter_next_phase, lr_at, phase_is_done, planned_steps
+from encoder.tools.plan.curves import columns_of
+from encoder.tools.plan.plan import plan_text
 from encoder.train.evaluate import HeldOut, held_out_numbers, unigram_entropy
-from encoder.train.phases import enter_next_phase, lr_at, phase_is_done, planned_steps
-from encoder.train.plan import plan_text
-from encoder.train.plan_curves import columns_of
 from tests.reference.planned_steps import walked_steps
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny_cpu.yaml"

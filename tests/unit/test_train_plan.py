@@ -11,9 +11,9 @@ import pytest
 from encoder.base.errors import ConfigError
 from encoder.data.shards import read_samples_per_shard
 from encoder.optim.schedule import Constant
-from encoder.train.config import SourceConfig, read_run
-from encoder.train.plan import count_needs, estimate_memory, phase_work, plan_text
-from encoder.train.repeats import count_repeats, many_epochs_text, repeats_text
+from encoder.runs.config import SourceConfig, read_run
+from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
+from encoder.tools.plan.plan import count_needs, estimate_memory, phase_work, plan_text
 from tests.shards_for_tests import write_source
 
 TINY = Path("configs/pretrain/tiny_cpu.yaml")

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from encoder.train.curves import Curves, draw, running_mean
-from encoder.train.tracking import EVENTS, LEDGER, METRICS, RUN_FILE, chain
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, RUN_FILE
+from encoder.runs.ledger import chain
+from encoder.tools.report.curves import Curves, draw, running_mean
 from launch import report
 
 RUN = """

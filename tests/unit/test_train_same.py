@@ -10,8 +10,8 @@ import yaml
 
 from encoder.base.errors import CheckpointError
 from encoder.base.schema import brief, differences, to_yaml
-from encoder.train.config import read_run
-from encoder.train.same import check_same_run
+from encoder.runs.config import read_run
+from encoder.runs.same import check_same_run
 
 MANY = "configs/pretrain/modernbert_base.yaml"      # 13 sources, three phases with other mixtures
 

@@ -9,11 +9,13 @@ import pytest
 
 from encoder.base.errors import LedgerError, ShardError
 from encoder.base.units import Progress
-from encoder.train.config import TrackingConfig
+from encoder.runs.config import TrackingConfig
+from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
+from encoder.runs.ledger import Ledger, chain
+from encoder.tools.report.report import verify_ledger
 from encoder.train.feed import Quarantine
 from encoder.train.meters import Clock
-from encoder.train.report import verify_ledger
-from encoder.train.tracking import LEDGER, METRICS, Ledger, Tracker, chain, merged_metrics, read_jsonl
+from encoder.train.recorder import Tracker
 
 
 def after(progress: Progress, batch_hash: int) -> Progress:

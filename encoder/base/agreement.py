@@ -1,0 +1,79 @@
+"""All ranks or none: a mistake that one rank meets ends all of them together, and nobody waits in a collective.
+
+    all_ranks_agree(world)      a block in which a rank may meet a mistake of its own: all ranks leave at its end
+    agree_on_errors(error)      the same where the error was kept until now (a rank's own, or None)
+    together(act, ...)          an act of some ranks; its error is raised on every rank with the same words
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from encoder.base.command import as_user_error
+from encoder.base.dist import World, max_over_ranks, sum_over_ranks
+from encoder.base.errors import CheckpointError, RankError, SilentError, UserError
+
+TEXT_BYTES = 1000
+
+
+@contextlib.contextmanager
+def all_ranks_agree(world: World) -> Iterator[None]:
+    """A block in which a rank may meet a mistake of its own: all ranks leave together, at its end."""
+    error: UserError | None = None
+    try:
+        yield
+    except (UserError, OSError) as problem:
+        error = as_user_error(problem)
+    agree_on_errors(error, world)
+
+
+def agree_on_errors(error: UserError | None, world: World) -> None:
+    """All ranks leave together: the lowest rank with an error raises it, the others raise SilentError."""
+    mine = torch.tensor([world.size - world.rank if error else 0])
+    highest = int(max_over_ranks(mine)[0])
+    if highest == 0:
+        return
+    if error is not None and world.size - highest == world.rank:
+        raise error if world.first else RankError(f"rank {world.rank}: {error}") from error
+    raise SilentError(f"rank {world.size - highest} met an error")
+
+
+def together(act: Callable[[], None] | None, *, doing: str, then: str = "") -> None:
+    """Runs an act on the ranks that have one; called on every rank.
+
+    Raises CheckpointError on all of them if a file could not be read or written ("DOING: reason. THEN") or an act found
+    a mistake. An error that is none of these is raised where it happened, and the other ranks leave with it.
+    """
+    text, error = "", None
+    try:
+        if act:
+            act()
+    except Exception as caught:
+        error, text = caught, _sentence(caught, doing, then)
+    for said in texts_of_all_ranks(text):
+        if said:
+            if error is not None and not isinstance(error, (UserError, OSError, SafetensorError)):
+                raise error
+            raise CheckpointError(said) from error
+
+
+def _sentence(error: Exception, doing: str, then: str) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    reason = (error.strerror if isinstance(error, OSError) else None) or f"{error}" or type(error).__name__
+    return " ".join(f"{doing}: {reason.rstrip('.')}. {then}".split())
+
+
+def texts_of_all_ranks(text: str) -> Iterator[str]:
+    """The text of each rank, by rank; one all-reduce of a small table."""
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    table = torch.zeros(ranks, TEXT_BYTES, dtype=torch.uint8)
+    encoded = text.encode("utf-8")[:TEXT_BYTES]
+    table[rank, :len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    for row in sum_over_ranks(table).tolist():
+        yield bytes(row).rstrip(b"\0").decode("utf-8", errors="ignore")

@@ -1,0 +1,1 @@
+"""To Hugging Face and back."""

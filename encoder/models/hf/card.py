@@ -1,0 +1,170 @@
+"""What stands beside an export's weights: a model card (README.md) and the files of sentence-transformers.
+
+OUT/
+    README.md                               what was trained, on what, proven how, and how to use it
+    modules.json, 1_Pooling/config.json     sentence-transformers: the mean of a text's tokens
+    sentence_bert_config.json, config_sentence_transformers.json
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from encoder.base.files import write_json
+from encoder.models.contract import ModelConfig
+from encoder.models.hf.parity import Proof
+
+CARD = "README.md"
+MODULES = [("", "Transformer"), ("1_Pooling", "Pooling")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the card."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a card says of how a model came to be."""
+
+    name: str
+    facts: dict[str, str] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    base_model: str | None = None  # a name on the Hugging Face hub
+
+
+def write_card(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    parameters: int,
+    mask_token: str,
+    max_tokens: int,
+    training: Training,
+    proofs: dict[str, Proof],
+    shown_as: str,
+) -> None:
+    """Writes README.md; the license is left to be chosen by whoever publishes it.
+
+    config, parameters, max_tokens: the model, its trained numbers, and its longest text.
+    mask_token: as the tokenizer spells it.
+    training: what is known of its making.
+    proofs: what was compared with whom.
+    shown_as: the folder in the snippets.
+    """
+    model = {
+        "parameters": f"{parameters:,}",
+        **config.facts,
+        "longest text": f"{max_tokens:,} tokens",
+    }
+    proven = [[asked, str(proof)] for asked, proof in proofs.items()]
+    parts = [
+        _front_matter(training.base_model),
+        f"# {plain(training.name)}\n",
+        "A ModernBERT encoder, pretrained by masked language modelling with Tessera. It fills in "
+        "masked tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n",
+        _usage(shown_as, mask_token),
+        _table(Table(title="Model", head=("", ""), rows=list(model.items()))),
+        _table(Table(title="Training", head=("", ""), rows=list(training.facts.items()))),
+        *(_table(table) for table in training.tables),
+        _table(Table(title="Proof of the export", head=("asked", "gives"), rows=proven)),
+        "## Limits\n\nWhat was measured is the loss above. The vectors are those of a language "
+        "model: they were not trained for similarity, and nothing was filtered from its answers.\n",
+    ]
+    (folder / CARD).write_text("\n".join(part for part in parts if part), encoding="utf-8")
+
+
+def write_sentence_transformers(folder: Path, *, width: int, max_tokens: int) -> None:
+    """Writes what SentenceTransformer(folder) reads: the mean over all tokens of a text, in the words of versions 2 to 5."""
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, (path, kind) in enumerate(MODULES)
+    ]
+    pooling: dict[str, Any] = {"word_embedding_dimension": width}
+    kinds = (
+        "cls_token",
+        "mean_tokens",
+        "max_tokens",
+        "mean_sqrt_len_tokens",
+        "weightedmean_tokens",
+    )
+    pooling |= {f"pooling_mode_{kind}": kind == "mean_tokens" for kind in (*kinds, "lasttoken")}
+    (folder / "1_Pooling").mkdir()
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": True})
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False}
+    )
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+def plain(text: object) -> str:
+    """Text of a run's files as text of a card: one line, no table, link, code or HTML of its own."""
+    line = " ".join(str(text).split())
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(line, quote=False))
+
+
+def _front_matter(base_model: str | None) -> str:
+    lines = [
+        "---",
+        "# license: name one before you publish, for example apache-2.0",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        *([f"base_model: {json.dumps(base_model)}"] if base_model else []),
+        "tags:",
+        "- modernbert",
+        "- masked-language-modelling",
+        "- sentence-transformers",
+        "- tessera",
+        "---",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(shown_as: str, mask_token: str) -> str:
+    where = f"model = {json.dumps(shown_as)}        # this folder, or its name on the hub"
+    text = json.dumps(f"The capital of France is {mask_token}.")
+    return f"""## Use
+
+```python
+from transformers import pipeline
+
+{where}
+for answer in pipeline("fill-mask", model=model)({text}):
+    print(answer["token_str"], answer["score"])
+```
+
+```python
+from sentence_transformers import SentenceTransformer
+
+{where}
+vectors = SentenceTransformer(model).encode(["a text", "another text"])
+print(vectors.shape)
+```
+"""
+
+
+def _table(table: Table) -> str:
+    if not table.rows:
+        return ""
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    cells = [["---" if cell == "---" else plain(cell) for cell in row] for row in lines]
+    return f"## {plain(table.title)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in cells)

@@ -1,0 +1,175 @@
+"""From Hugging Face: a folder of ModernBertForMaskedLM, written by any transformers, as a stored model.
+
+Weights are read from model.safetensors, from its shards (model.safetensors.index.json) or from pytorch_model.bin, in
+whatever float they are, and become fp32.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoder.base.errors import ExportError, ModelError
+from encoder.base.untrusted import inside, open_regular, plain_name, read_json
+from encoder.models.contract import ModelConfig
+from encoder.models.hf.catalog import bridge_of_settings
+from encoder.models.hf.parity import (
+    TOLERANCE_DRAWN,
+    Proof,
+    asking,
+    asking_fp64,
+    drawn_difference,
+    our_model,
+    prove,
+    transformers_model,
+)
+from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, fp32, read_safetensors
+
+CONFIG = "config.json"
+INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
+EMBEDDING, DECODER = "model.embeddings.tok_embeddings.weight", "decoder.weight"
+
+
+def read_hf(folder: Path) -> StoredModel:
+    """The model of a Hugging Face folder, its config.json seen to mean the same to transformers, on drawn weights in fp64.
+
+    Raises ModelError for another architecture, a config that cannot be ours, missing or unfit weights. Dropout after
+    attention has no word in config.json: the model has ModernBERT's own 0.1.
+    """
+    config = read_hf_config(folder)
+    values = _read_json(folder / CONFIG)
+    weights = untie(_read_weights(folder), tied=config.tie_word_embeddings, of=str(folder))
+    check_weights(weights, config, of=str(folder))
+    _check_meaning(values, config, folder / CONFIG)
+    tokenizer_json = folder / TOKENIZER
+    without_word = bridge_of_settings(values).without_word
+    return StoredModel(
+        config=config, weights=fp32(weights), tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
+        origin=f"Hugging Face folder {folder.name} (no word for {without_word}: {getattr(config, without_word)})",
+        max_tokens=_max_tokens(folder, config))
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """The shape that a folder's config.json tells. Raises ModelError."""
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM.")
+    settings = _read_json(folder / CONFIG)
+    return bridge_of_settings(settings).from_settings(settings, where=str(folder / CONFIG))
+
+
+def prove_import(model: StoredModel, folder: Path) -> Proof:
+    """Our logits are those of transformers on the folder's weights, at all lengths and paddings. Raises ExportError.
+
+    To a transformers whose words config.json lacks they are given (Bridge.completed).
+    """
+    settings = _read_json(folder / CONFIG)
+    bridge = bridge_of_settings(settings)
+    theirs = transformers_model(folder, bridge, bridge.completed(settings, model.config))
+    return prove(our_model(model.weights, model.config), asking(theirs, bridge), asked="transformers",
+                 ask_fp64=lambda: asking_fp64(theirs, bridge), max_tokens=model.max_tokens or model.config.max_position_embeddings)
+
+
+def _check_meaning(values: dict[str, Any], config: ModelConfig, path: Path) -> None:
+    try:
+        drawn = drawn_difference(bridge_of_settings(values).completed(values, config), config)
+    except ExportError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not drawn <= TOLERANCE_DRAWN:
+        raise ModelError(f"{path} means another model to transformers than to us: on drawn weights the logits differ by "
+                         f"{drawn:.2e} in fp64; needed: at most {TOLERANCE_DRAWN:.0e}. Take out the words that ModernBERT's own "
+                         "config.json does not have.")
+
+
+def untie(weights: dict[str, Tensor], *, tied: bool, of: str) -> dict[str, Tensor]:
+    """Without the copy of the embedding that some writers store as the decoder's weight. Raises ModelError where it is none."""
+    if not tied or DECODER not in weights:
+        return weights
+    if EMBEDDING in weights and not torch.equal(weights[DECODER], weights[EMBEDDING]):
+        raise ModelError(f"{of}: tie_word_embeddings is true, but {DECODER} is not {EMBEDDING}. Set tie_word_embeddings to "
+                         "false to keep both.")
+    return {name: w for name, w in weights.items() if name != DECODER}
+
+
+def load_tensors(path: Path, *, allowed: Sequence[Any] = ()) -> Any:
+    """What torch.save wrote, read as tensors and plain values alone. Raises ModelError for anything else.
+
+    allowed: further types that the file's format has, as torch.serialization.safe_globals takes them.
+    """
+    open_regular(path, error=ModelError).close()        # a fifo would be waited for
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:          # torch, its unpickler and zipfile each raise their own kinds
+        if kind := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ModelError(f"{path} holds {kind[1]} beside tensors, and reading that would run code named in the file. Where "
+                             "you trust it, load it in the program that wrote it and torch.save the state dict alone.") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} cannot be read: {why}. Copy the file again.") from error
+
+
+def named_tensors(found: Any, *, where: str) -> dict[str, Tensor]:
+    """`found`, where it is a mapping of names to dense tensors. Raises ModelError."""
+    if not isinstance(found, dict):
+        raise ModelError(f"{where} holds a {type(found).__name__}; needed: a mapping of names to tensors. Save the model's "
+                         "state_dict().")
+    for name, tensor in found.items():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not isinstance(name, str) or not dense:
+            kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) and not dense else type(tensor).__name__
+            raise ModelError(f"{where} holds a {kind} under {name!r}; needed: dense tensors under names. Save the model's "
+                             "state_dict().")
+        # also one that repeats few values over a shape of terabytes
+        if tensor.is_meta or tensor.is_quantized or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ModelError(f"{where} holds {name!r} without all of its values ({list(tensor.shape)}); needed: whole tensors. "
+                             "Load the model's weights before you save its state_dict().")
+    return found
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file():
+        return read_safetensors(folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        return _read_shards(folder)
+    if (folder / PICKLED).is_file():
+        return named_tensors(load_tensors(folder / PICKLED), where=str(folder / PICKLED))
+    raise ModelError(f"{folder} has a {CONFIG} but no {WEIGHTS}, no {INDEX} and no {PICKLED}. Copy the folder again, or save "
+                     "it with save_pretrained.")
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """Each tensor from the file that the index names for it; another file may hold an older one of that name."""
+    files = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict):
+        raise ModelError(f"{folder / INDEX} has no weight_map; needed: the names of the weights with their files.")
+    for file in files.values():
+        plain_name(file, where=folder / INDEX, error=ModelError, folders=False)
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        held = read_safetensors(inside(folder, file, where=folder / INDEX, error=ModelError, folders=False))
+        weights.update((name, w) for name, w in held.items() if files.get(name) == file)
+    lost = sorted(files.keys() - weights.keys())
+    if lost:
+        raise ModelError(f"{folder}: {INDEX} tells of {lost[0]} in {files[lost[0]]}, which lacks it. Copy the folder again.")
+    return weights
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A mapping; NaN and Infinity are taken, which transformers writes."""
+    try:
+        return read_json(path, root=dict, error=ModelError, non_finite=True)
+    except ModelError as error:
+        raise ModelError(f"{error} Copy the file again.") from error
+
+
+def _max_tokens(folder: Path, config: ModelConfig) -> int | None:
+    """model_max_length of the tokenizer, where it says one that the model can do."""
+    path = folder / "tokenizer_config.json"
+    found = _read_json(path).get("model_max_length") if path.is_file() else None
+    whole = isinstance(found, int) and not isinstance(found, bool)
+    return found if whole and 1 <= found <= config.max_position_embeddings else None

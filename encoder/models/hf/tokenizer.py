@@ -1,0 +1,86 @@
+"""The tokenizer of a Hugging Face folder: the run's own tokenizer.json, with the edits that ModernBERT's release has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from encoder.base.errors import ModelError
+from encoder.base.files import write_json
+from encoder.base.untrusted import native_code, read_json
+from encoder.models.hf.modernbert import SpecialIds
+from encoder.models.stored import TOKENIZER
+
+
+def check_tokenizer(tokenizer_json: Path, *, vocab_size: int) -> None:
+    """It is a tokenizer.json whose ids the model has. Raises ModelError."""
+    _read(tokenizer_json, vocab_size)
+
+
+def write_tokenizer(folder: Path, tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int, max_tokens: int) -> None:
+    """tokenizer.json and tokenizer_config.json (its model_max_length is max_tokens). Raises ModelError.
+
+    A tokenizer.json without a post-processor is given [CLS] ... [SEP], as every document of the shards has them.
+    """
+    content, names = _read(tokenizer_json, vocab_size)
+    ids = {role: getattr(specials, f"{role}_id") for role in ("cls", "sep", "pad", "mask", "unk")}
+    strange = [f"{role} {i}" for role, i in ids.items() if i not in names]
+    if strange:
+        raise ModelError(f"{tokenizer_json} has no token {', '.join(strange)}. "
+                         "Give the tokenizer that the model was trained with.")
+    masks = [token for token in content["added_tokens"] if token["id"] == specials.mask_id]
+    if not masks:
+        raise ModelError(f"{tokenizer_json} has {names[specials.mask_id]} in its vocabulary, but not among added_tokens, so text "
+                         "with a mask would be cut into letters. Add it there as a special token.")
+    masks[0]["lstrip"] = True               # "a [MASK]" asks for " word", space included, as the vocabulary has it
+    if content.get("post_processor") is None:
+        content["post_processor"] = _template(names, specials)
+    content["truncation"] = content["padding"] = None       # a maker's own would cut and fill what transformers is asked for
+    framed = _ids_of_nothing(content, tokenizer_json)
+    if framed != [specials.cls_id, specials.sep_id]:
+        raise ModelError(f"{tokenizer_json} makes {framed} of an empty text; needed: {names[specials.cls_id]} and "
+                         f"{names[specials.sep_id]}, {[specials.cls_id, specials.sep_id]}, as the model was trained. Put such a "
+                         "post_processor, or null for that one.")
+    (folder / TOKENIZER).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", **{f"{role}_token": names[i] for role, i in ids.items()},
+        "model_max_length": max_tokens, "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "right", "truncation_side": "right",
+        # ModernBERT's own file says true, which turns the decoded "x . y" into "x. y": wrong for code
+        "clean_up_tokenization_spaces": False,
+    })
+
+
+def _template(names: dict[int, str], specials: SpecialIds) -> dict[str, Any]:
+    cls, sep = ({"SpecialToken": {"id": names[i], "type_id": 0}} for i in (specials.cls_id, specials.sep_id))
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {"type": "TemplateProcessing", "single": [cls, a, sep], "pair": [cls, a, sep, b, sep],
+            "special_tokens": {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]}
+                               for i in (specials.cls_id, specials.sep_id)}}
+
+
+def _ids_of_nothing(content: dict[str, Any], tokenizer_json: Path) -> list[int]:
+    import tokenizers
+
+    with native_code(f"{tokenizer_json} cannot be used as a tokenizer.json", error=ModelError):
+        return tokenizers.Tokenizer.from_str(json.dumps(content)).encode("").ids
+
+
+def _read(tokenizer_json: Path, vocab_size: int) -> tuple[dict[str, Any], dict[int, str]]:
+    """The file's content, and its tokens by id."""
+    try:
+        content = read_json(tokenizer_json, root=dict, error=ModelError)
+        names = {i: word for word, i in content["model"]["vocab"].items()}
+        names.update({token["id"]: token["content"] for token in content["added_tokens"]})
+        top = max(names)
+        if not all(type(i) is int and isinstance(word, str) for i, word in names.items()):
+            raise TypeError("an id is no whole number")
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error).rstrip(".") if isinstance(error, ModelError) else repr(error)
+        raise ModelError(f"{tokenizer_json} cannot be used as a tokenizer.json ({why}). "
+                         "Give the one that stands beside the shards.") from error
+    if top >= vocab_size:
+        raise ModelError(f"{tokenizer_json} has ids up to {top:,}; the model's vocabulary is {vocab_size:,}. "
+                         "Give the tokenizer that the model was trained with.")
+    return content, names

@@ -1,0 +1,120 @@
+"""What a run is, for people: written into its start event, read by its report and by the card of its export."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from encoder.base.dist import World
+from encoder.base.errors import UserError
+from encoder.base.units import short_count
+from encoder.data.shard_format import read_card
+from encoder.optim.catalog import OPTIMIZERS
+from encoder.runs.config import RunConfig
+from encoder.runs.folder import EVENTS, read_jsonl
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers")
+
+
+def about_run(
+    run: RunConfig, world: World, device: torch.device, *, parameters: int
+) -> dict[str, Any]:
+    """Model size, data, machine and versions, as plain values for the start event."""
+    gpu = device.type == "cuda"
+    return {
+        "parameters": parameters,
+        "sources": data_facts(run),
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU ({platform.machine()})",
+        "ranks": world.size,
+        "versions": versions(),
+    }
+
+
+def data_facts(run: RunConfig) -> list[dict[str, Any]]:
+    """Name, share, documents and tokens of each source, in the order of the run file; none of a source that is gone."""
+    found: dict[str, dict[str, Any]] = {}
+    for phase in run.phases:
+        mixture = run.sources_of(phase)
+        for source in mixture:
+            try:
+                card = read_card(source.folder)
+            except (UserError, OSError):
+                continue
+            share = source.weight / sum(s.weight for s in mixture)
+            name = source.name or card.source
+            entry = found.setdefault(
+                name,
+                {"name": name, "documents": card.documents, "tokens": card.tokens, "trained": 0.0},
+            )
+            entry["trained"] += share * phase.tokens
+    return [{**entry, "trained": round(entry["trained"])} for entry in found.values()]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what decides the numbers; `commit` where this is a clone."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        try:
+            asked = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+            said = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", timeout=5)
+            if said.returncode == 0:
+                found["commit"] = said.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return found
+
+
+def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
+    """Model, data, precision, machine and versions of a run folder, a line each."""
+    events = read_jsonl(folder / EVENTS)
+    starts = [e for e in events if e.get("event") in ("start", "resume")]
+    told = [e for e in starts if isinstance(e.get("about"), dict)]
+    about = told[-1]["about"] if told else {}
+    m = run.model
+    layers = f"{m.num_hidden_layers} layer{'' if m.num_hidden_layers == 1 else 's'}"
+    optimizer = next((w for w, kind in OPTIMIZERS.items() if type(run.optimizer) is kind), "")
+    size = about.get("parameters") or m.parameter_counts().total
+    lines = {
+        "model": (f"{size:,} parameters, " if isinstance(size, int) else "")
+        + f"{layers} of {m.hidden_size}, {m.num_attention_heads} heads, vocabulary {m.vocab_size:,}",
+        "optimizer": f"{optimizer}, seed {run.seed}",
+    }
+    share = getattr(run.objective, "mask_share", None)
+    if share is not None:
+        lines["objective"] = f"masked tokens, {share:.0%} of the text"
+    for source in about.get("sources") or data_facts(run):
+        if isinstance(source, dict) and isinstance(source.get("tokens"), int):
+            trained = source.get("trained", 0)
+            lines[f"data {source.get('name')}"] = (
+                f"{short_count(source['tokens'])} tokens in {source.get('documents', 0):,} "
+                "documents; of the run "
+                f"{short_count(trained)} tokens"
+            )
+    if starts:
+        last = starts[-1]
+        lines["precision"] = (
+            f"{last.get('precision', run.engine.precision)}, ZeRO stage {last.get('zero_stage', 0)}"
+        )
+        ranks = list(dict.fromkeys(str(e.get("ranks")) for e in starts if "ranks" in e))
+        lines["ranks"] = " then ".join(ranks) + (
+            f", on {about['device']}" if "device" in about else ""
+        )
+    if isinstance(about.get("versions"), dict):
+        lines["versions"] = ", ".join(
+            f"{name} {number}" for name, number in about["versions"].items()
+        )
+    begun = next((e for e in starts if e.get("init_sha256")), None)
+    if begun:
+        lines["weights from"] = f"a stored model, SHA-256 {str(begun['init_sha256'])[:16]}"
+    return lines

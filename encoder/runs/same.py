@@ -1,0 +1,135 @@
+"""Whether a run folder belongs to the run that is to go on in it: by settings and by content, never by how a path is spelt.
+
+    settings           run.yaml of the folder or of its newest checkpoint, but for every path in it
+    sources            the SHA-256 of their cards, which hold that of the index, which holds those of the shards
+    init_from          the SHA-256 of the weights
+    branch_from        the link of the parent's ledger
+
+So shards and models may be moved, and named by another path; what is no longer needed may be gone.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from encoder.base.errors import CheckpointError, ShardError, UserError
+from encoder.base.hub import parse_hub_name
+from encoder.base.schema import brief, read_mapping
+from encoder.base.units import parse_tokens
+from encoder.engine.checkpoint.read import read_progress
+from encoder.engine.checkpoint.folder import COMMITTED, committed_folders
+from encoder.runs.facts import HELD_OUT, DataFacts
+from encoder.runs.config import RunConfig, changed_settings
+from encoder.runs.initial import weights_sha256
+from encoder.runs.foreign_files import check_folder
+from encoder.runs.weights import read_model
+from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE, read_jsonl
+
+ANEW = "or start anew with out=ANOTHER_FOLDER."
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run folder holds a run: its settings, and a step or a checkpoint."""
+    ledger = folder / LEDGER
+    begun = ledger.exists() and ledger.stat().st_size > 0 or (folder / CHECKPOINTS).exists()
+    return begun and (folder / RUN_FILE).exists()
+
+
+def check_same_run(run: RunConfig, folder: Path) -> None:
+    """A run folder belongs to one run. Raises CheckpointError naming the first setting that changed, ConfigError for a folder
+    that holds what no run wrote."""
+    check_folder(folder)
+    if has_begun(folder):
+        check_same_settings(run, folder / RUN_FILE, of=str(folder))
+
+
+def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
+    """The run file at `path` decides the same curve. Raises CheckpointError naming the first setting that changed, of `of`."""
+    changed = changed_settings(read_mapping(path), run)
+    if not changed:
+        return
+    key, old, new = changed[0]
+    others = ", ".join(other for other, _, _ in changed[1:3])
+    more = f" (also {others}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''})" if others else ""
+    found = f"{of} holds another run: {key} was {brief(old)}, now {brief(new)}{more}."
+    if all(_is_extension(*change) for change in changed):
+        raise CheckpointError(f"{found} The phases of a run that has begun stay as they are. To train on from it: a run file with "
+                              f"branch_from: {run.out}, another name, out and seed, and only the phases that are to come.")
+    raise CheckpointError(f"{found} Put it back, {ANEW}")
+
+
+def _is_extension(key: str, old: Any, new: Any) -> bool:
+    """Whether a change asks for more: another phase, more tokens of one."""
+    if not key.startswith("phases."):
+        return False
+    longer = key.endswith(".tokens") and isinstance(old, (int, str)) and parse_tokens(old) < parse_tokens(new)
+    return old is None and isinstance(new, dict) or longer or key.endswith(("warmup_tokens", "decay_tokens", "over_tokens"))
+
+
+def check_same_data(run: RunConfig, facts: DataFacts, folder: Path) -> None:
+    """The sources are those of the newest checkpoint in a run folder, where there is one. Raises ShardError."""
+    found = committed_folders(folder / CHECKPOINTS)
+    if found:
+        _check_cards(run, facts, read_progress(found[-1])[1]["card_sha256"])
+
+
+def check_same_content(run: RunConfig, facts: DataFacts, checkpoint: Path, *, first: bool) -> None:
+    """Sources, initial weights and parent are those of a checkpoint, as far as they are still there. Called on every rank.
+
+    `first`: of rank zero, which alone reads initial weights. Raises ShardError, CheckpointError.
+    """
+    extra = read_progress(checkpoint)[1]
+    _check_cards(run, facts, extra["card_sha256"])
+    before = read_mapping(checkpoint / RUN_FILE)
+    if first and run.init_from and extra.get("init_sha256"):
+        _check_weights(Path(run.init_from), extra["init_sha256"], before=before.get("init_from"))
+    if run.branch_from and extra.get("parent"):
+        _check_parent(Path(run.branch_from), extra["parent"])
+
+
+def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str]) -> None:
+    saved = {name: digest for name, digest in saved_sha256.items() if HELD_OUT not in name}     # what is only looked at may change
+    here = {name: digest for name, digest in facts.card_sha256.items() if HELD_OUT not in name}
+    if [*saved] != [*here]:
+        number, old, new = next((i, a, b) for i, (a, b) in enumerate(zip_longest(saved, here)) if a != b)
+        raise ShardError(f"source {number} of this run was {brief(old)}, the run file has {brief(new)} there. "
+                         f"Put it back (a source's name is its card's unless it has a name:), {ANEW}")
+    for name, digest in saved.items():
+        if here[name] != digest:
+            folder = next((s.folder for s in run.all_sources() if s.name == name), None)
+            place = f" in {folder}" if folder else ""
+            raise ShardError(f"source {name}{place} has a card of SHA-256 {here[name][:16]}, this run was trained on "
+                             f"{digest[:16]}: it is not the same text. Put those shards back, {ANEW}")
+
+
+def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
+    """The model at `path` is the one that the run began with. One that is gone is not needed any more."""
+    if not path.exists() and (parse_hub_name(path) is None or str(path) == str(Path(before or ""))):
+        return
+    same_place = before is not None and path.resolve() == Path(before).resolve()
+    try:
+        found = weights_sha256(read_model(path).weights)
+    except UserError:
+        if same_place:
+            return
+        raise
+    # a run folder stands for its newest checkpoint, and that run may have gone on
+    if found != sha256 and not (same_place and (path / CHECKPOINTS).is_dir()):
+        raise CheckpointError(f"init_from {path} holds weights of SHA-256 {found[:16]}, this run began with {sha256[:16]}. "
+                              f"Name that model, {ANEW}")
+
+
+def _check_parent(path: Path, parent: dict[str, Any]) -> None:
+    """The checkpoint or run folder at `path` is of the run that was branched off. One that is gone is not needed any more."""
+    link = parent["ledger_hash"]
+    if (path / COMMITTED).is_file():
+        same = read_progress(path)[0].ledger_hash == link
+    elif (path / LEDGER).is_file():
+        same = any(line.get("chain") == link for line in read_jsonl(path / LEDGER))
+    else:
+        return
+    if not same:
+        raise CheckpointError(f"branch_from {path} is not what this run branched off: run {parent['run']}, step "
+                              f"{parent['step']:,}, ledger {link}. Name that checkpoint, {ANEW}")

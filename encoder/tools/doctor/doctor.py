@@ -1,0 +1,282 @@
+"""The story of a doctor: what each rank finds out, held together before a run's first step, in under 30 s of a sound job.
+
+    look            versions, run file, shards, device, memory                  each rank by itself
+    meet            a store on rank zero; who does not come is named
+    run folder      one writes, all see it; all write, one sees it; room for two checkpoints
+    links           neighbours, then all ranks at once
+    verdict         0 fine, 2 a mistake in the input, 4 nodes to leave out, 5 all of them
+
+Nobody waits for anybody longer than `wait_seconds`, and nothing of the run is touched but its folder, which is made if it
+is not there. A report folder gets NODE.json of each node, written before anything is waited for and again at the end, and
+bad_nodes, one name a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from encoder.base.command import as_user_error
+from encoder.base.dist import World
+from encoder.base.errors import UserError
+from encoder.base.files import refuse_foreign, write_atomic, write_json
+from encoder.base.log import say
+from encoder.base.slurm import node_name, nodes_of_ranks
+from encoder.base.units import short_seconds
+from encoder.runs.checks import check_settings, hints_of
+from encoder.runs.config import RunConfig, read_run
+from encoder.runs.defaults import warnings_of
+from encoder.runs.facts import check_data
+from encoder.runs.same import check_same_data, check_same_run
+from encoder.tools.doctor.facts import gather_facts, look_at_folder
+from encoder.tools.doctor.links import Hinder, Links, rounds_of
+from encoder.tools.doctor.rendezvous import Meeting, Silent
+from encoder.tools.doctor.verdict import (
+    Findings,
+    bad_links,
+    judge_all_reduce,
+    judge_facts,
+    judge_folder,
+    judge_links,
+    links_of,
+)
+from encoder.tools.plan.fit import fit_ranks
+from encoder.tools.plan.plan import count_needs
+from encoder.train import build
+
+WAIT_SECONDS = 45.0         # a python of 1,000 nodes on a busy file system starts within that
+BAD_NODES = "bad_nodes"
+LOOKED_AT_AGAIN = 16        # slow links at most; more of them are no accident of a moment
+LOOKS_AGAIN = 2
+
+
+@dataclass(kw_only=True)
+class Doctor:
+    """One rank's part. `hinder` slows or damages what this rank sends, in tests."""
+
+    world: World
+    env: Mapping[str, str]
+    report: Path | None = None
+    wait_seconds: float = WAIT_SECONDS
+    message_bytes: int | None = None
+    hinder: Hinder | None = None
+    findings: Findings = field(default_factory=Findings)
+
+    def examine(self, path: Path | str, overrides: Sequence[str]) -> int:
+        """Looks, meets, judges; returns the exit code, the same on all ranks. Raises UserError where there is no place to meet."""
+        began = time.monotonic()
+        self.node = node_name(self.env)
+        self.expected = nodes_of_ranks(self.env, size=self.world.size, local_size=self.world.local_size)
+        run, facts = self._look(path, overrides)
+        self._write_report("started", facts=facts)
+        try:
+            meeting = Meeting(self.world, wait_seconds=self.wait_seconds)
+            meeting.say("facts", facts)
+            verdict = self._lead(meeting, run) if self.world.first else self._follow(meeting, run)
+        except Silent as silence:
+            return self._without_rank_zero(str(silence))
+        self._write_report("ended", facts=facts, verdict=verdict)
+        if self.world.first:
+            self._speak(verdict, time.monotonic() - began)
+        with contextlib.suppress(Silent):
+            meeting.leave()
+        return verdict["exit_code"]
+
+    def _look(self, path: Path | str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
+        try:
+            run = read_run(path, overrides)
+            return run, gather_facts(run, self.world, env=self.env)
+        except (UserError, OSError) as error:
+            return None, {"rank": self.world.rank, "local_rank": self.world.local_rank, "node": self.node, "folder": os.getcwd(),
+                          "error": str(as_user_error(error))}
+
+    def _lead(self, meeting: Meeting, run: RunConfig | None) -> dict[str, Any]:
+        """Rank zero: asks for everything in turn, and judges."""
+        found = self.findings
+        facts = meeting.collect("facts")
+        wrong = {fact["node"]: f"{fact['error']} Looked for from the folder {fact['folder']}" for fact in facts.values()
+                 if "error" in fact}
+        found.blame_or_mistake(wrong, of=len({fact["node"] for fact in facts.values()}))
+        if run is None:
+            found.mistakes += [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
+            meeting.tell("folder", None)
+        else:
+            needs = count_needs(run, ranks=self.world.size)
+            whole = {rank: fact for rank, fact in facts.items() if "error" not in fact}
+            judge_facts(found, whole, self.expected, needs=needs, came=set(facts))
+            self._judge_run(run)
+            nonce = secrets.token_hex(6)
+            firsts = {rank: fact["node"] for rank, fact in whole.items() if fact["local_rank"] == 0}
+            self._folder(meeting, run, nonce, needs.checkpoint_bytes, firsts)
+        if go := not found.exit_code and self.world.size > 1:
+            meeting.tell("links", True)
+            self._links(meeting, [facts[rank]["node"] for rank in range(self.world.size)], run)
+        else:
+            meeting.tell("links", go)
+        nodes = {facts[rank]["node"] if rank in facts else self.expected[rank] for rank in range(self.world.size)}
+        verdict = {"exit_code": found.exit_code_of(nodes), "mistakes": found.mistakes, "nodes": found.nodes,
+                   "warnings": found.warnings, "rows": found.rows}
+        meeting.tell("verdict", verdict)
+        return verdict
+
+    def _follow(self, meeting: Meeting, run: RunConfig | None) -> dict[str, Any]:
+        """Every other rank: answers in the same order."""
+        asked = meeting.hear("folder")
+        if asked is not None and self.world.local_rank == 0 and run is not None:
+            meeting.say("shared", look_at_folder(Path(run.out), asked["nonce"], node=self.node, wait_seconds=self.wait_seconds / 3))
+        if meeting.hear("links"):
+            assert run is not None, "rank zero goes on only where every rank could read the run file"
+            self._links(meeting, [], run)
+        return meeting.hear("verdict")
+
+    def _judge_run(self, run: RunConfig) -> None:
+        """What rank zero can see alone of the run file, its data and its folder."""
+        for check in (lambda: run.tracking.check_packages(), lambda: check_same_run(run, Path(run.out)),
+                      lambda: None if self.findings.mistakes else check_same_data(run, check_data(run), Path(run.out))):
+            try:
+                check()
+            except (UserError, OSError) as error:
+                self.findings.mistakes.append(str(as_user_error(error)))
+        try:
+            fit = fit_ranks(run, ranks=self.world.size)
+            self.findings.rows.append(("fit", fit.text))
+            self.findings.warnings += fit.warnings
+            self.findings.warnings += [*check_settings(run), *warnings_of(run), *hints_of(run, ranks=self.world.size)]
+        except UserError as error:
+            self.findings.mistakes.append(str(error))
+
+    def _folder(self, meeting: Meeting, run: RunConfig, nonce: str, checkpoint_bytes: int, firsts: Mapping[int, str]) -> None:
+        """`firsts`: the first rank of each node that is here, and the node."""
+        folder = Path(run.out)
+        with _made_if_absent(folder):
+            mine = look_at_folder(folder, nonce, node=self.node, wait_seconds=0.0, first=True)
+            meeting.tell("folder", {"nonce": nonce})
+            meeting.say("shared", mine)
+            shared = {value["node"]: value for value in meeting.collect("shared", ranks=list(firsts)).values()}
+            unseen = [node for node in shared if not shared[node].get("error")
+                      and not _appears(folder / f".doctor-{nonce}-{node}", self.wait_seconds / 3)]
+            for node in set(firsts.values()) - set(shared):
+                self.findings.blame(node, f"{node} fell silent while it looked at the run folder {folder}: its disk may hang")
+            judge_folder(self.findings, shared, unseen, run.out, checkpoint_bytes=checkpoint_bytes,
+                         at_most=run.checkpoints.keep_last + 1 + len(run.phases) - _standing(folder))
+            with contextlib.suppress(OSError):
+                for path in folder.glob(".doctor-*"):           # of doctors that were killed, too
+                    path.unlink(missing_ok=True)
+
+    def _links(self, meeting: Meeting, nodes: list[str], run: RunConfig) -> None:
+        """All ranks: pairs, the slow ones again, the all-reduce. Rank zero judges; `nodes` are known to it alone."""
+        first, size = self.world.first, self.world.size
+        nodes = meeting.share("nodes", nodes if first else None)
+        links = Links(meeting.connect(), rank=self.world.rank, device=build.choose_device(run, self.world),
+                      message_bytes=self.message_bytes, hinder=self.hinder)
+        rounds = [[pair.ranks for pair in pairs] for pairs in rounds_of(nodes)]
+        views: list[dict[str, Any]] = []
+        _within(self.wait_seconds, lambda: links.measure(rounds, views))
+        meeting.say("links seen", list(views))
+        again: list[tuple[int, int]] = []
+        if first:
+            said = meeting.collect("links seen")
+            silent = [rank for rank in range(size) if rank not in said]
+            seen = [view for of_rank in said.values() for view in of_rank]
+            slow = [link.ranks for link in bad_links(links_of(seen, nodes, silent=silent)) if not link.error]
+            again = [] if silent else slow[:LOOKED_AT_AGAIN]
+        if again := meeting.share("again", again):
+            more: list[dict[str, Any]] = []
+            _within(self.wait_seconds, lambda: links.measure([again] * LOOKS_AGAIN, more, turn="again"))
+            meeting.say("links seen again", list(more))
+        if first:
+            if again:
+                seen += [view for of_rank in meeting.collect("links seen again").values() for view in of_rank]
+            judge_links(self.findings, links_of(seen, nodes, silent=silent), silent=[nodes[rank] for rank in silent])
+        if meeting.share("all", not self.findings.exit_code):
+            result: list[dict[str, Any]] = []
+            _within(self.wait_seconds, lambda: result.append(links.all_reduce(size)))
+            meeting.say("sum", result[0] if result else {"error": f"no sum in {self.wait_seconds:.0f} s"})
+            if first:
+                judge_all_reduce(self.findings, meeting.collect("sum"), nodes)
+
+    def _without_rank_zero(self, why: str) -> int:
+        """Who is left says so; nobody is there to judge anything else."""
+        lost = self.expected[0]
+        text = f"bad node {lost}: {why}"
+        self._write_report("ended", verdict={"exit_code": 4, "nodes": {lost: why}})
+        if self.world.local_rank == 0:
+            print(text, flush=True)
+            self._write_bad_nodes([lost])
+        return 4
+
+    def _speak(self, verdict: Mapping[str, Any], seconds: float) -> None:
+        """The table, then what is wrong, a line each."""
+        self._write_bad_nodes(list(verdict["nodes"]))
+        for name, text in verdict["rows"]:
+            say(f"  {name:<12} {text}")
+        for text in verdict["warnings"]:
+            say(f"warning: {text}")
+        for text in verdict["mistakes"]:
+            say(f"error: {text.rstrip('.')}.")
+        for node, why in verdict["nodes"].items():
+            say(f"bad node {node}: {why.rstrip('.')}.")
+        named = ", ".join(verdict["nodes"])
+        words = {0: "fine", 2: "the input must be mended first", 4: f"to be left out: {named}", 5: f"no node is left: {named}"}
+        say(f"doctor: {words[verdict['exit_code']]} ({short_seconds(seconds)})")
+
+    def _write_bad_nodes(self, nodes: Sequence[str]) -> None:
+        if self.report is not None:
+            names = [node for node in nodes if not re.fullmatch(r"ranks \d+-\d+", node)]       # no name of a node is known
+            write_atomic(self.report / BAD_NODES, "".join(f"{node}\n" for node in names))
+
+    def _write_report(self, stage: str, **values: Any) -> None:
+        if self.report is None or self.world.local_rank:
+            return
+        refuse_foreign(self.report / f"{self.node}.json", ours=lambda head: head.startswith(b'{\n "node": "'))
+        refuse_foreign(self.report / BAD_NODES, ours=lambda head: re.fullmatch(rb"([\w.-]+\n)*", head) is not None)
+        self.report.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        write_json(self.report / f"{self.node}.json", {"node": self.node, "stage": stage, "time": stamp, **values})
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    """Does the work, or leaves it behind in its thread: a collective that hangs cannot be ended."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _appears(path: Path, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _standing(folder: Path) -> int:
+    """Checkpoints whose room is taken already."""
+    from encoder.engine.checkpoint.folder import committed_folders
+    from encoder.runs.folder import CHECKPOINTS
+
+    return len(committed_folders(folder / CHECKPOINTS))
+
+
+@contextlib.contextmanager
+def _made_if_absent(folder: Path):
+    """Makes a folder for the block; what was made and is empty at the end goes again."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.suppress(OSError):              # look_at_folder says why
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in absent:
+                path.rmdir()

@@ -1,0 +1,315 @@
+"""What the ranks of a doctor found out, held together: mistakes that no other node would mend, and nodes to leave out.
+
+What most nodes have in common is right: a node that differs, or cannot see what the others see, is a bad one. What half
+of the nodes or more have wrong is a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from encoder.base.units import short_bytes
+from encoder.tools.plan.plan import Needs
+
+SLOW_SHARE = 0.25        # of the usual link of its kind: below, a link is slow. Sound ones of a kind differ by less than 2
+LEAST_GB_PER_SECOND = 0.01      # no training goes on over less, whatever the others have
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What is wrong. `nodes` are to be left out, with the reason; a mistake is not mended by other nodes."""
+
+    mistakes: list[str] = field(default_factory=list)
+    nodes: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    rows: list[tuple[str, str]] = field(default_factory=list)      # of the table for people
+
+    @property
+    def exit_code(self) -> int:
+        """0 fine, 2 a mistake, 4 bad nodes."""
+        return 2 if self.mistakes else 4 if self.nodes else 0
+
+    def exit_code_of(self, nodes: Collection[str]) -> int:
+        """The same of a job that has these nodes: 5 where no other is left."""
+        return 5 if self.exit_code == 4 and set(nodes) <= set(self.nodes) else self.exit_code
+
+    def blame(self, node: str, why: str) -> None:
+        """A node to leave out; the first reason stays."""
+        self.nodes.setdefault(node, why)
+
+    def blame_or_mistake(self, wrong: Mapping[str, str], *, of: int) -> None:
+        """`wrong` says of some of the `of` nodes what is wrong with them: nodes to leave out, or a mistake."""
+        if 2 * len(wrong) < of:
+            for node, why in wrong.items():
+                self.blame(node, why)
+        elif wrong:
+            node, why = next(iter(wrong.items()))
+            place = "" if of == 1 else " (on every node)" if len(wrong) == of else f" (on {', '.join(wrong)})"
+            self.mistakes.append(f"{why}{place}")
+
+    def hold_equal(self, what: str, by_node: Mapping[str, Any], *, advice: str) -> bool:
+        """All nodes must have the same value of something; says which have another."""
+        texts = {node: json.dumps(value, sort_keys=True) for node, value in by_node.items()}
+        common = Counter(texts.values()).most_common(1)[0][0]
+        here = next(node for node, text in texts.items() if text == common)
+        wrong = {node: f"{what} of {node} differ from those of {here}: {_difference(by_node[node], by_node[here])}. {advice}"
+                 for node, text in texts.items() if text != common}
+        self.blame_or_mistake(wrong, of=len(by_node))
+        return not wrong
+
+
+def judge_facts(findings: Findings, facts: Mapping[int, Mapping[str, Any]], expected: Sequence[str], *, came: Collection[int],
+                needs: Needs) -> None:
+    """`facts` by rank, `expected` the node of each rank as it was started; ranks that are not among `came` are silent."""
+    silent = {expected[rank]: rank for rank in reversed(range(len(expected))) if rank not in came}
+    for node, rank in silent.items():
+        findings.blame(node, f"rank {rank} of {node} did not come: the node is dead, cut off, or could not start python")
+    firsts = {fact["node"]: fact for fact in facts.values() if fact["local_rank"] == 0}
+    if not firsts:
+        return
+    fact = facts[0] if 0 in facts else next(iter(firsts.values()))
+    same = findings.hold_equal("versions", _by_node(facts, "versions"),
+                               advice="Needed: the same environment and sources. Put both on a disk that all nodes share.")
+    if same:
+        findings.rows.append(("versions", ", ".join(f"{k} {v}" for k, v in fact["versions"].items() if k in (
+            "python", "torch", "deepspeed", "transformers", "mosaicml-streaming", "sources"))))
+    if findings.hold_equal("settings", _by_node(facts, "run_sha256"),
+                           advice="Needed: one run file, on a disk that all nodes share, and the same overrides."):
+        findings.rows.append(("run file", f"the same on {_many(len(facts), 'rank')}"))
+    _judge_shards(findings, firsts)
+    _judge_devices(findings, facts)
+    _judge_memory(findings, firsts, facts, needs)
+
+
+def _judge_shards(findings: Findings, firsts: Mapping[str, Mapping[str, Any]]) -> None:
+    before = len(findings.mistakes), len(findings.nodes)
+    paths = list(next(iter(firsts.values()))["shards"])
+    for path in paths:
+        other = {"error": f"{path} is in the run file of other nodes alone."}
+        at = {node: fact["shards"].get(path, other) for node, fact in firsts.items()}
+        findings.blame_or_mistake({node: f"{a['error']} Looked for from the folder {firsts[node]['folder']}"
+                                   for node, a in at.items() if "error" in a}, of=len(firsts))
+        cards = {node: a["card"] for node, a in at.items() if "card" in a}
+        if cards:
+            findings.hold_equal(f"the cards of {path}", cards, advice="Needed: the same shards. Copy them again.")
+    if before == (len(findings.mistakes), len(findings.nodes)):
+        findings.rows.append(("shards", f"{_many(len(paths), 'folder')} read, cards equal on {_many(len(firsts), 'node')}"))
+
+
+def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -> None:
+    kinds = Counter(fact["device"]["kind"] for fact in facts.values() if "error" not in fact["device"])
+    common = kinds.most_common(1)[0][0] if kinds else ""
+    short: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for rank, fact in facts.items():
+        device, node = fact["device"], fact["node"]
+        allotted = next((f["gpus_allotted"] for f in facts.values() if f["node"] == node and f["local_rank"] == 0), "")
+        was_given = allotted.isdigit() and int(allotted) >= fact["local_size"]
+        if "error" in device and device["seen"] < fact["local_size"] and not was_given:
+            short[node] = device["error"]            # the run file and the allocation do not fit each other
+        elif "error" in device:
+            broken.setdefault(node, f"rank {rank} of {node}: {device['error']}")
+        elif device["kind"] != common:
+            findings.blame(node, f"rank {rank} of {node} has device {device['kind']}, most have {common}: its GPU is not there")
+        elif device.get("memory_errors"):
+            findings.blame(node, f"{node}: {device['memory_errors']}")
+    nodes = {fact["node"] for fact in facts.values()}
+    if len(nodes) > 1 and len(broken) == len(nodes):      # a torch without CUDA, say: other nodes have it, too
+        findings.mistakes.append(f"{next(iter(broken.values())).rstrip('.')} (and so on every node)")
+    else:
+        for node, why in broken.items():
+            findings.blame(node, why)
+    if short:
+        findings.mistakes.append(next(iter(short.values())))
+    if common and not short and all("error" not in fact["device"] for fact in facts.values()):
+        names = Counter(fact["device"].get("name", fact["device"]["kind"]) for fact in facts.values())
+        findings.rows.append(("devices", ", ".join(f"{n} x {name}" for name, n in names.items()) + ", products right"))
+
+
+def _judge_memory(findings: Findings, firsts: Mapping[str, Mapping[str, Any]], facts: Mapping[int, Mapping[str, Any]],
+                  needs: Needs) -> None:
+    memory = needs.memory
+    sure = memory.total - memory.activations         # these are counted, activations estimated
+    on_gpu = any(fact["device"]["kind"] == "cuda" for fact in facts.values())
+    wrong: dict[str, str] = {}
+    least = 0
+    for fact in facts.values():
+        node, device, local = fact["node"], fact["device"], fact["local_size"]
+        machine = firsts.get(node, {}).get("memory", {"free": 0, "allowed": 0})
+        if on_gpu and "free" in device:
+            have, need, all_need = device["free"], sure, memory.total
+        else:
+            have = min(v for v in (machine["free"], machine["allowed"] or machine["free"]))
+            need, all_need = local * sure, local * memory.total
+        if not have:
+            continue
+        least = min(least or have, have)
+        for_ranks = "" if on_gpu else f" for {_many(local, 'rank')}"
+        if have < need:
+            wrong[node] = (f"{node} has {short_bytes(have)} of memory free{for_ranks}; "
+                           f"needed: {short_bytes(need)} for weights, gradients and optimizer alone. Use more ranks, a higher "
+                           "engine.zero_stage, or end what else runs there")
+        elif have < all_need:
+            findings.warnings.append(f"{node} has {short_bytes(have)} of memory free, the run needs about {short_bytes(all_need)}. "
+                                     "If it runs out: a smaller loader.micro_batch_rows, or engine.activation_checkpointing: "
+                                     "blocks.")
+    findings.blame_or_mistake(wrong, of=len(firsts))
+    if not wrong and least:
+        findings.rows.append(("memory", f"a rank needs about {short_bytes(memory.total)}; least free "
+                                        f"{'on a GPU' if on_gpu else 'on a node'} {short_bytes(least)}"))
+
+
+def judge_folder(findings: Findings, shared: Mapping[str, Mapping[str, Any]], missing: Sequence[str], out: str, *,
+                 checkpoint_bytes: int, at_most: int = 2) -> None:
+    """`at_most`: how many more checkpoints than now will ever stand at once.
+    `shared`: by node, whether it saw rank zero's file in the run folder, whether it could write there, and the room.
+    `missing`: nodes whose file rank zero did not see."""
+    wrong: dict[str, str] = {}
+    need = 2 * checkpoint_bytes
+    for node, at in shared.items():
+        if not at["seen"]:
+            wrong[node] = (f"{node} does not see what rank 0 writes into the run folder {out} ({at['place']} there). Needed: a "
+                           "folder that all nodes share. Set another out")
+        elif at.get("error"):
+            wrong[node] = f"{node} cannot write into the run folder {out}: {at['error']}. Needed: a folder that can be written"
+        elif node in missing:
+            wrong[node] = f"rank 0 does not see what {node} writes into the run folder {out}. Needed: a folder that all nodes share"
+        elif at["free"] < need:
+            wrong[node] = (f"the disk of {out} has {short_bytes(at['free'])} free; needed: {short_bytes(need)}, two checkpoints of "
+                           f"{short_bytes(checkpoint_bytes)}. Make room, or set another out")
+    findings.blame_or_mistake(wrong, of=len(shared))
+    if not wrong:
+        free = min(at["free"] for at in shared.values())
+        whole = at_most * checkpoint_bytes
+        later = f", the {at_most} still to stand at once {short_bytes(whole)}: NOT enough to the end" if free < whole else ""
+        findings.rows.append(("run folder", f"{out}: seen and written by {_many(len(shared), 'node')}, {short_bytes(free)} free; "
+                                            f"two checkpoints take {short_bytes(need)}{later}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A measured link: GB/s of the slower view of its two ends, or what was wrong with it."""
+
+    ranks: tuple[int, int]
+    nodes: tuple[str, str]
+    gb_per_second: float = 0.0
+    error: str = ""
+
+    @property
+    def inside(self) -> bool:
+        return self.nodes[0] == self.nodes[1]
+
+
+def links_of(measured: Sequence[Mapping[str, Any]], nodes: Sequence[str], *, silent: Sequence[int] = ()) -> list[Link]:
+    """Both ends' views as one; what one end measured twice (the second look) counts by its better value.
+
+    An open view, of a rank that still waits, tells nothing where the other end never came to that link: it waits elsewhere."""
+    seen_by = {(tuple(view["ranks"]), view["by"]) for view in measured}
+    measured = [view for view in measured if not view.get("open")
+                or all((tuple(view["ranks"]), end) in seen_by or end in silent for end in view["ranks"])]
+    views: dict[tuple[int, int], dict[int, tuple[float, str]]] = {}
+    for view in measured:
+        ends, by = tuple(view["ranks"]), view["by"]
+        now, before = (view.get("gb_per_second", 0.0), view.get("error", "")), views.setdefault(ends, {}).get(by)
+        if before is None or (not now[1] and (before[1] or now[0] > before[0])):
+            views[ends][by] = now
+    return [Link(ranks=ends, nodes=(nodes[ends[0]], nodes[ends[1]]), gb_per_second=min(v[0] for v in by.values()),
+                 error=next((v[1] for v in by.values() if v[1]), "")) for ends, by in sorted(views.items())]
+
+
+def bad_links(links: Sequence[Link]) -> dict[Link, str]:
+    """The links that fail, damage what they carry, or are slow beside their like; with the reason."""
+    found = {link: link.error for link in links if link.error}
+    for inside in (False, True):
+        fine = [link.gb_per_second for link in links if link.inside == inside and not link.error]
+        # the upper quartile: one bad node of three has two links of three
+        usual = sorted(fine)[math.ceil(0.75 * (len(fine) - 1))] if fine else 0.0
+        for link in links:
+            if link.inside == inside and not link.error and link.gb_per_second < max(LEAST_GB_PER_SECOND, SLOW_SHARE * usual):
+                found[link] = f"{link.gb_per_second:.3g} GB/s, where {usual:.3g} are usual"
+    return found
+
+
+def judge_links(findings: Findings, links: Sequence[Link], *, silent: Sequence[str] = ()) -> None:
+    """Names the node that bad links have in common; `silent` nodes did not report any."""
+    for node in silent:
+        findings.blame(node, f"{node} fell silent while links were measured")
+    left = {link: why for link, why in bad_links(links).items() if not set(link.nodes) & set(silent)}
+    outer: dict[str, list[Link]] = {}
+    for link in links:
+        for node in dict.fromkeys(link.nodes):
+            outer.setdefault(node, []).append(link)
+    several = len(outer) > 2
+    for node, own in outer.items():                       # all its links to others are bad: it is the one
+        crossing = [link for link in own if not link.inside]
+        if several and crossing and all(link in left for link in crossing):
+            findings.blame(node, _links_text(node, [(link, left[link]) for link in crossing]))
+    left = {link: why for link, why in left.items() if not set(link.nodes) & set(findings.nodes)}
+    for link, why in left.items():
+        text = f"the link of ranks {link.ranks[0]} and {link.ranks[1]} ({' - '.join(dict.fromkeys(link.nodes))}): {why}"
+        if link.inside and (link.error or len(outer) > 1):
+            findings.blame(link.nodes[0], text)
+        elif link.inside:
+            findings.warnings.append(f"{text}. On one machine the others are no measure: it may only be busy.")
+        elif several:                   # both ends are fine with their other neighbours: without one of them the link is gone
+            findings.blame(link.nodes[1], f"{text}, though both are well linked to their other neighbours")
+        else:
+            for node in link.nodes:
+                findings.blame(node, f"{text}; of two nodes nobody knows which it is")
+    if links and not bad_links(links):
+        kinds = [("between nodes", [k.gb_per_second for k in links if not k.inside]),
+                 ("inside nodes", [k.gb_per_second for k in links if k.inside])]
+        findings.rows.append(("links", "; ".join(f"{len(v)} {word} {_span(v)} GB/s each way" for word, v in kinds if v)))
+
+
+def judge_all_reduce(findings: Findings, found: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> None:
+    """The sum over all ranks: exact on each, and how fast it was."""
+    wrong = {nodes[rank]: f"rank {rank} of {nodes[rank]}: {value['error']}" for rank, value in found.items() if "error" in value}
+    silent = {nodes[rank]: f"{nodes[rank]} fell silent in the all-reduce" for rank in range(len(nodes)) if rank not in found}
+    if silent or 0 < len(wrong) < len(set(nodes)):
+        for node, why in (silent or wrong).items():
+            findings.blame(node, why)
+    elif wrong:
+        findings.mistakes.append("the all-reduce of all ranks fails though each pair of neighbours is fine: "
+                                 f"{next(iter(wrong.values()))}. Look "
+                                 "at the network's settings (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)")
+    else:
+        findings.rows.append(("all-reduce", f"exact, {min(v['gb_per_second'] for v in found.values()):.3g} GB/s (bus) over "
+                                            f"{_many(len(nodes), 'rank')}"))
+
+
+def _links_text(node: str, bad: Sequence[tuple[Link, str]]) -> str:
+    link, why = bad[0]
+    peer = next((other for other in link.nodes if other != node), node)
+    return f"{node} with {peer}: {why}{f'; and {len(bad) - 1} more of its links' if len(bad) > 1 else ''}"
+
+
+def _by_node(facts: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """One value a node: that of its first rank, or of the rank that differs from it."""
+    found: dict[str, Any] = {}
+    for fact in facts.values():
+        found.setdefault(fact["node"], fact[key])
+        if fact[key] != found[fact["node"]]:
+            found[fact["node"]] = {"two on one node": [found[fact["node"]], fact[key]]}
+    return found
+
+
+def _difference(here: Any, there: Any) -> str:
+    if isinstance(here, dict) and isinstance(there, dict):
+        key = next(k for k in {**here, **there} if here.get(k) != there.get(k))
+        return f"{key} {here.get(key, 'is not there')} where others have {there.get(key, 'none')}"
+    return f"{str(here)[:12]} where others have {str(there)[:12]}"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if len(values) == 1 else f"{low:.3g} to {high:.3g}"
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"

@@ -1,0 +1,98 @@
+"""Where a run's wall time went: parts that sum to it exactly, over all of its starts.
+
+    start 1   |starting|training, waiting, evaluating, saving ... x                    killed at x
+    start 2                                       ^ resumes here     stopped |starting|training ...
+                                                  |... wasted ...|
+
+A start ends, for this count, with its last line: what passed from there to the next start is `stopped`. Times are whole
+milliseconds, so that sums are exact.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from encoder.runs.folder import EVENTS, METRICS, read_jsonl
+from encoder.train.meters import Clock
+
+WHAT_IS = {
+    "training": "steps, without the wait for their data",
+    "waiting": "for data, on rank zero",
+    "evaluating": "held-out loss and accuracy",
+    "saving": "what training waited for",
+    "starting": "from the process to the first step, opening phases, going back",
+    "wasted": "training, waiting and evaluating of steps that a later start did again or that going back undid",
+    "stopped": "from a start's last line to the next start",
+    "twice": "taken off: a start that began before the one before it had written its last line",
+}
+
+
+@dataclass(kw_only=True)
+class _Start:
+    began_ms: int = 0
+    step: int = 0                                                   # where it went on from
+    steps: list[tuple[int, dict[str, int]]] = field(default_factory=list)       # (step, ms by kind so far)
+    spent_ms: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Clock.KINDS, 0))
+    backs: list[tuple[int, int]] = field(default_factory=list)      # (step, weights of step)
+
+    def add(self, spent: Mapping[str, float]) -> dict[str, int]:
+        """What the start had spent by some line: in the end, by the last one."""
+        now = {kind: round(1000 * spent[kind]) for kind in Clock.KINDS}
+        self.spent_ms = max(self.spent_ms, now, key=lambda ms: sum(ms.values()))
+        return now
+
+    @property
+    def end_ms(self) -> int:
+        return self.began_ms + sum(self.spent_ms.values())
+
+
+def wall_ms(folder: Path) -> dict[str, int]:
+    """Milliseconds by what they went to (the keys of WHAT_IS) and `wall time`, their exact sum: from the first start's beginning
+    to the last one's last line. Nothing for a run without such records. Raises LedgerError for a damaged file."""
+    starts = _read(folder)
+    if not starts:
+        return {}
+    parts = dict.fromkeys(WHAT_IS, 0)
+    for i, start in enumerate(starts):
+        for kind, ms in start.spent_ms.items():
+            parts[kind] += ms
+        for kind, ms in _wasted(start, starts[i + 1:]).items():
+            parts[kind] -= ms
+            parts["wasted"] += ms
+    for before, after in zip(starts, starts[1:]):
+        gap = after.began_ms - before.end_ms
+        parts["stopped" if gap >= 0 else "twice"] += gap
+    return {**parts, "wall time": starts[-1].end_ms - starts[0].began_ms}
+
+
+def _read(folder: Path) -> list[_Start]:
+    found: dict[int, _Start] = defaultdict(_Start)
+    for e in (e for e in read_jsonl(folder / EVENTS) if "spent" in e):
+        start = found[e["start"]]
+        start.add(e["spent"])
+        if "began" in e:
+            start.began_ms, start.step = round(1000 * e["began"]), e["step"]
+        if e["event"] == "back":
+            start.backs.append((e["step"], e["weights_of_step"]))
+    for m in (m for m in read_jsonl(folder / METRICS) if "spent" in m and m["start"] in found):
+        start = found[m["start"]]
+        start.steps.append((m["step"], start.add(m["spent"])))
+    return [start for _, start in sorted(found.items()) if start.began_ms]
+
+
+def _wasted(start: _Start, later: list[_Start]) -> dict[str, int]:
+    """Of a start's time: what led to its lines of steps that do not count."""
+    kept = min((s.step for s in later), default=None)
+    backs = [b for s in (start, *later) for b in s.backs]
+    wasted: dict[str, int] = defaultdict(int)
+    before: Mapping[str, Any] = dict.fromkeys(Clock.KINDS, 0)
+    for step, now in start.steps:
+        if kept is not None and step > kept or any(weights_of_step < step <= at for at, weights_of_step in backs):
+            for kind in ("training", "waiting", "evaluating"):
+                wasted[kind] += now[kind] - before[kind]
+        before = now
+    return wasted

@@ -1,0 +1,30 @@
+"""From any model that we can name by a path to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from encoder.base.command import as_typed
+from encoder.base.errors import ExportError
+from encoder.data.shard_format import special_ids_of
+from encoder.models.hf.catalog import export_blocker
+from encoder.models.hf.parity import Proof
+from encoder.models.hf.write import export_hf
+from encoder.models.stored import MODEL
+from encoder.runs.weights import read_model
+from encoder.tools.weights.card import training_of
+
+
+def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proof]:
+    """Exports a run folder's newest checkpoint, a checkpoint, or a weights folder; returns the proofs. Raises UserError."""
+    model = read_model(source)
+    if stays := export_blocker(model.config):
+        kept = "it is one already" if (source / MODEL).is_file() else as_typed("average", source, "--out", "OUT")
+        raise ExportError(f"{source} goes {stays}. Train with the needed setting, or keep the model as a weights folder: {kept}")
+    if model.tokenizer_json is None:
+        raise ExportError(f"{source} has no tokenizer.json; needed: the one that the model was trained with. Put it there: "
+                          "of a run it stands beside the shards, too.")
+    _, specials = special_ids_of(model.tokenizer_json)
+    training = training_of(source, model, name=Path(os.path.abspath(out)).name)
+    return export_hf(model, model.tokenizer_json, specials, out, onnx=onnx, training=training)
