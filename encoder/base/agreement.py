@@ -77,3 +77,28 @@ def texts_of_all_ranks(text: str) -> Iterator[str]:
     table[rank, :len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     for row in sum_over_ranks(table).tolist():
         yield bytes(row).rstrip(b"\0").decode("utf-8", errors="ignore")
+
+
+class DeferredErrors:
+    """Mistakes that one rank alone can meet, kept until all ranks meet: nobody leaves others waiting in a collective.
+
+        with errors.deferred():        # on rank zero alone
+            ledger.write(...)
+        errors.agree()                 # on every rank
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.first: UserError | None = None      # of this rank
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Keeps a mistake of this block."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.first = self.first or as_user_error(error)
+
+    def agree(self) -> None:
+        """Called on every rank: raises on all of them where one has met a mistake."""
+        agree_on_errors(self.first, self._world)

@@ -44,7 +44,7 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     False if it runs already: whoever started it ends it. Raises ConfigError without an address, PassingError where the
     ranks do not meet. From here on a rank whose peer is gone ends, wherever it stands (peers.py).
     """
-    if _met.pop("torn", False):
+    if _met.pop("peer_failed", False):
         leave()
     if dist.is_initialized():
         return False
@@ -160,14 +160,14 @@ class Aloud:
         time.sleep(0.1)
 
 
-def leave(*, torn: bool = False) -> None:
+def leave(*, peer_failed: bool = False) -> None:
     """End torch.distributed, if it runs.
 
-    torn: other ranks may still wait for this one, and are to see it end, not leave in good order. So it stays until this
+    peer_failed: other ranks may still wait for this one, and are to see it end, not leave in good order. So it stays until this
     process ends, or until its next `join`.
     """
-    if torn:
-        _met["torn"] = True
+    if peer_failed:
+        _met["peer_failed"] = True
         return
     if dist.is_initialized():
         dist.destroy_process_group()

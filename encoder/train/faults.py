@@ -12,7 +12,7 @@ from typing import Any
 from encoder.base.errors import MachineError
 from encoder.runs.faults import FaultConfig
 
-FINE, NOT_FINITE, SPIKE = "", "not_finite", "spike"      # what a step was, in the ledger
+OK, NOT_FINITE, SPIKE = "", "not_finite", "spike"      # what a step was, in the ledger
 
 
 class Deadline:
@@ -45,7 +45,7 @@ class Deadline:
         return time.time() > self._end - margin
 
 
-class StepJudge:
+class StepMonitor:
     """Says of each step whether it was fine, from what all ranks know alike, and counts the bad ones in a row.
 
     What the ledger holds of steps that are done again is not judged anew: a step that was not finite is left out without
@@ -75,16 +75,16 @@ class StepJudge:
         """Whether a step is done again, and what it was stands in the ledger."""
         return step in self._recorded
 
-    def judge(self, step: int, *, loss: float, applied: bool) -> str:
-        """FINE, NOT_FINITE or SPIKE. Raises MachineError, the same on all ranks, where a step was fine and is not finite now."""
+    def classify(self, step: int, *, loss: float, applied: bool) -> str:
+        """OK, NOT_FINITE or SPIKE. Raises MachineError, the same on all ranks, where a step was fine and is not finite now."""
         finite = applied and math.isfinite(loss)
         found = self._recorded.get(step)
         if found is None:
-            found = NOT_FINITE if not finite else SPIKE if self._is_spike(loss) else FINE
+            found = NOT_FINITE if not finite else SPIKE if self._is_spike(loss) else OK
         elif not finite and found != NOT_FINITE:
             raise MachineError(f"the gradient of step {step} is not finite; it was before the stop, says the ledger. A defect of "
                               "the machine is likely: start again, on another one if it comes back.")
-        if found == FINE:
+        if found == OK:
             self.in_a_row = 0
             self._losses.append(loss)
         elif applied and not math.isfinite(loss):       # the weights have moved

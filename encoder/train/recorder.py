@@ -1,99 +1,238 @@
-"""Metrics and events of a run, into its folder and, where asked for, to wandb and TensorBoard.
+"""What a run writes down and shows while it trains: its settings, ledger, metrics, events, and a line for the reader.
 
-    metrics.jsonl   loss, rate, speed, held-out loss: floating point, for curves
-    events.jsonl    starts, resumes, checkpoints, stops
-
-A line carries the `start` that wrote it and the seconds `spent` by that start so far, by kind: a kill loses no more of
-where the time went than what passed since the last line.
+Rank zero writes; the other ranks have a recorder that only keeps the meter of speed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import time
-from pathlib import Path
+import dataclasses
+import math
 from typing import Any
 
-from encoder.base.files import open_to_append
-from encoder.base.log import warn_once
-from encoder.runs.config import TrackingConfig
-from encoder.runs.folder import EVENTS, METRICS, TENSORBOARD, append_line, drop_torn_tail
-from encoder.train.meters import Clock
+from encoder.base.errors import ShardError
+from encoder.base.files import write_atomic, write_json
+from encoder.base.log import say, warn_once
+from encoder.base.schema import to_plain
+from encoder.base.units import Progress, short_bytes, short_count, short_seconds
+from encoder.base.untrusted import read_bytes
+from encoder.data.loader import StepData
+from encoder.data.shard_format import TOKENIZER
+from encoder.engine.checkpoint.save import Saved
+from encoder.engine.engine import StepResult
+from encoder.runs.about import about_run
+from encoder.runs.folder import DONE, EVENTS
+from encoder.runs.foreign_files import write_run_file
+from encoder.runs.ledger import Ledger
+from encoder.train.display import ProgressDisplay
+from encoder.train.faults import NOT_FINITE, SPIKE, StepMonitor
+from encoder.train.hints import what_comes_next
+from encoder.train.meters import SpeedMeter, bf16_peak, memory_bytes
+from encoder.train.quarantine import LostShard, QuarantiningLoader
+from encoder.train.session import Session, StepAgreement
+from encoder.train.start import Started
+from encoder.train.tracker import Tracker
+
+_FAULT_TEXTS = {NOT_FINITE: "the gradient is not finite, nothing moved", SPIKE: "the loss is a spike"}
 
 
-class Tracker:
-    """Metrics and events of rank zero; other ranks have none. `start` is the number of this start of the run."""
+class Recorder:
+    """The ledger, the tracker and the display of one start."""
 
-    def __init__(self, folder: Path, config: TrackingConfig, *, clock: Clock, start: int, run_name: str,
-                 settings: dict[str, Any]) -> None:
-        drop_torn_tail(folder / METRICS)
-        drop_torn_tail(folder / EVENTS)
-        self._metrics = open_to_append(folder / METRICS)
-        self._events = open_to_append(folder / EVENTS)
-        self._clock, self._start = clock, start
-        self._wandb = _start_wandb(folder, config.wandb_project, run_name, settings) if config.wandb_project else None
-        self._tensorboard = _start_tensorboard(folder) if config.tensorboard else None
+    def __init__(self, session: Session, started: Started, display: ProgressDisplay) -> None:
+        self._session = session
+        self._display = display
+        self._entropy = started.entropy
+        self.ledger: Ledger | None = None
+        self.tracker: Tracker | None = None
 
-    def metrics(self, step: int, **values: Any) -> None:
-        """Numbers of a step. After a resume a step may stand twice: the later line counts."""
-        append_line(self._metrics, {"step": step, **values, **self._time()})
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-        if self._wandb is not None:
-            self._log_to_wandb(numbers, step)
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+        run, world = session.run, session.world
+        peak = bf16_peak(session.device) if run.engine.precision in ("bf16", "autocast") else None
+        self.speed = SpeedMeter(session.clock, peak=peak and peak * world.size)
+        if world.first:
+            with session.errors.deferred():
+                self._open(started)
+        session.errors.agree()
+
+    def _open(self, started: Started) -> None:
+        session, run = self._session, self._session.run
+        write_run_file(session.folder, run)
+        # an export needs no shards
+        write_atomic(session.folder / TOKENIZER, read_bytes(session.facts.tokenizer_json, error=ShardError))
+        self.ledger = Ledger(session.folder, resumed_at=session.progress, parent=started.parent)
+        self.tracker = Tracker(session.folder, run.tracking, clock=session.clock, start=started.incarnation,
+                               run_name=run.name, settings=to_plain(run))
+        origin: dict[str, Any] = {}
+        if run.init_from:
+            origin |= {"init_from": run.init_from, "init_sha256": started.init_sha256}
+        if started.parent:
+            origin["parent"] = started.parent
+        about = about_run(run, session.world, session.device, parameters=session.engine.parameter_count)
+        self.tracker.event(
+            "resume" if started.resumed else "start", step=session.progress.step, ranks=session.world.size,
+            began=round(session.clock.began, 3), zero_stage=run.engine.zero_stage, precision=run.engine.precision,
+            about=about, **origin)
+
+    def step(self, data: StepData, result: StepResult, *, lr: float, agreed: StepAgreement, fault: str,
+             monitor: StepMonitor) -> None:
+        """A step's line in the ledger and in the metrics, and what the reader sees.
+
+        data: this rank's batches, and the rows and tokens of the step
+        result: what the step did
+        lr: its learning rate
+        agreed: what all ranks knew before it
+        fault: what was bad, or ""
+        monitor: how many bad steps there were in a row
+        """
+        progress, phase = self._session.progress, self._session.phase
+        computed = agreed.predicts and not monitor.is_left_out(progress.step)
+        if computed:
+            self.speed.step(data.tokens, agreed.flops)
+        if not agreed.predicts:
+            self._say_nothing_masked(data)
+
+        if self.ledger:
+            self.ledger.write(progress, phase=phase.name, rows=data.rows, tokens=data.tokens,
+                              masked_tokens=agreed.masked_tokens, batch_hash=agreed.batch_hash, fault=fault,
+                              other_targets=agreed.other_targets)
+        if fault:
+            self._bad_step(result, fault, monitor)
+        memory = memory_bytes(self._session.device)
+        if self.tracker:
+            self.tracker.metrics(
+                progress.step, phase=phase.name, tokens=progress.tokens, loss=_finite(result.loss), **_by_term(result),
+                lr=lr, rows=data.rows, step_tokens=data.tokens, fill=round(data.fill, 4),
+                grad_norm=_finite(result.grad_norm), tokens_per_second=round(self.speed.tokens_per_second, 1),
+                tflops_per_second=round(self.speed.tflops_per_second, 6), memory_bytes=memory, **self._mfu())
+        self._show(data, result, lr=lr, memory=memory)
+
+    def _mfu(self) -> dict[str, float]:
+        return {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
+
+    def _bad_step(self, result: StepResult, fault: str, monitor: StepMonitor) -> None:
+        progress, phase = self._session.progress, self._session.phase
+        if self.tracker:
+            self.tracker.event("bad_step", step=progress.step, fault=fault, in_a_row=monitor.in_a_row,
+                               loss=_finite(result.loss), grad_norm=_finite(result.grad_norm))
+        again = ", says the ledger" if monitor.is_recorded(progress.step) else ""
+        say(f"step {progress.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}{again}  loss {result.loss:.3f}  "
+            f"gradient norm {result.grad_norm:.3g}  {monitor.in_a_row} in a row")
+
+    def _show(self, data: StepData, result: StepResult, *, lr: float, memory: int) -> None:
+        progress, speed = self._session.progress, self.speed
+        left = max(0, sum(p.tokens for p in self._session.run.phases[progress.phase:]) - progress.phase_tokens)
+        mfu = self._mfu()
+        computing = f"mfu {mfu['mfu']:.0%}" if mfu else f"{speed.tflops_per_second:.4g} TFLOP/s"
+        columns = [
+            f"step {progress.step:>6}", self._session.phase.name, f"{short_count(progress.tokens):>7} tokens",
+            f"loss {result.loss:.3f}", f"lr {lr:.2e}", f"batch {short_count(data.tokens)}",
+            f"{short_count(speed.tokens_per_second)} tok/s", computing, f"waiting {speed.waiting_share:.0%}",
+            short_bytes(memory), f"left {short_seconds(speed.seconds_for(left))}"]
+        self._display.show("  ".join(columns), step=progress.step, share=progress.tokens / (progress.tokens + left),
+                           now=progress.phase_step == 1)
+
+    def _say_nothing_masked(self, data: StepData) -> None:
+        step = self._session.progress.step
+        warn_once(f"step {step} has no masked token in its {data.tokens:,} tokens: it moves nothing, and the run "
+                  f"goes on. {EVENTS} has every such step; a larger batch_tokens or mask_share makes them rarer")
+        if self.tracker:
+            self.tracker.event("nothing_asked", step=step, tokens=data.tokens)
+
+    def epochs(self, loader: QuarantiningLoader, data: StepData) -> None:
+        """The sources of which an epoch began in a step."""
+        windows_before = [window for window, _ in data.start.lanes]
+        windows_after = [window for window, _ in data.end.lanes]
+        if self.tracker is None or windows_before == windows_after:
+            return
+        before = loader.epochs_at(data.start)
+        step = self._session.progress.step
+        for source, epochs in loader.epochs_at(data.end).items():
+            if int(epochs) > int(before[source]):
+                say(f"step {step:>6}  epoch {int(epochs) + 1} of {source} begins")
+                self.tracker.event("epoch", step=step, source=source, epoch=int(epochs) + 1)
+
+    def held_out(self, numbers: dict[str, float], sources: list[str]) -> None:
+        """The held-out loss and accuracy, said and written."""
+        session, progress = self._session, self._session.progress
+        whole = numbers["held_out_accuracy"]
+        silent = [name for name in sources if math.isnan(numbers.get(f"held_out_accuracy_{name}", whole))]
+        if silent:
+            warn_once(f"the held-out rows of {', '.join(silent)} have no masked token, and so no loss. Raise "
+                      "evaluation.rows or evaluation.mask_share")
+        beside = f" (unigram entropy {self._entropy:.2f})" if self._entropy is not None else ""
+        of_each = [f"{name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
+                   for name in sources if len(sources) > 1]
+        begins = progress.step and not progress.phase_step
+        as_of = f" as phase {session.phase.name} asks" if begins else ""
+        say("  ".join([f"step {progress.step:>6}", f"held-out loss{as_of} {numbers['held_out_loss']:.3f}{beside} "
+                       f"accuracy {whole:.1%}", *of_each]))
+        if self.tracker:
+            with session.errors.deferred():
+                self.tracker.metrics(progress.step, phase=session.phase.name, tokens=progress.tokens,
+                                     **{name: _finite(value) for name, value in numbers.items()})
+
+    def shard_lost(self, lost: LostShard) -> None:
+        """A shard that is left out from now on."""
+        warn_once(f"{lost.file} of source {lost.source} is left out from step {lost.from_step} on, {lost.documents:,} "
+                  f"documents of {short_count(lost.tokens)} tokens an epoch: {lost.reason}")
+        if self.tracker:
+            values = dataclasses.asdict(lost)
+            self.event("quarantine", step=values.pop("from_step"), **values)
+
+    def saved(self, saved: Saved, *, stall_seconds: float) -> None:
+        """A checkpoint that was committed, and how long training waited for it."""
+        p = saved.progress
+        end = f", the end of {saved.milestone}" if saved.milestone else ""
+        say(f"step {self._session.progress.step:>6}  saved {saved.path.name} (step {p.step}{end}): "
+            f"{short_bytes(saved.bytes)} in {short_seconds(saved.seconds)}, training waited {short_seconds(stall_seconds)}")
+        self.event("checkpoint", step=p.step, tokens=p.tokens, name=saved.path.name, bytes=saved.bytes,
+                   seconds=round(saved.seconds, 3), stall_seconds=round(stall_seconds, 3))
+
+    def went_back(self, weights: Progress, name: str) -> None:
+        """After bad steps: the weights are again those of an earlier step."""
+        progress = self._session.progress
+        say(f"step {progress.step:>6}  back to the weights of step {weights.step} ({name}); the data go on at the next window")
+        with self._session.errors.deferred():
+            if self.ledger:
+                self.ledger.write_back(progress, weights_of_step=weights.step)
+        self.event("back", step=progress.step, weights_of_step=weights.step, name=name)
+
+    def done(self, last_held_out: dict[str, Any]) -> None:
+        """The run is at its end."""
+        session, p = self._session, self._session.progress
+        if session.world.first:
+            with session.errors.deferred():
+                self.ledger.sync()
+                self.tracker.event("done", step=p.step, tokens=p.tokens)
+                results = {key: value for key, value in last_held_out.items() if key != "step"}
+                write_json(session.folder / DONE, {"step": p.step, "tokens": p.tokens, "ledger_hash": p.ledger_hash,
+                                                   "unigram_entropy": self._entropy, **results})
+        session.errors.agree()
+        say(f"done: {p.step} steps, {short_count(p.tokens)} tokens, ledger {p.ledger_hash}")
+        for line in what_comes_next(session.run, session.folder):
+            say(line)
 
     def event(self, what: str, **values: Any) -> None:
-        """Something that happened, with the time of day (UTC)."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        append_line(self._events, {"time": stamp, "event": what, **values, **self._time()})
-
-    def _log_to_wandb(self, numbers: dict[str, Any], step: int) -> None:
-        import wandb
-
-        try:
-            self._wandb.log(numbers, step=step)
-        except (wandb.errors.Error, OSError) as error:
-            warn_once(f"wandb gets no more of this start ({' '.join(str(error).split())[:200]}); {METRICS} has all of it")
-            self._wandb = None
-
-    def _time(self) -> dict[str, Any]:
-        return {"start": self._start, "spent": {kind: round(s, 3) for kind, s in self._clock.seconds().items()}}
+        """A line of the events, on rank zero."""
+        if self.tracker:
+            with self._session.errors.deferred():
+                self.tracker.event(what, **values)
 
     def close(self) -> None:
-        """Close the files, the wandb run and the TensorBoard file."""
-        self._metrics.close()
-        self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Files closed; safe after any error, also on a full disk, which was said already."""
+        for writer in (self.ledger, self.tracker):
+            if writer:
+                try:
+                    writer.close()
+                except OSError:
+                    pass
 
 
-def _start_tensorboard(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(folder / TENSORBOARD))
+def _by_term(result: StepResult) -> dict[str, float | None]:
+    """The mean of each of several loss terms."""
+    if len(result.means) == 1:
+        return {}
+    return {f"loss_{name}": _finite(mean) for name, mean in result.means.items()}
 
 
-def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]) -> Any:
-    import wandb
-
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-    # the same run folder goes on in the same wandb run; another folder of the same name does not
-    identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
-    told = dict(project=project, name=name, config=settings, dir=str(folder), resume="allow",
-                id=f"{re.sub('[^a-zA-Z0-9_.-]+', '-', name)[:100]}-{identity}")
-    try:
-        return wandb.init(mode=mode, **told)
-    except (wandb.errors.Error, OSError) as error:       # no run ends for want of its curves elsewhere
-        warn_once(f"wandb does not answer ({' '.join(str(error).split())[:200]}); it is written to {folder / 'wandb'}, "
-                  "and goes up with: wandb sync")
-    try:
-        return wandb.init(mode="offline", **told)
-    except (wandb.errors.Error, OSError) as error:
-        warn_once(f"wandb cannot be used ({' '.join(str(error).split())[:200]}); {METRICS} has all of it")
-        return None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

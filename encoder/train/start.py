@@ -31,7 +31,7 @@ from encoder.runs.lock import RunLock, lock_folder
 from encoder.runs.phases import phase_of_weights
 from encoder.runs.same import check_same_content, check_same_settings
 from encoder.train import build
-from encoder.train.feed import Quarantine
+from encoder.train.quarantine import Quarantine
 
 # relative; the same weights on other ranks, threads or kernels differ by rounding only: 1e-6 in fp32, 1e-4 where bf16 is in it
 FINGERPRINT_TOLERANCE = {"fp64": 1e-5, "fp32": 1e-5, "autocast": 2e-3, "bf16": 2e-3}

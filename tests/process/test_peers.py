@@ -75,7 +75,7 @@ STANDS = {
     "step": "encoder.engine.engine:Engine.step",
     "evaluation": "encoder.train.loop:held_out_numbers",
     "save": "encoder.engine.checkpoint.save:_Save.write_rank",
-    "end": "encoder.train.loop:_Story._finished",
+    "end": "encoder.train.recorder:Recorder.done",
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from encoder.base.dist import World
 from encoder.runs.folder import ERRORS, HANGS
-from encoder.train.watch import Watch
+from encoder.train.watchdog import Watchdog
 from tests.process.ranks import start_ranks, wait_for
 
 
@@ -20,9 +20,9 @@ def hangs(world: World, *, folder: str) -> None:
 
     from encoder.base.dist import sum_over_ranks
 
-    with Watch(Path(folder), world, hang_minutes=2 / 60) as watch:
+    with Watchdog(Path(folder), world, hang_minutes=2 / 60) as watch:
         for step in range(1, 5):
-            watch.mark(f"in step {step}")
+            watch.heartbeat(f"in step {step}")
             if step == 3 and world.rank == 1:
                 stands_still()
             sum_over_ranks(torch.ones(1))
@@ -38,8 +38,8 @@ def fails(world: World, *, folder: str) -> None:
 
     from encoder.base.dist import sum_over_ranks
 
-    with Watch(Path(folder), world, hang_minutes=30) as watch:
-        watch.mark("in step 2")
+    with Watchdog(Path(folder), world, hang_minutes=30) as watch:
+        watch.heartbeat("in step 2")
         if world.rank == 1:
             [][7]
         if folder.endswith("apart"):
@@ -75,7 +75,7 @@ def test_a_hang_is_ended_by_every_rank_with_its_step_and_the_stacks_of_all_threa
 def test_a_rank_that_hangs_and_loses_another_that_does_ends_as_one_that_hangs(tmp_path, monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    with pytest.raises(ConnectionError), Watch(tmp_path, World(), hang_minutes=None) as watch:
+    with pytest.raises(ConnectionError), Watchdog(tmp_path, World(), hang_minutes=None) as watch:
         watch._say_where(2.0)
         raise ConnectionError("connection closed by peer")
     assert codes == [3]
@@ -93,8 +93,8 @@ def test_one_ranks_defect_ends_all_and_is_the_error_shown(tmp_path, name):
 
 
 def test_a_run_that_moves_is_left_alone_and_nothing_is_written(tmp_path):
-    with Watch(tmp_path, World(), hang_minutes=2 / 60) as watch:
+    with Watchdog(tmp_path, World(), hang_minutes=2 / 60) as watch:
         for _ in range(10):
-            watch.mark("in a step")
+            watch.heartbeat("in a step")
             time.sleep(0.25)
     assert not list(tmp_path.iterdir())

@@ -9,48 +9,48 @@ import pytest
 
 from encoder.base.errors import ConfigError, LedgerError
 from encoder.runs.faults import FaultConfig, SpikeConfig
-from encoder.train.faults import FINE, NOT_FINITE, SPIKE, Deadline, StepJudge
+from encoder.train.faults import NOT_FINITE, OK, SPIKE, Deadline, StepMonitor
 
 SPIKES = FaultConfig(bad_steps=2, spike=SpikeConfig(deviations=10.0, over_steps=5))
 
 
-def judged(judge: StepJudge, losses: list[float], *, first: int = 1) -> list[str]:
-    return [judge.judge(first + i, loss=loss, applied=math.isfinite(loss)) for i, loss in enumerate(losses)]
+def judged(judge: StepMonitor, losses: list[float], *, first: int = 1) -> list[str]:
+    return [judge.classify(first + i, loss=loss, applied=math.isfinite(loss)) for i, loss in enumerate(losses)]
 
 
 def test_a_loss_ten_deviations_above_the_median_is_a_spike_once_enough_steps_were_fine():
     """Median 3, deviations 2 1 0 1 2: their median is 1, and so 13 is the bound."""
-    judge = StepJudge(SPIKES, recorded={}, saved={})
-    assert judged(judge, [99.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == [FINE] * 6, "the first five are taken as they are"
-    assert judged(judge, [13.0]) == [FINE]
-    judge = StepJudge(SPIKES, recorded={}, saved={"losses": [1.0, 2.0, 3.0, 4.0, 5.0]})
-    assert judged(judge, [13.1, 3.0]) == [SPIKE, FINE] and judge.in_a_row == 0 and not judge.must_go_back
+    judge = StepMonitor(SPIKES, recorded={}, saved={})
+    assert judged(judge, [99.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == [OK] * 6, "the first five are taken as they are"
+    assert judged(judge, [13.0]) == [OK]
+    judge = StepMonitor(SPIKES, recorded={}, saved={"losses": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    assert judged(judge, [13.1, 3.0]) == [SPIKE, OK] and judge.in_a_row == 0 and not judge.must_go_back
     assert judged(judge, [40.0, math.nan]) == [SPIKE, NOT_FINITE] and judge.must_go_back
 
 
 def test_without_the_setting_no_loss_is_a_spike():
-    judge = StepJudge(FaultConfig(), recorded={}, saved={})
-    assert judged(judge, [1.0] * 200 + [1e9]) == [FINE] * 201
+    judge = StepMonitor(FaultConfig(), recorded={}, saved={})
+    assert judged(judge, [1.0] * 200 + [1e9]) == [OK] * 201
 
 
 def test_the_judge_goes_on_from_a_checkpoint_where_it_was():
-    judge = StepJudge(SPIKES, recorded={}, saved={})
+    judge = StepMonitor(SPIKES, recorded={}, saved={})
     judged(judge, [1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
-    again = StepJudge(SPIKES, recorded={}, saved=judge.to_plain())
+    again = StepMonitor(SPIKES, recorded={}, saved=judge.to_plain())
     assert again.in_a_row == 1 and judged(again, [99.0]) == [SPIKE] and again.must_go_back
 
 
 def test_steps_done_again_are_what_the_ledger_says():
-    judge = StepJudge(SPIKES, recorded={3: NOT_FINITE, 4: FINE, 5: SPIKE}, saved={})
+    judge = StepMonitor(SPIKES, recorded={3: NOT_FINITE, 4: OK, 5: SPIKE}, saved={})
     assert judge.is_left_out(3) and not judge.is_left_out(4) and not judge.is_left_out(5)
-    assert judged(judge, [math.nan, 1.0, 1.0], first=3) == [NOT_FINITE, FINE, SPIKE]
+    assert judged(judge, [math.nan, 1.0, 1.0], first=3) == [NOT_FINITE, OK, SPIKE]
     with pytest.raises(LedgerError, match="step 4 is not finite; it was before the stop"):
         judged(judge, [math.nan], first=4)
 
 
 def test_weights_that_moved_by_a_loss_that_is_not_finite_are_given_up_at_once():
-    judge = StepJudge(FaultConfig(bad_steps=3), recorded={}, saved={})
-    assert judge.judge(1, loss=math.inf, applied=True) == NOT_FINITE and judge.must_go_back
+    judge = StepMonitor(FaultConfig(bad_steps=3), recorded={}, saved={})
+    assert judge.classify(1, loss=math.inf, applied=True) == NOT_FINITE and judge.must_go_back
 
 
 def test_the_nearer_end_counts_and_room_is_left_for_two_of_the_slowest_saves():

@@ -19,7 +19,7 @@ from encoder.tools.report import curves
 from encoder.tools.report.curves import Curves
 from encoder.tools.report.goodput import wall_ms
 from encoder.tools.report.report import _flat, write_report
-from encoder.train.console import open_board
+from encoder.train.display import open_display
 from encoder.train.loop import pretrain
 from encoder.train.meters import Clock
 from launch import report
@@ -130,7 +130,7 @@ def test_a_run_knows_where_its_time_went_and_one_page_shows_several(run_folder, 
 def test_wandb_is_offline_unless_a_key_is_there(env, logged_in, mode, tmp_path, monkeypatch):
     import wandb
 
-    from encoder.train.recorder import Tracker
+    from encoder.train.tracker import Tracker
     asked = {}
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -154,7 +154,7 @@ def test_tensorboard_gets_every_number(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from encoder.runs.folder import TENSORBOARD
-    from encoder.train.recorder import Tracker
+    from encoder.train.tracker import Tracker
     tracker = Tracker(tmp_path, TrackingConfig(tensorboard=True), clock=Clock(began=0.0), start=1, run_name="r", settings={})
     tracker.metrics(3, phase="one", loss=2.5)
     tracker.close()
@@ -165,7 +165,7 @@ def test_tensorboard_gets_every_number(tmp_path):
 @pytest.mark.parametrize(("terminal", "first_rank"), [(True, True), (True, False), (False, True)])
 def test_a_terminal_has_a_bar_and_a_log_a_line_each_few_steps(terminal, first_rank, capsys):
     out = io.StringIO()
-    with open_board(first_rank=first_rank, every_steps=2, console=Console(file=out, force_terminal=terminal, width=60)) as board:
+    with open_display(first_rank=first_rank, every_steps=2, console=Console(file=out, force_terminal=terminal, width=60)) as board:
         for step in (1, 2, 3, 4):
             board.show(f"step {step}", step=step, share=step / 4, now=step == 1)
         say("saved")

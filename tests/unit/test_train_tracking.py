@@ -13,9 +13,9 @@ from encoder.runs.config import TrackingConfig
 from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.runs.ledger import Ledger, chain
 from encoder.tools.report.report import verify_ledger
-from encoder.train.feed import Quarantine
 from encoder.train.meters import Clock
-from encoder.train.recorder import Tracker
+from encoder.train.quarantine import Quarantine
+from encoder.train.tracker import Tracker
 
 
 def after(progress: Progress, batch_hash: int) -> Progress:

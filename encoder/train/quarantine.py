@@ -79,17 +79,17 @@ class Quarantine:
         write_json(self.path, self.to_plain())
 
 
-class Feed:
+class QuarantiningLoader:
     """The steps of one phase, from its loader; opened again where another shard is left out. Use it in `with`.
 
     `open_loader(position, left_out)` opens the phase's loader; `names` are those of its sources. With `stops` no further
-    shard is left out. `lose(lost)` is told of every loss, on every rank, and raises nothing.
+    shard is left out. `on_shard_lost(lost)` is told of every loss, on every rank, and raises nothing.
     """
 
     def __init__(self, *, open_loader: Callable[[DataPosition, LeftOut], Loader], quarantine: Quarantine, names: Sequence[str],
-                 position: DataPosition, step: int, stops: bool, lose: Callable[[LostShard], None]) -> None:
+                 position: DataPosition, step: int, stops: bool, on_shard_lost: Callable[[LostShard], None]) -> None:
         self._open_loader, self._quarantine, self._names = open_loader, quarantine, names
-        self._position, self._step, self._stops, self._lose = position, step, stops, lose
+        self._position, self._step, self._stops, self._on_shard_lost = position, step, stops, on_shard_lost
         self._left_out = quarantine.left_out(step, names)
         self._loader = open_loader(position, self._left_out)
 
@@ -114,7 +114,7 @@ class Feed:
         """As Loader.epochs_at."""
         return self._loader.epochs_at(position)
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> QuarantiningLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,7 +136,7 @@ class Feed:
                              documents=end - first, tokens=int(source.lengths[first:end].sum(dtype="int64")))
             self._check_some_is_left(lost)
             self._quarantine.add(lost, source)
-            self._lose(lost)
+            self._on_shard_lost(lost)
         return True
 
     def _check_some_is_left(self, lost: LostShard) -> None:

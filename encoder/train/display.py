@@ -13,7 +13,7 @@ from rich.text import Text
 from encoder.base.log import say
 
 
-class Board:
+class ProgressDisplay:
     """Shows where a run stands. A terminal has two lines that stay at its end: the last step's numbers, and a bar."""
 
     def __init__(self, live: Live | None, *, every_steps: int) -> None:
@@ -28,11 +28,11 @@ class Board:
 
 
 @contextmanager
-def open_board(*, first_rank: bool, every_steps: int, console: Console | None = None) -> Iterator[Board]:
+def open_display(*, first_rank: bool, every_steps: int, console: Console | None = None) -> Iterator[ProgressDisplay]:
     """The board of this rank. What is said meanwhile scrolls above the bar, which is gone at the end."""
     console = console or Console()
     if not (first_rank and console.is_terminal and not console.is_dumb_terminal):
-        yield Board(None, every_steps=every_steps)
+        yield ProgressDisplay(None, every_steps=every_steps)
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
-        yield Board(live, every_steps=every_steps)
+        yield ProgressDisplay(live, every_steps=every_steps)

@@ -29,8 +29,8 @@ HANG_CODE, FAILED_CODE = 3, 1
 LOOK_SECONDS = 5.0       # between two looks for the error of another rank, while this one stands still
 
 
-class Watch:
-    """Watches one rank of a start; `mark` says that it moves. In `with`, on all ranks, once they have joined."""
+class Watchdog:
+    """Watches one rank of a start; `heartbeat` says that it moves. In `with`, on all ranks, once they have joined."""
 
     def __init__(self, folder: Path, world: World, *, hang_minutes: float | None) -> None:
         self._world, self._hang_seconds = world, 60 * hang_minutes if hang_minutes else float("inf")
@@ -39,10 +39,10 @@ class Watch:
         self._error_file = folder / ERRORS / f"{int(sum_over_ranks(start))}.txt"
         self._doing, self._since = "starting", time.monotonic()
         self._hangs = False
-        self._over, self.torn = threading.Event(), False       # torn: other ranks may still wait for this one
+        self._over, self.peer_failed = threading.Event(), False       # peer_failed: other ranks may still wait for this one
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         if peers := peers_of_this_rank():
             peers.last_words = self._last_words
@@ -53,8 +53,8 @@ class Watch:
         self._over.set()
         if self._hangs and error is not None:      # another rank that hung has left before this one did: that is no defect here
             os._exit(HANG_CODE)
-        self.torn = error is not None and self._world.size > 1
-        if not self.torn or isinstance(error, SilentError):
+        self.peer_failed = error is not None and self._world.size > 1
+        if not self.peer_failed or isinstance(error, SilentError):
             return
         text = f"{error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         first = self._write_first(
@@ -63,7 +63,7 @@ class Watch:
             # losing a peer is an error of every rank, with a traceback that says nothing; rank zero tells what was the cause
             raise (PassingError if self._world.first else SilentError)(f"{first} All of it is in {self._error_file}.") from None
 
-    def mark(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         """What this rank does from now on."""
         self._doing, self._since = doing, time.monotonic()
 
