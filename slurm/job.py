@@ -48,7 +48,9 @@ from typing import Any
 
 sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from encoder.base.done import is_done  # noqa: E402  (Python alone, as this file)
+# Python alone, as this file
+from encoder.base.done import is_done  # noqa: E402
+from encoder.base.job_log import records  # noqa: E402
 
 # exit codes: 0 is also "go on with the training step"; 75 is EX_TEMPFAIL, submit it again
 GO, FAILED, MISTAKE, DONE_ALREADY, REQUEUED, NOT_DONE, ENDED = 0, 1, 2, 3, 4, 75, 143
@@ -161,24 +163,6 @@ def counts_as_done(folder: Path) -> bool:
     if problem:
         print(f"warning: {problem}", file=sys.stderr)
     return done
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may not be there."""
-    return whole_records(path.read_bytes().split(b"\n")) if path.exists() else []
-
-
-def whole_records(lines: list[bytes]) -> list[dict[str, Any]]:
-    """Of JSON lines those that no kill, and no window, has torn."""
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
 
 
 # --- before the step --------------------------------------------------------------------------------------------------------

@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job import records, whole_records
-from slurm_commands import ENDED, NoAnswer, NotHere, quiet, show_job
-
 from encoder.base.command import CommandLine, run_command
 from encoder.base.done import is_done
 from encoder.base.errors import ConfigError
+from encoder.base.job_log import records, whole_records
 from encoder.base.schema import read_mapping
 from encoder.base.units import parse_tokens, short_count, short_seconds
 from encoder.runs.short_forms import read_run_mapping, run_folder
+from encoder.tools.cluster.commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
 CAUSES = {"stopped": "saved before its limit", "ended": "requeued, preempted or cancelled", "bad_nodes": "bad nodes",
           "taken_over": "taken over"}          # the words of job.py, where they do not speak for themselves
