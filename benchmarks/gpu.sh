@@ -62,9 +62,9 @@ bench() {   # bench NAME SECONDS QUESTION ARGUMENTS...
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 if "$python" -c 'import pytest' 2> /dev/null; then
     tests=("$python" -m pytest -q -p no:cacheprovider --show-capture=no --tb=short -m gpu)
-    ask correctness 60 "${tests[@]}" -k "not flex and not sdpa and not tiles" tests/unit/test_nn_loss_kernel.py tests/unit/test_nn_loss.py \
-        tests/unit/test_optim_rules.py tests/unit/test_transfers.py tests/process/test_no_sync.py tests/unit/test_graphed.py tests/unit/test_nn_fp8.py \
-        tests/unit/test_nn_attend_gpu.py
+    ask correctness 60 "${tests[@]}" -k "not flex and not sdpa and not tiles" tests/unit/nn/test_loss_kernel.py tests/unit/nn/test_loss.py \
+        tests/unit/optim/test_rules.py tests/unit/engine/test_transfers.py tests/process/test_no_sync.py tests/unit/engine/test_graphed.py tests/unit/nn/test_fp8.py \
+        tests/unit/nn/test_attend_gpu.py
 else
     tests=()
     failed+=("correctness (pytest is not installed; the questions below check themselves)")
@@ -90,7 +90,7 @@ bench checkpoint_base 30 checkpoint --shape base --rounds 2
 bench loss_memory 10 loss
 bench step_base_1024_hf_compiled 60 step "${base[@]}" "${peer[@]}" --hf-compile on
 # last, for every question above checks the backends that it times: flex compiles for each width, window and set of documents
-[ ${#tests[@]} -gt 0 ] && ask correctness_slow 90 "${tests[@]}" -k "flex or sdpa or tiles" tests/unit/test_nn_attend_gpu.py
+[ ${#tests[@]} -gt 0 ] && ask correctness_slow 90 "${tests[@]}" -k "flex or sdpa or tiles" tests/unit/nn/test_attend_gpu.py
 
 [ ${#files[@]} -gt 0 ] && "$python" -m benchmarks.merge "$out/measured" "${files[@]}"
 keep

@@ -1,7 +1,7 @@
 """ModernBERT (Warner et al. 2024) with a masked-language head, on packed tokens, under Hugging Face's parameter names.
 
 The defaults are ModernBERT's. Other encoders of the family are other settings of the same class: a BERT is norm_place
-post, mlp gelu, positions learned, biases everywhere and only global layers (tests/unit/test_model_family.py).
+post, mlp gelu, positions learned, biases everywhere and only global layers (tests/unit/models/test_model_family.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Its twin is the loop over torch's operations in encoder.nn.loss, which passes over the fp32 logits nine times: at V = 50,368 that is
 6 GB of memory traffic for 2,048 positions, where this moves 0.6 GB (both counted, not measured). Without a GPU it runs in Triton's
-interpreter (tests/unit/test_nn_loss_kernel.py).
+interpreter (tests/unit/nn/test_loss_kernel.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.bed import ROOT, Bed, wait_until
-from tests.unit.prep_helpers import bytes_of, settings, texts, write_jsonl
+from tests.helpers.prep import bytes_of, settings, texts, write_jsonl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.cluster.bed import ROOT, Bed, wait_until
 from tests.cluster.tiny_run import record, starts, wait_for_start
-from tests.unit.prep_helpers import run as data_prep
-from tests.unit.prep_helpers import settings, texts, write_jsonl
+from tests.helpers.prep import run as data_prep
+from tests.helpers.prep import settings, texts, write_jsonl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -13,8 +13,8 @@ from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
 from encoder.tools.report.report import verify_ledger
 from tests.cluster.bed import ROOT, Bed, wait_until
+from tests.helpers.shards import random_documents, write_source
 from tests.process.test_one_curve import distance
-from tests.shards_for_tests import random_documents, write_source
 
 PRETRAIN = ROOT / "slurm" / "pretrain.sbatch"
 RUN = """

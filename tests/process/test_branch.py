@@ -28,10 +28,10 @@ from encoder.tools.report.report import verify_ledger
 from encoder.train.loop import pretrain
 from encoder.train.start import start_run
 from launch import average
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
 from tests.process.tiny import counts_of, share_of_step
-from tests.shards_for_tests import random_documents, write_source
 
 BRANCH = ["seed=4", "phases=[{name: decay, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, "
           "model: {global_rope_theta: 160000}, "

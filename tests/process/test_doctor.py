@@ -13,8 +13,8 @@ import torch
 from encoder.base.dist import World
 from encoder.base.log import speak_on
 from encoder.tools.doctor.doctor import Doctor
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
-from tests.shards_for_tests import random_documents, write_source
 
 RUN = """
 name: doctored

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from encoder.runs.folder import LEDGER, METRICS, read_jsonl
+from tests.helpers.shards import random_documents, write_source
 from tests.process.test_killed_run import RUN
-from tests.shards_for_tests import random_documents, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """

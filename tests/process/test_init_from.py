@@ -24,9 +24,9 @@ from encoder.train import build
 from encoder.train.loop import pretrain
 from encoder.train.start import FINGERPRINT_TOLERANCE, fingerprint, start_run
 from launch import grow
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
-from tests.shards_for_tests import random_documents, write_source
 
 SMALL = ["model.hidden_size=32", "model.intermediate_size=24", "model.num_hidden_layers=3", "model.attention_head_width=16"]
 LARGE = ["model.attention_head_width=16", "model.num_attention_heads=4"]      # 32 -> 64 wide, 3 -> 4 layers, 2 -> 4 heads

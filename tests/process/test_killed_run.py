@@ -17,8 +17,8 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
 from encoder.tools.report.report import verify_ledger
 from encoder.train.loop import pretrain
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import start_ranks, wait_for
-from tests.shards_for_tests import random_documents, write_source
 
 RUN = """
 name: killed

@@ -16,8 +16,8 @@ import pytest
 from encoder.base.dist import free_port
 from encoder.engine.checkpoint.read import newest_checkpoint
 from encoder.runs.folder import CHECKPOINTS, EVENTS, METRICS, read_jsonl
+from tests.helpers.shards import random_documents, write_source
 from tests.process.test_killed_run import RUN
-from tests.shards_for_tests import random_documents, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

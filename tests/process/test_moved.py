@@ -19,8 +19,8 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import CHECKPOINTS, DONE, LEDGER, read_jsonl
 from encoder.train import build, loop
 from encoder.train.loop import pretrain
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
-from tests.shards_for_tests import random_documents, write_source
 
 RUN = """
 name: moved

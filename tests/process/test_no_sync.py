@@ -21,7 +21,7 @@ from encoder.nn.attend import BACKENDS, Choice
 from encoder.objectives.mlm import mlm_loss
 from encoder.optim.catalog import OPTIMIZERS, build_optimizer
 from encoder.optim.stable_adamw import StableAdamWConfig
-from tests.packed_for_tests import OnDevice, packed
+from tests.helpers.packed import OnDevice, packed
 from tests.process.ranks import run_ranks
 from tests.process.tiny import mlm_objective
 

@@ -14,8 +14,8 @@ from encoder.runs.config import read_run
 from encoder.runs.filling import row_fills
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.train.loop import pretrain
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
-from tests.shards_for_tests import random_documents, write_source
 
 RUN = """
 name: t

@@ -17,9 +17,9 @@ from encoder.base.peers import LOOK_SECONDS
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, read_jsonl
 from encoder.train.loop import pretrain
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import Rank, start_ranks
 from tests.process.test_killed_run import RUN
-from tests.shards_for_tests import random_documents, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 10.0

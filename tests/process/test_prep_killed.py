@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.unit.prep_helpers import bytes_of, run, settings, texts, write_jsonl
+from tests.helpers.prep import bytes_of, run, settings, texts, write_jsonl
 
 COMMAND = [sys.executable, "-m", "data_prep", "prepare"]
 

@@ -14,9 +14,9 @@ from encoder.base.errors import ShardError
 from encoder.runs.config import read_run
 from encoder.runs.folder import CHECKPOINTS, DONE, EVENTS, LEDGER, read_jsonl
 from encoder.train.loop import pretrain
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
-from tests.shards_for_tests import random_documents, write_source
 
 BAD, SAMPLE = "shard.00001.mds", 7
 

@@ -13,8 +13,8 @@ from encoder.runs.config import RunConfig, read_run
 from encoder.runs.folder import METRICS, merged_metrics
 from encoder.runs.phases import planned_steps
 from encoder.train.loop import pretrain
+from tests.helpers.shards import write_source
 from tests.process.ranks import run_ranks
-from tests.shards_for_tests import write_source
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 ROW_TOKENS, STEPS = 32, 3                       # of a stair of the batch warm-up; of each later stretch

@@ -14,9 +14,9 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, read_jsonl
 from encoder.tools.weights.export import export_run
 from encoder.train.loop import pretrain
+from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
-from tests.shards_for_tests import random_documents, write_source
 
 
 @pytest.fixture(scope="module")

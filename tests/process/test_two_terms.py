@@ -29,11 +29,11 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.runs.ledger import follow_chain
 from encoder.train.loop import pretrain
+from tests.helpers.shards import random_documents, write_source
 from tests.process import tiny
 from tests.process.engine_cases import keep_weights
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
-from tests.shards_for_tests import random_documents, write_source
 
 STEPS, WEIGHT = 4, 5.0
 CONFIG = StableAdamWConfig(weight_decay=0.01)

@@ -29,7 +29,7 @@ class Plan(Protocol):
 
 
 class Backend(Protocol):
-    """One way to compute attention. All backends give the same numbers: tests/unit/test_nn_attend.py."""
+    """One way to compute attention. All backends give the same numbers: tests/unit/nn/test_attend.py."""
 
     name: str
 

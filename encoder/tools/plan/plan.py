@@ -228,7 +228,7 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     layer's input), and of the loss one piece of logits, which becomes its gradient, the decoder's weight in 2 bytes, and its
     gradient before and after scaling. Compiled layers keep 13 hidden-wide tensors of 2 bytes (the stream in fp32 counts twice)
     and 3 of the MLP's width, the embedding 4 more for the whole model; plain layers 14 and 4; in bf16 3 fewer. cuBLAS keeps
-    64 MiB to work in. tests/unit/test_train_plan.py has what torch's allocator counted.
+    64 MiB to work in. tests/unit/tools/test_plan.py has what torch's allocator counted.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4

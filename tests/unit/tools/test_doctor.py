@@ -1,0 +1,217 @@
+"""What the doctor makes of what it was told: who differs, which node bad links have in common, what SLURM's lists mean."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.base.dist import World
+from encoder.base.errors import ConfigError
+from encoder.base.slurm import expand_hosts, nodes_of_ranks, tasks_per_node
+from encoder.runs.config import read_run
+from encoder.tools.doctor.facts import look_at_folder, matmul_error, memory_errors, sources_sha256
+from encoder.tools.doctor.links import ring, rounds_of
+from encoder.tools.doctor.rendezvous import Meeting
+from encoder.tools.doctor.verdict import (
+    Findings,
+    Link,
+    bad_links,
+    judge_all_reduce,
+    judge_facts,
+    judge_folder,
+    judge_links,
+    links_of,
+)
+from encoder.tools.plan.plan import count_needs
+from launch import doctor
+from tests.helpers.shards import random_documents, write_source
+from tests.process.ranks import ROOT
+from tests.unit.launch.test_bad_input import RUN
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    source = write_source(tmp_path / "s" / "train", random_documents(20), vocab_size=64)
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(out=tmp_path / "run", source=source, vocab=64, batch=128))
+    return path
+
+
+def test_lists_of_nodes_and_tasks_are_those_that_slurm_means():
+    assert expand_hosts("node[1,03-05],b") == ["node1", "node03", "node04", "node05", "b"]
+    assert expand_hosts("r[1-2]n[08-09]-ib") == ["r1n08-ib", "r1n09-ib", "r2n08-ib", "r2n09-ib"]
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(ConfigError, match="no range"):
+        expand_hosts("node[1-x]")
+    env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    assert nodes_of_ranks(env, size=3, local_size=2) == ["a1", "a1", "a2"]
+    assert nodes_of_ranks({}, size=3, local_size=2) == ["ranks 0-1", "ranks 0-1", "ranks 2-2"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9])
+def test_every_link_of_a_ring_is_measured_once_and_nobody_twice_in_a_round(count):
+    rounds = ring(count)
+    links = Counter(frozenset(pair) for pairs in rounds for pair in pairs)
+    assert set(links.values()) <= {1} and len(links) == {1: 0, 2: 1}.get(count, count)
+    for pairs in rounds:
+        ends = [end for pair in pairs for end in pair]
+        assert len(ends) == len(set(ends))
+
+
+def test_rank_l_of_a_node_meets_rank_l_of_the_next_and_the_ranks_of_a_node_form_a_chain():
+    rounds = [[(pair.ranks, pair.inside) for pair in pairs] for pairs in rounds_of(["a", "a", "a", "b", "b", "b"])]
+    assert rounds == [[((0, 3), False), ((1, 4), False), ((2, 5), False)], [((0, 1), True), ((3, 4), True)],
+                      [((1, 2), True), ((4, 5), True)]]
+
+
+def links(*speeds: float, count: int) -> list[Link]:
+    return [Link(ranks=(i, (i + 1) % count), nodes=(f"n{i}", f"n{(i + 1) % count}"), gb_per_second=speed)
+            for i, speed in enumerate(speeds)]
+
+
+def judged(of: list[Link]) -> Findings:
+    findings = Findings()
+    judge_links(findings, of)
+    return findings
+
+
+def test_a_node_is_named_when_all_its_links_are_slow_and_the_second_end_when_one_link_is():
+    assert list(judged(links(9, 1, 1, 9, 10, count=5)).nodes) == ["n2"]
+    assert list(judged(links(9, 1, 1, count=3)).nodes) == ["n2"]                 # two slow links of three, and one node
+    assert list(judged(links(9, 1, 9, 9, 10, count=5)).nodes) == ["n2"]          # the link of n1 and n2: without either it is gone
+    assert judged(links(9, 4, 8, 9, 10, count=5)).nodes == {}                    # above a quarter of the usual
+    assert set(judged(links(10, 9, 0.5, 0.4, 0.6, 9, 9, 11, count=8)).nodes) == {"n3", "n4"}
+
+
+def test_a_job_whose_nodes_are_all_bad_has_an_exit_code_of_its_own():
+    findings = judged(links(9, 1, 1, 9, 10, count=5))
+    assert findings.exit_code_of({"n1", "n2"}) == 4 and findings.exit_code_of({"n2"}) == 5
+    findings.mistakes.append("the run file")
+    assert findings.exit_code_of({"n2"}) == 2 and Findings().exit_code_of({"n2"}) == 0
+
+
+def device_of(rank: int, error: str = "", *, per_node: int = 1) -> dict:
+    """What a rank says of itself where only its device may be wrong."""
+    device = {"kind": "cuda", "seen": 8, **({"error": error} if error else {"free": 2**40})}
+    return {"rank": rank, "local_rank": rank % per_node, "local_size": per_node, "node": f"n{rank // per_node}", "device": device,
+            "gpus_allotted": "8", "versions": {"torch": "2"}, "run_sha256": "a", "shards": {}, "folder": "/",
+            "memory": {"free": 2**40, "allowed": 0}}
+
+
+def judged_devices(run_file: Path, *errors: str, per_node: int = 1) -> Findings:
+    findings, needs = Findings(), count_needs(read_run(run_file), ranks=len(errors))
+    facts = {rank: device_of(rank, error, per_node=per_node) for rank, error in enumerate(errors)}
+    judge_facts(findings, facts, [fact["node"] for fact in facts.values()], came=set(facts), needs=needs)
+    return findings
+
+
+def test_a_device_that_fails_on_every_node_is_a_mistake_and_on_some_nodes_theirs(run_file):
+    everywhere = judged_devices(run_file, "torch has no CUDA.", "torch has no CUDA.", "", "torch has no CUDA.", per_node=2)
+    assert everywhere.exit_code == 2 and everywhere.mistakes == ["rank 0 of n0: torch has no CUDA (and so on every node)"]
+    assert not everywhere.nodes
+    some = judged_devices(run_file, "", "the product is wrong", "the product is wrong")
+    assert some.exit_code == 4 and some.nodes == {n: f"rank {n[1]} of {n}: the product is wrong" for n in ("n1", "n2")}
+    alone = judged_devices(run_file, "the product is wrong")                # of one node nobody knows: others may do better
+    assert alone.exit_code == 4 and alone.exit_code_of({"n0"}) == 5
+
+
+def test_a_port_that_is_none_is_refused_in_one_line(run_file, monkeypatch):
+    needed = "Needed: a whole number from 1 to 65535, the same on every rank."
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "xx"}.items():
+        monkeypatch.setenv(key, value)
+    done = subprocess.run([sys.executable, str(ROOT / "launch" / "doctor.py"), str(run_file)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: MASTER_PORT is xx. {needed}\n")
+    for port in ("0", "70000", "-1"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT is {port}. {needed}"):
+            Meeting(World(rank=0, size=2), wait_seconds=1.0)
+
+
+def test_of_two_nodes_both_are_named_and_on_one_machine_a_slow_link_is_no_more_than_a_warning():
+    assert set(judged([Link(ranks=(0, 1), nodes=("a", "b"), gb_per_second=0.001)]).nodes) == {"a", "b"}
+    alone = judged([Link(ranks=(i, i + 1), nodes=("a", "a"), gb_per_second=speed) for i, speed in enumerate((9, 9, 1))])
+    assert alone.exit_code == 0 and "may only be busy" in alone.warnings[0]
+    broken = judged([Link(ranks=(0, 1), nodes=("a", "a"), error="what came was not what was sent")])
+    assert broken.exit_code == 4 and list(broken.nodes) == ["a"]
+
+
+def test_a_link_is_as_fast_as_its_slower_end_says_and_a_second_look_counts_if_it_is_better():
+    views = [{"ranks": [0, 1], "by": 0, "gb_per_second": 2.0}, {"ranks": [0, 1], "by": 1, "gb_per_second": 0.1},
+             {"ranks": [0, 1], "by": 1, "gb_per_second": 1.5}]
+    assert links_of(views, ["a", "b"])[0].gb_per_second == 1.5 and bad_links(links_of(views, ["a", "b"])) == {}
+
+
+def test_what_most_nodes_have_is_right_and_half_of_them_is_a_mistake():
+    findings = Findings()
+    assert not findings.hold_equal("versions", {"a": {"torch": "2.11"}, "b": {"torch": "2.10"}, "c": {"torch": "2.11"}}, advice="x")
+    assert findings.exit_code == 4 and "torch 2.10 where others have 2.11" in findings.nodes["b"]
+    halved = Findings()
+    halved.hold_equal("versions", {"a": {"torch": "2.11"}, "b": {"torch": "2.10"}}, advice="x")
+    assert halved.exit_code == 2 and not halved.nodes
+
+
+def test_a_run_folder_on_a_disk_of_each_node_is_a_mistake_and_on_one_node_without_the_disk_a_bad_node():
+    fine, blind = {"seen": True, "place": "", "free": 10**9}, {"seen": False, "place": "the folder is", "free": 0}
+    for shared, code in (({"a": fine, "b": blind}, 2), ({"a": fine, "b": blind, "c": fine}, 4), ({"a": fine, "b": fine}, 0)):
+        findings = Findings()
+        judge_folder(findings, shared, [], "runs/x", checkpoint_bytes=10**6)
+        assert findings.exit_code == code
+    findings = Findings()
+    judge_folder(findings, {"a": fine}, [], "runs/x", checkpoint_bytes=10**9)
+    assert "953.7 MiB free; needed: 1.9 GiB, two checkpoints" in findings.mistakes[0]
+    for at_most, said in ((3, "two checkpoints take 572.2 MiB"),
+                          (4, "the 4 still to stand at once 1.1 GiB: NOT enough to the end")):
+        findings = Findings()
+        judge_folder(findings, {"a": fine}, [], "runs/x", checkpoint_bytes=3 * 10**8, at_most=at_most)
+        assert findings.exit_code == 0 and findings.rows[0][1].endswith(said)
+
+
+def test_a_node_with_a_wrong_sum_is_named_and_a_sum_that_is_wrong_everywhere_is_a_mistake():
+    fine, wrong = {"gb_per_second": 1.0}, {"error": "the sum over all ranks is wrong"}
+    for found, code in (({0: fine, 1: wrong}, 4), ({0: wrong, 1: wrong}, 2), ({0: fine}, 4), ({0: fine, 1: fine}, 0)):
+        findings = Findings()
+        judge_all_reduce(findings, found, ["a", "b"])
+        assert findings.exit_code == code and list(findings.nodes) == (["b"] if code == 4 else [])
+
+
+def test_a_folder_is_seen_only_when_the_first_rank_has_written_there(tmp_path):
+    assert not look_at_folder(tmp_path, "n", node="b", wait_seconds=0.0)["seen"]
+    assert "error" not in look_at_folder(tmp_path, "n", node="a", wait_seconds=0.0, first=True)
+    seen = look_at_folder(tmp_path, "n", node="b", wait_seconds=0.0)
+    assert seen["seen"] and seen["free"] > 0 and (tmp_path / ".doctor-n-b").exists()
+    assert look_at_folder(tmp_path / "new" / "run", "n", node="a", wait_seconds=0.0, first=True)["free"] > 0
+    assert "Not a directory" in look_at_folder(tmp_path / ".doctor-n", "n", node="a", wait_seconds=0.0, first=True)["error"]
+
+
+def test_products_are_right_on_this_device_and_memory_errors_are_read_off_nvidia_smi():
+    assert matmul_error(torch.device("cpu")) < 1e-5
+    assert memory_errors("0, 0\n1, [N/A]\n2, 3\n") == "GPU 2: 3 uncorrected memory errors since it was last reset"
+
+
+def test_sources_have_another_name_after_any_change(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "a.py").write_text("x = 1\n")
+    before = sources_sha256(tmp_path)
+    (tmp_path / "encoder" / "a.py").write_text("x = 2\n")
+    assert sources_sha256(tmp_path) != before
+
+
+def test_by_hand_on_one_rank_it_says_what_it_saw(run_file, tmp_path, capsys):
+    assert doctor.main([str(run_file), "--report", str(tmp_path / "report")]) == 0
+    said = capsys.readouterr().out
+    assert "doctor: fine" in said and "two checkpoints take" in said and not (tmp_path / "run").exists()
+
+
+def test_mistakes_by_hand_are_said_with_exit_code_2(run_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for words, text in ((["model.hiden_size=8"], "Did you mean hidden_size?"), ([f"out={tmp_path}/file/x"], "cannot write into"),
+                        (["data.sources.0.path=shards/none"], "shards/none does not exist")):
+        assert doctor.main([str(run_file), *words]) == 2
+        assert text in capsys.readouterr().out
+    assert f"Looked for from the folder {os.getcwd()}" in (doctor.main(["nowhere.yaml"]), capsys.readouterr().out)[1]
