@@ -16,7 +16,7 @@ from encoder.base.errors import ConfigError
 from encoder.base.schema import _places, expand_path, from_mapping, parse_yaml, read_mapping, read_settings
 from encoder.runs.config import CheckpointConfig, RunConfig, read_run
 from encoder.runs.other_words import OTHER_WORDS
-from slurm.submit import _parser as submit_parser
+from encoder.tools.cluster.submit import _parser as submit_parser
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN = (ROOT / "configs" / "pretrain" / "tiny_cpu.yaml").read_text()
@@ -249,4 +249,4 @@ def test_every_argument_that_names_a_place_is_expanded(tmp_path, monkeypatch):
             with pytest.raises(SystemExit):
                 prep_arguments([word.replace("PLACE_HERE", wrong) for word in words])
     monkeypatch.setattr("sys.argv", ["submit"])
-    assert submit_parser().parse_args(["--prep", "$PLACE/p.yaml", "--export", "$PLACE/hf"]).export == f"{tmp_path}/hf"
+    assert submit_parser("").parse_args(["--prep", "$PLACE/p.yaml", "--export", "$PLACE/hf"]).export == f"{tmp_path}/hf"
