@@ -20,7 +20,7 @@ from encoder.base.batch import LossTerm
 from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
-from encoder.engine.checkpoint import save as checkpoint_save
+from encoder.engine.checkpoint.read import save as checkpoint_save
 from encoder.engine.checkpoint.read import (
     claim_incarnation,
     load_checkpoint,
