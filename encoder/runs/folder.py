@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from encoder.base.done import CHECKPOINTS, DONE, LEDGER
-from encoder.base.errors import LedgerError
+from encoder.base.errors import LedgerError, UserError
 
 __all__ = ["CHECKPOINTS", "DONE", "ERRORS", "EVENTS", "HANGS", "LEDGER", "METRICS", "RUN_FILE", "TENSORBOARD",
-           "append_line", "drop_torn_tail", "merged_metrics", "read_jsonl"]
+           "append_line", "drop_torn_tail", "flat", "merged_metrics", "read_jsonl", "read_metrics"]
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 RUN_FILE = "run.yaml"
@@ -34,6 +35,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The merged metrics of a run folder, at least one line. Raises UserError where there is none, LedgerError."""
+    lines = merged_metrics(folder / METRICS)
+    if not lines:
+        raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
+    return lines
+
+
 def merged_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in the order of steps; one line a step and phase, later values over earlier ones."""
     merged: dict[tuple[int, str], dict[str, Any]] = {}
@@ -44,6 +53,12 @@ def merged_metrics(path: Path) -> list[dict[str, Any]]:
         # a bad step that is done again is not computed: its loss of the first time stays
         there.update({k: v for k, v in line.items() if v is not None or k not in there})
     return sorted(merged.values(), key=lambda line: line["step"])
+
+
+def flat(values: Mapping[str, Any], key: str = "") -> list[tuple[str, Any]]:
+    """Names and values of a line, those of inner tables as `outer.inner`."""
+    return [pair for k, v in values.items()
+            for pair in (flat(v, f"{key}{k}.") if isinstance(v, dict) else [(f"{key}{k}", v)])]
 
 
 def append_line(file: IO[str], line: dict[str, Any]) -> None:

@@ -163,6 +163,7 @@ def test_a_wheel_has_all_that_a_clone_has_beside_its_tests():
         lost = [p for p in folder.rglob("*") if p.is_file() and p not in taken and "__pycache__" not in p.parts]
         assert not lost, lost
     assert project["project"]["name"] == "tessera-encoders" and "Apache License" in (ROOT / "LICENSE").read_text()
+    assert setuptools["package-data"]["*"] == ["py.typed"]
     assert all((ROOT / room / "py.typed").is_file() for room in ("encoder", "data_prep", "launch"))
 
 

@@ -16,7 +16,7 @@ from encoder.base.files import write_atomic
 from encoder.base.units import short_count
 from encoder.runs.about import what_was_trained
 from encoder.runs.config import RunConfig, schedule_word
-from encoder.runs.folder import ERRORS, EVENTS, HANGS, LEDGER, METRICS, RUN_FILE, merged_metrics, read_jsonl
+from encoder.runs.folder import ERRORS, EVENTS, HANGS, LEDGER, METRICS, RUN_FILE, flat, read_jsonl, read_metrics
 from encoder.runs.ledger import follow_chain
 from encoder.runs.weights import read_saved_run
 from encoder.tools.report.curves import Curves, draw
@@ -98,9 +98,7 @@ def _check_ours(out: Path) -> None:
 
 
 def _read_run(folder: Path) -> _Run:
-    metrics = merged_metrics(folder / METRICS)
-    if not metrics:
-        raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
+    metrics = read_metrics(folder)
     return _Run(folder=folder, config=read_saved_run(folder / RUN_FILE),
                 metrics=metrics, done=read_done(folder, with_checkpoint=False) or {}, steps=verify_ledger(folder),
                 spent_ms=wall_ms(folder))
@@ -146,15 +144,9 @@ def _time_facts(run: _Run) -> dict[str, str]:
 
 def _events(run: _Run) -> list[list[str]]:
     return [[e.get("time", ""), e.get("event", ""),
-             ", ".join(f"{k} {v}" for k, v in _flat(e) if k not in ("time", "event", "start", "began", "spent")
+             ", ".join(f"{k} {v}" for k, v in flat(e) if k not in ("time", "event", "start", "began", "spent")
                        and not k.startswith(("about.", "spent.")))]
             for e in read_jsonl(run.folder / EVENTS)]
-
-
-def _flat(values: dict[str, Any], key: str = "") -> list[tuple[str, Any]]:
-    """Names and values, those of inner tables as `outer.inner`."""
-    return [pair for k, v in values.items()
-            for pair in (_flat(v, f"{key}{k}.") if isinstance(v, dict) else [(f"{key}{k}", v)])]
 
 
 def _tokens_before(run: _Run) -> int:

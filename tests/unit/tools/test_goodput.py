@@ -14,11 +14,11 @@ from encoder.base.errors import ConfigError
 from encoder.base.log import say
 from encoder.runs import config
 from encoder.runs.config import TrackingConfig, read_run
-from encoder.runs.folder import EVENTS, METRICS, merged_metrics, read_jsonl
+from encoder.runs.folder import EVENTS, METRICS, flat, merged_metrics, read_jsonl
 from encoder.tools.report import curves
 from encoder.tools.report.curves import Curves
 from encoder.tools.report.goodput import wall_ms
-from encoder.tools.report.report import _flat, write_report
+from encoder.tools.report.report import write_report
 from encoder.train.display import open_display
 from encoder.train.loop import pretrain
 from encoder.train.meters import Clock
@@ -184,4 +184,4 @@ def test_a_branch_is_drawn_from_where_its_parent_was_and_its_phases_under_its_ow
 
 
 def test_an_event_with_a_table_in_it_is_told_in_words():
-    assert _flat({"step": 1, "parent": {"run": "a", "seeds": [1]}}) == [("step", 1), ("parent.run", "a"), ("parent.seeds", [1])]
+    assert flat({"step": 1, "parent": {"run": "a", "seeds": [1]}}) == [("step", 1), ("parent.run", "a"), ("parent.seeds", [1])]

@@ -1,0 +1,198 @@
+"""The library in a notebook: models, the hidden states and logits of texts, metrics and shards (docs/python.md).
+
+    bert = encoder.load("runs/small")
+    states_TC, other_TC = bert.hidden_states(["a text", "a second, longer text"])
+
+Models run on the CPU, in fp32, without dropout and without gradients. Texts are packed end to end, never padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from encoder.base.batch import packed_documents
+from encoder.base.errors import ConfigError, ModelError, ShardError, UserError, nearest
+from encoder.base.schema import expand_path, from_mapping
+from encoder.base.untrusted import native_code
+from encoder.data.shard_format import TOKENIZER, Card, special_ids_of, tokenizer_fingerprint
+from encoder.data.shards import Source, open_source
+from encoder.models.catalog import PRESETS, SYSTEMS, build_model
+from encoder.models.hf.parity import MaskedModel, our_model
+from encoder.models.hf.tokenizer import read_tokenizer
+from encoder.runs.config import SourceConfig
+from encoder.runs.folder import flat, read_metrics
+from encoder.runs.weights import read_model
+
+FORWARD_TOKENS = 8192      # packed into one forward pass; a longer text has one of its own
+
+
+def preset(name: str, *, seed: int = 0, **settings: Any) -> nn.Module:
+    """Build a model of a published shape, with initial weights drawn from the seed; in training mode, as torch's own modules.
+
+        encoder.preset("modernbert_17m", vocab_size=32_768, num_hidden_layers=4)
+
+    name: one of encoder.PRESETS
+    settings: of the model, put over the preset's
+
+    Raises ConfigError.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}. {nearest(str(name), list(PRESETS))}")
+    shape = dict(PRESETS[name])
+    system = shape.pop("system")
+    config = from_mapping(SYSTEMS[system], {**shape, **settings}, where=f"encoder.preset({name!r})")
+    return build_model(config, seed=seed)
+
+
+def load(path: Path | str, *, tokenizer: Path | str | None = None) -> LoadedModel:
+    """Open a stored model.
+
+    path: a run folder (its newest checkpoint), a checkpoint, a weights folder, a Hugging Face folder, or ORG/NAME on the hub
+    tokenizer: a tokenizer.json, for a model that is stored without one
+
+    Raises UserError.
+    """
+    stored = read_model(Path(expand_path(path)))
+    tokenizer_json = stored.tokenizer_json if tokenizer is None else Path(expand_path(tokenizer))
+    if tokenizer_json is None:
+        raise ModelError(f"{path} has no {TOKENIZER}; needed: the one that the model was trained with. "
+                         "Name it: encoder.load(path, tokenizer=FILE).")
+    _, specials = special_ids_of(tokenizer_json)
+    return LoadedModel(
+        model=our_model(stored.weights, stored.config),
+        tokenizer=read_tokenizer(tokenizer_json, specials, vocab_size=stored.config.vocab_size),
+        origin=stored.origin,
+        max_tokens=stored.max_tokens or stored.config.max_position_embeddings,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A stored model, ready to be asked."""
+
+    model: MaskedModel = field(repr=False)       # an nn.Module on the CPU, fp32, in evaluation mode
+    tokenizer: Tokenizer = field(repr=False)     # of the library tokenizers; it adds [CLS] and [SEP]
+    origin: str                                  # where the weights came from, for people
+    max_tokens: int                              # of a text, [CLS] and [SEP] included
+
+    def hidden_states(self, texts: Sequence[str]) -> list[Tensor]:
+        """[T, C] of each text, after the last norm; T counts [CLS] and [SEP].
+
+        Raises UserError for a text longer than max_tokens.
+        """
+        states = []
+        # not inference_mode: its tensors could not train a probe
+        with torch.no_grad():
+            for documents in _forwards(self._documents(texts)):
+                x_TC = self.model.hidden_states(packed_documents(documents))
+                # copies: one text that is kept or saved does not hold the others
+                states += [x.clone() for x in x_TC.split([len(d) for d in documents])]
+        return states
+
+    def logits(self, texts: Sequence[str]) -> list[Tensor]:
+        """[T, V] of each text. 1,000 tokens of a vocabulary of 50,368 take 201 MB.
+
+        Raises UserError for a text longer than max_tokens.
+        """
+        states = self.hidden_states(texts)
+        with torch.no_grad():
+            return [self.model.decode(x_TC) for x_TC in states]
+
+    def _documents(self, texts: Sequence[str]) -> list[Tensor]:
+        if isinstance(texts, str):
+            raise UserError(f"texts is one text, {texts[:40]!r}; needed: a list of texts. Write [text].")
+        found = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        for number, ids in enumerate(found):
+            if len(ids) > self.max_tokens:
+                raise UserError(f"texts[{number}] has {len(ids):,} tokens, [CLS] and [SEP] among them; needed: at most "
+                                f"{self.max_tokens:,}, the model's longest document. Split the text, or cut it.")
+        return [torch.tensor(ids) for ids in found]
+
+
+def _forwards(documents: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Documents in their order, as many at a time as fit FORWARD_TOKENS; a longer one alone."""
+    some: list[Tensor] = []
+    tokens = 0
+    for document in documents:
+        if some and tokens + len(document) > FORWARD_TOKENS:
+            yield some
+            some, tokens = [], 0
+        some.append(document)
+        tokens += len(document)
+    if some:
+        yield some
+
+
+def metrics(run: Path | str) -> dict[str, list[Any]]:
+    """The metrics of a run as a table by columns: pandas.DataFrame(encoder.metrics("runs/small")).
+
+        {"step": [1, 2], "loss": [10.4, 9.8], "held_out_loss": [None, 9.9], "spent.training": [1.2, 2.3], ...}
+
+    run: the run folder
+
+    One entry per step and phase, None where a step has no such number. Raises UserError.
+    """
+    lines = [dict(flat(line)) for line in read_metrics(Path(expand_path(run)))]
+    names = dict.fromkeys(name for line in lines for name in line)
+    return {name: [line.get(name) for line in lines] for name in names}
+
+
+def open_shards(path: Path | str, *, cache: Path | str | None = None) -> Shards:
+    """Open a shard folder for random access. Reads its card and index, no shard.
+
+    path: the folder with card.json; or a URL of one, with `cache`
+    cache: a folder of this machine that the files are fetched to
+
+    Raises ConfigError, ShardError.
+    """
+    where = SourceConfig(path=str(expand_path(path)), cache=None if cache is None else str(expand_path(cache)))
+    source = open_source(where.path, name=where.path, cache=None if where.cache is None else Path(where.cache))
+    tokenizer_json = source.path / TOKENIZER
+    if tokenizer_fingerprint(tokenizer_json) != source.card.tokenizer_sha256:
+        raise ShardError(f"{tokenizer_json} is not the one that made these ids: its SHA-256 is not the card's. "
+                         "Copy the folder again.")
+    with native_code(f"{tokenizer_json} is not a tokenizer that tokenizers can read", error=ShardError):
+        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    return Shards(path=where.path, source=source, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shards:
+    """The documents of a shard folder: len(shards), shards[3], for ids_T in shards."""
+
+    path: str
+    source: Source = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)     # of the library tokenizers; the one that made the ids
+
+    @property
+    def card(self) -> Card:
+        """Totals, special ids and the settings that made the shards."""
+        return self.source.card
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document [documents], mapped from the file."""
+        return self.source.lengths
+
+    def decode(self, document: int) -> str:
+        """The text of a document with its special tokens, as the model is trained on it. Raises ShardError."""
+        return self.tokenizer.decode(self[document].tolist(), skip_special_tokens=False)
+
+    def __len__(self) -> int:
+        return self.source.documents
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        """The ids of a document, int64 [T]. Raises IndexError, ShardError."""
+        number = range(len(self))[document]
+        return self.source.read(number).astype(np.int64)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[number] for number in range(len(self)))
