@@ -59,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         words = ("global_rope_theta", "local_rope_theta", "heads")
         told = {word: value for word in words if (value := getattr(args, word)) is not None}
         model, proof = import_model(args.source, args.out, tokenizer=args.tokenizer, told=told)
-        facts = "; ".join(f"{name} {value}" for name, value in model.config.facts.items())
+        config = model.config
+        facts = [config.shape_text, *(f"{name} {value}" for name, value in config.phase_texts.items())]
         tokenizer = "with its" if model.tokenizer_json else "no"
-        print(f"wrote {args.out}: {facts}; {tokenizer} tokenizer; from {model.origin}")
+        print(f"wrote {args.out}: {', '.join(facts)}, {tokenizer} tokenizer; from {model.origin}")
         if proof is not None:
             print(f"transformers gives {proof}")
 

@@ -24,9 +24,20 @@ class ModelConfig(Protocol):
     num_hidden_layers: int
     max_position_embeddings: int
 
+    tie_word_embeddings: bool
+    initializer_range: float           # sigma of the initial weights
+
     @property
-    def head_width(self) -> int:
-        """Features of one attention head."""
+    def head_width(self) -> int | None:
+        """Features of one attention head; None: no attention kernel is needed."""
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by."""
+
+    @property
+    def shape_text(self) -> str:
+        """Layers, width and vocabulary, in one line."""
 
     @property
     def phase_texts(self) -> dict[str, str]:

@@ -115,6 +115,17 @@ class ModernBertConfig:
         return self.attention_head_width or self.hidden_size // self.num_attention_heads
 
     @property
+    def activation_width(self) -> int:
+        """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by."""
+        return 14 * self.hidden_size + 4 * self.intermediate_size
+
+    @property
+    def shape_text(self) -> str:
+        """Layers, width and vocabulary, in one line."""
+        layers = f"{self.num_hidden_layers} layer{'' if self.num_hidden_layers == 1 else 's'}"
+        return f"{layers} of {self.hidden_size}, {self.num_attention_heads} heads, vocabulary {self.vocab_size:,}"
+
+    @property
     def phase_texts(self) -> dict[str, str]:
         """What a phase may change, for people: a column of a table and its cell."""
         if self.positions == "learned":

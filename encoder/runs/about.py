@@ -82,12 +82,10 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     told = [e for e in starts if isinstance(e.get("about"), dict)]
     about = told[-1]["about"] if told else {}
     m = run.model
-    layers = f"{m.num_hidden_layers} layer{'' if m.num_hidden_layers == 1 else 's'}"
     optimizer = next((w for w, kind in OPTIMIZERS.items() if type(run.optimizer) is kind), "")
     size = about.get("parameters") or m.parameter_counts().total
     lines = {
-        "model": (f"{size:,} parameters, " if isinstance(size, int) else "")
-        + f"{layers} of {m.hidden_size}, {m.num_attention_heads} heads, vocabulary {m.vocab_size:,}",
+        "model": (f"{size:,} parameters, " if isinstance(size, int) else "") + m.shape_text,
         "optimizer": f"{optimizer}, seed {run.seed}",
     }
     share = getattr(run.objective, "mask_share", None)

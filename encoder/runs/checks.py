@@ -156,8 +156,7 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
     model = run.model
     longest = max(phase.max_tokens_per_document for phase in run.phases)
     if model.max_position_embeddings > longest and _is_given(run, "model", "max_position_embeddings"):
-        what = "positions beyond are never trained" if model.positions == "learned" else (
-            "an export would promise lengths that were never trained")
+        what = "positions beyond are never trained, and an export would promise them"
         yield (f"model.max_position_embeddings {model.max_position_embeddings:,} is above the longest documents of all phases, "
                f"{longest:,}: {what}.")
     for number, phase in enumerate(run.phases):

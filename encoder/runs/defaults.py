@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,7 +66,8 @@ def warnings_of(run: RunConfig) -> list[str]:
     if card and not (run.init_from or run.branch_from):
         needed = whole_vocabulary(card.vocab_size)
         if model.vocab_size > needed:
-            more = (model.vocab_size - needed) * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+            smaller = dataclasses.replace(model, vocab_size=needed)
+            more = model.parameter_counts().total - smaller.parameter_counts().total
             lines.append(f"model.vocab_size {model.vocab_size:,} is more than the shards' {card.vocab_size:,} tokens: "
                          f"{short_count(more)} parameters that no text trains. Leave it out for {needed:,}.")
     source = run.init_from or run.branch_from

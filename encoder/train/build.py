@@ -57,7 +57,8 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
                           "capability 8.9 (Ada, Hopper or newer). Use fp8: off.")
     precision = precision_on(run.engine.precision, device)
     computing = {"fp32": torch.float32, "fp64": torch.float64}.get(precision, torch.bfloat16)
-    choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=run.model.head_width, training=True))
+    if head_width := run.model.head_width:
+        choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=head_width, training=True))
     return device
 
 

@@ -199,7 +199,7 @@ def _computing_seconds(run: RunConfig, machine: Machine, *, tokens: float, flops
     m, width = run.model, {"fp32": 4, "fp64": 8}.get(run.engine.precision, 2)
     # layers computed again do a third more, of both
     again = 4 / 3 if run.engine.activation_checkpointing == "blocks" else 1.0
-    moved = tokens * m.num_hidden_layers * (14 * m.hidden_size + 4 * m.intermediate_size) * width * LAYER_PASSES
+    moved = tokens * m.num_hidden_layers * m.activation_width * width * LAYER_PASSES
     busy = again * (flops / (machine.peak(run.engine.precision) * machine.product_share)
                     + moved / (machine.memory_bytes_per_second * machine.memory_share))
     return max(busy, micro_batches * m.num_hidden_layers * MICRO_STEP_KERNELS * KERNEL_SECONDS)

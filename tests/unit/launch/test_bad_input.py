@@ -168,7 +168,7 @@ def test_an_import_takes_a_flexbert_file_with_a_tokenizer(tmp_path, capsys):
     assert "cannot be used as a tokenizer.json" in refused(capsys, import_hf, *words, tmp_path / "a.pt")
     assert not (tmp_path / "weights").exists()
     assert import_hf.main([str(w) for w in (*words, write_tokenizer_json(tmp_path / "tokenizer.json"))]) == 0
-    assert "4 layers of 32, 2 heads, vocabulary 280, RoPE theta 10,000 global" in capsys.readouterr().out
+    assert "4 layers of 32, 2 heads, vocabulary 280, RoPE theta 10,000, of local layers 10,000" in capsys.readouterr().out
     assert read_stored(tmp_path / "weights").tokenizer_json is not None
     assert "is not empty and holds no origin.json" in refused(capsys, import_hf, tmp_path / "a.pt", tmp_path,
                                                               "--global-rope-theta", 1e4, "--heads", 2)
