@@ -27,7 +27,7 @@ from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.fp8 import to_fp8_
 from encoder.nn.heads import Decoder, PredictionHead, TokenDecoder
-from encoder.nn.init import init_megatron_, initial_values
+from encoder.nn.init import draw_, initial_values
 from encoder.nn.mlp import FeedForward, Mlp
 from encoder.nn.norm import Norm, make_norm
 from encoder.nn.recompute import recomputed
@@ -229,7 +229,7 @@ class ModernBertForMaskedLM(nn.Module):
         self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
         self._draw = dict(seed=seed, initializer_range=config.initializer_range,
                           cutoff_factor=config.initializer_cutoff_factor, layers=config.num_hidden_layers)
-        init_megatron_(self, **self._draw)
+        draw_(self)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """x_TC; under an engine this is replaced by the objective's loss."""

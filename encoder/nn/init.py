@@ -28,12 +28,11 @@ INTO_LOGITS = ("decoder.weight",)
 
 
 @torch.no_grad()
-def init_megatron_(model: nn.Module, *, seed: int, initializer_range: float, cutoff_factor: float, layers: int) -> None:
+def draw_(model: nn.Module) -> None:
     """Fills every parameter of a model with its `initial_values`; what is on the meta device is left to be filled later."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            parameter.copy_(initial_values(name, parameter.shape, seed=seed, initializer_range=initializer_range,
-                                           cutoff_factor=cutoff_factor, layers=layers))
+            parameter.copy_(model.initial_values(name, parameter.shape))
 
 
 def initial_values(name: str, shape: Sequence[int], *, seed: int, initializer_range: float, cutoff_factor: float,
