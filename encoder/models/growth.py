@@ -178,10 +178,10 @@ def _check_sizes(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> 
     if all(there == here for there, here in sizes.values()):
         raise ModelError(f"the new model is as large as the source ({', '.join(f'{n} {t:,}' for n, (t, _) in sizes.items())}); "
                          "needed: one of these larger. To train it on, name the source as init_from.")
-    there, here = sizes["num_attention_heads"]
+    there, here = sizes.get("num_attention_heads", (0, 0))
     if settings.mode != "edge" and (here - there) % 2:
         raise ModelError(f"num_attention_heads {there} -> {here} in mode {settings.mode} shifts by {(here - there) / 2:g} heads of "
                          f"{old.head_width} features, and a head would be cut in two; needed: a whole number of heads. "
                          f"Nearest num_attention_heads: {here - 1} or {here + 1}; or use mode edge.")
-    if settings.final_norm == "ones" and new.norm_place == "post":
+    if settings.final_norm == "ones" and getattr(new, "norm_place", "pre") == "post":
         raise ModelError("final_norm ones: a model with norm_place post has no final norm. Leave final_norm at copy.")

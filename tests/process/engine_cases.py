@@ -20,13 +20,13 @@ from encoder.base.batch import LossTerm
 from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
 from encoder.base.units import Progress
+from encoder.engine.checkpoint import save as checkpoint_save
 from encoder.engine.checkpoint.read import (
     claim_incarnation,
     load_checkpoint,
     newest_checkpoint,
     read_weights,
 )
-from encoder.engine.checkpoint.read import save as checkpoint_save
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.engine.zero import config as zero_config
 from encoder.objectives.mlm import mlm_loss

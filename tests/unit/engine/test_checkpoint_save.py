@@ -18,8 +18,8 @@ from encoder.base import log
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError
 from encoder.base.units import Progress
+from encoder.engine.checkpoint import save as checkpoint_save
 from encoder.engine.checkpoint.read import claim_incarnation, newest_checkpoint, read_weights
-from encoder.engine.checkpoint.read import save as checkpoint_save
 from encoder.engine.checkpoint.save import Saved, Saver
 from encoder.engine.engine import Piece
 

@@ -156,7 +156,7 @@ def test_a_loss_that_is_kept_does_not_keep_the_memory_of_a_graph_that_is_gone():
 
 def test_a_backward_whose_gradients_are_gone_is_refused():
     ours, _ = pair()
-    first, _ = ours(batch(0)), ours(batch(1))
+    first, _ = ours(batch(0))["mlm"], ours(batch(1))
     with pytest.raises(RuntimeError, match="two forwards before a backward"):
         first.total.backward()
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from encoder.base.batch import Targets
 from encoder.base.errors import ConfigError
 from encoder.base.schema import from_mapping, to_plain
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
@@ -94,11 +95,12 @@ def test_the_loss_of_a_packed_batch_is_the_sum_of_its_documents_dropout_included
     for length in lengths:
         inside = (batch.targets["mlm"].index_M >= start) & (batch.targets["mlm"].index_M < start + length)
         part = slice(start, start + length)
-        loss = model(replace(batch, ids_T=batch.ids_T[part], positions_T=batch.positions_T[part],
-                             cu_seqlens_S1=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
-                             predict_index_M=batch.targets["mlm"].index_M[inside] - start,
-                             predict_target_M=batch.targets["mlm"].value_M[inside], token_key_T=batch.token_key_T[part],
-                             masked_tokens=int(inside.sum()), tokens=length)).total
+        targets = Targets(index_M=batch.targets["mlm"].index_M[inside] - start, value_M=batch.targets["mlm"].value_M[inside],
+                          count=int(inside.sum()))
+        document = replace(batch, ids_T=batch.ids_T[part], positions_T=batch.positions_T[part], max_seqlen=length,
+                           cu_seqlens_S1=torch.tensor([0, length], dtype=torch.int32), token_key_T=batch.token_key_T[part],
+                           targets={"mlm": targets}, tokens=length)
+        loss = mlm_loss(model, document).total
         loss.backward()
         alone, start = alone + loss.item(), start + length
     assert whole.item() == pytest.approx(alone, rel=1e-12)
@@ -110,7 +112,8 @@ def test_the_loss_of_a_packed_batch_is_the_sum_of_its_documents_dropout_included
 @pytest.mark.parametrize("capacity", [0, 8])
 def test_nothing_to_predict_gives_zero_gradients_for_every_parameter(capacity):
     batch = packed([9, 20], vocab=96, predict=capacity)
-    batch = replace(batch, predict_target_M=torch.full_like(batch.targets["mlm"].value_M, -100), masked_tokens=0)
+    nothing = replace(batch.targets["mlm"], value_M=torch.full_like(batch.targets["mlm"].value_M, -100), count=0)
+    batch = replace(batch, targets={"mlm": nothing})
     model = ModernBertForMaskedLM(SMALL)
     loss = mlm_loss(model, batch).total
     loss.backward()

@@ -41,7 +41,7 @@ def within_five_sigma(count, total, share):
 
 def test_shares_are_those_of_the_settings():
     ids = long_row()
-    question = objective(mask_share=0.3)(ids, generator(1, "a"))
+    question = objective(mask_share=0.3).mask(ids, generator(1, "a"))
     ordinary = int((ids < 100).sum())
     asked = len(question.targets["mlm"].index)
     shown = question.ids[question.targets["mlm"].index]
@@ -54,7 +54,7 @@ def test_shares_are_those_of_the_settings():
 def test_targets_are_the_clean_ids_and_nothing_else_is_changed():
     ids = long_row()
     before = ids.copy()
-    question = objective()(ids, generator(1, "a"))
+    question = objective().mask(ids, generator(1, "a"))
     assert (ids == before).all()
     assert (question.targets["mlm"].value == ids[question.targets["mlm"].index]).all()
     assert (np.diff(question.targets["mlm"].index) > 0).all()
@@ -65,14 +65,14 @@ def test_targets_are_the_clean_ids_and_nothing_else_is_changed():
 
 def test_special_tokens_are_neither_asked_nor_drawn():
     ids = long_row()
-    question = objective()(ids, generator(1, "a"))
+    question = objective().mask(ids, generator(1, "a"))
     assert (question.targets["mlm"].value < 100).all()
     shown = question.ids[question.targets["mlm"].index]
     assert set(shown[shown != MASK]) == set(range(100))      # every ordinary id is drawn, no special one
 
 
 def test_replacements_are_uniform_over_the_ordinary_ids():
-    question = objective(mask_share=0.9, random_share=1.0, keep_share=0.0)(np.full(100_000, 7), generator(1, "a"))
+    question = objective(mask_share=0.9, random_share=1.0, keep_share=0.0).mask(np.full(100_000, 7), generator(1, "a"))
     counts = np.bincount(question.ids[question.targets["mlm"].index], minlength=V)
     assert counts[100:].sum() == 0
     assert all(within_five_sigma(c, counts.sum(), 0.01) for c in counts[:100])
@@ -80,24 +80,24 @@ def test_replacements_are_uniform_over_the_ordinary_ids():
 
 def test_the_released_objective_asks_cls_and_sep_and_draws_up_to_the_mask():
     ids = long_row()
-    question = objective(mask_special_tokens=True)(ids, generator(1, "a"))
+    question = objective(mask_special_tokens=True).mask(ids, generator(1, "a"))
     for special in (CLS, SEP, UNK):
         assert within_five_sigma((question.targets["mlm"].value == special).sum(), (ids == special).sum(), 0.3)
     assert (question.targets["mlm"].value != PAD).all()
-    drawn = objective(mask_special_tokens=True, mask_share=0.9, random_share=1.0, keep_share=0.0, vocab_size=120)(
+    drawn = objective(mask_special_tokens=True, mask_share=0.9, random_share=1.0, keep_share=0.0, vocab_size=120).mask(
         np.full(100_000, 7), generator(1, "a"))
     assert set(drawn.ids[drawn.targets["mlm"].index]) == set(range(MASK + 1))      # not 105 to 119, which no text has
 
 
 def test_padding_is_never_asked_nor_changed():
     for released in (False, True):
-        question = objective(mask_special_tokens=released)(np.full(1000, PAD), generator(1, "a"))
+        question = objective(mask_special_tokens=released).mask(np.full(1000, PAD), generator(1, "a"))
         assert len(question.targets["mlm"].index) == 0 and (question.ids == PAD).all()
 
 
 def test_the_same_address_gives_the_same_question_and_another_gives_another():
     ids = long_row(500)
-    one, same, other = (objective()(ids, generator(1, "mlm", 0, 3, row)) for row in (5, 5, 6))
+    one, same, other = (objective().mask(ids, generator(1, "mlm", 0, 3, row)) for row in (5, 5, 6))
     assert (one.ids == same.ids).all() and (one.targets["mlm"].index == same.targets["mlm"].index).all()
     assert set(one.targets["mlm"].index) != set(other.targets["mlm"].index)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from encoder.base.batch import TermSum
 from encoder.base.errors import ConfigError
 from encoder.base.units import Progress
 from encoder.runs.config import identity_of, read_run
@@ -123,7 +124,7 @@ def test_what_changes_the_curve_is_identity_and_what_does_not_is_not():
 
 def test_held_out_loss_is_a_sum_over_a_count_not_a_mean_of_means():
     sets = [HeldOut(name="a", batches=["a"]), HeldOut(name="b", batches=["b"])]
-    losses = held_out_numbers(sets, lambda batches: {"a": (10.0, 1, 1), "b": (10.0, 9, 3)}[batches[0]])
+    losses = held_out_numbers(sets, lambda batches: {"mlm": TermSum(10.0, 1, 1) if batches == ["a"] else TermSum(10.0, 9, 3)})
     assert losses["held_out_loss"] == pytest.approx(2.0)
     assert losses["held_out_loss_a"] == pytest.approx(10.0) and losses["held_out_loss_b"] == pytest.approx(10 / 9)
     assert losses["held_out_accuracy"] == 0.4 and losses["held_out_accuracy_a"] == 1.0
