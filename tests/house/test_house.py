@@ -49,7 +49,7 @@ def test_the_top_level_is_the_agreed_one():
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in done.stdout.splitlines()}
     agreed = {"README.md", "pyproject.toml", "encoder", "data_prep", "launch", "configs", "tests", "slurm",
-              "Makefile", "benchmarks", "docs", ".ci", ".gitignore", "LICENSE"}
+              "Makefile", "benchmarks", "docs", ".ci", ".gitignore", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"}
     assert top <= agreed
 
 
