@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
 PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "slurm", "tests", "benchmarks")
                 for p in sorted((ROOT / folder).rglob("*.py"))]
+DOCUMENTS = [p for pattern in ("*.md", "docs/*.md", "slurm/*.md", "benchmarks/results/*.md") for p in sorted(ROOT.glob(pattern))]
 
 
 def test_rooms_import_only_downwards():
@@ -75,6 +76,36 @@ def test_readme_names_only_files_and_commands_that_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_readme_is_short_and_its_run_file_is_one(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "first.yaml").write_text(block)
+    assert read_run(tmp_path / "first.yaml").out == "runs/first"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_somewhere(path):
+    """A file that is there, and a heading of it."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", _without_code(path.read_text())):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (path.parent / name).resolve() if name else path
+        assert found.exists(), target
+        assert not anchor or anchor in _anchors(found), target
+
+
+def _anchors(path: Path) -> set[str]:
+    """Of every heading, as GitHub makes them: small letters and digits, a hyphen for each space."""
+    headings = re.findall(r"^#+ (.*)$", _without_code(path.read_text()), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
 def test_every_shell_script_passes_bash_and_shellcheck():
     patterns = ("slurm/*.sbatch", "slurm/*.sh", "tests/cluster/testbed/*.sh", ".ci/run")
     scripts = [path for pattern in patterns for path in ROOT.glob(pattern)]
@@ -102,7 +133,7 @@ def test_nothing_names_a_machine_or_a_place():
         *PYTHON_FILES,
         *sorted(ROOT.glob("configs/**/*.*")),
         *sorted(ROOT.glob("docs/*")),
-        ROOT / "README.md",
+        *DOCUMENTS,
         ROOT / "Makefile",
     ]:
         if path.suffix in (".py", ".yaml", ".md", ".txt", ".json") or path.name == "Makefile":

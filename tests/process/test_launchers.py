@@ -122,7 +122,7 @@ def test_ranks_save_and_leave_when_their_launcher_is_gone(folder, launcher, name
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_signal_to_every_launcher_leaves_no_rank_behind(folder):
-    """The table of docs/design.md, printed; a group that is killed saves nothing, where the ranks belong to it."""
+    """The table of docs/faults.md, printed; a group that is killed saves nothing, where the ranks belong to it."""
     kinds = [("torchrun", "alone"), ("torchrun", "group"), ("deepspeed", "alone"), ("deepspeed", "launch"), ("deepspeed", "group")]
     bad = []
     for launcher, to in kinds:
