@@ -16,7 +16,7 @@ from pathlib import Path
 from encoder.base.command import CommandLine, run_command
 from encoder.base.done import is_done
 from encoder.base.units import short_seconds
-from launch.shown_commands import ShownCommands, done_already, say, say_rows
+from launch.shown_commands import ShownCommands, done_already, say
 from launch.smaller_demo import ROOT, RUN_FILE, preparation_settings, run_settings, short
 
 CORPUS_MB = 20
@@ -28,8 +28,8 @@ QUESTIONS = [
     "The function returns a new [MASK] with the given keys and values.",
     "If the file does not [MASK], an exception is raised.",
     "This method is not [MASK] and will be removed in a future version.",
-    "for i in [MASK](len(values)): print(values[i])",
-    "def __init__([MASK], name): self.name = name",
+    "for i in [MASK](len(values)):\n    print(values[i])",
+    "def __init__([MASK], name):\n    self.name = name",
 ]
 
 
@@ -94,7 +94,8 @@ def tell(out: Path, *, shrink: float) -> None:
         f"the batches whose hashes stand in the ledger of the run. What the ranks print goes to {short(out)}/training.log.",
     )
     proof = train_killed_and_resumed(shell, out, shrink=shrink)
-    say_rows(proof)
+    for what, found in proof:
+        say(f"{what:<35} {found}")
 
     shell.chapter("Export", "A Hugging Face folder. It gets its name only after transformers gave the same logits.")
     shell.run(f"tessera export {here}/run {here}/hf", made=out / "hf" / "config.json")
@@ -102,13 +103,17 @@ def tell(out: Path, *, shrink: float) -> None:
     shell.chapter("Answers", "Plain transformers reads that folder: the five likeliest tokens for each [MASK].")
     shell.run(f"tessera fill-mask {here}/hf {shlex.join(QUESTIONS)} --json {here}/answers.json")
 
-    shell.chapter("Report", "Curves, where the time went, the kill and the answers in one page.")
+    shell.chapter(
+        "Report",
+        "Curves, where the time went, the kill and the answers in one page. Unigram entropy would be the loss of a model "
+        "that knows only how often each token occurs, uniform that of one that guesses blindly.",
+    )
     # here: matplotlib takes seconds
-    from launch.demo_page import results_of, write_demo_page
+    from launch.demo_page import result_text, write_demo_page
 
     page = write_demo_page(out / "run", out / "answers.json", proof)
-    say_rows(results_of(out / "run", vocabulary=VOCABULARY))
-    say_rows([("the page to look at", str(short(page)))])
+    say(result_text(out / "run", vocabulary=VOCABULARY))
+    say(f"{short(page)}   (open it in a browser)")
     say(f"\nDone in {short_seconds(time.monotonic() - begun)}. The model is {short(out)}/hf. For text of your own: docs/recipes.md")
 
 

@@ -26,11 +26,8 @@ def write_demo_page(run: Path, answers_file: Path, proof: Sequence[tuple[str, st
     return write_report([run], run, sections=[killed, answers])
 
 
-def results_of(run: Path, *, vocabulary: int) -> list[tuple[str, str]]:
-    """The held-out loss of a finished run, and what it would be without learning, as rows of (what, how much)."""
+def result_text(run: Path, *, vocabulary: int) -> str:
+    """The held-out loss of a finished run, and what it would be without learning."""
     done = json.loads((run / "done.json").read_text(encoding="utf-8"))
-    return [
-        ("held-out masked loss, in nats", f"{done['held_out_loss']:.3f}"),
-        ("guessing by how often tokens occur", f"{done['unigram_entropy']:.3f}   (unigram entropy of the same text)"),
-        ("guessing blindly", f"{math.log(vocabulary):.2f}    (uniform over {vocabulary:,} tokens)"),
-    ]
+    without = f"unigram entropy of the same text {done['unigram_entropy']:.3f}, uniform {math.log(vocabulary):.2f}"
+    return f"held-out masked loss {done['held_out_loss']:.3f} nats   ({without})"

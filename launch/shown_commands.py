@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from encoder.base.errors import UserError
@@ -79,12 +79,6 @@ def check_code(code: int, command: str) -> None:
 def say(text: str) -> None:
     """At once, also where standard output is a file that the commands write to, too."""
     print(text, flush=True)
-
-
-def say_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Each (what, how much) in a line."""
-    for what, found in rows:
-        say(f"  {what:<36} {found}")
 
 
 def done_already(made: Path) -> None:
