@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from data_prep.filters import Filter
 from data_prep.other_words import OTHER_WORDS
 from encoder.base.errors import ConfigError, nearest
+from encoder.base.mixtures import Mixture
 from encoder.base.schema import LocalText, PathText, Tokens, chosen_by, to_plain
 
 
@@ -161,22 +162,6 @@ def word_of(source: Source) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """The tokens that one phase of a run takes from each source."""
-
-    tokens: Tokens                   # of the phase; the sources' must add up to it
-    sources: dict[str, Tokens]                  # tokens by source
-
-    def __post_init__(self) -> None:
-        total = sum(self.sources.values())
-        if total != self.tokens:
-            raise ConfigError(f"its sources add up to {total:,} tokens; needed: {self.tokens:,}, "
-                              f"{abs(self.tokens - total):,} {'more' if total < self.tokens else 'fewer'}.")
-        if empty := [name for name, tokens in self.sources.items() if not tokens]:
-            raise ConfigError(f"{empty[0]} has 0 tokens. Leave it out instead.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Text to shards: OUT/<source>/train and OUT/<source>/held_out for every source."""
 
@@ -193,7 +178,7 @@ class PrepareConfig:
     shard_bytes: int = 2**26                    # of a shard, at most
     compression: Literal["none", "zstd"] = "none" # of the shards; training unpacks them once
     max_document_bytes: int = 70_000_000        # of a line, row or file as it is read; larger ones are left out
-    mixtures: dict[str, Mixture] = field(default_factory=dict)      # for `data-prep plan`; prepare makes every source
+    mixtures: dict[str, Mixture] = field(default_factory=dict)      # what phases take; prepare makes every source
 
     def __post_init__(self) -> None:
         scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", self.tokenizer)

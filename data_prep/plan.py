@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.config import HubSource, Mixture, ParquetSource, PrepareConfig, Source
+from data_prep.config import HubSource, ParquetSource, PrepareConfig, Source
 from data_prep.readers import ReadError, find_files
 from encoder.base.errors import ConfigError, ShardError, nearest
 from encoder.base.log import say, warn_once
+from encoder.base.mixtures import Mixture, sources_of
 from encoder.base.units import short_count
 from encoder.data.shard_format import ids_dtype, read_card, special_ids_of
 
@@ -70,11 +71,11 @@ def plan(config: PrepareConfig, *, mixture: str | None = None, speed_mtok: float
 
 
 def mixture_yaml(config: PrepareConfig, name: str) -> str:
-    """The `sources:` block of a run file for one mixture; weights are budgets in billions of tokens."""
+    """The `sources:` block of a run file for one mixture."""
     given = _mixture(config, name)
     lines = [f"# mixture {name}: {short_count(given.tokens)} tokens", "sources:"]
-    lines += [f"  - {{name: {source}, path: {Path(config.out) / source / 'train'}, weight: {tokens / 1e9:.12g}}}"
-              for source, tokens in given.sources.items()]
+    lines += [f"  - {{name: {source['name']}, path: {source['path']}, weight: {source['weight']:.12g}}}"
+              for source in sources_of(given, out=config.out)]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch import home
+from encoder.base.home import home
 
 
 def main(argv: Sequence[str] | None = None) -> int:

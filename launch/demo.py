@@ -3,27 +3,28 @@
 
     python launch/demo.py [--out demo] [--shrink 10]
 
-Every part runs the same command a person would type, and is left out when it is done already.
+Every command is shown as you would type it, then run. What is done already is left out, so that a second run goes on.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import signal
-import subprocess
+import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from encoder.base.command import CommandLine
+from encoder.base.command import CommandLine, run_command
 from encoder.base.done import is_done
+from encoder.base.units import short_seconds
+from launch.shown_commands import ShownCommands, done_already, say
+from launch.smaller_demo import ROOT, RUN_FILE, preparation_settings, run_settings, short
 
-ROOT = Path(__file__).resolve().parents[1]
-RUN_FILE = ROOT / "configs" / "pretrain" / "tiny_cpu.yaml"
-SENTENCES = [
+CORPUS_MB = 20
+VOCABULARY = 8192
+KILL_AT = 0.45       # of the tokens
+# the demo is the same everywhere: no GPU even where there is one, and nothing fetched
+SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUESTIONS = [
     "The function returns a new [MASK] with the given keys and values.",
     "If the file does not [MASK], an exception is raised.",
     "This method is not [MASK] and will be removed in a future version.",
@@ -33,7 +34,7 @@ SENTENCES = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the parts in order; returns the exit code of the first that fails."""
+    """Parses, tells the story, returns the exit code: 2 where one of its commands fails."""
     parser = CommandLine(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)"
@@ -42,273 +43,108 @@ def main(argv: list[str] | None = None) -> int:
         "--shrink", type=float, default=1.0, help="divide the corpus and the training by this (tests use 10)"
     )
     args = parser.parse_args(argv)
-    demo = Demo(out=args.out.resolve(), shrink=args.shrink)
-    args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        demo.tell()
-    except subprocess.CalledProcessError as error:
-        print(
-            f"error: this command ended with exit code {error.returncode}: {' '.join(map(str, error.cmd))}",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; make demo goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    out = args.out.resolve()
+
+    def body() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        tell(out, shrink=args.shrink)
+
+    return run_command(body, stopped="\nstopped; make demo goes on from here")
 
 
-class Demo:
-    """The parts of the demo and the folder they share."""
+def tell(out: Path, *, shrink: float) -> None:
+    """From text to answers.
 
-    def __init__(self, *, out: Path, shrink: float) -> None:
-        self.out, self.shrink = out, shrink
-        self.run = out / "run"
-        self.start = time.monotonic()
-        self.bin = Path(sys.executable).parent
-        # no GPU even where there is one: the demo is the same everywhere
-        self.env = {
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "PATH": f"{self.bin}:{os.environ.get('PATH', '')}",
-        }
-        # a test's or a shell's one thread is not meant for the demo's ranks, which share out the cores themselves
-        self.env.pop("OMP_NUM_THREADS", None)
+    out: folder for everything that is made.
+    shrink: the corpus and the training are divided by it.
+    """
+    begun = time.monotonic()
+    shell = ShownCommands(folder=ROOT, settings=SETTINGS)
+    here = shlex.quote(str(short(out)))
+    say("From text to a language model, on the CPU alone. In this folder each command can be typed as it stands, after:")
+    activate = Path(sys.prefix) / "bin" / "activate"
+    if activate.exists():
+        say(f"$ . {short(activate)}")
+    say(f"$ export {' '.join(f'{name}={value}' for name, value in SETTINGS.items())}")
 
-    def tell(self) -> None:
-        """The time line."""
-        size_mb = max(1.0, 20 / self.shrink)
-        corpus, tokenizer = self.out / "corpus", self.out / "tokenizer.json"
-        self.part("corpus: this Python environment as text", corpus / "manifest.json", [
-            self.bin / "data-prep", "environment-corpus", "--out", corpus, "--size-mb", f"{size_mb:g}"])
-        self.part("tokenizer: byte-level BPE, 8,192 entries", tokenizer, [
-            self.bin / "data-prep", "tokenizer", "train", "--files", corpus / "code.jsonl", corpus / "prose.jsonl",
-            "--vocab-size", "8192", "--out", tokenizer])
-        self.part("shards: documents to token ids", self.out / "shards" / "prose" / "train" / "card.json", [
-            self.bin / "data-prep", "prepare", ROOT / "configs" / "prep" / "demo.yaml", f"root={corpus}",
-            f"tokenizer={tokenizer}", f"out={self.out / 'shards'}"])
-        self.training()
-        self.part("export: a Hugging Face folder, checked against transformers", self.out / "hf" / "config.json", [
-            sys.executable, ROOT / "launch" / "export_hf.py", self.run, self.out / "hf"])
-        self.part(
-            "fill-mask: what the model answers",
-            None,
-            [
-                sys.executable,
-                ROOT / "launch" / "fill_mask.py",
-                self.out / "hf",
-                *SENTENCES,
-                "--json",
-                self.out / "answers.json",
-            ],
-        )
-        self.report()
+    shell.chapter("Text", "Every Python environment has some: code, and the prose of its documentation.")
+    size_mb = max(1.0, CORPUS_MB / shrink)
+    shell.run(
+        f"data-prep environment-corpus --out {here}/corpus --size-mb {size_mb:g}",
+        made=out / "corpus" / "manifest.json",
+    )
 
-    def part(self, title: str, made: Path | None, command: list[object]) -> None:
-        """One command of the time line, left out when `made` is there. Raises CalledProcessError."""
-        self.line(title)
-        if made is not None and made.exists():
-            print(f"        done already ({made.name} is there)", flush=True)
-            return
-        command = [str(word) for word in command]
-        print("        $ " + " ".join(_short(word) for word in command), flush=True)
-        subprocess.run(command, env=self.env, cwd=ROOT, check=True)
+    shell.chapter("Tokenizer", f"Byte-level BPE: {VOCABULARY:,} pieces of words, chosen so that this text has few of them.")
+    files = f"{here}/corpus/code.jsonl {here}/corpus/prose.jsonl"
+    shell.run(
+        f"data-prep tokenizer train --files {files} --vocab-size {VOCABULARY} --out {here}/tokenizer.json",
+        made=out / "tokenizer.json",
+    )
 
-    def line(self, title: str) -> None:
-        """A mark on the time line."""
-        print(f"\n[{time.monotonic() - self.start:5.0f} s] {title}", flush=True)
+    shell.chapter("Shards", "Every document becomes token ids, once for all lengths of training. 2 % are held out.")
+    shell.run(
+        f"data-prep prepare configs/prep/demo.yaml {shlex.join(preparation_settings(out))}",
+        made=out / "shards" / "prose" / "train" / "card.json",
+    )
 
-    def training(self) -> None:
-        """First start, SIGKILL in the middle, resume; then the ledger of both held together."""
-        from encoder.base.dist import free_port
-        command = [str(self.bin / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()),
-                   str(ROOT / "launch" / "pretrain.py"), str(RUN_FILE), *self.overrides()]
-        killed_at = self.out / "killed.json"
-        if not is_done(self.run)[0]:
-            if not killed_at.exists():
-                self.line("training: first start (it will be killed in the middle)")
-                steps = self.train(command, kill_at=0.45)
-                killed_at.write_text(json.dumps({"steps": steps, "ledger": _ledger(self.run)}), encoding="utf-8")
-                print(f"        SIGKILL to every process after step {steps}", flush=True)
-            self.line("training: the same command again")
-            self.train(command, kill_at=None)
-        else:
-            self.line("training")
-            print("        done already (done.json is there)", flush=True)
-        self.proof = self.compare(json.loads(killed_at.read_text(encoding="utf-8"))) if killed_at.exists() else []
-        for row in self.proof:
-            print(f"        {row[0]:<34} {row[1]}", flush=True)
+    shell.chapter(
+        "Training, killed and resumed",
+        "A ModernBERT of 4 million weights, on two ranks. In the middle every process gets SIGKILL, as in a power cut. "
+        "The same command then goes on from the last checkpoint. The steps since then are done again, and each must read "
+        f"the batches whose hashes stand in the ledger of the run. What the ranks print goes to {short(out)}/training.log.",
+    )
+    proof = train_killed_and_resumed(shell, out, shrink=shrink)
+    for what, found in proof:
+        say(f"{what:<35} {found}")
 
-    def overrides(self) -> list[str]:
-        """Where this demo's files are, and the run divided by `shrink`."""
-        words = [f"out={self.run}"]
-        for i, name in enumerate(("code", "prose")):
-            words += [f"data.sources.{i}.path={self.out}/shards/{name}/train",
-                      f"evaluation.sources.{i}.path={self.out}/shards/{name}/held_out"]
-        if self.shrink != 1.0:
-            from encoder.base.units import parse_tokens
-            for key, value in _token_settings():
-                words.append(f"{key}={math.ceil(parse_tokens(value) / self.shrink)}")
-        return words
+    shell.chapter("Export", "A Hugging Face folder. It gets its name only after transformers gave the same logits.")
+    shell.run(f"tessera export {here}/run {here}/hf", made=out / "hf" / "config.json")
 
-    def train(self, command: list[str], *, kill_at: float | None) -> int:
-        """Runs the training with a progress bar; kills it at this share of its tokens. Returns the last step in the ledger."""
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    shell.chapter("Answers", "Plain transformers reads that folder: the five likeliest tokens for each [MASK].")
+    shell.run(f"tessera fill-mask {here}/hf {shlex.join(QUESTIONS)} --json {here}/answers.json")
 
-        from encoder.runs.config import read_run
-        total = sum(p.tokens for p in read_run(RUN_FILE, self.overrides()).phases)
-        print("        $ " + " ".join(_short(w) for w in command[:7]), flush=True)
-        console = Console()
-        columns = (
-            TextColumn("        {task.fields[phase]:<10}"),
-            BarColumn(30),
-            TextColumn(
-                "{task.percentage:>3.0f} %  loss "
-                "{task.fields[loss]}  held-out {task.fields[held_out]}  {task.fields[speed]} tok/s"
-            ),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with open(self.out / "training.log", "ab") as log, Progress(
-                *columns, console=console, refresh_per_second=4, disable=not console.is_terminal) as bar:
-            task = bar.add_task("training", total=total, phase="starting", loss="-", held_out="-", speed="-")
-            process = subprocess.Popen(command, env=self.env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-            try:
-                self._watch(
-                    process, total, kill_at, lambda **now: bar.update(task, **now), plain=not console.is_terminal
-                )
-            except BaseException:
-                _kill_tree(process.pid)
-                raise
-        lines = _ledger(self.run)
-        return lines[-1]["step"] if lines else 0
+    shell.chapter(
+        "Report",
+        "Curves, where the time went, the kill and the answers in one page. Unigram entropy would be the loss of a model "
+        "that knows only how often each token occurs, uniform that of one that guesses blindly.",
+    )
+    # here: matplotlib takes seconds
+    from launch.demo_page import result_text, write_demo_page
 
-    def _watch(
-        self, process: subprocess.Popen, total: int, kill_at: float | None, show: Callable[..., None], *, plain: bool
-    ) -> None:
-        from encoder.runs.folder import METRICS, merged_metrics
-        said = -1
-        while process.poll() is None:
-            time.sleep(0.3)
-            if not (self.run / METRICS).exists():
-                continue
-            metrics = merged_metrics(self.run / METRICS)
-            trained = [m for m in metrics if m.get("loss") is not None]
-            if not trained:
-                continue
-            held_out = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
-            now = dict(
-                phase=trained[-1]["phase"],
-                loss=f"{trained[-1]['loss']:.2f}",
-                held_out=f"{held_out[-1]:.2f}" if held_out else "-",
-                speed=f"{trained[-1]['tokens_per_second']:,.0f}",
-            )
-            tokens = _ledger(self.run)[-1]["tokens_seen"]
-            show(completed=tokens, **now)
-            if plain and int(10 * tokens / total) > said:
-                said = int(10 * tokens / total)
-                print(
-                    f"        {now['phase']:<10} {tokens / total:4.0%}  loss {now['loss']}  held-out {now['held_out']}  "
-                    f"{now['speed']} tok/s",
-                    flush=True,
-                )
-            saved = sorted((self.run / "checkpoints").glob("*/COMMITTED"))
-            if kill_at is not None and tokens >= kill_at * total and saved and self._beyond_checkpoint():
-                _kill_tree(process.pid)
-                process.wait()
-                return
-        if process.returncode != 0:
-            tail = (self.out / "training.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-            print("\n".join(tail), file=sys.stderr)
-            raise subprocess.CalledProcessError(process.returncode, [str(a) for a in process.args])
-
-    def _beyond_checkpoint(self) -> bool:
-        """At least three steps were done since the newest save, so that a resume has something to do again."""
-        from encoder.runs.folder import EVENTS, read_jsonl
-        saves = [e["step"] for e in read_jsonl(self.run / EVENTS) if e["event"] == "checkpoint"]
-        return bool(saves) and _ledger(self.run)[-1]["step"] >= saves[-1] + 3
-
-    def compare(self, killed: dict) -> list[tuple[str, str]]:
-        """The ledger as the kill left it against the ledger of the whole run."""
-        from encoder.runs.folder import EVENTS, read_jsonl
-        from encoder.tools.report.report import verify_ledger
-        whole, before = _ledger(self.run), killed["ledger"]
-        resumed = next((e["step"] for e in read_jsonl(self.run / EVENTS) if e["event"] == "resume"), 0)
-        if whole[: len(before)] != before:
-            raise SystemExit("error: the ledger of the resumed run does not continue the first one's")
-        return [
-            ("killed with SIGKILL after step", f"{killed['steps']:,}"),
-            ("resumed from the checkpoint of step", f"{resumed:,}"),
-            ("steps done twice, hashes equal", f"{killed['steps'] - resumed:,} of {killed['steps'] - resumed:,}"),
-            (
-                "ledger",
-                f"{verify_ledger(self.run):,} steps in one unbroken chain, the first {len(before):,} from before the kill",
-            ),
-        ]
-
-    def report(self) -> None:
-        """loss.png and report.html, with the answers and the kill in them."""
-        from encoder.tools.report.report import Section, write_report
-        self.line("report")
-        answers = json.loads((self.out / "answers.json").read_text(encoding="utf-8"))
-        rows = [
-            (a["text"], *(f"{token.strip() or token!r} {share:.0%}" for token, share in a["masks"][0])) for a in answers
-        ]
-        page = write_report([self.run], self.run, sections=[
-            Section(title="Killed and resumed", head=("", ""), rows=self.proof),
-            Section(title="Fill-mask, from the exported folder", head=("text", "1", "2", "3", "4", "5"), rows=rows)])
-        done = json.loads((self.run / "done.json").read_text(encoding="utf-8"))
-        print(f"        held-out masked loss {done['held_out_loss']:.3f} nats   (unigram entropy of the same text "
-              f"{done['unigram_entropy']:.3f}, uniform {math.log(8192):.2f})")
-        for path in (page, page.with_name("loss.png"), self.out / "hf", self.out / "training.log"):
-            print(f"        {_short(str(path))}")
-        self.line("done")
+    page = write_demo_page(out / "run", out / "answers.json", proof)
+    say(result_text(out / "run", vocabulary=VOCABULARY))
+    say(f"{short(page)}   (open it in a browser)")
+    say(f"\nDone in {short_seconds(time.monotonic() - begun)}. The model is {short(out)}/hf. For text of your own: docs/recipes.md")
 
 
-def _token_settings() -> list[tuple[str, object]]:
-    """(dotted key, value) of every amount of tokens in the run file that shrinks with the run (a step does not)."""
-    from encoder.base.schema import read_mapping
-    mapping = read_mapping(RUN_FILE)
-    found: list[tuple[str, object]] = [("checkpoints.every_tokens", mapping["checkpoints"]["every_tokens"]),
-                                       ("evaluation.every_tokens", mapping["evaluation"]["every_tokens"])]
-    for i, phase in enumerate(mapping["phases"]):
-        found.append((f"phases.{i}.tokens", phase["tokens"]))
-        if "warmup_tokens" in phase["lr"]:
-            found.append((f"phases.{i}.lr.warmup_tokens", phase["lr"]["warmup_tokens"]))
-        if "batch_warmup" in phase:
-            found.append((f"phases.{i}.batch_warmup.over_tokens", phase["batch_warmup"]["over_tokens"]))
-    return found
+def train_killed_and_resumed(shell: ShownCommands, out: Path, *, shrink: float) -> list[tuple[str, str]]:
+    """Trains; returns what the ledger proves, as rows of (what, how much)."""
+    # here: torch takes seconds
+    from encoder.base.dist import free_port
+    from encoder.runs.config import read_run
+    from encoder.tools.report.compare import compare_ledgers, keep_ledger
+    from launch.killed_training import Training, train
 
-
-def _ledger(run: Path) -> list[dict]:
-    from encoder.runs.folder import LEDGER, read_jsonl
-    return read_jsonl(run / LEDGER)
-
-
-def _kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all below it, parents first so that no launcher can tidy up."""
-    import psutil
-    try:
-        parent = psutil.Process(pid)
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-
-
-def _short(word: str) -> str:
-    """A path as seen from the project's folder, long text cut."""
-    word = word.replace(f"{ROOT}/", "").replace(f"{Path.cwd()}/", "").replace("\n", "\\n")
-    word = Path(word).name if word.startswith(sys.prefix) else word
-    return f"'{word}'" if " " in word else word
+    run = out / "run"
+    settings = run_settings(out, shrink=shrink)
+    launcher = f"deepspeed --num_accelerators 2 --master_port {free_port()} launch/pretrain.py"
+    training = Training(
+        command=f"{launcher} {short(RUN_FILE)} {shlex.join(settings)}",
+        run=run,
+        log=out / "training.log",
+        tokens=sum(phase.tokens for phase in read_run(RUN_FILE, settings).phases),
+    )
+    ledger_at_kill = out / "killed.json"
+    if is_done(run)[0]:
+        shell.show(training.command)
+        done_already(run / "done.json")
+    else:
+        if not ledger_at_kill.exists():
+            step = train(training, shell, kill_at=KILL_AT)
+            keep_ledger(run, ledger_at_kill)
+            say(f"SIGKILL to every process after step {step}.\n\nThe same command again:")
+        train(training, shell)
+    return compare_ledgers(run, ledger_at_kill) if ledger_at_kill.exists() else []
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from encoder.base.command import CommandLine, run_command
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import write_atomic
-from launch import home
+from encoder.base.home import home
 
 RUNS = {"tiny": "tiny_cpu", "small": "small", "laptop": "laptop", "one-gpu": "one_gpu", "base": "modernbert_base",
         "large": "modernbert_large", "continue": "continue", "domain": "domain", "four-domains": "mini_four_domains"}
@@ -89,7 +89,7 @@ def list_text() -> str:
 
 def with_data(text: str, folders: Sequence[str], *, of: str) -> str:
     """The text with other shard folders; in `evaluation` SOURCE/train becomes SOURCE/held_out. Raises ConfigError."""
-    if re.search(r"^ {4,}sources:", text, re.M):
+    if re.search(r"^ {4,}(?:sources|mixture):", text, re.M):
         raise ConfigError(f"{of} has other shards in other phases, so one --data would not do. Leave it out, and edit the paths.")
     held_out = [str(Path(f).parent / "held_out") if Path(f).name == "train" else f for f in folders]
     return _replace_items(_replace_items(text, "data", folders), "evaluation", held_out)

@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, Union
 
 from encoder.base import schema
 from encoder.base.command import CommandLine, run_command
+from encoder.base.home import home
 from encoder.base.units import short_count
-from launch import home
 
 _HEAD = "<!-- written by launch/reference.py from the settings classes: change their comments, then run it -->\n"
 _RUN_INTRO = """# The run file
@@ -31,6 +31,11 @@ be put over the file's on the command line: `engine.zero_stage=2 phases.0.tokens
 
 Short forms: `data: FOLDER` or a list of folders for `data: {sources: [{path: FOLDER}]}`, `phases: {...}` for a list of one,
 `lr: 1e-3` for `lr: {peak: 1e-3}`. `model: {preset: NAME}` takes a published shape: PRESETS.
+
+`mixture: {file: configs/prep/mixture_2t.yaml, name: pretrain_1024}` stands for the `sources` that
+`data-prep plan configs/prep/mixture_2t.yaml --mixture pretrain_1024 --yaml` prints. `data`, a phase and `evaluation` (there the
+held-out documents) may have one; `file` is said once, in `data`. It is looked for from the run file's folder, from the working
+folder, and among the files that Tessera brings. The `run.yaml` of the run folder has the plain sources.
 """
 _PREP_INTRO = """# The preparation file
 

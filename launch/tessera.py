@@ -16,7 +16,7 @@ from typing import NamedTuple
 from encoder import __version__
 from encoder.base.command import complain
 from encoder.base.errors import nearest
-from launch import home
+from encoder.base.home import home
 
 
 class Verb(NamedTuple):

@@ -82,7 +82,7 @@ class SourceConfig:
 class DataConfig:
     """How documents become rows."""
 
-    sources: tuple[SourceConfig, ...]
+    sources: tuple[SourceConfig, ...]  # shard folders, weighted; or mixture: {file: PREP.yaml, name: NAME}
     row_tokens: int                   # capacity of a row, the unit of packing and of batch size; default: divides every batch
     # packed together, fewer where a source has fewer; rows of 16,384 of real text: 4096 99.5 %, 8192 99.7 % full
     window_documents: int = 8192
@@ -131,7 +131,7 @@ class PhaseConfig:
     lr: chosen_by("schedule", SCHEDULES)                   # or its peak alone: warm-up, flat, decay at the run's end
     model: dict[str, float] = field(default_factory=dict)      # what the phase changes of the model; default: nothing
     batch_warmup: BatchWarmup | None = None
-    sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase
+    sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase; or mixture: {name: NAME}
     mask_share: float | None = None                        # masking rate; default: the objective's
     mask_share_end: float | None = None                    # reached at the phase's end, on a straight line over its tokens
     weight_decay: float | None = None                      # share of the matrices lost in a step; default: the optimizer's
@@ -157,7 +157,7 @@ class PhaseConfig:
 class EvaluationConfig:
     """The held-out loss: fixed documents, fixed masks."""
 
-    sources: tuple[SourceConfig, ...]
+    sources: tuple[SourceConfig, ...]  # shard folders; or mixture: {name: NAME}, the held-out documents of its sources
     every_tokens: Tokens              # how often it is measured; default: a twentieth of the run, at most 5B
     rows: int = 8                     # of data.row_tokens, per source
     mask_share: float = 0.15          # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)

@@ -72,6 +72,8 @@ _WORDS = {
         "tokenizer_name tokenizer",
     "data.sources: [{path: shards/web/train}], folders made by data-prep prepare":
         "dataset_name train_file dataset train_loader data_path data_dir train_data",
+    "data.sources: [{path: shards/web/train}], or data.mixture: {file: FILE.yaml, name: NAME}":
+        "mixture mixtures data_mixture data_mix",
     "device: cpu":
         "no_cuda use_cpu",
     "engine.zero_stage: 2":

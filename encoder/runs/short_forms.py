@@ -1,4 +1,4 @@
-"""The short forms of a run file, written out; needs neither torch nor a file."""
+"""The short forms of a run file, written out; needs no torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.schema import put_overrides, read_mapping
+from encoder.runs.mixtures import keys_written_out, write_out_mixtures
 
 
 def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The long form of a run file with the overrides put in. Raises ConfigError.
 
     An override may name a place of the long form, phases.0.tokens=1M, and hold a short one, phases.0.lr=1e-3.
+    It may name a mixture, data.mixture.name=long, or a source that a mixture is written out to, data.sources.0.weight=3.
     """
     mapping = long_form(read_mapping(path))
-    put_overrides(mapping, overrides)
+    keys = keys_written_out(mapping)
+    into_written_out = tuple(f"{key}{end}" for key in keys for end in (".", "="))
+    put_overrides(mapping, [o for o in overrides if not o.startswith(into_written_out)])
+    mapping = long_form(mapping)
+    write_out_mixtures(mapping, run_file=Path(path))
+    put_overrides(mapping, [o for o in overrides if o.startswith(into_written_out)])
     return long_form(mapping)
 
 

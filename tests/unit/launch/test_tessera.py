@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from encoder import __version__
+from encoder.base.home import home
 from encoder.base.schema import read_settings
 from encoder.runs.config import read_run
-from launch import home, new_file, tessera
+from launch import new_file, tessera
 from tests.helpers.shards import random_documents, write_source
 
 ROOT = Path(__file__).resolve().parents[3]

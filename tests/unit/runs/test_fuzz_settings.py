@@ -43,6 +43,12 @@ PREP = {
                  "estimate": {"tokens": "1M", "reference": "a guess"}}],
     "mixtures": {"first": {"tokens": "1M", "sources": {"web": "1M"}}},
 }
+MIXED_RUN = {
+    **RUN,
+    "data": {"mixture": {"file": "ROOT/prep.yaml", "name": "first"}, "row_tokens": 64, "window_documents": 16},
+    "phases": [*RUN["phases"], {**RUN["phases"][0], "name": "b", "mixture": {"name": "first"}}],
+    "evaluation": {"mixture": {"name": "first"}, "every_tokens": "1K"},
+}
 WRONG = [None, True, -1, 0, 1, 3, 10**6, 2**31, 2**63, 10**18, 10**40, -2**63, 0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"),
          "", " ", "x", "\u00e9\u4e2d\U0001f600", "a" * 5000, "../..", "~", "$NOT_SET_HERE",
          "${oc.env:HOME}", "/dev/zero", "1e999999999",
@@ -108,6 +114,7 @@ def broken(base: dict, chance: random.Random, paths: dict[str, str]) -> str:
 def paths(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("fuzz")
     source = write_source(root / "shards" / "train", random_documents(60))
+    (root / "prep.yaml").write_text(yaml.safe_dump(PREP))
     (root / "a.jsonl").write_text('{"text": "a b c", "score": 1, "lang": "en"}\n' * 20)
     return {"SOURCE": str(source), "OUT": str(root / "out"), "ROOT": str(root)}
 
@@ -131,7 +138,20 @@ def preparation_of(path: Path) -> str:
     return to_yaml(config) + out.getvalue()
 
 
-@pytest.mark.parametrize("base, read", [(RUN, run_of), (PREP, preparation_of)], ids=["run files", "preparation files"])
+def mixture_of(path: Path) -> str:
+    """As a run file reads a preparation file."""
+    from encoder.runs.config import read_run
+
+    run = path.with_name("run.yaml")
+    run.write_text(yaml.safe_dump({**RUN, "data": {"mixture": {"file": path.name, "name": "first"}, "row_tokens": 64}}))
+    return to_yaml(read_run(run))
+
+
+@pytest.mark.parametrize(
+    "base, read",
+    [(RUN, run_of), (MIXED_RUN, run_of), (PREP, preparation_of), (PREP, mixture_of)],
+    ids=["run files", "run files with mixtures", "preparation files", "mixtures"],
+)
 def test_a_broken_settings_file_is_sentences_or_is_accepted_and_shown(tmp_path, monkeypatch, paths, base, read):
     """150 of each; within a time limit a case, and without growing."""
     monkeypatch.chdir(tmp_path)
