@@ -101,11 +101,15 @@ class Doctor:
         wrong = {fact["node"]: f"{fact['error']} Looked for from the folder {fact['folder']}" for fact in facts.values()
                  if "error" in fact}
         found.exclude_or_mistake(wrong, of=len({fact["node"] for fact in facts.values()}))
+        try:
+            needs = run and count_needs(run, ranks=self.world.size)
+        except UserError as error:
+            found.mistakes.append(str(error))
+            run = None
         if run is None:
             found.mistakes += [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
             rendezvous.broadcast("folder", None)
         else:
-            needs = count_needs(run, ranks=self.world.size)
             whole = {rank: fact for rank, fact in facts.items() if "error" not in fact}
             judge_facts(found, whole, self.expected, needs=needs, came=set(facts))
             self._judge_run(run)

@@ -216,7 +216,8 @@ def test_by_hand_on_one_rank_it_says_what_it_saw(run_file, tmp_path, capsys):
 def test_mistakes_by_hand_are_said_with_exit_code_2(run_file, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for words, text in ((["model.hiden_size=8"], "Did you mean hidden_size?"), ([f"out={tmp_path}/file/x"], "cannot write into"),
-                        (["data.sources.0.path=shards/none"], "shards/none does not exist")):
+                        (["data.sources.0.path=shards/none"], "shards/none does not exist"),
+                        (["engine.fp8=layers", "engine.precision=bf16", "model.intermediate_size=24"], "needed: multiples of 16")):
         assert doctor.main([str(run_file), *words]) == 2
         assert text in capsys.readouterr().out
     assert f"Looked for from the folder {os.getcwd()}" in (doctor.main(["nowhere.yaml"]), capsys.readouterr().out)[1]
