@@ -42,7 +42,7 @@ def examine(world: World, *, folder: str, slow: int = -1, damaged: int = -1, abs
             stuck: int = -1, per_node: int = 1, wait_seconds: float = 20.0, overrides: tuple[str, ...] = ()) -> dict:
     """Each rank is a node of its own. `slow` sends late, `damaged` sends other bytes, `absent` never comes, `own_folder` has
     another run file, `stuck` never ends its first sum. Each node has `per_node` ranks, the last one what is left."""
-    def hinder(sent: torch.Tensor) -> None:
+    def inject_fault(sent: torch.Tensor) -> None:
         if world.rank == slow:
             time.sleep(0.4)
         if world.rank == damaged:
@@ -63,7 +63,7 @@ def examine(world: World, *, folder: str, slow: int = -1, damaged: int = -1, abs
     words = [f"out={folder}/other"] if world.rank == own_folder else []
     speak_on(world.first)
     here = World(rank=world.rank, size=world.size, local_rank=world.rank % per_node, local_size=local_size)
-    doctor = Doctor(world=here, env=env, report=Path(folder) / "report", hinder=hinder,
+    doctor = Doctor(world=here, env=env, report=Path(folder) / "report", inject_fault=inject_fault,
                     wait_seconds=wait_seconds, message_bytes=2**18)
     code = doctor.examine(f"{folder}/run.yaml", [*overrides, *words])
     return {"code": code, "nodes": doctor.findings.nodes, "mistakes": doctor.findings.mistakes, "rows": dict(doctor.findings.rows)}
@@ -107,7 +107,16 @@ def test_a_node_that_falls_silent_among_the_links_is_named_and_hangs_nobody(fold
 def test_nodes_with_different_numbers_of_ranks_are_fine(folder):
     results = run_ranks(examine, 3, folder=str(folder), per_node=2)
     assert [r["code"] for r in results] == [0] * 3
-    assert "2 nodes" in results[0]["rows"]["run folder"] and "1 inside nodes" in results[0]["rows"]["links"]
+    assert "2 nodes" in results[0]["rows"]["run folder"] and results[0]["rows"]["links"].startswith("1 pair of nodes")
+    assert "over 3 ranks" in results[0]["rows"]["all-reduce"]
+
+
+def test_ranks_of_one_node_are_measured_all_at_once(folder):
+    results = run_ranks(examine, 2, folder=str(folder), per_node=2)
+    assert [r["code"] for r in results] == [0] * 2
+    assert "links" not in results[0]["rows"] and results[0]["rows"]["all-reduce"].startswith("exact")
+    results = run_ranks(examine, 2, folder=str(folder), per_node=2, damaged=1)
+    assert [r["code"] for r in results] == [5] * 2 and "a sum is wrong" in results[0]["nodes"]["node1"]
 
 
 def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(folder):

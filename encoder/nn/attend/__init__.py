@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,10 +16,12 @@ from encoder.nn.attend.sdpa import Sdpa
 from encoder.nn.attend.tiles import Tiles
 from encoder.nn.attend.varlen import Varlen
 
-__all__ = ["BACKENDS", "Backend", "Choice", "Plan", "Situation", "Word", "check_word", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "Choice", "Plan", "Situation", "Word", "attend_by", "check_word", "choose_backend"]
 
 Word = Literal["auto", "flash", "flash4", "flash3", "flash2", "varlen", "flex", "tiles", "sdpa"]
 BACKENDS: dict[str, Backend] = {b.name: b for b in (*FLASH, Varlen(), Flex(), Tiles(), Sdpa())}     # fastest first
+
+_given: ContextVar[Backend | None] = ContextVar("the backend of attend_by", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,8 @@ def check_word(word: str) -> None:
 def choose_backend(word: str, situation: Situation) -> Choice:
     """The backend called `word`; the newest flash with "flash", the fastest of all with "auto". Raises ConfigError."""
     check_word(word)
+    if given := _given.get():
+        return Choice(backend=given, reason=f"{given.name}: given")
     refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(situation))}
     able = [name for name in BACKENDS if name not in refusals]
     asked = {"auto": list(BACKENDS), "flash": [b.name for b in FLASH]}.get(word, [word])
@@ -44,6 +51,16 @@ def choose_backend(word: str, situation: Situation) -> Choice:
         raise ConfigError(f"{_told({name: refusals[name] for name in asked})}. Use attention: {' or '.join(able)}.")
     why = {"auto": "the fastest that can run here", "flash": "the newest that can run here"}.get(word, "asked for")
     return Choice(backend=BACKENDS[name], reason="; ".join([f"{name}: {why}", *filter(None, [_told(refusals)])]))
+
+
+@contextmanager
+def attend_by(backend: Backend) -> Iterator[None]:
+    """Within it every choice is this backend: for one that only counts, on tensors without data."""
+    token = _given.set(backend)
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def _told(refusals: dict[str, str]) -> str:

@@ -1,12 +1,12 @@
-"""The story of a doctor: what each rank finds out, held together before a run's first step, in under 30 s of a sound job.
+"""The doctor: what each rank finds out before a run's first step, compared, in under 30 s of a sound job.
 
-    look            versions, run file, shards, device, memory                  each rank by itself
-    meet            a store on rank zero; who does not come is named
+    facts           versions, run file, shards, device, memory                  each rank by itself
+    rendezvous      a store on rank zero; a rank that does not come is named
     run folder      one writes, all see it; all write, one sees it; room for two checkpoints
-    links           neighbours, then all ranks at once
+    links           an all-reduce of each pair of neighbouring nodes, then of all ranks
     verdict         0 fine, 2 a mistake in the input, 4 nodes to leave out, 5 all of them
 
-Nobody waits for anybody longer than `wait_seconds`, and nothing of the run is touched but its folder, which is made if it
+No rank waits for another longer than `wait_seconds`. Nothing of the run is touched but its folder, which is made if it
 is not there. A report folder gets NODE.json of each node, written before anything is waited for and again at the end, and
 bad_nodes, one name a line.
 """
@@ -38,37 +38,32 @@ from encoder.runs.defaults import warnings_of
 from encoder.runs.facts import check_data
 from encoder.runs.same import check_same_data, check_same_run
 from encoder.tools.doctor.facts import gather_facts, look_at_folder
-from encoder.tools.doctor.links import Hinder, Links, rounds_of
-from encoder.tools.doctor.rendezvous import Meeting, Silent
-from encoder.tools.doctor.verdict import (
-    Findings,
-    bad_links,
-    judge_all_reduce,
-    judge_facts,
-    judge_folder,
-    judge_links,
-    links_of,
-)
+from encoder.tools.doctor.links import FaultInjection, Links
+from encoder.tools.doctor.rendezvous import RankTimeout, Rendezvous
+from encoder.tools.doctor.verdict import Findings, judge_all_reduce, judge_facts, judge_folder, judge_links
 from encoder.tools.plan.fit import fit_ranks
 from encoder.tools.plan.plan import count_needs
 from encoder.train import build
 
 WAIT_SECONDS = 45.0         # a python of 1,000 nodes on a busy file system starts within that
 BAD_NODES = "bad_nodes"
-LOOKED_AT_AGAIN = 16        # slow links at most; more of them are no accident of a moment
-LOOKS_AGAIN = 2
 
 
 @dataclass(kw_only=True)
 class Doctor:
-    """One rank's part. `hinder` slows or damages what this rank sends, in tests."""
+    """One rank's part.
+
+    report: the folder of NODE.json and bad_nodes
+    message_bytes: of the all-reduces; default: by the device
+    inject_fault: slows or damages what this rank sends, in tests
+    """
 
     world: World
     env: Mapping[str, str]
     report: Path | None = None
     wait_seconds: float = WAIT_SECONDS
     message_bytes: int | None = None
-    hinder: Hinder | None = None
+    inject_fault: FaultInjection | None = None
     findings: Findings = field(default_factory=Findings)
 
     def examine(self, path: Path | str, overrides: Sequence[str]) -> int:
@@ -79,16 +74,16 @@ class Doctor:
         run, facts = self._look(path, overrides)
         self._write_report("started", facts=facts)
         try:
-            meeting = Meeting(self.world, wait_seconds=self.wait_seconds)
-            meeting.say("facts", facts)
-            verdict = self._lead(meeting, run) if self.world.first else self._follow(meeting, run)
-        except Silent as silence:
-            return self._without_rank_zero(str(silence))
+            rendezvous = Rendezvous(self.world, wait_seconds=self.wait_seconds)
+            rendezvous.publish("facts", facts)
+            verdict = self._lead(rendezvous, run) if self.world.first else self._follow(rendezvous, run)
+        except RankTimeout as error:
+            return self._without_rank_zero(str(error))
         self._write_report("ended", facts=facts, verdict=verdict)
         if self.world.first:
-            self._speak(verdict, time.monotonic() - began)
-        with contextlib.suppress(Silent):
-            meeting.leave()
+            self._print_verdict(verdict, time.monotonic() - began)
+        with contextlib.suppress(RankTimeout):
+            rendezvous.leave()
         return verdict["exit_code"]
 
     def _look(self, path: Path | str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
@@ -99,44 +94,47 @@ class Doctor:
             return None, {"rank": self.world.rank, "local_rank": self.world.local_rank, "node": self.node, "folder": os.getcwd(),
                           "error": str(as_user_error(error))}
 
-    def _lead(self, meeting: Meeting, run: RunConfig | None) -> dict[str, Any]:
+    def _lead(self, rendezvous: Rendezvous, run: RunConfig | None) -> dict[str, Any]:
         """Rank zero: asks for everything in turn, and judges."""
         found = self.findings
-        facts = meeting.collect("facts")
+        facts = rendezvous.collect("facts")
         wrong = {fact["node"]: f"{fact['error']} Looked for from the folder {fact['folder']}" for fact in facts.values()
                  if "error" in fact}
-        found.blame_or_mistake(wrong, of=len({fact["node"] for fact in facts.values()}))
+        found.exclude_or_mistake(wrong, of=len({fact["node"] for fact in facts.values()}))
+        try:
+            needs = run and count_needs(run, ranks=self.world.size)
+        except UserError as error:
+            found.mistakes.append(str(error))
+            run = None
         if run is None:
             found.mistakes += [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
-            meeting.tell("folder", None)
+            rendezvous.broadcast("folder", None)
         else:
-            needs = count_needs(run, ranks=self.world.size)
             whole = {rank: fact for rank, fact in facts.items() if "error" not in fact}
             judge_facts(found, whole, self.expected, needs=needs, came=set(facts))
             self._judge_run(run)
             nonce = secrets.token_hex(6)
             firsts = {rank: fact["node"] for rank, fact in whole.items() if fact["local_rank"] == 0}
-            self._folder(meeting, run, nonce, needs.checkpoint_bytes, firsts)
-        if go := not found.exit_code and self.world.size > 1:
-            meeting.tell("links", True)
-            self._links(meeting, [facts[rank]["node"] for rank in range(self.world.size)], run)
-        else:
-            meeting.tell("links", go)
+            self._folder(rendezvous, run, nonce, needs.checkpoint_bytes, firsts)
+        if rendezvous.broadcast("links", not found.exit_code and self.world.size > 1):
+            self._links(rendezvous, [facts[rank]["node"] for rank in range(self.world.size)], run)
         nodes = {facts[rank]["node"] if rank in facts else self.expected[rank] for rank in range(self.world.size)}
         verdict = {"exit_code": found.exit_code_of(nodes), "mistakes": found.mistakes, "nodes": found.nodes,
                    "warnings": found.warnings, "rows": found.rows}
-        meeting.tell("verdict", verdict)
+        rendezvous.broadcast("verdict", verdict)
         return verdict
 
-    def _follow(self, meeting: Meeting, run: RunConfig | None) -> dict[str, Any]:
+    def _follow(self, rendezvous: Rendezvous, run: RunConfig | None) -> dict[str, Any]:
         """Every other rank: answers in the same order."""
-        asked = meeting.hear("folder")
+        asked = rendezvous.receive("folder")
         if asked is not None and self.world.local_rank == 0 and run is not None:
-            meeting.say("shared", look_at_folder(Path(run.out), asked["nonce"], node=self.node, wait_seconds=self.wait_seconds / 3))
-        if meeting.hear("links"):
+            wait_seconds = self.wait_seconds / 3
+            seen = look_at_folder(Path(run.out), asked["nonce"], node=self.node, wait_seconds=wait_seconds)
+            rendezvous.publish("shared", seen)
+        if rendezvous.receive("links"):
             assert run is not None, "rank zero goes on only where every rank could read the run file"
-            self._links(meeting, [], run)
-        return meeting.hear("verdict")
+            self._links(rendezvous, [], run)
+        return rendezvous.receive("verdict")
 
     def _judge_run(self, run: RunConfig) -> None:
         """What rank zero can see alone of the run file, its data and its folder."""
@@ -154,55 +152,43 @@ class Doctor:
         except UserError as error:
             self.findings.mistakes.append(str(error))
 
-    def _folder(self, meeting: Meeting, run: RunConfig, nonce: str, checkpoint_bytes: int, firsts: Mapping[int, str]) -> None:
+    def _folder(
+        self, rendezvous: Rendezvous, run: RunConfig, nonce: str, checkpoint_bytes: int, firsts: Mapping[int, str]
+    ) -> None:
         """`firsts`: the first rank of each node that is here, and the node."""
         folder = Path(run.out)
         with _made_if_absent(folder):
             mine = look_at_folder(folder, nonce, node=self.node, wait_seconds=0.0, first=True)
-            meeting.tell("folder", {"nonce": nonce})
-            meeting.say("shared", mine)
-            shared = {value["node"]: value for value in meeting.collect("shared", ranks=list(firsts)).values()}
+            rendezvous.broadcast("folder", {"nonce": nonce})
+            rendezvous.publish("shared", mine)
+            shared = {value["node"]: value for value in rendezvous.collect("shared", ranks=list(firsts)).values()}
             unseen = [node for node in shared if not shared[node].get("error")
                       and not _appears(folder / f".doctor-{nonce}-{node}", self.wait_seconds / 3)]
             for node in set(firsts.values()) - set(shared):
-                self.findings.blame(node, f"{node} fell silent while it looked at the run folder {folder}: its disk may hang")
+                self.findings.exclude(node, f"{node} fell silent while it looked at the run folder {folder}: its disk may hang")
             judge_folder(self.findings, shared, unseen, run.out, checkpoint_bytes=checkpoint_bytes,
                          at_most=run.checkpoints.keep_last + 1 + len(run.phases) - _standing(folder))
             with contextlib.suppress(OSError):
                 for path in folder.glob(".doctor-*"):           # of doctors that were killed, too
                     path.unlink(missing_ok=True)
 
-    def _links(self, meeting: Meeting, nodes: list[str], run: RunConfig) -> None:
-        """All ranks: pairs, the slow ones again, the all-reduce. Rank zero judges; `nodes` are known to it alone."""
-        first, size = self.world.first, self.world.size
-        nodes = meeting.share("nodes", nodes if first else None)
-        links = Links(meeting.connect(), rank=self.world.rank, device=build.choose_device(run, self.world),
-                      message_bytes=self.message_bytes, hinder=self.hinder)
-        rounds = [[pair.ranks for pair in pairs] for pairs in rounds_of(nodes)]
+    def _links(self, rendezvous: Rendezvous, nodes: list[str], run: RunConfig) -> None:
+        """All ranks: neighbouring nodes, then all at once. Rank zero judges; `nodes` are known to it alone."""
+        first = self.world.first
+        nodes = rendezvous.broadcast("nodes", nodes)
+        links = Links(rendezvous.connect(), rank=self.world.rank, device=build.choose_device(run, self.world),
+                      message_bytes=self.message_bytes, inject_fault=self.inject_fault)
         views: list[dict[str, Any]] = []
-        _within(self.wait_seconds, lambda: links.measure(rounds, views))
-        meeting.say("links seen", list(views))
-        again: list[tuple[int, int]] = []
+        _within(self.wait_seconds, lambda: links.neighbours(nodes, views))
+        rendezvous.publish("links", list(views))
         if first:
-            said = meeting.collect("links seen")
-            silent = [rank for rank in range(size) if rank not in said]
-            seen = [view for of_rank in said.values() for view in of_rank]
-            slow = [link.ranks for link in bad_links(links_of(seen, nodes, silent=silent)) if not link.error]
-            again = [] if silent else slow[:LOOKED_AT_AGAIN]
-        if again := meeting.share("again", again):
-            more: list[dict[str, Any]] = []
-            _within(self.wait_seconds, lambda: links.measure([again] * LOOKS_AGAIN, more, turn="again"))
-            meeting.say("links seen again", list(more))
-        if first:
-            if again:
-                seen += [view for of_rank in meeting.collect("links seen again").values() for view in of_rank]
-            judge_links(self.findings, links_of(seen, nodes, silent=silent), silent=[nodes[rank] for rank in silent])
-        if meeting.share("all", not self.findings.exit_code):
+            judge_links(self.findings, rendezvous.collect("links"), nodes)
+        if rendezvous.broadcast("all", not self.findings.exit_code):
             result: list[dict[str, Any]] = []
-            _within(self.wait_seconds, lambda: result.append(links.all_reduce(size)))
-            meeting.say("sum", result[0] if result else {"error": f"no sum in {self.wait_seconds:.0f} s"})
+            _within(self.wait_seconds, lambda: result.append(links.all(self.world.size)))
+            rendezvous.publish("sum", result[0] if result else {"error": f"no sum in {self.wait_seconds:.0f} s"})
             if first:
-                judge_all_reduce(self.findings, meeting.collect("sum"), nodes)
+                judge_all_reduce(self.findings, rendezvous.collect("sum"), nodes)
 
     def _without_rank_zero(self, why: str) -> int:
         """Who is left says so; nobody is there to judge anything else."""
@@ -214,7 +200,7 @@ class Doctor:
             self._write_bad_nodes([lost])
         return 4
 
-    def _speak(self, verdict: Mapping[str, Any], seconds: float) -> None:
+    def _print_verdict(self, verdict: Mapping[str, Any], seconds: float) -> None:
         """The table, then what is wrong, a line each."""
         self._write_bad_nodes(list(verdict["nodes"]))
         for name, text in verdict["rows"]:

@@ -1,4 +1,4 @@
-"""What the ranks of a doctor found out, held together: mistakes that no other node would mend, and nodes to leave out.
+"""What the ranks of a doctor found out, compared: mistakes that no other node would mend, and nodes to exclude.
 
 What most nodes have in common is right: a node that differs, or cannot see what the others see, is a bad one. What half
 of the nodes or more have wrong is a mistake in the input.
@@ -7,7 +7,6 @@ of the nodes or more have wrong is a mistake in the input.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 from encoder.base.units import short_bytes
 from encoder.tools.plan.plan import Needs
 
-SLOW_SHARE = 0.25        # of the usual link of its kind: below, a link is slow. Sound ones of a kind differ by less than 2
+SLOW_SHARE = 0.25        # of the fastest pair: below, a pair of nodes is slow
 LEAST_GB_PER_SECOND = 0.01      # no training goes on over less, whatever the others have
 
 
@@ -38,28 +37,28 @@ class Findings:
         """The same of a job that has these nodes: 5 where no other is left."""
         return 5 if self.exit_code == 4 and set(nodes) <= set(self.nodes) else self.exit_code
 
-    def blame(self, node: str, why: str) -> None:
+    def exclude(self, node: str, why: str) -> None:
         """A node to leave out; the first reason stays."""
         self.nodes.setdefault(node, why)
 
-    def blame_or_mistake(self, wrong: Mapping[str, str], *, of: int) -> None:
+    def exclude_or_mistake(self, wrong: Mapping[str, str], *, of: int) -> None:
         """`wrong` says of some of the `of` nodes what is wrong with them: nodes to leave out, or a mistake."""
         if 2 * len(wrong) < of:
             for node, why in wrong.items():
-                self.blame(node, why)
+                self.exclude(node, why)
         elif wrong:
             node, why = next(iter(wrong.items()))
             place = "" if of == 1 else " (on every node)" if len(wrong) == of else f" (on {', '.join(wrong)})"
             self.mistakes.append(f"{why}{place}")
 
-    def hold_equal(self, what: str, by_node: Mapping[str, Any], *, advice: str) -> bool:
+    def check_equal(self, what: str, by_node: Mapping[str, Any], *, advice: str) -> bool:
         """All nodes must have the same value of something; says which have another."""
         texts = {node: json.dumps(value, sort_keys=True) for node, value in by_node.items()}
         common = Counter(texts.values()).most_common(1)[0][0]
         here = next(node for node, text in texts.items() if text == common)
         wrong = {node: f"{what} of {node} differ from those of {here}: {_difference(by_node[node], by_node[here])}. {advice}"
                  for node, text in texts.items() if text != common}
-        self.blame_or_mistake(wrong, of=len(by_node))
+        self.exclude_or_mistake(wrong, of=len(by_node))
         return not wrong
 
 
@@ -68,17 +67,17 @@ def judge_facts(findings: Findings, facts: Mapping[int, Mapping[str, Any]], expe
     """`facts` by rank, `expected` the node of each rank as it was started; ranks that are not among `came` are silent."""
     silent = {expected[rank]: rank for rank in reversed(range(len(expected))) if rank not in came}
     for node, rank in silent.items():
-        findings.blame(node, f"rank {rank} of {node} did not come: the node is dead, cut off, or could not start python")
+        findings.exclude(node, f"rank {rank} of {node} did not come: the node is dead, cut off, or could not start python")
     firsts = {fact["node"]: fact for fact in facts.values() if fact["local_rank"] == 0}
     if not firsts:
         return
     fact = facts[0] if 0 in facts else next(iter(firsts.values()))
-    same = findings.hold_equal("versions", _by_node(facts, "versions"),
+    same = findings.check_equal("versions", _by_node(facts, "versions"),
                                advice="Needed: the same environment and sources. Put both on a disk that all nodes share.")
     if same:
         findings.rows.append(("versions", ", ".join(f"{k} {v}" for k, v in fact["versions"].items() if k in (
             "python", "torch", "deepspeed", "transformers", "mosaicml-streaming", "sources"))))
-    if findings.hold_equal("settings", _by_node(facts, "run_sha256"),
+    if findings.check_equal("settings", _by_node(facts, "run_sha256"),
                            advice="Needed: one run file, on a disk that all nodes share, and the same overrides."):
         findings.rows.append(("run file", f"the same on {_many(len(facts), 'rank')}"))
     _judge_shards(findings, firsts)
@@ -92,11 +91,11 @@ def _judge_shards(findings: Findings, firsts: Mapping[str, Mapping[str, Any]]) -
     for path in paths:
         other = {"error": f"{path} is in the run file of other nodes alone."}
         at = {node: fact["shards"].get(path, other) for node, fact in firsts.items()}
-        findings.blame_or_mistake({node: f"{a['error']} Looked for from the folder {firsts[node]['folder']}"
+        findings.exclude_or_mistake({node: f"{a['error']} Looked for from the folder {firsts[node]['folder']}"
                                    for node, a in at.items() if "error" in a}, of=len(firsts))
         cards = {node: a["card"] for node, a in at.items() if "card" in a}
         if cards:
-            findings.hold_equal(f"the cards of {path}", cards, advice="Needed: the same shards. Copy them again.")
+            findings.check_equal(f"the cards of {path}", cards, advice="Needed: the same shards. Copy them again.")
     if before == (len(findings.mistakes), len(findings.nodes)):
         findings.rows.append(("shards", f"{_many(len(paths), 'folder')} read, cards equal on {_many(len(firsts), 'node')}"))
 
@@ -115,15 +114,15 @@ def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -
         elif "error" in device:
             broken.setdefault(node, f"rank {rank} of {node}: {device['error']}")
         elif device["kind"] != common:
-            findings.blame(node, f"rank {rank} of {node} has device {device['kind']}, most have {common}: its GPU is not there")
+            findings.exclude(node, f"rank {rank} of {node} has device {device['kind']}, most have {common}: its GPU is not there")
         elif device.get("memory_errors"):
-            findings.blame(node, f"{node}: {device['memory_errors']}")
+            findings.exclude(node, f"{node}: {device['memory_errors']}")
     nodes = {fact["node"] for fact in facts.values()}
     if len(nodes) > 1 and len(broken) == len(nodes):      # a torch without CUDA, say: other nodes have it, too
         findings.mistakes.append(f"{next(iter(broken.values())).rstrip('.')} (and so on every node)")
     else:
         for node, why in broken.items():
-            findings.blame(node, why)
+            findings.exclude(node, why)
     if short:
         findings.mistakes.append(next(iter(short.values())))
     if common and not short and all("error" not in fact["device"] for fact in facts.values()):
@@ -158,7 +157,7 @@ def _judge_memory(findings: Findings, firsts: Mapping[str, Mapping[str, Any]], f
             findings.warnings.append(f"{node} has {short_bytes(have)} of memory free, the run needs about {short_bytes(all_need)}. "
                                      "If it runs out: a smaller loader.micro_batch_rows, or engine.activation_checkpointing: "
                                      "blocks.")
-    findings.blame_or_mistake(wrong, of=len(firsts))
+    findings.exclude_or_mistake(wrong, of=len(firsts))
     if not wrong and least:
         findings.rows.append(("memory", f"a rank needs about {short_bytes(memory.total)}; least free "
                                         f"{'on a GPU' if on_gpu else 'on a node'} {short_bytes(least)}"))
@@ -182,7 +181,7 @@ def judge_folder(findings: Findings, shared: Mapping[str, Mapping[str, Any]], mi
         elif at["free"] < need:
             wrong[node] = (f"the disk of {out} has {short_bytes(at['free'])} free; needed: {short_bytes(need)}, two checkpoints of "
                            f"{short_bytes(checkpoint_bytes)}. Make room, or set another out")
-    findings.blame_or_mistake(wrong, of=len(shared))
+    findings.exclude_or_mistake(wrong, of=len(shared))
     if not wrong:
         free = min(at["free"] for at in shared.values())
         whole = at_most * checkpoint_bytes
@@ -191,102 +190,59 @@ def judge_folder(findings: Findings, shared: Mapping[str, Mapping[str, Any]], mi
                                             f"two checkpoints take {short_bytes(need)}{later}"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """A measured link: GB/s of the slower view of its two ends, or what was wrong with it."""
+def judge_links(findings: Findings, found: Mapping[int, Sequence[Mapping[str, Any]]], nodes: Sequence[str]) -> None:
+    """Excludes a node all of whose pairs fail or are far slower than the fastest pair; a bad pair of good nodes is a warning.
 
-    ranks: tuple[int, int]
-    nodes: tuple[str, str]
-    gb_per_second: float = 0.0
-    error: str = ""
-
-    @property
-    def inside(self) -> bool:
-        return self.nodes[0] == self.nodes[1]
-
-
-def links_of(measured: Sequence[Mapping[str, Any]], nodes: Sequence[str], *, silent: Sequence[int] = ()) -> list[Link]:
-    """Both ends' views as one; what one end measured twice (the second look) counts by its better value.
-
-    An open view, of a rank that still waits, tells nothing where the other end never came to that link: it waits elsewhere."""
-    seen_by = {(tuple(view["ranks"]), view["by"]) for view in measured}
-    measured = [view for view in measured if not view.get("open")
-                or all((tuple(view["ranks"]), end) in seen_by or end in silent for end in view["ranks"])]
-    views: dict[tuple[int, int], dict[int, tuple[float, str]]] = {}
-    for view in measured:
-        ends, by = tuple(view["ranks"]), view["by"]
-        now, before = (view.get("gb_per_second", 0.0), view.get("error", "")), views.setdefault(ends, {}).get(by)
-        if before is None or (not now[1] and (before[1] or now[0] > before[0])):
-            views[ends][by] = now
-    return [Link(ranks=ends, nodes=(nodes[ends[0]], nodes[ends[1]]), gb_per_second=min(v[0] for v in by.values()),
-                 error=next((v[1] for v in by.values() if v[1]), "")) for ends, by in sorted(views.items())]
-
-
-def bad_links(links: Sequence[Link]) -> dict[Link, str]:
-    """The links that fail, damage what they carry, or are slow beside their like; with the reason."""
-    found = {link: link.error for link in links if link.error}
-    for inside in (False, True):
-        fine = [link.gb_per_second for link in links if link.inside == inside and not link.error]
-        # the upper quartile: one bad node of three has two links of three
-        usual = sorted(fine)[math.ceil(0.75 * (len(fine) - 1))] if fine else 0.0
-        for link in links:
-            if link.inside == inside and not link.error and link.gb_per_second < max(LEAST_GB_PER_SECOND, SLOW_SHARE * usual):
-                found[link] = f"{link.gb_per_second:.3g} GB/s, where {usual:.3g} are usual"
-    return found
-
-
-def judge_links(findings: Findings, links: Sequence[Link], *, silent: Sequence[str] = ()) -> None:
-    """Names the node that bad links have in common; `silent` nodes did not report any."""
-    for node in silent:
-        findings.blame(node, f"{node} fell silent while links were measured")
-    left = {link: why for link, why in bad_links(links).items() if not set(link.nodes) & set(silent)}
-    outer: dict[str, list[Link]] = {}
-    for link in links:
-        for node in dict.fromkeys(link.nodes):
-            outer.setdefault(node, []).append(link)
-    several = len(outer) > 2
-    for node, own in outer.items():                       # all its links to others are bad: it is the one
-        crossing = [link for link in own if not link.inside]
-        if several and crossing and all(link in left for link in crossing):
-            findings.blame(node, _links_text(node, [(link, left[link]) for link in crossing]))
-    left = {link: why for link, why in left.items() if not set(link.nodes) & set(findings.nodes)}
-    for link, why in left.items():
-        text = f"the link of ranks {link.ranks[0]} and {link.ranks[1]} ({' - '.join(dict.fromkeys(link.nodes))}): {why}"
-        if link.inside and (link.error or len(outer) > 1):
-            findings.blame(link.nodes[0], text)
-        elif link.inside:
-            findings.warnings.append(f"{text}. On one machine the others are no measure: it may only be busy.")
-        elif several:                   # both ends are fine with their other neighbours: without one of them the link is gone
-            findings.blame(link.nodes[1], f"{text}, though both are well linked to their other neighbours")
+    found: by rank, what it measured of its pairs: {"nodes", "gb_per_second"} or {"nodes", "error"}
+    nodes: of each rank
+    """
+    silent = {node for rank, node in enumerate(nodes) if rank not in found}
+    for node in sorted(silent):
+        findings.exclude(node, f"{node} fell silent while links were measured")
+    speeds: dict[tuple[str, ...], float] = {}
+    errors: dict[tuple[str, ...], str] = {}
+    for view in (view for views in found.values() for view in views):
+        pair = tuple(view["nodes"])
+        if silent & set(pair):
+            continue
+        if "error" in view:
+            errors.setdefault(pair, view["error"])
         else:
-            for node in link.nodes:
-                findings.blame(node, f"{text}; of two nodes nobody knows which it is")
-    if links and not bad_links(links):
-        kinds = [("between nodes", [k.gb_per_second for k in links if not k.inside]),
-                 ("inside nodes", [k.gb_per_second for k in links if k.inside])]
-        findings.rows.append(("links", "; ".join(f"{len(v)} {word} {_span(v)} GB/s each way" for word, v in kinds if v)))
+            speeds[pair] = min(view["gb_per_second"], speeds.get(pair, view["gb_per_second"]))
+
+    fastest = max((speed for pair, speed in speeds.items() if pair not in errors), default=0.0)
+    slow = {pair: f"{speed:.3g} GB/s, where the fastest pair has {fastest:.3g}" for pair, speed in speeds.items()
+            if speed < max(LEAST_GB_PER_SECOND, SLOW_SHARE * fastest)}
+    bad = slow | errors
+    pairs = list(speeds | errors)
+    for node in dict.fromkeys(nodes):
+        own = [pair for pair in pairs if node in pair]
+        if own and all(pair in bad for pair in own):
+            other = next(name for name in own[0] if name != node)
+            more = "; cannot tell which of the two is at fault" if len(pairs) == 1 else ""
+            findings.exclude(node, f"{node} with {other}: {bad[own[0]]}{more}")
+    for pair, why in bad.items():
+        if not set(pair) & set(findings.nodes):
+            findings.warnings.append(f"{pair[0]} with {pair[1]}: {why}, though both are well linked to their other neighbours.")
+    if speeds and not bad:
+        findings.rows.append(("links", f"{_many(len(speeds), 'pair')} of nodes, {_span([*speeds.values()])} GB/s (bus)"))
 
 
 def judge_all_reduce(findings: Findings, found: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> None:
     """The sum over all ranks: exact on each, and how fast it was."""
+    silent = {node: f"{node} fell silent in the all-reduce" for rank, node in enumerate(nodes) if rank not in found}
     wrong = {nodes[rank]: f"rank {rank} of {nodes[rank]}: {value['error']}" for rank, value in found.items() if "error" in value}
-    silent = {nodes[rank]: f"{nodes[rank]} fell silent in the all-reduce" for rank in range(len(nodes)) if rank not in found}
-    if silent or 0 < len(wrong) < len(set(nodes)):
-        for node, why in (silent or wrong).items():
-            findings.blame(node, why)
-    elif wrong:
-        findings.mistakes.append("the all-reduce of all ranks fails though each pair of neighbours is fine: "
-                                 f"{next(iter(wrong.values()))}. Look "
-                                 "at the network's settings (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)")
-    else:
-        findings.rows.append(("all-reduce", f"exact, {min(v['gb_per_second'] for v in found.values()):.3g} GB/s (bus) over "
-                                            f"{_many(len(nodes), 'rank')}"))
-
-
-def _links_text(node: str, bad: Sequence[tuple[Link, str]]) -> str:
-    link, why = bad[0]
-    peer = next((other for other in link.nodes if other != node), node)
-    return f"{node} with {peer}: {why}{f'; and {len(bad) - 1} more of its links' if len(bad) > 1 else ''}"
+    several = len(set(nodes)) > 1
+    if not silent and several and len(wrong) == len(set(nodes)):
+        findings.mistakes.append("the all-reduce of all ranks fails on every node though no node fails with its neighbours: "
+                                 f"{next(iter(wrong.values()))}. Look at the network's settings (NCCL_DEBUG=INFO, "
+                                 "GLOO_SOCKET_IFNAME)")
+        return
+    for node, why in (silent or wrong).items():
+        findings.exclude(node, why)
+    if not silent and not wrong:
+        slowest = min(value["gb_per_second"] for value in found.values())
+        findings.rows.append(("all-reduce", f"exact, {slowest:.3g} GB/s (bus) over {_many(len(nodes), 'rank')}"))
 
 
 def _by_node(facts: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, Any]:

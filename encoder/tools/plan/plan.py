@@ -32,11 +32,14 @@ from encoder.runs.filling import FILL, fill_rows
 from encoder.runs.initial import check_same_shape, read_fitting
 from encoder.runs.phases import PlannedSteps, planned_steps
 from encoder.runs.weights import model_facts
+from encoder.tools.plan.activations import count_kept
 from encoder.tools.plan.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.train.build import compiles
 
 LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 CUDA_SHARE = 0.92     # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
+# of what plain layers keep, by engine.fp8; found: large 0.87, base 0.92 to 0.97, 17m 1.00 to 1.04, base in FP8 0.78 (docs/log.md)
+COMPILED_SHARE = {"off": 0.94, "layers": 0.78}
 QUICKLY_READ_BYTES = 2**22      # of an index
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -224,11 +227,11 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     it compares a device with its name. An offloaded optimizer has masters, its own numbers and the gradients in the machine's
     memory, at stage 3 the gradients twice.
 
-    Activations count what autograd keeps of one layer and token (where layers are computed again, those of one layer, and each
-    layer's input), and of the loss one piece of logits, which becomes its gradient, the decoder's weight in 2 bytes, and its
-    gradient before and after scaling. Compiled layers keep 13 hidden-wide tensors of 2 bytes (the stream in fp32 counts twice)
-    and 3 of the MLP's width, the embedding 4 more for the whole model; plain layers 14 and 4; in bf16 3 fewer. cuBLAS keeps
-    64 MiB to work in. tests/unit/tools/test_plan.py has what torch's allocator counted.
+    Activations are what autograd keeps of the layers (encoder.tools.plan.activations; where layers are computed again, of one
+    layer, and each layer's input), and of the loss one piece of logits, which becomes its gradient, the decoder's weight in
+    2 bytes, and its gradient before and after scaling. cuBLAS keeps 64 MiB to work in.
+    Compiled layers are not counted: which tensors the compiler computes again is known only after compiling. They keep a measured
+    share of what plain layers keep (COMPILED_SHARE). tests/unit/tools/test_plan.py has what torch's allocator counted.
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
@@ -242,23 +245,22 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
     kind = "cpu" if run.device == "cpu" else "cuda"
     on_cpu = kind == "cpu"
-    wide = 11 if run.engine.precision == "bf16" else 14
-    if compiles(run, torch.device(kind)) and kept == 2:
-        layer = 2 * ((wide - 1) * m.hidden_size + 3 * m.intermediate_size)
-        if run.engine.fp8 == "layers":      # the inputs of four linear maps in one byte, two of them instead of a norm's output
-            layer -= 5 * m.hidden_size + m.intermediate_size
-        outside = 8 * m.hidden_size
+    fp8 = run.engine.fp8
+    counted = count_kept(m, precision=run.engine.precision, device=kind, fp8=fp8 == "layers", zero_3=stage == 3)
+    outside = tokens * counted.outside_per_token
+    layer = tokens * counted.layer_per_token
+    if run.engine.activation_checkpointing == "blocks":
+        layers = tokens * m.num_hidden_layers * m.hidden_size * width + layer + counted.layer_fixed
     else:
-        layer, outside = (wide * m.hidden_size + 4 * m.intermediate_size) * kept, 0
-    again = run.engine.activation_checkpointing == "blocks"
-    per_token = outside + (m.num_hidden_layers * m.hidden_size * width + layer if again else m.num_hidden_layers * layer)
+        share = COMPILED_SHARE[fp8] if kept == 2 and compiles(run, torch.device(kind)) else 1.0
+        layers = m.num_hidden_layers * (share * layer + counted.layer_fixed)
     asked = tokens * max(run.mask_share_of(p).highest for p in run.phases)
     piece = min(asked, PIECE_POSITIONS[kind])
     loss = m.vocab_size * (kept * piece + (10 if kept == 2 else 8) * m.hidden_size)
     workspace = 0 if on_cpu else 64 * 2**20
     return Memory(weights=width * (parameters // weight_share + gathered),
                   gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
-                  optimizer=0 if offloads else optimizer, activations=int(tokens * per_token + loss) + workspace,
+                  optimizer=0 if offloads else optimizer, activations=int(outside + layers + loss) + workspace,
                   bucket=0 if on_cpu or stage == 0 else 4 * BUCKET_ELEMENTS,       # a CPU maps what of it is used
                   offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
 

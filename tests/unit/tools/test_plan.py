@@ -7,12 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
+from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError
 from encoder.data.shards import read_samples_per_shard
+from encoder.models.catalog import build_model
+from encoder.nn.attend import Situation, choose_backend
 from encoder.optim.schedule import Constant
 from encoder.runs.config import SourceConfig, read_run
 from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
+from encoder.tools.plan.activations import count_kept
 from encoder.tools.plan.plan import count_needs, estimate_memory, phase_work, plan_text
 from tests.helpers.shards import write_source
 
@@ -112,11 +118,69 @@ def test_an_offloaded_optimizer_takes_the_machines_memory_instead(stage, offload
 
 
 def test_layers_computed_again_keep_their_inputs_and_one_of_them_whole():
-    memory = [estimate_memory(read_run(TINY, ["engine.precision=fp32", f"engine.activation_checkpointing={word}"]), parameters=1,
-                              optimizer_elements=1, ranks=1).activations for word in ("off", "blocks")]
-    m, tokens = read_run(TINY).model, read_run(TINY).loader.micro_batch_rows * read_run(TINY).data.row_tokens
-    layer = 4 * tokens * (14 * m.hidden_size + 4 * m.intermediate_size)
-    assert memory[0] - memory[1] == (m.num_hidden_layers - 1) * layer - 4 * tokens * m.num_hidden_layers * m.hidden_size
+    words = ("off", "blocks")
+    off, blocks = (read_run(TINY, ["engine.precision=fp32", f"engine.activation_checkpointing={word}"]) for word in words)
+    kept = [estimate_memory(run, parameters=1, optimizer_elements=1, ranks=1).activations for run in (off, blocks)]
+    tokens = off.loader.micro_batch_rows * off.data.row_tokens
+    layer = tokens * count_kept(off.model, precision="fp32", device="cpu").layer_per_token
+    inputs = 4 * tokens * off.model.num_hidden_layers * off.model.hidden_size
+    assert kept[0] - kept[1] == (off.model.num_hidden_layers - 1) * layer - inputs
+
+
+@pytest.mark.parametrize("device, precision, dropout, width_bytes, inner_bytes", [
+    ("cpu", "fp32", 0.1, 9 * 4, 4 * 4),
+    ("cpu", "fp64", 0.1, 9 * 8, 4 * 8),
+    ("cuda", "fp32", 0.1, 9 * 4, 4 * 4),
+    ("cuda", "fp32", 0.0, 8 * 4, 4 * 4),
+    ("cuda", "autocast", 0.1, 12 * 2, 4 * 2),
+    ("cuda", "bf16", 0.1, 10 * 2, 4 * 2)])
+def test_a_layer_keeps_what_can_be_counted_by_hand(device, precision, dropout, width_bytes, inner_bytes):
+    """Stream twice, two norms, q, k, v, attention, dropout; under autocast stream and dropout are fp32, in bf16 dropout alone."""
+    m = replace(read_run(TINY).model, attention_output_dropout=dropout)
+    kept = count_kept(m, precision=precision, device=device)
+    # of two norms mean and deviation, fp32 or fp64; of attention a logsumexp for each head
+    statistics = 4 * (8 if precision == "fp64" else 4) + 4 * m.num_attention_heads
+    assert kept.layer_per_token == width_bytes * m.hidden_size + inner_bytes * m.intermediate_size + statistics
+    matrices = m.parameter_counts().matrices // m.num_hidden_layers
+    assert kept.layer_fixed == (2 * matrices if precision == "autocast" else 0)
+
+
+def test_at_stage_3_linear_layers_keep_both_norms_in_fp32_under_autocast():
+    m = read_run(TINY).model
+    plain, zero_3 = (count_kept(m, precision="autocast", device="cuda", zero_3=word) for word in (False, True))
+    assert zero_3.layer_per_token - plain.layer_per_token == 2 * 2 * m.hidden_size and zero_3.layer_fixed == 0
+
+
+def test_counting_leaves_torch_as_it_was():
+    linear = F.linear
+    count_kept(read_run(TINY, ["model.hidden_size=32"]).model, precision="bf16", device="cpu", zero_3=True)
+    assert F.linear is linear and torch.get_default_dtype() == torch.float32
+    assert not torch.is_autocast_enabled("cpu") and "cpu" in str(torch.zeros(1).device)
+    here = Situation(device=torch.device("cpu"), dtype=torch.float32, head_width=8, training=True)
+    assert choose_backend("sdpa", here).backend.name == "sdpa"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+def test_on_a_cpu_the_count_is_near_what_a_forward_keeps(precision):
+    """Tiles of documents and windows are padded, which is not counted."""
+    config = replace(read_run(TINY).model, num_hidden_layers=4)
+    model = build_model(config, seed=0)
+    batch = packed_documents([torch.zeros(length, dtype=torch.int64) for length in (300, 500, 224)])
+    storages = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            hidden = model.hidden_states(batch)
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage()._cdata, None)
+    found = sum(storage.nbytes() for storage in storages.values())
+    kept = count_kept(config, precision=precision, device="cpu")
+    counted = len(hidden) * (kept.outside_per_token + 4 * kept.layer_per_token) + 4 * kept.layer_fixed
+    assert counted == pytest.approx(found, rel=0.12)
 
 
 SMALL = ["model.hidden_size=256", "model.intermediate_size=384", "model.num_hidden_layers=7", "model.num_attention_heads=4"]
