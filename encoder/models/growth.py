@@ -149,11 +149,11 @@ def _places(old: int, new: int, *, blocks: int, mode: Mode) -> Tensor:
 
 
 def _source_name(name: str, sources: tuple[int, ...]) -> str:
-    return re.sub(r"(?<=\.layers\.)\d+", lambda layer: str(sources[int(layer[0])]), name)
+    return re.sub(r"(?<=\blayers\.)\d+", lambda layer: str(sources[int(layer[0])]), name)
 
 
 def _layer_of(name: str) -> int:
-    return int(name.split(".layers.")[1].split(".")[0])
+    return int(name.split("layers.")[1].split(".")[0])
 
 
 def _check_settings(old: ModelConfig, new: ModelConfig) -> None:

@@ -174,7 +174,8 @@ def count_needs(run: RunConfig, *, ranks: int) -> Needs:
     count = sum(p.numel() for p in model.parameters())
     kept = state_elements(model, run.optimizer)
     return Needs(parameters=count, decayed=sum(p.numel() for p in model.parameters() if p.ndim > 1),
-                 memory=estimate_memory(run, parameters=count, optimizer_elements=kept, ranks=ranks),
+                 memory=estimate_memory(run, parameters=count, largest=max(p.numel() for p in model.parameters()),
+                                        optimizer_elements=kept, ranks=ranks),
                  checkpoint_bytes=4 * (count + kept))
 
 
@@ -219,7 +220,7 @@ def _fills_text(run: RunConfig, steps: PlannedSteps) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int, ranks: int) -> Memory:
+def estimate_memory(run: RunConfig, *, parameters: int, largest: int, optimizer_elements: int, ranks: int) -> Memory:
     """Bytes a rank needs for parameters, gradients, optimizer and one micro-batch's activations.
 
     ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights
@@ -232,6 +233,12 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     2 bytes, and its gradient before and after scaling. cuBLAS keeps 64 MiB to work in.
     Compiled layers are not counted: which tensors the compiler computes again is known only after compiling. They keep a measured
     share of what plain layers keep (COMPILED_SHARE). tests/unit/tools/test_plan.py has what torch's allocator counted.
+
+    run: its engine, loader and model decide
+    parameters: trained numbers
+    largest: of them, those of the largest matrix
+    optimizer_elements: numbers that the optimizer keeps beside the weights, over all ranks
+    ranks: that share them
     """
     width = {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4)
     master = 8 if run.engine.precision == "fp64" else 4
@@ -240,7 +247,7 @@ def estimate_memory(run: RunConfig, *, parameters: int, optimizer_elements: int,
     optimizer_share, gradient_share, weight_share = (ranks if stage >= cut else 1 for cut in (1, 2, 3))
     offloads = run.engine.offload_optimizer == "cpu"
     optimizer = master * ((stage > 0) * parameters + optimizer_elements) // optimizer_share
-    gathered = m.hidden_size * max(m.vocab_size, 3 * m.hidden_size, 2 * m.intermediate_size) if stage == 3 else 0
+    gathered = largest if stage == 3 else 0
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     kept = 2 if run.engine.precision in ("bf16", "autocast") else width
     kind = "cpu" if run.device == "cpu" else "cuda"
