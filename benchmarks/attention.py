@@ -27,16 +27,20 @@ from encoder.train.meters import document_lengths
 
 RADIUS = 64
 QUICK = dict(documents=[40, 100, 7], heads=2, head_width=16)
-DENSE_TOKENS = 16_384      # a mask over the row of more has more than 2^28 places
+DENSE_TOKENS = 16_384  # a mask over the row of more has more than 2^28 places
 Route = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Of this question."""
-    parser.add_argument("--documents", type=lengths, default="real", help="real, 8x512, or lengths: 30,500,1000")
+    parser.add_argument(
+        "--documents", type=lengths, default="real", help="real, 8x512, or lengths: 30,500,1000"
+    )
     parser.add_argument("--tokens", type=count, default=4096, help="of real documents")
     parser.add_argument("--length", type=count, default=1024, help="longest real document")
-    parser.add_argument("--dtypes", type=several_of("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", type=several_of("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
     parser.add_argument("--heads", type=count, default=4)
     parser.add_argument("--head-width", type=count, default=64)
 
@@ -53,60 +57,113 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     """A table a precision and kind of layer."""
     documents = args.documents
     if documents == "real":
-        batch = make_batch(vocab_size=1024, longest=args.length, row_tokens=args.tokens, rows=1, number=0)
+        batch = make_batch(
+            vocab_size=1024, longest=args.length, row_tokens=args.tokens, rows=1, number=0
+        )
         documents = [n for n in document_lengths(batch).tolist() if n]
     for dtype in (getattr(torch, word) for word in args.dtypes):
         for local in (False, True):
             measure(documents, dtype=dtype, local=local, args=args, report=report)
 
 
-def measure(lengths: list[int], *, dtype: torch.dtype, local: bool, args: argparse.Namespace, report: Report) -> None:
+def measure(
+    lengths: list[int], *, dtype: torch.dtype, local: bool, args: argparse.Namespace, report: Report
+) -> None:
     """Milliseconds of forward and backward by route."""
     device = torch.device(args.device)
     draw = torch.Generator().manual_seed(0)
-    q, k, v, d_out = (torch.randn(sum(lengths), args.heads, args.head_width, generator=draw).to(dtype).to(device)
-                      for _ in range(4))
+    q, k, v, d_out = (
+        torch.randn(sum(lengths), args.heads, args.head_width, generator=draw).to(dtype).to(device)
+        for _ in range(4)
+    )
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     routes = {"padded to a batch and back": padded(lengths, local=local, device=device)}
     if sum(lengths) <= DENSE_TOKENS:
-        routes = {"dense mask over the row": dense_row(lengths, local=local, device=device), **routes}
+        routes = {
+            "dense mask over the row": dense_row(lengths, local=local, device=device),
+            **routes,
+        }
     if not local:
         routes["nested, jagged"] = jagged(lengths, ends.long())
     situation = Situation(device=device, dtype=dtype, head_width=args.head_width, training=True)
     for name, backend in BACKENDS.items():
         if device.type == "cuda" and name in ("tiles", "sdpa"):
-            continue            # for CPUs, and the judge's: cuDNN would make a plan for every length, some hundred
+            continue  # for CPUs, and the judge's: cuDNN would make a plan for every length, some hundred
         if backend.why_not(situation) is None:
-            plan = backend.plan(ends, max_seqlen=max(lengths), tokens=len(q),
-                                window_radius_tokens=RADIUS)
+            plan = backend.plan(
+                ends, max_seqlen=max(lengths), tokens=len(q), window_radius_tokens=RADIUS
+            )
             routes[name] = lambda q, k, v, plan=plan: plan(q, k, v, local=local)
     check(routes, q, k, v, d_out, lengths=lengths, local=local)
-    timed = in_turn({name: lambda route=route: both_ways(route, q, k, v, d_out) for name, route in routes.items()},
-                    rounds=args.rounds, device=device)
+    timed = in_turn(
+        {
+            name: lambda route=route: both_ways(route, q, k, v, d_out)
+            for name, route in routes.items()
+        },
+        rounds=args.rounds,
+        device=device,
+    )
     first = next(iter(timed))
     ratios = {name: paired_ratio(took, timed[first]) for name, took in timed.items()}
     kind = f"window {RADIUS}" if local else "global"
-    report.add(f"Attention, {str(dtype).removeprefix('torch.')}, {kind}: {len(lengths)} documents of up to {max(lengths):,} "
-               f"tokens, {sum(lengths):,} together, {args.heads} heads x {args.head_width}",
-               head=["route", "ms", "spread", "tokens/s", f"times as fast as {first}"],
-               rows=[[name, f"{1e3 * took.median:.2f}", f"{took.spread:.0%}", f"{sum(lengths) / took.median:,.0f}",
-                      ratio_text(ratios[name])] for name, took in timed.items()],
-               notes=["checked: output and gradients of each against fp64"],
-               figures={name: {"seconds": [*took.seconds], "cpu_seconds": [*took.cpu_seconds], "ratio": ratios[name],
-                               "peak_bytes": took.peak_bytes} for name, took in timed.items()})
+    report.add(
+        f"Attention, {str(dtype).removeprefix('torch.')}, {kind}: {len(lengths)} documents of up to"
+        f" {max(lengths):,} tokens, {sum(lengths):,} together, {args.heads} heads x"
+        f" {args.head_width}",
+        head=["route", "ms", "spread", "tokens/s", f"times as fast as {first}"],
+        rows=[
+            [
+                name,
+                f"{1e3 * took.median:.2f}",
+                f"{took.spread:.0%}",
+                f"{sum(lengths) / took.median:,.0f}",
+                ratio_text(ratios[name]),
+            ]
+            for name, took in timed.items()
+        ],
+        notes=["checked: output and gradients of each against fp64"],
+        figures={
+            name: {
+                "seconds": [*took.seconds],
+                "cpu_seconds": [*took.cpu_seconds],
+                "ratio": ratios[name],
+                "peak_bytes": took.peak_bytes,
+            }
+            for name, took in timed.items()
+        },
+    )
 
 
-def check(routes: dict[str, Route], q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, lengths: list[int], local: bool) -> None:
+def check(
+    routes: dict[str, Route],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    *,
+    lengths: list[int],
+    local: bool,
+) -> None:
     """Every route against a dense mask a document, in fp64. Raises UserError."""
-    bound = 1e-4 if q.dtype == torch.float32 else 0.02        # of a block's length as a vector; seen: 1e-5 and 5e-3
+    bound = (
+        1e-4 if q.dtype == torch.float32 else 0.02
+    )  # of a block's length as a vector; seen: 1e-5 and 5e-3
     found = {name: both_ways(route, q, k, v, d_out) for name, route in routes.items()}
     for start, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths):
         own = slice(start, start + length)
-        exact = both_ways(dense_row([length], local=local, device=q.device), *(x[own].double() for x in (q, k, v, d_out)))
+        exact = both_ways(
+            dense_row([length], local=local, device=q.device),
+            *(x[own].double() for x in (q, k, v, d_out)),
+        )
         for name, values in found.items():
-            off = max(difference(ours[own], truth) for ours, truth in zip(values, exact, strict=True))
+            off = max(
+                difference(ours[own], truth) for ours, truth in zip(values, exact, strict=True)
+            )
             if not off < bound:
-                raise UserError(f"attention {name} is off by {off:.1e}; needed: below {bound:.0e}. Nothing was timed.")
+                raise UserError(
+                    f"attention {name} is off by {off:.1e}; needed: below {bound:.0e}. Nothing was"
+                    " timed."
+                )
 
 
 def difference(ours: Tensor, truth: Tensor) -> float:
@@ -115,9 +172,11 @@ def difference(ours: Tensor, truth: Tensor) -> float:
     [L, H, D] both. The largest element would not do: of documents of 8,192 tokens all are below 0.2. Nor would the whole
     document: what a kernel does wrong at its end alone is 1 % of it.
     """
-    off, whole = (F.pad(x, (0, 0, 0, 0, 0, -len(x) % 128)).unflatten(0, (-1, 128)).norm(dim=(1, 3))
-                  for x in (ours.double() - truth, truth))
-    return (off / (whole + 1e-2 * (min(len(truth), 128) * truth.shape[2])**0.5)).max().item()
+    off, whole = (
+        F.pad(x, (0, 0, 0, 0, 0, -len(x) % 128)).unflatten(0, (-1, 128)).norm(dim=(1, 3))
+        for x in (ours.double() - truth, truth)
+    )
+    return (off / (whole + 1e-2 * (min(len(truth), 128) * truth.shape[2]) ** 0.5)).max().item()
 
 
 def both_ways(route: Route, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> list[Tensor]:
@@ -157,8 +216,13 @@ def padded(lengths: list[int], *, local: bool, device: torch.device) -> Route:
     sees = None if sees is None else sees.to(device)
 
     def route(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch = [x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, at, x)
-                 .view(len(lengths), longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        batch = [
+            x.new_zeros(len(lengths) * longest, *x.shape[1:])
+            .index_copy(0, at, x)
+            .view(len(lengths), longest, *x.shape[1:])
+            .transpose(1, 2)
+            for x in (q, k, v)
+        ]
         out = F.scaled_dot_product_attention(*batch, attn_mask=sees)
         return out.transpose(1, 2).flatten(0, 1).index_select(0, at)
 
@@ -168,7 +232,12 @@ def padded(lengths: list[int], *, local: bool, device: torch.device) -> Route:
 def jagged(lengths: list[int], ends: Tensor) -> Route:
     """Nested tensors; they know no windows."""
     # told, or each call would ask the device
-    make = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=ends, min_seqlen=min(lengths), max_seqlen=max(lengths))
+    make = functools.partial(
+        torch.nested.nested_tensor_from_jagged,
+        offsets=ends,
+        min_seqlen=min(lengths),
+        max_seqlen=max(lengths),
+    )
 
     def route(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nested = (make(x).transpose(1, 2) for x in (q, k, v))

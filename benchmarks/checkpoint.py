@@ -36,7 +36,12 @@ QUICK = dict(shape="tiny")
 def options(parser: argparse.ArgumentParser) -> None:
     """Of this question."""
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to write, for a while (the system's for such files)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write, for a while (the system's for such files)",
+    )
 
 
 def ask(args: argparse.Namespace, report: Report) -> None:
@@ -44,31 +49,64 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     if args.folder and not args.folder.is_dir():
         raise ConfigError(f"--folder {args.folder} is no folder. Make it, or name another.")
     device, config = torch.device(args.device), config_of(args.shape, dropout=0.0)
-    batches = [make_batch(vocab_size=config.vocab_size, longest=256, row_tokens=512, rows=1, number=0)]
-    side = Ours(config, batches, attention="auto", compiled="off", device=device, autocast=forward_context("autocast", device))
+    batches = [
+        make_batch(vocab_size=config.vocab_size, longest=256, row_tokens=512, rows=1, number=0)
+    ]
+    side = Ours(
+        config,
+        batches,
+        attention="auto",
+        compiled="off",
+        device=device,
+        autocast=forward_context("autocast", device),
+    )
     side.step(0)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         saves = _Saves(side, Path(scratch))
         saves.check()
-        found = {"ours, in the background": list(rounds(saves.ours, args.rounds)),
-                 "safetensors, blocking": list(rounds(saves.safetensors, args.rounds)),
-                 "torch.save, blocking": list(rounds(saves.torch_save, args.rounds))}
+        found = {
+            "ours, in the background": list(rounds(saves.ours, args.rounds)),
+            "safetensors, blocking": list(rounds(saves.safetensors, args.rounds)),
+            "torch.save, blocking": list(rounds(saves.torch_save, args.rounds)),
+        }
         alone = statistics.median(_step_seconds(side, device) for _ in range(args.rounds))
     size = saves.bytes
     stalls = {name: [r["stall_seconds"] for r in taken] for name, taken in found.items()}
-    ratios = {name: statistics.median(stalls[name]) / statistics.median(stalls["ours, in the background"]) for name in found}
+    ratios = {
+        name: statistics.median(stalls[name]) / statistics.median(stalls["ours, in the background"])
+        for name in found
+    }
     rows = []
     for name, taken in found.items():
         stall = statistics.median(stalls[name])
         steps = [r["step_seconds"] for r in taken if r.get("step_seconds")]
-        rows.append([name, f"{1e3 * stall:.1f}", f"{(max(stalls[name]) - min(stalls[name])) / stall:.0%}",
-                     f"{statistics.median(r['done_seconds'] for r in taken):.2f}",
-                     f"{statistics.median(steps) / alone:.2f}" if steps else "-", f"{ratios[name]:.1f}"])
-    report.add(f"Saves: {args.shape}, {size / 1e6:,.1f} MB, one rank",
-               head=["", "stall ms", "spread", "done s", "steps meanwhile, times as long", "times our stall"], rows=rows,
-               notes=["checked: the weights read back from a checkpoint are those that were there",
-                      f"a step alone takes {1e3 * alone:.1f} ms"],
-               figures={"bytes": size, "rounds": found, "step_alone_seconds": alone, "ratios": ratios})
+        rows.append(
+            [
+                name,
+                f"{1e3 * stall:.1f}",
+                f"{(max(stalls[name]) - min(stalls[name])) / stall:.0%}",
+                f"{statistics.median(r['done_seconds'] for r in taken):.2f}",
+                f"{statistics.median(steps) / alone:.2f}" if steps else "-",
+                f"{ratios[name]:.1f}",
+            ]
+        )
+    report.add(
+        f"Saves: {args.shape}, {size / 1e6:,.1f} MB, one rank",
+        head=[
+            "",
+            "stall ms",
+            "spread",
+            "done s",
+            "steps meanwhile, times as long",
+            "times our stall",
+        ],
+        rows=rows,
+        notes=[
+            "checked: the weights read back from a checkpoint are those that were there",
+            f"a step alone takes {1e3 * alone:.1f} ms",
+        ],
+        figures={"bytes": size, "rounds": found, "step_alone_seconds": alone, "ratios": ratios},
+    )
 
 
 def rounds(save: Callable[[int], dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
@@ -88,10 +126,19 @@ class _Saves:
         self._names = {name: p for name, p in model.named_parameters()}
         self._state = state
         self.bytes = sum(t.nbytes for piece in self._pieces() for t in piece.tensors.values())
-        engine = SimpleNamespace(      # what Saver asks of one, without DeepSpeed
-            world=World(), owned_pieces=self._pieces, optimizer_steps=1, shapes={n: tuple(p.shape) for n, p in self._names.items()},
-            config=SimpleNamespace(zero_stage=0, precision="autocast"))
-        self._saver = Saver(folder / "checkpoints", engine=engine, incarnation=claim_incarnation(folder, World()), keep_last=1)
+        engine = SimpleNamespace(  # what Saver asks of one, without DeepSpeed
+            world=World(),
+            owned_pieces=self._pieces,
+            optimizer_steps=1,
+            shapes={n: tuple(p.shape) for n, p in self._names.items()},
+            config=SimpleNamespace(zero_stage=0, precision="autocast"),
+        )
+        self._saver = Saver(
+            folder / "checkpoints",
+            engine=engine,
+            incarnation=claim_incarnation(folder, World()),
+            keep_last=1,
+        )
         self._tokens = 0
         self._device = next(model.parameters()).device
 
@@ -109,13 +156,19 @@ class _Saves:
                 stall += time.perf_counter() - turned
             else:
                 steps.append(_step_seconds(self._side, self._device))
-        return {"stall_seconds": stall, "done_seconds": time.perf_counter() - began,
-                "step_seconds": statistics.median(steps) if steps else None}
+        return {
+            "stall_seconds": stall,
+            "done_seconds": time.perf_counter() - began,
+            "step_seconds": statistics.median(steps) if steps else None,
+        }
 
     def safetensors(self, _number: int) -> dict[str, Any]:
         """One file, as it is usually written: no sync, no hash."""
         from safetensors.torch import save_file
-        return self._blocking(lambda tensors: save_file(tensors, self._folder / "plain.safetensors"))
+
+        return self._blocking(
+            lambda tensors: save_file(tensors, self._folder / "plain.safetensors")
+        )
 
     def torch_save(self, _number: int) -> dict[str, Any]:
         """One file, no sync, no hash."""
@@ -130,19 +183,36 @@ class _Saves:
         read = read_weights(saved.path)
         wrong = [name for name, tensor in there.items() if not torch.equal(read[name], tensor)]
         if wrong:
-            raise UserError(f"{len(wrong)} tensors of a checkpoint, {wrong[0]} first, are not those that were saved. "
-                            "Nothing was timed.")
+            raise UserError(
+                f"{len(wrong)} tensors of a checkpoint, {wrong[0]} first, are not those that were"
+                " saved. Nothing was timed."
+            )
 
     def _blocking(self, write: Callable[[dict[str, torch.Tensor]], object]) -> dict[str, Any]:
         self._settle()
         began = time.perf_counter()
-        write({f"{piece.name}/{kind}": t.cpu() for piece in self._pieces() for kind, t in piece.tensors.items()})
+        write(
+            {
+                f"{piece.name}/{kind}": t.cpu()
+                for piece in self._pieces()
+                for kind, t in piece.tensors.items()
+            }
+        )
         took = time.perf_counter() - began
         return {"stall_seconds": took, "done_seconds": took}
 
     def _pieces(self) -> list[Piece]:
-        return [Piece(name=name, start=0, tensors={"master": p.detach().view(-1), **{
-            kind: self._state[p][kind].view(-1) for kind in ("exp_avg", "exp_avg_sq")}}) for name, p in self._names.items()]
+        return [
+            Piece(
+                name=name,
+                start=0,
+                tensors={
+                    "master": p.detach().view(-1),
+                    **{kind: self._state[p][kind].view(-1) for kind in ("exp_avg", "exp_avg_sq")},
+                },
+            )
+            for name, p in self._names.items()
+        ]
 
     def _settle(self) -> None:
         if self._device.type == "cuda":

@@ -1,6 +1,6 @@
 """One command over all questions.
 
-    python launch/bench.py [QUESTION] [--device cpu|cuda] [--against hf] [--json FILE] [--quick] [...]
+python launch/bench.py [QUESTION] [--device cpu|cuda] [--against hf] [--json FILE] [--quick] [...]
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import refuse_foreign
 
 # a question imports what it alone needs: a bare GPU machine has no deepspeed, no streaming and no fastokens
-QUESTIONS = {"prep": "text to shards, beside a tokenizer a document and MDSWriter",
-             "loader": "feeding: packing, planning, rows a second, a 2T index, memory",
-             "step": "training steps, beside transformers",
-             "attention": "every backend, beside a dense mask and a padded batch",
-             "optimizer": "updates, beside torch's and torch-optimi's",
-             "engine": "what DeepSpeed costs at each ZeRO stage, beside the same step without it",
-             "checkpoint": "how long a save holds training up, beside torch.save",
-             "gemm": "matrix products of a model, beside the device's own ceiling",
-             "loss": "memory of the loss, beside all logits at once"}
+QUESTIONS = {
+    "prep": "text to shards, beside a tokenizer a document and MDSWriter",
+    "loader": "feeding: packing, planning, rows a second, a 2T index, memory",
+    "step": "training steps, beside transformers",
+    "attention": "every backend, beside a dense mask and a padded batch",
+    "optimizer": "updates, beside torch's and torch-optimi's",
+    "engine": "what DeepSpeed costs at each ZeRO stage, beside the same step without it",
+    "checkpoint": "how long a save holds training up, beside torch.save",
+    "gemm": "matrix products of a model, beside the device's own ceiling",
+    "loss": "memory of the loss, beside all logits at once",
+}
 ALL = ("step", "attention", "optimizer", "checkpoint", "loader", "prep")
 
 
@@ -39,39 +41,79 @@ def bench(words: Sequence[str]) -> None:
     if question not in (*QUESTIONS, "all"):
         raise ConfigError(f"{question} is no question. {nearest(question, [*QUESTIONS, 'all'])}")
     if question == "all":
-        _parser("all", None).parse_args([*rest])        # words of one question alone are refused before anything runs
-    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in (ALL if question == "all" else [question])}
-    asked = {name: _parser(name, module, quick="--quick" in rest).parse_args([*rest]) for name, module in modules.items()}
+        _parser("all", None).parse_args(
+            [*rest]
+        )  # words of one question alone are refused before anything runs
+    modules = {
+        name: importlib.import_module(f"benchmarks.{name}")
+        for name in (ALL if question == "all" else [question])
+    }
+    asked = {
+        name: _parser(name, module, quick="--quick" in rest).parse_args([*rest])
+        for name, module in modules.items()
+    }
     args = next(iter(asked.values()))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch sees no CUDA device. Use --device cpu.")
     if args.against and question not in ("step", "all"):
-        raise ConfigError(f"--against {args.against} is for the question step; {question} always has its peers beside it. "
-                          "Leave it out.")
+        raise ConfigError(
+            f"--against {args.against} is for the question step; {question} always has its peers"
+            " beside it. Leave it out."
+        )
     if args.json and args.json.is_dir():
         raise ConfigError(f"--json {args.json} is a folder; needed: a file in it.")
     if args.json and not args.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}. Make it, or name another.")
+        raise ConfigError(
+            f"--json {args.json}: there is no folder {args.json.absolute().parent}. Make it, or"
+            " name another."
+        )
     if args.json:
         refuse_foreign(args.json, ours=lambda head: b'"command": "python launch/bench.py' in head)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        keep_freed_memory()                       # of ours and of the peers: all run in this process
-    report = Report(args.json, command=shlex.join(["python", "launch/bench.py", *words]), device=torch.device(args.device))
+        keep_freed_memory()  # of ours and of the peers: all run in this process
+    report = Report(
+        args.json,
+        command=shlex.join(["python", "launch/bench.py", *words]),
+        device=torch.device(args.device),
+    )
     for name, module in modules.items():
         module.ask(asked[name], report)
 
 
 def _parser(question: str, module: ModuleType | None, *, quick: bool = False) -> CommandLine:
-    about = "\n".join(f"  {name:<11} {text}" for name, text in (*QUESTIONS.items(), ("all", ", ".join(ALL))))
-    parser = CommandLine(prog=f"bench.py {question}", description=__doc__, epilog=f"questions:\n{about}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--against", choices=("hf",), help="also the peer: transformers, for the step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here, over those of a bench before")
+    about = "\n".join(
+        f"  {name:<11} {text}" for name, text in (*QUESTIONS.items(), ("all", ", ".join(ALL)))
+    )
+    parser = CommandLine(
+        prog=f"bench.py {question}", description=__doc__, epilog=f"questions:\n{about}"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--against", choices=("hf",), help="also the peer: transformers, for the step"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write all numbers here, over those of a bench before",
+    )
     parser.add_argument("--threads", type=count, metavar="N", help="of torch, on a CPU")
-    parser.add_argument("--rounds", type=count, default=8, metavar="N", help="counted rounds (default 8); two come before")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: whether it runs, not how fast it is")
+    parser.add_argument(
+        "--rounds",
+        type=count,
+        default=8,
+        metavar="N",
+        help="counted rounds (default 8); two come before",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny shapes and few rounds: whether it runs, not how fast it is",
+    )
     if module is not None:
         module.options(parser)
         if quick:

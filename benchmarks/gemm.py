@@ -23,17 +23,22 @@ from encoder.nn.loss import PIECE_POSITIONS
 from encoder.train.meters import bf16_peak
 
 QUICK = dict(shape="tiny", tokens=256, square=256)
-FORMS = {"forward": "nt", "d input": "nn", "d weight": "tn"}      # n: as it lies, t: transposed
-PRODUCTS = 5      # of a round at least: one alone is too short for the clock
+FORMS = {"forward": "nt", "d input": "nn", "d weight": "tn"}  # n: as it lies, t: transposed
+PRODUCTS = 5  # of a round at least: one alone is too short for the clock
 GPU_ROUND = 1e13  # FLOP of a round on CUDA: 10 ms at 1 PFLOP/s, or launching and waiting, about 20 us, would show
-BOUND = 0.02      # of the largest element: bf16 has 8 bits, and rounds inputs alike on both sides
+BOUND = 0.02  # of the largest element: bf16 has 8 bits, and rounds inputs alike on both sides
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Of this question."""
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--tokens", type=count, default=4096, help="of a micro-batch")
-    parser.add_argument("--square", type=count, default=None, help="side of the square products: 1024 on a CPU, 8192 on CUDA")
+    parser.add_argument(
+        "--square",
+        type=count,
+        default=None,
+        help="side of the square products: 1024 on a CPU, 8192 on CUDA",
+    )
 
 
 def ask(args: argparse.Namespace, report: Report) -> None:
@@ -43,23 +48,48 @@ def ask(args: argparse.Namespace, report: Report) -> None:
         operands = {form: operands_of(form, m, k, n, device=device) for form in FORMS}
         for form, (a, b) in operands.items():
             check_product(a[:64], b[:, :64], what=f"{name}, {form}")
-        times = max(PRODUCTS, math.ceil(GPU_ROUND / (2 * m * k * n)) if device.type == "cuda" else 0)
-        timed = in_turn({form: lambda pair=pair, times=times: repeat(*pair, times) for form, pair in operands.items()},
-                        rounds=args.rounds, device=device)
-        found[name] = {form: 2e-12 * m * k * n * times / took.median for form, took in timed.items()}
-        rows.append([name, f"{m:,} x {k:,} x {n:,}", *(f"{found[name][form]:.4g}" for form in FORMS),
-                     f"{max(took.spread for took in timed.values()):.0%}"])
+        times = max(
+            PRODUCTS, math.ceil(GPU_ROUND / (2 * m * k * n)) if device.type == "cuda" else 0
+        )
+        timed = in_turn(
+            {
+                form: lambda pair=pair, times=times: repeat(*pair, times)
+                for form, pair in operands.items()
+            },
+            rounds=args.rounds,
+            device=device,
+        )
+        found[name] = {
+            form: 2e-12 * m * k * n * times / took.median for form, took in timed.items()
+        }
+        rows.append(
+            [
+                name,
+                f"{m:,} x {k:,} x {n:,}",
+                *(f"{found[name][form]:.4g}" for form in FORMS),
+                f"{max(took.spread for took in timed.values()):.0%}",
+            ]
+        )
     ceiling = max(found["square"].values())
     for row, name in zip(rows, found):
         row.append(f"{sum(found[name].values()) / len(FORMS) / ceiling:.0%}")
     peak = bf16_peak(device)
-    report.add(f"Matrix products in bf16, TFLOP/s: {args.shape}, {args.tokens:,} tokens",
-               head=["", "tokens x in x out", *FORMS, "spread", "of the ceiling"], rows=rows,
-               notes=[f"ceiling: the best square product, {ceiling:.4g} TFLOP/s"
-                      + (f", {ceiling * 1e12 / peak:.0%} of the data sheet's {peak / 1e12:,.0f}" if peak else ""),
-                      "rounds are short: a card under a whole step's load clocks lower",
-                      f"checked: 64 rows and columns of each against fp64 within {BOUND:g} of the largest"],
-               figures={"tflops": found, "ceiling_tflops": ceiling, "sheet_tflops": peak and peak / 1e12})
+    report.add(
+        f"Matrix products in bf16, TFLOP/s: {args.shape}, {args.tokens:,} tokens",
+        head=["", "tokens x in x out", *FORMS, "spread", "of the ceiling"],
+        rows=rows,
+        notes=[
+            f"ceiling: the best square product, {ceiling:.4g} TFLOP/s"
+            + (
+                f", {ceiling * 1e12 / peak:.0%} of the data sheet's {peak / 1e12:,.0f}"
+                if peak
+                else ""
+            ),
+            "rounds are short: a card under a whole step's load clocks lower",
+            f"checked: 64 rows and columns of each against fp64 within {BOUND:g} of the largest",
+        ],
+        figures={"tflops": found, "ceiling_tflops": ceiling, "sheet_tflops": peak and peak / 1e12},
+    )
 
 
 def repeat(a: Tensor, b: Tensor, times: int) -> None:
@@ -71,16 +101,32 @@ def repeat(a: Tensor, b: Tensor, times: int) -> None:
 def shapes_of(args: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
     """name -> (rows, in, out) of the forward products."""
     config, device = config_of(args.shape, dropout=0.0), args.device
-    c, f, inner = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_width
+    c, f, inner = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads * config.head_width,
+    )
     side = args.square or (1024 if device == "cpu" else 8192)
-    return {"square": (side, side, side), "Wqkv": (args.tokens, c, 3 * inner), "Wo": (args.tokens, inner, c),
-            "Wi": (args.tokens, c, 2 * f), "mlp Wo": (args.tokens, f, c), "head": (max(1, int(MASK_SHARE * args.tokens)), c, c),
-            "decoder, a piece": (PIECE_POSITIONS[device], c, config.vocab_size)}
+    return {
+        "square": (side, side, side),
+        "Wqkv": (args.tokens, c, 3 * inner),
+        "Wo": (args.tokens, inner, c),
+        "Wi": (args.tokens, c, 2 * f),
+        "mlp Wo": (args.tokens, f, c),
+        "head": (max(1, int(MASK_SHARE * args.tokens)), c, c),
+        "decoder, a piece": (PIECE_POSITIONS[device], c, config.vocab_size),
+    }
 
 
-def operands_of(form: str, m: int, k: int, n: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+def operands_of(
+    form: str, m: int, k: int, n: int, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The two factors as autograd hands them to the product: views, transposed where FORMS says t."""
-    left, right = {"forward": ((m, k), (n, k)), "d input": ((m, n), (n, k)), "d weight": ((m, n), (m, k))}[form]
+    left, right = {
+        "forward": ((m, k), (n, k)),
+        "d input": ((m, n), (n, k)),
+        "d weight": ((m, n), (m, k)),
+    }[form]
     a, b = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in (left, right))
     return a.T if FORMS[form][0] == "t" else a, b.T if FORMS[form][1] == "t" else b
 
@@ -90,4 +136,7 @@ def check_product(a: Tensor, b: Tensor, *, what: str) -> None:
     exact = a.double() @ b.double()
     off = ((a @ b).double() - exact).abs().max() / exact.abs().max()
     if not off <= BOUND:
-        raise UserError(f"{what} is off by {off:.1e} of the largest element; needed: at most {BOUND:g}. Nothing was timed.")
+        raise UserError(
+            f"{what} is off by {off:.1e} of the largest element; needed: at most {BOUND:g}. Nothing"
+            " was timed."
+        )

@@ -68,7 +68,9 @@ QUICK = dict(parts=["pack", "plan", "loader"], seconds=0.3)
 def options(parser: argparse.ArgumentParser) -> None:
     """Of this question."""
     parser.add_argument("--parts", type=several_of(*PARTS), default=["pack", "plan", "loader"])
-    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="prepared shards of the four domains")
+    parser.add_argument(
+        "--shards", type=Path, metavar="FOLDER", help="prepared shards of the four domains"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="of a count of the loader's")
 
 
@@ -79,10 +81,18 @@ def ask(args: argparse.Namespace, report: Report) -> None:
         if shards is None:
             shards = Path(scratch)
             for number, name in enumerate(DOMAINS):
-                write_documents(shards / name / "train", name, real_lengths(longest=8192)[number::len(DOMAINS)])
-        elif missing := [name for name in DOMAINS if not (shards / name / "train" / INDEX).is_file()]:
-            raise ConfigError(f"--shards {shards} holds no {missing[0]}/train. Make them: "
-                              "data-prep prepare configs/prep/four_domains.yaml")
+                write_documents(
+                    shards / name / "train",
+                    name,
+                    real_lengths(longest=8192)[number :: len(DOMAINS)],
+                )
+        elif missing := [
+            name for name in DOMAINS if not (shards / name / "train" / INDEX).is_file()
+        ]:
+            raise ConfigError(
+                f"--shards {shards} holds no {missing[0]}/train. Make them: "
+                "data-prep prepare configs/prep/four_domains.yaml"
+            )
         where = "prepared shards" if args.shards else "real lengths, random ids"
         for part in args.parts:
             PARTS[part](shards, report, where=where, args=args)
@@ -94,25 +104,60 @@ def pack(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
 
     sources, found, rows = mixture(shards), {}, []
     for longest in LENGTHS_OF_PHASES:
-        some = pieces_of(windows_of(sources, longest=longest).plan(0), sources)[:2000 if args.quick else 8192]
+        some = pieces_of(windows_of(sources, longest=longest).plan(0), sources)[
+            : 2000 if args.quick else 8192
+        ]
         began = time.process_time()
         slow = best_fit_decreasing(some.tolist(), ROW_TOKENS)
         slow_seconds, fast = time.process_time() - began, pack_best_fit(some, ROW_TOKENS)
-        if [fast.pieces_P[a:b].tolist() for a, b in zip(fast.row_starts_R1, fast.row_starts_R1[1:])] != slow:
+        if [
+            fast.pieces_P[a:b].tolist() for a, b in zip(fast.row_starts_R1, fast.row_starts_R1[1:])
+        ] != slow:
             raise UserError("pack_best_fit gives other rows than its slow twin. Nothing was timed.")
         times = slow_seconds / best_of(3, lambda some=some: pack_best_fit(some, ROW_TOKENS))
         for documents in (4096,) if args.quick else (4096, 8192, 16_384):
-            plans = [windows_of(sources, longest=longest, documents=documents).plan(k) for k in range(2 if args.quick else 12)]
+            plans = [
+                windows_of(sources, longest=longest, documents=documents).plan(k)
+                for k in range(2 if args.quick else 12)
+            ]
             pieces = [pieces_of(plan, sources) for plan in plans]
-            tokens, opened, count = sum(int(p.sum()) for p in pieces), sum(plan.rows for plan in plans), sum(map(len, pieces))
-            seconds = best_of(3, lambda pieces=pieces: [pack_best_fit(p, ROW_TOKENS) for p in pieces])
-            found[f"{longest}, {documents}"] = {"fill": tokens / opened / ROW_TOKENS, "mtok_per_cpu_second": tokens / seconds / 1e6,
-                                                "times_the_slow_twin": times}
-            rows.append([f"{longest:,}, {documents:,}", f"{count // len(plans):,}", f"{tokens / opened / ROW_TOKENS:.3%}",
-                         f"{tokens / seconds / 1e6:,.0f}", f"{count / seconds / 1e6:.2f}", f"{times:,.0f}"])
-    report.add(f"Packing into rows of {ROW_TOKENS:,}, by CPU time: {where}",
-               head=["pieces up to, window", "pieces", "full", "Mtok/s", "Mpieces/s", "times the slow twin"], rows=rows,
-               notes=["checked: the rows of the slow twin, which looks at every row for every piece"], figures=found)
+            tokens, opened, count = (
+                sum(int(p.sum()) for p in pieces),
+                sum(plan.rows for plan in plans),
+                sum(map(len, pieces)),
+            )
+            seconds = best_of(
+                3, lambda pieces=pieces: [pack_best_fit(p, ROW_TOKENS) for p in pieces]
+            )
+            found[f"{longest}, {documents}"] = {
+                "fill": tokens / opened / ROW_TOKENS,
+                "mtok_per_cpu_second": tokens / seconds / 1e6,
+                "times_the_slow_twin": times,
+            }
+            rows.append(
+                [
+                    f"{longest:,}, {documents:,}",
+                    f"{count // len(plans):,}",
+                    f"{tokens / opened / ROW_TOKENS:.3%}",
+                    f"{tokens / seconds / 1e6:,.0f}",
+                    f"{count / seconds / 1e6:.2f}",
+                    f"{times:,.0f}",
+                ]
+            )
+    report.add(
+        f"Packing into rows of {ROW_TOKENS:,}, by CPU time: {where}",
+        head=[
+            "pieces up to, window",
+            "pieces",
+            "full",
+            "Mtok/s",
+            "Mpieces/s",
+            "times the slow twin",
+        ],
+        rows=rows,
+        notes=["checked: the rows of the slow twin, which looks at every row for every piece"],
+        figures=found,
+    )
 
 
 def plan(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
@@ -125,14 +170,36 @@ def plan(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
         for first in range(0, 5 * each, each):
             wall, cpu = time.perf_counter(), time.process_time()
             tokens = sum(int(windows.plan(k).tokens_R.sum()) for k in range(first, first + each))
-            rate.append((tokens / (time.perf_counter() - wall) / 1e6, tokens / (time.process_time() - cpu) / 1e6))
+            rate.append(
+                (
+                    tokens / (time.perf_counter() - wall) / 1e6,
+                    tokens / (time.process_time() - cpu) / 1e6,
+                )
+            )
         wall, cpu = (statistics.median(r) for r in zip(*rate))
         walls = [r[0] for r in rate]
-        found[str(longest)] = {"mtok_per_second": wall, "mtok_per_cpu_second": cpu,
-                               "profile": profile(lambda windows=windows: [windows.plan(k) for k in range(each)], lines=6)}
-        rows.append([f"{longest:,}", f"{wall:,.0f}", f"{(max(walls) - min(walls)) / wall:.0%}", f"{cpu:,.0f}"])
-    report.add(f"Planning windows of {WINDOW_DOCUMENTS:,} documents: {where}",
-               head=["pieces up to", "Mtok/s", "spread", "by CPU time"], rows=rows, notes=found["1024"]["profile"], figures=found)
+        found[str(longest)] = {
+            "mtok_per_second": wall,
+            "mtok_per_cpu_second": cpu,
+            "profile": profile(
+                lambda windows=windows: [windows.plan(k) for k in range(each)], lines=6
+            ),
+        }
+        rows.append(
+            [
+                f"{longest:,}",
+                f"{wall:,.0f}",
+                f"{(max(walls) - min(walls)) / wall:.0%}",
+                f"{cpu:,.0f}",
+            ]
+        )
+    report.add(
+        f"Planning windows of {WINDOW_DOCUMENTS:,} documents: {where}",
+        head=["pieces up to", "Mtok/s", "spread", "by CPU time"],
+        rows=rows,
+        notes=found["1024"]["profile"],
+        figures=found,
+    )
 
 
 def loader(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
@@ -143,20 +210,40 @@ def loader(shards: Path, report: Report, *, where: str, args: argparse.Namespace
         rounds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
         for _ in range(1 if args.quick else 3):
             for processes in (1, 2):
-                made = side_by_side(shards, [f"loader:{longest},{rank},{processes},{args.seconds}" for rank in range(processes)])
+                made = side_by_side(
+                    shards,
+                    [
+                        f"loader:{longest},{rank},{processes},{args.seconds}"
+                        for rank in range(processes)
+                    ],
+                )
                 rounds[processes].append({key: sum(m[key] for m in made) for key in made[0]})
         for n, ran in rounds.items():
             walls, one = [r["wall"] for r in ran], statistics.median(r["wall"] for r in rounds[1])
             wall, cpu = statistics.median(walls), statistics.median(r["cpu"] for r in ran)
-            table.append([f"up to {longest:,}, {n} process{'es' * (n > 1)}", f"{wall:.1f}",
-                          f"{(max(walls) - min(walls)) / wall:.0%}", f"{cpu:.1f}", f"{wall / one:.2f}"])
+            table.append(
+                [
+                    f"up to {longest:,}, {n} process{'es' * (n > 1)}",
+                    f"{wall:.1f}",
+                    f"{(max(walls) - min(walls)) / wall:.0%}",
+                    f"{cpu:.1f}",
+                    f"{wall / one:.2f}",
+                ]
+            )
         found[str(longest)] = {"rounds": rounds}
     with loader_of(mixture(shards), longest=LENGTHS_OF_PHASES[0]) as made:
         made.next_step()
-        found["profile"] = profile(lambda: [made.next_step() for _ in range(1 if args.quick else 8)], lines=12)
-    report.add(f"Micro-batches of {MICRO_BATCH_ROWS} rows, read, packed, masked and laid together: {where}",
-               head=["pieces", "Mtok/s", "spread", "by CPU time", "times one"], rows=table,
-               notes=["checked: two ranks make the rows of one (hashes)", *found["profile"]], figures=found)
+        found["profile"] = profile(
+            lambda: [made.next_step() for _ in range(1 if args.quick else 8)], lines=12
+        )
+    report.add(
+        f"Micro-batches of {MICRO_BATCH_ROWS} rows, read, packed, masked and laid together:"
+        f" {where}",
+        head=["pieces", "Mtok/s", "spread", "by CPU time", "times one"],
+        rows=table,
+        notes=["checked: two ranks make the rows of one (hashes)", *found["profile"]],
+        figures=found,
+    )
 
 
 def check_two_ranks(sources: list[Source]) -> None:
@@ -165,7 +252,9 @@ def check_two_ranks(sources: list[Source]) -> None:
     for world_size in (1, 2):
         total = 0
         for rank in range(world_size):
-            with loader_of(sources, longest=LENGTHS_OF_PHASES[0], rank=rank, world_size=world_size) as made:
+            with loader_of(
+                sources, longest=LENGTHS_OF_PHASES[0], rank=rank, world_size=world_size
+            ) as made:
                 total += made.next_step().row_hash
         hashes.append(total % 2**64)
     if hashes[0] != hashes[1]:
@@ -182,7 +271,14 @@ def loader_child(shards: Path, arguments: str) -> None:
         wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - wall < counted_seconds:
             tokens += sum(m.tokens for m in made.next_step().micro_batches)
-        print(json.dumps({"wall": tokens / (time.perf_counter() - wall) / 1e6, "cpu": tokens / (time.process_time() - cpu) / 1e6}))
+        print(
+            json.dumps(
+                {
+                    "wall": tokens / (time.perf_counter() - wall) / 1e6,
+                    "cpu": tokens / (time.process_time() - cpu) / 1e6,
+                }
+            )
+        )
 
 
 def index2t(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
@@ -194,12 +290,33 @@ def index2t(shards: Path, report: Report, *, where: str, args: argparse.Namespac
         for sources in (1, SOURCES_2T):
             (made,) = side_by_side(Path(folder), [f"index2t:{sources}"])
             found[f"{sources} sources"] = made
-            rows.append([f"{sources} source{'s' * (sources > 1)}", f"{made['open_seconds']:.2f}", f"{made['first_seconds']:.2f}",
-                         f"{made['resident_gb']:.2f}", f"{made['private_after_seeks_gb']:.2f}", f"{made['seek_ms']:.0f}",
-                         f"{made['seek_cpu_ms']:.0f}", f"{made['slowest_seek_ms']:.0f}"])
-    report.add(f"{SHARDS_2T:,} shards, {DOCUMENTS_2T:,} documents that are not there",
-               head=["", "open s", "first window s", "GB", "GB of its own after 60 seeks", "seek ms", "by CPU time", "slowest"],
-               rows=rows, figures=found)
+            rows.append(
+                [
+                    f"{sources} source{'s' * (sources > 1)}",
+                    f"{made['open_seconds']:.2f}",
+                    f"{made['first_seconds']:.2f}",
+                    f"{made['resident_gb']:.2f}",
+                    f"{made['private_after_seeks_gb']:.2f}",
+                    f"{made['seek_ms']:.0f}",
+                    f"{made['seek_cpu_ms']:.0f}",
+                    f"{made['slowest_seek_ms']:.0f}",
+                ]
+            )
+    report.add(
+        f"{SHARDS_2T:,} shards, {DOCUMENTS_2T:,} documents that are not there",
+        head=[
+            "",
+            "open s",
+            "first window s",
+            "GB",
+            "GB of its own after 60 seeks",
+            "seek ms",
+            "by CPU time",
+            "slowest",
+        ],
+        rows=rows,
+        figures=found,
+    )
 
 
 def index2t_child(folder: Path, arguments: str) -> None:
@@ -213,16 +330,29 @@ def index2t_child(folder: Path, arguments: str) -> None:
     opened = time.perf_counter()
     windows.plan(0)
     first, seeks, resident = time.perf_counter(), [], psutil.Process().memory_info()
-    for k in np.random.default_rng(0).integers(0, 2 * DOCUMENTS_2T // WINDOW_DOCUMENTS, 60).tolist():
+    for k in (
+        np.random.default_rng(0).integers(0, 2 * DOCUMENTS_2T // WINDOW_DOCUMENTS, 60).tolist()
+    ):
         at = time.perf_counter(), time.process_time()
         windows.plan(k)
         seeks.append((1000 * (time.perf_counter() - at[0]), 1000 * (time.process_time() - at[1])))
-    print(json.dumps({
-        "documents": sum(s.card.documents for s in sources), "shards": sum(len(s.samples_per_shard) for s in sources),
-        "open_seconds": opened - begin, "first_seconds": first - begin, "import_gb": imported / 1e9,
-        "resident_gb": resident.rss / 1e9, "of_lengths_gb": resident.shared / 1e9, "private_after_seeks_gb": private_gb(),
-        "seek_ms": statistics.median(wall for wall, _ in seeks), "seek_cpu_ms": statistics.median(cpu for _, cpu in seeks),
-        "slowest_seek_ms": max(seeks)[0]}))
+    print(
+        json.dumps(
+            {
+                "documents": sum(s.card.documents for s in sources),
+                "shards": sum(len(s.samples_per_shard) for s in sources),
+                "open_seconds": opened - begin,
+                "first_seconds": first - begin,
+                "import_gb": imported / 1e9,
+                "resident_gb": resident.rss / 1e9,
+                "of_lengths_gb": resident.shared / 1e9,
+                "private_after_seeks_gb": private_gb(),
+                "seek_ms": statistics.median(wall for wall, _ in seeks),
+                "seek_cpu_ms": statistics.median(cpu for _, cpu in seeks),
+                "slowest_seek_ms": max(seeks)[0],
+            }
+        )
+    )
 
 
 def private_gb() -> float:
@@ -238,32 +368,77 @@ def write_index2t(folder: Path) -> None:
     some = np.clip(np.random.default_rng(0).lognormal(6.3, 1.1, 1_000_000), 3, 8192).astype("<u2")
     for path in (folder / "lengths.bin", folder / "all-lengths.bin"):
         with open(path, "wb") as f:
-            for _ in range(per_source // len(some) * (SOURCES_2T if path.name.startswith("all") else 1)):
+            for _ in range(
+                per_source // len(some) * (SOURCES_2T if path.name.startswith("all") else 1)
+            ):
                 f.write(some.tobytes())
-    for name, count, documents, lengths in (*((f"source-{i}", shards, per_source, "lengths.bin") for i in range(SOURCES_2T)),
-                                            ("all", SHARDS_2T, DOCUMENTS_2T, "all-lengths.bin")):
+    for name, count, documents, lengths in (
+        *((f"source-{i}", shards, per_source, "lengths.bin") for i in range(SOURCES_2T)),
+        ("all", SHARDS_2T, DOCUMENTS_2T, "all-lengths.bin"),
+    ):
         (folder / name).mkdir()
         (folder / name / LENGTHS).symlink_to(folder / lengths)
         samples = [len(part) for part in np.array_split(np.empty(documents, dtype=np.bool_), count)]
-        write_json(folder / name / INDEX, {"version": 2, "shards": [shard_entry(i, n) for i, n in enumerate(samples)]})
+        write_json(
+            folder / name / INDEX,
+            {"version": 2, "shards": [shard_entry(i, n) for i, n in enumerate(samples)]},
+        )
         tokens = int(some.sum(dtype=np.int64)) * (documents // len(some))
-        write_card(folder / name, card_of(name, documents=documents, tokens=tokens,
-                                          index_sha256=sha256((folder / name / INDEX).read_bytes()).hexdigest()))
+        write_card(
+            folder / name,
+            card_of(
+                name,
+                documents=documents,
+                tokens=tokens,
+                index_sha256=sha256((folder / name / INDEX).read_bytes()).hexdigest(),
+            ),
+        )
 
 
 def shard_entry(number: int, samples: int) -> dict[str, Any]:
     """A line of index.json as MDSWriter writes it."""
     name, size = f"shard.{number:05d}.mds", 67_000_000
-    return {"column_encodings": ["ndarray:uint16"], "column_names": [INPUT_IDS], "column_sizes": [None], "compression": None,
-            "format": "mds", "hashes": [SHARD_HASH], "samples": samples, "size_limit": 1 << 26, "version": 2, "zip_data": None,
-            "raw_data": {"basename": name, "bytes": size, "hashes": {SHARD_HASH: sha256(name.encode()).hexdigest()}}}
+    return {
+        "column_encodings": ["ndarray:uint16"],
+        "column_names": [INPUT_IDS],
+        "column_sizes": [None],
+        "compression": None,
+        "format": "mds",
+        "hashes": [SHARD_HASH],
+        "samples": samples,
+        "size_limit": 1 << 26,
+        "version": 2,
+        "zip_data": None,
+        "raw_data": {
+            "basename": name,
+            "bytes": size,
+            "hashes": {SHARD_HASH: sha256(name.encode()).hexdigest()},
+        },
+    }
 
 
 def card_of(name: str, *, documents: int, tokens: int, index_sha256: str = "") -> Card:
-    specials = SpecialIds(cls_id=50281, sep_id=50282, pad_id=50283, mask_id=50284, unk_id=50280,
-                          all_special=tuple(range(50280, 50285)))
-    return Card(source=name, split="train", tokenizer_sha256="0", vocab_size=50368, specials=specials, dtype="uint16",
-                documents=documents, tokens=tokens, max_tokens_per_document=8192, index_sha256=index_sha256, lengths_sha256="")
+    specials = SpecialIds(
+        cls_id=50281,
+        sep_id=50282,
+        pad_id=50283,
+        mask_id=50284,
+        unk_id=50280,
+        all_special=tuple(range(50280, 50285)),
+    )
+    return Card(
+        source=name,
+        split="train",
+        tokenizer_sha256="0",
+        vocab_size=50368,
+        specials=specials,
+        dtype="uint16",
+        documents=documents,
+        tokens=tokens,
+        max_tokens_per_document=8192,
+        index_sha256=index_sha256,
+        lengths_sha256="",
+    )
 
 
 def memory(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
@@ -274,8 +449,12 @@ def memory(shards: Path, report: Report, *, where: str, args: argparse.Namespace
         write_small_documents(Path(folder) / "small")
         for what in ("plan", "rows"):
             found[what] = side_by_side(Path(folder), [f"memory:{what}"])[0]["resident_mb"]
-    report.add("Resident MB after each million documents", head=["", *(f"{n} M" for n in range(1, 6))],
-               rows=[[what, *(f"{mb:.0f}" for mb in resident)] for what, resident in found.items()], figures=found)
+    report.add(
+        "Resident MB after each million documents",
+        head=["", *(f"{n} M" for n in range(1, 6))],
+        rows=[[what, *(f"{mb:.0f}" for mb in resident)] for what, resident in found.items()],
+        figures=found,
+    )
 
 
 def memory_child(folder: Path, what: str) -> None:
@@ -307,7 +486,12 @@ def write_documents(folder: Path, name: str, lengths: np.ndarray) -> None:
     from streaming import MDSWriter
 
     draw = np.random.default_rng(0)
-    with MDSWriter(columns={INPUT_IDS: "ndarray:uint16"}, out=str(folder), hashes=[SHARD_HASH], size_limit=1 << 18) as out:
+    with MDSWriter(
+        columns={INPUT_IDS: "ndarray:uint16"},
+        out=str(folder),
+        hashes=[SHARD_HASH],
+        size_limit=1 << 18,
+    ) as out:
         for length in lengths.tolist():
             out.write({INPUT_IDS: draw.integers(0, 50000, length).astype(np.uint16)})
     write_lengths(folder, lengths, max_tokens_per_document=8192)
@@ -318,19 +502,54 @@ def mixture(shards: Path) -> list[Source]:
     return [open_source(shards / name / "train", name=name) for name in DOMAINS]
 
 
-def windows_of(sources: list[Source], *, longest: int, documents: int = WINDOW_DOCUMENTS, weights: Any = WEIGHTS) -> Windows:
-    return Windows(sources=sources, weights=weights, seed=1, phase=0, max_tokens_per_document=longest, row_tokens=ROW_TOKENS,
-                   window_documents=documents)
+def windows_of(
+    sources: list[Source],
+    *,
+    longest: int,
+    documents: int = WINDOW_DOCUMENTS,
+    weights: Any = WEIGHTS,
+) -> Windows:
+    return Windows(
+        sources=sources,
+        weights=weights,
+        seed=1,
+        phase=0,
+        max_tokens_per_document=longest,
+        row_tokens=ROW_TOKENS,
+        window_documents=documents,
+    )
 
 
-def loader_of(sources: list[Source], *, longest: int, rank: int = 0, world_size: int = 1, weights: Any = WEIGHTS) -> Loader:
+def loader_of(
+    sources: list[Source],
+    *,
+    longest: int,
+    rank: int = 0,
+    world_size: int = 1,
+    weights: Any = WEIGHTS,
+) -> Loader:
     card = sources[0].card
     ids = card.specials
-    return Loader(sources=sources, weights=weights, seed=1, phase=0, max_tokens_per_document=longest, row_tokens=ROW_TOKENS,
-                  window_documents=WINDOW_DOCUMENTS, masker=build_objective(MlmConfig(), vocab_size=card.vocab_size, specials=ids),
-                  pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=rank, world_size=world_size,
-                  micro_batch_rows=MICRO_BATCH_ROWS, rows_at=lambda _: 4 * MICRO_BATCH_ROWS, start=DataPosition(),
-                  static_shapes=True, workers=0)
+    return Loader(
+        sources=sources,
+        weights=weights,
+        seed=1,
+        phase=0,
+        max_tokens_per_document=longest,
+        row_tokens=ROW_TOKENS,
+        window_documents=WINDOW_DOCUMENTS,
+        masker=build_objective(MlmConfig(), vocab_size=card.vocab_size, specials=ids),
+        pad_id=ids.pad_id,
+        cls_id=ids.cls_id,
+        sep_id=ids.sep_id,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_rows=MICRO_BATCH_ROWS,
+        rows_at=lambda _: 4 * MICRO_BATCH_ROWS,
+        start=DataPosition(),
+        static_shapes=True,
+        workers=0,
+    )
 
 
 def pieces_of(plan: WindowPlan, sources: list[Source]) -> np.ndarray:
@@ -356,23 +575,34 @@ def profile(do: Callable[[], Any], *, lines: int) -> list[str]:
     taken.runcall(do)
     stats = pstats.Stats(taken).stats
     total = sum(own for _, _, own, _, _ in stats.values())
-    return [f"    {own / total:6.1%}  {calls:>8,} calls  {Path(path).stem}.{name}"
-            for (path, _, name), (_, calls, own, _, _) in sorted(stats.items(), key=lambda item: -item[1][2])[:lines]]
+    return [
+        f"    {own / total:6.1%}  {calls:>8,} calls  {Path(path).stem}.{name}"
+        for (path, _, name), (_, calls, own, _, _) in sorted(
+            stats.items(), key=lambda item: -item[1][2]
+        )[:lines]
+    ]
 
 
 def side_by_side(shards: Path, children: list[str]) -> list[dict[str, float]]:
     """Processes of this module that begin together once all are ready, and what each printed last."""
-    started = [subprocess.Popen([sys.executable, "-m", "benchmarks.loader", str(shards), child],
-                                encoding="utf-8", errors="replace", cwd=ROOT,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-               for child in children]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.loader", str(shards), child],
+            encoding="utf-8",
+            errors="replace",
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for child in children
+    ]
     for process in started:
         assert process.stdout.readline() == "ready\n", f"{children} could not start"
     for process in started:
         process.stdin.write("go\n")
         process.stdin.flush()
     return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
-
 
 
 PARTS = {"pack": pack, "plan": plan, "loader": loader, "index2t": index2t, "memory": memory}

@@ -44,43 +44,96 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     """A line a precision and route."""
     positions, found, rows = math.ceil(args.tokens * MASK_SHARE), {}, []
     for precision in SAME_LOSS:
+
         def case(route: str, positions: int, precision: str = precision) -> dict[str, float]:
-            if args.device == "cuda":       # counted to the byte; ten processes that load CUDA take half a minute
-                return measure(route, precision, positions, device=args.device, vocab=args.vocab, width=args.width)
+            if (
+                args.device == "cuda"
+            ):  # counted to the byte; ten processes that load CUDA take half a minute
+                return measure(
+                    route,
+                    precision,
+                    positions,
+                    device=args.device,
+                    vocab=args.vocab,
+                    width=args.width,
+                )
             return in_a_process(route, precision, positions, args)
+
         a, b = case("pieces", 64)["loss"], case("dense", 64)["loss"]
         if not abs(a - b) <= SAME_LOSS[precision] * abs(b):
-            raise UserError(f"the loss is {a:.6f} in pieces and {b:.6f} dense; needed: equal within {SAME_LOSS[precision]:g}. "
-                            "Nothing was measured.")
-        ours, small, large = case("pieces", positions), *(case("dense", m)["bytes"] for m in DENSE_POSITIONS)
-        dense = large + (positions - DENSE_POSITIONS[1]) * (large - small) / (DENSE_POSITIONS[1] - DENSE_POSITIONS[0])
-        found[precision] = {"pieces_bytes": ours["bytes"], "dense_bytes": dense, "pieces_seconds": ours["seconds"]}
-        rows += [[f"{precision}, pieces of {PIECE_POSITIONS[args.device]:,}", in_gb(ours["bytes"]), f"{ours['seconds']:.3g}"],
-                 [f"{precision}, dense, extended", in_gb(dense), "-"]]
-    report.add(f"Memory of the loss: {positions:,} of {args.tokens:,} tokens, vocabulary {args.vocab:,}, width {args.width}",
-               head=["", "peak", "s"], rows=rows, figures=found,
-               notes=[f"all logits in fp32 would be {in_gb(4 * positions * args.vocab)}; checked: both routes give the same loss"])
+            raise UserError(
+                f"the loss is {a:.6f} in pieces and {b:.6f} dense; needed: equal within"
+                f" {SAME_LOSS[precision]:g}. Nothing was measured."
+            )
+        ours, small, large = (
+            case("pieces", positions),
+            *(case("dense", m)["bytes"] for m in DENSE_POSITIONS),
+        )
+        dense = large + (positions - DENSE_POSITIONS[1]) * (large - small) / (
+            DENSE_POSITIONS[1] - DENSE_POSITIONS[0]
+        )
+        found[precision] = {
+            "pieces_bytes": ours["bytes"],
+            "dense_bytes": dense,
+            "pieces_seconds": ours["seconds"],
+        }
+        rows += [
+            [
+                f"{precision}, pieces of {PIECE_POSITIONS[args.device]:,}",
+                in_gb(ours["bytes"]),
+                f"{ours['seconds']:.3g}",
+            ],
+            [f"{precision}, dense, extended", in_gb(dense), "-"],
+        ]
+    report.add(
+        f"Memory of the loss: {positions:,} of {args.tokens:,} tokens, vocabulary {args.vocab:,},"
+        f" width {args.width}",
+        head=["", "peak", "s"],
+        rows=rows,
+        figures=found,
+        notes=[
+            f"all logits in fp32 would be {in_gb(4 * positions * args.vocab)}; checked: both routes"
+            " give the same loss"
+        ],
+    )
 
 
-def in_a_process(route: str, precision: str, positions: int, args: argparse.Namespace) -> dict[str, float]:
+def in_a_process(
+    route: str, precision: str, positions: int, args: argparse.Namespace
+) -> dict[str, float]:
     """The figures of one case, from a process that did nothing else before."""
-    command = [sys.executable, "-m", "benchmarks.loss", route, precision,
-               *map(str, (positions, args.device, args.vocab, args.width))]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.loss",
+        route,
+        precision,
+        *map(str, (positions, args.device, args.vocab, args.width)),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", cwd=ROOT
+    )
     if done.returncode:
-        raise UserError(f"the loss, {route}, {precision}, {positions:,} positions: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(
+            f"the loss, {route}, {precision}, {positions:,} positions:"
+            f" {done.stderr.strip().splitlines()[-1]}"
+        )
     return json.loads(done.stdout)
 
 
-def measure(route: str, precision: str, positions: int, *, device: str, vocab: int, width: int) -> dict[str, float]:
+def measure(
+    route: str, precision: str, positions: int, *, device: str, vocab: int, width: int
+) -> dict[str, float]:
     """Bytes above what stood before, and seconds, of one forward and backward."""
     draw = torch.Generator().manual_seed(0)
     h_MC = torch.randn(positions, width, generator=draw).to(device).requires_grad_()
     weight_VC = (0.02 * torch.randn(vocab, width, generator=draw)).to(device).requires_grad_()
     bias_V = torch.zeros(vocab, device=device, requires_grad=True)
     target_M = torch.randint(0, vocab, (positions,), generator=draw).to(device)
-    step(route, precision, h_MC[:8], weight_VC, bias_V, target_M[:8])       # libraries load their parts
-    if device == "cuda":            # and kernels are compiled; on a CPU a first pass would leave memory behind that it then finds
+    step(route, precision, h_MC[:8], weight_VC, bias_V, target_M[:8])  # libraries load their parts
+    if (
+        device == "cuda"
+    ):  # and kernels are compiled; on a CPU a first pass would leave memory behind that it then finds
         step(route, precision, h_MC, weight_VC, bias_V, target_M)
     h_MC.grad = weight_VC.grad = bias_V.grad = None
     before, began = reset_peak(device), time.perf_counter()
@@ -88,8 +141,14 @@ def measure(route: str, precision: str, positions: int, *, device: str, vocab: i
     return {"bytes": peak(device) - before, "seconds": time.perf_counter() - began, "loss": loss}
 
 
-def step(route: str, precision: str, h_MC: torch.Tensor, weight_VC: torch.Tensor, bias_V: torch.Tensor,
-         target_M: torch.Tensor) -> float:
+def step(
+    route: str,
+    precision: str,
+    h_MC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    bias_V: torch.Tensor,
+    target_M: torch.Tensor,
+) -> float:
     """Forward and backward; the sum of the losses."""
     with torch.autocast(h_MC.device.type, torch.bfloat16, enabled=precision == "autocast"):
         if route == "dense":
@@ -106,7 +165,7 @@ def reset_peak(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")       # resets VmHWM to the present
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present
     return status_bytes("VmRSS")
 
 
@@ -131,4 +190,10 @@ def in_gb(size: float) -> str:
 
 if __name__ == "__main__":
     route, precision, positions, device, vocab, width = sys.argv[1:]
-    print(json.dumps(measure(route, precision, int(positions), device=device, vocab=int(vocab), width=int(width))))
+    print(
+        json.dumps(
+            measure(
+                route, precision, int(positions), device=device, vocab=int(vocab), width=int(width)
+            )
+        )
+    )

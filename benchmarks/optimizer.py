@@ -24,7 +24,7 @@ from encoder.optim.catalog import OPTIMIZERS, build_optimizer, state_elements
 from encoder.optim.whole_tensors import MomentsConfig
 
 QUICK = dict(shape="tiny")
-BOUND = 1e-5      # fp32, three updates, relative to the largest weight
+BOUND = 1e-5  # fp32, three updates, relative to the largest weight
 MUON_BOUND = 0.2  # of its updates: five Newton-Schulz iterations in bf16 stand for a singular value decomposition
 PEER = "torch AdamW, fused"
 
@@ -43,19 +43,38 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     with torch.device("meta"):
         bare = ModernBertForMaskedLM(config_of(args.shape, dropout=0.0))
     count = sum(p.numel() for p in bare.parameters())
-    sides = {f"ours, {rule}": ours(args.shape, OPTIMIZERS[rule](), device=device) for rule in args.rules}
+    sides = {
+        f"ours, {rule}": ours(args.shape, OPTIMIZERS[rule](), device=device) for rule in args.rules
+    }
     sides |= peers(args.shape, device=device)
     timed = in_turn(sides, rounds=args.rounds, device=device)
     ratios = {name: paired_ratio(timed[name], timed[PEER]) for name in timed}
-    report.add(f"Updates: {args.shape}, {count / 1e6:.1f} M parameters in {len([*bare.parameters()])} tensors, fp32",
-               head=["", "ms", "spread", f"times as fast as {PEER}"],
-               rows=[[name, f"{1e3 * took.median:.2f}", f"{took.spread:.0%}", ratio_text(ratios[name])]
-                     for name, took in timed.items()],
-               notes=[f"checked: three updates of each rule of ours against fp64 within {BOUND:g} (muon {MUON_BOUND:g} of its "
-                      "updates)"],
-               figures={name: {"seconds": [*took.seconds], "cpu_seconds": [*took.cpu_seconds], "ratio": ratios[name]}
-                        for name, took in timed.items()}
-               | {"state_elements": {rule: state_elements(bare, OPTIMIZERS[rule]()) for rule in args.rules}})
+    report.add(
+        f"Updates: {args.shape}, {count / 1e6:.1f} M parameters in {len([*bare.parameters()])}"
+        " tensors, fp32",
+        head=["", "ms", "spread", f"times as fast as {PEER}"],
+        rows=[
+            [name, f"{1e3 * took.median:.2f}", f"{took.spread:.0%}", ratio_text(ratios[name])]
+            for name, took in timed.items()
+        ],
+        notes=[
+            f"checked: three updates of each rule of ours against fp64 within {BOUND:g} (muon"
+            f" {MUON_BOUND:g} of its updates)"
+        ],
+        figures={
+            name: {
+                "seconds": [*took.seconds],
+                "cpu_seconds": [*took.cpu_seconds],
+                "ratio": ratios[name],
+            }
+            for name, took in timed.items()
+        }
+        | {
+            "state_elements": {
+                rule: state_elements(bare, OPTIMIZERS[rule]()) for rule in args.rules
+            }
+        },
+    )
 
 
 def ours(shape: str, config: MomentsConfig, *, device: torch.device) -> Callable[[], None]:
@@ -70,14 +89,25 @@ def ours(shape: str, config: MomentsConfig, *, device: torch.device) -> Callable
 def peers(shape: str, *, device: torch.device) -> dict[str, Callable[[], None]]:
     """torch's AdamW twice, and torch-optimi's StableAdamW where it is installed."""
     settings = dict(lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0125)
-    found = {name: torch.optim.AdamW(with_gradients(shape, device=device).parameters(), **settings, **more).step
-             for name, more in ((PEER, dict(fused=True)), ("torch AdamW, foreach", dict(foreach=True)))}
+    found = {
+        name: (
+            torch.optim.AdamW(
+                with_gradients(shape, device=device).parameters(), **settings, **more
+            ).step
+        )
+        for name, more in ((PEER, dict(fused=True)), ("torch AdamW, foreach", dict(foreach=True)))
+    }
     try:
         from optimi import StableAdamW
     except ImportError:
         return found
     model = with_gradients(shape, device=device)
-    return {**found, "optimi StableAdamW": StableAdamW(model.parameters(), triton=device.type == "cuda", **settings).step}
+    return {
+        **found,
+        "optimi StableAdamW": (
+            StableAdamW(model.parameters(), triton=device.type == "cuda", **settings).step
+        ),
+    }
 
 
 def with_gradients(shape: str, *, device: torch.device) -> ModernBertForMaskedLM:
@@ -104,14 +134,23 @@ def check_rule(config: MomentsConfig, *, device: torch.device) -> None:
         for group in optimizer.param_groups:
             group.update(lr=lr, max_lr=max_lr)
         optimizer.step()
-    exact = slow_updates(start, grads, config, lrs=lrs, max_lr=max_lr, hidden_matrices=small.hidden_matrices())
+    exact = slow_updates(
+        start, grads, config, lrs=lrs, max_lr=max_lr, hidden_matrices=small.hidden_matrices()
+    )
     for name, p in small.named_parameters():
         moves_by_muon = config.rule == "Muon" and name in small.hidden_matrices()
         off = (p.detach().cpu().double() - exact[name]).abs().max().item()
-        bound = (MUON_BOUND * (exact[name] - start[name]) if moves_by_muon else BOUND * exact[name]).abs().max().item()
+        bound = (
+            (MUON_BOUND * (exact[name] - start[name]) if moves_by_muon else BOUND * exact[name])
+            .abs()
+            .max()
+            .item()
+        )
         if not off <= bound:
-            raise UserError(f"{config.rule} moves {name} {off:.1e} off its slow twin; needed: at most {bound:.1e}. "
-                            "Nothing was timed.")
+            raise UserError(
+                f"{config.rule} moves {name} {off:.1e} off its slow twin; needed: at most"
+                f" {bound:.1e}. Nothing was timed."
+            )
 
 
 class _Small(nn.Module):

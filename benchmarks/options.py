@@ -11,18 +11,24 @@ from encoder.base.errors import nearest
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """'1,2,4' -> [1, 2, 4]."""
+
     def read(text: str) -> list[Any]:
         return [kind(word) for word in text.split(",")]
+
     read.__name__ = f"list of {getattr(kind, '__name__', 'words')}"
     return read
 
 
 def several_of(*choices: str) -> Callable[[str], list[str]]:
     """'a,b' -> ['a', 'b'], each one of the choices."""
+
     def read(text: str) -> list[str]:
         words = text.split(",")
         for word in words:
             if word not in choices:
-                raise argparse.ArgumentTypeError(f"{word!r} is unknown. {nearest(word, [*choices])}")
+                raise argparse.ArgumentTypeError(
+                    f"{word!r} is unknown. {nearest(word, [*choices])}"
+                )
         return words
+
     return read

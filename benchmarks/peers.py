@@ -34,32 +34,61 @@ class Part:
     """One forward of theirs."""
 
     inputs: dict[str, Any]
-    masks: tuple[Any, Any] | None = None      # packed: what global and local layers see
+    masks: tuple[Any, Any] | None = None  # packed: what global and local layers see
 
 
 class Theirs:
     """A ModernBertForMaskedLM of transformers with our weights, torch's AdamW, and micro-batches of one kind."""
 
-    def __init__(self, kind: str, config: ModernBertConfig, batches: list[TokenBatch], *, attention: str, batch_documents: int,
-                 device: torch.device, autocast: Callable[[], AbstractContextManager], compiled: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        config: ModernBertConfig,
+        batches: list[TokenBatch],
+        *,
+        attention: str,
+        batch_documents: int,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        compiled: bool = False,
+    ) -> None:
         try:
             import transformers
         except ImportError as error:
-            raise ConfigError(f"--against hf, but transformers cannot be imported ({error}). Install it, or leave "
-                              "--against out.") from error
+            raise ConfigError(
+                f"--against hf, but transformers cannot be imported ({error}). Install it, or leave"
+                " --against out."
+            ) from error
         own = transformers.ModernBertConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads, pad_token_id=PAD,
-            bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, reference_compile=compiled, sparse_prediction=True,
-            global_rope_theta=config.global_rope_theta, local_rope_theta=config.local_rope_theta)
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            pad_token_id=PAD,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+            reference_compile=compiled,
+            sparse_prediction=True,
+            global_rope_theta=config.global_rope_theta,
+            local_rope_theta=config.local_rope_theta,
+        )
         own._attn_implementation = attention
         self.newer = int(transformers.__version__.split(".")[0]) >= 5
         if attention == "flex_attention" and not self.newer:
-            raise ConfigError(f"--hf-attention flex_attention with transformers {transformers.__version__}: its ModernBERT has it "
-                              "from version 5 on. Use sdpa.")
+            raise ConfigError(
+                f"--hf-attention flex_attention with transformers {transformers.__version__}: its"
+                " ModernBERT has it from version 5 on. Use sdpa."
+            )
         self.model = transformers.ModernBertForMaskedLM(own)
-        missing = self.model.load_state_dict(first_model(config).state_dict(), strict=False).missing_keys
-        assert set(missing) <= {"decoder.weight"}, f"transformers has weights that we have not: {missing}"
+        missing = self.model.load_state_dict(
+            first_model(config).state_dict(), strict=False
+        ).missing_keys
+        assert set(missing) <= {"decoder.weight"}, (
+            f"transformers has weights that we have not: {missing}"
+        )
         self.model.tie_weights()
         self.model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -71,18 +100,28 @@ class Theirs:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
         longest = max(b.max_seqlen for b in batches)
-        make = {"padded": lambda d: _padded(d, batch_documents),
-                "sorted": lambda d: _padded(sorted(d, key=lambda x: -len(x.ids)), batch_documents),
-                "packed": lambda d: _packed(d, longest, flex=attention == "flex_attention", config=config, device=device)}[kind]
+        make = {
+            "padded": lambda d: _padded(d, batch_documents),
+            "sorted": lambda d: _padded(sorted(d, key=lambda x: -len(x.ids)), batch_documents),
+            "packed": lambda d: _packed(
+                d, longest, flex=attention == "flex_attention", config=config, device=device
+            ),
+        }[kind]
         self.steps = [[_on(part, device) for part in make(documents_of(b))] for b in batches]
         self.masked, self.tokens = [b.counts["mlm"] for b in batches], [b.tokens for b in batches]
         places = sum(p.inputs["input_ids"].numel() for s in self.steps for p in s)
         self.name = f"transformers {kind}"
-        self.how = f"{attention}{', compiled' if compiled else ''}, {sum(self.tokens) / places:.0%} of it tokens"
+        self.how = (
+            f"{attention}{', compiled' if compiled else ''}, {sum(self.tokens) / places:.0%} of it"
+            " tokens"
+        )
 
     def loss(self, number: int) -> Tensor:
         """Mean over the predicted positions of a micro-batch."""
-        return torch.stack([self._part(part) for part in self.steps[number]]).sum() / self.masked[number]
+        return (
+            torch.stack([self._part(part) for part in self.steps[number]]).sum()
+            / self.masked[number]
+        )
 
     def step(self, number: int) -> None:
         """One update; each batch goes back at once, as gradient accumulation does."""
@@ -94,7 +133,10 @@ class Theirs:
     def _part(self, part: Part) -> Tensor:
         inputs, self._masks = part.inputs, part.masks
         if part.masks and self.newer:
-            inputs = {**inputs, "attention_mask": dict(zip(("full_attention", "sliding_attention"), part.masks))}
+            inputs = {
+                **inputs,
+                "attention_mask": dict(zip(("full_attention", "sliding_attention"), part.masks)),
+            }
         count = (inputs["labels"] != IGNORE).sum()
         with self.autocast():
             return self.model(**inputs).loss * count
@@ -103,30 +145,58 @@ class Theirs:
 def _padded(documents: list[Document], size: int) -> list[Part]:
     parts = []
     for start in range(0, len(documents), size):
-        some = documents[start:start + size]
-        if any((d.labels != IGNORE).any() for d in some):        # transformers cannot be asked nothing
-            parts.append(Part(inputs={
-                "input_ids": pad_sequence([d.ids for d in some], batch_first=True, padding_value=PAD),
-                "labels": pad_sequence([d.labels for d in some], batch_first=True, padding_value=IGNORE),
-                "attention_mask": pad_sequence([torch.ones_like(d.ids) for d in some], batch_first=True)}))
+        some = documents[start : start + size]
+        if any((d.labels != IGNORE).any() for d in some):  # transformers cannot be asked nothing
+            parts.append(
+                Part(
+                    inputs={
+                        "input_ids": pad_sequence(
+                            [d.ids for d in some], batch_first=True, padding_value=PAD
+                        ),
+                        "labels": pad_sequence(
+                            [d.labels for d in some], batch_first=True, padding_value=IGNORE
+                        ),
+                        "attention_mask": pad_sequence(
+                            [torch.ones_like(d.ids) for d in some], batch_first=True
+                        ),
+                    }
+                )
+            )
     return parts
 
 
-def _packed(documents: list[Document], row_tokens: int, *, flex: bool, config: ModernBertConfig,
-            device: torch.device) -> list[Part]:
+def _packed(
+    documents: list[Document],
+    row_tokens: int,
+    *,
+    flex: bool,
+    config: ModernBertConfig,
+    device: torch.device,
+) -> list[Part]:
     """All rows of a micro-batch as one batch [R, L]; padding is a document of its own."""
     packing = pack_best_fit(torch.tensor([len(d.ids) for d in documents]).numpy(), row_tokens)
     ids, labels, document, position = [], [], [], []
     for row in range(packing.rows):
-        own = [documents[i] for i in packing.pieces_P[slice(*packing.row_starts_R1[row:row + 2])].tolist()]
+        own = [
+            documents[i]
+            for i in packing.pieces_P[slice(*packing.row_starts_R1[row : row + 2])].tolist()
+        ]
         room = row_tokens - sum(len(d.ids) for d in own)
         own.append(Document(ids=torch.full((room,), PAD), labels=torch.full((room,), IGNORE)))
         ids.append(torch.cat([d.ids for d in own]))
         labels.append(torch.cat([d.labels for d in own]))
-        document.append(torch.repeat_interleave(torch.arange(len(own)), torch.tensor([len(d.ids) for d in own])))
+        document.append(
+            torch.repeat_interleave(torch.arange(len(own)), torch.tensor([len(d.ids) for d in own]))
+        )
         position.append(torch.cat([torch.arange(len(d.ids)) for d in own]))
-    inputs = {"input_ids": torch.stack(ids), "labels": torch.stack(labels), "position_ids": torch.stack(position)}
-    masks = (_flex_masks if flex else _dense_masks)(torch.stack(document).to(device), radius=config.window_radius_tokens)
+    inputs = {
+        "input_ids": torch.stack(ids),
+        "labels": torch.stack(labels),
+        "position_ids": torch.stack(position),
+    }
+    masks = (_flex_masks if flex else _dense_masks)(
+        torch.stack(document).to(device), radius=config.window_radius_tokens
+    )
     return [Part(inputs=inputs, masks=masks)]
 
 
@@ -136,7 +206,9 @@ def _dense_masks(document_RL: Tensor, *, radius: int) -> tuple[Tensor, Tensor]:
     sees = (document_RL[:, :, None] == document_RL[:, None, :])[:, None]
     near = sees & ((place_L[:, None] - place_L).abs() <= radius)
     lowest = torch.finfo(torch.float32).min
-    return tuple(torch.zeros(m.shape, device=m.device).masked_fill_(~m, lowest) for m in (sees, near))
+    return tuple(
+        torch.zeros(m.shape, device=m.device).masked_fill_(~m, lowest) for m in (sees, near)
+    )
 
 
 def _flex_masks(document_RL: Tensor, *, radius: int) -> tuple[Any, Any]:
@@ -150,7 +222,10 @@ def _flex_masks(document_RL: Tensor, *, radius: int) -> tuple[Any, Any]:
     def windowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return whole(b, h, query, key) & ((query - key).abs() <= radius)
 
-    return tuple(create_block_mask(m, rows, None, tokens, tokens, device=document_RL.device) for m in (whole, windowed))
+    return tuple(
+        create_block_mask(m, rows, None, tokens, tokens, device=document_RL.device)
+        for m in (whole, windowed)
+    )
 
 
 def _on(part: Part, device: torch.device) -> Part:

@@ -64,11 +64,17 @@ CHECKED_BYTES = 200_000
 def options(parser: argparse.ArgumentParser) -> None:
     """Of this question."""
     parser.add_argument("--corpus", type=Path, metavar="FOLDER")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; needed with --corpus")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; needed with --corpus"
+    )
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--against-megabytes", type=float, default=5)
     parser.add_argument("--processes", type=count, default=2)
-    parser.add_argument("--folder", type=Path, help="where the shards are written and removed again (the system's for such files)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the shards are written and removed again (the system's for such files)",
+    )
 
 
 def ask(args: argparse.Namespace, report: Report) -> None:
@@ -82,34 +88,65 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             corpus, tokenizer = folder / "corpus", folder / "tokenizer.json"
             corpus.mkdir()
             environment_corpus(corpus, size_mb=0.5 if args.quick else 8)
-            train_tokenizer(sources_of(["*.jsonl"]), corpus, tokenizer, vocab_size=1024 if args.quick else 8192, sample_mb=2)
+            train_tokenizer(
+                sources_of(["*.jsonl"]),
+                corpus,
+                tokenizer,
+                vocab_size=1024 if args.quick else 8192,
+                sample_mb=2,
+            )
         files = sorted(corpus.glob("*.jsonl"))
         if not files or not tokenizer.is_file():
-            raise ConfigError(f"{corpus} holds {len(files)} files *.jsonl, and {tokenizer} is "
-                              f"{'' if tokenizer.is_file() else 'not '}there; "
-                              "needed: some, and a tokenizer.json.")
+            raise ConfigError(
+                f"{corpus} holds {len(files)} files *.jsonl, and {tokenizer} is "
+                f"{'' if tokenizer.is_file() else 'not '}there; "
+                "needed: some, and a tokenizer.json."
+            )
         check_same_ids(files, tokenizer, folder)
         our, their = [], []
         for _ in range(1 if args.quick else min(3, args.rounds)):
-            our.append(ours(files, tokenizer, folder, megabytes=args.megabytes, processes=args.processes))
+            our.append(
+                ours(files, tokenizer, folder, megabytes=args.megabytes, processes=args.processes)
+            )
             their.append(theirs(files, tokenizer, folder, megabytes=args.against_megabytes))
         stages = profile(files, tokenizer, folder)
-    sides = {f"data-prep prepare, {args.processes} process{'es' * (args.processes > 1)}": our,
-             "tokenizer + MDSWriter, 1 process": their}
-    rows = [[name, f"{middle(took, 'tokens') / 1e6:.1f}", f"{middle(took, 'rate'):.2f}", spread(took),
-             f"{middle(took, 'cpu_rate'):.2f}"]
-            for name, took in sides.items()]
+    sides = {
+        f"data-prep prepare, {args.processes} process{'es' * (args.processes > 1)}": our,
+        "tokenizer + MDSWriter, 1 process": their,
+    }
+    rows = [
+        [
+            name,
+            f"{middle(took, 'tokens') / 1e6:.1f}",
+            f"{middle(took, 'rate'):.2f}",
+            spread(took),
+            f"{middle(took, 'cpu_rate'):.2f}",
+        ]
+        for name, took in sides.items()
+    ]
     ratio = statistics.median(a.rate / b.rate for a, b in zip(our, their))
     cpu_ratio = statistics.median(a.cpu_rate / b.cpu_rate for a, b in zip(our, their))
     whole = sum(stages.values())
-    report.add("Text to shards" + ("" if args.corpus else ", text of this Python environment"),
-               head=["", "Mtok", "Mtok/s", "spread", "Mtok/CPU-s"], rows=rows,
-               notes=[f"ratio {ratio:.1f}; {cpu_ratio:.1f} by CPU time, a core against a core",
-                      "checked: the same ids of the first documents on both sides",
-                      f"one process of ours, {1e3 / whole:.1f} Mtok/CPU-s; ns a token:",
-                      *(f"  {name:<28} {spent:6.1f}   {100 * spent / whole:4.1f} %" for name, spent in stages.items())],
-               figures={"sides": {name: [dataclasses.asdict(t) for t in took] for name, took in sides.items()},
-                        "ratio": ratio, "cpu_ratio": cpu_ratio, "nanoseconds_per_token": stages})
+    report.add(
+        "Text to shards" + ("" if args.corpus else ", text of this Python environment"),
+        head=["", "Mtok", "Mtok/s", "spread", "Mtok/CPU-s"],
+        rows=rows,
+        notes=[
+            f"ratio {ratio:.1f}; {cpu_ratio:.1f} by CPU time, a core against a core",
+            "checked: the same ids of the first documents on both sides",
+            f"one process of ours, {1e3 / whole:.1f} Mtok/CPU-s; ns a token:",
+            *(
+                f"  {name:<28} {spent:6.1f}   {100 * spent / whole:4.1f} %"
+                for name, spent in stages.items()
+            ),
+        ],
+        figures={
+            "sides": {name: [dataclasses.asdict(t) for t in took] for name, took in sides.items()},
+            "ratio": ratio,
+            "cpu_ratio": cpu_ratio,
+            "nanoseconds_per_token": stages,
+        },
+    )
 
 
 def middle(took: list[Took], what: str) -> float:
@@ -130,17 +167,29 @@ def check_same_ids(files: list[Path], tokenizer: Path, folder: Path) -> None:
     lines = [line for line in first_lines(files, CHECKED_BYTES // len(files)) if len(line) < 8192]
     (folder / "checked").mkdir()
     (folder / "checked/some.jsonl").write_bytes(b"".join(lines))
-    ours([folder / "checked/some.jsonl"], tokenizer, folder / "checked", megabytes=1e-6, processes=1, keep=True)
+    ours(
+        [folder / "checked/some.jsonl"],
+        tokenizer,
+        folder / "checked",
+        megabytes=1e-6,
+        processes=1,
+        keep=True,
+    )
     found = Counter()
     for split in ("train", "held_out"):
         if (folder / "checked/ours/all" / split).is_dir():
             source = open_source(folder / "checked/ours/all" / split, name=split)
             found.update(source.read(i).tobytes() for i in range(len(source.lengths)))
     encode = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
-    wanted = Counter(np.array(encode(json.loads(line)["text"])["input_ids"], np.uint16).tobytes() for line in lines)
+    wanted = Counter(
+        np.array(encode(json.loads(line)["text"])["input_ids"], np.uint16).tobytes()
+        for line in lines
+    )
     if found != wanted:
-        raise UserError(f"{sum((wanted - found).values())} of {len(lines)} documents have "
-                        "other ids than transformers' tokenizer gives. Nothing was timed.")
+        raise UserError(
+            f"{sum((wanted - found).values())} of {len(lines)} documents have "
+            "other ids than transformers' tokenizer gives. Nothing was timed."
+        )
     shutil.rmtree(folder / "checked")
 
 
@@ -150,7 +199,7 @@ class Took:
 
     tokens: int
     seconds: float
-    cpu_seconds: float                 # of all processes
+    cpu_seconds: float  # of all processes
 
     @property
     def rate(self) -> float:
@@ -163,26 +212,46 @@ class Took:
         return self.tokens / self.cpu_seconds / 1e6
 
 
-def ours(files: list[Path], tokenizer: Path, folder: Path, *, megabytes: float, processes: int, keep: bool = False) -> Took:
+def ours(
+    files: list[Path],
+    tokenizer: Path,
+    folder: Path,
+    *,
+    megabytes: float,
+    processes: int,
+    keep: bool = False,
+) -> Took:
     """The command."""
-    copies, copied = [], 0         # not links: one file under two names is refused
+    copies, copied = [], 0  # not links: one file under two names is refused
     for number, file in enumerate(itertools.cycle(files)):
         if copied >= megabytes * 1e6:
             break
         copies.append(folder / f"{number:04}.jsonl")
         shutil.copyfile(file, copies[-1])
         copied += file.stat().st_size
-    config = {"tokenizer": str(tokenizer.resolve()), "root": str(folder), "out": str(folder / "ours"), "processes": processes,
-              "sources": [{"name": "all", "format": "jsonl", "files": [copy.name for copy in copies]}]}
+    config = {
+        "tokenizer": str(tokenizer.resolve()),
+        "root": str(folder),
+        "out": str(folder / "ours"),
+        "processes": processes,
+        "sources": [{"name": "all", "format": "jsonl", "files": [copy.name for copy in copies]}],
+    }
     (folder / "prep.yaml").write_text(json.dumps(config))
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "data_prep", "prepare", str(folder / "prep.yaml")], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "data_prep", "prepare", str(folder / "prep.yaml")],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     tokens = read_card(folder / "ours/all/train").recipe["counts"]["tokens"]
     if not keep:
         shutil.rmtree(folder / "ours")
-    return Took(tokens=tokens, seconds=seconds,
-                cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return Took(
+        tokens=tokens,
+        seconds=seconds,
+        cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    )
 
 
 def theirs(files: list[Path], tokenizer_json: Path, folder: Path, *, megabytes: float) -> Took:
@@ -194,12 +263,18 @@ def theirs(files: list[Path], tokenizer_json: Path, folder: Path, *, megabytes: 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json))
     lines, tokens = list(first_lines(files, int(megabytes * 1e6 / len(files)))), 0
     began, cpu_began = time.perf_counter(), time.process_time()
-    with MDSWriter(columns={"input_ids": "ndarray:uint16"}, out=str(folder / "theirs"), hashes=["sha256"]) as out:
+    with MDSWriter(
+        columns={"input_ids": "ndarray:uint16"}, out=str(folder / "theirs"), hashes=["sha256"]
+    ) as out:
         for line in lines:
             ids = np.array(tokenizer(json.loads(line)["text"])["input_ids"], np.uint16)
             out.write({"input_ids": ids})
             tokens += len(ids)
-    return Took(tokens=tokens, seconds=time.perf_counter() - began, cpu_seconds=time.process_time() - cpu_began)
+    return Took(
+        tokens=tokens,
+        seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - cpu_began,
+    )
 
 
 def first_lines(files: list[Path], file_bytes: int) -> Iterator[bytes]:
@@ -224,16 +299,25 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
                 spent[stage] += took - stack.pop()
                 if stack:
                     stack[-1] += took
+
         return call
 
     for stage, places in STAGES.items():
         for owner, name in places:
             setattr(owner, name, timed(stage, getattr(owner, name)))
     vocab_size, specials = special_ids_of(tokenizer)
-    job = worker.EncodeJob(tokenizer_json=str(tokenizer), cls_id=specials.cls_id, sep_id=specials.sep_id,
-                           dtype="uint16" if vocab_size <= 2**16 else "uint32", max_tokens_per_document=8192,
-                           held_out_share=0.01, shard_bytes=2**26, compression=None, stop_on_error=True,
-                           max_document_bytes=2**26)
+    job = worker.EncodeJob(
+        tokenizer_json=str(tokenizer),
+        cls_id=specials.cls_id,
+        sep_id=specials.sep_id,
+        dtype="uint16" if vocab_size <= 2**16 else "uint32",
+        max_tokens_per_document=8192,
+        held_out_share=0.01,
+        shard_bytes=2**26,
+        compression=None,
+        stop_on_error=True,
+        max_document_bytes=2**26,
+    )
     tokenization.one_thread_a_process()
     source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
     tokens = 0
@@ -246,8 +330,18 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
     maker = worker.SegmentMaker(job, add)
     with open_ledger(folder / "taken_apart", Part()) as ledger:
         ledger.begin({}, alone=True)
-        for segment in segments_of(source, readers.find_files(source, Path("/")), shard_bytes=2**26):
-            maker(worker.SegmentJob(source=source, encoder="fastokens", segment=segment, part=Part(), folder=str(ledger.out),
-                                    made_from_sha256=""))
+        for segment in segments_of(
+            source, readers.find_files(source, Path("/")), shard_bytes=2**26
+        ):
+            maker(
+                worker.SegmentJob(
+                    source=source,
+                    encoder="fastokens",
+                    segment=segment,
+                    part=Part(),
+                    folder=str(ledger.out),
+                    made_from_sha256="",
+                )
+            )
         ledger.discard()
     return {stage: seconds / tokens * 1e9 for stage, seconds in spent.items()}

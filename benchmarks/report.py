@@ -16,9 +16,26 @@ import torch
 
 from encoder.base.files import write_json
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "torch-optimi", "mosaicml-streaming",
-            "tokenizers", "numpy")
-FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2", "bf16", "sve")      # of /proc/cpuinfo, those that tell speeds
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "flash-attn",
+    "torch-optimi",
+    "mosaicml-streaming",
+    "tokenizers",
+    "numpy",
+)
+FLAGS = (
+    "amx_bf16",
+    "amx_int8",
+    "avx512_bf16",
+    "avx512f",
+    "avx2",
+    "bf16",
+    "sve",
+)  # of /proc/cpuinfo, those that tell speeds
 
 
 class Report:
@@ -29,11 +46,25 @@ class Report:
         self._facts = {"command": command, **environment(device)}
         print(environment_text(self._facts), flush=True)
 
-    def add(self, title: str, *, head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = (),
-            figures: Any = None) -> None:
+    def add(
+        self,
+        title: str,
+        *,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        notes: Sequence[str] = (),
+        figures: Any = None,
+    ) -> None:
         """A table for people, its notes, and the numbers behind it."""
-        self.tables.append({"title": title, "head": [*head], "rows": [[*row] for row in rows], "notes": [*notes],
-                            "figures": figures})
+        self.tables.append(
+            {
+                "title": title,
+                "head": [*head],
+                "rows": [[*row] for row in rows],
+                "notes": [*notes],
+                "figures": figures,
+            }
+        )
         print(f"\n{title}\n{aligned(head, rows)}", *notes, sep="\n", flush=True)
         if self.path:
             write_json(self.path, {**self._facts, "tables": self.tables})
@@ -43,8 +74,13 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     lines = [[*head], *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-                     .rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -53,22 +89,42 @@ def environment(device: torch.device) -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    facts = {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "python": platform.python_version(), **versions,
-             "cpu": _cpu_name(), "cpu_flags": [f for f in FLAGS if f in _cpu_words("flags")], "cores": os.cpu_count(),
-             "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **versions,
+        "cpu": _cpu_name(),
+        "cpu_flags": [f for f in FLAGS if f in _cpu_words("flags")],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        facts |= {"card": card.name, "card_gib": round(card.total_memory / 2**30, 1), "cuda": torch.version.cuda,
-                  "capability": f"{card.major}.{card.minor}", "multiprocessors": card.multi_processor_count}
+        facts |= {
+            "card": card.name,
+            "card_gib": round(card.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "capability": f"{card.major}.{card.minor}",
+            "multiprocessors": card.multi_processor_count,
+        }
     return facts
 
 
 def environment_text(facts: dict[str, Any]) -> str:
     """The machine in a line."""
-    card = f"{facts['card']} {facts['card_gib']} GiB, CUDA {facts['cuda']}, " if "card" in facts else ""
+    card = (
+        f"{facts['card']} {facts['card_gib']} GiB, CUDA {facts['cuda']}, "
+        if "card" in facts
+        else ""
+    )
     versions = ", ".join(f"{p} {facts[p]}" for p in PACKAGES if p in facts)
-    return (f"{facts['date']}, {card}{facts['cpu']} ({', '.join(facts['cpu_flags'])}), {facts['cores']} cores, {facts['threads']} "
-            f"threads, load {facts['load']}, Python {facts['python']}, {versions}")
+    return (
+        f"{facts['date']}, {card}{facts['cpu']} ({', '.join(facts['cpu_flags'])}), {facts['cores']}"
+        f" cores, {facts['threads']} threads, load {facts['load']}, Python {facts['python']},"
+        f" {versions}"
+    )
 
 
 def _cpu_words(key: str) -> list[str]:
@@ -85,6 +141,12 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent, check=True,
-                              encoding="utf-8", errors="replace", capture_output=True).stdout.strip()
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            check=True,
+            encoding="utf-8",
+            errors="replace",
+            capture_output=True,
+        ).stdout.strip()
     return None

@@ -56,24 +56,67 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--length", type=count, default=1024, help="longest document, in tokens")
     parser.add_argument("--row-tokens", type=count, default=4096)
-    parser.add_argument("--rows", type=several(count), default=[4], help="rows of a micro-batch; several: a line each")
-    parser.add_argument("--precision", type=several_of("fp32", "autocast", "fp8"), default=None,
-                        help="fp32, autocast (bf16), fp8: autocast with layers in 8 bits (default: autocast where the device has "
-                             "units for bf16, else fp32)")
-    parser.add_argument("--attention", type=several(str), default=["auto"],
-                        help="flash, flash2 to flash4, varlen, flex, tiles, sdpa; all: every backend that can run")
-    parser.add_argument("--compile", type=several_of("off", "blocks"), default=None,
-                        help="off, blocks: the layers by torch.compile (default: off on a CPU, blocks on CUDA)")
-    parser.add_argument("--graphs", type=several_of("off", "micro_step"), default=["off"],
-                        help="micro_step: forward and backward as one CUDA graph")
-    parser.add_argument("--kinds", type=several_of(*KINDS), default=[*KINDS], help=f"of transformers' batches: {', '.join(KINDS)}")
-    parser.add_argument("--hf-attention", default="sdpa", help="best: flash_attention_2 where it is installed")
-    parser.add_argument("--hf-compile", choices=("on", "off"), default="off",
-                        help="on: transformers compiled as well, its own way in version 4, layer by layer in version 5")
+    parser.add_argument(
+        "--rows",
+        type=several(count),
+        default=[4],
+        help="rows of a micro-batch; several: a line each",
+    )
+    parser.add_argument(
+        "--precision",
+        type=several_of("fp32", "autocast", "fp8"),
+        default=None,
+        help=(
+            "fp32, autocast (bf16), fp8: autocast with layers in 8 bits (default: autocast where"
+            " the device has units for bf16, else fp32)"
+        ),
+    )
+    parser.add_argument(
+        "--attention",
+        type=several(str),
+        default=["auto"],
+        help="flash, flash2 to flash4, varlen, flex, tiles, sdpa; all: every backend that can run",
+    )
+    parser.add_argument(
+        "--compile",
+        type=several_of("off", "blocks"),
+        default=None,
+        help="off, blocks: the layers by torch.compile (default: off on a CPU, blocks on CUDA)",
+    )
+    parser.add_argument(
+        "--graphs",
+        type=several_of("off", "micro_step"),
+        default=["off"],
+        help="micro_step: forward and backward as one CUDA graph",
+    )
+    parser.add_argument(
+        "--kinds",
+        type=several_of(*KINDS),
+        default=[*KINDS],
+        help=f"of transformers' batches: {', '.join(KINDS)}",
+    )
+    parser.add_argument(
+        "--hf-attention", default="sdpa", help="best: flash_attention_2 where it is installed"
+    )
+    parser.add_argument(
+        "--hf-compile",
+        choices=("on", "off"),
+        default="off",
+        help=(
+            "on: transformers compiled as well, its own way in version 4, layer by layer in"
+            " version 5"
+        ),
+    )
     parser.add_argument("--hf-batch", type=count, default=8, help="documents of a padded batch")
     parser.add_argument("--batches", type=count, default=4, help="micro-batches of a round")
-    parser.add_argument("--dropout", type=float, default=0.0, help="after attention; transformers has none")
-    parser.add_argument("--profile", action="store_true", help="also where our first line's step goes: the twenty largest")
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, help="after attention; transformers has none"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also where our first line's step goes: the twenty largest",
+    )
 
 
 def ask(args: argparse.Namespace, report: Report) -> None:
@@ -81,30 +124,62 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     device = torch.device(args.device)
     config = config_of(args.shape, dropout=args.dropout)
     if args.row_tokens < args.length:
-        raise ConfigError(f"--row-tokens {args.row_tokens} is below --length {args.length}: a row must hold the longest document.")
+        raise ConfigError(
+            f"--row-tokens {args.row_tokens} is below --length {args.length}: a row must hold the"
+            " longest document."
+        )
     if "micro_step" in args.graphs and device.type != "cuda":
-        raise ConfigError("--graphs micro_step is for --device cuda: it is CUDA's graphs that save launches. Leave it out.")
+        raise ConfigError(
+            "--graphs micro_step is for --device cuda: it is CUDA's graphs that save launches."
+            " Leave it out."
+        )
     if args.hf_compile == "on" and device.type != "cuda":
-        raise ConfigError("--hf-compile on is for --device cuda: on a CPU transformers switches it off. Leave it out.")
+        raise ConfigError(
+            "--hf-compile on is for --device cuda: on a CPU transformers switches it off. Leave it"
+            " out."
+        )
     if "micro_step" in args.graphs and args.batches < 2:
-        raise ConfigError(f"--graphs micro_step with --batches {args.batches}: a graph that always repeats its first micro-batch "
-                          "would not be found out. Use 2 or more.")
+        raise ConfigError(
+            f"--graphs micro_step with --batches {args.batches}: a graph that always repeats its"
+            " first micro-batch would not be found out. Use 2 or more."
+        )
     if not 0.0 <= args.dropout < 1.0:
         raise ConfigError(f"--dropout {args.dropout:g} must lie in [0, 1).")
     compiling = args.compile or ["blocks" if device.type == "cuda" else "off"]
-    truths: dict[int, Truth] = {}         # by tokens of a micro-batch: no precision, backend, compiler or graph has a say in them
+    truths: dict[
+        int, Truth
+    ] = {}  # by tokens of a micro-batch: no precision, backend, compiler or graph has a say in them
     for precision in args.precision or [usual_precision(device)]:
         autocast = forward_context(precision, device)
         sides: dict[str, Ours | Theirs] = {}
         too_large: list[str] = []
         off: dict[str, str] = {}
         attentions = backends_of(args.attention, device, config, precision)
-        for rows, attention, compiled, graphs in itertools.product(args.rows, attentions, compiling, args.graphs):
-            batches = [make_batch(vocab_size=config.vocab_size, longest=args.length, row_tokens=args.row_tokens, rows=rows,
-                                  number=i) for i in range(args.batches)]
+        for rows, attention, compiled, graphs in itertools.product(
+            args.rows, attentions, compiling, args.graphs
+        ):
+            batches = [
+                make_batch(
+                    vocab_size=config.vocab_size,
+                    longest=args.length,
+                    row_tokens=args.row_tokens,
+                    rows=rows,
+                    number=i,
+                )
+                for i in range(args.batches)
+            ]
             what = f"ours, {rows * args.row_tokens:,} tokens, {attention}"
-            make = functools.partial(Ours, config, batches, attention=attention, compiled=compiled, graphs=graphs, device=device,
-                                     autocast=autocast, fp8=precision == "fp8")
+            make = functools.partial(
+                Ours,
+                config,
+                batches,
+                attention=attention,
+                compiled=compiled,
+                graphs=graphs,
+                device=device,
+                autocast=autocast,
+                fp8=precision == "fp8",
+            )
             judge = functools.partial(judged, config, batches, device=device, known=truths)
             if (made := checked(make, judge, precision=precision, bounds=SAME_GRADIENT)) is None:
                 too_large.append(what)
@@ -112,31 +187,70 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 name = f"ours, {rows * args.row_tokens:,} tokens, {made[0].how}"
                 sides[name], off[name] = made
         if not sides:
-            raise UserError(f"{', '.join(too_large)}: out of memory. Needed: fewer --rows or a smaller --shape. "
-                            "Nothing was timed.")
+            raise UserError(
+                f"{', '.join(too_large)}: out of memory. Needed: fewer --rows or a smaller --shape."
+                " Nothing was timed."
+            )
         first = next(iter(sides))
         if args.against == "hf" and precision != "fp8":
             batches = sides[first].all_batches
             attention, kinds = hf_attention(args.hf_attention), args.kinds
-            if attention.startswith("flash"):       # it leaves padding out by itself, and takes no mask of documents
+            if attention.startswith(
+                "flash"
+            ):  # it leaves padding out by itself, and takes no mask of documents
                 kinds = [k for k in kinds if k != "packed"]
             for kind in kinds:
-                make = functools.partial(Theirs, kind, config, batches, attention=attention, batch_documents=args.hf_batch,
-                                         device=device, autocast=autocast, compiled=args.hf_compile == "on")
+                make = functools.partial(
+                    Theirs,
+                    kind,
+                    config,
+                    batches,
+                    attention=attention,
+                    batch_documents=args.hf_batch,
+                    device=device,
+                    autocast=autocast,
+                    compiled=args.hf_compile == "on",
+                )
                 judge = functools.partial(judged, config, batches, device=device, known=truths)
-                if (made := checked(make, judge, precision=precision, bounds=PEER_GRADIENT)) is None:
+                if (
+                    made := checked(make, judge, precision=precision, bounds=PEER_GRADIENT)
+                ) is None:
                     too_large.append(f"transformers {kind}")
                 else:
                     name = f"{made[0].name}, {made[0].how}"
                     sides[name], off[name] = made
-        timed = in_turn({name: side_round(side) for name, side in sides.items()}, rounds=args.rounds, device=device)
-        _tell(report, args, config, sides, timed, precision=precision, device=device, off=off, too_large=too_large)
+        timed = in_turn(
+            {name: side_round(side) for name, side in sides.items()},
+            rounds=args.rounds,
+            device=device,
+        )
+        _tell(
+            report,
+            args,
+            config,
+            sides,
+            timed,
+            precision=precision,
+            device=device,
+            off=off,
+            too_large=too_large,
+        )
         if args.profile:
-            tell_profile(report, sides[first], device=device, title=f"{args.shape}, {args.length:,}, {precision}: {first}")
+            tell_profile(
+                report,
+                sides[first],
+                device=device,
+                title=f"{args.shape}, {args.length:,}, {precision}: {first}",
+            )
 
 
-def checked(make: Callable[[], Ours | Theirs], judge: Callable[[], Truth], *, precision: str,
-            bounds: dict[str, float]) -> tuple[Ours | Theirs, str] | None:
+def checked(
+    make: Callable[[], Ours | Theirs],
+    judge: Callable[[], Truth],
+    *,
+    precision: str,
+    bounds: dict[str, float],
+) -> tuple[Ours | Theirs, str] | None:
     """A side and how far it is off, or None where the device has no room for it: nothing half-made stays beside the others.
 
     Raises UserError.
@@ -148,16 +262,25 @@ def checked(make: Callable[[], Ours | Theirs], judge: Callable[[], Truth], *, pr
         return side, said
     except torch.OutOfMemoryError:
         pass
-    torch.cuda.empty_cache()        # here: in the except the error still holds the side
+    torch.cuda.empty_cache()  # here: in the except the error still holds the side
     return None
 
 
 class Ours:
     """Packed documents, predicted positions only."""
 
-    def __init__(self, config: ModernBertConfig, batches: list[TokenBatch], *, attention: str, compiled: str,
-                 device: torch.device, autocast: Callable[[], contextlib.AbstractContextManager], graphs: str = "off",
-                 fp8: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModernBertConfig,
+        batches: list[TokenBatch],
+        *,
+        attention: str,
+        compiled: str,
+        device: torch.device,
+        autocast: Callable[[], contextlib.AbstractContextManager],
+        graphs: str = "off",
+        fp8: bool = False,
+    ) -> None:
         self.model = first_model(config, attention=attention).to(device)
         if fp8:
             self.model.fp8_blocks_()
@@ -166,11 +289,15 @@ class Ours:
         self.terms_of = self._terms_of
         if graphs == "micro_step":
             self.terms_of = GraphedForward(self.model, self._terms_of)
-        self.optimizer = StableAdamW(decay_groups(self.model, weight_decay=1e-5), StableAdamWConfig(), lr=1e-4, max_lr=1e-3)
+        self.optimizer = StableAdamW(
+            decay_groups(self.model, weight_decay=1e-5), StableAdamWConfig(), lr=1e-4, max_lr=1e-3
+        )
         self.all_batches, self.batches = batches, [b.to(device) for b in batches]
         self.tokens, self.autocast = [b.tokens for b in batches], autocast
         with autocast():
-            self.how = self.model.attention_reason(device).split(":")[0] + (", compiled layers" if compiled == "blocks" else "")
+            self.how = self.model.attention_reason(device).split(":")[0] + (
+                ", compiled layers" if compiled == "blocks" else ""
+            )
             self.how += ", one graph" if graphs == "micro_step" else ""
         self.name = self.how
 
@@ -192,17 +319,27 @@ class Ours:
 
 def held_bytes(side: Ours | Theirs) -> int:
     """What a side keeps on a CUDA device from round to round: weights, optimizer state, a graph's pool."""
-    kept = [*side.model.parameters(), *side.model.buffers(),
-            *(x for state in side.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))]
+    kept = [
+        *side.model.parameters(),
+        *side.model.buffers(),
+        *(
+            x
+            for state in side.optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, torch.Tensor)
+        ),
+    ]
     own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.is_cuda}
     return sum(own.values()) + getattr(side.terms_of, "pool_bytes", 0)
 
 
 def side_round(side: Ours | Theirs) -> Callable[[], None]:
     """A step for each micro-batch."""
+
     def do() -> None:
         for number in range(len(side.tokens)):
             side.step(number)
+
     return do
 
 
@@ -211,25 +348,47 @@ def usual_precision(device: torch.device) -> str:
     return "autocast" if computes_bf16(device) else "fp32"
 
 
-def forward_context(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+def forward_context(
+    precision: str, device: torch.device
+) -> Callable[[], contextlib.AbstractContextManager]:
     """What a forward runs in."""
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16) if precision != "fp32" else contextlib.nullcontext()
+    return lambda: (
+        torch.autocast(device.type, dtype=torch.bfloat16)
+        if precision != "fp32"
+        else contextlib.nullcontext()
+    )
 
 
-def backends_of(words: list[str], device: torch.device, config: ModernBertConfig, precision: str) -> list[str]:
+def backends_of(
+    words: list[str], device: torch.device, config: ModernBertConfig, precision: str
+) -> list[str]:
     """`all` becomes the backends that can run here, but for the judge and, on CUDA, the CPU's route: of each of its thirty shapes
     a micro-batch cuDNN would make a plan."""
     if words != ["all"]:
         return words
     left_out = ("sdpa", "tiles") if device.type == "cuda" else ("sdpa",)
-    situation = Situation(device=device, head_width=config.head_width, training=True,
-                          dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
-    return [name for name, backend in BACKENDS.items() if name not in left_out and backend.why_not(situation) is None] or ["sdpa"]
+    situation = Situation(
+        device=device,
+        head_width=config.head_width,
+        training=True,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+    )
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if name not in left_out and backend.why_not(situation) is None
+    ] or ["sdpa"]
 
 
 def hf_attention(word: str) -> str:
     """transformers' own word."""
-    return word if word != "best" else "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    return (
+        word
+        if word != "best"
+        else "flash_attention_2"
+        if importlib.util.find_spec("flash_attn")
+        else "sdpa"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,16 +396,30 @@ class Truth:
     """What a micro-batch gives."""
 
     loss: float
-    gradients: dict[str, torch.Tensor]        # fp64, on the host
+    gradients: dict[str, torch.Tensor]  # fp64, on the host
 
 
-def judged(config: ModernBertConfig, batches: list[TokenBatch], *, device: torch.device, known: dict[int, Truth]) -> Truth:
+def judged(
+    config: ModernBertConfig,
+    batches: list[TokenBatch],
+    *,
+    device: torch.device,
+    known: dict[int, Truth],
+) -> Truth:
     """The last micro-batch with the plainest code there is, in fp32: an attention call a document, nothing compiled; the layers
-    are computed again on the way back, for their memory. Asked once for each size of micro-batch."""
+    are computed again on the way back, for their memory. Asked once for each size of micro-batch.
+    """
     size = len(batches[-1].ids_T)
     if size in known:
         return known[size]
-    side = Ours(config, batches[-1:], attention="sdpa", compiled="off", device=device, autocast=contextlib.nullcontext)
+    side = Ours(
+        config,
+        batches[-1:],
+        attention="sdpa",
+        compiled="off",
+        device=device,
+        autocast=contextlib.nullcontext,
+    )
     side.model.recompute_blocks_()
     known[size] = taken(side)
     return known[size]
@@ -265,53 +438,107 @@ def taken(side: Ours | Theirs) -> Truth:
     return Truth(loss=loss.item(), gradients=gradients)
 
 
-def check_same(side: Ours | Theirs, truth: Truth, *, what: str, precision: str, bounds: dict[str, float]) -> str:
+def check_same(
+    side: Ours | Theirs, truth: Truth, *, what: str, precision: str, bounds: dict[str, float]
+) -> str:
     """The same weights, documents and masks give the same loss and gradients, or nothing is timed: how far they are off.
 
     Raises UserError.
     """
     found = taken(side)
     if not abs(found.loss - truth.loss) <= (bound := SAME_LOSS[precision]) * abs(truth.loss):
-        raise UserError(f"the loss is {found.loss:.6f} with {what} and {truth.loss:.6f} in fp32 with attention sdpa; needed: equal "
-                        f"within {bound:g}. Nothing was timed.")
-    off, name = max(((found.gradients[name] - wanted).norm().div(wanted.norm()).nan_to_num(nan=torch.inf).item(), name)
-                    for name, wanted in truth.gradients.items())
+        raise UserError(
+            f"the loss is {found.loss:.6f} with {what} and {truth.loss:.6f} in fp32 with attention"
+            f" sdpa; needed: equal within {bound:g}. Nothing was timed."
+        )
+    off, name = max(
+        (
+            (found.gradients[name] - wanted)
+            .norm()
+            .div(wanted.norm())
+            .nan_to_num(nan=torch.inf)
+            .item(),
+            name,
+        )
+        for name, wanted in truth.gradients.items()
+    )
     if not off <= (bound := bounds[precision]):
-        raise UserError(f"the gradient of {name} is {off:.1e} off with {what}, beside fp32 with attention sdpa; needed: at most "
-                        f"{bound:g}. Nothing was timed.")
+        raise UserError(
+            f"the gradient of {name} is {off:.1e} off with {what}, beside fp32 with attention sdpa;"
+            f" needed: at most {bound:g}. Nothing was timed."
+        )
     return f"loss {abs(found.loss / truth.loss - 1):.0e}, gradients {off:.0e} at most ({name})"
 
 
-def _tell(report: Report, args: argparse.Namespace, config: ModernBertConfig, sides: dict[str, Ours | Theirs],
-          timed: dict[str, Timed], *, precision: str, device: torch.device, off: dict[str, str],
-          too_large: list[str]) -> None:
+def _tell(
+    report: Report,
+    args: argparse.Namespace,
+    config: ModernBertConfig,
+    sides: dict[str, Ours | Theirs],
+    timed: dict[str, Timed],
+    *,
+    precision: str,
+    device: torch.device,
+    off: dict[str, str],
+    too_large: list[str],
+) -> None:
     peak, on_gpu = bf16_peak(device), device.type == "cuda"
     rows, figures = [], {}
     for name, side in sides.items():
         memory = timed[name].peak_bytes + held_bytes(side)
-        batches = side.all_batches if isinstance(side, Ours) else sides[next(iter(sides))].all_batches
-        flops = statistics.mean(config.train_flops(lengths=document_lengths(b), targets=b.counts) / b.tokens
-                                for b in batches)
+        batches = (
+            side.all_batches if isinstance(side, Ours) else sides[next(iter(sides))].all_batches
+        )
+        flops = statistics.mean(
+            config.train_flops(lengths=document_lengths(b), targets=b.counts) / b.tokens
+            for b in batches
+        )
         per_second, took = sum(side.tokens) / timed[name].median, timed[name]
         tflops = per_second * flops / 1e12
-        figures[name] = {"tokens_per_second": per_second, "spread": took.spread, "seconds": [*took.seconds],
-                         "tokens": sum(side.tokens), "cpu_seconds": [*took.cpu_seconds],
-                         "tflops_per_second": tflops, "mfu": tflops * 1e12 / peak if peak else None,
-                         "peak_bytes": memory}
-        rows.append([name, f"{per_second:,.0f}", f"{took.spread:.0%}", f"{tflops:.3g}"]
-                    + ([f"{tflops * 1e12 / peak:.1%}" if peak else "?", f"{memory / 2**30:.1f}"] if on_gpu else []))
+        figures[name] = {
+            "tokens_per_second": per_second,
+            "spread": took.spread,
+            "seconds": [*took.seconds],
+            "tokens": sum(side.tokens),
+            "cpu_seconds": [*took.cpu_seconds],
+            "tflops_per_second": tflops,
+            "mfu": tflops * 1e12 / peak if peak else None,
+            "peak_bytes": memory,
+        }
+        rows.append(
+            [name, f"{per_second:,.0f}", f"{took.spread:.0%}", f"{tflops:.3g}"]
+            + (
+                [f"{tflops * 1e12 / peak:.1%}" if peak else "?", f"{memory / 2**30:.1f}"]
+                if on_gpu
+                else []
+            )
+        )
     first, *_ = sides
     peers = [n for n in sides if isinstance(sides[n], Theirs)]
     ratios = {n: paired_ratio(timed[first], timed[n]) for n in peers}
     count = config.parameter_counts().total
-    report.add(f"Training steps: {args.shape} ({count / 1e6:.1f} M), documents up to {args.length:,}, {precision}",
-               head=["", "tokens/s", "spread", "TFLOP/s", *(["of bf16 peak", "GiB"] if on_gpu else [])], rows=rows,
-               notes=[f"our first line is {ratio_text(r)} times as fast as {n}"
-                      + ("" if on_gpu else f"; {cpu_ratio(timed[first], timed[n]):.2f} by CPU time") for n, r in ratios.items()]
-               + [f"checked: from the same weights, off the plainest code in fp32: {n}: {said}" for n, said in off.items()]
-               + [f"{args.rounds} rounds of {args.batches} micro-batches in turn, median"]
-               + [f"{what}: out of memory" for what in too_large],
-               figures={"sides": figures, "ratios": ratios, "asked": {k: v for k, v in vars(args).items() if k != "json"}})
+    report.add(
+        f"Training steps: {args.shape} ({count / 1e6:.1f} M), documents up to {args.length:,},"
+        f" {precision}",
+        head=["", "tokens/s", "spread", "TFLOP/s", *(["of bf16 peak", "GiB"] if on_gpu else [])],
+        rows=rows,
+        notes=[
+            f"our first line is {ratio_text(r)} times as fast as {n}"
+            + ("" if on_gpu else f"; {cpu_ratio(timed[first], timed[n]):.2f} by CPU time")
+            for n, r in ratios.items()
+        ]
+        + [
+            f"checked: from the same weights, off the plainest code in fp32: {n}: {said}"
+            for n, said in off.items()
+        ]
+        + [f"{args.rounds} rounds of {args.batches} micro-batches in turn, median"]
+        + [f"{what}: out of memory" for what in too_large],
+        figures={
+            "sides": figures,
+            "ratios": ratios,
+            "asked": {k: v for k, v in vars(args).items() if k != "json"},
+        },
+    )
 
 
 def tell_profile(report: Report, side: Ours, *, device: torch.device, title: str) -> None:
@@ -328,10 +555,24 @@ def tell_profile(report: Report, side: Ours, *, device: torch.device, title: str
         return event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
 
     # on CUDA the kernels alone: operators, and ranges that somebody named (torch an optimizer's step), have their time, too
-    events = [e for e in profile.key_averages() if device.type != "cuda"
-              or e.device_type != torch.autograd.DeviceType.CPU and not e.is_user_annotation]
+    events = [
+        e
+        for e in profile.key_averages()
+        if device.type != "cuda"
+        or e.device_type != torch.autograd.DeviceType.CPU
+        and not e.is_user_annotation
+    ]
     whole = sum(map(own, events)) or 1.0
     largest = sorted(events, key=own, reverse=True)[:20]
-    report.add(f"Where a step goes: {title}", head=["", "ms", "share", "calls"],
-               rows=[[e.key[:90], f"{own(e) / 1e3:.2f}", f"{own(e) / whole:.1%}", str(e.count)] for e in largest],
-               figures=[{"name": e.key, "ms": own(e) / 1e3, "share": own(e) / whole, "calls": e.count} for e in largest])
+    report.add(
+        f"Where a step goes: {title}",
+        head=["", "ms", "share", "calls"],
+        rows=[
+            [e.key[:90], f"{own(e) / 1e3:.2f}", f"{own(e) / whole:.1%}", str(e.count)]
+            for e in largest
+        ],
+        figures=[
+            {"name": e.key, "ms": own(e) / 1e3, "share": own(e) / whole, "calls": e.count}
+            for e in largest
+        ],
+    )

@@ -15,8 +15,10 @@ class Timed:
     """Seconds of one side's counted rounds."""
 
     seconds: tuple[float, ...]
-    cpu_seconds: tuple[float, ...] = ()      # of all threads of the process: neighbours on the machine disturb it less
-    peak_bytes: int = 0                      # of the CUDA device, in the rounds, beside what stood there before each
+    cpu_seconds: tuple[
+        float, ...
+    ] = ()  # of all threads of the process: neighbours on the machine disturb it less
+    peak_bytes: int = 0  # of the CUDA device, in the rounds, beside what stood there before each
 
     @property
     def median(self) -> float:
@@ -29,7 +31,13 @@ class Timed:
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
-def in_turn(sides: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm_up: int = 2) -> dict[str, Timed]:
+def in_turn(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device,
+    warm_up: int = 2,
+) -> dict[str, Timed]:
     """Each side once a round; the first `warm_up` rounds are not counted."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
@@ -43,12 +51,20 @@ def in_turn(sides: Mapping[str, Callable[[], object]], *, rounds: int, device: t
             do()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                if number >= warm_up:        # in a first round a peer's optimizer makes its state, which stays
+                if (
+                    number >= warm_up
+                ):  # in a first round a peer's optimizer makes its state, which stays
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) - before)
             if number >= warm_up:
                 seconds[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
-    return {name: Timed(seconds=tuple(s for s, _ in taken), cpu_seconds=tuple(c for _, c in taken), peak_bytes=peaks[name])
-            for name, taken in seconds.items()}
+    return {
+        name: Timed(
+            seconds=tuple(s for s, _ in taken),
+            cpu_seconds=tuple(c for _, c in taken),
+            peak_bytes=peaks[name],
+        )
+        for name, taken in seconds.items()
+    }
 
 
 def paired_ratio(a: Timed, b: Timed) -> tuple[float, float, float]:
@@ -59,7 +75,9 @@ def paired_ratio(a: Timed, b: Timed) -> tuple[float, float, float]:
 
 def cpu_ratio(a: Timed, b: Timed) -> float:
     """The same by CPU time, in the median."""
-    return statistics.median(slow / fast for fast, slow in zip(a.cpu_seconds, b.cpu_seconds, strict=True))
+    return statistics.median(
+        slow / fast for fast, slow in zip(a.cpu_seconds, b.cpu_seconds, strict=True)
+    )
 
 
 def ratio_text(ratio: tuple[float, float, float]) -> str:

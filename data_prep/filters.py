@@ -31,15 +31,17 @@ class WrongType(Exception):
 class Filter:
     """One column and what its value must be; several rules must all hold."""
 
-    column: str                                # a.b.c reaches into nested fields
-    equals: Any = None                         # text, number, true or false
-    one_of: tuple[Any, ...] | None = None       # a list of such
-    none_of: tuple[Any, ...] | None = None      # a list of what is left out
-    at_least: float | None = None               # of a number
-    at_most: float | None = None                # of a number
-    at_least_chars: int | None = None          # length of a text; 1,000 tokens of English prose have about 4,500
-    at_most_chars: int | None = None            # length of a text
-    not_empty: bool = False                    # a text with more than white space, a list or mapping with items
+    column: str  # a.b.c reaches into nested fields
+    equals: Any = None  # text, number, true or false
+    one_of: tuple[Any, ...] | None = None  # a list of such
+    none_of: tuple[Any, ...] | None = None  # a list of what is left out
+    at_least: float | None = None  # of a number
+    at_most: float | None = None  # of a number
+    at_least_chars: int | None = (
+        None  # length of a text; 1,000 tokens of English prose have about 4,500
+    )
+    at_most_chars: int | None = None  # length of a text
+    not_empty: bool = False  # a text with more than white space, a list or mapping with items
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -47,33 +49,49 @@ class Filter:
             raise ConfigError(f"the filter on {self.column} has no rule. Known: {known}.")
         for given in (self.one_of, self.none_of):
             if given is not None and not given:
-                raise ConfigError(f"the filter on {self.column} has an empty list; needed: at least one value.")
+                raise ConfigError(
+                    f"the filter on {self.column} has an empty list; needed: at least one value."
+                )
         for value in (self.equals, *(self.one_of or ()), *(self.none_of or ())):
             if not isinstance(value, str | int | float | None):
-                raise ConfigError(f"the filter on {self.column} compares with {value!r}; needed: a text, a number, true or false.")
+                raise ConfigError(
+                    f"the filter on {self.column} compares with {value!r}; needed: a text, a"
+                    " number, true or false."
+                )
         for word in ("one_of", "none_of"):
             values = getattr(self, word) or ()
             if bool in (kinds := {type(value) for value in values}) and len(kinds) > 1:
-                raise ConfigError(f"the filter on {self.column} has {_shown(values)} in {word}: true and false beside others. "
-                                  "YAML reads no, yes, on and off so; put quotes around the word.")
+                raise ConfigError(
+                    f"the filter on {self.column} has {_shown(values)} in {word}: true and false"
+                    " beside others. YAML reads no, yes, on and off so; put quotes around the"
+                    " word."
+                )
         for low, high in ((self.at_least, self.at_most), (self.at_least_chars, self.at_most_chars)):
             if low is not None and high is not None and low > high:
-                raise ConfigError(f"the filter on {self.column} asks for at least {low:,} and at most {high:,}; "
-                                  "no value is both.")
+                raise ConfigError(
+                    f"the filter on {self.column} asks for at least {low:,} and at most {high:,}; "
+                    "no value is both."
+                )
 
     @property
     def rules(self) -> dict[str, Any]:
         """The rules that were given, by word."""
         given = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
-        return {word: value for word, value in given.items() if value is not None and (word, value) != ("not_empty", False)}
+        return {
+            word: value
+            for word, value in given.items()
+            if value is not None and (word, value) != ("not_empty", False)
+        }
 
     @property
     def label(self) -> str:
         """The reason under which documents that do not pass are counted: 'language not equals en'."""
-        said = ", ".join(word if value is True and word == "not_empty" else f"{word} {_shown(value)}"
-                         for word, value in self.rules.items())
+        said = ", ".join(
+            word if value is True and word == "not_empty" else f"{word} {_shown(value)}"
+            for word, value in self.rules.items()
+        )
         label = f"{self.column} not {said}"
-        return label if len(label) <= LABEL_CHARS else f"{label[:LABEL_CHARS - 3]}..."
+        return label if len(label) <= LABEL_CHARS else f"{label[: LABEL_CHARS - 3]}..."
 
     def passes(self, value: Any) -> bool:
         """Whether a document with this value is taken; ABSENT and None are no value. Raises WrongType."""
@@ -96,8 +114,10 @@ class Filter:
         kinds = {named(w) for w in wanted}
         for item in items if kinds else ():
             if item is not None and named(item) not in kinds:
-                raise WrongType(f"{self.column!r} is {named(item)}; needed: {' or '.join(sorted(kinds))}, "
-                                "as in the filter")
+                raise WrongType(
+                    f"{self.column!r} is {named(item)}; needed: {' or '.join(sorted(kinds))}, "
+                    "as in the filter"
+                )
 
     def _within(self, value: Any, low: float | None, high: float | None) -> bool:
         if low is None and high is None:
@@ -126,8 +146,15 @@ def look_up(row: Mapping[str, Any], column: str) -> Any:
 
 def named(value: Any) -> str:
     """What a value is, in a person's words."""
-    words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number",
-             float: "a number", bytes: "bytes without an encoding"}
+    words = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes without an encoding",
+    }
     return "null" if value is None else words.get(type(value), f"a {type(value).__name__}")
 
 

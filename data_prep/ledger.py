@@ -37,7 +37,7 @@ from encoder.data.shard_format import CARD, Card, read_card, stored_info
 SPLITS = ("train", "held_out")
 SEGMENT = "segment.json"
 RECIPE = "recipe.json"
-SHOWN_FILES, SHOWN_CHARS = 50, 300               # of bad files
+SHOWN_FILES, SHOWN_CHARS = 50, 300  # of bad files
 _SEGMENT_NAME = re.compile("[0-9]{6,12}")
 
 
@@ -45,14 +45,16 @@ _SEGMENT_NAME = re.compile("[0-9]{6,12}")
 class Counts:
     """What came in and where it went; `check` is the conservation law."""
 
-    documents_read: int = 0                       # with text
+    documents_read: int = 0  # with text
     documents_train: int = 0
     documents_held_out: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)      # by reason
-    content_tokens: int = 0                       # as the tokenizer gave them
-    pieces: int = 0                               # samples written
-    tokens: int = 0                               # written, [CLS] and [SEP] counted
-    bad_files: dict[str, str] = field(default_factory=dict)     # files cut short or of another kind, and why; the first 50
+    left_out: dict[str, int] = field(default_factory=dict)  # by reason
+    content_tokens: int = 0  # as the tokenizer gave them
+    pieces: int = 0  # samples written
+    tokens: int = 0  # written, [CLS] and [SEP] counted
+    bad_files: dict[str, str] = field(
+        default_factory=dict
+    )  # files cut short or of another kind, and why; the first 50
 
     def add_bad_file(self, name: str, why: str) -> None:
         """Remember a file that could not be read as what it is meant to be."""
@@ -62,13 +64,20 @@ class Counts:
     def plain(self) -> dict[str, Any]:
         """For segment.json and the card; without bad files, as it was before they were counted."""
         plain = dataclasses.asdict(self)
-        return plain if self.bad_files else {key: value for key, value in plain.items() if key != "bad_files"}
+        return (
+            plain
+            if self.bad_files
+            else {key: value for key, value in plain.items() if key != "bad_files"}
+        )
 
     def check(self) -> None:
         """Everything read was written, and each piece got its [CLS] and [SEP]."""
-        assert self.documents_train + self.documents_held_out == self.documents_read, \
+        assert self.documents_train + self.documents_held_out == self.documents_read, (
             "a document was lost between reading and writing"
-        assert self.content_tokens + 2 * self.pieces == self.tokens, "a token was lost between encoding and writing"
+        )
+        assert self.content_tokens + 2 * self.pieces == self.tokens, (
+            "a token was lost between encoding and writing"
+        )
 
     def leave_out(self, reasons: dict[str, int]) -> None:
         """Count documents that were left out."""
@@ -79,7 +88,14 @@ class Counts:
         self.leave_out(other.left_out)
         for name, why in other.bad_files.items():
             self.add_bad_file(name, why)
-        for name in ("documents_read", "documents_train", "documents_held_out", "content_tokens", "pieces", "tokens"):
+        for name in (
+            "documents_read",
+            "documents_train",
+            "documents_held_out",
+            "content_tokens",
+            "pieces",
+            "tokens",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
@@ -87,31 +103,36 @@ class Counts:
 class Record:
     """segment.json: what a finished segment was made from, and what it holds."""
 
-    made_from_sha256: str                         # of `identity` of the card to come
-    stretches: list[Any]                          # [file, first byte, last byte] of each
+    made_from_sha256: str  # of `identity` of the card to come
+    stretches: list[Any]  # [file, first byte, last byte] of each
     counts: Counts
-    tokens: dict[str, int]                        # by split
-    shards: dict[str, list[dict[str, Any]]]       # by split: entries of index.json, with the segment's own file names
+    tokens: dict[str, int]  # by split
+    shards: dict[
+        str, list[dict[str, Any]]
+    ]  # by split: entries of index.json, with the segment's own file names
 
 
 class Ledger:
     """The folder OUT/.NAME.part of one source, opened under its lock by `open_ledger`."""
 
     def __init__(self, folder: Path) -> None:
-        self.out = folder                                             # where the source will stand
+        self.out = folder  # where the source will stand
         self.part = folder.with_name(f".{folder.name}.part")
         self.segments = self.part / "segments"
 
     def begin(self, made_from: dict[str, Any], *, alone: bool, again: bool = False) -> None:
         """Go on with what is there if it was made from the same, else begin with nothing. Raises ShardError if it was made
-        from something else, unless `again`: then it is thrown away. Only who is `alone` throws anything away."""
+        from something else, unless `again`: then it is thrown away. Only who is `alone` throws anything away.
+        """
         if alone:
             _remove(self._trash)
         found = self._made_from()
         if changed := changes(found, made_from) if found else "":
             if not (again and alone):
-                raise ShardError(f"{self.part} holds segments made from something else ({changed}). "
-                                 "Prepare the whole with --again to make them anew, or set another out.")
+                raise ShardError(
+                    f"{self.part} holds segments made from something else ({changed}). "
+                    "Prepare the whole with --again to make them anew, or set another out."
+                )
         if changed or not found:
             if alone:
                 self.discard()
@@ -133,7 +154,9 @@ class Ledger:
     def finished(self) -> set[int]:
         """The numbers of the finished segments."""
         with contextlib.suppress(FileNotFoundError):
-            return {int(name) for name in os.listdir(self.segments) if _SEGMENT_NAME.fullmatch(name)}
+            return {
+                int(name) for name in os.listdir(self.segments) if _SEGMENT_NAME.fullmatch(name)
+            }
         return set()
 
     def record(self, segment: Segment) -> Record:
@@ -149,9 +172,14 @@ class Ledger:
         except ShardError as error:
             raise ShardError(f"{error} Remove {path.parent}, and run prepare again.") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"{path} cannot be read: {error}. Remove {path.parent}, and run prepare again.") from error
+            raise ShardError(
+                f"{path} cannot be read: {error}. Remove {path.parent}, and run prepare again."
+            ) from error
         if record.stretches != [s.described() for s in segment.stretches]:
-            raise ShardError(f"{path.parent} was made from another stretch of the files. Remove it, and run prepare again.")
+            raise ShardError(
+                f"{path.parent} was made from another stretch of the files. Remove it, and run"
+                " prepare again."
+            )
         return record
 
     def folder_of(self, segment: Segment) -> Path:
@@ -167,7 +195,9 @@ class Ledger:
         try:
             yield beside
             fsync_path(beside)
-            with contextlib.suppress(FileExistsError):       # another part of another count did it too, the same bytes
+            with contextlib.suppress(
+                FileExistsError
+            ):  # another part of another count did it too, the same bytes
                 _rename_new(beside, self.folder_of(segment))
             fsync_path(self.segments)
         finally:
@@ -183,7 +213,12 @@ class Ledger:
     def put_in_place(self) -> None:
         """OUT/.NAME.part, complete but for its segments folder, becomes OUT/NAME; an older one leaves at the last moment."""
         _remove(self.segments)
-        for path in [path for split in SPLITS for path in (self.part / split).glob(".*") if is_leftover(path.name)]:
+        for path in [
+            path
+            for split in SPLITS
+            for path in (self.part / split).glob(".*")
+            if is_leftover(path.name)
+        ]:
             _remove(path)
         fsync_path(self.part)
         if self.out.exists():
@@ -212,18 +247,32 @@ def open_ledger(folder: Path, part: Part) -> Iterator[Ledger]:
     whole, ledger = part.count == 1, Ledger(folder)
     busy = f"another data-prep is making {folder} at this moment. Wait for it, or set another out."
     with contextlib.ExitStack() as locks:
-        locks.enter_context(_locked(folder.with_name(f".{folder.name}.lock"), "alone" if whole else "shared", busy))
+        locks.enter_context(
+            _locked(folder.with_name(f".{folder.name}.lock"), "alone" if whole else "shared", busy)
+        )
         for name in os.listdir(folder.parent) if whole else ():
-            if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+-of-\d+\.lock", name):    # not those of a source NAME.x
+            if re.fullmatch(
+                rf"\.{re.escape(folder.name)}\.\d+-of-\d+\.lock", name
+            ):  # not those of a source NAME.x
                 (folder.parent / name).unlink(missing_ok=True)
         if not whole:
             name = f".{folder.name}.{part.label}.lock"
-            locks.enter_context(_locked(folder.with_name(name), "alone", busy.replace("making", f"making part {part.label} of")))
+            locks.enter_context(
+                _locked(
+                    folder.with_name(name),
+                    "alone",
+                    busy.replace("making", f"making part {part.label} of"),
+                )
+            )
         try:
             yield ledger
         finally:
-            if whole and ledger.part.exists() and not ledger.finished() and not any(
-                    (ledger.part / split).exists() for split in SPLITS):
+            if (
+                whole
+                and ledger.part.exists()
+                and not ledger.finished()
+                and not any((ledger.part / split).exists() for split in SPLITS)
+            ):
                 ledger.discard()
 
 
@@ -247,22 +296,24 @@ def _locked(path: Path, kind: Kind, busy: str) -> Iterator[None]:
             raise UserError(busy) from error
         except NoLocks as error:
             without_locks = True
-            warn_once(f"{path.parent}: {error.strerror}. See to it that no other data-prep makes the same source there, "
-                      "or set out to a folder on another disk.")
+            warn_once(
+                f"{path.parent}: {error.strerror}. See to it that no other data-prep makes the same"
+                " source there, or set out to a folder on another disk."
+            )
         except BaseException:
             os.close(handle)
             raise
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 break
-        os.close(handle)                          # it was removed between opening and locking
+        os.close(handle)  # it was removed between opening and locking
     try:
         yield
     finally:
         try:
             with contextlib.suppress(OSError, Busy):
                 if not without_locks:
-                    take_lock(handle, path, "alone")          # fails while other parts hold it
+                    take_lock(handle, path, "alone")  # fails while other parts hold it
                 if not (without_locks and kind == "shared"):
                     os.unlink(path)
         finally:
@@ -289,7 +340,10 @@ def _remove(path: Path) -> None:
 
 def identity(card: Card) -> dict[str, Any]:
     """What a source was made from: its tokenizer, settings and files."""
-    return {"tokenizer": card.tokenizer_sha256[:12], **{k: v for k, v in card.recipe.items() if k != "counts"}}
+    return {
+        "tokenizer": card.tokenizer_sha256[:12],
+        **{k: v for k, v in card.recipe.items() if k != "counts"},
+    }
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -18,11 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MOST_UNCUT_CHARS = 2**22          # encoded at once: 0.2 GB by fastokens, 0.9 GB by tokenizers
-SEARCH_CHARS = 2**12              # a cut is looked for in so many characters before the end of a part, then in all
+MOST_UNCUT_CHARS = 2**22  # encoded at once: 0.2 GB by fastokens, 0.9 GB by tokenizers
+SEARCH_CHARS = (
+    2**12
+)  # a cut is looked for in so many characters before the end of a part, then in all
 
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer")
-_PRE_TOKENIZERS = ("ByteLevel", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Digits", "Punctuation")
+_PRE_TOKENIZERS = (
+    "ByteLevel",
+    "BertPreTokenizer",
+    "Whitespace",
+    "WhitespaceSplit",
+    "Digits",
+    "Punctuation",
+)
 _MODELS = ("BPE", "WordPiece", "WordLevel")
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = (
@@ -31,7 +40,9 @@ _SPLITS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _LETTERS % "",
 )
 _CUT = re.compile(r"(?<=[^\W\d_])[ \n](?=[^\W\d_])")
-_CUT_AT_MARKS = re.compile(r"(?<=[^\W\d_])[ \n\u3002\u3001\uff0c](?=[^\W\d_])")       # full stop and commas of Chinese and Japanese
+_CUT_AT_MARKS = re.compile(
+    r"(?<=[^\W\d_])[ \n\u3002\u3001\uff0c](?=[^\W\d_])"
+)  # full stop and commas of Chinese and Japanese
 
 
 class TooLong(Exception):
@@ -42,7 +53,7 @@ class TooLong(Exception):
 class Cuts:
     """Where a tokenizer's texts may be cut."""
 
-    place: re.Pattern[str] | None         # None: nowhere
+    place: re.Pattern[str] | None  # None: nowhere
 
 
 def cuts_of(tokenizer_json: Path) -> Cuts:
@@ -57,18 +68,27 @@ def cuts_of(tokenizer_json: Path) -> Cuts:
 def _place_of(content: dict[str, Any]) -> re.Pattern[str] | None:
     normalizers = _steps(content.get("normalizer"), "normalizers")
     steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
-    if content["model"].get("type", "BPE") not in _MODELS or any(step["type"] not in _NORMALIZERS for step in normalizers):
+    if content["model"].get("type", "BPE") not in _MODELS or any(
+        step["type"] not in _NORMALIZERS for step in normalizers
+    ):
         return None
     if not all(step["type"] in _PRE_TOKENIZERS or _is_known_split(step) for step in steps):
         return None
     # Digits and Punctuation, and ByteLevel without its rule, end no word at a space
-    splits = [step for step in steps if step["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Split")
-              or step["type"] == "ByteLevel" and step.get("use_regex", True)]
+    splits = [
+        step
+        for step in steps
+        if step["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Split")
+        or step["type"] == "ByteLevel"
+        and step.get("use_regex", True)
+    ]
     if not splits:
         return None
     for token in content.get("added_tokens", []):
         words = token["content"]
-        if not token["special"] and (token["rstrip"] or token["lstrip"] or words.strip() and words.split() != [words]):
+        if not token["special"] and (
+            token["rstrip"] or token["lstrip"] or words.strip() and words.split() != [words]
+        ):
             return None
     return _CUT if any(step["type"] == "WhitespaceSplit" for step in steps) else _CUT_AT_MARKS
 
@@ -90,8 +110,9 @@ def parts_of(text: str, cuts: Cuts, *, most_chars: int) -> Iterator[str]:
     """The text in parts of at most `most_chars`, or where no cut lies so near, of up to MOST_UNCUT_CHARS. Raises TooLong."""
     begin = 0
     while len(text) - begin > most_chars:
-        end = _cut_before(text, cuts, begin + most_chars, begin + 1) or _cut_behind(text, cuts, begin + most_chars,
-                                                                                     begin + MOST_UNCUT_CHARS)
+        end = _cut_before(text, cuts, begin + most_chars, begin + 1) or _cut_behind(
+            text, cuts, begin + most_chars, begin + MOST_UNCUT_CHARS
+        )
         if end is None:
             if len(text) - begin > MOST_UNCUT_CHARS:
                 raise TooLong
@@ -106,7 +127,11 @@ def _cut_before(text: str, cuts: Cuts, end: int, least: int) -> int | None:
     if cuts.place is None:
         return None
     for begin in (max(least, end - SEARCH_CHARS), least):
-        found = [match.start() for match in cuts.place.finditer(text, begin, end) if _is_between_letters(text, match.start())]
+        found = [
+            match.start()
+            for match in cuts.place.finditer(text, begin, end)
+            if _is_between_letters(text, match.start())
+        ]
         if found:
             return found[-1]
     return None
@@ -117,7 +142,9 @@ def _cut_behind(text: str, cuts: Cuts, begin: int, end: int) -> int | None:
     if cuts.place is None:
         return None
     matches = cuts.place.finditer(text, begin, min(end, len(text)))
-    return next((match.start() for match in matches if _is_between_letters(text, match.start())), None)
+    return next(
+        (match.start() for match in matches if _is_between_letters(text, match.start())), None
+    )
 
 
 def _is_between_letters(text: str, at: int) -> bool:
@@ -129,7 +156,9 @@ def _is_letter(character: str) -> bool:
     return character.isalpha() and unicodedata.normalize("NFKD", character).isalpha()
 
 
-def batches(texts: Sequence[str], cuts: Cuts, *, most_chars: int) -> Iterator[tuple[list[int], list[str]]]:
+def batches(
+    texts: Sequence[str], cuts: Cuts, *, most_chars: int
+) -> Iterator[tuple[list[int], list[str]]]:
     """Texts, the long ones in parts, by about `most_chars` at a time: (number of each part's text, parts). Raises TooLong."""
     numbers: list[int] = []
     parts: list[str] = []

@@ -13,16 +13,32 @@ from data_prep.ledger import SPLITS, Counts, Ledger, Record
 from data_prep.segments import Segment
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.files import fsync_path, sha256_of, write_atomic
-from encoder.data.shard_format import INDEX, LENGTHS, TOKENIZER, Card, lengths_dtype, read_card, write_card
+from encoder.data.shard_format import (
+    INDEX,
+    LENGTHS,
+    TOKENIZER,
+    Card,
+    lengths_dtype,
+    read_card,
+    write_card,
+)
 
 COPY_BYTES = 2**22
 
 
-def assemble(ledger: Ledger, segments: Sequence[Segment], card: Card, *, made_from_sha256: str, tokenizer_json: bytes) -> Counts:
+def assemble(
+    ledger: Ledger,
+    segments: Sequence[Segment],
+    card: Card,
+    *,
+    made_from_sha256: str,
+    tokenizer_json: bytes,
+) -> Counts:
     """Make OUT/NAME of all its segments; returns the totals. Raises ShardError when a segment is missing or does not fit,
     ConfigError for a source without a document for training.
 
-    card: what the cards will be, without totals and hashes of content. A run that was killed in here is gone on with."""
+    card: what the cards will be, without totals and hashes of content. A run that was killed in here is gone on with.
+    """
     if not ledger.assembled:
         records = _checked(ledger, segments, made_from_sha256)
         counts = Counts()
@@ -31,13 +47,20 @@ def assemble(ledger: Ledger, segments: Sequence[Segment], card: Card, *, made_fr
         counts.check()
         if not counts.documents_train:
             ledger.discard()
-            bad = "".join(f" {name} cannot be read: {why}" for name, why in list(counts.bad_files.items())[:1])
-            raise ConfigError(f"source {card.source} has no document for training ({counts.documents_read:,} read, "
-                              f"{sum(counts.left_out.values()):,} left out{_reasons(counts)}, "
-                              f"{counts.documents_held_out:,} held out).{bad} Give it more text or a smaller held_out_share.")
+            bad = "".join(
+                f" {name} cannot be read: {why}" for name, why in list(counts.bad_files.items())[:1]
+            )
+            raise ConfigError(
+                f"source {card.source} has no document for training ({counts.documents_read:,}"
+                f" read, {sum(counts.left_out.values()):,} left out{_reasons(counts)},"
+                f" {counts.documents_held_out:,} held out).{bad} Give it more text or a smaller"
+                " held_out_share."
+            )
         card = dataclasses.replace(card, recipe={**card.recipe, "counts": counts.plain()})
-        for split in reversed(SPLITS):          # train last: its card says that all is there
-            _assemble_split(ledger, segments, records, dataclasses.replace(card, split=split), tokenizer_json)
+        for split in reversed(SPLITS):  # train last: its card says that all is there
+            _assemble_split(
+                ledger, segments, records, dataclasses.replace(card, split=split), tokenizer_json
+            )
     else:
         counts = Counts(**read_card(ledger.part / "train").recipe["counts"])
     ledger.put_in_place()
@@ -55,28 +78,42 @@ def _checked(ledger: Ledger, segments: Sequence[Segment], made_from_sha256: str)
     finished = ledger.finished()
     if absent := [s for s in segments if s.number not in finished]:
         first = absent[0].stretches[0]
-        raise ShardError(f"{ledger.out.name} has {len(segments) - len(absent):,} of {len(segments):,} segments; the first "
-                         f"missing one begins in {first.file.place} at byte {first.begin:,}. Run data-prep prepare with "
-                         "the parts that are not done, or without --part for all that is missing.")
+        raise ShardError(
+            f"{ledger.out.name} has {len(segments) - len(absent):,} of {len(segments):,} segments;"
+            f" the first missing one begins in {first.file.place} at byte {first.begin:,}. Run"
+            " data-prep prepare with the parts that are not done, or without --part for all that"
+            " is missing."
+        )
     if extra := finished - {s.number for s in segments}:
-        raise ShardError(f"{ledger.segments} holds a segment {max(extra)}, the source has {len(segments):,}. "
-                         "Prepare it with --again.")
+        raise ShardError(
+            f"{ledger.segments} holds a segment {max(extra)}, the source has {len(segments):,}. "
+            "Prepare it with --again."
+        )
     records = [ledger.record(segment) for segment in segments]
     for segment, record in zip(segments, records, strict=True):
         folder = ledger.folder_of(segment)
         if record.made_from_sha256 != made_from_sha256:
-            raise ShardError(f"{folder} was made with other settings, another tokenizer or other files than the rest. "
-                             "Remove it, and run prepare again.")
+            raise ShardError(
+                f"{folder} was made with other settings, another tokenizer or other files than the"
+                " rest. Remove it, and run prepare again."
+            )
         record.counts.check()
         samples = sum(entry["samples"] for split in SPLITS for entry in record.shards[split])
         if samples != record.counts.pieces:
-            raise ShardError(f"{folder} has {samples:,} samples, its counts tell of {record.counts.pieces:,}. "
-                             "Remove it, and run prepare again.")
+            raise ShardError(
+                f"{folder} has {samples:,} samples, its counts tell of {record.counts.pieces:,}. "
+                "Remove it, and run prepare again."
+            )
     return records
 
 
-def _assemble_split(ledger: Ledger, segments: Sequence[Segment], records: Sequence[Record], card: Card,
-                    tokenizer_json: bytes) -> None:
+def _assemble_split(
+    ledger: Ledger,
+    segments: Sequence[Segment],
+    records: Sequence[Record],
+    card: Card,
+    tokenizer_json: bytes,
+) -> None:
     documents = card.recipe["counts"][f"documents_{card.split}"]
     folder = ledger.part / card.split
     if not documents:
@@ -86,18 +123,33 @@ def _assemble_split(ledger: Ledger, segments: Sequence[Segment], records: Sequen
     for segment, record in zip(segments, records, strict=True):
         for entry in record.shards[card.split]:
             moved = _named(entry, f"shard.{len(entries):05}.mds")
-            _move(ledger.folder_of(segment) / _stored(entry)["basename"], folder / _stored(moved)["basename"],
-                  _stored(entry)["bytes"])
+            _move(
+                ledger.folder_of(segment) / _stored(entry)["basename"],
+                folder / _stored(moved)["basename"],
+                _stored(entry)["bytes"],
+            )
             entries.append(moved)
             samples += entry["samples"]
     write_atomic(folder / INDEX, json.dumps({"version": 2, "shards": entries}, sort_keys=True))
     itemsize = lengths_dtype(card.max_tokens_per_document).itemsize
-    _concatenate([ledger.folder_of(s) / f"{card.split}.lengths" for s in segments], folder / LENGTHS, samples * itemsize)
+    _concatenate(
+        [ledger.folder_of(s) / f"{card.split}.lengths" for s in segments],
+        folder / LENGTHS,
+        samples * itemsize,
+    )
     write_atomic(folder / TOKENIZER, tokenizer_json)
     fsync_path(folder)
     tokens = sum(record.tokens[card.split] for record in records)
-    write_card(folder, dataclasses.replace(card, documents=samples, tokens=tokens, index_sha256=sha256_of(folder / INDEX),
-                                           lengths_sha256=sha256_of(folder / LENGTHS)))
+    write_card(
+        folder,
+        dataclasses.replace(
+            card,
+            documents=samples,
+            tokens=tokens,
+            index_sha256=sha256_of(folder / INDEX),
+            lengths_sha256=sha256_of(folder / LENGTHS),
+        ),
+    )
 
 
 def _stored(entry: dict) -> dict:
@@ -117,8 +169,10 @@ def _move(here: Path, there: Path, size: int) -> None:
     if here.exists():
         os.rename(here, there)
     if not there.is_file() or there.stat().st_size != size:
-        raise ShardError(f"{here} is missing or has another size than {size:,} bytes. "
-                         f"Remove {here.parent}, and run prepare again.")
+        raise ShardError(
+            f"{here} is missing or has another size than {size:,} bytes. "
+            f"Remove {here.parent}, and run prepare again."
+        )
 
 
 def _concatenate(parts: Sequence[Path], whole: Path, size: int) -> None:
@@ -132,5 +186,8 @@ def _concatenate(parts: Sequence[Path], whole: Path, size: int) -> None:
         found = out.tell()
     if found != size:
         beside.unlink()
-        raise ShardError(f"the lengths of {whole.parent} have {found:,} bytes; needed: {size:,}. Prepare it with --again.")
+        raise ShardError(
+            f"the lengths of {whole.parent} have {found:,} bytes; needed: {size:,}. Prepare it with"
+            " --again."
+        )
     os.replace(beside, whole)

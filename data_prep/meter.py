@@ -25,14 +25,23 @@ class Meter:
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
-                                 TextColumn("{task.fields[counts]}"), TimeRemainingColumn())
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f} %"),
+                TextColumn("{task.fields[counts]}"),
+                TimeRemainingColumn(),
+            )
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=self.total_bytes, counts="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -52,7 +61,10 @@ class Meter:
         """'12,345 documents, 6.1M tokens, 45 MB/s, 12.3 Mtok/s, 3.2s'"""
         seconds = max(1e-9, self.seconds)
         rates = f"{self.bytes / seconds / 1e6:.0f} MB/s, {self.tokens / seconds / 1e6:.1f} Mtok/s"
-        return f"{self.documents:,} documents, {short_count(self.tokens)} tokens, {rates}, {short_seconds(seconds)}"
+        return (
+            f"{self.documents:,} documents, {short_count(self.tokens)} tokens, {rates},"
+            f" {short_seconds(seconds)}"
+        )
 
     @property
     def seconds(self) -> float:

@@ -13,32 +13,44 @@ from encoder.base.errors import UserError
 @contextlib.contextmanager
 def output(folder: Path, names: Sequence[str]) -> Iterator[None]:
     """Makes the folder that the files `names` will be written to. After an error, Ctrl-C too, the files and folders
-    that were not there before are gone again. Raises UserError for a place that cannot be written or is full."""
+    that were not there before are gone again. Raises UserError for a place that cannot be written or is full.
+    """
     for place in (folder, *folder.parents):
         if place.exists():
             if not place.is_dir():
-                raise UserError(f"{place} is a file; needed: a folder to write {names[0]} in. Name another place.")
+                raise UserError(
+                    f"{place} is a file; needed: a folder to write {names[0]} in. Name another"
+                    " place."
+                )
             break
     for name in names:
         if (folder / name).is_dir():
-            raise UserError(f"{folder / name} is a folder; needed: the name of a file to write, such as "
-                            f"{folder / name / 'tokenizer.json'}.")
+            raise UserError(
+                f"{folder / name} is a folder; needed: the name of a file to write, such as "
+                f"{folder / name / 'tokenizer.json'}."
+            )
     new_folders = [place for place in (folder, *folder.parents) if not place.exists()]
     new_files = [folder / name for name in names if not (folder / name).exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise UserError(f"{folder} may not be written to. Change its rights, or name another place.")
+            raise UserError(
+                f"{folder} may not be written to. Change its rights, or name another place."
+            )
         yield
     except BaseException as error:
         for path in new_files:
             with contextlib.suppress(OSError):
                 path.unlink()
         for place in new_folders:
-            with contextlib.suppress(OSError):   # never made, or others write to it, too
+            with contextlib.suppress(OSError):  # never made, or others write to it, too
                 place.rmdir()
         if isinstance(error, OSError):
-            hidden = not error.filename or str(error.filename).endswith(".part")      # write_atomic's, beside the file
+            hidden = not error.filename or str(error.filename).endswith(
+                ".part"
+            )  # write_atomic's, beside the file
             place = (folder / names[0] if len(names) == 1 else folder) if hidden else error.filename
-            raise UserError(f"{place}: {error.strerror or error}. Make room, or name another place.") from error
+            raise UserError(
+                f"{place}: {error.strerror or error}. Make room, or name another place."
+            ) from error
         raise

@@ -21,12 +21,12 @@ from encoder.data.shard_format import ids_dtype, read_card, special_ids_of
 # Measured on JSON lines of books and code with ModernBERT's vocabulary, one process on a machine that had other work:
 # 6.5 to 10.7 Mtok/s. The bytes a token are of four domains (29 Mtok). --speed says what your cores do.
 TOKENS_PER_CORE_SECOND = 10_000_000
-BYTES_PER_TOKEN = 4.0              # of JSON lines
-PACKED = 3.0                       # gzip of the same; zstd and Parquet are near it
-SAMPLE_BYTES = 13                  # offset, head and shape in the shard, length beside it
-TOKENS_PER_SAMPLE = 700            # mean of the four domains; for sources without a card
-ZSTD = 0.5                         # of uint16 ids, books and code
-MANY_EPOCHS = 4                    # up to here repeated text is worth nearly as much as new (arXiv 2305.16264)
+BYTES_PER_TOKEN = 4.0  # of JSON lines
+PACKED = 3.0  # gzip of the same; zstd and Parquet are near it
+SAMPLE_BYTES = 13  # offset, head and shape in the shard, length beside it
+TOKENS_PER_SAMPLE = 700  # mean of the four domains; for sources without a card
+ZSTD = 0.5  # of uint16 ids, books and code
+MANY_EPOCHS = 4  # up to here repeated text is worth nearly as much as new (arXiv 2305.16264)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Amount:
 
     tokens: int
     samples: int
-    known_from: str                # card, estimate or files
+    known_from: str  # card, estimate or files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +50,46 @@ class SourcePlan:
     core_hours: float = 0.0
 
 
-def plan(config: PrepareConfig, *, mixture: str | None = None, speed_mtok: float | None = None) -> None:
+def plan(
+    config: PrepareConfig, *, mixture: str | None = None, speed_mtok: float | None = None
+) -> None:
     """Print sources with their costs, and epochs for the mixture named, or for all. Raises ConfigError."""
     chosen = {mixture: _mixture(config, mixture)} if mixture else config.mixtures
     speed = TOKENS_PER_CORE_SECOND if speed_mtok is None else speed_mtok * 1e6
     if not speed > 0:
-        raise ConfigError(f"--speed is {speed_mtok:g}; needed: millions of tokens a core encodes in a second, above 0.")
+        raise ConfigError(
+            f"--speed is {speed_mtok:g}; needed: millions of tokens a core encodes in a second,"
+            " above 0."
+        )
     plans = [source_plan(config, source, speed) for source in config.sources]
     known = [p for p in plans if p.amount]
-    total = SourcePlan(name="all", license="", amount=Amount(tokens=sum(p.amount.tokens for p in known), samples=0, known_from=""),
-                       text_bytes=sum(p.text_bytes for p in known), disk_bytes=sum(p.disk_bytes for p in known),
-                       core_hours=sum(p.core_hours for p in known))
-    _table([("source", "tokens", "known from", "text", "shards", "core-hours", "license"), *map(_cells, [*plans, total])])
-    say(f"\nat {speed / 1e6:g} Mtok a core and second; text as JSON lines at {BYTES_PER_TOKEN:g} bytes a token; "
-        f"shards of {_id_bytes(config)} bytes a token{', zstd' if config.compression == 'zstd' else ''}")
+    total = SourcePlan(
+        name="all",
+        license="",
+        amount=Amount(tokens=sum(p.amount.tokens for p in known), samples=0, known_from=""),
+        text_bytes=sum(p.text_bytes for p in known),
+        disk_bytes=sum(p.disk_bytes for p in known),
+        core_hours=sum(p.core_hours for p in known),
+    )
+    _table(
+        [
+            ("source", "tokens", "known from", "text", "shards", "core-hours", "license"),
+            *map(_cells, [*plans, total]),
+        ]
+    )
+    say(
+        f"\nat {speed / 1e6:g} Mtok a core and second; text as JSON lines at {BYTES_PER_TOKEN:g}"
+        f" bytes a token; shards of {_id_bytes(config)} bytes a"
+        f" token{', zstd' if config.compression == 'zstd' else ''}"
+    )
     for name, given in chosen.items():
         say(f"\n{name}: {short_count(given.tokens)} tokens")
-        _table([("source", "tokens", "share", "epochs"), *_mixture_cells(given, {p.name: p for p in plans})])
+        _table(
+            [
+                ("source", "tokens", "share", "epochs"),
+                *_mixture_cells(given, {p.name: p for p in plans}),
+            ]
+        )
     _remarks(plans, chosen)
 
 
@@ -74,8 +97,10 @@ def mixture_yaml(config: PrepareConfig, name: str) -> str:
     """The `sources:` block of a run file for one mixture."""
     given = _mixture(config, name)
     lines = [f"# mixture {name}: {short_count(given.tokens)} tokens", "sources:"]
-    lines += [f"  - {{name: {source['name']}, path: {source['path']}, weight: {source['weight']:.12g}}}"
-              for source in sources_of(given, out=config.out)]
+    lines += [
+        f"  - {{name: {source['name']}, path: {source['path']}, weight: {source['weight']:.12g}}}"
+        for source in sources_of(given, out=config.out)
+    ]
     return "\n".join(lines)
 
 
@@ -84,9 +109,18 @@ def source_plan(config: PrepareConfig, source: Source, tokens_per_core_second: f
     amount = _amount(config, source)
     if amount is None:
         return SourcePlan(name=source.name, license=source.license, amount=None)
-    disk = amount.tokens * _id_bytes(config) * (ZSTD if config.compression == "zstd" else 1) + amount.samples * SAMPLE_BYTES
-    return SourcePlan(name=source.name, license=source.license, amount=amount, text_bytes=amount.tokens * BYTES_PER_TOKEN,
-                      disk_bytes=disk, core_hours=amount.tokens / tokens_per_core_second / 3600)
+    disk = (
+        amount.tokens * _id_bytes(config) * (ZSTD if config.compression == "zstd" else 1)
+        + amount.samples * SAMPLE_BYTES
+    )
+    return SourcePlan(
+        name=source.name,
+        license=source.license,
+        amount=amount,
+        text_bytes=amount.tokens * BYTES_PER_TOKEN,
+        disk_bytes=disk,
+        core_hours=amount.tokens / tokens_per_core_second / 3600,
+    )
 
 
 def _amount(config: PrepareConfig, source: Source) -> Amount | None:
@@ -94,17 +128,19 @@ def _amount(config: PrepareConfig, source: Source) -> Amount | None:
         card = read_card(Path(config.out) / source.name / "train")
         return Amount(tokens=card.tokens, samples=card.documents, known_from="card")
     except ShardError:
-        pass                                    # not made yet
+        pass  # not made yet
     if source.estimate:
         tokens, known_from = source.estimate.tokens, "estimate"
     elif isinstance(source, HubSource):
         return None
     else:
         try:
-            sizes = [file.bytes * (PACKED if file.packing or isinstance(source, ParquetSource) else 1)
-                     for file in find_files(source, Path(config.root))]
+            sizes = [
+                file.bytes * (PACKED if file.packing or isinstance(source, ParquetSource) else 1)
+                for file in find_files(source, Path(config.root))
+            ]
         except (ConfigError, ReadError):
-            return None                         # the files are not on this machine
+            return None  # the files are not on this machine
         tokens, known_from = int(sum(sizes) / BYTES_PER_TOKEN), "files"
     return Amount(tokens=tokens, samples=tokens // TOKENS_PER_SAMPLE, known_from=known_from)
 
@@ -117,7 +153,9 @@ def _id_bytes(config: PrepareConfig) -> int:
 
 def _mixture(config: PrepareConfig, name: str) -> Mixture:
     if name not in config.mixtures:
-        hint = nearest(name, list(config.mixtures)) if config.mixtures else "The settings have none."
+        hint = (
+            nearest(name, list(config.mixtures)) if config.mixtures else "The settings have none."
+        )
         raise ConfigError(f"--mixture {name} is not in the settings. {hint}")
     return config.mixtures[name]
 
@@ -125,14 +163,31 @@ def _mixture(config: PrepareConfig, name: str) -> Mixture:
 def _cells(p: SourcePlan) -> tuple[str, ...]:
     if p.amount is None:
         return (p.name, "?", "", "?", "?", "?", p.license)
-    return (p.name, short_count(p.amount.tokens), p.amount.known_from, f"{p.text_bytes / 1e9:,.1f} GB",
-            f"{p.disk_bytes / 1e9:,.1f} GB", f"{p.core_hours:,.1f}", p.license)
+    return (
+        p.name,
+        short_count(p.amount.tokens),
+        p.amount.known_from,
+        f"{p.text_bytes / 1e9:,.1f} GB",
+        f"{p.disk_bytes / 1e9:,.1f} GB",
+        f"{p.core_hours:,.1f}",
+        p.license,
+    )
 
 
 def _mixture_cells(given: Mixture, plans: dict[str, SourcePlan]) -> list[tuple[str, ...]]:
-    return [(name, short_count(tokens), f"{100 * tokens / given.tokens:.2f} %",
-             f"{tokens / plans[name].amount.tokens:.2f}" if plans[name].amount and plans[name].amount.tokens else "?")
-            for name, tokens in given.sources.items()]
+    return [
+        (
+            name,
+            short_count(tokens),
+            f"{100 * tokens / given.tokens:.2f} %",
+            (
+                f"{tokens / plans[name].amount.tokens:.2f}"
+                if plans[name].amount and plans[name].amount.tokens
+                else "?"
+            ),
+        )
+        for name, tokens in given.sources.items()
+    ]
 
 
 def _remarks(plans: Sequence[SourcePlan], mixtures: dict[str, Mixture]) -> None:
@@ -141,8 +196,10 @@ def _remarks(plans: Sequence[SourcePlan], mixtures: dict[str, Mixture]) -> None:
         if p.amount is None:
             warn_once(f"nothing tells how much {p.name} holds: give it an estimate, or prepare it.")
         elif p.amount.tokens and taken > MANY_EPOCHS * p.amount.tokens:
-            warn_once(f"{p.name} is gone through {taken / p.amount.tokens:.1f} times in all; beyond {MANY_EPOCHS} epochs "
-                      "repeated text teaches less and less. Lower its budget.")
+            warn_once(
+                f"{p.name} is gone through {taken / p.amount.tokens:.1f} times in all; beyond"
+                f" {MANY_EPOCHS} epochs repeated text teaches less and less. Lower its budget."
+            )
         elif mixtures and not taken:
             say(f"{p.name} is in no mixture shown here.")
 
@@ -152,5 +209,9 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = [not any(c.isdigit() for c in rows[1][i][:1]) for i in range(len(rows[0]))]
     for row in rows:
-        say("  ".join(cell.ljust(w) if is_left else cell.rjust(w)
-                      for cell, w, is_left in zip(row, widths, left, strict=True)).rstrip())
+        say(
+            "  ".join(
+                cell.ljust(w) if is_left else cell.rjust(w)
+                for cell, w, is_left in zip(row, widths, left, strict=True)
+            ).rstrip()
+        )

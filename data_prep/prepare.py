@@ -30,16 +30,27 @@ from data_prep.worker import Done, EncodeJob, SegmentJob, SegmentPool
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
 from encoder.base.log import say, warn_once
 from encoder.base.units import short_count
-from encoder.data.shard_format import CARD, Card, ids_dtype, read_card, special_ids_of, tokenizer_fingerprint
+from encoder.data.shard_format import (
+    CARD,
+    Card,
+    ids_dtype,
+    read_card,
+    special_ids_of,
+    tokenizer_fingerprint,
+)
 
 
-def prepare(config: PrepareConfig, *, only: str | None = None, part: Part | None = None, again: bool = False) -> None:
+def prepare(
+    config: PrepareConfig, *, only: str | None = None, part: Part | None = None, again: bool = False
+) -> None:
     """Make every source of the settings (or the one named `only`) that is not finished, or only the segments of a part.
 
     Raises UserError."""
     if part and again:
-        raise ConfigError("--again with --part would throw away what other parts made. Remove the finished folder and "
-                          "its hidden one beside it, or set another out.")
+        raise ConfigError(
+            "--again with --part would throw away what other parts made. Remove the finished folder"
+            " and its hidden one beside it, or set another out."
+        )
     plans = _plans(config, only)
     open_plans = [plan for plan in plans if not _stands(plan) or again or not _finished(plan)]
     if not open_plans:
@@ -52,7 +63,7 @@ def prepare(config: PrepareConfig, *, only: str | None = None, part: Part | None
                 try:
                     _make_segments(plan, ledger, part or Part(), pool, encoder, again=again)
                 except BaseException:
-                    pool.close()                # before anything of theirs is cleaned up
+                    pool.close()  # before anything of theirs is cleaned up
                     raise
                 if not part:
                     _assemble(plan, ledger)
@@ -81,8 +92,14 @@ def missing_parts(config: PrepareConfig, *, count: int) -> list[int]:
         ledger = Ledger(plan.folder)
         if not _stands(plan) and not ledger.assembled:
             finished = ledger.finished()
-            missing |= {index for index in range(1, count + 1)
-                        if any(s.number not in finished for s in Part(index=index, count=count).of(plan.segments))}
+            missing |= {
+                index
+                for index in range(1, count + 1)
+                if any(
+                    s.number not in finished
+                    for s in Part(index=index, count=count).of(plan.segments)
+                )
+            }
     return sorted(missing)
 
 
@@ -119,35 +136,65 @@ class _Plan:
     @property
     def made_from_sha256(self) -> str:
         """Names the tokenizer, the settings and the files that every segment must be made from."""
-        return hashlib.sha256(json.dumps(identity(self.card), sort_keys=True).encode("utf-8")).hexdigest()
+        return hashlib.sha256(
+            json.dumps(identity(self.card), sort_keys=True).encode("utf-8")
+        ).hexdigest()
 
 
-def _plan(config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_size: int, specials: Any) -> _Plan:
+def _plan(
+    config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_size: int, specials: Any
+) -> _Plan:
     files = find_files(source, Path(config.root))
     source, described = pinned(source, files), [file.described() for file in files]
-    files = [dataclasses.replace(file, fingerprint=of.get("fingerprint")) for file, of in zip(files, described, strict=True)]
-    settings = {**recipe_of(source), "max_tokens_per_document": config.max_tokens_per_document,
-                "held_out_share": config.held_out_share, "shard_bytes": config.shard_bytes,
-                "compression": config.compression}
-    if config.on_error == "skip" and config.max_document_bytes != MOST_DOCUMENT_BYTES:     # else none was left out for it
+    files = [
+        dataclasses.replace(file, fingerprint=of.get("fingerprint"))
+        for file, of in zip(files, described, strict=True)
+    ]
+    settings = {
+        **recipe_of(source),
+        "max_tokens_per_document": config.max_tokens_per_document,
+        "held_out_share": config.held_out_share,
+        "shard_bytes": config.shard_bytes,
+        "compression": config.compression,
+    }
+    if (
+        config.on_error == "skip" and config.max_document_bytes != MOST_DOCUMENT_BYTES
+    ):  # else none was left out for it
         settings["max_document_bytes"] = config.max_document_bytes
     if config.on_error == "stop":
         for file in files:
             check_kind(source, file)
     recipe = {"prepare": 2, "settings": settings, "files": described}
-    card = Card(source=source.name, split="train", tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
-                vocab_size=vocab_size, specials=specials, dtype=ids_dtype(vocab_size).name, documents=0, tokens=0,
-                max_tokens_per_document=config.max_tokens_per_document, index_sha256="", lengths_sha256="",
-                recipe=recipe)
-    return _Plan(source=source, segments=segments_of(source, files, shard_bytes=config.shard_bytes),
-                 folder=Path(config.out) / source.name, tokenizer_json=tokenizer_json, card=card,
-                 max_document_bytes=config.max_document_bytes)
+    card = Card(
+        source=source.name,
+        split="train",
+        tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
+        vocab_size=vocab_size,
+        specials=specials,
+        dtype=ids_dtype(vocab_size).name,
+        documents=0,
+        tokens=0,
+        max_tokens_per_document=config.max_tokens_per_document,
+        index_sha256="",
+        lengths_sha256="",
+        recipe=recipe,
+    )
+    return _Plan(
+        source=source,
+        segments=segments_of(source, files, shard_bytes=config.shard_bytes),
+        folder=Path(config.out) / source.name,
+        tokenizer_json=tokenizer_json,
+        card=card,
+        max_document_bytes=config.max_document_bytes,
+    )
 
 
 def _stands(plan: _Plan) -> bool:
     """Whether OUT/NAME is a finished source. Raises ShardError when it is something else, which no run may remove."""
     if plan.folder.exists() and not (plan.folder / "train" / CARD).is_file():
-        raise ShardError(f"{plan.folder} exists and is no finished source. Remove it, or set another out.")
+        raise ShardError(
+            f"{plan.folder} exists and is no finished source. Remove it, or set another out."
+        )
     return plan.folder.exists()
 
 
@@ -155,30 +202,46 @@ def _finished(plan: _Plan) -> bool:
     """Whether the source was made from the same. Raises ShardError when it was made from something else."""
     card = read_card(plan.folder / "train")
     if changed := changes(identity(card), identity(plan.card)):
-        raise ShardError(f"{plan.folder} was made from something else ({changed}). "
-                         "Add --again to make it anew, or set another out.")
+        raise ShardError(
+            f"{plan.folder} was made from something else ({changed}). "
+            "Add --again to make it anew, or set another out."
+        )
     counts = card.recipe["counts"]
     held_out, left_out = counts["documents_held_out"], sum(counts["left_out"].values())
     bad = f", {len(counts['bad_files'])} bad files" if counts.get("bad_files") else ""
-    say(f"{plan.source.name}: finished before, {card.documents:,} samples and {short_count(card.tokens)} tokens in "
-        f"train, {held_out:,} documents held out, {left_out:,} left out{bad} ({plan.folder}). Nothing to do.")
+    say(
+        f"{plan.source.name}: finished before, {card.documents:,} samples and"
+        f" {short_count(card.tokens)} tokens in train, {held_out:,} documents held out,"
+        f" {left_out:,} left out{bad} ({plan.folder}). Nothing to do."
+    )
     tidy(plan.folder)
     return True
 
 
 def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> SegmentPool:
     card = plans[0].card
-    job = EncodeJob(tokenizer_json=str(plans[0].tokenizer_json), cls_id=card.specials.cls_id, sep_id=card.specials.sep_id,
-                    dtype=card.dtype, held_out_share=config.held_out_share,
-                    max_tokens_per_document=config.max_tokens_per_document, shard_bytes=config.shard_bytes,
-                    compression=None if config.compression == "none" else config.compression,
-                    stop_on_error=config.on_error == "stop", max_document_bytes=config.max_document_bytes)
+    job = EncodeJob(
+        tokenizer_json=str(plans[0].tokenizer_json),
+        cls_id=card.specials.cls_id,
+        sep_id=card.specials.sep_id,
+        dtype=card.dtype,
+        held_out_share=config.held_out_share,
+        max_tokens_per_document=config.max_tokens_per_document,
+        shard_bytes=config.shard_bytes,
+        compression=None if config.compression == "none" else config.compression,
+        stop_on_error=config.on_error == "stop",
+        max_document_bytes=config.max_document_bytes,
+    )
     # more processes than segments would only cost their start
-    return SegmentPool(job, max(1, min(config.worker_processes, max(len(part.of(plan.segments)) for plan in plans))))
+    return SegmentPool(
+        job,
+        max(1, min(config.worker_processes, max(len(part.of(plan.segments)) for plan in plans))),
+    )
 
 
-def _make_segments(plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, encoder: EncoderName, *,
-                   again: bool) -> None:
+def _make_segments(
+    plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, encoder: EncoderName, *, again: bool
+) -> None:
     """The segments of a part that are not finished."""
     name, label = plan.source.name, "" if part.count == 1 else f" part {part.label}"
     ledger.begin(identity(plan.card), alone=part.count == 1, again=again)
@@ -188,52 +251,99 @@ def _make_segments(plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, e
     finished, segments = ledger.finished(), part.of(plan.segments)
     left = [s for s in segments if s.number not in finished]
     if len(left) < len(segments):
-        say(f"{name}{label}: {len(segments) - len(left):,} of {len(segments):,} segments were finished before.")
+        say(
+            f"{name}{label}: {len(segments) - len(left):,} of {len(segments):,} segments were"
+            " finished before."
+        )
     if not segments:
-        say(f"{name}{label}: none of the source's {len(plan.segments):,} segments begins in this part. Nothing to do.")
+        say(
+            f"{name}{label}: none of the source's {len(plan.segments):,} segments begins in this"
+            " part. Nothing to do."
+        )
     if not left:
         return
     with Meter(f"{name}{label}", sum(s.bytes for s in left)) as meter:
+
         def tell(done: Done) -> None:
             meter.add(file_bytes=done.file_bytes, documents=done.documents, tokens=done.tokens)
 
-        pool.make([SegmentJob(source=plan.source, encoder=encoder, segment=s, part=part, folder=str(plan.folder),
-                              made_from_sha256=plan.made_from_sha256) for s in left], tell)
+        pool.make(
+            [
+                SegmentJob(
+                    source=plan.source,
+                    encoder=encoder,
+                    segment=s,
+                    part=part,
+                    folder=str(plan.folder),
+                    made_from_sha256=plan.made_from_sha256,
+                )
+                for s in left
+            ],
+            tell,
+        )
     say(f"{name}{label}: {meter.counts()}")
 
 
 def _assemble(plan: _Plan, ledger: Ledger) -> None:
     tokenizer_json = plan.tokenizer_json.read_bytes()
     if hashlib.sha256(tokenizer_json).hexdigest() != plan.card.tokenizer_sha256:
-        raise ConfigError(f"{plan.tokenizer_json} was changed while the source was being made. Run the command again.")
-    counts = assemble(ledger, plan.segments, plan.card, made_from_sha256=plan.made_from_sha256,
-                      tokenizer_json=tokenizer_json)
+        raise ConfigError(
+            f"{plan.tokenizer_json} was changed while the source was being made. Run the command"
+            " again."
+        )
+    counts = assemble(
+        ledger,
+        plan.segments,
+        plan.card,
+        made_from_sha256=plan.made_from_sha256,
+        tokenizer_json=tokenizer_json,
+    )
     _report(plan, counts)
 
 
 def _report(plan: _Plan, counts: Counts) -> None:
     left_out = sum(counts.left_out.values())
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.left_out.items()))
-    say(f"  documents  {counts.documents_read + left_out:>13,} in = {counts.documents_train:,} train + "
-        f"{counts.documents_held_out:,} held out + {left_out:,} left out{f' ({reasons})' if reasons else ''}")
-    say(f"  tokens     {counts.tokens:>13,} written = {counts.content_tokens:,} of text + 2 x {counts.pieces:,} pieces")
+    say(
+        f"  documents  {counts.documents_read + left_out:>13,} in = {counts.documents_train:,}"
+        f" train + {counts.documents_held_out:,} held out + {left_out:,} left"
+        f" out{f' ({reasons})' if reasons else ''}"
+    )
+    say(
+        f"  tokens     {counts.tokens:>13,} written = {counts.content_tokens:,} of text + 2 x"
+        f" {counts.pieces:,} pieces"
+    )
     if counts.bad_files:
         more = " or more" if len(counts.bad_files) == SHOWN_FILES else ""
         files = {stretch.file.name for segment in plan.segments for stretch in segment.stretches}
-        say(f"  bad files  {len(counts.bad_files):>13,}{more} of {len(files):,}: " + "; ".join(
-            f"{name} ({why.rstrip('.')})" for name, why in itertools.islice(counts.bad_files.items(), 3)))
+        say(
+            f"  bad files  {len(counts.bad_files):>13,}{more} of {len(files):,}: "
+            + "; ".join(
+                f"{name} ({why.rstrip('.')})"
+                for name, why in itertools.islice(counts.bad_files.items(), 3)
+            )
+        )
     say(f"  folder     {plan.folder}")
     if counts.bad_files:
-        warn_once(f"{plan.source.name}: {len(counts.bad_files)} of its files could not be read as {word_of(plan.source)}, first "
-                  f"{next(iter(counts.bad_files))}. What they hold is not in the shards; mend them and prepare with --again.")
+        warn_once(
+            f"{plan.source.name}: {len(counts.bad_files)} of its files could not be read as"
+            f" {word_of(plan.source)}, first {next(iter(counts.bad_files))}. What they hold is not"
+            " in the shards; mend them and prepare with --again."
+        )
     if not counts.documents_held_out and plan.card.recipe["settings"]["held_out_share"]:
-        warn_once(f"{plan.source.name} has too few documents for held_out_share: none was held out, "
-                  f"and there is no {plan.folder / 'held_out'}.")
+        warn_once(
+            f"{plan.source.name} has too few documents for held_out_share: none was held out, "
+            f"and there is no {plan.folder / 'held_out'}."
+        )
 
 
 def _real_texts(plans: list[_Plan], pool: SegmentPool) -> list[str]:
     """Some short documents of every source, for the check of the encoder."""
-    return [text for plan in plans for text in pool.sample(plan.source, plan.segments[0].stretches[0].file)]
+    return [
+        text
+        for plan in plans
+        for text in pool.sample(plan.source, plan.segments[0].stretches[0].file)
+    ]
 
 
 @contextlib.contextmanager
@@ -243,7 +353,11 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk of {out} is full. Free space or set another out, and run the same command: "
-                            "what is finished is kept.") from error
-        raise UserError(f"{error.filename or out}: {error.strerror or error}. "
-                        "Check the folder out and its rights.") from error
+            raise UserError(
+                f"the disk of {out} is full. Free space or set another out, and run the same"
+                " command: what is finished is kept."
+            ) from error
+        raise UserError(
+            f"{error.filename or out}: {error.strerror or error}. "
+            "Check the folder out and its rights."
+        ) from error

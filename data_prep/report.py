@@ -32,7 +32,7 @@ from encoder.data.shard_format import (
 )
 
 PICTURE, PAGE = "lengths.png", "report.html"
-MADE_BY = "data-prep report"      # in both: what says so may be written over
+MADE_BY = "data-prep report"  # in both: what says so may be written over
 SAMPLES, SAMPLE_CHARS = 3, 300
 BAR_CHARS = 40
 HEAD = ("source", "split", "samples", "tokens", "share", "mean", "median", "p95", "longest")
@@ -54,8 +54,15 @@ def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
     rows = table(found)
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     for row in rows:
-        words, numbers = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
-        say("  ".join([*(cell.ljust(w) for cell, w in words), *(cell.rjust(w) for cell, w in numbers)]))
+        words, numbers = (
+            zip(row[:2], widths[:2], strict=True),
+            zip(row[2:], widths[2:], strict=True),
+        )
+        say(
+            "  ".join(
+                [*(cell.ljust(w) for cell, w in words), *(cell.rjust(w) for cell, w in numbers)]
+            )
+        )
     for summary in _shown(found):
         say(f"\n{summary.folder}: tokens per sample")
         for line in histogram(summary.lengths):
@@ -78,12 +85,18 @@ def summarize(folder: Path) -> Summary:
 
     card = read_card(folder)
     if tokenizer_fingerprint(folder / TOKENIZER) != card.tokenizer_sha256:
-        raise ShardError(f"{folder / TOKENIZER} is damaged: its SHA-256 is not the card's. Make the shards again.")
+        raise ShardError(
+            f"{folder / TOKENIZER} is damaged: its SHA-256 is not the card's. Make the shards"
+            " again."
+        )
     check_index(folder, card)
     lengths = np.asarray(read_lengths(folder, card))
     filled = next((entry for entry in read_index(folder) if entry["samples"]), None)
     if filled is None:
-        raise ShardError(f"{folder / INDEX} tells of no samples, the card of {card.documents:,}. Make the shards again.")
+        raise ShardError(
+            f"{folder / INDEX} tells of no samples, the card of {card.documents:,}. Make the shards"
+            " again."
+        )
     shard = list(read_shard(folder, filled, card=card, hashes=read_hashes(folder, card)))
     what = f"{folder / TOKENIZER} is not a tokenizer that tokenizers can read"
     with native_code(what, error=ShardError):
@@ -92,7 +105,9 @@ def summarize(folder: Path) -> Summary:
     read = [as_read(ids_T, card)[:SAMPLE_CHARS].tolist() for ids_T in chosen]
     with native_code(what, error=ShardError):
         texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in read]
-    return Summary(folder=folder, card=card, lengths=lengths, samples=[t[:SAMPLE_CHARS] for t in texts])
+    return Summary(
+        folder=folder, card=card, lengths=lengths, samples=[t[:SAMPLE_CHARS] for t in texts]
+    )
 
 
 def table(found: Sequence[Summary]) -> list[tuple[str, ...]]:
@@ -100,21 +115,37 @@ def table(found: Sequence[Summary]) -> list[tuple[str, ...]]:
     rows = [HEAD]
     for s in found:
         of_split = sum(o.card.tokens for o in found if o.card.split == s.card.split)
-        rows.append((s.card.source, s.card.split, f"{s.card.documents:,}", f"{s.card.tokens:,}",
-                     f"{100 * s.card.tokens / of_split:.1f} %", f"{s.lengths.mean():,.0f}",
-                     f"{np.median(s.lengths):,.0f}", f"{np.percentile(s.lengths, 95):,.0f}", f"{s.lengths.max():,}"))
+        rows.append(
+            (
+                s.card.source,
+                s.card.split,
+                f"{s.card.documents:,}",
+                f"{s.card.tokens:,}",
+                f"{100 * s.card.tokens / of_split:.1f} %",
+                f"{s.lengths.mean():,.0f}",
+                f"{np.median(s.lengths):,.0f}",
+                f"{np.percentile(s.lengths, 95):,.0f}",
+                f"{s.lengths.max():,}",
+            )
+        )
     return rows
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
     """Lines 'up to 128 | #### 1,234 samples, 12.3 % of the tokens', in powers of two."""
-    edges = [2**k for k in range(5, 64) if 2**(k - 1) < lengths.max()] or [32]
+    edges = [2**k for k in range(5, 64) if 2 ** (k - 1) < lengths.max()] or [32]
     lines, low, tokens = [], 0, int(lengths.sum(dtype=np.int64))
-    counts = [int(np.sum((lengths > a) & (lengths <= b))) for a, b in zip([0, *edges], edges, strict=False)]
+    counts = [
+        int(np.sum((lengths > a) & (lengths <= b)))
+        for a, b in zip([0, *edges], edges, strict=False)
+    ]
     for high, count in zip(edges, counts, strict=True):
         share = int(lengths[(lengths > low) & (lengths <= high)].sum(dtype=np.int64)) / tokens
         bar = "#" * round(BAR_CHARS * count / max(counts))
-        lines.append(f"up to {high:>6,} |{bar:<{BAR_CHARS}}| {count:>9,} samples, {100 * share:5.1f} % of the tokens")
+        lines.append(
+            f"up to {high:>6,} |{bar:<{BAR_CHARS}}| {count:>9,} samples, {100 * share:5.1f} % of"
+            " the tokens"
+        )
         low = high
     return lines
 
@@ -134,8 +165,13 @@ def _picture(found: Sequence[Summary]) -> bytes:
     axes = figure.add_subplot()
     for s in _shown(found):
         weights = s.lengths / s.lengths.sum(dtype=np.int64)
-        axes.hist(s.lengths, bins=np.geomspace(4, s.card.max_tokens_per_document + 1, 60), weights=weights,
-                  histtype="step", label=s.card.source)
+        axes.hist(
+            s.lengths,
+            bins=np.geomspace(4, s.card.max_tokens_per_document + 1, 60),
+            weights=weights,
+            histtype="step",
+            label=s.card.source,
+        )
     axes.set(xscale="log", xlabel="tokens per sample", ylabel="share of the source's tokens")
     axes.legend()
     buffer = io.BytesIO()
@@ -144,10 +180,15 @@ def _picture(found: Sequence[Summary]) -> bytes:
 
 
 def _page(rows: Sequence[tuple[str, ...]], found: Sequence[Summary], picture: bytes) -> str:
-    cells = "\n".join("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
-                      for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False))
-    samples = "\n".join(f"<h3>{html.escape(s.card.source)} {s.card.split}</h3>" +
-                        "".join(f"<pre>{html.escape(text)}</pre>" for text in s.samples) for s in found)
+    cells = "\n".join(
+        "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    )
+    samples = "\n".join(
+        f"<h3>{html.escape(s.card.source)} {s.card.split}</h3>"
+        + "".join(f"<pre>{html.escape(text)}</pre>" for text in s.samples)
+        for s in found
+    )
     return f"""<!doctype html><meta charset="utf-8"><title>Shards</title>
 <meta name="generator" content="{MADE_BY}">
 <style>body{{font:16px sans-serif;max-width:60em;margin:2em auto}} td,th{{padding:.2em .8em;text-align:right}}

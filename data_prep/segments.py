@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from data_prep.config import Source
 from data_prep.readers import InputFile, can_be_cut
 
-SEGMENT_SHARDS = 4          # shard_bytes of text in a segment: of English prose 1.8 shards of uint16, of code 2.4
-SEGMENTS = 64               # a source has at least so many, for as many cores to share, as long as they have
-LEAST_BYTES = 2**23         # this much text: 0.1 s of work, against 10 ms of fsync
+SEGMENT_SHARDS = (
+    4  # shard_bytes of text in a segment: of English prose 1.8 shards of uint16, of code 2.4
+)
+SEGMENTS = 64  # a source has at least so many, for as many cores to share, as long as they have
+LEAST_BYTES = 2**23  # this much text: 0.1 s of work, against 10 ms of fsync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Segment:
     """Some neighbouring stretches of a source."""
 
     number: int
-    begin: int                         # where its first byte lies in the source, all files end to end
+    begin: int  # where its first byte lies in the source, all files end to end
     bytes: int
     stretches: tuple[Stretch, ...]
 
@@ -63,7 +65,9 @@ class Part:
         """Its segments."""
         total = max(1, sum(s.bytes for s in segments))
         # an empty last file may begin at `total`
-        return [s for s in segments if min(s.begin, total - 1) * self.count // total == self.index - 1]
+        return [
+            s for s in segments if min(s.begin, total - 1) * self.count // total == self.index - 1
+        ]
 
 
 def numbers_text(numbers: Sequence[int]) -> str:
@@ -85,16 +89,24 @@ def segment_bytes(source_bytes: int, shard_bytes: int) -> int:
 def segments_of(source: Source, files: Sequence[InputFile], *, shard_bytes: int) -> list[Segment]:
     """The segments of a source's files, in order."""
     size, at = segment_bytes(sum(file.bytes for file in files), shard_bytes), 0
-    found: dict[int, list[tuple[int, int, Stretch]]] = {}       # (begin in the source, bytes, stretch)
+    found: dict[int, list[tuple[int, int, Stretch]]] = {}  # (begin in the source, bytes, stretch)
     for file in files:
         first, last = at // size, (at + file.bytes - 1) // size
         if can_be_cut(source, file) and first < last:
             for k in range(first, last + 1):
                 begin, end = max(0, k * size - at), min(file.bytes, (k + 1) * size - at)
-                found.setdefault(k, []).append((at + begin, end - begin, Stretch(file=file, begin=begin, end=end)))
+                found.setdefault(k, []).append(
+                    (at + begin, end - begin, Stretch(file=file, begin=begin, end=end))
+                )
         else:
             found.setdefault(first, []).append((at, file.bytes, Stretch(file=file)))
         at += file.bytes
-    return [Segment(number=number, begin=of_k[0][0], bytes=sum(size for _, size, _ in of_k),
-                    stretches=tuple(stretch for *_, stretch in of_k))
-            for number, (_, of_k) in enumerate(sorted(found.items()))]
+    return [
+        Segment(
+            number=number,
+            begin=of_k[0][0],
+            bytes=sum(size for _, size, _ in of_k),
+            stretches=tuple(stretch for *_, stretch in of_k),
+        )
+        for number, (_, of_k) in enumerate(sorted(found.items()))
+    ]

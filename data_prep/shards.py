@@ -32,41 +32,67 @@ from encoder.data.shard_format import (
     stored_info,
 )
 
-ZSTD_LEVEL = 3              # streaming's own
+ZSTD_LEVEL = 3  # streaming's own
 
 
 class ShardWriter:
     """Shards of one split of one segment, FOLDER/SPLIT.00000.mds and on: byte for byte what streaming's MDSWriter writes,
     at 5 ns a token against 18, and without importing streaming (and torch) in every process."""
 
-    def __init__(self, folder: Path, split: str, *, dtype: np.dtype, shard_bytes: int, compression: str | None) -> None:
-        self.entries: list[dict] = []                # of index.json, but for the name
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        dtype: np.dtype,
+        shard_bytes: int,
+        compression: str | None,
+    ) -> None:
+        self.entries: list[dict] = []  # of index.json, but for the name
         self.tokens = 0
         self._folder, self._split, self._dtype = folder, split, dtype
-        self._config = {"version": 2, "format": "mds", "compression": compression, "hashes": [SHARD_HASH],
-                        "size_limit": shard_bytes, "column_names": [INPUT_IDS],
-                        "column_encodings": [f"ndarray:{dtype.name}"], "column_sizes": [None]}
+        self._config = {
+            "version": 2,
+            "format": "mds",
+            "compression": compression,
+            "hashes": [SHARD_HASH],
+            "size_limit": shard_bytes,
+            "column_names": [INPUT_IDS],
+            "column_encodings": [f"ndarray:{dtype.name}"],
+            "column_sizes": [None],
+        }
         self._head = json.dumps(self._config, sort_keys=True).encode("utf-8")
         self._samples: list[bytes] = []
         self._begin()
 
     def _begin(self) -> None:
-        self._samples, self._sizes, self._room = [], [], self._config["size_limit"] - 8 - len(self._head)
+        self._samples, self._sizes, self._room = (
+            [],
+            [],
+            self._config["size_limit"] - 8 - len(self._head),
+        )
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
         """Append the chosen pieces of a batch, ids in `dtype`."""
-        ids, width = memoryview(np.ascontiguousarray(ids_T, self._dtype)).cast("B"), self._dtype.itemsize
+        ids, width = (
+            memoryview(np.ascontiguousarray(ids_T, self._dtype)).cast("B"),
+            self._dtype.itemsize,
+        )
         ends_P = np.cumsum(lengths_P)[chosen_P]
         lengths_P = lengths_P[chosen_P]
-        for begin, end, length in zip(((ends_P - lengths_P) * width).tolist(), (ends_P * width).tolist(),
-                                      lengths_P.tolist(), strict=True):
+        for begin, end, length in zip(
+            ((ends_P - lengths_P) * width).tolist(),
+            (ends_P * width).tolist(),
+            lengths_P.tolist(),
+            strict=True,
+        ):
             head = sample_head(length, width)
             size = len(head) + end - begin
             if self._room < size + 4 and self._sizes:
                 self._write()
             self._samples += (head, ids[begin:end])
             self._sizes.append(size)
-            self._room -= size + 4                   # 4 for its offset
+            self._room -= size + 4  # 4 for its offset
         self.tokens += int(lengths_P.sum())
 
     def finish(self) -> list[dict]:
@@ -78,8 +104,12 @@ class ShardWriter:
     def _write(self) -> None:
         """One shard: count, offsets, settings, samples."""
         count = len(self._sizes)
-        offsets = np.concatenate([[0], np.cumsum(self._sizes)]) + 4 + 4 * (count + 1) + len(self._head)
-        data = b"".join([struct.pack("<I", count), offsets.astype("<u4").tobytes(), self._head, *self._samples])
+        offsets = (
+            np.concatenate([[0], np.cumsum(self._sizes)]) + 4 + 4 * (count + 1) + len(self._head)
+        )
+        data = b"".join(
+            [struct.pack("<I", count), offsets.astype("<u4").tobytes(), self._head, *self._samples]
+        )
         self._begin()
         name = f"{self._split}.{len(self.entries):05}.mds"
         entry = {**self._config, "samples": count, "raw_data": _info(name, data), "zip_data": None}
@@ -97,15 +127,22 @@ class ShardWriter:
 
 
 def _info(name: str, data: bytes) -> dict:
-    return {"basename": name, "bytes": len(data), "hashes": {SHARD_HASH: hashlib.sha256(data).hexdigest()}}
+    return {
+        "basename": name,
+        "bytes": len(data),
+        "hashes": {SHARD_HASH: hashlib.sha256(data).hexdigest()},
+    }
 
 
 @functools.lru_cache(maxsize=2**14)
 def sample_head(length: int, width: int) -> bytes:
     """What stands before a sample's ids (streaming's encodings.NDArray): the bytes below, kind and shape. The kind is
     4 x axes + width of the shape."""
-    shape = struct.pack("<BB", 4, length) if length < 2**8 else (
-        struct.pack("<BH", 5, length) if length < 2**16 else struct.pack("<BI", 6, length))
+    shape = (
+        struct.pack("<BB", 4, length)
+        if length < 2**8
+        else (struct.pack("<BH", 5, length) if length < 2**16 else struct.pack("<BI", 6, length))
+    )
     return struct.pack("<I", len(shape) + length * width) + shape
 
 
@@ -147,12 +184,15 @@ def padding_of(samples: ShardSamples, specials: SpecialIds) -> Padded:
     """Look at both ends of every sample."""
     is_pad_T = samples.ids_T == specials.pad_id
     if not is_pad_T.any():
-        return Padded(before_P=np.zeros(len(samples.lengths_P), np.int64), behind_P=np.zeros(len(samples.lengths_P), np.int64))
+        return Padded(
+            before_P=np.zeros(len(samples.lengths_P), np.int64),
+            behind_P=np.zeros(len(samples.lengths_P), np.int64),
+        )
     kept = np.flatnonzero(~is_pad_T)
     ends_P = np.cumsum(samples.lengths_P)
     begins_P = ends_P - samples.lengths_P
     place_P, behind_P = np.searchsorted(kept, begins_P), np.searchsorted(kept, ends_P)
-    some_P = place_P < behind_P                       # not padding alone
+    some_P = place_P < behind_P  # not padding alone
     kept = np.append(kept, 0)
     first_P = np.where(some_P, kept[place_P], ends_P)
     last_P = np.where(some_P, kept[behind_P - 1], ends_P - 1)
@@ -169,7 +209,11 @@ def without_padding(samples: ShardSamples, padded: Padded) -> ShardSamples:
     edges = np.zeros(len(samples.ids_T) + 1, np.int8)
     edges[(ends_P - samples.lengths_P + padded.before_P)[some_P]] += 1
     edges[(ends_P - padded.behind_P)[some_P]] -= 1
-    return ShardSamples(name=samples.name, ids_T=samples.ids_T[np.cumsum(edges[:-1], dtype=np.int8) > 0], lengths_P=lengths_P)
+    return ShardSamples(
+        name=samples.name,
+        ids_T=samples.ids_T[np.cumsum(edges[:-1], dtype=np.int8) > 0],
+        lengths_P=lengths_P,
+    )
 
 
 def specials_inside(samples: ShardSamples, specials: SpecialIds) -> dict[str, np.ndarray]:
@@ -177,9 +221,12 @@ def specials_inside(samples: ShardSamples, specials: SpecialIds) -> dict[str, np
     the first place, [SEP] before the last."""
     ids_T, some_P, ends_P = samples.ids_T, samples.lengths_P > 0, np.cumsum(samples.lengths_P)
     found = {}
-    for word, special, allowed in (("[MASK]", specials.mask_id, None), ("[PAD]", specials.pad_id, None),
-                                   ("[CLS] behind its first place", specials.cls_id, (ends_P - samples.lengths_P)[some_P]),
-                                   ("[SEP] before its last place", specials.sep_id, ends_P[some_P] - 1)):
+    for word, special, allowed in (
+        ("[MASK]", specials.mask_id, None),
+        ("[PAD]", specials.pad_id, None),
+        ("[CLS] behind its first place", specials.cls_id, (ends_P - samples.lengths_P)[some_P]),
+        ("[SEP] before its last place", specials.sep_id, ends_P[some_P] - 1),
+    ):
         at = np.flatnonzero(ids_T == special)
         at = at if allowed is None else at[~np.isin(at, allowed)]
         if len(at):
@@ -197,17 +244,26 @@ def _ends(samples: ShardSamples) -> tuple[np.ndarray, np.ndarray]:
     return first_P, last_P
 
 
-def read_shard(folder: Path, entry: dict, *, card: Card, hashes: Mapping[str, str] | None = None) -> ShardSamples:
+def read_shard(
+    folder: Path, entry: dict, *, card: Card, hashes: Mapping[str, str] | None = None
+) -> ShardSamples:
     """One shard as it is stored, its size and hash checked, compressed or not; `hashes` of hashes.json where index.json has
     none. Raises ShardError with the file's name."""
     found = column_encodings(folder, entry, column=card.column)[card.column]
     if found != card.stored_as:
-        raise ShardError(f"{folder / INDEX} has the column {card.column} as {found}; needed: {card.column} as {card.stored_as}.")
+        raise ShardError(
+            f"{folder / INDEX} has the column {card.column} as {found}; needed: {card.column} as"
+            f" {card.stored_as}."
+        )
     data = stored_bytes(folder, entry)
     info = stored_info(entry)
-    if hashlib.sha256(data).hexdigest() != (info["hashes"].get(SHARD_HASH) or (hashes or {}).get(info["basename"])):
-        raise ShardError(f"{folder / info['basename']} is damaged: its {SHARD_HASH} is not the one in {INDEX}. "
-                         "Make the shards again.")
+    if hashlib.sha256(data).hexdigest() != (
+        info["hashes"].get(SHARD_HASH) or (hashes or {}).get(info["basename"])
+    ):
+        raise ShardError(
+            f"{folder / info['basename']} is damaged: its {SHARD_HASH} is not the one in {INDEX}. "
+            "Make the shards again."
+        )
     _check_unpacked_beside(folder, entry, data)
     return samples_of(folder, entry, data, column=card.id_column)
 
@@ -215,22 +271,47 @@ def read_shard(folder: Path, entry: dict, *, card: Card, hashes: Mapping[str, st
 def column_encodings(folder: Path, entry: dict, *, column: str = INPUT_IDS) -> dict[str, str]:
     """MDS's encoding of each column of a shard. Raises ShardError for another format, for pickles and without `column`."""
     try:
-        word, columns = entry["format"], dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-        stored_info(entry)["basename"], stored_info(entry)["hashes"], entry["samples"], entry["column_sizes"]
+        word, columns = (
+            entry["format"],
+            dict(zip(entry["column_names"], entry["column_encodings"], strict=True)),
+        )
+        (
+            stored_info(entry)["basename"],
+            stored_info(entry)["hashes"],
+            entry["samples"],
+            entry["column_sizes"],
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{folder / INDEX} is no index of MDS shards ({error} is missing). "
-                         "Make the shards again.") from error
+        raise ShardError(
+            f"{folder / INDEX} is no index of MDS shards ({error} is missing). "
+            "Make the shards again."
+        ) from error
     if word != "mds" or entry.get("version") != 2:
-        raise ShardError(f"{folder / INDEX} tells of {word} version {entry.get('version')}; needed: mds version 2.")
+        raise ShardError(
+            f"{folder / INDEX} tells of {word} version {entry.get('version')}; needed: mds"
+            " version 2."
+        )
     for name, encoding in columns.items():
         if encoding.partition(":")[0] == "pkl":
-            raise ShardError(f"{folder / INDEX} has the column {name} as pkl: to read a pickle is to run its code. "
-                             "Write the shards again without that column.")
+            raise ShardError(
+                f"{folder / INDEX} has the column {name} as pkl: to read a pickle is to run its"
+                " code. Write the shards again without that column."
+            )
     if column not in columns:
-        hold = [name for name, encoding in columns.items() if encoding.partition(":")[0] in ("ndarray", "bytes")]
-        way = f"Where another column holds the ids: data-prep index FOLDER --tokenizer FILE --column {hold[0]}." if hold else (
-            "Tokenize the text with data-prep prepare.")
-        raise ShardError(f"{folder / INDEX} has the columns {columns_text(columns)}; needed: {column}. {way}")
+        hold = [
+            name
+            for name, encoding in columns.items()
+            if encoding.partition(":")[0] in ("ndarray", "bytes")
+        ]
+        way = (
+            "Where another column holds the ids: data-prep index FOLDER --tokenizer FILE --column"
+            f" {hold[0]}."
+            if hold
+            else ("Tokenize the text with data-prep prepare.")
+        )
+        raise ShardError(
+            f"{folder / INDEX} has the columns {columns_text(columns)}; needed: {column}. {way}"
+        )
     return columns
 
 
@@ -246,11 +327,16 @@ def stored_bytes(folder: Path, entry: dict) -> bytes:
     with open_regular(path, error=ShardError) as file:
         size = os.fstat(file.fileno()).st_size
         if size != info["bytes"]:
-            raise ShardError(f"{path} has {size:,} bytes, {INDEX} tells of {info['bytes']:,}. Make the shards again.")
+            raise ShardError(
+                f"{path} has {size:,} bytes, {INDEX} tells of {info['bytes']:,}. Make the shards"
+                " again."
+            )
         try:
             return file.read()
         except OSError as error:
-            raise ShardError(f"{path} cannot be read: {error.strerror}. Make the shards again.") from error
+            raise ShardError(
+                f"{path} cannot be read: {error.strerror}. Make the shards again."
+            ) from error
 
 
 def _unpacked(folder: Path, entry: dict, data: bytes) -> bytes:
@@ -260,8 +346,11 @@ def _unpacked(folder: Path, entry: dict, data: bytes) -> bytes:
     try:
         return unpack(str(entry["compression"]), data, size=entry["raw_data"]["bytes"])
     except ValueError as error:
-        raise ShardError(f"{folder / stored_info(entry)['basename']} cannot be unpacked to the {entry['raw_data']['bytes']:,} "
-                         f"bytes that {INDEX} tells of: {error}. Make the shards again.") from error
+        raise ShardError(
+            f"{folder / stored_info(entry)['basename']} cannot be unpacked to the"
+            f" {entry['raw_data']['bytes']:,} bytes that {INDEX} tells of: {error}. Make the shards"
+            " again."
+        ) from error
 
 
 def _check_unpacked_beside(folder: Path, entry: dict, data: bytes) -> None:
@@ -273,8 +362,10 @@ def _check_unpacked_beside(folder: Path, entry: dict, data: bytes) -> None:
         return
     same_size = copy.stat().st_size == entry["raw_data"]["bytes"]
     if not same_size or copy.read_bytes() != _unpacked(folder, entry, data):
-        raise ShardError(f"{copy} is damaged: it is not what {stored_info(entry)['basename']} unpacks to. Remove it: "
-                         "training unpacks it again.")
+        raise ShardError(
+            f"{copy} is damaged: it is not what {stored_info(entry)['basename']} unpacks to. Remove"
+            " it: training unpacks it again."
+        )
 
 
 def samples_of(folder: Path, entry: dict, data: bytes, *, column: IdColumn) -> ShardSamples:
@@ -283,13 +374,24 @@ def samples_of(folder: Path, entry: dict, data: bytes, *, column: IdColumn) -> S
     data = _unpacked(folder, entry, data)
     at = entry["column_names"].index(column.name)
     try:
-        return _samples(path.name, data, column, samples=int(entry["samples"]), sizes=entry["column_sizes"], at=at)
+        return _samples(
+            path.name,
+            data,
+            column,
+            samples=int(entry["samples"]),
+            sizes=entry["column_sizes"],
+            at=at,
+        )
     except (ValueError, IndexError) as error:
-        raise ShardError(f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. "
-                         "Make the shards again.") from error
+        raise ShardError(
+            f"{path} is no MDS shard of {entry['samples']:,} samples: {error}. "
+            "Make the shards again."
+        ) from error
 
 
-def _samples(name: str, data: bytes, column: IdColumn, *, samples: int, sizes: Sequence[int | None], at: int) -> ShardSamples:
+def _samples(
+    name: str, data: bytes, column: IdColumn, *, samples: int, sizes: Sequence[int | None], at: int
+) -> ShardSamples:
     """All samples of a shard at once; `sizes` in bytes of the columns (None: in each sample's head), `at` that of ids."""
     count = int(np.frombuffer(data, "<u4", 1)[0])
     if count != samples:
@@ -301,25 +403,45 @@ def _samples(name: str, data: bytes, column: IdColumn, *, samples: int, sizes: S
     if offsets[-1] != len(raw) or np.any(limits - begins < 4 * len(variable)):
         raise ValueError("its offsets do not fit its size")
     # one number of the head of every sample, byte by byte: they are not aligned
-    head = {i: sum(raw[begins + 4 * k + byte].astype(np.int64) << 8 * byte for byte in range(4))
-            for k, i in enumerate(variable)}
+    head = {
+        i: sum(raw[begins + 4 * k + byte].astype(np.int64) << 8 * byte for byte in range(4))
+        for k, i in enumerate(variable)
+    }
     columns = begins + 4 * len(variable) + sum((head.get(i, sizes[i]) for i in range(at)), start=0)
     ends = columns + head.get(at, sizes[at])
-    if np.any(columns < begins) or np.any(columns > limits) or np.any(ends > limits) or np.any(ends < columns):
+    if (
+        np.any(columns < begins)
+        or np.any(columns > limits)
+        or np.any(ends > limits)
+        or np.any(ends < columns)
+    ):
         raise ValueError("a sample's columns do not fit its size")
-    plain = column.dtype is not None and column.has_shape and np.all(columns < ends) and np.all(raw[columns] >> 2 == 1)
+    plain = (
+        column.dtype is not None
+        and column.has_shape
+        and np.all(columns < ends)
+        and np.all(raw[columns] >> 2 == 1)
+    )
     if plain or column.dtype is not None and not column.has_shape:
         return _together(name, raw, columns, ends, column)
     # arrays that name their own type, or have axes of size 1: one by one
-    parts = [ids_in(column, data, begin, end - begin) for begin, end in zip(columns.tolist(), ends.tolist(), strict=True)]
-    return ShardSamples(name=name, ids_T=np.concatenate(parts) if parts else np.empty(0, np.int64),
-                        lengths_P=np.array([len(part) for part in parts], dtype=np.int64))
+    parts = [
+        ids_in(column, data, begin, end - begin)
+        for begin, end in zip(columns.tolist(), ends.tolist(), strict=True)
+    ]
+    return ShardSamples(
+        name=name,
+        ids_T=np.concatenate(parts) if parts else np.empty(0, np.int64),
+        lengths_P=np.array([len(part) for part in parts], dtype=np.int64),
+    )
 
 
-def _together(name: str, raw: np.ndarray, columns: np.ndarray, ends: np.ndarray, column: IdColumn) -> ShardSamples:
+def _together(
+    name: str, raw: np.ndarray, columns: np.ndarray, ends: np.ndarray, column: IdColumn
+) -> ShardSamples:
     """Arrays of one axis, or bare ids, of one type: cut out of the shard all at once."""
     first_byte = columns
-    if column.has_shape:       # one byte that tells the width of the size, and the size
+    if column.has_shape:  # one byte that tells the width of the size, and the size
         first_byte = columns + 1 + (1 << (raw[columns] & 3).astype(np.int64))
     id_bytes = ends - first_byte
     if np.any(id_bytes < column.has_shape) or np.any(id_bytes % column.dtype.itemsize):
@@ -328,5 +450,8 @@ def _together(name: str, raw: np.ndarray, columns: np.ndarray, ends: np.ndarray,
     edges[first_byte[id_bytes > 0]] += 1
     edges[ends[id_bytes > 0]] -= 1
     ids_T = raw[np.cumsum(edges[:-1], dtype=np.int8).astype(bool)].view(column.dtype)
-    return ShardSamples(name=name, ids_T=ids_T.view(np.int64) if column.dtype == np.uint64 else ids_T,
-                        lengths_P=id_bytes // column.dtype.itemsize)
+    return ShardSamples(
+        name=name,
+        ids_T=ids_T.view(np.int64) if column.dtype == np.uint64 else ids_T,
+        lengths_P=id_bytes // column.dtype.itemsize,
+    )

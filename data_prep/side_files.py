@@ -57,7 +57,7 @@ from encoder.data.shard_format import (
     write_lengths,
 )
 
-MANY_JUST_ABOVE = 0.1       # of the samples, from which on it is said
+MANY_JUST_ABOVE = 0.1  # of the samples, from which on it is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,15 @@ class Reading:
     keep_specials: bool = False
 
 
-def index(folders: Sequence[Path], *, tokenizer_json: Path, source: str | None = None, split: str = "train",
-          reading: Reading | None = None, again: bool = False) -> None:
+def index(
+    folders: Sequence[Path],
+    *,
+    tokenizer_json: Path,
+    source: str | None = None,
+    split: str = "train",
+    reading: Reading | None = None,
+    again: bool = False,
+) -> None:
     """Write the side files of every folder with an index.json, at or below those given. Raises ShardError.
 
     folders, tokenizer_json: the shards, and the tokenizer that made their ids.
@@ -93,7 +100,14 @@ def index(folders: Sequence[Path], *, tokenizer_json: Path, source: str | None =
         column, encoding = _column_of(folder, entries, reading)
         dtype = "int64" if column.dtype is None else column.dtype.name
         with output(folder, [LENGTHS, TOKENIZER, HASHES, CARD]):
-            read = _Read(folder, entries, vocab_size=vocab_size, specials=specials, column=column, reading=reading)
+            read = _Read(
+                folder,
+                entries,
+                vocab_size=vocab_size,
+                specials=specials,
+                column=column,
+                reading=reading,
+            )
             longest = int(read.lengths.max())
             # all is checked; an old card goes before what it names: beside new lengths it would be a wrong one
             (folder / CARD).unlink(missing_ok=True)
@@ -101,21 +115,53 @@ def index(folders: Sequence[Path], *, tokenizer_json: Path, source: str | None =
             write_atomic(folder / TOKENIZER, tokenizer_json.read_bytes())
             if read.hashes:
                 write_json(folder / HASHES, read.hashes)
-            card = Card(source=source or _name_of(folder), split=split, tokenizer_sha256=sha256_of(folder / TOKENIZER),
-                        vocab_size=vocab_size, specials=specials, dtype=dtype, documents=0, tokens=0,
-                        max_tokens_per_document=longest, index_sha256="", lengths_sha256="",
-                        hashes_sha256=sha256_of(folder / HASHES) if read.hashes else "", adds_specials=read.lacking > 0,
-                        strips_padding=read.padded > 0, holds_specials=read.special > 0, column=column.name,
-                        encoding="" if encoding == f"ndarray:{dtype}" else encoding,
-                        recipe={"index": 1, "columns": column_encodings(folder, entries[0], column=column.name)})
+            card = Card(
+                source=source or _name_of(folder),
+                split=split,
+                tokenizer_sha256=sha256_of(folder / TOKENIZER),
+                vocab_size=vocab_size,
+                specials=specials,
+                dtype=dtype,
+                documents=0,
+                tokens=0,
+                max_tokens_per_document=longest,
+                index_sha256="",
+                lengths_sha256="",
+                hashes_sha256=sha256_of(folder / HASHES) if read.hashes else "",
+                adds_specials=read.lacking > 0,
+                strips_padding=read.padded > 0,
+                holds_specials=read.special > 0,
+                column=column.name,
+                encoding="" if encoding == f"ndarray:{dtype}" else encoding,
+                recipe={
+                    "index": 1,
+                    "columns": column_encodings(folder, entries[0], column=column.name),
+                },
+            )
             card = with_content(card, folder, read.lengths)
             write_card(folder, card)
-        said = [f", {read.lacking:,} of them without [CLS] or [SEP], which are added when read"] if read.lacking else []
-        said += [f", {read.padded:,} of them with [PAD] at their ends ({read.padding / read.stored:.0%} of the stored ids), which "
-                 "is cut off when read"] if read.padded else []
-        said += [f", {read.special:,} of them with special ids inside, which are kept"] if read.special else []
-        say(f"{folder}: {card.documents:,} samples of up to {longest:,} tokens, {short_count(card.tokens)} tokens, "
-            f"{card.stored_as}{''.join(said)}.")
+        said = (
+            [f", {read.lacking:,} of them without [CLS] or [SEP], which are added when read"]
+            if read.lacking
+            else []
+        )
+        said += (
+            [
+                f", {read.padded:,} of them with [PAD] at their ends"
+                f" ({read.padding / read.stored:.0%} of the stored ids), which is cut off when read"
+            ]
+            if read.padded
+            else []
+        )
+        said += (
+            [f", {read.special:,} of them with special ids inside, which are kept"]
+            if read.special
+            else []
+        )
+        say(
+            f"{folder}: {card.documents:,} samples of up to {longest:,} tokens,"
+            f" {short_count(card.tokens)} tokens, {card.stored_as}{''.join(said)}."
+        )
         if above := just_above_text(read.lengths):
             say(f"{folder}: {above}")
 
@@ -126,18 +172,29 @@ def just_above_text(lengths: np.ndarray) -> str | None:
     length, share = max(shares.items(), key=lambda item: item[1])
     if share < MANY_JUST_ABOVE:
         return None
-    return (f"{share:.0%} of the samples are just above {length:,}, with {length + 1:,} or {length + 2:,} tokens: a phase of "
-            f"max_tokens_per_document {length:,} would cut each in two halves, of {length + 2:,} takes them whole.")
+    return (
+        f"{share:.0%} of the samples are just above {length:,}, with {length + 1:,} or"
+        f" {length + 2:,} tokens: a phase of max_tokens_per_document {length:,} would cut each in"
+        f" two halves, of {length + 2:,} takes them whole."
+    )
 
 
 class _Read:
     """Lengths of all samples of a folder, the hashes that its index lacks, and how many samples lack a special token."""
 
-    def __init__(self, folder: Path, entries: Sequence[dict], *, vocab_size: int, specials: SpecialIds, column: IdColumn,
-                 reading: Reading) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: Sequence[dict],
+        *,
+        vocab_size: int,
+        specials: SpecialIds,
+        column: IdColumn,
+        reading: Reading,
+    ) -> None:
         self.hashes: dict[str, str] = {}
-        self.lacking = self.padded = self.special = 0       # samples
-        self.stored = self.padding = 0                      # ids
+        self.lacking = self.padded = self.special = 0  # samples
+        self.stored = self.padding = 0  # ids
         self._vocab_size, self._specials, self._reading = vocab_size, specials, reading
         lengths = []
         with Meter(folder.name, sum(stored_info(entry)["bytes"] for entry in entries)) as meter:
@@ -145,8 +202,12 @@ class _Read:
                 data = stored_bytes(folder, entry)
                 self._hash(folder, entry, data)
                 path = folder / stored_info(entry)["basename"]
-                lengths.append(self._lengths(path, samples_of(folder, entry, data, column=column), column))
-                meter.add(file_bytes=len(data), documents=len(lengths[-1]), tokens=int(lengths[-1].sum()))
+                lengths.append(
+                    self._lengths(path, samples_of(folder, entry, data, column=column), column)
+                )
+                meter.add(
+                    file_bytes=len(data), documents=len(lengths[-1]), tokens=int(lengths[-1].sum())
+                )
         self.lengths = np.concatenate(lengths)
 
     def _lengths(self, path: Path, stored: ShardSamples, column: IdColumn) -> np.ndarray:
@@ -156,23 +217,34 @@ class _Read:
         some_P = (padded.before_P > 0) | (padded.behind_P > 0)
         padding = int(padded.before_P.sum() + padded.behind_P.sum())
         if padding and not self._reading.strip_padding:
-            raise ShardError(f"{path} has [PAD] at the ends of {int(some_P.sum()):,} of {len(some_P):,} samples, {padding:,} of "
-                             f"its {len(stored.ids_T):,} ids: they would be trained as text. Cut them off when they are read: "
-                             "--strip-padding; or prepare the text anew with data-prep prepare.")
+            raise ShardError(
+                f"{path} has [PAD] at the ends of {int(some_P.sum()):,} of {len(some_P):,} samples,"
+                f" {padding:,} of its {len(stored.ids_T):,} ids: they would be trained as text. Cut"
+                " them off when they are read: --strip-padding; or prepare the text anew with"
+                " data-prep prepare."
+            )
         self.padded, self.padding, self.stored = (
-            self.padded + int(some_P.sum()), self.padding + padding, self.stored + len(stored.ids_T))
+            self.padded + int(some_P.sum()),
+            self.padding + padding,
+            self.stored + len(stored.ids_T),
+        )
         samples = without_padding(stored, padded) if padding else stored
         lacks = lacking_specials(samples, self._specials)
         for word, lacks_P in (("begin with [CLS]", lacks.cls_P), ("end with [SEP]", lacks.sep_P)):
             if np.any(lacks_P) and not self._reading.add_specials:
-                raise ShardError(f"{path} sample {int(np.argmax(lacks_P))} does not {word} of the tokenizer. Give the "
-                                 "tokenizer that made the shards, or --add-specials where they were made without.")
+                raise ShardError(
+                    f"{path} sample {int(np.argmax(lacks_P))} does not {word} of the tokenizer."
+                    " Give the tokenizer that made the shards, or --add-specials where they were"
+                    " made without."
+                )
         inside = specials_inside(samples, self._specials)
         if inside and not self._reading.keep_specials:
             word, found_P = next(iter(inside.items()))
-            raise ShardError(f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples (the first: "
-                             f"{int(np.argmax(found_P))}), which would be trained as text. {_INSIDE[word]} Where that is meant: "
-                             "--keep-specials.")
+            raise ShardError(
+                f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples (the"
+                f" first: {int(np.argmax(found_P))}), which would be trained as text."
+                f" {_INSIDE[word]} Where that is meant: --keep-specials."
+            )
         self.special += int(np.sum(np.any([*inside.values()], axis=0))) if inside else 0
         self.lacking += int(np.sum(lacks.cls_P | lacks.sep_P))
         return samples.lengths_P + lacks.cls_P + lacks.sep_P
@@ -180,21 +252,27 @@ class _Read:
     def _check_ids(self, path: Path, stored: ShardSamples, column: IdColumn) -> None:
         top, least = (int(stored.ids_T.max(initial=0)), int(stored.ids_T.min(initial=0)))
         if top >= self._vocab_size or least < 0:
-            raise ShardError(f"{path} holds the id {top if top >= self._vocab_size else least:,}, the tokenizer has "
-                             f"{self._vocab_size:,} entries. Give the tokenizer that made the shards"
-                             + (", or another --dtype." if self._reading.dtype else "."))
+            raise ShardError(
+                f"{path} holds the id {top if top >= self._vocab_size else least:,}, the tokenizer"
+                f" has {self._vocab_size:,} entries. Give the tokenizer that made the shards"
+                + (", or another --dtype." if self._reading.dtype else ".")
+            )
         if self._reading.dtype and column.dtype.itemsize < 8 and len(stored.ids_T) >= 64:
             wide = _wider(stored, column, self._vocab_size)
             if wide:
-                raise ShardError(f"{path}: read as {column.dtype.name} its ids are 0 wherever {wide} has its upper bytes. "
-                                 f"Needed: --dtype {wide}.")
+                raise ShardError(
+                    f"{path}: read as {column.dtype.name} its ids are 0 wherever {wide} has its"
+                    f" upper bytes. Needed: --dtype {wide}."
+                )
 
     def _hash(self, folder: Path, entry: dict, data: bytes) -> None:
         info, found = stored_info(entry), hashlib.sha256(data).hexdigest()
         if known := info["hashes"].get(SHARD_HASH):
             if known != found:
-                raise ShardError(f"{folder / info['basename']} is damaged: its {SHARD_HASH} is not the one in {INDEX}. "
-                                 "Copy it again.")
+                raise ShardError(
+                    f"{folder / info['basename']} is damaged: its {SHARD_HASH} is not the one in"
+                    f" {INDEX}. Copy it again."
+                )
         else:
             self.hashes[info["basename"]] = found
 
@@ -204,10 +282,20 @@ def _with_index(folders: Sequence[Path]) -> list[Path]:
     folders below it counts as the folder's own."""
     found: dict[Path, None] = {}
     for folder in folders:
-        below = [folder] if (folder / INDEX).is_file() else sorted(
-            path.parent for path in folder.glob(f"**/{INDEX}") if not is_hidden(path, below=folder))
+        below = (
+            [folder]
+            if (folder / INDEX).is_file()
+            else sorted(
+                path.parent
+                for path in folder.glob(f"**/{INDEX}")
+                if not is_hidden(path, below=folder)
+            )
+        )
         if not below:
-            raise ShardError(f"{folder} holds no {INDEX}; needed: a folder of MDS shards, or one above such folders.")
+            raise ShardError(
+                f"{folder} holds no {INDEX}; needed: a folder of MDS shards, or one above such"
+                " folders."
+            )
         found.update(dict.fromkeys(below))
     return list(found)
 
@@ -216,19 +304,36 @@ def _check_free(folder: Path, tokenizer_json: Path, again: bool) -> None:
     """No file of anybody else is written over. Raises ShardError."""
     if (folder / CARD).is_file():
         if "index" not in read_card(folder).recipe:
-            raise ShardError(f"{folder} has a {CARD} of data-prep prepare; nothing is to be done. Check it with data-prep verify.")
+            raise ShardError(
+                f"{folder} has a {CARD} of data-prep prepare; nothing is to be done. Check it with"
+                " data-prep verify."
+            )
         if not again:
-            raise ShardError(f"{folder} has a {CARD} already. Check it with data-prep verify, or add --again.")
-    elif (folder / TOKENIZER).is_file() and (folder / TOKENIZER).read_bytes() != tokenizer_json.read_bytes():
-        raise ShardError(f"{folder} holds another {TOKENIZER} than {tokenizer_json}. "
-                         "Give that one with --tokenizer, if it made the shards, or move it away.")
+            raise ShardError(
+                f"{folder} has a {CARD} already. Check it with data-prep verify, or add --again."
+            )
+    elif (folder / TOKENIZER).is_file() and (
+        folder / TOKENIZER
+    ).read_bytes() != tokenizer_json.read_bytes():
+        raise ShardError(
+            f"{folder} holds another {TOKENIZER} than {tokenizer_json}. "
+            "Give that one with --tokenizer, if it made the shards, or move it away."
+        )
 
 
 _INSIDE = {
-    "[MASK]": "Shards that are masked already cannot be masked anew: prepare the text with data-prep prepare.",
+    "[MASK]": (
+        "Shards that are masked already cannot be masked anew: prepare the text with data-prep"
+        " prepare."
+    ),
     "[PAD]": "Padding in the middle cannot be cut off: write a document a sample.",
-    "[CLS] behind its first place": "A sample is one document, whose tokens all see each other: write a document a sample.",
-    "[SEP] before its last place": "A sample is one document, whose tokens all see each other: write a document a sample."}
+    "[CLS] behind its first place": (
+        "A sample is one document, whose tokens all see each other: write a document a sample."
+    ),
+    "[SEP] before its last place": (
+        "A sample is one document, whose tokens all see each other: write a document a sample."
+    ),
+}
 
 
 def _column_of(folder: Path, entries: Sequence[dict], reading: Reading) -> tuple[IdColumn, str]:
@@ -239,19 +344,32 @@ def _column_of(folder: Path, entries: Sequence[dict], reading: Reading) -> tuple
     columns = column_encodings(folder, entries[0], column=name)
     found = {column_encodings(folder, entry, column=name)[name] for entry in entries}
     if len(found) > 1:
-        raise ShardError(f"{folder / INDEX} has the column {name} as {' and '.join(sorted(found))}; needed: one type in all "
-                         "shards. Write them again, or index them as folders of their own.")
+        raise ShardError(
+            f"{folder / INDEX} has the column {name} as {' and '.join(sorted(found))}; needed: one"
+            " type in all shards. Write them again, or index them as folders of their own."
+        )
     encoding = found.pop()
     if encoding.partition(":")[0] == "bytes" and reading.dtype is None:
-        raise ShardError(f"{folder / INDEX} has the column {name} as bytes, which does not say what numbers they are; needed: "
-                         f"--dtype, one of {', '.join(WIDTHS)} (int64 where they were made by an array's tobytes()).")
+        raise ShardError(
+            f"{folder / INDEX} has the column {name} as bytes, which does not say what numbers they"
+            f" are; needed: --dtype, one of {', '.join(WIDTHS)} (int64 where they were made by an"
+            " array's tobytes())."
+        )
     try:
         column = id_column(name, encoding, dtype=reading.dtype)
     except ShardError as error:
-        raise ShardError(f"{folder / INDEX} has the columns {columns_text(columns)}; {error}") from error
-    if reading.dtype is not None and encoding.partition(":")[0] != "bytes" and column.dtype != np.dtype(reading.dtype):
-        raise ShardError(f"{folder / INDEX} has the column {name} as {encoding}: --dtype {reading.dtype} has no effect on it. "
-                         "Leave it out.")
+        raise ShardError(
+            f"{folder / INDEX} has the columns {columns_text(columns)}; {error}"
+        ) from error
+    if (
+        reading.dtype is not None
+        and encoding.partition(":")[0] != "bytes"
+        and column.dtype != np.dtype(reading.dtype)
+    ):
+        raise ShardError(
+            f"{folder / INDEX} has the column {name} as {encoding}: --dtype {reading.dtype} has no"
+            " effect on it. Leave it out."
+        )
     return column, encoding
 
 
@@ -260,7 +378,9 @@ def _wider(stored: ShardSamples, column: IdColumn, vocab_size: int) -> str | Non
     raw = stored.ids_T.view(np.uint8)
     for width in ("int64", "int32", "int16"):
         size = np.dtype(width).itemsize
-        if size > column.dtype.itemsize and not np.any(stored.lengths_P * column.dtype.itemsize % size):
+        if size > column.dtype.itemsize and not np.any(
+            stored.lengths_P * column.dtype.itemsize % size
+        ):
             ids = raw.view(np.dtype(width).newbyteorder("<"))
             if ids.min() >= 0 and ids.max() < vocab_size:
                 return width
@@ -270,4 +390,8 @@ def _wider(stored: ShardSamples, column: IdColumn, vocab_size: int) -> str | Non
 def _name_of(folder: Path) -> str:
     """The folder's name, or its parent's where it is named after a split."""
     folder = folder.resolve()
-    return folder.parent.name if folder.name in ("train", "val", "validation", "valid", "test", "held_out") else folder.name
+    return (
+        folder.parent.name
+        if folder.name in ("train", "val", "validation", "valid", "test", "held_out")
+        else folder.name
+    )

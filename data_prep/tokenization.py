@@ -21,23 +21,51 @@ from encoder.base.log import warn_once
 from encoder.base.untrusted import native_code
 
 EncoderName = Literal["fastokens", "tokenizers"]
-HASH_CHARS = 2**20              # of a text at a time, as bytes
-BATCH_CHARS: dict[EncoderName, int] = {"fastokens": 2**21, "tokenizers": 2**18}      # 30 and 250 bytes of memory each
+HASH_CHARS = 2**20  # of a text at a time, as bytes
+BATCH_CHARS: dict[EncoderName, int] = {
+    "fastokens": 2**21,
+    "tokenizers": 2**18,
+}  # 30 and 250 bytes of memory each
 
 # What encoders disagree on: spellings of specials, white space around them, composed and decomposed letters,
 # runs of spaces, controls, scripts without spaces, joined emoji, digits, contractions.
 HOSTILE = (
-    "[MASK]", " [MASK]", "  [MASK] x", "a[MASK]b [CLS][SEP] [PAD]\n[UNK]", "<|endoftext|>",
-    "<|padding|> <|endoftext|>\n\n", "[unused0] [unused82]", "|||IP_ADDRESS||| |||EMAIL_ADDRESS|||", "[mask] [MASK",
-    "[[MASK]]", " ", "    ", "\n", "\n \n  \n\t\t x", "a" + " " * 24 + "b" + " " * 25 + "c", " leading", "trailing ",
-    "tabs\t\tand\r\nreturns\r", "e\u0301 \u00e9 \u212b A\u030a \ufb01 \u1e9b\u0323",
+    "[MASK]",
+    " [MASK]",
+    "  [MASK] x",
+    "a[MASK]b [CLS][SEP] [PAD]\n[UNK]",
+    "<|endoftext|>",
+    "<|padding|> <|endoftext|>\n\n",
+    "[unused0] [unused82]",
+    "|||IP_ADDRESS||| |||EMAIL_ADDRESS|||",
+    "[mask] [MASK",
+    "[[MASK]]",
+    " ",
+    "    ",
+    "\n",
+    "\n \n  \n\t\t x",
+    "a" + " " * 24 + "b" + " " * 25 + "c",
+    " leading",
+    "trailing ",
+    "tabs\t\tand\r\nreturns\r",
+    "e\u0301 \u00e9 \u212b A\u030a \ufb01 \u1e9b\u0323",
     "\u0000\u0001\u007f\u0085\u00a0\u2028\u2029\u200b\ufeff\ufffd",
     "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0 \u4e2d\u6587 \ud55c\uad6d\uc5b4",
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0939\u093f\u0928\u094d\u0926\u0940",
+    (
+        "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea"
+        " \u0939\u093f\u0928\u094d\u0926\u0940"
+    ),
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f600\U0001f600",
-    "1234567890 3.14159 1,000,000 0x1F 1e-9 \u00b2\u00bd\u0664", "don't I'll we've they're he'd it's 'S 'LL",
-    "snake_case camelCase ALLCAPS kebab-case", "a" * 300, "ab" * 200, "!?!?...---___===", "https://a.b/c?d=e&f#g",
-    "def f(x):\n    return x[0]  # done\n", "\u0130\u0131\u017f\u212a", "\U000e0001\U0010fffd",
+    "1234567890 3.14159 1,000,000 0x1F 1e-9 \u00b2\u00bd\u0664",
+    "don't I'll we've they're he'd it's 'S 'LL",
+    "snake_case camelCase ALLCAPS kebab-case",
+    "a" * 300,
+    "ab" * 200,
+    "!?!?...---___===",
+    "https://a.b/c?d=e&f#g",
+    "def f(x):\n    return x[0]  # done\n",
+    "\u0130\u0131\u017f\u212a",
+    "\U000e0001\U0010fffd",
 )
 
 
@@ -45,11 +73,11 @@ HOSTILE = (
 class Pieces:
     """What a batch of documents becomes: pieces laid end to end, [CLS] ... [SEP] each."""
 
-    ids_T: np.ndarray            # uint16 or uint32
-    lengths_P: np.ndarray        # int64, tokens per piece with [CLS] and [SEP]
-    held_out_P: np.ndarray       # bool
+    ids_T: np.ndarray  # uint16 or uint32
+    lengths_P: np.ndarray  # int64, tokens per piece with [CLS] and [SEP]
+    held_out_P: np.ndarray  # bool
     held_out_documents: int
-    content_tokens: int          # before [CLS] and [SEP]
+    content_tokens: int  # before [CLS] and [SEP]
 
 
 class TextEncoder:
@@ -72,7 +100,9 @@ class TextEncoder:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
 
-    def encode(self, texts: Sequence[str], dtype: np.dtype | type = np.uint32) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, texts: Sequence[str], dtype: np.dtype | type = np.uint32
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts end to end [T], tokens per text [D] int64), by as much text at a time as bounds memory.
 
         A long text is encoded in parts, which end where no token can go on (long_texts.py). Raises TooLong for one that has
@@ -101,10 +131,15 @@ class TextEncoder:
     def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.name == "fastokens":
             ids, offsets = self._tokenizer.encode_batch_flat(list(texts), False, True)
-            return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
+            return np.frombuffer(ids, "<u4"), np.diff(
+                np.frombuffer(offsets, "<u8").astype(np.int64)
+            )
         found = [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
         lengths = np.array([len(f) for f in found], np.int64)
-        return np.fromiter((i for f in found for i in f), np.uint32, count=int(lengths.sum())), lengths
+        return (
+            np.fromiter((i for f in found for i in f), np.uint32, count=int(lengths.sum())),
+            lengths,
+        )
 
 
 def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> EncoderName:
@@ -117,15 +152,27 @@ def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> Enco
         warn_once(f"fastokens cannot be used ({' '.join(str(error).split())}). {slow}")
         return "tokenizers"
     texts = [*HOSTILE, *real_texts]
-    for text, (a, b) in zip(texts, zip(_each(fast, texts), _each(judge, texts), strict=True), strict=True):
+    for text, (a, b) in zip(
+        texts, zip(_each(fast, texts), _each(judge, texts), strict=True), strict=True
+    ):
         if not np.array_equal(a, b):
-            warn_once(f"fastokens gives other ids than Hugging Face tokenizers for {text[:40]!r}. {slow}")
+            warn_once(
+                f"fastokens gives other ids than Hugging Face tokenizers for {text[:40]!r}. {slow}"
+            )
             return "tokenizers"
     return "fastokens"
 
 
-def encode_pieces(encoder: TextEncoder, texts: Sequence[str], *, cls_id: int, sep_id: int, dtype: np.dtype,
-                  max_tokens_per_document: int, held_out_share: float) -> Pieces:
+def encode_pieces(
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    *,
+    cls_id: int,
+    sep_id: int,
+    dtype: np.dtype,
+    max_tokens_per_document: int,
+    held_out_share: float,
+) -> Pieces:
     """Encode documents, cut the long ones, wrap every piece; a document's pieces all go to the same split."""
     ids_T, lengths_D = encoder.encode(texts, dtype)
     content_tokens = int(lengths_D.sum())
@@ -141,14 +188,19 @@ def encode_pieces(encoder: TextEncoder, texts: Sequence[str], *, cls_id: int, se
     wrapped_T[ends_P - lengths_P] = cls_id
     wrapped_T[ends_P - 1] = sep_id
     wrapped_T[content] = ids_T
-    return Pieces(ids_T=wrapped_T, lengths_P=lengths_P, held_out_P=held_out_D[document_P],
-                  held_out_documents=int(held_out_D.sum()), content_tokens=content_tokens)
+    return Pieces(
+        ids_T=wrapped_T,
+        lengths_P=lengths_P,
+        held_out_P=held_out_D[document_P],
+        held_out_documents=int(held_out_D.sum()),
+        content_tokens=content_tokens,
+    )
 
 
 def cut_lengths(lengths_D: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Near-equal pieces of documents: (tokens per piece [P], document of each piece [P]). Nothing is dropped.
 
-        10 tokens, capacity 4   ->   4 3 3
+    10 tokens, capacity 4   ->   4 3 3
     """
     pieces_D = np.maximum(1, -(-lengths_D // capacity))
     document_P = np.repeat(np.arange(len(lengths_D)), pieces_D)
@@ -166,7 +218,7 @@ def text_hash(text: str) -> int:
     """64 bits of the text's BLAKE2b."""
     digest = hashlib.blake2b(digest_size=8)
     for at in range(0, len(text), HASH_CHARS):
-        digest.update(text[at:at + HASH_CHARS].encode("utf-8"))
+        digest.update(text[at : at + HASH_CHARS].encode("utf-8"))
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -181,10 +233,15 @@ def check_tokenizer_path(path: Path) -> Path:
     if name := parse_hub_name(path):
         return fetch_tokenizer(name, error=ConfigError)
     if path.is_dir():
-        raise ConfigError(f"tokenizer {path} is a folder; needed: a tokenizer.json, such as {path / 'tokenizer.json'}.")
+        raise ConfigError(
+            f"tokenizer {path} is a folder; needed: a tokenizer.json, such as"
+            f" {path / 'tokenizer.json'}."
+        )
     if not path.is_file():
-        raise ConfigError(f"tokenizer {path} does not exist. Make it: data-prep tokenizer modernbert --out {path}, "
-                          f"or data-prep tokenizer train --files YOUR_FILES --out {path}.")
+        raise ConfigError(
+            f"tokenizer {path} does not exist. Make it: data-prep tokenizer modernbert --out"
+            f" {path}, or data-prep tokenizer train --files YOUR_FILES --out {path}."
+        )
     return path
 
 

@@ -14,10 +14,18 @@ from data_prep.verify import find_shard_folders, verify_folder
 from encoder.base.errors import ShardError, UserError
 from encoder.base.log import say
 from encoder.base.untrusted import inside
-from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER, read_index, stored_info
+from encoder.data.shard_format import (
+    CARD,
+    HASHES,
+    INDEX,
+    LENGTHS,
+    TOKENIZER,
+    read_index,
+    stored_info,
+)
 
-THREADS = 8          # uploads at a time
-TRIES = 3            # of each file
+THREADS = 8  # uploads at a time
+TRIES = 3  # of each file
 
 
 def upload(folder: Path, remote: str) -> None:
@@ -29,9 +37,13 @@ def upload(folder: Path, remote: str) -> None:
     uploader = _uploader(folder, remote)
     for shards in found:
         card, count = verify_folder(shards)
-        names = [stored_info(entry)["basename"] for entry in read_index(shards)] + [INDEX, LENGTHS, TOKENIZER]
+        names = [stored_info(entry)["basename"] for entry in read_index(shards)] + [
+            INDEX,
+            LENGTHS,
+            TOKENIZER,
+        ]
         names += [HASHES] if card.hashes_sha256 else []
-        for name in (*names, CARD):                      # what was verified is what is copied, and no file of elsewhere
+        for name in (*names, CARD):  # what was verified is what is copied, and no file of elsewhere
             inside(shards, name, where=shards / INDEX, error=ShardError)
         place = shards.relative_to(folder)
         paths = [str(place / name) for name in names]
@@ -39,9 +51,11 @@ def upload(folder: Path, remote: str) -> None:
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(uploader.upload_file, paths))
             uploader.upload_file(str(place / CARD))
-        except Exception as error:       # as many kinds as there are clients below streaming's uploaders
-            raise UserError(f"{shards} could not be copied to {remote}: {' '.join(str(error).split())[:200].rstrip('.')}. "
-                            "Run the same command again.") from error
+        except Exception as error:  # as many kinds as there are clients below streaming's uploaders
+            raise UserError(
+                f"{shards} could not be copied to {remote}:"
+                f" {' '.join(str(error).split())[:200].rstrip('.')}. Run the same command again."
+            ) from error
         say(f"{shards} -> {remote.rstrip('/')}/{place.as_posix()}: {count:,} shards")
 
 
@@ -68,21 +82,32 @@ def _uploader(folder: Path, remote: str) -> Any:
     try:
         from streaming.base.storage.upload import UPLOADERS, CloudUploader
     except ModuleNotFoundError as error:
-        raise UserError(f"{remote} is written by mosaicml-streaming, which is not here ({error.name}). Install the extra: "
-                        "pip install 'tessera-encoders[remote]'.") from error
+        raise UserError(
+            f"{remote} is written by mosaicml-streaming, which is not here ({error.name}). Install"
+            " the extra: pip install 'tessera-encoders[remote]'."
+        ) from error
     if scheme not in UPLOADERS:
-        raise UserError(f"{remote} begins with {scheme}://; needed: one of {', '.join(f'{s}://' for s in UPLOADERS if s)}, "
-                        "or a path.")
-    if scheme == "hf":                   # HFUploader puts files into the repository's root, wherever the path points
+        raise UserError(
+            f"{remote} begins with {scheme}://; needed: one of"
+            f" {', '.join(f'{s}://' for s in UPLOADERS if s)}, or a path."
+        )
+    if scheme == "hf":  # HFUploader puts files into the repository's root, wherever the path points
         if len(remote.rstrip("/").split("/")) != 5:
-            raise UserError(f"{remote} is not hf://datasets/ORGANISATION/NAME, which is all that an upload to hf can name.")
+            raise UserError(
+                f"{remote} is not hf://datasets/ORGANISATION/NAME, which is all that an upload to"
+                " hf can name."
+            )
         remote = f"{remote.rstrip('/')}/"
-    logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)       # it warns that `folder` holds files
+    logging.getLogger("streaming.base.storage.upload").setLevel(
+        logging.ERROR
+    )  # it warns that `folder` holds files
     try:
         uploader = CloudUploader.get(remote, keep_local=True, retry=TRIES)
     except Exception as error:
-        raise UserError(f"{remote} cannot be written to: {' '.join(str(error).split())[:200].rstrip('.')}. "
-                         "Check the name and the credentials of its client.") from error
-    os.rmdir(uploader.local)             # a temporary folder of its own, empty
+        raise UserError(
+            f"{remote} cannot be written to: {' '.join(str(error).split())[:200].rstrip('.')}. "
+            "Check the name and the credentials of its client."
+        ) from error
+    os.rmdir(uploader.local)  # a temporary folder of its own, empty
     uploader.local = str(folder)
     return uploader

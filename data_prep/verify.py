@@ -41,7 +41,10 @@ def verify(folders: Sequence[Path]) -> int:
     for folder in find_shard_folders(folders):
         try:
             card, shards = verify_folder(folder)
-            say(f"{folder}: good, {shards:,} shards, {card.documents:,} samples, {card.tokens:,} tokens")
+            say(
+                f"{folder}: good, {shards:,} shards, {card.documents:,} samples, {card.tokens:,}"
+                " tokens"
+            )
         except ShardError as error:
             damaged += 1
             print(f"error: {error}", file=sys.stderr)
@@ -54,7 +57,7 @@ def find_shard_folders(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         cards = [path for path in sorted(folder.rglob(CARD)) if not is_hidden(path, below=folder)]
         if not cards:
-            read_card(folder)          # says what is missing
+            read_card(folder)  # says what is missing
         found.update({p.parent: None for p in cards})
     return list(found)
 
@@ -63,19 +66,28 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
     """(card, number of shards) of a folder without damage. Raises ShardError naming the first damaged file."""
     card = read_card(folder)
     if tokenizer_fingerprint(folder / TOKENIZER) != card.tokenizer_sha256:
-        raise ShardError(f"{folder / TOKENIZER} is not the tokenizer of {CARD} (its SHA-256 differs). "
-                         "Make the shards again.")
+        raise ShardError(
+            f"{folder / TOKENIZER} is not the tokenizer of {CARD} (its SHA-256 differs). "
+            "Make the shards again."
+        )
     check_index(folder, card)
-    lengths, at, shards, hashes = read_lengths(folder, card), 0, read_index(folder), read_hashes(folder, card)
+    lengths, at, shards, hashes = (
+        read_lengths(folder, card),
+        0,
+        read_index(folder),
+        read_hashes(folder, card),
+    )
     check_lengths(folder, card)
     for entry in shards:
         samples = read_shard(folder, entry, card=card, hashes=hashes)
-        _check_samples(folder, samples, lengths[at:at + len(samples.lengths_P)], card)
+        _check_samples(folder, samples, lengths[at : at + len(samples.lengths_P)], card)
         at += len(samples.lengths_P)
     tokens = int(np.sum(lengths, dtype=np.int64))
     if at != card.documents or tokens != card.tokens:
-        raise ShardError(f"{folder} has {at:,} samples and {tokens:,} tokens, {CARD} tells of {card.documents:,} and "
-                         f"{card.tokens:,}. Make the shards again.")
+        raise ShardError(
+            f"{folder} has {at:,} samples and {tokens:,} tokens, {CARD} tells of {card.documents:,}"
+            f" and {card.tokens:,}. Make the shards again."
+        )
     return card, len(shards)
 
 
@@ -83,18 +95,41 @@ def _check_samples(folder: Path, stored: ShardSamples, expected_P: np.ndarray, c
     path, padded = folder / stored.name, padding_of(stored, card.specials)
     samples = without_padding(stored, padded) if card.strips_padding else stored
     lacks = lacking_specials(samples, card.specials)
-    lengths_P = samples.lengths_P + (lacks.cls_P.astype(np.int64) + lacks.sep_P) * card.adds_specials
-    if not np.array_equal(lengths_P.astype(lengths_dtype(card.max_tokens_per_document)), expected_P):
-        raise ShardError(f"{path} has other sample lengths than lengths.bin. Make the shards again.")
+    lengths_P = (
+        samples.lengths_P + (lacks.cls_P.astype(np.int64) + lacks.sep_P) * card.adds_specials
+    )
+    if not np.array_equal(
+        lengths_P.astype(lengths_dtype(card.max_tokens_per_document)), expected_P
+    ):
+        raise ShardError(
+            f"{path} has other sample lengths than lengths.bin. Make the shards again."
+        )
     inside = {} if card.holds_specials else specials_inside(samples, card.specials)
-    padding = {word: found_P for word, found_P in inside.items() if word == "[PAD]"}      # before what it hides at the ends
-    _refuse(path, {f"an id beyond the vocabulary of {card.vocab_size:,}": samples.ids_T.max(initial=0) >= card.vocab_size,
-                   "an id below 0": samples.ids_T.min(initial=0) < 0})
+    padding = {
+        word: found_P for word, found_P in inside.items() if word == "[PAD]"
+    }  # before what it hides at the ends
+    _refuse(
+        path,
+        {
+            f"an id beyond the vocabulary of {card.vocab_size:,}": (
+                samples.ids_T.max(initial=0) >= card.vocab_size
+            ),
+            "an id below 0": samples.ids_T.min(initial=0) < 0,
+        },
+    )
     _refuse_specials(path, padding, padded, card)
-    _refuse(path, {"a sample that does not begin with [CLS]": not card.adds_specials and np.any(lacks.cls_P),
-                   "a sample that does not end with [SEP]": not card.adds_specials and np.any(lacks.sep_P),
-                   f"a sample longer than {card.max_tokens_per_document:,} tokens":
-                       lengths_P.max(initial=0) > card.max_tokens_per_document})
+    _refuse(
+        path,
+        {
+            "a sample that does not begin with [CLS]": (
+                not card.adds_specials and np.any(lacks.cls_P)
+            ),
+            "a sample that does not end with [SEP]": not card.adds_specials and np.any(lacks.sep_P),
+            f"a sample longer than {card.max_tokens_per_document:,} tokens": (
+                lengths_P.max(initial=0) > card.max_tokens_per_document
+            ),
+        },
+    )
     _refuse_specials(path, inside, padded, card)
 
 
@@ -109,7 +144,13 @@ def _refuse_specials(path: Path, inside: dict[str, np.ndarray], padded: Padded, 
         way = "Make the shards again."
         if "index" in card.recipe:
             at_ends = word == "[PAD]" and (padded.before_P.any() or padded.behind_P.any())
-            option = "--strip-padding, which cuts it off when they are read" if at_ends else "--keep-specials, if that is meant"
+            option = (
+                "--strip-padding, which cuts it off when they are read"
+                if at_ends
+                else "--keep-specials, if that is meant"
+            )
             way = f"Index them again: data-prep index FOLDER --tokenizer FILE --again {option}."
-        raise ShardError(f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples, which would be trained as "
-                         f"text. {way}")
+        raise ShardError(
+            f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples, which would"
+            f" be trained as text. {way}"
+        )

@@ -35,10 +35,12 @@ from encoder.base.main_script import without_main_script
 from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.shard_format import lengths_dtype
 
-IN_CHILDREN = True       # also where one process is asked for; a test that looks into its work has it in its own
-CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000      # real text for the check of the encoder, per source
-MOST_CHECK_CHARS = 20_000                        # of one document
-MANY = 100               # documents of a part of a file, of which none is good: the file is of another kind
+IN_CHILDREN = (
+    True  # also where one process is asked for; a test that looks into its work has it in its own
+)
+CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000  # real text for the check of the encoder, per source
+MOST_CHECK_CHARS = 20_000  # of one document
+MANY = 100  # documents of a part of a file, of which none is good: the file is of another kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class SegmentJob:
     encoder: EncoderName
     segment: Segment
     part: Part
-    folder: str                   # OUT/NAME
+    folder: str  # OUT/NAME
     made_from_sha256: str
 
 
@@ -105,7 +107,7 @@ class SegmentMaker:
 
     def __init__(self, job: EncodeJob, tell: Callable[[Done | At | Sample], None]) -> None:
         self._job, self._tell = job, tell
-        self.place = ""                # where it is, for messages
+        self.place = ""  # where it is, for messages
         self._encoders: dict[EncoderName, TextEncoder] = {}
 
     def encoder(self, name: EncoderName) -> TextEncoder:
@@ -126,9 +128,11 @@ class SegmentMaker:
         texts: list[str] = []
         with contextlib.suppress(ReadError), _memory_told(self):
             for block in itertools.islice(self._blocks(asked.source, Stretch(file=asked.file)), 1):
-                texts = [text for text in parse(block).texts if len(text) < MOST_CHECK_CHARS][:CHECK_DOCUMENTS]
+                texts = [text for text in parse(block).texts if len(text) < MOST_CHECK_CHARS][
+                    :CHECK_DOCUMENTS
+                ]
         ends = list(itertools.accumulate(map(len, texts)))
-        return Sample(texts=texts[:sum(end <= CHECK_CHARS for end in ends)])
+        return Sample(texts=texts[: sum(end <= CHECK_CHARS for end in ends)])
 
     def _make(self, asked: SegmentJob) -> None:
         with Ledger(Path(asked.folder)).making(asked.segment, asked.part) as folder:
@@ -140,8 +144,16 @@ class SegmentMaker:
             counts.tokens = sum(out.tokens.values())
             counts.check()
             stretches = [s.described() for s in asked.segment.stretches]
-            write_record(folder, Record(made_from_sha256=asked.made_from_sha256, stretches=stretches, counts=counts,
-                                        tokens=out.tokens, shards=shards))
+            write_record(
+                folder,
+                Record(
+                    made_from_sha256=asked.made_from_sha256,
+                    stretches=stretches,
+                    counts=counts,
+                    tokens=out.tokens,
+                    shards=shards,
+                ),
+            )
 
     def _read(self, asked: SegmentJob, out: _Splits, counts: Counts) -> None:
         """The stretches of a segment, each to its end or to where it breaks."""
@@ -169,7 +181,13 @@ class SegmentMaker:
     def _blocks(self, source: Source, stretch: Stretch) -> Iterator[Block]:
         """The blocks of a stretch; the place of each is told before it is worked on."""
         self._say_place(stretch.file, None)
-        for block in read_blocks(source, stretch.file, stretch.begin, stretch.end, most_bytes=self._job.max_document_bytes):
+        for block in read_blocks(
+            source,
+            stretch.file,
+            stretch.begin,
+            stretch.end,
+            most_bytes=self._job.max_document_bytes,
+        ):
             self._say_place(stretch.file, block)
             yield block
 
@@ -180,25 +198,46 @@ class SegmentMaker:
             self.place += f"{behind}, {block.kind_of_row} {block.first:,} and on"
         self._tell(At(place=self.place))
 
-    def _encode(self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts) -> Parsed:
+    def _encode(
+        self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts
+    ) -> Parsed:
         job, parsed, tokens = self._job, parse(block), 0
-        for number in [number for number in sorted(parsed.long, reverse=True) if not encoder.fits(parsed.texts[number])]:
+        for number in [
+            number
+            for number in sorted(parsed.long, reverse=True)
+            if not encoder.fits(parsed.texts[number])
+        ]:
             text = parsed.texts.pop(number)
-            parsed.leave_out("no end of a word", f"{parsed.long[number]}: {len(text):,} characters, of which {MOST_UNCUT_CHARS:,} "
-                                                 "follow one another without a place to cut between words; needed: prose or code "
-                                                 f"with spaces. Leave it out, or {SKIP}.")
+            parsed.leave_out(
+                "no end of a word",
+                f"{parsed.long[number]}: {len(text):,} characters, of which {MOST_UNCUT_CHARS:,} "
+                "follow one another without a place to cut between words; needed: prose or code "
+                f"with spaces. Leave it out, or {SKIP}.",
+            )
         if parsed.problem and job.stop_on_error:
             raise ConfigError(parse(numbered(block, file)).problem or parsed.problem)
         counts.leave_out(parsed.left_out)
         if parsed.texts:
-            pieces = encode_pieces(encoder, parsed.texts, cls_id=job.cls_id, sep_id=job.sep_id,
-                                   dtype=np.dtype(job.dtype), held_out_share=job.held_out_share,
-                                   max_tokens_per_document=job.max_tokens_per_document)
+            pieces = encode_pieces(
+                encoder,
+                parsed.texts,
+                cls_id=job.cls_id,
+                sep_id=job.sep_id,
+                dtype=np.dtype(job.dtype),
+                held_out_share=job.held_out_share,
+                max_tokens_per_document=job.max_tokens_per_document,
+            )
             out.add(pieces.ids_T, pieces.lengths_P, pieces.held_out_P)
             tokens = len(pieces.ids_T)
-            counts.add(Counts(documents_read=len(parsed.texts), documents_held_out=pieces.held_out_documents,
-                              documents_train=len(parsed.texts) - pieces.held_out_documents,
-                              content_tokens=pieces.content_tokens, pieces=len(pieces.lengths_P)))
+            counts.add(
+                Counts(
+                    documents_read=len(parsed.texts),
+                    documents_held_out=pieces.held_out_documents,
+                    documents_train=len(parsed.texts) - pieces.held_out_documents,
+                    content_tokens=pieces.content_tokens,
+                    pieces=len(pieces.lengths_P),
+                )
+            )
         self._tell(Done(file_bytes=block.file_bytes, documents=len(parsed.texts), tokens=tokens))
         return parsed
 
@@ -213,8 +252,10 @@ def _memory_told(maker: SegmentMaker) -> Iterator[None]:
 
 def no_memory(place: str) -> str:
     """The sentence about a process that ran out of memory."""
-    return (f"memory ran out at {place}. Run it again with fewer processes (processes: N), a smaller max_document_bytes, "
-            "or more memory; what is finished is kept.")
+    return (
+        f"memory ran out at {place}. Run it again with fewer processes (processes: N), a smaller"
+        " max_document_bytes, or more memory; what is finished is kept."
+    )
 
 
 @contextlib.contextmanager
@@ -236,8 +277,16 @@ class _Splits:
 
     def __init__(self, folder: Path, job: EncodeJob) -> None:
         self._folder, self._lengths_dtype = folder, lengths_dtype(job.max_tokens_per_document)
-        self._writers = {split: ShardWriter(folder, split, dtype=np.dtype(job.dtype), shard_bytes=job.shard_bytes,
-                                            compression=job.compression) for split in SPLITS}
+        self._writers = {
+            split: ShardWriter(
+                folder,
+                split,
+                dtype=np.dtype(job.dtype),
+                shard_bytes=job.shard_bytes,
+                compression=job.compression,
+            )
+            for split in SPLITS
+        }
         self._lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, held_out_P: np.ndarray) -> None:
@@ -249,7 +298,9 @@ class _Splits:
         """Everything on the disk, durable; the entries of the shards by split."""
         shards = {split: writer.finish() for split, writer in self._writers.items()}
         for split, lengths in self._lengths.items():
-            write_atomic(self._folder / f"{split}.lengths", b"".join(part.tobytes() for part in lengths))
+            write_atomic(
+                self._folder / f"{split}.lengths", b"".join(part.tobytes() for part in lengths)
+            )
         return shards
 
     @property
@@ -260,7 +311,8 @@ class _Splits:
 class SegmentPool:
     """Processes that make segments, given out in order: one at least, whose death by native code is a sentence of this one.
 
-    Each hangs on a pipe of its own: the queues of a ProcessPoolExecutor leave semaphores in /dev/shm after a SIGKILL."""
+    Each hangs on a pipe of its own: the queues of a ProcessPoolExecutor leave semaphores in /dev/shm after a SIGKILL.
+    """
 
     def __init__(self, job: EncodeJob, processes: int) -> None:
         self._job = job
@@ -269,12 +321,12 @@ class SegmentPool:
         if processes > 1 or IN_CHILDREN:
             # spawn: a forked copy of a process with threads (arrow) can hang
             context = get_context("spawn")
-            for _ in range(processes):           # they start and load while this process checks the encoder
+            for _ in range(processes):  # they start and load while this process checks the encoder
                 here, there = context.Pipe()
                 process = context.Process(target=_work, args=(job, there), daemon=True)
                 with without_main_script():
                     process.start()
-                there.close()                    # so that the end of the process ends the pipe
+                there.close()  # so that the end of the process ends the pipe
                 self._processes[here] = process
 
     def sample(self, source: Source, file: InputFile) -> list[str]:
@@ -286,13 +338,17 @@ class SegmentPool:
     def make(self, jobs: Iterable[SegmentJob | SampleJob], tell: Callable[[Any], None]) -> None:
         """All of them; `tell` is called with what is Done, and each Sample. Raises the error of the first that has one."""
         if not self._processes:
-            maker = SegmentMaker(self._job, lambda news: None if isinstance(news, At) else tell(news))
+            maker = SegmentMaker(
+                self._job, lambda news: None if isinstance(news, At) else tell(news)
+            )
             for job in jobs:
                 maker(job)
             return
         self._make(enumerate(jobs), tell)
 
-    def _make(self, jobs: Iterator[tuple[int, SegmentJob | SampleJob]], tell: Callable[[Any], None]) -> None:
+    def _make(
+        self, jobs: Iterator[tuple[int, SegmentJob | SampleJob]], tell: Callable[[Any], None]
+    ) -> None:
         idle, busy, failed = list(self._processes), {}, {}
         places = {pipe: "its start" for pipe in idle}
         while True:
@@ -300,7 +356,7 @@ class SegmentPool:
                 pipe = idle.pop()
                 busy[pipe] = job[0]
                 places[pipe] = _file_of(job[1]).place
-                with contextlib.suppress(OSError):       # dead: told of where its news are read
+                with contextlib.suppress(OSError):  # dead: told of where its news are read
                     pipe.send(job[1])
             if failed and min(failed) < min(busy.values(), default=min(failed) + 1):
                 error, trace = failed[min(failed)]
@@ -328,12 +384,19 @@ class SegmentPool:
         process = self._processes[pipe]
         process.join(DEATH_SECONDS)
         code, count = process.exitcode, len(self._processes)
-        how = f"by signal {-code} ({signal.Signals(-code).name})" if code and -code in set(signal.Signals) else f"with code {code}"
+        how = (
+            f"by signal {-code} ({signal.Signals(-code).name})"
+            if code and -code in set(signal.Signals)
+            else f"with code {code}"
+        )
         memory = code in (-signal.SIGKILL, -signal.SIGABRT, 1, None)
         why = ", most likely for want of memory" if memory else ""
         fewer = f"fewer processes than {count} (processes: N), " if count > 1 else ""
-        return (f"a process that encodes text died {how} at {place}{why}. Run it again with {fewer}a smaller max_document_bytes, "
-                f"more memory, or without this file; what is finished is kept.")
+        return (
+            f"a process that encodes text died {how} at {place}{why}. Run it again with {fewer}a"
+            " smaller max_document_bytes, more memory, or without this file; what is finished is"
+            " kept."
+        )
 
     def close(self) -> None:
         """End the processes; segments that are not finished are given up."""
@@ -349,13 +412,13 @@ def _file_of(job: SegmentJob | SampleJob) -> InputFile:
     return job.file if isinstance(job, SampleJob) else job.segment.stretches[0].file
 
 
-DEATH_SECONDS = 10.0                 # until the exit code of a process that closed its pipe is known
+DEATH_SECONDS = 10.0  # until the exit code of a process that closed its pipe is known
 
 
 def _work(job: EncodeJob, pipe: connection.Connection) -> None:
     """In a new process: leave Ctrl-C to the parent, and end when the parent is killed. Sends what is Done; after each
     segment None, or an error and its trace."""
-    for number in STOP_SIGNALS:      # they reach whole process groups: the parent decides
+    for number in STOP_SIGNALS:  # they reach whole process groups: the parent decides
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     one_thread_a_process()

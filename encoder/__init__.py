@@ -1,8 +1,8 @@
 """Tessera's library: rooms for words (base), mathematics (nn, optim), models, data, the engine and the story (train).
 
-    import encoder
-    bert = encoder.load("runs/small")                    # a run, a checkpoint, a Hugging Face folder: docs/python.md
-    run = encoder.read_run("run.yaml", ["seed=3"])       # names come from their rooms when they are asked for: torch takes seconds
+import encoder
+bert = encoder.load("runs/small")                    # a run, a checkpoint, a Hugging Face folder: docs/python.md
+run = encoder.read_run("run.yaml", ["seed=3"])       # names come from their rooms when they are asked for: torch takes seconds
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:       # the same names, for type checkers and editors
+if TYPE_CHECKING:  # the same names, for type checkers and editors
     from encoder.base.dist import World as World
     from encoder.base.errors import UserError as UserError
     from encoder.models.catalog import PRESETS as PRESETS
@@ -29,18 +29,31 @@ if TYPE_CHECKING:       # the same names, for type checkers and editors
 
 __version__ = "0.1.0"
 
-_ROOMS = {"preset": "encoder.tools.notebook", "load": "encoder.tools.notebook", "metrics": "encoder.tools.notebook",
-          "open_shards": "encoder.tools.notebook", "LoadedModel": "encoder.tools.notebook", "Shards": "encoder.tools.notebook",
-          "read_run": "encoder.runs.config", "RunConfig": "encoder.runs.config", "pretrain": "encoder.train.loop",
-          "World": "encoder.base.dist", "read_model": "encoder.runs.weights", "ModernBertConfig": "encoder.models.modernbert",
-          "ModernBertForMaskedLM": "encoder.models.modernbert", "PRESETS": "encoder.models.catalog",
-          "UserError": "encoder.base.errors"}
+_ROOMS = {
+    "preset": "encoder.tools.notebook",
+    "load": "encoder.tools.notebook",
+    "metrics": "encoder.tools.notebook",
+    "open_shards": "encoder.tools.notebook",
+    "LoadedModel": "encoder.tools.notebook",
+    "Shards": "encoder.tools.notebook",
+    "read_run": "encoder.runs.config",
+    "RunConfig": "encoder.runs.config",
+    "pretrain": "encoder.train.loop",
+    "World": "encoder.base.dist",
+    "read_model": "encoder.runs.weights",
+    "ModernBertConfig": "encoder.models.modernbert",
+    "ModernBertForMaskedLM": "encoder.models.modernbert",
+    "PRESETS": "encoder.models.catalog",
+    "UserError": "encoder.base.errors",
+}
 __all__ = ["__version__", *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
-        raise AttributeError(f"module 'encoder' has no attribute {name!r}. It has {', '.join(_ROOMS)}.")
+        raise AttributeError(
+            f"module 'encoder' has no attribute {name!r}. It has {', '.join(_ROOMS)}."
+        )
     return getattr(importlib.import_module(_ROOMS[name]), name)
 
 

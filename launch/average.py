@@ -18,14 +18,28 @@ from encoder.base.command import CommandLine, run_command
 def main(argv: list[str] | None = None) -> int:
     """Parses, averages, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT",
-                        help="a folder of RUN/checkpoints, or a run folder for its newest; all of the same model and tokenizer")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT",
-                        help="the weights folder to write; replaced only if it is an earlier weights folder")
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=Path,
+        metavar="CHECKPOINT",
+        help=(
+            "a folder of RUN/checkpoints, or a run folder for its newest; all of the same model and"
+            " tokenizer"
+        ),
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="the weights folder to write; replaced only if it is an earlier weights folder",
+    )
     args = parser.parse_args(argv)
 
     def body() -> None:
         from encoder.tools.weights.average import average_checkpoints
+
         model = average_checkpoints(args.checkpoints, args.out)
         print(f"wrote {args.out}: {model.origin}")
 

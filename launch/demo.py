@@ -21,9 +21,14 @@ from launch.smaller_demo import ROOT, RUN_FILE, preparation_settings, run_settin
 
 CORPUS_MB = 20
 VOCABULARY = 8192
-KILL_AT = 0.45       # of the tokens
+KILL_AT = 0.45  # of the tokens
 # the demo is the same everywhere: no GPU even where there is one, and nothing fetched
-SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 QUESTIONS = [
     "The function returns a new [MASK] with the given keys and values.",
     "If the file does not [MASK], an exception is raised.",
@@ -37,10 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, tells the story, returns the exit code: 2 where one of its commands fails."""
     parser = CommandLine(description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)"
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        help="folder for everything the demo makes (default: demo)",
     )
     parser.add_argument(
-        "--shrink", type=float, default=1.0, help="divide the corpus and the training by this (tests use 10)"
+        "--shrink",
+        type=float,
+        default=1.0,
+        help="divide the corpus and the training by this (tests use 10)",
     )
     args = parser.parse_args(argv)
     out = args.out.resolve()
@@ -61,27 +72,40 @@ def tell(out: Path, *, shrink: float) -> None:
     begun = time.monotonic()
     shell = ShownCommands(folder=ROOT, settings=SETTINGS)
     here = shlex.quote(str(short(out)))
-    say("From text to a language model, on the CPU alone. In this folder each command can be typed as it stands, after:")
+    say(
+        "From text to a language model, on the CPU alone. In this folder each command can be typed"
+        " as it stands, after:"
+    )
     activate = Path(sys.prefix) / "bin" / "activate"
     if activate.exists():
         say(f"$ . {short(activate)}")
     say(f"$ export {' '.join(f'{name}={value}' for name, value in SETTINGS.items())}")
 
-    shell.chapter("Text", "Every Python environment has some: code, and the prose of its documentation.")
+    shell.chapter(
+        "Text", "Every Python environment has some: code, and the prose of its documentation."
+    )
     size_mb = max(1.0, CORPUS_MB / shrink)
     shell.run(
         f"data-prep environment-corpus --out {here}/corpus --size-mb {size_mb:g}",
         made=out / "corpus" / "manifest.json",
     )
 
-    shell.chapter("Tokenizer", f"Byte-level BPE: {VOCABULARY:,} pieces of words, chosen so that this text has few of them.")
+    shell.chapter(
+        "Tokenizer",
+        f"Byte-level BPE: {VOCABULARY:,} pieces of words, chosen so that this text has few of"
+        " them.",
+    )
     files = f"{here}/corpus/code.jsonl {here}/corpus/prose.jsonl"
     shell.run(
-        f"data-prep tokenizer train --files {files} --vocab-size {VOCABULARY} --out {here}/tokenizer.json",
+        f"data-prep tokenizer train --files {files} --vocab-size {VOCABULARY} --out"
+        f" {here}/tokenizer.json",
         made=out / "tokenizer.json",
     )
 
-    shell.chapter("Shards", "Every document becomes token ids, once for all lengths of training. 2 % are held out.")
+    shell.chapter(
+        "Shards",
+        "Every document becomes token ids, once for all lengths of training. 2 % are held out.",
+    )
     shell.run(
         f"data-prep prepare configs/prep/demo.yaml {shlex.join(preparation_settings(out))}",
         made=out / "shards" / "prose" / "train" / "card.json",
@@ -89,24 +113,32 @@ def tell(out: Path, *, shrink: float) -> None:
 
     shell.chapter(
         "Training, killed and resumed",
-        "A ModernBERT of 4 million weights, on two ranks. In the middle every process gets SIGKILL, as in a power cut. "
-        "The same command then goes on from the last checkpoint. The steps since then are done again, and each must read "
-        f"the batches whose hashes stand in the ledger of the run. What the ranks print goes to {short(out)}/training.log.",
+        "A ModernBERT of 4 million weights, on two ranks. In the middle every process gets"
+        " SIGKILL, as in a power cut. The same command then goes on from the last checkpoint. The"
+        " steps since then are done again, and each must read the batches whose hashes stand in"
+        f" the ledger of the run. What the ranks print goes to {short(out)}/training.log.",
     )
     proof = train_killed_and_resumed(shell, out, shrink=shrink)
     for what, found in proof:
         say(f"{what:<35} {found}")
 
-    shell.chapter("Export", "A Hugging Face folder. It gets its name only after transformers gave the same logits.")
+    shell.chapter(
+        "Export",
+        "A Hugging Face folder. It gets its name only after transformers gave the same logits.",
+    )
     shell.run(f"tessera export {here}/run {here}/hf", made=out / "hf" / "config.json")
 
-    shell.chapter("Answers", "Plain transformers reads that folder: the five likeliest tokens for each [MASK].")
+    shell.chapter(
+        "Answers",
+        "Plain transformers reads that folder: the five likeliest tokens for each [MASK].",
+    )
     shell.run(f"tessera fill-mask {here}/hf {shlex.join(QUESTIONS)} --json {here}/answers.json")
 
     shell.chapter(
         "Report",
-        "Curves, where the time went, the kill and the answers in one page. Unigram entropy would be the loss of a model "
-        "that knows only how often each token occurs, uniform that of one that guesses blindly.",
+        "Curves, where the time went, the kill and the answers in one page. Unigram entropy would"
+        " be the loss of a model that knows only how often each token occurs, uniform that of one"
+        " that guesses blindly.",
     )
     # here: matplotlib takes seconds
     from launch.demo_page import result_text, write_demo_page
@@ -114,10 +146,15 @@ def tell(out: Path, *, shrink: float) -> None:
     page = write_demo_page(out / "run", out / "answers.json", proof)
     say(result_text(out / "run", vocabulary=VOCABULARY))
     say(f"{short(page)}   (open it in a browser)")
-    say(f"\nDone in {short_seconds(time.monotonic() - begun)}. The model is {short(out)}/hf. For text of your own: docs/recipes.md")
+    say(
+        f"\nDone in {short_seconds(time.monotonic() - begun)}. The model is {short(out)}/hf. For"
+        " text of your own: docs/recipes.md"
+    )
 
 
-def train_killed_and_resumed(shell: ShownCommands, out: Path, *, shrink: float) -> list[tuple[str, str]]:
+def train_killed_and_resumed(
+    shell: ShownCommands, out: Path, *, shrink: float
+) -> list[tuple[str, str]]:
     """Trains; returns what the ledger proves, as rows of (what, how much)."""
     # here: torch takes seconds
     from encoder.base.dist import free_port

@@ -19,15 +19,24 @@ def write_demo_page(run: Path, answers_file: Path, proof: Sequence[tuple[str, st
     """
     rows = []
     for answer in json.loads(answers_file.read_text(encoding="utf-8")):
-        likeliest = [f"{token.strip() or token!r} {share:.0%}" for token, share in answer["masks"][0]]
+        likeliest = [
+            f"{token.strip() or token!r} {share:.0%}" for token, share in answer["masks"][0]
+        ]
         rows.append((answer["text"], *likeliest))
     killed = Section(title="Killed and resumed", head=("", ""), rows=proof)
-    answers = Section(title="Fill-mask, from the exported folder", head=("text", "1", "2", "3", "4", "5"), rows=rows)
+    answers = Section(
+        title="Fill-mask, from the exported folder",
+        head=("text", "1", "2", "3", "4", "5"),
+        rows=rows,
+    )
     return write_report([run], run, sections=[killed, answers])
 
 
 def result_text(run: Path, *, vocabulary: int) -> str:
     """The held-out loss of a finished run, and what it would be without learning."""
     done = json.loads((run / "done.json").read_text(encoding="utf-8"))
-    without = f"unigram entropy of the same text {done['unigram_entropy']:.3f}, uniform {math.log(vocabulary):.2f}"
+    without = (
+        f"unigram entropy of the same text {done['unigram_entropy']:.3f}, uniform"
+        f" {math.log(vocabulary):.2f}"
+    )
     return f"held-out masked loss {done['held_out_loss']:.3f} nats   ({without})"

@@ -22,10 +22,25 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, examines, returns the exit code."""
     parser = CommandLine(description=__doc__)
     parser.add_argument("run", metavar="RUN.yaml", help="the run file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="where NODE.json and bad_nodes go, on a shared disk")
-    parser.add_argument("--wait-seconds", type=float, default=45.0, metavar="S", help="longest wait for another rank (45)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="where NODE.json and bad_nodes go, on a shared disk",
+    )
+    parser.add_argument(
+        "--wait-seconds",
+        type=float,
+        default=45.0,
+        metavar="S",
+        help="longest wait for another rank (45)",
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args(argv)
     if not args.wait_seconds > 0:
         parser.error(f"--wait-seconds {args.wait_seconds:g}: needed is above 0")
@@ -35,10 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         from encoder.base.dist import world_from_env
         from encoder.base.log import speak_on
+
         world = world_from_env()
         speak_on(world.first)
         from encoder.tools.doctor.doctor import Doctor
-        doctor = Doctor(world=world, env=dict(os.environ), report=args.report, wait_seconds=args.wait_seconds)
+
+        doctor = Doctor(
+            world=world, env=dict(os.environ), report=args.report, wait_seconds=args.wait_seconds
+        )
         return doctor.examine(args.run, args.overrides)
 
     return run_command(body)
@@ -52,4 +71,4 @@ if __name__ == "__main__":
         code = 1
     from encoder.base.dist import end_process
 
-    end_process(code)      # a thread may still stand in a collective that nobody joined
+    end_process(code)  # a thread may still stand in a collective that nobody joined

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write a run's newest checkpoint, one checkpoint, or a weights folder as a Hugging Face folder that gave our logits.
 
-    python launch/export_hf.py SOURCE OUT           for transformers and sentence-transformers
-    python launch/export_hf.py SOURCE OUT --onnx    for onnxruntime, too: OUT/onnx/model.onnx
+python launch/export_hf.py SOURCE OUT           for transformers and sentence-transformers
+python launch/export_hf.py SOURCE OUT --onnx    for onnxruntime, too: OUT/onnx/model.onnx
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ from encoder.base.command import CommandLine, run_command
 def main(argv: list[str] | None = None) -> int:
     """Parses, exports, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE",
-                        help="a run's `out`, one folder of its checkpoints, or a weights folder")
     parser.add_argument(
-        "out", type=Path, metavar="OUT", help="the folder to write; replaced only if it is an earlier export"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run's `out`, one folder of its checkpoints, or a weights folder",
     )
-    parser.add_argument("--onnx", action="store_true", help="also write OUT/onnx/model.onnx (needs the extra onnx)")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="the folder to write; replaced only if it is an earlier export",
+    )
+    parser.add_argument(
+        "--onnx", action="store_true", help="also write OUT/onnx/model.onnx (needs the extra onnx)"
+    )
     args = parser.parse_args(argv)
 
     def body() -> None:
         from encoder.tools.weights.export import export_run
+
         for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():
             print(f"wrote {args.out}: {asked} gives {proof}")
 

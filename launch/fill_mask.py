@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ask an exported model: the five likeliest tokens for each [MASK], with plain transformers.
 
-    python launch/fill_mask.py HF_FOLDER "The capital of France is [MASK]." [--json FILE]
+python launch/fill_mask.py HF_FOLDER "The capital of France is [MASK]." [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from encoder.base.files import refuse_foreign, write_json
 def main(argv: list[str] | None = None) -> int:
     """Parses, asks, prints, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="HF_FOLDER", help="a folder written by launch/export_hf.py")
+    parser.add_argument(
+        "folder", type=Path, metavar="HF_FOLDER", help="a folder written by launch/export_hf.py"
+    )
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them")
-    parser.add_argument("--top", type=count, default=5, metavar="N", help="answers for each [MASK] (default 5)")
+    parser.add_argument(
+        "--top", type=count, default=5, metavar="N", help="answers for each [MASK] (default 5)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers there")
     args = parser.parse_args(argv)
 
     def body() -> None:
         if args.json:
-            refuse_foreign(args.json, ours=lambda head: head.startswith(b"[\n") and b'"masks"' in head)
+            refuse_foreign(
+                args.json, ours=lambda head: head.startswith(b"[\n") and b'"masks"' in head
+            )
         found = answers(args.folder, args.texts, top=args.top)
         for item in found:
             print(item["text"])
@@ -42,18 +48,25 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
     from encoder.base.errors import ExportError
 
     if not (folder / "config.json").is_file():
-        raise ExportError(f"{folder} holds no config.json; needed: a folder written by launch/export_hf.py.")
+        raise ExportError(
+            f"{folder} holds no config.json; needed: a folder written by launch/export_hf.py."
+        )
     without = next((t for t in texts if "[MASK]" not in t), None)
     if without is not None:
         raise ExportError(f"{without!r} has no [MASK]; write one where the model shall answer.")
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-    except Exception as error:      # transformers, tokenizers and safetensors each raise their own kinds
+    except (
+        Exception
+    ) as error:  # transformers, tokenizers and safetensors each raise their own kinds
         why = " ".join(str(error).split())[:200]
-        raise ExportError(f"{folder} cannot be read as a model ({why}). Export again with launch/export_hf.py.") from error
+        raise ExportError(
+            f"{folder} cannot be read as a model ({why}). Export again with launch/export_hf.py."
+        ) from error
     if not 1 <= top <= model.config.vocab_size:
         raise ExportError(f"--top {top}: needed is 1 to {model.config.vocab_size:,}.")
     found = []
@@ -61,8 +74,10 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
         inputs = tokenizer(text, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         if length > model.config.max_position_embeddings:
-            raise ExportError(f"a text of {length:,} tokens is longer than the model's "
-                              f"{model.config.max_position_embeddings:,}. Shorten it.")
+            raise ExportError(
+                f"a text of {length:,} tokens is longer than the model's "
+                f"{model.config.max_position_embeddings:,}. Shorten it."
+            )
         with torch.no_grad():
             logits_TV = model(**inputs).logits[0]
         places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()

@@ -20,24 +20,60 @@ from encoder.base.command import CommandLine, run_command
 def main(argv: list[str] | None = None) -> int:
     """Parses, grows, prints, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE",
-                        help="a run folder, a checkpoint, a weights folder or a Hugging Face folder")
-    parser.add_argument("out", type=Path, metavar="OUT",
-                        help="the weights folder to write; replaced only if it is an earlier weights folder")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                        help="settings of the new model, put over those of the source, preset or run file")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run folder, a checkpoint, a weights folder or a Hugging Face folder",
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="the weights folder to write; replaced only if it is an earlier weights folder",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings of the new model, put over those of the source, preset or run file",
+    )
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--preset", metavar="NAME", help="a published shape, for example modernbert_large")
-    target.add_argument("--run", type=Path, metavar="RUN.yaml", help="the run file that will train the new model")
-    parser.add_argument("--mode", choices=("middle", "edge", "centre"), default="middle",
-                        help="middle: the source in the centre of each axis, wrapped around (published, default); edge: the "
-                             "source first, then again; centre: the source in the centre, the new model's chance around it")
-    parser.add_argument("--layer-map", choices=("modernbert", "same_kind"), default="modernbert",
-                        help="modernbert: layer i from round(i L_old / L_new) (published, default); same_kind: the same rule, "
-                             "but global layers come from global ones and local from local")
-    parser.add_argument("--final-norm", choices=("copy", "ones"), default="copy",
-                        help="ones: as ModernBERT's code left it, which forgot this norm alone (default copy)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws what is not inherited (default 0)")
+    target.add_argument(
+        "--preset", metavar="NAME", help="a published shape, for example modernbert_large"
+    )
+    target.add_argument(
+        "--run", type=Path, metavar="RUN.yaml", help="the run file that will train the new model"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("middle", "edge", "centre"),
+        default="middle",
+        help=(
+            "middle: the source in the centre of each axis, wrapped around (published, default);"
+            " edge: the source first, then again; centre: the source in the centre, the new model's"
+            " chance around it"
+        ),
+    )
+    parser.add_argument(
+        "--layer-map",
+        choices=("modernbert", "same_kind"),
+        default="modernbert",
+        help=(
+            "modernbert: layer i from round(i L_old / L_new) (published, default); same_kind: the"
+            " same rule, but global layers come from global ones and local from local"
+        ),
+    )
+    parser.add_argument(
+        "--final-norm",
+        choices=("copy", "ones"),
+        default="copy",
+        help="ones: as ModernBERT's code left it, which forgot this norm alone (default copy)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="draws what is not inherited (default 0)"
+    )
     args = parser.parse_intermixed_args(argv)
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: needed is at least 0")
@@ -45,11 +81,22 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         from encoder.models.growth import GrowthConfig
         from encoder.tools.weights.grow import grow_model, growth_text
-        grown = grow_model(args.source, args.out, preset=args.preset, run=args.run, overrides=args.overrides,
-                           settings=GrowthConfig(mode=args.mode, layer_map=args.layer_map, final_norm=args.final_norm,
-                                                 seed=args.seed))
+
+        grown = grow_model(
+            args.source,
+            args.out,
+            preset=args.preset,
+            run=args.run,
+            overrides=args.overrides,
+            settings=GrowthConfig(
+                mode=args.mode, layer_map=args.layer_map, final_norm=args.final_norm, seed=args.seed
+            ),
+        )
         print(growth_text(grown))
-        print(f"wrote {args.out}; to train it on, a run file with the model of {args.out / 'model.yaml'} and init_from: {args.out}")
+        print(
+            f"wrote {args.out}; to train it on, a run file with the model of"
+            f" {args.out / 'model.yaml'} and init_from: {args.out}"
+        )
 
     return run_command(body)
 

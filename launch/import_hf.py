@@ -25,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="a Hugging Face folder, ORG/NAME[@REVISION] on its hub, or a .pt file in FlexBERT's names",
+        help=(
+            "a Hugging Face folder, ORG/NAME[@REVISION] on its hub, or a .pt file in FlexBERT's"
+            " names"
+        ),
     )
     parser.add_argument(
         "out",
@@ -60,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         told = {word: value for word in words if (value := getattr(args, word)) is not None}
         model, proof = import_model(args.source, args.out, tokenizer=args.tokenizer, told=told)
         config = model.config
-        facts = [config.shape_text, *(f"{name} {value}" for name, value in config.phase_texts.items())]
+        facts = [
+            config.shape_text,
+            *(f"{name} {value}" for name, value in config.phase_texts.items()),
+        ]
         tokenizer = "with its" if model.tokenizer_json else "no"
         print(f"wrote {args.out}: {', '.join(facts)}, {tokenizer} tokenizer; from {model.origin}")
         if proof is not None:

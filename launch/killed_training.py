@@ -26,9 +26,9 @@ class Training:
     """A command that trains, and what is known of its run."""
 
     command: str
-    run: Path           # the run folder
-    log: Path           # takes what the ranks say
-    tokens: int         # of the whole run
+    run: Path  # the run folder
+    log: Path  # takes what the ranks say
+    tokens: int  # of the whole run
 
 
 def train(training: Training, shell: ShownCommands, *, kill_at: float | None = None) -> int:
@@ -41,7 +41,11 @@ def train(training: Training, shell: ShownCommands, *, kill_at: float | None = N
     shell.show(training.command)
     with timed(), open(training.log, "ab") as log, _display(training.tokens) as show:
         process = subprocess.Popen(
-            shlex.split(training.command), env=shell.env, cwd=shell.folder, stdout=log, stderr=subprocess.STDOUT
+            shlex.split(training.command),
+            env=shell.env,
+            cwd=shell.folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         try:
             _watch(process, training, kill_at, show)
@@ -66,7 +70,9 @@ def kill_tree(pid: int) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-def _watch(process: subprocess.Popen, training: Training, kill_at: float | None, show: Callable[..., None]) -> None:
+def _watch(
+    process: subprocess.Popen, training: Training, kill_at: float | None, show: Callable[..., None]
+) -> None:
     """Shows how it stands until it ends or is killed."""
     while process.poll() is None:
         time.sleep(LOOK_SECONDS)
@@ -74,7 +80,11 @@ def _watch(process: subprocess.Popen, training: Training, kill_at: float | None,
         if now is None:
             continue
         show(**now)
-        if kill_at is not None and now["tokens"] >= kill_at * training.tokens and _is_beyond_checkpoint(training.run):
+        if (
+            kill_at is not None
+            and now["tokens"] >= kill_at * training.tokens
+            and _is_beyond_checkpoint(training.run)
+        ):
             kill_tree(process.pid)
             process.wait()
             return
@@ -105,14 +115,22 @@ def _is_beyond_checkpoint(run: Path) -> bool:
     if not any((run / CHECKPOINTS).glob("*/COMMITTED")):
         return False
     saves = [e["step"] for e in read_jsonl(run / EVENTS) if e["event"] == "checkpoint"]
-    return bool(saves) and read_jsonl(run / LEDGER)[-1]["step"] >= saves[-1] + STEPS_BEYOND_CHECKPOINT
+    return (
+        bool(saves) and read_jsonl(run / LEDGER)[-1]["step"] >= saves[-1] + STEPS_BEYOND_CHECKPOINT
+    )
 
 
 @contextlib.contextmanager
 def _display(tokens: int) -> Iterator[Callable[..., None]]:
     """A bar on a terminal, a line each tenth elsewhere; gives the function that shows."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console()
     if not console.is_terminal:
@@ -127,7 +145,9 @@ def _display(tokens: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as bar:
-        task = bar.add_task("training", total=tokens, phase="starting", loss="-", held_out="-", speed="-")
+        task = bar.add_task(
+            "training", total=tokens, phase="starting", loss="-", held_out="-", speed="-"
+        )
         yield lambda tokens, **facts: bar.update(task, completed=tokens, **facts)
 
 
@@ -139,6 +159,9 @@ def _lines(total: int) -> Callable[..., None]:
         nonlocal said
         if int(10 * tokens / total) > said:
             said = int(10 * tokens / total)
-            say(f"{phase:<10} {min(1.0, tokens / total):4.0%}  loss {loss}  held-out {held_out}  {speed} tok/s")
+            say(
+                f"{phase:<10} {min(1.0, tokens / total):4.0%}  loss {loss}  held-out {held_out} "
+                f" {speed} tok/s"
+            )
 
     return show

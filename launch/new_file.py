@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write a commented run file or preparation file to start from; the templates are the shipped files of configs/.
 
-    tessera new --list
-    tessera new small --data shards/web/train --out run.yaml
-    tessera new prep own_text > own_text.yaml
+tessera new --list
+tessera new small --data shards/web/train --out run.yaml
+tessera new prep own_text > own_text.yaml
 """
 
 from __future__ import annotations
@@ -19,33 +19,64 @@ from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import write_atomic
 from encoder.base.home import home
 
-RUNS = {"tiny": "tiny_cpu", "small": "small", "laptop": "laptop", "one-gpu": "one_gpu", "base": "modernbert_base",
-        "large": "modernbert_large", "continue": "continue", "domain": "domain", "four-domains": "mini_four_domains"}
-_ITEM = re.compile(r"^ +- \{.*\bpath: ")                 # one shard folder of a list
+RUNS = {
+    "tiny": "tiny_cpu",
+    "small": "small",
+    "laptop": "laptop",
+    "one-gpu": "one_gpu",
+    "base": "modernbert_base",
+    "large": "modernbert_large",
+    "continue": "continue",
+    "domain": "domain",
+    "four-domains": "mini_four_domains",
+}
+_ITEM = re.compile(r"^ +- \{.*\bpath: ")  # one shard folder of a list
 _TOP_KEY = re.compile(r"^([A-Za-z_]+):")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, writes, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("words", nargs="*", metavar="TEMPLATE",
-                        help=f"{', '.join(RUNS)}; or: prep {' | '.join(preparations())}")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="TEMPLATE",
+        help=f"{', '.join(RUNS)}; or: prep {' | '.join(preparations())}",
+    )
     parser.add_argument("--list", action="store_true", help="what each template is for")
-    parser.add_argument("--data", action="append", default=[], metavar="SHARDS",
-                        help="your shard folder, instead of the template's; several: several times")
-    parser.add_argument("--name", metavar="NAME", help="name of the run; its folder is then runs/NAME")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output; never over a file")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="SHARDS",
+        help="your shard folder, instead of the template's; several: several times",
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="name of the run; its folder is then runs/NAME"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write there instead of to standard output; never over a file",
+    )
     args = parser.parse_args(argv)
     if args.list:
         print(list_text())
         return 0
     if not args.words:
-        parser.error(f"no template. Needed: one of {', '.join(RUNS)}, or prep and one of {', '.join(preparations())}")
+        parser.error(
+            f"no template. Needed: one of {', '.join(RUNS)}, or prep and one of"
+            f" {', '.join(preparations())}"
+        )
 
     def body() -> None:
         text = template(args.words)
         if args.words[0] == "prep" and (args.data or args.name):
-            raise ConfigError("--data and --name are for run files. Leave them out, and edit the preparation file.")
+            raise ConfigError(
+                "--data and --name are for run files. Leave them out, and edit the preparation"
+                " file."
+            )
         if args.data:
             text = with_data(text, args.data, of=args.words[0])
         if args.name:
@@ -72,10 +103,14 @@ def template(words: Sequence[str]) -> str:
     if words[0] == "prep":
         name = words[1] if len(words) == 2 else ""
         if name not in preparations():
-            raise ConfigError(f"prep {name or 'without a name'} is no template. {nearest(name, preparations())}")
+            raise ConfigError(
+                f"prep {name or 'without a name'} is no template. {nearest(name, preparations())}"
+            )
         return (home() / "configs" / "prep" / f"{name}.yaml").read_text(encoding="utf-8")
     if len(words) > 1:
-        raise ConfigError(f"{words[1]} is too much: one template. Shards are given as --data {words[1]}.")
+        raise ConfigError(
+            f"{words[1]} is too much: one template. Shards are given as --data {words[1]}."
+        )
     if words[0] not in RUNS:
         raise ConfigError(f"{words[0]} is no template. {nearest(words[0], [*RUNS, 'prep'])}")
     return (home() / "configs" / "pretrain" / f"{RUNS[words[0]]}.yaml").read_text(encoding="utf-8")
@@ -84,13 +119,22 @@ def template(words: Sequence[str]) -> str:
 def list_text() -> str:
     """Each template with the first line of its file."""
     lines = [f"{word:<20}{_first_line([word])}" for word in RUNS]
-    return "\n".join([*lines, "", *(f"{f'prep {name}':<20}{_first_line(['prep', name])}" for name in preparations())])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(f"{f'prep {name}':<20}{_first_line(['prep', name])}" for name in preparations()),
+        ]
+    )
 
 
 def with_data(text: str, folders: Sequence[str], *, of: str) -> str:
     """The text with other shard folders; in `evaluation` SOURCE/train becomes SOURCE/held_out. Raises ConfigError."""
     if re.search(r"^ {4,}(?:sources|mixture):", text, re.M):
-        raise ConfigError(f"{of} has other shards in other phases, so one --data would not do. Leave it out, and edit the paths.")
+        raise ConfigError(
+            f"{of} has other shards in other phases, so one --data would not do. Leave it out, and"
+            " edit the paths."
+        )
     held_out = [str(Path(f).parent / "held_out") if Path(f).name == "train" else f for f in folders]
     return _replace_items(_replace_items(text, "data", folders), "evaluation", held_out)
 

@@ -24,16 +24,27 @@ from encoder.base.peers import peers_of_this_rank, watch_peers
 from encoder.base.stopping import StopFlag
 from encoder.base.world import meeting_address, world_from_env
 
-SPEAKER_SECONDS = 3.0      # launchers end the other ranks as soon as one leaves: those that say nothing leave last
+SPEAKER_SECONDS = (
+    3.0  # launchers end the other ranks as soon as one leaves: those that say nothing leave last
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, trains, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                        help="settings put over the file's, for example engine.zero_stage=2 phases.0.tokens=1M")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
+    parser.add_argument(
+        "run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings put over the file's, for example engine.zero_stage=2 phases.0.tokens=1M",
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
     args = parser.parse_args(argv)
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -49,10 +60,14 @@ def main(argv: list[str] | None = None) -> int:
         speak_on(world.first)
         try:
             if world.size > 1:
-                watch_peers(world, meeting_address(world))      # before torch is imported, which takes seconds
+                watch_peers(
+                    world, meeting_address(world)
+                )  # before torch is imported, which takes seconds
             from encoder.runs.config import read_run
+
             run = read_run(args.run, args.overrides)
             from encoder.train.loop import pretrain
+
             pretrain(run, world, stop=stop)
         except OSError as error:
             tell_job(error)
@@ -65,7 +80,9 @@ def main(argv: list[str] | None = None) -> int:
                 time.sleep(SPEAKER_SECONDS)
                 return 2
             if not (world.first or isinstance(error, RankError)):
-                time.sleep(SPEAKER_SECONDS)      # a launcher whose rank zero met it too has ended this one by now
+                time.sleep(
+                    SPEAKER_SECONDS
+                )  # a launcher whose rank zero met it too has ended this one by now
                 raise RankError(f"rank {world.rank}: {error}") from error
             raise
         # a run that is done already is left before the ranks have met: the others must not take that for a death

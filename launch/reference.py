@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the reference of all settings, docs/run_file.md and docs/prep_file.md, from the settings classes and their comments.
 
-    python launch/reference.py           write both files of this clone; a test holds them against the classes
+python launch/reference.py           write both files of this clone; a test holds them against the classes
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from encoder.base.command import CommandLine, run_command
 from encoder.base.home import home
 from encoder.base.units import short_count
 
-_HEAD = "<!-- written by launch/reference.py from the settings classes: change their comments, then run it -->\n"
+_HEAD = (
+    "<!-- written by launch/reference.py from the settings classes: change their comments, then run"
+    " it -->\n"
+)
 _RUN_INTRO = """# The run file
 
 All settings of `tessera pretrain RUN.yaml`. Needed are `name`, `data`, `model` (or `init_from`) and `phases`, each phase with
@@ -81,8 +84,10 @@ def pages() -> dict[str, str]:
     from encoder.runs.config import RunConfig
 
     presets = ", ".join(f"`{name}`" for name in PRESETS)
-    return {"run_file.md": _page(RunConfig, _RUN_INTRO.replace("PRESETS", presets)),
-            "prep_file.md": _page(PrepareConfig, _PREP_INTRO)}
+    return {
+        "run_file.md": _page(RunConfig, _RUN_INTRO.replace("PRESETS", presets)),
+        "prep_file.md": _page(PrepareConfig, _PREP_INTRO),
+    }
 
 
 def sections_of(cls: type, title: str = "") -> Iterator[Section]:
@@ -96,8 +101,11 @@ def sections_of(cls: type, title: str = "") -> Iterator[Section]:
         told.add(cls)
         hints = typing.get_type_hints(cls, include_extras=True)
         fields = [f for f in dataclasses.fields(cls) if f.init]
-        yield Section(title=title, text=_first_paragraph(cls),
-                      settings=tuple(_setting(cls, f, hints[f.name]) for f in fields))
+        yield Section(
+            title=title,
+            text=_first_paragraph(cls),
+            settings=tuple(_setting(cls, f, hints[f.name]) for f in fields),
+        )
         below = title.partition(" (")[0]
         for f in fields:
             waiting += _classes_in(hints[f.name], f"{below}.{f.name}" if below else f.name)
@@ -127,8 +135,14 @@ def _setting(cls: type, f: dataclasses.Field, hint: Any) -> Setting:
         default = "*needed*"
     held = _classes_in(hint, "")
     if not meaning and held:
-        meaning = _first_sentence(held[0][0]) if len({cls for cls, _ in held}) == 1 else "each kind has its settings below"
-    return Setting(key=f.name, kind=_kind_text(hint), default=_cell(derived or default), meaning=_cell(meaning))
+        meaning = (
+            _first_sentence(held[0][0])
+            if len({cls for cls, _ in held}) == 1
+            else "each kind has its settings below"
+        )
+    return Setting(
+        key=f.name, kind=_kind_text(hint), default=_cell(derived or default), meaning=_cell(meaning)
+    )
 
 
 def comment_of(cls: type, name: str) -> str:
@@ -147,7 +161,7 @@ def _comments(cls: type) -> dict[str, str]:
     for node in ast.parse("".join(_dedented(lines))).body[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             last = source[start + node.end_lineno - 2]
-            behind = last[node.end_col_offset:].partition("#")[2].strip()
+            behind = last[node.end_col_offset :].partition("#")[2].strip()
             above, row = [], start + node.lineno - 3
             while not behind and source[row].strip().startswith("#"):
                 above.insert(0, source[row].strip().removeprefix("#").strip())
@@ -174,7 +188,11 @@ def _classes_in(hint: Any, key: str) -> list[tuple[type, str]]:
         return [found for a in inner[:1] for found in _classes_in(a, f"{key}[]")]
     if origin is dict:
         return _classes_in(inner[1], f"{key}.NAME")
-    return [found for a in inner for found in _classes_in(a, key)] if origin in (Union, types.UnionType) else []
+    return (
+        [found for a in inner for found in _classes_in(a, key)]
+        if origin in (Union, types.UnionType)
+        else []
+    )
 
 
 def _first_paragraph(cls: type) -> str:
@@ -187,8 +205,11 @@ def _first_sentence(cls: type) -> str:
 
 def _kind_text(hint: Any) -> str:
     if schema._choice_of(hint):
-        return f"one of {len(schema._choice_of(hint).choices)} kinds, see below" if len(
-            schema._choice_of(hint).choices) > 1 else "see below"
+        return (
+            f"one of {len(schema._choice_of(hint).choices)} kinds, see below"
+            if len(schema._choice_of(hint).choices) > 1
+            else "see below"
+        )
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_kind_text(a) for a in inner if a is not type(None))
@@ -200,7 +221,9 @@ def _kind_text(hint: Any) -> str:
         return "list" if inner[-1] is Ellipsis else f"list of {len(inner)} numbers"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "mapping, see below"
-    return {int: "whole number", float: "number", bool: "true, false", str: "text"}.get(hint, "value")
+    return {int: "whole number", float: "number", bool: "true, false", str: "text"}.get(
+        hint, "value"
+    )
 
 
 def _value_text(value: Any, hint: Any) -> str:

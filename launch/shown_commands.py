@@ -1,10 +1,10 @@
 """Commands that are shown as a person types them, then run and timed: what launch/demo.py is told with.
 
-    1. Text
-    Pretraining needs plain text.
-    $ data-prep environment-corpus --out demo/corpus --size-mb 20
-    ...
-    (4.1s)
+1. Text
+Pretraining needs plain text.
+$ data-prep environment-corpus --out demo/corpus --size-mb 20
+...
+(4.1s)
 """
 
 from __future__ import annotations

@@ -19,7 +19,11 @@ def preparation_settings(out: Path) -> list[str]:
     """For configs/prep/demo.yaml: where text and tokenizer are, and where the shards go."""
     if out == USUAL:
         return []
-    return [f"root={short(out)}/corpus", f"tokenizer={short(out)}/tokenizer.json", f"out={short(out)}/shards"]
+    return [
+        f"root={short(out)}/corpus",
+        f"tokenizer={short(out)}/tokenizer.json",
+        f"out={short(out)}/shards",
+    ]
 
 
 def run_settings(out: Path, *, shrink: float) -> list[str]:
@@ -30,7 +34,10 @@ def run_settings(out: Path, *, shrink: float) -> list[str]:
             settings.append(f"data.sources.{i}.path={short(out)}/shards/{name}/train")
             settings.append(f"evaluation.sources.{i}.path={short(out)}/shards/{name}/held_out")
     if shrink != 1.0:
-        settings += [f"{key}={math.ceil(parse_tokens(amount) / shrink)}" for key, amount in _amounts().items()]
+        settings += [
+            f"{key}={math.ceil(parse_tokens(amount) / shrink)}"
+            for key, amount in _amounts().items()
+        ]
     return settings
 
 
@@ -42,7 +49,9 @@ def short(path: Path) -> Path:
 def _amounts() -> dict[str, int | str]:
     """Every amount of tokens in the run file that shrinks with the run, by dotted key; that of a step does not."""
     mapping = read_mapping(RUN_FILE)
-    found = {f"{key}.every_tokens": mapping[key]["every_tokens"] for key in ("checkpoints", "evaluation")}
+    found = {
+        f"{key}.every_tokens": mapping[key]["every_tokens"] for key in ("checkpoints", "evaluation")
+    }
     for i, phase in enumerate(mapping["phases"]):
         found[f"phases.{i}.tokens"] = phase["tokens"]
         if "warmup_tokens" in phase["lr"]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One command over all verbs; each is a file of launch/ or slurm/, and reads its own --help.
 
-    tessera VERB [...]        tessera VERB --help
+tessera VERB [...]        tessera VERB --help
 """
 
 from __future__ import annotations
@@ -22,27 +22,54 @@ from encoder.base.home import home
 class Verb(NamedTuple):
     """What stands behind a verb."""
 
-    module: str      # of launch/, whose main() does it; slurm: a script beside launch/
-    text: str        # what it does
-    example: str     # without the command's own name
+    module: str  # of launch/, whose main() does it; slurm: a script beside launch/
+    text: str  # what it does
+    example: str  # without the command's own name
 
 
 VERBS = {
-    "new": Verb("new_file", "write a commented run file to start from", "new small --data shards/web/train --out run.yaml"),
-    "plan": Verb("plan", "what a run will be, without starting it", "plan run.yaml --ranks 8 --gpu h100"),
+    "new": Verb(
+        "new_file",
+        "write a commented run file to start from",
+        "new small --data shards/web/train --out run.yaml",
+    ),
+    "plan": Verb(
+        "plan", "what a run will be, without starting it", "plan run.yaml --ranks 8 --gpu h100"
+    ),
     "doctor": Verb("doctor", "what would go wrong on this machine", "doctor run.yaml"),
     "pretrain": Verb("pretrain", "train, or go on from the newest checkpoint", "pretrain run.yaml"),
     "export": Verb("export_hf", "a Hugging Face folder of a run", "export runs/small hf/small"),
-    "import": Verb("import_hf", "weights of a Hugging Face folder", "import models/ModernBERT-base weights/base"),
-    "grow": Verb("grow", "a larger model from a smaller one's weights", "grow runs/base weights/large --preset modernbert_large"),
-    "average": Verb("average", "the mean of several checkpoints",
-                    "average runs/base/checkpoints/A runs/base/checkpoints/B --out weights/mean"),
-    "fill-mask": Verb("fill_mask", "ask an exported model", 'fill-mask hf/small "The capital of France is [MASK]."'),
+    "import": Verb(
+        "import_hf",
+        "weights of a Hugging Face folder",
+        "import models/ModernBERT-base weights/base",
+    ),
+    "grow": Verb(
+        "grow",
+        "a larger model from a smaller one's weights",
+        "grow runs/base weights/large --preset modernbert_large",
+    ),
+    "average": Verb(
+        "average",
+        "the mean of several checkpoints",
+        "average runs/base/checkpoints/A runs/base/checkpoints/B --out weights/mean",
+    ),
+    "fill-mask": Verb(
+        "fill_mask",
+        "ask an exported model",
+        'fill-mask hf/small "The capital of France is [MASK]."',
+    ),
     "report": Verb("report", "curves and results of runs as a page", "report runs/small"),
     "bench": Verb("bench", "how fast it is here, beside others", "bench step --quick"),
-    "submit": Verb("slurm", "a run as a chain of SLURM jobs", "submit run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00"),
+    "submit": Verb(
+        "slurm",
+        "a run as a chain of SLURM jobs",
+        "submit run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00",
+    ),
     "status": Verb("slurm", "how a submitted run stands", "status run.yaml"),
-    "push": Verb("push_hub", "send an exported folder to the Hugging Face hub", "push hf/small me/small"),
+    "push": Verb(
+        "push_hub", "send an exported folder to the Hugging Face hub", "push hf/small me/small"
+    ),
 }
 
 
@@ -56,13 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tessera {__version__}")
         return 0
     if words[0] not in VERBS:
-        return complain(f"{words[0]} is no verb. {nearest(words[0], list(VERBS))} See tessera --help.")
+        return complain(
+            f"{words[0]} is no verb. {nearest(words[0], list(VERBS))} See tessera --help."
+        )
     return run_verb(words[0], words[1:])
 
 
 def run_verb(word: str, words: list[str]) -> int:
     """What the verb's own file does with the words."""
-    before, sys.argv = sys.argv, [f"tessera {word}", *words]       # in --help and in mistakes the verb stands for its file
+    before, sys.argv = (
+        sys.argv,
+        [
+            f"tessera {word}",
+            *words,
+        ],
+    )  # in --help and in mistakes the verb stands for its file
     try:
         if VERBS[word].module == "slurm":
             return _submit(["status", *words] if word == "status" else words)
@@ -73,9 +108,26 @@ def run_verb(word: str, words: list[str]) -> int:
 
 def help_text() -> str:
     """The verbs, and an example of each."""
-    lines = ["usage: tessera VERB [...]", "", "Pretrain BERT-style encoders from raw text to a Hugging Face folder.", ""]
-    lines += [f"  {word:<10} {verb.text}\n             $ tessera {verb.example}" for word, verb in VERBS.items()]
-    return "\n".join([*lines, "", "tessera VERB --help says more. Text becomes shards with data-prep: see data-prep --help."])
+    lines = [
+        "usage: tessera VERB [...]",
+        "",
+        "Pretrain BERT-style encoders from raw text to a Hugging Face folder.",
+        "",
+    ]
+    lines += [
+        f"  {word:<10} {verb.text}\n             $ tessera {verb.example}"
+        for word, verb in VERBS.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            (
+                "tessera VERB --help says more. Text becomes shards with data-prep: see data-prep"
+                " --help."
+            ),
+        ]
+    )
 
 
 def _submit(words: list[str]) -> int:
@@ -91,7 +143,7 @@ def command() -> None:
     """The console command: as main, and ends the process as launch/pretrain.py does."""
     try:
         code = main()
-    except SystemExit as ending:       # argparse: --help 0, a mistake 2
+    except SystemExit as ending:  # argparse: --help 0, a mistake 2
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except Exception:
         traceback.print_exc()

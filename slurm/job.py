@@ -54,11 +54,11 @@ from encoder.base.job_log import records  # noqa: E402
 
 # exit codes: 0 is also "go on with the training step"; 75 is EX_TEMPFAIL, submit it again
 GO, FAILED, MISTAKE, DONE_ALREADY, REQUEUED, NOT_DONE, ENDED = 0, 1, 2, 3, 4, 75, 143
-OUT_OF_TIME = 124            # timeout's exit code
+OUT_OF_TIME = 124  # timeout's exit code
 # per job: crashes, starts in a row that commit nothing, nodes left out
 LIMITS = {"TESSERA_MAX_CRASHES": 3, "TESSERA_MAX_IDLE_STARTS": 3, "TESSERA_MAX_BAD_NODES": 8}
-CONTROLLER_SECONDS = 900.0           # a controller that is being restarted is waited for
-SUBMITTED = "submitted.jsonl"        # submit.py's: job, role
+CONTROLLER_SECONDS = 900.0  # a controller that is being restarted is waited for
+SUBMITTED = "submitted.jsonl"  # submit.py's: job, role
 CHECKPOINT = re.compile(r"tokens([0-9]{13,18})-i([0-9]{4,18})")
 
 
@@ -68,7 +68,11 @@ class Mistake(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, acts, returns the exit code."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     begin_verb = verbs.add_parser("begin")
     begin_verb.add_argument("run")
@@ -94,13 +98,17 @@ def main(argv: list[str] | None = None) -> int:
         if args.verb == "signal-ranks":
             return signal_ranks(getattr(signal, f"SIG{args.signal}"))
         job = Job(args.folder)
-        return (preflight if args.verb == "preflight" else end)(job, code=args.code, signalled=args.signal, seconds=args.seconds)
+        return (preflight if args.verb == "preflight" else end)(
+            job, code=args.code, signalled=args.signal, seconds=args.seconds
+        )
     except Mistake as mistake:
         return complain(str(mistake))
     except OSError as error:
         place = f"{os.fspath(error.filename)}: " if error.filename else ""
-        return complain(f"{place}{error.strerror or error}. Needed: a run folder that can be read and written, with room. "
-                        "Mend it, or set another out=FOLDER.")
+        return complain(
+            f"{place}{error.strerror or error}. Needed: a run folder that can be read and written,"
+            " with room. Mend it, or set another out=FOLDER."
+        )
 
 
 class Job:
@@ -108,7 +116,11 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         env = os.environ
-        self.folder, self.id, self.restart = folder, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or "0")
+        self.folder, self.id, self.restart = (
+            folder,
+            env["SLURM_JOB_ID"],
+            int(env.get("SLURM_RESTART_COUNT") or "0"),
+        )
         self.own = folder / "slurm"
         self.record = self.own / f"{self.id}.jsonl"
 
@@ -128,15 +140,25 @@ class Job:
 
     def write(self, event: str, **values: Any) -> None:
         """One line, durable: the job may be ended in the next moment."""
-        line = json.dumps({"time": round(time.time(), 3), "job": self.id, "restart": self.restart, "event": event, **values})
+        line = json.dumps(
+            {
+                "time": round(time.time(), 3),
+                "job": self.id,
+                "restart": self.restart,
+                "event": event,
+                **values,
+            }
+        )
         handle = os.open(self.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            torn = os.fstat(handle).st_size and not self.record.read_bytes().endswith(b"\n")       # a kill in the middle of a line
+            torn = os.fstat(handle).st_size and not self.record.read_bytes().endswith(
+                b"\n"
+            )  # a kill in the middle of a line
             left = b"\n" * bool(torn) + line.encode() + b"\n"
-            while left:                      # a disk that is all but full takes a part of it
-                left = left[os.write(handle, left):]
+            while left:  # a disk that is all but full takes a part of it
+                left = left[os.write(handle, left) :]
             os.fsync(handle)
-        except OSError as error:             # of a handle, which has no name
+        except OSError as error:  # of a handle, which has no name
             raise OSError(error.errno, error.strerror, str(self.record)) from error
         finally:
             os.close(handle)
@@ -152,7 +174,14 @@ class Job:
             return 0, 0
         _, tokens, path = max(found)
         try:
-            return int(json.loads((path / "progress.json").read_text(encoding="utf-8"))["progress"]["step"]), tokens
+            return (
+                int(
+                    json.loads((path / "progress.json").read_text(encoding="utf-8"))["progress"][
+                        "step"
+                    ]
+                ),
+                tokens,
+            )
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             return 0, tokens
 
@@ -172,20 +201,40 @@ def begin(run_file: str, overrides: list[str], *, ranks: int) -> int:
     """Prints the run folder, makes its slurm folder and notes the start. Raises Mistake."""
     folder = run_folder(run_file, overrides)
     for name in LIMITS:
-        limit(name)                     # refused now, not when it is needed
+        limit(name)  # refused now, not when it is needed
     job = Job(folder)
     job.own.mkdir(parents=True, exist_ok=True)
     before = [e for e in job.events() if e["event"] in ("start", "end")]
     after = "" if not before else before[-1]["cause"] if before[-1]["event"] == "end" else "killed"
     step, tokens = job.committed()
     env = os.environ
-    job.write("start", name=env.get("SLURM_JOB_NAME", ""), partition=env.get("SLURM_JOB_PARTITION", ""),
-              nodes=env.get("SLURM_JOB_NODELIST", ""), node_count=int(env.get("SLURM_JOB_NUM_NODES") or "1"), ranks=ranks,
-              run_file=run_file, overrides=overrides, restart_after=after, step=step, tokens=tokens)
+    job.write(
+        "start",
+        name=env.get("SLURM_JOB_NAME", ""),
+        partition=env.get("SLURM_JOB_PARTITION", ""),
+        nodes=env.get("SLURM_JOB_NODELIST", ""),
+        node_count=int(env.get("SLURM_JOB_NUM_NODES") or "1"),
+        ranks=ranks,
+        run_file=run_file,
+        overrides=overrides,
+        restart_after=after,
+        step=step,
+        tokens=tokens,
+    )
     print(folder)
     if counts_as_done(folder):
-        job.write("end", cause="done", why="the run was done before this job began", decision="finish", code=0, seconds=0.0,
-                  step=step, tokens=tokens, crashes=0, signal="")
+        job.write(
+            "end",
+            cause="done",
+            why="the run was done before this job began",
+            decision="finish",
+            code=0,
+            seconds=0.0,
+            step=step,
+            tokens=tokens,
+            crashes=0,
+            signal="",
+        )
         return DONE_ALREADY
     return GO
 
@@ -195,25 +244,42 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
 
     Reads that one line and no YAML: the job's first node may have no packages outside of the container.
     """
-    here = f"The job runs in {os.getcwd()}; give a path from there, a whole path, or sbatch --chdir=FOLDER."
+    here = (
+        f"The job runs in {os.getcwd()}; give a path from there, a whole path, or sbatch"
+        " --chdir=FOLDER."
+    )
     try:
         text = Path(run_file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Mistake(f"the run file {run_file} cannot be read ({getattr(error, 'strerror', None) or error}). {here}") from error
+        raise Mistake(
+            f"the run file {run_file} cannot be read ({getattr(error, 'strerror', None) or error})."
+            f" {here}"
+        ) from error
     found = [value for key, _, value in (o.partition("=") for o in overrides) if key == "out"]
-    lines = list(re.finditer(r"^out[ \t]*:(?:[ \t]+(.*?))?[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE)) if not found else []
+    lines = (
+        list(re.finditer(r"^out[ \t]*:(?:[ \t]+(.*?))?[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE))
+        if not found
+        else []
+    )
     if lines:
         # what is indented below it YAML takes for more of the value
-        below = re.match(r"(?:[ \t]*(?:#.*)?\r?\n)*[ \t]+([^\s#].*)", text[lines[-1].end() + 1:])
+        below = re.match(r"(?:[ \t]*(?:#.*)?\r?\n)*[ \t]+([^\s#].*)", text[lines[-1].end() + 1 :])
         if below:
-            raise Mistake(f"{run_file} has an out that goes on in the next line: {below[1].strip()}. Needed: `out: FOLDER` in one "
-                          "line, or give out=FOLDER.")
+            raise Mistake(
+                f"{run_file} has an out that goes on in the next line: {below[1].strip()}. Needed:"
+                " `out: FOLDER` in one line, or give out=FOLDER."
+            )
         found = [lines[-1][1] or ""]
     value = found[-1].strip() if found else ""
     if value[:1] in "\"'" and value[:1] == value[-1:]:
         value = value[1:-1]
-    if not value or value[0] in "{[&*|>!%@`\"'" or re.search(r"""['"\\]|: | #""", value):      # YAML might read another name
-        raise Mistake(f"{run_file} has no line `out: FOLDER` with a plain name, but {value or 'none'}. Add it, or give out=FOLDER.")
+    if (
+        not value or value[0] in "{[&*|>!%@`\"'" or re.search(r"""['"\\]|: | #""", value)
+    ):  # YAML might read another name
+        raise Mistake(
+            f"{run_file} has no line `out: FOLDER` with a plain name, but {value or 'none'}. Add"
+            " it, or give out=FOLDER."
+        )
     return Path(value)
 
 
@@ -228,8 +294,10 @@ def preflight(job: Job, *, code: int, signalled: str, seconds: float) -> int:
     silent = f"the preflight ended with exit code {code} and without a word"
     if code == OUT_OF_TIME:
         allowed = os.environ.get("TESSERA_PREFLIGHT_SECONDS") or "300"
-        silent = (f"the preflight was not done after {seconds:.0f} s, TESSERA_PREFLIGHT_SECONDS gives it {allowed}: give it more, "
-                  "or see in the job's output where it stood")
+        silent = (
+            f"the preflight was not done after {seconds:.0f} s, TESSERA_PREFLIGHT_SECONDS gives it"
+            f" {allowed}: give it more, or see in the job's output where it stood"
+        )
     return end(job, code=code, signalled=signalled, seconds=seconds, bad_nodes=bad, silent=silent)
 
 
@@ -247,26 +315,55 @@ def named_mistake(job: Job) -> str:
 
 def read_bad_nodes(job: Job) -> set[str]:
     """The nodes that the preflight names, and those from which nothing was heard."""
-    named, heard = job.preflight_folder / "bad_nodes", {p.stem for p in job.preflight_folder.glob("*.json")}
+    named, heard = (
+        job.preflight_folder / "bad_nodes",
+        {p.stem for p in job.preflight_folder.glob("*.json")},
+    )
     bad = set(named.read_text(encoding="utf-8").split()) if named.exists() else set()
-    return bad | (set(node_names()) - heard if heard else set())      # silence of all is no node's fault
+    return bad | (
+        set(node_names()) - heard if heard else set()
+    )  # silence of all is no node's fault
 
 
 # --- when a step has ended -----------------------------------------------------------------------------------------------------
 
 
-def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[str] | None = None, silent: str = "") -> int:
+def end(
+    job: Job,
+    *,
+    code: int,
+    signalled: str,
+    seconds: float,
+    bad_nodes: list[str] | None = None,
+    silent: str = "",
+) -> int:
     """Notes why the step ended and what follows, and does it; returns the batch script's exit code.
 
     `silent`: why it crashed, where no rank left a word."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)      # a requeue ends this job; what it calls inherits this
-    cause, why = cause_of_end(job, code=code, signalled=signalled, bad_nodes=bad_nodes or [],
-                              silent=silent or f"the step ended with exit code {code} and without a word")
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # a requeue ends this job; what it calls inherits this
+    cause, why = cause_of_end(
+        job,
+        code=code,
+        signalled=signalled,
+        bad_nodes=bad_nodes or [],
+        silent=silent or f"the step ended with exit code {code} and without a word",
+    )
     step, tokens = job.committed()
     crashes = [e for e in job.events() if e["event"] == "end" and e["cause"] == "crash"]
-    decision, reason = decide(job, cause=cause, tokens=tokens, crashes=crashes, bad_nodes=bad_nodes or [])
-    facts = dict(cause=cause, code=code, seconds=seconds, step=step, tokens=tokens, signal=signalled,
-                 crashes=len(crashes) + (cause == "crash"))
+    decision, reason = decide(
+        job, cause=cause, tokens=tokens, crashes=crashes, bad_nodes=bad_nodes or []
+    )
+    facts = dict(
+        cause=cause,
+        code=code,
+        seconds=seconds,
+        step=step,
+        tokens=tokens,
+        signal=signalled,
+        crashes=len(crashes) + (cause == "crash"),
+    )
     # before a requeue: SLURM may end this process at once
     job.write("end", **facts, decision=decision, why=f"{why}{'; ' + reason if reason else ''}")
     if decision == "requeue":
@@ -276,20 +373,27 @@ def end(job: Job, *, code: int, signalled: str, seconds: float, bad_nodes: list[
             return REQUEUED
         job.write("refused", why=refused, decision="submit_again")
         after = leave_out_of_next_jobs(job, bad_nodes) if bad_nodes else []
-        goes_on = f"job {', '.join(after)} goes on without {', '.join(bad_nodes or [])}" if after else (
-            "submit it again, it goes on from there")
+        goes_on = (
+            f"job {', '.join(after)} goes on without {', '.join(bad_nodes or [])}"
+            if after
+            else ("submit it again, it goes on from there")
+        )
         decision, reason = "submit_again", f"SLURM did not requeue the job ({refused}): {goes_on}"
     if decision == "finish":
         say(f"done: {tokens:,} tokens, step {step}")
         return GO
     if decision == "stop":
         report = write_report(job, why=why, reason=reason)
-        return complain(f"{why}; {reason}. Report: {report}", code=MISTAKE if cause == "mistake" else FAILED)
+        return complain(
+            f"{why}; {reason}. Report: {report}", code=MISTAKE if cause == "mistake" else FAILED
+        )
     say(f"{why}{'; ' + reason if reason else ''}; committed: step {step}, {tokens:,} tokens")
     return NOT_DONE if decision == "submit_again" else ENDED
 
 
-def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str], silent: str) -> tuple[str, str]:
+def cause_of_end(
+    job: Job, *, code: int, signalled: str, bad_nodes: list[str], silent: str
+) -> tuple[str, str]:
     """The word and the sentence."""
     if counts_as_done(job.folder):
         return "done", "the run is done"
@@ -297,7 +401,10 @@ def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str], s
         return "ended", "SLURM ended the job (scancel, preemption, requeue or its time limit)"
     state = job_state(job.id)
     if state.get("Restarts", str(job.restart)) != str(job.restart):
-        return "taken_over", f"start {state['Restarts']} of this job has taken over from start {job.restart}"
+        return (
+            "taken_over",
+            f"start {state['Restarts']} of this job has taken over from start {job.restart}",
+        )
     if state.get("JobState", "RUNNING") != "RUNNING":
         return "ended", f"SLURM has ended the job: {state['JobState']}"
     if job.mistake_file.exists():
@@ -312,7 +419,9 @@ def cause_of_end(job: Job, *, code: int, signalled: str, bad_nodes: list[str], s
     return "crash", first_error(job) or silent
 
 
-def decide(job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], bad_nodes: list[str]) -> tuple[str, str]:
+def decide(
+    job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], bad_nodes: list[str]
+) -> tuple[str, str]:
     """finish, requeue, stop or leave; and why, where it is not plain."""
     if cause in ("done", "ended", "taken_over"):
         return ("finish" if cause == "done" else "leave"), ""
@@ -321,22 +430,54 @@ def decide(job: Job, *, cause: str, tokens: int, crashes: list[dict[str, Any]], 
     if cause == "bad_nodes":
         before = {node for e in job.events() if e["event"] == "excluded" for node in e["nodes"]}
         out, here = before | set(bad_nodes), node_names()
-        if set(here) <= set(bad_nodes) and (before or len(here) > 1):       # one node alone may be bad once
-            return "stop", "all nodes of the job failed, so other nodes would do no better: look for what they share"
+        if set(here) <= set(bad_nodes) and (
+            before or len(here) > 1
+        ):  # one node alone may be bad once
+            return (
+                "stop",
+                (
+                    "all nodes of the job failed, so other nodes would do no better: look for what"
+                    " they share"
+                ),
+            )
         allowed = limit("TESSERA_MAX_BAD_NODES")
         if len(out) > allowed:
-            return "stop", f"that makes {len(out)} nodes, {allowed} are allowed (TESSERA_MAX_BAD_NODES): look for what they share"
+            return (
+                "stop",
+                (
+                    f"that makes {len(out)} nodes, {allowed} are allowed (TESSERA_MAX_BAD_NODES):"
+                    " look for what they share"
+                ),
+            )
         return "requeue", ""
     if cause == "stopped":
-        idle, allowed = starts_without_progress(job, tokens=tokens), limit("TESSERA_MAX_IDLE_STARTS")
+        idle, allowed = (
+            starts_without_progress(job, tokens=tokens),
+            limit("TESSERA_MAX_IDLE_STARTS"),
+        )
         if idle >= allowed:
-            return "stop", f"{idle} starts in a row committed nothing: the time limit is too short for a start and a step"
+            return (
+                "stop",
+                (
+                    f"{idle} starts in a row committed nothing: the time limit is too short for a"
+                    " start and a step"
+                ),
+            )
         return "requeue", ""
     allowed = limit("TESSERA_MAX_CRASHES")
     if crashes and tokens <= crashes[-1]["tokens"]:
-        return "stop", f"it crashed before, and nothing was committed since: {tokens:,} tokens then and now"
+        return (
+            "stop",
+            f"it crashed before, and nothing was committed since: {tokens:,} tokens then and now",
+        )
     if len(crashes) >= allowed:
-        return "stop", f"that is crash {len(crashes) + 1} of this job, {allowed} are allowed (TESSERA_MAX_CRASHES)"
+        return (
+            "stop",
+            (
+                f"that is crash {len(crashes) + 1} of this job, {allowed} are allowed"
+                " (TESSERA_MAX_CRASHES)"
+            ),
+        )
     return "requeue", ""
 
 
@@ -362,7 +503,10 @@ def starts_without_progress(job: Job, *, tokens: int) -> int:
 def stopped_by_itself(job: Job) -> str:
     """What the run's own last event says, where this start saved and left by a signal or its time limit."""
     events = job.folder / "events.jsonl"
-    began = max((e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart), default=0.0)
+    began = max(
+        (e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart),
+        default=0.0,
+    )
     if not events.exists() or events.stat().st_mtime < began:
         return ""
     try:
@@ -377,11 +521,23 @@ def stopped_by_itself(job: Job) -> str:
 
 def first_error(job: Job) -> str:
     """The line that a rank of this start left in RUN/errors or RUN/hangs."""
-    began = max((e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart), default=0.0)
-    files = [p for name in ("errors", "hangs") for p in (job.folder / name).glob("*.txt") if p.stat().st_mtime >= began]
+    began = max(
+        (e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart),
+        default=0.0,
+    )
+    files = [
+        p
+        for name in ("errors", "hangs")
+        for p in (job.folder / name).glob("*.txt")
+        if p.stat().st_mtime >= began
+    ]
     if not files:
         return ""
-    return min(files, key=lambda p: p.stat().st_mtime).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0][:400]
+    return (
+        min(files, key=lambda p: p.stat().st_mtime)
+        .read_text(encoding="utf-8", errors="replace")
+        .split("\n", 1)[0][:400]
+    )
 
 
 def write_report(job: Job, *, why: str, reason: str) -> Path:
@@ -391,17 +547,27 @@ def write_report(job: Job, *, why: str, reason: str) -> Path:
     for event in job.events():
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         if event["event"] == "start":
-            lines.append(f"  {clock}  start {event['restart']} on {event['nodes']}, {event['ranks']} ranks, "
-                         f"from step {event['step']}, {event['tokens']:,} tokens")
+            lines.append(
+                f"  {clock}  start {event['restart']} on {event['nodes']}, {event['ranks']} ranks, "
+                f"from step {event['step']}, {event['tokens']:,} tokens"
+            )
         elif event["event"] == "end":
-            lines.append(f"  {clock}  {event['cause']} after {event['seconds']:.0f} s, committed: step {event['step']}, "
-                         f"{event['tokens']:,} tokens: {event['why']}")
+            lines.append(
+                f"  {clock}  {event['cause']} after {event['seconds']:.0f} s, committed: step"
+                f" {event['step']}, {event['tokens']:,} tokens: {event['why']}"
+            )
         elif event["event"] == "excluded":
             lines.append(f"  {clock}  left out from now on: {', '.join(event['nodes'])}")
         elif event["event"] == "refused":
             lines.append(f"  {clock}  SLURM did not requeue the job: {event['why']}")
-    lines += ["", "The first errors of the ranks are in errors/, stacks of a hang in hangs/, all output in the job's own file.",
-              "After mending it, the same sbatch line goes on from the newest checkpoint."]
+    lines += [
+        "",
+        (
+            "The first errors of the ranks are in errors/, stacks of a hang in hangs/, all output"
+            " in the job's own file."
+        ),
+        "After mending it, the same sbatch line goes on from the newest checkpoint.",
+    ]
     write_text(path, "\n".join(lines) + "\n")
     return path
 
@@ -426,7 +592,11 @@ def job_state(job_id: str) -> dict[str, str]:
 def node_names() -> list[str]:
     """The nodes of this job."""
     nodes = os.environ["SLURM_JOB_NODELIST"]
-    return ask("scontrol", "show", "hostnames", nodes).stdout.split() if re.search(r"[\[,]", nodes) else [nodes]
+    return (
+        ask("scontrol", "show", "hostnames", nodes).stdout.split()
+        if re.search(r"[\[,]", nodes)
+        else [nodes]
+    )
 
 
 def requeue(job: Job, *, leave_out: list[str]) -> str:
@@ -453,7 +623,10 @@ def leave_out_of_next_jobs(job: Job, nodes: list[str]) -> list[str]:
     """Trainings of this run that are queued behind this job (submit.py --jobs) are not to be given the nodes; returns their ids."""
     after = []
     for line in records(job.own / SUBMITTED):
-        if not str(line.get("role", "")).startswith("training") or line.get("job") in (None, job.id):
+        if not str(line.get("role", "")).startswith("training") or line.get("job") in (
+            None,
+            job.id,
+        ):
             continue
         state = job_state(line["job"])
         if state.get("JobState") != "PENDING":
@@ -471,16 +644,30 @@ def leave_out_of_next_jobs(job: Job, nodes: list[str]) -> list[str]:
 def exclude(job_id: str, nodes: list[str], *, state: dict[str, str]) -> str:
     """Adds nodes to those that a job in the given state leaves out; what SLURM answered where it refused, else nothing."""
     before = state.get("ExcNodeList", "(null)").replace("(null)", "")
-    answer = ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(filter(None, [before, *nodes]))}")
-    return (" ".join(answer.stderr.split()) or f"exit code {answer.returncode}") if answer.returncode else ""
+    answer = ask(
+        "scontrol",
+        "update",
+        f"JobId={job_id}",
+        f"ExcNodeList={','.join(filter(None, [before, *nodes]))}",
+    )
+    return (
+        (" ".join(answer.stderr.split()) or f"exit code {answer.returncode}")
+        if answer.returncode
+        else ""
+    )
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of SLURM's; tries again while the controller does not answer."""
     end_at, wait_seconds = time.monotonic() + CONTROLLER_SECONDS, 1.0
     while True:
-        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        silent = re.search("contact slurm controller|timed out|Connection refused|Unable to establish", answer.stderr)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+        silent = re.search(
+            "contact slurm controller|timed out|Connection refused|Unable to establish",
+            answer.stderr,
+        )
         if not (answer.returncode and silent) or time.monotonic() > end_at:
             return answer
         time.sleep(wait_seconds)
@@ -494,12 +681,18 @@ def signal_ranks(number: int) -> int:
         try:
             if not folder.name.isdigit() or folder.stat().st_uid != os.getuid():
                 continue
-            env = dict(word.partition(b"=")[::2] for word in (folder / "environ").read_bytes().split(b"\0"))
+            env = dict(
+                word.partition(b"=")[::2] for word in (folder / "environ").read_bytes().split(b"\0")
+            )
             command = (folder / "cmdline").read_bytes()
-            if env.get(b"SLURM_JOB_ID") == job_id.encode() and b"RANK" in env and b"launch/pretrain.py" in command:
+            if (
+                env.get(b"SLURM_JOB_ID") == job_id.encode()
+                and b"RANK" in env
+                and b"launch/pretrain.py" in command
+            ):
                 os.kill(int(folder.name), number)
         except OSError:
-            continue           # it has ended, or is not ours
+            continue  # it has ended, or is not ours
     return 0
 
 

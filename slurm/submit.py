@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(ROOT)]        # not this folder, whose own name must not hide a library
+sys.path[:1] = [str(ROOT)]  # not this folder, whose own name must not hide a library
 
 from encoder.tools.cluster.submit import Chain, submit  # noqa: E402
 

@@ -12,11 +12,17 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run tests marked slow (minutes each)")
-    parser.addoption("--cluster", action="store_true", help="also run tests marked cluster (they bring up a Slurm of their own)")
+    parser.addoption(
+        "--slow", action="store_true", help="also run tests marked slow (minutes each)"
+    )
+    parser.addoption(
+        "--cluster",
+        action="store_true",
+        help="also run tests marked cluster (they bring up a Slurm of their own)",
+    )
 
 
-@pytest.hookimpl(optionalhook=True)       # a plain pytest serves without pytest-xdist
+@pytest.hookimpl(optionalhook=True)  # a plain pytest serves without pytest-xdist
 def pytest_xdist_auto_num_workers() -> int | None:
     """A process for each core and 3 GiB of memory, at most 12: then the longest file takes longer than the rest.
 
@@ -24,22 +30,31 @@ def pytest_xdist_auto_num_workers() -> int | None:
     """
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     import psutil
+
     workers = min(cores, psutil.virtual_memory().available // (3 * 2**30), 12)
     return workers if workers > 1 else 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    marked = {item for item in items if any(item.get_closest_marker(m) for m in ("gpu", "cluster", "slow"))}
+    marked = {
+        item
+        for item in items
+        if any(item.get_closest_marker(m) for m in ("gpu", "cluster", "slow"))
+    }
     if not marked:
         return
     has_gpu, no_cluster = False, "brings up a Slurm cluster: make test-cluster"
     if config.getoption("--cluster"):
         from tests.cluster.bed import why_not
+
         no_cluster = why_not()
     if any(item.get_closest_marker("gpu") for item in marked):
         import torch
+
         has_gpu = torch.cuda.is_available()
     for item in marked:
         if item.get_closest_marker("gpu") and not has_gpu:

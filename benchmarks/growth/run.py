@@ -18,21 +18,26 @@ from encoder.base.command import CommandLine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-WAYS = {                                        # label -> words of launch/grow.py
+WAYS = {  # label -> words of launch/grow.py
     "random": None,
     "grown": ["--layer-map", "modernbert", "--final-norm", "copy"],
     "grown_same_kind": ["--layer-map", "same_kind", "--final-norm", "copy"],
     "grown_norm_ones": ["--layer-map", "modernbert", "--final-norm", "ones"],
 }
-WORDS = {"random": "random (Megatron)", "grown": "grown: layer_map modernbert, final_norm copy",
-         "grown_same_kind": "grown: layer_map same_kind, final_norm copy",
-         "grown_norm_ones": "grown: layer_map modernbert, final_norm ones (as published)"}
+WORDS = {
+    "random": "random (Megatron)",
+    "grown": "grown: layer_map modernbert, final_norm copy",
+    "grown_same_kind": "grown: layer_map same_kind, final_norm copy",
+    "grown_norm_ones": "grown: layer_map modernbert, final_norm ones (as published)",
+}
 
 
 def main() -> None:
     """Everything, then the table on standard output."""
     asked = CommandLine(description=__doc__)
-    asked.add_argument("--shards", type=Path, required=True, help="the folder that holds four_domains/")
+    asked.add_argument(
+        "--shards", type=Path, required=True, help="the folder that holds four_domains/"
+    )
     asked.add_argument("--out", type=Path, required=True, help="run folders and weights folders")
     asked.add_argument("--picture", type=Path, help="default: OUT/growth.png")
     args = asked.parse_args()
@@ -43,11 +48,20 @@ def main() -> None:
         if words:
             start = [f"init_from={out / f'{label}_weights'}"]
             if not (out / f"{label}_weights").exists():
-                _launch("grow.py", out / "small", out / f"{label}_weights", "--run", HERE / "large.yaml", *words)
+                _launch(
+                    "grow.py",
+                    out / "small",
+                    out / f"{label}_weights",
+                    "--run",
+                    HERE / "large.yaml",
+                    *words,
+                )
         _launch("pretrain.py", HERE / "large.yaml", f"out={out / label}", *start, *places)
     curves = {label: _held_out(out / label) for label in WAYS}
     picture = args.picture or out / "growth.png"
-    _draw(curves, json.loads((out / "random" / "done.json").read_text(encoding="utf-8")), path=picture)
+    _draw(
+        curves, json.loads((out / "random" / "done.json").read_text(encoding="utf-8")), path=picture
+    )
     _table(curves)
     print(f"wrote {picture}")
 
@@ -55,12 +69,17 @@ def main() -> None:
 def _places(shards: Path) -> list[str]:
     """Overrides that put the run files' relative shard folders where they are."""
     names = ("web", "books", "science", "code")
-    return [f"{group}.sources.{i}.path={shards / 'four_domains' / name / split}"
-            for group, split in (("data", "train"), ("evaluation", "held_out")) for i, name in enumerate(names)]
+    return [
+        f"{group}.sources.{i}.path={shards / 'four_domains' / name / split}"
+        for group, split in (("data", "train"), ("evaluation", "held_out"))
+        for i, name in enumerate(names)
+    ]
 
 
 def _launch(command: str, *words: object) -> None:
-    subprocess.run([sys.executable, ROOT / "launch" / command, *map(str, words)], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, ROOT / "launch" / command, *map(str, words)], cwd=ROOT, check=True
+    )
 
 
 def _held_out(folder: Path) -> list[tuple[int, float]]:
@@ -70,27 +89,56 @@ def _held_out(folder: Path) -> list[tuple[int, float]]:
 
 
 def _table(curves: dict[str, list[tuple[int, float]]]) -> None:
-    print("| tokens | " + " | ".join(WORDS[label] for label in curves) + " |\n" + "|---" * (1 + len(curves)) + "|")
+    print(
+        "| tokens | "
+        + " | ".join(WORDS[label] for label in curves)
+        + " |\n"
+        + "|---" * (1 + len(curves))
+        + "|"
+    )
     for rows in zip(*curves.values(), strict=True):
         assert len({tokens for tokens, _ in rows}) == 1, "the runs saw the same documents"
         print(f"| {rows[0][0]:,} | " + " | ".join(f"{loss:.3f}" for _, loss in rows) + " |")
 
 
-def _draw(curves: dict[str, list[tuple[int, float]]], done: dict[str, float], *, path: Path) -> None:
+def _draw(
+    curves: dict[str, list[tuple[int, float]]], done: dict[str, float], *, path: Path
+) -> None:
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
     figure, axis = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
-    styles = {"random": ("#444444", "o-"), "grown": ("#b5402a", "o-"), "grown_same_kind": ("#2a6fb5", "s--"),
-              "grown_norm_ones": ("#3a7d44", "^:")}
+    styles = {
+        "random": ("#444444", "o-"),
+        "grown": ("#b5402a", "o-"),
+        "grown_same_kind": ("#2a6fb5", "s--"),
+        "grown_norm_ones": ("#3a7d44", "^:"),
+    }
     for label, curve in curves.items():
         colour, style = styles[label]
-        axis.plot(*zip(*curve, strict=True), style, ms=3.5, lw=1.5, color=colour, label=f"{WORDS[label]}, last {curve[-1][1]:.2f}")
-    axis.axhline(done["unigram_entropy"], lw=0.8, ls="--", color="#999", label=f"unigram entropy {done['unigram_entropy']:.2f}")
-    axis.set(title="Held-out loss of the larger model, four domains", xlabel="tokens seen by the larger model",
-             ylabel="nats per masked token (15 % masked)")
+        axis.plot(
+            *zip(*curve, strict=True),
+            style,
+            ms=3.5,
+            lw=1.5,
+            color=colour,
+            label=f"{WORDS[label]}, last {curve[-1][1]:.2f}",
+        )
+    axis.axhline(
+        done["unigram_entropy"],
+        lw=0.8,
+        ls="--",
+        color="#999",
+        label=f"unigram entropy {done['unigram_entropy']:.2f}",
+    )
+    axis.set(
+        title="Held-out loss of the larger model, four domains",
+        xlabel="tokens seen by the larger model",
+        ylabel="nats per masked token (15 % masked)",
+    )
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:.0f}K"))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)

@@ -34,8 +34,20 @@ from data_prep.readers.kinds import HEAD_BYTES, kind_of
 from data_prep.readers.packed import open_at
 from data_prep.readers.parsing import parse
 
-__all__ = ["Block", "InputFile", "Parsed", "ReadError", "can_be_cut", "check_kind", "find_files", "fingerprint", "numbered",
-           "parse", "pinned", "read_blocks"]
+__all__ = [
+    "Block",
+    "InputFile",
+    "Parsed",
+    "ReadError",
+    "can_be_cut",
+    "check_kind",
+    "find_files",
+    "fingerprint",
+    "numbered",
+    "parse",
+    "pinned",
+    "read_blocks",
+]
 
 BLOCK_BYTES = 2**22
 
@@ -62,13 +74,23 @@ def pinned(source: Source, files: list[InputFile]) -> Source:
 
 def can_be_cut(source: Source, file: InputFile) -> bool:
     """Whether the documents that begin in a range of the file's bytes can be read without those before."""
-    by_lines = isinstance(source, JsonlSource) or isinstance(source, TextSource) and source.document != "file"
+    by_lines = (
+        isinstance(source, JsonlSource)
+        or isinstance(source, TextSource)
+        and source.document != "file"
+    )
     # a plain file with such a name was never cut: its segments stay what they were
     return by_lines and file.packing is None and file.path.suffix not in (".gz", ".zst")
 
 
-def read_blocks(source: Source, file: InputFile, begin: int = 0, end: int | None = None, *,
-                most_bytes: int = MOST_DOCUMENT_BYTES) -> Iterator[Block]:
+def read_blocks(
+    source: Source,
+    file: InputFile,
+    begin: int = 0,
+    end: int | None = None,
+    *,
+    most_bytes: int = MOST_DOCUMENT_BYTES,
+) -> Iterator[Block]:
     """The blocks of one file in order; memory is bounded by some blocks and the longest document. Raises ReadError.
 
     begin, end: of a file that can be cut, the documents that begin in these bytes are read.
@@ -120,4 +142,8 @@ def numbered(block: Block, file: InputFile) -> Block:
         with open_at(file.url) as stream:
             file = dataclasses.replace(file, packing=kind_of(stream.read(HEAD_BYTES)).packing)
     limits = Limits(block_bytes=BLOCK_BYTES, document_bytes=block.most_bytes)
-    return dataclasses.replace(block, first=block.first + line_ends(file, block.source, block.counted_from, limits), counted_from=0)
+    return dataclasses.replace(
+        block,
+        first=block.first + line_ends(file, block.source, block.counted_from, limits),
+        counted_from=0,
+    )

@@ -1,7 +1,7 @@
 """One JSON array of objects in a file, read as a stream: an item is cut out by its outline and parsed alone.
 
-    [ {"text": "one"},
-      {"text": "two"} ]          items 1 and 2
+[ {"text": "one"},
+  {"text": "two"} ]          items 1 and 2
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ def array_blocks(source: JsonArraySource, file: InputFile, limits: Limits) -> It
     number, size, seen = 0, 0, 0
 
     def block(**content: object) -> Block:
-        return Block(source=source, file=file.place, unit="item", most_bytes=limits.document_bytes, **content)
+        return Block(
+            source=source, file=file.place, unit="item", most_bytes=limits.document_bytes, **content
+        )
 
-    with (readable(lambda: f"{file.place} cannot be read beyond item {number:,}"),
-          opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw)):
+    with (
+        readable(lambda: f"{file.place} cannot be read beyond item {number:,}"),
+        opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
+    ):
         for item, item_bytes in (rest := UntilBroken(_items(stream, file, limits.document_bytes))):
             number += 1
             if item is not None:
@@ -47,7 +51,9 @@ def array_blocks(source: JsonArraySource, file: InputFile, limits: Limits) -> It
         rest.raise_error()
 
 
-def _items(stream: IO[bytes], file: InputFile, most_bytes: int) -> Iterator[tuple[bytes | None, int]]:
+def _items(
+    stream: IO[bytes], file: InputFile, most_bytes: int
+) -> Iterator[tuple[bytes | None, int]]:
     """Each item of the array (None where it is too large) and its bytes."""
     outline = _Outline(file, most_bytes)
     while piece := stream.read1(READ_BYTES):
@@ -60,7 +66,7 @@ class _Outline:
 
     def __init__(self, file: InputFile, most_bytes: int) -> None:
         self._file, self._most = file, most_bytes
-        self._pieces: list[bytes] = []               # of the item that has not ended
+        self._pieces: list[bytes] = []  # of the item that has not ended
         self._bytes = self._depth = self._number = 0
         self._in_string = self._escaped = self._begun = self._ended = self._comma = False
 
@@ -72,14 +78,19 @@ class _Outline:
             if not data:
                 return
             if data[:1] != b"[":
-                raise ReadError(f"{self._file.place} does not begin with [; needed: one JSON array of objects. "
-                                f"Set the format to what it is, or {SKIP}.")
+                raise ReadError(
+                    f"{self._file.place} does not begin with [; needed: one JSON array of objects. "
+                    f"Set the format to what it is, or {SKIP}."
+                )
             self._begun, at = True, 1
         begin = at
         while True:
             if self._ended:
                 if data[at:].strip(SPACE):
-                    raise ReadError(f"{self._file.place} goes on after its array; needed: one JSON array. Cut it, or {SKIP}.")
+                    raise ReadError(
+                        f"{self._file.place} goes on after its array; needed: one JSON array. Cut"
+                        f" it, or {SKIP}."
+                    )
                 return
             if self._in_string:
                 at = self._string_end(data, at)
@@ -95,24 +106,28 @@ class _Outline:
             elif mark in b"[{":
                 self._depth += 1
             elif mark == b"," and not self._depth:
-                yield from self._item(data[begin:at - 1], last=False)
+                yield from self._item(data[begin : at - 1], last=False)
                 begin = at
             elif mark in b"]}" and self._depth:
                 self._depth -= 1
             elif mark == b"]":
-                yield from self._item(data[begin:at - 1], last=True)
+                yield from self._item(data[begin : at - 1], last=True)
                 self._ended = True
             elif mark == b"}":
-                raise ReadError(f"{self._file.place} item {self._number + 1} closes an object that is not open. "
-                                f"Repair the file, or {SKIP}.")
+                raise ReadError(
+                    f"{self._file.place} item {self._number + 1} closes an object that is not open."
+                    f" Repair the file, or {SKIP}."
+                )
         self._keep(data[begin:])
 
     def finish(self) -> None:
         """Raises ReadError where the array has not ended."""
         if not self._ended:
             what = "does not end with ]" if self._begun else "is empty"
-            raise ReadError(f"{self._file.place} {what}: it cannot be read beyond item {self._number:,}; needed: one JSON array. "
-                            f"Fetch the file again, or {SKIP}.")
+            raise ReadError(
+                f"{self._file.place} {what}: it cannot be read beyond item {self._number:,};"
+                f" needed: one JSON array. Fetch the file again, or {SKIP}."
+            )
 
     def _string_end(self, data: bytes, at: int) -> int:
         """Behind the end of the open string, or of the data."""
@@ -147,7 +162,7 @@ class _Outline:
         item = b"".join(pieces).strip(SPACE) if size <= self._most else None
         pieces.clear()
         if item == b"" and last and not self._comma:
-            return                                    # []
+            return  # []
         self._comma = not last
         self._number += 1
         yield item, size

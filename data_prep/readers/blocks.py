@@ -13,7 +13,9 @@ from data_prep.config import Source
 from encoder.base.errors import UserError
 
 SKIP = "set on_error: skip"
-MOST_DOCUMENT_BYTES = 70_000_000        # of a line, row, item or file as it is read, where the settings say nothing else
+MOST_DOCUMENT_BYTES = (
+    70_000_000  # of a line, row, item or file as it is read, where the settings say nothing else
+)
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
@@ -25,7 +27,7 @@ class ReadError(UserError):
 class NotUtf8:
     """Stands for a text of a table that cannot be decoded."""
 
-    byte: int                             # the first bad one, from 1
+    byte: int  # the first bad one, from 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +42,25 @@ class Limits:
 class TooLarge:
     """Stands for a document that was passed over, since it has more bytes than the settings allow; or for several."""
 
-    number: int = 1                       # of its line, row or item, from 1; of the block's `first` on
-    bytes: int | None = None              # None: not counted
+    number: int = 1  # of its line, row or item, from 1; of the block's `first` on
+    bytes: int | None = None  # None: not counted
     documents: int = 1
-    what: str = ""                        # what is too large, where it is not the document
-    times: int = 1                        # max_document_bytes, that it may have
+    what: str = ""  # what is too large, where it is not the document
+    times: int = 1  # max_document_bytes, that it may have
 
     def sentence(self, place: str, most: int) -> str:
         """Found, needed, what to do."""
         size = f"{self.bytes:,} bytes" if self.bytes else f"more than {most:,} bytes"
-        needed = f"max_document_bytes, {most:,}" if self.times == 1 else f"{self.times} x max_document_bytes, {self.times * most:,}"
-        return (f"{self.what or f'{place} has'} {'of ' if self.what else ''}{size}; needed: at most {needed}. "
-                f"Raise max_document_bytes (a process takes about 8 times as much), or {SKIP}.")
+        needed = (
+            f"max_document_bytes, {most:,}"
+            if self.times == 1
+            else f"{self.times} x max_document_bytes, {self.times * most:,}"
+        )
+        return (
+            f"{self.what or f'{place} has'} {'of ' if self.what else ''}{size}; needed: at most"
+            f" {needed}. Raise max_document_bytes (a process takes about 8 times as much), or"
+            f" {SKIP}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +69,21 @@ class Block:
 
     source: Source
     file: str
-    first: int                            # number of the first line (row, item), from 1: counted from `counted_from`
+    first: int  # number of the first line (row, item), from 1: counted from `counted_from`
     lines: bytes | None = None
     items: list[bytes] | None = None
     columns: Mapping[str, list[Any]] | None = None
-    numbers: list[int] | None = None      # of the rows, where they do not follow one another
-    unit: str = "row"                     # what a row of `columns` is called in messages
-    malformed: list[tuple[str, str]] = field(default_factory=list)     # (place, what is wrong) of records beside them
-    too_large: TooLarge | None = None     # the block stands for this document alone
-    most_bytes: int = MOST_DOCUMENT_BYTES    # that a document may have; for messages
-    file_bytes: int = 0                   # bytes of the file that were read for this block, for the progress bar
-    counted_from: int = 0                 # byte of the (decompressed) file; only messages need more, see `numbered`
-
+    numbers: list[int] | None = None  # of the rows, where they do not follow one another
+    unit: str = "row"  # what a row of `columns` is called in messages
+    malformed: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (place, what is wrong) of records beside them
+    too_large: TooLarge | None = None  # the block stands for this document alone
+    most_bytes: int = MOST_DOCUMENT_BYTES  # that a document may have; for messages
+    file_bytes: int = 0  # bytes of the file that were read for this block, for the progress bar
+    counted_from: int = (
+        0  # byte of the (decompressed) file; only messages need more, see `numbered`
+    )
 
     @property
     def kind_of_row(self) -> str:
@@ -86,8 +98,10 @@ class Parsed:
     texts: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
-    long: dict[int, str] = field(default_factory=dict)        # places of the texts that are long, by their number
-    problems: int = 0                     # documents that should not be there at all
+    long: dict[int, str] = field(
+        default_factory=dict
+    )  # places of the texts that are long, by their number
+    problems: int = 0  # documents that should not be there at all
 
     def leave_out(self, reason: str, problem: str) -> None:
         """Count one bad document and keep the first one's sentence."""
@@ -118,12 +132,18 @@ class UntilBroken:
 
 
 @contextlib.contextmanager
-def readable(place: Callable[[], str], errors: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
+def readable(
+    place: Callable[[], str], errors: tuple[type[Exception], ...] = READ_ERRORS
+) -> Iterator[None]:
     """What goes wrong with the file inside is a ReadError that begins with `place()`."""
     try:
         yield
     except UserError:
         raise
     except errors as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        why = (
+            getattr(error, "strerror", None)
+            or " ".join(str(error).split())[:200].rstrip(".")
+            or type(error).__name__
+        )
         raise ReadError(f"{place()}: {why}. Fetch the file again, or {SKIP}.") from error

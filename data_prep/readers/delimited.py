@@ -1,8 +1,8 @@
 """CSV and TSV by the rules of Python's csv: a cell in quotes may hold delimiters, line ends and "" for one quote.
 
-    text,score            the first record names the columns, unless the source's `columns` does
-    "two
-    lines",0.7            one document, of line 2
+text,score            the first record names the columns, unless the source's `columns` does
+"two
+lines",0.7            one document, of line 2
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import IO, Any
 
 from data_prep.config import CsvSource
 from data_prep.filters import ABSENT, Filter
-from data_prep.readers.blocks import SKIP, Block, Limits, NotUtf8, ReadError, TooLarge, UntilBroken, readable
+from data_prep.readers.blocks import (
+    SKIP,
+    Block,
+    Limits,
+    NotUtf8,
+    ReadError,
+    TooLarge,
+    UntilBroken,
+    readable,
+)
 from data_prep.readers.files import InputFile
 from data_prep.readers.packed import opened
 from encoder.base.errors import nearest
@@ -24,22 +33,26 @@ READ_BYTES = 2**18
 SEPARATORS = (",", ";", "\t", "|")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)
-_ESCAPED = re.compile("[\udc80-\udcff]")          # bytes that are not UTF-8, as surrogateescape keeps them
-_END = "\ue000end of file\ue000"                       # a record of our own: inside an open quote it would be a part of a cell
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape keeps them
+_END = (  # a record of our own: inside an open quote it would be a part of a cell
+    "\ue000end of file\ue000"
+)
 
 
 def delimited_blocks(source: CsvSource, file: InputFile, limits: Limits) -> Iterator[Block]:
     """The records of a CSV file in order, as columns; `numbers` are those of the lines where they begin."""
     records = _Records(source, file, limits)
-    with (readable(records.place, (OSError, EOFError, ValueError, csv.Error)),
-          opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw)):
+    with (
+        readable(records.place, (OSError, EOFError, ValueError, csv.Error)),
+        opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
+    ):
         records.open(stream)
         chosen = records.chosen_cells()
         seen, made = 0, _Columns(source, file, limits)
         for line, cells, size in (rest := UntilBroken(records)):
             if len(cells) > records.width:
                 made.malformed.append((line, len(cells), records.width))
-            elif cells:                          # an empty line is no record
+            elif cells:  # an empty line is no record
                 made.add(line, [cells[at] if at < len(cells) else ABSENT for at in chosen], size)
             if made.bytes >= limits.block_bytes:
                 yield from made.flush(raw.tell() - seen)
@@ -66,8 +79,12 @@ class _Records:
         # a cell is bounded before csv sees it, by the bytes of its lines
         csv.field_size_limit(2**31 - 1)
         quoting = csv.QUOTE_MINIMAL if self._source.quotes else csv.QUOTE_NONE
-        self._reader = csv.reader(self._lines(stream), delimiter=self._source.delimiter, quoting=quoting, strict=False)
-        self._names = list(self._source.columns) or next((cells for _, cells, _ in self if cells), [])
+        self._reader = csv.reader(
+            self._lines(stream), delimiter=self._source.delimiter, quoting=quoting, strict=False
+        )
+        self._names = list(self._source.columns) or next(
+            (cells for _, cells, _ in self if cells), []
+        )
         self.width = len(self._names)
 
     def chosen_cells(self) -> list[int]:
@@ -78,11 +95,28 @@ class _Records:
         for column in source.used_columns:
             if names.count(column) != 1:
                 what = "twice" if column in names else ""
-                other = next((d for d in SEPARATORS if d != source.delimiter and len(names) == 1 and d in names[0]), "")
-                hint = f"Its first line holds {other!r}: set the source's delimiter to it." if other else (
-                    f"{nearest(column, names[:30])} Set the source's text or filters, or columns where no line names them.")
-                problem = f"names the column {column!r} twice." if what else f"has no column {column!r}."
-                raise ReadError(f"{self._file.place} {problem} {hint} Or leave the file out, or {SKIP}.")
+                other = next(
+                    (
+                        d
+                        for d in SEPARATORS
+                        if d != source.delimiter and len(names) == 1 and d in names[0]
+                    ),
+                    "",
+                )
+                hint = (
+                    f"Its first line holds {other!r}: set the source's delimiter to it."
+                    if other
+                    else (
+                        f"{nearest(column, names[:30])} Set the source's text or filters, or"
+                        " columns where no line names them."
+                    )
+                )
+                problem = (
+                    f"names the column {column!r} twice." if what else f"has no column {column!r}."
+                )
+                raise ReadError(
+                    f"{self._file.place} {problem} {hint} Or leave the file out, or {SKIP}."
+                )
         return [names.index(column) for column in source.used_columns]
 
     def __iter__(self) -> Iterator[tuple[int, list[str], int]]:
@@ -93,8 +127,10 @@ class _Records:
             if cells is None or cells == [_END]:
                 return
             if cells and cells[-1].endswith(_END + "\n"):
-                raise ReadError(f"{self._file.place} line {line}: a quote is opened and never closed. Close it, or set "
-                                f"quotes: false where quotes are letters as others, or {SKIP}.")
+                raise ReadError(
+                    f"{self._file.place} line {line}: a quote is opened and never closed. Close it,"
+                    f" or set quotes: false where quotes are letters as others, or {SKIP}."
+                )
             yield line, cells, self._bytes
 
     def _lines(self, stream: IO[bytes]) -> Iterator[str]:
@@ -104,7 +140,11 @@ class _Records:
         pieces = _pieces(stream)
         while True:
             piece = next(pieces, b"")
-            data = b"".join([*rest, piece]) if piece and (rest and (b"\n" in piece or b"\r" in piece)) else None
+            data = (
+                b"".join([*rest, piece])
+                if piece and (rest and (b"\n" in piece or b"\r" in piece))
+                else None
+            )
             if data is None and piece and rest:
                 rest.append(piece)
                 size += len(piece)
@@ -132,7 +172,10 @@ class _Records:
         if size > self._limits.document_bytes:
             place = f"{self._file.place} line {line}: its record"
             large = TooLarge().sentence(place, self._limits.document_bytes)
-            raise ReadError(f"{large} A quote that is never closed, or a wrong delimiter, makes such records, too.")
+            raise ReadError(
+                f"{large} A quote that is never closed, or a wrong delimiter, makes such records,"
+                " too."
+            )
 
 
 def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
@@ -151,34 +194,61 @@ class _Columns:
 
     def __init__(self, source: CsvSource, file: InputFile, limits: Limits) -> None:
         self._source, self._file, self._limits = source, file, limits
-        self._convert = [_converter([f for f in source.filters if f.column == name]) for name in source.used_columns]
+        self._convert = [
+            _converter([f for f in source.filters if f.column == name])
+            for name in source.used_columns
+        ]
         self._numbers: list[int] = []
         self._rows: list[list[Any]] = []
-        self.malformed: list[tuple[int, int, int]] = []          # line, cells, columns
+        self.malformed: list[tuple[int, int, int]] = []  # line, cells, columns
         self.bytes = 0
 
     def add(self, line: int, cells: list[Any], size: int) -> None:
         """One record: the cells that are used, ABSENT where it has fewer."""
         self._numbers.append(line)
-        self._rows.append([cell if cell is ABSENT else convert(_text(cell))
-                           for cell, convert in zip(cells, self._convert, strict=True)])
+        self._rows.append(
+            [
+                cell if cell is ABSENT else convert(_text(cell))
+                for cell, convert in zip(cells, self._convert, strict=True)
+            ]
+        )
         self.bytes += size
 
     def flush(self, file_bytes: int) -> Iterator[Block]:
         """The records so far."""
         if self._rows or self.malformed:
-            columns = {name: [row[k] for row in self._rows] for k, name in enumerate(self._source.used_columns)}
-            problems = [(f"line {line}", f"has {cells} cells, there are {width} columns; needed: as many. Put cells that hold "
-                                         f"the delimiter in quotes, or {SKIP}.") for line, cells, width in self.malformed]
-            yield Block(source=self._source, file=self._file.place, most_bytes=self._limits.document_bytes, first=1, unit="line",
-                        columns=columns, numbers=self._numbers, malformed=problems, file_bytes=file_bytes)
+            columns = {
+                name: [row[k] for row in self._rows]
+                for k, name in enumerate(self._source.used_columns)
+            }
+            problems = [
+                (
+                    f"line {line}",
+                    (
+                        f"has {cells} cells, there are {width} columns; needed: as many. Put cells"
+                        f" that hold the delimiter in quotes, or {SKIP}."
+                    ),
+                )
+                for line, cells, width in self.malformed
+            ]
+            yield Block(
+                source=self._source,
+                file=self._file.place,
+                most_bytes=self._limits.document_bytes,
+                first=1,
+                unit="line",
+                columns=columns,
+                numbers=self._numbers,
+                malformed=problems,
+                file_bytes=file_bytes,
+            )
             self._numbers, self._rows, self.malformed, self.bytes = [], [], [], 0
 
 
 def _text(cell: str) -> Any:
     """A cell, or what stands for one whose bytes are not UTF-8."""
     if not cell.isascii() and (found := _ESCAPED.search(cell)):
-        return NotUtf8(byte=len(cell[:found.start()].encode("utf-8")) + 1)
+        return NotUtf8(byte=len(cell[: found.start()].encode("utf-8")) + 1)
     return cell
 
 
@@ -187,9 +257,16 @@ def _converter(filters: list[Filter]) -> Any:
     filter's column is no value."""
     if not filters:
         return lambda cell: cell
-    wanted = [value for f in filters for value in (f.equals, *(f.one_of or ()), *(f.none_of or ())) if value is not None]
+    wanted = [
+        value
+        for f in filters
+        for value in (f.equals, *(f.one_of or ()), *(f.none_of or ()))
+        if value is not None
+    ]
     numeric = any(f.at_least is not None or f.at_most is not None for f in filters)
-    numeric = numeric or any(isinstance(value, int | float) and not isinstance(value, bool) for value in wanted)
+    numeric = numeric or any(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in wanted
+    )
     truth = any(isinstance(value, bool) for value in wanted)
 
     def convert(cell: Any) -> Any:

@@ -30,15 +30,15 @@ from encoder.base.errors import ConfigError, nearest
 class InputFile:
     """One file of a source: the unit that is read from beginning to end."""
 
-    name: str                             # on the card: the path below root, or repository@commit/path on the hub
-    place: str                            # in messages
-    bytes: int                            # a guess on the hub
-    path: Path | None = None              # None: of a dataset
-    url: str = ""                         # of a dataset's file, where it is read here: a path or an address
-    number: int = 0                       # this one of the split's files
-    packing: Packing | None = None        # how it is compressed
-    fingerprint: str | None = None        # when the work was planned
-    shard: Any = None                     # of MDS: its entry of index.json
+    name: str  # on the card: the path below root, or repository@commit/path on the hub
+    place: str  # in messages
+    bytes: int  # a guess on the hub
+    path: Path | None = None  # None: of a dataset
+    url: str = ""  # of a dataset's file, where it is read here: a path or an address
+    number: int = 0  # this one of the split's files
+    packing: Packing | None = None  # how it is compressed
+    fingerprint: str | None = None  # when the work was planned
+    shard: Any = None  # of MDS: its entry of index.json
 
     @property
     def at(self) -> Path | str:
@@ -53,15 +53,29 @@ class InputFile:
 
     def check_unchanged(self) -> None:
         """Raises ConfigError when the file is not what it was when the work was planned."""
-        if self.fingerprint and (size_of(self.path), fingerprint(self.path)) != (self.bytes, self.fingerprint):
-            raise ConfigError(f"{self.place} was changed while the source was being made (it had {self.bytes:,} bytes and has "
-                              f"{size_of(self.path):,}). Run the command again when nothing writes to it.")
+        if self.fingerprint and (size_of(self.path), fingerprint(self.path)) != (
+            self.bytes,
+            self.fingerprint,
+        ):
+            raise ConfigError(
+                f"{self.place} was changed while the source was being made (it had {self.bytes:,}"
+                f" bytes and has {size_of(self.path):,}). Run the command again when nothing writes"
+                " to it."
+            )
 
 
 def local_files(source: Source, root: Path) -> list[InputFile]:
     """The files that the patterns of a source match, in order, each pattern's sorted. Raises ConfigError for no match."""
-    return [InputFile(name=name_below(root, path), place=str(path), bytes=size_of(path), path=path, packing=packing_of(path))
-            for path in matches(source, root)]
+    return [
+        InputFile(
+            name=name_below(root, path),
+            place=str(path),
+            bytes=size_of(path),
+            path=path,
+            packing=packing_of(path),
+        )
+        for path in matches(source, root)
+    ]
 
 
 def matches(source: Source, root: Path, *, folders: str = "") -> list[Path]:
@@ -78,8 +92,10 @@ def matches(source: Source, root: Path, *, folders: str = "") -> list[Path]:
     for path in found:
         first = once.setdefault(_file_number(path), path)
         if first is not path:
-            raise ConfigError(f"source {source.name}: {first} and {path} are the same file; needed: each file once. "
-                              "Name it in one way.")
+            raise ConfigError(
+                f"source {source.name}: {first} and {path} are the same file; needed: each file"
+                " once. Name it in one way."
+            )
     return list(found)
 
 
@@ -88,9 +104,17 @@ def _no_match(root: Path, pattern: str, folders: str) -> str:
     if place.is_dir():
         needed = f"one with an {folders}" if folders else f"files, such as {place / '*.jsonl'}"
         return f"{place} is a folder; needed: {needed}."
-    beside = sorted(p.name for p in place.parent.glob("[!.]*") if p.is_file())[:50] if place.parent.is_dir() else []
+    beside = (
+        sorted(p.name for p in place.parent.glob("[!.]*") if p.is_file())[:50]
+        if place.parent.is_dir()
+        else []
+    )
     what = "matches no file" if glob.has_magic(pattern) else "does not exist"
-    hint = nearest(place.name, beside) if beside else f"No file is in {place.parent}. Set root or the files."
+    hint = (
+        nearest(place.name, beside)
+        if beside
+        else f"No file is in {place.parent}. Set root or the files."
+    )
     return f"{place} {what}. {hint}"
 
 
@@ -106,7 +130,7 @@ def check_kind(source: Source, file: InputFile) -> None:
     except OSError as error:
         raise ReadError(f"{file.place} cannot be read: {error.strerror or error}.") from error
     except EOFError:
-        return                                   # told of where it is read
+        return  # told of where it is read
     if not head:
         return
     word, inside = word_of(source), kind_of(head)
@@ -114,28 +138,43 @@ def check_kind(source: Source, file: InputFile) -> None:
         _check_table(source, file, kind, inside)
         return
     if isinstance(source, MdsSource):
-        return                                   # its index tells what it is
+        return  # its index tells what it is
     if inside.word != "text":
         where = f"holds {inside.what} inside {kind.what}" if kind.packing else f"is {inside.what}"
         if inside.word in ("parquet", "arrow") and kind.packing:
-            raise ReadError(_mismatch(file, where, word, "Unpack it, and set format: " + inside.word))
+            raise ReadError(
+                _mismatch(file, where, word, "Unpack it, and set format: " + inside.word)
+            )
         raise ReadError(_mismatch(file, where, word, inside.to_do))
     _check_shape(source, file, head)
 
 
-def _check_table(source: ParquetSource | ArrowSource, file: InputFile, kind: Kind, inside: Kind) -> None:
+def _check_table(
+    source: ParquetSource | ArrowSource, file: InputFile, kind: Kind, inside: Kind
+) -> None:
     """Raises ReadError for what is surely no table; bytes of no known kind are left to the reader of tables."""
     word, head = word_of(source), head_of(file.path)
     if kind.packing:
-        to_do = "Unpack it" if inside.word in (word, "other") else f"Unpack it, and set format: {inside.word}"
-        raise ReadError(_mismatch(file, f"holds {inside.what or 'text'} inside {kind.what}", word, to_do))
+        to_do = (
+            "Unpack it"
+            if inside.word in (word, "other")
+            else f"Unpack it, and set format: {inside.word}"
+        )
+        raise ReadError(
+            _mismatch(file, f"holds {inside.what or 'text'} inside {kind.what}", word, to_do)
+        )
     if kind.word == word or kind.is_unknown or kind.word == "text" and b"\0" in head:
         return
-    known = {"array": "a JSON array; set format: json_array", "objects": "JSON lines; set format: jsonl",
-             "markup": "HTML or XML, such as a server answers in place of a file"}
+    known = {
+        "array": "a JSON array; set format: json_array",
+        "objects": "JSON lines; set format: jsonl",
+        "markup": "HTML or XML, such as a server answers in place of a file",
+    }
     shape = shape_of(head) if kind.word == "text" else ""
     what = f"{kind.what or 'text'}{f' ({known[shape]})' if shape in known else ''}"
-    raise ReadError(_mismatch(file, f"is {what}", word, kind.to_do or "Set the format to what it is"))
+    raise ReadError(
+        _mismatch(file, f"is {what}", word, kind.to_do or "Set the format to what it is")
+    )
 
 
 def _check_shape(source: Source, file: InputFile, head: bytes) -> None:
@@ -144,13 +183,31 @@ def _check_shape(source: Source, file: InputFile, head: bytes) -> None:
     if isinstance(source, TextSource):
         return
     if shape == "markup":
-        raise ReadError(_mismatch(file, "is HTML or XML, such as a server answers in place of a file", word, "Fetch it again"))
+        raise ReadError(
+            _mismatch(
+                file,
+                "is HTML or XML, such as a server answers in place of a file",
+                word,
+                "Fetch it again",
+            )
+        )
     if isinstance(source, JsonlSource) and shape == "array":
         raise ReadError(_mismatch(file, "is one JSON array", word, "Set format: json_array"))
     if isinstance(source, JsonlSource) and shape == "pretty object":
-        raise ReadError(_mismatch(file, "holds a JSON object over several lines", word, "Write one object a line (jq -c .)"))
+        raise ReadError(
+            _mismatch(
+                file,
+                "holds a JSON object over several lines",
+                word,
+                "Write one object a line (jq -c .)",
+            )
+        )
     if isinstance(source, JsonArraySource) and shape in ("objects", "pretty object"):
-        raise ReadError(_mismatch(file, "begins with a JSON object, as JSON lines do", word, "Set format: jsonl"))
+        raise ReadError(
+            _mismatch(
+                file, "begins with a JSON object, as JSON lines do", word, "Set format: jsonl"
+            )
+        )
     if isinstance(source, CsvSource) and not source.columns and shape in ("objects", "array"):
         fits = "jsonl" if shape == "objects" else "json_array"
         raise ReadError(_mismatch(file, "is JSON", word, f"Set format: {fits}"))
@@ -158,8 +215,6 @@ def _check_shape(source: Source, file: InputFile, head: bytes) -> None:
 
 def _mismatch(file: InputFile, found: str, word: str, to_do: str) -> str:
     return f"{file.place} {found}; the source says format: {word}. {to_do}, or {SKIP}."
-
-
 
 
 def _file_number(path: Path) -> tuple[int, int]:

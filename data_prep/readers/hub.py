@@ -25,19 +25,24 @@ from data_prep.readers.packed import open_at, unpacking
 from data_prep.readers.tables import parquet_blocks, table_blocks
 from encoder.base.errors import ConfigError, UserError
 
-READ_HERE = ("parquet", "json")                # builders of datasets whose files are read by our readers
-HUB_FILE_BYTES = 2**28                         # a hub file whose size is not known: for the bar and the processes alone
-_TYPED_NAME = re.compile(r"(?:^|[\s{'])([A-Za-z_][\w.]*)'?: (?:Value|List|string|int|double|float|bool|list|struct|null)")
-BATCH_ROWS = 16                                # that `datasets` puts together; a row may be large
+READ_HERE = ("parquet", "json")  # builders of datasets whose files are read by our readers
+HUB_FILE_BYTES = 2**28  # a hub file whose size is not known: for the bar and the processes alone
+_TYPED_NAME = re.compile(
+    r"(?:^|[\s{'])([A-Za-z_][\w.]*)'?: (?:Value|List|string|int|double|float|bool|list|struct|null)"
+)
+BATCH_ROWS = 16  # that `datasets` puts together; a row may be large
 
 
 def hub_files(source: HubSource) -> list[InputFile]:
     """The files of a dataset's split, the commit in their names. Raises ConfigError."""
     builder = _hub_builder(source)
-    urls = [str(url) for url in (getattr(builder.config, "data_files", None) or {}).get(source.split) or []]
+    urls = [
+        str(url)
+        for url in (getattr(builder.config, "data_files", None) or {}).get(source.split) or []
+    ]
     ours = bool(urls) and getattr(builder, "name", "") in READ_HERE
     names = [url.removeprefix("hf://datasets/") for url in urls]
-    if not ours:                               # the builder of datasets (and torch, with it) is asked only where it is needed
+    if not ours:  # the builder of datasets (and torch, with it) is asked only where it is needed
         count = _hub_rows(source).num_shards
         if len(names) != count:
             names = [f"{source.dataset} {source.split} {i + 1} of {count}" for i in range(count)]
@@ -45,8 +50,16 @@ def hub_files(source: HubSource) -> list[InputFile]:
     known = splits[source.split].num_bytes if source.split in splits else None
     size = known // len(names) if known else HUB_FILE_BYTES
     local = Path(source.dataset)
-    return [InputFile(name=name_below(local, Path(name)) if local.is_dir() else name, place=name, bytes=size, number=i,
-                      url=urls[i] if ours else "") for i, name in enumerate(names)]
+    return [
+        InputFile(
+            name=name_below(local, Path(name)) if local.is_dir() else name,
+            place=name,
+            bytes=size,
+            number=i,
+            url=urls[i] if ours else "",
+        )
+        for i, name in enumerate(names)
+    ]
 
 
 def hub_blocks(source: HubSource, file: InputFile, limits: Limits) -> Iterator[Block]:
@@ -56,13 +69,19 @@ def hub_blocks(source: HubSource, file: InputFile, limits: Limits) -> Iterator[B
             yield from _blocks_here(source, file, limits)
         else:
             rows = _hub_rows(source)
-            rows = rows.shard(num_shards=rows.num_shards, index=file.number) if rows.num_shards > 1 else rows
+            rows = (
+                rows.shard(num_shards=rows.num_shards, index=file.number)
+                if rows.num_shards > 1
+                else rows
+            )
             yield from table_blocks(source, file, _tables(rows), limits, errors=())
     except UserError:
         raise
     except MemoryError:
         raise
-    except Exception as error:        # a remote file fails in as many ways as there are libraries below fsspec
+    except (
+        Exception
+    ) as error:  # a remote file fails in as many ways as there are libraries below fsspec
         raise ReadError(_why(file, error)) from error
 
 
@@ -77,7 +96,12 @@ def _blocks_here(source: HubSource, file: InputFile, limits: Limits) -> Iterator
         elif kind.word == "parquet":
             yield from parquet_blocks(source, file, limits, stream)
             return
-    common = {"name": source.name, "text": source.text, "filters": source.filters, "files": (file.place,)}
+    common = {
+        "name": source.name,
+        "text": source.text,
+        "filters": source.filters,
+        "files": (file.place,),
+    }
     known = dataclasses.replace(file, packing=kind.packing)
     if shape_of(head) == "array":
         yield from array_blocks(JsonArraySource(**common), known, limits)
@@ -89,17 +113,26 @@ def _tables(rows: Any) -> Iterator[Any]:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)       # it prints errors that are raised, too
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it prints errors that are raised, too
     yield from rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
 
 
 def _why(file: InputFile, error: Exception) -> str:
     """A failure of `datasets` as a sentence: files of other columns are not broken files."""
     said = " ".join(" ".join(str(e) for e in (error, error.__cause__) if e).split())
-    if "column names don't match" in said or "CastError" in type(error).__name__ or "couldn't cast" in said.lower():
-        return (f"{file.place} has other columns than the first file of the dataset{_names_in(said)}; needed: files of the same "
-                f"columns in a source. Set files: [GLOB] or config to choose some, as sources of their own, or {SKIP}.")
-    return f"{file.place} cannot be read: {said[:200].rstrip('.')}. Fetch the file again, or {SKIP}."
+    if (
+        "column names don't match" in said
+        or "CastError" in type(error).__name__
+        or "couldn't cast" in said.lower()
+    ):
+        return (
+            f"{file.place} has other columns than the first file of the dataset{_names_in(said)};"
+            " needed: files of the same columns in a source. Set files: [GLOB] or config to choose"
+            f" some, as sources of their own, or {SKIP}."
+        )
+    return (
+        f"{file.place} cannot be read: {said[:200].rstrip('.')}. Fetch the file again, or {SKIP}."
+    )
 
 
 def _names_in(said: str) -> str:
@@ -114,16 +147,24 @@ def _hub_builder(source: HubSource) -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)     # five tries in 23 s, each told of in 500 characters
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # five tries in 23 s, each told of in 500 characters
     local = os.path.isdir(source.dataset)
     try:
-        return datasets.load_dataset_builder(source.dataset, source.config, data_files=list(source.files) or None,
-                                             revision=None if local else source.revision)
-    except Exception as error:      # as many kinds as there are libraries between here and the hub
-        raise ConfigError(f"source {source.name}: dataset {source.dataset} cannot be opened: "
-                          f"{' '.join(str(error).split())[:200].rstrip('.')}. On a machine without a way to the hub, fetch it "
-                          f"elsewhere (hf download {source.dataset} --repo-type dataset --local-dir FOLDER) and set "
-                          "dataset: FOLDER.") from error
+        return datasets.load_dataset_builder(
+            source.dataset,
+            source.config,
+            data_files=list(source.files) or None,
+            revision=None if local else source.revision,
+        )
+    except Exception as error:  # as many kinds as there are libraries between here and the hub
+        raise ConfigError(
+            f"source {source.name}: dataset {source.dataset} cannot be opened:"
+            f" {' '.join(str(error).split())[:200].rstrip('.')}. On a machine without a way to the"
+            f" hub, fetch it elsewhere (hf download {source.dataset} --repo-type dataset"
+            " --local-dir FOLDER) and set dataset: FOLDER."
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -133,5 +174,7 @@ def _hub_rows(source: HubSource) -> Any:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"source {source.name}: split {source.split} of dataset {source.dataset} cannot be opened: "
-                          f"{' '.join(str(error).split())[:200].rstrip('.')}.") from error
+        raise ConfigError(
+            f"source {source.name}: split {source.split} of dataset {source.dataset} cannot be"
+            f" opened: {' '.join(str(error).split())[:200].rstrip('.')}."
+        ) from error

@@ -1,9 +1,9 @@
 """What a file is, by its first bytes: its name does not count.
 
-    1f 8b ...            gzip         opened and read on
-    28 b5 2f fd ...      zstd         opened and read on
-    50 41 52 31 ...      Parquet      read by format: parquet, refused by name elsewhere
-    ff fe 7b 00 ...      UTF-16       refused: save it as UTF-8
+1f 8b ...            gzip         opened and read on
+28 b5 2f fd ...      zstd         opened and read on
+50 41 52 31 ...      Parquet      read by format: parquet, refused by name elsewhere
+ff fe 7b 00 ...      UTF-16       refused: save it as UTF-8
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ Packing = Literal["gzip", "zstd", "bzip2", "xz"]
 
 # a stream under each of these is read on; the rest of the world is refused with what to do
 PACKINGS: tuple[tuple[bytes, Packing], ...] = (
-    (b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ\x00", "xz"))
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ\x00", "xz"),
+)
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
 _BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)", re.DOTALL)
 
@@ -42,10 +45,15 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "Give the text of it"),
     (b"{\\rtf", "an RTF document", "Give the text of it"),
     (b"\x7fELF", "a program", "Leave it out"),
-    (b"\x89PNG", "a picture", "Leave it out"), (b"\xff\xd8\xff", "a picture", "Leave it out"),
+    (b"\x89PNG", "a picture", "Leave it out"),
+    (b"\xff\xd8\xff", "a picture", "Leave it out"),
     (b"\xff\xfe\x00\x00", "text in UTF-32", "Save it as UTF-8 (iconv -f UTF-32 -t UTF-8)"),
     (b"\x00\x00\xfe\xff", "text in UTF-32", "Save it as UTF-8 (iconv -f UTF-32 -t UTF-8)"),
-    (b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS, not the file itself", "Fetch the file (git lfs pull)"),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a pointer of Git LFS, not the file itself",
+        "Fetch the file (git lfs pull)",
+    ),
 )
 # letters alone, which a text may begin with: a NUL must be near
 _FOREIGN_LETTERS: tuple[tuple[bytes, str, str], ...] = (
@@ -57,17 +65,17 @@ _FOREIGN_LETTERS: tuple[tuple[bytes, str, str], ...] = (
 )
 _UTF16 = ("text in UTF-16", "Save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b")) + b"\x7f"
-_MOST_CONTROLS = 0.02             # of text, whatever its encoding, hardly any byte; of compressed bytes 11 %
-_MANY_BYTES = 64                  # from so many on, shares of a head tell something
+_MOST_CONTROLS = 0.02  # of text, whatever its encoding, hardly any byte; of compressed bytes 11 %
+_MANY_BYTES = 64  # from so many on, shares of a head tell something
 
 
 @dataclass(frozen=True)
 class Kind:
     """What the first bytes of a file tell."""
 
-    word: str                      # a packing, parquet, arrow, text or another word for people
-    what: str = ""                 # 'an SQLite database', for messages
-    to_do: str = ""                # 'Unpack it (unzip)'
+    word: str  # a packing, parquet, arrow, text or another word for people
+    what: str = ""  # 'an SQLite database', for messages
+    to_do: str = ""  # 'Unpack it (unzip)'
 
     @property
     def is_unknown(self) -> bool:
@@ -111,23 +119,41 @@ def _is_arrow_stream(head: bytes) -> bool:
     if len(head) < 16:
         return False
     at = 4 if head.startswith(b"\xff\xff\xff\xff") else 0
-    size, root = (int.from_bytes(head[at + 4 * k:at + 4 * k + 4], "little") for k in range(2))
-    return (at > 0 or size % 4 == 0) and 0 < size < 2**24 and 4 <= root < min(size, 2**16) and b"\0\0\0" in head[:at + 16]
+    size, root = (int.from_bytes(head[at + 4 * k : at + 4 * k + 4], "little") for k in range(2))
+    return (
+        (at > 0 or size % 4 == 0)
+        and 0 < size < 2**24
+        and 4 <= root < min(size, 2**16)
+        and b"\0\0\0" in head[: at + 16]
+    )
 
 
 def _kind_by_bytes(head: bytes) -> Kind:
     """Text, or bytes of an unknown kind: by NULs, control characters, and whether it is UTF-8."""
     if len(head) >= 4 and not head.strip(b"\0"):
-        return Kind("other", "nothing but NUL bytes, as after a crash of a machine", "Fetch the file again")
-    if any(len(head) >= 16 and all(head[at::4].count(b"\0") > 0.95 * len(head[at::4]) for at in places)
-           for places in ((1, 2, 3), (0, 1, 2))):
+        return Kind(
+            "other", "nothing but NUL bytes, as after a crash of a machine", "Fetch the file again"
+        )
+    if any(
+        len(head) >= 16 and all(head[at::4].count(b"\0") > 0.95 * len(head[at::4]) for at in places)
+        for places in ((1, 2, 3), (0, 1, 2))
+    ):
         return Kind("other", "text in UTF-32", "Save it as UTF-8 (iconv -f UTF-32 -t UTF-8)")
     nuls, controls = head.count(b"\0"), len(head) - len(head.translate(None, _CONTROLS))
-    if nuls * 3 > len(head) and len(head) >= 4 and 0 in (head[::2].count(b"\0"), head[1::2].count(b"\0")):
+    if (
+        nuls * 3 > len(head)
+        and len(head) >= 4
+        and 0 in (head[::2].count(b"\0"), head[1::2].count(b"\0"))
+    ):
         return Kind("other", *_UTF16)
     if len(head) < _MANY_BYTES:
         return Kind("text")
-    if nuls * 10 > len(head) and b"\0" in head.partition(b"\n")[0] or controls > _MOST_CONTROLS * len(head) and not _is_utf8(head):
+    if (
+        nuls * 10 > len(head)
+        and b"\0" in head.partition(b"\n")[0]
+        or controls > _MOST_CONTROLS * len(head)
+        and not _is_utf8(head)
+    ):
         return UNKNOWN
     return Kind("text")
 

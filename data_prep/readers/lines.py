@@ -17,34 +17,51 @@ from data_prep.readers.files import InputFile
 from data_prep.readers.packed import STEP_BYTES, opened
 
 
-def line_blocks(source: Source, file: InputFile, begin: int, end: int | None, limits: Limits) -> Iterator[Block]:
+def line_blocks(
+    source: Source, file: InputFile, begin: int, end: int | None, limits: Limits
+) -> Iterator[Block]:
     """Blocks of the whole lines that begin in [begin, end); of whole paragraphs where these are the documents."""
     by_paragraph = isinstance(source, TextSource) and source.document == "paragraph"
     ends = (b"\n\n", b"\n\r\n") if by_paragraph else (b"\n",)
     rest = _Rest(ends, limits.document_bytes)
-    at = 0                                   # where it begins
+    at = 0  # where it begins
 
     def place() -> str:
         before = line_ends(file, source, at, limits) + rest.line_ends
         return f"{file.place} cannot be read beyond line {before:,}"
 
-    with readable(place), opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw):
+    with (
+        readable(place),
+        opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
+    ):
         left = None
         if begin or end is not None:
-            at, stop = (_next_document(raw, x, ends) for x in (begin, file.bytes if end is None else end))
+            at, stop = (
+                _next_document(raw, x, ends) for x in (begin, file.bytes if end is None else end)
+            )
             left = stop - at
             raw.seek(at)
         seen = raw.tell()
-        made = Block(source=source, file=file.place, first=1, unit="line", most_bytes=limits.document_bytes)
+        made = Block(
+            source=source, file=file.place, first=1, unit="line", most_bytes=limits.document_bytes
+        )
         for piece in _pieces(stream, left, limits.block_bytes, compressed=stream is not raw):
             for lines, size in rest.add(piece):
                 now = raw.tell()
                 too_large = TooLarge(number=1, bytes=size) if lines is None else None
-                yield dataclasses.replace(made, lines=lines, too_large=too_large, file_bytes=now - seen, counted_from=at)
+                yield dataclasses.replace(
+                    made, lines=lines, too_large=too_large, file_bytes=now - seen, counted_from=at
+                )
                 at, seen = at + size, now
         for lines, size in rest.finish():
             too_large = TooLarge(number=1, bytes=size) if lines is None else None
-            yield dataclasses.replace(made, lines=lines, too_large=too_large, file_bytes=raw.tell() - seen, counted_from=at)
+            yield dataclasses.replace(
+                made,
+                lines=lines,
+                too_large=too_large,
+                file_bytes=raw.tell() - seen,
+                counted_from=at,
+            )
 
 
 class _Rest:
@@ -53,9 +70,9 @@ class _Rest:
     def __init__(self, ends: tuple[bytes, ...], most_bytes: int) -> None:
         self._ends, self._most = ends, most_bytes
         self._end = re.compile(b"|".join(map(re.escape, ends)))
-        self._pieces: list[bytes] = []           # joined once: a line may have many megabytes
-        self._bytes = self._lines = 0            # of the document that has not ended
-        self._seam = b""                         # its last bytes: an end between paragraphs may lie in two pieces
+        self._pieces: list[bytes] = []  # joined once: a line may have many megabytes
+        self._bytes = self._lines = 0  # of the document that has not ended
+        self._seam = b""  # its last bytes: an end between paragraphs may lie in two pieces
 
     @property
     def line_ends(self) -> int:
@@ -83,7 +100,7 @@ class _Rest:
         self._bytes += len(left)
         self._lines += left.count(b"\n")
         if self._bytes > self._most:
-            self._pieces.clear()                 # too large: only counted from here on
+            self._pieces.clear()  # too large: only counted from here on
         else:
             self._pieces.append(left)
         keep = max(map(len, self._ends)) - 1
@@ -101,7 +118,13 @@ class _Rest:
     def _last_end(self, seam: bytes, piece: bytes) -> int:
         """Where the last document that ends in the piece ends, 0 where none does."""
         whole = seam + piece
-        return max(0, max(i + len(mark) - len(seam) if (i := whole.rfind(mark)) >= 0 else 0 for mark in self._ends))
+        return max(
+            0,
+            max(
+                i + len(mark) - len(seam) if (i := whole.rfind(mark)) >= 0 else 0
+                for mark in self._ends
+            ),
+        )
 
     def _within(self, lines: bytes) -> Iterator[tuple[bytes | None, int]]:
         """Whole documents, without those that are too large."""
@@ -124,10 +147,14 @@ class _Rest:
 def text_blocks(source: TextSource, file: InputFile, limits: Limits) -> Iterator[Block]:
     """A whole file as one document."""
     made = Block(source=source, file=file.place, first=1, most_bytes=limits.document_bytes)
-    with (readable(lambda: f"{file.place} cannot be read to its end"),
-          opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw)):
+    with (
+        readable(lambda: f"{file.place} cannot be read to its end"),
+        opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
+    ):
         if stream is raw and file.bytes > limits.document_bytes:
-            yield dataclasses.replace(made, too_large=TooLarge(number=1, bytes=file.bytes), file_bytes=file.bytes)
+            yield dataclasses.replace(
+                made, too_large=TooLarge(number=1, bytes=file.bytes), file_bytes=file.bytes
+            )
             return
         content = stream.read(limits.document_bytes + 1)
         if len(content) > limits.document_bytes:
@@ -139,14 +166,18 @@ def text_blocks(source: TextSource, file: InputFile, limits: Limits) -> Iterator
 def line_ends(file: InputFile, source: Source, before: int, limits: Limits) -> int:
     """Line ends in the first `before` bytes of a file, decompressed, as far as it can be read."""
     count = 0
-    with contextlib.suppress(*READ_ERRORS), opened(file.at, file.packing,
-                                                   zstd_window_bytes=source.zstd_window_bytes) as (stream, raw):
+    with (
+        contextlib.suppress(*READ_ERRORS),
+        opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
+    ):
         for piece in _pieces(stream, before, limits.block_bytes, compressed=stream is not raw):
             count += piece.count(b"\n")
     return count
 
 
-def _pieces(stream: IO[bytes], left: int | None, block_bytes: int, *, compressed: bool) -> Iterator[bytes]:
+def _pieces(
+    stream: IO[bytes], left: int | None, block_bytes: int, *, compressed: bool
+) -> Iterator[bytes]:
     """The next `left` bytes (None: all) by `block_bytes`; where reading breaks, first what was read until there."""
     step = STEP_BYTES if compressed else block_bytes
     while True:

@@ -19,7 +19,15 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.config import MdsSource
-from data_prep.readers.blocks import Block, Limits, NotUtf8, ReadError, TooLarge, UntilBroken, readable
+from data_prep.readers.blocks import (
+    Block,
+    Limits,
+    NotUtf8,
+    ReadError,
+    TooLarge,
+    UntilBroken,
+    readable,
+)
 from data_prep.readers.files import InputFile, matches, name_below, size_of
 from data_prep.readers.packed import opened, packing_of
 from encoder.base.errors import ConfigError, nearest
@@ -27,12 +35,30 @@ from encoder.base.unpack import unpack
 from encoder.base.untrusted import INDEX_BYTES, inside, read_json
 from encoder.data.shard_format import INDEX
 
-MOST_UNPACKED_BYTES = 2**30              # of a shard in br or snappy, which are unpacked as a whole; streaming's have 64 MiB
+MOST_UNPACKED_BYTES = (
+    2**30
+)  # of a shard in br or snappy, which are unpacked as a whole; streaming's have 64 MiB
 MOST_SAMPLES = 2**28
 SKIP_BYTES = 2**20
 WHOLE = ("br", "snappy")
-_KNOWN = ("str", "json", "int", "str_int", "str_float", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32",
-          "int64", "float16", "float32", "float64")
+_KNOWN = (
+    "str",
+    "json",
+    "int",
+    "str_int",
+    "str_float",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +66,11 @@ class TextShard:
     """What index.json tells of a shard file."""
 
     samples: int
-    names: tuple[str, ...]                # of the columns, in their order
+    names: tuple[str, ...]  # of the columns, in their order
     encodings: tuple[str, ...]
-    sizes: tuple[int | None, ...]         # bytes, None: in each sample's head
+    sizes: tuple[int | None, ...]  # bytes, None: in each sample's head
     compression: str | None
-    bytes: int                            # of the unpacked shard
+    bytes: int  # of the unpacked shard
 
 
 def mds_files(source: MdsSource, root: Path) -> list[InputFile]:
@@ -53,56 +79,104 @@ def mds_files(source: MdsSource, root: Path) -> list[InputFile]:
     for index in matches(source, root, folders=INDEX):
         content = read_json(index, error=ConfigError, most_bytes=INDEX_BYTES, root=dict)
         try:
-            entries = [(entry, entry["zip_data"], entry["raw_data"], _shard_of(entry)) for entry in content["shards"]]
+            entries = [
+                (entry, entry["zip_data"], entry["raw_data"], _shard_of(entry))
+                for entry in content["shards"]
+            ]
         except (KeyError, TypeError, ValueError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else f"{error}"
-            raise ConfigError(f"{index} is no index of MDS shards ({why}). "
-                              f"Name the {INDEX} that streaming's MDSWriter wrote.") from error
+            raise ConfigError(
+                f"{index} is no index of MDS shards ({why}). "
+                f"Name the {INDEX} that streaming's MDSWriter wrote."
+            ) from error
         for entry, packed, raw, shard in entries:
             if entry.get("format") != "mds" or entry.get("version") != 2:
-                raise ConfigError(f"{index} tells of {entry.get('format')} version {entry.get('version')}; needed: mds version 2.")
+                raise ConfigError(
+                    f"{index} tells of {entry.get('format')} version {entry.get('version')};"
+                    " needed: mds version 2."
+                )
             found.append(_file_of(source, root, index, packed, raw, shard))
     return found
 
 
-def _file_of(source: MdsSource, root: Path, index: Path, packed: Any, raw: Any, shard: TextShard) -> InputFile:
+def _file_of(
+    source: MdsSource, root: Path, index: Path, packed: Any, raw: Any, shard: TextShard
+) -> InputFile:
     """The file of a shard as it lies there: compressed, or unpacked beside it."""
     for column in source.used_columns:
         name = _top(column, shard)
         if name is None:
-            raise ConfigError(f"{index} has no column {column!r}. {nearest(column, sorted(shard.names))} "
-                              "Set the source's text or filters.")
+            raise ConfigError(
+                f"{index} has no column {column!r}. {nearest(column, sorted(shard.names))} "
+                "Set the source's text or filters."
+            )
         encoding = shard.encodings[shard.names.index(name)]
         if encoding not in _KNOWN or column == source.text and encoding not in ("str", "json"):
-            hint = " These are shards of ids: train on them, after data-prep index." if encoding.startswith("ndarray") else ""
-            raise ConfigError(f"{index} has the column {name!r} as {encoding}; needed: "
-                              f"{'str' if column == source.text else 'text or a number'}.{hint}")
-    places = [(info, inside(index.parent, info.get("basename"), where=index, error=ConfigError))
-              for info in (packed, raw) if isinstance(info, dict)]
+            hint = (
+                " These are shards of ids: train on them, after data-prep index."
+                if encoding.startswith("ndarray")
+                else ""
+            )
+            raise ConfigError(
+                f"{index} has the column {name!r} as {encoding}; needed: "
+                f"{'str' if column == source.text else 'text or a number'}.{hint}"
+            )
+    places = [
+        (info, inside(index.parent, info.get("basename"), where=index, error=ConfigError))
+        for info in (packed, raw)
+        if isinstance(info, dict)
+    ]
     if not places:
         raise ConfigError(f"{index} names no file for one of its shards. Write the shards again.")
     info, path = next(((info, path) for info, path in places if path.is_file()), places[0])
     size = size_of(path)
     if size != info.get("bytes"):
-        raise ReadError(f"{path} has {size:,} bytes, {INDEX} tells of {info.get('bytes')}. Copy it again.")
+        raise ReadError(
+            f"{path} has {size:,} bytes, {INDEX} tells of {info.get('bytes')}. Copy it again."
+        )
     if packed is not info:
         shard = TextShard(**{**shard.__dict__, "compression": None})
-    return InputFile(name=name_below(root, path), place=str(path), bytes=size, path=path, shard=shard,
-                     packing=packing_of(path) if shard.compression else None)
+    return InputFile(
+        name=name_below(root, path),
+        place=str(path),
+        bytes=size,
+        path=path,
+        shard=shard,
+        packing=packing_of(path) if shard.compression else None,
+    )
 
 
 def _shard_of(entry: dict[str, Any]) -> TextShard:
-    names, encodings, sizes = (tuple(entry[key]) for key in ("column_names", "column_encodings", "column_sizes"))
-    samples, compression, unpacked = entry["samples"], entry.get("compression"), entry["raw_data"]["bytes"]
-    if not len(names) == len(encodings) == len(sizes) or not all(isinstance(word, str) for word in names + encodings):
+    names, encodings, sizes = (
+        tuple(entry[key]) for key in ("column_names", "column_encodings", "column_sizes")
+    )
+    samples, compression, unpacked = (
+        entry["samples"],
+        entry.get("compression"),
+        entry["raw_data"]["bytes"],
+    )
+    if not len(names) == len(encodings) == len(sizes) or not all(
+        isinstance(word, str) for word in names + encodings
+    ):
         raise ValueError("its columns do not fit one another")
     if not all(size is None or type(size) is int and 0 <= size < 2**32 for size in sizes):
         raise ValueError("a column has no size")
-    if type(samples) is not int or not 0 <= samples <= MOST_SAMPLES or not isinstance(compression, str | None):
+    if (
+        type(samples) is not int
+        or not 0 <= samples <= MOST_SAMPLES
+        or not isinstance(compression, str | None)
+    ):
         raise ValueError("samples is no number of samples")
     if type(unpacked) is not int or not 0 <= unpacked <= MOST_UNPACKED_BYTES * 4:
         raise ValueError("a shard has no size")
-    return TextShard(samples=samples, bytes=unpacked, names=names, encodings=encodings, sizes=sizes, compression=compression)
+    return TextShard(
+        samples=samples,
+        bytes=unpacked,
+        names=names,
+        encodings=encodings,
+        sizes=sizes,
+        compression=compression,
+    )
 
 
 def _top(column: str, shard: TextShard) -> str | None:
@@ -117,16 +191,26 @@ def mds_blocks(source: MdsSource, file: InputFile, limits: Limits) -> Iterator[B
     rows: list[list[Any]] = []
 
     def block(**content: Any) -> Block:
-        return Block(source=source, file=file.place, unit="sample", most_bytes=limits.document_bytes, **content)
+        return Block(
+            source=source,
+            file=file.place,
+            unit="sample",
+            most_bytes=limits.document_bytes,
+            **content,
+        )
 
     def place() -> str:
         return f"{file.place} cannot be read beyond sample {first + len(rows) - 1:,}"
 
-    with (readable(place, (OSError, EOFError, ValueError, struct.error)),
-          opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw)):
+    with (
+        readable(place, (OSError, EOFError, ValueError, struct.error)),
+        opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
+    ):
         if shard.compression and shard.compression.partition(":")[0] in WHOLE:
             stream = _unpacked_whole(stream, shard)
-        for sample, sample_bytes in (rest := UntilBroken(_samples(stream, shard, limits.document_bytes))):
+        for sample, sample_bytes in (
+            rest := UntilBroken(_samples(stream, shard, limits.document_bytes))
+        ):
             if sample is not None:
                 columns = _columns_of(sample, shard)
                 rows.append([_decoder(shard, top)(columns[top]) for top in tops])
@@ -149,14 +233,19 @@ def _by_name(tops: list[str], rows: list[list[Any]]) -> dict[str, list[Any]]:
 def _unpacked_whole(stream: IO[bytes], shard: TextShard) -> IO[bytes]:
     packed = stream.read(MOST_UNPACKED_BYTES + 1)
     if max(len(packed), shard.bytes) > MOST_UNPACKED_BYTES:
-        raise ReadError(f"a shard in {shard.compression} has more than {MOST_UNPACKED_BYTES:,} bytes. Write it with zstd.")
+        raise ReadError(
+            f"a shard in {shard.compression} has more than {MOST_UNPACKED_BYTES:,} bytes. Write it"
+            " with zstd."
+        )
     try:
         return io.BytesIO(unpack(shard.compression, packed, size=shard.bytes))
     except ValueError as error:
         raise OSError(f"it cannot be unpacked: {error}") from error
 
 
-def _samples(stream: IO[bytes], shard: TextShard, most_bytes: int) -> Iterator[tuple[bytes | None, int]]:
+def _samples(
+    stream: IO[bytes], shard: TextShard, most_bytes: int
+) -> Iterator[tuple[bytes | None, int]]:
     """Each sample (None where it is too large) and its bytes."""
     count = int.from_bytes(_exactly(stream, 4), "little")
     if count != shard.samples:
@@ -194,7 +283,7 @@ def _columns_of(sample: bytes, shard: TextShard) -> dict[str, bytes]:
     at, found = 4 * variable, {}
     for name, size in zip(shard.names, shard.sizes, strict=True):
         size = head.pop(0) if size is None else size
-        found[name] = sample[at:at + size]
+        found[name] = sample[at : at + size]
         at += size
     if at != len(sample):
         raise ValueError("a sample's columns do not fit its size")
@@ -210,7 +299,9 @@ def _decoder(shard: TextShard, name: str) -> Callable[[bytes], Any]:
         return _json
     if encoding in ("str_int", "str_float"):
         return lambda data: (int if encoding == "str_int" else float)(data.decode("ascii"))
-    return lambda data: np.frombuffer(data, "<i8" if encoding == "int" else np.dtype(encoding).newbyteorder("<"), 1)[0].item()
+    return lambda data: np.frombuffer(
+        data, "<i8" if encoding == "int" else np.dtype(encoding).newbyteorder("<"), 1
+    )[0].item()
 
 
 def _json(data: bytes) -> Any:

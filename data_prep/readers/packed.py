@@ -21,20 +21,25 @@ from typing import IO, Any
 from data_prep.readers.blocks import SKIP, ReadError
 from data_prep.readers.kinds import HEAD_BYTES, Packing, kind_of
 
-STEP_BYTES = 2**16                        # of decompressed text in one step: no more is lost before a break
-USUAL_ZSTD_WINDOW = 2**27                 # what zstd itself reads without --long=N or --memory
-MOST_ZSTD_WINDOW = 2**31                  # of libzstd
-XZ_MEMORY = 2**30                         # the dictionary of xz -9 has 64 MiB
+STEP_BYTES = 2**16  # of decompressed text in one step: no more is lost before a break
+USUAL_ZSTD_WINDOW = 2**27  # what zstd itself reads without --long=N or --memory
+MOST_ZSTD_WINDOW = 2**31  # of libzstd
+XZ_MEMORY = 2**30  # the dictionary of xz -9 has 64 MiB
 PACKED_ENDINGS = (".gz", ".zst", ".gzip", ".zstd", ".bz2", ".xz")
 
 
 @contextlib.contextmanager
-def opened(place: Path | str, packing: Packing | None, *, zstd_window_bytes: int = USUAL_ZSTD_WINDOW
-           ) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def opened(
+    place: Path | str, packing: Packing | None, *, zstd_window_bytes: int = USUAL_ZSTD_WINDOW
+) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """(the decompressed stream, the file below it), by a path or a URL. Raises ReadError for a zstd window above the one
     allowed."""
     with open_at(place) as raw:
-        if isinstance(place, Path) and place.suffix in PACKED_ENDINGS and not os.fstat(raw.fileno()).st_size:
+        if (
+            isinstance(place, Path)
+            and place.suffix in PACKED_ENDINGS
+            and not os.fstat(raw.fileno()).st_size
+        ):
             raise EOFError("it is cut short to 0 bytes, and compressed nothing has some")
         yield unpacking(raw, packing, place=str(place), zstd_window_bytes=zstd_window_bytes), raw
 
@@ -48,7 +53,13 @@ def open_at(place: Path | str) -> IO[bytes]:
     return open(place, "rb")
 
 
-def unpacking(raw: IO[bytes], packing: Packing | None, *, place: str, zstd_window_bytes: int = USUAL_ZSTD_WINDOW) -> IO[bytes]:
+def unpacking(
+    raw: IO[bytes],
+    packing: Packing | None,
+    *,
+    place: str,
+    zstd_window_bytes: int = USUAL_ZSTD_WINDOW,
+) -> IO[bytes]:
     """The stream over an open file at its beginning; the file itself where it is not compressed."""
     if packing is None:
         return raw
@@ -58,14 +69,20 @@ def unpacking(raw: IO[bytes], packing: Packing | None, *, place: str, zstd_windo
         return _zstd_stream(raw, place, zstd_window_bytes)
     if packing == "bzip2":
         return _Unpacked(raw, bz2.BZ2Decompressor, place=place)
-    return _Unpacked(raw, lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY), place=place, padding=True)
+    return _Unpacked(
+        raw, lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY), place=place, padding=True
+    )
 
 
-def inner_head(path: Path, packing: Packing, *, zstd_window_bytes: int = USUAL_ZSTD_WINDOW) -> bytes:
+def inner_head(
+    path: Path, packing: Packing, *, zstd_window_bytes: int = USUAL_ZSTD_WINDOW
+) -> bytes:
     """The first bytes of what is in a compressed file. Raises READ_ERRORS, ReadError."""
     with opened(path, packing, zstd_window_bytes=zstd_window_bytes) as (stream, _):
         head = b""
-        with contextlib.suppress(OSError, EOFError, ValueError):     # a break is told of where the file is read
+        with contextlib.suppress(
+            OSError, EOFError, ValueError
+        ):  # a break is told of where the file is read
             while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES - len(head))):
                 head += piece
         return head
@@ -74,7 +91,9 @@ def inner_head(path: Path, packing: Packing, *, zstd_window_bytes: int = USUAL_Z
 class _Unpacked:
     """A stream of one compressed stream after the other, by decompressors as bz2 and lzma have them."""
 
-    def __init__(self, raw: IO[bytes], new: Callable[[], Any], *, place: str, padding: bool = False) -> None:
+    def __init__(
+        self, raw: IO[bytes], new: Callable[[], Any], *, place: str, padding: bool = False
+    ) -> None:
         self._raw, self._new, self._place, self._padding = raw, new, place, padding
         self._decompressor, self._rest, self._begun = new(), b"", False
 
@@ -97,8 +116,10 @@ class _Unpacked:
                 piece = self._decompressor.decompress(given, size)
             except (lzma.LZMAError, ValueError) as error:
                 if "memory" in str(error).lower():
-                    raise ReadError(f"{self._place} needs more than {XZ_MEMORY:,} bytes of memory to be unpacked, as no preset "
-                                    f"of xz does. Unpack it (xz -d), or {SKIP}.") from error
+                    raise ReadError(
+                        f"{self._place} needs more than {XZ_MEMORY:,} bytes of memory to be"
+                        f" unpacked, as no preset of xz does. Unpack it (xz -d), or {SKIP}."
+                    ) from error
                 raise OSError(str(error)) from error
             if piece:
                 return piece
@@ -106,7 +127,9 @@ class _Unpacked:
     def read(self, size: int = -1) -> bytes:
         """`size` unpacked bytes, or all."""
         pieces, missing = [], size
-        while missing and (piece := self.read1(STEP_BYTES if size < 0 else min(missing, STEP_BYTES))):
+        while missing and (
+            piece := self.read1(STEP_BYTES if size < 0 else min(missing, STEP_BYTES))
+        ):
             pieces.append(piece)
             missing -= len(piece) if size > 0 else 0
         return b"".join(pieces)
@@ -119,11 +142,17 @@ def _zstd_stream(raw: IO[bytes], place: str, window_bytes: int) -> IO[bytes]:
     if window_bytes > USUAL_ZSTD_WINDOW and (library := _libzstd()):
         return _Unpacked(raw, lambda: _LongZstd(library, place, window_bytes), place=place)
     if needed > USUAL_ZSTD_WINDOW:
-        raise ReadError(f"{place} has a zstd window of {needed:,} bytes, and no libzstd is here to read it. "
-                        f"Unpack the file (zstd -d --long=31), or {SKIP}.")
+        raise ReadError(
+            f"{place} has a zstd window of {needed:,} bytes, and no libzstd is here to read it. "
+            f"Unpack the file (zstd -d --long=31), or {SKIP}."
+        )
     import pyarrow
 
-    return _Arrow(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), place, window_bytes)
+    return _Arrow(
+        pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"),
+        place,
+        window_bytes,
+    )
 
 
 def zstd_window(head: bytes) -> int:
@@ -136,17 +165,26 @@ def zstd_window(head: bytes) -> int:
         base = 1 << (10 + exponent)
         return base + base // 8 * mantissa
     at, width = 5 + (0, 1, 2, 4)[descriptor & 3], (1, 2, 4, 8)[descriptor >> 6]
-    return int.from_bytes(head[at:at + width], "little") + (256 if width == 2 else 0)
+    return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def too_wide(place: str, needed: int, allowed: int) -> str:
     """The sentence about a zstd frame whose window is beyond the settings."""
-    size = f"of {needed:,} bytes (as zstd --long writes)" if needed else "wider than the settings allow (as zstd --long writes)"
+    size = (
+        f"of {needed:,} bytes (as zstd --long writes)"
+        if needed
+        else "wider than the settings allow (as zstd --long writes)"
+    )
     if needed > MOST_ZSTD_WINDOW:
-        return f"{place} needs a zstd window {size}; at most {MOST_ZSTD_WINDOW:,} can be read. Pack it anew, or {SKIP}."
+        return (
+            f"{place} needs a zstd window {size}; at most {MOST_ZSTD_WINDOW:,} can be read. Pack it"
+            f" anew, or {SKIP}."
+        )
     enough = 1 << (needed - 1).bit_length() if needed else MOST_ZSTD_WINDOW
-    return (f"{place} needs a zstd window {size}; zstd_window_bytes is {allowed:,}. Set the source's zstd_window_bytes: "
-            f"{enough} (a process may take as much more memory), or {SKIP}.")
+    return (
+        f"{place} needs a zstd window {size}; zstd_window_bytes is {allowed:,}. Set the source's"
+        f" zstd_window_bytes: {enough} (a process may take as much more memory), or {SKIP}."
+    )
 
 
 class _Arrow:
@@ -165,7 +203,9 @@ class _Arrow:
 
     def read(self, size: int = -1) -> bytes:
         pieces, missing = [], size
-        while missing and (piece := self.read1(STEP_BYTES if size < 0 else min(missing, STEP_BYTES))):
+        while missing and (
+            piece := self.read1(STEP_BYTES if size < 0 else min(missing, STEP_BYTES))
+        ):
             pieces.append(piece)
             missing -= len(piece) if size > 0 else 0
         return b"".join(pieces)
@@ -183,7 +223,9 @@ class _LongZstd:
     def __init__(self, library: ctypes.CDLL, place: str, window_bytes: int) -> None:
         self._library, self._place, self._window = library, place, window_bytes
         self._context = library.ZSTD_createDCtx()
-        library.ZSTD_DCtx_setParameter(self._context, 100, min(31, max(10, (window_bytes - 1).bit_length())))
+        library.ZSTD_DCtx_setParameter(
+            self._context, 100, min(31, max(10, (window_bytes - 1).bit_length()))
+        )
         self._given, self.eof, self.unused_data, self.needs_input = b"", False, b"", True
 
     def __del__(self) -> None:
@@ -196,17 +238,19 @@ class _LongZstd:
         target = ctypes.create_string_buffer(size)
         given = _Buffer(ctypes.cast(source, ctypes.c_void_p), len(self._given), 0)
         made = _Buffer(ctypes.cast(target, ctypes.c_void_p), size, 0)
-        left = self._library.ZSTD_decompressStream(self._context, ctypes.byref(made), ctypes.byref(given))
+        left = self._library.ZSTD_decompressStream(
+            self._context, ctypes.byref(made), ctypes.byref(given)
+        )
         if self._library.ZSTD_isError(left):
             why = self._library.ZSTD_getErrorName(left).decode("ascii", "replace")
             if "too much memory" in why:
                 raise ReadError(too_wide(self._place, 0, self._window))
             raise OSError(why)
-        self._given = self._given[given.at:]
+        self._given = self._given[given.at :]
         if left == 0:
             self.eof, self.unused_data, self._given = True, self._given, b""
         self.needs_input = not self._given and made.at < size
-        return target.raw[:made.at]
+        return target.raw[: made.at]
 
 
 def _libzstd() -> ctypes.CDLL | None:
@@ -219,7 +263,11 @@ def _libzstd() -> ctypes.CDLL | None:
             library.ZSTD_freeDCtx.argtypes = (ctypes.c_void_p,)
             library.ZSTD_DCtx_setParameter.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
             library.ZSTD_DCtx_setParameter.restype = ctypes.c_size_t
-            library.ZSTD_decompressStream.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+            library.ZSTD_decompressStream.argtypes = (
+                ctypes.c_void_p,
+                ctypes.c_void_p,
+                ctypes.c_void_p,
+            )
             library.ZSTD_decompressStream.restype = ctypes.c_size_t
             library.ZSTD_isError.argtypes = library.ZSTD_getErrorName.argtypes = (ctypes.c_size_t,)
             library.ZSTD_getErrorName.restype = ctypes.c_char_p

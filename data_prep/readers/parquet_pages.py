@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import IO
 
 HEADER_BYTES = 2**12
-_BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
+_BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (
+    (1, 2),
+    3,
+    (4, 5, 6),
+    7,
+    8,
+    (9, 10),
+    12,
+)
 DICTIONARY = 2
 
 
@@ -22,7 +30,7 @@ class Page:
     """One page of a column chunk."""
 
     kind: int
-    bytes: int                  # unpacked
+    bytes: int  # unpacked
 
 
 def pages_of(file: IO[bytes], begin: int, size: int) -> Iterator[Page]:

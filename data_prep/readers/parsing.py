@@ -17,7 +17,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_KEYS = 12
 # a line of 70 MB can hold 20 million empty lists, each of which takes 64 bytes as an object of Python
 LARGE_LINE_BYTES, MOST_CONTAINERS = 2**22, 10**6
-LONG_CHARS = 2**20                 # encoders look at such texts before they take them
+LONG_CHARS = 2**20  # encoders look at such texts before they take them
 
 
 def parse(block: Block) -> Parsed:
@@ -36,9 +36,13 @@ def parse(block: Block) -> Parsed:
     rows = _table_rows(block) if block.columns is not None else _json_rows(block, result)
     for place, row in rows:
         try:
-            stopped_by = next((f for f in source.filters if not f.passes(look_up(row, f.column))), None)
+            stopped_by = next(
+                (f for f in source.filters if not f.passes(look_up(row, f.column))), None
+            )
         except WrongType as error:
-            result.leave_out("filter cannot judge", f"{place}: {error}. Change the filter, or {SKIP}.")
+            result.leave_out(
+                "filter cannot judge", f"{place}: {error}. Change the filter, or {SKIP}."
+            )
             continue
         if stopped_by:
             result.left_out[stopped_by.label] += 1
@@ -47,13 +51,22 @@ def parse(block: Block) -> Parsed:
         if isinstance(text, str):
             _take(place, text, result)
         elif isinstance(text, NotUtf8):
-            result.leave_out("not utf-8", f"{place}: byte {text.byte} of {source.text!r} is not UTF-8; needed: UTF-8 text. "
-                                          f"Repair it, or {SKIP}.")
+            result.leave_out(
+                "not utf-8",
+                f"{place}: byte {text.byte} of {source.text!r} is not UTF-8; needed: UTF-8 text. "
+                f"Repair it, or {SKIP}.",
+            )
         elif text is ABSENT:
             keys = nearest(source.text, sorted(row)[:SHOWN_KEYS]) if row else "The object is empty."
-            result.leave_out("no text", f"{place} has no {source.text!r}. {keys} Set the source's text, or on_error: skip.")
+            result.leave_out(
+                "no text",
+                f"{place} has no {source.text!r}. {keys} Set the source's text, or on_error: skip.",
+            )
         else:
-            result.leave_out("no text", f"{place}: {source.text!r} is {named(text)}; needed: text. Repair it, or {SKIP}.")
+            result.leave_out(
+                "no text",
+                f"{place}: {source.text!r} is {named(text)}; needed: text. Repair it, or {SKIP}.",
+            )
     return result
 
 
@@ -72,11 +85,17 @@ def _take(place: str, text: str, result: Parsed) -> None:
     if not text or text.isspace():
         result.left_out["empty"] += 1
     elif "\0" in text:
-        result.leave_out("nul character", f"{place}: the text holds a NUL character, as files that are no text do; "
-                                          f"needed: text. Remove it, or {SKIP}.")
+        result.leave_out(
+            "nul character",
+            f"{place}: the text holds a NUL character, as files that are no text do; "
+            f"needed: text. Remove it, or {SKIP}.",
+        )
     elif not text.isascii() and _SURROGATES.search(text):
-        result.leave_out("not unicode", f"{place}: the text holds half a surrogate pair, which is no character; "
-                                        f"needed: whole characters. Repair it, or {SKIP}.")
+        result.leave_out(
+            "not unicode",
+            f"{place}: the text holds half a surrogate pair, which is no character; "
+            f"needed: whole characters. Repair it, or {SKIP}.",
+        )
     else:
         if len(text) > LONG_CHARS:
             result.long[len(result.texts)] = place
@@ -109,14 +128,22 @@ def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, An
         except (ValueError, RecursionError) as error:
             value = _used_fields(block, line)
             if value is ABSENT and isinstance(error, UnicodeDecodeError):
-                result.leave_out("not utf-8", f"{place}: byte {error.start + 1} is not UTF-8; needed: UTF-8 text. {repair}")
+                result.leave_out(
+                    "not utf-8",
+                    f"{place}: byte {error.start + 1} is not UTF-8; needed: UTF-8 text. {repair}",
+                )
             elif value is ABSENT:
-                result.leave_out("not json", f"{place} is not JSON ({_why(error)}); needed: {needed}. {repair}")
+                result.leave_out(
+                    "not json", f"{place} is not JSON ({_why(error)}); needed: {needed}. {repair}"
+                )
         if isinstance(value, dict):
             yield place, value
         elif value is not ABSENT:
-            result.leave_out("not json", f"{place} is {named(value)}; needed: a JSON object with "
-                                         f"{block.source.text!r}. {repair}")
+            result.leave_out(
+                "not json",
+                f"{place} is {named(value)}; needed: a JSON object with "
+                f"{block.source.text!r}. {repair}",
+            )
 
 
 def _is_crowded(line: bytes) -> bool:
@@ -128,13 +155,14 @@ def _numbered_lines(block: Block) -> Iterator[tuple[int, bytes]]:
     """The lines of a block without their ends, and their numbers."""
     lines = block.lines.split(b"\n")
     if not lines[-1]:
-        lines.pop()                              # the nothing after the last line end
+        lines.pop()  # the nothing after the last line end
     return enumerate(lines, start=block.first)
 
 
 def _used_fields(block: Block, line: bytes) -> Any:
     """The fields of a line that the source names, where the rest is what Python's parser does not take: an integer of
-    5,000 digits, a list 2,000 levels deep, bytes that are not UTF-8. ABSENT where these are not to be had."""
+    5,000 digits, a list 2,000 levels deep, bytes that are not UTF-8. ABSENT where these are not to be had.
+    """
     names = block.source.used_columns
     try:
         return fields_of(line, {part for name in names for part in (name, name.partition(".")[0])})
@@ -155,7 +183,11 @@ def _table_rows(block: Block) -> Iterator[tuple[str, dict[str, Any]]]:
     count = len(next(iter(block.columns.values())))
     numbers = range(block.first, block.first + count) if block.numbers is None else block.numbers
     for number, values in zip(numbers, zip(*block.columns.values(), strict=True), strict=True):
-        row = {name: value for name, value in zip(block.columns, values, strict=True) if value is not ABSENT}
+        row = {
+            name: value
+            for name, value in zip(block.columns, values, strict=True)
+            if value is not ABSENT
+        }
         yield f"{block.file} {block.unit} {number}", row
 
 
@@ -166,20 +198,26 @@ def _plain_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
     parts = re.split(separator, block.lines) if separator else [block.lines]
     for raw, end in zip(parts[::2], [*parts[1::2], b""], strict=True):
         if separator and not raw and not end:
-            continue                             # the nothing after the last line end
+            continue  # the nothing after the last line end
         if number == 1 and not block.counted_from and raw.startswith(BYTE_ORDER_MARK):
             raw = raw[3:]
-        if document == "paragraph":              # more empty lines, at the beginning of a block
+        if document == "paragraph":  # more empty lines, at the beginning of a block
             raw, before = raw.lstrip(b"\r\n"), raw
             number += before.count(b"\n") - raw.count(b"\n")
             if not raw:
                 number += end.count(b"\n")
                 continue
         try:
-            yield block.file if document == "file" else f"{block.file} line {number}", raw.decode("utf-8")
+            yield (
+                block.file if document == "file" else f"{block.file} line {number}",
+                raw.decode("utf-8"),
+            )
         except UnicodeDecodeError as error:
             line = number + raw.count(b"\n", 0, error.start)
             byte = error.start - raw.rfind(b"\n", 0, error.start)
-            result.leave_out("not utf-8", f"{block.file} line {line}: byte {byte} is not UTF-8; needed: UTF-8 text. "
-                                          f"Convert the file, or {SKIP}.")
+            result.leave_out(
+                "not utf-8",
+                f"{block.file} line {line}: byte {byte} is not UTF-8; needed: UTF-8 text. "
+                f"Convert the file, or {SKIP}.",
+            )
         number += raw.count(b"\n") + end.count(b"\n")

@@ -1,7 +1,7 @@
 """The outline of JSON text, read without making values of it: where strings, lists and objects end, however deep they are.
 
-    {"text": "a b", "meta": [[[...]]], "id": 1}
-     ^ key   ^ value begins, ends at the comma
+{"text": "a b", "meta": [[[...]]], "id": 1}
+ ^ key   ^ value begins, ends at the comma
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def string_end(data: bytes, at: int) -> int:
 
 def value_end(data: bytes, at: int) -> int:
     """The place behind the value that begins at `at`. Raises NotJson."""
-    first = data[at:at + 1]
+    first = data[at : at + 1]
     if first == b'"':
         end = string_end(data, at + 1)
         if end < 0:
@@ -71,28 +71,28 @@ def fields_of(data: bytes, wanted: Collection[str]) -> dict[str, Any]:
     """The values of some keys of one JSON object; of the others only the outline is looked at. Raises NotJson, and what
     json and UTF-8 raise for a value that is wanted."""
     at = _skip(data, 0)
-    if data[at:at + 1] != b"{":
+    if data[at : at + 1] != b"{":
         raise NotJson("no object")
     found: dict[str, Any] = {}
     at = _skip(data, at + 1)
-    while data[at:at + 1] != b"}":
-        if data[at:at + 1] != b'"':
+    while data[at : at + 1] != b"}":
+        if data[at : at + 1] != b'"':
             raise NotJson("no key")
         key_end = value_end(data, at)
         key = json.loads(data[at:key_end].decode("utf-8", "replace"))
         at = _skip(data, key_end)
-        if data[at:at + 1] != b":":
+        if data[at : at + 1] != b":":
             raise NotJson("a key without a value")
         at = _skip(data, at + 1)
         end = value_end(data, at)
         if key in wanted:
             found[key] = json.loads(data[at:end].decode("utf-8"))
         at = _skip(data, end)
-        if data[at:at + 1] == b",":
+        if data[at : at + 1] == b",":
             at = _skip(data, at + 1)
-            if data[at:at + 1] == b"}":
+            if data[at : at + 1] == b"}":
                 raise NotJson("nothing after a comma")
-        elif data[at:at + 1] != b"}":
+        elif data[at : at + 1] != b"}":
             raise NotJson("no comma after a value")
     if _skip(data, at + 1) != len(data):
         raise NotJson("more after the object")

@@ -15,16 +15,20 @@ from data_prep.readers.files import InputFile
 from data_prep.readers.parquet_pages import DICTIONARY, pages_of
 from encoder.base.errors import nearest
 
-TABLE_ROWS = 1024                              # in one block, fewer when they are long
-BATCH_BYTES = 2**26                            # of a Parquet batch, where pages tell how long a row may be
-ARROW_FILE = b"ARROW1"                         # first and last
-ARROW_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")       # since Arrow 0.15; before
-PAGE_DOCUMENTS = 5                             # a Parquet page may have as many times max_document_bytes: 8 took 2.1 GB
-BATCH_DOCUMENTS = 8                            # a compressed Arrow batch, too
+TABLE_ROWS = 1024  # in one block, fewer when they are long
+BATCH_BYTES = 2**26  # of a Parquet batch, where pages tell how long a row may be
+ARROW_FILE = b"ARROW1"  # first and last
+ARROW_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")  # since Arrow 0.15; before
+PAGE_DOCUMENTS = 5  # a Parquet page may have as many times max_document_bytes: 8 took 2.1 GB
+BATCH_DOCUMENTS = 8  # a compressed Arrow batch, too
 
 
-def parquet_blocks(source: ParquetSource | HubSource, file: InputFile, limits: Limits, stream: IO[bytes] | None = None
-                   ) -> Iterator[Block]:
+def parquet_blocks(
+    source: ParquetSource | HubSource,
+    file: InputFile,
+    limits: Limits,
+    stream: IO[bytes] | None = None,
+) -> Iterator[Block]:
     """The rows of a Parquet file, a row group after the other, so that those before a broken one are read.
 
     stream: the open file, where it lies elsewhere.
@@ -38,15 +42,28 @@ def parquet_blocks(source: ParquetSource | HubSource, file: InputFile, limits: L
     with readable(made.place, errors), contextlib.ExitStack() as held:
         raw = stream or held.enter_context(open(file.path, "rb"))
         f = held.enter_context(pyarrow.parquet.ParquetFile(raw))
-        columns = list(dict.fromkeys(top(name, f.schema_arrow.names, file) for name in source.used_columns))
+        columns = list(
+            dict.fromkeys(top(name, f.schema_arrow.names, file) for name in source.used_columns)
+        )
         for group in range(f.num_row_groups):
             facts = f.metadata.row_group(group)
-            chunks = [facts.column(i) for i in range(facts.num_columns)
-                      if facts.column(i).path_in_schema.partition(".")[0] in columns or facts.column(i).path_in_schema in columns]
+            chunks = [
+                facts.column(i)
+                for i in range(facts.num_columns)
+                if facts.column(i).path_in_schema.partition(".")[0] in columns
+                or facts.column(i).path_in_schema in columns
+            ]
             rows = facts.num_rows
-            largest, dictionary = _largest_pages(raw, chunks, PAGE_DOCUMENTS * limits.document_bytes)
+            largest, dictionary = _largest_pages(
+                raw, chunks, PAGE_DOCUMENTS * limits.document_bytes
+            )
             if largest > PAGE_DOCUMENTS * limits.document_bytes:
-                yield made.too_large(rows, largest, f"{file.place} row group {group + 1} has a Parquet page", PAGE_DOCUMENTS)
+                yield made.too_large(
+                    rows,
+                    largest,
+                    f"{file.place} row group {group + 1} has a Parquet page",
+                    PAGE_DOCUMENTS,
+                )
                 continue
             batch_rows = min(TABLE_ROWS, max(1, BATCH_BYTES // max(1, largest, dictionary)))
             for batch in f.iter_batches(batch_rows, row_groups=[group], columns=columns):
@@ -60,7 +77,7 @@ def _largest_pages(raw: IO[bytes], chunks: list[Any], most: int) -> tuple[int, i
     for chunk in chunks:
         begin = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
         begin = chunk.data_page_offset if begin is None or begin <= 0 else begin
-        with contextlib.suppress(ValueError):             # what is no header is the reader's to report
+        with contextlib.suppress(ValueError):  # what is no header is the reader's to report
             for page in pages_of(raw, begin, chunk.total_compressed_size):
                 if page.kind == DICTIONARY:
                     dictionary = max(dictionary, page.bytes)
@@ -77,14 +94,24 @@ def arrow_blocks(source: ArrowSource, file: InputFile, limits: Limits) -> Iterat
     import pyarrow.ipc
 
     made = _Maker(source, file, limits)
-    with readable(made.place, (OSError, ValueError, pyarrow.ArrowException)), open(file.path, "rb") as raw:
+    with (
+        readable(made.place, (OSError, ValueError, pyarrow.ArrowException)),
+        open(file.path, "rb") as raw,
+    ):
         if not file.bytes:
             raise ReadError(_cut_short(file))
-        pages = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)        # closed with the last array that looks into it
+        pages = mmap.mmap(
+            raw.fileno(), 0, access=mmap.ACCESS_READ
+        )  # closed with the last array that looks into it
         unpacked = _check_arrow(file, pages)
         _let_go(pages)
         if unpacked > BATCH_DOCUMENTS * limits.document_bytes:
-            yield made.too_large(1, unpacked, f"{file.place} has a compressed batch, to be unpacked as a whole,", BATCH_DOCUMENTS)
+            yield made.too_large(
+                1,
+                unpacked,
+                f"{file.place} has a compressed batch, to be unpacked as a whole,",
+                BATCH_DOCUMENTS,
+            )
             return
         for batch in _arrow_batches(source, file, pages, compressed=unpacked > 0):
             for at in range(0, batch.num_rows, TABLE_ROWS):
@@ -93,7 +120,9 @@ def arrow_blocks(source: ArrowSource, file: InputFile, limits: Limits) -> Iterat
                     _let_go(pages)
 
 
-def _arrow_batches(source: ArrowSource, file: InputFile, pages: mmap.mmap, *, compressed: bool) -> Iterator[Any]:
+def _arrow_batches(
+    source: ArrowSource, file: InputFile, pages: mmap.mmap, *, compressed: bool
+) -> Iterator[Any]:
     """The record batches. Of compressed ones the columns in use alone are unpacked; others stay where they lie, which the
     choice of columns would copy."""
     import pyarrow
@@ -122,7 +151,8 @@ def _check_arrow(file: InputFile, pages: mmap.mmap) -> int:
     """Bytes of the largest compressed batch once it is unpacked. Raises ReadError for a file that is cut short.
 
     A stream that was cut between two of its batches reads as if it were whole, but for the mark at its end. The mark is
-    looked for where the last batch ends: zeros that fill up a batch look like one of before Arrow 0.15."""
+    looked for where the last batch ends: zeros that fill up a batch look like one of before Arrow 0.15.
+    """
     import pyarrow
     import pyarrow.ipc
 
@@ -132,9 +162,9 @@ def _check_arrow(file: InputFile, pages: mmap.mmap) -> int:
     with contextlib.suppress(EOFError, OSError, pyarrow.ArrowException):
         while end < file.bytes:
             if not is_file:
-                whole = pages[end:end + 8].startswith(ARROW_STREAM_ENDS)
+                whole = pages[end : end + 8].startswith(ARROW_STREAM_ENDS)
             reader.seek(end)
-            message = pyarrow.ipc.read_message(reader)             # its content is not touched
+            message = pyarrow.ipc.read_message(reader)  # its content is not touched
             end = reader.tell()
             if not is_file:
                 whole = False
@@ -145,7 +175,10 @@ def _check_arrow(file: InputFile, pages: mmap.mmap) -> int:
 
 
 def _cut_short(file: InputFile) -> str:
-    return f"{file.place} is cut short: it does not end as an Arrow file or stream does. Fetch the file again, or {SKIP}."
+    return (
+        f"{file.place} is cut short: it does not end as an Arrow file or stream does. Fetch the"
+        f" file again, or {SKIP}."
+    )
 
 
 def unpacked_bytes(message: Any) -> int:
@@ -182,7 +215,7 @@ def unpacked_bytes(message: Any) -> int:
                 total += length - 8 if size < 0 else size
         return total
     except struct.error:
-        return 0                                   # the reader says what is wrong
+        return 0  # the reader says what is wrong
 
 
 class _Maker:
@@ -199,29 +232,49 @@ class _Maker:
     def too_large(self, rows: int, size: int, what: str, documents: int) -> Block:
         """Rows that cannot be read one by one."""
         first, self._first = self._first, self._first + rows
-        return self._made(first, 0, too_large=TooLarge(number=1, bytes=size, documents=rows, what=what, times=documents))
+        return self._made(
+            first,
+            0,
+            too_large=TooLarge(number=1, bytes=size, documents=rows, what=what, times=documents),
+        )
 
     def _made(self, first: int, size: int, **content: Any) -> Block:
         here = min(self._left, size)
         self._left -= here
-        return Block(source=self._source, file=self._file.place, first=first, file_bytes=here,
-                     most_bytes=self._limits.document_bytes, **content)
+        return Block(
+            source=self._source,
+            file=self._file.place,
+            first=first,
+            file_bytes=here,
+            most_bytes=self._limits.document_bytes,
+            **content,
+        )
 
     def blocks(self, table: Any) -> Iterator[Block]:
         """Blocks of at most block_bytes, or of one row."""
-        columns = {name: _column(table, name, self._source, self._file) for name in self._source.used_columns}
+        columns = {
+            name: _column(table, name, self._source, self._file)
+            for name in self._source.used_columns
+        }
         bytes_R = _row_bytes(columns[self._source.text], table)
         ends_R = np.cumsum(bytes_R)
         at = 0
         while at < table.num_rows:
             before = int(ends_R[at - 1]) if at else 0
-            stop = max(at + 1, int(np.searchsorted(ends_R, before + self._limits.block_bytes, side="right")))
+            stop = max(
+                at + 1,
+                int(np.searchsorted(ends_R, before + self._limits.block_bytes, side="right")),
+            )
             first, self._first = self._first, self._first + stop - at
             size = int(ends_R[stop - 1]) - before
             if stop == at + 1 and size > self._limits.document_bytes:
                 yield self._made(first, size, too_large=TooLarge(number=1, bytes=size))
             else:
-                yield self._made(first, size, columns={name: _values(c.slice(at, stop - at)) for name, c in columns.items()})
+                yield self._made(
+                    first,
+                    size,
+                    columns={name: _values(c.slice(at, stop - at)) for name, c in columns.items()},
+                )
             at = stop
 
 
@@ -232,7 +285,9 @@ def _row_bytes(text: Any, table: Any) -> np.ndarray:
 
     rows = max(1, table.num_rows)
     try:
-        lengths = pyarrow.chunked_array([_text_bytes(chunk) for chunk in text.chunks], pyarrow.int64())
+        lengths = pyarrow.chunked_array(
+            [_text_bytes(chunk) for chunk in text.chunks], pyarrow.int64()
+        )
         exact = lengths.fill_null(0).to_numpy().astype(np.int64)
     except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowTypeError, pyarrow.ArrowInvalid):
         return np.full(table.num_rows, table.nbytes // rows, np.int64)
@@ -245,7 +300,11 @@ def _text_bytes(chunk: Any) -> Any:
     import pyarrow.compute
 
     if pyarrow.types.is_dictionary(chunk.type):
-        return pyarrow.compute.binary_length(chunk.dictionary).cast(pyarrow.int64()).take(chunk.indices)
+        return (
+            pyarrow.compute.binary_length(chunk.dictionary)
+            .cast(pyarrow.int64())
+            .take(chunk.indices)
+        )
     if pyarrow.types.is_null(chunk.type):
         return pyarrow.nulls(len(chunk), pyarrow.int64())
     return pyarrow.compute.binary_length(chunk).cast(pyarrow.int64())
@@ -276,13 +335,23 @@ def _column(table: Any, column: str, source: Source, file: InputFile) -> Any:
     for name in column.split(".")[1:] if found != column else ():
         fields = [f.name for f in array.type] if pyarrow.types.is_struct(array.type) else []
         if name not in fields:
-            raise ReadError(f"{file.place} has no column {column!r}: nothing in {found!r} is named {name!r}. "
-                            f"Set the source's text or filters, or {SKIP}.")
+            raise ReadError(
+                f"{file.place} has no column {column!r}: nothing in {found!r} is named {name!r}. "
+                f"Set the source's text or filters, or {SKIP}."
+            )
         array = pyarrow.compute.struct_field(array, name)
     kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
-    words = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view, pyarrow.types.is_null)
+    words = (
+        pyarrow.types.is_string,
+        pyarrow.types.is_large_string,
+        pyarrow.types.is_string_view,
+        pyarrow.types.is_null,
+    )
     if column == source.text and not any(is_kind(kind) for is_kind in words):
-        raise ReadError(f"{file.place}: column {column!r} is {kind}; needed: text. Set the source's text, or {SKIP}.")
+        raise ReadError(
+            f"{file.place}: column {column!r} is {kind}; needed: text. Set the source's text, or"
+            f" {SKIP}."
+        )
     return array
 
 
@@ -290,20 +359,27 @@ def top(column: str, names: list[str], file: InputFile) -> str:
     """The column of a table that holds `column`: itself, or the a of a.b.c. Raises ReadError."""
     found = column if column in names else column.partition(".")[0]
     if found not in names:
-        raise ReadError(f"{file.place} has no column {column!r}. {nearest(column, sorted(names))} "
-                        f"Set the source's text or filters, name files that have it, or {SKIP}.")
+        raise ReadError(
+            f"{file.place} has no column {column!r}. {nearest(column, sorted(names))} "
+            f"Set the source's text or filters, name files that have it, or {SKIP}."
+        )
     if names.count(found) > 1:
-        raise ReadError(f"{file.place} has the column {found!r} {names.count(found)} times; needed: once. Write the file anew with "
-                        f"columns of different names, or {SKIP}.")
+        raise ReadError(
+            f"{file.place} has the column {found!r} {names.count(found)} times; needed: once. Write"
+            f" the file anew with columns of different names, or {SKIP}."
+        )
     return found
 
 
-def table_blocks(source: Source, file: InputFile, tables: Iterator[Any], limits: Limits, errors: tuple[type[Exception], ...]
-                 ) -> Iterator[Block]:
+def table_blocks(
+    source: Source,
+    file: InputFile,
+    tables: Iterator[Any],
+    limits: Limits,
+    errors: tuple[type[Exception], ...],
+) -> Iterator[Block]:
     """The rows of tables that another library reads."""
     made = _Maker(source, file, limits)
     with readable(made.place, errors):
         for table in tables:
             yield from made.blocks(table)
-
-

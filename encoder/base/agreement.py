@@ -1,8 +1,8 @@
 """All ranks or none: a mistake that one rank meets ends all of them together, and nobody waits in a collective.
 
-    all_ranks_agree(world)      a block in which a rank may meet a mistake of its own: all ranks leave at its end
-    agree_on_errors(error)      the same where the error was kept until now (a rank's own, or None)
-    together(act, ...)          an act of some ranks; its error is raised on every rank with the same words
+all_ranks_agree(world)      a block in which a rank may meet a mistake of its own: all ranks leave at its end
+agree_on_errors(error)      the same where the error was kept until now (a rank's own, or None)
+together(act, ...)          an act of some ranks; its error is raised on every rank with the same words
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def together(act: Callable[[], None] | None, *, doing: str, then: str = "") -> N
 def _sentence(error: Exception, doing: str, then: str) -> str:
     if isinstance(error, UserError):
         return str(error)
-    reason = (error.strerror if isinstance(error, OSError) else None) or f"{error}" or type(error).__name__
+    reason = (
+        (error.strerror if isinstance(error, OSError) else None)
+        or f"{error}"
+        or type(error).__name__
+    )
     return " ".join(f"{doing}: {reason.rstrip('.')}. {then}".split())
 
 
@@ -74,7 +78,7 @@ def texts_of_all_ranks(text: str) -> Iterator[str]:
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     table = torch.zeros(ranks, TEXT_BYTES, dtype=torch.uint8)
     encoded = text.encode("utf-8")[:TEXT_BYTES]
-    table[rank, :len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    table[rank, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     for row in sum_over_ranks(table).tolist():
         yield bytes(row).rstrip(b"\0").decode("utf-8", errors="ignore")
 
@@ -82,14 +86,14 @@ def texts_of_all_ranks(text: str) -> Iterator[str]:
 class DeferredErrors:
     """Mistakes that one rank alone can meet, kept until all ranks meet: nobody leaves others waiting in a collective.
 
-        with errors.deferred():        # on rank zero alone
-            ledger.write(...)
-        errors.agree()                 # on every rank
+    with errors.deferred():        # on rank zero alone
+        ledger.write(...)
+    errors.agree()                 # on every rank
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.first: UserError | None = None      # of this rank
+        self.first: UserError | None = None  # of this rank
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4      # malloc.h
-_NEVER = 2**31 - 1                           # bytes at the heap's end; mallopt takes an int
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_NEVER = 2**31 - 1  # bytes at the heap's end; mallopt takes an int
 
 
 def keep_freed_memory() -> bool:
@@ -18,4 +18,8 @@ def keep_freed_memory() -> bool:
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, _NEVER) == 1
+    return (
+        mallopt is not None
+        and mallopt(_M_MMAP_MAX, 0) == 1
+        and mallopt(_M_TRIM_THRESHOLD, _NEVER) == 1
+    )

@@ -8,40 +8,40 @@ from typing import NamedTuple
 
 import torch
 
-IGNORE = -100   # target of a position that only fills the fixed capacity
+IGNORE = -100  # target of a position that only fills the fixed capacity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """What one loss term predicts: a value at each of M positions.
 
-        masked tokens   index 2, 7    value cat, sat       (ids before masking)
-        sentence pair   index 0       value 1              (0 or 1 at the document's [CLS])
+    masked tokens   index 2, 7    value cat, sat       (ids before masking)
+    sentence pair   index 0       value 1              (0 or 1 at the document's [CLS])
     """
 
-    index_M: torch.Tensor      # int64 into T
-    value_M: torch.Tensor      # int64; IGNORE where the fixed capacity is not used
-    count: int                 # positions that count, known on the host before the first forward
+    index_M: torch.Tensor  # int64 into T
+    value_M: torch.Tensor  # int64; IGNORE where the fixed capacity is not used
+    count: int  # positions that count, known on the host before the first forward
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """One forward. T tokens, S documents (pieces, and segments of padding), M target positions of a loss term.
 
-        ids      [CLS] a  a [MASK] [SEP] [CLS] b [SEP] pad pad
-        position   0   1  2    3     4     0   1   2    0   1
-        cu_seqlens 0                       5            8      10 (then 10 repeated up to the fixed length)
+    ids      [CLS] a  a [MASK] [SEP] [CLS] b [SEP] pad pad
+    position   0   1  2    3     4     0   1   2    0   1
+    cu_seqlens 0                       5            8      10 (then 10 repeated up to the fixed length)
     """
 
-    ids_T: torch.Tensor               # int64, after masking
-    positions_T: torch.Tensor         # int32, restarts at 0 in every document
-    cu_seqlens_S1: torch.Tensor       # int32, first 0, last T; the tail may repeat T (empty documents)
-    max_seqlen: int                   # longest document, known on the host
-    targets: Mapping[str, Targets]    # by the name of a loss term
+    ids_T: torch.Tensor  # int64, after masking
+    positions_T: torch.Tensor  # int32, restarts at 0 in every document
+    cu_seqlens_S1: torch.Tensor  # int32, first 0, last T; the tail may repeat T (empty documents)
+    max_seqlen: int  # longest document, known on the host
+    targets: Mapping[str, Targets]  # by the name of a loss term
     # int64, one random key per token, a function of the row's address: what dropout, sampling and permutations are drawn from
     token_key_T: torch.Tensor
-    tokens: int                       # tokens without padding
-    segments_T: torch.Tensor | None = None      # int64, segment of each token; None: all of segment 0
+    tokens: int  # tokens without padding
+    segments_T: torch.Tensor | None = None  # int64, segment of each token; None: all of segment 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -60,7 +60,11 @@ class TokenBatch:
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> TokenBatch:
         """The same batch with other tensors, named as tensors() names them."""
         targets = {
-            name: replace(t, index_M=tensors[f"targets.{name}.index_M"], value_M=tensors[f"targets.{name}.value_M"])
+            name: replace(
+                t,
+                index_M=tensors[f"targets.{name}.index_M"],
+                value_M=tensors[f"targets.{name}.value_M"],
+            )
             for name, t in self.targets.items()
         }
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("targets.")}
@@ -68,10 +72,14 @@ class TokenBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
         """The same batch with its tensors on another device."""
-        return self.with_tensors({name: x.to(device, non_blocking=non_blocking) for name, x in self.tensors().items()})
+        return self.with_tensors(
+            {name: x.to(device, non_blocking=non_blocking) for name, x in self.tensors().items()}
+        )
 
 
-def packed_documents(documents: Sequence[torch.Tensor], targets: Mapping[str, Targets] | None = None) -> TokenBatch:
+def packed_documents(
+    documents: Sequence[torch.Tensor], targets: Mapping[str, Targets] | None = None
+) -> TokenBatch:
     """Documents (int64 ids) end to end, without padding, token keys or segments; without targets, unless they are given."""
     lengths = torch.tensor([len(d) for d in documents])
     ids_T = torch.cat([*documents])
@@ -92,11 +100,15 @@ class LossTerm(NamedTuple):
     The loss of a step is, over all its micro-batches and ranks, the sum over terms of weight x total / count.
     """
 
-    total: torch.Tensor               # what is differentiated: `sum`, and what is added to it in training (z-loss)
-    sum: torch.Tensor                 # nats, detached: what is reported
-    count: torch.Tensor               # int64: targets in the sums (the batch's count)
-    correct: torch.Tensor             # int64: targets that have the highest logit; counted without gradients only
-    weight: float = 1.0               # of this term's mean in the loss
+    total: (
+        torch.Tensor
+    )  # what is differentiated: `sum`, and what is added to it in training (z-loss)
+    sum: torch.Tensor  # nats, detached: what is reported
+    count: torch.Tensor  # int64: targets in the sums (the batch's count)
+    correct: (
+        torch.Tensor
+    )  # int64: targets that have the highest logit; counted without gradients only
+    weight: float = 1.0  # of this term's mean in the loss
 
 
 class TermSum(NamedTuple):

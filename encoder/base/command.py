@@ -15,22 +15,34 @@ from encoder.base.errors import ConfigError, UserError, nearest
 from encoder.base.log import let_go, print_line, readable_streams, reader_has_left
 from encoder.base.schema import expand_path, local_path
 
-_UNKNOWN = "unrecognized arguments: "        # argparse's
+_UNKNOWN = "unrecognized arguments: "  # argparse's
 
 
 class CommandLine(argparse.ArgumentParser):
     """argparse with mistakes as one line and exit code 2, and options spelt out: a later one must not change what --sourc means."""
 
     def __init__(self, **settings: Any) -> None:
-        readable_streams()      # here, since every command begins here
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
-        self.register("type", Path, _path)            # of every option and place with type=Path, also of those of groups
+        readable_streams()  # here, since every command begins here
+        super().__init__(
+            **{
+                "allow_abbrev": False,
+                "formatter_class": argparse.RawDescriptionHelpFormatter,
+                **settings,
+            }
+        )
+        self.register(
+            "type", Path, _path
+        )  # of every option and place with type=Path, also of those of groups
 
     def error(self, message: str) -> NoReturn:
         """Found, needed, where to read on."""
         if message.startswith(_UNKNOWN):
             message = self.unknown(message.removeprefix(_UNKNOWN).split())
-        sys.exit(complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {self.prog} --help."))
+        sys.exit(
+            complain(
+                f"{message}{'' if message.endswith(('.', '?')) else '.'} See {self.prog} --help."
+            )
+        )
 
     def unknown(self, words: list[str]) -> str:
         """About words that are no option and have no place: the option they may be."""
@@ -39,7 +51,12 @@ class CommandLine(argparse.ArgumentParser):
         settings = any(action.dest == "overrides" for action in self._actions)
         if settings and equals and word.startswith("--"):
             return f"{option} is unknown. Settings are given without dashes: {word.lstrip('-')}"
-        known = [o for action in self._actions if action.help != argparse.SUPPRESS for o in action.option_strings]
+        known = [
+            o
+            for action in self._actions
+            if action.help != argparse.SUPPRESS
+            for o in action.option_strings
+        ]
         return f"{option} is unknown. {nearest(option, known)}"
 
 
@@ -81,13 +98,15 @@ def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> 
         if not reader_has_left(sys.stdout):
             return complain(str(as_user_error(error)))
         let_go(sys.stdout)
-        return 141      # 128 + SIGPIPE, as a shell says it
+        return 141  # 128 + SIGPIPE, as a shell says it
     except (UserError, OSError) as error:
         return complain(str(as_user_error(error)))
     except UnicodeEncodeError as error:
         # a file's name; what is printed always fits
-        return complain(f"the locale's encoding, {error.encoding}, has no letters for {error.object[:200]!r}. "
-                        "Needed: names of files that it can spell. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.")
+        return complain(
+            f"the locale's encoding, {error.encoding}, has no letters for {error.object[:200]!r}. "
+            "Needed: names of files that it can spell. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+        )
     except KeyboardInterrupt:
         print_line(stopped, sys.stderr, survive=True)
         return 130
@@ -104,5 +123,7 @@ def as_user_error(error: UserError | OSError) -> UserError:
     if isinstance(error, UserError):
         return error
     place = f"{os.fspath(error.filename)}: " if error.filename else ""
-    return UserError(f"{place}{error.strerror or error}. "
-                     "Needed: a place that can be read and written, with room. Mend it, or name another.")
+    return UserError(
+        f"{place}{error.strerror or error}. "
+        "Needed: a place that can be read and written, with room. Mend it, or name another."
+    )

@@ -32,10 +32,18 @@ def device_index(world: World, *, visible: int, env: Mapping[str, str] | None = 
         return world.local_rank
     # --gpus-per-task and --gpu-bind let a task see some of the node's GPUs alone, numbered from 0
     on_node = int(env.get("SLURM_GPUS_ON_NODE") or "0")
-    if "SLURM_STEP_ID" in env and on_node >= world.local_size and visible and world.local_size % visible == 0:
+    if (
+        "SLURM_STEP_ID" in env
+        and on_node >= world.local_size
+        and visible
+        and world.local_size % visible == 0
+    ):
         return world.local_rank % visible
-    raise ConfigError(f"{world.local_size} ranks on {socket.gethostname()}, but rank {world.rank} sees {visible} "
-                      f"GPU{'s' * (visible != 1)}. Needed: one GPU for each rank. Start fewer ranks a node, or ask for more GPUs.")
+    raise ConfigError(
+        f"{world.local_size} ranks on {socket.gethostname()}, but rank {world.rank} sees {visible}"
+        f" GPU{'s' * (visible != 1)}. Needed: one GPU for each rank. Start fewer ranks a node, or"
+        " ask for more GPUs."
+    )
 
 
 def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) -> bool:
@@ -49,24 +57,37 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     if dist.is_initialized():
         return False
     # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us
-    local_rank = device.index if device.type == "cuda" and device.index is not None else world.local_rank     # deepspeed's device
+    local_rank = (
+        device.index if device.type == "cuda" and device.index is not None else world.local_rank
+    )  # deepspeed's device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    names = dict(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank),
-                 LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size))
+    names = dict(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(local_rank),
+        LOCAL_WORLD_SIZE=str(world.local_size),
+        LOCAL_SIZE=str(world.local_size),
+    )
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.size == 1:
         os.environ.update(names)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
         return True
     place = meeting_address(world)
     os.environ.update(names, MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
     try:
         store = _meet(world, place, timeout_seconds=timeout_seconds)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+        )
     except (dist.DistError, TimeoutError) as error:
-        raise PassingError(f"the {world.size} ranks cannot meet at {place.host} port {place.port} "
-                           f"({' '.join(str(error).split())[:150]}). If another program has the port, give another: "
-                           "deepspeed --master_port 29511 ...") from error
+        raise PassingError(
+            f"the {world.size} ranks cannot meet at {place.host} port {place.port}"
+            f" ({' '.join(str(error).split())[:150]}). If another program has the port, give"
+            " another: deepspeed --master_port 29511 ..."
+        ) from error
     return True
 
 
@@ -91,18 +112,24 @@ def watched(world: World) -> Iterator[None]:
             peers.close()
 
 
-_met: dict[str, object] = {}      # of this process: the stores by place, and how often it met others
+_met: dict[str, object] = {}  # of this process: the stores by place, and how often it met others
 
 
 def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.Store:
     """The store that all ranks share, once all are there. Waits aloud; raises TimeoutError, DistError."""
     until = time.monotonic() + timeout_seconds
     peers = watch_peers(world, place)
-    aloud = Aloud(f"{place.host} port {place.port} ({place.said_by})", said_by=world.said_by or "the caller", size=world.size)
+    aloud = Aloud(
+        f"{place.host} port {place.port} ({place.said_by})",
+        said_by=world.said_by or "the caller",
+        size=world.size,
+    )
     store = _store(world, place, aloud, until=until)
     # runs in one process, one after the other, meet at the same place
     _met["times"] = _met.get("times", 0) + 1
-    store = dist.PrefixStore(f"tessera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_met['times']}", store)
+    store = dist.PrefixStore(
+        f"tessera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_met['times']}", store
+    )
     if world.first:
         store.set("peers", peers.listen(place.host))
     else:
@@ -111,8 +138,11 @@ def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.
         try:
             peers.connect(store.get("peers").decode())
         except OSError as error:
-            print_line(f"warning: rank {world.rank} has no line to rank 0 ({error.strerror or error}): that another rank is gone "
-                       "is noticed by the next collective alone", sys.stderr)
+            print_line(
+                f"warning: rank {world.rank} has no line to rank 0 ({error.strerror or error}):"
+                " that another rank is gone is noticed by the next collective alone",
+                sys.stderr,
+            )
     arrived = store.add("arrived", 1)
     while world.first and arrived < world.size:
         aloud.wait(f"{world.size - arrived} of {world.size} ranks", until=until)
@@ -133,7 +163,15 @@ def _store(world: World, place: MeetingPlace, aloud: Aloud, *, until: float) -> 
             break
         aloud.wait("rank 0", until=until)
     left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
-    _met[key] = dist.TCPStore(place.host, place.port, None, opens, timeout=left, wait_for_workers=False, multi_tenant=opens)
+    _met[key] = dist.TCPStore(
+        place.host,
+        place.port,
+        None,
+        opens,
+        timeout=left,
+        wait_for_workers=False,
+        multi_tenant=opens,
+    )
     return _met[key]
 
 
@@ -154,9 +192,13 @@ class Aloud:
             raise TimeoutError(f"{whom} did not come within {waited:.0f} s")
         if waited >= self._next:
             self._next *= 2
-            print_line(f"waiting for {whom} since {waited:.0f} s, at {self._place}; that there are {self._size} ranks says "
-                       f"{self._said_by}. If they have not been started, end this with Ctrl-C; for one rank alone: "
-                       "RANK=0 WORLD_SIZE=1 before the command.", sys.stderr, survive=True)
+            print_line(
+                f"waiting for {whom} since {waited:.0f} s, at {self._place}; that there are"
+                f" {self._size} ranks says {self._said_by}. If they have not been started, end this"
+                " with Ctrl-C; for one rank alone: RANK=0 WORLD_SIZE=1 before the command.",
+                sys.stderr,
+                survive=True,
+            )
         time.sleep(0.1)
 
 
@@ -204,7 +246,7 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def _reduce_over_ranks(values: torch.Tensor, op: dist.ReduceOp) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        there = values.to(collective_device())       # the tensor itself where it lies there
+        there = values.to(collective_device())  # the tensor itself where it lies there
         dist.all_reduce(there, op=op)
         if there is not values:
             values.copy_(there)
@@ -222,7 +264,7 @@ def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
     counts = rows.new_zeros(size)
     counts[rank] = len(rows)
     tables = rows.new_zeros(size, int(sum_over_ranks(counts).max()), rows.shape[1])
-    tables[rank, :len(rows)] = rows
+    tables[rank, : len(rows)] = rows
     return [table[:count] for table, count in zip(sum_over_ranks(tables), counts.tolist())]
 
 
@@ -241,4 +283,3 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-

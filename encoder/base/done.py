@@ -37,11 +37,17 @@ def read_done(folder: Path, *, with_checkpoint: bool = True) -> dict[str, Any] |
     if last is None:
         raise LedgerError(f"{path} stands without a {LEDGER} of its run.")
     if (last.get("step"), last.get("chain")) != said:
-        raise LedgerError(f"{folder / LEDGER} ends at step {last.get('step')!s:.20} with {str(last.get('chain'))[:32]}, the "
-                          f"finished run at step {said[0]} with {said[1][:32]}. Lines are missing: restore the file.")
+        raise LedgerError(
+            f"{folder / LEDGER} ends at step {last.get('step')!s:.20} with"
+            f" {str(last.get('chain'))[:32]}, the finished run at step {said[0]} with"
+            f" {said[1][:32]}. Lines are missing: restore the file."
+        )
     checkpoints = sorted((folder / CHECKPOINTS).glob("tokens*"), reverse=True)
     if with_checkpoint and not any(_stood_at(checkpoint, said) for checkpoint in checkpoints):
-        raise LedgerError(f"{path} tells of step {said[0]}, and no whole checkpoint of {folder / CHECKPOINTS} was saved there.")
+        raise LedgerError(
+            f"{path} tells of step {said[0]}, and no whole checkpoint of {folder / CHECKPOINTS} was"
+            " saved there."
+        )
     return done
 
 
@@ -50,7 +56,10 @@ def is_done(folder: Path) -> tuple[bool, str]:
     try:
         return read_done(folder) is not None, ""
     except LedgerError as error:
-        return False, f"{error} It does not count: start the run again, and what is missing is trained."
+        return (
+            False,
+            f"{error} It does not count: start the run again, and what is missing is trained.",
+        )
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
@@ -75,8 +84,13 @@ def _stood_at(checkpoint: Path, said: tuple[int, str]) -> bool:
         committed = read_bytes(checkpoint / "COMMITTED", error=LedgerError, most_bytes=2**16)
         saved = read_bytes(checkpoint / "progress.json", error=LedgerError)
         progress = read_json(checkpoint / "progress.json", root=dict, error=LedgerError)["progress"]
-        told = read_json(checkpoint / "MANIFEST.json", root=dict, error=LedgerError)["progress.json"]["sha256"]
-        whole = committed.decode() == hashlib.sha256(manifest).hexdigest() and told == hashlib.sha256(saved).hexdigest()
+        told = read_json(checkpoint / "MANIFEST.json", root=dict, error=LedgerError)[
+            "progress.json"
+        ]["sha256"]
+        whole = (
+            committed.decode() == hashlib.sha256(manifest).hexdigest()
+            and told == hashlib.sha256(saved).hexdigest()
+        )
         return whole and (progress["step"], progress["ledger_hash"]) == said
     except (LedgerError, ValueError, KeyError, TypeError):
         return False

@@ -22,7 +22,7 @@ class DamagedShard(ShardError):
         super().__init__(text)
         self.source, self.shard = source, shard
 
-    def __reduce__(self) -> tuple:      # from a worker it travels whole
+    def __reduce__(self) -> tuple:  # from a worker it travels whole
         return _damaged_shard, (str(self), self.source, self.shard)
 
 
@@ -63,8 +63,11 @@ def nearest(word: str, choices: list[str]) -> str:
     misspelling: fp16 is not fp64."""
     from difflib import get_close_matches
 
-    close = [c for c in get_close_matches(word, choices, n=3, cutoff=0.6)
-             if c == word or len(c) != len(word) or c.rstrip("0123456789") != word.rstrip("0123456789")]
+    close = [
+        c
+        for c in get_close_matches(word, choices, n=3, cutoff=0.6)
+        if c == word or len(c) != len(word) or c.rstrip("0123456789") != word.rstrip("0123456789")
+    ]
     if close:
         return f"Did you mean {close[0] if len(close[0]) <= 200 else close[0][:200] + '...'}?"
     return f"Known: {', '.join(c if len(c) <= 80 else f'{c[:77]}...' for c in choices)}."

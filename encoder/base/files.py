@@ -16,7 +16,7 @@ from typing import IO, Any
 from encoder.base.errors import UserError
 from encoder.base.untrusted import regular_file
 
-_HOST = socket.gethostname()            # a pid is one of its host's alone
+_HOST = socket.gethostname()  # a pid is one of its host's alone
 _LEFTOVER = re.compile(r"\..+\.(part|old)")
 
 
@@ -37,14 +37,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
-            beside.unlink()                     # of a killed process of this number, or a link that somebody laid
+            beside.unlink()  # of a killed process of this number, or a link that somebody laid
         with open(beside, "xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
     except BaseException:
-        with contextlib.suppress(OSError):      # a read-only disk would hide the first error
+        with contextlib.suppress(OSError):  # a read-only disk would hide the first error
             beside.unlink()
         raise
     fsync_path(path.parent)
@@ -52,6 +52,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def open_to_append(path: Path) -> IO[str]:
     """A file of text to write on at its end, not through a symbolic link: a folder made elsewhere may hold one. Raises OSError."""
+
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -73,7 +74,9 @@ def refuse_foreign(path: Path, *, ours: Callable[[bytes], bool]) -> None:
     with open(path, "rb") as file:
         head = file.read(2**16)
     if head and not ours(head):
-        raise UserError(f"{path} is there, and this command did not write it. Name another file, or remove it.")
+        raise UserError(
+            f"{path} is there, and this command did not write it. Name another file, or remove it."
+        )
 
 
 def fsync_path(path: Path) -> None:
@@ -93,7 +96,9 @@ def usual_mode(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_that_appears(out: Path, *, mark: str, ours: Collection[str] | None = None) -> Iterator[Path]:
+def folder_that_appears(
+    out: Path, *, mark: str, ours: Collection[str] | None = None
+) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its name when the block ends well, and vanishes when it does not.
 
     An `out` that exists is replaced only where it is empty, or holds the file `mark`, which the block writes and nobody
@@ -106,15 +111,23 @@ def folder_that_appears(out: Path, *, mark: str, ours: Collection[str] | None = 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; needed: a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
-        raise UserError(f"{out} is not empty and holds no {mark}, so it was not written by this command. "
-                        "Name another folder, or remove it.")
+        raise UserError(
+            f"{out} is not empty and holds no {mark}, so it was not written by this command. "
+            "Name another folder, or remove it."
+        )
     if ours is not None and out.is_dir():
-        foreign = next((name for name in files_below(out) if name != mark and name not in ours), None)
+        foreign = next(
+            (name for name in files_below(out) if name != mark and name not in ours), None
+        )
         if foreign:
-            raise UserError(f"{out} holds {foreign}, which this command did not write and would remove. Move it away, or name "
-                            "another folder.")
+            raise UserError(
+                f"{out} holds {foreign}, which this command did not write and would remove. Move it"
+                " away, or name another folder."
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (out.with_name(f".{out.name}.{_HOST}.{os.getpid()}.{end}") for end in ("part", "old"))
+    part, old = (
+        out.with_name(f".{out.name}.{_HOST}.{os.getpid()}.{end}") for end in ("part", "old")
+    )
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
@@ -139,7 +152,11 @@ def folder_that_appears(out: Path, *, mark: str, ours: Collection[str] | None = 
 
 def files_below(folder: Path) -> list[str]:
     """Names of all files of a folder, sorted, those of inner folders as FOLDER/NAME."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
 
 
 def _put_right(out: Path) -> None:
@@ -163,7 +180,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:             # somebody else's
+    except OSError:  # somebody else's
         return True
     return True
 

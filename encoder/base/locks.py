@@ -49,7 +49,9 @@ def open_lock(path: Path) -> IO[str]:
         handle = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "it is a symbolic link in place of a lock; remove it", os.fspath(path)) from error
+            raise OSError(
+                errno.ELOOP, "it is a symbolic link in place of a lock; remove it", os.fspath(path)
+            ) from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -74,6 +76,9 @@ def take_lock(file: IO | int, path: Path, kind: Kind = "alone", *, wait: bool = 
         raise Busy(f"another process holds {path}") from error
     except OSError as error:
         if error.errno in NO_LOCKS:
-            raise NoLocks(error.errno, f"no lock can be had in this folder: {NO_LOCKS[error.errno]}",
-                          os.fspath(path.parent)) from error
+            raise NoLocks(
+                error.errno,
+                f"no lock can be had in this folder: {NO_LOCKS[error.errno]}",
+                os.fspath(path.parent),
+            ) from error
         raise

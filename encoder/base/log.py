@@ -12,13 +12,54 @@ from typing import TextIO
 _state = {"speaks": True, "said": set(), "survives": False}
 
 # what our own tables and sentences are drawn with, in plain letters
-_PLAIN = str.maketrans({
-    "─": "-", "━": "-", "│": "|", "┃": "|", "┌": "+", "┐": "+", "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+",
-    "┼": "+", "╭": "+", "╮": "+", "╯": "+", "╰": "+", "═": "=", "║": "|", "█": "#", "▏": "#", "▌": "#", "░": ".", "·": "*",
-    "•": "*", "–": "-", "—": "-", "−": "-", "→": "->", "←": "<-", "×": "x", "≤": "<=", "≥": ">=", "≈": "~", "…": "...",
-    "‘": "'", "’": "'", "“": '"', "”": '"', "µ": "u", "√": "sqrt", "✓": "ok", "✗": "x",
-})
-READABLE = "tessera.readable"      # the name of the error handler, for open() and reconfigure()
+_PLAIN = str.maketrans(
+    {
+        "─": "-",
+        "━": "-",
+        "│": "|",
+        "┃": "|",
+        "┌": "+",
+        "┐": "+",
+        "└": "+",
+        "┘": "+",
+        "├": "+",
+        "┤": "+",
+        "┬": "+",
+        "┴": "+",
+        "┼": "+",
+        "╭": "+",
+        "╮": "+",
+        "╯": "+",
+        "╰": "+",
+        "═": "=",
+        "║": "|",
+        "█": "#",
+        "▏": "#",
+        "▌": "#",
+        "░": ".",
+        "·": "*",
+        "•": "*",
+        "–": "-",
+        "—": "-",
+        "−": "-",
+        "→": "->",
+        "←": "<-",
+        "×": "x",
+        "≤": "<=",
+        "≥": ">=",
+        "≈": "~",
+        "…": "...",
+        "‘": "'",
+        "’": "'",
+        "“": '"',
+        "”": '"',
+        "µ": "u",
+        "√": "sqrt",
+        "✓": "ok",
+        "✗": "x",
+    }
+)
+READABLE = "tessera.readable"  # the name of the error handler, for open() and reconfigure()
 # nobody reads any more: a closed pipe, a terminal that hung up
 _LOST = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
@@ -27,7 +68,7 @@ def _readable(error: UnicodeError) -> tuple[str, int]:
     """A character that the stream cannot show: a plain one that looks like it, else its number, as in \\u65e5."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = error.object[error.start:error.end]
+    found = error.object[error.start : error.end]
     plain = found.translate(_PLAIN)
     return plain.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
@@ -38,7 +79,11 @@ codecs.register_error(READABLE, _readable)
 def readable_streams() -> None:
     """Standard output and error never fail for a character from here on, whatever locale there is."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
+        if hasattr(stream, "reconfigure") and stream.errors in (
+            "strict",
+            "surrogateescape",
+            "backslashreplace",
+        ):
             stream.reconfigure(errors=READABLE)
 
 
@@ -87,11 +132,13 @@ def reader_has_left(stream: TextIO) -> bool:
     """Whether nobody reads the stream any more, as after `| head`, or when its terminal hung up."""
     try:
         handle = stream.fileno()
-    except (OSError, ValueError, AttributeError):      # no file
+    except (OSError, ValueError, AttributeError):  # no file
         return False
     poll = select.poll()
     poll.register(handle, 0)
-    return any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0))
+    return any(
+        event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)
+    )
 
 
 def let_go_of_lost_streams() -> None:
@@ -105,7 +152,7 @@ def let_go(stream: TextIO) -> None:
     """What a stream still holds, and is given from now on, goes nowhere; else Python would try again when it ends."""
     try:
         handle = stream.fileno()
-    except (OSError, ValueError, AttributeError):      # no file
+    except (OSError, ValueError, AttributeError):  # no file
         return
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, handle)

@@ -1,11 +1,11 @@
 """Mixtures of a preparation file: the tokens that a phase takes of each source, and the shards that it finds them in.
 
-    out: shards/mine
-    mixtures:
-      first: {tokens: 10B, sources: {web: 8B, books: 2B}}
+out: shards/mine
+mixtures:
+  first: {tokens: 10B, sources: {web: 8B, books: 2B}}
 
-    sources_of(first, out="shards/mine")
-    -> [{name: web, path: shards/mine/web/train, weight: 8.0}, {name: books, path: shards/mine/books/train, weight: 2.0}]
+sources_of(first, out="shards/mine")
+-> [{name: web, path: shards/mine/web/train, weight: 8.0}, {name: books, path: shards/mine/books/train, weight: 2.0}]
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from encoder.base.schema import Tokens
 class Mixture:
     """The tokens that one phase of a run takes from each source."""
 
-    tokens: Tokens                   # of the phase; the sources' must add up to it
-    sources: dict[str, Tokens]                  # tokens by source
+    tokens: Tokens  # of the phase; the sources' must add up to it
+    sources: dict[str, Tokens]  # tokens by source
 
     def __post_init__(self) -> None:
         total = sum(self.sources.values())
         if total != self.tokens:
-            raise ConfigError(f"its sources add up to {total:,} tokens; needed: {self.tokens:,}, "
-                              f"{abs(self.tokens - total):,} {'more' if total < self.tokens else 'fewer'}.")
+            raise ConfigError(
+                f"its sources add up to {total:,} tokens; needed: {self.tokens:,}, "
+                f"{abs(self.tokens - total):,} {'more' if total < self.tokens else 'fewer'}."
+            )
         if empty := [name for name, tokens in self.sources.items() if not tokens]:
             raise ConfigError(f"{empty[0]} has 0 tokens. Leave it out instead.")
 

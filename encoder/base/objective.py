@@ -15,31 +15,42 @@ from encoder.base.batch import LossTerm, Targets, TokenBatch
 class RowTargets(NamedTuple):
     """Targets of one loss term in a row. M of them, ascending."""
 
-    index: np.ndarray      # int64 [M] into the row
-    value: np.ndarray      # int64 [M]
+    index: np.ndarray  # int64 [M] into the row
+    value: np.ndarray  # int64 [M]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedRow:
     """One row as the model sees it, and what is to be predicted. T tokens of the row without padding.
 
-        clean           [CLS]  the   cat   sat  [SEP]
-        ids             [CLS]  the [MASK]  sat  [SEP]
-        targets["mlm"]  index 2, value cat
+    clean           [CLS]  the   cat   sat  [SEP]
+    ids             [CLS]  the [MASK]  sat  [SEP]
+    targets["mlm"]  index 2, value cat
     """
 
-    ids: np.ndarray                            # int64 [T], after masking
-    targets: Mapping[str, RowTargets]          # by the name of a loss term: each of the objective's, also where it is empty
-    segments: np.ndarray | None = None      # int64 [T]; None: all of segment 0
+    ids: np.ndarray  # int64 [T], after masking
+    targets: Mapping[
+        str, RowTargets
+    ]  # by the name of a loss term: each of the objective's, also where it is empty
+    segments: np.ndarray | None = None  # int64 [T]; None: all of segment 0
 
 
 class Masker(Protocol):
     """The data half of an objective. It is sent to worker processes, so it must survive pickling."""
 
-    terms: tuple[str, ...]       # names of the loss terms, in the order in which ledger and reports have them
-    has_segments: bool           # whether its rows have segments
+    terms: tuple[
+        str, ...
+    ]  # names of the loss terms, in the order in which ledger and reports have them
+    has_segments: bool  # whether its rows have segments
 
-    def mask(self, ids: np.ndarray, generator: np.random.Generator, *, lengths: Sequence[int], phase_tokens: int) -> MaskedRow:
+    def mask(
+        self,
+        ids: np.ndarray,
+        generator: np.random.Generator,
+        *,
+        lengths: Sequence[int],
+        phase_tokens: int,
+    ) -> MaskedRow:
         """The masked row of clean ids; the same arguments give the same row.
 
         ids: int64 [T], documents end to end, not changed

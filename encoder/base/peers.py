@@ -55,17 +55,20 @@ class Peers:
     def __init__(self, *, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self.gone = ""                        # which rank is gone, in words
-        self._code = FAILED_CODE              # of this process then
+        self.gone = ""  # which rank is gone, in words
+        self._code = FAILED_CODE  # of this process then
         # what is said then, and the exit code
-        self.last_words: Callable[[str], tuple[str, int]] = lambda gone: (f"rank {rank} ends: {gone}.", FAILED_CODE)
+        self.last_words: Callable[[str], tuple[str, int]] = lambda gone: (
+            f"rank {rank} ends: {gone}.",
+            FAILED_CODE,
+        )
         self._selector = selectors.DefaultSelector()
         self._rank_of: dict[socket.socket, int] = {}
         self._token = b""
         self._closing = False
-        self._server: socket.socket | None = None             # rank zero's, for all
-        self._door: socket.socket | None = None               # every rank's, for neighbours
-        self._full_until = 0.0                # no connection is taken before: no file number is free
+        self._server: socket.socket | None = None  # rank zero's, for all
+        self._door: socket.socket | None = None  # every rank's, for neighbours
+        self._full_until = 0.0  # no connection is taken before: no file number is free
         self._full_said = False
         self._sought: list[int] = []
         self._met = False
@@ -108,14 +111,18 @@ class Peers:
         self._token = secrets.token_hex(16).encode()
         _allow_files(self.size + OTHER_FILES)
         if socket.has_dualstack_ipv6():
-            self._server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+            self._server = socket.create_server(
+                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
         else:
             self._server = socket.create_server(("", 0), backlog=1024)
         self._server.setblocking(False)
         self._selector.register(self._server, selectors.EVENT_READ)
         self._wake()
         hosts = dict.fromkeys([near, _address_towards(near), socket.gethostname()])
-        return " ".join([self._token.decode(), str(self._server.getsockname()[1]), *filter(None, hosts)])
+        return " ".join(
+            [self._token.decode(), str(self._server.getsockname()[1]), *filter(None, hosts)]
+        )
 
     def connect(self, invitation: str) -> None:
         """On every other rank. Raises OSError where rank zero cannot be reached."""
@@ -237,9 +244,13 @@ class Peers:
         """A connection that cannot be taken stays readable: asked without a pause, it would keep a core busy."""
         if not self._full_said:
             self._full_said = True
-            print_line(f"warning: rank {self.rank} cannot take another rank's connection ({error.strerror}): that this one is gone "
-                       "is noticed by the next collective alone. Needed: `ulimit -n` of the number of ranks and "
-                       f"{OTHER_FILES:,} more.", sys.stderr, survive=True)
+            print_line(
+                f"warning: rank {self.rank} cannot take another rank's connection"
+                f" ({error.strerror}): that this one is gone is noticed by the next collective"
+                f" alone. Needed: `ulimit -n` of the number of ranks and {OTHER_FILES:,} more.",
+                sys.stderr,
+                survive=True,
+            )
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(server)
         self._full_until = time.monotonic() + FULL_SECONDS
@@ -339,7 +350,11 @@ def watch_peers(world: World, place: MeetingPlace) -> Peers:
     if peers is None:
         peers = _of_this_process["peers"] = Peers(rank=world.rank, size=world.size)
         first = world.rank - world.local_rank
-        near = range(first, first + world.local_size) if world.local_size > 1 else range(min(world.size, MOST_NEIGHBOURS))
+        near = (
+            range(first, first + world.local_size)
+            if world.local_size > 1
+            else range(min(world.size, MOST_NEIGHBOURS))
+        )
         peers.seek_neighbours(place, near)
         peers.start()
     return peers
@@ -347,7 +362,9 @@ def watch_peers(world: World, place: MeetingPlace) -> Peers:
 
 def _user_of(connection: socket.socket) -> int:
     """The user of the process at the other end of a Unix socket."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, user, _ = struct.unpack(
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     return user
 
 
@@ -357,14 +374,21 @@ def _allow_files(needed: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE,
+            (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard),
+        )
 
 
 def _keep_alive(connection: socket.socket) -> None:
     """The kernels of both ends ask each other whether they live, whatever their processes do."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", SILENT_SECONDS // 6), ("TCP_KEEPINTVL", SILENT_SECONDS // 6), ("TCP_KEEPCNT", 5),
-                        ("TCP_USER_TIMEOUT", 1000 * SILENT_SECONDS)):
+    for name, value in (
+        ("TCP_KEEPIDLE", SILENT_SECONDS // 6),
+        ("TCP_KEEPINTVL", SILENT_SECONDS // 6),
+        ("TCP_KEEPCNT", 5),
+        ("TCP_USER_TIMEOUT", 1000 * SILENT_SECONDS),
+    ):
         if hasattr(socket, name):
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

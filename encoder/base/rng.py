@@ -10,7 +10,9 @@ import numpy as np
 def address_key(seed: int, *address: int | str) -> np.ndarray:
     """uint64[2]: the Philox key of an address such as (17, 'mlm', phase, window, row)."""
     text = repr((int(seed), *(part if isinstance(part, str) else int(part) for part in address)))
-    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype="<u8").copy()
+    return np.frombuffer(
+        hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype="<u8"
+    ).copy()
 
 
 def generator(seed: int, *address: int | str) -> np.random.Generator:

@@ -33,13 +33,13 @@ from encoder.base.untrusted import (
     read_text,
 )
 
-Tokens = Annotated[int, "tokens"]     # an amount of tokens: 98304, 500K, 1.719T
-PathText = Annotated[str, "path"]     # a file, a folder or a URL: ~/x and $HOME/x are expanded
-LocalText = Annotated[str, "path", "local"]      # of this machine, and no URL
-MOST_YAML_BYTES = 2**20               # the largest shipped settings file has 12 KB
-MOST_NODES = 20_000                   # of a YAML text, every alias counted as what it stands for
-MOST_INT = 2**63                      # what numpy, torch and the ledger can count
-MOST_MISTAKES = 60                    # named in one error: all of a file that somebody wrote
+Tokens = Annotated[int, "tokens"]  # an amount of tokens: 98304, 500K, 1.719T
+PathText = Annotated[str, "path"]  # a file, a folder or a URL: ~/x and $HOME/x are expanded
+LocalText = Annotated[str, "path", "local"]  # of this machine, and no URL
+MOST_YAML_BYTES = 2**20  # the largest shipped settings file has 12 KB
+MOST_NODES = 20_000  # of a YAML text, every alias counted as what it stands for
+MOST_INT = 2**63  # what numpy, torch and the ledger can count
+MOST_MISTAKES = 60  # named in one error: all of a file that somebody wrote
 T = TypeVar("T")
 
 
@@ -69,8 +69,10 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
         if not missing(error):
             raise
         beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path} does not exist. " + (nearest(path.name, beside) if beside
-                          else "There is no settings file beside it.")) from error
+        raise ConfigError(
+            f"{path} does not exist. "
+            + (nearest(path.name, beside) if beside else "There is no settings file beside it.")
+        ) from error
     mapping = parse_yaml(text, where=str(path))
     if not isinstance(mapping, dict):
         found = "is empty" if mapping is None else f"holds {_kind(mapping)}"
@@ -88,8 +90,10 @@ def parse_yaml(text: str, *, where: str) -> Any:
         return _unshared(yaml.load(text, Loader=_StrictLoader))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{where} line {line}: a character that no text has (U+{ord(text[error.position]):04X}). "
-                          "Take it out.") from error
+        raise ConfigError(
+            f"{where} line {line}: a character that no text has"
+            f" (U+{ord(text[error.position]):04X}). Take it out."
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -111,17 +115,32 @@ class Mistakes(ConfigError):
 
     def __init__(self, mistakes: Sequence[str], *, where: str = "") -> None:
         self.mistakes = tuple(mistakes)
-        shown = [m.removeprefix(f"{where}: ") if where else m for m in self.mistakes[:MOST_MISTAKES]]
-        more = f" And {len(self.mistakes) - MOST_MISTAKES} more." if len(self.mistakes) > MOST_MISTAKES else ""
+        shown = [
+            m.removeprefix(f"{where}: ") if where else m for m in self.mistakes[:MOST_MISTAKES]
+        ]
+        more = (
+            f" And {len(self.mistakes) - MOST_MISTAKES} more."
+            if len(self.mistakes) > MOST_MISTAKES
+            else ""
+        )
         listed = " ".join(f"({number}) {text}" for number, text in enumerate(shown, start=1))
-        super().__init__(f"{where + ': ' if where else ''}{len(self.mistakes)} mistakes: {listed}{more}")
+        super().__init__(
+            f"{where + ': ' if where else ''}{len(self.mistakes)} mistakes: {listed}{more}"
+        )
 
     def __reduce__(self) -> tuple:
         return ConfigError, (str(self),)
 
 
-def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", tag: str | None = None,
-                 root: type | None = None) -> T:
+def from_mapping(
+    cls: type[T],
+    mapping: Any,
+    *,
+    where: str = "",
+    key: str = "",
+    tag: str | None = None,
+    root: type | None = None,
+) -> T:
     """A settings object from plain values. Raises ConfigError with all mistakes, also a class's own, by their dotted keys.
 
     where: the file, for messages.
@@ -131,7 +150,8 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", 
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
-            f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys {', '.join(_names(cls))}."
+            f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys"
+            f" {', '.join(_names(cls))}."
         )
     root = root or cls
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -145,7 +165,10 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", 
             meant.add(hint.removeprefix("Did you mean ").rstrip("?"))
             if not hint.startswith("Did you mean"):
                 hint = _where_else(str(name), root, cls) or hint
-            mistakes.append(f"{_at(where, _join(key, _shown_key(name)))} is unknown. {_other_word(str(name), root) or hint}")
+            mistakes.append(
+                f"{_at(where, _join(key, _shown_key(name)))} is unknown."
+                f" {_other_word(str(name), root) or hint}"
+            )
     values = {}
     for name, field in fields.items():
         if name in mapping:
@@ -155,8 +178,15 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", 
                 mistakes += error.mistakes
             except ConfigError as error:
                 mistakes.append(str(error))
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and name not in meant:
-            mistakes.append(f"{_at(where, _join(key, name))} is missing. Add it: {name}: {_example(name, hints[name])}.")
+        elif (
+            field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+            and name not in meant
+        ):
+            mistakes.append(
+                f"{_at(where, _join(key, name))} is missing. Add it: {name}:"
+                f" {_example(name, hints[name])}."
+            )
     if len(mistakes) > 1:
         raise Mistakes(mistakes, where=where)
     if mistakes:
@@ -164,7 +194,9 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "", key: str = "", 
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(f"{_at(where, key)}: {error}" if (where or key) else str(error)) from error
+        raise ConfigError(
+            f"{_at(where, key)}: {error}" if (where or key) else str(error)
+        ) from error
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{_at(where, key)}: {error}") from error
 
@@ -181,43 +213,65 @@ def _names_a_file(text: str) -> bool:
 def expand_path(path: Path | str) -> Any:
     """A path with ~, $NAME and ${NAME} filled in, of the class that it had; a URL stays as it is. Raises ConfigError.
 
-        ~/shards -> /users/me/shards       $SCRATCH/runs -> /scratch/me/runs        s3://bucket/x -> s3://bucket/x
+    ~/shards -> /users/me/shards       $SCRATCH/runs -> /scratch/me/runs        s3://bucket/x -> s3://bucket/x
     """
     text = os.fspath(path)
     if not text or not text.strip():
-        raise ConfigError("it is empty; needed: a path. For the folder that you are in, write its name's path, such as ./runs.")
+        raise ConfigError(
+            "it is empty; needed: a path. For the folder that you are in, write its name's path,"
+            " such as ./runs."
+        )
     if "\0" in text or not _names_a_file(text):
-        raise ConfigError(f"{ascii(text)[:80]} holds a character that no path has. Write the path again.")
+        raise ConfigError(
+            f"{ascii(text)[:80]} holds a character that no path has. Write the path again."
+        )
     if "${oc." in text or re.search(r"\$\{[^}]*[:.][^}]*\}", text):
-        raise ConfigError(f"{text[:200]} is a reference of OmegaConf, which is not read here. Write $NAME for a variable of the "
-                          "environment, such as $HOME/runs, or the path itself.")
+        raise ConfigError(
+            f"{text[:200]} is a reference of OmegaConf, which is not read here. Write $NAME for a"
+            " variable of the environment, such as $HOME/runs, or the path itself."
+        )
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text):
         return path
 
     def filled(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if not os.environ.get(name):
-            raise ConfigError(f"{text[:200]} names the variable {name}, which is not set. Set it, or write the path itself.")
+            raise ConfigError(
+                f"{text[:200]} names the variable {name}, which is not set. Set it, or write the"
+                " path itself."
+            )
         return os.environ[name]
 
     # the environment's own values are not looked through again
     new = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", filled, text)
     longest = max(len(os.fsencode(part)) for part in new.split("/"))
     if longest > MOST_NAME_BYTES or len(os.fsencode(new)) > MOST_PATH_BYTES:
-        raise ConfigError(f"{text[:60]}... is too long for a path: a name has at most {MOST_NAME_BYTES} bytes. Shorten it.")
+        raise ConfigError(
+            f"{text[:60]}... is too long for a path: a name has at most {MOST_NAME_BYTES} bytes."
+            " Shorten it."
+        )
     if text.startswith("~"):
         new = os.path.expanduser(new)
         if new.startswith("~"):
-            raise ConfigError(f"{text[:200]} begins with ~, and no such home folder is known. Write the path itself, or ./ before "
-                              "it for a folder of that name.")
+            raise ConfigError(
+                f"{text[:200]} begins with ~, and no such home folder is known. Write the path"
+                " itself, or ./ before it for a folder of that name."
+            )
     return type(path)(new) if isinstance(path, Path) else new
 
 
 def local_path(path: str) -> str:
     """The path, if it is no URL, which would make a folder of this name here. Raises ConfigError."""
     if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+", path):
-        there = " Write the path itself: /" + path[scheme.end():] if scheme[1].lower() == "file" else ""
-        raise ConfigError(f"{path[:200]} begins with {scheme[0]}; needed: a path of this machine.{there or ' Name a folder here.'}")
+        there = (
+            " Write the path itself: /" + path[scheme.end() :]
+            if scheme[1].lower() == "file"
+            else ""
+        )
+        raise ConfigError(
+            f"{path[:200]} begins with {scheme[0]}; needed: a path of this"
+            f" machine.{there or ' Name a folder here.'}"
+        )
     return path
 
 
@@ -226,8 +280,10 @@ def expand_paths(cls: type, mapping: Any, *, where: str, key: str = "") -> Any:
     if not isinstance(mapping, Mapping):
         return mapping
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {name: _expanded(hints[name], value, where, _join(key, name)) if name in hints else value
-            for name, value in mapping.items()}
+    return {
+        name: _expanded(hints[name], value, where, _join(key, name)) if name in hints else value
+        for name, value in mapping.items()
+    }
 
 
 def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
@@ -238,12 +294,17 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
     if typing.get_origin(hint) is Annotated and "path" in hint.__metadata__:
         return _path(value, _at(where, key), local=False) if isinstance(value, str) else value
     if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return [_expanded(typing.get_args(hint)[0], item, where, _join(key, i)) for i, item in enumerate(value)]
+        return [
+            _expanded(typing.get_args(hint)[0], item, where, _join(key, i))
+            for i, item in enumerate(value)
+        ]
     chosen = _choice_of(hint)
     if chosen and isinstance(value, Mapping):
         word = value.get(chosen.tag, chosen.default)
         hint = chosen.choices.get(word) if isinstance(word, str) else None
-    return expand_paths(hint, value, where=where, key=key) if dataclasses.is_dataclass(hint) else value
+    return (
+        expand_paths(hint, value, where=where, key=key) if dataclasses.is_dataclass(hint) else value
+    )
 
 
 def _path(value: str, at: str, *, local: bool) -> str:
@@ -300,7 +361,14 @@ def brief(value: Any) -> str:
     if value is None:
         return "not there"
     if isinstance(value, dict):
-        word = next((value[key] for key in ("name", "preset", "schedule", "path") if isinstance(value.get(key), str)), "")
+        word = next(
+            (
+                value[key]
+                for key in ("name", "preset", "schedule", "path")
+                if isinstance(value.get(key), str)
+            ),
+            "",
+        )
         return f"{{{word}, ...}}" if word else "a mapping"
     if isinstance(value, list):
         return f"a list of {len(value)}"
@@ -308,15 +376,26 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-_PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{word}" for word in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value"))
+_PLAIN_TAGS = tuple(
+    f"tag:yaml.org,2002:{word}"
+    for word in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value")
+)
 
 
 _RESOLVERS = {
     "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
     "int": re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)\Z"),
-    "float": re.compile(r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
-                        r"|\.(?:nan|NaN|NAN))\Z")}
-_TRUTHS = {"yes": True, "on": True, "no": False, "off": False}       # words of YAML 1.1, taken where a truth value is due
+    "float": re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
+        r"|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+_TRUTHS = {
+    "yes": True,
+    "on": True,
+    "no": False,
+    "off": False,
+}  # words of YAML 1.1, taken where a truth value is due
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -324,14 +403,20 @@ class _StrictLoader(yaml.SafeLoader):
 
     # as YAML 1.2 has it, not 1.1: no dates, 1:30 is not 90, 017 not 15, and the language no is not false
     yaml_implicit_resolvers: typing.ClassVar = {
-        letter: [(tag, _RESOLVERS.get(tag.rpartition(":")[2], regexp)) for tag, regexp in resolvers
-                 if not tag.endswith(":timestamp")]
-        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+        letter: [
+            (tag, _RESOLVERS.get(tag.rpartition(":")[2], regexp))
+            for tag, regexp in resolvers
+            if not tag.endswith(":timestamp")
+        ]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._nodes = 0
-        self._sizes: dict[int, int] = {}      # by identity of a node: its own and those below it, aliases counted again
+        self._sizes: dict[
+            int, int
+        ] = {}  # by identity of a node: its own and those below it, aliases counted again
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One node, after its depth, its tag and its size were judged."""
@@ -340,20 +425,35 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth += 1
         self._nodes += 1
         if self._depth > MOST_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested more than {MOST_DEPTH} levels deep; no settings file is", place)
+            raise yaml.composer.ComposerError(
+                None, None, f"nested more than {MOST_DEPTH} levels deep; no settings file is", place
+            )
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
-            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} stands inside of what it names", place)
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{event.anchor} stands inside of what it names", place
+            )
         if id(node) not in self._sizes:
             if node.tag not in _PLAIN_TAGS:
                 tag = str(node.tag).replace("tag:yaml.org,2002:", "!!")[:60]
-                raise yaml.composer.ComposerError(None, None, f"the tag {tag} is not read here; write the value alone", place)
-            below = node.value if isinstance(node, yaml.SequenceNode) else (
-                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else [])
+                raise yaml.composer.ComposerError(
+                    None, None, f"the tag {tag} is not read here; write the value alone", place
+                )
+            below = (
+                node.value
+                if isinstance(node, yaml.SequenceNode)
+                else (
+                    [part for pair in node.value for part in pair]
+                    if isinstance(node, yaml.MappingNode)
+                    else []
+                )
+            )
             self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in below)
         if max(self._nodes, self._sizes[id(node)]) > MOST_NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES:,} values with what aliases repeat", place)
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MOST_NODES:,} values with what aliases repeat", place
+            )
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -364,11 +464,24 @@ class _StrictLoader(yaml.SafeLoader):
             if node.tag == "tag:yaml.org,2002:str" and not _whole_text(node.value):
                 raise ValueError
             return super().construct_object(node, deep=deep)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-            kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
-                node.tag.rpartition(":")[2], "a value")
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+        ) as error:
+            kind = {
+                "int": "a whole number",
+                "float": "a number",
+                "bool": "true or false",
+                "str": "text",
+            }.get(node.tag.rpartition(":")[2], "a value")
             shown = ascii(node.value)[:40] if isinstance(node.value, str) else "this"
-            raise yaml.constructor.ConstructorError(None, None, f"{shown} cannot be read as {kind}", node.start_mark) from error
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown} cannot be read as {kind}", node.start_mark
+            ) from error
 
 
 def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> dict:
@@ -380,13 +493,21 @@ def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> 
         name = loader.construct_object(key_node, deep=True)
         if not isinstance(name, Hashable):
             raise yaml.constructor.ConstructorError(
-                None, None, f"a key is {_kind(name)}; needed: a word. Text that begins with {{{{ or [ needs quotes",
-                key_node.start_mark)
-        if id(key_node) not in own:                 # by <<: what stands in the mapping itself goes before it
+                None,
+                None,
+                f"a key is {_kind(name)}; needed: a word. Text that begins with {{{{ or [ needs"
+                " quotes",
+                key_node.start_mark,
+            )
+        if id(key_node) not in own:  # by <<: what stands in the mapping itself goes before it
             merged.add(name)
         elif name in seen and name not in merged:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {_shown_key(name)!r} stands twice in one mapping; keep one of them", key_node.start_mark)
+                None,
+                None,
+                f"the key {_shown_key(name)!r} stands twice in one mapping; keep one of them",
+                key_node.start_mark,
+            )
         else:
             merged.discard(name)
         seen[name] = loader.construct_object(value_node, deep=True)
@@ -398,17 +519,24 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicat
 
 def put_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> None:
     """Put each of them. Raises ConfigError with the mistakes of all."""
-    _all_or_mistakes([lambda override=override: put_override(mapping, override) for override in overrides], "")
+    _all_or_mistakes(
+        [lambda override=override: put_override(mapping, override) for override in overrides], ""
+    )
 
 
 def put_override(mapping: dict[str, Any], override: str) -> None:
     """Put `a.b.0.c=value` into nested dicts and lists; the value is read as YAML. Raises ConfigError."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise ConfigError(f"override {override!r} has no '='. Write key=value, for example engine.zero_stage=2.")
+        raise ConfigError(
+            f"override {override!r} has no '='. Write key=value, for example engine.zero_stage=2."
+        )
     parts = dotted.split(".")
     if len(parts) > MOST_DEPTH or not all(parts) or not _whole_text(dotted):
-        raise ConfigError(f"override {ascii(dotted)[1:60]} is no key. Write key=value, for example engine.zero_stage=2.")
+        raise ConfigError(
+            f"override {ascii(dotted)[1:60]} is no key. Write key=value, for example"
+            " engine.zero_stage=2."
+        )
     value = parse_yaml(text, where=f"override {dotted}")
     at: Any = mapping
     for i, part in enumerate(parts):
@@ -416,9 +544,15 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
         if isinstance(at, list):
             if (number := number_in_name(part)) is None or number >= len(at):
                 place = ".".join(parts[:i])
-                meant = f" Did you mean {place}.0.{'.'.join(parts[i:])}?" if at and number is None else ""
-                raise ConfigError(f"override {dotted}: {place} is a list of {len(at)} items, "
-                                  f"and {part!r} is none of 0 to {len(at) - 1}.{meant}")
+                meant = (
+                    f" Did you mean {place}.0.{'.'.join(parts[i:])}?"
+                    if at and number is None
+                    else ""
+                )
+                raise ConfigError(
+                    f"override {dotted}: {place} is a list of {len(at)} items, "
+                    f"and {part!r} is none of 0 to {len(at) - 1}.{meant}"
+                )
             if last:
                 at[number] = value
             else:
@@ -429,7 +563,9 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
             else:
                 at = at.setdefault(part, {})
         else:
-            raise ConfigError(f"override {dotted}: {'.'.join(parts[:i])} is {_kind(at)} and has no key {part!r}.")
+            raise ConfigError(
+                f"override {dotted}: {'.'.join(parts[:i])} is {_kind(at)} and has no key {part!r}."
+            )
 
 
 def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
@@ -460,30 +596,50 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
         return from_mapping(hint, value, where=where, key=key, root=root)
     if origin is Literal:
         words = typing.get_args(hint)
-        if value is False and "off" in words:      # YAML 1.1 reads a bare off so
+        if value is False and "off" in words:  # YAML 1.1 reads a bare off so
             return "off"
         for word in words:
             if type(value) is type(word) and value == word:
                 return word
-        raise ConfigError(f"{at} is {_shown(value)}. {_nearest_value(value, [str(w) for w in words])}")
+        raise ConfigError(
+            f"{at} is {_shown(value)}. {_nearest_value(value, [str(w) for w in words])}"
+        )
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{at} is {_kind(value)}; needed: a list.")
         inner = typing.get_args(hint)
         if len(inner) == 2 and inner[1] is Ellipsis:
-            return tuple(_all_or_mistakes(
-                [lambda i=i, item=item: _value(inner[0], item, where, _join(key, i), root) for i, item in enumerate(value)], where))
+            return tuple(
+                _all_or_mistakes(
+                    [
+                        lambda i=i, item=item: _value(inner[0], item, where, _join(key, i), root)
+                        for i, item in enumerate(value)
+                    ],
+                    where,
+                )
+            )
         if len(value) != len(inner):
             raise ConfigError(f"{at} has {len(value)} items; needed: {len(inner)}.")
-        return tuple(_all_or_mistakes(
-            [lambda i=i, kind=kind, item=item: _value(kind, item, where, _join(key, i), root)
-             for i, (kind, item) in enumerate(zip(inner, value, strict=True))], where))
+        return tuple(
+            _all_or_mistakes(
+                [
+                    lambda i=i, kind=kind, item=item: _value(kind, item, where, _join(key, i), root)
+                    for i, (kind, item) in enumerate(zip(inner, value, strict=True))
+                ],
+                where,
+            )
+        )
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{at} is {_kind(value)}; needed: a mapping.")
         inner_kind = typing.get_args(hint)[1]
-        values = _all_or_mistakes([lambda k=k, v=v: _value(inner_kind, v, where, _join(key, _shown_key(k)), root)
-                                   for k, v in value.items()], where)
+        values = _all_or_mistakes(
+            [
+                lambda k=k, v=v: _value(inner_kind, v, where, _join(key, _shown_key(k)), root)
+                for k, v in value.items()
+            ],
+            where,
+        )
         return dict(zip(map(str, value), values, strict=True))
     return _scalar(hint, value, at)
 
@@ -514,16 +670,20 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
         return _TRUTHS[value.lower()]
     if hint is str and isinstance(value, str):
         if "\0" in value or not _whole_text(value):
-            raise ConfigError(f"{at} is {_shown(value)}, with a character that no text has. Take it out.")
+            raise ConfigError(
+                f"{at} is {_shown(value)}, with a character that no text has. Take it out."
+            )
         return value
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         if not -MOST_INT <= value < MOST_INT:
-            raise ConfigError(f"{at} is {_shown(value)}; needed: a whole number of at most 63 bits.")
+            raise ConfigError(
+                f"{at} is {_shown(value)}; needed: a whole number of at most 63 bits."
+            )
         return value
     if hint is float and not isinstance(value, bool):
-        try:                                # YAML 1.1 reads 1e-4 as text
+        try:  # YAML 1.1 reads 1e-4 as text
             number = float(value) if isinstance(value, (int, float, str)) else None
         except (ValueError, OverflowError):
             number = None
@@ -536,16 +696,27 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
 
 def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str, root: type) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}.")
+        raise ConfigError(
+            f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}."
+        )
     word = value.get(chosen.tag, chosen.default)
     if word is None:
-        raise ConfigError(f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}. "
-                          f"Add it: {chosen.tag}: {next(iter(chosen.choices))}.")
+        raise ConfigError(
+            f"{_at(where, _join(key, chosen.tag))} is missing. Known: {', '.join(chosen.choices)}. "
+            f"Add it: {chosen.tag}: {next(iter(chosen.choices))}."
+        )
     if not isinstance(word, str) or word not in chosen.choices:
-        wrong = f"{_at(where, _join(key, chosen.tag))} is {_shown(word)}. {_nearest_value(word, list(chosen.choices))}"
+        wrong = (
+            f"{_at(where, _join(key, chosen.tag))} is {_shown(word)}."
+            f" {_nearest_value(word, list(chosen.choices))}"
+        )
         known = [name for cls in chosen.choices.values() for name in _names(cls)]
         unknown = [name for name in value if name != chosen.tag and name not in known]
-        others = [f"{_at(where, _join(key, _shown_key(name)))} is unknown. {nearest(_shown_key(name), known)}" for name in unknown]
+        others = [
+            f"{_at(where, _join(key, _shown_key(name)))} is unknown."
+            f" {nearest(_shown_key(name), known)}"
+            for name in unknown
+        ]
         raise Mistakes([wrong, *others], where=where) if others else ConfigError(wrong)
     rest = {k: v for k, v in value.items() if k != chosen.tag}
     return from_mapping(chosen.choices[word], rest, where=where, key=key, tag=chosen.tag, root=root)
@@ -562,20 +733,68 @@ def _choice_of(hint: Any) -> _ChosenBy | None:
 
 # other programs' words for values of ours; the first that the setting knows is meant
 _OTHER_VALUES = {
-    "gpu": ("cuda",), "cuda:0": ("cuda",), "mps": ("cpu",), "amp": ("autocast",), "mixed": ("autocast",), "amp_bf16": ("autocast",),
-    "bf16-mixed": ("autocast",), "fp16": ("autocast",), "float16": ("autocast",), "amp_fp16": ("autocast",),
-    "bfloat16": ("bf16", "autocast"), "float32": ("fp32",), "float": ("fp32",), "32-true": ("fp32",), "double": ("fp64",),
-    "float64": ("fp64",), "adam": ("adamw",), "decoupled_adamw": ("adamw",), "adamw_torch": ("adamw",),
-    "adamw_torch_fused": ("adamw",), "decoupled_stableadamw": ("stable_adamw",), "stableadamw": ("stable_adamw",),
-    "warmup_stable_decay": ("wsd",), "trapezoidal": ("wsd",), "cosine_with_warmup": ("cosine",), "linear": ("wsd", "constant"),
-    "constant_with_warmup": ("constant", "wsd"), "flash_attention_2": ("flash2",), "flash_attention_3": ("flash3",),
-    "json": ("jsonl",), "gzip": ("zstd",), "huggingface": ("hub",), "hf": ("hub",), "txt": ("text",), "masked_lm": ("mlm",),
-    "bert": ("modernbert",), "flex_bert": ("modernbert",), "error": ("stop",), "raise": ("stop",), "ignore": ("skip",)}
+    "gpu": ("cuda",),
+    "cuda:0": ("cuda",),
+    "mps": ("cpu",),
+    "amp": ("autocast",),
+    "mixed": ("autocast",),
+    "amp_bf16": ("autocast",),
+    "bf16-mixed": ("autocast",),
+    "fp16": ("autocast",),
+    "float16": ("autocast",),
+    "amp_fp16": ("autocast",),
+    "bfloat16": ("bf16", "autocast"),
+    "float32": ("fp32",),
+    "float": ("fp32",),
+    "32-true": ("fp32",),
+    "double": ("fp64",),
+    "float64": ("fp64",),
+    "adam": ("adamw",),
+    "decoupled_adamw": ("adamw",),
+    "adamw_torch": ("adamw",),
+    "adamw_torch_fused": ("adamw",),
+    "decoupled_stableadamw": ("stable_adamw",),
+    "stableadamw": ("stable_adamw",),
+    "warmup_stable_decay": ("wsd",),
+    "trapezoidal": ("wsd",),
+    "cosine_with_warmup": ("cosine",),
+    "linear": ("wsd", "constant"),
+    "constant_with_warmup": ("constant", "wsd"),
+    "flash_attention_2": ("flash2",),
+    "flash_attention_3": ("flash3",),
+    "json": ("jsonl",),
+    "gzip": ("zstd",),
+    "huggingface": ("hub",),
+    "hf": ("hub",),
+    "txt": ("text",),
+    "masked_lm": ("mlm",),
+    "bert": ("modernbert",),
+    "flex_bert": ("modernbert",),
+    "error": ("stop",),
+    "raise": ("stop",),
+    "ignore": ("skip",),
+}
 # what a missing key may hold, where its type alone does not show it
-_EXAMPLES = {"name": "first", "out": "runs/first", "path": "shards/web/train", "tokens": "1B", "peak": "1e-3", "seed": "17",
-             "files": "[web/*.jsonl]", "tokenizer": "tokenizer.json", "max_tokens_per_document": "1024", "row_tokens": "1024",
-             "batch_tokens": "64Ki", "every_tokens": "10M", "column": "language", "dataset": "organisation/name",
-             "from_tokens": "8Ki", "over_tokens": "10M", "reference": "the dataset's card", "preset": "modernbert_base"}
+_EXAMPLES = {
+    "name": "first",
+    "out": "runs/first",
+    "path": "shards/web/train",
+    "tokens": "1B",
+    "peak": "1e-3",
+    "seed": "17",
+    "files": "[web/*.jsonl]",
+    "tokenizer": "tokenizer.json",
+    "max_tokens_per_document": "1024",
+    "row_tokens": "1024",
+    "batch_tokens": "64Ki",
+    "every_tokens": "10M",
+    "column": "language",
+    "dataset": "organisation/name",
+    "from_tokens": "8Ki",
+    "over_tokens": "10M",
+    "reference": "the dataset's card",
+    "preset": "modernbert_base",
+}
 
 
 def _example(name: str, hint: Any, depth: int = 0) -> str:
@@ -592,8 +811,13 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
         if depth > 3:
             return "{...}"
         hints = typing.get_type_hints(hint, include_extras=True)
-        needed = [f"{f.name}: {_example(f.name, hints[f.name], depth + 1)}" for f in dataclasses.fields(hint)
-                  if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        needed = [
+            f"{f.name}: {_example(f.name, hints[f.name], depth + 1)}"
+            for f in dataclasses.fields(hint)
+            if f.init
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
         return "{" + ", ".join([tag] * bool(tag) + needed) + "}"
     if typing.get_origin(hint) is Annotated:
         return "1M" if "tokens" in hint.__metadata__ else "path/to/it"
@@ -626,7 +850,9 @@ def _where_else(name: str, root: type, cls: type) -> str | None:
     return f"It belongs to {' or '.join(dict.fromkeys(places[:3]))}." if places else None
 
 
-def _places(name: str, cls: type, key: str, above: tuple[type, ...]) -> typing.Iterator[tuple[str, type]]:
+def _places(
+    name: str, cls: type, key: str, above: tuple[type, ...]
+) -> typing.Iterator[tuple[str, type]]:
     if cls in above:
         return
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -656,7 +882,11 @@ def _shown(value: Any) -> str:
     """A value in a message, short."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return f"a number of {len(str(abs(value)))} digits"
-    text = repr(value) if not isinstance(value, (dict, list)) or len(str(value)) <= 60 else _kind(value)
+    text = (
+        repr(value)
+        if not isinstance(value, (dict, list)) or len(str(value)) <= 60
+        else _kind(value)
+    )
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -690,22 +920,35 @@ def _at(where: str, key: str) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "empty"
-    return {dict: "a mapping", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}.get(
-        type(value), type(value).__name__)
+    return {
+        dict: "a mapping",
+        list: "a list",
+        str: "text",
+        int: "a number",
+        float: "a number",
+        bool: "true/false",
+    }.get(type(value), type(value).__name__)
 
 
 def _wanted(hint: Any) -> str:
     if _choice_of(hint):
         return "a mapping"
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join("nothing" if o is type(None) else _wanted(o) for o in typing.get_args(hint))
+        return " or ".join(
+            "nothing" if o is type(None) else _wanted(o) for o in typing.get_args(hint)
+        )
     if typing.get_origin(hint) is Annotated:
-        return "a number of tokens (98304, 500K, 1.5B)" if "tokens" in hint.__metadata__ else (
-            "a path" if "path" in hint.__metadata__ else "a value")
+        return (
+            "a number of tokens (98304, 500K, 1.5B)"
+            if "tokens" in hint.__metadata__
+            else ("a path" if "path" in hint.__metadata__ else "a value")
+        )
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(str(w) for w in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list"
     if dataclasses.is_dataclass(hint):
         return "a mapping"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a value")
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        hint, "a value"
+    )

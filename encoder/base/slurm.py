@@ -9,15 +9,19 @@ from collections.abc import Mapping
 
 from encoder.base.errors import ConfigError
 
-_NAME = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")          # one entry of a list: commas inside brackets are its own
+_NAME = re.compile(
+    r"(?:[^,\[\]]|\[[^\[\]]*\])+"
+)  # one entry of a list: commas inside brackets are its own
 
 
 def expand_hosts(text: str) -> list[str]:
     """'node[1,03-05],b' -> node1, node03, node04, node05, b: what `scontrol show hostnames` prints. Raises ConfigError."""
     hosts: list[str] = []
     for name in _NAME.findall(text):
-        parts = re.split(r"\[([^\]]*)\]", name)              # text, ranges, text, ranges, ..., text
-        choices = [[part] if i % 2 == 0 else _numbers(part, of=text) for i, part in enumerate(parts)]
+        parts = re.split(r"\[([^\]]*)\]", name)  # text, ranges, text, ranges, ..., text
+        choices = [
+            [part] if i % 2 == 0 else _numbers(part, of=text) for i, part in enumerate(parts)
+        ]
         hosts += ["".join(word) for word in itertools.product(*choices)]
     return hosts
 
@@ -27,7 +31,10 @@ def _numbers(ranges: str, *, of: str) -> list[str]:
     for one in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", one)
         if not match:
-            raise ConfigError(f"{of!r} is no list of nodes: {one!r} in it is no range. Needed: such as node[1,3-5].")
+            raise ConfigError(
+                f"{of!r} is no list of nodes: {one!r} in it is no range. Needed: such as"
+                " node[1,3-5]."
+            )
         first, last = match[1], match[2] or match[1]
         found += [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
     return found
@@ -47,7 +54,9 @@ def tasks_per_node(text: str) -> list[int]:
 def nodes_of_ranks(env: Mapping[str, str], *, size: int, local_size: int) -> list[str]:
     """The node of each rank as the step was dealt out (block by block), by name under srun, else 'ranks 0-3' and so on."""
     names = expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
-    tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "0")
+    tasks = tasks_per_node(
+        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "0"
+    )
     if len(names) == len(tasks) and sum(tasks) == size and "SLURM_STEP_ID" in env:
         return [name for name, count in zip(names, tasks) for _ in range(count)]
     first = [rank // local_size * local_size for rank in range(size)]

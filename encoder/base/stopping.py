@@ -34,9 +34,25 @@ STOP_SIGNALS = (*DEMANDS, *NOTICES)
 ECHO_SECONDS = 1.5
 LAUNCHER_LOOK_SECONDS = 1.0
 # programs that start ranks and are there as long as these are
-LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "slurmstepd", "mpirun", "mpiexec", "orterun", "prterun", "orted", "prted",
-             "hydra_pmi_proxy")
-LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.launch", "accelerate.commands")
+LAUNCHERS = (
+    "deepspeed",
+    "torchrun",
+    "accelerate",
+    "slurmstepd",
+    "mpirun",
+    "mpiexec",
+    "orterun",
+    "prterun",
+    "orted",
+    "prted",
+    "hydra_pmi_proxy",
+)
+LAUNCHER_MODULES = (
+    "deepspeed.launcher",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate.commands",
+)
 
 
 class StopFlag:
@@ -48,10 +64,10 @@ class StopFlag:
 
     def __init__(self, *, asked_before: StopFlag | None = None) -> None:
         """`asked_before`: the flag of an outer block, whose wish holds here, too."""
-        self.signal = 0                  # the first one's number; 0: none, or the launcher
-        self.cause = ""                  # in words: SIGTERM, or which launcher is gone
+        self.signal = 0  # the first one's number; 0: none, or the launcher
+        self.cause = ""  # in words: SIGTERM, or which launcher is gone
         self.begun = False
-        self.on_asked: Callable[[], None] | None = None      # called once by the thread
+        self.on_asked: Callable[[], None] | None = None  # called once by the thread
         self._heard: dict[str, float] = {}
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -77,7 +93,9 @@ class StopFlag:
                 if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._before[number] = signal.signal(number, self._on_signal)
-            self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+            self._wakeup_before = signal.set_wakeup_fd(
+                self._mouth.fileno(), warn_on_full_buffer=False
+            )
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -130,10 +148,16 @@ class StopFlag:
             let_go_of_lost_streams()
         # a limit of CPU seconds is told of once a second
         if again and number != signal.SIGXCPU:
-            self._leave(f"asked a second time, by {name}: ends at once; the last checkpoint stays", number)
+            self._leave(
+                f"asked a second time, by {name}: ends at once; the last checkpoint stays", number
+            )
         # the main thread answers Ctrl-C itself: a notebook lives on
         if not self.begun and number != signal.SIGINT:
-            self._leave(f"stopped by {name} before the first step of this start; the same command starts again", number)
+            self._leave(
+                f"stopped by {name} before the first step of this start; the same command starts"
+                " again",
+                number,
+            )
         self._note(number)
         self._tell()
 
@@ -142,7 +166,10 @@ class StopFlag:
         if not gone or self.cause:
             return
         if not self.begun:
-            self._leave(f"ended before the first step: {gone} is gone, which started this rank", signal.SIGTERM)
+            self._leave(
+                f"ended before the first step: {gone} is gone, which started this rank",
+                signal.SIGTERM,
+            )
         self.cause = f"its launcher: {gone} is gone"
         self._tell()
 
@@ -159,8 +186,11 @@ class StopFlag:
 def launchers_above() -> list[tuple[str, psutil.Process]]:
     """The programs above this process that start ranks, with their names for people; none where a shell started it."""
     with contextlib.suppress(psutil.Error, OSError):
-        return [(f"{name} (process {process.pid})", process)
-                for process in psutil.Process().parents() if (name := _launcher_name(process))]
+        return [
+            (f"{name} (process {process.pid})", process)
+            for process in psutil.Process().parents()
+            if (name := _launcher_name(process))
+        ]
     return []
 
 

@@ -8,29 +8,47 @@ from decimal import Decimal
 
 from encoder.base.errors import ConfigError
 
-TOKEN_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12,
-               "ki": 2**10, "mi": 2**20, "gi": 2**30}
+TOKEN_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "b": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+}
 
 
 def parse_tokens(value: int | float | str) -> int:
     """'2T' -> 2_000_000_000_000; also 500K, 1.719T, 98_304, 4Mi. Raises ConfigError unless a whole number >= 0."""
     if isinstance(value, bool):
         raise ConfigError(f"{value} is no number of tokens. Write for example 500K, 1.5B or 98304.")
-    shown = ascii(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    shown = (
+        ascii(value)
+        if not isinstance(value, int) or abs(value) < 10**40
+        else "a number of more than 40 digits"
+    )
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     if isinstance(value, int):
         amount = Decimal(value)
     elif len(str(value)) > 60:
         raise ConfigError(f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304.")
     else:
-        found = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+]?[0-9]+)?)\s*([kmbtKMBTgG]?[iI]?)\s*", str(value))
+        found = re.fullmatch(
+            r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+]?[0-9]+)?)\s*([kmbtKMBTgG]?[iI]?)\s*", str(value)
+        )
         unit = found.group(2).lower() if found else ""
         if not found or unit not in TOKEN_UNITS:
-            raise ConfigError(f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304.")
+            raise ConfigError(
+                f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304."
+            )
         try:
             amount = Decimal(found.group(1).replace("_", "").replace(",", "")) * TOKEN_UNITS[unit]
-        except ArithmeticError as error:       # an exponent beyond any
-            raise ConfigError(f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304.") from error
+        except ArithmeticError as error:  # an exponent beyond any
+            raise ConfigError(
+                f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304."
+            ) from error
     if abs(amount) >= 2**63:
         raise ConfigError(f"{shown} is more tokens than 63 bits can count.")
     if amount != int(amount) or amount < 0:
@@ -69,11 +87,13 @@ def short_seconds(seconds: float) -> str:
 class Progress:
     """Where a run stands, counted over all ranks. Schedules, phases and file names are functions of this."""
 
-    step: int = 0                # updates done in the whole run
-    tokens: int = 0              # tokens without padding, whole run
-    phase: int = 0               # index of the current phase
-    phase_step: int = 0          # updates done in the current phase
-    phase_tokens: int = 0        # tokens without padding, current phase
-    masked_tokens: int = 0       # positions predicted, whole run
-    lanes: tuple[tuple[int, int], ...] = ()     # next (window, row) of each lane of the phase's data; none at its beginning
-    ledger_hash: str = ""        # hash chain over every step's batch
+    step: int = 0  # updates done in the whole run
+    tokens: int = 0  # tokens without padding, whole run
+    phase: int = 0  # index of the current phase
+    phase_step: int = 0  # updates done in the current phase
+    phase_tokens: int = 0  # tokens without padding, current phase
+    masked_tokens: int = 0  # positions predicted, whole run
+    lanes: tuple[
+        tuple[int, int], ...
+    ] = ()  # next (window, row) of each lane of the phase's data; none at its beginning
+    ledger_hash: str = ""  # hash chain over every step's batch

@@ -30,8 +30,10 @@ def unpack(algorithm: str, packed: bytes, *, size: int) -> bytes:
         content = _ALGORITHMS[name](packed, size)
     except ImportError as error:
         raise ValueError(f"compression {name} needs the package {error.name}") from error
-    except Exception as error:      # each algorithm raises its own
-        raise ValueError(" ".join(str(error).split()).rstrip(".") or type(error).__name__) from error
+    except Exception as error:  # each algorithm raises its own
+        raise ValueError(
+            " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        ) from error
     if len(content) != size:
         raise ValueError(f"it holds {'more' if len(content) > size else f'{len(content):,}'} bytes")
     return content
@@ -58,7 +60,7 @@ def _told_by_zstd(packed: bytes) -> int | None:
     at = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]
     if not width:
         return None
-    return int.from_bytes(packed[at:at + width], "little") + (256 if width == 2 else 0)
+    return int.from_bytes(packed[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def _gzip(packed: bytes, size: int) -> bytes:
@@ -75,7 +77,7 @@ def _brotli(packed: bytes, size: int) -> bytes:
 
 def _snappy(packed: bytes, size: int) -> bytes:
     told = 0
-    for place, byte in enumerate(packed[:5]):       # a number of 7 bits a byte, the low ones first
+    for place, byte in enumerate(packed[:5]):  # a number of 7 bits a byte, the low ones first
         told |= (byte & 127) << 7 * place
         if byte < 128:
             break
@@ -94,4 +96,9 @@ def _stream(algorithm: str, packed: bytes, size: int) -> bytes:
 
 
 _ALGORITHMS: dict[str, Callable[[bytes, int], bytes]] = {
-    "zstd": _zstd, "gz": _gzip, "bz2": _bz2, "br": _brotli, "snappy": _snappy}
+    "zstd": _zstd,
+    "gz": _gzip,
+    "bz2": _bz2,
+    "br": _brotli,
+    "snappy": _snappy,
+}

@@ -25,17 +25,24 @@ from encoder.base.errors import UserError
 # the largest tokenizer.json in use (vocabulary 262,144) has 34 MB; an index has 0.7 KB a shard
 MOST_BYTES = 2**26
 INDEX_BYTES = 2**27
-MOST_DEPTH = 64              # tokenizer.json: 8, model configs: 6
-MOST_CONTAINERS = 5_000_000  # lists and mappings take 60 to 240 bytes each, however short their text is
-MOST_DIGITS = 300            # every such integer still fits a float
-MOST_NAME_BYTES = 255        # of one file name, on every usual file system
+MOST_DEPTH = 64  # tokenizer.json: 8, model configs: 6
+MOST_CONTAINERS = (
+    5_000_000  # lists and mappings take 60 to 240 bytes each, however short their text is
+)
+MOST_DIGITS = 300  # every such integer still fits a float
+MOST_NAME_BYTES = 255  # of one file name, on every usual file system
 MOST_PATH_BYTES = 4000
 
 # strings are matched first, so that a bracket in one does not count; an open string runs to the end
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a fifo"), (stat.S_ISSOCK, "a socket"),
-          (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a fifo"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class _Refused(ValueError):
@@ -62,9 +69,13 @@ def open_regular(path: Path | str, *, error: type[UserError] = UserError) -> IO[
     try:
         return regular_file(path)
     except OSError as why:
-        reason = "it is a socket or a device; needed: a file" if why.errno == errno.ENXIO else why.strerror or why
+        reason = (
+            "it is a socket or a device; needed: a file"
+            if why.errno == errno.ENXIO
+            else why.strerror or why
+        )
         raise error(f"{path} cannot be read: {reason}.") from why
-    except ValueError as why:       # a NUL, or a character that no name of a file can hold
+    except ValueError as why:  # a NUL, or a character that no name of a file can hold
         raise error(f"{ascii(str(path))} cannot be read: no file has such a name ({why}).") from why
 
 
@@ -73,7 +84,9 @@ def missing(caught: UserError) -> bool:
     return isinstance(caught.__cause__, FileNotFoundError)
 
 
-def read_bytes(path: Path | str, *, error: type[UserError] = UserError, most_bytes: int = MOST_BYTES) -> bytes:
+def read_bytes(
+    path: Path | str, *, error: type[UserError] = UserError, most_bytes: int = MOST_BYTES
+) -> bytes:
     """A regular file of at most `most_bytes`. Raises `error`."""
     with open_regular(path, error=error) as file:
         try:
@@ -82,11 +95,16 @@ def read_bytes(path: Path | str, *, error: type[UserError] = UserError, most_byt
             raise error(f"{path} cannot be read: {why.strerror or why}.") from why
         if len(content) > most_bytes:
             size = max(os.fstat(file.fileno()).st_size, len(content))
-            raise error(f"{path} cannot be read: it has {size:,} bytes, and no such file has more than {most_bytes:,}.")
+            raise error(
+                f"{path} cannot be read: it has {size:,} bytes, and no such file has more than"
+                f" {most_bytes:,}."
+            )
     return content
 
 
-def read_text(path: Path | str, *, error: type[UserError] = UserError, most_bytes: int = MOST_BYTES) -> str:
+def read_text(
+    path: Path | str, *, error: type[UserError] = UserError, most_bytes: int = MOST_BYTES
+) -> str:
     """A regular file of UTF-8, with or without a byte order mark. Raises `error`, naming the line that is not UTF-8."""
     content = read_bytes(path, error=error, most_bytes=most_bytes)
     try:
@@ -95,11 +113,20 @@ def read_text(path: Path | str, *, error: type[UserError] = UserError, most_byte
         if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise error(f"{path} cannot be read: it is UTF-16; needed: UTF-8. Save it so.") from why
         line = content.count(b"\n", 0, why.start) + 1
-        raise error(f"{path} cannot be read: line {line} is not UTF-8 (byte {why.start:,}). Save it as UTF-8.") from why
+        raise error(
+            f"{path} cannot be read: line {line} is not UTF-8 (byte {why.start:,}). Save it as"
+            " UTF-8."
+        ) from why
 
 
-def read_json(path: Path | str, *, error: type[UserError] = UserError, most_bytes: int = MOST_BYTES,
-              root: type = object, non_finite: bool = False) -> Any:
+def read_json(
+    path: Path | str,
+    *,
+    error: type[UserError] = UserError,
+    most_bytes: int = MOST_BYTES,
+    root: type = object,
+    non_finite: bool = False,
+) -> Any:
     """The value of a JSON file.
 
     error: class of what is raised, always one sentence with the path.
@@ -111,13 +138,20 @@ def read_json(path: Path | str, *, error: type[UserError] = UserError, most_byte
     return parse_json(text, where=path, error=error, root=root, non_finite=non_finite)
 
 
-def parse_json(text: str, *, where: Path | str, error: type[UserError] = UserError, root: type = object,
-               non_finite: bool = False) -> Any:
+def parse_json(
+    text: str,
+    *,
+    where: Path | str,
+    error: type[UserError] = UserError,
+    root: type = object,
+    non_finite: bool = False,
+) -> Any:
     """The value of a JSON text, at most MOST_DEPTH deep, every key once a mapping, every number finite. Raises `error`.
 
     where: what the text is, for messages: a path, or words.
     error, root, non_finite: as of read_json.
     """
+
     def number(digits: str) -> float:
         value = float(digits)
         if not (non_finite or math.isfinite(value)):
@@ -130,10 +164,18 @@ def parse_json(text: str, *, where: Path | str, error: type[UserError] = UserErr
         return float(word)
 
     if text.count("[") + text.count("{") > MOST_CONTAINERS:
-        raise error(f"{where} cannot be read: it holds more than {MOST_CONTAINERS:,} lists and mappings, as no such file does.")
+        raise error(
+            f"{where} cannot be read: it holds more than {MOST_CONTAINERS:,} lists and mappings, as"
+            " no such file does."
+        )
     try:
-        value = json.loads(text, parse_int=_integer, parse_float=number, parse_constant=constant,
-                           object_pairs_hook=_mapping_of)
+        value = json.loads(
+            text,
+            parse_int=_integer,
+            parse_float=number,
+            parse_constant=constant,
+            object_pairs_hook=_mapping_of,
+        )
     except RecursionError:
         _too_deep(text, where, error)
     except json.JSONDecodeError as why:
@@ -142,8 +184,13 @@ def parse_json(text: str, *, where: Path | str, error: type[UserError] = UserErr
     except _Refused as why:
         raise error(f"{where} cannot be read: it {why}.") from why
     if not isinstance(value, root):
-        found = {dict: "a mapping", list: "a list", str: "text", type(None): "null"}.get(type(value), "one number")
-        raise error(f"{where} cannot be read: it holds {found}; needed: {'a mapping' if root is dict else 'a list'}.")
+        found = {dict: "a mapping", list: "a list", str: "text", type(None): "null"}.get(
+            type(value), "one number"
+        )
+        raise error(
+            f"{where} cannot be read: it holds {found}; needed:"
+            f" {'a mapping' if root is dict else 'a list'}."
+        )
     _check(value, text, where, error)
     return value
 
@@ -165,7 +212,9 @@ def native_code(what: str, *, error: type[UserError] = UserError) -> Iterator[No
         raise error(f"{what}: {said}. Make one with data-prep tokenizer.") from why
 
 
-def plain_name(name: Any, *, where: Path | str, error: type[UserError] = UserError, folders: bool = True) -> str:
+def plain_name(
+    name: Any, *, where: Path | str, error: type[UserError] = UserError, folders: bool = True
+) -> str:
     """A name out of a file made elsewhere, seen to be a relative path that stays below its folder; nothing is opened.
 
     where: the file that holds the name, for messages.
@@ -175,13 +224,22 @@ def plain_name(name: Any, *, where: Path | str, error: type[UserError] = UserErr
     wrong = _wrong_name(name, folders)
     if wrong:
         shown = ascii(name) if isinstance(name, str) else type(name).__name__
-        raise error(f"{where} names the file {shown[:100]}, which {wrong}; needed: "
-                    f"{'a path below its folder' if folders else 'the name of a file beside it'}. "
-                    "Do not use this folder unless you know who made it.")
+        raise error(
+            f"{where} names the file {shown[:100]}, which {wrong}; needed: "
+            f"{'a path below its folder' if folders else 'the name of a file beside it'}. "
+            "Do not use this folder unless you know who made it."
+        )
     return name
 
 
-def inside(folder: Path, name: Any, *, where: Path | str, error: type[UserError] = UserError, folders: bool = True) -> Path:
+def inside(
+    folder: Path,
+    name: Any,
+    *,
+    where: Path | str,
+    error: type[UserError] = UserError,
+    folders: bool = True,
+) -> Path:
     """`folder / name` for a name out of a file made elsewhere; it lies below the folder, also behind symbolic links.
 
     `where`, `error`, `folders` as of plain_name. A folder of Hugging Face's cache links to `blobs` of its own repository.
@@ -195,7 +253,10 @@ def inside(folder: Path, name: Any, *, where: Path | str, error: type[UserError]
     if Path(home).parent.name == "snapshots":
         homes.append(str(Path(home).parent.parent / "blobs"))
     if not any(there.startswith(h.rstrip("/") + "/") for h in homes):
-        raise error(f"{path} is a symbolic link that leaves its folder, to {there}. Put the file itself there.")
+        raise error(
+            f"{path} is a symbolic link that leaves its folder, to {there}. Put the file itself"
+            " there."
+        )
     return path
 
 
@@ -257,8 +318,15 @@ def _check(value: Any, text: str, where: Path | str, error: type[UserError]) -> 
             elif isinstance(item, list):
                 below += item
             elif surrogates and isinstance(item, str) and not _is_whole(item):
-                raise error(f"{where} cannot be read: it holds half of a character ({ascii(item)[:60]}); needed: Unicode.")
-        level = [item for item in below if isinstance(item, (dict, list)) or surrogates and isinstance(item, str)]
+                raise error(
+                    f"{where} cannot be read: it holds half of a character ({ascii(item)[:60]});"
+                    " needed: Unicode."
+                )
+        level = [
+            item
+            for item in below
+            if isinstance(item, (dict, list)) or surrogates and isinstance(item, str)
+        ]
         depth += 1
         if depth > MOST_DEPTH and level:
             _too_deep(text, where, error)
@@ -282,4 +350,7 @@ def _too_deep(text: str, where: Path | str, error: type[UserError]) -> NoReturn:
         if depth > MOST_DEPTH:
             line = text.count("\n", 0, match.start()) + 1
             break
-    raise error(f"{where} cannot be read: line {line} is nested more than {MOST_DEPTH} levels deep, as no such file is.")
+    raise error(
+        f"{where} cannot be read: line {line} is nested more than {MOST_DEPTH} levels deep, as no"
+        " such file is."
+    )

@@ -18,7 +18,9 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    said_by: str = field(default="", compare=False)      # the variable that says how many ranks there are
+    said_by: str = field(
+        default="", compare=False
+    )  # the variable that says how many ranks there are
 
     @property
     def first(self) -> bool:
@@ -33,25 +35,43 @@ def world_from_env(env: Mapping[str, str] | None = None) -> World:
     """
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
-        local_size = _whole(env, "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1)
-        world = World(rank=_whole(env, "RANK"), size=_whole(env, "WORLD_SIZE"), local_rank=_whole(env, "LOCAL_RANK", 0),
-                      local_size=local_size, said_by="WORLD_SIZE")
+        local_size = _whole(
+            env, "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1
+        )
+        world = World(
+            rank=_whole(env, "RANK"),
+            size=_whole(env, "WORLD_SIZE"),
+            local_rank=_whole(env, "LOCAL_RANK", 0),
+            local_size=local_size,
+            said_by="WORLD_SIZE",
+        )
     # SLURM_PROCID alone is also set in the batch script itself; SLURM_STEP_ID only inside srun
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
-        world = World(rank=_whole(env, "SLURM_PROCID"), size=_slurm_tasks(env), local_rank=_whole(env, "SLURM_LOCALID", 0),
-                      local_size=_slurm_local_size(env), said_by=_slurm_tasks_variable(env))
+        world = World(
+            rank=_whole(env, "SLURM_PROCID"),
+            size=_slurm_tasks(env),
+            local_rank=_whole(env, "SLURM_LOCALID", 0),
+            local_size=_slurm_local_size(env),
+            said_by=_slurm_tasks_variable(env),
+        )
     else:
         return World()
     if world.rank >= world.size:
-        raise ConfigError(f"the environment says rank {world.rank} of {world.size}; needed: ranks from 0 to below their number. "
-                          "Start with srun, deepspeed or torchrun, or mend RANK and WORLD_SIZE, or unset them.")
+        raise ConfigError(
+            f"the environment says rank {world.rank} of {world.size}; needed: ranks from 0 to below"
+            " their number. Start with srun, deepspeed or torchrun, or mend RANK and WORLD_SIZE,"
+            " or unset them."
+        )
     return world
 
 
 def _whole(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name) or ("" if default is None else str(default))
     if not text.isdecimal():
-        raise ConfigError(f"{name} is {text!r}; needed: a whole number, as srun, deepspeed and torchrun set it. Mend or unset it.")
+        raise ConfigError(
+            f"{name} is {text!r}; needed: a whole number, as srun, deepspeed and torchrun set it."
+            " Mend or unset it."
+        )
     return int(text)
 
 
@@ -67,7 +87,11 @@ def _slurm_tasks_variable(env: Mapping[str, str]) -> str:
 def _slurm_local_size(env: Mapping[str, str]) -> int:
     """Tasks on this node. SLURM_NTASKS_PER_NODE, which is there only where it was asked for, says what was asked for."""
     counts, node = env.get("SLURM_STEP_TASKS_PER_NODE"), _whole(env, "SLURM_NODEID", 0)
-    return tasks_per_node(counts)[node] if counts else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
+    return (
+        tasks_per_node(counts)[node]
+        if counts
+        else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
+    )
 
 
 def meeting_place(env: Mapping[str, str] | None = None) -> tuple[str, int] | None:
@@ -80,7 +104,9 @@ def meeting_place(env: Mapping[str, str] | None = None) -> tuple[str, int] | Non
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
     if not nodes or "SLURM_STEP_ID" not in env:
         return None
-    job, restart, step = (int(env.get(f"SLURM_{key}") or "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    job, restart, step = (
+        int(env.get(f"SLURM_{key}") or "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID")
+    )
     return expand_hosts(nodes)[0], 15000 + (job * 97 + restart * 11 + step) % 17000
 
 
@@ -90,7 +116,7 @@ class MeetingPlace:
 
     host: str
     port: int
-    said_by: str        # which variables said so
+    said_by: str  # which variables said so
 
 
 def meeting_address(world: World, env: Mapping[str, str] | None = None) -> MeetingPlace:
@@ -99,13 +125,26 @@ def meeting_address(world: World, env: Mapping[str, str] | None = None) -> Meeti
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     of_step = meeting_place(env)
     if not host and of_step is None:
-        raise ConfigError(f"{world.size} ranks but no MASTER_ADDR. Start with srun, deepspeed or torchrun, "
-                          "or set MASTER_ADDR and MASTER_PORT.")
+        raise ConfigError(
+            f"{world.size} ranks but no MASTER_ADDR. Start with srun, deepspeed or torchrun, "
+            "or set MASTER_ADDR and MASTER_PORT."
+        )
     if not port and of_step is None:
-        raise ConfigError(f"{world.size} ranks and MASTER_ADDR {host}, but no MASTER_PORT. Set it to a port that is free on rank "
-                          "zero's machine, the same on all ranks, such as 29500.")
+        raise ConfigError(
+            f"{world.size} ranks and MASTER_ADDR {host}, but no MASTER_PORT. Set it to a port that"
+            " is free on rank zero's machine, the same on all ranks, such as 29500."
+        )
     if port and not (port.isascii() and port.isdecimal() and 0 < int(port[:9]) < 65536):
-        raise ConfigError(f"MASTER_PORT is {port[:80]!r}; needed: a port from 1 to 65535 that is free on rank zero's machine, the "
-                          "same on all ranks. Mend it, such as 29500, or unset it and start with deepspeed or torchrun.")
-    said_by = [name for name, said in (("MASTER_ADDR", host), ("MASTER_PORT", port)) if said] or ["SLURM_STEP_NODELIST"]
-    return MeetingPlace(host=host or of_step[0], port=int(port) if port else of_step[1], said_by=" and ".join(said_by))
+        raise ConfigError(
+            f"MASTER_PORT is {port[:80]!r}; needed: a port from 1 to 65535 that is free on rank"
+            " zero's machine, the same on all ranks. Mend it, such as 29500, or unset it and start"
+            " with deepspeed or torchrun."
+        )
+    said_by = [name for name, said in (("MASTER_ADDR", host), ("MASTER_PORT", port)) if said] or [
+        "SLURM_STEP_NODELIST"
+    ]
+    return MeetingPlace(
+        host=host or of_step[0],
+        port=int(port) if port else of_step[1],
+        said_by=" and ".join(said_by),
+    )

@@ -31,10 +31,12 @@ TOKENS_PER_SEQLEN = 128
 class RowSpec:
     """One row to be assembled."""
 
-    address: tuple[int | str, ...]     # Windows.address and row, or ("held_out", source, row): keys masks and dropout
-    number: int                        # in its step, counted over all ranks
-    pieces_P4: np.ndarray              # int64, as in WindowPlan
-    phase_tokens: int = 0              # tokens of the phase before this row: what schedules of masks go by
+    address: tuple[
+        int | str, ...
+    ]  # Windows.address and row, or ("held_out", source, row): keys masks and dropout
+    number: int  # in its step, counted over all ranks
+    pieces_P4: np.ndarray  # int64, as in WindowPlan
+    phase_tokens: int = 0  # tokens of the phase before this row: what schedules of masks go by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,9 @@ class Assembler:
 
     def assemble(self, specs: Sequence[RowSpec]) -> Assembled:
         """The micro-batch of these rows. Raises ShardError for a shard that cannot be read, DamagedShard for one that is wrong."""
-        rows = [self._row(spec) for spec in specs if len(spec.pieces_P4)]      # none: all it had was left out
+        rows = [
+            self._row(spec) for spec in specs if len(spec.pieces_P4)
+        ]  # none: all it had was left out
         tokens = sum(len(r.masked.ids) for r in rows)
         total = self.micro_batch_rows * self.row_tokens if self.static_shapes else max(tokens, 1)
         lengths = [n for r in rows for n in r.lengths_P] + self._padding_segments(total - tokens)
@@ -108,15 +112,24 @@ class Assembler:
             targets={term: self._targets(term, rows, row_starts) for term in self.masker.terms},
             token_key_T=_filled([r.token_key_T for r in rows], total, 0),
             segments_T=self._segments(rows, total),
-            tokens=tokens)
+            tokens=tokens,
+        )
         return Assembled(batch=batch, row_hash=wrap_int64(sum(r.hash for r in rows)))
 
     def _targets(self, term: str, rows: Sequence[_Row], row_starts: np.ndarray) -> Targets:
-        index = [r.masked.targets[term].index + start for r, start in zip(rows, row_starts, strict=False)]
+        index = [
+            r.masked.targets[term].index + start for r, start in zip(rows, row_starts, strict=False)
+        ]
         value = [r.masked.targets[term].value for r in rows]
         count = sum(len(part) for part in index)
-        room = self.micro_batch_rows * self.masker.capacity(term, self.row_tokens) if self.static_shapes else count
-        return Targets(index_M=_filled(index, room, 0), value_M=_filled(value, room, IGNORE), count=count)
+        room = (
+            self.micro_batch_rows * self.masker.capacity(term, self.row_tokens)
+            if self.static_shapes
+            else count
+        )
+        return Targets(
+            index_M=_filled(index, room, 0), value_M=_filled(value, room, IGNORE), count=count
+        )
 
     def _segments(self, rows: Sequence[_Row], total: int) -> torch.Tensor | None:
         if not self.masker.has_segments:
@@ -131,18 +144,34 @@ class Assembler:
         self._check_ids(ids, spec)
         place = spec.address
         masked = self.masker.mask(
-            ids, generator(self.seed, "mlm", *place), lengths=lengths, phase_tokens=spec.phase_tokens)
-        masked = replace(masked, targets={term: self._in_room(term, masked.targets[term]) for term in self.masker.terms})
+            ids,
+            generator(self.seed, "mlm", *place),
+            lengths=lengths,
+            phase_tokens=spec.phase_tokens,
+        )
+        masked = replace(
+            masked,
+            targets={term: self._in_room(term, masked.targets[term]) for term in self.masker.terms},
+        )
         with np.errstate(over="ignore"):
-            counters = address_key(self.seed, "dropout", *place)[0] + np.arange(len(ids), dtype=np.uint64)
-        return _Row(masked, lengths, splitmix64(counters).view(np.int64), _row_hash(spec.number, masked, lengths))
+            counters = address_key(self.seed, "dropout", *place)[0] + np.arange(
+                len(ids), dtype=np.uint64
+            )
+        return _Row(
+            masked,
+            lengths,
+            splitmix64(counters).view(np.int64),
+            _row_hash(spec.number, masked, lengths),
+        )
 
     def _in_room(self, term: str, targets: RowTargets) -> RowTargets:
         # room is counted by row, not by micro-batch, so that what is predicted does not depend on the micro-batch
         room = self.masker.capacity(term, self.row_tokens)
         return RowTargets(targets.index[:room], targets.value[:room])
 
-    def _lay_piece(self, parts: list[np.ndarray], source: int, document: int, start: int, end: int) -> int:
+    def _lay_piece(
+        self, parts: list[np.ndarray], source: int, document: int, start: int, end: int
+    ) -> int:
         """Append a piece's ids, with [CLS] and [SEP] put back where it was cut; returns its length."""
         ids = self.sources[source].read(document)
         if start > 0:
@@ -160,9 +189,12 @@ class Assembler:
             read = self.sources[source].read(document)
             wrong = read[(read >= vocab_size) | (read < 0)]
             if len(wrong):
-                raise DamagedShard(f"{self.sources[source].file_of(document)} holds id {wrong[0]}, its vocabulary has "
-                                   f"{vocab_size:,}. Copy or prepare the shard again.",
-                                   source=self.sources[source].name, shard=self.sources[source].shard_of(document))
+                raise DamagedShard(
+                    f"{self.sources[source].file_of(document)} holds id {wrong[0]}, its vocabulary"
+                    f" has {vocab_size:,}. Copy or prepare the shard again.",
+                    source=self.sources[source].name,
+                    shard=self.sources[source].shard_of(document),
+                )
 
     def _padding_segments(self, padding: int) -> list[int]:
         whole, rest = divmod(padding, self.max_tokens_per_document)
@@ -175,8 +207,9 @@ class Assembler:
         return room
 
 
-def deal(specs: Sequence[RowSpec], *, rank: int, world_size: int, micro_batch_rows: int,
-         lanes: int = 1) -> list[list[RowSpec]]:
+def deal(
+    specs: Sequence[RowSpec], *, rank: int, world_size: int, micro_batch_rows: int, lanes: int = 1
+) -> list[list[RowSpec]]:
     """This rank's micro-batches of a step: row r goes to rank r mod world; every rank gets the same number of them.
 
         5 rows, 2 ranks, 2 rows a micro-batch:     rank 0  [0 2] [4]     rank 1  [1 3] []
@@ -189,9 +222,9 @@ def deal(specs: Sequence[RowSpec], *, rank: int, world_size: int, micro_batch_ro
     assert lanes == 1 or len(specs) % lanes == 0, "a step has as many rows of every lane"
     own = lanes_of(rank, world_size=world_size, lanes=lanes)
     group_ranks = world_size // math.gcd(lanes, world_size)
-    mine = [s for s in specs if s.number % lanes in own][rank % group_ranks::group_ranks]
+    mine = [s for s in specs if s.number % lanes in own][rank % group_ranks :: group_ranks]
     count = -(-len(specs) // (world_size * micro_batch_rows))
-    return [list(mine[i * micro_batch_rows:(i + 1) * micro_batch_rows]) for i in range(count)]
+    return [list(mine[i * micro_batch_rows : (i + 1) * micro_batch_rows]) for i in range(count)]
 
 
 def lanes_of(rank: int, *, world_size: int, lanes: int) -> range:
@@ -220,11 +253,13 @@ def _row_hash(number: int, masked: MaskedRow, lengths_P: Sequence[int]) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _filled(parts: Sequence[np.ndarray], size: int, fill: int, *, dtype: type = np.int64) -> torch.Tensor:
+def _filled(
+    parts: Sequence[np.ndarray], size: int, fill: int, *, dtype: type = np.int64
+) -> torch.Tensor:
     """The parts end to end, and `fill` behind them, [size]."""
     whole, at = np.empty(size, dtype=dtype), 0
     for part in parts:
-        whole[at:at + len(part)] = part
+        whole[at : at + len(part)] = part
         at += len(part)
     whole[at:] = fill
     return torch.from_numpy(whole)

@@ -33,7 +33,7 @@ from encoder.data import remote
 from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER, read_card
 
 TRIES = 5
-BACKOFF_SECONDS = 1.0        # before the second try, doubled before each one after it: 15 s in all
+BACKOFF_SECONDS = 1.0  # before the second try, doubled before each one after it: 15 s in all
 ORIGIN, SHARDS, ROOM = "origin.txt", "shards", ".room.lock"
 
 
@@ -44,10 +44,10 @@ class StoredShard:
     name: str
     size_bytes: int
     compression: str | None
-    stored: str              # name of the file as it lies in the folder, compressed or not
+    stored: str  # name of the file as it lies in the folder, compressed or not
     stored_bytes: int
-    sha256: str              # hex, of that file
-    raw_sha256: str          # hex, of the unpacked shard; empty where index.json does not tell
+    sha256: str  # hex, of that file
+    raw_sha256: str  # hex, of the unpacked shard; empty where index.json does not tell
 
 
 class ShardCache:
@@ -61,13 +61,15 @@ class ShardCache:
         self.origin, self.limit_bytes = origin, limit_bytes
         self.in_place = Path(origin) == folder
         self.folder = folder if self.in_place else folder / SHARDS
-        self._seen_right: set[str] = set()           # names of what was unpacked in place
+        self._seen_right: set[str] = set()  # names of what was unpacked in place
 
     def place(self, shard: StoredShard) -> Path:
         """Where the shard lies once it is here."""
         return self.folder / (shard.name if self.in_place else shard.name.replace("/", "--"))
 
-    def open(self, shard: StoredShard, *, may_exceed: bool = True, wait: bool = True) -> IO[bytes] | None:
+    def open(
+        self, shard: StoredShard, *, may_exceed: bool = True, wait: bool = True
+    ) -> IO[bytes] | None:
         """The shard's file, fetched if it is not here; not evicted while it, or a map of it, is open.
 
         None, only if `may_exceed` is false and nothing can be evicted to make room, or `wait` is false and another
@@ -85,10 +87,15 @@ class ShardCache:
         why = error.strerror or f"{error}"
         if self.in_place:
             needed = "unpacked" if shard.compression else "read"
-            return (f"{self.folder / shard.stored} cannot be {needed} where it lies: {why}. "
-                    "Give the source a cache: FOLDER, on a disk of this machine that can be written to.")
-        return (f"{remote.url_of(self.origin, shard.stored)} cannot be brought to {self.place(shard)}: {why}. "
-                "Mend that, or set the source's cache to a folder on a disk of this machine with room.")
+            return (
+                f"{self.folder / shard.stored} cannot be {needed} where it lies: {why}. "
+                "Give the source a cache: FOLDER, on a disk of this machine that can be written to."
+            )
+        return (
+            f"{remote.url_of(self.origin, shard.stored)} cannot be brought to {self.place(shard)}:"
+            f" {why}. Mend that, or set the source's cache to a folder on a disk of this machine"
+            " with room."
+        )
 
     def _open(self, shard: StoredShard, *, may_exceed: bool, wait: bool) -> IO[bytes] | None:
         while True:
@@ -105,8 +112,11 @@ class ShardCache:
                 if (above := self._bytes_above_limit()) > 0:
                     if not may_exceed:
                         return None
-                    warn_once(f"{self.folder}: the shards in use take {above:,} bytes more than cache_bytes "
-                              f"{self.limit_bytes:,}. Raise it, or lower loader.prefetch_windows.")
+                    warn_once(
+                        f"{self.folder}: the shards in use take {above:,} bytes more than"
+                        f" cache_bytes {self.limit_bytes:,}. Raise it, or lower"
+                        " loader.prefetch_windows."
+                    )
                 return self._fetch(shard, lock)
 
     def _present(self, shard: StoredShard) -> IO[bytes] | None:
@@ -118,17 +128,19 @@ class ShardCache:
         try:
             take_lock(file, path, "shared", wait=True)
         except NoLocks:
-            if not self.in_place:                    # in place nothing is evicted, so no reader needs a lock
+            if not self.in_place:  # in place nothing is evicted, so no reader needs a lock
                 raise
         found = os.fstat(file.fileno())
         if found.st_nlink and found.st_size == shard.size_bytes and self._is_right(file, shard):
-            with contextlib.suppress(OSError):       # another user's
-                os.utime(path)                       # needed now: what was needed longest ago is evicted first
+            with contextlib.suppress(OSError):  # another user's
+                os.utime(path)  # needed now: what was needed longest ago is evicted first
             return file
         file.close()
-        if found.st_nlink:                           # damaged since it was fetched: a power cut, a full disk
+        if found.st_nlink:  # damaged since it was fetched: a power cut, a full disk
             with _exclusive(self.folder / ROOM), contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == found.st_ino:       # also where others have it open: they keep what they have
+                if (
+                    path.stat().st_ino == found.st_ino
+                ):  # also where others have it open: they keep what they have
                     path.unlink()
         return None
 
@@ -136,7 +148,9 @@ class ShardCache:
         """Whether an unpacked copy in place has its bytes: read once, about 0.1 s for 64 MiB."""
         if not self.in_place or not shard.raw_sha256 or shard.name in self._seen_right:
             return True
-        right = hashlib.sha256(file.read()).hexdigest() == shard.raw_sha256      # this file, whatever has its name by now
+        right = (
+            hashlib.sha256(file.read()).hexdigest() == shard.raw_sha256
+        )  # this file, whatever has its name by now
         if right:
             self._seen_right.add(shard.name)
         return right
@@ -163,12 +177,17 @@ class ShardCache:
         """Bytes that a fetch under way will take; what a killed one left is removed."""
         if lock.is_symlink():
             return 0
-        with contextlib.suppress(FileNotFoundError, PermissionError), open(lock, "r+", encoding="ascii", errors="replace") as file:
+        with (
+            contextlib.suppress(FileNotFoundError, PermissionError),
+            open(lock, "r+", encoding="ascii", errors="replace") as file,
+        ):
             try:
                 take_lock(file, lock)
             except Busy:
                 return _whole_number(file.read())
-            if not os.fstat(file.fileno()).st_nlink:     # removed meanwhile: another fetch may have the next file
+            if not os.fstat(
+                file.fileno()
+            ).st_nlink:  # removed meanwhile: another fetch may have the next file
                 return self._coming(lock)
             shutil.rmtree(lock.with_suffix(".part"), ignore_errors=True)
             lock.unlink(missing_ok=True)
@@ -192,10 +211,12 @@ class ShardCache:
                 stored.rename(ready)
             fsync_path(ready)
             file = open(ready, "rb")
-            take_lock(file, ready, "shared", wait=True)      # before it has its name, so that nobody evicts it first
+            take_lock(
+                file, ready, "shared", wait=True
+            )  # before it has its name, so that nobody evicts it first
             with _exclusive(self.folder / ROOM):
                 ready.rename(self.place(shard))
-                lock.truncate(0)                     # here, and no more on its way
+                lock.truncate(0)  # here, and no more on its way
             return file
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -215,18 +236,32 @@ def fetch_side_files(origin: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder / ".side.lock"):
             mark = folder / ORIGIN
-            if not mark.exists() and any(p.name != ".side.lock" and not is_leftover(p.name) for p in folder.iterdir()):
-                raise ShardError(f"{folder} is not empty and no cache of shards. Name an empty folder as cache.")
-            if mark.exists() and (found := read_text(mark, error=ShardError, most_bytes=2**16).strip()) != origin:
+            if not mark.exists() and any(
+                p.name != ".side.lock" and not is_leftover(p.name) for p in folder.iterdir()
+            ):
+                raise ShardError(
+                    f"{folder} is not empty and no cache of shards. Name an empty folder as cache."
+                )
+            if (
+                mark.exists()
+                and (found := read_text(mark, error=ShardError, most_bytes=2**16).strip()) != origin
+            ):
                 if not _has_card_of(folder, origin):
-                    raise ShardError(f"{folder} is the cache of {found}, not of {origin}. Give each source a cache of its own.")
-                write_atomic(mark, origin + "\n")        # moved, or named by another path: the same card, the same bytes
+                    raise ShardError(
+                        f"{folder} is the cache of {found}, not of {origin}. Give each source a"
+                        " cache of its own."
+                    )
+                write_atomic(
+                    mark, origin + "\n"
+                )  # moved, or named by another path: the same card, the same bytes
             if not (folder / CARD).exists():
                 write_atomic(mark, origin + "\n")
                 _fetch_side_files(origin, folder)
     except OSError as error:
-        raise ShardError(f"{folder} cannot be the cache of {origin}: {error.strerror or error}. "
-                         "Mend that, or set cache to a folder on a disk of this machine with room.") from error
+        raise ShardError(
+            f"{folder} cannot be the cache of {origin}: {error.strerror or error}. "
+            "Mend that, or set cache to a folder on a disk of this machine with room."
+        ) from error
 
 
 def _has_card_of(folder: Path, origin: str) -> bool:
@@ -236,7 +271,7 @@ def _has_card_of(folder: Path, origin: str) -> bool:
         _new_folder(part)
         remote.download(remote.url_of(origin, CARD), part / CARD)
         return (part / CARD).read_bytes() == (folder / CARD).read_bytes()
-    except Exception:      # streaming raises what its many back ends raise
+    except Exception:  # streaming raises what its many back ends raise
         return False
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -249,19 +284,31 @@ def _fetch_side_files(origin: str, folder: Path) -> None:
         try:
             card = read_card(card_file.parent)
         except ShardError as error:
-            raise ShardError(f"{remote.url_of(origin, CARD)}, as it was fetched: {error}") from error
-        needed = {INDEX: card.index_sha256, LENGTHS: card.lengths_sha256, TOKENIZER: card.tokenizer_sha256}
+            raise ShardError(
+                f"{remote.url_of(origin, CARD)}, as it was fetched: {error}"
+            ) from error
+        needed = {
+            INDEX: card.index_sha256,
+            LENGTHS: card.lengths_sha256,
+            TOKENIZER: card.tokenizer_sha256,
+        }
         if card.hashes_sha256:
             needed[HASHES] = card.hashes_sha256
         for name, sha256 in needed.items():
+
             def check(path: Path, sha256: str = sha256) -> str | None:
                 found = sha256_of(path)
-                return None if found == sha256 else f"has SHA-256 {found[:12]}, {CARD} beside it tells of {sha256[:12]}"
+                return (
+                    None
+                    if found == sha256
+                    else f"has SHA-256 {found[:12]}, {CARD} beside it tells of {sha256[:12]}"
+                )
+
             file = _fetched(remote.url_of(origin, name), part / "file", check=check)
             fsync_path(file)
             file.rename(folder / name)
         fsync_path(card_file)
-        card_file.rename(folder / CARD)              # last: a cache without it is not finished
+        card_file.rename(folder / CARD)  # last: a cache without it is not finished
         fsync_path(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -280,19 +327,27 @@ def _fetched(url: str, part: Path, *, check: Callable[[Path], str | None]) -> Pa
         try:
             remote.download(url, path)
             wrong, damaged = check(path), True
-        except ShardError:              # what it needs is not installed
+        except ShardError:  # what it needs is not installed
             raise
-        except Exception as error:      # streaming raises what its many back ends raise
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        except Exception as error:  # streaming raises what its many back ends raise
+            if isinstance(error, OSError) and error.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EROFS,
+            ):
                 raise
             wrong, damaged = " ".join(f"{error}".split()) or type(error).__name__, False
         if not wrong:
             return path
     if damaged:
-        raise DamagedShard(f"{url} {wrong}; so it was {TRIES} times. Copy or prepare it again; if the folder was made anew, "
-                           "remove its cache.")
-    raise ShardError(f"{url} could not be fetched in {TRIES} tries: {wrong.rstrip('.')}. Look at the path, the network and "
-                     "the credentials.")
+        raise DamagedShard(
+            f"{url} {wrong}; so it was {TRIES} times. Copy or prepare it again; if the folder was"
+            " made anew, remove its cache."
+        )
+    raise ShardError(
+        f"{url} could not be fetched in {TRIES} tries: {wrong.rstrip('.')}. Look at the path, the"
+        " network and the credentials."
+    )
 
 
 def _difference(path: Path, shard: StoredShard) -> str | None:
@@ -300,7 +355,11 @@ def _difference(path: Path, shard: StoredShard) -> str | None:
     if size != shard.stored_bytes:
         return f"has {size:,} bytes, {INDEX} says {shard.stored_bytes:,}"
     found = sha256_of(path)
-    return None if found == shard.sha256 else f"has SHA-256 {found[:12]}, {INDEX} tells of {shard.sha256[:12]}"
+    return (
+        None
+        if found == shard.sha256
+        else f"has SHA-256 {found[:12]}, {INDEX} tells of {shard.sha256[:12]}"
+    )
 
 
 def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
@@ -308,11 +367,15 @@ def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
     try:
         content = unpack(shard.compression, stored.read_bytes(), size=shard.size_bytes)
     except ValueError as error:
-        raise DamagedShard(f"{url} cannot be unpacked to the {shard.size_bytes:,} bytes that {INDEX} tells of ({error}). "
-                           "Prepare the shard again.") from error
+        raise DamagedShard(
+            f"{url} cannot be unpacked to the {shard.size_bytes:,} bytes that {INDEX} tells of"
+            f" ({error}). Prepare the shard again."
+        ) from error
     if shard.raw_sha256 and (found := hashlib.sha256(content).hexdigest()) != shard.raw_sha256:
-        raise DamagedShard(f"{url} unpacks to bytes of SHA-256 {found[:12]}, {INDEX} tells of {shard.raw_sha256[:12]}. "
-                           "Prepare the shard again.")
+        raise DamagedShard(
+            f"{url} unpacks to bytes of SHA-256 {found[:12]}, {INDEX} tells of"
+            f" {shard.raw_sha256[:12]}. Prepare the shard again."
+        )
     return content
 
 
@@ -322,7 +385,7 @@ def _evict(path: Path) -> bool:
         with open(path, "r+b") as file:
             take_lock(file, path)
             path.unlink()
-    except (Busy, PermissionError):                  # in use, or another user's
+    except (Busy, PermissionError):  # in use, or another user's
         return False
     except FileNotFoundError:
         pass
@@ -339,7 +402,9 @@ def _exclusive(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
             except Busy:
                 yield None
                 return
-            if not os.fstat(file.fileno()).st_nlink:     # removed by the one before: others lock the next file
+            if not os.fstat(
+                file.fileno()
+            ).st_nlink:  # removed by the one before: others lock the next file
                 continue
             file.truncate(0)
             try:

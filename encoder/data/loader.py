@@ -33,7 +33,7 @@ from encoder.data.shard_format import Card
 from encoder.data.shards import Source
 from encoder.data.windows import WindowPlan, Windows, cut, lay_rows
 
-MICRO_BATCHES_AHEAD = 4      # per worker; a micro-batch of 98,304 tokens holds 3 MB
+MICRO_BATCHES_AHEAD = 4  # per worker; a micro-batch of 98,304 tokens holds 3 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +41,21 @@ class DataPosition:
     """Where a phase stands: the next row of each lane, as (window, row); none at the beginning."""
 
     lanes: tuple[tuple[int, int], ...] = ()
-    phase_tokens: int = 0        # tokens without padding of all rows before
+    phase_tokens: int = 0  # tokens without padding of all rows before
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
     """One step: this rank's micro-batches, and what every rank knows of the whole step without asking."""
 
-    micro_batches: list[TokenBatch]    # this rank's; the same number on every rank
-    rows: int                          # all ranks
-    tokens: int                        # all ranks, without padding
-    counts: dict[str, int]             # targets of each loss term, this rank
-    row_hash: int                      # this rank; int64, summed over ranks it does not depend on the dealing
+    micro_batches: list[TokenBatch]  # this rank's; the same number on every rank
+    rows: int  # all ranks
+    tokens: int  # all ranks, without padding
+    counts: dict[str, int]  # targets of each loss term, this rank
+    row_hash: int  # this rank; int64, summed over ranks it does not depend on the dealing
     start: DataPosition
     end: DataPosition
-    fill: float                        # share of the rows' capacity that is tokens
+    fill: float  # share of the rows' capacity that is tokens
 
 
 class Loader:
@@ -67,45 +67,109 @@ class Loader:
     to the caches of their sources, 0 where none has a cache. `left_out` and `shuffle_shards` are as in Windows.
     """
 
-    def __init__(self, *, sources: Sequence[Source], weights: Sequence[float], seed: int, phase: int,
-                 max_tokens_per_document: int, row_tokens: int, window_documents: int, masker: Masker, pad_id: int,
-                 cls_id: int, sep_id: int, rank: int, world_size: int, micro_batch_rows: int,
-                 rows_at: Callable[[int], int], start: DataPosition, static_shapes: bool, workers: int,
-                 pin_memory: bool = False, lanes: int = 1, prefetch_windows: int = 0,
-                 left_out: Sequence[tuple[int, int]] = (), shuffle_shards: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        seed: int,
+        phase: int,
+        max_tokens_per_document: int,
+        row_tokens: int,
+        window_documents: int,
+        masker: Masker,
+        pad_id: int,
+        cls_id: int,
+        sep_id: int,
+        rank: int,
+        world_size: int,
+        micro_batch_rows: int,
+        rows_at: Callable[[int], int],
+        start: DataPosition,
+        static_shapes: bool,
+        workers: int,
+        pin_memory: bool = False,
+        lanes: int = 1,
+        prefetch_windows: int = 0,
+        left_out: Sequence[tuple[int, int]] = (),
+        shuffle_shards: int | None = None,
+    ) -> None:
         _check_lengths(max_tokens_per_document, row_tokens)
-        for source in sources:      # a window may touch the last group of one epoch and the first of the next
+        for (
+            source
+        ) in sources:  # a window may touch the last group of one epoch and the first of the next
             source.open_shards = max(source.open_shards, 2 * (shuffle_shards or 0))
         assembler = Assembler(
-            sources=sources, masker=masker, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
-            max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
-            static_shapes=static_shapes)
+            sources=sources,
+            masker=masker,
+            seed=seed,
+            pad_id=pad_id,
+            cls_id=cls_id,
+            sep_id=sep_id,
+            max_tokens_per_document=max_tokens_per_document,
+            row_tokens=row_tokens,
+            micro_batch_rows=micro_batch_rows,
+            static_shapes=static_shapes,
+        )
         self._windows = Windows(
-            sources=sources, weights=weights, seed=seed, phase=phase, row_tokens=row_tokens, lanes=lanes,
-            max_tokens_per_document=max_tokens_per_document, window_documents=window_documents, left_out=left_out,
-            shuffle_shards=shuffle_shards)
+            sources=sources,
+            weights=weights,
+            seed=seed,
+            phase=phase,
+            row_tokens=row_tokens,
+            lanes=lanes,
+            max_tokens_per_document=max_tokens_per_document,
+            window_documents=window_documents,
+            left_out=left_out,
+            shuffle_shards=shuffle_shards,
+        )
         self.sources, self._row_tokens = sources, row_tokens
-        self._planner = _Planner(self._windows, start=start, rows_at=rows_at, rank=rank, world_size=world_size,
-                                 micro_batch_rows=micro_batch_rows, lanes=lanes)
-        self._prefetch = Prefetch(sources=sources, windows=self._windows, windows_ahead=prefetch_windows,
-                                  lanes=lanes_of(rank, world_size=world_size, lanes=lanes)) if prefetch_windows else None
+        self._planner = _Planner(
+            self._windows,
+            start=start,
+            rows_at=rows_at,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_rows=micro_batch_rows,
+            lanes=lanes,
+        )
+        self._prefetch = (
+            Prefetch(
+                sources=sources,
+                windows=self._windows,
+                windows_ahead=prefetch_windows,
+                lanes=lanes_of(rank, world_size=world_size, lanes=lanes),
+            )
+            if prefetch_windows
+            else None
+        )
         if self._prefetch:
             self._prefetch.start(start.lanes or ((0, 0),) * lanes)
-        self._iterator = _start(_MicroBatches(assembler), self._planner, workers=workers, pin_memory=pin_memory)
+        self._iterator = _start(
+            _MicroBatches(assembler), self._planner, workers=workers, pin_memory=pin_memory
+        )
         # also at interpreter exit, before multiprocessing waits for its children: workers do not listen to SIGTERM
-        self._finish = weakref.finalize(self, getattr(self._iterator, "_shutdown_workers", _nothing))
+        self._finish = weakref.finalize(
+            self, getattr(self._iterator, "_shutdown_workers", _nothing)
+        )
 
     def next_step(self) -> StepData:
         """The next step. Waits for the workers where they are behind."""
         first = self._take()
         step = self._planner.steps.popleft()
         made = [first, *(self._take() for _ in range(step.micro_batches - 1))]
-        if self._prefetch:      # from the step that was taken, not from the plans ahead of it: those are still to be read
+        if self._prefetch:  # from the step that was taken, not from the plans ahead of it: those are still to be read
             self._prefetch.at(step.end.lanes)
         return StepData(
-            micro_batches=[m.batch for m in made], rows=step.rows, tokens=step.tokens,
-            counts=_added([m.batch.counts for m in made]), row_hash=wrap_int64(sum(m.row_hash for m in made)),
-            start=step.start, end=step.end, fill=step.tokens / (step.rows * self._row_tokens))
+            micro_batches=[m.batch for m in made],
+            rows=step.rows,
+            tokens=step.tokens,
+            counts=_added([m.batch.counts for m in made]),
+            row_hash=wrap_int64(sum(m.row_hash for m in made)),
+            start=step.start,
+            end=step.end,
+            fill=step.tokens / (step.rows * self._row_tokens),
+        )
 
     def epochs_at(self, position: DataPosition) -> dict[str, float]:
         """How often each source was gone through at a position, by name, counted in whole windows."""
@@ -130,8 +194,10 @@ class Loader:
             if not ("DataLoader worker" in str(error) and "exited unexpectedly" in str(error)):
                 raise
             # torch's own words, without a type of their own
-            raise PassingError("a loader worker was killed from outside, as a machine short of memory does. Start again: the run "
-                               "goes on; with fewer loader.workers if it comes back.") from error
+            raise PassingError(
+                "a loader worker was killed from outside, as a machine short of memory does. Start"
+                " again: the run goes on; with fewer loader.workers if it comes back."
+            ) from error
         if isinstance(made, UserError):
             raise made
         return made
@@ -153,31 +219,63 @@ class _Planner:
     tokens without a word.
     """
 
-    def __init__(self, windows: Windows, *, start: DataPosition, rows_at: Callable[[int], int], rank: int,
-                 world_size: int, micro_batch_rows: int, lanes: int) -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        *,
+        start: DataPosition,
+        rows_at: Callable[[int], int],
+        rank: int,
+        world_size: int,
+        micro_batch_rows: int,
+        lanes: int,
+    ) -> None:
         places = start.lanes or ((0, 0),) * lanes
         assert len(places) == lanes, f"a position of {len(places)} lanes in a run of {lanes}"
-        self._lanes = [_Lane(windows, lane, window, row) for lane, (window, row) in enumerate(places)]
+        self._lanes = [
+            _Lane(windows, lane, window, row) for lane, (window, row) in enumerate(places)
+        ]
         self._position = DataPosition(lanes=places, phase_tokens=start.phase_tokens)
-        self._rows_at, self._rank, self._world_size, self._micro_batch_rows = rows_at, rank, world_size, micro_batch_rows
+        self._rows_at, self._rank, self._world_size, self._micro_batch_rows = (
+            rows_at,
+            rank,
+            world_size,
+            micro_batch_rows,
+        )
         self.steps: deque[_PlannedStep] = deque()
 
     def __iter__(self) -> Iterator[list[RowSpec]]:
         while True:
             start, rows = self._position, self._rows_at(self._position.phase_tokens)
-            assert rows >= 1 and rows % len(self._lanes) == 0, "a step has as many rows of every lane, at least one"
+            assert rows >= 1 and rows % len(self._lanes) == 0, (
+                "a step has as many rows of every lane, at least one"
+            )
             specs, tokens = [], start.phase_tokens
             for number in range(rows):
                 spec, row_tokens = self._lanes[number % len(self._lanes)].next_row(number, tokens)
                 specs.append(spec)
                 tokens += row_tokens
-            self._position = DataPosition(lanes=tuple(lane.place for lane in self._lanes), phase_tokens=tokens)
-            if tokens == start.phase_tokens:      # all of it left out
+            self._position = DataPosition(
+                lanes=tuple(lane.place for lane in self._lanes), phase_tokens=tokens
+            )
+            if tokens == start.phase_tokens:  # all of it left out
                 continue
-            mine = deal(specs, rank=self._rank, world_size=self._world_size, micro_batch_rows=self._micro_batch_rows,
-                        lanes=len(self._lanes))
-            self.steps.append(_PlannedStep(rows=rows, tokens=tokens - start.phase_tokens, micro_batches=len(mine),
-                                           start=start, end=self._position))
+            mine = deal(
+                specs,
+                rank=self._rank,
+                world_size=self._world_size,
+                micro_batch_rows=self._micro_batch_rows,
+                lanes=len(self._lanes),
+            )
+            self.steps.append(
+                _PlannedStep(
+                    rows=rows,
+                    tokens=tokens - start.phase_tokens,
+                    micro_batches=len(mine),
+                    start=start,
+                    end=self._position,
+                )
+            )
             yield from mine
 
 
@@ -194,15 +292,21 @@ class _Lane:
         window, row = self.place
         plan = self._plan or self._windows.plan(window, lane=self._lane)
         if row > 0 and row >= plan.rows:
-            raise ShardError(f"row {row} of window {window} does not exist: the window has {plan.rows} rows. "
-                             "The shards or the data settings are not those of this run.")
-        while plan.rows == 0:     # a window of fewer than one document
+            raise ShardError(
+                f"row {row} of window {window} does not exist: the window has {plan.rows} rows. "
+                "The shards or the data settings are not those of this run."
+            )
+        while plan.rows == 0:  # a window of fewer than one document
             window += 1
             plan = self._windows.plan(window, lane=self._lane)
         last = row + 1 == plan.rows
         self.place, self._plan = ((window + 1, 0), None) if last else ((window, row + 1), plan)
-        spec = RowSpec(address=(*self._windows.address(window, lane=self._lane), row), number=number,
-                       pieces_P4=plan.pieces(row), phase_tokens=phase_tokens)
+        spec = RowSpec(
+            address=(*self._windows.address(window, lane=self._lane), row),
+            number=number,
+            pieces_P4=plan.pieces(row),
+            phase_tokens=phase_tokens,
+        )
         return spec, int(plan.tokens_R[row])
 
 
@@ -215,12 +319,15 @@ class _MicroBatches(Dataset):
     def __getitem__(self, specs: list[RowSpec]) -> Assembled | UserError:
         try:
             return self._assembler.assemble(specs)
-        except UserError as error:      # goes home as a value: torch would bury its one line in a traceback
+        except (
+            UserError
+        ) as error:  # goes home as a value: torch would bury its one line in a traceback
             return error
 
 
-def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
-           pin_memory: bool) -> Iterator[Assembled | UserError]:
+def _start(
+    data: _MicroBatches, planner: _Planner, *, workers: int, pin_memory: bool
+) -> Iterator[Assembled | UserError]:
     """Start `workers` processes that make micro-batches in order; 0: they are made when asked for.
 
     The processes come from a fork server: it was started clean, so they inherit no lock that a thread of torch, gloo or
@@ -233,11 +340,18 @@ def _start(data: _MicroBatches, planner: _Planner, *, workers: int,
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     loader = DataLoader(
-        data, sampler=planner, batch_size=None, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
-        multiprocessing_context=context, prefetch_factor=MICRO_BATCHES_AHEAD if workers else None,
+        data,
+        sampler=planner,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+        prefetch_factor=MICRO_BATCHES_AHEAD if workers else None,
         worker_init_fn=_end_with_main_process,
-        generator=torch.Generator())      # its own: the default would draw from the model's
-    resource_tracker.ensure_running()     # now, since it unblocks signals when it starts (Python 3.10 to 3.12)
+        generator=torch.Generator(),
+    )  # its own: the default would draw from the model's
+    resource_tracker.ensure_running()  # now, since it unblocks signals when it starts (Python 3.10 to 3.12)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with without_main_script():
@@ -251,34 +365,62 @@ def _end_with_main_process(_worker: int) -> None:
 
     torch's own watch asks for the parent, which is the fork server, and that one stays while it has workers.
     """
+
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)     # at once: an orderly exit would wait for somebody to read the micro-batches in the pipe
+        os._exit(
+            1
+        )  # at once: an orderly exit would wait for somebody to read the micro-batches in the pipe
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def evaluation_batches(*, source: Source, rows: int, seed: int, max_tokens_per_document: int, row_tokens: int,
-                       masker: Masker, pad_id: int, cls_id: int, sep_id: int, rank: int, world_size: int,
-                       micro_batch_rows: int, static_shapes: bool) -> list[TokenBatch]:
+def evaluation_batches(
+    *,
+    source: Source,
+    rows: int,
+    seed: int,
+    max_tokens_per_document: int,
+    row_tokens: int,
+    masker: Masker,
+    pad_id: int,
+    cls_id: int,
+    sep_id: int,
+    rank: int,
+    world_size: int,
+    micro_batch_rows: int,
+    static_shapes: bool,
+) -> list[TokenBatch]:
     """This rank's share of the first documents of a held-out source, as many as fill `rows` rows (or all there are).
 
     Always the same rows and the same masks for the same geometry and seed, on any number of ranks.
     """
     _check_lengths(max_tokens_per_document, row_tokens)
     assembler = Assembler(
-        sources=[source], masker=masker, seed=seed, pad_id=pad_id, cls_id=cls_id, sep_id=sep_id,
-        max_tokens_per_document=max_tokens_per_document, row_tokens=row_tokens, micro_batch_rows=micro_batch_rows,
-        static_shapes=static_shapes)
+        sources=[source],
+        masker=masker,
+        seed=seed,
+        pad_id=pad_id,
+        cls_id=cls_id,
+        sep_id=sep_id,
+        max_tokens_per_document=max_tokens_per_document,
+        row_tokens=row_tokens,
+        micro_batch_rows=micro_batch_rows,
+        static_shapes=static_shapes,
+    )
     documents = np.arange(min(source.documents, rows * row_tokens))
-    pieces = cut(0, documents, source.lengths[:len(documents)], max_tokens_per_document)
+    pieces = cut(0, documents, source.lengths[: len(documents)], max_tokens_per_document)
     fitting = int(np.searchsorted(np.cumsum(pieces.tokens_P), rows * row_tokens, side="right"))
     packing = pack_best_fit(pieces.tokens_P[:fitting], row_tokens)
     plan = lay_rows(pieces, packing, np.arange(min(rows, packing.rows)))
-    specs = [RowSpec(address=("held_out", source.name, row), number=row, pieces_P4=plan.pieces(row))
-             for row in range(plan.rows)]
-    return [assembler.assemble(mine).batch
-            for mine in deal(specs, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows)]
+    specs = [
+        RowSpec(address=("held_out", source.name, row), number=row, pieces_P4=plan.pieces(row))
+        for row in range(plan.rows)
+    ]
+    return [
+        assembler.assemble(mine).batch
+        for mine in deal(specs, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows)
+    ]
 
 
 def token_counts(source: Source, vocab_size: int, documents: int | None = None) -> np.ndarray:
@@ -292,10 +434,15 @@ def token_counts(source: Source, vocab_size: int, documents: int | None = None) 
         read = [source.read(d) for d in range(first, min(first + 1024, total))]
         found = np.bincount(np.concatenate(read), minlength=vocab_size)
         if len(found) > vocab_size:
-            document = first + next(i for i, ids in enumerate(read) if ids.max(initial=0) >= vocab_size)
-            raise ShardError(f"source {source.name}: document {document:,}, in {source.file_of(document)}, has the id "
-                             f"{read[document - first].max():,}, beyond the vocabulary of {vocab_size:,}. "
-                             f"Check with data-prep verify {source.path}, and copy or prepare the shards again.")
+            document = first + next(
+                i for i, ids in enumerate(read) if ids.max(initial=0) >= vocab_size
+            )
+            raise ShardError(
+                f"source {source.name}: document {document:,}, in {source.file_of(document)}, has"
+                f" the id {read[document - first].max():,}, beyond the vocabulary of"
+                f" {vocab_size:,}. Check with data-prep verify {source.path}, and copy or prepare"
+                " the shards again."
+            )
         counts += found
     return counts
 
@@ -303,14 +450,19 @@ def token_counts(source: Source, vocab_size: int, documents: int | None = None) 
 def check_fits(card: Card, *, vocab_size: int, where: str) -> None:
     """The model has an embedding for every id of the shards. Raises ShardError."""
     if card.vocab_size > vocab_size:
-        raise ShardError(f"{where} was made with a vocabulary of {card.vocab_size:,}, the model has {vocab_size:,}. "
-                         f"Set model.vocab_size to at least {card.vocab_size:,}, or use other shards.")
+        raise ShardError(
+            f"{where} was made with a vocabulary of {card.vocab_size:,}, the model has"
+            f" {vocab_size:,}. Set model.vocab_size to at least {card.vocab_size:,}, or use other"
+            " shards."
+        )
 
 
 def _check_lengths(max_tokens_per_document: int, row_tokens: int) -> None:
     if not 3 <= max_tokens_per_document <= row_tokens:
-        raise ConfigError(f"max_tokens_per_document {max_tokens_per_document:,} must lie between 3 and "
-                          f"row_tokens {row_tokens:,}.")
+        raise ConfigError(
+            f"max_tokens_per_document {max_tokens_per_document:,} must lie between 3 and "
+            f"row_tokens {row_tokens:,}."
+        )
 
 
 def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:

@@ -18,7 +18,9 @@ import numpy as np
 
 from encoder.base.rng import generator
 
-SHARDS_PER_GROUP = 8         # 0.5 GiB of 64 MiB shards: some 400,000 web documents shuffled together, in 3 ms
+SHARDS_PER_GROUP = (
+    8  # 0.5 GiB of 64 MiB shards: some 400,000 web documents shuffled together, in 3 ms
+)
 
 
 def deal_shards(samples_per_shard: np.ndarray, lanes: int) -> list[np.ndarray]:
@@ -44,8 +46,8 @@ class _Epoch:
     """The shards of one epoch in order, and where each group begins."""
 
     number: int
-    shards: np.ndarray             # int64, the lane's shard numbers, permuted
-    group_starts: np.ndarray       # int64 [groups + 1], in documents of the epoch
+    shards: np.ndarray  # int64, the lane's shard numbers, permuted
+    group_starts: np.ndarray  # int64 [groups + 1], in documents of the epoch
 
 
 class DocumentOrder:
@@ -56,8 +58,16 @@ class DocumentOrder:
     shuffled together; None: SHARDS_PER_GROUP.
     """
 
-    def __init__(self, samples_per_shard: np.ndarray, *, seed: int, phase: int, source: str,
-                 lane: tuple[int, np.ndarray] | None = None, group_shards: int | None = None) -> None:
+    def __init__(
+        self,
+        samples_per_shard: np.ndarray,
+        *,
+        seed: int,
+        phase: int,
+        source: str,
+        lane: tuple[int, np.ndarray] | None = None,
+        group_shards: int | None = None,
+    ) -> None:
         samples = np.asarray(samples_per_shard, dtype=np.int64)
         self._ends = np.cumsum(samples)
         self._shards = np.arange(len(samples)) if lane is None else lane[1]
@@ -79,10 +89,12 @@ class DocumentOrder:
             inside = place - int(epoch.group_starts[group])
             key = (number, group)
             used[key] = self._groups[key] if key in self._groups else self._shuffled(epoch, group)
-            part = used[key][inside:inside + count]
+            part = used[key][inside : inside + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
-        self._groups = used or self._groups      # one group, or two at a border: the next stretch begins in the last
+        self._groups = (
+            used or self._groups
+        )  # one group, or two at a border: the next stretch begins in the last
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
     def shards(self, start: int, count: int, *, at_most: int) -> list[int]:
@@ -93,7 +105,13 @@ class DocumentOrder:
             number, place = divmod(start, self.documents_per_epoch)
             epoch = self._epoch_of(number)
             group = int(np.searchsorted(epoch.group_starts, place, side="right")) - 1
-            found.update(dict.fromkeys(epoch.shards[group * self._group_shards:(group + 1) * self._group_shards].tolist()))
+            found.update(
+                dict.fromkeys(
+                    epoch.shards[
+                        group * self._group_shards : (group + 1) * self._group_shards
+                    ].tolist()
+                )
+            )
             start += int(epoch.group_starts[group + 1]) - place
         return list(found)
 
@@ -103,13 +121,17 @@ class DocumentOrder:
             ends = np.cumsum(self._samples[order])
             size = self._group_shards
             last_of_group = np.minimum(np.arange(size, len(order) + size, size), len(order)) - 1
-            self._epoch = _Epoch(number, self._shards[order], np.concatenate([[0], ends[last_of_group]]))
+            self._epoch = _Epoch(
+                number, self._shards[order], np.concatenate([[0], ends[last_of_group]])
+            )
         return self._epoch
 
     def _shuffled(self, epoch: _Epoch, group: int) -> np.ndarray:
-        shards = epoch.shards[group * self._group_shards:(group + 1) * self._group_shards]
+        shards = epoch.shards[group * self._group_shards : (group + 1) * self._group_shards]
         first = [int(self._ends[s - 1]) if s else 0 for s in shards]
-        documents = np.concatenate([np.arange(f, int(self._ends[s])) for f, s in zip(first, shards, strict=True)])
+        documents = np.concatenate(
+            [np.arange(f, int(self._ends[s])) for f, s in zip(first, shards, strict=True)]
+        )
         generator(self._seed, *self._address, epoch.number, group).shuffle(documents)
         # kept in 4 bytes where they suffice: 2 MB a group of the 2T mixture, for each source and lane. Shuffled in 8, which
         # numpy does in two thirds of the time: 5 ms

@@ -21,8 +21,8 @@ _ROW_BITS = 32
 class Packing:
     """Which pieces each row holds. P pieces, R rows, in the order they were opened."""
 
-    pieces_P: np.ndarray            # int64 numbers of pieces, row after row, in a row the longest first
-    row_starts_R1: np.ndarray       # int64 into pieces_P
+    pieces_P: np.ndarray  # int64 numbers of pieces, row after row, in a row the longest first
+    row_starts_R1: np.ndarray  # int64 into pieces_P
 
     @property
     def rows(self) -> int:
@@ -41,11 +41,15 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Packing
     order = _stable_argsort(capacity - lengths, capacity)
     descending = lengths[order]
     shortest, longest = int(descending[-1]), int(descending[0])
-    assert 0 < shortest and longest <= capacity, f"{shortest} to {longest} tokens do not fit rows of {capacity}"
+    assert 0 < shortest and longest <= capacity, (
+        f"{shortest} to {longest} tokens do not fit rows of {capacity}"
+    )
     first_of_length = np.flatnonzero(np.diff(descending, prepend=0))
     counts = np.diff(first_of_length, append=len(descending))
     opened = 0
-    open_rows: list[int] = []    # room << 32 | row, ascending: one search finds the least room, then the first row
+    open_rows: list[
+        int
+    ] = []  # room << 32 | row, ascending: one search finds the least room, then the first row
     stretch_rows: list[int] = []
     stretch_pieces: list[int] = []
     for length, count in zip(descending[first_of_length].tolist(), counts.tolist(), strict=True):

@@ -22,13 +22,27 @@ class Prefetch:
     Of each source and lane at most OPEN_SHARDS or a group more are held, each by an open file.
     """
 
-    def __init__(self, *, sources: Sequence[Source], windows: Windows, lanes: Sequence[int], windows_ahead: int) -> None:
-        self._sources, self._windows, self._lanes, self._ahead = sources, windows, lanes, windows_ahead
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Source],
+        windows: Windows,
+        lanes: Sequence[int],
+        windows_ahead: int,
+    ) -> None:
+        self._sources, self._windows, self._lanes, self._ahead = (
+            sources,
+            windows,
+            lanes,
+            windows_ahead,
+        )
         self._at: list[int] = []
         self._held: dict[tuple[int, int], IO[bytes]] = {}
         self._failed: set[tuple[int, int]] = set()
         self._changed = threading.Condition()
-        self._wanted: list[tuple[int, int]] | None = []      # (source, shard), soonest first; None: closed
+        self._wanted: (
+            list[tuple[int, int]] | None
+        ) = []  # (source, shard), soonest first; None: closed
         self._thread: threading.Thread | None = None
 
     def start(self, places: Sequence[tuple[int, int]]) -> None:
@@ -55,10 +69,17 @@ class Prefetch:
 
     def _needed(self, places: Sequence[tuple[int, int]], *, windows: int) -> list[tuple[int, int]]:
         """Worked out in the main thread, which alone walks the order of documents."""
-        queues = [[(number, shard) for shard in shards] for lane in self._lanes
-                  for number, shards in enumerate(self._windows.shards(places[lane][0], windows, lane=lane, at_most=OPEN_SHARDS))
-                  if self._sources[number].cache is not None]
-        return list(dict.fromkeys(key for keys in zip_longest(*queues) for key in keys if key is not None))
+        queues = [
+            [(number, shard) for shard in shards]
+            for lane in self._lanes
+            for number, shards in enumerate(
+                self._windows.shards(places[lane][0], windows, lane=lane, at_most=OPEN_SHARDS)
+            )
+            if self._sources[number].cache is not None
+        ]
+        return list(
+            dict.fromkeys(key for keys in zip_longest(*queues) for key in keys if key is not None)
+        )
 
     def _want(self, wanted: list[tuple[int, int]] | None) -> None:
         with self._changed:
@@ -69,7 +90,7 @@ class Prefetch:
         done: list[tuple[int, int]] | None = []
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted is not done)      # noqa: B023
+                self._changed.wait_for(lambda: self._wanted is not done)  # noqa: B023
                 done = self._wanted
             if done is None:
                 return
@@ -77,7 +98,10 @@ class Prefetch:
 
     def _bring(self, wanted: list[tuple[int, int]]) -> None:
         self._let_go(set(wanted))
-        for wait in (False, True):       # first what no other process of this machine is fetching just now
+        for wait in (
+            False,
+            True,
+        ):  # first what no other process of this machine is fetching just now
             for source, shard in wanted:
                 if self._wanted is not wanted:
                     return
@@ -91,7 +115,7 @@ class Prefetch:
                 if file is not None:
                     self._held[source, shard] = file
                 elif wait:
-                    return                # no room, until the run has moved on
+                    return  # no room, until the run has moved on
 
     def _let_go(self, wanted: set[tuple[int, int]]) -> None:
         for key in self._held.keys() - wanted:

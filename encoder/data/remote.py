@@ -11,10 +11,23 @@ from pathlib import Path
 
 from encoder.base.errors import ShardError
 
-TIMEOUT_SECONDS = 60.0      # without a byte
+TIMEOUT_SECONDS = 60.0  # without a byte
 
 # what streaming's downloaders serve; https and file are read here
-SCHEMES = ("s3", "gs", "hf", "https", "http", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")
+SCHEMES = (
+    "s3",
+    "gs",
+    "hf",
+    "https",
+    "http",
+    "azure",
+    "azure-dl",
+    "oci",
+    "sftp",
+    "dbfs",
+    "alipan",
+    "file",
+)
 
 
 def url_of(folder: str, name: str) -> str:
@@ -32,13 +45,21 @@ def download(url: str, path: Path) -> None:
         shutil.copyfile(url.removeprefix("file://"), path)
         return
     if scheme in ("https", "http"):
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, open(path, "wb") as f:
+        with (
+            urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response,
+            open(path, "wb") as f,
+        ):
             shutil.copyfileobj(response, f, 1 << 20)
         return
     try:
-        from streaming.base.storage.download import CloudDownloader  # 3.8 s to import, so only where it is needed
+        from streaming.base.storage.download import (
+            CloudDownloader,
+        )  # 3.8 s to import, so only where it is needed
     except ModuleNotFoundError as error:
-        raise ShardError(f"{url} is read by mosaicml-streaming, which is not here ({error.name}). Install the extra: "
-                         "pip install 'tessera-encoders[remote]'; or copy the shards to a disk of this machine.") from error
+        raise ShardError(
+            f"{url} is read by mosaicml-streaming, which is not here ({error.name}). Install the"
+            " extra: pip install 'tessera-encoders[remote]'; or copy the shards to a disk of this"
+            " machine."
+        ) from error
 
     CloudDownloader.direct_download(url, str(path), TIMEOUT_SECONDS)

@@ -36,15 +36,24 @@ from encoder.base.untrusted import INDEX_BYTES, missing, plain_name, read_bytes,
 INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
 HASHES = "hashes.json"
-FORMAT = 2                                       # 1 had no hashes of content
+FORMAT = 2  # 1 had no hashes of content
 Width = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
 WIDTHS: tuple[str, ...] = typing.get_args(Width)
 # how an MDS column `ndarray` without a type names that of each sample (streaming's encodings.NDArray)
-_WIDTH_OF_BYTE = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
-SHARD_HASH = "sha256"                            # of each shard file, in index.json, under MDS's name for it
-MOST_SHARD_BYTES = 2**32                         # offsets in a shard have 32 bits
-MOST_IDS = 2**32                                 # an id has at most 32 bits
-MOST_TOKEN_ID = 2**24                            # of a tokenizer.json: libraries make tables up to its largest id
+_WIDTH_OF_BYTE = {
+    8: "uint8",
+    9: "int8",
+    16: "uint16",
+    17: "int16",
+    32: "uint32",
+    33: "int32",
+    64: "uint64",
+    65: "int64",
+}
+SHARD_HASH = "sha256"  # of each shard file, in index.json, under MDS's name for it
+MOST_SHARD_BYTES = 2**32  # offsets in a shard have 32 bits
+MOST_IDS = 2**32  # an id has at most 32 bits
+MOST_TOKEN_ID = 2**24  # of a tokenizer.json: libraries make tables up to its largest id
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SIDE_FILES = (CARD, LENGTHS, INDEX, TOKENIZER, HASHES, "origin.txt")
@@ -67,43 +76,59 @@ class Card:
     """The facts a run needs before it opens a shard."""
 
     source: str
-    split: str                                   # train or held_out
-    tokenizer_sha256: str                        # of the bytes of tokenizer.json: the fingerprint
+    split: str  # train or held_out
+    tokenizer_sha256: str  # of the bytes of tokenizer.json: the fingerprint
     vocab_size: int
     specials: SpecialIds
-    dtype: Width                                 # of the ids as they are stored; int64 where each sample names its own
-    documents: int                               # samples
-    tokens: int                                  # sum of the lengths
-    max_tokens_per_document: int                 # longest sample allowed
-    index_sha256: str                            # hex, of the bytes of index.json
-    lengths_sha256: str                          # hex, of the bytes of lengths.bin
-    hashes_sha256: str = ""                      # hex, of the bytes of hashes.json; empty: index.json has the hashes
-    adds_specials: bool = False                  # samples that lack [CLS] or [SEP] at their ends get them when read
-    strips_padding: bool = False                 # samples with [PAD] at their ends lose it when read
-    holds_specials: bool = False                 # samples have [CLS], [SEP], [MASK] or [PAD] inside, and are meant to
-    column: str = INPUT_IDS                      # of the shards: where the ids are
-    encoding: str = ""                           # of that column, as index.json has it; empty: ndarray:DTYPE
+    dtype: Width  # of the ids as they are stored; int64 where each sample names its own
+    documents: int  # samples
+    tokens: int  # sum of the lengths
+    max_tokens_per_document: int  # longest sample allowed
+    index_sha256: str  # hex, of the bytes of index.json
+    lengths_sha256: str  # hex, of the bytes of lengths.bin
+    hashes_sha256: str = ""  # hex, of the bytes of hashes.json; empty: index.json has the hashes
+    adds_specials: bool = False  # samples that lack [CLS] or [SEP] at their ends get them when read
+    strips_padding: bool = False  # samples with [PAD] at their ends lose it when read
+    holds_specials: bool = (
+        False  # samples have [CLS], [SEP], [MASK] or [PAD] inside, and are meant to
+    )
+    column: str = INPUT_IDS  # of the shards: where the ids are
+    encoding: str = ""  # of that column, as index.json has it; empty: ndarray:DTYPE
     format: int = FORMAT
-    recipe: dict[str, Any] = field(default_factory=dict)   # the settings and versions that made the folder
+    recipe: dict[str, Any] = field(
+        default_factory=dict
+    )  # the settings and versions that made the folder
 
     def __post_init__(self) -> None:
         self._check_numbers()
         ids = self.specials
         named = (ids.cls_id, ids.sep_id, ids.pad_id, ids.mask_id, ids.unk_id)
         if outside := [i for i in (*named, *ids.all_special) if not 0 <= i < self.vocab_size]:
-            raise ConfigError(f"special id {outside[0]} is outside the vocabulary of {self.vocab_size}.")
+            raise ConfigError(
+                f"special id {outside[0]} is outside the vocabulary of {self.vocab_size}."
+            )
         if plain := [i for i in named if i not in ids.all_special]:
-            raise ConfigError(f"all_special lacks the id {plain[0]}, which would be masked as text.")
+            raise ConfigError(
+                f"all_special lacks the id {plain[0]}, which would be masked as text."
+            )
 
     def _check_numbers(self) -> None:
         """Totals that shards can have, which all arithmetic on a card relies on. Raises ConfigError."""
-        if not 1 <= self.vocab_size <= MOST_IDS or not 1 <= self.max_tokens_per_document < MOST_SHARD_BYTES:
-            raise ConfigError(f"vocab_size {self.vocab_size:,} and max_tokens_per_document {self.max_tokens_per_document:,} "
-                              "must be at least 1, and fit 32 bits.")
+        if (
+            not 1 <= self.vocab_size <= MOST_IDS
+            or not 1 <= self.max_tokens_per_document < MOST_SHARD_BYTES
+        ):
+            raise ConfigError(
+                f"vocab_size {self.vocab_size:,} and max_tokens_per_document"
+                f" {self.max_tokens_per_document:,} must be at least 1, and fit 32 bits."
+            )
         most = self.documents * self.max_tokens_per_document
         if self.documents < 0 or not min(1, self.documents) <= self.tokens <= most:
-            raise ConfigError(f"it tells of {self.documents:,} samples of at most {self.max_tokens_per_document:,} tokens, and of "
-                              f"{self.tokens:,} tokens in all, which cannot be.")
+            raise ConfigError(
+                f"it tells of {self.documents:,} samples of at most"
+                f" {self.max_tokens_per_document:,} tokens, and of {self.tokens:,} tokens in all,"
+                " which cannot be."
+            )
 
     @property
     def stored_as(self) -> str:
@@ -124,13 +149,15 @@ _SELDOM = ("strips_padding", "holds_specials", "column", "encoding")
 class IdColumn:
     """How the ids of a document lie in the bytes of an MDS column.
 
-        ndarray:int32          shape | ids             ndarray           type | shape | ids
-        ndarray:int32:1,512    ids                     bytes             ids, of a type that the card names
+    ndarray:int32          shape | ids             ndarray           type | shape | ids
+    ndarray:int32:1,512    ids                     bytes             ids, of a type that the card names
     """
 
     name: str
-    dtype: np.dtype | None         # little-endian; None: a byte before each array names it
-    has_shape: bool                # before each array: a byte of (axes << 2 | log2 bytes of a size), and the sizes
+    dtype: np.dtype | None  # little-endian; None: a byte before each array names it
+    has_shape: (
+        bool  # before each array: a byte of (axes << 2 | log2 bytes of a size), and the sizes
+    )
 
 
 def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:
@@ -140,9 +167,16 @@ def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:
     if kind == "bytes":
         return IdColumn(name, np.dtype(dtype).newbyteorder("<"), has_shape=False)
     sizes = [int(size) for size in shape.split(",") if size.isdecimal()] if shape else []
-    if kind != "ndarray" or word not in ("", *WIDTHS) or shape and (not sizes or sum(size > 1 for size in sizes) > 1):
-        raise ShardError(f"the column {name} is {encoding}; needed: ndarray of whole numbers of one axis (or others of size 1), or "
-                         "bytes.")
+    if (
+        kind != "ndarray"
+        or word not in ("", *WIDTHS)
+        or shape
+        and (not sizes or sum(size > 1 for size in sizes) > 1)
+    ):
+        raise ShardError(
+            f"the column {name} is {encoding}; needed: ndarray of whole numbers of one axis (or"
+            " others of size 1), or bytes."
+        )
     return IdColumn(name, np.dtype(word).newbyteorder("<") if word else None, has_shape=not shape)
 
 
@@ -154,8 +188,11 @@ def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
     if column.has_shape:
         axes, width = data[at] >> 2, 1 << (data[at] & 3)
         values = at + 1 + axes * width
-        count = int.from_bytes(data[at + 1:values], "little") if axes == 1 else _folded(
-            np.frombuffer(data, f"<u{width}", axes, at + 1).tolist())
+        count = (
+            int.from_bytes(data[at + 1 : values], "little")
+            if axes == 1
+            else _folded(np.frombuffer(data, f"<u{width}", axes, at + 1).tolist())
+        )
         if values + count * dtype.itemsize != end:
             raise ValueError("no one-dimensional array that fills its column")
         at = values
@@ -163,7 +200,9 @@ def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
     if rest:
         raise ValueError(f"{end - at} bytes are no whole number of {dtype.name}")
     ids = np.frombuffer(data, dtype, count, at)
-    return ids.view(np.int64) if dtype == np.uint64 else ids       # no arithmetic is exact over both of them
+    return (
+        ids.view(np.int64) if dtype == np.uint64 else ids
+    )  # no arithmetic is exact over both of them
 
 
 def _width_named(byte: int) -> str:
@@ -183,16 +222,29 @@ def read_card(folder: Path) -> Card:
     """The card of a shard folder. Raises ShardError for a folder that is missing, empty, unfinished or damaged."""
     path = folder / CARD
     if folder.exists() and not folder.is_dir():
-        raise ShardError(f"{folder} is a file; needed: a folder of shards. Make it with data-prep prepare.")
+        raise ShardError(
+            f"{folder} is a file; needed: a folder of shards. Make it with data-prep prepare."
+        )
     if not folder.is_dir():
-        raise ShardError(f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare.")
+        raise ShardError(
+            f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare."
+        )
     if not path.is_file():
         if (folder / INDEX).is_file():
-            raise ShardError(f"{folder} has shards but no {CARD}. Make the shards with data-prep prepare, or, where they "
-                             "were made elsewhere, the card with data-prep index FOLDER --tokenizer FILE.")
-        below = sorted((p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CARD}")
-                        if not is_hidden(p, below=folder)),
-                       key=lambda p: (p.name != "train", str(p)))
+            raise ShardError(
+                f"{folder} has shards but no {CARD}. Make the shards with data-prep prepare, or,"
+                " where they were made elsewhere, the card with data-prep index FOLDER --tokenizer"
+                " FILE."
+            )
+        below = sorted(
+            (
+                p.parent
+                for depth in ("*", "*/*")
+                for p in folder.glob(f"{depth}/{CARD}")
+                if not is_hidden(p, below=folder)
+            ),
+            key=lambda p: (p.name != "train", str(p)),
+        )
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
     again = "Make the shards again with data-prep prepare CONFIG --again."
@@ -219,14 +271,20 @@ def read_lengths(folder: Path, card: Card) -> np.ndarray:
     """Tokens per sample [documents], memory-mapped, in the order of the shards. Raises ShardError if it does not fit the card."""
     path = folder / LENGTHS
     if not path.is_file():
-        raise ShardError(f"{path} is missing. Make the shards again with data-prep prepare CONFIG --again.")
+        raise ShardError(
+            f"{path} is missing. Make the shards again with data-prep prepare CONFIG --again."
+        )
     size = path.stat().st_size
     kind = lengths_dtype(card.max_tokens_per_document)
     if size != card.documents * kind.itemsize:
-        raise ShardError(f"{path} has {size:,} bytes, but the card tells of {card.documents:,} documents of "
-                         f"{kind.itemsize} bytes. Make the shards again with data-prep prepare CONFIG --again.")
+        raise ShardError(
+            f"{path} has {size:,} bytes, but the card tells of {card.documents:,} documents of "
+            f"{kind.itemsize} bytes. Make the shards again with data-prep prepare CONFIG --again."
+        )
     if card.documents == 0:
-        raise ShardError(f"{folder} holds no documents. Give it text, or leave it out of the mixture.")
+        raise ShardError(
+            f"{folder} holds no documents. Give it text, or leave it out of the mixture."
+        )
     return np.memmap(path, dtype=kind, mode="r")
 
 
@@ -245,8 +303,11 @@ def read_hashes(folder: Path, card: Card) -> dict[str, str]:
     for name, sha256 in found.items():
         plain_name(name, where=path, error=ShardError)
         if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-            raise ShardError(f"{path} gives {ascii(sha256)[:80]} as the SHA-256 of {name}; needed: 64 hexadecimal digits. "
-                             "Make it again with data-prep index FOLDER --tokenizer FILE --again.")
+            raise ShardError(
+                f"{path} gives {ascii(sha256)[:80]} as the SHA-256 of {name}; needed: 64"
+                " hexadecimal digits. Make it again with data-prep index FOLDER --tokenizer FILE"
+                " --again."
+            )
     return found
 
 
@@ -272,7 +333,9 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     # in a cache a shard lies under its name without folders
     count = Counter(name.replace("/", "--").lower() for name in names)
     if twice := next((name for name in names if count[name.replace("/", "--").lower()] > 1), None):
-        raise ShardError(f"{path} lists {twice} more than once; needed: every file once. Make the index again.")
+        raise ShardError(
+            f"{path} lists {twice} more than once; needed: every file once. Make the index again."
+        )
     return entries
 
 
@@ -284,8 +347,10 @@ def stored_info(entry: dict[str, Any]) -> dict[str, Any]:
 def _names_of(entry: dict[str, Any], path: Path) -> list[str]:
     """The names of one entry's files. Raises ShardError, and KeyError for a key that every entry has."""
     if entry["format"] != "mds" or entry["version"] != 2:
-        raise ShardError(f"{path} tells of {ascii(entry['format'])[:40].strip(chr(39))} version {ascii(entry['version'])[:40]}; "
-                         "needed: mds version 2.")
+        raise ShardError(
+            f"{path} tells of {ascii(entry['format'])[:40].strip(chr(39))} version"
+            f" {ascii(entry['version'])[:40]}; needed: mds version 2."
+        )
     _check_columns(entry, path)
     _check_number("samples", entry["samples"], path)
     raw, packed = entry["raw_data"], entry["zip_data"]
@@ -295,7 +360,9 @@ def _names_of(entry: dict[str, Any], path: Path) -> list[str]:
         if not isinstance(info, dict):
             raise _no_index(path, f"{key} is {ascii(info)[:60]}")
         _check_number(f"bytes of {key}", info["bytes"], path)
-        if not isinstance(info["hashes"], dict) or not all(isinstance(digest, str) for digest in info["hashes"].values()):
+        if not isinstance(info["hashes"], dict) or not all(
+            isinstance(digest, str) for digest in info["hashes"].values()
+        ):
             raise _no_index(path, f"hashes is {ascii(info['hashes'])[:60]}")
         name = info["basename"]
         if not isinstance(name, str):
@@ -307,15 +374,24 @@ def _names_of(entry: dict[str, Any], path: Path) -> list[str]:
         return [raw["basename"]]
     # MDSWriter's rule. A shard is unpacked beside its packed file: under another name it could replace any file there
     if not re.fullmatch(re.escape(raw["basename"]) + r"\.[a-z0-9]{1,8}", packed["basename"]):
-        raise _no_index(path, f"{packed['basename']} would be unpacked to {raw['basename']}; needed: the same name without "
-                              "its last ending")
+        raise _no_index(
+            path,
+            f"{packed['basename']} would be unpacked to {raw['basename']}; needed: the same name"
+            " without its last ending",
+        )
     return [raw["basename"], packed["basename"]]
 
 
 def _check_columns(entry: dict[str, Any], path: Path) -> None:
     """Names, encodings and sizes of the columns, as many of each."""
-    names, encodings, sizes = (entry[key] for key in ("column_names", "column_encodings", "column_sizes"))
-    for key, values, kind in (("column_names", names, str), ("column_encodings", encodings, str), ("column_sizes", sizes, int)):
+    names, encodings, sizes = (
+        entry[key] for key in ("column_names", "column_encodings", "column_sizes")
+    )
+    for key, values, kind in (
+        ("column_names", names, str),
+        ("column_encodings", encodings, str),
+        ("column_sizes", sizes, int),
+    ):
         if not isinstance(values, list) or len(values) != len(names):
             raise _no_index(path, f"{key} is {ascii(values)[:60]}")
         for value in values:
@@ -348,7 +424,7 @@ def without_padding(ids_T: np.ndarray, pad_id: int) -> np.ndarray:
     if len(ids_T) and ids_T[0] != pad_id and ids_T[-1] != pad_id:
         return ids_T
     kept = np.flatnonzero(ids_T != pad_id)
-    return ids_T[kept[0]:kept[-1] + 1] if len(kept) else ids_T[:0]
+    return ids_T[kept[0] : kept[-1] + 1] if len(kept) else ids_T[:0]
 
 
 def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
@@ -370,17 +446,24 @@ def _check_sha256(path: Path, needed: str) -> None:
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror}. "
-                         "Copy the folder again, or make the shards again with data-prep prepare CONFIG --again.") from error
+        raise ShardError(
+            f"{path} cannot be read: {error.strerror}. "
+            "Copy the folder again, or make the shards again with data-prep prepare CONFIG --again."
+        ) from error
     if found != needed:
-        raise ShardError(f"{path} has SHA-256 {found[:12]}, {CARD} beside it tells of {needed[:12]}: the folder holds "
-                         "files of two makings, or a damaged one. Copy the folder again, or make the shards again with "
-                         "data-prep prepare CONFIG --again.")
+        raise ShardError(
+            f"{path} has SHA-256 {found[:12]}, {CARD} beside it tells of {needed[:12]}: the folder"
+            " holds files of two makings, or a damaged one. Copy the folder again, or make the"
+            " shards again with data-prep prepare CONFIG --again."
+        )
 
 
 def write_lengths(folder: Path, lengths: np.ndarray, *, max_tokens_per_document: int) -> None:
     """Write lengths.bin atomically."""
-    write_atomic(folder / LENGTHS, np.ascontiguousarray(lengths, dtype=lengths_dtype(max_tokens_per_document)).tobytes())
+    write_atomic(
+        folder / LENGTHS,
+        np.ascontiguousarray(lengths, dtype=lengths_dtype(max_tokens_per_document)).tobytes(),
+    )
 
 
 def lengths_dtype(max_tokens_per_document: int) -> np.dtype:
@@ -400,19 +483,30 @@ def tokenizer_fingerprint(tokenizer_json: Path) -> str:
 
 def special_ids_of(tokenizer_json: Path) -> tuple[int, SpecialIds]:
     """(vocabulary size, special ids) of a tokenizer.json, by the names [CLS] [SEP] [PAD] [MASK] [UNK]. Raises ShardError,
-    also where one of them is not marked special: encoders would give its id to its spelling in raw text."""
+    also where one of them is not marked special: encoders would give its id to its spelling in raw text.
+    """
     names, added = _read_tokenizer(tokenizer_json)
     special = {a["content"] for a in added if a.get("special") is True}
     missing = [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in names]
     if missing:
-        raise ShardError(f"{tokenizer_json} lacks {', '.join(missing)}; needed: [CLS] [SEP] [PAD] [MASK] [UNK]. "
-                         "Make a tokenizer with data-prep tokenizer.")
+        raise ShardError(
+            f"{tokenizer_json} lacks {', '.join(missing)}; needed: [CLS] [SEP] [PAD] [MASK] [UNK]. "
+            "Make a tokenizer with data-prep tokenizer."
+        )
     if plain := [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in special]:
-        raise ShardError(f"{tokenizer_json} does not mark {', '.join(plain)} as special, so that a text could write their "
-                         'ids; needed: "special": true in its added_tokens. Change it there: the ids stay the same.')
-    specials = SpecialIds(cls_id=names["[CLS]"], sep_id=names["[SEP]"], pad_id=names["[PAD]"], mask_id=names["[MASK]"],
-                          unk_id=names["[UNK]"],
-                          all_special=tuple(sorted({names[n] for n in special})))
+        raise ShardError(
+            f"{tokenizer_json} does not mark {', '.join(plain)} as special, so that a text could"
+            ' write their ids; needed: "special": true in its added_tokens. Change it there: the'
+            " ids stay the same."
+        )
+    specials = SpecialIds(
+        cls_id=names["[CLS]"],
+        sep_id=names["[SEP]"],
+        pad_id=names["[PAD]"],
+        mask_id=names["[MASK]"],
+        unk_id=names["[UNK]"],
+        all_special=tuple(sorted({names[n] for n in special})),
+    )
     return max(names.values()) + 1, specials
 
 
@@ -423,7 +517,10 @@ def token_ids(tokenizer_json: Path) -> dict[str, int]:
 
 # ids kept free for later or left over: [unused12] (BERT, ModernBERT), <unused12> (Gemma), madeupword0001 (RoBERTa),
 # <|reserved_special_token_12|> (Llama 3), <extra_id_12> (T5)
-_UNUSED = re.compile(r"[\[<]\|?(unused|reserved)[a-z_ ]*[-_ ]?\d+\|?[\]>]|<extra_id_\d+>|madeupword\d+", re.IGNORECASE)
+_UNUSED = re.compile(
+    r"[\[<]\|?(unused|reserved)[a-z_ ]*[-_ ]?\d+\|?[\]>]|<extra_id_\d+>|madeupword\d+",
+    re.IGNORECASE,
+)
 
 
 def unused_ids(tokenizer_json: Path, *, vocab_size: int) -> tuple[int, ...]:
@@ -440,18 +537,27 @@ def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     except ShardError as error:
         if missing(error):
             raise
-        raise ShardError(f"{path} is no tokenizer.json ({str(error).removeprefix(f'{path} ').rstrip('.')}). "
-                         "Make one with data-prep tokenizer.") from error
+        raise ShardError(
+            f"{path} is no tokenizer.json ({str(error).removeprefix(f'{path} ').rstrip('.')}). "
+            "Make one with data-prep tokenizer."
+        ) from error
     try:
         added = content.get("added_tokens", [])
         ids = {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}
-        if wrong := [token for token, i in ids.items() if type(i) is not int or not 0 <= i < MOST_TOKEN_ID]:
-            raise ValueError(f"{wrong[0][:60]!r} has the id {ascii(ids[wrong[0]])[:60]}; needed: a whole number below 2^24")
+        if wrong := [
+            token for token, i in ids.items() if type(i) is not int or not 0 <= i < MOST_TOKEN_ID
+        ]:
+            raise ValueError(
+                f"{wrong[0][:60]!r} has the id {ascii(ids[wrong[0]])[:60]}; needed: a whole number"
+                " below 2^24"
+            )
         if not all(isinstance(a["content"], str) for a in added):
             raise ValueError("an added token is no text")
         return ids, added
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is no tokenizer.json ({error}). Make one with data-prep tokenizer.") from error
+        raise ShardError(
+            f"{path} is no tokenizer.json ({error}). Make one with data-prep tokenizer."
+        ) from error
 
 
 def check_same_tokenizer(cards: dict[str, Card]) -> Card:
@@ -459,13 +565,20 @@ def check_same_tokenizer(cards: dict[str, Card]) -> Card:
     first_name, first = next(iter(cards.items()))
     for name, card in cards.items():
         if card.tokenizer_sha256 != first.tokenizer_sha256:
-            raise ShardError(f"{name} was tokenized with {card.tokenizer_sha256[:12]}, {first_name} with "
-                             f"{first.tokenizer_sha256[:12]}. Prepare both with the same tokenizer.json.")
+            raise ShardError(
+                f"{name} was tokenized with {card.tokenizer_sha256[:12]}, {first_name} with "
+                f"{first.tokenizer_sha256[:12]}. Prepare both with the same tokenizer.json."
+            )
     return first
 
 
 def with_content(card: Card, folder: Path, lengths: np.ndarray) -> Card:
     """The card with its totals, counted from the lengths, and the SHA-256 of index.json and lengths.bin as they lie in
     the folder."""
-    return dataclasses.replace(card, documents=int(len(lengths)), tokens=int(np.sum(lengths, dtype=np.int64)),
-                               index_sha256=sha256_of(folder / INDEX), lengths_sha256=sha256_of(folder / LENGTHS))
+    return dataclasses.replace(
+        card,
+        documents=int(len(lengths)),
+        tokens=int(np.sum(lengths, dtype=np.int64)),
+        index_sha256=sha256_of(folder / INDEX),
+        lengths_sha256=sha256_of(folder / LENGTHS),
+    )

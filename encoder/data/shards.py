@@ -49,18 +49,20 @@ class _ShardFile(StoredShard):
 
     samples: int
     column: IdColumn
-    size: int | None                           # of the ids' column in bytes, None where the head tells
-    variable_columns: int                      # columns with a size in the sample's head
-    before: tuple[int | None, ...]             # sizes of the columns before it, None where the head tells
+    size: int | None  # of the ids' column in bytes, None where the head tells
+    variable_columns: int  # columns with a size in the sample's head
+    before: tuple[int | None, ...]  # sizes of the columns before it, None where the head tells
 
 
 @dataclass(frozen=True)
 class _OpenShard:
     buffer: mmap.mmap
-    offsets: np.ndarray                        # uint32 [samples + 1], a view of the map
+    offsets: np.ndarray  # uint32 [samples + 1], a view of the map
 
 
-def open_source(origin: Path | str, *, name: str, cache: Path | None = None, cache_bytes: int | None = None) -> Source:
+def open_source(
+    origin: Path | str, *, name: str, cache: Path | None = None, cache_bytes: int | None = None
+) -> Source:
     """Open a shard folder that has a card; with `cache`, a folder or URL whose files are fetched to that folder first.
 
     Reads card.json and index.json, no shard and no length; all side files are fetched. `cache_bytes` is what its shards
@@ -72,23 +74,30 @@ def open_source(origin: Path | str, *, name: str, cache: Path | None = None, cac
 class Source:
     """The documents of one shard folder, numbered through its shards in stored order. Holds memory maps; picklable."""
 
-    def __init__(self, origin: str, *, name: str, cache: Path | None = None, cache_bytes: int | None = None) -> None:
+    def __init__(
+        self, origin: str, *, name: str, cache: Path | None = None, cache_bytes: int | None = None
+    ) -> None:
         self.name, self.cache = name, cache
         self._again = (origin, name, cache, cache_bytes)
         if cache is not None:
             fetch_side_files(origin, cache)
-        path = self.path = cache or Path(origin)      # where the side files are
+        path = self.path = cache or Path(origin)  # where the side files are
         self._cache = ShardCache(origin=origin, folder=path, limit_bytes=cache_bytes)
         self.card = read_card(path)
         self.lengths = read_lengths(path, self.card)
         check_index(path, self.card)
         hashes = read_hashes(path, self.card)
-        self._shards = [_shard_file(entry, path / INDEX, self.card, hashes) for entry in read_index(path)]
+        self._shards = [
+            _shard_file(entry, path / INDEX, self.card, hashes) for entry in read_index(path)
+        ]
         self.samples_per_shard = np.array([s.samples for s in self._shards], dtype=np.int64)
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
-            raise ShardError(f"{path / INDEX} tells of {self._first_document[-1]:,} samples, the card of "
-                             f"{self.card.documents:,}. Make the shards again with data-prep prepare CONFIG --again.")
+            raise ShardError(
+                f"{path / INDEX} tells of {self._first_document[-1]:,} samples, the card of"
+                f" {self.card.documents:,}. Make the shards again with data-prep prepare CONFIG"
+                " --again."
+            )
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.open_shards = OPEN_SHARDS
 
@@ -112,8 +121,12 @@ class Source:
         sample = document - self._first_document[number]
         ids = as_read(self._ids_at(self._opened(number), number, sample), self.card)
         if len(ids) != self.lengths[document]:
-            raise self._damaged(number, f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says "
-                                        f"{self.lengths[document]}. Make the shards again with data-prep prepare CONFIG --again.")
+            raise self._damaged(
+                number,
+                f"{self.file_of(document)} sample {sample} has {len(ids)} tokens, {LENGTHS} says"
+                f" {self.lengths[document]}. Make the shards again with data-prep prepare CONFIG"
+                " --again.",
+            )
         return ids
 
     def hold(self, shard: int, *, wait: bool) -> IO[bytes] | None:
@@ -161,8 +174,11 @@ class Source:
                 raise ValueError("its columns do not fit its size")
             return ids_in(shard.column, opened.buffer, at, size)
         except (ValueError, IndexError) as error:
-            raise self._damaged(number, f"{self._cache.place(shard)} sample {sample} is damaged ({error}). "
-                                        "Copy or prepare the shard again.") from error
+            raise self._damaged(
+                number,
+                f"{self._cache.place(shard)} sample {sample} is damaged ({error}). "
+                "Copy or prepare the shard again.",
+            ) from error
 
     def _opened(self, number: int) -> _OpenShard:
         opened = self._open.get(number)
@@ -183,25 +199,37 @@ class Source:
         except FileNotFoundError as error:
             raise _missing(path) from error
         except ValueError as error:
-            raise self._damaged(number, f"{path} cannot be read: {error}. Copy or prepare the shard again.") from error
+            raise self._damaged(
+                number, f"{path} cannot be read: {error}. Copy or prepare the shard again."
+            ) from error
         except OSError as error:
-            raise ShardError(f"{path} cannot be read: {error}. Copy or prepare the shard again.") from error
+            raise ShardError(
+                f"{path} cannot be read: {error}. Copy or prepare the shard again."
+            ) from error
         except DamagedShard as error:
             raise self._damaged(number, str(error)) from error
         if len(buffer) != shard.size_bytes:
             raise self._damaged(number, _wrong_size(path, len(buffer), shard))
         samples = int.from_bytes(buffer[:4], "little")
         if samples != shard.samples:
-            raise self._damaged(number, f"{path} holds {samples:,} samples, {INDEX} says {shard.samples:,}. "
-                                        "Copy or prepare the shard again.")
+            raise self._damaged(
+                number,
+                f"{path} holds {samples:,} samples, {INDEX} says {shard.samples:,}. "
+                "Copy or prepare the shard again.",
+            )
         if len(buffer) < 4 * (samples + 2):
-            raise self._damaged(number, f"{path} is too short for {samples:,} samples. Copy or prepare the shard again.")
+            raise self._damaged(
+                number,
+                f"{path} is too short for {samples:,} samples. Copy or prepare the shard again.",
+            )
         return _OpenShard(buffer, np.frombuffer(buffer, "<u4", samples + 1, 4))
 
     def _open_file(self, shard: _ShardFile, path: Path) -> IO[bytes]:
         if self.cache is not None or shard.compression:
             return self._cache.open(shard)
-        inside(self.path, shard.name, where=self.path / INDEX, error=ShardError)       # a link may have come since
+        inside(
+            self.path, shard.name, where=self.path / INDEX, error=ShardError
+        )  # a link may have come since
         return regular_file(path)
 
     def _damaged(self, number: int, text: str) -> DamagedShard:
@@ -209,14 +237,21 @@ class Source:
 
 
 def _missing(path: Path) -> ShardError:
-    return ShardError(f"{path} is missing, but {INDEX} tells of it. Copy or prepare the shard again.")
+    return ShardError(
+        f"{path} is missing, but {INDEX} tells of it. Copy or prepare the shard again."
+    )
 
 
 def _wrong_size(path: Path, size: int, shard: _ShardFile) -> str:
-    return f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard again."
+    return (
+        f"{path} has {size:,} bytes, {INDEX} says {shard.size_bytes:,}. Copy or prepare the shard"
+        " again."
+    )
 
 
-def _reopen(origin: str, name: str, cache: Path | None, cache_bytes: int | None, open_shards: int) -> Source:
+def _reopen(
+    origin: str, name: str, cache: Path | None, cache_bytes: int | None, open_shards: int
+) -> Source:
     source = Source(origin, name=name, cache=cache, cache_bytes=cache_bytes)
     source.open_shards = open_shards
     return source
@@ -227,25 +262,41 @@ def read_samples_per_shard(folder: Path) -> np.ndarray:
     return np.array([entry["samples"] for entry in read_index(folder)], dtype=np.int64)
 
 
-def _shard_file(info: dict[str, Any], index: Path, card: Card, hashes: dict[str, str]) -> _ShardFile:
+def _shard_file(
+    info: dict[str, Any], index: Path, card: Card, hashes: dict[str, str]
+) -> _ShardFile:
     names: list[str] = info["column_names"]
     if card.column not in names:
-        raise ShardError(f"{index} has columns {', '.join(names)}; needed: {card.column}. "
-                         "Tokenize with data-prep prepare.")
+        raise ShardError(
+            f"{index} has columns {', '.join(names)}; needed: {card.column}. "
+            "Tokenize with data-prep prepare."
+        )
     at = names.index(card.column)
     encoding = info["column_encodings"][at]
     if encoding != card.stored_as:
-        raise ShardError(f"{index}: column {card.column} is {encoding}, the card says {card.stored_as}. "
-                         "Make the shards again with data-prep prepare CONFIG --again.")
+        raise ShardError(
+            f"{index}: column {card.column} is {encoding}, the card says {card.stored_as}. "
+            "Make the shards again with data-prep prepare CONFIG --again."
+        )
     stored = stored_info(info)
     sha256 = stored["hashes"].get(SHARD_HASH) or hashes.get(stored["basename"])
     if not sha256:
-        raise ShardError(f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "
-                         "Write it with data-prep index FOLDER --tokenizer FILE --again.")
+        raise ShardError(
+            f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "
+            "Write it with data-prep index FOLDER --tokenizer FILE --again."
+        )
     sizes = info["column_sizes"]
-    return _ShardFile(name=info["raw_data"]["basename"], size_bytes=info["raw_data"]["bytes"],
-                      compression=info["compression"] if info["zip_data"] else None, stored=stored["basename"],
-                      stored_bytes=stored["bytes"], sha256=sha256,
-                      raw_sha256=info["raw_data"]["hashes"].get(SHARD_HASH, ""), samples=info["samples"],
-                      column=card.id_column, size=sizes[at], variable_columns=sum(s is None for s in sizes),
-                       before=tuple(sizes[:at]))
+    return _ShardFile(
+        name=info["raw_data"]["basename"],
+        size_bytes=info["raw_data"]["bytes"],
+        compression=info["compression"] if info["zip_data"] else None,
+        stored=stored["basename"],
+        stored_bytes=stored["bytes"],
+        sha256=sha256,
+        raw_sha256=info["raw_data"]["hashes"].get(SHARD_HASH, ""),
+        samples=info["samples"],
+        column=card.id_column,
+        size=sizes[at],
+        variable_columns=sum(s is None for s in sizes),
+        before=tuple(sizes[:at]),
+    )

@@ -24,7 +24,13 @@ from encoder.base.objective import Objective
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
-from encoder.engine.zero.config import EngineConfig, forget_former_groups, import_deepspeed, initialize, zero_config
+from encoder.engine.zero.config import (
+    EngineConfig,
+    forget_former_groups,
+    import_deepspeed,
+    initialize,
+    zero_config,
+)
 from encoder.engine.zero.layout import (
     check_cover,
     flat_parts,
@@ -48,10 +54,12 @@ Forward = Callable[[TokenBatch], dict[str, LossTerm]]
 class StepResult:
     """What one step did, over all ranks."""
 
-    loss: float                  # the terms' means by their weights, in nats; nan where nothing was to be predicted
-    grad_norm: float             # of the mean loss's gradient, before clipping; inf if not finite
-    applied: bool                # False: nothing moved, for the gradient was not finite or nothing was to be predicted
-    means: dict[str, float]      # each term's mean in nats per target; nan where it had none
+    loss: float  # the terms' means by their weights, in nats; nan where nothing was to be predicted
+    grad_norm: float  # of the mean loss's gradient, before clipping; inf if not finite
+    applied: (
+        bool  # False: nothing moved, for the gradient was not finite or nothing was to be predicted
+    )
+    means: dict[str, float]  # each term's mean in nats per target; nan where it had none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,9 @@ class Piece:
 
     name: str
     start: int
-    tensors: dict[str, torch.Tensor]     # by kind: master and what the optimizer keeps; 1-d views, writing to them counts
+    tensors: dict[
+        str, torch.Tensor
+    ]  # by kind: master and what the optimizer keeps; 1-d views, writing to them counts
 
     @property
     def master(self) -> torch.Tensor:
@@ -68,8 +78,15 @@ class Piece:
         return self.tensors["master"]
 
 
-def start_engine(model: torch.nn.Module, *, objective: Objective, config: EngineConfig, optimizer: MomentsConfig,
-                 world: World, device: torch.device) -> Engine:
+def start_engine(
+    model: torch.nn.Module,
+    *,
+    objective: Objective,
+    config: EngineConfig,
+    optimizer: MomentsConfig,
+    world: World,
+    device: torch.device,
+) -> Engine:
     """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join).
 
     model: with the same weights on every rank (a function of the seed); for stage 3 on the meta device, where its
@@ -81,7 +98,7 @@ def start_engine(model: torch.nn.Module, *, objective: Objective, config: Engine
     device: of this rank
     """
     config = replace(config, precision=precision_on(config.precision, device))
-    steps = build_optimizer(model, optimizer)         # grouped by dimensions, which stage 3 takes away
+    steps = build_optimizer(model, optimizer)  # grouped by dimensions, which stage 3 takes away
     deepspeed = import_deepspeed(device)
     forget_former_groups()
     if config.activation_checkpointing == "blocks":
@@ -89,48 +106,83 @@ def start_engine(model: torch.nn.Module, *, objective: Objective, config: Engine
     if config.fp8 == "layers":
         model.fp8_blocks_()
     if config.zero_stage == 3:
-        partition_(model, deepspeed=deepspeed, device=device,
-                   dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        partition_(
+            model,
+            deepspeed=deepspeed,
+            device=device,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        )
         first = model.initial_values
     else:
         model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
-        whole = {name: p.detach().clone() for name, p in model.named_parameters()} if config.precision == "bf16" else {}
-        first = lambda name, _shape: whole[name]      # noqa: E731
-    ds_engine = initialize(deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size))
-    ds_engine.enable_backward_allreduce = config.zero_stage > 0   # stage 0: ours, because DeepSpeed's refuses fp64
-    engine = Engine(ds_engine, objective=objective, optimizer=steps, config=config, world=world, device=device)
+        whole = (
+            {name: p.detach().clone() for name, p in model.named_parameters()}
+            if config.precision == "bf16"
+            else {}
+        )
+        first = lambda name, _shape: whole[name]  # noqa: E731
+    ds_engine = initialize(
+        deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size)
+    )
+    ds_engine.enable_backward_allreduce = (
+        config.zero_stage > 0
+    )  # stage 0: ours, because DeepSpeed's refuses fp64
+    engine = Engine(
+        ds_engine, objective=objective, optimizer=steps, config=config, world=world, device=device
+    )
     if config.precision == "bf16":
-        engine.set_masters(first)      # the bf16 parameters would start them 3 digits short
+        engine.set_masters(first)  # the bf16 parameters would start them 3 digits short
     return engine
 
 
 class Engine:
     """A model under training: the weights, their optimizer state, and the step that moves them."""
 
-    def __init__(self, ds_engine: Any, *, objective: Objective, optimizer: WholeTensorOptimizer, config: EngineConfig,
-                 world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        ds_engine: Any,
+        *,
+        objective: Objective,
+        optimizer: WholeTensorOptimizer,
+        config: EngineConfig,
+        world: World,
+        device: torch.device,
+    ) -> None:
         self.config, self.world, self.device = config, world, device
-        self.module: torch.nn.Module = ds_engine.module        # the bare model
+        self.module: torch.nn.Module = ds_engine.module  # the bare model
         self.optimizer = optimizer
         self.objective = objective
         forward = self._terms_of
         if config.graphs == "micro_step":
             forward = GraphedForward(self.module, forward)
         self.module.forward = self._in_mode(forward)
-        self.shapes = {name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        self.shapes = {
+            name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad
+        }
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)
-        self._plain_norm = torch.zeros(())                     # stage 0: DeepSpeed measures no norm there
-        check_cover([s for _, s in self._owned()], numels={name: math.prod(shape) for name, shape in self.shapes.items()},
-                    world=world, device=device)
+        self._plain_norm = torch.zeros(())  # stage 0: DeepSpeed measures no norm there
+        check_cover(
+            [s for _, s in self._owned()],
+            numels={name: math.prod(shape) for name, shape in self.shapes.items()},
+            world=world,
+            device=device,
+        )
         if config.zero_stage:
             optimizer.set_stretches(self._parts, shapes=self.shapes)
         else:
             optimizer.register_step_pre_hook(self._before_plain_step)
         optimizer.init_state()
 
-    def step(self, micro_batches: Sequence[TokenBatch], *, counts: Mapping[str, int], lr: float, max_lr: float,
-             weight_decay: float | None = None) -> StepResult:
+    def step(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        *,
+        counts: Mapping[str, int],
+        lr: float,
+        max_lr: float,
+        weight_decay: float | None = None,
+    ) -> StepResult:
         """One update from this rank's micro-batches.
 
         A step in which nothing is to be predicted moves nothing, neither weights nor moments nor the optimizer's counter, on all
@@ -143,7 +195,9 @@ class Engine:
         weight_decay: share that the matrices lose; None: the optimizer's
         """
         if not any(counts.values()):
-            return StepResult(loss=math.nan, grad_norm=0.0, applied=False, means=dict.fromkeys(counts, math.nan))
+            return StepResult(
+                loss=math.nan, grad_norm=0.0, applied=False, means=dict.fromkeys(counts, math.nan)
+            )
         assert max_lr > 0.0, "the decay is relative to the peak rate"
         for group in self.optimizer.param_groups:
             group.update(lr=lr, max_lr=max_lr)
@@ -166,18 +220,31 @@ class Engine:
         if not norm < float("inf"):
             forget_gradients(self._ds)
         means = {}
-        for (name, count), (loss_sum, counted) in zip(counts.items(), sum_over_ranks(sums).tolist(), strict=True):
-            assert counted == count, f"{name}: the batches announced {count} targets, the loss counted {counted:.0f}"
+        for (name, count), (loss_sum, counted) in zip(
+            counts.items(), sum_over_ranks(sums).tolist(), strict=True
+        ):
+            assert counted == count, (
+                f"{name}: the batches announced {count} targets, the loss counted {counted:.0f}"
+            )
             means[name] = loss_sum / count if count else math.nan
-        return StepResult(loss=sum(weights[name] * mean for name, mean in means.items() if counts[name]), means=means,
-                          grad_norm=norm if norm == norm else float("inf"), applied=norm < float("inf"))
+        return StepResult(
+            loss=sum(weights[name] * mean for name, mean in means.items() if counts[name]),
+            means=means,
+            grad_norm=norm if norm == norm else float("inf"),
+            applied=norm < float("inf"),
+        )
 
-    def _objective_of(self, loss: Mapping[str, LossTerm], counts: Mapping[str, int]) -> torch.Tensor:
+    def _objective_of(
+        self, loss: Mapping[str, LossTerm], counts: Mapping[str, int]
+    ) -> torch.Tensor:
         """What a micro-batch adds to the loss of the step, times the ranks, by whose number DeepSpeed divides the gradients' sum.
 
         A term without targets in the whole step is exactly zero, and stays in the graph: every parameter has a gradient.
         """
-        shares = [term.total * (term.weight * self.world.size / max(1, counts[name])) for name, term in loss.items()]
+        shares = [
+            term.total * (term.weight * self.world.size / max(1, counts[name]))
+            for name, term in loss.items()
+        ]
         return functools.reduce(torch.add, shares)
 
     def evaluate(self, batches: Sequence[TokenBatch]) -> dict[str, TermSum]:
@@ -185,7 +252,9 @@ class Engine:
         terms = self.objective.terms
         sums = torch.zeros(len(terms), 3, dtype=torch.float64, device=self.device)
         forwards = [*batches]
-        if self.config.zero_stage == 3:      # weights are gathered layer by layer, by all ranks or by none
+        if (
+            self.config.zero_stage == 3
+        ):  # weights are gathered layer by layer, by all ranks or by none
             most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
             forwards += [_nothing_to_predict(terms)] * (most - len(batches))
         training = self.module.training
@@ -201,8 +270,10 @@ class Engine:
         finally:
             self.module.train(training)
         over_ranks = sum_over_ranks(sums).tolist()
-        return {name: TermSum(loss_sum, int(count), int(correct))
-                for name, (loss_sum, count, correct) in zip(terms, over_ranks, strict=True)}
+        return {
+            name: TermSum(loss_sum, int(count), int(correct))
+            for name, (loss_sum, count, correct) in zip(terms, over_ranks, strict=True)
+        }
 
     def pieces(self) -> list[Piece]:
         """All the state that lies on this rank, to be written to."""
@@ -233,19 +304,27 @@ class Engine:
         with torch.no_grad():
             for piece in self.pieces():
                 whole = values(piece.name, self.shapes[piece.name]).reshape(-1)
-                piece.master.copy_(whole[piece.start:piece.start + piece.master.numel()])
+                piece.master.copy_(whole[piece.start : piece.start + piece.master.numel()])
         refresh_parameters(self._ds)
 
     def _owned(self) -> Iterator[tuple[FlatPart, Stretch]]:
         for part in self._parts:
             for s in part.stretches:
-                s = share_of(s, self.world) if self.config.zero_stage == 0 else s   # stage 0: all lies on every rank
+                s = (
+                    share_of(s, self.world) if self.config.zero_stage == 0 else s
+                )  # stage 0: all lies on every rank
                 if s.length:
                     yield part, s
 
     def _piece(self, part: FlatPart, s: Stretch) -> Piece:
-        kept = {kind: s.of(value) for kind, value in self.optimizer.state[part.tensor].items() if kind != "step"}
-        return Piece(name=s.name, start=s.start, tensors={"master": s.of(part.tensor.detach()), **kept})
+        kept = {
+            kind: s.of(value)
+            for kind, value in self.optimizer.state[part.tensor].items()
+            if kind != "step"
+        }
+        return Piece(
+            name=s.name, start=s.start, tensors={"master": s.of(part.tensor.detach()), **kept}
+        )
 
     @contextlib.contextmanager
     def forward_mode(self) -> Iterator[None]:
@@ -254,7 +333,9 @@ class Engine:
             # layers that are computed again keep no weight, and theirs must not be replaced while they are in their backward
             if self.config.zero_stage == 3 and self.config.activation_checkpointing == "off":
                 forward.enter_context(weights_may_go())
-            if self.config.precision == "autocast":      # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
+            if (
+                self.config.precision == "autocast"
+            ):  # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
                 forward.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             yield
 
@@ -264,9 +345,11 @@ class Engine:
     def _in_mode(self, forward: Forward) -> Forward:
         """Inside DeepSpeed's own forward, which switches an autocast off that it finds around itself. It looks for CUDA's alone:
         a GPU would have trained in fp32, a CPU in bf16."""
+
         def in_mode(batch: TokenBatch) -> dict[str, LossTerm]:
             with self.forward_mode():
                 return forward(batch)
+
         return in_mode
 
     def _before_plain_step(self, optimizer: WholeTensorOptimizer, _args: Any, _kwargs: Any) -> None:
@@ -275,8 +358,12 @@ class Engine:
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         flat = sum_over_ranks(torch.cat([p.grad.view(-1) for p in tensors])).div_(self.world.size)
         self._plain_norm = _norm(flat)
-        if self.config.gradient_clipping:     # the formula of ZeRO's unscale_and_clip_grads
-            flat.div_(((self._plain_norm + 1e-6) / self.config.gradient_clipping).clamp(min=1.0).to(flat.dtype))
+        if self.config.gradient_clipping:  # the formula of ZeRO's unscale_and_clip_grads
+            flat.div_(
+                ((self._plain_norm + 1e-6) / self.config.gradient_clipping)
+                .clamp(min=1.0)
+                .to(flat.dtype)
+            )
         finite = bool(torch.isfinite(self._plain_norm))
         for p, grad in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
             p.grad = grad.view_as(p) if finite else None
@@ -286,7 +373,10 @@ def _norm(flat: torch.Tensor) -> torch.Tensor:
     """fp64: of pieces of 4,096 elements in their own precision, together in fp64 (all in fp64: 23 ms against 1 for 6 M
     fp32 elements on one core)."""
     whole = len(flat) // 4096 * 4096
-    parts = torch.linalg.vector_norm(flat[:whole].view(-1, 4096), dim=1), torch.linalg.vector_norm(flat[whole:]).view(1)
+    parts = (
+        torch.linalg.vector_norm(flat[:whole].view(-1, 4096), dim=1),
+        torch.linalg.vector_norm(flat[whole:]).view(1),
+    )
     return torch.cat(parts).double().square().sum().sqrt()
 
 

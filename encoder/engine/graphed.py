@@ -21,7 +21,7 @@ from torch.func import functional_call
 from encoder.base.batch import LossTerm, TokenBatch
 from encoder.nn.loss import scaled
 
-WARM_UP = 3         # micro-steps before a capture, on a stream of their own: kernels are compiled and tuned, libraries loaded
+WARM_UP = 3  # micro-steps before a capture, on a stream of their own: kernels are compiled and tuned, libraries loaded
 ENDS = "cu_seqlens_S1"
 
 Terms = dict[str, LossTerm]
@@ -49,18 +49,27 @@ class GraphedForward:
             return self._plain(batch)
         key = (*self._of_batch(batch), *self._of_model(batch.ids_T.device))
         if key != self._key or self._graph is None or not self._graph.has_room(batch):
-            self._key = self._graph = None          # its memory first
-            self._graph, self._key = _Graph(_Bare(self._model, self._plain), batch, self._named), key
+            self._key = self._graph = None  # its memory first
+            self._graph, self._key = (
+                _Graph(_Bare(self._model, self._plain), batch, self._named),
+                key,
+            )
             self.captures += 1
         results = iter(_Replay.apply(self._graph, batch, *self._parameters))
-        return {name: LossTerm(*(next(results) for _ in range(4)), weight=weight)
-                for name, weight in self._graph.weights.items()}
+        return {
+            name: LossTerm(*(next(results) for _ in range(4)), weight=weight)
+            for name, weight in self._graph.weights.items()
+        }
 
     @property
     def pool_bytes(self) -> int:
         """What the graph keeps on a CUDA device between micro-steps; torch counts only its results as allocated."""
         pool = getattr(self._graph and self._graph.replay, "pool", None)
-        return sum(s["total_size"] for s in torch.cuda.memory_snapshot(pool, include_traces=False)) if pool else 0
+        return (
+            sum(s["total_size"] for s in torch.cuda.memory_snapshot(pool, include_traces=False))
+            if pool
+            else 0
+        )
 
     def _of_batch(self, batch: TokenBatch) -> Iterator[Any]:
         """What a graph is bound to, the host's numbers as well: max_seqlen is a launch's argument. Not the length of cu_seqlens."""
@@ -92,32 +101,46 @@ class _Graph:
 
     def __init__(self, bare: _Bare, batch: TokenBatch, parameters: dict[str, nn.Parameter]) -> None:
         self.turn = 0
-        self.weights: dict[str, float] = {}       # of the loss terms, by name
+        self.weights: dict[str, float] = {}  # of the loss terms, by name
         # leaves of its own on the weights' memory: autograd adds up a parameter's gradient on the stream that was current when
         # somebody (DeepSpeed) first hung a hook on it, the default one, and that must not wait for a capture
         leaves = {f"model.{name}": nn.Parameter(p.detach()) for name, p in parameters.items()}
-        self._batch = batch.with_tensors({name: tensor.clone() for name, tensor in batch.tensors().items()})
+        self._batch = batch.with_tensors(
+            {name: tensor.clone() for name, tensor in batch.tensors().items()}
+        )
         device = batch.ids_T.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else None
 
         def work() -> tuple[Terms, list[tuple[Tensor, ...]]]:
             # autocast's own cache would keep the weights of the warm-up in bf16 for ever
-            with torch.enable_grad(), torch.autocast(device.type, dtype=dtype, enabled=autocast, cache_enabled=False):
+            with (
+                torch.enable_grad(),
+                torch.autocast(device.type, dtype=dtype, enabled=autocast, cache_enabled=False),
+            ):
                 loss = functional_call(bare, leaves, (self._batch,))
             self.weights = {name: term.weight for name, term in loss.items()}
             # of each term by itself: their denominators are the caller's
             *others, last = (term.total for term in loss.values())
-            gradients = [torch.autograd.grad(total, [*leaves.values()], retain_graph=True, materialize_grads=True)
-                         for total in others]
-            gradients.append(torch.autograd.grad(last, [*leaves.values()], materialize_grads=bool(others)))
-            return {name: LossTerm(*(x.detach() for x in term[:4])) for name, term in loss.items()}, gradients
+            gradients = [
+                torch.autograd.grad(
+                    total, [*leaves.values()], retain_graph=True, materialize_grads=True
+                )
+                for total in others
+            ]
+            gradients.append(
+                torch.autograd.grad(last, [*leaves.values()], materialize_grads=bool(others))
+            )
+            return {
+                name: LossTerm(*(x.detach() for x in term[:4])) for name, term in loss.items()
+            }, gradients
 
         self.replay = captured(work) if device.type == "cuda" else work
 
     def has_room(self, batch: TokenBatch) -> bool:
         """For as many documents. The loader makes room for more of them by the power of two, micro-batch by micro-batch: were a
-        graph bound to it, rows of short documents among those of long ones would capture again and again."""
+        graph bound to it, rows of short documents among those of long ones would capture again and again.
+        """
         return len(getattr(batch, ENDS)) <= len(getattr(self._batch, ENDS))
 
     def run(self, batch: TokenBatch) -> tuple[Terms, list[tuple[Tensor, ...]]]:
@@ -126,9 +149,9 @@ class _Graph:
         given = batch.tensors()
         for name, ours in self._batch.tensors().items():
             theirs = given[name]
-            ours[:len(theirs)].copy_(theirs, non_blocking=True)
+            ours[: len(theirs)].copy_(theirs, non_blocking=True)
             if len(theirs) < len(ours):
-                ours[len(theirs):] = len(batch.ids_T)       # of cu_seqlens: empty documents
+                ours[len(theirs) :] = len(batch.ids_T)  # of cu_seqlens: empty documents
         return self.replay()
 
 
@@ -161,21 +184,43 @@ def _stream(_device: int) -> torch.cuda.Stream:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, batch: TokenBatch, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, graph: _Graph, batch: TokenBatch, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         loss, ctx.gradients = graph.run(batch)
         ctx.graph, ctx.turn = graph, graph.turn
-        results = tuple(x.clone() for term in loss.values() for x in term[:4])      # the caller may keep them
+        results = tuple(
+            x.clone() for term in loss.values() for x in term[:4]
+        )  # the caller may keep them
         ctx.mark_non_differentiable(*(x for i, x in enumerate(results) if i % 4))
         return results
 
     @staticmethod
     def backward(ctx: Any, *d_results: Tensor) -> tuple[Tensor | None, ...]:
         graph, gradients = ctx.graph, ctx.gradients
-        ctx.graph = ctx.gradients = None            # or a loss that the caller keeps would keep the memory of a graph that is gone
+        ctx.graph = ctx.gradients = (
+            None  # or a loss that the caller keeps would keep the memory of a graph that is gone
+        )
         if graph is None:
-            raise RuntimeError("a second backward through one forward: the graph's gradients were handed on by the first.")
+            raise RuntimeError(
+                "a second backward through one forward: the graph's gradients were handed on by the"
+                " first."
+            )
         if graph.turn != ctx.turn:
-            raise RuntimeError("two forwards before a backward: the graph has written over the gradients of the first.")
+            raise RuntimeError(
+                "two forwards before a backward: the graph has written over the gradients of the"
+                " first."
+            )
         # new tensors: autograd may keep one as a parameter's .grad, and the next replay writes over ours
-        by_term = [[scaled(d, d_total) for d in own] for own, d_total in zip(gradients, d_results[::4], strict=True)]
-        return None, None, *(functools.reduce(torch.add, of_parameter) for of_parameter in zip(*by_term, strict=True))
+        by_term = [
+            [scaled(d, d_total) for d in own]
+            for own, d_total in zip(gradients, d_results[::4], strict=True)
+        ]
+        return (
+            None,
+            None,
+            *(
+                functools.reduce(torch.add, of_parameter)
+                for of_parameter in zip(*by_term, strict=True)
+            ),
+        )

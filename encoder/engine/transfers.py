@@ -1,7 +1,7 @@
 """Micro-batches to a device, each copied while the one before it is computed.
 
-    copies     | 0 | 1 |     | 2 |     | 3 |           copy i + 1 waits for what computes i - 1: it may lie where i - 1 lay
-    kernels        |    0    |    1    |    2    |     kernels i wait for copy i
+copies     | 0 | 1 |     | 2 |     | 3 |           copy i + 1 waits for what computes i - 1: it may lie where i - 1 lay
+kernels        |    0    |    1    |    2    |     kernels i wait for copy i
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def on_device(batches: Sequence[TokenBatch], device: torch.device) -> Iterator[T
     coming = [sent(batch) for batch in batches[:1]]
     for i in range(len(batches)):
         ready, copied = coming.pop()
-        coming = [sent(batch) for batch in batches[i + 1:i + 2]]
+        coming = [sent(batch) for batch in batches[i + 1 : i + 2]]
         kernels.wait_event(copied)
         yield ready
 

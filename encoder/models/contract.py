@@ -25,7 +25,7 @@ class ModelConfig(Protocol):
     max_position_embeddings: int
 
     tie_word_embeddings: bool
-    initializer_range: float           # sigma of the initial weights
+    initializer_range: float  # sigma of the initial weights
 
     @property
     def head_width(self) -> int | None:
@@ -50,7 +50,9 @@ class ModelConfig(Protocol):
     def parameter_counts(self) -> ParameterCounts:
         """Trained numbers by place, from the shape alone."""
 
-    def train_flops(self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]) -> float:
+    def train_flops(
+        self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]
+    ) -> float:
         """Model FLOP of documents forward and backward.
 
         lengths: of the documents, in tokens
@@ -73,7 +75,7 @@ class Model(Protocol):
 
     config: ModelConfig
     training: bool
-    phase_settings: dict[str, float]       # what it runs with now
+    phase_settings: dict[str, float]  # what it runs with now
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """x_TC after the last norm."""
@@ -105,19 +107,19 @@ class Family:
     """One entry of the catalog."""
 
     settings: type
-    model: Callable[..., Any]       # (settings, *, attention, seed) -> Model
+    model: Callable[..., Any]  # (settings, *, attention, seed) -> Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
     """Trained numbers by place. `total` counts a tied matrix once."""
 
-    embedding: int          # tokens, learned positions and segments
-    matrices: int           # of all layers: Wqkv, Wo, Wi, Wo
-    biases: int             # of these
-    norms: int              # embedding, layers, final
-    head: int               # dense and norm
-    decoder: int            # its bias, and its weight where that is not the embedding
+    embedding: int  # tokens, learned positions and segments
+    matrices: int  # of all layers: Wqkv, Wo, Wi, Wo
+    biases: int  # of these
+    norms: int  # embedding, layers, final
+    head: int  # dense and norm
+    decoder: int  # its bias, and its weight where that is not the embedding
 
     @property
     def total(self) -> int:
@@ -129,7 +131,7 @@ class ParameterCounts:
 class Axis:
     """One axis of parameters: `blocks` matrices in one, each of `length`."""
 
-    name: str                                       # in errors: the setting that decides the length
+    name: str  # in errors: the setting that decides the length
     length: Callable[[Any], int]
     blocks: Callable[[Any], int] = lambda config: 1
 
@@ -138,7 +140,13 @@ class Axis:
 class GrowthRules:
     """What may grow, what is free, and along which axes the parameters lie."""
 
-    axes: Mapping[str, tuple[Axis, ...]]      # the end of a parameter's name -> its axes; of a bias, the first one
-    grows: tuple[str, ...]                    # settings that may be larger in the new model
-    free: tuple[str, ...]                     # settings that may differ with the same weights; all others must be equal
-    layer_kinds: tuple[str, ...]              # of each layer: weights of one kind mean something else in another
+    axes: Mapping[
+        str, tuple[Axis, ...]
+    ]  # the end of a parameter's name -> its axes; of a bias, the first one
+    grows: tuple[str, ...]  # settings that may be larger in the new model
+    free: tuple[
+        str, ...
+    ]  # settings that may differ with the same weights; all others must be equal
+    layer_kinds: tuple[
+        str, ...
+    ]  # of each layer: weights of one kind mean something else in another

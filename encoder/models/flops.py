@@ -47,12 +47,26 @@ class EncoderShape(Protocol):
 
 def parameter_counts(config: EncoderShape) -> ParameterCounts:
     """Counts from the shape alone."""
-    c, width, layers, inner = config, config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_width
+    c, width, layers, inner = (
+        config,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads * config.head_width,
+    )
     norm = width * (1 + c.norm_bias)
     return ParameterCounts(
-        embedding=width * (c.vocab_size + c.type_vocab_size + (c.positions == "learned") * c.max_position_embeddings),
+        embedding=width
+        * (
+            c.vocab_size
+            + c.type_vocab_size
+            + (c.positions == "learned") * c.max_position_embeddings
+        ),
         matrices=layers * _matrix_numbers(c),
-        biases=layers * (c.attention_bias * (3 * inner + width) + c.mlp_bias * (_mlp_inputs(c) * c.intermediate_size + width)),
+        biases=layers
+        * (
+            c.attention_bias * (3 * inner + width)
+            + c.mlp_bias * (_mlp_inputs(c) * c.intermediate_size + width)
+        ),
         # pre: layer 0 has one norm instead of two, embedding and final add two; post: no final one, the embedding adds one
         norms=norm * (2 * layers + 1),
         head=width * width + c.head_bias * width + norm,
@@ -71,16 +85,24 @@ def attended_pairs(lengths: Sequence[int] | np.ndarray, radius: int | None) -> i
     return int((n * (2 * w + 1) - w * (w + 1)).sum())
 
 
-def train_flops(config: EncoderShape, *, lengths: Sequence[int] | np.ndarray, decoded: float) -> float:
+def train_flops(
+    config: EncoderShape, *, lengths: Sequence[int] | np.ndarray, decoded: float
+) -> float:
     """Model FLOP of documents of these lengths forward and backward: 3 x forward (Kaplan et al. 2020, section 2.1).
 
     lengths: of the documents, in tokens
     decoded: positions that reach head and decoder
     """
     local = sum(config.is_local(i) for i in range(config.num_hidden_layers))
-    pairs = (config.num_hidden_layers - local) * attended_pairs(lengths, None) \
-        + local * attended_pairs(lengths, config.window_radius_tokens)
-    layers = 2.0 * config.num_hidden_layers * _matrix_numbers(config) * int(np.sum(lengths, dtype=np.int64))
+    pairs = (config.num_hidden_layers - local) * attended_pairs(
+        lengths, None
+    ) + local * attended_pairs(lengths, config.window_radius_tokens)
+    layers = (
+        2.0
+        * config.num_hidden_layers
+        * _matrix_numbers(config)
+        * int(np.sum(lengths, dtype=np.int64))
+    )
     head = 2.0 * config.hidden_size * (config.hidden_size + config.vocab_size) * decoded
     # a pair costs query times key and weight times value: 2 products of 2 x head width in every head
     return 3.0 * (layers + head + 4.0 * config.num_attention_heads * config.head_width * pairs)

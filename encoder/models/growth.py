@@ -34,23 +34,27 @@ class GrowthConfig:
     """How the new model takes over the old one's weights."""
 
     mode: Mode = "middle"
-    layer_map: Literal["modernbert", "same_kind"] = "modernbert"    # modernbert gives global layers local ones' weights
+    layer_map: Literal["modernbert", "same_kind"] = (
+        "modernbert"  # modernbert gives global layers local ones' weights
+    )
     # ModernBERT's own code left the final norm at ones. It copies every other norm, and nothing says that it was meant.
     final_norm: Literal["copy", "ones"] = "copy"
-    seed: int = 0                       # of the new model's own values, where they stay
+    seed: int = 0  # of the new model's own values, where they stay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
     """The new weights, and what a person should know about them."""
 
-    weights: dict[str, Tensor]          # as ModernBertForMaskedLM.state_dict() names them
-    layer_sources: tuple[int, ...]      # the old layer that each new layer comes from
-    not_inherited: tuple[str, ...]      # what keeps the new model's own first values, and why
-    other_settings: tuple[str, ...]     # settings that are not those the source was trained with
+    weights: dict[str, Tensor]  # as ModernBertForMaskedLM.state_dict() names them
+    layer_sources: tuple[int, ...]  # the old layer that each new layer comes from
+    not_inherited: tuple[str, ...]  # what keeps the new model's own first values, and why
+    other_settings: tuple[str, ...]  # settings that are not those the source was trained with
 
 
-def grow(weights: dict[str, Tensor], old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> Growth:
+def grow(
+    weights: dict[str, Tensor], old: ModelConfig, new: ModelConfig, settings: GrowthConfig
+) -> Growth:
     """The new model with the old one's weights in it. Raises ModelError naming the setting that cannot grow.
 
     weights: of the `old` model, as its state_dict() names them; the result is fp32. Building draws the new model from
@@ -59,29 +63,51 @@ def grow(weights: dict[str, Tensor], old: ModelConfig, new: ModelConfig, setting
     _check_settings(old, new)
     _check_sizes(old, new, settings)
     sources = layer_sources(old, new, layer_map=settings.layer_map)
-    grown = {name: w.detach().float() for name, w in build_model(new, seed=settings.seed).state_dict().items()}
+    grown = {
+        name: w.detach().float()
+        for name, w in build_model(new, seed=settings.seed).state_dict().items()
+    }
     fresh = []
     for name, own in grown.items():
         source = _source_name(name, sources)
         if settings.final_norm == "ones" and name.startswith("model.final_norm."):
-            fresh.append(f"{name}: as the new model has it, as final_norm {settings.final_norm} asks")
+            fresh.append(
+                f"{name}: as the new model has it, as final_norm {settings.final_norm} asks"
+            )
         elif source not in weights:
-            fresh.append(f"{name}: as the new model has it, for layer {sources[_layer_of(name)]} of the source has none")
+            fresh.append(
+                f"{name}: as the new model has it, for layer {sources[_layer_of(name)]} of the"
+                " source has none"
+            )
         else:
-            grown[name] = _grown(weights[source], own, axes_of(name, new.growth()), old, new, mode=settings.mode)
+            grown[name] = _grown(
+                weights[source], own, axes_of(name, new.growth()), old, new, mode=settings.mode
+            )
     if settings.mode == "centre":
         fresh.append("everything outside the centre of an axis that grew, as mode centre asks")
-    return Growth(weights=grown, layer_sources=sources, not_inherited=tuple(fresh),
-                  other_settings=tuple(f"{n}: {there} in the source, {here} in the new model"
-                                       for n, there, here in differing(old, new) if n not in new.growth().grows))
+    return Growth(
+        weights=grown,
+        layer_sources=sources,
+        not_inherited=tuple(fresh),
+        other_settings=tuple(
+            f"{n}: {there} in the source, {here} in the new model"
+            for n, there, here in differing(old, new)
+            if n not in new.growth().grows
+        ),
+    )
 
 
 def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, object, object]]:
     """(setting, old value, new value) wherever two models differ; the head width by its number, however it was given."""
+
     def settings(config: ModelConfig) -> dict[str, object]:
         return {**dataclasses.asdict(config), "attention_head_width": config.head_width}
-    return [(name, there, here) for (name, there), here in zip(settings(old).items(), settings(new).values(), strict=True)
-            if there != here]
+
+    return [
+        (name, there, here)
+        for (name, there), here in zip(settings(old).items(), settings(new).values(), strict=True)
+        if there != here
+    ]
 
 
 def must_be_equal(config: ModelConfig) -> list[str]:
@@ -106,10 +132,15 @@ def layer_sources(old: ModelConfig, new: ModelConfig, *, layer_map: str) -> tupl
         there = [i for i in every_old if kinds_old[i] == kind]
         here = [i for i in every_new if kinds_new[i] == kind]
         if len(there) > len(here) or here and not there:
-            raise ModelError(f"layer_map same_kind: the source has {len(there)} {kind} layers, the new model {len(here)}; "
-                             "needed: no fewer than the source, and none where the source has none. Change num_hidden_layers or "
-                             "global_attn_every_n_layers, or use layer_map modernbert.")
-        found.update((i, there[j]) for i, j in zip(here, _spread(len(there), len(here)), strict=True))
+            raise ModelError(
+                f"layer_map same_kind: the source has {len(there)} {kind} layers, the new model"
+                f" {len(here)}; needed: no fewer than the source, and none where the source has"
+                " none. Change num_hidden_layers or global_attn_every_n_layers, or use layer_map"
+                " modernbert."
+            )
+        found.update(
+            (i, there[j]) for i, j in zip(here, _spread(len(there), len(here)), strict=True)
+        )
     return tuple(found[i] for i in every_new)
 
 
@@ -126,8 +157,15 @@ def _spread(old: int, new: int) -> Sequence[int]:
     return [min(round(i * old / new), old - 1) for i in range(new)]
 
 
-def _grown(source: Tensor, own: Tensor, axes: tuple[Axis, ...], old: ModelConfig, new: ModelConfig, *,
-           mode: Mode) -> Tensor:
+def _grown(
+    source: Tensor,
+    own: Tensor,
+    axes: tuple[Axis, ...],
+    old: ModelConfig,
+    new: ModelConfig,
+    *,
+    mode: Mode,
+) -> Tensor:
     """One parameter: `source` of the old model spread over the shape of `own`, the new model's first values."""
     out, inherited = source.float(), torch.ones((), dtype=torch.bool)
     for dim, axis in enumerate(axes):
@@ -165,23 +203,38 @@ def _check_settings(old: ModelConfig, new: ModelConfig) -> None:
         if name == "attention_head_width":
             heads = max(old.num_attention_heads, round(new.hidden_size / there))
             hint += f", or num_attention_heads: {heads}" + (
-                "" if heads * there == new.hidden_size else f" with hidden_size: {heads * there}")
-        raise ModelError(f"{name} is {there} in the source and {here} in the new model; it cannot grow and must be equal.{hint}.")
+                "" if heads * there == new.hidden_size else f" with hidden_size: {heads * there}"
+            )
+        raise ModelError(
+            f"{name} is {there} in the source and {here} in the new model; it cannot grow and must"
+            f" be equal.{hint}."
+        )
 
 
 def _check_sizes(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> None:
     sizes = {name: (getattr(old, name), getattr(new, name)) for name in new.growth().grows}
     for name, (there, here) in sizes.items():
         if here < there:
-            raise ModelError(f"{name} is {there:,} in the source and {here:,} in the new model; needed: at least {there:,}, "
-                             f"for no axis can shrink. Raise {name}.")
+            raise ModelError(
+                f"{name} is {there:,} in the source and {here:,} in the new model; needed: at least"
+                f" {there:,}, for no axis can shrink. Raise {name}."
+            )
     if all(there == here for there, here in sizes.values()):
-        raise ModelError(f"the new model is as large as the source ({', '.join(f'{n} {t:,}' for n, (t, _) in sizes.items())}); "
-                         "needed: one of these larger. To train it on, name the source as init_from.")
+        raise ModelError(
+            "the new model is as large as the source"
+            f" ({', '.join(f'{n} {t:,}' for n, (t, _) in sizes.items())}); needed: one of these"
+            " larger. To train it on, name the source as init_from."
+        )
     there, here = sizes.get("num_attention_heads", (0, 0))
     if settings.mode != "edge" and (here - there) % 2:
-        raise ModelError(f"num_attention_heads {there} -> {here} in mode {settings.mode} shifts by {(here - there) / 2:g} heads of "
-                         f"{old.head_width} features, and a head would be cut in two; needed: a whole number of heads. "
-                         f"Nearest num_attention_heads: {here - 1} or {here + 1}; or use mode edge.")
+        raise ModelError(
+            f"num_attention_heads {there} -> {here} in mode {settings.mode} shifts by"
+            f" {(here - there) / 2:g} heads of {old.head_width} features, and a head would be cut"
+            f" in two; needed: a whole number of heads. Nearest num_attention_heads: {here - 1} or"
+            f" {here + 1}; or use mode edge."
+        )
     if settings.final_norm == "ones" and getattr(new, "norm_place", "pre") == "post":
-        raise ModelError("final_norm ones: a model with norm_place post has no final norm. Leave final_norm at copy.")
+        raise ModelError(
+            "final_norm ones: a model with norm_place post has no final norm. Leave final_norm at"
+            " copy."
+        )

@@ -34,8 +34,15 @@ from encoder.nn.recompute import recomputed
 from encoder.nn.rope import Positions, rope_table
 
 # no model is larger, and a config made elsewhere must not keep a plan or an import busy for hours
-MOST = {"vocab_size": 2**31, "hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
-        "num_attention_heads": 2**14, "max_position_embeddings": 2**31, "type_vocab_size": 2**20}
+MOST = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**14,
+    "max_position_embeddings": 2**31,
+    "type_vocab_size": 2**20,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,69 +52,110 @@ class ModernBertConfig:
     # what a phase may change, with the same weights
     PHASE_SETTINGS: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
 
-    vocab_size: int = 50368                     # rows of the embedding; default: the shards' vocabulary in whole 64s
-    hidden_size: int = 768                      # width of the residual stream
-    intermediate_size: int = 1152               # of a gated layer: one half
-    num_hidden_layers: int = 22                 # blocks of attention and MLP
-    num_attention_heads: int = 12               # of every layer
-    attention_head_width: int | None = None     # features of a head; default: hidden_size / num_attention_heads
-    mlp: Mlp = "geglu"                          # GELU or SiLU with a gate, or plain GELU as BERT has it
-    norm: Norm = "layernorm"                    # kind of every norm
-    norm_place: NormPlace = "pre"               # pre: layer 0 needs no first norm (the embedding has one), a final one ends
-    norm_bias: bool = False                     # of every norm
-    norm_eps: float = 1e-5                      # added to the variance
-    attention_bias: bool = False                # of Wqkv and Wo
-    mlp_bias: bool = False                      # of Wi and Wo
-    head_bias: bool = False                     # of the prediction head's dense layer
-    decoder_bias: bool = True                   # of the logits
-    tie_word_embeddings: bool = True            # the decoder's weight is the embedding
-    positions: Positions = "rope"               # rotary, or a learned table as BERT has it
-    max_position_embeddings: int = 8192         # rows of the learned table; with rope only what an export promises
-    type_vocab_size: int = 0                    # rows of a segment table (BERT 2, RoBERTa 1); every token is of segment 0
-    global_attn_every_n_layers: int = 3         # layers 0, n, 2n, ... see the whole document
-    window_radius_tokens: int = 64              # the others see |i - j| <= 64: 129 keys
-    global_rope_theta: float = 10000.0          # base of the rotary angles in global layers; default: that of init_from, else 10000
-    local_rope_theta: float = 10000.0           # and in local layers; default: that of init_from, else 10000
-    attention_output_dropout: float = 0.1       # after attention's Wo; the only dropout
-    initializer_range: float = 0.02             # sigma of the first weights; default: sqrt(2 / (5 hidden_size))
-    initializer_cutoff_factor: float = 2.0      # they are cut at so many sigma
+    vocab_size: int = 50368  # rows of the embedding; default: the shards' vocabulary in whole 64s
+    hidden_size: int = 768  # width of the residual stream
+    intermediate_size: int = 1152  # of a gated layer: one half
+    num_hidden_layers: int = 22  # blocks of attention and MLP
+    num_attention_heads: int = 12  # of every layer
+    attention_head_width: int | None = (
+        None  # features of a head; default: hidden_size / num_attention_heads
+    )
+    mlp: Mlp = "geglu"  # GELU or SiLU with a gate, or plain GELU as BERT has it
+    norm: Norm = "layernorm"  # kind of every norm
+    norm_place: NormPlace = (
+        "pre"  # pre: layer 0 needs no first norm (the embedding has one), a final one ends
+    )
+    norm_bias: bool = False  # of every norm
+    norm_eps: float = 1e-5  # added to the variance
+    attention_bias: bool = False  # of Wqkv and Wo
+    mlp_bias: bool = False  # of Wi and Wo
+    head_bias: bool = False  # of the prediction head's dense layer
+    decoder_bias: bool = True  # of the logits
+    tie_word_embeddings: bool = True  # the decoder's weight is the embedding
+    positions: Positions = "rope"  # rotary, or a learned table as BERT has it
+    max_position_embeddings: int = (
+        8192  # rows of the learned table; with rope only what an export promises
+    )
+    type_vocab_size: int = (
+        0  # rows of a segment table (BERT 2, RoBERTa 1); every token is of segment 0
+    )
+    global_attn_every_n_layers: int = 3  # layers 0, n, 2n, ... see the whole document
+    window_radius_tokens: int = 64  # the others see |i - j| <= 64: 129 keys
+    global_rope_theta: float = 10000.0  # base of the rotary angles in global layers; default: that of init_from, else 10000
+    local_rope_theta: float = 10000.0  # and in local layers; default: that of init_from, else 10000
+    attention_output_dropout: float = 0.1  # after attention's Wo; the only dropout
+    initializer_range: float = (
+        0.02  # sigma of the first weights; default: sqrt(2 / (5 hidden_size))
+    )
+    initializer_cutoff_factor: float = 2.0  # they are cut at so many sigma
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "global_attn_every_n_layers", "window_radius_tokens", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "global_attn_every_n_layers",
+            "window_radius_tokens",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; needed: at least 1.")
         for name, most in MOST.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"{name} is {getattr(self, name):,}; needed: at most {most:,}.")
-        for name in ("global_rope_theta", "local_rope_theta", "norm_eps", "initializer_range",
-                     "initializer_cutoff_factor"):
+        for name in (
+            "global_rope_theta",
+            "local_rope_theta",
+            "norm_eps",
+            "initializer_range",
+            "initializer_cutoff_factor",
+        ):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; needed: more than 0, and finite.")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; needed: more than 0, and finite."
+                )
         if self.type_vocab_size < 0:
-            raise ConfigError(f"type_vocab_size is {self.type_vocab_size}; needed: 0 (no segments) or more.")
+            raise ConfigError(
+                f"type_vocab_size is {self.type_vocab_size}; needed: 0 (no segments) or more."
+            )
         if not 0.0 <= self.attention_output_dropout < 1.0:
-            raise ConfigError(f"attention_output_dropout is {self.attention_output_dropout}; needed: 0 to below 1.")
+            raise ConfigError(
+                f"attention_output_dropout is {self.attention_output_dropout}; needed: 0 to"
+                " below 1."
+            )
         if self.norm == "rmsnorm" and self.norm_bias:
-            raise ConfigError("norm_bias true with norm rmsnorm: an RMSNorm has no bias. Use norm_bias: false.")
-        if self.positions == "learned" and (self.global_rope_theta, self.local_rope_theta) != (1e4, 1e4):
-            raise ConfigError("a RoPE theta has no effect on positions learned. Leave global_rope_theta and local_rope_theta out, "
-                              "or use positions: rope.")
+            raise ConfigError(
+                "norm_bias true with norm rmsnorm: an RMSNorm has no bias. Use norm_bias: false."
+            )
+        if self.positions == "learned" and (self.global_rope_theta, self.local_rope_theta) != (
+            1e4,
+            1e4,
+        ):
+            raise ConfigError(
+                "a RoPE theta has no effect on positions learned. Leave global_rope_theta and"
+                " local_rope_theta out, or use positions: rope."
+            )
         self._check_head_width()
 
     def _check_head_width(self) -> None:
-        even = 2 if self.positions == "rope" else 1         # rotary positions turn pairs
+        even = 2 if self.positions == "rope" else 1  # rotary positions turn pairs
         if self.attention_head_width is not None:
             if self.attention_head_width < 1 or self.attention_head_width % even:
-                raise ConfigError(f"attention_head_width is {self.attention_head_width}; needed: at least 1, and even where "
-                                  "positions are rope, which turns pairs.")
+                raise ConfigError(
+                    f"attention_head_width is {self.attention_head_width}; needed: at least 1, and"
+                    " even where positions are rope, which turns pairs."
+                )
         elif self.hidden_size % (even * self.num_attention_heads):
             width = even * self.num_attention_heads
             down = max(width, self.hidden_size // width * width)
-            raise ConfigError(f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads gives a head width "
-                              f"of {self.hidden_size / self.num_attention_heads:g}; needed: a whole number, even where "
-                              f"positions are rope, which turns pairs. Nearest hidden_size: {down} or {down + width}; or "
-                              "set attention_head_width.")
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads gives a head"
+                f" width of {self.hidden_size / self.num_attention_heads:g}; needed: a whole"
+                " number, even where positions are rope, which turns pairs. Nearest hidden_size:"
+                f" {down} or {down + width}; or set attention_head_width."
+            )
 
     @property
     def head_width(self) -> int:
@@ -123,21 +171,30 @@ class ModernBertConfig:
     def shape_text(self) -> str:
         """Layers, width and vocabulary, in one line."""
         layers = f"{self.num_hidden_layers} layer{'' if self.num_hidden_layers == 1 else 's'}"
-        return f"{layers} of {self.hidden_size}, {self.num_attention_heads} heads, vocabulary {self.vocab_size:,}"
+        return (
+            f"{layers} of {self.hidden_size}, {self.num_attention_heads} heads, vocabulary"
+            f" {self.vocab_size:,}"
+        )
 
     @property
     def phase_texts(self) -> dict[str, str]:
         """What a phase may change, for people: a column of a table and its cell."""
         if self.positions == "learned":
             return {}
-        return {"RoPE theta": f"{self.global_rope_theta:,.0f}", "of local layers": f"{self.local_rope_theta:,.0f}"}
+        return {
+            "RoPE theta": f"{self.global_rope_theta:,.0f}",
+            "of local layers": f"{self.local_rope_theta:,.0f}",
+        }
 
     @property
     def facts(self) -> dict[str, str]:
         """The shape, for people: name and value, as a model card shows them."""
         window = 2 * self.window_radius_tokens + 1
         return {
-            "layers": f"{self.num_hidden_layers}, every {self.global_attn_every_n_layers}. global, the others see {window} tokens",
+            "layers": (
+                f"{self.num_hidden_layers}, every {self.global_attn_every_n_layers}. global, the"
+                f" others see {window} tokens"
+            ),
             "width, heads": f"{self.hidden_size}, {self.num_attention_heads}",
             "vocabulary": f"{self.vocab_size:,}",
             **self.phase_texts,
@@ -147,7 +204,9 @@ class ModernBertConfig:
         """Trained numbers by place, from the shape alone."""
         return parameter_counts(self)
 
-    def train_flops(self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]) -> float:
+    def train_flops(
+        self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]
+    ) -> float:
         """Model FLOP of documents forward and backward.
 
         lengths: of the documents, in tokens
@@ -159,7 +218,9 @@ class ModernBertConfig:
         """How a larger model takes over this one's weights."""
         # rope learns no table
         free = (*_FREE, "max_position_embeddings") if self.positions == "rope" else _FREE
-        kinds = tuple("local" if self.is_local(layer) else "global" for layer in range(self.num_hidden_layers))
+        kinds = tuple(
+            "local" if self.is_local(layer) else "global" for layer in range(self.num_hidden_layers)
+        )
         return GrowthRules(axes=_AXES, grows=_GROWS, free=free, layer_kinds=kinds)
 
     def without_effect(self, given: Callable[[str], bool], *, longest_tokens: int) -> Iterator[str]:
@@ -171,10 +232,15 @@ class ModernBertConfig:
         if self.global_attn_every_n_layers == 1:
             for name in ("window_radius_tokens", "local_rope_theta"):
                 if given(name):
-                    yield f"model.{name} has no effect: with global_attn_every_n_layers 1 no layer is local."
+                    yield (
+                        f"model.{name} has no effect: with global_attn_every_n_layers 1 no layer is"
+                        " local."
+                    )
         elif self.num_hidden_layers > 1 and self.window_radius_tokens >= longest_tokens - 1:
-            yield (f"model.window_radius_tokens {self.window_radius_tokens} reaches over every document of at most "
-                   f"{longest_tokens:,} tokens: no layer is local.")
+            yield (
+                f"model.window_radius_tokens {self.window_radius_tokens} reaches over every"
+                f" document of at most {longest_tokens:,} tokens: no layer is local."
+            )
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only its window."""
@@ -188,26 +254,36 @@ _C = Axis(name="hidden_size", length=lambda c: c.hidden_size)
 _HD = Axis(name="num_attention_heads", length=lambda c: c.num_attention_heads * c.head_width)
 _QKV = Axis(name="num_attention_heads", length=_HD.length, blocks=lambda c: 3)
 _F = Axis(name="intermediate_size", length=lambda c: c.intermediate_size)
-_GATED = Axis(name="intermediate_size", length=_F.length, blocks=lambda c: 1 if c.mlp == "gelu" else 2)
+_GATED = Axis(
+    name="intermediate_size", length=_F.length, blocks=lambda c: 1 if c.mlp == "gelu" else 2
+)
 
 # the end of a parameter's name -> its axes; of a bias, the first one
 _AXES: dict[str, tuple[Axis, ...]] = {
     "tok_embeddings": (_V, _C),
     "position_embeddings": (_P, _C),
     "token_type_embeddings": (_S, _C),
-    "norm": (_C,),                      # embeddings.norm, attn_norm, mlp_norm, final_norm, head.norm
+    "norm": (_C,),  # embeddings.norm, attn_norm, mlp_norm, final_norm, head.norm
     "attn.Wqkv": (_QKV, _C),
     "attn.Wo": (_C, _HD),
     "mlp.Wi": (_GATED, _C),
     "mlp.Wo": (_C, _F),
     "head.dense": (_C, _C),
-    "decoder": (_V, _C),                # its weight only where it is not the embedding
+    "decoder": (_V, _C),  # its weight only where it is not the embedding
 }
 # the sizes that may be larger in the new model
 _GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
 # what a model may be given anew with the same weights; all other settings must be the source's
-_FREE = ("global_attn_every_n_layers", "window_radius_tokens", "global_rope_theta", "local_rope_theta",
-        "attention_output_dropout", "norm_eps", "initializer_range", "initializer_cutoff_factor")
+_FREE = (
+    "global_attn_every_n_layers",
+    "window_radius_tokens",
+    "global_rope_theta",
+    "local_rope_theta",
+    "attention_output_dropout",
+    "norm_eps",
+    "initializer_range",
+    "initializer_cutoff_factor",
+)
 
 
 class ModernBertForMaskedLM(nn.Module):
@@ -222,13 +298,23 @@ class ModernBertForMaskedLM(nn.Module):
         self.config = config
         self.attention = attention
         self.model = _Encoder(config)
-        self.head = PredictionHead(width=config.hidden_size, bias=config.head_bias, norm=_norm(config))
-        self.decoder = Decoder(vocab_size=config.vocab_size, width=config.hidden_size, bias=config.decoder_bias,
-                               tied=config.tie_word_embeddings)
+        self.head = PredictionHead(
+            width=config.hidden_size, bias=config.head_bias, norm=_norm(config)
+        )
+        self.decoder = Decoder(
+            vocab_size=config.vocab_size,
+            width=config.hidden_size,
+            bias=config.decoder_bias,
+            tied=config.tie_word_embeddings,
+        )
         self.phase_settings: dict[str, float] = {}
         self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
-        self._draw = dict(seed=seed, initializer_range=config.initializer_range,
-                          cutoff_factor=config.initializer_cutoff_factor, layers=config.num_hidden_layers)
+        self._draw = dict(
+            seed=seed,
+            initializer_range=config.initializer_range,
+            cutoff_factor=config.initializer_cutoff_factor,
+            layers=config.num_hidden_layers,
+        )
         draw_(self)
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -238,8 +324,12 @@ class ModernBertForMaskedLM(nn.Module):
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """x_TC after the last norm."""
         backend = choose_backend(self.attention, self._situation(batch.ids_T.device)).backend
-        return self.model(batch, backend=backend, global_theta=self.phase_settings["global_rope_theta"],
-                          local_theta=self.phase_settings["local_rope_theta"])
+        return self.model(
+            batch,
+            backend=backend,
+            global_theta=self.phase_settings["global_rope_theta"],
+            local_theta=self.phase_settings["local_rope_theta"],
+        )
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """[T, V] at all positions: for proofs and for asking questions, not for training."""
@@ -261,8 +351,11 @@ class ModernBertForMaskedLM(nn.Module):
         """The matrices of the layers, by parameter: how many stand in it, one above another (query, key and value in Wqkv,
         both halves in a gated Wi)."""
         several = {"Wqkv": 3, "Wi": 1 if self.config.mlp == "gelu" else 2}
-        return {f"model.layers.{name}": several.get(name.split(".")[-2], 1)
-                for name, p in self.model.layers.named_parameters() if name.endswith(".weight") and p.ndim == 2}
+        return {
+            f"model.layers.{name}": several.get(name.split(".")[-2], 1)
+            for name, p in self.model.layers.named_parameters()
+            if name.endswith(".weight") and p.ndim == 2
+        }
 
     def set_phase_(self, settings: Mapping[str, float]) -> None:
         """Sets what a phase may change: the base of the rotary angles of global and local layers, from now on."""
@@ -287,16 +380,26 @@ class ModernBertForMaskedLM(nn.Module):
 
     def attention_reason(self, device: torch.device | None = None) -> str:
         """Which backend runs in training, why, and why others cannot: a line for the run's header."""
-        return choose_backend(self.attention, self._situation(device or self._decoder_weight.device)).reason
+        return choose_backend(
+            self.attention, self._situation(device or self._decoder_weight.device)
+        ).reason
 
     def _situation(self, device: torch.device) -> Situation:
         mixed = torch.is_autocast_enabled(device.type)
-        return Situation(device=device, head_width=self.config.head_width, training=torch.is_grad_enabled(),
-                         dtype=torch.get_autocast_dtype(device.type) if mixed else self._decoder_weight.dtype)
+        return Situation(
+            device=device,
+            head_width=self.config.head_width,
+            training=torch.is_grad_enabled(),
+            dtype=torch.get_autocast_dtype(device.type) if mixed else self._decoder_weight.dtype,
+        )
 
     @property
     def _decoder_weight(self) -> Tensor:
-        return self.model.embeddings.tok_embeddings.weight if self.decoder.weight is None else self.decoder.weight
+        return (
+            self.model.embeddings.tok_embeddings.weight
+            if self.decoder.weight is None
+            else self.decoder.weight
+        )
 
 
 class _Encoder(nn.Module):
@@ -306,24 +409,47 @@ class _Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = TokenEmbedding(
-            vocab_size=config.vocab_size, width=config.hidden_size, norm=_norm(config), segments=config.type_vocab_size,
-            positions=config.max_position_embeddings if config.positions == "learned" else 0)
-        self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.num_hidden_layers))
+            vocab_size=config.vocab_size,
+            width=config.hidden_size,
+            norm=_norm(config),
+            segments=config.type_vocab_size,
+            positions=config.max_position_embeddings if config.positions == "learned" else 0,
+        )
+        self.layers = nn.ModuleList(
+            _block(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.final_norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
         self.recomputes = False
 
-    def forward(self, batch: TokenBatch, *, backend: Backend, global_theta: float, local_theta: float) -> Tensor:
+    def forward(
+        self, batch: TokenBatch, *, backend: Backend, global_theta: float, local_theta: float
+    ) -> Tensor:
         """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers."""
-        plan = backend.plan(batch.cu_seqlens_S1, max_seqlen=batch.max_seqlen, tokens=len(batch.ids_T),
-                            window_radius_tokens=self.config.window_radius_tokens)
+        plan = backend.plan(
+            batch.cu_seqlens_S1,
+            max_seqlen=batch.max_seqlen,
+            tokens=len(batch.ids_T),
+            window_radius_tokens=self.config.window_radius_tokens,
+        )
         turning = self.config.positions == "rope"
-        ropes = {theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width) if turning else None
-                 for theta in {global_theta, local_theta}}
+        ropes = {
+            theta: (
+                rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width)
+                if turning
+                else None
+            )
+            for theta in {global_theta, local_theta}
+        }
         x_TC = self.embeddings(batch.ids_T, batch.positions_T, batch.segments_T)
         run = recomputed if self.recomputes and torch.is_grad_enabled() else nn.Module.__call__
         for block in self.layers:
-            x_TC = run(block, x_TC, plan=plan, rope=ropes[local_theta if block.local else global_theta],
-                       dropout_key_T=batch.token_key_T)
+            x_TC = run(
+                block,
+                x_TC,
+                plan=plan,
+                rope=ropes[local_theta if block.local else global_theta],
+                dropout_key_T=batch.token_key_T,
+            )
         return self.final_norm(x_TC)
 
 
@@ -331,14 +457,26 @@ def _block(config: ModernBertConfig, layer: int) -> Block:
     # the embedding's norm stands right before the first layer: a second one would only multiply two weights
     doubled = layer == 0 and config.norm_place == "pre"
     return Block(
-        norm_place=config.norm_place, local=config.is_local(layer),
+        norm_place=config.norm_place,
+        local=config.is_local(layer),
         attn_norm=nn.Identity() if doubled else _norm(config),
-        attn=Attention(width=config.hidden_size, heads=config.num_attention_heads, head_width=config.head_width,
-                       bias=config.attention_bias),
-        attn_dropout=AddressedDropout(width=config.hidden_size, layer=layer, p=config.attention_output_dropout),
+        attn=Attention(
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            head_width=config.head_width,
+            bias=config.attention_bias,
+        ),
+        attn_dropout=AddressedDropout(
+            width=config.hidden_size, layer=layer, p=config.attention_output_dropout
+        ),
         mlp_norm=_norm(config),
-        mlp=FeedForward(kind=config.mlp, width=config.hidden_size, intermediate=config.intermediate_size,
-                        bias=config.mlp_bias))
+        mlp=FeedForward(
+            kind=config.mlp,
+            width=config.hidden_size,
+            intermediate=config.intermediate_size,
+            bias=config.mlp_bias,
+        ),
+    )
 
 
 def _norm(config: ModernBertConfig) -> nn.Module:

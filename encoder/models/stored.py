@@ -1,10 +1,10 @@
 """A model at rest: its config, its fp32 weights, its tokenizer and where it came from, in one *weights folder*.
 
-    OUT/
-        model.yaml           the config under the key `model`, as a run file has it
-        model.safetensors    fp32, by our names, which are Hugging Face's
-        tokenizer.json       where the model has one
-        origin.json          where it came from; also the mark of a folder that we may replace
+OUT/
+    model.yaml           the config under the key `model`, as a run file has it
+    model.safetensors    fp32, by our names, which are Hugging Face's
+    tokenizer.json       where the model has one
+    origin.json          where it came from; also the mark of a folder that we may replace
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from encoder.base.untrusted import open_regular, read_json
 from encoder.models.catalog import SYSTEMS, build_model
 from encoder.models.contract import ModelConfig
 
-MODEL, WEIGHTS, TOKENIZER, ORIGIN = "model.yaml", "model.safetensors", "tokenizer.json", "origin.json"
+MODEL, WEIGHTS, TOKENIZER, ORIGIN = (
+    "model.yaml",
+    "model.safetensors",
+    "tokenizer.json",
+    "origin.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +36,10 @@ class StoredModel:
     """What a run folder, a checkpoint, a weights folder and a Hugging Face folder have in common."""
 
     config: ModelConfig
-    weights: dict[str, Tensor]          # fp32 on the CPU, as state_dict() names them
-    tokenizer_json: Path | None         # a file, read when the model is written elsewhere
-    origin: str                         # one line for people
-    max_tokens: int | None = None       # the longest document trained on; None: max_position_embeddings
+    weights: dict[str, Tensor]  # fp32 on the CPU, as state_dict() names them
+    tokenizer_json: Path | None  # a file, read when the model is written elsewhere
+    origin: str  # one line for people
+    max_tokens: int | None = None  # the longest document trained on; None: max_position_embeddings
 
 
 def write_stored(model: StoredModel, out: Path) -> None:
@@ -52,23 +57,34 @@ def read_stored(folder: Path) -> StoredModel:
     """Read a weights folder. Raises ModelError for one that is incomplete, damaged, or whose weights do not fit."""
     missing = [name for name in (MODEL, WEIGHTS, ORIGIN) if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"{folder} has no {missing[0]}; needed: a weights folder with {MODEL}, {WEIGHTS} and {ORIGIN}, "
-                         "as tessera import and tessera grow write it.")
+        raise ModelError(
+            f"{folder} has no {missing[0]}; needed: a weights folder with {MODEL}, {WEIGHTS} and"
+            f" {ORIGIN}, as tessera import and tessera grow write it."
+        )
     try:
         config = read_stored_config(folder)
         origin = read_json(folder / ORIGIN, root=dict, error=ConfigError)
         origin, max_tokens = origin["origin"], origin["max_tokens"]
-        if not isinstance(origin, str) or not (max_tokens is None or type(max_tokens) is int and 0 < max_tokens < 2**40):
+        if not isinstance(origin, str) or not (
+            max_tokens is None or type(max_tokens) is int and 0 < max_tokens < 2**40
+        ):
             raise ValueError(f"{ORIGIN} holds no origin, or no max_tokens")
     except ConfigError as error:
         raise ModelError(str(error)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} cannot be read: {str(error).rstrip('.')}. Write the folder again.") from error
+        raise ModelError(
+            f"{folder} cannot be read: {str(error).rstrip('.')}. Write the folder again."
+        ) from error
     weights = fp32(read_safetensors(folder / WEIGHTS))
     check_weights(weights, config, of=str(folder))
     tokenizer_json = folder / TOKENIZER
-    return StoredModel(config=config, weights=weights, origin=origin, max_tokens=max_tokens,
-                       tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None)
+    return StoredModel(
+        config=config,
+        weights=weights,
+        origin=origin,
+        max_tokens=max_tokens,
+        tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
+    )
 
 
 def read_stored_config(folder: Path) -> ModelConfig:
@@ -82,15 +98,24 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, *, of: str) -
         wanted = {name: p.shape for name, p in build_model(config, seed=0).state_dict().items()}
     lacking = sorted(wanted.keys() - weights.keys())
     unknown = sorted(weights.keys() - wanted.keys())
-    unfit = [f"{n} {list(weights[n].shape)} for {list(s)}" for n, s in wanted.items()
-             if n in weights and weights[n].shape != s]
+    unfit = [
+        f"{n} {list(weights[n].shape)} for {list(s)}"
+        for n, s in wanted.items()
+        if n in weights and weights[n].shape != s
+    ]
     no_floats = [f"{n} {w.dtype}" for n, w in weights.items() if not w.is_floating_point()]
-    for words, names in (("lack", lacking), ("hold unknown", unknown), ("have another shape in", unfit),
-                         ("are no floats in", no_floats)):
+    for words, names in (
+        ("lack", lacking),
+        ("hold unknown", unknown),
+        ("have another shape in", unfit),
+        ("are no floats in", no_floats),
+    ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(f"{of}: the weights {words} {', '.join(names[:3])}{more}. "
-                             "Give the config that the weights were trained with, or complete weights.")
+            raise ModelError(
+                f"{of}: the weights {words} {', '.join(names[:3])}{more}. "
+                "Give the config that the weights were trained with, or complete weights."
+            )
 
 
 def fp32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,11 +128,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    open_regular(path, error=ModelError).close()        # a fifo would be waited for
+    open_regular(path, error=ModelError).close()  # a fifo would be waited for
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}. Copy or write the file again.") from error
+        raise ModelError(
+            f"{path} cannot be read: {error}. Copy or write the file again."
+        ) from error
 
 
 def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
@@ -118,7 +145,9 @@ def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(fp32(weights), path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise UserError(f"{path.parent} cannot be written: {error}. Make room, or name another folder.") from error
+        raise UserError(
+            f"{path.parent} cannot be written: {error}. Make room, or name another folder."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

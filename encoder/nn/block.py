@@ -23,14 +23,25 @@ class Block(nn.Module):
     the way up to attention and the way down from it, while the backend between them meets other documents in each micro-batch.
     """
 
-    def __init__(self, *, norm_place: NormPlace, attn_norm: nn.Module, attn: Attention, attn_dropout: AddressedDropout,
-                 mlp_norm: nn.Module, mlp: FeedForward, local: bool) -> None:
+    def __init__(
+        self,
+        *,
+        norm_place: NormPlace,
+        attn_norm: nn.Module,
+        attn: Attention,
+        attn_dropout: AddressedDropout,
+        mlp_norm: nn.Module,
+        mlp: FeedForward,
+        local: bool,
+    ) -> None:
         super().__init__()
         self.norm_place, self.local = norm_place, local
         self.attn_norm, self.attn, self.attn_dropout = attn_norm, attn, attn_dropout
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
-    def forward(self, x_TC: Tensor, *, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
+    def forward(
+        self, x_TC: Tensor, *, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor
+    ) -> Tensor:
         """[T, C] -> [T, C]."""
         if plan.traceable:
             return self.whole(x_TC, plan, rope, dropout_key_T)
@@ -43,7 +54,11 @@ class Block(nn.Module):
         # run are 6 already, torch's limit is 8, and beyond it a full graph raises
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for part in ("up", "down", "whole"):
-            setattr(self, part, torch.compile(getattr(self, part), backend=backend, dynamic=False, fullgraph=True))
+            setattr(
+                self,
+                part,
+                torch.compile(getattr(self, part), backend=backend, dynamic=False, fullgraph=True),
+            )
 
     def whole(self, x_TC: Tensor, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
         """What forward computes, in one piece: the gradients of the stream are added up inside of what is compiled."""

@@ -32,7 +32,9 @@ class AddressedDropout(nn.Module):
     def __init__(self, *, width: int, layer: int, p: float) -> None:
         super().__init__()
         self.p = p
-        drawn = generator(0, "dropout", layer).integers(-2**63, 2**63, size=width, dtype=np.int64) | 1
+        drawn = (
+            generator(0, "dropout", layer).integers(-(2**63), 2**63, size=width, dtype=np.int64) | 1
+        )
         self.register_buffer("constant_C", torch.from_numpy(drawn), persistent=False)
 
     def forward(self, x_TC: Tensor, y_TC: Tensor, key_T: Tensor) -> Tensor:
@@ -40,7 +42,9 @@ class AddressedDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x_TC + y_TC
         keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
-        exact = torch.promote_types(x_TC.dtype, torch.float32)       # in bf16 1 / 0.9 itself would be 0.16 % too small
+        exact = torch.promote_types(
+            x_TC.dtype, torch.float32
+        )  # in bf16 1 / 0.9 itself would be 0.16 % too small
         factor_TC = keep_TC.to(exact) * (1.0 / (1.0 - self.p))
         if torch.compiler.is_compiling():
             return torch.addcmul(x_TC.to(exact), y_TC.to(exact), factor_TC).to(x_TC.dtype)
@@ -64,5 +68,5 @@ class _AddScaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_TC: Tensor) -> tuple[Tensor, Tensor, None]:
-        factor_TC, = ctx.saved_tensors
+        (factor_TC,) = ctx.saved_tensors
         return d_TC, (d_TC * factor_TC).to(ctx.y_dtype), None

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from encoder.base.errors import ConfigError
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16               # of both sides of a matrix: the tensor cores' demand
-LEAST_SCALE = 1e-30         # of a tensor of zeros
+MULTIPLE = 16  # of both sides of a matrix: the tensor cores' demand
+LEAST_SCALE = 1e-30  # of a tensor of zeros
 
 
 class Fp8Linear(nn.Linear):
@@ -32,8 +32,11 @@ class Fp8Linear(nn.Linear):
     def of(cls, linear: nn.Linear, *, name: str) -> Fp8Linear:
         """On the same parameters. Raises ConfigError for sides that the hardware cannot take."""
         if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
-            raise ConfigError(f"fp8 layers: {name} is {linear.out_features} x {linear.in_features}; needed: multiples of "
-                              f"{MULTIPLE}. Change hidden_size or intermediate_size, or use engine.fp8: off.")
+            raise ConfigError(
+                f"fp8 layers: {name} is {linear.out_features} x {linear.in_features}; needed:"
+                f" multiples of {MULTIPLE}. Change hidden_size or intermediate_size, or use"
+                " engine.fp8: off."
+            )
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=False)
         made.weight, made.bias = linear.weight, linear.bias
@@ -50,7 +53,11 @@ class Fp8Linear(nn.Linear):
 def to_fp8_(module: nn.Module) -> None:
     """Every nn.Linear in it, from now on; parameters and their names stay. Raises ConfigError as Fp8Linear.of,
     before any is changed."""
-    made = {name: Fp8Linear.of(child, name=name) for name, child in module.named_modules() if type(child) is nn.Linear}
+    made = {
+        name: Fp8Linear.of(child, name=name)
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear
+    }
     for name, linear in made.items():
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, linear)
@@ -78,7 +85,7 @@ class _Products(torch.autograd.Function):
         x_dtype, w_dtype = ctx.dtypes
         d8, d_scale = quantized(d_TO, BACKWARD)
         d_x = _product(d8, _by_columns(w8), d_scale, w_scale, x_dtype)
-        if short := -len(d8) % MULTIPLE:        # the tokens are the sum's length here
+        if short := -len(d8) % MULTIPLE:  # the tokens are the sum's length here
             d8, x8 = (F.pad(y.view(torch.uint8), (0, 0, 0, short)).view(y.dtype) for y in (d8, x8))
         d_weight = _product(d8.t().contiguous(), _by_columns(x8), d_scale, x_scale, w_dtype)
         return d_x, d_weight, None
@@ -88,7 +95,9 @@ def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torc
     """a row-major, b column-major: what the tensor cores read."""
     if a.device.type == "cuda":
         return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
-    with torch.autocast(a.device.type, enabled=False):      # torch's own on a CPU takes 50 ms for 64 x 64 x 128
+    with torch.autocast(
+        a.device.type, enabled=False
+    ):  # torch's own on a CPU takes 50 ms for 64 x 64 x 128
         return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
 
 

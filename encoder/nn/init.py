@@ -21,8 +21,14 @@ from torch import Tensor, nn
 
 from encoder.base.rng import address_seed
 
-PLAIN = ("tok_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight", "attn.Wqkv.weight",
-         "mlp.Wi.weight", "head.dense.weight")
+PLAIN = (
+    "tok_embeddings.weight",
+    "position_embeddings.weight",
+    "token_type_embeddings.weight",
+    "attn.Wqkv.weight",
+    "mlp.Wi.weight",
+    "head.dense.weight",
+)
 INTO_STREAM = ("attn.Wo.weight", "mlp.Wo.weight")
 INTO_LOGITS = ("decoder.weight",)
 
@@ -35,8 +41,15 @@ def draw_(model: nn.Module) -> None:
             parameter.copy_(model.initial_values(name, parameter.shape))
 
 
-def initial_values(name: str, shape: Sequence[int], *, seed: int, initializer_range: float, cutoff_factor: float,
-                   layers: int) -> Tensor:
+def initial_values(
+    name: str,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    initializer_range: float,
+    cutoff_factor: float,
+    layers: int,
+) -> Tensor:
     """The first values of a whole parameter, fp32 on the CPU: a function of the seed, the name and the shape alone.
 
     Matrices ~ normal(0, sigma) cut at +- cutoff_factor * sigma, biases 0, norm weights 1. Each matrix has its own
@@ -51,8 +64,13 @@ def initial_values(name: str, shape: Sequence[int], *, seed: int, initializer_ra
         return torch.full(tuple(shape), 0.0 if name.endswith("bias") else 1.0, device="cpu")
     sigma = sigma_of(name, shape, initializer_range=initializer_range, layers=layers)
     drawn = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
-    return nn.init.trunc_normal_(drawn, std=sigma, a=-cutoff_factor * sigma, b=cutoff_factor * sigma,
-                                 generator=torch.Generator().manual_seed(address_seed(seed, "init", name)))
+    return nn.init.trunc_normal_(
+        drawn,
+        std=sigma,
+        a=-cutoff_factor * sigma,
+        b=cutoff_factor * sigma,
+        generator=torch.Generator().manual_seed(address_seed(seed, "init", name)),
+    )
 
 
 def sigma_of(name: str, shape: Sequence[int], *, initializer_range: float, layers: int) -> float:

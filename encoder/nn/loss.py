@@ -21,8 +21,14 @@ from encoder.nn import loss_kernel
 PIECE_POSITIONS = {"cpu": 512, "cuda": 2048}
 
 
-def cross_entropy_sum(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_M: Tensor, *,
-                      z_loss_weight: float = 0.0) -> LossTerm:
+def cross_entropy_sum(
+    h_MC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    target_M: Tensor,
+    *,
+    z_loss_weight: float = 0.0,
+) -> LossTerm:
     """Sums over positions of -log softmax(h W^T + b)[target]; positions with target IGNORE contribute exactly zero.
 
     h_MC [M, C], weight_VC [V, C], bias_V [V] or None, target_M int64 [M]. The sums are fp64 for fp64 weights, else fp32.
@@ -32,9 +38,14 @@ def cross_entropy_sum(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, ta
     Matrix products run in the autocast dtype where autocast is on, else in the weight's; the rest in fp32 or fp64.
     """
     device = h_MC.device.type
-    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
-    return LossTerm(*_CrossEntropySum.apply(h_MC, weight_VC, bias_V, target_M, z_loss_weight, product,
-                                              torch.is_grad_enabled()))
+    product = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
+    )
+    return LossTerm(
+        *_CrossEntropySum.apply(
+            h_MC, weight_VC, bias_V, target_M, z_loss_weight, product, torch.is_grad_enabled()
+        )
+    )
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -42,7 +53,12 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx, h_MC, weight_VC, bias_V, target_M, z_loss_weight, product, with_gradients):
         exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
         piece = PIECE_POSITIONS[h_MC.device.type]
-        by_kernel = with_gradients and h_MC.device.type == "cuda" and exact == torch.float32 and loss_kernel.available()
+        by_kernel = (
+            with_gradients
+            and h_MC.device.type == "cuda"
+            and exact == torch.float32
+            and loss_kernel.available()
+        )
         cross_entropy, squares = torch.zeros((2,), dtype=exact, device=h_MC.device).unbind()
         correct = torch.zeros((), dtype=torch.int64, device=h_MC.device)
         with torch.autocast(h_MC.device.type, enabled=False):
@@ -53,23 +69,33 @@ class _CrossEntropySum(torch.autograd.Function):
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
             for start in range(0, len(target_M), piece):
-                h_mC, target_m = h[start:start + piece], target_M[start:start + piece]
+                h_mC, target_m = h[start : start + piece], target_M[start : start + piece]
                 logits_mV = h_mC @ weight.T
-                if not with_gradients:          # evaluation alone: a pass over the logits
+                if not with_gradients:  # evaluation alone: a pass over the logits
                     correct += _hits(logits_mV, bias, target_m)
                 if by_kernel:
-                    sums = loss_kernel.turn_into_gradient_(logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight)
+                    sums = loss_kernel.turn_into_gradient_(
+                        logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight
+                    )
                 else:
-                    sums = turn_into_gradient_(logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight,
-                                               sums_alone=not with_gradients)
+                    sums = turn_into_gradient_(
+                        logits_mV,
+                        target_m,
+                        bias,
+                        d_bias,
+                        z_loss_weight=z_loss_weight,
+                        sums_alone=not with_gradients,
+                    )
                 cross_entropy += sums[0].sum()
                 squares += sums[1].sum()
-                if with_gradients:              # in the place of the logits stands their gradient
-                    d_h[start:start + piece] = logits_mV @ weight
+                if with_gradients:  # in the place of the logits stands their gradient
+                    d_h[start : start + piece] = logits_mV @ weight
                     _add_product_(d_weight, logits_mV.T, h_mC)
-                del logits_mV                   # or it stands beside the next piece's, where activations are most
+                del logits_mV  # or it stands beside the next piece's, where activations are most
         if with_gradients:
-            ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), None if bias is None else d_bias.to(bias_V.dtype))
+            ctx.save_for_backward(
+                d_h, d_weight.to(weight_VC.dtype), None if bias is None else d_bias.to(bias_V.dtype)
+            )
         count = (target_M != IGNORE).sum()
         ctx.mark_non_differentiable(cross_entropy, count, correct)
         # without z-loss its squares, which may overflow, have no say
@@ -78,11 +104,24 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_total, *_):
-        return *(None if d is None else scaled(d, d_total) for d in ctx.saved_tensors), None, None, None, None
+        return (
+            *(None if d is None else scaled(d, d_total) for d in ctx.saved_tensors),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | None, d_bias_V: Tensor | None, *,
-                        z_loss_weight: float, sums_alone: bool = False) -> tuple[Tensor, Tensor]:
+def turn_into_gradient_(
+    logits_mV: Tensor,
+    target_m: Tensor,
+    bias_V: Tensor | None,
+    d_bias_V: Tensor | None,
+    *,
+    z_loss_weight: float,
+    sums_alone: bool = False,
+) -> tuple[Tensor, Tensor]:
     """As loss_kernel's, of any dtype: fp64 logits are turned and summed in fp64, others in fp32; d_bias_V is of that dtype.
     With sums_alone the logits are only used up.
 
@@ -92,12 +131,17 @@ def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | No
     exact = torch.promote_types(logits_mV.dtype, torch.float32)
     words = logits_mV.shape[1]
     rows = piece_rows(logits_mV, elements=words)
-    cross_entropy_m1, squares_m1 = torch.empty((2, len(target_m), 1), dtype=exact, device=logits_mV.device).unbind()
+    cross_entropy_m1, squares_m1 = torch.empty(
+        (2, len(target_m), 1), dtype=exact, device=logits_mV.device
+    ).unbind()
     in_place = logits_mV.dtype == exact
-    buffer_rV = torch.empty((0 if in_place else min(rows, len(logits_mV)), words), dtype=exact, device=logits_mV.device)
-    for logits_rV, target_r, cross_entropy_r1, squares_r1 in zip(*(x.split(rows) for x in (
-            logits_mV, target_m, cross_entropy_m1, squares_m1)), strict=True):
-        turned_rV = logits_rV if in_place else buffer_rV[:len(logits_rV)].copy_(logits_rV)
+    buffer_rV = torch.empty(
+        (0 if in_place else min(rows, len(logits_mV)), words), dtype=exact, device=logits_mV.device
+    )
+    for logits_rV, target_r, cross_entropy_r1, squares_r1 in zip(
+        *(x.split(rows) for x in (logits_mV, target_m, cross_entropy_m1, squares_m1)), strict=True
+    ):
+        turned_rV = logits_rV if in_place else buffer_rV[: len(logits_rV)].copy_(logits_rV)
         counts_r1 = (target_r != IGNORE)[:, None]
         safe_r1 = target_r[:, None].where(counts_r1, 0)
         if bias_V is not None:
@@ -142,4 +186,6 @@ def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     another number of ranks.
     """
     exact = torch.promote_types(gradient.dtype, torch.float32)
-    return (gradient.to(exact) * scale.to(torch.promote_types(scale.dtype, torch.float32))).to(gradient.dtype)
+    return (gradient.to(exact) * scale.to(torch.promote_types(scale.dtype, torch.float32))).to(
+        gradient.dtype
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encoder.base.batch import IGNORE
 
-BLOCK_WORDS = 4096          # of the vocabulary at once: 16 a thread
+BLOCK_WORDS = 4096  # of the vocabulary at once: 16 a thread
 WARPS = 8
 
 
@@ -28,20 +28,38 @@ def available() -> bool:
     return find_spec("triton") is not None
 
 
-def turn_into_gradient_(logits_mV: Tensor, target_m: Tensor, bias_V: Tensor | None, d_bias_V: Tensor | None, *,
-                        z_loss_weight: float) -> tuple[Tensor, Tensor]:
+def turn_into_gradient_(
+    logits_mV: Tensor,
+    target_m: Tensor,
+    bias_V: Tensor | None,
+    d_bias_V: Tensor | None,
+    *,
+    z_loss_weight: float,
+) -> tuple[Tensor, Tensor]:
     """Logits [m, V] (fp32 or half, rows of one stride) become the gradient of their loss; bias_V fp32 is added to them first.
 
     Returns -log softmax(logits)[target] and logsumexp^2, fp32 [m]; both and the gradient are 0 where the target is IGNORE. All of
     it is computed in fp32 and the gradient rounded once; d_bias_V, fp32, has its sum over the positions added, here of the rounded.
     """
-    cross_entropy_m, squares_m = torch.empty((2, len(target_m)), dtype=torch.float32, device=logits_mV.device).unbind()
+    cross_entropy_m, squares_m = torch.empty(
+        (2, len(target_m)), dtype=torch.float32, device=logits_mV.device
+    ).unbind()
     if len(target_m):
         words = logits_mV.shape[1]
         _kernel()[(len(target_m),)](
-            logits_mV, logits_mV if bias_V is None else bias_V, target_m, cross_entropy_m, squares_m, words, logits_mV.stride(0),
-            z_loss_weight, HAS_BIAS=bias_V is not None, IGNORED=IGNORE, BLOCK=min(BLOCK_WORDS, 1 << (words - 1).bit_length()),
-            num_warps=WARPS)
+            logits_mV,
+            logits_mV if bias_V is None else bias_V,
+            target_m,
+            cross_entropy_m,
+            squares_m,
+            words,
+            logits_mV.stride(0),
+            z_loss_weight,
+            HAS_BIAS=bias_V is not None,
+            IGNORED=IGNORE,
+            BLOCK=min(BLOCK_WORDS, 1 << (words - 1).bit_length()),
+            num_warps=WARPS,
+        )
     if d_bias_V is not None:
         d_bias_V += logits_mV.sum(0, dtype=d_bias_V.dtype)
     return cross_entropy_m, squares_m
@@ -53,8 +71,19 @@ def _kernel():
     import triton.language as tl
 
     @triton.jit
-    def turn(logits, bias, targets, cross_entropies, squares, words, stride, z_loss_weight, HAS_BIAS: tl.constexpr,
-             IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+    def turn(
+        logits,
+        bias,
+        targets,
+        cross_entropies,
+        squares,
+        words,
+        stride,
+        z_loss_weight,
+        HAS_BIAS: tl.constexpr,
+        IGNORED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         row = tl.program_id(0)
         logits += row.to(tl.int64) * stride
         target = tl.load(targets + row)
@@ -80,7 +109,7 @@ def _kernel():
         tl.store(squares + row, tl.where(counts, logsumexp * logsumexp, 0.0))
         scale = tl.where(counts, (1.0 + 2.0 * z_loss_weight * logsumexp) / total, 0.0)
         onehot = tl.where(counts, 1.0, 0.0)
-        tl.debug_barrier()              # all threads have read the target's logit before one of them writes over it
+        tl.debug_barrier()  # all threads have read the target's logit before one of them writes over it
         for start in range(0, words, BLOCK):
             inside = start + place < words
             x = tl.load(logits + start + place, mask=inside, other=float("-inf")).to(tl.float32)

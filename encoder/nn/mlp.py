@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Mlp = Literal["geglu", "swiglu", "gelu"]
-_BEND = {"geglu": F.gelu, "swiglu": F.silu, "gelu": F.gelu}             # GELU is the exact one, by erf
+_BEND = {"geglu": F.gelu, "swiglu": F.silu, "gelu": F.gelu}  # GELU is the exact one, by erf
 _UNBEND = {"geglu": torch.ops.aten.gelu_backward, "swiglu": torch.ops.aten.silu_backward}
 
 
@@ -28,7 +28,9 @@ class FeedForward(nn.Module):
         inner = self.Wi(x_TC)
         if self.kind == "gelu":
             return self.Wo(F.gelu(inner))
-        if torch.compiler.is_compiling():           # the compiler fuses this better than it can see through our own step
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler fuses this better than it can see through our own step
             a_TF, gate_TF = inner.chunk(2, dim=-1)
             return self.Wo(_BEND[self.kind](a_TF) * gate_TF)
         return self.Wo(_Gated.apply(inner, self.kind))

@@ -13,7 +13,15 @@ def recomputed(layer: nn.Module, x_TC: Tensor, **named: Any) -> Tensor:
 
     Autocast is what it was. Not stopped early: the last hooks of a module are those by which ZeRO stage 3 gives weights back.
     """
-    return checkpoint(_with_mark, layer, x_TC, named, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+    return checkpoint(
+        _with_mark,
+        layer,
+        x_TC,
+        named,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        early_stop=False,
+    )
 
 
 def _with_mark(layer: nn.Module, x_TC: Tensor, named: dict[str, Any]) -> Tensor:
@@ -32,5 +40,5 @@ class _Mark(autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_TC: Tensor) -> Tensor:
-        ctx.saved_tensors      # noqa: B018
+        ctx.saved_tensors  # noqa: B018
         return d_TC

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from encoder.base.pieces import piece_rows
 
-Positions = Literal["rope", "learned"]         # turned in attention, or a table added to the tokens (encoder.nn.embedding)
+Positions = Literal[
+    "rope", "learned"
+]  # turned in attention, or a table added to the tokens (encoder.nn.embedding)
 
 
 def rope_table(positions_T: Tensor, *, theta: float, head_width: int) -> Tensor:
@@ -29,7 +31,9 @@ def split_and_rotate(qkv_T3HD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, T
 
     The turn is computed in fp32 (fp64 for fp64 input) and rounded once, as one autograd step instead of the 14 of plain torch.
     """
-    if torch.compiler.is_compiling():           # the compiler fuses this better than it can see through our own step
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler fuses this better than it can see through our own step
         query_THD, key_THD, value_THD = qkv_T3HD.unbind(1)
         # each a tensor of its own: two views of one would come back as views, whose gradients autograd adds up in two zeroed
         # tensors of [T, 2, H, D] outside of what is compiled, 7 memory passes a layer
@@ -49,22 +53,28 @@ class _SplitAndRotate(torch.autograd.Function):
     def forward(ctx: Any, qkv_T3HD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(table)
         query_THD, key_THD, value_THD = qkv_T3HD.unbind(1)
-        q_THD, k_THD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_THD, key_THD))
+        q_THD, k_THD = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_THD, key_THD)
+        )
         _turn((query_THD, key_THD), *table, out=(q_THD, k_THD))
         return q_THD, k_THD, value_THD.clone()
 
     @staticmethod
     def backward(ctx: Any, dq_THD: Tensor, dk_THD: Tensor, dv_THD: Tensor) -> tuple[Tensor, None]:
-        table, = ctx.saved_tensors
+        (table,) = ctx.saved_tensors
         cos, sin = table
         tokens, heads, width = dq_THD.shape
         d_qkv = dq_THD.new_empty(tokens, 3, heads, width)
-        _turn((dq_THD, dk_THD), cos, -sin, out=(d_qkv[:, 0], d_qkv[:, 1]))     # the transpose of a turn is the turn back
+        _turn(
+            (dq_THD, dk_THD), cos, -sin, out=(d_qkv[:, 0], d_qkv[:, 1])
+        )  # the transpose of a turn is the turn back
         d_qkv[:, 2] = dv_THD
         return d_qkv, None
 
 
-def _turn(xs: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
+def _turn(
+    xs: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, *, out: tuple[Tensor, Tensor]
+) -> None:
     """out = xs turned, each [T, H, D], computed in fp32 or fp64 and rounded once to out's dtype.
 
     Both together, and on a CPU as many tokens at once as stay in a core's cache: there and back 35 ms against 54 for 16,384
@@ -79,7 +89,7 @@ def _turn(xs: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, *, out: tuple[Ten
         for start in range(0, tokens, piece):
             here = slice(start, start + piece)
             cos_t, sin_t = cos[here], sin[here]
-            x, y = straight[:len(cos_t)], turned[:len(cos_t)]
+            x, y = straight[: len(cos_t)], turned[: len(cos_t)]
             for into, x_THD in zip(x.split(heads, dim=1), xs, strict=True):
                 into.copy_(x_THD[here])
             (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)

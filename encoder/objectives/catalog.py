@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from encoder.objectives.contract import MaskShare, Objective, ObjectiveConfig, ObjectiveFacts, Specials
+from encoder.objectives.contract import (
+    MaskShare,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveFacts,
+    Specials,
+)
 from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.words import WordEdges
 
 OBJECTIVES: dict[str, type] = {"mlm": MlmConfig}
 
 
-def build_objective(config: ObjectiveConfig, *, vocab_size: int, specials: Specials, share: MaskShare | None = None,
-                    words: WordEdges | None = None, unused: Sequence[int] = ()) -> Objective:
+def build_objective(
+    config: ObjectiveConfig,
+    *,
+    vocab_size: int,
+    specials: Specials,
+    share: MaskShare | None = None,
+    words: WordEdges | None = None,
+    unused: Sequence[int] = (),
+) -> Objective:
     """The objective of its settings. Raises ConfigError if a special id is outside the vocabulary.
 
     config: its settings
@@ -22,4 +35,8 @@ def build_objective(config: ObjectiveConfig, *, vocab_size: int, specials: Speci
     words: where words begin, for whole words
     unused: ids that no text has
     """
-    return config.build(ObjectiveFacts(vocab_size=vocab_size, specials=specials, share=share, words=words, unused_ids=unused))
+    return config.build(
+        ObjectiveFacts(
+            vocab_size=vocab_size, specials=specials, share=share, words=words, unused_ids=unused
+        )
+    )

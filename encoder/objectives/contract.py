@@ -9,13 +9,22 @@ from typing import Protocol
 from encoder.base.objective import MaskedRow, Masker, Objective, RowTargets
 from encoder.objectives.words import WordEdges
 
-__all__ = ["MaskShare", "MaskedRow", "Masker", "Objective", "ObjectiveConfig", "ObjectiveFacts", "RowTargets", "Specials"]
+__all__ = [
+    "MaskShare",
+    "MaskedRow",
+    "Masker",
+    "Objective",
+    "ObjectiveConfig",
+    "ObjectiveFacts",
+    "RowTargets",
+    "Specials",
+]
 
 
 class ObjectiveConfig(Protocol):
     """The settings of an objective: a frozen dataclass that checks itself when it is made (ConfigError)."""
 
-    mask_share: float                  # of the tokens that may be masked
+    mask_share: float  # of the tokens that may be masked
 
     @property
     def needs_word_edges(self) -> bool:
@@ -39,11 +48,11 @@ class ObjectiveConfig(Protocol):
 class ObjectiveFacts:
     """What an objective may know of the shards and of the phase."""
 
-    vocab_size: int                        # the tokenizer's
+    vocab_size: int  # the tokenizer's
     specials: Specials
-    share: MaskShare | None = None         # the phase's masking rate; None: the settings'
-    words: WordEdges | None = None         # where it needs_word_edges
-    unused_ids: Sequence[int] = ()         # where it needs_unused_ids
+    share: MaskShare | None = None  # the phase's masking rate; None: the settings'
+    words: WordEdges | None = None  # where it needs_word_edges
+    unused_ids: Sequence[int] = ()  # where it needs_unused_ids
 
 
 class Specials(Protocol):

@@ -36,23 +36,39 @@ WORDS_VARIANCE = 4.0
 class MlmConfig:
     """Which share of the tokens is predicted, and how they are shown."""
 
-    mask_share: float = 0.3               # of the tokens that may be masked
-    random_share: float = 0.1             # of the predicted ones: shown as a random id
-    keep_share: float = 0.1               # of the predicted ones: shown as they are
+    mask_share: float = 0.3  # of the tokens that may be masked
+    random_share: float = 0.1  # of the predicted ones: shown as a random id
+    keep_share: float = 0.1  # of the predicted ones: shown as they are
     # random ids are drawn from: used, tokens that text can hold; all, those and [unused12] and the like
     random_tokens: Literal["used", "all"] = "used"
-    mask_special_tokens: bool = False     # true: the released ModernBERT objective, [CLS] and [SEP] masked as well
-    whole_words: bool = False             # true: all tokens of a word are predicted, or none
-    z_loss_weight: float = 0.0            # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
+    mask_special_tokens: bool = (
+        False  # true: the released ModernBERT objective, [CLS] and [SEP] masked as well
+    )
+    whole_words: bool = False  # true: all tokens of a word are predicted, or none
+    z_loss_weight: float = (
+        0.0  # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_share < 1:
-            raise ConfigError(f"mask_share {self.mask_share} must lie between 0 and 1. ModernBERT uses 0.3, BERT 0.15.")
-        if not (0 <= self.random_share and 0 <= self.keep_share and self.random_share + self.keep_share <= 1):
-            raise ConfigError(f"random_share {self.random_share} and keep_share {self.keep_share} are shares of the "
-                              "predicted tokens: each at least 0, together at most 1.")
+            raise ConfigError(
+                f"mask_share {self.mask_share} must lie between 0 and 1. ModernBERT uses 0.3, BERT"
+                " 0.15."
+            )
+        if not (
+            0 <= self.random_share
+            and 0 <= self.keep_share
+            and self.random_share + self.keep_share <= 1
+        ):
+            raise ConfigError(
+                f"random_share {self.random_share} and keep_share {self.keep_share} are shares of"
+                " the predicted tokens: each at least 0, together at most 1."
+            )
         if not 0 <= self.z_loss_weight < math.inf:
-            raise ConfigError(f"z_loss_weight {self.z_loss_weight} must be at least 0. 0 is without it, PaLM uses 1e-4.")
+            raise ConfigError(
+                f"z_loss_weight {self.z_loss_weight} must be at least 0. 0 is without it, PaLM uses"
+                " 1e-4."
+            )
 
     @property
     def needs_word_edges(self) -> bool:
@@ -66,21 +82,38 @@ class MlmConfig:
 
     def held_out(self, *, mask_share: float) -> MlmConfig:
         """The objective of the held-out loss: the same for all models."""
-        return replace(self, mask_share=mask_share, mask_special_tokens=False, whole_words=False, random_tokens="all")
+        return replace(
+            self,
+            mask_share=mask_share,
+            mask_special_tokens=False,
+            whole_words=False,
+            random_tokens="all",
+        )
 
     def without_effect(self, given: Callable[[str], bool]) -> Iterator[str]:
         """Settings that change nothing beside the others, a sentence each; `given`: whether the run file has one."""
         if self.mask_special_tokens and given("random_tokens"):
-            yield "objective.random_tokens has no effect: with mask_special_tokens ids are drawn as for the released ModernBERT."
+            yield (
+                "objective.random_tokens has no effect: with mask_special_tokens ids are drawn as"
+                " for the released ModernBERT."
+            )
 
     def build(self, facts: ObjectiveFacts) -> MaskedLanguageModel:
         """Raises ConfigError if a special id is outside the vocabulary."""
         ids = facts.specials
-        return MaskedLanguageModel(self, vocab_size=facts.vocab_size, mask_id=ids.mask_id, pad_id=ids.pad_id,
-                                   special_ids=ids.all_special, share=facts.share, words=facts.words, unused=facts.unused_ids)
+        return MaskedLanguageModel(
+            self,
+            vocab_size=facts.vocab_size,
+            mask_id=ids.mask_id,
+            pad_id=ids.pad_id,
+            special_ids=ids.all_special,
+            share=facts.share,
+            words=facts.words,
+            unused=facts.unused_ids,
+        )
 
 
-MLM = "mlm"      # the loss term
+MLM = "mlm"  # the loss term
 
 
 class TokenModel(Protocol):
@@ -105,7 +138,9 @@ def mlm_loss(model: TokenModel, batch: TokenBatch, *, z_loss_weight: float = 0.0
     targets = batch.targets[MLM]
     x_MC = model.hidden_states(batch).index_select(0, targets.index_M)
     z_loss_weight = z_loss_weight if model.training else 0.0
-    return cross_entropy_sum(*model.token_decoder(x_MC), targets.value_M, z_loss_weight=z_loss_weight)
+    return cross_entropy_sum(
+        *model.token_decoder(x_MC), targets.value_M, z_loss_weight=z_loss_weight
+    )
 
 
 class MaskedLanguageModel:
@@ -121,14 +156,27 @@ class MaskedLanguageModel:
     terms = (MLM,)
     has_segments = False
 
-    def __init__(self, config: MlmConfig, *, vocab_size: int, mask_id: int, pad_id: int,
-                 special_ids: tuple[int, ...], share: MaskShare | None = None, words: WordEdges | None = None,
-                 unused: Sequence[int] = ()) -> None:
-        assert words is not None or not config.whole_words, "whole words need the vocabulary's word edges"
+    def __init__(
+        self,
+        config: MlmConfig,
+        *,
+        vocab_size: int,
+        mask_id: int,
+        pad_id: int,
+        special_ids: tuple[int, ...],
+        share: MaskShare | None = None,
+        words: WordEdges | None = None,
+        unused: Sequence[int] = (),
+    ) -> None:
+        assert words is not None or not config.whole_words, (
+            "whole words need the vocabulary's word edges"
+        )
         left_out = {pad_id} if config.mask_special_tokens else {*special_ids, pad_id, mask_id}
         if max(left_out | {mask_id}) >= vocab_size:
-            raise ConfigError(f"special id {max(left_out | {mask_id})} is outside the vocabulary of {vocab_size:,}. "
-                              "Use the tokenizer's own vocab_size, or larger.")
+            raise ConfigError(
+                f"special id {max(left_out | {mask_id})} is outside the vocabulary of"
+                f" {vocab_size:,}. Use the tokenizer's own vocab_size, or larger."
+            )
         self.config = config
         self.share = share or MaskShare(start=config.mask_share)
         self._words = words if config.whole_words else None
@@ -138,12 +186,22 @@ class MaskedLanguageModel:
         may_show_V = self._maskable_V.copy()
         if config.random_tokens == "used":
             may_show_V[list(unused)] = False
-        self._replacements = np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(may_show_V)
+        self._replacements = (
+            np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(may_show_V)
+        )
         if len(self._replacements) == 0:
-            raise ConfigError(f"a vocabulary of {vocab_size} holds special tokens only; needed: an ordinary token.")
+            raise ConfigError(
+                f"a vocabulary of {vocab_size} holds special tokens only; needed: an ordinary"
+                " token."
+            )
 
     def mask(
-        self, ids: np.ndarray, generator: np.random.Generator, *, lengths: Sequence[int] = (), phase_tokens: int = 0
+        self,
+        ids: np.ndarray,
+        generator: np.random.Generator,
+        *,
+        lengths: Sequence[int] = (),
+        phase_tokens: int = 0,
     ) -> MaskedRow:
         """One row, masked. One number is drawn for every token, or for every word and then for every predicted token.
 
@@ -152,7 +210,10 @@ class MaskedLanguageModel:
         lengths: of the row's documents; not needed here
         phase_tokens: tokens of the phase before this row, for a masking rate that changes
         """
-        p, hidden_share = self.share.at(phase_tokens), 1.0 - self.config.random_share - self.config.keep_share
+        p, hidden_share = (
+            self.share.at(phase_tokens),
+            1.0 - self.config.random_share - self.config.keep_share,
+        )
         maskable_T = self._maskable_V[ids]
         if self._words is None:
             u_T = generator.random(len(ids))
@@ -166,7 +227,9 @@ class MaskedLanguageModel:
         shown = ids.copy()
         shown[index[u_M < p * hidden_share]] = self.mask_id
         replaced = index[(u_M >= p * hidden_share) & (u_M < p * (1.0 - self.config.keep_share))]
-        shown[replaced] = self._replacements[generator.integers(len(self._replacements), size=len(replaced))]
+        shown[replaced] = self._replacements[
+            generator.integers(len(self._replacements), size=len(replaced))
+        ]
         return MaskedRow(ids=shown, targets={MLM: RowTargets(index, ids[index])})
 
     def loss(self, model: TokenModel, batch: TokenBatch) -> dict[str, LossTerm]:
@@ -180,4 +243,6 @@ class MaskedLanguageModel:
     def capacity(self, term: str, tokens: int) -> int:
         """Mean plus six standard deviations at the highest share, at most `tokens`: exceeded once in 10^9."""
         p, variance = self.share.highest, WORDS_VARIANCE if self._words else 1.0
-        return min(tokens, math.ceil(tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p) * variance)))
+        return min(
+            tokens, math.ceil(tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p) * variance))
+        )

@@ -1,8 +1,8 @@
 """Which tokens of a vocabulary begin a word and which leave one open: what masking whole words needs to know.
 
-    tokens   Ġthe  cat  alog  (   Ġx   1  )          a word goes on where a token that leaves it open is followed
-    begins     1    0    0    1    1   0  1          by one that begins none: "Ġthe cat alog", "Ġx 1"
-    open       1    1    1    0    1   1  0
+tokens   Ġthe  cat  alog  (   Ġx   1  )          a word goes on where a token that leaves it open is followed
+begins     1    0    0    1    1   0  1          by one that begins none: "Ġthe cat alog", "Ġx 1"
+open       1    1    1    0    1   1  0
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from encoder.base.errors import ConfigError
 from encoder.base.untrusted import read_json
 
-LONGEST_WORD = 8     # tokens; what is longer (a key in base 64, a sentence without spaces) is asked in stretches of 8
+LONGEST_WORD = 8  # tokens; what is longer (a key in base 64, a sentence without spaces) is asked in stretches of 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ def read_word_edges(tokenizer_json: Path, *, vocab_size: int) -> WordEdges:
     begins_V, open_V = np.ones(vocab_size, dtype=bool), np.zeros(vocab_size, dtype=bool)
     content = read_json(tokenizer_json, root=dict, error=ConfigError)
     try:
-        edges, added = _edges_of(content), {a["content"]: a for a in content.get("added_tokens", [])}
+        edges, added = (
+            _edges_of(content),
+            {a["content"]: a for a in content.get("added_tokens", [])},
+        )
         for token, number in content["model"]["vocab"].items():
             if token not in added:
                 begins_V[number], open_V[number] = edges(token)
@@ -52,7 +55,10 @@ def read_word_edges(tokenizer_json: Path, *, vocab_size: int) -> WordEdges:
             if not about["special"]:
                 begins_V[about["id"]], open_V[about["id"]] = _edges_of_text(token)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{tokenizer_json}: its words cannot be told ({error}). Set objective.whole_words: false.") from error
+        raise ConfigError(
+            f"{tokenizer_json}: its words cannot be told ({error}). Set objective.whole_words:"
+            " false."
+        ) from error
     return WordEdges(begins_V, open_V)
 
 
@@ -68,7 +74,9 @@ def _edges_of(content: dict[str, Any]) -> Callable[[str], tuple[bool, bool]]:
         raise ValueError(f"a {kind} model; known: BPE, WordPiece, WordLevel")
     if '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
         byte_of = _byte_of_character()
-        return lambda token: _edges_of_text(bytes(byte_of[c] for c in token).decode("utf-8", errors="replace"))
+        return lambda token: _edges_of_text(
+            bytes(byte_of[c] for c in token).decode("utf-8", errors="replace")
+        )
     return lambda token: _edges_of_text(token.replace("\u2581", " "))
 
 
@@ -78,7 +86,11 @@ def _edges_of_text(text: str) -> tuple[bool, bool]:
 
 def _is_letter(character: str) -> bool:
     """Letters, digits, marks that are written on letters, and parts of a character that a byte-level token was cut in."""
-    return character == "\ufffd" or character.isalnum() or unicodedata.category(character or " ").startswith("M")
+    return (
+        character == "\ufffd"
+        or character.isalnum()
+        or unicodedata.category(character or " ").startswith("M")
+    )
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -87,4 +99,3 @@ def _byte_of_character() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
-

@@ -20,7 +20,7 @@ class AdamWConfig(MomentsConfig):
 
     rule: ClassVar[str] = "AdamW"
 
-    weight_decay: float = 0.0125      # of rate 1: a step takes lr * weight_decay of a weight
+    weight_decay: float = 0.0125  # of rate 1: a step takes lr * weight_decay of a weight
 
     @property
     def decay_text(self) -> str:
@@ -36,4 +36,9 @@ class AdamW(WholeTensorOptimizer):
     def _move(self, live: Live) -> None:
         for bundle in self._bundles(live):
             self._take_in(bundle)
-            self._subtract(bundle.weights, self._direction(bundle), bundle.group["lr"], decay=bundle.group["weight_decay"])
+            self._subtract(
+                bundle.weights,
+                self._direction(bundle),
+                bundle.group["lr"],
+                decay=bundle.group["weight_decay"],
+            )

@@ -12,19 +12,33 @@ from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer
 
 OPTIMIZERS: dict[str, type[MomentsConfig]] = {
-    "stable_adamw": StableAdamWConfig, "adamw": AdamWConfig, "muon": MuonConfig, "lamb": LambConfig}
+    "stable_adamw": StableAdamWConfig,
+    "adamw": AdamWConfig,
+    "muon": MuonConfig,
+    "lamb": LambConfig,
+}
 
 _RULES: dict[type, type[WholeTensorOptimizer]] = {
-    StableAdamWConfig: StableAdamW, AdamWConfig: AdamW, MuonConfig: Muon, LambConfig: Lamb}
+    StableAdamWConfig: StableAdamW,
+    AdamWConfig: AdamW,
+    MuonConfig: Muon,
+    LambConfig: Lamb,
+}
 
 
 def build_optimizer(model: torch.nn.Module, config: MomentsConfig) -> WholeTensorOptimizer:
     """The optimizer of a settings object over a whole model's parameters; for Muon the model says its `hidden_matrices()`."""
     hidden = model.hidden_matrices() if isinstance(config, MuonConfig) else None
-    return _RULES[type(config)](decay_groups(model, weight_decay=config.weight_decay, hidden_matrices=hidden), config)
+    return _RULES[type(config)](
+        decay_groups(model, weight_decay=config.weight_decay, hidden_matrices=hidden), config
+    )
 
 
 def state_elements(model: torch.nn.Module, config: MomentsConfig) -> int:
     """Numbers that the optimizer keeps beside the weights, over all ranks."""
     optimizer = build_optimizer(model, config)
-    return sum(len(optimizer.kinds_of(group)) * p.numel() for group in optimizer.param_groups for p in group["params"])
+    return sum(
+        len(optimizer.kinds_of(group)) * p.numel()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )

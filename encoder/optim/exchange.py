@@ -1,8 +1,8 @@
 """Matrices that lie in stretches on many ranks come together, each on one rank, and go back: two all-to-alls.
 
-    rank 0   | a a a a b b |         rank 0   a a a a a a              rank 0   | A A A A B B |
-    rank 1   | a a b b c c |   ->    rank 1   b b b b           ->     rank 1   | A A B B C C |
-    rank 2   | c c         |         rank 2   c c c c                  rank 2   | C C         |
+rank 0   | a a a a b b |         rank 0   a a a a a a              rank 0   | A A A A B B |
+rank 1   | a a b b c c |   ->    rank 1   b b b b           ->     rank 1   | A A B B C C |
+rank 2   | c c         |         rank 2   c c c c                  rank 2   | C C         |
 """
 
 from __future__ import annotations
@@ -30,18 +30,28 @@ class Exchange:
     held: [ranks], what lies on each, in one order that all ranks know. costs: the matrices by name, and their work.
     """
 
-    def __init__(self, held: Sequence[Sequence[Held]], *, costs: Mapping[str, float], rank: int) -> None:
+    def __init__(
+        self, held: Sequence[Sequence[Held]], *, costs: Mapping[str, float], rank: int
+    ) -> None:
         self.owners = deal(costs, ranks=len(held))
         self._numels = {h.stretch.name: h.stretch.numel for own in held for h in own}
-        self._mine = [[h for h in held[rank] if self.owners[h.stretch.name] == r] for r in range(len(held))]
+        self._mine = [
+            [h for h in held[rank] if self.owners[h.stretch.name] == r] for r in range(len(held))
+        ]
         self._others = [[h for h in own if self.owners[h.stretch.name] == rank] for own in held]
 
     def bring_together(self, flats: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The whole matrices that this rank works on, flattened."""
         like = next(iter(flats.values()))
-        received = exchange([_joined([h.stretch.of(flats[h.part]) for h in some], like) for some in self._mine],
-                            receive=[sum(h.stretch.length for h in some) for some in self._others])
-        wholes = {h.stretch.name: like.new_empty(self._numels[h.stretch.name]) for some in self._others for h in some}
+        received = exchange(
+            [_joined([h.stretch.of(flats[h.part]) for h in some], like) for some in self._mine],
+            receive=[sum(h.stretch.length for h in some) for some in self._others],
+        )
+        wholes = {
+            h.stretch.name: like.new_empty(self._numels[h.stretch.name])
+            for some in self._others
+            for h in some
+        }
         for h, values in _split(received, self._others):
             _place(wholes, h).copy_(values)
         return wholes
@@ -49,8 +59,10 @@ class Exchange:
     def give_back(self, wholes: Mapping[str, Tensor], flats: Mapping[int, Tensor]) -> None:
         """Writes every rank's stretches of the matrices into its flat tensors."""
         like = next(iter(flats.values()))
-        received = exchange([_joined([_place(wholes, h) for h in some], like) for some in self._others],
-                            receive=[sum(h.stretch.length for h in some) for some in self._mine])
+        received = exchange(
+            [_joined([_place(wholes, h) for h in some], like) for some in self._others],
+            receive=[sum(h.stretch.length for h in some) for some in self._mine],
+        )
         for h, values in _split(received, self._mine):
             h.stretch.of(flats[h.part]).copy_(values)
 
@@ -72,6 +84,8 @@ def _joined(tensors: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(tensors) if tensors else like.new_empty(0)
 
 
-def _split(received: Sequence[Tensor], held: Sequence[Sequence[Held]]) -> Iterator[tuple[Held, Tensor]]:
+def _split(
+    received: Sequence[Tensor], held: Sequence[Sequence[Held]]
+) -> Iterator[tuple[Held, Tensor]]:
     for values, some in zip(received, held, strict=True):
         yield from zip(some, values.split([h.stretch.length for h in some]), strict=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 
-def decay_groups(model: torch.nn.Module, *, weight_decay: float,
-                 hidden_matrices: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+def decay_groups(
+    model: torch.nn.Module, *, weight_decay: float, hidden_matrices: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
     """Optimizer groups of a model's parameters; empty groups are left out, tied parameters come once.
 
     No decay: at most one dimension, or a name that ends in .bias (the rule of ModernBERT's optimizer.py). The tied
@@ -17,13 +18,23 @@ def decay_groups(model: torch.nn.Module, *, weight_decay: float,
     `matrices` each of its parameters is: for those named in `hidden_matrices` (name -> number), 0 for all others.
     """
     hidden = hidden_matrices or {}
-    groups: dict[tuple[bool, int], list[torch.Tensor]] = {(True, n): [] for n in sorted({*hidden.values(), 0})}
+    groups: dict[tuple[bool, int], list[torch.Tensor]] = {
+        (True, n): [] for n in sorted({*hidden.values(), 0})
+    }
     groups[False, 0] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[_decays(name, p), hidden.get(name, 0)].append(p)
-    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "matrices": matrices}
-            for (decays, matrices), params in groups.items() if params]
+    return [
+        {
+            "params": params,
+            "weight_decay": weight_decay if decays else 0.0,
+            "decays": decays,
+            "matrices": matrices,
+        }
+        for (decays, matrices), params in groups.items()
+        if params
+    ]
 
 
 def _decays(name: str, parameter: torch.Tensor) -> bool:

@@ -25,8 +25,11 @@ class LambConfig(MomentsConfig):
 
     rule: ClassVar[str] = "LAMB"
 
-    betas: tuple[float, float] = (0.9, 0.999)   # decay of the averages of gradients and of their squares
-    weight_decay: float = 0.01        # of the weights, inside the direction whose length is normed
+    betas: tuple[float, float] = (
+        0.9,
+        0.999,
+    )  # decay of the averages of gradients and of their squares
+    weight_decay: float = 0.01  # of the weights, inside the direction whose length is normed
 
     @property
     def decay_text(self) -> str:
@@ -49,7 +52,11 @@ class Lamb(WholeTensorOptimizer):
         one = torch.ones_like(weights)
         trust = torch.where((weights > 0) & (lengths > 0), weights / lengths, one)
         for bundle in bundles:
-            self._subtract(bundle.weights, self._update(bundle), self._rates(bundle, trust if bundle.group["decays"] else one))
+            self._subtract(
+                bundle.weights,
+                self._update(bundle),
+                self._rates(bundle, trust if bundle.group["decays"] else one),
+            )
 
     def _update(self, bundle: Bundle) -> list[Tensor]:
         update = self._direction(bundle)

@@ -30,7 +30,11 @@ from encoder.optim.slices import FlatPart, Stretch
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.optim.whole_tensors import Live
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)     # x -> a x + b x^3 + c x^5: the steepest start that stays near 1 (Jordan)
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # x -> a x + b x^3 + c x^5: the steepest start that stays near 1 (Jordan)
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -38,20 +42,24 @@ NEWTON_SCHULZ_STEPS = 5
 class MuonConfig(StableAdamWConfig):
     """StableAdamW's settings are those of the rest; the decay is everybody's."""
 
-    momentum: float = 0.95                      # of the matrices
-    matrix_scale: Literal["adam", "jordan"] = "adam" # size of an update: AdamW's, or Jordan's own
-    matrix_lr: float = 1.0            # rate of the matrices over that of the rest
+    momentum: float = 0.95  # of the matrices
+    matrix_scale: Literal["adam", "jordan"] = "adam"  # size of an update: AdamW's, or Jordan's own
+    matrix_lr: float = 1.0  # rate of the matrices over that of the rest
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.momentum < 1.0 or not self.matrix_lr > 0.0:
-            raise ConfigError(f"momentum {self.momentum} must lie in [0, 1), matrix_lr {self.matrix_lr} above 0.")
+            raise ConfigError(
+                f"momentum {self.momentum} must lie in [0, 1), matrix_lr {self.matrix_lr} above 0."
+            )
 
     @property
     def text(self) -> str:
         """The settings in a line for people, but for the decay."""
-        return (f"Muon momentum {self.momentum}, {self.matrix_scale} scale, {self.matrix_lr:g} times the rate, for the layers' "
-                f"matrices; {super().text} for the rest")
+        return (
+            f"Muon momentum {self.momentum}, {self.matrix_scale} scale, {self.matrix_lr:g} times"
+            f" the rate, for the layers' matrices; {super().text} for the rest"
+        )
 
 
 class Muon(StableAdamW):
@@ -63,24 +71,42 @@ class Muon(StableAdamW):
         super().__init__(groups, config, **rates)
         self.orthogonalized = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._held: list[list[Held]] = []                    # of matrices, on all ranks
-        self._matrices: dict[str, int] = {}                  # in each parameter
+        self._held: list[list[Held]] = []  # of matrices, on all ranks
+        self._matrices: dict[str, int] = {}  # in each parameter
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
 
-    def set_stretches(self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]) -> None:
+    def set_stretches(
+        self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
         """As StableAdamW's; the ranks also tell each other where the matrices lie."""
         super().set_stretches(parts, shapes=shapes)
         self._shapes, names = shapes, list(shapes)
         row = {name: i for i, name in enumerate(names)}
-        mine = [(i, self._groups[part.group]["matrices"], row[s.name], s.start, s.length, s.flat_start)
-                for i, part in enumerate(parts) if self._groups[part.group]["matrices"] for s in part.stretches]
+        mine = [
+            (i, self._groups[part.group]["matrices"], row[s.name], s.start, s.length, s.flat_start)
+            for i, part in enumerate(parts)
+            if self._groups[part.group]["matrices"]
+            for s in part.stretches
+        ]
         self._held, self._exchanges = [], {}
-        for table in gather_rows(torch.tensor(mine, dtype=torch.int64, device=parts[0].tensor.device).view(-1, 6)):
+        for table in gather_rows(
+            torch.tensor(mine, dtype=torch.int64, device=parts[0].tensor.device).view(-1, 6)
+        ):
             self._held.append([])
             for part, matrices, i, start, length, flat_start in table.tolist():
                 self._matrices[names[i]] = matrices
-                self._held[-1].append(Held(part, Stretch(name=names[i], numel=math.prod(shapes[names[i]]), start=start,
-                                                         length=length, flat_start=flat_start)))
+                self._held[-1].append(
+                    Held(
+                        part,
+                        Stretch(
+                            name=names[i],
+                            numel=math.prod(shapes[names[i]]),
+                            start=start,
+                            length=length,
+                            flat_start=flat_start,
+                        ),
+                    )
+                )
 
     def kinds_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """A matrix has its momentum alone."""
@@ -94,19 +120,23 @@ class Muon(StableAdamW):
         if not hidden:
             return
         mu = self.config.momentum
-        updates = {p: p.grad.lerp(self.state[p]["momentum"].lerp_(p.grad, 1.0 - mu), mu) for _, p in hidden}
+        updates = {
+            p: p.grad.lerp(self.state[p]["momentum"].lerp_(p.grad, 1.0 - mu), mu) for _, p in hidden
+        }
         if self._parts:
             self._orthogonalize_cut(updates)
         else:
             for group, p in hidden:
                 self._orthogonalize_(updates[p], matrices=group["matrices"])
         for group, p in hidden:
-            self._subtract([p], [updates[p]], group["lr"], decay=group["weight_decay"] / group["max_lr"])
+            self._subtract(
+                [p], [updates[p]], group["lr"], decay=group["weight_decay"] / group["max_lr"]
+            )
 
     def _orthogonalize_cut(self, updates: dict[Tensor, Tensor]) -> None:
         """The updates of flat tensors, each matrix by the rank that it was dealt to."""
         flats = {i: updates[tensor] for i, tensor in enumerate(self._parts) if tensor in updates}
-        live = tuple(flats)                                  # all ranks step the same parts: groups, or sub-groups
+        live = tuple(flats)  # all ranks step the same parts: groups, or sub-groups
         if live not in self._exchanges:
             held = [[h for h in own if h.part in flats] for own in self._held]
             names = {h.stretch.name for own in held for h in own}
@@ -121,8 +151,12 @@ class Muon(StableAdamW):
     def _orthogonalize_(self, values: Tensor, *, matrices: int) -> None:
         """Each of the matrices, one above another, becomes orthogonal, and as large as its scale says."""
         for matrix in values.chunk(matrices):
-            near = matrix if matrix.is_cuda else matrix.to(collective_device())       # offloaded: to the GPU and back
-            matrix.copy_(newton_schulz(near)).mul_(self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale))
+            near = (
+                matrix if matrix.is_cuda else matrix.to(collective_device())
+            )  # offloaded: to the GPU and back
+            matrix.copy_(newton_schulz(near)).mul_(
+                self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale)
+            )
             self.orthogonalized += 1
 
 
@@ -140,7 +174,11 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 
 def _scale(shape: Sequence[int], kind: str) -> float:
     rows, columns = shape
-    return 0.2 * math.sqrt(max(rows, columns)) if kind == "adam" else math.sqrt(max(1.0, rows / columns))
+    return (
+        0.2 * math.sqrt(max(rows, columns))
+        if kind == "adam"
+        else math.sqrt(max(1.0, rows / columns))
+    )
 
 
 def _cost(shape: Sequence[int], matrices: int) -> float:

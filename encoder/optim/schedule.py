@@ -24,27 +24,37 @@ class WarmupStableDecay:
               warm-up     decay
     """
 
-    peak: float                                 # the highest rate
-    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
-    decay_tokens: Tokens = 0                    # at the end, on a straight line to the floor
-    floor_share: float = 0.0          # of the peak, reached at the end of the decay
+    peak: float  # the highest rate
+    warmup_tokens: Tokens = 0  # rising from 0 on a straight line
+    decay_tokens: Tokens = 0  # at the end, on a straight line to the floor
+    floor_share: float = 0.0  # of the peak, reached at the end of the decay
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)
 
     def at(self, tokens: int, *, phase_tokens: int) -> float:
         """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the parts do not fit."""
-        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=self.decay_tokens, phase_tokens=phase_tokens)
-        return self.peak * _warmup(tokens, self.warmup_tokens) * (
-            1.0 - (1.0 - self.floor_share) * _decay_share(tokens, self.decay_tokens, phase_tokens))
+        _check_fits(
+            warmup_tokens=self.warmup_tokens,
+            decay_tokens=self.decay_tokens,
+            phase_tokens=phase_tokens,
+        )
+        return (
+            self.peak
+            * _warmup(tokens, self.warmup_tokens)
+            * (
+                1.0
+                - (1.0 - self.floor_share) * _decay_share(tokens, self.decay_tokens, phase_tokens)
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
     """Linear warm-up, then flat."""
 
-    peak: float                                 # the highest rate
-    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
+    peak: float  # the highest rate
+    warmup_tokens: Tokens = 0  # rising from 0 on a straight line
 
     def __post_init__(self) -> None:
         _check(peak=self.peak)
@@ -59,9 +69,9 @@ class Constant:
 class OneMinusSqrt:
     """Flat, then falling with 1 - sqrt(share of the decay that is over) (arXiv 2405.18392); ModernBERT's last phase."""
 
-    peak: float                                 # the highest rate
-    decay_tokens: Tokens | None = None    # falling, at the end; default: the whole phase
-    floor_share: float = 0.001            # as published for ModernBERT
+    peak: float  # the highest rate
+    decay_tokens: Tokens | None = None  # falling, at the end; default: the whole phase
+    floor_share: float = 0.001  # as published for ModernBERT
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)
@@ -70,16 +80,19 @@ class OneMinusSqrt:
         """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the decay does not fit."""
         decay_tokens = phase_tokens if self.decay_tokens is None else self.decay_tokens
         _check_fits(warmup_tokens=0, decay_tokens=decay_tokens, phase_tokens=phase_tokens)
-        return self.peak * (1.0 - (1.0 - self.floor_share) * math.sqrt(_decay_share(tokens, decay_tokens, phase_tokens)))
+        return self.peak * (
+            1.0
+            - (1.0 - self.floor_share) * math.sqrt(_decay_share(tokens, decay_tokens, phase_tokens))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
     """Linear warm-up, then half a cosine down to the floor at the end of the phase (arXiv 1608.03983)."""
 
-    peak: float                                 # the highest rate
-    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
-    floor_share: float = 0.1                    # of the peak, at the end
+    peak: float  # the highest rate
+    warmup_tokens: Tokens = 0  # rising from 0 on a straight line
+    floor_share: float = 0.1  # of the peak, at the end
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)
@@ -88,17 +101,23 @@ class Cosine:
         """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the warm-up does not fit."""
         _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=0, phase_tokens=phase_tokens)
         share = _decay_share(tokens, phase_tokens - self.warmup_tokens, phase_tokens)
-        return self.peak * _warmup(tokens, self.warmup_tokens) * (
-            self.floor_share + (1.0 - self.floor_share) * 0.5 * (1.0 + math.cos(math.pi * share)))
+        return (
+            self.peak
+            * _warmup(tokens, self.warmup_tokens)
+            * (
+                self.floor_share
+                + (1.0 - self.floor_share) * 0.5 * (1.0 + math.cos(math.pi * share))
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
     """Linear warm-up, then a straight line down to the floor at the end of the phase, as BERT was trained."""
 
-    peak: float                                 # the highest rate
-    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
-    floor_share: float = 0.0                    # of the peak, at the end
+    peak: float  # the highest rate
+    warmup_tokens: Tokens = 0  # rising from 0 on a straight line
+    floor_share: float = 0.0  # of the peak, at the end
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)
@@ -107,7 +126,11 @@ class Linear:
         """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the warm-up does not fit."""
         _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=0, phase_tokens=phase_tokens)
         share = _decay_share(tokens, phase_tokens - self.warmup_tokens, phase_tokens)
-        return self.peak * _warmup(tokens, self.warmup_tokens) * (1.0 - (1.0 - self.floor_share) * share)
+        return (
+            self.peak
+            * _warmup(tokens, self.warmup_tokens)
+            * (1.0 - (1.0 - self.floor_share) * share)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,24 +146,32 @@ class CosineInverseSqrt:
     ModernBERT tried it and saw no difference to wsd over 100 B tokens.
     """
 
-    peak: float                                 # the highest rate
-    warmup_tokens: Tokens = 0                   # rising from 0 on a straight line
-    cosine_tokens: Tokens | None = None   # after the warm-up; default: a quarter of the phase
-    decay_tokens: Tokens = 0              # at the end, on a straight line to the floor
-    floor_share: float = 0.1                    # of the peak, at the end
+    peak: float  # the highest rate
+    warmup_tokens: Tokens = 0  # rising from 0 on a straight line
+    cosine_tokens: Tokens | None = None  # after the warm-up; default: a quarter of the phase
+    decay_tokens: Tokens = 0  # at the end, on a straight line to the floor
+    floor_share: float = 0.1  # of the peak, at the end
 
     def __post_init__(self) -> None:
         _check(peak=self.peak, floor_share=self.floor_share)
         if self.floor_share == 1.0 or self.cosine_tokens == 0:
-            raise ConfigError(f"floor_share {self.floor_share:g} must be below 1 and cosine_tokens at least 1. For a flat rate use "
-                              "schedule: constant.")
+            raise ConfigError(
+                f"floor_share {self.floor_share:g} must be below 1 and cosine_tokens at least 1."
+                " For a flat rate use schedule: constant."
+            )
 
     def at(self, tokens: int, *, phase_tokens: int) -> float:
         """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the parts do not fit."""
-        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=self.decay_tokens, phase_tokens=phase_tokens)
+        _check_fits(
+            warmup_tokens=self.warmup_tokens,
+            decay_tokens=self.decay_tokens,
+            phase_tokens=phase_tokens,
+        )
         decay_start = phase_tokens - self.decay_tokens
         high = self._share(min(tokens, decay_start) - self.warmup_tokens, phase_tokens)
-        share = high - (high - self.floor_share) * _decay_share(tokens, self.decay_tokens, phase_tokens)
+        share = high - (high - self.floor_share) * _decay_share(
+            tokens, self.decay_tokens, phase_tokens
+        )
         return self.peak * _warmup(tokens, self.warmup_tokens) * share
 
     def _share(self, after_warmup: int, phase_tokens: int) -> float:
@@ -153,8 +184,14 @@ class CosineInverseSqrt:
         return max(f, 0.5 * (1.0 + f) * math.sqrt(reach / (u - cosine + reach)))
 
 
-SCHEDULES = {"wsd": WarmupStableDecay, "constant": Constant, "one_minus_sqrt": OneMinusSqrt, "linear": Linear, "cosine": Cosine,
-             "cosine_inverse_sqrt": CosineInverseSqrt}
+SCHEDULES = {
+    "wsd": WarmupStableDecay,
+    "constant": Constant,
+    "one_minus_sqrt": OneMinusSqrt,
+    "linear": Linear,
+    "cosine": Cosine,
+    "cosine_inverse_sqrt": CosineInverseSqrt,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +202,21 @@ class BatchWarmup:
     up to `over_tokens`; from there on the batch is full. Counted over all ranks.
     """
 
-    from_tokens: Tokens                   # batch at the start of the phase
-    over_tokens: Tokens                   # length of the whole warm-up
-    increase_tokens: Tokens | None = None # height of a stair; default: from_tokens, as published
+    from_tokens: Tokens  # batch at the start of the phase
+    over_tokens: Tokens  # length of the whole warm-up
+    increase_tokens: Tokens | None = None  # height of a stair; default: from_tokens, as published
 
     def __post_init__(self) -> None:
         if self.from_tokens < 1 or self.over_tokens < 1 or self.increase_tokens == 0:
-            raise ConfigError("from_tokens, over_tokens and increase_tokens must be at least 1. "
-                              "Leave batch_warmup out to start with the full batch.")
+            raise ConfigError(
+                "from_tokens, over_tokens and increase_tokens must be at least 1. "
+                "Leave batch_warmup out to start with the full batch."
+            )
 
 
-def rows_at(phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: BatchWarmup | None) -> int:
+def rows_at(
+    phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: BatchWarmup | None
+) -> int:
     """Rows of the next step when `phase_tokens` were seen in the phase. Raises ConfigError for sizes that are not whole rows."""
     full = whole_rows(batch_tokens, row_tokens, name="batch_tokens")
     if warmup is None:
@@ -185,7 +226,9 @@ def rows_at(phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: Ba
     return stairs.sizes[at] if at < len(stairs.sizes) else full
 
 
-def next_rise(phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: BatchWarmup | None) -> int | None:
+def next_rise(
+    phase_tokens: int, *, batch_tokens: int, row_tokens: int, warmup: BatchWarmup | None
+) -> int | None:
     """The first tokens of the phase, beyond `phase_tokens`, at which a step has more rows; None where it is full already."""
     if warmup is None:
         return None
@@ -208,8 +251,11 @@ class _Stairs:
 
     def index_at(self, phase_tokens: int) -> int:
         """The first stair with phase_tokens < over_tokens * passed / weight; their number behind the last one."""
-        return bisect.bisect_right(range(1, len(self.sizes) + 1), phase_tokens * self.passed(len(self.sizes)),
-                                   key=lambda stairs: self.over_tokens * self.passed(stairs))
+        return bisect.bisect_right(
+            range(1, len(self.sizes) + 1),
+            phase_tokens * self.passed(len(self.sizes)),
+            key=lambda stairs: self.over_tokens * self.passed(stairs),
+        )
 
     def end_of(self, stair: int) -> int:
         """The first tokens that are not on it any more."""
@@ -218,11 +264,16 @@ class _Stairs:
 
 def _stairs_of(warmup: BatchWarmup, *, full: int, batch_tokens: int, row_tokens: int) -> _Stairs:
     first = whole_rows(warmup.from_tokens, row_tokens, name="batch_warmup.from_tokens")
-    stair = first if warmup.increase_tokens is None else whole_rows(
-        warmup.increase_tokens, row_tokens, name="batch_warmup.increase_tokens")
+    stair = (
+        first
+        if warmup.increase_tokens is None
+        else whole_rows(warmup.increase_tokens, row_tokens, name="batch_warmup.increase_tokens")
+    )
     if first >= full:
-        raise ConfigError(f"batch_warmup.from_tokens {warmup.from_tokens:,} is not below batch_tokens {batch_tokens:,}. "
-                          "Lower it, or leave batch_warmup out.")
+        raise ConfigError(
+            f"batch_warmup.from_tokens {warmup.from_tokens:,} is not below batch_tokens"
+            f" {batch_tokens:,}. Lower it, or leave batch_warmup out."
+        )
     return _Stairs(range(first, full, stair), warmup.over_tokens)
 
 
@@ -232,7 +283,9 @@ def whole_rows(tokens: int, row_tokens: int, *, name: str) -> int:
         return tokens // row_tokens
     below = tokens // row_tokens * row_tokens
     near = ", ".join(f"{n:,}" for n in (below, below + row_tokens) if n)
-    raise ConfigError(f"{name} {tokens:,} is not a whole number of rows of {row_tokens:,}. Nearest: {near}.")
+    raise ConfigError(
+        f"{name} {tokens:,} is not a whole number of rows of {row_tokens:,}. Nearest: {near}."
+    )
 
 
 def _warmup(tokens: int, warmup_tokens: int) -> float:
@@ -249,10 +302,14 @@ def _check(*, peak: float, floor_share: float = 0.0) -> None:
     if not peak > 0.0:
         raise ConfigError(f"peak {peak} must be above 0.")
     if not 0.0 <= floor_share <= 1.0:
-        raise ConfigError(f"floor_share {floor_share} must lie between 0 and 1: it is a share of the peak.")
+        raise ConfigError(
+            f"floor_share {floor_share} must lie between 0 and 1: it is a share of the peak."
+        )
 
 
 def _check_fits(*, warmup_tokens: int, decay_tokens: int, phase_tokens: int) -> None:
     if warmup_tokens + decay_tokens > phase_tokens:
-        raise ConfigError(f"warmup_tokens {warmup_tokens:,} and decay_tokens {decay_tokens:,} are more than the phase's "
-                          f"{phase_tokens:,} tokens. Shorten them, or lengthen the phase.")
+        raise ConfigError(
+            f"warmup_tokens {warmup_tokens:,} and decay_tokens {decay_tokens:,} are more than the"
+            f" phase's {phase_tokens:,} tokens. Shorten them, or lengthen the phase."
+        )

@@ -21,10 +21,10 @@ class Stretch:
     """A contiguous part of one parameter inside one flat tensor; all amounts in elements."""
 
     name: str
-    numel: int          # of the whole parameter
-    start: int          # first element, inside the parameter
+    numel: int  # of the whole parameter
+    start: int  # first element, inside the parameter
     length: int
-    flat_start: int     # first element, inside the flat tensor
+    flat_start: int  # first element, inside the flat tensor
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """The stretch as a 1-d view of a flat tensor (or of a contiguous tensor of any shape)."""
@@ -37,7 +37,7 @@ class FlatPart:
 
     tensor: torch.Tensor
     stretches: tuple[Stretch, ...]
-    group: int = 0      # of the optimizer's groups
+    group: int = 0  # of the optimizer's groups
 
 
 def first_gap(numels: Mapping[str, int], stretches: Sequence[Stretch]) -> str | None:
@@ -51,7 +51,10 @@ def first_gap(numels: Mapping[str, int], stretches: Sequence[Stretch]) -> str | 
         end = 0
         for part in sorted(parts, key=lambda s: s.start):
             if part.start != end:
-                return f"{name}: element {min(end, part.start):,} is covered {'twice' if part.start < end else 'by no rank'}"
+                return (
+                    f"{name}: element {min(end, part.start):,} is covered"
+                    f" {'twice' if part.start < end else 'by no rank'}"
+                )
             end += part.length
         if end != numels[name]:
             return f"{name}: elements from {end:,} to {numels[name]:,} are covered by no rank"

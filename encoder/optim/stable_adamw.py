@@ -29,13 +29,15 @@ class StableAdamWConfig(MomentsConfig):
     rule: ClassVar[str] = "StableAdamW"
     decay_at_peak: ClassVar[bool] = True
 
-    weight_decay: float = 1e-5        # per step at the peak rate; AdamW's number is weight_decay / peak
+    weight_decay: float = 1e-5  # per step at the peak rate; AdamW's number is weight_decay / peak
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.weight_decay < 1.0:
-            raise ConfigError(f"weight_decay {self.weight_decay} must lie in [0, 1): it is the share lost in one step at the "
-                              "peak rate.")
+            raise ConfigError(
+                f"weight_decay {self.weight_decay} must lie in [0, 1): it is the share lost in one"
+                " step at the peak rate."
+            )
 
     @property
     def decay_text(self) -> str:
@@ -57,7 +59,9 @@ class StableAdamW(WholeTensorOptimizer):
         factors = rms.clamp(min=1.0).reciprocal()
         for bundle in bundles:
             decay = bundle.group["weight_decay"] / bundle.group["max_lr"]
-            self._subtract(bundle.weights, self._direction(bundle), self._rates(bundle, factors), decay=decay)
+            self._subtract(
+                bundle.weights, self._direction(bundle), self._rates(bundle, factors), decay=decay
+            )
 
     def _roots_of_ratios(self, bundle: Bundle) -> list[Tensor]:
         """g / max(sqrt(v), eps), element by element."""

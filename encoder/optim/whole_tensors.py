@@ -29,7 +29,7 @@ from encoder.optim.slices import FlatPart
 # kernels (32 more at base), each of which takes 320 x 65,536 elements at most
 TOGETHER_ELEMENTS = 2**26
 
-Live = list[tuple[dict[str, Any], Tensor]]      # (group, tensor) of the tensors that one step moves
+Live = list[tuple[dict[str, Any], Tensor]]  # (group, tensor) of the tensors that one step moves
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ class Bundle:
     weights: list[Tensor]
     grads: list[Tensor]
     state: dict[str, list[Tensor]]
-    rows: list[int]                # which parameter each part is of
+    rows: list[int]  # which parameter each part is of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,15 @@ class MomentsConfig:
     """What all of them are told of Adam's two averages."""
 
     rule: ClassVar[str]
-    decay_at_peak: ClassVar[bool] = False      # weight_decay is the share lost in a step at the peak rate, max_lr
+    decay_at_peak: ClassVar[bool] = (
+        False  # weight_decay is the share lost in a step at the peak rate, max_lr
+    )
 
-    betas: tuple[float, float] = (0.9, 0.98)    # decay of the averages of gradients and of their squares
-    eps: float = 1e-6                           # added to the root of the second
+    betas: tuple[float, float] = (
+        0.9,
+        0.98,
+    )  # decay of the averages of gradients and of their squares
+    eps: float = 1e-6  # added to the root of the second
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -76,24 +81,48 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
     come from encoder.optim.groups and carry `lr` and `max_lr`, too, which the caller sets before each step.
     """
 
-    def __init__(self, groups: Any, config: MomentsConfig, *, lr: float = 0.0, max_lr: float = 1.0) -> None:
-        super().__init__(groups, {"lr": lr, "max_lr": max_lr, "weight_decay": config.weight_decay, "decays": True, "matrices": 0})
+    def __init__(
+        self, groups: Any, config: MomentsConfig, *, lr: float = 0.0, max_lr: float = 1.0
+    ) -> None:
+        super().__init__(
+            groups,
+            {
+                "lr": lr,
+                "max_lr": max_lr,
+                "weight_decay": config.weight_decay,
+                "decays": True,
+                "matrices": 0,
+            },
+        )
         self.config = config
-        self._groups = list(self.param_groups)               # ZeRO empties the list and what is in it, not the groups
-        self._parts: dict[Tensor, FlatPart] = {}             # empty: the tensors are whole
+        self._groups = list(
+            self.param_groups
+        )  # ZeRO empties the list and what is in it, not the groups
+        self._parts: dict[Tensor, FlatPart] = {}  # empty: the tensors are whole
         whole = [p for group in self._groups for p in group["params"]]
-        self._row: dict[Tensor | str, int] = {p: i for i, p in enumerate(whole)}      # of a tensor, or a name where they are cut
-        self._know(torch.tensor([p.numel() for p in whole], dtype=torch.float64, device=whole[0].device))
+        self._row: dict[Tensor | str, int] = {
+            p: i for i, p in enumerate(whole)
+        }  # of a tensor, or a name where they are cut
+        self._know(
+            torch.tensor([p.numel() for p in whole], dtype=torch.float64, device=whole[0].device)
+        )
 
-    def set_stretches(self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]) -> None:
+    def set_stretches(
+        self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
         """How the parameters (name -> shape, the same dict on every rank) lie in this rank's flat tensors."""
         self._parts = {part.tensor: part for part in parts}
         self._row = {name: i for i, name in enumerate(shapes)}
-        self._know(torch.tensor([torch.Size(s).numel() for s in shapes.values()], dtype=torch.float64,
-                                device=parts[0].tensor.device))
+        self._know(
+            torch.tensor(
+                [torch.Size(s).numel() for s in shapes.values()],
+                dtype=torch.float64,
+                device=parts[0].tensor.device,
+            )
+        )
 
     def _know(self, numels: Tensor) -> None:
-        self._numels = numels                                # fp64 [parameters]
+        self._numels = numels  # fp64 [parameters]
         self._rows = torch.arange(len(numels), device=numels.device).unbind()
 
     def init_state(self) -> None:
@@ -108,11 +137,15 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """One update of every tensor that has a gradient. No host synchronisation; few collectives if the tensors are cut."""
         assert closure is None, "gradients are made by the engine"
-        live = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        live = [
+            (group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         for group, p in live:
             self._state_of(p, group)["step"] += 1
         if live:
-            if self._numels.device != live[0][1].device:       # stage 0: the model went to its device after this was made
+            if (
+                self._numels.device != live[0][1].device
+            ):  # stage 0: the model went to its device after this was made
                 self._know(self._numels.to(live[0][1].device))
             self._move(live)
 
@@ -172,7 +205,9 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         """fp64 [parameters, width] of zeros, for sums over whole parameters."""
         return self._numels.new_zeros(len(self._numels), width)
 
-    def _add_squares(self, sums: Tensor, column: int, bundle: Bundle, values: Sequence[Tensor]) -> None:
+    def _add_squares(
+        self, sums: Tensor, column: int, bundle: Bundle, values: Sequence[Tensor]
+    ) -> None:
         """Adds the squares of what belongs to the parts to the sums of their parameters."""
         sums[:, column].index_add_(0, self._rows_of(bundle), _squares(values))
 
@@ -192,9 +227,15 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         return [*rates.to(bundle.weights[0].dtype).unbind()]
 
     @staticmethod
-    def _subtract(weights: list[Tensor], updates: list[Tensor], rates: float | list[Tensor], *, decay: float = 0.0) -> None:
+    def _subtract(
+        weights: list[Tensor],
+        updates: list[Tensor],
+        rates: float | list[Tensor],
+        *,
+        decay: float = 0.0,
+    ) -> None:
         """theta <- theta - rate (update + decay theta), of one rate or one for each; `updates` are used up."""
-        if decay:         # added to the update first: 1 - 1e-5 in fp32 would be off by 0.3 % of the decay
+        if decay:  # added to the update first: 1 - 1e-5 in fp32 would be off by 0.3 % of the decay
             torch._foreach_add_(updates, weights, alpha=decay)
         torch._foreach_mul_(updates, rates)
         torch._foreach_sub_(weights, updates)
@@ -210,9 +251,22 @@ def _debiased(beta: float, step: int) -> float:
     return beta * (1.0 - beta ** (step - 1)) / (1.0 - beta**step)
 
 
-def _bundle(group: dict[str, Any], step: int, kinds: Sequence[str], rows: list[int], columns: list[tuple[Tensor, ...]]) -> Bundle:
+def _bundle(
+    group: dict[str, Any],
+    step: int,
+    kinds: Sequence[str],
+    rows: list[int],
+    columns: list[tuple[Tensor, ...]],
+) -> Bundle:
     weights, grads, *states = (list(column) for column in zip(*columns, strict=True))
-    return Bundle(group=group, step=step, weights=weights, grads=grads, state=dict(zip(kinds, states, strict=True)), rows=rows)
+    return Bundle(
+        group=group,
+        step=step,
+        weights=weights,
+        grads=grads,
+        state=dict(zip(kinds, states, strict=True)),
+        rows=rows,
+    )
 
 
 def _squares(values: Sequence[Tensor]) -> Tensor:

@@ -67,7 +67,9 @@ def versions() -> dict[str, str]:
     if (root / ".git").exists():
         try:
             asked = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-            said = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", timeout=5)
+            said = subprocess.run(
+                asked, capture_output=True, encoding="utf-8", errors="replace", timeout=5
+            )
             if said.returncode == 0:
                 found["commit"] = said.stdout.strip()
         except (OSError, subprocess.SubprocessError):

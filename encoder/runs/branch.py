@@ -33,21 +33,29 @@ class Parent:
     """A checkpoint that a run branches off, seen to fit."""
 
     checkpoint: Path
-    run: RunConfig                  # that saved it
+    run: RunConfig  # that saved it
     progress: Progress
-    seeds: tuple[int, ...]          # of that run and of those it branched off itself
+    seeds: tuple[int, ...]  # of that run and of those it branched off itself
 
     @property
     def record(self) -> dict[str, Any]:
         """What the branch writes down: in its ledger's first line, its events and its checkpoints."""
-        return {"run": self.run.name, "checkpoint": str(self.checkpoint), "step": self.progress.step,
-                "tokens": self.progress.tokens, "ledger_hash": self.progress.ledger_hash, "seeds": list(self.seeds)}
+        return {
+            "run": self.run.name,
+            "checkpoint": str(self.checkpoint),
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "ledger_hash": self.progress.ledger_hash,
+            "seeds": list(self.seeds),
+        }
 
     @property
     def text(self) -> str:
         """One line for people."""
-        return (f"run {self.run.name}, checkpoint {self.checkpoint.name}: step {self.progress.step:,}, "
-                f"{short_count(self.progress.tokens)} tokens, with its optimizer state")
+        return (
+            f"run {self.run.name}, checkpoint {self.checkpoint.name}: step {self.progress.step:,}, "
+            f"{short_count(self.progress.tokens)} tokens, with its optimizer state"
+        )
 
 
 def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None) -> Parent:
@@ -59,11 +67,15 @@ def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None)
     is_checkpoint = (path / COMMITTED).is_file()
     if not is_checkpoint and not (path / CHECKPOINTS).is_dir():
         found = "is no checkpoint and no run folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"branch_from {path} {found}; needed: a run folder or one of its checkpoints, whose optimizer state "
-                              "the run goes on with. Weights alone: init_from.")
+        raise CheckpointError(
+            f"branch_from {path} {found}; needed: a run folder or one of its checkpoints, whose"
+            " optimizer state the run goes on with. Weights alone: init_from."
+        )
     checkpoint = path if is_checkpoint else newest_checkpoint(path / CHECKPOINTS)
     if checkpoint is None:
-        raise CheckpointError(f"branch_from {path} holds no checkpoint yet; needed: a run that has saved one.")
+        raise CheckpointError(
+            f"branch_from {path} holds no checkpoint yet; needed: a run that has saved one."
+        )
     with all_ranks_agree(world):
         if is_checkpoint and world.first and (problem := damage(checkpoint)):
             raise CheckpointError(f"{problem} Branch off another checkpoint.")
@@ -74,12 +86,18 @@ def _fitting(checkpoint: Path, run: RunConfig, facts: DataFacts | None) -> Paren
     parent, (progress, extra) = read_saved_run(checkpoint / RUN_FILE), read_progress(checkpoint)
     check_same_shape(parent.model, run, key="branch_from", path=checkpoint)
     if type(parent.optimizer) is not type(run.optimizer):
-        raise ConfigError(f"branch_from {checkpoint} has the state of {parent.optimizer.rule}, the run's optimizer is "
-                          f"{run.optimizer.rule}. Use the same, or take the weights alone: init_from.")
+        raise ConfigError(
+            f"branch_from {checkpoint} has the state of {parent.optimizer.rule}, the run's"
+            f" optimizer is {run.optimizer.rule}. Use the same, or take the weights alone:"
+            " init_from."
+        )
     seeds = (parent.seed, *(extra.get("parent") or {}).get("seeds", ()))
     if run.seed in seeds:
-        raise ConfigError(f"seed {run.seed} is that of a run which this one branches off: each phase would read documents in the "
-                          f"order, and mask them, as its phase of the same number did. Use another, for example {max(seeds) + 1}.")
+        raise ConfigError(
+            f"seed {run.seed} is that of a run which this one branches off: each phase would read"
+            " documents in the order, and mask them, as its phase of the same number did. Use"
+            f" another, for example {max(seeds) + 1}."
+        )
     if facts and (tokenizer := checkpoint.parent.parent / TOKENIZER).is_file():
         check_same_tokens(tokenizer, facts.tokenizer_json)
     return Parent(checkpoint=checkpoint, run=parent, progress=progress, seeds=seeds)

@@ -28,11 +28,11 @@ from encoder.runs.filling import Filling, fill_rows
 from encoder.runs.phases import PlannedSteps, planned_steps
 from encoder.runs.same import has_begun
 
-POOR_FILL = 0.9                  # of rows: real text in windows of thousands of documents fills 99.7 %
-MANY_JUST_ABOVE = 0.1            # of the documents
-JUST_ABOVE = 1.05                # times the length: cut in two halves for so little
-SELDOM_STEPS = 0.01              # steps of a phase without a masked token, from which on it is said
-WORD_TOKENS = 1.5                # a word's, where no document can be read
+POOR_FILL = 0.9  # of rows: real text in windows of thousands of documents fills 99.7 %
+MANY_JUST_ABOVE = 0.1  # of the documents
+JUST_ABOVE = 1.05  # times the length: cut in two halves for so little
+SELDOM_STEPS = 0.01  # steps of a phase without a masked token, from which on it is said
+WORD_TOKENS = 1.5  # a word's, where no document can be read
 DOCUMENTS_READ = 64
 
 
@@ -42,7 +42,7 @@ class _Known:
 
     config: SourceConfig
     card: Card
-    where: str           # of its setting: data.sources.0
+    where: str  # of its setting: data.sources.0
 
     @property
     def name(self) -> str:
@@ -62,15 +62,22 @@ def mistakes_of(run: RunConfig) -> list[str]:
     return [*_warmups_too_long(run), *_text_in_both(run), *_rates_of_nothing(run)]
 
 
-def hints_of(run: RunConfig, *, ranks: int, fillings: list[Filling | None] | None = None) -> list[str]:
+def hints_of(
+    run: RunConfig, *, ranks: int, fillings: list[Filling | None] | None = None
+) -> list[str]:
     """A sentence for everything that has no effect or one that nobody asked for.
 
     fillings: of each phase, where they were worked out already.
     """
     fillings = fillings or [fill_rows(run, phase) for phase in run.phases]
     steps = planned_steps(run, fills=[f.fill if f else 1.0 for f in fillings])
-    hints = [*_without_effect(run), *_of_intervals(run, steps), *_of_phases(run, steps, ranks=ranks), *_of_splits(run),
-             *_of_sources(run)]
+    hints = [
+        *_without_effect(run),
+        *_of_intervals(run, steps),
+        *_of_phases(run, steps, ranks=ranks),
+        *_of_splits(run),
+        *_of_sources(run),
+    ]
     for index, (phase, filling) in enumerate(zip(run.phases, fillings, strict=True)):
         if filling is not None:
             hints += _of_lengths(run, phase, filling)
@@ -80,163 +87,261 @@ def hints_of(run: RunConfig, *, ranks: int, fillings: list[Filling | None] | Non
 
 # mistakes ------------------------------------------------------------------------------------------------------------
 
+
 def _warmups_too_long(run: RunConfig) -> Iterator[str]:
     for number, phase in enumerate(run.phases):
         warmup = phase.batch_warmup
         if warmup and warmup.over_tokens > phase.tokens:
             last = run.rows_at(phase, phase.tokens) * run.data.row_tokens
-            yield (f"phases.{number}.batch_warmup.over_tokens {warmup.over_tokens:,} is more than the phase's {phase.tokens:,} "
-                   f"tokens: its batch would end at {last:,} and never reach batch_tokens {phase.batch_tokens:,}. Shorten the "
-                   "warm-up, or lengthen the phase.")
+            yield (
+                f"phases.{number}.batch_warmup.over_tokens {warmup.over_tokens:,} is more than the"
+                f" phase's {phase.tokens:,} tokens: its batch would end at {last:,} and never reach"
+                f" batch_tokens {phase.batch_tokens:,}. Shorten the warm-up, or lengthen the phase."
+            )
 
 
 def _text_in_both(run: RunConfig) -> Iterator[str]:
     training = {known.card.index_sha256: known for known in _training(run)}
     for held_out in _held_out(run):
         if both := training.get(held_out.card.index_sha256):
-            yield (f"{held_out.where} {held_out.config.folder} holds the text that {both.where} ({both.name}) trains on: its loss "
-                   "would be no held-out loss. Name a folder of other text, such as the held_out beside train.")
+            yield (
+                f"{held_out.where} {held_out.config.folder} holds the text that {both.where}"
+                f" ({both.name}) trains on: its loss would be no held-out loss. Name a folder of"
+                " other text, such as the held_out beside train."
+            )
 
 
 # settings alone ------------------------------------------------------------------------------------------------------
 
+
 def _without_effect(run: RunConfig) -> Iterator[str]:
     model, phases = run.model, run.phases
     if all(phase.sources for phase in phases):
-        yield "data.sources is read by no phase: each has sources of its own. Leave one of them out."
-    if all(phase.mask_share is not None for phase in phases) and _is_given(run, "objective", "mask_share"):
+        yield (
+            "data.sources is read by no phase: each has sources of its own. Leave one of them out."
+        )
+    if all(phase.mask_share is not None for phase in phases) and _is_given(
+        run, "objective", "mask_share"
+    ):
         yield "objective.mask_share has no effect: each phase has a mask_share of its own."
     yield from run.objective.without_effect(lambda name: _is_given(run, "objective", name))
     cached = [source for _, sources in _mixtures(run) for source in sources if source.cache]
     if cached and run.data.shuffle_shards > SHARDS_PER_GROUP:
-        yield (f"data.shuffle_shards {run.data.shuffle_shards}: so many shards of {cached[0].path} are fetched before its first "
-               "documents are read. It is meant for shards on this machine.")
+        yield (
+            f"data.shuffle_shards {run.data.shuffle_shards}: so many shards of {cached[0].path} are"
+            " fetched before its first documents are read. It is meant for shards on this machine."
+        )
     for number, phase in enumerate(phases):
         share = run.mask_share_of(phase)
         if share.end is not None and share.end == share.start:
-            yield f"phases.{number}.mask_share_end {share.end:g} has no effect: it is the share that the phase begins with."
+            yield (
+                f"phases.{number}.mask_share_end {share.end:g} has no effect: it is the share that"
+                " the phase begins with."
+            )
         if phase.max_lr is not None and run.weight_decay_of(phase) == 0:
-            yield f"phases.{number}.max_lr {phase.max_lr:g} has no effect: the phase's weight_decay is 0."
+            yield (
+                f"phases.{number}.max_lr {phase.max_lr:g} has no effect: the phase's weight_decay"
+                " is 0."
+            )
     for where, sources in _mixtures(run):
         if len(sources) == 1 and sources[0].weight != 1.0:
             yield f"{where}.0.weight {sources[0].weight:g} has no effect: there is one source."
     longest = max(phase.max_tokens_per_document for phase in phases)
-    yield from model.without_effect(lambda name: _is_given(run, "model", name), longest_tokens=longest)
+    yield from model.without_effect(
+        lambda name: _is_given(run, "model", name), longest_tokens=longest
+    )
     if run.init_from or run.branch_from:
         if _is_given(run, "model", "initializer_range"):
             yield "model.initializer_range has no effect: the weights come from a stored model."
     if run.device == "cpu" and run.engine.offload_optimizer == "cpu":
-        yield "engine.offload_optimizer cpu has no effect on device cpu: the optimizer is in the machine's memory."
+        yield (
+            "engine.offload_optimizer cpu has no effect on device cpu: the optimizer is in the"
+            " machine's memory."
+        )
 
 
 def _of_intervals(run: RunConfig, steps: PlannedSteps) -> Iterator[str]:
     total, derived = sum(phase.tokens for phase in run.phases), {d.key for d in run.derived}
     saves, checks = run.checkpoints.every_tokens, run.evaluation and run.evaluation.every_tokens
     if saves > total and "checkpoints.every_tokens" not in derived:
-        yield (f"checkpoints.every_tokens {saves:,} is more than the run's {total:,} tokens: it saves at ends of phases alone, "
-               "and a kill costs all since the last one.")
-    elif _is_given(run, "checkpoints", "keep_last") and run.checkpoints.keep_last > max(2, total // saves + len(run.phases)):
-        yield f"checkpoints.keep_last {run.checkpoints.keep_last} has no effect: the run saves {total // saves} times."
+        yield (
+            f"checkpoints.every_tokens {saves:,} is more than the run's {total:,} tokens: it saves"
+            " at ends of phases alone, and a kill costs all since the last one."
+        )
+    elif _is_given(run, "checkpoints", "keep_last") and run.checkpoints.keep_last > max(
+        2, total // saves + len(run.phases)
+    ):
+        yield (
+            f"checkpoints.keep_last {run.checkpoints.keep_last} has no effect: the run saves"
+            f" {total // saves} times."
+        )
     step = steps[len(steps) - 1].tokens
-    for key, every, what in (("checkpoints", saves, "it saves"), ("evaluation", checks, "it is evaluated")):
+    for key, every, what in (
+        ("checkpoints", saves, "it saves"),
+        ("evaluation", checks, "it is evaluated"),
+    ):
         if every and every < step and len(steps) > 1 and f"{key}.every_tokens" not in derived:
-            yield f"{key}.every_tokens {every:,} is less than a step's {step:,} tokens: {what} after every step."
+            yield (
+                f"{key}.every_tokens {every:,} is less than a step's {step:,} tokens: {what} after"
+                " every step."
+            )
     if checks and checks > total and "evaluation.every_tokens" not in derived:
-        yield (f"evaluation.every_tokens {checks:,} is more than the run's {total:,} tokens: it is evaluated at the beginning "
-               "and the end of phases alone.")
-    if run.tracking.print_every_steps > len(steps) and _is_given(run, "tracking", "print_every_steps"):
-        yield f"tracking.print_every_steps {run.tracking.print_every_steps} is more than the run's {len(steps):,} steps."
+        yield (
+            f"evaluation.every_tokens {checks:,} is more than the run's {total:,} tokens: it is"
+            " evaluated at the beginning and the end of phases alone."
+        )
+    if run.tracking.print_every_steps > len(steps) and _is_given(
+        run, "tracking", "print_every_steps"
+    ):
+        yield (
+            f"tracking.print_every_steps {run.tracking.print_every_steps} is more than the run's"
+            f" {len(steps):,} steps."
+        )
     most = max(len(steps.indices(index)) for index in range(len(run.phases)))
     if run.faults.spike and run.faults.spike.over_steps >= most:
-        yield (f"faults.spike has no effect: it needs {run.faults.spike.over_steps} fine steps of a phase, and the longest phase "
-               f"has {most:,}.")
+        yield (
+            f"faults.spike has no effect: it needs {run.faults.spike.over_steps} fine steps of a"
+            f" phase, and the longest phase has {most:,}."
+        )
 
 
 def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[str]:
     model = run.model
     longest = max(phase.max_tokens_per_document for phase in run.phases)
-    if model.max_position_embeddings > longest and _is_given(run, "model", "max_position_embeddings"):
+    if model.max_position_embeddings > longest and _is_given(
+        run, "model", "max_position_embeddings"
+    ):
         what = "positions beyond are never trained, and an export would promise them"
-        yield (f"model.max_position_embeddings {model.max_position_embeddings:,} is above the longest documents of all phases, "
-               f"{longest:,}: {what}.")
+        yield (
+            f"model.max_position_embeddings {model.max_position_embeddings:,} is above the longest"
+            f" documents of all phases, {longest:,}: {what}."
+        )
     for number, phase in enumerate(run.phases):
         own = steps.indices(number)
         first, last = steps[own[0]], steps[own[-1]]
         if len(own) == 1:
-            yield f"phase {phase.name} is one step: its {phase.tokens:,} tokens are no more than one batch."
+            yield (
+                f"phase {phase.name} is one step: its {phase.tokens:,} tokens are no more than one"
+                " batch."
+            )
             continue
-        warmup, decay = getattr(phase.lr, "warmup_tokens", 0), getattr(phase.lr, "decay_tokens", 0) or 0
+        warmup, decay = (
+            getattr(phase.lr, "warmup_tokens", 0),
+            getattr(phase.lr, "decay_tokens", 0) or 0,
+        )
         left_out = {d.key for d in run.derived}
         if 0 < warmup <= first.tokens // 2 and f"phases.{number}.lr.warmup_tokens" not in left_out:
-            yield (f"phases.{number}.lr.warmup_tokens {warmup:,} has no effect: half of the first step's {first.tokens:,} "
-                   "tokens, where its rate is taken, is beyond it.")
+            yield (
+                f"phases.{number}.lr.warmup_tokens {warmup:,} has no effect: half of the first"
+                f" step's {first.tokens:,} tokens, where its rate is taken, is beyond it."
+            )
         told = f"phases.{number}.lr.decay_tokens" not in left_out
-        if told and 0 < decay <= last.tokens // 2 and phase.tokens - decay > last.phase_tokens + last.tokens // 2:
-            yield f"phases.{number}.lr.decay_tokens {decay:,} has no effect: it is below half of the last step's {last.tokens:,}."
+        if (
+            told
+            and 0 < decay <= last.tokens // 2
+            and phase.tokens - decay > last.phase_tokens + last.tokens // 2
+        ):
+            yield (
+                f"phases.{number}.lr.decay_tokens {decay:,} has no effect: it is below half of the"
+                f" last step's {last.tokens:,}."
+            )
         if phase.batch_warmup and phase.batch_warmup.over_tokens <= first.tokens:
             yield f"phases.{number}.batch_warmup is over after one step of {first.tokens:,} tokens."
     most = max(stretch.rows for stretch in steps.stretches)
     share = math.ceil(most / ranks)
     if run.loader.micro_batch_rows > share:
-        yield (f"loader.micro_batch_rows {run.loader.micro_batch_rows} is more than the {share} row{'s' * (share > 1)} that a "
-               f"rank of {ranks} has of the largest step: a micro-batch holds {share} at most.")
+        yield (
+            f"loader.micro_batch_rows {run.loader.micro_batch_rows} is more than the {share}"
+            f" row{'s' * (share > 1)} that a rank of {ranks} has of the largest step: a micro-batch"
+            f" holds {share} at most."
+        )
 
 
 def _rates_of_nothing(run: RunConfig) -> Iterator[str]:
     """About a run that would not move: a phase of one step takes its rate where the schedule has ended."""
     steps = planned_steps(run, fills=[1.0] * len(run.phases))
     if all(len(steps.indices(number)) == 1 for number in range(len(run.phases))) and not any(
-            steps[steps.indices(number)[0]].lr for number in range(len(run.phases))):
+        steps[steps.indices(number)[0]].lr for number in range(len(run.phases))
+    ):
         phase = run.phases[0]
-        yield (f"phases.0.tokens {phase.tokens:,} is one step of {phase.batch_tokens:,} tokens, at a learning rate of 0: nothing "
-               f"would be learned. Lower phases.0.batch_tokens, for example to {run.data.row_tokens * run.data.lanes:,}, or train "
-               "on more tokens.")
+        yield (
+            f"phases.0.tokens {phase.tokens:,} is one step of {phase.batch_tokens:,} tokens, at a"
+            " learning rate of 0: nothing would be learned. Lower phases.0.batch_tokens, for"
+            f" example to {run.data.row_tokens * run.data.lanes:,}, or train on more tokens."
+        )
 
 
 # against the cards ---------------------------------------------------------------------------------------------------
 
+
 def _of_splits(run: RunConfig) -> Iterator[str]:
     for known in _training(run):
         if known.card.split == "held_out":
-            yield (f"{known.where} {known.config.folder} is a held_out split by its card, and is trained on: nothing of it can "
-                   "tell how good the model is.")
+            yield (
+                f"{known.where} {known.config.folder} is a held_out split by its card, and is"
+                " trained on: nothing of it can tell how good the model is."
+            )
     for known in _held_out(run):
         if known.card.split == "train":
-            yield (f"{known.where} {known.config.folder} is a train split by its card: its loss is a held-out loss only if no "
-                   "phase of this model ever trained on it.")
+            yield (
+                f"{known.where} {known.config.folder} is a train split by its card: its loss is a"
+                " held-out loss only if no phase of this model ever trained on it."
+            )
 
 
 def _of_sources(run: RunConfig) -> Iterator[str]:
-    for where, sources in [*_mixtures(run), *([("evaluation.sources", run.evaluation.sources)] if run.evaluation else [])]:
+    for where, sources in [
+        *_mixtures(run),
+        *([("evaluation.sources", run.evaluation.sources)] if run.evaluation else []),
+    ]:
         seen: dict[str, _Known] = {}
         for known in _known(where, sources):
             other = seen.setdefault(known.card.index_sha256, known)
             if other is not known:
-                yield f"{known.where} ({known.name}) is the same text as {other.where} ({other.name}): it counts twice."
+                yield (
+                    f"{known.where} ({known.name}) is the same text as {other.where}"
+                    f" ({other.name}): it counts twice."
+                )
     for known in _held_out(run):
         asked = run.evaluation.rows * run.data.row_tokens
         if known.card.tokens < asked and "evaluation" not in {d.key for d in run.derived}:
-            yield (f"evaluation.rows {run.evaluation.rows} asks for {asked:,} tokens of {known.name}, which has "
-                   f"{known.card.tokens:,}: all of it is used.")
+            yield (
+                f"evaluation.rows {run.evaluation.rows} asks for {asked:,} tokens of {known.name},"
+                f" which has {known.card.tokens:,}: all of it is used."
+            )
     for where, sources in _mixtures(run):
         known = [*_known(where, sources)]
         if len(known) < len(sources) or not all(k.card.tokens for k in known):
             continue
-        shares = documents_per_window([k.card for k in known], [s.weight for s in sources], run.data.window_documents)
-        small = [(k, share) for k, share in zip(known, shares, strict=True) if share > k.card.documents]
+        shares = documents_per_window(
+            [k.card for k in known], [s.weight for s in sources], run.data.window_documents
+        )
+        small = [
+            (k, share) for k, share in zip(known, shares, strict=True) if share > k.card.documents
+        ]
         if small and "data.window_documents" not in {d.key for d in run.derived}:
             one, share = max(small, key=lambda pair: pair[1] / pair[0].card.documents)
-            yield (f"data.window_documents {run.data.window_documents:,} is more than there is: a window goes "
-                   f"{float(share) / one.card.documents:.3g} times through the {one.card.documents:,} documents of {one.name} "
-                   f"({where}).")
+            yield (
+                f"data.window_documents {run.data.window_documents:,} is more than there is: a"
+                f" window goes {float(share) / one.card.documents:.3g} times through the"
+                f" {one.card.documents:,} documents of {one.name} ({where})."
+            )
 
 
 def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterator[str]:
     limit, lengths = phase.max_tokens_per_document, filling.lengths_D.astype(np.int64)
     longest = int(lengths.max())
-    if longest * 2 <= limit and f"phases.{run.phases.index(phase)}.max_tokens_per_document" not in {d.key for d in run.derived}:
-        yield (f"phase {phase.name} cuts documents at {limit:,} tokens, and the longest of {len(lengths):,} that were looked at "
-               f"has {longest:,}: none is cut, and no position beyond is trained.")
+    if (
+        longest * 2 <= limit
+        and f"phases.{run.phases.index(phase)}.max_tokens_per_document" not in {
+            d.key for d in run.derived
+        }
+    ):
+        yield (
+            f"phase {phase.name} cuts documents at {limit:,} tokens, and the longest of"
+            f" {len(lengths):,} that were looked at has {longest:,}: none is cut, and no position"
+            " beyond is trained."
+        )
     above = (lengths > limit) & (lengths <= max(limit + 2, JUST_ABOVE * limit))
     share = float(above.mean())
     if share >= MANY_JUST_ABOVE:
@@ -244,16 +349,27 @@ def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterato
         room = max(run.data.row_tokens, whole)
         other = fill_rows(run, phase, max_tokens=whole, row_tokens=room)
         rows = f" and data.row_tokens {room:,}" if room != run.data.row_tokens else ""
-        yield (f"{share:.0%} of the documents of phase {phase.name} are just above max_tokens_per_document {limit:,} and are cut "
-               f"in two halves: rows are {filling.fill:.0%} full. max_tokens_per_document {whole:,}{rows} takes them whole and "
-               f"fills rows to {other.fill if other else 1:.0%}.")
+        yield (
+            f"{share:.0%} of the documents of phase {phase.name} are just above"
+            f" max_tokens_per_document {limit:,} and are cut in two halves: rows are"
+            f" {filling.fill:.0%} full. max_tokens_per_document {whole:,}{rows} takes them whole"
+            f" and fills rows to {other.fill if other else 1:.0%}."
+        )
     elif filling.fill < POOR_FILL:
-        few = " A larger data.window_documents packs more of them together." if run.data.window_documents < 1024 else ""
-        yield (f"rows of phase {phase.name} will be {filling.fill:.0%} full: its documents do not fill rows of "
-               f"{run.data.row_tokens:,} tokens well. Longer rows are fuller.{few}")
+        few = (
+            " A larger data.window_documents packs more of them together."
+            if run.data.window_documents < 1024
+            else ""
+        )
+        yield (
+            f"rows of phase {phase.name} will be {filling.fill:.0%} full: its documents do not fill"
+            f" rows of {run.data.row_tokens:,} tokens well. Longer rows are fuller.{few}"
+        )
 
 
-def _of_questions(run: RunConfig, phase: PhaseConfig, filling: Filling | None, steps: PlannedSteps, index: int) -> Iterator[str]:
+def _of_questions(
+    run: RunConfig, phase: PhaseConfig, filling: Filling | None, steps: PlannedSteps, index: int
+) -> Iterator[str]:
     """How many steps of a phase are likely to have no masked token."""
     share = run.mask_share_of(phase)
     lowest = min(share.start, share.end if share.end is not None else share.start)
@@ -262,15 +378,20 @@ def _of_questions(run: RunConfig, phase: PhaseConfig, filling: Filling | None, s
     else:
         tokens_R, pieces_R = filling.tokens_R, filling.pieces_R
     # of each word one draw where words are whole, of each token else; [CLS] and [SEP] are not asked
-    units_R = np.maximum(0, tokens_R - 2 * pieces_R) / (_word_tokens(run, phase) if run.objective.needs_word_edges else 1.0)
+    units_R = np.maximum(0, tokens_R - 2 * pieces_R) / (
+        _word_tokens(run, phase) if run.objective.needs_word_edges else 1.0
+    )
     silent = float(np.mean((1.0 - lowest) ** units_R))
     own = [s for s in steps.stretches if s.phase == index]
-    expected = sum(s.steps * silent ** s.rows for s in own)
+    expected = sum(s.steps * silent**s.rows for s in own)
     if expected >= SELDOM_STEPS:
         count = sum(s.steps for s in own)
         amount = f"{expected:.2g}" if expected < 10 else f"{expected:,.0f}"
-        yield (f"about {amount} of the {count:,} steps of phase {phase.name} will have no masked token and move nothing: one "
-               f"step in {count / expected:,.0f}. A larger batch_tokens, data.row_tokens or mask_share makes them rarer.")
+        yield (
+            f"about {amount} of the {count:,} steps of phase {phase.name} will have no masked token"
+            f" and move nothing: one step in {count / expected:,.0f}. A larger batch_tokens,"
+            " data.row_tokens or mask_share makes them rarer."
+        )
 
 
 def _word_tokens(run: RunConfig, phase: PhaseConfig) -> float:
@@ -280,7 +401,9 @@ def _word_tokens(run: RunConfig, phase: PhaseConfig) -> float:
             if source.cache:
                 continue
             opened = open_source(source.folder, name="lengths of words")
-            edges = read_word_edges(opened.path / "tokenizer.json", vocab_size=opened.card.vocab_size)
+            edges = read_word_edges(
+                opened.path / "tokenizer.json", vocab_size=opened.card.vocab_size
+            )
             words = tokens = 0
             for document in range(min(DOCUMENTS_READ, opened.documents)):
                 ids = opened.read(document).astype(np.int64)
@@ -291,11 +414,16 @@ def _word_tokens(run: RunConfig, phase: PhaseConfig) -> float:
 
 # what is known -------------------------------------------------------------------------------------------------------
 
+
 def _mixtures(run: RunConfig) -> Iterator[tuple[str, tuple[SourceConfig, ...]]]:
     """The mixtures that a phase trains on, and the setting of each."""
     if any(not phase.sources for phase in run.phases):
         yield "data.sources", run.data.sources
-    yield from ((f"phases.{number}.sources", phase.sources) for number, phase in enumerate(run.phases) if phase.sources)
+    yield from (
+        (f"phases.{number}.sources", phase.sources)
+        for number, phase in enumerate(run.phases)
+        if phase.sources
+    )
 
 
 def _training(run: RunConfig) -> Iterator[_Known]:
@@ -309,7 +437,7 @@ def _held_out(run: RunConfig) -> Iterator[_Known]:
 
 def _known(where: str, sources: tuple[SourceConfig, ...]) -> Iterator[_Known]:
     for number, source in enumerate(sources):
-        with contextlib.suppress(ShardError):      # not there yet: a plan says so, a start refuses it
+        with contextlib.suppress(ShardError):  # not there yet: a plan says so, a start refuses it
             yield _Known(source, read_card(source.folder), f"{where}.{number}")
 
 

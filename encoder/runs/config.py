@@ -41,36 +41,54 @@ from encoder.runs.short_forms import read_run_mapping
 
 MOST_WINDOW_DOCUMENTS = 2**24
 MOST_WORKERS = 256
-MOST_SHUFFLED = 256          # an open shard takes a file handle, of 1,024 that a process usually has
+MOST_SHUFFLED = 256  # an open shard takes a file handle, of 1,024 that a process usually has
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One shard folder of a mixture."""
 
-    path: PathText                    # a folder with card.json, made by data-prep; or a URL of one, with `cache`
-    cache: LocalText | None = None     # a folder of this machine that its files are fetched to, for this source alone
-    cache_bytes: int | None = None    # most that its shards may take there; default: all of them stay
-    weight: float = 1.0               # share of the tokens, relative to the other sources' weights
-    name: str | None = None           # in reports and in the data order's address; default: from the card
-    max_epochs: float | None = None   # refuse a phase that goes through it more often
+    path: PathText  # a folder with card.json, made by data-prep; or a URL of one, with `cache`
+    cache: LocalText | None = (
+        None  # a folder of this machine that its files are fetched to, for this source alone
+    )
+    cache_bytes: int | None = None  # most that its shards may take there; default: all of them stay
+    weight: float = 1.0  # share of the tokens, relative to the other sources' weights
+    name: str | None = None  # in reports and in the data order's address; default: from the card
+    max_epochs: float | None = None  # refuse a phase that goes through it more often
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ConfigError(f"weight {self.weight} must be above 0. Leave the source out instead.")
+            raise ConfigError(
+                f"weight {self.weight} must be above 0. Leave the source out instead."
+            )
         if self.max_epochs is not None and not self.max_epochs > 0:
-            raise ConfigError(f"max_epochs {self.max_epochs} must be above 0. Leave the source out instead.")
+            raise ConfigError(
+                f"max_epochs {self.max_epochs} must be above 0. Leave the source out instead."
+            )
         scheme = self.path.partition("://")[0]
         if scheme != self.path and scheme not in SCHEMES:
-            raise ConfigError(f"path {self.path} begins with {scheme}://. {nearest(scheme, list(SCHEMES))}")
+            raise ConfigError(
+                f"path {self.path} begins with {scheme}://. {nearest(scheme, list(SCHEMES))}"
+            )
         if scheme != self.path and self.cache is None:
-            raise ConfigError(f"path {self.path} lies elsewhere. Add cache: FOLDER, a folder of this machine to fetch it to.")
+            raise ConfigError(
+                f"path {self.path} lies elsewhere. Add cache: FOLDER, a folder of this machine to"
+                " fetch it to."
+            )
         if self.cache is None and self.cache_bytes is not None:
-            raise ConfigError("cache_bytes has no effect without cache. Leave it out, or add cache: FOLDER.")
+            raise ConfigError(
+                "cache_bytes has no effect without cache. Leave it out, or add cache: FOLDER."
+            )
         if self.cache_bytes is not None and self.cache_bytes < 1:
-            raise ConfigError(f"cache_bytes {self.cache_bytes} must be at least 1; leave it out to keep all shards.")
+            raise ConfigError(
+                f"cache_bytes {self.cache_bytes} must be at least 1; leave it out to keep all"
+                " shards."
+            )
         if self.cache is not None and Path(self.cache) == Path(self.path):
-            raise ConfigError(f"cache {self.cache} is the source itself. Leave it out, or name another folder.")
+            raise ConfigError(
+                f"cache {self.cache} is the source itself. Leave it out, or name another folder."
+            )
 
     @property
     def folder(self) -> Path:
@@ -82,74 +100,106 @@ class SourceConfig:
 class DataConfig:
     """How documents become rows."""
 
-    sources: tuple[SourceConfig, ...]  # shard folders, weighted; or mixture: {file: PREP.yaml, name: NAME}
-    row_tokens: int                   # capacity of a row, the unit of packing and of batch size; default: divides every batch
+    sources: tuple[
+        SourceConfig, ...
+    ]  # shard folders, weighted; or mixture: {file: PREP.yaml, name: NAME}
+    row_tokens: int  # capacity of a row, the unit of packing and of batch size; default: divides every batch
     # packed together, fewer where a source has fewer; rows of 16,384 of real text: 4096 99.5 %, 8192 99.7 % full
     window_documents: int = 8192
-    lanes: int = 1                    # sequences of windows side by side, each over its own shards of every source
-    shuffle_shards: int = SHARDS_PER_GROUP     # of a source, shuffled together; more where shards are local: a wider shuffle
+    lanes: int = 1  # sequences of windows side by side, each over its own shards of every source
+    shuffle_shards: int = SHARDS_PER_GROUP  # of a source, shuffled together; more where shards are local: a wider shuffle
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("sources is empty; needed: at least one {path: FOLDER}.")
         if self.row_tokens < 8 or self.window_documents < 1 or self.lanes < 1:
-            raise ConfigError(f"row_tokens {self.row_tokens}, window_documents {self.window_documents} and lanes {self.lanes} "
-                              "must be at least 8, 1 and 1.")
+            raise ConfigError(
+                f"row_tokens {self.row_tokens}, window_documents {self.window_documents} and lanes"
+                f" {self.lanes} must be at least 8, 1 and 1."
+            )
         if self.window_documents > MOST_WINDOW_DOCUMENTS:
-            raise ConfigError(f"window_documents {self.window_documents:,} is more than {MOST_WINDOW_DOCUMENTS:,}: a window is "
-                              "planned as a whole, in about 100 bytes of memory a document.")
+            raise ConfigError(
+                f"window_documents {self.window_documents:,} is more than"
+                f" {MOST_WINDOW_DOCUMENTS:,}: a window is planned as a whole, in about 100 bytes of"
+                " memory a document."
+            )
         if not 1 <= self.shuffle_shards <= MOST_SHUFFLED:
-            raise ConfigError(f"shuffle_shards {self.shuffle_shards} must be 1 to {MOST_SHUFFLED}: so many shards of every "
-                              "source are open at a time.")
+            raise ConfigError(
+                f"shuffle_shards {self.shuffle_shards} must be 1 to {MOST_SHUFFLED}: so many shards"
+                " of every source are open at a time."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """How rows reach this machine; nothing here changes the batches, but for shards that are lost."""
 
-    micro_batch_rows: int = 1         # rows in one forward
-    workers: int = 1                  # processes that assemble rows ahead of time; 0: in the training process
-    prefetch_windows: int | None = None      # how far ahead shards are brought to caches; default: 128
-    on_bad_shard: Literal["stop", "quarantine"] = "stop"     # quarantine: go on without a damaged shard's documents
+    micro_batch_rows: int = 1  # rows in one forward
+    workers: int = 1  # processes that assemble rows ahead of time; 0: in the training process
+    prefetch_windows: int | None = None  # how far ahead shards are brought to caches; default: 128
+    on_bad_shard: Literal["stop", "quarantine"] = (
+        "stop"  # quarantine: go on without a damaged shard's documents
+    )
 
     def __post_init__(self) -> None:
         if self.prefetch_windows is not None and self.prefetch_windows < 1:
             raise ConfigError(f"prefetch_windows {self.prefetch_windows} must be at least 1.")
         if self.micro_batch_rows < 1 or not 0 <= self.workers <= MOST_WORKERS:
-            raise ConfigError(f"micro_batch_rows {self.micro_batch_rows} and workers {self.workers} must be at least 1, and 0 "
-                              f"to {MOST_WORKERS}.")
+            raise ConfigError(
+                f"micro_batch_rows {self.micro_batch_rows} and workers {self.workers} must be at"
+                f" least 1, and 0 to {MOST_WORKERS}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One stretch of a run. The data order, the schedules and the token clock start anew in each phase."""
 
-    name: str                                              # in reports and checkpoints; default: main, or phase_1, phase_2, ...
-    tokens: Tokens                                         # without padding; ends with the step that reaches it
-    max_tokens_per_document: int                           # longer ones are cut into near-equal pieces; default: 1024
-    batch_tokens: Tokens                                   # capacity of a step over all ranks, in whole rows
-    lr: chosen_by("schedule", SCHEDULES)                   # or its peak alone: warm-up, flat, decay at the run's end
-    model: dict[str, float] = field(default_factory=dict)      # what the phase changes of the model; default: nothing
+    name: str  # in reports and checkpoints; default: main, or phase_1, phase_2, ...
+    tokens: Tokens  # without padding; ends with the step that reaches it
+    max_tokens_per_document: int  # longer ones are cut into near-equal pieces; default: 1024
+    batch_tokens: Tokens  # capacity of a step over all ranks, in whole rows
+    lr: chosen_by("schedule", SCHEDULES)  # or its peak alone: warm-up, flat, decay at the run's end
+    model: dict[str, float] = field(
+        default_factory=dict
+    )  # what the phase changes of the model; default: nothing
     batch_warmup: BatchWarmup | None = None
-    sources: tuple[SourceConfig, ...] | None = None        # another mixture for this phase; or mixture: {name: NAME}
-    mask_share: float | None = None                        # masking rate; default: the objective's
-    mask_share_end: float | None = None                    # reached at the phase's end, on a straight line over its tokens
-    weight_decay: float | None = None                      # share of the matrices lost in a step; default: the optimizer's
-    max_lr: float | None = None                            # rate at which a step loses all of weight_decay; default: lr.peak
+    sources: tuple[SourceConfig, ...] | None = (
+        None  # another mixture for this phase; or mixture: {name: NAME}
+    )
+    mask_share: float | None = None  # masking rate; default: the objective's
+    mask_share_end: float | None = (
+        None  # reached at the phase's end, on a straight line over its tokens
+    )
+    weight_decay: float | None = (
+        None  # share of the matrices lost in a step; default: the optimizer's
+    )
+    max_lr: float | None = None  # rate at which a step loses all of weight_decay; default: lr.peak
 
     def __post_init__(self) -> None:
         for share in (self.mask_share, self.mask_share_end):
             if share is not None and not 0 < share < 1:
-                raise ConfigError(f"phase {self.name}: mask_share {share} must lie between 0 and 1. ModernBERT uses 0.3.")
+                raise ConfigError(
+                    f"phase {self.name}: mask_share {share} must lie between 0 and 1. ModernBERT"
+                    " uses 0.3."
+                )
         if self.tokens < 1:
             raise ConfigError(f"phase {self.name}: tokens is 0; needed: at least one step.")
-        if self.weight_decay is not None and not 0.0 <= self.weight_decay < 1.0 or self.max_lr is not None and not self.max_lr > 0:
-            raise ConfigError(f"phase {self.name}: weight_decay {self.weight_decay} must lie in [0, 1), max_lr {self.max_lr} "
-                              "above 0. Leave them out for the optimizer's decay at the phase's own peak.")
+        if (
+            self.weight_decay is not None
+            and not 0.0 <= self.weight_decay < 1.0
+            or self.max_lr is not None
+            and not self.max_lr > 0
+        ):
+            raise ConfigError(
+                f"phase {self.name}: weight_decay {self.weight_decay} must lie in [0, 1), max_lr"
+                f" {self.max_lr} above 0. Leave them out for the optimizer's decay at the phase's"
+                " own peak."
+            )
         if self.max_tokens_per_document < 3:
             raise ConfigError(
-                f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves no room "
-                "between [CLS] and [SEP]; needed: at least 3."
+                f"phase {self.name}: max_tokens_per_document {self.max_tokens_per_document} leaves"
+                " no room between [CLS] and [SEP]; needed: at least 3."
             )
 
 
@@ -157,23 +207,29 @@ class PhaseConfig:
 class EvaluationConfig:
     """The held-out loss: fixed documents, fixed masks."""
 
-    sources: tuple[SourceConfig, ...]  # shard folders; or mixture: {name: NAME}, the held-out documents of its sources
-    every_tokens: Tokens              # how often it is measured; default: a twentieth of the run, at most 5B
-    rows: int = 8                     # of data.row_tokens, per source
-    mask_share: float = 0.15          # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)
+    sources: tuple[
+        SourceConfig, ...
+    ]  # shard folders; or mixture: {name: NAME}, the held-out documents of its sources
+    every_tokens: Tokens  # how often it is measured; default: a twentieth of the run, at most 5B
+    rows: int = 8  # of data.row_tokens, per source
+    mask_share: float = 0.15  # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)
 
     def __post_init__(self) -> None:
         if self.every_tokens < 1 or self.rows < 1 or not 0 < self.mask_share < 1:
-            raise ConfigError("every_tokens and rows must be at least 1, mask_share between 0 and 1.")
+            raise ConfigError(
+                "every_tokens and rows must be at least 1, mask_share between 0 and 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to save; ends of phases and interruptions are always saved."""
 
-    every_tokens: Tokens              # how often a checkpoint is written; default: a twentieth of the run, at most 5B
-    keep_last: int = 2                # whole ones; older ones are removed, ends of phases are kept
-    background: bool = True           # written while training goes on, from a copy in the machine's memory
+    every_tokens: (
+        Tokens  # how often a checkpoint is written; default: a twentieth of the run, at most 5B
+    )
+    keep_last: int = 2  # whole ones; older ones are removed, ends of phases are kept
+    background: bool = True  # written while training goes on, from a copy in the machine's memory
 
     def __post_init__(self) -> None:
         if self.every_tokens < 1 or self.keep_last < 1:
@@ -184,9 +240,13 @@ class CheckpointConfig:
 class TrackingConfig:
     """Where numbers go beside the run folder's own metrics.jsonl."""
 
-    print_every_steps: int = 10                 # a line in a log
-    wandb_project: str | None = None  # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
-    tensorboard: bool = False         # also write RUN/tensorboard (needs the extra: pip install -e '.[tensorboard]')
+    print_every_steps: int = 10  # a line in a log
+    wandb_project: str | None = (
+        None  # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
+    )
+    tensorboard: bool = (
+        False  # also write RUN/tensorboard (needs the extra: pip install -e '.[tensorboard]')
+    )
 
     def __post_init__(self) -> None:
         if self.print_every_steps < 1:
@@ -195,15 +255,17 @@ class TrackingConfig:
     def check_packages(self) -> None:
         """Where the run is to start. Raises ConfigError for a package that is not here."""
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("tracking.tensorboard needs the package tensorboard, which is not here. "
-                              "Install the extra (pip install -e '.[tensorboard]'), or leave the setting out.")
+            raise ConfigError(
+                "tracking.tensorboard needs the package tensorboard, which is not here. "
+                "Install the extra (pip install -e '.[tensorboard]'), or leave the setting out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
     """A setting that the run file does not have, and why it is what it is."""
 
-    key: str          # dotted
+    key: str  # dotted
     value: Any
     why: str
 
@@ -211,7 +273,11 @@ class Derived:
     def text(self) -> str:
         """One line for people."""
         value = f"{self.value:,}" if type(self.value) is int else self.value
-        return f"{self.key} {value}: {self.why}" if not isinstance(value, (dict, list)) else f"{self.key}: {self.why}"
+        return (
+            f"{self.key} {value}: {self.why}"
+            if not isinstance(value, (dict, list))
+            else f"{self.key}: {self.why}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,70 +286,100 @@ class RunConfig:
 
     other_words: ClassVar[dict[str, str]] = OTHER_WORDS
 
-    name: str                                   # of the run, in reports and in runs/NAME
-    out: LocalText                                         # the run folder: ledger, metrics, checkpoints; default: runs/NAME
-    seed: int                                              # of weights, order and masks; default: 17, a branch's another
-    model: chosen_by("system", SYSTEMS)                    # {preset: NAME}, or a shape; default: that of init_from
-    data: DataConfig                                       # or a list of shard folders
+    name: str  # of the run, in reports and in runs/NAME
+    out: LocalText  # the run folder: ledger, metrics, checkpoints; default: runs/NAME
+    seed: int  # of weights, order and masks; default: 17, a branch's another
+    model: chosen_by("system", SYSTEMS)  # {preset: NAME}, or a shape; default: that of init_from
+    data: DataConfig  # or a list of shard folders
     phases: tuple[PhaseConfig, ...]
-    checkpoints: CheckpointConfig                          # default: see below
-    objective: chosen_by("name", OBJECTIVES, default="mlm") = field(default_factory=OBJECTIVES["mlm"])
-    optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(default_factory=OPTIMIZERS["stable_adamw"])
-    init_from: PathText | None = None                      # a stored model that the weights start from, not the seed
-    branch_from: LocalText | None = None                    # a run's checkpoint: weights and optimizer state start from it
-    evaluation: EvaluationConfig | None = None             # default: held_out beside each train; null for none
+    checkpoints: CheckpointConfig  # default: see below
+    objective: chosen_by("name", OBJECTIVES, default="mlm") = field(
+        default_factory=OBJECTIVES["mlm"]
+    )
+    optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(
+        default_factory=OPTIMIZERS["stable_adamw"]
+    )
+    init_from: PathText | None = None  # a stored model that the weights start from, not the seed
+    branch_from: LocalText | None = (
+        None  # a run's checkpoint: weights and optimizer state start from it
+    )
+    evaluation: EvaluationConfig | None = None  # default: held_out beside each train; null for none
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
-    attention: AttentionWord = "auto"           # the kernels; auto: the fastest that can run
-    compile: Literal["auto", "blocks", "off"] = "auto"    # layers by torch.compile; auto: on CUDA, below zero_stage 3
-    device: Literal["auto", "cpu", "cuda"] = "auto" # auto: CUDA where torch sees it
+    attention: AttentionWord = "auto"  # the kernels; auto: the fastest that can run
+    compile: Literal["auto", "blocks", "off"] = (
+        "auto"  # layers by torch.compile; auto: on CUDA, below zero_stage 3
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch sees it
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    given: dict[str, Any] | None = field(init=False, default=None, compare=False, repr=False)       # the run file as it was read
-    derived: tuple[Derived, ...] = field(init=False, default=(), compare=False, repr=False)         # what it left out
+    given: dict[str, Any] | None = field(
+        init=False, default=None, compare=False, repr=False
+    )  # the run file as it was read
+    derived: tuple[Derived, ...] = field(
+        init=False, default=(), compare=False, repr=False
+    )  # what it left out
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed {self.seed} must be 0 to 2^63 - 1.")
         if self.init_from and self.branch_from:
-            raise ConfigError("init_from and branch_from both say where the weights start. Leave one out: branch_from takes the "
-                              "optimizer state, too.")
+            raise ConfigError(
+                "init_from and branch_from both say where the weights start. Leave one out:"
+                " branch_from takes the optimizer state, too."
+            )
         scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", self.init_from or "")
         if scheme and scheme[1] != "hf":
-            raise ConfigError(f"init_from {self.init_from} begins with {scheme[0]}; needed: a folder or file of this machine, or a "
-                              "name of the hub, such as hf://answerdotai/ModernBERT-base.")
+            raise ConfigError(
+                f"init_from {self.init_from} begins with {scheme[0]}; needed: a folder or file of"
+                " this machine, or a name of the hub, such as hf://answerdotai/ModernBERT-base."
+            )
         if not self.phases:
             raise ConfigError("phases is empty; needed: at least one phase.")
         if self.compile == "blocks" and self.engine.zero_stage == 3:
-            raise ConfigError("compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks that compiled code "
-                              "does not call. Use compile: off, or zero_stage 2.")
+            raise ConfigError(
+                "compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks"
+                " that compiled code does not call. Use compile: off, or zero_stage 2."
+            )
         self._fill_in_phase_models()
         self._check_caches()
         names = [p.name for p in self.phases]
         if len(set(names)) < len(names):
-            raise ConfigError(f"phases have the names {', '.join(names)}; each name may stand once.")
+            raise ConfigError(
+                f"phases have the names {', '.join(names)}; each name may stand once."
+            )
         for phase in self.phases:
             if phase.max_tokens_per_document > self.data.row_tokens:
                 raise ConfigError(
-                    f"phase {phase.name}: documents of {phase.max_tokens_per_document:,} tokens do not fit rows "
-                    f"of {self.data.row_tokens:,}. Raise data.row_tokens or lower max_tokens_per_document."
+                    f"phase {phase.name}: documents of {phase.max_tokens_per_document:,} tokens do"
+                    f" not fit rows of {self.data.row_tokens:,}. Raise data.row_tokens or lower"
+                    " max_tokens_per_document."
                 )
             if phase.max_tokens_per_document > self.model.max_position_embeddings:
                 raise ConfigError(
-                    f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document:,} is above "
-                    f"model.max_position_embeddings {self.model.max_position_embeddings:,}. Raise the latter."
+                    f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document:,}"
+                    " is above model.max_position_embeddings"
+                    f" {self.model.max_position_embeddings:,}. Raise the latter."
                 )
             if phase.max_lr is not None and not self.optimizer.decay_at_peak:
-                raise ConfigError(f"phase {phase.name}: max_lr {phase.max_lr:g} has no effect: the decay of this optimizer is not "
-                                  "relative to a peak rate. Leave it out.")
+                raise ConfigError(
+                    f"phase {phase.name}: max_lr {phase.max_lr:g} has no effect: the decay of this"
+                    " optimizer is not relative to a peak rate. Leave it out."
+                )
             try:
                 phase.lr.at(0, phase_tokens=phase.tokens)
             except ConfigError as error:
-                raise ConfigError(f"phases.{self.phases.index(phase)}.lr of phase {phase.name}: {error}") from error
+                raise ConfigError(
+                    f"phases.{self.phases.index(phase)}.lr of phase {phase.name}: {error}"
+                ) from error
             try:
                 self.rows_at(phase, 0)
             except ConfigError as error:
-                each = f" A step takes a row of each of {self.data.lanes} data.lanes at a time." if self.data.lanes > 1 else ""
+                each = (
+                    f" A step takes a row of each of {self.data.lanes} data.lanes at a time."
+                    if self.data.lanes > 1
+                    else ""
+                )
                 raise ConfigError(f"{error}{each}") from error
 
     def _fill_in_phase_models(self) -> None:
@@ -293,12 +389,16 @@ class RunConfig:
         for number, phase in enumerate(self.phases):
             for name in phase.model:
                 if name not in may_change:
-                    raise ConfigError(f"phases.{number}.model.{name} is nothing that a phase may change of this model. "
-                                      f"{nearest(name, list(may_change))}")
+                    raise ConfigError(
+                        f"phases.{number}.model.{name} is nothing that a phase may change of this"
+                        f" model. {nearest(name, list(may_change))}"
+                    )
             try:
                 dataclasses.replace(self.model, **phase.model)
             except ConfigError as error:
-                raise ConfigError(f"phases.{number}.model of phase {phase.name}: {error}") from error
+                raise ConfigError(
+                    f"phases.{number}.model of phase {phase.name}: {error}"
+                ) from error
             whole.append(dataclasses.replace(phase, model={**own, **phase.model}))
         object.__setattr__(self, "phases", tuple(whole))
 
@@ -306,11 +406,18 @@ class RunConfig:
         cached: dict[str, SourceConfig] = {}
         for source in (s for s in self.all_sources() if s.cache):
             other = cached.setdefault(source.cache, source)
-            if (other.path.rstrip("/"), other.cache_bytes) != (source.path.rstrip("/"), source.cache_bytes):
-                raise ConfigError(f"cache {source.cache} stands at {other.path} and at {source.path}, or with two cache_bytes. "
-                                  "Give each source a cache of its own.")
+            if (other.path.rstrip("/"), other.cache_bytes) != (
+                source.path.rstrip("/"),
+                source.cache_bytes,
+            ):
+                raise ConfigError(
+                    f"cache {source.cache} stands at {other.path} and at {source.path}, or with two"
+                    " cache_bytes. Give each source a cache of its own."
+                )
         if self.loader.prefetch_windows is not None and not cached:
-            raise ConfigError("loader.prefetch_windows has no effect: no source has a cache. Leave it out.")
+            raise ConfigError(
+                "loader.prefetch_windows has no effect: no source has a cache. Leave it out."
+            )
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Of all phases and of the evaluation; a source that several phases share stands several times."""
@@ -319,19 +426,30 @@ class RunConfig:
 
     def rows_at(self, phase: PhaseConfig, phase_tokens: int) -> int:
         """Rows of the next step when `phase_tokens` were seen in the phase."""
-        lanes = self.data.lanes      # as many rows of each
-        return lanes * rows_at(phase_tokens, batch_tokens=phase.batch_tokens, row_tokens=lanes * self.data.row_tokens,
-                               warmup=phase.batch_warmup)
+        lanes = self.data.lanes  # as many rows of each
+        return lanes * rows_at(
+            phase_tokens,
+            batch_tokens=phase.batch_tokens,
+            row_tokens=lanes * self.data.row_tokens,
+            warmup=phase.batch_warmup,
+        )
 
     def next_rise(self, phase: PhaseConfig, phase_tokens: int) -> int | None:
         """The first tokens of the phase, beyond `phase_tokens`, at which a step has more rows, or None."""
-        return next_rise(phase_tokens, batch_tokens=phase.batch_tokens, row_tokens=self.data.lanes * self.data.row_tokens,
-                         warmup=phase.batch_warmup)
+        return next_rise(
+            phase_tokens,
+            batch_tokens=phase.batch_tokens,
+            row_tokens=self.data.lanes * self.data.row_tokens,
+            warmup=phase.batch_warmup,
+        )
 
     def mask_share_of(self, phase: PhaseConfig) -> MaskShare:
         """The masking rate of a phase: the phase's own or the objective's, over the phase's tokens."""
-        return MaskShare(start=phase.mask_share or self.objective.mask_share, end=phase.mask_share_end,
-                         over_tokens=phase.tokens)
+        return MaskShare(
+            start=phase.mask_share or self.objective.mask_share,
+            end=phase.mask_share_end,
+            over_tokens=phase.tokens,
+        )
 
     def weight_decay_of(self, phase: PhaseConfig) -> float:
         """The share that a step of the phase takes from the matrices at the rate `phase.max_lr` (default: its peak)."""
@@ -359,7 +477,9 @@ def run_of(given: dict[str, Any], *, where: str) -> RunConfig:
     # here: a default may come from a stored run, which is read by this module
     from encoder.runs.defaults import with_defaults
 
-    mapping, derived = with_defaults(expand_paths(RunConfig, with_preset(given, where=where), where=where))
+    mapping, derived = with_defaults(
+        expand_paths(RunConfig, with_preset(given, where=where), where=where)
+    )
     run = from_mapping(RunConfig, mapping, where=where)
     object.__setattr__(run, "given", given)
     object.__setattr__(run, "derived", derived)
@@ -430,11 +550,19 @@ def changed_settings(before: dict[str, Any], run: RunConfig) -> list[tuple[str, 
     A source without a name has its card's: there the names on the cards are compared, and not the settings.
     """
     changed = differences(identity_of(before), identity_of(run))
-    return [(key, old, new) for key, old, new in changed
-            if not (".sources." in f".{key}" and key.endswith(".name") and (old is None or new is None))]
+    return [
+        (key, old, new)
+        for key, old, new in changed
+        if not (".sources." in f".{key}" and key.endswith(".name") and (old is None or new is None))
+    ]
 
 
-PLACES = ("path", "cache", "cache_bytes", "max_epochs")      # of a source: where it is, and how much of it is too much
+PLACES = (
+    "path",
+    "cache",
+    "cache_bytes",
+    "max_epochs",
+)  # of a source: where it is, and how much of it is too much
 
 
 def _without_places(plain: Any) -> Any:
@@ -452,7 +580,10 @@ def with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:
     name = model["preset"]
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"{where}: model.preset is {name!r}. {nearest(str(name), list(PRESETS))}")
-    return {**mapping, "model": {**PRESETS[name], **{k: v for k, v in model.items() if k != "preset"}}}
+    return {
+        **mapping,
+        "model": {**PRESETS[name], **{k: v for k, v in model.items() if k != "preset"}},
+    }
 
 
 def schedule_word(phase: PhaseConfig) -> str:
@@ -463,5 +594,10 @@ def schedule_word(phase: PhaseConfig) -> str:
 def describe_phase(run: RunConfig, phase: PhaseConfig) -> str:
     """One line for people: name, amount, length, and what the phase may change of the model."""
     texts = [f"{label} {text}" for label, text in run.model_of(phase).phase_texts.items()]
-    return ", ".join([f"{phase.name}: {short_count(phase.tokens)} tokens",
-                      f"documents up to {phase.max_tokens_per_document:,}", *texts])
+    return ", ".join(
+        [
+            f"{phase.name}: {short_count(phase.tokens)} tokens",
+            f"documents up to {phase.max_tokens_per_document:,}",
+            *texts,
+        ]
+    )

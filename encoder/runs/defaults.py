@@ -30,17 +30,25 @@ from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE
 
 SEED = 17
 SYSTEM = "modernbert"
-DOCUMENT_TOKENS = 1024           # ModernBERT's first phase
-MOST_ROW_TOKENS = 16384          # rows of 16,384 are 99.7 % full of real text, and enough for one forward of a GPU
-WINDOW_DOCUMENTS = 8192          # rows of 16,384 of real text are 99.7 % full
-LEAST_WINDOW_DOCUMENTS = 256     # smaller windows leave rows half empty
-ROWS_A_STEP = 8                  # or more, so that ranks and micro-batches find rows to share
-VOCAB_MULTIPLE = 64              # of the embedding's rows: what matrix products like
-WARMUP_SHARE, MOST_WARMUP_TOKENS = 0.02, 3_000_000_000       # of the run's first phase; ModernBERT's 3B are the most
-DECAY_SHARE = 0.2                # of the run's last phase (arXiv 2405.18392: 10 to 20 %)
-TIMES, LEAST_STEPS = 20, 10      # a run saves and is judged about so often, but not after fewer steps
+DOCUMENT_TOKENS = 1024  # ModernBERT's first phase
+MOST_ROW_TOKENS = (
+    16384  # rows of 16,384 are 99.7 % full of real text, and enough for one forward of a GPU
+)
+WINDOW_DOCUMENTS = 8192  # rows of 16,384 of real text are 99.7 % full
+LEAST_WINDOW_DOCUMENTS = 256  # smaller windows leave rows half empty
+ROWS_A_STEP = 8  # or more, so that ranks and micro-batches find rows to share
+VOCAB_MULTIPLE = 64  # of the embedding's rows: what matrix products like
+WARMUP_SHARE, MOST_WARMUP_TOKENS = (
+    0.02,
+    3_000_000_000,
+)  # of the run's first phase; ModernBERT's 3B are the most
+DECAY_SHARE = 0.2  # of the run's last phase (arXiv 2405.18392: 10 to 20 %)
+TIMES, LEAST_STEPS = 20, 10  # a run saves and is judged about so often, but not after fewer steps
 MOST_BETWEEN_TOKENS = 5_000_000_000
-BATCH_WARMUP_SHARE, FIRST_BATCH_SHARE = 0.03, 1 / 6          # ModernBERT-base: 50B of 1.719T, from 768 of 4,608 sequences
+BATCH_WARMUP_SHARE, FIRST_BATCH_SHARE = (
+    0.03,
+    1 / 6,
+)  # ModernBERT-base: 50B of 1.719T, from 768 of 4,608 sequences
 UNKNOWN = object()
 
 
@@ -68,20 +76,27 @@ def warnings_of(run: RunConfig) -> list[str]:
         if model.vocab_size > needed:
             smaller = dataclasses.replace(model, vocab_size=needed)
             more = model.parameter_counts().total - smaller.parameter_counts().total
-            lines.append(f"model.vocab_size {model.vocab_size:,} is more than the shards' {card.vocab_size:,} tokens: "
-                         f"{short_count(more)} parameters that no text trains. Leave it out for {needed:,}.")
+            lines.append(
+                f"model.vocab_size {model.vocab_size:,} is more than the shards'"
+                f" {card.vocab_size:,} tokens: {short_count(more)} parameters that no text trains."
+                f" Leave it out for {needed:,}."
+            )
     source = run.init_from or run.branch_from
     there = _facts_of(source) if source else None
     if source and there is None:
-        lines.append(f"{source} is not at hand: what follows from it, such as RoPE thetas, is shown by the defaults here, and is "
-                     "the model's own where the run starts.")
+        lines.append(
+            f"{source} is not at hand: what follows from it, such as RoPE thetas, is shown by the"
+            " defaults here, and is the model's own where the run starts."
+        )
     if there:
         first = run.phases[0]
         for name, new in first.model.items():
             old = getattr(there, name, new)
             if old != new:
-                lines.append(f"{name} is {old:g} at {source} and {new:g} in phase {first.name}: the weights were trained at "
-                             "another one. Leave it out to go on as they were trained.")
+                lines.append(
+                    f"{name} is {old:g} at {source} and {new:g} in phase {first.name}: the weights"
+                    " were trained at another one. Leave it out to go on as they were trained."
+                )
     return lines
 
 
@@ -89,8 +104,10 @@ def slow_precision_text(run: RunConfig, *, on_cuda: bool) -> str | None:
     """About fp32 on a GPU that has faster units."""
     if not on_cuda or run.engine.precision != "fp32":
         return None
-    return ("engine.precision fp32 on CUDA computes without the units for bf16: 5 to 15 times as slow as autocast. "
-            "Leave it out, or use precision: autocast.")
+    return (
+        "engine.precision fp32 on CUDA computes without the units for bf16: 5 to 15 times as slow"
+        " as autocast. Leave it out, or use precision: autocast."
+    )
 
 
 def whole_vocabulary(tokens: int) -> int:
@@ -145,14 +162,23 @@ class _Filler:
         if parent_seed is None:
             self.put(m, "seed", SEED, "the usual one")
         else:
-            self.put(m, "seed", parent_seed + 1, f"another one than branch_from's {parent_seed}, which would bring the same order")
-        whole = {"system": system_of(source), **to_plain(source)} if source else UNKNOWN      # on a resume the source may be gone
+            self.put(
+                m,
+                "seed",
+                parent_seed + 1,
+                f"another one than branch_from's {parent_seed}, which would bring the same order",
+            )
+        whole = (
+            {"system": system_of(source), **to_plain(source)} if source else UNKNOWN
+        )  # on a resume the source may be gone
         self.put(m, "model", whole, f"that of {word} {path}")
         if "model" not in m and isinstance(path, str) and path:
             try:
                 model_facts(Path(path))
             except (UserError, OSError, ValueError) as error:
-                raise ConfigError(f"model is missing, and {word} does not tell it: {error}") from error
+                raise ConfigError(
+                    f"model is missing, and {word} does not tell it: {error}"
+                ) from error
         model = m.get("model")
         if not isinstance(model, dict) or model is whole:
             return
@@ -173,25 +199,59 @@ class _Filler:
             return
         card = next((c for c in map(_card_at, _folders(m)) if c), None)
         if card:
-            self.put(model, "model.vocab_size", whole_vocabulary(card.vocab_size),
-                     f"the shards' {card.vocab_size:,} tokens in whole {VOCAB_MULTIPLE}s")
+            self.put(
+                model,
+                "model.vocab_size",
+                whole_vocabulary(card.vocab_size),
+                f"the shards' {card.vocab_size:,} tokens in whole {VOCAB_MULTIPLE}s",
+            )
         else:
-            self.put(model, "model.vocab_size", family.vocab_size, "the family's own, until the shards are there")
+            self.put(
+                model,
+                "model.vocab_size",
+                family.vocab_size,
+                "the family's own, until the shards are there",
+            )
         width = model.get("hidden_size", family.hidden_size)
         if isinstance(width, int) and not isinstance(width, bool) and 0 < width < 2**31:
-            self.put(model, "model.initializer_range", initializer_range_of(width), "sqrt(2 / (5 hidden_size))")
+            self.put(
+                model,
+                "model.initializer_range",
+                initializer_range_of(width),
+                "sqrt(2 / (5 hidden_size))",
+            )
 
     def _fill_phases(self) -> None:
         m = self.mapping
         model = m.get("model") if isinstance(m.get("model"), dict) else {}
         data = m.get("data") if isinstance(m.get("data"), dict) else {}
-        limits = [a for a in (_amount(data.get("row_tokens")), _amount(model.get("max_position_embeddings"))) if a]
+        limits = [
+            a
+            for a in (
+                _amount(data.get("row_tokens")),
+                _amount(model.get("max_position_embeddings")),
+            )
+            if a
+        ]
         phases = list(phases_of(m))
         for number, phase in enumerate(phases):
             at = f"phases.{number}"
-            self.put(phase, f"{at}.name", "main" if len(phases) == 1 else f"phase_{number + 1}", "its place")
-            self.put(phase, f"{at}.max_tokens_per_document", min([DOCUMENT_TOKENS, *limits]), "ModernBERT's first phase"
-                     if DOCUMENT_TOKENS <= min(limits, default=DOCUMENT_TOKENS) else "as long as rows and positions allow")
+            self.put(
+                phase,
+                f"{at}.name",
+                "main" if len(phases) == 1 else f"phase_{number + 1}",
+                "its place",
+            )
+            self.put(
+                phase,
+                f"{at}.max_tokens_per_document",
+                min([DOCUMENT_TOKENS, *limits]),
+                (
+                    "ModernBERT's first phase"
+                    if DOCUMENT_TOKENS <= min(limits, default=DOCUMENT_TOKENS)
+                    else "as long as rows and positions allow"
+                ),
+            )
             lr, tokens = phase.get("lr"), _amount(phase.get("tokens"))
             if not isinstance(lr, dict) or "schedule" in lr:
                 continue
@@ -200,9 +260,19 @@ class _Filler:
                 continue
             if number == 0 and not m.get("branch_from"):
                 warmup = min(int(WARMUP_SHARE * tokens), MOST_WARMUP_TOKENS)
-                self.put(lr, f"{at}.lr.warmup_tokens", warmup, f"{WARMUP_SHARE:.0%} of the phase, at most 3B")
+                self.put(
+                    lr,
+                    f"{at}.lr.warmup_tokens",
+                    warmup,
+                    f"{WARMUP_SHARE:.0%} of the phase, at most 3B",
+                )
             if number == len(phases) - 1:
-                self.put(lr, f"{at}.lr.decay_tokens", int(DECAY_SHARE * tokens), f"{DECAY_SHARE:.0%} of the last phase")
+                self.put(
+                    lr,
+                    f"{at}.lr.decay_tokens",
+                    int(DECAY_SHARE * tokens),
+                    f"{DECAY_SHARE:.0%} of the last phase",
+                )
 
     def _fill_rows(self) -> None:
         data, phases = self.mapping.get("data"), list(phases_of(self.mapping))
@@ -212,22 +282,45 @@ class _Filler:
         lanes = lanes if isinstance(lanes, int) and lanes > 0 else 1
         warmups = [p["batch_warmup"] for p in phases if isinstance(p.get("batch_warmup"), dict)]
         amounts = [_amount(p.get("batch_tokens")) for p in phases]
-        amounts += [_amount(w[key]) for w in warmups for key in ("from_tokens", "increase_tokens") if key in w]
-        longest = max((a for p in phases if (a := _amount(p.get("max_tokens_per_document")))), default=DOCUMENT_TOKENS)
+        amounts += [
+            _amount(w[key])
+            for w in warmups
+            for key in ("from_tokens", "increase_tokens")
+            if key in w
+        ]
+        longest = max(
+            (a for p in phases if (a := _amount(p.get("max_tokens_per_document")))),
+            default=DOCUMENT_TOKENS,
+        )
         step = math.gcd(*(a // lanes for a in amounts if a)) if any(amounts) else 0
         row = row_tokens_of(step, longest_tokens=longest)
-        self.put(data, "data.row_tokens", row, f"divides every batch, holds documents of {longest:,}")
+        self.put(
+            data, "data.row_tokens", row, f"divides every batch, holds documents of {longest:,}"
+        )
         row = _amount(data["row_tokens"]) or row
         window = window_documents_of(self.mapping, lanes=lanes)
         fewer = window if window < WINDOW_DOCUMENTS else UNKNOWN
         self.put(data, "data.window_documents", fewer, "a window goes through no source twice")
         for number, phase in enumerate(phases):
-            warmup, batch, tokens = phase.get("batch_warmup"), _amount(phase.get("batch_tokens")), _amount(phase.get("tokens"))
+            warmup, batch, tokens = (
+                phase.get("batch_warmup"),
+                _amount(phase.get("batch_tokens")),
+                _amount(phase.get("tokens")),
+            )
             if isinstance(warmup, dict) and batch and tokens:
                 rows = max(1, int(FIRST_BATCH_SHARE * batch) // (row * lanes))
-                self.put(warmup, f"phases.{number}.batch_warmup.from_tokens", rows * row * lanes, "a sixth of the batch")
-                self.put(warmup, f"phases.{number}.batch_warmup.over_tokens", max(1, int(BATCH_WARMUP_SHARE * tokens)),
-                         f"{BATCH_WARMUP_SHARE:.0%} of the phase")
+                self.put(
+                    warmup,
+                    f"phases.{number}.batch_warmup.from_tokens",
+                    rows * row * lanes,
+                    "a sixth of the batch",
+                )
+                self.put(
+                    warmup,
+                    f"phases.{number}.batch_warmup.over_tokens",
+                    max(1, int(BATCH_WARMUP_SHARE * tokens)),
+                    f"{BATCH_WARMUP_SHARE:.0%} of the phase",
+                )
 
     def _fill_added(self) -> None:
         """Settings that a run which began before there were any goes on with as it was."""
@@ -235,20 +328,33 @@ class _Filler:
             section, _, key = dotted.partition(".")
             holder = self.mapping.setdefault(section, {})
             if isinstance(holder, dict) and _look_up(self.started, dotted) is UNKNOWN:
-                self.put(holder, dotted, before, "as the run was started, before there was this setting")
+                self.put(
+                    holder, dotted, before, "as the run was started, before there was this setting"
+                )
 
     def _fill_intervals(self) -> None:
         m = self.mapping
-        tokens, batches = ([_amount(p.get(key)) or 1 for p in phases_of(m)] for key in ("tokens", "batch_tokens"))
-        every = min(max(sum(tokens) // TIMES, LEAST_STEPS * max(batches, default=1)), MOST_BETWEEN_TOKENS)
+        tokens, batches = (
+            [_amount(p.get(key)) or 1 for p in phases_of(m)] for key in ("tokens", "batch_tokens")
+        )
+        every = min(
+            max(sum(tokens) // TIMES, LEAST_STEPS * max(batches, default=1)), MOST_BETWEEN_TOKENS
+        )
         why = f"a twentieth of the run, at least {LEAST_STEPS} steps, at most 5B"
         if isinstance(m.setdefault("checkpoints", {}), dict):
             self.put(m["checkpoints"], "checkpoints.every_tokens", every, why)
         if beside := _held_out_beside(m):
             if isinstance(m.get("evaluation"), dict):
-                self.put(m["evaluation"], "evaluation.sources", beside, "the held-out documents beside the shards")
+                self.put(
+                    m["evaluation"],
+                    "evaluation.sources",
+                    beside,
+                    "the held-out documents beside the shards",
+                )
             else:
-                self.put(m, "evaluation", {"sources": beside}, "the held-out documents beside the shards")
+                self.put(
+                    m, "evaluation", {"sources": beside}, "the held-out documents beside the shards"
+                )
         if isinstance(m.get("evaluation"), dict):
             self.put(m["evaluation"], "evaluation.every_tokens", every, why)
 
@@ -265,13 +371,22 @@ def window_documents_of(mapping: Mapping[str, Any], *, lanes: int) -> int:
     most = WINDOW_DOCUMENTS
     for holder in (mapping.get("data"), *phases_of(mapping)):
         sources = _sources(holder)
-        cards = [_card_at(Path(place)) if isinstance(place := _place_of(s), str) else None for s in sources]
+        cards = [
+            _card_at(Path(place)) if isinstance(place := _place_of(s), str) else None
+            for s in sources
+        ]
         weights = [s.get("weight", 1.0) for s in sources]
         if not cards or not all(card and card.tokens for card in cards):
             continue
         with contextlib.suppress(ConfigError, TypeError):
             shares = documents_per_window(cards, weights, 1)
-            most = min(most, *(int(card.documents / lanes / share) for card, share in zip(cards, shares, strict=True)))
+            most = min(
+                most,
+                *(
+                    int(card.documents / lanes / share)
+                    for card, share in zip(cards, shares, strict=True)
+                ),
+            )
     return max(most, LEAST_WINDOW_DOCUMENTS)
 
 
@@ -281,8 +396,12 @@ def row_tokens_of(step_tokens: int, *, longest_tokens: int) -> int:
     step_tokens: what divides every batch (0: none is known); longest_tokens: documents that a row must hold.
     """
     if step_tokens < longest_tokens:
-        return longest_tokens                       # no row fits: the run file's check says so
-    divisors = [step_tokens // k for k in range(1, min(step_tokens // longest_tokens, 2**20) + 1) if step_tokens % k == 0]
+        return longest_tokens  # no row fits: the run file's check says so
+    divisors = [
+        step_tokens // k
+        for k in range(1, min(step_tokens // longest_tokens, 2**20) + 1)
+        if step_tokens % k == 0
+    ]
     shared = [d for d in divisors if d <= min(MOST_ROW_TOKENS, step_tokens // ROWS_A_STEP)]
     return max(shared) if shared else min(divisors)
 
@@ -293,7 +412,10 @@ def _sources(holder: Any) -> list[dict[str, Any]]:
 
 
 def _folders(mapping: Mapping[str, Any]) -> Iterator[Path]:
-    for source in [*_sources(mapping.get("data")), *(s for p in phases_of(mapping) for s in _sources(p))]:
+    for source in [
+        *_sources(mapping.get("data")),
+        *(s for p in phases_of(mapping) for s in _sources(p)),
+    ]:
         place = _place_of(source)
         if isinstance(place, str):
             yield Path(place)
@@ -314,7 +436,11 @@ def _held_out_beside(mapping: Mapping[str, Any]) -> list[dict[str, str]]:
         beside = Path(path).parent / "held_out"
         if card := _card_at(beside):
             name = source.get("name")
-            found += [{"path": str(beside), **({"name": name} if name else {})}] if card.documents else []
+            found += (
+                [{"path": str(beside), **({"name": name} if name else {})}]
+                if card.documents
+                else []
+            )
     return found
 
 

@@ -33,17 +33,28 @@ def count_repeats(run: RunConfig) -> list[Repeats]:
         for source in mixture:
             try:
                 card = read_card(source.folder)
-            except ShardError:           # not prepared yet: a plan says so, a start refuses it
+            except ShardError:  # not prepared yet: a plan says so, a start refuses it
                 continue
             name = source.name or card.source
             if lanes > 1 and source.folder not in fewest:
                 samples = read_samples_per_shard(source.folder)
-                fewest[source.folder] = min(int(samples[own].sum()) for own in shards_of_lanes(name, samples, lanes))
+                fewest[source.folder] = min(
+                    int(samples[own].sum()) for own in shards_of_lanes(name, samples, lanes)
+                )
             unequal = card.documents / lanes / fewest[source.folder] if lanes > 1 else 1.0
-            epochs = phase.tokens * source.weight / sum(s.weight for s in mixture) / max(1, card.tokens) * unequal
+            epochs = (
+                phase.tokens
+                * source.weight
+                / sum(s.weight for s in mixture)
+                / max(1, card.tokens)
+                * unequal
+            )
             if source.max_epochs is not None and epochs > source.max_epochs:
-                raise ConfigError(f"phase {phase.name} goes {epochs:.2f} times through source {name}, its max_epochs is "
-                                  f"{source.max_epochs:g}. Lower its weight or the phase's tokens, or add text.")
+                raise ConfigError(
+                    f"phase {phase.name} goes {epochs:.2f} times through source {name}, its"
+                    f" max_epochs is {source.max_epochs:g}. Lower its weight or the phase's tokens,"
+                    " or add text."
+                )
             found.append(Repeats(phase=phase.name, source=name, epochs=epochs))
     return found
 
@@ -51,8 +62,11 @@ def count_repeats(run: RunConfig) -> list[Repeats]:
 def repeats_text(repeats: list[Repeats]) -> str:
     """'stable: web 0.42, code 1.3; decay: web 0.05', for people."""
     phases = dict.fromkeys(r.phase for r in repeats)
-    return "; ".join(f"{phase}: " + ", ".join(f"{r.source} {_times(r.epochs)}" for r in repeats if r.phase == phase)
-                     for phase in phases)
+    return "; ".join(
+        f"{phase}: "
+        + ", ".join(f"{r.source} {_times(r.epochs)}" for r in repeats if r.phase == phase)
+        for phase in phases
+    )
 
 
 def many_epochs_text(repeats: list[Repeats]) -> str | None:
@@ -60,9 +74,15 @@ def many_epochs_text(repeats: list[Repeats]) -> str | None:
     totals: dict[str, float] = {}
     for r in repeats:
         totals[r.source] = totals.get(r.source, 0.0) + r.epochs
-    many = [f"{name} {_times(epochs)} times" for name, epochs in totals.items() if epochs > MANY_EPOCHS]
-    return (f"the run goes through {', '.join(many)}; above {MANY_EPOCHS:g} repeated text teaches much less than new text. "
-            "Add text, or lower the weight.") if many else None
+    many = [
+        f"{name} {_times(epochs)} times" for name, epochs in totals.items() if epochs > MANY_EPOCHS
+    ]
+    return (
+        f"the run goes through {', '.join(many)}; above {MANY_EPOCHS:g} repeated text teaches much"
+        " less than new text. Add text, or lower the weight."
+        if many
+        else None
+    )
 
 
 def _times(epochs: float) -> str:

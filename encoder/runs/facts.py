@@ -12,7 +12,14 @@ from encoder.base.errors import ConfigError, RankError, UserError
 from encoder.base.files import sha256_of
 from encoder.data.cache import fetch_side_files
 from encoder.data.loader import check_fits
-from encoder.data.shard_format import CARD, TOKENIZER, Card, SpecialIds, check_same_tokenizer, read_card
+from encoder.data.shard_format import (
+    CARD,
+    TOKENIZER,
+    Card,
+    SpecialIds,
+    check_same_tokenizer,
+    read_card,
+)
 from encoder.runs.config import RunConfig, SourceConfig, with_settings
 from encoder.runs.epochs import count_repeats
 
@@ -24,9 +31,11 @@ class DataFacts:
     """What the cards of a run's sources say, once they were seen to fit together and to fit the model."""
 
     specials: SpecialIds
-    vocab_size: int                        # the tokenizer's; the model's may be padded above it
+    vocab_size: int  # the tokenizer's; the model's may be padded above it
     tokenizer_json: Path
-    card_sha256: dict[str, str]            # by source name, held-out ones as NAME (held out); saved in checkpoints
+    card_sha256: dict[
+        str, str
+    ]  # by source name, held-out ones as NAME (held out); saved in checkpoints
 
 
 def source_name(config: SourceConfig) -> str:
@@ -40,7 +49,7 @@ def fetch_cards(run: RunConfig, world: World) -> None:
         for source in run.all_sources():
             if source.cache:
                 fetch_side_files(source.path, Path(source.cache))
-    except UserError as error:       # other machines may have met nothing: whoever did speaks
+    except UserError as error:  # other machines may have met nothing: whoever did speaks
         raise error if world.first else RankError(f"rank {world.rank}: {error}") from error
 
 
@@ -56,31 +65,44 @@ def check_data(run: RunConfig) -> DataFacts:
         names = [source_name(s) for s in sources]
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice:
-            raise ConfigError(f"two sources of one mixture are named {twice}. Give one of them another name: NAME.")
+            raise ConfigError(
+                f"two sources of one mixture are named {twice}. Give one of them another name:"
+                " NAME."
+            )
         for name, source in zip(names, sources, strict=True):
             path = source.folder
             cards[name + mark] = read_card(path)
             digest = sha256_of(path / CARD)
             if digests.setdefault(name + mark, digest) != digest:
                 raise ConfigError(
-                    f"{paths[name + mark]} and {path} are both named {name}. Give one of them another name: NAME."
+                    f"{paths[name + mark]} and {path} are both named {name}. Give one of them"
+                    " another name: NAME."
                 )
             paths.setdefault(name + mark, path)
-    count_repeats(run)       # refuses more than a source's max_epochs
+    count_repeats(run)  # refuses more than a source's max_epochs
     first = check_same_tokenizer(cards)
     for name, card in cards.items():
         check_fits(card, vocab_size=run.model.vocab_size, where=str(paths[name]))
-    return DataFacts(specials=first.specials, vocab_size=first.vocab_size,
-                     tokenizer_json=next(iter(paths.values())) / TOKENIZER,
-                     card_sha256=digests)
+    return DataFacts(
+        specials=first.specials,
+        vocab_size=first.vocab_size,
+        tokenizer_json=next(iter(paths.values())) / TOKENIZER,
+        card_sha256=digests,
+    )
 
 
 def named_sources(run: RunConfig) -> RunConfig:
     """The run with the name of every source written out, as it is recorded: a source is known by it wherever it lies."""
+
     def named(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
         return tuple(dataclasses.replace(s, name=source_name(s)) for s in sources)
 
     return with_settings(
-        run, data=dataclasses.replace(run.data, sources=named(run.data.sources)),
-        phases=tuple(dataclasses.replace(p, sources=p.sources and named(p.sources)) for p in run.phases),
-        evaluation=run.evaluation and dataclasses.replace(run.evaluation, sources=named(run.evaluation.sources)))
+        run,
+        data=dataclasses.replace(run.data, sources=named(run.data.sources)),
+        phases=tuple(
+            dataclasses.replace(p, sources=p.sources and named(p.sources)) for p in run.phases
+        ),
+        evaluation=run.evaluation
+        and dataclasses.replace(run.evaluation, sources=named(run.evaluation.sources)),
+    )

@@ -11,26 +11,33 @@ from encoder.base.errors import ConfigError
 class SpikeConfig:
     """A loss that is a spike: far above the median of the steps before it, in median absolute deviations of those."""
 
-    deviations: float = 20.0                    # above the median, in median absolute deviations
-    over_steps: int = 100             # so many fine steps must be there first; counted anew in each phase
+    deviations: float = 20.0  # above the median, in median absolute deviations
+    over_steps: int = 100  # so many fine steps must be there first; counted anew in each phase
 
     def __post_init__(self) -> None:
         if not self.deviations > 0 or self.over_steps < 3:
-            raise ConfigError(f"deviations {self.deviations:g} and over_steps {self.over_steps} must be above 0 and at least 3.")
+            raise ConfigError(
+                f"deviations {self.deviations:g} and over_steps {self.over_steps} must be above 0"
+                " and at least 3."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultConfig:
     """When a run goes back, stops in time, or is ended because it hangs."""
 
-    bad_steps: int = 3                         # so many in a row: back to the last good checkpoint, past the window
-    spike: SpikeConfig | None = None           # set: a spike of the loss is a bad step, too
-    max_hours: float | None = None             # from the start of the process; it saves and stops before
-    watchdog_minutes: float | None = 30.0      # without a step, an evaluation or a save: the process says where it hangs and ends
+    bad_steps: int = 3  # so many in a row: back to the last good checkpoint, past the window
+    spike: SpikeConfig | None = None  # set: a spike of the loss is a bad step, too
+    max_hours: float | None = None  # from the start of the process; it saves and stops before
+    watchdog_minutes: float | None = (
+        30.0  # without a step, an evaluation or a save: the process says where it hangs and ends
+    )
 
     def __post_init__(self) -> None:
         if self.bad_steps < 1:
-            raise ConfigError(f"bad_steps {self.bad_steps} must be at least 1. 1 goes back at the first bad step.")
+            raise ConfigError(
+                f"bad_steps {self.bad_steps} must be at least 1. 1 goes back at the first bad step."
+            )
         for key in ("max_hours", "watchdog_minutes"):
             value = getattr(self, key)
             if value is not None and not value > 0:

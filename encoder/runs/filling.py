@@ -12,18 +12,18 @@ from encoder.data.shard_format import read_card, read_lengths
 from encoder.data.windows import cut, documents_per_window
 from encoder.runs.config import PhaseConfig, RunConfig
 
-FILL = 0.998                     # of rows of documents that are not there yet (99.7 to 99.9 % in windows of thousands of documents)
-FILL_WINDOWS = 8                 # packed to know how full rows get
-MOST_DOCUMENTS = 65_536          # of a window: larger ones are as full
+FILL = 0.998  # of rows of documents that are not there yet (99.7 to 99.9 % in windows of thousands of documents)
+FILL_WINDOWS = 8  # packed to know how full rows get
+MOST_DOCUMENTS = 65_536  # of a window: larger ones are as full
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filling:
     """Rows that were packed. R rows, D documents."""
 
-    tokens_R: np.ndarray         # without padding
-    pieces_R: np.ndarray         # documents and parts of them in each
-    lengths_D: np.ndarray        # stored, of the documents that were drawn
+    tokens_R: np.ndarray  # without padding
+    pieces_R: np.ndarray  # documents and parts of them in each
+    lengths_D: np.ndarray  # stored, of the documents that were drawn
     row_tokens: int
 
     @property
@@ -32,8 +32,13 @@ class Filling:
         return int(self.tokens_R.sum()) / (len(self.tokens_R) * self.row_tokens)
 
 
-def fill_rows(run: RunConfig, phase: PhaseConfig, *, max_tokens: int | None = None,
-              row_tokens: int | None = None) -> Filling | None:
+def fill_rows(
+    run: RunConfig,
+    phase: PhaseConfig,
+    *,
+    max_tokens: int | None = None,
+    row_tokens: int | None = None,
+) -> Filling | None:
     """Windows of a phase, or None where a source's lengths are not there yet.
 
     max_tokens, row_tokens: instead of the phase's longest document and the run's row.
@@ -44,22 +49,37 @@ def fill_rows(run: RunConfig, phase: PhaseConfig, *, max_tokens: int | None = No
         stored = [read_lengths(s.folder, card) for s, card in zip(sources, cards, strict=True)]
     except ShardError:
         return None
-    longest, capacity = max_tokens or phase.max_tokens_per_document, row_tokens or run.data.row_tokens
-    shares = documents_per_window(cards, [s.weight for s in sources], min(run.data.window_documents, MOST_DOCUMENTS))
+    longest, capacity = (
+        max_tokens or phase.max_tokens_per_document,
+        row_tokens or run.data.row_tokens,
+    )
+    shares = documents_per_window(
+        cards, [s.weight for s in sources], min(run.data.window_documents, MOST_DOCUMENTS)
+    )
     draw, tokens, pieces, documents = np.random.default_rng(0), [], [], []
     for number in range(FILL_WINDOWS * max(1, -(-1 // sum(shares)))):
         counts = [int(share + draw.random()) for share in shares]
         if not any(counts) and (tokens or number + 1 < FILL_WINDOWS):
             continue
         counts = counts if any(counts) else [1] * len(counts)
-        drawn = [lengths[draw.integers(0, len(lengths), count)] for lengths, count in zip(stored, counts, strict=True) if count]
-        lengths = np.concatenate([cut(0, np.arange(len(some)), some, longest).tokens_P for some in drawn])
+        drawn = [
+            lengths[draw.integers(0, len(lengths), count)]
+            for lengths, count in zip(stored, counts, strict=True)
+            if count
+        ]
+        lengths = np.concatenate(
+            [cut(0, np.arange(len(some)), some, longest).tokens_P for some in drawn]
+        )
         packing = pack_best_fit(lengths, capacity)
         tokens.append(np.add.reduceat(lengths[packing.pieces_P], packing.row_starts_R1[:-1]))
         pieces.append(np.diff(packing.row_starts_R1))
         documents += drawn
-    return Filling(tokens_R=np.concatenate(tokens), pieces_R=np.concatenate(pieces), lengths_D=np.concatenate(documents),
-                   row_tokens=capacity)
+    return Filling(
+        tokens_R=np.concatenate(tokens),
+        pieces_R=np.concatenate(pieces),
+        lengths_D=np.concatenate(documents),
+        row_tokens=capacity,
+    )
 
 
 def row_fills(run: RunConfig) -> list[float]:

@@ -11,13 +11,28 @@ from typing import IO, Any
 from encoder.base.done import CHECKPOINTS, DONE, LEDGER
 from encoder.base.errors import LedgerError, UserError
 
-__all__ = ["CHECKPOINTS", "DONE", "ERRORS", "EVENTS", "HANGS", "LEDGER", "METRICS", "RUN_FILE", "TENSORBOARD",
-           "append_line", "drop_torn_tail", "flat", "merged_metrics", "read_jsonl", "read_metrics"]
+__all__ = [
+    "CHECKPOINTS",
+    "DONE",
+    "ERRORS",
+    "EVENTS",
+    "HANGS",
+    "LEDGER",
+    "METRICS",
+    "RUN_FILE",
+    "TENSORBOARD",
+    "append_line",
+    "drop_torn_tail",
+    "flat",
+    "merged_metrics",
+    "read_jsonl",
+    "read_metrics",
+]
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 RUN_FILE = "run.yaml"
 TENSORBOARD = "tensorboard"
-HANGS, ERRORS = "hangs", "errors"      # folders: where ranks hung, and what ended them
+HANGS, ERRORS = "hangs", "errors"  # folders: where ranks hung, and what ended them
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -29,9 +44,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise LedgerError(f"{path} line {len(lines) + 1} is no JSON. Restore the file, or remove it.") from error
+            raise LedgerError(
+                f"{path} line {len(lines) + 1} is no JSON. Restore the file, or remove it."
+            ) from error
         if not isinstance(lines[-1], dict) or not lines[-1]:
-            raise LedgerError(f"{path} line {len(lines)} is no record. Restore the file, or remove it.")
+            raise LedgerError(
+                f"{path} line {len(lines)} is no record. Restore the file, or remove it."
+            )
     return lines
 
 
@@ -39,7 +58,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The merged metrics of a run folder, at least one line. Raises UserError where there is none, LedgerError."""
     lines = merged_metrics(folder / METRICS)
     if not lines:
-        raise UserError(f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has begun.")
+        raise UserError(
+            f"{folder} holds no {METRICS} with a line in it; needed: the folder of a run that has"
+            " begun."
+        )
     return lines
 
 
@@ -48,7 +70,9 @@ def merged_metrics(path: Path) -> list[dict[str, Any]]:
     merged: dict[tuple[int, str], dict[str, Any]] = {}
     for number, line in enumerate(read_jsonl(path), 1):
         if not isinstance(line.get("step"), int):
-            raise LedgerError(f"{path} line {number} has no step. Restore the file, or remove that line.")
+            raise LedgerError(
+                f"{path} line {number} has no step. Restore the file, or remove that line."
+            )
         there = merged.setdefault((line["step"], line.get("phase", "")), {})
         # a bad step that is done again is not computed: its loss of the first time stays
         there.update({k: v for k, v in line.items() if v is not None or k not in there})
@@ -57,8 +81,11 @@ def merged_metrics(path: Path) -> list[dict[str, Any]]:
 
 def flat(values: Mapping[str, Any], key: str = "") -> list[tuple[str, Any]]:
     """Names and values of a line, those of inner tables as `outer.inner`."""
-    return [pair for k, v in values.items()
-            for pair in (flat(v, f"{key}{k}.") if isinstance(v, dict) else [(f"{key}{k}", v)])]
+    return [
+        pair
+        for k, v in values.items()
+        for pair in (flat(v, f"{key}{k}.") if isinstance(v, dict) else [(f"{key}{k}", v)])
+    ]
 
 
 def append_line(file: IO[str], line: dict[str, Any]) -> None:

@@ -24,16 +24,22 @@ def check_folder(folder: Path) -> None:
     if not folder.exists() or _holds_a_run(folder):
         return
     if not folder.is_dir():
-        raise ConfigError(f"out {folder} is a file; needed: a folder that does not exist, is empty, or holds this run. "
-                          "Set another out.")
+        raise ConfigError(
+            f"out {folder} is a file; needed: a folder that does not exist, is empty, or holds this"
+            " run. Set another out."
+        )
     if (folder / RUN_FILE).exists():
-        raise ConfigError(f"{folder / RUN_FILE} is there, and no run wrote it: a run keeps its own settings under that name. "
-                          "Keep your run file elsewhere, or set another out.")
+        raise ConfigError(
+            f"{folder / RUN_FILE} is there, and no run wrote it: a run keeps its own settings under"
+            " that name. Keep your run file elsewhere, or set another out."
+        )
     foreign = sorted(path.name for path in folder.iterdir() if not _may_be_there(path))
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise ConfigError(f"out {folder} holds {', '.join(foreign[:3])}{more}, and no run; needed: a folder that does not exist, "
-                          "is empty, or holds this run. Set another out.")
+        raise ConfigError(
+            f"out {folder} holds {', '.join(foreign[:3])}{more}, and no run; needed: a folder that"
+            " does not exist, is empty, or holds this run. Set another out."
+        )
 
 
 def write_run_file(folder: Path, run: RunConfig) -> None:
@@ -43,10 +49,15 @@ def write_run_file(folder: Path, run: RunConfig) -> None:
     found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else text
     if found != text and _is_edited(found):
         if (folder / EDITED).exists():
-            raise CheckpointError(f"{path} was edited by hand, and {EDITED} beside it, too. Move them away; the run keeps its own "
-                                  "settings there.")
+            raise CheckpointError(
+                f"{path} was edited by hand, and {EDITED} beside it, too. Move them away; the run"
+                " keeps its own settings there."
+            )
         path.rename(folder / EDITED)
-        warn_once(f"{path} was edited by hand: it is {EDITED} now, and the settings of this start are in its place")
+        warn_once(
+            f"{path} was edited by hand: it is {EDITED} now, and the settings of this start are in"
+            " its place"
+        )
     write_atomic(path, text)
 
 
@@ -60,7 +71,9 @@ def _is_edited(text: str) -> bool:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).exists() for name in (INCARNATIONS, CHECKPOINTS, LEDGER, EVENTS))
+    return folder.is_dir() and any(
+        (folder / name).exists() for name in (INCARNATIONS, CHECKPOINTS, LEDGER, EVENTS)
+    )
 
 
 def _may_be_there(path: Path) -> bool:

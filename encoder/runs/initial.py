@@ -23,19 +23,28 @@ from encoder.runs.weights import read_model
 class InitialWeights:
     """Whole weights by name, and what the run says about them."""
 
-    weights: dict[str, Tensor]      # fp32 on the CPU
-    sha256: str | None              # of names, shapes and values; None where it was not asked for
-    lines: tuple[str, ...]          # for the run's header
+    weights: dict[str, Tensor]  # fp32 on the CPU
+    sha256: str | None  # of names, shapes and values; None where it was not asked for
+    lines: tuple[str, ...]  # for the run's header
 
 
 def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWeights:
     """The weights of `run.init_from`, seen to fit. Raises ModelError for another shape or tokenizer, CheckpointError."""
     stored = read_fitting(run)
     sha256 = weights_sha256(stored.weights) if hashed else None
-    lines = [f"weights from {run.init_from}: {stored.origin}" + (f", SHA-256 {sha256[:16]}" if sha256 else "")]
-    lines += [f"    {name} is {there} there, {here} in the run" for name, there, here in differing(stored.config, _at_start(run))]
+    lines = [
+        f"weights from {run.init_from}: {stored.origin}"
+        + (f", SHA-256 {sha256[:16]}" if sha256 else "")
+    ]
+    lines += [
+        f"    {name} is {there} there, {here} in the run"
+        for name, there, here in differing(stored.config, _at_start(run))
+    ]
     if stored.tokenizer_json is None:
-        lines.append(f"    {run.init_from} has no tokenizer.json: that its ids mean the shards' tokens was not seen")
+        lines.append(
+            f"    {run.init_from} has no tokenizer.json: that its ids mean the shards' tokens was"
+            " not seen"
+        )
     else:
         check_same_tokens(stored.tokenizer_json, facts.tokenizer_json)
     return InitialWeights(weights=stored.weights, sha256=sha256, lines=tuple(lines))
@@ -51,24 +60,39 @@ def read_fitting(run: RunConfig) -> StoredModel:
 def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path) -> None:
     """Every parameter of the model at `path` has its place in the run's model, and means the same there. Raises ModelError."""
     may_grow = run.model.growth().grows
-    wrong = [d for d in differing(there, run.model) if d[0] in (*may_grow, *must_be_equal(run.model))]
+    wrong = [
+        d for d in differing(there, run.model) if d[0] in (*may_grow, *must_be_equal(run.model))
+    ]
     if wrong:
         found = ", ".join(f"{name} {old} there, {new} in the run" for name, old, new in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         grows = all(name in may_grow and old < new for name, old, new in wrong)
-        raise ModelError(f"{key} {path} has another shape: {found}{more}. "
-                         + (f"Grow it: {as_typed('grow', path, 'OUT', '--run', 'RUN.yaml')}, then init_from: OUT." if grows else
-                            f"Leave model out of the run file, which then is that of {key}, or name another model."))
+        raise ModelError(
+            f"{key} {path} has another shape: {found}{more}. "
+            + (
+                f"Grow it: {as_typed('grow', path, 'OUT', '--run', 'RUN.yaml')}, then init_from:"
+                " OUT."
+                if grows
+                else (
+                    f"Leave model out of the run file, which then is that of {key}, or name another"
+                    " model."
+                )
+            )
+        )
 
 
 def check_same_tokens(source: Path, shards: Path) -> None:
     """Every id is the same token in both tokenizer.json; how text is cut may differ. Raises ModelError."""
     there, here = ({i: token for token, i in token_ids(path).items()} for path in (source, shards))
-    wrong = next((i for i in sorted(there.keys() | here.keys()) if there.get(i) != here.get(i)), None)
+    wrong = next(
+        (i for i in sorted(there.keys() | here.keys()) if there.get(i) != here.get(i)), None
+    )
     if wrong is not None:
         said = [repr(names[wrong]) if wrong in names else "no token" for names in (there, here)]
-        raise ModelError(f"id {wrong} is {said[0]} in {source}, {said[1]} in {shards}; needed: shards made with that model's "
-                         "tokenizer. Prepare them with it, or start from another model.")
+        raise ModelError(
+            f"id {wrong} is {said[0]} in {source}, {said[1]} in {shards}; needed: shards made with"
+            " that model's tokenizer. Prepare them with it, or start from another model."
+        )
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:

@@ -16,8 +16,16 @@ from encoder.base.units import Progress
 from encoder.runs.folder import LEDGER, append_line, read_jsonl
 
 
-def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_hash: int, fault: str = "",
-          other_targets: Mapping[str, int] | None = None) -> str:
+def chain(
+    previous: str,
+    *,
+    step: int,
+    tokens: int,
+    masked_tokens: int,
+    batch_hash: int,
+    fault: str = "",
+    other_targets: Mapping[str, int] | None = None,
+) -> str:
     """The next link: a hash over the previous link, what this step trained on and, if it was bad, how (16 hex digits).
 
     previous: the link before; "" before the first step
@@ -36,16 +44,22 @@ def chain(previous: str, *, step: int, tokens: int, masked_tokens: int, batch_ha
     return hashlib.blake2b(link.encode(), digest_size=8).hexdigest()
 
 
-def chain_back(previous: str, *, step: int, weights_of_step: int, lanes: Sequence[Sequence[int]]) -> str:
+def chain_back(
+    previous: str, *, step: int, weights_of_step: int, lanes: Sequence[Sequence[int]]
+) -> str:
     """The link of going back after a step: to which weights, and from where in the data on."""
-    link = f"{previous}|back|{step}|{weights_of_step}|{json.dumps([list(place) for place in lanes])}"
+    link = (
+        f"{previous}|back|{step}|{weights_of_step}|{json.dumps([list(place) for place in lanes])}"
+    )
     return hashlib.blake2b(link.encode(), digest_size=8).hexdigest()
 
 
 class Ledger:
     """Append-only proof of what was trained. Steps done again after a resume must give the lines already there."""
 
-    def __init__(self, folder: Path, *, resumed_at: Progress, parent: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, resumed_at: Progress, parent: dict[str, Any] | None = None
+    ) -> None:
         """Lines after the resumed step become witnesses; a branch's first line is its parent, from whose chain it goes on.
 
         Raises LedgerError if the ledger does not lead to the resumed step.
@@ -54,11 +68,16 @@ class Ledger:
         self.repeated_steps = 0
         lines = read_jsonl(self.path)
         follow_chain(lines, self.path)
-        here = {i: line["chain"] for i, line in enumerate(lines, 1) if line["step"] == resumed_at.step}     # also of going back
+        here = {
+            i: line["chain"] for i, line in enumerate(lines, 1) if line["step"] == resumed_at.step
+        }  # also of going back
         done = next((i for i, link in here.items() if link == resumed_at.ledger_hash), 0)
         if here and not done:
-            raise LedgerError(f"{self.path} step {resumed_at.step} has chain {', '.join(here.values())}, the checkpoint has "
-                              f"{resumed_at.ledger_hash}. The folder mixes two runs: start again with another out.")
+            raise LedgerError(
+                f"{self.path} step {resumed_at.step} has chain {', '.join(here.values())}, the"
+                f" checkpoint has {resumed_at.ledger_hash}. The folder mixes two runs: start again"
+                " with another out."
+            )
         if resumed_at.step and not done:
             lines, done = self._start_again(folder, resumed_at), 1
         elif parent and not lines:
@@ -70,11 +89,28 @@ class Ledger:
 
     def recorded(self) -> list[tuple[int, str, int]]:
         """Steps that will be done again: number, what was bad, and the step whose weights were taken after it (-1: none)."""
-        return [(step, line.get("fault", ""), self._witness.get((step, True), {}).get("weights_of_step", -1))
-                for (step, back), line in sorted(self._witness.items()) if not back]
+        return [
+            (
+                step,
+                line.get("fault", ""),
+                self._witness.get((step, True), {}).get("weights_of_step", -1),
+            )
+            for (step, back), line in sorted(self._witness.items())
+            if not back
+        ]
 
-    def write(self, progress: Progress, *, phase: str, rows: int, tokens: int, masked_tokens: int, batch_hash: int,
-              fault: str = "", other_targets: Mapping[str, int] | None = None) -> None:
+    def write(
+        self,
+        progress: Progress,
+        *,
+        phase: str,
+        rows: int,
+        tokens: int,
+        masked_tokens: int,
+        batch_hash: int,
+        fault: str = "",
+        other_targets: Mapping[str, int] | None = None,
+    ) -> None:
         """One step's line; a step that is already there must agree. Raises LedgerError.
 
         progress: after the step
@@ -84,13 +120,19 @@ class Ledger:
         masked_tokens, batch_hash, fault, other_targets: as of chain()
         """
         line: dict[str, Any] = {
-            "step": progress.step, "phase": phase, "rows": rows, "tokens": tokens, "masked_tokens": masked_tokens}
+            "step": progress.step,
+            "phase": phase,
+            "rows": rows,
+            "tokens": tokens,
+            "masked_tokens": masked_tokens,
+        }
         if other_targets:
             line["other_targets"] = dict(other_targets)
         line |= {
             "tokens_seen": progress.tokens,
-            "next": [list(place) for place in progress.lanes],      # (window, row) of each lane
-            "batch": f"{batch_hash & (2**64 - 1):016x}"}
+            "next": [list(place) for place in progress.lanes],  # (window, row) of each lane
+            "batch": f"{batch_hash & (2**64 - 1):016x}",
+        }
         if fault:
             line["fault"] = fault
         line["chain"] = progress.ledger_hash
@@ -98,8 +140,15 @@ class Ledger:
 
     def write_back(self, progress: Progress, *, weights_of_step: int) -> None:
         """After a step: the weights are again those of an earlier one, and the data go on at `progress`. Raises LedgerError."""
-        self._add({"back": True, "step": progress.step, "weights_of_step": weights_of_step,
-                   "next": [list(place) for place in progress.lanes], "chain": progress.ledger_hash})
+        self._add(
+            {
+                "back": True,
+                "step": progress.step,
+                "weights_of_step": weights_of_step,
+                "next": [list(place) for place in progress.lanes],
+                "chain": progress.ledger_hash,
+            }
+        )
 
     def _add(self, line: dict[str, Any]) -> None:
         witness = self._witness.pop((line["step"], "back" in line), None)
@@ -107,8 +156,9 @@ class Ledger:
             if witness != line:
                 key = next(k for k in {**line, **witness} if witness.get(k) != line.get(k))
                 raise LedgerError(
-                    f"step {line['step']} has {key} {line.get(key)}, but {self.path} recorded {witness.get(key)} "
-                    "before the stop. The shards or the settings changed: put them back, or use another out."
+                    f"step {line['step']} has {key} {line.get(key)}, but {self.path} recorded"
+                    f" {witness.get(key)} before the stop. The shards or the settings changed: put"
+                    " them back, or use another out."
                 )
             self.repeated_steps += "back" not in line
             return
@@ -128,8 +178,10 @@ class Ledger:
         aside = folder / f"ledger.before-step-{resumed_at.step}.jsonl"
         if self.path.exists():
             os.replace(self.path, aside)
-        warn_once(f"{self.path} did not reach step {resumed_at.step} of the checkpoint; what there was is in {aside.name}. "
-                  "A new ledger goes on from the checkpoint.")
+        warn_once(
+            f"{self.path} did not reach step {resumed_at.step} of the checkpoint; what there was is"
+            f" in {aside.name}. A new ledger goes on from the checkpoint."
+        )
         return [{"restart": True, "step": resumed_at.step, "chain": resumed_at.ledger_hash}]
 
 
@@ -146,17 +198,27 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
                 continue
             step += "back" not in line
             if "back" in line:
-                link = chain_back(link, step=step, weights_of_step=line["weights_of_step"], lanes=line["next"])
+                link = chain_back(
+                    link, step=step, weights_of_step=line["weights_of_step"], lanes=line["next"]
+                )
                 follows = True
             else:
-                link = chain(link, step=step, tokens=line["tokens_seen"], masked_tokens=line["masked_tokens"],
-                             batch_hash=int(line["batch"], 16), fault=line.get("fault", ""),
-                             other_targets=line.get("other_targets"))
+                link = chain(
+                    link,
+                    step=step,
+                    tokens=line["tokens_seen"],
+                    masked_tokens=line["masked_tokens"],
+                    batch_hash=int(line["batch"], 16),
+                    fault=line.get("fault", ""),
+                    other_targets=line.get("other_targets"),
+                )
                 follows = seen is None or line["tokens_seen"] == seen + line["tokens"]
                 seen = line["tokens_seen"]
             follows = follows and line["step"] == step and line["chain"] == link
         except (KeyError, ValueError, TypeError):
             follows = False
         if not follows:
-            raise LedgerError(f"{path} line {number}: the chain breaks at step {line.get('step')}. "
-                              "The file was edited or belongs to another run: put it back, or start again with another out.")
+            raise LedgerError(
+                f"{path} line {number}: the chain breaks at step {line.get('step')}. The file was"
+                " edited or belongs to another run: put it back, or start again with another out."
+            )

@@ -76,10 +76,17 @@ def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
     Raises CheckpointError for any other.
     """
     env = os.environ if env is None else env
-    lock = RunLock(folder, {
-        "job": env.get("SLURM_JOB_ID"), "restart": int(env.get("SLURM_RESTART_COUNT") or "0"), "host": socket.gethostname(),
-        "pid": os.getpid(), "began": psutil.Process().create_time(),
-        "launchers": [[process.pid, process.create_time()] for _, process in launchers_above()]})
+    lock = RunLock(
+        folder,
+        {
+            "job": env.get("SLURM_JOB_ID"),
+            "restart": int(env.get("SLURM_RESTART_COUNT") or "0"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began": psutil.Process().create_time(),
+            "launchers": [[process.pid, process.create_time()] for _, process in launchers_above()],
+        },
+    )
     began = time.monotonic()
     say_at = 0.0
     while True:
@@ -87,20 +94,34 @@ def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
             lock.take()
             return lock
         except NoLocks as error:
-            warn_once(f"{folder}: {error.strerror}. Two starts of this run at once are not noticed there; the older one can "
-                      "save no more.")
+            warn_once(
+                f"{folder}: {error.strerror}. Two starts of this run at once are not noticed there;"
+                " the older one can save no more."
+            )
             return lock
         except Busy as error:
             other = lock.other()
-            if env.get("SLURM_JOB_ID") and other.get("job") == env["SLURM_JOB_ID"] and other["restart"] < lock._holder["restart"]:
-                say(f"start {other['restart']} of this job still lives on {other['host']}; it can save no more")
+            if (
+                env.get("SLURM_JOB_ID")
+                and other.get("job") == env["SLURM_JOB_ID"]
+                and other["restart"] < lock._holder["restart"]
+            ):
+                say(
+                    f"start {other['restart']} of this job still lives on {other['host']}; it can"
+                    " save no more"
+                )
                 return lock
             if not _is_leaving(other):
                 lock.close()
-                raise CheckpointError(f"another start of this run is training in {folder}. "
-                                      "Wait for it, end it, or set another out.") from error
+                raise CheckpointError(
+                    f"another start of this run is training in {folder}. "
+                    "Wait for it, end it, or set another out."
+                ) from error
         if time.monotonic() - began >= say_at:
-            say(f"waits for an earlier start of this run, process {other.get('pid')} on {other.get('host')}: it saves and leaves")
+            say(
+                f"waits for an earlier start of this run, process {other.get('pid')} on"
+                f" {other.get('host')}: it saves and leaves"
+            )
             say_at = 2 * say_at + 10
         time.sleep(0.2)
 
@@ -110,7 +131,10 @@ def _is_leaving(other: dict[str, Any]) -> bool:
         return True
     if other.get("host") != socket.gethostname() or "pid" not in other:
         return False
-    return not all(_is_there(pid, began) for pid, began in [[other["pid"], other["began"]], *other["launchers"]])
+    return not all(
+        _is_there(pid, began)
+        for pid, began in [[other["pid"], other["began"]], *other["launchers"]]
+    )
 
 
 def _is_there(pid: int, began: float) -> bool:

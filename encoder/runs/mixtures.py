@@ -29,8 +29,8 @@ from encoder.base.schema import LocalText, expand_path, from_mapping, read_mappi
 class MixtureChoice:
     """What stands under `mixture`."""
 
-    file: LocalText      # a preparation file; in phases and evaluation, default: that of data.mixture
-    name: str            # one of its mixtures
+    file: LocalText  # a preparation file; in phases and evaluation, default: that of data.mixture
+    name: str  # one of its mixtures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,16 @@ def write_out_mixtures(mapping: dict[str, Any], *, run_file: Path) -> None:
         if choice is None:
             continue
         if holder.get("sources") is not None:
-            raise ConfigError(f"{run_file}: {key} has both sources and mixture; needed: one of them. Leave the other out.")
+            raise ConfigError(
+                f"{run_file}: {key} has both sources and mixture; needed: one of them. Leave the"
+                " other out."
+            )
         if isinstance(choice, dict) and usual_file is not None:
             choice = {"file": usual_file, **choice}
         mixture, out = _read_mixture(choice, key=f"{key}.mixture", run_file=run_file)
-        holder["sources"] = held_out_of(mixture, out=out) if key == "evaluation" else sources_of(mixture, out=out)
+        holder["sources"] = (
+            held_out_of(mixture, out=out) if key == "evaluation" else sources_of(mixture, out=out)
+        )
 
 
 def keys_written_out(mapping: dict[str, Any]) -> tuple[str, ...]:
@@ -72,7 +77,9 @@ def _holders(mapping: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(dotted key, mapping) of every part of a long form that has a mixture."""
     phases = mapping.get("phases")
     parts = [("data", mapping.get("data")), ("evaluation", mapping.get("evaluation"))]
-    parts += [(f"phases.{i}", phase) for i, phase in enumerate(phases if isinstance(phases, list) else [])]
+    parts += [
+        (f"phases.{i}", phase) for i, phase in enumerate(phases if isinstance(phases, list) else [])
+    ]
     return [(key, part) for key, part in parts if isinstance(part, dict) and "mixture" in part]
 
 
@@ -90,12 +97,20 @@ def _read_mixture(choice: Any, *, key: str, run_file: Path) -> tuple[Mixture, st
 
     if choice.name not in preparation.mixtures:
         known = list(preparation.mixtures)
-        hint = nearest(choice.name[:200], known) if known else "It has none; `mixtures` is where they stand."
-        raise ConfigError(f"{run_file}: {key}.name is {choice.name[:80]!r}, which is no mixture of {file}. {hint}")
+        hint = (
+            nearest(choice.name[:200], known)
+            if known
+            else "It has none; `mixtures` is where they stand."
+        )
+        raise ConfigError(
+            f"{run_file}: {key}.name is {choice.name[:80]!r}, which is no mixture of {file}. {hint}"
+        )
     place = f"mixtures.{choice.name}"
     mixture = from_mapping(Mixture, preparation.mixtures[choice.name], where=str(file), key=place)
     if not mixture.sources:
-        raise ConfigError(f"{file}: {place}.sources is empty; needed: tokens by source, such as web: 8B.")
+        raise ConfigError(
+            f"{file}: {place}.sources is empty; needed: tokens by source, such as web: 8B."
+        )
     return mixture, preparation.out
 
 
@@ -105,7 +120,15 @@ def _find(file: str, *, key: str, run_file: Path) -> Path:
     found = next((place for place in places if os.path.exists(place)), None)
     if found is not None:
         return found
-    beside = {path.name for place in places for path in place.parent.glob("*.y*ml")} - {run_file.name}
-    hint = nearest(Path(file).name, sorted(beside)) if beside else "Needed: the path of a preparation file."
-    raise ConfigError(f"{run_file}: {key}.file {file} does not exist, neither from the run file's folder nor from "
-                      f"{os.getcwd()}. {hint}")
+    beside = {path.name for place in places for path in place.parent.glob("*.y*ml")} - {
+        run_file.name
+    }
+    hint = (
+        nearest(Path(file).name, sorted(beside))
+        if beside
+        else "Needed: the path of a preparation file."
+    )
+    raise ConfigError(
+        f"{run_file}: {key}.file {file} does not exist, neither from the run file's folder nor from"
+        f" {os.getcwd()}. {hint}"
+    )

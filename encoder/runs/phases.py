@@ -15,8 +15,8 @@ class PlannedStep(NamedTuple):
     """One step as the schedules foresee it, with rows `fill` full."""
 
     phase: int
-    step: int                # 1-based, whole run
-    phase_tokens: int        # seen before the step
+    step: int  # 1-based, whole run
+    phase_tokens: int  # seen before the step
     rows: int
     tokens: int
     lr: float
@@ -57,10 +57,10 @@ class Stretch:
     """Steps of one phase that follow each other and are of one size."""
 
     phase: int
-    first_step: int          # 1-based, whole run
-    first_tokens: int        # of the phase, seen before the first of them
+    first_step: int  # 1-based, whole run
+    first_tokens: int  # of the phase, seen before the first of them
     rows: int
-    tokens: int              # of each step
+    tokens: int  # of each step
     steps: int
 
 
@@ -87,7 +87,11 @@ class PlannedSteps(Sequence[PlannedStep]):
         return self._step(self.stretches[number], index - self._firsts[number])
 
     def __iter__(self) -> Iterator[PlannedStep]:
-        return (self._step(stretch, place) for stretch in self.stretches for place in range(stretch.steps))
+        return (
+            self._step(stretch, place)
+            for stretch in self.stretches
+            for place in range(stretch.steps)
+        )
 
     def indices(self, phase: int, *, until_tokens: int | None = None) -> range:
         """Of the steps of a phase; of those alone before which it had at most `until_tokens`."""
@@ -95,19 +99,34 @@ class PlannedSteps(Sequence[PlannedStep]):
         first, end = own[0].first_step - 1, own[-1].first_step - 1 + own[-1].steps
         if until_tokens is None:
             return range(first, end)
-        return range(first, bisect_right(range(end), until_tokens, lo=first, key=lambda i: self[i].phase_tokens))
+        return range(
+            first,
+            bisect_right(range(end), until_tokens, lo=first, key=lambda i: self[i].phase_tokens),
+        )
 
     def peak_lr(self, phase: int) -> float:
         """The highest rate of a phase's steps: schedules rise until their warm-up ends and fall from there."""
         own = self.indices(phase)
-        top = self.indices(phase, until_tokens=getattr(self._run.phases[phase].lr, "warmup_tokens", 0))[-1]
-        return max(self[i].lr for i in {own[0], own[-1], *range(max(own[0], top - 1), min(own[-1], top + 1) + 1)})
+        top = self.indices(
+            phase, until_tokens=getattr(self._run.phases[phase].lr, "warmup_tokens", 0)
+        )[-1]
+        return max(
+            self[i].lr
+            for i in {own[0], own[-1], *range(max(own[0], top - 1), min(own[-1], top + 1) + 1)}
+        )
 
     def _step(self, stretch: Stretch, place: int) -> PlannedStep:
         seen = stretch.first_tokens + place * stretch.tokens
-        return PlannedStep(phase=stretch.phase, step=stretch.first_step + place, phase_tokens=seen, rows=stretch.rows,
-                           tokens=stretch.tokens,
-                           lr=lr_at(self._run.phases[stretch.phase], phase_tokens=seen, step_tokens=stretch.tokens))
+        return PlannedStep(
+            phase=stretch.phase,
+            step=stretch.first_step + place,
+            phase_tokens=seen,
+            rows=stretch.rows,
+            tokens=stretch.tokens,
+            lr=lr_at(
+                self._run.phases[stretch.phase], phase_tokens=seen, step_tokens=stretch.tokens
+            ),
+        )
 
 
 def planned_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> PlannedSteps:
@@ -121,6 +140,15 @@ def planned_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> Pl
             tokens = max(1, int(rows * run.data.row_tokens * fill))
             end = phase.tokens if rise is None else min(rise, phase.tokens)
             steps = -(-(end - seen) // tokens)
-            stretches.append(Stretch(phase=index, first_step=step, first_tokens=seen, rows=rows, tokens=tokens, steps=steps))
+            stretches.append(
+                Stretch(
+                    phase=index,
+                    first_step=step,
+                    first_tokens=seen,
+                    rows=rows,
+                    tokens=tokens,
+                    steps=steps,
+                )
+            )
             step, seen = step + steps, seen + steps * tokens
     return PlannedSteps(run, stretches)

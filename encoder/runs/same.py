@@ -52,11 +52,18 @@ def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
         return
     key, old, new = changed[0]
     others = ", ".join(other for other, _, _ in changed[1:3])
-    more = f" (also {others}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''})" if others else ""
+    more = (
+        f" (also {others}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''})"
+        if others
+        else ""
+    )
     found = f"{of} holds another run: {key} was {brief(old)}, now {brief(new)}{more}."
     if all(_is_extension(*change) for change in changed):
-        raise CheckpointError(f"{found} The phases of a run that has begun stay as they are. To train on from it: a run file with "
-                              f"branch_from: {run.out}, another name, out and seed, and only the phases that are to come.")
+        raise CheckpointError(
+            f"{found} The phases of a run that has begun stay as they are. To train on from it: a"
+            f" run file with branch_from: {run.out}, another name, out and seed, and only the"
+            " phases that are to come."
+        )
     raise CheckpointError(f"{found} Put it back, {ANEW}")
 
 
@@ -64,8 +71,17 @@ def _is_extension(key: str, old: Any, new: Any) -> bool:
     """Whether a change asks for more: another phase, more tokens of one."""
     if not key.startswith("phases."):
         return False
-    longer = key.endswith(".tokens") and isinstance(old, (int, str)) and parse_tokens(old) < parse_tokens(new)
-    return old is None and isinstance(new, dict) or longer or key.endswith(("warmup_tokens", "decay_tokens", "over_tokens"))
+    longer = (
+        key.endswith(".tokens")
+        and isinstance(old, (int, str))
+        and parse_tokens(old) < parse_tokens(new)
+    )
+    return (
+        old is None
+        and isinstance(new, dict)
+        or longer
+        or key.endswith(("warmup_tokens", "decay_tokens", "over_tokens"))
+    )
 
 
 def check_same_data(run: RunConfig, facts: DataFacts, folder: Path) -> None:
@@ -90,18 +106,26 @@ def check_same_content(run: RunConfig, facts: DataFacts, checkpoint: Path, *, fi
 
 
 def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str]) -> None:
-    saved = {name: digest for name, digest in saved_sha256.items() if HELD_OUT not in name}     # what is only looked at may change
+    saved = {
+        name: digest for name, digest in saved_sha256.items() if HELD_OUT not in name
+    }  # what is only looked at may change
     here = {name: digest for name, digest in facts.card_sha256.items() if HELD_OUT not in name}
     if [*saved] != [*here]:
-        number, old, new = next((i, a, b) for i, (a, b) in enumerate(zip_longest(saved, here)) if a != b)
-        raise ShardError(f"source {number} of this run was {brief(old)}, the run file has {brief(new)} there. "
-                         f"Put it back (a source's name is its card's unless it has a name:), {ANEW}")
+        number, old, new = next(
+            (i, a, b) for i, (a, b) in enumerate(zip_longest(saved, here)) if a != b
+        )
+        raise ShardError(
+            f"source {number} of this run was {brief(old)}, the run file has {brief(new)} there. "
+            f"Put it back (a source's name is its card's unless it has a name:), {ANEW}"
+        )
     for name, digest in saved.items():
         if here[name] != digest:
             folder = next((s.folder for s in run.all_sources() if s.name == name), None)
             place = f" in {folder}" if folder else ""
-            raise ShardError(f"source {name}{place} has a card of SHA-256 {here[name][:16]}, this run was trained on "
-                             f"{digest[:16]}: it is not the same text. Put those shards back, {ANEW}")
+            raise ShardError(
+                f"source {name}{place} has a card of SHA-256 {here[name][:16]}, this run was"
+                f" trained on {digest[:16]}: it is not the same text. Put those shards back, {ANEW}"
+            )
 
 
 def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
@@ -117,8 +141,10 @@ def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
         raise
     # a run folder stands for its newest checkpoint, and that run may have gone on
     if found != sha256 and not (same_place and (path / CHECKPOINTS).is_dir()):
-        raise CheckpointError(f"init_from {path} holds weights of SHA-256 {found[:16]}, this run began with {sha256[:16]}. "
-                              f"Name that model, {ANEW}")
+        raise CheckpointError(
+            f"init_from {path} holds weights of SHA-256 {found[:16]}, this run began with"
+            f" {sha256[:16]}. Name that model, {ANEW}"
+        )
 
 
 def _check_parent(path: Path, parent: dict[str, Any]) -> None:
@@ -131,5 +157,7 @@ def _check_parent(path: Path, parent: dict[str, Any]) -> None:
     else:
         return
     if not same:
-        raise CheckpointError(f"branch_from {path} is not what this run branched off: run {parent['run']}, step "
-                              f"{parent['step']:,}, ledger {link}. Name that checkpoint, {ANEW}")
+        raise CheckpointError(
+            f"branch_from {path} is not what this run branched off: run {parent['run']}, step "
+            f"{parent['step']:,}, ledger {link}. Name that checkpoint, {ANEW}"
+        )

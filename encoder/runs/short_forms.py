@@ -30,9 +30,9 @@ def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any
 def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
     """A copy of a run file's mapping with its short forms written out; what is no short form stays as it is.
 
-        data: shards/web/train            ->    data: {sources: [{path: shards/web/train}]}
-        phases: {tokens: 10M, lr: 1e-3}   ->    phases: [{tokens: 10M, lr: {peak: 1e-3}}]
-        optimizer: adamw                  ->    optimizer: {name: adamw}
+    data: shards/web/train            ->    data: {sources: [{path: shards/web/train}]}
+    phases: {tokens: 10M, lr: 1e-3}   ->    phases: [{tokens: 10M, lr: {peak: 1e-3}}]
+    optimizer: adamw                  ->    optimizer: {name: adamw}
     """
     mapping = copy.deepcopy(mapping)
     for key in ("data", "evaluation"):
@@ -57,7 +57,9 @@ def run_folder(mapping: Mapping[str, Any]) -> str | None:
     out, name = mapping.get("out"), mapping.get("name")
     if "out" in mapping:
         return out if isinstance(out, str) and out else None
-    return f"runs/{name}" if isinstance(name, str) and name.strip("./") and "/" not in name else None
+    return (
+        f"runs/{name}" if isinstance(name, str) and name.strip("./") and "/" not in name else None
+    )
 
 
 def phases_of(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

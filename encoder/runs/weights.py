@@ -18,7 +18,10 @@ from encoder.runs.config import RunConfig, todays_form
 from encoder.runs.phases import phase_of_weights
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 
-_KINDS = "a run folder, a checkpoint, a weights folder, a Hugging Face folder, or ORG/NAME on the Hugging Face hub"
+_KINDS = (
+    "a run folder, a checkpoint, a weights folder, a Hugging Face folder, or ORG/NAME on the"
+    " Hugging Face hub"
+)
 
 
 def read_model(path: Path) -> StoredModel:
@@ -33,14 +36,18 @@ def read_model(path: Path) -> StoredModel:
     if (path / CHECKPOINTS).is_dir() or (path / RUN_FILE).is_file():
         newest = newest_checkpoint(path / CHECKPOINTS)
         if newest is None:
-            raise CheckpointError(f"{path} holds no checkpoint yet; needed: a run that has saved one.")
+            raise CheckpointError(
+                f"{path} holds no checkpoint yet; needed: a run that has saved one."
+            )
         return _read_checkpoint(newest)
     if (path / MODEL).is_file():
         return read_stored(path)
     if (path / CONFIG).is_file():
         return read_hf(path)
     names = sorted(p.name for p in path.iterdir())
-    found = f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "is empty"
+    found = (
+        f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "is empty"
+    )
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")
 
 
@@ -60,7 +67,9 @@ def saved_run(path: Path) -> RunConfig:
     """The run of a run folder or of one of its checkpoints. Raises CheckpointError, ConfigError."""
     checkpoint = _newest_folder(path)
     if checkpoint is None:
-        raise CheckpointError(f"{path} holds no checkpoint; needed: a run folder or one of its checkpoints.")
+        raise CheckpointError(
+            f"{path} holds no checkpoint; needed: a run folder or one of its checkpoints."
+        )
     return read_saved_run(checkpoint / RUN_FILE)
 
 
@@ -86,7 +95,9 @@ def _newest_folder(path: Path) -> Path | None:
 def _read_hub(name: HubName) -> StoredModel:
     fetched = fetch_model(name, error=ModelError)
     model = read_hf(fetched.folder)
-    origin = model.origin.replace(f"folder {fetched.folder.name}", f"hub {name.id} at commit {fetched.commit}", 1)
+    origin = model.origin.replace(
+        f"folder {fetched.folder.name}", f"hub {name.id} at commit {fetched.commit}", 1
+    )
     return dataclasses.replace(model, origin=origin)
 
 
@@ -98,9 +109,11 @@ def checkpoint_facts(checkpoint: Path) -> StoredModel:
     tokenizer_json = checkpoint.parent.parent / TOKENIZER
     return StoredModel(
         config=run.model_of(phase),
-        weights={}, tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
+        weights={},
+        tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
         origin=f"run {run.name}, checkpoint {checkpoint.name}",
-        max_tokens=max(p.max_tokens_per_document for p in run.phases[: index + 1]))
+        max_tokens=max(p.max_tokens_per_document for p in run.phases[: index + 1]),
+    )
 
 
 def _read_checkpoint(checkpoint: Path) -> StoredModel:

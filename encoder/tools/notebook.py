@@ -31,7 +31,7 @@ from encoder.runs.config import SourceConfig
 from encoder.runs.folder import flat, read_metrics
 from encoder.runs.weights import read_model
 
-FORWARD_TOKENS = 8192      # packed into one forward pass; a longer text has one of its own
+FORWARD_TOKENS = 8192  # packed into one forward pass; a longer text has one of its own
 
 
 def preset(name: str, *, seed: int = 0, **settings: Any) -> nn.Module:
@@ -63,8 +63,10 @@ def load(path: Path | str, *, tokenizer: Path | str | None = None) -> LoadedMode
     stored = read_model(Path(expand_path(path)))
     tokenizer_json = stored.tokenizer_json if tokenizer is None else Path(expand_path(tokenizer))
     if tokenizer_json is None:
-        raise ModelError(f"{path} has no {TOKENIZER}; needed: the one that the model was trained with. "
-                         "Name it: encoder.load(path, tokenizer=FILE).")
+        raise ModelError(
+            f"{path} has no {TOKENIZER}; needed: the one that the model was trained with. "
+            "Name it: encoder.load(path, tokenizer=FILE)."
+        )
     _, specials = special_ids_of(tokenizer_json)
     return LoadedModel(
         model=our_model(stored.weights, stored.config),
@@ -78,10 +80,10 @@ def load(path: Path | str, *, tokenizer: Path | str | None = None) -> LoadedMode
 class LoadedModel:
     """A stored model, ready to be asked."""
 
-    model: MaskedModel = field(repr=False)       # an nn.Module on the CPU, fp32, in evaluation mode
-    tokenizer: Tokenizer = field(repr=False)     # of the library tokenizers; it adds [CLS] and [SEP]
-    origin: str                                  # where the weights came from, for people
-    max_tokens: int                              # of a text, [CLS] and [SEP] included
+    model: MaskedModel = field(repr=False)  # an nn.Module on the CPU, fp32, in evaluation mode
+    tokenizer: Tokenizer = field(repr=False)  # of the library tokenizers; it adds [CLS] and [SEP]
+    origin: str  # where the weights came from, for people
+    max_tokens: int  # of a text, [CLS] and [SEP] included
 
     def hidden_states(self, texts: Sequence[str]) -> list[Tensor]:
         """[T, C] of each text, after the last norm; T counts [CLS] and [SEP].
@@ -108,12 +110,17 @@ class LoadedModel:
 
     def _documents(self, texts: Sequence[str]) -> list[Tensor]:
         if isinstance(texts, str):
-            raise UserError(f"texts is one text, {texts[:40]!r}; needed: a list of texts. Write [text].")
+            raise UserError(
+                f"texts is one text, {texts[:40]!r}; needed: a list of texts. Write [text]."
+            )
         found = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
         for number, ids in enumerate(found):
             if len(ids) > self.max_tokens:
-                raise UserError(f"texts[{number}] has {len(ids):,} tokens, [CLS] and [SEP] among them; needed: at most "
-                                f"{self.max_tokens:,}, the model's longest document. Split the text, or cut it.")
+                raise UserError(
+                    f"texts[{number}] has {len(ids):,} tokens, [CLS] and [SEP] among them; needed:"
+                    f" at most {self.max_tokens:,}, the model's longest document. Split the text,"
+                    " or cut it."
+                )
         return [torch.tensor(ids) for ids in found]
 
 
@@ -153,13 +160,21 @@ def open_shards(path: Path | str, *, cache: Path | str | None = None) -> Shards:
 
     Raises ConfigError, ShardError.
     """
-    where = SourceConfig(path=str(expand_path(path)), cache=None if cache is None else str(expand_path(cache)))
-    source = open_source(where.path, name=where.path, cache=None if where.cache is None else Path(where.cache))
+    where = SourceConfig(
+        path=str(expand_path(path)), cache=None if cache is None else str(expand_path(cache))
+    )
+    source = open_source(
+        where.path, name=where.path, cache=None if where.cache is None else Path(where.cache)
+    )
     tokenizer_json = source.path / TOKENIZER
     if tokenizer_fingerprint(tokenizer_json) != source.card.tokenizer_sha256:
-        raise ShardError(f"{tokenizer_json} is not the one that made these ids: its SHA-256 is not the card's. "
-                         "Copy the folder again.")
-    with native_code(f"{tokenizer_json} is not a tokenizer that tokenizers can read", error=ShardError):
+        raise ShardError(
+            f"{tokenizer_json} is not the one that made these ids: its SHA-256 is not the card's. "
+            "Copy the folder again."
+        )
+    with native_code(
+        f"{tokenizer_json} is not a tokenizer that tokenizers can read", error=ShardError
+    ):
         tokenizer = Tokenizer.from_file(str(tokenizer_json))
     return Shards(path=where.path, source=source, tokenizer=tokenizer)
 
@@ -170,7 +185,7 @@ class Shards:
 
     path: str
     source: Source = field(repr=False)
-    tokenizer: Tokenizer = field(repr=False)     # of the library tokenizers; the one that made the ids
+    tokenizer: Tokenizer = field(repr=False)  # of the library tokenizers; the one that made the ids
 
     @property
     def card(self) -> Card:

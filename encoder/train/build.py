@@ -28,7 +28,9 @@ from encoder.runs.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.runs.facts import DataFacts, source_name
 from encoder.train.evaluate import HeldOut, unigram_entropy
 
-PREFETCH_WINDOWS = 128      # 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
+PREFETCH_WINDOWS = (
+    128  # 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
+)
 
 
 def choose_device(run: RunConfig, world: World) -> torch.device:
@@ -38,27 +40,45 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
     """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device is cuda, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch."
+            "device is cuda, but torch sees no CUDA device. Use device: cpu, or install a CUDA"
+            " build of torch."
         )
     device = torch.device("cpu")
     if run.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", device_index(world, visible=torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:        # the deepspeed launcher leaves it unset: every rank takes all cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    elif (
+        "OMP_NUM_THREADS" not in os.environ
+    ):  # the deepspeed launcher leaves it unset: every rank takes all cores
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         torch.set_num_threads(max(1, cores // world.local_size))
     if device.type == "cpu":
         keep_freed_memory()
         if run.engine.graphs == "micro_step":
-            raise ConfigError("engine.graphs is micro_step and the device a CPU; needed: CUDA, for it is CUDA's graphs that save "
-                              "launches. Use graphs: off.")
-    if run.engine.fp8 == "layers" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError(f"engine.fp8 is layers, but {torch.cuda.get_device_name(device)} has no 8-bit products; needed: compute "
-                          "capability 8.9 (Ada, Hopper or newer). Use fp8: off.")
+            raise ConfigError(
+                "engine.graphs is micro_step and the device a CPU; needed: CUDA, for it is CUDA's"
+                " graphs that save launches. Use graphs: off."
+            )
+    if (
+        run.engine.fp8 == "layers"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        raise ConfigError(
+            f"engine.fp8 is layers, but {torch.cuda.get_device_name(device)} has no 8-bit products;"
+            " needed: compute capability 8.9 (Ada, Hopper or newer). Use fp8: off."
+        )
     precision = precision_on(run.engine.precision, device)
     computing = {"fp32": torch.float32, "fp64": torch.float64}.get(precision, torch.bfloat16)
     if head_width := run.model.head_width:
-        choose_backend(run.attention, Situation(device=device, dtype=computing, head_width=head_width, training=True))
+        choose_backend(
+            run.attention,
+            Situation(device=device, dtype=computing, head_width=head_width, training=True),
+        )
     return device
 
 
@@ -68,8 +88,10 @@ def check_same_precision(run: RunConfig) -> None:
     mine = words.index(run.engine.precision)
     highest, lowest = max_over_ranks(torch.tensor([mine, -mine])).tolist()
     if highest != -lowest:
-        raise ConfigError(f"engine.precision auto is {words[-lowest]} on some ranks and {words[highest]} on others: their devices "
-                          f"differ. Set engine.precision: {words[-lowest]}.")
+        raise ConfigError(
+            f"engine.precision auto is {words[-lowest]} on some ranks and {words[highest]} on"
+            f" others: their devices differ. Set engine.precision: {words[-lowest]}."
+        )
 
 
 def make_model(run: RunConfig) -> torch.nn.Module:
@@ -80,7 +102,9 @@ def make_model(run: RunConfig) -> torch.nn.Module:
 
 def compiles(run: RunConfig, device: torch.device) -> bool:
     """Whether the layers run compiled."""
-    return run.compile == "blocks" or (run.compile == "auto" and device.type == "cuda" and run.engine.zero_stage < 3)
+    return run.compile == "blocks" or (
+        run.compile == "auto" and device.type == "cuda" and run.engine.zero_stage < 3
+    )
 
 
 def has_static_shapes(run: RunConfig, device: torch.device) -> bool:
@@ -90,8 +114,15 @@ def has_static_shapes(run: RunConfig, device: torch.device) -> bool:
 
 def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Source]:
     """Opens the shard folders of a mixture, in the order of the run file. Raises ShardError, ConfigError as shards_of_lanes."""
-    opened = [open_source(s.path, name=source_name(s), cache=Path(s.cache) if s.cache else None, cache_bytes=s.cache_bytes)
-              for s in sources]
+    opened = [
+        open_source(
+            s.path,
+            name=source_name(s),
+            cache=Path(s.cache) if s.cache else None,
+            cache_bytes=s.cache_bytes,
+        )
+        for s in sources
+    ]
     for source in opened:
         shards_of_lanes(source.name, source.samples_per_shard, lanes)
     return opened
@@ -99,30 +130,71 @@ def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Sou
 
 def make_objective(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Objective:
     """The objective of a phase: how its rows are masked, and the loss."""
-    words = read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.needs_word_edges else None
-    return build_objective(run.objective, vocab_size=facts.vocab_size, specials=facts.specials,
-                           share=run.mask_share_of(phase), words=words, unused=_unused(run, facts))
+    words = (
+        read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size)
+        if run.objective.needs_word_edges
+        else None
+    )
+    return build_objective(
+        run.objective,
+        vocab_size=facts.vocab_size,
+        specials=facts.specials,
+        share=run.mask_share_of(phase),
+        words=words,
+        unused=_unused(run, facts),
+    )
 
 
 def _unused(run: RunConfig, facts: DataFacts) -> tuple[int, ...]:
-    return unused_ids(facts.tokenizer_json, vocab_size=facts.vocab_size) if run.objective.needs_unused_ids else ()
+    return (
+        unused_ids(facts.tokenizer_json, vocab_size=facts.vocab_size)
+        if run.objective.needs_unused_ids
+        else ()
+    )
 
 
-def make_loader(run: RunConfig, facts: DataFacts, world: World, device: torch.device, phase: PhaseConfig,
-                position: DataPosition, *, left_out: Sequence[tuple[int, int]] = ()) -> Loader:
+def make_loader(
+    run: RunConfig,
+    facts: DataFacts,
+    world: World,
+    device: torch.device,
+    phase: PhaseConfig,
+    position: DataPosition,
+    *,
+    left_out: Sequence[tuple[int, int]] = (),
+) -> Loader:
     """The loader of a phase, standing at a position of it, without some shards: (number of the source, shard)."""
     mixture = run.sources_of(phase)
     ids = facts.specials
     return Loader(
-        sources=open_mixture(mixture, lanes=run.data.lanes), weights=[s.weight for s in mixture], seed=run.seed,
-        phase=run.phases.index(phase), max_tokens_per_document=phase.max_tokens_per_document, row_tokens=run.data.row_tokens,
-        window_documents=run.data.window_documents, shuffle_shards=run.data.shuffle_shards,
+        sources=open_mixture(mixture, lanes=run.data.lanes),
+        weights=[s.weight for s in mixture],
+        seed=run.seed,
+        phase=run.phases.index(phase),
+        max_tokens_per_document=phase.max_tokens_per_document,
+        row_tokens=run.data.row_tokens,
+        window_documents=run.data.window_documents,
+        shuffle_shards=run.data.shuffle_shards,
         masker=make_objective(run, facts, phase),
-        pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id, rank=world.rank, world_size=world.size,
-        micro_batch_rows=run.loader.micro_batch_rows, rows_at=lambda seen: run.rows_at(phase, seen),
-        start=position, lanes=run.data.lanes, left_out=left_out,
-        static_shapes=has_static_shapes(run, device), workers=run.loader.workers, pin_memory=device.type == "cuda",
-        prefetch_windows=(run.loader.prefetch_windows or PREFETCH_WINDOWS) if any(s.cache for s in mixture) else 0)
+        pad_id=ids.pad_id,
+        cls_id=ids.cls_id,
+        sep_id=ids.sep_id,
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_rows=run.loader.micro_batch_rows,
+        rows_at=lambda seen: run.rows_at(phase, seen),
+        start=position,
+        lanes=run.data.lanes,
+        left_out=left_out,
+        static_shapes=has_static_shapes(run, device),
+        workers=run.loader.workers,
+        pin_memory=device.type == "cuda",
+        prefetch_windows=(
+            (run.loader.prefetch_windows or PREFETCH_WINDOWS)
+            if any(s.cache for s in mixture)
+            else 0
+        ),
+    )
 
 
 def make_held_out(
@@ -134,23 +206,43 @@ def make_held_out(
     settings = run.objective.held_out(mask_share=run.evaluation.mask_share)
     masker = build_objective(settings, vocab_size=facts.vocab_size, specials=facts.specials)
     ids = facts.specials
-    return [HeldOut(name=source.name, batches=evaluation_batches(
-        source=source, rows=run.evaluation.rows, seed=run.seed, max_tokens_per_document=phase.max_tokens_per_document,
-        row_tokens=run.data.row_tokens, masker=masker, pad_id=ids.pad_id, cls_id=ids.cls_id, sep_id=ids.sep_id,
-        rank=world.rank, world_size=world.size, micro_batch_rows=run.loader.micro_batch_rows,
-        static_shapes=has_static_shapes(run, device))) for source in open_mixture(run.evaluation.sources)]
+    return [
+        HeldOut(
+            name=source.name,
+            batches=evaluation_batches(
+                source=source,
+                rows=run.evaluation.rows,
+                seed=run.seed,
+                max_tokens_per_document=phase.max_tokens_per_document,
+                row_tokens=run.data.row_tokens,
+                masker=masker,
+                pad_id=ids.pad_id,
+                cls_id=ids.cls_id,
+                sep_id=ids.sep_id,
+                rank=world.rank,
+                world_size=world.size,
+                micro_batch_rows=run.loader.micro_batch_rows,
+                static_shapes=has_static_shapes(run, device),
+            ),
+        )
+        for source in open_mixture(run.evaluation.sources)
+    ]
 
 
 def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:
     """Unigram entropy in nats of the held-out text, or None without evaluation."""
     if run.evaluation is None:
         return None
-    counts = sum(token_counts(s, run.model.vocab_size) for s in open_mixture(run.evaluation.sources))
+    counts = sum(
+        token_counts(s, run.model.vocab_size) for s in open_mixture(run.evaluation.sources)
+    )
     return unigram_entropy(np.asarray(counts), facts.specials.all_special)
 
 
 def fingerprint_batch(run: RunConfig, objective: Objective) -> TokenBatch:
     """A fixed batch of random tokens, all of them predicted: its loss tells whether weights came back as they went."""
     length = min(64, run.model.max_position_embeddings)
-    ids_T = torch.from_numpy(generator(run.seed, "fingerprint").integers(0, run.model.vocab_size, length))
+    ids_T = torch.from_numpy(
+        generator(run.seed, "fingerprint").integers(0, run.model.vocab_size, length)
+    )
     return packed_documents([ids_T], objective.all_targets(ids_T))

@@ -22,8 +22,16 @@ from encoder.train.start import Started, fingerprint
 class Checkpointing:
     """The saves of one start."""
 
-    def __init__(self, session: Session, started: Started, recorder: Recorder, *, deadline: Deadline,
-                 state: Callable[[], dict[str, Any]], is_good: Callable[[Path], bool]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        started: Started,
+        recorder: Recorder,
+        *,
+        deadline: Deadline,
+        state: Callable[[], dict[str, Any]],
+        is_good: Callable[[Path], bool],
+    ) -> None:
         """session, started, recorder: of this start
         deadline: is told how long a save takes
         state: what else a checkpoint holds, besides weights, optimizer and progress
@@ -34,9 +42,14 @@ class Checkpointing:
         self._recorder = recorder
         self._deadline = deadline
         self._state = state
-        self._stall_seconds = 0.0      # of the save that is under way
-        self._saver = Saver(session.folder / CHECKPOINTS, engine=session.engine, incarnation=started.incarnation,
-                            keep_last=session.run.checkpoints.keep_last, is_good=is_good)
+        self._stall_seconds = 0.0  # of the save that is under way
+        self._saver = Saver(
+            session.folder / CHECKPOINTS,
+            engine=session.engine,
+            incarnation=started.incarnation,
+            keep_last=session.run.checkpoints.keep_last,
+            is_good=is_good,
+        )
 
     @property
     def ready(self) -> bool:
@@ -73,18 +86,30 @@ class Checkpointing:
         session.errors.agree()
 
         loss = fingerprint(session.run, session.engine, session.device)
-        if not math.isfinite(loss):      # the same on all ranks
+        if not math.isfinite(loss):  # the same on all ranks
             where = f"the weights after step {step} give a loss of {loss} on the fixed batch"
             if wait or milestone:
-                raise UserError(f"{where}: they are not saved, the checkpoints before them stay. {lower_rate_text(session)}.")
+                raise UserError(
+                    f"{where}: they are not saved, the checkpoints before them stay."
+                    f" {lower_rate_text(session)}."
+                )
             say(f"step {step:>6}  not saved: {where}")
             return
 
         saved = self._saver.start(
-            session.progress, run_yaml=to_yaml(session.run), milestone=milestone,
-            extra={"fingerprint_loss": loss, "fingerprint_precision": session.run.engine.precision,
-                   "card_sha256": session.facts.card_sha256, "init_sha256": self._started.init_sha256,
-                   "quarantine": self._started.quarantine.to_plain(), "parent": self._started.parent, **self._state()})
+            session.progress,
+            run_yaml=to_yaml(session.run),
+            milestone=milestone,
+            extra={
+                "fingerprint_loss": loss,
+                "fingerprint_precision": session.run.engine.precision,
+                "card_sha256": session.facts.card_sha256,
+                "init_sha256": self._started.init_sha256,
+                "quarantine": self._started.quarantine.to_plain(),
+                "parent": self._started.parent,
+                **self._state(),
+            },
+        )
         if wait or milestone or not session.run.checkpoints.background:
             saved = saved or self._saver.wait()
         self._stall_seconds = time.monotonic() - began

@@ -22,13 +22,17 @@ class ProgressDisplay:
     def show(self, text: str, *, step: int, share: float, now: bool = False) -> None:
         """A step ended; `share` (0 to 1) of the run is done. In a log a line each `every_steps` steps, or when `now`."""
         if self._live is not None:
-            self._live.update(Group(Text(f"{text}  {share:.1%}"), ProgressBar(total=1.0, completed=share)))
+            self._live.update(
+                Group(Text(f"{text}  {share:.1%}"), ProgressBar(total=1.0, completed=share))
+            )
         elif now or step % self._every_steps == 0:
             say(text)
 
 
 @contextmanager
-def open_display(*, first_rank: bool, every_steps: int, console: Console | None = None) -> Iterator[ProgressDisplay]:
+def open_display(
+    *, first_rank: bool, every_steps: int, console: Console | None = None
+) -> Iterator[ProgressDisplay]:
     """The board of this rank. What is said meanwhile scrolls above the bar, which is gone at the end."""
     console = console or Console()
     if not (first_rank and console.is_terminal and not console.is_dumb_terminal):

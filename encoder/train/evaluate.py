@@ -40,7 +40,9 @@ def held_out_numbers(
         shown |= {f"_{name}": s[first] for name, s in sums.items()}
     shown |= {f"_{term}": _added([s[term] for s in sums.values()]) for term in others}
     losses = {f"held_out_loss{end}": _mean(s.sum, s.count) for end, s in shown.items()}
-    return losses | {f"held_out_accuracy{end}": _mean(s.correct, s.count) for end, s in shown.items()}
+    return losses | {
+        f"held_out_accuracy{end}": _mean(s.correct, s.count) for end, s in shown.items()
+    }
 
 
 def _added(sums: Sequence[TermSum]) -> TermSum:

@@ -12,14 +12,14 @@ from typing import Any
 from encoder.base.errors import MachineError
 from encoder.runs.faults import FaultConfig
 
-OK, NOT_FINITE, SPIKE = "", "not_finite", "spike"      # what a step was, in the ledger
+OK, NOT_FINITE, SPIKE = "", "not_finite", "spike"  # what a step was, in the ledger
 
 
 class Deadline:
     """When the run must have saved and stopped: `max_hours` after the process started, or SLURM's end of the job."""
 
     SPARE_SECONDS = 10.0
-    FIRST_SAVE_SECONDS = 60.0      # while no save was measured
+    FIRST_SAVE_SECONDS = 60.0  # while no save was measured
 
     def __init__(self, max_hours: float | None, *, started: float, env: Mapping[str, str]) -> None:
         """`started` as time.time()."""
@@ -41,7 +41,9 @@ class Deadline:
         if self._stepped is not None:
             self._step_seconds = max(self._step_seconds, now - self._stepped)
         self._stepped = now
-        margin = self.SPARE_SECONDS + 2 * (self._step_seconds + (self._save_seconds or self.FIRST_SAVE_SECONDS))
+        margin = self.SPARE_SECONDS + 2 * (
+            self._step_seconds + (self._save_seconds or self.FIRST_SAVE_SECONDS)
+        )
         return time.time() > self._end - margin
 
 
@@ -52,11 +54,17 @@ class StepMonitor:
     computing it, so that the run repeats itself also where a defect of the machine, not the data, was the cause.
     """
 
-    def __init__(self, config: FaultConfig, *, recorded: dict[int, str], saved: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: FaultConfig, *, recorded: dict[int, str], saved: Mapping[str, Any]
+    ) -> None:
         self._config, self._recorded = config, recorded
         self.in_a_row: int = saved.get("in_a_row", 0)
-        self.went_back: bool = saved.get("went_back", False)      # and no checkpoint was made on the way since
-        self._losses = deque(saved.get("losses", ()), maxlen=config.spike.over_steps if config.spike else 0)
+        self.went_back: bool = saved.get(
+            "went_back", False
+        )  # and no checkpoint was made on the way since
+        self._losses = deque(
+            saved.get("losses", ()), maxlen=config.spike.over_steps if config.spike else 0
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """What a checkpoint saves."""
@@ -82,12 +90,15 @@ class StepMonitor:
         if found is None:
             found = NOT_FINITE if not finite else SPIKE if self._is_spike(loss) else OK
         elif not finite and found != NOT_FINITE:
-            raise MachineError(f"the gradient of step {step} is not finite; it was before the stop, says the ledger. A defect of "
-                              "the machine is likely: start again, on another one if it comes back.")
+            raise MachineError(
+                f"the gradient of step {step} is not finite; it was before the stop, says the"
+                " ledger. A defect of the machine is likely: start again, on another one if it"
+                " comes back."
+            )
         if found == OK:
             self.in_a_row = 0
             self._losses.append(loss)
-        elif applied and not math.isfinite(loss):       # the weights have moved
+        elif applied and not math.isfinite(loss):  # the weights have moved
             self.in_a_row = self._config.bad_steps
         else:
             self.in_a_row += 1

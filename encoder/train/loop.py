@@ -1,9 +1,9 @@
 """The training loop: phase after phase, step after step, evaluating and saving on the way.
 
-    Trainer          this file: phases and steps
-    Recorder         ledger, metrics, events, what the reader sees
-    Checkpointing    saves in the background
-    Recovery         bad steps, and going back to a good checkpoint
+Trainer          this file: phases and steps
+Recorder         ledger, metrics, events, what the reader sees
+Checkpointing    saves in the background
+Recovery         bad steps, and going back to a good checkpoint
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class StepOutcome(enum.Enum):
     """What follows from a step."""
 
     CONTINUE = "continue"
-    ROLLED_BACK = "rolled back"      # the data go on elsewhere
-    STOP = "stop"                    # saved, as it was asked to
+    ROLLED_BACK = "rolled back"  # the data go on elsewhere
+    STOP = "stop"  # saved, as it was asked to
 
 
 def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
@@ -118,10 +118,20 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
             build.check_same_precision(run)
             started = start_run(run, facts, world, device, folder, held, initial, known)
             display = held.enter_context(
-                open_display(first_rank=world.first, every_steps=run.tracking.print_every_steps))
+                open_display(first_rank=world.first, every_steps=run.tracking.print_every_steps)
+            )
             session = Session(
-                run=run, facts=facts, world=world, device=device, folder=folder, engine=started.engine, clock=clock,
-                watchdog=watchdog, errors=DeferredErrors(world), progress=started.progress)
+                run=run,
+                facts=facts,
+                world=world,
+                device=device,
+                folder=folder,
+                engine=started.engine,
+                clock=clock,
+                watchdog=watchdog,
+                errors=DeferredErrors(world),
+                progress=started.progress,
+            )
             trainer = Trainer(session, started, display)
             try:
                 return trainer.train(stop)
@@ -140,17 +150,25 @@ class Trainer:
         self.quarantine = started.quarantine
         self.lock = started.lock
         self.last_held_out = started.last_held_out
-        self.held_out: list[HeldOut] = []          # of the phase
-        self.deadline = Deadline(session.run.faults.max_hours, started=session.clock.began, env=os.environ)
+        self.held_out: list[HeldOut] = []  # of the phase
+        self.deadline = Deadline(
+            session.run.faults.max_hours, started=session.clock.began, env=os.environ
+        )
         self.time_is_up = False
         self.save_is_due = False
-        self.stop_agreed = False                   # by all ranks, in the last step
+        self.stop_agreed = False  # by all ranks, in the last step
 
         try:
             self.recorder = Recorder(session, started, display)
             self.recovery = Recovery(session, self.recorder, bad_steps=started.bad_steps)
-            self.checkpointing = Checkpointing(session, started, self.recorder, deadline=self.deadline,
-                                               state=self._state, is_good=self.recovery.is_good)
+            self.checkpointing = Checkpointing(
+                session,
+                started,
+                self.recorder,
+                deadline=self.deadline,
+                state=self._state,
+                is_good=self.recovery.is_good,
+            )
         except BaseException:
             self.close()
             raise
@@ -167,7 +185,10 @@ class Trainer:
             if outcome is StepOutcome.STOP:
                 return self._stopped(stop)
             self._end_phase(phase)
-            if self.stop_agreed and current_phase(self.session.run, self.session.progress) is not None:
+            if (
+                self.stop_agreed
+                and current_phase(self.session.run, self.session.progress) is not None
+            ):
                 return self._stopped(stop)
         self.recorder.done(self.last_held_out)
         return Outcome(done=True, progress=self.session.progress)
@@ -190,7 +211,9 @@ class Trainer:
                     return outcome
         return StepOutcome.CONTINUE
 
-    def _train_step(self, phase: PhaseConfig, loader: QuarantiningLoader, stop: StopFlag) -> StepOutcome:
+    def _train_step(
+        self, phase: PhaseConfig, loader: QuarantiningLoader, stop: StopFlag
+    ) -> StepOutcome:
         """One step of training, and what is due after it."""
         session, monitor = self.session, self.recovery.monitor
         before, step = session.progress, session.progress.step + 1
@@ -204,8 +227,12 @@ class Trainer:
             result = _left_out(agreed.counts)
         else:
             result = session.engine.step(
-                data.micro_batches, counts=agreed.counts, lr=lr, max_lr=phase.max_lr or phase.lr.peak,
-                weight_decay=session.run.weight_decay_of(phase))
+                data.micro_batches,
+                counts=agreed.counts,
+                lr=lr,
+                max_lr=phase.max_lr or phase.lr.peak,
+                weight_decay=session.run.weight_decay_of(phase),
+            )
 
         # a step that predicts nothing is neither good nor bad: the ledger's count of masked tokens tells it
         fault = OK
@@ -234,7 +261,9 @@ class Trainer:
                 self.lock.say_ending()
             self.save(wait=True)
             return StepOutcome.STOP
-        if _crossed(before, progress, run.checkpoints.every_tokens) or self.recovery.wants_save(progress.step):
+        if _crossed(before, progress, run.checkpoints.every_tokens) or self.recovery.wants_save(
+            progress.step
+        ):
             self.save_is_due = True
         if self.save_is_due and not ended and not self.recovery.monitor.in_a_row:
             self.save()
@@ -262,10 +291,16 @@ class Trainer:
             parts = (run, session.facts, session.world, session.device)
             self.held_out = build.make_held_out(*parts, phase)
             loader = QuarantiningLoader(
-                open_loader=lambda at, left_out: build.make_loader(*parts, phase, at, left_out=left_out),
-                names=[source_name(s) for s in run.sources_of(phase)], quarantine=self.quarantine,
-                position=DataPosition(lanes=progress.lanes, phase_tokens=progress.phase_tokens), step=progress.step + 1,
-                stops=run.loader.on_bad_shard == "stop", on_shard_lost=self._on_shard_lost)
+                open_loader=lambda at, left_out: build.make_loader(
+                    *parts, phase, at, left_out=left_out
+                ),
+                names=[source_name(s) for s in run.sources_of(phase)],
+                quarantine=self.quarantine,
+                position=DataPosition(lanes=progress.lanes, phase_tokens=progress.phase_tokens),
+                step=progress.step + 1,
+                stops=run.loader.on_bad_shard == "stop",
+                on_shard_lost=self._on_shard_lost,
+            )
         session.errors.agree()
         return loader
 
@@ -288,22 +323,39 @@ class Trainer:
         counts = [data.counts[term] if data else 0 for term in terms]
         mine = [data.row_hash, self._flops(data)] if data else [0, 0]
         time_is_near = session.world.first and self.deadline.is_near()
-        flags = [stop.asked, session.errors.first is not None, self.checkpointing.ready, time_is_near]
-        summed = sum_over_ranks(torch.tensor([*counts, *mine, *flags], dtype=torch.int64, device=session.device)).tolist()
+        flags = [
+            stop.asked,
+            session.errors.first is not None,
+            self.checkpointing.ready,
+            time_is_near,
+        ]
+        summed = sum_over_ranks(
+            torch.tensor([*counts, *mine, *flags], dtype=torch.int64, device=session.device)
+        ).tolist()
 
-        batch_hash, flops, stops, errors, saves_ready, time_is_up = summed[len(terms):]
+        batch_hash, flops, stops, errors, saves_ready, time_is_up = summed[len(terms) :]
         if errors:
             session.errors.agree()
         if saves_ready >= session.world.size:
             self.checkpointing.commit()
         self.time_is_up = time_is_up > 0
         self.stop_agreed = stops > 0 or self.time_is_up
-        return StepAgreement(counts=dict(zip(terms, summed)), batch_hash=batch_hash, flops=flops, stop=self.stop_agreed)
+        return StepAgreement(
+            counts=dict(zip(terms, summed)),
+            batch_hash=batch_hash,
+            flops=flops,
+            stop=self.stop_agreed,
+        )
 
     def _flops(self, data: StepData) -> int:
         """Model FLOP of this rank's documents as long as they are; padding is no work."""
         model = self.session.run.model
-        return int(sum(model.train_flops(lengths=document_lengths(b), targets=b.counts) for b in data.micro_batches))
+        return int(
+            sum(
+                model.train_flops(lengths=document_lengths(b), targets=b.counts)
+                for b in data.micro_batches
+            )
+        )
 
     def evaluate(self) -> None:
         """Held-out loss and accuracy; nothing without an evaluation section, or twice at one step of a phase."""
@@ -350,7 +402,10 @@ class Trainer:
             number = stop.signal or signal.SIGTERM
             name = stop.cause or signal.Signals(number).name
             cause = {"signal": int(number)}
-        say(f"stopped by {name} after step {progress.step}; {how_to_go_on(session.folder, session.world)}")
+        say(
+            f"stopped by {name} after step {progress.step};"
+            f" {how_to_go_on(session.folder, session.world)}"
+        )
         if self.recorder.tracker:
             self.recorder.tracker.event("stopped", step=progress.step, **cause)
         return Outcome(done=False, progress=progress, signal=int(number))
@@ -365,17 +420,32 @@ class Trainer:
 def _after(before: Progress, data: StepData, agreed: StepAgreement, fault: str) -> Progress:
     """The progress after a step, with the next link of the ledger's chain."""
     step, tokens = before.step + 1, before.tokens + data.tokens
-    link = chain(before.ledger_hash, step=step, tokens=tokens, masked_tokens=agreed.masked_tokens,
-                 batch_hash=agreed.batch_hash, fault=fault, other_targets=agreed.other_targets)
+    link = chain(
+        before.ledger_hash,
+        step=step,
+        tokens=tokens,
+        masked_tokens=agreed.masked_tokens,
+        batch_hash=agreed.batch_hash,
+        fault=fault,
+        other_targets=agreed.other_targets,
+    )
     return dataclasses.replace(
-        before, step=step, tokens=tokens, phase_step=before.phase_step + 1,
-        phase_tokens=before.phase_tokens + data.tokens, masked_tokens=before.masked_tokens + agreed.masked_tokens,
-        lanes=data.end.lanes, ledger_hash=link)
+        before,
+        step=step,
+        tokens=tokens,
+        phase_step=before.phase_step + 1,
+        phase_tokens=before.phase_tokens + data.tokens,
+        masked_tokens=before.masked_tokens + agreed.masked_tokens,
+        lanes=data.end.lanes,
+        ledger_hash=link,
+    )
 
 
 def _left_out(counts: Mapping[str, int]) -> StepResult:
     """A step that moved nothing the first time, too."""
-    return StepResult(loss=math.nan, grad_norm=math.inf, applied=False, means=dict.fromkeys(counts, math.nan))
+    return StepResult(
+        loss=math.nan, grad_norm=math.inf, applied=False, means=dict.fromkeys(counts, math.nan)
+    )
 
 
 def _crossed(before: Progress, after: Progress, every_tokens: int) -> bool:

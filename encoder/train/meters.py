@@ -15,9 +15,16 @@ from encoder.base.batch import TokenBatch
 # dense bf16 with fp32 accumulation, FLOP per second, by the makers' data sheets (theirs "with sparsity" halved), for the
 # whole device: a MIG slice has another name, and is not found
 BF16_PEAKS = {
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
 }
 
 
@@ -29,7 +36,7 @@ def bf16_peak(device: torch.device) -> float | None:
 def document_lengths(batch: TokenBatch) -> np.ndarray:
     """Lengths of a micro-batch's documents, int64; for one on the CPU. What lies behind `tokens` is padding.
 
-        cu_seqlens 0 5 8 10 10     tokens 8     ->     5 3
+    cu_seqlens 0 5 8 10 10     tokens 8     ->     5 3
     """
     ends = batch.cu_seqlens_S1.numpy().astype(np.int64)
     return np.diff(ends[ends <= batch.tokens])
@@ -51,7 +58,7 @@ class Clock:
     now was starting. From here on a clock that nobody sets.
     """
 
-    KINDS = ("starting", "training", "waiting", "evaluating", "saving")      # waiting: for data
+    KINDS = ("starting", "training", "waiting", "evaluating", "saving")  # waiting: for data
 
     def __init__(self, *, began: float) -> None:
         self.began, self._kind, self._since = began, "starting", time.perf_counter()

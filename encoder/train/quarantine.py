@@ -24,11 +24,11 @@ from encoder.base.untrusted import read_json
 from encoder.data.loader import DataPosition, Loader, StepData
 from encoder.data.shards import Source
 
-LeftOut = tuple[tuple[int, int], ...]      # (number of the source in the mixture, shard)
+LeftOut = tuple[tuple[int, int], ...]  # (number of the source in the mixture, shard)
 QUARANTINE = "quarantine.json"
 # of the tokens of a source; one shard of a small source may be more. Above it is no accident of storage
 MAX_LOST_SHARE = 0.05
-FINE, DAMAGED, OTHER = range(3)      # what a rank met
+FINE, DAMAGED, OTHER = range(3)  # what a rank met
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class LostShard:
     """A shard that a run leaves out from one of its steps on."""
 
     source: str
-    shard: int           # its number in index.json
+    shard: int  # its number in index.json
     file: str
     from_step: int
-    documents: int       # lost in each epoch
+    documents: int  # lost in each epoch
     tokens: int
     reason: str
 
@@ -51,11 +51,15 @@ class Quarantine:
         """Of the run folder, or, where only a checkpoint was copied, as the checkpoint has them."""
         self.path = folder / QUARANTINE
         try:
-            found = read_json(self.path, error=ShardError, root=list) if self.path.exists() else saved
+            found = (
+                read_json(self.path, error=ShardError, root=list) if self.path.exists() else saved
+            )
             self.lost = [LostShard(**values) for values in found]
         except (ShardError, TypeError) as error:
-            raise ShardError(f"{self.path} cannot be read ({error}); needed: the list of shards that the run has left out. Put it "
-                             "back, or remove it: the checkpoint has one, too.") from error
+            raise ShardError(
+                f"{self.path} cannot be read ({error}); needed: the list of shards that the run has"
+                " left out. Put it back, or remove it: the checkpoint has one, too."
+            ) from error
 
     def to_plain(self) -> list[dict[str, Any]]:
         """What a checkpoint saves."""
@@ -63,15 +67,22 @@ class Quarantine:
 
     def left_out(self, step: int, names: Sequence[str]) -> LeftOut:
         """What a step of this mixture leaves out."""
-        return tuple((names.index(x.source), x.shard) for x in self.lost if x.from_step <= step and x.source in names)
+        return tuple(
+            (names.index(x.source), x.shard)
+            for x in self.lost
+            if x.from_step <= step and x.source in names
+        )
 
     def add(self, lost: LostShard, source: Source) -> None:
         """Raises ShardError where too much of the source is lost."""
         of_source = [x for x in self.lost if x.source == lost.source] + [lost]
         share = sum(x.tokens for x in of_source) / source.card.tokens
         if len(of_source) > 1 and share > MAX_LOST_SHARE:
-            raise ShardError(f"{len(of_source)} damaged shards with {share:.1%} of the tokens of source {lost.source}; at most "
-                             f"{MAX_LOST_SHARE:.0%} are left out. The last: {lost.reason}")
+            raise ShardError(
+                f"{len(of_source)} damaged shards with {share:.1%} of the tokens of source"
+                f" {lost.source}; at most {MAX_LOST_SHARE:.0%} are left out. The last:"
+                f" {lost.reason}"
+            )
         self.lost.append(lost)
 
     def write(self) -> None:
@@ -86,10 +97,24 @@ class QuarantiningLoader:
     shard is left out. `on_shard_lost(lost)` is told of every loss, on every rank, and raises nothing.
     """
 
-    def __init__(self, *, open_loader: Callable[[DataPosition, LeftOut], Loader], quarantine: Quarantine, names: Sequence[str],
-                 position: DataPosition, step: int, stops: bool, on_shard_lost: Callable[[LostShard], None]) -> None:
+    def __init__(
+        self,
+        *,
+        open_loader: Callable[[DataPosition, LeftOut], Loader],
+        quarantine: Quarantine,
+        names: Sequence[str],
+        position: DataPosition,
+        step: int,
+        stops: bool,
+        on_shard_lost: Callable[[LostShard], None],
+    ) -> None:
         self._open_loader, self._quarantine, self._names = open_loader, quarantine, names
-        self._position, self._step, self._stops, self._on_shard_lost = position, step, stops, on_shard_lost
+        self._position, self._step, self._stops, self._on_shard_lost = (
+            position,
+            step,
+            stops,
+            on_shard_lost,
+        )
         self._left_out = quarantine.left_out(step, names)
         self._loader = open_loader(position, self._left_out)
 
@@ -98,9 +123,14 @@ class QuarantiningLoader:
         while True:
             data, error = None, None
             try:
-                if (left_out := self._quarantine.left_out(self._step, self._names)) != self._left_out:
+                if (
+                    left_out := self._quarantine.left_out(self._step, self._names)
+                ) != self._left_out:
                     self._loader.close()
-                    self._left_out, self._loader = left_out, self._open_loader(self._position, left_out)
+                    self._left_out, self._loader = (
+                        left_out,
+                        self._open_loader(self._position, left_out),
+                    )
                 data = self._loader.next_step()
             except (UserError, OSError) as problem:
                 error = problem
@@ -127,13 +157,25 @@ class QuarantiningLoader:
         if int(max_over_ranks(torch.tensor([mine]))[0]) != DAMAGED:
             return False
         reason = str(error).encode()[:600].decode(errors="ignore")
-        said = json.dumps([error.source, error.shard, reason], ensure_ascii=False) if damaged else ""
-        found = {(source, shard): reason for source, shard, reason in map(json.loads, filter(None, texts_of_all_ranks(said)))}
+        said = (
+            json.dumps([error.source, error.shard, reason], ensure_ascii=False) if damaged else ""
+        )
+        found = {
+            (source, shard): reason
+            for source, shard, reason in map(json.loads, filter(None, texts_of_all_ranks(said)))
+        }
         for (name, shard), reason in sorted(found.items()):
             source = self._loader.sources[self._names.index(name)]
             first, end = source.documents_of(shard)
-            lost = LostShard(source=name, shard=shard, file=source.file_of(first).name, from_step=self._step, reason=reason,
-                             documents=end - first, tokens=int(source.lengths[first:end].sum(dtype="int64")))
+            lost = LostShard(
+                source=name,
+                shard=shard,
+                file=source.file_of(first).name,
+                from_step=self._step,
+                reason=reason,
+                documents=end - first,
+                tokens=int(source.lengths[first:end].sum(dtype="int64")),
+            )
             self._check_some_is_left(lost)
             self._quarantine.add(lost, source)
             self._on_shard_lost(lost)
@@ -141,7 +183,12 @@ class QuarantiningLoader:
 
     def _check_some_is_left(self, lost: LostShard) -> None:
         """Raises ShardError, the same on all ranks, where the mixture would have no document without this shard, too."""
-        gone = {*self._quarantine.left_out(self._step, self._names), (self._names.index(lost.source), lost.shard)}
+        gone = {
+            *self._quarantine.left_out(self._step, self._names),
+            (self._names.index(lost.source), lost.shard),
+        }
         if len(gone) == sum(len(source.samples_per_shard) for source in self._loader.sources):
-            raise ShardError(f"{lost.file} of source {lost.source} was the last shard of the mixture that could be read: no "
-                             f"document is left. {lost.reason}")
+            raise ShardError(
+                f"{lost.file} of source {lost.source} was the last shard of the mixture that could"
+                f" be read: no document is left. {lost.reason}"
+            )

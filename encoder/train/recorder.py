@@ -32,7 +32,10 @@ from encoder.train.session import Session, StepAgreement
 from encoder.train.start import Started
 from encoder.train.tracker import Tracker
 
-_FAULT_TEXTS = {NOT_FINITE: "the gradient is not finite, nothing moved", SPIKE: "the loss is a spike"}
+_FAULT_TEXTS = {
+    NOT_FINITE: "the gradient is not finite, nothing moved",
+    SPIKE: "the loss is a spike",
+}
 
 
 class Recorder:
@@ -57,23 +60,47 @@ class Recorder:
         session, run = self._session, self._session.run
         write_run_file(session.folder, run)
         # an export needs no shards
-        write_atomic(session.folder / TOKENIZER, read_bytes(session.facts.tokenizer_json, error=ShardError))
+        write_atomic(
+            session.folder / TOKENIZER, read_bytes(session.facts.tokenizer_json, error=ShardError)
+        )
         self.ledger = Ledger(session.folder, resumed_at=session.progress, parent=started.parent)
-        self.tracker = Tracker(session.folder, run.tracking, clock=session.clock, start=started.incarnation,
-                               run_name=run.name, settings=to_plain(run))
+        self.tracker = Tracker(
+            session.folder,
+            run.tracking,
+            clock=session.clock,
+            start=started.incarnation,
+            run_name=run.name,
+            settings=to_plain(run),
+        )
         origin: dict[str, Any] = {}
         if run.init_from:
             origin |= {"init_from": run.init_from, "init_sha256": started.init_sha256}
         if started.parent:
             origin["parent"] = started.parent
-        about = about_run(run, session.world, session.device, parameters=session.engine.parameter_count)
+        about = about_run(
+            run, session.world, session.device, parameters=session.engine.parameter_count
+        )
         self.tracker.event(
-            "resume" if started.resumed else "start", step=session.progress.step, ranks=session.world.size,
-            began=round(session.clock.began, 3), zero_stage=run.engine.zero_stage, precision=run.engine.precision,
-            about=about, **origin)
+            "resume" if started.resumed else "start",
+            step=session.progress.step,
+            ranks=session.world.size,
+            began=round(session.clock.began, 3),
+            zero_stage=run.engine.zero_stage,
+            precision=run.engine.precision,
+            about=about,
+            **origin,
+        )
 
-    def step(self, data: StepData, result: StepResult, *, lr: float, agreed: StepAgreement, fault: str,
-             monitor: StepMonitor) -> None:
+    def step(
+        self,
+        data: StepData,
+        result: StepResult,
+        *,
+        lr: float,
+        agreed: StepAgreement,
+        fault: str,
+        monitor: StepMonitor,
+    ) -> None:
         """A step's line in the ledger and in the metrics, and what the reader sees.
 
         data: this rank's batches, and the rows and tokens of the step
@@ -91,18 +118,36 @@ class Recorder:
             self._say_nothing_masked(data)
 
         if self.ledger:
-            self.ledger.write(progress, phase=phase.name, rows=data.rows, tokens=data.tokens,
-                              masked_tokens=agreed.masked_tokens, batch_hash=agreed.batch_hash, fault=fault,
-                              other_targets=agreed.other_targets)
+            self.ledger.write(
+                progress,
+                phase=phase.name,
+                rows=data.rows,
+                tokens=data.tokens,
+                masked_tokens=agreed.masked_tokens,
+                batch_hash=agreed.batch_hash,
+                fault=fault,
+                other_targets=agreed.other_targets,
+            )
         if fault:
             self._bad_step(result, fault, monitor)
         memory = memory_bytes(self._session.device)
         if self.tracker:
             self.tracker.metrics(
-                progress.step, phase=phase.name, tokens=progress.tokens, loss=_finite(result.loss), **_by_term(result),
-                lr=lr, rows=data.rows, step_tokens=data.tokens, fill=round(data.fill, 4),
-                grad_norm=_finite(result.grad_norm), tokens_per_second=round(self.speed.tokens_per_second, 1),
-                tflops_per_second=round(self.speed.tflops_per_second, 6), memory_bytes=memory, **self._mfu())
+                progress.step,
+                phase=phase.name,
+                tokens=progress.tokens,
+                loss=_finite(result.loss),
+                **_by_term(result),
+                lr=lr,
+                rows=data.rows,
+                step_tokens=data.tokens,
+                fill=round(data.fill, 4),
+                grad_norm=_finite(result.grad_norm),
+                tokens_per_second=round(self.speed.tokens_per_second, 1),
+                tflops_per_second=round(self.speed.tflops_per_second, 6),
+                memory_bytes=memory,
+                **self._mfu(),
+            )
         self._show(data, result, lr=lr, memory=memory)
 
     def _mfu(self) -> dict[str, float]:
@@ -111,29 +156,56 @@ class Recorder:
     def _bad_step(self, result: StepResult, fault: str, monitor: StepMonitor) -> None:
         progress, phase = self._session.progress, self._session.phase
         if self.tracker:
-            self.tracker.event("bad_step", step=progress.step, fault=fault, in_a_row=monitor.in_a_row,
-                               loss=_finite(result.loss), grad_norm=_finite(result.grad_norm))
+            self.tracker.event(
+                "bad_step",
+                step=progress.step,
+                fault=fault,
+                in_a_row=monitor.in_a_row,
+                loss=_finite(result.loss),
+                grad_norm=_finite(result.grad_norm),
+            )
         again = ", says the ledger" if monitor.is_recorded(progress.step) else ""
-        say(f"step {progress.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}{again}  loss {result.loss:.3f}  "
-            f"gradient norm {result.grad_norm:.3g}  {monitor.in_a_row} in a row")
+        say(
+            f"step {progress.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}{again}  loss"
+            f" {result.loss:.3f}  gradient norm {result.grad_norm:.3g}  {monitor.in_a_row} in a row"
+        )
 
     def _show(self, data: StepData, result: StepResult, *, lr: float, memory: int) -> None:
         progress, speed = self._session.progress, self.speed
-        left = max(0, sum(p.tokens for p in self._session.run.phases[progress.phase:]) - progress.phase_tokens)
+        left = max(
+            0,
+            sum(p.tokens for p in self._session.run.phases[progress.phase :])
+            - progress.phase_tokens,
+        )
         mfu = self._mfu()
         computing = f"mfu {mfu['mfu']:.0%}" if mfu else f"{speed.tflops_per_second:.4g} TFLOP/s"
         columns = [
-            f"step {progress.step:>6}", self._session.phase.name, f"{short_count(progress.tokens):>7} tokens",
-            f"loss {result.loss:.3f}", f"lr {lr:.2e}", f"batch {short_count(data.tokens)}",
-            f"{short_count(speed.tokens_per_second)} tok/s", computing, f"waiting {speed.waiting_share:.0%}",
-            short_bytes(memory), f"left {short_seconds(speed.seconds_for(left))}"]
-        self._display.show("  ".join(columns), step=progress.step, share=progress.tokens / (progress.tokens + left),
-                           now=progress.phase_step == 1)
+            f"step {progress.step:>6}",
+            self._session.phase.name,
+            f"{short_count(progress.tokens):>7} tokens",
+            f"loss {result.loss:.3f}",
+            f"lr {lr:.2e}",
+            f"batch {short_count(data.tokens)}",
+            f"{short_count(speed.tokens_per_second)} tok/s",
+            computing,
+            f"waiting {speed.waiting_share:.0%}",
+            short_bytes(memory),
+            f"left {short_seconds(speed.seconds_for(left))}",
+        ]
+        self._display.show(
+            "  ".join(columns),
+            step=progress.step,
+            share=progress.tokens / (progress.tokens + left),
+            now=progress.phase_step == 1,
+        )
 
     def _say_nothing_masked(self, data: StepData) -> None:
         step = self._session.progress.step
-        warn_once(f"step {step} has no masked token in its {data.tokens:,} tokens: it moves nothing, and the run "
-                  f"goes on. {EVENTS} has every such step; a larger batch_tokens or mask_share makes them rarer")
+        warn_once(
+            f"step {step} has no masked token in its {data.tokens:,} tokens: it moves nothing, and"
+            f" the run goes on. {EVENTS} has every such step; a larger batch_tokens or mask_share"
+            " makes them rarer"
+        )
         if self.tracker:
             self.tracker.event("nothing_asked", step=step, tokens=data.tokens)
 
@@ -154,26 +226,51 @@ class Recorder:
         """The held-out loss and accuracy, said and written."""
         session, progress = self._session, self._session.progress
         whole = numbers["held_out_accuracy"]
-        silent = [name for name in sources if math.isnan(numbers.get(f"held_out_accuracy_{name}", whole))]
+        silent = [
+            name for name in sources if math.isnan(numbers.get(f"held_out_accuracy_{name}", whole))
+        ]
         if silent:
-            warn_once(f"the held-out rows of {', '.join(silent)} have no masked token, and so no loss. Raise "
-                      "evaluation.rows or evaluation.mask_share")
+            warn_once(
+                f"the held-out rows of {', '.join(silent)} have no masked token, and so no loss."
+                " Raise evaluation.rows or evaluation.mask_share"
+            )
         beside = f" (unigram entropy {self._entropy:.2f})" if self._entropy is not None else ""
-        of_each = [f"{name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
-                   for name in sources if len(sources) > 1]
+        of_each = [
+            f"{name} {numbers[f'held_out_loss_{name}']:.3f}"
+            f" {numbers[f'held_out_accuracy_{name}']:.1%}"
+            for name in sources
+            if len(sources) > 1
+        ]
         begins = progress.step and not progress.phase_step
         as_of = f" as phase {session.phase.name} asks" if begins else ""
-        say("  ".join([f"step {progress.step:>6}", f"held-out loss{as_of} {numbers['held_out_loss']:.3f}{beside} "
-                       f"accuracy {whole:.1%}", *of_each]))
+        say(
+            "  ".join(
+                [
+                    f"step {progress.step:>6}",
+                    (
+                        f"held-out loss{as_of} {numbers['held_out_loss']:.3f}{beside} "
+                        f"accuracy {whole:.1%}"
+                    ),
+                    *of_each,
+                ]
+            )
+        )
         if self.tracker:
             with session.errors.deferred():
-                self.tracker.metrics(progress.step, phase=session.phase.name, tokens=progress.tokens,
-                                     **{name: _finite(value) for name, value in numbers.items()})
+                self.tracker.metrics(
+                    progress.step,
+                    phase=session.phase.name,
+                    tokens=progress.tokens,
+                    **{name: _finite(value) for name, value in numbers.items()},
+                )
 
     def shard_lost(self, lost: LostShard) -> None:
         """A shard that is left out from now on."""
-        warn_once(f"{lost.file} of source {lost.source} is left out from step {lost.from_step} on, {lost.documents:,} "
-                  f"documents of {short_count(lost.tokens)} tokens an epoch: {lost.reason}")
+        warn_once(
+            f"{lost.file} of source {lost.source} is left out from step {lost.from_step} on,"
+            f" {lost.documents:,} documents of {short_count(lost.tokens)} tokens an epoch:"
+            f" {lost.reason}"
+        )
         if self.tracker:
             values = dataclasses.asdict(lost)
             self.event("quarantine", step=values.pop("from_step"), **values)
@@ -182,15 +279,28 @@ class Recorder:
         """A checkpoint that was committed, and how long training waited for it."""
         p = saved.progress
         end = f", the end of {saved.milestone}" if saved.milestone else ""
-        say(f"step {self._session.progress.step:>6}  saved {saved.path.name} (step {p.step}{end}): "
-            f"{short_bytes(saved.bytes)} in {short_seconds(saved.seconds)}, training waited {short_seconds(stall_seconds)}")
-        self.event("checkpoint", step=p.step, tokens=p.tokens, name=saved.path.name, bytes=saved.bytes,
-                   seconds=round(saved.seconds, 3), stall_seconds=round(stall_seconds, 3))
+        say(
+            f"step {self._session.progress.step:>6}  saved {saved.path.name} (step {p.step}{end}):"
+            f" {short_bytes(saved.bytes)} in {short_seconds(saved.seconds)}, training waited"
+            f" {short_seconds(stall_seconds)}"
+        )
+        self.event(
+            "checkpoint",
+            step=p.step,
+            tokens=p.tokens,
+            name=saved.path.name,
+            bytes=saved.bytes,
+            seconds=round(saved.seconds, 3),
+            stall_seconds=round(stall_seconds, 3),
+        )
 
     def went_back(self, weights: Progress, name: str) -> None:
         """After bad steps: the weights are again those of an earlier step."""
         progress = self._session.progress
-        say(f"step {progress.step:>6}  back to the weights of step {weights.step} ({name}); the data go on at the next window")
+        say(
+            f"step {progress.step:>6}  back to the weights of step {weights.step} ({name}); the"
+            " data go on at the next window"
+        )
         with self._session.errors.deferred():
             if self.ledger:
                 self.ledger.write_back(progress, weights_of_step=weights.step)
@@ -204,8 +314,16 @@ class Recorder:
                 self.ledger.sync()
                 self.tracker.event("done", step=p.step, tokens=p.tokens)
                 results = {key: value for key, value in last_held_out.items() if key != "step"}
-                write_json(session.folder / DONE, {"step": p.step, "tokens": p.tokens, "ledger_hash": p.ledger_hash,
-                                                   "unigram_entropy": self._entropy, **results})
+                write_json(
+                    session.folder / DONE,
+                    {
+                        "step": p.step,
+                        "tokens": p.tokens,
+                        "ledger_hash": p.ledger_hash,
+                        "unigram_entropy": self._entropy,
+                        **results,
+                    },
+                )
         session.errors.agree()
         say(f"done: {p.step} steps, {short_count(p.tokens)} tokens, ledger {p.ledger_hash}")
         for line in what_comes_next(session.run, session.folder):

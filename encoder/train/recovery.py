@@ -31,10 +31,16 @@ class Recovery:
         """
         self._session = session
         self._recorder = recorder
-        recorded = _from_first_rank(recorder.ledger.recorded() if recorder.ledger else [], session.device)
+        recorded = _from_first_rank(
+            recorder.ledger.recorded() if recorder.ledger else [], session.device
+        )
         # the step whose weights were taken after a step, of steps that will be done again
         self._taken_after = {step: weights for step, _, weights in recorded if weights >= 0}
-        self.monitor = StepMonitor(session.run.faults, recorded={step: fault for step, fault, _ in recorded}, saved=bad_steps)
+        self.monitor = StepMonitor(
+            session.run.faults,
+            recorded={step: fault for step, fault, _ in recorded},
+            saved=bad_steps,
+        )
 
     def wants_save(self, step: int) -> bool:
         """Whether the ledger goes back to this step later: its weights will be needed again."""
@@ -66,19 +72,26 @@ class Recovery:
     def _checkpoint_to_go_back_to(self, result: StepResult) -> Path:
         session, step = self._session, self._session.progress.step
         again, taken = self.monitor.went_back, self._taken_after.get(step)
-        found = None if again else newest_checkpoint(session.folder / CHECKPOINTS, fits=self.is_good)
+        found = (
+            None if again else newest_checkpoint(session.folder / CHECKPOINTS, fits=self.is_good)
+        )
         if found is not None:
             return found
         ledger = session.folder / LEDGER
         if taken is not None:
-            raise UserError(f"{ledger} goes back from step {step} to the weights of step {taken}, whose checkpoint is gone or "
-                            f"damaged. Put it back, or remove those after step {taken}, so that it is made again.")
+            raise UserError(
+                f"{ledger} goes back from step {step} to the weights of step {taken}, whose"
+                f" checkpoint is gone or damaged. Put it back, or remove those after step {taken},"
+                " so that it is made again."
+            )
         why = "there is no good checkpoint to go back to"
         if again:
             why = "the run went back once since its last checkpoint"
         raise UserError(
-            f"{self.monitor.in_a_row} bad steps in a row, and {why}: the loss of step {step} is {result.loss:.4g}, its gradient "
-            f"norm {result.grad_norm:.4g}. {lower_rate_text(session)}, or look at the data of these steps in {ledger}.")
+            f"{self.monitor.in_a_row} bad steps in a row, and {why}: the loss of step {step} is"
+            f" {result.loss:.4g}, its gradient norm {result.grad_norm:.4g}."
+            f" {lower_rate_text(session)}, or look at the data of these steps in {ledger}."
+        )
 
     def is_good(self, folder: Path) -> bool:
         """Whether the run could go back to a checkpoint: it was made after a good step; of steps done again, it is the one
@@ -88,17 +101,24 @@ class Recovery:
         except CheckpointError:
             return False
         step = self._session.progress.step
-        taken = next((taken for back, taken in sorted(self._taken_after.items()) if back >= step), None)
+        taken = next(
+            (taken for back, taken in sorted(self._taken_after.items()) if back >= step), None
+        )
         if taken is not None:
             return progress.step == taken
         return extra.get("bad_steps", {}).get("in_a_row", 0) == 0
 
 
-def _from_first_rank(recorded: list[tuple[int, str, int]], device: torch.device) -> list[tuple[int, str, int]]:
+def _from_first_rank(
+    recorded: list[tuple[int, str, int]], device: torch.device
+) -> list[tuple[int, str, int]]:
     """The ledger's steps that will be done again, on all ranks."""
     words = [OK, NOT_FINITE, SPIKE]
     count = int(sum_over_ranks(torch.tensor([len(recorded)], device=device)))
     table = torch.zeros(count, 3, dtype=torch.int64, device=device)
     for row, (step, fault, weights_of_step) in enumerate(recorded):
         table[row] = torch.tensor([step, words.index(fault), weights_of_step])
-    return [(step, words[fault], weights_of_step) for step, fault, weights_of_step in sum_over_ranks(table).tolist()]
+    return [
+        (step, words[fault], weights_of_step)
+        for step, fault, weights_of_step in sum_over_ranks(table).tolist()
+    ]

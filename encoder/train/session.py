@@ -25,11 +25,11 @@ class Session:
     facts: DataFacts
     world: World
     device: torch.device
-    folder: Path                 # of the run
+    folder: Path  # of the run
     engine: Engine
     clock: Clock
     watchdog: Watchdog
-    errors: DeferredErrors       # of this rank, until all ranks meet
+    errors: DeferredErrors  # of this rank, until all ranks meet
     progress: Progress
 
     @property
@@ -42,10 +42,10 @@ class Session:
 class StepAgreement:
     """What all ranks know of a step before it, by one all-reduce."""
 
-    counts: dict[str, int]      # targets of each loss term, over all ranks
-    batch_hash: int             # int64, of all rows
-    flops: int                  # model FLOP, over all ranks
-    stop: bool                  # a rank was asked to stop, or rank zero's time is up: save after this step
+    counts: dict[str, int]  # targets of each loss term, over all ranks
+    batch_hash: int  # int64, of all rows
+    flops: int  # model FLOP, over all ranks
+    stop: bool  # a rank was asked to stop, or rank zero's time is up: save after this step
 
     @property
     def predicts(self) -> bool:

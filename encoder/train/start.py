@@ -44,18 +44,26 @@ class Started:
     engine: Engine
     incarnation: int
     progress: Progress
-    entropy: float | None              # unigram entropy of the held-out text, on rank zero
+    entropy: float | None  # unigram entropy of the held-out text, on rank zero
     resumed: bool
-    last_held_out: dict[str, float]    # of the checkpoint
-    init_sha256: str | None            # of the weights of init_from, also when resumed; on rank zero
-    parent: dict[str, Any] | None      # what branch_from named, also when resumed
-    bad_steps: dict[str, Any]          # of the checkpoint, for the judge of steps
+    last_held_out: dict[str, float]  # of the checkpoint
+    init_sha256: str | None  # of the weights of init_from, also when resumed; on rank zero
+    parent: dict[str, Any] | None  # what branch_from named, also when resumed
+    bad_steps: dict[str, Any]  # of the checkpoint, for the judge of steps
     quarantine: Quarantine
-    lock: RunLock | None               # of the folder, on rank zero
+    lock: RunLock | None  # of the folder, on rank zero
 
 
-def start_run(run: RunConfig, facts: DataFacts, world: World, device: torch.device, folder: Path,
-              held: contextlib.ExitStack, initial: InitialWeights | None, mistakes: Sequence[str] = ()) -> Started:
+def start_run(
+    run: RunConfig,
+    facts: DataFacts,
+    world: World,
+    device: torch.device,
+    folder: Path,
+    held: contextlib.ExitStack,
+    initial: InitialWeights | None,
+    mistakes: Sequence[str] = (),
+) -> Started:
     """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here.
 
     `initial`: what init_from names; its weights are taken into the engine unless a checkpoint is there, and let go.
@@ -64,7 +72,9 @@ def start_run(run: RunConfig, facts: DataFacts, world: World, device: torch.devi
     entropy: float | None = None
     lock: RunLock | None = None
     with all_ranks_agree(world):
-        sources = [source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))]
+        sources = [
+            source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))
+        ]
         if world.first:
             for source in sources:
                 source.check_files(sizes=run.loader.on_bad_shard == "stop")
@@ -76,8 +86,14 @@ def start_run(run: RunConfig, facts: DataFacts, world: World, device: torch.devi
             folder.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder))
     objective = build.make_objective(run, facts, run.phases[0])
-    engine = start_engine(build.make_model(run), objective=objective, config=run.engine, optimizer=run.optimizer, world=world,
-                          device=device)
+    engine = start_engine(
+        build.make_model(run),
+        objective=objective,
+        config=run.engine,
+        optimizer=run.optimizer,
+        world=world,
+        device=device,
+    )
     if build.compiles(run, device):
         engine.module.compile_blocks_()
     progress, extra = Progress(), {}
@@ -89,48 +105,89 @@ def start_run(run: RunConfig, facts: DataFacts, world: World, device: torch.devi
         progress, extra = load_verified(found, run, engine, device)
     elif parent:
         load_verified(parent.checkpoint, parent.run, engine, device)
-        progress, extra = Progress(ledger_hash=parent.progress.ledger_hash), {"parent": parent.record}
+        progress, extra = (
+            Progress(ledger_hash=parent.progress.ledger_hash),
+            {"parent": parent.record},
+        )
     elif run.init_from or run.branch_from:
         assert initial, f"{folder} had a checkpoint a moment ago"
         engine.set_masters(lambda name, _shape: initial.weights[name])
-        initial.weights.clear()      # 1.6 GB of the large model, on every rank
-    incarnation = claim_incarnation(folder, world)       # from here on an older start of this run cannot save any more
+        initial.weights.clear()  # 1.6 GB of the large model, on every rank
+    incarnation = claim_incarnation(
+        folder, world
+    )  # from here on an older start of this run cannot save any more
     _say_header(run, world, device, engine, progress, found, mistakes)
     for line in initial.lines if initial else (f"branched off {parent.text}",) if parent else ():
         say(line)
-    return Started(engine=engine, incarnation=incarnation, progress=progress, entropy=entropy, resumed=found is not None,
-                   last_held_out=extra.get("last_held_out", {}),
-                   init_sha256=initial.sha256 if initial else extra.get("init_sha256"), parent=extra.get("parent"),
-                   bad_steps=extra.get("bad_steps", {}),
-                   quarantine=Quarantine(folder, extra.get("quarantine", [])), lock=lock)
+    return Started(
+        engine=engine,
+        incarnation=incarnation,
+        progress=progress,
+        entropy=entropy,
+        resumed=found is not None,
+        last_held_out=extra.get("last_held_out", {}),
+        init_sha256=initial.sha256 if initial else extra.get("init_sha256"),
+        parent=extra.get("parent"),
+        bad_steps=extra.get("bad_steps", {}),
+        quarantine=Quarantine(folder, extra.get("quarantine", [])),
+        lock=lock,
+    )
 
 
-def _say_header(run: RunConfig, world: World, device: torch.device, engine: Engine, progress: Progress,
-                found: Path | None, mistakes: Sequence[str]) -> None:
+def _say_header(
+    run: RunConfig,
+    world: World,
+    device: torch.device,
+    engine: Engine,
+    progress: Progress,
+    found: Path | None,
+    mistakes: Sequence[str],
+) -> None:
     count, threads = engine.parameter_count, torch.get_num_threads()
-    say(f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type} "
-        f"({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage}, {run.engine.precision}"
-        f"{', layers in 8 bits' if run.engine.fp8 == 'layers' else ''}, "
-        f"{short_count(sum(p.tokens for p in run.phases))} tokens in {_many(len(run.phases), 'phase')}, run folder {run.out}")
-    with engine.forward_mode():             # under autocast a kernel meets bf16, whatever the weights are
+    say(
+        f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type}"
+        f" ({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage},"
+        f" {run.engine.precision}{', layers in 8 bits' if run.engine.fp8 == 'layers' else ''},"
+        f" {short_count(sum(p.tokens for p in run.phases))} tokens in"
+        f" {_many(len(run.phases), 'phase')}, run folder {run.out}"
+    )
+    with engine.forward_mode():  # under autocast a kernel meets bf16, whatever the weights are
         reason = engine.module.attention_reason(device)
-    say(f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}"
+    say(
+        f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}"
         f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}"
-        f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}")
+        f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}"
+    )
     if run.engine.precision in ("bf16", "autocast") and not computes_bf16(device):
-        say(f"precision {run.engine.precision} on a {device.type} without units for bf16: up to 30 times as slow as fp32")
-    for line in (*mistakes, *warnings_of(run), *(hints_of(run, ranks=world.size) if world.first else ())):
+        say(
+            f"precision {run.engine.precision} on a {device.type} without units for bf16: up to 30"
+            " times as slow as fp32"
+        )
+    for line in (
+        *mistakes,
+        *warnings_of(run),
+        *(hints_of(run, ranks=world.size) if world.first else ()),
+    ):
         warn_once(line)
-    if device.type == "cuda" and computes_bf16(device) and (slow := slow_precision_text(run, on_cuda=True)):
+    if (
+        device.type == "cuda"
+        and computes_bf16(device)
+        and (slow := slow_precision_text(run, on_cuda=True))
+    ):
         warn_once(slow)
     if stays := export_blocker(run.model):
         say(f"export: {stays}")
     ledger = Path(run.out) / LEDGER
     if found is not None:
-        say(f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)} tokens, "
-            f"ledger {progress.ledger_hash}")
+        say(
+            f"resumed from {found.name}: step {progress.step}, {short_count(progress.tokens)}"
+            f" tokens, ledger {progress.ledger_hash}"
+        )
     elif ledger.exists() and ledger.stat().st_size:
-        say("no checkpoint is there: from the first step again, held to the ledger of the start before")
+        say(
+            "no checkpoint is there: from the first step again, held to the ledger of the start"
+            " before"
+        )
 
 
 def _many(count: int, word: str) -> str:
@@ -144,15 +201,21 @@ def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
     return sum(term.sum / term.count for term in found.values())
 
 
-def load_verified(found: Path, run: RunConfig, engine: Engine, device: torch.device) -> tuple[Progress, dict[str, Any]]:
+def load_verified(
+    found: Path, run: RunConfig, engine: Engine, device: torch.device
+) -> tuple[Progress, dict[str, Any]]:
     """A checkpoint of `run` into the engine; seen to give the loss it gave when it was saved."""
     progress, extra = load_checkpoint(found, engine)
     engine.module.set_phase_(run.phases[phase_of_weights(progress)].model)
     loss, recorded = fingerprint(run, engine, device), extra["fingerprint_loss"]
-    tolerance = max(FINGERPRINT_TOLERANCE[word] for word in (engine.config.precision, extra["fingerprint_precision"]))
+    tolerance = max(
+        FINGERPRINT_TOLERANCE[word]
+        for word in (engine.config.precision, extra["fingerprint_precision"])
+    )
     if not abs(loss - recorded) <= tolerance * abs(recorded):
         raise CheckpointError(
-            f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at save. "
-            "The weights did not come back as they went; remove this folder to use the one before."
+            f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at"
+            " save. The weights did not come back as they went; remove this folder to use the one"
+            " before."
         )
     return progress, extra

@@ -26,14 +26,26 @@ from encoder.train.meters import Clock
 class Tracker:
     """Metrics and events of rank zero; other ranks have none. `start` is the number of this start of the run."""
 
-    def __init__(self, folder: Path, config: TrackingConfig, *, clock: Clock, start: int, run_name: str,
-                 settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TrackingConfig,
+        *,
+        clock: Clock,
+        start: int,
+        run_name: str,
+        settings: dict[str, Any],
+    ) -> None:
         drop_torn_tail(folder / METRICS)
         drop_torn_tail(folder / EVENTS)
         self._metrics = open_to_append(folder / METRICS)
         self._events = open_to_append(folder / EVENTS)
         self._clock, self._start = clock, start
-        self._wandb = _start_wandb(folder, config.wandb_project, run_name, settings) if config.wandb_project else None
+        self._wandb = (
+            _start_wandb(folder, config.wandb_project, run_name, settings)
+            if config.wandb_project
+            else None
+        )
         self._tensorboard = _start_tensorboard(folder) if config.tensorboard else None
 
     def metrics(self, step: int, **values: Any) -> None:
@@ -57,11 +69,17 @@ class Tracker:
         try:
             self._wandb.log(numbers, step=step)
         except (wandb.errors.Error, OSError) as error:
-            warn_once(f"wandb gets no more of this start ({' '.join(str(error).split())[:200]}); {METRICS} has all of it")
+            warn_once(
+                f"wandb gets no more of this start ({' '.join(str(error).split())[:200]});"
+                f" {METRICS} has all of it"
+            )
             self._wandb = None
 
     def _time(self) -> dict[str, Any]:
-        return {"start": self._start, "spent": {kind: round(s, 3) for kind, s in self._clock.seconds().items()}}
+        return {
+            "start": self._start,
+            "spent": {kind: round(s, 3) for kind, s in self._clock.seconds().items()},
+        }
 
     def close(self) -> None:
         """Close the files, the wandb run and the TensorBoard file."""
@@ -75,6 +93,7 @@ class Tracker:
 
 def _start_tensorboard(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / TENSORBOARD))
 
 
@@ -85,15 +104,25 @@ def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
     # the same run folder goes on in the same wandb run; another folder of the same name does not
     identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
-    told = dict(project=project, name=name, config=settings, dir=str(folder), resume="allow",
-                id=f"{re.sub('[^a-zA-Z0-9_.-]+', '-', name)[:100]}-{identity}")
+    told = dict(
+        project=project,
+        name=name,
+        config=settings,
+        dir=str(folder),
+        resume="allow",
+        id=f"{re.sub('[^a-zA-Z0-9_.-]+', '-', name)[:100]}-{identity}",
+    )
     try:
         return wandb.init(mode=mode, **told)
-    except (wandb.errors.Error, OSError) as error:       # no run ends for want of its curves elsewhere
-        warn_once(f"wandb does not answer ({' '.join(str(error).split())[:200]}); it is written to {folder / 'wandb'}, "
-                  "and goes up with: wandb sync")
+    except (wandb.errors.Error, OSError) as error:  # no run ends for want of its curves elsewhere
+        warn_once(
+            f"wandb does not answer ({' '.join(str(error).split())[:200]}); it is written to"
+            f" {folder / 'wandb'}, and goes up with: wandb sync"
+        )
     try:
         return wandb.init(mode="offline", **told)
     except (wandb.errors.Error, OSError) as error:
-        warn_once(f"wandb cannot be used ({' '.join(str(error).split())[:200]}); {METRICS} has all of it")
+        warn_once(
+            f"wandb cannot be used ({' '.join(str(error).split())[:200]}); {METRICS} has all of it"
+        )
         return None

@@ -26,7 +26,7 @@ from encoder.base.peers import peers_of_this_rank
 from encoder.runs.folder import ERRORS, HANGS
 
 HANG_CODE, FAILED_CODE = 3, 1
-LOOK_SECONDS = 5.0       # between two looks for the error of another rank, while this one stands still
+LOOK_SECONDS = 5.0  # between two looks for the error of another rank, while this one stands still
 
 
 class Watchdog:
@@ -39,7 +39,10 @@ class Watchdog:
         self._error_file = folder / ERRORS / f"{int(sum_over_ranks(start))}.txt"
         self._doing, self._since = "starting", time.monotonic()
         self._hangs = False
-        self._over, self.peer_failed = threading.Event(), False       # peer_failed: other ranks may still wait for this one
+        self._over, self.peer_failed = (
+            threading.Event(),
+            False,
+        )  # peer_failed: other ranks may still wait for this one
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -51,17 +54,29 @@ class Watchdog:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Raises the first error of all ranks in place of what followed from it on this one."""
         self._over.set()
-        if self._hangs and error is not None:      # another rank that hung has left before this one did: that is no defect here
+        if (
+            self._hangs and error is not None
+        ):  # another rank that hung has left before this one did: that is no defect here
             os._exit(HANG_CODE)
         self.peer_failed = error is not None and self._world.size > 1
         if not self.peer_failed or isinstance(error, SilentError):
             return
-        text = f"{error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        text = (
+            f"{error}"
+            if isinstance(error, UserError)
+            else "".join(traceback.format_exception(error))
+        )
         first = self._write_first(
-            " ".join(f"rank {self._world.rank} failed, {self._doing}: {type(error).__name__}: {error}".split()), text)
+            " ".join(
+                f"rank {self._world.rank} failed, {self._doing}: {type(error).__name__}: {error}".split()
+            ),
+            text,
+        )
         if first and not isinstance(error, UserError):
             # losing a peer is an error of every rank, with a traceback that says nothing; rank zero tells what was the cause
-            raise (PassingError if self._world.first else SilentError)(f"{first} All of it is in {self._error_file}.") from None
+            raise (PassingError if self._world.first else SilentError)(
+                f"{first} All of it is in {self._error_file}."
+            ) from None
 
     def heartbeat(self, doing: str) -> None:
         """What this rank does from now on."""
@@ -76,8 +91,12 @@ class Watchdog:
                 time.sleep(2 * min(LOOK_SECONDS, self._hang_seconds / 4) + 2)
                 os._exit(HANG_CODE)
             if still_seconds > LOOK_SECONDS and self._world.size > 1 and (first := self._first()):
-                print(f"rank {self._world.rank} ends, {self._doing}: {first} All of it is in {self._error_file}.",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"rank {self._world.rank} ends, {self._doing}: {first} All of it is in"
+                    f" {self._error_file}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(FAILED_CODE)
 
     def _last_words(self, gone: str) -> tuple[str, int]:
@@ -86,18 +105,32 @@ class Watchdog:
             return f"rank {self._world.rank} hangs, {self._doing}; {gone}", HANG_CODE
         cause = self._first()
         if cause:
-            return f"rank {self._world.rank} ends, {self._doing}: {cause} All of it is in {self._error_file}.", FAILED_CODE
-        return (f"rank {self._world.rank} ends, {self._doing}: {gone}: killed, out of memory, or its machine failed. Start again: "
-                "the run goes on from its last checkpoint."), FAILED_CODE
+            return (
+                (
+                    f"rank {self._world.rank} ends, {self._doing}: {cause} All of it is in"
+                    f" {self._error_file}."
+                ),
+                FAILED_CODE,
+            )
+        return (
+            (
+                f"rank {self._world.rank} ends, {self._doing}: {gone}: killed, out of memory, or"
+                " its machine failed. Start again: the run goes on from its last checkpoint."
+            ),
+            FAILED_CODE,
+        )
 
     def _say_where(self, still_seconds: float) -> None:
         self._hangs = True
-        summary = f"rank {self._world.rank} hangs: nothing has moved for {still_seconds:.0f} s, {self._doing}."
+        summary = (
+            f"rank {self._world.rank} hangs: nothing has moved for {still_seconds:.0f} s,"
+            f" {self._doing}."
+        )
         self._write_first(summary, f"The stacks of its threads are in {self._hang_file}.")
         line = f"{summary} Its threads:\n"
         sys.stderr.write(line)
         sys.stderr.flush()
-        with contextlib.suppress(OSError, ValueError):       # a standard error that has no file
+        with contextlib.suppress(OSError, ValueError):  # a standard error that has no file
             faulthandler.dump_traceback(sys.stderr)
         with contextlib.suppress(OSError):
             self._hang_file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """A real Slurm of several nodes on this machine, as tests use it; what it is made of stands in testbed/README.md.
 
-    bed.up(); job = bed.sbatch("--nodes=2", script, ...); bed.wait_for_end(job); bed.host("crash", "node2")
+bed.up(); job = bed.sbatch("--nodes=2", script, ...); bed.wait_for_end(job); bed.host("crash", "node2")
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 TESTBED = Path(__file__).parent / "testbed"
-PROGRAMS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge", "ip": "iproute2",
-            "pgrep": "procps", "perl": "perl-base"}
+PROGRAMS = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "ip": "iproute2",
+    "pgrep": "procps",
+    "perl": "perl-base",
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,7 +33,9 @@ def why_not() -> str:
     if platform.system() != "Linux" or os.getuid() != 0:
         return "needs root on Linux, to make the cluster's nodes"
     path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
-    missing = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)})
+    missing = sorted(
+        {package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)}
+    )
     return f"needs Debian's packages {' '.join(missing)}" if missing else ""
 
 
@@ -42,9 +51,15 @@ class Bed:
     @property
     def env(self) -> dict[str, str]:
         """Of every command: the cluster's sbatch, srun, ... come first, one thread a rank, no network."""
-        return {**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_TESTBED_DIR": str(self.folder),
-                "SLURM_CONF": f"{self.folder}/etc/slurm.conf", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        return {
+            **os.environ,
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "SLURM_TESTBED_DIR": str(self.folder),
+            "SLURM_CONF": f"{self.folder}/etc/slurm.conf",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
 
     def up(self) -> None:
         """Brings it up, or leaves it as it is if it is up."""
@@ -58,7 +73,9 @@ class Bed:
         """crash, boot, unplug, plug, stop-daemon, start-daemon, or exec with a command; what it printed."""
         return self._run(TESTBED / "host.sh", action, name, *command)
 
-    def sbatch(self, *args: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    def sbatch(
+        self, *args: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """Submits; the id of the job."""
         return self._run("sbatch", "--parsable", *args, env=env, cwd=cwd).strip()
 
@@ -73,9 +90,23 @@ class Bed:
 
     def wait_for_end(self, job_id: str, *, seconds: float) -> str:
         """The state in which the job ended."""
+
         def ended() -> str:
             state = self.job(job_id)["JobState"]
-            return state if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY") else ""
+            return (
+                state
+                if state
+                in (
+                    "COMPLETED",
+                    "FAILED",
+                    "CANCELLED",
+                    "TIMEOUT",
+                    "NODE_FAIL",
+                    "OUT_OF_MEMORY",
+                )
+                else ""
+            )
+
         return wait_until(ended, seconds=seconds, what=f"the end of job {job_id}")
 
     def heal(self) -> None:
@@ -87,22 +118,40 @@ class Bed:
                 self._try(TESTBED / "host.sh", action, f"node{number}")
         drained = self._run("sinfo", "-hN", "-p", "test", "-t", "drain", "-o", "%N").split()
         if drained:
-            self._run("scontrol", "update", f"NodeName={','.join(sorted(set(drained)))}", "State=RESUME")
+            self._run(
+                "scontrol", "update", f"NodeName={','.join(sorted(set(drained)))}", "State=RESUME"
+            )
         self.wait_for_idle()
 
     def wait_for_idle(self, *, seconds: float = 60.0) -> None:
         """All nodes are there and free."""
+
         def idle() -> bool:
-            return len(self._run("sinfo", "-hN", "-p", "test", "-t", "idle", "--responding", "-o", "%N").split()) == self.nodes
+            return (
+                len(
+                    self._run(
+                        "sinfo", "-hN", "-p", "test", "-t", "idle", "--responding", "-o", "%N"
+                    ).split()
+                )
+                == self.nodes
+            )
+
         wait_until(idle, seconds=seconds, what="all nodes to be idle")
 
     def _try(self, *command: Any) -> None:
         """What fails where there is nothing to do: a node that runs is not booted."""
         subprocess.run([str(word) for word in command], env=self.env, cwd=ROOT, capture_output=True)
 
-    def _run(self, *command: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
-        done = subprocess.run([str(word) for word in command], env={**self.env, **(env or {})}, cwd=cwd or ROOT,
-                              capture_output=True, text=True)
+    def _run(
+        self, *command: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
+        done = subprocess.run(
+            [str(word) for word in command],
+            env={**self.env, **(env or {})},
+            cwd=cwd or ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -13,7 +13,7 @@ from tests.cluster.bed import Bed
 
 @pytest.fixture(scope="session")
 def session_bed() -> Iterator[Bed]:
-    bed = Bed(folder=Path(tempfile.mkdtemp(prefix="bed-", dir="/tmp")))      # short: it holds sockets
+    bed = Bed(folder=Path(tempfile.mkdtemp(prefix="bed-", dir="/tmp")))  # short: it holds sockets
     bed.folder.rmdir()
     try:
         bed.up()

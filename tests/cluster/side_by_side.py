@@ -14,8 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-AT_A_TIME = 2               # four ranks, which is what two cores can take
-FIRST = ("test_interrupted.py", "test_submit.py", "test_bad_endings.py")       # the longest, or one would be left alone at the end
+AT_A_TIME = 2  # four ranks, which is what two cores can take
+FIRST = (
+    "test_interrupted.py",
+    "test_submit.py",
+    "test_bad_endings.py",
+)  # the longest, or one would be left alone at the end
 
 
 def main(words: list[str]) -> int:
@@ -25,14 +29,25 @@ def main(words: list[str]) -> int:
     files = [HERE / name for name in (*FIRST, *rest)]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         codes = list(pool.map(lambda path: run(path, words), files))
-    print(f"{codes.count(0)} of {len(files)} files of tests passed in {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"{codes.count(0)} of {len(files)} files of tests passed in"
+        f" {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     return max(codes)
 
 
 def run(path: Path, words: list[str]) -> int:
     """One file's tests; the exit code of pytest."""
     command = [sys.executable, "-m", "pytest", "--cluster", "-m", "cluster", str(path), *words]
-    done = subprocess.run(command, cwd=HERE.parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=HERE.parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     print(done.stdout, end="", flush=True)
     return abs(done.returncode)
 

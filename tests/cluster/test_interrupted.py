@@ -30,15 +30,24 @@ class Disturbed:
     """A run on the cluster, and the seconds from each thing that was done to it to its first new step after that."""
 
     def __init__(self, bed: Bed, out: Path) -> None:
-        self.bed, self.out, self.job, self.seconds, self.warned = bed, out, "", dict[str, float](), 0.0
+        self.bed, self.out, self.job, self.seconds, self.warned = (
+            bed,
+            out,
+            "",
+            dict[str, float](),
+            0.0,
+        )
 
     def when(self, what: str, act: Callable[[], object]) -> None:
         """Waits until this start has committed something, acts, and waits for a new step of the next start."""
         self.wait_for_progress()
         step, number, began = last_step(self.out), len(starts(self.out)), time.monotonic()
         act()
-        wait_until(lambda: len(starts(self.out)) > number and last_step(self.out) > step, seconds=150,
-                   what=f"a new step after {what}")
+        wait_until(
+            lambda: len(starts(self.out)) > number and last_step(self.out) > step,
+            seconds=150,
+            what=f"a new step after {what}",
+        )
         self.seconds[what] = time.monotonic() - max(began, self.warned)
 
     def wait_for_progress(self) -> None:
@@ -46,7 +55,11 @@ class Disturbed:
         number = max(1, len(starts(self.out)))
         wait_for_start(self.out, number)
         seen = set(committed_folders(self.out / "checkpoints"))
-        wait_until(lambda: set(committed_folders(self.out / "checkpoints")) - seen, seconds=60, what="a checkpoint")
+        wait_until(
+            lambda: set(committed_folders(self.out / "checkpoints")) - seen,
+            seconds=60,
+            what="a checkpoint",
+        )
 
     def nodes(self) -> list[str]:
         """The nodes of the job, the batch host first."""
@@ -64,8 +77,13 @@ def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path
     step = last_step(out)
     bed.slurm("scancel", it.job)
     assert bed.wait_for_end(it.job, seconds=30) == "CANCELLED"
-    assert read_jsonl(out / EVENTS)[-1]["event"] == "stopped" and last_step(out) >= step      # saved before it left
-    assert (record(out, it.job)[-1]["cause"], record(out, it.job)[-1]["decision"]) == ("ended", "leave")
+    assert (
+        read_jsonl(out / EVENTS)[-1]["event"] == "stopped" and last_step(out) >= step
+    )  # saved before it left
+    assert (record(out, it.job)[-1]["cause"], record(out, it.job)[-1]["decision"]) == (
+        "ended",
+        "leave",
+    )
     cancelled = it.job
     bed.wait_for_idle()
 
@@ -74,32 +92,52 @@ def test_whatever_ends_the_job_the_run_ends_as_if_nothing_had(bed: Bed, tmp_path
     it.job = submit(bed, run, out, "--nodes=1-2", "--time=60", "--signal=B:USR1@90")
     wait_for_start(out, 2)
     it.when("the warning before the time limit", lambda: limit_comes(it))
-    it.when("a signal to the batch script", lambda: bed.slurm("scancel", "--batch", "--signal=USR1", it.job))
+    it.when(
+        "a signal to the batch script",
+        lambda: bed.slurm("scancel", "--batch", "--signal=USR1", it.job),
+    )
     it.when("scontrol requeue", lambda: bed.slurm("scontrol", "requeue", it.job))
     urgent = ("--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true")
     it.when("preemption", lambda: bed.sbatch(*urgent, f"--nodelist={it.nodes()[0]}"))
     it.when("SIGKILL of a rank", lambda: kill_rank(bed, it.nodes()[-1]))
     assert [s["ranks"] for s in starts(out)] == [2] * 7
-    crashed = it.nodes()[-1]                # test_bad_endings cuts the network of a batch host
+    crashed = it.nodes()[-1]  # test_bad_endings cuts the network of a batch host
     it.when("the crash of a node", lambda: bed.host("crash", crashed))
-    assert starts(out)[-1]["ranks"] == 1                                                      # one node fewer
+    assert starts(out)[-1]["ranks"] == 1  # one node fewer
 
     it.wait_for_progress()
     bed.host("stop-daemon", "controller")
     step = last_step(out)
     wait_until(lambda: last_step(out) > step + 20, seconds=60, what="steps without a controller")
     bed.host("start-daemon", "controller")
-    assert not (out / "done.json").exists(), "the run was over before the controller came back: give it more tokens"
+    assert not (out / "done.json").exists(), (
+        "the run was over before the controller came back: give it more tokens"
+    )
     train_alone(run, alone)
-    assert bed.wait_for_end(it.job, seconds=200) == "COMPLETED", Path(f"{out}-{it.job}.log").read_text()[-3000:]
+    assert bed.wait_for_end(it.job, seconds=200) == "COMPLETED", Path(
+        f"{out}-{it.job}.log"
+    ).read_text()[-3000:]
 
     with capsys.disabled():
-        print("\nseconds from the event to the first new step: " + ", ".join(f"{what} {s:.1f}" for what, s in it.seconds.items()))
+        print(
+            "\nseconds from the event to the first new step: "
+            + ", ".join(f"{what} {s:.1f}" for what, s in it.seconds.items())
+        )
     assert_same(out, alone)
     ends = [line for line in record(out, it.job) if line["event"] == "end"]
     assert ends[-1]["cause"] == "done" and ends[-1]["crashes"] == 1
-    assert [e["cause"] for e in ends if e["decision"] == "requeue"] == ["stopped", "stopped", "crash"]
-    assert {e["cause"] for e in ends} <= {"stopped", "crash", "ended", "done", "taken_over"} and cancelled != it.job
+    assert [e["cause"] for e in ends if e["decision"] == "requeue"] == [
+        "stopped",
+        "stopped",
+        "crash",
+    ]
+    assert {e["cause"] for e in ends} <= {
+        "stopped",
+        "crash",
+        "ended",
+        "done",
+        "taken_over",
+    } and cancelled != it.job
     bed.host("boot", crashed)
 
 
@@ -112,7 +150,9 @@ def limit_comes(it: Disturbed) -> None:
         it.bed.host("exec", node, "kill", "-STOP", *pids)
     minutes = int(it.bed.job(it.job)["RunTime"].split(":")[1])
     it.bed.slurm("scontrol", "update", f"JobId={it.job}", f"TimeLimit={minutes + 2}")
-    wait_until(lambda: record(it.out, it.job)[-1]["event"] == "signal", seconds=120, what="the warning")
+    wait_until(
+        lambda: record(it.out, it.job)[-1]["event"] == "signal", seconds=120, what="the warning"
+    )
     for node, pids in ranks.items():
         it.bed.host("exec", node, "kill", "-CONT", *pids)
     it.warned = time.monotonic()

@@ -49,16 +49,35 @@ def write_run(root: Path, *, tokens: str, every_tokens: str) -> Path:
 
 def train_alone(run_file: Path, out: Path) -> None:
     """The uninterrupted run: one rank, no Slurm."""
-    done = subprocess.run([sys.executable, str(ROOT / "launch" / "pretrain.py"), str(run_file), f"out={out}"], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(run_file), f"out={out}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def submit(bed: Bed, run_file: Path, out: Path, *sbatch: str, overrides: tuple[str, ...] = (),
-           env: dict[str, str] | None = None) -> str:
+def submit(
+    bed: Bed,
+    run_file: Path,
+    out: Path,
+    *sbatch: str,
+    overrides: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+) -> str:
     """Submits pretrain.sbatch with the run file, its output beside the run folder; the job's id."""
-    return bed.sbatch(*sbatch, f"--output={out}-%j.log", PRETRAIN, run_file, f"out={out}", *overrides,
-                      env={"TESSERA_PYTHON": sys.executable, "TESSERA_PREFLIGHT": "0", **(env or {})}, cwd=out.parent)
+    return bed.sbatch(
+        *sbatch,
+        f"--output={out}-%j.log",
+        PRETRAIN,
+        run_file,
+        f"out={out}",
+        *overrides,
+        env={"TESSERA_PYTHON": sys.executable, "TESSERA_PREFLIGHT": "0", **(env or {})},
+        cwd=out.parent,
+    )
 
 
 def last_step(out: Path) -> int:
@@ -74,10 +93,18 @@ def starts(out: Path) -> list[dict[str, Any]]:
 
 def wait_for_start(out: Path, number: int, *, steps: int = 5, seconds: float = 120.0) -> int:
     """Waits until the run's start of that number (1, 2, ...) has done some steps that are new; the last step."""
+
     def new_steps() -> int:
         begun = starts(out)
-        return last_step(out) if len(begun) >= number and last_step(out) >= begun[number - 1]["step"] + steps else 0
-    return wait_until(new_steps, seconds=seconds, what=f"start {number} of {out.name} to make steps")
+        return (
+            last_step(out)
+            if len(begun) >= number and last_step(out) >= begun[number - 1]["step"] + steps
+            else 0
+        )
+
+    return wait_until(
+        new_steps, seconds=seconds, what=f"start {number} of {out.name} to make steps"
+    )
 
 
 def record(out: Path, job: str) -> list[dict[str, Any]]:

@@ -10,32 +10,54 @@ from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.models.stored import StoredModel
 
 SPECIALS = SimpleNamespace(cls_id=1, sep_id=2, pad_id=3, mask_id=4, unk_id=0)
-CONFIG = ModernBertConfig(vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-                          global_rope_theta=160000.0, initializer_range=0.2, max_position_embeddings=1200)
+CONFIG = ModernBertConfig(
+    vocab_size=280,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    global_rope_theta=160000.0,
+    initializer_range=0.2,
+    max_position_embeddings=1200,
+)
 
 
 def write_tokenizer_json(path: Path) -> Path:
     """Five special tokens and 256 letters, ids 0 to 260."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
     names = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(names + letters)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={word: i for i, word in enumerate(names + letters)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
-                                                             special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in names]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return path
 
 
-def stored(config: ModernBertConfig = CONFIG, *, seed: int = 2, max_tokens: int | None = 140) -> StoredModel:
+def stored(
+    config: ModernBertConfig = CONFIG, *, seed: int = 2, max_tokens: int | None = 140
+) -> StoredModel:
     """A model with drawn weights, biases and norms too, so that none of them could be missed."""
     import torch
+
     weights = ModernBertForMaskedLM(config, seed=seed).state_dict()
     draw = torch.Generator().manual_seed(seed)
-    weights = {n: w if w.dim() > 1 else w + 0.3 * torch.randn(w.shape, generator=draw) for n, w in weights.items()}
-    return StoredModel(config=config, weights=weights, tokenizer_json=None, origin="a test", max_tokens=max_tokens)
+    weights = {
+        n: w if w.dim() > 1 else w + 0.3 * torch.randn(w.shape, generator=draw)
+        for n, w in weights.items()
+    }
+    return StoredModel(
+        config=config, weights=weights, tokenizer_json=None, origin="a test", max_tokens=max_tokens
+    )
 
 
 def exported(tokenizer_json: Path, out: Path, model: StoredModel | None = None, **changes):

@@ -10,7 +10,9 @@ import numpy as np
 
 from encoder.data.shard_format import Card, SpecialIds
 
-SPECIALS = SpecialIds(cls_id=60, sep_id=61, pad_id=62, mask_id=63, unk_id=59, all_special=(59, 60, 61, 62, 63))
+SPECIALS = SpecialIds(
+    cls_id=60, sep_id=61, pad_id=62, mask_id=63, unk_id=59, all_special=(59, 60, 61, 62, 63)
+)
 
 
 @dataclass
@@ -37,11 +39,23 @@ def in_memory(name: str, documents: Sequence[np.ndarray], *, shards: int) -> Mem
     return planned(name, [len(d) for d in ids], shards=shards, documents=ids)
 
 
-def planned(name: str, lengths: Sequence[int], *, shards: int, documents: Sequence[np.ndarray] = ()) -> MemorySource:
+def planned(
+    name: str, lengths: Sequence[int], *, shards: int, documents: Sequence[np.ndarray] = ()
+) -> MemorySource:
     """A source of which only the lengths are known, unless its documents are given."""
     lengths = np.array(lengths, dtype=np.uint16)
-    card = Card(source=name, split="train", tokenizer_sha256="0", vocab_size=64, specials=SPECIALS, dtype="uint16",
-                documents=len(lengths), tokens=int(lengths.sum(dtype=np.int64)), max_tokens_per_document=8192,
-                index_sha256="", lengths_sha256="")
+    card = Card(
+        source=name,
+        split="train",
+        tokenizer_sha256="0",
+        vocab_size=64,
+        specials=SPECIALS,
+        dtype="uint16",
+        documents=len(lengths),
+        tokens=int(lengths.sum(dtype=np.int64)),
+        max_tokens_per_document=8192,
+        index_sha256="",
+        lengths_sha256="",
+    )
     samples = [len(part) for part in np.array_split(lengths, shards)]
     return MemorySource(name, card, lengths, np.array(samples), documents)

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ("encoder", "data_prep", "launch", "slurm", "benchmarks")
 OURS = r"(?:python |srun python |srun )?(?:launch|slurm|benchmarks)/\w+\.(?:py|sh|sbatch)"
 THEIRS = (
-    r"deepspeed(?= -)|torchrun(?= -)|pip (?:install|download)|python -m \w+|hf (?:download|auth|upload)|wandb sync|pytest(?= -)|"
+    r"deepspeed(?= -)|torchrun(?= -)|pip (?:install|download)|python -m \w+|hf"
+    r" (?:download|auth|upload)|wandb sync|pytest(?= -)|"
     r"make(?= (?:demo|test|test-cluster|check|clean|install|help)\b)|bash(?= \w+/)|sbatch(?= \w*/)"
 )
 VERBS = "data-prep|tessera"

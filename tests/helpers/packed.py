@@ -9,7 +9,14 @@ from encoder.base.batch import Targets, TokenBatch
 from encoder.nn.attend.packed import PackedPlan
 
 
-def packed(lengths: list[int], *, vocab: int, seed: int = 0, predict: int | None = None, spare_ends: int = 2) -> TokenBatch:
+def packed(
+    lengths: list[int],
+    *,
+    vocab: int,
+    seed: int = 0,
+    predict: int | None = None,
+    spare_ends: int = 2,
+) -> TokenBatch:
     """Documents of these lengths end to end; a third of the tokens is predicted unless `predict` says how many."""
     draw = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
@@ -18,10 +25,18 @@ def packed(lengths: list[int], *, vocab: int, seed: int = 0, predict: int | None
     return TokenBatch(
         ids_T=torch.randint(0, vocab, (tokens,), generator=draw),
         positions_T=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
-        cu_seqlens_S1=torch.tensor(ends, dtype=torch.int32), max_seqlen=max(lengths),
-        targets={"mlm": Targets(index_M=torch.randperm(tokens, generator=draw)[:predict].sort().values,
-                                value_M=torch.randint(0, vocab, (predict,), generator=draw), count=predict)},
-        token_key_T=torch.randint(-2**63, 2**63 - 1, (tokens,), generator=draw), tokens=tokens)
+        cu_seqlens_S1=torch.tensor(ends, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        targets={
+            "mlm": Targets(
+                index_M=torch.randperm(tokens, generator=draw)[:predict].sort().values,
+                value_M=torch.randint(0, vocab, (predict,), generator=draw),
+                count=predict,
+            )
+        },
+        token_key_T=torch.randint(-(2**63), 2**63 - 1, (tokens,), generator=draw),
+        tokens=tokens,
+    )
 
 
 class OnDevice:
@@ -33,7 +48,9 @@ class OnDevice:
         return None
 
     def plan(self, cu_seqlens_S1, *, max_seqlen, tokens, window_radius_tokens):
-        return PackedPlan(_dense, cu_seqlens_S1=cu_seqlens_S1, max_seqlen=max_seqlen, radius=window_radius_tokens)
+        return PackedPlan(
+            _dense, cu_seqlens_S1=cu_seqlens_S1, max_seqlen=max_seqlen, radius=window_radius_tokens
+        )
 
 
 def _dense(q_THD, k_THD, v_THD, cu_seqlens_S1, longest, radius):

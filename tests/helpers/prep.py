@@ -24,7 +24,10 @@ WORDS = "the a cat dog house tree runs sees under over quick slow red blue and o
 def texts(count: int, *, seed: int = 0, longest: int = 60) -> list[str]:
     """Sentences of 1 to `longest` words, no two alike in practice."""
     chance = random.Random(seed)
-    return [" ".join(chance.choices(WORDS, k=chance.randint(1, longest))) + f" {i}." for i in range(count)]
+    return [
+        " ".join(chance.choices(WORDS, k=chance.randint(1, longest))) + f" {i}."
+        for i in range(count)
+    ]
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
@@ -48,9 +51,15 @@ def settings(folder: Path, sources: list[dict] | None = None, **changes: object)
     """A settings file in `folder`, with a tokenizer beside it and OUT at folder/shards."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_bytes(tokenizer_bytes())
-    content = {"tokenizer": str(folder / "tokenizer.json"), "root": str(folder), "out": str(folder / "shards"),
-               "held_out_share": 0.1, "processes": 1,
-               "sources": sources or [{"name": "a", "format": "jsonl", "files": ["a.jsonl"]}], **changes}
+    content = {
+        "tokenizer": str(folder / "tokenizer.json"),
+        "root": str(folder),
+        "out": str(folder / "shards"),
+        "held_out_share": 0.1,
+        "processes": 1,
+        "sources": sources or [{"name": "a", "format": "jsonl", "files": ["a.jsonl"]}],
+        **changes,
+    }
     path = folder / "prep.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
@@ -67,10 +76,14 @@ def run(*words: object) -> int:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def ids_of(folder: Path) -> list[list[int]]:
     """Every sample of a shard folder."""
     card = read_card(folder)
-    return [ids.tolist() for entry in read_index(folder) for ids in read_shard(folder, entry, card=card)]
+    return [
+        ids.tolist() for entry in read_index(folder) for ids in read_shard(folder, entry, card=card)
+    ]

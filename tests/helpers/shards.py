@@ -25,7 +25,7 @@ from encoder.data.shard_format import (
     write_lengths,
 )
 
-SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")   # the last five ids of the vocabulary
+SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")  # the last five ids of the vocabulary
 
 
 def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
@@ -34,43 +34,99 @@ def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
     added = []
     for name in SPECIALS:
         vocab[name] = len(vocab)
-        added.append({"id": vocab[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                      "normalized": False, "special": True})
-    path.write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}}), encoding="utf-8")
+        added.append(
+            {
+                "id": vocab[name],
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+    path.write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": added,
+                "normalizer": None,
+                "pre_tokenizer": {"type": "Whitespace"},
+                "post_processor": None,
+                "decoder": None,
+                "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
+            }
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
-def random_documents(count: int, *, seed: int = 0, vocab_size: int = 64, longest: int = 64) -> list[np.ndarray]:
+def random_documents(
+    count: int, *, seed: int = 0, vocab_size: int = 64, longest: int = 64
+) -> list[np.ndarray]:
     """`count` documents [CLS] body [SEP] of 3 to `longest` tokens; bodies are made of ordinary words."""
     rng = np.random.default_rng(seed)
     words, cls_id, sep_id = vocab_size - 5, vocab_size - 4, vocab_size - 3
-    return [np.concatenate([[cls_id], rng.integers(0, words, rng.integers(1, longest - 1)), [sep_id]])
-            for _ in range(count)]
+    return [
+        np.concatenate([[cls_id], rng.integers(0, words, rng.integers(1, longest - 1)), [sep_id]])
+        for _ in range(count)
+    ]
 
 
-def write_source(folder: Path, documents: Sequence[np.ndarray], *, vocab_size: int = 64, shard_bytes: int = 1 << 14,
-                 split: str = "train", max_tokens_per_document: int = 8192, compression: str | None = None,
-                 columns: Mapping[str, str] | None = None) -> Path:
+def write_source(
+    folder: Path,
+    documents: Sequence[np.ndarray],
+    *,
+    vocab_size: int = 64,
+    shard_bytes: int = 1 << 14,
+    split: str = "train",
+    max_tokens_per_document: int = 8192,
+    compression: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Path:
     """Write a finished shard folder and return it; `columns` beside input_ids: {"id": "str", "len": "int"}."""
     from streaming import MDSWriter
 
     kind = ids_dtype(vocab_size)
     columns = {INPUT_IDS: f"ndarray:{kind.name}", **(columns or {})}
-    with MDSWriter(columns=columns, out=str(folder), size_limit=shard_bytes, compression=compression,
-                   hashes=[SHARD_HASH]) as out:
+    with MDSWriter(
+        columns=columns,
+        out=str(folder),
+        size_limit=shard_bytes,
+        compression=compression,
+        hashes=[SHARD_HASH],
+    ) as out:
         for number, ids in enumerate(documents):
             beside = {"str": f"document {number}", "int": len(ids)}
-            out.write({INPUT_IDS: np.asarray(ids).astype(kind),
-                       **{name: beside[encoding] for name, encoding in columns.items() if name != INPUT_IDS}})
+            out.write(
+                {
+                    INPUT_IDS: np.asarray(ids).astype(kind),
+                    **{
+                        name: beside[encoding]
+                        for name, encoding in columns.items()
+                        if name != INPUT_IDS
+                    },
+                }
+            )
     _, specials = special_ids_of(write_tokenizer(folder / TOKENIZER, vocab_size=vocab_size))
     lengths = np.array([len(ids) for ids in documents])
     write_lengths(folder, lengths, max_tokens_per_document=max_tokens_per_document)
-    card = Card(source=folder.parent.name or folder.name, split=split, vocab_size=vocab_size, specials=specials,
-                tokenizer_sha256=tokenizer_fingerprint(folder / TOKENIZER), dtype=kind.name, documents=0, tokens=0,
-                max_tokens_per_document=max_tokens_per_document, index_sha256="", lengths_sha256="")
+    card = Card(
+        source=folder.parent.name or folder.name,
+        split=split,
+        vocab_size=vocab_size,
+        specials=specials,
+        tokenizer_sha256=tokenizer_fingerprint(folder / TOKENIZER),
+        dtype=kind.name,
+        documents=0,
+        tokens=0,
+        max_tokens_per_document=max_tokens_per_document,
+        index_sha256="",
+        lengths_sha256="",
+    )
     write_card(folder, with_content(card, folder, lengths))
     return folder
 

@@ -15,21 +15,34 @@ from encoder.runs.config import RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
-PYTHON_FILES = [p for folder in ("encoder", "data_prep", "launch", "slurm", "tests", "benchmarks")
-                for p in sorted((ROOT / folder).rglob("*.py"))]
-DOCUMENTS = [p for pattern in ("*.md", "docs/*.md", "slurm/*.md", "benchmarks/results/*.md") for p in sorted(ROOT.glob(pattern))]
+PYTHON_FILES = [
+    p
+    for folder in ("encoder", "data_prep", "launch", "slurm", "tests", "benchmarks")
+    for p in sorted((ROOT / folder).rglob("*.py"))
+]
+DOCUMENTS = [
+    p
+    for pattern in ("*.md", "docs/*.md", "slurm/*.md", "benchmarks/results/*.md")
+    for p in sorted(ROOT.glob(pattern))
+]
 
 
 def test_rooms_import_only_downwards():
     done = subprocess.run(
-        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_style_is_clean():
     done = subprocess.run(
-        [Path(sys.executable).parent / "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+        [Path(sys.executable).parent / "ruff", "check", "--no-cache", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -49,8 +62,24 @@ def test_the_top_level_is_the_agreed_one():
     if done.returncode != 0:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in done.stdout.splitlines()}
-    agreed = {"README.md", "pyproject.toml", "encoder", "data_prep", "launch", "configs", "tests", "slurm",
-              "Makefile", "benchmarks", "docs", ".ci", ".gitignore", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"}
+    agreed = {
+        "README.md",
+        "pyproject.toml",
+        "encoder",
+        "data_prep",
+        "launch",
+        "configs",
+        "tests",
+        "slurm",
+        "Makefile",
+        "benchmarks",
+        "docs",
+        ".ci",
+        ".gitignore",
+        "LICENSE",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    }
     assert top <= agreed
 
 
@@ -62,8 +91,10 @@ def test_every_shipped_run_file_loads_and_comes_back_the_same(path):
 
 def test_every_shipped_preparation_file_loads():
     from data_prep.config import PrepareConfig
+
     for path in sorted((ROOT / "configs" / "prep").glob("*.yaml")):
         from encoder.base.schema import read_settings
+
         read_settings(PrepareConfig, path)
 
 
@@ -119,7 +150,8 @@ def test_every_shell_script_passes_bash_and_shellcheck():
 
 def test_nothing_is_pickled_or_trusted_from_afar():
     bad = re.compile(
-        r"import pickle|pickle\.load|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|(?<![.\w])eval\("
+        r"import"
+        r" pickle|pickle\.load|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|(?<![.\w])eval\("
     )
     for path in PYTHON_FILES:
         if (ROOT / "tests") not in path.parents:
@@ -143,7 +175,12 @@ def test_nothing_names_a_machine_or_a_place():
 
 def _installed_top_levels() -> set[str]:
     from importlib.metadata import packages_distributions
-    return {name for name, owners in packages_distributions().items() if not {*owners} <= {"tessera", "tessera-encoders"}}
+
+    return {
+        name
+        for name, owners in packages_distributions().items()
+        if not {*owners} <= {"tessera", "tessera-encoders"}
+    }
 
 
 def test_a_wheel_has_all_that_a_clone_has_beside_its_tests():
@@ -152,24 +189,40 @@ def test_a_wheel_has_all_that_a_clone_has_beside_its_tests():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     setuptools = project["tool"]["setuptools"]
     listed = set(setuptools["packages"])
-    found = {".".join(p.parent.relative_to(ROOT).parts) for room in ("encoder", "data_prep", "launch")
-             for p in ROOT.glob(f"{room}/**/__init__.py")}
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for room in ("encoder", "data_prep", "launch")
+        for p in ROOT.glob(f"{room}/**/__init__.py")
+    }
     shipped = {f"launch.shipped.{name}" for name in ("launch", "configs", "slurm", "benchmarks")}
     assert listed == found | shipped and set(setuptools["package-dir"]) == shipped
     for package in sorted(shipped):
         folder = ROOT / setuptools["package-dir"][package]
         patterns = setuptools["package-data"].get(package, [])
-        taken = {p for pattern in patterns for p in folder.glob(pattern)} | set(folder.glob("*.py")) | set(folder.glob("py.typed"))
-        lost = [p for p in folder.rglob("*") if p.is_file() and p not in taken and "__pycache__" not in p.parts]
+        taken = (
+            {p for pattern in patterns for p in folder.glob(pattern)}
+            | set(folder.glob("*.py"))
+            | set(folder.glob("py.typed"))
+        )
+        lost = [
+            p
+            for p in folder.rglob("*")
+            if p.is_file() and p not in taken and "__pycache__" not in p.parts
+        ]
         assert not lost, lost
-    assert project["project"]["name"] == "tessera-encoders" and "Apache License" in (ROOT / "LICENSE").read_text()
+    assert (
+        project["project"]["name"] == "tessera-encoders"
+        and "Apache License" in (ROOT / "LICENSE").read_text()
+    )
     assert setuptools["package-data"]["*"] == ["py.typed"]
     assert all((ROOT / room / "py.typed").is_file() for room in ("encoder", "data_prep", "launch"))
 
 
 def test_the_library_says_its_version_and_names_without_torch():
-    code = ("import encoder, sys; assert encoder.__version__; assert 'torch' not in sys.modules; encoder.UserError; "
-            "assert 'torch' not in sys.modules; assert callable(encoder.read_run)")
+    code = (
+        "import encoder, sys; assert encoder.__version__; assert 'torch' not in sys.modules;"
+        " encoder.UserError; assert 'torch' not in sys.modules; assert callable(encoder.read_run)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -177,7 +230,12 @@ def test_the_library_says_its_version_and_names_without_torch():
 def test_the_reference_of_settings_is_what_the_classes_say():
     """Every key with its type, its default and a meaning."""
     from launch.reference import pages
+
     for name, text in pages().items():
-        empty = [line for line in text.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+        empty = [
+            line for line in text.splitlines() if line.startswith("| `") and line.endswith("|  |")
+        ]
         assert not empty, f"write a comment behind these settings: {empty}"
-        assert (ROOT / "docs" / name).read_text() == text, f"docs/{name} is behind: run python launch/reference.py"
+        assert (ROOT / "docs" / name).read_text() == text, (
+            f"docs/{name} is behind: run python launch/reference.py"
+        )

@@ -21,14 +21,20 @@ def demo(tmp_path_factory):
     """The demo at one-tenth size, made once by the command that `make demo` runs."""
     out = tmp_path_factory.mktemp("demo")
     done = _demo(out)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + _tail(out / "training.log")
+    assert done.returncode == 0, (
+        done.stdout[-4000:] + done.stderr[-4000:] + _tail(out / "training.log")
+    )
     return out, done.stdout
 
 
 def _demo(out: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, ROOT / "launch" / "demo.py", "--out", str(out), "--shrink", "10"],
-        cwd=ROOT, capture_output=True, text=True, timeout=900)
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def _tail(path: Path) -> str:
@@ -44,20 +50,29 @@ def test_the_killed_run_goes_on_and_its_ledger_continues(demo):
     events = [e["event"] for e in read_jsonl(out / "run" / EVENTS)]
     assert events.count("start") == 1 and events.count("resume") == 1 and events[-1] == "done"
     resumed = next(e["step"] for e in read_jsonl(out / "run" / EVENTS) if e["event"] == "resume")
-    assert 0 < resumed < killed["steps"], "some steps were done twice, and their hashes were compared"
+    assert 0 < resumed < killed["steps"], (
+        "some steps were done twice, and their hashes were compared"
+    )
     assert "unbroken chain" in said
 
 
 def test_all_three_phases_ran_and_the_model_learned(demo):
     out, _ = demo
     done = json.loads((out / "run" / "done.json").read_text())
-    assert {line["phase"] for line in read_jsonl(out / "run" / LEDGER)} == {"stable", "extension", "decay"}
-    assert done["held_out_loss"] < 8.0, "uniform would be ln 8192 = 9.01"     # a tenth of the demo's steps
+    assert {line["phase"] for line in read_jsonl(out / "run" / LEDGER)} == {
+        "stable",
+        "extension",
+        "decay",
+    }
+    assert done["held_out_loss"] < 8.0, (
+        "uniform would be ln 8192 = 9.01"
+    )  # a tenth of the demo's steps
 
 
 def test_the_export_answers_in_plain_transformers(demo):
     out, _ = demo
     from transformers import AutoModelForMaskedLM
+
     model = AutoModelForMaskedLM.from_pretrained(out / "hf")
     assert type(model).__name__ == "ModernBertForMaskedLM"
     answers = json.loads((out / "answers.json").read_text())
@@ -76,8 +91,11 @@ def test_the_report_is_there_to_be_looked_at(demo):
 
 def test_a_second_run_redoes_nothing(demo):
     out, _ = demo
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()
-              and p.name not in ("answers.json", "report.html", "loss.png")}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in out.rglob("*")
+        if p.is_file() and p.name not in ("answers.json", "report.html", "loss.png")
+    }
     done = _demo(out)
     assert done.returncode == 0 and done.stdout.count("done already") == 5, done.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before

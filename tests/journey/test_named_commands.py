@@ -30,31 +30,52 @@ from tests.helpers.named_commands import ROOT, named_commands
 
 COMMANDS = named_commands()
 OURS = re.compile(
-    r"^(?:srun )?(?:python )?(?:launch/(?P<launch>\w+)\.py|slurm/(?P<slurm>submit)\.py|(?P<verb>tessera|data-prep))(?= |$)"
+    r"^(?:srun )?(?:python"
+    r" )?(?:launch/(?P<launch>\w+)\.py|slurm/(?P<slurm>submit)\.py|(?P<verb>tessera|data-prep))(?= |$)"
 )
 
 # what no test of one small machine can run, and why
 LEFT_OUT = {
-    r"(?:sbatch )?slurm/\w+\.(?:sbatch|sh)": "needs a cluster; tests/cluster and tests/unit/slurm/test_scripts.py run them",
-    r"slurm/(?:submit|job)\.py": "needs a cluster; tests/cluster and tests/unit/tools/test_slurm_submit.py",
+    r"(?:sbatch )?slurm/\w+\.(?:sbatch|sh)": (
+        "needs a cluster; tests/cluster and tests/unit/slurm/test_scripts.py run them"
+    ),
+    r"slurm/(?:submit|job)\.py": (
+        "needs a cluster; tests/cluster and tests/unit/tools/test_slurm_submit.py"
+    ),
     r"tessera (?:submit|status)": "needs a cluster; tests/unit/tools/test_slurm_submit.py",
     r"srun ": "needs a cluster; tests/cluster/test_doctor.py",
     r"(?:bash )?benchmarks/": "needs a GPU, or is a file's name",
-    r"(?:python )?launch/bench\.py|tessera bench|python -m benchmarks": "minutes; tests/unit/launch/test_bench.py",
-    r"(?:deepspeed|torchrun) .*(?:configs/|29511|small\.yaml)": "8 GPUs, hours, or part of a command",
+    r"(?:python )?launch/bench\.py|tessera bench|python -m benchmarks": (
+        "minutes; tests/unit/launch/test_bench.py"
+    ),
+    r"(?:deepspeed|torchrun) .*(?:configs/|29511|small\.yaml)": (
+        "8 GPUs, hours, or part of a command"
+    ),
     r"tessera plan --gpu$|pip": "part of a command",
-    r"(?:python )?launch/pretrain\.py configs/": "hours; tests/unit/runs/test_recipes.py reads the recipes",
-    r"tessera pretrain (?!RUN|run|\{\})": "hours; tests/unit/runs/test_recipes.py reads the recipes",
-    r"tessera plan domain\.yaml": "refuses so little text as is here; tests/unit/runs/test_recipes.py",
+    r"(?:python )?launch/pretrain\.py configs/": (
+        "hours; tests/unit/runs/test_recipes.py reads the recipes"
+    ),
+    r"tessera pretrain (?!RUN|run|\{\})": (
+        "hours; tests/unit/runs/test_recipes.py reads the recipes"
+    ),
+    r"tessera plan domain\.yaml": (
+        "refuses so little text as is here; tests/unit/runs/test_recipes.py"
+    ),
     r"tessera plan continue\.yaml": "needs the weights of ModernBERT-base",
     r".*modernbert_large": "writes 1.6 GB; tests/unit/launch/test_grow.py grows small ones",
-    r".*answerdotai/ModernBERT-base": "needs a network; tests/unit/base/test_hub.py has a hub of its own",
-    r"tessera push|python launch/push_hub\.py": "needs a network; tests/unit/models/test_hf_card.py",
+    r".*answerdotai/ModernBERT-base": (
+        "needs a network; tests/unit/base/test_hub.py has a hub of its own"
+    ),
+    r"tessera push|python launch/push_hub\.py": (
+        "needs a network; tests/unit/models/test_hf_card.py"
+    ),
     r"hf |pip |wandb ": "another program, or needs a network",
     r"pytest|make ": "tests of tests; the targets are looked up in the Makefile",
     r"python -m (?:encoder|data_prep)": "a module's name",
     r"(?:python )?launch/demo\.py": "minutes; tests/journey/test_journey.py",
-    r"data-prep environment-corpus": "reads all of this environment; tests/unit/prep/test_environment_corpus.py",
+    r"data-prep environment-corpus": (
+        "reads all of this environment; tests/unit/prep/test_environment_corpus.py"
+    ),
     r"data-prep upload": "needs a network; tests/unit/prep/test_upload.py",
     r"data-prep tokenizer modernbert": "needs a network; tests/unit/prep/test_tokenizer_files.py",
     r"data-prep prepare .*mixture_2t": "2T tokens from a network",
@@ -290,7 +311,7 @@ def as_run(command: str, number: int) -> str:
         text = re.sub(r"--out \S+", f"--out {fresh}-made", text)
     if "tessera new" in text:  # never over a file that is there
         text = re.sub(r"--out \S+", f"--out new{number}.yaml", text)
-    if re.search(r"tessera plan|launch/plan", text):        # of a run that has not begun
+    if re.search(r"tessera plan|launch/plan", text):  # of a run that has not begun
         text += f" out={fresh}-run"
     # steps of a small run are measured, and a small run is looked at
     return text.replace("laptop.yaml --measure", "run.yaml --measure").replace(

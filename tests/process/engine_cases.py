@@ -48,44 +48,90 @@ CPU = torch.device("cpu")
 _TORCHS_LINEAR = torch.nn.functional.linear
 CONFIG = StableAdamWConfig(weight_decay=0.01)
 STEPS, SAVED_AT = 10, 5
-SPIKED, SPIKE_STEP = "model.layers.1.mlp.Wi.weight", 3      # its gradient is 1,000 times as large in one step
+SPIKED, SPIKE_STEP = (
+    "model.layers.1.mlp.Wi.weight",
+    3,
+)  # its gradient is 1,000 times as large in one step
 
 
 def lr_of(step: int) -> float:
     return 4e-3 * (1.0 + 0.5 * (step % 3))
 
 
-def begin(world: World, *, zero_stage: int, precision: str = "fp32", clipping: float = 0.0, all_kinds: bool = False,
-          memory: Mapping[str, str] = MappingProxyType({}), device: torch.device = CPU) -> tuple[Engine, dict]:
+def begin(
+    world: World,
+    *,
+    zero_stage: int,
+    precision: str = "fp32",
+    clipping: float = 0.0,
+    all_kinds: bool = False,
+    memory: Mapping[str, str] = MappingProxyType({}),
+    device: torch.device = CPU,
+) -> tuple[Engine, dict]:
     """An engine around the tiny model, and the switch of the spike."""
     # as cut up as a large model: DeepSpeed leaves parameters below 100,000 elements whole, and steps them all in one
     zero_config.STAGE_3.update(stage3_param_persistence_threshold=0, sub_group_size=600)
     with torch.device("meta" if zero_stage == 3 else "cpu"):
         model = tiny_model(size=ALL_KINDS if all_kinds else SIZE)
-    config = EngineConfig(zero_stage=zero_stage, precision=precision, gradient_clipping=clipping, **memory)
-    engine = start_engine(model, objective=mlm_objective(), config=config, optimizer=CONFIG, world=world, device=device)
+    config = EngineConfig(
+        zero_stage=zero_stage, precision=precision, gradient_clipping=clipping, **memory
+    )
+    engine = start_engine(
+        model,
+        objective=mlm_objective(),
+        config=config,
+        optimizer=CONFIG,
+        world=world,
+        device=device,
+    )
     spike = {"on": False}
-    engine.module.get_parameter(SPIKED).register_hook(lambda g: g * (1000.0 if spike["on"] else 1.0))
+    engine.module.get_parameter(SPIKED).register_hook(
+        lambda g: g * (1000.0 if spike["on"] else 1.0)
+    )
     return engine, spike
 
 
-def train(engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: float = 1.0) -> list[float]:
+def train(
+    engine: Engine, spike: dict, *, rows: int, steps: range, lr_scale: float = 1.0
+) -> list[float]:
     """Losses of some steps, micro-batches of `rows` rows."""
     losses = []
     for step in steps:
         spike["on"] = step == SPIKE_STEP
-        batches = share_of_step(step, rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=rows)
-        result = engine.step(batches, counts=counts_of(step), lr=lr_scale * lr_of(step), max_lr=1e-2)
+        batches = share_of_step(
+            step, rank=engine.world.rank, world_size=engine.world.size, micro_batch_rows=rows
+        )
+        result = engine.step(
+            batches, counts=counts_of(step), lr=lr_scale * lr_of(step), max_lr=1e-2
+        )
         assert result.applied and result.loss == result.means["mlm"]
         losses.append(result.loss)
     return losses
 
 
-def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: str, rows: int, clipping: float = 0.0,
-          whole_tensors: bool = True, mean_of_means: bool = False, all_kinds: bool = False,
-          memory: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+def curve(
+    world: World,
+    out: Path,
+    *,
+    label: str,
+    zero_stage: int,
+    precision: str,
+    rows: int,
+    clipping: float = 0.0,
+    whole_tensors: bool = True,
+    mean_of_means: bool = False,
+    all_kinds: bool = False,
+    memory: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Ten steps, a checkpoint after the fifth; the final weights in OUT/label.safetensors."""
-    engine, spike = begin(world, zero_stage=zero_stage, precision=precision, clipping=clipping, all_kinds=all_kinds, memory=memory)
+    engine, spike = begin(
+        world,
+        zero_stage=zero_stage,
+        precision=precision,
+        clipping=clipping,
+        all_kinds=all_kinds,
+        memory=memory,
+    )
     if mean_of_means:
         take_means_of_means(engine, rows=rows)
     built = held_at_start(engine) if zero_stage == 3 else {}
@@ -93,8 +139,15 @@ def curve(world: World, out: Path, *, label: str, zero_stage: int, precision: st
         take_flats_for_tensors(engine.optimizer)
     incarnation = claim_incarnation(out / label, world)
     losses = train(engine, spike, rows=rows, steps=range(SAVED_AT))
-    saved = save_checkpoint(out / label / "checkpoints", engine=engine, progress=Progress(step=SAVED_AT, tokens=1000),
-                            run_yaml="a: 1\n", incarnation=incarnation, extra={"note": [1, 2.5]}, keep_last=2)
+    saved = save_checkpoint(
+        out / label / "checkpoints",
+        engine=engine,
+        progress=Progress(step=SAVED_AT, tokens=1000),
+        run_yaml="a: 1\n",
+        incarnation=incarnation,
+        extra={"note": [1, 2.5]},
+        keep_last=2,
+    )
     losses += train(engine, spike, rows=rows, steps=range(SAVED_AT, STEPS))
     keep_weights(engine, out / f"{label}.safetensors")
     return {"losses": losses, "saved": str(saved), "evaluated": held_out(engine, world), **built}
@@ -117,8 +170,13 @@ def take_means_of_means(engine: Engine, *, rows: int) -> None:
         return plain(*values, counts=counts, **named)
 
     def mean(_module: Any, _inputs: Any, loss: dict[str, LossTerm]) -> dict[str, LossTerm]:
-        return {name: term._replace(total=term.total * (asked[name] / (max(int(term.count), 1) * per_rank * engine.world.size)))
-                for name, term in loss.items()}
+        return {
+            name: term._replace(
+                total=term.total
+                * (asked[name] / (max(int(term.count), 1) * per_rank * engine.world.size))
+            )
+            for name, term in loss.items()
+        }
 
     engine.step = step
     engine.module.register_forward_hook(mean)
@@ -128,10 +186,19 @@ def held_at_start(engine: Engine) -> dict[str, Any]:
     """What a rank holds of a model that stage 3 has built, and whether all of it together is the plain build."""
     parameters = dict(engine.module.named_parameters())
     plain = dict(tiny_model(size=engine.module.config).named_parameters())
-    holds = {"gathered": sum(p.numel() for p in parameters.values()),
-             "too_large": [n for n, p in parameters.items() if p.ds_tensor.numel() != -(-p.ds_numel // engine.world.size)]}
+    holds = {
+        "gathered": sum(p.numel() for p in parameters.values()),
+        "too_large": [
+            n
+            for n, p in parameters.items()
+            if p.ds_tensor.numel() != -(-p.ds_numel // engine.world.size)
+        ],
+    }
     whole = whole_weights(engine)
-    return {**holds, "other": [n for n in plain if not torch.equal(whole[n], plain[n].to(whole[n].dtype))]}
+    return {
+        **holds,
+        "other": [n for n in plain if not torch.equal(whole[n], plain[n].to(whole[n].dtype))],
+    }
 
 
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -140,6 +207,7 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     gathered = contextlib.nullcontext()
     if engine.config.zero_stage == 3:
         import deepspeed
+
         gathered = deepspeed.zero.GatheredParameters(list(named.values()))
     with gathered:
         return {n: p.detach().clone() for n, p in named.items()}
@@ -147,7 +215,9 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 def held_out(engine: Engine, world: World) -> list[float]:
     """Rank zero of several brings three micro-batches, the last one the other, one between them none; the same rows in sum."""
-    rows = {0: [1, 1, 2], world.size - 1: [4]}.get(world.rank, []) if world.size > 1 else [1, 1, 2, 4]
+    rows = (
+        {0: [1, 1, 2], world.size - 1: [4]}.get(world.rank, []) if world.size > 1 else [1, 1, 2, 4]
+    )
     batches = share_of_step(99, rank=0, world_size=1, micro_batch_rows=1)
     engine.module.train()
     sums = engine.evaluate([batches[r] for r in rows])
@@ -168,14 +238,22 @@ def weights_given_back(world: World, memory: Mapping[str, str]) -> dict[str, Any
     train(engine, spike, rows=2, steps=range(2))
     seen: dict[str, Any] = {}
     wqkv = engine.module.model.layers[0].attn.Wqkv
-    hooks = [wqkv.register_forward_hook(lambda m, *_: seen.update(memory=StorageWeakRef(m.weight.untyped_storage())),
-                                        prepend=True),      # before DeepSpeed's, which takes the weight away
-             engine.module.head.register_forward_hook(lambda *_: seen.update(
-                 gathered=sum(p.numel() for p in engine.module.parameters()), free=seen.pop("memory").expired()))]
+    hooks = [
+        wqkv.register_forward_hook(
+            lambda m, *_: seen.update(memory=StorageWeakRef(m.weight.untyped_storage())),
+            prepend=True,
+        ),  # before DeepSpeed's, which takes the weight away
+        engine.module.head.register_forward_hook(
+            lambda *_: seen.update(
+                gathered=sum(p.numel() for p in engine.module.parameters()),
+                free=seen.pop("memory").expired(),
+            )
+        ),
+    ]
     train(engine, spike, rows=8, steps=range(1))
     for hook in hooks:
         hook.remove()
-    seen.pop("memory", None)      # of the layer computed again, in the backward
+    seen.pop("memory", None)  # of the layer computed again, in the backward
     return {**seen, "linear_is_torchs": torch.nn.functional.linear is _TORCHS_LINEAR}
 
 
@@ -200,7 +278,10 @@ def plain_loop(world: World, *, out: str, all_kinds: bool = False) -> None:
             group.update(lr=lr_of(step), max_lr=1e-2)
         optimizer.step()
         model.zero_grad()
-    save_file({n: p.detach() for n, p in named.items()}, Path(out) / f"plain{'_all_kinds' * all_kinds}.safetensors")
+    save_file(
+        {n: p.detach() for n, p in named.items()},
+        Path(out) / f"plain{'_all_kinds' * all_kinds}.safetensors",
+    )
 
 
 def first_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
@@ -214,8 +295,12 @@ def resumes(world: World, *, out: str, settings: list[dict]) -> dict[str, list[f
     """Loads checkpoints of the curves in this fresh process and trains on to step ten."""
     losses = {}
     for s in settings:
-        engine, spike = begin(world, zero_stage=s["zero_stage"], precision=s.get("precision", "fp32"))
-        progress, extra = load_checkpoint(newest_checkpoint(Path(out) / s["source"] / "checkpoints"), engine)
+        engine, spike = begin(
+            world, zero_stage=s["zero_stage"], precision=s.get("precision", "fp32")
+        )
+        progress, extra = load_checkpoint(
+            newest_checkpoint(Path(out) / s["source"] / "checkpoints"), engine
+        )
         assert (progress, extra) == (Progress(step=SAVED_AT, tokens=1000), {"note": [1, 2.5]})
         losses[s["label"]] = train(engine, spike, rows=s["rows"], steps=range(progress.step, STEPS))
         keep_weights(engine, Path(out) / f"{s['label']}.safetensors")
@@ -224,7 +309,8 @@ def resumes(world: World, *, out: str, settings: list[dict]) -> dict[str, list[f
 
 def pairings(world: World, *, out: str, sources: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Every checkpoint (label -> its stage) loaded at every stage, one after the other into the same engine, and trained on
-    to step ten: what is not what was saved, the losses, and how far from the source's own end the weights are."""
+    to step ten: what is not what was saved, the losses, and how far from the source's own end the weights are.
+    """
     seen = {}
     for stage in range(4):
         engine, spike = begin(world, zero_stage=stage)
@@ -232,14 +318,32 @@ def pairings(world: World, *, out: str, sources: Mapping[str, int]) -> dict[str,
             folder = newest_checkpoint(Path(out) / source / "checkpoints")
             load_checkpoint(folder, engine)
             saved = stored_state(folder)
-            other = [f"{p.name}/{kind}" for p in engine.pieces() for kind, tensor in p.tensors.items()
-                     if not torch.equal(tensor, saved[p.name, kind][p.start:p.start + tensor.numel()])]
-            other += [n for n, w in whole_weights(engine).items() if not torch.equal(w.flatten(), saved[n, "master"])]
+            other = [
+                f"{p.name}/{kind}"
+                for p in engine.pieces()
+                for kind, tensor in p.tensors.items()
+                if not torch.equal(tensor, saved[p.name, kind][p.start : p.start + tensor.numel()])
+            ]
+            other += [
+                n
+                for n, w in whole_weights(engine).items()
+                if not torch.equal(w.flatten(), saved[n, "master"])
+            ]
             losses = train(engine, spike, rows=8, steps=range(SAVED_AT, STEPS))
             end = load_file(Path(out) / f"{source}.safetensors")
-            off, length = (sum(float((w - z * end[n]).double().square().sum()) for n, w in whole_weights(engine).items()) ** 0.5
-                           for z in (1, 0))
-            seen[f"{source}->s{stage}x{world.size}"] = {"other": other, "losses": losses, "off": off / length}
+            off, length = (
+                sum(
+                    float((w - z * end[n]).double().square().sum())
+                    for n, w in whole_weights(engine).items()
+                )
+                ** 0.5
+                for z in (1, 0)
+            )
+            seen[f"{source}->s{stage}x{world.size}"] = {
+                "other": other,
+                "losses": losses,
+                "off": off / length,
+            }
     return seen
 
 
@@ -251,7 +355,10 @@ def stored_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
             place, kind = key.rsplit("/", 1)
             name, start = place.rsplit("@", 1)
             parts.setdefault((name, kind), {})[int(start)] = tensor
-    return {key: torch.cat([tensor for _, tensor in sorted(found.items())]) for key, found in parts.items()}
+    return {
+        key: torch.cat([tensor for _, tensor in sorted(found.items())])
+        for key, found in parts.items()
+    }
 
 
 def products_where_autocast_is_seen(world: World) -> dict[str, list[str]]:
@@ -264,7 +371,9 @@ def products_where_autocast_is_seen(world: World) -> dict[str, list[str]]:
             found = []
             for module in engine.module.modules():
                 if isinstance(module, torch.nn.Linear):
-                    module.register_forward_hook(lambda _module, _inputs, out, found=found: found.append(str(out.dtype)))
+                    module.register_forward_hook(
+                        lambda _module, _inputs, out, found=found: found.append(str(out.dtype))
+                    )
             batches = share_of_step(0, rank=0, world_size=1, micro_batch_rows=ROWS)
             engine.step(batches, counts=counts_of(0), lr=1e-3, max_lr=1e-3)
             engine.evaluate(batches)
@@ -278,9 +387,19 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     engine, spike = begin(world, zero_stage=1)
 
-    def save(tokens: int, incarnation: int, *, keep_last: int = 2, milestone: str | None = None) -> Path:
-        return save_checkpoint(folder / "checkpoints", engine=engine, progress=Progress(step=1, tokens=tokens), run_yaml="",
-                               incarnation=incarnation, extra={}, keep_last=keep_last, milestone=milestone)
+    def save(
+        tokens: int, incarnation: int, *, keep_last: int = 2, milestone: str | None = None
+    ) -> Path:
+        return save_checkpoint(
+            folder / "checkpoints",
+            engine=engine,
+            progress=Progress(step=1, tokens=tokens),
+            run_yaml="",
+            incarnation=incarnation,
+            extra={},
+            keep_last=keep_last,
+            milestone=milestone,
+        )
 
     def names() -> list[str]:
         return sorted(p.name for p in (folder / "checkpoints").iterdir())
@@ -335,19 +454,32 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
     save(12, third)
     whole = newest_checkpoint(folder / "checkpoints")
     seen["weights"] = {n: list(w.shape) for n, w in read_weights(whole).items()}
-    seen["weights_equal"] = all(torch.equal(w, dict(engine.module.named_parameters())[n]) for n, w in read_weights(whole).items())
+    seen["weights_equal"] = all(
+        torch.equal(w, dict(engine.module.named_parameters())[n])
+        for n, w in read_weights(whole).items()
+    )
     seen["environment"] = (whole / "environment.json").read_text()
     seen["shapes"] = {n: list(p.shape) for n, p in engine.module.named_parameters()}
-    other = start_engine(type(engine.module)(dataclasses.replace(SIZE, intermediate_size=20), attention="sdpa"),
-                         objective=mlm_objective(), config=EngineConfig(precision="fp32"), optimizer=CONFIG, world=world,
-                         device=CPU)
+    other = start_engine(
+        type(engine.module)(dataclasses.replace(SIZE, intermediate_size=20), attention="sdpa"),
+        objective=mlm_objective(),
+        config=EngineConfig(precision="fp32"),
+        optimizer=CONFIG,
+        world=world,
+        device=CPU,
+    )
     before = {n: p.detach().clone() for n, p in other.module.named_parameters()}
     seen["another_model"] = error_of(lambda: load_checkpoint(whole, other))
-    seen["another_model_untouched"] = all(torch.equal(p, before[n]) for n, p in other.module.named_parameters())
+    seen["another_model_untouched"] = all(
+        torch.equal(p, before[n]) for n, p in other.module.named_parameters()
+    )
 
     nothing = engine.step([], counts={"mlm": 0}, lr=1e-3, max_lr=1e-3)
     seen["nothing_masked"] = [nothing.applied, str(nothing.loss), nothing.grad_norm]
-    for stage, offload in [*((stage, "none") for stage in (0, 1, 2, 3)), *((stage, "cpu") for stage in (1, 2, 3))]:
+    for stage, offload in [
+        *((stage, "none") for stage in (0, 1, 2, 3)),
+        *((stage, "cpu") for stage in (1, 2, 3)),
+    ]:
         engine, spike = begin(world, zero_stage=stage, memory={"offload_optimizer": offload})
         train(engine, spike, rows=2, steps=range(1))
         steps, weights = engine.optimizer_steps, whole_weights(engine)
@@ -355,20 +487,37 @@ def one_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
             if piece.name == "decoder.bias":
                 piece.master.data[0] = float("nan")
         engine.state_was_loaded(optimizer_steps=steps)
-        broken = engine.step(share_of_step(1, rank=0, world_size=1, micro_batch_rows=2), counts=counts_of(1),
-                             lr=1e-3, max_lr=1e-3)
-        moved = [n for n, w in whole_weights(engine).items() if n != "decoder.bias" and not torch.equal(w, weights[n])]
-        seen[f"not_finite_{stage}_{offload}"] = [broken.applied, str(broken.grad_norm), moved, engine.optimizer_steps == steps]
+        broken = engine.step(
+            share_of_step(1, rank=0, world_size=1, micro_batch_rows=2),
+            counts=counts_of(1),
+            lr=1e-3,
+            max_lr=1e-3,
+        )
+        moved = [
+            n
+            for n, w in whole_weights(engine).items()
+            if n != "decoder.bias" and not torch.equal(w, weights[n])
+        ]
+        seen[f"not_finite_{stage}_{offload}"] = [
+            broken.applied,
+            str(broken.grad_norm),
+            moved,
+            engine.optimizer_steps == steps,
+        ]
         for piece in engine.pieces():
             if piece.name == "decoder.bias":
-                piece.master.data.copy_(weights[piece.name].flatten()[piece.start:piece.start + piece.master.numel()])
+                piece.master.data.copy_(
+                    weights[piece.name].flatten()[piece.start : piece.start + piece.master.numel()]
+                )
         engine.state_was_loaded(optimizer_steps=steps)
         train(engine, spike, rows=2, steps=range(2, 3))
         after = whole_weights(engine)
         engine, spike = begin(world, zero_stage=stage)
         train(engine, spike, rows=2, steps=range(1))
         train(engine, spike, rows=2, steps=range(2, 3))
-        seen[f"as_if_never_{stage}"] = all(torch.equal(w, after[n]) for n, w in whole_weights(engine).items())
+        seen[f"as_if_never_{stage}"] = all(
+            torch.equal(w, after[n]) for n, w in whole_weights(engine).items()
+        )
     return seen
 
 
@@ -391,6 +540,7 @@ def killed_at(operation: int, act: Any) -> bool:
                 checkpoint_save._Save.clean_up = lambda self: None
                 raise _Killed
             return do(*values, **named)
+
         return one
 
     try:
@@ -426,19 +576,28 @@ def two_rank_mishaps(world: World, *, out: str) -> dict[str, Any]:
 
     def save(tokens: int) -> str:
         try:
-            return save_checkpoint(folder / "checkpoints", engine=engine, progress=Progress(tokens=tokens), run_yaml="",
-                                   incarnation=incarnation, extra={}, keep_last=3).name
+            return save_checkpoint(
+                folder / "checkpoints",
+                engine=engine,
+                progress=Progress(tokens=tokens),
+                run_yaml="",
+                incarnation=incarnation,
+                extra={},
+                keep_last=3,
+            ).name
         except UserError as error:
             return f"{type(error).__name__}: {error}"
 
     seen: dict[str, Any] = {"incarnation": incarnation, "good": save(1)}
     with too_small_files() if world.rank == 1 else contextlib.nullcontext():
         seen["full"] = save(2)
-    dist.barrier()      # rank zero removes what was half-written before it raises
+    dist.barrier()  # rank zero removes what was half-written before it raises
     seen["left"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
     seen["newest"] = newest_checkpoint(folder / "checkpoints").name
     try:
-        load_checkpoint(folder / ("checkpoints/" + seen["good"] if world.rank == 0 else "nowhere"), engine)
+        load_checkpoint(
+            folder / ("checkpoints/" + seen["good"] if world.rank == 0 else "nowhere"), engine
+        )
         seen["unreadable"] = "no error"
     except UserError as error:
         seen["unreadable"] = str(error)
@@ -449,14 +608,20 @@ def goes_on_after_nan(world: World) -> dict[str, list[bool]]:
     """Which steps were applied when the second one's gradient is not finite on the last rank, with an offloaded optimizer."""
     applied = {}
     for stage, precision in [(1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")]:
-        engine, _ = begin(world, zero_stage=stage, precision=precision, memory={"offload_optimizer": "cpu"})
+        engine, _ = begin(
+            world, zero_stage=stage, precision=precision, memory={"offload_optimizer": "cpu"}
+        )
         factor = {"of": 1.0}
         engine.module.get_parameter(SPIKED).register_hook(lambda g, factor=factor: g * factor["of"])
         results = []
         for step in range(3):
             factor["of"] = float("nan") if step == 1 and world.rank == world.size - 1 else 1.0
-            batches = share_of_step(step, rank=world.rank, world_size=world.size, micro_batch_rows=2)
-            results.append(engine.step(batches, counts=counts_of(step), lr=lr_of(step), max_lr=1e-2).applied)
+            batches = share_of_step(
+                step, rank=world.rank, world_size=world.size, micro_batch_rows=2
+            )
+            results.append(
+                engine.step(batches, counts=counts_of(step), lr=lr_of(step), max_lr=1e-2).applied
+            )
         applied[f"{precision}-s{stage}"] = results
     return applied
 
@@ -469,18 +634,36 @@ def curves_on_gpu(world: World, *, settings: list[dict]) -> list[dict[str, Any]]
     for s in settings:
         engine, spike = begin(world, **s, device=torch.device("cuda", 0))
         losses = train(engine, spike, rows=2, steps=range(STEPS))
-        seen.append({"losses": losses, "masters": sorted({piece.master.device.type for piece in engine.pieces()}),
-                     "lengths": [float(piece.master.norm()) for piece in engine.pieces()]})
+        seen.append(
+            {
+                "losses": losses,
+                "masters": sorted({piece.master.device.type for piece in engine.pieces()}),
+                "lengths": [float(piece.master.norm()) for piece in engine.pieces()],
+            }
+        )
     return seen
 
 
-def load_launch(world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]) -> dict[str, Any]:
+def load_launch(
+    world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]
+) -> dict[str, Any]:
     """Resumes in a fresh process, then every pairing."""
-    return {"resumed": resumes(world, out=out, settings=settings), "pairings": pairings(world, out=out, sources=sources)}
+    return {
+        "resumed": resumes(world, out=out, settings=settings),
+        "pairings": pairings(world, out=out, sources=sources),
+    }
 
 
-def second_launch(world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]) -> dict[str, Any]:
+def second_launch(
+    world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]
+) -> dict[str, Any]:
     """As load_launch, then what only shows on two ranks."""
-    return {**load_launch(world, out=out, settings=settings, sources=sources), "mishaps": two_rank_mishaps(world, out=out),
-            "after_nan": goes_on_after_nan(world),
-            "given_back": [weights_given_back(world, {"activation_checkpointing": word}) for word in ("off", "blocks")]}
+    return {
+        **load_launch(world, out=out, settings=settings, sources=sources),
+        "mishaps": two_rank_mishaps(world, out=out),
+        "after_nan": goes_on_after_nan(world),
+        "given_back": [
+            weights_given_back(world, {"activation_checkpointing": word})
+            for word in ("off", "blocks")
+        ],
+    }

@@ -26,8 +26,13 @@ from encoder.base.files import write_atomic
 from encoder.engine.zero.config import import_deepspeed
 
 # the last but one is what DeepSpeed's first engine imports: torch.compile's 1,400 modules, 5 s of CPU in every rank
-NAMES = ("encoder.train.loop", "encoder.tools.weights.export", "encoder.tools.weights.grow",
-         "deepspeed.runtime.zero.muon.muon_optimizer", "pytest")
+NAMES = (
+    "encoder.train.loop",
+    "encoder.tools.weights.export",
+    "encoder.tools.weights.grow",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pytest",
+)
 
 
 def serve() -> None:
@@ -60,7 +65,9 @@ def serve() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def be_rank(*, env: dict[str, str], module: str, name: str, values: dict[str, Any], path: str) -> None:
+def be_rank(
+    *, env: dict[str, str], module: str, name: str, values: dict[str, Any], path: str
+) -> None:
     """Runs a function on one rank; its result, as JSON, is in PATH.json."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, suffix in ((1, ".out"), (2, ".err")):

@@ -28,9 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @functools.lru_cache(None)
 def _nursery() -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-m", "tests.process.nursery"], cwd=ROOT, stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.process.nursery"], cwd=ROOT, stdin=subprocess.PIPE
+    )
     atexit.register(process.wait)
-    atexit.register(process.stdin.close)      # the last registered is called first
+    atexit.register(process.stdin.close)  # the last registered is called first
     return process
 
 
@@ -71,12 +73,16 @@ class Rank:
         return file.read_text()
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *, timeout_seconds: float = 300.0, **values: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *, timeout_seconds: float = 300.0, **values: Any
+) -> list[Any]:
     """What `function(world, **values)` returned on each rank. A rank that fails or hangs ends all, with its error shown."""
     return wait_for(start_ranks(function, world_size, **values), timeout_seconds=timeout_seconds)
 
 
-def start_ranks(function: Callable[..., Any], world_size: int, **values: Any) -> list[tuple[Rank, Path]]:
+def start_ranks(
+    function: Callable[..., Any], world_size: int, **values: Any
+) -> list[tuple[Rank, Path]]:
     """The processes, under way, and the folder of each one's result, out and err."""
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     with socket.socket() as s:
@@ -84,10 +90,29 @@ def start_ranks(function: Callable[..., Any], world_size: int, **values: Any) ->
         port = str(s.getsockname()[1])
     ranks = []
     for rank in range(world_size):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-               "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
         path = folder / str(rank)
-        ranks.append((Rank(path, env=env, module=function.__module__, name=function.__qualname__, values=values), path))
+        ranks.append(
+            (
+                Rank(
+                    path,
+                    env=env,
+                    module=function.__module__,
+                    name=function.__qualname__,
+                    values=values,
+                ),
+                path,
+            )
+        )
     return ranks
 
 
@@ -98,7 +123,7 @@ def wait_for(ranks: list[tuple[Rank, Path]], *, timeout_seconds: float) -> list[
         while any(process.poll() is None for process, _ in ranks):
             failed = [i for i, (process, _) in enumerate(ranks) if process.poll() not in (None, 0)]
             if failed or time.monotonic() > end:
-                time.sleep(0.5 if failed else 0.0)      # let the others say why, too
+                time.sleep(0.5 if failed else 0.0)  # let the others say why, too
                 break
             time.sleep(0.02)
     finally:
@@ -108,8 +133,10 @@ def wait_for(ranks: list[tuple[Rank, Path]], *, timeout_seconds: float) -> list[
                 process.wait()
     codes = [process.returncode for process, _ in ranks]
     if any(codes):
-        texts = [f"--- rank {i}, exit code {code}\n{_end_of(path.with_suffix('.err'))}"
-                 for i, (code, (_, path)) in enumerate(zip(codes, ranks))]
+        texts = [
+            f"--- rank {i}, exit code {code}\n{_end_of(path.with_suffix('.err'))}"
+            for i, (code, (_, path)) in enumerate(zip(codes, ranks))
+        ]
         raise AssertionError("ranks failed or took too long:\n" + "\n".join(texts))
     results = [json.loads(path.with_suffix(".json").read_text()) for _, path in ranks]
     shutil.rmtree(ranks[0][1].parent)

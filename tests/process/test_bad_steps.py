@@ -66,8 +66,16 @@ def bad_at(bad: list[int], spiked: list[int], world: World) -> Iterator[list[int
         yield computed
 
 
-def start(world: World, folder: str, out: str, *settings: str, bad: Sequence[int] = (), spiked: Sequence[int] = (),
-          stop_at: int = 0, term_at: int = 0) -> str:
+def start(
+    world: World,
+    folder: str,
+    out: str,
+    *settings: str,
+    bad: Sequence[int] = (),
+    spiked: Sequence[int] = (),
+    stop_at: int = 0,
+    term_at: int = 0,
+) -> str:
     """A start of a run; returns its error or nothing. `stop_at`: it fails before this step, as a kill would end it;
     `term_at`: SIGTERM comes then."""
     plain, calls = Loader.next_step, [0]
@@ -83,17 +91,25 @@ def start(world: World, folder: str, out: str, *settings: str, bad: Sequence[int
     with bad_at([*bad], [*spiked], world), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "next_step", next_step)
         try:
-            pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={min(world.size, 2)}",
-                                                    *settings]), world)
+            pretrain(
+                read_run(
+                    f"{folder}/run.yaml",
+                    [f"out={folder}/{out}", f"engine.zero_stage={min(world.size, 2)}", *settings],
+                ),
+                world,
+            )
         except UserError as error:
             return str(error)
     return ""
 
 
 def on_two_ranks(world: World, *, folder: str) -> list[str]:
-    return [start(world, folder, "skipped", bad=[3]), start(world, folder, "back", bad=[8, 9, 10]),
-            start(world, folder, "spiked", SPIKE, spiked=[9, 12, 13, 14]),
-            start(world, folder, "stopped", bad=[8, 9, 10, 11, 12, 13])]
+    return [
+        start(world, folder, "skipped", bad=[3]),
+        start(world, folder, "back", bad=[8, 9, 10]),
+        start(world, folder, "spiked", SPIKE, spiked=[9, 12, 13, 14]),
+        start(world, folder, "stopped", bad=[8, 9, 10, 11, 12, 13]),
+    ]
 
 
 SPIKE = "faults.spike={deviations: 10, over_steps: 5}"
@@ -103,20 +119,32 @@ def on_one_rank(world: World, *, folder: str) -> list[str]:
     """A run that is killed after it had gone back, goes on without its cause, and one that is not killed."""
     root = Path(folder)
     first = start(world, folder, "killed", bad=[8, 9, 10], stop_at=14)
-    for path in sorted((root / "killed" / "checkpoints").glob("tokens*"))[1:]:      # from far before the bad steps
+    for path in sorted((root / "killed" / "checkpoints").glob("tokens*"))[
+        1:
+    ]:  # from far before the bad steps
         shutil.rmtree(path)
-    return [first, start(world, folder, "killed", bad=[]), start(world, folder, "alone", bad=[8, 9, 10]),
-            start(world, folder, "limited", "faults.max_hours=1e-6", bad=[3]), start(world, folder, "limited", bad=[2]),
-            start(world, folder, "spiked_killed", SPIKE, spiked=[9, 12, 13, 14], stop_at=16),
-            start(world, folder, "spiked_killed", SPIKE), *preempted_in_a_row(world, folder), *other_cadence(world, folder),
-            start(world, folder, "diverged", "phases.0.lr.peak=1e25", "checkpoints.every_tokens=100")]
+    return [
+        first,
+        start(world, folder, "killed", bad=[]),
+        start(world, folder, "alone", bad=[8, 9, 10]),
+        start(world, folder, "limited", "faults.max_hours=1e-6", bad=[3]),
+        start(world, folder, "limited", bad=[2]),
+        start(world, folder, "spiked_killed", SPIKE, spiked=[9, 12, 13, 14], stop_at=16),
+        start(world, folder, "spiked_killed", SPIKE),
+        *preempted_in_a_row(world, folder),
+        *other_cadence(world, folder),
+        start(world, folder, "diverged", "phases.0.lr.peak=1e25", "checkpoints.every_tokens=100"),
+    ]
 
 
 def preempted_in_a_row(world: World, folder: str) -> list[str]:
     """Bad steps 8, 9 and 10, and a stop after each of the first two."""
     told = ["preempted", "checkpoints.keep_last=1"]
-    return [start(world, folder, *told, bad=[8], term_at=8), start(world, folder, *told, bad=[1], term_at=1),
-            start(world, folder, *told, bad=[1])]
+    return [
+        start(world, folder, *told, bad=[8], term_at=8),
+        start(world, folder, *told, bad=[1], term_at=1),
+        start(world, folder, *told, bad=[1]),
+    ]
 
 
 def other_cadence(world: World, folder: str) -> list[str]:
@@ -136,7 +164,20 @@ def folder(tmp_path_factory) -> Path:
     assert one == two and one[:3] == ["", "", ""], "all ranks see the same"
     (root / "stopped" / "error").write_text(one[3])
     (alone,) = run_ranks(on_one_rank, 1, folder=str(root))
-    assert alone[:-1] == ["stopped here", "", "", "", "", "stopped here", "", "", "", "", "stopped here", ""]
+    assert alone[:-1] == [
+        "stopped here",
+        "",
+        "",
+        "",
+        "",
+        "stopped here",
+        "",
+        "",
+        "",
+        "",
+        "stopped here",
+        "",
+    ]
     (root / "diverged" / "error").write_text(alone[-1])
     return root
 
@@ -151,34 +192,50 @@ def events(run: Path, what: str) -> list[dict]:
 
 def test_one_rank_with_nan_makes_all_skip_the_step_and_the_run_goes_on(folder):
     lines = read_jsonl(folder / "skipped" / LEDGER)
-    assert [line["step"] for line in lines if line.get("fault")] == [3] and verify_ledger(folder / "skipped") == len(lines)
+    assert [line["step"] for line in lines if line.get("fault")] == [3] and verify_ledger(
+        folder / "skipped"
+    ) == len(lines)
     (event,) = events(folder / "skipped", "bad_step")
     assert (event["step"], event["fault"], event["in_a_row"]) == (3, "not_finite", 1)
     assert all(t.isfinite().all() for t in weights(folder / "skipped").values())
 
 
-def test_three_in_a_row_go_back_to_the_checkpoint_before_and_leave_out_the_rest_of_the_window(folder):
+def test_three_in_a_row_go_back_to_the_checkpoint_before_and_leave_out_the_rest_of_the_window(
+    folder,
+):
     lines = read_jsonl(folder / "back" / LEDGER)
     (back,) = [line for line in lines if line.get("back")]
     saved = [e["step"] for e in events(folder / "back", "checkpoint")]
     assert back["step"] == 10 and back["weights_of_step"] == max(s for s in saved if s < 8)
-    before, after = (next(line for line in lines if line["step"] == s and not line.get("back")) for s in (10, 11))
+    before, after = (
+        next(line for line in lines if line["step"] == s and not line.get("back")) for s in (10, 11)
+    )
     assert back["next"] == [[before["next"][0][0] + 1, 0]] and before["next"][0][1] > 0
-    assert after["next"][0][0] == back["next"][0][0] and after["tokens_seen"] == before["tokens_seen"] + after["tokens"]
-    assert not any(8 <= s <= 10 for s in saved) and verify_ledger(folder / "back") == lines[-1]["step"]
+    assert (
+        after["next"][0][0] == back["next"][0][0]
+        and after["tokens_seen"] == before["tokens_seen"] + after["tokens"]
+    )
+    assert (
+        not any(8 <= s <= 10 for s in saved) and verify_ledger(folder / "back") == lines[-1]["step"]
+    )
 
 
 def test_a_resume_repeats_what_the_ledger_holds_though_nothing_fails_any_more(folder):
     """The checkpoint is from before the bad steps; the cause is gone; the weights are those of the run that was not killed."""
-    assert read_jsonl(folder / "killed" / LEDGER) == read_jsonl(folder / "alone" / LEDGER) == read_jsonl(folder / "back" / LEDGER)
+    assert (
+        read_jsonl(folder / "killed" / LEDGER)
+        == read_jsonl(folder / "alone" / LEDGER)
+        == read_jsonl(folder / "back" / LEDGER)
+    )
     for name, whole in weights(folder / "alone").items():
         assert torch.equal(weights(folder / "killed")[name], whole)
 
 
 def test_a_spike_is_applied_and_three_in_a_row_go_back(folder):
     lines = read_jsonl(folder / "spiked" / LEDGER)
-    assert [(e["step"], e["fault"], e["in_a_row"]) for e in events(folder / "spiked", "bad_step")] == [
-        (9, "spike", 1), (12, "spike", 1), (13, "spike", 2), (14, "spike", 3)]
+    assert [
+        (e["step"], e["fault"], e["in_a_row"]) for e in events(folder / "spiked", "bad_step")
+    ] == [(9, "spike", 1), (12, "spike", 1), (13, "spike", 2), (14, "spike", 3)]
     (back,) = [line for line in lines if line.get("back")]
     saved = [e["step"] for e in events(folder / "spiked", "checkpoint")]
     assert (back["step"], back["weights_of_step"]) == (14, max(s for s in saved if s < 12))
@@ -190,14 +247,19 @@ def test_a_resume_repeats_the_spikes_of_the_ledger_though_the_loss_has_none_any_
     """Killed after it had gone back: the checkpoint from before the spikes is the one to go on from."""
     assert read_jsonl(folder / "spiked_killed" / LEDGER) == read_jsonl(folder / "spiked" / LEDGER)
     for name, whole in weights(folder / "spiked").items():
-        torch.testing.assert_close(weights(folder / "spiked_killed")[name], whole, rtol=1e-4, atol=1e-6)     # one rank, two
+        torch.testing.assert_close(
+            weights(folder / "spiked_killed")[name], whole, rtol=1e-4, atol=1e-6
+        )  # one rank, two
 
 
 def test_stops_among_bad_steps_never_cost_the_checkpoint_to_go_back_to(folder):
     """keep_last is 1, and each stop saves: 7 is kept beside 8 and 9, which are after bad steps."""
     (back,) = [line for line in read_jsonl(folder / "preempted" / LEDGER) if line.get("back")]
     saved = [e["step"] for e in events(folder / "preempted", "checkpoint")]
-    assert {8, 9} <= set(saved) and (back["step"], back["weights_of_step"]) == (10, max(s for s in saved if s < 8))
+    assert {8, 9} <= set(saved) and (back["step"], back["weights_of_step"]) == (
+        10,
+        max(s for s in saved if s < 8),
+    )
 
 
 def test_a_checkpoint_that_the_ledger_goes_back_to_is_made_again_whatever_the_cadence(folder):
@@ -219,7 +281,10 @@ def test_a_step_that_is_done_again_without_computing_it_keeps_its_first_loss(fol
 
 
 def test_a_run_stops_before_its_time_limit_with_a_checkpoint_and_goes_on_from_it(folder):
-    (stopped,), (resumed,) = events(folder / "limited", "stopped"), events(folder / "limited", "resume")
+    (stopped,), (resumed,) = (
+        events(folder / "limited", "stopped"),
+        events(folder / "limited", "resume"),
+    )
     assert stopped["limit"] == "faults.max_hours" and stopped["step"] == resumed["step"] == 1
     assert read_jsonl(folder / "limited" / LEDGER) == read_jsonl(folder / "skipped" / LEDGER)
 

@@ -33,9 +33,14 @@ from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN
 from tests.process.tiny import counts_of, share_of_step
 
-BRANCH = ["seed=4", "phases=[{name: decay, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, "
-          "model: {global_rope_theta: 160000}, "
-          "lr: {schedule: one_minus_sqrt, peak: 5e-3}}]"]
+BRANCH = [
+    "seed=4",
+    (
+        "phases=[{name: decay, tokens: 2K, max_tokens_per_document: 64, batch_tokens: 448, "
+        "model: {global_rope_theta: 160000}, "
+        "lr: {schedule: one_minus_sqrt, peak: 5e-3}}]"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def end_of_first_phase(run: Path) -> Path:
-    return next(p.parent for p in (run / "checkpoints").glob("*/MILESTONE") if p.read_text() == "short")
+    return next(
+        p.parent for p in (run / "checkpoints").glob("*/MILESTONE") if p.read_text() == "short"
+    )
 
 
 def parent(world: World, *, folder: str) -> None:
@@ -71,10 +78,19 @@ def branches(world: World, *, folder: str) -> None:
     root = Path(folder)
     checkpoint = end_of_first_phase(root / "parent")
     for stage in (1, 3):
-        first_step(world, root=root, name=f"stage{stage}",
-                   settings=[*BRANCH, f"branch_from={checkpoint}", f"engine.zero_stage={stage}"])
-    first_step(world, root=root, name="weights_alone", settings=[*BRANCH, f"init_from={checkpoint}"])
-    whole = read_run(root / "run.yaml", [f"out={root}/whole", *BRANCH, f"branch_from={checkpoint}", "checkpoints.every_tokens=448"])
+        first_step(
+            world,
+            root=root,
+            name=f"stage{stage}",
+            settings=[*BRANCH, f"branch_from={checkpoint}", f"engine.zero_stage={stage}"],
+        )
+    first_step(
+        world, root=root, name="weights_alone", settings=[*BRANCH, f"init_from={checkpoint}"]
+    )
+    whole = read_run(
+        root / "run.yaml",
+        [f"out={root}/whole", *BRANCH, f"branch_from={checkpoint}", "checkpoints.every_tokens=448"],
+    )
     pretrain(whole, world)
     if world.first:
         (root / "whole" / "done.json").unlink()
@@ -89,6 +105,7 @@ def branches(world: World, *, folder: str) -> None:
 def first_step(world: World, *, root: Path, name: str, settings: list[str] = ()) -> None:
     """Starts a run, writes the state it starts with and the state after one step on fixed batches."""
     from encoder.runs.initial import read_initial
+
     run = read_run(root / "run.yaml", [f"out={root}/{name}", *settings])
     facts = check_data(run)
     initial = read_initial(run, facts, hashed=False) if run.init_from else None
@@ -100,16 +117,31 @@ def first_step(world: World, *, root: Path, name: str, settings: list[str] = ())
     engine.step(batches, counts=counts_of(1), lr=5e-3, max_lr=5e-3)
     write_state(engine, root / f"{name}_after")
     if world.first:
-        (root / f"{name}.json").write_text(json.dumps(
-            {"optimizer_steps": engine.optimizer_steps, "progress": started.progress == Progress(
-                ledger_hash=started.progress.ledger_hash), "ledger_hash": started.progress.ledger_hash, "parent": started.parent}))
+        (root / f"{name}.json").write_text(
+            json.dumps(
+                {
+                    "optimizer_steps": engine.optimizer_steps,
+                    "progress": (
+                        started.progress == Progress(ledger_hash=started.progress.ledger_hash)
+                    ),
+                    "ledger_hash": started.progress.ledger_hash,
+                    "parent": started.parent,
+                }
+            )
+        )
 
 
 def write_state(engine: Engine, folder: Path) -> None:
     """As a checkpoint has it, nothing else."""
     folder.mkdir(exist_ok=True)
-    save_file({f"{piece.name}@{piece.start}/{kind}": tensor.clone() for piece in engine.owned_pieces()
-               for kind, tensor in piece.tensors.items()}, folder / f"rank{engine.world.rank:05d}.safetensors")
+    save_file(
+        {
+            f"{piece.name}@{piece.start}/{kind}": tensor.clone()
+            for piece in engine.owned_pieces()
+            for kind, tensor in piece.tensors.items()
+        },
+        folder / f"rank{engine.world.rank:05d}.safetensors",
+    )
 
 
 def state(folder: Path, *, like: Path) -> dict[str, torch.Tensor]:
@@ -125,51 +157,107 @@ def state(folder: Path, *, like: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_branch_starts_with_the_parents_weights_and_moments_to_the_last_bit_on_a_clock_of_its_own(folder, stage):
+def test_a_branch_starts_with_the_parents_weights_and_moments_to_the_last_bit_on_a_clock_of_its_own(
+    folder, stage
+):
     checkpoint = end_of_first_phase(folder / "parent")
-    saved, found = (state(f, like=checkpoint) for f in (checkpoint, folder / f"stage{stage}_before"))
-    assert all(torch.equal(saved[key], found[key]) for key in saved) and any("exp_avg" in key for key in saved)
+    saved, found = (
+        state(f, like=checkpoint) for f in (checkpoint, folder / f"stage{stage}_before")
+    )
+    assert all(torch.equal(saved[key], found[key]) for key in saved) and any(
+        "exp_avg" in key for key in saved
+    )
     facts = json.loads((folder / f"stage{stage}.json").read_text())
     progress = read_progress(checkpoint)[0]
     assert facts["progress"] and facts["ledger_hash"] == progress.ledger_hash
     assert facts["optimizer_steps"] == progress.step + 1
-    assert facts["parent"] == {"run": "t", "checkpoint": str(checkpoint), "step": progress.step, "tokens": progress.tokens,
-                               "ledger_hash": progress.ledger_hash, "seeds": [3]}
+    assert facts["parent"] == {
+        "run": "t",
+        "checkpoint": str(checkpoint),
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "ledger_hash": progress.ledger_hash,
+        "seeds": [3],
+    }
 
 
 def test_its_first_step_is_that_of_the_run_going_on_and_not_that_of_the_weights_alone(folder):
     checkpoint = end_of_first_phase(folder / "parent")
-    went_on, alone = (state(folder / f"{name}_after", like=checkpoint) for name in ("again", "weights_alone"))
+    went_on, alone = (
+        state(folder / f"{name}_after", like=checkpoint) for name in ("again", "weights_alone")
+    )
     for stage in (1, 3):
         found = state(folder / f"stage{stage}_after", like=checkpoint)
-        assert all(torch.allclose(found[key], went_on[key], rtol=1e-5, atol=1e-7) for key in went_on)
-    moved = max(float((alone[key] - went_on[key]).abs().max()) for key in went_on if key.endswith("master"))
+        assert all(
+            torch.allclose(found[key], went_on[key], rtol=1e-5, atol=1e-7) for key in went_on
+        )
+    moved = max(
+        float((alone[key] - went_on[key]).abs().max()) for key in went_on if key.endswith("master")
+    )
     assert moved > 1e-3
 
 
 def test_a_branch_says_where_it_comes_from_and_resumes_like_any_run(folder):
     run, checkpoint = folder / "whole", end_of_first_phase(folder / "parent")
     head, *steps = read_jsonl(run / LEDGER)
-    assert head["parent"]["checkpoint"] == str(checkpoint) and head["chain"] == read_progress(checkpoint)[0].ledger_hash
+    assert (
+        head["parent"]["checkpoint"] == str(checkpoint)
+        and head["chain"] == read_progress(checkpoint)[0].ledger_hash
+    )
     assert steps[0]["step"] == 1 and steps[0]["phase"] == "decay" and (run / "done.json").exists()
-    assert read_jsonl(folder / "before.jsonl") == [head, *steps] and verify_ledger(run) == len(steps)
+    assert read_jsonl(folder / "before.jsonl") == [head, *steps] and verify_ledger(run) == len(
+        steps
+    )
     with pytest.raises(LedgerError, match="chain breaks at step 1"):
         follow_chain(steps, run / LEDGER)
     events = [e for e in read_jsonl(run / "events.jsonl") if e["event"] in ("start", "resume")]
-    assert [(e["event"], e["parent"]) for e in events] == [("start", head["parent"]), ("resume", head["parent"])]
+    assert [(e["event"], e["parent"]) for e in events] == [
+        ("start", head["parent"]),
+        ("resume", head["parent"]),
+    ]
     assert read_progress(newest_checkpoint(run / "checkpoints"))[1]["parent"] == head["parent"]
 
 
-@pytest.mark.parametrize(("settings", "error", "said"), [
-    (["seed=3"], ConfigError, "seed 3 is that of a run which this one branches off: .* for example 4"),
-    (["model.hidden_size=128"], ModelError, "branch_from .* has another shape: hidden_size 64 there, 128 in the run"),
-    (["model.vocab_size=128"], ModelError, "branch_from .* has another shape: vocab_size 64 there, 128 in the run"),
-    (["optimizer.name=adamw"], ConfigError, "has the state of StableAdamW, the run's optimizer is AdamW"),
-    (["branch_from=nowhere"], CheckpointError, "branch_from nowhere does not exist; needed: a run folder or one of"),
-    (["branch_from={root}/a"], CheckpointError, "branch_from .*/a is no checkpoint and no run folder; .* Weights alone: init_from"),
-])
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        (
+            ["seed=3"],
+            ConfigError,
+            "seed 3 is that of a run which this one branches off: .* for example 4",
+        ),
+        (
+            ["model.hidden_size=128"],
+            ModelError,
+            "branch_from .* has another shape: hidden_size 64 there, 128 in the run",
+        ),
+        (
+            ["model.vocab_size=128"],
+            ModelError,
+            "branch_from .* has another shape: vocab_size 64 there, 128 in the run",
+        ),
+        (
+            ["optimizer.name=adamw"],
+            ConfigError,
+            "has the state of StableAdamW, the run's optimizer is AdamW",
+        ),
+        (
+            ["branch_from=nowhere"],
+            CheckpointError,
+            "branch_from nowhere does not exist; needed: a run folder or one of",
+        ),
+        (
+            ["branch_from={root}/a"],
+            CheckpointError,
+            "branch_from .*/a is no checkpoint and no run folder; .* Weights alone: init_from",
+        ),
+    ],
+)
 def test_what_a_run_cannot_branch_off_is_refused_in_one_line(folder, settings, error, said):
-    run = read_run(folder / "run.yaml", [*BRANCH, f"branch_from={folder}/parent", *(s.format(root=folder) for s in settings)])
+    run = read_run(
+        folder / "run.yaml",
+        [*BRANCH, f"branch_from={folder}/parent", *(s.format(root=folder) for s in settings)],
+    )
     with pytest.raises(error, match=said):
         find_parent(run, World())
 
@@ -178,14 +266,23 @@ def test_a_branch_of_a_branch_takes_neither_seed_and_a_plan_says_what_it_branche
     run = read_run(folder / "run.yaml", [*BRANCH, f"branch_from={folder}/whole", "seed=5"])
     assert find_parent(run, World()).seeds == (4, 3)
     with pytest.raises(ConfigError, match="seed 3 is that of .* for example 5"):
-        find_parent(read_run(folder / "run.yaml", [*BRANCH, f"branch_from={folder}/whole", "seed=3"]), World())
+        find_parent(
+            read_run(folder / "run.yaml", [*BRANCH, f"branch_from={folder}/whole", "seed=3"]),
+            World(),
+        )
     assert "branched off run t, checkpoint tokens" in plan_text(run, ranks=1)
     with pytest.raises(ConfigError, match="init_from and branch_from both"):
-        read_run(folder / "run.yaml", [f"branch_from={folder}/parent", f"init_from={folder}/parent"])
+        read_run(
+            folder / "run.yaml", [f"branch_from={folder}/parent", f"init_from={folder}/parent"]
+        )
 
 
 def test_the_mean_of_checkpoints_is_the_mean_by_hand_and_a_model_like_any_other(folder, capsys):
-    saved = [p for p in sorted((folder / "whole" / "checkpoints").iterdir()) if not p.name.startswith(".")]
+    saved = [
+        p
+        for p in sorted((folder / "whole" / "checkpoints").iterdir())
+        if not p.name.startswith(".")
+    ]
     assert len(saved) >= 3
     assert average.main([*map(str, saved), "--out", str(folder / "mean")]) == 0
     assert f"mean of {len(saved)} checkpoints: run t, checkpoint tokens" in capsys.readouterr().out
@@ -193,7 +290,11 @@ def test_the_mean_of_checkpoints_is_the_mean_by_hand_and_a_model_like_any_other(
     for name, value in mean.weights.items():
         by_hand = sum(p[name].double() for p in parts) / len(parts)
         assert torch.equal(value, by_hand.float()), name
-    assert mean.config.global_rope_theta == 160000 and mean.max_tokens == 64 and mean.tokenizer_json is not None
+    assert (
+        mean.config.global_rope_theta == 160000
+        and mean.max_tokens == 64
+        and mean.tokenizer_json is not None
+    )
 
 
 def test_one_checkpoint_and_a_run_folder_become_a_weights_folder_of_their_own(folder, capsys):
@@ -206,16 +307,23 @@ def test_one_checkpoint_and_a_run_folder_become_a_weights_folder_of_their_own(fo
 
 
 def test_checkpoints_that_have_no_mean_are_refused_in_one_line(folder, capsys):
-    first, last = end_of_first_phase(folder / "parent"), newest_checkpoint(folder / "parent" / "checkpoints")
+    first, last = (
+        end_of_first_phase(folder / "parent"),
+        newest_checkpoint(folder / "parent" / "checkpoints"),
+    )
     moved = shutil.copytree(folder / "parent", folder / "other_words") / "checkpoints" / last.name
     tokenizer = folder / "other_words" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("t7", "u7"))
     torn = shutil.copytree(folder / "parent", folder / "torn") / "checkpoints" / last.name
     next(torn.glob("rank*")).write_bytes(b"")
-    for sources, said in [([first, last], "global_rope_theta 160000.0"), ([last, moved], "another tokenizer.json"),
-                          ([last, last], "a mean of 2 checkpoints, 1 different"),
-                          ([last, folder / "parent"], "a mean of 2 checkpoints, 1 different"),
-                          ([last, folder / "nowhere"], "does not exist"), ([last, torn], "has 0 bytes")]:
+    for sources, said in [
+        ([first, last], "global_rope_theta 160000.0"),
+        ([last, moved], "another tokenizer.json"),
+        ([last, last], "a mean of 2 checkpoints, 1 different"),
+        ([last, folder / "parent"], "a mean of 2 checkpoints, 1 different"),
+        ([last, folder / "nowhere"], "does not exist"),
+        ([last, torn], "has 0 bytes"),
+    ]:
         assert average.main([*map(str, sources), "--out", str(folder / "none")]) == 2
         line = capsys.readouterr().err.strip()
         assert line.startswith("error: ") and said in line and "\n" not in line, line

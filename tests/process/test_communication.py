@@ -20,9 +20,17 @@ from tests.process.tiny import micro_batch, mlm_objective, tiny_model
 
 # by ring: of n bytes, with N ranks, (N - 1) / N times n is sent by each; an all-reduce is a reduce-scatter and an all-gather.
 # name -> how often, and which argument is the whole
-PASSES = {"all_reduce": (2, 0), "reduce": (1, 0), "reduce_scatter_tensor": (1, 1), "reduce_scatter": (1, 1),
-          "reduce_scatter_fn": (1, 1), "all_gather_into_tensor": (1, 0), "all_gather": (1, 0), "allgather_fn": (1, 0),
-          "all_gather_coalesced": (1, 0)}
+PASSES = {
+    "all_reduce": (2, 0),
+    "reduce": (1, 0),
+    "reduce_scatter_tensor": (1, 1),
+    "reduce_scatter": (1, 1),
+    "reduce_scatter_fn": (1, 1),
+    "all_gather_into_tensor": (1, 0),
+    "all_gather": (1, 0),
+    "allgather_fn": (1, 0),
+    "all_gather_coalesced": (1, 0),
+}
 
 
 @contextlib.contextmanager
@@ -32,25 +40,29 @@ def sent(world: World) -> Iterator[dict[str, float]]:
     import deepspeed.comm.comm
 
     found: dict[str, float] = {}
-    inside = []                   # DeepSpeed's call torch's: the outermost counts
+    inside = []  # DeepSpeed's call torch's: the outermost counts
     with contextlib.ExitStack() as patches:
         for module in (deepspeed.comm, deepspeed.comm.comm, dist):
             for name, (passes, at) in PASSES.items():
                 plain = getattr(module, name, None)
                 if plain is None:
                     continue
+
                 def counted(*args, _plain=plain, _name=name, _passes=passes, _at=at, **named):
                     if inside:
                         return _plain(*args, **named)
                     whole = [*args, *named.values()][_at]
                     size = sum(t.nbytes for t in whole) if isinstance(whole, list) else whole.nbytes
                     if size > 2048:
-                        found[_name] = found.get(_name, 0.0) + _passes * size * (world.size - 1) / world.size
+                        found[_name] = (
+                            found.get(_name, 0.0) + _passes * size * (world.size - 1) / world.size
+                        )
                     inside.append(_name)
                     try:
                         return _plain(*args, **named)
                     finally:
                         inside.pop()
+
                 patches.enter_context(mock.patch.object(module, name, counted))
         yield found
 
@@ -59,9 +71,14 @@ def moved(world: World, *, stage: int) -> list[dict[str, float]]:
     """In steps of one and of three micro-batches."""
     with torch.device("meta" if stage == 3 else "cpu"):
         model = tiny_model()
-    engine = start_engine(model, objective=mlm_objective(),
-                          config=EngineConfig(zero_stage=stage, precision="fp32"), optimizer=StableAdamWConfig(),
-                          world=world, device=torch.device("cpu"))
+    engine = start_engine(
+        model,
+        objective=mlm_objective(),
+        config=EngineConfig(zero_stage=stage, precision="fp32"),
+        optimizer=StableAdamWConfig(),
+        world=world,
+        device=torch.device("cpu"),
+    )
     results = []
     for count in (1, 3):
         rows = [[world.rank + 2 * i] for i in range(count)]
@@ -79,9 +96,13 @@ def test_the_plan_counts_what_is_sent(stage):
     """Within 10 %: what DeepSpeed pads, and small tensors, are not counted."""
     run = read_run("configs/pretrain/tiny_cpu.yaml", [f"engine.zero_stage={stage}"])
     for found, micro_batches in zip(counted := run_ranks(moved, 2, stage=stage)[0], (1, 3)):
-        planned = communication_bytes(run, parameters=found["parameters"], ranks=2, micro_batches=micro_batches)
+        planned = communication_bytes(
+            run, parameters=found["parameters"], ranks=2, micro_batches=micro_batches
+        )
         parameters = found.pop("parameters")
-        if stage == 3:      # weights as small as these stay on every rank, so only gradients are sent as in a large model
+        if (
+            stage == 3
+        ):  # weights as small as these stay on every rank, so only gradients are sent as in a large model
             planned -= micro_batches * 2 * parameters * 4 / 2
             found = {"reduce_scatter_fn": found["reduce_scatter_fn"]}
         assert sum(found.values()) == pytest.approx(planned, rel=0.1), (counted, planned)

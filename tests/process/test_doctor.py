@@ -38,10 +38,23 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def examine(world: World, *, folder: str, slow: int = -1, damaged: int = -1, absent: int = -1, own_folder: int = -1,
-            stuck: int = -1, per_node: int = 1, wait_seconds: float = 20.0, overrides: tuple[str, ...] = ()) -> dict:
+def examine(
+    world: World,
+    *,
+    folder: str,
+    slow: int = -1,
+    damaged: int = -1,
+    absent: int = -1,
+    own_folder: int = -1,
+    stuck: int = -1,
+    per_node: int = 1,
+    wait_seconds: float = 20.0,
+    overrides: tuple[str, ...] = (),
+) -> dict:
     """Each rank is a node of its own. `slow` sends late, `damaged` sends other bytes, `absent` never comes, `own_folder` has
-    another run file, `stuck` never ends its first sum. Each node has `per_node` ranks, the last one what is left."""
+    another run file, `stuck` never ends its first sum. Each node has `per_node` ranks, the last one what is left.
+    """
+
     def inject_fault(sent: torch.Tensor) -> None:
         if world.rank == slow:
             time.sleep(0.4)
@@ -53,20 +66,39 @@ def examine(world: World, *, folder: str, slow: int = -1, damaged: int = -1, abs
     nodes = -(-world.size // per_node)
     local_size = min(per_node, world.size - world.rank // per_node * per_node)
     tasks = ",".join(str(min(per_node, world.size - node * per_node)) for node in range(nodes))
-    env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": f"node[1-{nodes}]",
-           "SLURMD_NODENAME": f"node{world.rank // per_node + 1}", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    env = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": f"node[1-{nodes}]",
+        "SLURMD_NODENAME": f"node{world.rank // per_node + 1}",
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+    }
     if world.rank == absent:
         return {}
     if world.rank == own_folder:
         os.makedirs(f"{folder}/other", exist_ok=True)
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) % 20000 + 20011)      # the tests' own store has theirs
+    os.environ["MASTER_PORT"] = str(
+        int(os.environ["MASTER_PORT"]) % 20000 + 20011
+    )  # the tests' own store has theirs
     words = [f"out={folder}/other"] if world.rank == own_folder else []
     speak_on(world.first)
-    here = World(rank=world.rank, size=world.size, local_rank=world.rank % per_node, local_size=local_size)
-    doctor = Doctor(world=here, env=env, report=Path(folder) / "report", inject_fault=inject_fault,
-                    wait_seconds=wait_seconds, message_bytes=2**18)
+    here = World(
+        rank=world.rank, size=world.size, local_rank=world.rank % per_node, local_size=local_size
+    )
+    doctor = Doctor(
+        world=here,
+        env=env,
+        report=Path(folder) / "report",
+        inject_fault=inject_fault,
+        wait_seconds=wait_seconds,
+        message_bytes=2**18,
+    )
     code = doctor.examine(f"{folder}/run.yaml", [*overrides, *words])
-    return {"code": code, "nodes": doctor.findings.nodes, "mistakes": doctor.findings.mistakes, "rows": dict(doctor.findings.rows)}
+    return {
+        "code": code,
+        "nodes": doctor.findings.nodes,
+        "mistakes": doctor.findings.mistakes,
+        "rows": dict(doctor.findings.rows),
+    }
 
 
 def report_of(folder: Path, node: str) -> dict:
@@ -76,8 +108,20 @@ def report_of(folder: Path, node: str) -> dict:
 def test_a_sound_job_is_fine_on_every_rank_and_leaves_nothing_in_the_run_folder(folder):
     first, second = run_ranks(examine, 2, folder=str(folder))
     assert (first["code"], second["code"]) == (0, 0)
-    assert {"versions", "run file", "shards", "devices", "memory", "run folder", "fit", "links", "all-reduce"} == set(first["rows"])
-    assert "2 nodes" in first["rows"]["run folder"] and first["rows"]["all-reduce"].startswith("exact")
+    assert {
+        "versions",
+        "run file",
+        "shards",
+        "devices",
+        "memory",
+        "run folder",
+        "fit",
+        "links",
+        "all-reduce",
+    } == set(first["rows"])
+    assert "2 nodes" in first["rows"]["run folder"] and first["rows"]["all-reduce"].startswith(
+        "exact"
+    )
     assert not (folder / "out").exists() and (folder / "report" / "bad_nodes").read_text() == ""
     assert [report_of(folder, n)["stage"] for n in ("node1", "node2")] == ["ended", "ended"]
 
@@ -93,7 +137,9 @@ def test_the_node_whose_links_are_slow_is_named_and_no_other(folder):
 def test_the_node_that_damages_what_it_sends_is_named(folder):
     results = run_ranks(examine, 3, folder=str(folder), damaged=1)
     assert [r["code"] for r in results] == [4] * 3
-    assert list(results[0]["nodes"]) == ["node2"] and "a sum is wrong" in results[0]["nodes"]["node2"]
+    assert (
+        list(results[0]["nodes"]) == ["node2"] and "a sum is wrong" in results[0]["nodes"]["node2"]
+    )
 
 
 def test_a_node_that_falls_silent_among_the_links_is_named_and_hangs_nobody(folder):
@@ -107,23 +153,31 @@ def test_a_node_that_falls_silent_among_the_links_is_named_and_hangs_nobody(fold
 def test_nodes_with_different_numbers_of_ranks_are_fine(folder):
     results = run_ranks(examine, 3, folder=str(folder), per_node=2)
     assert [r["code"] for r in results] == [0] * 3
-    assert "2 nodes" in results[0]["rows"]["run folder"] and results[0]["rows"]["links"].startswith("1 pair of nodes")
+    assert "2 nodes" in results[0]["rows"]["run folder"] and results[0]["rows"]["links"].startswith(
+        "1 pair of nodes"
+    )
     assert "over 3 ranks" in results[0]["rows"]["all-reduce"]
 
 
 def test_ranks_of_one_node_are_measured_all_at_once(folder):
     results = run_ranks(examine, 2, folder=str(folder), per_node=2)
     assert [r["code"] for r in results] == [0] * 2
-    assert "links" not in results[0]["rows"] and results[0]["rows"]["all-reduce"].startswith("exact")
+    assert "links" not in results[0]["rows"] and results[0]["rows"]["all-reduce"].startswith(
+        "exact"
+    )
     results = run_ranks(examine, 2, folder=str(folder), per_node=2, damaged=1)
-    assert [r["code"] for r in results] == [5] * 2 and "a sum is wrong" in results[0]["nodes"]["node1"]
+    assert [r["code"] for r in results] == [5] * 2 and "a sum is wrong" in results[0]["nodes"][
+        "node1"
+    ]
 
 
 def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(folder):
     began = time.monotonic()
     results = run_ranks(examine, 3, folder=str(folder), absent=1, wait_seconds=12.0)
     assert time.monotonic() - began < 100
-    assert (results[0]["code"], results[2]["code"]) == (4, 4) and list(results[0]["nodes"]) == ["node2"]
+    assert (results[0]["code"], results[2]["code"]) == (4, 4) and list(results[0]["nodes"]) == [
+        "node2"
+    ]
     assert "rank 1 of node2 did not come" in results[0]["nodes"]["node2"]
 
 
@@ -142,4 +196,7 @@ def test_of_three_nodes_one_with_another_run_file_is_a_bad_node_of_two_it_is_a_m
 def test_a_run_that_does_not_fit_its_ranks_is_a_mistake_before_any_link_is_measured(folder):
     results = run_ranks(examine, 2, folder=str(folder), overrides=["phases.0.batch_tokens=64"])
     assert [r["code"] for r in results] == [2, 2] and "links" not in results[0]["rows"]
-    assert "2 ranks, but the largest step (phase one) has 1 rows of 64 tokens" in results[0]["mistakes"][0]
+    assert (
+        "2 ranks, but the largest step (phase one) has 1 rows of 64 tokens"
+        in results[0]["mistakes"][0]
+    )

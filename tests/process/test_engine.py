@@ -29,8 +29,20 @@ ONE_RANK = [
     {"label": "fp32-s1-1x4", "zero_stage": 1, "precision": "fp32", "rows": 2},
     {"label": "fp32-s2-1x4", "zero_stage": 2, "precision": "fp32", "rows": 2},
     {"label": "clip-s0-1x4", "zero_stage": 0, "precision": "fp32", "rows": 2, "clipping": 0.5},
-    {"label": "means_fp64-s0-1x4", "zero_stage": 0, "precision": "fp64", "rows": 2, "mean_of_means": True},
-    {"label": "flat-s1-1x4", "zero_stage": 1, "precision": "fp32", "rows": 2, "whole_tensors": False},
+    {
+        "label": "means_fp64-s0-1x4",
+        "zero_stage": 0,
+        "precision": "fp64",
+        "rows": 2,
+        "mean_of_means": True,
+    },
+    {
+        "label": "flat-s1-1x4",
+        "zero_stage": 1,
+        "precision": "fp32",
+        "rows": 2,
+        "whole_tensors": False,
+    },
     {"label": "bf16-s1-1x4", "zero_stage": 1, "precision": "bf16", "rows": 2},
     {"label": "autocast-s1-1x4", "zero_stage": 1, "precision": "autocast", "rows": 2},
     {"label": "fp32-s3-1x4", "zero_stage": 3, "precision": "fp32", "rows": 2},
@@ -43,9 +55,27 @@ TWO_RANKS = [
     {"label": "fp32-s1-2x4", "zero_stage": 1, "precision": "fp32", "rows": 1},
     {"label": "fp32-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2},
     {"label": "fp32-s2-2x4", "zero_stage": 2, "precision": "fp32", "rows": 1},
-    {"label": "means_fp64-s0-2x2", "zero_stage": 0, "precision": "fp64", "rows": 2, "mean_of_means": True},
-    {"label": "means_fp32-s1-2x2", "zero_stage": 1, "precision": "fp32", "rows": 2, "mean_of_means": True},
-    {"label": "means_fp32-s3-2x4", "zero_stage": 3, "precision": "fp32", "rows": 1, "mean_of_means": True},
+    {
+        "label": "means_fp64-s0-2x2",
+        "zero_stage": 0,
+        "precision": "fp64",
+        "rows": 2,
+        "mean_of_means": True,
+    },
+    {
+        "label": "means_fp32-s1-2x2",
+        "zero_stage": 1,
+        "precision": "fp32",
+        "rows": 2,
+        "mean_of_means": True,
+    },
+    {
+        "label": "means_fp32-s3-2x4",
+        "zero_stage": 3,
+        "precision": "fp32",
+        "rows": 1,
+        "mean_of_means": True,
+    },
     {"label": "clip-s1-2x2", "zero_stage": 1, "precision": "fp32", "rows": 2, "clipping": 0.5},
     {"label": "clip-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2, "clipping": 0.5},
     {"label": "bf16-s1-2x2", "zero_stage": 1, "precision": "bf16", "rows": 2},
@@ -55,13 +85,51 @@ TWO_RANKS = [
     {"label": "clip-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2, "clipping": 0.5},
     {"label": "bf16-s3-2x2", "zero_stage": 3, "precision": "bf16", "rows": 2},
     {"label": "autocast-s3-2x2", "zero_stage": 3, "precision": "autocast", "rows": 2},
-    {"label": "again-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2, "memory": {"activation_checkpointing": "blocks"}},
-    {"label": "offload-s1-2x2", "zero_stage": 1, "precision": "bf16", "rows": 2, "memory": {"offload_optimizer": "cpu"}},
-    {"label": "offload-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2, "memory": {"offload_optimizer": "cpu"}},
-    {"label": "offload-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2, "memory": {"offload_optimizer": "cpu"}},
-    *({"label": f"graphed_{precision}-s{stage}-2x2", "zero_stage": stage, "precision": precision, "rows": 2,
-       "memory": {"graphs": "micro_step"}} for stage, precision in ((0, "fp64"), (1, "fp32"), (2, "bf16"))),
-    {"label": "all_kinds-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2, "all_kinds": True},
+    {
+        "label": "again-s3-2x2",
+        "zero_stage": 3,
+        "precision": "fp32",
+        "rows": 2,
+        "memory": {"activation_checkpointing": "blocks"},
+    },
+    {
+        "label": "offload-s1-2x2",
+        "zero_stage": 1,
+        "precision": "bf16",
+        "rows": 2,
+        "memory": {"offload_optimizer": "cpu"},
+    },
+    {
+        "label": "offload-s2-2x2",
+        "zero_stage": 2,
+        "precision": "fp32",
+        "rows": 2,
+        "memory": {"offload_optimizer": "cpu"},
+    },
+    {
+        "label": "offload-s3-2x2",
+        "zero_stage": 3,
+        "precision": "fp32",
+        "rows": 2,
+        "memory": {"offload_optimizer": "cpu"},
+    },
+    *(
+        {
+            "label": f"graphed_{precision}-s{stage}-2x2",
+            "zero_stage": stage,
+            "precision": precision,
+            "rows": 2,
+            "memory": {"graphs": "micro_step"},
+        }
+        for stage, precision in ((0, "fp64"), (1, "fp32"), (2, "bf16"))
+    ),
+    {
+        "label": "all_kinds-s3-2x2",
+        "zero_stage": 3,
+        "precision": "fp32",
+        "rows": 2,
+        "all_kinds": True,
+    },
 ]
 THREE_RANKS = [
     {"label": "fp64-s0-3x3", "zero_stage": 0, "precision": "fp64", "rows": 1},
@@ -71,23 +139,47 @@ THREE_RANKS = [
     {"label": "fp32-s2-3x3", "zero_stage": 2, "precision": "fp32", "rows": 1},
     {"label": "fp32-s3-3x3", "zero_stage": 3, "precision": "fp32", "rows": 1},
     {"label": "fp32-s3-3x1", "zero_stage": 3, "precision": "fp32", "rows": 3},
-    {"label": "means_fp32-s2-3x3", "zero_stage": 2, "precision": "fp32", "rows": 1, "mean_of_means": True},
+    {
+        "label": "means_fp32-s2-3x3",
+        "zero_stage": 2,
+        "precision": "fp32",
+        "rows": 1,
+        "mean_of_means": True,
+    },
 ]
 SETTINGS = ONE_RANK + TWO_RANKS + THREE_RANKS
 # saved by each of these, loaded at each stage on each number of ranks: 144 pairings
 SOURCES = {f"fp32-s{stage}-{shape}": stage for stage in range(4) for shape in ("1x4", "2x2", "3x3")}
-PAIRINGS = [f"{source}->s{stage}x{ranks}" for source in SOURCES for stage in range(4) for ranks in (1, 2, 3)]
+PAIRINGS = [
+    f"{source}->s{stage}x{ranks}" for source in SOURCES for stage in range(4) for ranks in (1, 2, 3)
+]
 # (saved by, loaded at stage) in other precisions
 RESUME_AT_ONE = [("fp64-s0-2x2", 0), ("bf16-s3-2x2", 2)]
 RESUME_AT_TWO = [("bf16-s1-2x2", 2), ("bf16-s2-2x2", 3), ("bf16-s3-2x2", 1)]
-SAME_TOPOLOGY = ["fp32-s0-2x2", "fp32-s1-2x2", "fp32-s2-2x2", "fp64-s0-2x2", "bf16-s1-2x2", "bf16-s2-2x2", "fp32-s3-2x2",
-                 "bf16-s3-2x2"]
+SAME_TOPOLOGY = [
+    "fp32-s0-2x2",
+    "fp32-s1-2x2",
+    "fp32-s2-2x2",
+    "fp64-s0-2x2",
+    "bf16-s1-2x2",
+    "bf16-s2-2x2",
+    "fp32-s3-2x2",
+    "bf16-s3-2x2",
+]
 STAGE_3 = [s["label"] for s in SETTINGS if s["zero_stage"] == 3]
 
 
 def _resume(pairs, *, ranks):
-    return [{"label": f"{source}->s{stage}x{ranks}", "source": source, "zero_stage": stage, "rows": 2,
-             "precision": source.split("-")[0]} for source, stage in pairs]
+    return [
+        {
+            "label": f"{source}->s{stage}x{ranks}",
+            "source": source,
+            "zero_stage": stage,
+            "rows": 2,
+            "precision": source.split("-")[0],
+        }
+        for source, stage in pairs
+    ]
 
 
 @functools.lru_cache(None)
@@ -110,15 +202,26 @@ def trained() -> dict:
 @functools.lru_cache(None)
 def resumed_at_one() -> dict:
     trained()
-    return run_ranks(engine_cases.load_launch, 1, out=str(out()), settings=_resume(RESUME_AT_ONE, ranks=1), sources=SOURCES)[0]
+    return run_ranks(
+        engine_cases.load_launch,
+        1,
+        out=str(out()),
+        settings=_resume(RESUME_AT_ONE, ranks=1),
+        sources=SOURCES,
+    )[0]
 
 
 @functools.lru_cache(None)
 def resumed_at_two() -> list[dict]:
     trained()
     same = [(label, int(label.split("-s")[1][0])) for label in SAME_TOPOLOGY]
-    return run_ranks(engine_cases.second_launch, 2, out=str(out()), settings=_resume(RESUME_AT_TWO + same, ranks=2),
-                     sources=SOURCES)
+    return run_ranks(
+        engine_cases.second_launch,
+        2,
+        out=str(out()),
+        settings=_resume(RESUME_AT_TWO + same, ranks=2),
+        sources=SOURCES,
+    )
 
 
 @functools.lru_cache(None)
@@ -135,12 +238,16 @@ def mishaps() -> dict:
 
 def weights(label: str) -> torch.Tensor:
     """All final weights of a curve in one fp64 vector."""
-    return torch.cat([w.double().flatten() for _, w in sorted(load_file(out() / f"{label}.safetensors").items())])
+    return torch.cat(
+        [w.double().flatten() for _, w in sorted(load_file(out() / f"{label}.safetensors").items())]
+    )
 
 
 def distance(a: str, b: str) -> float:
     """Relative L2 distance of two curves' final weights."""
-    return float(torch.linalg.vector_norm(weights(a) - weights(b)) / torch.linalg.vector_norm(weights(b)))
+    return float(
+        torch.linalg.vector_norm(weights(a) - weights(b)) / torch.linalg.vector_norm(weights(b))
+    )
 
 
 @pytest.mark.parametrize("label", [s["label"] for s in SETTINGS if s["label"].startswith("fp64")])
@@ -178,48 +285,81 @@ def test_stage_3_builds_the_plain_weights_to_the_last_bit_and_a_rank_holds_its_s
 
 
 def test_at_stage_3_a_forward_gives_the_weights_back_before_the_backward():
-    for seen in [seen for rank in resumed_at_two() for seen in rank["given_back"]]:      # also where layers are computed again
+    for seen in [
+        seen for rank in resumed_at_two() for seen in rank["given_back"]
+    ]:  # also where layers are computed again
         assert seen["free"], "a layer's weight stays in memory for its backward"
-        assert seen["gathered"] == 61 * 16 + 61         # the embedding and the bias, for the loss; of 5,741
+        assert (
+            seen["gathered"] == 61 * 16 + 61
+        )  # the embedding and the bias, for the loss; of 5,741
         assert seen["linear_is_torchs"], "torch's own function must be back in its place"
 
 
-@pytest.mark.parametrize("label, off", [("graphed_fp64-s0-2x2", 1e-12), ("graphed_fp32-s1-2x2", 1e-5)])
-def test_gradients_that_are_made_with_the_forward_and_handed_on_later_give_the_same_curve(label, off):
+@pytest.mark.parametrize(
+    "label, off", [("graphed_fp64-s0-2x2", 1e-12), ("graphed_fp32-s1-2x2", 1e-5)]
+)
+def test_gradients_that_are_made_with_the_forward_and_handed_on_later_give_the_same_curve(
+    label, off
+):
     plain = label.removeprefix("graphed_")
     assert trained()[label]["losses"] == pytest.approx(trained()[plain]["losses"], rel=off)
     assert distance(label, plain) <= off
 
 
-@pytest.mark.parametrize("label, plain", [("again-s3-2x2", "fp32-s3-2x2"), ("offload-s1-2x2", "bf16-s1-2x2"),
-                                          ("offload-s2-2x2", "fp32-s2-2x2"), ("offload-s3-2x2", "fp32-s3-2x2")])
+@pytest.mark.parametrize(
+    "label, plain",
+    [
+        ("again-s3-2x2", "fp32-s3-2x2"),
+        ("offload-s1-2x2", "bf16-s1-2x2"),
+        ("offload-s2-2x2", "fp32-s2-2x2"),
+        ("offload-s3-2x2", "fp32-s3-2x2"),
+    ],
+)
 def test_layers_computed_again_and_an_offloaded_optimizer_change_no_bit(label, plain):
     assert trained()[label]["losses"] == trained()[plain]["losses"]
     assert torch.equal(weights(label), weights(plain))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
-def test_on_a_gpu_offloaded_masters_lie_in_the_machines_memory_and_the_curve_is_the_same(stage, precision):
-    settings = [{"zero_stage": stage, "precision": precision, "memory": memory} for memory in (
-        {}, {"activation_checkpointing": "blocks"}, {"graphs": "micro_step"}, {"offload_optimizer": "cpu"})
-        if not (stage == 3 and "graphs" in memory or stage == 0 and "offload_optimizer" in memory)]
+@pytest.mark.parametrize(
+    "stage, precision", [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_on_a_gpu_offloaded_masters_lie_in_the_machines_memory_and_the_curve_is_the_same(
+    stage, precision
+):
+    settings = [
+        {"zero_stage": stage, "precision": precision, "memory": memory}
+        for memory in (
+            {},
+            {"activation_checkpointing": "blocks"},
+            {"graphs": "micro_step"},
+            {"offload_optimizer": "cpu"},
+        )
+        if not (stage == 3 and "graphs" in memory or stage == 0 and "offload_optimizer" in memory)
+    ]
     # a fresh interpreter: the one that ranks are forked from has asked for CUDA, and its DeepSpeed is the CPU's
-    code = ("import json, sys\nfrom encoder.base.dist import World\nfrom tests.process import engine_cases\n"
-            "print(json.dumps(engine_cases.curves_on_gpu(World(), settings=json.loads(sys.argv[1]))))")
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(settings)], cwd=ROOT, text=True, capture_output=True)
+    code = (
+        "import json, sys\nfrom encoder.base.dist import World\nfrom tests.process import"
+        " engine_cases\nprint(json.dumps(engine_cases.curves_on_gpu(World(),"
+        " settings=json.loads(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(settings)], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     plain, *others = json.loads(done.stdout.splitlines()[-1])
     assert plain["masters"] == ["cuda"] and (stage == 0 or others[-1]["masters"] == ["cpu"])
-    bound = 1e-5 if precision == "fp32" else 1e-2       # kernels that add in any order
+    bound = 1e-5 if precision == "fp32" else 1e-2  # kernels that add in any order
     for other in others:
         assert other["losses"] == pytest.approx(plain["losses"], rel=bound)
-        assert sorted(other["lengths"]) == pytest.approx(sorted(plain["lengths"]), rel=bound, abs=bound)
+        assert sorted(other["lengths"]) == pytest.approx(
+            sorted(plain["lengths"]), rel=bound, abs=bound
+        )
 
 
 def test_an_optimizer_that_takes_flat_partitions_for_tensors_is_caught_by_the_spike():
     trained()
-    assert distance("flat-s1-1x4", "plain") > 1e-3   # seen: 1e-2; the right ones 3e-6
+    assert distance("flat-s1-1x4", "plain") > 1e-3  # seen: 1e-2; the right ones 3e-6
 
 
 @pytest.mark.parametrize("label", ["clip-s1-2x2", "clip-s2-2x2", "clip-s3-2x2"])
@@ -229,8 +369,18 @@ def test_gradient_clipping_is_the_same_at_every_stage(label):
     assert distance(label, "plain") > 1e-3
 
 
-@pytest.mark.parametrize("label", ["bf16-s1-1x4", "bf16-s1-2x2", "bf16-s2-2x2", "bf16-s3-2x2", "autocast-s1-1x4",
-                                   "autocast-s3-2x2", "graphed_bf16-s2-2x2"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "bf16-s1-1x4",
+        "bf16-s1-2x2",
+        "bf16-s2-2x2",
+        "bf16-s3-2x2",
+        "autocast-s1-1x4",
+        "autocast-s3-2x2",
+        "graphed_bf16-s2-2x2",
+    ],
+)
 def test_lower_precision_follows_the_curve(label):
     """bf16 has 3 digits: losses to 1 %, and the masters start from the fp32 weights, not from rounded ones."""
     losses = trained()[label]["losses"]
@@ -243,15 +393,24 @@ def test_autocast_is_on_inside_deepspeeds_forward_where_deepspeed_sees_it():
         assert len(found) > 10 and set(found) == {"torch.bfloat16"}
 
 
-@pytest.mark.parametrize("other, off", [("fp64-s0-2x2", 1e-12), ("fp32-s3-2x2", 1e-5), ("fp32-s3-3x3", 1e-5)])
-def test_the_held_out_loss_does_not_depend_on_the_ranks_though_they_bring_unequal_numbers_of_batches(other, off):
+@pytest.mark.parametrize(
+    "other, off", [("fp64-s0-2x2", 1e-12), ("fp32-s3-2x2", 1e-5), ("fp32-s3-3x3", 1e-5)]
+)
+def test_the_held_out_loss_does_not_depend_on_the_ranks_though_they_bring_unequal_numbers_of_batches(
+    other, off
+):
     one, two = (trained()[label]["evaluated"] for label in ("fp64-s0-1x4", other))
     assert one == pytest.approx(two, rel=off)
     assert one[1] == two[1] == 1 + 1 + 2 + 4
 
 
-@pytest.mark.parametrize("source, stage, ranks", [(*pair, 1) for pair in RESUME_AT_ONE] + [(*pair, 2) for pair in RESUME_AT_TWO])
-def test_a_checkpoint_of_another_precision_goes_on_at_another_stage_and_rank_count(source, stage, ranks):
+@pytest.mark.parametrize(
+    "source, stage, ranks",
+    [(*pair, 1) for pair in RESUME_AT_ONE] + [(*pair, 2) for pair in RESUME_AT_TWO],
+)
+def test_a_checkpoint_of_another_precision_goes_on_at_another_stage_and_rank_count(
+    source, stage, ranks
+):
     name = f"{source}->s{stage}x{ranks}"
     resumed = {**resumed_at_one()["resumed"], **resumed_at_two()[0]["resumed"]}[name]
     bound = {"fp64": 1e-10, "bf16": 5e-3}[source.split("-")[0]]
@@ -301,9 +460,16 @@ def test_a_kill_at_any_file_operation_of_a_save_leaves_the_checkpoint_before_it(
 
 def test_a_stale_start_can_neither_commit_nor_delete_and_the_new_one_cleans_up():
     seen = mishaps()
-    assert seen["stale"].startswith("CheckpointError: this is start 2 of the run") and "start 3 has taken over" in seen["stale"]
-    assert seen["after_third_start"] == ["tokens0000000000001-i0001", "tokens0000000000004-i0001",
-                                         "tokens0000000000008-i0002", "tokens0000000000010-i0003"]
+    assert (
+        seen["stale"].startswith("CheckpointError: this is start 2 of the run")
+        and "start 3 has taken over" in seen["stale"]
+    )
+    assert seen["after_third_start"] == [
+        "tokens0000000000001-i0001",
+        "tokens0000000000004-i0001",
+        "tokens0000000000008-i0002",
+        "tokens0000000000010-i0003",
+    ]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written():
@@ -314,7 +480,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written():
 
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken():
     assert mishaps()["damaged"] == mishaps()["cut"] == "tokens0000000000008-i0002"
-    assert "none of the 4 checkpoints" in mishaps()["none_whole"] and "progress.json is missing" in mishaps()["none_whole"]
+    assert (
+        "none of the 4 checkpoints" in mishaps()["none_whole"]
+        and "progress.json is missing" in mishaps()["none_whole"]
+    )
 
 
 def test_whole_weights_are_read_back_by_name_without_an_engine():
@@ -328,7 +497,9 @@ def test_the_environment_of_a_checkpoint_is_versions_only():
 
 
 def test_another_models_checkpoint_is_refused_naming_the_first_difference_and_nothing_is_loaded():
-    assert "model.layers.0.mlp.Wi.weight is 48 x 16 there, 40 x 16 here" in mishaps()["another_model"]
+    assert (
+        "model.layers.0.mlp.Wi.weight is 48 x 16 there, 40 x 16 here" in mishaps()["another_model"]
+    )
     assert mishaps()["another_model_untouched"]
 
 
@@ -336,10 +507,15 @@ def test_a_step_with_nothing_masked_is_told_and_not_refused():
     assert mishaps()["nothing_masked"] == [False, "nan", 0.0]
 
 
-@pytest.mark.parametrize("stage, offload", [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu")])
+@pytest.mark.parametrize(
+    "stage, offload",
+    [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu")],
+)
 def test_a_gradient_that_is_not_finite_moves_nothing(stage, offload):
     assert mishaps()[f"not_finite_{stage}_{offload}"] == [False, "inf", [], True]
-    assert mishaps()[f"as_if_never_{stage}"], "the next step is that of a run without it, to the last bit"
+    assert mishaps()[f"as_if_never_{stage}"], (
+        "the next step is that of a run without it, to the last bit"
+    )
 
 
 @pytest.mark.parametrize("label", ["bf16-s1", "bf16-s2", "fp32-s2", "bf16-s3"])

@@ -44,11 +44,20 @@ def test_runs_follow_each_other_in_one_process_without_a_main_guard(tmp_path):
     write_source(tmp_path / "held", random_documents(30, seed=2, longest=60), vocab_size=64)
     (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path, tokens="2K"), encoding="utf-8")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=500,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "refused: a shard is damaged." in done.stdout and done.stdout.endswith("all done\n")
     ledgers = [read_jsonl(tmp_path / out / LEDGER) for out in ("first", "again")]
     assert ledgers[0] == ledgers[1]
-    losses = [[line["loss"] for line in read_jsonl(tmp_path / out / METRICS) if "loss" in line] for out in ("first", "again")]
+    losses = [
+        [line["loss"] for line in read_jsonl(tmp_path / out / METRICS) if "loss" in line]
+        for out in ("first", "again")
+    ]
     assert losses[0] == losses[1]

@@ -43,17 +43,24 @@ loader: {{workers: 1}}
 
 
 def train(world: World, *, folder: str, out: str, zero_stage: int = 2) -> bool:
-    return pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={zero_stage}"]), world).done
+    return pretrain(
+        read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={zero_stage}"]),
+        world,
+    ).done
 
 
-def killed_run(folder: Path, *, tokens: str, kills: int, topologies: Sequence[tuple[int, int]]) -> tuple[Path, Path]:
+def killed_run(
+    folder: Path, *, tokens: str, kills: int, topologies: Sequence[tuple[int, int]]
+) -> tuple[Path, Path]:
     """The folders of a run on two ranks at stage 2, and of one that is killed so often and starts again each time on one of
     the `topologies` (ranks, ZeRO stage)."""
     write_source(folder / "a", random_documents(120, seed=1, longest=60), vocab_size=64)
     write_source(folder / "held", random_documents(30, seed=2, longest=60), vocab_size=64)
     (folder / "run.yaml").write_text(RUN.format(root=folder, tokens=tokens))
     whole, killed = folder / "whole", folder / "killed"
-    assert wait_for(start_ranks(train, 2, folder=str(folder), out="whole"), timeout_seconds=900) == [True, True]
+    assert wait_for(
+        start_ranks(train, 2, folder=str(folder), out="whole"), timeout_seconds=900
+    ) == [True, True]
     chance, hits = random.Random(4), 0
     while not (killed / "done.json").exists():
         size, stage = chance.choice(topologies)
@@ -61,12 +68,16 @@ def killed_run(folder: Path, *, tokens: str, kills: int, topologies: Sequence[tu
         if hits < kills:
             hits += kill_at_random(ranks, killed, chance)
         try:
-            wait_for(ranks, timeout_seconds=900 if hits >= kills else 60)      # a rank whose peer is gone ends by itself
+            wait_for(
+                ranks, timeout_seconds=900 if hits >= kills else 60
+            )  # a rank whose peer is gone ends by itself
         except AssertionError:
             assert hits <= kills
         finally:
             shutil.rmtree(ranks[0][1].parent, ignore_errors=True)
-    print(f"{hits} kills, {sum(e['event'] == 'resume' for e in read_jsonl(killed / EVENTS))} resumes")
+    print(
+        f"{hits} kills, {sum(e['event'] == 'resume' for e in read_jsonl(killed / EVENTS))} resumes"
+    )
     assert hits == kills, f"the run was over after {hits} kills; give it more tokens"
     return whole, killed
 
@@ -83,21 +94,44 @@ def test_killed_50_times_and_never_end_with_the_same_weights_and_ledger(tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_and_started_again_on_other_ranks_and_stages_the_ledger_is_the_same(tmp_path):
-    whole, killed = killed_run(tmp_path, tokens="40K", kills=15, topologies=[(n, stage) for n in (1, 2, 3) for stage in range(4)])
+    whole, killed = killed_run(
+        tmp_path,
+        tokens="40K",
+        kills=15,
+        topologies=[(n, stage) for n in (1, 2, 3) for stage in range(4)],
+    )
     assert read_jsonl(killed / LEDGER) == read_jsonl(whole / LEDGER) and verify_ledger(killed)
-    assert len({(e["ranks"], e["zero_stage"]) for e in read_jsonl(killed / EVENTS) if e["event"] in ("start", "resume")}) > 5
+    assert (
+        len(
+            {
+                (e["ranks"], e["zero_stage"])
+                for e in read_jsonl(killed / EVENTS)
+                if e["event"] in ("start", "resume")
+            }
+        )
+        > 5
+    )
 
 
 def kill_at_random(ranks: list, run: Path, chance: random.Random) -> bool:
     """Three of four once this start has trained or saved, the others while it starts or loads."""
-    seen, end = len(read_jsonl(run / EVENTS)) + chance.choice([2, 3, 4]), time.monotonic() + 60      # start, checkpoints
+    seen, end = (
+        len(read_jsonl(run / EVENTS)) + chance.choice([2, 3, 4]),
+        time.monotonic() + 60,
+    )  # start, checkpoints
     if chance.random() < 0.75:
-        while len(read_jsonl(run / EVENTS)) < seen and time.monotonic() < end and ranks[0][0].poll() is None:
+        while (
+            len(read_jsonl(run / EVENTS)) < seen
+            and time.monotonic() < end
+            and ranks[0][0].poll() is None
+        ):
             time.sleep(0.02)
         time.sleep(chance.uniform(0.0, 0.4))
     else:
         time.sleep(chance.uniform(0.0, 8.0))
-    victims = [process for process, _ in (ranks if chance.random() < 0.5 else [chance.choice(ranks)])]
+    victims = [
+        process for process, _ in (ranks if chance.random() < 0.5 else [chance.choice(ranks)])
+    ]
     alive = [process for process in victims if process.poll() is None]
     for process in alive:
         process.kill()

@@ -53,7 +53,10 @@ def go_on(world: World, *, folder: str, out: str, stop_at: int | None) -> int:
 
 def go_on_and_alone(world: World, *, folder: str, stop_at: int) -> list[int]:
     """The middle part, and the whole run without a stop: in one process, which takes seconds to start."""
-    return [go_on(world, folder=folder, out="cut", stop_at=stop_at), go_on(world, folder=folder, out="whole", stop_at=None)]
+    return [
+        go_on(world, folder=folder, out="cut", stop_at=stop_at),
+        go_on(world, folder=folder, out="whole", stop_at=None),
+    ]
 
 
 def test_two_ranks_then_one_then_three_continue_one_ledger(tmp_path: Path):
@@ -66,6 +69,12 @@ def test_two_ranks_then_one_then_three_continue_one_ledger(tmp_path: Path):
     assert 0 < first < second < last == steps
     whole, cut = (read_jsonl(tmp_path / out / LEDGER) for out in ("whole", "cut"))
     assert cut == whole and len(whole[-1]["next"]) == 2
-    begun = [[(e["step"], e["source"], e["epoch"]) for e in read_jsonl(tmp_path / out / EVENTS) if e["event"] == "epoch"]
-             for out in ("whole", "cut")]
+    begun = [
+        [
+            (e["step"], e["source"], e["epoch"])
+            for e in read_jsonl(tmp_path / out / EVENTS)
+            if e["event"] == "epoch"
+        ]
+        for out in ("whole", "cut")
+    ]
     assert begun[0] == begun[1] and {source for _, source, _ in begun[0]} == {"a", "b"}

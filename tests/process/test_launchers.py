@@ -30,21 +30,26 @@ SIGNALS = ("TERM", "INT", "HUP", "USR1", "USR2", "KILL")
 class Seen:
     """What was seen after a signal."""
 
-    saved: bool              # a checkpoint was made and the stop recorded
-    rank_seconds: float      # until the last rank had ended
-    code: int | None         # the launcher's exit code; None: it did not end
-    left: int                # processes of the run that still were there after LINGER_SECONDS
+    saved: bool  # a checkpoint was made and the stop recorded
+    rank_seconds: float  # until the last rank had ended
+    code: int | None  # the launcher's exit code; None: it did not end
+    left: int  # processes of the run that still were there after LINGER_SECONDS
 
     def __str__(self) -> str:
-        return (f"{'saved' if self.saved else 'not saved'}, ranks gone after {self.rank_seconds:.1f} s, exit code {self.code}, "
-                f"{self.left} left behind")
+        return (
+            f"{'saved' if self.saved else 'not saved'}, ranks gone after {self.rank_seconds:.1f} s,"
+            f" exit code {self.code}, {self.left} left behind"
+        )
 
 
 def processes_of(out: Path) -> list[psutil.Process]:
     """All processes that name the run folder, and their children."""
     found = {}
     for process in psutil.process_iter(["cmdline", "status"]):
-        if f"out={out}" in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if (
+            f"out={out}" in (process.info["cmdline"] or [])
+            and process.info["status"] != psutil.STATUS_ZOMBIE
+        ):
             found[process.pid] = process
     return [*found.values()]
 
@@ -55,19 +60,40 @@ def is_rank(process: psutil.Process) -> bool:
         words = process.cmdline()
     except psutil.Error:
         return False
-    return not any(os.path.basename(word) in ("deepspeed", "torchrun") or word == "deepspeed.launcher.launch" for word in words)
+    return not any(
+        os.path.basename(word) in ("deepspeed", "torchrun") or word == "deepspeed.launcher.launch"
+        for word in words
+    )
 
 
 def start(launcher: str, folder: Path, out: Path) -> subprocess.Popen:
     """Two ranks of a run that goes on for long, in a session of their own."""
-    script = [str(ROOT / "launch" / "pretrain.py"), str(folder / "run.yaml"), f"out={out}", "checkpoints.every_tokens=100M",
-              "evaluation.every_tokens=100M", "loader.workers=0"]
-    head = {"deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
-            "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2"]}[launcher]
+    script = [
+        str(ROOT / "launch" / "pretrain.py"),
+        str(folder / "run.yaml"),
+        f"out={out}",
+        "checkpoints.every_tokens=100M",
+        "evaluation.every_tokens=100M",
+        "loader.workers=0",
+    ]
+    head = {
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
+        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2"],
+    }[launcher]
     return subprocess.Popen(
-        [str(BIN / head[0]), *head[1:], *script], start_new_session=True, cwd=folder, stdin=subprocess.DEVNULL,
-        stdout=open(f"{out}.out", "wb"), stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"})
+        [str(BIN / head[0]), *head[1:], *script],
+        start_new_session=True,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=open(f"{out}.out", "wb"),
+        stderr=subprocess.STDOUT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        },
+    )
 
 
 def signalled(launcher: str, name: str, to: str, folder: Path) -> Seen:
@@ -76,7 +102,11 @@ def signalled(launcher: str, name: str, to: str, folder: Path) -> Seen:
     process = start(launcher, folder, out)
     try:
         until = time.monotonic() + START_SECONDS
-        while len(read_jsonl(out / METRICS)) < 3 and time.monotonic() < until and process.poll() is None:
+        while (
+            len(read_jsonl(out / METRICS)) < 3
+            and time.monotonic() < until
+            and process.poll() is None
+        ):
             time.sleep(0.05)
         assert len(read_jsonl(out / METRICS)) >= 3, Path(f"{out}.out").read_text()[-2000:]
         number = getattr(signal, f"SIG{name}")
@@ -88,15 +118,23 @@ def signalled(launcher: str, name: str, to: str, folder: Path) -> Seen:
             inner.send_signal(number)
         else:
             process.send_signal(number)
-        while time.monotonic() - began < LINGER_SECONDS and any(is_rank(p) for p in processes_of(out)):
+        while time.monotonic() - began < LINGER_SECONDS and any(
+            is_rank(p) for p in processes_of(out)
+        ):
             time.sleep(0.1)
         ended = time.monotonic()
         # DeepSpeed's inner launcher looks for its ranks once a second
-        while (process.poll() is None or processes_of(out)) and time.monotonic() - began < LINGER_SECONDS:
+        while (
+            process.poll() is None or processes_of(out)
+        ) and time.monotonic() - began < LINGER_SECONDS:
             time.sleep(0.1)
         stops = [line for line in read_jsonl(out / EVENTS) if line.get("event") == "stopped"]
-        return Seen(saved=bool(stops) and newest_checkpoint(out / CHECKPOINTS) is not None, rank_seconds=ended - began,
-                    code=process.poll(), left=len(processes_of(out)))
+        return Seen(
+            saved=bool(stops) and newest_checkpoint(out / CHECKPOINTS) is not None,
+            rank_seconds=ended - began,
+            code=process.poll(),
+            left=len(processes_of(out)),
+        )
     finally:
         for one in processes_of(out):
             one.kill()
@@ -123,7 +161,13 @@ def test_ranks_save_and_leave_when_their_launcher_is_gone(folder, launcher, name
 @pytest.mark.timeout(3600)
 def test_every_signal_to_every_launcher_leaves_no_rank_behind(folder):
     """The table of docs/faults.md, printed; a group that is killed saves nothing, where the ranks belong to it."""
-    kinds = [("torchrun", "alone"), ("torchrun", "group"), ("deepspeed", "alone"), ("deepspeed", "launch"), ("deepspeed", "group")]
+    kinds = [
+        ("torchrun", "alone"),
+        ("torchrun", "group"),
+        ("deepspeed", "alone"),
+        ("deepspeed", "launch"),
+        ("deepspeed", "group"),
+    ]
     bad = []
     for launcher, to in kinds:
         for name in SIGNALS:

@@ -67,11 +67,15 @@ def moves(world: World, *, folder: str) -> dict[str, str]:
     said["whole"] = start(world, root, "whole")
     for name in ("new", "old", "other", "swapped"):
         with pytest.MonkeyPatch.context() as patch:
-            if name == "old":       # as runs were recorded before: a source's name only where the run file has one
+            if (
+                name == "old"
+            ):  # as runs were recorded before: a source's name only where the run file has one
                 patch.setattr(build, "named_sources", lambda run: run)
             said[f"{name} stops"] = start(world, root, name, stop_at=9)
     begun = root / "branch", root / "grown"
-    said["branch stops"] = start(world, root, "branch", f"branch_from={root}/whole", "seed=4", stop_at=9)
+    said["branch stops"] = start(
+        world, root, "branch", f"branch_from={root}/whole", "seed=4", stop_at=9
+    )
     said["grown stops"] = start(world, root, "grown", f"init_from={root}/whole", stop_at=9)
     assert all(path.is_dir() for path in begun)
 
@@ -86,13 +90,17 @@ def moves(world: World, *, folder: str) -> dict[str, str]:
     said["weight"] = start(world, root, "swapped", *moved, "data.sources.0.weight=2")
 
     shutil.copytree(root / "whole", root / "copy")
-    said["branch of another"] = start(world, root, "branch", *moved, f"branch_from={root}/other", "seed=4")
+    said["branch of another"] = start(
+        world, root, "branch", *moved, f"branch_from={root}/other", "seed=4"
+    )
     said["branch"] = start(world, root, "branch", *moved, "branch_from=copy", "seed=4")
     said["grown of another"] = start(world, root, "grown", *moved, f"init_from={root}/other")
     said["grown"] = start(world, root, "grown", *moved, "init_from=copy/")
 
     shutil.rmtree(root / "elsewhere" / "a")
-    write_source(root / "elsewhere" / "a" / "train", random_documents(90, seed=9, longest=60), vocab_size=64)
+    write_source(
+        root / "elsewhere" / "a" / "train", random_documents(90, seed=9, longest=60), vocab_size=64
+    )
     said["other"] = start(world, root, "other", *moved)
     return said
 
@@ -101,7 +109,9 @@ def moves(world: World, *, folder: str) -> dict[str, str]:
 def told(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     root = tmp_path_factory.mktemp("moved")
     for name, seed in (("a", 1), ("b", 2)):
-        write_source(root / name / "train", random_documents(90, seed=seed, longest=60), vocab_size=64)
+        write_source(
+            root / name / "train", random_documents(90, seed=seed, longest=60), vocab_size=64
+        )
     (root / "run.yaml").write_text(RUN.format(root=root))
     (said,) = run_ranks(moves, 1, folder=str(root))
     return root, said
@@ -110,7 +120,11 @@ def told(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 @pytest.mark.parametrize("name", ["new", "old"])
 def test_a_run_goes_on_over_moved_shards_however_their_path_is_spelt(told, name):
     root, said = told
-    assert said[f"{name} stops"] == "stopped here" and said[name] == "" and (root / name / DONE).is_file()
+    assert (
+        said[f"{name} stops"] == "stopped here"
+        and said[name] == ""
+        and (root / name / DONE).is_file()
+    )
     assert read_jsonl(root / name / LEDGER) == read_jsonl(root / "whole" / LEDGER)
     assert len(list((root / name / CHECKPOINTS).glob("tokens*"))) > 1
 
@@ -123,14 +137,20 @@ def test_other_text_under_the_same_path_is_refused_with_both_hashes(told):
 
 def test_sources_in_another_order_or_of_another_weight_are_another_run(told):
     _, said = told
-    assert "source 0 of this run was a, the run file has b there" in said["swapped"] or "sources.0.name was a" in said["swapped"]
+    assert (
+        "source 0 of this run was a, the run file has b there" in said["swapped"]
+        or "sources.0.name was a" in said["swapped"]
+    )
     assert "data.sources.0.weight was 1.0, now 2.0" in said["weight"]
 
 
 def test_a_model_or_a_parent_is_known_by_its_content_and_not_its_path(told):
     root, said = told
     assert said["branch"] == said["grown"] == ""
-    assert "branch_from" in said["branch of another"] and "is not what this run branched off" in said["branch of another"]
+    assert (
+        "branch_from" in said["branch of another"]
+        and "is not what this run branched off" in said["branch of another"]
+    )
     assert "holds weights of SHA-256" in said["grown of another"]
     assert (root / "branch" / DONE).is_file() and (root / "grown" / DONE).is_file()
 
@@ -143,8 +163,15 @@ def restarts(world: World, *, folder: str) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         added = ("random_tokens", "shuffle_shards")
         for writer in (loop, run_folder):
-            patch.setattr(writer, "to_yaml", lambda run: "".join(
-                line for line in to_yaml(run).splitlines(keepends=True) if not any(key in line for key in added)))
+            patch.setattr(
+                writer,
+                "to_yaml",
+                lambda run: "".join(
+                    line
+                    for line in to_yaml(run).splitlines(keepends=True)
+                    if not any(key in line for key in added)
+                ),
+            )
         said["stops"] = start(world, root, "before", *old, stop_at=9)
     said["wider"] = start(world, root, "before", "data.shuffle_shards=9")
     said["used"] = start(world, root, "before", "objective.random_tokens=used")
@@ -155,16 +182,32 @@ def restarts(world: World, *, folder: str) -> dict[str, str]:
 
 def test_a_run_from_before_a_setting_goes_on_with_what_it_meant_then(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
-        write_source(tmp_path / name / "train", random_documents(90, seed=seed, longest=60), vocab_size=64)
+        write_source(
+            tmp_path / name / "train", random_documents(90, seed=seed, longest=60), vocab_size=64
+        )
         path = tmp_path / name / "train" / "tokenizer.json"
-        path.write_text(path.read_text().replace('"t9"', '"[unused9]"').replace('"t12"', '"[unused12]"'))
+        path.write_text(
+            path.read_text().replace('"t9"', '"[unused9]"').replace('"t12"', '"[unused12]"')
+        )
         card = json.loads((path.parent / "card.json").read_text())
-        (path.parent / "card.json").write_text(json.dumps({**card, "tokenizer_sha256": tokenizer_fingerprint(path)}))
+        (path.parent / "card.json").write_text(
+            json.dumps({**card, "tokenizer_sha256": tokenizer_fingerprint(path)})
+        )
     (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
     (said,) = run_ranks(restarts, 1, folder=str(tmp_path))
-    assert (said["whole"], said["stops"], said["before"], said["new"]) == ("", "stopped here", "", "")
-    assert "objective.random_tokens was all, now used" in said["used"] and "data.shuffle_shards was 8, now 9" in said["wider"]
-    before, whole, new = (read_jsonl(tmp_path / name / LEDGER) for name in ("before", "whole", "new"))
+    assert (said["whole"], said["stops"], said["before"], said["new"]) == (
+        "",
+        "stopped here",
+        "",
+        "",
+    )
+    assert (
+        "objective.random_tokens was all, now used" in said["used"]
+        and "data.shuffle_shards was 8, now 9" in said["wider"]
+    )
+    before, whole, new = (
+        read_jsonl(tmp_path / name / LEDGER) for name in ("before", "whole", "new")
+    )
     assert before == whole and new != whole, "the masks of a new run are others"
     assert "random_tokens: all" in (tmp_path / "before" / "run.yaml").read_text()
     assert "random_tokens: used" in (tmp_path / "new" / "run.yaml").read_text()

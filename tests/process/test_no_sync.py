@@ -25,12 +25,30 @@ from tests.helpers.packed import OnDevice, packed
 from tests.process.ranks import run_ranks
 from tests.process.tiny import mlm_objective
 
-CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-                          window_radius_tokens=6, attention_output_dropout=0.1)
+CONFIG = ModernBertConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    window_radius_tokens=6,
+    attention_output_dropout=0.1,
+)
 LENGTHS = [30, 1, 50, 12, 35]
 # what gives the host a number, or a tensor whose size only the device knows
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
-           "nonzero_numpy", "argwhere", "_to_host"}
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "nonzero_numpy",
+    "argwhere",
+    "_to_host",
+}
 
 
 class HostReads(TorchDispatchMode):
@@ -43,7 +61,9 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
-        by_mask = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in chosen)
+        by_mask = any(
+            isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in chosen
+        )
         counted = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
         if name in WAITING or by_mask or counted:
             self.found.append(name)
@@ -53,20 +73,30 @@ class HostReads(TorchDispatchMode):
 @contextlib.contextmanager
 def host_reads() -> Iterator[list[str]]:
     """Of the block; tolist, numpy and cpu are dispatched nowhere on a CPU, so they are watched by name. So are new_tensor and
-    torch.tensor: a number of the host's is copied from memory that is not pinned, for which CUDA waits."""
+    torch.tensor: a number of the host's is copied from memory that is not pinned, for which CUDA waits.
+    """
     with HostReads() as reads, contextlib.ExitStack() as patches:
-        for home, name in (*((torch.Tensor, n) for n in ("tolist", "numpy", "cpu", "new_tensor")), (torch, "tensor")):
+        for home, name in (
+            *((torch.Tensor, n) for n in ("tolist", "numpy", "cpu", "new_tensor")),
+            (torch, "tensor"),
+        ):
             plain = getattr(home, name)
+
             def watched(*args, _name=name, _plain=plain, **named):
                 reads.found.append(_name)
                 return _plain(*args, **named)
+
             patches.enter_context(mock.patch.object(home, name, watched))
         yield reads.found
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"))
+    monkeypatch.setattr(
+        modernbert,
+        "choose_backend",
+        lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
+    )
 
 
 def batch(seed: int = 0):
@@ -75,9 +105,21 @@ def batch(seed: int = 0):
 
 def test_what_waits_is_seen():
     x = torch.arange(4.0)
-    for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0), lambda: x[x > 1], lambda: x.tolist(),
-                 lambda: x.numpy(), lambda: float(x[0]), lambda: torch.equal(x, x), lambda: x.masked_select(x > 1), lambda: x.cpu(),
-                 lambda: x.repeat_interleave(x.long()), lambda: x.new_tensor([1.0]), lambda: torch.tensor(1.0)):
+    for wait in (
+        lambda: x.sum().item(),
+        lambda: x.nonzero(),
+        lambda: bool(x[0] > 0),
+        lambda: x[x > 1],
+        lambda: x.tolist(),
+        lambda: x.numpy(),
+        lambda: float(x[0]),
+        lambda: torch.equal(x, x),
+        lambda: x.masked_select(x > 1),
+        lambda: x.cpu(),
+        lambda: x.repeat_interleave(x.long()),
+        lambda: x.new_tensor([1.0]),
+        lambda: torch.tensor(1.0),
+    ):
         with host_reads() as found:
             wait()
         assert found
@@ -123,15 +165,29 @@ def test_an_update_of_whole_tensors_asks_nothing_and_brings_no_number_to_the_dev
 
 def reads_of_steps(world: World, *, stage: int) -> list[list[str]]:
     """What steps of 1, 1 and 5 micro-batches read, the update included."""
-    with mock.patch.object(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel")):
-        engine = start_engine(ModernBertForMaskedLM(CONFIG), objective=mlm_objective(CONFIG.vocab_size),
-                              config=EngineConfig(zero_stage=stage, precision="fp32"), optimizer=StableAdamWConfig(),
-                              world=world, device=torch.device("cpu"))
+    with mock.patch.object(
+        modernbert,
+        "choose_backend",
+        lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
+    ):
+        engine = start_engine(
+            ModernBertForMaskedLM(CONFIG),
+            objective=mlm_objective(CONFIG.vocab_size),
+            config=EngineConfig(zero_stage=stage, precision="fp32"),
+            optimizer=StableAdamWConfig(),
+            world=world,
+            device=torch.device("cpu"),
+        )
         counts = []
         for batches in (1, 1, 5):
             some = [batch(i) for i in range(batches)]
             with host_reads() as found:
-                engine.step(some, counts={"mlm": world.size * sum(b.counts["mlm"] for b in some)}, lr=1e-3, max_lr=1e-3)
+                engine.step(
+                    some,
+                    counts={"mlm": world.size * sum(b.counts["mlm"] for b in some)},
+                    lr=1e-3,
+                    max_lr=1e-3,
+                )
             counts.append(found)
     return counts
 
@@ -147,12 +203,21 @@ def test_a_step_of_five_micro_batches_reads_as_often_as_a_step_of_one(stage):
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled layers"])
 def test_no_wait_for_the_device_in_three_micro_steps_on_cuda(compiled):
     """Copies to the device included: their memory is pinned, as the loader's is."""
-    model = ModernBertForMaskedLM(ModernBertConfig(vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=4,
-                                                   num_attention_heads=2)).cuda()
+    model = ModernBertForMaskedLM(
+        ModernBertConfig(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+        )
+    ).cuda()
     if compiled:
         model.compile_blocks_()
     # as in training: above 3,072 tokens torch's embedding has another backward, above 2,048 positions the loss has pieces
-    pinned = [_pinned(packed([3000, 1, 1400, 67], vocab=512, seed=i, predict=3000)) for i in range(4)]
+    pinned = [
+        _pinned(packed([3000, 1, 1400, 67], vocab=512, seed=i, predict=3000)) for i in range(4)
+    ]
 
     def micro_step(one):
         with torch.autocast("cuda", torch.bfloat16):

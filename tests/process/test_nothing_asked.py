@@ -57,7 +57,12 @@ def start(world: World, folder: str, out: str, stage: int, *, stop_at: int = 0) 
         patch.setattr(Loader, "next_step", next_step)
         patch.setattr(Engine, "step", watched)
         try:
-            pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={stage}"]), world)
+            pretrain(
+                read_run(
+                    f"{folder}/run.yaml", [f"out={folder}/{out}", f"engine.zero_stage={stage}"]
+                ),
+                world,
+            )
         except UserError as error:
             return [str(error), engines[-1].optimizer_steps]
     return ["", engines[-1].optimizer_steps]
@@ -68,14 +73,20 @@ def on_two_ranks(world: World, *, folder: str) -> list:
 
 
 def on_one_rank(world: World, *, folder: str) -> list:
-    return [start(world, folder, "one", 1), start(world, folder, "stopped", 1, stop_at=12), start(world, folder, "stopped", 1)]
+    return [
+        start(world, folder, "one", 1),
+        start(world, folder, "stopped", 1, stop_at=12),
+        start(world, folder, "stopped", 1),
+    ]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, list]:
     root = tmp_path_factory.mktemp("seldom")
     write_source(root / "a", random_documents(90, seed=1, longest=8), vocab_size=64)
-    write_source(root / "h", random_documents(9, seed=2, longest=8), vocab_size=64, split="held_out")
+    write_source(
+        root / "h", random_documents(9, seed=2, longest=8), vocab_size=64, split="held_out"
+    )
     (root / "run.yaml").write_text(RUN.format(root=root))
     two, other = run_ranks(on_two_ranks, 2, folder=str(root))
     assert two == other
@@ -90,8 +101,12 @@ def test_a_step_that_asks_nothing_moves_nothing_and_the_run_goes_on(runs):
     assert 3 <= len(silent) < len(lines) - 3 and not any("fault" in line for line in lines)
     assert verify_ledger(root / "one") == len(lines)
     assert [error for error, _ in said] == ["", "", "", "", "", "stopped here", ""]
-    assert all(count == len(lines) - len(silent) for count in (said[i][1] for i in (0, 1, 2, 3, 4, 6))), "its counter stands still"
-    assert [e["step"] for e in read_jsonl(root / "one" / EVENTS) if e["event"] == "nothing_asked"] == silent
+    assert all(
+        count == len(lines) - len(silent) for count in (said[i][1] for i in (0, 1, 2, 3, 4, 6))
+    ), "its counter stands still"
+    assert [
+        e["step"] for e in read_jsonl(root / "one" / EVENTS) if e["event"] == "nothing_asked"
+    ] == silent
 
 
 def test_steps_that_ask_nothing_are_the_same_on_any_ranks_and_stages(runs):
@@ -125,7 +140,9 @@ def lose_all(world: World, *, folder: str) -> str:
 
 def test_a_mixture_whose_every_shard_is_damaged_stops_and_does_not_hang(tmp_path):
     write_source(tmp_path / "a", random_documents(90, seed=1, longest=8), vocab_size=64)
-    write_source(tmp_path / "h", random_documents(9, seed=2, longest=8), vocab_size=64, split="held_out")
+    write_source(
+        tmp_path / "h", random_documents(9, seed=2, longest=8), vocab_size=64, split="held_out"
+    )
     (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
     assert (tmp_path / "a" / CARD).is_file() and not (tmp_path / "a" / "shard.00001.mds").exists()
     (said,) = run_ranks(lose_all, 1, timeout_seconds=120, folder=str(tmp_path))

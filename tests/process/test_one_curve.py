@@ -37,8 +37,15 @@ checkpoints: {{every_tokens: 1K, keep_last: 9}}
 loader: {{workers: 0}}
 """
 # (name, rows of a micro-batch, ZeRO stage, precision); 8 rows a step, 7 at the end: 4 micro-batches of 2 on one rank
-CASES = [("fp64", 2, 0, "fp64"), ("fp64_half", 1, 0, "fp64"), ("zero0", 2, 0, "fp32"), ("zero1", 2, 1, "fp32"),
-         ("zero1_half", 1, 1, "fp32"), ("zero2", 2, 2, "fp32"), ("zero3", 2, 3, "fp32")]
+CASES = [
+    ("fp64", 2, 0, "fp64"),
+    ("fp64_half", 1, 0, "fp64"),
+    ("zero0", 2, 0, "fp32"),
+    ("zero1", 2, 1, "fp32"),
+    ("zero1_half", 1, 1, "fp32"),
+    ("zero2", 2, 2, "fp32"),
+    ("zero3", 2, 3, "fp32"),
+]
 SIZES = (1, 2, 3)
 
 
@@ -56,9 +63,18 @@ def folder(tmp_path_factory) -> Path:
 
 def train_cases(world: World, *, folder: str, cases: list) -> None:
     for name, rows, stage, precision in cases:
-        pretrain(read_run(f"{folder}/run.yaml", [
-            f"out={folder}/{name}-{world.size}", f"loader.micro_batch_rows={rows}", f"engine.zero_stage={stage}",
-            f"engine.precision={precision}"]), world)
+        pretrain(
+            read_run(
+                f"{folder}/run.yaml",
+                [
+                    f"out={folder}/{name}-{world.size}",
+                    f"loader.micro_batch_rows={rows}",
+                    f"engine.zero_stage={stage}",
+                    f"engine.precision={precision}",
+                ],
+            ),
+            world,
+        )
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -86,12 +102,16 @@ def test_fp64_stage_0_gives_the_same_parameters_to_1e_10(folder):
     one = weights(folder / "fp64-1")
     assert next(iter(one.values())).dtype == torch.float64
     for other in ("fp64-2", "fp64-3", "fp64_half-1", "fp64_half-2", "fp64_half-3"):
-        assert max(float((one[n] - t).abs().max()) for n, t in weights(folder / other).items()) < 1e-10, other
+        assert (
+            max(float((one[n] - t).abs().max()) for n, t in weights(folder / other).items()) < 1e-10
+        ), other
 
 
 def test_fp32_stages_0_to_3_give_the_same_parameters_to_1e_5(folder):
     one = weights(folder / "zero1-1")
-    for other in [f"{name}-{size}" for name, _, _, precision in CASES if precision == "fp32" for size in SIZES] + ["fp64-1"]:
+    for other in [
+        f"{name}-{size}" for name, _, _, precision in CASES if precision == "fp32" for size in SIZES
+    ] + ["fp64-1"]:
         assert distance(one, weights(folder / other)) < 1e-5, other
 
 
@@ -100,7 +120,7 @@ def test_a_run_cut_off_anywhere_resumes_on_other_ranks_and_another_stage(folder)
     cut = folder / "zero2-2"
     expected = weights(folder / "zero1-1")
     saves = sorted((cut / "checkpoints").glob("*/COMMITTED"))
-    for path in saves[1:]:                                    # as a kill after the first save leaves it
+    for path in saves[1:]:  # as a kill after the first save leaves it
         shutil.rmtree(path.parent)
     (cut / "done.json").unlink()
     lines = (cut / LEDGER).read_text().splitlines(keepends=True)
@@ -112,13 +132,18 @@ def test_a_run_cut_off_anywhere_resumes_on_other_ranks_and_another_stage(folder)
 
 def resume(world: World, *, folder: str) -> None:
     pretrain(
-        read_run(f"{folder}/run.yaml", [f"out={folder}/zero2-2", "loader.micro_batch_rows=3", "engine.zero_stage=0"]),
+        read_run(
+            f"{folder}/run.yaml",
+            [f"out={folder}/zero2-2", "loader.micro_batch_rows=3", "engine.zero_stage=0"],
+        ),
         world,
     )
 
 
 def test_the_end_of_a_phase_settles_the_save_that_is_due_with_it(folder):
-    steps = [e["step"] for e in read_jsonl(folder / "zero1-1" / EVENTS) if e["event"] == "checkpoint"]
+    steps = [
+        e["step"] for e in read_jsonl(folder / "zero1-1" / EVENTS) if e["event"] == "checkpoint"
+    ]
     phases = [m["phase"] for m in merged_metrics(folder / "zero1-1" / METRICS) if "loss" in m]
     end = phases.count("short")
     assert end in steps and end + 1 not in steps and len(steps) == len({*steps})

@@ -18,9 +18,18 @@ from tests.process.ranks import start_ranks, wait_for
 from tests.process.tiny import tiny_model
 from tests.reference.updates import slow_updates
 
-CASES = {ranks: [{"optimizer": name, "zero_stage": stage, "label": f"{name}-s{stage}x{ranks}"} for name in CONFIGS
-                 for stage in range(4)] for ranks in (1, 2, 3)}
-CASES[3] += [{"optimizer": "muon", "zero_stage": a, "then": b, "label": f"muon-s{a}x3->s{b}"} for a, b in ((1, 3), (3, 0))]
+CASES = {
+    ranks: [
+        {"optimizer": name, "zero_stage": stage, "label": f"{name}-s{stage}x{ranks}"}
+        for name in CONFIGS
+        for stage in range(4)
+    ]
+    for ranks in (1, 2, 3)
+}
+CASES[3] += [
+    {"optimizer": "muon", "zero_stage": a, "then": b, "label": f"muon-s{a}x3->s{b}"}
+    for a, b in ((1, 3), (3, 0))
+]
 LABELS = [case["label"] for cases in CASES.values() for case in cases]
 
 
@@ -33,9 +42,15 @@ def out() -> Path:
 
 @functools.lru_cache(None)
 def moved() -> dict:
-    launches = [start_ranks(optimizer_cases.updates, ranks, out=str(out()), settings=cases) for ranks, cases in CASES.items()]
-    return {label: [rank[label] for rank in results] for results in [wait_for(ranks, timeout_seconds=300.0) for ranks in launches]
-            for label in results[0]}
+    launches = [
+        start_ranks(optimizer_cases.updates, ranks, out=str(out()), settings=cases)
+        for ranks, cases in CASES.items()
+    ]
+    return {
+        label: [rank[label] for rank in results]
+        for results in [wait_for(ranks, timeout_seconds=300.0) for ranks in launches]
+        for label in results[0]
+    }
 
 
 @functools.lru_cache(None)
@@ -43,7 +58,14 @@ def truth(optimizer: str) -> dict[str, torch.Tensor]:
     model = tiny_model()
     start = {n: p.detach() for n, p in model.named_parameters()}
     grads = [{n: gradient(n, p.shape, step) for n, p in start.items()} for step in range(len(LRS))]
-    return slow_updates(start, grads, CONFIGS[optimizer], lrs=LRS, max_lr=MAX_LR, hidden_matrices=model.hidden_matrices())
+    return slow_updates(
+        start,
+        grads,
+        CONFIGS[optimizer],
+        lrs=LRS,
+        max_lr=MAX_LR,
+        hidden_matrices=model.hidden_matrices(),
+    )
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -59,6 +81,8 @@ def test_newton_schulz_ran_on_every_matrix_of_every_step_once_and_on_all_of_them
     """Two layers: query, key, value, Wo, both halves of Wi, Wo. Under ZeRO each matrix has one rank, and each rank some."""
     ranks, steps = moved()[label], 1 if "->" in label else len(LRS)
     for rank in ranks:
-        assert rank["all"] == steps * 14 * (len(ranks) if label.endswith("s0") or "-s0x" in label else 1)
+        assert rank["all"] == steps * 14 * (
+            len(ranks) if label.endswith("s0") or "-s0x" in label else 1
+        )
         assert rank["own"] > 0
         assert rank["kinds"] == ["exp_avg", "exp_avg_sq", "master", "momentum"]

@@ -57,7 +57,9 @@ def stands_still_in(world: World, *, folder: str, out: str, name: str) -> bool:
         return plain(*args, **kwargs)
 
     setattr(holder, method, stand_still)
-    return trains(world, folder=folder, out=out, overrides=[f"phases.{i}.tokens=2K" for i in range(3)])
+    return trains(
+        world, folder=folder, out=out, overrides=[f"phases.{i}.tokens=2K" for i in range(3)]
+    )
 
 
 def seconds_to_end(rank: Rank, *, most: float = 90.0) -> float:
@@ -81,7 +83,9 @@ STANDS = {
 
 @pytest.mark.parametrize("place", STANDS)
 def test_a_rank_whose_peer_is_killed_ends_within_ten_seconds(folder, place):
-    (zero, _), (one, _) = ranks = start_ranks(stands_still_in, 2, folder=str(folder), out=place, name=STANDS[place])
+    (zero, _), (one, _) = ranks = start_ranks(
+        stands_still_in, 2, folder=str(folder), out=place, name=STANDS[place]
+    )
     until = time.monotonic() + 120
     while not (folder / f"{place}.0").exists() and time.monotonic() < until and zero.poll() is None:
         time.sleep(0.02)
@@ -144,10 +148,20 @@ def test_a_peer_that_leaves_a_done_run_is_not_taken_for_gone(folder, tmp_path):
     settings = [f"out={folder}/done", *(f"phases.{i}.tokens=2K" for i in range(3))]
     assert pretrain(read_run(f"{folder}/run.yaml", settings), World()).done
     (tmp_path / "sitecustomize.py").write_text(SLOW_TO_IMPORT, encoding="utf-8")
-    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-             "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    ranks = [subprocess.Popen([sys.executable, ROOT / "launch" / "pretrain.py", folder / "run.yaml", *settings],
-                              env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    where = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "launch" / "pretrain.py", folder / "run.yaml", *settings],
+            env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
 
 
@@ -162,13 +176,20 @@ def test_sixty_kills_at_random_moments_leave_no_rank_behind(folder):
     waits = []
     for number in range(KILLS):
         out = f"random{number}"
-        tokens = "20K" if number % 3 == 2 else "400K"      # every third is near its end when it is hit
+        tokens = "20K" if number % 3 == 2 else "400K"  # every third is near its end when it is hit
         # a loader's process imports torch anew: most runs do without it, and so reach more of their life in the same time
-        overrides = [*(f"phases.{i}.tokens={tokens}" for i in range(3)), f"loader.workers={int(number % 6 == 1)}"]
+        overrides = [
+            *(f"phases.{i}.tokens={tokens}" for i in range(3)),
+            f"loader.workers={int(number % 6 == 1)}",
+        ]
         before = doors()
         ranks = start_ranks(trains, 2, folder=str(folder), out=out, overrides=overrides)
         until = time.monotonic() + 60
-        while len(doors() - before) < 2 and not (folder / out / EVENTS).exists() and time.monotonic() < until:
+        while (
+            len(doors() - before) < 2
+            and not (folder / out / EVENTS).exists()
+            and time.monotonic() < until
+        ):
             time.sleep(0.01)
         time.sleep(2 * LOOK_SECONDS)
         if number % 3:
@@ -184,6 +205,12 @@ def test_sixty_kills_at_random_moments_leave_no_rank_behind(folder):
         ranks[victim][0].kill()
         seconds = seconds_to_end(ranks[1 - victim][0])
         waits.append(seconds)
-        print(f"kill {number}: rank {victim}, {moment}; the other ended after {waits[-1]:.1f} s", flush=True)
-    print(f"{len(waits)} kills, at most {max(waits):.1f} s, median {sorted(waits)[len(waits) // 2]:.1f} s")
+        print(
+            f"kill {number}: rank {victim}, {moment}; the other ended after {waits[-1]:.1f} s",
+            flush=True,
+        )
+    print(
+        f"{len(waits)} kills, at most {max(waits):.1f} s, median"
+        f" {sorted(waits)[len(waits) // 2]:.1f} s"
+    )
     assert len(waits) >= KILLS * 5 // 6 and max(waits) < MOST_SECONDS

@@ -21,7 +21,9 @@ COMMAND = [sys.executable, "-m", "data_prep", "prepare"]
 
 
 def start(config: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen([*COMMAND, str(config), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*COMMAND, str(config), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def at_work(process: subprocess.Popen, out: Path) -> float:
@@ -56,7 +58,10 @@ def test_random_sigkills_of_prepare_end_byte_identical(tmp_path, kills):
             resumed += len(list(out.glob(".a.part/segments/0*"))) > 0
     assert run("prepare", config) == 0
     assert bytes_of(out) == whole
-    print(f"{killed} kills, {resumed} of them after the first finished segment; {finished + 1} runs ended")
+    print(
+        f"{killed} kills, {resumed} of them after the first finished segment; {finished + 1} runs"
+        " ended"
+    )
 
 
 def peak_memory(process: subprocess.Popen) -> int:
@@ -68,7 +73,9 @@ def peak_memory(process: subprocess.Popen) -> int:
         while process.poll() is None:
             try:
                 parent = psutil.Process(process.pid)
-                most = max(most, *(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]))
+                most = max(
+                    most, *(p.memory_info().rss for p in [parent, *parent.children(recursive=True)])
+                )
             except psutil.Error:
                 pass
             time.sleep(0.02)
@@ -80,8 +87,10 @@ def peak_memory(process: subprocess.Popen) -> int:
     return most
 
 
-@pytest.mark.parametrize("file_mb, line_mb, limit_mb", [
-    (40, 2, 200), pytest.param(5000, 50, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "file_mb, line_mb, limit_mb",
+    [(40, 2, 200), pytest.param(5000, 50, 1000, marks=pytest.mark.slow)],
+)
 def test_memory_is_bounded_whatever_the_size_of_the_file(tmp_path, file_mb, line_mb, limit_mb):
     """The small case has shards of 4 MiB, so that a segment is 16 MiB as the large one's is 256."""
     line = (json.dumps({"text": " ".join(texts(50, longest=200))}) + "\n").encode()

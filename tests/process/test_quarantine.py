@@ -33,7 +33,12 @@ def damage(shard: Path, sample: int) -> None:
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("quarantine")
     for name, seed in (("a", 1), ("b", 2), ("held", 3)):
-        write_source(root / name, random_documents(100, seed=seed, longest=60), vocab_size=64, shard_bytes=1 << 11)
+        write_source(
+            root / name,
+            random_documents(100, seed=seed, longest=60),
+            vocab_size=64,
+            shard_bytes=1 << 11,
+        )
     shutil.copy(root / "b" / BAD, root / "whole.mds")
     damage(root / "b" / BAD, SAMPLE)
     (root / "run.yaml").write_text(RUN.format(root=root))
@@ -43,7 +48,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_of(folder: str, out: str, *more: str):
-    return read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", "phases.0.tokens=12K", "loader.on_bad_shard=quarantine", *more])
+    return read_run(
+        f"{folder}/run.yaml",
+        [f"out={folder}/{out}", "phases.0.tokens=12K", "loader.on_bad_shard=quarantine", *more],
+    )
 
 
 def on_one_rank(world: World, *, folder: str) -> bool:
@@ -58,7 +66,9 @@ def on_one_rank(world: World, *, folder: str) -> bool:
     for path in sorted((root / "again" / CHECKPOINTS).iterdir()):
         steps[path] = json.loads((path / "progress.json").read_text())
     before = [p for p, s in steps.items() if s["progress"]["step"] < lost["from_step"]]
-    assert [s["extra"]["quarantine"] for s in steps.values()] == [[]] * len(before) + [[lost]] * (len(steps) - len(before))
+    assert [s["extra"]["quarantine"] for s in steps.values()] == [[]] * len(before) + [[lost]] * (
+        len(steps) - len(before)
+    )
     for path in steps:
         if path not in before[:1]:
             shutil.rmtree(path)
@@ -69,31 +79,58 @@ def on_one_rank(world: World, *, folder: str) -> bool:
     first = root / "b" / "shard.00000.mds"
     shutil.copy(first, root / "first.mds")
     damage(first, 0)
-    with pytest.raises(ShardError, match=r"2 damaged shards with \d+\.\d% of the tokens of source b; at most 5% are left out"):
+    with pytest.raises(
+        ShardError,
+        match=r"2 damaged shards with \d+\.\d% of the tokens of source b; at most 5% are left out",
+    ):
         pretrain(run_of(folder, "much"), world)
     shutil.copy(root / "first.mds", first)
     return True
 
 
 def on_two_ranks(world: World, *, folder: str) -> bool:
-    return pretrain(run_of(folder, "two", "loader.workers=1", "loader.micro_batch_rows=2", f"data.sources.0.cache={folder}/cache",
-                           "data.sources.0.cache_bytes=5000", "loader.prefetch_windows=2"), world).done
+    return pretrain(
+        run_of(
+            folder,
+            "two",
+            "loader.workers=1",
+            "loader.micro_batch_rows=2",
+            f"data.sources.0.cache={folder}/cache",
+            "data.sources.0.cache_bytes=5000",
+            "loader.prefetch_windows=2",
+        ),
+        world,
+    ).done
 
 
 def test_all_ranks_leave_a_damaged_shard_out_from_the_same_step_on(folder):
-    one, two = (json.loads((folder / out / "quarantine.json").read_text()) for out in ("one", "two"))
+    one, two = (
+        json.loads((folder / out / "quarantine.json").read_text()) for out in ("one", "two")
+    )
     (lost,) = one
-    assert one == two and (lost["source"], lost["shard"], lost["file"]) == ("b", 1, BAD) and lost["from_step"] > 2
+    assert (
+        one == two
+        and (lost["source"], lost["shard"], lost["file"]) == ("b", 1, BAD)
+        and lost["from_step"] > 2
+    )
     assert f"{BAD} sample {SAMPLE} is damaged" in lost["reason"]
     assert read_jsonl(folder / "one" / LEDGER) == read_jsonl(folder / "two" / LEDGER)
-    assert list((folder / "cache/shards").glob("*.mds")), "which read one of its sources through a cache"
+    assert list((folder / "cache/shards").glob("*.mds")), (
+        "which read one of its sources through a cache"
+    )
 
 
 def test_the_loss_is_an_event_with_its_documents_and_tokens(folder):
     (event,) = [e for e in read_jsonl(folder / "two" / EVENTS) if e["event"] == "quarantine"]
-    lengths, index = (np.fromfile(folder / "b/lengths.bin", "<u2"), json.loads((folder / "b/index.json").read_text()))
+    lengths, index = (
+        np.fromfile(folder / "b/lengths.bin", "<u2"),
+        json.loads((folder / "b/index.json").read_text()),
+    )
     first, count = (index["shards"][n]["samples"] for n in (0, 1))
-    assert (event["documents"], event["tokens"]) == (count, int(lengths[first:first + count].sum()))
+    assert (event["documents"], event["tokens"]) == (
+        count,
+        int(lengths[first : first + count].sum()),
+    )
 
 
 def test_a_run_that_goes_on_from_before_the_loss_leaves_it_out_from_the_same_step_on(folder):

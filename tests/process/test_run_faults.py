@@ -40,16 +40,21 @@ def all_cases(world: World, *, folder: str) -> bool:
     cut = Path(folder) / "cut"
     shutil.copytree(Path(folder) / "whole", cut)
     (cut / "done.json").unlink()
-    (cut / "run.yaml").unlink()                       # as when only the checkpoints were copied
+    (cut / "run.yaml").unlink()  # as when only the checkpoints were copied
     shutil.rmtree(cut / "incarnations")
     for path in sorted((cut / "checkpoints").iterdir())[1:]:
         shutil.rmtree(path)
     with pytest.raises(CheckpointError, match="phases.1.lr.peak was 0.005, now 0.5"):
         pretrain(read_run(file, settings(folder, "cut", "phases.1.lr.peak=0.5")), world)
     # another precision and another attention may go on: the fixed batch's loss differs by rounding only
-    assert pretrain(read_run(file, settings(folder, "cut", "engine.precision=autocast", "attention=sdpa")), world).done
+    assert pretrain(
+        read_run(file, settings(folder, "cut", "engine.precision=autocast", "attention=sdpa")),
+        world,
+    ).done
     newest = max((cut / "checkpoints").iterdir(), key=lambda p: p.stat().st_mtime)
-    assert newest.name.endswith("-i0002"), "the checkpoint's own number counts where the claims were lost"
+    assert newest.name.endswith("-i0002"), (
+        "the checkpoint's own number counts where the claims were lost"
+    )
     return True
 
 
@@ -94,6 +99,7 @@ def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path):
 
 def test_a_second_start_is_refused_while_the_first_trains(folder):
     from encoder.train.start import lock_folder
+
     (folder / "locked").mkdir()
     with lock_folder(folder / "locked"):
         with pytest.raises(CheckpointError, match="another start of this run is training"):
@@ -103,10 +109,15 @@ def test_a_second_start_is_refused_while_the_first_trains(folder):
 
 def test_only_a_later_start_of_the_same_job_passes_by_one_that_still_lives(folder):
     from encoder.train.start import lock_folder
+
     (folder / "job").mkdir()
     with lock_folder(folder / "job", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}):
         lock_folder(folder / "job", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}).close()
-        for env in ({}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2"}, {"SLURM_JOB_ID": "7"},
-                    {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}):
+        for env in (
+            {},
+            {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2"},
+            {"SLURM_JOB_ID": "7"},
+            {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
+        ):
             with pytest.raises(CheckpointError, match="another start of this run is training"):
                 lock_folder(folder / "job", env)

@@ -1,7 +1,7 @@
 """A loss of two terms whose counts differ wildly between ranks gives one curve: each term has its own denominator.
 
-    masked tokens   0 to 7 in a row, and another number in each
-    rare            one in row 0 of a step, none in the others: with 2 or 3 ranks one rank has all of them; none at all in step 2
+masked tokens   0 to 7 in a row, and another number in each
+rare            one in row 0 of a step, none in the others: with 2 or 3 ranks one rank has all of them; none at all in step 2
 """
 
 from __future__ import annotations
@@ -48,8 +48,16 @@ class TwoTerms(MaskedLanguageModel):
         row = super().mask(ids, generator, lengths=lengths, phase_tokens=phase_tokens)
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         rare = [start for start, length in zip(starts, lengths) if length % 8 == 0]
-        return dataclasses.replace(row, targets={**row.targets, "rare": RowTargets(
-            torch.tensor(rare, dtype=torch.int64).numpy(), torch.tensor([3 + s % 2 for s in rare], dtype=torch.int64).numpy())})
+        return dataclasses.replace(
+            row,
+            targets={
+                **row.targets,
+                "rare": RowTargets(
+                    torch.tensor(rare, dtype=torch.int64).numpy(),
+                    torch.tensor([3 + s % 2 for s in rare], dtype=torch.int64).numpy(),
+                ),
+            },
+        )
 
     def loss(self, model, batch: TokenBatch) -> dict[str, LossTerm]:
         targets = batch.targets["rare"]
@@ -71,13 +79,26 @@ class TwoTermsConfig(MlmConfig):
 
     def build(self, facts) -> TwoTerms:
         ids = facts.specials
-        return TwoTerms(self, vocab_size=facts.vocab_size, mask_id=ids.mask_id, pad_id=ids.pad_id, special_ids=ids.all_special,
-                        share=facts.share, unused=facts.unused_ids)
+        return TwoTerms(
+            self,
+            vocab_size=facts.vocab_size,
+            mask_id=ids.mask_id,
+            pad_id=ids.pad_id,
+            special_ids=ids.all_special,
+            share=facts.share,
+            unused=facts.unused_ids,
+        )
 
 
 def objective() -> TwoTerms:
     last = range(tiny.VOCAB - 4, tiny.VOCAB)
-    return TwoTerms(TwoTermsConfig(), vocab_size=tiny.VOCAB, mask_id=last[3], pad_id=last[2], special_ids=tuple(last))
+    return TwoTerms(
+        TwoTermsConfig(),
+        vocab_size=tiny.VOCAB,
+        mask_id=last[3],
+        pad_id=last[2],
+        special_ids=tuple(last),
+    )
 
 
 def rare_in(step: int, row: int) -> int:
@@ -99,7 +120,7 @@ def micro_batch(step: int, rows: list[int]) -> TokenBatch:
 
 def share_of_step(step: int, world: World, rows: int) -> list[TokenBatch]:
     mine = [world.rank + world.size * i for i in range(-(-tiny.ROWS // world.size))]
-    return [micro_batch(step, mine[i:i + rows]) for i in range(0, len(mine), rows)]
+    return [micro_batch(step, mine[i : i + rows]) for i in range(0, len(mine), rows)]
 
 
 def curves(world: World, *, out: str, settings: list[dict[str, Any]]) -> None:
@@ -107,15 +128,27 @@ def curves(world: World, *, out: str, settings: list[dict[str, Any]]) -> None:
     for s in settings:
         with torch.device("meta" if s["zero_stage"] == 3 else "cpu"):
             model = tiny.tiny_model()
-        config = EngineConfig(zero_stage=s["zero_stage"], precision=s["precision"], **s.get("memory", {}))
-        engine = start_engine(model, objective=objective(), config=config, optimizer=CONFIG, world=world,
-                              device=torch.device("cpu"))
+        config = EngineConfig(
+            zero_stage=s["zero_stage"], precision=s["precision"], **s.get("memory", {})
+        )
+        engine = start_engine(
+            model,
+            objective=objective(),
+            config=config,
+            optimizer=CONFIG,
+            world=world,
+            device=torch.device("cpu"),
+        )
         if s.get("mean_of_means"):
             take_means_of_means(engine, micro_batches=-(-tiny.ROWS // world.size) // s["rows"])
         for step in range(STEPS):
-            result = engine.step(share_of_step(step, world, s["rows"]), counts=counts_of(step), lr=4e-3, max_lr=1e-2)
+            result = engine.step(
+                share_of_step(step, world, s["rows"]), counts=counts_of(step), lr=4e-3, max_lr=1e-2
+            )
             assert result.applied and [*result.means] == ["mlm", "rare"]
-            expected = result.means["mlm"] + (WEIGHT * result.means["rare"] if counts_of(step)["rare"] else 0.0)
+            expected = result.means["mlm"] + (
+                WEIGHT * result.means["rare"] if counts_of(step)["rare"] else 0.0
+            )
             assert result.loss == pytest.approx(expected, rel=1e-12)
         keep_weights(engine, Path(out) / f"{s['label']}.safetensors")
 
@@ -131,8 +164,12 @@ def take_means_of_means(engine: Engine, *, micro_batches: int) -> None:
 
     def mean(_module: Any, _inputs: Any, loss: dict[str, LossTerm]) -> dict[str, LossTerm]:
         parts = micro_batches * engine.world.size
-        return {name: term._replace(total=term.total * (counts[name] / (max(int(term.count), 1) * parts)))
-                for name, term in loss.items()}
+        return {
+            name: term._replace(
+                total=term.total * (counts[name] / (max(int(term.count), 1) * parts))
+            )
+            for name, term in loss.items()
+        }
 
     engine.step = step
     engine.module.register_forward_hook(mean)
@@ -142,13 +179,17 @@ def plain_loop(out: Path) -> None:
     """The truth without an engine: all rows in one forward, autograd, whole tensors, fp64."""
     model = tiny.tiny_model().double()
     named = dict(model.named_parameters())
-    groups = [{"params": [p for p in named.values() if p.ndim > 1]},
-              {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in named.values() if p.ndim > 1]},
+        {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = StableAdamW(groups, CONFIG)
     for step in range(STEPS):
         terms = objective().loss(model, micro_batch(step, [*range(tiny.ROWS)]))
         counts = counts_of(step)
-        total = sum(term.weight * term.total / counts[name] for name, term in terms.items() if counts[name])
+        total = sum(
+            term.weight * term.total / counts[name] for name, term in terms.items() if counts[name]
+        )
         total.backward()
         for group in optimizer.param_groups:
             group.update(lr=4e-3, max_lr=1e-2)
@@ -157,9 +198,15 @@ def plain_loop(out: Path) -> None:
     save_file({n: p.detach() for n, p in named.items()}, out / "plain.safetensors")
 
 
-RANKS = {1: 4, 2: 2, 3: 1}      # rows of a micro-batch, by the number of ranks
-CASES = [("fp64", 0, {}), ("fp32", 0, {}), ("fp32", 1, {}), ("fp32", 2, {}), ("fp32", 3, {}),
-         ("fp32", 1, {"graphs": "micro_step"})]
+RANKS = {1: 4, 2: 2, 3: 1}  # rows of a micro-batch, by the number of ranks
+CASES = [
+    ("fp64", 0, {}),
+    ("fp32", 0, {}),
+    ("fp32", 1, {}),
+    ("fp32", 2, {}),
+    ("fp32", 3, {}),
+    ("fp32", 1, {"graphs": "micro_step"}),
+]
 
 
 def label_of(precision: str, stage: int, memory: dict[str, str], ranks: int) -> str:
@@ -171,10 +218,26 @@ def out() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="two-terms-"))
     plain_loop(folder)
     for ranks, rows in RANKS.items():
-        settings = [{"label": label_of(*case, ranks), "precision": case[0], "zero_stage": case[1], "memory": case[2], "rows": rows}
-                    for case in CASES]
+        settings = [
+            {
+                "label": label_of(*case, ranks),
+                "precision": case[0],
+                "zero_stage": case[1],
+                "memory": case[2],
+                "rows": rows,
+            }
+            for case in CASES
+        ]
         if ranks == 2:
-            settings.append({"label": "means", "precision": "fp64", "zero_stage": 0, "rows": rows, "mean_of_means": True})
+            settings.append(
+                {
+                    "label": "means",
+                    "precision": "fp64",
+                    "zero_stage": 0,
+                    "rows": rows,
+                    "mean_of_means": True,
+                }
+            )
         run_ranks(curves, ranks, out=str(folder), settings=settings)
     return folder
 
@@ -197,26 +260,44 @@ def test_a_mean_of_means_is_another_curve(out):
 
 def trained(world: World, *, folder: str, out: str) -> None:
     OBJECTIVES["two"] = TwoTermsConfig
-    pretrain(read_run(f"{folder}/run.yaml", [f"out={folder}/{out}", "engine.precision=fp64", "engine.zero_stage=0",
-                                             "objective.name=two"]), world)
+    pretrain(
+        read_run(
+            f"{folder}/run.yaml",
+            [
+                f"out={folder}/{out}",
+                "engine.precision=fp64",
+                "engine.zero_stage=0",
+                "objective.name=two",
+            ],
+        ),
+        world,
+    )
 
 
 def test_two_terms_go_through_the_loop_on_one_and_two_ranks(tmp_path):
     """Ledger, metrics, held-out losses and checkpoints have both terms."""
     for number, (name, longest) in enumerate((("a", 60), ("b", 30), ("held", 60))):
-        write_source(tmp_path / name, random_documents(60, seed=number, longest=longest), vocab_size=64)
+        write_source(
+            tmp_path / name, random_documents(60, seed=number, longest=longest), vocab_size=64
+        )
     (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
     for ranks in (1, 2):
         run_ranks(trained, ranks, folder=str(tmp_path), out=f"r{ranks}")
     one, two = (read_jsonl(tmp_path / f"r{ranks}" / LEDGER) for ranks in (1, 2))
     assert one == two and any(line["other_targets"]["rare"] for line in one)
     follow_chain(one, tmp_path / "r1" / LEDGER)
-    edited = [{**line, "other_targets": {"rare": 99}} if i == 3 else line for i, line in enumerate(one)]
+    edited = [
+        {**line, "other_targets": {"rare": 99}} if i == 3 else line for i, line in enumerate(one)
+    ]
     with pytest.raises(Exception, match="chain breaks"):
         follow_chain(edited, tmp_path / "r1" / LEDGER)
     metrics = merged_metrics(tmp_path / "r1" / METRICS)
     steps = [m for m in metrics if m.get("loss_rare") is not None]
-    assert steps and all(m["loss"] == pytest.approx(m["loss_mlm"] + WEIGHT * m["loss_rare"], rel=1e-9) for m in steps)
+    assert steps and all(
+        m["loss"] == pytest.approx(m["loss_mlm"] + WEIGHT * m["loss_rare"], rel=1e-9) for m in steps
+    )
     assert any("held_out_loss_rare" in m and "held_out_loss" in m for m in metrics)
-    weights = [read_weights(newest_checkpoint(tmp_path / f"r{ranks}" / "checkpoints")) for ranks in (1, 2)]
+    weights = [
+        read_weights(newest_checkpoint(tmp_path / f"r{ranks}" / "checkpoints")) for ranks in (1, 2)
+    ]
     assert max(float((weights[0][n] - t).abs().max()) for n, t in weights[1].items()) < 1e-10

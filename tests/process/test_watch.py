@@ -65,14 +65,21 @@ def test_a_hang_is_ended_by_every_rank_with_its_step_and_the_stacks_of_all_threa
     said = ended(hangs, tmp_path / "run", within_seconds=10)
     assert said.count("exit code 3") == 2
     (error,) = (tmp_path / "run" / ERRORS).iterdir()
-    assert " hangs: nothing has moved for " in error.read_text() and "in step 3." in error.read_text()
+    assert (
+        " hangs: nothing has moved for " in error.read_text() and "in step 3." in error.read_text()
+    )
     stacks = (tmp_path / "run" / HANGS / "rank00001.txt").read_text()
-    assert "rank 1 hangs: nothing has moved for 2 s, in step 3." in stacks or "for 3 s, in step 3" in stacks
+    assert (
+        "rank 1 hangs: nothing has moved for 2 s, in step 3." in stacks
+        or "for 3 s, in step 3" in stacks
+    )
     assert "in stands_still" in stacks and stacks.count("hread 0x") >= 2
     assert "sum_over_ranks" in (tmp_path / "run" / HANGS / "rank00000.txt").read_text()
 
 
-def test_a_rank_that_hangs_and_loses_another_that_does_ends_as_one_that_hangs(tmp_path, monkeypatch):
+def test_a_rank_that_hangs_and_loses_another_that_does_ends_as_one_that_hangs(
+    tmp_path, monkeypatch
+):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     with pytest.raises(ConnectionError), Watchdog(tmp_path, World(), hang_minutes=None) as watch:

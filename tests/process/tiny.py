@@ -17,14 +17,30 @@ from encoder.engine.engine import Engine
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig
 
-ROWS, ROW_TOKENS, VOCAB = 8, 24, 61      # 61: the decoder's bias has an odd number of elements
-SIZE = ModernBertConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                        global_attn_every_n_layers=2, window_radius_tokens=3, max_position_embeddings=64)
+ROWS, ROW_TOKENS, VOCAB = 8, 24, 61  # 61: the decoder's bias has an odd number of elements
+SIZE = ModernBertConfig(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    global_attn_every_n_layers=2,
+    window_radius_tokens=3,
+    max_position_embeddings=64,
+)
 
 
 # a parameter of every kind there is: untied, biases, learned positions, segments
-ALL_KINDS = dataclasses.replace(SIZE, tie_word_embeddings=False, positions="learned", type_vocab_size=2, attention_bias=True,
-                                mlp_bias=True, head_bias=True, norm_bias=True)
+ALL_KINDS = dataclasses.replace(
+    SIZE,
+    tie_word_embeddings=False,
+    positions="learned",
+    type_vocab_size=2,
+    attention_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+    norm_bias=True,
+)
 
 
 def tiny_model(*, size: ModernBertConfig = SIZE, seed: int = 5) -> ModernBertForMaskedLM:
@@ -32,7 +48,10 @@ def tiny_model(*, size: ModernBertConfig = SIZE, seed: int = 5) -> ModernBertFor
     return ModernBertForMaskedLM(size, attention="sdpa", seed=seed)
 
 
-NOTHING_ASKED = {2: 2, 4: 3}      # in these steps every second, every third row: a rank of two, of three, predicts nothing
+NOTHING_ASKED = {
+    2: 2,
+    4: 3,
+}  # in these steps every second, every third row: a rank of two, of three, predicts nothing
 
 
 def masked_in(step: int, row: int) -> int:
@@ -53,7 +72,9 @@ def counts_of(step: int) -> dict[str, int]:
 def mlm_objective(vocab_size: int = VOCAB) -> MaskedLanguageModel:
     """Plain masked language modelling; special ids are the last four."""
     last = range(vocab_size - 4, vocab_size)
-    return MaskedLanguageModel(MlmConfig(), vocab_size=vocab_size, mask_id=last[3], pad_id=last[2], special_ids=tuple(last))
+    return MaskedLanguageModel(
+        MlmConfig(), vocab_size=vocab_size, mask_id=last[3], pad_id=last[2], special_ids=tuple(last)
+    )
 
 
 def micro_batch(step: int, rows: list[int]) -> TokenBatch:
@@ -69,22 +90,48 @@ def micro_batch(step: int, rows: list[int]) -> TokenBatch:
         ends += [ends[-1] + 10, ends[-1] + ROW_TOKENS]
     lengths = np.diff(ends)
     return TokenBatch(
-        ids_T=torch.from_numpy(np.concatenate(ids)), cu_seqlens_S1=torch.tensor(ends, dtype=torch.int32),
-        positions_T=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).int(), max_seqlen=int(lengths.max()),
-        targets={"mlm": Targets(index_M=torch.tensor(index), value_M=torch.tensor(targets),
-                                count=sum(masked_in(step, row) for row in rows))},
-        token_key_T=torch.from_numpy(np.concatenate(keys)), tokens=len(rows) * ROW_TOKENS)
+        ids_T=torch.from_numpy(np.concatenate(ids)),
+        cu_seqlens_S1=torch.tensor(ends, dtype=torch.int32),
+        positions_T=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).int(),
+        max_seqlen=int(lengths.max()),
+        targets={
+            "mlm": Targets(
+                index_M=torch.tensor(index),
+                value_M=torch.tensor(targets),
+                count=sum(masked_in(step, row) for row in rows),
+            )
+        },
+        token_key_T=torch.from_numpy(np.concatenate(keys)),
+        tokens=len(rows) * ROW_TOKENS,
+    )
 
 
-def share_of_step(step: int, *, rank: int, world_size: int, micro_batch_rows: int) -> list[TokenBatch]:
+def share_of_step(
+    step: int, *, rank: int, world_size: int, micro_batch_rows: int
+) -> list[TokenBatch]:
     """Row r goes to rank r mod world, rows that ask nothing to those left short, then micro-batches of some rows."""
     mine = [rank + world_size * i for i in range(-(-ROWS // world_size))]
-    return [micro_batch(step, mine[i:i + micro_batch_rows]) for i in range(0, len(mine), micro_batch_rows)]
+    return [
+        micro_batch(step, mine[i : i + micro_batch_rows])
+        for i in range(0, len(mine), micro_batch_rows)
+    ]
 
 
-def save_checkpoint(root: Path, *, engine: Engine, progress: Progress, incarnation: int, keep_last: int, run_yaml: str = "",
-                    extra: dict[str, Any] | None = None, milestone: str | None = None) -> Path:
+def save_checkpoint(
+    root: Path,
+    *,
+    engine: Engine,
+    progress: Progress,
+    incarnation: int,
+    keep_last: int,
+    run_yaml: str = "",
+    extra: dict[str, Any] | None = None,
+    milestone: str | None = None,
+) -> Path:
     """One save, waited for."""
     saver = Saver(root, engine=engine, incarnation=incarnation, keep_last=keep_last)
-    saved = saver.start(progress, run_yaml=run_yaml, extra=extra or {}, milestone=milestone) or saver.wait()
+    saved = (
+        saver.start(progress, run_yaml=run_yaml, extra=extra or {}, milestone=milestone)
+        or saver.wait()
+    )
     return saved.path

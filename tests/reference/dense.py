@@ -10,7 +10,9 @@ from torch import Tensor
 from encoder.base.batch import IGNORE
 
 
-def dense_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, lengths: list[int], radius: int | None) -> Tensor:
+def dense_attention(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, lengths: list[int], radius: int | None
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with every pair of tokens written out: same document, and |i - j| <= radius if given."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(document))
@@ -21,8 +23,14 @@ def dense_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, lengths: lis
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -math.inf).softmax(-1), v_THD)
 
 
-def whole_vocabulary_loss(h_MC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_M: Tensor, *,
-                          z_loss_weight: float = 0.0) -> Tensor:
+def whole_vocabulary_loss(
+    h_MC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    target_M: Tensor,
+    *,
+    z_loss_weight: float = 0.0,
+) -> Tensor:
     """Sum of -log p(target) + z_loss_weight * logsumexp^2 with all logits in memory."""
     counts = target_M != IGNORE
     logits = (h_MC @ weight_VC.T + (0 if bias_V is None else bias_V))[counts]
@@ -36,7 +44,8 @@ def rotate_pair_by_pair(x_THD: Tensor, positions_T: Tensor, *, theta: float) -> 
     out = torch.empty_like(x_THD, dtype=torch.float64)
     for j in range(half):
         angle = positions_T.double()[:, None] * theta ** (-2 * j / (2 * half))
-        turned = torch.complex(x_THD[..., j].double(), x_THD[..., j + half].double()) * torch.polar(torch.ones_like(angle),
-                                                                                                   angle)
+        turned = torch.complex(x_THD[..., j].double(), x_THD[..., j + half].double()) * torch.polar(
+            torch.ones_like(angle), angle
+        )
         out[..., j], out[..., j + half] = turned.real, turned.imag
     return out

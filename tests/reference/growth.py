@@ -5,7 +5,36 @@ from __future__ import annotations
 import numpy as np
 
 # what was published: new layer i of ModernBERT-large <- this layer of ModernBERT-base
-BASE_TO_LARGE = [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 13, 13, 14, 15, 16, 16, 17, 18, 19, 20, 20, 21]
+BASE_TO_LARGE = [
+    0,
+    1,
+    2,
+    2,
+    3,
+    4,
+    5,
+    6,
+    6,
+    7,
+    8,
+    9,
+    9,
+    10,
+    11,
+    12,
+    13,
+    13,
+    14,
+    15,
+    16,
+    16,
+    17,
+    18,
+    19,
+    20,
+    20,
+    21,
+]
 
 
 def axis_source(k: int, *, n: int, big: int, mode: str) -> int | None:
@@ -22,8 +51,10 @@ def tile(source: np.ndarray, fresh: np.ndarray, *, mode: str) -> np.ndarray:
     """One matrix or vector, entry by entry."""
     out = fresh.copy()
     for place in np.ndindex(*fresh.shape):
-        there = tuple(axis_source(k, n=n, big=big, mode=mode)
-                      for k, n, big in zip(place, source.shape, fresh.shape, strict=True))
+        there = tuple(
+            axis_source(k, n=n, big=big, mode=mode)
+            for k, n, big in zip(place, source.shape, fresh.shape, strict=True)
+        )
         if None not in there:
             out[place] = source[there]
     return out
@@ -31,17 +62,32 @@ def tile(source: np.ndarray, fresh: np.ndarray, *, mode: str) -> np.ndarray:
 
 def tile_blocks(source: np.ndarray, fresh: np.ndarray, *, blocks: int, mode: str) -> np.ndarray:
     """A matrix that is several, one under the other."""
-    return np.concatenate([tile(a, b, mode=mode) for a, b in zip(np.split(source, blocks), np.split(fresh, blocks),
-                                                                strict=True)])
+    return np.concatenate(
+        [
+            tile(a, b, mode=mode)
+            for a, b in zip(np.split(source, blocks), np.split(fresh, blocks), strict=True)
+        ]
+    )
 
 
-def grown(source: dict[str, np.ndarray], fresh: dict[str, np.ndarray], *, layers: list[int], gated: bool, mode: str,
-          copy_final_norm: bool = True) -> dict[str, np.ndarray]:
+def grown(
+    source: dict[str, np.ndarray],
+    fresh: dict[str, np.ndarray],
+    *,
+    layers: list[int],
+    gated: bool,
+    mode: str,
+    copy_final_norm: bool = True,
+) -> dict[str, np.ndarray]:
     """All weights of the new model. `layers`: the old layer of each new one; `fresh`: the new model's own first values."""
     out = dict(fresh)
     for name in fresh:
         parts = name.split(".")
-        there = ".".join([*parts[:2], str(layers[int(parts[2])]), *parts[3:]]) if parts[1] == "layers" else name
+        there = (
+            ".".join([*parts[:2], str(layers[int(parts[2])]), *parts[3:]])
+            if parts[1] == "layers"
+            else name
+        )
         if there not in source or (name.startswith("model.final_norm") and not copy_final_norm):
             continue
         blocks = 1

@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 
 
-def looped_lamb(theta: list[float], grads: list[list[float]], *, lrs: list[float], betas: tuple[float, float], eps: float,
-                weight_decay: float, adapts: bool) -> list[float]:
+def looped_lamb(
+    theta: list[float],
+    grads: list[list[float]],
+    *,
+    lrs: list[float],
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    adapts: bool,
+) -> list[float]:
     """One parameter (flattened) after one update per entry of `grads`; arXiv 1904.00962, algorithm 2, with phi(z) = z."""
     theta, m, v = list(theta), [0.0] * len(theta), [0.0] * len(theta)
     for t, (g, lr) in enumerate(zip(grads, lrs), start=1):

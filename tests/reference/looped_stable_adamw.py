@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 
 
-def looped_stable_adamw(theta: list[float], grads: list[list[float]], *, lrs: list[float], max_lr: float,
-                        betas: tuple[float, float], eps: float, weight_decay: float) -> list[float]:
+def looped_stable_adamw(
+    theta: list[float],
+    grads: list[list[float]],
+    *,
+    lrs: list[float],
+    max_lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> list[float]:
     """One parameter (flattened) after one update per entry of `grads`; fact sheet section 3.4, line by line."""
     theta, m, v = list(theta), [0.0] * len(theta), [0.0] * len(theta)
     for t, (g, lr) in enumerate(zip(grads, lrs), start=1):
@@ -20,5 +28,7 @@ def looped_stable_adamw(theta: list[float], grads: list[list[float]], *, lrs: li
         rms = math.sqrt(total / len(theta))
         eta = lr / max(1.0, rms)
         for i in range(len(theta)):
-            theta[i] = theta[i] * (1 - eta / max_lr * weight_decay) - eta * m[i] / (math.sqrt(v[i]) + eps)
+            theta[i] = theta[i] * (1 - eta / max_lr * weight_decay) - eta * m[i] / (
+                math.sqrt(v[i]) + eps
+            )
     return theta

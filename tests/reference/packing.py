@@ -35,7 +35,7 @@ def fewest_rows(lengths: Sequence[int], capacity: int) -> int:
             return
         for row in range(len(rooms)):
             if rooms[row] >= lengths[piece]:
-                place(piece + 1, [*rooms[:row], rooms[row] - lengths[piece], *rooms[row + 1:]])
+                place(piece + 1, [*rooms[:row], rooms[row] - lengths[piece], *rooms[row + 1 :]])
         place(piece + 1, [*rooms, capacity - lengths[piece]])
 
     place(0, [])

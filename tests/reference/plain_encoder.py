@@ -15,7 +15,9 @@ from encoder.nn.rope import rope_table
 from tests.reference.dense import dense_attention
 
 
-def plain_hidden_states(weights: dict[str, Tensor], config: ModernBertConfig, ids_T: Tensor, lengths: list[int]) -> Tensor:
+def plain_hidden_states(
+    weights: dict[str, Tensor], config: ModernBertConfig, ids_T: Tensor, lengths: list[int]
+) -> Tensor:
     """x_TC after the last norm, without dropout, in the weights' precision (fp64 to be a judge)."""
     w = weights
     places_T = torch.cat([torch.arange(n) for n in lengths])
@@ -23,9 +25,17 @@ def plain_hidden_states(weights: dict[str, Tensor], config: ModernBertConfig, id
 
     def norm(x: Tensor, name: str) -> Tensor:
         if config.norm == "rmsnorm":
-            return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * w[f"{name}.weight"]
+            return (
+                x
+                / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+                * w[f"{name}.weight"]
+            )
         centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * w[f"{name}.weight"]
+        scaled = (
+            centred
+            / (centred.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+            * w[f"{name}.weight"]
+        )
         return scaled + w[f"{name}.bias"] if config.norm_bias else scaled
 
     def linear(x: Tensor, name: str, bias: bool) -> Tensor:
@@ -44,8 +54,13 @@ def plain_hidden_states(weights: dict[str, Tensor], config: ModernBertConfig, id
         q, k, v = qkv.view(len(x), 3, config.num_attention_heads, config.head_width).unbind(1)
         if config.positions == "rope":
             theta = config.local_rope_theta if local else config.global_rope_theta
-            q, k = (_turned(x, rope_table(places_T, theta=theta, head_width=config.head_width)) for x in (q, k))
-        mixed = dense_attention(q, k, v, lengths=lengths, radius=config.window_radius_tokens if local else None)
+            q, k = (
+                _turned(x, rope_table(places_T, theta=theta, head_width=config.head_width))
+                for x in (q, k)
+            )
+        mixed = dense_attention(
+            q, k, v, lengths=lengths, radius=config.window_radius_tokens if local else None
+        )
         x = x + linear(mixed.reshape(len(x), -1), f"{layer}.attn.Wo", config.attention_bias)
         if not pre:
             x = norm(x, f"{layer}.attn_norm")
@@ -54,7 +69,7 @@ def plain_hidden_states(weights: dict[str, Tensor], config: ModernBertConfig, id
         if config.mlp == "gelu":
             inner = F.gelu(inner)
         else:
-            a, gate = inner[:, :config.intermediate_size], inner[:, config.intermediate_size:]
+            a, gate = inner[:, : config.intermediate_size], inner[:, config.intermediate_size :]
             inner = (F.gelu(a) if config.mlp == "geglu" else a * torch.sigmoid(a)) * gate
         x = x + linear(inner, f"{layer}.mlp.Wo", config.mlp_bias)
         if not pre:
@@ -68,14 +83,23 @@ def _turned(x_THD: Tensor, table: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def plain_logits(weights: dict[str, Tensor], config: ModernBertConfig, ids_T: Tensor, lengths: list[int]) -> Tensor:
+def plain_logits(
+    weights: dict[str, Tensor], config: ModernBertConfig, ids_T: Tensor, lengths: list[int]
+) -> Tensor:
     """[T, V]."""
     w, x = weights, plain_hidden_states(weights, config, ids_T, lengths)
     h = F.gelu(x @ w["head.dense.weight"].T + (w["head.dense.bias"] if config.head_bias else 0.0))
     if config.norm == "rmsnorm":
         h = h / (h.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * w["head.norm.weight"]
     else:
-        h = F.layer_norm(h, h.shape[-1:], w["head.norm.weight"], w["head.norm.bias"] if config.norm_bias else None,
-                         config.norm_eps)
-    decoder = w["model.embeddings.tok_embeddings.weight" if config.tie_word_embeddings else "decoder.weight"]
+        h = F.layer_norm(
+            h,
+            h.shape[-1:],
+            w["head.norm.weight"],
+            w["head.norm.bias"] if config.norm_bias else None,
+            config.norm_eps,
+        )
+    decoder = w[
+        "model.embeddings.tok_embeddings.weight" if config.tie_word_embeddings else "decoder.weight"
+    ]
     return h @ decoder.T + (w["decoder.bias"] if config.decoder_bias else 0.0)

@@ -17,6 +17,12 @@ def walked_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> Ite
             rows = run.rows_at(phase, seen)
             tokens = max(1, int(rows * run.data.row_tokens * fill))
             step += 1
-            yield PlannedStep(phase=index, step=step, phase_tokens=seen, rows=rows, tokens=tokens,
-                              lr=lr_at(phase, phase_tokens=seen, step_tokens=tokens))
+            yield PlannedStep(
+                phase=index,
+                step=step,
+                phase_tokens=seen,
+                rows=rows,
+                tokens=tokens,
+                lr=lr_at(phase, phase_tokens=seen, step_tokens=tokens),
+            )
             seen += tokens

@@ -7,8 +7,18 @@ import math
 import numpy as np
 
 
-def svd_muon(theta: np.ndarray, grads: list[np.ndarray], *, matrices: int, lrs: list[float], max_lr: float, momentum: float,
-             weight_decay: float, scale: str, matrix_lr: float = 1.0) -> np.ndarray:
+def svd_muon(
+    theta: np.ndarray,
+    grads: list[np.ndarray],
+    *,
+    matrices: int,
+    lrs: list[float],
+    max_lr: float,
+    momentum: float,
+    weight_decay: float,
+    scale: str,
+    matrix_lr: float = 1.0,
+) -> np.ndarray:
     """One parameter [rows, columns], `matrices` of them one above another, after one update per entry of `grads`.
 
     Jordan et al. 2024 (momentum summed up as they write it, Nesterov, five steps), Liu et al. 2025 for scale "adam".
@@ -18,7 +28,11 @@ def svd_muon(theta: np.ndarray, grads: list[np.ndarray], *, matrices: int, lrs: 
         total = momentum * total + g
         blocks = np.split(g + momentum * total, matrices)
         rows, columns = blocks[0].shape
-        factor = 0.2 * math.sqrt(max(rows, columns)) if scale == "adam" else math.sqrt(max(1, rows / columns))
+        factor = (
+            0.2 * math.sqrt(max(rows, columns))
+            if scale == "adam"
+            else math.sqrt(max(1, rows / columns))
+        )
         update = np.concatenate([orthogonal(block) for block in blocks])
         theta = theta * (1 - lr / max_lr * weight_decay) - lr * matrix_lr * factor * update
     return theta

@@ -15,11 +15,33 @@ from tests.reference.looped_stable_adamw import looped_stable_adamw
 from tests.reference.svd_muon import svd_muon
 
 
-def slow_updates(start: Mapping[str, torch.Tensor], grads: Sequence[Mapping[str, torch.Tensor]], config, *, lrs: list[float],
-                 max_lr: float, hidden_matrices: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def slow_updates(
+    start: Mapping[str, torch.Tensor],
+    grads: Sequence[Mapping[str, torch.Tensor]],
+    config,
+    *,
+    lrs: list[float],
+    max_lr: float,
+    hidden_matrices: Mapping[str, int],
+) -> dict[str, torch.Tensor]:
     """`grads` holds one gradient a step and parameter; matrices decay, vectors and biases do not."""
-    return {name: torch.as_tensor(_slow(name, theta.double(), [g[name].double() for g in grads], config, lrs, max_lr,
-                                        hidden_matrices), dtype=torch.float64).view(theta.shape) for name, theta in start.items()}
+    return {
+        name: (
+            torch.as_tensor(
+                _slow(
+                    name,
+                    theta.double(),
+                    [g[name].double() for g in grads],
+                    config,
+                    lrs,
+                    max_lr,
+                    hidden_matrices,
+                ),
+                dtype=torch.float64,
+            ).view(theta.shape)
+        )
+        for name, theta in start.items()
+    }
 
 
 def _slow(name, theta, grads, config, lrs, max_lr, hidden_matrices):
@@ -27,18 +49,31 @@ def _slow(name, theta, grads, config, lrs, max_lr, hidden_matrices):
     if isinstance(config, AdamWConfig):
         return _by_torch(theta, grads, config, lrs, weight_decay)
     if isinstance(config, MuonConfig) and name in hidden_matrices:
-        return svd_muon(theta.numpy(), [g.numpy() for g in grads], matrices=hidden_matrices[name], lrs=lrs, max_lr=max_lr,
-                        momentum=config.momentum, weight_decay=weight_decay, scale=config.matrix_scale, matrix_lr=config.matrix_lr)
+        return svd_muon(
+            theta.numpy(),
+            [g.numpy() for g in grads],
+            matrices=hidden_matrices[name],
+            lrs=lrs,
+            max_lr=max_lr,
+            momentum=config.momentum,
+            weight_decay=weight_decay,
+            scale=config.matrix_scale,
+            matrix_lr=config.matrix_lr,
+        )
     flat = theta.flatten().tolist(), [g.flatten().tolist() for g in grads]
     told = dict(lrs=lrs, betas=config.betas, eps=config.eps, weight_decay=weight_decay)
     if isinstance(config, LambConfig):
-        return np.array(looped_lamb(*flat, **told, adapts=theta.ndim > 1 and not name.endswith(".bias")))
+        return np.array(
+            looped_lamb(*flat, **told, adapts=theta.ndim > 1 and not name.endswith(".bias"))
+        )
     return np.array(looped_stable_adamw(*flat, **told, max_lr=max_lr))
 
 
 def _by_torch(theta, grads, config, lrs, weight_decay):
     theta = theta.clone().requires_grad_()
-    judge = torch.optim.AdamW([theta], lr=1.0, betas=config.betas, eps=config.eps, weight_decay=weight_decay)
+    judge = torch.optim.AdamW(
+        [theta], lr=1.0, betas=config.betas, eps=config.eps, weight_decay=weight_decay
+    )
     for g, lr in zip(grads, lrs):
         theta.grad = g.clone()
         judge.param_groups[0]["lr"] = lr

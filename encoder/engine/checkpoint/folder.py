@@ -33,7 +33,7 @@ def claim_next(run_folder: Path) -> int:
     number = newest_incarnation(run_folder)
     while True:
         number += 1
-        with contextlib.suppress(FileExistsError):       # another start took it in this moment
+        with contextlib.suppress(FileExistsError):  # another start took it in this moment
             os.close(os.open(folder / f"{number:04d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             fsync_path(folder)
             return number
@@ -46,7 +46,11 @@ def newest_incarnation(run_folder: Path) -> int:
     where every new save would be the oldest.
     """
     claimed = [number_in_name(p.name) for p in (run_folder / INCARNATIONS).glob("[0-9]*")]
-    saved = [int(match.group(2)) for p in (run_folder / "checkpoints").glob("tokens*") if (match := _NAME.fullmatch(p.name))]
+    saved = [
+        int(match.group(2))
+        for p in (run_folder / "checkpoints").glob("tokens*")
+        if (match := _NAME.fullmatch(p.name))
+    ]
     return max([*filter(None, claimed), *saved], default=0)
 
 
@@ -54,11 +58,16 @@ def check_not_stale(root: Path, incarnation: int) -> None:
     """Raises CheckpointError if a newer start of the run was claimed. `root` is RUN/checkpoints."""
     newest = newest_incarnation(root.parent)
     if newest < incarnation:
-        raise CheckpointError(f"{root.parent} is not what this start of the run began in: it, or its {INCARNATIONS}, was removed "
-                              "or replaced since. This start saves nothing more; put the folder back and start again.")
+        raise CheckpointError(
+            f"{root.parent} is not what this start of the run began in: it, or its {INCARNATIONS},"
+            " was removed or replaced since. This start saves nothing more; put the folder back"
+            " and start again."
+        )
     if newest > incarnation:
-        raise CheckpointError(f"this is start {incarnation} of the run in {root.parent}, but start {newest} has taken over. "
-                              "This one saves nothing more: let it end, and go on with the other.")
+        raise CheckpointError(
+            f"this is start {incarnation} of the run in {root.parent}, but start {newest} has taken"
+            " over. This one saves nothing more: let it end, and go on with the other."
+        )
 
 
 def committed_folders(root: Path) -> list[Path]:
@@ -76,18 +85,27 @@ def damage(folder: Path) -> str | None:
     try:
         committed = read_bytes(folder / COMMITTED, error=CheckpointError, most_bytes=2**16)
         if committed.decode("ascii", "replace") != sha256_of(folder / MANIFEST):
-            return f"{folder / MANIFEST} is damaged: its SHA-256 is not the one in {COMMITTED}, or that one is."
+            return (
+                f"{folder / MANIFEST} is damaged: its SHA-256 is not the one in {COMMITTED}, or"
+                " that one is."
+            )
         manifest = read_json(folder / MANIFEST, root=dict, error=CheckpointError)
         for name, fact in manifest.items():
-            path = inside(folder, name, where=folder / MANIFEST, error=CheckpointError, folders=False)
+            path = inside(
+                folder, name, where=folder / MANIFEST, error=CheckpointError, folders=False
+            )
             size = path.stat().st_size
             if size != fact["bytes"]:
                 return f"{folder / name} has {size:,} bytes, {fact['bytes']:,} were written."
-        with ThreadPoolExecutor(4) as pool:      # hashing lets go of the interpreter's lock
-            for name, digest in zip(manifest, pool.map(lambda n: sha256_of(folder / n), manifest), strict=True):
+        with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter's lock
+            for name, digest in zip(
+                manifest, pool.map(lambda n: sha256_of(folder / n), manifest), strict=True
+            ):
                 if digest != manifest[name]["sha256"]:
                     return f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}."
-        if unknown := sorted(p.name for p in folder.glob("rank*.safetensors") if p.name not in manifest):
+        if unknown := sorted(
+            p.name for p in folder.glob("rank*.safetensors") if p.name not in manifest
+        ):
             return f"{folder / unknown[0]} is not in {MANIFEST}."
     except FileNotFoundError as error:
         return f"{error.filename} is missing."
@@ -98,8 +116,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def remove_old(root: Path, *, incarnation: int, keep_last: int, is_whole: Callable[[Path], bool],
-               is_good: Callable[[Path], bool] = lambda _: True) -> None:
+def remove_old(
+    root: Path,
+    *,
+    incarnation: int,
+    keep_last: int,
+    is_whole: Callable[[Path], bool],
+    is_good: Callable[[Path], bool] = lambda _: True,
+) -> None:
     """Keeps the last whole folders and the milestones; removes older ones, and what uncommitted saves left behind.
 
     The last whole one that `is_good`, to which the run may have to go back, stays however many others are newer.
@@ -118,7 +142,9 @@ def remove_old(root: Path, *, incarnation: int, keep_last: int, is_whole: Callab
     for path in sorted(root.iterdir()):
         match = _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part"))
         if match and int(match.group(2)) <= incarnation and path not in kept:
-            if path.is_symlink():               # laid by a person: what lies behind it is not this run's to remove
+            if (
+                path.is_symlink()
+            ):  # laid by a person: what lies behind it is not this run's to remove
                 path.unlink()
                 continue
             # the mark goes first: a kill while removing must not leave a committed folder with files missing

@@ -31,7 +31,13 @@ from encoder.base.log import warn_once
 from encoder.base.schema import from_mapping
 from encoder.base.units import Progress
 from encoder.base.untrusted import read_json
-from encoder.engine.checkpoint.folder import FORMAT, claim_next, committed_folders, damage, folder_name
+from encoder.engine.checkpoint.folder import (
+    FORMAT,
+    claim_next,
+    committed_folders,
+    damage,
+    folder_name,
+)
 from encoder.engine.checkpoint.tensors import StretchReader
 from encoder.engine.engine import Engine
 
@@ -39,8 +45,10 @@ from encoder.engine.engine import Engine
 def claim_incarnation(run_folder: Path, world: World) -> int:
     """The number of this start of the run; from now on older starts can neither commit nor delete. Raises CheckpointError."""
     claimed = torch.zeros(1, dtype=torch.int64)
-    together((lambda: claimed.fill_(claim_next(run_folder))) if world.first else None,
-             doing=f"cannot claim a start of the run in {run_folder}")
+    together(
+        (lambda: claimed.fill_(claim_next(run_folder))) if world.first else None,
+        doing=f"cannot claim a start of the run in {run_folder}",
+    )
     return int(sum_over_ranks(claimed))
 
 
@@ -52,7 +60,7 @@ def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: Tr
     Raises CheckpointError if there are checkpoints but none is whole.
     """
     folders = committed_folders(root)
-    names = torch.zeros(2, dtype=torch.int64)      # tokens, incarnation
+    names = torch.zeros(2, dtype=torch.int64)  # tokens, incarnation
 
     def choose() -> None:
         problem = None
@@ -64,10 +72,14 @@ def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: Tr
                 tokens, incarnation = folder.name.removeprefix("tokens").split("-i")
                 names.copy_(torch.tensor([int(tokens), int(incarnation)]))
                 return
-            warn_once(f"{problem} Checkpoint {folder.name} is left out, the one before it is tried.")
+            warn_once(
+                f"{problem} Checkpoint {folder.name} is left out, the one before it is tried."
+            )
         if problem:
-            raise CheckpointError(f"none of the {len(folders)} checkpoints in {root} is whole: {problem} "
-                                  "Start anew with another out.")
+            raise CheckpointError(
+                f"none of the {len(folders)} checkpoints in {root} is whole: {problem} "
+                "Start anew with another out."
+            )
 
     first = not dist.is_initialized() or dist.get_rank() == 0
     together(choose if first else None, doing=f"cannot read the checkpoints in {root}")
@@ -91,7 +103,11 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, A
                     reader.copy_into(tensor, name=piece.name, start=piece.start, kind=kind)
         state["progress"], state["extra"] = read_progress(folder)
 
-    together(load, doing=f"cannot read checkpoint {folder}", then="Remove this folder to use the one before it.")
+    together(
+        load,
+        doing=f"cannot read checkpoint {folder}",
+        then="Remove this folder to use the one before it.",
+    )
     engine.state_was_loaded(optimizer_steps=state["optimizer_steps"])
     return state["progress"], state["extra"]
 
@@ -114,35 +130,57 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         with StretchReader(folder) as reader:
             for name, shape in _read_state(folder)["shapes"].items():
-                reader.check_whole(name, math.prod(shape))      # before memory is taken for what a file only tells of
+                reader.check_whole(
+                    name, math.prod(shape)
+                )  # before memory is taken for what a file only tells of
                 weights[name] = torch.empty(shape, dtype=reader.dtype)
                 reader.copy_into(weights[name].view(-1), name=name, start=0, kind="master")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {error}. Use another one.") from error
+        raise CheckpointError(
+            f"cannot read checkpoint {folder}: {error}. Use another one."
+        ) from error
     return weights
 
 
-def _check_same_model(folder: Path, *, saved: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> None:
+def _check_same_model(
+    folder: Path, *, saved: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]
+) -> None:
     for name in [*ours, *saved]:
         if saved.get(name) != ours.get(name):
-            there, here = (" x ".join(map(str, s[name])) if name in s else "absent" for s in (saved, ours))
-            raise CheckpointError(f"{folder} is of another model: {name} is {there} there, {here} here. "
-                                  "Use the model of its run.yaml, or another out.")
+            there, here = (
+                " x ".join(map(str, s[name])) if name in s else "absent" for s in (saved, ours)
+            )
+            raise CheckpointError(
+                f"{folder} is of another model: {name} is {there} there, {here} here. "
+                "Use the model of its run.yaml, or another out."
+            )
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     state = _read_json(path)
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {ascii(state.get('format'))[:40]}; this version reads format {FORMAT}.")
+        raise CheckpointError(
+            f"{folder} has format {ascii(state.get('format'))[:40]}; this version reads format"
+            f" {FORMAT}."
+        )
     shapes, steps = state.get("shapes"), state.get("optimizer_steps")
-    if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())) or type(steps) is not int or steps < 0:
-        raise CheckpointError(f"{path} has no shapes of parameters or no optimizer_steps. Use another checkpoint.")
+    if (
+        not isinstance(shapes, dict)
+        or not all(map(_is_shape, shapes.values()))
+        or type(steps) is not int
+        or steps < 0
+    ):
+        raise CheckpointError(
+            f"{path} has no shapes of parameters or no optimizer_steps. Use another checkpoint."
+        )
     return {**state, "shapes": {name: tuple(shape) for name, shape in shapes.items()}}
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**40 for size in value)
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size < 2**40 for size in value
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

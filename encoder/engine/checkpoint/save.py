@@ -44,7 +44,16 @@ from encoder.engine.checkpoint.read import read_progress
 from encoder.engine.checkpoint.tensors import copy_pieces, rank_file, write_tensors
 from encoder.engine.engine import Engine
 
-_PACKAGES = ("torch", "deepspeed", "safetensors", "numpy", "tokenizers", "transformers", "mosaicml-streaming", "tessera-encoders")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "safetensors",
+    "numpy",
+    "tokenizers",
+    "transformers",
+    "mosaicml-streaming",
+    "tessera-encoders",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +63,8 @@ class Saved:
     path: Path
     progress: Progress
     milestone: str | None
-    bytes: int                # all ranks; 0 where this position was committed already
-    seconds: float            # from the start to the mark
+    bytes: int  # all ranks; 0 where this position was committed already
+    seconds: float  # from the start to the mark
 
 
 class Saver:
@@ -65,13 +74,27 @@ class Saver:
     older checkpoints stay) or if a newer start of the run took over.
     """
 
-    def __init__(self, root: Path, *, engine: Engine, incarnation: int, keep_last: int,
-                 is_good: Callable[[Path], bool] = lambda _: True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        engine: Engine,
+        incarnation: int,
+        keep_last: int,
+        is_good: Callable[[Path], bool] = lambda _: True,
+    ) -> None:
         """`is_good`: whether the run could go back to a checkpoint; the last such one is always kept."""
-        self._root, self._engine, self._incarnation, self._keep_last = root, engine, incarnation, keep_last
+        self._root, self._engine, self._incarnation, self._keep_last = (
+            root,
+            engine,
+            incarnation,
+            keep_last,
+        )
         self._is_good = is_good
         self._save: _Save | None = None
-        self._known_whole: dict[Path, bool] = {}      # rank zero: folders that this start wrote, or has hashed
+        self._known_whole: dict[
+            Path, bool
+        ] = {}  # rank zero: folders that this start wrote, or has hashed
 
     @property
     def busy(self) -> bool:
@@ -85,7 +108,14 @@ class Saver:
             return 0
         return 1 if self._save.error is None else self._engine.world.size
 
-    def start(self, progress: Progress, *, run_yaml: str, extra: dict[str, Any], milestone: str | None = None) -> Saved | None:
+    def start(
+        self,
+        progress: Progress,
+        *,
+        run_yaml: str,
+        extra: dict[str, Any],
+        milestone: str | None = None,
+    ) -> Saved | None:
         """Begins a save, after the one before it; what it is made of is copied when this returns.
 
         `extra` holds plain JSON values that load_checkpoint gives back. A position that is committed already gets nothing but
@@ -93,7 +123,9 @@ class Saver:
         """
         assert self._save is None, "the save before it is still under way: wait() first"
         first = self._engine.world.first
-        save = _Save(self._root, self._engine, progress, run_yaml, self._incarnation, extra, milestone)
+        save = _Save(
+            self._root, self._engine, progress, run_yaml, self._incarnation, extra, milestone
+        )
         with self._cleaned_up_after(save):
             together(save.begin if first else None, doing=save.doing, then=save.then)
             kept_already = int(sum_over_ranks(save.kept_already))
@@ -138,11 +170,18 @@ class Saver:
         self._save.commit()
         self._known_whole[self._save.final] = True
         try:
-            remove_old(self._root, incarnation=self._incarnation, keep_last=self._keep_last, is_whole=self._is_whole,
-                       is_good=self._is_good)
+            remove_old(
+                self._root,
+                incarnation=self._incarnation,
+                keep_last=self._keep_last,
+                is_whole=self._is_whole,
+                is_good=self._is_good,
+            )
         except OSError as error:
-            raise CheckpointError(f"cannot remove old checkpoints in {self._root}: {error.strerror or error}. "
-                                  f"{self._save.final.name} is committed.") from error
+            raise CheckpointError(
+                f"cannot remove old checkpoints in {self._root}: {error.strerror or error}. "
+                f"{self._save.final.name} is committed."
+            ) from error
 
     def _is_whole(self, folder: Path) -> bool:
         if folder not in self._known_whole:
@@ -163,18 +202,33 @@ class Saver:
 class _Save:
     """One save: what each rank, and rank zero alone, does."""
 
-    def __init__(self, root: Path, engine: Engine, progress: Progress, run_yaml: str, incarnation: int,
-                 extra: dict[str, Any], milestone: str | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        engine: Engine,
+        progress: Progress,
+        run_yaml: str,
+        incarnation: int,
+        extra: dict[str, Any],
+        milestone: str | None,
+    ) -> None:
         name = folder_name(tokens=progress.tokens, incarnation=incarnation)
         self.root, self.part, self.final = root, root / f".{name}.part", root / name
-        self.engine, self.progress, self.run_yaml, self.incarnation = engine, progress, run_yaml, incarnation
+        self.engine, self.progress, self.run_yaml, self.incarnation = (
+            engine,
+            progress,
+            run_yaml,
+            incarnation,
+        )
         self.extra, self.milestone = extra, milestone
         self.doing = f"cannot write checkpoint {self.final}"
         self.then = "The one before it stays valid; start again once there is room."
         self.kept_already = torch.zeros(1, dtype=torch.int64)
-        self.digests = torch.zeros(engine.world.size, 33, dtype=torch.int64)     # a row a rank: bytes, SHA-256
+        self.digests = torch.zeros(
+            engine.world.size, 33, dtype=torch.int64
+        )  # a row a rank: bytes, SHA-256
         self.began = time.monotonic()
-        self.written = False                                                     # the files of all ranks
+        self.written = False  # the files of all ranks
         self.error: BaseException | None = None
         self.thread = threading.Thread()
 
@@ -183,7 +237,9 @@ class _Save:
         check_not_stale(self.root, self.incarnation)
         self.clean_up()
         if self.final.is_dir():
-            assert read_progress(self.final)[0] == self.progress, f"{self.final} was saved at another position"
+            assert read_progress(self.final)[0] == self.progress, (
+                f"{self.final} was saved at another position"
+            )
             self.kept_already.fill_(1)
             if self.milestone:
                 write_atomic(self.final / MILESTONE, self.milestone)
@@ -194,16 +250,24 @@ class _Save:
         """Every rank: all that the next step would change."""
         engine = self.engine
         self.tensors = copy_pieces(engine.owned_pieces())
-        self.state = {"format": FORMAT, "optimizer_steps": engine.optimizer_steps, "ranks": engine.world.size,
-                      "zero_stage": engine.config.zero_stage, "precision": engine.config.precision, "shapes": engine.shapes}
+        self.state = {
+            "format": FORMAT,
+            "optimizer_steps": engine.optimizer_steps,
+            "ranks": engine.world.size,
+            "zero_stage": engine.config.zero_stage,
+            "precision": engine.config.precision,
+            "shapes": engine.shapes,
+        }
 
     def go(self, act: Callable[[], None]) -> None:
         """Runs a part on a thread of its own."""
+
         def run() -> None:
             try:
                 act()
-            except BaseException as error:      # kept until the ranks meet
+            except BaseException as error:  # kept until the ranks meet
                 self.error = error
+
         self.thread = threading.Thread(target=run, name=f"saving {self.final.name}", daemon=True)
         self.thread.start()
 
@@ -224,11 +288,17 @@ class _Save:
         """Rank zero: everything else, then the name, then the mark."""
         part = self.part
         write_json(part / "state.json", self.state)
-        write_json(part / "progress.json", {"progress": dataclasses.asdict(self.progress), "extra": self.extra})
+        write_json(
+            part / "progress.json",
+            {"progress": dataclasses.asdict(self.progress), "extra": self.extra},
+        )
         write_atomic(part / "run.yaml", self.run_yaml)
         write_json(part / "environment.json", _environment())
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
-                 for p in sorted(part.iterdir()) if p.suffix != ".safetensors"}
+        files = {
+            p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
+            for p in sorted(part.iterdir())
+            if p.suffix != ".safetensors"
+        }
         for rank, (size, *digest) in enumerate(self.digests.tolist()):
             files[rank_file(rank)] = {"bytes": size, "sha256": bytes(digest).hex()}
         write_json(part / MANIFEST, files)
@@ -247,13 +317,21 @@ class _Save:
 
     def result(self) -> Saved:
         """For who asked for it; the same on all ranks but for the times."""
-        return Saved(path=self.final, progress=self.progress, milestone=self.milestone, bytes=int(self.digests[:, 0].sum()),
-                     seconds=time.monotonic() - self.began)
+        return Saved(
+            path=self.final,
+            progress=self.progress,
+            milestone=self.milestone,
+            bytes=int(self.digests[:, 0].sum()),
+            seconds=time.monotonic() - self.began,
+        )
 
 
 def _environment() -> dict[str, str | None]:
     """Versions only: a checkpoint is given to others."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

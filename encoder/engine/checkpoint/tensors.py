@@ -1,6 +1,6 @@
 """The tensors of a checkpoint: stretches of parameters in one safetensors file a rank, read back by name and range.
 
-    key  model.layers.0.attn.Wqkv.weight@192/exp_avg      elements from 192 on of the flattened parameter's exp_avg
+key  model.layers.0.attn.Wqkv.weight@192/exp_avg      elements from 192 on of the flattened parameter's exp_avg
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ def rank_file(rank: int) -> str:
 
 def copy_pieces(pieces: Iterable[Piece]) -> dict[str, torch.Tensor]:
     """One rank's stretches in memory, by key, in their own precision: training may go on."""
-    return {f"{piece.name}@{piece.start}/{kind}": tensor.to("cpu", copy=True)
-            for piece in pieces for kind, tensor in piece.tensors.items()}
+    return {
+        f"{piece.name}@{piece.start}/{kind}": tensor.to("cpu", copy=True)
+        for piece in pieces
+        for kind, tensor in piece.tensors.items()
+    }
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -47,14 +50,14 @@ class StretchReader:
     """The rank files of one checkpoint, open, and where each range of each parameter lies in them."""
 
     def __init__(self, folder: Path) -> None:
-        self.dtype = torch.float32                                   # of the masters
+        self.dtype = torch.float32  # of the masters
         self._folder, self._open = folder, contextlib.ExitStack()
-        self._where: dict[str, list[tuple[int, int, Any]]] = {}      # name -> (start, end, file)
+        self._where: dict[str, list[tuple[int, int, Any]]] = {}  # name -> (start, end, file)
 
     def __enter__(self) -> StretchReader:
-        with contextlib.ExitStack() as opening:                      # closes what is open if one of them cannot be
+        with contextlib.ExitStack() as opening:  # closes what is open if one of them cannot be
             for path in sorted(self._folder.glob("rank*.safetensors")):
-                open_regular(path, error=CheckpointError).close()    # a fifo would be waited for
+                open_regular(path, error=CheckpointError).close()  # a fifo would be waited for
                 self._index(opening.enter_context(safe_open(path, framework="pt")), path)
             self._open = opening.pop_all()
         return self
@@ -68,26 +71,37 @@ class StretchReader:
         for low, high, file in self._where.get(name, []):
             a, b = max(start, low), min(end, high)
             if a < b:
-                target[a - start:b - start].copy_(file.get_slice(f"{name}@{low}/{kind}")[a - low:b - low])
+                target[a - start : b - start].copy_(
+                    file.get_slice(f"{name}@{low}/{kind}")[a - low : b - low]
+                )
                 filled += b - a
         if filled != target.numel():
-            raise CheckpointError(f"{self._folder} holds {filled:,} of {target.numel():,} elements of {name} ({kind}). "
-                                  "Remove this folder to use the one before it.")
+            raise CheckpointError(
+                f"{self._folder} holds {filled:,} of {target.numel():,} elements of {name}"
+                f" ({kind}). Remove this folder to use the one before it."
+            )
 
     def check_whole(self, name: str, elements: int) -> None:
         """The files hold so many elements of a parameter. Raises CheckpointError."""
         found = sum(high - low for low, high, _ in self._where.get(name, []))
         if found != elements:
-            raise CheckpointError(f"{self._folder} holds {found:,} of {elements:,} elements of {name} (master). "
-                                  "Remove this folder to use the one before it.")
+            raise CheckpointError(
+                f"{self._folder} holds {found:,} of {elements:,} elements of {name} (master). "
+                "Remove this folder to use the one before it."
+            )
 
     def _index(self, file: Any, path: Path) -> None:
         for key in file.keys():
             match, part = _KEY.fullmatch(key), file.get_slice(key)
             if match is None or len(part.get_shape()) != 1 or part.get_dtype() not in _DTYPES:
-                raise CheckpointError(f"{path} holds {ascii(key)[:80]} of {part.get_dtype()} {part.get_shape()}; needed: stretches "
-                                      f"of parameters, {' or '.join(_DTYPES)}. Remove this folder to use the one before it.")
+                raise CheckpointError(
+                    f"{path} holds {ascii(key)[:80]} of {part.get_dtype()} {part.get_shape()};"
+                    f" needed: stretches of parameters, {' or '.join(_DTYPES)}. Remove this folder"
+                    " to use the one before it."
+                )
             if match["kind"] == "master":
                 name, start = match["name"], match["start"]
-                self._where.setdefault(name, []).append((int(start), int(start) + part.get_shape()[0], file))
+                self._where.setdefault(name, []).append(
+                    (int(start), int(start) + part.get_shape()[0], file)
+                )
                 self.dtype = torch.float64 if part.get_dtype() == "F64" else torch.float32

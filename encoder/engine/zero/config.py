@@ -34,29 +34,49 @@ class EngineConfig:
     offload_optimizer: Literal["none", "cpu"] = "none"
     # micro_step: forward and backward of a micro-batch as one CUDA graph, for small models that wait for launches
     graphs: Literal["off", "micro_step"] = "off"
-    gradient_clipping: float = 0.0    # largest global gradient norm; 0: none (StableAdamW clips its own updates)
+    gradient_clipping: float = (
+        0.0  # largest global gradient norm; 0: none (StableAdamW clips its own updates)
+    )
 
     def __post_init__(self) -> None:
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ConfigError("precision bf16 with zero_stage 0: without ZeRO there are no fp32 master weights to collect "
-                              "small updates. Use zero_stage 1, 2 or 3, or precision autocast.")
+            raise ConfigError(
+                "precision bf16 with zero_stage 0: without ZeRO there are no fp32 master weights to"
+                " collect small updates. Use zero_stage 1, 2 or 3, or precision autocast."
+            )
         if self.precision == "fp64" and self.zero_stage != 0:
-            raise ConfigError(f"precision fp64 with zero_stage {self.zero_stage}: DeepSpeed keeps ZeRO's flat weights in fp32. "
-                              "Use zero_stage 0.")
+            raise ConfigError(
+                f"precision fp64 with zero_stage {self.zero_stage}: DeepSpeed keeps ZeRO's flat"
+                " weights in fp32. Use zero_stage 0."
+            )
         if self.offload_optimizer == "cpu" and self.zero_stage == 0:
-            raise ConfigError("offload_optimizer cpu with zero_stage 0: there the optimizer steps the model's own weights. "
-                              "Use zero_stage 1, 2 or 3, also on one rank.")
+            raise ConfigError(
+                "offload_optimizer cpu with zero_stage 0: there the optimizer steps the model's own"
+                " weights. Use zero_stage 1, 2 or 3, also on one rank."
+            )
         if self.fp8 == "layers" and (self.precision in ("fp32", "fp64") or self.zero_stage == 3):
-            raise ConfigError(f"fp8 layers with precision {self.precision} and zero_stage {self.zero_stage}; needed: precision "
-                              "autocast or bf16, and a stage below 3, which would keep all weights in 8 bits for the backward.")
-        if self.graphs == "micro_step" and (self.zero_stage == 3 or self.activation_checkpointing != "off"):
-            raise ConfigError("graphs micro_step with zero_stage 3 or activation_checkpointing: both take weights or layers apart "
-                              "in the middle of a micro-step, and are for models too large to wait for launches. Use graphs: off.")
+            raise ConfigError(
+                f"fp8 layers with precision {self.precision} and zero_stage {self.zero_stage};"
+                " needed: precision autocast or bf16, and a stage below 3, which would keep all"
+                " weights in 8 bits for the backward."
+            )
+        if self.graphs == "micro_step" and (
+            self.zero_stage == 3 or self.activation_checkpointing != "off"
+        ):
+            raise ConfigError(
+                "graphs micro_step with zero_stage 3 or activation_checkpointing: both take weights"
+                " or layers apart in the middle of a micro-step, and are for models too large to"
+                " wait for launches. Use graphs: off."
+            )
         if self.gradient_clipping < 0.0:
-            raise ConfigError(f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping.")
+            raise ConfigError(
+                f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping."
+            )
 
 
-BUCKET_ELEMENTS = 2**26      # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
+BUCKET_ELEMENTS = (
+    2**26
+)  # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
 # Stages 1 and 2 reduce each stretch of a bucket to its owner; by default DeepSpeed all-reduces whole buckets: twice the bytes
 TO_THE_OWNER = {"use_multi_rank_bucket_allreduce": False}
 STAGE_3 = {
@@ -72,15 +92,24 @@ def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
     plain = {
         # every engine.step() ends an accumulation: any number of micro-batches, another one at each step
         "managed_gradient_accumulation": False,
-        "train_micro_batch_size_per_gpu": 1,       # only counted, never used: rows are ours
+        "train_micro_batch_size_per_gpu": 1,  # only counted, never used: rows are ours
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
         # DeepSpeed's default is 1.0; at stage 0 our own hook clips
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
-        "communication_data_type": "fp32",         # else bf16 parameters reduce their gradients in bf16
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False,
-                              **TO_THE_OWNER, "reduce_bucket_size": BUCKET_ELEMENTS, **(STAGE_3 if config.zero_stage == 3 else {}),
-                              **({"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer == "cpu" else {})},
+        "communication_data_type": "fp32",  # else bf16 parameters reduce their gradients in bf16
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": False,
+            **TO_THE_OWNER,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            **(STAGE_3 if config.zero_stage == 3 else {}),
+            **(
+                {"offload_optimizer": {"device": "cpu"}}
+                if config.offload_optimizer == "cpu"
+                else {}
+            ),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -98,7 +127,9 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     killed) that training never calls.
     """
     os.environ["DS_ACCELERATOR"] = device.type
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)    # exists before its import, which then only adds a handler
+    logging.getLogger("DeepSpeed").setLevel(
+        logging.ERROR
+    )  # exists before its import, which then only adds a handler
     with quiet():
         import deepspeed
         import deepspeed.ops
@@ -120,10 +151,18 @@ def forget_former_groups() -> None:
         groups._release_process_group_references()
 
 
-def initialize(deepspeed: ModuleType, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def initialize(
+    deepspeed: ModuleType,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+) -> Any:
     """DeepSpeed's engine around a model and our optimizer, without its lines on the console."""
     with quiet():
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        return deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )[0]
 
 
 @contextlib.contextmanager

@@ -25,28 +25,57 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
     """This rank's tensors that are stepped, one per optimizer group (stages 1, 2) or per parameter (stage 0)."""
     names = {p: name for name, p in ds_engine.module.named_parameters() if p.requires_grad}
     optimizer = ds_engine.optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):          # stage 0: DeepSpeed leaves our optimizer as it is
-        return [FlatPart(tensor=p, group=i, stretches=(
-            Stretch(name=names[p], numel=p.numel(), start=0, length=p.numel(), flat_start=0),))
-            for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):    # stage 3
-        return [FlatPart(tensor=flat, stretches=tuple(_own_parts(names, params)), group=optimizer.sub_group_to_group_id[i])
-                for i, (params, flat) in enumerate(zip(
-                    optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True))]
-    if hasattr(optimizer, "bf16_groups"):                     # BF16_Optimizer: bf16 parameters at stage 1
+    if isinstance(
+        optimizer, torch.optim.Optimizer
+    ):  # stage 0: DeepSpeed leaves our optimizer as it is
+        return [
+            FlatPart(
+                tensor=p,
+                group=i,
+                stretches=(
+                    Stretch(
+                        name=names[p], numel=p.numel(), start=0, length=p.numel(), flat_start=0
+                    ),
+                ),
+            )
+            for i, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        ]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+        return [
+            FlatPart(
+                tensor=flat,
+                stretches=tuple(_own_parts(names, params)),
+                group=optimizer.sub_group_to_group_id[i],
+            )
+            for i, (params, flat) in enumerate(
+                zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+            )
+        ]
+    if hasattr(optimizer, "bf16_groups"):  # BF16_Optimizer: bf16 parameters at stage 1
         groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
-    else:                                                     # DeepSpeedZeroOptimizer
+    else:  # DeepSpeedZeroOptimizer
         groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-    return [FlatPart(tensor=flat, stretches=tuple(_stretch(names[p], p) for p in params if p._hp_mapping is not None), group=i)
-            for i, (params, flat) in enumerate(zip(groups, flats, strict=True))]
+    return [
+        FlatPart(
+            tensor=flat,
+            stretches=tuple(_stretch(names[p], p) for p in params if p._hp_mapping is not None),
+            group=i,
+        )
+        for i, (params, flat) in enumerate(zip(groups, flats, strict=True))
+    ]
 
 
 def refresh_parameters(ds_engine: Any) -> None:
     """The model's parameters become what the master weights say, on all ranks (an all-gather at stages 1 and 2)."""
     optimizer = ds_engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        ds_engine.empty_partition_cache()                     # what is gathered now is old; it is gathered again when used
-        for weights, masters in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
+        ds_engine.empty_partition_cache()  # what is gathered now is old; it is gathered again when used
+        for weights, masters in zip(
+            optimizer.fp16_partitioned_groups_flat,
+            optimizer.fp32_partitioned_groups_flat,
+            strict=True,
+        ):
             weights.data.copy_(masters.data)
     elif not isinstance(optimizer, torch.optim.Optimizer):
         optimizer.update_lp_params()
@@ -70,24 +99,35 @@ def share_of(whole: Stretch, world: World) -> Stretch:
     return dataclasses.replace(whole, start=start, length=end - start, flat_start=start)
 
 
-def check_cover(owned: Sequence[Stretch], *, numels: dict[str, int], world: World, device: torch.device) -> None:
+def check_cover(
+    owned: Sequence[Stretch], *, numels: dict[str, int], world: World, device: torch.device
+) -> None:
     """Asserts that the stretches of all ranks cover every parameter exactly once; one all-reduce of a small table."""
     row = {name: i for i, name in enumerate(numels)}
     # one stretch of a parameter on a rank: a partition is contiguous, at stages 1 and 2 of a group, at stage 3 of it alone
     table = torch.zeros(world.size, len(row), 2, dtype=torch.int64)
     for s in owned:
         table[world.rank, row[s.name]] = torch.tensor([s.start, s.length])
-    everywhere = [Stretch(name=name, numel=numels[name], start=start, length=length, flat_start=0)
-                  for rows in sum_over_ranks(table.to(device)).tolist()
-                  for name, (start, length) in zip(numels, rows) if length]
+    everywhere = [
+        Stretch(name=name, numel=numels[name], start=start, length=length, flat_start=0)
+        for rows in sum_over_ranks(table.to(device)).tolist()
+        for name, (start, length) in zip(numels, rows)
+        if length
+    ]
     problem = first_gap(numels, everywhere)
-    assert problem is None, f"DeepSpeed lays its flat tensors out in a way this code does not know: {problem}"
+    assert problem is None, (
+        f"DeepSpeed lays its flat tensors out in a way this code does not know: {problem}"
+    )
 
 
 def _stretch(name: str, p: torch.Tensor) -> Stretch:
     inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.get_hp_fragment_address()
-    assert inside.numel == flat.numel, f"{name}: {inside.numel} elements in the parameter, {flat.numel} in the flat tensor"
-    return Stretch(name=name, numel=p.numel(), start=inside.start, length=flat.numel, flat_start=flat.start)
+    assert inside.numel == flat.numel, (
+        f"{name}: {inside.numel} elements in the parameter, {flat.numel} in the flat tensor"
+    )
+    return Stretch(
+        name=name, numel=p.numel(), start=inside.start, length=flat.numel, flat_start=flat.start
+    )
 
 
 def _own_parts(names: dict[torch.Tensor, str], group: Sequence[Any]) -> Iterator[Stretch]:
@@ -96,5 +136,7 @@ def _own_parts(names: dict[torch.Tensor, str], group: Sequence[Any]) -> Iterator
         start = p.ds_zero_partition_rank * p.partition_numel()
         length = min(p.partition_numel(), p.ds_numel - start)
         if length > 0:
-            yield Stretch(name=names[p], numel=p.ds_numel, start=start, length=length, flat_start=flat_start)
+            yield Stretch(
+                name=names[p], numel=p.ds_numel, start=start, length=length, flat_start=flat_start
+            )
         flat_start += p.partition_numel()

@@ -1,7 +1,7 @@
 """ZeRO stage 3 from the first moment on: each parameter is drawn and cut over the ranks before the next one is drawn.
 
-    meta device            one parameter at a time         for ever
-    name, shape     ->     its values, whole        ->     1 / ranks of them on each rank
+meta device            one parameter at a time         for ever
+name, shape     ->     its values, whole        ->     1 / ranks of them on each rank
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from torch import Tensor, nn
 
 from encoder.engine.zero.config import quiet
 
-Values = Callable[[str, Sequence[int]], Tensor]      # (name, shape) of a parameter -> its first values, whole
+Values = Callable[
+    [str, Sequence[int]], Tensor
+]  # (name, shape) of a parameter -> its first values, whole
 
 
-def partition_(model: nn.Module, *, deepspeed: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+def partition_(
+    model: nn.Module, *, deepspeed: ModuleType, dtype: torch.dtype, device: torch.device
+) -> None:
     """Gives a model on the meta device its `initial_values`, cut over the ranks; no rank ever holds two whole parameters.
 
     deepspeed.zero.Init as a context would do the same while the modules are made, but hands them dtype and device by
     replacing torch.empty and every Module's __init__, and what it partitions has no shape left to be drawn by.
     """
-    assert all(p.is_meta for p in model.parameters()), "stage 3 needs the model on the meta device: it builds it in parts"
+    assert all(p.is_meta for p in model.parameters()), (
+        "stage 3 needs the model on the meta device: it builds it in parts"
+    )
     assert not any(b.is_meta for b in model.buffers()), "a buffer on the meta device has no values"
     with quiet():
         deepspeed.init_distributed(dist_init_required=False)
@@ -33,14 +39,17 @@ def partition_(model: nn.Module, *, deepspeed: ModuleType, dtype: torch.dtype, d
             values = model.initial_values(name, parameter.shape).to(device=device, dtype=dtype)
             # in place: the optimizer's groups hold the parameter
             torch.utils.swap_tensors(parameter, nn.Parameter(values, parameter.requires_grad))
-            deepspeed.zero.Init(nn.ParameterList([parameter]), mem_efficient_linear=False, dtype=dtype)
-    model.to(device)      # the buffers
+            deepspeed.zero.Init(
+                nn.ParameterList([parameter]), mem_efficient_linear=False, dtype=dtype
+            )
+    model.to(device)  # the buffers
 
 
 @contextlib.contextmanager
 def weights_may_go() -> Iterator[None]:
     """A forward that lets weights be given back after use: torch's own F.linear keeps the whole weight for its backward
-    (as a transposed view), DeepSpeed's keeps the parameter, which is gathered again. DeepSpeed would replace it for ever."""
+    (as a transposed view), DeepSpeed's keeps the parameter, which is gathered again. DeepSpeed would replace it for ever.
+    """
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     plain = F.linear

@@ -71,15 +71,20 @@ def write_card(
     parts = [
         _front_matter(training.base_model),
         f"# {plain(training.name)}\n",
-        "A ModernBERT encoder, pretrained by masked language modelling with Tessera. It fills in "
-        "masked tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n",
+        (
+            "A ModernBERT encoder, pretrained by masked language modelling with Tessera. It fills"
+            " in masked tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n"
+        ),
         _usage(shown_as, mask_token),
         _table(Table(title="Model", head=("", ""), rows=list(model.items()))),
         _table(Table(title="Training", head=("", ""), rows=list(training.facts.items()))),
         *(_table(table) for table in training.tables),
         _table(Table(title="Proof of the export", head=("asked", "gives"), rows=proven)),
-        "## Limits\n\nWhat was measured is the loss above. The vectors are those of a language "
-        "model: they were not trained for similarity, and nothing was filtered from its answers.\n",
+        (
+            "## Limits\n\nWhat was measured is the loss above. The vectors are those of a language"
+            " model: they were not trained for similarity, and nothing was filtered from its"
+            " answers.\n"
+        ),
     ]
     (folder / CARD).write_text("\n".join(part for part in parts if part), encoding="utf-8")
 

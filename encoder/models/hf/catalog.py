@@ -21,7 +21,11 @@ def bridge_of(config: ModelConfig) -> Bridge | None:
 def export_blocker(config: ModelConfig) -> str | None:
     """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
     bridge = bridge_of(config)
-    return "not to Hugging Face, which has no class for it" if bridge is None else bridge.blocker(config)
+    return (
+        "not to Hugging Face, which has no class for it"
+        if bridge is None
+        else bridge.blocker(config)
+    )
 
 
 def bridge_of_settings(settings: Mapping[str, Any]) -> Bridge:

@@ -97,8 +97,10 @@ def read_composer(
         config=config,
         weights=fp32(weights),
         tokenizer_json=_own_tokenizer(found, path, tokenizer_to),
-        origin=f"FlexBERT file {path.name} ({_described(config)}, by {source}; not said by the "
-        f"file and assumed: {list_of or 'nothing'})",
+        origin=(
+            f"FlexBERT file {path.name} ({_described(config)}, by {source}; not said by the "
+            f"file and assumed: {list_of or 'nothing'})"
+        ),
     )
 
 

@@ -19,40 +19,68 @@ from torch import Tensor, nn
 from encoder.base.errors import ExportError
 from encoder.models.hf.parity import MaskedModel, Proof, Rows, prove
 
-PROOF_TOKENS = 1024             # the longest document asked: onnxruntime keeps the scores of all heads, 3 GB at 8,192
-INLINE_BYTES = 1_500_000_000    # weights beyond it lie beside the graph: one protobuf file ends at 2 GB
+PROOF_TOKENS = (
+    1024  # the longest document asked: onnxruntime keeps the scores of all heads, 3 GB at 8,192
+)
+INLINE_BYTES = (
+    1_500_000_000  # weights beyond it lie beside the graph: one protobuf file ends at 2 GB
+)
 
 
 def check_onnx_installed() -> None:
     """Raises ExportError naming what is not installed."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("onnx", "onnxscript", "onnxruntime")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
-        raise ExportError(f"--onnx needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-                          "Install the extra: pip install -e '.[onnx]'.")
+        raise ExportError(
+            f"--onnx needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not"
+            " installed. Install the extra: pip install -e '.[onnx]'."
+        )
 
 
-def write_onnx(folder: Path, theirs: nn.Module, ours: MaskedModel, *, max_tokens: int,
-               tolerance: float) -> Proof:
+def write_onnx(
+    folder: Path, theirs: nn.Module, ours: MaskedModel, *, max_tokens: int, tolerance: float
+) -> Proof:
     """Write onnx/model.onnx (input_ids, attention_mask -> logits [batch, length, V]) and prove it. Raises ExportError.
 
     tolerance: of a logit; the graph is fp32, so it may round as transformers was seen to round on these weights.
     """
     path = folder / "onnx" / "model.onnx"
     path.parent.mkdir()
-    example = (torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64))    # one tensor twice were one input
+    example = (
+        torch.zeros(2, 16, dtype=torch.int64),
+        torch.ones(2, 16, dtype=torch.int64),
+    )  # one tensor twice were one input
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     size = sum(p.numel() * p.element_size() for p in theirs.parameters())
     try:
         with _quiet(), torch.no_grad():
-            torch.onnx.export(_Logits(theirs), example, path, dynamo=True, verbose=False,
-                              input_names=["input_ids", "attention_mask"], output_names=["logits"],
-                              dynamic_shapes={"input_ids": axes, "attention_mask": axes},
-                              external_data=size > INLINE_BYTES)
-    except Exception as error:      # the exporter has many kinds
+            torch.onnx.export(
+                _Logits(theirs),
+                example,
+                path,
+                dynamo=True,
+                verbose=False,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                external_data=size > INLINE_BYTES,
+            )
+    except Exception as error:  # the exporter has many kinds
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"torch {torch.__version__} cannot write the ONNX graph: {why}. Export without --onnx.") from error
-    return prove(ours, _asking(path), max_tokens=min(max_tokens, PROOF_TOKENS), asked="onnxruntime",
-                 tolerance=tolerance)
+        raise ExportError(
+            f"torch {torch.__version__} cannot write the ONNX graph: {why}. Export without --onnx."
+        ) from error
+    return prove(
+        ours,
+        _asking(path),
+        max_tokens=min(max_tokens, PROOF_TOKENS),
+        asked="onnxruntime",
+        tolerance=tolerance,
+    )
 
 
 def _asking(path: Path):
@@ -61,8 +89,11 @@ def _asking(path: Path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
-        logits_BLV = torch.from_numpy(session.run(None, {"input_ids": ids_BL.numpy(), "attention_mask": real_BL.numpy()})[0])
+        logits_BLV = torch.from_numpy(
+            session.run(None, {"input_ids": ids_BL.numpy(), "attention_mask": real_BL.numpy()})[0]
+        )
         return lambda row, positions: logits_BLV[row, positions]
+
     return ask
 
 

@@ -32,15 +32,19 @@ from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.catalog import bridge_of
 
-TOLERANCE = 1e-4            # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
-TOLERANCE_FP64 = 1e-6       # equal models: 1e-13; the angles are fp32 on both sides
-TOLERANCE_DRAWN = 1e-7      # equal: 4e-14; theta 160,001 for 160,000: 2e-4; norm_eps 1e-12 for 1e-6: 2e-3
-FP64_TOKENS = 1024          # the longest document asked in fp64
-CHUNK_TOKENS = 512          # logits compared at once: 100 MB of 50,368 entries; of a whole document of 8,192 it were 1.6 GB
-PADDING_TOKENS = 3          # beside the longest document of a batch
+TOLERANCE = 1e-4  # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
+TOLERANCE_FP64 = 1e-6  # equal models: 1e-13; the angles are fp32 on both sides
+TOLERANCE_DRAWN = (
+    1e-7  # equal: 4e-14; theta 160,001 for 160,000: 2e-4; norm_eps 1e-12 for 1e-6: 2e-3
+)
+FP64_TOKENS = 1024  # the longest document asked in fp64
+CHUNK_TOKENS = 512  # logits compared at once: 100 MB of 50,368 entries; of a whole document of 8,192 it were 1.6 GB
+PADDING_TOKENS = 3  # beside the longest document of a batch
 
-Rows = Callable[[int, slice], Tensor]              # (row, positions) -> logits [positions, V]
-Ask = Callable[[Tensor, Tensor], Rows]             # (ids_BL, attention mask) -> their logits, made when they are looked at
+Rows = Callable[[int, slice], Tensor]  # (row, positions) -> logits [positions, V]
+Ask = Callable[
+    [Tensor, Tensor], Rows
+]  # (ids_BL, attention mask) -> their logits, made when they are looked at
 
 
 class MaskedModel(Protocol):
@@ -59,18 +63,33 @@ class MaskedModel(Protocol):
 class Proof:
     """What was compared before a folder came to be."""
 
-    max_abs_difference: float               # of a logit in fp32, over all documents and paddings
-    lengths: tuple[int, ...]                # of the documents compared, in tokens
-    fp64_difference: float | None = None    # the same up to FP64_TOKENS in fp64; None: fp32 was close enough
+    max_abs_difference: float  # of a logit in fp32, over all documents and paddings
+    lengths: tuple[int, ...]  # of the documents compared, in tokens
+    fp64_difference: float | None = (
+        None  # the same up to FP64_TOKENS in fp64; None: fp32 was close enough
+    )
 
     def __str__(self) -> str:
-        fp64 = "" if self.fp64_difference is None else f" in fp32, by its rounding ({self.fp64_difference:.1e} in fp64),"
-        return (f"the same logits within {self.max_abs_difference:.1e}{fp64} at lengths "
-                f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on either side")
+        fp64 = (
+            ""
+            if self.fp64_difference is None
+            else f" in fp32, by its rounding ({self.fp64_difference:.1e} in fp64),"
+        )
+        return (
+            f"the same logits within {self.max_abs_difference:.1e}{fp64} at lengths "
+            f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on either side"
+        )
 
 
-def prove(ours: MaskedModel, ask: Ask, *, max_tokens: int, asked: str, tolerance: float = TOLERANCE,
-          ask_fp64: Callable[[], Ask] | None = None) -> Proof:
+def prove(
+    ours: MaskedModel,
+    ask: Ask,
+    *,
+    max_tokens: int,
+    asked: str,
+    tolerance: float = TOLERANCE,
+    ask_fp64: Callable[[], Ask] | None = None,
+) -> Proof:
     """Compares `ours` with the model behind `ask`, which `asked` names. Raises ExportError where they differ.
 
     max_tokens: of the longest document; at least the window is passed in any case, where the model can be so long.
@@ -85,20 +104,37 @@ def prove(ours: MaskedModel, ask: Ask, *, max_tokens: int, asked: str, tolerance
         return proof
     said, needed = f"by {worst:.2e}", f"at most {tolerance:.0e}"
     if ask_fp64 is not None and math.isfinite(worst):
-        fp64 = _compared(copy.deepcopy(ours).double(), ask_fp64(), [n for n in lengths if n <= FP64_TOKENS],
-                         paddings=(None, False))
+        fp64 = _compared(
+            copy.deepcopy(ours).double(),
+            ask_fp64(),
+            [n for n in lengths if n <= FP64_TOKENS],
+            paddings=(None, False),
+        )
         if fp64 <= TOLERANCE_FP64:
             return dataclasses.replace(proof, fp64_difference=fp64)
-        said, needed = f"{said} in fp32 and by {fp64:.2e} in fp64", f"{needed}, or {TOLERANCE_FP64:.0e} in fp64"
-    why = ("They are not finite: look for inf and nan in the weights." if not math.isfinite(worst) else
-           "Check that the weights and the config belong together." if ask_fp64 is not None else
-           "A model of sharp attention rounds as much in fp32, and fp64 cannot be asked here.")
-    raise ExportError(f"the logits of {asked} differ from ours {said}; needed: {needed}. Nothing was written. {why}")
+        said, needed = (
+            f"{said} in fp32 and by {fp64:.2e} in fp64",
+            f"{needed}, or {TOLERANCE_FP64:.0e} in fp64",
+        )
+    why = (
+        "They are not finite: look for inf and nan in the weights."
+        if not math.isfinite(worst)
+        else (
+            "Check that the weights and the config belong together."
+            if ask_fp64 is not None
+            else "A model of sharp attention rounds as much in fp32, and fp64 cannot be asked here."
+        )
+    )
+    raise ExportError(
+        f"the logits of {asked} differ from ours {said}; needed: {needed}. Nothing was written."
+        f" {why}"
+    )
 
 
 def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     """How far transformers' logits by config.json are from ours by `config`, both of a small model of that kind with drawn
-    weights, in fp64: 1e-13 where they mean the same, more than 1e-7 where they do not. Raises ExportError."""
+    weights, in fp64: 1e-13 where they mean the same, more than 1e-7 where they do not. Raises ExportError.
+    """
     import transformers
 
     bridge = _bridge(config)
@@ -109,20 +145,36 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     weights = {name: torch.from_numpy(_drawn(name, shape, draw)) for name, shape in shapes.items()}
     ours = our_model(weights, config)
     try:
-        with torch.random.fork_rng(devices=[]):         # transformers draws first weights from torch's own generator
-            theirs = transformers.AutoModelForMaskedLM.from_config(
-                _config_of(bridge, settings), attn_implementation="sdpa").double().eval()
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # transformers draws first weights from torch's own generator
+            theirs = (
+                transformers.AutoModelForMaskedLM.from_config(
+                    _config_of(bridge, settings), attn_implementation="sdpa"
+                )
+                .double()
+                .eval()
+            )
             notes = theirs.load_state_dict(weights, strict=False)
-    except Exception as error:      # whatever its version raises
-        raise ExportError(f"transformers {transformers.__version__} cannot make the model of config.json: "
-                          f"{_line(error)}") from error
+    except Exception as error:  # whatever its version raises
+        raise ExportError(
+            f"transformers {transformers.__version__} cannot make the model of config.json: "
+            f"{_line(error)}"
+        ) from error
     lost = [n for n in (*notes.missing_keys, *notes.unexpected_keys) if n != "decoder.weight"]
     if lost:
-        raise ExportError(f"transformers {transformers.__version__} by config.json has other weights than we have: {lost[:3]}.")
+        raise ExportError(
+            f"transformers {transformers.__version__} by config.json has other weights than we"
+            f" have: {lost[:3]}."
+        )
     edges = bridge.edges(config)
     lengths = {1, 2, 40, *(n // 2 + 1 for n in edges), *(min(n, FP64_TOKENS) for n in edges)}
-    return _compared(ours, asking(theirs, bridge), sorted({min(n, config.max_position_embeddings) for n in lengths}),
-                     paddings=(None, False))
+    return _compared(
+        ours,
+        asking(theirs, bridge),
+        sorted({min(n, config.max_position_embeddings) for n in lengths}),
+        paddings=(None, False),
+    )
 
 
 def our_model(weights: dict[str, Tensor], config: ModelConfig) -> MaskedModel:
@@ -133,7 +185,9 @@ def our_model(weights: dict[str, Tensor], config: ModelConfig) -> MaskedModel:
     return model.eval()
 
 
-def transformers_model(folder: Path, bridge: Bridge, settings: dict[str, Any] | None = None) -> torch.nn.Module:
+def transformers_model(
+    folder: Path, bridge: Bridge, settings: dict[str, Any] | None = None
+) -> torch.nn.Module:
     """The model of a folder by transformers' own code, fp32; `settings` in place of its config.json.
 
     Raises ExportError.
@@ -143,28 +197,49 @@ def transformers_model(folder: Path, bridge: Bridge, settings: dict[str, Any] | 
     try:
         given = {} if settings is None else {"config": _config_of(bridge, settings)}
         model, notes = transformers.AutoModelForMaskedLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False,
-            output_loading_info=True, **given)
-    except Exception as error:      # whatever its version raises: the answer is the same, with its words
-        raise ExportError(f"transformers {transformers.__version__} cannot load the folder: {_line(error)}") from error
-    wrong = [n for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for n in notes.get(kind, ())
-             if n != "decoder.weight"]
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **given,
+        )
+    except (
+        Exception
+    ) as error:  # whatever its version raises: the answer is the same, with its words
+        raise ExportError(
+            f"transformers {transformers.__version__} cannot load the folder: {_line(error)}"
+        ) from error
+    wrong = [
+        n
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for n in notes.get(kind, ())
+        if n != "decoder.weight"
+    ]
     if wrong:
-        raise ExportError(f"transformers {transformers.__version__} does not find all weights: {wrong[:3]}.")
+        raise ExportError(
+            f"transformers {transformers.__version__} does not find all weights: {wrong[:3]}."
+        )
     return model.eval()
 
 
 def asking(model: torch.nn.Module, bridge: Bridge) -> Ask:
     """Transformers' model as `prove` asks it: the last hidden state at once, head and decoder where they are looked at."""
+
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
         try:
             with _Fp64Stays():
                 x_BLC = bridge.hidden_states(model, ids_BL, real_BL)
-        except Exception as error:      # whatever its version raises
+        except Exception as error:  # whatever its version raises
             import transformers
-            raise ExportError(f"transformers {transformers.__version__} loads the model but cannot run it: "
-                              f"{_line(error)}") from error
+
+            raise ExportError(
+                f"transformers {transformers.__version__} loads the model but cannot run it: "
+                f"{_line(error)}"
+            ) from error
         return lambda row, positions: bridge.logits(model, x_BLC[row, positions])
+
     return ask
 
 
@@ -177,19 +252,28 @@ class _Fp64Stays(TorchFunctionMode):
     """transformers 5 turns queries and keys as fp32 whatever they are: of an fp64 model 4e-6 in the logits, 4e-14 with this."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float and args[0].dtype == torch.float64 and args[0].ndim == 4:     # [B, heads, L, D], no angles
+        if (
+            func is Tensor.float and args[0].dtype == torch.float64 and args[0].ndim == 4
+        ):  # [B, heads, L, D], no angles
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
-def _compared(ours: MaskedModel, ask: Ask, lengths: list[int], *, paddings: Sequence[bool | None]) -> float:
+def _compared(
+    ours: MaskedModel, ask: Ask, lengths: list[int], *, paddings: Sequence[bool | None]
+) -> float:
     """The largest difference of a logit over drawn documents of these lengths."""
     draw = generator(0, "export proof")
     documents = [torch.from_numpy(draw.integers(0, ours.config.vocab_size, n)) for n in lengths]
     with torch.inference_mode():
         expected = ours.hidden_states(packed_documents(documents)).split(lengths)
-        return max(_worst(ours, ask, [documents[i] for i in batch], [expected[i] for i in batch], left=left)
-                   for batch in _batches(lengths) for left in paddings)
+        return max(
+            _worst(
+                ours, ask, [documents[i] for i in batch], [expected[i] for i in batch], left=left
+            )
+            for batch in _batches(lengths)
+            for left in paddings
+        )
 
 
 def _bridge(config: ModelConfig) -> Bridge:
@@ -224,8 +308,14 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     return [short] * bool(short) + [[i] for i, n in enumerate(lengths) if n > CHUNK_TOKENS]
 
 
-def _worst(ours: MaskedModel, ask: Ask, documents: list[Tensor], expected: Sequence[Tensor], *,
-           left: bool | None) -> float:
+def _worst(
+    ours: MaskedModel,
+    ask: Ask,
+    documents: list[Tensor],
+    expected: Sequence[Tensor],
+    *,
+    left: bool | None,
+) -> float:
     """The largest difference of a logit over some documents: each alone (left None), or padded to one batch."""
     if left is None:
         answers = [(ask(d[None], torch.ones_like(d)[None]), 0, 0) for d in documents]
@@ -235,13 +325,18 @@ def _worst(ours: MaskedModel, ask: Ask, documents: list[Tensor], expected: Seque
         real_BL = torch.zeros_like(ids_BL)
         starts = [width - len(d) if left else 0 for d in documents]
         for row, (document, start) in enumerate(zip(documents, starts, strict=True)):
-            ids_BL[row, start: start + len(document)], real_BL[row, start: start + len(document)] = document, 1
+            (
+                ids_BL[row, start : start + len(document)],
+                real_BL[row, start : start + len(document)],
+            ) = (document, 1)
         rows = ask(ids_BL, real_BL)
         answers = [(rows, row, start) for row, start in enumerate(starts)]
     worst = 0.0
     for (rows, row, start), x_TC in zip(answers, expected, strict=True):
         for at in range(0, len(x_TC), CHUNK_TOKENS):
             end = min(at + CHUNK_TOKENS, len(x_TC))
-            difference = float((rows(row, slice(start + at, start + end)) - ours.decode(x_TC[at:end])).abs().max())
+            difference = float(
+                (rows(row, slice(start + at, start + end)) - ours.decode(x_TC[at:end])).abs().max()
+            )
             worst = max(worst, difference if difference == difference else float("inf"))
     return worst

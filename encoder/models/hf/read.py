@@ -29,7 +29,14 @@ from encoder.models.hf.parity import (
     prove,
     transformers_model,
 )
-from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, fp32, read_safetensors
+from encoder.models.stored import (
+    TOKENIZER,
+    WEIGHTS,
+    StoredModel,
+    check_weights,
+    fp32,
+    read_safetensors,
+)
 
 CONFIG = "config.json"
 INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
@@ -50,15 +57,23 @@ def read_hf(folder: Path) -> StoredModel:
     tokenizer_json = folder / TOKENIZER
     without_word = bridge_of_settings(values).without_word
     return StoredModel(
-        config=config, weights=fp32(weights), tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
-        origin=f"Hugging Face folder {folder.name} (no word for {without_word}: {getattr(config, without_word)})",
-        max_tokens=_max_tokens(folder, config))
+        config=config,
+        weights=fp32(weights),
+        tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
+        origin=(
+            f"Hugging Face folder {folder.name} (no word for {without_word}:"
+            f" {getattr(config, without_word)})"
+        ),
+        max_tokens=_max_tokens(folder, config),
+    )
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
     """The shape that a folder's config.json tells. Raises ModelError."""
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM.")
+        raise ModelError(
+            f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM."
+        )
     settings = _read_json(folder / CONFIG)
     return bridge_of_settings(settings).from_settings(settings, where=str(folder / CONFIG))
 
@@ -71,8 +86,13 @@ def prove_import(model: StoredModel, folder: Path) -> Proof:
     settings = _read_json(folder / CONFIG)
     bridge = bridge_of_settings(settings)
     theirs = transformers_model(folder, bridge, bridge.completed(settings, model.config))
-    return prove(our_model(model.weights, model.config), asking(theirs, bridge), asked="transformers",
-                 ask_fp64=lambda: asking_fp64(theirs, bridge), max_tokens=model.max_tokens or model.config.max_position_embeddings)
+    return prove(
+        our_model(model.weights, model.config),
+        asking(theirs, bridge),
+        asked="transformers",
+        ask_fp64=lambda: asking_fp64(theirs, bridge),
+        max_tokens=model.max_tokens or model.config.max_position_embeddings,
+    )
 
 
 def _check_meaning(values: dict[str, Any], config: ModelConfig, path: Path) -> None:
@@ -81,9 +101,11 @@ def _check_meaning(values: dict[str, Any], config: ModelConfig, path: Path) -> N
     except ExportError as error:
         raise ModelError(f"{path}: {error}") from error
     if not drawn <= TOLERANCE_DRAWN:
-        raise ModelError(f"{path} means another model to transformers than to us: on drawn weights the logits differ by "
-                         f"{drawn:.2e} in fp64; needed: at most {TOLERANCE_DRAWN:.0e}. Take out the words that ModernBERT's own "
-                         "config.json does not have.")
+        raise ModelError(
+            f"{path} means another model to transformers than to us: on drawn weights the logits"
+            f" differ by {drawn:.2e} in fp64; needed: at most {TOLERANCE_DRAWN:.0e}. Take out the"
+            " words that ModernBERT's own config.json does not have."
+        )
 
 
 def untie(weights: dict[str, Tensor], *, tied: bool, of: str) -> dict[str, Tensor]:
@@ -91,8 +113,10 @@ def untie(weights: dict[str, Tensor], *, tied: bool, of: str) -> dict[str, Tenso
     if not tied or DECODER not in weights:
         return weights
     if EMBEDDING in weights and not torch.equal(weights[DECODER], weights[EMBEDDING]):
-        raise ModelError(f"{of}: tie_word_embeddings is true, but {DECODER} is not {EMBEDDING}. Set tie_word_embeddings to "
-                         "false to keep both.")
+        raise ModelError(
+            f"{of}: tie_word_embeddings is true, but {DECODER} is not {EMBEDDING}. Set"
+            " tie_word_embeddings to false to keep both."
+        )
     return {name: w for name, w in weights.items() if name != DECODER}
 
 
@@ -101,14 +125,19 @@ def load_tensors(path: Path, *, allowed: Sequence[Any] = ()) -> Any:
 
     allowed: further types that the file's format has, as torch.serialization.safe_globals takes them.
     """
-    open_regular(path, error=ModelError).close()        # a fifo would be waited for
+    open_regular(path, error=ModelError).close()  # a fifo would be waited for
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:          # torch, its unpickler and zipfile each raise their own kinds
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # torch, its unpickler and zipfile each raise their own kinds
         if kind := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ModelError(f"{path} holds {kind[1]} beside tensors, and reading that would run code named in the file. Where "
-                             "you trust it, load it in the program that wrote it and torch.save the state dict alone.") from error
+            raise ModelError(
+                f"{path} holds {kind[1]} beside tensors, and reading that would run code named in"
+                " the file. Where you trust it, load it in the program that wrote it and"
+                " torch.save the state dict alone."
+            ) from error
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} cannot be read: {why}. Copy the file again.") from error
 
@@ -116,18 +145,32 @@ def load_tensors(path: Path, *, allowed: Sequence[Any] = ()) -> Any:
 def named_tensors(found: Any, *, where: str) -> dict[str, Tensor]:
     """`found`, where it is a mapping of names to dense tensors. Raises ModelError."""
     if not isinstance(found, dict):
-        raise ModelError(f"{where} holds a {type(found).__name__}; needed: a mapping of names to tensors. Save the model's "
-                         "state_dict().")
+        raise ModelError(
+            f"{where} holds a {type(found).__name__}; needed: a mapping of names to tensors. Save"
+            " the model's state_dict()."
+        )
     for name, tensor in found.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not isinstance(name, str) or not dense:
-            kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) and not dense else type(tensor).__name__
-            raise ModelError(f"{where} holds a {kind} under {name!r}; needed: dense tensors under names. Save the model's "
-                             "state_dict().")
+            kind = (
+                f"{tensor.layout} tensor"
+                if isinstance(tensor, Tensor) and not dense
+                else type(tensor).__name__
+            )
+            raise ModelError(
+                f"{where} holds a {kind} under {name!r}; needed: dense tensors under names. Save"
+                " the model's state_dict()."
+            )
         # also one that repeats few values over a shape of terabytes
-        if tensor.is_meta or tensor.is_quantized or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise ModelError(f"{where} holds {name!r} without all of its values ({list(tensor.shape)}); needed: whole tensors. "
-                             "Load the model's weights before you save its state_dict().")
+        if (
+            tensor.is_meta
+            or tensor.is_quantized
+            or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+        ):
+            raise ModelError(
+                f"{where} holds {name!r} without all of its values ({list(tensor.shape)}); needed:"
+                " whole tensors. Load the model's weights before you save its state_dict()."
+            )
     return found
 
 
@@ -138,24 +181,34 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return _read_shards(folder)
     if (folder / PICKLED).is_file():
         return named_tensors(load_tensors(folder / PICKLED), where=str(folder / PICKLED))
-    raise ModelError(f"{folder} has a {CONFIG} but no {WEIGHTS}, no {INDEX} and no {PICKLED}. Copy the folder again, or save "
-                     "it with save_pretrained.")
+    raise ModelError(
+        f"{folder} has a {CONFIG} but no {WEIGHTS}, no {INDEX} and no {PICKLED}. Copy the folder"
+        " again, or save it with save_pretrained."
+    )
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     """Each tensor from the file that the index names for it; another file may hold an older one of that name."""
     files = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict):
-        raise ModelError(f"{folder / INDEX} has no weight_map; needed: the names of the weights with their files.")
+        raise ModelError(
+            f"{folder / INDEX} has no weight_map; needed: the names of the weights with their"
+            " files."
+        )
     for file in files.values():
         plain_name(file, where=folder / INDEX, error=ModelError, folders=False)
     weights: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
-        held = read_safetensors(inside(folder, file, where=folder / INDEX, error=ModelError, folders=False))
+        held = read_safetensors(
+            inside(folder, file, where=folder / INDEX, error=ModelError, folders=False)
+        )
         weights.update((name, w) for name, w in held.items() if files.get(name) == file)
     lost = sorted(files.keys() - weights.keys())
     if lost:
-        raise ModelError(f"{folder}: {INDEX} tells of {lost[0]} in {files[lost[0]]}, which lacks it. Copy the folder again.")
+        raise ModelError(
+            f"{folder}: {INDEX} tells of {lost[0]} in {files[lost[0]]}, which lacks it. Copy the"
+            " folder again."
+        )
     return weights
 
 

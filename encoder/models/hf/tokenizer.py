@@ -30,42 +30,63 @@ def read_tokenizer(tokenizer_json: Path, specials: SpecialIds, *, vocab_size: in
     return _tokenizer(content, tokenizer_json)
 
 
-def write_tokenizer(folder: Path, tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int, max_tokens: int) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int, max_tokens: int
+) -> None:
     """tokenizer.json and tokenizer_config.json (its model_max_length is max_tokens). Raises ModelError.
 
     A tokenizer.json without a post-processor is given [CLS] ... [SEP], as every document of the shards has them.
     """
     content, names = _served(tokenizer_json, specials, vocab_size)
     (folder / TOKENIZER).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", **{f"{role}_token": names[i] for role, i in _roles(specials).items()},
-        "model_max_length": max_tokens, "model_input_names": ["input_ids", "attention_mask"],
-        "padding_side": "right", "truncation_side": "right",
-        # ModernBERT's own file says true, which turns the decoded "x . y" into "x. y": wrong for code
-        "clean_up_tokenization_spaces": False,
-    })
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{f"{role}_token": names[i] for role, i in _roles(specials).items()},
+            "model_max_length": max_tokens,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "right",
+            "truncation_side": "right",
+            # ModernBERT's own file says true, which turns the decoded "x . y" into "x. y": wrong for code
+            "clean_up_tokenization_spaces": False,
+        },
+    )
 
 
-def _served(tokenizer_json: Path, specials: SpecialIds, vocab_size: int) -> tuple[dict[str, Any], dict[int, str]]:
+def _served(
+    tokenizer_json: Path, specials: SpecialIds, vocab_size: int
+) -> tuple[dict[str, Any], dict[int, str]]:
     """The content of a tokenizer.json with the edits, and its tokens by id."""
     content, names = _read(tokenizer_json, vocab_size)
     strange = [f"{role} {i}" for role, i in _roles(specials).items() if i not in names]
     if strange:
-        raise ModelError(f"{tokenizer_json} has no token {', '.join(strange)}. "
-                         "Give the tokenizer that the model was trained with.")
+        raise ModelError(
+            f"{tokenizer_json} has no token {', '.join(strange)}. "
+            "Give the tokenizer that the model was trained with."
+        )
     masks = [token for token in content["added_tokens"] if token["id"] == specials.mask_id]
     if not masks:
-        raise ModelError(f"{tokenizer_json} has {names[specials.mask_id]} in its vocabulary, but not among added_tokens, so text "
-                         "with a mask would be cut into letters. Add it there as a special token.")
-    masks[0]["lstrip"] = True               # "a [MASK]" asks for " word", space included, as the vocabulary has it
+        raise ModelError(
+            f"{tokenizer_json} has {names[specials.mask_id]} in its vocabulary, but not among"
+            " added_tokens, so text with a mask would be cut into letters. Add it there as a"
+            " special token."
+        )
+    masks[0]["lstrip"] = (
+        True  # "a [MASK]" asks for " word", space included, as the vocabulary has it
+    )
     if content.get("post_processor") is None:
         content["post_processor"] = _template(names, specials)
-    content["truncation"] = content["padding"] = None       # a maker's own would cut and fill what transformers is asked for
+    content["truncation"] = content["padding"] = (
+        None  # a maker's own would cut and fill what transformers is asked for
+    )
     framed = _tokenizer(content, tokenizer_json).encode("").ids
     if framed != [specials.cls_id, specials.sep_id]:
-        raise ModelError(f"{tokenizer_json} makes {framed} of an empty text; needed: {names[specials.cls_id]} and "
-                         f"{names[specials.sep_id]}, {[specials.cls_id, specials.sep_id]}, as the model was trained. Put such a "
-                         "post_processor, or null for that one.")
+        raise ModelError(
+            f"{tokenizer_json} makes {framed} of an empty text; needed: {names[specials.cls_id]}"
+            f" and {names[specials.sep_id]}, {[specials.cls_id, specials.sep_id]}, as the model was"
+            " trained. Put such a post_processor, or null for that one."
+        )
     return content, names
 
 
@@ -74,11 +95,19 @@ def _roles(specials: SpecialIds) -> dict[str, int]:
 
 
 def _template(names: dict[int, str], specials: SpecialIds) -> dict[str, Any]:
-    cls, sep = ({"SpecialToken": {"id": names[i], "type_id": 0}} for i in (specials.cls_id, specials.sep_id))
+    cls, sep = (
+        {"SpecialToken": {"id": names[i], "type_id": 0}} for i in (specials.cls_id, specials.sep_id)
+    )
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {"type": "TemplateProcessing", "single": [cls, a, sep], "pair": [cls, a, sep, b, sep],
-            "special_tokens": {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]}
-                               for i in (specials.cls_id, specials.sep_id)}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [cls, a, sep],
+        "pair": [cls, a, sep, b, sep],
+        "special_tokens": {
+            names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]}
+            for i in (specials.cls_id, specials.sep_id)
+        },
+    }
 
 
 def _tokenizer(content: dict[str, Any], tokenizer_json: Path) -> Tokenizer:
@@ -102,9 +131,13 @@ def _read(tokenizer_json: Path, vocab_size: int) -> tuple[dict[str, Any], dict[i
             raise TypeError("an id is no whole number")
     except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = str(error).rstrip(".") if isinstance(error, ModelError) else repr(error)
-        raise ModelError(f"{tokenizer_json} cannot be used as a tokenizer.json ({why}). "
-                         "Give the one that stands beside the shards.") from error
+        raise ModelError(
+            f"{tokenizer_json} cannot be used as a tokenizer.json ({why}). "
+            "Give the one that stands beside the shards."
+        ) from error
     if top >= vocab_size:
-        raise ModelError(f"{tokenizer_json} has ids up to {top:,}; the model's vocabulary is {vocab_size:,}. "
-                         "Give the tokenizer that the model was trained with.")
+        raise ModelError(
+            f"{tokenizer_json} has ids up to {top:,}; the model's vocabulary is {vocab_size:,}. "
+            "Give the tokenizer that the model was trained with."
+        )
     return content, names

@@ -41,12 +41,22 @@ from encoder.models.hf.tokenizer import write_tokenizer
 from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, write_safetensors
 
 PROOF = "export_proof.json"
-FILES, SHA256 = "files", "sha256"          # in it: the names of what the export wrote, and hashes of what a person may edit
+FILES, SHA256 = (
+    "files",
+    "sha256",
+)  # in it: the names of what the export wrote, and hashes of what a person may edit
 HASHED = ("config.json", WEIGHTS, TOKENIZER, CARD)
 
 
-def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, out: Path, *,
-              onnx: bool = False, training: Training | None = None) -> dict[str, Proof]:
+def export_hf(
+    model: StoredModel,
+    tokenizer_json: Path,
+    specials: SpecialIds,
+    out: Path,
+    *,
+    onnx: bool = False,
+    training: Training | None = None,
+) -> dict[str, Proof]:
     """Write `out`, a folder that AutoModelForMaskedLM and AutoTokenizer load, and prove it before it has its name.
 
     training: what the model card says of its making; default: where the model came from.
@@ -56,8 +66,10 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
     """
     config, max_tokens = model.config, model.max_tokens or model.config.max_position_embeddings
     if max_tokens > config.max_position_embeddings:
-        raise ExportError(f"max_tokens {max_tokens:,} is more than max_position_embeddings "
-                          f"{config.max_position_embeddings:,}. Raise the model's max_position_embeddings.")
+        raise ExportError(
+            f"max_tokens {max_tokens:,} is more than max_position_embeddings "
+            f"{config.max_position_embeddings:,}. Raise the model's max_position_embeddings."
+        )
     bridge = bridge_of(config)
     if bridge is None:
         raise ExportError("this model has no class in transformers. Keep it as a weights folder.")
@@ -68,28 +80,57 @@ def export_hf(model: StoredModel, tokenizer_json: Path, specials: SpecialIds, ou
     earlier = _files_of_earlier(out)
     ours = our_model(model.weights, config)
     with folder_that_appears(out, mark=PROOF, ours=earlier) as part:
-        write_tokenizer(part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens)
+        write_tokenizer(
+            part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens
+        )
         write_safetensors(model.weights, part / WEIGHTS)
         write_json(part / "config.json", settings)
         theirs = transformers_model(part, bridge)
         mask_token = _load_tokenizer(part).mask_token
         drawn = drawn_difference(settings, config)
         if not drawn <= TOLERANCE_DRAWN:
-            raise ExportError(f"the logits of transformers differ from ours by {drawn:.2e} on drawn weights in fp64; needed: at "
-                              f"most {TOLERANCE_DRAWN:.0e}. Nothing was written. To this transformers config.json says another "
-                              "model than ours: use a version of it that the README names.")
-        proofs = {"transformers": prove(ours, asking(theirs, bridge), max_tokens=max_tokens, asked="transformers",
-                                        ask_fp64=lambda: asking_fp64(theirs, bridge))}
+            raise ExportError(
+                f"the logits of transformers differ from ours by {drawn:.2e} on drawn weights in"
+                f" fp64; needed: at most {TOLERANCE_DRAWN:.0e}. Nothing was written. To this"
+                " transformers config.json says another model than ours: use a version of it that"
+                " the README names."
+            )
+        proofs = {
+            "transformers": prove(
+                ours,
+                asking(theirs, bridge),
+                max_tokens=max_tokens,
+                asked="transformers",
+                ask_fp64=lambda: asking_fp64(theirs, bridge),
+            )
+        }
         if onnx:
-            rounding = min(2 * proofs["transformers"].max_abs_difference, 1e-2)         # a wrong window is 1e-1 off
-            proofs["onnxruntime"] = write_onnx(part, theirs, ours, max_tokens=max_tokens, tolerance=max(TOLERANCE, rounding))
+            rounding = min(
+                2 * proofs["transformers"].max_abs_difference, 1e-2
+            )  # a wrong window is 1e-1 off
+            proofs["onnxruntime"] = write_onnx(
+                part, theirs, ours, max_tokens=max_tokens, tolerance=max(TOLERANCE, rounding)
+            )
         write_sentence_transformers(part, width=config.hidden_size, max_tokens=max_tokens)
-        write_card(part, config=config, parameters=ours.parameter_count(), mask_token=mask_token, max_tokens=max_tokens,
-                   training=training or Training(name=out.name, facts={"origin": model.origin}), proofs=proofs,
-                   shown_as=Path(os.path.abspath(out)).name)
-        write_json(part / PROOF, {"drawn_weights_fp64_difference": drawn,
-                                  **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()},
-                                  SHA256: {name: sha256_of(part / name) for name in HASHED}, FILES: files_below(part)})
+        write_card(
+            part,
+            config=config,
+            parameters=ours.parameter_count(),
+            mask_token=mask_token,
+            max_tokens=max_tokens,
+            training=training or Training(name=out.name, facts={"origin": model.origin}),
+            proofs=proofs,
+            shown_as=Path(os.path.abspath(out)).name,
+        )
+        write_json(
+            part / PROOF,
+            {
+                "drawn_weights_fp64_difference": drawn,
+                **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()},
+                SHA256: {name: sha256_of(part / name) for name in HASHED},
+                FILES: files_below(part),
+            },
+        )
     return proofs
 
 
@@ -100,10 +141,12 @@ def _files_of_earlier(out: Path) -> list[str] | None:
     proof = read_json(out / PROOF, error=ExportError, root=dict)
     names = proof.get(FILES)
     if not isinstance(names, list):
-        return None              # of an export that wrote no card
+        return None  # of an export that wrote no card
     if CARD in edited_since(out, proof):
-        raise ExportError(f"{out / CARD} was edited since it was written, and another export would write over it. Move it away, or "
-                          "name another folder.")
+        raise ExportError(
+            f"{out / CARD} was edited since it was written, and another export would write over it."
+            " Move it away, or name another folder."
+        )
     return names
 
 
@@ -111,13 +154,23 @@ def edited_since(folder: Path, proof: dict[str, Any]) -> list[str]:
     """Files of an export that are not what was proven."""
     hashes = proof.get(SHA256)
     hashes = hashes if isinstance(hashes, dict) else {}
-    return [name for name in HASHED if (folder / name).is_file() and sha256_of(folder / name) != hashes.get(name)]
+    return [
+        name
+        for name in HASHED
+        if (folder / name).is_file() and sha256_of(folder / name) != hashes.get(name)
+    ]
 
 
 def _load_tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:      # whatever its version raises: the answer is the same, with its words
-        raise ExportError(f"transformers {transformers.__version__} cannot load the tokenizer: {error}") from error
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # whatever its version raises: the answer is the same, with its words
+        raise ExportError(
+            f"transformers {transformers.__version__} cannot load the tokenizer: {error}"
+        ) from error

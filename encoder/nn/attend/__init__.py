@@ -16,10 +16,22 @@ from encoder.nn.attend.sdpa import Sdpa
 from encoder.nn.attend.tiles import Tiles
 from encoder.nn.attend.varlen import Varlen
 
-__all__ = ["BACKENDS", "Backend", "Choice", "Plan", "Situation", "Word", "attend_by", "check_word", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Choice",
+    "Plan",
+    "Situation",
+    "Word",
+    "attend_by",
+    "check_word",
+    "choose_backend",
+]
 
 Word = Literal["auto", "flash", "flash4", "flash3", "flash2", "varlen", "flex", "tiles", "sdpa"]
-BACKENDS: dict[str, Backend] = {b.name: b for b in (*FLASH, Varlen(), Flex(), Tiles(), Sdpa())}     # fastest first
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (*FLASH, Varlen(), Flex(), Tiles(), Sdpa())
+}  # fastest first
 
 _given: ContextVar[Backend | None] = ContextVar("the backend of attend_by", default=None)
 
@@ -48,9 +60,17 @@ def choose_backend(word: str, situation: Situation) -> Choice:
     asked = {"auto": list(BACKENDS), "flash": [b.name for b in FLASH]}.get(word, [word])
     name = next((name for name in asked if name in able), None)
     if name is None:
-        raise ConfigError(f"{_told({name: refusals[name] for name in asked})}. Use attention: {' or '.join(able)}.")
-    why = {"auto": "the fastest that can run here", "flash": "the newest that can run here"}.get(word, "asked for")
-    return Choice(backend=BACKENDS[name], reason="; ".join([f"{name}: {why}", *filter(None, [_told(refusals)])]))
+        raise ConfigError(
+            f"{_told({name: refusals[name] for name in asked})}. Use attention:"
+            f" {' or '.join(able)}."
+        )
+    why = {"auto": "the fastest that can run here", "flash": "the newest that can run here"}.get(
+        word, "asked for"
+    )
+    return Choice(
+        backend=BACKENDS[name],
+        reason="; ".join([f"{name}: {why}", *filter(None, [_told(refusals)])]),
+    )
 
 
 @contextmanager

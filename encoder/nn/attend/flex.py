@@ -1,12 +1,12 @@
 """torch's flex_attention: one compiled kernel that skips the blocks of tokens that do not see each other.
 
-    documents     a a a a | a a b b | b c c c | d d d d       blocks of 4 tokens here, of 128 in truth
+documents     a a a a | a a b b | b c c c | d d d d       blocks of 4 tokens here, of 128 in truth
 
-    keys            0 1 2 3
-    queries   0     # o . .       #  all see all: no mask is asked
-              1     o o o .       o  some do: the mask decides pair by pair
-              2     . o o .       .  none do: skipped
-              3     . . . #
+keys            0 1 2 3
+queries   0     # o . .       #  all see all: no mask is asked
+          1     o o o .       o  some do: the mask decides pair by pair
+          2     . o o .       .  none do: skipped
+          3     . . . #
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from encoder.nn.attend.contract import Situation
 from encoder.nn.attend.packed import HALVES, Needs
 
-BLOCK_TOKENS = 128      # what the kernel skips by
+BLOCK_TOKENS = 128  # what the kernel skips by
 
 
 class Flex:
@@ -36,11 +36,16 @@ class Flex:
         """It needs a CUDA device and triton."""
         return self.needs.unmet(situation) or _missing()
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> FlexPlan:
+    def plan(
+        self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
+    ) -> FlexPlan:
         """Two block masks; nothing is read back from the device."""
         attend = _compiled() if cu_seqlens_S1.device.type == "cuda" else flex_attention
-        return FlexPlan(attend, whole=block_mask(cu_seqlens_S1, tokens=tokens, radius=None),
-                        windowed=block_mask(cu_seqlens_S1, tokens=tokens, radius=window_radius_tokens))
+        return FlexPlan(
+            attend,
+            whole=block_mask(cu_seqlens_S1, tokens=tokens, radius=None),
+            windowed=block_mask(cu_seqlens_S1, tokens=tokens, radius=window_radius_tokens),
+        )
 
 
 class FlexPlan:
@@ -48,7 +53,9 @@ class FlexPlan:
 
     traceable = True
 
-    def __init__(self, attend: Callable[..., Tensor], *, whole: BlockMask, windowed: BlockMask) -> None:
+    def __init__(
+        self, attend: Callable[..., Tensor], *, whole: BlockMask, windowed: BlockMask
+    ) -> None:
         self.attend, self.whole, self.windowed = attend, whole, windowed
 
     def __call__(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, local: bool) -> Tensor:
@@ -57,7 +64,10 @@ class FlexPlan:
         if not tokens:
             return v_THD
         spare = -tokens % BLOCK_TOKENS
-        q, k, v = (F.pad(x_THD, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None] for x_THD in (q_THD, k_THD, v_THD))
+        q, k, v = (
+            F.pad(x_THD, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None]
+            for x_THD in (q_THD, k_THD, v_THD)
+        )
         out = self.attend(q, k, v, block_mask=self.windowed if local else self.whole)
         return out[0].transpose(0, 1)[:tokens]
 
@@ -69,9 +79,14 @@ def block_mask(cu_seqlens_S1: Tensor, *, tokens: int, radius: int | None) -> Blo
     their ranges of documents meet. Who sees is seen: queries by keys and keys by queries are the same list.
     """
     blocks = -(-tokens // BLOCK_TOKENS)
-    place_T = torch.arange(blocks * BLOCK_TOKENS, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype)
+    place_T = torch.arange(
+        blocks * BLOCK_TOKENS, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
+    )
     document_T = torch.searchsorted(cu_seqlens_S1[1:].contiguous(), place_T, right=True)
-    first_B, last_B = document_T.view(blocks, BLOCK_TOKENS)[:, 0], document_T.view(blocks, BLOCK_TOKENS)[:, -1]
+    first_B, last_B = (
+        document_T.view(blocks, BLOCK_TOKENS)[:, 0],
+        document_T.view(blocks, BLOCK_TOKENS)[:, -1],
+    )
     some_BB = (first_B[:, None] <= last_B) & (first_B <= last_B[:, None])
     all_BB = (first_B[:, None] == last_B) & (first_B == last_B[:, None])
     if radius is not None:
@@ -95,7 +110,9 @@ def _listed(sees_BB: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _missing() -> str | None:
-    return None if find_spec("triton") else "triton is not installed"       # a search of the disk: not at every forward
+    return (
+        None if find_spec("triton") else "triton is not installed"
+    )  # a search of the disk: not at every forward
 
 
 @cache

@@ -18,8 +18,8 @@ HALVES = (torch.float16, torch.bfloat16)
 class Needs:
     """What a CUDA kernel asks of its situation."""
 
-    at_least: tuple[int, int]                   # compute capability
-    below: tuple[int, int] | None = None        # first compute capability that it does not know
+    at_least: tuple[int, int]  # compute capability
+    below: tuple[int, int] | None = None  # first compute capability that it does not know
     dtypes: tuple[torch.dtype, ...] = HALVES
     head_widths: range = range(8, 257, 8)
 
@@ -30,13 +30,19 @@ class Needs:
         found = torch.cuda.get_device_capability(situation.device)
         if found < self.at_least or (self.below and found >= self.below):
             limit = f" and below {_dotted(self.below)}" if self.below else ""
-            return f"needs compute capability {_dotted(self.at_least)}{limit}, this device is {_dotted(found)}"
+            return (
+                f"needs compute capability {_dotted(self.at_least)}{limit}, this device is"
+                f" {_dotted(found)}"
+            )
         if situation.dtype not in self.dtypes:
             return f"needs {' or '.join(map(_word, self.dtypes))}, this is {_word(situation.dtype)}"
         if situation.head_width not in self.head_widths:
             widths = self.head_widths
             multiple = f"a multiple of {widths.step} " if widths.step > 1 else ""
-            return f"needs a head width of {multiple}from {widths[0]} to {widths[-1]}, this is {situation.head_width}"
+            return (
+                f"needs a head width of {multiple}from {widths[0]} to {widths[-1]}, this is"
+                f" {situation.head_width}"
+            )
         return None
 
 
@@ -45,7 +51,9 @@ class PackedPlan:
 
     traceable = True
 
-    def __init__(self, attend: Callable[..., Any], *, cu_seqlens_S1: Tensor, max_seqlen: int, radius: int) -> None:
+    def __init__(
+        self, attend: Callable[..., Any], *, cu_seqlens_S1: Tensor, max_seqlen: int, radius: int
+    ) -> None:
         self.attend, self.cu_seqlens_S1, self.radius = attend, cu_seqlens_S1, radius
         # The kernels only size their grid by the longest document. Powers of two: a compiled layer sees few of them.
         self.longest = 1 << (max_seqlen - 1).bit_length() if max_seqlen else 0
@@ -54,7 +62,9 @@ class PackedPlan:
         """[T, H, D] -> [T, H, D]."""
         if not len(q_THD):
             return v_THD
-        return self.attend(q_THD, k_THD, v_THD, self.cu_seqlens_S1, self.longest, self.radius if local else None)
+        return self.attend(
+            q_THD, k_THD, v_THD, self.cu_seqlens_S1, self.longest, self.radius if local else None
+        )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

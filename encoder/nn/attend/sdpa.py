@@ -18,12 +18,19 @@ class Sdpa:
         """It runs everywhere."""
         return None
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> SdpaPlan:
+    def plan(
+        self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
+    ) -> SdpaPlan:
         """Host-side bounds and one band mask of the longest document."""
         bounds = document_bounds(cu_seqlens_S1, tokens=tokens)
-        place = torch.arange(max((end - start for start, end in bounds), default=0), device=cu_seqlens_S1.device)
-        return SdpaPlan(lengths=[end - start for start, end in bounds], radius=window_radius_tokens,
-                        band_LL=(place[:, None] - place[None, :]).abs() <= window_radius_tokens)
+        place = torch.arange(
+            max((end - start for start, end in bounds), default=0), device=cu_seqlens_S1.device
+        )
+        return SdpaPlan(
+            lengths=[end - start for start, end in bounds],
+            radius=window_radius_tokens,
+            band_LL=(place[:, None] - place[None, :]).abs() <= window_radius_tokens,
+        )
 
 
 class SdpaPlan:
@@ -42,6 +49,8 @@ class SdpaPlan:
         for qkv in zip(*(x.split(self.lengths) for x in (q_THD, k_THD, v_THD)), strict=True):
             length = len(qkv[0])
             mask = self.band_LL[:length, :length] if local and length > self.radius + 1 else None
-            out = F.scaled_dot_product_attention(*(x_LHD.transpose(0, 1)[None] for x_LHD in qkv), attn_mask=mask)
+            out = F.scaled_dot_product_attention(
+                *(x_LHD.transpose(0, 1)[None] for x_LHD in qkv), attn_mask=mask
+            )
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)

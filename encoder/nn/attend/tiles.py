@@ -30,9 +30,11 @@ from torch import Tensor
 
 from encoder.nn.attend.contract import Situation, document_bounds
 
-HIDDEN = -1e30          # added to the scores of keys that a query must not see: exp gives exactly 0 beside a visible key
-WIDTH_STEP = 32         # document tiles are widened to a multiple of this, so that few shapes occur
-PRODUCT_KEYS = 256      # wider tiles go to torch's blockwise kernel, which keeps no scores (512 in bf16: 54 ms against 89)
+HIDDEN = (
+    -1e30
+)  # added to the scores of keys that a query must not see: exp gives exactly 0 beside a visible key
+WIDTH_STEP = 32  # document tiles are widened to a multiple of this, so that few shapes occur
+PRODUCT_KEYS = 256  # wider tiles go to torch's blockwise kernel, which keeps no scores (512 in bf16: 54 ms against 89)
 
 
 class Tiles:
@@ -44,19 +46,27 @@ class Tiles:
         """It runs everywhere."""
         return None
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> TilesPlan:
+    def plan(
+        self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
+    ) -> TilesPlan:
         """Document tiles, and what local layers use: the same, the same with a band as mask, or window tiles."""
-        bounds = torch.tensor(document_bounds(cu_seqlens_S1, tokens=tokens), dtype=torch.int64).view(-1, 2)
+        bounds = torch.tensor(
+            document_bounds(cu_seqlens_S1, tokens=tokens), dtype=torch.int64
+        ).view(-1, 2)
         starts_S, lengths_S = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
         longest = int(lengths_S.max()) if len(lengths_S) else 0
         whole = _document_tiles(starts_S, lengths_S, tokens=tokens, radius=None)
         if longest <= window_radius_tokens + 1:
             windowed = whole
         elif longest <= 2 * window_radius_tokens:
-            windowed = _document_tiles(starts_S, lengths_S, tokens=tokens, radius=window_radius_tokens)
+            windowed = _document_tiles(
+                starts_S, lengths_S, tokens=tokens, radius=window_radius_tokens
+            )
         else:
             windowed = _window_tiles(lengths_S, tokens=tokens, radius=window_radius_tokens)
-        return TilesPlan(whole=whole.to(cu_seqlens_S1.device), windowed=windowed.to(cu_seqlens_S1.device))
+        return TilesPlan(
+            whole=whole.to(cu_seqlens_S1.device), windowed=windowed.to(cu_seqlens_S1.device)
+        )
 
 
 class TilesPlan:
@@ -79,8 +89,8 @@ class Group:
     """Tiles of one width."""
 
     tiles: int
-    width: int                    # tokens
-    mask: Tensor                  # [N, 1, 1 or width, width] fp32, 0 or HIDDEN
+    width: int  # tokens
+    mask: Tensor  # [N, 1, 1 or width, width] fp32, 0 or HIDDEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,20 +98,28 @@ class DocumentTiles:
     """One tile a document, documents of similar length together; slots are all places of all tiles, end to end."""
 
     groups: list[Group]
-    token_of_slot: Tensor         # int64; a slot that holds nothing names a token of its document
-    slot_of_token: Tensor         # int64 [T]
-    empty: Tensor                 # int64: slots that hold nothing; what comes back from them is dropped
+    token_of_slot: Tensor  # int64; a slot that holds nothing names a token of its document
+    slot_of_token: Tensor  # int64 [T]
+    empty: Tensor  # int64: slots that hold nothing; what comes back from them is dropped
 
     def to(self, device: torch.device) -> DocumentTiles:
         """The same with its tensors on a device."""
-        return DocumentTiles(groups=[replace(g, mask=g.mask.to(device)) for g in self.groups],
-                             token_of_slot=self.token_of_slot.to(device), slot_of_token=self.slot_of_token.to(device),
-                             empty=self.empty.to(device))
+        return DocumentTiles(
+            groups=[replace(g, mask=g.mask.to(device)) for g in self.groups],
+            token_of_slot=self.token_of_slot.to(device),
+            slot_of_token=self.slot_of_token.to(device),
+            empty=self.empty.to(device),
+        )
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         """[T, H, D] -> [T, H, D]."""
-        slots = [_Gather.apply(x_THD, self.token_of_slot, self.slot_of_token, None) for x_THD in (q_THD, k_THD, v_THD)]
-        split = zip(*(x.split([g.tiles * g.width for g in self.groups]) for x in slots), strict=True)
+        slots = [
+            _Gather.apply(x_THD, self.token_of_slot, self.slot_of_token, None)
+            for x_THD in (q_THD, k_THD, v_THD)
+        ]
+        split = zip(
+            *(x.split([g.tiles * g.width for g in self.groups]) for x in slots), strict=True
+        )
         outs = []
         for group, qkv in zip(self.groups, split, strict=True):
             q, k, v = (x.unflatten(0, (group.tiles, group.width)).transpose(1, 2) for x in qkv)
@@ -113,8 +131,8 @@ class DocumentTiles:
 class WindowTiles:
     """One tile a block of tokens, with the block before and the block after it as keys."""
 
-    block: int                    # tokens
-    mask: Tensor                  # [N, 1, block, 3 * block] fp32, 0 or HIDDEN
+    block: int  # tokens
+    mask: Tensor  # [N, 1, block, 3 * block] fp32, 0 or HIDDEN
 
     def to(self, device: torch.device) -> WindowTiles:
         """The same with its mask on a device."""
@@ -125,11 +143,15 @@ class WindowTiles:
         tokens = len(q_THD)
         q_THD = F.pad(q_THD, (0, 0, 0, 0, 0, -tokens % self.block))
         q = q_THD.unflatten(0, (-1, self.block)).transpose(1, 2)
-        out = _attend(q, _Windows.apply(k_THD, self.block), _Windows.apply(v_THD, self.block), self.mask)
+        out = _attend(
+            q, _Windows.apply(k_THD, self.block), _Windows.apply(v_THD, self.block), self.mask
+        )
         return out.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
-def _document_tiles(starts_S: Tensor, lengths_S: Tensor, *, tokens: int, radius: int | None) -> DocumentTiles:
+def _document_tiles(
+    starts_S: Tensor, lengths_S: Tensor, *, tokens: int, radius: int | None
+) -> DocumentTiles:
     widths_S = (lengths_S + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
     groups, token_of_slot, real = [], [], []
     for width in widths_S.unique().tolist():
@@ -137,30 +159,44 @@ def _document_tiles(starts_S: Tensor, lengths_S: Tensor, *, tokens: int, radius:
         longest = int(lengths_N.max())
         place_L = torch.arange(longest)
         real_NL = place_L < lengths_N[:, None]
-        mask = torch.zeros(len(starts_N), 1, 1, longest).masked_fill_(~real_NL[:, None, None, :], HIDDEN)
+        mask = torch.zeros(len(starts_N), 1, 1, longest).masked_fill_(
+            ~real_NL[:, None, None, :], HIDDEN
+        )
         if radius is not None and longest > radius + 1:
             far_LL = (place_L[:, None] - place_L).abs() > radius
             mask = mask.expand(-1, 1, longest, -1).masked_fill(far_LL, HIDDEN)
         groups.append(Group(tiles=len(starts_N), width=longest, mask=mask))
-        token_of_slot.append((starts_N[:, None] + place_L).where(real_NL, starts_N[:, None]).flatten())
+        token_of_slot.append(
+            (starts_N[:, None] + place_L).where(real_NL, starts_N[:, None]).flatten()
+        )
         real.append(real_NL.flatten())
     none = torch.zeros(0, dtype=torch.int64)
     there, holds = torch.cat([none, *token_of_slot]), torch.cat([none.bool(), *real])
     slots = holds.nonzero()[:, 0]
-    return DocumentTiles(groups=groups, token_of_slot=there, empty=(~holds).nonzero()[:, 0],
-                         slot_of_token=torch.empty(tokens, dtype=torch.int64).index_copy_(0, there[slots], slots))
+    return DocumentTiles(
+        groups=groups,
+        token_of_slot=there,
+        empty=(~holds).nonzero()[:, 0],
+        slot_of_token=torch.empty(tokens, dtype=torch.int64).index_copy_(0, there[slots], slots),
+    )
 
 
 def _window_tiles(lengths_S: Tensor, *, tokens: int, radius: int) -> WindowTiles:
-    block = max(radius, 32)         # a shorter block makes many small products
+    block = max(radius, 32)  # a shorter block makes many small products
     blocks = -(-tokens // block)
-    document_T = torch.full(((blocks + 2) * block,), -1)                # one block of nothing before, one behind
-    document_T[block:block + tokens] = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
+    document_T = torch.full(((blocks + 2) * block,), -1)  # one block of nothing before, one behind
+    document_T[block : block + tokens] = torch.repeat_interleave(
+        torch.arange(len(lengths_S)), lengths_S
+    )
     place_B, place_K = torch.arange(block, 2 * block), torch.arange(3 * block)
     query_NB = document_T[block:-block].view(blocks, block)
     key_NK = document_T.unfold(0, 3 * block, block)
-    sees_NBK = (query_NB[:, :, None] == key_NK[:, None, :]) & ((place_B[:, None] - place_K).abs() <= radius)
-    return WindowTiles(block=block, mask=torch.zeros(sees_NBK.shape).masked_fill_(~sees_NBK, HIDDEN)[:, None])
+    sees_NBK = (query_NB[:, :, None] == key_NK[:, None, :]) & (
+        (place_B[:, None] - place_K).abs() <= radius
+    )
+    return WindowTiles(
+        block=block, mask=torch.zeros(sees_NBK.shape).masked_fill_(~sees_NBK, HIDDEN)[:, None]
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -186,15 +222,21 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
         ctx.tokens, ctx.block = len(x), block
-        return F.pad(x, (0, 0, 0, 0, block, block - len(x) % -block)).unfold(0, 3 * block, block).transpose(2, 3)
+        return (
+            F.pad(x, (0, 0, 0, 0, block, block - len(x) % -block))
+            .unfold(0, 3 * block, block)
+            .transpose(2, 3)
+        )
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        before, own, after = d.unflatten(2, (3, ctx.block)).unbind(2)   # the parts of a tile in its three blocks
+        before, own, after = d.unflatten(2, (3, ctx.block)).unbind(
+            2
+        )  # the parts of a tile in its three blocks
         d_x = own.clone()
         d_x[:-1] += before[1:]
         d_x[1:] += after[:-1]
-        return d_x.transpose(1, 2).flatten(0, 1)[:ctx.tokens], None
+        return d_x.transpose(1, 2).flatten(0, 1)[: ctx.tokens], None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -219,8 +261,14 @@ class _Products(torch.autograd.Function):
         ctx.scale = width**-0.5
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         with torch.autocast(q.device.type, enabled=False):
-            scores = mask.to(exact).expand(tiles, heads, queries, keys).reshape(tiles * heads, queries, keys)
-            scores = torch.baddbmm(scores, q.to(exact), k.to(exact).transpose(1, 2), alpha=ctx.scale)
+            scores = (
+                mask.to(exact)
+                .expand(tiles, heads, queries, keys)
+                .reshape(tiles * heads, queries, keys)
+            )
+            scores = torch.baddbmm(
+                scores, q.to(exact), k.to(exact).transpose(1, 2), alpha=ctx.scale
+            )
             p = torch.softmax(scores, dim=-1).to(v.dtype)
             out = torch.bmm(p, v)
         ctx.save_for_backward(q, k, v, p)
@@ -236,4 +284,9 @@ class _Products(torch.autograd.Function):
             d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(ctx.scale)
             d_q = torch.bmm(d_scores, k)
             d_k = torch.bmm(d_scores.transpose(1, 2), q)
-        return d_q.view(shape), d_k.view(*shape[:2], *d_k.shape[1:]), d_v.view(*shape[:2], *d_v.shape[1:]), None
+        return (
+            d_q.view(shape),
+            d_k.view(*shape[:2], *d_k.shape[1:]),
+            d_v.view(*shape[:2], *d_v.shape[1:]),
+            None,
+        )

@@ -24,23 +24,38 @@ class Varlen:
         """It needs a CUDA device from Ampere on, and halves."""
         return self.needs.unmet(situation) or _missing()
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> PackedPlan:
+    def plan(
+        self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
+    ) -> PackedPlan:
         """The documents as they are: nothing is read back from the device."""
-        return PackedPlan(_attend, cu_seqlens_S1=cu_seqlens_S1, max_seqlen=max_seqlen, radius=window_radius_tokens)
+        return PackedPlan(
+            _attend, cu_seqlens_S1=cu_seqlens_S1, max_seqlen=max_seqlen, radius=window_radius_tokens
+        )
 
 
-def _attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens_S1: Tensor, longest: int,
-            radius: int | None) -> Tensor:
+def _attend(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    cu_seqlens_S1: Tensor,
+    longest: int,
+    radius: int | None,
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
+
     window = (-1, -1) if radius is None else (radius, radius)
-    return varlen_attn(q_THD, k_THD, v_THD, cu_seqlens_S1, cu_seqlens_S1, longest, longest, window_size=window)
+    return varlen_attn(
+        q_THD, k_THD, v_THD, cu_seqlens_S1, cu_seqlens_S1, longest, longest, window_size=window
+    )
 
 
 @cache
 def _missing() -> str | None:
     """What this torch's varlen_attn does not take."""
     try:
-        takes = inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters
+        takes = inspect.signature(
+            importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        ).parameters
     except (ImportError, AttributeError) as error:
         return f"this torch has no varlen_attn ({error})"
     missing = [name for name in ARGUMENTS if name not in takes]

@@ -10,20 +10,41 @@ from pathlib import Path
 from encoder.base.errors import ConfigError, UserError
 
 ANSWER_SECONDS = 60.0
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "REVOKED")
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "TIMEOUT",
+    "REVOKED",
+)
 
 
 def run_words(command: list[str], *, env: dict[str, str] | None = None) -> str:
     """Runs it and returns what it printed. Raises UserError with what it said."""
     try:
-        done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True,
-                              encoding="utf-8", errors="replace", check=False)
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
     except FileNotFoundError as error:
-        raise UserError(f"{command[0]} is not on this machine. Run this on a login node of a SLURM cluster, "
-                        "or with --dry-run.") from error
+        raise UserError(
+            f"{command[0]} is not on this machine. Run this on a login node of a SLURM cluster, "
+            "or with --dry-run."
+        ) from error
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
-        raise UserError(f"{command[0]} refused: {re.sub('^sbatch: error: ', '', said) or f'exit code {done.returncode}'}.")
+        raise UserError(
+            f"{command[0]} refused:"
+            f" {re.sub('^sbatch: error: ', '', said) or f'exit code {done.returncode}'}."
+        )
     return done.stdout
 
 
@@ -38,8 +59,14 @@ class NotHere(NoAnswer):
 def ask(command: list[str]) -> str:
     """What it printed. Raises NoAnswer."""
     try:
-        done = subprocess.run(command, capture_output=True,
-                              encoding="utf-8", errors="replace", check=False, timeout=ANSWER_SECONDS)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=ANSWER_SECONDS,
+        )
     except FileNotFoundError as error:
         raise NotHere(f"{command[0]} is not on this machine") from error
     except subprocess.TimeoutExpired as error:
@@ -47,7 +74,10 @@ def ask(command: list[str]) -> str:
     except OSError as error:
         raise NoAnswer(f"{command[0]}: {error.strerror or error}") from error
     if done.returncode:
-        raise NoAnswer(" ".join((done.stderr or done.stdout).split()) or f"{command[0]} ended with exit code {done.returncode}")
+        raise NoAnswer(
+            " ".join((done.stderr or done.stdout).split())
+            or f"{command[0]} ended with exit code {done.returncode}"
+        )
     return done.stdout
 
 
@@ -64,27 +94,35 @@ def show_job(job_id: str) -> list[dict[str, str]]:
     try:
         lines = ask(["scontrol", "--oneliner", "show", "job", job_id]).splitlines()
     except NoAnswer as why:
-        if "Invalid job id" in str(why):         # any other failure says nothing of the job
+        if "Invalid job id" in str(why):  # any other failure says nothing of the job
             return []
         raise
-    return [dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines]
+    return [
+        dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines
+    ]
 
 
 def alive_jobs(record: Path) -> list[str]:
     """The ids of earlier submissions of a run that have not ended; none on a machine without squeue. Raises UserError where
     nobody can say."""
     text = record.read_text(encoding="utf-8", errors="replace") if record.exists() else ""
-    ids = re.findall(r'"job": "(\d+)"', text)                                                       # also beside torn lines
-    ids += sorted(path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit())       # submitted by hand
+    ids = re.findall(r'"job": "(\d+)"', text)  # also beside torn lines
+    ids += sorted(
+        path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit()
+    )  # submitted by hand
     if not ids:
         return []
     try:
-        queued = ask(["squeue", "--noheader", "--me", "--format=%A %F"]).split()         # tasks of an array, and the array
+        queued = ask(
+            ["squeue", "--noheader", "--me", "--format=%A %F"]
+        ).split()  # tasks of an array, and the array
     except NotHere:
         return []
     except NoAnswer as why:
-        raise UserError(f"nobody says whether job {ids[-1]} of this run is still queued: squeue does not answer ({why}). "
-                        "Submit again when it does.") from why
+        raise UserError(
+            f"nobody says whether job {ids[-1]} of this run is still queued: squeue does not answer"
+            f" ({why}). Submit again when it does."
+        ) from why
     return [job for job in dict.fromkeys(ids) if job in queued]
 
 
@@ -96,40 +134,74 @@ def node_range(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def check_cluster(*, nodes: int, gpus: int, cpus: int, partition: str | None, time_limit: str | None) -> None:
+def check_cluster(
+    *, nodes: int, gpus: int, cpus: int, partition: str | None, time_limit: str | None
+) -> None:
     """Whether the partition could ever give that: SLURM lets what it cannot give wait for ever. Says nothing where sinfo is silent.
 
     Raises ConfigError."""
-    asked = ["sinfo", "--noheader", "--Node", "--format=%N|%c|%G|%T|%P|%l", *([f"--partition={partition}"] if partition else [])]
+    asked = [
+        "sinfo",
+        "--noheader",
+        "--Node",
+        "--format=%N|%c|%G|%T|%P|%l",
+        *([f"--partition={partition}"] if partition else []),
+    ]
     rows = [row.split("|") for row in quiet(asked).splitlines() if row.count("|") == 5]
     if partition is None:
-        rows = [row for row in rows if row[4].endswith("*")] or rows       # the default one
-    by_partition: dict[str, dict[str, list[str]]] = {}                     # a node may be in several; a job runs in one of them
+        rows = [row for row in rows if row[4].endswith("*")] or rows  # the default one
+    by_partition: dict[
+        str, dict[str, list[str]]
+    ] = {}  # a node may be in several; a job runs in one of them
     for row in rows:
         by_partition.setdefault(row[4].rstrip("*"), {})[row[0]] = row
     if partition:
         known = {p.strip("* ") for p in quiet(["sinfo", "--noheader", "--format=%P"]).split()}
         wrong = [name for name in partition.split(",") if name not in known]
         if known and wrong:
-            raise ConfigError(f"there is no partition {', '.join(wrong)}. Known: {', '.join(sorted(known))}.")
-    lacks = [_lack(name, list(of.values()), nodes=nodes, gpus=gpus, cpus=cpus, time_limit=time_limit)
-             for name, of in by_partition.items()]
+            raise ConfigError(
+                f"there is no partition {', '.join(wrong)}. Known: {', '.join(sorted(known))}."
+            )
+    lacks = [
+        _lack(name, list(of.values()), nodes=nodes, gpus=gpus, cpus=cpus, time_limit=time_limit)
+        for name, of in by_partition.items()
+    ]
     if lacks and all(lacks):
         raise ConfigError(f"{'; '.join(lacks)}. Ask for less, or name another --partition.")
 
 
-def _lack(partition: str, rows: list[list[str]], *, nodes: int, gpus: int, cpus: int, time_limit: str | None) -> str:
+def _lack(
+    partition: str,
+    rows: list[list[str]],
+    *,
+    nodes: int,
+    gpus: int,
+    cpus: int,
+    time_limit: str | None,
+) -> str:
     """What a partition of these nodes could never give, or nothing."""
-    fit = [row for row in rows if int(re.sub(r"\D", "", row[1]) or 0) >= cpus and count_gpus(row[2]) >= gpus]
+    fit = [
+        row
+        for row in rows
+        if int(re.sub(r"\D", "", row[1]) or 0) >= cpus and count_gpus(row[2]) >= gpus
+    ]
     if len(fit) < nodes:
-        wish = f"{nodes} node{'s' * (nodes > 1)} with {cpus} core{'s' * (cpus > 1)}" + (f" and {gpus} GPUs" if gpus else "")
+        wish = f"{nodes} node{'s' * (nodes > 1)} with {cpus} core{'s' * (cpus > 1)}" + (
+            f" and {gpus} GPUs" if gpus else ""
+        )
         cores = max(int(re.sub(r"\D", "", row[1]) or 0) for row in rows)
         best = f"{cores} cores and {max(count_gpus(row[2]) for row in rows)} GPUs"
-        return f"partition {partition} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most {best}"
+        return (
+            f"partition {partition} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most"
+            f" {best}"
+        )
     limit, wanted = minutes(rows[0][5]), minutes(time_limit or "")
     if limit and wanted and wanted > limit:
-        return (f"--time {time_limit} is above the limit of partition {partition}, {rows[0][5]}: the job would wait for ever (the "
-                "training saves before its limit, and goes on in its next start)")
+        return (
+            f"--time {time_limit} is above the limit of partition {partition}, {rows[0][5]}: the"
+            " job would wait for ever (the training saves before its limit, and goes on in its"
+            " next start)"
+        )
     return ""
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from encoder.base.errors import UserError
 
 
-def plan_first(run_file: str, overrides: Sequence[str], *, ranks: Sequence[int], shards_must_be_there: bool) -> None:
+def plan_first(
+    run_file: str, overrides: Sequence[str], *, ranks: Sequence[int], shards_must_be_there: bool
+) -> None:
     """Prints the plan. Raises UserError for what cannot work on any of the numbers of ranks."""
     try:
         from encoder.base.units import short_bytes
@@ -19,8 +21,10 @@ def plan_first(run_file: str, overrides: Sequence[str], *, ranks: Sequence[int],
         from encoder.tools.plan.fit import fit_ranks
         from encoder.tools.plan.plan import count_needs, plan_text
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not on this machine, so the run cannot be planned. Use the Python that the jobs use, or "
-                        "--no-plan: the check job looks at everything, too.") from error
+        raise UserError(
+            f"{error.name} is not on this machine, so the run cannot be planned. Use the Python"
+            " that the jobs use, or --no-plan: the check job looks at everything, too."
+        ) from error
     run = read_run(run_file, overrides)
     check_same_run(run, Path(run.out))
     for count in ranks:
@@ -28,9 +32,18 @@ def plan_first(run_file: str, overrides: Sequence[str], *, ranks: Sequence[int],
             print(f"warning: {warning}")
     if shards_must_be_there and not any(source.cache for source in run.all_sources()):
         check_same_data(run, check_data(run), Path(run.out))
-    place = next(path for path in (Path(run.out).absolute(), *Path(run.out).absolute().parents) if path.exists())
-    free, need = shutil.disk_usage(place).free, 2 * count_needs(run, ranks=ranks[0]).checkpoint_bytes
+    place = next(
+        path
+        for path in (Path(run.out).absolute(), *Path(run.out).absolute().parents)
+        if path.exists()
+    )
+    free, need = (
+        shutil.disk_usage(place).free,
+        2 * count_needs(run, ranks=ranks[0]).checkpoint_bytes,
+    )
     if free < need:
-        raise UserError(f"the disk of {run.out} has {short_bytes(free)} free; needed: {short_bytes(need)}, two checkpoints. Make "
-                        "room, or set another out.")
+        raise UserError(
+            f"the disk of {run.out} has {short_bytes(free)} free; needed: {short_bytes(need)}, two"
+            " checkpoints. Make room, or set another out."
+        )
     print(plan_text(run, ranks=ranks[-1]) + "\n")

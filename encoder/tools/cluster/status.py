@@ -25,10 +25,14 @@ from encoder.base.units import parse_tokens, short_count, short_seconds
 from encoder.runs.short_forms import read_run_mapping, run_folder
 from encoder.tools.cluster.commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
-CAUSES = {"stopped": "saved before its limit", "ended": "requeued, preempted or cancelled", "bad_nodes": "bad nodes",
-          "taken_over": "taken over"}          # the words of job.py, where they do not speak for themselves
+CAUSES = {
+    "stopped": "saved before its limit",
+    "ended": "requeued, preempted or cancelled",
+    "bad_nodes": "bad nodes",
+    "taken_over": "taken over",
+}  # the words of job.py, where they do not speak for themselves
 UNKNOWN, NO_CONTROLLER = "unknown", "the controller does not answer"
-TAIL_BYTES = 2**16          # of a ledger or of metrics: some hundred lines
+TAIL_BYTES = 2**16  # of a ledger or of metrics: some hundred lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +44,28 @@ class JobState:
     state: str
     ran: str = ""
     nodes: str = ""
-    ended: str = ""          # how, in words
+    ended: str = ""  # how, in words
 
     @property
     def alive(self) -> bool | None:
         """None where nobody can say."""
-        return None if self.state == UNKNOWN else not self.state.startswith((*ENDED, "ended", "gone"))
+        return (
+            None if self.state == UNKNOWN else not self.state.startswith((*ENDED, "ended", "gone"))
+        )
 
 
 def main(argv: list[str]) -> int:
     """Parses, prints, returns the exit code."""
     prog = "submit.py status" if Path(sys.argv[0]).name == "submit.py" else None
     parser = CommandLine(prog=prog, description=__doc__)
-    parser.add_argument("run", metavar="RUN.yaml|RUN_FOLDER", help="the run file (with its overrides), or the run folder")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
+    parser.add_argument(
+        "run",
+        metavar="RUN.yaml|RUN_FOLDER",
+        help="the run file (with its overrides), or the run folder",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's"
+    )
     args = parser.parse_args(argv)
     return run_command(lambda: print_status(Path(args.run), args.overrides))
 
@@ -63,11 +75,17 @@ def print_status(given: Path, overrides: list[str]) -> None:
     folder, settings = _folder_of(given, overrides)
     jobs, silence = states(folder)
     if jobs:
-        rows = [("job", "role", "state", "ran", "nodes", "how it ended"), *(
-            (j.job, j.role, j.state, j.ran, j.nodes, j.ended) for j in jobs)]
+        rows = [
+            ("job", "role", "state", "ran", "nodes", "how it ended"),
+            *((j.job, j.role, j.state, j.ran, j.nodes, j.ended) for j in jobs),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         for row in rows:
-            print("  ".join([*(word.ljust(width) for word, width in zip(row[:5], widths)), row[5]]).rstrip())
+            print(
+                "  ".join(
+                    [*(word.ljust(width) for word, width in zip(row[:5], widths)), row[5]]
+                ).rstrip()
+            )
     else:
         print(f"no job of {folder} is known (no {folder / 'slurm'})")
     if silence:
@@ -82,13 +100,23 @@ def print_status(given: Path, overrides: list[str]) -> None:
         stands = "nobody says whether it trains now" if None in trains else "nothing trains now"
     print(progress_text(folder, settings, stands=stands, now=time.time()))
     if any((folder / "wandb").glob("offline-run-*")):
-        print(f"wandb, from a machine with internet: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*")
+        print(
+            "wandb, from a machine with internet: wandb sync"
+            f" {shlex.quote(str(folder))}/wandb/offline-run-*"
+        )
 
 
 def states(folder: Path) -> tuple[list[JobState], str]:
     """Of every job that was submitted for the run, or that trained it, oldest first; and why the controller did not answer."""
     submitted = {line["job"]: line for line in records(folder / "slurm" / "submitted.jsonl")}
-    by_hand = sorted((p.stem for p in (folder / "slurm").glob("*.jsonl") if p.stem.isdigit() and p.stem not in submitted), key=int)
+    by_hand = sorted(
+        (
+            p.stem
+            for p in (folder / "slurm").glob("*.jsonl")
+            if p.stem.isdigit() and p.stem not in submitted
+        ),
+        key=int,
+    )
     ids = sorted([*submitted, *by_hand], key=int)
     known = _from_sacct(ids)
     found, silence = [], ""
@@ -96,7 +124,7 @@ def states(folder: Path) -> tuple[list[JobState], str]:
         role = submitted[job]["role"] if job in submitted else "training"
         written = _story(records(folder / "slurm" / f"{job}.jsonl"))
         shown: list[dict[str, str]] | None = None
-        if not silence:                 # each question to a controller that is away takes its time
+        if not silence:  # each question to a controller that is away takes its time
             try:
                 shown = show_job(job)
             except NoAnswer as why:
@@ -117,21 +145,56 @@ def _story(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return story
 
 
-def _state(job: str, role: str, written: list[dict[str, Any]], shown: list[dict[str, str]] | None, kept: list[dict[str, str]], *,
-           silence: str) -> JobState:
+def _state(
+    job: str,
+    role: str,
+    written: list[dict[str, Any]],
+    shown: list[dict[str, str]] | None,
+    kept: list[dict[str, str]],
+    *,
+    silence: str,
+) -> JobState:
     """`shown`: what the controller says, nothing of a job that it has forgotten, None where it does not answer."""
-    tasks = [{"state": task.get("JobState", "?"), "ran": _ran(task), "nodes": task.get("NodeList", ""),
-              "code": task.get("ExitCode", ""), "reason": task.get("Reason", "None")} for task in shown or ()] or kept
+    tasks = [
+        {
+            "state": task.get("JobState", "?"),
+            "ran": _ran(task),
+            "nodes": task.get("NodeList", ""),
+            "code": task.get("ExitCode", ""),
+            "reason": task.get("Reason", "None"),
+        }
+        for task in shown or ()
+    ] or kept
     if not tasks:
         return _without_slurm(job, role, written, silence=silence if shown is None else "")
     counts = Counter(task["state"] for task in tasks)
-    state = tasks[0]["state"] if len(tasks) == 1 else ", ".join(f"{n} {word}" for word, n in counts.most_common())
+    state = (
+        tasks[0]["state"]
+        if len(tasks) == 1
+        else ", ".join(f"{n} {word}" for word, n in counts.most_common())
+    )
     ended = _cause(written, state=state)
-    waiting = next((task["reason"] for task in tasks if task["state"] == "PENDING" and task["reason"] != "None"), "")
+    waiting = next(
+        (
+            task["reason"]
+            for task in tasks
+            if task["state"] == "PENDING" and task["reason"] != "None"
+        ),
+        "",
+    )
     failed = next((f"exit code {task['code']}" for task in tasks if task["state"] == "FAILED"), "")
-    return JobState(job=job, role=role, state=state, ran=max((t["ran"] for t in tasks), key=len),
-                    nodes=", ".join(dict.fromkeys(t["nodes"] for t in tasks if t["nodes"] not in ("", "(null)", "None assigned"))),
-                    ended=ended or failed or (f"waits: {waiting}" if waiting else ""))
+    return JobState(
+        job=job,
+        role=role,
+        state=state,
+        ran=max((t["ran"] for t in tasks), key=len),
+        nodes=", ".join(
+            dict.fromkeys(
+                t["nodes"] for t in tasks if t["nodes"] not in ("", "(null)", "None assigned")
+            )
+        ),
+        ended=ended or failed or (f"waits: {waiting}" if waiting else ""),
+    )
 
 
 def _without_slurm(job: str, role: str, written: list[dict[str, Any]], *, silence: str) -> JobState:
@@ -139,12 +202,28 @@ def _without_slurm(job: str, role: str, written: list[dict[str, Any]], *, silenc
     last = written[-1] if written else {}
     nodes = next((event["nodes"] for event in reversed(written) if event["event"] == "start"), "")
     # of its own accord; after the others SLURM may have started it again
-    if last.get("decision") in ("finish", "stop", "submit_again") or (last.get("decision") == "leave" and not silence):
-        return JobState(job=job, role=role, state=f"ended ({last['decision']})", nodes=nodes, ended=_cause(written, state="ended"),
-                        ran=short_seconds(last["seconds"]))
+    if last.get("decision") in ("finish", "stop", "submit_again") or (
+        last.get("decision") == "leave" and not silence
+    ):
+        return JobState(
+            job=job,
+            role=role,
+            state=f"ended ({last['decision']})",
+            nodes=nodes,
+            ended=_cause(written, state="ended"),
+            ran=short_seconds(last["seconds"]),
+        )
     if silence:
-        return JobState(job=job, role=role, state=UNKNOWN, nodes=nodes, ended=silence.split(" (")[0])
-    return JobState(job=job, role=role, state="gone", nodes=nodes, ended=_cause(written, state="gone") or "SLURM knows it no more")
+        return JobState(
+            job=job, role=role, state=UNKNOWN, nodes=nodes, ended=silence.split(" (")[0]
+        )
+    return JobState(
+        job=job,
+        role=role,
+        state="gone",
+        nodes=nodes,
+        ended=_cause(written, state="gone") or "SLURM knows it no more",
+    )
 
 
 def _ran(task: dict[str, str]) -> str:
@@ -161,7 +240,11 @@ def _cause(written: list[dict[str, Any]], *, state: str) -> str:
     if written and written[-1]["event"] != "end":
         killed = over or state == "PENDING"
         start = written[-1]["restart"] + 1
-        now = f"start {start} {'was killed: it wrote no end' if killed else 'runs'}" if ends or killed else ""
+        now = (
+            f"start {start} {'was killed: it wrote no end' if killed else 'runs'}"
+            if ends or killed
+            else ""
+        )
         return f"{now}; before: {_counted(counts)}" if ends else now
     if not ends:
         return ""
@@ -184,20 +267,34 @@ def _from_sacct(ids: list[str]) -> dict[str, list[dict[str, str]]]:
         return {}
     fields = "JobID,State,ExitCode,Elapsed,NodeList"
     found: dict[str, dict[str, dict[str, str]]] = {}
-    asked = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", f"--format={fields}"]
+    asked = [
+        "sacct",
+        "--noheader",
+        "--parsable2",
+        "--allocations",
+        f"--jobs={','.join(ids)}",
+        f"--format={fields}",
+    ]
     for line in quiet(asked).splitlines():
         words = line.split("|")
         if len(words) == 5:
             name, state, code, ran, nodes = words
             found.setdefault(name.split("_")[0].split(".")[0], {})[name] = {
-                "state": state.split(" ")[0], "ran": ran, "nodes": nodes, "code": code, "reason": "None"}
+                "state": state.split(" ")[0],
+                "ran": ran,
+                "nodes": nodes,
+                "code": code,
+                "reason": "None",
+            }
     return {job: list(tasks.values()) for job, tasks in found.items()}
 
 
 def progress_text(folder: Path, settings: dict[str, Any], *, stands: str, now: float) -> str:
     """What was trained of how much, how fast, and when it ends if it goes on like that; `stands` says why it may not go on."""
     total = sum(parse_tokens(phase["tokens"]) for phase in settings.get("phases", []))
-    last = next((line for line in reversed(_tail(folder / "ledger.jsonl")) if "tokens_seen" in line), None)
+    last = next(
+        (line for line in reversed(_tail(folder / "ledger.jsonl")) if "tokens_seen" in line), None
+    )
     done, problem = is_done(folder)
     if problem:
         print(f"warning: {problem}", file=sys.stderr)
@@ -207,16 +304,25 @@ def progress_text(folder: Path, settings: dict[str, Any], *, stands: str, now: f
     if last is None:
         return f"{folder}: no step yet of {short_count(total)} tokens"
     done = last["tokens_seen"]
-    text = (f"{folder}: phase {last['phase']}, step {last['step']:,}, {short_count(done)} of "
-            f"{short_count(total)} tokens ({done / max(1, total):.1%})")
-    speeds = [line["tokens_per_second"] for line in _tail(folder / "metrics.jsonl") if line.get("tokens_per_second")]
+    text = (
+        f"{folder}: phase {last['phase']}, step {last['step']:,}, {short_count(done)} of "
+        f"{short_count(total)} tokens ({done / max(1, total):.1%})"
+    )
+    speeds = [
+        line["tokens_per_second"]
+        for line in _tail(folder / "metrics.jsonl")
+        if line.get("tokens_per_second")
+    ]
     speed = speeds[-1] if speeds else 0.0
     if not speed:
         return text
     left = max(0, total - done) / speed
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
-    then = f"{short_seconds(left)} of training are left; {stands}" if stands else (
-        f"done in {short_seconds(left)} ({ends}) without stops")
+    then = (
+        f"{short_seconds(left)} of training are left; {stands}"
+        if stands
+        else (f"done in {short_seconds(left)} ({ends}) without stops")
+    )
     return f"{text}, {short_count(speed)} tokens/s, {then}"
 
 
@@ -224,7 +330,10 @@ def _folder_of(given: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]
     """The run folder, and its settings: those it was started with, or the run file's."""
     if given.is_dir():
         if not (given / "run.yaml").exists() and not (given / "slurm").exists():
-            raise ConfigError(f"{given} is no run folder: it has no run.yaml. Needed: a run file, or the `out` of one.")
+            raise ConfigError(
+                f"{given} is no run folder: it has no run.yaml. Needed: a run file, or the `out` of"
+                " one."
+            )
         return given, read_mapping(given / "run.yaml") if (given / "run.yaml").exists() else {}
     settings = read_run_mapping(given, overrides)
     folder = run_folder(settings)

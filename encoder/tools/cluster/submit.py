@@ -27,8 +27,8 @@ from encoder.tools.cluster.outlet import Outlet
 from encoder.tools.cluster.precheck import plan_first
 from encoder.tools.cluster.status import main as status
 
-LEAST_MINUTES = 10                 # pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
-SUBMITTED = "submitted.jsonl"      # in RUN/slurm: one line a job
+LEAST_MINUTES = 10  # pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
+SUBMITTED = "submitted.jsonl"  # in RUN/slurm: one line a job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +37,33 @@ class Job:
 
     role: str
     script: str
-    words: tuple[str, ...]                         # the script's own
-    options: tuple[str, ...]                       # sbatch's
-    after: tuple[tuple[str, str], ...] = ()        # (afterok or afterany, role)
+    words: tuple[str, ...]  # the script's own
+    options: tuple[str, ...]  # sbatch's
+    after: tuple[tuple[str, str], ...] = ()  # (afterok or afterany, role)
     env: dict[str, str] = field(default_factory=dict)
 
-    home: Path = Path()                            # where slurm/ is
+    home: Path = Path()  # where slurm/ is
 
     def command(self, ids: dict[str, str]) -> list[str]:
         """The whole line, once the jobs before it have their ids."""
         waits = [f"{how}:{ids[role]}" for how, role in self.after]
         depends = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
-        return ["sbatch", "--parsable", *self.options, *depends, str(self.home / "slurm" / self.script), *self.words]
+        return [
+            "sbatch",
+            "--parsable",
+            *self.options,
+            *depends,
+            str(self.home / "slurm" / self.script),
+            *self.words,
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
     """What the command gives to this room, which knows neither where it lies nor data preparation."""
 
-    description: str                                       # of --help
-    home: Path                                             # the project's folder, where slurm/ is
+    description: str  # of --help
+    home: Path  # the project's folder, where slurm/ is
     # (CONFIG, overrides, parts): which are missing, as --array takes them; empty: merging is left; None: all is done
     missing_parts: Callable[[Path, list[str], int], str | None]
 
@@ -77,37 +84,92 @@ def _main(argv: list[str], chain: Chain) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.run is None and args.prep is None:
         parser.error("nothing to submit. Needed: RUN.yaml, or --prep CONFIG")
-    return run_command(lambda: _submit(args, chain), stopped="stopped; look at squeue --me for what was submitted")
+    return run_command(
+        lambda: _submit(args, chain), stopped="stopped; look at squeue --me for what was submitted"
+    )
 
 
 def _parser(description: str) -> CommandLine:
     parser = CommandLine(description=description)
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="the run file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings put over the file's"
+    )
     job = parser.add_argument_group("the training job")
-    job.add_argument("--nodes", metavar="N", default="1", help="nodes, or from-to: as many as there are (1)")
-    job.add_argument("--gpus-per-node", type=count, metavar="N", help="GPUs of a node, a rank each; leave it out for CPU only")
-    job.add_argument("--tasks-per-node", type=count, metavar="N", help="ranks of a node without GPUs (1)")
+    job.add_argument(
+        "--nodes", metavar="N", default="1", help="nodes, or from-to: as many as there are (1)"
+    )
+    job.add_argument(
+        "--gpus-per-node",
+        type=count,
+        metavar="N",
+        help="GPUs of a node, a rank each; leave it out for CPU only",
+    )
+    job.add_argument(
+        "--tasks-per-node", type=count, metavar="N", help="ranks of a node without GPUs (1)"
+    )
     job.add_argument("--cpus-per-task", type=count, metavar="N", help="cores of a rank")
-    job.add_argument("--time", metavar="T", help="time limit of a start, as sbatch takes it: 24:00:00, 2-00")
+    job.add_argument(
+        "--time", metavar="T", help="time limit of a start, as sbatch takes it: 24:00:00, 2-00"
+    )
     job.add_argument("--partition", metavar="P")
     job.add_argument("--account", metavar="A")
     job.add_argument("--qos", metavar="Q")
-    job.add_argument("--jobs", type=count, default=1, metavar="K", help="so many jobs after one another, that are not requeued")
+    job.add_argument(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="K",
+        help="so many jobs after one another, that are not requeued",
+    )
     job.add_argument("--container-image", metavar="IMAGE", help="for srun, with pyxis")
     job.add_argument("--container-mounts", metavar="A:B,C", help="for srun, with pyxis")
-    job.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other option, e.g. --sbatch=--exclusive")
+    job.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option, e.g. --sbatch=--exclusive",
+    )
     chain = parser.add_argument_group("before and after it")
-    chain.add_argument("--prep", metavar="CONFIG", type=place, help="prepare the shards of this file first")
-    chain.add_argument("--prep-set", action="append", default=[], metavar="key=value", help="a setting put over CONFIG's")
-    chain.add_argument("--parts", type=count, default=1, metavar="N", help="tasks of the preparation (1)")
-    chain.add_argument("--prep-cpus", type=count, metavar="N", help="cores of each (--cpus-per-task)")
-    chain.add_argument("--no-check", action="store_true", help="no job that looks at the nodes first; the training does so, too")
-    chain.add_argument("--export", metavar="OUT", type=place, help="write a Hugging Face folder at the end")
-    chain.add_argument("--onnx", action="store_true", help="with --export: also OUT/onnx/model.onnx")
-    parser.add_argument("--shards-elsewhere", action="store_true", help="the shards are seen by the compute nodes alone")
-    parser.add_argument("--no-plan", action="store_true", help="torch is not on this machine: leave the plan out")
-    parser.add_argument("--dry-run", action="store_true", help="print commands and scripts, submit nothing")
+    chain.add_argument(
+        "--prep", metavar="CONFIG", type=place, help="prepare the shards of this file first"
+    )
+    chain.add_argument(
+        "--prep-set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a setting put over CONFIG's",
+    )
+    chain.add_argument(
+        "--parts", type=count, default=1, metavar="N", help="tasks of the preparation (1)"
+    )
+    chain.add_argument(
+        "--prep-cpus", type=count, metavar="N", help="cores of each (--cpus-per-task)"
+    )
+    chain.add_argument(
+        "--no-check",
+        action="store_true",
+        help="no job that looks at the nodes first; the training does so, too",
+    )
+    chain.add_argument(
+        "--export", metavar="OUT", type=place, help="write a Hugging Face folder at the end"
+    )
+    chain.add_argument(
+        "--onnx", action="store_true", help="with --export: also OUT/onnx/model.onnx"
+    )
+    parser.add_argument(
+        "--shards-elsewhere",
+        action="store_true",
+        help="the shards are seen by the compute nodes alone",
+    )
+    parser.add_argument(
+        "--no-plan", action="store_true", help="torch is not on this machine: leave the plan out"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print commands and scripts, submit nothing"
+    )
     return parser
 
 
@@ -117,19 +179,36 @@ def _submit(args: argparse.Namespace, chain: Chain) -> int:
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     folder = _run_folder(args) if args.run else None
     missing = chain.missing_parts(Path(args.prep), args.prep_set, args.parts) if args.prep else ""
-    check_cluster(nodes=fewest if args.run else 1, gpus=(args.gpus_per_node or 0) if args.run else 0,
-                  cpus=per_node * (args.cpus_per_task or 1), partition=args.partition, time_limit=args.time)
+    check_cluster(
+        nodes=fewest if args.run else 1,
+        gpus=(args.gpus_per_node or 0) if args.run else 0,
+        cpus=per_node * (args.cpus_per_task or 1),
+        partition=args.partition,
+        time_limit=args.time,
+    )
     if args.run:
         if args.time and 0 < minutes(args.time) < LEAST_MINUTES:
-            raise ConfigError(f"--time {args.time} is {minutes(args.time):g} minutes, but the training saves and leaves 5 minutes "
-                              f"before its limit. Needed: {LEAST_MINUTES} minutes or more.")
+            raise ConfigError(
+                f"--time {args.time} is {minutes(args.time):g} minutes, but the training saves and"
+                f" leaves 5 minutes before its limit. Needed: {LEAST_MINUTES} minutes or more."
+            )
         if alive := alive_jobs(_record(folder)):
-            jobs = f"job {alive[0]} of this run is" if len(alive) == 1 else f"jobs {', '.join(alive)} of this run are"
-            raise ConfigError(f"{jobs} still queued or running. Wait, or scancel {' '.join(alive)}; "
-                              "slurm/submit.py status says how it stands.")
+            jobs = (
+                f"job {alive[0]} of this run is"
+                if len(alive) == 1
+                else f"jobs {', '.join(alive)} of this run are"
+            )
+            raise ConfigError(
+                f"{jobs} still queued or running. Wait, or scancel {' '.join(alive)}; "
+                "slurm/submit.py status says how it stands."
+            )
         if not args.no_plan:
-            plan_first(args.run, args.overrides, ranks=[n * per_node for n in dict.fromkeys((fewest, most))],
-                       shards_must_be_there=not (args.prep or args.shards_elsewhere))
+            plan_first(
+                args.run,
+                args.overrides,
+                ranks=[n * per_node for n in dict.fromkeys((fewest, most))],
+                shards_must_be_there=not (args.prep or args.shards_elsewhere),
+            )
     jobs = _chain(args, folder, missing, env=env, home=chain.home)
     if not jobs:
         print("nothing to do: all parts are there, and merged")
@@ -142,36 +221,87 @@ def _submit(args: argparse.Namespace, chain: Chain) -> int:
         after = ", ".join(f"{ids[role]} ({how})" for how, role in job.after)
         print(f"{ids[job.role]:<10}{job.role:<12}{after or 'at once'}")
     if folder:
-        print(f"output in {folder / 'slurm'}, until the check in {Path.cwd()}; how it stands: slurm/submit.py status {folder}")
+        print(
+            f"output in {folder / 'slurm'}, until the check in {Path.cwd()}; how it stands:"
+            f" slurm/submit.py status {folder}"
+        )
     return 0
 
 
-def _chain(args: argparse.Namespace, folder: Path | None, missing: str | None, *, env: dict[str, str],
-           home: Path) -> list[Job]:
+def _chain(
+    args: argparse.Namespace,
+    folder: Path | None,
+    missing: str | None,
+    *,
+    env: dict[str, str],
+    home: Path,
+) -> list[Job]:
     """The jobs in order."""
     # what comes before the check writes where this was called: a run folder that is not shared is found by the check alone
-    early, late = (str(path).replace("%", "%%") for path in (       # sbatch fills in what follows a %
-        Path.cwd(), folder.absolute() / "slurm" if folder else Path.cwd()))
-    where = tuple(f"--{key}={value}" for key, value in (("partition", args.partition), ("account", args.account), ("qos", args.qos))
-                  if value)
+    early, late = (
+        str(path).replace("%", "%%")
+        for path in (  # sbatch fills in what follows a %
+            Path.cwd(),
+            folder.absolute() / "slurm" if folder else Path.cwd(),
+        )
+    )
+    where = tuple(
+        f"--{key}={value}"
+        for key, value in (
+            ("partition", args.partition),
+            ("account", args.account),
+            ("qos", args.qos),
+        )
+        if value
+    )
     common = (*where, *args.sbatch)
     jobs: list[Job] = []
 
-    def add(role: str, script: str, words: list[str], *options: str, how: str = "afterok", also: str = "", **changes: str) -> None:
+    def add(
+        role: str,
+        script: str,
+        words: list[str],
+        *options: str,
+        how: str = "afterok",
+        also: str = "",
+        **changes: str,
+    ) -> None:
         after = ((how, jobs[-1].role),) if jobs else ()
         after += (("afterok", also),) if also else ()
-        jobs.append(Job(role=role, script=script, words=tuple(words), options=(*common, *options), after=after,
-                        env={**env, **changes}, home=home))
+        jobs.append(
+            Job(
+                role=role,
+                script=script,
+                words=tuple(words),
+                options=(*common, *options),
+                after=after,
+                env={**env, **changes},
+                home=home,
+            )
+        )
 
     if args.prep:
         cpus = args.prep_cpus or args.cpus_per_task
         own = (f"--cpus-per-task={cpus}",) if cpus else ()
         if missing:
-            add("prep", "prep_array.sbatch", [args.prep, *args.prep_set], f"--array={missing}", *own,
-                f"--output={early}/prep-%A_%a.out", TESSERA_PARTS=str(args.parts))
+            add(
+                "prep",
+                "prep_array.sbatch",
+                [args.prep, *args.prep_set],
+                f"--array={missing}",
+                *own,
+                f"--output={early}/prep-%A_%a.out",
+                TESSERA_PARTS=str(args.parts),
+            )
         if missing is not None:
-            add("merge", "prep_array.sbatch", [args.prep, *args.prep_set], "--job-name=merge", *own,
-                f"--output={early}/merge-%j.out")
+            add(
+                "merge",
+                "prep_array.sbatch",
+                [args.prep, *args.prep_set],
+                "--job-name=merge",
+                *own,
+                f"--output={early}/merge-%j.out",
+            )
     if not args.run:
         return jobs
     per_node = args.gpus_per_node or args.tasks_per_node or 1
@@ -180,35 +310,75 @@ def _chain(args: argparse.Namespace, folder: Path | None, missing: str | None, *
     shape += [f"--cpus-per-task={args.cpus_per_task}"] if args.cpus_per_task else []
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
     if not args.no_check:
-        add("check", "check.sbatch", [args.run, *args.overrides], *shape, "--time=15", f"--job-name=check-{name}",
-            f"--output={early}/check-%j.out")
-    early_end = jobs[-1].role if jobs else ""          # where it fails, none of several trainings may run
+        add(
+            "check",
+            "check.sbatch",
+            [args.run, *args.overrides],
+            *shape,
+            "--time=15",
+            f"--job-name=check-{name}",
+            f"--output={early}/check-%j.out",
+        )
+    early_end = jobs[-1].role if jobs else ""  # where it fails, none of several trainings may run
     for number in range(1, args.jobs + 1):
         role = "training" if args.jobs == 1 else f"training-{number}"
-        own = [f"--job-name={name}", *([f"--time={args.time}"] if args.time else []), *(["--no-requeue"] if args.jobs > 1 else [])]
-        add(role, "pretrain.sbatch", [args.run, *args.overrides], *shape, *own, f"--output={late}/%x-%j.out",
-            how="afterany" if number > 1 else "afterok", also=early_end if number > 1 else "")
+        own = [
+            f"--job-name={name}",
+            *([f"--time={args.time}"] if args.time else []),
+            *(["--no-requeue"] if args.jobs > 1 else []),
+        ]
+        add(
+            role,
+            "pretrain.sbatch",
+            [args.run, *args.overrides],
+            *shape,
+            *own,
+            f"--output={late}/%x-%j.out",
+            how="afterany" if number > 1 else "afterok",
+            also=early_end if number > 1 else "",
+        )
     if args.export:
         words = [str(folder), args.export, *(["--onnx"] if args.onnx else [])]
         own = (f"--cpus-per-task={args.cpus_per_task}",) if args.cpus_per_task else ()
-        add("export", "export.sbatch", words, f"--job-name=export-{name}", *own, f"--output={late}/export-%j.out")
+        add(
+            "export",
+            "export.sbatch",
+            words,
+            f"--job-name=export-{name}",
+            *own,
+            f"--output={late}/export-%j.out",
+        )
     return jobs
 
 
 def _environment(args: argparse.Namespace, home: Path) -> dict[str, str]:
     """What the job scripts read. Containers: their own python, and options for every srun."""
     env = {"TESSERA_HOME": str(home)}
-    extra = [f"--{key}={value}" for key, value in (("container-image", args.container_image),
-                                                   ("container-mounts", args.container_mounts)) if value]
+    extra = [
+        f"--{key}={value}"
+        for key, value in (
+            ("container-image", args.container_image),
+            ("container-mounts", args.container_mounts),
+        )
+        if value
+    ]
     for word in extra:
         if re.search(r"\s", word):
-            raise ConfigError(f"{word!r} has white space in it, which the job scripts would take for the next option. Rename it.")
+            raise ConfigError(
+                f"{word!r} has white space in it, which the job scripts would take for the next"
+                " option. Rename it."
+            )
     if extra:
-        env["TESSERA_SRUN_ARGS"] = " ".join([*filter(None, [os.environ.get("TESSERA_SRUN_ARGS")]), *extra])
+        env["TESSERA_SRUN_ARGS"] = " ".join(
+            [*filter(None, [os.environ.get("TESSERA_SRUN_ARGS")]), *extra]
+        )
     own = os.environ.get("TESSERA_ENV")
     if own:
         if not Path(own).is_file():
-            raise ConfigError(f"TESSERA_ENV is {own}, which is no file here. Needed: a copy of slurm/env.sh that the nodes see.")
+            raise ConfigError(
+                f"TESSERA_ENV is {own}, which is no file here. Needed: a copy of slurm/env.sh that"
+                " the nodes see."
+            )
         env["TESSERA_ENV"] = str(Path(own).absolute())
     if "TESSERA_PYTHON" not in os.environ:
         env["TESSERA_PYTHON"] = "python3" if args.container_image else sys.executable
@@ -217,11 +387,12 @@ def _environment(args: argparse.Namespace, home: Path) -> dict[str, str]:
 
 def _run_folder(args: argparse.Namespace) -> Path:
     from encoder.runs.short_forms import read_run_mapping, run_folder
+
     mapping = read_run_mapping(Path(args.run), args.overrides)
     out = run_folder(mapping)
     if out is None:
         raise ConfigError(f"{args.run} has no out. Needed: out: FOLDER, the run folder.")
-    if "out" not in mapping:       # job.py, which needs no packages, reads it off the line
+    if "out" not in mapping:  # job.py, which needs no packages, reads it off the line
         args.overrides = [*args.overrides, f"out={out}"]
     return Path(out)
 
@@ -231,7 +402,9 @@ def _show(jobs: list[Job], home: Path) -> int:
     ids = {job.role: f"<{job.role}>" for job in jobs}
     for job in jobs:
         words = [f"{key}={shlex.quote(value)}" for key, value in job.env.items()]
-        line = " ".join([*words, *(word if "<" in word else shlex.quote(word) for word in job.command(ids))])
+        line = " ".join(
+            [*words, *(word if "<" in word else shlex.quote(word) for word in job.command(ids))]
+        )
         print(f"# {job.role}\n{line}\n")
     for script in dict.fromkeys(job.script for job in jobs):
         print(f"# ---- slurm/{script}\n{(home / 'slurm' / script).read_text(encoding='utf-8')}")
@@ -241,7 +414,9 @@ def _show(jobs: list[Job], home: Path) -> int:
 def _send(jobs: list[Job], folder: Path | None) -> dict[str, str]:
     """Submits all of them or none; returns the ids by role."""
     if folder:
-        (folder / "slurm").mkdir(parents=True, exist_ok=True)        # SLURM makes no folder for its output
+        (folder / "slurm").mkdir(
+            parents=True, exist_ok=True
+        )  # SLURM makes no folder for its output
     ids: dict[str, str] = {}
     try:
         with open(_record(folder) if folder else os.devnull, "a", encoding="utf-8") as record:
@@ -249,10 +424,22 @@ def _send(jobs: list[Job], folder: Path | None) -> dict[str, str]:
                 command = job.command(ids)
                 said = run_words(command, env=job.env).strip()
                 if not said.partition(";")[0].isdigit():
-                    raise ConfigError(f"sbatch gave no job id, but {said or 'nothing'}. Leave out what makes it submit nothing.")
+                    raise ConfigError(
+                        f"sbatch gave no job id, but {said or 'nothing'}. Leave out what makes it"
+                        " submit nothing."
+                    )
                 ids[job.role] = said.partition(";")[0]
-                record.write(json.dumps({"time": round(time.time(), 3), "job": ids[job.role], "role": job.role,
-                                         "command": command}) + "\n")
+                record.write(
+                    json.dumps(
+                        {
+                            "time": round(time.time(), 3),
+                            "job": ids[job.role],
+                            "role": job.role,
+                            "command": command,
+                        }
+                    )
+                    + "\n"
+                )
                 record.flush()
     except (UserError, OSError):
         if ids:

@@ -40,12 +40,18 @@ from encoder.runs.same import check_same_data, check_same_run
 from encoder.tools.doctor.facts import gather_facts, look_at_folder
 from encoder.tools.doctor.links import FaultInjection, Links
 from encoder.tools.doctor.rendezvous import RankTimeout, Rendezvous
-from encoder.tools.doctor.verdict import Findings, judge_all_reduce, judge_facts, judge_folder, judge_links
+from encoder.tools.doctor.verdict import (
+    Findings,
+    judge_all_reduce,
+    judge_facts,
+    judge_folder,
+    judge_links,
+)
 from encoder.tools.plan.fit import fit_ranks
 from encoder.tools.plan.plan import count_needs
 from encoder.train import build
 
-WAIT_SECONDS = 45.0         # a python of 1,000 nodes on a busy file system starts within that
+WAIT_SECONDS = 45.0  # a python of 1,000 nodes on a busy file system starts within that
 BAD_NODES = "bad_nodes"
 
 
@@ -70,13 +76,17 @@ class Doctor:
         """Looks, meets, judges; returns the exit code, the same on all ranks. Raises UserError where there is no place to meet."""
         began = time.monotonic()
         self.node = node_name(self.env)
-        self.expected = nodes_of_ranks(self.env, size=self.world.size, local_size=self.world.local_size)
+        self.expected = nodes_of_ranks(
+            self.env, size=self.world.size, local_size=self.world.local_size
+        )
         run, facts = self._look(path, overrides)
         self._write_report("started", facts=facts)
         try:
             rendezvous = Rendezvous(self.world, wait_seconds=self.wait_seconds)
             rendezvous.publish("facts", facts)
-            verdict = self._lead(rendezvous, run) if self.world.first else self._follow(rendezvous, run)
+            verdict = (
+                self._lead(rendezvous, run) if self.world.first else self._follow(rendezvous, run)
+            )
         except RankTimeout as error:
             return self._without_rank_zero(str(error))
         self._write_report("ended", facts=facts, verdict=verdict)
@@ -86,20 +96,30 @@ class Doctor:
             rendezvous.leave()
         return verdict["exit_code"]
 
-    def _look(self, path: Path | str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
+    def _look(
+        self, path: Path | str, overrides: Sequence[str]
+    ) -> tuple[RunConfig | None, dict[str, Any]]:
         try:
             run = read_run(path, overrides)
             return run, gather_facts(run, self.world, env=self.env)
         except (UserError, OSError) as error:
-            return None, {"rank": self.world.rank, "local_rank": self.world.local_rank, "node": self.node, "folder": os.getcwd(),
-                          "error": str(as_user_error(error))}
+            return None, {
+                "rank": self.world.rank,
+                "local_rank": self.world.local_rank,
+                "node": self.node,
+                "folder": os.getcwd(),
+                "error": str(as_user_error(error)),
+            }
 
     def _lead(self, rendezvous: Rendezvous, run: RunConfig | None) -> dict[str, Any]:
         """Rank zero: asks for everything in turn, and judges."""
         found = self.findings
         facts = rendezvous.collect("facts")
-        wrong = {fact["node"]: f"{fact['error']} Looked for from the folder {fact['folder']}" for fact in facts.values()
-                 if "error" in fact}
+        wrong = {
+            fact["node"]: f"{fact['error']} Looked for from the folder {fact['folder']}"
+            for fact in facts.values()
+            if "error" in fact
+        }
         found.exclude_or_mistake(wrong, of=len({fact["node"] for fact in facts.values()}))
         try:
             needs = run and count_needs(run, ranks=self.world.size)
@@ -107,7 +127,9 @@ class Doctor:
             found.mistakes.append(str(error))
             run = None
         if run is None:
-            found.mistakes += [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
+            found.mistakes += (
+                [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
+            )
             rendezvous.broadcast("folder", None)
         else:
             whole = {rank: fact for rank, fact in facts.items() if "error" not in fact}
@@ -118,9 +140,17 @@ class Doctor:
             self._folder(rendezvous, run, nonce, needs.checkpoint_bytes, firsts)
         if rendezvous.broadcast("links", not found.exit_code and self.world.size > 1):
             self._links(rendezvous, [facts[rank]["node"] for rank in range(self.world.size)], run)
-        nodes = {facts[rank]["node"] if rank in facts else self.expected[rank] for rank in range(self.world.size)}
-        verdict = {"exit_code": found.exit_code_of(nodes), "mistakes": found.mistakes, "nodes": found.nodes,
-                   "warnings": found.warnings, "rows": found.rows}
+        nodes = {
+            facts[rank]["node"] if rank in facts else self.expected[rank]
+            for rank in range(self.world.size)
+        }
+        verdict = {
+            "exit_code": found.exit_code_of(nodes),
+            "mistakes": found.mistakes,
+            "nodes": found.nodes,
+            "warnings": found.warnings,
+            "rows": found.rows,
+        }
         rendezvous.broadcast("verdict", verdict)
         return verdict
 
@@ -129,17 +159,28 @@ class Doctor:
         asked = rendezvous.receive("folder")
         if asked is not None and self.world.local_rank == 0 and run is not None:
             wait_seconds = self.wait_seconds / 3
-            seen = look_at_folder(Path(run.out), asked["nonce"], node=self.node, wait_seconds=wait_seconds)
+            seen = look_at_folder(
+                Path(run.out), asked["nonce"], node=self.node, wait_seconds=wait_seconds
+            )
             rendezvous.publish("shared", seen)
         if rendezvous.receive("links"):
-            assert run is not None, "rank zero goes on only where every rank could read the run file"
+            assert run is not None, (
+                "rank zero goes on only where every rank could read the run file"
+            )
             self._links(rendezvous, [], run)
         return rendezvous.receive("verdict")
 
     def _judge_run(self, run: RunConfig) -> None:
         """What rank zero can see alone of the run file, its data and its folder."""
-        for check in (lambda: run.tracking.check_packages(), lambda: check_same_run(run, Path(run.out)),
-                      lambda: None if self.findings.mistakes else check_same_data(run, check_data(run), Path(run.out))):
+        for check in (
+            lambda: run.tracking.check_packages(),
+            lambda: check_same_run(run, Path(run.out)),
+            lambda: (
+                None
+                if self.findings.mistakes
+                else check_same_data(run, check_data(run), Path(run.out))
+            ),
+        ):
             try:
                 check()
             except (UserError, OSError) as error:
@@ -148,12 +189,21 @@ class Doctor:
             fit = fit_ranks(run, ranks=self.world.size)
             self.findings.rows.append(("fit", fit.text))
             self.findings.warnings += fit.warnings
-            self.findings.warnings += [*check_settings(run), *warnings_of(run), *hints_of(run, ranks=self.world.size)]
+            self.findings.warnings += [
+                *check_settings(run),
+                *warnings_of(run),
+                *hints_of(run, ranks=self.world.size),
+            ]
         except UserError as error:
             self.findings.mistakes.append(str(error))
 
     def _folder(
-        self, rendezvous: Rendezvous, run: RunConfig, nonce: str, checkpoint_bytes: int, firsts: Mapping[int, str]
+        self,
+        rendezvous: Rendezvous,
+        run: RunConfig,
+        nonce: str,
+        checkpoint_bytes: int,
+        firsts: Mapping[int, str],
     ) -> None:
         """`firsts`: the first rank of each node that is here, and the node."""
         folder = Path(run.out)
@@ -161,23 +211,45 @@ class Doctor:
             mine = look_at_folder(folder, nonce, node=self.node, wait_seconds=0.0, first=True)
             rendezvous.broadcast("folder", {"nonce": nonce})
             rendezvous.publish("shared", mine)
-            shared = {value["node"]: value for value in rendezvous.collect("shared", ranks=list(firsts)).values()}
-            unseen = [node for node in shared if not shared[node].get("error")
-                      and not _appears(folder / f".doctor-{nonce}-{node}", self.wait_seconds / 3)]
+            shared = {
+                value["node"]: value
+                for value in rendezvous.collect("shared", ranks=list(firsts)).values()
+            }
+            unseen = [
+                node
+                for node in shared
+                if not shared[node].get("error")
+                and not _appears(folder / f".doctor-{nonce}-{node}", self.wait_seconds / 3)
+            ]
             for node in set(firsts.values()) - set(shared):
-                self.findings.exclude(node, f"{node} fell silent while it looked at the run folder {folder}: its disk may hang")
-            judge_folder(self.findings, shared, unseen, run.out, checkpoint_bytes=checkpoint_bytes,
-                         at_most=run.checkpoints.keep_last + 1 + len(run.phases) - _standing(folder))
+                self.findings.exclude(
+                    node,
+                    f"{node} fell silent while it looked at the run folder {folder}: its disk may"
+                    " hang",
+                )
+            judge_folder(
+                self.findings,
+                shared,
+                unseen,
+                run.out,
+                checkpoint_bytes=checkpoint_bytes,
+                at_most=run.checkpoints.keep_last + 1 + len(run.phases) - _standing(folder),
+            )
             with contextlib.suppress(OSError):
-                for path in folder.glob(".doctor-*"):           # of doctors that were killed, too
+                for path in folder.glob(".doctor-*"):  # of doctors that were killed, too
                     path.unlink(missing_ok=True)
 
     def _links(self, rendezvous: Rendezvous, nodes: list[str], run: RunConfig) -> None:
         """All ranks: neighbouring nodes, then all at once. Rank zero judges; `nodes` are known to it alone."""
         first = self.world.first
         nodes = rendezvous.broadcast("nodes", nodes)
-        links = Links(rendezvous.connect(), rank=self.world.rank, device=build.choose_device(run, self.world),
-                      message_bytes=self.message_bytes, inject_fault=self.inject_fault)
+        links = Links(
+            rendezvous.connect(),
+            rank=self.world.rank,
+            device=build.choose_device(run, self.world),
+            message_bytes=self.message_bytes,
+            inject_fault=self.inject_fault,
+        )
         views: list[dict[str, Any]] = []
         _within(self.wait_seconds, lambda: links.neighbours(nodes, views))
         rendezvous.publish("links", list(views))
@@ -186,7 +258,9 @@ class Doctor:
         if rendezvous.broadcast("all", not self.findings.exit_code):
             result: list[dict[str, Any]] = []
             _within(self.wait_seconds, lambda: result.append(links.all(self.world.size)))
-            rendezvous.publish("sum", result[0] if result else {"error": f"no sum in {self.wait_seconds:.0f} s"})
+            rendezvous.publish(
+                "sum", result[0] if result else {"error": f"no sum in {self.wait_seconds:.0f} s"}
+            )
             if first:
                 judge_all_reduce(self.findings, rendezvous.collect("sum"), nodes)
 
@@ -212,22 +286,37 @@ class Doctor:
         for node, why in verdict["nodes"].items():
             say(f"bad node {node}: {why.rstrip('.')}.")
         named = ", ".join(verdict["nodes"])
-        words = {0: "fine", 2: "the input must be mended first", 4: f"to be left out: {named}", 5: f"no node is left: {named}"}
+        words = {
+            0: "fine",
+            2: "the input must be mended first",
+            4: f"to be left out: {named}",
+            5: f"no node is left: {named}",
+        }
         say(f"doctor: {words[verdict['exit_code']]} ({short_seconds(seconds)})")
 
     def _write_bad_nodes(self, nodes: Sequence[str]) -> None:
         if self.report is not None:
-            names = [node for node in nodes if not re.fullmatch(r"ranks \d+-\d+", node)]       # no name of a node is known
+            names = [
+                node for node in nodes if not re.fullmatch(r"ranks \d+-\d+", node)
+            ]  # no name of a node is known
             write_atomic(self.report / BAD_NODES, "".join(f"{node}\n" for node in names))
 
     def _write_report(self, stage: str, **values: Any) -> None:
         if self.report is None or self.world.local_rank:
             return
-        refuse_foreign(self.report / f"{self.node}.json", ours=lambda head: head.startswith(b'{\n "node": "'))
-        refuse_foreign(self.report / BAD_NODES, ours=lambda head: re.fullmatch(rb"([\w.-]+\n)*", head) is not None)
+        refuse_foreign(
+            self.report / f"{self.node}.json", ours=lambda head: head.startswith(b'{\n "node": "')
+        )
+        refuse_foreign(
+            self.report / BAD_NODES,
+            ours=lambda head: re.fullmatch(rb"([\w.-]+\n)*", head) is not None,
+        )
         self.report.mkdir(parents=True, exist_ok=True)
         stamp = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        write_json(self.report / f"{self.node}.json", {"node": self.node, "stage": stage, "time": stamp, **values})
+        write_json(
+            self.report / f"{self.node}.json",
+            {"node": self.node, "stage": stage, "time": stamp, **values},
+        )
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
@@ -258,7 +347,7 @@ def _standing(folder: Path) -> int:
 def _made_if_absent(folder: Path):
     """Makes a folder for the block; what was made and is empty at the end goes again."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    with contextlib.suppress(OSError):              # look_at_folder says why
+    with contextlib.suppress(OSError):  # look_at_folder says why
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield

@@ -28,18 +28,37 @@ from encoder.data.shards import open_source
 from encoder.runs.config import RunConfig
 from encoder.train.build import choose_device
 
-PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "numpy", "tokenizers", "safetensors")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "mosaicml-streaming",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+)
 ROOT = Path(__file__).resolve().parents[2]
-MATMUL_WIDTH = 512            # 0.3 GFLOP: 20 ms on a core
-MATMUL_TOLERANCE = 1e-4       # relative; TF32, where somebody allows it, is off by more, hence switched off
-NVIDIA_SMI_SECONDS = 15.0     # it takes 1 to 3 s on a sound node of eight, and does not return on some broken ones
+MATMUL_WIDTH = 512  # 0.3 GFLOP: 20 ms on a core
+MATMUL_TOLERANCE = (
+    1e-4  # relative; TF32, where somebody allows it, is off by more, hence switched off
+)
+NVIDIA_SMI_SECONDS = (
+    15.0  # it takes 1 to 3 s on a sound node of eight, and does not return on some broken ones
+)
 
 
 def gather_facts(run: RunConfig, world: World, *, env: Mapping[str, str]) -> dict[str, Any]:
     """Plain values for the judge. What is the same for a whole node is found out by its first rank alone."""
     facts: dict[str, Any] = {
-        "rank": world.rank, "local_rank": world.local_rank, "local_size": world.local_size, "node": node_name(env),
-        "folder": os.getcwd(), "versions": versions(), "run_sha256": _sha256(to_yaml(run)), "device": look_at_device(run, world)}
+        "rank": world.rank,
+        "local_rank": world.local_rank,
+        "local_size": world.local_size,
+        "node": node_name(env),
+        "folder": os.getcwd(),
+        "versions": versions(),
+        "run_sha256": _sha256(to_yaml(run)),
+        "device": look_at_device(run, world),
+    }
     if world.local_rank == 0:
         facts["shards"] = look_at_shards(run)
         facts["memory"] = machine_memory(env)
@@ -74,10 +93,16 @@ def look_at_shards(run: RunConfig) -> dict[str, dict[str, str]]:
         if config.path in found:
             continue
         try:
-            source = open_source(config.path, name=config.path, cache=Path(config.cache) if config.cache else None,
-                                 cache_bytes=config.cache_bytes)
+            source = open_source(
+                config.path,
+                name=config.path,
+                cache=Path(config.cache) if config.cache else None,
+                cache_bytes=config.cache_bytes,
+            )
             for document in (0, source.documents // 2, source.documents - 1):
-                with contextlib.suppress(*(DamagedShard,) if run.loader.on_bad_shard == "quarantine" else ()):
+                with contextlib.suppress(
+                    *(DamagedShard,) if run.loader.on_bad_shard == "quarantine" else ()
+                ):
                     source.read(document)
             found[config.path] = {"card": sha256_of(config.folder / CARD)[:12]}
         except (UserError, OSError) as error:
@@ -85,15 +110,20 @@ def look_at_shards(run: RunConfig) -> dict[str, dict[str, str]]:
     return found
 
 
-def look_at_folder(folder: Path, nonce: str, *, node: str, wait_seconds: float, first: bool = False) -> dict[str, Any]:
+def look_at_folder(
+    folder: Path, nonce: str, *, node: str, wait_seconds: float, first: bool = False
+) -> dict[str, Any]:
     """Whether this node sees the file that rank zero (`first`) writes into the run folder, can write one of its own, and how
     many bytes are free there."""
     facts: dict[str, Any] = {"node": node, "seen": True, "place": "it is there", "free": 0}
     theirs, mine = folder / f".doctor-{nonce}", folder / f".doctor-{nonce}-{node}"
-    end = time.monotonic() + wait_seconds          # file systems of several nodes show a new file late
+    end = time.monotonic() + wait_seconds  # file systems of several nodes show a new file late
     while not first and not theirs.exists():
         if time.monotonic() > end:
-            return facts | {"seen": False, "place": "the folder is there" if folder.is_dir() else "no such folder is"}
+            return facts | {
+                "seen": False,
+                "place": "the folder is there" if folder.is_dir() else "no such folder is",
+            }
         time.sleep(0.2)
     try:
         if first and not folder.exists():
@@ -109,7 +139,10 @@ def look_at_folder(folder: Path, nonce: str, *, node: str, wait_seconds: float, 
 def machine_memory(env: Mapping[str, str]) -> dict[str, int]:
     """Bytes: `free` of the machine, and what SLURM allows the job on this node (0: no limit is known)."""
     allowed = env.get("SLURM_MEM_PER_NODE", "")
-    return {"free": psutil.virtual_memory().available, "allowed": int(allowed) * 2**20 if allowed.isdigit() else 0}
+    return {
+        "free": psutil.virtual_memory().available,
+        "allowed": int(allowed) * 2**20 if allowed.isdigit() else 0,
+    }
 
 
 def look_at_device(run: RunConfig, world: World) -> dict[str, Any]:
@@ -125,8 +158,14 @@ def look_at_device(run: RunConfig, world: World) -> dict[str, Any]:
             facts["memory_errors"] = _uncorrected_errors() if world.local_rank == 0 else ""
         wrong = matmul_error(device)
         if not wrong <= MATMUL_TOLERANCE:
-            facts["error"] = f"a matrix product of {device} is off by {wrong:.1g} of its size; a sound one by less than 1e-5"
-    except (UserError, RuntimeError) as error:         # torch's CUDA errors are RuntimeErrors of several lines
+            facts["error"] = (
+                f"a matrix product of {device} is off by {wrong:.1g} of its size; a sound one by"
+                " less than 1e-5"
+            )
+    except (
+        UserError,
+        RuntimeError,
+    ) as error:  # torch's CUDA errors are RuntimeErrors of several lines
         facts["error"] = str(error).strip().split("\n")[0]
     return facts
 
@@ -148,10 +187,20 @@ def _uncorrected_errors() -> str:
     """What nvidia-smi says of the node's memory errors that nothing corrected; empty where there are none or it is not here."""
     if not shutil.which("nvidia-smi"):
         return ""
-    command = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=index,ecc.errors.uncorrected.volatile.total",
+        "--format=csv,noheader,nounits",
+    ]
     try:
-        done = subprocess.run(command, capture_output=True,
-                              encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=NVIDIA_SMI_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return f"nvidia-smi did not answer in {NVIDIA_SMI_SECONDS:.0f} s"
     return memory_errors(done.stdout)

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MESSAGE_BYTES = {"cpu": 2**22, "cuda": 2**27}        # 4 ms at 1 GB/s; 3 ms at 50 GB/s
+MESSAGE_BYTES = {"cpu": 2**22, "cuda": 2**27}  # 4 ms at 1 GB/s; 3 ms at 50 GB/s
 REPEATS = 3
-SUM_SECONDS = 6.0                                    # an all-reduce that takes longer counts as no answer
+SUM_SECONDS = 6.0  # an all-reduce that takes longer counts as no answer
 
-FaultInjection = Callable[[torch.Tensor], None]      # called with what is about to be sent: tests are late or damage it
+FaultInjection = Callable[
+    [torch.Tensor], None
+]  # called with what is about to be sent: tests are late or damage it
 
 
 def ring(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
@@ -74,14 +76,18 @@ class Links:
                 ranks = [rank for rank, node in enumerate(node_of_rank) if node in pair]
                 into.append({"nodes": list(pair), "error": "no answer"})
                 # the neighbour may have waited in vain in each round before
-                found = self._all_reduce(f"round {number} {pair}", ranks, connect_seconds=SUM_SECONDS * (number + 1))
+                found = self._all_reduce(
+                    f"round {number} {pair}", ranks, connect_seconds=SUM_SECONDS * (number + 1)
+                )
                 into[-1] = {"nodes": list(pair), **found}
 
     def all(self, size: int) -> dict[str, Any]:
         """All ranks at once: {"gb_per_second"} or {"error"}."""
         return self._all_reduce("all", range(size), connect_seconds=2 * SUM_SECONDS)
 
-    def _all_reduce(self, name: str, ranks: Sequence[int], *, connect_seconds: float) -> dict[str, Any]:
+    def _all_reduce(
+        self, name: str, ranks: Sequence[int], *, connect_seconds: float
+    ) -> dict[str, Any]:
         """Bus bandwidth (bytes x 2 (n - 1) / n, over the seconds), the best of some."""
         size = len(ranks)
         mine = pattern(self._rank, self._bytes, self._device)
@@ -126,4 +132,7 @@ class Links:
 
 def pattern(rank: int, message_bytes: int, device: torch.device) -> torch.Tensor:
     """What a rank sends: int64 [message_bytes / 8], another one for each rank; int64 wraps, which is exact."""
-    return torch.arange(message_bytes // 8, dtype=torch.int64, device=device) * (2_654_435_761 + rank) + rank
+    return (
+        torch.arange(message_bytes // 8, dtype=torch.int64, device=device) * (2_654_435_761 + rank)
+        + rank
+    )

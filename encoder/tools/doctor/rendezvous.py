@@ -42,12 +42,19 @@ class Rendezvous:
         timeout = datetime.timedelta(seconds=wait_seconds / 3)
         try:
             self.store = dist.TCPStore(
-                place.host, place.port, world.size, is_master=world.first, wait_for_workers=False, timeout=timeout
+                place.host,
+                place.port,
+                world.size,
+                is_master=world.first,
+                wait_for_workers=False,
+                timeout=timeout,
             )
         except (dist.DistError, RuntimeError) as error:
             if world.first:
-                raise ConfigError(f"port {place.port} cannot be had ({_first_line(error)}). Another program has it: set another "
-                                  "MASTER_PORT.") from error
+                raise ConfigError(
+                    f"port {place.port} cannot be had ({_first_line(error)}). Another program has"
+                    " it: set another MASTER_PORT."
+                ) from error
             raise RankTimeout(
                 f"no answer from rank 0 at {place.host} port {place.port} for {wait_seconds:.0f} s"
             ) from error
@@ -77,14 +84,21 @@ class Rendezvous:
         """What rank zero broadcasts; it may have waited for others meanwhile. Raises RankTimeout."""
         value = self._get(what, 1.5 * self.wait_seconds)
         if value is None:
-            raise RankTimeout(f"no word from rank 0 about {what} for {1.5 * self.wait_seconds:.0f} s")
+            raise RankTimeout(
+                f"no word from rank 0 about {what} for {1.5 * self.wait_seconds:.0f} s"
+            )
         return value
 
     def connect(self) -> dist.TCPStore:
         """Another connection to the store, for a caller that may hold it long. Raises RuntimeError."""
         timeout = datetime.timedelta(seconds=self.wait_seconds / 3)
         return dist.TCPStore(
-            self.store.host, self.store.port, self.world.size, is_master=False, wait_for_workers=False, timeout=timeout
+            self.store.host,
+            self.store.port,
+            self.world.size,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timeout,
         )
 
     def leave(self) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from encoder.base.units import short_bytes
 from encoder.tools.plan.plan import Needs
 
-SLOW_SHARE = 0.25        # of the fastest pair: below, a pair of nodes is slow
-LEAST_GB_PER_SECOND = 0.01      # no training goes on over less, whatever the others have
+SLOW_SHARE = 0.25  # of the fastest pair: below, a pair of nodes is slow
+LEAST_GB_PER_SECOND = 0.01  # no training goes on over less, whatever the others have
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class Findings:
     mistakes: list[str] = field(default_factory=list)
     nodes: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    rows: list[tuple[str, str]] = field(default_factory=list)      # of the table for people
+    rows: list[tuple[str, str]] = field(default_factory=list)  # of the table for people
 
     @property
     def exit_code(self) -> int:
@@ -48,7 +48,13 @@ class Findings:
                 self.exclude(node, why)
         elif wrong:
             node, why = next(iter(wrong.items()))
-            place = "" if of == 1 else " (on every node)" if len(wrong) == of else f" (on {', '.join(wrong)})"
+            place = (
+                ""
+                if of == 1
+                else " (on every node)"
+                if len(wrong) == of
+                else f" (on {', '.join(wrong)})"
+            )
             self.mistakes.append(f"{why}{place}")
 
     def check_equal(self, what: str, by_node: Mapping[str, Any], *, advice: str) -> bool:
@@ -56,29 +62,67 @@ class Findings:
         texts = {node: json.dumps(value, sort_keys=True) for node, value in by_node.items()}
         common = Counter(texts.values()).most_common(1)[0][0]
         here = next(node for node, text in texts.items() if text == common)
-        wrong = {node: f"{what} of {node} differ from those of {here}: {_difference(by_node[node], by_node[here])}. {advice}"
-                 for node, text in texts.items() if text != common}
+        wrong = {
+            node: (
+                f"{what} of {node} differ from those of {here}:"
+                f" {_difference(by_node[node], by_node[here])}. {advice}"
+            )
+            for node, text in texts.items()
+            if text != common
+        }
         self.exclude_or_mistake(wrong, of=len(by_node))
         return not wrong
 
 
-def judge_facts(findings: Findings, facts: Mapping[int, Mapping[str, Any]], expected: Sequence[str], *, came: Collection[int],
-                needs: Needs) -> None:
+def judge_facts(
+    findings: Findings,
+    facts: Mapping[int, Mapping[str, Any]],
+    expected: Sequence[str],
+    *,
+    came: Collection[int],
+    needs: Needs,
+) -> None:
     """`facts` by rank, `expected` the node of each rank as it was started; ranks that are not among `came` are silent."""
     silent = {expected[rank]: rank for rank in reversed(range(len(expected))) if rank not in came}
     for node, rank in silent.items():
-        findings.exclude(node, f"rank {rank} of {node} did not come: the node is dead, cut off, or could not start python")
+        findings.exclude(
+            node,
+            f"rank {rank} of {node} did not come: the node is dead, cut off, or could not start"
+            " python",
+        )
     firsts = {fact["node"]: fact for fact in facts.values() if fact["local_rank"] == 0}
     if not firsts:
         return
     fact = facts[0] if 0 in facts else next(iter(firsts.values()))
-    same = findings.check_equal("versions", _by_node(facts, "versions"),
-                               advice="Needed: the same environment and sources. Put both on a disk that all nodes share.")
+    same = findings.check_equal(
+        "versions",
+        _by_node(facts, "versions"),
+        advice="Needed: the same environment and sources. Put both on a disk that all nodes share.",
+    )
     if same:
-        findings.rows.append(("versions", ", ".join(f"{k} {v}" for k, v in fact["versions"].items() if k in (
-            "python", "torch", "deepspeed", "transformers", "mosaicml-streaming", "sources"))))
-    if findings.check_equal("settings", _by_node(facts, "run_sha256"),
-                           advice="Needed: one run file, on a disk that all nodes share, and the same overrides."):
+        findings.rows.append(
+            (
+                "versions",
+                ", ".join(
+                    f"{k} {v}"
+                    for k, v in fact["versions"].items()
+                    if k
+                    in (
+                        "python",
+                        "torch",
+                        "deepspeed",
+                        "transformers",
+                        "mosaicml-streaming",
+                        "sources",
+                    )
+                ),
+            )
+        )
+    if findings.check_equal(
+        "settings",
+        _by_node(facts, "run_sha256"),
+        advice="Needed: one run file, on a disk that all nodes share, and the same overrides.",
+    ):
         findings.rows.append(("run file", f"the same on {_many(len(facts), 'rank')}"))
     _judge_shards(findings, firsts)
     _judge_devices(findings, facts)
@@ -91,49 +135,90 @@ def _judge_shards(findings: Findings, firsts: Mapping[str, Mapping[str, Any]]) -
     for path in paths:
         other = {"error": f"{path} is in the run file of other nodes alone."}
         at = {node: fact["shards"].get(path, other) for node, fact in firsts.items()}
-        findings.exclude_or_mistake({node: f"{a['error']} Looked for from the folder {firsts[node]['folder']}"
-                                   for node, a in at.items() if "error" in a}, of=len(firsts))
+        findings.exclude_or_mistake(
+            {
+                node: f"{a['error']} Looked for from the folder {firsts[node]['folder']}"
+                for node, a in at.items()
+                if "error" in a
+            },
+            of=len(firsts),
+        )
         cards = {node: a["card"] for node, a in at.items() if "card" in a}
         if cards:
-            findings.check_equal(f"the cards of {path}", cards, advice="Needed: the same shards. Copy them again.")
+            findings.check_equal(
+                f"the cards of {path}", cards, advice="Needed: the same shards. Copy them again."
+            )
     if before == (len(findings.mistakes), len(findings.nodes)):
-        findings.rows.append(("shards", f"{_many(len(paths), 'folder')} read, cards equal on {_many(len(firsts), 'node')}"))
+        findings.rows.append(
+            (
+                "shards",
+                f"{_many(len(paths), 'folder')} read, cards equal on {_many(len(firsts), 'node')}",
+            )
+        )
 
 
 def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -> None:
-    kinds = Counter(fact["device"]["kind"] for fact in facts.values() if "error" not in fact["device"])
+    kinds = Counter(
+        fact["device"]["kind"] for fact in facts.values() if "error" not in fact["device"]
+    )
     common = kinds.most_common(1)[0][0] if kinds else ""
     short: dict[str, str] = {}
     broken: dict[str, str] = {}
     for rank, fact in facts.items():
         device, node = fact["device"], fact["node"]
-        allotted = next((f["gpus_allotted"] for f in facts.values() if f["node"] == node and f["local_rank"] == 0), "")
+        allotted = next(
+            (
+                f["gpus_allotted"]
+                for f in facts.values()
+                if f["node"] == node and f["local_rank"] == 0
+            ),
+            "",
+        )
         was_given = allotted.isdigit() and int(allotted) >= fact["local_size"]
         if "error" in device and device["seen"] < fact["local_size"] and not was_given:
-            short[node] = device["error"]            # the run file and the allocation do not fit each other
+            short[node] = device["error"]  # the run file and the allocation do not fit each other
         elif "error" in device:
             broken.setdefault(node, f"rank {rank} of {node}: {device['error']}")
         elif device["kind"] != common:
-            findings.exclude(node, f"rank {rank} of {node} has device {device['kind']}, most have {common}: its GPU is not there")
+            findings.exclude(
+                node,
+                f"rank {rank} of {node} has device {device['kind']}, most have {common}: its GPU is"
+                " not there",
+            )
         elif device.get("memory_errors"):
             findings.exclude(node, f"{node}: {device['memory_errors']}")
     nodes = {fact["node"] for fact in facts.values()}
-    if len(nodes) > 1 and len(broken) == len(nodes):      # a torch without CUDA, say: other nodes have it, too
-        findings.mistakes.append(f"{next(iter(broken.values())).rstrip('.')} (and so on every node)")
+    if len(nodes) > 1 and len(broken) == len(
+        nodes
+    ):  # a torch without CUDA, say: other nodes have it, too
+        findings.mistakes.append(
+            f"{next(iter(broken.values())).rstrip('.')} (and so on every node)"
+        )
     else:
         for node, why in broken.items():
             findings.exclude(node, why)
     if short:
         findings.mistakes.append(next(iter(short.values())))
     if common and not short and all("error" not in fact["device"] for fact in facts.values()):
-        names = Counter(fact["device"].get("name", fact["device"]["kind"]) for fact in facts.values())
-        findings.rows.append(("devices", ", ".join(f"{n} x {name}" for name, n in names.items()) + ", products right"))
+        names = Counter(
+            fact["device"].get("name", fact["device"]["kind"]) for fact in facts.values()
+        )
+        findings.rows.append(
+            (
+                "devices",
+                ", ".join(f"{n} x {name}" for name, n in names.items()) + ", products right",
+            )
+        )
 
 
-def _judge_memory(findings: Findings, firsts: Mapping[str, Mapping[str, Any]], facts: Mapping[int, Mapping[str, Any]],
-                  needs: Needs) -> None:
+def _judge_memory(
+    findings: Findings,
+    firsts: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[int, Mapping[str, Any]],
+    needs: Needs,
+) -> None:
     memory = needs.memory
-    sure = memory.total - memory.activations         # these are counted, activations estimated
+    sure = memory.total - memory.activations  # these are counted, activations estimated
     on_gpu = any(fact["device"]["kind"] == "cuda" for fact in facts.values())
     wrong: dict[str, str] = {}
     least = 0
@@ -150,21 +235,39 @@ def _judge_memory(findings: Findings, firsts: Mapping[str, Mapping[str, Any]], f
         least = min(least or have, have)
         for_ranks = "" if on_gpu else f" for {_many(local, 'rank')}"
         if have < need:
-            wrong[node] = (f"{node} has {short_bytes(have)} of memory free{for_ranks}; "
-                           f"needed: {short_bytes(need)} for weights, gradients and optimizer alone. Use more ranks, a higher "
-                           "engine.zero_stage, or end what else runs there")
+            wrong[node] = (
+                f"{node} has {short_bytes(have)} of memory free{for_ranks}; needed:"
+                f" {short_bytes(need)} for weights, gradients and optimizer alone. Use more ranks,"
+                " a higher engine.zero_stage, or end what else runs there"
+            )
         elif have < all_need:
-            findings.warnings.append(f"{node} has {short_bytes(have)} of memory free, the run needs about {short_bytes(all_need)}. "
-                                     "If it runs out: a smaller loader.micro_batch_rows, or engine.activation_checkpointing: "
-                                     "blocks.")
+            findings.warnings.append(
+                f"{node} has {short_bytes(have)} of memory free, the run needs about"
+                f" {short_bytes(all_need)}. If it runs out: a smaller loader.micro_batch_rows, or"
+                " engine.activation_checkpointing: blocks."
+            )
     findings.exclude_or_mistake(wrong, of=len(firsts))
     if not wrong and least:
-        findings.rows.append(("memory", f"a rank needs about {short_bytes(memory.total)}; least free "
-                                        f"{'on a GPU' if on_gpu else 'on a node'} {short_bytes(least)}"))
+        findings.rows.append(
+            (
+                "memory",
+                (
+                    f"a rank needs about {short_bytes(memory.total)}; least free "
+                    f"{'on a GPU' if on_gpu else 'on a node'} {short_bytes(least)}"
+                ),
+            )
+        )
 
 
-def judge_folder(findings: Findings, shared: Mapping[str, Mapping[str, Any]], missing: Sequence[str], out: str, *,
-                 checkpoint_bytes: int, at_most: int = 2) -> None:
+def judge_folder(
+    findings: Findings,
+    shared: Mapping[str, Mapping[str, Any]],
+    missing: Sequence[str],
+    out: str,
+    *,
+    checkpoint_bytes: int,
+    at_most: int = 2,
+) -> None:
     """`at_most`: how many more checkpoints than now will ever stand at once.
     `shared`: by node, whether it saw rank zero's file in the run folder, whether it could write there, and the room.
     `missing`: nodes whose file rank zero did not see."""
@@ -172,25 +275,49 @@ def judge_folder(findings: Findings, shared: Mapping[str, Mapping[str, Any]], mi
     need = 2 * checkpoint_bytes
     for node, at in shared.items():
         if not at["seen"]:
-            wrong[node] = (f"{node} does not see what rank 0 writes into the run folder {out} ({at['place']} there). Needed: a "
-                           "folder that all nodes share. Set another out")
+            wrong[node] = (
+                f"{node} does not see what rank 0 writes into the run folder {out} ({at['place']}"
+                " there). Needed: a folder that all nodes share. Set another out"
+            )
         elif at.get("error"):
-            wrong[node] = f"{node} cannot write into the run folder {out}: {at['error']}. Needed: a folder that can be written"
+            wrong[node] = (
+                f"{node} cannot write into the run folder {out}: {at['error']}. Needed: a folder"
+                " that can be written"
+            )
         elif node in missing:
-            wrong[node] = f"rank 0 does not see what {node} writes into the run folder {out}. Needed: a folder that all nodes share"
+            wrong[node] = (
+                f"rank 0 does not see what {node} writes into the run folder {out}. Needed: a"
+                " folder that all nodes share"
+            )
         elif at["free"] < need:
-            wrong[node] = (f"the disk of {out} has {short_bytes(at['free'])} free; needed: {short_bytes(need)}, two checkpoints of "
-                           f"{short_bytes(checkpoint_bytes)}. Make room, or set another out")
+            wrong[node] = (
+                f"the disk of {out} has {short_bytes(at['free'])} free; needed:"
+                f" {short_bytes(need)}, two checkpoints of {short_bytes(checkpoint_bytes)}. Make"
+                " room, or set another out"
+            )
     findings.exclude_or_mistake(wrong, of=len(shared))
     if not wrong:
         free = min(at["free"] for at in shared.values())
         whole = at_most * checkpoint_bytes
-        later = f", the {at_most} still to stand at once {short_bytes(whole)}: NOT enough to the end" if free < whole else ""
-        findings.rows.append(("run folder", f"{out}: seen and written by {_many(len(shared), 'node')}, {short_bytes(free)} free; "
-                                            f"two checkpoints take {short_bytes(need)}{later}"))
+        later = (
+            f", the {at_most} still to stand at once {short_bytes(whole)}: NOT enough to the end"
+            if free < whole
+            else ""
+        )
+        findings.rows.append(
+            (
+                "run folder",
+                (
+                    f"{out}: seen and written by {_many(len(shared), 'node')}, {short_bytes(free)}"
+                    f" free; two checkpoints take {short_bytes(need)}{later}"
+                ),
+            )
+        )
 
 
-def judge_links(findings: Findings, found: Mapping[int, Sequence[Mapping[str, Any]]], nodes: Sequence[str]) -> None:
+def judge_links(
+    findings: Findings, found: Mapping[int, Sequence[Mapping[str, Any]]], nodes: Sequence[str]
+) -> None:
     """Excludes a node all of whose pairs fail or are far slower than the fastest pair; a bad pair of good nodes is a warning.
 
     found: by rank, what it measured of its pairs: {"nodes", "gb_per_second"} or {"nodes", "error"}
@@ -211,8 +338,11 @@ def judge_links(findings: Findings, found: Mapping[int, Sequence[Mapping[str, An
             speeds[pair] = min(view["gb_per_second"], speeds.get(pair, view["gb_per_second"]))
 
     fastest = max((speed for pair, speed in speeds.items() if pair not in errors), default=0.0)
-    slow = {pair: f"{speed:.3g} GB/s, where the fastest pair has {fastest:.3g}" for pair, speed in speeds.items()
-            if speed < max(LEAST_GB_PER_SECOND, SLOW_SHARE * fastest)}
+    slow = {
+        pair: f"{speed:.3g} GB/s, where the fastest pair has {fastest:.3g}"
+        for pair, speed in speeds.items()
+        if speed < max(LEAST_GB_PER_SECOND, SLOW_SHARE * fastest)
+    }
     bad = slow | errors
     pairs = list(speeds | errors)
     for node in dict.fromkeys(nodes):
@@ -223,26 +353,48 @@ def judge_links(findings: Findings, found: Mapping[int, Sequence[Mapping[str, An
             findings.exclude(node, f"{node} with {other}: {bad[own[0]]}{more}")
     for pair, why in bad.items():
         if not set(pair) & set(findings.nodes):
-            findings.warnings.append(f"{pair[0]} with {pair[1]}: {why}, though both are well linked to their other neighbours.")
+            findings.warnings.append(
+                f"{pair[0]} with {pair[1]}: {why}, though both are well linked to their other"
+                " neighbours."
+            )
     if speeds and not bad:
-        findings.rows.append(("links", f"{_many(len(speeds), 'pair')} of nodes, {_span([*speeds.values()])} GB/s (bus)"))
+        findings.rows.append(
+            (
+                "links",
+                f"{_many(len(speeds), 'pair')} of nodes, {_span([*speeds.values()])} GB/s (bus)",
+            )
+        )
 
 
-def judge_all_reduce(findings: Findings, found: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> None:
+def judge_all_reduce(
+    findings: Findings, found: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]
+) -> None:
     """The sum over all ranks: exact on each, and how fast it was."""
-    silent = {node: f"{node} fell silent in the all-reduce" for rank, node in enumerate(nodes) if rank not in found}
-    wrong = {nodes[rank]: f"rank {rank} of {nodes[rank]}: {value['error']}" for rank, value in found.items() if "error" in value}
+    silent = {
+        node: f"{node} fell silent in the all-reduce"
+        for rank, node in enumerate(nodes)
+        if rank not in found
+    }
+    wrong = {
+        nodes[rank]: f"rank {rank} of {nodes[rank]}: {value['error']}"
+        for rank, value in found.items()
+        if "error" in value
+    }
     several = len(set(nodes)) > 1
     if not silent and several and len(wrong) == len(set(nodes)):
-        findings.mistakes.append("the all-reduce of all ranks fails on every node though no node fails with its neighbours: "
-                                 f"{next(iter(wrong.values()))}. Look at the network's settings (NCCL_DEBUG=INFO, "
-                                 "GLOO_SOCKET_IFNAME)")
+        findings.mistakes.append(
+            "the all-reduce of all ranks fails on every node though no node fails with its"
+            f" neighbours: {next(iter(wrong.values()))}. Look at the network's settings"
+            " (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
+        )
         return
     for node, why in (silent or wrong).items():
         findings.exclude(node, why)
     if not silent and not wrong:
         slowest = min(value["gb_per_second"] for value in found.values())
-        findings.rows.append(("all-reduce", f"exact, {slowest:.3g} GB/s (bus) over {_many(len(nodes), 'rank')}"))
+        findings.rows.append(
+            ("all-reduce", f"exact, {slowest:.3g} GB/s (bus) over {_many(len(nodes), 'rank')}")
+        )
 
 
 def _by_node(facts: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, Any]:

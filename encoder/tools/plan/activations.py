@@ -33,12 +33,14 @@ class Kept:
     """Bytes from the forward to the backward pass."""
 
     layer_per_token: float
-    layer_fixed: float          # whatever the tokens: the weights in bf16 under autocast
-    outside_per_token: float    # embedding and final norm
+    layer_fixed: float  # whatever the tokens: the weights in bf16 under autocast
+    outside_per_token: float  # embedding and final norm
 
 
 @lru_cache(maxsize=32)
-def count_kept(config: ModelConfig, *, precision: str, device: str, fp8: bool = False, zero_3: bool = False) -> Kept:
+def count_kept(
+    config: ModelConfig, *, precision: str, device: str, fp8: bool = False, zero_3: bool = False
+) -> Kept:
     """Counts each storage once, without the parameters. Raises ConfigError as fp8_blocks_.
 
     precision: fp32, fp64, autocast or bf16
@@ -51,7 +53,9 @@ def count_kept(config: ModelConfig, *, precision: str, device: str, fp8: bool = 
 
     def count(layers: int, tokens: int) -> int:
         shape = replace(config, num_hidden_layers=layers)
-        return _bytes_kept(shape, tokens=tokens, precision=precision, device=device, fp8=fp8, zero_3=zero_3)
+        return _bytes_kept(
+            shape, tokens=tokens, precision=precision, device=device, fp8=fp8, zero_3=zero_3
+        )
 
     few_short = count(few, short)
     many_short = count(many, short)
@@ -66,7 +70,9 @@ def count_kept(config: ModelConfig, *, precision: str, device: str, fp8: bool = 
     )
 
 
-def _bytes_kept(config: ModelConfig, *, tokens: int, precision: str, device: str, fp8: bool, zero_3: bool) -> int:
+def _bytes_kept(
+    config: ModelConfig, *, tokens: int, precision: str, device: str, fp8: bool, zero_3: bool
+) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     storages: dict[int, torch.UntypedStorage] = {}
@@ -124,7 +130,9 @@ class _Counted:
         """It runs everywhere and computes nothing."""
         return None
 
-    def plan(self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int) -> _Counted:
+    def plan(
+        self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
+    ) -> _Counted:
         """Itself."""
         self.window = 3 * max(window_radius_tokens, 32)
         return self
@@ -144,7 +152,9 @@ class _Keeps(autograd.Function):
             k_THD, v_THD = (x.new_empty(3 * tokens, heads, width) for x in (k_THD, v_THD))
             ctx.save_for_backward(q_THD, k_THD, v_THD, q_THD.new_empty(tokens, heads, window))
         else:
-            ctx.save_for_backward(q_THD, k_THD, v_THD, out_THD, q_THD.new_empty(heads, tokens, dtype=torch.float32))
+            ctx.save_for_backward(
+                q_THD, k_THD, v_THD, out_THD, q_THD.new_empty(heads, tokens, dtype=torch.float32)
+            )
         return out_THD
 
 
@@ -173,7 +183,9 @@ def _linear_keeps_its_input() -> Iterator[None]:
 @contextlib.contextmanager
 def _default_dtype(precision: str) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype({"fp64": torch.float64, "bf16": torch.bfloat16}.get(precision, torch.float32))
+    torch.set_default_dtype(
+        {"fp64": torch.float64, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    )
     try:
         yield
     finally:

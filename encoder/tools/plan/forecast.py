@@ -25,15 +25,15 @@ class Machine:
     """What the device of one rank does. Rates per second; shares 0 to 1 of what training reaches of them."""
 
     name: str
-    flops: float                      # peak of the matrix products in bf16
-    fp32_flops: float                 # and in fp32, without TF32: torch does not use it unless it is told to
+    flops: float  # peak of the matrix products in bf16
+    fp32_flops: float  # and in fp32, without TF32: torch does not use it unless it is told to
     memory_bytes_per_second: float
-    memory_bytes: float               # that it has
-    link_bytes_per_second: float      # of a rank to the others of its machine, each way
+    memory_bytes: float  # that it has
+    link_bytes_per_second: float  # of a rank to the others of its machine, each way
     devices_a_machine: int = 8
-    product_share: float = 0.6        # matrix products and attention, of `flops`
+    product_share: float = 0.6  # matrix products and attention, of `flops`
     memory_share: float = 0.8
-    assumed: tuple[str, ...] = ()     # numbers above that were not measured
+    assumed: tuple[str, ...] = ()  # numbers above that were not measured
 
     def peak(self, precision: str) -> float:
         """FLOP per second at most: fp32 computes without the units for bf16, fp64 at half of that or less."""
@@ -46,13 +46,18 @@ _SHEETS = {
     "h100": ("NVIDIA H100 80GB HBM3", 67e12, 3.35e12, 80e9, 450e9),
     "h200": ("NVIDIA H200", 67e12, 4.8e12, 141e9, 450e9),
     "b200": ("NVIDIA B200", 80e12, 8e12, 180e9, 900e9),
-    "l40s": ("NVIDIA L40S", 91.6e12, 864e9, 48e9, 32e9)}
+    "l40s": ("NVIDIA L40S", 91.6e12, 864e9, 48e9, 32e9),
+}
 GPUS = tuple(_SHEETS)
-BETWEEN_MACHINES = 50e9               # a 400 Gb/s card a GPU
-UPDATE_BYTES = 60                     # read and written for each element: gradient, master, two averages, in several passes
-LAYER_PASSES = 4                      # what a layer keeps is written, read again, and its gradient too
-MICRO_STEP_KERNELS = 60               # launched for each layer, forward and backward: 52 (base) to 64 (17m) counted, compiled
-KERNEL_SECONDS = 4e-6                 # to launch one: small models wait for it
+BETWEEN_MACHINES = 50e9  # a 400 Gb/s card a GPU
+UPDATE_BYTES = (
+    60  # read and written for each element: gradient, master, two averages, in several passes
+)
+LAYER_PASSES = 4  # what a layer keeps is written, read again, and its gradient too
+MICRO_STEP_KERNELS = (
+    60  # launched for each layer, forward and backward: 52 (base) to 64 (17m) counted, compiled
+)
+KERNEL_SECONDS = 4e-6  # to launch one: small models wait for it
 
 
 def gpu(word: str, *, precision: str = "autocast") -> Machine:
@@ -60,11 +65,25 @@ def gpu(word: str, *, precision: str = "autocast") -> Machine:
     if word not in _SHEETS:
         raise ConfigError(f"--gpu {word} is unknown. {nearest(word, [*GPUS])}")
     name, fp32_flops, rate, size, link = _SHEETS[word]
-    machine = Machine(name=name, flops=BF16_PEAKS[name], fp32_flops=fp32_flops, memory_bytes_per_second=rate, memory_bytes=size,
-                      link_bytes_per_second=link)
-    return replace(machine, assumed=(
-        f"{machine.product_share:.0%} of {machine.peak(precision) / 1e12:,.3g} TFLOP/s in matrix products and attention",
-        f"{machine.memory_share:.0%} of {rate / 1e12:.2f} TB/s", f"a kernel is launched in {1e6 * KERNEL_SECONDS:.0f} us"))
+    machine = Machine(
+        name=name,
+        flops=BF16_PEAKS[name],
+        fp32_flops=fp32_flops,
+        memory_bytes_per_second=rate,
+        memory_bytes=size,
+        link_bytes_per_second=link,
+    )
+    return replace(
+        machine,
+        assumed=(
+            (
+                f"{machine.product_share:.0%} of {machine.peak(precision) / 1e12:,.3g} TFLOP/s in"
+                " matrix products and attention"
+            ),
+            f"{machine.memory_share:.0%} of {rate / 1e12:.2f} TB/s",
+            f"a kernel is launched in {1e6 * KERNEL_SECONDS:.0f} us",
+        ),
+    )
 
 
 # an idle machine: 0 to 2 % and 1.1 to 1.3 seen
@@ -75,17 +94,21 @@ BUSY_SHARE, BUSY_SPREAD = 0.1, 2.0
 class Probe:
     """What a short run of the same model on this machine took, on one rank."""
 
-    flops_per_second: dict[int, float]      # model FLOP of forward and backward, by max_tokens_per_document
+    flops_per_second: dict[
+        int, float
+    ]  # model FLOP of forward and backward, by max_tokens_per_document
     update_seconds: float
     data_seconds_per_token: float
-    base_bytes: int                         # the process with everything imported and no model
-    peak_bytes: int                         # the process while it trained
-    text: str                               # what it was made on
+    base_bytes: int  # the process with everything imported and no model
+    peak_bytes: int  # the process while it trained
+    text: str  # what it was made on
     clock: str = "wall clock"
-    rounds: int = 0                         # steps of several micro-batches that were timed, all lengths together
-    spread: float = 1.0                     # the slowest of them over the fastest, of one length
-    waited_share: float | None = None       # of the time that threads could have computed, they waited for a core
-    wall_over_cpu: float | None = None      # wall time over CPU time a thread
+    rounds: int = 0  # steps of several micro-batches that were timed, all lengths together
+    spread: float = 1.0  # the slowest of them over the fastest, of one length
+    waited_share: float | None = (
+        None  # of the time that threads could have computed, they waited for a core
+    )
+    wall_over_cpu: float | None = None  # wall time over CPU time a thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +120,18 @@ class Forecast:
     update_seconds: float
     communication_seconds: float
     data_seconds: float
-    bytes_a_step: float            # that a rank sends, in the longest step
+    bytes_a_step: float  # that a rank sends, in the longest step
     assumed: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
         """Of training; evaluation, saves and starts come on top."""
-        return self.computing_seconds + self.update_seconds + self.communication_seconds + self.data_seconds
+        return (
+            self.computing_seconds
+            + self.update_seconds
+            + self.communication_seconds
+            + self.data_seconds
+        )
 
     @property
     def tokens_per_second(self) -> float:
@@ -111,8 +139,17 @@ class Forecast:
         return self.tokens / self.seconds
 
 
-def forecast(run: RunConfig, *, stretches: Sequence[Stretch], flops_per_token: Sequence[float], parameters: int, ranks: int,
-             machine: Machine | None = None, probe: Probe | None = None, interconnect: float | None = None) -> Forecast:
+def forecast(
+    run: RunConfig,
+    *,
+    stretches: Sequence[Stretch],
+    flops_per_token: Sequence[float],
+    parameters: int,
+    ranks: int,
+    machine: Machine | None = None,
+    probe: Probe | None = None,
+    interconnect: float | None = None,
+) -> Forecast:
     """Of the steps in `stretches` on `ranks` ranks of a machine, or of the one that was probed. flops_per_token: a number a phase.
 
     interconnect: bytes a second of a rank to the others, each way.
@@ -120,8 +157,14 @@ def forecast(run: RunConfig, *, stretches: Sequence[Stretch], flops_per_token: S
     assert (machine is None) != (probe is None), "one of them"
     assumed = list(machine.assumed if machine else ())
     link = _link(interconnect, machine, ranks, assumed)
-    update = probe.update_seconds if probe else parameters / (ranks if run.engine.zero_stage else 1) * UPDATE_BYTES / (
-        machine.memory_bytes_per_second * machine.memory_share)
+    update = (
+        probe.update_seconds
+        if probe
+        else parameters
+        / (ranks if run.engine.zero_stage else 1)
+        * UPDATE_BYTES
+        / (machine.memory_bytes_per_second * machine.memory_share)
+    )
     parts = {"computing": 0.0, "update": 0.0, "communication": 0.0, "data": 0.0}
     most_bytes = 0.0
     for stretch in stretches:
@@ -129,21 +172,36 @@ def forecast(run: RunConfig, *, stretches: Sequence[Stretch], flops_per_token: S
         micro_batches = math.ceil(rows / run.loader.micro_batch_rows)
         tokens = stretch.tokens / stretch.rows * rows
         flops = tokens * flops_per_token[stretch.phase]
-        sent = communication_bytes(run, parameters=parameters, ranks=ranks, micro_batches=micro_batches)
+        sent = communication_bytes(
+            run, parameters=parameters, ranks=ranks, micro_batches=micro_batches
+        )
         most_bytes = max(most_bytes, sent)
         seconds_of_step = {
-            "computing": flops / probe.flops_per_second[phase.max_tokens_per_document] if probe else
-            _computing_seconds(run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches),
-            "update": update, "communication": sent / link,
+            "computing": (
+                flops / probe.flops_per_second[phase.max_tokens_per_document]
+                if probe
+                else _computing_seconds(
+                    run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches
+                )
+            ),
+            "update": update,
+            "communication": sent / link,
             # a GPU's rows are made by other processes meanwhile
-            "data": tokens * probe.data_seconds_per_token if probe else 0.0}
+            "data": tokens * probe.data_seconds_per_token if probe else 0.0,
+        }
         for name, seconds in seconds_of_step.items():
             parts[name] += stretch.steps * seconds
-    return Forecast(tokens=sum(s.steps * s.tokens for s in stretches), bytes_a_step=most_bytes, assumed=tuple(assumed),
-                    **{f"{name}_seconds": seconds for name, seconds in parts.items()})
+    return Forecast(
+        tokens=sum(s.steps * s.tokens for s in stretches),
+        bytes_a_step=most_bytes,
+        assumed=tuple(assumed),
+        **{f"{name}_seconds": seconds for name, seconds in parts.items()},
+    )
 
 
-def communication_bytes(run: RunConfig, *, parameters: int, ranks: int, micro_batches: int) -> float:
+def communication_bytes(
+    run: RunConfig, *, parameters: int, ranks: int, micro_batches: int
+) -> float:
     """That each rank sends in one step, by ring collectives: a reduce-scatter or an all-gather of n bytes sends n (N - 1) / N.
 
     Gradients travel in fp32. As counted on two ranks (tests/process/test_communication.py): at stage 0 they are all-reduced;
@@ -161,21 +219,38 @@ def communication_bytes(run: RunConfig, *, parameters: int, ranks: int, micro_ba
     return gradients * (micro_batches if run.engine.zero_stage == 2 else 1) + weights
 
 
-def forecast_lines(found: Forecast, *, ranks: int, machine: Machine | None, probe: Probe | None) -> list[str]:
+def forecast_lines(
+    found: Forecast, *, ranks: int, machine: Machine | None, probe: Probe | None
+) -> list[str]:
     """For the plan."""
     whole = found.seconds
-    shares = ", ".join(f"{name} {seconds / whole:.1%}" for name, seconds in (
-        ("computing", found.computing_seconds), ("update", found.update_seconds), ("communication", found.communication_seconds),
-        ("data", found.data_seconds)) if seconds)
+    shares = ", ".join(
+        f"{name} {seconds / whole:.1%}"
+        for name, seconds in (
+            ("computing", found.computing_seconds),
+            ("update", found.update_seconds),
+            ("communication", found.communication_seconds),
+            ("data", found.data_seconds),
+        )
+        if seconds
+    )
     where = f"{ranks} x {machine.name}" if machine else probe.text
-    lines = [f"speed          about {short_count(round(found.tokens_per_second))} tokens/s on {where}, "
-             f"{short_count(round(found.tokens_per_second / ranks))} a rank",
-             f"time           about {short_seconds(whole)} ({whole / 3600:,.2f} h; {ranks * whole / 3600:,.1f} rank-hours): "
-             f"{shares}"]
+    lines = [
+        (
+            f"speed          about {short_count(round(found.tokens_per_second))} tokens/s on"
+            f" {where}, {short_count(round(found.tokens_per_second / ranks))} a rank"
+        ),
+        (
+            f"time           about {short_seconds(whole)} ({whole / 3600:,.2f} h;"
+            f" {ranks * whole / 3600:,.1f} rank-hours): {shares}"
+        ),
+    ]
     if probe and probe.rounds:
         lines += _probe_lines(probe)
     if ranks > 1:
-        lines.append(f"communication  up to {found.bytes_a_step / 1e9:,.3g} GB sent by a rank in a step")
+        lines.append(
+            f"communication  up to {found.bytes_a_step / 1e9:,.3g} GB sent by a rank in a step"
+        )
     for number, text in enumerate(found.assumed):
         lines.append(f"{'assumed, not measured' if number == 0 else '':<23}{text}")
     return lines
@@ -183,33 +258,58 @@ def forecast_lines(found: Forecast, *, ranks: int, machine: Machine | None, prob
 
 def _probe_lines(probe: Probe) -> list[str]:
     """By which clock, how often, and whether the machine was busy with other work."""
-    both = f"; wall time {probe.wall_over_cpu:.2f} times the CPU time of a thread" if probe.wall_over_cpu else ""
-    lines = [f"measured       by {probe.clock}, {probe.rounds} rounds, the faster half of them; the slowest took "
-             f"{probe.spread:.2f} times the fastest{both}"]
+    both = (
+        f"; wall time {probe.wall_over_cpu:.2f} times the CPU time of a thread"
+        if probe.wall_over_cpu
+        else ""
+    )
+    lines = [
+        f"measured       by {probe.clock}, {probe.rounds} rounds, the faster half of them; the"
+        f" slowest took {probe.spread:.2f} times the fastest{both}"
+    ]
     waited = probe.waited_share or 0.0
     if waited >= BUSY_SHARE or probe.spread >= BUSY_SPREAD:
-        why = f"threads waited {waited:.0%} of their time for a core" if waited >= BUSY_SHARE else "the rounds differ widely"
-        times = f"about {1 / max(0.02, 1 - waited):.1f} times" if waited >= BUSY_SHARE else "several times"
-        lines.append(f"               the machine is busy with other work ({why}): alone the run may be {times} as fast. Measure "
-                     "again when it is idle.")
+        why = (
+            f"threads waited {waited:.0%} of their time for a core"
+            if waited >= BUSY_SHARE
+            else "the rounds differ widely"
+        )
+        times = (
+            f"about {1 / max(0.02, 1 - waited):.1f} times"
+            if waited >= BUSY_SHARE
+            else "several times"
+        )
+        lines.append(
+            f"               the machine is busy with other work ({why}): alone the run may be"
+            f" {times} as fast. Measure again when it is idle."
+        )
     return lines
 
 
-def _computing_seconds(run: RunConfig, machine: Machine, *, tokens: float, flops: float, micro_batches: int) -> float:
+def _computing_seconds(
+    run: RunConfig, machine: Machine, *, tokens: float, flops: float, micro_batches: int
+) -> float:
     m, width = run.model, {"fp32": 4, "fp64": 8}.get(run.engine.precision, 2)
     # layers computed again do a third more, of both
     again = 4 / 3 if run.engine.activation_checkpointing == "blocks" else 1.0
     moved = tokens * m.num_hidden_layers * m.activation_width * width * LAYER_PASSES
-    busy = again * (flops / (machine.peak(run.engine.precision) * machine.product_share)
-                    + moved / (machine.memory_bytes_per_second * machine.memory_share))
+    busy = again * (
+        flops / (machine.peak(run.engine.precision) * machine.product_share)
+        + moved / (machine.memory_bytes_per_second * machine.memory_share)
+    )
     return max(busy, micro_batches * m.num_hidden_layers * MICRO_STEP_KERNELS * KERNEL_SECONDS)
 
 
-def _link(interconnect: float | None, machine: Machine | None, ranks: int, assumed: list[str]) -> float:
+def _link(
+    interconnect: float | None, machine: Machine | None, ranks: int, assumed: list[str]
+) -> float:
     if interconnect is not None or ranks == 1:
         return interconnect or math.inf
     inside = machine is not None and ranks <= machine.devices_a_machine
     rate = machine.link_bytes_per_second if inside else BETWEEN_MACHINES
-    assumed.append(f"{rate / 1e9:,.0f} GB/s of a rank to the others, "
-                   + (f"{ranks} in one machine" if inside else "over several machines") + "; --interconnect says another")
+    assumed.append(
+        f"{rate / 1e9:,.0f} GB/s of a rank to the others, "
+        + (f"{ranks} in one machine" if inside else "over several machines")
+        + "; --interconnect says another"
+    )
     return rate

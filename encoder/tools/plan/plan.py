@@ -36,11 +36,11 @@ from encoder.tools.plan.activations import count_kept
 from encoder.tools.plan.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.train.build import compiles
 
-LOOKED_AT = 100_000   # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
-CUDA_SHARE = 0.92     # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
+LOOKED_AT = 100_000  # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
+CUDA_SHARE = 0.92  # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
 # of what plain layers keep, by engine.fp8; found: large 0.87, base 0.92 to 0.97, 17m 1.00 to 1.04, base in FP8 0.78 (docs/log.md)
 COMPILED_SHARE = {"off": 0.94, "layers": 0.78}
-QUICKLY_READ_BYTES = 2**22      # of an index
+QUICKLY_READ_BYTES = 2**22  # of an index
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -52,8 +52,8 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
-    bucket: int         # of gradients on their way to their owner
-    offloaded: int      # in the machine's memory
+    bucket: int  # of gradients on their way to their owner
+    offloaded: int  # in the machine's memory
 
     @property
     def total(self) -> int:
@@ -65,9 +65,9 @@ class Needs:
     """What a run asks of its machines."""
 
     parameters: int
-    decayed: int                # of them, with weight decay
-    memory: Memory              # of one rank
-    checkpoint_bytes: int       # of one: masters and what the optimizer keeps, in fp32
+    decayed: int  # of them, with weight decay
+    memory: Memory  # of one rank
+    checkpoint_bytes: int  # of one: masters and what the optimizer keeps, in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,15 @@ class PhaseWork:
     unknown: tuple[str, ...]
 
 
-def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, machine: Machine | None = None,
-              probe: Probe | None = None, interconnect: float | None = None) -> str:
+def plan_text(
+    run: RunConfig,
+    *,
+    ranks: int,
+    steps: PlannedSteps | None = None,
+    machine: Machine | None = None,
+    probe: Probe | None = None,
+    interconnect: float | None = None,
+) -> str:
     """The plan for people; `steps` where they were worked out already. With a machine or a probe also how fast it will be;
     interconnect: bytes a second of a rank to the others.
 
@@ -93,22 +100,38 @@ def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, 
     lines = [
         f"{run.name}   seed {run.seed}   run folder {run.out}",
         "",
-        f"model       {count:,} parameters ({count - decayed:,} without weight decay), {run.model.num_hidden_layers} layers, "
-        f"hidden {run.model.hidden_size}, vocabulary {run.model.vocab_size:,}",
-        f"engine      ZeRO-{run.engine.zero_stage}, {_precision_text(run, asked, machine)}, {ranks} rank{'s' * (ranks > 1)}, "
-        f"micro-batches of {run.loader.micro_batch_rows} row{'s' * (run.loader.micro_batch_rows > 1)} "
-        f"= {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens",
+        (
+            f"model       {count:,} parameters ({count - decayed:,} without weight decay),"
+            f" {run.model.num_hidden_layers} layers, hidden {run.model.hidden_size}, vocabulary"
+            f" {run.model.vocab_size:,}"
+        ),
+        (
+            f"engine      ZeRO-{run.engine.zero_stage}, {_precision_text(run, asked, machine)},"
+            f" {ranks} rank{'s' * (ranks > 1)}, micro-batches of {run.loader.micro_batch_rows}"
+            f" row{'s' * (run.loader.micro_batch_rows > 1)} ="
+            f" {run.loader.micro_batch_rows * run.data.row_tokens:,} tokens"
+        ),
         f"optimizer   {run.optimizer.text}, decay {_decay_text(run)}",
         f"weights     {_weights_text(run)}",
         *([f"export      {stays}"] if (stays := export_blocker(run.model)) else []),
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(_data_lines(run))),
         *_epochs_lines(run),
         *(f"{'default' if i == 0 else '':<12}{d.text}" for i, d in enumerate(run.derived)),
-        *(f"{'warning' if i == 0 else '':<12}{line}" for i, line in enumerate([
-            *begun_mistakes, *_warnings(run, machine), *hints_of(run, ranks=ranks, fillings=fillings)])),
+        *(
+            f"{'warning' if i == 0 else '':<12}{line}"
+            for i, line in enumerate(
+                [
+                    *begun_mistakes,
+                    *_warnings(run, machine),
+                    *hints_of(run, ranks=ranks, fillings=fillings),
+                ]
+            )
+        ),
         "",
-        f"{'phase':<12}{'tokens':>9}{'length':>8}{_phase_columns(run)}{'steps':>10}  {'batch tokens':<18}{'micro-batches':<15} "
-        "learning rate",
+        (
+            f"{'phase':<12}{'tokens':>9}{'length':>8}{_phase_columns(run)}{'steps':>10} "
+            f" {'batch tokens':<18}{'micro-batches':<15} learning rate"
+        ),
     ]
     for index, phase in enumerate(run.phases):
         lines.append(_phase_row(run, phase, steps, index, ranks))
@@ -117,33 +140,61 @@ def plan_text(run: RunConfig, *, ranks: int, steps: PlannedSteps | None = None, 
     highest = max(steps.peak_lr(index) for index in range(len(run.phases)))
     largest = max(s.tokens for s in steps.stretches)
     lines += [
-        f"{'all':<12}{short_count(sum(p.tokens for p in run.phases)):>9}{'':>8}{'':>9}{len(steps):>10,}",
+        (
+            f"{'all':<12}{short_count(sum(p.tokens for p in run.phases)):>9}{'':>8}{'':>9}{len(steps):>10,}"
+        ),
         "",
         f"learning rate  {_spark([s.lr for s in shown], top=highest)}  0 to {highest:.2e}",
-        f"batch          {_spark([float(s.tokens) for s in shown], top=largest)}  up to {short_count(largest)} tokens in "
-        f"rows that are {_fills_text(run, steps)} full",
+        (
+            f"batch          {_spark([float(s.tokens) for s in shown], top=largest)}  up to"
+            f" {short_count(largest)} tokens in rows that are {_fills_text(run, steps)} full"
+        ),
         "",
-        f"memory a rank  about {short_bytes(memory.total)}: weights {short_bytes(memory.weights)}, "
-        f"gradients {short_bytes(memory.gradients)}, optimizer {short_bytes(memory.optimizer)}, "
-        f"activations {short_bytes(memory.activations)}"
-        f"{f', a bucket of gradients {short_bytes(memory.bucket)}' if memory.bucket else ''}"
-        f"{f'; in the machine {short_bytes(memory.offloaded)}' if memory.offloaded else ''}{_libraries_text(run, probe)}",
+        (
+            f"memory a rank  about {short_bytes(memory.total)}: weights"
+            f" {short_bytes(memory.weights)}, "
+            f"gradients {short_bytes(memory.gradients)}, optimizer"
+            f" {short_bytes(memory.optimizer)}, "
+            f"activations {short_bytes(memory.activations)}"
+            f"{f', a bucket of gradients {short_bytes(memory.bucket)}' if memory.bucket else ''}"
+            f"{f'; in the machine {short_bytes(memory.offloaded)}' if memory.offloaded else ''}{_libraries_text(run, probe)}"
+        ),
         *_fits_lines(run, memory, machine, probe, alone=count_needs(run, ranks=1).memory),
-        f"work           about {sum(w.flops for w in works):.3g} model FLOP ({_lengths_text(run, works)})",
-        f"checkpoints    {short_bytes(needs.checkpoint_bytes)} each, every {short_count(run.checkpoints.every_tokens)} tokens, "
-        f"{run.checkpoints.keep_last} kept and one for each end of a phase",
+        (
+            f"work           about {sum(w.flops for w in works):.3g} model FLOP"
+            f" ({_lengths_text(run, works)})"
+        ),
+        (
+            f"checkpoints    {short_bytes(needs.checkpoint_bytes)} each, every"
+            f" {short_count(run.checkpoints.every_tokens)} tokens, {run.checkpoints.keep_last} kept"
+            " and one for each end of a phase"
+        ),
     ]
     if machine or probe:
-        found = forecast(run, stretches=steps.stretches, flops_per_token=[w.flops / p.tokens for w, p in zip(works, run.phases)],
-                         parameters=count, ranks=ranks, machine=machine, probe=probe, interconnect=interconnect)
+        found = forecast(
+            run,
+            stretches=steps.stretches,
+            flops_per_token=[w.flops / p.tokens for w, p in zip(works, run.phases)],
+            parameters=count,
+            ranks=ranks,
+            machine=machine,
+            probe=probe,
+            interconnect=interconnect,
+        )
         lines += forecast_lines(found, ranks=ranks, machine=machine, probe=probe)
     return "\n".join(lines)
 
 
 def on_machine(run: RunConfig, machine: Machine | None) -> RunConfig:
     """The run with the precision that `auto` means on a GPU, or here."""
-    return with_engine(run, precision="autocast" if machine and run.engine.precision == "auto" else
-                       precision_on(run.engine.precision, _device_here(run)))
+    return with_engine(
+        run,
+        precision=(
+            "autocast"
+            if machine and run.engine.precision == "auto"
+            else precision_on(run.engine.precision, _device_here(run))
+        ),
+    )
 
 
 def _device_here(run: RunConfig) -> torch.device:
@@ -153,7 +204,10 @@ def _device_here(run: RunConfig) -> torch.device:
 def _precision_text(run: RunConfig, asked: str, machine: Machine | None) -> str:
     if asked != "auto":
         return run.engine.precision
-    return f"{run.engine.precision} (auto: what {machine.name if machine else f'this {_device_here(run).type}'} is best at)"
+    return (
+        f"{run.engine.precision} (auto: what"
+        f" {machine.name if machine else f'this {_device_here(run).type}'} is best at)"
+    )
 
 
 def _warnings(run: RunConfig, machine: Machine | None) -> list[str]:
@@ -163,7 +217,9 @@ def _warnings(run: RunConfig, machine: Machine | None) -> list[str]:
 
 def _libraries_text(run: RunConfig, probe: Probe | None) -> str:
     on_cpu = run.device == "cpu" or run.device == "auto" and not torch.cuda.is_available()
-    return "; torch and its libraries take about 0.8 GB beside it" if on_cpu and not probe else ""      # 782 to 840 MB seen
+    return (
+        "; torch and its libraries take about 0.8 GB beside it" if on_cpu and not probe else ""
+    )  # 782 to 840 MB seen
 
 
 def count_needs(run: RunConfig, *, ranks: int) -> Needs:
@@ -173,24 +229,45 @@ def count_needs(run: RunConfig, *, ranks: int) -> Needs:
         model = build_model(run.model, attention="sdpa", seed=run.seed)
     count = sum(p.numel() for p in model.parameters())
     kept = state_elements(model, run.optimizer)
-    return Needs(parameters=count, decayed=sum(p.numel() for p in model.parameters() if p.ndim > 1),
-                 memory=estimate_memory(run, parameters=count, largest=max(p.numel() for p in model.parameters()),
-                                        optimizer_elements=kept, ranks=ranks),
-                 checkpoint_bytes=4 * (count + kept))
+    return Needs(
+        parameters=count,
+        decayed=sum(p.numel() for p in model.parameters() if p.ndim > 1),
+        memory=estimate_memory(
+            run,
+            parameters=count,
+            largest=max(p.numel() for p in model.parameters()),
+            optimizer_elements=kept,
+            ranks=ranks,
+        ),
+        checkpoint_bytes=4 * (count + kept),
+    )
 
 
-def _fits_lines(run: RunConfig, memory: Memory, machine: Machine | None, probe: Probe | None, *, alone: Memory) -> list[str]:
+def _fits_lines(
+    run: RunConfig, memory: Memory, machine: Machine | None, probe: Probe | None, *, alone: Memory
+) -> list[str]:
     """What a GPU has; or what the process will hold, by the probe of one rank, less what more ranks share."""
     if probe:
         held = probe.peak_bytes - alone.total - alone.offloaded + memory.total + memory.offloaded
-        return [f"process        about {short_bytes(held)} resident: as probed on one rank {short_bytes(probe.peak_bytes)}, of "
-                f"which {short_bytes(probe.base_bytes)} libraries"]
+        return [
+            f"process        about {short_bytes(held)} resident: as probed on one rank"
+            f" {short_bytes(probe.peak_bytes)}, of which {short_bytes(probe.base_bytes)} libraries"
+        ]
     if machine is None:
         return []
-    room = f"{short_bytes(machine.memory_bytes)} of one {machine.name}, of which about {CUDA_SHARE:.0%} can be used"
+    room = (
+        f"{short_bytes(machine.memory_bytes)} of one {machine.name}, of which about"
+        f" {CUDA_SHARE:.0%} can be used"
+    )
     fits = memory.total <= CUDA_SHARE * machine.memory_bytes
-    return [f"               {'fits' if fits else 'does NOT fit'} {room}" + (
-        "" if fits else "; fewer loader.micro_batch_rows, or engine.activation_checkpointing: blocks")]
+    return [
+        f"               {'fits' if fits else 'does NOT fit'} {room}"
+        + (
+            ""
+            if fits
+            else "; fewer loader.micro_batch_rows, or engine.activation_checkpointing: blocks"
+        )
+    ]
 
 
 def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
@@ -201,7 +278,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     for source in sources:
         try:
             stored = read_lengths(source.folder, read_card(source.folder))
-            some = np.asarray(stored[::math.ceil(len(stored) / LOOKED_AT)])
+            some = np.asarray(stored[:: math.ceil(len(stored) / LOOKED_AT)])
             lengths = cut(0, np.arange(len(some)), some, longest).tokens_P
         except ShardError:
             lengths = np.array([longest])
@@ -220,7 +297,9 @@ def _fills_text(run: RunConfig, steps: PlannedSteps) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def estimate_memory(run: RunConfig, *, parameters: int, largest: int, optimizer_elements: int, ranks: int) -> Memory:
+def estimate_memory(
+    run: RunConfig, *, parameters: int, largest: int, optimizer_elements: int, ranks: int
+) -> Memory:
     """Bytes a rank needs for parameters, gradients, optimizer and one micro-batch's activations.
 
     ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the gradients, too, ZeRO-3 the weights
@@ -244,7 +323,9 @@ def estimate_memory(run: RunConfig, *, parameters: int, largest: int, optimizer_
     master = 8 if run.engine.precision == "fp64" else 4
     m = run.model
     stage = run.engine.zero_stage
-    optimizer_share, gradient_share, weight_share = (ranks if stage >= cut else 1 for cut in (1, 2, 3))
+    optimizer_share, gradient_share, weight_share = (
+        ranks if stage >= cut else 1 for cut in (1, 2, 3)
+    )
     offloads = run.engine.offload_optimizer == "cpu"
     optimizer = master * ((stage > 0) * parameters + optimizer_elements) // optimizer_share
     gathered = largest if stage == 3 else 0
@@ -253,7 +334,9 @@ def estimate_memory(run: RunConfig, *, parameters: int, largest: int, optimizer_
     kind = "cpu" if run.device == "cpu" else "cuda"
     on_cpu = kind == "cpu"
     fp8 = run.engine.fp8
-    counted = count_kept(m, precision=run.engine.precision, device=kind, fp8=fp8 == "layers", zero_3=stage == 3)
+    counted = count_kept(
+        m, precision=run.engine.precision, device=kind, fp8=fp8 == "layers", zero_3=stage == 3
+    )
     outside = tokens * counted.outside_per_token
     layer = tokens * counted.layer_per_token
     if run.engine.activation_checkpointing == "blocks":
@@ -265,30 +348,43 @@ def estimate_memory(run: RunConfig, *, parameters: int, largest: int, optimizer_
     piece = min(asked, PIECE_POSITIONS[kind])
     loss = m.vocab_size * (kept * piece + (10 if kept == 2 else 8) * m.hidden_size)
     workspace = 0 if on_cpu else 64 * 2**20
-    return Memory(weights=width * (parameters // weight_share + gathered),
-                  gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
-                  optimizer=0 if offloads else optimizer, activations=int(outside + layers + loss) + workspace,
-                  bucket=0 if on_cpu or stage == 0 else 4 * BUCKET_ELEMENTS,       # a CPU maps what of it is used
-                  offloaded=optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share if offloads else 0)
+    return Memory(
+        weights=width * (parameters // weight_share + gathered),
+        gradients=(4 if run.engine.precision == "bf16" else width) * parameters // gradient_share,
+        optimizer=0 if offloads else optimizer,
+        activations=int(outside + layers + loss) + workspace,
+        bucket=0 if on_cpu or stage == 0 else 4 * BUCKET_ELEMENTS,  # a CPU maps what of it is used
+        offloaded=(
+            optimizer + master * (2 if stage == 3 else 1) * parameters // optimizer_share
+            if offloads
+            else 0
+        ),
+    )
 
 
 def _phase_columns(run: RunConfig) -> str:
     return "".join(f"  {label}" for label in run.model_of(run.phases[0]).phase_texts)
 
 
-def _phase_row(run: RunConfig, phase: PhaseConfig, steps: PlannedSteps, index: int, ranks: int) -> str:
+def _phase_row(
+    run: RunConfig, phase: PhaseConfig, steps: PlannedSteps, index: int, ranks: int
+) -> str:
     own = steps.indices(index)
     first, last = steps[own[0]], steps[own[-1]]
     capacity = run.data.row_tokens
     batch = f"{short_count(first.rows * capacity)}" + (
         f" -> {short_count(last.rows * capacity)}" if first.rows != last.rows else ""
     )
-    micro = [math.ceil(math.ceil(s.rows / ranks) / run.loader.micro_batch_rows) for s in (first, last)]
+    micro = [
+        math.ceil(math.ceil(s.rows / ranks) / run.loader.micro_batch_rows) for s in (first, last)
+    ]
     each = f"{micro[0]}" + (f" -> {micro[1]}" if micro[0] != micro[1] else "") + " a rank"
     if ranks > first.rows:
         each += f" ({ranks - first.rows} idle)"
     peak = steps.peak_lr(index)
-    cells = "".join(f"{text:>{len(label) + 2}}" for label, text in run.model_of(phase).phase_texts.items())
+    cells = "".join(
+        f"{text:>{len(label) + 2}}" for label, text in run.model_of(phase).phase_texts.items()
+    )
     middle = f" -> {peak:.2e}" if peak > max(first.lr, last.lr) * 1.0001 else ""
     return (
         f"{phase.name:<12}{short_count(phase.tokens):>9}{phase.max_tokens_per_document:>8,}"
@@ -297,8 +393,11 @@ def _phase_row(run: RunConfig, phase: PhaseConfig, steps: PlannedSteps, index: i
 
 
 def _decay_text(run: RunConfig) -> str:
-    own = [f"{p.name} {run.weight_decay_of(p):g}" + (f" at {p.max_lr:g}" if p.max_lr else "")
-           for p in run.phases if p.weight_decay is not None or p.max_lr is not None]
+    own = [
+        f"{p.name} {run.weight_decay_of(p):g}" + (f" at {p.max_lr:g}" if p.max_lr else "")
+        for p in run.phases
+        if p.weight_decay is not None or p.max_lr is not None
+    ]
     return f"{run.optimizer.decay_text}{'; '.join(['', *own])}"
 
 
@@ -312,12 +411,14 @@ def _weights_text(run: RunConfig) -> str:
     if name := parse_hub_name(run.init_from):
         try:
             there = model_facts(Path(run.init_from))
-        except ModelError as error:          # a plan needs no network; the run says so when it starts
+        except ModelError as error:  # a plan needs no network; the run says so when it starts
             return f"from {name} on the Hugging Face hub: {error}"
         check_same_shape(there, run, key="init_from", path=Path(run.init_from))
         return f"from {name} on the Hugging Face hub"
     if not Path(run.init_from).exists():
-        return f"from {run.init_from}, which is not there yet: tessera grow or tessera import makes it"
+        return (
+            f"from {run.init_from}, which is not there yet: tessera grow or tessera import makes it"
+        )
     return f"from {run.init_from}: {read_fitting(run).origin}"
 
 
@@ -332,7 +433,10 @@ def _data_lines(run: RunConfig) -> list[str]:
         for source in sources:
             try:
                 card = read_card(source.folder)
-                parts.append(f"{source.name or card.source} {source.weight / total:.1%} of {short_count(card.tokens)} tokens")
+                parts.append(
+                    f"{source.name or card.source} {source.weight / total:.1%} of"
+                    f" {short_count(card.tokens)} tokens"
+                )
             except ShardError:
                 parts.append(f"{source.name or source.path} {source.weight / total:.1%}")
                 missing[source.path] = "fetched" if source.cache else "prepared"
@@ -340,7 +444,9 @@ def _data_lines(run: RunConfig) -> list[str]:
     lines += _order_lines(run)
     if missing:
         path, word = next(iter(missing.items()))
-        lines.append(f"{path}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} not {word} yet")
+        lines.append(
+            f"{path}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} not {word} yet"
+        )
     return lines
 
 
@@ -350,7 +456,7 @@ def _order_lines(run: RunConfig) -> list[str]:
     for source in (s for phase in run.phases for s in run.sources_of(phase)):
         with contextlib.suppress(ShardError, OSError):
             card, index = read_card(source.folder), source.folder / INDEX
-            if index.stat().st_size > QUICKLY_READ_BYTES:          # a shard takes 0.7 KB
+            if index.stat().st_size > QUICKLY_READ_BYTES:  # a shard takes 0.7 KB
                 shards = index.stat().st_size // 700
             else:
                 shards = len(read_samples_per_shard(source.folder))
@@ -361,14 +467,19 @@ def _order_lines(run: RunConfig) -> list[str]:
         return []
     name, (shards, documents) = max(local.items(), key=lambda item: item[1][0])
     more = f" (and of {len(local) - 1} more)" if len(local) > 1 else ""
-    return [f"order: {group} of {shards:,} shards of {name}{more} are read at a time, {short_count(documents * group / shards)} "
-            f"of its {short_count(documents)} documents shuffled together; data.shuffle_shards sets how many"]
+    return [
+        f"order: {group} of {shards:,} shards of {name}{more} are read at a time,"
+        f" {short_count(documents * group / shards)} of its {short_count(documents)} documents"
+        " shuffled together; data.shuffle_shards sets how many"
+    ]
 
 
 def _epochs_lines(run: RunConfig) -> list[str]:
     repeats = count_repeats(run)
     many = many_epochs_text(repeats)
-    return ([f"epochs      {repeats_text(repeats)}"] if repeats else []) + ([f"            warning: {many}"] if many else [])
+    return ([f"epochs      {repeats_text(repeats)}"] if repeats else []) + (
+        [f"            warning: {many}"] if many else []
+    )
 
 
 def _spread(count: int, width: int = 60) -> list[int]:
@@ -386,5 +497,7 @@ def _lengths_text(run: RunConfig, works: list[PhaseWork]) -> str:
         return "documents as long as lengths.bin says, cut as the phases cut them"
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     others = {s.path for p in run.phases for s in run.sources_of(p)} != {*unknown}
-    return (f"documents of {unknown[0]}{more} counted as long as they may be"
-            f"{'; the others as long as lengths.bin says' if others else ''}")
+    return (
+        f"documents of {unknown[0]}{more} counted as long as they may be"
+        f"{'; the others as long as lengths.bin says' if others else ''}"
+    )

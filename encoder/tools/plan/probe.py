@@ -1,6 +1,6 @@
 """A few steps of a run's own model, engine and data in a process of its own: what a plan is calibrated by.
 
-    python -m encoder.tools.plan.probe RUN.yaml [key=value ...]      prints one line of JSON
+python -m encoder.tools.plan.probe RUN.yaml [key=value ...]      prints one line of JSON
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from encoder.tools.plan.forecast import Probe
 from encoder.train.meters import document_lengths
 
 ROUNDS, SECONDS_A_PHASE = 7, 40.0
-FEW, MANY = 1, 3               # micro-batches of the two kinds of steps: their difference is the micro-batch, the rest the update
+FEW, MANY = (
+    1,
+    3,
+)  # micro-batches of the two kinds of steps: their difference is the micro-batch, the rest the update
 
 
 # of a micro-batch's time by its share of the FLOP, that the difference of the two kinds of steps is at least: beyond is noise
@@ -41,7 +44,11 @@ class Clock:
     """Wall clock and CPU time of this process's threads, and how long these stood ready without a core."""
 
     def __init__(self) -> None:
-        self._wall, self._cpu, self._delay = time.perf_counter(), time.process_time(), _waited_for_cores()
+        self._wall, self._cpu, self._delay = (
+            time.perf_counter(),
+            time.process_time(),
+            _waited_for_cores(),
+        )
 
     @property
     def wall_seconds(self) -> float:
@@ -66,19 +73,26 @@ def _waited_for_cores() -> float | None:
     total = 0.0
     try:
         for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{thread}/schedstat") as file:
+            with (
+                contextlib.suppress(FileNotFoundError, ProcessLookupError),
+                open(f"/proc/self/task/{thread}/schedstat") as file,
+            ):
                 total += int(file.read().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
         return None
     return total or None
 
 
-def rate_of(few: Sequence[tuple[float, float]], many: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def rate_of(
+    few: Sequence[tuple[float, float]], many: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
     """(model FLOP a second of micro-batches, seconds of an update) from the (FLOP, seconds) of steps of few and of many of them.
 
     Of each kind the faster half counts: neighbours make steps slower and never faster.
     """
-    (few_flops, few_seconds), (many_flops, many_seconds) = (_faster_half(steps) for steps in (few, many))
+    (few_flops, few_seconds), (many_flops, many_seconds) = (
+        _faster_half(steps) for steps in (few, many)
+    )
     more = many_flops - few_flops
     seconds = max(many_seconds - few_seconds, LEAST_SHARE * many_seconds * more / many_flops)
     rate = more / seconds
@@ -86,21 +100,34 @@ def rate_of(few: Sequence[tuple[float, float]], many: Sequence[tuple[float, floa
 
 
 def _faster_half(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    fast = sorted(steps, key=lambda step: step[1] / step[0])[:(len(steps) + 1) // 2]
+    fast = sorted(steps, key=lambda step: step[1] / step[0])[: (len(steps) + 1) // 2]
     flops, seconds = zip(*fast, strict=True)
     return statistics.median(flops), statistics.median(seconds)
 
 
 def probe(path: str, overrides: Sequence[str]) -> Probe:
     """In a new process. Raises UserError with what that process said."""
-    done = subprocess.run([sys.executable, "-m", "encoder.tools.plan.probe", path, *overrides],
-                          encoding="utf-8", errors="replace", capture_output=True,
-                          env={"THP_MEM_ALLOC_ENABLE": "1", **os.environ})       # as launch/pretrain.py has it
+    done = subprocess.run(
+        [sys.executable, "-m", "encoder.tools.plan.probe", path, *overrides],
+        encoding="utf-8",
+        errors="replace",
+        capture_output=True,
+        env={"THP_MEM_ALLOC_ENABLE": "1", **os.environ},
+    )  # as launch/pretrain.py has it
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1].removeprefix("error: ")
+        said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1].removeprefix(
+            "error: "
+        )
         raise UserError(f"--measure: {said}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return Probe(**{**found, "flops_per_second": {int(length): rate for length, rate in found["flops_per_second"].items()}})
+    return Probe(
+        **{
+            **found,
+            "flops_per_second": {
+                int(length): rate for length, rate in found["flops_per_second"].items()
+            },
+        }
+    )
 
 
 def measure(run: RunConfig) -> Probe:
@@ -120,16 +147,32 @@ def measure(run: RunConfig) -> Probe:
     join(world, device=device)
     base = psutil.Process().memory_info().rss
     objective = build.make_objective(run, facts, run.phases[0])
-    engine = start_engine(build.make_model(run), objective=objective, config=run.engine, optimizer=run.optimizer, world=world,
-                          device=device)
+    engine = start_engine(
+        build.make_model(run),
+        objective=objective,
+        config=run.engine,
+        optimizer=run.optimizer,
+        world=world,
+        device=device,
+    )
     rates, updates, waits, spreads, peak, rounds = {}, [], [], [], 0, 0
     stopwatch = Clock()
     for phase in run.phases:
         if phase.max_tokens_per_document in rates:
             continue
-        many = dataclasses.replace(phase, batch_tokens=MANY * run.loader.micro_batch_rows * run.data.row_tokens, batch_warmup=None)
-        with build.make_loader(dataclasses.replace(run, phases=tuple(many if p is phase else p for p in run.phases)), facts, world,
-                               device, many, DataPosition()) as loader:
+        many = dataclasses.replace(
+            phase,
+            batch_tokens=MANY * run.loader.micro_batch_rows * run.data.row_tokens,
+            batch_warmup=None,
+        )
+        with build.make_loader(
+            dataclasses.replace(run, phases=tuple(many if p is phase else p for p in run.phases)),
+            facts,
+            world,
+            device,
+            many,
+            DataPosition(),
+        ) as loader:
             times, began = {FEW: [], MANY: []}, time.monotonic()
             for number in range(ROUNDS + 1):
                 for count in (FEW, MANY):
@@ -137,21 +180,25 @@ def measure(run: RunConfig) -> Probe:
                     data = loader.next_step()
                     waited = clock() - asked
                     some = data.micro_batches[:count]
-                    flops = sum(run.model.train_flops(lengths=document_lengths(b), targets=b.counts)
-                                for b in some)
+                    flops = sum(
+                        run.model.train_flops(lengths=document_lengths(b), targets=b.counts)
+                        for b in some
+                    )
                     counts = _counts(some)
                     started = clock()
                     engine.step(some, counts=counts, lr=1e-6, max_lr=1e-3)
                     took = clock() - started
-                    if number and any(counts.values()):           # the first of each is a warm-up
+                    if number and any(counts.values()):  # the first of each is a warm-up
                         times[count].append((flops, took))
                         waits.append(waited / data.tokens)
                     peak = max(peak, psutil.Process().memory_info().rss)
                 if number >= 3 and time.monotonic() - began > SECONDS_A_PHASE:
                     break
         if not (times[FEW] and times[MANY]):
-            raise UserError(f"the steps of phase {phase.name} that were to be timed have no masked token. Raise its mask share, or "
-                            "loader.micro_batch_rows.")
+            raise UserError(
+                f"the steps of phase {phase.name} that were to be timed have no masked token. Raise"
+                " its mask share, or loader.micro_batch_rows."
+            )
         rates[phase.max_tokens_per_document], update = rate_of(times[FEW], times[MANY])
         updates.append(update)
         pace = [seconds / flops for flops, seconds in times[MANY]]
@@ -160,11 +207,21 @@ def measure(run: RunConfig) -> Probe:
     threads = torch.get_num_threads()
     text = f"this {device.type}, {threads} thread{'s' * (threads > 1)}, as probed"
     on_cpu = device.type == "cpu"
-    return Probe(flops_per_second=rates, update_seconds=statistics.median(updates),
-                 data_seconds_per_token=statistics.median(waits), base_bytes=base, peak_bytes=peak, text=text,
-                 clock="CPU time, as there is one thread" if alone else "wall clock", rounds=rounds, spread=max(spreads),
-                 waited_share=stopwatch.waited_share if on_cpu else None,
-                 wall_over_cpu=stopwatch.wall_seconds / max(1e-9, stopwatch.cpu_seconds / threads) if on_cpu else None)
+    return Probe(
+        flops_per_second=rates,
+        update_seconds=statistics.median(updates),
+        data_seconds_per_token=statistics.median(waits),
+        base_bytes=base,
+        peak_bytes=peak,
+        text=text,
+        clock="CPU time, as there is one thread" if alone else "wall clock",
+        rounds=rounds,
+        spread=max(spreads),
+        waited_share=stopwatch.waited_share if on_cpu else None,
+        wall_over_cpu=(
+            stopwatch.wall_seconds / max(1e-9, stopwatch.cpu_seconds / threads) if on_cpu else None
+        ),
+    )
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -174,7 +231,9 @@ def _main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     code = run_command(lambda: _main(sys.argv[1:]))
     sys.stdout.flush()
-    os._exit(code)        # gloo's thread frees its last tensor while the interpreter ends, which sometimes aborts
+    os._exit(
+        code
+    )  # gloo's thread frees its last tensor while the interpreter ends, which sometimes aborts
 
 
 def _counts(batches: Sequence[TokenBatch]) -> dict[str, int]:

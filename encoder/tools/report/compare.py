@@ -34,5 +34,11 @@ def compare_ledgers(run: Path, file: Path) -> list[tuple[str, str]]:
         ("killed with SIGKILL after step", f"{kept['steps']:,}"),
         ("resumed from the checkpoint of step", f"{resumed:,}"),
         ("steps done twice, hashes equal", f"{again:,} of {again:,}"),
-        ("ledger", f"{steps:,} steps in one unbroken chain, the first {len(before):,} from before the kill"),
+        (
+            "ledger",
+            (
+                f"{steps:,} steps in one unbroken chain, the first {len(before):,} from before the"
+                " kill"
+            ),
+        ),
     ]

@@ -13,9 +13,9 @@ import numpy as np
 
 from encoder.base.units import short_count
 
-MOST_POINTS = 2000       # of a curve; means of neighbouring steps above that
-SMOOTH_FROM = 20         # fewer steps are drawn as they are
-TITLES = {               # what a curve is, and the unit of its axis
+MOST_POINTS = 2000  # of a curve; means of neighbouring steps above that
+SMOOTH_FROM = 20  # fewer steps are drawn as they are
+TITLES = {  # what a curve is, and the unit of its axis
     "loss": ("masked-token loss", "nats a masked token"),
     "lr": ("learning rate", "rate"),
     "step_tokens": ("batch", "tokens a step"),
@@ -33,9 +33,9 @@ class Curves:
 
     name: str
     metrics: list[dict[str, Any]]
-    entropy: float | None         # unigram entropy of the held-out text, nats
+    entropy: float | None  # unigram entropy of the held-out text, nats
     vocab_size: int
-    tokens_before: int = 0        # of the checkpoint that a branch began with: its curve goes on there
+    tokens_before: int = 0  # of the checkpoint that a branch began with: its curve goes on there
 
 
 def draw(runs: Sequence[Curves]) -> bytes:
@@ -44,13 +44,21 @@ def draw(runs: Sequence[Curves]) -> bytes:
     The loss of each step is faint, its running mean over about a twentieth of the steps is drawn over it.
     """
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     used = "mfu" if any("mfu" in m for run in runs for m in run.metrics) else "tflops_per_second"
-    figure, at = pyplot.subplot_mosaic([["loss", "loss", "lr"], ["loss", "loss", "step_tokens"],
-                                        ["held_out_accuracy", "tokens_per_second", used]], figsize=(13, 9.5), layout="constrained")
+    figure, at = pyplot.subplot_mosaic(
+        [
+            ["loss", "loss", "lr"],
+            ["loss", "loss", "step_tokens"],
+            ["held_out_accuracy", "tokens_per_second", used],
+        ],
+        figsize=(13, 9.5),
+        layout="constrained",
+    )
     colours = list(zip(runs, COLOURS * len(runs)))
     for key, axis in at.items():
         for run, colour in colours:
@@ -65,7 +73,7 @@ def draw(runs: Sequence[Curves]) -> bytes:
         axis.set_xlabel("tokens seen", fontsize=8)
         axis.set_ylabel(unit, fontsize=8)
         axis.tick_params(labelsize=8)
-        if key != "loss":                # losses differ by less than their distance from zero
+        if key != "loss":  # losses differ by less than their distance from zero
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
@@ -77,17 +85,40 @@ def draw(runs: Sequence[Curves]) -> bytes:
             colour = "#888" if len(runs) == 1 else colour
             for name, tokens in _phase_starts(run):
                 axis.axvline(tokens, lw=0.7, color=colour, alpha=0.6)
-                if key == "loss":       # runs one above another: their phases often begin at the same tokens
-                    axis.annotate(_literal(name), (tokens, 0.03 + 0.04 * number), xycoords=("data", "axes fraction"), fontsize=8,
-                                  color=colour, xytext=(3, 0), textcoords="offset points")
+                if (
+                    key == "loss"
+                ):  # runs one above another: their phases often begin at the same tokens
+                    axis.annotate(
+                        _literal(name),
+                        (tokens, 0.03 + 0.04 * number),
+                        xycoords=("data", "axes fraction"),
+                        fontsize=8,
+                        color=colour,
+                        xytext=(3, 0),
+                        textcoords="offset points",
+                    )
     for size in sorted({run.vocab_size for run in runs}):
-        at["loss"].axhline(math.log(size), lw=0.8, ls=":", color="#555", label=f"uniform, ln {size:,} = {math.log(size):.2f}")
+        at["loss"].axhline(
+            math.log(size),
+            lw=0.8,
+            ls=":",
+            color="#555",
+            label=f"uniform, ln {size:,} = {math.log(size):.2f}",
+        )
     for entropy in sorted({run.entropy for run in runs if run.entropy}):
-        at["loss"].axhline(entropy, lw=0.8, ls="--", color="#555", label=f"unigram entropy, held-out text = {entropy:.2f}")
+        at["loss"].axhline(
+            entropy,
+            lw=0.8,
+            ls="--",
+            color="#555",
+            label=f"unigram entropy, held-out text = {entropy:.2f}",
+        )
     at["loss"].legend(fontsize=8, frameon=False)
     png = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # of a name's letters that no font here has: they are drawn as boxes
+        warnings.simplefilter(
+            "ignore"
+        )  # of a name's letters that no font here has: they are drawn as boxes
         figure.savefig(png, dpi=110, format="png")
     pyplot.close(figure)
     return png.getvalue()
@@ -96,19 +127,43 @@ def draw(runs: Sequence[Curves]) -> bytes:
 def _draw_loss(axis: Any, run: Curves, colour: str) -> None:
     name = _literal(run.name)
     x, y = _curve(run, "loss")
-    axis.plot(x, y, lw=0.7, color=colour, alpha=0.3, label=f"{name}: training, each step" if len(y) < SMOOTH_FROM else None)
+    axis.plot(
+        x,
+        y,
+        lw=0.7,
+        color=colour,
+        alpha=0.3,
+        label=f"{name}: training, each step" if len(y) < SMOOTH_FROM else None,
+    )
     if len(y) >= SMOOTH_FROM:
         smooth = running_mean(y, over=max(8, len(y) // 20))
-        axis.plot(x, smooth, lw=1.4, color=colour, alpha=0.9, label=f"{name}: training, running mean, last {smooth[-1]:.2f}")
+        axis.plot(
+            x,
+            smooth,
+            lw=1.4,
+            color=colour,
+            alpha=0.9,
+            label=f"{name}: training, running mean, last {smooth[-1]:.2f}",
+        )
     x, y = _curve(run, "held_out_loss")
     if len(y):
-        axis.plot(x, y, "o--", ms=4, lw=1.0, color=colour, mec="white", mew=0.5, label=f"{name}: held-out, last {y[-1]:.2f}")
+        axis.plot(
+            x,
+            y,
+            "o--",
+            ms=4,
+            lw=1.0,
+            color=colour,
+            mec="white",
+            mew=0.5,
+            label=f"{name}: held-out, last {y[-1]:.2f}",
+        )
 
 
 def running_mean(values: np.ndarray, *, over: int) -> np.ndarray:
     """An exponential mean over about so many values, from the first one on without a bias to zero.
 
-        1 3 5 over 3   ->   1, 2.33, 3.86
+    1 3 5 over 3   ->   1, 2.33, 3.86
     """
     keep = 1.0 - 2.0 / (over + 1)
     total = weight = 0.0
@@ -129,8 +184,11 @@ def _literal(name: str) -> str:
 
 def _curve(run: Curves, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and values where there is one; means of neighbours where there are too many. Held-out values stay as they are."""
-    found = [(run.tokens_before + m["tokens"], m[key]) for m in run.metrics
-             if isinstance(m.get(key), (int, float)) and isinstance(m.get("tokens"), int)]
+    found = [
+        (run.tokens_before + m["tokens"], m[key])
+        for m in run.metrics
+        if isinstance(m.get(key), (int, float)) and isinstance(m.get("tokens"), int)
+    ]
     points = np.array(found, dtype=np.float64).reshape(-1, 2)
     if len(points) > MOST_POINTS and not key.startswith("held_out"):
         points = np.array([part.mean(0) for part in np.array_split(points, MOST_POINTS)])
@@ -142,4 +200,4 @@ def _phase_starts(run: Curves) -> list[tuple[str, int]]:
     starts: dict[str, int] = {}
     for m in run.metrics:
         starts.setdefault(m["phase"], run.tokens_before + m["tokens"])
-    return list(starts.items())[0 if run.tokens_before else 1:]
+    return list(starts.items())[0 if run.tokens_before else 1 :]

@@ -25,7 +25,10 @@ WHAT_IS = {
     "evaluating": "held-out loss and accuracy",
     "saving": "what training waited for",
     "starting": "from the process to the first step, opening phases, going back",
-    "wasted": "training, waiting and evaluating of steps that a later start did again or that going back undid",
+    "wasted": (
+        "training, waiting and evaluating of steps that a later start did again or that going back"
+        " undid"
+    ),
     "stopped": "from a start's last line to the next start",
     "twice": "taken off: a start that began before the one before it had written its last line",
 }
@@ -34,10 +37,12 @@ WHAT_IS = {
 @dataclass(kw_only=True)
 class _Start:
     began_ms: int = 0
-    step: int = 0                                                   # where it went on from
-    steps: list[tuple[int, dict[str, int]]] = field(default_factory=list)       # (step, ms by kind so far)
+    step: int = 0  # where it went on from
+    steps: list[tuple[int, dict[str, int]]] = field(
+        default_factory=list
+    )  # (step, ms by kind so far)
     spent_ms: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Clock.KINDS, 0))
-    backs: list[tuple[int, int]] = field(default_factory=list)      # (step, weights of step)
+    backs: list[tuple[int, int]] = field(default_factory=list)  # (step, weights of step)
 
     def add(self, spent: Mapping[str, float]) -> dict[str, int]:
         """What the start had spent by some line: in the end, by the last one."""
@@ -52,7 +57,8 @@ class _Start:
 
 def wall_ms(folder: Path) -> dict[str, int]:
     """Milliseconds by what they went to (the keys of WHAT_IS) and `wall time`, their exact sum: from the first start's beginning
-    to the last one's last line. Nothing for a run without such records. Raises LedgerError for a damaged file."""
+    to the last one's last line. Nothing for a run without such records. Raises LedgerError for a damaged file.
+    """
     starts = _read(folder)
     if not starts:
         return {}
@@ -60,7 +66,7 @@ def wall_ms(folder: Path) -> dict[str, int]:
     for i, start in enumerate(starts):
         for kind, ms in start.spent_ms.items():
             parts[kind] += ms
-        for kind, ms in _wasted(start, starts[i + 1:]).items():
+        for kind, ms in _wasted(start, starts[i + 1 :]).items():
             parts[kind] -= ms
             parts["wasted"] += ms
     for before, after in zip(starts, starts[1:]):
@@ -91,7 +97,11 @@ def _wasted(start: _Start, later: list[_Start]) -> dict[str, int]:
     wasted: dict[str, int] = defaultdict(int)
     before: Mapping[str, Any] = dict.fromkeys(Clock.KINDS, 0)
     for step, now in start.steps:
-        if kept is not None and step > kept or any(weights_of_step < step <= at for at, weights_of_step in backs):
+        if (
+            kept is not None
+            and step > kept
+            or any(weights_of_step < step <= at for at, weights_of_step in backs)
+        ):
             for kind in ("training", "waiting", "evaluating"):
                 wasted[kind] += now[kind] - before[kind]
         before = now

@@ -16,7 +16,17 @@ from encoder.base.files import write_atomic
 from encoder.base.units import short_count
 from encoder.runs.about import what_was_trained
 from encoder.runs.config import RunConfig, schedule_word
-from encoder.runs.folder import ERRORS, EVENTS, HANGS, LEDGER, METRICS, RUN_FILE, flat, read_jsonl, read_metrics
+from encoder.runs.folder import (
+    ERRORS,
+    EVENTS,
+    HANGS,
+    LEDGER,
+    METRICS,
+    RUN_FILE,
+    flat,
+    read_jsonl,
+    read_metrics,
+)
 from encoder.runs.ledger import follow_chain
 from encoder.runs.weights import read_saved_run
 from encoder.tools.report.curves import Curves, draw
@@ -24,7 +34,7 @@ from encoder.tools.report.goodput import WHAT_IS, wall_ms
 
 PAGE, PICTURE = "report.html", "loss.png"
 MARK = "<meta name='generator' content='tessera report'>"
-OLD_MARK = "<img alt='curves over tokens seen'"          # of pages that had none
+OLD_MARK = "<img alt='curves over tokens seen'"  # of pages that had none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +55,7 @@ class _Run:
     config: RunConfig
     metrics: list[dict[str, Any]]
     done: dict[str, Any]
-    steps: int                       # of the ledger, its chain followed
+    steps: int  # of the ledger, its chain followed
     spent_ms: dict[str, int]
 
 
@@ -59,18 +69,47 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
             names = [str(folder) for folder in folders]
     _check_ours(out)
     out.mkdir(parents=True, exist_ok=True)
-    picture = draw([Curves(name=name, metrics=run.metrics, entropy=run.done.get("unigram_entropy"),
-                           tokens_before=_tokens_before(run), vocab_size=run.config.model.vocab_size)
-                    for name, run in zip(names, runs)])
+    picture = draw(
+        [
+            Curves(
+                name=name,
+                metrics=run.metrics,
+                entropy=run.done.get("unigram_entropy"),
+                tokens_before=_tokens_before(run),
+                vocab_size=run.config.model.vocab_size,
+            )
+            for name, run in zip(names, runs)
+        ]
+    )
     of = [f" of {name}" if len(runs) > 1 else "" for name in names]
-    page = _page(", ".join(names), picture, [
-        _side_by_side("Result", names, [_facts(run) for run in runs]),
-        _side_by_side("What was trained", names, [what_was_trained(run.config, run.folder) for run in runs]),
-        *sections,
-        _side_by_side("Where the time went", names, [_time_facts(run) for run in runs], text="Parts sum to the wall time. "
-                      + "; ".join(f"{kind}: {what}" for kind, what in WHAT_IS.items()) + "."),
-        *(_phases(f"Phases{end}", run.config) for end, run in zip(of, runs)),
-        *(Section(title=f"Events{end}", head=("time (UTC)", "event", "details"), rows=_events(run)) for end, run in zip(of, runs))])
+    page = _page(
+        ", ".join(names),
+        picture,
+        [
+            _side_by_side("Result", names, [_facts(run) for run in runs]),
+            _side_by_side(
+                "What was trained",
+                names,
+                [what_was_trained(run.config, run.folder) for run in runs],
+            ),
+            *sections,
+            _side_by_side(
+                "Where the time went",
+                names,
+                [_time_facts(run) for run in runs],
+                text="Parts sum to the wall time. "
+                + "; ".join(f"{kind}: {what}" for kind, what in WHAT_IS.items())
+                + ".",
+            ),
+            *(_phases(f"Phases{end}", run.config) for end, run in zip(of, runs)),
+            *(
+                Section(
+                    title=f"Events{end}", head=("time (UTC)", "event", "details"), rows=_events(run)
+                )
+                for end, run in zip(of, runs)
+            ),
+        ],
+    )
     path = out / PAGE
     write_atomic(path, page)
     write_atomic(out / PICTURE, picture)
@@ -79,9 +118,20 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
 
 def _phases(title: str, run: RunConfig) -> Section:
     own = [run.model_of(p).phase_texts for p in run.phases]
-    rows = [[p.name, short_count(p.tokens), f"{p.max_tokens_per_document:,}", *texts.values(), schedule_word(p), f"{p.lr.peak:g}"]
-            for p, texts in zip(run.phases, own)]
-    return Section(title=title, head=("phase", "tokens", "length", *own[0], "schedule", "peak rate"), rows=rows)
+    rows = [
+        [
+            p.name,
+            short_count(p.tokens),
+            f"{p.max_tokens_per_document:,}",
+            *texts.values(),
+            schedule_word(p),
+            f"{p.lr.peak:g}",
+        ]
+        for p, texts in zip(run.phases, own)
+    ]
+    return Section(
+        title=title, head=("phase", "tokens", "length", *own[0], "schedule", "peak rate"), rows=rows
+    )
 
 
 def _check_ours(out: Path) -> None:
@@ -94,25 +144,48 @@ def _check_ours(out: Path) -> None:
     elif (out / PICTURE).exists():
         foreign = out / PICTURE
     if foreign:
-        raise UserError(f"{foreign} was not written by this command. Move it away, or name another folder: --out FOLDER.")
+        raise UserError(
+            f"{foreign} was not written by this command. Move it away, or name another folder:"
+            " --out FOLDER."
+        )
 
 
 def _read_run(folder: Path) -> _Run:
     metrics = read_metrics(folder)
-    return _Run(folder=folder, config=read_saved_run(folder / RUN_FILE),
-                metrics=metrics, done=read_done(folder, with_checkpoint=False) or {}, steps=verify_ledger(folder),
-                spent_ms=wall_ms(folder))
+    return _Run(
+        folder=folder,
+        config=read_saved_run(folder / RUN_FILE),
+        metrics=metrics,
+        done=read_done(folder, with_checkpoint=False) or {},
+        steps=verify_ledger(folder),
+        spent_ms=wall_ms(folder),
+    )
 
 
 def _facts(run: _Run) -> dict[str, str]:
     entropy, last = run.done.get("unigram_entropy"), run.metrics[-1]
     held_out = _last_held_out(run.metrics)
-    speeds = [m["tokens_per_second"] for m in run.metrics if isinstance(m.get("tokens_per_second"), (int, float))]
-    return {"steps": f"{last['step']:,}", "tokens": short_count(last["tokens"]), "state": _state(run),
-            **({"speed": f"{short_count(statistics.median(speeds))} tokens/s, the median of all steps"} if speeds else {}),
-            **{k.replace("_", " "): _held_out_text(k, v) for k, v in held_out.items()},
-            **({"unigram entropy of the held-out text": f"{entropy:.3f} nats"} if entropy else {}),
-            "ledger": f"{run.steps:,} steps, chain unbroken" + (f", {run.done['ledger_hash']}" if run.done else "")}
+    speeds = [
+        m["tokens_per_second"]
+        for m in run.metrics
+        if isinstance(m.get("tokens_per_second"), (int, float))
+    ]
+    return {
+        "steps": f"{last['step']:,}",
+        "tokens": short_count(last["tokens"]),
+        "state": _state(run),
+        **(
+            {"speed": f"{short_count(statistics.median(speeds))} tokens/s, the median of all steps"}
+            if speeds
+            else {}
+        ),
+        **{k.replace("_", " "): _held_out_text(k, v) for k, v in held_out.items()},
+        **({"unigram entropy of the held-out text": f"{entropy:.3f} nats"} if entropy else {}),
+        "ledger": (
+            f"{run.steps:,} steps, chain unbroken"
+            + (f", {run.done['ledger_hash']}" if run.done else "")
+        ),
+    }
 
 
 def _held_out_text(name: str, value: float | None) -> str:
@@ -125,7 +198,11 @@ def _state(run: _Run) -> str:
     """Done, stopped, failed, or under way, as far as the run folder tells."""
     if run.done:
         return "done"
-    events = [e for e in read_jsonl(run.folder / EVENTS) if e.get("event") in ("start", "resume", "stopped")]
+    events = [
+        e
+        for e in read_jsonl(run.folder / EVENTS)
+        if e.get("event") in ("start", "resume", "stopped")
+    ]
     if events and events[-1]["event"] == "stopped":
         return f"stopped after step {events[-1].get('step')}, not done yet"
     found = [path for name in (ERRORS, HANGS) for path in (run.folder / name).glob("*.txt")]
@@ -139,14 +216,27 @@ def _state(run: _Run) -> str:
 def _time_facts(run: _Run) -> dict[str, str]:
     """Seconds to the millisecond, in which they are counted."""
     wall = max(1, run.spent_ms.get("wall time", 0))
-    return {kind: f"{ms / 1000:,.3f} s  ({ms / wall:.1%})" for kind, ms in run.spent_ms.items() if ms or kind != "twice"}
+    return {
+        kind: f"{ms / 1000:,.3f} s  ({ms / wall:.1%})"
+        for kind, ms in run.spent_ms.items()
+        if ms or kind != "twice"
+    }
 
 
 def _events(run: _Run) -> list[list[str]]:
-    return [[e.get("time", ""), e.get("event", ""),
-             ", ".join(f"{k} {v}" for k, v in flat(e) if k not in ("time", "event", "start", "began", "spent")
-                       and not k.startswith(("about.", "spent.")))]
-            for e in read_jsonl(run.folder / EVENTS)]
+    return [
+        [
+            e.get("time", ""),
+            e.get("event", ""),
+            ", ".join(
+                f"{k} {v}"
+                for k, v in flat(e)
+                if k not in ("time", "event", "start", "began", "spent")
+                and not k.startswith(("about.", "spent."))
+            ),
+        ]
+        for e in read_jsonl(run.folder / EVENTS)
+    ]
 
 
 def _tokens_before(run: _Run) -> int:
@@ -155,11 +245,17 @@ def _tokens_before(run: _Run) -> int:
     return begun.get("parent", {}).get("tokens", 0)
 
 
-def _side_by_side(title: str, names: Sequence[str], facts: Sequence[dict[str, str]], text: str = "") -> Section:
+def _side_by_side(
+    title: str, names: Sequence[str], facts: Sequence[dict[str, str]], text: str = ""
+) -> Section:
     """A row for each fact, a column for each run."""
     keys = list(dict.fromkeys(key for of_run in facts for key in of_run))
-    return Section(title=title, head=("", *names) if len(names) > 1 else ("", ""), text=text,
-                   rows=[[key, *(of_run.get(key, "") for of_run in facts)] for key in keys])
+    return Section(
+        title=title,
+        head=("", *names) if len(names) > 1 else ("", ""),
+        text=text,
+        rows=[[key, *(of_run.get(key, "") for of_run in facts)] for key in keys],
+    )
 
 
 def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -175,7 +271,9 @@ def verify_ledger(folder: Path) -> int:
     last = lines[-1] if lines else {"step": 0, "chain": ""}
     read_done(folder, with_checkpoint=False)
     if not lines and (folder / METRICS).exists():
-        raise LedgerError(f"{folder} has metrics but no line in {LEDGER}. Lines are missing: restore the file.")
+        raise LedgerError(
+            f"{folder} has metrics but no line in {LEDGER}. Lines are missing: restore the file."
+        )
     return last["step"]
 
 
@@ -183,17 +281,22 @@ def _page(name: str, picture: bytes, sections: Sequence[Section]) -> str:
     image = base64.b64encode(picture).decode()
     body = "".join(_table(s) for s in sections)
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'>{MARK}<title>{html.escape(name)}</title><style>"
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .9rem .2rem 0;text-align:left;"
-        "vertical-align:top;border-bottom:1px solid #eee}img{max-width:100%}h2{font-size:1.1rem;margin-bottom:.2rem}"
-        f"code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img alt='curves over tokens seen' "
-        f"src='data:image/png;base64,{image}'>{body}</html>\n"
+        "<!doctype html><html lang='en'><meta"
+        f" charset='utf-8'>{MARK}<title>{html.escape(name)}</title><style>body{{font:15px/1.5"
+        " system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0"
+        " 1rem;color:#222}table{border-collapse:collapse;margin:.5rem 0"
+        " 1.5rem}td,th{padding:.2rem .9rem .2rem"
+        " 0;text-align:left;vertical-align:top;border-bottom:1px solid"
+        f" #eee}}img{{max-width:100%}}h2{{font-size:1.1rem;margin-bottom:.2rem}}code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img"
+        f" alt='curves over tokens seen' src='data:image/png;base64,{image}'>{body}</html>\n"
     )
 
 
 def _table(section: Section) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in section.head) if any(section.head) else ""
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in section.rows)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
+        for row in section.rows
+    )
     text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
     return f"<h2>{html.escape(section.title)}</h2>{text}<table>{'<tr>' + head + '</tr>' if head else ''}{rows}</table>"

@@ -33,19 +33,32 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path) -> StoredModel:
     facts = [_checked(path) for path in checkpoints]
     different = len({path.resolve() for path in checkpoints})
     if different < len(checkpoints):
-        raise ModelError(f"a mean of {len(checkpoints)} checkpoints, {different} different; needed: each once.")
+        raise ModelError(
+            f"a mean of {len(checkpoints)} checkpoints, {different} different; needed: each once."
+        )
     first = facts[0]
     for path, other in zip(checkpoints[1:], facts[1:], strict=True):
         if settings := differing(first.config, other.config):
             name, there, here = settings[0]
-            raise ModelError(f"{path} has {name} {here}, {checkpoints[0]} has {there}; needed: checkpoints of one model, under the "
-                             "same RoPE thetas. Leave one of them out.")
+            raise ModelError(
+                f"{path} has {name} {here}, {checkpoints[0]} has {there}; needed: checkpoints of"
+                " one model, under the same RoPE thetas. Leave one of them out."
+            )
         if _bytes_of(first.tokenizer_json) != _bytes_of(other.tokenizer_json):
-            raise ModelError(f"{path} has another tokenizer.json than {checkpoints[0]}; needed: checkpoints of one vocabulary. "
-                             "Leave one of them out.")
+            raise ModelError(
+                f"{path} has another tokenizer.json than {checkpoints[0]}; needed: checkpoints of"
+                " one vocabulary. Leave one of them out."
+            )
     model = dataclasses.replace(
-        first, weights=mean_weights(checkpoints, first), max_tokens=max(f.max_tokens for f in facts),
-        origin=f"mean of {len(facts)} checkpoints: {'; '.join(f.origin for f in facts)}" if len(facts) > 1 else first.origin)
+        first,
+        weights=mean_weights(checkpoints, first),
+        max_tokens=max(f.max_tokens for f in facts),
+        origin=(
+            f"mean of {len(facts)} checkpoints: {'; '.join(f.origin for f in facts)}"
+            if len(facts) > 1
+            else first.origin
+        ),
+    )
     write_stored(model, out)
     return model
 
@@ -83,7 +96,9 @@ def _newest_of(path: Path) -> Path:
 def _checked(checkpoint: Path) -> StoredModel:
     if not (checkpoint / COMMITTED).is_file():
         found = "is no committed checkpoint" if checkpoint.is_dir() else "does not exist"
-        raise CheckpointError(f"{checkpoint} {found}; needed: folders of RUN/checkpoints, or a run folder.")
+        raise CheckpointError(
+            f"{checkpoint} {found}; needed: folders of RUN/checkpoints, or a run folder."
+        )
     if problem := damage(checkpoint):
         raise CheckpointError(f"{problem} Use another checkpoint.")
     return checkpoint_facts(checkpoint)

@@ -56,7 +56,14 @@ def training_of(source: Path, model: StoredModel, *, name: str) -> Training:
         ]
         for p in run.phases
     ]
-    head = ("phase", "tokens", "longest text", *run.model_of(run.phases[0]).phase_texts, "rate", "tokens per step")
+    head = (
+        "phase",
+        "tokens",
+        "longest text",
+        *run.model_of(run.phases[0]).phase_texts,
+        "rate",
+        "tokens per step",
+    )
     name_on_hub = parse_hub_name(run.init_from) if run.init_from else None
     return Training(
         name=run.name,

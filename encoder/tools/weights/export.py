@@ -20,11 +20,20 @@ def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proo
     """Exports a run folder's newest checkpoint, a checkpoint, or a weights folder; returns the proofs. Raises UserError."""
     model = read_model(source)
     if stays := export_blocker(model.config):
-        kept = "it is one already" if (source / MODEL).is_file() else as_typed("average", source, "--out", "OUT")
-        raise ExportError(f"{source} goes {stays}. Train with the needed setting, or keep the model as a weights folder: {kept}")
+        kept = (
+            "it is one already"
+            if (source / MODEL).is_file()
+            else as_typed("average", source, "--out", "OUT")
+        )
+        raise ExportError(
+            f"{source} goes {stays}. Train with the needed setting, or keep the model as a weights"
+            f" folder: {kept}"
+        )
     if model.tokenizer_json is None:
-        raise ExportError(f"{source} has no tokenizer.json; needed: the one that the model was trained with. Put it there: "
-                          "of a run it stands beside the shards, too.")
+        raise ExportError(
+            f"{source} has no tokenizer.json; needed: the one that the model was trained with. Put"
+            " it there: of a run it stands beside the shards, too."
+        )
     _, specials = special_ids_of(model.tokenizer_json)
     training = training_of(source, model, name=Path(os.path.abspath(out)).name)
     return export_hf(model, model.tokenizer_json, specials, out, onnx=onnx, training=training)

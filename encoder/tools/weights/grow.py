@@ -15,7 +15,7 @@ from encoder.models.stored import StoredModel, write_stored
 from encoder.runs.config import with_preset
 from encoder.runs.weights import read_model
 
-FOLLOWS = ("vocab_size",)      # the source's, where a run file does not say
+FOLLOWS = ("vocab_size",)  # the source's, where a run file does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,15 @@ class Grown:
     growth: Growth
 
 
-def grow_model(source: Path, out: Path, *, preset: str | None = None, run: Path | None = None, overrides: Sequence[str] = (),
-               settings: GrowthConfig) -> Grown:
+def grow_model(
+    source: Path,
+    out: Path,
+    *,
+    preset: str | None = None,
+    run: Path | None = None,
+    overrides: Sequence[str] = (),
+    settings: GrowthConfig,
+) -> Grown:
     """Reads any stored model, grows it and writes the weights folder `out`, whole or not at all.
 
     The new model is the published one called `preset`, with the source's thetas, window and other settings that change no
@@ -42,23 +49,39 @@ def grow_model(source: Path, out: Path, *, preset: str | None = None, run: Path 
     growth = grow(old.weights, old.config, config, settings)
     how = ", ".join(f"{key} {word}" for key, word in to_plain(settings).items())
     longest = old.max_tokens and min(old.max_tokens, config.max_position_embeddings)
-    model = StoredModel(config=config, weights=growth.weights, tokenizer_json=old.tokenizer_json, max_tokens=longest,
-                        origin=f"grown ({how}) from {old.origin}")
+    model = StoredModel(
+        config=config,
+        weights=growth.weights,
+        tokenizer_json=old.tokenizer_json,
+        max_tokens=longest,
+        origin=f"grown ({how}) from {old.origin}",
+    )
     write_stored(model, out)
     return Grown(source=old, model=model, growth=growth)
 
 
-def new_config(old: ModelConfig, *, preset: str | None, run: Path | None, overrides: Sequence[str]) -> ModelConfig:
+def new_config(
+    old: ModelConfig, *, preset: str | None, run: Path | None, overrides: Sequence[str]
+) -> ModelConfig:
     """The settings of the model to be. Raises ConfigError."""
     where = str(run) if run else "the new model"
     if run:
         model = read_mapping(run).get("model")
-        if isinstance(model, dict):         # what a run file leaves out follows the weights that it starts from
-            model = {**{name: getattr(old, name) for name in (*FOLLOWS, *old.PHASE_SETTINGS)}, **model}
+        if isinstance(
+            model, dict
+        ):  # what a run file leaves out follows the weights that it starts from
+            model = {
+                **{name: getattr(old, name) for name in (*FOLLOWS, *old.PHASE_SETTINGS)},
+                **model,
+            }
     else:
         model = to_plain(_Target(model=old))["model"]
         if preset:
-            left_open = (n for n in (*old.growth().free, "max_position_embeddings") if n not in PRESETS.get(preset, {}))
+            left_open = (
+                n
+                for n in (*old.growth().free, "max_position_embeddings")
+                if n not in PRESETS.get(preset, {})
+            )
             model = {"preset": preset, **{name: model[name] for name in left_open}}
     mapping = {"model": model}
     put_overrides(mapping, [f"model.{override}" for override in overrides])
@@ -70,15 +93,25 @@ def growth_text(grown: Grown) -> str:
     old, new, sources = grown.source.config, grown.model.config, grown.growth.layer_sources
     kinds_old, kinds_new = old.growth().layer_kinds, new.growth().layer_kinds
     changed = [str(i) for i, s in enumerate(sources) if kinds_old[s] != kinds_new[i]]
-    lines = [f"source      {grown.source.origin}",
-             *(f"{name.replace('num_', ''):<22}{getattr(old, name):>9,} -> {getattr(new, name):,}" for name in new.growth().grows),
-             f"{'values':<22}{_values(grown.source):>9,} -> {_values(grown.model):,}"]
+    lines = [
+        f"source      {grown.source.origin}",
+        *(
+            f"{name.replace('num_', ''):<22}{getattr(old, name):>9,} -> {getattr(new, name):,}"
+            for name in new.growth().grows
+        ),
+        f"{'values':<22}{_values(grown.source):>9,} -> {_values(grown.model):,}",
+    ]
     for start in range(0, len(sources), 28):
         part = range(start, min(start + 28, len(sources)))
-        lines += ["new layer   " + "".join(f"{i:>4}" for i in part), "source      " + "".join(f"{sources[i]:>4}" for i in part)]
+        lines += [
+            "new layer   " + "".join(f"{i:>4}" for i in part),
+            "source      " + "".join(f"{sources[i]:>4}" for i in part),
+        ]
     if changed:
-        lines.append(f"global here and local there, or the other way round: {', '.join(changed)} "
-                     "(layer_map same_kind keeps them apart)")
+        lines.append(
+            f"global here and local there, or the other way round: {', '.join(changed)} "
+            "(layer_map same_kind keeps them apart)"
+        )
     lines += [f"not inherited: {line}" for line in grown.growth.not_inherited]
     lines += [f"not the source's: {line}" for line in grown.growth.other_settings]
     if grown.model.tokenizer_json is None:

@@ -49,7 +49,11 @@ def test_after_a_kill_the_next_call_has_the_earlier_folder_and_nothing_beside_it
 
 
 def test_what_a_living_process_or_another_host_writes_beside_is_left_alone(tmp_path):
-    alive = [tmp_path / f".out.{files._HOST}.{os.getppid()}.part", tmp_path / ".out.elsewhere.1.old", tmp_path / ".out.2.part"]
+    alive = [
+        tmp_path / f".out.{files._HOST}.{os.getppid()}.part",
+        tmp_path / ".out.elsewhere.1.old",
+        tmp_path / ".out.2.part",
+    ]
     for folder in alive:
         folder.mkdir()
     written(tmp_path / "out", "1")

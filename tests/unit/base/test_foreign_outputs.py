@@ -21,15 +21,27 @@ def test_a_tokenizer_is_not_written_over_a_file_of_somebody_else(tmp_path, capsy
     (tmp_path / "text.txt").write_text("some text " * 50, encoding="utf-8")
     out = tmp_path / "notes.json"
     out.write_text(FOREIGN, encoding="utf-8")
-    words = {"train": ["--files", str(tmp_path / "text.txt"), "--vocab-size", "270"], "modernbert": [],
-             "from-hf": [str(tmp_path / "a" / "tokenizer.json")]}[kind]
+    words = {
+        "train": ["--files", str(tmp_path / "text.txt"), "--vocab-size", "270"],
+        "modernbert": [],
+        "from-hf": [str(tmp_path / "a" / "tokenizer.json")],
+    }[kind]
     assert data_prep(["tokenizer", kind, *words, "--out", str(out)]) == 2
     assert "this command did not write it" in capsys.readouterr().err and out.read_text() == FOREIGN
 
 
 def test_a_tokenizer_is_written_again_over_its_own_file(tmp_path):
     (tmp_path / "text.txt").write_text("some text and other words " * 50, encoding="utf-8")
-    words = ["tokenizer", "train", "--files", str(tmp_path / "text.txt"), "--vocab-size", "264", "--out", str(tmp_path / "t.json")]
+    words = [
+        "tokenizer",
+        "train",
+        "--files",
+        str(tmp_path / "text.txt"),
+        "--vocab-size",
+        "264",
+        "--out",
+        str(tmp_path / "t.json"),
+    ]
     assert data_prep(words) == 0 and data_prep(words) == 0
     copy = ["tokenizer", "from-hf", str(tmp_path / "t.json"), "--out", str(tmp_path / "copy.json")]
     assert data_prep(copy) == 0 and data_prep(copy) == 0
@@ -40,7 +52,10 @@ def test_a_corpus_is_not_written_over_a_file_of_somebody_else(tmp_path, capsys, 
     monkeypatch.setattr("data_prep.environment_corpus._files", lambda: [])
     (tmp_path / name).write_text(FOREIGN, encoding="utf-8")
     assert data_prep(["environment-corpus", "--out", str(tmp_path), "--size-mb", "1"]) == 2
-    assert "this command did not write it" in capsys.readouterr().err and (tmp_path / name).read_text() == FOREIGN
+    assert (
+        "this command did not write it" in capsys.readouterr().err
+        and (tmp_path / name).read_text() == FOREIGN
+    )
 
 
 @pytest.mark.parametrize("name", ["node7.json", "bad_nodes"])

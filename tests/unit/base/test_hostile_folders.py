@@ -20,14 +20,33 @@ from launch import pretrain
 from tests.helpers.shards import random_documents, seal_again, write_source
 from tests.unit.launch.test_bad_input import run_file
 
-NAMES = ["../victim/evil.pth", "a/../../victim/evil.pth", "/tmp/evil.mds", "..", "", "a\0b", "..\\victim\\evil.pth", "C:evil",
-         "./shard.00000.mds", "card.json", "tokenizer.json", ".room.lock", "notes.txt", "shard.00001.mds"]
+NAMES = [
+    "../victim/evil.pth",
+    "a/../../victim/evil.pth",
+    "/tmp/evil.mds",
+    "..",
+    "",
+    "a\0b",
+    "..\\victim\\evil.pth",
+    "C:evil",
+    "./shard.00000.mds",
+    "card.json",
+    "tokenizer.json",
+    ".room.lock",
+    "notes.txt",
+    "shard.00001.mds",
+]
 
 
 @pytest.fixture
 def folders(tmp_path) -> tuple[Path, Path]:
     """A shard folder of packed shards as streaming writes them, and a folder beside it with somebody's file."""
-    shards = write_source(tmp_path / "shards", random_documents(60, longest=40), shard_bytes=1 << 11, compression="zstd")
+    shards = write_source(
+        tmp_path / "shards",
+        random_documents(60, longest=40),
+        shard_bytes=1 << 11,
+        compression="zstd",
+    )
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "evil.pth").write_text("precious")
@@ -42,13 +61,17 @@ def change_index(folder: Path, change) -> None:
 
 
 def everything(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
 def refused(capsys, command, *words) -> str:
     assert command([str(word) for word in words]) == 2
     lines = capsys.readouterr().err.splitlines()
-    said, = (line for line in lines if not line.startswith("warning: "))
+    (said,) = (line for line in lines if not line.startswith("warning: "))
     assert said.startswith("error: ") and len(said) < 1000, said
     return said
 
@@ -67,12 +90,17 @@ def test_a_name_inside_an_index_never_leaves_its_folder(folders, capsys, tmp_pat
     assert INDEX in said
     (tmp_path / CARD).rename(shards / CARD)
     seal_again(shards)
-    before[str((shards / CARD).relative_to(tmp_path))] = hashlib.sha256((shards / CARD).read_bytes()).hexdigest()
+    before[str((shards / CARD).relative_to(tmp_path))] = hashlib.sha256(
+        (shards / CARD).read_bytes()
+    ).hexdigest()
     run = run_file(tmp_path, shards)
     before["run.yaml"] = hashlib.sha256(run.read_bytes()).hexdigest()
-    for command, *words in ((data_prep, "verify", shards), (data_prep, "upload", shards, tmp_path / "copy"),
-                            (pretrain.main, run, "device=cpu"),
-                            (pretrain.main, run, "device=cpu", "loader.on_bad_shard=quarantine")):
+    for command, *words in (
+        (data_prep, "verify", shards),
+        (data_prep, "upload", shards, tmp_path / "copy"),
+        (pretrain.main, run, "device=cpu"),
+        (pretrain.main, run, "device=cpu", "loader.on_bad_shard=quarantine"),
+    ):
         said = refused(capsys, command, *words)
         assert INDEX in said and "Remove it" not in said
     assert everything(tmp_path) == before and (victim / "evil.pth").read_text() == "precious"
@@ -84,7 +112,10 @@ def test_a_link_among_the_shards_that_leaves_the_folder_is_refused(folders, caps
     (victim / "shard").write_bytes(packed.read_bytes())
     packed.unlink()
     packed.symlink_to(victim / "shard")
-    for command, *words in ((data_prep, "verify", shards), (data_prep, "upload", shards, tmp_path / "copy")):
+    for command, *words in (
+        (data_prep, "verify", shards),
+        (data_prep, "upload", shards, tmp_path / "copy"),
+    ):
         assert "is a symbolic link that leaves its folder" in refused(capsys, command, *words)
     with pytest.raises(ShardError, match="is a symbolic link that leaves its folder"):
         open_source(shards, name="s").read(0)
@@ -111,7 +142,12 @@ def test_unpacked_bytes_are_judged_before_they_get_a_name(folders):
 @pytest.mark.parametrize("name", ["../x", "/x", ""])
 def test_names_and_values_in_hashes_json_are_judged(folders, capsys, name):
     shards, _ = folders
-    for found in ({name: "0" * 64}, {"shard.00000.mds.zstd": "0"}, {"shard.00000.mds.zstd": ["x"]}, []):
+    for found in (
+        {name: "0" * 64},
+        {"shard.00000.mds.zstd": "0"},
+        {"shard.00000.mds.zstd": ["x"]},
+        [],
+    ):
         (shards / HASHES).write_text(json.dumps(found))
         card = read_card(shards)
         digest = hashlib.sha256((shards / HASHES).read_bytes()).hexdigest()
@@ -119,13 +155,28 @@ def test_names_and_values_in_hashes_json_are_judged(folders, capsys, name):
         assert HASHES in refused(capsys, data_prep, "verify", shards)
 
 
-@pytest.mark.parametrize("change", [
-    lambda e: e[0].update(samples=2**40), lambda e: e[0].update(samples=-1), lambda e: e[0].update(samples=True),
-    lambda e: e[0].update(column_sizes=[2**70]), lambda e: e[0].update(column_sizes="x"), lambda e: e[0].update(column_names=[7]),
-    lambda e: e[0].update(column_encodings=[]), lambda e: e[0].update(compression=["zstd"]), lambda e: e[0].update(raw_data=7),
-    lambda e: e[0]["raw_data"].update(hashes=[]), lambda e: e[0]["raw_data"].update(bytes=-5), lambda e: e.append(7),
-    lambda e: e[0]["raw_data"].update(hashes={"sha256": 7}), lambda e: e[0]["zip_data"].update(hashes={"sha256": [7]}),
-    lambda e: e[0].update(version="2" * 5000), lambda e: e[0].update(format="\x1b[31m"), lambda e: e.append(e[0])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e[0].update(samples=2**40),
+        lambda e: e[0].update(samples=-1),
+        lambda e: e[0].update(samples=True),
+        lambda e: e[0].update(column_sizes=[2**70]),
+        lambda e: e[0].update(column_sizes="x"),
+        lambda e: e[0].update(column_names=[7]),
+        lambda e: e[0].update(column_encodings=[]),
+        lambda e: e[0].update(compression=["zstd"]),
+        lambda e: e[0].update(raw_data=7),
+        lambda e: e[0]["raw_data"].update(hashes=[]),
+        lambda e: e[0]["raw_data"].update(bytes=-5),
+        lambda e: e.append(7),
+        lambda e: e[0]["raw_data"].update(hashes={"sha256": 7}),
+        lambda e: e[0]["zip_data"].update(hashes={"sha256": [7]}),
+        lambda e: e[0].update(version="2" * 5000),
+        lambda e: e[0].update(format="\x1b[31m"),
+        lambda e: e.append(e[0]),
+    ],
+)
 def test_an_index_of_strange_values_is_one_line(folders, capsys, tmp_path, change):
     shards, _ = folders
     change_index(shards, change)
@@ -147,12 +198,26 @@ def test_a_fifo_among_the_shards_is_not_waited_for(tmp_path, capsys, name):
         assert str(shards) in refused(capsys, command, *words)
 
 
-@pytest.mark.parametrize("change", [
-    {"tokens": 0}, {"tokens": -5}, {"tokens": 10**15}, {"documents": 0}, {"documents": -1}, {"max_tokens_per_document": 0},
-    {"max_tokens_per_document": 2**40}, {"vocab_size": -1}, {"vocab_size": 2**62}, {"specials": {"cls_id": -1}},
-    {"specials": {"pad_id": -7}}, {"specials": {"mask_id": 0}}, {"specials": {"all_special": [-1]}},
-    {"specials": {"all_special": []}}],
-    ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 0},
+        {"tokens": -5},
+        {"tokens": 10**15},
+        {"documents": 0},
+        {"documents": -1},
+        {"max_tokens_per_document": 0},
+        {"max_tokens_per_document": 2**40},
+        {"vocab_size": -1},
+        {"vocab_size": 2**62},
+        {"specials": {"cls_id": -1}},
+        {"specials": {"pad_id": -7}},
+        {"specials": {"mask_id": 0}},
+        {"specials": {"all_special": [-1]}},
+        {"specials": {"all_special": []}},
+    ],
+    ids=str,
+)
 def test_numbers_on_a_card_that_cannot_be_are_one_sentence(folders, capsys, change):
     """No command divides by them, and no special id that is masked as text, or lies outside, is trained."""
     shards, _ = folders
@@ -199,7 +264,9 @@ def test_a_link_in_place_of_a_lock_or_log_writes_nothing_outside(folders, tmp_pa
         (run / f"checkpoints/tokens00000000000{number}-i0001/COMMITTED").write_text("")
     remove_old(run / "checkpoints", incarnation=start, keep_last=1, is_whole=lambda path: True)
     (victim / "COMMITTED").unlink()
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["tokens0000000000030-i0001"] and everything(victim) == before
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [
+        "tokens0000000000030-i0001"
+    ] and everything(victim) == before
     (run / f".card.json.{os.getpid()}.part").symlink_to(evil)
     write_atomic(run / "card.json", "{}")
     assert everything(victim) == before and not (run / "card.json").is_symlink()

@@ -48,12 +48,22 @@ for command, *words in (
 def test_no_command_fails_for_a_letter_that_the_terminal_lacks(tmp_path, locale):
     """Names that are not ASCII, and bytes that are no UTF-8, in settings, paths and words."""
     yaml = (ROOT / "configs" / "pretrain" / "tiny_cpu.yaml").read_text(encoding="utf-8")
-    (tmp_path / "run.yaml").write_text(yaml.replace("name: tiny", "name: tiny-日本-─"), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        yaml.replace("name: tiny", "name: tiny-日本-─"), encoding="utf-8"
+    )
     with open(os.fsencode(str(tmp_path)) + b"/caf\xe9.yaml", "w", encoding="utf-8") as file:
         file.write(yaml)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
-    done = subprocess.run([sys.executable, "-c", ALL], cwd=tmp_path, capture_output=True,
-                          env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **LOCALES[locale]})
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("LC_", "LANG", "PYTHON"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ALL],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **LOCALES[locale]},
+    )
     said = done.stderr.decode("utf-8", "replace")
     assert b"Traceback" not in done.stderr and "CODE" not in said, said
     # in the C locale no file can have the name of that run folder: a sentence says so

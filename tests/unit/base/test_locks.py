@@ -27,7 +27,9 @@ def refuse_flock(monkeypatch, code: int) -> None:
 
 
 def packed_folder(folder):
-    return write_source(folder, random_documents(50, longest=20), shard_bytes=1 << 11, compression="zstd")
+    return write_source(
+        folder, random_documents(50, longest=20), shard_bytes=1 << 11, compression="zstd"
+    )
 
 
 def test_who_holds_a_lock_is_told_from_a_disk_that_knows_none(tmp_path, monkeypatch):
@@ -40,7 +42,9 @@ def test_who_holds_a_lock_is_told_from_a_disk_that_knows_none(tmp_path, monkeypa
         take_lock(other, path, "shared")
         for code in WITHOUT:
             refuse_flock(monkeypatch, code)
-            with pytest.raises(NoLocks, match="no lock can be had in this folder: its (file system|lock service)"):
+            with pytest.raises(
+                NoLocks, match="no lock can be had in this folder: its (file system|lock service)"
+            ):
                 take_lock(held, path)
         refuse_flock(monkeypatch, errno.EIO)
         with pytest.raises(OSError) as found:
@@ -54,7 +58,12 @@ def test_prepare_works_and_warns_on_a_disk_without_locks(tmp_path, monkeypatch, 
     refuse_flock(monkeypatch, code)
     assert run("prepare", settings(tmp_path)) == 0
     err = capsys.readouterr().err
-    assert re.search(r"warning: .*shards: no lock can be had in this folder: its .*another disk\.", err) and "524" not in err
+    assert (
+        re.search(
+            r"warning: .*shards: no lock can be had in this folder: its .*another disk\.", err
+        )
+        and "524" not in err
+    )
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["a"]
 
 
@@ -62,6 +71,7 @@ def test_prepare_works_and_warns_on_a_disk_without_locks(tmp_path, monkeypatch, 
 def test_packed_shards_on_such_a_disk_name_the_cache_setting(tmp_path, monkeypatch, code):
     source = open_source(packed_folder(tmp_path / "train"), name="web")
     if code == errno.EROFS:
+
         def read_only(path, mode="r", *words, **more):
             if "a" in mode or "w" in mode or "+" in mode:
                 raise OSError(code, os.strerror(code), str(path))
@@ -77,8 +87,11 @@ def test_packed_shards_on_such_a_disk_name_the_cache_setting(tmp_path, monkeypat
         monkeypatch.setattr("os.open", read_only_handle)
     else:
         refuse_flock(monkeypatch, code)
-    with pytest.raises(ShardError, match=r"shard\.00000\.mds\.zstd cannot be unpacked where it lies: .*\. Give the source a "
-                                         r"cache: FOLDER, on a disk of this machine"):
+    with pytest.raises(
+        ShardError,
+        match=r"shard\.00000\.mds\.zstd cannot be unpacked where it lies: .*\. Give the source a "
+        r"cache: FOLDER, on a disk of this machine",
+    ):
         source.read(0)
 
 
@@ -95,8 +108,15 @@ def test_shards_unpacked_before_are_read_without_locks(tmp_path, monkeypatch, co
 @pytest.mark.parametrize("code", WITHOUT)
 def test_a_cache_on_a_disk_without_locks_is_refused_with_the_reason(tmp_path, monkeypatch, code):
     folder = packed_folder(tmp_path / "train")
-    monkeypatch.setattr(remote, "download", lambda url, path: path.write_bytes(open(url, "rb").read()))
+    monkeypatch.setattr(
+        remote, "download", lambda url, path: path.write_bytes(open(url, "rb").read())
+    )
     refuse_flock(monkeypatch, code)
-    with pytest.raises(ShardError, match=r"cannot be the cache of .*: no lock can be had in this folder: its .*\. Mend that, or "
-                                         "set cache to a folder on a disk of this machine"):
+    with pytest.raises(
+        ShardError,
+        match=(
+            r"cannot be the cache of .*: no lock can be had in this folder: its .*\. Mend that, or "
+            "set cache to a folder on a disk of this machine"
+        ),
+    ):
         open_source(str(folder), name="web", cache=tmp_path / "cache")

@@ -72,7 +72,9 @@ def test_rank_zero_without_free_file_numbers_says_so_and_does_not_spin(capsys):
 
 def test_a_thousand_ranks_hold_their_lines_to_rank_zero():
     with listening(1000) as (zero, invitation):
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(2024, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(
+            2024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        )
         token, port, *_ = invitation.split()
         lines = []
         for rank in range(1, 1000):
@@ -111,7 +113,10 @@ def test_a_rank_that_cannot_reach_rank_zero_says_so_once_and_goes_on(monkeypatch
     try:
         assert _meet(world, place, timeout_seconds=5.0) is store
         said = capsys.readouterr().err
-        assert said.count("warning: rank 1 has no line to rank 0 (Connection refused)") == 1 and len(said.splitlines()) == 1
+        assert (
+            said.count("warning: rank 1 has no line to rank 0 (Connection refused)") == 1
+            and len(said.splitlines()) == 1
+        )
         assert not watch_peers(world, place).gone
     finally:
         watch_peers(world, place).close()

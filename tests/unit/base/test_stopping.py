@@ -34,13 +34,22 @@ with StopFlag() as stop:
 
 
 def listening(*words: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
-    process = subprocess.Popen([*before, sys.executable, "-c", LISTENS, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, encoding="utf-8")
+    process = subprocess.Popen(
+        [*before, sys.executable, "-c", LISTENS, *words],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        encoding="utf-8",
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+)
 def test_every_signal_that_asks_to_end_is_heard_and_saved_for(name):
     process = listening("begun")
     process.send_signal(getattr(signal, name))
@@ -53,19 +62,24 @@ def test_before_the_first_step_a_signal_ends_the_process_with_a_line(name):
     process = listening()
     process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=20)
-    assert said == f"stopped by {name} before the first step of this start; the same command starts again\n"
+    assert (
+        said
+        == f"stopped by {name} before the first step of this start; the same command starts again\n"
+    )
     assert process.returncode == 128 + getattr(signal, name)
 
 
 def test_a_second_signal_ends_a_process_at_once_that_is_still_saving():
     process = listening("begun", "stuck")
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)          # a launcher's echo
+    process.send_signal(signal.SIGTERM)  # a launcher's echo
     time.sleep(ECHO_SECONDS + 0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGINT and said.startswith("asked a second time, by SIGINT: ends at once")
+    assert process.returncode == 128 + signal.SIGINT and said.startswith(
+        "asked a second time, by SIGINT: ends at once"
+    )
 
 
 def test_a_notice_and_the_demand_after_it_are_one_wish():
@@ -90,9 +104,18 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
 
 def test_a_launcher_that_is_killed_is_noticed_by_what_it_started(tmp_path):
     launcher = tmp_path / "torchrun"
-    launcher.write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', *sys.argv[1:]])\n", encoding="utf-8")
-    process = subprocess.Popen([sys.executable, launcher, LISTENS, "begun"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, encoding="utf-8")
+    launcher.write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', *sys.argv[1:]])\n",
+        encoding="utf-8",
+    )
+    process = subprocess.Popen(
+        [sys.executable, launcher, LISTENS, "begun"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        encoding="utf-8",
+    )
     assert process.stdout.readline() == "ready\n"
     process.kill()
     said = process.stdout.read()
@@ -100,10 +123,26 @@ def test_a_launcher_that_is_killed_is_noticed_by_what_it_started(tmp_path):
     assert said == f"asked by its launcher: torchrun (process {process.pid}) is gone\n"
 
 
-@pytest.mark.parametrize("env", [{"MASTER_ADDR": "x"}, {"MASTER_PORT": "abc"}, {"MASTER_ADDR": "x", "MASTER_PORT": "1"},
-                                 {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}, {"WORLD_SIZE": "1"}])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"MASTER_ADDR": "x"},
+        {"MASTER_PORT": "abc"},
+        {"MASTER_ADDR": "x", "MASTER_PORT": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"},
+        {"WORLD_SIZE": "1"},
+    ],
+)
 def test_one_rank_needs_no_address_whatever_the_environment_says(env, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in env.items():
@@ -125,10 +164,17 @@ def test_who_waits_for_ranks_says_for_whom_where_and_who_said_so(monkeypatch, ca
     aloud = Aloud("127.0.0.1 port 29500 (MASTER_ADDR)", said_by=world.said_by, size=world.size)
     with pytest.raises(TimeoutError):
         while True:
-            aloud.wait("7 of 8 ranks", until=time.monotonic() + 0.3 if not capsys.readouterr().err else 0.0)
+            aloud.wait(
+                "7 of 8 ranks", until=time.monotonic() + 0.3 if not capsys.readouterr().err else 0.0
+            )
     aloud.wait("7 of 8 ranks", until=time.monotonic() + 60)
     time.sleep(0.3)
     aloud.wait("7 of 8 ranks", until=time.monotonic() + 60)
     said = capsys.readouterr().err
-    for word in ("waiting for 7 of 8 ranks since", "127.0.0.1 port 29500", "SLURM_STEP_NUM_TASKS", "RANK=0 WORLD_SIZE=1"):
+    for word in (
+        "waiting for 7 of 8 ranks since",
+        "127.0.0.1 port 29500",
+        "SLURM_STEP_NUM_TASKS",
+        "RANK=0 WORLD_SIZE=1",
+    ):
         assert word in said

@@ -66,29 +66,46 @@ def test_an_address_gives_the_same_chance_whatever_was_drawn_before():
 def test_splitmix64_gives_the_published_numbers():
     # the first outputs of SplitMix64 seeded with 1234567 (test vector of the Java reference)
     state = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert splitmix64(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert splitmix64(state).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
 
 
 def test_ranks_come_from_torchrun_deepspeed_or_slurm():
-    launched = world_from_env({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"})
+    launched = world_from_env(
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    )
     assert (launched.rank, launched.size, launched.local_rank, launched.local_size) == (3, 4, 1, 2)
-    slurm = world_from_env({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0",
-                            "SLURM_NTASKS_PER_NODE": "2"})
+    slurm = world_from_env(
+        {
+            "SLURM_PROCID": "2",
+            "SLURM_NTASKS": "4",
+            "SLURM_LOCALID": "0",
+            "SLURM_STEP_ID": "0",
+            "SLURM_NTASKS_PER_NODE": "2",
+        }
+    )
     assert (slurm.rank, slurm.size, slurm.first) == (2, 4, False)
     # the batch script itself has SLURM_PROCID too, but is no step
     assert world_from_env({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}).size == 1
     assert world_from_env({}).first
 
 
-@pytest.mark.parametrize("env, words", [
-    ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'; needed: a whole number"),
-    ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
-    ({"RANK": "", "WORLD_SIZE": "2"}, "RANK is ''"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK is 'a'"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1.0"}, "LOCAL_WORLD_SIZE is '1.0'"),
-    ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2; needed: ranks from 0"),
-    ({"RANK": "0", "WORLD_SIZE": "0"}, "rank 0 of 0"),
-    ({"SLURM_PROCID": "y", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, "SLURM_PROCID is 'y'")])
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'; needed: a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK is ''"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK is 'a'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1.0"}, "LOCAL_WORLD_SIZE is '1.0'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2; needed: ranks from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "rank 0 of 0"),
+        ({"SLURM_PROCID": "y", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, "SLURM_PROCID is 'y'"),
+    ],
+)
 def test_ranks_that_no_launcher_gives_are_named(env, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         world_from_env(env)
@@ -98,20 +115,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     write_atomic(path, "old")
     with pytest.raises(TypeError):
-        write_atomic(path, 5)      # type: ignore[arg-type]
+        write_atomic(path, 5)  # type: ignore[arg-type]
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_reader_that_leaves_is_no_mistake_and_a_pipe_that_breaks_elsewhere_is_one(tmp_path):
-    program = ("import sys\nfrom encoder.base.command import run_command\n"
-               "def body():\n    if sys.argv[1] == 'elsewhere': raise BrokenPipeError(32, 'Broken pipe', 'a worker')\n"
-               "    for i in range(20000): print('line', i)\n"
-               "sys.exit(run_command(body))\n")
+    program = (
+        "import sys\nfrom encoder.base.command import run_command\ndef body():\n    if sys.argv[1]"
+        " == 'elsewhere': raise BrokenPipeError(32, 'Broken pipe', 'a worker')\n    for i in"
+        " range(20000): print('line', i)\nsys.exit(run_command(body))\n"
+    )
     for where, code, said in (("here", 141, ""), ("elsewhere", 2, "error: a worker: Broken pipe")):
-        process = subprocess.Popen([sys.executable, "-c", program, where], text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, where],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         if where == "here":
             process.stdout.readline()
             process.stdout.close()
         error = process.stderr.read()
-        assert process.wait() == code and error.startswith(said) and bool(error) == bool(said), error
+        assert process.wait() == code and error.startswith(said) and bool(error) == bool(said), (
+            error
+        )

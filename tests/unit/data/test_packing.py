@@ -11,11 +11,13 @@ from tests.reference.packing import best_fit_decreasing, fewest_rows
 
 def rows_of(lengths, capacity):
     packing = pack_best_fit(lengths, capacity)
-    return [part.tolist() for part in np.split(packing.pieces_P, packing.row_starts_R1[1:-1])][:packing.rows]
+    return [part.tolist() for part in np.split(packing.pieces_P, packing.row_starts_R1[1:-1])][
+        : packing.rows
+    ]
 
 
 def test_a_packing_by_hand():
-    assert rows_of([3, 5, 1, 4, 3], 8) == [[1, 0], [3, 4, 2]]     # 5+3, 4+3+1
+    assert rows_of([3, 5, 1, 4, 3], 8) == [[1, 0], [3, 4, 2]]  # 5+3, 4+3+1
 
 
 def test_nothing_packs_into_no_rows():
@@ -25,7 +27,7 @@ def test_nothing_packs_into_no_rows():
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_equal_the_slow_best_fit_decreasing(seed):
     rng = np.random.default_rng(seed)
-    capacity = int(rng.integers(8, 100)) if seed else 2**16 + 50      # beyond 16 bits once
+    capacity = int(rng.integers(8, 100)) if seed else 2**16 + 50  # beyond 16 bits once
     lengths = rng.integers(1, capacity + 1, rng.integers(1, 200)).tolist()
     assert rows_of(lengths, capacity) == best_fit_decreasing(lengths, capacity)
 

@@ -24,9 +24,11 @@ from tests.helpers.memory_source import SPECIALS, MemorySource, in_memory, plann
 from tests.helpers.shards import random_documents
 
 ROW = 64
-SOURCES = [in_memory("web", random_documents(132, longest=90), shards=12),
-           in_memory("code", random_documents(60, longest=200, seed=1), shards=12),
-           in_memory("books", random_documents(12, longest=300, seed=2), shards=12)]
+SOURCES = [
+    in_memory("web", random_documents(132, longest=90), shards=12),
+    in_memory("code", random_documents(60, longest=200, seed=1), shards=12),
+    in_memory("books", random_documents(12, longest=300, seed=2), shards=12),
+]
 EDGES = WordEdges(np.arange(64) % 3 == 0, np.arange(64) < 59)
 START = DataPosition()
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -45,34 +47,81 @@ class Case:
     seed: int
 
 
-cases = st.builds(Case, sources=st.integers(1, 3), lanes=st.integers(1, 4), cap=st.integers(3, ROW),
-                  window_documents=st.integers(1, 50), rows_of_lane=st.integers(1, 3), whole_words=st.booleans(),
-                  seed=st.integers(0, 2**40))
+cases = st.builds(
+    Case,
+    sources=st.integers(1, 3),
+    lanes=st.integers(1, 4),
+    cap=st.integers(3, ROW),
+    window_documents=st.integers(1, 50),
+    rows_of_lane=st.integers(1, 3),
+    whole_words=st.booleans(),
+    seed=st.integers(0, 2**40),
+)
 
 
-def steps_of(case: Case, count: int, *, start=START, rank=0, world_size=1, micro_batch_rows=1, workers=0):
-    ask = build_objective(MlmConfig(whole_words=case.whole_words), vocab_size=64, specials=SPECIALS, words=EDGES,
-                          share=MaskShare(start=0.5, end=0.1, over_tokens=2000))
-    with Loader(sources=SOURCES[:case.sources], weights=[3.0, 2.0, 0.5][:case.sources], seed=case.seed, phase=1,
-                max_tokens_per_document=case.cap, row_tokens=ROW, window_documents=case.window_documents, masker=ask,
-                pad_id=62, cls_id=60, sep_id=61, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows,
-                rows_at=lambda seen: case.lanes * (case.rows_of_lane + seen // 1500), start=start,
-                static_shapes=rank % 2 == 1, workers=workers, lanes=case.lanes) as loader:
+def steps_of(
+    case: Case, count: int, *, start=START, rank=0, world_size=1, micro_batch_rows=1, workers=0
+):
+    ask = build_objective(
+        MlmConfig(whole_words=case.whole_words),
+        vocab_size=64,
+        specials=SPECIALS,
+        words=EDGES,
+        share=MaskShare(start=0.5, end=0.1, over_tokens=2000),
+    )
+    with Loader(
+        sources=SOURCES[: case.sources],
+        weights=[3.0, 2.0, 0.5][: case.sources],
+        seed=case.seed,
+        phase=1,
+        max_tokens_per_document=case.cap,
+        row_tokens=ROW,
+        window_documents=case.window_documents,
+        masker=ask,
+        pad_id=62,
+        cls_id=60,
+        sep_id=61,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_rows=micro_batch_rows,
+        rows_at=lambda seen: case.lanes * (case.rows_of_lane + seen // 1500),
+        start=start,
+        static_shapes=rank % 2 == 1,
+        workers=workers,
+        lanes=case.lanes,
+    ) as loader:
         return [loader.next_step() for _ in range(count)]
 
 
 def content(steps):
     """Of each step over all ranks: every document with its masks and dropout keys, sorted, and what the ledger sees."""
-    return [(sorted(d for s in ranks for m in s.micro_batches for d in documents_in(m)), ranks[0].tokens,
-             sum(s.counts["mlm"] for s in ranks), wrap_int64(sum(s.row_hash for s in ranks)), ranks[0].start, ranks[0].end)
-            for ranks in zip(*steps, strict=True)]
+    return [
+        (
+            sorted(d for s in ranks for m in s.micro_batches for d in documents_in(m)),
+            ranks[0].tokens,
+            sum(s.counts["mlm"] for s in ranks),
+            wrap_int64(sum(s.row_hash for s in ranks)),
+            ranks[0].start,
+            ranks[0].end,
+        )
+        for ranks in zip(*steps, strict=True)
+    ]
 
 
 def documents_in(batch):
     ids, keys, ends = batch.ids_T.tolist(), batch.token_key_T.tolist(), batch.cu_seqlens_S1.tolist()
-    asked = [(i, t) for i, t in zip(batch.targets["mlm"].index_M.tolist(), batch.targets["mlm"].value_M.tolist()) if t != IGNORE]
-    return [(tuple(ids[a:b]), tuple(keys[a:b]), tuple((i - a, t) for i, t in asked if a <= i < b))
-            for a, b in zip(ends, ends[1:]) if a < b <= batch.tokens]
+    asked = [
+        (i, t)
+        for i, t in zip(
+            batch.targets["mlm"].index_M.tolist(), batch.targets["mlm"].value_M.tolist()
+        )
+        if t != IGNORE
+    ]
+    return [
+        (tuple(ids[a:b]), tuple(keys[a:b]), tuple((i - a, t) for i, t in asked if a <= i < b))
+        for a, b in zip(ends, ends[1:])
+        if a < b <= batch.tokens
+    ]
 
 
 def lane_of_document(source, lanes):
@@ -83,68 +132,138 @@ def lane_of_document(source, lanes):
 
 
 @few
-@given(case=cases, world_size=st.integers(1, 8), micro_batch_rows=st.integers(1, 4), walked=st.integers(0, 5))
-def test_all_ranks_rows_are_those_of_one_rank_from_any_position(case, world_size, micro_batch_rows, walked):
+@given(
+    case=cases,
+    world_size=st.integers(1, 8),
+    micro_batch_rows=st.integers(1, 4),
+    walked=st.integers(0, 5),
+)
+def test_all_ranks_rows_are_those_of_one_rank_from_any_position(
+    case, world_size, micro_batch_rows, walked
+):
     whole = steps_of(case, walked + 2)
-    ranks = [steps_of(case, 2, start=whole[walked].start, rank=r, world_size=world_size, micro_batch_rows=micro_batch_rows)
-             for r in range(world_size)]
+    ranks = [
+        steps_of(
+            case,
+            2,
+            start=whole[walked].start,
+            rank=r,
+            world_size=world_size,
+            micro_batch_rows=micro_batch_rows,
+        )
+        for r in range(world_size)
+    ]
     assert content(ranks) == content([whole])[walked:]
 
 
 def test_worker_processes_make_the_same_rows():
-    case = Case(sources=3, lanes=2, cap=40, window_documents=12, rows_of_lane=2, whole_words=True, seed=7)
+    case = Case(
+        sources=3, lanes=2, cap=40, window_documents=12, rows_of_lane=2, whole_words=True, seed=7
+    )
     whole = steps_of(case, 7)
-    ranks = [steps_of(case, 4, start=whole[3].start, rank=r, world_size=2, micro_batch_rows=2, workers=1) for r in range(2)]
+    ranks = [
+        steps_of(case, 4, start=whole[3].start, rank=r, world_size=2, micro_batch_rows=2, workers=1)
+        for r in range(2)
+    ]
     assert content(ranks) == content([whole])[3:]
 
 
 @few
 @given(lanes=st.integers(1, 4), ranks=st.integers(1, 8), rows=st.integers(1, 5))
 def test_a_rank_meets_the_lanes_of_its_group_only(lanes, ranks, rows):
-    case = Case(sources=1, lanes=lanes, cap=ROW, window_documents=20, rows_of_lane=rows, whole_words=False, seed=1)
+    case = Case(
+        sources=1,
+        lanes=lanes,
+        cap=ROW,
+        window_documents=20,
+        rows_of_lane=rows,
+        whole_words=False,
+        seed=1,
+    )
     lane_of = lane_of_document(SOURCES[0], lanes)
     groups = np.gcd(lanes, ranks)
     for rank in range(ranks):
         with pytest.MonkeyPatch.context() as patch:
             read = set()
-            patch.setattr(MemorySource, "read", lambda source, d, read=read: read.add(d) or source.documents[d])
+            patch.setattr(
+                MemorySource,
+                "read",
+                lambda source, d, read=read: read.add(d) or source.documents[d],
+            )
             steps_of(case, 2, rank=rank, world_size=ranks)
         assert {lane_of[d] * groups // lanes for d in read} <= {rank * groups // ranks}
 
 
 @few
-@given(lanes=st.integers(1, 4), window_documents=st.integers(1, 60), cap=st.integers(3, ROW), seed=st.integers(0, 99))
-def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(lanes, window_documents, cap, seed):
-    windows = Windows(sources=SOURCES, weights=[3.0, 2.0, 0.5], seed=seed, phase=0, max_tokens_per_document=cap, row_tokens=ROW,
-                      window_documents=window_documents, lanes=lanes)
+@given(
+    lanes=st.integers(1, 4),
+    window_documents=st.integers(1, 60),
+    cap=st.integers(3, ROW),
+    seed=st.integers(0, 99),
+)
+def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(
+    lanes, window_documents, cap, seed
+):
+    windows = Windows(
+        sources=SOURCES,
+        weights=[3.0, 2.0, 0.5],
+        seed=seed,
+        phase=0,
+        max_tokens_per_document=cap,
+        row_tokens=ROW,
+        window_documents=window_documents,
+        lanes=lanes,
+    )
     for lane in range(lanes):
         own = [np.flatnonzero(lane_of_document(s, lanes) == lane).tolist() for s in SOURCES]
-        count = next(k for k in range(10**6) if all(n >= len(o) for n, o in zip(windows.documents_before(k), own)))
+        count = next(
+            k
+            for k in range(10**6)
+            if all(n >= len(o) for n, o in zip(windows.documents_before(k), own))
+        )
         tokens = Counter()
         for k in range(count):
             for source, document, start, end in windows.plan(k, lane=lane).pieces_P4.tolist():
-                tokens.update((source, document, place) for place in (start, end - 1))      # first and last of a piece
+                tokens.update(
+                    (source, document, place) for place in (start, end - 1)
+                )  # first and last of a piece
                 tokens[source, document] += end - start
         for source, documents in enumerate(own):
             epochs, rest = divmod(windows.documents_before(count)[source], len(documents))
             lengths = SOURCES[source].lengths
             seen = Counter(tokens[source, d] / lengths[d] for d in documents)
-            assert seen == Counter({epochs: len(documents) - rest, **({epochs + 1: rest} if rest else {})})
+            assert seen == Counter(
+                {epochs: len(documents) - rest, **({epochs + 1: rest} if rest else {})}
+            )
             assert all(tokens[source, d, 0] == tokens[source, d] / lengths[d] for d in documents)
         assert {key[:2] for key in tokens} == {(s, d) for s, o in enumerate(own) for d in o}
 
 
 @few
-@given(weights=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4), lengths=st.lists(st.integers(3, 30), min_size=4, max_size=4),
-       lanes=st.integers(1, 3), first=st.integers(0, 10**12))
+@given(
+    weights=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(3, 30), min_size=4, max_size=4),
+    lanes=st.integers(1, 3),
+    first=st.integers(0, 10**12),
+)
 def test_any_hundred_windows_hold_the_mixture_within_half_a_percent(weights, lengths, lanes, first):
-    sources = [planned(f"s{i}", [n] * 97, shards=6) for i, n in enumerate(lengths[:len(weights)])]
-    windows = Windows(sources=sources, weights=weights, seed=1, phase=0, max_tokens_per_document=30, row_tokens=ROW,
-                      window_documents=64, lanes=lanes)
+    sources = [planned(f"s{i}", [n] * 97, shards=6) for i, n in enumerate(lengths[: len(weights)])]
+    windows = Windows(
+        sources=sources,
+        weights=weights,
+        seed=1,
+        phase=0,
+        max_tokens_per_document=30,
+        row_tokens=ROW,
+        window_documents=64,
+        lanes=lanes,
+    )
     tokens = np.zeros(len(sources))
     for k in range(first, first + 100):
         pieces = windows.plan(k, lane=k % lanes).pieces_P4
-        tokens += np.bincount(pieces[:, 0], weights=pieces[:, 3] - pieces[:, 2], minlength=len(sources))
+        tokens += np.bincount(
+            pieces[:, 0], weights=pieces[:, 3] - pieces[:, 2], minlength=len(sources)
+        )
     assert np.abs(tokens / tokens.sum() - np.array(weights) / sum(weights)).max() < 0.005
 
 
@@ -153,12 +272,28 @@ def within_five_sigma(count, total, share):
 
 
 @few
-@given(share=st.floats(0.01, 0.9), random_share=st.floats(0.0, 0.5), keep_share=st.floats(0.0, 0.5), seed=st.integers(0, 2**40),
-       window=st.integers(0, 10**9), whole_words=st.booleans())
-def test_masks_have_their_shares_spare_specials_and_are_drawn_for_each_row_alone(share, random_share, keep_share, seed, window,
-                                                                                whole_words):
-    ask = build_objective(MlmConfig(mask_share=share, random_share=random_share, keep_share=keep_share,
-                                    whole_words=whole_words), vocab_size=64, specials=SPECIALS, words=EDGES)
+@given(
+    share=st.floats(0.01, 0.9),
+    random_share=st.floats(0.0, 0.5),
+    keep_share=st.floats(0.0, 0.5),
+    seed=st.integers(0, 2**40),
+    window=st.integers(0, 10**9),
+    whole_words=st.booleans(),
+)
+def test_masks_have_their_shares_spare_specials_and_are_drawn_for_each_row_alone(
+    share, random_share, keep_share, seed, window, whole_words
+):
+    ask = build_objective(
+        MlmConfig(
+            mask_share=share,
+            random_share=random_share,
+            keep_share=keep_share,
+            whole_words=whole_words,
+        ),
+        vocab_size=64,
+        specials=SPECIALS,
+        words=EDGES,
+    )
     ids = np.random.default_rng(seed).integers(0, 64, 8000)
     one, other = (ask.mask(ids, generator(seed, "mlm", 0, window, row)) for row in (5, 6))
     ordinary = ids < 59
@@ -168,33 +303,64 @@ def test_masks_have_their_shares_spare_specials_and_are_drawn_for_each_row_alone
         shown = question.ids[asked]
         assert (target == ids[asked]).all() and ordinary[asked].all()
         assert (np.delete(question.ids, asked) == np.delete(ids, asked)).all()
-        assert (ordinary | (ids == question.ids)).all() and set(shown[shown != 63]) <= set(range(59))
-        assert abs(len(asked) - share * ordinary.sum()) <= 5 * np.sqrt((spread**2).sum() * share * (1 - share))
+        assert (ordinary | (ids == question.ids)).all() and set(shown[shown != 63]) <= set(
+            range(59)
+        )
+        assert abs(len(asked) - share * ordinary.sum()) <= 5 * np.sqrt(
+            (spread**2).sum() * share * (1 - share)
+        )
         assert within_five_sigma((shown == 63).sum(), len(asked), 1 - random_share - keep_share)
-        assert within_five_sigma((shown == target).sum(), len(asked), keep_share + random_share / 59)
+        assert within_five_sigma(
+            (shown == target).sum(), len(asked), keep_share + random_share / 59
+        )
     both = len(np.intersect1d(one.targets["mlm"].index, other.targets["mlm"].index))
-    assert abs(both - share**2 * ordinary.sum()) <= 5 * np.sqrt((spread**2).sum() * share**2 * (1 - share**2))
+    assert abs(both - share**2 * ordinary.sum()) <= 5 * np.sqrt(
+        (spread**2).sum() * share**2 * (1 - share**2)
+    )
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_masks_of_neighbouring_rows_are_uncorrelated(whole_words):
-    ask = build_objective(MlmConfig(whole_words=whole_words), vocab_size=64, specials=SPECIALS, words=EDGES)
-    ids = np.full(64, 3)         # each a word of its own
+    ask = build_objective(
+        MlmConfig(whole_words=whole_words), vocab_size=64, specials=SPECIALS, words=EDGES
+    )
+    ids = np.full(64, 3)  # each a word of its own
     asked = np.zeros((2000, 64))
     for row in range(2000):
         asked[row, ask.mask(ids, generator(1, "mlm", 0, 0, row)).targets["mlm"].index] = 1
-    between = np.corrcoef(asked.T)[np.triu_indices(64, 1)]          # of places, over rows
+    between = np.corrcoef(asked.T)[np.triu_indices(64, 1)]  # of places, over rows
     neighbours = np.corrcoef(asked[:-1].ravel(), asked[1:].ravel())[0, 1]
     assert np.abs(between).max() < 5 / np.sqrt(2000) and abs(neighbours) < 5 / np.sqrt(asked.size)
 
 
 def test_phase_lane_window_and_row_each_give_masks_of_their_own():
-    source = in_memory("same", [np.array([60, *range(30), 61])] * 64, shards=4)      # two documents fill a row
+    source = in_memory(
+        "same", [np.array([60, *range(30), 61])] * 64, shards=4
+    )  # two documents fill a row
     asked = []
     for phase, lanes in ((0, 1), (0, 2), (1, 1), (1, 2)):
-        with Loader(sources=[source], weights=[1.0], seed=1, phase=phase, max_tokens_per_document=32, row_tokens=ROW,
-                    window_documents=8, masker=build_objective(MlmConfig(), vocab_size=64, specials=SPECIALS), pad_id=62,
-                    cls_id=60, sep_id=61, rank=0, world_size=1, micro_batch_rows=1, rows_at=lambda _: 12, start=START,
-                    static_shapes=False, workers=0, lanes=lanes) as loader:
-            asked += [tuple(m.targets["mlm"].index_M.tolist()) for m in loader.next_step().micro_batches]
+        with Loader(
+            sources=[source],
+            weights=[1.0],
+            seed=1,
+            phase=phase,
+            max_tokens_per_document=32,
+            row_tokens=ROW,
+            window_documents=8,
+            masker=build_objective(MlmConfig(), vocab_size=64, specials=SPECIALS),
+            pad_id=62,
+            cls_id=60,
+            sep_id=61,
+            rank=0,
+            world_size=1,
+            micro_batch_rows=1,
+            rows_at=lambda _: 12,
+            start=START,
+            static_shapes=False,
+            workers=0,
+            lanes=lanes,
+        ) as loader:
+            asked += [
+                tuple(m.targets["mlm"].index_M.tolist()) for m in loader.next_step().micro_batches
+            ]
     assert len(set(asked)) == len(asked) == 48

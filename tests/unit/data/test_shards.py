@@ -30,7 +30,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("web") / "train", DOCUMENTS[:60], shard_bytes=1 << 11)
+    return write_source(
+        tmp_path_factory.mktemp("web") / "train", DOCUMENTS[:60], shard_bytes=1 << 11
+    )
 
 
 @pytest.fixture()
@@ -51,20 +53,35 @@ def test_every_document_comes_back_in_any_order(folder):
     assert source.mean_tokens == pytest.approx(np.mean([len(d) for d in DOCUMENTS]))
     for number in np.random.default_rng(0).permutation(220).tolist():
         ids = source.read(number)
-        assert ids.dtype == np.uint16 and (ids == DOCUMENTS[number]).all() and len(ids) == source.lengths[number]
+        assert (
+            ids.dtype == np.uint16
+            and (ids == DOCUMENTS[number]).all()
+            and len(ids) == source.lengths[number]
+        )
 
 
-@pytest.mark.parametrize("vocab_size, columns", [
-    (64, {}), (70_000, {}),                        # uint16, uint32
-    (64, {"id": "str", "len": "int"}),             # the columns of ModernBERT's shards: one sorts before input_ids
-    (64, {"chars": "int", "id": "str", "url": "str"})])   # a column of fixed size before input_ids
+@pytest.mark.parametrize(
+    "vocab_size, columns",
+    [
+        (64, {}),
+        (70_000, {}),  # uint16, uint32
+        (
+            64,
+            {"id": "str", "len": "int"},
+        ),  # the columns of ModernBERT's shards: one sorts before input_ids
+        (64, {"chars": "int", "id": "str", "url": "str"}),
+    ],
+)  # a column of fixed size before input_ids
 def test_ids_are_those_of_streamings_own_reader(tmp_path, vocab_size, columns):
     from streaming.base.format import reader_from_json
 
     documents = random_documents(50, vocab_size=vocab_size, longest=400)
     folder = write_source(tmp_path / "train", documents, vocab_size=vocab_size, columns=columns)
     source = open_source(folder, name="web")
-    readers = [reader_from_json(str(folder), None, info) for info in json.loads((folder / INDEX).read_text())["shards"]]
+    readers = [
+        reader_from_json(str(folder), None, info)
+        for info in json.loads((folder / INDEX).read_text())["shards"]
+    ]
     theirs = [reader[i]["input_ids"] for reader in readers for i in range(reader.samples)]
     assert len(theirs) == source.documents
     for number, ids in enumerate(theirs):
@@ -72,9 +89,11 @@ def test_ids_are_those_of_streamings_own_reader(tmp_path, vocab_size, columns):
 
 
 def test_plain_shards_are_read_without_importing_streaming(folder):
-    code = (f"import sys; from pathlib import Path; from encoder.data.shards import open_source\n"
-            f"open_source(Path({str(folder)!r}), name='web').read(3)\n"
-            "assert 'streaming' not in sys.modules and 'torch' not in sys.modules")
+    code = (
+        "import sys; from pathlib import Path; from encoder.data.shards import open_source\n"
+        f"open_source(Path({str(folder)!r}), name='web').read(3)\n"
+        "assert 'streaming' not in sys.modules and 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -86,7 +105,10 @@ def test_compressed_shards_are_unpacked_into_the_cache(tmp_path):
     assert not list(folder.glob("*.mds")) and list((tmp_path / "cache/shards").glob("*.mds"))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1] + bytes([b[-1] ^ 4]), lambda b: b[:-7], lambda b: b + b"0", lambda b: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-1] + bytes([b[-1] ^ 4]), lambda b: b[:-7], lambda b: b + b"0", lambda b: b""],
+)
 def test_a_damaged_copy_of_a_shard_unpacked_in_place_is_unpacked_again(tmp_path, damage):
     folder = write_source(tmp_path / "train", DOCUMENTS, compression="zstd")
     before = open_source(folder, name="web")
@@ -94,16 +116,21 @@ def test_a_damaged_copy_of_a_shard_unpacked_in_place_is_unpacked_again(tmp_path,
     copy = folder / "shard.00000.mds"
     right = copy.read_bytes()
     (folder / "new").write_bytes(damage(right))
-    (folder / "new").rename(copy)                        # `before` has the old one, and keeps it
+    (folder / "new").rename(copy)  # `before` has the old one, and keeps it
     source = open_source(folder, name="web")
-    assert all((source.read(n) == DOCUMENTS[n]).all() for n in range(220)) and copy.read_bytes() == right
+    assert (
+        all((source.read(n) == DOCUMENTS[n]).all() for n in range(220))
+        and copy.read_bytes() == right
+    )
 
 
 def test_an_unpacked_copy_is_read_through_once_only(tmp_path, monkeypatch):
     folder = write_source(tmp_path / "train", DOCUMENTS, compression="zstd")
     open_source(folder, name="web").read(0)
     source, read, plain = open_source(folder, name="web"), [], hashlib.sha256
-    monkeypatch.setattr(hashlib, "sha256", lambda content: read.append(len(content)) or plain(content))
+    monkeypatch.setattr(
+        hashlib, "sha256", lambda content: read.append(len(content)) or plain(content)
+    )
     for _ in range(3):
         source.read(0)
         source._open.clear()
@@ -119,7 +146,7 @@ def test_a_cache_holds_only_the_shards_that_were_read(tmp_path, copy):
 def test_a_source_survives_pickling_without_its_maps(folder):
     source = open_source(folder, name="web")
     source.read(0)
-    again = pickle.loads(pickle.dumps(source))      # noqa: S301
+    again = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert len(pickle.dumps(source)) < 500 and (again.read(7) == DOCUMENTS[7]).all()
 
 
@@ -128,7 +155,9 @@ def test_the_number_of_open_shards_is_bounded(copy, monkeypatch):
     source = open_source(copy, name="web")
     held = [source.read(n) for n in range(60)]
     assert len(source.samples_per_shard) > 2 and len(source._open) == 2
-    assert all((ids == DOCUMENTS[n]).all() for n, ids in enumerate(held))      # views outlive the closing
+    assert all(
+        (ids == DOCUMENTS[n]).all() for n, ids in enumerate(held)
+    )  # views outlive the closing
 
 
 def test_a_missing_shard_is_named(copy):
@@ -152,7 +181,10 @@ def test_an_empty_shard_file_is_named(copy):
         open_source(copy, name="web").read(0)
 
 
-@pytest.mark.parametrize("at, value, word", [(0, 99, "holds 99 samples"), (8, 255, "sample"), (4, 0, "sample 0 is damaged")])
+@pytest.mark.parametrize(
+    "at, value, word",
+    [(0, 99, "holds 99 samples"), (8, 255, "sample"), (4, 0, "sample 0 is damaged")],
+)
 def test_damaged_bytes_in_a_shards_head_are_named(copy, at, value, word):
     path = copy / "shard.00000.mds"
     content = bytearray(path.read_bytes())
@@ -168,17 +200,38 @@ def test_a_length_that_disagrees_is_named(copy):
     lengths = np.array([len(d) for d in DOCUMENTS[:60]])
     lengths[5] += 1
     write_lengths(copy, lengths, max_tokens_per_document=8192)
-    with pytest.raises(ShardError, match=rf"sample 5 has {lengths[5] - 1} tokens, {LENGTHS} says {lengths[5]}"):
+    with pytest.raises(
+        ShardError, match=rf"sample 5 has {lengths[5] - 1} tokens, {LENGTHS} says {lengths[5]}"
+    ):
         open_source(copy, name="web").read(5)
 
 
-@pytest.mark.parametrize("break_it, word", [
-    (lambda d: (d / INDEX).write_text("{"), "index.json cannot be read"),
-    (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("input_ids", "tokens")), "needed: input_ids"),
-    (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("uint16", "uint32")), "is ndarray:uint32"),
-    (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace('"samples": ', '"samples": 1')), "samples, the card"),
-    (lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace(SHARD_HASH, "md5")),
-     r"index\.json has no sha256 of shard\.00000\.mds")])
+@pytest.mark.parametrize(
+    "break_it, word",
+    [
+        (lambda d: (d / INDEX).write_text("{"), "index.json cannot be read"),
+        (
+            lambda d: (d / INDEX).write_text(
+                (d / INDEX).read_text().replace("input_ids", "tokens")
+            ),
+            "needed: input_ids",
+        ),
+        (
+            lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("uint16", "uint32")),
+            "is ndarray:uint32",
+        ),
+        (
+            lambda d: (d / INDEX).write_text(
+                (d / INDEX).read_text().replace('"samples": ', '"samples": 1')
+            ),
+            "samples, the card",
+        ),
+        (
+            lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace(SHARD_HASH, "md5")),
+            r"index\.json has no sha256 of shard\.00000\.mds",
+        ),
+    ],
+)
 def test_an_index_that_does_not_fit_is_refused_although_the_card_tells_of_it(copy, break_it, word):
     break_it(copy)
     seal_again(copy)
@@ -186,12 +239,19 @@ def test_an_index_that_does_not_fit_is_refused_although_the_card_tells_of_it(cop
         open_source(copy, name="web")
 
 
-@pytest.mark.parametrize("break_it, word", [
-    (lambda d: (d / INDEX).unlink(), "index.json cannot be read: No such file"),
-    (lambda d: (d / CARD).unlink(), "card.json"),
-    (lambda d: change_card(d, format=1), "it has format 1, this version reads format 2.*data-prep prepare CONFIG --again"),
-    (lambda d: (d / CARD).write_text("[]"), "card.json cannot be read: it has format None"),
-    (lambda d: (d / LENGTHS).write_bytes(b"12"), "lengths.bin has 2 bytes")])
+@pytest.mark.parametrize(
+    "break_it, word",
+    [
+        (lambda d: (d / INDEX).unlink(), "index.json cannot be read: No such file"),
+        (lambda d: (d / CARD).unlink(), "card.json"),
+        (
+            lambda d: change_card(d, format=1),
+            "it has format 1, this version reads format 2.*data-prep prepare CONFIG --again",
+        ),
+        (lambda d: (d / CARD).write_text("[]"), "card.json cannot be read: it has format None"),
+        (lambda d: (d / LENGTHS).write_bytes(b"12"), "lengths.bin has 2 bytes"),
+    ],
+)
 def test_a_folder_that_does_not_fit_together_is_refused_when_opened(copy, break_it, word):
     break_it(copy)
     with pytest.raises(ShardError, match=word):
@@ -200,12 +260,19 @@ def test_a_folder_that_does_not_fit_together_is_refused_when_opened(copy, break_
 
 def test_shards_replaced_by_others_of_the_same_counts_are_refused_when_opened(tmp_path):
     documents = DOCUMENTS[:60]
-    changed = [np.concatenate([d[:1], (d[1:-1] + 1) % 59, d[-1:]]) for d in documents]      # same lengths, other words
-    old, new = (write_source(tmp_path / n / "train", docs) for n, docs in (("old", documents), ("new", changed)))
+    changed = [
+        np.concatenate([d[:1], (d[1:-1] + 1) % 59, d[-1:]]) for d in documents
+    ]  # same lengths, other words
+    old, new = (
+        write_source(tmp_path / n / "train", docs)
+        for n, docs in (("old", documents), ("new", changed))
+    )
     assert (old / LENGTHS).read_bytes() == (new / LENGTHS).read_bytes()
     for path in [*new.glob("*.mds"), new / INDEX]:
         shutil.copy(path, old)
-    with pytest.raises(ShardError, match=rf"{old}/index\.json has SHA-256 \w{{12}}, card\.json beside it tells of"):
+    with pytest.raises(
+        ShardError, match=rf"{old}/index\.json has SHA-256 \w{{12}}, card\.json beside it tells of"
+    ):
         open_source(old, name="web")
     cards = [json.loads((d / CARD).read_text()) for d in (old, new)]
     assert {k for k in cards[0] if cards[0][k] != cards[1][k]} == {"source", "index_sha256"}
@@ -219,20 +286,28 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
 def test_tokens_are_counted(folder):
     source = open_source(folder, name="web")
     assert (token_counts(source, 64) == np.bincount(np.concatenate(DOCUMENTS), minlength=64)).all()
-    assert (token_counts(source, 80, documents=3) == np.bincount(np.concatenate(DOCUMENTS[:3]), minlength=80)).all()
+    assert (
+        token_counts(source, 80, documents=3)
+        == np.bincount(np.concatenate(DOCUMENTS[:3]), minlength=80)
+    ).all()
 
 
 def test_an_id_beyond_the_vocabulary_is_named_with_its_document_when_tokens_are_counted(tmp_path):
     documents = [*DOCUMENTS[:50], np.array([60, 64, 3, 61])]
     source = open_source(write_source(tmp_path / "train", documents), name="web")
     assert token_counts(source, 65)[64] == 1
-    with pytest.raises(ShardError, match=r"source web: document 50, in .*train/shard\.00000\.mds, has the id 64, "
-                                         r"beyond the vocabulary of 64\. Check with data-prep verify .*train, and copy"):
+    with pytest.raises(
+        ShardError,
+        match=r"source web: document 50, in .*train/shard\.00000\.mds, has the id 64, "
+        r"beyond the vocabulary of 64\. Check with data-prep verify .*train, and copy",
+    ):
         token_counts(source, 64)
 
 
 def test_a_vocabulary_that_does_not_fit_the_model_is_refused(folder):
     card = open_source(folder, name="web").card
     check_fits(card, vocab_size=64, where="data/web")
-    with pytest.raises(ShardError, match="data/web was made with a vocabulary of 64, the model has 63. Set"):
+    with pytest.raises(
+        ShardError, match="data/web was made with a vocabulary of 64, the model has 63. Set"
+    ):
         check_fits(card, vocab_size=63, where="data/web")

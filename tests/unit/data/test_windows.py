@@ -17,9 +17,19 @@ def planned(name, lengths, *, documents_per_shard=10):
     return memory_source.planned(name, lengths, shards=-(-len(lengths) // documents_per_shard))
 
 
-def windows_of(sources, *, weights=None, cap=32, row_tokens=64, window_documents=20, seed=1, phase=0, lanes=1):
-    return Windows(sources=sources, weights=weights or [1.0] * len(sources), seed=seed, phase=phase, lanes=lanes,
-                   max_tokens_per_document=cap, row_tokens=row_tokens, window_documents=window_documents)
+def windows_of(
+    sources, *, weights=None, cap=32, row_tokens=64, window_documents=20, seed=1, phase=0, lanes=1
+):
+    return Windows(
+        sources=sources,
+        weights=weights or [1.0] * len(sources),
+        seed=seed,
+        phase=phase,
+        lanes=lanes,
+        max_tokens_per_document=cap,
+        row_tokens=row_tokens,
+        window_documents=window_documents,
+    )
 
 
 def random_lengths(count, longest, seed=0):
@@ -29,7 +39,7 @@ def random_lengths(count, longest, seed=0):
 def test_a_document_is_cut_as_drawn_in_the_first_lines():
     pieces = cut(0, np.array([5]), np.array([9]), 6)
     assert pieces.pieces_P4.tolist() == [[0, 5, 0, 4], [0, 5, 4, 9]]
-    assert pieces.tokens_P.tolist() == [5, 6]       # C a b c S' and C' d e f g S
+    assert pieces.tokens_P.tolist() == [5, 6]  # C a b c S' and C' d e f g S
 
 
 @pytest.mark.parametrize("cap", [3, 4, 7, 32])
@@ -37,7 +47,12 @@ def test_pieces_cover_every_token_once_and_differ_by_one(cap):
     for length in range(1, 100):
         pieces = cut(2, np.array([8]), np.array([length]), cap)
         starts, ends = pieces.pieces_P4[:, 2], pieces.pieces_P4[:, 3]
-        assert starts[0] == 0 and ends[-1] == length and (starts[1:] == ends[:-1]).all() and (starts < ends).all()
+        assert (
+            starts[0] == 0
+            and ends[-1] == length
+            and (starts[1:] == ends[:-1]).all()
+            and (starts < ends).all()
+        )
         assert (pieces.tokens_P <= cap).all()
         assert pieces.tokens_P.max() - pieces.tokens_P.min() <= 1
         assert len(pieces.tokens_P) == (1 if length <= cap else -(-(length - 2) // (cap - 2)))
@@ -45,7 +60,9 @@ def test_pieces_cover_every_token_once_and_differ_by_one(cap):
 
 def test_one_epoch_of_windows_holds_every_stored_token_exactly_once():
     lengths = random_lengths(200, 100)
-    plans = [windows_of([planned("web", lengths)]).plan(k) for k in range(10)]       # 10 windows of 20 documents
+    plans = [
+        windows_of([planned("web", lengths)]).plan(k) for k in range(10)
+    ]  # 10 windows of 20 documents
     seen = Counter()
     for plan in plans:
         for _, document, start, end in plan.pieces_P4.tolist():
@@ -58,25 +75,35 @@ def test_rows_hold_their_pieces_and_no_more_than_their_capacity():
     plan = windows_of([source], window_documents=300).plan(0)
     assert plan.row_starts_R1[0] == 0 and plan.row_starts_R1[-1] == len(plan.pieces_P4)
     for row in range(plan.rows):
-        tokens = sum(end - start + (start > 0) + (end < source.lengths[document])
-                     for _, document, start, end in plan.pieces(row).tolist())
+        tokens = sum(
+            end - start + (start > 0) + (end < source.lengths[document])
+            for _, document, start, end in plan.pieces(row).tolist()
+        )
         assert tokens == plan.tokens_R[row] <= 64
 
 
 def test_weights_are_shares_of_tokens():
     # a: mean 10 tokens, b: mean 40; equal tokens need four documents of a to one of b
     sources = [planned("a", [10] * 50), planned("b", [40] * 50)]
-    assert documents_per_window([s.card for s in sources], [1.0, 1.0], 20) == [Fraction(16), Fraction(4)]
+    assert documents_per_window([s.card for s in sources], [1.0, 1.0], 20) == [
+        Fraction(16),
+        Fraction(4),
+    ]
     windows = windows_of(sources, weights=[3.0, 1.0], cap=64, window_documents=20)
     drawn = np.array(windows.documents_before(1000)) * [10, 40]
     assert abs(drawn[0] / drawn.sum() - 0.75) < 0.001
 
 
 def test_documents_before_a_window_are_exact_at_window_one_billion():
-    windows = windows_of([planned("a", [10] * 7), planned("b", [13] * 11), planned("c", [17] * 13)],
-                         weights=[0.3, 0.1, 0.6], window_documents=20)
+    windows = windows_of(
+        [planned("a", [10] * 7), planned("b", [13] * 11), planned("c", [17] * 13)],
+        weights=[0.3, 0.1, 0.6],
+        window_documents=20,
+    )
     for k in (0, 1, 10**9, 10**9 + 1):
-        for before, after in zip(windows.documents_before(k), windows.documents_before(k + 1), strict=True):
+        for before, after in zip(
+            windows.documents_before(k), windows.documents_before(k + 1), strict=True
+        ):
             assert 0 <= after - before <= 20
         assert abs(sum(windows.documents_before(k)) - 20 * k) <= 3
     shares = documents_per_window([s.card for s in windows._sources], [0.3, 0.1, 0.6], 20)
@@ -93,7 +120,10 @@ def test_window_one_billion_is_planned_without_those_before():
 
 
 def test_sources_of_a_window_follow_their_share_and_every_document_comes_once_an_epoch():
-    sources = [planned("a", random_lengths(60, 30, seed=1)), planned("b", random_lengths(30, 60, seed=2))]
+    sources = [
+        planned("a", random_lengths(60, 30, seed=1)),
+        planned("b", random_lengths(30, 60, seed=2)),
+    ]
     windows = windows_of(sources, weights=[1.0, 2.0], window_documents=12)
     seen = [Counter(), Counter()]
     k = 0
@@ -105,9 +135,15 @@ def test_sources_of_a_window_follow_their_share_and_every_document_comes_once_an
     for s in (0, 1):
         epochs, rest = divmod(taken[s], sources[s].card.documents)
         assert sum(seen[s].values()) == taken[s]
-        assert sorted(Counter(seen[s][d] for d in range(sources[s].card.documents)).items()) == sorted(
-            Counter({epochs: sources[s].card.documents - rest, epochs + 1: rest} if rest else
-                    {epochs: sources[s].card.documents}).items())
+        assert sorted(
+            Counter(seen[s][d] for d in range(sources[s].card.documents)).items()
+        ) == sorted(
+            Counter(
+                {epochs: sources[s].card.documents - rest, epochs + 1: rest}
+                if rest
+                else {epochs: sources[s].card.documents}
+            ).items()
+        )
 
 
 def test_rows_are_shuffled_and_each_phase_by_its_own_chance():
@@ -124,8 +160,15 @@ def test_a_window_of_less_than_one_document_may_be_empty():
     assert [windows.plan(k).rows for k in range(4)] == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("weights, word", [([1.0], "2 sources with 1 weights"), ([1.0, 0.0], "weight 0.0 of source b"),
-                                           ([1.0, float("nan")], "weight nan"), ([1.0, float("inf")], "weight inf")])
+@pytest.mark.parametrize(
+    "weights, word",
+    [
+        ([1.0], "2 sources with 1 weights"),
+        ([1.0, 0.0], "weight 0.0 of source b"),
+        ([1.0, float("nan")], "weight nan"),
+        ([1.0, float("inf")], "weight inf"),
+    ],
+)
 def test_weights_that_make_no_sense_are_refused(weights, word):
     with pytest.raises(ConfigError, match=word):
         documents_per_window([planned("a", [10]).card, planned("b", [10]).card], weights, 20)
@@ -134,37 +177,64 @@ def test_weights_that_make_no_sense_are_refused(weights, word):
 def test_more_lanes_than_shards_of_a_source_are_refused():
     sources = [planned("a", [10] * 60), planned("b", [10] * 20)]
     assert windows_of(sources, lanes=2).plan(0, lane=1).rows > 0
-    with pytest.raises(ConfigError, match="source b has 2 shards for 3 lanes; needed: a shard for each. Set data.lanes to 2"):
+    with pytest.raises(
+        ConfigError,
+        match="source b has 2 shards for 3 lanes; needed: a shard for each. Set data.lanes to 2",
+    ):
         windows_of(sources, lanes=3)
 
 
 def test_lanes_of_unequal_documents_are_refused():
-    with pytest.raises(ConfigError, match="a has 9 shards, which make 8 lanes of 100 to 200 documents; needed: at most 5%"):
+    with pytest.raises(
+        ConfigError,
+        match="a has 9 shards, which make 8 lanes of 100 to 200 documents; needed: at most 5%",
+    ):
         windows_of([planned("a", [10] * 900, documents_per_shard=100)], lanes=8)
     shards_of_lanes("a", np.array([95, 100]), 2)
-    with pytest.raises(ConfigError, match="94 to 100 documents.*Set data.lanes lower, or prepare smaller shards"):
+    with pytest.raises(
+        ConfigError, match="94 to 100 documents.*Set data.lanes lower, or prepare smaller shards"
+    ):
         shards_of_lanes("a", np.array([94, 100]), 2)
 
 
 def test_epochs_are_those_of_the_lane_that_repeats_most():
     # 20 documents a window; lanes of 25 documents
-    assert windows_of([planned("a", [10] * 50, documents_per_shard=25)], lanes=2).epochs_before([2, 3]) == {"a": 60 / 25}
+    assert windows_of([planned("a", [10] * 50, documents_per_shard=25)], lanes=2).epochs_before(
+        [2, 3]
+    ) == {"a": 60 / 25}
     # lanes of 49 and 48 documents, at the same window
-    assert windows_of([planned("a", [10] * 97, documents_per_shard=49)], lanes=2).epochs_before([12, 12]) == {"a": 240 / 48}
+    assert windows_of([planned("a", [10] * 97, documents_per_shard=49)], lanes=2).epochs_before(
+        [12, 12]
+    ) == {"a": 240 / 48}
 
 
 def test_what_is_left_out_leaves_its_rows_and_moves_nothing_else():
     from tests.helpers.memory_source import planned
 
     source = planned("web", np.random.default_rng(0).integers(3, 60, 200).tolist(), shards=5)
-    whole, without = (Windows(sources=[source], weights=[1.0], seed=1, phase=0, max_tokens_per_document=32, row_tokens=64,
-                              window_documents=50, left_out=left_out) for left_out in ((), ((0, 1), (0, 4))))
+    whole, without = (
+        Windows(
+            sources=[source],
+            weights=[1.0],
+            seed=1,
+            phase=0,
+            max_tokens_per_document=32,
+            row_tokens=64,
+            window_documents=50,
+            left_out=left_out,
+        )
+        for left_out in ((), ((0, 1), (0, 4)))
+    )
     for window in range(5):
         old, new = whole.plan(window), without.plan(window)
         assert new.rows == old.rows
         for row in range(old.rows):
             kept = [p for p in old.pieces(row).tolist() if p[1] // 40 not in (1, 4)]
             assert new.pieces(row).tolist() == kept
-            tokens = sum(end - start + (start > 0) + (end < source.lengths[d]) for _, d, start, end in kept)
+            tokens = sum(
+                end - start + (start > 0) + (end < source.lengths[d]) for _, d, start, end in kept
+            )
             assert new.tokens_R[row] == tokens
-    assert without.shards(0, 9, at_most=9)[0] == [s for s in whole.shards(0, 9, at_most=9)[0] if s not in (1, 4)]
+    assert without.shards(0, 9, at_most=9)[0] == [
+        s for s in whole.shards(0, 9, at_most=9)[0] if s not in (1, 4)
+    ]

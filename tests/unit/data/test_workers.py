@@ -34,15 +34,33 @@ class Failing:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("web") / "train", random_documents(100), shard_bytes=1 << 11)
+    return write_source(
+        tmp_path_factory.mktemp("web") / "train", random_documents(100), shard_bytes=1 << 11
+    )
 
 
 def loader_of(folder, *, workers, masker=None):
     source = open_source(folder, name="web")
-    return Loader(sources=[source], weights=[1.0], seed=1, phase=0, max_tokens_per_document=32, row_tokens=64,
-                  window_documents=16, pad_id=62, cls_id=60, sep_id=61, rank=0, world_size=1, micro_batch_rows=2,
-                  masker=masker or build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
-                  rows_at=lambda tokens: 3 + tokens // 1000, start=DataPosition(), static_shapes=False, workers=workers)
+    return Loader(
+        sources=[source],
+        weights=[1.0],
+        seed=1,
+        phase=0,
+        max_tokens_per_document=32,
+        row_tokens=64,
+        window_documents=16,
+        pad_id=62,
+        cls_id=60,
+        sep_id=61,
+        rank=0,
+        world_size=1,
+        micro_batch_rows=2,
+        masker=masker or build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
+        rows_at=lambda tokens: 3 + tokens // 1000,
+        start=DataPosition(),
+        static_shapes=False,
+        workers=workers,
+    )
 
 
 def pids_of(loader):
@@ -73,16 +91,23 @@ def test_workers_make_the_steps_that_one_process_makes_and_leave_when_closed(fol
         pids = pids_of(loader)
         assert len(pids) == 2 and all(map(alive, pids)) and os.getpid() not in pids
     assert gone_within(pids, 5)
-    assert [(s.row_hash, s.tokens, s.end) for s in made] == [(s.row_hash, s.tokens, s.end) for s in expected]
+    assert [(s.row_hash, s.tokens, s.end) for s in made] == [
+        (s.row_hash, s.tokens, s.end) for s in expected
+    ]
     for one, other in zip(made, expected, strict=True):
         for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
-            assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-                       for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+            assert all(
+                torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+                for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+            )
 
 
 def test_a_fault_in_a_worker_comes_home_with_its_traceback(folder):
     with loader_of(folder, workers=1, masker=Failing()) as loader:
-        with pytest.raises(ZeroDivisionError, match=r"(?s)Original Traceback.*assembly\.py.*a fault in the objective"):
+        with pytest.raises(
+            ZeroDivisionError,
+            match=r"(?s)Original Traceback.*assembly\.py.*a fault in the objective",
+        ):
             loader.next_step()
         pids = pids_of(loader)
     assert gone_within(pids, 5)
@@ -94,8 +119,10 @@ def test_a_users_mistake_comes_home_as_one_line(folder, tmp_path):
         for path in folder.glob("*.mds"):
             path.rename(moved / path.name)
         try:
-            with pytest.raises(ShardError, match=r"^\S+\.mds is missing, but index.json tells of it\. [^\n]*$"):
-                for _ in range(100):        # what was open before stays readable
+            with pytest.raises(
+                ShardError, match=r"^\S+\.mds is missing, but index.json tells of it\. [^\n]*$"
+            ):
+                for _ in range(100):  # what was open before stays readable
                     loader.next_step()
         finally:
             for path in moved.glob("*.mds"):
@@ -103,11 +130,15 @@ def test_a_users_mistake_comes_home_as_one_line(folder, tmp_path):
 
 
 def test_a_killed_worker_is_noticed(folder, monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)      # torch looks every 5 s
+    monkeypatch.setattr(
+        torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5
+    )  # torch looks every 5 s
     with loader_of(folder, workers=1) as loader:
         loader.next_step()
         os.kill(pids_of(loader)[0], signal.SIGKILL)
-        with pytest.raises(PassingError, match="a loader worker was killed from outside.*Start again"):
+        with pytest.raises(
+            PassingError, match="a loader worker was killed from outside.*Start again"
+        ):
             for _ in range(100):
                 loader.next_step()
 
@@ -122,7 +153,9 @@ def test_signals_to_the_whole_process_group_do_not_end_the_workers(folder):
                 os.kill(target, number)
         for _ in range(30):
             loader.next_step()
-        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())      # the main process still hears
+        assert signal.SIGTERM not in signal.pthread_sigmask(
+            signal.SIG_BLOCK, ()
+        )  # the main process still hears
     assert gone_within([pid], 5)
 
 
@@ -140,13 +173,15 @@ if __name__ == "__main__":
 
 
 def test_workers_end_with_a_main_process_that_never_closed_the_loader(folder, tmp_path):
-    ends = {3: "raise SystemExit(3)", -9: "os.kill(os.getpid(), 9)"}      # by the exit code
+    ends = {3: "raise SystemExit(3)", -9: "os.kill(os.getpid(), 9)"}  # by the exit code
     started = {}
-    for code, end in ends.items():      # side by side: each takes seconds to import torch
+    for code, end in ends.items():  # side by side: each takes seconds to import torch
         script = tmp_path / f"main{code}.py"
         script.write_text(MAIN.format(root=str(ROOT), folder=str(folder), end=end))
-        started[code] = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+        started[code] = subprocess.Popen(
+            [sys.executable, str(script)], stdout=subprocess.PIPE, text=True
+        )
     for code, process in started.items():
-        out, _ = process.communicate(timeout=60)      # ends when nobody holds the pipe any more
+        out, _ = process.communicate(timeout=60)  # ends when nobody holds the pipe any more
         assert process.returncode == code
         assert gone_within([int(p) for p in out.split()], 10)

@@ -18,8 +18,15 @@ from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import mlm_loss
 from tests.helpers.packed import packed
 
-CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-                          window_radius_tokens=6, attention_output_dropout=0.1)
+CONFIG = ModernBertConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    window_radius_tokens=6,
+    attention_output_dropout=0.1,
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SCALE = 0.37
 
@@ -38,7 +45,9 @@ def _terms_of(model, z_loss_weight, some):
 
 
 def batch(seed: int = 0, device: str = "cpu"):
-    if device == "cuda":        # as in training: torch's embedding has another backward above 3,072 tokens, a loss piece is 2,048
+    if (
+        device == "cuda"
+    ):  # as in training: torch's embedding has another backward above 3,072 tokens, a loss piece is 2,048
         return packed([3000, 1, 500, 1200, 35], vocab=96, seed=seed, predict=3000).to(device)
     return packed([30, 1, 50, 12, 35], vocab=96, seed=seed).to(device)
 
@@ -51,7 +60,9 @@ def step(model, some):
 
 def assert_same_gradients(ours, judge, *, within):
     for (name, p), q in zip(ours.named_parameters(), judge.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, rtol=within, atol=within * q.grad.abs().max().item()), name
+        assert torch.allclose(
+            p.grad, q.grad, rtol=within, atol=within * q.grad.abs().max().item()
+        ), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -60,14 +71,14 @@ def test_micro_steps_add_up_to_the_plain_gradients_and_follow_the_weights(device
     ours, judge = pair(device)
     context = torch.autocast(device, dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
     for _ in range(2):
-        for seed in range(3):                       # three micro-batches of one shape, added up in .grad
+        for seed in range(3):  # three micro-batches of one shape, added up in .grad
             with context:
                 a, b = step(ours, batch(seed, device)), step(judge, batch(seed, device))
             assert a.total.item() == pytest.approx(b.total.item(), rel=1e-2 if autocast else 1e-6)
             assert a.sum.item() == pytest.approx(b.sum.item(), rel=1e-2 if autocast else 1e-6)
             assert int(a.count) == int(b.count) > 0
         assert_same_gradients(ours, judge, within=2e-2 if autocast else 1e-5)
-        for model in (ours, judge):                 # in place, as an optimizer does: the next replay sees it
+        for model in (ours, judge):  # in place, as an optimizer does: the next replay sees it
             with torch.no_grad():
                 for p in model.parameters():
                     p.mul_(0.7)
@@ -116,7 +127,10 @@ def test_whatever_a_graph_is_bound_to_captures_another_and_nothing_else_does(dev
     assert captures_after(some=packed([60, 1, 66], vocab=96)) == 2
     assert captures_after(some=replace(batch(0), max_seqlen=64)) == 3
     assert captures_after() == 4
-    assert captures_after(lambda m: m.set_phase_({"global_rope_theta": 5e3, "local_rope_theta": 1e3})) == 5
+    assert (
+        captures_after(lambda m: m.set_phase_({"global_rope_theta": 5e3, "local_rope_theta": 1e3}))
+        == 5
+    )
     assert captures_after(lambda m: m.eval()) == 6 and captures_after(lambda m: m.train()) == 7
     assert captures_after(autocast=True) == 8 and captures_after() == 9
 
@@ -127,7 +141,10 @@ def test_whatever_a_graph_is_bound_to_captures_another_and_nothing_else_does(dev
     assert captures_after(moved) == 10 and captures_after() == 10
     with torch.no_grad():
         some = batch(3).to(device)
-        assert torch.allclose(ours(some)["mlm"].total, judge(some)["mlm"].total) and ours.forward.captures == 10
+        assert (
+            torch.allclose(ours(some)["mlm"].total, judge(some)["mlm"].total)
+            and ours.forward.captures == 10
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -135,7 +152,9 @@ def test_room_for_more_documents_captures_once_and_a_micro_batch_of_fewer_runs_i
     ours, judge = pair(device)
     lengths, captures = ([30, 1, 50, 12, 35], [64, 64], [32] * 4, [128], [16] * 8, [60, 1, 67]), []
     for seed, documents in enumerate(lengths):
-        some = replace(packed(documents, vocab=96, seed=seed, predict=40), max_seqlen=128).to(device)
+        some = replace(packed(documents, vocab=96, seed=seed, predict=40), max_seqlen=128).to(
+            device
+        )
         for model in (ours, judge):
             model.zero_grad()
             step(model, some)
@@ -150,7 +169,7 @@ def test_a_loss_that_is_kept_does_not_keep_the_memory_of_a_graph_that_is_gone():
     kept = step(ours, batch(0))
     gone = weakref.ref(ours.forward._graph)
     step(ours, packed([60, 1, 66], vocab=96))
-    gc.collect()                    # of the CPU's stand-in for a graph, which knows itself
+    gc.collect()  # of the CPU's stand-in for a graph, which knows itself
     assert kept.total.isfinite() and ours.forward.captures == 2 and gone() is None
 
 
@@ -163,5 +182,7 @@ def test_a_backward_whose_gradients_are_gone_is_refused():
 
 @pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"activation_checkpointing": "blocks"}])
 def test_where_a_micro_step_is_taken_apart_a_graph_is_refused(settings):
-    with pytest.raises(ConfigError, match="graphs micro_step with zero_stage 3 or activation_checkpointing"):
+    with pytest.raises(
+        ConfigError, match="graphs micro_step with zero_stage 3 or activation_checkpointing"
+    ):
         EngineConfig(graphs="micro_step", **settings)

@@ -51,10 +51,20 @@ def test_copies_are_a_batch_ahead_and_wait_for_the_kernels_before_the_last(monke
     for number in on_device([Batch(i) for i in range(3)], CUDA):
         log.append(f"compute {number}")
         kernels.put += 1
-    assert log == ["copies waits for kernels 0", "copy 0",
-                   "copies waits for kernels 0", "copy 1", "kernels waits for copies 1", "compute 0",
-                   "copies waits for kernels 1", "copy 2", "kernels waits for copies 2", "compute 1",
-                   "kernels waits for copies 3", "compute 2"]
+    assert log == [
+        "copies waits for kernels 0",
+        "copy 0",
+        "copies waits for kernels 0",
+        "copy 1",
+        "kernels waits for copies 1",
+        "compute 0",
+        "copies waits for kernels 1",
+        "copy 2",
+        "kernels waits for copies 2",
+        "compute 1",
+        "kernels waits for copies 3",
+        "compute 2",
+    ]
     assert list(on_device([], CUDA)) == []
 
 
@@ -62,11 +72,18 @@ def test_copies_are_a_batch_ahead_and_wait_for_the_kernels_before_the_last(monke
 def test_every_batch_arrives_whole_whatever_is_copied_meanwhile(device):
     batches = [packed([3000, 1, 500], vocab=96, seed=i) for i in range(12)]
     if device == "cuda":
-        batches = [replace(b, **{k: v.pin_memory() for k, v in vars(b).items() if isinstance(v, torch.Tensor)}) for b in batches]
+        batches = [
+            replace(
+                b, **{k: v.pin_memory() for k, v in vars(b).items() if isinstance(v, torch.Tensor)}
+            )
+            for b in batches
+        ]
     sums, work = [], torch.ones(2048, 2048, device=device) if device == "cuda" else torch.ones(8, 8)
     for batch in on_device(batches, torch.device(device)):
         for _ in range(20):
-            work = (work @ work).clamp(max=1.0)         # the reads below come long after the next copy was asked for
+            work = (work @ work).clamp(
+                max=1.0
+            )  # the reads below come long after the next copy was asked for
         sums.append((batch.ids_T.double() * work[0, 0]).sum() + batch.token_key_T.double().sum())
     expected = [b.ids_T.double().sum() + b.token_key_T.double().sum() for b in batches]
     assert torch.stack(sums).cpu().allclose(torch.stack(expected), rtol=1e-9)

@@ -47,19 +47,38 @@ def refused(capsys, command, *words: object) -> str:
     return said
 
 
-@pytest.mark.parametrize("command, words, said", [
-    (pretrain, ["run.yaml", "--engine.zero_stage=2"],
-     "--engine.zero_stage is unknown. Settings are given without dashes: engine.zero_stage=2. See"),
-    (pretrain, [], "the following arguments are required: RUN.yaml. See"),
-    (plan, ["run.yaml", "--rank", "2"], "--rank is unknown. Did you mean --ranks? See"),
-    (plan, ["run.yaml", "--ranks", "two"], "argument --ranks: 'two'; needed: a whole number of at least 1. See"),
-    (report, ["a", "--fast"], "--fast is unknown. Known: -h, --help, --out. See"),
-    (export_hf, ["a"], "the following arguments are required: OUT. See")])
+@pytest.mark.parametrize(
+    "command, words, said",
+    [
+        (
+            pretrain,
+            ["run.yaml", "--engine.zero_stage=2"],
+            (
+                "--engine.zero_stage is unknown. Settings are given without dashes:"
+                " engine.zero_stage=2. See"
+            ),
+        ),
+        (pretrain, [], "the following arguments are required: RUN.yaml. See"),
+        (plan, ["run.yaml", "--rank", "2"], "--rank is unknown. Did you mean --ranks? See"),
+        (
+            plan,
+            ["run.yaml", "--ranks", "two"],
+            "argument --ranks: 'two'; needed: a whole number of at least 1. See",
+        ),
+        (report, ["a", "--fast"], "--fast is unknown. Known: -h, --help, --out. See"),
+        (export_hf, ["a"], "the following arguments are required: OUT. See"),
+    ],
+)
 def test_a_wrong_option_is_one_line_and_names_its_neighbour(command, words, said, capsys):
     with pytest.raises(SystemExit) as left:
         command.main(words)
     line = capsys.readouterr().err
-    assert left.value.code == 2 and line.startswith(f"error: {said} ") and line.endswith(" --help.\n") and line.count("\n") == 1
+    assert (
+        left.value.code == 2
+        and line.startswith(f"error: {said} ")
+        and line.endswith(" --help.\n")
+        and line.count("\n") == 1
+    )
 
 
 def test_a_missing_run_file_names_its_neighbour(tmp_path, source, capsys):
@@ -83,8 +102,13 @@ def test_a_vocabulary_that_does_not_fit_the_card(tmp_path, source, capsys):
 
 
 def test_cuda_graphs_on_a_cpu(tmp_path, source, capsys):
-    said = refused(capsys, pretrain, run_file(tmp_path, source), "device=cpu", "engine.graphs=micro_step")
-    assert "engine.graphs is micro_step and the device a CPU" in said and not (tmp_path / "run").exists()
+    said = refused(
+        capsys, pretrain, run_file(tmp_path, source), "device=cpu", "engine.graphs=micro_step"
+    )
+    assert (
+        "engine.graphs is micro_step and the device a CPU" in said
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_damaged_card(tmp_path, source, capsys):
@@ -121,19 +145,27 @@ def test_a_misspelt_key_and_a_batch_that_is_no_whole_number_of_rows(tmp_path, so
 def test_a_run_folder_of_another_run_names_the_setting_that_changed(tmp_path, source, capsys):
     from encoder.base.schema import to_yaml
     from encoder.runs.config import read_run
+
     path = run_file(tmp_path, source)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "run.yaml").write_text(to_yaml(read_run(path)))
     said = refused(capsys, pretrain, path, "model.hidden_size=128", "model.num_attention_heads=2")
-    assert "model.hidden_size was 64, now 128 (also model.num_attention_heads)" in said and "out=ANOTHER_FOLDER" in said
+    assert (
+        "model.hidden_size was 64, now 128 (also model.num_attention_heads)" in said
+        and "out=ANOTHER_FOLDER" in said
+    )
 
 
 def test_the_other_commands_refuse_what_is_not_there(tmp_path, source, capsys):
     assert "does not exist" in refused(capsys, export_hf, tmp_path / "no", tmp_path / "hf")
     (tmp_path / "run").mkdir()
-    assert "is empty; needed: a run folder" in refused(capsys, export_hf, tmp_path / "run", tmp_path / "hf")
+    assert "is empty; needed: a run folder" in refused(
+        capsys, export_hf, tmp_path / "run", tmp_path / "hf"
+    )
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    assert "holds no checkpoint yet" in refused(capsys, export_hf, tmp_path / "begun", tmp_path / "hf")
+    assert "holds no checkpoint yet" in refused(
+        capsys, export_hf, tmp_path / "begun", tmp_path / "hf"
+    )
     assert "has begun" in refused(capsys, report, tmp_path / "run")
     assert "no config.json" in refused(capsys, fill_mask, tmp_path / "run", "a [MASK]")
     (tmp_path / "run" / "config.json").write_text("{}")
@@ -144,14 +176,20 @@ def test_an_import_that_cannot_be_leaves_no_folder(tmp_path, capsys):
     out, bert = tmp_path / "weights", tmp_path / "bert"
     bert.mkdir()
     write_json(bert / "config.json", {"model_type": "bert", "architectures": ["BertForMaskedLM"]})
-    assert "is of a BertForMaskedLM; needed: ModernBertForMaskedLM" in refused(capsys, import_hf, bert, out)
+    assert "is of a BertForMaskedLM; needed: ModernBertForMaskedLM" in refused(
+        capsys, import_hf, bert, out
+    )
     assert "is of a BertForMaskedLM" in refused(capsys, export_hf, bert, tmp_path / "hf")
-    assert "--heads has no effect on a folder" in refused(capsys, import_hf, bert, out, "--heads", 2)
+    assert "--heads has no effect on a folder" in refused(
+        capsys, import_hf, bert, out, "--heads", 2
+    )
     assert "has no config.json" in refused(capsys, import_hf, tmp_path, out)
     assert "does not exist" in refused(capsys, import_hf, tmp_path / "no.pt", out)
     (tmp_path / "a.pt").write_text("text")
     assert "a.pt cannot be read" in refused(capsys, import_hf, tmp_path / "a.pt", out)
-    assert "a.pt cannot be read" in refused(capsys, import_hf, tmp_path / "a.pt", out, "--global-rope-theta", 1e4)
+    assert "a.pt cannot be read" in refused(
+        capsys, import_hf, tmp_path / "a.pt", out, "--global-rope-theta", 1e4
+    )
     write_json(bert / "config.json", {"model_type": "modernbert", "local_rope_theta": -1})
     assert "local_rope_theta is -1; needed: above 0" in refused(capsys, import_hf, bert, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "bert"]
@@ -163,12 +201,32 @@ def test_an_import_takes_a_flexbert_file_with_a_tokenizer(tmp_path, capsys):
     from encoder.models.stored import read_stored
     from tests.helpers.hf import stored, write_tokenizer_json
     from tests.unit.models.test_hf_import import flexbert
+
     torch.save(flexbert(stored().weights), tmp_path / "a.pt")
-    words = [tmp_path / "a.pt", tmp_path / "weights", "--global-rope-theta", 1e4, "--heads", 2, "--tokenizer"]
-    assert "cannot be used as a tokenizer.json" in refused(capsys, import_hf, *words, tmp_path / "a.pt")
+    words = [
+        tmp_path / "a.pt",
+        tmp_path / "weights",
+        "--global-rope-theta",
+        1e4,
+        "--heads",
+        2,
+        "--tokenizer",
+    ]
+    assert "cannot be used as a tokenizer.json" in refused(
+        capsys, import_hf, *words, tmp_path / "a.pt"
+    )
     assert not (tmp_path / "weights").exists()
-    assert import_hf.main([str(w) for w in (*words, write_tokenizer_json(tmp_path / "tokenizer.json"))]) == 0
-    assert "4 layers of 32, 2 heads, vocabulary 280, RoPE theta 10,000, of local layers 10,000" in capsys.readouterr().out
+    assert (
+        import_hf.main(
+            [str(w) for w in (*words, write_tokenizer_json(tmp_path / "tokenizer.json"))]
+        )
+        == 0
+    )
+    assert (
+        "4 layers of 32, 2 heads, vocabulary 280, RoPE theta 10,000, of local layers 10,000"
+        in capsys.readouterr().out
+    )
     assert read_stored(tmp_path / "weights").tokenizer_json is not None
-    assert "is not empty and holds no origin.json" in refused(capsys, import_hf, tmp_path / "a.pt", tmp_path,
-                                                              "--global-rope-theta", 1e4, "--heads", 2)
+    assert "is not empty and holds no origin.json" in refused(
+        capsys, import_hf, tmp_path / "a.pt", tmp_path, "--global-rope-theta", 1e4, "--heads", 2
+    )

@@ -16,7 +16,10 @@ from launch import demo
 from launch.shown_commands import COLUMNS, ShownCommands, folded
 from launch.smaller_demo import ROOT, RUN_FILE, preparation_settings, run_settings
 
-LONG = f"tessera fill-mask 'my demo'/hf {shlex.join(demo.QUESTIONS)} --json 'my demo'/answers.json out=$HOME"
+LONG = (
+    f"tessera fill-mask 'my demo'/hf {shlex.join(demo.QUESTIONS)} --json 'my demo'/answers.json"
+    " out=$HOME"
+)
 
 
 def test_a_long_command_is_pasted_as_several_lines_that_a_shell_takes_for_one():
@@ -31,7 +34,9 @@ def test_a_command_is_shown_then_run_in_its_folder_and_timed(tmp_path, capfd):
     shell.chapter("First", "What happens.")
     shell.run("bash -c 'echo $WORD > made'", made=tmp_path / "made")
     said = capfd.readouterr().out
-    assert said.startswith("\n1. First\nWhat happens.\n$ bash -c 'echo $WORD > made'\n(") and said.endswith("s)\n")
+    assert said.startswith(
+        "\n1. First\nWhat happens.\n$ bash -c 'echo $WORD > made'\n("
+    ) and said.endswith("s)\n")
     assert (tmp_path / "made").read_text() == "hello\n"
     shell.run("bash -c 'exit 1'", made=tmp_path / "made")
     assert "(done already: made is there)" in capfd.readouterr().out
@@ -62,7 +67,9 @@ def test_a_ledger_that_does_not_go_on_from_the_killed_one_is_refused(tmp_path):
     assert json.loads((tmp_path / "killed.json").read_text()) == {"steps": 2, "ledger": lines}
     lines[1]["batch"] = "c"
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(SystemExit, match="the ledger of the resumed run does not continue the first one's"):
+    with pytest.raises(
+        SystemExit, match="the ledger of the resumed run does not continue the first one's"
+    ):
         compare_ledgers(tmp_path, tmp_path / "killed.json")
 
 

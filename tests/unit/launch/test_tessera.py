@@ -35,7 +35,10 @@ def test_every_verb_has_a_file_that_does_it_and_an_example_in_the_help(capsys):
 
 def test_an_unknown_verb_names_the_nearest_and_ends_with_2(capsys):
     assert tessera.main(["pretrian", "run.yaml"]) == 2
-    assert capsys.readouterr().err == "error: pretrian is no verb. Did you mean pretrain? See tessera --help.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: pretrian is no verb. Did you mean pretrain? See tessera --help.\n"
+    )
     assert tessera.main(["--version"]) == 0
     assert capsys.readouterr().out == f"tessera {__version__}\n"
 
@@ -48,8 +51,18 @@ def test_a_verb_speaks_of_itself_by_its_name(capsys):
 
 
 def test_help_and_templates_take_no_torch():
-    done = subprocess.run([sys.executable, "-c", "import sys, launch.tessera as t; t.main(['--help']); t.main(['new', 'tiny']); "
-                           "t.main(['new', '--list']); sys.exit('torch' in sys.modules)"], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            (
+                "import sys, launch.tessera as t; t.main(['--help']); t.main(['new', 'tiny']); "
+                "t.main(['new', '--list']); sys.exit('torch' in sys.modules)"
+            ),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -64,34 +77,49 @@ def test_a_template_is_the_shipped_run_file_and_loads(word, capsys, tmp_path):
 
 
 def test_every_shipped_run_file_is_a_template():
-    assert sorted(new_file.RUNS.values()) == sorted(p.stem for p in (ROOT / "configs" / "pretrain").glob("*.yaml"))
+    assert sorted(new_file.RUNS.values()) == sorted(
+        p.stem for p in (ROOT / "configs" / "pretrain").glob("*.yaml")
+    )
 
 
 def test_a_template_of_a_preparation_loads(capsys, tmp_path):
     from data_prep.config import PrepareConfig
+
     for name in new_file.preparations():
         assert tessera.main(["new", "prep", name]) == 0
         (tmp_path / "prep.yaml").write_text(capsys.readouterr().out)
         assert read_settings(PrepareConfig, tmp_path / "prep.yaml").sources
 
 
-@pytest.mark.parametrize("word", ["tiny", "small", "laptop", "one-gpu", "continue", "domain", "four-domains"])
+@pytest.mark.parametrize(
+    "word", ["tiny", "small", "laptop", "one-gpu", "continue", "domain", "four-domains"]
+)
 def test_a_template_takes_the_shards_and_the_name_that_are_given(word, tmp_path):
     for split in ("train", "held_out"):
         write_source(tmp_path / "my shards" / split, random_documents(30), split=split)
     shards, file = tmp_path / "my shards" / "train", tmp_path / "run.yaml"
     words = [] if word == "tiny" else ["model={preset: modernbert_17m}"]
-    assert tessera.main(["new", word, "--data", str(shards), "--name", "mine", "--out", str(file)]) == 0
+    assert (
+        tessera.main(["new", word, "--data", str(shards), "--name", "mine", "--out", str(file)])
+        == 0
+    )
     run = read_run(file, words)
     assert {s.path for p in run.phases for s in run.sources_of(p)} == {str(shards)}
     assert [s.path for s in run.evaluation.sources] == [str(tmp_path / "my shards" / "held_out")]
     assert (run.name, run.out) == ("mine", "runs/mine")
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["smal"], "smal is no template. Did you mean small?"), ([], "no template. Needed: one of tiny"),
-    (["base", "--data", "x"], "base has other shards in other phases"), (["prep"], "prep without a name is no template"),
-    (["small", "shards/a"], "Shards are given as --data shards/a"), (["prep", "demo", "--name", "x"], "are for run files")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["smal"], "smal is no template. Did you mean small?"),
+        ([], "no template. Needed: one of tiny"),
+        (["base", "--data", "x"], "base has other shards in other phases"),
+        (["prep"], "prep without a name is no template"),
+        (["small", "shards/a"], "Shards are given as --data shards/a"),
+        (["prep", "demo", "--name", "x"], "are for run files"),
+    ],
+)
 def test_a_template_that_cannot_be_is_one_sentence(words, said, capsys):
     try:
         code = tessera.main(["new", *words])
@@ -103,4 +131,7 @@ def test_a_template_that_cannot_be_is_one_sentence(words, said, capsys):
 def test_a_template_is_never_written_over_a_file(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("mine")
     assert tessera.main(["new", "small", "--out", str(tmp_path / "run.yaml")]) == 2
-    assert "is there already" in capsys.readouterr().err and (tmp_path / "run.yaml").read_text() == "mine"
+    assert (
+        "is there already" in capsys.readouterr().err
+        and (tmp_path / "run.yaml").read_text() == "mine"
+    )

@@ -50,14 +50,21 @@ def averages():
 
 
 def write_run(folder: Path) -> None:
-    run, = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.S | re.M)
+    (run,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.S | re.M)
     write_source(folder / "shards", random_documents(80, seed=1, longest=60), vocab_size=64)
-    (folder / "averages.yaml").write_text(run.replace("shards/own_text/train", str(folder / "shards")))
+    (folder / "averages.yaml").write_text(
+        run.replace("shards/own_text/train", str(folder / "shards"))
+    )
 
 
 def train(world: World, *, folder: str, out: str, stage: int) -> None:
     page()
-    settings = [f"out={folder}/{out}", "engine.precision=fp32", f"engine.zero_stage={stage}", "loader.workers=0"]
+    settings = [
+        f"out={folder}/{out}",
+        "engine.precision=fp32",
+        f"engine.zero_stage={stage}",
+        "loader.workers=0",
+    ]
     pretrain(read_run(f"{folder}/averages.yaml", settings), world)
 
 
@@ -72,7 +79,9 @@ def test_the_family_of_the_page_trains_on_one_curve(tmp_path):
         assert read_jsonl(tmp_path / other / LEDGER) == first
         found = read_weights(newest_checkpoint(tmp_path / other / "checkpoints"))
         assert all(torch.allclose(found[n], w, rtol=1e-4, atol=1e-6) for n, w in weights.items())
-    losses = [m["loss_long"] for m in merged_metrics(tmp_path / "r1s0" / METRICS) if "loss_long" in m]
+    losses = [
+        m["loss_long"] for m in merged_metrics(tmp_path / "r1s0" / METRICS) if "loss_long" in m
+    ]
     assert losses and losses[0] != losses[-1]
 
 

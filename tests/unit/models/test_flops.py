@@ -18,15 +18,36 @@ from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import mlm_loss
 from tests.helpers.packed import packed
 
-SMALL = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=20, num_hidden_layers=4, num_attention_heads=4,
-                         window_radius_tokens=16, max_position_embeddings=64)
+SMALL = ModernBertConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=20,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    window_radius_tokens=16,
+    max_position_embeddings=64,
+)
 SETTINGS = {
     "modernbert": {},
-    "gelu, wide heads, untied": dict(mlp="gelu", attention_head_width=10, tie_word_embeddings=False),
-    "swiglu, narrow heads, only global layers": dict(mlp="swiglu", attention_head_width=4, global_attn_every_n_layers=1),
-    "bert": dict(mlp="gelu", norm_place="post", positions="learned", type_vocab_size=2, norm_bias=True, attention_bias=True,
-                 mlp_bias=True, head_bias=True),
-    "gated biases, no decoder bias": dict(attention_bias=True, mlp_bias=True, decoder_bias=False, norm="rmsnorm"),
+    "gelu, wide heads, untied": dict(
+        mlp="gelu", attention_head_width=10, tie_word_embeddings=False
+    ),
+    "swiglu, narrow heads, only global layers": dict(
+        mlp="swiglu", attention_head_width=4, global_attn_every_n_layers=1
+    ),
+    "bert": dict(
+        mlp="gelu",
+        norm_place="post",
+        positions="learned",
+        type_vocab_size=2,
+        norm_bias=True,
+        attention_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+    ),
+    "gated biases, no decoder bias": dict(
+        attention_bias=True, mlp_bias=True, decoder_bias=False, norm="rmsnorm"
+    ),
 }
 
 
@@ -54,8 +75,11 @@ def test_pairs_by_hand():
 
 def test_flops_by_hand():
     """One layer of width 2 with one head, MLP width 3, 5 words; documents of 2 and 1 tokens, one position predicted:
-    3 tokens x 2 (2 x 6 + 2 x 2 + 2 x 6 + 3 x 2) = 204; 5 pairs x 4 x 2 = 40; head 2 (2 x 2 + 2 x 5) = 28."""
-    config = ModernBertConfig(vocab_size=5, hidden_size=2, intermediate_size=3, num_hidden_layers=1, num_attention_heads=1)
+    3 tokens x 2 (2 x 6 + 2 x 2 + 2 x 6 + 3 x 2) = 204; 5 pairs x 4 x 2 = 40; head 2 (2 x 2 + 2 x 5) = 28.
+    """
+    config = ModernBertConfig(
+        vocab_size=5, hidden_size=2, intermediate_size=3, num_hidden_layers=1, num_attention_heads=1
+    )
     assert config.train_flops(lengths=[2, 1], targets={"mlm": 1}) == 3 * (204 + 40 + 28)
 
 
@@ -86,14 +110,25 @@ class WholeDocuments:
 
     def __call__(self, q_THD, k_THD, v_THD, *, local):
         out = []
-        for q, k, v in zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q_THD, k_THD, v_THD)), strict=True):
+        for q, k, v in zip(
+            *(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q_THD, k_THD, v_THD)),
+            strict=True,
+        ):
             out.append(torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v))
         return torch.cat(out, dim=1).transpose(0, 1)
 
 
 def test_flops_of_base_are_those_of_the_papers_formula():
-    base = from_mapping(ModernBertConfig, {k: v for k, v in PRESETS["modernbert_base"].items() if k != "system"})
+    base = from_mapping(
+        ModernBertConfig, {k: v for k, v in PRESETS["modernbert_base"].items() if k != "system"}
+    )
     for length, forward in ((1024, 2.75e8), (8192, 4.51e8)):
-        assert base.train_flops(lengths=[length], targets={"mlm": 0.3 * length}) == pytest.approx(3 * length * forward, rel=0.005)
+        assert base.train_flops(lengths=[length], targets={"mlm": 0.3 * length}) == pytest.approx(
+            3 * length * forward, rel=0.005
+        )
     counts = base.parameter_counts()
-    assert counts.embedding == 38_682_624 and counts.matrices + counts.norms == 110_331_648 and counts.biases == 0
+    assert (
+        counts.embedding == 38_682_624
+        and counts.matrices + counts.norms == 110_331_648
+        and counts.biases == 0
+    )

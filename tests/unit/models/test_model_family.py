@@ -14,12 +14,28 @@ from tests.helpers.packed import packed
 from tests.reference.dense import whole_vocabulary_loss
 from tests.reference.plain_encoder import plain_logits
 
-TINY = ModernBertConfig(vocab_size=60, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=3,
-                        window_radius_tokens=4, global_rope_theta=500.0, local_rope_theta=100.0, attention_output_dropout=0.0,
-                        max_position_embeddings=64)
+TINY = ModernBertConfig(
+    vocab_size=60,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    window_radius_tokens=4,
+    global_rope_theta=500.0,
+    local_rope_theta=100.0,
+    attention_output_dropout=0.0,
+    max_position_embeddings=64,
+)
 LEARNED = dict(positions="learned", global_rope_theta=1e4, local_rope_theta=1e4)
 BIASED = dict(norm_bias=True, attention_bias=True, mlp_bias=True, head_bias=True)
-BERT = dict(norm_place="post", mlp="gelu", **LEARNED, type_vocab_size=2, global_attn_every_n_layers=1, **BIASED)
+BERT = dict(
+    norm_place="post",
+    mlp="gelu",
+    **LEARNED,
+    type_vocab_size=2,
+    global_attn_every_n_layers=1,
+    **BIASED,
+)
 SETTINGS = {
     "modernbert": {},
     "swiglu": dict(mlp="swiglu"),
@@ -39,7 +55,9 @@ SETTINGS = {
 PACKINGS = [[1], [9, 1, 5, 8, 10], [1, 1, 30, 4, 3], [20, 17, 1]]
 
 
-def with_random_weights(config: ModernBertConfig, *, attention: str = "auto") -> ModernBertForMaskedLM:
+def with_random_weights(
+    config: ModernBertConfig, *, attention: str = "auto"
+) -> ModernBertForMaskedLM:
     """fp64, every parameter off its first value: zero biases and norms of one would hide a mistake."""
     model = ModernBertForMaskedLM(config, attention=attention).double()
     draw = torch.Generator().manual_seed(7)
@@ -53,13 +71,17 @@ def with_random_weights(config: ModernBertConfig, *, attention: str = "auto") ->
 @pytest.mark.parametrize("lengths", PACKINGS, ids=str)
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_loss_and_gradients_of_every_setting_equal_the_plain_reference_in_fp64(setting, lengths):
-    model = with_random_weights(replace(TINY, **setting), attention="sdpa" if len(lengths) % 2 else "tiles")
+    model = with_random_weights(
+        replace(TINY, **setting), attention="sdpa" if len(lengths) % 2 else "tiles"
+    )
     batch = packed(lengths, vocab=60, seed=len(lengths))
     found = mlm_loss(model, batch).total
     found.backward()
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.state_dict().items()}
     logits = plain_logits(weights, model.config, batch.ids_T, lengths)[batch.targets["mlm"].index_M]
-    expected = whole_vocabulary_loss(logits, torch.eye(60, dtype=torch.float64), torch.zeros(60), batch.targets["mlm"].value_M)
+    expected = whole_vocabulary_loss(
+        logits, torch.eye(60, dtype=torch.float64), torch.zeros(60), batch.targets["mlm"].value_M
+    )
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     for name, p in model.named_parameters():
@@ -78,47 +100,114 @@ def test_a_setting_changes_the_parameters_it_names_and_no_others():
     assert names(tie_word_embeddings=False) == ({"decoder.weight"}, set())
     assert names(decoder_bias=False) == (set(), {"decoder.bias"})
     assert names(**LEARNED) == ({"model.embeddings.position_embeddings.weight"}, set())
-    assert names(norm_place="post") == ({"model.layers.0.attn_norm.weight"}, {"model.final_norm.weight"})
-    assert names(mlp="swiglu") == names(norm="rmsnorm") == names(attention_head_width=4) == (set(), set())
-    shapes = {n: tuple(p.shape) for n, p in ModernBertForMaskedLM(replace(TINY, attention_head_width=10, mlp="gelu"))
-              .state_dict().items()}
-    assert shapes["model.layers.1.attn.Wqkv.weight"] == (90, 24) and shapes["model.layers.1.attn.Wo.weight"] == (24, 30)
+    assert names(norm_place="post") == (
+        {"model.layers.0.attn_norm.weight"},
+        {"model.final_norm.weight"},
+    )
+    assert (
+        names(mlp="swiglu")
+        == names(norm="rmsnorm")
+        == names(attention_head_width=4)
+        == (set(), set())
+    )
+    shapes = {
+        n: tuple(p.shape)
+        for n, p in (
+            ModernBertForMaskedLM(replace(TINY, attention_head_width=10, mlp="gelu"))
+            .state_dict()
+            .items()
+        )
+    }
+    assert shapes["model.layers.1.attn.Wqkv.weight"] == (90, 24) and shapes[
+        "model.layers.1.attn.Wo.weight"
+    ] == (24, 30)
     assert shapes["model.layers.1.mlp.Wi.weight"] == (20, 24)
 
 
-@pytest.mark.parametrize("settings, theirs", [
-    (dict(mlp="swiglu"), dict(hidden_activation="silu")),
-    (BIASED, dict(norm_bias=True, attention_bias=True, mlp_bias=True, classifier_bias=True)),
-    (dict(decoder_bias=False), dict(decoder_bias=False)),
-    (dict(tie_word_embeddings=False), dict(tie_word_embeddings=False)),
-    (dict(window_radius_tokens=16, global_attn_every_n_layers=2), dict(local_attention=32, global_attn_every_n_layers=2)),
-], ids=["swiglu", "biases", "no decoder bias", "untied", "window and period"])
+@pytest.mark.parametrize(
+    "settings, theirs",
+    [
+        (dict(mlp="swiglu"), dict(hidden_activation="silu")),
+        (BIASED, dict(norm_bias=True, attention_bias=True, mlp_bias=True, classifier_bias=True)),
+        (dict(decoder_bias=False), dict(decoder_bias=False)),
+        (dict(tie_word_embeddings=False), dict(tie_word_embeddings=False)),
+        (
+            dict(window_radius_tokens=16, global_attn_every_n_layers=2),
+            dict(local_attention=32, global_attn_every_n_layers=2),
+        ),
+    ],
+    ids=["swiglu", "biases", "no decoder bias", "untied", "window and period"],
+)
 def test_what_transformers_modernbert_can_be_told_gives_its_logits(settings, theirs):
     transformers = pytest.importorskip("transformers")
-    config = replace(TINY, **{"window_radius_tokens": 64, "max_position_embeddings": 256, **settings})
-    other = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(
-        vocab_size=60, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=3,
-        global_rope_theta=500.0, local_rope_theta=100.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
-        sep_token_id=2, attn_implementation="eager", reference_compile=False, **theirs)).eval()
+    config = replace(
+        TINY, **{"window_radius_tokens": 64, "max_position_embeddings": 256, **settings}
+    )
+    other = transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(
+            vocab_size=60,
+            hidden_size=24,
+            intermediate_size=20,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            global_rope_theta=500.0,
+            local_rope_theta=100.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+            attn_implementation="eager",
+            reference_compile=False,
+            **theirs,
+        )
+    ).eval()
     assert_same_logits(config, other, lambda name: name, lengths=[1, 127, 128, 129, 130, 140])
 
 
 def test_bert_is_a_matter_of_settings():
     transformers = pytest.importorskip("transformers")
-    other = transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=60, hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=20,
-        max_position_embeddings=64, type_vocab_size=2, layer_norm_eps=1e-12, pad_token_id=0)).eval()
-    assert_same_logits(replace(TINY, **BERT, norm_eps=1e-12), other, name_in_bert, lengths=[1, 20, 64])
+    other = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=60,
+            hidden_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            intermediate_size=20,
+            max_position_embeddings=64,
+            type_vocab_size=2,
+            layer_norm_eps=1e-12,
+            pad_token_id=0,
+        )
+    ).eval()
+    assert_same_logits(
+        replace(TINY, **BERT, norm_eps=1e-12), other, name_in_bert, lengths=[1, 20, 64]
+    )
 
 
 def test_roberta_is_a_matter_of_settings():
     transformers = pytest.importorskip("transformers")
-    other = transformers.RobertaForMaskedLM(transformers.RobertaConfig(
-        vocab_size=60, hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=20,
-        max_position_embeddings=66, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1)).eval()
+    other = transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(
+            vocab_size=60,
+            hidden_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            intermediate_size=20,
+            max_position_embeddings=66,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+            pad_token_id=1,
+        )
+    ).eval()
     # its table begins at pad_token_id + 1: two rows that no token meets
-    assert_same_logits(replace(TINY, **{**BERT, "type_vocab_size": 1}), other, name_in_roberta, lengths=[1, 20, 64],
-                       skip_positions=2)
+    assert_same_logits(
+        replace(TINY, **{**BERT, "type_vocab_size": 1}),
+        other,
+        name_in_roberta,
+        lengths=[1, 20, 64],
+        skip_positions=2,
+    )
 
 
 def assert_same_logits(config, other, name_of, *, lengths, skip_positions=0) -> None:
@@ -133,16 +222,26 @@ def assert_same_logits(config, other, name_of, *, lengths, skip_positions=0) -> 
         for their_name, part in zip(names, value.chunk(len(names)), strict=True):
             assert theirs[their_name].shape == part.shape, their_name
             theirs[their_name], _ = part, filled.add(their_name)
-    tied = {n for n in theirs if n.endswith(("decoder.weight", "decoder.bias"))} if config.tie_word_embeddings else set()
-    assert {n for n in theirs if "position_ids" not in n and "token_type_ids" not in n} - filled <= tied
+    tied = (
+        {n for n in theirs if n.endswith(("decoder.weight", "decoder.bias"))}
+        if config.tie_word_embeddings
+        else set()
+    )
+    assert {
+        n for n in theirs if "position_ids" not in n and "token_type_ids" not in n
+    } - filled <= tied
     other.load_state_dict(theirs)
     other.tie_weights()
     batch = packed(lengths, vocab=60)
     # transformers reads the pad id as padding even where the mask says otherwise (RoBERTa's positions): leave it out
     batch = replace(batch, ids_T=batch.ids_T.clamp(min=3))
     with torch.no_grad():
-        for ids, found in zip(batch.ids_T.split(lengths), ours.logits(batch).split(lengths), strict=True):
-            expected = other(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
+        for ids, found in zip(
+            batch.ids_T.split(lengths), ours.logits(batch).split(lengths), strict=True
+        ):
+            expected = other(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[
+                0
+            ]
             assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -150,12 +249,20 @@ def name_in_bert(name: str, *, roberta: bool = False) -> str | list[str]:
     stem, _, kind = name.rpartition(".")
     family = "roberta" if roberta else "bert"
     fixed = {
-        "model.embeddings.tok_embeddings": "embeddings.word_embeddings", "model.embeddings.norm": "embeddings.LayerNorm",
+        "model.embeddings.tok_embeddings": "embeddings.word_embeddings",
+        "model.embeddings.norm": "embeddings.LayerNorm",
         "model.embeddings.position_embeddings": "embeddings.position_embeddings",
-        "model.embeddings.token_type_embeddings": "embeddings.token_type_embeddings"}
-    heads = {"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "decoder": "lm_head"} if roberta else \
-        {"head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm",
-         "decoder": "cls.predictions"}
+        "model.embeddings.token_type_embeddings": "embeddings.token_type_embeddings",
+    }
+    heads = (
+        {"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "decoder": "lm_head"}
+        if roberta
+        else {
+            "head.dense": "cls.predictions.transform.dense",
+            "head.norm": "cls.predictions.transform.LayerNorm",
+            "decoder": "cls.predictions",
+        }
+    )
     if stem in heads:
         return f"{heads[stem]}.{kind}"
     if stem in fixed:
@@ -164,8 +271,13 @@ def name_in_bert(name: str, *, roberta: bool = False) -> str | list[str]:
     at = f"{family}.encoder.layer.{layer}"
     if part == "attn.Wqkv":
         return [f"{at}.attention.self.{which}.{kind}" for which in ("query", "key", "value")]
-    parts = {"attn.Wo": "attention.output.dense", "attn_norm": "attention.output.LayerNorm", "mlp.Wi": "intermediate.dense",
-             "mlp.Wo": "output.dense", "mlp_norm": "output.LayerNorm"}
+    parts = {
+        "attn.Wo": "attention.output.dense",
+        "attn_norm": "attention.output.LayerNorm",
+        "mlp.Wi": "intermediate.dense",
+        "mlp.Wo": "output.dense",
+        "mlp_norm": "output.LayerNorm",
+    }
     return f"{at}.{parts[part]}.{kind}"
 
 
@@ -173,14 +285,29 @@ def name_in_roberta(name: str) -> str | list[str]:
     return name_in_bert(name, roberta=True)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(norm="rmsnorm", norm_bias=True), "norm_bias true with norm rmsnorm: an RMSNorm has no bias"),
-    (dict(attention_head_width=5), "attention_head_width is 5; needed: at least 1, and even where positions are rope"),
-    (dict(positions="learned"), "a RoPE theta has no effect on positions learned"),
-    (dict(type_vocab_size=-1), "type_vocab_size is -1; needed: 0 .no segments. or more"),
-    (dict(hidden_size=25), "hidden_size 25 over 3 heads gives a head width of 8.33333; .*or set attention_head_width"),
-    (dict(global_rope_theta=-1.0), "global_rope_theta is -1.0; needed: more than 0"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (
+            dict(norm="rmsnorm", norm_bias=True),
+            "norm_bias true with norm rmsnorm: an RMSNorm has no bias",
+        ),
+        (
+            dict(attention_head_width=5),
+            "attention_head_width is 5; needed: at least 1, and even where positions are rope",
+        ),
+        (dict(positions="learned"), "a RoPE theta has no effect on positions learned"),
+        (dict(type_vocab_size=-1), "type_vocab_size is -1; needed: 0 .no segments. or more"),
+        (
+            dict(hidden_size=25),
+            (
+                "hidden_size 25 over 3 heads gives a head width of 8.33333; .*or set"
+                " attention_head_width"
+            ),
+        ),
+        (dict(global_rope_theta=-1.0), "global_rope_theta is -1.0; needed: more than 0"),
+    ],
+)
 def test_choices_that_cannot_go_together_are_refused(wrong, words):
     with pytest.raises(ConfigError, match=words):
         replace(TINY, **wrong)

@@ -29,15 +29,24 @@ DOCUMENTS = {
 
 def planned(name: str, lengths: list[int], *, radius: int = RADIUS, spare: int = 2):
     total = sum(lengths)
-    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), *[total] * spare], dtype=torch.int32)
-    return BACKENDS[name].plan(ends, max_seqlen=max(lengths, default=0), tokens=total,
-                               window_radius_tokens=radius)
+    ends = torch.tensor(
+        [0, *torch.tensor(lengths).cumsum(0).tolist(), *[total] * spare], dtype=torch.int32
+    )
+    return BACKENDS[name].plan(
+        ends, max_seqlen=max(lengths, default=0), tokens=total, window_radius_tokens=radius
+    )
 
 
-def drawn(tokens: int, *, heads: int = 2, width: int = 8, dtype=torch.float64) -> list[torch.Tensor]:
+def drawn(
+    tokens: int, *, heads: int = 2, width: int = 8, dtype=torch.float64
+) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
-    return [torch.randn(tokens, heads, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-            for _ in range(3)]
+    return [
+        torch.randn(tokens, heads, width, generator=draw, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for _ in range(3)
+    ]
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
@@ -60,8 +69,12 @@ def test_a_small_radius_hides_the_first_token_beyond_it(name):
     lengths = [9]
     q, k, v = drawn(9)
     out = planned(name, lengths, radius=2)(q, k, v, local=True)
-    assert torch.allclose(out, dense_attention(q, k, v, lengths=lengths, radius=2), rtol=0, atol=1e-12)
-    assert not torch.allclose(out, dense_attention(q, k, v, lengths=lengths, radius=3), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        out, dense_attention(q, k, v, lengths=lengths, radius=2), rtol=0, atol=1e-12
+    )
+    assert not torch.allclose(
+        out, dense_attention(q, k, v, lengths=lengths, radius=3), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
@@ -73,11 +86,11 @@ def test_packed_documents_never_see_each_other(name, lengths, local):
         before = planned(name, lengths)(q, k, v, local=local)
         end = lengths[0] + lengths[1]
         for x in (q, k, v):
-            x[lengths[0]:end] = 1e4 * torch.randn_like(x[lengths[0]:end])
+            x[lengths[0] : end] = 1e4 * torch.randn_like(x[lengths[0] : end])
         after = planned(name, lengths)(q, k, v, local=local)
-    assert torch.equal(before[:lengths[0]], after[:lengths[0]])
+    assert torch.equal(before[: lengths[0]], after[: lengths[0]])
     assert torch.equal(before[end:], after[end:])
-    assert not torch.equal(before[lengths[0]:end], after[lengths[0]:end])
+    assert not torch.equal(before[lengths[0] : end], after[lengths[0] : end])
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
@@ -97,13 +110,22 @@ def test_bf16_stays_within_its_own_rounding_of_fp32(name):
         expected = dense_attention(*exact, lengths=lengths, radius=RADIUS if local else None)
         out = planned(name, lengths)(*rounded, local=local)
         assert out.dtype == torch.bfloat16
-        assert (out - expected).abs().max() < 0.02       # values up to 4: inputs and output are rounded to 2^-8
+        assert (
+            out - expected
+        ).abs().max() < 0.02  # values up to 4: inputs and output are rounded to 2^-8
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_a_changed_document_changes_no_bit_of_the_others_in_the_whole_model(name):
-    config = ModernBertConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4,
-                              num_attention_heads=2, window_radius_tokens=8, initializer_range=0.3)
+    config = ModernBertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        window_radius_tokens=8,
+        initializer_range=0.3,
+    )
     model = ModernBertForMaskedLM(config, attention=name, seed=1).eval()
     lengths = [40, 1, 23, 300]
     batch = packed(lengths, vocab=64)
@@ -118,8 +140,11 @@ def test_a_changed_document_changes_no_bit_of_the_others_in_the_whole_model(name
 def test_auto_takes_the_first_that_can_run_and_says_why_the_others_cannot():
     choice = choose_backend("auto", ON_CPU)
     assert choice.backend.name == "tiles"
-    assert choice.reason == "tiles: the fastest that can run here; flash4, flash3, flash2, varlen, flex cannot run here: " \
-                            "needs a CUDA device, this is cpu"
+    assert (
+        choice.reason
+        == "tiles: the fastest that can run here; flash4, flash3, flash2, varlen, flex cannot run"
+        " here: needs a CUDA device, this is cpu"
+    )
     assert choose_backend("sdpa", ON_CPU).reason.startswith("sdpa: asked for; flash4")
 
 
@@ -135,8 +160,15 @@ def test_a_run_file_may_name_every_backend():
 
 
 def test_a_backend_that_cannot_run_says_why_and_what_can():
-    with pytest.raises(ConfigError, match="^varlen cannot run here: needs a CUDA device, this is cpu. "
-                                          "Use attention: tiles or sdpa.$"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            "^varlen cannot run here: needs a CUDA device, this is cpu. "
+            "Use attention: tiles or sdpa.$"
+        ),
+    ):
         choose_backend("varlen", ON_CPU)
-    with pytest.raises(ConfigError, match="^flash4, flash3, flash2 cannot run here: needs a CUDA device"):
+    with pytest.raises(
+        ConfigError, match="^flash4, flash3, flash2 cannot run here: needs a CUDA device"
+    ):
         choose_backend("flash", ON_CPU)

@@ -15,8 +15,13 @@ from tests.reference.dense import dense_attention
 pytestmark = pytest.mark.gpu
 
 ON_CUDA = Situation(device=torch.device("cuda"), dtype=torch.bfloat16, head_width=64, training=True)
-LENGTHS = [127, 1, 128, 129, 2, 300, 130, 64, 65, 500, 90]        # 1,536 tokens: 12 blocks of 128
-DOCUMENTS = {"packed": LENGTHS, "one document": [512], "no whole block": [30, 1, 170], "one token": [1]}
+LENGTHS = [127, 1, 128, 129, 2, 300, 130, 64, 65, 500, 90]  # 1,536 tokens: 12 blocks of 128
+DOCUMENTS = {
+    "packed": LENGTHS,
+    "one document": [512],
+    "no whole block": [30, 1, 170],
+    "one token": [1],
+}
 
 
 @pytest.fixture(params=list(BACKENDS))
@@ -29,7 +34,9 @@ def name(request) -> str:
 
 def planned(name: str, lengths: list[int], *, radius: int = 64, spare: int = 3):
     ends = torch.tensor([0, *lengths, *[0] * spare]).cumsum(0).int().cuda()
-    return BACKENDS[name].plan(ends, max_seqlen=max(lengths), tokens=sum(lengths), window_radius_tokens=radius)
+    return BACKENDS[name].plan(
+        ends, max_seqlen=max(lengths), tokens=sum(lengths), window_radius_tokens=radius
+    )
 
 
 def drawn(tokens: int, *, width: int = 64) -> list[torch.Tensor]:
@@ -46,8 +53,11 @@ def computed(attention, q, k, v, d_out) -> list[torch.Tensor]:
 
 
 # the wider heads on one set of documents: flex compiles for every shape, some seconds each
-@pytest.mark.parametrize("lengths, width", [*((d, 64) for d in DOCUMENTS.values()), (LENGTHS, 128)],
-                         ids=[*DOCUMENTS, "packed, wider heads"])
+@pytest.mark.parametrize(
+    "lengths, width",
+    [*((d, 64) for d in DOCUMENTS.values()), (LENGTHS, 128)],
+    ids=[*DOCUMENTS, "packed, wider heads"],
+)
 @pytest.mark.parametrize("radius", [None, 1, 64])
 def test_values_and_gradients_are_as_near_to_the_truth_as_plain_bf16(name, lengths, radius, width):
     tensors = drawn(sum(lengths), width=width)
@@ -58,7 +68,9 @@ def test_values_and_gradients_are_as_near_to_the_truth_as_plain_bf16(name, lengt
     truth = computed(dense, *(x.double() for x in tensors))
     plain = computed(dense, *tensors)
     plan = planned(name, lengths, radius=radius or 64)
-    ours = computed(lambda q, k, v: plan(q, k, v, local=radius is not None), *(x.cuda() for x in tensors))
+    ours = computed(
+        lambda q, k, v: plan(q, k, v, local=radius is not None), *(x.cuda() for x in tensors)
+    )
     for a, b, exact in zip(ours, plain, truth, strict=True):
         # at most twice the error of the plain computation (the rule of flash-attn's own tests), and one unit in the last
         # place of 1 to 2, because the plain gradient of one token is exactly 0
@@ -78,8 +90,14 @@ def test_a_changed_document_changes_no_bit_of_the_others(name, local):
 
 
 def test_a_changed_document_changes_no_bit_of_the_others_in_the_whole_model(name):
-    config = ModernBertConfig(vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=4,
-                              num_attention_heads=4, initializer_range=0.1)
+    config = ModernBertConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
     model = ModernBertForMaskedLM(config, attention=name, seed=1).eval().to("cuda", torch.bfloat16)
     batch = packed(LENGTHS, vocab=64).to("cuda")
     start, end = sum(LENGTHS[:5]), sum(LENGTHS[:6])
@@ -99,10 +117,12 @@ def test_planning_and_running_never_wait_for_the_device(name):
 
     def step() -> None:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        plan = BACKENDS[name].plan(ends, max_seqlen=max(LENGTHS), tokens=len(q), window_radius_tokens=64)
+        plan = BACKENDS[name].plan(
+            ends, max_seqlen=max(LENGTHS), tokens=len(q), window_radius_tokens=64
+        )
         (plan(*leaves, local=False) + plan(*leaves, local=True)).backward(d_out)
 
-    step()                                      # compiles, where there is something to compile
+    step()  # compiles, where there is something to compile
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

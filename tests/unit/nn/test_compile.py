@@ -15,8 +15,15 @@ from encoder.nn.attend import Choice
 from encoder.objectives.mlm import mlm_loss
 from tests.helpers.packed import OnDevice, packed
 
-CONFIG = ModernBertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=7, num_attention_heads=4,
-                          window_radius_tokens=6, initializer_range=0.3)
+CONFIG = ModernBertConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    window_radius_tokens=6,
+    initializer_range=0.3,
+)
 TOKENS = 256
 
 
@@ -40,7 +47,11 @@ def batch(seed: int):
 def attention(request, monkeypatch) -> str:
     """Compiled around it, and with it."""
     if request.param != "tiles":
-        monkeypatch.setattr(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"))
+        monkeypatch.setattr(
+            modernbert,
+            "choose_backend",
+            lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
+        )
     return request.param
 
 
@@ -48,7 +59,9 @@ def test_two_hundred_varied_batches_compile_three_graphs_and_never_again(attenti
     """Layer 0's way up (it has no norm), the other layers' way up, every layer's way down. With its attention: layer 0, and the
     other global and local layers."""
     model = ModernBertForMaskedLM(CONFIG)
-    model.compile_blocks_(backend="aot_eager")       # what is traced and guarded is the same for every backend
+    model.compile_blocks_(
+        backend="aot_eager"
+    )  # what is traced and guarded is the same for every backend
     mlm_loss(model, batch(0)).total.backward()
     assert counters["stats"]["unique_graphs"] == 3
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -60,11 +73,27 @@ def test_two_hundred_varied_batches_compile_three_graphs_and_never_again(attenti
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("settings", [
-    {}, dict(norm_place="post", mlp="gelu", positions="learned", type_vocab_size=1, attention_bias=True, mlp_bias=True),
-    dict(mlp="swiglu", norm="rmsnorm")], ids=["modernbert", "bert", "swiglu, rmsnorm"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(
+            norm_place="post",
+            mlp="gelu",
+            positions="learned",
+            type_vocab_size=1,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+        dict(mlp="swiglu", norm="rmsnorm"),
+    ],
+    ids=["modernbert", "bert", "swiglu, rmsnorm"],
+)
 def test_compiled_layers_give_the_loss_and_gradients_of_plain_ones(attention, backend, settings):
-    plain, compiled = (ModernBertForMaskedLM(ModernBertConfig(**{**vars(CONFIG), **settings}), seed=1) for _ in range(2))
+    plain, compiled = (
+        ModernBertForMaskedLM(ModernBertConfig(**{**vars(CONFIG), **settings}), seed=1)
+        for _ in range(2)
+    )
     compiled.compile_blocks_(backend=backend)
     for seed in (0, 1):
         expected, found = mlm_loss(plain, batch(seed)).total, mlm_loss(compiled, batch(seed)).total
@@ -77,9 +106,15 @@ def test_compiled_layers_give_the_loss_and_gradients_of_plain_ones(attention, ba
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["", "8-bit layers"])
-def test_autograd_adds_and_copies_nothing_of_a_layers_size_outside_of_what_is_compiled(monkeypatch, fp8):
+def test_autograd_adds_and_copies_nothing_of_a_layers_size_outside_of_what_is_compiled(
+    monkeypatch, fp8
+):
     """What a compiled layer hands on as views, or uses twice, autograd would add up in passes of its own over the memory."""
-    monkeypatch.setattr(modernbert, "choose_backend", lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"))
+    monkeypatch.setattr(
+        modernbert,
+        "choose_backend",
+        lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
+    )
     model = ModernBertForMaskedLM(CONFIG)
     if fp8:
         model.fp8_blocks_()
@@ -91,8 +126,13 @@ def test_autograd_adds_and_copies_nothing_of_a_layers_size_outside_of_what_is_co
         loss.backward()
     events = profiler.events()
     assert sum(e.name == "CompiledFunctionBackward" for e in events) == CONFIG.num_hidden_layers
-    outside = [(e.name, e.input_shapes[0]) for e in events if e.name in ("aten::add", "aten::add_", "aten::copy_")
-               and e.input_shapes[0][:1] == [TOKENS] and "CompiledFunctionBackward" not in ancestors(e)]
+    outside = [
+        (e.name, e.input_shapes[0])
+        for e in events
+        if e.name in ("aten::add", "aten::add_", "aten::copy_")
+        and e.input_shapes[0][:1] == [TOKENS]
+        and "CompiledFunctionBackward" not in ancestors(e)
+    ]
     assert not outside
 
 

@@ -11,7 +11,9 @@ from encoder.nn.dropout import AddressedDropout, quantile_of_int64
 
 
 def keys(tokens: int, *, seed: int = 0) -> torch.Tensor:
-    return torch.randint(-2**63, 2**63 - 1, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        -(2**63), 2**63 - 1, (tokens,), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def fallen(layer: AddressedDropout, key_T: torch.Tensor) -> torch.Tensor:
@@ -40,13 +42,19 @@ def test_pairs_are_uncorrelated(between):
         first = fallen(AddressedDropout(width=8192, layer=0, p=0.1), keys(128)).double().T
     else:
         first = fallen(AddressedDropout(width=128, layer=0, p=0.1), key_T).double()
-    second = fallen(AddressedDropout(width=128, layer=1, p=0.1), key_T).double() if between == "layers" else first
+    second = (
+        fallen(AddressedDropout(width=128, layer=1, p=0.1), key_T).double()
+        if between == "layers"
+        else first
+    )
     a, b = ((x - x.mean(0)) / x.std(0) for x in (first, second))
     correlation = a.T @ b / len(a)
     if between != "layers":
         correlation.fill_diagonal_(0)
     error = 1 / math.sqrt(len(a))
-    assert correlation.abs().max() < 6 * error       # 16,384 pairs: 4.2 is usual, a dependent pair would be 10 and more
+    assert (
+        correlation.abs().max() < 6 * error
+    )  # 16,384 pairs: 4.2 is usual, a dependent pair would be 10 and more
     assert abs(correlation.std() / error - 1) < 0.05
 
 
@@ -68,7 +76,9 @@ def test_kept_elements_are_scaled_so_that_the_mean_stays():
     keep = ~fallen(layer, key_T)
     assert torch.allclose(out, x + y * keep / 0.75, rtol=1e-12)
     out.sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(x)) and torch.allclose(y.grad, keep / torch.tensor(0.75).double())
+    assert torch.equal(x.grad, torch.ones_like(x)) and torch.allclose(
+        y.grad, keep / torch.tensor(0.75).double()
+    )
 
 
 def test_eval_mode_and_p_zero_add_plainly():
@@ -81,13 +91,16 @@ def test_constants_are_odd_stay_out_of_the_state_and_are_always_the_same():
     layer = AddressedDropout(width=64, layer=1, p=0.1)
     assert (layer.constant_C % 2).abs().eq(1).all() and len(layer.constant_C.unique()) == 64
     assert layer.state_dict() == {}
-    assert layer.constant_C[:2].tolist() == [7446848796272061249, -8795302849968712471]     # a change would change every run
+    assert layer.constant_C[:2].tolist() == [
+        7446848796272061249,
+        -8795302849968712471,
+    ]  # a change would change every run
 
 
 def test_quantiles_of_int64():
     assert quantile_of_int64(0.5) == 0
-    assert quantile_of_int64(0.25) == -2**62
-    assert quantile_of_int64(0.0) == -2**63
+    assert quantile_of_int64(0.25) == -(2**62)
+    assert quantile_of_int64(0.0) == -(2**63)
 
 
 def test_in_bf16_the_sum_is_the_exact_one_rounded_once():

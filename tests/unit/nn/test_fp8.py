@@ -18,8 +18,14 @@ from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from tests.helpers.packed import packed
 
-CONFIG = ModernBertConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
-                          window_radius_tokens=6)
+CONFIG = ModernBertConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    window_radius_tokens=6,
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -31,7 +37,9 @@ def made(*, width=48, out=32, bias=False, device="cpu", dtype=torch.float32):
 
 def emulated(a, b, *, kinds):
     """a @ b of the 8-bit numbers, in fp64."""
-    (a8, a_scale), (b8, b_scale) = (quantized(x, kind) for x, kind in zip((a, b), kinds, strict=True))
+    (a8, a_scale), (b8, b_scale) = (
+        quantized(x, kind) for x, kind in zip((a, b), kinds, strict=True)
+    )
     return (a8.double() * a_scale.double()) @ (b8.double() * b_scale.double())
 
 
@@ -50,14 +58,20 @@ def test_all_three_products_are_those_of_the_8_bit_numbers(tokens, mixed, device
         y = ours(x)
     assert y.dtype == torch.bfloat16
     y.backward(d)
-    assert x.grad.dtype == x.dtype and linear.weight.grad.dtype == linear.weight.dtype and linear.weight.grad is ours.weight.grad
+    assert (
+        x.grad.dtype == x.dtype
+        and linear.weight.grad.dtype == linear.weight.dtype
+        and linear.weight.grad is ours.weight.grad
+    )
     w = linear.weight.detach()
     # the output's rounding, and the weights'; Hopper adds 8-bit products with 13 bits of fraction, 2e-5 to 6e-5 by an emulation
     bf16, own = 2**-8, (1e-5 if device == "cpu" else 1e-3) if mixed else 2**-8
     assert off(y, emulated(x, w.t(), kinds=(FORWARD, FORWARD))) <= bf16
     assert off(x.grad, emulated(d, w, kinds=(BACKWARD, FORWARD))) <= own
     assert off(linear.weight.grad, emulated(d.t(), x, kinds=(BACKWARD, FORWARD))) <= own
-    assert 1e-3 < off(y, F.linear(x.double(), w.double())) < 0.06             # 3 bits of mantissa: it is no other product
+    assert (
+        1e-3 < off(y, F.linear(x.double(), w.double())) < 0.06
+    )  # 3 bits of mantissa: it is no other product
 
 
 def test_on_a_cpu_the_product_is_that_of_torchs_own():
@@ -99,7 +113,9 @@ def test_the_layers_alone_change_and_every_parameter_keeps_its_name_and_identity
     after = dict(model.named_parameters())
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
     eight = [name for name, m in model.named_modules() if isinstance(m, Fp8Linear)]
-    assert len(eight) == 4 * CONFIG.num_hidden_layers and all(name.startswith("model.layers.") for name in eight)
+    assert len(eight) == 4 * CONFIG.num_hidden_layers and all(
+        name.startswith("model.layers.") for name in eight
+    )
 
 
 def losses(*, eight: bool, compiled: str | None = None, steps: int = 40) -> list[float]:
@@ -109,7 +125,9 @@ def losses(*, eight: bool, compiled: str | None = None, steps: int = 40) -> list
         model.fp8_blocks_()
     if compiled:
         model.compile_blocks_(backend=compiled)
-    optimizer = StableAdamW(decay_groups(model, weight_decay=1e-5), StableAdamWConfig(), lr=3e-3, max_lr=3e-3)
+    optimizer = StableAdamW(
+        decay_groups(model, weight_decay=1e-5), StableAdamWConfig(), lr=3e-3, max_lr=3e-3
+    )
     batch, found = packed([30, 1, 50, 12, 35], vocab=96), []
     for _ in range(steps):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -126,11 +144,13 @@ def test_training_in_8_bits_follows_the_plain_curve():
     assert plain[-1] < 0.5 * plain[0]
     assert found[0] == pytest.approx(plain[0], rel=5e-3) and found[0] != plain[0]
     assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) < 0.05
-    assert losses(eight=True, steps=3) == found[:3]          # nothing is remembered from step to step
+    assert losses(eight=True, steps=3) == found[:3]  # nothing is remembered from step to step
 
 
 def test_compiled_layers_in_8_bits_are_the_same():
-    assert losses(eight=True, compiled="aot_eager", steps=3) == pytest.approx(losses(eight=True, steps=3), rel=2e-3)
+    assert losses(eight=True, compiled="aot_eager", steps=3) == pytest.approx(
+        losses(eight=True, steps=3), rel=2e-3
+    )
 
 
 def test_what_cannot_be_in_8_bits_is_refused():
@@ -140,6 +160,8 @@ def test_what_cannot_be_in_8_bits_is_refused():
         model.fp8_blocks_()
     assert not any(isinstance(m, Fp8Linear) for m in model.modules())
     for settings in ({"precision": "fp32"}, {"precision": "bf16", "zero_stage": 3}):
-        with pytest.raises(ConfigError, match="needed: precision autocast or bf16, and a stage below 3"):
+        with pytest.raises(
+            ConfigError, match="needed: precision autocast or bf16, and a stage below 3"
+        ):
             EngineConfig(fp8="layers", **settings)
     to_fp8_(nn.Sequential(nn.Linear(16, 32)))

@@ -11,14 +11,38 @@ import torch
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.init import initial_values, sigma_of
 
-SHAPE = dict(vocab_size=2048, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2)
-EVERYTHING = dict(SHAPE, tie_word_embeddings=False, positions="learned", max_position_embeddings=512, type_vocab_size=200,
-                  attention_bias=True, mlp_bias=True, head_bias=True, norm_bias=True)
+SHAPE = dict(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+)
+EVERYTHING = dict(
+    SHAPE,
+    tie_word_embeddings=False,
+    positions="learned",
+    max_position_embeddings=512,
+    type_vocab_size=200,
+    attention_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+    norm_bias=True,
+)
 RULE = dict(initializer_range=0.02, layers=4)
-CUT_AT_TWO = 0.87962566        # deviation of a standard normal cut at +-2
+CUT_AT_TWO = 0.87962566  # deviation of a standard normal cut at +-2
 WIDE, NARROW, LOGITS = 0.02, 0.02 / math.sqrt(2 * 4), 1 / math.sqrt(128)
-SIGMA = {"tok_embeddings": WIDE, "position_embeddings": WIDE, "token_type_embeddings": WIDE, "Wqkv": WIDE, "Wi": WIDE,
-         "head.dense": WIDE, "attn.Wo": NARROW, "mlp.Wo": NARROW, "decoder": LOGITS}
+SIGMA = {
+    "tok_embeddings": WIDE,
+    "position_embeddings": WIDE,
+    "token_type_embeddings": WIDE,
+    "Wqkv": WIDE,
+    "Wi": WIDE,
+    "head.dense": WIDE,
+    "attn.Wo": NARROW,
+    "mlp.Wo": NARROW,
+    "decoder": LOGITS,
+}
 
 
 @functools.cache
@@ -41,14 +65,18 @@ def test_each_matrix_has_megatrons_deviation_cut_at_two_sigma():
     for name, p in matrices.items():
         sigma, count = expected(name), p.numel()
         # the standard error of a deviation, of itself: sqrt((kurtosis - 1) / 4 / count), the cut normal's kurtosis is 2.366
-        assert p.std().item() == pytest.approx(CUT_AT_TWO * sigma, rel=4 * math.sqrt(0.3415 / count)), name
+        assert p.std().item() == pytest.approx(
+            CUT_AT_TWO * sigma, rel=4 * math.sqrt(0.3415 / count)
+        ), name
         assert abs(p.mean().item()) < 4 * CUT_AT_TWO * sigma / math.sqrt(count), name
         assert p.abs().max() <= 2 * sigma * (1 + 1e-6), name
         assert p.abs().max() > 1.99 * sigma, name
 
 
 def test_head_dense_is_not_divided_by_the_depth_as_transformers_does():
-    assert model(num_hidden_layers=8).head.dense.weight.std().item() == pytest.approx(CUT_AT_TWO * 0.02, rel=0.03)
+    assert model(num_hidden_layers=8).head.dense.weight.std().item() == pytest.approx(
+        CUT_AT_TWO * 0.02, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("named", [model, everything])
@@ -85,9 +113,15 @@ def test_a_parameter_without_a_rule_is_refused(shape):
 def test_megatron_core_agrees_on_the_deviation_before_the_cut():
     utils = pytest.importorskip("megatron.core.utils")
     for name, p in everything().named_parameters():
-        if p.ndim == 2 and "decoder" not in name:         # Megatron's own decoder is tied
+        if p.ndim == 2 and "decoder" not in name:  # Megatron's own decoder is tied
             scaled = name.endswith("Wo.weight")
-            judge = utils.scaled_init_method_normal(0.02, 4) if scaled else utils.init_method_normal(0.02)
+            judge = (
+                utils.scaled_init_method_normal(0.02, 4)
+                if scaled
+                else utils.init_method_normal(0.02)
+            )
             torch.manual_seed(0)
             drawn = judge(torch.empty(300, 1000))
-            assert sigma_of(name, p.shape, **RULE) == pytest.approx(drawn.std().item(), rel=0.006), name
+            assert sigma_of(name, p.shape, **RULE) == pytest.approx(
+                drawn.std().item(), rel=0.006
+            ), name

@@ -26,8 +26,10 @@ def test_rotation_turns_the_pair_j_and_j_plus_half_by_position_times_theta_to_th
     q, k, v = split_and_rotate(qkv, rope_table(positions, theta=160000.0, head_width=8))
     for found, which in ((q, 0), (k, 1)):
         expected = rotate_pair_by_pair(qkv[:, which], positions, theta=160000.0)
-        assert torch.allclose(found, expected, rtol=0, atol=2e-4)      # fp32 angles: 500 * 2^-24 * a few
-        assert torch.equal(found[0], qkv[0, which])                    # position 0 does not turn
+        assert torch.allclose(
+            found, expected, rtol=0, atol=2e-4
+        )  # fp32 angles: 500 * 2^-24 * a few
+        assert torch.equal(found[0], qkv[0, which])  # position 0 does not turn
     assert torch.equal(v, qkv[:, 2])
 
 
@@ -35,22 +37,29 @@ def test_rotation_turns_the_pair_j_and_j_plus_half_by_position_times_theta_to_th
 @pytest.mark.parametrize("tokens", [1, 4, 7])
 def test_tokens_turned_a_few_at_a_time_are_those_turned_together(monkeypatch, tokens, dtype):
     table = rope_table(torch.arange(tokens, dtype=torch.int32), theta=100.0, head_width=8)
-    qkv, d = randn(tokens, 3, 2, 8, dtype=dtype).requires_grad_(), [randn(tokens, 2, 8, dtype=dtype, seed=i) for i in range(3)]
+    qkv, d = (
+        randn(tokens, 3, 2, 8, dtype=dtype).requires_grad_(),
+        [randn(tokens, 2, 8, dtype=dtype, seed=i) for i in range(3)],
+    )
 
     def turned():
         out = split_and_rotate(qkv, table)
         return [*out, *torch.autograd.grad(out, qkv, d)]
 
     together = turned()
-    monkeypatch.setattr("encoder.base.pieces.PIECE_ELEMENTS", 4 * 2 * 2 * 8 // torch.get_num_threads())      # four tokens
+    monkeypatch.setattr(
+        "encoder.base.pieces.PIECE_ELEMENTS", 4 * 2 * 2 * 8 // torch.get_num_threads()
+    )  # four tokens
     assert all(torch.equal(a, b) for a, b in zip(turned(), together, strict=True))
-    monkeypatch.setattr("encoder.base.pieces.PIECE_ELEMENTS", 1)              # one token, which is the least
+    monkeypatch.setattr("encoder.base.pieces.PIECE_ELEMENTS", 1)  # one token, which is the least
     assert all(torch.equal(a, b) for a, b in zip(turned(), together, strict=True))
 
 
 def test_rotated_scores_depend_on_the_distance_only():
     qkv = randn(1, 3, 1, 8).expand(9, 3, 1, 8)
-    q, k, _ = split_and_rotate(qkv, rope_table(torch.arange(9, dtype=torch.int32), theta=100.0, head_width=8))
+    q, k, _ = split_and_rotate(
+        qkv, rope_table(torch.arange(9, dtype=torch.int32), theta=100.0, head_width=8)
+    )
     scores = q[:, 0] @ k[:, 0].T
     for distance in range(-8, 9):
         along = scores.diagonal(distance)
@@ -66,7 +75,9 @@ def test_the_gradient_of_the_rotation_is_exact():
 def test_the_rotation_in_bf16_is_the_fp32_one_rounded_once():
     qkv = randn(100, 3, 2, 64, dtype=torch.float32).bfloat16()
     table = rope_table(torch.arange(8000, 8100, dtype=torch.int32), theta=10000.0, head_width=64)
-    for found, exact in zip(split_and_rotate(qkv, table), split_and_rotate(qkv.float(), table), strict=True):
+    for found, exact in zip(
+        split_and_rotate(qkv, table), split_and_rotate(qkv.float(), table), strict=True
+    ):
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, exact.bfloat16())
 
@@ -77,11 +88,15 @@ def test_the_gated_layer_bends_the_first_half_and_leaves_the_second_straight(kin
     x = randn(5, 4)
     both = x @ mlp.Wi.weight.T
     a, gate = both[:, :3], both[:, 3:]
-    bent = 0.5 * a * (1 + torch.erf(a / math.sqrt(2))) if kind == "geglu" else a / (1 + torch.exp(-a))
+    bent = (
+        0.5 * a * (1 + torch.erf(a / math.sqrt(2))) if kind == "geglu" else a / (1 + torch.exp(-a))
+    )
     assert torch.allclose(mlp(x), (bent * gate) @ mlp.Wo.weight.T, rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(mlp, (x.requires_grad_(),))
-    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(mlp, {"Wi.weight": w}, (x,)),
-                                    (mlp.Wi.weight.detach().clone().requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda w: torch.func.functional_call(mlp, {"Wi.weight": w}, (x,)),
+        (mlp.Wi.weight.detach().clone().requires_grad_(),),
+    )
 
 
 def test_the_plain_layer_has_one_half_and_exact_gelu():
@@ -96,13 +111,17 @@ def test_the_layer_norm_has_the_biased_variance_and_a_bias_only_where_asked():
     x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
     for bias in (False, True):
         norm = make_norm("layernorm", 4, eps=1e-5, bias=bias)
-        assert [name for name, _ in norm.named_parameters()] == ["weight", "bias"][:1 + bias]
-        assert torch.allclose(norm(x), (x - 3.0) / math.sqrt(3.5 + 1e-5))      # squares 4 1 0 9, mean 3.5
+        assert [name for name, _ in norm.named_parameters()] == ["weight", "bias"][: 1 + bias]
+        assert torch.allclose(
+            norm(x), (x - 3.0) / math.sqrt(3.5 + 1e-5)
+        )  # squares 4 1 0 9, mean 3.5
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_a_norm_of_bf16_adds_up_the_gradient_of_its_weight_without_rounding_on_the_way(kind, weights):
+def test_a_norm_of_bf16_adds_up_the_gradient_of_its_weight_without_rounding_on_the_way(
+    kind, weights
+):
     norm = make_norm(kind, 32, eps=1e-5, bias=False)
     x, d = (randn(4096, 32).bfloat16() for _ in range(2))
     norm.double()(x.double()).backward(d.double())
@@ -111,36 +130,58 @@ def test_a_norm_of_bf16_adds_up_the_gradient_of_its_weight_without_rounding_on_t
     out = norm.to(weights)(x)
     assert out.dtype == torch.bfloat16
     out.backward(d)
-    assert (norm.weight.grad.double() - truth).norm() <= 2**-8 * truth.norm()        # torch's own LayerNorm: 5e-2
+    assert (
+        norm.weight.grad.double() - truth
+    ).norm() <= 2**-8 * truth.norm()  # torch's own LayerNorm: 5e-2
 
 
 def test_an_embedding_of_bf16_adds_up_the_gradients_of_a_frequent_token_without_rounding_on_the_way():
     layer = TokenEmbedding(vocab_size=5, width=8, norm=torch.nn.Identity(), positions=3).bfloat16()
-    ids, places, d = torch.tensor([3, 0] * 2000), torch.tensor([1] * 4000), (randn(4000, 8) + 0.3).bfloat16()
+    ids, places, d = (
+        torch.tensor([3, 0] * 2000),
+        torch.tensor([1] * 4000),
+        (randn(4000, 8) + 0.3).bfloat16(),
+    )
     out = layer(ids, places)
     assert out.dtype == torch.bfloat16
     out.backward(d)
     for table, at in ((layer.tok_embeddings, ids), (layer.position_embeddings, places)):
         truth = torch.zeros(table.weight.shape, dtype=torch.float64).index_add_(0, at, d.double())
-        assert (table.weight.grad.double() - truth).norm() <= 2**-8 * truth.norm()   # torch's own: 9e-2
+        assert (
+            table.weight.grad.double() - truth
+        ).norm() <= 2**-8 * truth.norm()  # torch's own: 9e-2
 
 
 def test_the_rms_norm_divides_by_the_root_of_the_mean_square():
     norm = make_norm("rmsnorm", 4, eps=1e-5, bias=False)
-    x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])                                   # squares 1 4 9 36, mean 12.5
+    x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])  # squares 1 4 9 36, mean 12.5
     assert torch.allclose(norm(x), x / math.sqrt(12.5 + 1e-5))
 
 
 def test_the_embedding_is_a_lookup_and_a_norm_without_scaling():
-    layer = TokenEmbedding(vocab_size=5, width=4, norm=make_norm("layernorm", 4, eps=1e-5, bias=False))
+    layer = TokenEmbedding(
+        vocab_size=5, width=4, norm=make_norm("layernorm", 4, eps=1e-5, bias=False)
+    )
     ids = torch.tensor([3, 0, 3])
-    assert torch.equal(layer(ids, torch.arange(3)), F.layer_norm(layer.tok_embeddings.weight[ids], (4,), eps=1e-5))
+    assert torch.equal(
+        layer(ids, torch.arange(3)), F.layer_norm(layer.tok_embeddings.weight[ids], (4,), eps=1e-5)
+    )
 
 
 def test_learned_positions_and_segment_zero_are_added_before_the_norm():
-    layer = TokenEmbedding(vocab_size=5, width=4, norm=make_norm("layernorm", 4, eps=1e-5, bias=False), positions=6, segments=2)
+    layer = TokenEmbedding(
+        vocab_size=5,
+        width=4,
+        norm=make_norm("layernorm", 4, eps=1e-5, bias=False),
+        positions=6,
+        segments=2,
+    )
     ids, places = torch.tensor([3, 0, 3]), torch.tensor([0, 1, 0])
-    x = layer.tok_embeddings.weight[ids] + layer.position_embeddings.weight[places] + layer.token_type_embeddings.weight[0]
+    x = (
+        layer.tok_embeddings.weight[ids]
+        + layer.position_embeddings.weight[places]
+        + layer.token_type_embeddings.weight[0]
+    )
     assert torch.equal(layer(ids, places), F.layer_norm(x, (4,), eps=1e-5))
 
 
@@ -148,4 +189,7 @@ def test_learned_positions_and_segment_zero_are_added_before_the_norm():
 def test_the_head_is_dense_then_gelu_then_norm(bias):
     head = PredictionHead(width=4, bias=bias, norm=make_norm("layernorm", 4, eps=1e-5, bias=False))
     x = randn(3, 4, dtype=torch.float32)
-    assert torch.allclose(head(x), F.layer_norm(F.gelu(F.linear(x, head.dense.weight, head.dense.bias)), (4,), eps=1e-5))
+    assert torch.allclose(
+        head(x),
+        F.layer_norm(F.gelu(F.linear(x, head.dense.weight, head.dense.bias)), (4,), eps=1e-5),
+    )

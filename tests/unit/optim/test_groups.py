@@ -21,7 +21,11 @@ def test_matrices_decay_vectors_and_biases_do_not_and_a_tied_matrix_comes_once()
     model = Tied()
     decay, rest = decay_groups(model, weight_decay=1e-5)
     assert [p is model.embedding.weight for p in decay["params"]] == [True]
-    assert {id(p) for p in rest["params"]} == {id(model.norm.weight), id(model.norm.bias), id(model.decoder.bias)}
+    assert {id(p) for p in rest["params"]} == {
+        id(model.norm.weight),
+        id(model.norm.bias),
+        id(model.decoder.bias),
+    }
     assert (decay["weight_decay"], rest["weight_decay"]) == (1e-5, 0.0)
     assert (decay["decays"], rest["decays"]) == (True, False)
 

@@ -28,8 +28,12 @@ LRS = [1e-2, 2e-2, 3e-2, 3e-2, 1e-2, 5e-3]
 MAX_LR = 3e-2
 HIDDEN = {"qkv": 3, "up": 2, "out": 1}
 CONFIGS = {
-    "stable_adamw": StableAdamWConfig(weight_decay=0.01), "adamw": AdamWConfig(weight_decay=0.3), "lamb": LambConfig(),
-    "muon": MuonConfig(weight_decay=0.01), "muon-jordan": MuonConfig(weight_decay=0.01, matrix_scale="jordan", matrix_lr=3.0)}
+    "stable_adamw": StableAdamWConfig(weight_decay=0.01),
+    "adamw": AdamWConfig(weight_decay=0.3),
+    "lamb": LambConfig(),
+    "muon": MuonConfig(weight_decay=0.01),
+    "muon-jordan": MuonConfig(weight_decay=0.01, matrix_scale="jordan", matrix_lr=3.0),
+}
 TORCH_TO_1E_12 = dict(rtol=1e-12, atol=1e-13)
 
 
@@ -39,7 +43,13 @@ class Small(nn.Module):
     def __init__(self, dtype=torch.float64, device="cpu") -> None:
         super().__init__()
         torch.manual_seed(3)
-        for name, shape in {"table": (5, 2), "qkv": (6, 5), "norm": (7,), "out": (4, 3), "up": (6, 2)}.items():
+        for name, shape in {
+            "table": (5, 2),
+            "qkv": (6, 5),
+            "norm": (7,),
+            "out": (4, 3),
+            "up": (6, 2),
+        }.items():
             setattr(self, name, nn.Parameter(torch.randn(shape, dtype=dtype, device=device)))
         self.linear = nn.Linear(2, 3, dtype=dtype, device=device)
 
@@ -50,8 +60,13 @@ class Small(nn.Module):
 def start_and_grads(dtype=torch.float64, *, spike=100.0):
     """Weights and one gradient per step and tensor; at step 4 the gradient of `qkv` is 100 times as large."""
     start = {n: p.detach().clone() for n, p in Small(dtype).named_parameters()}
-    return start, [{n: torch.randn_like(p) * (spike if (t, n) == (3, "qkv") else 1.0) for n, p in start.items()}
-                   for t in range(len(LRS))]
+    return start, [
+        {
+            n: torch.randn_like(p) * (spike if (t, n) == (3, "qkv") else 1.0)
+            for n, p in start.items()
+        }
+        for t in range(len(LRS))
+    ]
 
 
 def truth_of(config, start, grads):
@@ -83,9 +98,23 @@ def cut_groups(model, optimizer, parts, chance):
             for p in group["params"]:
                 a, b = max(low, at), min(high, at + p.numel())
                 if a < b:
-                    stretches.append(Stretch(name=name_of[p], numel=p.numel(), start=a - at, length=b - a, flat_start=a - low))
+                    stretches.append(
+                        Stretch(
+                            name=name_of[p],
+                            numel=p.numel(),
+                            start=a - at,
+                            length=b - a,
+                            flat_start=a - low,
+                        )
+                    )
                 at += p.numel()
-            own.append(FlatPart(tensor=torch.zeros(high - low, dtype=torch.float64), stretches=tuple(stretches), group=number))
+            own.append(
+                FlatPart(
+                    tensor=torch.zeros(high - low, dtype=torch.float64),
+                    stretches=tuple(stretches),
+                    group=number,
+                )
+            )
         group["params"] = [part.tensor for part in own]
         flats += own
     return flats
@@ -94,7 +123,7 @@ def cut_groups(model, optimizer, parts, chance):
 def fill(flats, values):
     for flat, tensor in flats:
         for s in flat.stretches:
-            s.of(tensor).copy_(values[s.name].flatten()[s.start:s.start + s.length])
+            s.of(tensor).copy_(values[s.name].flatten()[s.start : s.start + s.length])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -122,7 +151,7 @@ def test_cut_at_random_the_update_is_that_of_whole_tensors(name):
             for flat in flats:
                 flat.tensor.grad = torch.zeros_like(flat.tensor)
             fill([(flat, flat.tensor.grad) for flat in flats], g)
-            for group in groups:                      # all groups in one call, or one call a group, as ZeRO makes them
+            for group in groups:  # all groups in one call, or one call a group, as ZeRO makes them
                 group.update(lr=lr, max_lr=MAX_LR)
                 if seed % 2:
                     optimizer.param_groups = [group]
@@ -131,16 +160,25 @@ def test_cut_at_random_the_update_is_that_of_whole_tensors(name):
                 optimizer.step()
         for flat in flats:
             for s in flat.stretches:
-                torch.testing.assert_close(s.of(flat.tensor), truth[s.name].flatten()[s.start:s.start + s.length], **TORCH_TO_1E_12)
-        assert all(flat.tensor[-1] == 0.0 for flat in flats[len(flats) // len(groups) - 1::len(flats) // len(groups)]
-                   if len(flat.tensor)), "padding must stay zero"
+                torch.testing.assert_close(
+                    s.of(flat.tensor),
+                    truth[s.name].flatten()[s.start : s.start + s.length],
+                    **TORCH_TO_1E_12,
+                )
+        assert all(
+            flat.tensor[-1] == 0.0
+            for flat in flats[len(flats) // len(groups) - 1 :: len(flats) // len(groups)]
+            if len(flat.tensor)
+        ), "padding must stay zero"
         if "muon" in name:
             assert optimizer.orthogonalized == len(LRS) * sum(HIDDEN.values())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("elements", [1, 12, 40])
-def test_the_update_does_not_depend_on_how_many_tensors_are_moved_together(name, elements, monkeypatch):
+def test_the_update_does_not_depend_on_how_many_tensors_are_moved_together(
+    name, elements, monkeypatch
+):
     monkeypatch.setattr(whole_tensors, "piece_elements", lambda device: elements)
     start, grads = start_and_grads()
     truth, ours = truth_of(CONFIGS[name], start, grads), whole(CONFIGS[name], grads)
@@ -163,7 +201,9 @@ def test_tensors_are_moved_together_up_to_a_bound_and_a_larger_one_alone(monkeyp
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_that_lie_otherwise_in_memory_are_the_same_gradients(name):
     start, grads = start_and_grads()
-    turned = [{n: g.T.contiguous().T if g.ndim == 2 else g for n, g in step.items()} for step in grads]
+    turned = [
+        {n: g.T.contiguous().T if g.ndim == 2 else g for n, g in step.items()} for step in grads
+    ]
     assert not turned[0]["qkv"].is_contiguous()
     plain, ours = whole(CONFIGS[name], grads), whole(CONFIGS[name], turned, keep=True)
     for n in start:
@@ -176,11 +216,16 @@ def test_a_model_may_go_to_its_device_after_its_optimizer_is_made(rule):
     with FakeTensorMode():
         model = Small(torch.float32, device="cuda")
         optimizer = build_optimizer(model, OPTIMIZERS[rule]())
-        optimizer._know(optimizer._numels.cpu())          # where the model was when it was made
+        optimizer._know(optimizer._numels.cpu())  # where the model was when it was made
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
-        kept = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        kept = [
+            x
+            for state in optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, torch.Tensor)
+        ]
         assert kept and {x.device.type for x in (*kept, optimizer._numels)} == {"cuda"}
 
 
@@ -198,13 +243,21 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rule", ["stable_adamw", "adamw", "lamb"])
-def test_on_a_device_an_update_of_many_tensors_calls_no_more_operations_than_one_of_few(rule, monkeypatch):
+def test_on_a_device_an_update_of_many_tensors_calls_no_more_operations_than_one_of_few(
+    rule, monkeypatch
+):
     """Lists of tensors are one operation; that which takes a rate for each is a kernel a tensor all the same."""
     monkeypatch.setattr(whole_tensors, "piece_elements", lambda device: sys.maxsize)
-    monkeypatch.setattr(whole_tensors, "_squares", lambda values: torch.stack(torch._foreach_norm(values, 2)).double().square())
+    monkeypatch.setattr(
+        whole_tensors,
+        "_squares",
+        lambda values: torch.stack(torch._foreach_norm(values, 2)).double().square(),
+    )
     counts = []
     for tensors in (4, 60):
-        model = nn.ParameterList([torch.randn(3, 2) for _ in range(tensors)] + [torch.randn(3) for _ in range(tensors)])
+        model = nn.ParameterList(
+            [torch.randn(3, 2) for _ in range(tensors)] + [torch.randn(3) for _ in range(tensors)]
+        )
         optimizer = build_optimizer(model, OPTIMIZERS[rule]())
         optimizer.init_state()
         for p in model:
@@ -218,8 +271,13 @@ def test_on_a_device_an_update_of_many_tensors_calls_no_more_operations_than_one
 def test_a_spike_in_one_tensor_slows_that_tensor_alone():
     _, grads = start_and_grads()
     calm = start_and_grads(spike=1.0)[1]
-    with_spike, without = whole(CONFIGS["stable_adamw"], grads), whole(CONFIGS["stable_adamw"], calm)
-    assert torch.equal(with_spike["norm"], without["norm"]) and torch.equal(with_spike["out"], without["out"])
+    with_spike, without = (
+        whole(CONFIGS["stable_adamw"], grads),
+        whole(CONFIGS["stable_adamw"], calm),
+    )
+    assert torch.equal(with_spike["norm"], without["norm"]) and torch.equal(
+        with_spike["out"], without["out"]
+    )
     assert not torch.allclose(with_spike["qkv"], without["qkv"])
 
 
@@ -231,7 +289,11 @@ def test_a_tensor_without_gradient_is_left_alone_and_does_not_age():
     p, q = model
     p.grad = torch.ones(3)
     optimizer.step()
-    assert q.tolist() == [1.0, 1.0, 1.0] and optimizer.state[q]["step"] == 0 and optimizer.state[p]["step"] == 1
+    assert (
+        q.tolist() == [1.0, 1.0, 1.0]
+        and optimizer.state[q]["step"] == 0
+        and optimizer.state[p]["step"] == 1
+    )
 
 
 def test_unsharded_stable_adamw_agrees_with_torch_optimi():
@@ -240,9 +302,19 @@ def test_unsharded_stable_adamw_agrees_with_torch_optimi():
     config = CONFIGS["stable_adamw"]
     theirs = {n: p.clone().requires_grad_() for n, p in start.items()}
     decay = [p for n, p in theirs.items() if p.ndim > 1]
-    judge = optimi.StableAdamW([{"params": decay}, {"params": [p for p in theirs.values() if p.ndim == 1], "weight_decay": 0.0}],
-                               lr=MAX_LR, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, decouple_lr=True,
-                               max_lr=MAX_LR, triton=False)
+    judge = optimi.StableAdamW(
+        [
+            {"params": decay},
+            {"params": [p for p in theirs.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=MAX_LR,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        decouple_lr=True,
+        max_lr=MAX_LR,
+        triton=False,
+    )
     for g, lr in zip(grads, LRS):
         for n in theirs:
             theirs[n].grad = g[n].clone()
@@ -258,13 +330,17 @@ def test_muon_without_the_rest_is_torchs_but_for_its_bf16():
     """torch's Muon takes its decay times the rate and computes in bf16 (two digits) everywhere."""
     start, grads = start_and_grads()
     theirs = start["out"].clone().requires_grad_()
-    judge = torch.optim.Muon([theirs], lr=1.0, weight_decay=0.01 / MAX_LR, adjust_lr_fn="match_rms_adamw")
+    judge = torch.optim.Muon(
+        [theirs], lr=1.0, weight_decay=0.01 / MAX_LR, adjust_lr_fn="match_rms_adamw"
+    )
     for g, lr in zip(grads, LRS):
         theirs.grad = g["out"].clone()
         judge.param_groups[0]["lr"] = lr
         judge.step()
     moved = whole(CONFIGS["muon"], grads)["out"] - start["out"]
-    assert torch.linalg.vector_norm(theirs.detach() - start["out"] - moved) < 2e-2 * torch.linalg.vector_norm(moved)
+    assert torch.linalg.vector_norm(
+        theirs.detach() - start["out"] - moved
+    ) < 2e-2 * torch.linalg.vector_norm(moved)
 
 
 @pytest.mark.gpu
@@ -272,18 +348,33 @@ def test_muon_without_the_rest_is_torchs_but_for_its_bf16():
 def test_on_a_gpu_the_update_is_the_slow_rule_but_for_newton_schulz_in_bf16(name):
     start, grads = start_and_grads(torch.float32)
     truth = truth_of(CONFIGS[name], start, grads)
-    ours = whole(CONFIGS[name], [{n: g.cuda() for n, g in step.items()} for step in grads], torch.float32, device="cuda")
+    ours = whole(
+        CONFIGS[name],
+        [{n: g.cuda() for n, g in step.items()} for step in grads],
+        torch.float32,
+        device="cuda",
+    )
     for n, right in truth.items():
         moved, off = right - start[n].double(), ours[n].cpu().double() - right
         two_digits = "muon" in name and n in HIDDEN
-        assert torch.linalg.vector_norm(off) < (2e-2 if two_digits else 1e-4) * torch.linalg.vector_norm(moved), n
+        assert torch.linalg.vector_norm(off) < (
+            2e-2 if two_digits else 1e-4
+        ) * torch.linalg.vector_norm(moved), n
 
 
-@pytest.mark.parametrize("name, left", [
-    # by hand: lr 0.02, then 0.01, peak 0.02, weight decay 0.1; no gradient, so that only the decay moves
-    ("stable_adamw", (1 - 0.1) * (1 - 0.05)), ("muon", (1 - 0.1) * (1 - 0.05)), ("adamw", (1 - 0.002) * (1 - 0.001)),
-    ("lamb", (1 - 0.02) * (1 - 0.01)),      # its direction is as long as the weights whatever it is made of
-])
+@pytest.mark.parametrize(
+    "name, left",
+    [
+        # by hand: lr 0.02, then 0.01, peak 0.02, weight decay 0.1; no gradient, so that only the decay moves
+        ("stable_adamw", (1 - 0.1) * (1 - 0.05)),
+        ("muon", (1 - 0.1) * (1 - 0.05)),
+        ("adamw", (1 - 0.002) * (1 - 0.001)),
+        (
+            "lamb",
+            (1 - 0.02) * (1 - 0.01),
+        ),  # its direction is as long as the weights whatever it is made of
+    ],
+)
 def test_decay_follows_the_rate_as_each_rule_says_and_vectors_do_not_decay(name, left):
     model = Small()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -295,7 +386,9 @@ def test_decay_follows_the_rate_as_each_rule_says_and_vectors_do_not_decay(name,
             group.update(lr=lr, max_lr=0.02)
         optimizer.step()
     for n, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), start[n] * (left if p.ndim > 1 else 1.0), **TORCH_TO_1E_12)
+        torch.testing.assert_close(
+            p.detach(), start[n] * (left if p.ndim > 1 else 1.0), **TORCH_TO_1E_12
+        )
 
 
 def test_muon_moves_with_the_size_of_adam_in_every_matrix():
@@ -311,27 +404,49 @@ def test_newton_schulz_makes_tall_and_wide_matrices_orthogonal_as_the_singular_v
     torch.manual_seed(1)
     for shape in ((3, 8), (8, 3), (5, 5), (1, 4)):
         matrix = torch.randn(shape, dtype=torch.float64)
-        torch.testing.assert_close(newton_schulz(matrix), torch.from_numpy(orthogonal(matrix.numpy())), **TORCH_TO_1E_12)
+        torch.testing.assert_close(
+            newton_schulz(matrix), torch.from_numpy(orthogonal(matrix.numpy())), **TORCH_TO_1E_12
+        )
         values = torch.linalg.svdvals(newton_schulz(matrix))
         assert 0.6 < float(values.min()) and float(values.max()) < 1.3
     assert torch.equal(newton_schulz(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
 def test_matrices_are_dealt_the_dearest_first_to_the_rank_with_the_least_to_do():
-    assert deal({"a": 1.0, "b": 4.0, "c": 2.0, "d": 2.0}, ranks=2) == {"b": 0, "c": 1, "d": 1, "a": 0}
+    assert deal({"a": 1.0, "b": 4.0, "c": 2.0, "d": 2.0}, ranks=2) == {
+        "b": 0,
+        "c": 1,
+        "d": 1,
+        "a": 0,
+    }
     assert deal({"a": 1.0}, ranks=3) == {"a": 0}
 
 
 def test_each_optimizer_says_what_it_keeps():
     numbers = {name: state_elements(Small(), config()) for name, config in OPTIMIZERS.items()}
     hidden, all_of_it = 6 * 5 + 4 * 3 + 6 * 2, 5 * 2 + 6 * 5 + 7 + 4 * 3 + 6 * 2 + 3 * 2 + 3
-    assert numbers == {"stable_adamw": 2 * all_of_it, "adamw": 2 * all_of_it, "lamb": 2 * all_of_it, "muon": 2 * all_of_it - hidden}
+    assert numbers == {
+        "stable_adamw": 2 * all_of_it,
+        "adamw": 2 * all_of_it,
+        "lamb": 2 * all_of_it,
+        "muon": 2 * all_of_it - hidden,
+    }
 
 
-@pytest.mark.parametrize("kind, settings", [
-    (StableAdamWConfig, {"betas": (1.0, 0.9)}), (StableAdamWConfig, {"eps": 0.0}), (StableAdamWConfig, {"weight_decay": -1.0}),
-    (StableAdamWConfig, {"weight_decay": 1.0}), (AdamWConfig, {"weight_decay": -1.0}), (LambConfig, {"weight_decay": -0.1}),
-    (MuonConfig, {"momentum": 1.0}), (MuonConfig, {"matrix_lr": 0.0})], ids=str)
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (StableAdamWConfig, {"betas": (1.0, 0.9)}),
+        (StableAdamWConfig, {"eps": 0.0}),
+        (StableAdamWConfig, {"weight_decay": -1.0}),
+        (StableAdamWConfig, {"weight_decay": 1.0}),
+        (AdamWConfig, {"weight_decay": -1.0}),
+        (LambConfig, {"weight_decay": -0.1}),
+        (MuonConfig, {"momentum": 1.0}),
+        (MuonConfig, {"matrix_lr": 0.0}),
+    ],
+    ids=str,
+)
 def test_settings_outside_their_range_are_refused(kind, settings):
     with pytest.raises(ConfigError):
         kind(**settings)

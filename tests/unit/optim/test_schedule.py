@@ -23,7 +23,15 @@ from encoder.optim.schedule import (
 
 def test_wsd_rises_stays_and_falls_linearly():
     wsd = WarmupStableDecay(peak=8.0, warmup_tokens=100, decay_tokens=200, floor_share=0.5)
-    assert [wsd.at(t, phase_tokens=1000) for t in (0, 25, 100, 500, 800, 900, 1000)] == [0, 2, 8, 8, 8, 6, 4]
+    assert [wsd.at(t, phase_tokens=1000) for t in (0, 25, 100, 500, 800, 900, 1000)] == [
+        0,
+        2,
+        8,
+        8,
+        8,
+        6,
+        4,
+    ]
 
 
 def test_wsd_without_a_decay_stays_at_the_peak_to_the_end_and_beyond():
@@ -35,23 +43,39 @@ def test_wsd_without_a_decay_stays_at_the_peak_to_the_end_and_beyond():
 
 def test_one_minus_sqrt_has_lost_half_after_a_quarter_of_the_decay():
     schedule = OneMinusSqrt(peak=2.0, floor_share=0.0)
-    assert [schedule.at(t, phase_tokens=400) for t in (0, 100, 225, 400, 500)] == [2.0, 1.0, 0.5, 0.0, 0.0]
+    assert [schedule.at(t, phase_tokens=400) for t in (0, 100, 225, 400, 500)] == [
+        2.0,
+        1.0,
+        0.5,
+        0.0,
+        0.0,
+    ]
     late = OneMinusSqrt(peak=2.0, decay_tokens=100, floor_share=0.5)
     assert [late.at(t, phase_tokens=400) for t in (0, 300, 325, 400)] == [2.0, 2.0, 1.5, 1.0]
 
 
 def test_one_minus_sqrt_ends_at_a_thousandth_as_published():
-    assert OneMinusSqrt(peak=3e-4).at(50_000_000_000, phase_tokens=50_000_000_000) == pytest.approx(3e-7)
+    assert OneMinusSqrt(peak=3e-4).at(50_000_000_000, phase_tokens=50_000_000_000) == pytest.approx(
+        3e-7
+    )
 
 
 def test_cosine_is_halfway_in_the_middle_and_at_the_floor_at_the_end():
     cosine = Cosine(peak=1.0, warmup_tokens=100, floor_share=0.2)
-    assert [cosine.at(t, phase_tokens=300) for t in (50, 100, 200, 300, 301)] == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2])
+    assert [cosine.at(t, phase_tokens=300) for t in (50, 100, 200, 300, 301)] == pytest.approx(
+        [0.5, 1.0, 0.6, 0.2, 0.2]
+    )
 
 
 def test_linear_falls_on_one_line_from_the_warm_up_to_the_end_of_the_phase():
     linear = Linear(peak=4.0, warmup_tokens=100, floor_share=0.25)
-    assert [linear.at(t, phase_tokens=300) for t in (50, 100, 200, 300, 301)] == [2.0, 4.0, 2.5, 1.0, 1.0]
+    assert [linear.at(t, phase_tokens=300) for t in (50, 100, 200, 300, 301)] == [
+        2.0,
+        4.0,
+        2.5,
+        1.0,
+        1.0,
+    ]
 
 
 def test_cosine_inverse_sqrt_is_the_published_one_piece_by_piece():
@@ -59,13 +83,18 @@ def test_cosine_inverse_sqrt_is_the_published_one_piece_by_piece():
     schedule = CosineInverseSqrt(peak=2.0, warmup_tokens=100, floor_share=0.2)
     delta = 275 * (1.2 - math.pi * 0.8) / (math.pi * 0.8)
     gamma = 0.6 * math.sqrt(275 + delta)
-    assert [schedule.at(t, phase_tokens=1100) for t in (50, 100, 375)] == pytest.approx([1.0, 2.0, 1.2])
-    assert schedule.at(200, phase_tokens=1100) == pytest.approx(2 * (0.2 + 0.8 * (1 + math.cos(math.pi * 100 / 550)) / 2))
+    assert [schedule.at(t, phase_tokens=1100) for t in (50, 100, 375)] == pytest.approx(
+        [1.0, 2.0, 1.2]
+    )
+    assert schedule.at(200, phase_tokens=1100) == pytest.approx(
+        2 * (0.2 + 0.8 * (1 + math.cos(math.pi * 100 / 550)) / 2)
+    )
     assert schedule.at(900, phase_tokens=1100) == pytest.approx(2 * gamma / math.sqrt(800 + delta))
     cooled = CosineInverseSqrt(peak=2.0, warmup_tokens=100, decay_tokens=200, floor_share=0.2)
     at_start = 2 * gamma / math.sqrt(800 + delta)
     assert [cooled.at(t, phase_tokens=1100) for t in (900, 1000, 1100, 1200)] == pytest.approx(
-        [at_start, (at_start + 0.4) / 2, 0.4, 0.4])
+        [at_start, (at_start + 0.4) / 2, 0.4, 0.4]
+    )
 
 
 def test_cosine_and_inverse_square_root_meet_with_one_value_and_one_slope():
@@ -77,12 +106,19 @@ def test_cosine_and_inverse_square_root_meet_with_one_value_and_one_slope():
 
 
 def test_constant_is_constant_after_its_warm_up():
-    assert [Constant(peak=3.0, warmup_tokens=4).at(t, phase_tokens=9) for t in (2, 4, 9)] == [1.5, 3.0, 3.0]
+    assert [Constant(peak=3.0, warmup_tokens=4).at(t, phase_tokens=9) for t in (2, 4, 9)] == [
+        1.5,
+        3.0,
+        3.0,
+    ]
     assert Constant(peak=3.0).at(0, phase_tokens=9) == 3.0
 
 
 def test_a_schedule_longer_than_its_phase_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match="warmup_tokens 600 and decay_tokens 500 are more than the phase's 1,000 tokens"):
+    with pytest.raises(
+        ConfigError,
+        match="warmup_tokens 600 and decay_tokens 500 are more than the phase's 1,000 tokens",
+    ):
         WarmupStableDecay(peak=1.0, warmup_tokens=600, decay_tokens=500).at(0, phase_tokens=1000)
     for settings in ({"peak": 0.0}, {"peak": 1.0, "floor_share": 1.5}):
         with pytest.raises(ConfigError):
@@ -93,8 +129,10 @@ def test_batch_warmup_has_the_published_thresholds_of_modernbert_base():
     """768 to 4,608 rows of 1,024 by steps of 768 over 50 B tokens: 3.33, 10, 20, 33.3, 50 B (fact sheet 3.3)."""
     warmup = BatchWarmup(from_tokens=768 * 1024, over_tokens=50_000_000_000)
     rows = {}
-    for size, threshold in zip((768, 1536, 2304, 3072, 3840), (3_333_333_334, 10_000_000_000, 20_000_000_000,
-                                                               33_333_333_334, 50_000_000_000)):
+    for size, threshold in zip(
+        (768, 1536, 2304, 3072, 3840),
+        (3_333_333_334, 10_000_000_000, 20_000_000_000, 33_333_333_334, 50_000_000_000),
+    ):
         for seen in (threshold - 1, threshold):
             rows[seen] = rows_at(seen, batch_tokens=4608 * 1024, row_tokens=1024, warmup=warmup)
         assert rows[threshold - 1] == size
@@ -116,7 +154,13 @@ def test_batch_warmup_of_base_is_the_published_staircase():
     """Fact sheet 3.3: 3.33, 6.67, 10.0, 13.3, 16.7 B tokens, about 4,239 steps each."""
     stairs = staircase(first=768, full=4608, over_tokens=50_000_000_000)
     assert list(stairs) == [768, 1536, 2304, 3072, 3840]
-    assert [round(tokens / 1e9, 2) for _, tokens in stairs.values()] == [3.33, 6.67, 10.0, 13.33, 16.67]
+    assert [round(tokens / 1e9, 2) for _, tokens in stairs.values()] == [
+        3.33,
+        6.67,
+        10.0,
+        13.33,
+        16.67,
+    ]
     assert [steps for steps, _ in stairs.values()] == pytest.approx([4239] * 5, abs=1)
 
 
@@ -124,18 +168,39 @@ def test_batch_warmup_of_large_is_the_published_staircase():
     """Fact sheet 3.3: 448 to 4,480 by steps of 448, 0.182 to 1.818 B tokens, about 396 steps each; to one step."""
     stairs = staircase(first=448, full=4928, over_tokens=10_000_000_000)
     assert list(stairs) == list(range(448, 4481, 448))
-    assert [tokens / 1e9 for _, tokens in stairs.values()] == pytest.approx([i * 0.1818 for i in range(1, 11)], abs=4.6e-3)
+    assert [tokens / 1e9 for _, tokens in stairs.values()] == pytest.approx(
+        [i * 0.1818 for i in range(1, 11)], abs=4.6e-3
+    )
     assert [steps for steps, _ in stairs.values()] == pytest.approx([396] * 10, abs=1)
 
 
 def test_the_rate_of_base_is_warm_on_the_first_stair_and_that_of_large_on_the_fifth():
-    base, large = (WarmupStableDecay(peak=1.0, warmup_tokens=tokens) for tokens in (3_000_000_000, 2_000_000_000))
-    assert (base.at(3_000_000_000 - 786_432, phase_tokens=10**12), base.at(3_000_000_000, phase_tokens=10**12)) == (
-        pytest.approx(3814 / 3815, abs=1e-5), 1.0)
+    base, large = (
+        WarmupStableDecay(peak=1.0, warmup_tokens=tokens)
+        for tokens in (3_000_000_000, 2_000_000_000)
+    )
+    assert (
+        base.at(3_000_000_000 - 786_432, phase_tokens=10**12),
+        base.at(3_000_000_000, phase_tokens=10**12),
+    ) == (pytest.approx(3814 / 3815, abs=1e-5), 1.0)
     warm = {"batch_tokens": 4928 * 1024, "row_tokens": 1024}
-    assert rows_at(3_000_000_000, batch_tokens=4608 * 1024, row_tokens=1024,
-                   warmup=BatchWarmup(from_tokens=768 * 1024, over_tokens=50_000_000_000)) == 768
-    assert rows_at(2_000_000_000, warmup=BatchWarmup(from_tokens=448 * 1024, over_tokens=10_000_000_000), **warm) == 2240
+    assert (
+        rows_at(
+            3_000_000_000,
+            batch_tokens=4608 * 1024,
+            row_tokens=1024,
+            warmup=BatchWarmup(from_tokens=768 * 1024, over_tokens=50_000_000_000),
+        )
+        == 768
+    )
+    assert (
+        rows_at(
+            2_000_000_000,
+            warmup=BatchWarmup(from_tokens=448 * 1024, over_tokens=10_000_000_000),
+            **warm,
+        )
+        == 2240
+    )
     assert large.at(2_000_000_000, phase_tokens=10**12) == 1.0
 
 
@@ -163,18 +228,40 @@ def test_every_size_of_a_batch_warmup_gets_the_same_number_of_steps():
 def test_a_batch_that_is_not_whole_rows_names_its_neighbours():
     with pytest.raises(ConfigError) as error:
         rows_at(0, batch_tokens=100_000, row_tokens=2048, warmup=None)
-    assert str(error.value) == "batch_tokens 100,000 is not a whole number of rows of 2,048. Nearest: 98,304, 100,352."
+    assert (
+        str(error.value)
+        == "batch_tokens 100,000 is not a whole number of rows of 2,048. Nearest: 98,304, 100,352."
+    )
     with pytest.raises(ConfigError, match="from_tokens 4,096 is not below batch_tokens 4,096"):
-        rows_at(0, batch_tokens=4096, row_tokens=2048, warmup=BatchWarmup(from_tokens=4096, over_tokens=9))
+        rows_at(
+            0,
+            batch_tokens=4096,
+            row_tokens=2048,
+            warmup=BatchWarmup(from_tokens=4096, over_tokens=9),
+        )
     with pytest.raises(ConfigError, match=r"batch_warmup.from_tokens 1,000 .* Nearest: 2,048\."):
-        rows_at(0, batch_tokens=4096, row_tokens=2048, warmup=BatchWarmup(from_tokens=1000, over_tokens=9))
+        rows_at(
+            0,
+            batch_tokens=4096,
+            row_tokens=2048,
+            warmup=BatchWarmup(from_tokens=1000, over_tokens=9),
+        )
 
 
 def test_the_stair_of_any_amount_of_tokens_is_that_of_the_sum_also_among_millions():
     chance = random.Random(2)
     for _ in range(200):
-        row, first, stair, full = 16, chance.randint(1, 9), chance.randint(1, 5), chance.randint(10, 40)
-        warmup = BatchWarmup(from_tokens=first * row, over_tokens=chance.randint(1, 5000), increase_tokens=stair * row)
+        row, first, stair, full = (
+            16,
+            chance.randint(1, 9),
+            chance.randint(1, 5),
+            chance.randint(10, 40),
+        )
+        warmup = BatchWarmup(
+            from_tokens=first * row,
+            over_tokens=chance.randint(1, 5000),
+            increase_tokens=stair * row,
+        )
         seen, passed, sizes = chance.randint(0, 6000), 0, range(first, full, stair)
         expected = full
         for size in sizes:
@@ -184,4 +271,6 @@ def test_the_stair_of_any_amount_of_tokens_is_that_of_the_sum_also_among_million
                 break
         assert rows_at(seen, batch_tokens=full * row, row_tokens=row, warmup=warmup) == expected
     huge = BatchWarmup(from_tokens=64, over_tokens=10**15)
-    assert rows_at(10**14, batch_tokens=64 * 10**12, row_tokens=64, warmup=huge) == pytest.approx(10**12 * 0.1**0.5, rel=1e-6)
+    assert rows_at(10**14, batch_tokens=64 * 10**12, row_tokens=64, warmup=huge) == pytest.approx(
+        10**12 * 0.1**0.5, rel=1e-6
+    )

@@ -29,39 +29,60 @@ def refused(capsys, *command) -> str:
     return err
 
 
-@pytest.mark.parametrize("line, reason, words", [
-    (b"{not json}\n", "not json", ["line 3 is not JSON", "needed: one JSON object a line"]),
-    (b'{"txt": "x"}\n', "no text", ["line 3 has no 'text'", "Did you mean txt?"]),
-    (b"{}\n", "no text", ["line 3 has no 'text'"]),
-    (b'{"text": 5}\n', "no text", ["line 3: 'text' is a number", "needed: text"]),
-    (b'{"text": null}\n', "no text", ["line 3: 'text' is null"]),
-    (b'["text"]\n', "not json", ["line 3 is a list", "needed: a JSON object"]),
-    (b'{"text": "\xff"}\n', "not utf-8", ["line 3: byte 11 is not UTF-8"]),
-    (b'{"text": "half \\ud800 pair"}\n', "not unicode", ["line 3: the text holds half a surrogate pair"]),
-    (b"[" * 100_000 + b"\n", "not json", ["line 3 is not JSON"]),
-])
-def test_a_bad_line_is_named_with_file_and_number_and_can_be_skipped(tmp_path, capsys, line, reason, words):
+@pytest.mark.parametrize(
+    "line, reason, words",
+    [
+        (b"{not json}\n", "not json", ["line 3 is not JSON", "needed: one JSON object a line"]),
+        (b'{"txt": "x"}\n', "no text", ["line 3 has no 'text'", "Did you mean txt?"]),
+        (b"{}\n", "no text", ["line 3 has no 'text'"]),
+        (b'{"text": 5}\n', "no text", ["line 3: 'text' is a number", "needed: text"]),
+        (b'{"text": null}\n', "no text", ["line 3: 'text' is null"]),
+        (b'["text"]\n', "not json", ["line 3 is a list", "needed: a JSON object"]),
+        (b'{"text": "\xff"}\n', "not utf-8", ["line 3: byte 11 is not UTF-8"]),
+        (
+            b'{"text": "half \\ud800 pair"}\n',
+            "not unicode",
+            ["line 3: the text holds half a surrogate pair"],
+        ),
+        (b"[" * 100_000 + b"\n", "not json", ["line 3 is not JSON"]),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number_and_can_be_skipped(
+    tmp_path, capsys, line, reason, words
+):
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + line + GOOD * 20)
     config = settings(tmp_path, held_out_share=0.0)
     err = refused(capsys, "prepare", config)
-    assert str(tmp_path / "a.jsonl") in err and all(word in err for word in words) and "on_error: skip" in err
+    assert (
+        str(tmp_path / "a.jsonl") in err
+        and all(word in err for word in words)
+        and "on_error: skip" in err
+    )
     assert list((tmp_path / "shards").iterdir()) == []
     assert run("prepare", config, "on_error=skip") == 0
     counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
     assert counts["documents_read"] == 21 and counts["left_out"] == {"empty": 1, reason: 1}
 
 
-def test_the_first_bad_line_is_named_also_by_several_processes_of_several_segments(tmp_path, capsys, monkeypatch):
+def test_the_first_bad_line_is_named_also_by_several_processes_of_several_segments(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", 300)
-    (tmp_path / "a.jsonl").write_bytes(GOOD * 200 + b"{\n" + GOOD * 200 + b"{\n")      # four segments
-    assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "processes=2", "shard_bytes=1024")
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 200 + b"{\n" + GOOD * 200 + b"{\n")  # four segments
+    assert "line 201 " in refused(
+        capsys, "prepare", settings(tmp_path), "processes=2", "shard_bytes=1024"
+    )
     assert "line 201 " in refused(capsys, "prepare", settings(tmp_path), "shard_bytes=1024")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    assert "a.jsonl.gz line 201 " in refused(capsys, "prepare", settings(tmp_path), "sources.0.files=[a.jsonl.gz]", "--again")
+    assert "a.jsonl.gz line 201 " in refused(
+        capsys, "prepare", settings(tmp_path), "sources.0.files=[a.jsonl.gz]", "--again"
+    )
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": ""}\n\n' + GOOD + b'{"text": " \\n\\t"}\n   \n' + GOOD)
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": ""}\n\n' + GOOD + b'{"text": " \\n\\t"}\n   \n' + GOOD
+    )
     assert run("prepare", settings(tmp_path, held_out_share=0.0)) == 0
     counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
     assert counts["documents_read"] == 2 and counts["left_out"] == {"empty": 4}
@@ -75,13 +96,21 @@ def test_a_byte_order_mark_and_a_missing_last_line_end_are_no_fault(tmp_path):
 
 def test_a_source_of_nothing_but_empty_documents_is_refused(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"\n\n")
-    assert "no document for training (0 read, 2 left out" in refused(capsys, "prepare", settings(tmp_path))
+    assert "no document for training (0 read, 2 left out" in refused(
+        capsys, "prepare", settings(tmp_path)
+    )
     assert list((tmp_path / "shards").iterdir()) == []
 
 
-@pytest.mark.parametrize("files, words", [
-    (["b.jsonl"], "does not exist. Did you mean a.jsonl?"), (["a*.json"], "matches no file. Did you mean a.jsonl?"),
-    (["gone/*.jsonl"], "No file is in"), ([], "files of a is an empty list")])
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (["b.jsonl"], "does not exist. Did you mean a.jsonl?"),
+        (["a*.json"], "matches no file. Did you mean a.jsonl?"),
+        (["gone/*.jsonl"], "No file is in"),
+        ([], "files of a is an empty list"),
+    ],
+)
 def test_a_missing_file_is_named_with_its_neighbour(tmp_path, capsys, files, words):
     write_jsonl(tmp_path / "a.jsonl", texts(5))
     config = settings(tmp_path, [{"name": "a", "format": "jsonl", "files": files}])
@@ -90,7 +119,7 @@ def test_a_missing_file_is_named_with_its_neighbour(tmp_path, capsys, files, wor
 
 
 def half(content: bytes) -> bytes:
-    return content[:len(content) // 2]
+    return content[: len(content) // 2]
 
 
 def table_bytes(how: str, table: pyarrow.Table) -> bytes:
@@ -98,7 +127,9 @@ def table_bytes(how: str, table: pyarrow.Table) -> bytes:
     if how == "parquet":
         pyarrow.parquet.write_table(table, sink, row_group_size=100)
     else:
-        with {"file": pyarrow.ipc.new_file, "stream": pyarrow.ipc.new_stream}[how](sink, table.schema) as writer:
+        with {"file": pyarrow.ipc.new_file, "stream": pyarrow.ipc.new_stream}[how](
+            sink, table.schema
+        ) as writer:
             writer.write_table(table, max_chunksize=100)
     return sink.getvalue().to_pybytes()
 
@@ -106,8 +137,13 @@ def table_bytes(how: str, table: pyarrow.Table) -> bytes:
 def broken_page() -> bytes:
     """A Parquet file of three row groups with the second's first page destroyed."""
     content = bytearray(table_bytes("parquet", pyarrow.table({"text": texts(300)})))
-    at = pyarrow.parquet.read_metadata(pyarrow.BufferReader(bytes(content))).row_group(1).column(0).dictionary_page_offset
-    content[at:at + 60] = b"\xff" * 60
+    at = (
+        pyarrow.parquet.read_metadata(pyarrow.BufferReader(bytes(content)))
+        .row_group(1)
+        .column(0)
+        .dictionary_page_offset
+    )
+    content[at : at + 60] = b"\xff" * 60
     return bytes(content)
 
 
@@ -120,36 +156,68 @@ def cut_between_batches(**more: list) -> bytes:
 def old_stream() -> bytes:
     """As Arrow wrote streams before 0.15."""
     sink, table = pyarrow.BufferOutputStream(), pyarrow.table({"text": texts(5)})
-    with pyarrow.ipc.new_stream(sink, table.schema, options=pyarrow.ipc.IpcWriteOptions(use_legacy_format=True)) as writer:
+    with pyarrow.ipc.new_stream(
+        sink, table.schema, options=pyarrow.ipc.IpcWriteOptions(use_legacy_format=True)
+    ) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("name, content, source, words", [
-    ("a.jsonl.gz", half(gzip.compress(GOOD * 20_000)), "jsonl", "beyond line 9,"),
-    ("a.jsonl.gz", b"", "jsonl", "is cut short"), ("a.jsonl.zst", b"", "jsonl", "is cut short"),
-    ("a.parquet", b"PAR1 and no end", "parquet", "cannot be read beyond row 0"),
-    ("a.parquet", half(table_bytes("parquet", pyarrow.table({"text": texts(300)}))), "parquet", "beyond row 0"),
-    ("a.parquet", broken_page(), "parquet", "cannot be read beyond row 100"),
-    ("a.arrow", half(table_bytes("file", pyarrow.table({"text": texts(300)}))), "arrow", "is cut short"),
-    ("a.arrow", cut_between_batches(), "arrow", "is cut short"),
-    ("a.arrow", cut_between_batches(z=[0] * 300), "arrow", "is cut short"),
-    ("a.arrow", cut_between_batches(z=[2**32 - 1] * 300), "arrow", "is cut short"),
-    ("a.arrow", old_stream()[:-4], "arrow", "is cut short"),
-    ("a.arrow", b"", "arrow", "is cut short"),
-    ("a.txt", b"fine\n\xff\n", "text", "line 2: byte 1 is not UTF-8"),
-    ("a.parquet", table_bytes("parquet", pyarrow.table({"texts": ["x"]})), "parquet",
-     "has no column 'text'. Did you mean texts?"),
-    ("a.parquet", table_bytes("parquet", pyarrow.table({"text": [5]})), "parquet", "column 'text' is int64; needed: text"),
-    ("a.arrow", table_bytes("file", pyarrow.table({"text": [["x"]]})), "arrow", "column 'text' is list<"),
-])
+@pytest.mark.parametrize(
+    "name, content, source, words",
+    [
+        ("a.jsonl.gz", half(gzip.compress(GOOD * 20_000)), "jsonl", "beyond line 9,"),
+        ("a.jsonl.gz", b"", "jsonl", "is cut short"),
+        ("a.jsonl.zst", b"", "jsonl", "is cut short"),
+        ("a.parquet", b"PAR1 and no end", "parquet", "cannot be read beyond row 0"),
+        (
+            "a.parquet",
+            half(table_bytes("parquet", pyarrow.table({"text": texts(300)}))),
+            "parquet",
+            "beyond row 0",
+        ),
+        ("a.parquet", broken_page(), "parquet", "cannot be read beyond row 100"),
+        (
+            "a.arrow",
+            half(table_bytes("file", pyarrow.table({"text": texts(300)}))),
+            "arrow",
+            "is cut short",
+        ),
+        ("a.arrow", cut_between_batches(), "arrow", "is cut short"),
+        ("a.arrow", cut_between_batches(z=[0] * 300), "arrow", "is cut short"),
+        ("a.arrow", cut_between_batches(z=[2**32 - 1] * 300), "arrow", "is cut short"),
+        ("a.arrow", old_stream()[:-4], "arrow", "is cut short"),
+        ("a.arrow", b"", "arrow", "is cut short"),
+        ("a.txt", b"fine\n\xff\n", "text", "line 2: byte 1 is not UTF-8"),
+        (
+            "a.parquet",
+            table_bytes("parquet", pyarrow.table({"texts": ["x"]})),
+            "parquet",
+            "has no column 'text'. Did you mean texts?",
+        ),
+        (
+            "a.parquet",
+            table_bytes("parquet", pyarrow.table({"text": [5]})),
+            "parquet",
+            "column 'text' is int64; needed: text",
+        ),
+        (
+            "a.arrow",
+            table_bytes("file", pyarrow.table({"text": [["x"]]})),
+            "arrow",
+            "column 'text' is list<",
+        ),
+    ],
+)
 def test_a_broken_file_is_named_and_can_be_skipped(tmp_path, capsys, name, content, source, words):
     (tmp_path / name).write_bytes(content)
     good = tmp_path / f"good.{source}"
     if source in ("jsonl", "text"):
         write_jsonl(good, texts(5))
     else:
-        good.write_bytes(table_bytes(source.replace("arrow", "file"), pyarrow.table({"text": texts(5)})))
+        good.write_bytes(
+            table_bytes(source.replace("arrow", "file"), pyarrow.table({"text": texts(5)}))
+        )
     broken = {"name": "a", "format": source, "files": [name]}
     err = refused(capsys, "prepare", settings(tmp_path, [broken]))
     assert name in err and words in err
@@ -165,7 +233,17 @@ def test_a_broken_file_is_named_and_can_be_skipped(tmp_path, capsys, name, conte
 
 def test_a_stream_of_before_arrow_0_15_is_read(tmp_path):
     (tmp_path / "a.arrow").write_bytes(old_stream())
-    assert run("prepare", settings(tmp_path, [{"name": "a", "format": "arrow", "files": ["a.arrow"]}], held_out_share=0.0)) == 0
+    assert (
+        run(
+            "prepare",
+            settings(
+                tmp_path,
+                [{"name": "a", "format": "arrow", "files": ["a.arrow"]}],
+                held_out_share=0.0,
+            ),
+        )
+        == 0
+    )
     assert read_card(tmp_path / "shards/a/train").documents == 5
 
 
@@ -177,15 +255,21 @@ def test_one_file_under_two_names_is_refused(tmp_path, capsys, other):
         (tmp_path / "link.jsonl").symlink_to("a.jsonl")
         os.link(tmp_path / "a.jsonl", tmp_path / "hard.jsonl")
     config = settings(tmp_path, [{"name": "a", "format": "jsonl", "files": ["a.jsonl", other]}])
-    if other.startswith("*"):                      # the same name again is no mistake
+    if other.startswith("*"):  # the same name again is no mistake
         assert run("prepare", config) == 0
     else:
-        assert f"{tmp_path}/a.jsonl and {tmp_path}/{other} are the same file" in refused(capsys, "prepare", config)
+        assert f"{tmp_path}/a.jsonl and {tmp_path}/{other} are the same file" in refused(
+            capsys, "prepare", config
+        )
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-@pytest.mark.parametrize("content", [GOOD * 30, GOOD * 99 + b"cut", GOOD * 101, GOOD.replace(b"good", b"evil") * 100])
-def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, capsys, monkeypatch, content, on_error):
+@pytest.mark.parametrize(
+    "content", [GOOD * 30, GOOD * 99 + b"cut", GOOD * 101, GOOD.replace(b"good", b"evil") * 100]
+)
+def test_a_file_that_changes_while_it_is_read_is_named(
+    tmp_path, capsys, monkeypatch, content, on_error
+):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD * 100)
 
@@ -193,14 +277,22 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, capsys, monkeyp
         path.write_bytes(content)
         return "fastokens"
 
-    monkeypatch.setattr("data_prep.prepare.choose_encoder", change)          # after the plan, before the reading
+    monkeypatch.setattr(
+        "data_prep.prepare.choose_encoder", change
+    )  # after the plan, before the reading
     err = refused(capsys, "prepare", settings(tmp_path), f"on_error={on_error}")
     assert f"{path} was changed while" in err
     assert list((tmp_path / "shards").iterdir()) == []
 
 
-@pytest.mark.parametrize("document, place", [("file", "a.txt line 4: byte 3"), ("line", "a.txt line 4: byte 3"),
-                                             ("paragraph", "a.txt line 4: byte 3")])
+@pytest.mark.parametrize(
+    "document, place",
+    [
+        ("file", "a.txt line 4: byte 3"),
+        ("line", "a.txt line 4: byte 3"),
+        ("paragraph", "a.txt line 4: byte 3"),
+    ],
+)
 def test_bad_bytes_of_plain_text_are_named_with_line_and_byte(tmp_path, capsys, document, place):
     (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\nab\xff\n\nlast\n")
     source = {"name": "a", "format": "text", "files": ["a.txt"], "document": document}
@@ -211,13 +303,18 @@ def test_bad_bytes_of_plain_text_are_named_with_line_and_byte(tmp_path, capsys, 
 def test_empty_lines_at_the_beginning_count(tmp_path, capsys, document):
     (tmp_path / "a.txt").write_bytes(b"\n\r\n\nab\xff\n\nlast\n")
     source = {"name": "a", "format": "text", "files": ["a.txt"], "document": document}
-    assert "a.txt line 4: byte 3 is not UTF-8" in refused(capsys, "prepare", settings(tmp_path, [source]))
+    assert "a.txt line 4: byte 3 is not UTF-8" in refused(
+        capsys, "prepare", settings(tmp_path, [source])
+    )
 
 
 def test_of_a_parquet_file_only_the_row_that_is_not_utf_8_is_left_out(tmp_path, capsys):
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts(30), "bad #*# bytes", *texts(5, seed=1)]}), sink,
-                                compression="none")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [*texts(30), "bad #*# bytes", *texts(5, seed=1)]}),
+        sink,
+        compression="none",
+    )
     (tmp_path / "a.bin").write_bytes(sink.getvalue().to_pybytes().replace(b"#*#", b"#\xff#"))
     source = {"name": "a", "format": "parquet", "files": ["a.bin"]}
     config = settings(tmp_path, [source], held_out_share=0.0)
@@ -241,11 +338,28 @@ def test_a_parquet_file_of_an_empty_row_group_is_empty(tmp_path):
 def test_a_nul_character_and_a_null_row_are_named_by_line_and_row(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "a\\u0000b"}\n' + b"\0" * 40 + b"\n")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
-    for line, words in (("jsonl", "line 2: the text holds a NUL character"), ("parquet", "row 2: 'text' is null")):
-        config = settings(tmp_path, [{"name": "a", "format": line, "files": [f"a.{line}"]}], held_out_share=0.0)
+    for line, words in (
+        ("jsonl", "line 2: the text holds a NUL character"),
+        ("parquet", "row 2: 'text' is null"),
+    ):
+        config = settings(
+            tmp_path, [{"name": "a", "format": line, "files": [f"a.{line}"]}], held_out_share=0.0
+        )
         assert words in refused(capsys, "prepare", config)
-    assert run("prepare", config, "on_error=skip", "sources.0.format=jsonl", "sources.0.files=[a.jsonl]") == 0
-    assert read_card(tmp_path / "shards/a/train").recipe["counts"]["left_out"] == {"nul character": 1, "not json": 1}
+    assert (
+        run(
+            "prepare",
+            config,
+            "on_error=skip",
+            "sources.0.format=jsonl",
+            "sources.0.files=[a.jsonl]",
+        )
+        == 0
+    )
+    assert read_card(tmp_path / "shards/a/train").recipe["counts"]["left_out"] == {
+        "nul character": 1,
+        "not json": 1,
+    }
 
 
 def test_a_line_of_50_mb_is_one_document(tmp_path):
@@ -254,19 +368,25 @@ def test_a_line_of_50_mb_is_one_document(tmp_path):
     source = JsonlSource(name="a", files=("a.jsonl",))
     blocks = list(readers.read_blocks(source, readers.find_files(source, tmp_path)[0]))
     found = [(block.first, [len(text) for text in readers.parse(block).texts]) for block in blocks]
-    assert sum((lengths for _, lengths in found), []) == [19, len(long), 19] and found[0] == (1, [19])
+    assert sum((lengths for _, lengths in found), []) == [19, len(long), 19] and found[0] == (
+        1,
+        [19],
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    ("held_out_shar=0.1", "held_out_shar is unknown. Did you mean held_out_share?"),
-    ("sources.0.tex=body", "sources.0.tex is unknown. Did you mean text?"),
-    ("sources.0.format=json", "Did you mean jsonl?"),
-    ("sources.0.name=../x", "cannot name a folder"),
-    ("held_out_share=1", "needed: 0 or more and less than 1"),
-    ("tokenizer=gone.json", "tokenizer gone.json does not exist"),
-    ("max_tokens_per_document=10000000000000000", "needed: at least 8 and at most 4294967295"),
-    ("compression=gzip", "compression is 'gzip'"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("held_out_shar=0.1", "held_out_shar is unknown. Did you mean held_out_share?"),
+        ("sources.0.tex=body", "sources.0.tex is unknown. Did you mean text?"),
+        ("sources.0.format=json", "Did you mean jsonl?"),
+        ("sources.0.name=../x", "cannot name a folder"),
+        ("held_out_share=1", "needed: 0 or more and less than 1"),
+        ("tokenizer=gone.json", "tokenizer gone.json does not exist"),
+        ("max_tokens_per_document=10000000000000000", "needed: at least 8 and at most 4294967295"),
+        ("compression=gzip", "compression is 'gzip'"),
+    ],
+)
 def test_a_wrong_setting_is_named(tmp_path, capsys, change, words):
     write_jsonl(tmp_path / "a.jsonl", texts(5))
     assert words in refused(capsys, "prepare", settings(tmp_path), change)
@@ -302,18 +422,35 @@ def commands(tmp_path, monkeypatch) -> dict[str, tuple]:
     (tmp_path / "file").write_bytes(b"old")
     module = tmp_path / "library/one.py"
     module.parent.mkdir()
-    sentence = "This function reads the file and returns all of its lines in a list that is for the caller."
+    sentence = (
+        "This function reads the file and returns all of its lines in a list that is for the"
+        " caller."
+    )
     module.write_text("x = 1\n" * 100)
-    (module.parent / "one.txt").write_text("\n\n".join(f"{sentence[:-1]} of part {i}." for i in range(5)))
-    monkeypatch.setattr(environment_corpus.sysconfig, "get_paths", lambda: {
-        "stdlib": str(module.parent), "purelib": str(module.parent), "platlib": str(module.parent)})
-    return {"train": ("tokenizer", "train", "--files", "a.jsonl", "--vocab-size", "300"),
-            "from-hf": ("tokenizer", "from-hf", "tokenizer.json"), "report": ("report", "shards"),
-            "environment-corpus": ("environment-corpus", "--size-mb", "0.001")}
+    (module.parent / "one.txt").write_text(
+        "\n\n".join(f"{sentence[:-1]} of part {i}." for i in range(5))
+    )
+    monkeypatch.setattr(
+        environment_corpus.sysconfig,
+        "get_paths",
+        lambda: {
+            "stdlib": str(module.parent),
+            "purelib": str(module.parent),
+            "platlib": str(module.parent),
+        },
+    )
+    return {
+        "train": ("tokenizer", "train", "--files", "a.jsonl", "--vocab-size", "300"),
+        "from-hf": ("tokenizer", "from-hf", "tokenizer.json"),
+        "report": ("report", "shards"),
+        "environment-corpus": ("environment-corpus", "--size-mb", "0.001"),
+    }
 
 
 @pytest.mark.parametrize("name", ["train", "from-hf", "report", "environment-corpus"])
-def test_a_place_that_cannot_be_written_is_one_line_and_nothing_is_left(tmp_path, commands, capsys, monkeypatch, name):
+def test_a_place_that_cannot_be_written_is_one_line_and_nothing_is_left(
+    tmp_path, commands, capsys, monkeypatch, name
+):
     before = bytes_of(tmp_path)
 
     def full(handle: int) -> None:
@@ -325,7 +462,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_nothing_is_left(tmp_path
         assert "new/deep: No space left on device. Make room, or name another place." in err
     assert "file is a file; needed: a folder" in refused(capsys, *commands[name], "--out", "file/x")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda *_: False)        # root may write to read-only folders
+        patch.setattr(os, "access", lambda *_: False)  # root may write to read-only folders
         assert "may not be written to" in refused(capsys, *commands[name], "--out", "new/deep")
     in_the_way, words = "file", "file is a file; needed: a folder"
     if name in ("train", "from-hf"):
@@ -369,23 +506,34 @@ def test_options_are_not_guessed_from_their_first_letters(tmp_path, commands, ca
 
 def test_a_folder_in_the_place_of_a_file_is_called_a_folder(tmp_path, commands, capsys):
     assert "tokenizer shards is a folder; needed: a tokenizer.json" in refused(
-        capsys, "prepare", "prep.yaml", "tokenizer=shards")
+        capsys, "prepare", "prep.yaml", "tokenizer=shards"
+    )
     assert "shards is a folder; needed: files" in refused(
-        capsys, "tokenizer", "train", "--files", "shards", "--out", "t")
+        capsys, "tokenizer", "train", "--files", "shards", "--out", "t"
+    )
     assert "shards/tokenizer.json does not exist; needed" in refused(
-        capsys, "tokenizer", "from-hf", "shards", "--out", "t")
+        capsys, "tokenizer", "from-hf", "shards", "--out", "t"
+    )
 
 
-@pytest.mark.parametrize("command, words", [
-    ("_prepare", "finished segments and sources are kept"), ("_train", "nothing half-made was left"),
-    ("_verify", "were not checked")])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("_prepare", "finished segments and sources are kept"),
+        ("_train", "nothing half-made was left"),
+        ("_verify", "were not checked"),
+    ],
+)
 def test_ctrl_c_says_what_the_command_leaves(commands, capsys, monkeypatch, command, words):
     def interrupted(args) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, command, interrupted)
-    line = {"_prepare": ("prepare", "prep.yaml"), "_train": (*commands["train"], "--out", "t"),
-            "_verify": ("verify", "x")}
+    line = {
+        "_prepare": ("prepare", "prep.yaml"),
+        "_train": (*commands["train"], "--out", "t"),
+        "_verify": ("verify", "x"),
+    }
     assert run(*line[command]) == 130
     err = capsys.readouterr().err
     assert err.startswith("stopped") and words in err and err.count("\n") == 1

@@ -36,9 +36,12 @@ from tests.helpers.prep import run, settings, texts, tokenizer_bytes, write_json
 from tests.unit.prep.test_bad_input import refused
 
 MB = 10**6
-MOST = 2 * MB                     # max_document_bytes here, and about the bytes of a row
-ROWS = 40                         # 80 MB in a file
-SPREAD_MB, MOST_MB = 35, 500      # what runs differ by; Python, Arrow, both encoders and datasets take 100 to 320
+MOST = 2 * MB  # max_document_bytes here, and about the bytes of a row
+ROWS = 40  # 80 MB in a file
+SPREAD_MB, MOST_MB = (
+    35,
+    500,
+)  # what runs differ by; Python, Arrow, both encoders and datasets take 100 to 320
 
 
 def large_rows() -> list[str]:
@@ -51,8 +54,10 @@ def write_table(folder: Path, kind: str) -> dict:
     if kind == "parquet":
         pyarrow.parquet.write_table(table, path, row_group_size=4)
     else:
-        with {"arrow": pyarrow.ipc.new_file, "arrows": pyarrow.ipc.new_stream}[kind](path, table.schema) as out:
-            out.write_table(table)                       # one record batch
+        with {"arrow": pyarrow.ipc.new_file, "arrows": pyarrow.ipc.new_stream}[kind](
+            path, table.schema
+        ) as out:
+            out.write_table(table)  # one record batch
     return {"format": kind.rstrip("s"), "files": [path.name]}
 
 
@@ -72,42 +77,71 @@ def write_rows(folder: Path, kind: str) -> dict:
         (folder / "a").write_text(json.dumps(rows, indent=1))
     elif kind == "csv":
         with open(folder / "a", "w", newline="") as f:
-            csv.writer(f).writerows([["n", "text"], *[[row["n"], row["text"].replace(". ", '.\n"', 9)] for row in rows]])
+            csv.writer(f).writerows(
+                [["n", "text"], *[[row["n"], row["text"].replace(". ", '.\n"', 9)] for row in rows]]
+            )
     elif kind == "too large":
-        (folder / "a").write_bytes(gzip.compress(json.dumps({"text": "".join(large_rows())}).encode() + b'\n{"text": "x"}\n', 1))
+        (folder / "a").write_bytes(
+            gzip.compress(
+                json.dumps({"text": "".join(large_rows())}).encode() + b'\n{"text": "x"}\n', 1
+            )
+        )
         return {"format": "jsonl", "files": ["a"]}
     return {"format": kind, "files": ["a"]}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json_array", "csv", "parquet", "arrow", "arrows", "hub", "too large"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "json_array", "csv", "parquet", "arrow", "arrows", "hub", "too large"]
+)
 def test_memory_is_bounded_in_bytes_by_the_longest_document(tmp_path, monkeypatch, kind):
     """Counted: a file of ten times as many rows of 2 MB takes no more, and all of it little."""
     few, many = (peak_mb(tmp_path / str(rows), monkeypatch, kind, rows) for rows in (4, 40))
-    assert many < few + SPREAD_MB and many < MOST_MB, f"{kind}: {few:.0f} MB for 8 MB, {many:.0f} MB for 80 MB"
+    assert many < few + SPREAD_MB and many < MOST_MB, (
+        f"{kind}: {few:.0f} MB for 8 MB, {many:.0f} MB for 80 MB"
+    )
 
 
 def peak_mb(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, rows: int) -> float:
     """The largest resident memory of a command that prepares `rows` documents of 2 MB."""
     monkeypatch.setattr("tests.unit.prep.test_memory.ROWS", rows)
     folder.mkdir()
-    config = settings(folder, [{"name": "a", **write_rows(folder, kind)}], held_out_share=0.0, shard_bytes=2**20)
-    command = [sys.executable, "-m", "data_prep", "prepare", str(config), f"max_document_bytes={MOST}", "on_error=skip"]
-    script = ("import resource, subprocess, sys\n"
-              "done = subprocess.run(sys.argv[1:])\n"
-              "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
-              "sys.exit(done.returncode)")
+    config = settings(
+        folder, [{"name": "a", **write_rows(folder, kind)}], held_out_share=0.0, shard_bytes=2**20
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep",
+        "prepare",
+        str(config),
+        f"max_document_bytes={MOST}",
+        "on_error=skip",
+    ]
+    script = (
+        "import resource, subprocess, sys\n"
+        "done = subprocess.run(sys.argv[1:])\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+        "sys.exit(done.returncode)"
+    )
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = read_card(folder / "shards/a/train").recipe["counts"]
     if kind == "too large":
-        assert (counts["documents_read"], counts["left_out"]) == (1, {"larger than max_document_bytes": 1})
+        assert (counts["documents_read"], counts["left_out"]) == (
+            1,
+            {"larger than max_document_bytes": 1},
+        )
     else:
         assert counts["documents_read"] == rows
     return int(re.search(r"peak (\d+)", done.stdout)[1]) / 1000
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "line", "paragraph", "file", "json_array", "csv", "parquet", "arrow"])
-def test_a_document_that_is_too_large_is_named_and_the_others_are_read(tmp_path, capsys, monkeypatch, kind):
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "line", "paragraph", "file", "json_array", "csv", "parquet", "arrow"]
+)
+def test_a_document_that_is_too_large_is_named_and_the_others_are_read(
+    tmp_path, capsys, monkeypatch, kind
+):
     monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", 700)
     documents = ["first", "x " * 3000, "between", "y " * 5000, "last"]
     rows = [{"text": text} for text in documents]
@@ -126,21 +160,37 @@ def test_a_document_that_is_too_large_is_named_and_the_others_are_read(tmp_path,
     elif kind == "csv":
         (tmp_path / "a").write_text("text\n" + "\n".join(documents) + "\n")
     elif kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a", row_group_size=2)
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), tmp_path / "a", row_group_size=2
+        )
     else:
         with pyarrow.ipc.new_stream(tmp_path / "a", pyarrow.schema({"text": "string"})) as out:
             out.write_table(pyarrow.Table.from_pylist(rows))
     config = settings(tmp_path, [source], held_out_share=0.0, max_document_bytes=4000)
-    place = {"file": "b has", "line": "a line 2 has", "paragraph": "a line 3 has", "jsonl": "a line 2 has",
-             "json_array": "a item 2 has", "csv": "a line 3: its record has"}.get(kind, "a row 2 has")
+    place = {
+        "file": "b has",
+        "line": "a line 2 has",
+        "paragraph": "a line 3 has",
+        "jsonl": "a line 2 has",
+        "json_array": "a item 2 has",
+        "csv": "a line 3: its record has",
+    }.get(kind, "a row 2 has")
     err = refused(capsys, "prepare", config)
-    assert place in err and "needed: at most max_document_bytes, 4,000. Raise max_document_bytes" in err
+    assert (
+        place in err
+        and "needed: at most max_document_bytes, 4,000. Raise max_document_bytes" in err
+    )
     assert run("prepare", config, "on_error=skip") == 0
     counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
-    if kind == "csv":                 # most often a quote that was left open: the rest of the file counts as broken
+    if (
+        kind == "csv"
+    ):  # most often a quote that was left open: the rest of the file counts as broken
         assert (counts["documents_read"], counts["left_out"]) == (1, {"rest of a broken file": 1})
     else:
-        assert (counts["documents_read"], counts["left_out"]) == (3, {"larger than max_document_bytes": 2})
+        assert (counts["documents_read"], counts["left_out"]) == (
+            3,
+            {"larger than max_document_bytes": 2},
+        )
     assert run("prepare", config, "max_document_bytes=100000", f"out={tmp_path / 'all'}") == 0
     assert read_card(tmp_path / "all/a/train").recipe["counts"]["documents_read"] == 5
 
@@ -153,21 +203,60 @@ def test_large_documents_are_found_wherever_pieces_end(tmp_path, monkeypatch):
         monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", chance.choice([1, 2, 7, 50, 1000]))
         source = JsonlSource(name="a", files=("a",))
         blocks = list(read_blocks(source, find_files(source, tmp_path)[0], most_bytes=91))
-        assert b"".join(block.lines for block in blocks if block.lines).split() == [line for line in lines if len(line) < 91]
-        assert sum(block.too_large is not None for block in blocks) == sum(len(line) > 91 for line in lines)
+        assert b"".join(block.lines for block in blocks if block.lines).split() == [
+            line for line in lines if len(line) < 91
+        ]
+        assert sum(block.too_large is not None for block in blocks) == sum(
+            len(line) > 91 for line in lines
+        )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """ModernBERT's structure; BERT's; that of cl100k and Llama 3; with a word of many words among its tokens."""
     plain = json.loads(tokenizer_bytes())
-    made = {"ours": {}, "bert": {"normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
-                                               "strip_accents": None, "lowercase": True},
-                                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                                    {"type": "BertPreTokenizer"}, {"type": "ByteLevel", "add_prefix_space": False,
-                                                                   "trim_offsets": True, "use_regex": False}]}},
-            "llama": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": long_texts._SPLITS[1]}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}}}
+    made = {
+        "ours": {},
+        "bert": {
+            "normalizer": {
+                "type": "BertNormalizer",
+                "clean_text": True,
+                "handle_chinese_chars": True,
+                "strip_accents": None,
+                "lowercase": True,
+            },
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "BertPreTokenizer"},
+                    {
+                        "type": "ByteLevel",
+                        "add_prefix_space": False,
+                        "trim_offsets": True,
+                        "use_regex": False,
+                    },
+                ],
+            },
+        },
+        "llama": {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": long_texts._SPLITS[1]},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                    {
+                        "type": "ByteLevel",
+                        "add_prefix_space": False,
+                        "trim_offsets": True,
+                        "use_regex": False,
+                    },
+                ],
+            }
+        },
+    }
     for name, change in made.items():
         (folder / f"{name}.json").write_text(json.dumps({**plain, **change}))
     return [folder / f"{name}.json" for name in made]
@@ -176,13 +265,45 @@ def tokenizer_files(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("library", ["fastokens", "tokenizers"])
 def test_a_long_text_in_parts_has_the_ids_of_the_whole(tmp_path, monkeypatch, library):
     chance = random.Random(7)
-    letters = [" ", " ", " ", "\n", "\n\n", "  ", "a", "B", "cat", "house", "é", "e\u0301", "\u0301", "日本", "。", "、", "1",
-               "23", "'s", "-", "\t", "\r\n", "\u00a0", "[MASK]", "\U0001f600", "ß", "\u017f", ".", ",", "   x", "\u0130", "Σ"]
+    letters = [
+        " ",
+        " ",
+        " ",
+        "\n",
+        "\n\n",
+        "  ",
+        "a",
+        "B",
+        "cat",
+        "house",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "日本",
+        "。",
+        "、",
+        "1",
+        "23",
+        "'s",
+        "-",
+        "\t",
+        "\r\n",
+        "\u00a0",
+        "[MASK]",
+        "\U0001f600",
+        "ß",
+        "\u017f",
+        ".",
+        ",",
+        "   x",
+        "\u0130",
+        "Σ",
+    ]
     documents = ["".join(chance.choices(letters, k=400)) for _ in range(40)]
     for path in tokenizer_files(tmp_path):
         try:
             encoder = TextEncoder(path, library)
-        except UserError:                          # fastokens knows fewer structures
+        except UserError:  # fastokens knows fewer structures
             assert library == "fastokens"
             continue
         assert cuts_of(path).place is not None
@@ -192,16 +313,29 @@ def test_a_long_text_in_parts_has_the_ids_of_the_whole(tmp_path, monkeypatch, li
             monkeypatch.setitem(tokenization.BATCH_CHARS, library, most)
             ids_T, lengths_D = encoder.encode(documents)
             assert np.array_equal(ids_T, whole_T) and np.array_equal(lengths_D, whole_D)
-            assert max(len(list(parts_of(text, cuts_of(path), most_chars=most))) for text in documents) > 3
+            assert (
+                max(len(list(parts_of(text, cuts_of(path), most_chars=most))) for text in documents)
+                > 3
+            )
 
 
 def test_tokenizers_of_unknown_structure_are_given_whole_texts(tmp_path):
     plain = json.loads(tokenizer_bytes())
     phrase = {**plain["added_tokens"][0], "content": "the cat", "special": False}
-    for change in ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}}, {"pre_tokenizer": None},
-                   {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}},
-                   {"model": {**plain["model"], "type": "Unigram"}},
-                   {"added_tokens": [*plain["added_tokens"], phrase]}):
+    for change in (
+        {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}},
+        {"pre_tokenizer": None},
+        {
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "_",
+                "prepend_scheme": "always",
+                "split": True,
+            }
+        },
+        {"model": {**plain["model"], "type": "Unigram"}},
+        {"added_tokens": [*plain["added_tokens"], phrase]},
+    ):
         (tmp_path / "t.json").write_text(json.dumps({**plain, **change}))
         assert cuts_of(tmp_path / "t.json").place is None
         with pytest.raises(TooLong):
@@ -232,11 +366,20 @@ def test_a_process_that_dies_is_one_sentence_with_file_and_row(monkeypatch, numb
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     file = InputFile(name="big.jsonl", place="big.jsonl", bytes=1)
     segment = Segment(number=0, begin=0, bytes=1, stretches=(Stretch(file=file),))
-    job = SegmentJob(source=JsonlSource(name="a", files=("x",)), encoder="fastokens", part=Part(), folder="x", segment=segment,
-                     made_from_sha256=str(int(number)))
+    job = SegmentJob(
+        source=JsonlSource(name="a", files=("x",)),
+        encoder="fastokens",
+        part=Part(),
+        folder="x",
+        segment=segment,
+        made_from_sha256=str(int(number)),
+    )
     pool = SegmentPool(None, processes)
     try:
-        words = rf"died by signal {int(number)} \({number.name}\) at big\.jsonl, line 5 and on.*without this file"
+        words = (
+            rf"died by signal {int(number)} \({number.name}\) at big\.jsonl, line 5 and on.*without"
+            r" this file"
+        )
         with pytest.raises(UserError, match=words):
             pool.make([job], lambda done: None)
     finally:
@@ -253,7 +396,10 @@ def test_a_lack_of_memory_is_one_sentence_with_file_and_row(tmp_path, capsys, mo
     monkeypatch.setattr("data_prep.prepare.choose_encoder", lambda *_: "fastokens")
     monkeypatch.setattr(worker, "encode_pieces", fails)
     err = refused(capsys, "prepare", config)
-    assert "memory ran out at" in err and "a.jsonl, line 1 and on. Run it again with fewer processes" in err
+    assert (
+        "memory ran out at" in err
+        and "a.jsonl, line 1 and on. Run it again with fewer processes" in err
+    )
     assert parse and list((tmp_path / "shards").iterdir()) == []
 
 
@@ -276,7 +422,9 @@ def test_millions_of_lists_in_unused_fields_are_not_made_values_of(monkeypatch):
     source = JsonlSource(name="a", files=("x",))
     tracemalloc.start()
     try:
-        parsed = parse(Block(source=source, file="a.jsonl", first=1, lines=line + b'\n{"text": "c"}\n'))
+        parsed = parse(
+            Block(source=source, file="a.jsonl", first=1, lines=line + b'\n{"text": "c"}\n')
+        )
         assert parsed.texts == ["a b", "c"] and tracemalloc.get_traced_memory()[1] < 4 * len(line)
     finally:
         tracemalloc.stop()

@@ -8,9 +8,11 @@ from data_prep.segments import numbers_text
 from tests.helpers.prep import run, settings, texts, write_jsonl
 
 
-def test_parts_are_missing_until_all_their_segments_are_there_and_none_once_they_are_merged(tmp_path, capsys):
+def test_parts_are_missing_until_all_their_segments_are_there_and_none_once_they_are_merged(
+    tmp_path, capsys
+):
     write_jsonl(tmp_path / "a.jsonl", texts(3_000, longest=100))
-    config = settings(tmp_path, shard_bytes=2**14)                 # segments of 64 KiB
+    config = settings(tmp_path, shard_bytes=2**14)  # segments of 64 KiB
 
     def missing(parts: int) -> str:
         capsys.readouterr()
@@ -20,7 +22,7 @@ def test_parts_are_missing_until_all_their_segments_are_there_and_none_once_they
     assert missing(4) == "1-4"
     assert run("prepare", config, "--part", "2/4") == 0
     assert missing(4) == "1,3-4"
-    assert missing(2) == "1-2"                                     # half of each is there
+    assert missing(2) == "1-2"  # half of each is there
     assert run("prepare", config) == 0
     assert missing(4) == ""
     shutil.rmtree(tmp_path / "shards")

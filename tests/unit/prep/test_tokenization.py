@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from data_prep import tokenization
-from data_prep.tokenization import HOSTILE, TextEncoder, choose_encoder, cut_lengths, encode_pieces, is_held_out
+from data_prep.tokenization import (
+    HOSTILE,
+    TextEncoder,
+    choose_encoder,
+    cut_lengths,
+    encode_pieces,
+    is_held_out,
+)
 from encoder.base import log
 from encoder.base.errors import ShardError
 from encoder.data.shard_format import special_ids_of
@@ -42,8 +49,15 @@ def test_cutting_conserves_tokens_and_pieces_are_near_equal():
 def test_pieces_joined_without_cls_and_sep_are_the_document(tokenizer_json):
     encoder, documents = TextEncoder(tokenizer_json, "fastokens"), texts(30)
     plain_T, lengths_D = encoder.encode(documents)
-    pieces = encode_pieces(encoder, documents, cls_id=316, sep_id=317, dtype=np.dtype("uint16"),
-                           max_tokens_per_document=16, held_out_share=0.5)
+    pieces = encode_pieces(
+        encoder,
+        documents,
+        cls_id=316,
+        sep_id=317,
+        dtype=np.dtype("uint16"),
+        max_tokens_per_document=16,
+        held_out_share=0.5,
+    )
     assert pieces.ids_T.dtype == np.uint16
     assert pieces.content_tokens == len(plain_T) == pieces.ids_T.size - 2 * len(pieces.lengths_P)
     each = np.split(pieces.ids_T, np.cumsum(pieces.lengths_P)[:-1])
@@ -58,20 +72,26 @@ def test_held_out_is_a_function_of_the_text_and_keeps_its_share():
     documents = texts(4000)
     chosen = {t for t in documents if is_held_out(t, 0.1)}
     assert chosen == {t for t in reversed(documents) if is_held_out(t, 0.1)}
-    assert 340 < len(chosen) < 460                       # 400 +- 3 standard deviations
-    assert chosen <= {t for t in documents if is_held_out(t, 0.2)}, "a larger share only adds documents"
+    assert 340 < len(chosen) < 460  # 400 +- 3 standard deviations
+    assert chosen <= {t for t in documents if is_held_out(t, 0.2)}, (
+        "a larger share only adds documents"
+    )
     assert not any(is_held_out(t, 0.0) for t in documents)
 
 
 @pytest.mark.parametrize("name", ["fastokens", "tokenizers"])
 def test_spellings_of_special_tokens_stay_text(tokenizer_json, name):
-    ids_T, lengths_D = TextEncoder(tokenizer_json, name).encode(["a [MASK] b", "[CLS][SEP]", " [PAD] [UNK]"])
-    assert lengths_D.sum() == len(ids_T) > 20            # spelt out byte by byte
+    ids_T, lengths_D = TextEncoder(tokenizer_json, name).encode(
+        ["a [MASK] b", "[CLS][SEP]", " [PAD] [UNK]"]
+    )
+    assert lengths_D.sum() == len(ids_T) > 20  # spelt out byte by byte
     assert ids_T.max() < 315, "an id of a special token came out of raw text"
 
 
 def test_both_encoders_agree_on_hostile_text(tokenizer_json):
-    fast, judge = (TextEncoder(tokenizer_json, name).encode(HOSTILE) for name in ("fastokens", "tokenizers"))
+    fast, judge = (
+        TextEncoder(tokenizer_json, name).encode(HOSTILE) for name in ("fastokens", "tokenizers")
+    )
     assert np.array_equal(fast[0], judge[0]) and np.array_equal(fast[1], judge[1])
     assert choose_encoder(tokenizer_json, texts(20)) == "fastokens"
 
@@ -102,10 +122,22 @@ def test_a_fast_encoder_with_other_ids_is_not_used(tokenizer_json, monkeypatch, 
     assert "other ids" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [
-    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-    {"model": {"continuing_subword_prefix": "##"}},
-    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": {"continuing_subword_prefix": "##"}},
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(["},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+    ],
+    ids=str,
+)
 def test_a_panic_of_native_code_is_one_sentence_with_the_tokenizer(tmp_path, change):
     content = json.loads(tokenizer_bytes())
     for key, value in change.items():

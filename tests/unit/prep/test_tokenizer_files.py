@@ -21,7 +21,9 @@ def test_a_trained_tokenizer_has_exactly_the_entries_asked_for():
     assert tokenizer.get_vocab_size() == 320
     assert [tokenizer.token_to_id(name) for name in SPECIALS] == [315, 316, 317, 318, 319]
     added = tokenizer.get_added_tokens_decoder()
-    assert {a.content: a.lstrip for a in added.values()} == {name: name == "[MASK]" for name in SPECIALS}
+    assert {a.content: a.lstrip for a in added.values()} == {
+        name: name == "[MASK]" for name in SPECIALS
+    }
     assert all(a.special for a in added.values())
 
 
@@ -35,7 +37,17 @@ def test_a_trained_tokenizer_gives_any_text_back_and_puts_cls_and_sep_around_it(
 
 def test_training_twice_gives_the_same_bytes_and_a_sample_is_bounded(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", texts(3000))
-    command = ("tokenizer", "train", "--files", tmp_path / "*.jsonl", "--vocab-size", "300", "--sample-mb", "0.1", "--out")
+    command = (
+        "tokenizer",
+        "train",
+        "--files",
+        tmp_path / "*.jsonl",
+        "--vocab-size",
+        "300",
+        "--sample-mb",
+        "0.1",
+        "--out",
+    )
     assert run(*command, tmp_path / "one.json") == run(*command, tmp_path / "two.json") == 0
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
     documents = int(capsys.readouterr().out.split("trained on ")[1].split()[0].replace(",", ""))
@@ -45,17 +57,44 @@ def test_training_twice_gives_the_same_bytes_and_a_sample_is_bounded(tmp_path, c
 
 def test_too_little_text_for_the_vocabulary_is_refused(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", ["one two"])
-    assert run("tokenizer", "train", "--files", tmp_path / "a.jsonl", "--out", tmp_path / "t.json") == 2
+    assert (
+        run("tokenizer", "train", "--files", tmp_path / "a.jsonl", "--out", tmp_path / "t.json")
+        == 2
+    )
     assert "needed: 8,192" in capsys.readouterr().err
-    assert run("tokenizer", "train", "--files", tmp_path / "a.jsonl", "--vocab-size", 200, "--out", tmp_path / "t.json") == 2
+    assert (
+        run(
+            "tokenizer",
+            "train",
+            "--files",
+            tmp_path / "a.jsonl",
+            "--vocab-size",
+            200,
+            "--out",
+            tmp_path / "t.json",
+        )
+        == 2
+    )
     assert "at least 261" in capsys.readouterr().err
     assert not (tmp_path / "t.json").exists()
 
 
 def small_olmo() -> dict:
-    return {"added_tokens": [{"id": 2, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": False, "special": True}],
-            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "post_processor": None}
+    return {
+        "added_tokens": [
+            {
+                "id": 2,
+                "content": "<|endoftext|>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        ],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+        "post_processor": None,
+    }
 
 
 def test_modernberts_edits_put_specials_and_unused_entries_behind_the_last_id():
@@ -63,7 +102,9 @@ def test_modernberts_edits_put_specials_and_unused_entries_behind_the_last_id():
     ids = {a["content"]: a["id"] for a in content["added_tokens"]}
     assert [ids[name] for name in ("<|endoftext|>", *SPECIALS)] == [2, 3, 4, 5, 6, 7]
     assert ids["[unused0]"] == 8 and max(ids.values()) == 50_367 and len(ids) == 50_368 - 2
-    kinds = {a["content"]: (a["special"], a["lstrip"], a["normalized"]) for a in content["added_tokens"]}
+    kinds = {
+        a["content"]: (a["special"], a["lstrip"], a["normalized"]) for a in content["added_tokens"]
+    }
     assert kinds["[MASK]"] == (True, True, False) and kinds["[SEP]"] == (True, False, False)
     assert kinds["[unused0]"] == (False, False, True)
     template = content["post_processor"]
@@ -98,15 +139,30 @@ def test_from_hf_copies_a_tokenizer_that_has_the_special_tokens(tmp_path):
 
 def changed(content: dict, name: str, **values) -> dict:
     """A tokenizer.json's content with other values in one added token."""
-    return {**content, "added_tokens": [{**a, **values} if a["content"] == name else a for a in content["added_tokens"]]}
+    return {
+        **content,
+        "added_tokens": [
+            {**a, **values} if a["content"] == name else a for a in content["added_tokens"]
+        ],
+    }
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: changed(c, "[MASK]", special=False), "does not mark [MASK] as special, so that a text could write"),
-    (lambda c: changed(c, "[SEP]", id="7"), "'[SEP]' has the id '7'; needed: a whole number"),
-    (lambda c: [c], "is no tokenizer.json"),
-    (lambda c: {**c, "model": {**c["model"], "type": "none"}}, "is not a tokenizer that tokenizers can read"),
-], ids=["not special", "id as text", "a list", "no known model"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda c: changed(c, "[MASK]", special=False),
+            "does not mark [MASK] as special, so that a text could write",
+        ),
+        (lambda c: changed(c, "[SEP]", id="7"), "'[SEP]' has the id '7'; needed: a whole number"),
+        (lambda c: [c], "is no tokenizer.json"),
+        (
+            lambda c: {**c, "model": {**c["model"], "type": "none"}},
+            "is not a tokenizer that tokenizers can read",
+        ),
+    ],
+    ids=["not special", "id as text", "a list", "no known model"],
+)
 def test_a_tokenizer_that_shards_cannot_be_made_with_is_one_line(tmp_path, capsys, change, words):
     (tmp_path / "given.json").write_text(json.dumps(change(json.loads(tokenizer_bytes()))))
     assert run("tokenizer", "from-hf", tmp_path / "given.json", "--out", tmp_path / "t.json") == 2

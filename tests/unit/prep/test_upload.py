@@ -27,7 +27,9 @@ def test_another_disk_needs_no_clients_of_object_storage(tmp_path, monkeypatch, 
     for name in [name for name in sys.modules if name.split(".")[0] == "streaming"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "streaming", None)
-    assert run("upload", shards, tmp_path / "copy") == 0 and bytes_of(tmp_path / "copy") == bytes_of(shards)
+    assert run("upload", shards, tmp_path / "copy") == 0 and bytes_of(
+        tmp_path / "copy"
+    ) == bytes_of(shards)
     assert run("upload", shards, "s3://b/x") == 2
     assert "pip install 'tessera-encoders[remote]'" in capsys.readouterr().err
 
@@ -38,7 +40,9 @@ def test_a_folder_is_not_copied_onto_itself(tmp_path, capsys):
     assert "is the folder that is to be copied; needed: another place." in capsys.readouterr().err
 
 
-def test_object_storage_gets_every_file_under_its_place_and_the_card_last(tmp_path, monkeypatch, capsys):
+def test_object_storage_gets_every_file_under_its_place_and_the_card_last(
+    tmp_path, monkeypatch, capsys
+):
     shards, sent = prepared(tmp_path), []
 
     class Recorder(theirs.CloudUploader):
@@ -65,8 +69,11 @@ def test_what_is_damaged_or_cannot_be_reached_is_one_line(tmp_path, monkeypatch,
                 raise ConnectionError("no way\nto the bucket.")
 
     monkeypatch.setattr(theirs, "S3Uploader", Unreachable)
-    for remote, words in (("s3://b", "could not be copied to s3://b: no way to the bucket. Run the same"),
-                          ("ftp://x", "begins with ftp://; needed: one of s3://"), ("hf://datasets/o/n/sub", "is not hf://datasets/")):
+    for remote, words in (
+        ("s3://b", "could not be copied to s3://b: no way to the bucket. Run the same"),
+        ("ftp://x", "begins with ftp://; needed: one of s3://"),
+        ("hf://datasets/o/n/sub", "is not hf://datasets/"),
+    ):
         assert run("upload", shards, remote) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1

@@ -47,15 +47,23 @@ def and_seal(change, folder) -> None:
 
 DAMAGES = {
     "shard.00001.mds is damaged": lambda f: flip(f / "shard.00001.mds", -3),
-    "shard.00000.mds has": lambda f: (f / "shard.00000.mds").write_bytes((f / "shard.00000.mds").read_bytes()[:-1]),
+    "shard.00000.mds has": (
+        lambda f: (f / "shard.00000.mds").write_bytes((f / "shard.00000.mds").read_bytes()[:-1])
+    ),
     "shard.00002.mds cannot be read": lambda f: (f / "shard.00002.mds").unlink(),
     "other sample lengths than lengths.bin": lambda f: and_seal(swap_two_lengths, f),
     "lengths.bin has SHA-256": swap_two_lengths,
-    "index.json has SHA-256": lambda f: (f / "index.json").write_text((f / "index.json").read_text() + " "),
-    "bytes, but the card tells of": lambda f: (f / "lengths.bin").write_bytes((f / "lengths.bin").read_bytes() + b"\0\0"),
+    "index.json has SHA-256": (
+        lambda f: (f / "index.json").write_text((f / "index.json").read_text() + " ")
+    ),
+    "bytes, but the card tells of": (
+        lambda f: (f / "lengths.bin").write_bytes((f / "lengths.bin").read_bytes() + b"\0\0")
+    ),
     "is not the tokenizer of card.json": lambda f: flip(f / "tokenizer.json", 40),
     "index.json cannot be read": lambda f: (f / "index.json").unlink(),
-    "index.json cannot be read: Expecting": lambda f: and_seal(lambda g: (g / "index.json").write_text("{"), f),
+    "index.json cannot be read: Expecting": lambda f: and_seal(
+        lambda g: (g / "index.json").write_text("{"), f
+    ),
     "tokens, card.json tells of": lambda f: change_card(f, tokens=5),
     "needed: input_ids as ndarray:uint32": lambda f: change_card(f, dtype="uint32"),
     "a sample longer than 64 tokens": lambda f: change_card(f, max_tokens_per_document=64),
@@ -88,15 +96,22 @@ def test_an_unpacked_copy_beside_a_compressed_shard_is_checked_too(tmp_path, cap
     assert run("prepare", settings(tmp_path), "shard_bytes=2048", "compression=zstd") == 0
     folder = tmp_path / "shards/a/train"
     source = open_source(folder, name="a")
-    assert all(len(source.read(i)) for i in range(source.documents))       # unpacks every shard beside itself
+    assert all(
+        len(source.read(i)) for i in range(source.documents)
+    )  # unpacks every shard beside itself
     assert run("verify", folder) == 0
     flip(folder / "shard.00001.mds", -3)
     assert run("verify", folder) == 2
-    assert "shard.00001.mds is damaged: it is not what shard.00001.mds.zstd unpacks to" in capsys.readouterr().err
+    assert (
+        "shard.00001.mds is damaged: it is not what shard.00001.mds.zstd unpacks to"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_id_beyond_the_vocabulary_is_found(shards, capsys):
-    top = read_card(shards).specials.sep_id          # the highest id that text can hold; specials above are not written
+    top = read_card(
+        shards
+    ).specials.sep_id  # the highest id that text can hold; specials above are not written
     low = {"cls_id": 0, "sep_id": 0, "pad_id": 0, "mask_id": 0, "unk_id": 0, "all_special": [0]}
     change_card(shards, vocab_size=top, specials=low)
     assert run("verify", shards) == 2

@@ -25,7 +25,11 @@ def after(progress: Progress, batch_hash: int) -> Progress:
         step=progress.step + 1,
         tokens=tokens,
         ledger_hash=chain(
-            progress.ledger_hash, step=progress.step + 1, tokens=tokens, masked_tokens=30, batch_hash=batch_hash
+            progress.ledger_hash,
+            step=progress.step + 1,
+            tokens=tokens,
+            masked_tokens=30,
+            batch_hash=batch_hash,
         ),
     )
 
@@ -43,14 +47,25 @@ def test_steps_done_again_after_a_resume_add_no_lines_and_are_counted(tmp_path):
     at_two, _ = write_steps(tmp_path, Progress(), [5, -6])
     write_steps(tmp_path, at_two, [7, 8])
     end, repeated = write_steps(tmp_path, at_two, [7, 8, 9])
-    assert repeated == 2 and [line["step"] for line in read_jsonl(tmp_path / LEDGER)] == [1, 2, 3, 4, 5]
-    assert verify_ledger(tmp_path) == 5 and read_jsonl(tmp_path / LEDGER)[-1]["chain"] == end.ledger_hash
+    assert repeated == 2 and [line["step"] for line in read_jsonl(tmp_path / LEDGER)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert (
+        verify_ledger(tmp_path) == 5
+        and read_jsonl(tmp_path / LEDGER)[-1]["chain"] == end.ledger_hash
+    )
 
 
 def test_other_data_after_a_resume_is_refused(tmp_path):
     at_one, _ = write_steps(tmp_path, Progress(), [5])
     write_steps(tmp_path, at_one, [7])
-    with pytest.raises(LedgerError, match="step 2 has batch 0000000000000008.*recorded 0000000000000007"):
+    with pytest.raises(
+        LedgerError, match="step 2 has batch 0000000000000008.*recorded 0000000000000007"
+    ):
         write_steps(tmp_path, at_one, [8])
 
 
@@ -107,14 +122,28 @@ def test_an_edited_ledger_is_found_out(tmp_path):
 
 
 def test_metrics_of_a_step_done_twice_count_once(tmp_path):
-    (tmp_path / METRICS).write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "loss": 2.5}\n'
-                                    '{"step": 2, "held_out_loss": 9.0}\n')
+    (tmp_path / METRICS).write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "loss": 2.5}\n'
+        '{"step": 2, "held_out_loss": 9.0}\n'
+    )
     assert merged_metrics(tmp_path / METRICS)[1] == {"step": 2, "loss": 2.5, "held_out_loss": 9.0}
 
 
-@pytest.mark.parametrize("key, value", [
-    ("batch", None), ("batch", "zz"), ("batch", 5), ("masked_tokens", None), ("tokens_seen", None), ("tokens_seen", 101),
-    ("tokens", 99), ("chain", None), ("chain", 7), ("step", "1")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("batch", None),
+        ("batch", "zz"),
+        ("batch", 5),
+        ("masked_tokens", None),
+        ("tokens_seen", None),
+        ("tokens_seen", 101),
+        ("tokens", 99),
+        ("chain", None),
+        ("chain", 7),
+        ("step", "1"),
+    ],
+)
 def test_an_edited_line_of_the_ledger_is_named(tmp_path, key, value):
     write_steps(tmp_path, Progress(), [5, 6, 7])
     lines = read_jsonl(tmp_path / LEDGER)
@@ -133,7 +162,9 @@ def test_a_line_of_the_metrics_without_a_step_and_a_damaged_quarantine_are_named
         Quarantine(tmp_path, [])
 
 
-def test_wandb_that_does_not_answer_is_written_offline_and_one_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+def test_wandb_that_does_not_answer_is_written_offline_and_one_that_fails_ends_no_run(
+    tmp_path, monkeypatch, capsys
+):
     import wandb
 
     told, logged = [], []
@@ -156,11 +187,19 @@ def test_wandb_that_does_not_answer_is_written_offline_and_one_that_fails_ends_n
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    tracker = Tracker(tmp_path, TrackingConfig(wandb_project="p"), clock=Clock(began=0.0), start=1, run_name="a/b: ü #1",
-                      settings={})
+    tracker = Tracker(
+        tmp_path,
+        TrackingConfig(wandb_project="p"),
+        clock=Clock(began=0.0),
+        start=1,
+        run_name="a/b: ü #1",
+        settings={},
+    )
     for step in (1, 2, 3):
         tracker.metrics(step, loss=1.0)
     tracker.close()
-    assert [values["mode"] for values in told] == ["online", "offline"] and not set(told[0]["id"]) & set("/:;,#?' ")
+    assert [values["mode"] for values in told] == ["online", "offline"] and not set(
+        told[0]["id"]
+    ) & set("/:;,#?' ")
     assert logged == [1, 2] and len(read_jsonl(tmp_path / METRICS)) == 3
     assert "wandb does not answer" in capsys.readouterr().err

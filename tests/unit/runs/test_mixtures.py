@@ -80,8 +80,14 @@ def test_a_mixture_stands_for_what_data_prep_prints(run_file, capsys):
     for name in read_settings(PrepareConfig, MIXTURE_2T).mixtures:
         assert prepare("plan", MIXTURE_2T, "--mixture", name, "--yaml") == 0
         printed = parse_yaml(capsys.readouterr().out, where="printed")["sources"]
-        ours = read_run_mapping(run_file, [f"data.mixture={{file: {MIXTURE_2T}, name: {name}}}", "phases.1.mixture=null",
-                                           "evaluation=null"])["data"]["sources"]
+        ours = read_run_mapping(
+            run_file,
+            [
+                f"data.mixture={{file: {MIXTURE_2T}, name: {name}}}",
+                "phases.1.mixture=null",
+                "evaluation=null",
+            ],
+        )["data"]["sources"]
         assert len(ours) >= 12
         assert as_text(ours) == as_text(printed)
 
@@ -103,10 +109,17 @@ def test_the_file_is_found_beside_the_run_file_then_in_the_working_folder(run_fi
     assert read_run(run_file).data.sources[0].path == "shards/mine/web/train"
     (run_file.parent / "prep.yaml").unlink()
     assert read_run(run_file).data.sources[0].path == "elsewhere/web/train"
-    shipped = ["data.mixture.file=configs/prep/mixture_2t.yaml", "data.mixture.name=pretrain_1024",
-               "phases.1.mixture.name=decay_8192", "evaluation=null"]
+    shipped = [
+        "data.mixture.file=configs/prep/mixture_2t.yaml",
+        "data.mixture.name=pretrain_1024",
+        "phases.1.mixture.name=decay_8192",
+        "evaluation=null",
+    ]
     run = read_run(run_file, shipped)
-    assert run.data.sources[0].path == "shards/mixture_2t/fineweb_edu/train" and len(run.phases[1].sources) == 12
+    assert (
+        run.data.sources[0].path == "shards/mixture_2t/fineweb_edu/train"
+        and len(run.phases[1].sources) == 12
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "large"])
@@ -127,11 +140,17 @@ def test_the_file_and_its_out_may_name_variables(run_file, monkeypatch):
 def test_overrides_change_the_mixture_or_a_source_of_it(run_file):
     """The same as in a file that has the sources."""
     assert to_plain(read_run(run_file, ["data.mixture.name=second"]).data.sources) == to_plain(
-        read_run(run_file).phases[1].sources)
-    run = read_run(run_file, ["data.sources.1.weight=3", "data.mixture.name=second", "phases.1.mixture=null"])
+        read_run(run_file).phases[1].sources
+    )
+    run = read_run(
+        run_file, ["data.sources.1.weight=3", "data.mixture.name=second", "phases.1.mixture=null"]
+    )
     assert [(s.name, s.weight) for s in run.data.sources] == [("web", 4.5), ("code", 3.0)]
     assert run.phases[1].sources is None
-    run = read_run(run_file, ["data.sources=[shards/a]", "phases.1.sources=shards/b", "evaluation.sources=[shards/c]"])
+    run = read_run(
+        run_file,
+        ["data.sources=[shards/a]", "phases.1.sources=shards/b", "evaluation.sources=[shards/c]"],
+    )
     assert run.data.sources[0].path == "shards/a" and run.phases[1].sources[0].path == "shards/b"
     assert [s.path for s in run.evaluation.sources] == ["shards/c"]
 
@@ -139,9 +158,14 @@ def test_overrides_change_the_mixture_or_a_source_of_it(run_file):
 def test_a_budget_that_changed_is_another_run(run_file):
     before = to_plain(read_run(run_file))
     changed = {"tokens": "10B", "sources": {"web": "7B", "books": "3B"}}
-    (run_file.parent / "prep.yaml").write_text(json.dumps({**PREP, "mixtures": {**PREP["mixtures"], "first": changed}}))
+    (run_file.parent / "prep.yaml").write_text(
+        json.dumps({**PREP, "mixtures": {**PREP["mixtures"], "first": changed}})
+    )
     after = read_run(run_file)
-    assert changed_settings(before, after) == [("data.sources.0.weight", 8.0, 7.0), ("data.sources.1.weight", 2.0, 3.0)]
+    assert changed_settings(before, after) == [
+        ("data.sources.0.weight", 8.0, 7.0),
+        ("data.sources.1.weight", 2.0, 3.0),
+    ]
     assert identity_of(before) != identity_of(after)
 
 
@@ -150,9 +174,18 @@ def test_mistakes_are_one_sentence_with_what_to_do(run_file):
         ("data.mixture.name=frist", "data.mixture.name is 'frist', which is no mixture of"),
         ("data.mixture.name=frist", "prep.yaml. Did you mean first?"),
         ("phases.1.mixture.name=secnd", "phases.1.mixture.name is 'secnd', which is no mixture of"),
-        ("data.mixture.file=perp.yaml", "data.mixture.file perp.yaml does not exist, neither from the run file's folder nor from"),
+        (
+            "data.mixture.file=perp.yaml",
+            (
+                "data.mixture.file perp.yaml does not exist, neither from the run file's folder nor"
+                " from"
+            ),
+        ),
         ("data.mixture.file=perp.yaml", "Did you mean prep.yaml?"),
-        ("data.mixture.file=s3://bucket/prep.yaml", "data.mixture.file: s3://bucket/prep.yaml begins with s3://"),
+        (
+            "data.mixture.file=s3://bucket/prep.yaml",
+            "data.mixture.file: s3://bucket/prep.yaml begins with s3://",
+        ),
         ("data.mixture.file=/dev", "it is a folder"),
         ("data.mixture=first", "data.mixture is text; needed: a mapping with keys file, name."),
         ("data.mixture={nmae: first}", "data.mixture.nmae is unknown. Did you mean name?"),
@@ -170,16 +203,31 @@ def test_sources_beside_a_mixture_are_refused(run_file):
     assert "data has both sources and mixture; needed: one of them." in refused(run_file)
 
 
-@pytest.mark.parametrize(("mixtures", "said"), [
-    (None, "which is no mixture of"),
-    ({}, "It has none; `mixtures` is where they stand."),
-    ([], "mixtures is a list; needed: a mapping."),
-    ({"first": None}, "mixtures.first is empty"),
-    ({"first": {"tokens": "1B", "sources": ["web"]}}, "mixtures.first.sources is a list; needed: a mapping."),
-    ({"first": {"tokens": "1B", "sources": {"web": "x"}}}, "mixtures.first.sources.web: 'x' is no number of tokens."),
-    ({"first": {"tokens": "2B", "sources": {"web": "1B"}}}, "add up to 1,000,000,000 tokens; needed: 2,000,000,000"),
-    ({"first": {"tokens": 0, "sources": {}}}, "mixtures.first.sources is empty; needed: tokens by source"),
-])
+@pytest.mark.parametrize(
+    ("mixtures", "said"),
+    [
+        (None, "which is no mixture of"),
+        ({}, "It has none; `mixtures` is where they stand."),
+        ([], "mixtures is a list; needed: a mapping."),
+        ({"first": None}, "mixtures.first is empty"),
+        (
+            {"first": {"tokens": "1B", "sources": ["web"]}},
+            "mixtures.first.sources is a list; needed: a mapping.",
+        ),
+        (
+            {"first": {"tokens": "1B", "sources": {"web": "x"}}},
+            "mixtures.first.sources.web: 'x' is no number of tokens.",
+        ),
+        (
+            {"first": {"tokens": "2B", "sources": {"web": "1B"}}},
+            "add up to 1,000,000,000 tokens; needed: 2,000,000,000",
+        ),
+        (
+            {"first": {"tokens": 0, "sources": {}}},
+            "mixtures.first.sources is empty; needed: tokens by source",
+        ),
+    ],
+)
 def test_a_preparation_file_that_cannot_be_used_is_one_sentence(run_file, mixtures, said):
     content = {"out": "shards"} if mixtures is None else {"out": "shards", "mixtures": mixtures}
     (run_file.parent / "prep.yaml").write_text(json.dumps(content))
@@ -197,4 +245,8 @@ def test_the_plan_shows_the_mixture_and_a_mistake_ends_with_2(run_file, capsys):
     assert "web 80.0%, books 20.0%" in capsys.readouterr().out
     assert plan.main([str(run_file), "data.mixture.name=frist"]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and "Did you mean first?" in said.err
+    assert (
+        said.err.startswith("error: ")
+        and said.err.count("\n") == 1
+        and "Did you mean first?" in said.err
+    )

@@ -17,11 +17,15 @@ ROOT = Path(__file__).resolve().parents[3]
 RUN = ROOT / "configs" / "pretrain" / "tiny_cpu.yaml"
 
 
-def test_a_run_file_of_a_persons_own_is_not_replaced_by_the_resolved_one(tmp_path, capsys, monkeypatch):
+def test_a_run_file_of_a_persons_own_is_not_replaced_by_the_resolved_one(
+    tmp_path, capsys, monkeypatch
+):
     mine = tmp_path / "exp1" / "run.yaml"
     mine.parent.mkdir()
     mine.write_text("# mine\n" + RUN.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(ConfigError, match="no run wrote it.*Keep your run file elsewhere, or set another out"):
+    with pytest.raises(
+        ConfigError, match="no run wrote it.*Keep your run file elsewhere, or set another out"
+    ):
         check_folder(mine.parent)
     assert plan.main([str(mine), f"out={mine.parent}"]) == 2
     monkeypatch.chdir(mine.parent)
@@ -31,9 +35,19 @@ def test_a_run_file_of_a_persons_own_is_not_replaced_by_the_resolved_one(tmp_pat
     assert said.err.count("error: ") == 3 and not said.out and "Traceback" not in said.err
 
 
-@pytest.mark.parametrize("names, allowed", [
-    ([], True), (["train.log", ".lock", "slurm-12.out"], True), (["errors", "hangs", "slurm"], True), (["a.py"], False),
-    (["photos"], False), (["done.json"], False), (["incarnations", "a.py"], True), (["checkpoints", "notes.md"], True)])
+@pytest.mark.parametrize(
+    "names, allowed",
+    [
+        ([], True),
+        (["train.log", ".lock", "slurm-12.out"], True),
+        (["errors", "hangs", "slurm"], True),
+        (["a.py"], False),
+        (["photos"], False),
+        (["done.json"], False),
+        (["incarnations", "a.py"], True),
+        (["checkpoints", "notes.md"], True),
+    ],
+)
 def test_a_run_begins_only_where_nothing_of_another_kind_lies(tmp_path, names, allowed):
     for name in names:
         (tmp_path / name).mkdir()
@@ -47,7 +61,7 @@ def test_a_run_begins_only_where_nothing_of_another_kind_lies(tmp_path, names, a
 def test_settings_that_a_person_edited_in_a_run_folder_are_put_aside(tmp_path):
     run, other = read_run(RUN, ["out=x"]), read_run(RUN, ["out=x", "tracking.print_every_steps=77"])
     write_run_file(tmp_path, run)
-    write_run_file(tmp_path, other)          # its own: no person has touched it
+    write_run_file(tmp_path, other)  # its own: no person has touched it
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
     edited = f"{to_yaml(other)}# why 77: see the notebook\n"
     (tmp_path / "run.yaml").write_text(edited, encoding="utf-8")

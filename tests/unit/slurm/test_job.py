@@ -35,14 +35,30 @@ class Job:
         script = folder / "bin" / "scontrol"
         script.write_text(SCONTROL.format(folder=folder))
         script.chmod(0o755)
-        for name, text in (("state", "RUNNING"), ("restarts", "0"), ("refused", ""), ("run.yaml", "name: x\nout: run  # here\n")):
+        for name, text in (
+            ("state", "RUNNING"),
+            ("restarts", "0"),
+            ("refused", ""),
+            ("run.yaml", "name: x\nout: run  # here\n"),
+        ):
             (folder / name).write_text(text)
 
     def call(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, str(ROOT / "slurm" / "job.py"), *args], cwd=self.folder, capture_output=True, text=True,
-            env={**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
-                 "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_NUM_NODES": "3", "SLURM_RESTART_COUNT": str(self.restart), **env})
+            [sys.executable, str(ROOT / "slurm" / "job.py"), *args],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+                "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NODELIST": "n[1-3]",
+                "SLURM_JOB_NUM_NODES": "3",
+                "SLURM_RESTART_COUNT": str(self.restart),
+                **env,
+            },
+        )
 
     def begin(self) -> str:
         (self.folder / "restarts").write_text(str(self.restart))
@@ -54,7 +70,9 @@ class Job:
         return {**line, "exit": done.returncode, "said": done.stderr}
 
     def events(self) -> list[dict]:
-        return [json.loads(line) for line in (self.run / "slurm" / "7.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.run / "slurm" / "7.jsonl").read_text().splitlines()
+        ]
 
     def commit(self, tokens: int) -> None:
         folder = self.run / "checkpoints" / f"tokens{tokens:013d}-i0001"
@@ -73,7 +91,7 @@ def job(tmp_path) -> Job:
 
 def test_done_json_is_success_whatever_srun_says(job):
     assert job.begin() == "run"
-    assert job.end("--code", "0")["cause"] == "crash"            # exit code 0 proves nothing
+    assert job.end("--code", "0")["cause"] == "crash"  # exit code 0 proves nothing
     finish(job.run)
     end = job.end("--code", "143", "--signal", "TERM")
     assert (end["cause"], end["decision"], end["exit"]) == ("done", "finish", 0)
@@ -84,12 +102,23 @@ def test_a_signal_or_the_runs_own_limit_is_requeued_from_what_is_committed(job):
     job.begin()
     job.commit(500)
     end = job.end("--signal", "USR1", "--code", "0")
-    assert (end["cause"], end["decision"], end["step"], end["tokens"], end["exit"]) == ("stopped", "requeue", 50, 500, 4)
+    assert (end["cause"], end["decision"], end["step"], end["tokens"], end["exit"]) == (
+        "stopped",
+        "requeue",
+        50,
+        500,
+        4,
+    )
     job.restart = 1
     job.begin()
-    (job.run / "events.jsonl").write_text('{"event": "stopped", "step": 60, "limit": "SLURM_JOB_END_TIME"}\n')
+    (job.run / "events.jsonl").write_text(
+        '{"event": "stopped", "step": 60, "limit": "SLURM_JOB_END_TIME"}\n'
+    )
     end = job.end("--code", "0")
-    assert (end["cause"], end["decision"]) == ("stopped", "requeue") and "SLURM_JOB_END_TIME after step 60" in end["why"]
+    assert (end["cause"], end["decision"]) == (
+        "stopped",
+        "requeue",
+    ) and "SLURM_JOB_END_TIME after step 60" in end["why"]
     assert job.events()[2]["restart_after"] == "stopped"
 
 
@@ -98,7 +127,10 @@ def test_starts_that_commit_nothing_are_not_repeated_for_ever(job):
         job.restart = restart
         job.begin()
         end = job.end("--signal", "USR1")
-    assert (end["decision"], end["exit"]) == ("stop", 1) and "3 starts in a row committed nothing" in end["why"]
+    assert (end["decision"], end["exit"]) == (
+        "stop",
+        1,
+    ) and "3 starts in a row committed nothing" in end["why"]
 
 
 def test_what_slurm_or_the_user_decided_is_left_alone(job):
@@ -108,18 +140,25 @@ def test_what_slurm_or_the_user_decided_is_left_alone(job):
     (job.folder / "state").write_text("CANCELLED")
     assert job.end()["decision"] == "leave"
     (job.folder / "state").write_text("RUNNING")
-    (job.folder / "restarts").write_text("1")                   # the rest of a node that was cut off
+    (job.folder / "restarts").write_text("1")  # the rest of a node that was cut off
     end = job.end("--signal", "USR1")
-    assert (end["cause"], end["decision"]) == ("taken_over", "leave") and "requeue" not in job.calls()
+    assert (end["cause"], end["decision"]) == (
+        "taken_over",
+        "leave",
+    ) and "requeue" not in job.calls()
 
 
 def test_crashes_are_repeated_only_while_there_is_progress_and_not_more_often_than_allowed(job):
     job.begin()
-    assert job.end()["decision"] == "requeue"                    # the first one may be chance
+    assert job.end()["decision"] == "requeue"  # the first one may be chance
     job.restart = 1
     job.begin()
     end = job.end()
-    assert end["decision"] == "stop" and "nothing was committed since" in end["why"] and end["exit"] == 1
+    assert (
+        end["decision"] == "stop"
+        and "nothing was committed since" in end["why"]
+        and end["exit"] == 1
+    )
     report = (job.run / "slurm" / "7-report.txt").read_text()
     assert "nothing was committed since" in report and "start 1 on n[1-3]" in report
     for restart, tokens in enumerate((100, 200), 2):
@@ -127,8 +166,11 @@ def test_crashes_are_repeated_only_while_there_is_progress_and_not_more_often_th
         job.begin()
         job.commit(tokens)
         end = job.end()
-    assert (end["decision"], end["crashes"]) == ("stop", 4) and "crash 4 of this job, 3 are allowed" in end["why"]
-    assert job.end(TESSERA_MAX_CRASHES="9")["decision"] == "stop"      # nothing since the one before
+    assert (end["decision"], end["crashes"]) == (
+        "stop",
+        4,
+    ) and "crash 4 of this job, 3 are allowed" in end["why"]
+    assert job.end(TESSERA_MAX_CRASHES="9")["decision"] == "stop"  # nothing since the one before
 
 
 def test_a_mistake_is_told_with_the_ranks_own_words_and_stops(job):
@@ -158,13 +200,18 @@ def test_bad_nodes_are_those_named_and_those_not_heard_from(job):
     (folder / "n3.json").unlink()
     job.call("preflight", "run", "--code", "143")
     assert "update JobId=7 ExcNodeList=n2,n3" in job.calls()
-    (folder / "bad_nodes").write_text("n1\nn2\nn3\n")                # all of them: the same would come of any others
+    (folder / "bad_nodes").write_text(
+        "n1\nn2\nn3\n"
+    )  # all of them: the same would come of any others
     assert job.call("preflight", "run", "--code", "4").returncode == 1
     assert "other nodes would do no better" in job.events()[-1]["why"]
     (folder / "bad_nodes").write_text("n2\n")
     assert job.call("preflight", "run", "--code", "4", TESSERA_MAX_BAD_NODES="1").returncode == 1
     assert "that makes 2 nodes, 1 are allowed" in job.events()[-1]["why"]
-    assert job.call("preflight", "run", "--code", "2").returncode == 2 and "in the job's output" in job.events()[-1]["why"]
+    assert (
+        job.call("preflight", "run", "--code", "2").returncode == 2
+        and "in the job's output" in job.events()[-1]["why"]
+    )
     (job.run / "slurm" / "7-r0-mistake.txt").unlink()
     (folder / "n2.json").write_text('{"verdict": {"mistakes": ["shards/web: no such folder"]}}')
     assert job.call("preflight", "run", "--code", "2").returncode == 2
@@ -176,17 +223,30 @@ def test_bad_nodes_are_those_named_and_those_not_heard_from(job):
 def test_a_preflight_from_which_nothing_is_heard_is_a_crash_and_no_fault_of_a_node(job):
     job.begin()
     assert job.call("preflight", "run", "--code", "124").returncode == 4
-    assert (job.events()[-1]["cause"], job.events()[-2]["bad_nodes"]) == ("crash", []) and "ExcNodeList" not in job.calls()
+    assert (job.events()[-1]["cause"], job.events()[-2]["bad_nodes"]) == (
+        "crash",
+        [],
+    ) and "ExcNodeList" not in job.calls()
 
 
 def test_a_preflight_that_runs_out_of_time_is_named_with_what_gives_it_more(job):
     job.begin()
-    assert job.call("preflight", "run", "--code", "124", "--seconds", "40", TESSERA_PREFLIGHT_SECONDS="40").returncode == 4
+    assert (
+        job.call(
+            "preflight", "run", "--code", "124", "--seconds", "40", TESSERA_PREFLIGHT_SECONDS="40"
+        ).returncode
+        == 4
+    )
     why = job.events()[-1]["why"]
-    assert "the preflight was not done after 40 s, TESSERA_PREFLIGHT_SECONDS gives it 40" in why and "step" not in why
+    assert (
+        "the preflight was not done after 40 s, TESSERA_PREFLIGHT_SECONDS gives it 40" in why
+        and "step" not in why
+    )
     job.restart = 1
     job.begin()
-    assert "the preflight ended with exit code 9" in job.call("preflight", "run", "--code", "9").stderr
+    assert (
+        "the preflight ended with exit code 9" in job.call("preflight", "run", "--code", "9").stderr
+    )
 
 
 def test_a_limit_that_is_no_number_is_refused_at_once(job):
@@ -198,41 +258,76 @@ def test_a_job_that_slurm_does_not_requeue_says_so(job):
     job.begin()
     (job.folder / "refused").write_text("Requested operation is presently disabled")
     end = job.end("--signal", "USR1")
-    assert end["exit"] == 75 and "presently disabled" in end["said"] and "submit it again" in end["said"]
-    assert [e["event"] for e in job.events()] == ["start", "end", "refused"]            # one end of one start
-    assert job.events()[-1] == {**job.events()[-1], "why": "Requested operation is presently disabled", "decision": "submit_again"}
+    assert (
+        end["exit"] == 75
+        and "presently disabled" in end["said"]
+        and "submit it again" in end["said"]
+    )
+    assert [e["event"] for e in job.events()] == ["start", "end", "refused"]  # one end of one start
+    assert job.events()[-1] == {
+        **job.events()[-1],
+        "why": "Requested operation is presently disabled",
+        "decision": "submit_again",
+    }
 
 
 def test_a_node_that_the_preflight_names_is_left_out_of_the_jobs_that_are_queued_behind(job):
     job.begin()
-    (job.folder / "refused").write_text("Requested operation is presently disabled")          # --no-requeue
-    queued = [{"job": "5", "role": "check"}, {"job": "6", "role": "training-1"}, {"job": "7", "role": "training-2"},
-              {"job": "9", "role": "training-3"}]
-    (job.run / "slurm" / "submitted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in queued))
+    (job.folder / "refused").write_text("Requested operation is presently disabled")  # --no-requeue
+    queued = [
+        {"job": "5", "role": "check"},
+        {"job": "6", "role": "training-1"},
+        {"job": "7", "role": "training-2"},
+        {"job": "9", "role": "training-3"},
+    ]
+    (job.run / "slurm" / "submitted.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in queued)
+    )
     names_n2(job)
     done = job.call("preflight", "run", "--code", "4")
     assert done.returncode == 75 and "job 9 goes on without n2" in done.stderr
-    assert [line for line in job.calls().splitlines() if "update" in line] == ["update JobId=9 ExcNodeList=m[1,3],n2"]
-    assert (job.events()[-1]["event"], job.events()[-1]["nodes"], job.events()[-1]["jobs"]) == ("excluded", ["n2"], ["9"])
+    assert [line for line in job.calls().splitlines() if "update" in line] == [
+        "update JobId=9 ExcNodeList=m[1,3],n2"
+    ]
+    assert (job.events()[-1]["event"], job.events()[-1]["nodes"], job.events()[-1]["jobs"]) == (
+        "excluded",
+        ["n2"],
+        ["9"],
+    )
 
 
-@pytest.mark.parametrize("text, overrides, found", [
-    ("out: runs/a\n", [], "runs/a"), ("out: 'runs/a b' # c\n", [], "runs/a b"), ("out: a#b\n", [], "a#b"),
-    ("out: runs/a\n", ["out=b", "seed=1", "out=c"], "c"), ("out: >\n  runs/a\n", ["out=b"], "b"),
-    ("out: runs/a\n\n  # a remark\nphases:\n  - x\n", [], "runs/a"),
-])
+@pytest.mark.parametrize(
+    "text, overrides, found",
+    [
+        ("out: runs/a\n", [], "runs/a"),
+        ("out: 'runs/a b' # c\n", [], "runs/a b"),
+        ("out: a#b\n", [], "a#b"),
+        ("out: runs/a\n", ["out=b", "seed=1", "out=c"], "c"),
+        ("out: >\n  runs/a\n", ["out=b"], "b"),
+        ("out: runs/a\n\n  # a remark\nphases:\n  - x\n", [], "runs/a"),
+    ],
+)
 def test_the_run_folder_is_that_of_the_run_file_or_the_last_override(job, text, overrides, found):
     (job.folder / "run.yaml").write_text(text)
     assert job.call("begin", "run.yaml", *overrides, "--ranks", "1").stdout == f"{found}\n"
     assert (job.folder / found / "slurm" / "7.jsonl").exists()
 
 
-@pytest.mark.parametrize("text, needle", [
-    ("out: {a: b}\n", "plain name"), ("  out: nested\n", "plain name"), (None, "cannot be read"),
-    ("out: a'b\n", "plain name"), ("out: 'a' 'b'\n", "plain name"), ("out: a: b\n", "plain name"), ('out: "a\\tb"\n', "plain name"),
-    ("out: >\n  runs/a\n", "goes on in the next line: runs/a"), ("out:\n\n  runs/a\n", "goes on in the next line: runs/a"),
-    ("out: runs/\n  # here\n  a b\nseed: 1\n", "goes on in the next line: a b"),
-])
+@pytest.mark.parametrize(
+    "text, needle",
+    [
+        ("out: {a: b}\n", "plain name"),
+        ("  out: nested\n", "plain name"),
+        (None, "cannot be read"),
+        ("out: a'b\n", "plain name"),
+        ("out: 'a' 'b'\n", "plain name"),
+        ("out: a: b\n", "plain name"),
+        ('out: "a\\tb"\n', "plain name"),
+        ("out: >\n  runs/a\n", "goes on in the next line: runs/a"),
+        ("out:\n\n  runs/a\n", "goes on in the next line: runs/a"),
+        ("out: runs/\n  # here\n  a b\nseed: 1\n", "goes on in the next line: a b"),
+    ],
+)
 def test_a_run_file_that_does_not_say_where_is_refused_in_one_line(job, text, needle):
     if text is None:
         (job.folder / "run.yaml").unlink()
@@ -248,7 +343,11 @@ def test_a_line_goes_under_a_torn_one_and_is_read_again(job):
     record.write_bytes(record.read_bytes() + b'{"time": 3, "eve')
     assert job.call("signalled", "run", "USR1").returncode == 0
     lines = record.read_text().splitlines()
-    assert lines[1] == '{"time": 3, "eve' and json.loads(lines[2])["event"] == "signal" and len(lines) == 3
+    assert (
+        lines[1] == '{"time": 3, "eve'
+        and json.loads(lines[2])["event"] == "signal"
+        and len(lines) == 3
+    )
     assert job.call("end", "run", "--code", "1", "--signal", "USR1").returncode == 4
 
 
@@ -257,27 +356,42 @@ def test_a_file_for_which_there_is_no_room_is_named(job, what, file):
     """Files of at most 1 KiB, as a disk that is full: the first bytes are written, the others refused."""
     job.begin()
     own = job.run / "slurm"
-    (own / "7.jsonl").write_text((own / "7.jsonl").read_text() + ("x" * 700 + "\n") * (what == "record"))
+    (own / "7.jsonl").write_text(
+        (own / "7.jsonl").read_text() + ("x" * 700 + "\n") * (what == "record")
+    )
     (own / "7-r0-preflight").mkdir()
-    (own / "7-r0-preflight" / "n1.json").write_text(json.dumps({"verdict": {"mistakes": ["m" * 4000]}}))
+    (own / "7-r0-preflight" / "n1.json").write_text(
+        json.dumps({"verdict": {"mistakes": ["m" * 4000]}})
+    )
     command = f"ulimit -f 1; exec {sys.executable} {ROOT}/slurm/job.py preflight run --code 2"
-    done = subprocess.run(["bash", "-c", command], cwd=job.folder, capture_output=True, text=True,
-                          env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"})
-    assert done.returncode == 2 and done.stderr.startswith(f"error: run/slurm/{file}: File too large. Needed: "), done.stderr
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=job.folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"},
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"error: run/slurm/{file}: File too large. Needed: "
+    ), done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_in_one_line(job):
     (job.folder / "file").write_text("")
     done = job.call("begin", "run.yaml", "out=file/run", "--ranks", "1")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
 
 
 def test_a_controller_that_is_away_is_waited_for(job):
     script = job.folder / "bin" / "scontrol"
     once = job.folder / "once"
-    script.write_text(f"#!/bin/sh\ntest -e {once} || {{ touch {once}; echo 'Unable to contact slurm controller' >&2; exit 1; }}\n"
-                      "echo JobState=RUNNING Restarts=0\n")
+    script.write_text(
+        f"#!/bin/sh\ntest -e {once} || {{ touch {once}; echo 'Unable to contact slurm controller'"
+        " >&2; exit 1; }\necho JobState=RUNNING Restarts=0\n"
+    )
     began = time.monotonic()
     job.begin()
     assert job.end("--signal", "USR1")["decision"] == "requeue" and time.monotonic() - began >= 1.0

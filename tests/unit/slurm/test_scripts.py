@@ -13,7 +13,12 @@ import pytest
 
 from tests.process.ranks import ROOT
 
-SCRIPTS = {"pretrain": ["run.yaml"], "check": ["run.yaml"], "prep_array": ["prep.yaml"], "export": ["run", "hf"]}
+SCRIPTS = {
+    "pretrain": ["run.yaml"],
+    "check": ["run.yaml"],
+    "prep_array": ["prep.yaml"],
+    "export": ["run", "hf"],
+}
 SCONTROL = """#!/bin/sh
 case "$*" in
     *"show job 7") printf 'JobId=7 JobName=x\\n   JobState=RUNNING\\n   Command=%s\\n   WorkDir=/\\n' "$SHOWN_COMMAND" ;;
@@ -31,7 +36,9 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, folder / "my slurm" / "slurm" / "the repository"
-        shutil.copytree(ROOT / "slurm", self.home / "slurm", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "slurm", self.home / "slurm", ignore=shutil.ignore_patterns("__pycache__")
+        )
         (self.home / "launch").mkdir()
         for name in ("pretrain", "doctor"):
             (self.home / "launch" / f"{name}.py").write_text("")
@@ -46,15 +53,34 @@ class Spool:
         copy = shutil.copy(self.home / "slurm" / f"{name}.sbatch", self.folder / "slurm_script")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("TESSERA_", "SLURM_"))}
         shown = f"{self.home}/slurm/{name}.sbatch {' '.join(words or SCRIPTS[name])}"
-        env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "STEPS": str(self.folder / "steps"), "SHOWN_COMMAND": shown,
-               "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_CPUS_PER_NODE": "8(x2)",
-               "SLURM_JOB_END_TIME": "99999999999", "TESSERA_PYTHON": sys.executable, "TESSERA_TRIES": "1", **env}
-        return subprocess.run(["bash", str(copy), *(words or SCRIPTS[name])], cwd=self.folder / "elsewhere", text=True,
-                              capture_output=True, env={**clean, **env})
+        env = {
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "STEPS": str(self.folder / "steps"),
+            "SHOWN_COMMAND": shown,
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "n1",
+            "SLURM_JOB_CPUS_PER_NODE": "8(x2)",
+            "SLURM_JOB_END_TIME": "99999999999",
+            "TESSERA_PYTHON": sys.executable,
+            "TESSERA_TRIES": "1",
+            **env,
+        }
+        return subprocess.run(
+            ["bash", str(copy), *(words or SCRIPTS[name])],
+            cwd=self.folder / "elsewhere",
+            text=True,
+            capture_output=True,
+            env={**clean, **env},
+        )
 
     def refused(self, name: str, *words: str, **env: str) -> str:
         done = self.run(name, *words, **env)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+        ), done.stderr
         assert not self.steps()
         return done.stderr
 
@@ -79,7 +105,9 @@ def test_a_job_finds_the_repository_that_its_script_was_submitted_from(spool, na
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_repository_that_is_not_there_is_refused(spool, name):
-    assert f"TESSERA_HOME is {spool.folder}, which is not the repository" in spool.refused(name, TESSERA_HOME=str(spool.folder))
+    assert f"TESSERA_HOME is {spool.folder}, which is not the repository" in spool.refused(
+        name, TESSERA_HOME=str(spool.folder)
+    )
     said = spool.refused(name, SHOWN_COMMAND="/copy.sbatch", SLURM_SUBMIT_DIR=str(spool.folder))
     assert "the repository is not where the job was submitted from" in said
     (spool.home / "launch" / "pretrain.py").unlink()
@@ -91,16 +119,27 @@ def test_the_lines_that_find_the_repository_are_the_same_in_every_script():
     for name in SCRIPTS:
         text = (ROOT / "slurm" / f"{name}.sbatch").read_text()
         end = '. "$TESSERA_HOME/slurm/common.sh"\n'
-        blocks.add(text[text.index("set -u\n"):text.index(end) + len(end)].replace(f"slurm/{name}.sbatch", "slurm/NAME.sbatch"))
+        blocks.add(
+            text[text.index("set -u\n") : text.index(end) + len(end)].replace(
+                f"slurm/{name}.sbatch", "slurm/NAME.sbatch"
+            )
+        )
     assert len(blocks) == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_env_file_may_use_variables_that_are_not_set_and_the_script_may_not(spool, name):
     env_file = spool.folder / "my env.sh"
-    env_file.write_text('export FROM_MODULE="$NOT_SET_ANYWHERE" && case $- in *u*) echo "set -u in env.sh" >&2 ;; esac\n')
+    env_file.write_text(
+        'export FROM_MODULE="$NOT_SET_ANYWHERE" && case $- in *u*) echo "set -u in env.sh" >&2 ;;'
+        " esac\n"
+    )
     done = spool.run(name, TESSERA_ENV=str(env_file))
-    assert spool.steps() and "NOT_SET_ANYWHERE" not in done.stderr and "set -u in env.sh" not in done.stderr, done.stderr
+    assert (
+        spool.steps()
+        and "NOT_SET_ANYWHERE" not in done.stderr
+        and "set -u in env.sh" not in done.stderr
+    ), done.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -109,9 +148,13 @@ def test_an_env_file_that_is_not_there_is_refused(spool, name):
 
 
 def test_words_that_mean_nothing_are_refused(spool):
-    assert "TESSERA_LAUNCHER is srum. Needed: srun or deepspeed." in spool.refused("pretrain", TESSERA_LAUNCHER="srum")
+    assert "TESSERA_LAUNCHER is srum. Needed: srun or deepspeed." in spool.refused(
+        "pretrain", TESSERA_LAUNCHER="srum"
+    )
     for name in ("pretrain", "check"):
-        assert "TESSERA_PREFLIGHT_SECONDS is 5m." in spool.refused(name, TESSERA_PREFLIGHT_SECONDS="5m")
+        assert "TESSERA_PREFLIGHT_SECONDS is 5m." in spool.refused(
+            name, TESSERA_PREFLIGHT_SECONDS="5m"
+        )
         assert "ranks a node: two." in spool.refused(name, TESSERA_RANKS_PER_NODE="two")
 
 
@@ -128,5 +171,13 @@ def test_a_look_at_the_nodes_that_runs_out_of_time_says_what_gives_it_more(spool
     if name == "check":
         assert done.returncode == 124 and done.stderr.count("\n") == 1
     else:
-        ends = [json.loads(line) for line in (spool.folder / "elsewhere" / "run" / "slurm" / "7.jsonl").read_text().splitlines()]
-        assert ends[-1]["cause"] == "crash" and "was not done after 1 s, TESSERA_PREFLIGHT_SECONDS gives it 1" in ends[-1]["why"]
+        ends = [
+            json.loads(line)
+            for line in (
+                (spool.folder / "elsewhere" / "run" / "slurm" / "7.jsonl").read_text().splitlines()
+            )
+        ]
+        assert (
+            ends[-1]["cause"] == "crash"
+            and "was not done after 1 s, TESSERA_PREFLIGHT_SECONDS gives it 1" in ends[-1]["why"]
+        )

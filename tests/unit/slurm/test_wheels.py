@@ -20,20 +20,31 @@ TARGET = wheels.Target("3.10", "manylinux_2_28_x86_64")
 HERE = f"cp3{sys.version_info[1]}-cp3{sys.version_info[1]}-linux_{platform.machine()}"
 
 
-def write_wheel(folder: Path, name: str, version: str, *requires: str, tag: str = "py3-none-any") -> Path:
+def write_wheel(
+    folder: Path, name: str, version: str, *requires: str, tag: str = "py3-none-any"
+) -> Path:
     folder.mkdir(exist_ok=True)
     path, info = folder / f"{name}-{version}-{tag}.whl", f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + "".join(
-            f"Requires-Dist: {need}\n" for need in requires))
-        archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        archive.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            + "".join(f"Requires-Dist: {need}\n" for need in requires),
+        )
+        archive.writestr(
+            f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return path
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
-    for key, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(tmp_path / "index")), ("CONFIG_FILE", "/dev/null")):
+    for key, value in (
+        ("NO_INDEX", "1"),
+        ("FIND_LINKS", str(tmp_path / "index")),
+        ("CONFIG_FILE", "/dev/null"),
+    ):
         monkeypatch.setenv(f"PIP_{key}", value)
     (tmp_path / "index").mkdir()
     return tmp_path / "index"
@@ -41,12 +52,25 @@ def index(tmp_path, monkeypatch) -> Path:
 
 def house(tmp_path: Path, *needs: str, **options) -> list[str]:
     wheels.collect(tmp_path / "house", TARGET, needs, **options)
-    return sorted(path.name.split("-py3")[0].split("-cp3")[0] for path in (tmp_path / "house").iterdir())
+    return sorted(
+        path.name.split("-py3")[0].split("-cp3")[0] for path in (tmp_path / "house").iterdir()
+    )
 
 
-def test_conditions_are_those_of_the_targets_python_and_of_the_extras_that_are_asked(index, tmp_path):
-    write_wheel(index, "a", "1", 'b; python_version < "3.11"', 'c; python_version >= "3.11"', 'd; extra == "more"',
-                'e; extra == "most"', 'f; sys_platform == "win32"', "g[fast]")
+def test_conditions_are_those_of_the_targets_python_and_of_the_extras_that_are_asked(
+    index, tmp_path
+):
+    write_wheel(
+        index,
+        "a",
+        "1",
+        'b; python_version < "3.11"',
+        'c; python_version >= "3.11"',
+        'd; extra == "more"',
+        'e; extra == "most"',
+        'f; sys_platform == "win32"',
+        "g[fast]",
+    )
     for name in "bcdef":
         write_wheel(index, name, "1")
     write_wheel(index, "g", "1", 'b; extra == "fast"', 'c; extra == "slow"')
@@ -59,7 +83,12 @@ def test_a_limit_that_comes_later_takes_another_version_and_what_that_one_requir
     write_wheel(index, "c", "2", "e")
     for name in "de":
         write_wheel(index, name, "1")
-    assert house(tmp_path, "c>=1", "a") == ["a-1", "c-1", "d-1", "e-1"]      # what is no longer needed does no harm
+    assert house(tmp_path, "c>=1", "a") == [
+        "a-1",
+        "c-1",
+        "d-1",
+        "e-1",
+    ]  # what is no longer needed does no harm
 
 
 def test_what_the_cluster_has_is_left_out_with_what_it_alone_requires(index, tmp_path):
@@ -71,7 +100,7 @@ def test_what_the_cluster_has_is_left_out_with_what_it_alone_requires(index, tmp
 def test_the_wheel_of_the_target_is_taken_not_that_of_this_python(index, tmp_path):
     write_wheel(index, "a", "1", tag="cp310-cp310-manylinux_2_17_x86_64.manylinux2014_x86_64")
     write_wheel(index, "a", "2", tag="cp311-cp311-manylinux_2_17_x86_64")
-    write_wheel(index, "a", "3", tag="cp310-cp310-manylinux_2_34_x86_64")         # a newer glibc
+    write_wheel(index, "a", "3", tag="cp310-cp310-manylinux_2_34_x86_64")  # a newer glibc
     assert house(tmp_path, "a") == ["a-1"]
 
 
@@ -92,10 +121,15 @@ def write_source(index: Path, name: str, *, tag: str) -> None:
     """A source distribution that builds to a wheel of that tag, with nothing but itself."""
     folder = index.parent / f"{name}-1"
     folder.mkdir()
-    (folder / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
     (folder / "backend.py").write_text(BACKEND.format(name=name, tag=tag))
     (folder / "PKG-INFO").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-    subprocess.run(["tar", "czf", str(index / f"{name}-1.tar.gz"), "-C", str(index.parent), f"{name}-1"], check=True)
+    subprocess.run(
+        ["tar", "czf", str(index / f"{name}-1.tar.gz"), "-C", str(index.parent), f"{name}-1"],
+        check=True,
+    )
 
 
 def test_a_source_without_a_wheel_is_built_if_it_is_pure(index, tmp_path):

@@ -28,7 +28,9 @@ from tests.helpers.prep import settings, texts, write_jsonl
 from tests.helpers.shards import random_documents, write_source
 
 ROOT = Path(__file__).resolve().parents[3]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.S)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.S
+)
 RUN = """
 name: small
 out: {root}/runs/small
@@ -68,7 +70,9 @@ def desk(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_block_of_the_page_runs_and_has_at_most_five_lines(desk, number, monkeypatch, tmp_path):
+def test_every_block_of_the_page_runs_and_has_at_most_five_lines(
+    desk, number, monkeypatch, tmp_path
+):
     monkeypatch.chdir(desk)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     block = tmp_path / "block.py"
@@ -79,17 +83,31 @@ def test_every_block_of_the_page_runs_and_has_at_most_five_lines(desk, number, m
 
 def test_the_page_shows_each_thing_that_a_notebook_may_ask():
     page = "".join(BLOCKS)
-    for name in ("preset(", "load(", ".hidden_states(", ".logits(", "metrics(", "open_shards(", ".decode(", "UserError"):
+    for name in (
+        "preset(",
+        "load(",
+        ".hidden_states(",
+        ".logits(",
+        "metrics(",
+        "open_shards(",
+        ".decode(",
+        "UserError",
+    ):
         assert name in page, name
 
 
 def test_logits_and_hidden_states_are_those_of_transformers(place):
     import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "hf")
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(place / "hf", attn_implementation="sdpa").eval()
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(
+        place / "hf", attn_implementation="sdpa"
+    ).eval()
     for folder in ("hf", "weights"):
         bert = encoder.load(place / folder)
-        for text, x_TC, logits_TV in zip(TEXTS, bert.hidden_states(TEXTS), bert.logits(TEXTS), strict=True):
+        for text, x_TC, logits_TV in zip(
+            TEXTS, bert.hidden_states(TEXTS), bert.logits(TEXTS), strict=True
+        ):
             inputs = tokenizer(text, return_tensors="pt")
             assert bert.tokenizer.encode(text).ids == inputs["input_ids"][0].tolist()
             with torch.no_grad():
@@ -122,7 +140,9 @@ def test_states_hold_no_gradients_but_train_a_probe(place):
     bert = encoder.load(place / "hf")
     x_TC, other_TC = bert.hidden_states(["ab", "a longer text"])
     assert not x_TC.requires_grad and x_TC.dtype == torch.float32 and not bert.model.training
-    assert x_TC.untyped_storage().nbytes() == x_TC.numel() * 4      # saved alone, it is not saved with the others
+    assert (
+        x_TC.untyped_storage().nbytes() == x_TC.numel() * 4
+    )  # saved alone, it is not saved with the others
     probe = torch.nn.Linear(32, 1)
     probe(other_TC).sum().backward()
     assert probe.weight.grad is not None
@@ -133,7 +153,9 @@ def test_a_run_and_its_export_give_the_same_logits(desk):
     one, other = (encoder.load(desk / name) for name in ("runs/small", "hf/small"))
     assert one.tokenizer.encode(text).ids == other.tokenizer.encode(text).ids
     assert torch.equal(one.logits([text])[0], other.logits([text])[0])
-    assert one.max_tokens == other.max_tokens == 64 and one.origin.startswith("run small, checkpoint ")
+    assert one.max_tokens == other.max_tokens == 64 and one.origin.startswith(
+        "run small, checkpoint "
+    )
     assert repr(one) == f"LoadedModel(origin={one.origin!r}, max_tokens=64)"
     checkpoint = next((desk / "runs/small/checkpoints").iterdir())
     assert torch.equal(encoder.load(str(checkpoint)).logits([text])[0], one.logits([text])[0])
@@ -141,11 +163,19 @@ def test_a_run_and_its_export_give_the_same_logits(desk):
 
 def test_what_cannot_be_asked_is_one_sentence(place):
     bert = encoder.load(place / "hf")
-    with pytest.raises(UserError, match=r"^texts\[1\] has 141 tokens, \[CLS\] and \[SEP\] among them; needed: at most 140"):
+    with pytest.raises(
+        UserError,
+        match=r"^texts\[1\] has 141 tokens, \[CLS\] and \[SEP\] among them; needed: at most 140",
+    ):
         bert.hidden_states(["a", "b" * 139])
-    with pytest.raises(UserError, match=r"^texts is one text, 'a text'; needed: a list of texts. Write \[text\].$"):
+    with pytest.raises(
+        UserError, match=r"^texts is one text, 'a text'; needed: a list of texts. Write \[text\].$"
+    ):
         bert.logits("a text")
-    with pytest.raises(ModelError, match=r"bare has no tokenizer.json; needed: .*encoder.load\(path, tokenizer=FILE\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"bare has no tokenizer.json; needed: .*encoder.load\(path, tokenizer=FILE\)",
+    ):
         encoder.load(place / "bare")
     given = encoder.load(place / "bare", tokenizer=place / "tokenizer.json")
     assert torch.equal(given.logits(["a"])[0], bert.logits(["a"])[0])
@@ -156,11 +186,15 @@ def test_what_cannot_be_asked_is_one_sentence(place):
 def test_a_preset_is_the_published_shape_with_settings_put_over():
     small = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2)
     one, same, other = (encoder.preset("modernbert_17m", seed=seed, **small) for seed in (1, 1, 2))
-    assert one.config.num_hidden_layers == encoder.PRESETS["modernbert_17m"]["num_hidden_layers"] == 7
+    assert (
+        one.config.num_hidden_layers == encoder.PRESETS["modernbert_17m"]["num_hidden_layers"] == 7
+    )
     assert (one.config.hidden_size, one.config.initializer_range) == (32, 0.03953) and one.training
     weights = [model.state_dict()["model.layers.3.mlp.Wi.weight"] for model in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    with pytest.raises(ConfigError, match="^there is no preset 'modernbert_bass'. Did you mean modernbert_base"):
+    with pytest.raises(
+        ConfigError, match="^there is no preset 'modernbert_bass'. Did you mean modernbert_base"
+    ):
         encoder.preset("modernbert_bass")
     with pytest.raises(ConfigError, match="hiden_size is unknown. Did you mean hidden_size"):
         encoder.preset("modernbert_17m", hiden_size=32)
@@ -168,12 +202,20 @@ def test_a_preset_is_the_published_shape_with_settings_put_over():
 
 def test_metrics_are_columns_of_equal_length(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 2, "phase": "a", "loss": 3.0, "spent": {"training": 2.0}}\n'
-        '{"step": 1, "phase": "a", "loss": 4.0, "spent": {"training": 1.0}}\n'
-        '{"step": 2, "phase": "a", "held_out_loss": 3.5, "spent": {"training": 2.5}}\n{"step": 3, "pha')
-    assert encoder.metrics(tmp_path) == {"step": [1, 2], "phase": ["a", "a"], "loss": [4.0, 3.0],
-                                         "spent.training": [1.0, 2.5], "held_out_loss": [None, 3.5]}
-    with pytest.raises(UserError, match=r"none holds no metrics.jsonl .*needed: the folder of a run that has begun"):
+        '{"step": 2, "phase": "a", "loss": 3.0, "spent": {"training": 2.0}}\n{"step": 1, "phase":'
+        ' "a", "loss": 4.0, "spent": {"training": 1.0}}\n{"step": 2, "phase": "a", "held_out_loss":'
+        ' 3.5, "spent": {"training": 2.5}}\n{"step": 3, "pha'
+    )
+    assert encoder.metrics(tmp_path) == {
+        "step": [1, 2],
+        "phase": ["a", "a"],
+        "loss": [4.0, 3.0],
+        "spent.training": [1.0, 2.5],
+        "held_out_loss": [None, 3.5],
+    }
+    with pytest.raises(
+        UserError, match=r"none holds no metrics.jsonl .*needed: the folder of a run that has begun"
+    ):
         encoder.metrics(tmp_path / "none")
 
 
@@ -181,7 +223,9 @@ def test_the_metrics_of_a_run_are_a_table_for_pandas(desk):
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame(encoder.metrics(desk / "runs" / "small"))
     assert table["step"].tolist() == list(range(len(table))) and len(table) > 3
-    assert table["loss"].isna().tolist() == [True] + [False] * (len(table) - 1)      # step 0 is evaluated, not trained
+    assert table["loss"].isna().tolist() == [True] + [False] * (
+        len(table) - 1
+    )  # step 0 is evaluated, not trained
     assert table["tokens"].iloc[-1] >= 1000 and table["spent.training"].is_monotonic_increasing
 
 
@@ -222,7 +266,9 @@ def test_type_checkers_see_the_names_that_the_library_has():
 
 
 def test_shards_and_metrics_need_no_training_engine():
-    code = ("import encoder, sys; encoder.metrics; encoder.load; encoder.open_shards\n"
-            "assert not {'deepspeed', 'transformers', 'pandas', 'wandb'} & set(sys.modules), set(sys.modules)")
+    code = (
+        "import encoder, sys; encoder.metrics; encoder.load; encoder.open_shards\nassert not"
+        " {'deepspeed', 'transformers', 'pandas', 'wandb'} & set(sys.modules), set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]

@@ -156,7 +156,9 @@ def test_a_page_or_picture_of_somebody_else_is_not_written_over(tmp_path, capsys
     page_of(folder, tmp_path / "page")
     page_of(folder, tmp_path / "page")
     # nor was the page of an earlier version marked
-    (tmp_path / "page" / "report.html").write_text("<h1>small</h1><img alt='curves over tokens seen' src=''>")
+    (tmp_path / "page" / "report.html").write_text(
+        "<h1>small</h1><img alt='curves over tokens seen' src=''>"
+    )
     page_of(folder, tmp_path / "page")
 
 

@@ -15,16 +15,23 @@ SPIKES = FaultConfig(bad_steps=2, spike=SpikeConfig(deviations=10.0, over_steps=
 
 
 def judged(judge: StepMonitor, losses: list[float], *, first: int = 1) -> list[str]:
-    return [judge.classify(first + i, loss=loss, applied=math.isfinite(loss)) for i, loss in enumerate(losses)]
+    return [
+        judge.classify(first + i, loss=loss, applied=math.isfinite(loss))
+        for i, loss in enumerate(losses)
+    ]
 
 
 def test_a_loss_ten_deviations_above_the_median_is_a_spike_once_enough_steps_were_fine():
     """Median 3, deviations 2 1 0 1 2: their median is 1, and so 13 is the bound."""
     judge = StepMonitor(SPIKES, recorded={}, saved={})
-    assert judged(judge, [99.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == [OK] * 6, "the first five are taken as they are"
+    assert judged(judge, [99.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == [OK] * 6, (
+        "the first five are taken as they are"
+    )
     assert judged(judge, [13.0]) == [OK]
     judge = StepMonitor(SPIKES, recorded={}, saved={"losses": [1.0, 2.0, 3.0, 4.0, 5.0]})
-    assert judged(judge, [13.1, 3.0]) == [SPIKE, OK] and judge.in_a_row == 0 and not judge.must_go_back
+    assert (
+        judged(judge, [13.1, 3.0]) == [SPIKE, OK] and judge.in_a_row == 0 and not judge.must_go_back
+    )
     assert judged(judge, [40.0, math.nan]) == [SPIKE, NOT_FINITE] and judge.must_go_back
 
 
@@ -57,17 +64,27 @@ def test_the_nearer_end_counts_and_room_is_left_for_two_of_the_slowest_saves():
     started = time.time() - 100.0
     assert not Deadline(None, started=started, env={}).is_near()
     by_slurm = Deadline(1.0, started=started, env={"SLURM_JOB_END_TIME": str(int(started) + 165)})
-    assert by_slurm.of == "SLURM_JOB_END_TIME" and by_slurm.is_near(), "65 s are left, 10 + 2 x 60 are wanted"
+    assert by_slurm.of == "SLURM_JOB_END_TIME" and by_slurm.is_near(), (
+        "65 s are left, 10 + 2 x 60 are wanted"
+    )
     by_slurm.saved(20.0)
     assert not by_slurm.is_near(), "10 + 2 x 20"
     by_slurm.saved(40.0)
     assert by_slurm.is_near()
-    assert Deadline(0.05, started=started, env={"SLURM_JOB_END_TIME": str(int(started) + 9999)}).of == "faults.max_hours"
+    assert (
+        Deadline(0.05, started=started, env={"SLURM_JOB_END_TIME": str(int(started) + 9999)}).of
+        == "faults.max_hours"
+    )
 
 
-@pytest.mark.parametrize("setting, text", [
-    ({"bad_steps": 0}, "bad_steps 0 must be at least 1"), ({"max_hours": 0.0}, "max_hours 0 must be above 0"),
-    ({"watchdog_minutes": -1.0}, "Use watchdog_minutes: null for none")])
+@pytest.mark.parametrize(
+    "setting, text",
+    [
+        ({"bad_steps": 0}, "bad_steps 0 must be at least 1"),
+        ({"max_hours": 0.0}, "max_hours 0 must be above 0"),
+        ({"watchdog_minutes": -1.0}, "Use watchdog_minutes: null for none"),
+    ],
+)
 def test_settings_without_a_meaning_are_refused(setting, text):
     with pytest.raises(ConfigError, match=text):
         FaultConfig(**setting)

@@ -36,13 +36,22 @@ def test_a_finished_run_names_its_page_its_export_and_a_question(run):
 def test_a_model_that_hugging_face_cannot_be_gets_another_next_step(run):
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, norm="rmsnorm"))
     found = commands_of(what_comes_next(run, Path("runs/a")))
-    assert [words[1:] for words in found] == [["report", "runs/a"], ["average", "runs/a", "--out", "runs/a-weights"]]
+    assert [words[1:] for words in found] == [
+        ["report", "runs/a"],
+        ["average", "runs/a", "--out", "runs/a-weights"],
+    ]
 
 
 def test_a_stopped_run_says_how_it_goes_on_with_as_many_ranks():
     alone = World(rank=0, size=1, local_rank=0, local_size=1)
     assert how_to_go_on(Path("runs/a"), alone).endswith("tessera pretrain runs/a/run.yaml")
     two = dataclasses.replace(alone, size=2, local_size=2)
-    assert "torchrun --standalone --nproc-per-node 2 -m launch.pretrain runs/a/run.yaml" in how_to_go_on(Path("runs/a"), two)
+    assert (
+        "torchrun --standalone --nproc-per-node 2 -m launch.pretrain runs/a/run.yaml"
+        in how_to_go_on(Path("runs/a"), two)
+    )
     nodes = dataclasses.replace(alone, size=16, local_size=8)
-    assert how_to_go_on(Path("runs/a"), nodes) == "the same command goes on from here, on any number of ranks"
+    assert (
+        how_to_go_on(Path("runs/a"), nodes)
+        == "the same command goes on from here, on any number of ranks"
+    )
