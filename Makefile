@@ -34,6 +34,7 @@ test-cluster: install
 	@$(BIN)/python tests/cluster/side_by_side.py
 
 check: install
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -q tests/unit tests/house

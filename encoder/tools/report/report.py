@@ -277,18 +277,24 @@ def verify_ledger(folder: Path) -> int:
     return last["step"]
 
 
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:.5rem 0 1.5rem}"
+    "td,th{padding:.2rem .9rem .2rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eee}"
+    "img{max-width:100%}"
+    "h2{font-size:1.1rem;margin-bottom:.2rem}"
+    "code{white-space:pre-wrap}"
+)
+
+
 def _page(name: str, picture: bytes, sections: Sequence[Section]) -> str:
+    title = html.escape(name)
     image = base64.b64encode(picture).decode()
     body = "".join(_table(s) for s in sections)
     return (
-        "<!doctype html><html lang='en'><meta"
-        f" charset='utf-8'>{MARK}<title>{html.escape(name)}</title><style>body{{font:15px/1.5"
-        " system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0"
-        " 1rem;color:#222}table{border-collapse:collapse;margin:.5rem 0"
-        " 1.5rem}td,th{padding:.2rem .9rem .2rem"
-        " 0;text-align:left;vertical-align:top;border-bottom:1px solid"
-        f" #eee}}img{{max-width:100%}}h2{{font-size:1.1rem;margin-bottom:.2rem}}code{{white-space:pre-wrap}}</style><h1>{html.escape(name)}</h1><img"
-        f" alt='curves over tokens seen' src='data:image/png;base64,{image}'>{body}</html>\n"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'>{MARK}<title>{title}</title>"
+        f"<style>{_STYLE}</style><h1>{title}</h1>"
+        f"<img alt='curves over tokens seen' src='data:image/png;base64,{image}'>{body}</html>\n"
     )
 
 
