@@ -33,7 +33,10 @@ class ModelConfig(Protocol):
 
     @property
     def activation_width(self) -> int:
-        """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by."""
+        """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by.
+
+        Its memory, too, if the model cannot run on tensors without data (encoder/tools/plan/activations.py).
+        """
 
     @property
     def shape_text(self) -> str:

@@ -38,13 +38,10 @@ def test_rooms_import_only_downwards():
 
 
 def test_style_is_clean():
-    done = subprocess.run(
-        [Path(sys.executable).parent / "ruff", "check", "--no-cache", "."],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    ruff = Path(sys.executable).parent / "ruff"
+    for words in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+        done = subprocess.run([ruff, *words, "."], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_no_script_bears_the_name_of_a_library():

@@ -3,7 +3,8 @@
     fp32, one plain layer of width C, MLP width F      [T, C]: stream, norm, q, k, v, attention, dropout, stream, norm = 9
                                                        [T, F]: both halves of Wi, their GELU, its product with the gate = 4
 
-A model of one layer and one of four meet two batches each; the differences are bytes per token and layer.
+A model of one layer and one of four meet two batches each; the differences are bytes per token and layer. A model whose shapes
+depend on values, such as the number of distinct ids, cannot run without data: its settings say activation_width.
 """
 
 from __future__ import annotations
@@ -41,13 +42,30 @@ class Kept:
 def count_kept(
     config: ModelConfig, *, precision: str, device: str, fp8: bool = False, zero_3: bool = False
 ) -> Kept:
-    """Counts each storage once, without the parameters. Raises ConfigError as fp8_blocks_.
+    """Each storage once, without the parameters. Raises ConfigError as fp8_blocks_.
 
     precision: fp32, fp64, autocast or bf16
     device: cpu or cuda, which need not be there
     fp8: the layers' matmuls run in FP8
     zero_3: DeepSpeed's linear layers of ZeRO stage 3, which keep their input as it comes: under autocast in fp32
     """
+    from torch._subclasses import fake_tensor
+
+    needs_data = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+    )
+    try:
+        return _count(config, precision=precision, device=device, fp8=fp8, zero_3=zero_3)
+    except needs_data:
+        width = {"autocast": 2, "bf16": 2, "fp64": 8}.get(precision, 4)
+        return Kept(
+            layer_per_token=width * config.activation_width, layer_fixed=0.0, outside_per_token=0.0
+        )
+
+
+def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_3: bool) -> Kept:
     few, many = LAYERS
     short, long = TOKENS
 

@@ -14,10 +14,12 @@ from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError
 from encoder.data.shards import read_samples_per_shard
 from encoder.models.catalog import build_model
+from encoder.models.modernbert import ModernBertForMaskedLM
 from encoder.nn.attend import Situation, choose_backend
 from encoder.optim.schedule import Constant
 from encoder.runs.config import SourceConfig, read_run
 from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
+from encoder.tools.plan import activations
 from encoder.tools.plan.activations import count_kept
 from encoder.tools.plan.plan import count_needs, estimate_memory, phase_work, plan_text
 from tests.helpers.shards import write_source
@@ -243,6 +245,20 @@ def test_counting_leaves_torch_as_it_was():
     assert not torch.is_autocast_enabled("cpu") and "cpu" in str(torch.zeros(1).device)
     here = Situation(device=torch.device("cpu"), dtype=torch.float32, head_width=8, training=True)
     assert choose_backend("sdpa", here).backend.name == "sdpa"
+
+
+def test_a_model_whose_shapes_depend_on_values_says_its_width(monkeypatch):
+    class NeedsData(ModernBertForMaskedLM):
+        def hidden_states(self, batch):
+            return super().hidden_states(batch)[: len(torch.bincount(batch.ids_T))]
+
+    monkeypatch.setattr(
+        activations, "build_model", lambda config, *, seed: NeedsData(config, seed=seed)
+    )
+    m = read_run(TINY, ["model.hidden_size=64"]).model
+    for precision, width in (("bf16", 2), ("fp32", 4), ("fp64", 8)):
+        kept = count_kept(m, precision=precision, device="cpu")
+        assert (kept.layer_per_token, kept.outside_per_token) == (width * m.activation_width, 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
