@@ -22,7 +22,7 @@ from benchmarks.timing import in_turn, paired_ratio, ratio_text
 from benchmarks.workload import make_batch
 from encoder.base.command import count
 from encoder.base.errors import UserError
-from encoder.nn.attend import BACKENDS, Situation
+from encoder.nn.attend import BACKENDS, AttentionRequest
 from encoder.train.meters import document_lengths
 
 RADIUS = 64
@@ -85,7 +85,9 @@ def measure(
         }
     if not local:
         routes["nested, jagged"] = jagged(lengths, ends.long())
-    situation = Situation(device=device, dtype=dtype, head_width=args.head_width, training=True)
+    situation = AttentionRequest(
+        device=device, dtype=dtype, head_width=args.head_width, training=True
+    )
     for name, backend in BACKENDS.items():
         if device.type == "cuda" and name in ("tiles", "sdpa"):
             continue  # for CPUs, and the judge's: cuDNN would make a plan for every length, some hundred

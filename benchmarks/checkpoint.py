@@ -28,7 +28,7 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.base.units import Progress
 from encoder.engine.checkpoint.read import claim_incarnation, read_weights
 from encoder.engine.checkpoint.save import Saved, Saver
-from encoder.engine.engine import Piece
+from encoder.engine.engine import StateShard
 
 QUICK = dict(shape="tiny")
 
@@ -201,9 +201,9 @@ class _Saves:
         took = time.perf_counter() - began
         return {"stall_seconds": took, "done_seconds": took}
 
-    def _pieces(self) -> list[Piece]:
+    def _pieces(self) -> list[StateShard]:
         return [
-            Piece(
+            StateShard(
                 name=name,
                 start=0,
                 tensors={

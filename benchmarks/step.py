@@ -34,7 +34,7 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import computes_bf16
 from encoder.models.modernbert import ModernBertConfig
-from encoder.nn.attend import BACKENDS, Situation
+from encoder.nn.attend import BACKENDS, AttentionRequest
 from encoder.objectives.mlm import MLM, mlm_loss
 from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
@@ -367,7 +367,7 @@ def backends_of(
     if words != ["all"]:
         return words
     left_out = ("sdpa", "tiles") if device.type == "cuda" else ("sdpa",)
-    situation = Situation(
+    situation = AttentionRequest(
         device=device,
         head_width=config.head_width,
         training=True,

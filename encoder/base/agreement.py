@@ -2,7 +2,7 @@
 
 all_ranks_agree(world)      a block in which a rank may meet a mistake of its own: all ranks leave at its end
 agree_on_errors(error)      the same where the error was kept until now (a rank's own, or None)
-together(act, ...)          an act of some ranks; its error is raised on every rank with the same words
+run_on_all_ranks(act, ...)          an act of some ranks; its error is raised on every rank with the same words
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def agree_on_errors(error: UserError | None, world: World) -> None:
     raise SilentError(f"rank {world.size - highest} met an error")
 
 
-def together(act: Callable[[], None] | None, *, doing: str, then: str = "") -> None:
+def run_on_all_ranks(act: Callable[[], None] | None, *, doing: str, then: str = "") -> None:
     """Runs an act on the ranks that have one; called on every rank.
 
     Raises CheckpointError on all of them if a file could not be read or written ("DOING: reason. THEN") or an act found

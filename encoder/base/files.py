@@ -96,9 +96,7 @@ def usual_mode(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_that_appears(
-    out: Path, *, mark: str, ours: Collection[str] | None = None
-) -> Iterator[Path]:
+def atomic_folder(out: Path, *, mark: str, ours: Collection[str] | None = None) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its name when the block ends well, and vanishes when it does not.
 
     An `out` that exists is replaced only where it is empty, or holds the file `mark`, which the block writes and nobody
@@ -160,7 +158,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def _put_right(out: Path) -> None:
-    """Of a process that was killed in folder_that_appears: `out` back from .old where it is missing, .part and .old removed."""
+    """Of a process that was killed in atomic_folder: `out` back from .old where it is missing, .part and .old removed."""
     if not out.parent.is_dir():
         return
     left = re.compile(re.escape(f".{out.name}.{_HOST}.") + r"(\d+)\.(part|old)")

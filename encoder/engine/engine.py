@@ -41,10 +41,10 @@ from encoder.engine.zero.layout import (
 )
 from encoder.engine.zero.partition import Values, partition_, weights_may_go
 from encoder.optim.catalog import build_optimizer
-from encoder.optim.slices import FlatPart, Stretch
+from encoder.optim.slices import FlatPart, ParamSlice
 from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer
 
-__all__ = ["Engine", "EngineConfig", "Piece", "StepResult", "start_engine"]
+__all__ = ["Engine", "EngineConfig", "StateShard", "StepResult", "start_engine"]
 
 
 Forward = Callable[[TokenBatch], dict[str, LossTerm]]
@@ -63,7 +63,7 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class StateShard:
     """A stretch of a parameter that this rank answers for in a checkpoint, and its part of the optimizer's state."""
 
     name: str
@@ -275,11 +275,11 @@ class Engine:
             for name, (loss_sum, count, correct) in zip(terms, over_ranks, strict=True)
         }
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[StateShard]:
         """All the state that lies on this rank, to be written to."""
         return [self._piece(part, s) for part in self._parts for s in part.stretches]
 
-    def owned_pieces(self) -> list[Piece]:
+    def owned_pieces(self) -> list[StateShard]:
         """The state this rank answers for when all ranks save: every element on exactly one rank."""
         return [self._piece(part, s) for part, s in self._owned()]
 
@@ -307,7 +307,7 @@ class Engine:
                 piece.master.copy_(whole[piece.start : piece.start + piece.master.numel()])
         refresh_parameters(self._ds)
 
-    def _owned(self) -> Iterator[tuple[FlatPart, Stretch]]:
+    def _owned(self) -> Iterator[tuple[FlatPart, ParamSlice]]:
         for part in self._parts:
             for s in part.stretches:
                 s = (
@@ -316,13 +316,13 @@ class Engine:
                 if s.length:
                     yield part, s
 
-    def _piece(self, part: FlatPart, s: Stretch) -> Piece:
+    def _piece(self, part: FlatPart, s: ParamSlice) -> StateShard:
         kept = {
             kind: s.of(value)
             for kind, value in self.optimizer.state[part.tensor].items()
             if kind != "step"
         }
-        return Piece(
+        return StateShard(
             name=s.name, start=s.start, tensors={"master": s.of(part.tensor.detach()), **kept}
         )
 

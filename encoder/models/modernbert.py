@@ -20,7 +20,7 @@ from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.models.contract import Axis, GrowthRules, ParameterCounts
 from encoder.models.flops import parameter_counts, train_flops
-from encoder.nn.attend import Backend, Situation, check_word, choose_backend
+from encoder.nn.attend import AttentionRequest, Backend, check_backend_name, choose_backend
 from encoder.nn.attention import Attention
 from encoder.nn.block import Block, NormPlace
 from encoder.nn.dropout import AddressedDropout
@@ -294,7 +294,7 @@ class ModernBertForMaskedLM(nn.Module):
 
     def __init__(self, config: ModernBertConfig, *, attention: str = "auto", seed: int = 0) -> None:
         super().__init__()
-        check_word(attention)
+        check_backend_name(attention)
         self.config = config
         self.attention = attention
         self.model = _Encoder(config)
@@ -384,9 +384,9 @@ class ModernBertForMaskedLM(nn.Module):
             self.attention, self._situation(device or self._decoder_weight.device)
         ).reason
 
-    def _situation(self, device: torch.device) -> Situation:
+    def _situation(self, device: torch.device) -> AttentionRequest:
         mixed = torch.is_autocast_enabled(device.type)
-        return Situation(
+        return AttentionRequest(
             device=device,
             head_width=self.config.head_width,
             training=torch.is_grad_enabled(),

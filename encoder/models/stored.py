@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ConfigError, ModelError, UserError
-from encoder.base.files import folder_that_appears, write_atomic, write_json
+from encoder.base.files import atomic_folder, write_atomic, write_json
 from encoder.base.schema import chosen_by, read_settings, to_yaml
 from encoder.base.untrusted import open_regular, read_json
 from encoder.models.catalog import SYSTEMS, build_model
@@ -45,7 +45,7 @@ class StoredModel:
 def write_stored(model: StoredModel, out: Path) -> None:
     """Write the weights folder `out`, whole or not at all. Raises UserError; ModelError where weights and config differ."""
     check_weights(model.weights, model.config, of=model.origin)
-    with folder_that_appears(out, mark=ORIGIN, ours=(MODEL, WEIGHTS, TOKENIZER)) as part:
+    with atomic_folder(out, mark=ORIGIN, ours=(MODEL, WEIGHTS, TOKENIZER)) as part:
         write_atomic(part / MODEL, to_yaml(_ModelFile(model=model.config)))
         write_safetensors(model.weights, part / WEIGHTS)
         if model.tokenizer_json is not None:

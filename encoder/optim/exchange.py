@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from encoder.base.dist import exchange
-from encoder.optim.slices import Stretch
+from encoder.optim.slices import ParamSlice
 
 
 class Held(NamedTuple):
     """A stretch, and the flat tensor that it lies in on its rank (by number)."""
 
     part: int
-    stretch: Stretch
+    stretch: ParamSlice
 
 
 class Exchange:

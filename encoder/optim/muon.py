@@ -26,7 +26,7 @@ from torch import Tensor
 from encoder.base.dist import collective_device, gather_rows, rank_and_size
 from encoder.base.errors import ConfigError
 from encoder.optim.exchange import Exchange, Held
-from encoder.optim.slices import FlatPart, Stretch
+from encoder.optim.slices import FlatPart, ParamSlice
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.optim.whole_tensors import Live
 
@@ -98,7 +98,7 @@ class Muon(StableAdamW):
                 self._held[-1].append(
                     Held(
                         part,
-                        Stretch(
+                        ParamSlice(
                             name=names[i],
                             numel=math.prod(shapes[names[i]]),
                             start=start,

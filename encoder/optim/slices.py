@@ -17,7 +17,7 @@ import torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class ParamSlice:
     """A contiguous part of one parameter inside one flat tensor; all amounts in elements."""
 
     name: str
@@ -36,13 +36,13 @@ class FlatPart:
     """A tensor that the optimizer steps, and the parameters that lie in it."""
 
     tensor: torch.Tensor
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[ParamSlice, ...]
     group: int = 0  # of the optimizer's groups
 
 
-def first_gap(numels: Mapping[str, int], stretches: Sequence[Stretch]) -> str | None:
+def first_gap(numels: Mapping[str, int], stretches: Sequence[ParamSlice]) -> str | None:
     """What is wrong if the stretches (of all ranks) do not cover every parameter exactly once, else None."""
-    by_name: dict[str, list[Stretch]] = {name: [] for name in numels}
+    by_name: dict[str, list[ParamSlice]] = {name: [] for name in numels}
     for stretch in stretches:
         if by_name.get(stretch.name) is None or stretch.numel != numels[stretch.name]:
             return f"{stretch.name} with {stretch.numel:,} elements is no parameter of the model"

@@ -20,7 +20,7 @@ from encoder.data.shards import Source, open_source
 from encoder.data.windows import shards_of_lanes
 from encoder.engine.precision import precision_on
 from encoder.models.catalog import build_model
-from encoder.nn.attend import Situation, choose_backend
+from encoder.nn.attend import AttentionRequest, choose_backend
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.contract import Objective
 from encoder.objectives.words import read_word_edges
@@ -77,7 +77,7 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
     if head_width := run.model.head_width:
         choose_backend(
             run.attention,
-            Situation(device=device, dtype=computing, head_width=head_width, training=True),
+            AttentionRequest(device=device, dtype=computing, head_width=head_width, training=True),
         )
     return device
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from encoder.base.agreement import together
+from encoder.base.agreement import run_on_all_ranks
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import CheckpointError, ConfigError
 from encoder.base.log import warn_once
@@ -45,7 +45,7 @@ from encoder.engine.engine import Engine
 def claim_incarnation(run_folder: Path, world: World) -> int:
     """The number of this start of the run; from now on older starts can neither commit nor delete. Raises CheckpointError."""
     claimed = torch.zeros(1, dtype=torch.int64)
-    together(
+    run_on_all_ranks(
         (lambda: claimed.fill_(claim_next(run_folder))) if world.first else None,
         doing=f"cannot claim a start of the run in {run_folder}",
     )
@@ -82,7 +82,7 @@ def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: Tr
             )
 
     first = not dist.is_initialized() or dist.get_rank() == 0
-    together(choose if first else None, doing=f"cannot read the checkpoints in {root}")
+    run_on_all_ranks(choose if first else None, doing=f"cannot read the checkpoints in {root}")
     tokens, incarnation = sum_over_ranks(names).tolist()
     return root / folder_name(tokens=tokens, incarnation=incarnation) if incarnation else None
 
@@ -103,7 +103,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, A
                     reader.copy_into(tensor, name=piece.name, start=piece.start, kind=kind)
         state["progress"], state["extra"] = read_progress(folder)
 
-    together(
+    run_on_all_ranks(
         load,
         doing=f"cannot read checkpoint {folder}",
         then="Remove this folder to use the one before it.",

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from encoder.base.agreement import together
+from encoder.base.agreement import run_on_all_ranks
 from encoder.base.dist import sum_over_ranks
 from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, sha256_of, write_atomic, write_json
@@ -127,10 +127,10 @@ class Saver:
             self._root, self._engine, progress, run_yaml, self._incarnation, extra, milestone
         )
         with self._cleaned_up_after(save):
-            together(save.begin if first else None, doing=save.doing, then=save.then)
+            run_on_all_ranks(save.begin if first else None, doing=save.doing, then=save.then)
             kept_already = int(sum_over_ranks(save.kept_already))
             if not kept_already:
-                together(save.copy, doing=save.doing, then=save.then)
+                run_on_all_ranks(save.copy, doing=save.doing, then=save.then)
         if kept_already:
             return save.result()
         self._save = save
@@ -143,7 +143,7 @@ class Saver:
         assert save, "no save is under way"
         save.thread.join()
         with self._cleaned_up_after(save):
-            together(save.raise_error, doing=save.doing, then=save.then)
+            run_on_all_ranks(save.raise_error, doing=save.doing, then=save.then)
             if not save.written:
                 save.written = True
                 sum_over_ranks(save.digests)

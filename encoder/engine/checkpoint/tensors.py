@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, usual_mode
 from encoder.base.untrusted import open_regular
-from encoder.engine.engine import Piece
+from encoder.engine.engine import StateShard
 
 
 def rank_file(rank: int) -> str:
@@ -26,7 +26,7 @@ def rank_file(rank: int) -> str:
     return f"rank{rank:05d}.safetensors"
 
 
-def copy_pieces(pieces: Iterable[Piece]) -> dict[str, torch.Tensor]:
+def copy_pieces(pieces: Iterable[StateShard]) -> dict[str, torch.Tensor]:
     """One rank's stretches in memory, by key, in their own precision: training may go on."""
     return {
         f"{piece.name}@{piece.start}/{kind}": tensor.to("cpu", copy=True)

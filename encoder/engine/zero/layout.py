@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from encoder.base.dist import World, sum_over_ranks
-from encoder.optim.slices import FlatPart, Stretch, first_gap
+from encoder.optim.slices import FlatPart, ParamSlice, first_gap
 
 
 def flat_parts(ds_engine: Any) -> list[FlatPart]:
@@ -33,7 +33,7 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
                 tensor=p,
                 group=i,
                 stretches=(
-                    Stretch(
+                    ParamSlice(
                         name=names[p], numel=p.numel(), start=0, length=p.numel(), flat_start=0
                     ),
                 ),
@@ -93,14 +93,14 @@ def whole_shape(p: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(p, "ds_shape", p.shape))
 
 
-def share_of(whole: Stretch, world: World) -> Stretch:
+def share_of(whole: ParamSlice, world: World) -> ParamSlice:
     """This rank's part of a parameter that every rank holds whole, near-equal in size."""
     start, end = (whole.numel * (world.rank + i) // world.size for i in (0, 1))
     return dataclasses.replace(whole, start=start, length=end - start, flat_start=start)
 
 
 def check_cover(
-    owned: Sequence[Stretch], *, numels: dict[str, int], world: World, device: torch.device
+    owned: Sequence[ParamSlice], *, numels: dict[str, int], world: World, device: torch.device
 ) -> None:
     """Asserts that the stretches of all ranks cover every parameter exactly once; one all-reduce of a small table."""
     row = {name: i for i, name in enumerate(numels)}
@@ -109,7 +109,7 @@ def check_cover(
     for s in owned:
         table[world.rank, row[s.name]] = torch.tensor([s.start, s.length])
     everywhere = [
-        Stretch(name=name, numel=numels[name], start=start, length=length, flat_start=0)
+        ParamSlice(name=name, numel=numels[name], start=start, length=length, flat_start=0)
         for rows in sum_over_ranks(table.to(device)).tolist()
         for name, (start, length) in zip(numels, rows)
         if length
@@ -120,23 +120,23 @@ def check_cover(
     )
 
 
-def _stretch(name: str, p: torch.Tensor) -> Stretch:
+def _stretch(name: str, p: torch.Tensor) -> ParamSlice:
     inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.get_hp_fragment_address()
     assert inside.numel == flat.numel, (
         f"{name}: {inside.numel} elements in the parameter, {flat.numel} in the flat tensor"
     )
-    return Stretch(
+    return ParamSlice(
         name=name, numel=p.numel(), start=inside.start, length=flat.numel, flat_start=flat.start
     )
 
 
-def _own_parts(names: dict[torch.Tensor, str], group: Sequence[Any]) -> Iterator[Stretch]:
+def _own_parts(names: dict[torch.Tensor, str], group: Sequence[Any]) -> Iterator[ParamSlice]:
     flat_start = 0
     for p in group:
         start = p.ds_zero_partition_rank * p.partition_numel()
         length = min(p.partition_numel(), p.ds_numel - start)
         if length > 0:
-            yield Stretch(
+            yield ParamSlice(
                 name=names[p], numel=p.ds_numel, start=start, length=length, flat_start=flat_start
             )
         flat_start += p.partition_numel()

@@ -17,7 +17,7 @@ from encoder.models.hf.bridge import Bridge
 from encoder.models.modernbert import ModernBertConfig
 
 # ours -> theirs
-WORDS = {
+HF_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -59,7 +59,9 @@ FOREIGN = {
     "add_cross_attention": False,
     "partial_rotary_factor": 1.0,
 }
-NO_WORD = "attention_output_dropout"  # in training only; an import takes ModernBERT's own 0.1
+NOT_IN_HF_CONFIG = (
+    "attention_output_dropout"  # in training only; an import takes ModernBERT's own 0.1
+)
 THETA = {
     "global_rope_theta": ("full_attention", 160_000.0),
     "local_rope_theta": ("sliding_attention", 10_000.0),
@@ -119,7 +121,7 @@ def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
         "architectures": ["ModernBertForMaskedLM"],
         "model_type": "modernbert",
         "dtype": "float32",
-        **{theirs: getattr(config, ours) for ours, theirs in WORDS.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in HF_KEYS.items()},
         "hidden_activation": ACTIVATIONS[config.mlp],
         "local_attention": 2 * config.window_radius_tokens,
         **_both_forms(config),
@@ -168,14 +170,14 @@ def config_from_hf(values: dict[str, Any], *, where: str) -> ModernBertConfig:
             f" {' or '.join(ACTIVATIONS.values())}. Give a model with one of these."
         )
     empty = next(
-        (theirs for theirs in WORDS.values() if theirs in values and values[theirs] is None), None
+        (theirs for theirs in HF_KEYS.values() if theirs in values and values[theirs] is None), None
     )
     if empty:
         raise ModelError(
             f"{where}: {empty} is null; needed: a value. Put the one that the model was trained"
             f" with, or leave {empty} out for the default of transformers."
         )
-    found = {ours: values[theirs] for ours, theirs in WORDS.items() if theirs in values}
+    found = {ours: values[theirs] for ours, theirs in HF_KEYS.items() if theirs in values}
     _check_heads(found, values, where)
     try:
         config = from_mapping(
@@ -227,7 +229,7 @@ def smaller(
     return {
         **values,
         **ids,
-        **{WORDS[name]: size for name, size in sizes.items()},
+        **{HF_KEYS[name]: size for name, size in sizes.items()},
     }, dataclasses.replace(config, **sizes)
 
 
@@ -376,7 +378,7 @@ MODERNBERT = Bridge(
     model_type="modernbert",
     architecture="ModernBertForMaskedLM",
     config_class="ModernBertConfig",
-    without_word=NO_WORD,
+    without_word=NOT_IN_HF_CONFIG,
     blocker=_blocker,
     to_settings=hf_config,
     from_settings=config_from_hf,

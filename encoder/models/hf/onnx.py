@@ -76,14 +76,14 @@ def write_onnx(
         ) from error
     return prove(
         ours,
-        _asking(path),
+        _logits_fn(path),
         max_tokens=min(max_tokens, PROOF_TOKENS),
         asked="onnxruntime",
         tolerance=tolerance,
     )
 
 
-def _asking(path: Path):
+def _logits_fn(path: Path):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

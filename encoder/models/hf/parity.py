@@ -42,7 +42,7 @@ CHUNK_TOKENS = 512  # logits compared at once: 100 MB of 50,368 entries; of a wh
 PADDING_TOKENS = 3  # beside the longest document of a batch
 
 Rows = Callable[[int, slice], Tensor]  # (row, positions) -> logits [positions, V]
-Ask = Callable[
+LogitsFn = Callable[
     [Tensor, Tensor], Rows
 ]  # (ids_BL, attention mask) -> their logits, made when they are looked at
 
@@ -83,12 +83,12 @@ class Proof:
 
 def prove(
     ours: MaskedModel,
-    ask: Ask,
+    ask: LogitsFn,
     *,
     max_tokens: int,
     asked: str,
     tolerance: float = TOLERANCE,
-    ask_fp64: Callable[[], Ask] | None = None,
+    ask_fp64: Callable[[], LogitsFn] | None = None,
 ) -> Proof:
     """Compares `ours` with the model behind `ask`, which `asked` names. Raises ExportError where they differ.
 
@@ -171,7 +171,7 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     lengths = {1, 2, 40, *(n // 2 + 1 for n in edges), *(min(n, FP64_TOKENS) for n in edges)}
     return _compared(
         ours,
-        asking(theirs, bridge),
+        logits_fn(theirs, bridge),
         sorted({min(n, config.max_position_embeddings) for n in lengths}),
         paddings=(None, False),
     )
@@ -224,12 +224,12 @@ def transformers_model(
     return model.eval()
 
 
-def asking(model: torch.nn.Module, bridge: Bridge) -> Ask:
+def logits_fn(model: torch.nn.Module, bridge: Bridge) -> LogitsFn:
     """Transformers' model as `prove` asks it: the last hidden state at once, head and decoder where they are looked at."""
 
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
         try:
-            with _Fp64Stays():
+            with _KeepFloat64():
                 x_BLC = bridge.hidden_states(model, ids_BL, real_BL)
         except Exception as error:  # whatever its version raises
             import transformers
@@ -243,12 +243,12 @@ def asking(model: torch.nn.Module, bridge: Bridge) -> Ask:
     return ask
 
 
-def asking_fp64(model: torch.nn.Module, bridge: Bridge) -> Ask:
+def logits_fn_fp64(model: torch.nn.Module, bridge: Bridge) -> LogitsFn:
     """The same of a copy in fp64."""
-    return asking(copy.deepcopy(model).double(), bridge)
+    return logits_fn(copy.deepcopy(model).double(), bridge)
 
 
-class _Fp64Stays(TorchFunctionMode):
+class _KeepFloat64(TorchFunctionMode):
     """transformers 5 turns queries and keys as fp32 whatever they are: of an fp64 model 4e-6 in the logits, 4e-14 with this."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -260,7 +260,7 @@ class _Fp64Stays(TorchFunctionMode):
 
 
 def _compared(
-    ours: MaskedModel, ask: Ask, lengths: list[int], *, paddings: Sequence[bool | None]
+    ours: MaskedModel, ask: LogitsFn, lengths: list[int], *, paddings: Sequence[bool | None]
 ) -> float:
     """The largest difference of a logit over drawn documents of these lengths."""
     draw = generator(0, "export proof")
@@ -310,7 +310,7 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 def _worst(
     ours: MaskedModel,
-    ask: Ask,
+    ask: LogitsFn,
     documents: list[Tensor],
     expected: Sequence[Tensor],
     *,

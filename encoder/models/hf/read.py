@@ -22,9 +22,9 @@ from encoder.models.hf.catalog import bridge_of_settings
 from encoder.models.hf.parity import (
     TOLERANCE_DRAWN,
     Proof,
-    asking,
-    asking_fp64,
     drawn_difference,
+    logits_fn,
+    logits_fn_fp64,
     our_model,
     prove,
     transformers_model,
@@ -88,9 +88,9 @@ def prove_import(model: StoredModel, folder: Path) -> Proof:
     theirs = transformers_model(folder, bridge, bridge.completed(settings, model.config))
     return prove(
         our_model(model.weights, model.config),
-        asking(theirs, bridge),
+        logits_fn(theirs, bridge),
         asked="transformers",
-        ask_fp64=lambda: asking_fp64(theirs, bridge),
+        ask_fp64=lambda: logits_fn_fp64(theirs, bridge),
         max_tokens=model.max_tokens or model.config.max_position_embeddings,
     )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import ExportError
-from encoder.base.files import files_below, folder_that_appears, sha256_of, write_json
+from encoder.base.files import atomic_folder, files_below, sha256_of, write_json
 from encoder.base.untrusted import read_json
 from encoder.models.hf.card import CARD, Training, write_card, write_sentence_transformers
 from encoder.models.hf.catalog import bridge_of
@@ -30,9 +30,9 @@ from encoder.models.hf.parity import (
     TOLERANCE,
     TOLERANCE_DRAWN,
     Proof,
-    asking,
-    asking_fp64,
     drawn_difference,
+    logits_fn,
+    logits_fn_fp64,
     our_model,
     prove,
     transformers_model,
@@ -79,7 +79,7 @@ def export_hf(
         check_onnx_installed()
     earlier = _files_of_earlier(out)
     ours = our_model(model.weights, config)
-    with folder_that_appears(out, mark=PROOF, ours=earlier) as part:
+    with atomic_folder(out, mark=PROOF, ours=earlier) as part:
         write_tokenizer(
             part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens
         )
@@ -98,10 +98,10 @@ def export_hf(
         proofs = {
             "transformers": prove(
                 ours,
-                asking(theirs, bridge),
+                logits_fn(theirs, bridge),
                 max_tokens=max_tokens,
                 asked="transformers",
-                ask_fp64=lambda: asking_fp64(theirs, bridge),
+                ask_fp64=lambda: logits_fn_fp64(theirs, bridge),
             )
         }
         if onnx:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.nn.attend.contract import Backend, Plan, Situation
+from encoder.nn.attend.contract import AttentionRequest, Backend, Plan
 from encoder.nn.attend.flash import FLASH
 from encoder.nn.attend.flex import Flex
 from encoder.nn.attend.sdpa import Sdpa
@@ -21,10 +21,10 @@ __all__ = [
     "Backend",
     "Choice",
     "Plan",
-    "Situation",
+    "AttentionRequest",
     "Word",
     "attend_by",
-    "check_word",
+    "check_backend_name",
     "choose_backend",
 ]
 
@@ -44,18 +44,18 @@ class Choice:
     reason: str
 
 
-def check_word(word: str) -> None:
+def check_backend_name(word: str) -> None:
     """Raises ConfigError for a word that names no backend, whatever the device."""
     if word not in get_args(Word):
         raise ConfigError(f"attention {word!r} is unknown. {nearest(word, list(get_args(Word)))}")
 
 
-def choose_backend(word: str, situation: Situation) -> Choice:
+def choose_backend(word: str, request: AttentionRequest) -> Choice:
     """The backend called `word`; the newest flash with "flash", the fastest of all with "auto". Raises ConfigError."""
-    check_word(word)
+    check_backend_name(word)
     if given := _given.get():
         return Choice(backend=given, reason=f"{given.name}: given")
-    refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(situation))}
+    refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(request))}
     able = [name for name in BACKENDS if name not in refusals]
     asked = {"auto": list(BACKENDS), "flash": [b.name for b in FLASH]}.get(word, [word])
     name = next((name for name in asked if name in able), None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Situation:
+class AttentionRequest:
     """What a backend is asked about: where and on what it would run."""
 
     device: torch.device
@@ -35,7 +35,7 @@ class Backend(Protocol):
 
     name: str
 
-    def why_not(self, situation: Situation) -> str | None:
+    def why_not(self, request: AttentionRequest) -> str | None:
         """Why this backend cannot run there (found, needed), or None if it can. Asked at every forward: cheap."""
 
     def plan(

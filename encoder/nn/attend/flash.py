@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.nn.attend.contract import Situation
+from encoder.nn.attend.contract import AttentionRequest
 from encoder.nn.attend.packed import Needs, PackedPlan
 
 FUNCTION = "flash_attn_varlen_func"
@@ -40,9 +40,9 @@ class Flash:
     takes: tuple[str, ...]  # arguments of FUNCTION that we pass
     attend: Callable[[ModuleType], Callable[..., Tensor]]
 
-    def why_not(self, situation: Situation) -> str | None:
+    def why_not(self, request: AttentionRequest) -> str | None:
         """Device and precision first: nothing is imported where the kernel could not run anyway."""
-        unmet = self.needs.unmet(situation)
+        unmet = self.needs.unmet(request)
         if unmet:
             return unmet
         found = _import(self.module, self.package)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from encoder.nn.attend.contract import Situation
+from encoder.nn.attend.contract import AttentionRequest
 from encoder.nn.attend.packed import HALVES, Needs
 
 BLOCK_TOKENS = 128  # what the kernel skips by
@@ -32,9 +32,9 @@ class Flex:
     name = "flex"
     needs = Needs(at_least=(8, 0), dtypes=(*HALVES, torch.float32), head_widths=range(16, 257))
 
-    def why_not(self, situation: Situation) -> str | None:
+    def why_not(self, request: AttentionRequest) -> str | None:
         """It needs a CUDA device and triton."""
-        return self.needs.unmet(situation) or _missing()
+        return self.needs.unmet(request) or _missing()
 
     def plan(
         self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int

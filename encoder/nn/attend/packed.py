@@ -9,39 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.nn.attend.contract import Situation
+from encoder.nn.attend.contract import AttentionRequest
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a CUDA kernel asks of its situation."""
+    """What a CUDA kernel asks of its request."""
 
     at_least: tuple[int, int]  # compute capability
     below: tuple[int, int] | None = None  # first compute capability that it does not know
     dtypes: tuple[torch.dtype, ...] = HALVES
     head_widths: range = range(8, 257, 8)
 
-    def unmet(self, situation: Situation) -> str | None:
+    def unmet(self, request: AttentionRequest) -> str | None:
         """The first need that is not met (needed, found), or None."""
-        if situation.device.type != "cuda":
-            return f"needs a CUDA device, this is {situation.device.type}"
-        found = torch.cuda.get_device_capability(situation.device)
+        if request.device.type != "cuda":
+            return f"needs a CUDA device, this is {request.device.type}"
+        found = torch.cuda.get_device_capability(request.device)
         if found < self.at_least or (self.below and found >= self.below):
             limit = f" and below {_dotted(self.below)}" if self.below else ""
             return (
                 f"needs compute capability {_dotted(self.at_least)}{limit}, this device is"
                 f" {_dotted(found)}"
             )
-        if situation.dtype not in self.dtypes:
-            return f"needs {' or '.join(map(_word, self.dtypes))}, this is {_word(situation.dtype)}"
-        if situation.head_width not in self.head_widths:
+        if request.dtype not in self.dtypes:
+            return f"needs {' or '.join(map(_word, self.dtypes))}, this is {_word(request.dtype)}"
+        if request.head_width not in self.head_widths:
             widths = self.head_widths
             multiple = f"a multiple of {widths.step} " if widths.step > 1 else ""
             return (
                 f"needs a head width of {multiple}from {widths[0]} to {widths[-1]}, this is"
-                f" {situation.head_width}"
+                f" {request.head_width}"
             )
         return None
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder.nn.attend.contract import Situation, document_bounds
+from encoder.nn.attend.contract import AttentionRequest, document_bounds
 
 
 class Sdpa:
@@ -14,7 +14,7 @@ class Sdpa:
 
     name = "sdpa"
 
-    def why_not(self, situation: Situation) -> str | None:
+    def why_not(self, request: AttentionRequest) -> str | None:
         """It runs everywhere."""
         return None
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder.nn.attend.contract import Situation, document_bounds
+from encoder.nn.attend.contract import AttentionRequest, document_bounds
 
 HIDDEN = (
     -1e30
@@ -42,7 +42,7 @@ class Tiles:
 
     name = "tiles"
 
-    def why_not(self, situation: Situation) -> str | None:
+    def why_not(self, request: AttentionRequest) -> str | None:
         """It runs everywhere."""
         return None
 

@@ -8,7 +8,7 @@ from functools import cache
 
 from torch import Tensor
 
-from encoder.nn.attend.contract import Situation
+from encoder.nn.attend.contract import AttentionRequest
 from encoder.nn.attend.packed import Needs, PackedPlan
 
 ARGUMENTS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "window_size")
@@ -20,9 +20,9 @@ class Varlen:
     name = "varlen"
     needs = Needs(at_least=(8, 0))
 
-    def why_not(self, situation: Situation) -> str | None:
+    def why_not(self, request: AttentionRequest) -> str | None:
         """It needs a CUDA device from Ampere on, and halves."""
-        return self.needs.unmet(situation) or _missing()
+        return self.needs.unmet(request) or _missing()
 
     def plan(
         self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int

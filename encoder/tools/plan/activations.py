@@ -22,7 +22,7 @@ from torch import Tensor, autograd
 from encoder.base.batch import TokenBatch
 from encoder.models.catalog import build_model
 from encoder.models.contract import ModelConfig
-from encoder.nn.attend import Situation, attend_by
+from encoder.nn.attend import AttentionRequest, attend_by
 
 # a layer beyond the first four repeats them: of ModernBERT's, one in three is global
 LAYERS = (1, 4)
@@ -144,7 +144,7 @@ class _Counted:
     name = "counted"
     traceable = True
 
-    def why_not(self, situation: Situation) -> str | None:
+    def why_not(self, situation: AttentionRequest) -> str | None:
         """It runs everywhere and computes nothing."""
         return None
 

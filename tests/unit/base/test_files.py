@@ -7,11 +7,11 @@ import os
 import pytest
 
 from encoder.base import files
-from encoder.base.files import folder_that_appears
+from encoder.base.files import atomic_folder
 
 
 def written(out, content: str) -> None:
-    with folder_that_appears(out, mark="mark") as part:
+    with atomic_folder(out, mark="mark") as part:
         (part / "mark").write_text(content)
 
 
@@ -41,7 +41,7 @@ def test_after_a_kill_the_next_call_has_the_earlier_folder_and_nothing_beside_it
     written(out, "1")
     killed_after_renames(out, renames)
     assert out.exists() == (renames == 0) and len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(KeyboardInterrupt), folder_that_appears(out, mark="mark"):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, mark="mark"):
         raise KeyboardInterrupt
     assert (out / "mark").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["out"]
     written(out, "3")

@@ -21,7 +21,7 @@ from encoder.base.units import Progress
 from encoder.engine.checkpoint import save as checkpoint_save
 from encoder.engine.checkpoint.read import claim_incarnation, newest_checkpoint, read_weights
 from encoder.engine.checkpoint.save import Saved, Saver
-from encoder.engine.engine import Piece
+from encoder.engine.engine import StateShard
 
 
 class Run:
@@ -30,7 +30,9 @@ class Run:
     def __init__(self, folder: Path, *, keep_last: int = 9) -> None:
         self.root, self.weight = folder / "checkpoints", torch.arange(6.0)
         pieces = [
-            Piece(name="w", start=0, tensors={"master": self.weight, "exp_avg": torch.zeros(6)})
+            StateShard(
+                name="w", start=0, tensors={"master": self.weight, "exp_avg": torch.zeros(6)}
+            )
         ]
         engine = SimpleNamespace(
             world=World(),

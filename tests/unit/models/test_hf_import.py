@@ -13,10 +13,10 @@ from encoder.base.errors import ExportError, ModelError, UserError
 from encoder.models.hf.catalog import BRIDGES
 from encoder.models.hf.composer import read_composer
 from encoder.models.hf.modernbert import (
+    HF_KEYS,
     MODERNBERT,
-    NO_WORD,
+    NOT_IN_HF_CONFIG,
     OURS_ONLY,
-    WORDS,
     config_from_hf,
     hf_config,
 )
@@ -132,9 +132,9 @@ def test_the_defaults_of_config_json_are_those_of_transformers():
 
 def test_every_setting_of_ours_has_its_word_or_its_refusal():
     told = {
-        *WORDS,
+        *HF_KEYS,
         *OURS_ONLY,
-        NO_WORD,
+        NOT_IN_HF_CONFIG,
         "mlp",
         "attention_head_width",
         "window_radius_tokens",

@@ -10,12 +10,14 @@ import torch
 
 from encoder.base.errors import ConfigError
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.nn.attend import BACKENDS, Situation, Word, check_word, choose_backend
+from encoder.nn.attend import BACKENDS, AttentionRequest, Word, check_backend_name, choose_backend
 from tests.helpers.packed import packed
 from tests.reference.dense import dense_attention
 
 RADIUS = 64
-ON_CPU = Situation(device=torch.device("cpu"), dtype=torch.float32, head_width=8, training=True)
+ON_CPU = AttentionRequest(
+    device=torch.device("cpu"), dtype=torch.float32, head_width=8, training=True
+)
 HERE = [name for name, backend in BACKENDS.items() if not backend.why_not(ON_CPU)]
 DOCUMENTS = {
     "one token": [1],
@@ -150,7 +152,7 @@ def test_auto_takes_the_first_that_can_run_and_says_why_the_others_cannot():
 
 def test_a_misspelt_backend_names_its_neighbour():
     with pytest.raises(ConfigError, match="'spda' is unknown. Did you mean sdpa?"):
-        check_word("spda")
+        check_backend_name("spda")
     with pytest.raises(ConfigError, match="'spda' is unknown"):
         choose_backend("spda", ON_CPU)
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.nn.attend import BACKENDS, Situation, choose_backend
+from encoder.nn.attend import BACKENDS, AttentionRequest, choose_backend
 from tests.helpers.packed import packed
 from tests.reference.dense import dense_attention
 
 pytestmark = pytest.mark.gpu
 
-ON_CUDA = Situation(device=torch.device("cuda"), dtype=torch.bfloat16, head_width=64, training=True)
+ON_CUDA = AttentionRequest(
+    device=torch.device("cuda"), dtype=torch.bfloat16, head_width=64, training=True
+)
 LENGTHS = [127, 1, 128, 129, 2, 300, 130, 64, 65, 500, 90]  # 1,536 tokens: 12 blocks of 128
 DOCUMENTS = {
     "packed": LENGTHS,

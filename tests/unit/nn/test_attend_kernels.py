@@ -11,11 +11,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from encoder.base.errors import ConfigError
-from encoder.nn.attend import BACKENDS, Situation, choose_backend, flash, flex, varlen
+from encoder.nn.attend import BACKENDS, AttentionRequest, choose_backend, flash, flex, varlen
 from encoder.nn.attend.flex import FlexPlan, block_mask
 from tests.reference.dense import dense_attention
 
-ON_CUDA = Situation(device=torch.device("cuda"), dtype=torch.bfloat16, head_width=64, training=True)
+ON_CUDA = AttentionRequest(
+    device=torch.device("cuda"), dtype=torch.bfloat16, head_width=64, training=True
+)
 ENDS = [0, 5, 6, 6, 20, 20, 20]  # documents of 5, 1 and 14 tokens, empty ones between and behind
 LENGTHS = [5, 1, 14]
 KERNELS = ("flash4", "flash3", "flash2", "varlen")

@@ -19,7 +19,7 @@ from encoder.optim.catalog import OPTIMIZERS, build_optimizer, state_elements
 from encoder.optim.exchange import deal
 from encoder.optim.lamb import LambConfig
 from encoder.optim.muon import MuonConfig, newton_schulz
-from encoder.optim.slices import FlatPart, Stretch
+from encoder.optim.slices import FlatPart, ParamSlice
 from encoder.optim.stable_adamw import StableAdamWConfig
 from tests.reference.svd_muon import orthogonal
 from tests.reference.updates import slow_updates
@@ -99,7 +99,7 @@ def cut_groups(model, optimizer, parts, chance):
                 a, b = max(low, at), min(high, at + p.numel())
                 if a < b:
                     stretches.append(
-                        Stretch(
+                        ParamSlice(
                             name=name_of[p],
                             numel=p.numel(),
                             start=a - at,

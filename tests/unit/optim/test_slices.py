@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from encoder.optim.slices import Stretch, first_gap
+from encoder.optim.slices import ParamSlice, first_gap
 
 
 def test_a_gap_or_an_overlap_of_stretches_is_found():
     def stretch(start, length, name="a", numel=6):
-        return Stretch(name=name, numel=numel, start=start, length=length, flat_start=0)
+        return ParamSlice(name=name, numel=numel, start=start, length=length, flat_start=0)
 
     assert first_gap({"a": 6}, [stretch(0, 4), stretch(4, 2)]) is None
     assert "covered by no rank" in first_gap({"a": 6}, [stretch(0, 4)])

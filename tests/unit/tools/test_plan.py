@@ -15,7 +15,7 @@ from encoder.base.errors import ConfigError
 from encoder.data.shards import read_samples_per_shard
 from encoder.models.catalog import build_model
 from encoder.models.modernbert import ModernBertForMaskedLM
-from encoder.nn.attend import Situation, choose_backend
+from encoder.nn.attend import AttentionRequest, choose_backend
 from encoder.optim.schedule import Constant
 from encoder.runs.config import SourceConfig, read_run
 from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
@@ -243,7 +243,9 @@ def test_counting_leaves_torch_as_it_was():
     )
     assert F.linear is linear and torch.get_default_dtype() == torch.float32
     assert not torch.is_autocast_enabled("cpu") and "cpu" in str(torch.zeros(1).device)
-    here = Situation(device=torch.device("cpu"), dtype=torch.float32, head_width=8, training=True)
+    here = AttentionRequest(
+        device=torch.device("cpu"), dtype=torch.float32, head_width=8, training=True
+    )
     assert choose_backend("sdpa", here).backend.name == "sdpa"
 
 
