@@ -224,6 +224,10 @@ def measure(run: RunConfig) -> Probe:
     )
 
 
+def _counts(batches: Sequence[TokenBatch]) -> dict[str, int]:
+    return {term: sum(b.counts[term] for b in batches) for term in batches[0].counts}
+
+
 def _main(argv: Sequence[str]) -> None:
     print(json.dumps(dataclasses.asdict(measure(read_run(argv[0], argv[1:])))), flush=True)
 
@@ -231,10 +235,5 @@ def _main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     code = run_command(lambda: _main(sys.argv[1:]))
     sys.stdout.flush()
-    os._exit(
-        code
-    )  # gloo's thread frees its last tensor while the interpreter ends, which sometimes aborts
-
-
-def _counts(batches: Sequence[TokenBatch]) -> dict[str, int]:
-    return {term: sum(b.counts[term] for b in batches) for term in batches[0].counts}
+    # gloo's thread frees its last tensor while the interpreter ends, which sometimes aborts
+    os._exit(code)
