@@ -212,17 +212,15 @@ class PrepareConfig:
     out: LocalText  # folder of the shards: OUT/NAME/train and OUT/NAME/held_out
     sources: tuple[chosen_by("format", SOURCES), ...]
     root: LocalText = "."  # the folder that the sources' files are relative to
-    max_tokens_per_document: int = (
-        8192  # longer ones are cut into near-equal pieces, nothing is dropped
-    )
+    # longer ones are cut into near-equal pieces, nothing is dropped
+    max_tokens_per_document: int = 8192
     held_out_share: float = 0.01  # documents kept out of training, chosen by a hash of their text
     on_error: Literal["stop", "skip"] = "stop"  # skip: count what cannot be read and go on
     processes: int = 0  # 0: one per core
     shard_bytes: int = 2**26  # of a shard, at most
     compression: Literal["none", "zstd"] = "none"  # of the shards; training unpacks them once
-    max_document_bytes: int = (
-        70_000_000  # of a line, row or file as it is read; larger ones are left out
-    )
+    # of a line, row or file as it is read; larger ones are left out
+    max_document_bytes: int = 70_000_000
     mixtures: dict[str, Mixture] = field(
         default_factory=dict
     )  # what phases take; prepare makes every source

@@ -37,9 +37,8 @@ class Filter:
     none_of: tuple[Any, ...] | None = None  # a list of what is left out
     at_least: float | None = None  # of a number
     at_most: float | None = None  # of a number
-    at_least_chars: int | None = (
-        None  # length of a text; 1,000 tokens of English prose have about 4,500
-    )
+    # length of a text; 1,000 tokens of English prose have about 4,500
+    at_least_chars: int | None = None
     at_most_chars: int | None = None  # length of a text
     not_empty: bool = False  # a text with more than white space, a list or mapping with items
 

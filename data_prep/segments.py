@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from data_prep.config import Source
 from data_prep.readers import InputFile, can_be_cut
 
-SEGMENT_SHARDS = (
-    4  # shard_bytes of text in a segment: of English prose 1.8 shards of uint16, of code 2.4
-)
+# shard_bytes of text in a segment: of English prose 1.8 shards of uint16, of code 2.4
+SEGMENT_SHARDS = 4
 SEGMENTS = 64  # a source has at least so many, for as many cores to share, as long as they have
 LEAST_BYTES = 2**23  # this much text: 0.1 s of work, against 10 ms of fsync
 

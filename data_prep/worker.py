@@ -35,9 +35,8 @@ from encoder.base.main_script import without_main_script
 from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.shard_format import lengths_dtype
 
-IN_CHILDREN = (
-    True  # also where one process is asked for; a test that looks into its work has it in its own
-)
+# also where one process is asked for; a test that looks into its work has it in its own
+IN_CHILDREN = True
 CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000  # real text for the check of the encoder, per source
 MOST_CHECK_CHARS = 20_000  # of one document
 MANY = 100  # documents of a part of a file, of which none is good: the file is of another kind

@@ -24,9 +24,8 @@ from encoder.base.peers import peers_of_this_rank, watch_peers
 from encoder.base.stopping import StopFlag
 from encoder.base.world import meeting_address, world_from_env
 
-SPEAKER_SECONDS = (
-    3.0  # launchers end the other ranks as soon as one leaves: those that say nothing leave last
-)
+# launchers end the other ranks as soon as one leaves: those that say nothing leave last
+SPEAKER_SECONDS = 3.0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,9 +13,8 @@ from data_prep.config import Source
 from encoder.base.errors import UserError
 
 SKIP = "set on_error: skip"
-MOST_DOCUMENT_BYTES = (
-    70_000_000  # of a line, row, item or file as it is read, where the settings say nothing else
-)
+# of a line, row, item or file as it is read, where the settings say nothing else
+MOST_DOCUMENT_BYTES = 70_000_000
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
@@ -81,9 +80,8 @@ class Block:
     too_large: TooLarge | None = None  # the block stands for this document alone
     most_bytes: int = MOST_DOCUMENT_BYTES  # that a document may have; for messages
     file_bytes: int = 0  # bytes of the file that were read for this block, for the progress bar
-    counted_from: int = (
-        0  # byte of the (decompressed) file; only messages need more, see `numbered`
-    )
+    # byte of the (decompressed) file; only messages need more, see `numbered`
+    counted_from: int = 0
 
     @property
     def kind_of_row(self) -> str:

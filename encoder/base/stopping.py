@@ -23,7 +23,7 @@ from types import FrameType
 
 import psutil
 
-from encoder.base.log import let_go_of_lost_streams, print_line
+from encoder.base.log import let_go_of_lost_streams, print_line, say
 
 # "there is little time left" (submitit, SLURM --signal, CPU limits), and "end now"
 NOTICES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -157,6 +157,11 @@ class StopFlag:
                 f"stopped by {name} before the first step of this start; the same command starts"
                 " again",
                 number,
+            )
+        if self.begun and not self.cause:
+            say(
+                f"{name}: finishes the step and saves, which may take a minute on a CPU; a second one"
+                " ends at once"
             )
         self._note(number)
         self._tell()

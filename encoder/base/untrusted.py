@@ -26,9 +26,8 @@ from encoder.base.errors import UserError
 MOST_BYTES = 2**26
 INDEX_BYTES = 2**27
 MOST_DEPTH = 64  # tokenizer.json: 8, model configs: 6
-MOST_CONTAINERS = (
-    5_000_000  # lists and mappings take 60 to 240 bytes each, however short their text is
-)
+# lists and mappings take 60 to 240 bytes each, however short their text is
+MOST_CONTAINERS = 5_000_000
 MOST_DIGITS = 300  # every such integer still fits a float
 MOST_NAME_BYTES = 255  # of one file name, on every usual file system
 MOST_PATH_BYTES = 4000

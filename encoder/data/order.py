@@ -18,9 +18,8 @@ import numpy as np
 
 from encoder.base.rng import generator
 
-SHARDS_PER_GROUP = (
-    8  # 0.5 GiB of 64 MiB shards: some 400,000 web documents shuffled together, in 3 ms
-)
+# 0.5 GiB of 64 MiB shards: some 400,000 web documents shuffled together, in 3 ms
+SHARDS_PER_GROUP = 8
 
 
 def deal_shards(samples_per_shard: np.ndarray, lanes: int) -> list[np.ndarray]:

@@ -89,9 +89,8 @@ class Card:
     hashes_sha256: str = ""  # hex, of the bytes of hashes.json; empty: index.json has the hashes
     adds_specials: bool = False  # samples that lack [CLS] or [SEP] at their ends get them when read
     strips_padding: bool = False  # samples with [PAD] at their ends lose it when read
-    holds_specials: bool = (
-        False  # samples have [CLS], [SEP], [MASK] or [PAD] inside, and are meant to
-    )
+    # samples have [CLS], [SEP], [MASK] or [PAD] inside, and are meant to
+    holds_specials: bool = False
     column: str = INPUT_IDS  # of the shards: where the ids are
     encoding: str = ""  # of that column, as index.json has it; empty: ndarray:DTYPE
     format: int = FORMAT
@@ -155,9 +154,8 @@ class IdColumn:
 
     name: str
     dtype: np.dtype | None  # little-endian; None: a byte before each array names it
-    has_shape: (
-        bool  # before each array: a byte of (axes << 2 | log2 bytes of a size), and the sizes
-    )
+    # before each array: a byte of (axes << 2 | log2 bytes of a size), and the sizes
+    has_shape: bool
 
 
 def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:

@@ -56,9 +56,8 @@ class StepResult:
 
     loss: float  # the terms' means by their weights, in nats; nan where nothing was to be predicted
     grad_norm: float  # of the mean loss's gradient, before clipping; inf if not finite
-    applied: (
-        bool  # False: nothing moved, for the gradient was not finite or nothing was to be predicted
-    )
+    # False: nothing moved, for the gradient was not finite or nothing was to be predicted
+    applied: bool
     means: dict[str, float]  # each term's mean in nats per target; nan where it had none
 
 

@@ -198,9 +198,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_results: Tensor) -> tuple[Tensor | None, ...]:
         graph, gradients = ctx.graph, ctx.gradients
-        ctx.graph = ctx.gradients = (
-            None  # or a loss that the caller keeps would keep the memory of a graph that is gone
-        )
+        # or a loss that the caller keeps would keep the memory of a graph that is gone
+        ctx.graph = ctx.gradients = None
         if graph is None:
             raise RuntimeError(
                 "a second backward through one forward: the graph's gradients were handed on by the"

@@ -57,14 +57,12 @@ class ModernBertConfig:
     intermediate_size: int = 1152  # of a gated layer: one half
     num_hidden_layers: int = 22  # blocks of attention and MLP
     num_attention_heads: int = 12  # of every layer
-    attention_head_width: int | None = (
-        None  # features of a head; default: hidden_size / num_attention_heads
-    )
+    # features of a head; default: hidden_size / num_attention_heads
+    attention_head_width: int | None = None
     mlp: Mlp = "geglu"  # GELU or SiLU with a gate, or plain GELU as BERT has it
     norm: Norm = "layernorm"  # kind of every norm
-    norm_place: NormPlace = (
-        "pre"  # pre: layer 0 needs no first norm (the embedding has one), a final one ends
-    )
+    # pre: layer 0 needs no first norm (the embedding has one), a final one ends
+    norm_place: NormPlace = "pre"
     norm_bias: bool = False  # of every norm
     norm_eps: float = 1e-5  # added to the variance
     attention_bias: bool = False  # of Wqkv and Wo
@@ -73,20 +71,17 @@ class ModernBertConfig:
     decoder_bias: bool = True  # of the logits
     tie_word_embeddings: bool = True  # the decoder's weight is the embedding
     positions: Positions = "rope"  # rotary, or a learned table as BERT has it
-    max_position_embeddings: int = (
-        8192  # rows of the learned table; with rope only what an export promises
-    )
-    type_vocab_size: int = (
-        0  # rows of a segment table (BERT 2, RoBERTa 1); every token is of segment 0
-    )
+    # rows of the learned table; with rope only what an export promises
+    max_position_embeddings: int = 8192
+    # rows of a segment table (BERT 2, RoBERTa 1); every token is of segment 0
+    type_vocab_size: int = 0
     global_attn_every_n_layers: int = 3  # layers 0, n, 2n, ... see the whole document
     window_radius_tokens: int = 64  # the others see |i - j| <= 64: 129 keys
     global_rope_theta: float = 10000.0  # base of the rotary angles in global layers; default: that of init_from, else 10000
     local_rope_theta: float = 10000.0  # and in local layers; default: that of init_from, else 10000
     attention_output_dropout: float = 0.1  # after attention's Wo; the only dropout
-    initializer_range: float = (
-        0.02  # sigma of the first weights; default: sqrt(2 / (5 hidden_size))
-    )
+    # sigma of the first weights; default: sqrt(2 / (5 hidden_size))
+    initializer_range: float = 0.02
     initializer_cutoff_factor: float = 2.0  # they are cut at so many sigma
 
     def __post_init__(self) -> None:

@@ -41,13 +41,11 @@ class MlmConfig:
     keep_share: float = 0.1  # of the predicted ones: shown as they are
     # random ids are drawn from: used, tokens that text can hold; all, those and [unused12] and the like
     random_tokens: Literal["used", "all"] = "used"
-    mask_special_tokens: bool = (
-        False  # true: the released ModernBERT objective, [CLS] and [SEP] masked as well
-    )
+    # true: the released ModernBERT objective, [CLS] and [SEP] masked as well
+    mask_special_tokens: bool = False
     whole_words: bool = False  # true: all tokens of a word are predicted, or none
-    z_loss_weight: float = (
-        0.0  # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
-    )
+    # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
+    z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_share < 1:

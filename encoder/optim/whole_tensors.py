@@ -49,9 +49,8 @@ class MomentsConfig:
     """What all of them are told of Adam's two averages."""
 
     rule: ClassVar[str]
-    decay_at_peak: ClassVar[bool] = (
-        False  # weight_decay is the share lost in a step at the peak rate, max_lr
-    )
+    # weight_decay is the share lost in a step at the peak rate, max_lr
+    decay_at_peak: ClassVar[bool] = False
 
     betas: tuple[float, float] = (
         0.9,

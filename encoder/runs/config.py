@@ -49,9 +49,8 @@ class SourceConfig:
     """One shard folder of a mixture."""
 
     path: PathText  # a folder with card.json, made by data-prep; or a URL of one, with `cache`
-    cache: LocalText | None = (
-        None  # a folder of this machine that its files are fetched to, for this source alone
-    )
+    # a folder of this machine that its files are fetched to, for this source alone
+    cache: LocalText | None = None
     cache_bytes: int | None = None  # most that its shards may take there; default: all of them stay
     weight: float = 1.0  # share of the tokens, relative to the other sources' weights
     name: str | None = None  # in reports and in the data order's address; default: from the card
@@ -137,9 +136,8 @@ class LoaderConfig:
     micro_batch_rows: int = 1  # rows in one forward
     workers: int = 1  # processes that assemble rows ahead of time; 0: in the training process
     prefetch_windows: int | None = None  # how far ahead shards are brought to caches; default: 128
-    on_bad_shard: Literal["stop", "quarantine"] = (
-        "stop"  # quarantine: go on without a damaged shard's documents
-    )
+    # quarantine: go on without a damaged shard's documents
+    on_bad_shard: Literal["stop", "quarantine"] = "stop"
 
     def __post_init__(self) -> None:
         if self.prefetch_windows is not None and self.prefetch_windows < 1:
@@ -164,16 +162,13 @@ class PhaseConfig:
         default_factory=dict
     )  # what the phase changes of the model; default: nothing
     batch_warmup: BatchWarmup | None = None
-    sources: tuple[SourceConfig, ...] | None = (
-        None  # another mixture for this phase; or mixture: {name: NAME}
-    )
+    # another mixture for this phase; or mixture: {name: NAME}
+    sources: tuple[SourceConfig, ...] | None = None
     mask_share: float | None = None  # masking rate; default: the objective's
-    mask_share_end: float | None = (
-        None  # reached at the phase's end, on a straight line over its tokens
-    )
-    weight_decay: float | None = (
-        None  # share of the matrices lost in a step; default: the optimizer's
-    )
+    # reached at the phase's end, on a straight line over its tokens
+    mask_share_end: float | None = None
+    # share of the matrices lost in a step; default: the optimizer's
+    weight_decay: float | None = None
     max_lr: float | None = None  # rate at which a step loses all of weight_decay; default: lr.peak
 
     def __post_init__(self) -> None:
@@ -225,9 +220,8 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When to save; ends of phases and interruptions are always saved."""
 
-    every_tokens: (
-        Tokens  # how often a checkpoint is written; default: a twentieth of the run, at most 5B
-    )
+    # how often a checkpoint is written; default: a twentieth of the run, at most 5B
+    every_tokens: Tokens
     keep_last: int = 2  # whole ones; older ones are removed, ends of phases are kept
     background: bool = True  # written while training goes on, from a copy in the machine's memory
 
@@ -241,12 +235,10 @@ class TrackingConfig:
     """Where numbers go beside the run folder's own metrics.jsonl."""
 
     print_every_steps: int = 10  # a line in a log
-    wandb_project: str | None = (
-        None  # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
-    )
-    tensorboard: bool = (
-        False  # also write RUN/tensorboard (needs the extra: pip install -e '.[tensorboard]')
-    )
+    # set: also log there (offline unless WANDB_API_KEY or a login is at hand)
+    wandb_project: str | None = None
+    # also write RUN/tensorboard (needs the extra: pip install -e '.[tensorboard]')
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.print_every_steps < 1:
@@ -300,17 +292,15 @@ class RunConfig:
         default_factory=OPTIMIZERS["stable_adamw"]
     )
     init_from: PathText | None = None  # a stored model that the weights start from, not the seed
-    branch_from: LocalText | None = (
-        None  # a run's checkpoint: weights and optimizer state start from it
-    )
+    # a run's checkpoint: weights and optimizer state start from it
+    branch_from: LocalText | None = None
     evaluation: EvaluationConfig | None = None  # default: held_out beside each train; null for none
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
     attention: AttentionWord = "auto"  # the kernels; auto: the fastest that can run
-    compile: Literal["auto", "blocks", "off"] = (
-        "auto"  # layers by torch.compile; auto: on CUDA, below zero_stage 3
-    )
+    # layers by torch.compile; auto: on CUDA, below zero_stage 3
+    compile: Literal["auto", "blocks", "off"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch sees it
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     given: dict[str, Any] | None = field(

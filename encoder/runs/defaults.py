@@ -31,9 +31,8 @@ from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE
 SEED = 17
 SYSTEM = "modernbert"
 DOCUMENT_TOKENS = 1024  # ModernBERT's first phase
-MOST_ROW_TOKENS = (
-    16384  # rows of 16,384 are 99.7 % full of real text, and enough for one forward of a GPU
-)
+# rows of 16,384 are 99.7 % full of real text, and enough for one forward of a GPU
+MOST_ROW_TOKENS = 16384
 WINDOW_DOCUMENTS = 8192  # rows of 16,384 of real text are 99.7 % full
 LEAST_WINDOW_DOCUMENTS = 256  # smaller windows leave rows half empty
 ROWS_A_STEP = 8  # or more, so that ranks and micro-batches find rows to share

@@ -29,9 +29,8 @@ class FaultConfig:
     bad_steps: int = 3  # so many in a row: back to the last good checkpoint, past the window
     spike: SpikeConfig | None = None  # set: a spike of the loss is a bad step, too
     max_hours: float | None = None  # from the start of the process; it saves and stops before
-    watchdog_minutes: float | None = (
-        30.0  # without a step, an evaluation or a save: the process says where it hangs and ends
-    )
+    # without a step, an evaluation or a save: the process says where it hangs and ends
+    watchdog_minutes: float | None = 30.0
 
     def __post_init__(self) -> None:
         if self.bad_steps < 1:

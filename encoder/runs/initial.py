@@ -67,18 +67,17 @@ def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path
         found = ", ".join(f"{name} {old} there, {new} in the run" for name, old, new in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         grows = all(name in may_grow and old < new for name, old, new in wrong)
-        raise ModelError(
-            f"{key} {path} has another shape: {found}{more}. "
-            + (
-                f"Grow it: {as_typed('grow', path, 'OUT', '--run', 'RUN.yaml')}, then init_from:"
-                " OUT."
-                if grows
-                else (
-                    f"Leave model out of the run file, which then is that of {key}, or name another"
-                    " model."
-                )
-            )
+        advice = (
+            f"Leave model out of the run file (or model=null), which then is that of {key}, or name"
+            " another model."
         )
+        if grows:
+            grow = as_typed("grow", path, "OUT", "--run", "RUN.yaml")
+            advice = (
+                f"To train it on as it is, leave model out of the run file (or model=null). Grow it:"
+                f" {grow}, then init_from: OUT."
+            )
+        raise ModelError(f"{key} {path} has another shape: {found}{more}. {advice}")
 
 
 def check_same_tokens(source: Path, shards: Path) -> None:

@@ -33,8 +33,11 @@ def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
     data: shards/web/train            ->    data: {sources: [{path: shards/web/train}]}
     phases: {tokens: 10M, lr: 1e-3}   ->    phases: [{tokens: 10M, lr: {peak: 1e-3}}]
     optimizer: adamw                  ->    optimizer: {name: adamw}
+    model: null, with init_from       ->    no model: it is that of init_from
     """
     mapping = copy.deepcopy(mapping)
+    if mapping.get("model", ...) is None and (mapping.get("init_from") or mapping.get("branch_from")):
+        del mapping["model"]
     for key in ("data", "evaluation"):
         if isinstance(mapping.get(key), (str, list)):
             mapping[key] = {"sources": mapping[key]}

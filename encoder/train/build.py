@@ -28,9 +28,8 @@ from encoder.runs.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.runs.facts import DataFacts, source_name
 from encoder.train.evaluate import HeldOut, unigram_entropy
 
-PREFETCH_WINDOWS = (
-    128  # 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
-)
+# 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
+PREFETCH_WINDOWS = 128
 
 
 def choose_device(run: RunConfig, world: World) -> torch.device:

@@ -34,9 +34,8 @@ class EngineConfig:
     offload_optimizer: Literal["none", "cpu"] = "none"
     # micro_step: forward and backward of a micro-batch as one CUDA graph, for small models that wait for launches
     graphs: Literal["off", "micro_step"] = "off"
-    gradient_clipping: float = (
-        0.0  # largest global gradient norm; 0: none (StableAdamW clips its own updates)
-    )
+    # largest global gradient norm; 0: none (StableAdamW clips its own updates)
+    gradient_clipping: float = 0.0
 
     def __post_init__(self) -> None:
         if self.precision == "bf16" and self.zero_stage == 0:

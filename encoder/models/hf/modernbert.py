@@ -59,9 +59,8 @@ FOREIGN = {
     "add_cross_attention": False,
     "partial_rotary_factor": 1.0,
 }
-NOT_IN_HF_CONFIG = (
-    "attention_output_dropout"  # in training only; an import takes ModernBERT's own 0.1
-)
+# in training only; an import takes ModernBERT's own 0.1
+NOT_IN_HF_CONFIG = "attention_output_dropout"
 THETA = {
     "global_rope_theta": ("full_attention", 160_000.0),
     "local_rope_theta": ("sliding_attention", 10_000.0),

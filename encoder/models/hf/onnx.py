@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from encoder.base.errors import ExportError
 from encoder.models.hf.parity import MaskedModel, Proof, Rows, prove
 
-PROOF_TOKENS = (
-    1024  # the longest document asked: onnxruntime keeps the scores of all heads, 3 GB at 8,192
-)
-INLINE_BYTES = (
-    1_500_000_000  # weights beyond it lie beside the graph: one protobuf file ends at 2 GB
-)
+# the longest document asked: onnxruntime keeps the scores of all heads, 3 GB at 8,192
+PROOF_TOKENS = 1024
+# weights beyond it lie beside the graph: one protobuf file ends at 2 GB
+INLINE_BYTES = 1_500_000_000
 
 
 def check_onnx_installed() -> None:

@@ -34,9 +34,8 @@ from encoder.models.hf.catalog import bridge_of
 
 TOLERANCE = 1e-4  # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
 TOLERANCE_FP64 = 1e-6  # equal models: 1e-13; the angles are fp32 on both sides
-TOLERANCE_DRAWN = (
-    1e-7  # equal: 4e-14; theta 160,001 for 160,000: 2e-4; norm_eps 1e-12 for 1e-6: 2e-3
-)
+# equal: 4e-14; theta 160,001 for 160,000: 2e-4; norm_eps 1e-12 for 1e-6: 2e-3
+TOLERANCE_DRAWN = 1e-7
 FP64_TOKENS = 1024  # the longest document asked in fp64
 CHUNK_TOKENS = 512  # logits compared at once: 100 MB of 50,368 entries; of a whole document of 8,192 it were 1.6 GB
 PADDING_TOKENS = 3  # beside the longest document of a batch
@@ -65,9 +64,8 @@ class Proof:
 
     max_abs_difference: float  # of a logit in fp32, over all documents and paddings
     lengths: tuple[int, ...]  # of the documents compared, in tokens
-    fp64_difference: float | None = (
-        None  # the same up to FP64_TOKENS in fp64; None: fp32 was close enough
-    )
+    # the same up to FP64_TOKENS in fp64; None: fp32 was close enough
+    fp64_difference: float | None = None
 
     def __str__(self) -> str:
         fp64 = (

@@ -22,9 +22,8 @@ class AttentionRequest:
 class Plan(Protocol):
     """Everything a micro-batch's attention needs that does not depend on the layer: indices, masks, groups."""
 
-    traceable: (
-        bool  # torch.compile sees through it, and other documents do not make it compile again
-    )
+    # torch.compile sees through it, and other documents do not make it compile again
+    traceable: bool
 
     def __call__(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, local: bool) -> Tensor:
         """Attention inside documents, [T, H, D], scale 1/sqrt(D); local: only keys with |i - j| <= window radius."""

@@ -39,12 +39,10 @@ PACKAGES = (
 )
 ROOT = Path(__file__).resolve().parents[2]
 MATMUL_WIDTH = 512  # 0.3 GFLOP: 20 ms on a core
-MATMUL_TOLERANCE = (
-    1e-4  # relative; TF32, where somebody allows it, is off by more, hence switched off
-)
-NVIDIA_SMI_SECONDS = (
-    15.0  # it takes 1 to 3 s on a sound node of eight, and does not return on some broken ones
-)
+# relative; TF32, where somebody allows it, is off by more, hence switched off
+MATMUL_TOLERANCE = 1e-4
+# it takes 1 to 3 s on a sound node of eight, and does not return on some broken ones
+NVIDIA_SMI_SECONDS = 15.0
 
 
 def gather_facts(run: RunConfig, world: World, *, env: Mapping[str, str]) -> dict[str, Any]:

@@ -50,13 +50,11 @@ _SHEETS = {
 }
 GPUS = tuple(_SHEETS)
 BETWEEN_MACHINES = 50e9  # a 400 Gb/s card a GPU
-UPDATE_BYTES = (
-    60  # read and written for each element: gradient, master, two averages, in several passes
-)
+# read and written for each element: gradient, master, two averages, in several passes
+UPDATE_BYTES = 60
 LAYER_PASSES = 4  # what a layer keeps is written, read again, and its gradient too
-MICRO_STEP_KERNELS = (
-    60  # launched for each layer, forward and backward: 52 (base) to 64 (17m) counted, compiled
-)
+# launched for each layer, forward and backward: 52 (base) to 64 (17m) counted, compiled
+MICRO_STEP_KERNELS = 60
 KERNEL_SECONDS = 4e-6  # to launch one: small models wait for it
 
 
@@ -105,9 +103,8 @@ class Probe:
     clock: str = "wall clock"
     rounds: int = 0  # steps of several micro-batches that were timed, all lengths together
     spread: float = 1.0  # the slowest of them over the fastest, of one length
-    waited_share: float | None = (
-        None  # of the time that threads could have computed, they waited for a core
-    )
+    # of the time that threads could have computed, they waited for a core
+    waited_share: float | None = None
     wall_over_cpu: float | None = None  # wall time over CPU time a thread
 
 

@@ -173,7 +173,8 @@ def test_what_cannot_grow_is_refused_and_leaves_nothing(root, capsys):
 def test_a_start_from_another_shape_names_the_settings_and_the_way(root, capsys):
     said = refused(capsys, pretrain, root / "run.yaml", f"init_from={root / 'small'}")
     assert "hidden_size 16 there, 32 in the run, intermediate_size 24 there, 40 in the run" in said
-    assert f"and 1 more. Grow it: tessera grow {root / 'small'} OUT --run RUN.yaml" in said
+    assert "and 1 more. To train it on as it is, leave model out of the run file" in said
+    assert f"Grow it: tessera grow {root / 'small'} OUT --run RUN.yaml" in said
     grow.main([str(root / "small"), str(root / "grown"), "--run", str(root / "run.yaml")])
     capsys.readouterr()
     assert "mlp geglu there, swiglu in the run. Leave model out of the run file" in refused(
