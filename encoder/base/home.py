@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# the folder that `encoder` lies in: a clone, or site-packages
+PROJECT = Path(__file__).resolve().parents[2]
+
 
 def home() -> Path:
     """The clone, or what an installed wheel has of it."""
-    beside = Path(__file__).resolve().parents[2]
+    beside = PROJECT
     shipped = beside / "launch" / "shipped"
     return shipped if shipped.is_dir() else beside

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from encoder.base.home import PROJECT
 from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.units import short_count
@@ -63,7 +64,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parents[2]
+    root = PROJECT
     if (root / ".git").exists():
         try:
             asked = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]

@@ -21,6 +21,7 @@ from encoder.base.command import as_user_error
 from encoder.base.dist import World
 from encoder.base.errors import DamagedShard, UserError
 from encoder.base.files import sha256_of
+from encoder.base.home import PROJECT
 from encoder.base.schema import to_yaml
 from encoder.base.slurm import node_name
 from encoder.data.shard_format import CARD
@@ -37,7 +38,8 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
 )
-ROOT = Path(__file__).resolve().parents[2]
+# of the sources that all nodes must have alike
+ROOT = PROJECT
 MATMUL_WIDTH = 512  # 0.3 GFLOP: 20 ms on a core
 # relative; TF32, where somebody allows it, is off by more, hence switched off
 MATMUL_TOLERANCE = 1e-4

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from encoder.base.errors import ModelError
 from encoder.base.schema import chosen_by, from_mapping, put_overrides, read_mapping, to_plain
-from encoder.models.catalog import PRESETS, SYSTEMS
+from encoder.models.catalog import PRESETS, SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import Growth, GrowthConfig, grow
 from encoder.models.stored import StoredModel, write_stored
 from encoder.runs.config import with_preset
+from encoder.runs.defaults import initializer_range_of
 from encoder.runs.weights import read_model
 
 FOLLOWS = ("vocab_size",)  # the source's, where a run file does not say
@@ -67,11 +68,15 @@ def new_config(
     where = str(run) if run else "the new model"
     if run:
         model = read_mapping(run).get("model")
-        if isinstance(
-            model, dict
-        ):  # what a run file leaves out follows the weights that it starts from
+        if isinstance(model, dict):
+            # what a run file leaves out follows the weights that it starts from, or the width
+            followed = {name: getattr(old, name) for name in (*FOLLOWS, *old.PHASE_SETTINGS)}
+            width = model.get("hidden_size")
+            if isinstance(width, int) and width > 0 and "preset" not in model:
+                followed["initializer_range"] = initializer_range_of(width)
             model = {
-                **{name: getattr(old, name) for name in (*FOLLOWS, *old.PHASE_SETTINGS)},
+                "system": system_of(old),
+                **followed,
                 **model,
             }
     else:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from encoder.base.schema import read_mapping
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.models.stored import StoredModel, read_stored, write_stored
+from encoder.models.stored import StoredModel, read_stored, read_stored_config, write_stored
 from encoder.runs.config import read_run
+from encoder.runs.defaults import initializer_range_of
 from encoder.runs.initial import check_same_tokens, read_fitting, weights_sha256
 from encoder.tools.weights.grow import new_config
 from launch import grow, plan, pretrain
@@ -86,7 +88,10 @@ def test_the_model_to_be_is_a_run_files_a_presets_or_the_sources_with_settings_p
         grow.main([str(root / "small"), str(root / "by_run"), "--run", str(root / "run.yaml")]) == 0
     )
     by_settings, by_run = (read_stored(root / name) for name in ("by_settings", "by_run"))
-    assert by_settings.config == by_run.config == LARGE
+    assert by_settings.config == LARGE
+    assert by_run.config == replace(
+        LARGE, initializer_range=initializer_range_of(LARGE.hidden_size)
+    )
     assert weights_sha256(by_settings.weights) == weights_sha256(by_run.weights)
     assert (
         by_run.origin
@@ -222,3 +227,20 @@ def test_the_plan_says_where_the_weights_come_from(root, capsys):
     assert read_mapping(root / "run.yaml")["init_from"] == str(root / "grown")
     assert plan.main([str(root / "run.yaml"), "init_from="]) == 0
     assert "weights     drawn from seed 1" in capsys.readouterr().out
+
+
+def test_a_run_file_to_grow_by_leaves_out_what_a_run_may(root, capsys):
+    """As pretrain reads it: the system and the initial weights' sigma follow."""
+    run = read_mapping(root / "run.yaml")
+    run["model"] = {
+        k: v for k, v in run["model"].items() if k not in ("system", "initializer_range")
+    }
+    (root / "short.yaml").write_text(yaml.safe_dump(run))
+    assert (
+        grow.main(
+            [str(root / "small"), str(root / "short_grown"), "--run", str(root / "short.yaml")]
+        )
+        == 0
+    )
+    found = read_stored_config(root / "short_grown")
+    assert found.hidden_size == 32 and found.initializer_range == initializer_range_of(32)

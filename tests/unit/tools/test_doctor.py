@@ -309,3 +309,8 @@ def test_mistakes_by_hand_are_said_with_exit_code_2(run_file, tmp_path, capsys):
         f"Looked for from the folder {os.getcwd()}"
         in (doctor.main(["nowhere.yaml"]), capsys.readouterr().out)[1]
     )
+
+
+def test_the_sources_that_nodes_compare_are_those_of_this_program(tmp_path):
+    """A module that moves to another depth must not make every node's sources the hash of nothing."""
+    assert sources_sha256() != sources_sha256(tmp_path)
