@@ -220,7 +220,7 @@ def held_out(engine: Engine, world: World) -> list[float]:
     )
     batches = share_of_step(99, rank=0, world_size=1, micro_batch_rows=1)
     engine.module.train()
-    sums = engine.evaluate([batches[r] for r in rows])
+    sums = engine.evaluate([batches[r] for r in rows])["mlm"]
     assert engine.module.training
     return list(sums)
 
