@@ -330,7 +330,7 @@ def held_bytes(side: Ours | Theirs) -> int:
         ),
     ]
     own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.is_cuda}
-    return sum(own.values()) + getattr(side.terms_of, "pool_bytes", 0)
+    return sum(own.values()) + getattr(getattr(side, "terms_of", None), "pool_bytes", 0)
 
 
 def side_round(side: Ours | Theirs) -> Callable[[], None]:

@@ -142,9 +142,8 @@ class ArrowSource(_Columns, _Files):
 class TextSource(_Files):
     """Plain UTF-8 text."""
 
-    document: Literal["file", "paragraph", "line"] = (
-        "file"  # what one document is; paragraphs end at an empty line
-    )
+    # what one document is; paragraphs end at an empty line
+    document: Literal["file", "paragraph", "line"] = "file"
 
 
 @dataclass(frozen=True, kw_only=True)

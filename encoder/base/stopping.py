@@ -69,6 +69,7 @@ class StopFlag:
         self.begun = False
         self.on_asked: Callable[[], None] | None = None  # called once by the thread
         self._heard: dict[str, float] = {}
+        self._announced = False  # that it finishes the step and saves
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._launchers = launchers_above()
@@ -158,7 +159,9 @@ class StopFlag:
                 " again",
                 number,
             )
-        if self.begun and not self.cause:
+        # the main thread may have noted it already: what is said does not depend on that
+        if self.begun and not self._announced:
+            self._announced = True
             say(
                 f"{name}: finishes the step and saves, which may take a minute on a CPU; a second one"
                 " ends at once"

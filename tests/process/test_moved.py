@@ -14,10 +14,10 @@ from encoder.base.errors import UserError
 from encoder.base.schema import to_yaml
 from encoder.data.loader import Loader
 from encoder.data.shard_format import tokenizer_fingerprint
-from encoder.runs import foreign_files as run_folder
+from encoder.runs import foreign_files
 from encoder.runs.config import read_run
 from encoder.runs.folder import CHECKPOINTS, DONE, LEDGER, read_jsonl
-from encoder.train import build, loop
+from encoder.train import checkpointing, loop
 from encoder.train.loop import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
@@ -67,10 +67,9 @@ def moves(world: World, *, folder: str) -> dict[str, str]:
     said["whole"] = start(world, root, "whole")
     for name in ("new", "old", "other", "swapped"):
         with pytest.MonkeyPatch.context() as patch:
-            if (
-                name == "old"
-            ):  # as runs were recorded before: a source's name only where the run file has one
-                patch.setattr(build, "named_sources", lambda run: run)
+            # as runs were recorded before: a source's name only where the run file has one
+            if name == "old":
+                patch.setattr(loop, "named_sources", lambda run: run)
             said[f"{name} stops"] = start(world, root, name, stop_at=9)
     begun = root / "branch", root / "grown"
     said["branch stops"] = start(
@@ -162,7 +161,7 @@ def restarts(world: World, *, folder: str) -> dict[str, str]:
     said["whole"] = start(world, root, "whole", *old)
     with pytest.MonkeyPatch.context() as patch:
         added = ("random_tokens", "shuffle_shards")
-        for writer in (loop, run_folder):
+        for writer in (checkpointing, foreign_files):
             patch.setattr(
                 writer,
                 "to_yaml",

@@ -14,6 +14,7 @@ from encoder.engine.zero.config import EngineConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn import fp8
 from encoder.nn.fp8 import BACKWARD, FORWARD, Fp8Linear, quantized, to_fp8_
+from encoder.objectives.mlm import mlm_loss
 from encoder.optim.groups import decay_groups
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from tests.helpers.packed import packed
@@ -131,7 +132,7 @@ def losses(*, eight: bool, compiled: str | None = None, steps: int = 40) -> list
     batch, found = packed([30, 1, 50, 12, 35], vocab=96), []
     for _ in range(steps):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(batch)
+            loss = mlm_loss(model, batch)
         (loss.total / batch.counts["mlm"]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
