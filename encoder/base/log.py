@@ -121,6 +121,12 @@ def say(line: str = "") -> None:
         print_line(line, sys.stdout)
 
 
+def note(line: str) -> None:
+    """One line on standard error, rank zero only: what a person who waits wants to know."""
+    if _state["speaks"]:
+        print_line(line, sys.stderr, survive=True)
+
+
 def warn_once(line: str) -> None:
     """A warning on standard error, rank zero only, the same text only once in a process."""
     if _state["speaks"] and line not in _state["said"]:

@@ -23,7 +23,7 @@ from types import FrameType
 
 import psutil
 
-from encoder.base.log import let_go_of_lost_streams, print_line, say
+from encoder.base.log import let_go_of_lost_streams, note, print_line
 
 # "there is little time left" (submitit, SLURM --signal, CPU limits), and "end now"
 NOTICES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -162,7 +162,7 @@ class StopFlag:
         # the main thread may have noted it already: what is said does not depend on that
         if self.begun and not self._announced:
             self._announced = True
-            say(
+            note(
                 f"{name}: finishes the step and saves, which may take a minute on a CPU; a second one"
                 " ends at once"
             )
