@@ -77,6 +77,11 @@ class TokenBatch:
         )
 
 
+def counts_of(batches: Sequence[TokenBatch]) -> dict[str, int]:
+    """Targets of each loss term in several micro-batches, at least one."""
+    return {term: sum(b.counts[term] for b in batches) for term in batches[0].counts}
+
+
 def packed_documents(
     documents: Sequence[torch.Tensor], targets: Mapping[str, Targets] | None = None
 ) -> TokenBatch:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import TokenBatch, counts_of
 from encoder.base.errors import ConfigError, PassingError, ShardError, UserError
 from encoder.base.main_script import without_main_script
 from encoder.base.objective import Masker
@@ -164,7 +164,7 @@ class Loader:
             micro_batches=[m.batch for m in made],
             rows=step.rows,
             tokens=step.tokens,
-            counts=_added([m.batch.counts for m in made]),
+            counts=counts_of([m.batch for m in made]),
             row_hash=wrap_int64(sum(m.row_hash for m in made)),
             start=step.start,
             end=step.end,
@@ -463,10 +463,6 @@ def _check_lengths(max_tokens_per_document: int, row_tokens: int) -> None:
             f"max_tokens_per_document {max_tokens_per_document:,} must lie between 3 and "
             f"row_tokens {row_tokens:,}."
         )
-
-
-def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
-    return {term: sum(one[term] for one in counts) for term in counts[0]}
 
 
 def _as_it_is(made: Any) -> Any:

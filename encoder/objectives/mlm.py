@@ -98,17 +98,7 @@ class MlmConfig:
 
     def build(self, facts: ObjectiveFacts) -> MaskedLanguageModel:
         """Raises ConfigError if a special id is outside the vocabulary."""
-        ids = facts.specials
-        return MaskedLanguageModel(
-            self,
-            vocab_size=facts.vocab_size,
-            mask_id=ids.mask_id,
-            pad_id=ids.pad_id,
-            special_ids=ids.all_special,
-            share=facts.share,
-            words=facts.words,
-            unused=facts.unused_ids,
-        )
+        return MaskedLanguageModel.of(self, facts)
 
 
 MLM = "mlm"  # the loss term
@@ -192,6 +182,21 @@ class MaskedLanguageModel:
                 f"a vocabulary of {vocab_size} holds special tokens only; needed: an ordinary"
                 " token."
             )
+
+    @classmethod
+    def of(cls, config: MlmConfig, facts: ObjectiveFacts) -> MaskedLanguageModel:
+        """The objective of a phase, also of a class that adds loss terms to this one. Raises ConfigError."""
+        ids = facts.specials
+        return cls(
+            config,
+            vocab_size=facts.vocab_size,
+            mask_id=ids.mask_id,
+            pad_id=ids.pad_id,
+            special_ids=ids.all_special,
+            share=facts.share,
+            words=facts.words,
+            unused=facts.unused_ids,
+        )
 
     def mask(
         self,

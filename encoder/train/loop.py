@@ -158,20 +158,16 @@ class Trainer:
         self.save_is_due = False
         self.stop_agreed = False  # by all ranks, in the last step
 
-        try:
-            self.recorder = Recorder(session, started, display)
-            self.recovery = Recovery(session, self.recorder, bad_steps=started.bad_steps)
-            self.checkpointing = Checkpointing(
-                session,
-                started,
-                self.recorder,
-                deadline=self.deadline,
-                state=self._state,
-                is_good=self.recovery.is_good,
-            )
-        except BaseException:
-            self.close()
-            raise
+        self.recorder = Recorder(session, started, display)
+        self.recovery = Recovery(session, self.recorder, bad_steps=started.bad_steps)
+        self.checkpointing = Checkpointing(
+            session,
+            started,
+            self.recorder,
+            deadline=self.deadline,
+            state=self._state,
+            is_good=self.recovery.is_good,
+        )
 
     def train(self, stop: StopFlag) -> Outcome:
         """Phase after phase; a phase that went back is opened again at another place of its data."""
@@ -412,9 +408,8 @@ class Trainer:
 
     def close(self) -> None:
         """Threads and files closed; safe after any error."""
-        for part in ("checkpointing", "recorder"):
-            if hasattr(self, part):
-                getattr(self, part).close()
+        self.checkpointing.close()
+        self.recorder.close()
 
 
 def _after(before: Progress, data: StepData, agreed: StepAgreement, fault: str) -> Progress:

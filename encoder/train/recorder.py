@@ -5,6 +5,7 @@ Rank zero writes; the other ranks have a recorder that only keeps the meter of s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -339,10 +340,8 @@ class Recorder:
         """Files closed; safe after any error, also on a full disk, which was said already."""
         for writer in (self.ledger, self.tracker):
             if writer:
-                try:
+                with contextlib.suppress(OSError):
                     writer.close()
-                except OSError:
-                    pass
 
 
 def _by_term(result: StepResult) -> dict[str, float | None]:

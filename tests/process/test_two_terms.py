@@ -78,16 +78,7 @@ class TwoTermsConfig(MlmConfig):
     """Its settings."""
 
     def build(self, facts) -> TwoTerms:
-        ids = facts.specials
-        return TwoTerms(
-            self,
-            vocab_size=facts.vocab_size,
-            mask_id=ids.mask_id,
-            pad_id=ids.pad_id,
-            special_ids=ids.all_special,
-            share=facts.share,
-            unused=facts.unused_ids,
-        )
+        return TwoTerms.of(self, facts)
 
 
 def objective() -> TwoTerms:

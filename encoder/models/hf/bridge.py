@@ -21,7 +21,6 @@ class Bridge:
     """A family and its class in transformers."""
 
     model_type: str  # of config.json
-    architecture: str  # of config.json, loaded by AutoModelForMaskedLM
     config_class: str  # in transformers
     without_word: str  # the setting that config.json cannot say
     blocker: Callable[[Any], str | None]  # why a model cannot become such a folder; None: it can

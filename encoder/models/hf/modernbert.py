@@ -375,7 +375,6 @@ def _global_every_n(values: dict[str, Any], layers: int, where: str) -> int:
 
 MODERNBERT = Bridge(
     model_type="modernbert",
-    architecture="ModernBertForMaskedLM",
     config_class="ModernBertConfig",
     without_word=NOT_IN_HF_CONFIG,
     blocker=_blocker,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from encoder.base.batch import TokenBatch
+from encoder.base.batch import counts_of
 from encoder.base.command import run_command
 from encoder.base.dist import World, join
 from encoder.base.errors import UserError
@@ -184,7 +184,7 @@ def measure(run: RunConfig) -> Probe:
                         run.model.train_flops(lengths=document_lengths(b), targets=b.counts)
                         for b in some
                     )
-                    counts = _counts(some)
+                    counts = counts_of(some)
                     started = clock()
                     engine.step(some, counts=counts, lr=1e-6, max_lr=1e-3)
                     took = clock() - started
@@ -222,10 +222,6 @@ def measure(run: RunConfig) -> Probe:
             stopwatch.wall_seconds / max(1e-9, stopwatch.cpu_seconds / threads) if on_cpu else None
         ),
     )
-
-
-def _counts(batches: Sequence[TokenBatch]) -> dict[str, int]:
-    return {term: sum(b.counts[term] for b in batches) for term in batches[0].counts}
 
 
 def _main(argv: Sequence[str]) -> None:
