@@ -113,7 +113,8 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Linear warm-up, then a straight line down to the floor at the end of the phase, as BERT was trained."""
+    """Linear warm-up, then a straight line from the peak down to the floor at the end of the phase: RoBERTa's; XLNet's has
+    floor_share 0.001."""
 
     peak: float  # the highest rate
     warmup_tokens: Tokens = 0  # rising from 0 on a straight line
@@ -131,6 +132,54 @@ class Linear:
             * _warmup(tokens, self.warmup_tokens)
             * (1.0 - (1.0 - self.floor_share) * share)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bert:
+    """A straight line from the peak at the phase's begin to the floor at its end; the warm-up stands in place of its beginning.
+
+        peak \\. . .
+              /\\    .            the rate falls from peak to peak (1 - W / T) where the warm-up ends: google-research/bert,
+        0    /  '-.._ floor       optimization.py; ALBERT's code is the same
+              W           T
+
+    BERT has one line over both of its lengths: phases of 90 and 10 % are `bert` with floor_share 0.1, then `linear` from there.
+    """
+
+    peak: float  # of the line, which stands there at the phase's begin
+    warmup_tokens: Tokens = 0  # rising from 0 to the peak on a straight line
+    floor_share: float = 0.0  # of the peak, at the end
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak, floor_share=self.floor_share)
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the warm-up does not fit."""
+        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=0, phase_tokens=phase_tokens)
+        if tokens < self.warmup_tokens:
+            return self.peak * _warmup(tokens, self.warmup_tokens)
+        return self.peak * _line_down(tokens, phase_tokens, floor_share=self.floor_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Electra:
+    """The product of a warm-up and of a straight line from the phase's begin to its end, as ELECTRA's code has it.
+
+    peak min(1, t / W) (1 - (1 - f) t / T): the highest rate is peak (1 - (1 - f) W / T), where the warm-up ends.
+    """
+
+    peak: float  # of the line, which stands there at the phase's begin
+    warmup_tokens: Tokens = 0  # rising from 0 to 1 on a straight line
+    floor_share: float = 0.0  # of the peak, at the end
+
+    def __post_init__(self) -> None:
+        _check(peak=self.peak, floor_share=self.floor_share)
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the warm-up does not fit."""
+        _check_fits(warmup_tokens=self.warmup_tokens, decay_tokens=0, phase_tokens=phase_tokens)
+        line = _line_down(tokens, phase_tokens, floor_share=self.floor_share)
+        return self.peak * _warmup(tokens, self.warmup_tokens) * line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +240,19 @@ SCHEDULES = {
     "linear": Linear,
     "cosine": Cosine,
     "cosine_inverse_sqrt": CosineInverseSqrt,
+    "bert": Bert,
+    "electra": Electra,
 }
+
+
+def highest_at(schedule: object, *, phase_tokens: int) -> int:
+    """The tokens of a phase at which a schedule is highest: the end of its warm-up, and before it where ELECTRA's turns."""
+    warmup_tokens = getattr(schedule, "warmup_tokens", 0)
+    if isinstance(schedule, Electra) and schedule.floor_share < 1.0:
+        # t (1 - (1 - f) t / T) rises until T / (2 (1 - f))
+        turn = phase_tokens / (2.0 * (1.0 - schedule.floor_share))
+        return min(warmup_tokens, int(turn))
+    return warmup_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +357,11 @@ def _decay_share(tokens: int, decay_tokens: int, phase_tokens: int) -> float:
     """0 before the decay, 1 at the end of the phase and after it."""
     start = phase_tokens - decay_tokens
     return min(1.0, (tokens - start) / decay_tokens) if tokens > start and decay_tokens else 0.0
+
+
+def _line_down(tokens: int, phase_tokens: int, *, floor_share: float) -> float:
+    """1 at the phase's begin, the floor at its end and after it."""
+    return 1.0 - (1.0 - floor_share) * _decay_share(tokens, phase_tokens, phase_tokens)
 
 
 def _check(*, peak: float, floor_share: float = 0.0) -> None:

@@ -537,14 +537,46 @@ def _with_old_meanings(plain: dict[str, Any]) -> dict[str, Any]:
 def changed_settings(before: dict[str, Any], run: RunConfig) -> list[tuple[str, Any, Any]]:
     """(dotted key, old, new) of what decides the curve and is another than in the run file `before`.
 
-    A source without a name has its card's: there the names on the cards are compared, and not the settings.
+    A source without a name has its card's: there the names on the cards are compared, and not the settings. A setting that
+    came after `before` was written had the meaning of its default then, unless OLD_MEANINGS has another.
     """
-    changed = differences(identity_of(before), identity_of(run))
+    saved = identity_of(before)
+    changed = differences(saved, identity_of(run))
     return [
         (key, old, new)
         for key, old, new in changed
         if not (".sources." in f".{key}" and key.endswith(".name") and (old is None or new is None))
+        and (_stands_in(saved, key) or new != _default_at(run, key))
     ]
+
+
+def _stands_in(plain: Any, dotted: str) -> bool:
+    """Whether plain values have something at a dotted key."""
+    for part in dotted.split("."):
+        if isinstance(plain, list):
+            plain = dict(enumerate(plain))
+            part = int(part)
+        if not isinstance(plain, dict) or part not in plain:
+            return False
+        plain = plain[part]
+    return True
+
+
+def _default_at(run: RunConfig, dotted: str) -> Any:
+    """The default of the setting at a dotted key as a plain value; MISSING where there is none."""
+    *path, name = dotted.split(".")
+    holder: Any = run
+    for part in path:
+        holder = holder[int(part)] if part.isdecimal() else getattr(holder, part, None)
+    if not dataclasses.is_dataclass(holder):
+        return dataclasses.MISSING
+    fields = {field.name: field for field in dataclasses.fields(holder)}
+    if name not in fields:
+        return dataclasses.MISSING
+    if fields[name].default_factory is not dataclasses.MISSING:
+        return to_plain(fields[name].default_factory())
+    default = fields[name].default
+    return default if default is dataclasses.MISSING else to_plain(default)
 
 
 PLACES = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from encoder.base.units import Progress
+from encoder.optim.schedule import highest_at
 from encoder.runs.config import PhaseConfig, RunConfig
 
 
@@ -105,11 +106,10 @@ class PlannedSteps(Sequence[PlannedStep]):
         )
 
     def peak_lr(self, phase: int) -> float:
-        """The highest rate of a phase's steps: schedules rise until their warm-up ends and fall from there."""
-        own = self.indices(phase)
-        top = self.indices(
-            phase, until_tokens=getattr(self._run.phases[phase].lr, "warmup_tokens", 0)
-        )[-1]
+        """The highest rate of a phase's steps: schedules rise to one point and fall from there."""
+        own, settings = self.indices(phase), self._run.phases[phase]
+        highest = highest_at(settings.lr, phase_tokens=settings.tokens)
+        top = self.indices(phase, until_tokens=highest)[-1]
         return max(
             self[i].lr
             for i in {own[0], own[-1], *range(max(own[0], top - 1), min(own[-1], top + 1) + 1)}

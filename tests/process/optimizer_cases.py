@@ -26,6 +26,8 @@ CONFIGS = {
     "adamw": AdamWConfig(weight_decay=0.3),
     "lamb": LambConfig(),
     "muon": MuonConfig(weight_decay=0.01),
+    "adamw_bare": AdamWConfig(weight_decay=0.3, bias_correction=False),
+    "lamb_bare": LambConfig(bias_correction=False),
 }
 LRS, MAX_LR, MOVED_AT = [1e-2, 2e-2, 5e-3], 2e-2, 2
 SPIKED, SPIKE_STEP = "model.layers.1.mlp.Wi.weight", 1

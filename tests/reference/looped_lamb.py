@@ -14,6 +14,7 @@ def looped_lamb(
     eps: float,
     weight_decay: float,
     adapts: bool,
+    bias_correction: bool = True,
 ) -> list[float]:
     """One parameter (flattened) after one update per entry of `grads`; arXiv 1904.00962, algorithm 2, with phi(z) = z."""
     theta, m, v = list(theta), [0.0] * len(theta), [0.0] * len(theta)
@@ -22,7 +23,8 @@ def looped_lamb(
         for i in range(len(theta)):
             m[i] = betas[0] * m[i] + (1 - betas[0]) * g[i]
             v[i] = betas[1] * v[i] + (1 - betas[1]) * g[i] ** 2
-            m_hat, v_hat = m[i] / (1 - betas[0] ** t), v[i] / (1 - betas[1] ** t)
+            m_hat = m[i] / (1 - betas[0] ** t) if bias_correction else m[i]
+            v_hat = v[i] / (1 - betas[1] ** t) if bias_correction else v[i]
             r.append(m_hat / (math.sqrt(v_hat) + eps) + weight_decay * theta[i])
         weights, update = (math.sqrt(sum(x**2 for x in values)) for values in (theta, r))
         trust = weights / update if adapts and weights > 0 and update > 0 else 1.0

@@ -14,12 +14,15 @@ def looped_stable_adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    bias_correction: bool = True,
 ) -> list[float]:
     """One parameter (flattened) after one update per entry of `grads`; fact sheet section 3.4, line by line."""
     theta, m, v = list(theta), [0.0] * len(theta), [0.0] * len(theta)
     for t, (g, lr) in enumerate(zip(grads, lrs), start=1):
         b1 = betas[0] * (1 - betas[0] ** (t - 1)) / (1 - betas[0] ** t)
         b2 = betas[1] * (1 - betas[1] ** (t - 1)) / (1 - betas[1] ** t)
+        if not bias_correction:
+            b1, b2 = betas
         total = 0.0
         for i in range(len(theta)):
             m[i] = b1 * m[i] + (1 - b1) * g[i]

@@ -10,6 +10,7 @@ import torch
 from encoder.optim.adamw import AdamWConfig
 from encoder.optim.lamb import LambConfig
 from encoder.optim.muon import MuonConfig
+from tests.reference.looped_adamw import looped_adamw
 from tests.reference.looped_lamb import looped_lamb
 from tests.reference.looped_stable_adamw import looped_stable_adamw
 from tests.reference.svd_muon import svd_muon
@@ -46,7 +47,7 @@ def slow_updates(
 
 def _slow(name, theta, grads, config, lrs, max_lr, hidden_matrices):
     weight_decay = config.weight_decay if theta.ndim > 1 and not name.endswith(".bias") else 0.0
-    if isinstance(config, AdamWConfig):
+    if isinstance(config, AdamWConfig) and config.bias_correction:
         return _by_torch(theta, grads, config, lrs, weight_decay)
     if isinstance(config, MuonConfig) and name in hidden_matrices:
         return svd_muon(
@@ -62,6 +63,9 @@ def _slow(name, theta, grads, config, lrs, max_lr, hidden_matrices):
         )
     flat = theta.flatten().tolist(), [g.flatten().tolist() for g in grads]
     told = dict(lrs=lrs, betas=config.betas, eps=config.eps, weight_decay=weight_decay)
+    told["bias_correction"] = config.bias_correction
+    if isinstance(config, AdamWConfig):
+        return np.array(looped_adamw(*flat, **told))
     if isinstance(config, LambConfig):
         return np.array(
             looped_lamb(*flat, **told, adapts=theta.ndim > 1 and not name.endswith(".bias"))

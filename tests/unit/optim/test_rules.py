@@ -33,6 +33,9 @@ CONFIGS = {
     "lamb": LambConfig(),
     "muon": MuonConfig(weight_decay=0.01),
     "muon-jordan": MuonConfig(weight_decay=0.01, matrix_scale="jordan", matrix_lr=3.0),
+    "stable_adamw-bare": StableAdamWConfig(weight_decay=0.01, bias_correction=False),
+    "adamw-bare": AdamWConfig(weight_decay=0.3, betas=(0.9, 0.999), bias_correction=False),
+    "lamb-bare": LambConfig(bias_correction=False),
 }
 TORCH_TO_1E_12 = dict(rtol=1e-12, atol=1e-13)
 
@@ -184,6 +187,40 @@ def test_the_update_does_not_depend_on_how_many_tensors_are_moved_together(
     truth, ours = truth_of(CONFIGS[name], start, grads), whole(CONFIGS[name], grads)
     for n in start:
         torch.testing.assert_close(ours[n], truth[n], **TORCH_TO_1E_12)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    # fact sheet of the families, 1.4: betas 0.9, 0.999
+    [(1, 3.16), (12, 6.57), (100, 3.24), (500, 1.59), (1000, 1.26), (2000, 1.08), (5000, 1.003)],
+)
+def test_without_bias_correction_a_step_is_as_many_times_as_large(step, factor):
+    """A constant gradient: with the correction each step is the rate, so the weight's way tells the factor."""
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    config = AdamWConfig(betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0, bias_correction=False)
+    optimizer = build_optimizer(nn.ParameterList([p]), config)
+    optimizer.param_groups[0]["lr"] = 1.0
+    moved = {}
+    before = 0.0
+    for number in range(1, step + 1):
+        p.grad = torch.full((1,), 0.5, dtype=torch.float64)
+        optimizer.step()
+        moved[number] = before - float(p.detach())
+        before = float(p.detach())
+    assert moved[step] == pytest.approx(factor, abs=0.5 * 10 ** -len(str(factor).split(".")[1]))
+    if step >= 100:
+        assert max(moved, key=moved.get) == 12
+
+
+def test_lamb_neither_decays_nor_scales_norms_and_biases():
+    """ALBERT's names LayerNorm, layer_norm and bias: the ratio is 1, so such a step is AdamW's without decay."""
+    start, grads = start_and_grads()
+    ours = whole(CONFIGS["lamb-bare"], grads)
+    plain = AdamWConfig(betas=(0.9, 0.999), weight_decay=0.0, bias_correction=False)
+    adamw = whole(plain, grads)
+    for name in ("norm", "linear.bias"):
+        torch.testing.assert_close(ours[name], adamw[name], **TORCH_TO_1E_12)
+    assert not torch.allclose(ours["linear.weight"], adamw["linear.weight"])
 
 
 def test_tensors_are_moved_together_up_to_a_bound_and_a_larger_one_alone(monkeypatch):

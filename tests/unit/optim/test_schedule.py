@@ -11,12 +11,15 @@ from encoder.base.errors import ConfigError
 from encoder.optim.schedule import (
     SCHEDULES,
     BatchWarmup,
+    Bert,
     Constant,
     Cosine,
     CosineInverseSqrt,
+    Electra,
     Linear,
     OneMinusSqrt,
     WarmupStableDecay,
+    highest_at,
     rows_at,
 )
 
@@ -76,6 +79,69 @@ def test_linear_falls_on_one_line_from_the_warm_up_to_the_end_of_the_phase():
         1.0,
         1.0,
     ]
+
+
+def test_berts_warm_up_stands_in_place_of_the_lines_beginning():
+    """google-research/bert, optimization.py: peak (1 - t / T), and peak t / W while t < W; so the rate falls at t = W."""
+    bert = Bert(peak=8.0, warmup_tokens=250)
+    found = [bert.at(t, phase_tokens=1000) for t in (0, 125, 249, 250, 500, 1000, 1001)]
+    assert found == pytest.approx([0.0, 4.0, 8.0 * 249 / 250, 6.0, 4.0, 0.0, 0.0])
+
+
+def test_berts_line_over_two_lengths_is_one_line_in_two_phases():
+    whole = Bert(peak=1e-4, warmup_tokens=100)
+    first = Bert(peak=1e-4, warmup_tokens=100, floor_share=0.1)
+    second = Linear(peak=1e-5)
+    for t in (0, 50, 100, 101, 5000, 9000):
+        assert first.at(t, phase_tokens=9000) == pytest.approx(whole.at(t, phase_tokens=10_000))
+    for t in (9000, 9500, 10_000):
+        right = whole.at(t, phase_tokens=10_000)
+        assert second.at(t - 9000, phase_tokens=1000) == pytest.approx(right, abs=1e-20)
+
+
+def test_electras_rate_is_the_product_of_warm_up_and_line():
+    electra = Electra(peak=8.0, warmup_tokens=500)
+    found = [electra.at(t, phase_tokens=1000) for t in (0, 250, 500, 750, 1000, 1001)]
+    assert found == pytest.approx([0.0, 0.5 * 6.0, 4.0, 2.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("warmup", [0, 100, 400, 900])
+@pytest.mark.parametrize("kind", [Bert, Electra, Linear])
+def test_the_highest_rate_is_where_it_is_said_to_be(kind, warmup, floor):
+    schedule = kind(peak=1.0, warmup_tokens=warmup, floor_share=floor)
+    rates = [schedule.at(t, phase_tokens=1000) for t in range(1001)]
+    top = highest_at(schedule, phase_tokens=1000)
+    near = rates[max(0, top - 1) : top + 2]
+    assert max(near) == max(rates)
+
+
+@pytest.mark.parametrize(("warmup", "floor"), [(0, 0.0), (120, 0.0), (120, 0.001), (400, 0.5)])
+def test_linear_is_transformers_polynomial_decay_of_power_one(warmup, floor):
+    """XLNet's has lr_end = 0.001 of the peak (its flag min_lr_ratio), RoBERTa's 0."""
+    import torch
+    import transformers
+
+    rule = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-4)
+    theirs = transformers.get_polynomial_decay_schedule_with_warmup(
+        rule, num_warmup_steps=warmup, num_training_steps=1000, lr_end=4e-4 * floor, power=1.0
+    ).lr_lambdas[0]
+    ours = Linear(peak=4e-4, warmup_tokens=warmup, floor_share=floor)
+    for t in range(0, 1001, 40):
+        assert ours.at(t, phase_tokens=1000) == pytest.approx(4e-4 * theirs(t), abs=1e-18)
+
+
+def test_cosine_to_nothing_is_transformers_cosine_and_miniroberta_s():
+    import torch
+    import transformers
+
+    rule = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=6e-4)
+    theirs = transformers.get_cosine_schedule_with_warmup(
+        rule, num_warmup_steps=100, num_training_steps=1000
+    ).lr_lambdas[0]
+    ours = Cosine(peak=6e-4, warmup_tokens=100, floor_share=0.0)
+    for t in range(0, 1001, 40):
+        assert ours.at(t, phase_tokens=1000) == pytest.approx(6e-4 * theirs(t), abs=1e-18)
 
 
 def test_cosine_inverse_sqrt_is_the_published_one_piece_by_piece():

@@ -12,8 +12,9 @@ import pytest
 
 from encoder.base.batch import TermSum
 from encoder.base.errors import ConfigError
+from encoder.base.schema import to_plain
 from encoder.base.units import Progress
-from encoder.runs.config import identity_of, read_run
+from encoder.runs.config import changed_settings, identity_of, read_run
 from encoder.runs.phases import enter_next_phase, lr_at, phase_is_done, planned_steps
 from encoder.tools.plan.curves import columns_of
 from encoder.tools.plan.plan import plan_text
@@ -166,6 +167,20 @@ def test_what_changes_the_curve_is_identity_and_what_does_not_is_not():
         assert identity_of(run) != identity_of(read_run(TINY, [override])), override
 
 
+def test_settings_that_came_later_had_the_meaning_of_their_defaults():
+    run = read_run(TINY)
+    old = to_plain(run)
+    for section, key in (("optimizer", "bias_correction"), ("objective", "z_loss_weight")):
+        del old[section][key]
+    assert changed_settings(old, run) == []
+    bare = read_run(TINY, ["optimizer.bias_correction=false"])
+    assert changed_settings(old, bare) == [("optimizer.bias_correction", None, False)]
+    assert changed_settings(to_plain(run), bare) == [("optimizer.bias_correction", True, False)]
+    # a setting that has no default was another run's
+    del old["phases"][0]["tokens"]
+    assert [key for key, _, _ in changed_settings(old, run)] == ["phases.0.tokens"]
+
+
 def test_held_out_loss_is_a_sum_over_a_count_not_a_mean_of_means():
     sets = [HeldOut(name="a", batches=["a"]), HeldOut(name="b", batches=["b"])]
     losses = held_out_numbers(
@@ -204,6 +219,9 @@ WALKED = [
     ("tiny_cpu", 0.9731, ["data.lanes=2"]),
     ("tiny_cpu", 1.0, ["phases.0.batch_tokens=200704", "data.row_tokens=512"]),
     ("tiny_cpu", 1.0, ["phases.0.lr={schedule: cosine, peak: 1e-3, warmup_tokens: 77K}"]),
+    ("tiny_cpu", 1.0, ["phases.0.lr={schedule: bert, peak: 1e-3, warmup_tokens: 77K}"]),
+    ("tiny_cpu", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 77K}"]),
+    ("tiny_cpu", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 900K}"]),
     (
         "tiny_cpu",
         0.9,
