@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml configs/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); needed: Python 3.10 to 3.13. Use make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (about 6 GB, 2 to 5 minutes the first time)"
+	@echo "installing into $(VENV) (about 6 GB, 3 to 12 minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 

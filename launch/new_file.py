@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from encoder.base.command import CommandLine, run_command
+from encoder.base.command import CommandLine, as_typed, run_command
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import write_atomic
 from encoder.base.home import home
@@ -31,6 +32,7 @@ RUNS = {
     "four-domains": "mini_four_domains",
 }
 _ITEM = re.compile(r"^ +- \{.*\bpath: ")  # one shard folder of a list
+_TOKENIZER = re.compile(r"^tokenizer: (\S+)", re.M)
 _TOP_KEY = re.compile(r"^([A-Za-z_]+):")
 
 
@@ -87,10 +89,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out.exists():
             raise ConfigError(f"{args.out} is there already. Name another file, or remove it.")
         write_atomic(args.out, text)
-        verb = "data-prep prepare" if args.words[0] == "prep" else "tessera plan"
-        print(f"wrote {args.out}. Look at it, then: {verb} {args.out}")
+        print(f"wrote {args.out}. {next_step(text, args.out, words=args.words)}")
 
     return run_command(body)
+
+
+def next_step(text: str, out: Path, *, words: Sequence[str]) -> str:
+    """The command after this one: a preparation needs its tokenizer first, where that is not there yet."""
+    if words[0] != "prep":
+        return f"Look at it, then: {as_typed('plan', out)}"
+    prepare = f"data-prep prepare {shlex.quote(str(out))}"
+    tokenizer = _TOKENIZER.search(text)
+    if tokenizer is None or Path(tokenizer[1]).exists():
+        return f"Look at it, then: {prepare}"
+    return (
+        f"Look at it; then make the tokenizer that it names: data-prep tokenizer modernbert --out"
+        f" {tokenizer[1]} (or train one: data-prep tokenizer train --help); then: {prepare}"
+    )
 
 
 def preparations() -> list[str]:

@@ -24,6 +24,7 @@ from data_prep.readers.lines import line_blocks
 from data_prep.readers.packed import open_at, unpacking
 from data_prep.readers.tables import parquet_blocks, table_blocks
 from encoder.base.errors import ConfigError, UserError
+from encoder.base.hub import reason_in_short
 
 READ_HERE = ("parquet", "json")  # builders of datasets whose files are read by our readers
 HUB_FILE_BYTES = 2**28  # a hub file whose size is not known: for the bar and the processes alone
@@ -161,7 +162,7 @@ def _hub_builder(source: HubSource) -> Any:
     except Exception as error:  # as many kinds as there are libraries between here and the hub
         raise ConfigError(
             f"source {source.name}: dataset {source.dataset} cannot be opened:"
-            f" {' '.join(str(error).split())[:200].rstrip('.')}. On a machine without a way to the"
+            f" {reason_in_short(error).rstrip('.')}. On a machine without a way to the"
             f" hub, fetch it elsewhere (hf download {source.dataset} --repo-type dataset"
             " --local-dir FOLDER) and set dataset: FOLDER."
         ) from error
@@ -176,5 +177,5 @@ def _hub_rows(source: HubSource) -> Any:
     except Exception as error:
         raise ConfigError(
             f"source {source.name}: split {source.split} of dataset {source.dataset} cannot be"
-            f" opened: {' '.join(str(error).split())[:200].rstrip('.')}."
+            f" opened: {reason_in_short(error).rstrip('.')}."
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import socket
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ _NAME = re.compile(
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 CONFIG = ("config.json", *TOKENIZER)
 _SAFE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+# of httpx, requests and urllib3, by name: none of them is imported for this
+_NO_CONNECTION = ("ConnectError", "ConnectTimeout", "ConnectionError", "NewConnectionError")
 PICKLED = "pytorch_model.bin"  # taken only where there is nothing else; read as tensors alone
 
 
@@ -178,10 +181,20 @@ def _from_cache(name: HubName, weights: bool, why: Exception) -> Fetched:
 def _no_network(name: HubName, why: Exception) -> NoReturn:
     revision = f" --revision {name.revision}" if name.revision else ""
     folder = name.id.partition("/")[2]
-    said = textwrap.shorten(str(why), 120, placeholder=" ...") or type(why).__name__
     raise UserError(
-        f"{name} is no file or folder here, and the Hugging Face hub cannot be asked from this "
-        f"machine ({said}). Where there "
-        f"is a network: hf download {name.id}{revision} --local-dir {folder}, copy that folder "
-        "here and name it."
+        f"{name} is no file or folder here, and the Hugging Face hub cannot be asked from this"
+        f" machine ({reason_in_short(why)}). Where there is a network: hf download"
+        f" {name.id}{revision} --local-dir {folder}, copy that folder here and name it."
     ) from why
+
+
+def reason_in_short(error: BaseException) -> str:
+    """Why the hub gave nothing: `no network` where that is all, else the library's own words, cut at 120 letters."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, (socket.gaierror, ConnectionError)):
+            return "no network"
+        if type(link).__name__ in _NO_CONNECTION:
+            return "no network"
+        link = link.__cause__ or link.__context__
+    return textwrap.shorten(str(error), 120, placeholder=" ...") or type(error).__name__

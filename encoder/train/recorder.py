@@ -46,6 +46,7 @@ class Recorder:
         self._session = session
         self._display = display
         self._entropy = started.entropy
+        self._has_shown = False
         self.ledger: Ledger | None = None
         self.tracker: Tracker | None = None
 
@@ -193,12 +194,14 @@ class Recorder:
             short_bytes(memory),
             f"left {short_seconds(speed.seconds_for(left))}",
         ]
+        # the first step of a phase or of a start: that it goes on is what a person waits to see
         self._display.show(
             "  ".join(columns),
             step=progress.step,
             share=progress.tokens / (progress.tokens + left),
-            now=progress.phase_step == 1,
+            now=progress.phase_step == 1 or not self._has_shown,
         )
+        self._has_shown = True
 
     def _say_nothing_masked(self, data: StepData) -> None:
         step = self._session.progress.step

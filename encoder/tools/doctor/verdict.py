@@ -203,12 +203,13 @@ def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -
         names = Counter(
             fact["device"].get("name", fact["device"]["kind"]) for fact in facts.values()
         )
-        findings.rows.append(
-            (
-                "devices",
-                ", ".join(f"{n} x {name}" for name, n in names.items()) + ", products right",
+        devices = ", ".join(f"{n} x {name}" for name, n in names.items())
+        findings.rows.append(("devices", f"{devices}, products right"))
+        if common == "cpu":
+            findings.warnings.append(
+                "no GPU here: the run would compute on the CPU. tessera plan RUN.yaml --measure"
+                " says how long it takes."
             )
-        )
 
 
 def _judge_memory(

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from data_prep.tokenization import check_tokenizer_path
 from encoder.base.errors import ConfigError, ModelError
-from encoder.base.hub import _wanted, parse_hub_name
+from encoder.base.hub import _wanted, parse_hub_name, reason_in_short
 from encoder.models.stored import read_stored
 from encoder.runs.weights import model_facts, read_model
 from launch import import_hf
@@ -62,6 +63,19 @@ def test_without_a_network_the_error_names_the_way(tmp_path, monkeypatch, capsys
     assert import_hf.main(["nobody/nothing@v1", "out"]) == 2
     said = capsys.readouterr().err
     assert way in said and "Traceback" not in said and not Path("out").exists()
+
+
+def test_why_the_hub_gave_nothing_is_said_in_two_words_where_there_is_no_network():
+    try:
+        try:
+            raise socket.gaierror(-2, "Name or service not known")
+        except socket.gaierror as cause:
+            raise RuntimeError("HTTPSConnectionPool: Max retries exceeded with url") from cause
+    except RuntimeError as error:
+        assert reason_in_short(error) == "no network"
+    assert reason_in_short(ValueError("a  b\nc")) == "a b c"
+    assert len(reason_in_short(ValueError("word " * 99))) <= 120
+    assert reason_in_short(ValueError()) == "ValueError"
 
 
 def test_code_is_never_fetched_and_pickles_only_where_there_is_nothing_else():

@@ -135,3 +135,18 @@ def test_a_template_is_never_written_over_a_file(tmp_path, capsys):
         "is there already" in capsys.readouterr().err
         and (tmp_path / "run.yaml").read_text() == "mine"
     )
+
+
+def test_a_new_preparation_names_its_tokenizer_first_where_that_is_not_there(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert tessera.main(["new", "prep", "own_text", "--out", "a.yaml"]) == 0
+    tokenizer = "data-prep tokenizer modernbert --out corpus/tokenizer.json"
+    said = capsys.readouterr().out
+    assert tokenizer in said and said.rstrip().endswith("then: data-prep prepare a.yaml")
+
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "tokenizer.json").write_text("{}")
+    assert tessera.main(["new", "prep", "own_text", "--out", "b.yaml"]) == 0
+    assert capsys.readouterr().out == "wrote b.yaml. Look at it, then: data-prep prepare b.yaml\n"

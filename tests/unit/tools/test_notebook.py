@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from encoder.base.dist import World
 from encoder.base.errors import ConfigError, ModelError, ShardError, UserError
 from encoder.models.stored import write_stored
 from encoder.tools import notebook
-from encoder.tools.weights.export import export_run
+from encoder.tools.weights.export import export_run, unfinished_text
 from encoder.train.loop import pretrain
 from tests.helpers.hf import exported, stored, write_tokenizer_json
 from tests.helpers.prep import run as data_prep
@@ -79,6 +80,15 @@ def test_every_block_of_the_page_runs_and_has_at_most_five_lines(
     block.write_text(BLOCKS[number], encoding="utf-8")
     assert len([line for line in BLOCKS[number].splitlines() if line.strip()]) <= 5
     runpy.run_path(str(block))
+
+
+def test_an_export_says_of_a_run_that_it_is_not_at_its_end(desk, tmp_path):
+    run = desk / "runs" / "small"
+    assert unfinished_text(run) is None
+    assert unfinished_text(desk / "hf" / "small") is None
+    stopped = shutil.copytree(run, tmp_path / "stopped")
+    (stopped / "done.json").unlink()
+    assert re.search(r"not trained to its end: step \d+, .* of 1K tokens", unfinished_text(stopped))
 
 
 def test_the_page_shows_each_thing_that_a_notebook_may_ask():
