@@ -34,6 +34,10 @@ class ObjectiveConfig(Protocol):
     def needs_unused_ids(self) -> bool:
         """Whether build() must know the ids that no text has."""
 
+    @property
+    def asks_every_document(self) -> bool:
+        """Whether no document is without a masked token, so that every step has some."""
+
     def held_out(self, *, mask_share: float) -> ObjectiveConfig:
         """The objective of the held-out loss: the same for all models. Its loss terms are those of training."""
 

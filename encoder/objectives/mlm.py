@@ -7,6 +7,9 @@ Each token draws u ~ U(0, 1), p = mask_share, as in the released ModernBERT (fac
 
 With whole words each word draws whether it is predicted (the share of the tokens is p again), and each of its tokens, of
 another draw, how it is shown (Devlin et al.'s later models).
+
+With a `mask_count` the number of predicted tokens of each document is exact (masking.py), and each of them draws how it is
+shown. docs/masking.md has the settings of each family.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from encoder.base.errors import ConfigError
 from encoder.nn.heads import TokenDecoder
 from encoder.nn.loss import cross_entropy_sum
 from encoder.objectives.contract import MaskedRow, MaskShare, ObjectiveFacts, RowTargets
+from encoder.objectives.masking import LONGEST_SPAN, Count, ExactChoice, Spans
 from encoder.objectives.words import WordEdges
 
 # Variance of a row's count of predicted tokens over that of single tokens: mean squared over mean length of its words. Rows of
@@ -39,11 +43,21 @@ class MlmConfig:
     mask_share: float = 0.3  # of the tokens that may be masked
     random_share: float = 0.1  # of the predicted ones: shown as a random id
     keep_share: float = 0.1  # of the predicted ones: shown as they are
-    # random ids are drawn from: used, tokens that text can hold; all, those and [unused12] and the like
-    random_tokens: Literal["used", "all"] = "used"
+    # random ids are drawn from: used, tokens that text can hold; all, those and [unused12] and the like; vocabulary, every
+    # id, special ones too (BERT); not_special, as all, with mask_special_tokens too (RoBERTa)
+    random_tokens: Literal["used", "all", "vocabulary", "not_special"] = "used"
     # true: the released ModernBERT objective, [CLS] and [SEP] masked as well
     mask_special_tokens: bool = False
     whole_words: bool = False  # true: all tokens of a word are predicted, or none
+    # predicted tokens: bernoulli, each draws; else of each document of n: round(p n), at least 1 (BERT, ALBERT, ELECTRA);
+    # round_at_random, int(p n + u) (RoBERTa); floor, int(p n) (MiniRoBERTa)
+    mask_count: Count = "bernoulli"
+    # n counts [CLS] and [SEP], too; false: only tokens that may be masked
+    count_special_tokens: bool = True
+    max_predicted_tokens: int | None = None  # of a document; BERT: 20 at 128; default: no limit
+    # runs of tokens, or of words: ngram, p(k) ~ 1/k (ALBERT); geometric, p(k) ~ 0.8^k, shown alike (SpanBERT)
+    spans: Spans = "none"
+    longest_span: int | None = None  # tokens or words; default: 3 of ngram, 10 of geometric
     # times logsumexp(logits)^2, added to a position's loss in training; PaLM: 1e-4
     z_loss_weight: float = 0.0
 
@@ -62,11 +76,31 @@ class MlmConfig:
                 f"random_share {self.random_share} and keep_share {self.keep_share} are shares of"
                 " the predicted tokens: each at least 0, together at most 1."
             )
+        self._check_count()
         if not 0 <= self.z_loss_weight < math.inf:
             raise ConfigError(
                 f"z_loss_weight {self.z_loss_weight} must be at least 0. 0 is without it, PaLM uses"
                 " 1e-4."
             )
+
+    def _check_count(self) -> None:
+        if self.spans != "none" and self.mask_count == "bernoulli":
+            raise ConfigError(
+                f"spans {self.spans} need a number of tokens to predict. Set mask_count: round, as"
+                " ALBERT has it."
+            )
+        if self.max_predicted_tokens is not None and self.mask_count == "bernoulli":
+            raise ConfigError(
+                f"max_predicted_tokens {self.max_predicted_tokens} needs a number of tokens to"
+                " predict. Set mask_count: round, as BERT has it."
+            )
+        if self.max_predicted_tokens is not None and self.max_predicted_tokens < 1:
+            raise ConfigError(
+                f"max_predicted_tokens {self.max_predicted_tokens} must be at least 1; leave it out"
+                " for no limit."
+            )
+        if self.longest_span is not None and not 1 <= self.longest_span <= MOST_SPAN:
+            raise ConfigError(f"longest_span {self.longest_span} must be 1 to {MOST_SPAN}.")
 
     @property
     def needs_word_edges(self) -> bool:
@@ -78,6 +112,11 @@ class MlmConfig:
         """Whether build() must know the ids that no text has."""
         return self.random_tokens == "used"
 
+    @property
+    def asks_every_document(self) -> bool:
+        """Whether no document is without a predicted token."""
+        return self.mask_count == "round"
+
     def held_out(self, *, mask_share: float) -> MlmConfig:
         """The objective of the held-out loss: the same for all models."""
         return replace(
@@ -86,14 +125,33 @@ class MlmConfig:
             mask_special_tokens=False,
             whole_words=False,
             random_tokens="all",
+            mask_count="bernoulli",
+            max_predicted_tokens=None,
+            spans="none",
         )
 
     def without_effect(self, given: Callable[[str], bool]) -> Iterator[str]:
         """Settings that change nothing beside the others, a sentence each; `given`: whether the run file has one."""
-        if self.mask_special_tokens and given("random_tokens"):
+        if self.mask_count == "bernoulli" and given("count_special_tokens"):
+            yield (
+                "objective.count_special_tokens has no effect: with mask_count bernoulli no token"
+                " is counted."
+            )
+        elif self.mask_special_tokens and not self.count_special_tokens:
+            yield (
+                "objective.count_special_tokens false has no effect: with mask_special_tokens they"
+                " may be masked, and are counted."
+            )
+        if self.spans == "none" and given("longest_span"):
+            yield "objective.longest_span has no effect: spans is none."
+        if (
+            self.mask_special_tokens
+            and self.random_tokens in ("used", "all")
+            and given("random_tokens")
+        ):
             yield (
                 "objective.random_tokens has no effect: with mask_special_tokens ids are drawn as"
-                " for the released ModernBERT."
+                " for the released ModernBERT. vocabulary and not_special have one."
             )
 
     def build(self, facts: ObjectiveFacts) -> MaskedLanguageModel:
@@ -102,6 +160,7 @@ class MlmConfig:
 
 
 MLM = "mlm"  # the loss term
+MOST_SPAN = 64  # units
 
 
 class TokenModel(Protocol):
@@ -137,7 +196,8 @@ class MaskedLanguageModel:
     By default special tokens are neither predicted nor drawn as random replacements, which are uniform over all other ids but
     those in `unused`, and over these, too, with `random_tokens` all.
     With `mask_special_tokens` only padding is left out, and random ids are uniform over 0 to `mask_id` inclusive, as
-    the released models were trained (fact sheet 3.6: in practice [0, 50284], the specials included).
+    the released models were trained (fact sheet 3.6: in practice [0, 50284], the specials included). `random_tokens` vocabulary
+    and not_special say otherwise with and without it.
     `share`: a phase's own, instead of the settings'. `words`: needed for whole words.
     """
 
@@ -168,14 +228,16 @@ class MaskedLanguageModel:
         self.config = config
         self.share = share or MaskShare(start=config.mask_share)
         self._words = words if config.whole_words else None
+        self._exact = _exact_choice(config, self._words)
         self.mask_id = mask_id
         self._maskable_V = np.ones(vocab_size, dtype=bool)
         self._maskable_V[list(left_out)] = False
-        may_show_V = self._maskable_V.copy()
-        if config.random_tokens == "used":
-            may_show_V[list(unused)] = False
-        self._replacements = (
-            np.arange(mask_id + 1) if config.mask_special_tokens else np.flatnonzero(may_show_V)
+        self._replacements = _replacements(
+            config,
+            vocab_size=vocab_size,
+            mask_id=mask_id,
+            specials={*special_ids, pad_id, mask_id},
+            unused=unused,
         )
         if len(self._replacements) == 0:
             raise ConfigError(
@@ -210,7 +272,7 @@ class MaskedLanguageModel:
 
         ids: int64 [T], not changed
         generator: keyed by the row's address
-        lengths: of the row's documents; not needed here
+        lengths: of the row's documents, each of which has a number of its own with a `mask_count`
         phase_tokens: tokens of the phase before this row, for a masking rate that changes
         """
         p, hidden_share = (
@@ -218,7 +280,13 @@ class MaskedLanguageModel:
             1.0 - self.config.random_share - self.config.keep_share,
         )
         maskable_T = self._maskable_V[ids]
-        if self._words is None:
+        if self._exact is not None:
+            chosen = self._exact.choose(ids, maskable_T, lengths, generator, share=p)
+            index = chosen.index_M
+            u_M = generator.random(len(index)) * p
+            if self.config.spans == "geometric":
+                u_M = u_M[chosen.run_M]
+        elif self._words is None:
             u_T = generator.random(len(ids))
             index = np.flatnonzero((u_T < p) & maskable_T)
             u_M = u_T[index]
@@ -244,8 +312,53 @@ class MaskedLanguageModel:
         return {MLM: Targets(index_M=torch.arange(len(ids_T)), value_M=ids_T, count=len(ids_T))}
 
     def capacity(self, term: str, tokens: int) -> int:
-        """Mean plus six standard deviations at the highest share, at most `tokens`: exceeded once in 10^9."""
+        """Mean plus six standard deviations at the highest share, at most `tokens`: exceeded once in 10^9.
+
+        `round` has up to 4/3 of its mean in a document of 3 / (4 p) tokens and more (5 for a share of 0.15): shorter ones must
+        be most of a row to exceed it.
+        """
         p, variance = self.share.highest, WORDS_VARIANCE if self._words else 1.0
-        return min(
-            tokens, math.ceil(tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p) * variance))
-        )
+        room = tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p) * variance)
+        if self.config.mask_count == "round":
+            room = tokens * p * 4.0 / 3.0
+        if self.config.mask_count == "round_at_random":
+            # documents have three tokens and more, the number of each a variance of 1/4 at most
+            room = tokens * p + 6.0 * math.sqrt(tokens / 12.0)
+        if self.config.mask_count == "floor":
+            room = tokens * p
+        return min(tokens, math.ceil(room))
+
+
+def _exact_choice(config: MlmConfig, words: WordEdges | None) -> ExactChoice | None:
+    if config.mask_count == "bernoulli":
+        return None
+    return ExactChoice(
+        count=config.mask_count,
+        counts_special=config.count_special_tokens,
+        most_tokens=config.max_predicted_tokens,
+        spans=config.spans,
+        longest_span=config.longest_span or LONGEST_SPAN[config.spans],
+        words=words,
+    )
+
+
+def _replacements(
+    config: MlmConfig, *, vocab_size: int, mask_id: int, specials: set[int], unused: Sequence[int]
+) -> np.ndarray:
+    """The ids that random replacements are drawn from.
+
+    config: its random_tokens and mask_special_tokens
+    vocab_size: the tokenizer's
+    mask_id: the last of them as the released ModernBERT was trained
+    specials: ids of special tokens
+    unused: ids that no text has
+    """
+    if config.random_tokens == "vocabulary":
+        return np.arange(vocab_size)
+    if config.random_tokens != "not_special" and config.mask_special_tokens:
+        return np.arange(mask_id + 1)
+    may_show_V = np.ones(vocab_size, dtype=bool)
+    may_show_V[[*specials]] = False
+    if config.random_tokens == "used":
+        may_show_V[list(unused)] = False
+    return np.flatnonzero(may_show_V)

@@ -371,6 +371,8 @@ def _of_questions(
     run: RunConfig, phase: PhaseConfig, filling: Filling | None, steps: PlannedSteps, index: int
 ) -> Iterator[str]:
     """How many steps of a phase are likely to have no masked token."""
+    if run.objective.asks_every_document:
+        return
     share = run.mask_share_of(phase)
     lowest = min(share.start, share.end if share.end is not None else share.start)
     if filling is None:
