@@ -63,7 +63,7 @@ Needed is a column of ids, compressed or not: input_ids, or the one that --colum
   data-prep index shards/padded --tokenizer t.json --strip-padding                    [CLS] a b [SEP] [PAD] [PAD] [PAD]
 
 Nothing that is there is changed: card.json, lengths.bin, tokenizer.json and, where
-index.json has no SHA-256, hashes.json are added."""
+index.json has no SHA-256, hashes.json are added. With --sentences sentences.bin is, too, also to shards of prepare."""
 
 UPLOAD = """Copy shard folders to object storage, through streaming's uploaders. Examples:
 
@@ -296,6 +296,14 @@ def _parser() -> CommandLine:
         "--dtype", metavar="TYPE", type=_width, help="of ids in a column of bytes: uint8 to int64"
     )
     index.add_argument(
+        "--sentences",
+        action="store_true",
+        help=(
+            "also find where sentences end, which objectives of sentence pairs need; shards of"
+            " prepare get this alone"
+        ),
+    )
+    index.add_argument(
         "--again", action="store_true", help="write side files of an earlier data-prep index anew"
     )
 
@@ -459,6 +467,7 @@ def _index(args: argparse.Namespace) -> None:
         source=args.source,
         split=args.split,
         reading=reading,
+        sentences=args.sentences,
         again=args.again,
     )
 

@@ -218,6 +218,8 @@ class PrepareConfig:
     processes: int = 0  # 0: one per core
     shard_bytes: int = 2**26  # of a shard, at most
     compression: Literal["none", "zstd"] = "none"  # of the shards; training unpacks them once
+    # also find where sentences end (sentencex), which objectives of sentence pairs need
+    sentences: bool = False
     # of a line, row or file as it is read; larger ones are left out
     max_document_bytes: int = 70_000_000
     mixtures: dict[str, Mixture] = field(

@@ -3,7 +3,8 @@
     OUT/.NAME.lock, .NAME.2-of-4.lock          held while a process works on the source, or on that part of it
     OUT/.NAME.part/
         segments/recipe.json                   what the segments are made from
-        segments/000007/                       finished: segment.json, train.00000.mds, train.lengths, held_out...
+        segments/000007/                       finished: segment.json, train.00000.mds, train.lengths, held_out...;
+                                               where asked for train.sentence_counts, train.sentences
         segments/.2-of-4.000008.1f0c/          in the making; thrown away by the next run of that part
         train/, held_out/                      what OUT/NAME will hold; merge moves the shards here, the card last
 
@@ -25,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.segments import Part, Segment
 from encoder.base.errors import ShardError, UserError
 from encoder.base.files import fsync_path, is_leftover, write_json
@@ -35,6 +38,10 @@ from encoder.base.untrusted import INDEX_BYTES, plain_name, read_json
 from encoder.data.shard_format import CARD, Card, read_card, stored_info
 
 SPLITS = ("train", "held_out")
+# of a finished segment, for each split: tokens of each sample; where sentences are asked for, how many each has, and
+# the tokens of each
+SIDE_FILES = ("lengths", "sentence_counts", "sentences")
+COUNT_DTYPE = np.dtype("<u4")  # of sentence_counts
 SEGMENT = "segment.json"
 RECIPE = "recipe.json"
 SHOWN_FILES, SHOWN_CHARS = 50, 300  # of bad files
@@ -350,6 +357,11 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs between two identities, as words; empty where nothing does."""
     found = [f"{key} was {brief(a)}, is {brief(b)}" for key, a, b in differences(old, new)]
     return "; ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+
+
+def side_file(split: str, kind: str) -> str:
+    """The name of a segment's side file."""
+    return f"{split}.{kind}"
 
 
 def write_record(folder: Path, record: Record) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.ledger import SPLITS, Counts, Ledger, Record
+import numpy as np
+
+from data_prep.ledger import COUNT_DTYPE, SPLITS, Counts, Ledger, Record, side_file
 from data_prep.segments import Segment
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.files import fsync_path, sha256_of, write_atomic
+from encoder.data.sentences import START_BYTES, sentence_bytes
 from encoder.data.shard_format import (
     INDEX,
     LENGTHS,
+    SENTENCES,
     TOKENIZER,
     Card,
     lengths_dtype,
@@ -132,11 +135,22 @@ def _assemble_split(
             samples += entry["samples"]
     write_atomic(folder / INDEX, json.dumps({"version": 2, "shards": entries}, sort_keys=True))
     itemsize = lengths_dtype(card.max_tokens_per_document).itemsize
-    _concatenate(
-        [ledger.folder_of(s) / f"{card.split}.lengths" for s in segments],
+    _write_whole(
+        _bytes_of(_side_files(ledger, segments, card.split, "lengths")),
         folder / LENGTHS,
         samples * itemsize,
     )
+    sentences_sha256 = ""
+    if card.sentence_splitter:
+        counts = _side_files(ledger, segments, card.split, "sentence_counts")
+        tokens_files = _side_files(ledger, segments, card.split, "sentences")
+        stored_bytes = sum(path.stat().st_size for path in tokens_files)
+        _write_whole(
+            sentence_bytes((np.fromfile(p, COUNT_DTYPE) for p in counts), _bytes_of(tokens_files)),
+            folder / SENTENCES,
+            START_BYTES * (samples + 1) + stored_bytes,
+        )
+        sentences_sha256 = sha256_of(folder / SENTENCES)
     write_atomic(folder / TOKENIZER, tokenizer_json)
     fsync_path(folder)
     tokens = sum(record.tokens[card.split] for record in records)
@@ -148,6 +162,7 @@ def _assemble_split(
             tokens=tokens,
             index_sha256=sha256_of(folder / INDEX),
             lengths_sha256=sha256_of(folder / LENGTHS),
+            sentences_sha256=sentences_sha256,
         ),
     )
 
@@ -175,19 +190,31 @@ def _move(here: Path, there: Path, size: int) -> None:
         )
 
 
-def _concatenate(parts: Sequence[Path], whole: Path, size: int) -> None:
+def _side_files(ledger: Ledger, segments: Sequence[Segment], split: str, kind: str) -> list[Path]:
+    """A side file of every segment, in their order."""
+    return [ledger.folder_of(segment) / side_file(split, kind) for segment in segments]
+
+
+def _bytes_of(parts: Sequence[Path]) -> Iterator[bytes]:
+    """What the files hold, one after another."""
+    for part in parts:
+        with open(part, "rb") as f:
+            while data := f.read(COPY_BYTES):
+                yield data
+
+
+def _write_whole(parts: Iterable[bytes], whole: Path, size: int) -> None:
     beside = whole.with_name(f".{whole.name}.part")
     with open(beside, "wb") as out:
         for part in parts:
-            with open(part, "rb") as f:
-                shutil.copyfileobj(f, out, COPY_BYTES)
+            out.write(part)
         out.flush()
         os.fsync(out.fileno())
         found = out.tell()
     if found != size:
         beside.unlink()
         raise ShardError(
-            f"the lengths of {whole.parent} have {found:,} bytes; needed: {size:,}. Prepare it with"
+            f"{whole.name} of {whole.parent} has {found:,} bytes; needed: {size:,}. Prepare it with"
             " --again."
         )
     os.replace(beside, whole)

@@ -25,6 +25,7 @@ from data_prep.meter import Meter
 from data_prep.readers import check_kind, find_files, pinned
 from data_prep.readers.blocks import MOST_DOCUMENT_BYTES
 from data_prep.segments import Part, Segment, segments_of
+from data_prep.sentences import splitter_name
 from data_prep.tokenization import EncoderName, check_tokenizer_path, choose_encoder
 from data_prep.worker import Done, EncodeJob, SegmentJob, SegmentPool
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
@@ -161,6 +162,9 @@ def _plan(
         config.on_error == "skip" and config.max_document_bytes != MOST_DOCUMENT_BYTES
     ):  # else none was left out for it
         settings["max_document_bytes"] = config.max_document_bytes
+    splitter = splitter_name() if config.sentences else ""
+    if splitter:
+        settings["sentences"] = splitter
     if config.on_error == "stop":
         for file in files:
             check_kind(source, file)
@@ -177,6 +181,7 @@ def _plan(
         max_tokens_per_document=config.max_tokens_per_document,
         index_sha256="",
         lengths_sha256="",
+        sentence_splitter=splitter,
         recipe=recipe,
     )
     return _Plan(
@@ -231,6 +236,7 @@ def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> Segmen
         compression=None if config.compression == "none" else config.compression,
         stop_on_error=config.on_error == "stop",
         max_document_bytes=config.max_document_bytes,
+        sentences=config.sentences,
     )
     # more processes than segments would only cost their start
     return SegmentPool(

@@ -11,6 +11,7 @@ Padding at the ends of samples is cut when they are read, where that is asked fo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ import numpy as np
 
 from data_prep.meter import Meter
 from data_prep.output import output
+from data_prep.sentences import FoundSentences, SentenceSplitter, splitter_name
 from data_prep.shards import (
     ShardSamples,
     column_encodings,
     columns_text,
     lacking_specials,
     padding_of,
+    read_shard,
     samples_of,
     specials_inside,
     stored_bytes,
@@ -35,21 +38,27 @@ from encoder.base.errors import ShardError
 from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.log import say
 from encoder.base.units import short_count
+from encoder.data.sentences import Sentences, check_sentences, sentence_bytes
 from encoder.data.shard_format import (
     CARD,
     HASHES,
     INDEX,
     INPUT_IDS,
     LENGTHS,
+    SENTENCES,
     SHARD_HASH,
     TOKENIZER,
     WIDTHS,
     Card,
     IdColumn,
     SpecialIds,
+    check_index,
     id_column,
+    lengths_dtype,
     read_card,
+    read_hashes,
     read_index,
+    read_lengths,
     special_ids_of,
     stored_info,
     with_content,
@@ -84,22 +93,28 @@ def index(
     source: str | None = None,
     split: str = "train",
     reading: Reading | None = None,
+    sentences: bool = False,
     again: bool = False,
 ) -> None:
     """Write the side files of every folder with an index.json, at or below those given. Raises ShardError.
 
     folders, tokenizer_json: the shards, and the tokenizer that made their ids.
     source, split: of the card; by default the folder's name, and train.
+    sentences: also find where sentences end; for shards of data-prep prepare this alone is added.
     again: side files that an earlier index wrote are written anew.
     """
     reading = reading or Reading()
+    splitter = SentenceSplitter(tokenizer_json) if sentences else None
     vocab_size, specials = special_ids_of(tokenizer_json)
     for folder in _with_index(folders):
+        if splitter and _is_prepared(folder):
+            _add_sentences(folder, tokenizer_json, splitter)
+            continue
         _check_free(folder, tokenizer_json, again)
         entries = read_index(folder)
         column, encoding = _column_of(folder, entries, reading)
         dtype = "int64" if column.dtype is None else column.dtype.name
-        with output(folder, [LENGTHS, TOKENIZER, HASHES, CARD]):
+        with output(folder, [LENGTHS, TOKENIZER, HASHES, SENTENCES, CARD]):
             read = _Read(
                 folder,
                 entries,
@@ -107,6 +122,7 @@ def index(
                 specials=specials,
                 column=column,
                 reading=reading,
+                splitter=splitter,
             )
             longest = int(read.lengths.max())
             # all is checked; an old card goes before what it names: beside new lengths it would be a wrong one
@@ -115,6 +131,8 @@ def index(
             write_atomic(folder / TOKENIZER, tokenizer_json.read_bytes())
             if read.hashes:
                 write_json(folder / HASHES, read.hashes)
+            if splitter:
+                _write_sentences(folder, read.sentences, max_tokens_per_document=longest)
             card = Card(
                 source=source or _name_of(folder),
                 split=split,
@@ -128,6 +146,8 @@ def index(
                 index_sha256="",
                 lengths_sha256="",
                 hashes_sha256=sha256_of(folder / HASHES) if read.hashes else "",
+                sentences_sha256=sha256_of(folder / SENTENCES) if splitter else "",
+                sentence_splitter=splitter_name() if splitter else "",
                 adds_specials=read.lacking > 0,
                 strips_padding=read.padded > 0,
                 holds_specials=read.special > 0,
@@ -162,8 +182,62 @@ def index(
             f"{folder}: {card.documents:,} samples of up to {longest:,} tokens,"
             f" {short_count(card.tokens)} tokens, {card.stored_as}{''.join(said)}."
         )
+        if splitter:
+            say(f"{folder}: {_sentences_text(read.sentences)}")
         if above := just_above_text(read.lengths):
             say(f"{folder}: {above}")
+
+
+def _is_prepared(folder: Path) -> bool:
+    return (folder / CARD).is_file() and "index" not in read_card(folder).recipe
+
+
+def _add_sentences(folder: Path, tokenizer_json: Path, splitter: SentenceSplitter) -> None:
+    """sentences.bin of shards of data-prep prepare, and its hash on their card. Raises ShardError."""
+    card = read_card(folder)
+    if card.sentences_sha256:
+        raise ShardError(
+            f"{folder} has {SENTENCES} already, by {card.sentence_splitter}. Check it with"
+            " data-prep verify."
+        )
+    if sha256_of(tokenizer_json) != card.tokenizer_sha256:
+        raise ShardError(
+            f"{tokenizer_json} is not the tokenizer of {folder}. Give {folder / TOKENIZER}."
+        )
+    check_index(folder, card)
+    hashes, found = read_hashes(folder, card), []
+    for entry in read_index(folder):
+        samples = read_shard(folder, entry, card=card, hashes=hashes)
+        ends_P = np.cumsum(samples.lengths_P)
+        found.append(splitter(samples.ids_T, ends_P - samples.lengths_P + 1, ends_P - 1))
+    with output(folder, [SENTENCES]):
+        _write_sentences(folder, found, max_tokens_per_document=card.max_tokens_per_document)
+        sentences = Sentences(folder / SENTENCES, card)
+        check_sentences(sentences, read_lengths(folder, card), where=folder / SENTENCES)
+        write_card(
+            folder,
+            dataclasses.replace(
+                card,
+                sentences_sha256=sha256_of(folder / SENTENCES),
+                sentence_splitter=splitter_name(),
+            ),
+        )
+    say(f"{folder}: {_sentences_text(found)}")
+
+
+def _write_sentences(
+    folder: Path, found: Sequence[FoundSentences], *, max_tokens_per_document: int
+) -> None:
+    kind = lengths_dtype(max_tokens_per_document)
+    tokens = (part.tokens_N.astype(kind).tobytes() for part in found)
+    parts = sentence_bytes((part.counts_P for part in found), tokens)
+    write_atomic(folder / SENTENCES, b"".join(parts))
+
+
+def _sentences_text(found: Sequence[FoundSentences]) -> str:
+    count = sum(len(part.tokens_N) for part in found)
+    tokens = sum(int(part.tokens_N.sum()) for part in found)
+    return f"{count:,} sentences of {tokens / max(1, count):.1f} tokens, by {splitter_name()}."
 
 
 def just_above_text(lengths: np.ndarray) -> str | None:
@@ -191,8 +265,11 @@ class _Read:
         specials: SpecialIds,
         column: IdColumn,
         reading: Reading,
+        splitter: SentenceSplitter | None,
     ) -> None:
         self.hashes: dict[str, str] = {}
+        self.sentences: list[FoundSentences] = []  # of each shard
+        self._splitter = splitter
         self.lacking = self.padded = self.special = 0  # samples
         self.stored = self.padding = 0  # ids
         self._vocab_size, self._specials, self._reading = vocab_size, specials, reading
@@ -247,6 +324,11 @@ class _Read:
             )
         self.special += int(np.sum(np.any([*inside.values()], axis=0))) if inside else 0
         self.lacking += int(np.sum(lacks.cls_P | lacks.sep_P))
+        if self._splitter:
+            ends_P = np.cumsum(samples.lengths_P)
+            begins_P = ends_P - samples.lengths_P + ~lacks.cls_P
+            ends_P = np.maximum(ends_P - ~lacks.sep_P, begins_P)
+            self.sentences.append(self._splitter(samples.ids_T, begins_P, ends_P))
         return samples.lengths_P + lacks.cls_P + lacks.sep_P
 
     def _check_ids(self, path: Path, stored: ShardSamples, column: IdColumn) -> None:

@@ -19,6 +19,7 @@ from encoder.data.shard_format import (
     HASHES,
     INDEX,
     LENGTHS,
+    SENTENCES,
     TOKENIZER,
     read_index,
     stored_info,
@@ -43,6 +44,7 @@ def upload(folder: Path, remote: str) -> None:
             TOKENIZER,
         ]
         names += [HASHES] if card.hashes_sha256 else []
+        names += [SENTENCES] if card.sentences_sha256 else []
         for name in (*names, CARD):  # what was verified is what is copied, and no file of elsewhere
             inside(shards, name, where=shards / INDEX, error=ShardError)
         place = shards.relative_to(folder)

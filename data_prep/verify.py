@@ -20,12 +20,15 @@ from data_prep.shards import (
 from encoder.base.errors import ShardError
 from encoder.base.files import is_hidden
 from encoder.base.log import say
+from encoder.data.sentences import check_sentences, read_sentences
 from encoder.data.shard_format import (
     CARD,
+    SENTENCES,
     TOKENIZER,
     Card,
     check_index,
     check_lengths,
+    check_sentence_file,
     lengths_dtype,
     read_card,
     read_hashes,
@@ -78,6 +81,9 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
         read_hashes(folder, card),
     )
     check_lengths(folder, card)
+    check_sentence_file(folder, card)
+    if card.sentences_sha256:
+        check_sentences(read_sentences(folder, card), lengths, where=folder / SENTENCES)
     for entry in shards:
         samples = read_shard(folder, entry, card=card, hashes=hashes)
         _check_samples(folder, samples, lengths[at : at + len(samples.lengths_P)], card)

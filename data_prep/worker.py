@@ -21,13 +21,29 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import Source
-from data_prep.ledger import SPLITS, Counts, Ledger, Record, write_record
+from data_prep.ledger import (
+    COUNT_DTYPE,
+    SIDE_FILES,
+    SPLITS,
+    Counts,
+    Ledger,
+    Record,
+    side_file,
+    write_record,
+)
 from data_prep.long_texts import MOST_UNCUT_CHARS
 from data_prep.readers import Block, InputFile, Parsed, ReadError, numbered, parse, read_blocks
 from data_prep.readers.blocks import SKIP
 from data_prep.segments import Part, Segment, Stretch
+from data_prep.sentences import FoundSentences, SentenceSplitter
 from data_prep.shards import ShardWriter
-from data_prep.tokenization import EncoderName, TextEncoder, encode_pieces, one_thread_a_process
+from data_prep.tokenization import (
+    EncoderName,
+    Pieces,
+    TextEncoder,
+    encode_pieces,
+    one_thread_a_process,
+)
 from encoder.base.errors import ConfigError, ShardError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
@@ -56,6 +72,7 @@ class EncodeJob:
     compression: str | None
     stop_on_error: bool
     max_document_bytes: int
+    sentences: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +125,21 @@ class SegmentMaker:
         self._job, self._tell = job, tell
         self.place = ""  # where it is, for messages
         self._encoders: dict[EncoderName, TextEncoder] = {}
+        self._splitter: SentenceSplitter | None = None
 
     def encoder(self, name: EncoderName) -> TextEncoder:
         """Loaded once (0.3 s). Raises ShardError."""
         if name not in self._encoders:
             self._encoders[name] = TextEncoder(Path(self._job.tokenizer_json), name)
         return self._encoders[name]
+
+    def _sentences(self, pieces: Pieces) -> FoundSentences | None:
+        """Where the sentences of the pieces end, where that is asked for."""
+        if not self._job.sentences:
+            return None
+        self._splitter = self._splitter or SentenceSplitter(Path(self._job.tokenizer_json))
+        ends_P = np.cumsum(pieces.lengths_P)
+        return self._splitter(pieces.ids_T, ends_P - pieces.lengths_P + 1, ends_P - 1)
 
     def __call__(self, asked: SegmentJob | SampleJob) -> None:
         """From files to a finished segment in the ledger, or to a Sample. Raises UserError, OSError for the disk."""
@@ -226,7 +252,7 @@ class SegmentMaker:
                 held_out_share=job.held_out_share,
                 max_tokens_per_document=job.max_tokens_per_document,
             )
-            out.add(pieces.ids_T, pieces.lengths_P, pieces.held_out_P)
+            out.add(pieces, self._sentences(pieces))
             tokens = len(pieces.ids_T)
             counts.add(
                 Counts(
@@ -286,20 +312,30 @@ class _Splits:
             )
             for split in SPLITS
         }
-        self._lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        # the contents of side files, by name
+        self._side: dict[str, list[np.ndarray]] = {
+            side_file(split, kind): []
+            for split in SPLITS
+            for kind in (SIDE_FILES if job.sentences else SIDE_FILES[:1])
+        }
 
-    def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, held_out_P: np.ndarray) -> None:
-        for split, chosen_P in zip(SPLITS, (~held_out_P, held_out_P), strict=True):
-            self._writers[split].add(ids_T, lengths_P, chosen_P)
-            self._lengths[split].append(lengths_P[chosen_P].astype(self._lengths_dtype))
+    def add(self, pieces: Pieces, sentences: FoundSentences | None) -> None:
+        for split, chosen_P in zip(SPLITS, (~pieces.held_out_P, pieces.held_out_P), strict=True):
+            self._writers[split].add(pieces.ids_T, pieces.lengths_P, chosen_P)
+            self._keep(split, "lengths", pieces.lengths_P[chosen_P], self._lengths_dtype)
+            if sentences is not None:
+                chosen_N = np.repeat(chosen_P, sentences.counts_P)
+                self._keep(split, "sentence_counts", sentences.counts_P[chosen_P], COUNT_DTYPE)
+                self._keep(split, "sentences", sentences.tokens_N[chosen_N], self._lengths_dtype)
+
+    def _keep(self, split: str, kind: str, values: np.ndarray, dtype: np.dtype) -> None:
+        self._side[side_file(split, kind)].append(values.astype(dtype))
 
     def finish(self) -> dict[str, list[dict[str, Any]]]:
         """Everything on the disk, durable; the entries of the shards by split."""
         shards = {split: writer.finish() for split, writer in self._writers.items()}
-        for split, lengths in self._lengths.items():
-            write_atomic(
-                self._folder / f"{split}.lengths", b"".join(part.tobytes() for part in lengths)
-            )
+        for name, parts in self._side.items():
+            write_atomic(self._folder / name, b"".join(part.tobytes() for part in parts))
         return shards
 
     @property

@@ -30,7 +30,15 @@ from encoder.base.log import warn_once
 from encoder.base.unpack import unpack
 from encoder.base.untrusted import inside, read_text, regular_file
 from encoder.data import remote
-from encoder.data.shard_format import CARD, HASHES, INDEX, LENGTHS, TOKENIZER, read_card
+from encoder.data.shard_format import (
+    CARD,
+    HASHES,
+    INDEX,
+    LENGTHS,
+    SENTENCES,
+    TOKENIZER,
+    read_card,
+)
 
 TRIES = 5
 BACKOFF_SECONDS = 1.0  # before the second try, doubled before each one after it: 15 s in all
@@ -294,6 +302,8 @@ def _fetch_side_files(origin: str, folder: Path) -> None:
         }
         if card.hashes_sha256:
             needed[HASHES] = card.hashes_sha256
+        if card.sentences_sha256:
+            needed[SENTENCES] = card.sentences_sha256
         for name, sha256 in needed.items():
 
             def check(path: Path, sha256: str = sha256) -> str | None:

@@ -9,6 +9,7 @@
         tokenizer.json      the tokenizer that made the ids
         card.json           written last: a folder without it is not finished
         hashes.json         only beside shards made elsewhere whose index.json has no SHA-256: that of every shard file
+        sentences.bin       only where asked for: where the sentences of each document end (encoder/data/sentences.py)
 
 The card names its content: index_sha256 (bytes of index.json, hence of every shard) is held at each opening,
 lengths_sha256 (bytes of lengths.bin) by data-prep verify alone, since 2 billion samples have 4 GB of lengths. A run that
@@ -36,6 +37,7 @@ from encoder.base.untrusted import INDEX_BYTES, missing, plain_name, read_bytes,
 INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
 HASHES = "hashes.json"
+SENTENCES = "sentences.bin"
 FORMAT = 2  # 1 had no hashes of content
 Width = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
 WIDTHS: tuple[str, ...] = typing.get_args(Width)
@@ -56,7 +58,7 @@ MOST_IDS = 2**32  # an id has at most 32 bits
 MOST_TOKEN_ID = 2**24  # of a tokenizer.json: libraries make tables up to its largest id
 
 _SHA256 = re.compile("[0-9a-f]{64}")
-_SIDE_FILES = (CARD, LENGTHS, INDEX, TOKENIZER, HASHES, "origin.txt")
+_SIDE_FILES = (CARD, LENGTHS, INDEX, TOKENIZER, HASHES, SENTENCES, "origin.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class Card:
     index_sha256: str  # hex, of the bytes of index.json
     lengths_sha256: str  # hex, of the bytes of lengths.bin
     hashes_sha256: str = ""  # hex, of the bytes of hashes.json; empty: index.json has the hashes
+    sentences_sha256: str = ""  # hex, of the bytes of sentences.bin; empty: there is none
+    sentence_splitter: str = ""  # name and version of what found the sentences
     adds_specials: bool = False  # samples that lack [CLS] or [SEP] at their ends get them when read
     strips_padding: bool = False  # samples with [PAD] at their ends lose it when read
     # samples have [CLS], [SEP], [MASK] or [PAD] inside, and are meant to
@@ -141,7 +145,14 @@ class Card:
 
 
 # fields that a card has only where they say something: a card of data-prep prepare is the same bytes as ever
-_SELDOM = ("strips_padding", "holds_specials", "column", "encoding")
+_SELDOM = (
+    "strips_padding",
+    "holds_specials",
+    "column",
+    "encoding",
+    "sentences_sha256",
+    "sentence_splitter",
+)
 
 
 @dataclass(frozen=True)
@@ -433,6 +444,12 @@ def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
     narrow = np.iinfo(ids_T.dtype).max < max(specials.cls_id, specials.sep_id)
     dtype = np.dtype(np.int64) if narrow else ids_T.dtype
     return np.concatenate([np.array(before, dtype), ids_T, np.array(behind, dtype)])
+
+
+def check_sentence_file(folder: Path, card: Card) -> None:
+    """sentences.bin, if there is one, is the one the card was written for; reads all of it. Raises ShardError."""
+    if card.sentences_sha256:
+        _check_sha256(folder / SENTENCES, card.sentences_sha256)
 
 
 def check_lengths(folder: Path, card: Card) -> None:

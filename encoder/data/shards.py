@@ -22,6 +22,7 @@ import numpy as np
 from encoder.base.errors import DamagedShard, ShardError
 from encoder.base.untrusted import inside, regular_file
 from encoder.data.cache import ShardCache, StoredShard, fetch_side_files
+from encoder.data.sentences import SentenceLists, Sentences, read_sentences
 from encoder.data.shard_format import (
     INDEX,
     LENGTHS,
@@ -100,6 +101,7 @@ class Source:
             )
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.open_shards = OPEN_SHARDS
+        self._sentences: Sentences | None = None
 
     def __reduce__(self) -> tuple:
         return _reopen, (*self._again, self.open_shards)
@@ -113,6 +115,12 @@ class Source:
     def mean_tokens(self) -> float:
         """Mean length of a document."""
         return self.card.tokens / self.card.documents
+
+    def sentences_of(self, documents: np.ndarray) -> SentenceLists:
+        """The sentences of some documents, in their order. Raises ShardError where the folder does not tell them."""
+        if self._sentences is None:
+            self._sentences = read_sentences(self.path, self.card)
+        return self._sentences.of(documents)
 
     def read(self, document: int) -> np.ndarray:
         """The ids of a document as it is trained, in their stored type, where possible a read-only view of the file. Raises

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from encoder.base.byte_level import byte_of_character
 from encoder.base.errors import ConfigError
 from encoder.base.untrusted import read_json
 
@@ -73,7 +74,7 @@ def _edges_of(content: dict[str, Any]) -> Callable[[str], tuple[bool, bool]]:
     if kind != "BPE":
         raise ValueError(f"a {kind} model; known: BPE, WordPiece, WordLevel")
     if '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         return lambda token: _edges_of_text(
             bytes(byte_of[c] for c in token).decode("utf-8", errors="replace")
         )
@@ -91,11 +92,3 @@ def _is_letter(character: str) -> bool:
         or character.isalnum()
         or unicodedata.category(character or " ").startswith("M")
     )
-
-
-def _byte_of_character() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as (Radford et al. 2019): printable ones as they are, the others
-    from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
