@@ -768,7 +768,6 @@ _OTHER_VALUES = {
     "hf": ("hub",),
     "txt": ("text",),
     "masked_lm": ("mlm",),
-    "bert": ("modernbert",),
     "flex_bert": ("modernbert",),
     "error": ("stop",),
     "raise": ("stop",),

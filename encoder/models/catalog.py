@@ -6,58 +6,132 @@ from typing import Any
 
 from torch import nn
 
+from encoder.models.bert import BertConfig, BertForPretraining, DistilBertConfig, RobertaConfig
 from encoder.models.contract import Family, ModelConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 
 # a new family is one line here (docs/adding_a_model.md)
 FAMILIES: dict[str, Family] = {
     "modernbert": Family(settings=ModernBertConfig, model=ModernBertForMaskedLM),
+    "bert": Family(settings=BertConfig, model=BertForPretraining),
+    "roberta": Family(settings=RobertaConfig, model=BertForPretraining),
+    "distilbert": Family(settings=DistilBertConfig, model=BertForPretraining),
 }
 SYSTEMS: dict[str, type] = {name: family.settings for name, family in FAMILIES.items()}
 
-# The first three are Ettin's shapes (Weller et al. 2025), their initial weights by Megatron's rule, sqrt(2 / (5 hidden));
-# the others are ModernBERT's as published (Warner et al. 2024).
+
+def _shape(
+    system: str, layers: int, hidden: int, heads: int, intermediate: int, **settings: Any
+) -> dict[str, Any]:
+    """A preset: system, layers, width, heads, MLP width, and what differs from the system's defaults."""
+    return {
+        "system": system,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **settings,
+    }
+
+
+# Ettin's (Weller et al. 2025): d 256 to 1,792; initial weights by Megatron's rule, sqrt(2 / (5 hidden))
+_ETTIN = {
+    "17m": (7, 256, 4, 384, 0.03953),
+    "32m": (10, 384, 6, 576, 0.03227),
+    "68m": (19, 512, 8, 768, 0.02795),
+    "150m": (22, 768, 12, 1152, 0.02),
+    "400m": (28, 1024, 16, 2624, 0.02),
+    "1b": (28, 1792, 28, 3840, 0.02),
+}
+# mmBERT's (Marone et al. 2025): the vocabulary of Gemma 2, 256,000
+_MMBERT = {"small": (22, 384, 6, 1152, 0.03227), "base": (22, 768, 12, 1152, 0.02)}
+# the small BERTs (Turc et al. 2019; google-research/bert, README): heads of 64, F = 4H
+_SMALL_BERTS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512)}
+
+# MiniRoBERTa as its code has it (AndreyKol1/RoBERTaPaperFromScratch): norms before the sums, none around the stack, no
+# bias in attention, head and decoder. Its own initial weights, N(0, 1) tables, are left out: the first loss would be 69 nats.
+_MINI_ROBERTA = dict(
+    norm_place="pre",
+    embedding_norm=False,
+    final_norm=False,
+    attention_bias=False,
+    head_bias=False,
+    decoder_bias=False,
+    max_position_embeddings=128,
+    position_offset=0,
+    type_vocab_size=0,
+    embedding_dropout=0.0,
+    attention_output_dropout=0.0,
+    mlp_output_dropout=0.0,
+    mlp_inner_dropout=0.1,
+)
+# JonasGeiping/cramming, arch/crammed-bert.yaml (Geiping and Goldstein 2022)
+_CRAMMED = dict(
+    mlp="geglu",
+    norm_place="pre",
+    norm_eps=1e-12,
+    attention_bias=False,
+    mlp_bias=False,
+    norm_bias=True,
+    head="none",
+    decoder_bias=False,
+    positions="sinusoidal",
+    max_position_embeddings=128,
+    type_vocab_size=0,
+    embedding_dropout=0.0,
+    attention_output_dropout=0.0,
+    mlp_output_dropout=0.0,
+    attention_probability_dropout=0.0,
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "modernbert_17m": {
-        "system": "modernbert",
-        "hidden_size": 256,
-        "intermediate_size": 384,
-        "num_hidden_layers": 7,
-        "num_attention_heads": 4,
-        "initializer_range": 0.03953,
+    # ModernBERT's as published (Warner et al. 2024); the first three are Ettin's, under their older names
+    **{
+        f"modernbert_{size}": _shape(
+            "modernbert", *_ETTIN[size][:4], initializer_range=_ETTIN[size][4]
+        )
+        for size in ("17m", "32m", "68m")
     },
-    "modernbert_32m": {
-        "system": "modernbert",
-        "hidden_size": 384,
-        "intermediate_size": 576,
-        "num_hidden_layers": 10,
-        "num_attention_heads": 6,
-        "initializer_range": 0.03227,
+    "modernbert_base": _shape("modernbert", 22, 768, 12, 1152, initializer_range=0.02),
+    "modernbert_large": _shape("modernbert", 28, 1024, 16, 2624, initializer_range=0.02),
+    **{
+        f"ettin_{size}": _shape("modernbert", *shape, initializer_range=sigma)
+        for size, (*shape, sigma) in _ETTIN.items()
     },
-    "modernbert_68m": {
-        "system": "modernbert",
-        "hidden_size": 512,
-        "intermediate_size": 768,
-        "num_hidden_layers": 19,
-        "num_attention_heads": 8,
-        "initializer_range": 0.02795,
+    **{
+        f"mmbert_{size}": _shape("modernbert", *shape, initializer_range=sigma)
+        for size, (*shape, sigma) in _MMBERT.items()
     },
-    "modernbert_base": {
-        "system": "modernbert",
-        "hidden_size": 768,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 12,
-        "initializer_range": 0.02,
+    "bert_base": _shape("bert", 12, 768, 12, 3072),
+    "bert_large": _shape("bert", 24, 1024, 16, 4096),
+    **{
+        f"bert_{size}": _shape("bert", layers, hidden, hidden // 64, 4 * hidden)
+        for size, (layers, hidden) in _SMALL_BERTS.items()
     },
-    "modernbert_large": {
-        "system": "modernbert",
-        "hidden_size": 1024,
-        "intermediate_size": 2624,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "initializer_range": 0.02,
-    },
+    "roberta_base": _shape("roberta", 12, 768, 12, 3072),
+    "roberta_large": _shape("roberta", 24, 1024, 16, 4096),
+    "distilroberta_base": _shape("roberta", 6, 768, 12, 3072),
+    "distilbert_base": _shape("distilbert", 6, 768, 12, 3072),
+    "mini_roberta": _shape("roberta", 6, 256, 8, 1024, **_MINI_ROBERTA),
+    # what its README says instead: a RoBERTa of these sizes
+    "mini_roberta_readme": _shape("roberta", 6, 256, 8, 1024, max_position_embeddings=128),
+    # RoPERT-small's sizes are not published. A guess: BERT-small's, and two thirds of its MLP in each half of SwiGLU
+    "ropert_small": _shape(
+        "modernbert",
+        4,
+        512,
+        8,
+        1365,
+        mlp="swiglu",
+        global_attn_every_n_layers=1,
+        max_position_embeddings=128,
+        norm_bias=True,
+        norm_eps=1e-12,
+        initializer_range=0.02,
+    ),
+    "crammed_bert": _shape("bert", 16, 768, 12, 1536, **_CRAMMED),
+    # mosaicml/examples: its ALiBi is not here, learned positions stand in its place
+    "mosaic_bert": _shape("bert", 12, 768, 12, 3072, mlp="geglu", max_position_embeddings=512),
 }
 
 

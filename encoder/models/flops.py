@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from encoder.models.contract import ParameterCounts
+from encoder.nn.mlp import Mlp, is_gated
 
 
 class EncoderShape(Protocol):
@@ -25,15 +26,21 @@ class EncoderShape(Protocol):
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    mlp: str
+    mlp: Mlp
+    norm_place: str
+    embedding_norm: bool
+    final_norm: bool
     norm_bias: bool
     attention_bias: bool
     mlp_bias: bool
+    head: str
     head_bias: bool
+    sentence_head: bool
     decoder_bias: bool
     tie_word_embeddings: bool
     positions: str
     max_position_embeddings: int
+    position_offset: int
     type_vocab_size: int
     window_radius_tokens: int
 
@@ -47,29 +54,26 @@ class EncoderShape(Protocol):
 
 def parameter_counts(config: EncoderShape) -> ParameterCounts:
     """Counts from the shape alone."""
-    c, width, layers, inner = (
-        config,
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads * config.head_width,
-    )
+    c, width, layers = config, config.hidden_size, config.num_hidden_layers
+    inner = c.num_attention_heads * c.head_width
     norm = width * (1 + c.norm_bias)
+    positions = c.max_position_embeddings + c.position_offset
+    head = (c.head == "dense") * (width * width + c.head_bias * width + norm)
+    sentence = c.sentence_head * (width * width + width + 2 * width + 2)
     return ParameterCounts(
+        # scaled sinusoids learn one number
         embedding=width
-        * (
-            c.vocab_size
-            + c.type_vocab_size
-            + (c.positions == "learned") * c.max_position_embeddings
-        ),
+        * (c.vocab_size + c.type_vocab_size + (c.positions == "learned") * positions)
+        + (c.positions == "sinusoidal"),
         matrices=layers * _matrix_numbers(c),
         biases=layers
         * (
             c.attention_bias * (3 * inner + width)
             + c.mlp_bias * (_mlp_inputs(c) * c.intermediate_size + width)
         ),
-        # pre: layer 0 has one norm instead of two, embedding and final add two; post: no final one, the embedding adds one
-        norms=norm * (2 * layers + 1),
-        head=width * width + c.head_bias * width + norm,
+        # pre: layer 0 has one norm instead of two where the embedding has one, which adds it back
+        norms=norm * (2 * layers + (c.final_norm if c.norm_place == "pre" else c.embedding_norm)),
+        head=head + sentence,
         decoder=c.decoder_bias * c.vocab_size + (not c.tie_word_embeddings) * c.vocab_size * width,
     )
 
@@ -86,12 +90,17 @@ def attended_pairs(lengths: Sequence[int] | np.ndarray, radius: int | None) -> i
 
 
 def train_flops(
-    config: EncoderShape, *, lengths: Sequence[int] | np.ndarray, decoded: float
+    config: EncoderShape,
+    *,
+    lengths: Sequence[int] | np.ndarray,
+    decoded: float,
+    sentences: float = 0.0,
 ) -> float:
     """Model FLOP of documents of these lengths forward and backward: 3 x forward (Kaplan et al. 2020, section 2.1).
 
     lengths: of the documents, in tokens
     decoded: positions that reach head and decoder
+    sentences: texts that reach the pooler and the sentence head
     """
     local = sum(config.is_local(i) for i in range(config.num_hidden_layers))
     pairs = (config.num_hidden_layers - local) * attended_pairs(
@@ -103,7 +112,9 @@ def train_flops(
         * _matrix_numbers(config)
         * int(np.sum(lengths, dtype=np.int64))
     )
-    head = 2.0 * config.hidden_size * (config.hidden_size + config.vocab_size) * decoded
+    width = config.hidden_size
+    head = 2.0 * width * ((config.head == "dense") * width + config.vocab_size) * decoded
+    head += 2.0 * width * (width + 2) * sentences
     # a pair costs query times key and weight times value: 2 products of 2 x head width in every head
     return 3.0 * (layers + head + 4.0 * config.num_attention_heads * config.head_width * pairs)
 
@@ -116,4 +127,4 @@ def _matrix_numbers(config: EncoderShape) -> int:
 
 def _mlp_inputs(config: EncoderShape) -> int:
     """Halves of Wi's output."""
-    return 1 if config.mlp == "gelu" else 2
+    return 1 + is_gated(config.mlp)

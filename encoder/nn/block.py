@@ -16,8 +16,8 @@ NormPlace = Literal["pre", "post"]
 
 
 class Block(nn.Module):
-    """pre:   x = x + dropout(attention(attn_norm(x)));   x = x + mlp(mlp_norm(x))
-    post:  x = attn_norm(x + dropout(attention(x)));   x = mlp_norm(x + mlp(x))
+    """pre:   x = x + dropout(attention(attn_norm(x)));   x = x + dropout(mlp(mlp_norm(x)))
+    post:  x = attn_norm(x + dropout(attention(x)));   x = mlp_norm(x + dropout(mlp(x)))
 
     What of it is compiled has a fixed shape: the whole layer where its attention can be traced (kernels for packed documents), else
     the way up to attention and the way down from it, while the backend between them meets other documents in each micro-batch.
@@ -32,12 +32,13 @@ class Block(nn.Module):
         attn_dropout: AddressedDropout,
         mlp_norm: nn.Module,
         mlp: FeedForward,
+        mlp_dropout: AddressedDropout,
         local: bool,
     ) -> None:
         super().__init__()
         self.norm_place, self.local = norm_place, local
         self.attn_norm, self.attn, self.attn_dropout = attn_norm, attn, attn_dropout
-        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.mlp_norm, self.mlp, self.mlp_dropout = mlp_norm, mlp, mlp_dropout
 
     def forward(
         self, x_TC: Tensor, *, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor
@@ -73,6 +74,8 @@ class Block(nn.Module):
         """The stream [T, C] and what attention gave [T, H, D] -> [T, C]."""
         x_TC = self.attn_dropout(x_TC, self.attn.merge(out_THD), dropout_key_T)
         if self.norm_place == "pre":
-            return x_TC + self.mlp(self.mlp_norm(x_TC))
+            out_TC = self.mlp(self.mlp_norm(x_TC), dropout_key_T)
+            return self.mlp_dropout(x_TC, out_TC, dropout_key_T)
         x_TC = self.attn_norm(x_TC)
-        return self.mlp_norm(x_TC + self.mlp(x_TC))
+        out_TC = self.mlp(x_TC, dropout_key_T)
+        return self.mlp_norm(self.mlp_dropout(x_TC, out_TC, dropout_key_T))

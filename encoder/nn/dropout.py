@@ -1,12 +1,12 @@
-"""Dropout by address: whether an element falls out is a function of its token's key, the layer and the channel.
+"""Dropout by address: whether an element falls out is a function of its token's key, the layer, the place and the channel.
 
-The key of a token is a random int64 that the data side derives from (seed, phase, window, row, position). Each layer
-has C random odd constants. Element (t, c) is kept when the wrapped product key_t * constant_c, read as a signed number,
+The key of a token is a random int64 that the data side derives from (seed, phase, window, row, position). Each place of
+each layer has C random odd constants. Element (t, c) is kept when the wrapped product key_t * constant_c, read as a signed number,
 is at least the p-quantile of all int64: multiply-shift hashing (Dietzfelbinger et al. 1997). Why this is enough:
 
 - an odd constant is invertible modulo 2^64, so a uniform key gives a uniform product, and the rate is exactly p;
 - two tokens have independent keys, so their elements are independent;
-- two channels (or layers) a, b of one token depend on each other only through small whole numbers m, n with
+- two channels (or layers, or places) a, b of one token depend on each other only through small whole numbers m, n with
   m a + n b = 0 modulo 2^64; for random odd constants such a pair below 1,000 exists with a chance of about 1e-13.
 
 So the same elements fall out on any rank, in any micro-batch, after any resume, with no generator state. Cost: one
@@ -15,7 +15,7 @@ outer product and one compare of int64, about as much as the residual addition b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,32 +23,46 @@ from torch import Tensor, nn
 
 from encoder.base.rng import generator
 
+# the output of attention, of the feed-forward, what is between its two matrices, and the embedding (of layer 0)
+Place = Literal["attention", "mlp", "mlp_inner", "embedding"]
+
 
 class AddressedDropout(nn.Module):
     """x + dropout(y): the residual addition with dropout of the branch; plain addition in eval mode or with p = 0."""
 
     constant_C: Tensor
 
-    def __init__(self, *, width: int, layer: int, p: float) -> None:
+    def __init__(self, *, width: int, layer: int, p: float, place: Place = "attention") -> None:
         super().__init__()
         self.p = p
-        drawn = (
-            generator(0, "dropout", layer).integers(-(2**63), 2**63, size=width, dtype=np.int64) | 1
-        )
+        # attention's address is older than the other places
+        address = (layer,) if place == "attention" else (layer, place)
+        draw = generator(0, "dropout", *address)
+        drawn = draw.integers(-(2**63), 2**63, size=width, dtype=np.int64) | 1
         self.register_buffer("constant_C", torch.from_numpy(drawn), persistent=False)
 
     def forward(self, x_TC: Tensor, y_TC: Tensor, key_T: Tensor) -> Tensor:
         """[T, C] + [T, C] -> [T, C]; key_T int64."""
         if not self.training or self.p == 0.0:
             return x_TC + y_TC
-        keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
-        exact = torch.promote_types(
-            x_TC.dtype, torch.float32
-        )  # in bf16 1 / 0.9 itself would be 0.16 % too small
-        factor_TC = keep_TC.to(exact) * (1.0 / (1.0 - self.p))
+        # in bf16 1 / 0.9 itself would be 0.16 % too small
+        exact = torch.promote_types(x_TC.dtype, torch.float32)
+        factor_TC = self._factor(key_T, exact)
         if torch.compiler.is_compiling():
             return torch.addcmul(x_TC.to(exact), y_TC.to(exact), factor_TC).to(x_TC.dtype)
         return _AddScaled.apply(x_TC, y_TC, factor_TC)
+
+    def alone(self, y_TC: Tensor, key_T: Tensor) -> Tensor:
+        """dropout(y), where nothing is added: [T, C] -> [T, C]."""
+        if not self.training or self.p == 0.0:
+            return y_TC
+        exact = torch.promote_types(y_TC.dtype, torch.float32)
+        return (y_TC.to(exact) * self._factor(key_T, exact)).to(y_TC.dtype)
+
+    def _factor(self, key_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, C]: 1 / (1 - p) where an element is kept, 0 where it falls out."""
+        keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
+        return keep_TC.to(dtype) * (1.0 / (1.0 - self.p))
 
 
 def quantile_of_int64(p: float) -> int:

@@ -2,35 +2,81 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoder.nn.dropout import AddressedDropout
 from encoder.nn.half import sums_are_rounded
 
 
 class TokenEmbedding(nn.Module):
-    """norm(token + position, if learned + segment, if there are segments)."""
+    """dropout(norm(token + position, if not rotary + segment, if there are segments)).
+
+    vocab_size, width: of the table of tokens
+    norm: of the sum; nn.Identity for none
+    positions: rows of a learned table
+    first_position: the row of a document's first token; RoBERTa's 2
+    sinusoids: fixed positions with a learned scale instead of a table
+    segments: rows of their table
+    dropout: of what comes out; None for none
+    """
 
     def __init__(
-        self, *, vocab_size: int, width: int, norm: nn.Module, positions: int = 0, segments: int = 0
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        norm: nn.Module,
+        positions: int = 0,
+        first_position: int = 0,
+        sinusoids: bool = False,
+        segments: int = 0,
+        dropout: AddressedDropout | None = None,
     ) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(vocab_size, width)
         self.position_embeddings = nn.Embedding(positions, width) if positions else None
+        self.sinusoids = ScaledSinusoids(width=width) if sinusoids else None
         self.token_type_embeddings = nn.Embedding(segments, width) if segments else None
         self.norm = norm
+        self.first_position, self.dropout = first_position, dropout
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, segments_T: Tensor | None = None
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        segments_T: Tensor | None = None,
+        dropout_key_T: Tensor | None = None,
     ) -> Tensor:
-        """[T] ids, positions inside the document and segments -> [T, C]; without segments every token is of segment 0."""
+        """[T, C] of [T] ids, positions inside the document, segments (None: every token is of segment 0) and keys."""
         x_TC = lookup(self.tok_embeddings, ids_T)
         if self.position_embeddings is not None:
-            x_TC = x_TC + lookup(self.position_embeddings, positions_T)
+            at_T = positions_T + self.first_position if self.first_position else positions_T
+            x_TC = x_TC + lookup(self.position_embeddings, at_T)
+        if self.sinusoids is not None:
+            x_TC = x_TC + self.sinusoids(positions_T).to(x_TC.dtype)
         if self.token_type_embeddings is not None:
             table = self.token_type_embeddings
             x_TC = x_TC + (table.weight[0] if segments_T is None else lookup(table, segments_T))
-        return self.norm(x_TC)
+        x_TC = self.norm(x_TC)
+        return x_TC if self.dropout is None else self.dropout.alone(x_TC, dropout_key_T)
+
+
+class ScaledSinusoids(nn.Module):
+    """scale * [sin(p w_0), cos(p w_0), sin(p w_1), ...], w_f = 10000^(-2f/C) (Vaswani et al. 2017, 3.5), the scale learned."""
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, positions_T: Tensor) -> Tensor:
+        """[T] -> [T, C]; the angles in fp32."""
+        even = torch.arange(0, self.width, 2, device=positions_T.device, dtype=torch.float32)
+        angle_TF = positions_T.to(torch.float32)[:, None] * (1.0 / 10000.0 ** (even / self.width))
+        waves_TC = torch.stack((angle_TF.sin(), angle_TF.cos()), dim=-1).flatten(1)
+        return self.scale * waves_TC[:, : self.width].to(self.scale.dtype)
 
 
 def lookup(table: nn.Embedding, ids_T: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""From hidden states to logits: dense, GELU, norm; then the decoder."""
+"""From hidden states to logits: dense, GELU, norm, then the decoder; and of a text's first token, whether B follows A."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from encoder.nn.mlp import Gelu, gelu
 
 
 class TokenDecoder(NamedTuple):
@@ -20,14 +21,16 @@ class TokenDecoder(NamedTuple):
 class PredictionHead(nn.Module):
     """norm(gelu(dense(x)))."""
 
-    def __init__(self, *, width: int, bias: bool, norm: nn.Module) -> None:
+    def __init__(
+        self, *, width: int, bias: bool, norm: nn.Module, activation: Gelu = "gelu"
+    ) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width, bias=bias)
-        self.norm = norm
+        self.norm, self.activation = norm, activation
 
     def forward(self, x_MC: Tensor) -> Tensor:
         """[M, C] -> [M, C]."""
-        return self.norm(F.gelu(self.dense(x_MC)))
+        return self.norm(gelu(self.dense(x_MC), self.activation))
 
 
 class Decoder(nn.Module):
@@ -37,3 +40,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+
+
+class Pooler(nn.Module):
+    """tanh(dense(x)) of a text's first token: what the sentence head and classifiers of BERT stand on."""
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x_MC: Tensor) -> Tensor:
+        """[M, C] -> [M, C]."""
+        return torch.tanh(self.dense(x_MC))

@@ -1,8 +1,14 @@
-"""First values as Megatron draws them (Shoeybi et al. 2019): normals cut short, narrower where added to the stream.
+"""First values of weights, by one of three rules.
+
+    megatron   normals cut short, narrower where added to the stream (Shoeybi et al. 2019)
+    bert       normals cut short, all with sigma initializer_range (Devlin et al. 2018: cut at 2 sigma)
+    normal     the same, not cut (Liu et al. 2019: RoBERTa)
+
+Megatron's:
 
     matrix                                                               sigma                                  base
     tok_embeddings, position_embeddings, token_type_embeddings           initializer_range                      0.02
-    attn.Wqkv, mlp.Wi, head.dense                                        initializer_range                      0.02
+    attn.Wqkv, mlp.Wi, head.dense, pooler.dense, nsp                     initializer_range                      0.02
     attn.Wo, mlp.Wo                                                      initializer_range / sqrt(2 layers)     0.0030151
     decoder.weight, where it is not the embedding                        hidden_size ** -0.5                    0.036084
     biases 0, norm weights 1
@@ -15,12 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from encoder.base.rng import address_seed
 
+Initialization = Literal["megatron", "bert", "normal"]
 PLAIN = (
     "tok_embeddings.weight",
     "position_embeddings.weight",
@@ -28,6 +36,8 @@ PLAIN = (
     "attn.Wqkv.weight",
     "mlp.Wi.weight",
     "head.dense.weight",
+    "pooler.dense.weight",
+    "nsp.weight",
 )
 INTO_STREAM = ("attn.Wo.weight", "mlp.Wo.weight")
 INTO_LOGITS = ("decoder.weight",)
@@ -49,6 +59,7 @@ def initial_values(
     initializer_range: float,
     cutoff_factor: float,
     layers: int,
+    rule: Initialization = "megatron",
 ) -> Tensor:
     """The first values of a whole parameter, fp32 on the CPU: a function of the seed, the name and the shape alone.
 
@@ -56,21 +67,28 @@ def initial_values(
     generator, named by the parameter, so neither the order of construction, the number of ranks, the ZeRO stage nor the
     parameters beside it have a say. sigma is that of the normal before it is cut; cut at 2 sigma the values' own
     deviation is 0.8796 sigma.
+
+    name, shape: of the parameter.
+    seed: of the run.
+    initializer_range: sigma of most matrices.
+    cutoff_factor: sigmas at which a normal is cut; not with rule normal.
+    layers: of the model, by which Megatron narrows what is added to the stream.
+    rule: of the three above.
     """
     if len(shape) < 2:
         # decoder.bias is zero too. ModernBERT's own code forgot it when the decoder is tied and left nn.Linear's
         # uniform +-1/sqrt(C): noise of about sigma / 0.02 = one embedding deviation on every logit, for no reason.
         assert name.endswith(("bias", "norm.weight")), f"no rule to draw {name}"
         return torch.full(tuple(shape), 0.0 if name.endswith("bias") else 1.0, device="cpu")
-    sigma = sigma_of(name, shape, initializer_range=initializer_range, layers=layers)
+    sigma = initializer_range
+    if rule == "megatron":
+        sigma = sigma_of(name, shape, initializer_range=initializer_range, layers=layers)
     drawn = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
-    return nn.init.trunc_normal_(
-        drawn,
-        std=sigma,
-        a=-cutoff_factor * sigma,
-        b=cutoff_factor * sigma,
-        generator=torch.Generator().manual_seed(address_seed(seed, "init", name)),
-    )
+    draw = torch.Generator().manual_seed(address_seed(seed, "init", name))
+    if rule == "normal":
+        return nn.init.normal_(drawn, std=sigma, generator=draw)
+    cut = cutoff_factor * sigma
+    return nn.init.trunc_normal_(drawn, std=sigma, a=-cut, b=cut, generator=draw)
 
 
 def sigma_of(name: str, shape: Sequence[int], *, initializer_range: float, layers: int) -> float:

@@ -211,8 +211,9 @@ class _Filler:
                 family.vocab_size,
                 "the family's own, until the shards are there",
             )
+        rule = model.get("initialization", getattr(family, "initialization", "megatron"))
         width = model.get("hidden_size", family.hidden_size)
-        if isinstance(width, int) and not isinstance(width, bool) and 0 < width < 2**31:
+        if rule == "megatron" and isinstance(width, int) and not isinstance(width, bool) and 0 < width < 2**31:
             self.put(
                 model,
                 "model.initializer_range",
@@ -222,16 +223,9 @@ class _Filler:
 
     def _fill_phases(self) -> None:
         m = self.mapping
-        model = m.get("model") if isinstance(m.get("model"), dict) else {}
         data = m.get("data") if isinstance(m.get("data"), dict) else {}
-        limits = [
-            a
-            for a in (
-                _amount(data.get("row_tokens")),
-                _amount(model.get("max_position_embeddings")),
-            )
-            if a
-        ]
+        amounts = (_amount(data.get("row_tokens")), _amount(_most_positions(m.get("model"))))
+        limits = [a for a in amounts if a]
         phases = list(phases_of(m))
         for number, phase in enumerate(phases):
             at = f"phases.{number}"
@@ -403,6 +397,15 @@ def row_tokens_of(step_tokens: int, *, longest_tokens: int) -> int:
     ]
     shared = [d for d in divisors if d <= min(MOST_ROW_TOKENS, step_tokens // ROWS_A_STEP)]
     return max(shared) if shared else min(divisors)
+
+
+def _most_positions(model: Any) -> Any:
+    """The longest document of a model as it is given, or by its family's default."""
+    if not isinstance(model, dict):
+        return None
+    system = model.get("system")
+    family = SYSTEMS.get(system) if isinstance(system, str) else None
+    return model.get("max_position_embeddings", getattr(family, "max_position_embeddings", None))
 
 
 def _sources(holder: Any) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoder.base.dist import World
 from encoder.engine.engine import EngineConfig, start_engine
-from encoder.models import modernbert
+from encoder.models import encoder as shared
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.attend import BACKENDS, Choice
 from encoder.objectives.mlm import mlm_loss
@@ -93,7 +93,7 @@ def host_reads() -> Iterator[list[str]]:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(
-        modernbert,
+        shared,
         "choose_backend",
         lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
     )
@@ -166,7 +166,7 @@ def test_an_update_of_whole_tensors_asks_nothing_and_brings_no_number_to_the_dev
 def reads_of_steps(world: World, *, stage: int) -> list[list[str]]:
     """What steps of 1, 1 and 5 micro-batches read, the update included."""
     with mock.patch.object(
-        modernbert,
+        shared,
         "choose_backend",
         lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
     ):

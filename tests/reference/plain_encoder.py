@@ -6,17 +6,24 @@ fp64 nothing but the last digits may differ.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoder.models.bert import BertConfig
 from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.rope import rope_table
 from tests.reference.dense import dense_attention
 
 
 def plain_hidden_states(
-    weights: dict[str, Tensor], config: ModernBertConfig, ids_T: Tensor, lengths: list[int]
+    weights: dict[str, Tensor],
+    config: ModernBertConfig | BertConfig,
+    ids_T: Tensor,
+    lengths: list[int],
+    segments_T: Tensor | None = None,
 ) -> Tensor:
     """x_TC after the last norm, without dropout, in the weights' precision (fp64 to be a judge)."""
     w = weights
@@ -43,13 +50,21 @@ def plain_hidden_states(
 
     x = w["model.embeddings.tok_embeddings.weight"][ids_T]
     if config.positions == "learned":
-        x = x + w["model.embeddings.position_embeddings.weight"][places_T]
+        rows_T = places_T + config.position_offset
+        x = x + w["model.embeddings.position_embeddings.weight"][rows_T]
+    if config.positions == "sinusoidal":
+        waves = [_waves(int(place), config.hidden_size) for place in places_T]
+        x = x + w["model.embeddings.sinusoids.scale"] * torch.tensor(waves, dtype=x.dtype)
     if config.type_vocab_size:
-        x = x + w["model.embeddings.token_type_embeddings.weight"][0]
-    x = norm(x, "model.embeddings.norm")
+        segments = torch.zeros_like(ids_T) if segments_T is None else segments_T
+        x = x + w["model.embeddings.token_type_embeddings.weight"][segments]
+    if config.embedding_norm:
+        x = norm(x, "model.embeddings.norm")
     for i in range(config.num_hidden_layers):
         layer, local = f"model.layers.{i}", i % config.global_attn_every_n_layers != 0
-        u = norm(x, f"{layer}.attn_norm") if pre and i > 0 else x
+        u = x
+        if pre and (i > 0 or not config.embedding_norm):
+            u = norm(x, f"{layer}.attn_norm")
         qkv = linear(u, f"{layer}.attn.Wqkv", config.attention_bias)
         q, k, v = qkv.view(len(x), 3, config.num_attention_heads, config.head_width).unbind(1)
         if config.positions == "rope":
@@ -66,15 +81,32 @@ def plain_hidden_states(
             x = norm(x, f"{layer}.attn_norm")
         u = norm(x, f"{layer}.mlp_norm") if pre else x
         inner = linear(u, f"{layer}.mlp.Wi", config.mlp_bias)
-        if config.mlp == "gelu":
-            inner = F.gelu(inner)
+        if config.mlp in ("gelu", "gelu_tanh"):
+            inner = plain_gelu(inner, config.mlp)
         else:
             a, gate = inner[:, : config.intermediate_size], inner[:, config.intermediate_size :]
             inner = (F.gelu(a) if config.mlp == "geglu" else a * torch.sigmoid(a)) * gate
         x = x + linear(inner, f"{layer}.mlp.Wo", config.mlp_bias)
         if not pre:
             x = norm(x, f"{layer}.mlp_norm")
-    return norm(x, "model.final_norm") if pre else x
+    return norm(x, "model.final_norm") if pre and config.final_norm else x
+
+
+def plain_gelu(x: Tensor, kind: str) -> Tensor:
+    """By erf, or by tanh as BERT's own code writes it."""
+    if kind == "gelu_tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _waves(place: int, width: int) -> list[float]:
+    """Sine and cosine of one position, by turns; the angles in fp32, as the model promises them."""
+    found = []
+    for channel in range(width):
+        even = torch.tensor(channel // 2 * 2, dtype=torch.float32)
+        angle = torch.tensor(place, dtype=torch.float32) * (1.0 / 10000.0 ** (even / width))
+        found.append(float(angle.cos() if channel % 2 else angle.sin()))
+    return found
 
 
 def _turned(x_THD: Tensor, table: Tensor) -> Tensor:
@@ -88,7 +120,16 @@ def plain_logits(
 ) -> Tensor:
     """[T, V]."""
     w, x = weights, plain_hidden_states(weights, config, ids_T, lengths)
-    h = F.gelu(x @ w["head.dense.weight"].T + (w["head.dense.bias"] if config.head_bias else 0.0))
+    h = x if config.head == "none" else _plain_head(w, config, x)
+    decoder = w[
+        "model.embeddings.tok_embeddings.weight" if config.tie_word_embeddings else "decoder.weight"
+    ]
+    return h @ decoder.T + (w["decoder.bias"] if config.decoder_bias else 0.0)
+
+
+def _plain_head(w: dict[str, Tensor], config: ModernBertConfig | BertConfig, x: Tensor) -> Tensor:
+    h = x @ w["head.dense.weight"].T + (w["head.dense.bias"] if config.head_bias else 0.0)
+    h = plain_gelu(h, "gelu_tanh" if config.mlp == "gelu_tanh" else "gelu")
     if config.norm == "rmsnorm":
         h = h / (h.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * w["head.norm.weight"]
     else:
@@ -99,7 +140,4 @@ def plain_logits(
             w["head.norm.bias"] if config.norm_bias else None,
             config.norm_eps,
         )
-    decoder = w[
-        "model.embeddings.tok_embeddings.weight" if config.tie_word_embeddings else "decoder.weight"
-    ]
-    return h @ decoder.T + (w["decoder.bias"] if config.decoder_bias else 0.0)
+    return h

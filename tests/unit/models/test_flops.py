@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import encoder.models.modernbert as modernbert
+import encoder.models.encoder as shared
 from encoder.base.schema import from_mapping
 from encoder.models.catalog import PRESETS
 from encoder.models.flops import attended_pairs
@@ -88,7 +88,7 @@ def test_flops_by_hand():
 def test_flops_equal_torchs_counter_forward_and_backward(monkeypatch, setting, lengths):
     """Attention by plain products of whole documents, which the counter sees; with 17 tokens a window of 16 is whole."""
     backend = SimpleNamespace(plan=lambda *_, **__: WholeDocuments(lengths))
-    monkeypatch.setattr(modernbert, "choose_backend", lambda *_: SimpleNamespace(backend=backend))
+    monkeypatch.setattr(shared, "choose_backend", lambda *_: SimpleNamespace(backend=backend))
     config = replace(SMALL, **setting)
     model, batch = ModernBertForMaskedLM(config), packed(lengths, vocab=96)
     expected = config.train_flops(lengths=lengths, targets=batch.counts)

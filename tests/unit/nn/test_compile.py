@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from encoder.models import modernbert
+from encoder.models import encoder as shared
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.nn.attend import Choice
 from encoder.objectives.mlm import mlm_loss
@@ -48,7 +48,7 @@ def attention(request, monkeypatch) -> str:
     """Compiled around it, and with it."""
     if request.param != "tiles":
         monkeypatch.setattr(
-            modernbert,
+            shared,
             "choose_backend",
             lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
         )
@@ -111,7 +111,7 @@ def test_autograd_adds_and_copies_nothing_of_a_layers_size_outside_of_what_is_co
 ):
     """What a compiled layer hands on as views, or uses twice, autograd would add up in passes of its own over the memory."""
     monkeypatch.setattr(
-        modernbert,
+        shared,
         "choose_backend",
         lambda *_: Choice(backend=OnDevice(), reason="stands for a kernel"),
     )

@@ -1,0 +1,452 @@
+"""An encoder of packed tokens, assembled from the pieces of encoder.nn by its settings: what the model files share.
+
+A model file (modernbert.py, bert.py) has the settings of a family with their defaults; the module that they build is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoder.base.batch import TokenBatch
+from encoder.base.errors import ConfigError
+from encoder.models.contract import Axis, ParameterCounts
+from encoder.models.flops import EncoderShape, parameter_counts, train_flops
+from encoder.nn.attend import AttentionRequest, Backend, check_backend_name, choose_backend
+from encoder.nn.attention import Attention
+from encoder.nn.block import Block
+from encoder.nn.dropout import AddressedDropout
+from encoder.nn.embedding import TokenEmbedding
+from encoder.nn.fp8 import to_fp8_
+from encoder.nn.heads import Decoder, Pooler, PredictionHead, TokenDecoder
+from encoder.nn.init import draw_, initial_values
+from encoder.nn.mlp import FeedForward, is_gated
+from encoder.nn.norm import make_norm
+from encoder.nn.recompute import recomputed
+from encoder.nn.rope import rope_table
+
+# no model is larger, and a config made elsewhere must not keep a plan or an import busy for hours
+MOST = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**14,
+    "max_position_embeddings": 2**31,
+    "type_vocab_size": 2**20,
+    "position_offset": 2**31,
+}
+LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "global_attn_every_n_layers",
+    "window_radius_tokens",
+    "max_position_embeddings",
+)
+SENTENCE_LABELS = 2  # 0: B follows A; 1: it does not
+
+
+class PackedSettings(EncoderShape, Protocol):
+    """What the module asks of its settings beside their shape."""
+
+    PHASE_SETTINGS: ClassVar[tuple[str, ...]]
+
+    norm: str
+    norm_eps: float
+    attention_head_width: int | None
+    global_attn_every_n_layers: int
+    embedding_dropout: float
+    attention_output_dropout: float
+    mlp_output_dropout: float
+    mlp_inner_dropout: float
+    initialization: str
+    initializer_range: float
+    initializer_cutoff_factor: float
+
+
+class EncoderSettings:
+    """What follows from the settings of any such encoder; the fields are those of the class that inherits it."""
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head."""
+        return self.attention_head_width or self.hidden_size // self.num_attention_heads
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by."""
+        return 14 * self.hidden_size + 4 * self.intermediate_size
+
+    @property
+    def shape_text(self) -> str:
+        """Layers, width and vocabulary, in one line."""
+        layers = f"{self.num_hidden_layers} layer{'' if self.num_hidden_layers == 1 else 's'}"
+        return (
+            f"{layers} of {self.hidden_size}, {self.num_attention_heads} heads, vocabulary"
+            f" {self.vocab_size:,}"
+        )
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Trained numbers by place, from the shape alone."""
+        return parameter_counts(self)
+
+    def train_flops(
+        self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]
+    ) -> float:
+        """Model FLOP of documents forward and backward.
+
+        lengths: of the documents, in tokens
+        targets: of each loss term; those of masked tokens reach head and decoder, the others the sentence head
+        """
+        sentences = sum(count for term, count in targets.items() if term != "mlm")
+        return train_flops(
+            self,
+            lengths=lengths,
+            decoded=targets.get("mlm", 0.0),
+            sentences=sentences if self.sentence_head else 0.0,
+        )
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees only its window."""
+        return layer % self.global_attn_every_n_layers != 0
+
+
+def check_settings(config: PackedSettings) -> None:
+    """Sizes, shares and head width are possible. Raises ConfigError."""
+    for name in LEAST_ONE:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; needed: at least 1.")
+    for name, most in MOST.items():
+        if getattr(config, name) > most:
+            raise ConfigError(f"{name} is {getattr(config, name):,}; needed: at most {most:,}.")
+    for name in (
+        *config.PHASE_SETTINGS,
+        "norm_eps",
+        "initializer_range",
+        "initializer_cutoff_factor",
+    ):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}; needed: more than 0, and finite."
+            )
+    if config.type_vocab_size < 0:
+        raise ConfigError(
+            f"type_vocab_size is {config.type_vocab_size}; needed: 0 (no segments) or more."
+        )
+    for name in (
+        "embedding_dropout",
+        "attention_output_dropout",
+        "mlp_output_dropout",
+        "mlp_inner_dropout",
+    ):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; needed: 0 to below 1.")
+    if config.norm == "rmsnorm" and config.norm_bias:
+        raise ConfigError(
+            "norm_bias true with norm rmsnorm: an RMSNorm has no bias. Use norm_bias: false."
+        )
+    _check_head_width(config)
+
+
+def _check_head_width(config: PackedSettings) -> None:
+    turns = config.positions == "rope"
+    even = 2 if turns else 1  # rotary positions turn pairs
+    if config.attention_head_width is not None:
+        if config.attention_head_width < 1 or config.attention_head_width % even:
+            raise ConfigError(
+                f"attention_head_width is {config.attention_head_width}; needed: at least 1, and"
+                " even where positions are rope, which turns pairs."
+            )
+    elif config.hidden_size % (even * config.num_attention_heads):
+        width = even * config.num_attention_heads
+        down = max(width, config.hidden_size // width * width)
+        raise ConfigError(
+            f"hidden_size {config.hidden_size} over {config.num_attention_heads} heads gives a head"
+            f" width of {config.hidden_size / config.num_attention_heads:g}; needed: a whole"
+            " number, even where positions are rope, which turns pairs. Nearest hidden_size:"
+            f" {down} or {down + width}; or set attention_head_width."
+        )
+
+
+_V = Axis(name="vocab_size", length=lambda c: c.vocab_size)
+_P = Axis(
+    name="max_position_embeddings", length=lambda c: c.max_position_embeddings + c.position_offset
+)
+_S = Axis(name="type_vocab_size", length=lambda c: c.type_vocab_size)
+_C = Axis(name="hidden_size", length=lambda c: c.hidden_size)
+_HD = Axis(name="num_attention_heads", length=lambda c: c.num_attention_heads * c.head_width)
+_QKV = Axis(name="num_attention_heads", length=_HD.length, blocks=lambda c: 3)
+_F = Axis(name="intermediate_size", length=lambda c: c.intermediate_size)
+_GATED = Axis(name="intermediate_size", length=_F.length, blocks=lambda c: 1 + is_gated(c.mlp))
+_ONE = Axis(name="one", length=lambda c: 1)
+_LABELS = Axis(name="labels", length=lambda c: SENTENCE_LABELS)
+
+# the end of a parameter's name -> its axes; of a bias, the first one
+AXES: dict[str, tuple[Axis, ...]] = {
+    "tok_embeddings": (_V, _C),
+    "position_embeddings": (_P, _C),
+    "token_type_embeddings": (_S, _C),
+    "sinusoids": (_ONE,),
+    "norm": (_C,),  # embeddings.norm, attn_norm, mlp_norm, final_norm, head.norm
+    "attn.Wqkv": (_QKV, _C),
+    "attn.Wo": (_C, _HD),
+    "mlp.Wi": (_GATED, _C),
+    "mlp.Wo": (_C, _F),
+    "head.dense": (_C, _C),
+    "pooler.dense": (_C, _C),
+    "nsp": (_LABELS, _C),
+    "decoder": (_V, _C),  # its weight only where it is not the embedding
+}
+# the sizes that may be larger in the new model
+GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
+
+
+class PackedEncoder(nn.Module):
+    """Packed tokens -> hidden states, and the heads and decoder that an objective asks for.
+
+    `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device).
+    """
+
+    def __init__(self, config: PackedSettings, *, attention: str = "auto", seed: int = 0) -> None:
+        super().__init__()
+        check_backend_name(attention)
+        self.config = config
+        self.attention = attention
+        self.model = _Encoder(config)
+        self.head = _prediction_head(config)
+        self.decoder = Decoder(
+            vocab_size=config.vocab_size,
+            width=config.hidden_size,
+            bias=config.decoder_bias,
+            tied=config.tie_word_embeddings,
+        )
+        if config.sentence_head:
+            self.pooler = Pooler(width=config.hidden_size)
+            self.nsp = nn.Linear(config.hidden_size, SENTENCE_LABELS)
+        self.phase_settings: dict[str, float] = {}
+        self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
+        self._draw = dict(
+            seed=seed,
+            initializer_range=config.initializer_range,
+            cutoff_factor=config.initializer_cutoff_factor,
+            layers=config.num_hidden_layers,
+            rule=config.initialization,
+        )
+        draw_(self)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """x_TC; under an engine this is replaced by the objective's loss."""
+        return self.hidden_states(batch)
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """x_TC after the last norm."""
+        backend = choose_backend(self.attention, self._situation(batch.ids_T.device)).backend
+        return self.model(batch, backend=backend, thetas=self.phase_settings)
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """[T, V] at all positions: for proofs and for asking questions, not for training."""
+        return self.decode(self.hidden_states(batch))
+
+    def decode(self, x_MC: Tensor) -> Tensor:
+        """Hidden states [M, C] -> logits [M, V]."""
+        return F.linear(*self.token_decoder(x_MC))
+
+    def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
+        """Hidden states [M, C] -> the head's output, and the decoder's weight and bias: logits not yet computed."""
+        return TokenDecoder(self.head(x_MC), self._decoder_weight, self.decoder.bias)
+
+    def sentence_decoder(self, x_MC: Tensor) -> Tensor:
+        """Hidden states [M, C] of texts' first tokens -> logits [M, 2] of the labels 0, B follows A, and 1."""
+        assert self.config.sentence_head, "a model without sentence_head was asked about sentences"
+        return self.nsp(self.pooler(x_MC))
+
+    def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
+        """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
+        if name.endswith("sinusoids.scale"):  # as long as a drawn vector of deviation 1 / sqrt(C)
+            return torch.full(tuple(shape), self.config.hidden_size**-0.5, device="cpu")
+        values = initial_values(name, shape, **self._draw)
+        if name.endswith("position_embeddings.weight"):
+            values[: self.config.position_offset] = 0.0  # rows that no token meets
+        return values
+
+    def hidden_matrices(self) -> dict[str, int]:
+        """The matrices of the layers, by parameter: how many stand in it, one above another (query, key and value in Wqkv,
+        both halves in a gated Wi)."""
+        several = {"Wqkv": 3, "Wi": 1 + is_gated(self.config.mlp)}
+        return {
+            f"model.layers.{name}": several.get(name.split(".")[-2], 1)
+            for name, p in self.model.layers.named_parameters()
+            if name.endswith(".weight") and p.ndim == 2
+        }
+
+    def set_phase_(self, settings: Mapping[str, float]) -> None:
+        """Sets what a phase may change: the base of the rotary angles of global and local layers, from now on."""
+        self.phase_settings = {name: float(value) for name, value in settings.items()}
+
+    def compile_blocks_(self, *, backend: str = "inductor") -> None:
+        """From now on the layers run compiled (regional: two small graphs shared by all layers, for each shape)."""
+        for block in self.model.layers:
+            block.compile_(backend=backend)
+
+    def recompute_blocks_(self) -> None:
+        """From now on a layer keeps its input alone for the backward, which computes the rest again."""
+        self.model.recomputes = True
+
+    def fp8_blocks_(self) -> None:
+        """From now on the layers' linear maps compute in 8 bits (encoder.nn.fp8). Raises ConfigError for odd shapes."""
+        to_fp8_(self.model.layers)
+
+    def parameter_count(self) -> int:
+        """Trained numbers; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def attention_reason(self, device: torch.device | None = None) -> str:
+        """Which backend runs in training, why, and why others cannot: a line for the run's header."""
+        return choose_backend(
+            self.attention, self._situation(device or self._decoder_weight.device)
+        ).reason
+
+    def _situation(self, device: torch.device) -> AttentionRequest:
+        mixed = torch.is_autocast_enabled(device.type)
+        return AttentionRequest(
+            device=device,
+            head_width=self.config.head_width,
+            training=torch.is_grad_enabled(),
+            dtype=torch.get_autocast_dtype(device.type) if mixed else self._decoder_weight.dtype,
+        )
+
+    @property
+    def _decoder_weight(self) -> Tensor:
+        return (
+            self.model.embeddings.tok_embeddings.weight
+            if self.decoder.weight is None
+            else self.decoder.weight
+        )
+
+
+class _Encoder(nn.Module):
+    """Embedding, layers and, with norms before the sums, a final norm: the part that Hugging Face calls `model`."""
+
+    def __init__(self, config: PackedSettings) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _embedding(config)
+        self.layers = nn.ModuleList(
+            _block(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        ends = config.norm_place == "pre" and config.final_norm
+        self.final_norm = _norm(config) if ends else nn.Identity()
+        self.recomputes = False
+
+    def forward(
+        self, batch: TokenBatch, *, backend: Backend, thetas: Mapping[str, float]
+    ) -> Tensor:
+        """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers."""
+        plan = backend.plan(
+            batch.cu_seqlens_S1,
+            max_seqlen=batch.max_seqlen,
+            tokens=len(batch.ids_T),
+            window_radius_tokens=self.config.window_radius_tokens,
+        )
+        ropes: dict[float | None, Tensor | None] = {None: None}
+        global_theta = local_theta = None
+        if self.config.positions == "rope":
+            global_theta, local_theta = thetas["global_rope_theta"], thetas["local_rope_theta"]
+            ropes = {
+                theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width)
+                for theta in {global_theta, local_theta}
+            }
+        x_TC = self.embeddings(batch.ids_T, batch.positions_T, batch.segments_T, batch.token_key_T)
+        run = recomputed if self.recomputes and torch.is_grad_enabled() else nn.Module.__call__
+        for block in self.layers:
+            x_TC = run(
+                block,
+                x_TC,
+                plan=plan,
+                rope=ropes[local_theta if block.local else global_theta],
+                dropout_key_T=batch.token_key_T,
+            )
+        return self.final_norm(x_TC)
+
+
+def _embedding(config: PackedSettings) -> TokenEmbedding:
+    rows = config.max_position_embeddings + config.position_offset
+    dropout = AddressedDropout(
+        width=config.hidden_size, layer=0, p=config.embedding_dropout, place="embedding"
+    )
+    return TokenEmbedding(
+        vocab_size=config.vocab_size,
+        width=config.hidden_size,
+        norm=_norm(config) if config.embedding_norm else nn.Identity(),
+        segments=config.type_vocab_size,
+        positions=rows if config.positions == "learned" else 0,
+        first_position=config.position_offset,
+        sinusoids=config.positions == "sinusoidal",
+        dropout=dropout if config.embedding_dropout else None,
+    )
+
+
+def _block(config: PackedSettings, layer: int) -> Block:
+    # the embedding's norm stands right before the first layer: a second one would only multiply two weights
+    doubled = layer == 0 and config.norm_place == "pre" and config.embedding_norm
+    return Block(
+        norm_place=config.norm_place,
+        local=config.is_local(layer),
+        attn_norm=nn.Identity() if doubled else _norm(config),
+        attn=Attention(
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            head_width=config.head_width,
+            bias=config.attention_bias,
+        ),
+        attn_dropout=AddressedDropout(
+            width=config.hidden_size, layer=layer, p=config.attention_output_dropout
+        ),
+        mlp_norm=_norm(config),
+        mlp=_feed_forward(config, layer),
+        mlp_dropout=AddressedDropout(
+            width=config.hidden_size, layer=layer, p=config.mlp_output_dropout, place="mlp"
+        ),
+    )
+
+
+def _feed_forward(config: PackedSettings, layer: int) -> FeedForward:
+    inner_dropout = None
+    if config.mlp_inner_dropout:
+        inner_dropout = AddressedDropout(
+            width=config.intermediate_size,
+            layer=layer,
+            p=config.mlp_inner_dropout,
+            place="mlp_inner",
+        )
+    return FeedForward(
+        kind=config.mlp,
+        width=config.hidden_size,
+        intermediate=config.intermediate_size,
+        bias=config.mlp_bias,
+        inner_dropout=inner_dropout,
+    )
+
+
+def _prediction_head(config: PackedSettings) -> nn.Module:
+    if config.head == "none":
+        return nn.Identity()
+    return PredictionHead(
+        width=config.hidden_size,
+        bias=config.head_bias,
+        norm=_norm(config),
+        activation="gelu_tanh" if config.mlp == "gelu_tanh" else "gelu",
+    )
+
+
+def _norm(config: PackedSettings) -> nn.Module:
+    return make_norm(config.norm, config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
