@@ -37,6 +37,7 @@ from benchmarks.report import Report
 from benchmarks.workload import real_lengths
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_json
+from encoder.base.units import counted
 from encoder.data.loader import DataPosition, Loader
 from encoder.data.packing import pack_best_fit
 from encoder.data.shard_format import (
@@ -292,7 +293,7 @@ def index2t(shards: Path, report: Report, *, where: str, args: argparse.Namespac
             found[f"{sources} sources"] = made
             rows.append(
                 [
-                    f"{sources} source{'s' * (sources > 1)}",
+                    counted(sources, "source"),
                     f"{made['open_seconds']:.2f}",
                     f"{made['first_seconds']:.2f}",
                     f"{made['resident_gb']:.2f}",

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from encoder.base.errors import ConfigError, PassingError, UserError
 from encoder.base.log import print_line
 from encoder.base.peers import CONNECT_SECONDS, peers_of_this_rank, watch_peers
+from encoder.base.units import counted
 from encoder.base.world import MeetingPlace, World, meeting_address, meeting_place, world_from_env
 
 __all__ = ["World", "meeting_place", "world_from_env"]
@@ -40,8 +41,8 @@ def device_index(world: World, *, visible: int, env: Mapping[str, str] | None = 
     ):
         return world.local_rank % visible
     raise ConfigError(
-        f"{world.local_size} ranks on {socket.gethostname()}, but rank {world.rank} sees {visible}"
-        f" GPU{'s' * (visible != 1)}. Needed: one GPU for each rank. Start fewer ranks a node, or"
+        f"{world.local_size} ranks on {socket.gethostname()}, but rank {world.rank} sees"
+        f" {counted(visible, 'GPU')}. Needed: one GPU for each rank. Start fewer ranks a node, or"
         " ask for more GPUs."
     )
 

@@ -97,3 +97,8 @@ class Progress:
         tuple[int, int], ...
     ] = ()  # next (window, row) of each lane of the phase's data; none at its beginning
     ledger_hash: str = ""  # hash chain over every step's batch
+
+
+def counted(count: int, word: str) -> str:
+    """'1 rank', '2 ranks', '0 ranks'."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

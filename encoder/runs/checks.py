@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from encoder.base.units import counted
 from encoder.base.errors import ConfigError, ShardError
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.shard_format import Card, read_card
@@ -251,8 +252,8 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
     share = math.ceil(most / ranks)
     if run.loader.micro_batch_rows > share:
         yield (
-            f"loader.micro_batch_rows {run.loader.micro_batch_rows} is more than the {share}"
-            f" row{'s' * (share > 1)} that a rank of {ranks} has of the largest step: a micro-batch"
+            f"loader.micro_batch_rows {run.loader.micro_batch_rows} is more than the"
+            f" {counted(share, 'row')} that a rank of {ranks} has of the largest step: a micro-batch"
             f" holds {share} at most."
         )
 

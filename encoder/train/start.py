@@ -14,7 +14,7 @@ from encoder.base.agreement import all_ranks_agree
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError
 from encoder.base.log import say, warn_once
-from encoder.base.units import Progress, short_count
+from encoder.base.units import Progress, counted, short_count
 from encoder.engine.checkpoint.folder import committed_folders
 from encoder.engine.checkpoint.read import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.engine import Engine, start_engine
@@ -143,21 +143,16 @@ def _say_header(
     found: Path | None,
     mistakes: Sequence[str],
 ) -> None:
-    count, threads = engine.parameter_count, torch.get_num_threads()
+    tokens = sum(phase.tokens for phase in run.phases)
+    in_8_bits = ", layers in 8 bits" if run.engine.fp8 == "layers" else ""
     say(
-        f"{run.name}: {short_count(count)} parameters, {_many(world.size, 'rank')} on {device.type}"
-        f" ({_many(threads, 'thread')} each), ZeRO-{run.engine.zero_stage},"
-        f" {run.engine.precision}{', layers in 8 bits' if run.engine.fp8 == 'layers' else ''},"
-        f" {short_count(sum(p.tokens for p in run.phases))} tokens in"
-        f" {_many(len(run.phases), 'phase')}, run folder {run.out}"
+        f"{run.name}: {short_count(engine.parameter_count)} parameters,"
+        f" {counted(world.size, 'rank')} on {device.type}"
+        f" ({counted(torch.get_num_threads(), 'thread')} each), ZeRO-{run.engine.zero_stage},"
+        f" {run.engine.precision}{in_8_bits}, {short_count(tokens)} tokens in"
+        f" {counted(len(run.phases), 'phase')}, run folder {run.out}"
     )
-    with engine.forward_mode():  # under autocast a kernel meets bf16, whatever the weights are
-        reason = engine.module.attention_reason(device)
-    say(
-        f"attention: {reason}{'; layers compiled' if build.compiles(run, device) else ''}"
-        f"{'; layers computed again in the backward' if run.engine.activation_checkpointing == 'blocks' else ''}"
-        f"{'; micro-steps as CUDA graphs' if run.engine.graphs == 'micro_step' else ''}"
-    )
+    say(f"attention: {'; '.join(_how_layers_run(run, device, engine))}")
     if run.engine.precision in ("bf16", "autocast") and not computes_bf16(device):
         say(
             f"precision {run.engine.precision} on a {device.type} without units for bf16: up to 30"
@@ -190,8 +185,17 @@ def _say_header(
         )
 
 
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}{'s' if count > 1 else ''}"
+def _how_layers_run(run: RunConfig, device: torch.device, engine: Engine) -> list[str]:
+    # under autocast a kernel meets bf16, whatever the weights are
+    with engine.forward_mode():
+        texts = [engine.module.attention_reason(device)]
+    if build.compiles(run, device):
+        texts.append("layers compiled")
+    if run.engine.activation_checkpointing == "blocks":
+        texts.append("layers computed again in the backward")
+    if run.engine.graphs == "micro_step":
+        texts.append("micro-steps as CUDA graphs")
+    return texts
 
 
 def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from encoder.base.errors import ConfigError, UserError
+from encoder.base.units import counted
 
 ANSWER_SECONDS = 60.0
 ENDED = (
@@ -186,9 +187,9 @@ def _lack(
         if int(re.sub(r"\D", "", row[1]) or 0) >= cpus and count_gpus(row[2]) >= gpus
     ]
     if len(fit) < nodes:
-        wish = f"{nodes} node{'s' * (nodes > 1)} with {cpus} core{'s' * (cpus > 1)}" + (
-            f" and {gpus} GPUs" if gpus else ""
-        )
+        wish = f"{counted(nodes, 'node')} with {counted(cpus, 'core')}"
+        if gpus:
+            wish += f" and {counted(gpus, 'GPU')}"
         cores = max(int(re.sub(r"\D", "", row[1]) or 0) for row in rows)
         best = f"{cores} cores and {max(count_gpus(row[2]) for row in rows)} GPUs"
         return (

@@ -19,7 +19,8 @@ def plan_first(
         from encoder.runs.facts import check_data
         from encoder.runs.same import check_same_data, check_same_run
         from encoder.tools.plan.fit import fit_ranks
-        from encoder.tools.plan.plan import count_needs, plan_text
+        from encoder.tools.plan.memory import count_needs
+        from encoder.tools.plan.plan import plan_text
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not on this machine, so the run cannot be planned. Use the Python"

@@ -48,7 +48,7 @@ from encoder.tools.doctor.verdict import (
     judge_links,
 )
 from encoder.tools.plan.fit import fit_ranks
-from encoder.tools.plan.plan import count_needs
+from encoder.tools.plan.memory import count_needs
 from encoder.train import build
 
 WAIT_SECONDS = 45.0  # a python of 1,000 nodes on a busy file system starts within that

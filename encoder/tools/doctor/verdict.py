@@ -12,10 +12,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from encoder.base.units import short_bytes
-from encoder.tools.plan.plan import Needs
+from encoder.base.units import counted, short_bytes
+from encoder.tools.plan.memory import Needs
 
 SLOW_SHARE = 0.25  # of the fastest pair: below, a pair of nodes is slow
+SHOWN_VERSIONS = (
+    "python",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "mosaicml-streaming",
+    "sources",
+)
 LEAST_GB_PER_SECOND = 0.01  # no training goes on over less, whatever the others have
 
 
@@ -48,14 +56,7 @@ class Findings:
                 self.exclude(node, why)
         elif wrong:
             node, why = next(iter(wrong.items()))
-            place = (
-                ""
-                if of == 1
-                else " (on every node)"
-                if len(wrong) == of
-                else f" (on {', '.join(wrong)})"
-            )
-            self.mistakes.append(f"{why}{place}")
+            self.mistakes.append(f"{why}{_place(wrong, of=of)}")
 
     def check_equal(self, what: str, by_node: Mapping[str, Any], *, advice: str) -> bool:
         """All nodes must have the same value of something; says which have another."""
@@ -100,30 +101,14 @@ def judge_facts(
         advice="Needed: the same environment and sources. Put both on a disk that all nodes share.",
     )
     if same:
-        findings.rows.append(
-            (
-                "versions",
-                ", ".join(
-                    f"{k} {v}"
-                    for k, v in fact["versions"].items()
-                    if k
-                    in (
-                        "python",
-                        "torch",
-                        "deepspeed",
-                        "transformers",
-                        "mosaicml-streaming",
-                        "sources",
-                    )
-                ),
-            )
-        )
+        shown = [f"{name} {v}" for name, v in fact["versions"].items() if name in SHOWN_VERSIONS]
+        findings.rows.append(("versions", ", ".join(shown)))
     if findings.check_equal(
         "settings",
         _by_node(facts, "run_sha256"),
         advice="Needed: one run file, on a disk that all nodes share, and the same overrides.",
     ):
-        findings.rows.append(("run file", f"the same on {_many(len(facts), 'rank')}"))
+        findings.rows.append(("run file", f"the same on {counted(len(facts), 'rank')}"))
     _judge_shards(findings, firsts)
     _judge_devices(findings, facts)
     _judge_memory(findings, firsts, facts, needs)
@@ -152,7 +137,7 @@ def _judge_shards(findings: Findings, firsts: Mapping[str, Mapping[str, Any]]) -
         findings.rows.append(
             (
                 "shards",
-                f"{_many(len(paths), 'folder')} read, cards equal on {_many(len(firsts), 'node')}",
+                f"{counted(len(paths), 'folder')} read, cards equal on {counted(len(firsts), 'node')}",
             )
         )
 
@@ -234,7 +219,7 @@ def _judge_memory(
         if not have:
             continue
         least = min(least or have, have)
-        for_ranks = "" if on_gpu else f" for {_many(local, 'rank')}"
+        for_ranks = "" if on_gpu else f" for {counted(local, 'rank')}"
         if have < need:
             wrong[node] = (
                 f"{node} has {short_bytes(have)} of memory free{for_ranks}; needed:"
@@ -249,15 +234,9 @@ def _judge_memory(
             )
     findings.exclude_or_mistake(wrong, of=len(firsts))
     if not wrong and least:
-        findings.rows.append(
-            (
-                "memory",
-                (
-                    f"a rank needs about {short_bytes(memory.total)}; least free "
-                    f"{'on a GPU' if on_gpu else 'on a node'} {short_bytes(least)}"
-                ),
-            )
-        )
+        where = "on a GPU" if on_gpu else "on a node"
+        text = f"a rank needs about {short_bytes(memory.total)}; least free {where}"
+        findings.rows.append(("memory", f"{text} {short_bytes(least)}"))
 
 
 def judge_folder(
@@ -309,7 +288,7 @@ def judge_folder(
             (
                 "run folder",
                 (
-                    f"{out}: seen and written by {_many(len(shared), 'node')}, {short_bytes(free)}"
+                    f"{out}: seen and written by {counted(len(shared), 'node')}, {short_bytes(free)}"
                     f" free; two checkpoints take {short_bytes(need)}{later}"
                 ),
             )
@@ -362,7 +341,7 @@ def judge_links(
         findings.rows.append(
             (
                 "links",
-                f"{_many(len(speeds), 'pair')} of nodes, {_span([*speeds.values()])} GB/s (bus)",
+                f"{counted(len(speeds), 'pair')} of nodes, {_span([*speeds.values()])} GB/s (bus)",
             )
         )
 
@@ -394,7 +373,7 @@ def judge_all_reduce(
     if not silent and not wrong:
         slowest = min(value["gb_per_second"] for value in found.values())
         findings.rows.append(
-            ("all-reduce", f"exact, {slowest:.3g} GB/s (bus) over {_many(len(nodes), 'rank')}")
+            ("all-reduce", f"exact, {slowest:.3g} GB/s (bus) over {counted(len(nodes), 'rank')}")
         )
 
 
@@ -408,6 +387,15 @@ def _by_node(facts: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, Any]
     return found
 
 
+def _place(wrong: Collection[str], *, of: int) -> str:
+    """Where something is wrong, of so many nodes."""
+    if of == 1:
+        return ""
+    if len(wrong) == of:
+        return " (on every node)"
+    return f" (on {', '.join(wrong)})"
+
+
 def _difference(here: Any, there: Any) -> str:
     if isinstance(here, dict) and isinstance(there, dict):
         key = next(k for k in {**here, **there} if here.get(k) != there.get(k))
@@ -418,7 +406,3 @@ def _difference(here: Any, there: Any) -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.3g}" if len(values) == 1 else f"{low:.3g} to {high:.3g}"
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from encoder.base.errors import ConfigError
+from encoder.base.units import counted
 from encoder.runs.config import RunConfig
 
 IDLE_SHARE = 0.1  # of the ranks' time in a step, from which on it is said
@@ -48,6 +49,6 @@ def fit_ranks(run: RunConfig, *, ranks: int) -> Fit:
             )
     counts = ", ".join(f"{name} {count}" for name, count in rows.items())
     return Fit(
-        text=f"rows a step: {counts}; over {ranks} rank{'s' * (ranks > 1)}",
+        text=f"rows a step: {counts}; over {counted(ranks, 'rank')}",
         warnings=tuple(warnings),
     )

@@ -22,6 +22,7 @@ from encoder.base.batch import counts_of
 from encoder.base.command import run_command
 from encoder.base.dist import World, join
 from encoder.base.errors import UserError
+from encoder.base.units import counted
 from encoder.data.loader import DataPosition
 from encoder.engine.precision import precision_on
 from encoder.runs.config import RunConfig, read_run, with_engine
@@ -205,7 +206,7 @@ def measure(run: RunConfig) -> Probe:
         spreads.append(max(pace) / min(pace))
         rounds += len(pace)
     threads = torch.get_num_threads()
-    text = f"this {device.type}, {threads} thread{'s' * (threads > 1)}, as probed"
+    text = f"this {device.type}, {counted(threads, 'thread')}, as probed"
     on_cpu = device.type == "cpu"
     return Probe(
         flops_per_second=rates,

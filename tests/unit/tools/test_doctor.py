@@ -25,7 +25,7 @@ from encoder.tools.doctor.verdict import (
     judge_folder,
     judge_links,
 )
-from encoder.tools.plan.plan import count_needs
+from encoder.tools.plan.memory import count_needs
 from launch import doctor
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import ROOT

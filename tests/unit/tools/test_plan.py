@@ -21,7 +21,9 @@ from encoder.runs.config import SourceConfig, read_run
 from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
 from encoder.tools.plan import activations
 from encoder.tools.plan.activations import count_kept
-from encoder.tools.plan.plan import count_needs, estimate_memory, phase_work, plan_text
+from encoder.tools.plan.memory import count_needs, estimate_memory
+from encoder.tools.plan.plan import plan_text
+from encoder.tools.plan.work import phase_work
 from tests.helpers.shards import write_source
 
 TINY = Path("configs/pretrain/tiny_cpu.yaml")

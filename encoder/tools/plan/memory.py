@@ -1,0 +1,178 @@
+"""What a run needs of its machines: bytes of one rank, and of a checkpoint, counted from shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from encoder.engine.precision import precision_on
+from encoder.engine.zero.config import BUCKET_ELEMENTS
+from encoder.models.catalog import build_model
+from encoder.nn.loss import PIECE_POSITIONS
+from encoder.optim.catalog import state_elements
+from encoder.runs.config import RunConfig, with_engine
+from encoder.tools.plan.activations import count_kept
+from encoder.tools.plan.forecast import Machine
+from encoder.train.build import compiles
+
+# of what plain layers keep, by engine.fp8
+# found: large 0.87, base 0.92 to 0.97, 17m 1.00 to 1.04, base in FP8 0.78 (docs/log.md)
+COMPILED_SHARE = {"off": 0.94, "layers": 0.78}
+CUBLAS_BYTES = 64 * 2**20  # what cuBLAS keeps to work in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    bucket: int  # of gradients on their way to their owner
+    offloaded: int  # in the machine's memory
+
+    @property
+    def total(self) -> int:
+        """Without what is offloaded."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a run asks of its machines."""
+
+    parameters: int
+    decayed: int  # of them, with weight decay
+    memory: Memory  # of one rank
+    checkpoint_bytes: int  # of one: masters and what the optimizer keeps, in fp32
+
+
+def count_needs(run: RunConfig, *, ranks: int) -> Needs:
+    """Counted from the model's shapes: no weight is made."""
+    run = on_machine(run, None)
+    with torch.device("meta"):
+        model = build_model(run.model, attention="sdpa", seed=run.seed)
+    sizes = [p.numel() for p in model.parameters()]
+    state = state_elements(model, run.optimizer)
+    memory = estimate_memory(
+        run,
+        parameters=sum(sizes),
+        largest=max(sizes),
+        optimizer_elements=state,
+        ranks=ranks,
+    )
+    return Needs(
+        parameters=sum(sizes),
+        decayed=sum(p.numel() for p in model.parameters() if p.ndim > 1),
+        memory=memory,
+        checkpoint_bytes=4 * (sum(sizes) + state),
+    )
+
+
+def on_machine(run: RunConfig, machine: Machine | None) -> RunConfig:
+    """The run with the precision that `auto` means on a GPU, or here."""
+    if machine and run.engine.precision == "auto":
+        return with_engine(run, precision="autocast")
+    return with_engine(run, precision=precision_on(run.engine.precision, device_here(run)))
+
+
+def device_here(run: RunConfig) -> torch.device:
+    """What this machine would train on."""
+    if run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def estimate_memory(
+    run: RunConfig, *, parameters: int, largest: int, optimizer_elements: int, ranks: int
+) -> Memory:
+    """Bytes a rank needs for parameters, gradients, optimizer and one micro-batch's activations.
+
+    ZeRO-1 splits the fp32 masters and the optimizer's own numbers over the ranks, ZeRO-2 the
+    gradients, too, ZeRO-3 the weights, too (the largest matrix stands whole while it is used).
+    DeepSpeed 0.19.8 copies masters from fp32 weights at stage 3 as well: it compares a device with
+    its name. An offloaded optimizer has masters, its own numbers and the gradients in the machine's
+    memory, at stage 3 the gradients twice.
+
+    tests/unit/tools/test_plan.py has what torch's allocator counted.
+
+    run: its engine, loader and model decide
+    parameters: trained numbers
+    largest: of them, those of the largest matrix
+    optimizer_elements: numbers that the optimizer keeps beside the weights, over all ranks
+    ranks: that share them
+    """
+    engine = run.engine
+    width = {"fp64": 8, "bf16": 2}.get(engine.precision, 4)
+    master_width = 8 if engine.precision == "fp64" else 4
+    gradient_width = 4 if engine.precision == "bf16" else width
+
+    # over how many ranks each kind is split
+    stage = engine.zero_stage
+    optimizer_parts = ranks if stage >= 1 else 1
+    gradient_parts = ranks if stage >= 2 else 1
+    weight_parts = ranks if stage >= 3 else 1
+
+    masters = parameters if stage > 0 else 0
+    optimizer = master_width * (masters + optimizer_elements) // optimizer_parts
+    gathered = largest if stage == 3 else 0
+    weights = width * (parameters // weight_parts + gathered)
+    gradients = gradient_width * parameters // gradient_parts
+
+    offloaded = 0
+    if engine.offload_optimizer == "cpu":
+        copies = 2 if stage == 3 else 1
+        offloaded = optimizer + master_width * copies * parameters // optimizer_parts
+        optimizer = 0
+
+    # a CPU maps what of a bucket is used
+    has_bucket = run.device != "cpu" and stage > 0
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=_activation_bytes(run, width=width),
+        bucket=4 * BUCKET_ELEMENTS if has_bucket else 0,
+        offloaded=offloaded,
+    )
+
+
+def _activation_bytes(run: RunConfig, *, width: int) -> int:
+    """What autograd keeps of a micro-batch, and what the loss and cuBLAS need at the same time.
+
+    The layers are counted by encoder.tools.plan.activations; where they are computed again, one
+    layer counts, and each layer's input. Which tensors a compiler computes again is known only
+    after compiling: compiled layers keep a measured share (COMPILED_SHARE) of the plain ones.
+    """
+    model, engine = run.model, run.engine
+    kind = "cpu" if run.device == "cpu" else "cuda"
+    tokens = run.loader.micro_batch_rows * run.data.row_tokens
+    counted = count_kept(
+        model,
+        precision=engine.precision,
+        device=kind,
+        fp8=engine.fp8 == "layers",
+        zero_3=engine.zero_stage == 3,
+    )
+    outside = tokens * counted.outside_per_token
+    layer = tokens * counted.layer_per_token
+    in_half = engine.precision in ("bf16", "autocast")
+    if engine.activation_checkpointing == "blocks":
+        inputs = tokens * model.num_hidden_layers * model.hidden_size * width
+        layers = inputs + layer + counted.layer_fixed
+    else:
+        compiled = in_half and compiles(run, torch.device(kind))
+        share = COMPILED_SHARE[engine.fp8] if compiled else 1.0
+        layers = model.num_hidden_layers * (share * layer + counted.layer_fixed)
+
+    # one piece of logits, which becomes its gradient; the decoder's weight in 2 bytes, and its
+    # gradient before and after scaling
+    masked = tokens * max(run.mask_share_of(phase).highest for phase in run.phases)
+    piece = min(masked, PIECE_POSITIONS[kind])
+    logit_width = 2 if in_half else width
+    decoder_width = 10 if in_half else 8
+    loss = model.vocab_size * (logit_width * piece + decoder_width * model.hidden_size)
+    workspace = 0 if kind == "cpu" else CUBLAS_BYTES
+    return int(outside + layers + loss) + workspace

@@ -1,0 +1,58 @@
+"""Model FLOP of a run's phases, from the lengths of the stored documents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from encoder.base.errors import ShardError
+from encoder.data.shard_format import read_card, read_lengths
+from encoder.data.windows import cut
+from encoder.runs.config import PhaseConfig, RunConfig
+
+# documents of a source whose lengths tell the work: the mean is good to a few in a thousand
+LOOKED_AT = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseWork:
+    """Model FLOP of a phase, forward and backward, and the shard folders whose lengths were not at hand."""
+
+    flops: float
+    unknown: tuple[str, ...]
+
+
+def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
+    """From the lengths of the stored documents, cut as the phase cuts them; where there are none yet, from documents as
+    long as they may be, which is the most it can be."""
+    longest = phase.max_tokens_per_document
+    share = run.mask_share_of(phase).mean
+    sources = run.sources_of(phase)
+    weights = sum(source.weight for source in sources)
+    unknown: list[str] = []
+    flops = 0.0
+    for source in sources:
+        try:
+            stored = read_lengths(source.folder, read_card(source.folder))
+            some = np.asarray(stored[:: math.ceil(len(stored) / LOOKED_AT)])
+            lengths = cut(0, np.arange(len(some)), some, longest).tokens_P
+        except ShardError:
+            lengths = np.array([longest])
+            unknown.append(source.path)
+        tokens = int(lengths.sum())
+        one_token = run.model.train_flops(lengths=lengths, targets={"mlm": share * tokens}) / tokens
+        flops += one_token * phase.tokens * source.weight / weights
+    return PhaseWork(flops=flops, unknown=tuple(unknown))
+
+
+def works_text(run: RunConfig, works: list[PhaseWork]) -> str:
+    """Where the lengths came from."""
+    unknown = sorted({path for work in works for path in work.unknown})
+    if not unknown:
+        return "documents as long as lengths.bin says, cut as the phases cut them"
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    all_paths = {source.path for phase in run.phases for source in run.sources_of(phase)}
+    others = "" if all_paths == set(unknown) else "; the others as long as lengths.bin says"
+    return f"documents of {unknown[0]}{more} counted as long as they may be{others}"
