@@ -175,7 +175,7 @@ def workspace(tmp_path_factory):
         .replace("runs/small", "runs/large")
     )
     must("tessera export runs/small hf/tiny")
-    for out in ("hf/small", "hf/laptop", "runs/small-hf", "models/ModernBERT-base"):
+    for out in ("hf/small", "hf/laptop", "hf/domain", "runs/small-hf", "models/ModernBERT-base"):
         shutil.copytree("hf/tiny", out)
     model = stored(
         CONFIG.__class__(
@@ -335,6 +335,8 @@ def hole(text: str, before: str, fresh: str) -> str:
         return "hf/tiny"
     if "pretrain" in text:
         return "run.yaml"
+    if "data-prep prepare" in text:
+        return "prep.yaml"
     return "runs/small" if before != "runs/small" else fresh
 
 
