@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,7 @@ def grow(
         name: w.detach().float()
         for name, w in build_model(new, seed=settings.seed).state_dict().items()
     }
+    _check_names(weights, old)
     fresh = []
     for name, own in grown.items():
         source = _source_name(name, sources)
@@ -95,6 +96,19 @@ def grow(
             if n not in new.growth().grows
         ),
     )
+
+
+def _check_names(weights: Mapping[str, Tensor], old: ModelConfig) -> None:
+    """Raises ModelError for a weight that a model of the old settings has not: it would be lost without a word."""
+    with torch.device("meta"):
+        known = build_model(old, seed=0).state_dict()
+    unknown = sorted(weights.keys() - known.keys())
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ModelError(
+            f"the source has {unknown[0]}{more}, which no model of its settings has. It was written"
+            " by other code: load it with that, or leave these weights out."
+        )
 
 
 def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, object, object]]:
@@ -145,11 +159,15 @@ def layer_sources(old: ModelConfig, new: ModelConfig, *, layer_map: str) -> tupl
 
 
 def axes_of(name: str, rules: GrowthRules) -> tuple[Axis, ...]:
-    """The axes of a parameter by its name."""
+    """The axes of a parameter by its name. Raises ModelError where the family has none for it."""
     stem, _, kind = name.rpartition(".")
-    axes = next((axes for end, axes in rules.axes.items() if stem.endswith(end)), None)
-    assert axes, f"no axes are known for {name}"
-    return axes[:1] if kind == "bias" else axes
+    for end, axes in rules.axes.items():
+        if stem.endswith(end):
+            return axes[:1] if kind == "bias" else axes
+    raise ModelError(
+        f"{name} cannot grow: its family's growth() names no axes for it. Needed: an entry whose"
+        f" key ends {stem or 'the name before .weight'}, and parameters called weight or bias."
+    )
 
 
 def _spread(old: int, new: int) -> Sequence[int]:

@@ -175,15 +175,20 @@ class TokenModel(Protocol):
         """The prediction head's output at some positions, and the decoder."""
 
 
-def mlm_loss(model: TokenModel, batch: TokenBatch, *, z_loss_weight: float = 0.0) -> LossTerm:
+def mlm_loss(
+    model: TokenModel, batch: TokenBatch, *, x_TC: Tensor | None = None, z_loss_weight: float = 0.0
+) -> LossTerm:
     """Sums of -log p(target) over the masked tokens of a micro-batch, in fp32 (fp64 for fp64 weights).
 
     model: packed tokens to hidden states, and a decoder
     batch: with targets `mlm`
+    x_TC: the batch's hidden states, where another loss term has them already
     z_loss_weight: times logsumexp(logits)^2, added at each of them in training
     """
     targets = batch.targets[MLM]
-    x_MC = model.hidden_states(batch).index_select(0, targets.index_M)
+    if x_TC is None:
+        x_TC = model.hidden_states(batch)
+    x_MC = x_TC.index_select(0, targets.index_M)
     z_loss_weight = z_loss_weight if model.training else 0.0
     return cross_entropy_sum(
         *model.token_decoder(x_MC), targets.value_M, z_loss_weight=z_loss_weight

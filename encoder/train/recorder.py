@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from encoder.base.errors import ShardError
@@ -185,7 +186,7 @@ class Recorder:
             f"step {progress.step:>6}",
             self._session.phase.name,
             f"{short_count(progress.tokens):>7} tokens",
-            f"loss {result.loss:.3f}",
+            f"loss {result.loss:.3f}{_terms_text(result.means)}",
             f"lr {lr:.2e}",
             f"batch {short_count(data.tokens)}",
             f"{short_count(speed.tokens_per_second)} tok/s",
@@ -239,11 +240,12 @@ class Recorder:
                 " Raise evaluation.rows or evaluation.mask_share"
             )
         beside = f" (unigram entropy {self._entropy:.2f})" if self._entropy is not None else ""
+        # of each of several sources, and of each further loss term
+        shown = [*(sources if len(sources) > 1 else []), *session.engine.objective.terms[1:]]
         of_each = [
             f"{name} {numbers[f'held_out_loss_{name}']:.3f}"
             f" {numbers[f'held_out_accuracy_{name}']:.1%}"
-            for name in sources
-            if len(sources) > 1
+            for name in shown
         ]
         begins = progress.step and not progress.phase_step
         as_of = f" as phase {session.phase.name} asks" if begins else ""
@@ -352,6 +354,14 @@ def _by_term(result: StepResult) -> dict[str, float | None]:
     if len(result.means) == 1:
         return {}
     return {f"loss_{name}": _finite(mean) for name, mean in result.means.items()}
+
+
+def _terms_text(means: Mapping[str, float]) -> str:
+    """` (mlm 6.904, nsp 0.341)` of several loss terms, before their weights."""
+    if len(means) == 1:
+        return ""
+    parts = [f"{name} {mean:.3f}" for name, mean in means.items()]
+    return f" ({', '.join(parts)})"
 
 
 def _finite(value: float) -> float | None:

@@ -7,26 +7,30 @@ import re
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from encoder.base.batch import packed_documents
 from encoder.base.dist import World
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, ModelError
 from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.models.catalog import FAMILIES, SYSTEMS, build_model
-from encoder.models.growth import GrowthConfig, grow
+from encoder.models.growth import GrowthConfig, axes_of, grow
 from encoder.objectives.catalog import OBJECTIVES
+from encoder.objectives.contract import ObjectiveFacts
 from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.plan.plan import plan_text
 from encoder.train.loop import pretrain
+from tests.helpers.contracts import check_model, check_objective
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "adding_a_model.md"
 NAME = "averages_of_the_page"
+SPECIALS = SimpleNamespace(mask_id=49, pad_id=48, all_special=(45, 46, 47, 48, 49))
 
 
 def page() -> types.ModuleType:
@@ -53,7 +57,7 @@ def write_run(folder: Path) -> None:
     (run,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.S | re.M)
     write_source(folder / "shards", random_documents(80, seed=1, longest=60), vocab_size=64)
     (folder / "averages.yaml").write_text(
-        run.replace("shards/own_text/train", str(folder / "shards"))
+        run.replace("shards/own_text/text/train", str(folder / "shards"))
     )
 
 
@@ -97,14 +101,49 @@ def test_the_plan_of_the_page_and_its_mistakes_are_told(averages, tmp_path):
 
 def test_a_packed_batch_gives_what_its_documents_give_alone_and_the_family_grows(averages):
     small = averages.AveragesConfig(vocab_size=50, hidden_size=8)
-    model = build_model(small, seed=1)
-    assert model.parameter_count() == small.parameter_counts().total
-    documents = [torch.arange(n) % 50 for n in (5, 1, 9)]
-    whole = model.hidden_states(packed_documents(documents)).split([len(d) for d in documents])
-    for document, found in zip(documents, whole, strict=True):
-        assert torch.allclose(model.hidden_states(packed_documents([document])), found, atol=1e-6)
+    model = check_model(small)
 
     large = dataclasses.replace(small, hidden_size=16, num_hidden_layers=3)
     grown = grow(model.state_dict(), small, large, GrowthConfig())
     shapes = {name: w.shape for name, w in build_model(large, seed=0).state_dict().items()}
     assert {name: w.shape for name, w in grown.weights.items()} == shapes
+
+
+def lengths_objective(averages, **settings):
+    facts = ObjectiveFacts(vocab_size=50, specials=SPECIALS)
+    return averages.LengthsConfig(random_tokens="all", **settings).build(facts)
+
+
+def test_the_objective_of_the_page_keeps_its_promises(averages):
+    model = build_model(averages.AveragesConfig(vocab_size=50, hidden_size=8), seed=1)
+    ids = np.arange(120, dtype=np.int64) % 45
+    check_objective(lengths_objective(averages), model, ids, [40, 33, 7, 40])
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"capacity": lambda self, term, tokens: 1}, "capacity.*is 1 of 120 tokens"),
+        ({"all_targets": lambda self, ids_T: {}}, "all_targets.. has"),
+        ({"loss": lambda self, model, batch: {}}, "loss.. has the terms"),
+        ({"terms": ("mlm", "long", "more")}, "mask.. has the targets"),
+    ],
+)
+def test_a_promise_that_an_objective_breaks_is_named(averages, broken, said):
+    objective = lengths_objective(averages)
+    objective.__class__ = type("Broken", (type(objective),), broken)
+    globals()["Broken"] = type(objective)
+    type(objective).__module__ = __name__
+    model = build_model(averages.AveragesConfig(vocab_size=50, hidden_size=8), seed=1)
+    with pytest.raises(AssertionError, match=said):
+        check_objective(objective, model, np.arange(120, dtype=np.int64) % 45, [40, 33, 7, 40])
+
+
+def test_weights_that_no_model_of_the_source_has_are_not_lost_in_growing(averages):
+    small = averages.AveragesConfig(vocab_size=50, hidden_size=8)
+    large = dataclasses.replace(small, hidden_size=16)
+    weights = build_model(small, seed=1).state_dict()
+    with pytest.raises(ModelError, match="the source has layers.0.decay.weight, which no model"):
+        grow({**weights, "layers.0.decay.weight": torch.ones(8)}, small, large, GrowthConfig())
+    with pytest.raises(ModelError, match="decay cannot grow: its family's growth"):
+        axes_of("layers.0.decay", small.growth())
