@@ -283,7 +283,7 @@ def as_run(command: str, number: int) -> str:
         if word == "OUT":
             asks = "fill_mask" in text
             words[i] = "hf/tiny" if asks else fresh
-        elif word == "FILE" and before == "--tokenizer":
+        elif before == "--tokenizer" and word in ("FILE", "{}/tokenizer.json"):
             words[i] = "t.json"
         elif word == "{}":
             words[i] = hole(text, before, fresh)
@@ -331,6 +331,8 @@ def hole(text: str, before: str, fresh: str) -> str:
         return "--strip-padding"
     if before == "--column":
         return "input_ids"
+    if "data-prep index" in text:
+        return "shards/elsewhere/train"
     if "fill-mask" in text:
         return "hf/tiny"
     if "pretrain" in text:
