@@ -109,12 +109,16 @@ class BertConfig(EncoderSettings):
 
     def growth(self) -> GrowthRules:
         """How a larger model takes over this one's weights."""
+        ends_in_norm = self.norm_place == "pre" and self.final_norm
         fixed = self.positions == "sinusoidal"  # no table is as long as the positions
         return GrowthRules(
             axes=AXES,
             grows=GROWS,
             free=(*_FREE, "max_position_embeddings") if fixed else _FREE,
             layer_kinds=("global",) * self.num_hidden_layers,
+            uncut={"num_attention_heads": self.head_width},
+            derived={"attention_head_width": self.head_width},
+            final_norm="model.final_norm." if ends_in_norm else None,
         )
 
     def without_effect(self, given: Callable[[str], bool], *, longest_tokens: int) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -143,13 +143,17 @@ class Axis:
 class GrowthRules:
     """What may grow, what is free, and along which axes the parameters lie."""
 
-    axes: Mapping[
-        str, tuple[Axis, ...]
-    ]  # the end of a parameter's name -> its axes; of a bias, the first one
-    grows: tuple[str, ...]  # settings that may be larger in the new model
-    free: tuple[
-        str, ...
-    ]  # settings that may differ with the same weights; all others must be equal
-    layer_kinds: tuple[
-        str, ...
-    ]  # of each layer: weights of one kind mean something else in another
+    # the end of a parameter's name -> its axes; of a bias, the first one
+    axes: Mapping[str, tuple[Axis, ...]]
+    # settings that may be larger in the new model
+    grows: tuple[str, ...]
+    # settings that may differ with the same weights; all others must be equal
+    free: tuple[str, ...]
+    # of each layer: weights of one kind mean something else in another
+    layer_kinds: tuple[str, ...]
+    # sizes that count blocks of features which are never cut -> features of one (of a head)
+    uncut: Mapping[str, int] = field(default_factory=dict)
+    # settings whose number follows from others where they are not given -> that number
+    derived: Mapping[str, int] = field(default_factory=dict)
+    # how the parameters of the norm behind the last layer begin; None: there is none
+    final_norm: str | None = None

@@ -68,10 +68,11 @@ def grow(
         for name, w in build_model(new, seed=settings.seed).state_dict().items()
     }
     _check_names(weights, old)
+    final_norm = new.growth().final_norm or ()
     fresh = []
     for name, own in grown.items():
         source = _source_name(name, sources)
-        if settings.final_norm == "ones" and name.startswith("model.final_norm."):
+        if settings.final_norm == "ones" and name.startswith(final_norm):
             fresh.append(
                 f"{name}: as the new model has it, as final_norm {settings.final_norm} asks"
             )
@@ -112,10 +113,10 @@ def _check_names(weights: Mapping[str, Tensor], old: ModelConfig) -> None:
 
 
 def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, object, object]]:
-    """(setting, old value, new value) wherever two models differ; the head width by its number, however it was given."""
+    """(setting, old value, new value) wherever two models differ; what follows from others by its number, however it was given."""
 
     def settings(config: ModelConfig) -> dict[str, object]:
-        return {**dataclasses.asdict(config), "attention_head_width": config.head_width}
+        return {**dataclasses.asdict(config), **config.growth().derived}
 
     return [
         (name, there, here)
@@ -218,15 +219,23 @@ def _check_settings(old: ModelConfig, new: ModelConfig) -> None:
     if wrong:
         name, there, here = wrong
         hint = f" Set {name}: {there}"
-        if name == "attention_head_width":
-            heads = max(old.num_attention_heads, round(new.hidden_size / there))
-            hint += f", or num_attention_heads: {heads}" + (
-                "" if heads * there == new.hidden_size else f" with hidden_size: {heads * there}"
-            )
+        rules = old.growth()
+        if name in rules.derived:
+            for size, features in rules.uncut.items():
+                hint += _blocks_hint(size, features, old, new)
         raise ModelError(
             f"{name} is {there} in the source and {here} in the new model; it cannot grow and must"
             f" be equal.{hint}."
         )
+
+
+def _blocks_hint(size: str, features: int, old: ModelConfig, new: ModelConfig) -> str:
+    """How many blocks of the old number of features the new width has, or the nearest width that has whole ones."""
+    blocks = max(getattr(old, size), round(new.hidden_size / features))
+    hint = f", or {size}: {blocks}"
+    if blocks * features != new.hidden_size:
+        hint += f" with hidden_size: {blocks * features}"
+    return hint
 
 
 def _check_sizes(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> None:
@@ -243,16 +252,13 @@ def _check_sizes(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> 
             f" ({', '.join(f'{n} {t:,}' for n, (t, _) in sizes.items())}); needed: one of these"
             " larger. To train it on, name the source as init_from."
         )
-    there, here = sizes.get("num_attention_heads", (0, 0))
-    if settings.mode != "edge" and (here - there) % 2:
-        raise ModelError(
-            f"num_attention_heads {there} -> {here} in mode {settings.mode} shifts by"
-            f" {(here - there) / 2:g} heads of {old.head_width} features, and a head would be cut"
-            f" in two; needed: a whole number of heads. Nearest num_attention_heads: {here - 1} or"
-            f" {here + 1}; or use mode edge."
-        )
-    if settings.final_norm == "ones" and getattr(new, "norm_place", "pre") == "post":
-        raise ModelError(
-            "final_norm ones: a model with norm_place post has no final norm. Leave final_norm at"
-            " copy."
-        )
+    for name, features in old.growth().uncut.items():
+        there, here = sizes[name]
+        if settings.mode != "edge" and (here - there) % 2:
+            raise ModelError(
+                f"{name} {there} -> {here} in mode {settings.mode} shifts by {(here - there) / 2:g}"
+                f" of them ({features} features each), and one would be cut in two; needed: a whole"
+                f" number. Nearest {name}: {here - 1} or {here + 1}; or use mode edge."
+            )
+    if settings.final_norm == "ones" and new.growth().final_norm is None:
+        raise ModelError("final_norm ones: this model has no final norm. Leave final_norm at copy.")

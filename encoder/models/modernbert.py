@@ -111,7 +111,15 @@ class ModernBertConfig(EncoderSettings):
         kinds = tuple(
             "local" if self.is_local(layer) else "global" for layer in range(self.num_hidden_layers)
         )
-        return GrowthRules(axes=AXES, grows=GROWS, free=free, layer_kinds=kinds)
+        return GrowthRules(
+            axes=AXES,
+            grows=GROWS,
+            free=free,
+            layer_kinds=kinds,
+            uncut={"num_attention_heads": self.head_width},
+            derived={"attention_head_width": self.head_width},
+            final_norm="model.final_norm." if self.norm_place == "pre" else None,
+        )
 
     def without_effect(self, given: Callable[[str], bool], *, longest_tokens: int) -> Iterator[str]:
         """Settings that change nothing beside the others, a sentence each.

@@ -298,7 +298,8 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
-    attention: AttentionWord = "auto"  # the kernels; auto: the fastest that can run
+    # the kernels; auto: the fastest that can run; flash4 is experimental: never run on a GPU
+    attention: AttentionWord = "auto"
     # layers by torch.compile; auto: on CUDA, below zero_stage 3
     compile: Literal["auto", "blocks", "off"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch sees it

@@ -26,13 +26,14 @@ class EngineConfig:
     # auto: autocast where the device has units for bf16, else fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT);
     # bf16: bf16 parameters, fp32 masters; fp64: for tests
     precision: Literal["auto", "fp32", "fp64", "autocast", "bf16"] = "auto"
-    # layers: the products of the layers' linear maps in 8 bits, weights and optimizer as precision says
+    # layers: the layers' matmuls in FP8, weights and optimizer as precision says; experimental: never run on a GPU
     fp8: Literal["off", "layers"] = "off"
     # blocks: of a layer its input alone is kept for the backward, which computes the rest again: exact, a third more work
     activation_checkpointing: Literal["off", "blocks"] = "off"
-    # cpu: masters and optimizer state lie in the machine's memory, and the update is computed there
+    # cpu: masters and optimizer state lie in the machine's memory, and the update is computed there; experimental with CUDA
     offload_optimizer: Literal["none", "cpu"] = "none"
-    # micro_step: forward and backward of a micro-batch as one CUDA graph, for small models that wait for launches
+    # micro_step: forward and backward of a micro-batch as one CUDA graph, for small models that wait for launches;
+    # experimental: never run on a GPU
     graphs: Literal["off", "micro_step"] = "off"
     # largest global gradient norm; 0: none (StableAdamW clips its own updates)
     gradient_clipping: float = 0.0

@@ -154,7 +154,7 @@ def test_what_cannot_grow_is_refused_and_leaves_nothing(root, capsys):
     before = names_in(root)
     out = root / "out"
     for words, said in (
-        (["num_attention_heads=5", "hidden_size=40"], "shifts by 1.5 heads of 8 features"),
+        (["num_attention_heads=5", "hidden_size=40"], "shifts by 1.5 of them (8 features each"),
         (["vocab_size=65"], "vocab_size is 64 in the source and 65"),
         (["hiden_size=32"], "model.hiden_size is unknown. Did you mean hidden_size?"),
         (["hidden_size"], "has no '='"),

@@ -235,7 +235,7 @@ def test_what_is_not_inherited_is_said():
         ),
         (
             {"hidden_size": 20, "num_attention_heads": 5},
-            "2 -> 5 in mode middle shifts by 1.5 heads .*Nearest .*: 4 or 6",
+            "2 -> 5 in mode middle shifts by 1.5 of them .*Nearest .*: 4 or 6",
         ),
         ({"mlp": "swiglu", "num_hidden_layers": 7}, "mlp is geglu in the source and swiglu"),
         ({"norm_bias": True}, "norm_bias is False in the source and True"),
@@ -266,7 +266,7 @@ def test_odd_heads_may_grow_from_the_edge_and_choices_without_effect_are_refused
     three = replace(SMALL, hidden_size=12, num_attention_heads=3)
     assert_as_the_formulas_say(SMALL, three, layers=[0, 1, 2, 3], mode="edge")
     post = replace(SMALL, norm_place="post")
-    with pytest.raises(ModelError, match="norm_place post has no final norm"):
+    with pytest.raises(ModelError, match="this model has no final norm"):
         grow({}, post, replace(post, num_hidden_layers=5), GrowthConfig(final_norm="ones"))
     only_global = replace(SMALL, num_hidden_layers=2, global_attn_every_n_layers=1)
     with pytest.raises(ModelError, match="the source has 0 local layers, the new model 4"):
