@@ -10,6 +10,7 @@ OUT/
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class StoredModel:
     weights: dict[str, Tensor]  # fp32 on the CPU, as state_dict() names them
     tokenizer_json: Path | None  # a file, read when the model is written elsewhere
     origin: str  # one line for people
+    drawn: tuple[str, ...] = ()  # parameters that the source lacked: heads of a body without
     max_tokens: int | None = None  # the longest document trained on; None: max_position_embeddings
 
 
@@ -116,6 +118,25 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, *, of: str) -
                 f"{of}: the weights {words} {', '.join(names[:3])}{more}. "
                 "Give the config that the weights were trained with, or complete weights."
             )
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """Of the config's model, as state_dict() names them."""
+    with torch.device("meta"):
+        return list(build_model(config, seed=0).state_dict())
+
+
+def drawn_weights(config: ModelConfig, names: Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:
+    """First values of some parameters of the config's model, which is not built for it: for heads that weights lack."""
+    with torch.device("meta"):
+        model = build_model(config, seed=seed)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return {name: model.initial_values(name, shapes[name]) for name in names}
+
+
+def stems(names: Sequence[str]) -> list[str]:
+    """Names of parameters without .weight and .bias, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
 def fp32(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,15 +5,53 @@ our settings  <->  config.json        our logits  ==  transformers' logits, befo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from encoder.models.contract import ModelConfig
 
 Settings = dict[str, Any]  # config.json
+Weights = dict[str, Tensor]
+
+
+class SpecialIds(Protocol):
+    """The tokens that structure a document."""
+
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    mask_id: int
+    unk_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """How transformers' model may be padded."""
+
+    left: bool = (
+        True  # its positions follow the attention mask, so the left side may be padded as well
+    )
+    # tokens of this id are padding to it whatever the mask says; None: the mask alone decides
+    pad_id: int | None = None
+    most_tokens: int | None = (
+        None  # of a batch's width, padding included; None: as many as you like
+    )
+
+
+BY_MASK = Padding()
+
+
+def _same_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
+    return dict(weights)
+
+
+def _read_as_they_are(
+    raw: Mapping[str, Tensor], config: Any, *, of: str, ours: Sequence[str]
+) -> tuple[Weights, tuple[str, ...]]:
+    return dict(raw), ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +59,12 @@ class Bridge:
     """A family and its class in transformers."""
 
     model_type: str  # of config.json
+    title: str  # for people
     config_class: str  # in transformers
-    without_word: str  # the setting that config.json cannot say
+    without_word: str | None  # the setting that config.json cannot say
     blocker: Callable[[Any], str | None]  # why a model cannot become such a folder; None: it can
     to_settings: Callable[[Any, Any], Settings]  # (ours, special ids) -> config.json
-    from_settings: Callable[..., ModelConfig]  # (config.json, where=) -> ours
+    from_settings: Callable[..., ModelConfig]  # (config.json, where=, names=) -> ours
     completed: Callable[
         [Settings, Any], Settings
     ]  # with the words that one version of transformers lacks
@@ -36,4 +75,17 @@ class Bridge:
     hidden_states: Callable[
         [nn.Module, Tensor, Tensor], Tensor
     ]  # (theirs, ids_BL, attention mask) -> x_BLC
-    logits: Callable[[nn.Module, Tensor], Tensor]  # (theirs, x_MC) -> logits_MV
+    # (theirs, x_MC) -> logits_MV, and beside them those of the sentence head, where there is one
+    logits: Callable[[nn.Module, Tensor], Tensor]
+    # the class of transformers that loads such a config.json
+    auto_class: Callable[[Settings], str] = lambda values: "AutoModelForMaskedLM"
+    # (our weights, ours) -> theirs by name; by default the names are the same
+    weights_to: Callable[[Mapping[str, Tensor], Any], Weights] = _same_weights
+    # (theirs, ours, of=, ours=) -> our weights by name, and names of theirs that have no place
+    weights_from: Callable[..., tuple[Weights, tuple[str, ...]]] = _read_as_they_are
+    # of our parameters, those that a folder may lack: they are drawn
+    head_names: Callable[[Sequence[str]], tuple[str, ...]] = lambda names: ()
+    # parts of theirs' names that a folder may hold beyond the model: left out, and said
+    leaves: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ("decoder.weight",)  # of theirs: copies that a file need not hold
+    padding: Callable[[Settings], Padding] = lambda values: BY_MASK

@@ -18,6 +18,7 @@ from typing import Any
 
 from encoder.base.files import write_json
 from encoder.models.contract import ModelConfig
+from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.parity import Proof
 
 CARD = "README.md"
@@ -46,6 +47,7 @@ class Training:
 def write_card(
     folder: Path,
     *,
+    bridge: Bridge,
     config: ModelConfig,
     parameters: int,
     mask_token: str,
@@ -56,6 +58,7 @@ def write_card(
 ) -> None:
     """Writes README.md; the license is left to be chosen by whoever publishes it.
 
+    bridge: its class in transformers.
     config, parameters, max_tokens: the model, its trained numbers, and its longest text.
     mask_token: as the tokenizer spells it.
     training: what is known of its making.
@@ -69,10 +72,10 @@ def write_card(
     }
     proven = [[asked, str(proof)] for asked, proof in proofs.items()]
     parts = [
-        _front_matter(training.base_model),
+        _front_matter(training.base_model, tag=bridge.model_type),
         f"# {plain(training.name)}\n",
         (
-            "A ModernBERT encoder, pretrained by masked language modelling with Tessera. It fills"
+            f"A {bridge.title} encoder, pretrained by masked language modelling with Tessera. It fills"
             " in masked tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n"
         ),
         _usage(shown_as, mask_token),
@@ -127,7 +130,7 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(line, quote=False))
 
 
-def _front_matter(base_model: str | None) -> str:
+def _front_matter(base_model: str | None, *, tag: str) -> str:
     lines = [
         "---",
         "# license: name one before you publish, for example apache-2.0",
@@ -135,7 +138,7 @@ def _front_matter(base_model: str | None) -> str:
         "pipeline_tag: fill-mask",
         *([f"base_model: {json.dumps(base_model)}"] if base_model else []),
         "tags:",
-        "- modernbert",
+        f"- {tag}",
         "- masked-language-modelling",
         "- sentence-transformers",
         "- tessera",

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.contract import ModelConfig
-from encoder.models.hf.bridge import Bridge
+from encoder.models.hf.bert import BERT, DISTILBERT, ROBERTA, model_type_of
+from encoder.models.hf.bridge import Bridge, SpecialIds
 from encoder.models.hf.modernbert import MODERNBERT
 from encoder.models.modernbert import ModernBertConfig
 
-BRIDGES: dict[type, Bridge] = {ModernBertConfig: MODERNBERT}
+# by model_type of config.json
+BRIDGES: dict[str, Bridge] = {b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT)}
+# the model_type that a model gets, by its settings and, where they are known, its special ids
+CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
+    ModernBertConfig: lambda config, specials: MODERNBERT.model_type,
+    BertConfig: model_type_of,
+    RobertaConfig: model_type_of,
+    DistilBertConfig: model_type_of,
+}
 
 
-def bridge_of(config: ModelConfig) -> Bridge | None:
+def bridge_of(config: ModelConfig, specials: SpecialIds | None = None) -> Bridge | None:
     """The bridge of a settings object's family, or None: it stays ours."""
-    return BRIDGES.get(type(config))
+    choose = CHOICES.get(type(config))
+    return BRIDGES[choose(config, specials)] if choose else None
 
 
 def export_blocker(config: ModelConfig) -> str | None:
@@ -31,4 +42,5 @@ def export_blocker(config: ModelConfig) -> str | None:
 def bridge_of_settings(settings: Mapping[str, Any]) -> Bridge:
     """The bridge of a config.json by its model_type; for an unknown one the first, which says what is needed."""
     kind = settings.get("model_type")
-    return next((bridge for bridge in BRIDGES.values() if bridge.model_type == kind), MODERNBERT)
+    default = BRIDGES[MODERNBERT.model_type]
+    return BRIDGES.get(kind, default) if isinstance(kind, str) else default

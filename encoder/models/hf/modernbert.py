@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from encoder.base.errors import ConfigError, ExportError, ModelError
 from encoder.base.schema import from_mapping
-from encoder.models.hf.bridge import Bridge
+from encoder.models.hf.bridge import Bridge, SpecialIds
 from encoder.models.modernbert import ModernBertConfig
 
 # ours -> theirs
@@ -65,16 +66,6 @@ THETA = {
     "global_rope_theta": ("full_attention", 160_000.0),
     "local_rope_theta": ("sliding_attention", 10_000.0),
 }
-
-
-class SpecialIds(Protocol):
-    """The tokens that structure a document."""
-
-    cls_id: int
-    sep_id: int
-    pad_id: int
-    mask_id: int
-    unk_id: int
 
 
 def _blocker(config: ModernBertConfig) -> str | None:
@@ -138,7 +129,9 @@ def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
     }
 
 
-def config_from_hf(values: dict[str, Any], *, where: str) -> ModernBertConfig:
+def config_from_hf(
+    values: dict[str, Any], *, where: str, names: Sequence[str] = ()
+) -> ModernBertConfig:
     """The inverse: config.json of ModernBertForMaskedLM, written by any transformers; what is not said has its default.
 
     `where` opens the errors. Raises ModelError for another architecture and for what our model cannot be.
@@ -375,6 +368,7 @@ def _global_every_n(values: dict[str, Any], layers: int, where: str) -> int:
 
 MODERNBERT = Bridge(
     model_type="modernbert",
+    title="ModernBERT",
     config_class="ModernBertConfig",
     without_word=NOT_IN_HF_CONFIG,
     blocker=_blocker,

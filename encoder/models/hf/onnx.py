@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder.base.errors import ExportError
+from encoder.models.hf.bridge import BY_MASK, Padding
 from encoder.models.hf.parity import MaskedModel, Proof, Rows, prove
 
 # the longest document asked: onnxruntime keeps the scores of all heads, 3 GB at 8,192
@@ -40,11 +41,21 @@ def check_onnx_installed() -> None:
 
 
 def write_onnx(
-    folder: Path, theirs: nn.Module, ours: MaskedModel, *, max_tokens: int, tolerance: float
+    folder: Path,
+    theirs: nn.Module,
+    ours: MaskedModel,
+    *,
+    max_tokens: int,
+    tolerance: float,
+    padding: Padding = BY_MASK,
 ) -> Proof:
     """Write onnx/model.onnx (input_ids, attention_mask -> logits [batch, length, V]) and prove it. Raises ExportError.
 
+    folder: the export's.
+    theirs, ours: transformers' model, and ours that the graph is compared with.
+    max_tokens: of the longest document.
     tolerance: of a logit; the graph is fp32, so it may round as transformers was seen to round on these weights.
+    padding: how the graph may be padded.
     """
     path = folder / "onnx" / "model.onnx"
     path.parent.mkdir()
@@ -78,6 +89,7 @@ def write_onnx(
         max_tokens=min(max_tokens, PROOF_TOKENS),
         asked="onnxruntime",
         tolerance=tolerance,
+        padding=padding,
     )
 
 
@@ -103,7 +115,8 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        # the first output is the logits of masked tokens, whatever other heads there are
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
 
 
 @contextlib.contextmanager

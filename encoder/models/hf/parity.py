@@ -3,7 +3,8 @@
 Two questions are asked. What config.json means: a small model of the same kind, with drawn weights on which every setting
 shows, is compared in fp64. Whether weights and config belong together: documents of 1, 127-130 (the edges of a window of
 129 keys), 1,024 and the longest allowed number of tokens are asked with the model's own weights in fp32, and where its
-rounding alone is large (sharp attention), again in fp64. Each is asked alone, padded on the right and, in fp32, on the left.
+rounding alone is large (sharp attention), again in fp64. Each is asked alone, padded on the right and, in fp32, on the left
+(but for models whose positions count padding).
 
     alone    a b c           left    - - - a b c        right    a b c - - -
                                      - - - - - d                 d - - - - -
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,10 +28,11 @@ from torch.overrides import TorchFunctionMode
 from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.errors import ExportError
 from encoder.base.rng import generator
+from encoder.base.untrusted import read_json
 from encoder.models.catalog import build_model
 from encoder.models.contract import ModelConfig
-from encoder.models.hf.bridge import Bridge
-from encoder.models.hf.catalog import bridge_of
+from encoder.models.hf.bridge import BY_MASK, Bridge, Padding
+from encoder.models.hf.catalog import bridge_of, bridge_of_settings
 
 TOLERANCE = 1e-4  # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
 TOLERANCE_FP64 = 1e-6  # equal models: 1e-13; the angles are fp32 on both sides
@@ -57,6 +59,9 @@ class MaskedModel(Protocol):
     def decode(self, x_MC: Tensor) -> Tensor:
         """Hidden states [M, C] -> logits [M, V]."""
 
+    def sentence_decoder(self, x_MC: Tensor) -> Tensor:
+        """Hidden states [M, C] -> logits [M, 2]; of a model with such a head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
@@ -66,6 +71,7 @@ class Proof:
     lengths: tuple[int, ...]  # of the documents compared, in tokens
     # the same up to FP64_TOKENS in fp64; None: fp32 was close enough
     fp64_difference: float | None = None
+    left_padded: bool = True
 
     def __str__(self) -> str:
         fp64 = (
@@ -75,7 +81,8 @@ class Proof:
         )
         return (
             f"the same logits within {self.max_abs_difference:.1e}{fp64} at lengths "
-            f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on either side"
+            f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on"
+            f" {'either side' if self.left_padded else 'the right'}"
         )
 
 
@@ -87,17 +94,22 @@ def prove(
     asked: str,
     tolerance: float = TOLERANCE,
     ask_fp64: Callable[[], LogitsFn] | None = None,
+    padding: Padding = BY_MASK,
 ) -> Proof:
-    """Compares `ours` with the model behind `ask`, which `asked` names. Raises ExportError where they differ.
+    """Compares `ours` with the model behind `ask`. Raises ExportError where they differ.
 
+    ours, ask: both models.
     max_tokens: of the longest document; at least the window is passed in any case, where the model can be so long.
+    asked: the other model's name in errors.
+    tolerance: of a logit in fp32.
     ask_fp64: the same model in fp64, asked where fp32 differs by more than `tolerance`.
+    padding: how the other model may be padded.
     """
     edges = _bridge(ours.config).edges(ours.config)
     longest = min(ours.config.max_position_embeddings, max(max_tokens, *edges))
     lengths = sorted({min(n, longest) for n in (1, *edges, 1024, max_tokens, longest)})
-    worst = _compared(ours, ask, lengths, paddings=(None, False, True))
-    proof = Proof(max_abs_difference=worst, lengths=tuple(lengths))
+    worst = _compared(ours, ask, lengths, sides=(None, False, True), padding=padding)
+    proof = Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=padding.left)
     if worst <= tolerance:
         return proof
     said, needed = f"by {worst:.2e}", f"at most {tolerance:.0e}"
@@ -106,7 +118,8 @@ def prove(
             copy.deepcopy(ours).double(),
             ask_fp64(),
             [n for n in lengths if n <= FP64_TOKENS],
-            paddings=(None, False),
+            sides=(None, False),
+            padding=padding,
         )
         if fp64 <= TOLERANCE_FP64:
             return dataclasses.replace(proof, fp64_difference=fp64)
@@ -135,7 +148,7 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     """
     import transformers
 
-    bridge = _bridge(config)
+    bridge = bridge_of_settings(settings)
     settings, config = bridge.smaller(settings, config)
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in build_model(config, seed=0).state_dict().items()}
@@ -146,20 +159,17 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
         with torch.random.fork_rng(
             devices=[]
         ):  # transformers draws first weights from torch's own generator
-            theirs = (
-                transformers.AutoModelForMaskedLM.from_config(
-                    _config_of(bridge, settings), attn_implementation="sdpa"
-                )
-                .double()
-                .eval()
+            made = getattr(transformers, bridge.auto_class(settings)).from_config(
+                _config_of(bridge, settings), attn_implementation="sdpa"
             )
-            notes = theirs.load_state_dict(weights, strict=False)
+            theirs = made.double().eval()
+            notes = theirs.load_state_dict(bridge.weights_to(weights, config), strict=False)
     except Exception as error:  # whatever its version raises
         raise ExportError(
             f"transformers {transformers.__version__} cannot make the model of config.json: "
             f"{_line(error)}"
         ) from error
-    lost = [n for n in (*notes.missing_keys, *notes.unexpected_keys) if n != "decoder.weight"]
+    lost = [n for n in (*notes.missing_keys, *notes.unexpected_keys) if n not in bridge.tied]
     if lost:
         raise ExportError(
             f"transformers {transformers.__version__} by config.json has other weights than we"
@@ -171,7 +181,8 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
         ours,
         logits_fn(theirs, bridge),
         sorted({min(n, config.max_position_embeddings) for n in lengths}),
-        paddings=(None, False),
+        sides=(None, False),
+        padding=bridge.padding(settings),
     )
 
 
@@ -184,17 +195,27 @@ def our_model(weights: dict[str, Tensor], config: ModelConfig) -> MaskedModel:
 
 
 def transformers_model(
-    folder: Path, bridge: Bridge, settings: dict[str, Any] | None = None
+    folder: Path,
+    bridge: Bridge,
+    settings: dict[str, Any] | None = None,
+    drawn: Mapping[str, Tensor] | None = None,
 ) -> torch.nn.Module:
-    """The model of a folder by transformers' own code, fp32; `settings` in place of its config.json.
+    """The model of a folder by transformers' own code, fp32.
+
+    folder, bridge: of the model.
+    settings: in place of its config.json.
+    drawn: weights by their names that the folder lacks, for a body without heads.
 
     Raises ExportError.
     """
     import transformers
 
+    drawn = drawn or {}
     try:
+        said = settings or read_json(folder / "config.json", root=dict, error=ExportError)
         given = {} if settings is None else {"config": _config_of(bridge, settings)}
-        model, notes = transformers.AutoModelForMaskedLM.from_pretrained(
+        auto = getattr(transformers, bridge.auto_class(said))
+        model, notes = auto.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation="sdpa",
@@ -209,16 +230,20 @@ def transformers_model(
         raise ExportError(
             f"transformers {transformers.__version__} cannot load the folder: {_line(error)}"
         ) from error
+    unexpected = [
+        n for n in notes.get("unexpected_keys", ()) if not any(part in n for part in bridge.leaves)
+    ]
     wrong = [
         n
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for n in notes.get(kind, ())
-        if n != "decoder.weight"
+        for n in (*notes.get("missing_keys", ()), *unexpected, *notes.get("mismatched_keys", ()))
+        if n not in (*bridge.tied, *drawn)
     ]
     if wrong:
         raise ExportError(
             f"transformers {transformers.__version__} does not find all weights: {wrong[:3]}."
         )
+    if drawn:
+        model.load_state_dict(drawn, strict=False)
     return model.eval()
 
 
@@ -258,20 +283,49 @@ class _KeepFloat64(TorchFunctionMode):
 
 
 def _compared(
-    ours: MaskedModel, ask: LogitsFn, lengths: list[int], *, paddings: Sequence[bool | None]
+    ours: MaskedModel,
+    ask: LogitsFn,
+    lengths: list[int],
+    *,
+    sides: Sequence[bool | None],
+    padding: Padding,
 ) -> float:
-    """The largest difference of a logit over drawn documents of these lengths."""
+    """The largest difference of a logit over drawn documents of these lengths.
+
+    ours, ask: both models
+    lengths: of the documents
+    sides: None: each alone; False, True: padded on the right, on the left
+    padding: how the other model may be padded
+    """
     draw = generator(0, "export proof")
-    documents = [torch.from_numpy(draw.integers(0, ours.config.vocab_size, n)) for n in lengths]
+    vocab = ours.config.vocab_size
+    documents = [torch.from_numpy(draw.integers(0, vocab, n)) for n in lengths]
+    if padding.pad_id is not None:  # in a text it would be padding to them
+        other = (padding.pad_id + 1) % vocab
+        documents = [d.where(d != padding.pad_id, torch.tensor(other)) for d in documents]
     with torch.inference_mode():
         expected = ours.hidden_states(packed_documents(documents)).split(lengths)
         return max(
             _worst(
-                ours, ask, [documents[i] for i in batch], [expected[i] for i in batch], left=left
+                ours,
+                ask,
+                [documents[i] for i in batch],
+                [expected[i] for i in batch],
+                left=left,
+                padding=padding,
             )
             for batch in _batches(lengths)
-            for left in paddings
+            for left in sides
+            if padding.left or not left
         )
+
+
+def _answers(ours: MaskedModel, x_MC: Tensor, *, width: int) -> Tensor:
+    """Our logits [M, V], and the sentence head's beside them where the other model gives so many."""
+    logits_MV = ours.decode(x_MC)
+    if width == logits_MV.shape[-1]:
+        return logits_MV
+    return torch.cat((logits_MV, ours.sentence_decoder(x_MC)), dim=-1)
 
 
 def _bridge(config: ModelConfig) -> Bridge:
@@ -313,13 +367,22 @@ def _worst(
     expected: Sequence[Tensor],
     *,
     left: bool | None,
+    padding: Padding,
 ) -> float:
-    """The largest difference of a logit over some documents: each alone (left None), or padded to one batch."""
+    """The largest difference of a logit over some documents: each alone (left None), or padded to one batch.
+
+    ours, ask: both models
+    documents, expected: ids, and our hidden states
+    left: the side of the padding; None: each alone
+    padding: how the other model may be padded
+    """
     if left is None:
         answers = [(ask(d[None], torch.ones_like(d)[None]), 0, 0) for d in documents]
     else:
         width = max(map(len, documents)) + PADDING_TOKENS
-        ids_BL = torch.zeros(len(documents), width, dtype=torch.int64)
+        width = min(width, padding.most_tokens or width)
+        shape = (len(documents), width)
+        ids_BL = torch.full(shape, padding.pad_id or 0, dtype=torch.int64)
         real_BL = torch.zeros_like(ids_BL)
         starts = [width - len(d) if left else 0 for d in documents]
         for row, (document, start) in enumerate(zip(documents, starts, strict=True)):
@@ -333,8 +396,8 @@ def _worst(
     for (rows, row, start), x_TC in zip(answers, expected, strict=True):
         for at in range(0, len(x_TC), CHUNK_TOKENS):
             end = min(at + CHUNK_TOKENS, len(x_TC))
-            difference = float(
-                (rows(row, slice(start + at, start + end)) - ours.decode(x_TC[at:end])).abs().max()
-            )
+            found = rows(row, slice(start + at, start + end))
+            mine = _answers(ours, x_TC[at:end], width=found.shape[-1])
+            difference = float((found - mine).abs().max())
             worst = max(worst, difference if difference == difference else float("inf"))
     return worst

@@ -1,7 +1,7 @@
-"""From Hugging Face: a folder of ModernBertForMaskedLM, written by any transformers, as a stored model.
+"""From Hugging Face: a folder of a class that has a bridge, written by any transformers, as a stored model.
 
 Weights are read from model.safetensors, from its shards (model.safetensors.index.json) or from pytorch_model.bin, in
-whatever float they are, and become fp32.
+whatever float they are, and become fp32. A body without heads has them drawn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from encoder.base.errors import ExportError, ModelError
 from encoder.base.untrusted import inside, open_regular, plain_name, read_json
 from encoder.models.contract import ModelConfig
+from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.catalog import bridge_of_settings
 from encoder.models.hf.parity import (
     TOLERANCE_DRAWN,
@@ -34,8 +35,11 @@ from encoder.models.stored import (
     WEIGHTS,
     StoredModel,
     check_weights,
+    drawn_weights,
     fp32,
+    parameter_names,
     read_safetensors,
+    stems,
 )
 
 CONFIG = "config.json"
@@ -46,36 +50,67 @@ EMBEDDING, DECODER = "model.embeddings.tok_embeddings.weight", "decoder.weight"
 def read_hf(folder: Path) -> StoredModel:
     """The model of a Hugging Face folder, its config.json seen to mean the same to transformers, on drawn weights in fp64.
 
-    Raises ModelError for another architecture, a config that cannot be ours, missing or unfit weights. Dropout after
-    attention has no word in config.json: the model has ModernBERT's own 0.1.
+    Raises ModelError for another architecture, a config that cannot be ours, missing or unfit weights. ModernBERT's
+    dropout after attention has no word in config.json: the model has its own 0.1. `origin` says so, and which heads were
+    drawn or left out.
     """
     config = read_hf_config(folder)
     values = _read_json(folder / CONFIG)
-    weights = untie(_read_weights(folder), tied=config.tie_word_embeddings, of=str(folder))
+    bridge = bridge_of_settings(values)
+    names = parameter_names(config)
+    raw = _read_weights(folder)
+    weights, left_out = bridge.weights_from(raw, config, of=str(folder), ours=names)
+    weights = untie(weights, tied=config.tie_word_embeddings, of=str(folder))
+    drawn = [name for name in bridge.head_names(names) if name not in weights]
+    weights |= drawn_weights(config, drawn)
     check_weights(weights, config, of=str(folder))
     _check_meaning(values, config, folder / CONFIG)
     tokenizer_json = folder / TOKENIZER
-    without_word = bridge_of_settings(values).without_word
     return StoredModel(
         config=config,
         weights=fp32(weights),
         tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
-        origin=(
-            f"Hugging Face folder {folder.name} (no word for {without_word}:"
-            f" {getattr(config, without_word)})"
-        ),
+        origin=_origin(folder, config, bridge, drawn=drawn, left_out=left_out),
+        drawn=tuple(drawn),
         max_tokens=_max_tokens(folder, config),
     )
+
+
+def _origin(
+    folder: Path,
+    config: ModelConfig,
+    bridge: Bridge,
+    *,
+    drawn: Sequence[str],
+    left_out: Sequence[str],
+) -> str:
+    """One line for people.
+
+    folder, config, bridge: of the model.
+    drawn: parameters that the folder lacks.
+    left_out: of its tensors, those that the model has no place for.
+    """
+    said = []
+    if bridge.without_word:
+        said.append(f"no word for {bridge.without_word}: {getattr(config, bridge.without_word)}")
+    if drawn:
+        said.append(f"drawn, for it has none: {', '.join(stems(drawn))}")
+    if left_out:
+        said.append(f"left out: {', '.join(stems(left_out))}")
+    notes = f" ({'; '.join(said)})" if said else ""
+    return f"Hugging Face folder {folder.name}{notes}"
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
     """The shape that a folder's config.json tells. Raises ModelError."""
     if not (folder / CONFIG).is_file():
         raise ModelError(
-            f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM."
+            f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM,"
+            " or of a BERT, RoBERTa or DistilBERT."
         )
     settings = _read_json(folder / CONFIG)
-    return bridge_of_settings(settings).from_settings(settings, where=str(folder / CONFIG))
+    bridge = bridge_of_settings(settings)
+    return bridge.from_settings(settings, where=str(folder / CONFIG), names=_tensor_names(folder))
 
 
 def prove_import(model: StoredModel, folder: Path) -> Proof:
@@ -85,26 +120,34 @@ def prove_import(model: StoredModel, folder: Path) -> Proof:
     """
     settings = _read_json(folder / CONFIG)
     bridge = bridge_of_settings(settings)
-    theirs = transformers_model(folder, bridge, bridge.completed(settings, model.config))
+    drawn = {name: model.weights[name] for name in model.drawn}
+    theirs = transformers_model(
+        folder,
+        bridge,
+        bridge.completed(settings, model.config),
+        bridge.weights_to(drawn, model.config),
+    )
     return prove(
         our_model(model.weights, model.config),
         logits_fn(theirs, bridge),
         asked="transformers",
         ask_fp64=lambda: logits_fn_fp64(theirs, bridge),
         max_tokens=model.max_tokens or model.config.max_position_embeddings,
+        padding=bridge.padding(settings),
     )
 
 
 def _check_meaning(values: dict[str, Any], config: ModelConfig, path: Path) -> None:
+    bridge = bridge_of_settings(values)
     try:
-        drawn = drawn_difference(bridge_of_settings(values).completed(values, config), config)
+        drawn = drawn_difference(bridge.completed(values, config), config)
     except ExportError as error:
         raise ModelError(f"{path}: {error}") from error
     if not drawn <= TOLERANCE_DRAWN:
         raise ModelError(
             f"{path} means another model to transformers than to us: on drawn weights the logits"
             f" differ by {drawn:.2e} in fp64; needed: at most {TOLERANCE_DRAWN:.0e}. Take out the"
-            " words that ModernBERT's own config.json does not have."
+            f" words that {bridge.title}'s own config.json does not have."
         )
 
 
@@ -172,6 +215,23 @@ def named_tensors(found: Any, *, where: str) -> dict[str, Tensor]:
                 " whole tensors. Load the model's weights before you save its state_dict()."
             )
     return found
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Names of the tensors, without reading them; none where that cannot be, or where something is amiss: who reads says so."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / WEIGHTS).is_file():
+        try:
+            open_regular(folder / WEIGHTS, error=ModelError).close()
+            with safe_open(folder / WEIGHTS, framework="pt") as file:
+                return list(file.keys())
+        except (ModelError, SafetensorError, OSError):
+            return []
+    if (folder / INDEX).is_file():
+        files = _read_json(folder / INDEX).get("weight_map")
+        return list(files) if isinstance(files, dict) else []
+    return []
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

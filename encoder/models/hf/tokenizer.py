@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from encoder.base.errors import ModelError
 from encoder.base.files import write_json
 from encoder.base.untrusted import native_code, read_json
-from encoder.models.hf.modernbert import SpecialIds
+from encoder.models.hf.bridge import SpecialIds
 from encoder.models.stored import TOKENIZER
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """To Hugging Face: a folder that exists only after transformers, reading it back, gave the same logits as we do.
 
-The names of the parameters are Hugging Face's already, so nothing is renamed or permuted. What is written:
+ModernBERT's parameters have Hugging Face's names already; those of the other families are renamed and cut. What is written:
 
     OUT/
         config.json              both rotary thetas always explicit, in the words of transformers 4 and of 5
@@ -22,9 +22,9 @@ from typing import Any
 from encoder.base.errors import ExportError
 from encoder.base.files import atomic_folder, files_below, sha256_of, write_json
 from encoder.base.untrusted import read_json
+from encoder.models.hf.bridge import SpecialIds
 from encoder.models.hf.card import CARD, Training, write_card, write_sentence_transformers
 from encoder.models.hf.catalog import bridge_of
-from encoder.models.hf.modernbert import SpecialIds
 from encoder.models.hf.onnx import check_onnx_installed, write_onnx
 from encoder.models.hf.parity import (
     TOLERANCE,
@@ -70,7 +70,7 @@ def export_hf(
             f"max_tokens {max_tokens:,} is more than max_position_embeddings "
             f"{config.max_position_embeddings:,}. Raise the model's max_position_embeddings."
         )
-    bridge = bridge_of(config)
+    bridge = bridge_of(config, specials)
     if bridge is None:
         raise ExportError("this model has no class in transformers. Keep it as a weights folder.")
     settings = bridge.to_settings(config, specials)
@@ -83,7 +83,7 @@ def export_hf(
         write_tokenizer(
             part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens
         )
-        write_safetensors(model.weights, part / WEIGHTS)
+        write_safetensors(bridge.weights_to(model.weights, config), part / WEIGHTS)
         write_json(part / "config.json", settings)
         theirs = transformers_model(part, bridge)
         mask_token = _load_tokenizer(part).mask_token
@@ -102,6 +102,7 @@ def export_hf(
                 max_tokens=max_tokens,
                 asked="transformers",
                 ask_fp64=lambda: logits_fn_fp64(theirs, bridge),
+                padding=bridge.padding(settings),
             )
         }
         if onnx:
@@ -109,11 +110,17 @@ def export_hf(
                 2 * proofs["transformers"].max_abs_difference, 1e-2
             )  # a wrong window is 1e-1 off
             proofs["onnxruntime"] = write_onnx(
-                part, theirs, ours, max_tokens=max_tokens, tolerance=max(TOLERANCE, rounding)
+                part,
+                theirs,
+                ours,
+                max_tokens=max_tokens,
+                tolerance=max(TOLERANCE, rounding),
+                padding=bridge.padding(settings),
             )
         write_sentence_transformers(part, width=config.hidden_size, max_tokens=max_tokens)
         write_card(
             part,
+            bridge=bridge,
             config=config,
             parameters=ours.parameter_count(),
             mask_token=mask_token,

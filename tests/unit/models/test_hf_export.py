@@ -14,7 +14,7 @@ from encoder.models.hf import write as hf_export
 from encoder.models.hf.catalog import BRIDGES
 from encoder.models.hf.modernbert import MODERNBERT, hf_config
 from encoder.models.hf.parity import drawn_difference, prove
-from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.models.modernbert import ModernBertForMaskedLM
 from tests.helpers.hf import CONFIG, SPECIALS, exported, names_in, stored, write_tokenizer_json
 
 
@@ -144,7 +144,7 @@ def test_a_setting_that_hugging_face_has_no_word_for_is_refused_by_name(choice, 
 def write_settings_by(monkeypatch, to_settings):
     """config.json is written by another function."""
     monkeypatch.setitem(
-        BRIDGES, ModernBertConfig, dataclasses.replace(MODERNBERT, to_settings=to_settings)
+        BRIDGES, "modernbert", dataclasses.replace(MODERNBERT, to_settings=to_settings)
     )
 
 

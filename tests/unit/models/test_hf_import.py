@@ -351,9 +351,10 @@ def test_a_length_that_is_no_number_is_none_and_a_short_one_still_passes_the_win
 
 def test_a_word_that_transformers_reads_otherwise_is_seen_on_drawn_weights(folder, monkeypatch):
     another = dataclasses.replace(
-        MODERNBERT, from_settings=lambda values, where: dataclasses.replace(CONFIG, norm_eps=1e-6)
+        MODERNBERT,
+        from_settings=lambda values, where, names: dataclasses.replace(CONFIG, norm_eps=1e-6),
     )
-    monkeypatch.setitem(BRIDGES, type(CONFIG), another)
+    monkeypatch.setitem(BRIDGES, "modernbert", another)
     with pytest.raises(
         ModelError, match="config.json means another model to transformers than to us"
     ):
