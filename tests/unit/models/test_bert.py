@@ -13,6 +13,7 @@ from encoder.models.bert import BertConfig, BertForPretraining, DistilBertConfig
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
 from encoder.models.growth import GrowthConfig, grow
 from encoder.objectives.mlm import mlm_loss
+from tests.helpers.contracts import check_model
 from tests.helpers.packed import packed
 from tests.reference.dense import whole_vocabulary_loss
 from tests.reference.plain_encoder import plain_hidden_states, plain_logits
@@ -71,6 +72,11 @@ def with_segments(batch, segments: int):
     """The batch, the second half of it in the last segment."""
     half = torch.arange(len(batch.ids_T)) >= len(batch.ids_T) // 2
     return replace(batch, segments_T=half.long() * (segments - 1))
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+def test_the_promises_of_a_family_hold(config):
+    check_model(config)
 
 
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
