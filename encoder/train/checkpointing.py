@@ -13,6 +13,7 @@ from encoder.base.log import say
 from encoder.base.schema import to_yaml
 from encoder.engine.checkpoint.save import Saved, Saver
 from encoder.runs.folder import CHECKPOINTS
+from encoder.runs.phases import phase_of_weights
 from encoder.train.faults import Deadline
 from encoder.train.recorder import Recorder
 from encoder.train.session import Session
@@ -126,7 +127,7 @@ class Checkpointing:
 
 
 def lower_rate_text(session: Session) -> str:
-    """What to do where training diverges."""
-    number = session.progress.phase
+    """What to do where training diverges: the rate of the phase that moved the weights last."""
+    number = phase_of_weights(session.progress)
     peak = session.run.phases[number].lr.peak
     return f"Start anew with a lower rate: out=ANOTHER_FOLDER phases.{number}.lr.peak={peak / 2:g}"

@@ -134,6 +134,7 @@ def on_one_rank(world: World, *, folder: str) -> list[str]:
         *preempted_in_a_row(world, folder),
         *other_cadence(world, folder),
         start(world, folder, "diverged", "phases.0.lr.peak=1e25", "checkpoints.every_tokens=100"),
+        start(world, folder, "diverged_at_the_end", "phases.0.lr.peak=1e25", "phases.0.tokens=10"),
     ]
 
 
@@ -164,7 +165,7 @@ def folder(tmp_path_factory) -> Path:
     assert one == two and one[:3] == ["", "", ""], "all ranks see the same"
     (root / "stopped" / "error").write_text(one[3])
     (alone,) = run_ranks(on_one_rank, 1, folder=str(root))
-    assert alone[:-1] == [
+    assert alone[:-2] == [
         "stopped here",
         "",
         "",
@@ -178,7 +179,8 @@ def folder(tmp_path_factory) -> Path:
         "stopped here",
         "",
     ]
-    (root / "diverged" / "error").write_text(alone[-1])
+    for name, error in zip(("diverged", "diverged_at_the_end"), alone[-2:]):
+        (root / name / "error").write_text(error)
     return root
 
 
@@ -272,6 +274,12 @@ def test_weights_that_give_no_finite_loss_are_never_saved_and_the_run_says_what_
     said = (folder / "diverged" / "error").read_text()
     assert "Start anew with a lower rate: out=ANOTHER_FOLDER phases.0.lr.peak=5e+24" in said
     assert not list((folder / "diverged" / "checkpoints").glob("tokens*"))
+
+
+def test_a_loss_that_is_not_finite_at_the_last_phases_end_names_that_phases_rate(folder):
+    """The next phase is entered before the end of one is saved; after the last there is none."""
+    said = (folder / "diverged_at_the_end" / "error").read_text()
+    assert "they are not saved" in said and said.endswith("phases.0.lr.peak=5e+24.")
 
 
 def test_a_step_that_is_done_again_without_computing_it_keeps_its_first_loss(folder):
