@@ -15,7 +15,7 @@ from data_prep.output import output
 from data_prep.shards import read_shard
 from data_prep.verify import find_shard_folders
 from encoder.base.errors import ShardError
-from encoder.base.files import refuse_foreign, write_atomic
+from encoder.base.files import native_path, refuse_foreign, write_atomic
 from encoder.base.log import say
 from encoder.base.untrusted import native_code
 from encoder.data.shard_format import (
@@ -99,8 +99,8 @@ def summarize(folder: Path) -> Summary:
         )
     shard = list(read_shard(folder, filled, card=card, hashes=read_hashes(folder, card)))
     what = f"{folder / TOKENIZER} is not a tokenizer that tokenizers can read"
-    with native_code(what, error=ShardError):
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    with native_path(folder / TOKENIZER) as name, native_code(what, error=ShardError):
+        tokenizer = tokenizers.Tokenizer.from_file(name)
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
     read = [as_read(ids_T, card)[:SAMPLE_CHARS].tolist() for ids_T in chosen]
     with native_code(what, error=ShardError):

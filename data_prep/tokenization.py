@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.long_texts import TooLong, batches, cuts_of, parts_of
 from encoder.base.errors import ConfigError, ShardError
+from encoder.base.files import native_path
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import warn_once
 from encoder.base.untrusted import native_code
@@ -87,15 +88,15 @@ class TextEncoder:
         self.name = name
         self._cuts = cuts_of(tokenizer_json)
         self._what = f"{tokenizer_json} is not a tokenizer that {name} can read"
-        with native_code(self._what, error=ShardError):
+        with native_path(tokenizer_json) as path, native_code(self._what, error=ShardError):
             if name == "fastokens":
                 import fastokens
 
-                self._tokenizer = fastokens.Tokenizer.from_file(str(tokenizer_json))
+                self._tokenizer = fastokens.Tokenizer.from_file(path)
             else:
                 import tokenizers
 
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+                self._tokenizer = tokenizers.Tokenizer.from_file(path)
                 self._tokenizer.encode_special_tokens = True
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]:
     """For each text, for each [MASK] in it, the `top` likeliest tokens with their probabilities. Raises ExportError."""
     from encoder.base.errors import ExportError
+    from encoder.base.files import native_path
 
     if not (folder / "config.json").is_file():
         raise ExportError(
@@ -58,8 +59,12 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+        with native_path(folder) as name:
+            of_disk = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(name, **of_disk)
+            model = AutoModelForMaskedLM.from_pretrained(
+                name, attn_implementation="sdpa", **of_disk
+            ).eval()
     except (
         Exception
     ) as error:  # transformers, tokenizers and safetensors each raise their own kinds

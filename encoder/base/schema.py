@@ -461,7 +461,9 @@ class _StrictLoader(yaml.SafeLoader):
         try:
             if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
                 raise ValueError
-            if node.tag == "tag:yaml.org,2002:str" and not _whole_text(node.value):
+            if node.tag == "tag:yaml.org,2002:str" and not (
+                _whole_text(node.value) or _names_a_file(node.value)
+            ):
                 raise ValueError
             return super().construct_object(node, deep=deep)
         except (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ConfigError, ModelError, UserError
-from encoder.base.files import atomic_folder, write_atomic, write_json
+from encoder.base.files import atomic_folder, native_path, write_atomic, write_json
 from encoder.base.schema import chosen_by, read_settings, to_yaml
 from encoder.base.untrusted import open_regular, read_json
 from encoder.models.catalog import SYSTEMS, build_model
@@ -151,7 +151,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     open_regular(path, error=ModelError).close()  # a fifo would be waited for
     try:
-        return load_file(path)
+        with native_path(path) as name:
+            return load_file(name)
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}. Copy or write the file again."

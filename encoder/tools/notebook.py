@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError, ModelError, ShardError, UserError, nearest
+from encoder.base.files import native_path
 from encoder.base.schema import expand_path, from_mapping
 from encoder.base.untrusted import native_code
 from encoder.data.shard_format import TOKENIZER, Card, special_ids_of, tokenizer_fingerprint
@@ -172,10 +173,9 @@ def open_shards(path: Path | str, *, cache: Path | str | None = None) -> Shards:
             f"{tokenizer_json} is not the one that made these ids: its SHA-256 is not the card's. "
             "Copy the folder again."
         )
-    with native_code(
-        f"{tokenizer_json} is not a tokenizer that tokenizers can read", error=ShardError
-    ):
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    what = f"{tokenizer_json} is not a tokenizer that tokenizers can read"
+    with native_path(tokenizer_json) as name, native_code(what, error=ShardError):
+        tokenizer = Tokenizer.from_file(name)
     return Shards(path=where.path, source=source, tokenizer=tokenizer)
 
 

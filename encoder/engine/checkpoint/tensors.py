@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from encoder.base.errors import CheckpointError
-from encoder.base.files import fsync_path, usual_mode
+from encoder.base.files import fsync_path, native_path, usual_mode
 from encoder.base.untrusted import open_regular
 from encoder.engine.engine import StateShard
 
@@ -58,7 +58,9 @@ class StretchReader:
         with contextlib.ExitStack() as opening:  # closes what is open if one of them cannot be
             for path in sorted(self._folder.glob("rank*.safetensors")):
                 open_regular(path, error=CheckpointError).close()  # a fifo would be waited for
-                self._index(opening.enter_context(safe_open(path, framework="pt")), path)
+                with native_path(path) as name:
+                    file = safe_open(name, framework="pt")
+                self._index(opening.enter_context(file), path)
             self._open = opening.pop_all()
         return self
 

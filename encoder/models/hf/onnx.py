@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder.base.errors import ExportError
+from encoder.base.files import native_path
 from encoder.models.hf.bridge import BY_MASK, Padding
 from encoder.models.hf.parity import MaskedModel, Proof, Rows, prove
 
@@ -96,7 +97,10 @@ def write_onnx(
 def _logits_fn(path: Path):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with native_path(path.parent) as folder:
+        session = onnxruntime.InferenceSession(
+            f"{folder}/{path.name}", providers=["CPUExecutionProvider"]
+        )
 
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
         logits_BLV = torch.from_numpy(

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.errors import ExportError
+from encoder.base.files import native_path
 from encoder.base.rng import generator
 from encoder.base.untrusted import read_json
 from encoder.models.catalog import build_model
@@ -215,15 +216,16 @@ def transformers_model(
         said = settings or read_json(folder / "config.json", root=dict, error=ExportError)
         given = {} if settings is None else {"config": _config_of(bridge, settings)}
         auto = getattr(transformers, bridge.auto_class(said))
-        model, notes = auto.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **given,
-        )
+        with native_path(folder) as name:
+            model, notes = auto.from_pretrained(
+                name,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **given,
+            )
     except (
         Exception
     ) as error:  # whatever its version raises: the answer is the same, with its words

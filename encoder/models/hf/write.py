@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import ExportError
-from encoder.base.files import atomic_folder, files_below, sha256_of, write_json
+from encoder.base.files import atomic_folder, files_below, native_path, sha256_of, write_json
 from encoder.base.untrusted import read_json
 from encoder.models.hf.bridge import SpecialIds
 from encoder.models.hf.card import CARD, Training, write_card, write_sentence_transformers
@@ -172,9 +172,10 @@ def _load_tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        with native_path(folder) as name:
+            return transformers.AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            )
     except (
         Exception
     ) as error:  # whatever its version raises: the answer is the same, with its words
