@@ -77,10 +77,10 @@ def plan(
             *map(_cells, [*plans, total]),
         ]
     )
+    packed = ", zstd" if config.compression == "zstd" else ""
     say(
         f"\nat {speed / 1e6:g} Mtok a core and second; text as JSON lines at {BYTES_PER_TOKEN:g}"
-        f" bytes a token; shards of {_id_bytes(config)} bytes a"
-        f" token{', zstd' if config.compression == 'zstd' else ''}"
+        f" bytes a token; shards of {_id_bytes(config)} bytes a token{packed}"
     )
     for name, given in chosen.items():
         say(f"\n{name}: {short_count(given.tokens)} tokens")

@@ -310,10 +310,10 @@ def _assemble(plan: _Plan, ledger: Ledger) -> None:
 def _report(plan: _Plan, counts: Counts) -> None:
     left_out = sum(counts.left_out.values())
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.left_out.items()))
+    why = f" ({reasons})" if reasons else ""
     say(
         f"  documents  {counts.documents_read + left_out:>13,} in = {counts.documents_train:,}"
-        f" train + {counts.documents_held_out:,} held out + {left_out:,} left"
-        f" out{f' ({reasons})' if reasons else ''}"
+        f" train + {counts.documents_held_out:,} held out + {left_out:,} left out{why}"
     )
     say(
         f"  tokens     {counts.tokens:>13,} written = {counts.content_tokens:,} of text + 2 x"

@@ -332,12 +332,14 @@ class _Read:
         return samples.lengths_P + lacks.cls_P + lacks.sep_P
 
     def _check_ids(self, path: Path, stored: ShardSamples, column: IdColumn) -> None:
-        top, least = (int(stored.ids_T.max(initial=0)), int(stored.ids_T.min(initial=0)))
+        top = int(stored.ids_T.max(initial=0))
+        least = int(stored.ids_T.min(initial=0))
         if top >= self._vocab_size or least < 0:
+            wrong = top if top >= self._vocab_size else least
+            other = ", or another --dtype" if self._reading.dtype else ""
             raise ShardError(
-                f"{path} holds the id {top if top >= self._vocab_size else least:,}, the tokenizer"
-                f" has {self._vocab_size:,} entries. Give the tokenizer that made the shards"
-                + (", or another --dtype." if self._reading.dtype else ".")
+                f"{path} holds the id {wrong:,}, the tokenizer has {self._vocab_size:,} entries."
+                f" Give the tokenizer that made the shards{other}."
             )
         if self._reading.dtype and column.dtype.itemsize < 8 and len(stored.ids_T) >= 64:
             wide = _wider(stored, column, self._vocab_size)

@@ -365,7 +365,8 @@ def end(
         crashes=len(crashes) + (cause == "crash"),
     )
     # before a requeue: SLURM may end this process at once
-    job.write("end", **facts, decision=decision, why=f"{why}{'; ' + reason if reason else ''}")
+    whole = f"{why}; {reason}" if reason else why
+    job.write("end", **facts, decision=decision, why=whole)
     if decision == "requeue":
         refused = requeue(job, leave_out=bad_nodes or [])
         if not refused:
@@ -387,7 +388,8 @@ def end(
         return complain(
             f"{why}; {reason}. Report: {report}", code=MISTAKE if cause == "mistake" else FAILED
         )
-    say(f"{why}{'; ' + reason if reason else ''}; committed: step {step}, {tokens:,} tokens")
+    whole = f"{why}; {reason}" if reason else why
+    say(f"{whole}; committed: step {step}, {tokens:,} tokens")
     return NOT_DONE if decision == "submit_again" else ENDED
 
 

@@ -50,15 +50,11 @@ class TooLarge:
     def sentence(self, place: str, most: int) -> str:
         """Found, needed, what to do."""
         size = f"{self.bytes:,} bytes" if self.bytes else f"more than {most:,} bytes"
-        needed = (
-            f"max_document_bytes, {most:,}"
-            if self.times == 1
-            else f"{self.times} x max_document_bytes, {self.times * most:,}"
-        )
+        found = f"{self.what} of {size}" if self.what else f"{place} has {size}"
+        times = "" if self.times == 1 else f"{self.times} x "
         return (
-            f"{self.what or f'{place} has'} {'of ' if self.what else ''}{size}; needed: at most"
-            f" {needed}. Raise max_document_bytes (a process takes about 8 times as much), or"
-            f" {SKIP}."
+            f"{found}; needed: at most {times}max_document_bytes, {self.times * most:,}. Raise"
+            f" max_document_bytes (a process takes about 8 times as much), or {SKIP}."
         )
 
 

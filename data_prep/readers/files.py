@@ -171,7 +171,9 @@ def _check_table(
         "markup": "HTML or XML, such as a server answers in place of a file",
     }
     shape = shape_of(head) if kind.word == "text" else ""
-    what = f"{kind.what or 'text'}{f' ({known[shape]})' if shape in known else ''}"
+    what = kind.what or "text"
+    if shape in known:
+        what += f" ({known[shape]})"
     raise ReadError(
         _mismatch(file, f"is {what}", word, kind.to_do or "Set the format to what it is")
     )

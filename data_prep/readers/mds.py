@@ -117,9 +117,9 @@ def _file_of(
                 if encoding.startswith("ndarray")
                 else ""
             )
+            needed = "str" if column == source.text else "text or a number"
             raise ConfigError(
-                f"{index} has the column {name!r} as {encoding}; needed: "
-                f"{'str' if column == source.text else 'text or a number'}.{hint}"
+                f"{index} has the column {name!r} as {encoding}; needed: {needed}.{hint}"
             )
     places = [
         (info, inside(index.parent, info.get("basename"), where=index, error=ConfigError))

@@ -38,11 +38,9 @@ class CommandLine(argparse.ArgumentParser):
         """Found, needed, where to read on."""
         if message.startswith(_UNKNOWN):
             message = self.unknown(message.removeprefix(_UNKNOWN).split())
-        sys.exit(
-            complain(
-                f"{message}{'' if message.endswith(('.', '?')) else '.'} See {self.prog} --help."
-            )
-        )
+        if not message.endswith((".", "?")):
+            message += "."
+        sys.exit(complain(f"{message} See {self.prog} --help."))
 
     def unknown(self, words: list[str]) -> str:
         """About words that are no option and have no place: the option they may be."""

@@ -69,8 +69,13 @@ def nearest(word: str, choices: list[str]) -> str:
         if c == word or len(c) != len(word) or c.rstrip("0123456789") != word.rstrip("0123456789")
     ]
     if close:
-        return f"Did you mean {close[0] if len(close[0]) <= 200 else close[0][:200] + '...'}?"
-    return f"Known: {', '.join(c if len(c) <= 80 else f'{c[:77]}...' for c in choices)}."
+        return f"Did you mean {_cut(close[0], 200)}?"
+    return f"Known: {', '.join(_cut(choice, 80) for choice in choices)}."
+
+
+def _cut(text: str, most: int) -> str:
+    """A text of at most so many letters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _damaged_shard(text: str, source: str, shard: int) -> DamagedShard:

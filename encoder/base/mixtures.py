@@ -28,9 +28,10 @@ class Mixture:
     def __post_init__(self) -> None:
         total = sum(self.sources.values())
         if total != self.tokens:
+            word = "more" if total < self.tokens else "fewer"
             raise ConfigError(
-                f"its sources add up to {total:,} tokens; needed: {self.tokens:,}, "
-                f"{abs(self.tokens - total):,} {'more' if total < self.tokens else 'fewer'}."
+                f"its sources add up to {total:,} tokens; needed: {self.tokens:,},"
+                f" {abs(self.tokens - total):,} {word}."
             )
         if empty := [name for name, tokens in self.sources.items() if not tokens]:
             raise ConfigError(f"{empty[0]} has 0 tokens. Leave it out instead.")

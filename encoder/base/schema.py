@@ -115,18 +115,13 @@ class Mistakes(ConfigError):
 
     def __init__(self, mistakes: Sequence[str], *, where: str = "") -> None:
         self.mistakes = tuple(mistakes)
-        shown = [
-            m.removeprefix(f"{where}: ") if where else m for m in self.mistakes[:MOST_MISTAKES]
-        ]
-        more = (
-            f" And {len(self.mistakes) - MOST_MISTAKES} more."
-            if len(self.mistakes) > MOST_MISTAKES
-            else ""
-        )
-        listed = " ".join(f"({number}) {text}" for number, text in enumerate(shown, start=1))
-        super().__init__(
-            f"{where + ': ' if where else ''}{len(self.mistakes)} mistakes: {listed}{more}"
-        )
+        place = f"{where}: " if where else ""
+        count = len(self.mistakes)
+        shown = [mistake.removeprefix(place) for mistake in self.mistakes[:MOST_MISTAKES]]
+        listed = [f"({number}) {text}" for number, text in enumerate(shown, start=1)]
+        if count > MOST_MISTAKES:
+            listed.append(f"And {count - MOST_MISTAKES} more.")
+        super().__init__(f"{place}{count} mistakes: {' '.join(listed)}")
 
     def __reduce__(self) -> tuple:
         return ConfigError, (str(self),)

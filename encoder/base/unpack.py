@@ -35,7 +35,8 @@ def unpack(algorithm: str, packed: bytes, *, size: int) -> bytes:
             " ".join(str(error).split()).rstrip(".") or type(error).__name__
         ) from error
     if len(content) != size:
-        raise ValueError(f"it holds {'more' if len(content) > size else f'{len(content):,}'} bytes")
+        found = "more" if len(content) > size else f"{len(content):,}"
+        raise ValueError(f"it holds {found} bytes")
     return content
 
 

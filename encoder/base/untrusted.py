@@ -186,10 +186,8 @@ def parse_json(
         found = {dict: "a mapping", list: "a list", str: "text", type(None): "null"}.get(
             type(value), "one number"
         )
-        raise error(
-            f"{where} cannot be read: it holds {found}; needed:"
-            f" {'a mapping' if root is dict else 'a list'}."
-        )
+        needed = "a mapping" if root is dict else "a list"
+        raise error(f"{where} cannot be read: it holds {found}; needed: {needed}.")
     _check(value, text, where, error)
     return value
 
@@ -223,10 +221,10 @@ def plain_name(
     wrong = _wrong_name(name, folders)
     if wrong:
         shown = ascii(name) if isinstance(name, str) else type(name).__name__
+        needed = "a path below its folder" if folders else "the name of a file beside it"
         raise error(
-            f"{where} names the file {shown[:100]}, which {wrong}; needed: "
-            f"{'a path below its folder' if folders else 'the name of a file beside it'}. "
-            "Do not use this folder unless you know who made it."
+            f"{where} names the file {shown[:100]}, which {wrong}; needed: {needed}. Do not use"
+            " this folder unless you know who made it."
         )
     return name
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
+from encoder.base.units import counted
 from encoder.models.contract import Axis, ParameterCounts
 from encoder.models.flops import EncoderShape, parameter_counts, train_flops
 from encoder.nn.attend import AttentionRequest, Backend, check_backend_name, choose_backend
@@ -89,10 +90,9 @@ class EncoderSettings:
     @property
     def shape_text(self) -> str:
         """Layers, width and vocabulary, in one line."""
-        layers = f"{self.num_hidden_layers} layer{'' if self.num_hidden_layers == 1 else 's'}"
         return (
-            f"{layers} of {self.hidden_size}, {self.num_attention_heads} heads, vocabulary"
-            f" {self.vocab_size:,}"
+            f"{counted(self.num_hidden_layers, 'layer')} of {self.hidden_size},"
+            f" {self.num_attention_heads} heads, vocabulary {self.vocab_size:,}"
         )
 
     def parameter_counts(self) -> ParameterCounts:

@@ -50,11 +50,10 @@ def first_gap(numels: Mapping[str, int], stretches: Sequence[ParamSlice]) -> str
     for name, parts in by_name.items():
         end = 0
         for part in sorted(parts, key=lambda s: s.start):
-            if part.start != end:
-                return (
-                    f"{name}: element {min(end, part.start):,} is covered"
-                    f" {'twice' if part.start < end else 'by no rank'}"
-                )
+            if part.start < end:
+                return f"{name}: element {part.start:,} is covered twice"
+            if part.start > end:
+                return f"{name}: element {end:,} is covered by no rank"
             end += part.length
         if end != numels[name]:
             return f"{name}: elements from {end:,} to {numels[name]:,} are covered by no rank"

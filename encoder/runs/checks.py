@@ -350,11 +350,12 @@ def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterato
         room = max(run.data.row_tokens, whole)
         other = fill_rows(run, phase, max_tokens=whole, row_tokens=room)
         rows = f" and data.row_tokens {room:,}" if room != run.data.row_tokens else ""
+        better = other.fill if other else 1.0
         yield (
             f"{share:.0%} of the documents of phase {phase.name} are just above"
             f" max_tokens_per_document {limit:,} and are cut in two halves: rows are"
             f" {filling.fill:.0%} full. max_tokens_per_document {whole:,}{rows} takes them whole"
-            f" and fills rows to {other.fill if other else 1:.0%}."
+            f" and fills rows to {better:.0%}."
         )
     elif filling.fill < POOR_FILL:
         few = (

@@ -51,12 +51,11 @@ def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
     if not changed:
         return
     key, old, new = changed[0]
-    others = ", ".join(other for other, _, _ in changed[1:3])
-    more = (
-        f" (also {others}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''})"
-        if others
-        else ""
-    )
+    more = ""
+    if len(changed) > 1:
+        others = ", ".join(other for other, _, _ in changed[1:3])
+        rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        more = f" (also {others}{rest})"
     found = f"{of} holds another run: {key} was {brief(old)}, now {brief(new)}{more}."
     if all(_is_extension(*change) for change in changed):
         raise CheckpointError(

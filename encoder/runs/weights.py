@@ -45,9 +45,8 @@ def read_model(path: Path) -> StoredModel:
     if (path / CONFIG).is_file():
         return read_hf(path)
     names = sorted(p.name for p in path.iterdir())
-    found = (
-        f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "is empty"
-    )
+    shown = names if len(names) <= 3 else [*names[:3], "..."]
+    found = f"holds {', '.join(shown)}" if names else "is empty"
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")
 
 

@@ -90,9 +90,8 @@ def read_composer(
     weights = untie(weights, tied=config.tie_word_embeddings, of=str(path))
     check_weights(weights, config, of=str(path))
     source = "its own configuration" if content is not None else "its tensors and as told"
-    list_of = ", ".join(
-        f"{name} {value if value not in ({}, '') else 'none'}" for name, value in assumed.items()
-    )
+    told = {name: "none" if value in ({}, "") else value for name, value in assumed.items()}
+    list_of = ", ".join(f"{name} {value}" for name, value in told.items())
     return StoredModel(
         config=config,
         weights=fp32(weights),

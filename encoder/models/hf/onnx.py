@@ -36,8 +36,8 @@ def check_onnx_installed() -> None:
     ]
     if missing:
         raise ExportError(
-            f"--onnx needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not"
-            " installed. Install the extra: pip install -e '.[onnx]'."
+            f"--onnx needs packages that are not installed: {', '.join(missing)}. Install the"
+            " extra: pip install -e '.[onnx]'."
         )
 
 

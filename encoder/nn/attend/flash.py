@@ -187,18 +187,13 @@ def _import(module: str, package: str) -> ModuleType | str:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         inside = error.name and not (module + ".").startswith(error.name + ".")
-        return (
-            f"{package} needs {error.name}, which is not installed"
-            if inside
-            else f"{package} is not installed"
-        )
-    except (
-        Exception
-    ) as error:  # a build for another torch or CUDA: any failure is an answer to "why not"
-        return (
-            f"{package} does not import:"
-            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        )
+        if inside:
+            return f"{package} needs {error.name}, which is not installed"
+        return f"{package} is not installed"
+    except Exception as error:
+        # a build for another torch or CUDA: any failure is an answer to "why not"
+        said = str(error).splitlines() or [type(error).__name__]
+        return f"{package} does not import: {said[0]}"
     return found if hasattr(found, FUNCTION) else f"{package} has no {FUNCTION}"
 
 

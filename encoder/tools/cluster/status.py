@@ -239,12 +239,11 @@ def _cause(written: list[dict[str, Any]], *, state: str) -> str:
     over = state.startswith((*ENDED, "ended", "gone"))
     if written and written[-1]["event"] != "end":
         killed = over or state == "PENDING"
-        start = written[-1]["restart"] + 1
-        now = (
-            f"start {start} {'was killed: it wrote no end' if killed else 'runs'}"
-            if ends or killed
-            else ""
-        )
+        if not ends and not killed:
+            return ""
+        now = f"start {written[-1]['restart'] + 1} runs"
+        if killed:
+            now = f"start {written[-1]['restart'] + 1} was killed: it wrote no end"
         return f"{now}; before: {_counted(counts)}" if ends else now
     if not ends:
         return ""

@@ -248,8 +248,10 @@ def forecast_lines(
         lines.append(
             f"communication  up to {found.bytes_a_step / 1e9:,.3g} GB sent by a rank in a step"
         )
-    for number, text in enumerate(found.assumed):
-        lines.append(f"{'assumed, not measured' if number == 0 else '':<23}{text}")
+    title = "assumed, not measured"
+    for text in found.assumed:
+        lines.append(f"{title:<23}{text}")
+        title = ""
     return lines
 
 

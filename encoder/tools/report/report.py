@@ -299,10 +299,16 @@ def _page(name: str, picture: bytes, sections: Sequence[Section]) -> str:
 
 
 def _table(section: Section) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in section.head) if any(section.head) else ""
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
-        for row in section.rows
-    )
-    text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
-    return f"<h2>{html.escape(section.title)}</h2>{text}<table>{'<tr>' + head + '</tr>' if head else ''}{rows}</table>"
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.text:
+        parts.append(f"<p>{html.escape(section.text)}</p>")
+    parts.append("<table>")
+    if any(section.head):
+        parts.append(_table_row("th", section.head))
+    parts += [_table_row("td", row) for row in section.rows]
+    parts.append("</table>")
+    return "".join(parts)
+
+
+def _table_row(tag: str, cells: Sequence[object]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
