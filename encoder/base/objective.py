@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from encoder.base.batch import LossTerm, Targets, TokenBatch
+
+PAIR_FRAME_TOKENS = 3  # [CLS] A [SEP] B [SEP]
+LEAST_PAIR_TOKENS = PAIR_FRAME_TOKENS + 2
 
 
 class RowTargets(NamedTuple):
@@ -17,6 +20,22 @@ class RowTargets(NamedTuple):
 
     index: np.ndarray  # int64 [M] into the row
     value: np.ndarray  # int64 [M]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRule:
+    """How the documents of an objective become pairs of sentences: [CLS] A [SEP] B [SEP]."""
+
+    # half of the pairs: B of another document (BERT), or A and B change places (ALBERT)
+    label_1: Literal["random", "swapped"]
+    short_share: float = 0.1  # of the documents: shorter pairs, of a random length
+
+
+class RowPairs(NamedTuple):
+    """The pairs of a row, each a document of it. S of them."""
+
+    label_S: np.ndarray  # int64 [S]: 0, B follows A; 1, it does not
+    first_tokens_S: np.ndarray  # int64 [S], tokens of [CLS] A [SEP]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +61,9 @@ class Masker(Protocol):
         str, ...
     ]  # names of the loss terms, in the order in which ledger and reports have them
     has_segments: bool  # whether its rows have segments
+    pairs: (
+        PairRule | None
+    )  # how its rows' documents are pairs of sentences; None: they are documents
 
     def mask(
         self,
@@ -57,6 +79,8 @@ class Masker(Protocol):
         generator: keyed by the row's address
         lengths: of the row's documents, in their order
         phase_tokens: tokens of the phase before this row, by which schedules go
+
+        An objective that asks for pairs gets `pairs`, too: a RowPairs.
         """
 
     def capacity(self, term: str, tokens: int) -> int:

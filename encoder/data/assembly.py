@@ -17,10 +17,10 @@ import torch
 
 from encoder.base.batch import IGNORE, Targets, TokenBatch
 from encoder.base.errors import DamagedShard
-from encoder.base.objective import MaskedRow, Masker, RowTargets
+from encoder.base.objective import MaskedRow, Masker, RowPairs, RowTargets
 from encoder.base.rng import address_key, generator, splitmix64
 from encoder.data.shards import Source
-from encoder.data.windows import DOCUMENT, SOURCE
+from encoder.data.windows import DOCUMENT, GOES_ON, SOURCE
 
 # Static shapes: cu_seqlens has room for one document in 128 tokens (web text has one in 500 to 1,000), doubled until it
 # suffices; each unused entry costs attention kernels an empty block
@@ -36,6 +36,7 @@ class RowSpec:
     ]  # Windows.address and row, or ("held_out", source, row): keys masks and dropout
     number: int  # in its step, counted over all ranks
     pieces_P4: np.ndarray  # int64, as in WindowPlan
+    pair_P: np.ndarray | None = None  # int8, as in WindowPlan
     phase_tokens: int = 0  # tokens of the phase before this row: what schedules of masks go by
 
 
@@ -138,7 +139,12 @@ class Assembler:
 
     def _row(self, spec: RowSpec) -> _Row:
         parts: list[np.ndarray] = []
-        lengths = [self._lay_piece(parts, *piece) for piece in spec.pieces_P4.tolist()]
+        goes_on_P = _goes_on(spec)
+        laid_P = [
+            self._lay_piece(parts, *piece, goes_on=goes_on)
+            for piece, goes_on in zip(spec.pieces_P4.tolist(), goes_on_P, strict=True)
+        ]
+        pairs, lengths = _joined(spec, laid_P)
         ids = np.concatenate(parts, dtype=np.int64)
         assert len(ids) <= self.row_tokens, "a row was planned above its capacity"
         self._check_ids(ids, spec)
@@ -148,6 +154,7 @@ class Assembler:
             generator(self.seed, "mlm", *place),
             lengths=lengths,
             phase_tokens=spec.phase_tokens,
+            **pairs,
         )
         masked = replace(
             masked,
@@ -170,16 +177,29 @@ class Assembler:
         return RowTargets(targets.index[:room], targets.value[:room])
 
     def _lay_piece(
-        self, parts: list[np.ndarray], source: int, document: int, start: int, end: int
+        self,
+        parts: list[np.ndarray],
+        source: int,
+        document: int,
+        start: int,
+        end: int,
+        *,
+        goes_on: bool,
     ) -> int:
-        """Append a piece's ids, with [CLS] and [SEP] put back where it was cut; returns its length."""
+        """Append a piece's ids, with [CLS] and [SEP] put back where it was cut; returns its length.
+
+        parts: what is laid already
+        source, document, start, end: the piece
+        goes_on: it is the second of a pair, which has no [CLS]
+        """
         ids = self.sources[source].read(document)
-        if start > 0:
+        before = start > 0 and not goes_on
+        if before:
             parts.append(np.array([self.cls_id]))
         parts.append(ids[start:end])
         if end < len(ids):
             parts.append(np.array([self.sep_id]))
-        return (end - start) + (start > 0) + (end < len(ids))
+        return (end - start) + before + (end < len(ids))
 
     def _check_ids(self, ids: np.ndarray, spec: RowSpec) -> None:
         vocab_size = self.sources[0].card.vocab_size
@@ -205,6 +225,22 @@ class Assembler:
         while room < needed:
             room *= 2
         return room
+
+
+def _goes_on(spec: RowSpec) -> list[bool]:
+    """Which pieces are the second of a pair."""
+    if spec.pair_P is None:
+        return [False] * len(spec.pieces_P4)
+    return (spec.pair_P == GOES_ON).tolist()
+
+
+def _joined(spec: RowSpec, laid_P: list[int]) -> tuple[dict[str, RowPairs], list[int]]:
+    """What a masker is told of a row's pairs, none where there are none; and the lengths of the row's documents."""
+    if spec.pair_P is None:
+        return {}, laid_P
+    laid = np.array(laid_P, dtype=np.int64)
+    pairs = RowPairs(spec.pair_P[::2].astype(np.int64), laid[::2])
+    return {"pairs": pairs}, (laid[::2] + laid[1::2]).tolist()
 
 
 def deal(

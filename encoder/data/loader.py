@@ -22,16 +22,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from encoder.base.batch import TokenBatch, counts_of
-from encoder.base.errors import ConfigError, PassingError, ShardError, UserError
+from encoder.base.errors import PassingError, ShardError, UserError
 from encoder.base.main_script import without_main_script
 from encoder.base.objective import Masker
+from encoder.base.rng import generator
 from encoder.base.stopping import STOP_SIGNALS
 from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, lanes_of, wrap_int64
 from encoder.data.packing import pack_best_fit
 from encoder.data.prefetch import Prefetch
 from encoder.data.shard_format import Card
 from encoder.data.shards import Source
-from encoder.data.windows import WindowPlan, Windows, cut, lay_rows
+from encoder.data.windows import WindowPlan, Windows, check_lengths, lay_rows, pieces_of
 
 MICRO_BATCHES_AHEAD = 4  # per worker; a micro-batch of 98,304 tokens holds 3 MB
 
@@ -94,7 +95,7 @@ class Loader:
         left_out: Sequence[tuple[int, int]] = (),
         shuffle_shards: int | None = None,
     ) -> None:
-        _check_lengths(max_tokens_per_document, row_tokens)
+        check_lengths(max_tokens_per_document, row_tokens, pairs=masker.pairs)
         for (
             source
         ) in sources:  # a window may touch the last group of one epoch and the first of the next
@@ -122,6 +123,7 @@ class Loader:
             window_documents=window_documents,
             left_out=left_out,
             shuffle_shards=shuffle_shards,
+            pairs=masker.pairs,
         )
         self.sources, self._row_tokens = sources, row_tokens
         self._planner = _Planner(
@@ -305,6 +307,7 @@ class _Lane:
             address=(*self._windows.address(window, lane=self._lane), row),
             number=number,
             pieces_P4=plan.pieces(row),
+            pair_P=plan.pairs(row),
             phase_tokens=phase_tokens,
         )
         return spec, int(plan.tokens_R[row])
@@ -395,7 +398,7 @@ def evaluation_batches(
 
     Always the same rows and the same masks for the same geometry and seed, on any number of ranks.
     """
-    _check_lengths(max_tokens_per_document, row_tokens)
+    check_lengths(max_tokens_per_document, row_tokens, pairs=masker.pairs)
     assembler = Assembler(
         sources=[source],
         masker=masker,
@@ -409,12 +412,25 @@ def evaluation_batches(
         static_shapes=static_shapes,
     )
     documents = np.arange(min(source.documents, rows * row_tokens))
-    pieces = cut(0, documents, source.lengths[: len(documents)], max_tokens_per_document)
+    lengths = np.minimum(source.lengths[: len(documents)], max_tokens_per_document)
+    needed = 1 + int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), rows * row_tokens))
+    pieces = pieces_of(
+        [source],
+        [documents[:needed]],
+        max_tokens=max_tokens_per_document,
+        pairs=masker.pairs,
+        chance=generator(seed, "pairs", "held_out", source.name),
+    )
     fitting = int(np.searchsorted(np.cumsum(pieces.tokens_P), rows * row_tokens, side="right"))
     packing = pack_best_fit(pieces.tokens_P[:fitting], row_tokens)
     plan = lay_rows(pieces, packing, np.arange(min(rows, packing.rows)))
     specs = [
-        RowSpec(address=("held_out", source.name, row), number=row, pieces_P4=plan.pieces(row))
+        RowSpec(
+            address=("held_out", source.name, row),
+            number=row,
+            pieces_P4=plan.pieces(row),
+            pair_P=plan.pairs(row),
+        )
         for row in range(plan.rows)
     ]
     return [
@@ -454,14 +470,6 @@ def check_fits(card: Card, *, vocab_size: int, where: str) -> None:
             f"{where} was made with a vocabulary of {card.vocab_size:,}, the model has"
             f" {vocab_size:,}. Set model.vocab_size to at least {card.vocab_size:,}, or use other"
             " shards."
-        )
-
-
-def _check_lengths(max_tokens_per_document: int, row_tokens: int) -> None:
-    if not 3 <= max_tokens_per_document <= row_tokens:
-        raise ConfigError(
-            f"max_tokens_per_document {max_tokens_per_document:,} must lie between 3 and "
-            f"row_tokens {row_tokens:,}."
         )
 
 

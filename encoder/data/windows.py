@@ -9,6 +9,10 @@ source, so that a reader of one lane needs only those.
         stored   C a b c d e f g S     (9 tokens, at most 6)
         pieces   C a b c S'            start 0, end 4      S' and C' are put back, never stored
                  C' d e f g S          start 4, end 9
+
+    where the objective asks for pairs (pairs.py), two pieces are one document, the second without [CLS]:
+        stored   C a b. c d. e. S      sentences of 2, 2 and 1 tokens
+        pair     C' a b. S' c d. e. S' start 1, end 3; start 3, end 6
 """
 
 from __future__ import annotations
@@ -22,14 +26,19 @@ from typing import Protocol
 import numpy as np
 
 from encoder.base.errors import ConfigError, ShardError
+from encoder.base.objective import LEAST_PAIR_TOKENS, PairRule
 from encoder.base.rng import generator
 from encoder.data.order import DocumentOrder, deal_shards
 from encoder.data.packing import Packing, pack_best_fit
+from encoder.data.pairs import WindowSentences, pairs_of
+from encoder.data.sentences import SentenceLists
 from encoder.data.shard_format import Card
 
 SOURCE, DOCUMENT, START, END = range(4)  # columns of a piece
+GOES_ON = -1  # in the place of a pair's label: the piece is the pair's second
 # a step takes as many rows of each lane, so that a lane with 5 % fewer documents repeats its own 5 % more often
 LANES_APART = 0.05
+LEAST_DOCUMENT_TOKENS = 3  # [CLS], [SEP] and one between them
 
 
 class PlannedSource(Protocol):
@@ -40,18 +49,23 @@ class PlannedSource(Protocol):
     lengths: np.ndarray
     samples_per_shard: np.ndarray
 
+    def sentences_of(self, documents: np.ndarray) -> SentenceLists:
+        """Asked for pairs alone. Raises ShardError where its sentences are not known."""
+
 
 @dataclass(frozen=True)
 class WindowPlan:
     """The rows of one window. P pieces, R rows.
 
     A piece is (source, document, start, end): stored tokens start to end of that document, with [CLS] put back where
-    start > 0 and [SEP] where end is not the document's.
+    start > 0 and [SEP] where end is not the document's. Of a pair the second piece gets no [CLS].
     """
 
     pieces_P4: np.ndarray  # int64, row after row
     row_starts_R1: np.ndarray  # int64 into the pieces
     tokens_R: np.ndarray  # int64, tokens of each row without padding
+    # int8 [P], of pairs: the label of the pair that begins with the piece, or GOES_ON; None: no pairs
+    pair_P: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -59,7 +73,14 @@ class WindowPlan:
 
     def pieces(self, row: int) -> np.ndarray:
         """The pieces of a row, int64 [pieces, 4], in the order they are laid."""
-        return self.pieces_P4[self.row_starts_R1[row] : self.row_starts_R1[row + 1]]
+        return self.pieces_P4[self._of_row(row)]
+
+    def pairs(self, row: int) -> np.ndarray | None:
+        """pair_P of the pieces of a row."""
+        return None if self.pair_P is None else self.pair_P[self._of_row(row)]
+
+    def _of_row(self, row: int) -> slice:
+        return slice(self.row_starts_R1[row], self.row_starts_R1[row + 1])
 
 
 class Windows:
@@ -67,7 +88,7 @@ class Windows:
 
     `shuffle_shards`: of each source, whose documents are shuffled together (None: as DocumentOrder has it).
     The pieces of shards in `left_out`, as (number of the source, shard), are taken out of their rows once these are laid:
-    all else stays where it was.
+    all else stays where it was. `pairs`: how documents become pairs of sentences; None: they stay documents.
     """
 
     def __init__(
@@ -83,8 +104,10 @@ class Windows:
         lanes: int = 1,
         left_out: Sequence[tuple[int, int]] = (),
         shuffle_shards: int | None = None,
+        pairs: PairRule | None = None,
     ) -> None:
         self._sources, self._left_out = sources, frozenset(left_out)
+        self._pairs = pairs
         self._documents_per_window = documents_per_window(
             [s.card for s in sources], weights, window_documents
         )
@@ -147,14 +170,18 @@ class Windows:
 
     def plan(self, window: int, *, lane: int = 0) -> WindowPlan:
         """The rows of a lane's window, packed and shuffled."""
-        parts = []
         before, after = self.documents_before(window), self.documents_before(window + 1)
-        for number, order in enumerate(self._orders_of_lane[lane]):
-            documents = order.documents(before[number], after[number] - before[number])
-            parts.append(
-                cut(number, documents, self._sources[number].lengths[documents], self._max_tokens)
-            )
-        pieces = Pieces.joined(parts)
+        documents = [
+            order.documents(before[number], after[number] - before[number])
+            for number, order in enumerate(self._orders_of_lane[lane])
+        ]
+        pieces = pieces_of(
+            self._sources,
+            documents,
+            max_tokens=self._max_tokens,
+            pairs=self._pairs,
+            chance=generator(self._seed, "pairs", *self.address(window, lane=lane)),
+        )
         packing = pack_best_fit(pieces.tokens_P, self._row_tokens)
         shuffled = generator(self._seed, "rows", *self.address(window, lane=lane)).permutation(
             packing.rows
@@ -176,21 +203,30 @@ class Windows:
             kept_P &= (
                 (source_P != number) | (document_P < first) | (document_P >= first + samples[shard])
             )
-        tokens_P = ((end_P - start_P) + (start_P > 0) + (end_P < length_P)) * kept_P
+        tokens_P = (end_P - start_P) + (start_P > 0) + (end_P < length_P)
+        if plan.pair_P is not None:  # a pair goes as a whole
+            kept_P = np.repeat(kept_P.reshape(-1, 2).all(axis=1), 2)
+            tokens_P = tokens_P - (plan.pair_P == GOES_ON)
+        tokens_P = tokens_P * kept_P
         tokens_R = np.diff(np.concatenate([[0], np.cumsum(tokens_P)])[plan.row_starts_R1])
         return WindowPlan(
             plan.pieces_P4[kept_P],
             np.concatenate([[0], np.cumsum(kept_P)])[plan.row_starts_R1],
             tokens_R,
+            None if plan.pair_P is None else plan.pair_P[kept_P],
         )
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces before packing: int64 [P, 4] as in WindowPlan, and the tokens of each with what is put back."""
+    """Pieces before packing: int64 [P, 4] as in WindowPlan, and the tokens of each with what is put back.
+
+    Of pairs the tokens and the label are those of a pair, which is two pieces.
+    """
 
     pieces_P4: np.ndarray
     tokens_P: np.ndarray
+    label_P: np.ndarray | None = None  # int8; None: no pairs
 
     @staticmethod
     def joined(parts: Sequence[Pieces]) -> Pieces:
@@ -240,12 +276,52 @@ def shards_of_lanes(source: str, samples_per_shard: np.ndarray, lanes: int) -> l
     return dealt
 
 
+def pieces_of(
+    sources: Sequence[PlannedSource],
+    documents: Sequence[np.ndarray],
+    *,
+    max_tokens: int,
+    pairs: PairRule | None,
+    chance: np.random.Generator,
+) -> Pieces:
+    """Documents as they are packed: cut to length, or made into pairs of sentences.
+
+    sources, documents: numbers of documents, int64, of each source
+    max_tokens: of a piece or a pair
+    pairs: the rule; None: documents
+    chance: for pairs, belongs to these documents alone
+    """
+    numbered = list(zip(range(len(sources)), sources, documents, strict=True))
+    if pairs is None:
+        return Pieces.joined(
+            [
+                cut(number, some, source.lengths[some], max_tokens)
+                for number, source, some in numbered
+            ]
+        )
+    text = WindowSentences.joined(
+        [(number, some, source.sentences_of(some)) for number, source, some in numbered]
+    )
+    made = pairs_of(text, pairs, max_tokens=max_tokens, chance=chance)
+    return Pieces(made.pieces_P4, made.tokens, made.label)
+
+
+def check_lengths(max_tokens: int, row_tokens: int, *, pairs: PairRule | None) -> None:
+    """A row has room for a document, and a document for its frame and text. Raises ConfigError."""
+    least = LEAST_DOCUMENT_TOKENS if pairs is None else LEAST_PAIR_TOKENS
+    if not least <= max_tokens <= row_tokens:
+        raise ConfigError(
+            f"max_tokens_per_document {max_tokens:,} must lie between {least} and "
+            f"row_tokens {row_tokens:,}."
+        )
+
+
 def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Pieces:
     """Pieces of at most `max_tokens`: whole documents where they fit, else the fewest near-equal pieces.
 
     The bodies (all but the stored [CLS] and [SEP]) of a document's pieces differ by at most one token.
     """
-    assert max_tokens >= 3, "a piece holds [CLS], [SEP] and at least one token"
+    assert max_tokens >= LEAST_DOCUMENT_TOKENS, "a piece holds [CLS], [SEP] and at least one token"
     lengths = lengths.astype(np.int64)
     if len(lengths) and lengths.min() < 1:
         place = int(documents[lengths.argmin()])
@@ -268,10 +344,16 @@ def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int
 
 def lay_rows(pieces: Pieces, packing: Packing, order_R: np.ndarray) -> WindowPlan:
     """The plan in which these rows of a packing follow each other."""
+    parts = 1 if pieces.label_P is None else 2  # pieces of what was packed
     counts = np.diff(packing.row_starts_R1)[order_R]
     starts = np.concatenate([[0], np.cumsum(counts)])
     order = packing.pieces_P[
         np.repeat(packing.row_starts_R1[order_R] - starts[:-1], counts) + np.arange(starts[-1])
     ]
     tokens = np.concatenate([[0], np.cumsum(pieces.tokens_P[order])])
-    return WindowPlan(pieces.pieces_P4[order], starts, np.diff(tokens[starts]))
+    place = (order[:, None] * parts + np.arange(parts)).ravel()
+    pair_P = None
+    if pieces.label_P is not None:
+        labels = pieces.label_P[order]
+        pair_P = np.stack([labels, np.full_like(labels, GOES_ON)], axis=1).ravel()
+    return WindowPlan(pieces.pieces_P4[place], starts * parts, np.diff(tokens[starts]), pair_P)

@@ -9,6 +9,7 @@ into their gradient, and one in fp32, turned in place into shifted logits, their
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from encoder.base.batch import IGNORE, LossTerm
@@ -46,6 +47,21 @@ def cross_entropy_sum(
             h_MC, weight_VC, bias_V, target_M, z_loss_weight, product, torch.is_grad_enabled()
         )
     )
+
+
+def class_loss_sum(logits_MK: Tensor, target_M: Tensor) -> LossTerm:
+    """Sums of -log softmax(logits)[target] over few classes, whose logits fit in memory; targets IGNORE contribute zero.
+
+    logits_MK: [M, K], computed in fp32 where they are not fp64
+    target_M: int64 [M], a class or IGNORE
+    """
+    exact = logits_MK.dtype if logits_MK.dtype == torch.float64 else torch.float32
+    logits_MK = logits_MK.to(exact)
+    total = F.cross_entropy(logits_MK, target_M, ignore_index=IGNORE, reduction="sum")
+    correct = torch.zeros((), dtype=torch.int64, device=logits_MK.device)
+    if not torch.is_grad_enabled():
+        correct = (logits_MK.argmax(dim=-1) == target_M).sum()
+    return LossTerm(total, total.detach(), (target_M != IGNORE).sum(), correct)
 
 
 class _CrossEntropySum(torch.autograd.Function):

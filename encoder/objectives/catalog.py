@@ -12,9 +12,14 @@ from encoder.objectives.contract import (
     Specials,
 )
 from encoder.objectives.mlm import MlmConfig
+from encoder.objectives.pairs import MlmNspConfig, MlmSopConfig
 from encoder.objectives.words import WordEdges
 
-OBJECTIVES: dict[str, type] = {"mlm": MlmConfig}
+OBJECTIVES: dict[str, type] = {
+    "mlm": MlmConfig,
+    "mlm_nsp": MlmNspConfig,
+    "mlm_sop": MlmSopConfig,
+}
 
 
 def build_objective(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from encoder.base.objective import MaskedRow, Masker, Objective, RowTargets
+from encoder.base.objective import (
+    MaskedRow,
+    Masker,
+    Objective,
+    PairRule,
+    RowPairs,
+    RowTargets,
+)
 from encoder.objectives.words import WordEdges
 
 __all__ = [
@@ -16,6 +23,8 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "ObjectiveFacts",
+    "PairRule",
+    "RowPairs",
     "RowTargets",
     "Specials",
 ]
@@ -25,6 +34,12 @@ class ObjectiveConfig(Protocol):
     """The settings of an objective: a frozen dataclass that checks itself when it is made (ConfigError)."""
 
     mask_share: float  # of the tokens that may be masked
+    # least values of settings that the model must have, such as type_vocab_size: 2
+    model_needs: ClassVar[Mapping[str, int]]
+
+    @property
+    def pairs(self) -> PairRule | None:
+        """How the loader makes pairs of sentences of documents; None: it does not."""
 
     @property
     def needs_word_edges(self) -> bool:

@@ -15,9 +15,9 @@ shown. docs/masking.md has the settings of each family.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from encoder.base.batch import LossTerm, Targets, TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.nn.heads import TokenDecoder
 from encoder.nn.loss import cross_entropy_sum
-from encoder.objectives.contract import MaskedRow, MaskShare, ObjectiveFacts, RowTargets
+from encoder.objectives.contract import MaskedRow, MaskShare, ObjectiveFacts, PairRule, RowTargets
 from encoder.objectives.masking import LONGEST_SPAN, Count, ExactChoice, Spans
 from encoder.objectives.words import WordEdges
 
@@ -101,6 +101,14 @@ class MlmConfig:
             )
         if self.longest_span is not None and not 1 <= self.longest_span <= MOST_SPAN:
             raise ConfigError(f"longest_span {self.longest_span} must be 1 to {MOST_SPAN}.")
+
+    # least values of the model's settings
+    model_needs: ClassVar[Mapping[str, int]] = {}
+
+    @property
+    def pairs(self) -> PairRule | None:
+        """How the loader makes pairs of sentences of documents: it does not."""
+        return None
 
     @property
     def needs_word_edges(self) -> bool:
@@ -208,6 +216,7 @@ class MaskedLanguageModel:
 
     terms = (MLM,)
     has_segments = False
+    pairs: PairRule | None = None
 
     def __init__(
         self,

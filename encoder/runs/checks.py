@@ -20,7 +20,8 @@ import numpy as np
 from encoder.base.units import counted
 from encoder.base.errors import ConfigError, ShardError
 from encoder.data.order import SHARDS_PER_GROUP
-from encoder.data.shard_format import Card, read_card
+from encoder.data.sentences import read_sentences
+from encoder.data.shard_format import TOKENIZER, Card, read_card
 from encoder.data.shards import open_source
 from encoder.data.windows import documents_per_window
 from encoder.objectives.words import read_word_edges
@@ -60,7 +61,12 @@ def check_settings(run: RunConfig) -> list[str]:
 
 def mistakes_of(run: RunConfig) -> list[str]:
     """What contradicts itself, the same on every rank that sees the same cards."""
-    return [*_warmups_too_long(run), *_text_in_both(run), *_rates_of_nothing(run)]
+    return [
+        *_warmups_too_long(run),
+        *_text_in_both(run),
+        *_rates_of_nothing(run),
+        *_pairs_of_nothing(run),
+    ]
 
 
 def hints_of(
@@ -110,6 +116,33 @@ def _text_in_both(run: RunConfig) -> Iterator[str]:
                 f" ({both.name}) trains on: its loss would be no held-out loss. Name a folder of"
                 " other text, such as the held_out beside train."
             )
+
+
+def _pairs_of_nothing(run: RunConfig) -> Iterator[str]:
+    """Text of which no pair of sentences can be made."""
+    if run.objective.pairs is None:
+        return
+    groups = [list(_known(where, sources)) for where, sources in _mixtures(run)]
+    held_out = list(_held_out(run))
+    for known in [known for group in [*groups, held_out] for known in group]:
+        if not known.card.sentences_sha256:
+            yield (
+                f"{known.where} {known.config.folder} does not say where its sentences end, which"
+                f" this objective needs. Find them: data-prep index {known.config.folder}"
+                f" --tokenizer {known.config.folder / TOKENIZER} --sentences."
+            )
+            return
+    for group in groups:
+        if group and not any(_has_pairs(known) for known in group):
+            yield (
+                f"{group[0].where}: no document of {group[0].config.folder} has two sentences, so"
+                " every second one would be a random one. Use objective: {name: mlm}, or text of"
+                " longer documents."
+            )
+
+
+def _has_pairs(known: _Known) -> bool:
+    return read_sentences(known.config.folder, known.card).several_in_one()
 
 
 # settings alone ------------------------------------------------------------------------------------------------------

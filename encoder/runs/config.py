@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from encoder.base.schema import (
     to_plain,
 )
 from encoder.base.units import short_count
+from encoder.base.objective import LEAST_PAIR_TOKENS
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
 from encoder.engine.engine import EngineConfig
@@ -334,6 +336,7 @@ class RunConfig:
             )
         self._fill_in_phase_models()
         self._check_caches()
+        self._check_objective()
         names = [p.name for p in self.phases]
         if len(set(names)) < len(names):
             raise ConfigError(
@@ -392,6 +395,28 @@ class RunConfig:
                 ) from error
             whole.append(dataclasses.replace(phase, model={**own, **phase.model}))
         object.__setattr__(self, "phases", tuple(whole))
+
+    def _check_objective(self) -> None:
+        settings = {field.name for field in dataclasses.fields(self.model)}
+        for name, least in self.objective.model_needs.items():
+            if name not in settings:
+                raise ConfigError(
+                    f"this objective needs a model with {name}, which this one has not. Use another"
+                    " model.system, such as bert, or objective: {name: mlm}."
+                )
+            found = getattr(self.model, name)
+            if found < least:
+                needed = json.dumps(least)
+                raise ConfigError(
+                    f"model.{name} is {json.dumps(found)}; this objective needs {needed}. Set"
+                    f" model.{name}: {needed}."
+                )
+        for phase in self.phases if self.objective.pairs else ():
+            if phase.max_tokens_per_document < LEAST_PAIR_TOKENS:
+                raise ConfigError(
+                    f"phase {phase.name}: max_tokens_per_document {phase.max_tokens_per_document}"
+                    f" has no room for two sentences; needed: at least {LEAST_PAIR_TOKENS}."
+                )
 
     def _check_caches(self) -> None:
         cached: dict[str, SourceConfig] = {}

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from encoder.base.errors import ShardError
 from encoder.data.packing import pack_best_fit
-from encoder.data.shard_format import read_card, read_lengths
-from encoder.data.windows import cut, documents_per_window
+from encoder.data.sentences import SentenceLists, read_sentences
+from encoder.data.shard_format import Card, read_card, read_lengths
+from encoder.data.windows import documents_per_window, pieces_of
 from encoder.runs.config import PhaseConfig, RunConfig
 
 FILL = 0.998  # of rows of documents that are not there yet (99.7 to 99.9 % in windows of thousands of documents)
 FILL_WINDOWS = 8  # packed to know how full rows get
 MOST_DOCUMENTS = 65_536  # of a window: larger ones are as full
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLengths:
+    """How long the documents of a shard folder are, and their sentences: no shard is opened."""
+
+    name: str
+    card: Card
+    lengths: np.ndarray
+    samples_per_shard: np.ndarray  # as if it had one shard
+    folder: Path
+
+    def sentences_of(self, documents: np.ndarray) -> SentenceLists:
+        """The sentences of some documents. Raises ShardError where they are not known."""
+        return read_sentences(self.folder, self.card).of(documents)
+
+
+def stored_lengths(folder: Path) -> StoredLengths:
+    """Raises ShardError where the folder is not there."""
+    card = read_card(folder)
+    lengths = read_lengths(folder, card)
+    return StoredLengths(
+        name=card.source,
+        card=card,
+        lengths=lengths,
+        samples_per_shard=np.array([card.documents]),
+        folder=folder,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +75,19 @@ def fill_rows(
     """
     sources = run.sources_of(phase)
     try:
-        cards = [read_card(s.folder) for s in sources]
-        stored = [read_lengths(s.folder, card) for s, card in zip(sources, cards, strict=True)]
+        stored = [stored_lengths(s.folder) for s in sources]
     except ShardError:
+        return None
+    if run.objective.pairs and not all(s.card.sentences_sha256 for s in stored):
         return None
     longest, capacity = (
         max_tokens or phase.max_tokens_per_document,
         row_tokens or run.data.row_tokens,
     )
     shares = documents_per_window(
-        cards, [s.weight for s in sources], min(run.data.window_documents, MOST_DOCUMENTS)
+        [s.card for s in stored],
+        [s.weight for s in sources],
+        min(run.data.window_documents, MOST_DOCUMENTS)
     )
     draw, tokens, pieces, documents = np.random.default_rng(0), [], [], []
     for number in range(FILL_WINDOWS * max(1, -(-1 // sum(shares)))):
@@ -62,18 +95,18 @@ def fill_rows(
         if not any(counts) and (tokens or number + 1 < FILL_WINDOWS):
             continue
         counts = counts if any(counts) else [1] * len(counts)
+        # a source without a document draws nothing, so that the others draw the same
         drawn = [
-            lengths[draw.integers(0, len(lengths), count)]
-            for lengths, count in zip(stored, counts, strict=True)
-            if count
+            draw.integers(0, len(s.lengths), count) if count else np.zeros(0, np.int64)
+            for s, count in zip(stored, counts, strict=True)
         ]
-        lengths = np.concatenate(
-            [cut(0, np.arange(len(some)), some, longest).tokens_P for some in drawn]
-        )
+        lengths = pieces_of(
+            stored, drawn, max_tokens=longest, pairs=run.objective.pairs, chance=draw
+        ).tokens_P
         packing = pack_best_fit(lengths, capacity)
         tokens.append(np.add.reduceat(lengths[packing.pieces_P], packing.row_starts_R1[:-1]))
         pieces.append(np.diff(packing.row_starts_R1))
-        documents += drawn
+        documents += [s.lengths[some] for s, some in zip(stored, drawn, strict=True)]
     return Filling(
         tokens_R=np.concatenate(tokens),
         pieces_R=np.concatenate(pieces),

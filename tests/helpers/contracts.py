@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from encoder.base.batch import Targets, TokenBatch, packed_documents
-from encoder.base.objective import MaskedRow
+from encoder.base.objective import MaskedRow, RowPairs
 from encoder.models.catalog import build_model
 from encoder.models.contract import Model, ModelConfig
 from encoder.models.growth import axes_of
@@ -100,9 +100,23 @@ def check_objective(
 
 def _mask(objective: Objective, ids: np.ndarray, lengths: Sequence[int], seed: int) -> MaskedRow:
     before = ids.copy()
-    row = objective.mask(ids, np.random.default_rng(seed), lengths=lengths, phase_tokens=0)
+    row = objective.mask(
+        ids,
+        np.random.default_rng(seed),
+        lengths=lengths,
+        phase_tokens=0,
+        **_pairs(objective, lengths),
+    )
     assert np.array_equal(ids, before), "mask() changed the clean ids"
     return row
+
+
+def _pairs(objective: Objective, lengths: Sequence[int]) -> dict[str, RowPairs]:
+    """What mask() of an objective of pairs gets, too."""
+    if objective.pairs is None:
+        return {}
+    labels = np.arange(len(lengths)) % 2
+    return {"pairs": RowPairs(labels, np.array([length // 2 for length in lengths]))}
 
 
 def _same(row: MaskedRow, other: MaskedRow) -> bool:

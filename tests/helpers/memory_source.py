@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from encoder.data.sentences import SentenceLists
 from encoder.data.shard_format import Card, SpecialIds
 
 SPECIALS = SpecialIds(
@@ -25,6 +26,12 @@ class MemorySource:
     samples_per_shard: np.ndarray
     documents: Sequence[np.ndarray] = ()
     open_shards: int = 0
+    sentences: Sequence[Sequence[int]] = ()  # tokens of each, of every document
+
+    def sentences_of(self, documents: np.ndarray) -> SentenceLists:
+        some = [self.sentences[d] for d in documents.tolist()]
+        starts = np.cumsum([0, *(len(lengths) for lengths in some)])
+        return SentenceLists(starts, np.array([n for lengths in some for n in lengths], np.int64))
 
     def read(self, document: int) -> np.ndarray:
         return self.documents[document]
@@ -37,6 +44,31 @@ def in_memory(name: str, documents: Sequence[np.ndarray], *, shards: int) -> Mem
     """A source of these documents, in shards of as equal numbers as can be."""
     ids = [np.asarray(d, dtype=np.uint16) for d in documents]
     return planned(name, [len(d) for d in ids], shards=shards, documents=ids)
+
+
+def of_sentences(name: str, sentences: Sequence[Sequence[int]], *, shards: int) -> MemorySource:
+    """A source of documents with these sentences, whose ids count up from 0 in each document."""
+    documents = [
+        np.array([SPECIALS.cls_id, *(i % 50 for i in range(sum(lengths))), SPECIALS.sep_id])
+        for lengths in sentences
+    ]
+    source = in_memory(name, documents, shards=shards)
+    source.sentences = sentences
+    return source
+
+
+def sentences_of(lengths: Sequence[int], *, longest: int = 9) -> list[list[int]]:
+    """Sentences of 1 to `longest` tokens for documents of these lengths, always the same."""
+    rng = np.random.default_rng(0)
+    every: list[list[int]] = []
+    for length in lengths:
+        left = int(length) - 2
+        found: list[int] = []
+        while left:
+            found.append(min(left, int(rng.integers(1, longest + 1))))
+            left -= found[-1]
+        every.append(found)
+    return every
 
 
 def planned(

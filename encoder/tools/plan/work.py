@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from encoder.base.errors import ShardError
-from encoder.data.shard_format import read_card, read_lengths
-from encoder.data.windows import cut
+from encoder.data.windows import pieces_of
 from encoder.runs.config import PhaseConfig, RunConfig
+from encoder.runs.filling import stored_lengths
 
 # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 LOOKED_AT = 100_000
@@ -35,9 +35,15 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     flops = 0.0
     for source in sources:
         try:
-            stored = read_lengths(source.folder, read_card(source.folder))
-            some = np.asarray(stored[:: math.ceil(len(stored) / LOOKED_AT)])
-            lengths = cut(0, np.arange(len(some)), some, longest).tokens_P
+            stored = stored_lengths(source.folder)
+            every = math.ceil(len(stored.lengths) / LOOKED_AT)
+            lengths = pieces_of(
+                [stored],
+                [np.arange(0, len(stored.lengths), every)],
+                max_tokens=longest,
+                pairs=run.objective.pairs,
+                chance=np.random.default_rng(0),
+            ).tokens_P
         except ShardError:
             lengths = np.array([longest])
             unknown.append(source.path)

@@ -179,7 +179,7 @@ def test_resuming_after_any_step_gives_what_would_have_followed_on_any_number_of
 def test_every_documents_tokens_are_shown_exactly_once_an_epoch(sources):
     # one source, 10 windows of 15 documents: an epoch of web
     class Ask:
-        terms, has_segments = ("mlm",), False
+        terms, has_segments, pairs = ("mlm",), False, None
 
         def mask(self, ids, generator, *, lengths, phase_tokens):
             return MaskedRow(ids=ids, targets={"mlm": RowTargets(np.arange(0), np.arange(0))})
@@ -307,7 +307,7 @@ def test_position_one_billion_is_reached_at_once(sources):
 
 def test_surplus_questions_are_dropped_alike_in_every_layout(sources):
     class Greedy:
-        terms, has_segments = ("mlm",), False
+        terms, has_segments, pairs = ("mlm",), False, None
 
         def mask(self, ids, generator, *, lengths, phase_tokens):
             return MaskedRow(ids=ids, targets={"mlm": RowTargets(np.arange(len(ids)), ids)})

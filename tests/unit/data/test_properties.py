@@ -16,11 +16,11 @@ from encoder.data.assembly import wrap_int64
 from encoder.data.loader import DataPosition, Loader
 from encoder.data.order import deal_shards
 from encoder.data.windows import Windows
-from encoder.objectives.catalog import build_objective
+from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.contract import MaskShare
 from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.words import WordEdges
-from tests.helpers.memory_source import SPECIALS, MemorySource, in_memory, planned
+from tests.helpers.memory_source import SPECIALS, MemorySource, in_memory, planned, sentences_of
 from tests.helpers.shards import random_documents
 
 ROW = 64
@@ -29,6 +29,8 @@ SOURCES = [
     in_memory("code", random_documents(60, longest=200, seed=1), shards=12),
     in_memory("books", random_documents(12, longest=300, seed=2), shards=12),
 ]
+for source in SOURCES:
+    source.sentences = sentences_of(source.lengths)
 EDGES = WordEdges(np.arange(64) % 3 == 0, np.arange(64) < 59)
 START = DataPosition()
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -45,6 +47,7 @@ class Case:
     rows_of_lane: int
     whole_words: bool
     seed: int
+    objective: str = "mlm"
 
 
 cases = st.builds(
@@ -56,6 +59,7 @@ cases = st.builds(
     rows_of_lane=st.integers(1, 3),
     whole_words=st.booleans(),
     seed=st.integers(0, 2**40),
+    objective=st.sampled_from([*OBJECTIVES]),
 )
 
 
@@ -63,7 +67,7 @@ def steps_of(
     case: Case, count: int, *, start=START, rank=0, world_size=1, micro_batch_rows=1, workers=0
 ):
     ask = build_objective(
-        MlmConfig(whole_words=case.whole_words),
+        OBJECTIVES[case.objective](whole_words=case.whole_words),
         vocab_size=64,
         specials=SPECIALS,
         words=EDGES,
@@ -74,7 +78,7 @@ def steps_of(
         weights=[3.0, 2.0, 0.5][: case.sources],
         seed=case.seed,
         phase=1,
-        max_tokens_per_document=case.cap,
+        max_tokens_per_document=case.cap if ask.pairs is None else max(case.cap, 5),
         row_tokens=ROW,
         window_documents=case.window_documents,
         masker=ask,
@@ -99,7 +103,7 @@ def content(steps):
         (
             sorted(d for s in ranks for m in s.micro_batches for d in documents_in(m)),
             ranks[0].tokens,
-            sum(s.counts["mlm"] for s in ranks),
+            {term: sum(s.counts[term] for s in ranks) for term in ranks[0].counts},
             wrap_int64(sum(s.row_hash for s in ranks)),
             ranks[0].start,
             ranks[0].end,
@@ -110,15 +114,20 @@ def content(steps):
 
 def documents_in(batch):
     ids, keys, ends = batch.ids_T.tolist(), batch.token_key_T.tolist(), batch.cu_seqlens_S1.tolist()
+    segments = [0] * len(ids) if batch.segments_T is None else batch.segments_T.tolist()
     asked = [
-        (i, t)
-        for i, t in zip(
-            batch.targets["mlm"].index_M.tolist(), batch.targets["mlm"].value_M.tolist()
-        )
+        (i, t, term)
+        for term, targets in batch.targets.items()
+        for i, t in zip(targets.index_M.tolist(), targets.value_M.tolist())
         if t != IGNORE
     ]
     return [
-        (tuple(ids[a:b]), tuple(keys[a:b]), tuple((i - a, t) for i, t in asked if a <= i < b))
+        (
+            tuple(ids[a:b]),
+            tuple(keys[a:b]),
+            tuple(segments[a:b]),
+            tuple((i - a, t, term) for i, t, term in asked if a <= i < b),
+        )
         for a, b in zip(ends, ends[1:])
         if a < b <= batch.tokens
     ]
@@ -156,9 +165,17 @@ def test_all_ranks_rows_are_those_of_one_rank_from_any_position(
     assert content(ranks) == content([whole])[walked:]
 
 
-def test_worker_processes_make_the_same_rows():
+@pytest.mark.parametrize("objective", ["mlm", "mlm_nsp"])
+def test_worker_processes_make_the_same_rows(objective):
     case = Case(
-        sources=3, lanes=2, cap=40, window_documents=12, rows_of_lane=2, whole_words=True, seed=7
+        sources=3,
+        lanes=2,
+        cap=40,
+        window_documents=12,
+        rows_of_lane=2,
+        whole_words=True,
+        seed=7,
+        objective=objective,
     )
     whole = steps_of(case, 7)
     ranks = [

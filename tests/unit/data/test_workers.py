@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 class Failing:
     """A masker with a fault."""
 
-    terms, has_segments = ("mlm",), False
+    terms, has_segments, pairs = ("mlm",), False, None
 
     def mask(self, ids, generator, *, lengths, phase_tokens):
         raise ZeroDivisionError("a fault in the objective")
