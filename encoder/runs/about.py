@@ -93,7 +93,8 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     }
     share = getattr(run.objective, "mask_share", None)
     if share is not None:
-        lines["objective"] = f"masked tokens, {share:.0%} of the text"
+        pairs = " and pairs of sentences" if run.objective.pairs else ""
+        lines["objective"] = f"masked tokens, {share:.0%} of the text{pairs}"
     for source in about.get("sources") or data_facts(run):
         if isinstance(source, dict) and isinstance(source.get("tokens"), int):
             trained = source.get("trained", 0)

@@ -23,6 +23,7 @@ from encoder.data.shard_format import Card, read_card
 from encoder.data.windows import documents_per_window
 from encoder.models.catalog import SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
+from encoder.objectives.catalog import OBJECTIVES
 from encoder.runs.config import OLD_MEANINGS, Derived, RunConfig, run_of, todays_form
 from encoder.runs.short_forms import phases_of, run_folder
 from encoder.runs.weights import model_facts, saved_run
@@ -196,6 +197,7 @@ class _Filler:
                 if value != getattr(family, key, None):
                     self.put(model, f"model.{key}", value, f"that of {word}")
             return
+        self._fill_model_needs(model)
         card = next((c for c in map(_card_at, _folders(m)) if c), None)
         if card:
             self.put(
@@ -220,6 +222,16 @@ class _Filler:
                 initializer_range_of(width),
                 "sqrt(2 / (5 hidden_size))",
             )
+
+    def _fill_model_needs(self, model: dict[str, Any]) -> None:
+        """What the objective needs of the model, where its family has such a setting."""
+        objective = self.mapping.get("objective")
+        word = objective.get("name") if isinstance(objective, dict) else objective
+        needs = getattr(OBJECTIVES.get(word), "model_needs", {}) if isinstance(word, str) else {}
+        defaults = {field.name: field.default for field in dataclasses.fields(SYSTEMS[model["system"]])}
+        for name, least in needs.items():
+            if name in defaults and defaults[name] < least:
+                self.put(model, f"model.{name}", least, f"objective {word} needs it")
 
     def _fill_phases(self) -> None:
         m = self.mapping

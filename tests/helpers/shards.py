@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from encoder.base.files import sha256_of
+from encoder.data.sentences import sentence_bytes
 from encoder.data.shard_format import (
     CARD,
     INDEX,
     INPUT_IDS,
     LENGTHS,
+    SENTENCES,
     SHARD_HASH,
     TOKENIZER,
     Card,
     ids_dtype,
+    lengths_dtype,
+    read_card,
     special_ids_of,
     tokenizer_fingerprint,
     with_content,
@@ -128,6 +133,18 @@ def write_source(
         lengths_sha256="",
     )
     write_card(folder, with_content(card, folder, lengths))
+    return folder
+
+
+def write_sentences(folder: Path, sentences: Sequence[Sequence[int]]) -> Path:
+    """sentences.bin of a folder whose documents have sentences of these tokens, and its hash on the card."""
+    card = read_card(folder)
+    kind = lengths_dtype(card.max_tokens_per_document)
+    counts = [np.array([len(lengths) for lengths in sentences])]
+    tokens = [np.array(lengths, kind).tobytes() for lengths in sentences]
+    (folder / SENTENCES).write_bytes(b"".join(sentence_bytes(counts, tokens)))
+    found = sha256_of(folder / SENTENCES)
+    write_card(folder, replace(card, sentences_sha256=found, sentence_splitter="a test's"))
     return folder
 
 

@@ -7,6 +7,7 @@ rare            one in row 0 of a step, none in the others: with 2 or 3 ranks on
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.runs.ledger import follow_chain
 from encoder.train.loop import pretrain
-from tests.helpers.shards import random_documents, write_source
+from tests.helpers.memory_source import sentences_of
+from tests.helpers.shards import random_documents, write_sentences, write_source
 from tests.process import tiny
 from tests.process.engine_cases import keep_weights
 from tests.process.ranks import run_ranks
@@ -249,46 +251,97 @@ def test_a_mean_of_means_is_another_curve(out):
     assert distance(out, "means") > 1e-4
 
 
-def trained(world: World, *, folder: str, out: str) -> None:
+# a pair objective on a small BERT; its phases are those of the run file
+BERT = (
+    "model={system: bert, vocab_size: 64, hidden_size: 64, intermediate_size: 96,"
+    " num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}"
+)
+PAIRS = [BERT, "phases.0.model={}", "phases.1.model={}", "objective.short_share=0.3"]
+OBJECTIVES_RUN = {"two": ("rare", WEIGHT, []), "mlm_nsp": ("nsp", 1.0, PAIRS)}
+
+
+def trained(world: World, *, folder: str, runs: list[tuple[str, str, list[str]]]) -> None:
+    """Some runs: (objective, run folder, further settings)."""
     OBJECTIVES["two"] = TwoTermsConfig
-    pretrain(
-        read_run(
-            f"{folder}/run.yaml",
-            [
-                f"out={folder}/{out}",
-                "engine.precision=fp64",
-                "engine.zero_stage=0",
-                "objective.name=two",
-            ],
-        ),
-        world,
-    )
+    for name, out, more in runs:
+        settings = [
+            f"out={folder}/{out}",
+            "engine.precision=fp64",
+            "engine.zero_stage=0",
+            f"objective.name={name}",
+            *OBJECTIVES_RUN[name][2],
+            *more,
+        ]
+        pretrain(read_run(f"{folder}/run.yaml", settings), world)
 
 
-def test_two_terms_go_through_the_loop_on_one_and_two_ranks(tmp_path):
-    """Ledger, metrics, held-out losses and checkpoints have both terms."""
+def as_after_a_kill(run: Path, copy: Path) -> None:
+    """The run as a kill after its first save leaves it."""
+    shutil.copytree(run, copy)
+    for path in sorted((copy / "checkpoints").glob("*/COMMITTED"))[1:]:
+        shutil.rmtree(path.parent)
+    (copy / "done.json").unlink()
+    lines = (copy / LEDGER).read_text().splitlines(keepends=True)
+    (copy / LEDGER).write_text("".join(lines[:-2]))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Both objectives on one and on two ranks; the pairs also resumed on two, and at ZeRO stage 3."""
+    root = tmp_path_factory.mktemp("loop")
     for number, (name, longest) in enumerate((("a", 60), ("b", 30), ("held", 60))):
-        write_source(
-            tmp_path / name, random_documents(60, seed=number, longest=longest), vocab_size=64
-        )
-    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
-    for ranks in (1, 2):
-        run_ranks(trained, ranks, folder=str(tmp_path), out=f"r{ranks}")
-    one, two = (read_jsonl(tmp_path / f"r{ranks}" / LEDGER) for ranks in (1, 2))
-    assert one == two and any(line["other_targets"]["rare"] for line in one)
-    follow_chain(one, tmp_path / "r1" / LEDGER)
+        documents = random_documents(60, seed=number, longest=longest)
+        folder = write_source(root / name, documents, vocab_size=64)
+        write_sentences(folder, sentences_of([len(ids) for ids in documents]))
+    (root / "run.yaml").write_text(RUN.format(root=root))
+    alone = [(name, f"{name}-1", []) for name in OBJECTIVES_RUN]
+    run_ranks(trained, 1, folder=str(root), runs=alone)
+    as_after_a_kill(root / "mlm_nsp-1", root / "resumed")
+    together = [(name, f"{name}-2", []) for name in OBJECTIVES_RUN]
+    together += [
+        ("mlm_nsp", "resumed", ["loader.workers=1"]),
+        ("mlm_nsp", "zero3", ["engine.zero_stage=3", "engine.precision=fp32"]),
+    ]
+    run_ranks(trained, 2, folder=str(root), runs=together)
+    return root
+
+
+def stored_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(newest_checkpoint(run / "checkpoints"))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES_RUN)
+def test_two_terms_go_through_the_loop_on_one_and_two_ranks(runs, name):
+    """Ledger, metrics, held-out losses and checkpoints have both terms."""
+    term, weight, _ = OBJECTIVES_RUN[name]
+    one, two = (read_jsonl(runs / f"{name}-{ranks}" / LEDGER) for ranks in (1, 2))
+    assert one == two and any(line["other_targets"][term] for line in one)
+    follow_chain(one, runs / f"{name}-1" / LEDGER)
     edited = [
-        {**line, "other_targets": {"rare": 99}} if i == 3 else line for i, line in enumerate(one)
+        {**line, "other_targets": {term: 99}} if i == 3 else line for i, line in enumerate(one)
     ]
     with pytest.raises(Exception, match="chain breaks"):
-        follow_chain(edited, tmp_path / "r1" / LEDGER)
-    metrics = merged_metrics(tmp_path / "r1" / METRICS)
-    steps = [m for m in metrics if m.get("loss_rare") is not None]
+        follow_chain(edited, runs / f"{name}-1" / LEDGER)
+    metrics = merged_metrics(runs / f"{name}-1" / METRICS)
+    steps = [m for m in metrics if m.get(f"loss_{term}") is not None]
     assert steps and all(
-        m["loss"] == pytest.approx(m["loss_mlm"] + WEIGHT * m["loss_rare"], rel=1e-9) for m in steps
+        m["loss"] == pytest.approx(m["loss_mlm"] + weight * m[f"loss_{term}"], rel=1e-9)
+        for m in steps
     )
-    assert any("held_out_loss_rare" in m and "held_out_loss" in m for m in metrics)
-    weights = [
-        read_weights(newest_checkpoint(tmp_path / f"r{ranks}" / "checkpoints")) for ranks in (1, 2)
-    ]
+    assert any(f"held_out_accuracy_{term}" in m and "held_out_loss" in m for m in metrics)
+    weights = [stored_weights(runs / f"{name}-{ranks}") for ranks in (1, 2)]
     assert max(float((weights[0][n] - t).abs().max()) for n, t in weights[1].items()) < 1e-10
+
+
+def test_pairs_resume_on_other_ranks_with_the_same_rows(runs):
+    whole, resumed = runs / "mlm_nsp-1", runs / "resumed"
+    assert read_jsonl(resumed / LEDGER) == read_jsonl(whole / LEDGER)
+    found = stored_weights(resumed)
+    assert max(float((stored_weights(whole)[n] - t).abs().max()) for n, t in found.items()) < 1e-10
+
+
+def test_pairs_at_zero_stage_3_give_the_curve_of_one_rank(runs):
+    one, other = (stored_weights(runs / name) for name in ("mlm_nsp-1", "zero3"))
+    assert read_jsonl(runs / "zero3" / LEDGER) == read_jsonl(runs / "mlm_nsp-1" / LEDGER)
+    off = sum(float((one[n].double() - other[n].double()).square().sum()) for n in one)
+    assert (off / sum(float(t.double().square().sum()) for t in one.values())) ** 0.5 < 1e-5

@@ -12,9 +12,11 @@ from encoder.base.rng import generator
 from encoder.data.loader import evaluation_batches
 from encoder.data.pairs import WindowSentences, pairs_of
 from encoder.data.sentences import SentenceLists
+from encoder.data.shards import open_source
 from encoder.data.windows import GOES_ON, Windows
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from tests.helpers import memory_source
+from tests.helpers.shards import random_documents, write_sentences, write_source
 from tests.reference.sentence_pairs import sentence_pairs
 
 NSP = PairRule(label_1="random", short_share=0.0)
@@ -265,8 +267,11 @@ def test_a_lost_shard_takes_whole_pairs_and_moves_nothing_else():
 
 
 @pytest.mark.parametrize("name", ["mlm_nsp", "mlm_sop"])
-def test_held_out_pairs_are_the_same_on_any_ranks(name):
-    source = source_of("held", documents=60, seed=9)
+def test_held_out_pairs_are_the_same_on_any_ranks(tmp_path, name):
+    documents = random_documents(60, seed=9, longest=150)
+    folder = write_source(tmp_path / "held", documents)
+    write_sentences(folder, memory_source.sentences_of([len(ids) for ids in documents]))
+    source = open_source(folder, name="held")
     masker = build_objective(OBJECTIVES[name](), vocab_size=64, specials=memory_source.SPECIALS)
 
     def held_out(rank: int, world_size: int):

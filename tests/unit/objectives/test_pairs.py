@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from encoder.base.batch import IGNORE, Targets
 from encoder.base.errors import ConfigError
@@ -16,13 +15,14 @@ from encoder.base.objective import PairRule, RowPairs
 from encoder.base.rng import generator
 from encoder.data.assembly import Assembler, RowSpec
 from encoder.data.windows import GOES_ON
-from encoder.models.modernbert import ModernBertForMaskedLM
+from encoder.models.bert import BertConfig
+from encoder.models.catalog import build_model
 from encoder.nn.loss import class_loss_sum
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.pairs import MlmNspConfig, MlmSopConfig
+from tests.helpers.contracts import check_objective
 from tests.helpers.memory_source import SPECIALS, of_sentences
-from tests.process import tiny
 
 CLS, SEP = SPECIALS.cls_id, SPECIALS.sep_id
 
@@ -91,32 +91,37 @@ def test_masks_of_a_row_are_those_of_plain_masking():
     assert np.array_equal(plain.targets["mlm"].index, row.targets["mlm"].index)
 
 
-class WithSentenceHead(ModernBertForMaskedLM):
-    """Segments, and two logits of a text's first token."""
+def bert():
+    """A small BERT with segments and a sentence head."""
+    size = BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        sentence_head=True,
+    )
+    return build_model(size, attention="sdpa", seed=5).double().eval()
 
-    def __init__(self, config, **settings) -> None:
-        super().__init__(config, **settings)
-        self.sentence = nn.Linear(config.hidden_size, 2)
-        nn.init.normal_(self.sentence.weight, generator=torch.Generator().manual_seed(3))
 
-    def sentence_decoder(self, x_MC):
-        return self.sentence(x_MC)
-
-
-def two_segments() -> WithSentenceHead:
-    size = dataclasses.replace(tiny.SIZE, type_vocab_size=2, vocab_size=64)
-    return WithSentenceHead(size, attention="sdpa", seed=5).double().eval()
+@pytest.mark.parametrize("name", ["mlm_nsp", "mlm_sop"])
+def test_a_pair_objective_keeps_the_promises_of_an_objective(name):
+    ids = np.concatenate([[CLS, *range(n - 2), SEP] for n in (5, 9, 16)])
+    check_objective(objective(OBJECTIVES[name]()), bert().float(), ids, [5, 9, 16])
 
 
 def test_the_loss_is_torchs_cross_entropy_of_both_terms():
     masker = objective(MlmSopConfig(pair_weight=0.5))
     spec = RowSpec(address=(0, 0, 0), number=0, pieces_P4=PIECES, pair_P=LABELS)
     batch = assembler(masker, static_shapes=True).assemble([spec]).batch
-    model = two_segments()
+    model = bert()
     terms = masker.loss(model, batch)
     assert [*terms] == ["mlm", "sop"] and terms["sop"].weight == 0.5
     x_TC = model.hidden_states(batch)
-    expected = F.cross_entropy(model.sentence(x_TC[[0, 8]]), torch.tensor([0, 1]), reduction="sum")
+    expected = F.cross_entropy(
+        model.sentence_decoder(x_TC[[0, 8]]), torch.tensor([0, 1]), reduction="sum"
+    )
     torch.testing.assert_close(terms["sop"].total, expected)
     assert int(terms["sop"].count) == 2
     asked = batch.targets["mlm"]
@@ -132,7 +137,7 @@ def test_the_loss_is_torchs_cross_entropy_of_both_terms():
 def test_without_a_target_every_parameter_has_a_gradient():
     masker = objective()
     batch = assembler(masker).assemble([]).batch
-    model = two_segments()
+    model = bert()
     sum(term.total for term in masker.loss(model, batch).values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
