@@ -38,7 +38,9 @@ from benchmarks.workload import real_lengths
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_json
 from encoder.base.units import counted
-from encoder.data.loader import DataPosition, Loader
+from encoder.base.world import World
+from encoder.data.assembly import Dealing
+from encoder.data.loader import DataPosition, Loader, WorkerSettings
 from encoder.data.packing import pack_best_fit
 from encoder.data.shard_format import (
     INDEX,
@@ -52,7 +54,7 @@ from encoder.data.shard_format import (
     write_lengths,
 )
 from encoder.data.shards import Source, open_source
-from encoder.data.windows import WindowPlan, Windows
+from encoder.data.windows import DataOrder, RowGeometry, WindowPlan, Windows
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
 
@@ -510,15 +512,9 @@ def windows_of(
     documents: int = WINDOW_DOCUMENTS,
     weights: Any = WEIGHTS,
 ) -> Windows:
-    return Windows(
-        sources=sources,
-        weights=weights,
-        seed=1,
-        phase=0,
-        max_tokens_per_document=longest,
-        row_tokens=ROW_TOKENS,
-        window_documents=documents,
-    )
+    order = DataOrder(weights=weights, seed=1, phase=0, window_documents=documents)
+    geometry = RowGeometry(row_tokens=ROW_TOKENS, max_tokens_per_document=longest)
+    return Windows(sources, order=order, geometry=geometry)
 
 
 def loader_of(
@@ -530,26 +526,19 @@ def loader_of(
     weights: Any = WEIGHTS,
 ) -> Loader:
     card = sources[0].card
-    ids = card.specials
     return Loader(
-        sources=sources,
-        weights=weights,
-        seed=1,
-        phase=0,
-        max_tokens_per_document=longest,
-        row_tokens=ROW_TOKENS,
-        window_documents=WINDOW_DOCUMENTS,
-        masker=build_objective(MlmConfig(), vocab_size=card.vocab_size, specials=ids),
-        pad_id=ids.pad_id,
-        cls_id=ids.cls_id,
-        sep_id=ids.sep_id,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_rows=MICRO_BATCH_ROWS,
+        sources,
+        order=DataOrder(weights=weights, seed=1, phase=0, window_documents=WINDOW_DOCUMENTS),
+        geometry=RowGeometry(row_tokens=ROW_TOKENS, max_tokens_per_document=longest),
+        masker=build_objective(MlmConfig(), vocab_size=card.vocab_size, specials=card.specials),
+        dealing=Dealing(
+            world=World(rank=rank, size=world_size),
+            micro_batch_rows=MICRO_BATCH_ROWS,
+            static_shapes=True,
+        ),
+        workers=WorkerSettings(),
         rows_at=lambda _: 4 * MICRO_BATCH_ROWS,
         start=DataPosition(),
-        static_shapes=True,
-        workers=0,
     )
 
 

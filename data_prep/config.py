@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from data_prep.filters import Filter
 from data_prep.other_words import OTHER_WORDS
@@ -164,17 +164,6 @@ class HubSource(_Columns, _Named):
             raise ConfigError(f"source {self.name} has both config and files; needed: one of them.")
 
 
-SOURCES = {
-    "jsonl": JsonlSource,
-    "json_array": JsonArraySource,
-    "csv": CsvSource,
-    "tsv": TsvSource,
-    "parquet": ParquetSource,
-    "arrow": ArrowSource,
-    "mds": MdsSource,
-    "text": TextSource,
-    "hub": HubSource,
-}
 Source = (
     JsonlSource
     | JsonArraySource
@@ -185,6 +174,17 @@ Source = (
     | TextSource
     | HubSource
 )
+SOURCES: dict[str, type[Source]] = {
+    "jsonl": JsonlSource,
+    "json_array": JsonArraySource,
+    "csv": CsvSource,
+    "tsv": TsvSource,
+    "parquet": ParquetSource,
+    "arrow": ArrowSource,
+    "mds": MdsSource,
+    "text": TextSource,
+    "hub": HubSource,
+}
 
 
 def recipe_of(source: Source) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class PrepareConfig:
 
     tokenizer: PathText  # path of a tokenizer.json (data-prep tokenizer makes one)
     out: LocalText  # folder of the shards: OUT/NAME/train and OUT/NAME/held_out
-    sources: tuple[chosen_by("format", SOURCES), ...]
+    sources: tuple[Annotated[Source, chosen_by("format", SOURCES)], ...]
     root: LocalText = "."  # the folder that the sources' files are relative to
     # longer ones are cut into near-equal pieces, nothing is dropped
     max_tokens_per_document: int = 8192

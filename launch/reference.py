@@ -177,7 +177,7 @@ def _dedented(lines: list[str]) -> list[str]:
 
 def _classes_in(hint: Any, key: str) -> list[tuple[type, str]]:
     """The settings classes that a type may hold, with the titles of their sections."""
-    chosen = schema._choice_of(hint)
+    chosen = schema.choice_of(hint)
     if chosen:
         return [(cls, f"{key} ({chosen.tag}: {word})") for word, cls in chosen.choices.items()]
     if dataclasses.is_dataclass(hint):
@@ -204,10 +204,10 @@ def _first_sentence(cls: type) -> str:
 
 
 def _kind_text(hint: Any) -> str:
-    if schema._choice_of(hint):
+    if schema.choice_of(hint):
         return (
-            f"one of {len(schema._choice_of(hint).choices)} kinds, see below"
-            if len(schema._choice_of(hint).choices) > 1
+            f"one of {len(schema.choice_of(hint).choices)} kinds, see below"
+            if len(schema.choice_of(hint).choices) > 1
             else "see below"
         )
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -2,8 +2,8 @@
 
 A settings class is a frozen dataclass. What a field may hold follows from its type:
     int, float, bool, str, Tokens ("2T"), Literal["a", "b"], tuple[X, ...], X | None, another settings class,
-    or `chosen_by("schedule", {"wsd": WSD, "cosine": Cosine})`: a mapping whose key `schedule` picks the class,
-    so that a key which has no effect under the chosen word is unknown, and refused.
+    or Annotated[WSD | Cosine, chosen_by("schedule", {"wsd": WSD, "cosine": Cosine})]: a mapping whose key
+    `schedule` picks the class, so that a key which has no effect under the chosen word is unknown, and refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union
 
 import yaml
 
@@ -43,16 +43,31 @@ MOST_MISTAKES = 60  # named in one error: all of a file that somebody wrote
 T = TypeVar("T")
 
 
+class Settings(Protocol):
+    """What a settings class is to a type checker: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
 @dataclasses.dataclass(frozen=True)
-class _ChosenBy:
+class ChosenBy:
+    """A mapping's key `tag` names one of the classes, or the default does."""
+
     tag: str
-    choices: dict[str, type]
+    choices: Mapping[str, type]
     default: str | None = None
 
 
-def chosen_by(tag: str, choices: dict[str, type], *, default: str | None = None) -> Any:
-    """A field type: the mapping's key `tag` names one of the classes. Use: `lr: chosen_by("schedule", SCHEDULES)`."""
-    return Annotated[Any, _ChosenBy(tag, choices, default)]
+def chosen_by(tag: str, choices: Mapping[str, type], *, default: str | None = None) -> ChosenBy:
+    """Beside a field's type: which key of the mapping picks the class.
+
+    lr: Annotated[Schedule, chosen_by("schedule", SCHEDULES)]
+
+    tag: the key
+    choices: the classes by its word, all of them of the field's type; looked at anew at each reading
+    default: the word that an absent key means
+    """
+    return ChosenBy(tag, choices, default)
 
 
 def read_settings(cls: type[T], path: Path | str, overrides: typing.Sequence[str] = ()) -> T:
@@ -293,7 +308,7 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
             _expanded(typing.get_args(hint)[0], item, where, _join(key, i))
             for i, item in enumerate(value)
         ]
-    chosen = _choice_of(hint)
+    chosen = choice_of(hint)
     if chosen and isinstance(value, Mapping):
         word = value.get(chosen.tag, chosen.default)
         hint = chosen.choices.get(word) if isinstance(word, str) else None
@@ -321,7 +336,7 @@ def to_plain(value: Any) -> Any:
             if f.init:
                 item = getattr(value, f.name)
                 plain[f.name] = to_plain(item)
-                chosen = _choice_of(hints[f.name])
+                chosen = choice_of(hints[f.name])
                 if chosen and item is not None:
                     tag = next(word for word, cls in chosen.choices.items() if type(item) is cls)
                     plain[f.name] = {chosen.tag: tag, **plain[f.name]}
@@ -397,7 +412,7 @@ class _StrictLoader(yaml.SafeLoader):
     """PyYAML's reader of plain values, with bounds; every mistake is one of its own errors, with a place."""
 
     # as YAML 1.2 has it, not 1.1: no dates, 1:30 is not 90, 017 not 15, and the language no is not false
-    yaml_implicit_resolvers: typing.ClassVar = {
+    yaml_implicit_resolvers: ClassVar = {
         letter: [
             (tag, _RESOLVERS.get(tag.rpartition(":")[2], regexp))
             for tag, regexp in resolvers
@@ -568,7 +583,7 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
 def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
     """One value held against one type; raises ConfigError with the key's full name."""
     at = _at(where, key)
-    chosen = _choice_of(hint)
+    chosen = choice_of(hint)
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         options = typing.get_args(hint)
@@ -691,7 +706,7 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
     raise ConfigError(f"{at} is {shown}; needed: {_wanted(hint)}.{quotes}")
 
 
-def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str, root: type) -> Any:
+def _chosen(chosen: ChosenBy, value: Any, where: str, key: str, root: type) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}."
@@ -719,12 +734,12 @@ def _chosen(chosen: _ChosenBy, value: Any, where: str, key: str, root: type) -> 
     return from_mapping(chosen.choices[word], rest, where=where, key=key, tag=chosen.tag, root=root)
 
 
-def _choice_of(hint: Any) -> _ChosenBy | None:
-    """The _ChosenBy of a type, also inside `X | None`."""
+def choice_of(hint: Any) -> ChosenBy | None:
+    """The ChosenBy of a type, also inside `X | None`."""
     if typing.get_origin(hint) is Annotated:
-        return next((m for m in hint.__metadata__ if isinstance(m, _ChosenBy)), None)
+        return next((m for m in hint.__metadata__ if isinstance(m, ChosenBy)), None)
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return next((c for c in map(_choice_of, typing.get_args(hint)) if c), None)
+        return next((c for c in map(choice_of, typing.get_args(hint)) if c), None)
     return None
 
 
@@ -799,7 +814,7 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
         return _EXAMPLES[name]
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
-    chosen, tag = _choice_of(hint), ""
+    chosen, tag = choice_of(hint), ""
     if chosen:
         word = chosen.default or next(iter(chosen.choices))
         hint, tag = chosen.choices[word], f"{chosen.tag}: {word}"
@@ -866,7 +881,7 @@ def _classes_of(hint: Any) -> list[tuple[type, str]]:
     """The settings classes that a field may hold, and the number of a list's first item."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return [found for option in typing.get_args(hint) for found in _classes_of(option)]
-    chosen = _choice_of(hint)
+    chosen = choice_of(hint)
     if chosen:
         return [(kind, "") for kind in chosen.choices.values()]
     if typing.get_origin(hint) is tuple:
@@ -927,7 +942,7 @@ def _kind(value: Any) -> str:
 
 
 def _wanted(hint: Any) -> str:
-    if _choice_of(hint):
+    if choice_of(hint):
         return "a mapping"
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(

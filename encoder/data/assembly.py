@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -19,8 +19,10 @@ from encoder.base.batch import IGNORE, Targets, TokenBatch
 from encoder.base.errors import DamagedShard
 from encoder.base.objective import MaskedRow, Masker, RowPairs, RowTargets
 from encoder.base.rng import address_key, generator, splitmix64
+from encoder.base.world import World
+from encoder.data.shard_format import SpecialIds
 from encoder.data.shards import Source
-from encoder.data.windows import DOCUMENT, GOES_ON, SOURCE
+from encoder.data.windows import DOCUMENT, GOES_ON, SOURCE, RowGeometry
 
 # Static shapes: cu_seqlens has room for one document in 128 tokens (web text has one in 500 to 1,000), doubled until it
 # suffices; each unused entry costs attention kernels an empty block
@@ -82,16 +84,17 @@ class Assembler:
     one padding token where it has no row.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[Source]  # of one tokenizer
     masker: Masker
-    seed: int
-    pad_id: int
-    cls_id: int
-    sep_id: int
-    max_tokens_per_document: int
-    row_tokens: int
+    seed: int  # of the run
+    geometry: RowGeometry
     micro_batch_rows: int
     static_shapes: bool
+
+    @property
+    def specials(self) -> SpecialIds:
+        """The special ids of the sources."""
+        return self.sources[0].card.specials
 
     def assemble(self, specs: Sequence[RowSpec]) -> Assembled:
         """The micro-batch of these rows. Raises ShardError for a shard that cannot be read, DamagedShard for one that is wrong."""
@@ -99,17 +102,23 @@ class Assembler:
             self._row(spec) for spec in specs if len(spec.pieces_P4)
         ]  # none: all it had was left out
         tokens = sum(len(r.masked.ids) for r in rows)
-        total = self.micro_batch_rows * self.row_tokens if self.static_shapes else max(tokens, 1)
+        total = (
+            self.micro_batch_rows * self.geometry.row_tokens
+            if self.static_shapes
+            else max(tokens, 1)
+        )
         lengths = [n for r in rows for n in r.lengths_P] + self._padding_segments(total - tokens)
         starts_S1 = np.concatenate([[0], np.cumsum(lengths)])
         row_starts = np.cumsum([0, *(len(r.masked.ids) for r in rows)])
         positions_T = np.arange(total) - np.repeat(starts_S1[:-1], lengths)
         seqlens = self._seqlens_room(len(starts_S1)) if self.static_shapes else len(starts_S1)
         batch = TokenBatch(
-            ids_T=_filled([r.masked.ids for r in rows], total, self.pad_id),
+            ids_T=_filled([r.masked.ids for r in rows], total, self.specials.pad_id),
             positions_T=torch.from_numpy(positions_T.astype(np.int32)),
             cu_seqlens_S1=_filled([starts_S1], seqlens, total, dtype=np.int32),
-            max_seqlen=self.max_tokens_per_document if self.static_shapes else max(lengths),
+            max_seqlen=self.geometry.max_tokens_per_document
+            if self.static_shapes
+            else max(lengths),
             targets={term: self._targets(term, rows, row_starts) for term in self.masker.terms},
             token_key_T=_filled([r.token_key_T for r in rows], total, 0),
             segments_T=self._segments(rows, total),
@@ -124,7 +133,7 @@ class Assembler:
         value = [r.masked.targets[term].value for r in rows]
         count = sum(len(part) for part in index)
         room = (
-            self.micro_batch_rows * self.masker.capacity(term, self.row_tokens)
+            self.micro_batch_rows * self.masker.capacity(term, self.geometry.row_tokens)
             if self.static_shapes
             else count
         )
@@ -146,7 +155,7 @@ class Assembler:
         ]
         pairs, lengths = _joined(spec, laid_P)
         ids = np.concatenate(parts, dtype=np.int64)
-        assert len(ids) <= self.row_tokens, "a row was planned above its capacity"
+        assert len(ids) <= self.geometry.row_tokens, "a row was planned above its capacity"
         self._check_ids(ids, spec)
         place = spec.address
         masked = self.masker.mask(
@@ -173,7 +182,7 @@ class Assembler:
 
     def _in_room(self, term: str, targets: RowTargets) -> RowTargets:
         # room is counted by row, not by micro-batch, so that what is predicted does not depend on the micro-batch
-        room = self.masker.capacity(term, self.row_tokens)
+        room = self.masker.capacity(term, self.geometry.row_tokens)
         return RowTargets(targets.index[:room], targets.value[:room])
 
     def _lay_piece(
@@ -195,10 +204,10 @@ class Assembler:
         ids = self.sources[source].read(document)
         before = start > 0 and not goes_on
         if before:
-            parts.append(np.array([self.cls_id]))
+            parts.append(np.array([self.specials.cls_id]))
         parts.append(ids[start:end])
         if end < len(ids):
-            parts.append(np.array([self.sep_id]))
+            parts.append(np.array([self.specials.sep_id]))
         return (end - start) + before + (end < len(ids))
 
     def _check_ids(self, ids: np.ndarray, spec: RowSpec) -> None:
@@ -217,11 +226,11 @@ class Assembler:
                 )
 
     def _padding_segments(self, padding: int) -> list[int]:
-        whole, rest = divmod(padding, self.max_tokens_per_document)
-        return [self.max_tokens_per_document] * whole + [rest] * (rest > 0)
+        whole, rest = divmod(padding, self.geometry.max_tokens_per_document)
+        return [self.geometry.max_tokens_per_document] * whole + [rest] * (rest > 0)
 
     def _seqlens_room(self, needed: int) -> int:
-        room = max(2, self.micro_batch_rows * self.row_tokens // TOKENS_PER_SEQLEN)
+        room = max(2, self.micro_batch_rows * self.geometry.row_tokens // TOKENS_PER_SEQLEN)
         while room < needed:
             room *= 2
         return room
@@ -241,6 +250,15 @@ def _joined(spec: RowSpec, laid_P: list[int]) -> tuple[dict[str, RowPairs], list
     laid = np.array(laid_P, dtype=np.int64)
     pairs = RowPairs(spec.pair_P[::2].astype(np.int64), laid[::2])
     return {"pairs": pairs}, (laid[::2] + laid[1::2]).tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealing:
+    """Which rank this is, and how its rows are laid out: nothing here changes what a row is."""
+
+    world: World = field(default_factory=World)
+    micro_batch_rows: int  # rows in one forward
+    static_shapes: bool  # whether micro-batches are padded to one shape
 
 
 def deal(

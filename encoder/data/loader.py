@@ -27,12 +27,28 @@ from encoder.base.main_script import without_main_script
 from encoder.base.objective import Masker
 from encoder.base.rng import generator
 from encoder.base.stopping import STOP_SIGNALS
-from encoder.data.assembly import Assembled, Assembler, RowSpec, deal, lanes_of, wrap_int64
+from encoder.data.assembly import (
+    Assembled,
+    Assembler,
+    Dealing,
+    RowSpec,
+    deal,
+    lanes_of,
+    wrap_int64,
+)
 from encoder.data.packing import pack_best_fit
 from encoder.data.prefetch import Prefetch
 from encoder.data.shard_format import Card
 from encoder.data.shards import Source
-from encoder.data.windows import WindowPlan, Windows, check_lengths, lay_rows, pieces_of
+from encoder.data.windows import (
+    DataOrder,
+    RowGeometry,
+    WindowPlan,
+    Windows,
+    check_lengths,
+    lay_rows,
+    pieces_of,
+)
 
 MICRO_BATCHES_AHEAD = 4  # per worker; a micro-batch of 98,304 tokens holds 3 MB
 
@@ -59,97 +75,83 @@ class StepData:
     fill: float  # share of the rows' capacity that is tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Who makes the micro-batches ahead of time: nothing here changes them."""
+
+    processes: int = 0  # 0: made in this process when they are asked for
+    pin_memory: bool = False  # in page-locked memory, from which a GPU copies
+    # windows ahead, whose shards are brought to the caches of their sources; 0: none
+    prefetch_windows: int = 0
+
+
 class Loader:
     """The steps of one phase from a position on, without end. Owns worker processes: use it in `with`, or close it.
 
-    `rows_at` tells how many rows the next step has, from the phase's tokens so far: as many of each lane. Only the main
-    process calls it, and ahead of time. An exception in a worker is raised by next_step(), a UserError as it is, others
-    with the worker's traceback; so is the death of a worker. `prefetch_windows`: how many windows ahead shards are brought
-    to the caches of their sources, 0 where none has a cache. `left_out` and `shuffle_shards` are as in Windows.
+    An exception in a worker is raised by next_step(), a UserError as it is, others with the worker's traceback; so is
+    the death of a worker.
     """
 
     def __init__(
         self,
-        *,
         sources: Sequence[Source],
-        weights: Sequence[float],
-        seed: int,
-        phase: int,
-        max_tokens_per_document: int,
-        row_tokens: int,
-        window_documents: int,
+        *,
+        order: DataOrder,
+        geometry: RowGeometry,
         masker: Masker,
-        pad_id: int,
-        cls_id: int,
-        sep_id: int,
-        rank: int,
-        world_size: int,
-        micro_batch_rows: int,
+        dealing: Dealing,
+        workers: WorkerSettings,
         rows_at: Callable[[int], int],
         start: DataPosition,
-        static_shapes: bool,
-        workers: int,
-        pin_memory: bool = False,
-        lanes: int = 1,
-        prefetch_windows: int = 0,
-        left_out: Sequence[tuple[int, int]] = (),
-        shuffle_shards: int | None = None,
     ) -> None:
-        check_lengths(max_tokens_per_document, row_tokens, pairs=masker.pairs)
-        for (
-            source
-        ) in sources:  # a window may touch the last group of one epoch and the first of the next
-            source.open_shards = max(source.open_shards, 2 * (shuffle_shards or 0))
+        """Starts the workers.
+
+        sources: of one tokenizer; order.weights has one of each
+        order: which document comes when
+        geometry: how long rows and pieces are
+        masker: how a row is masked
+        dealing: which rank this is, and how its rows are laid out
+        workers: who makes the micro-batches
+        rows_at: rows of the next step, from the phase's tokens so far, as many of each lane; only the main process calls
+            it, and ahead of time
+        start: where the phase stands
+        """
+        check_lengths(geometry, pairs=masker.pairs)
+        # a window may touch the last group of one epoch and the first of the next
+        for source in sources:
+            source.open_shards = max(source.open_shards, 2 * (order.shuffle_shards or 0))
         assembler = Assembler(
             sources=sources,
             masker=masker,
-            seed=seed,
-            pad_id=pad_id,
-            cls_id=cls_id,
-            sep_id=sep_id,
-            max_tokens_per_document=max_tokens_per_document,
-            row_tokens=row_tokens,
-            micro_batch_rows=micro_batch_rows,
-            static_shapes=static_shapes,
+            seed=order.seed,
+            geometry=geometry,
+            micro_batch_rows=dealing.micro_batch_rows,
+            static_shapes=dealing.static_shapes,
         )
-        self._windows = Windows(
-            sources=sources,
-            weights=weights,
-            seed=seed,
-            phase=phase,
-            row_tokens=row_tokens,
-            lanes=lanes,
-            max_tokens_per_document=max_tokens_per_document,
-            window_documents=window_documents,
-            left_out=left_out,
-            shuffle_shards=shuffle_shards,
-            pairs=masker.pairs,
+        self.sources = sources
+        self._row_tokens = geometry.row_tokens
+        self._windows = Windows(sources, order=order, geometry=geometry, pairs=masker.pairs)
+        places = start.lanes or ((0, 0),) * order.lanes
+        assert len(places) == order.lanes, (
+            f"a position of {len(places)} lanes in a run of {order.lanes}"
         )
-        self.sources, self._row_tokens = sources, row_tokens
         self._planner = _Planner(
             self._windows,
-            start=start,
+            start=DataPosition(lanes=places, phase_tokens=start.phase_tokens),
             rows_at=rows_at,
-            rank=rank,
-            world_size=world_size,
-            micro_batch_rows=micro_batch_rows,
-            lanes=lanes,
+            dealing=dealing,
         )
-        self._prefetch = (
-            Prefetch(
+        self._prefetch: Prefetch | None = None
+        if workers.prefetch_windows:
+            world = dealing.world
+            self._prefetch = Prefetch(
                 sources=sources,
                 windows=self._windows,
-                windows_ahead=prefetch_windows,
-                lanes=lanes_of(rank, world_size=world_size, lanes=lanes),
+                windows_ahead=workers.prefetch_windows,
+                lanes=lanes_of(world.rank, world_size=world.size, lanes=order.lanes),
             )
-            if prefetch_windows
-            else None
-        )
-        if self._prefetch:
-            self._prefetch.start(start.lanes or ((0, 0),) * lanes)
-        self._iterator = _start(
-            _MicroBatches(assembler), self._planner, workers=workers, pin_memory=pin_memory
-        )
+            self._prefetch.start(places)
+        self._iterator = _start(_MicroBatches(assembler), self._planner, workers)
         # also at interpreter exit, before multiprocessing waits for its children: workers do not listen to SIGTERM
         self._finish = weakref.finalize(
             self, getattr(self._iterator, "_shutdown_workers", _nothing)
@@ -227,23 +229,20 @@ class _Planner:
         *,
         start: DataPosition,
         rows_at: Callable[[int], int],
-        rank: int,
-        world_size: int,
-        micro_batch_rows: int,
-        lanes: int,
+        dealing: Dealing,
     ) -> None:
-        places = start.lanes or ((0, 0),) * lanes
-        assert len(places) == lanes, f"a position of {len(places)} lanes in a run of {lanes}"
+        """
+        windows: of the phase
+        start: where it stands, with a place for each lane
+        rows_at: rows of the next step, from the phase's tokens so far
+        dealing: which rank this is, and its rows in a micro-batch
+        """
         self._lanes = [
-            _Lane(windows, lane, window, row) for lane, (window, row) in enumerate(places)
+            _Lane(windows, lane, window, row) for lane, (window, row) in enumerate(start.lanes)
         ]
-        self._position = DataPosition(lanes=places, phase_tokens=start.phase_tokens)
-        self._rows_at, self._rank, self._world_size, self._micro_batch_rows = (
-            rows_at,
-            rank,
-            world_size,
-            micro_batch_rows,
-        )
+        self._position = start
+        self._rows_at = rows_at
+        self._dealing = dealing
         self.steps: deque[_PlannedStep] = deque()
 
     def __iter__(self) -> Iterator[list[RowSpec]]:
@@ -264,9 +263,9 @@ class _Planner:
                 continue
             mine = deal(
                 specs,
-                rank=self._rank,
-                world_size=self._world_size,
-                micro_batch_rows=self._micro_batch_rows,
+                rank=self._dealing.world.rank,
+                world_size=self._dealing.world.size,
+                micro_batch_rows=self._dealing.micro_batch_rows,
                 lanes=len(self._lanes),
             )
             self.steps.append(
@@ -329,9 +328,9 @@ class _MicroBatches(Dataset):
 
 
 def _start(
-    data: _MicroBatches, planner: _Planner, *, workers: int, pin_memory: bool
+    data: _MicroBatches, planner: _Planner, workers: WorkerSettings
 ) -> Iterator[Assembled | UserError]:
-    """Start `workers` processes that make micro-batches in order; 0: they are made when asked for.
+    """Start processes that make micro-batches in order; 0: they are made when asked for.
 
     The processes come from a fork server: it was started clean, so they inherit no lock that a thread of torch, gloo or
     NCCL held at that moment, and no registered memory; and it has torch imported already, which a spawned process would
@@ -339,7 +338,7 @@ def _start(
     still has to finish its step. They end when it does.
     """
     context: Any = None
-    if workers:
+    if workers.processes:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     loader = DataLoader(
@@ -347,10 +346,10 @@ def _start(
         sampler=planner,
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin_memory,
+        num_workers=workers.processes,
+        pin_memory=workers.pin_memory,
         multiprocessing_context=context,
-        prefetch_factor=MICRO_BATCHES_AHEAD if workers else None,
+        prefetch_factor=MICRO_BATCHES_AHEAD if workers.processes else None,
         worker_init_fn=_end_with_main_process,
         generator=torch.Generator(),
     )  # its own: the default would draw from the model's
@@ -383,41 +382,39 @@ def evaluation_batches(
     source: Source,
     rows: int,
     seed: int,
-    max_tokens_per_document: int,
-    row_tokens: int,
+    geometry: RowGeometry,
     masker: Masker,
-    pad_id: int,
-    cls_id: int,
-    sep_id: int,
-    rank: int,
-    world_size: int,
-    micro_batch_rows: int,
-    static_shapes: bool,
+    dealing: Dealing,
 ) -> list[TokenBatch]:
     """This rank's share of the first documents of a held-out source, as many as fill `rows` rows (or all there are).
 
     Always the same rows and the same masks for the same geometry and seed, on any number of ranks.
+
+    source: the held-out documents
+    rows: over all ranks
+    seed: of the run
+    geometry: how long rows and pieces are
+    masker: how a row is masked
+    dealing: which rank this is, and how its rows are laid out
     """
-    check_lengths(max_tokens_per_document, row_tokens, pairs=masker.pairs)
+    check_lengths(geometry, pairs=masker.pairs)
     assembler = Assembler(
         sources=[source],
         masker=masker,
         seed=seed,
-        pad_id=pad_id,
-        cls_id=cls_id,
-        sep_id=sep_id,
-        max_tokens_per_document=max_tokens_per_document,
-        row_tokens=row_tokens,
-        micro_batch_rows=micro_batch_rows,
-        static_shapes=static_shapes,
+        geometry=geometry,
+        micro_batch_rows=dealing.micro_batch_rows,
+        static_shapes=dealing.static_shapes,
     )
+    row_tokens = geometry.row_tokens
+    max_tokens = geometry.max_tokens_per_document
     documents = np.arange(min(source.documents, rows * row_tokens))
-    lengths = np.minimum(source.lengths[: len(documents)], max_tokens_per_document)
+    lengths = np.minimum(source.lengths[: len(documents)], max_tokens)
     needed = 1 + int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), rows * row_tokens))
     pieces = pieces_of(
         [source],
         [documents[:needed]],
-        max_tokens=max_tokens_per_document,
+        max_tokens=max_tokens,
         pairs=masker.pairs,
         chance=generator(seed, "pairs", "held_out", source.name),
     )
@@ -435,7 +432,12 @@ def evaluation_batches(
     ]
     return [
         assembler.assemble(mine).batch
-        for mine in deal(specs, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows)
+        for mine in deal(
+            specs,
+            rank=dealing.world.rank,
+            world_size=dealing.world.size,
+            micro_batch_rows=dealing.micro_batch_rows,
+        )
     ]
 
 

@@ -83,55 +83,79 @@ class WindowPlan:
         return slice(self.row_starts_R1[row], self.row_starts_R1[row + 1])
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowGeometry:
+    """How long rows and the pieces in them are."""
+
+    row_tokens: int  # capacity of a row
+    max_tokens_per_document: int  # longer documents are cut into near-equal pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOrder:
+    """What decides, beside the shards, which document comes when."""
+
+    weights: Sequence[float]  # of the sources: shares of the tokens
+    seed: int  # of the run
+    phase: int  # its number
+    window_documents: int  # packed together
+    lanes: int = 1  # sequences of windows side by side, each over its own shards
+    # of a source, whose documents are shuffled together; None: as DocumentOrder has it
+    shuffle_shards: int | None = None
+    # (number of the source, shard): their pieces are taken out of the rows once these are laid
+    left_out: Sequence[tuple[int, int]] = ()
+
+
 class Windows:
     """The windows of one phase: a pure function of lane and window number. Raises ConfigError as shards_of_lanes does.
 
-    `shuffle_shards`: of each source, whose documents are shuffled together (None: as DocumentOrder has it).
-    The pieces of shards in `left_out`, as (number of the source, shard), are taken out of their rows once these are laid:
-    all else stays where it was. `pairs`: how documents become pairs of sentences; None: they stay documents.
+    What is left out moves nothing: all else stays where it was.
     """
 
     def __init__(
         self,
-        *,
         sources: Sequence[PlannedSource],
-        weights: Sequence[float],
-        seed: int,
-        phase: int,
-        max_tokens_per_document: int,
-        row_tokens: int,
-        window_documents: int,
-        lanes: int = 1,
-        left_out: Sequence[tuple[int, int]] = (),
-        shuffle_shards: int | None = None,
+        *,
+        order: DataOrder,
+        geometry: RowGeometry,
         pairs: PairRule | None = None,
     ) -> None:
-        self._sources, self._left_out = sources, frozenset(left_out)
+        """
+        sources: order.weights has one of each
+        order: which document comes when
+        geometry: how long rows and pieces are
+        pairs: how documents become pairs of sentences; None: they stay documents
+        """
+        self._sources = sources
         self._pairs = pairs
+        self._order = order
+        self._geometry = geometry
+        self._left_out = frozenset(order.left_out)
         self._documents_per_window = documents_per_window(
-            [s.card for s in sources], weights, window_documents
+            [s.card for s in sources], order.weights, order.window_documents
         )
-        dealt = [shards_of_lanes(s.name, s.samples_per_shard, lanes) for s in sources]
+        dealt = [shards_of_lanes(s.name, s.samples_per_shard, order.lanes) for s in sources]
         self._orders_of_lane = [
             [
-                DocumentOrder(
-                    s.samples_per_shard,
-                    seed=seed,
-                    phase=phase,
-                    source=s.name,
-                    lane=(lane, shards[lane]) if lanes > 1 else None,
-                    group_shards=shuffle_shards,
-                )
+                self._order_of(s, (lane, shards[lane]))
                 for s, shards in zip(sources, dealt, strict=True)
             ]
-            for lane in range(lanes)
+            for lane in range(order.lanes)
         ]
-        self._seed, self._phase, self._lanes = seed, phase, lanes
-        self._max_tokens, self._row_tokens = max_tokens_per_document, row_tokens
+
+    def _order_of(self, source: PlannedSource, lane: tuple[int, np.ndarray]) -> DocumentOrder:
+        return DocumentOrder(
+            source.samples_per_shard,
+            seed=self._order.seed,
+            phase=self._order.phase,
+            source=source.name,
+            lane=lane if self._order.lanes > 1 else None,
+            group_shards=self._order.shuffle_shards,
+        )
 
     def address(self, window: int, *, lane: int = 0) -> tuple[int, ...]:
         """Where a window stands in the run: (phase, window), with several lanes (phase, lane, window)."""
-        return (self._phase, *((lane,) if self._lanes > 1 else ()), window)
+        return (self._order.phase, *((lane,) if self._order.lanes > 1 else ()), window)
 
     def documents_before(self, window: int) -> list[int]:
         """How many documents of each source the windows of a lane before this one took."""
@@ -178,12 +202,12 @@ class Windows:
         pieces = pieces_of(
             self._sources,
             documents,
-            max_tokens=self._max_tokens,
+            max_tokens=self._geometry.max_tokens_per_document,
             pairs=self._pairs,
-            chance=generator(self._seed, "pairs", *self.address(window, lane=lane)),
+            chance=generator(self._order.seed, "pairs", *self.address(window, lane=lane)),
         )
-        packing = pack_best_fit(pieces.tokens_P, self._row_tokens)
-        shuffled = generator(self._seed, "rows", *self.address(window, lane=lane)).permutation(
+        packing = pack_best_fit(pieces.tokens_P, self._geometry.row_tokens)
+        shuffled = generator(self._order.seed, "rows", *self.address(window, lane=lane)).permutation(
             packing.rows
         )
         plan = lay_rows(pieces, packing, shuffled)
@@ -306,8 +330,10 @@ def pieces_of(
     return Pieces(made.pieces_P4, made.tokens, made.label)
 
 
-def check_lengths(max_tokens: int, row_tokens: int, *, pairs: PairRule | None) -> None:
+def check_lengths(geometry: RowGeometry, *, pairs: PairRule | None) -> None:
     """A row has room for a document, and a document for its frame and text. Raises ConfigError."""
+    max_tokens = geometry.max_tokens_per_document
+    row_tokens = geometry.row_tokens
     least = LEAST_DOCUMENT_TOKENS if pairs is None else LEAST_PAIR_TOKENS
     if not least <= max_tokens <= row_tokens:
         raise ConfigError(

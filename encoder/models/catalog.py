@@ -17,7 +17,7 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family(settings=RobertaConfig, model=BertForPretraining),
     "distilbert": Family(settings=DistilBertConfig, model=BertForPretraining),
 }
-SYSTEMS: dict[str, type] = {name: family.settings for name, family in FAMILIES.items()}
+SYSTEMS: dict[str, type[ModelConfig]] = {name: family.settings for name, family in FAMILIES.items()}
 
 
 def _shape(

@@ -11,21 +11,39 @@ import torch
 from torch import Tensor
 
 from encoder.base.batch import TokenBatch
+from encoder.base.schema import Settings
 
 
-class ModelConfig(Protocol):
+class ModelConfig(Settings, Protocol):
     """The settings of a model: a frozen dataclass that checks itself when it is made (ConfigError)."""
 
     # what a phase may change, with the same weights; each is a number
     PHASE_SETTINGS: ClassVar[tuple[str, ...]]
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    max_position_embeddings: int
+    # fields, which are properties here because a frozen class cannot set them
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
 
-    tie_word_embeddings: bool
-    initializer_range: float  # sigma of the initial weights
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens of the longest document."""
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the decoder is the embedding."""
+
+    @property
+    def initializer_range(self) -> float:
+        """Sigma of the initial weights."""
 
     @property
     def head_width(self) -> int | None:

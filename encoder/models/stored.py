@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -176,4 +177,4 @@ def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
 class _ModelFile:
     """model.yaml."""
 
-    model: chosen_by("system", SYSTEMS)
+    model: Annotated[ModelConfig, chosen_by("system", SYSTEMS)]

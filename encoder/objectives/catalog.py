@@ -15,7 +15,7 @@ from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.pairs import MlmNspConfig, MlmSopConfig
 from encoder.objectives.words import WordEdges
 
-OBJECTIVES: dict[str, type] = {
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "mlm": MlmConfig,
     "mlm_nsp": MlmNspConfig,
     "mlm_sop": MlmSopConfig,

@@ -14,6 +14,7 @@ from encoder.base.objective import (
     RowPairs,
     RowTargets,
 )
+from encoder.base.schema import Settings
 from encoder.objectives.words import WordEdges
 
 __all__ = [
@@ -30,12 +31,15 @@ __all__ = [
 ]
 
 
-class ObjectiveConfig(Protocol):
+class ObjectiveConfig(Settings, Protocol):
     """The settings of an objective: a frozen dataclass that checks itself when it is made (ConfigError)."""
 
-    mask_share: float  # of the tokens that may be masked
     # least values of settings that the model must have, such as type_vocab_size: 2
     model_needs: ClassVar[Mapping[str, int]]
+
+    @property
+    def mask_share(self) -> float:
+        """Of the tokens that may be masked."""
 
     @property
     def pairs(self) -> PairRule | None:

@@ -233,7 +233,9 @@ class CosineInverseSqrt:
         return max(f, 0.5 * (1.0 + f) * math.sqrt(reach / (u - cosine + reach)))
 
 
-SCHEDULES = {
+# a phase's `lr`
+Schedule = WarmupStableDecay | Constant | OneMinusSqrt | Linear | Cosine | CosineInverseSqrt
+SCHEDULES: dict[str, type[Schedule]] = {
     "wsd": WarmupStableDecay,
     "constant": Constant,
     "one_minus_sqrt": OneMinusSqrt,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.schema import (
@@ -34,9 +34,11 @@ from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
 from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
-from encoder.objectives.contract import MaskShare
+from encoder.models.contract import ModelConfig
+from encoder.objectives.contract import MaskShare, ObjectiveConfig
 from encoder.optim.catalog import OPTIMIZERS
-from encoder.optim.schedule import SCHEDULES, BatchWarmup, next_rise, rows_at
+from encoder.optim.schedule import SCHEDULES, BatchWarmup, Schedule, next_rise, rows_at
+from encoder.optim.whole_tensors import MomentsConfig
 from encoder.runs.faults import FaultConfig
 from encoder.runs.other_words import OTHER_WORDS
 from encoder.runs.short_forms import read_run_mapping
@@ -159,7 +161,8 @@ class PhaseConfig:
     tokens: Tokens  # without padding; ends with the step that reaches it
     max_tokens_per_document: int  # longer ones are cut into near-equal pieces; default: 1024
     batch_tokens: Tokens  # capacity of a step over all ranks, in whole rows
-    lr: chosen_by("schedule", SCHEDULES)  # or its peak alone: warm-up, flat, decay at the run's end
+    # or its peak alone: warm-up, flat, decay at the run's end
+    lr: Annotated[Schedule, chosen_by("schedule", SCHEDULES)]
     model: dict[str, float] = field(
         default_factory=dict
     )  # what the phase changes of the model; default: nothing
@@ -283,14 +286,15 @@ class RunConfig:
     name: str  # of the run, in reports and in runs/NAME
     out: LocalText  # the run folder: ledger, metrics, checkpoints; default: runs/NAME
     seed: int  # of weights, order and masks; default: 17, a branch's another
-    model: chosen_by("system", SYSTEMS)  # {preset: NAME}, or a shape; default: that of init_from
+    # {preset: NAME}, or a shape; default: that of init_from
+    model: Annotated[ModelConfig, chosen_by("system", SYSTEMS)]
     data: DataConfig  # or a list of shard folders
     phases: tuple[PhaseConfig, ...]
     checkpoints: CheckpointConfig  # default: see below
-    objective: chosen_by("name", OBJECTIVES, default="mlm") = field(
+    objective: Annotated[ObjectiveConfig, chosen_by("name", OBJECTIVES, default="mlm")] = field(
         default_factory=OBJECTIVES["mlm"]
     )
-    optimizer: chosen_by("name", OPTIMIZERS, default="stable_adamw") = field(
+    optimizer: Annotated[MomentsConfig, chosen_by("name", OPTIMIZERS, default="stable_adamw")] = field(
         default_factory=OPTIMIZERS["stable_adamw"]
     )
     init_from: PathText | None = None  # a stored model that the weights start from, not the seed
@@ -471,7 +475,7 @@ class RunConfig:
         """The share that a step of the phase takes from the matrices at the rate `phase.max_lr` (default: its peak)."""
         return self.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay
 
-    def model_of(self, phase: PhaseConfig) -> Any:
+    def model_of(self, phase: PhaseConfig) -> ModelConfig:
         """The model's settings with what the phase changes."""
         return dataclasses.replace(self.model, **phase.model)
 

@@ -14,10 +14,17 @@ from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.dist import World, device_index, max_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
-from encoder.data.loader import DataPosition, Loader, evaluation_batches, token_counts
+from encoder.data.assembly import Dealing
+from encoder.data.loader import (
+    DataPosition,
+    Loader,
+    WorkerSettings,
+    evaluation_batches,
+    token_counts,
+)
 from encoder.data.shard_format import unused_ids
 from encoder.data.shards import Source, open_source
-from encoder.data.windows import shards_of_lanes
+from encoder.data.windows import DataOrder, RowGeometry, shards_of_lanes
 from encoder.engine.precision import precision_on
 from encoder.models.catalog import build_model
 from encoder.nn.attend import AttentionRequest, choose_backend
@@ -164,35 +171,42 @@ def make_loader(
 ) -> Loader:
     """The loader of a phase, standing at a position of it, without some shards: (number of the source, shard)."""
     mixture = run.sources_of(phase)
-    ids = facts.specials
+    prefetch_windows = run.loader.prefetch_windows or PREFETCH_WINDOWS
     return Loader(
-        sources=open_mixture(mixture, lanes=run.data.lanes),
-        weights=[s.weight for s in mixture],
-        seed=run.seed,
-        phase=run.phases.index(phase),
-        max_tokens_per_document=phase.max_tokens_per_document,
-        row_tokens=run.data.row_tokens,
-        window_documents=run.data.window_documents,
-        shuffle_shards=run.data.shuffle_shards,
+        open_mixture(mixture, lanes=run.data.lanes),
+        order=DataOrder(
+            weights=[s.weight for s in mixture],
+            seed=run.seed,
+            phase=run.phases.index(phase),
+            window_documents=run.data.window_documents,
+            lanes=run.data.lanes,
+            shuffle_shards=run.data.shuffle_shards,
+            left_out=left_out,
+        ),
+        geometry=_geometry(run, phase),
         masker=make_objective(run, facts, phase),
-        pad_id=ids.pad_id,
-        cls_id=ids.cls_id,
-        sep_id=ids.sep_id,
-        rank=world.rank,
-        world_size=world.size,
-        micro_batch_rows=run.loader.micro_batch_rows,
+        dealing=_dealing(run, world, device),
+        workers=WorkerSettings(
+            processes=run.loader.workers,
+            pin_memory=device.type == "cuda",
+            prefetch_windows=prefetch_windows if any(s.cache for s in mixture) else 0,
+        ),
         rows_at=lambda seen: run.rows_at(phase, seen),
         start=position,
-        lanes=run.data.lanes,
-        left_out=left_out,
+    )
+
+
+def _geometry(run: RunConfig, phase: PhaseConfig) -> RowGeometry:
+    return RowGeometry(
+        row_tokens=run.data.row_tokens, max_tokens_per_document=phase.max_tokens_per_document
+    )
+
+
+def _dealing(run: RunConfig, world: World, device: torch.device) -> Dealing:
+    return Dealing(
+        world=world,
+        micro_batch_rows=run.loader.micro_batch_rows,
         static_shapes=has_static_shapes(run, device),
-        workers=run.loader.workers,
-        pin_memory=device.type == "cuda",
-        prefetch_windows=(
-            (run.loader.prefetch_windows or PREFETCH_WINDOWS)
-            if any(s.cache for s in mixture)
-            else 0
-        ),
     )
 
 
@@ -204,7 +218,6 @@ def make_held_out(
         return []
     settings = run.objective.held_out(mask_share=run.evaluation.mask_share)
     masker = build_objective(settings, vocab_size=facts.vocab_size, specials=facts.specials)
-    ids = facts.specials
     return [
         HeldOut(
             name=source.name,
@@ -212,16 +225,9 @@ def make_held_out(
                 source=source,
                 rows=run.evaluation.rows,
                 seed=run.seed,
-                max_tokens_per_document=phase.max_tokens_per_document,
-                row_tokens=run.data.row_tokens,
+                geometry=_geometry(run, phase),
                 masker=masker,
-                pad_id=ids.pad_id,
-                cls_id=ids.cls_id,
-                sep_id=ids.sep_id,
-                rank=world.rank,
-                world_size=world.size,
-                micro_batch_rows=run.loader.micro_batch_rows,
-                static_shapes=has_static_shapes(run, device),
+                dealing=_dealing(run, world, device),
             ),
         )
         for source in open_mixture(run.evaluation.sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from encoder.base.errors import ModelError
 from encoder.base.schema import chosen_by, from_mapping, put_overrides, read_mapping, to_plain
@@ -130,4 +131,4 @@ def _values(model: StoredModel) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    model: chosen_by("system", SYSTEMS)
+    model: Annotated[ModelConfig, chosen_by("system", SYSTEMS)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
@@ -42,9 +42,11 @@ class Outer:
     tokens: Tokens
     mode: Literal["fast", "slow"] = "fast"
     inner: Inner = Inner()
-    lr: chosen_by("schedule", {"flat": Flat, "warm": Warm}) = Flat(peak=1.0)
+    lr: Annotated[Flat | Warm, chosen_by("schedule", {"flat": Flat, "warm": Warm})] = Flat(peak=1.0)
     note: str | None = None
-    wave: chosen_by("kind", {"flat": Flat, "warm": Warm}, default="warm") = Flat(peak=1.0)
+    wave: Annotated[
+        Flat | Warm, chosen_by("kind", {"flat": Flat, "warm": Warm}, default="warm")
+    ] = Flat(peak=1.0)
 
 
 def build(text: str) -> Outer:

@@ -23,13 +23,13 @@ import pytest
 from encoder.base.errors import ConfigError, DamagedShard, ShardError
 from encoder.data import remote
 from encoder.data.cache import TRIES, ShardCache, _exclusive
-from encoder.data.loader import DataPosition, Loader
 from encoder.data.order import DocumentOrder, deal_shards
 from encoder.data.shard_format import CARD, INDEX, LENGTHS, TOKENIZER
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
 from encoder.runs.config import LoaderConfig, SourceConfig
+from tests.helpers.loading import loader_with
 from tests.helpers.shards import random_documents, write_source
 
 ROOT = Path(__file__).parents[3]
@@ -391,25 +391,14 @@ def test_a_fetch_begun_while_an_ended_ones_lock_is_looked_at_is_left_alone(tmp_p
 
 
 def loader_of(source, **settings):
-    return Loader(
-        sources=[source],
-        weights=[1.0],
-        seed=1,
-        phase=0,
+    return loader_with(
+        [source],
         max_tokens_per_document=32,
         row_tokens=64,
         window_documents=16,
-        pad_id=62,
-        cls_id=60,
-        sep_id=61,
-        rank=0,
-        world_size=1,
         micro_batch_rows=2,
         masker=build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
         rows_at=lambda tokens: 4,
-        start=DataPosition(),
-        static_shapes=False,
-        workers=0,
         **settings,
     )
 

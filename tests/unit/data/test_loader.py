@@ -10,10 +10,11 @@ from encoder.base.batch import IGNORE
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.objective import MaskedRow, RowTargets
 from encoder.data.assembly import Assembled, wrap_int64
-from encoder.data.loader import DataPosition, Loader, evaluation_batches
+from encoder.data.loader import DataPosition, Loader
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
+from tests.helpers.loading import held_out_with, loader_with
 from tests.helpers.shards import random_documents, write_source
 
 V, CLS, SEP, PAD, MASK = 64, 60, 61, 62, 63
@@ -40,7 +41,6 @@ def objective(sources, **settings):
 
 def loader_of(sources, **changes) -> Loader:
     settings = dict(
-        sources=sources,
         weights=[2.0, 1.0],
         seed=3,
         phase=0,
@@ -48,18 +48,10 @@ def loader_of(sources, **changes) -> Loader:
         row_tokens=ROW,
         window_documents=16,
         masker=objective(sources),
-        pad_id=PAD,
-        cls_id=CLS,
-        sep_id=SEP,
-        rank=0,
-        world_size=1,
         micro_batch_rows=2,
         rows_at=growing,
-        start=DataPosition(),
-        static_shapes=False,
-        workers=0,
     )
-    return Loader(**{**settings, **changes})
+    return loader_with(sources, **{**settings, **changes})
 
 
 def steps_of(sources, count, **changes):
@@ -361,21 +353,15 @@ def test_an_id_outside_the_vocabulary_names_its_shard(tmp_path):
 
 def held_out(sources, *, rows=6, **changes):
     settings = dict(
-        source=sources[0],
         rows=rows,
         seed=3,
         max_tokens_per_document=CAP,
         row_tokens=ROW,
         masker=objective(sources),
-        pad_id=PAD,
-        cls_id=CLS,
-        sep_id=SEP,
-        rank=0,
-        world_size=1,
         micro_batch_rows=2,
         static_shapes=False,
     )
-    return evaluation_batches(**{**settings, **changes})
+    return held_out_with(sources[0], **{**settings, **changes})
 
 
 def test_held_out_batches_are_the_first_documents_whatever_the_ranks(sources):

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from encoder.base.batch import IGNORE
 from encoder.base.rng import generator
 from encoder.data.assembly import wrap_int64
-from encoder.data.loader import DataPosition, Loader
+from encoder.data.loader import DataPosition
 from encoder.data.order import deal_shards
-from encoder.data.windows import Windows
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.contract import MaskShare
 from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.words import WordEdges
+from tests.helpers.loading import loader_with, windows_with
 from tests.helpers.memory_source import SPECIALS, MemorySource, in_memory, planned, sentences_of
 from tests.helpers.shards import random_documents
 
@@ -73,8 +73,8 @@ def steps_of(
         words=EDGES,
         share=MaskShare(start=0.5, end=0.1, over_tokens=2000),
     )
-    with Loader(
-        sources=SOURCES[: case.sources],
+    with loader_with(
+        SOURCES[: case.sources],
         weights=[3.0, 2.0, 0.5][: case.sources],
         seed=case.seed,
         phase=1,
@@ -82,9 +82,6 @@ def steps_of(
         row_tokens=ROW,
         window_documents=case.window_documents,
         masker=ask,
-        pad_id=62,
-        cls_id=60,
-        sep_id=61,
         rank=rank,
         world_size=world_size,
         micro_batch_rows=micro_batch_rows,
@@ -221,8 +218,8 @@ def test_a_rank_meets_the_lanes_of_its_group_only(lanes, ranks, rows):
 def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(
     lanes, window_documents, cap, seed
 ):
-    windows = Windows(
-        sources=SOURCES,
+    windows = windows_with(
+        SOURCES,
         weights=[3.0, 2.0, 0.5],
         seed=seed,
         phase=0,
@@ -265,8 +262,8 @@ def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(
 )
 def test_any_hundred_windows_hold_the_mixture_within_half_a_percent(weights, lengths, lanes, first):
     sources = [planned(f"s{i}", [n] * 97, shards=6) for i, n in enumerate(lengths[: len(weights)])]
-    windows = Windows(
-        sources=sources,
+    windows = windows_with(
+        sources,
         weights=weights,
         seed=1,
         phase=0,
@@ -356,25 +353,14 @@ def test_phase_lane_window_and_row_each_give_masks_of_their_own():
     )  # two documents fill a row
     asked = []
     for phase, lanes in ((0, 1), (0, 2), (1, 1), (1, 2)):
-        with Loader(
-            sources=[source],
-            weights=[1.0],
-            seed=1,
+        with loader_with(
+            [source],
             phase=phase,
             max_tokens_per_document=32,
             row_tokens=ROW,
             window_documents=8,
             masker=build_objective(MlmConfig(), vocab_size=64, specials=SPECIALS),
-            pad_id=62,
-            cls_id=60,
-            sep_id=61,
-            rank=0,
-            world_size=1,
-            micro_batch_rows=1,
             rows_at=lambda _: 12,
-            start=START,
-            static_shapes=False,
-            workers=0,
             lanes=lanes,
         ) as loader:
             asked += [

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from encoder.base.errors import ConfigError
-from encoder.data.windows import Windows, cut, documents_per_window, shards_of_lanes
+from encoder.data.windows import cut, documents_per_window, shards_of_lanes
 from tests.helpers import memory_source
+from tests.helpers.loading import windows_with
 
 
 def planned(name, lengths, *, documents_per_shard=10):
@@ -20,8 +21,8 @@ def planned(name, lengths, *, documents_per_shard=10):
 def windows_of(
     sources, *, weights=None, cap=32, row_tokens=64, window_documents=20, seed=1, phase=0, lanes=1
 ):
-    return Windows(
-        sources=sources,
+    return windows_with(
+        sources,
         weights=weights or [1.0] * len(sources),
         seed=seed,
         phase=phase,
@@ -213,11 +214,8 @@ def test_what_is_left_out_leaves_its_rows_and_moves_nothing_else():
 
     source = planned("web", np.random.default_rng(0).integers(3, 60, 200).tolist(), shards=5)
     whole, without = (
-        Windows(
-            sources=[source],
-            weights=[1.0],
-            seed=1,
-            phase=0,
+        windows_with(
+            [source],
             max_tokens_per_document=32,
             row_tokens=64,
             window_documents=50,

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from encoder.base.errors import PassingError, ShardError
-from encoder.data.loader import DataPosition, Loader
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
+from tests.helpers.loading import loader_with
 from tests.helpers.shards import random_documents, write_source
 
 ROOT = Path(__file__).parents[3]
@@ -43,24 +43,14 @@ def folder(tmp_path_factory):
 
 def loader_of(folder, *, workers, masker=None):
     source = open_source(folder, name="web")
-    return Loader(
-        sources=[source],
-        weights=[1.0],
-        seed=1,
-        phase=0,
+    return loader_with(
+        [source],
         max_tokens_per_document=32,
         row_tokens=64,
         window_documents=16,
-        pad_id=62,
-        cls_id=60,
-        sep_id=61,
-        rank=0,
-        world_size=1,
         micro_batch_rows=2,
         masker=masker or build_objective(MlmConfig(), vocab_size=64, specials=source.card.specials),
         rows_at=lambda tokens: 3 + tokens // 1000,
-        start=DataPosition(),
-        static_shapes=False,
         workers=workers,
     )
 

@@ -10,11 +10,11 @@ import pytest
 from streaming import MDSWriter, StreamingDataset
 
 from encoder.base.errors import ShardError
-from encoder.data.loader import DataPosition, Loader
 from encoder.data.shard_format import SpecialIds, read_card, read_lengths, with_specials
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
+from tests.helpers.loading import loader_with
 from tests.helpers.prep import bytes_of, run, settings, texts, write_jsonl
 from tests.helpers.shards import random_documents, write_tokenizer
 from tests.unit.prep.test_bad_input import refused
@@ -116,25 +116,14 @@ def test_shards_made_elsewhere_train_here(tmp_path, tokenizer, columns):
     assert run("index", folder, "--tokenizer", tokenizer) == 0
     source = open_source(folder, name="web")
     masker = build_objective(MlmConfig(), vocab_size=V, specials=source.card.specials)
-    with Loader(
-        sources=[source],
-        weights=[1.0],
+    with loader_with(
+        [source],
         seed=3,
-        phase=0,
         max_tokens_per_document=400,
         row_tokens=512,
         window_documents=60,
         masker=masker,
-        pad_id=PAD,
-        cls_id=CLS,
-        sep_id=SEP,
-        rank=0,
-        world_size=1,
-        micro_batch_rows=1,
         rows_at=lambda _: 1,
-        start=DataPosition(),
-        static_shapes=False,
-        workers=0,
     ) as loader:
         shown = []
         while sum(map(len, shown)) < sum(map(len, DOCUMENTS)):
