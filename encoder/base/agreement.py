@@ -43,7 +43,7 @@ def agree_on_errors(error: UserError | None, world: World) -> None:
     raise SilentError(f"rank {world.size - highest} met an error")
 
 
-def run_on_all_ranks(act: Callable[[], None] | None, *, doing: str, then: str = "") -> None:
+def run_on_all_ranks(act: Callable[[], object] | None, *, doing: str, then: str = "") -> None:
     """Runs an act on the ranks that have one; called on every rank.
 
     Raises CheckpointError on all of them if a file could not be read or written ("DOING: reason. THEN") or an act found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,7 +67,9 @@ class TokenBatch:
             )
             for name, t in self.targets.items()
         }
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("targets.")}
+        own: dict[str, Any] = {
+            name: tensor for name, tensor in tensors.items() if not name.startswith("targets.")
+        }
         return replace(self, targets=targets, **own)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
@@ -109,7 +111,8 @@ class LossTerm(NamedTuple):
         torch.Tensor
     )  # what is differentiated: `sum`, and what is added to it in training (z-loss)
     sum: torch.Tensor  # nats, detached: what is reported
-    count: torch.Tensor  # int64: targets in the sums (the batch's count)
+    # int64: targets in the sums (the batch's count); instead of a tuple's own method of this name
+    count: torch.Tensor  # type: ignore[assignment]
     correct: (
         torch.Tensor
     )  # int64: targets that have the highest logit; counted without gradients only
@@ -120,5 +123,5 @@ class TermSum(NamedTuple):
     """One term over all ranks: the sum of its losses in nats, its targets, and those that had the highest logit."""
 
     sum: float
-    count: int
+    count: int  # type: ignore[assignment]  # as in LossTerm
     correct: int

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -53,7 +54,8 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     False if it runs already: whoever started it ends it. Raises ConfigError without an address, PassingError where the
     ranks do not meet. From here on a rank whose peer is gone ends, wherever it stands (peers.py).
     """
-    if _met.pop("peer_failed", False):
+    if _met.peer_failed:
+        _met.peer_failed = False
         leave()
     if dist.is_initialized():
         return False
@@ -113,7 +115,16 @@ def watched(world: World) -> Iterator[None]:
             peers.close()
 
 
-_met: dict[str, object] = {}  # of this process: the stores by place, and how often it met others
+@dataclass
+class _Met:
+    """What this process has met."""
+
+    stores: dict[str, dist.Store] = field(default_factory=dict)  # by place
+    times: int = 0  # how often it met others
+    peer_failed: bool = False
+
+
+_met = _Met()
 
 
 def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.Store:
@@ -127,9 +138,9 @@ def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.
     )
     store = _store(world, place, aloud, until=until)
     # runs in one process, one after the other, meet at the same place
-    _met["times"] = _met.get("times", 0) + 1
+    _met.times += 1
     store = dist.PrefixStore(
-        f"tessera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_met['times']}", store
+        f"tessera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_met.times}", store
     )
     if world.first:
         store.set("peers", peers.listen(place.host))
@@ -155,8 +166,8 @@ def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.
 def _store(world: World, place: MeetingPlace, aloud: Aloud, *, until: float) -> dist.Store:
     """Rank zero opens the store, unless torchrun's agent has it; the others wait until it answers."""
     key = f"{place.host} {place.port}"
-    if key in _met:
-        return _met[key]
+    if key in _met.stores:
+        return _met.stores[key]
     opens = world.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while not opens:
         with contextlib.suppress(OSError):
@@ -164,7 +175,7 @@ def _store(world: World, place: MeetingPlace, aloud: Aloud, *, until: float) -> 
             break
         aloud.wait("rank 0", until=until)
     left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
-    _met[key] = dist.TCPStore(
+    _met.stores[key] = dist.TCPStore(
         place.host,
         place.port,
         None,
@@ -173,7 +184,7 @@ def _store(world: World, place: MeetingPlace, aloud: Aloud, *, until: float) -> 
         wait_for_workers=False,
         multi_tenant=opens,
     )
-    return _met[key]
+    return _met.stores[key]
 
 
 class Aloud:
@@ -210,7 +221,7 @@ def leave(*, peer_failed: bool = False) -> None:
     process ends, or until its next `join`.
     """
     if peer_failed:
-        _met["peer_failed"] = True
+        _met.peer_failed = True
         return
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -245,7 +256,7 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return _reduce_over_ranks(values, dist.ReduceOp.MAX)
 
 
-def _reduce_over_ranks(values: torch.Tensor, op: dist.ReduceOp) -> torch.Tensor:
+def _reduce_over_ranks(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         there = values.to(collective_device())  # the tensor itself where it lies there
         dist.all_reduce(there, op=op)

@@ -7,9 +7,20 @@ import errno
 import os
 import select
 import sys
+from dataclasses import dataclass, field
 from typing import TextIO
 
-_state = {"speaks": True, "said": set(), "survives": False}
+
+@dataclass
+class _State:
+    """Of this process."""
+
+    speaks: bool = True
+    said: set[str] = field(default_factory=set)  # warnings
+    survives: bool = False
+
+
+_state = _State()
 
 # what our own tables and sentences are drawn with, in plain letters
 _PLAIN = str.maketrans(
@@ -100,37 +111,37 @@ def print_line(line: str, stream: TextIO, *, survive: bool = False) -> None:
             print(line.encode(encoding, READABLE).decode(encoding), file=stream, flush=True)
     except (OSError, ValueError) as error:
         lost = isinstance(error, ValueError) or error.errno in _LOST
-        if not (lost and (survive or _state["survives"])):
+        if not (lost and (survive or _state.survives)):
             raise
         let_go(stream)
 
 
 def outlive_readers() -> None:
     """From now on no line fails for want of a reader: a run goes on, and saves, when its terminal or its pipe is gone."""
-    _state["survives"] = True
+    _state.survives = True
 
 
 def speak_on(first_rank: bool) -> None:
     """Called once, when the rank is known: only rank zero speaks from then on."""
-    _state["speaks"] = first_rank
+    _state.speaks = first_rank
 
 
 def say(line: str = "") -> None:
     """One line on standard output, rank zero only."""
-    if _state["speaks"]:
+    if _state.speaks:
         print_line(line, sys.stdout)
 
 
 def note(line: str) -> None:
     """One line on standard error, rank zero only: what a person who waits wants to know."""
-    if _state["speaks"]:
+    if _state.speaks:
         print_line(line, sys.stderr, survive=True)
 
 
 def warn_once(line: str) -> None:
     """A warning on standard error, rank zero only, the same text only once in a process."""
-    if _state["speaks"] and line not in _state["said"]:
-        _state["said"].add(line)
+    if _state.speaks and line not in _state.said:
+        _state.said.add(line)
         print_line(f"warning: {line}", sys.stderr)
 
 

@@ -18,7 +18,8 @@ LEAST_PAIR_TOKENS = PAIR_FRAME_TOKENS + 2
 class RowTargets(NamedTuple):
     """Targets of one loss term in a row. M of them, ascending."""
 
-    index: np.ndarray  # int64 [M] into the row
+    # int64 [M] into the row; instead of a tuple's own method of this name
+    index: np.ndarray  # type: ignore[assignment]
     value: np.ndarray  # int64 [M]
 
 

@@ -16,8 +16,9 @@ import re
 import types
 import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, Union
 
 import yaml
 
@@ -40,7 +41,6 @@ MOST_YAML_BYTES = 2**20  # the largest shipped settings file has 12 KB
 MOST_NODES = 20_000  # of a YAML text, every alias counted as what it stands for
 MOST_INT = 2**63  # what numpy, torch and the ledger can count
 MOST_MISTAKES = 60  # named in one error: all of a file that somebody wrote
-T = TypeVar("T")
 
 
 class Settings(Protocol):
@@ -49,16 +49,21 @@ class Settings(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
+T = TypeVar("T", bound=Settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class ChosenBy:
     """A mapping's key `tag` names one of the classes, or the default does."""
 
     tag: str
-    choices: Mapping[str, type]
+    choices: Mapping[str, type[Settings]]
     default: str | None = None
 
 
-def chosen_by(tag: str, choices: Mapping[str, type], *, default: str | None = None) -> ChosenBy:
+def chosen_by(
+    tag: str, choices: Mapping[str, type[Settings]], *, default: str | None = None
+) -> ChosenBy:
     """Beside a field's type: which key of the mapping picks the class.
 
     lr: Annotated[Schedule, chosen_by("schedule", SCHEDULES)]
@@ -68,6 +73,11 @@ def chosen_by(tag: str, choices: Mapping[str, type], *, default: str | None = No
     default: the word that an absent key means
     """
     return ChosenBy(tag, choices, default)
+
+
+def is_settings(hint: Any) -> TypeGuard[type[Settings]]:
+    """Whether a field's type is a settings class."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def read_settings(cls: type[T], path: Path | str, overrides: typing.Sequence[str] = ()) -> T:
@@ -111,9 +121,9 @@ def parse_yaml(text: str, *, where: str) -> Any:
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
+        at_line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{where}{line}: {problem}.") from error
+        raise ConfigError(f"{where}{at_line}: {problem}.") from error
     except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
         raise ConfigError(f"{where} is no YAML ({type(error).__name__}).") from error
 
@@ -149,7 +159,7 @@ def from_mapping(
     where: str = "",
     key: str = "",
     tag: str | None = None,
-    root: type | None = None,
+    root: type[Settings] | None = None,
 ) -> T:
     """A settings object from plain values. Raises ConfigError with all mistakes, also a class's own, by their dotted keys.
 
@@ -285,7 +295,7 @@ def local_path(path: str) -> str:
     return path
 
 
-def expand_paths(cls: type, mapping: Any, *, where: str, key: str = "") -> Any:
+def expand_paths(cls: type[Settings], mapping: Any, *, where: str, key: str = "") -> Any:
     """A copy of plain values with every path of the class expanded; what does not fit the class stays. Raises ConfigError."""
     if not isinstance(mapping, Mapping):
         return mapping
@@ -312,9 +322,7 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
     if chosen and isinstance(value, Mapping):
         word = value.get(chosen.tag, chosen.default)
         hint = chosen.choices.get(word) if isinstance(word, str) else None
-    return (
-        expand_paths(hint, value, where=where, key=key) if dataclasses.is_dataclass(hint) else value
-    )
+    return expand_paths(hint, value, where=where, key=key) if is_settings(hint) else value
 
 
 def _path(value: str, at: str, *, local: bool) -> str:
@@ -531,9 +539,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicat
 
 def put_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> None:
     """Put each of them. Raises ConfigError with the mistakes of all."""
-    _all_or_mistakes(
-        [lambda override=override: put_override(mapping, override) for override in overrides], ""
-    )
+    _all_or_mistakes([partial(put_override, mapping, override) for override in overrides], "")
 
 
 def put_override(mapping: dict[str, Any], override: str) -> None:
@@ -580,7 +586,7 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
             )
 
 
-def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
+def _value(hint: Any, value: Any, where: str, key: str, root: type[Settings]) -> Any:
     """One value held against one type; raises ConfigError with the key's full name."""
     at = _at(where, key)
     chosen = choice_of(hint)
@@ -604,7 +610,7 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
                 raise ConfigError(f"{at}: {error}") from error
         hint = typing.get_args(hint)[0]
         origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if is_settings(hint):
         return from_mapping(hint, value, where=where, key=key, root=root)
     if origin is Literal:
         words = typing.get_args(hint)
@@ -624,7 +630,7 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
             return tuple(
                 _all_or_mistakes(
                     [
-                        lambda i=i, item=item: _value(inner[0], item, where, _join(key, i), root)
+                        partial(_value, inner[0], item, where, _join(key, i), root)
                         for i, item in enumerate(value)
                     ],
                     where,
@@ -635,7 +641,7 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
         return tuple(
             _all_or_mistakes(
                 [
-                    lambda i=i, kind=kind, item=item: _value(kind, item, where, _join(key, i), root)
+                    partial(_value, kind, item, where, _join(key, i), root)
                     for i, (kind, item) in enumerate(zip(inner, value, strict=True))
                 ],
                 where,
@@ -647,7 +653,7 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
         inner_kind = typing.get_args(hint)[1]
         values = _all_or_mistakes(
             [
-                lambda k=k, v=v: _value(inner_kind, v, where, _join(key, _shown_key(k)), root)
+                partial(_value, inner_kind, v, where, _join(key, _shown_key(k)), root)
                 for k, v in value.items()
             ],
             where,
@@ -658,7 +664,8 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type) -> Any:
 
 def _all_or_mistakes(asked: Sequence[Callable[[], Any]], where: str) -> list[Any]:
     """The value of each; the mistakes of all of them in one error."""
-    values, mistakes = [], []
+    values: list[Any] = []
+    mistakes: list[str] = []
     for ask in asked:
         try:
             values.append(ask())
@@ -706,7 +713,7 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
     raise ConfigError(f"{at} is {shown}; needed: {_wanted(hint)}.{quotes}")
 
 
-def _chosen(chosen: ChosenBy, value: Any, where: str, key: str, root: type) -> Any:
+def _chosen(chosen: ChosenBy, value: Any, where: str, key: str, root: type[Settings]) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}."
@@ -818,7 +825,7 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
     if chosen:
         word = chosen.default or next(iter(chosen.choices))
         hint, tag = chosen.choices[word], f"{chosen.tag}: {word}"
-    if dataclasses.is_dataclass(hint):
+    if is_settings(hint):
         if depth > 3:
             return "{...}"
         hints = typing.get_type_hints(hint, include_extras=True)
@@ -848,22 +855,22 @@ def _nearest_value(value: Any, words: list[str]) -> str:
     return f"Did you mean {meant}?" if meant else nearest(str(value)[:200], words)
 
 
-def _other_word(name: str, root: type) -> str | None:
+def _other_word(name: str, root: type[Settings]) -> str | None:
     """What another program's word is called here, where the file's class knows it: `other_words`."""
     known: Mapping[str, str] = getattr(root, "other_words", {})
     plain = name.lower().replace("-", "_").lstrip("_")[:200]
     return f"Here it is {known[plain]}." if plain in known else None
 
 
-def _where_else(name: str, root: type, cls: type) -> str | None:
+def _where_else(name: str, root: type[Settings], cls: type[Settings]) -> str | None:
     """The other places of the file where a key of this name belongs."""
     places = [place for place, owner in _places(name, root, "", ()) if owner is not cls]
     return f"It belongs to {' or '.join(dict.fromkeys(places[:3]))}." if places else None
 
 
 def _places(
-    name: str, cls: type, key: str, above: tuple[type, ...]
-) -> typing.Iterator[tuple[str, type]]:
+    name: str, cls: type[Settings], key: str, above: tuple[type[Settings], ...]
+) -> typing.Iterator[tuple[str, type[Settings]]]:
     if cls in above:
         return
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -877,7 +884,7 @@ def _places(
             yield from _places(name, kind, place + item, (*above, cls))
 
 
-def _classes_of(hint: Any) -> list[tuple[type, str]]:
+def _classes_of(hint: Any) -> list[tuple[type[Settings], str]]:
     """The settings classes that a field may hold, and the number of a list's first item."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return [found for option in typing.get_args(hint) for found in _classes_of(option)]
@@ -886,7 +893,7 @@ def _classes_of(hint: Any) -> list[tuple[type, str]]:
         return [(kind, "") for kind in chosen.choices.values()]
     if typing.get_origin(hint) is tuple:
         return [(kind, ".0") for kind, _ in _classes_of(typing.get_args(hint)[0])]
-    return [(hint, "")] if dataclasses.is_dataclass(hint) else []
+    return [(hint, "")] if is_settings(hint) else []
 
 
 def _shown(value: Any) -> str:
@@ -916,7 +923,7 @@ def _whole_text(text: str) -> bool:
     return True
 
 
-def _names(cls: type) -> list[str]:
+def _names(cls: type[Settings]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.init]
 
 
@@ -958,7 +965,7 @@ def _wanted(hint: Any) -> str:
         return "one of " + ", ".join(str(w) for w in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list"
-    if dataclasses.is_dataclass(hint):
+    if is_settings(hint):
         return "a mapping"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         hint, "a value"

@@ -54,6 +54,8 @@ LAUNCHER_MODULES = (
     "accelerate.commands",
 )
 
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers
+
 
 class StopFlag:
     """Set by the first of STOP_SIGNALS, or when the launcher is gone; a second demand ends the process at once.
@@ -73,7 +75,7 @@ class StopFlag:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._launchers = launchers_above()
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler | None] = {}
 
     @property
     def asked(self) -> bool:

@@ -293,11 +293,11 @@ def _integer(digits: str) -> int:
 
 
 def _mapping_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise _Refused(f"has the key {ascii(twice)[:80]} twice in one mapping; keep one of them")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Refused(f"has the key {ascii(key)[:80]} twice in one mapping; keep one of them")
+        found[key] = value
     return found
 
 

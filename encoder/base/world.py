@@ -123,13 +123,13 @@ def meeting_address(world: World, env: Mapping[str, str] | None = None) -> Meeti
     """The meeting place of several ranks, by MASTER_ADDR and MASTER_PORT, else by SLURM's step. Raises ConfigError."""
     env = os.environ if env is None else env
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
-    of_step = meeting_place(env)
-    if not host and of_step is None:
+    step_host, step_port = meeting_place(env) or ("", 0)
+    if not host and not step_host:
         raise ConfigError(
             f"{world.size} ranks but no MASTER_ADDR. Start with srun, deepspeed or torchrun, "
             "or set MASTER_ADDR and MASTER_PORT."
         )
-    if not port and of_step is None:
+    if not port and not step_host:
         raise ConfigError(
             f"{world.size} ranks and MASTER_ADDR {host}, but no MASTER_PORT. Set it to a port that"
             " is free on rank zero's machine, the same on all ranks, such as 29500."
@@ -144,7 +144,7 @@ def meeting_address(world: World, env: Mapping[str, str] | None = None) -> Meeti
         "SLURM_STEP_NODELIST"
     ]
     return MeetingPlace(
-        host=host or of_step[0],
-        port=int(port) if port else of_step[1],
+        host=host or step_host,
+        port=int(port) if port else step_port,
         said_by=" and ".join(said_by),
     )

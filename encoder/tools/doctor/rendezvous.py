@@ -92,6 +92,7 @@ class Rendezvous:
     def connect(self) -> dist.TCPStore:
         """Another connection to the store, for a caller that may hold it long. Raises RuntimeError."""
         timeout = datetime.timedelta(seconds=self.wait_seconds / 3)
+        assert isinstance(self.store, dist.TCPStore), "one rank alone has no store to connect to"
         return dist.TCPStore(
             self.store.host,
             self.store.port,

@@ -186,7 +186,7 @@ def test_no_damage_of_any_file_is_ever_loaded(tmp_path, capsys, flips):
             (last / name).unlink()
         else:
             (last / name).write_bytes(content)
-        log._state["said"].clear()
+        log._state.said.clear()
         assert newest_checkpoint(run.root) == before, (how, name)
         said = capsys.readouterr().err
         assert name in said or (name, how) == ("COMMITTED", "gone"), (

@@ -41,7 +41,7 @@ DOCUMENTS = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setitem(log._state, "said", set())
+    monkeypatch.setattr(log._state, "said", set())
     monkeypatch.setattr("data_prep.prepare.choose_encoder", lambda *_: "fastokens")
 
 

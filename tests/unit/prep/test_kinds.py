@@ -32,7 +32,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setitem(log._state, "said", set())
+    monkeypatch.setattr(log._state, "said", set())
     monkeypatch.setattr("data_prep.prepare.choose_encoder", lambda *_: "fastokens")
 
 

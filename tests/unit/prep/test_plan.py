@@ -20,7 +20,7 @@ MIXTURE_2T = Path(__file__).resolve().parents[3] / "configs/prep/mixture_2t.yaml
 
 @pytest.fixture(autouse=True)
 def every_warning_again(monkeypatch):
-    monkeypatch.setitem(log._state, "said", set())
+    monkeypatch.setattr(log._state, "said", set())
 
 
 def hub(name: str, tokens: str | None) -> dict:

@@ -21,7 +21,7 @@ from tests.helpers.prep import bytes_of, ids_of, run, settings, texts, write_jso
 
 @pytest.fixture(autouse=True)
 def every_warning_again(monkeypatch):
-    monkeypatch.setitem(log._state, "said", set())
+    monkeypatch.setattr(log._state, "said", set())
 
 
 def test_shards_are_the_same_bytes_on_one_process_and_on_two(tmp_path, monkeypatch):

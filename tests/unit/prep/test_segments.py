@@ -22,7 +22,7 @@ from tests.helpers.prep import bytes_of, ids_of, run, settings, texts, write_jso
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setitem(log._state, "said", set())
+    monkeypatch.setattr(log._state, "said", set())
     monkeypatch.setattr("data_prep.prepare.choose_encoder", lambda *_: "fastokens")
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 

@@ -104,7 +104,7 @@ def test_without_fastokens_tokenizers_encodes_and_says_so(tokenizer_json, monkey
             raise ImportError("No module named 'fastokens'")
         return real(name, *rest, **more)
 
-    monkeypatch.setitem(log._state, "said", set())
+    monkeypatch.setattr(log._state, "said", set())
     monkeypatch.setattr(builtins, "__import__", no_fastokens)
     assert choose_encoder(tokenizer_json) == "tokenizers"
     assert "fastokens cannot be used" in capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_a_fast_encoder_with_other_ids_is_not_used(tokenizer_json, monkeypatch, 
             ids_T, lengths_D = super().encode(documents)
             return (ids_T + (self.name == "fastokens")), lengths_D
 
-    monkeypatch.setitem(log._state, "said", set())
+    monkeypatch.setattr(log._state, "said", set())
     monkeypatch.setattr(tokenization, "TextEncoder", Wrong)
     assert choose_encoder(tokenizer_json) == "tokenizers"
     assert "other ids" in capsys.readouterr().err
