@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 from encoder.base.command import CommandLine, count, run_command
 
@@ -57,10 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        from encoder.tools.weights.imports import import_model
+        from encoder.tools.weights.imports import Told, import_model
 
         words = ("global_rope_theta", "local_rope_theta", "heads")
-        told = {word: value for word in words if (value := getattr(args, word)) is not None}
+        given = {word: value for word in words if (value := getattr(args, word)) is not None}
+        told = cast(Told, given)
         model, proof = import_model(args.source, args.out, tokenizer=args.tokenizer, told=told)
         config = model.config
         facts = [

@@ -158,11 +158,15 @@ def _comments(cls: type) -> dict[str, str]:
     lines, start = inspect.getsourcelines(cls)
     source = inspect.getsource(sys.modules[cls.__module__]).splitlines()
     found = {}
-    for node in ast.parse("".join(_dedented(lines))).body[0].body:
+    (definition,) = ast.parse("".join(_dedented(lines))).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            assert node.end_lineno is not None
             last = source[start + node.end_lineno - 2]
             behind = last[node.end_col_offset :].partition("#")[2].strip()
-            above, row = [], start + node.lineno - 3
+            above: list[str] = []
+            row = start + node.lineno - 3
             while not behind and source[row].strip().startswith("#"):
                 above.insert(0, source[row].strip().removeprefix("#").strip())
                 row -= 1
@@ -175,12 +179,12 @@ def _dedented(lines: list[str]) -> list[str]:
     return [line[indent:] for line in lines]
 
 
-def _classes_in(hint: Any, key: str) -> list[tuple[type, str]]:
+def _classes_in(hint: Any, key: str) -> list[tuple[type[schema.Settings], str]]:
     """The settings classes that a type may hold, with the titles of their sections."""
     chosen = schema.choice_of(hint)
     if chosen:
         return [(cls, f"{key} ({chosen.tag}: {word})") for word, cls in chosen.choices.items()]
-    if dataclasses.is_dataclass(hint):
+    if schema.is_settings(hint):
         return [(hint, key)]
     origin = typing.get_origin(hint)
     inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
@@ -204,12 +208,10 @@ def _first_sentence(cls: type) -> str:
 
 
 def _kind_text(hint: Any) -> str:
-    if schema.choice_of(hint):
-        return (
-            f"one of {len(schema.choice_of(hint).choices)} kinds, see below"
-            if len(schema.choice_of(hint).choices) > 1
-            else "see below"
-        )
+    chosen = schema.choice_of(hint)
+    if chosen:
+        kinds = len(chosen.choices)
+        return f"one of {kinds} kinds, see below" if kinds > 1 else "see below"
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_kind_text(a) for a in inner if a is not type(None))

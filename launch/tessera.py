@@ -134,6 +134,7 @@ def _submit(words: list[str]) -> int:
     """slurm/submit.py, one of the scripts beside launch/, which are no package."""
     path = home() / "slurm" / "submit.py"
     spec = importlib.util.spec_from_file_location("tessera_submit", path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.command(words)

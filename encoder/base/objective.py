@@ -58,13 +58,17 @@ class MaskedRow:
 class Masker(Protocol):
     """The data half of an objective. It is sent to worker processes, so it must survive pickling."""
 
-    terms: tuple[
-        str, ...
-    ]  # names of the loss terms, in the order in which ledger and reports have them
-    has_segments: bool  # whether its rows have segments
-    pairs: (
-        PairRule | None
-    )  # how its rows' documents are pairs of sentences; None: they are documents
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms, in the order in which ledger and reports have them."""
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether its rows have segments."""
+
+    @property
+    def pairs(self) -> PairRule | None:
+        """How its rows' documents are pairs of sentences; None: they are documents."""
 
     def mask(
         self,

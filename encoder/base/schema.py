@@ -48,6 +48,9 @@ class Settings(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
+    def __hash__(self) -> int:
+        """A frozen one has it."""
+
 
 T = TypeVar("T", bound=Settings)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Assembled:
         # from a worker tensors travel as arrays through its pipe: seven tensors in shared memory would cost the main
         # process 1 ms in handles and 2 ms in waiting, whatever their size, and need room in /dev/shm
         arrays = {name: tensor.numpy() for name, tensor in self.batch.tensors().items()}
-        bare = self.batch.with_tensors(dict.fromkeys(arrays))
+        bare = self.batch.with_tensors(dict.fromkeys(arrays, cast(torch.Tensor, None)))
         return {"row_hash": self.row_hash, "bare": bare, "arrays": arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -144,7 +144,9 @@ class Assembler:
     def _segments(self, rows: Sequence[_Row], total: int) -> torch.Tensor | None:
         if not self.masker.has_segments:
             return None
-        return _filled([r.masked.segments for r in rows], total, 0)
+        parts = [r.masked.segments for r in rows if r.masked.segments is not None]
+        assert len(parts) == len(rows), "a masker that has segments gives them for every row"
+        return _filled(parts, total, 0)
 
     def _row(self, spec: RowSpec) -> _Row:
         parts: list[np.ndarray] = []
@@ -295,7 +297,7 @@ def wrap_int64(number: int) -> int:
 
 def _row_hash(number: int, masked: MaskedRow, lengths_P: Sequence[int]) -> int:
     """Of the row's number, where its documents end, the ids after masking, each term's targets, and the segments."""
-    digest = blake2b(np.array([number, *lengths_P], dtype="<i8"), digest_size=8)
+    digest = blake2b(np.array([number, *lengths_P], dtype="<i8").data, digest_size=8)
     first, *others = masked.targets.values()
     parts = [masked.ids, *first]
     for targets in others:
@@ -303,7 +305,7 @@ def _row_hash(number: int, masked: MaskedRow, lengths_P: Sequence[int]) -> int:
     if masked.segments is not None:
         parts.append(masked.segments)
     for part in parts:
-        digest.update(part.astype("<u4"))
+        digest.update(part.astype("<u4").data)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -311,7 +313,8 @@ def _filled(
     parts: Sequence[np.ndarray], size: int, fill: int, *, dtype: type = np.int64
 ) -> torch.Tensor:
     """The parts end to end, and `fill` behind them, [size]."""
-    whole, at = np.empty(size, dtype=dtype), 0
+    whole: np.ndarray = np.empty(size, dtype=dtype)
+    at = 0
     for part in parts:
         whole[at : at + len(part)] = part
         at += len(part)

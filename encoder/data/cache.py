@@ -354,6 +354,7 @@ def _fetched(url: str, part: Path, *, check: Callable[[Path], str | None]) -> Pa
             f"{url} {wrong}; so it was {TRIES} times. Copy or prepare it again; if the folder was"
             " made anew, remove its cache."
         )
+    assert wrong, "each try ended in return or in a reason"
     raise ShardError(
         f"{url} could not be fetched in {TRIES} tries: {wrong.rstrip('.')}. Look at the path, the"
         " network and the credentials."
@@ -375,6 +376,7 @@ def _difference(path: Path, shard: StoredShard) -> str | None:
 def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
     """The bytes of a shard, seen to be those of index.json before they get its name. Raises DamagedShard."""
     try:
+        assert shard.compression, "only what was compressed is unpacked"
         content = unpack(shard.compression, stored.read_bytes(), size=shard.size_bytes)
     except ValueError as error:
         raise DamagedShard(

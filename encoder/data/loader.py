@@ -368,11 +368,13 @@ def _end_with_main_process(_worker: int) -> None:
     torch's own watch asks for the parent, which is the fork server, and that one stays while it has workers.
     """
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(
-            1
-        )  # at once: an orderly exit would wait for somebody to read the micro-batches in the pipe
+        parent.join()
+        # at once: an orderly exit would wait for somebody to read the micro-batches in the pipe
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -234,7 +234,9 @@ class Source:
 
     def _open_file(self, shard: _ShardFile, path: Path) -> IO[bytes]:
         if self.cache is not None or shard.compression:
-            return self._cache.open(shard)
+            file = self._cache.open(shard)
+            assert file is not None, "it waits, and may exceed the cache's size"
+            return file
         inside(
             self.path, shard.name, where=self.path / INDEX, error=ShardError
         )  # a link may have come since

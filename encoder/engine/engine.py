@@ -20,6 +20,7 @@ import torch
 
 from encoder.base.batch import IGNORE, LossTerm, Targets, TermSum, TokenBatch, packed_documents
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
+from encoder.base.model import TrainedModel
 from encoder.base.objective import Objective
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import precision_on
@@ -78,7 +79,7 @@ class StateShard:
 
 
 def start_engine(
-    model: torch.nn.Module,
+    model: TrainedModel,
     *,
     objective: Objective,
     config: EngineConfig,
@@ -111,7 +112,7 @@ def start_engine(
             device=device,
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         )
-        first = model.initial_values
+        first: Values = model.initial_values
     else:
         model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
         whole = (
@@ -148,13 +149,14 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.config, self.world, self.device = config, world, device
-        self.module: torch.nn.Module = ds_engine.module  # the bare model
+        self.module: TrainedModel = ds_engine.module  # the bare model
         self.optimizer = optimizer
         self.objective = objective
-        forward = self._terms_of
+        forward: Forward = self._terms_of
         if config.graphs == "micro_step":
             forward = GraphedForward(self.module, forward)
-        self.module.forward = self._in_mode(forward)
+        # of this module, not of its class
+        self.module.forward = self._in_mode(forward)  # type: ignore[method-assign]
         self.shapes = {
             name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad
         }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from encoder.base.batch import LossTerm, TokenBatch
+from encoder.base.model import TrainedModel
 from encoder.nn.loss import scaled
 
 WARM_UP = 3  # micro-steps before a capture, on a stream of their own: kernels are compiled and tuned, libraries loaded
@@ -35,7 +36,7 @@ class GraphedForward:
     micro-batches of a phase do not (encoder.data.assembly, static_shapes). Forwards without gradients run as ever.
     """
 
-    def __init__(self, model: nn.Module, terms_of: Callable[[TokenBatch], Terms]) -> None:
+    def __init__(self, model: TrainedModel, terms_of: Callable[[TokenBatch], Terms]) -> None:
         self.captures = 0
         self._model, self._plain = model, terms_of
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -56,10 +57,11 @@ class GraphedForward:
             )
             self.captures += 1
         results = iter(_Replay.apply(self._graph, batch, *self._parameters))
-        return {
-            name: LossTerm(*(next(results) for _ in range(4)), weight=weight)
-            for name, weight in self._graph.weights.items()
-        }
+        terms: Terms = {}
+        for name, weight in self._graph.weights.items():
+            total, summed, count, correct = (next(results) for _ in range(4))
+            terms[name] = LossTerm(total, summed, count, correct, weight)
+        return terms
 
     @property
     def pool_bytes(self) -> int:
@@ -87,7 +89,7 @@ class GraphedForward:
 class _Bare(nn.Module):
     """A model with the loss that it had before its forward was replaced."""
 
-    def __init__(self, model: nn.Module, plain: Callable[[TokenBatch], Terms]) -> None:
+    def __init__(self, model: TrainedModel, plain: Callable[[TokenBatch], Terms]) -> None:
         super().__init__()
         self.model, self._plain = model, plain
 
@@ -104,7 +106,9 @@ class _Graph:
         self.weights: dict[str, float] = {}  # of the loss terms, by name
         # leaves of its own on the weights' memory: autograd adds up a parameter's gradient on the stream that was current when
         # somebody (DeepSpeed) first hung a hook on it, the default one, and that must not wait for a capture
-        leaves = {f"model.{name}": nn.Parameter(p.detach()) for name, p in parameters.items()}
+        leaves: dict[str, Tensor] = {
+            f"model.{name}": nn.Parameter(p.detach()) for name, p in parameters.items()
+        }
         self._batch = batch.with_tensors(
             {name: tensor.clone() for name, tensor in batch.tensors().items()}
         )
@@ -168,12 +172,22 @@ def captured(work: Work) -> Work:
     with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
         results = work()
 
-    def replay() -> tuple[Terms, list[tuple[Tensor, ...]]]:
-        graph.replay()
-        return results
+    return _Captured(graph, results)
 
-    replay.pool = graph.pool()
-    return replay
+
+class _Captured:
+    """A captured work: what it returns stays where it is."""
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, results: tuple[Terms, list[tuple[Tensor, ...]]]
+    ) -> None:
+        self._graph = graph
+        self._results = results
+        self.pool = graph.pool()
+
+    def __call__(self) -> tuple[Terms, list[tuple[Tensor, ...]]]:
+        self._graph.replay()
+        return self._results
 
 
 @functools.cache

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+Precision = Literal["auto", "fp32", "fp64", "autocast", "bf16"]
 
-def precision_on(word: str, device: torch.device) -> str:
+
+def precision_on(word: Precision, device: torch.device) -> Precision:
     """The precision that a device trains in: the word itself, unless it is auto."""
     if word != "auto":
         return word

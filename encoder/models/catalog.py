@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from encoder.models.bert import BertConfig, BertForPretraining, DistilBertConfig, RobertaConfig
-from encoder.models.contract import Family, ModelConfig
+from encoder.models.contract import Family, Model, ModelConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 
 # a new family is one line here (docs/adding_a_model.md)
@@ -140,6 +138,6 @@ def system_of(config: ModelConfig) -> str:
     return next(name for name, family in FAMILIES.items() if type(config) is family.settings)
 
 
-def build_model(config: ModelConfig, *, attention: str = "auto", seed: int) -> nn.Module:
+def build_model(config: ModelConfig, *, attention: str = "auto", seed: int) -> Model:
     """The model of a settings object, its weights drawn from the seed."""
     return FAMILIES[system_of(config)].model(config, attention=attention, seed=seed)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from encoder.base.batch import TokenBatch
+from encoder.base.model import TrainedModel
 from encoder.base.schema import Settings
 
 
@@ -91,44 +89,23 @@ class ModelConfig(Settings, Protocol):
         """
 
 
-class Model(Protocol):
+class Model(TrainedModel, Protocol):
     """A torch Module from packed tokens to hidden states, under Hugging Face's parameter names."""
 
-    config: ModelConfig
-    training: bool
-    phase_settings: dict[str, float]  # what it runs with now
+    @property
+    def config(self) -> ModelConfig:
+        """Its settings."""
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC after the last norm."""
-
-    def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The initial weights of a parameter, whole: a function of the seed."""
-
-    def hidden_matrices(self) -> dict[str, int]:
-        """The matrices of the layers (what Muon orthogonalizes): how many stand in each, one above another."""
-
-    def set_phase_(self, settings: Mapping[str, float]) -> None:
-        """Sets what a phase may change."""
-
-    def compile_blocks_(self) -> None:
-        """From now on the layers run compiled."""
-
-    def recompute_blocks_(self) -> None:
-        """From now on a layer keeps its input alone for the backward pass."""
-
-    def fp8_blocks_(self) -> None:
-        """From now on the layers' matmuls run in FP8. Raises ConfigError for odd shapes."""
-
-    def attention_reason(self, device: torch.device | None = None) -> str:
-        """Which attention kernel runs in training, and why."""
+    def parameter_count(self) -> int:
+        """Trained numbers; a tied matrix once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One entry of the catalog."""
 
-    settings: type
-    model: Callable[..., Any]  # (settings, *, attention, seed) -> Model
+    settings: type[ModelConfig]
+    model: Callable[..., Model]  # (settings, *, attention, seed)
 
 
 @dataclass(frozen=True, kw_only=True)

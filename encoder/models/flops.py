@@ -21,28 +21,93 @@ from encoder.nn.mlp import Mlp, is_gated
 class EncoderShape(Protocol):
     """The settings of an encoder of packed tokens that decide its size and its work."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    mlp: Mlp
-    norm_place: str
-    embedding_norm: bool
-    final_norm: bool
-    norm_bias: bool
-    attention_bias: bool
-    mlp_bias: bool
-    head: str
-    head_bias: bool
-    sentence_head: bool
-    decoder_bias: bool
-    tie_word_embeddings: bool
-    positions: str
-    max_position_embeddings: int
-    position_offset: int
-    type_vocab_size: int
-    window_radius_tokens: int
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the feed-forward layer."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of a layer."""
+
+    @property
+    def mlp(self) -> Mlp:
+        """The feed-forward layer: geglu, swiglu or gelu."""
+
+    @property
+    def norm_bias(self) -> bool:
+        """Whether norms have a bias."""
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether Wqkv and Wo have a bias."""
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether Wi and Wo have a bias."""
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether the head's matrix has a bias."""
+
+    @property
+    def decoder_bias(self) -> bool:
+        """Whether the decoder has a bias."""
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the decoder is the embedding."""
+
+    @property
+    def positions(self) -> str:
+        """Where positions come in: rope or learned."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens of the longest document."""
+
+    @property
+    def type_vocab_size(self) -> int:
+        """Segments that have an embedding."""
+
+    @property
+    def window_radius_tokens(self) -> int:
+        """Of local layers: |i - j| at most this."""
+
+    @property
+    def norm_place(self) -> str:
+        """Where norms stand: pre or post."""
+
+    @property
+    def embedding_norm(self) -> bool:
+        """Whether the embedding has a norm."""
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether a norm follows the last layer."""
+
+    @property
+    def head(self) -> str:
+        """What the prediction head is."""
+
+    @property
+    def sentence_head(self) -> bool:
+        """Whether sentence pairs have a head."""
+
+    @property
+    def position_offset(self) -> int:
+        """Rows of the position table before that of the first token."""
 
     @property
     def head_width(self) -> int:

@@ -17,7 +17,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def _check_names(weights: Mapping[str, Tensor], old: ModelConfig) -> None:
         )
 
 
-def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, object, object]]:
+def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
     """(setting, old value, new value) wherever two models differ; what follows from others by its number, however it was given."""
 
     def settings(config: ModelConfig) -> dict[str, object]:

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from encoder.base.model import DrawnModel
 from encoder.base.rng import address_seed
 
 Initialization = Literal["megatron", "bert", "normal"]
@@ -44,7 +45,7 @@ INTO_LOGITS = ("decoder.weight",)
 
 
 @torch.no_grad()
-def draw_(model: nn.Module) -> None:
+def draw_(model: DrawnModel) -> None:
     """Fills every parameter of a model with its `initial_values`; what is on the meta device is left to be filled later."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:

@@ -81,9 +81,17 @@ class ObjectiveFacts:
 class Specials(Protocol):
     """The special ids of a tokenizer (a card's SpecialIds is one)."""
 
-    mask_id: int
-    pad_id: int
-    all_special: tuple[int, ...]
+    @property
+    def mask_id(self) -> int:
+        """[MASK]."""
+
+    @property
+    def pad_id(self) -> int:
+        """[PAD]."""
+
+    @property
+    def all_special(self) -> tuple[int, ...]:
+        """All that no text has."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from encoder.base.model import TrainedModel
 from encoder.optim.adamw import AdamW, AdamWConfig
 from encoder.optim.groups import decay_groups
 from encoder.optim.lamb import Lamb, LambConfig
@@ -26,7 +25,7 @@ _RULES: dict[type, type[WholeTensorOptimizer]] = {
 }
 
 
-def build_optimizer(model: torch.nn.Module, config: MomentsConfig) -> WholeTensorOptimizer:
+def build_optimizer(model: TrainedModel, config: MomentsConfig) -> WholeTensorOptimizer:
     """The optimizer of a settings object over a whole model's parameters; for Muon the model says its `hidden_matrices()`."""
     hidden = model.hidden_matrices() if isinstance(config, MuonConfig) else None
     return _RULES[type(config)](
@@ -34,7 +33,7 @@ def build_optimizer(model: torch.nn.Module, config: MomentsConfig) -> WholeTenso
     )
 
 
-def state_elements(model: torch.nn.Module, config: MomentsConfig) -> int:
+def state_elements(model: TrainedModel, config: MomentsConfig) -> int:
     """Numbers that the optimizer keeps beside the weights, over all ranks."""
     optimizer = build_optimizer(model, config)
     return sum(

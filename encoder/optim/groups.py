@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from encoder.base.model import TorchModule
+
 
 def decay_groups(
-    model: torch.nn.Module, *, weight_decay: float, hidden_matrices: Mapping[str, int] | None = None
+    model: TorchModule, *, weight_decay: float, hidden_matrices: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
     """Optimizer groups of a model's parameters; empty groups are left out, tied parameters come once.
 

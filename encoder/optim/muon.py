@@ -120,9 +120,10 @@ class Muon(StableAdamW):
         if not hidden:
             return
         mu = self.config.momentum
-        updates = {
-            p: p.grad.lerp(self.state[p]["momentum"].lerp_(p.grad, 1.0 - mu), mu) for _, p in hidden
-        }
+        updates: dict[Tensor, Tensor] = {}
+        for _, p in hidden:
+            assert p.grad is not None, "only what has a gradient is live"
+            updates[p] = p.grad.lerp(self.state[p]["momentum"].lerp_(p.grad, 1.0 - mu), mu)
         if self._parts:
             self._orthogonalize_cut(updates)
         else:

@@ -9,9 +9,21 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from encoder.base.errors import ConfigError
-from encoder.base.schema import Tokens
+from encoder.base.schema import Settings, Tokens
+
+
+class Schedule(Settings, Protocol):
+    """A learning rate over the token clock of a phase; a phase's `lr`."""
+
+    @property
+    def peak(self) -> float:
+        """The highest rate."""
+
+    def at(self, tokens: int, *, phase_tokens: int) -> float:
+        """Learning rate when `tokens` of the phase's `phase_tokens` were seen. Raises ConfigError if the parts do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +245,6 @@ class CosineInverseSqrt:
         return max(f, 0.5 * (1.0 + f) * math.sqrt(reach / (u - cosine + reach)))
 
 
-# a phase's `lr`
-Schedule = WarmupStableDecay | Constant | OneMinusSqrt | Linear | Cosine | CosineInverseSqrt
 SCHEDULES: dict[str, type[Schedule]] = {
     "wsd": WarmupStableDecay,
     "constant": Constant,

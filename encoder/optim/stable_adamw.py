@@ -67,4 +67,4 @@ class StableAdamW(WholeTensorOptimizer):
         """g / max(sqrt(v), eps), element by element."""
         below = torch._foreach_sqrt(bundle.state["exp_avg_sq"])
         torch._foreach_clamp_min_(below, self.config.eps)
-        return torch._foreach_div(bundle.grads, below)
+        return [*torch._foreach_div(bundle.grads, below)]

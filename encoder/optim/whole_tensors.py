@@ -73,6 +73,11 @@ class MomentsConfig:
             raise ConfigError(f"weight_decay {self.weight_decay} must be at least 0.")
 
     @property
+    def decay_text(self) -> str:
+        """The decay in words."""
+        raise NotImplementedError
+
+    @property
     def text(self) -> str:
         """The settings in a line for people, but for the decay."""
         bare = "" if self.bias_correction else ", without bias correction"
@@ -138,8 +143,9 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             for p in group["params"]:
                 self._state_of(p, group)
 
+    # torch's gives the loss of a closure; a closure is refused here
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every tensor that has a gradient. No host synchronisation; few collectives if the tensors are cut."""
         assert closure is None, "gradients are made by the engine"
         live = [
@@ -171,7 +177,9 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         for (_, step), members in alike.items():
             group, device = members[0][0], members[0][1].device
             limit, kinds = min(piece_elements(device), TOGETHER_ELEMENTS), self.kinds_of(group)
-            rows, columns, elements = [], [], 0
+            rows: list[int] = []
+            columns: list[list[Tensor]] = []
+            elements = 0
             for row, views in self._views(members, kinds):
                 if rows and elements + views[0].numel() > limit:
                     bundles.append(_bundle(group, step, kinds, rows, columns))
@@ -186,6 +194,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
     def _views(self, members: Live, kinds: Sequence[str]) -> Iterator[tuple[int, list[Tensor]]]:
         """(row; weights, gradients and states) of each stretch, or whole tensor; padding of flat tensors is in none."""
         for _, p in members:
+            assert p.grad is not None, "only what has a gradient is live"
             values = [p, p.grad.contiguous(), *(self.state[p][kind] for kind in kinds)]
             if not self._parts:
                 yield self._row[p], values
@@ -207,7 +216,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         """m / (sqrt(v) + eps)."""
         below = torch._foreach_sqrt(bundle.state["exp_avg_sq"])
         torch._foreach_add_(below, self.config.eps)
-        return torch._foreach_div(bundle.state["exp_avg"], below)
+        return [*torch._foreach_div(bundle.state["exp_avg"], below)]
 
     def _no_sums(self, *, width: int) -> Tensor:
         """fp64 [parameters, width] of zeros, for sums over whole parameters."""
@@ -264,7 +273,7 @@ def _bundle(
     step: int,
     kinds: Sequence[str],
     rows: list[int],
-    columns: list[tuple[Tensor, ...]],
+    columns: list[list[Tensor]],
 ) -> Bundle:
     weights, grads, *states = (list(column) for column in zip(*columns, strict=True))
     return Bundle(
@@ -280,6 +289,6 @@ def _bundle(
 def _squares(values: Sequence[Tensor]) -> Tensor:
     """The sum of the squares of each, fp64 [parts]."""
     if values[0].is_cuda:
-        return torch.stack(torch._foreach_norm(values, 2, torch.float64)).square()
+        return torch.stack(torch._foreach_norm([*values], 2, torch.float64)).square()
     # torch's norm in fp32 is 1.6e-4 off over 4 million elements, its sum 2e-8; a norm in fp64 makes a copy
     return torch.stack([x.square().sum() for x in values]).double()

@@ -63,6 +63,7 @@ def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None)
 
     Without `facts` (a plan) the tokenizer is not looked at. Raises CheckpointError, ConfigError, ModelError.
     """
+    assert run.branch_from, "only a branch has a parent"
     path = Path(run.branch_from)
     is_checkpoint = (path / COMMITTED).is_file()
     if not is_checkpoint and not (path / CHECKPOINTS).is_dir():

@@ -336,22 +336,25 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
                     f"{known.where} ({known.name}) is the same text as {other.where}"
                     f" ({other.name}): it counts twice."
                 )
+    rows = run.evaluation.rows if run.evaluation else 0
     for known in _held_out(run):
-        asked = run.evaluation.rows * run.data.row_tokens
+        asked = rows * run.data.row_tokens
         if known.card.tokens < asked and "evaluation" not in {d.key for d in run.derived}:
             yield (
-                f"evaluation.rows {run.evaluation.rows} asks for {asked:,} tokens of {known.name},"
+                f"evaluation.rows {rows} asks for {asked:,} tokens of {known.name},"
                 f" which has {known.card.tokens:,}: all of it is used."
             )
     for where, sources in _mixtures(run):
-        known = [*_known(where, sources)]
-        if len(known) < len(sources) or not all(k.card.tokens for k in known):
+        all_known = [*_known(where, sources)]
+        if len(all_known) < len(sources) or not all(k.card.tokens for k in all_known):
             continue
         shares = documents_per_window(
-            [k.card for k in known], [s.weight for s in sources], run.data.window_documents
+            [k.card for k in all_known], [s.weight for s in sources], run.data.window_documents
         )
         small = [
-            (k, share) for k, share in zip(known, shares, strict=True) if share > k.card.documents
+            (k, share)
+            for k, share in zip(all_known, shares, strict=True)
+            if share > k.card.documents
         ]
         if small and "data.window_documents" not in {d.key for d in run.derived}:
             one, share = max(small, key=lambda pair: pair[1] / pair[0].card.documents)

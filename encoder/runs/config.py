@@ -424,7 +424,9 @@ class RunConfig:
 
     def _check_caches(self) -> None:
         cached: dict[str, SourceConfig] = {}
-        for source in (s for s in self.all_sources() if s.cache):
+        for source in self.all_sources():
+            if not source.cache:
+                continue
             other = cached.setdefault(source.cache, source)
             if (other.path.rstrip("/"), other.cache_bytes) != (
                 source.path.rstrip("/"),
@@ -584,8 +586,7 @@ def _stands_in(plain: Any, dotted: str) -> bool:
     """Whether plain values have something at a dotted key."""
     for part in dotted.split("."):
         if isinstance(plain, list):
-            plain = dict(enumerate(plain))
-            part = int(part)
+            plain = {str(number): item for number, item in enumerate(plain)}
         if not isinstance(plain, dict) or part not in plain:
             return False
         plain = plain[part]
@@ -603,8 +604,9 @@ def _default_at(run: RunConfig, dotted: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(holder)}
     if name not in fields:
         return dataclasses.MISSING
-    if fields[name].default_factory is not dataclasses.MISSING:
-        return to_plain(fields[name].default_factory())
+    factory = fields[name].default_factory
+    if factory is not dataclasses.MISSING:
+        return to_plain(factory())
     default = fields[name].default
     return default if default is dataclasses.MISSING else to_plain(default)
 

@@ -157,8 +157,10 @@ class _Filler:
         m = self.mapping
         word = "branch_from" if m.get("branch_from") else "init_from"
         path = m.get(word)
-        source = _facts_of(path) if isinstance(path, str) and path else None
-        parent_seed = _seed_of(path) if source and word == "branch_from" else None
+        source = parent_seed = None
+        if isinstance(path, str) and path:
+            source = _facts_of(path)
+            parent_seed = _seed_of(path) if source and word == "branch_from" else None
         if parent_seed is None:
             self.put(m, "seed", SEED, "the usual one")
         else:
@@ -235,7 +237,7 @@ class _Filler:
 
     def _fill_phases(self) -> None:
         m = self.mapping
-        data = m.get("data") if isinstance(m.get("data"), dict) else {}
+        data = _mapping_at(m, "data")
         amounts = (_amount(data.get("row_tokens")), _amount(_most_positions(m.get("model"))))
         limits = [a for a in amounts if a]
         phases = list(phases_of(m))
@@ -364,6 +366,12 @@ class _Filler:
             self.put(m["evaluation"], "evaluation.every_tokens", every, why)
 
 
+def _mapping_at(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The mapping at a key; empty where something else stands."""
+    found = mapping.get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def window_documents_of(mapping: Mapping[str, Any], *, lanes: int) -> int:
     """Documents of a window that goes through no source twice, in any phase; at most WINDOW_DOCUMENTS.
 
@@ -376,12 +384,11 @@ def window_documents_of(mapping: Mapping[str, Any], *, lanes: int) -> int:
     most = WINDOW_DOCUMENTS
     for holder in (mapping.get("data"), *phases_of(mapping)):
         sources = _sources(holder)
-        cards = [
-            _card_at(Path(place)) if isinstance(place := _place_of(s), str) else None
-            for s in sources
-        ]
+        places = [_place_of(s) for s in sources]
+        found = [_card_at(Path(place)) for place in places if isinstance(place, str)]
+        cards = [card for card in found if card and card.tokens]
         weights = [s.get("weight", 1.0) for s in sources]
-        if not cards or not all(card and card.tokens for card in cards):
+        if not cards or len(cards) < len(sources):
             continue
         with contextlib.suppress(ConfigError, TypeError):
             shares = documents_per_window(cards, weights, 1)

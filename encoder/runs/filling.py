@@ -89,7 +89,10 @@ def fill_rows(
         [s.weight for s in sources],
         min(run.data.window_documents, MOST_DOCUMENTS)
     )
-    draw, tokens, pieces, documents = np.random.default_rng(0), [], [], []
+    draw = np.random.default_rng(0)
+    tokens: list[np.ndarray] = []
+    pieces: list[np.ndarray] = []
+    documents: list[np.ndarray] = []
     for number in range(FILL_WINDOWS * max(1, -(-1 // sum(shares)))):
         counts = [int(share + draw.random()) for share in shares]
         if not any(counts) and (tokens or number + 1 < FILL_WINDOWS):

@@ -52,8 +52,10 @@ def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWe
 
 def read_fitting(run: RunConfig) -> StoredModel:
     """The model of `run.init_from`, whose every parameter has its place in the run's model. Raises ModelError, CheckpointError."""
-    stored = read_model(Path(run.init_from))
-    check_same_shape(stored.config, run, key="init_from", path=Path(run.init_from))
+    assert run.init_from, "a run that starts from the seed has no stored model"
+    path = Path(run.init_from)
+    stored = read_model(path)
+    check_same_shape(stored.config, run, key="init_from", path=path)
     return stored
 
 

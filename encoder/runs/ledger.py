@@ -190,7 +190,8 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
 
     The first line is step 1, or the restart of a ledger that was lost, or the parent of a branch.
     """
-    link, step, seen = "", 0, 0
+    link, step = "", 0
+    seen: int | None = 0
     for number, line in enumerate(lines, 1):
         try:
             if number == 1 and (line.get("restart") or line.get("parent")):

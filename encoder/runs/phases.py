@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import overload, NamedTuple
 
 from encoder.base.units import Progress
 from encoder.optim.schedule import highest_at
@@ -79,8 +79,16 @@ class PlannedSteps(Sequence[PlannedStep]):
         last = self.stretches[-1]
         return last.first_step - 1 + last.steps
 
-    def __getitem__(self, index: int) -> PlannedStep:
+    @overload
+    def __getitem__(self, index: int) -> PlannedStep: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PlannedStep]: ...
+
+    def __getitem__(self, index: int | slice) -> PlannedStep | Sequence[PlannedStep]:
         """Step `index` + 1 of the run. Raises IndexError beyond the last one."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         index += len(self) if index < 0 else 0
         if not 0 <= index < len(self):
             raise IndexError(index)

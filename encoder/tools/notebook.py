@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError, ModelError, ShardError, UserError, nearest
@@ -26,6 +26,7 @@ from encoder.base.untrusted import native_code
 from encoder.data.shard_format import TOKENIZER, Card, special_ids_of, tokenizer_fingerprint
 from encoder.data.shards import Source, open_source
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
+from encoder.models.contract import Model
 from encoder.models.hf.parity import MaskedModel, our_model
 from encoder.models.hf.tokenizer import read_tokenizer
 from encoder.runs.config import SourceConfig
@@ -35,7 +36,7 @@ from encoder.runs.weights import read_model
 FORWARD_TOKENS = 8192  # packed into one forward pass; a longer text has one of its own
 
 
-def preset(name: str, *, seed: int = 0, **settings: Any) -> nn.Module:
+def preset(name: str, *, seed: int = 0, **settings: Any) -> Model:
     """Build a model of a published shape, with initial weights drawn from the seed; in training mode, as torch's own modules.
 
         encoder.preset("modernbert_17m", vocab_size=32_768, num_hidden_layers=4)

@@ -27,6 +27,7 @@ from encoder.data.shards import Source, open_source
 from encoder.data.windows import DataOrder, RowGeometry, shards_of_lanes
 from encoder.engine.precision import precision_on
 from encoder.models.catalog import build_model
+from encoder.models.contract import Model
 from encoder.nn.attend import AttentionRequest, choose_backend
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.contract import Objective
@@ -100,7 +101,7 @@ def check_same_precision(run: RunConfig) -> None:
         )
 
 
-def make_model(run: RunConfig) -> torch.nn.Module:
+def make_model(run: RunConfig) -> Model:
     """The model with its initial weights, a function of the seed alone; for ZeRO stage 3 without, for the engine draws them."""
     with torch.device("meta" if run.engine.zero_stage == 3 else "cpu"):
         return build_model(run.model, attention=run.attention, seed=run.seed)

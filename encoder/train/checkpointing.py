@@ -53,8 +53,8 @@ class Checkpointing:
         )
 
     @property
-    def ready(self) -> bool:
-        """Whether this rank has written its part of a checkpoint, which all ranks can commit."""
+    def ready(self) -> int:
+        """This rank's word for a sum over ranks, as Saver.ready: whether its part of a checkpoint is written."""
         return self._saver.ready
 
     def commit(self) -> None:

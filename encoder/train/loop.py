@@ -216,6 +216,7 @@ class Trainer:
         session.watchdog.heartbeat(f"in step {step}")
         data = self._next_batch(loader)
         agreed = self._agree(data, stop)
+        assert data is not None, "who has no batch has met an error, and all left with it"
 
         # the update
         lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
@@ -393,7 +394,7 @@ class Trainer:
         session, progress = self.session, self.session.progress
         if self.time_is_up and not stop.asked:
             number, name = 0, f"its time limit ({self.deadline.of})"
-            cause = {"limit": self.deadline.of}
+            cause: dict[str, str | int] = {"limit": self.deadline.of}
         else:
             number = stop.signal or signal.SIGTERM
             name = stop.cause or signal.Signals(number).name

@@ -121,7 +121,8 @@ class QuarantiningLoader:
     def next_step(self) -> StepData:
         """As Loader.next_step, called on every rank. Raises what cannot be left out, on the rank that met it."""
         while True:
-            data, error = None, None
+            data: StepData | None = None
+            error: UserError | OSError | None = None
             try:
                 if (
                     left_out := self._quarantine.left_out(self._step, self._names)
@@ -137,7 +138,9 @@ class QuarantiningLoader:
             if self._stops or not self._all_leave_out(error):
                 if error is not None:
                     raise error
-                self._position, self._step = data.end, self._step + 1
+                assert data is not None, "there is a step or an error"
+                self._position = data.end
+                self._step += 1
                 return data
 
     def epochs_at(self, position: DataPosition) -> dict[str, float]:
@@ -152,14 +155,15 @@ class QuarantiningLoader:
 
     def _all_leave_out(self, error: Exception | None) -> bool:
         """Whether some ranks met damaged shards, and nothing else was met: now they are on the list."""
-        damaged = isinstance(error, DamagedShard)
-        mine = FINE if error is None else DAMAGED if damaged else OTHER
+        mine, said = OTHER, ""
+        if error is None:
+            mine = FINE
+        elif isinstance(error, DamagedShard):
+            mine = DAMAGED
+            reason = str(error).encode()[:600].decode(errors="ignore")
+            said = json.dumps([error.source, error.shard, reason], ensure_ascii=False)
         if int(max_over_ranks(torch.tensor([mine]))[0]) != DAMAGED:
             return False
-        reason = str(error).encode()[:600].decode(errors="ignore")
-        said = (
-            json.dumps([error.source, error.shard, reason], ensure_ascii=False) if damaged else ""
-        )
         found = {
             (source, shard): reason
             for source, shard, reason in map(json.loads, filter(None, texts_of_all_ranks(said)))

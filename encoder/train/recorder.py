@@ -315,7 +315,8 @@ class Recorder:
     def done(self, last_held_out: dict[str, Any]) -> None:
         """The run is at its end."""
         session, p = self._session, self._session.progress
-        if session.world.first:
+        # rank zero
+        if self.ledger is not None and self.tracker is not None:
             with session.errors.deferred():
                 self.ledger.sync()
                 self.tracker.event("done", step=p.step, tokens=p.tokens)

@@ -46,7 +46,7 @@ class Started:
     progress: Progress
     entropy: float | None  # unigram entropy of the held-out text, on rank zero
     resumed: bool
-    last_held_out: dict[str, float]  # of the checkpoint
+    last_held_out: dict[str, float | None]  # of the checkpoint
     init_sha256: str | None  # of the weights of init_from, also when resumed; on rank zero
     parent: dict[str, Any] | None  # what branch_from named, also when resumed
     bad_steps: dict[str, Any]  # of the checkpoint, for the judge of steps
@@ -96,7 +96,8 @@ def start_run(
     )
     if build.compiles(run, device):
         engine.module.compile_blocks_()
-    progress, extra = Progress(), {}
+    progress = Progress()
+    extra: dict[str, Any] = {}
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is not None:
         with all_ranks_agree(world):

@@ -41,7 +41,7 @@ class Tracker:
         self._metrics = open_to_append(folder / METRICS)
         self._events = open_to_append(folder / EVENTS)
         self._clock, self._start = clock, start
-        self._wandb = (
+        self._wandb: Any = (
             _start_wandb(folder, config.wandb_project, run_name, settings)
             if config.wandb_project
             else None
@@ -101,10 +101,11 @@ def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]
     import wandb
 
     logged_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+    # a word that wandb refuses is its to refuse
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
     # the same run folder goes on in the same wandb run; another folder of the same name does not
     identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
-    told = dict(
+    told: dict[str, Any] = dict(
         project=project,
         name=name,
         config=settings,

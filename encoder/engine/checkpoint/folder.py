@@ -12,7 +12,7 @@ from pathlib import Path
 
 from encoder.base.errors import CheckpointError
 from encoder.base.files import fsync_path, sha256_of
-from encoder.base.untrusted import inside, missing, number_in_name, read_bytes, read_json
+from encoder.base.untrusted import inside, number_in_name, read_bytes, read_json
 
 FORMAT = 1
 INCARNATIONS = "incarnations"
@@ -110,7 +110,8 @@ def damage(folder: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{error.filename} is missing."
     except CheckpointError as error:
-        return f"{error.__cause__.filename} is missing." if missing(error) else str(error)
+        lost = error.__cause__
+        return f"{lost.filename} is missing." if isinstance(lost, FileNotFoundError) else str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / MANIFEST} cannot be read ({error})."
     return None

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from encoder.base.errors import ConfigError
+from encoder.base.model import TrainedModel
+from encoder.engine.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     # auto: autocast where the device has units for bf16, else fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT);
     # bf16: bf16 parameters, fp32 masters; fp64: for tests
-    precision: Literal["auto", "fp32", "fp64", "autocast", "bf16"] = "auto"
+    precision: Precision = "auto"
     # layers: the layers' matmuls in FP8, weights and optimizer as precision says; experimental: never run on a GPU
     fp8: Literal["off", "layers"] = "off"
     # blocks: of a layer its input alone is kept for the backward, which computes the rest again: exact, a third more work
@@ -154,7 +156,7 @@ def forget_former_groups() -> None:
 def initialize(
     deepspeed: ModuleType,
     *,
-    model: torch.nn.Module,
+    model: TrainedModel,
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
 ) -> Any:

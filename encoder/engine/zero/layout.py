@@ -120,7 +120,7 @@ def check_cover(
     )
 
 
-def _stretch(name: str, p: torch.Tensor) -> ParamSlice:
+def _stretch(name: str, p: Any) -> ParamSlice:  # a Tensor with attributes of DeepSpeed's
     inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.get_hp_fragment_address()
     assert inside.numel == flat.numel, (
         f"{name}: {inside.numel} elements in the parameter, {flat.numel} in the flat tensor"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoder.base.model import DrawnModel
 from encoder.engine.zero.config import quiet
 
 Values = Callable[
@@ -22,7 +23,7 @@ Values = Callable[
 
 
 def partition_(
-    model: nn.Module, *, deepspeed: ModuleType, dtype: torch.dtype, device: torch.device
+    model: DrawnModel, *, deepspeed: ModuleType, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Gives a model on the meta device its `initial_values`, cut over the ranks; no rank ever holds two whole parameters.
 

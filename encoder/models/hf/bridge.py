@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoder.models.contract import ModelConfig
 
@@ -73,10 +73,10 @@ class Bridge:
     ]  # the same kind of model, small enough to try
     edges: Callable[[Any], tuple[int, ...]]  # document lengths at which its attention changes
     hidden_states: Callable[
-        [nn.Module, Tensor, Tensor], Tensor
+        [Any, Tensor, Tensor], Tensor
     ]  # (theirs, ids_BL, attention mask) -> x_BLC
     # (theirs, x_MC) -> logits_MV, and beside them those of the sentence head, where there is one
-    logits: Callable[[nn.Module, Tensor], Tensor]
+    logits: Callable[[Any, Tensor], Tensor]
     # the class of transformers that loads such a config.json
     auto_class: Callable[[Settings], str] = lambda values: "AutoModelForMaskedLM"
     # (our weights, ours) -> theirs by name; by default the names are the same

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from encoder.base.errors import ConfigError, ModelError
-from encoder.models.hf.flexbert import HEAD_WIDTH, FlexBertWords, config_from_flexbert
+from encoder.models.hf.flexbert import HEAD_WIDTH, FlexBertWords, Shape, config_from_flexbert
 from encoder.models.hf.read import DECODER, EMBEDDING, load_tensors, named_tensors, untie
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, check_weights, fp32
@@ -176,7 +176,8 @@ def _own_tokenizer(found: Any, path: Path, to: Path | None) -> Path | None:
 
 def _our_names(found: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights by our names, and the tables of rotary angles, which are made from theta."""
-    weights, tables = {}, {}
+    weights: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     for name, tensor in found.items():
         name = name.removeprefix("model.")
         kind = tables if name.endswith(".inv_freq") else weights
@@ -190,7 +191,7 @@ def _our_names(found: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor],
     return weights, tables
 
 
-def _shape_of(weights: dict[str, Tensor], path: Path) -> dict[str, int]:
+def _shape_of(weights: dict[str, Tensor], path: Path) -> Shape:
     way_out = weights.get("model.layers.0.mlp.Wo.weight")
     if way_out is None:
         raise ModelError(
@@ -230,7 +231,7 @@ def _shape_of(weights: dict[str, Tensor], path: Path) -> dict[str, int]:
 
 def _config_of(
     weights: dict[str, Tensor],
-    shape: dict[str, int],
+    shape: Shape,
     path: Path,
     global_theta: float | None,
     local_theta: float | None,
@@ -253,8 +254,8 @@ def _config_of(
         )
     if heads is not None and heads < 1:
         raise ModelError(f"--heads is {heads}; needed: at least 1.")
-    told = {"num_attention_heads": heads, "local_rope_theta": local_theta}
-    default = {
+    told: dict[str, Any] = {"num_attention_heads": heads, "local_rope_theta": local_theta}
+    default: dict[str, Any] = {
         "num_attention_heads": width // HEAD_WIDTH,
         "local_rope_theta": ModernBertConfig.local_rope_theta,
     }

@@ -14,10 +14,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from encoder.base.errors import ModelError
 from encoder.models.modernbert import ModernBertConfig
+from encoder.nn.block import NormPlace
+from encoder.nn.mlp import Mlp
+from encoder.nn.rope import Positions
+
+
+class Shape(TypedDict):
+    """The sizes that tensors say."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+
 
 HEAD_WIDTH = 64  # of every published ModernBERT
 WAY_OUT = (
@@ -135,14 +148,21 @@ WITHOUT_EFFECT = {
     "use_bfloat16",
     "finetuning_task",
 }
-MLPS = {
+MLPS: dict[tuple[str, str], Mlp] = {
     ("glu", "gelu"): "geglu",
     ("glu", "silu"): "swiglu",
     ("glu", "swish"): "swiglu",
     ("mlp", "gelu"): "gelu",
 }
-POSITIONS = {("rope", "sans_pos"): "rope", ("base", "absolute_pos"): "learned"}
-PLACES = {"prenorm": "pre", "compile_prenorm": "pre", "postnorm": "post"}
+POSITIONS: dict[tuple[str, str], Positions] = {
+    ("rope", "sans_pos"): "rope",
+    ("base", "absolute_pos"): "learned",
+}
+PLACES: dict[str, NormPlace] = {
+    "prenorm": "pre",
+    "compile_prenorm": "pre",
+    "postnorm": "post",
+}
 
 
 @dataclass(kw_only=True)
@@ -182,7 +202,7 @@ class FlexBertWords:
 def config_from_flexbert(
     words: FlexBertWords,
     *,
-    shape: dict[str, int],
+    shape: Shape,
     global_rope_theta: float | None,
     local_rope_theta: float | None,
     heads: int | None,
@@ -199,11 +219,11 @@ def config_from_flexbert(
     or what was told; ConfigError.
     """
     _refuse_unknown(words)
-    for key in SHAPE:
-        said = words.values.get(key, shape[key])
-        if said != shape[key]:
+    for key, found in shape.items():
+        said = words.values.get(key, found)
+        if said != found:
             raise ModelError(
-                f"{words.where}: its configuration says {key} {said!r}, its tensors {shape[key]}. "
+                f"{words.where}: its configuration says {key} {said!r}, its tensors {found}. "
                 "Give the checkpoint "
                 "that the configuration belongs to."
             )
@@ -272,7 +292,7 @@ def _refuse_unknown(words: FlexBertWords) -> None:
                 "needed: words and numbers, as Composer writes them."
             )
     known = READ | WITHOUT_EFFECT
-    nothing = (None, False, "", {}, [], -1, 0)
+    nothing: tuple[Any, ...] = (None, False, "", {}, [], -1, 0)
     unknown = [
         key
         for key, value in words.values.items()
@@ -361,6 +381,7 @@ def _heads(words: FlexBertWords, *, width: int, told: int | None) -> int:
         words.assumed["num_attention_heads"] = width // HEAD_WIDTH
         return width // HEAD_WIDTH
     if said is None:
+        assert told is not None
         return told
     if isinstance(said, bool) or not isinstance(said, int) or said < 1 or width % said:
         raise words.refusal(
@@ -377,7 +398,7 @@ def _heads(words: FlexBertWords, *, width: int, told: int | None) -> int:
 
 def _thetas(
     words: FlexBertWords, positions: str, every_n: int, *, told: tuple[float | None, float | None]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     if positions == "learned":
         if told != (None, None):
             raise ModelError(

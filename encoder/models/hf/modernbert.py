@@ -203,7 +203,7 @@ def smaller(
     Kept are the head width, the first global layers with the local ones between them, window, thetas, biases and the gate.
     """
     heads = min(config.num_attention_heads, 2)
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_attention_heads": heads,
         "hidden_size": heads * config.head_width,
         "vocab_size": min(config.vocab_size, 256),

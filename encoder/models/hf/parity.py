@@ -18,20 +18,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from encoder.base.batch import TokenBatch, packed_documents
+from encoder.base.batch import packed_documents
 from encoder.base.errors import ExportError
 from encoder.base.files import native_path
 from encoder.base.rng import generator
 from encoder.base.untrusted import read_json
 from encoder.models.catalog import build_model
-from encoder.models.contract import ModelConfig
+from encoder.models.contract import Model, ModelConfig
 from encoder.models.hf.bridge import BY_MASK, Bridge, Padding
 from encoder.models.hf.catalog import bridge_of, bridge_of_settings
 
@@ -49,13 +49,8 @@ LogitsFn = Callable[
 ]  # (ids_BL, attention mask) -> their logits, made when they are looked at
 
 
-class MaskedModel(Protocol):
-    """A model of ours that predicts masked tokens; an nn.Module."""
-
-    config: ModelConfig
-
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC after the last norm."""
+class MaskedModel(Model, Protocol):
+    """A model of ours that predicts masked tokens."""
 
     def decode(self, x_MC: Tensor) -> Tensor:
         """Hidden states [M, C] -> logits [M, V]."""
@@ -192,7 +187,8 @@ def our_model(weights: dict[str, Tensor], config: ModelConfig) -> MaskedModel:
     with torch.device("meta"):
         model = build_model(config, seed=0)
     model.load_state_dict(weights, assign=True)
-    return model.eval()
+    model.eval()
+    return cast(MaskedModel, model)  # a family without masked tokens has no bridge
 
 
 def transformers_model(

@@ -284,5 +284,6 @@ def _max_tokens(folder: Path, config: ModelConfig) -> int | None:
     """model_max_length of the tokenizer, where it says one that the model can do."""
     path = folder / "tokenizer_config.json"
     found = _read_json(path).get("model_max_length") if path.is_file() else None
-    whole = isinstance(found, int) and not isinstance(found, bool)
-    return found if whole and 1 <= found <= config.max_position_embeddings else None
+    if not isinstance(found, int) or isinstance(found, bool):
+        return None
+    return found if 1 <= found <= config.max_position_embeddings else None

@@ -32,7 +32,9 @@ class Plan(Protocol):
 class Backend(Protocol):
     """One way to compute attention. All backends give the same numbers: tests/unit/nn/test_attend.py."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The word by which a run file asks for it."""
 
     def why_not(self, request: AttentionRequest) -> str | None:
         """Why this backend cannot run there (found, needed), or None if it can. Asked at every forward: cheap."""

@@ -60,8 +60,10 @@ class Flash:
         self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
     ) -> PackedPlan:
         """The documents as they are: nothing is read back from the device."""
+        found = _import(self.module, self.package)
+        assert not isinstance(found, str), "who plans has asked why_not before"
         return PackedPlan(
-            self.attend(_import(self.module, self.package)),
+            self.attend(found),
             cu_seqlens_S1=cu_seqlens_S1,
             max_seqlen=max_seqlen,
             radius=window_radius_tokens,

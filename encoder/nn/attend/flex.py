@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class FlexPlan:
     traceable = True
 
     def __init__(
-        self, attend: Callable[..., Tensor], *, whole: BlockMask, windowed: BlockMask
+        self, attend: Callable[..., Any], *, whole: BlockMask, windowed: BlockMask
     ) -> None:
         self.attend, self.whole, self.windowed = attend, whole, windowed
 
@@ -116,7 +117,7 @@ def _missing() -> str | None:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., Any]:
     # a graph for each length, window and mode (a run with two phases and evaluation has 8); beyond torch's limit of 8 it would
     # run uncompiled, with scores of T x T: whole, it raises instead
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

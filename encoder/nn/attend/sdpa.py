@@ -49,8 +49,7 @@ class SdpaPlan:
         for qkv in zip(*(x.split(self.lengths) for x in (q_THD, k_THD, v_THD)), strict=True):
             length = len(qkv[0])
             mask = self.band_LL[:length, :length] if local and length > self.radius + 1 else None
-            out = F.scaled_dot_product_attention(
-                *(x_LHD.transpose(0, 1)[None] for x_LHD in qkv), attn_mask=mask
-            )
+            q_1HLD, k_1HLD, v_1HLD = (x_LHD.transpose(0, 1)[None] for x_LHD in qkv)
+            out = F.scaled_dot_product_attention(q_1HLD, k_1HLD, v_1HLD, attn_mask=mask)
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)

@@ -57,7 +57,7 @@ class Tiles:
         longest = int(lengths_S.max()) if len(lengths_S) else 0
         whole = _document_tiles(starts_S, lengths_S, tokens=tokens, radius=None)
         if longest <= window_radius_tokens + 1:
-            windowed = whole
+            windowed: DocumentTiles | WindowTiles = whole
         elif longest <= 2 * window_radius_tokens:
             windowed = _document_tiles(
                 starts_S, lengths_S, tokens=tokens, radius=window_radius_tokens

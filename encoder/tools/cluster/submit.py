@@ -186,20 +186,20 @@ def _submit(args: argparse.Namespace, chain: Chain) -> int:
         partition=args.partition,
         time_limit=args.time,
     )
-    if args.run:
+    if folder is not None:
         if args.time and 0 < minutes(args.time) < LEAST_MINUTES:
             raise ConfigError(
                 f"--time {args.time} is {minutes(args.time):g} minutes, but the training saves and"
                 f" leaves 5 minutes before its limit. Needed: {LEAST_MINUTES} minutes or more."
             )
         if alive := alive_jobs(_record(folder)):
-            jobs = (
+            who = (
                 f"job {alive[0]} of this run is"
                 if len(alive) == 1
                 else f"jobs {', '.join(alive)} of this run are"
             )
             raise ConfigError(
-                f"{jobs} still queued or running. Wait, or scancel {' '.join(alive)}; "
+                f"{who} still queued or running. Wait, or scancel {' '.join(alive)}; "
                 "slurm/submit.py status says how it stands."
             )
         if not args.no_plan:
@@ -266,7 +266,7 @@ def _chain(
         also: str = "",
         **changes: str,
     ) -> None:
-        after = ((how, jobs[-1].role),) if jobs else ()
+        after: tuple[tuple[str, str], ...] = ((how, jobs[-1].role),) if jobs else ()
         after += (("afterok", also),) if also else ()
         jobs.append(
             Job(
@@ -280,6 +280,7 @@ def _chain(
             )
         )
 
+    own: tuple[str, ...]
     if args.prep:
         cpus = args.prep_cpus or args.cpus_per_task
         own = (f"--cpus-per-task={cpus}",) if cpus else ()
@@ -302,7 +303,7 @@ def _chain(
                 *own,
                 f"--output={early}/merge-%j.out",
             )
-    if not args.run:
+    if folder is None:
         return jobs
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     shape = [f"--nodes={args.nodes}", f"--ntasks-per-node={per_node}"]
@@ -322,11 +323,11 @@ def _chain(
     early_end = jobs[-1].role if jobs else ""  # where it fails, none of several trainings may run
     for number in range(1, args.jobs + 1):
         role = "training" if args.jobs == 1 else f"training-{number}"
-        own = [
+        own = (
             f"--job-name={name}",
             *([f"--time={args.time}"] if args.time else []),
             *(["--no-requeue"] if args.jobs > 1 else []),
-        ]
+        )
         add(
             role,
             "pretrain.sbatch",

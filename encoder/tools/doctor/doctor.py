@@ -121,12 +121,13 @@ class Doctor:
             if "error" in fact
         }
         found.exclude_or_mistake(wrong, of=len({fact["node"] for fact in facts.values()}))
+        needs = None
         try:
-            needs = run and count_needs(run, ranks=self.world.size)
+            if run is not None:
+                needs = count_needs(run, ranks=self.world.size)
         except UserError as error:
             found.mistakes.append(str(error))
-            run = None
-        if run is None:
+        if run is None or needs is None:
             found.mistakes += (
                 [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
             )
@@ -139,6 +140,7 @@ class Doctor:
             firsts = {rank: fact["node"] for rank, fact in whole.items() if fact["local_rank"] == 0}
             self._folder(rendezvous, run, nonce, needs.checkpoint_bytes, firsts)
         if rendezvous.broadcast("links", not found.exit_code and self.world.size > 1):
+            assert run is not None, "who has no run has made a mistake"
             self._links(rendezvous, [facts[rank]["node"] for rank in range(self.world.size)], run)
         nodes = {
             facts[rank]["node"] if rank in facts else self.expected[rank]

@@ -105,7 +105,7 @@ class Links:
                 start = time.perf_counter()
                 self._sum(group, values)
                 seconds.append(time.perf_counter() - start)
-                exact &= torch.equal(values, expected)
+                exact &= torch.equal(values, torch.as_tensor(expected))
         except RuntimeError as error:
             return {"error": f"no answer ({str(error).strip().splitlines()[0][:120]})"}
         if not exact:

@@ -154,14 +154,13 @@ def forecast(
     assert (machine is None) != (probe is None), "one of them"
     assumed = list(machine.assumed if machine else ())
     link = _link(interconnect, machine, ranks, assumed)
-    update = (
-        probe.update_seconds
-        if probe
-        else parameters
-        / (ranks if run.engine.zero_stage else 1)
-        * UPDATE_BYTES
-        / (machine.memory_bytes_per_second * machine.memory_share)
-    )
+    if probe is not None:
+        update = probe.update_seconds
+    else:
+        assert machine is not None
+        own = parameters / (ranks if run.engine.zero_stage else 1)
+        reached = machine.memory_bytes_per_second * machine.memory_share
+        update = own * UPDATE_BYTES / reached
     parts = {"computing": 0.0, "update": 0.0, "communication": 0.0, "data": 0.0}
     most_bytes = 0.0
     for stretch in stretches:
@@ -173,18 +172,20 @@ def forecast(
             run, parameters=parameters, ranks=ranks, micro_batches=micro_batches
         )
         most_bytes = max(most_bytes, sent)
+        if probe is not None:
+            computing = flops / probe.flops_per_second[phase.max_tokens_per_document]
+            waiting = tokens * probe.data_seconds_per_token
+        else:
+            assert machine is not None
+            computing = _computing_seconds(
+                run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches
+            )
+            waiting = 0.0  # a GPU's rows are made by other processes meanwhile
         seconds_of_step = {
-            "computing": (
-                flops / probe.flops_per_second[phase.max_tokens_per_document]
-                if probe
-                else _computing_seconds(
-                    run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches
-                )
-            ),
+            "computing": computing,
             "update": update,
             "communication": sent / link,
-            # a GPU's rows are made by other processes meanwhile
-            "data": tokens * probe.data_seconds_per_token if probe else 0.0,
+            "data": waiting,
         }
         for name, seconds in seconds_of_step.items():
             parts[name] += stretch.steps * seconds
@@ -231,7 +232,11 @@ def forecast_lines(
         )
         if seconds
     )
-    where = f"{ranks} x {machine.name}" if machine else probe.text
+    if machine is not None:
+        where = f"{ranks} x {machine.name}"
+    else:
+        assert probe is not None
+        where = probe.text
     lines = [
         (
             f"speed          about {short_count(round(found.tokens_per_second))} tokens/s on"
@@ -304,11 +309,13 @@ def _link(
 ) -> float:
     if interconnect is not None or ranks == 1:
         return interconnect or math.inf
-    inside = machine is not None and ranks <= machine.devices_a_machine
-    rate = machine.link_bytes_per_second if inside else BETWEEN_MACHINES
+    if machine is not None and ranks <= machine.devices_a_machine:
+        rate = machine.link_bytes_per_second
+        where = f"{ranks} in one machine"
+    else:
+        rate = BETWEEN_MACHINES
+        where = "over several machines"
     assumed.append(
-        f"{rate / 1e9:,.0f} GB/s of a rank to the others, "
-        + (f"{ranks} in one machine" if inside else "over several machines")
-        + "; --interconnect says another"
+        f"{rate / 1e9:,.0f} GB/s of a rank to the others, {where}; --interconnect says another"
     )
     return rate

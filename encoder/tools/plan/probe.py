@@ -174,7 +174,8 @@ def measure(run: RunConfig) -> Probe:
             many,
             DataPosition(),
         ) as loader:
-            times, began = {FEW: [], MANY: []}, time.monotonic()
+            times: dict[int, list[tuple[float, float]]] = {FEW: [], MANY: []}
+            began = time.monotonic()
             for number in range(ROUNDS + 1):
                 for count in (FEW, MANY):
                     asked = clock()

@@ -260,7 +260,8 @@ def _side_by_side(
 
 def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
     """What the last evaluation found: losses and accuracies by name."""
-    found = next((m for m in reversed(metrics) if "held_out_loss" in m), {})
+    nothing: dict[str, Any] = {}
+    found = next((m for m in reversed(metrics) if "held_out_loss" in m), nothing)
     return {k: v for k, v in found.items() if k.startswith(("held_out_loss", "held_out_accuracy"))}
 
 
@@ -268,7 +269,7 @@ def verify_ledger(folder: Path) -> int:
     """Follows the ledger's hash chain to its end, which a finished run knows; returns the last step. Raises LedgerError."""
     lines = read_jsonl(folder / LEDGER)
     follow_chain(lines, folder / LEDGER)
-    last = lines[-1] if lines else {"step": 0, "chain": ""}
+    last: dict[str, Any] = lines[-1] if lines else {"step": 0, "chain": ""}
     read_done(folder, with_checkpoint=False)
     if not lines and (folder / METRICS).exists():
         raise LedgerError(

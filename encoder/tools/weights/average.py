@@ -52,7 +52,7 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path) -> StoredModel:
     model = dataclasses.replace(
         first,
         weights=mean_weights(checkpoints, first),
-        max_tokens=max(f.max_tokens for f in facts),
+        max_tokens=max((f.max_tokens for f in facts if f.max_tokens is not None), default=None),
         origin=(
             f"mean of {len(facts)} checkpoints: {'; '.join(f.origin for f in facts)}"
             if len(facts) > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from encoder.base.hub import parse_hub_name
 from encoder.base.units import short_count
@@ -33,7 +34,8 @@ def training_of(source: Path, model: StoredModel, *, name: str) -> Training:
     run, folder = saved_run(checkpoint), checkpoint.parent.parent
     progress, _ = read_progress(checkpoint)
     metrics = [m for m in merged_metrics(folder / METRICS) if m["step"] <= progress.step]
-    last = next((m for m in reversed(metrics) if "held_out_loss" in m), {})
+    nothing: dict[str, Any] = {}
+    last = next((m for m in reversed(metrics) if "held_out_loss" in m), nothing)
     facts = {
         "origin": model.origin,
         "trained": f"{progress.step:,} steps, {short_count(progress.tokens)} tokens",

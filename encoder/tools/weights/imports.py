@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import TypedDict
 
 from encoder.base.errors import ModelError
 from encoder.base.hub import fetch_model, fetch_tokenizer, parse_hub_name
@@ -16,8 +17,16 @@ from encoder.models.stored import StoredModel, write_stored
 from encoder.runs.weights import read_model
 
 
+class Told(TypedDict, total=False):
+    """What a bare state dict does not say, as read_composer takes it."""
+
+    global_rope_theta: float
+    local_rope_theta: float
+    heads: int
+
+
 def import_model(
-    source: Path, out: Path, *, tokenizer: Path | None = None, told: dict[str, float | int]
+    source: Path, out: Path, *, tokenizer: Path | None = None, told: Told
 ) -> tuple[StoredModel, Proof | None]:
     """Writes the weights folder `out`, whole or not at all; a Hugging Face model is proven first.
 
