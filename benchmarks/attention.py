@@ -95,11 +95,11 @@ def measure(
             plan = backend.plan(
                 ends, max_seqlen=max(lengths), tokens=len(q), window_radius_tokens=RADIUS
             )
-            routes[name] = lambda q, k, v, plan=plan: plan(q, k, v, local=local)
+            routes[name] = functools.partial(plan, local=local)
     check(routes, q, k, v, d_out, lengths=lengths, local=local)
     timed = in_turn(
         {
-            name: lambda route=route: both_ways(route, q, k, v, d_out)
+            name: functools.partial(both_ways, route, q, k, v, d_out)
             for name, route in routes.items()
         },
         rounds=args.rounds,
@@ -186,7 +186,7 @@ def both_ways(route: Route, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> l
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = route(*leaves)
     out.backward(d_out)
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def dense_row(lengths: list[int], *, local: bool, device: torch.device) -> Route:
@@ -218,14 +218,14 @@ def padded(lengths: list[int], *, local: bool, device: torch.device) -> Route:
     sees = None if sees is None else sees.to(device)
 
     def route(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch = [
+        q, k, v = (
             x.new_zeros(len(lengths) * longest, *x.shape[1:])
             .index_copy(0, at, x)
             .view(len(lengths), longest, *x.shape[1:])
             .transpose(1, 2)
             for x in (q, k, v)
-        ]
-        out = F.scaled_dot_product_attention(*batch, attn_mask=sees)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
         return out.transpose(1, 2).flatten(0, 1).index_select(0, at)
 
     return route
@@ -242,7 +242,7 @@ def jagged(lengths: list[int], ends: Tensor) -> Route:
     )
 
     def route(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        nested = (make(x).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*nested).transpose(1, 2).values()
+        q, k, v = (make(x).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()
 
     return route

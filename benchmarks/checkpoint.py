@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,7 +28,7 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.base.units import Progress
 from encoder.engine.checkpoint.read import claim_incarnation, read_weights
 from encoder.engine.checkpoint.save import Saved, Saver
-from encoder.engine.engine import StateShard
+from encoder.engine.engine import Engine, StateShard
 
 QUICK = dict(shape="tiny")
 
@@ -135,7 +135,7 @@ class _Saves:
         )
         self._saver = Saver(
             folder / "checkpoints",
-            engine=engine,
+            engine=cast(Engine, engine),
             incarnation=claim_incarnation(folder, World()),
             keep_last=1,
         )
@@ -180,6 +180,7 @@ class _Saves:
         there = {name: p.detach().cpu().clone() for name, p in self._names.items()}
         self._saver.start(Progress(step=self._tokens, tokens=self._tokens), run_yaml="", extra={})
         saved: Saved | None = self._saver.wait()
+        assert saved is not None, "a save was started"
         read = read_weights(saved.path)
         wrong = [name for name, tensor in there.items() if not torch.equal(read[name], tensor)]
         if wrong:

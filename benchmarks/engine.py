@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 
@@ -24,6 +25,7 @@ from encoder.base.batch import TokenBatch
 from encoder.base.command import count
 from encoder.base.dist import World, join, leave
 from encoder.base.errors import UserError
+from encoder.engine.precision import Precision
 from encoder.models.modernbert import ModernBertForMaskedLM
 from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig, mlm_loss
 from encoder.optim.groups import decay_groups
@@ -69,7 +71,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
 
 
 def _tables(args: argparse.Namespace, report: Report, device: torch.device) -> None:
-    precision = args.precision or usual_precision(device)
+    precision: Precision = args.precision or usual_precision(device)
     for number in args.micro_batches:
         config = config_of(args.shape, dropout=0.0)
         batches = [
@@ -144,7 +146,7 @@ class Plain:
 
 
 def engine_side(
-    shape: str, batches: list[TokenBatch], *, stage: int, precision: str, device: torch.device
+    shape: str, batches: list[TokenBatch], *, stage: int, precision: Precision, device: torch.device
 ) -> tuple[Callable[[], None], float]:
     """A stage's step, and how far off the plain side's its weights are after two. Raises UserError."""
     from encoder.engine.engine import EngineConfig, start_engine
@@ -157,7 +159,7 @@ def engine_side(
         optimizer=RULE,
         world=World(),
         device=device,
-        config=EngineConfig(zero_stage=stage, precision=precision),
+        config=EngineConfig(zero_stage=cast(Literal[0, 1, 2, 3], stage), precision=precision),
     )
     masked = sum(b.counts["mlm"] for b in batches)
 

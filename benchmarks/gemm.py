@@ -9,6 +9,7 @@ against fp64 first.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 
 import torch
@@ -52,10 +53,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             PRODUCTS, math.ceil(GPU_ROUND / (2 * m * k * n)) if device.type == "cuda" else 0
         )
         timed = in_turn(
-            {
-                form: lambda pair=pair, times=times: repeat(*pair, times)
-                for form, pair in operands.items()
-            },
+            {form: functools.partial(repeat, *pair, times) for form, pair in operands.items()},
             rounds=args.rounds,
             device=device,
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import functools
 import json
 import os
 import pstats
@@ -117,7 +118,7 @@ def pack(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
             fast.pieces_P[a:b].tolist() for a, b in zip(fast.row_starts_R1, fast.row_starts_R1[1:])
         ] != slow:
             raise UserError("pack_best_fit gives other rows than its slow twin. Nothing was timed.")
-        times = slow_seconds / best_of(3, lambda some=some: pack_best_fit(some, ROW_TOKENS))
+        times = slow_seconds / best_of(3, functools.partial(pack_best_fit, some, ROW_TOKENS))
         for documents in (4096,) if args.quick else (4096, 8192, 16_384):
             plans = [
                 windows_of(sources, longest=longest, documents=documents).plan(k)
@@ -129,9 +130,7 @@ def pack(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
                 sum(plan.rows for plan in plans),
                 sum(map(len, pieces)),
             )
-            seconds = best_of(
-                3, lambda pieces=pieces: [pack_best_fit(p, ROW_TOKENS) for p in pieces]
-            )
+            seconds = best_of(3, functools.partial(pack_all, pieces))
             found[f"{longest}, {documents}"] = {
                 "fill": tokens / opened / ROW_TOKENS,
                 "mtok_per_cpu_second": tokens / seconds / 1e6,
@@ -184,9 +183,7 @@ def plan(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
         found[str(longest)] = {
             "mtok_per_second": wall,
             "mtok_per_cpu_second": cpu,
-            "profile": profile(
-                lambda windows=windows: [windows.plan(k) for k in range(each)], lines=6
-            ),
+            "profile": profile(functools.partial(plan_all, windows, each), lines=6),
         }
         rows.append(
             [
@@ -234,18 +231,18 @@ def loader(shards: Path, report: Report, *, where: str, args: argparse.Namespace
                 ]
             )
         found[str(longest)] = {"rounds": rounds}
-    with loader_of(mixture(shards), longest=LENGTHS_OF_PHASES[0]) as made:
-        made.next_step()
-        found["profile"] = profile(
-            lambda: [made.next_step() for _ in range(1 if args.quick else 8)], lines=12
+    with loader_of(mixture(shards), longest=LENGTHS_OF_PHASES[0]) as one_rank:
+        one_rank.next_step()
+        profiled = profile(
+            lambda: [one_rank.next_step() for _ in range(1 if args.quick else 8)], lines=12
         )
     report.add(
         f"Micro-batches of {MICRO_BATCH_ROWS} rows, read, packed, masked and laid together:"
         f" {where}",
         head=["pieces", "Mtok/s", "spread", "by CPU time", "times one"],
         rows=table,
-        notes=["checked: two ranks make the rows of one (hashes)", *found["profile"]],
-        figures=found,
+        notes=["checked: two ranks make the rows of one (hashes)", *profiled],
+        figures={**found, "profile": profiled},
     )
 
 
@@ -542,6 +539,18 @@ def loader_of(
     )
 
 
+def pack_all(pieces: list[np.ndarray]) -> None:
+    """The rows of some windows."""
+    for lengths in pieces:
+        pack_best_fit(lengths, ROW_TOKENS)
+
+
+def plan_all(windows: Windows, count: int) -> None:
+    """The first windows."""
+    for k in range(count):
+        windows.plan(k)
+
+
 def pieces_of(plan: WindowPlan, sources: list[Source]) -> np.ndarray:
     """Tokens of a plan's pieces, with the [CLS] and [SEP] that are put back."""
     source, document, start, end = plan.pieces_P4.T
@@ -563,7 +572,7 @@ def profile(do: Callable[[], Any], *, lines: int) -> list[str]:
     """The functions that hold the time, each without what it calls."""
     taken = cProfile.Profile(time.process_time)
     taken.runcall(do)
-    stats = pstats.Stats(taken).stats
+    stats = pstats.Stats(taken).stats  # type: ignore[attr-defined]  # typeshed lacks it
     total = sum(own for _, _, own, _, _ in stats.values())
     return [
         f"    {own / total:6.1%}  {calls:>8,} calls  {Path(path).stem}.{name}"
@@ -573,7 +582,7 @@ def profile(do: Callable[[], Any], *, lines: int) -> list[str]:
     ]
 
 
-def side_by_side(shards: Path, children: list[str]) -> list[dict[str, float]]:
+def side_by_side(shards: Path, children: list[str]) -> list[dict[str, Any]]:
     """Processes of this module that begin together once all are ready, and what each printed last."""
     started = [
         subprocess.Popen(
@@ -588,8 +597,10 @@ def side_by_side(shards: Path, children: list[str]) -> list[dict[str, float]]:
         for child in children
     ]
     for process in started:
+        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", f"{children} could not start"
     for process in started:
+        assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from benchmarks.report import Report
 from benchmarks.timing import in_turn, paired_ratio, ratio_text
 from benchmarks.workload import SHAPES, config_of, first_model
 from encoder.base.errors import UserError
+from encoder.base.model import TrainedModel
 from encoder.models.modernbert import ModernBertForMaskedLM
 from encoder.optim.catalog import OPTIMIZERS, build_optimizer, state_elements
 from encoder.optim.whole_tensors import MomentsConfig
@@ -43,7 +45,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     with torch.device("meta"):
         bare = ModernBertForMaskedLM(config_of(args.shape, dropout=0.0))
     count = sum(p.numel() for p in bare.parameters())
-    sides = {
+    sides: dict[str, Callable[[], object]] = {
         f"ours, {rule}": ours(args.shape, OPTIMIZERS[rule](), device=device) for rule in args.rules
     }
     sides |= peers(args.shape, device=device)
@@ -86,17 +88,17 @@ def ours(shape: str, config: MomentsConfig, *, device: torch.device) -> Callable
     return optimizer.step
 
 
-def peers(shape: str, *, device: torch.device) -> dict[str, Callable[[], None]]:
+def peers(shape: str, *, device: torch.device) -> dict[str, Callable[[], object]]:
     """torch's AdamW twice, and torch-optimi's StableAdamW where it is installed."""
-    settings = dict(lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0125)
-    found = {
-        name: (
-            torch.optim.AdamW(
-                with_gradients(shape, device=device).parameters(), **settings, **more
-            ).step
-        )
-        for name, more in ((PEER, dict(fused=True)), ("torch AdamW, foreach", dict(foreach=True)))
+    settings: dict[str, Any] = dict(lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0125)
+    forms: dict[str, dict[str, Any]] = {
+        PEER: {"fused": True},
+        "torch AdamW, foreach": {"foreach": True},
     }
+    found: dict[str, Callable[[], object]] = {}
+    for name, form in forms.items():
+        parameters = with_gradients(shape, device=device).parameters()
+        found[name] = torch.optim.AdamW(parameters, **settings, **form).step
     try:
         from optimi import StableAdamW
     except ImportError:
@@ -127,7 +129,8 @@ def check_rule(config: MomentsConfig, *, device: torch.device) -> None:
     small = _Small().to(device)
     start = {name: p.detach().cpu().clone() for name, p in small.named_parameters()}
     grads = [{name: torch.randn(p.shape, generator=draw) for name, p in start.items()} for _ in lrs]
-    optimizer = build_optimizer(small, config)
+    # it has what grouping asks for
+    optimizer = build_optimizer(cast(TrainedModel, small), config)
     for lr, grad in zip(lrs, grads):
         for name, p in small.named_parameters():
             p.grad = grad[name].to(device)

@@ -10,6 +10,7 @@ attention function a mask of documents, in version 4 in the place where it makes
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -82,7 +83,9 @@ class Theirs:
                 f"--hf-attention flex_attention with transformers {transformers.__version__}: its"
                 " ModernBERT has it from version 5 on. Use sdpa."
             )
-        self.model = transformers.ModernBertForMaskedLM(own)
+        # its stubs take a device for a model
+        model: Any = transformers.ModernBertForMaskedLM(own)
+        self.model = model
         missing = self.model.load_state_dict(
             first_model(config).state_dict(), strict=False
         ).missing_keys
@@ -92,7 +95,8 @@ class Theirs:
         self.model.tie_weights()
         self.model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.autocast, self._masks = autocast, None
+        self.autocast = autocast
+        self._masks: tuple[Any, Any] | None = None
         if not self.newer:
             made = self.model.model._update_attention_mask
             self.model.model._update_attention_mask = lambda *a, **k: self._masks or made(*a, **k)
@@ -206,9 +210,11 @@ def _dense_masks(document_RL: Tensor, *, radius: int) -> tuple[Tensor, Tensor]:
     sees = (document_RL[:, :, None] == document_RL[:, None, :])[:, None]
     near = sees & ((place_L[:, None] - place_L).abs() <= radius)
     lowest = torch.finfo(torch.float32).min
-    return tuple(
-        torch.zeros(m.shape, device=m.device).masked_fill_(~m, lowest) for m in (sees, near)
-    )
+
+    def scores(mask: Tensor) -> Tensor:
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
+
+    return scores(sees), scores(near)
 
 
 def _flex_masks(document_RL: Tensor, *, radius: int) -> tuple[Any, Any]:
@@ -222,10 +228,10 @@ def _flex_masks(document_RL: Tensor, *, radius: int) -> tuple[Any, Any]:
     def windowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return whole(b, h, query, key) & ((query - key).abs() <= radius)
 
-    return tuple(
-        create_block_mask(m, rows, None, tokens, tokens, device=document_RL.device)
-        for m in (whole, windowed)
+    make = functools.partial(
+        create_block_mask, B=rows, H=None, Q_LEN=tokens, KV_LEN=tokens, device=document_RL.device
     )
+    return make(whole), make(windowed)
 
 
 def _on(part: Part, device: torch.device) -> Part:

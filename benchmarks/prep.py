@@ -175,7 +175,7 @@ def check_same_ids(files: list[Path], tokenizer: Path, folder: Path) -> None:
         processes=1,
         keep=True,
     )
-    found = Counter()
+    found: Counter[bytes] = Counter()
     for split in ("train", "held_out"):
         if (folder / "checked/ours/all" / split).is_dir():
             source = open_source(folder / "checked/ours/all" / split, name=split)
@@ -317,12 +317,13 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
         compression=None,
         stop_on_error=True,
         max_document_bytes=2**26,
+        sentences=False,
     )
     tokenization.one_thread_a_process()
     source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
     tokens = 0
 
-    def add(told: worker.At | worker.Done) -> None:
+    def add(told: worker.At | worker.Done | worker.Sample) -> None:
         nonlocal tokens
         if isinstance(told, worker.Done):
             tokens += told.tokens

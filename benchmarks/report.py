@@ -42,7 +42,8 @@ class Report:
     """Prints each table when it is known and writes all of them to `path`, if there is one, so that a stop loses nothing."""
 
     def __init__(self, path: Path | None, *, command: str, device: torch.device) -> None:
-        self.path, self.tables = path, []
+        self.path = path
+        self.tables: list[dict[str, Any]] = []
         self._facts = {"command": command, **environment(device)}
         print(environment_text(self._facts), flush=True)
 

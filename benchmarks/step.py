@@ -17,7 +17,7 @@ import functools
 import importlib.util
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from encoder.base.batch import LossTerm, TokenBatch
 from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.engine.graphed import GraphedForward
-from encoder.engine.precision import computes_bf16
+from encoder.engine.precision import Precision, computes_bf16
 from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.attend import BACKENDS, AttentionRequest
 from encoder.objectives.mlm import MLM, mlm_loss
@@ -193,14 +193,16 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             )
         first = next(iter(sides))
         if args.against == "hf" and precision != "fp8":
-            batches = sides[first].all_batches
+            ours = sides[first]
+            assert isinstance(ours, Ours)
+            batches = ours.all_batches
             attention, kinds = hf_attention(args.hf_attention), args.kinds
             if attention.startswith(
                 "flash"
             ):  # it leaves padding out by itself, and takes no mask of documents
                 kinds = [k for k in kinds if k != "packed"]
             for kind in kinds:
-                make = functools.partial(
+                theirs = functools.partial(
                     Theirs,
                     kind,
                     config,
@@ -212,13 +214,12 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                     compiled=args.hf_compile == "on",
                 )
                 judge = functools.partial(judged, config, batches, device=device, known=truths)
-                if (
-                    made := checked(make, judge, precision=precision, bounds=PEER_GRADIENT)
-                ) is None:
+                peer = checked(theirs, judge, precision=precision, bounds=PEER_GRADIENT)
+                if peer is None:
                     too_large.append(f"transformers {kind}")
                 else:
-                    name = f"{made[0].name}, {made[0].how}"
-                    sides[name], off[name] = made
+                    name = f"{peer[0].name}, {peer[0].how}"
+                    sides[name], off[name] = peer
         timed = in_turn(
             {name: side_round(side) for name, side in sides.items()},
             rounds=args.rounds,
@@ -236,9 +237,11 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             too_large=too_large,
         )
         if args.profile:
+            profiled = sides[first]
+            assert isinstance(profiled, Ours)
             tell_profile(
                 report,
-                sides[first],
+                profiled,
                 device=device,
                 title=f"{args.shape}, {args.length:,}, {precision}: {first}",
             )
@@ -343,7 +346,7 @@ def side_round(side: Ours | Theirs) -> Callable[[], None]:
     return do
 
 
-def usual_precision(device: torch.device) -> str:
+def usual_precision(device: torch.device) -> Precision:
     """autocast where the device has units for bf16."""
     return "autocast" if computes_bf16(device) else "fp32"
 
@@ -433,7 +436,11 @@ def taken(side: Ours | Theirs) -> Truth:
         side.optimizer.zero_grad(set_to_none=True)
     loss = side.loss(-1)
     loss.backward()
-    gradients = {name: p.grad.double().cpu() for name, p in side.model.named_parameters()}
+    gradients = {
+        name: p.grad.double().cpu()
+        for name, p in side.model.named_parameters()
+        if p.grad is not None
+    }
     side.optimizer.zero_grad(set_to_none=True)
     return Truth(loss=loss.item(), gradients=gradients)
 
@@ -484,11 +491,11 @@ def _tell(
 ) -> None:
     peak, on_gpu = bf16_peak(device), device.type == "cuda"
     rows, figures = [], {}
-    for name, side in sides.items():
+    batches: Sequence[TokenBatch] = ()
+    for name, side in sides.items():  # ours is first
         memory = timed[name].peak_bytes + held_bytes(side)
-        batches = (
-            side.all_batches if isinstance(side, Ours) else sides[next(iter(sides))].all_batches
-        )
+        if isinstance(side, Ours):
+            batches = side.all_batches
         flops = statistics.mean(
             config.train_flops(lengths=document_lengths(b), targets=b.counts) / b.tokens
             for b in batches

@@ -432,9 +432,11 @@ def _train(args: argparse.Namespace) -> None:
 
     if args.config:
         config = read_settings(PrepareConfig, args.config)
-        sources, root = config.sources, Path(config.root)
+        sources = [*config.sources]
+        root = Path(config.root)
     else:
-        sources, root = sources_of(args.files), Path()
+        sources = sources_of(args.files)
+        root = Path()
     train_tokenizer(sources, root, args.out, vocab_size=args.vocab_size, sample_mb=args.sample_mb)
 
 

@@ -164,16 +164,13 @@ class HubSource(_Columns, _Named):
             raise ConfigError(f"source {self.name} has both config and files; needed: one of them.")
 
 
-Source = (
-    JsonlSource
-    | JsonArraySource
-    | CsvSource
-    | ParquetSource
-    | ArrowSource
-    | MdsSource
-    | TextSource
-    | HubSource
+FileSource = (
+    JsonlSource | JsonArraySource | CsvSource | ParquetSource | ArrowSource | MdsSource | TextSource
 )
+ColumnSource = (
+    JsonlSource | JsonArraySource | CsvSource | ParquetSource | ArrowSource | MdsSource | HubSource
+)
+Source = FileSource | HubSource
 SOURCES: dict[str, type[Source]] = {
     "jsonl": JsonlSource,
     "json_array": JsonArraySource,
@@ -190,7 +187,7 @@ SOURCES: dict[str, type[Source]] = {
 def recipe_of(source: Source) -> dict[str, Any]:
     """The settings of a source that decide its shards, for the card: what `files` match counts, not how it is written."""
     settings = {**to_plain(source), "format": word_of(source)}
-    if settings.get("filters"):
+    if settings.get("filters") and not isinstance(source, TextSource):
         settings["filters"] = [{"column": f.column, **to_plain(f.rules)} for f in source.filters]
     left = ("files", "estimate", "revision", "zstd_window_bytes")
     return {key: value for key, value in settings.items() if value and key not in left}

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from data_prep.output import output
 from encoder.base.errors import ConfigError
@@ -133,11 +134,11 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
         )
 
 
-def _write_sources(files: list[File], out: Path, limit: int) -> dict[str, dict[str, object]]:
+def _write_sources(files: list[File], out: Path, limit: int) -> dict[str, dict[str, Any]]:
     """out/code.jsonl and out/prose.jsonl; returns what the manifest says of them."""
     taken: set[str] = set()
     sources = {"code": _code(files, limit, taken), "prose": _prose(files, limit, taken)}
-    sums = {}
+    sums: dict[str, dict[str, Any]] = {}
     for name, documents in sources.items():
         documents.sort(key=lambda d: _order(d["text"]))
         content = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode(
@@ -218,7 +219,9 @@ class _Chosen:
 
     def __init__(self, limit: int) -> None:
         self.documents: list[dict[str, str]] = []
-        self._limit, self._bytes, self._packages = limit, 0, Counter()
+        self._limit = limit
+        self._bytes = 0
+        self._packages: Counter[str] = Counter()
         self._seen: set[bytes] = set()
 
     @property

@@ -97,8 +97,8 @@ class Filter:
         items = value if isinstance(value, list) else [value]
         if value is ABSENT or value is None or items == []:
             return list(self.rules) == ["none_of"]
-        for wanted in ((self.equals,), self.one_of or (), self.none_of or ()):
-            self._check_comparable(items, [w for w in wanted if w is not None])
+        for given in ((self.equals,), self.one_of or (), self.none_of or ()):
+            self._check_comparable(items, [w for w in given if w is not None])
         for wanted in (() if self.equals is None else (self.equals,), self.one_of):
             if wanted and not all(any(_same(item, w) for w in wanted) for item in items):
                 return False

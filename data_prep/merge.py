@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,8 @@ def _assemble_split(
     if not documents:
         return
     folder.mkdir(exist_ok=True)
-    entries, samples = [], 0
+    entries: list[dict[str, Any]] = []
+    samples = 0
     for segment, record in zip(segments, records, strict=True):
         for entry in record.shards[card.split]:
             moved = _named(entry, f"shard.{len(entries):05}.mds")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from encoder.base.log import say
 from encoder.base.units import short_count, short_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 LINE_SECONDS = 10.0
 
@@ -18,7 +22,8 @@ class Meter:
     def __init__(self, name: str, total_bytes: int) -> None:
         self.name, self.total_bytes = name, total_bytes
         self.bytes = self.documents = self.tokens = 0
-        self._bar = self._task = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
         self._begin = self._said = time.monotonic()
 
     def __enter__(self) -> Meter:
@@ -50,7 +55,7 @@ class Meter:
         self.bytes += file_bytes
         self.documents += documents
         self.tokens += tokens
-        if self._bar:
+        if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self.bytes, counts=self.counts())
         elif time.monotonic() - self._said >= LINE_SECONDS:
             self._said = time.monotonic()

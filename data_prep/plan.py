@@ -63,10 +63,11 @@ def plan(
         )
     plans = [source_plan(config, source, speed) for source in config.sources]
     known = [p for p in plans if p.amount]
+    tokens = sum(p.amount.tokens for p in plans if p.amount)
     total = SourcePlan(
         name="all",
         license="",
-        amount=Amount(tokens=sum(p.amount.tokens for p in known), samples=0, known_from=""),
+        amount=Amount(tokens=tokens, samples=0, known_from=""),
         text_bytes=sum(p.text_bytes for p in known),
         disk_bytes=sum(p.disk_bytes for p in known),
         core_hours=sum(p.core_hours for p in known),
@@ -174,17 +175,17 @@ def _cells(p: SourcePlan) -> tuple[str, ...]:
     )
 
 
+def _epochs_cell(tokens: int, amount: Amount | None) -> str:
+    return f"{tokens / amount.tokens:.2f}" if amount and amount.tokens else "?"
+
+
 def _mixture_cells(given: Mixture, plans: dict[str, SourcePlan]) -> list[tuple[str, ...]]:
     return [
         (
             name,
             short_count(tokens),
             f"{100 * tokens / given.tokens:.2f} %",
-            (
-                f"{tokens / plans[name].amount.tokens:.2f}"
-                if plans[name].amount and plans[name].amount.tokens
-                else "?"
-            ),
+            _epochs_cell(tokens, plans[name].amount),
         )
         for name, tokens in given.sources.items()
     ]

@@ -38,6 +38,7 @@ from encoder.data.shard_format import (
     read_card,
     special_ids_of,
     tokenizer_fingerprint,
+    width_of,
 )
 
 
@@ -175,7 +176,7 @@ def _plan(
         tokenizer_sha256=tokenizer_fingerprint(tokenizer_json),
         vocab_size=vocab_size,
         specials=specials,
-        dtype=ids_dtype(vocab_size).name,
+        dtype=width_of(ids_dtype(vocab_size)),
         documents=0,
         tokens=0,
         max_tokens_per_document=config.max_tokens_per_document,

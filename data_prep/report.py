@@ -112,7 +112,7 @@ def summarize(folder: Path) -> Summary:
 
 def table(found: Sequence[Summary]) -> list[tuple[str, ...]]:
     """Rows of cells, the head first. The share is of the tokens of the same split."""
-    rows = [HEAD]
+    rows: list[tuple[str, ...]] = [HEAD]
     for s in found:
         of_split = sum(o.card.tokens for o in found if o.card.split == s.card.split)
         rows.append(
@@ -167,7 +167,7 @@ def _picture(found: Sequence[Summary]) -> bytes:
         weights = s.lengths / s.lengths.sum(dtype=np.int64)
         axes.hist(
             s.lengths,
-            bins=np.geomspace(4, s.card.max_tokens_per_document + 1, 60),
+            bins=np.geomspace(4, s.card.max_tokens_per_document + 1, 60).tolist(),
             weights=weights,
             histtype="step",
             label=s.card.source,

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class ShardWriter:
         self.entries: list[dict] = []  # of index.json, but for the name
         self.tokens = 0
         self._folder, self._split, self._dtype = folder, split, dtype
-        self._config = {
+        self._config: dict[str, Any] = {
             "version": 2,
             "format": "mds",
             "compression": compression,
@@ -62,20 +63,19 @@ class ShardWriter:
             "column_sizes": [None],
         }
         self._head = json.dumps(self._config, sort_keys=True).encode("utf-8")
-        self._samples: list[bytes] = []
+        self._samples: list[bytes | memoryview] = []
+        self._sizes: list[int] = []
         self._begin()
 
     def _begin(self) -> None:
-        self._samples, self._sizes, self._room = (
-            [],
-            [],
-            self._config["size_limit"] - 8 - len(self._head),
-        )
+        self._samples = []
+        self._sizes = []
+        self._room = self._config["size_limit"] - 8 - len(self._head)
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
         """Append the chosen pieces of a batch, ids in `dtype`."""
         ids, width = (
-            memoryview(np.ascontiguousarray(ids_T, self._dtype)).cast("B"),
+            np.ascontiguousarray(ids_T, self._dtype).data.cast("B"),
             self._dtype.itemsize,
         )
         ends_P = np.cumsum(lengths_P)[chosen_P]
@@ -407,8 +407,10 @@ def _samples(
         i: sum(raw[begins + 4 * k + byte].astype(np.int64) << 8 * byte for byte in range(4))
         for k, i in enumerate(variable)
     }
-    columns = begins + 4 * len(variable) + sum((head.get(i, sizes[i]) for i in range(at)), start=0)
-    ends = columns + head.get(at, sizes[at])
+    # of each column its bytes: a number for all, or one of every sample
+    widths: list[Any] = [head.get(i, size) for i, size in enumerate(sizes)]
+    columns = begins + 4 * len(variable) + sum(widths[:at], start=0)
+    ends = columns + widths[at]
     if (
         np.any(columns < begins)
         or np.any(columns > limits)
@@ -416,14 +418,15 @@ def _samples(
         or np.any(ends < columns)
     ):
         raise ValueError("a sample's columns do not fit its size")
-    plain = (
+    # of one axis each
+    plain = bool(
         column.dtype is not None
         and column.has_shape
         and np.all(columns < ends)
         and np.all(raw[columns] >> 2 == 1)
     )
-    if plain or column.dtype is not None and not column.has_shape:
-        return _together(name, raw, columns, ends, column)
+    if column.dtype is not None and (plain or not column.has_shape):
+        return _together(name, raw, columns, ends, dtype=column.dtype, has_shape=column.has_shape)
     # arrays that name their own type, or have axes of size 1: one by one
     parts = [
         ids_in(column, data, begin, end - begin)
@@ -437,21 +440,27 @@ def _samples(
 
 
 def _together(
-    name: str, raw: np.ndarray, columns: np.ndarray, ends: np.ndarray, column: IdColumn
+    name: str,
+    raw: np.ndarray,
+    columns: np.ndarray,
+    ends: np.ndarray,
+    *,
+    dtype: np.dtype,
+    has_shape: bool,
 ) -> ShardSamples:
     """Arrays of one axis, or bare ids, of one type: cut out of the shard all at once."""
     first_byte = columns
-    if column.has_shape:  # one byte that tells the width of the size, and the size
+    if has_shape:  # one byte that tells the width of the size, and the size
         first_byte = columns + 1 + (1 << (raw[columns] & 3).astype(np.int64))
     id_bytes = ends - first_byte
-    if np.any(id_bytes < column.has_shape) or np.any(id_bytes % column.dtype.itemsize):
-        raise ValueError(f"a sample's size is no whole number of {column.dtype.name}")
+    if np.any(id_bytes < has_shape) or np.any(id_bytes % dtype.itemsize):
+        raise ValueError(f"a sample's size is no whole number of {dtype.name}")
     edges = np.zeros(len(raw) + 1, np.int8)
     edges[first_byte[id_bytes > 0]] += 1
     edges[ends[id_bytes > 0]] -= 1
-    ids_T = raw[np.cumsum(edges[:-1], dtype=np.int8).astype(bool)].view(column.dtype)
+    ids_T = raw[np.cumsum(edges[:-1], dtype=np.int8).astype(bool)].view(dtype)
     return ShardSamples(
         name=name,
-        ids_T=ids_T.view(np.int64) if column.dtype == np.uint64 else ids_T,
-        lengths_P=id_bytes // column.dtype.itemsize,
+        ids_T=ids_T.view(np.int64) if dtype == np.uint64 else ids_T,
+        lengths_P=id_bytes // dtype.itemsize,
     )

@@ -52,6 +52,7 @@ from encoder.data.shard_format import (
     Card,
     IdColumn,
     SpecialIds,
+    Width,
     check_index,
     id_column,
     lengths_dtype,
@@ -61,6 +62,7 @@ from encoder.data.shard_format import (
     read_lengths,
     special_ids_of,
     stored_info,
+    width_of,
     with_content,
     write_card,
     write_lengths,
@@ -113,7 +115,7 @@ def index(
         _check_free(folder, tokenizer_json, again)
         entries = read_index(folder)
         column, encoding = _column_of(folder, entries, reading)
-        dtype = "int64" if column.dtype is None else column.dtype.name
+        dtype: Width = "int64" if column.dtype is None else width_of(column.dtype)
         with output(folder, [LENGTHS, TOKENIZER, HASHES, SENTENCES, CARD]):
             read = _Read(
                 folder,
@@ -341,8 +343,13 @@ class _Read:
                 f"{path} holds the id {wrong:,}, the tokenizer has {self._vocab_size:,} entries."
                 f" Give the tokenizer that made the shards{other}."
             )
-        if self._reading.dtype and column.dtype.itemsize < 8 and len(stored.ids_T) >= 64:
-            wide = _wider(stored, column, self._vocab_size)
+        if (
+            self._reading.dtype
+            and column.dtype is not None
+            and column.dtype.itemsize < 8
+            and len(stored.ids_T) >= 64
+        ):
+            wide = _wider(stored, column.dtype, self._vocab_size)
             if wide:
                 raise ShardError(
                     f"{path}: read as {column.dtype.name} its ids are 0 wherever {wide} has its"
@@ -457,14 +464,12 @@ def _column_of(folder: Path, entries: Sequence[dict], reading: Reading) -> tuple
     return column, encoding
 
 
-def _wider(stored: ShardSamples, column: IdColumn, vocab_size: int) -> str | None:
+def _wider(stored: ShardSamples, narrow: np.dtype, vocab_size: int) -> str | None:
     """The type that the bytes are of where the one named is too narrow: its upper halves are all 0."""
     raw = stored.ids_T.view(np.uint8)
     for width in ("int64", "int32", "int16"):
         size = np.dtype(width).itemsize
-        if size > column.dtype.itemsize and not np.any(
-            stored.lengths_P * column.dtype.itemsize % size
-        ):
+        if size > narrow.itemsize and not np.any(stored.lengths_P * narrow.itemsize % size):
             ids = raw.view(np.dtype(width).newbyteorder("<"))
             if ids.min() >= 0 and ids.max() < vocab_size:
                 return width

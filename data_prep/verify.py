@@ -128,9 +128,10 @@ def _check_samples(folder: Path, stored: ShardSamples, expected_P: np.ndarray, c
         path,
         {
             "a sample that does not begin with [CLS]": (
-                not card.adds_specials and np.any(lacks.cls_P)
+                not card.adds_specials and bool(np.any(lacks.cls_P))
             ),
-            "a sample that does not end with [SEP]": not card.adds_specials and np.any(lacks.sep_P),
+            "a sample that does not end with [SEP]": not card.adds_specials
+            and bool(np.any(lacks.sep_P)),
             f"a sample longer than {card.max_tokens_per_document:,} tokens": (
                 lengths_P.max(initial=0) > card.max_tokens_per_document
             ),

@@ -384,7 +384,9 @@ class SegmentPool:
     def _make(
         self, jobs: Iterator[tuple[int, SegmentJob | SampleJob]], tell: Callable[[Any], None]
     ) -> None:
-        idle, busy, failed = list(self._processes), {}, {}
+        idle = list(self._processes)
+        busy: dict[connection.Connection, int] = {}
+        failed: dict[int, tuple[Exception, str]] = {}
         places = {pipe: "its start" for pipe in idle}
         while True:
             while idle and not failed and (job := next(jobs, None)):
@@ -398,7 +400,9 @@ class SegmentPool:
                 raise error from None if isinstance(error, UserError) else RuntimeError(trace)
             if not busy:
                 return
-            for pipe in connection.wait(busy):
+            for ready in connection.wait(busy):
+                assert isinstance(ready, connection.Connection)
+                pipe = ready
                 try:
                     news = pipe.recv()
                 except (EOFError, OSError) as error:
@@ -470,5 +474,7 @@ def _work(job: EncodeJob, pipe: connection.Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    connection.wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent is not None, "a worker has a parent"
+    connection.wait([parent.sentinel])
     os._exit(1)

@@ -56,7 +56,9 @@ class Target:
 
     @property
     def machine(self) -> str:
-        return re.fullmatch(r"manylinux_2_\d+_(\w+)", self.platform)[1]
+        found = re.fullmatch(r"manylinux_2_\d+_(\w+)", self.platform)
+        assert found is not None, f"{self.platform} was checked before"
+        return found[1]
 
     @property
     def pip_options(self) -> list[str]:

@@ -80,7 +80,9 @@ def can_be_cut(source: Source, file: InputFile) -> bool:
         and source.document != "file"
     )
     # a plain file with such a name was never cut: its segments stay what they were
-    return by_lines and file.packing is None and file.path.suffix not in (".gz", ".zst")
+    if not by_lines or file.packing is not None:
+        return False
+    return file.path is not None and file.path.suffix not in (".gz", ".zst")
 
 
 def read_blocks(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import IO
+from typing import Any
 
 from data_prep.config import JsonArraySource
 from data_prep.readers.blocks import SKIP, Block, Limits, ReadError, TooLarge, UntilBroken, readable
 from data_prep.readers.files import InputFile
-from data_prep.readers.packed import opened
+from data_prep.readers.packed import ByteStream, opened
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 2**20
@@ -26,7 +26,7 @@ def array_blocks(source: JsonArraySource, file: InputFile, limits: Limits) -> It
     items: list[bytes] = []
     number, size, seen = 0, 0, 0
 
-    def block(**content: object) -> Block:
+    def block(**content: Any) -> Block:
         return Block(
             source=source, file=file.place, unit="item", most_bytes=limits.document_bytes, **content
         )
@@ -52,7 +52,7 @@ def array_blocks(source: JsonArraySource, file: InputFile, limits: Limits) -> It
 
 
 def _items(
-    stream: IO[bytes], file: InputFile, most_bytes: int
+    stream: ByteStream, file: InputFile, most_bytes: int
 ) -> Iterator[tuple[bytes | None, int]]:
     """Each item of the array (None where it is too large) and its bytes."""
     outline = _Outline(file, most_bytes)

@@ -80,6 +80,12 @@ class Block:
     counted_from: int = 0
 
     @property
+    def whole_lines(self) -> bytes:
+        """The lines of a block that has them."""
+        assert self.lines is not None, "a block of items or columns has no lines"
+        return self.lines
+
+    @property
     def kind_of_row(self) -> str:
         """What `first` counts."""
         return "line" if self.lines is not None else self.unit

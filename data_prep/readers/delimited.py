@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any, Literal
 
 from data_prep.config import CsvSource
 from data_prep.filters import ABSENT, Filter
@@ -25,7 +25,7 @@ from data_prep.readers.blocks import (
     readable,
 )
 from data_prep.readers.files import InputFile
-from data_prep.readers.packed import opened
+from data_prep.readers.packed import ByteStream, opened
 from encoder.base.errors import nearest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -74,11 +74,11 @@ class _Records:
         """How far it came, for messages."""
         return f"{self._file.place} cannot be read beyond line {self._line:,}"
 
-    def open(self, stream: IO[bytes]) -> None:
+    def open(self, stream: ByteStream) -> None:
         """Read the header, where there is one. Raises ReadError."""
         # a cell is bounded before csv sees it, by the bytes of its lines
         csv.field_size_limit(2**31 - 1)
-        quoting = csv.QUOTE_MINIMAL if self._source.quotes else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if self._source.quotes else csv.QUOTE_NONE
         self._reader = csv.reader(
             self._lines(stream), delimiter=self._source.delimiter, quoting=quoting, strict=False
         )
@@ -133,7 +133,7 @@ class _Records:
                 )
             yield line, cells, self._bytes
 
-    def _lines(self, stream: IO[bytes]) -> Iterator[str]:
+    def _lines(self, stream: ByteStream) -> Iterator[str]:
         """Lines with their ends, which may be \\n, \\r\\n or \\r; at the end a record of our own."""
         rest: list[bytes] = []
         size = 0
@@ -178,7 +178,7 @@ class _Records:
             )
 
 
-def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
+def _pieces(stream: ByteStream) -> Iterator[bytes]:
     """What a stream gives, without a byte order mark at its beginning; no empty pieces."""
     first = stream.read1(READ_BYTES)
     while len(first) < len(BYTE_ORDER_MARK) and (more := stream.read1(READ_BYTES)):

@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.config import (
     ArrowSource,
     CsvSource,
+    HubSource,
     JsonArraySource,
     JsonlSource,
     MdsSource,
@@ -53,10 +54,9 @@ class InputFile:
 
     def check_unchanged(self) -> None:
         """Raises ConfigError when the file is not what it was when the work was planned."""
-        if self.fingerprint and (size_of(self.path), fingerprint(self.path)) != (
-            self.bytes,
-            self.fingerprint,
-        ):
+        if self.path is None or not self.fingerprint:
+            return
+        if (size_of(self.path), fingerprint(self.path)) != (self.bytes, self.fingerprint):
             raise ConfigError(
                 f"{self.place} was changed while the source was being made (it had {self.bytes:,}"
                 f" bytes and has {size_of(self.path):,}). Run the command again when nothing writes"
@@ -120,7 +120,7 @@ def _no_match(root: Path, pattern: str, folders: str) -> str:
 
 def check_kind(source: Source, file: InputFile) -> None:
     """The file is, by its first bytes, what the source's format says. Raises ReadError."""
-    if file.path is None:
+    if file.path is None or isinstance(source, HubSource):
         return
     try:
         kind = kind_of(head_of(file.path))
@@ -135,7 +135,7 @@ def check_kind(source: Source, file: InputFile) -> None:
         return
     word, inside = word_of(source), kind_of(head)
     if isinstance(source, ParquetSource | ArrowSource):
-        _check_table(source, file, kind, inside)
+        _check_table(source, file, kind, inside, head_of(file.path))
         return
     if isinstance(source, MdsSource):
         return  # its index tells what it is
@@ -150,10 +150,10 @@ def check_kind(source: Source, file: InputFile) -> None:
 
 
 def _check_table(
-    source: ParquetSource | ArrowSource, file: InputFile, kind: Kind, inside: Kind
+    source: ParquetSource | ArrowSource, file: InputFile, kind: Kind, inside: Kind, head: bytes
 ) -> None:
     """Raises ReadError for what is surely no table; bytes of no known kind are left to the reader of tables."""
-    word, head = word_of(source), head_of(file.path)
+    word = word_of(source)
     if kind.packing:
         to_do = (
             "Unpack it"

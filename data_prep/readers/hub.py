@@ -97,7 +97,7 @@ def _blocks_here(source: HubSource, file: InputFile, limits: Limits) -> Iterator
         elif kind.word == "parquet":
             yield from parquet_blocks(source, file, limits, stream)
             return
-    common = {
+    common: dict[str, Any] = {
         "name": source.name,
         "text": source.text,
         "filters": source.filters,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 HEAD_BYTES = 2**13
 Packing = Literal["gzip", "zstd", "bzip2", "xz"]
@@ -85,7 +85,7 @@ class Kind:
     @property
     def packing(self) -> Packing | None:
         """How it is compressed, if by one of those that are read on."""
-        return self.word if self.word in ("gzip", "zstd", "bzip2", "xz") else None
+        return next((word for word in get_args(Packing) if word == self.word), None)
 
 
 UNKNOWN = Kind("other", "no text, but bytes of an unknown kind", "Look at it (file, hexdump -C)")

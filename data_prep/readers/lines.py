@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterator
 from typing import IO
 
-from data_prep.config import Source, TextSource
+from data_prep.config import HubSource, JsonlSource, Source, TextSource
 from data_prep.readers.blocks import READ_ERRORS, Block, Limits, TooLarge, readable
 from data_prep.readers.files import InputFile
-from data_prep.readers.packed import STEP_BYTES, opened
+from data_prep.readers.packed import STEP_BYTES, USUAL_ZSTD_WINDOW, ByteStream, opened
 
 
 def line_blocks(
-    source: Source, file: InputFile, begin: int, end: int | None, limits: Limits
+    source: JsonlSource | TextSource, file: InputFile, begin: int, end: int | None, limits: Limits
 ) -> Iterator[Block]:
     """Blocks of the whole lines that begin in [begin, end); of whole paragraphs where these are the documents."""
     by_paragraph = isinstance(source, TextSource) and source.document == "paragraph"
@@ -87,7 +87,9 @@ class _Rest:
             self._bytes = self._lines = 0
             self._seam, begin = b"", 0
             if before:
-                begin = self._end.search(seam + piece).end() - len(seam)
+                found = self._end.search(seam + piece)
+                assert found is not None, "the last end was found above"
+                begin = found.end() - len(seam)
                 if before + begin > self._most:
                     pieces.clear()
                     yield None, before + begin
@@ -166,9 +168,10 @@ def text_blocks(source: TextSource, file: InputFile, limits: Limits) -> Iterator
 def line_ends(file: InputFile, source: Source, before: int, limits: Limits) -> int:
     """Line ends in the first `before` bytes of a file, decompressed, as far as it can be read."""
     count = 0
+    window = USUAL_ZSTD_WINDOW if isinstance(source, HubSource) else source.zstd_window_bytes
     with (
         contextlib.suppress(*READ_ERRORS),
-        opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
+        opened(file.at, file.packing, zstd_window_bytes=window) as (stream, raw),
     ):
         for piece in _pieces(stream, before, limits.block_bytes, compressed=stream is not raw):
             count += piece.count(b"\n")
@@ -176,7 +179,7 @@ def line_ends(file: InputFile, source: Source, before: int, limits: Limits) -> i
 
 
 def _pieces(
-    stream: IO[bytes], left: int | None, block_bytes: int, *, compressed: bool
+    stream: ByteStream, left: int | None, block_bytes: int, *, compressed: bool
 ) -> Iterator[bytes]:
     """The next `left` bytes (None: all) by `block_bytes`; where reading breaks, first what was read until there."""
     step = STEP_BYTES if compressed else block_bytes

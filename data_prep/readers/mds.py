@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from data_prep.readers.blocks import (
     readable,
 )
 from data_prep.readers.files import InputFile, matches, name_below, size_of
-from data_prep.readers.packed import opened, packing_of
+from data_prep.readers.packed import ByteStream, opened, packing_of
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.unpack import unpack
 from encoder.base.untrusted import INDEX_BYTES, inside, read_json
@@ -187,7 +187,8 @@ def _top(column: str, shard: TextShard) -> str | None:
 def mds_blocks(source: MdsSource, file: InputFile, limits: Limits) -> Iterator[Block]:
     """The samples of one shard in order, as columns. Raises ReadError."""
     shard, first, size, seen = file.shard, 1, 0, 0
-    tops = list(dict.fromkeys(_top(column, shard) for column in source.used_columns))
+    found = dict.fromkeys(_top(column, shard) for column in source.used_columns)
+    tops = [top for top in found if top is not None]  # the index was seen to have them all
     rows: list[list[Any]] = []
 
     def block(**content: Any) -> Block:
@@ -230,7 +231,7 @@ def _by_name(tops: list[str], rows: list[list[Any]]) -> dict[str, list[Any]]:
     return {top: [row[k] for row in rows] for k, top in enumerate(tops)}
 
 
-def _unpacked_whole(stream: IO[bytes], shard: TextShard) -> IO[bytes]:
+def _unpacked_whole(stream: ByteStream, shard: TextShard) -> ByteStream:
     packed = stream.read(MOST_UNPACKED_BYTES + 1)
     if max(len(packed), shard.bytes) > MOST_UNPACKED_BYTES:
         raise ReadError(
@@ -238,13 +239,14 @@ def _unpacked_whole(stream: IO[bytes], shard: TextShard) -> IO[bytes]:
             " with zstd."
         )
     try:
+        assert shard.compression, "only what was compressed is unpacked"
         return io.BytesIO(unpack(shard.compression, packed, size=shard.bytes))
     except ValueError as error:
         raise OSError(f"it cannot be unpacked: {error}") from error
 
 
 def _samples(
-    stream: IO[bytes], shard: TextShard, most_bytes: int
+    stream: ByteStream, shard: TextShard, most_bytes: int
 ) -> Iterator[tuple[bytes | None, int]]:
     """Each sample (None where it is too large) and its bytes."""
     count = int.from_bytes(_exactly(stream, 4), "little")
@@ -264,14 +266,14 @@ def _samples(
             yield _exactly(stream, size), size
 
 
-def _exactly(stream: IO[bytes], size: int) -> bytes:
+def _exactly(stream: ByteStream, size: int) -> bytes:
     data = stream.read(size)
     if len(data) != size:
         raise EOFError("it is cut short")
     return data
 
 
-def _pass_over(stream: IO[bytes], size: int) -> None:
+def _pass_over(stream: ByteStream, size: int) -> None:
     while size:
         size -= len(_exactly(stream, min(size, SKIP_BYTES)))
 

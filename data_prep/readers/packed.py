@@ -15,8 +15,9 @@ import importlib.util
 import lzma
 import os
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from data_prep.readers.blocks import SKIP, ReadError
 from data_prep.readers.kinds import HEAD_BYTES, Packing, kind_of
@@ -28,10 +29,20 @@ XZ_MEMORY = 2**30  # the dictionary of xz -9 has 64 MiB
 PACKED_ENDINGS = (".gz", ".zst", ".gzip", ".zstd", ".bz2", ".xz")
 
 
+class ByteStream(Protocol):
+    """What is read from beginning to end."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """`size` bytes, or all."""
+
+    def read1(self, size: int, /) -> bytes:
+        """Up to `size` bytes, b'' at the end."""
+
+
 @contextlib.contextmanager
 def opened(
     place: Path | str, packing: Packing | None, *, zstd_window_bytes: int = USUAL_ZSTD_WINDOW
-) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+) -> Iterator[tuple[ByteStream, BufferedReader]]:
     """(the decompressed stream, the file below it), by a path or a URL. Raises ReadError for a zstd window above the one
     allowed."""
     with open_at(place) as raw:
@@ -44,7 +55,7 @@ def opened(
         yield unpacking(raw, packing, place=str(place), zstd_window_bytes=zstd_window_bytes), raw
 
 
-def open_at(place: Path | str) -> IO[bytes]:
+def open_at(place: Path | str) -> BufferedReader:
     """A file for reading from anywhere in it, by its path or URL. Raises whatever the libraries below fsspec raise."""
     if isinstance(place, str) and "://" in place:
         import fsspec
@@ -54,12 +65,12 @@ def open_at(place: Path | str) -> IO[bytes]:
 
 
 def unpacking(
-    raw: IO[bytes],
+    raw: BufferedReader,
     packing: Packing | None,
     *,
     place: str,
     zstd_window_bytes: int = USUAL_ZSTD_WINDOW,
-) -> IO[bytes]:
+) -> ByteStream:
     """The stream over an open file at its beginning; the file itself where it is not compressed."""
     if packing is None:
         return raw
@@ -92,7 +103,7 @@ class _Unpacked:
     """A stream of one compressed stream after the other, by decompressors as bz2 and lzma have them."""
 
     def __init__(
-        self, raw: IO[bytes], new: Callable[[], Any], *, place: str, padding: bool = False
+        self, raw: BufferedReader, new: Callable[[], Any], *, place: str, padding: bool = False
     ) -> None:
         self._raw, self._new, self._place, self._padding = raw, new, place, padding
         self._decompressor, self._rest, self._begun = new(), b"", False
@@ -135,7 +146,7 @@ class _Unpacked:
         return b"".join(pieces)
 
 
-def _zstd_stream(raw: IO[bytes], place: str, window_bytes: int) -> IO[bytes]:
+def _zstd_stream(raw: BufferedReader, place: str, window_bytes: int) -> ByteStream:
     if (needed := zstd_window(raw.read(32))) > window_bytes:
         raise ReadError(too_wide(place, needed, window_bytes))
     raw.seek(0)

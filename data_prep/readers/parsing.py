@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_prep.config import TextSource
+from data_prep.config import ColumnSource, TextSource
 from data_prep.filters import ABSENT, WrongType, look_up, named
-from data_prep.readers.blocks import SKIP, Block, NotUtf8, Parsed
+from data_prep.readers.blocks import SKIP, Block, NotUtf8, Parsed, TooLarge
 from data_prep.readers.structure import fields_of
 from encoder.base.errors import nearest
 
@@ -25,15 +25,19 @@ def parse(block: Block) -> Parsed:
     are left out and counted; what should not be there at all is a problem as well."""
     source, result = block.source, Parsed()
     if block.too_large:
-        _leave_out_large(block, result)
+        _leave_out_large(block, block.too_large, result)
         return result
     if isinstance(source, TextSource):
-        for place, text in _plain_texts(block, result):
+        for place, text in _plain_texts(block, source.document, result):
             _take(place, text, result)
         return result
     for place, wrong in block.malformed:
         result.leave_out("not csv", f"{block.file} {place} {wrong}")
-    rows = _table_rows(block) if block.columns is not None else _json_rows(block, result)
+    rows = (
+        _table_rows(block, block.columns)
+        if block.columns is not None
+        else _json_rows(block, source, result)
+    )
     for place, row in rows:
         try:
             stopped_by = next(
@@ -70,8 +74,7 @@ def parse(block: Block) -> Parsed:
     return result
 
 
-def _leave_out_large(block: Block, result: Parsed) -> None:
-    large = block.too_large
+def _leave_out_large(block: Block, large: TooLarge, result: Parsed) -> None:
     unit = "item" if block.unit == "item" else "line" if block.unit == "line" else "row"
     whole = isinstance(block.source, TextSource) and block.source.document == "file"
     place = block.file if whole else f"{block.file} {unit} {block.first}"
@@ -105,7 +108,9 @@ def _take(place: str, text: str, result: Parsed) -> None:
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(
+    block: Block, source: ColumnSource, result: Parsed
+) -> Iterator[tuple[str, dict[str, Any]]]:
     if block.items is not None:
         values: Iterator[tuple[int, bytes]] = enumerate(block.items, start=block.first)
         unit, needed = "item", "one JSON array of objects"
@@ -120,13 +125,13 @@ def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, An
         if not line.strip():
             result.left_out["empty"] += 1
             continue
-        if _is_crowded(line) and (value := _used_fields(block, line)) is not ABSENT:
+        if _is_crowded(line) and (value := _used_fields(source, line)) is not ABSENT:
             yield place, value
             continue
         try:
             value = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            value = _used_fields(block, line)
+            value = _used_fields(source, line)
             if value is ABSENT and isinstance(error, UnicodeDecodeError):
                 result.leave_out(
                     "not utf-8",
@@ -141,8 +146,7 @@ def _json_rows(block: Block, result: Parsed) -> Iterator[tuple[str, dict[str, An
         elif value is not ABSENT:
             result.leave_out(
                 "not json",
-                f"{place} is {named(value)}; needed: a JSON object with "
-                f"{block.source.text!r}. {repair}",
+                f"{place} is {named(value)}; needed: a JSON object with {source.text!r}. {repair}",
             )
 
 
@@ -153,17 +157,17 @@ def _is_crowded(line: bytes) -> bool:
 
 def _numbered_lines(block: Block) -> Iterator[tuple[int, bytes]]:
     """The lines of a block without their ends, and their numbers."""
-    lines = block.lines.split(b"\n")
+    lines = block.whole_lines.split(b"\n")
     if not lines[-1]:
         lines.pop()  # the nothing after the last line end
     return enumerate(lines, start=block.first)
 
 
-def _used_fields(block: Block, line: bytes) -> Any:
+def _used_fields(source: ColumnSource, line: bytes) -> Any:
     """The fields of a line that the source names, where the rest is what Python's parser does not take: an integer of
     5,000 digits, a list 2,000 levels deep, bytes that are not UTF-8. ABSENT where these are not to be had.
     """
-    names = block.source.used_columns
+    names = source.used_columns
     try:
         return fields_of(line, {part for name in names for part in (name, name.partition(".")[0])})
     except (ValueError, RecursionError):
@@ -179,23 +183,24 @@ def _why(error: Exception) -> str:
     return error.msg
 
 
-def _table_rows(block: Block) -> Iterator[tuple[str, dict[str, Any]]]:
-    count = len(next(iter(block.columns.values())))
+def _table_rows(
+    block: Block, columns: Mapping[str, list[Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    count = len(next(iter(columns.values())))
     numbers = range(block.first, block.first + count) if block.numbers is None else block.numbers
-    for number, values in zip(numbers, zip(*block.columns.values(), strict=True), strict=True):
+    for number, values in zip(numbers, zip(*columns.values(), strict=True), strict=True):
         row = {
-            name: value
-            for name, value in zip(block.columns, values, strict=True)
-            if value is not ABSENT
+            name: value for name, value in zip(columns, values, strict=True) if value is not ABSENT
         }
         yield f"{block.file} {block.unit} {number}", row
 
 
-def _plain_texts(block: Block, result: Parsed) -> Iterator[tuple[str, str]]:
+def _plain_texts(block: Block, document: str, result: Parsed) -> Iterator[tuple[str, str]]:
     """Lines, paragraphs (between empty lines) or the whole file; a paragraph's place is the line it begins at."""
-    document, number = block.source.document, block.first
+    number = block.first
     separator = {"line": rb"(\r?\n)", "paragraph": rb"(\r?\n(?:\r?\n)+)"}.get(document)
-    parts = re.split(separator, block.lines) if separator else [block.lines]
+    lines = block.whole_lines
+    parts: list[bytes] = re.split(separator, lines) if separator else [lines]
     for raw, end in zip(parts[::2], [*parts[1::2], b""], strict=True):
         if separator and not raw and not end:
             continue  # the nothing after the last line end

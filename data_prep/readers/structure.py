@@ -100,4 +100,6 @@ def fields_of(data: bytes, wanted: Collection[str]) -> dict[str, Any]:
 
 
 def _skip(data: bytes, at: int) -> int:
-    return _SPACE.match(data, at).end()
+    found = _SPACE.match(data, at)
+    assert found is not None, "it matches nothing, too"
+    return found.end()

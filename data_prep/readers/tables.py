@@ -9,12 +9,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_prep.config import ArrowSource, HubSource, ParquetSource, Source
+from data_prep.config import ArrowSource, HubSource, ParquetSource
 from data_prep.readers.blocks import SKIP, Block, Limits, NotUtf8, ReadError, TooLarge, readable
 from data_prep.readers.files import InputFile
 from data_prep.readers.parquet_pages import DICTIONARY, pages_of
 from encoder.base.errors import nearest
 
+TableSource = ParquetSource | ArrowSource | HubSource
 TABLE_ROWS = 1024  # in one block, fewer when they are long
 BATCH_BYTES = 2**26  # of a Parquet batch, where pages tell how long a row may be
 ARROW_FILE = b"ARROW1"  # first and last
@@ -40,7 +41,7 @@ def parquet_blocks(
     # a remote file fails in as many ways as there are libraries below fsspec
     errors = (OSError, ValueError, pyarrow.ArrowException) if stream is None else (Exception,)
     with readable(made.place, errors), contextlib.ExitStack() as held:
-        raw = stream or held.enter_context(open(file.path, "rb"))
+        raw = stream or held.enter_context(open(file.at, "rb"))
         f = held.enter_context(pyarrow.parquet.ParquetFile(raw))
         columns = list(
             dict.fromkeys(top(name, f.schema_arrow.names, file) for name in source.used_columns)
@@ -96,7 +97,7 @@ def arrow_blocks(source: ArrowSource, file: InputFile, limits: Limits) -> Iterat
     made = _Maker(source, file, limits)
     with (
         readable(made.place, (OSError, ValueError, pyarrow.ArrowException)),
-        open(file.path, "rb") as raw,
+        open(file.at, "rb") as raw,
     ):
         if not file.bytes:
             raise ReadError(_cut_short(file))
@@ -221,7 +222,7 @@ def unpacked_bytes(message: Any) -> int:
 class _Maker:
     """Tables to blocks of one file, with rows counted through it."""
 
-    def __init__(self, source: Source, file: InputFile, limits: Limits) -> None:
+    def __init__(self, source: TableSource, file: InputFile, limits: Limits) -> None:
         self._source, self._file, self._limits = source, file, limits
         self._first, self._left = 1, file.bytes
 
@@ -325,7 +326,7 @@ def _value(scalar: Any) -> Any:
         return NotUtf8(byte=error.start + 1)
 
 
-def _column(table: Any, column: str, source: Source, file: InputFile) -> Any:
+def _column(table: Any, column: str, source: TableSource, file: InputFile) -> Any:
     """A column of a table, or a field inside a structure (a.b.c). Raises ReadError."""
     import pyarrow
     import pyarrow.compute
@@ -372,7 +373,7 @@ def top(column: str, names: list[str], file: InputFile) -> str:
 
 
 def table_blocks(
-    source: Source,
+    source: TableSource,
     file: InputFile,
     tables: Iterator[Any],
     limits: Limits,

@@ -486,6 +486,11 @@ def lengths_dtype(max_tokens_per_document: int) -> np.dtype:
     return np.dtype("<u2") if max_tokens_per_document < 2**16 else np.dtype("<u4")
 
 
+def width_of(dtype: np.dtype) -> Width:
+    """The name of a type of ids."""
+    return next(width for width in typing.get_args(Width) if width == dtype.name)
+
+
 def ids_dtype(vocab_size: int) -> np.dtype:
     """uint16 where every id fits, else uint32."""
     return np.dtype(np.uint16) if vocab_size <= 2**16 else np.dtype(np.uint32)
