@@ -1,7 +1,7 @@
 # make demo   raw text -> shards -> training (killed and resumed) -> Hugging Face folder -> fill-mask, in one command
 # make test   every test that needs neither a GPU nor a cluster
 # make test-cluster  job scripts on a real Slurm of several nodes on this machine; needs root and Debian's Slurm, says what is missing
-# make check  style, import contract and the tests that take seconds
+# make check  style, import contract, types and the tests that take seconds
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +37,7 @@ check: install
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
+	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit tests/house
 
 clean:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    from encoder.base.errors import PassingError, RankError, SilentError, UserError
+    from encoder.base.errors import PassingError, RankError, SilentError, UserError, as_rank_says
 
     def body() -> int:
         with StopFlag() as stop:
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
                 time.sleep(
                     SPEAKER_SECONDS
                 )  # a launcher whose rank zero met it too has ended this one by now
-                raise RankError(f"rank {world.rank}: {error}") from error
+                raise as_rank_says(error, rank=world.rank) from error
             raise
         # a run that is done already is left before the ranks have met: the others must not take that for a death
         if peers := peers_of_this_rank():

@@ -1,8 +1,15 @@
 """All ranks or none: a mistake that one rank meets ends all of them together, and nobody waits in a collective.
 
 all_ranks_agree(world)      a block in which a rank may meet a mistake of its own: all ranks leave at its end
-agree_on_errors(error)      the same where the error was kept until now (a rank's own, or None)
-run_on_all_ranks(act, ...)          an act of some ranks; its error is raised on every rank with the same words
+DeferredErrors(world)       the same for several blocks, whose first mistake is kept until agree()
+run_on_all_ranks(act, ...)  an act of some ranks, such as a save: all ranks leave at its end, with the same words
+
+Who speaks is said by the class of what is raised, and launch/pretrain.py alone looks at it:
+
+UserError on rank zero      printed
+RankError                   printed with the rank's number: only this rank met it
+SilentError                 not printed: another rank speaks
+PassingError                printed; another start may not meet it again, so a job is queued anew
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from safetensors import SafetensorError
 
 from encoder.base.command import as_user_error
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
-from encoder.base.errors import CheckpointError, RankError, SilentError, UserError
+from encoder.base.errors import CheckpointError, SilentError, UserError, as_rank_says
 
 TEXT_BYTES = 1000
 
@@ -39,7 +46,7 @@ def agree_on_errors(error: UserError | None, world: World) -> None:
     if highest == 0:
         return
     if error is not None and world.size - highest == world.rank:
-        raise error if world.first else RankError(f"rank {world.rank}: {error}") from error
+        raise as_rank_says(error, rank=world.rank) from error
     raise SilentError(f"rank {world.size - highest} met an error")
 
 

@@ -58,6 +58,11 @@ class ExportError(UserError):
     """A Hugging Face folder that cannot be written, read, or does not give the same numbers."""
 
 
+def as_rank_says(error: UserError, *, rank: int) -> UserError:
+    """The error as its rank raises it: rank zero's as it is, another's a RankError with its number, which is printed, too."""
+    return error if rank == 0 else RankError(f"rank {rank}: {error}")
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """' Did you mean x?' for a misspelt word, else the choices: the end of an error's sentence. Another number is no
     misspelling: fp16 is not fp64."""

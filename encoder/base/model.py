@@ -43,9 +43,6 @@ class TorchModule(Protocol):
     def train(self, mode: bool = True) -> Any:
         """As torch's."""
 
-    def eval(self) -> Any:
-        """As torch's."""
-
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's."""
 

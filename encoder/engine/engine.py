@@ -259,7 +259,7 @@ class Engine:
             most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
             forwards += [_nothing_to_predict(terms)] * (most - len(batches))
         training = self.module.training
-        self.module.eval()
+        self.module.train(False)
         try:
             with torch.no_grad():
                 for batch in on_device(forwards, self.device):

@@ -8,6 +8,8 @@ into their gradient, and one in fp32, turned in place into shifted logits, their
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +68,16 @@ def class_loss_sum(logits_MK: Tensor, target_M: Tensor) -> LossTerm:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_MC, weight_VC, bias_V, target_M, z_loss_weight, product, with_gradients):
+    def forward(
+        ctx: Any,
+        h_MC: Tensor,
+        weight_VC: Tensor,
+        bias_V: Tensor | None,
+        target_M: Tensor,
+        z_loss_weight: float,
+        product: torch.dtype,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
         piece = PIECE_POSITIONS[h_MC.device.type]
         by_kernel = (
@@ -109,9 +120,10 @@ class _CrossEntropySum(torch.autograd.Function):
                     _add_product_(d_weight, logits_mV.T, h_mC)
                 del logits_mV  # or it stands beside the next piece's, where activations are most
         if with_gradients:
-            ctx.save_for_backward(
-                d_h, d_weight.to(weight_VC.dtype), None if bias is None else d_bias.to(bias_V.dtype)
-            )
+            given_d_bias = None
+            if d_bias is not None and bias_V is not None:
+                given_d_bias = d_bias.to(bias_V.dtype)
+            ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), given_d_bias)
         count = (target_M != IGNORE).sum()
         ctx.mark_non_differentiable(cross_entropy, count, correct)
         # without z-loss its squares, which may overflow, have no say
@@ -119,7 +131,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return total, cross_entropy, count, correct
 
     @staticmethod
-    def backward(ctx, d_total, *_):
+    def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return (
             *(None if d is None else scaled(d, d_total) for d in ctx.saved_tensors),
             None,

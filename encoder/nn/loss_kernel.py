@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def turn_into_gradient_(
 
 
 @cache
-def _kernel():
+def _kernel() -> Any:
     import triton
     import triton.language as tl
 

@@ -13,7 +13,10 @@ from encoder.nn.dropout import AddressedDropout
 
 Mlp = Literal["geglu", "swiglu", "gelu", "gelu_tanh"]
 Gelu = Literal["gelu", "gelu_tanh"]  # x Phi(x), exact by erf; or as BERT's code has it, by tanh
-_BEND: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}  # GELU is the exact one, by erf
+_BEND: dict[str, Callable[[Tensor], Tensor]] = {
+    "geglu": F.gelu,
+    "swiglu": F.silu,
+}  # GELU is the exact one, by erf
 _UNBEND = {"geglu": torch.ops.aten.gelu_backward, "swiglu": torch.ops.aten.silu_backward}
 
 

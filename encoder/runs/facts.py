@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encoder.base.dist import World
-from encoder.base.errors import ConfigError, RankError, UserError
+from encoder.base.errors import ConfigError, as_rank_says, UserError
 from encoder.base.files import sha256_of
 from encoder.data.cache import fetch_side_files
 from encoder.data.loader import check_fits
@@ -50,7 +50,7 @@ def fetch_cards(run: RunConfig, world: World) -> None:
             if source.cache:
                 fetch_side_files(source.path, Path(source.cache))
     except UserError as error:  # other machines may have met nothing: whoever did speaks
-        raise error if world.first else RankError(f"rank {world.rank}: {error}") from error
+        raise as_rank_says(error, rank=world.rank) from error
 
 
 def check_data(run: RunConfig) -> DataFacts:

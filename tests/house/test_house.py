@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -236,3 +237,27 @@ def test_the_reference_of_settings_is_what_the_classes_say():
         assert (ROOT / "docs" / name).read_text() == text, (
             f"docs/{name} is behind: run python launch/reference.py"
         )
+
+
+MOST_PARAMETERS = 8
+MORE_PARAMETERS = {
+    "backward": "encoder/nn/attend/flash.py: an operator's backward takes what its forward saved",
+    "turn": "encoder/nn/loss_kernel.py: a Triton kernel takes pointers and numbers one by one",
+}
+
+
+def test_a_function_with_many_parameters_takes_a_box():
+    """A frozen dataclass says what belongs together, as DataOrder of the loader does."""
+    many = {}
+    for path in sorted((ROOT / "encoder").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = node.args
+                given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                names = [a.arg for a in given if a.arg not in ("self", "cls")]
+                if len(names) > MOST_PARAMETERS:
+                    many[node.name] = f"{path.relative_to(ROOT)}: {', '.join(names)}"
+    allowed = {name: place for name, place in many.items() if name in MORE_PARAMETERS}
+    assert many == allowed, "put what belongs together into a frozen dataclass"
+    for name, place in many.items():
+        assert MORE_PARAMETERS[name].startswith(place.partition(":")[0])

@@ -44,38 +44,44 @@ class Training:
     base_model: str | None = None  # a name on the Hugging Face hub
 
 
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """The model of a card."""
+
+    bridge: Bridge  # its class in transformers
+    config: ModelConfig
+    parameters: int  # trained numbers
+    max_tokens: int  # of the longest text
+
+
 def write_card(
     folder: Path,
     *,
-    bridge: Bridge,
-    config: ModelConfig,
-    parameters: int,
+    described: Described,
     mask_token: str,
-    max_tokens: int,
     training: Training,
     proofs: dict[str, Proof],
     shown_as: str,
 ) -> None:
     """Writes README.md; the license is left to be chosen by whoever publishes it.
 
-    bridge: its class in transformers.
-    config, parameters, max_tokens: the model, its trained numbers, and its longest text.
+    described: the model.
     mask_token: as the tokenizer spells it.
     training: what is known of its making.
     proofs: what was compared with whom.
     shown_as: the folder in the snippets.
     """
     model = {
-        "parameters": f"{parameters:,}",
-        **config.facts,
-        "longest text": f"{max_tokens:,} tokens",
+        "parameters": f"{described.parameters:,}",
+        **described.config.facts,
+        "longest text": f"{described.max_tokens:,} tokens",
     }
     proven = [[asked, str(proof)] for asked, proof in proofs.items()]
     parts = [
-        _front_matter(training.base_model, tag=bridge.model_type),
+        _front_matter(training.base_model, tag=described.bridge.model_type),
         f"# {plain(training.name)}\n",
         (
-            f"A {bridge.title} encoder, pretrained by masked language modelling with Tessera. It fills"
+            f"A {described.bridge.title} encoder, pretrained by masked language modelling with Tessera. It fills"
             " in masked tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n"
         ),
         _usage(shown_as, mask_token),

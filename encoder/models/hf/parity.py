@@ -187,7 +187,7 @@ def our_model(weights: dict[str, Tensor], config: ModelConfig) -> MaskedModel:
     with torch.device("meta"):
         model = build_model(config, seed=0)
     model.load_state_dict(weights, assign=True)
-    model.eval()
+    model.train(False)
     return cast(MaskedModel, model)  # a family without masked tokens has no bridge
 
 

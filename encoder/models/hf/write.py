@@ -23,7 +23,13 @@ from encoder.base.errors import ExportError
 from encoder.base.files import atomic_folder, files_below, native_path, sha256_of, write_json
 from encoder.base.untrusted import read_json
 from encoder.models.hf.bridge import SpecialIds
-from encoder.models.hf.card import CARD, Training, write_card, write_sentence_transformers
+from encoder.models.hf.card import (
+    CARD,
+    Described,
+    Training,
+    write_card,
+    write_sentence_transformers,
+)
 from encoder.models.hf.catalog import bridge_of
 from encoder.models.hf.onnx import check_onnx_installed, write_onnx
 from encoder.models.hf.parity import (
@@ -120,11 +126,13 @@ def export_hf(
         write_sentence_transformers(part, width=config.hidden_size, max_tokens=max_tokens)
         write_card(
             part,
-            bridge=bridge,
-            config=config,
-            parameters=ours.parameter_count(),
+            described=Described(
+                bridge=bridge,
+                config=config,
+                parameters=ours.parameter_count(),
+                max_tokens=max_tokens,
+            ),
             mask_token=mask_token,
-            max_tokens=max_tokens,
             training=training or Training(name=out.name, facts={"origin": model.origin}),
             proofs=proofs,
             shown_as=Path(os.path.abspath(out)).name,
