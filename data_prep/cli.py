@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from encoder.base.command import CommandLine, count, place, run_command
 from encoder.base.errors import UserError
@@ -112,7 +114,13 @@ def _parser() -> CommandLine:
     parser = CommandLine(prog="data-prep", description=ABOUT)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, run, help: str, description: str = "", under=commands) -> CommandLine:
+    def command(
+        name: str,
+        run: Callable[[argparse.Namespace], object] | None,
+        help: str,
+        description: str = "",
+        under: Any = commands,  # of these commands, or of one of them
+    ) -> CommandLine:
         made = under.add_parser(
             name, help=help, description=description or f"{help[0].upper()}{help[1:]}."
         )

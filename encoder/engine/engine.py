@@ -156,7 +156,7 @@ class Engine:
         if config.graphs == "micro_step":
             forward = GraphedForward(self.module, forward)
         # of this module, not of its class
-        self.module.forward = self._in_mode(forward)  # type: ignore[method-assign]
+        self.module.forward = self._in_mode(forward)
         self.shapes = {
             name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad
         }

@@ -21,14 +21,14 @@ from encoder.models.contract import Axis, ParameterCounts
 from encoder.models.flops import EncoderShape, parameter_counts, train_flops
 from encoder.nn.attend import AttentionRequest, Backend, check_backend_name, choose_backend
 from encoder.nn.attention import Attention
-from encoder.nn.block import Block
+from encoder.nn.block import Block, NormPlace
 from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.fp8 import to_fp8_
 from encoder.nn.heads import Decoder, Pooler, PredictionHead, TokenDecoder
-from encoder.nn.init import draw_, initial_values
+from encoder.nn.init import Initialization, draw_, initial_values
 from encoder.nn.mlp import FeedForward, is_gated
-from encoder.nn.norm import make_norm
+from encoder.nn.norm import Norm, make_norm
 from encoder.nn.recompute import recomputed
 from encoder.nn.rope import rope_table
 
@@ -61,46 +61,82 @@ class PackedSettings(EncoderShape, Protocol):
 
     PHASE_SETTINGS: ClassVar[tuple[str, ...]]
 
-    norm: str
-    norm_eps: float
-    attention_head_width: int | None
-    global_attn_every_n_layers: int
-    embedding_dropout: float
-    attention_output_dropout: float
-    mlp_output_dropout: float
-    mlp_inner_dropout: float
-    initialization: str
-    initializer_range: float
-    initializer_cutoff_factor: float
+    @property
+    def norm(self) -> Norm:
+        """layernorm or rmsnorm."""
+
+    @property
+    def norm_place(self) -> NormPlace:
+        """Before a layer's halves, or after their sums."""
+
+    @property
+    def norm_eps(self) -> float:
+        """Added to the variance."""
+
+    @property
+    def attention_head_width(self) -> int | None:
+        """Features of one head; None: hidden_size over the heads."""
+
+    @property
+    def global_attn_every_n_layers(self) -> int:
+        """Of which the first layer is global."""
+
+    @property
+    def embedding_dropout(self) -> float:
+        """After the embedding's norm."""
+
+    @property
+    def attention_output_dropout(self) -> float:
+        """After attention's Wo."""
+
+    @property
+    def mlp_output_dropout(self) -> float:
+        """After the MLP's Wo."""
+
+    @property
+    def mlp_inner_dropout(self) -> float:
+        """Between the MLP's matrices."""
+
+    @property
+    def initialization(self) -> Initialization:
+        """The rule of the initial weights."""
+
+    @property
+    def initializer_range(self) -> float:
+        """Their sigma."""
+
+    @property
+    def initializer_cutoff_factor(self) -> float:
+        """They are cut at so many sigma."""
 
 
 class EncoderSettings:
     """What follows from the settings of any such encoder; the fields are those of the class that inherits it."""
 
     @property
-    def head_width(self) -> int:
+    def head_width(self: PackedSettings) -> int:
         """Features of one head."""
         return self.attention_head_width or self.hidden_size // self.num_attention_heads
 
     @property
-    def activation_width(self) -> int:
+    def activation_width(self: PackedSettings) -> int:
         """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by."""
         return 14 * self.hidden_size + 4 * self.intermediate_size
 
     @property
-    def shape_text(self) -> str:
+    def shape_text(self: PackedSettings) -> str:
         """Layers, width and vocabulary, in one line."""
         return (
             f"{counted(self.num_hidden_layers, 'layer')} of {self.hidden_size},"
             f" {self.num_attention_heads} heads, vocabulary {self.vocab_size:,}"
         )
 
-    def parameter_counts(self) -> ParameterCounts:
+    def parameter_counts(self: PackedSettings) -> ParameterCounts:
         """Trained numbers by place, from the shape alone."""
         return parameter_counts(self)
 
     def train_flops(
-        self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]
+        self: PackedSettings, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]
     ) -> float:
         """Model FLOP of documents forward and backward.
 
@@ -115,7 +151,7 @@ class EncoderSettings:
             sentences=sentences if self.sentence_head else 0.0,
         )
 
-    def is_local(self, layer: int) -> bool:
+    def is_local(self: PackedSettings, layer: int) -> bool:
         """Whether a layer sees only its window."""
         return layer % self.global_attn_every_n_layers != 0
 
@@ -234,13 +270,7 @@ class PackedEncoder(nn.Module):
             self.nsp = nn.Linear(config.hidden_size, SENTENCE_LABELS)
         self.phase_settings: dict[str, float] = {}
         self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
-        self._draw = dict(
-            seed=seed,
-            initializer_range=config.initializer_range,
-            cutoff_factor=config.initializer_cutoff_factor,
-            layers=config.num_hidden_layers,
-            rule=config.initialization,
-        )
+        self.seed = seed
         draw_(self)
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -273,7 +303,15 @@ class PackedEncoder(nn.Module):
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
         if name.endswith("sinusoids.scale"):  # as long as a drawn vector of deviation 1 / sqrt(C)
             return torch.full(tuple(shape), self.config.hidden_size**-0.5, device="cpu")
-        values = initial_values(name, shape, **self._draw)
+        values = initial_values(
+            name,
+            shape,
+            seed=self.seed,
+            initializer_range=self.config.initializer_range,
+            cutoff_factor=self.config.initializer_cutoff_factor,
+            layers=self.config.num_hidden_layers,
+            rule=self.config.initialization,
+        )
         if name.endswith("position_embeddings.weight"):
             values[: self.config.position_offset] = 0.0  # rows that no token meets
         return values
@@ -295,6 +333,7 @@ class PackedEncoder(nn.Module):
     def compile_blocks_(self, *, backend: str = "inductor") -> None:
         """From now on the layers run compiled (regional: two small graphs shared by all layers, for each shape)."""
         for block in self.model.layers:
+            assert isinstance(block, Block)
             block.compile_(backend=backend)
 
     def recompute_blocks_(self) -> None:

@@ -52,10 +52,11 @@ class AddressedDropout(nn.Module):
             return torch.addcmul(x_TC.to(exact), y_TC.to(exact), factor_TC).to(x_TC.dtype)
         return _AddScaled.apply(x_TC, y_TC, factor_TC)
 
-    def alone(self, y_TC: Tensor, key_T: Tensor) -> Tensor:
+    def alone(self, y_TC: Tensor, key_T: Tensor | None) -> Tensor:
         """dropout(y), where nothing is added: [T, C] -> [T, C]."""
         if not self.training or self.p == 0.0:
             return y_TC
+        assert key_T is not None, "training with dropout needs keys"
         exact = torch.promote_types(y_TC.dtype, torch.float32)
         return (y_TC.to(exact) * self._factor(key_T, exact)).to(y_TC.dtype)
 

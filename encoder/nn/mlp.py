@@ -59,7 +59,7 @@ class FeedForward(nn.Module):
     def forward(self, x_TC: Tensor, dropout_key_T: Tensor | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
         inner = self.Wi(x_TC)
-        if not is_gated(self.kind):
+        if self.kind == "gelu" or self.kind == "gelu_tanh":
             inner = gelu(inner, self.kind)
             if self.inner_dropout is not None:
                 inner = self.inner_dropout.alone(inner, dropout_key_T)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoder.base.errors import ConfigError, ExportError, ModelError
 from encoder.base.schema import from_mapping
@@ -353,7 +353,7 @@ def completed(layout: Layout, values: Settings, config: BertConfig) -> Settings:
 def smaller(layout: Layout, values: Settings, config: BertConfig) -> tuple[Settings, BertConfig]:
     """The same kind of model with few features and layers: every other word as it was."""
     heads = min(config.num_attention_heads, 2)
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_attention_heads": heads,
         "hidden_size": heads * config.head_width,
         "vocab_size": min(config.vocab_size, max(256, config.position_offset + 1)),
@@ -448,15 +448,15 @@ def head_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith(heads))
 
 
-def _hidden_states(layout: Layout) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    def ask(model: nn.Module, ids_BL: Tensor, real_BL: Tensor) -> Tensor:
+def _hidden_states(layout: Layout) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    def ask(model: Any, ids_BL: Tensor, real_BL: Tensor) -> Tensor:
         body = getattr(model, layout.body)
         return body(input_ids=ids_BL, attention_mask=real_BL)[0]
 
     return ask
 
 
-def _bert_logits(model: nn.Module, x_MC: Tensor) -> Tensor:
+def _bert_logits(model: Any, x_MC: Tensor) -> Tensor:
     """[M, V], or [M, V + 2] with the sentence head's."""
     logits_MV = model.cls.predictions(x_MC)
     if not hasattr(model.cls, "seq_relationship"):
@@ -465,7 +465,7 @@ def _bert_logits(model: nn.Module, x_MC: Tensor) -> Tensor:
     return torch.cat((logits_MV, model.cls.seq_relationship(pooled_MC)), dim=-1)
 
 
-def _distilbert_logits(model: nn.Module, x_MC: Tensor) -> Tensor:
+def _distilbert_logits(model: Any, x_MC: Tensor) -> Tensor:
     hidden_MC = model.activation(model.vocab_transform(x_MC))
     return model.vocab_projector(model.vocab_layer_norm(hidden_MC))
 
@@ -477,7 +477,7 @@ def _on_the_right(values: Settings) -> Padding:
 
 def _bridge(
     layout: Layout,
-    logits: Callable[[nn.Module, Tensor], Tensor],
+    logits: Callable[[Any, Tensor], Tensor],
     padding: Callable[[Settings], Padding],
 ) -> Bridge:
     return Bridge(

@@ -20,11 +20,25 @@ Weights = dict[str, Tensor]
 class SpecialIds(Protocol):
     """The tokens that structure a document."""
 
-    cls_id: int
-    sep_id: int
-    pad_id: int
-    mask_id: int
-    unk_id: int
+    @property
+    def cls_id(self) -> int:
+        """[CLS], at its start."""
+
+    @property
+    def sep_id(self) -> int:
+        """[SEP], at its end."""
+
+    @property
+    def pad_id(self) -> int:
+        """[PAD], beside it."""
+
+    @property
+    def mask_id(self) -> int:
+        """[MASK], for a token to predict."""
+
+    @property
+    def unk_id(self) -> int:
+        """[UNK], for what the vocabulary lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)

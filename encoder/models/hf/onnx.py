@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from encoder.base.errors import ExportError
 from encoder.base.files import native_path
 from encoder.models.hf.bridge import BY_MASK, Padding
-from encoder.models.hf.parity import MaskedModel, Proof, Rows, prove
+from encoder.models.hf.parity import LogitsFn, MaskedModel, Proof, Rows, prove
 
 # the longest document asked: onnxruntime keeps the scores of all heads, 3 GB at 8,192
 PROOF_TOKENS = 1024
@@ -94,7 +95,7 @@ def write_onnx(
     )
 
 
-def _logits_fn(path: Path):
+def _logits_fn(path: Path) -> LogitsFn:
     import onnxruntime
 
     with native_path(path.parent) as folder:
@@ -124,7 +125,7 @@ class _Logits(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Without the exporter's hints to its own developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -272,7 +272,7 @@ def logits_fn_fp64(model: torch.nn.Module, bridge: Bridge) -> LogitsFn:
 class _KeepFloat64(TorchFunctionMode):
     """transformers 5 turns queries and keys as fp32 whatever they are: of an fp64 model 4e-6 in the logits, 4e-14 with this."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (
             func is Tensor.float and args[0].dtype == torch.float64 and args[0].ndim == 4
         ):  # [B, heads, L, D], no angles

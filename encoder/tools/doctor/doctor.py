@@ -20,7 +20,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -346,7 +346,7 @@ def _standing(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def _made_if_absent(folder: Path):
+def _made_if_absent(folder: Path) -> Iterator[None]:
     """Makes a folder for the block; what was made and is empty at the end goes again."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.suppress(OSError):  # look_at_folder says why

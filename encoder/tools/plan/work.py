@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     return PhaseWork(flops=flops, unknown=tuple(unknown))
 
 
-def works_text(run: RunConfig, works: list[PhaseWork]) -> str:
+def works_text(run: RunConfig, works: Sequence[PhaseWork]) -> str:
     """Where the lengths came from."""
     unknown = sorted({path for work in works for path in work.unknown})
     if not unknown:
