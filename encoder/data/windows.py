@@ -207,9 +207,9 @@ class Windows:
             chance=generator(self._order.seed, "pairs", *self.address(window, lane=lane)),
         )
         packing = pack_best_fit(pieces.tokens_P, self._geometry.row_tokens)
-        shuffled = generator(self._order.seed, "rows", *self.address(window, lane=lane)).permutation(
-            packing.rows
-        )
+        shuffled = generator(
+            self._order.seed, "rows", *self.address(window, lane=lane)
+        ).permutation(packing.rows)
         plan = lay_rows(pieces, packing, shuffled)
         return self._without_left_out(plan) if self._left_out else plan
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.base.units import counted
-from encoder.models.contract import Axis, ParameterCounts
+from encoder.models.contract import Axis, ModelConfig, ParameterCounts
 from encoder.models.flops import EncoderShape, parameter_counts, train_flops
 from encoder.nn.attend import AttentionRequest, Backend, check_backend_name, choose_backend
 from encoder.nn.attention import Attention
@@ -56,10 +56,12 @@ LEAST_ONE = (
 SENTENCE_LABELS = 2  # 0: B follows A; 1: it does not
 
 
-class PackedSettings(EncoderShape, Protocol):
+class PackedSettings(EncoderShape, ModelConfig, Protocol):
     """What the module asks of its settings beside their shape."""
 
-    PHASE_SETTINGS: ClassVar[tuple[str, ...]]
+    @property
+    def head_width(self) -> int:
+        """Features of one attention head."""
 
     @property
     def norm(self) -> Norm:

@@ -16,6 +16,7 @@ from encoder.data.shards import open_source
 from encoder.data.windows import GOES_ON, Windows
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from tests.helpers import memory_source
+from tests.helpers.loading import windows_with
 from tests.helpers.shards import random_documents, write_sentences, write_source
 from tests.reference.sentence_pairs import sentence_pairs
 
@@ -155,7 +156,6 @@ def source_of(name: str, *, documents: int, seed: int, longest: int = 12):
 
 def windows_of(sources, rule, **changes) -> Windows:
     settings = dict(
-        sources=sources,
         weights=[1.0] * len(sources),
         seed=3,
         phase=0,
@@ -164,7 +164,7 @@ def windows_of(sources, rule, **changes) -> Windows:
         window_documents=60,
         pairs=rule,
     )
-    return Windows(**{**settings, **changes})
+    return windows_with(sources, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("rule", [NSP, SOP], ids=["nsp", "sop"])
