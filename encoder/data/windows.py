@@ -44,10 +44,21 @@ LEAST_DOCUMENT_TOKENS = 3  # [CLS], [SEP] and one between them
 class PlannedSource(Protocol):
     """What planning knows of a source: no shard is opened."""
 
-    name: str
-    card: Card
-    lengths: np.ndarray
-    samples_per_shard: np.ndarray
+    @property
+    def name(self) -> str:
+        """In reports and in the order's address."""
+
+    @property
+    def card(self) -> Card:
+        """Its totals."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+
+    @property
+    def samples_per_shard(self) -> np.ndarray:
+        """Documents of each shard."""
 
     def sentences_of(self, documents: np.ndarray) -> SentenceLists:
         """Asked for pairs alone. Raises ShardError where its sentences are not known."""

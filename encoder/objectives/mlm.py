@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -203,6 +203,9 @@ def mlm_loss(
     )
 
 
+M = TypeVar("M", bound="MaskedLanguageModel")
+
+
 class MaskedLanguageModel:
     """The objective of masked language modelling.
 
@@ -214,9 +217,17 @@ class MaskedLanguageModel:
     `share`: a phase's own, instead of the settings'. `words`: needed for whole words.
     """
 
-    terms = (MLM,)
-    has_segments = False
-    pairs: PairRule | None = None
+    has_segments: bool = False
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Its loss terms."""
+        return (MLM,)
+
+    @property
+    def pairs(self) -> PairRule | None:
+        """How the loader makes pairs of documents: it does not."""
+        return None
 
     def __init__(
         self,
@@ -260,7 +271,7 @@ class MaskedLanguageModel:
             )
 
     @classmethod
-    def of(cls, config: MlmConfig, facts: ObjectiveFacts) -> MaskedLanguageModel:
+    def of(cls: type[M], config: MlmConfig, facts: ObjectiveFacts) -> M:
         """The objective of a phase, also of a class that adds loss terms to this one. Raises ConfigError."""
         ids = facts.specials
         return cls(

@@ -11,7 +11,7 @@ Lan et al. 2019, 3.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
@@ -33,7 +33,7 @@ class _PairConfig(MlmConfig):
 
     LABEL_1: ClassVar[Literal["random", "swapped"]]
     TERM: ClassVar[str]  # the loss term of the labels
-    model_needs = {"type_vocab_size": 2, "sentence_head": True}
+    model_needs: ClassVar[Mapping[str, int]] = {"type_vocab_size": 2, "sentence_head": True}
 
     short_share: float = 0.1  # of the documents: shorter pairs, of a random length
     pair_weight: float = 1.0  # of the mean over pairs in the loss; masked tokens have 1
@@ -105,7 +105,7 @@ class SentencePairs(MaskedLanguageModel):
         *,
         lengths: Sequence[int] = (),
         phase_tokens: int = 0,
-        pairs: RowPairs,
+        pairs: RowPairs | None = None,
     ) -> MaskedRow:
         """One row, masked as in `mlm`, with the labels of its pairs and its segments.
 
@@ -115,6 +115,7 @@ class SentencePairs(MaskedLanguageModel):
         phase_tokens: tokens of the phase before this row
         pairs: their labels, and how long the first part of each is
         """
+        assert pairs is not None, "who has a rule for pairs gets them"
         row = super().mask(ids, generator, lengths=lengths, phase_tokens=phase_tokens)
         lengths_S = np.asarray(lengths, dtype=np.int64)
         starts_S = np.cumsum(lengths_S) - lengths_S
@@ -129,7 +130,10 @@ class SentencePairs(MaskedLanguageModel):
             return max(1, tokens // LEAST_PAIR_TOKENS)
         return super().capacity(term, tokens)
 
-    def loss(self, model: PairModel, batch: TokenBatch) -> dict[str, LossTerm]:
+    # its settings need a model with a sentence head
+    def loss(  # type: ignore[override]
+        self, model: PairModel, batch: TokenBatch
+    ) -> dict[str, LossTerm]:
         """Sums of -log p over the masked tokens and over the pairs, from one pass through the model."""
         x_TC = model.hidden_states(batch)
         targets = batch.targets[self.config.TERM]
