@@ -42,8 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args(argv)
-    if not args.wait_seconds > 0:
-        parser.error(f"--wait-seconds {args.wait_seconds:g}: needed is above 0")
+    if not 0 < args.wait_seconds <= 86_400:
+        parser.error(
+            f"--wait-seconds {args.wait_seconds:g}: needed is above 0 and at most 86,400, a day"
+        )
     # torch would print a stack of its own for every wait that comes to nothing; what is silent is named by us
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 

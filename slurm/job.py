@@ -50,7 +50,9 @@ sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 # Python alone, as this file
 from encoder.base.done import is_done  # noqa: E402
+from encoder.base.errors import ConfigError  # noqa: E402
 from encoder.base.job_log import records  # noqa: E402
+from encoder.base.paths import expand_path  # noqa: E402
 
 # exit codes: 0 is also "go on with the training step"; 75 is EX_TEMPFAIL, submit it again
 GO, FAILED, MISTAKE, DONE_ALREADY, REQUEUED, NOT_DONE, ENDED = 0, 1, 2, 3, 4, 75, 143
@@ -101,8 +103,13 @@ def main(argv: list[str] | None = None) -> int:
         return (preflight if args.verb == "preflight" else end)(
             job, code=args.code, signalled=args.signal, seconds=args.seconds
         )
-    except Mistake as mistake:
+    except (Mistake, ConfigError) as mistake:
         return complain(str(mistake))
+    except UnicodeEncodeError as error:
+        return complain(
+            f"the locale's encoding, {error.encoding}, has no letters for {error.object[:200]!a}."
+            " Set LC_ALL=C.UTF-8, or name another folder with out=FOLDER."
+        )
     except OSError as error:
         place = f"{os.fspath(error.filename)}: " if error.filename else ""
         return complain(
@@ -116,6 +123,8 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         env = os.environ
+        if not env.get("SLURM_JOB_ID"):
+            raise Mistake("SLURM_JOB_ID is not set; needed: a job of SLURM. Submit it with sbatch.")
         self.folder, self.id, self.restart = (
             folder,
             env["SLURM_JOB_ID"],
@@ -136,7 +145,7 @@ class Job:
 
     def events(self) -> list[dict[str, Any]]:
         """All lines so far, of all starts."""
-        return records(self.record)
+        return [line for line in records(self.record) if isinstance(line.get("event"), str)]
 
     def write(self, event: str, **values: Any) -> None:
         """One line, durable: the job may be ended in the next moment."""
@@ -221,7 +230,8 @@ def begin(run_file: str, overrides: list[str], *, ranks: int) -> int:
         step=step,
         tokens=tokens,
     )
-    print(folder)
+    # the bytes of its name, whatever the locale: the job script hands them back
+    os.write(sys.stdout.fileno(), os.fsencode(folder) + b"\n")
     if counts_as_done(folder):
         job.write(
             "end",
@@ -280,7 +290,7 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
             f"{run_file} has no line `out: FOLDER` with a plain name, but {value or 'none'}. Add"
             " it, or give out=FOLDER."
         )
-    return Path(value)
+    return Path(expand_path(value))
 
 
 def preflight(job: Job, *, code: int, signalled: str, seconds: float) -> int:
@@ -486,8 +496,8 @@ def decide(
 def limit(name: str) -> int:
     """One of LIMITS, or what the environment says instead."""
     text = os.environ.get(name) or str(LIMITS[name])
-    if not text.isdigit():
-        raise Mistake(f"{name} is {text}; needed: a whole number.")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise Mistake(f"{name} is {text[:40]}; needed: a whole number.")
     return int(text)
 
 
@@ -577,7 +587,8 @@ def write_report(job: Job, *, why: str, reason: str) -> Path:
 def write_text(path: Path, text: str) -> None:
     """The file; where the disk is full, the error says which one."""
     try:
-        path.write_text(text, encoding="utf-8")
+        # a name of a file that is not UTF-8, as \udce9
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 
 from encoder.base.errors import ConfigError, UserError, nearest
 from encoder.base.log import let_go, print_line, readable_streams, reader_has_left
-from encoder.base.schema import expand_path, local_path
+from encoder.base.paths import expand_path, local_path
+from encoder.base.untrusted import number_in_name
 
+MOST_COUNT = 2**31 - 1  # what native code takes for a number of things
 _UNKNOWN = "unrecognized arguments: "  # argparse's
 
 
@@ -82,10 +84,13 @@ def place(text: str) -> str:
 
 
 def count(text: str) -> int:
-    """The type of an option that is a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; needed: a whole number of at least 1")
-    return int(text)
+    """The type of an option that is a whole number of at least 1, and fits 31 bits."""
+    number = number_in_name(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}; needed: a whole number of at least 1")
+    if number > MOST_COUNT:
+        raise argparse.ArgumentTypeError(f"{text}; needed: at most {MOST_COUNT:,}")
+    return number
 
 
 def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> int:

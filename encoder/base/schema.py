@@ -23,12 +23,11 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeV
 import yaml
 
 from encoder.base.errors import ConfigError, nearest
+from encoder.base.paths import expand_path, local_path, names_a_file
 from encoder.base.units import parse_tokens
 from encoder.base.untrusted import (
     MOST_DEPTH,
     MOST_DIGITS,
-    MOST_NAME_BYTES,
-    MOST_PATH_BYTES,
     missing,
     number_in_name,
     read_text,
@@ -224,80 +223,6 @@ def from_mapping(
         raise ConfigError(f"{_at(where, key)}: {error}") from error
 
 
-def _names_a_file(text: str) -> bool:
-    """Whether a text has the bytes of a file's name, also of one that is not UTF-8."""
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def expand_path(path: Path | str) -> Any:
-    """A path with ~, $NAME and ${NAME} filled in, of the class that it had; a URL stays as it is. Raises ConfigError.
-
-    ~/shards -> /users/me/shards       $SCRATCH/runs -> /scratch/me/runs        s3://bucket/x -> s3://bucket/x
-    """
-    text = os.fspath(path)
-    if not text or not text.strip():
-        raise ConfigError(
-            "it is empty; needed: a path. For the folder that you are in, write its name's path,"
-            " such as ./runs."
-        )
-    if "\0" in text or not _names_a_file(text):
-        raise ConfigError(
-            f"{ascii(text)[:80]} holds a character that no path has. Write the path again."
-        )
-    if "${oc." in text or re.search(r"\$\{[^}]*[:.][^}]*\}", text):
-        raise ConfigError(
-            f"{text[:200]} is a reference of OmegaConf, which is not read here. Write $NAME for a"
-            " variable of the environment, such as $HOME/runs, or the path itself."
-        )
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text):
-        return path
-
-    def filled(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if not os.environ.get(name):
-            raise ConfigError(
-                f"{text[:200]} names the variable {name}, which is not set. Set it, or write the"
-                " path itself."
-            )
-        return os.environ[name]
-
-    # the environment's own values are not looked through again
-    new = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", filled, text)
-    longest = max(len(os.fsencode(part)) for part in new.split("/"))
-    if longest > MOST_NAME_BYTES or len(os.fsencode(new)) > MOST_PATH_BYTES:
-        raise ConfigError(
-            f"{text[:60]}... is too long for a path: a name has at most {MOST_NAME_BYTES} bytes."
-            " Shorten it."
-        )
-    if text.startswith("~"):
-        new = os.path.expanduser(new)
-        if new.startswith("~"):
-            raise ConfigError(
-                f"{text[:200]} begins with ~, and no such home folder is known. Write the path"
-                " itself, or ./ before it for a folder of that name."
-            )
-    return type(path)(new) if isinstance(path, Path) else new
-
-
-def local_path(path: str) -> str:
-    """The path, if it is no URL, which would make a folder of this name here. Raises ConfigError."""
-    if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+", path):
-        there = (
-            " Write the path itself: /" + path[scheme.end() :]
-            if scheme[1].lower() == "file"
-            else ""
-        )
-        raise ConfigError(
-            f"{path[:200]} begins with {scheme[0]}; needed: a path of this"
-            f" machine.{there or ' Name a folder here.'}"
-        )
-    return path
-
-
 def expand_paths(cls: type[Settings], mapping: Any, *, where: str, key: str = "") -> Any:
     """A copy of plain values with every path of the class expanded; what does not fit the class stays. Raises ConfigError."""
     if not isinstance(mapping, Mapping):
@@ -483,7 +408,7 @@ class _StrictLoader(yaml.SafeLoader):
             if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
                 raise ValueError
             if node.tag == "tag:yaml.org,2002:str" and not (
-                _whole_text(node.value) or _names_a_file(node.value)
+                _whole_text(node.value) or names_a_file(node.value)
             ):
                 raise ValueError
             return super().construct_object(node, deep=deep)

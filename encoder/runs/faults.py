@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from encoder.base.errors import ConfigError
 
+MOST = 10_000_000  # hours or minutes: 19 years, which clocks and collectives can count
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeConfig:
@@ -39,5 +41,7 @@ class FaultConfig:
             )
         for key in ("max_hours", "watchdog_minutes"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{key} {value:g} must be above 0. Use {key}: null for none.")
+            if value is not None and not 0 < value <= MOST:
+                raise ConfigError(
+                    f"{key} {value:g} must be above 0 and at most {MOST:,}. Use {key}: null for none."
+                )

@@ -22,7 +22,8 @@ from typing import Any
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.home import home
 from encoder.base.mixtures import Mixture, held_out_of, sources_of
-from encoder.base.schema import LocalText, expand_path, from_mapping, read_mapping
+from encoder.base.paths import expand_path
+from encoder.base.schema import LocalText, from_mapping, read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)

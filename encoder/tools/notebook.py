@@ -21,7 +21,8 @@ from torch import Tensor
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError, ModelError, ShardError, UserError, nearest
 from encoder.base.files import native_path
-from encoder.base.schema import expand_path, from_mapping
+from encoder.base.paths import expand_path
+from encoder.base.schema import from_mapping
 from encoder.base.untrusted import native_code
 from encoder.data.shard_format import TOKENIZER, Card, special_ids_of, tokenizer_fingerprint
 from encoder.data.shards import Source, open_source

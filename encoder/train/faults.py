@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from encoder.base.errors import MachineError
+from encoder.base.untrusted import number_in_name
 from encoder.runs.faults import FaultConfig
 
 OK, NOT_FINITE, SPIKE = "", "not_finite", "spike"  # what a step was, in the ledger
@@ -24,8 +25,8 @@ class Deadline:
     def __init__(self, max_hours: float | None, *, started: float, env: Mapping[str, str]) -> None:
         """`started` as time.time()."""
         ends = {"faults.max_hours": started + 3600 * max_hours} if max_hours is not None else {}
-        if env.get("SLURM_JOB_END_TIME", "").isdigit():
-            ends["SLURM_JOB_END_TIME"] = float(env["SLURM_JOB_END_TIME"])
+        if (end := number_in_name(env.get("SLURM_JOB_END_TIME", ""))) is not None:
+            ends["SLURM_JOB_END_TIME"] = float(end)
         self.of, self._end = min(ends.items(), key=lambda item: item[1], default=("", math.inf))
         self._save_seconds = self._step_seconds = 0.0
         self._stepped: float | None = None

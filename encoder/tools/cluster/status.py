@@ -22,6 +22,7 @@ from encoder.base.errors import ConfigError
 from encoder.base.job_log import records, whole_records
 from encoder.base.schema import read_mapping
 from encoder.base.units import parse_tokens, short_count, short_seconds
+from encoder.base.untrusted import number_in_name
 from encoder.runs.short_forms import read_run_mapping, run_folder
 from encoder.tools.cluster.commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
@@ -108,15 +109,16 @@ def print_status(given: Path, overrides: list[str]) -> None:
 
 def states(folder: Path) -> tuple[list[JobState], str]:
     """Of every job that was submitted for the run, or that trained it, oldest first; and why the controller did not answer."""
-    submitted = {line["job"]: line for line in records(folder / "slurm" / "submitted.jsonl")}
-    by_hand = sorted(
-        (
-            p.stem
-            for p in (folder / "slurm").glob("*.jsonl")
-            if p.stem.isdigit() and p.stem not in submitted
-        ),
-        key=int,
-    )
+    submitted = {
+        line["job"]: line
+        for line in records(folder / "slurm" / "submitted.jsonl")
+        if _is_job(line.get("job")) and isinstance(line.get("role"), str)
+    }
+    by_hand = [
+        p.stem
+        for p in (folder / "slurm").glob("*.jsonl")
+        if _is_job(p.stem) and p.stem not in submitted
+    ]
     ids = sorted([*submitted, *by_hand], key=int)
     known = _from_sacct(ids)
     found, silence = [], ""
@@ -131,6 +133,11 @@ def states(folder: Path) -> tuple[list[JobState], str]:
                 silence = str(why) if isinstance(why, NotHere) else f"{NO_CONTROLLER} ({why})"
         found.append(_state(job, role, written, shown, known.get(job, []), silence=silence))
     return found, silence
+
+
+def _is_job(text: Any) -> bool:
+    """Whether a name on disk, or a value in a file, is the number of a job."""
+    return isinstance(text, str) and number_in_name(text) is not None
 
 
 def _story(written: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from encoder.base.files import sha256_of
 from encoder.base.home import PROJECT
 from encoder.base.schema import to_yaml
 from encoder.base.slurm import node_name
+from encoder.base.untrusted import number_in_name
 from encoder.data.shard_format import CARD
 from encoder.data.shards import open_source
 from encoder.runs.config import RunConfig
@@ -141,7 +142,7 @@ def machine_memory(env: Mapping[str, str]) -> dict[str, int]:
     allowed = env.get("SLURM_MEM_PER_NODE", "")
     return {
         "free": psutil.virtual_memory().available,
-        "allowed": int(allowed) * 2**20 if allowed.isdigit() else 0,
+        "allowed": (number_in_name(allowed) or 0) * 2**20,
     }
 
 

@@ -41,3 +41,5 @@ def test_numbers_are_written_as_sbatch_takes_them():
 def test_a_count_of_parts_that_is_none_is_said(tmp_path, capsys):
     assert run("missing", tmp_path / "x.yaml", "--parts", "0") == 2
     assert "argument --parts: '0'; needed: a whole number of at least 1" in capsys.readouterr().err
+    assert run("missing", settings(tmp_path), "--parts", "3000000000") == 2
+    assert "--parts: 3000000000; needed: at most 2,147,483,647" in capsys.readouterr().err

@@ -13,9 +13,9 @@ from data_prep.config import PrepareConfig
 from data_prep.other_words import OTHER_WORDS as PREP_WORDS
 from encoder.base.command import CommandLine
 from encoder.base.errors import ConfigError
+from encoder.base.paths import expand_path
 from encoder.base.schema import (
     _places,
-    expand_path,
     from_mapping,
     parse_yaml,
     read_mapping,

@@ -250,8 +250,17 @@ def test_a_preflight_that_runs_out_of_time_is_named_with_what_gives_it_more(job)
 
 
 def test_a_limit_that_is_no_number_is_refused_at_once(job):
-    done = job.call("begin", "run.yaml", "--ranks", "3", TESSERA_MAX_CRASHES="many")
-    assert done.returncode == 2 and "TESSERA_MAX_CRASHES is many" in done.stderr
+    for text in ("many", "²", "9" * 5000):
+        done = job.call("begin", "run.yaml", "--ranks", "3", TESSERA_MAX_CRASHES=text)
+        assert done.returncode == 2 and f"TESSERA_MAX_CRASHES is {text[:40]}" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_outside_of_a_job_the_script_says_so_in_one_line(job):
+    for words in (("begin", "run.yaml", "--ranks", "1"), ("end", "run", "--code", "0")):
+        done = job.call(*words, SLURM_JOB_ID="")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "SLURM_JOB_ID is not set; needed: a job of SLURM" in done.stderr
 
 
 def test_a_job_that_slurm_does_not_requeue_says_so(job):
@@ -335,6 +344,36 @@ def test_a_run_file_that_does_not_say_where_is_refused_in_one_line(job, text, ne
         (job.folder / "run.yaml").write_text(text)
     done = job.call("begin", "run.yaml", "--ranks", "1")
     assert done.returncode == 2 and needle in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["out: ~/runs/a", "out: $WORK/runs/a", "out: '${WORK}/runs/a'"])
+def test_home_and_variables_in_the_run_folder_are_those_that_the_training_takes(job, text):
+    """Left as they are, the job would look for done.json in a folder named ~, and repeat a run that is done."""
+    (job.folder / "run.yaml").write_text(f"{text}\n")
+    there = f"{job.folder}/home"
+    done = job.call("begin", "run.yaml", "--ranks", "1", HOME=there, WORK=there)
+    assert done.stdout == f"{there}/runs/a\n" and (job.folder / "home/runs/a/slurm").is_dir()
+    done = job.call("begin", "run.yaml", "--ranks", "1", HOME=there, WORK="", WORK_OF="x")
+    if "WORK" in text:
+        assert done.returncode == 2 and "names the variable WORK, which is not set" in done.stderr
+    assert sorted(path.name for path in job.folder.iterdir() if path.name[0] in "~$") == []
+
+
+def test_a_run_folder_of_any_letters_is_handed_back_in_any_locale(job):
+    """By its bytes, for the job script to use; where the locale has no letters for a name of the run file, one line."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, ROOT / "slurm" / "job.py", "begin", "--ranks", "1", "run.yaml"]
+    env = {**os.environ, **plain, "SLURM_JOB_ID": "7"}
+    for name in ("läufe-日本".encode(), b"caf\xe9"):
+        done = subprocess.run(
+            [*command, b"out=" + name], cwd=job.folder, env=env, capture_output=True
+        )
+        assert done.stdout == name + b"\n" and done.returncode == 0, done.stderr
+        assert os.path.isdir(os.fsencode(job.folder) + b"/" + name + b"/slurm")
+    (job.folder / "run.yaml").write_text("out: läufe\n", encoding="utf-8")
+    done = subprocess.run(command, cwd=job.folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "'l\\xe4ufe' has letters that" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_line_goes_under_a_torn_one_and_is_read_again(job):

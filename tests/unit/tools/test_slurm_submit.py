@@ -451,6 +451,17 @@ def test_status_reads_the_jobs_own_files_where_slurm_knows_nothing_any_more(clus
     )
 
 
+def test_status_passes_over_what_is_no_job(cluster, tmp_path):
+    folder = write_run_folder(tmp_path / "r")
+    before = status(cluster, folder)
+    for name in ("²", "9" * 200, "notes"):
+        (folder / "slurm" / f"{name}.jsonl").write_text('{"event": "start"}\n', encoding="utf-8")
+    with open(folder / "slurm" / "submitted.jsonl", "a", encoding="utf-8") as file:
+        for line in ({}, {"job": 9, "role": "check"}, {"job": "²", "role": "x"}, {"job": "9"}):
+            file.write(json.dumps(line) + "\n")
+    assert status(cluster, folder) == before
+
+
 def test_status_takes_states_from_sacct_and_from_the_controller_first(cluster, tmp_path):
     folder = write_run_folder(tmp_path / "r")
     said = status(

@@ -75,6 +75,8 @@ def test_the_nearer_end_counts_and_room_is_left_for_two_of_the_slowest_saves():
         Deadline(0.05, started=started, env={"SLURM_JOB_END_TIME": str(int(started) + 9999)}).of
         == "faults.max_hours"
     )
+    for text in ("²", "", "Unknown", "9" * 5000):
+        assert Deadline(None, started=started, env={"SLURM_JOB_END_TIME": text}).of == ""
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,8 @@ def test_the_nearer_end_counts_and_room_is_left_for_two_of_the_slowest_saves():
         ({"bad_steps": 0}, "bad_steps 0 must be at least 1"),
         ({"max_hours": 0.0}, "max_hours 0 must be above 0"),
         ({"watchdog_minutes": -1.0}, "Use watchdog_minutes: null for none"),
+        ({"watchdog_minutes": 1e300}, "at most 10,000,000"),
+        ({"max_hours": math.inf}, "at most 10,000,000"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(setting, text):
