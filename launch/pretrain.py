@@ -93,7 +93,11 @@ def main(argv: list[str] | None = None) -> int:
         # srun ends the other ranks when one leaves, and then has their exit code, not this one's 2
         path = os.environ.get("TESSERA_MISTAKE_FILE")
         if path and not isinstance(error, (PassingError, SilentError)):
-            with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            # backslashreplace: a path in it may be no UTF-8
+            with (
+                contextlib.suppress(OSError),
+                open(path, "w", encoding="utf-8", errors="backslashreplace") as file,
+            ):
                 file.write(" ".join(str(error).split()))
 
     return run_command(body, stopped="stopped before the first step; nothing was written")

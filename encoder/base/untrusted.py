@@ -302,21 +302,26 @@ def _mapping_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any, text: str, where: Path | str, error: type[UserError]) -> None:
-    """Depth, level by level; and strings, where the text spells parts of characters."""
+    """Depth, level by level; and strings, where the text spells parts of characters.
+
+    A value, not a key, may hold what Python makes of the name of a file that is not UTF-8: caf\\udce9.
+    """
     surrogates = _SURROGATE.search(text) is not None
     level, depth = [value], 0
     while level:
         below: list[Any] = []
         for item in level:
+            wrong: list[str] = []
             if isinstance(item, dict):
                 below += item.values()
-                if surrogates:
-                    below += item.keys()
+                wrong = [key for key in item if surrogates and not _is_whole(key)]
             elif isinstance(item, list):
                 below += item
-            elif surrogates and isinstance(item, str) and not _is_whole(item):
+            elif isinstance(item, str) and not _is_whole(item, "surrogateescape"):
+                wrong = [item]
+            if wrong:
                 raise error(
-                    f"{where} cannot be read: it holds half of a character ({ascii(item)[:60]});"
+                    f"{where} cannot be read: it holds half of a character ({ascii(wrong[0])[:60]});"
                     " needed: Unicode."
                 )
         level = [
@@ -329,9 +334,9 @@ def _check(value: Any, text: str, where: Path | str, error: type[UserError]) -> 
             _too_deep(text, where, error)
 
 
-def _is_whole(text: str) -> bool:
+def _is_whole(text: str, errors: str = "strict") -> bool:
     try:
-        text.encode("utf-8")
+        text.encode("utf-8", errors)
     except UnicodeEncodeError:
         return False
     return True

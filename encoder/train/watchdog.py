@@ -134,7 +134,7 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr)
         with contextlib.suppress(OSError):
             self._hang_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._hang_file, "w", encoding="utf-8") as f:
+            with open(self._hang_file, "w", encoding="utf-8", errors="backslashreplace") as f:
                 f.write(line)
                 f.flush()
                 faulthandler.dump_traceback(f)
@@ -148,7 +148,7 @@ class Watchdog:
                 handle = os.open(self._error_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
                 return self._first()
-            with open(handle, "w", encoding="utf-8") as f:
+            with open(handle, "w", encoding="utf-8", errors="backslashreplace") as f:
                 f.write(f"{summary}\n\n{text}\n")
                 f.flush()
                 os.fsync(f.fileno())
@@ -158,5 +158,6 @@ class Watchdog:
     def _first(self) -> str:
         """The first line of another rank's error, or nothing."""
         with contextlib.suppress(OSError):
-            return self._error_file.read_text(encoding="utf-8").split("\n", 1)[0].rstrip(".") + "."
+            text = self._error_file.read_text(encoding="utf-8", errors="replace")
+            return text.split("\n", 1)[0].rstrip(".") + "."
         return ""

@@ -95,7 +95,9 @@ def write_card(
             " answers.\n"
         ),
     ]
-    (folder / CARD).write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    # a folder in the snippets may have a name that is not UTF-8
+    text = "\n".join(part for part in parts if part)
+    (folder / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_sentence_transformers(folder: Path, *, width: int, max_tokens: int) -> None:

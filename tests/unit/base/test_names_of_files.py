@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from data_prep.tokenization import TextEncoder
+from encoder.base.dist import World
 from encoder.base.errors import ConfigError
 from encoder.base.files import atomic_folder, native_path, write_atomic
-from encoder.base.schema import expand_path, parse_yaml, read_mapping, to_yaml
+from encoder.base.paths import expand_path
+from encoder.base.schema import parse_yaml, read_mapping, to_yaml
 from encoder.engine.checkpoint.tensors import StretchReader, write_tensors
 from encoder.models.stored import read_stored, write_stored
 from encoder.tools.notebook import open_shards
+from encoder.train.watchdog import Watchdog
 from launch.fill_mask import answers
 from tests.helpers.hf import exported, stored, write_tokenizer_json
 from tests.helpers.prep import run, settings, texts, write_jsonl
@@ -62,6 +65,18 @@ def test_weights_and_an_export_in_such_a_folder_are_read_back(folder):
     assert len(answer["masks"][0]) == 2
 
 
+def test_an_export_may_have_such_a_name_itself(folder):
+    """Its card shows the folder in snippets."""
+    exported(letters(folder), folder, stored())
+    assert "caf\\udce9" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_error_that_names_such_a_file_is_written_down(folder):
+    watchdog = Watchdog(folder, World(), hang_minutes=None)
+    watchdog._write_first(f"rank 0 failed: {folder}/a is damaged.", "all of it")
+    assert watchdog._first().endswith("caf\\udce9/a is damaged.")
+
+
 @pytest.mark.parametrize("name", ["tokenizers", "fastokens"])
 def test_a_tokenizer_in_such_a_folder_encodes(folder, name):
     if name == "fastokens":
@@ -82,6 +97,19 @@ def test_shards_in_such_a_folder_are_made_and_reported(folder, capfd):
     assert run("report", shards, "--out", folder / "page") == 0 == run("verify", shards)
     assert open_shards(str(shards)).decode(0)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_texts_in_files_of_such_names_are_prepared(folder, monkeypatch, capfd):
+    config = settings(folder, [{"name": "a", "format": "jsonl", "files": ["*.jsonl"]}])
+    write_jsonl(folder / "b.jsonl", texts(30))
+    (folder / "b.jsonl").rename(folder / os.fsdecode(b"\xe9t\xe9.jsonl"))
+    words = [config, "root=.", "out=shards", "tokenizer=tokenizer.json"]
+    monkeypatch.chdir(folder)
+    assert run("prepare", *words) == 0 == run("prepare", *words)
+    assert run("verify", "shards") == 0
+    assert run("prepare", *words, "--again", "on_error=skip") == 0
+    said = capfd.readouterr()
+    assert "Nothing to do" in said.out and "Traceback" not in said.err
 
 
 def test_settings_with_such_a_path_are_written_and_read_again(folder, monkeypatch):
