@@ -20,6 +20,31 @@ from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import write_atomic
 from encoder.base.home import home
 
+# run files of published models, by their presets (docs/families.md)
+FAMILIES = (
+    "bert_tiny",
+    "bert_mini",
+    "bert_small",
+    "bert_medium",
+    "bert_base",
+    "bert_large",
+    "roberta_base",
+    "roberta_large",
+    "distilbert_base",
+    "mini_roberta",
+    "mini_roberta_readme",
+    "ropert_small",
+    "ettin_17m",
+    "ettin_32m",
+    "ettin_68m",
+    "ettin_150m",
+    "ettin_400m",
+    "ettin_1b",
+    "mmbert_small",
+    "mmbert_base",
+    "crammed_bert",
+    "mosaic_bert",
+)
 RUNS = {
     "tiny": "tiny_cpu",
     "small": "small",
@@ -30,6 +55,7 @@ RUNS = {
     "continue": "continue",
     "domain": "domain",
     "four-domains": "mini_four_domains",
+    **{name.replace("_", "-"): name for name in FAMILIES},
 }
 _ITEM = re.compile(r"^ +- \{.*\bpath: ")  # one shard folder of a list
 _TOKENIZER = re.compile(r"^tokenizer: (\S+)", re.M)

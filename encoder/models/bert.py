@@ -115,6 +115,7 @@ class BertConfig(EncoderSettings):
             axes=AXES,
             grows=GROWS,
             free=(*_FREE, "max_position_embeddings") if fixed else _FREE,
+            heads=("sentence_head",),
             layer_kinds=("global",) * self.num_hidden_layers,
             uncut={"num_attention_heads": self.head_width},
             derived={"attention_head_width": self.head_width},

@@ -150,5 +150,7 @@ class GrowthRules:
     uncut: Mapping[str, int] = field(default_factory=dict)
     # settings whose number follows from others where they are not given -> that number
     derived: Mapping[str, int] = field(default_factory=dict)
+    # settings that add a head or take it away: a run that starts from a model without it draws it
+    heads: tuple[str, ...] = ()
     # how the parameters of the norm behind the last layer begin; None: there is none
     final_norm: str | None = None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ModelError
-from encoder.models.catalog import build_model
+from encoder.models.catalog import build_model, system_of
 from encoder.models.contract import Axis, GrowthRules, ModelConfig
 
 Mode = Literal["middle", "edge", "centre"]
@@ -113,7 +113,16 @@ def _check_names(weights: Mapping[str, Tensor], old: ModelConfig) -> None:
 
 
 def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
-    """(setting, old value, new value) wherever two models differ; what follows from others by its number, however it was given."""
+    """(setting, old value, new value) wherever two models differ; what follows from others by its number, however it was given.
+
+    Raises ModelError for two families.
+    """
+    fields = [[f.name for f in dataclasses.fields(config)] for config in (old, new)]
+    if fields[0] != fields[1]:
+        raise ModelError(
+            f"the source is a {system_of(old)}, the new model a {system_of(new)}; needed: one"
+            f" family. Set model.system: {system_of(old)}, or name another source."
+        )
 
     def settings(config: ModelConfig) -> dict[str, object]:
         return {**dataclasses.asdict(config), **config.growth().derived}

@@ -13,7 +13,7 @@ from encoder.base.errors import ModelError
 from encoder.data.shard_format import token_ids
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import differing, must_be_equal
-from encoder.models.stored import StoredModel
+from encoder.models.stored import StoredModel, drawn_weights, parameter_names, stems
 from encoder.runs.facts import DataFacts
 from encoder.runs.config import RunConfig
 from encoder.runs.weights import read_model
@@ -31,6 +31,7 @@ class InitialWeights:
 def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWeights:
     """The weights of `run.init_from`, seen to fit. Raises ModelError for another shape or tokenizer, CheckpointError."""
     stored = read_fitting(run)
+    fitting = with_heads(stored, run)
     sha256 = weights_sha256(stored.weights) if hashed else None
     lines = [
         f"weights from {run.init_from}: {stored.origin}"
@@ -47,7 +48,26 @@ def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWe
         )
     else:
         check_same_tokens(stored.tokenizer_json, facts.tokenizer_json)
-    return InitialWeights(weights=stored.weights, sha256=sha256, lines=tuple(lines))
+    lines += [f"    {line}" for line in fitting.lines]
+    return InitialWeights(weights=fitting.weights, sha256=sha256, lines=tuple(lines))
+
+
+def with_heads(stored: StoredModel, run: RunConfig) -> InitialWeights:
+    """The weights of a run's model: those of a stored one, and drawn ones for a head that it lacks; `lines` say which."""
+    needed = parameter_names(run.model)
+    lacking = [name for name in needed if name not in stored.weights]
+    kept = {name: w for name, w in stored.weights.items() if name in needed}
+    left_out = [name for name in stored.weights if name not in kept]
+    lines = []
+    if lacking:
+        lines.append(f"drawn, for it has none: {', '.join(stems(lacking))}")
+    if left_out:
+        lines.append(f"left out, for the run's model has none: {', '.join(stems(left_out))}")
+    return InitialWeights(
+        weights={**kept, **drawn_weights(run.model, lacking, seed=run.seed)},
+        sha256=None,
+        lines=tuple(lines),
+    )
 
 
 def read_fitting(run: RunConfig) -> StoredModel:
@@ -60,11 +80,18 @@ def read_fitting(run: RunConfig) -> StoredModel:
 
 
 def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path) -> None:
-    """Every parameter of the model at `path` has its place in the run's model, and means the same there. Raises ModelError."""
-    may_grow = run.model.growth().grows
-    wrong = [
-        d for d in differing(there, run.model) if d[0] in (*may_grow, *must_be_equal(run.model))
-    ]
+    """Every parameter of the model at `path` has its place in the run's model, and means the same there. Raises ModelError.
+
+    there: the model at `path`.
+    run: the run that starts from it.
+    key: the setting that names it. A branch goes on with the optimizer's state, so it has the same heads as well.
+    path: for the message.
+    """
+    rules = run.model.growth()
+    may_grow = rules.grows
+    heads = rules.heads if key == "init_from" else ()
+    judged = [name for name in (*may_grow, *must_be_equal(run.model)) if name not in heads]
+    wrong = [d for d in differing(there, run.model) if d[0] in judged]
     if wrong:
         found = ", ".join(f"{name} {old} there, {new} in the run" for name, old, new in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -12,10 +12,11 @@ rounding alone is large (sharp attention), again in fp64. Each is asked alone, p
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -212,7 +213,9 @@ def transformers_model(
         said = settings or read_json(folder / "config.json", root=dict, error=ExportError)
         given = {} if settings is None else {"config": _config_of(bridge, settings)}
         auto = getattr(transformers, bridge.auto_class(said))
-        with native_path(folder) as name:
+        # that heads are missing is said by who drew them
+        quiet = _without_warnings() if drawn else contextlib.nullcontext()
+        with native_path(folder) as name, quiet:
             model, notes = auto.from_pretrained(
                 name,
                 dtype=torch.float32,
@@ -243,6 +246,18 @@ def transformers_model(
     if drawn:
         model.load_state_dict(drawn, strict=False)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def logits_fn(model: torch.nn.Module, bridge: Bridge) -> LogitsFn:
