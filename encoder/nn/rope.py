@@ -41,6 +41,15 @@ def split_and_rotate(qkv_T3HD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, T
     return _SplitAndRotate.apply(qkv_T3HD, table)
 
 
+def half_split_rows(rows: Tensor, *, heads: int) -> Tensor:
+    """Rows of Wq or Wk [H D, ...] of a model that turns pairs (2j, 2j + 1), laid for one that turns (j, j + D/2).
+
+    A score is a sum over pairs, so both models give the same.
+    """
+    width = len(rows) // heads
+    return rows.unflatten(0, (heads, width // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
 def _turned(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     exact = torch.promote_types(x_THD.dtype, torch.float32)
     a, b = x_THD.to(exact).chunk(2, dim=-1)

@@ -415,6 +415,12 @@ class RunConfig:
                     f"model.{name} is {json.dumps(found)}; this objective needs {needed}. Set"
                     f" model.{name}: {needed}."
                 )
+        for name in self.model.growth().heads:
+            if getattr(self.model, name) and not self.objective.model_needs.get(name):
+                raise ConfigError(
+                    f"model.{name} is true, and this objective has no loss for it: nothing would"
+                    f" train it. Set model.{name}: false, or use an objective that needs it."
+                )
         for phase in self.phases if self.objective.pairs else ():
             if phase.max_tokens_per_document < LEAST_PAIR_TOKENS:
                 raise ConfigError(

@@ -171,7 +171,9 @@ class _Filler:
                 f"another one than branch_from's {parent_seed}, which would bring the same order",
             )
         whole = (
-            {"system": system_of(source), **to_plain(source)} if source else UNKNOWN
+            {"system": system_of(source), **to_plain(source), **self._heads_of(source)}
+            if source
+            else UNKNOWN
         )  # on a resume the source may be gone
         self.put(m, "model", whole, f"that of {word} {path}")
         if "model" not in m and isinstance(path, str) and path:
@@ -195,6 +197,9 @@ class _Filler:
         if source:
             self.put(model, "model.vocab_size", source.vocab_size, f"that of {word}")
             self.put(model, "model.initializer_range", source.initializer_range, f"that of {word}")
+            for name, needed in self._heads_of(source).items():
+                if needed != getattr(source, name):
+                    self.put(model, f"model.{name}", needed, "what the objective needs")
             for key, value in to_plain(source).items():
                 if value != getattr(family, key, None):
                     self.put(model, f"model.{key}", value, f"that of {word}")
@@ -227,13 +232,23 @@ class _Filler:
 
     def _fill_model_needs(self, model: dict[str, Any]) -> None:
         """What the objective needs of the model, where its family has such a setting."""
-        objective = self.mapping.get("objective")
-        word = objective.get("name") if isinstance(objective, dict) else objective
-        needs = getattr(OBJECTIVES.get(word), "model_needs", {}) if isinstance(word, str) else {}
+        word, needs = self._needs()
         defaults = {field.name: field.default for field in dataclasses.fields(SYSTEMS[model["system"]])}
         for name, least in needs.items():
             if name in defaults and defaults[name] < least:
                 self.put(model, f"model.{name}", least, f"objective {word} needs it")
+
+    def _needs(self) -> tuple[Any, Mapping[str, int]]:
+        """The objective's word, and the least values of settings that it needs."""
+        objective = self.mapping.get("objective")
+        word = objective.get("name") if isinstance(objective, dict) else objective
+        known = OBJECTIVES.get(word) if isinstance(word, str) else None
+        return word, getattr(known, "model_needs", {})
+
+    def _heads_of(self, source: ModelConfig) -> dict[str, bool]:
+        """Whether each head that a stored model may have is needed here: it is drawn or left out."""
+        _, needs = self._needs()
+        return {name: bool(needs.get(name)) for name in source.growth().heads}
 
     def _fill_phases(self) -> None:
         m = self.mapping

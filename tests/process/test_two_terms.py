@@ -254,7 +254,8 @@ def test_a_mean_of_means_is_another_curve(out):
 # a pair objective on a small BERT; its phases are those of the run file
 BERT = (
     "model={system: bert, vocab_size: 64, hidden_size: 64, intermediate_size: 96,"
-    " num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}"
+    " num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64,"
+    " mlp: gelu_tanh, mlp_inner_dropout: 0.1, position_offset: 2}"
 )
 PAIRS = [BERT, "phases.0.model={}", "phases.1.model={}", "objective.short_share=0.3"]
 OBJECTIVES_RUN = {"two": ("rare", WEIGHT, []), "mlm_nsp": ("nsp", 1.0, PAIRS)}

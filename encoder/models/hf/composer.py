@@ -30,10 +30,17 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from encoder.base.errors import ConfigError, ModelError
-from encoder.models.hf.flexbert import HEAD_WIDTH, FlexBertWords, Shape, config_from_flexbert
+from encoder.models.hf.flexbert import (
+    HEAD_WIDTH,
+    FlexBertWords,
+    Shape,
+    config_from_flexbert,
+    turns_neighbours,
+)
 from encoder.models.hf.read import DECODER, EMBEDDING, load_tensors, named_tensors, untie
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, check_weights, fp32
+from encoder.nn.rope import half_split_rows
 
 HUGGING_FACE = ("integrations", "huggingface")
 
@@ -81,6 +88,8 @@ def read_composer(
                 global_rope_theta=global_rope_theta,
                 local_rope_theta=local_rope_theta,
             )
+            if turns_neighbours(words, config):
+                weights = _half_split(weights, config)
             assumed = words.assumed
     except ConfigError as error:
         raise ModelError(
@@ -101,6 +110,19 @@ def read_composer(
             f"file and assumed: {list_of or 'nothing'})"
         ),
     )
+
+
+def _half_split(weights: dict[str, Tensor], config: ModernBertConfig) -> dict[str, Tensor]:
+    """Queries and keys of pairs (2j, 2j + 1) as our rotation has them; values stay."""
+    found = dict(weights)
+    for name, rows in weights.items():
+        if ".attn.Wqkv." in name and len(rows) == 3 * config.hidden_size:
+            query, key, value = rows.chunk(3)
+            turned = [
+                half_split_rows(part, heads=config.num_attention_heads) for part in (query, key)
+            ]
+            found[name] = torch.cat([*turned, value])
+    return found
 
 
 def composer_types() -> list[Any]:

@@ -89,7 +89,7 @@ ONLY = {
     "attention_probs_dropout_prob": 0.0,
     "encoder_layer": "base",
 }
-ONLY_WITH_ROPE = {"rotary_emb_scale_base": None, "rotary_emb_interleaved": False}
+ONLY_WITH_ROPE = {"rotary_emb_scale_base": None}
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 READ = {*DEFAULTS, *SHAPE, "num_attention_heads", "rotary_emb_base", "max_position_embeddings"}
 # speed, loss, initial draws, classification, leftovers of BERT: no logit depends on them
@@ -445,6 +445,11 @@ def _theta(
             f"Leave {option} out."
         )
     return float(said)
+
+
+def turns_neighbours(words: FlexBertWords, config: ModernBertConfig) -> bool:
+    """Whether its rotary positions turn features 2j and 2j + 1, where ours turn j and j + D/2."""
+    return config.positions == "rope" and words.get("rotary_emb_interleaved", bool)
 
 
 def _check_rotary(words: FlexBertWords, *, head_width: int) -> None:

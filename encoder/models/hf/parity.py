@@ -76,10 +76,10 @@ class Proof:
             if self.fp64_difference is None
             else f" in fp32, by its rounding ({self.fp64_difference:.1e} in fp64),"
         )
+        side = "either side" if self.left_padded else "the right"
         return (
             f"the same logits within {self.max_abs_difference:.1e}{fp64} at lengths "
-            f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on"
-            f" {'either side' if self.left_padded else 'the right'}"
+            f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on {side}"
         )
 
 

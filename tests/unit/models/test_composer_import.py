@@ -98,6 +98,22 @@ def test_settings_that_a_checkpoint_holds_make_the_model(tmp_path, name):
     assert (ours - plain).abs().max() < 1e-9 * plain.abs().max()
 
 
+def test_queries_and_keys_of_interleaved_pairs_are_laid_as_ours(tmp_path):
+    """The file's rows by turns: of every head first the even features' rows, then the odd ones'."""
+    config, weights = model_of({})
+    heads, width = config.num_attention_heads, config.head_width
+    order = torch.arange(width).view(2, -1).T.flatten()  # theirs: 0, D/2, 1, D/2 + 1, ...
+    rows = (torch.arange(heads)[:, None] * width + order).flatten()
+    theirs = dict(weights)
+    for name, matrix in weights.items():
+        if ".Wqkv." in name:
+            q, k, v = matrix.chunk(3)
+            theirs[name] = torch.cat((q[rows], k[rows], v))
+    said = flexbert_config(CONFIG, rotary_emb_interleaved=True)
+    model = read_composer(write_composer(tmp_path / "a.pt", theirs, said))
+    assert all(torch.equal(model.weights[n], w) for n, w in weights.items())
+
+
 def test_a_whole_checkpoint_is_read_with_the_types_beside_its_tensors(tmp_path):
     config, weights = model_of({})
     path = write_composer(tmp_path / "a.pt", weights, flexbert_config(CONFIG))
@@ -195,7 +211,6 @@ CANNOT_BE = {
     "rotary_emb_dim": (8, "the whole head, 16"),
     "local_attn_rotary_emb_dim": (8, "the whole head, 16"),
     "rotary_emb_scale_base": (512, "None"),
-    "rotary_emb_interleaved": (True, "False"),
     "rotary_emb_base": (0, "above 0, and finite"),
     "local_attn_rotary_emb_base": (-2.0, "above 0, and finite"),
     "num_attention_heads": (5, "divides hidden_size 32"),

@@ -12,7 +12,7 @@ from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.heads import PredictionHead
 from encoder.nn.mlp import FeedForward
 from encoder.nn.norm import make_norm
-from encoder.nn.rope import rope_table, split_and_rotate
+from encoder.nn.rope import half_split_rows, rope_table, split_and_rotate
 from tests.reference.dense import rotate_pair_by_pair
 
 
@@ -64,6 +64,24 @@ def test_rotated_scores_depend_on_the_distance_only():
     for distance in range(-8, 9):
         along = scores.diagonal(distance)
         assert torch.allclose(along, along[:1].expand_as(along), rtol=0, atol=1e-5)
+
+
+def test_a_rotation_of_neighbours_gives_the_same_scores_once_its_rows_are_laid_as_ours():
+    """Two heads of 8, pairs (2j, 2j + 1) turned as complex numbers, against our rotation of the laid rows."""
+    x_TC, query_QC, key_QC = randn(9, 6), randn(16, 6, seed=1), randn(16, 6, seed=2)
+    place_T = torch.arange(9, dtype=torch.int32)
+    table = rope_table(place_T, theta=100.0, head_width=8)
+    turn = torch.complex(*table.double())[:, 0]
+
+    def neighbours(rows: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex((x_TC @ rows.T).view(9, 2, 4, 2))
+        return torch.view_as_real(pairs * turn[:, None]).flatten(2)
+
+    expected = torch.einsum("qhd,khd->hqk", neighbours(query_QC), neighbours(key_QC))
+    laid = [x_TC @ half_split_rows(rows, heads=2).T for rows in (query_QC, key_QC)]
+    qkv = torch.stack([*laid, laid[0]], dim=1).view(9, 3, 2, 8)
+    q, k, _ = split_and_rotate(qkv, table)
+    assert torch.allclose(torch.einsum("qhd,khd->hqk", q, k), expected, rtol=0, atol=1e-12)
 
 
 def test_the_gradient_of_the_rotation_is_exact():

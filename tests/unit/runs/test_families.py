@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from encoder.models.catalog import PRESETS
+from encoder.base.errors import ConfigError, ModelError, UserError
+from encoder.models.bert import BertConfig
+from encoder.models.catalog import PRESETS, build_model
+from encoder.models.growth import differing
+from encoder.models.modernbert import ModernBertConfig
+from encoder.models.stored import StoredModel, write_stored
 from encoder.runs.config import read_run
+from encoder.runs.initial import read_fitting, with_heads
 from encoder.tools.plan.forecast import gpu
 from encoder.tools.plan.plan import plan_text
 from launch.new_file import FAMILIES
@@ -53,3 +60,92 @@ def test_a_run_file_that_picks_a_preset_needs_nothing_else(name, tmp_path):
     assert longest == min(1024, run.model.max_position_embeddings)
     expected = 0.02 if getattr(run.model, "initialization", "megatron") != "megatron" else None
     assert expected in (None, run.model.initializer_range)
+
+
+SHAPE = dict(
+    vocab_size=64,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    max_position_embeddings=64,
+)
+
+
+def written(folder: Path, config) -> Path:
+    """A weights folder of the settings, without a tokenizer."""
+    weights = build_model(config, seed=9).state_dict()
+    model = StoredModel(config=config, weights=weights, tokenizer_json=None, origin="a test")
+    write_stored(model, folder)
+    return folder
+
+
+def run_from(tmp_path: Path, source: Path, *, objective: str, model: str = ""):
+    """The run of a file that starts from stored weights."""
+    (tmp_path / "run.yaml").write_text(
+        f"name: a\ndata: shards/web/train\ninit_from: {source}\n{model}objective: {objective}\n"
+        "phases: {tokens: 1M, batch_tokens: 8192, lr: 1.0e-3, max_tokens_per_document: 32}\n"
+    )
+    return read_run(tmp_path / "run.yaml")
+
+
+def test_a_model_takes_the_heads_that_its_objective_needs(tmp_path):
+    """From a body with a sentence head to masked tokens alone, and from one without to pairs."""
+    with_head, without = (
+        written(tmp_path / str(head), BertConfig(**SHAPE, sentence_head=head))
+        for head in (True, False)
+    )
+    run = run_from(tmp_path, with_head, objective="{name: mlm}")
+    assert not run.model.sentence_head
+    fitting = with_heads(read_fitting(run), run)
+    assert "pooler.dense.weight" not in fitting.weights
+    assert fitting.lines == ("left out, for the run's model has none: nsp, pooler.dense",)
+
+    for model in ("", "model: {system: bert, " + ", ".join(f"{k}: {v}" for k, v in SHAPE.items()) + "}\n"):
+        run = run_from(tmp_path, without, objective="{name: mlm_nsp}", model=model)
+        assert run.model.sentence_head
+        fitting = with_heads(read_fitting(run), run)
+        drawn = build_model(run.model, seed=run.seed).state_dict()
+        assert torch.equal(fitting.weights["pooler.dense.weight"], drawn["pooler.dense.weight"])
+        assert fitting.weights.keys() == drawn.keys()
+        assert fitting.lines == ("drawn, for it has none: pooler.dense, nsp",)
+
+
+def test_a_head_that_nothing_would_train_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "name: a\ndata: shards/web/train\nmodel: {preset: bert_tiny, sentence_head: true}\n"
+        "phases: {tokens: 1M, batch_tokens: 8192, lr: 1.0e-3}\n"
+    )
+    with pytest.raises(ConfigError, match="this objective has no loss for it: nothing would"):
+        read_run(tmp_path / "run.yaml")
+
+
+def test_segments_are_not_asked_of_a_model_without_them(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "name: a\ndata: shards/web/train\nobjective: {name: mlm_nsp}\n"
+        "model: {preset: distilbert_base, type_vocab_size: 1}\n"
+        "phases: {tokens: 1M, batch_tokens: 8192, lr: 1.0e-3}\n"
+    )
+    with pytest.raises(ConfigError, match="model.type_vocab_size is 1; this objective needs 2"):
+        read_run(tmp_path / "run.yaml")
+
+
+def test_a_document_longer_than_the_table_of_positions_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "name: a\ndata: shards/web/train\nmodel: {preset: roberta_base}\n"
+        "phases: {tokens: 1M, batch_tokens: 8192, lr: 1.0e-3, max_tokens_per_document: 514}\n"
+    )
+    with pytest.raises(ConfigError, match="above model.max_position_embeddings 512"):
+        read_run(tmp_path / "run.yaml")
+
+
+def test_weights_of_another_family_are_refused_in_a_sentence(tmp_path):
+    source = written(tmp_path / "modernbert", ModernBertConfig(**SHAPE))
+    shape = ", ".join(f"{k}: {v}" for k, v in SHAPE.items())
+    with pytest.raises(UserError, match="model"):
+        run = run_from(
+            tmp_path, source, objective="{name: mlm}", model=f"model: {{system: bert, {shape}}}\n"
+        )
+        read_fitting(run)
+    with pytest.raises(ModelError, match="the source is a modernbert, the new model a bert"):
+        differing(ModernBertConfig(**SHAPE), BertConfig(**SHAPE))
