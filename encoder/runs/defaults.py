@@ -233,7 +233,8 @@ class _Filler:
     def _fill_model_needs(self, model: dict[str, Any]) -> None:
         """What the objective needs of the model, where its family has such a setting."""
         word, needs = self._needs()
-        defaults = {field.name: field.default for field in dataclasses.fields(SYSTEMS[model["system"]])}
+        family = SYSTEMS[model["system"]]
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(family)}
         for name, least in needs.items():
             if name in defaults and defaults[name] < least:
                 self.put(model, f"model.{name}", least, f"objective {word} needs it")
