@@ -9,14 +9,13 @@ import pytest
 
 from encoder.base.objective import LEAST_PAIR_TOKENS, PairRule
 from encoder.base.rng import generator
-from encoder.data.loader import evaluation_batches
 from encoder.data.pairs import WindowSentences, pairs_of
 from encoder.data.sentences import SentenceLists
 from encoder.data.shards import open_source
 from encoder.data.windows import GOES_ON, Windows
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from tests.helpers import memory_source
-from tests.helpers.loading import windows_with
+from tests.helpers.loading import held_out_with, windows_with
 from tests.helpers.shards import random_documents, write_sentences, write_source
 from tests.reference.sentence_pairs import sentence_pairs
 
@@ -275,16 +274,13 @@ def test_held_out_pairs_are_the_same_on_any_ranks(tmp_path, name):
     masker = build_objective(OBJECTIVES[name](), vocab_size=64, specials=memory_source.SPECIALS)
 
     def held_out(rank: int, world_size: int):
-        return evaluation_batches(
-            source=source,
+        return held_out_with(
+            source,
             rows=7,
             seed=3,
             max_tokens_per_document=32,
             row_tokens=64,
             masker=masker,
-            pad_id=62,
-            cls_id=60,
-            sep_id=61,
             rank=rank,
             world_size=world_size,
             micro_batch_rows=2,
