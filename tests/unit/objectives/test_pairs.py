@@ -14,7 +14,7 @@ from encoder.base.errors import ConfigError
 from encoder.base.objective import PairRule, RowPairs
 from encoder.base.rng import generator
 from encoder.data.assembly import Assembler, RowSpec
-from encoder.data.windows import GOES_ON
+from encoder.data.windows import GOES_ON, RowGeometry
 from encoder.models.bert import BertConfig
 from encoder.models.catalog import build_model
 from encoder.nn.loss import class_loss_sum
@@ -38,11 +38,7 @@ def assembler(masker, **changes) -> Assembler:
         sources=[source],
         masker=masker,
         seed=1,
-        pad_id=62,
-        cls_id=CLS,
-        sep_id=SEP,
-        max_tokens_per_document=16,
-        row_tokens=32,
+        geometry=RowGeometry(row_tokens=32, max_tokens_per_document=16),
         micro_batch_rows=1,
         static_shapes=False,
     )
