@@ -4,7 +4,7 @@
     python launch/average.py RUN/checkpoints/A RUN/checkpoints/B [...] --out OUT
     python launch/average.py RUN --out OUT              the weights of the newest checkpoint, as they are
 
-Then export OUT (launch/export_hf.py), grow it, or train it on (init_from: OUT).
+Then export OUT (tessera export), grow it, or train it on (init_from: OUT).
 """
 
 from __future__ import annotations

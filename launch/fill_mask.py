@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, asks, prints, returns the exit code."""
     parser = CommandLine(description=__doc__)
     parser.add_argument(
-        "folder", type=Path, metavar="HF_FOLDER", help="a folder written by launch/export_hf.py"
+        "folder", type=Path, metavar="HF_FOLDER", help="a folder written by tessera export"
     )
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them")
     parser.add_argument(
@@ -50,7 +50,7 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
 
     if not (folder / "config.json").is_file():
         raise ExportError(
-            f"{folder} holds no config.json; needed: a folder written by launch/export_hf.py."
+            f"{folder} holds no config.json; needed: a folder written by tessera export."
         )
     without = next((t for t in texts if "[MASK]" not in t), None)
     if without is not None:
@@ -70,7 +70,7 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
     ) as error:  # transformers, tokenizers and safetensors each raise their own kinds
         why = " ".join(str(error).split())[:200]
         raise ExportError(
-            f"{folder} cannot be read as a model ({why}). Export again with launch/export_hf.py."
+            f"{folder} cannot be read as a model ({why}). Export again with tessera export."
         ) from error
     if not 1 <= top <= model.config.vocab_size:
         raise ExportError(f"--top {top}: needed is 1 to {model.config.vocab_size:,}.")

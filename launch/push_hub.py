@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, uploads, returns the exit code."""
     parser = CommandLine(description=__doc__)
     parser.add_argument(
-        "folder", type=Path, metavar="HF_FOLDER", help="a folder written by launch/export_hf.py"
+        "folder", type=Path, metavar="HF_FOLDER", help="a folder written by tessera export"
     )
     parser.add_argument(
         "repository", metavar="ORG/NAME", help="where to; made if it is not there yet"

@@ -25,6 +25,11 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         readable_streams()  # here, since every command begins here
+        typed = Path(sys.argv[0]).name if sys.argv else ""
+        if typed.startswith("tessera ") and settings.get("description"):
+            # under a verb the file's own examples are the verb's
+            words = re.sub(r"\bpython launch/\w+\.py", typed, settings["description"])
+            settings = {**settings, "description": words}
         super().__init__(
             **{
                 "allow_abbrev": False,

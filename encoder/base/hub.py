@@ -24,6 +24,8 @@ _NAME = re.compile(
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 CONFIG = ("config.json", *TOKENIZER)
 _SAFE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_OUR_FOLDERS = ("configs", "corpus", "hf", "runs", "shards", "weights")
+_FILES = (".json", ".jsonl", ".pt", ".safetensors", ".yaml", ".yml")
 # of httpx, requests and urllib3, by name: none of them is imported for this
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout", "ConnectionError", "NewConnectionError")
 PICKLED = "pytorch_model.bin"  # taken only where there is nothing else; read as tensors alone
@@ -51,7 +53,9 @@ class Fetched:
 def parse_hub_name(text: str | Path) -> HubName | None:
     """The name that a text is, unless it is a file or folder here, or a path into one. Raises nothing.
 
-    `runs/base` with a folder `runs` is a path; hf://runs/base is a name in any case.
+    `runs/base` with a folder `runs` is a path, and so is what lies in a folder that our documents
+    name (weights/wider) or is called like a file (corpus/tokenizer.json). hf://runs/base is a name
+    in any case.
     """
     match = _NAME.fullmatch(str(text))
     if match is None or ".." in match["id"] or "--" in match["id"]:
@@ -59,6 +63,8 @@ def parse_hub_name(text: str | Path) -> HubName | None:
     if not match["scheme"]:
         path = Path(str(text))
         if path.exists() or path.is_symlink() or Path(path.parts[0]).exists():
+            return None
+        if path.parts[0] in _OUR_FOLDERS or path.suffix in _FILES:
             return None
     return HubName(id=match["id"], revision=match["revision"])
 

@@ -165,8 +165,8 @@ class StopFlag:
         if self.begun and not self._announced:
             self._announced = True
             note(
-                f"{name}: finishes the step and saves, which may take a minute on a CPU; a second one"
-                " ends at once"
+                f"{name}: finishes the step that it is in, and saves; a second one ends at once,"
+                " without"
             )
         self._note(number)
         self._tell()

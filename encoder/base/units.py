@@ -51,7 +51,9 @@ def parse_tokens(value: int | float | str) -> int:
             ) from error
     if abs(amount) >= 2**63:
         raise ConfigError(f"{shown} is more tokens than 63 bits can count.")
-    if amount != int(amount) or amount < 0:
+    if amount < 0:
+        raise ConfigError(f"{shown} is below 0; needed: a number of tokens.")
+    if amount != int(amount):
         raise ConfigError(f"{shown} is not a whole number of tokens.")
     return int(amount)
 

@@ -472,8 +472,9 @@ def check_fits(card: Card, *, vocab_size: int, where: str) -> None:
     if card.vocab_size > vocab_size:
         raise ShardError(
             f"{where} was made with a vocabulary of {card.vocab_size:,}, the model has"
-            f" {vocab_size:,}. Set model.vocab_size to at least {card.vocab_size:,}, or use other"
-            " shards."
+            f" {vocab_size:,}. Set model.vocab_size to at least {card.vocab_size:,}; or, for a"
+            " model that is there already, prepare the text with its own tokenizer: data-prep"
+            " tokenizer from-hf"
         )
 
 

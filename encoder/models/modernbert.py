@@ -96,7 +96,7 @@ class ModernBertConfig(EncoderSettings):
         window = 2 * self.window_radius_tokens + 1
         return {
             "layers": (
-                f"{self.num_hidden_layers}, every {self.global_attn_every_n_layers}. global, the"
+                f"{self.num_hidden_layers}, 1 of {self.global_attn_every_n_layers} global, the"
                 f" others see {window} tokens"
             ),
             "width, heads": f"{self.hidden_size}, {self.num_attention_heads}",

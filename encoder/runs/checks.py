@@ -219,7 +219,7 @@ def _of_intervals(run: RunConfig, steps: PlannedSteps) -> Iterator[str]:
                 f"{key}.every_tokens {every:,} is less than a step's {step:,} tokens: {what} after"
                 " every step."
             )
-    if checks and checks > total and "evaluation.every_tokens" not in derived:
+    if checks and checks > total and _is_given(run, "evaluation", "every_tokens"):
         yield (
             f"evaluation.every_tokens {checks:,} is more than the run's {total:,} tokens: it is"
             " evaluated at the beginning and the end of phases alone."

@@ -77,12 +77,16 @@ def many_epochs_text(repeats: list[Repeats]) -> str | None:
     many = [
         f"{name} {_times(epochs)} times" for name, epochs in totals.items() if epochs > MANY_EPOCHS
     ]
-    return (
+    if not many:
+        return None
+    found = (
         f"the run goes through {', '.join(many)}; above {MANY_EPOCHS:g} repeated text teaches much"
-        " less than new text. Add text, or lower the weight."
-        if many
-        else None
+        " less than new text."
     )
+    if len(totals) > 1:
+        return f"{found} Add text, or lower the weight."
+    share = MANY_EPOCHS / max(totals.values())
+    return f"{found} Add text, or train on fewer tokens: {_times(100 * share)} % of these."
 
 
 def _times(epochs: float) -> str:

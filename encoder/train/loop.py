@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from encoder.base.agreement import DeferredErrors
+from encoder.base.command import as_typed
 from encoder.base.dist import World, join, leave, sum_over_ranks, watched
 from encoder.base.done import is_done
 from encoder.base.log import outlive_readers, say, warn_once
@@ -95,7 +96,10 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     if problem and world.first:
         warn_once(problem.replace("start the run again, and what", "what"))
     if done:
-        say(f"{folder} is done already ({DONE} says so). For a new run use out=ANOTHER_FOLDER.")
+        say(
+            f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
+            " new run use name=ANOTHER."
+        )
         return Outcome(done=True, progress=None)
 
     # all of the run file and of the shards' cards, before any rank waits for another
@@ -217,6 +221,10 @@ class Trainer:
         data = self._next_batch(loader)
         agreed = self._agree(data, stop)
         assert data is not None, "who has no batch has met an error, and all left with it"
+        # asked during the step before, which is done: its batch is the next start's first. A run
+        # without any step has nothing to save, and trains one
+        if agreed.stop and before.step > 0:
+            return self._save_and_stop()
 
         # the update
         lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
@@ -254,10 +262,7 @@ class Trainer:
         # the end of a phase saves by itself
         ended = phase_is_done(run, progress)
         if agreed.stop and not ended:
-            if self.lock:
-                self.lock.say_ending()
-            self.save(wait=True)
-            return StepOutcome.STOP
+            return self._save_and_stop()
         if _crossed(before, progress, run.checkpoints.every_tokens) or self.recovery.wants_save(
             progress.step
         ):
@@ -266,6 +271,12 @@ class Trainer:
             self.save()
             self.save_is_due = False
         return StepOutcome.CONTINUE
+
+    def _save_and_stop(self) -> StepOutcome:
+        if self.lock:
+            self.lock.say_ending()
+        self.save(wait=True)
+        return StepOutcome.STOP
 
     def _begin_phase(self) -> None:
         """At its first step."""

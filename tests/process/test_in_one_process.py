@@ -12,17 +12,23 @@ from tests.helpers.shards import random_documents, write_source
 from tests.process.test_killed_run import RUN
 
 ROOT = Path(__file__).resolve().parents[2]
+RUNS = ("first", "again", "stopped")
 SCRIPT = """
 import sys
 from encoder.base.dist import World
 from encoder.base.errors import UserError
+from encoder.base.stopping import StopFlag
 from encoder.data.loader import Loader
+from encoder.engine.engine import Engine
 from encoder.runs.config import read_run
 from encoder.train.loop import pretrain
 
-def train(out, stage, workers):
+def run_of(out, stage, workers):
     settings = [f"out={out}", f"engine.zero_stage={stage}", f"loader.workers={workers}"]
-    return pretrain(read_run("run.yaml", settings), World()).done
+    return read_run("run.yaml", settings)
+
+def train(out, stage, workers):
+    return pretrain(run_of(out, stage, workers), World()).done
 
 assert train("first", 2, 1)
 plain = Loader.next_step
@@ -35,6 +41,20 @@ except UserError as error:
     print("refused:", error)
 Loader.next_step = plain
 assert train("again", 2, 0)
+
+# asked in the middle of step 3: it is finished, saved, and no other one is trained
+step, calls = Engine.step, []
+with StopFlag() as stop:
+    def asked_in_the_third(self, *args, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            stop._note(15)
+        return step(self, *args, **settings)
+    Engine.step = asked_in_the_third
+    stopped = pretrain(run_of("stopped", 2, 0), World(), stop=stop)
+    Engine.step = step
+assert (len(calls), stopped.progress.step, stopped.done) == (3, 3, False)
+assert train("stopped", 2, 0)
 print("all done")
 """
 
@@ -54,10 +74,10 @@ def test_runs_follow_each_other_in_one_process_without_a_main_guard(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "refused: a shard is damaged." in done.stdout and done.stdout.endswith("all done\n")
-    ledgers = [read_jsonl(tmp_path / out / LEDGER) for out in ("first", "again")]
-    assert ledgers[0] == ledgers[1]
+    ledgers = [read_jsonl(tmp_path / out / LEDGER) for out in RUNS]
+    assert ledgers[0] == ledgers[1] == ledgers[2]
     losses = [
         [line["loss"] for line in read_jsonl(tmp_path / out / METRICS) if "loss" in line]
-        for out in ("first", "again")
+        for out in RUNS
     ]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]

@@ -92,7 +92,8 @@ def _origin(
     """
     said = []
     if bridge.without_word:
-        said.append(f"no word for {bridge.without_word}: {getattr(config, bridge.without_word)}")
+        value = getattr(config, bridge.without_word)
+        said.append(f"{bridge.without_word} is {value}, our default: its config.json has none")
     if drawn:
         said.append(f"drawn, for it has none: {', '.join(stems(drawn))}")
     if left_out:

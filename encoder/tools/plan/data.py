@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from encoder.base.errors import ShardError
 from encoder.base.units import short_count
+from encoder.data.loader import check_fits
 from encoder.data.shard_format import INDEX, Card, read_card
 from encoder.data.shards import read_samples_per_shard
 from encoder.runs.config import RunConfig, SourceConfig
@@ -17,7 +18,10 @@ INDEX_BYTES_A_SHARD = 700
 
 
 def data_lines(run: RunConfig) -> list[str]:
-    """The mixtures of the phases, the order of documents, and what is not there yet."""
+    """The mixtures of the phases, the order of documents, and what is not there yet.
+
+    Raises ShardError for shards of a larger vocabulary than the model's.
+    """
     mixtures: dict[tuple[SourceConfig, ...], list[str]] = {}
     for phase in run.phases:
         mixtures.setdefault(run.sources_of(phase), []).append(phase.name)
@@ -34,6 +38,7 @@ def data_lines(run: RunConfig) -> list[str]:
                 parts.append(f"{source.name or source.path} {share}")
                 missing[source.path] = "fetched" if source.cache else "prepared"
                 continue
+            check_fits(card, vocab_size=run.model.vocab_size, where=source.path)
             tokens = short_count(card.tokens)
             parts.append(f"{source.name or card.source} {share} of {tokens} tokens")
         lines.append(f"{', '.join(phases)}: {', '.join(parts)}")

@@ -107,6 +107,11 @@ class Probe:
     waited_share: float | None = None
     wall_over_cpu: float | None = None  # wall time over CPU time a thread
 
+    @property
+    def by_cpu_time(self) -> bool:
+        """Whether other work on the machine does not count."""
+        return self.clock.startswith("CPU")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
@@ -248,7 +253,7 @@ def forecast_lines(
         ),
     ]
     if probe and probe.rounds:
-        lines += _probe_lines(probe)
+        lines += _probe_lines(probe, whole)
     if ranks > 1:
         lines.append(
             f"communication  up to {found.bytes_a_step / 1e9:,.3g} GB sent by a rank in a step"
@@ -260,33 +265,32 @@ def forecast_lines(
     return lines
 
 
-def _probe_lines(probe: Probe) -> list[str]:
-    """By which clock, how often, and whether the machine was busy with other work."""
-    both = (
-        f"; wall time {probe.wall_over_cpu:.2f} times the CPU time of a thread"
-        if probe.wall_over_cpu
-        else ""
-    )
+def _probe_lines(probe: Probe, seconds: float) -> list[str]:
+    """By which clock, how often, and whether the machine was busy with other work.
+
+    seconds: that the run takes by the probe's clock
+    """
+    both = ""
+    if probe.wall_over_cpu:
+        both = f"; wall time {probe.wall_over_cpu:.2f} times the CPU time of a thread"
     lines = [
         f"measured       by {probe.clock}, {probe.rounds} rounds, the faster half of them; the"
         f" slowest took {probe.spread:.2f} times the fastest{both}"
     ]
     waited = probe.waited_share or 0.0
-    if waited >= BUSY_SHARE or probe.spread >= BUSY_SPREAD:
-        why = (
-            f"threads waited {waited:.0%} of their time for a core"
-            if waited >= BUSY_SHARE
-            else "the rounds differ widely"
-        )
-        times = (
-            f"about {1 / max(0.02, 1 - waited):.1f} times"
-            if waited >= BUSY_SHARE
-            else "several times"
-        )
-        lines.append(
-            f"               the machine is busy with other work ({why}): alone the run may be"
-            f" {times} as fast. Measure again when it is idle."
-        )
+    is_waiting = waited >= BUSY_SHARE
+    if not is_waiting and probe.spread < BUSY_SPREAD:
+        return lines
+    why = "the rounds differ widely"
+    if is_waiting:
+        why = f"threads waited {waited:.0%} of their time for a core"
+    busy = f"               the machine is busy with other work ({why})"
+    if probe.by_cpu_time and probe.wall_over_cpu:
+        now = short_seconds(seconds * probe.wall_over_cpu)
+        lines.append(f"{busy}: the time above is that of an idle one; as busy as now about {now}.")
+        return lines
+    times = f"about {1 / max(0.02, 1 - waited):.1f} times" if is_waiting else "several times"
+    lines.append(f"{busy}: alone the run may be {times} as fast. Measure again when it is idle.")
     return lines
 
 

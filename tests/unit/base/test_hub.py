@@ -35,6 +35,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("hf://here/model", ("here/model", None)),  # said to be of the hub
         ("here/model", None),  # a folder of that name
         ("here/other", None),  # a path into a folder that is here
+        ("corpus/tokenizer.json", None),  # where our documents put things
+        ("weights/wider", None),
+        ("org/tokenizer.json", None),  # a file
         ("a/b/c", None),
         ("/a/b", None),
         ("../a", None),

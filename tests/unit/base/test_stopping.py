@@ -49,7 +49,7 @@ def listening(*words: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
 
 def without_announcement(said: str) -> list[str]:
     """What was said, but for the line that a thread may say before the process has left."""
-    return [line for line in said.splitlines() if ": finishes the step and saves" not in line]
+    return [line for line in said.splitlines() if ": finishes the step" not in line]
 
 
 @pytest.mark.parametrize(

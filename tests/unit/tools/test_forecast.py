@@ -180,6 +180,9 @@ def test_a_probe_survives_a_busy_machine_and_says_that_it_is_one():
     ) and "busy" not in lines(spread=1.2)
     assert "threads waited 55% of their time for a core" in lines(spread=1.2, waited_share=0.55)
     assert "the rounds differ widely" in lines(spread=3.0)
+    busy = lines(spread=1.2, waited_share=0.55, clock="CPU time, as there is one thread")
+    assert "the time above is that of an idle one; as busy as now about" in busy
+    assert "times as fast" not in busy
 
 
 def test_threads_that_wait_for_a_core_are_seen():
