@@ -130,7 +130,7 @@ class EncoderSettings:
         """Layers, width and vocabulary, in one line."""
         return (
             f"{counted(self.num_hidden_layers, 'layer')} of {self.hidden_size},"
-            f" {self.num_attention_heads} heads, vocabulary {self.vocab_size:,}"
+            f" {counted(self.num_attention_heads, 'head')}, vocabulary {self.vocab_size:,}"
         )
 
     def parameter_counts(self: PackedSettings) -> ParameterCounts:

@@ -22,7 +22,7 @@ TITLES = {  # what a curve is, and the unit of its axis
     "held_out_accuracy": ("held-out accuracy", "share of the masked tokens"),
     "tokens_per_second": ("speed", "tokens/s, all ranks"),
     "mfu": ("model FLOP utilization", "share of the devices' bf16 peak"),
-    "tflops_per_second": ("model FLOP a second", "TFLOP/s, all ranks"),
+    "tflops_per_second": ("model FLOP a second", "FLOP/s, all ranks"),
 }
 COLOURS = ("#b5402a", "#2f6db3", "#3a7d44", "#8a5aa8", "#b8860b", "#4a4a4a")
 
@@ -79,6 +79,8 @@ def draw(runs: Sequence[Curves]) -> bytes:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
         if key in ("tokens_per_second", "step_tokens"):
             axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+        if key == "tflops_per_second":
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(1e12 * v)))
         if key in ("held_out_accuracy", "mfu"):
             axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         for number, (run, colour) in enumerate(colours):
@@ -127,13 +129,14 @@ def draw(runs: Sequence[Curves]) -> bytes:
 def _draw_loss(axis: Any, run: Curves, colour: str) -> None:
     name = _literal(run.name)
     x, y = _curve(run, "loss")
+    alone = len(y) < SMOOTH_FROM
     axis.plot(
         x,
         y,
-        lw=0.7,
+        lw=1.2 if alone else 0.7,
         color=colour,
-        alpha=0.3,
-        label=f"{name}: training, each step" if len(y) < SMOOTH_FROM else None,
+        alpha=0.8 if alone else 0.3,
+        label=f"{name}: training, each step" if alone else None,
     )
     if len(y) >= SMOOTH_FROM:
         smooth = running_mean(y, over=max(8, len(y) // 20))

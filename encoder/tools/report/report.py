@@ -13,7 +13,7 @@ from typing import Any
 from encoder.base.done import read_done
 from encoder.base.errors import LedgerError, UserError
 from encoder.base.files import write_atomic
-from encoder.base.units import short_count
+from encoder.base.units import short_bytes, short_count
 from encoder.runs.about import what_was_trained
 from encoder.runs.config import RunConfig, schedule_word
 from encoder.runs.folder import (
@@ -179,7 +179,7 @@ def _facts(run: _Run) -> dict[str, str]:
             if speeds
             else {}
         ),
-        **{k.replace("_", " "): _held_out_text(k, v) for k, v in held_out.items()},
+        **{_shown(k): _held_out_text(k, v) for k, v in held_out.items()},
         **({"unigram entropy of the held-out text": f"{entropy:.3f} nats"} if entropy else {}),
         "ledger": (
             f"{run.steps:,} steps, chain unbroken"
@@ -223,13 +223,29 @@ def _time_facts(run: _Run) -> dict[str, str]:
     }
 
 
+def _shown(name: str) -> str:
+    """held_out_loss_web -> held-out loss web"""
+    return name.replace("held_out", "held-out").replace("_", " ")
+
+
+def _detail(name: str, value: Any) -> str:
+    """A value of an event, with its unit: bytes 128432 -> 125.4 KiB, stall_seconds 0.126 -> stall 0.126 s."""
+    if type(value) not in (int, float):
+        return f"{_shown(name)} {value}"
+    if name == "bytes":
+        return short_bytes(value)
+    if name.endswith("seconds"):
+        return f"{_shown(name.removesuffix('seconds'))}{value:g} s"
+    return f"{_shown(name)} {value:,}"
+
+
 def _events(run: _Run) -> list[list[str]]:
     return [
         [
-            e.get("time", ""),
+            str(e.get("time", "")).replace("T", " ").removesuffix("Z"),
             e.get("event", ""),
             ", ".join(
-                f"{k} {v}"
+                _detail(k, v)
                 for k, v in flat(e)
                 if k not in ("time", "event", "start", "began", "spent")
                 and not k.startswith(("about.", "spent."))
@@ -282,6 +298,7 @@ _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:.5rem 0 1.5rem}"
     "td,th{padding:.2rem .9rem .2rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eee}"
+    "td:first-child{white-space:nowrap}"
     "img{max-width:100%}"
     "h2{font-size:1.1rem;margin-bottom:.2rem}"
     "code{white-space:pre-wrap}"

@@ -134,6 +134,20 @@ def test_a_page_says_how_a_run_stands_that_is_not_done(tmp_path, events, left, s
     assert state in page and "not finite" in page
 
 
+def test_events_are_told_with_units_and_heads_are_counted(tmp_path):
+    saved = {
+        "event": "checkpoint",
+        "time": "2026-11-29T09:23:28Z",
+        "step": 30_000,
+        "bytes": 3 * 2**20,
+        "stall_seconds": 0.126,
+    }
+    page = page_of(write_run(tmp_path / "run", events=[saved]), tmp_path / "page")
+    assert "<td>2026-11-29 09:23:28</td>" in page
+    assert "step 30,000, 3.0 MiB, stall 0.126 s" in page
+    assert "held-out loss" in page and "1 layer of 32, 2 heads" in page
+
+
 def test_names_of_runs_are_text_in_page_and_picture(tmp_path):
     one = write_run(tmp_path / "a", name=HOSTILE, phase="$x^{")
     assert (
