@@ -307,14 +307,14 @@ def resumes(world: World, *, out: str, settings: list[dict]) -> dict[str, list[f
     return losses
 
 
-def pairings(world: World, *, out: str, sources: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Every checkpoint (label -> its stage) loaded at every stage, one after the other into the same engine, and trained on
-    to step ten: what is not what was saved, the losses, and how far from the source's own end the weights are.
+def pairings(world: World, *, out: str, pairs: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    """Checkpoints (by label) loaded at a stage, one after the other into the same engine, and trained on to step ten: what is
+    not what was saved, the losses, and how far from the source's own end the weights are.
     """
     seen = {}
     for stage in range(4):
         engine, spike = begin(world, zero_stage=stage)
-        for source in sources:
+        for source in [label for label, at in pairs if at == stage]:
             folder = newest_checkpoint(Path(out) / source / "checkpoints")
             load_checkpoint(folder, engine)
             saved = stored_state(folder)
@@ -644,22 +644,10 @@ def curves_on_gpu(world: World, *, settings: list[dict]) -> list[dict[str, Any]]
     return seen
 
 
-def load_launch(
-    world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]
-) -> dict[str, Any]:
-    """Resumes in a fresh process, then every pairing."""
+def second_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, Any]:
+    """Resumes in a fresh process, then what only shows on two ranks."""
     return {
         "resumed": resumes(world, out=out, settings=settings),
-        "pairings": pairings(world, out=out, sources=sources),
-    }
-
-
-def second_launch(
-    world: World, *, out: str, settings: list[dict], sources: Mapping[str, int]
-) -> dict[str, Any]:
-    """As load_launch, then what only shows on two ranks."""
-    return {
-        **load_launch(world, out=out, settings=settings, sources=sources),
         "mishaps": two_rank_mishaps(world, out=out),
         "after_nan": goes_on_after_nan(world),
         "given_back": [
