@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole job on one machine: text -> tokenizer -> shards -> training, killed and resumed -> export -> answers.
 
-    python launch/demo.py [--out demo] [--shrink 10]
+    python launch/demo.py [--out demo] [--shrink 25]
 
 Every command is shown as you would type it, then run. What is done already is left out, so that a second run goes on.
 """
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         "--shrink",
         type=float,
         default=1.0,
-        help="divide the corpus and the training by this (tests use 10)",
+        help="divide the corpus and the training by this (tests use 25)",
     )
     args = parser.parse_args(argv)
     out = args.out.resolve()

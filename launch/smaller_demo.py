@@ -13,6 +13,8 @@ RUN_FILE = ROOT / "configs" / "pretrain" / "tiny_cpu.yaml"
 # the folder that the configurations name
 USUAL = ROOT / "demo"
 SOURCES = ("code", "prose")
+# a row of 512 tokens has some 150 predictions
+LEAST_HELD_OUT_ROWS = 4
 
 
 def preparation_settings(out: Path) -> list[str]:
@@ -27,7 +29,7 @@ def preparation_settings(out: Path) -> list[str]:
 
 
 def run_settings(out: Path, *, shrink: float) -> list[str]:
-    """For the run file: the run folder, where the shards are, and all amounts of tokens divided by `shrink`."""
+    """For the run file: the run folder, where the shards are, and all amounts divided by `shrink`."""
     settings = [f"out={short(out)}/run"]
     if out != USUAL:
         for i, name in enumerate(SOURCES):
@@ -38,6 +40,9 @@ def run_settings(out: Path, *, shrink: float) -> list[str]:
             f"{key}={math.ceil(parse_tokens(amount) / shrink)}"
             for key, amount in _amounts().items()
         ]
+        # else a small demo evaluates for longer than it trains
+        rows = read_mapping(RUN_FILE)["evaluation"]["rows"]
+        settings.append(f"evaluation.rows={max(LEAST_HELD_OUT_ROWS, math.ceil(rows / shrink))}")
     return settings
 
 

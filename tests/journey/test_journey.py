@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo at one-tenth size, made once by the command that `make demo` runs."""
+    """The demo at one 25th of its size, made once by the command that `make demo` runs."""
     out = tmp_path_factory.mktemp("demo")
     done = _demo(out)
     assert done.returncode == 0, (
@@ -29,7 +29,7 @@ def demo(tmp_path_factory):
 
 def _demo(out: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, ROOT / "launch" / "demo.py", "--out", str(out), "--shrink", "10"],
+        [sys.executable, ROOT / "launch" / "demo.py", "--out", str(out), "--shrink", "25"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -64,9 +64,8 @@ def test_all_three_phases_ran_and_the_model_learned(demo):
         "extension",
         "decay",
     }
-    assert done["held_out_loss"] < 8.0, (
-        "uniform would be ln 8192 = 9.01"
-    )  # a tenth of the demo's steps
+    # uniform would be ln 8192 = 9.01; seen after the 39 steps: 6.99
+    assert done["held_out_loss"] < 8.0
 
 
 def test_the_export_answers_in_plain_transformers(demo):

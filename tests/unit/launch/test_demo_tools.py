@@ -85,6 +85,7 @@ def test_a_smaller_demo_elsewhere_has_its_own_shards_and_a_tenth_of_each_amount(
     assert [10 * p.tokens for p in small.phases] == [p.tokens for p in whole.phases]
     assert 10 * small.checkpoints.every_tokens == whole.checkpoints.every_tokens
     assert 10 * small.evaluation.every_tokens == whole.evaluation.every_tokens
+    assert (small.evaluation.rows, whole.evaluation.rows) == (4, 32)
     assert [p.batch_tokens for p in small.phases] == [p.batch_tokens for p in whole.phases]
     assert all(s.path.startswith(f"{tmp_path}/shards/") for s in small.all_sources())
     assert preparation_settings(tmp_path)[0] == f"root={tmp_path}/corpus"
