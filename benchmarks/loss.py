@@ -45,21 +45,23 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     positions, found, rows = math.ceil(args.tokens * MASK_SHARE), {}, []
     for precision in SAME_LOSS:
 
+        def here(route: str, positions: int, precision: str = precision) -> dict[str, float]:
+            return measure(
+                route,
+                precision,
+                positions,
+                device=args.device,
+                vocab=args.vocab,
+                width=args.width,
+            )
+
         def case(route: str, positions: int, precision: str = precision) -> dict[str, float]:
-            if (
-                args.device == "cuda"
-            ):  # counted to the byte; ten processes that load CUDA take half a minute
-                return measure(
-                    route,
-                    precision,
-                    positions,
-                    device=args.device,
-                    vocab=args.vocab,
-                    width=args.width,
-                )
+            # on CUDA bytes are counted, and six processes would load it for 20 s
+            if args.device == "cuda":
+                return here(route, positions, precision)
             return in_a_process(route, precision, positions, args)
 
-        a, b = case("pieces", 64)["loss"], case("dense", 64)["loss"]
+        a, b = here("pieces", 64)["loss"], here("dense", 64)["loss"]
         if not abs(a - b) <= SAME_LOSS[precision] * abs(b):
             raise UserError(
                 f"the loss is {a:.6f} in pieces and {b:.6f} dense; needed: equal within"

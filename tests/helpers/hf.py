@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from encoder.models.hf.write import export_hf
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.models.stored import StoredModel
@@ -63,6 +65,20 @@ def stored(
 def exported(tokenizer_json: Path, out: Path, model: StoredModel | None = None, **changes):
     """Export to `out`; returns the proofs."""
     return export_hf(model or stored(), tokenizer_json, SPECIALS, out, **changes)
+
+
+def transformers_modernbert(config: ModernBertConfig, **told: object):
+    """Their class at our shape and thetas, weights its own. `told`: of its settings, as they stand there."""
+    transformers = pytest.importorskip("transformers")
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    same += ("num_attention_heads", "global_rope_theta", "local_rope_theta")
+    settings = {
+        **{name: getattr(config, name) for name in same},
+        **dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
+        **dict(attn_implementation="eager", reference_compile=False),
+        **told,
+    }
+    return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**settings)).eval()
 
 
 def names_in(folder: Path) -> list[str]:

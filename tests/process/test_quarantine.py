@@ -50,7 +50,13 @@ def folder(tmp_path_factory) -> Path:
 def run_of(folder: str, out: str, *more: str):
     return read_run(
         f"{folder}/run.yaml",
-        [f"out={folder}/{out}", "phases.0.tokens=12K", "loader.on_bad_shard=quarantine", *more],
+        [
+            f"out={folder}/{out}",
+            "phases.0.tokens=12K",
+            "loader.on_bad_shard=quarantine",
+            "evaluation.every_tokens=12K",
+            *more,
+        ],
     )
 
 

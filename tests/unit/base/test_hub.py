@@ -153,16 +153,19 @@ def hub(tmp_path):
     server.server_close()
 
 
-SCRIPT = """
+READS = """
 import sys
 from pathlib import Path
 from launch import import_hf
 from data_prep.tokenization import check_tokenizer_path
 from encoder.runs.weights import model_facts, read_model
-assert import_hf.main(["me/model", "out"]) == 0
 print(read_model(Path("hf://me/model@main")).origin)
 print(model_facts(Path("me/model")).hidden_size, check_tokenizer_path(Path("me/model")).name)
 print(import_hf.main(["me/nothing", "other"]))
+"""
+IMPORTS = """
+from launch import import_hf
+assert import_hf.main(["me/model", "out"]) == 0
 """
 
 
@@ -181,9 +184,9 @@ def test_a_model_is_fetched_from_the_hub_and_its_commit_recorded(hub, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
 
-    def run(**changes):
+    def run(script, **changes):
         return subprocess.run(
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-c", script],
             cwd=place,
             env={**env, **changes},
             capture_output=True,
@@ -191,7 +194,7 @@ def test_a_model_is_fetched_from_the_hub_and_its_commit_recorded(hub, tmp_path):
             timeout=300,
         )
 
-    done = run()
+    done = run(IMPORTS + READS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
         f"from Hugging Face hub me/model at commit {COMMIT}" in done.stdout
@@ -210,5 +213,5 @@ def test_a_model_is_fetched_from_the_hub_and_its_commit_recorded(hub, tmp_path):
         "tokenizer_config.json",
     }
     # the machine loses its network: what was fetched serves on
-    again = run(HF_HUB_OFFLINE="1")
+    again = run(READS, HF_HUB_OFFLINE="1")
     assert COMMIT in again.stdout and "cannot be asked from this machine" in again.stderr

@@ -44,7 +44,13 @@ for command, *words in (
 """
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize(
+    "locale",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "latin-1 streams" else name
+        for name in LOCALES
+    ],
+)
 def test_no_command_fails_for_a_letter_that_the_terminal_lacks(tmp_path, locale):
     """Names that are not ASCII, and bytes that are no UTF-8, in settings, paths and words."""
     yaml = (ROOT / "configs" / "pretrain" / "tiny_cpu.yaml").read_text(encoding="utf-8")

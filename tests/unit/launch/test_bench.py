@@ -12,7 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, checkpoint, command, gemm, loader, merge, optimizer, peers, step
+from benchmarks import (
+    attention,
+    checkpoint,
+    command,
+    gemm,
+    loader,
+    loss,
+    merge,
+    optimizer,
+    peers,
+    step,
+)
 from encoder.base.errors import UserError
 from encoder.engine import graphed
 from encoder.models.modernbert import ModernBertForMaskedLM
@@ -32,8 +43,10 @@ def memory_is_given_back(monkeypatch):
 # engine: tests/process/test_bench_engine.py, for DeepSpeed starts once a process
 @pytest.mark.parametrize("question", [q for q in command.QUESTIONS if q != "engine"])
 def test_every_question_answers_with_numbers_their_spread_and_the_machine(
-    question, tmp_path, capsys
+    question, tmp_path, capsys, monkeypatch
 ):
+    # each line of it takes three processes
+    monkeypatch.setattr(loss, "SAME_LOSS", {"fp32": 1e-5})
     assert (
         main([question, *ON_CPU, "--json", str(tmp_path / "out.json"), *AGAINST.get(question, [])])
         == 0
@@ -268,17 +281,13 @@ def test_a_bare_machine_measures_steps_without_what_only_preparing_and_distribut
     ]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent})); from launch.bench import main;"
-        " sys.exit(main(sys.argv[1:]))"
+        " sys.exit(max(main([question, *sys.argv[1:]]) for question in ('step', 'attention', 'gemm')))"
     )
-    for question in ("step", "attention", "gemm"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, question, *ON_CPU],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "checked: " in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, *ON_CPU], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("checked: ") >= 3
 
 
 def test_the_gpu_script_asks_only_what_the_command_knows():

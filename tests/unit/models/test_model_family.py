@@ -10,6 +10,7 @@ import torch
 from encoder.base.errors import ConfigError
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import mlm_loss
+from tests.helpers.hf import transformers_modernbert
 from tests.helpers.packed import packed
 from tests.reference.dense import whole_vocabulary_loss
 from tests.reference.plain_encoder import plain_logits
@@ -139,29 +140,10 @@ def test_a_setting_changes_the_parameters_it_names_and_no_others():
     ids=["swiglu", "biases", "no decoder bias", "untied", "window and period"],
 )
 def test_what_transformers_modernbert_can_be_told_gives_its_logits(settings, theirs):
-    transformers = pytest.importorskip("transformers")
     config = replace(
         TINY, **{"window_radius_tokens": 64, "max_position_embeddings": 256, **settings}
     )
-    other = transformers.ModernBertForMaskedLM(
-        transformers.ModernBertConfig(
-            vocab_size=60,
-            hidden_size=24,
-            intermediate_size=20,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            global_rope_theta=500.0,
-            local_rope_theta=100.0,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            cls_token_id=1,
-            sep_token_id=2,
-            attn_implementation="eager",
-            reference_compile=False,
-            **theirs,
-        )
-    ).eval()
+    other = transformers_modernbert(config, **theirs)
     assert_same_logits(config, other, lambda name: name, lengths=[1, 127, 128, 129, 130, 140])
 
 

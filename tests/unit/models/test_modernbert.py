@@ -13,6 +13,7 @@ from encoder.base.schema import from_mapping, to_plain
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.objectives.mlm import mlm_loss
+from tests.helpers.hf import transformers_modernbert
 from tests.helpers.packed import packed
 
 SMALL = ModernBertConfig(
@@ -74,7 +75,6 @@ def test_the_names_are_hugging_faces_and_the_tied_matrix_has_one_name():
 @pytest.mark.parametrize("attention", ["sdpa", "tiles"])
 @pytest.mark.parametrize("thetas", [(10000.0, 10000.0), (160000.0, 10000.0)])
 def test_logits_equal_transformers_across_the_edge_of_the_window(attention, thetas):
-    transformers = pytest.importorskip("transformers")
     config = ModernBertConfig(
         vocab_size=200,
         hidden_size=64,
@@ -85,24 +85,9 @@ def test_logits_equal_transformers_across_the_edge_of_the_window(attention, thet
     )
     ours = ModernBertForMaskedLM(config, attention=attention, seed=4).eval()
     ours.set_phase_({"global_rope_theta": thetas[0], "local_rope_theta": thetas[1]})
-    theirs = transformers.ModernBertForMaskedLM(
-        transformers.ModernBertConfig(
-            vocab_size=200,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            global_rope_theta=thetas[0],
-            local_rope_theta=thetas[1],
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            cls_token_id=1,
-            sep_token_id=2,
-            attn_implementation="eager",
-            reference_compile=False,
-        )
-    ).eval()
+    theirs = transformers_modernbert(
+        replace(config, global_rope_theta=thetas[0], local_rope_theta=thetas[1])
+    )
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert missing in ([], ["decoder.weight"]) and unexpected == []
     theirs.tie_weights()
@@ -271,6 +256,7 @@ def test_a_shape_that_cannot_be_says_what_can(wrong, words):
         ModernBertConfig(**wrong)
 
 
+@pytest.mark.slow  # 150 M weights, twice; test_logits_equal_transformers has tiny ones
 def test_the_base_model_gives_transformers_logits():
     """Random Megatron weights at the published shape, fp32: 22 layers of the true width add up more rounding than tiny ones."""
     transformers = pytest.importorskip("transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import io
 import json
@@ -286,10 +287,12 @@ def test_text_of_any_language_and_a_stray_nul_is_text():
     )
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstd])
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, functools.partial(lzma.compress, preset=1), zstd]
+)
 def test_a_packed_file_cut_short_is_read_to_its_break(tmp_path, capsys, pack):
     chance = random.Random(0)
-    lines = [json.dumps({"text": f"{chance.getrandbits(400):x}"}) + "\n" for _ in range(40_000)]
+    lines = [json.dumps({"text": f"{chance.getrandbits(400):x}"}) + "\n" for _ in range(20_000)]
     content = pack("".join(lines).encode())
     (tmp_path / "a.jsonl.gz").write_bytes(content[: len(content) * 2 // 3])
     config = settings(tmp_path, held_out_share=0.0)
@@ -299,7 +302,7 @@ def test_a_packed_file_cut_short_is_read_to_its_break(tmp_path, capsys, pack):
     assert run("prepare", config, "sources.0.files=[a.jsonl.gz]", "on_error=skip") == 0
     counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
     assert (
-        1_000 < counts["documents_read"] < 30_000
+        1_000 < counts["documents_read"] < 15_000
         and counts["left_out"]["rest of a broken file"] == 1
     )
     assert list(counts["bad_files"]) == ["a.jsonl.gz"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,7 +21,8 @@ from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import ROOT
 from tests.unit.launch.test_bad_input import RUN
 
-STAND_IN = "#!{python}\nimport json, os, sys\nexec(open({code!r}).read())\n"
+SUBMIT = ROOT / "slurm" / "submit.py"
+STAND_IN = "#!{python} -SE\nimport json, os, sys\nexec(open({code!r}).read())\n"
 SBATCH = """
 if any(word.startswith("--account=nobody") for word in sys.argv):
     sys.exit("sbatch: error: Batch job submission failed: Invalid account")
@@ -78,22 +83,45 @@ class Cluster:
             (folder / "bin" / name).chmod(0o755)
 
     def run(
-        self, *words: object, stdout: int = subprocess.PIPE, **env: str
+        self, *words: object, place: Path | None = None, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("TESSERA_", "SLURM_"))}
+        """The command in this process: one of its own imports torch for 3 s."""
+        argv = [str(word) for word in words]
+        out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+        os.chdir(place or self.folder)
+        try:
+            with (
+                mock.patch.dict(os.environ, self.env(**env), clear=True),
+                mock.patch.object(sys, "argv", [str(SUBMIT), *argv]),
+                redirect_stdout(out),
+                redirect_stderr(err),
+            ):
+                code = runpy.run_path(str(SUBMIT))["command"](argv)
+        except SystemExit as ending:
+            code = ending.code
+        finally:
+            os.chdir(before)
+        return subprocess.CompletedProcess(argv, code or 0, out.getvalue(), err.getvalue())
+
+    def spawn(self, *words: object, stdout: int) -> subprocess.CompletedProcess[str]:
+        """The command in a process of its own, where what it writes to is in question."""
         return subprocess.run(
-            [sys.executable, str(ROOT / "slurm" / "submit.py"), *map(str, words)],
+            [sys.executable, str(SUBMIT), *map(str, words)],
             cwd=self.folder,
             text=True,
             stdout=stdout,
             stderr=subprocess.PIPE,
-            env={
-                **clean,
-                "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
-                "CALLS": str(self.folder / "calls"),
-                **env,
-            },
+            env=self.env(),
         )
+
+    def env(self, **more: str) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("TESSERA_", "SLURM_"))}
+        return {
+            **clean,
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "CALLS": str(self.folder / "calls"),
+            **more,
+        }
 
     def refused(self, *words: object, **env: str) -> str:
         done = self.run(*words, **env)
@@ -214,19 +242,7 @@ def test_none_of_several_jobs_runs_after_a_check_that_failed(cluster, run_file):
 
 def test_percent_signs_in_names_of_folders_are_no_patterns_of_sbatch(cluster, run_file, tmp_path):
     (tmp_path / "50%j").mkdir()
-    command = [
-        sys.executable,
-        str(ROOT / "slurm" / "submit.py"),
-        str(run_file),
-        "--no-plan",
-        "out=runs/%x",
-    ]
-    env = {
-        **os.environ,
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "CALLS": str(tmp_path / "calls"),
-    }
-    done = subprocess.run(command, cwd=tmp_path / "50%j", text=True, capture_output=True, env=env)
+    done = cluster.run(run_file, "--no-plan", "out=runs/%x", place=tmp_path / "50%j")
     assert done.returncode == 0, done.stderr
     check, training = cluster.calls()
     assert f"--output={tmp_path}/50%%j/check-%j.out" in check["words"]
@@ -294,7 +310,7 @@ def test_a_reader_that_leaves_early_decides_nothing(cluster, run_file, tmp_path)
         (tmp_path / "calls").unlink(missing_ok=True)
         reads, writes = os.pipe()
         os.close(reads)  # as `| head` does once it has what it wants
-        done = cluster.run(*words, stdout=writes)
+        done = cluster.spawn(*words, stdout=writes)
         os.close(writes)
         assert (done.returncode, done.stderr) == (0, "") and len(
             [c for c in cluster.calls() if c["what"] == "sbatch"]
@@ -590,7 +606,7 @@ def test_help_comes_without_torch():
     )
     for words in (["--help"], ["status", "--help"]):
         done = subprocess.run(
-            [sys.executable, "-c", script, str(ROOT / "slurm" / "submit.py"), *words],
+            [sys.executable, "-c", script, str(SUBMIT), *words],
             capture_output=True,
             text=True,
         )
