@@ -66,6 +66,15 @@ class _Part:
             np.where(chosen, self.end, other.end),
         )
 
+    @staticmethod
+    def joined(parts: Sequence[_Part], order: np.ndarray) -> _Part:
+        """All parts, one behind another, in another order."""
+        return _Part(
+            np.concatenate([part.document for part in parts])[order],
+            np.concatenate([part.first for part in parts])[order],
+            np.concatenate([part.end for part in parts])[order],
+        )
+
     def tokens(self, text: WindowSentences) -> np.ndarray:
         return text.before_N1[self.end] - text.before_N1[self.first]
 
@@ -97,21 +106,32 @@ def pairs_of(
     next_D = text.starts_D1[:-1].copy()
     partners = np.flatnonzero(counts_D)
     open_D = partners
-    found: list[tuple[np.ndarray, Pairs]] = []
+    turns: list[_Turn] = []
     while len(open_D):
-        made = _next_pairs(text, rule, open_D, next_D, target_D, partners, chance)
-        pieces_P4, tokens = _cut_to(room, text, *made.parts, chance)
-        found.append((open_D, Pairs(pieces_P4, tokens, made.label)))
-        next_D[open_D] = made.next
-        open_D = open_D[made.next < text.starts_D1[open_D + 1]]
-    return _by_document(found)
+        turn = _next_pairs(text, rule, open_D, next_D, target_D, partners, chance)
+        turns.append(turn)
+        next_D[open_D] = turn.next
+        open_D = open_D[turn.next < text.starts_D1[open_D + 1]]
+    if not turns:
+        nothing = np.zeros(0, np.int64)
+        return Pairs(np.zeros((0, 4), np.int64), nothing, nothing.astype(np.int8))
+    # those of a document together, in their order
+    order = np.argsort(np.concatenate([turn.document for turn in turns]), kind="stable")
+    first = _Part.joined([turn.first for turn in turns], order)
+    second = _Part.joined([turn.second for turn in turns], order)
+    pieces_P4, tokens = _cut_to(room, text, first, second, chance)
+    return Pairs(pieces_P4, tokens, np.concatenate([turn.label for turn in turns])[order])
 
 
 @dataclass(frozen=True)
-class _Made:
-    parts: tuple[_Part, _Part]  # as they are laid
-    label: np.ndarray
-    next: np.ndarray  # the sentence at which the document goes on
+class _Turn:
+    """A pair of each of n documents, its parts as they are laid."""
+
+    document: np.ndarray  # int64 [n]
+    first: _Part
+    second: _Part
+    label: np.ndarray  # int8 [n]
+    next: np.ndarray  # int64 [n], the sentence at which the document goes on
 
 
 def _next_pairs(
@@ -122,7 +142,7 @@ def _next_pairs(
     target_D: np.ndarray,
     partners: np.ndarray,
     chance: np.random.Generator,
-) -> _Made:
+) -> _Turn:
     """The next pair of each open document.
 
     open_D: documents with sentences left
@@ -146,11 +166,12 @@ def _next_pairs(
         is_other = count == 1
         is_swapped = coin & ~is_other
     part_b = other.where(is_other, rest)
-    return _Made(
-        (part_b.where(is_swapped, part_a), part_a.where(is_swapped, part_b)),
-        (is_other | is_swapped).astype(np.int8),
-        np.where(is_other, split, end),
-    )
+    first_part, second_part = part_a, part_b
+    if is_swapped.any():
+        first_part = part_b.where(is_swapped, part_a)
+        second_part = part_a.where(is_swapped, part_b)
+    label = (is_other | is_swapped).astype(np.int8)
+    return _Turn(open_D, first_part, second_part, label, np.where(is_other, split, end))
 
 
 def _other_parts(
@@ -208,17 +229,3 @@ def _pieces(
     end = start + part.tokens(text) - dropped
     source = text.source_D[part.document]
     return np.stack([source, text.document_D[part.document], start, end], axis=1)
-
-
-def _by_document(found: Sequence[tuple[np.ndarray, Pairs]]) -> Pairs:
-    """The pairs of all rounds, those of a document together and in their order."""
-    if not found:
-        nothing = np.zeros(0, np.int64)
-        return Pairs(np.zeros((0, 4), np.int64), nothing, nothing.astype(np.int8))
-    order = np.argsort(np.concatenate([open_D for open_D, _ in found]), kind="stable")
-    pieces_n24 = np.concatenate([pairs.pieces_P4 for _, pairs in found]).reshape(-1, 2, 4)
-    return Pairs(
-        pieces_n24[order].reshape(-1, 4),
-        np.concatenate([pairs.tokens for _, pairs in found])[order],
-        np.concatenate([pairs.label for _, pairs in found])[order],
-    )

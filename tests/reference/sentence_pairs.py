@@ -1,7 +1,8 @@
 """BERT's and ALBERT's pairs from lists of sentences, a token at a time, as create_pretraining_data.py makes them.
 
 A sentence is a list of tokens; here a token is (source, document, place). The documents take turns, so that the draws are
-those of the fast version: all documents of a turn draw a number of a kind before the next kind is drawn.
+those of the fast version: all documents of a turn draw a number of a kind before the next kind is drawn, and what is cut
+off is drawn at the end.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import numpy as np
 
 Token = tuple[int, int, int]
 Sentence = list[Token]
+Pair = tuple[list[Token], list[Token], int]  # A, B, label
 
 
 def sentence_pairs(
     documents: list[list[Sentence]], *, label_1: str, short_share: float, room: int, chance: Any
-) -> list[list[tuple[list[Token], list[Token], int]]]:
+) -> list[list[Pair]]:
     """Of each document its pairs (A, B, label)."""
     short = chance.random(len(documents))
     lengths = chance.integers(2, room + 1, len(documents))
     targets = [int(n) if r < short_share else room for r, n in zip(short, lengths)]
     places = [0] * len(documents)
-    pairs: list[list[tuple[list[Token], list[Token], int]]] = [[] for _ in documents]
+    pairs: list[list[Pair]] = [[] for _ in documents]
     filled = [d for d, sentences in enumerate(documents) if sentences]
     turn = list(filled)
     while turn:
@@ -51,16 +53,26 @@ def sentence_pairs(
                 part_a, part_b, label = part_b, part_a, 1
             places[d] += used
             made.append((part_a, part_b, label))
-        drops = [_dropped(len(a), len(b), room) for a, b, _ in made]
-        fronts_a = chance.binomial(np.array([a for a, _ in drops]), 0.5)
-        fronts_b = chance.binomial(np.array([b for _, b in drops]), 0.5)
-        for i, d in enumerate(turn):
-            part_a, part_b, label = made[i]
-            part_a = _without(part_a, drops[i][0], int(fronts_a[i]))
-            part_b = _without(part_b, drops[i][1], int(fronts_b[i]))
-            pairs[d].append((part_a, part_b, label))
+        for d, pair in zip(turn, made):
+            pairs[d].append(pair)
         turn = [d for d in turn if places[d] < len(documents[d])]
-    return pairs
+    return _cut(pairs, room, chance)
+
+
+def _cut(pairs: list[list[Pair]], room: int, chance: Any) -> list[list[Pair]]:
+    drops = [_dropped(len(a), len(b), room) for of_d in pairs for a, b, _ in of_d]
+    fronts_a = iter(chance.binomial(np.array([a for a, _ in drops], np.int64), 0.5))
+    fronts_b = iter(chance.binomial(np.array([b for _, b in drops], np.int64), 0.5))
+    left = iter(drops)
+    cut: list[list[Pair]] = []
+    for of_d in pairs:
+        cut.append([])
+        for part_a, part_b, label in of_d:
+            drop_a, drop_b = next(left)
+            part_a = _without(part_a, drop_a, int(next(fronts_a)))
+            part_b = _without(part_b, drop_b, int(next(fronts_b)))
+            cut[-1].append((part_a, part_b, label))
+    return cut
 
 
 def _chunk(sentences: list[Sentence], place: int, target: int) -> list[Sentence]:
