@@ -145,6 +145,8 @@ def _next_pairs(
 ) -> _Turn:
     """The next pair of each open document.
 
+    text: the sentences
+    rule: what an objective asks for
     open_D: documents with sentences left
     next_D: the next sentence of every document
     target_D: tokens that a pair of every document is to have
@@ -166,7 +168,8 @@ def _next_pairs(
         is_other = count == 1
         is_swapped = coin & ~is_other
     part_b = other.where(is_other, rest)
-    first_part, second_part = part_a, part_b
+    first_part = part_a
+    second_part = part_b
     if is_swapped.any():
         first_part = part_b.where(is_swapped, part_a)
         second_part = part_a.where(is_swapped, part_b)
@@ -184,6 +187,10 @@ def _other_parts(
     """Sentences of another document for each, from a random one on, until they have so many tokens.
 
     Any other document is as likely. Where there is no other, it is the same one, as in the original after ten draws.
+
+    open_D: the documents that a part is for
+    tokens: that it is to have, of each
+    partners: documents with sentences
     """
     place = chance.integers(0, max(len(partners) - 1, 1), len(open_D))
     if len(partners) > 1:
@@ -205,6 +212,11 @@ def _cut_to(
 
     A token at a time is dropped off the longer part, off B where both are as long. How many of a part's dropped ones are its
     first is a sum of coins, drawn as one number.
+
+    room: tokens of text that a pair may have
+    text: the sentences
+    part_a, part_b: as they are laid
+    chance: of the window
     """
     tokens_a = part_a.tokens(text)
     tokens_b = part_b.tokens(text)
@@ -223,7 +235,12 @@ def _cut_to(
 def _pieces(
     text: WindowSentences, part: _Part, dropped: np.ndarray, dropped_first: np.ndarray
 ) -> np.ndarray:
-    """Pieces [n, 4] of the parts without the dropped tokens; [CLS] stands at 0 of a stored document."""
+    """Pieces [n, 4] of the parts without the dropped tokens; [CLS] stands at 0 of a stored document.
+
+    text: the sentences
+    part: of each pair
+    dropped, dropped_first: tokens that each loses, and how many of them are its first
+    """
     begin_D = text.before_N1[text.starts_D1[:-1]]
     start = 1 + text.before_N1[part.first] - begin_D[part.document] + dropped_first
     end = start + part.tokens(text) - dropped
