@@ -8,6 +8,7 @@ Every command is shown as you would type it, then run. What is done already is l
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -54,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         help="divide the corpus and the training by this (tests use 25)",
     )
     args = parser.parse_args(argv)
-    out = args.out.resolve()
+    if not 1 <= args.shrink <= 1000:
+        parser.error(f"--shrink {args.shrink:g}: needed is 1 to 1,000")
+    out = Path(os.path.realpath(args.out))
 
     def body() -> None:
         out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ tessera new prep own_text > own_text.yaml
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is None:
             sys.stdout.write(text)
             return
-        if args.out.exists():
+        if os.path.lexists(args.out):  # also a link that leads nowhere
             raise ConfigError(f"{args.out} is there already. Name another file, or remove it.")
         write_atomic(args.out, text)
         print(f"wrote {args.out}. {next_step(text, args.out, words=args.words)}")

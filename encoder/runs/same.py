@@ -10,6 +10,7 @@ So shards and models may be moved, and named by another path; what is no longer 
 
 from __future__ import annotations
 
+import os
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
     """The model at `path` is the one that the run began with. One that is gone is not needed any more."""
     if not path.exists() and (parse_hub_name(path) is None or str(path) == str(Path(before or ""))):
         return
-    same_place = before is not None and path.resolve() == Path(before).resolve()
+    same_place = before is not None and os.path.realpath(path) == os.path.realpath(before)
     try:
         found = weights_sha256(read_model(path).weights)
     except UserError:

@@ -104,7 +104,7 @@ def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]
     # a word that wandb refuses is its to refuse
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
     # the same run folder goes on in the same wandb run; another folder of the same name does not
-    identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
+    identity = hashlib.blake2b(os.fsencode(os.path.realpath(folder)), digest_size=6).hexdigest()
     told: dict[str, Any] = dict(
         project=project,
         name=name,

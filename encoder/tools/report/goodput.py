@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from encoder.base.errors import LedgerError
 from encoder.runs.folder import EVENTS, METRICS, read_jsonl
 from encoder.train.meters import Clock
 
@@ -77,17 +78,32 @@ def wall_ms(folder: Path) -> dict[str, int]:
 
 def _read(folder: Path) -> list[_Start]:
     found: dict[int, _Start] = defaultdict(_Start)
-    for e in (e for e in read_jsonl(folder / EVENTS) if "spent" in e):
-        start = found[e["start"]]
-        start.add(e["spent"])
-        if "began" in e:
-            start.began_ms, start.step = round(1000 * e["began"]), e["step"]
-        if e["event"] == "back":
-            start.backs.append((e["step"], e["weights_of_step"]))
-    for m in (m for m in read_jsonl(folder / METRICS) if "spent" in m and m["start"] in found):
+    for name, take in ((EVENTS, _take_event), (METRICS, _take_metrics)):
+        for number, line in enumerate(read_jsonl(folder / name), 1):
+            try:
+                if "spent" in line:
+                    take(found, line)
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                raise LedgerError(
+                    f"{folder / name} line {number} has times that cannot be read. Restore the"
+                    " file, or remove that line."
+                ) from error
+    return [start for _, start in sorted(found.items()) if start.began_ms]
+
+
+def _take_event(found: dict[int, _Start], e: Mapping[str, Any]) -> None:
+    start = found[int(e["start"])]
+    start.add(e["spent"])
+    if "began" in e:
+        start.began_ms, start.step = round(1000 * e["began"]), int(e["step"])
+    if e["event"] == "back":
+        start.backs.append((int(e["step"]), int(e["weights_of_step"])))
+
+
+def _take_metrics(found: dict[int, _Start], m: Mapping[str, Any]) -> None:
+    if m["start"] in found:
         start = found[m["start"]]
         start.steps.append((m["step"], start.add(m["spent"])))
-    return [start for _, start in sorted(found.items()) if start.began_ms]
 
 
 def _wasted(start: _Start, later: list[_Start]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def grow_model(
     weight; or that of the run file `run`; or the source's own settings; `overrides` (hidden_size=256) are put over.
     Raises UserError.
     """
-    if out.resolve() == source.resolve():
+    if os.path.realpath(out) == os.path.realpath(source):
         raise ModelError(f"{out} is the source itself. Name another folder to write.")
     old = read_model(source)
     config = new_config(old.config, preset=preset, run=run, overrides=overrides)

@@ -150,6 +150,12 @@ def test_the_words_of_the_command_reach_the_growth(root, capsys):
     )
 
 
+def test_links_that_lead_in_a_circle_are_one_line(tmp_path, capsys):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert "does not exist" in refused(capsys, grow, tmp_path / "a", tmp_path / "b", "seed=1")
+
+
 def test_what_cannot_grow_is_refused_and_leaves_nothing(root, capsys):
     before = names_in(root)
     out = root / "out"

@@ -137,6 +137,9 @@ def test_a_template_is_never_written_over_a_file(tmp_path, capsys):
         "is there already" in capsys.readouterr().err
         and (tmp_path / "run.yaml").read_text() == "mine"
     )
+    (tmp_path / "link.yaml").symlink_to("nowhere")
+    assert tessera.main(["new", "small", "--out", str(tmp_path / "link.yaml")]) == 2
+    assert (tmp_path / "link.yaml").is_symlink() and "is there already" in capsys.readouterr().err
 
 
 def test_a_new_preparation_names_its_tokenizer_first_where_that_is_not_there(

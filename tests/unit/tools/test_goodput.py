@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from encoder.base.dist import World
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, LedgerError
 from encoder.base.log import say
 from encoder.runs import config
 from encoder.runs.config import TrackingConfig, read_run
@@ -148,6 +148,23 @@ def test_a_resume_from_before_another_start_wastes_all_of_that_ones_steps_and_ov
 def test_a_run_from_before_times_were_written_has_none(tmp_path):
     write_story(tmp_path, [{"event": "start", "step": 0}], [{"step": 1, "loss": 1.0}])
     assert wall_ms(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"spent": 5},
+        {"spent": {}, "start": 1},
+        {"spent": dict.fromkeys(Clock.KINDS, "x"), "start": 1},
+        {"spent": dict.fromkeys(Clock.KINDS, 1e308), "start": "x"},
+        {"spent": dict.fromkeys(Clock.KINDS, 0.0), "start": 1, "began": 1e308, "step": 0},
+        {"spent": dict.fromkeys(Clock.KINDS, 0.0), "start": 1, "event": "back", "step": [1]},
+    ],
+)
+def test_times_that_cannot_be_read_are_one_sentence(tmp_path, line):
+    write_story(tmp_path, [line], [])
+    with pytest.raises(LedgerError, match=r"events.jsonl line 1 has times that cannot be read\."):
+        wall_ms(tmp_path)
 
 
 @pytest.fixture(scope="module")
