@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(growth_text(grown))
         print(
-            f"wrote {args.out}; to train it on, a run file with the model of"
-            f" {args.out / 'model.yaml'} and init_from: {args.out}"
+            f"wrote {args.out}; to train it on, a run file with init_from: {args.out}, whose model"
+            " is then that of the weights"
         )
 
     return run_command(body)

@@ -59,6 +59,7 @@ RUNS = {
     **{name.replace("_", "-"): name for name in FAMILIES},
 }
 _ITEM = re.compile(r"^ +- \{.*\bpath: ")  # one shard folder of a list
+_MIXTURES = re.compile(r"^mixtures:", re.M)
 _TOKENIZER = re.compile(r"^tokenizer: (\S+)", re.M)
 _TOP_KEY = re.compile(r"^([A-Za-z_]+):")
 
@@ -125,7 +126,11 @@ def next_step(text: str, out: Path, *, words: Sequence[str]) -> str:
     """The command after this one: a preparation needs its tokenizer first, where that is not there yet."""
     if words[0] != "prep":
         return f"Look at it, then: {as_typed('plan', out)}"
-    prepare = f"data-prep prepare {shlex.quote(str(out))}"
+    file = shlex.quote(str(out))
+    prepare = f"data-prep prepare {file}"
+    if _MIXTURES.search(text):
+        # it is large: what it costs comes first
+        prepare = f"data-prep plan {file}"
     tokenizer = _TOKENIZER.search(text)
     if tokenizer is None or Path(tokenizer[1]).exists():
         return f"Look at it, then: {prepare}"

@@ -195,12 +195,12 @@ class Recorder:
             short_bytes(memory),
             f"left {short_seconds(speed.seconds_for(left))}",
         ]
-        # the first step of a phase or of a start: that it goes on is what a person waits to see
+        # the first step of a phase or of a start, which a person waits to see, and the last one
         self._display.show(
             "  ".join(columns),
             step=progress.step,
             share=progress.tokens / (progress.tokens + left),
-            now=progress.phase_step == 1 or not self._has_shown,
+            now=progress.phase_step == 1 or not self._has_shown or left == 0,
         )
         self._has_shown = True
 

@@ -362,7 +362,7 @@ def hole(text: str, before: str, fresh: str) -> str:
         return "hf/tiny"
     if "pretrain" in text:
         return "run.yaml"
-    if "data-prep prepare" in text:
+    if "data-prep prepare" in text or "data-prep plan" in text:
         return "prep.yaml"
     return "runs/small" if before != "runs/small" else fresh
 
