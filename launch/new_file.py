@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if args.list:
-        print(list_text())
-        return 0
+        return run_command(lambda: print(list_text()))
     if not args.words:
         parser.error(
             f"no template. Needed: one of {', '.join(RUNS)}, or prep and one of"

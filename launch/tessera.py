@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from encoder import __version__
-from encoder.base.command import complain
+from encoder.base.command import complain, run_command
 from encoder.base.errors import nearest
 from encoder.base.home import home
 
@@ -77,11 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns its exit code, 2 for a word that is none."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return 0 if words else 2
+        return run_command(lambda: print(help_text())) or (0 if words else 2)
     if words[0] in ("-V", "--version"):
-        print(f"tessera {__version__}")
-        return 0
+        return run_command(lambda: print(f"tessera {__version__}"))
     if words[0] not in VERBS:
         return complain(
             f"{words[0]} is no verb. {nearest(words[0], list(VERBS))} See tessera --help."

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from encoder.base.errors import ConfigError, UserError, nearest
-from encoder.base.log import let_go, print_line, readable_streams, reader_has_left
+from encoder.base.log import (
+    flush_output,
+    let_go,
+    let_go_unless_written,
+    print_line,
+    readable_streams,
+    reader_has_left,
+)
 from encoder.base.paths import expand_path, local_path
 from encoder.base.untrusted import number_in_name
 
@@ -101,13 +108,16 @@ def count(text: str) -> int:
 def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> int:
     """Runs a command's body and returns its exit code; mistakes, full disks and Ctrl-C become one line, never a traceback."""
     try:
-        return body() or 0
+        code = body() or 0
+        flush_output()  # an error of what is still buffered is told here, not when Python ends
+        return code
     except BrokenPipeError as error:
         if not reader_has_left(sys.stdout):
             return complain(str(as_user_error(error)))
         let_go(sys.stdout)
         return 141  # 128 + SIGPIPE, as a shell says it
     except (UserError, OSError) as error:
+        let_go_unless_written(sys.stdout)
         return complain(str(as_user_error(error)))
     except UnicodeEncodeError as error:
         # a file's name; what is printed always fits

@@ -165,6 +165,23 @@ def let_go_of_lost_streams() -> None:
             let_go(stream)
 
 
+def flush_output() -> None:
+    """What standard output still holds is written. Raises OSError, but not in a run that outlives its readers."""
+    if _state["survives"]:
+        let_go_unless_written(sys.stdout)
+    elif sys.stdout:
+        sys.stdout.flush()
+
+
+def let_go_unless_written(stream: TextIO | None) -> None:
+    """What a stream still holds is written, or given up where that fails, as on a full disk."""
+    try:
+        if stream:
+            stream.flush()
+    except (OSError, ValueError):
+        let_go(stream)
+
+
 def let_go(stream: TextIO) -> None:
     """What a stream still holds, and is given from now on, goes nowhere; else Python would try again when it ends."""
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from encoder.base.errors import ConfigError
 from encoder.base.files import write_atomic
 from encoder.base.rng import address_seed, generator, splitmix64
 from encoder.base.units import parse_tokens, short_count, short_seconds
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -139,3 +143,25 @@ def test_a_reader_that_leaves_is_no_mistake_and_a_pipe_that_breaks_elsewhere_is_
         assert process.wait() == code and error.startswith(said) and bool(error) == bool(said), (
             error
         )
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["new", "--list"], ["new", "small"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_or_no_reader_for_what_is_printed_is_no_traceback(words, unbuffered):
+    """Also where Python holds the lines back until it ends."""
+    command = [sys.executable, "-m", "launch.tessera", *words]
+    how = {
+        "cwd": ROOT,
+        "env": {**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, **how)
+    assert done.returncode == 2 and done.stderr.startswith("error: No space left on device.")
+    assert done.stderr.count("\n") == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, **how)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
