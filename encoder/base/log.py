@@ -167,7 +167,7 @@ def let_go_of_lost_streams() -> None:
 
 def flush_output() -> None:
     """What standard output still holds is written. Raises OSError, but not in a run that outlives its readers."""
-    if _state["survives"]:
+    if _state.survives:
         let_go_unless_written(sys.stdout)
     elif sys.stdout:
         sys.stdout.flush()
@@ -175,9 +175,10 @@ def flush_output() -> None:
 
 def let_go_unless_written(stream: TextIO | None) -> None:
     """What a stream still holds is written, or given up where that fails, as on a full disk."""
+    if not stream:
+        return
     try:
-        if stream:
-            stream.flush()
+        stream.flush()
     except (OSError, ValueError):
         let_go(stream)
 
