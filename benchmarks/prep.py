@@ -38,10 +38,11 @@ from data_prep.config import JsonlSource
 from data_prep.environment_corpus import environment_corpus
 from data_prep.ledger import open_ledger
 from data_prep.segments import Part, segments_of
-from data_prep.tokenizer_files import sources_of, train_tokenizer
+from data_prep.tokenizer_training import TrainingConfig, sources_of, train_tokenizer
 from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
-from encoder.data.shard_format import read_card, special_ids_of
+from encoder.base.tokenizer_json import special_ids_of
+from encoder.data.shard_format import read_card
 from encoder.data.shards import open_source
 
 # stretch of the work, and the functions that do it; each one's own time, without what it calls of the others
@@ -92,8 +93,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 sources_of(["*.jsonl"]),
                 corpus,
                 tokenizer,
-                vocab_size=1024 if args.quick else 8192,
-                sample_mb=2,
+                TrainingConfig(vocab_size=1024 if args.quick else 8192, sample_mb=2),
             )
         files = sorted(corpus.glob("*.jsonl"))
         if not files or not tokenizer.is_file():
@@ -308,8 +308,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
     vocab_size, specials = special_ids_of(tokenizer)
     job = worker.EncodeJob(
         tokenizer_json=str(tokenizer),
-        cls_id=specials.cls_id,
-        sep_id=specials.sep_id,
+        specials=specials,
         dtype="uint16" if vocab_size <= 2**16 else "uint32",
         max_tokens_per_document=8192,
         held_out_share=0.01,

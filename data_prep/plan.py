@@ -15,8 +15,9 @@ from data_prep.readers import ReadError, find_files
 from encoder.base.errors import ConfigError, ShardError, nearest
 from encoder.base.log import say, warn_once
 from encoder.base.mixtures import Mixture, sources_of
+from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
-from encoder.data.shard_format import ids_dtype, read_card, special_ids_of
+from encoder.data.shard_format import ids_dtype, read_card
 
 # Measured on JSON lines of books and code with ModernBERT's vocabulary, one process on a machine that had other work:
 # 6.5 to 10.7 Mtok/s. The bytes a token are of four domains (29 Mtok). --speed says what your cores do.

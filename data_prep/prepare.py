@@ -30,13 +30,13 @@ from data_prep.tokenization import EncoderName, check_tokenizer_path, choose_enc
 from data_prep.worker import Done, EncodeJob, SegmentJob, SegmentPool
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
 from encoder.base.log import say, warn_once
+from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
 from encoder.data.shard_format import (
     CARD,
     Card,
     ids_dtype,
     read_card,
-    special_ids_of,
     tokenizer_fingerprint,
     width_of,
 )
@@ -228,8 +228,7 @@ def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> Segmen
     card = plans[0].card
     job = EncodeJob(
         tokenizer_json=str(plans[0].tokenizer_json),
-        cls_id=card.specials.cls_id,
-        sep_id=card.specials.sep_id,
+        specials=card.specials,
         dtype=card.dtype,
         held_out_share=config.held_out_share,
         max_tokens_per_document=config.max_tokens_per_document,

@@ -160,16 +160,27 @@ class ShardSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class Lacking:
-    """Which samples do not begin with [CLS], and which do not end with [SEP]."""
+    """Which samples lack [CLS], and which [SEP], at the end where the frame has it."""
 
     cls_P: np.ndarray
     sep_P: np.ndarray
 
 
 def lacking_specials(samples: ShardSamples, specials: SpecialIds) -> Lacking:
-    """Look at both ends of every sample; one without ids lacks both."""
-    first_P, last_P = _ends(samples)
-    return Lacking(cls_P=first_P != specials.cls_id, sep_P=last_P != specials.sep_id)
+    """Look at the ends of every sample; one without ids lacks both.
+
+    Behind a text [SEP] may stand without [CLS], but not [CLS] without [SEP].
+    """
+    ends_P = np.cumsum(samples.lengths_P)
+    begins_P = ends_P - samples.lengths_P
+    if specials.frame == "both_ends":
+        return Lacking(
+            cls_P=_ids_at(samples, begins_P) != specials.cls_id,
+            sep_P=_ids_at(samples, ends_P - 1) != specials.sep_id,
+        )
+    last_P = _ids_at(samples, ends_P - 1)
+    framed_P = (last_P == specials.cls_id) & (_ids_at(samples, ends_P - 2) == specials.sep_id)
+    return Lacking(cls_P=~framed_P, sep_P=~framed_P & (last_P != specials.sep_id))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,16 +227,49 @@ def without_padding(samples: ShardSamples, padded: Padded) -> ShardSamples:
     )
 
 
+def text_stretches(
+    lengths_P: np.ndarray, specials: SpecialIds, lacks: Lacking | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the text of each sample begins and ends among ids laid end to end, without the frame; int64 [P] each.
+
+    lengths_P: of the samples as they are stored
+    specials: whose frame they have
+    lacks: what of the frame is not stored; None: nothing
+    """
+    ends_P = np.cumsum(lengths_P)
+    begins_P = ends_P - lengths_P
+    lacks_cls_P = np.zeros(len(ends_P), bool) if lacks is None else lacks.cls_P
+    lacks_sep_P = np.zeros(len(ends_P), bool) if lacks is None else lacks.sep_P
+    if specials.frame == "end":
+        ends_P = ends_P - ~lacks_cls_P
+    else:
+        begins_P = begins_P + ~lacks_cls_P
+    return begins_P, np.maximum(ends_P - ~lacks_sep_P, begins_P)
+
+
+def frame_words(specials: SpecialIds) -> tuple[str, str]:
+    """What a sample that lacks [CLS], and one that lacks [SEP], does not do."""
+    if specials.frame == "end":
+        return "end with [SEP] [CLS]", "have [SEP] behind its text"
+    return "begin with [CLS]", "end with [SEP]"
+
+
 def specials_inside(samples: ShardSamples, specials: SpecialIds) -> dict[str, np.ndarray]:
-    """Which samples hold a special id where no text has one, bool [P] by what it is: [MASK] or [PAD] anywhere, [CLS] behind
-    the first place, [SEP] before the last."""
+    """Which samples hold a special id where no text has one, bool [P] by what it is: [MASK] or [PAD] anywhere, [CLS] and
+    [SEP] elsewhere than in the frame."""
     ids_T, some_P, ends_P = samples.ids_T, samples.lengths_P > 0, np.cumsum(samples.lengths_P)
+    cls_word, cls_P = "[CLS] behind its first place", (ends_P - samples.lengths_P)[some_P]
+    sep_word, sep_P = "[SEP] before its last place", ends_P[some_P] - 1
+    if specials.frame == "end":
+        cls_word, cls_P = "[CLS] before its last place", sep_P
+        # it is the last of a sample that lacks [CLS]
+        sep_word, sep_P = "[SEP] inside its text", sep_P - (ids_T[sep_P] == specials.cls_id)
     found = {}
     for word, special, allowed in (
         ("[MASK]", specials.mask_id, None),
         ("[PAD]", specials.pad_id, None),
-        ("[CLS] behind its first place", specials.cls_id, (ends_P - samples.lengths_P)[some_P]),
-        ("[SEP] before its last place", specials.sep_id, ends_P[some_P] - 1),
+        (cls_word, specials.cls_id, cls_P),
+        (sep_word, specials.sep_id, sep_P),
     ):
         at = np.flatnonzero(ids_T == special)
         at = at if allowed is None else at[~np.isin(at, allowed)]
@@ -235,13 +279,13 @@ def specials_inside(samples: ShardSamples, specials: SpecialIds) -> dict[str, np
     return found
 
 
-def _ends(samples: ShardSamples) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last id of each sample, int64 [P]; -1 where it has none."""
-    ends_P, some_P = np.cumsum(samples.lengths_P), samples.lengths_P > 0
-    first_P, last_P = np.full(len(ends_P), -1, np.int64), np.full(len(ends_P), -1, np.int64)
-    first_P[some_P] = samples.ids_T[(ends_P - samples.lengths_P)[some_P]]
-    last_P[some_P] = samples.ids_T[ends_P[some_P] - 1]
-    return first_P, last_P
+def _ids_at(samples: ShardSamples, place_P: np.ndarray) -> np.ndarray:
+    """The id at a place of each sample, int64 [P]; -1 where that is outside of it."""
+    ends_P = np.cumsum(samples.lengths_P)
+    inside_P = (place_P >= ends_P - samples.lengths_P) & (place_P < ends_P)
+    found_P = np.full(len(ends_P), -1, np.int64)
+    found_P[inside_P] = samples.ids_T[place_P[inside_P]]
+    return found_P
 
 
 def read_shard(

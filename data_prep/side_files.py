@@ -26,17 +26,20 @@ from data_prep.shards import (
     ShardSamples,
     column_encodings,
     columns_text,
+    frame_words,
     lacking_specials,
     padding_of,
     read_shard,
     samples_of,
     specials_inside,
     stored_bytes,
+    text_stretches,
     without_padding,
 )
 from encoder.base.errors import ShardError
 from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.log import say
+from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
 from encoder.data.sentences import Sentences, check_sentences, sentence_bytes
 from encoder.data.shard_format import (
@@ -60,7 +63,6 @@ from encoder.data.shard_format import (
     read_hashes,
     read_index,
     read_lengths,
-    special_ids_of,
     stored_info,
     width_of,
     with_content,
@@ -210,8 +212,8 @@ def _add_sentences(folder: Path, tokenizer_json: Path, splitter: SentenceSplitte
     hashes, found = read_hashes(folder, card), []
     for entry in read_index(folder):
         samples = read_shard(folder, entry, card=card, hashes=hashes)
-        ends_P = np.cumsum(samples.lengths_P)
-        found.append(splitter(samples.ids_T, ends_P - samples.lengths_P + 1, ends_P - 1))
+        begins_P, ends_P = text_stretches(samples.lengths_P, card.specials)
+        found.append(splitter(samples.ids_T, begins_P, ends_P))
     with output(folder, [SENTENCES]):
         _write_sentences(folder, found, max_tokens_per_document=card.max_tokens_per_document)
         sentences = Sentences(folder / SENTENCES, card)
@@ -309,7 +311,8 @@ class _Read:
         )
         samples = without_padding(stored, padded) if padding else stored
         lacks = lacking_specials(samples, self._specials)
-        for word, lacks_P in (("begin with [CLS]", lacks.cls_P), ("end with [SEP]", lacks.sep_P)):
+        words = frame_words(self._specials)
+        for word, lacks_P in zip(words, (lacks.cls_P, lacks.sep_P), strict=True):
             if np.any(lacks_P) and not self._reading.add_specials:
                 raise ShardError(
                     f"{path} sample {int(np.argmax(lacks_P))} does not {word} of the tokenizer."
@@ -322,14 +325,12 @@ class _Read:
             raise ShardError(
                 f"{path} has {word} in {int(found_P.sum()):,} of {len(found_P):,} samples (the"
                 f" first: {int(np.argmax(found_P))}), which would be trained as text."
-                f" {_INSIDE[word]} Where that is meant: --keep-specials."
+                f" {_INSIDE.get(word, _INSIDE_TEXT)} Where that is meant: --keep-specials."
             )
         self.special += int(np.sum(np.any([*inside.values()], axis=0))) if inside else 0
         self.lacking += int(np.sum(lacks.cls_P | lacks.sep_P))
         if self._splitter:
-            ends_P = np.cumsum(samples.lengths_P)
-            begins_P = ends_P - samples.lengths_P + ~lacks.cls_P
-            ends_P = np.maximum(ends_P - ~lacks.sep_P, begins_P)
+            begins_P, ends_P = text_stretches(samples.lengths_P, self._specials, lacks)
             self.sentences.append(self._splitter(samples.ids_T, begins_P, ends_P))
         return samples.lengths_P + lacks.cls_P + lacks.sep_P
 
@@ -412,18 +413,15 @@ def _check_free(folder: Path, tokenizer_json: Path, again: bool) -> None:
         )
 
 
+_INSIDE_TEXT = (
+    "A sample is one document, whose tokens all see each other: write a document a sample."
+)
 _INSIDE = {
     "[MASK]": (
         "Shards that are masked already cannot be masked anew: prepare the text with data-prep"
         " prepare."
     ),
     "[PAD]": "Padding in the middle cannot be cut off: write a document a sample.",
-    "[CLS] behind its first place": (
-        "A sample is one document, whose tokens all see each other: write a document a sample."
-    ),
-    "[SEP] before its last place": (
-        "A sample is one document, whose tokens all see each other: write a document a sample."
-    ),
 }
 
 

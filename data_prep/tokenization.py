@@ -1,4 +1,4 @@
-"""Text to pieces of ids, [CLS] ... [SEP] each: by fastokens where it proves equal to tokenizers, else by tokenizers.
+"""Text to pieces of ids in their frame, [CLS] ... [SEP] each: by fastokens where it proves equal to tokenizers, else by tokenizers.
 
 Spellings of special tokens in raw text ("[MASK]", "<|endoftext|>") stay text: no document can write a special id.
 """
@@ -6,11 +6,12 @@ Spellings of special tokens in raw text ("[MASK]", "<|endoftext|>") stay text: n
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,7 +20,11 @@ from encoder.base.errors import ConfigError, ShardError
 from encoder.base.files import native_path
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import warn_once
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.base.untrusted import native_code
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 EncoderName = Literal["fastokens", "tokenizers"]
 HASH_CHARS = 2**20  # of a text at a time, as bytes
@@ -72,7 +77,7 @@ HOSTILE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """What a batch of documents becomes: pieces laid end to end, [CLS] ... [SEP] each."""
+    """What a batch of documents becomes: pieces laid end to end, each in its frame."""
 
     ids_T: np.ndarray  # uint16 or uint32
     lengths_P: np.ndarray  # int64, tokens per piece with [CLS] and [SEP]
@@ -94,10 +99,7 @@ class TextEncoder:
 
                 self._tokenizer = fastokens.Tokenizer.from_file(path)
             else:
-                import tokenizers
-
-                self._tokenizer = tokenizers.Tokenizer.from_file(path)
-                self._tokenizer.encode_special_tokens = True
+                self._tokenizer = _of_text_alone(tokenizer_json, path)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
 
@@ -143,6 +145,29 @@ class TextEncoder:
         )
 
 
+def _of_text_alone(tokenizer_json: Path, native: str) -> Tokenizer:
+    """The tokenizer for which spellings of special tokens are text.
+
+    A Unigram model has them among its pieces, and would find them in a text all the same: there they get names that no text
+    has. Their ids and the scores stay. `native` is the file's name for native code.
+    """
+    import tokenizers
+
+    content = json.loads(tokenizer_json.read_bytes())
+    if content["model"].get("type") != "Unigram":
+        tokenizer = tokenizers.Tokenizer.from_file(native)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    content["added_tokens"] = [t for t in content["added_tokens"] if not t["special"]]
+    content["post_processor"] = None
+    content["model"]["vocab"] = [
+        [f"\uffff{number}\uffff" if piece in special else piece, score]
+        for number, (piece, score) in enumerate(content["model"]["vocab"])
+    ]
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
 def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> EncoderName:
     """fastokens, if it gives the ids of Hugging Face tokenizers on hostile and on real text; a warning if not."""
     judge = TextEncoder(tokenizer_json, "tokenizers")
@@ -168,26 +193,36 @@ def encode_pieces(
     encoder: TextEncoder,
     texts: Sequence[str],
     *,
-    cls_id: int,
-    sep_id: int,
+    specials: SpecialIds,
     dtype: np.dtype,
     max_tokens_per_document: int,
     held_out_share: float,
 ) -> Pieces:
-    """Encode documents, cut the long ones, wrap every piece; a document's pieces all go to the same split."""
+    """Encode documents, cut the long ones, frame every piece; a document's pieces all go to the same split.
+
+    encoder: gives their ids without special tokens
+    texts: the documents
+    specials: put around each piece, as their frame says
+    dtype: of the ids
+    max_tokens_per_document: of a piece with its frame
+    held_out_share: of the documents
+    """
     ids_T, lengths_D = encoder.encode(texts, dtype)
     content_tokens = int(lengths_D.sum())
     assert len(ids_T) == content_tokens, "offsets and ids must end together"
-    pieces_P, document_P = cut_lengths(lengths_D, max_tokens_per_document - 2)
+    frame_tokens = len(specials.before) + len(specials.behind)
+    pieces_P, document_P = cut_lengths(lengths_D, max_tokens_per_document - frame_tokens)
     held_out_D = np.array([is_held_out(text, held_out_share) for text in texts], bool)
-    lengths_P = pieces_P + 2
+    lengths_P = pieces_P + frame_tokens
     ends_P = np.cumsum(lengths_P)
     wrapped_T = np.empty(int(ends_P[-1]) if len(ends_P) else 0, dtype)
     content = np.ones(len(wrapped_T), bool)
-    content[ends_P - lengths_P] = False
-    content[ends_P - 1] = False
-    wrapped_T[ends_P - lengths_P] = cls_id
-    wrapped_T[ends_P - 1] = sep_id
+    for place, special in enumerate(specials.before):
+        wrapped_T[ends_P - lengths_P + place] = special
+        content[ends_P - lengths_P + place] = False
+    for place, special in enumerate(reversed(specials.behind), start=1):
+        wrapped_T[ends_P - place] = special
+        content[ends_P - place] = False
     wrapped_T[content] = ids_T
     return Pieces(
         ids_T=wrapped_T,

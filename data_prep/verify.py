@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.shards import (
     Padded,
     ShardSamples,
+    frame_words,
     lacking_specials,
     padding_of,
     read_shard,
@@ -101,6 +102,7 @@ def _check_samples(folder: Path, stored: ShardSamples, expected_P: np.ndarray, c
     path, padded = folder / stored.name, padding_of(stored, card.specials)
     samples = without_padding(stored, padded) if card.strips_padding else stored
     lacks = lacking_specials(samples, card.specials)
+    no_cls, no_sep = frame_words(card.specials)
     lengths_P = (
         samples.lengths_P + (lacks.cls_P.astype(np.int64) + lacks.sep_P) * card.adds_specials
     )
@@ -127,11 +129,12 @@ def _check_samples(folder: Path, stored: ShardSamples, expected_P: np.ndarray, c
     _refuse(
         path,
         {
-            "a sample that does not begin with [CLS]": (
+            f"a sample that does not {no_cls}": (
                 not card.adds_specials and bool(np.any(lacks.cls_P))
             ),
-            "a sample that does not end with [SEP]": not card.adds_specials
-            and bool(np.any(lacks.sep_P)),
+            f"a sample that does not {no_sep}": (
+                not card.adds_specials and bool(np.any(lacks.sep_P))
+            ),
             f"a sample longer than {card.max_tokens_per_document:,} tokens": (
                 lengths_P.max(initial=0) > card.max_tokens_per_document
             ),

@@ -36,7 +36,7 @@ from data_prep.readers import Block, InputFile, Parsed, ReadError, numbered, par
 from data_prep.readers.blocks import SKIP
 from data_prep.segments import Part, Segment, Stretch
 from data_prep.sentences import FoundSentences, SentenceSplitter
-from data_prep.shards import ShardWriter
+from data_prep.shards import ShardWriter, text_stretches
 from data_prep.tokenization import (
     EncoderName,
     Pieces,
@@ -49,6 +49,7 @@ from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
 from encoder.base.main_script import without_main_script
 from encoder.base.stopping import STOP_SIGNALS
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.shard_format import lengths_dtype
 
 # also where one process is asked for; a test that looks into its work has it in its own
@@ -63,8 +64,7 @@ class EncodeJob:
     """What a process must know to encode: the same for all sources."""
 
     tokenizer_json: str
-    cls_id: int
-    sep_id: int
+    specials: SpecialIds
     dtype: str
     max_tokens_per_document: int
     held_out_share: float
@@ -138,8 +138,8 @@ class SegmentMaker:
         if not self._job.sentences:
             return None
         self._splitter = self._splitter or SentenceSplitter(Path(self._job.tokenizer_json))
-        ends_P = np.cumsum(pieces.lengths_P)
-        return self._splitter(pieces.ids_T, ends_P - pieces.lengths_P + 1, ends_P - 1)
+        begins_P, ends_P = text_stretches(pieces.lengths_P, self._job.specials)
+        return self._splitter(pieces.ids_T, begins_P, ends_P)
 
     def __call__(self, asked: SegmentJob | SampleJob) -> None:
         """From files to a finished segment in the ledger, or to a Sample. Raises UserError, OSError for the disk."""
@@ -246,8 +246,7 @@ class SegmentMaker:
             pieces = encode_pieces(
                 encoder,
                 parsed.texts,
-                cls_id=job.cls_id,
-                sep_id=job.sep_id,
+                specials=job.specials,
                 dtype=np.dtype(job.dtype),
                 held_out_share=job.held_out_share,
                 max_tokens_per_document=job.max_tokens_per_document,

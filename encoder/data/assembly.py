@@ -204,13 +204,15 @@ class Assembler:
         goes_on: it is the second of a pair, which has no [CLS]
         """
         ids = self.sources[source].read(document)
-        before = start > 0 and not goes_on
-        if before:
-            parts.append(np.array([self.specials.cls_id]))
-        parts.append(ids[start:end])
-        if end < len(ids):
-            parts.append(np.array([self.specials.sep_id]))
-        return (end - start) + before + (end < len(ids))
+        specials = self.specials
+        before: list[int] = []
+        if start > 0 and not goes_on:
+            before = [*specials.before]
+        behind: list[int] = [*specials.behind] if end < len(ids) else []
+        # a piece that was not cut is laid as it is: an empty list would make its ids floats
+        parts += [np.array(before)] * bool(before) + [ids[start:end]]
+        parts += [np.array(behind)] * bool(behind)
+        return len(before) + (end - start) + len(behind)
 
     def _check_ids(self, ids: np.ndarray, spec: RowSpec) -> None:
         vocab_size = self.sources[0].card.vocab_size

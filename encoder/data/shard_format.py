@@ -32,7 +32,8 @@ import numpy as np
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
 from encoder.base.schema import from_mapping, to_plain
-from encoder.base.untrusted import INDEX_BYTES, missing, plain_name, read_bytes, read_json
+from encoder.base.tokenizer_json import SpecialIds
+from encoder.base.untrusted import INDEX_BYTES, plain_name, read_bytes, read_json
 
 INPUT_IDS = "input_ids"
 CARD, LENGTHS, INDEX, TOKENIZER = "card.json", "lengths.bin", "index.json", "tokenizer.json"
@@ -55,22 +56,9 @@ _WIDTH_OF_BYTE = {
 SHARD_HASH = "sha256"  # of each shard file, in index.json, under MDS's name for it
 MOST_SHARD_BYTES = 2**32  # offsets in a shard have 32 bits
 MOST_IDS = 2**32  # an id has at most 32 bits
-MOST_TOKEN_ID = 2**24  # of a tokenizer.json: libraries make tables up to its largest id
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SIDE_FILES = (CARD, LENGTHS, INDEX, TOKENIZER, HASHES, SENTENCES, "origin.txt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecialIds:
-    """The tokens that structure a document; `all_special` are never masked nor drawn as replacements."""
-
-    cls_id: int
-    sep_id: int
-    pad_id: int
-    mask_id: int
-    unk_id: int
-    all_special: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +261,8 @@ def read_card(folder: Path) -> Card:
 def write_card(folder: Path, card: Card) -> None:
     """Write card.json atomically: the last act of making a shard folder."""
     plain, usual = to_plain(card), {f.name: f.default for f in dataclasses.fields(Card)}
+    if card.specials.frame == "both_ends":
+        del plain["specials"]["frame"]
     write_json(folder / CARD, {k: v for k, v in plain.items() if k not in _SELDOM or v != usual[k]})
 
 
@@ -437,9 +427,15 @@ def without_padding(ids_T: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
-    """A sample with [CLS] before it and [SEP] behind it, each only where it is not there."""
-    before = [] if ids_T[:1].tolist() == [specials.cls_id] else [specials.cls_id]
-    behind = [] if ids_T[-1:].tolist() == [specials.sep_id] else [specials.sep_id]
+    """A sample in its frame, [CLS] before it and [SEP] behind it, each only where it is not there."""
+    before = specials.before
+    if before and ids_T[:1].tolist() == [*before]:
+        before = ()
+    behind = specials.behind
+    for there in range(len(behind), 0, -1):
+        if ids_T[-there:].tolist() == [*behind[:there]]:
+            behind = behind[there:]
+            break
     # ids of 8 bits can be those of a large vocabulary's first tokens
     narrow = np.iinfo(ids_T.dtype).max < max(specials.cls_id, specials.sep_id)
     dtype = np.dtype(np.int64) if narrow else ids_T.dtype
@@ -499,85 +495,6 @@ def ids_dtype(vocab_size: int) -> np.dtype:
 def tokenizer_fingerprint(tokenizer_json: Path) -> str:
     """Hex SHA-256 of the bytes of a tokenizer.json."""
     return hashlib.sha256(read_bytes(tokenizer_json, error=ShardError)).hexdigest()
-
-
-def special_ids_of(tokenizer_json: Path) -> tuple[int, SpecialIds]:
-    """(vocabulary size, special ids) of a tokenizer.json, by the names [CLS] [SEP] [PAD] [MASK] [UNK]. Raises ShardError,
-    also where one of them is not marked special: encoders would give its id to its spelling in raw text.
-    """
-    names, added = _read_tokenizer(tokenizer_json)
-    special = {a["content"] for a in added if a.get("special") is True}
-    missing = [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in names]
-    if missing:
-        raise ShardError(
-            f"{tokenizer_json} lacks {', '.join(missing)}; needed: [CLS] [SEP] [PAD] [MASK] [UNK]. "
-            "Make a tokenizer with data-prep tokenizer."
-        )
-    if plain := [n for n in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if n not in special]:
-        raise ShardError(
-            f"{tokenizer_json} does not mark {', '.join(plain)} as special, so that a text could"
-            ' write their ids; needed: "special": true in its added_tokens. Change it there: the'
-            " ids stay the same."
-        )
-    specials = SpecialIds(
-        cls_id=names["[CLS]"],
-        sep_id=names["[SEP]"],
-        pad_id=names["[PAD]"],
-        mask_id=names["[MASK]"],
-        unk_id=names["[UNK]"],
-        all_special=tuple(sorted({names[n] for n in special})),
-    )
-    return max(names.values()) + 1, specials
-
-
-def token_ids(tokenizer_json: Path) -> dict[str, int]:
-    """The id of every token of a tokenizer.json, added ones included. Raises ShardError."""
-    return _read_tokenizer(tokenizer_json)[0]
-
-
-# ids kept free for later or left over: [unused12] (BERT, ModernBERT), <unused12> (Gemma), madeupword0001 (RoBERTa),
-# <|reserved_special_token_12|> (Llama 3), <extra_id_12> (T5)
-_UNUSED = re.compile(
-    r"[\[<]\|?(unused|reserved)[a-z_ ]*[-_ ]?\d+\|?[\]>]|<extra_id_\d+>|madeupword\d+",
-    re.IGNORECASE,
-)
-
-
-def unused_ids(tokenizer_json: Path, *, vocab_size: int) -> tuple[int, ...]:
-    """The ids below `vocab_size` that no text gives: of tokens such as [unused12], and of no token. Raises ShardError."""
-    ids = token_ids(tokenizer_json)
-    used = {number for token, number in ids.items() if not _UNUSED.fullmatch(token)}
-    return tuple(number for number in range(vocab_size) if number not in used)
-
-
-def _read_tokenizer(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """The id of every token, and the added tokens as they stand."""
-    try:
-        content = read_json(path, root=dict, error=ShardError)
-    except ShardError as error:
-        if missing(error):
-            raise
-        raise ShardError(
-            f"{path} is no tokenizer.json ({str(error).removeprefix(f'{path} ').rstrip('.')}). "
-            "Make one with data-prep tokenizer."
-        ) from error
-    try:
-        added = content.get("added_tokens", [])
-        ids = {**content["model"]["vocab"], **{a["content"]: a["id"] for a in added}}
-        if wrong := [
-            token for token, i in ids.items() if type(i) is not int or not 0 <= i < MOST_TOKEN_ID
-        ]:
-            raise ValueError(
-                f"{wrong[0][:60]!r} has the id {ascii(ids[wrong[0]])[:60]}; needed: a whole number"
-                " below 2^24"
-            )
-        if not all(isinstance(a["content"], str) for a in added):
-            raise ValueError("an added token is no text")
-        return ids, added
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(
-            f"{path} is no tokenizer.json ({error}). Make one with data-prep tokenizer."
-        ) from error
 
 
 def check_same_tokenizer(cards: dict[str, Card]) -> Card:

@@ -28,6 +28,7 @@ import numpy as np
 from encoder.base.errors import ConfigError, ShardError
 from encoder.base.objective import LEAST_PAIR_TOKENS, PairRule
 from encoder.base.rng import generator
+from encoder.base.tokenizer_json import Frame
 from encoder.data.order import DocumentOrder, deal_shards
 from encoder.data.packing import Packing, pack_best_fit
 from encoder.data.pairs import WindowSentences, pairs_of
@@ -69,7 +70,8 @@ class WindowPlan:
     """The rows of one window. P pieces, R rows.
 
     A piece is (source, document, start, end): stored tokens start to end of that document, with [CLS] put back where
-    start > 0 and [SEP] where end is not the document's. Of a pair the second piece gets no [CLS].
+    start > 0 and [SEP] where end is not the document's. Of a pair the second piece gets no [CLS]. Of the frame `end` a piece
+    gets [SEP] [CLS] where end is not the document's, and nothing before it.
     """
 
     pieces_P4: np.ndarray  # int64, row after row
@@ -238,7 +240,8 @@ class Windows:
             kept_P &= (
                 (source_P != number) | (document_P < first) | (document_P >= first + samples[shard])
             )
-        tokens_P = (end_P - start_P) + (start_P > 0) + (end_P < length_P)
+        frame = self._sources[0].card.specials.frame
+        tokens_P = (end_P - start_P) + put_back(start_P, end_P, length_P, frame)
         if plan.pair_P is not None:  # a pair goes as a whole
             kept_P = np.repeat(kept_P.reshape(-1, 2).all(axis=1), 2)
             tokens_P = tokens_P - (plan.pair_P == GOES_ON)
@@ -330,10 +333,22 @@ def pieces_of(
     if pairs is None:
         return Pieces.joined(
             [
-                cut(number, some, source.lengths[some], max_tokens)
+                cut(
+                    number,
+                    some,
+                    source.lengths[some],
+                    max_tokens,
+                    frame=source.card.specials.frame,
+                )
                 for number, source, some in numbered
             ]
         )
+    for source in sources:
+        if source.card.specials.frame != "both_ends":
+            raise ShardError(
+                f"{source.name} has [CLS] behind each text; needed for pairs of sentences: a"
+                " tokenizer whose [CLS] stands first. Use objective: {name: mlm}, or other shards."
+            )
     text = WindowSentences.joined(
         [(number, some, source.sentences_of(some)) for number, source, some in numbered]
     )
@@ -353,10 +368,23 @@ def check_lengths(geometry: RowGeometry, *, pairs: PairRule | None) -> None:
         )
 
 
-def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Pieces:
+def cut(
+    source: int,
+    documents: np.ndarray,
+    lengths: np.ndarray,
+    max_tokens: int,
+    *,
+    frame: Frame = "both_ends",
+) -> Pieces:
     """Pieces of at most `max_tokens`: whole documents where they fit, else the fewest near-equal pieces.
 
     The bodies (all but the stored [CLS] and [SEP]) of a document's pieces differ by at most one token.
+
+    source: its number
+    documents: numbers of documents, int64
+    lengths: their tokens
+    max_tokens: of a piece with its frame
+    frame: of the documents
     """
     assert max_tokens >= LEAST_DOCUMENT_TOKENS, "a piece holds [CLS], [SEP] and at least one token"
     lengths = lengths.astype(np.int64)
@@ -371,12 +399,26 @@ def cut(source: int, documents: np.ndarray, lengths: np.ndarray, max_tokens: int
     whose = np.repeat(np.arange(len(documents)), count)
     number = np.arange(len(whose)) - np.repeat(np.cumsum(count) - count, count)
     body, count, length = body[whose], count[whose], lengths[whose]
-    start = np.where(number == 0, 0, 1 + body * number // count)
-    end = np.where(number == count - 1, length, 1 + body * (number + 1) // count)
-    tokens = (end - start) + (start > 0) + (end < length)
+    first = 1 if frame == "both_ends" else 0
+    start = np.where(number == 0, 0, first + body * number // count)
+    end = np.where(number == count - 1, length, first + body * (number + 1) // count)
+    tokens = (end - start) + put_back(start, end, length, frame)
     return Pieces(
         np.stack([np.full(len(whose), source), documents[whose], start, end], axis=1), tokens
     )
+
+
+def put_back(
+    start_P: np.ndarray, end_P: np.ndarray, length_P: np.ndarray, frame: Frame
+) -> np.ndarray:
+    """Tokens of the frame that each piece lacks, int64 [P]: [CLS] where it was cut before, [SEP] where behind.
+
+    start_P, end_P: of the pieces
+    length_P: of their documents
+    frame: end has both behind the text
+    """
+    behind_P = (end_P < length_P).astype(np.int64)
+    return 2 * behind_P if frame == "end" else (start_P > 0) + behind_P
 
 
 def lay_rows(pieces: Pieces, packing: Packing, order_R: np.ndarray) -> WindowPlan:

@@ -18,7 +18,7 @@ import numpy as np
 
 from encoder.base.byte_level import byte_of_character
 from encoder.base.errors import ConfigError
-from encoder.base.untrusted import read_json
+from encoder.base.tokenizer_json import read_tokenizer_json
 
 LONGEST_WORD = 8  # tokens; what is longer (a key in base 64, a sentence without spaces) is asked in stretches of 8
 
@@ -41,20 +41,20 @@ class WordEdges:
 
 
 def read_word_edges(tokenizer_json: Path, *, vocab_size: int) -> WordEdges:
-    """The words of a byte-level BPE, a BPE with spaces as U+2581, a WordPiece or a WordLevel tokenizer. Raises ConfigError."""
+    """The words of a byte-level BPE, a BPE or Unigram with spaces as U+2581, a WordPiece or a WordLevel tokenizer.
+
+    Raises ConfigError.
+    """
     begins_V, open_V = np.ones(vocab_size, dtype=bool), np.zeros(vocab_size, dtype=bool)
-    content = read_json(tokenizer_json, root=dict, error=ConfigError)
+    file = read_tokenizer_json(tokenizer_json, error=ConfigError)
     try:
-        edges, added = (
-            _edges_of(content),
-            {a["content"]: a for a in content.get("added_tokens", [])},
-        )
-        for token, number in content["model"]["vocab"].items():
-            if token not in added:
+        edges = _edges_of(file.content)
+        special_of = {token["content"]: token["special"] for token in file.added}
+        for token, number in file.ids.items():
+            if token not in special_of:
                 begins_V[number], open_V[number] = edges(token)
-        for token, about in added.items():
-            if not about["special"]:
-                begins_V[about["id"]], open_V[about["id"]] = _edges_of_text(token)
+            elif not special_of[token]:
+                begins_V[number], open_V[number] = _edges_of_text(token)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{tokenizer_json}: its words cannot be told ({error}). Set objective.whole_words:"
@@ -71,12 +71,17 @@ def _edges_of(content: dict[str, Any]) -> Callable[[str], tuple[bool, bool]]:
     if kind == "WordPiece":
         prefix = content["model"]["continuing_subword_prefix"]
         return lambda token: (not token.startswith(prefix), True)
-    if kind != "BPE":
-        raise ValueError(f"a {kind} model; known: BPE, WordPiece, WordLevel")
+    if kind not in ("BPE", "Unigram"):
+        raise ValueError(f"a {kind} model; known: BPE, Unigram, WordPiece, WordLevel")
     if '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
         byte_of = byte_of_character()
         return lambda token: _edges_of_text(
             bytes(byte_of[c] for c in token).decode("utf-8", errors="replace")
+        )
+    if kind == "Unigram":
+        # a lone U+2581 is the begin of the word behind it
+        return lambda token: (
+            (True, True) if token == "\u2581" else _edges_of_text(token.replace("\u2581", " "))
         )
     return lambda token: _edges_of_text(token.replace("\u2581", " "))
 

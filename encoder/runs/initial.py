@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encoder.base.command import as_typed
 from encoder.base.errors import ModelError
-from encoder.data.shard_format import token_ids
+from encoder.base.tokenizer_json import read_tokenizer_json
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import differing, must_be_equal
 from encoder.models.stored import StoredModel, drawn_weights, parameter_names, stems
@@ -111,7 +111,7 @@ def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path
 
 def check_same_tokens(source: Path, shards: Path) -> None:
     """Every id is the same token in both tokenizer.json; how text is cut may differ. Raises ModelError."""
-    there, here = ({i: token for token, i in token_ids(path).items()} for path in (source, shards))
+    there, here = ({i: token for token, i in read_tokenizer_json(path).ids.items()} for path in (source, shards))
     wrong = next(
         (i for i in sorted(there.keys() | here.keys()) if there.get(i) != here.get(i)), None
     )

@@ -23,8 +23,9 @@ from encoder.base.errors import ConfigError, ModelError, ShardError, UserError, 
 from encoder.base.files import native_path
 from encoder.base.paths import expand_path
 from encoder.base.schema import from_mapping
+from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.untrusted import native_code
-from encoder.data.shard_format import TOKENIZER, Card, special_ids_of, tokenizer_fingerprint
+from encoder.data.shard_format import TOKENIZER, Card, tokenizer_fingerprint
 from encoder.data.shards import Source, open_source
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
 from encoder.models.contract import Model

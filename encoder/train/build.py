@@ -14,6 +14,7 @@ from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.dist import World, device_index, max_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
+from encoder.base.tokenizer_json import unused_ids
 from encoder.data.assembly import Dealing
 from encoder.data.loader import (
     DataPosition,
@@ -22,7 +23,6 @@ from encoder.data.loader import (
     evaluation_batches,
     token_counts,
 )
-from encoder.data.shard_format import unused_ids
 from encoder.data.shards import Source, open_source
 from encoder.data.windows import DataOrder, RowGeometry, shards_of_lanes
 from encoder.engine.precision import precision_on

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.hf.write import export_hf
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
 from encoder.models.stored import StoredModel
 
-SPECIALS = SimpleNamespace(cls_id=1, sep_id=2, pad_id=3, mask_id=4, unk_id=0)
+SPECIALS = SpecialIds(
+    cls_id=1, sep_id=2, pad_id=3, mask_id=4, unk_id=0, all_special=(0, 1, 2, 3, 4)
+)
 CONFIG = ModernBertConfig(
     vocab_size=280,
     hidden_size=32,

@@ -15,7 +15,7 @@ from data_prep import worker
 from data_prep.cli import main
 from data_prep.config import TextSource
 from data_prep.shards import read_shard
-from data_prep.tokenizer_files import train_tokenizer
+from data_prep.tokenizer_training import TrainingConfig, train_tokenizer
 from encoder.data.shard_format import read_card, read_index
 
 WORDS = "the a cat dog house tree runs sees under over quick slow red blue and or because when it was".split()
@@ -43,7 +43,8 @@ def tokenizer_bytes() -> bytes:
         folder = Path(scratch)
         (folder / "text.txt").write_text("\n".join(texts(200)), encoding="utf-8")
         source = TextSource(name="t", files=("text.txt",), document="file")
-        train_tokenizer([source], folder, folder / "tokenizer.json", vocab_size=320, sample_mb=1)
+        config = TrainingConfig(vocab_size=320, sample_mb=1)
+        train_tokenizer([source], folder, folder / "tokenizer.json", config)
         return (folder / "tokenizer.json").read_bytes()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from encoder.base.files import sha256_of
+from encoder.base.tokenizer_json import special_ids_of
 from encoder.data.sentences import sentence_bytes
 from encoder.data.shard_format import (
     CARD,
@@ -23,7 +24,6 @@ from encoder.data.shard_format import (
     ids_dtype,
     lengths_dtype,
     read_card,
-    special_ids_of,
     tokenizer_fingerprint,
     with_content,
     write_card,

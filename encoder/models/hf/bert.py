@@ -22,8 +22,9 @@ from torch import Tensor
 
 from encoder.base.errors import ConfigError, ExportError, ModelError
 from encoder.base.schema import from_mapping
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
-from encoder.models.hf.bridge import Bridge, Padding, Settings, SpecialIds
+from encoder.models.hf.bridge import Bridge, Padding, Settings
 
 # our mlp -> hidden_act; the other names of transformers mean one of these
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}

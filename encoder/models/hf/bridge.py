@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,30 +15,6 @@ from encoder.models.contract import ModelConfig
 
 Settings = dict[str, Any]  # config.json
 Weights = dict[str, Tensor]
-
-
-class SpecialIds(Protocol):
-    """The tokens that structure a document."""
-
-    @property
-    def cls_id(self) -> int:
-        """[CLS], at its start."""
-
-    @property
-    def sep_id(self) -> int:
-        """[SEP], at its end."""
-
-    @property
-    def pad_id(self) -> int:
-        """[PAD], beside it."""
-
-    @property
-    def mask_id(self) -> int:
-        """[MASK], for a token to predict."""
-
-    @property
-    def unk_id(self) -> int:
-        """[UNK], for what the vocabulary lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)

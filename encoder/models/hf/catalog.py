@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bert import BERT, DISTILBERT, ROBERTA, model_type_of
-from encoder.models.hf.bridge import Bridge, SpecialIds
+from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.modernbert import MODERNBERT
 from encoder.models.modernbert import ModernBertConfig
 

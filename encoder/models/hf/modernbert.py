@@ -14,7 +14,8 @@ from typing import Any
 
 from encoder.base.errors import ConfigError, ExportError, ModelError
 from encoder.base.schema import from_mapping
-from encoder.models.hf.bridge import Bridge, SpecialIds
+from encoder.base.tokenizer_json import SpecialIds
+from encoder.models.hf.bridge import Bridge
 from encoder.models.modernbert import ModernBertConfig
 
 # ours -> theirs

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from encoder.base.errors import ModelError
 from encoder.base.files import write_json
-from encoder.base.untrusted import native_code, read_json
-from encoder.models.hf.bridge import SpecialIds
+from encoder.base.tokenizer_json import (
+    ROLES,
+    SpecialIds,
+    TokenizerFile,
+    read_tokenizer_json,
+    template,
+)
+from encoder.base.untrusted import native_code
 from encoder.models.stored import TOKENIZER
 
 if TYPE_CHECKING:
@@ -22,31 +28,46 @@ def check_tokenizer(tokenizer_json: Path, *, vocab_size: int) -> None:
 
 
 def read_tokenizer(tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int) -> Tokenizer:
-    """The tokenizer that an export of the model has. It puts [CLS] and [SEP] around a text; it cuts and pads nothing.
+    """The tokenizer that an export of the model has. It frames a text, [CLS] ... [SEP]; it cuts and pads nothing.
 
     Raises ModelError.
     """
-    content, _ = _served(tokenizer_json, specials, vocab_size)
-    return _tokenizer(content, tokenizer_json)
+    file, _ = _served(tokenizer_json, specials, vocab_size)
+    return _tokenizer(file.content, tokenizer_json)
 
 
 def write_tokenizer(
-    folder: Path, tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int, max_tokens: int
+    folder: Path,
+    tokenizer_json: Path,
+    specials: SpecialIds,
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    segments: bool = False,
 ) -> None:
-    """tokenizer.json and tokenizer_config.json (its model_max_length is max_tokens). Raises ModelError.
+    """Writes tokenizer.json and tokenizer_config.json.
 
-    A tokenizer.json without a post-processor is given [CLS] ... [SEP], as every document of the shards has them.
+    folder: of the export
+    tokenizer_json: the run's own; without a post-processor it is given the frame that every document of the shards has
+    specials: their ids, and the frame
+    vocab_size: of the model
+    max_tokens: its model_max_length
+    segments: whether the model has them: the second of two texts is then of segment 1
+
+    Raises ModelError.
     """
-    content, names = _served(tokenizer_json, specials, vocab_size)
-    (folder / TOKENIZER).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    file, names = _served(tokenizer_json, specials, vocab_size, segments=segments)
+    (folder / TOKENIZER).write_text(json.dumps(file.content, ensure_ascii=False), encoding="utf-8")
+    kinds = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{role}_token": names[i] for role, i in _roles(specials).items()},
+            **{f"{role}_token": name for role, name in names.items()},
             "model_max_length": max_tokens,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "padding_side": "right",
+            "model_input_names": kinds,
+            # XLNet's [CLS] is the last token, and stays it
+            "padding_side": "right" if specials.frame == "both_ends" else "left",
             "truncation_side": "right",
             # ModernBERT's own file says true, which turns the decoded "x . y" into "x. y": wrong for code
             "clean_up_tokenization_spaces": False,
@@ -55,59 +76,61 @@ def write_tokenizer(
 
 
 def _served(
-    tokenizer_json: Path, specials: SpecialIds, vocab_size: int
-) -> tuple[dict[str, Any], dict[int, str]]:
-    """The content of a tokenizer.json with the edits, and its tokens by id."""
-    content, names = _read(tokenizer_json, vocab_size)
-    strange = [f"{role} {i}" for role, i in _roles(specials).items() if i not in names]
-    if strange:
+    tokenizer_json: Path, specials: SpecialIds, vocab_size: int, *, segments: bool = False
+) -> tuple[TokenizerFile, dict[str, str]]:
+    """A tokenizer.json with the edits, and role -> token."""
+    file = _read(tokenizer_json, vocab_size)
+    content, token_of = file.content, {number: token for token, number in file.ids.items()}
+    role_ids = {role: getattr(specials, f"{role}_id") for role in ROLES}
+    if strange := [f"{role} {i}" for role, i in role_ids.items() if i not in token_of]:
         raise ModelError(
             f"{tokenizer_json} has no token {', '.join(strange)}. "
             "Give the tokenizer that the model was trained with."
         )
-    masks = [token for token in content["added_tokens"] if token["id"] == specials.mask_id]
+    names = {role: token_of[i] for role, i in role_ids.items()}
+    masks = [token for token in file.added if token["id"] == specials.mask_id]
     if not masks:
         raise ModelError(
-            f"{tokenizer_json} has {names[specials.mask_id]} in its vocabulary, but not among"
+            f"{tokenizer_json} has {names['mask']} in its vocabulary, but not among"
             " added_tokens, so text with a mask would be cut into letters. Add it there as a"
             " special token."
         )
-    masks[0]["lstrip"] = (
-        True  # "a [MASK]" asks for " word", space included, as the vocabulary has it
-    )
+    # "a [MASK]" asks for " word", space included, as the vocabulary has it
+    masks[0]["lstrip"] = True
     if content.get("post_processor") is None:
-        content["post_processor"] = _template(names, specials)
-    content["truncation"] = content["padding"] = (
-        None  # a maker's own would cut and fill what transformers is asked for
-    )
+        content["post_processor"] = template(names, file.ids, frame=specials.frame, second=0)
+    if segments:
+        _put_segments(content["post_processor"])
+    # a maker's own would cut and fill what transformers is asked for
+    content["truncation"] = content["padding"] = None
+    needed = [*specials.before, *specials.behind]
     framed = _tokenizer(content, tokenizer_json).encode("").ids
-    if framed != [specials.cls_id, specials.sep_id]:
+    if framed != needed:
+        in_words = " and ".join(token_of[i] for i in needed)
         raise ModelError(
-            f"{tokenizer_json} makes {framed} of an empty text; needed: {names[specials.cls_id]}"
-            f" and {names[specials.sep_id]}, {[specials.cls_id, specials.sep_id]}, as the model was"
-            " trained. Put such a post_processor, or null for that one."
+            f"{tokenizer_json} makes {framed} of an empty text; needed: {in_words}, {needed}, as"
+            " the model was trained. Put such a post_processor, or null for that one."
         )
-    return content, names
+    return file, names
 
 
-def _roles(specials: SpecialIds) -> dict[str, int]:
-    return {role: getattr(specials, f"{role}_id") for role in ("cls", "sep", "pad", "mask", "unk")}
+def _put_segments(post_processor: dict[str, Any]) -> None:
+    """The second of two texts, and the special tokens behind it that had its segment, become segment 1."""
+    for step in post_processor.get("processors", [post_processor]):
+        if step.get("type") != "TemplateProcessing" or _part_of(step["pair"], "B") != 0:
+            continue
+        behind = False
+        for part in step["pair"]:
+            about = next(iter(part.values()))
+            behind = behind or about["id"] == "B"
+            about["type_id"] = max(about["type_id"], int(behind))
 
 
-def _template(names: dict[int, str], specials: SpecialIds) -> dict[str, Any]:
-    cls, sep = (
-        {"SpecialToken": {"id": names[i], "type_id": 0}} for i in (specials.cls_id, specials.sep_id)
+def _part_of(pair: list[dict[str, Any]], name: str) -> int | None:
+    """The segment of a text in a template."""
+    return next(
+        (p["Sequence"]["type_id"] for p in pair if p.get("Sequence", {}).get("id") == name), None
     )
-    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [cls, a, sep],
-        "pair": [cls, a, sep, b, sep],
-        "special_tokens": {
-            names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]}
-            for i in (specials.cls_id, specials.sep_id)
-        },
-    }
 
 
 def _tokenizer(content: dict[str, Any], tokenizer_json: Path) -> Tokenizer:
@@ -120,24 +143,18 @@ def _tokenizer(content: dict[str, Any], tokenizer_json: Path) -> Tokenizer:
         return tokenizer
 
 
-def _read(tokenizer_json: Path, vocab_size: int) -> tuple[dict[str, Any], dict[int, str]]:
-    """The file's content, and its tokens by id."""
+def _read(tokenizer_json: Path, vocab_size: int) -> TokenizerFile:
+    """The file, whose ids the model has."""
     try:
-        content = read_json(tokenizer_json, root=dict, error=ModelError)
-        names = {i: word for word, i in content["model"]["vocab"].items()}
-        names.update({token["id"]: token["content"] for token in content["added_tokens"]})
-        top = max(names)
-        if not all(type(i) is int and isinstance(word, str) for i, word in names.items()):
-            raise TypeError("an id is no whole number")
-    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error).rstrip(".") if isinstance(error, ModelError) else repr(error)
+        file = read_tokenizer_json(tokenizer_json, error=ModelError)
+    except ModelError as error:
         raise ModelError(
-            f"{tokenizer_json} cannot be used as a tokenizer.json ({why}). "
+            f"{tokenizer_json} cannot be used as a tokenizer.json ({str(error).rstrip('.')}). "
             "Give the one that stands beside the shards."
         ) from error
-    if top >= vocab_size:
+    if file.vocab_size > vocab_size:
         raise ModelError(
-            f"{tokenizer_json} has ids up to {top:,}; the model's vocabulary is {vocab_size:,}. "
-            "Give the tokenizer that the model was trained with."
+            f"{tokenizer_json} has ids up to {file.vocab_size - 1:,}; the model's vocabulary is"
+            f" {vocab_size:,}. Give the tokenizer that the model was trained with."
         )
-    return content, names
+    return file

@@ -21,8 +21,8 @@ from typing import Any
 
 from encoder.base.errors import ExportError
 from encoder.base.files import atomic_folder, files_below, native_path, sha256_of, write_json
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.base.untrusted import read_json
-from encoder.models.hf.bridge import SpecialIds
 from encoder.models.hf.card import (
     CARD,
     Described,
@@ -87,7 +87,12 @@ def export_hf(
     ours = our_model(model.weights, config)
     with atomic_folder(out, mark=PROOF, ours=earlier) as part:
         write_tokenizer(
-            part, tokenizer_json, specials, vocab_size=config.vocab_size, max_tokens=max_tokens
+            part,
+            tokenizer_json,
+            specials,
+            vocab_size=config.vocab_size,
+            max_tokens=max_tokens,
+            segments=getattr(config, "type_vocab_size", 0) > 1,
         )
         write_safetensors(bridge.weights_to(model.weights, config), part / WEIGHTS)
         write_json(part / "config.json", settings)

@@ -8,8 +8,8 @@ from pathlib import Path
 from encoder.base.command import as_typed
 from encoder.base.done import is_done
 from encoder.base.errors import ExportError
+from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
-from encoder.data.shard_format import special_ids_of
 from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.hf.parity import Proof

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from encoder.base.batch import IGNORE
 from encoder.base.errors import ConfigError, ShardError
-from encoder.base.objective import MaskedRow, RowTargets
+from encoder.base.objective import MaskedRow, PairRule, RowTargets
 from encoder.data.assembly import Assembled, wrap_int64
 from encoder.data.loader import DataPosition, Loader
 from encoder.data.shards import open_source
 from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
 from tests.helpers.loading import held_out_with, loader_with
+from tests.helpers.memory_source import in_memory
 from tests.helpers.shards import random_documents, write_source
 
 V, CLS, SEP, PAD, MASK = 64, 60, 61, 62, 63
@@ -112,6 +115,40 @@ def test_the_sum_over_ranks_does_not_depend_on_ranks_or_micro_batches(sources):
                 == expected
             )
     assert whole_step_hashes(sources, 8, world_size=2, static_shapes=True) == expected
+
+
+def with_cls_behind():
+    """A source whose documents are text, [SEP], [CLS]."""
+    documents = [np.concatenate([d[1:], d[:1]]) for d in CODE]
+    source = in_memory("xlnet", documents, shards=2)
+    specials = dataclasses.replace(source.card.specials, frame="end")
+    source.card = dataclasses.replace(source.card, specials=specials)
+    return source, documents
+
+
+def test_every_piece_of_a_document_with_cls_behind_it_has_its_frame():
+    source, stored = with_cls_behind()
+    steps = steps_of([source], 24, weights=[1.0], workers=0)
+    found = [d for step in steps for batch in step.micro_batches for d in documents_in(batch)]
+    bodies = set()
+    for ids, targets, _ in found:
+        clean = [targets.get(place, shown) for place, shown in enumerate(ids)]
+        assert clean[-2:] == [SEP, CLS] and CLS not in clean[:-1] and SEP not in clean[:-2]
+        assert len(ids) <= CAP
+        bodies.add(tuple(clean[:-2]))
+    texts = [tuple(d[:-2].tolist()) for d in stored]
+    for text in texts:
+        count = -(-len(text) // (CAP - 2))
+        ends = [len(text) * part // count for part in range(count + 1)]
+        assert all(text[a:b] in bodies for a, b in zip(ends, ends[1:]))
+
+
+def test_pairs_of_sentences_with_cls_behind_them_are_refused():
+    source, _ = with_cls_behind()
+    ask = objective([source])
+    ask.pairs = PairRule(label_1="random")
+    with pytest.raises(ShardError, match="xlnet has .CLS. behind each text; needed for pairs"):
+        steps_of([source], 1, weights=[1.0], masker=ask)
 
 
 def test_the_rows_of_all_ranks_together_are_the_rows_of_one(sources):

@@ -43,10 +43,17 @@ def test_a_document_is_cut_as_drawn_in_the_first_lines():
     assert pieces.tokens_P.tolist() == [5, 6]  # C a b c S' and C' d e f g S
 
 
+def test_a_document_with_cls_at_its_end_gets_sep_and_cls_back():
+    pieces = cut(0, np.array([5]), np.array([9]), 6, frame="end")
+    assert pieces.pieces_P4.tolist() == [[0, 5, 0, 3], [0, 5, 3, 9]]
+    assert pieces.tokens_P.tolist() == [5, 6]  # a b c S' C' and d e f g S C
+
+
+@pytest.mark.parametrize("frame", ["both_ends", "end"])
 @pytest.mark.parametrize("cap", [3, 4, 7, 32])
-def test_pieces_cover_every_token_once_and_differ_by_one(cap):
+def test_pieces_cover_every_token_once_and_differ_by_one(cap, frame):
     for length in range(1, 100):
-        pieces = cut(2, np.array([8]), np.array([length]), cap)
+        pieces = cut(2, np.array([8]), np.array([length]), cap, frame=frame)
         starts, ends = pieces.pieces_P4[:, 2], pieces.pieces_P4[:, 3]
         assert (
             starts[0] == 0

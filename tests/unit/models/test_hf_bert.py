@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoder.base.errors import ExportError, ModelError
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.catalog import build_model
 from encoder.models.hf.bert import SEGMENTS
-from encoder.models.hf.bridge import SpecialIds
 from encoder.models.hf.catalog import bridge_of, export_blocker
 from encoder.models.hf.read import prove_import, read_hf, read_hf_config
 from encoder.models.stored import StoredModel

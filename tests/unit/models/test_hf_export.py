@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,7 +286,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_json, tmp_path):
         hf_export.export_hf(
             model,
             tokenizer_json,
-            SimpleNamespace(**{**vars(SPECIALS), "mask_id": 270}),
+            dataclasses.replace(SPECIALS, mask_id=270),
             tmp_path / "out",
         )
     with pytest.raises(ModelError, match="has ids up to 260; the model's vocabulary is 200"):

@@ -12,7 +12,7 @@ import pytest
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
 from encoder.base.schema import from_mapping
-from encoder.data.shard_format import unused_ids
+from encoder.base.tokenizer_json import unused_ids
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.contract import MaskShare
 from encoder.objectives.mlm import MlmConfig
@@ -245,6 +245,22 @@ def test_a_word_is_asked_whole_or_not_at_all_at_the_shares_of_the_settings():
             ["wo", "-o", "w-"],
         ),
         ({"model": {"type": "WordLevel", "vocab": {"the": 0, "cat": 1}}}, ["w-", "w-"]),
+        (
+            {
+                "model": {
+                    "type": "Unigram",
+                    "vocab": [
+                        ["<s>", 0.0],
+                        ["▁the", -1.0],
+                        ["cat", -2.0],
+                        [".", -3.0],
+                        ["▁", -4.0],
+                    ],
+                },
+                "added_tokens": [{"id": 0, "content": "<s>", "special": True}],
+            },
+            ["w-", "wo", "-o", "w-", "wo"],
+        ),
     ],
 )
 def test_words_are_told_from_the_tokenizer(tmp_path, content, edges):
@@ -257,11 +273,11 @@ def test_words_are_told_from_the_tokenizer(tmp_path, content, edges):
 
 def test_a_tokenizer_whose_words_cannot_be_told_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(
-        json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+        json.dumps({"model": {"type": "Hashed", "vocab": {"a": 0}}})
     )
     with pytest.raises(
         ConfigError,
-        match=r"its words cannot be told \(a Unigram model; known: BPE, WordPiece, WordLevel\)",
+        match=r"its words cannot be told \(a Hashed model; known: BPE, Unigram, WordPiece, WordLevel\)",
     ):
         read_word_edges(tmp_path / "tokenizer.json", vocab_size=1)
 

@@ -544,7 +544,7 @@ def test_ctrl_c_while_training_a_tokenizer_leaves_nothing(tmp_path, commands, ca
     def interrupted(block) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.tokenizer_files.parse", interrupted)
+    monkeypatch.setattr("data_prep.tokenizer_training.parse", interrupted)
     assert run(*commands["train"], "--out", "new/t.json") == 130
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "new").exists()
 

@@ -472,7 +472,7 @@ def test_random_json_is_outlined_as_pythons_json_reads_it():
 
 
 def test_a_sources_format_is_known_by_its_file_for_the_tokenizer(tmp_path):
-    from data_prep.tokenizer_files import sources_of
+    from data_prep.tokenizer_training import sources_of
 
     names = ["a.jsonl.bz2", "a.csv", "a.tsv.gz", "a.parquet", "a.txt", "d/index.json"]
     kinds = [type(source).__name__ for source in sources_of(names)]

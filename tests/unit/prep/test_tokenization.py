@@ -19,7 +19,7 @@ from data_prep.tokenization import (
 )
 from encoder.base import log
 from encoder.base.errors import ShardError
-from encoder.data.shard_format import special_ids_of
+from encoder.base.tokenizer_json import special_ids_of
 from tests.helpers.prep import texts, tokenizer_bytes
 
 
@@ -52,8 +52,7 @@ def test_pieces_joined_without_cls_and_sep_are_the_document(tokenizer_json):
     pieces = encode_pieces(
         encoder,
         documents,
-        cls_id=316,
-        sep_id=317,
+        specials=special_ids_of(tokenizer_json)[1],
         dtype=np.dtype("uint16"),
         max_tokens_per_document=16,
         held_out_share=0.5,

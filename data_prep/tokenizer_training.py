@@ -1,0 +1,329 @@
+"""Trains a tokenizer.json on a sample of text: byte-level BPE, WordPiece or Unigram, with the special tokens of a family.
+
+kind         a text becomes                                    as
+bpe          NFC, GPT-2's split in words, bytes                ModernBERT, RoBERTa
+wordpiece    BERT's clean-up and split, pieces ##as these      BERT, ELECTRA, DistilBERT
+unigram      NFKC, single spaces, which are U+2581             ALBERT, XLNet
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.config import (
+    ArrowSource,
+    CsvSource,
+    HubSource,
+    JsonlSource,
+    MdsSource,
+    ParquetSource,
+    Source,
+    TextSource,
+    TsvSource,
+)
+from data_prep.output import output
+from data_prep.readers import find_files, numbered, parse, read_blocks
+from data_prep.readers.packed import PACKED_ENDINGS
+from data_prep.tokenization import text_hash
+from data_prep.tokenizer_files import SPECIALS, added_token, refuse_others, write_tokenizer_json
+from encoder.base.errors import ConfigError
+from encoder.base.log import say
+from encoder.base.tokenizer_json import Frame, template
+from encoder.data.shard_format import INDEX
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MOST_SAMPLE_MB = 1_000_000
+MOST_CHARACTERS = 1000  # of a WordPiece alphabet, as BERT's; rarer ones are unknown
+PREFIX = "##"  # of a WordPiece inside of a word
+NEVER_CHOSEN = -1000.0  # score of a Unigram entry that no text gives
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialNames:
+    """The special tokens of a family, and the ids that they have in its published vocabularies."""
+
+    roles: dict[str, str]
+    first: tuple[str, ...]  # ids 0, 1, ...
+    last: tuple[str, ...] = ()  # the last ids
+    frame: Frame = "both_ends"
+
+
+NAMES = {
+    "bert": SpecialNames(
+        roles={"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", "unk": "[UNK]"},
+        first=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    ),
+    "roberta": SpecialNames(
+        roles={"cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>", "unk": "<unk>"},
+        first=("<s>", "<pad>", "</s>", "<unk>"),
+        last=("<mask>",),
+    ),
+    "albert": SpecialNames(
+        roles={"cls": "[CLS]", "sep": "[SEP]", "pad": "<pad>", "mask": "[MASK]", "unk": "<unk>"},
+        first=("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"),
+    ),
+    "xlnet": SpecialNames(
+        roles={"cls": "<cls>", "sep": "<sep>", "pad": "<pad>", "mask": "<mask>", "unk": "<unk>"},
+        first=("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>"),
+        frame="end",
+    ),
+}
+NAMES_OF_KIND = {"bpe": "bert", "wordpiece": "bert", "unigram": "albert"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What is to be trained."""
+
+    kind: str = "bpe"
+    names: str | None = None  # of the special tokens; None: those of the kind
+    vocab_size: int = 8192  # entries, special tokens included
+    unused: int = 0  # of them [unused0], ..., for tokens that come later
+    lowercase: bool = False  # and without accents
+    sample_mb: float = 100.0  # of the text
+
+    def __post_init__(self) -> None:
+        least = len(self.special.first + self.special.last) + self.unused
+        least += 256 if self.kind == "bpe" else 1
+        if self.vocab_size < least:
+            of_bytes = "256 bytes and " if self.kind == "bpe" else "a letter and "
+            others = least - (256 if self.kind == "bpe" else 1)
+            raise ConfigError(
+                f"--vocab-size is {self.vocab_size}; needed: at least {least} "
+                f"({of_bytes}{others} special tokens)."
+            )
+        if not 0 < self.sample_mb <= MOST_SAMPLE_MB:
+            raise ConfigError(
+                f"--sample-mb is {self.sample_mb:g}; needed: more than 0 and at most"
+                f" {MOST_SAMPLE_MB:,}."
+            )
+
+    @property
+    def special(self) -> SpecialNames:
+        """The special tokens; behind a byte-level BPE with BERT's names they are the last, as ModernBERT has them."""
+        name = self.names or NAMES_OF_KIND[self.kind]
+        if self.kind == "bpe" and name == "bert":
+            return SpecialNames(roles=NAMES[name].roles, first=(), last=SPECIALS)
+        return NAMES[name]
+
+    @property
+    def unused_names(self) -> tuple[str, ...]:
+        return tuple(f"[unused{number}]" for number in range(self.unused))
+
+
+def train_tokenizer(
+    sources: Sequence[Source], root: Path, out: Path, config: TrainingConfig
+) -> None:
+    """Trains a tokenizer of exactly `vocab_size` entries.
+
+    sources: the text, of which a sample is read
+    root: above their files
+    out: the tokenizer.json to write
+    config: kind, names and sizes
+
+    Raises ConfigError, also where the text gives fewer entries.
+    """
+    special = config.special
+    tokenizer = _untrained(config)
+    inside = _inside(config)
+    appended = [*special.last, *([] if inside else config.unused_names)]
+    vocab_size = config.vocab_size - len(appended)
+    refuse_others(out)
+    sample = _Sample(sources, root, int(config.sample_mb * 1e6))
+    with output(out.parent, [out.name]):
+        letters = _letters(tokenizer, sample) if config.kind == "wordpiece" else None
+        trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=letters)
+        tokenizer.train_from_iterator(sample.texts(), trainer)
+        learned = tokenizer.get_vocab_size()
+        if learned != config.vocab_size - len(appended):
+            found = learned + len(appended)
+            advice = "Give more text, or a smaller --vocab-size."
+            if found > config.vocab_size:
+                advice = f"Its letters alone take that many: --vocab-size {found} or more."
+            raise ConfigError(
+                f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give "
+                f"{found:,} entries; needed: {config.vocab_size:,}. {advice}"
+            )
+        content = json.loads(tokenizer.to_str())
+        _put_specials(content, config, appended, first_id=learned)
+        write_tokenizer_json(content, out)
+    say(
+        f"{out}: {config.vocab_size:,} entries, trained on {sample.documents:,} documents"
+        f" ({sample.bytes / 1e6:.1f} MB)."
+    )
+
+
+def _untrained(config: TrainingConfig) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    plain = [normalizers.StripAccents(), normalizers.Lowercase()]
+    if config.kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=config.special.roles["unk"]))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+    if config.kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        letters = [normalizers.NFKD(), *plain] if config.lowercase else [normalizers.NFKC()]
+        spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        tokenizer.normalizer = normalizers.Sequence([*letters, *spaces])
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        return tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    if config.lowercase:
+        steps = [normalizers.NFD(), *plain, normalizers.NFC()]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _inside(config: TrainingConfig) -> list[str]:
+    """Entries that stand before the learned ones; BERT's unused ones follow [PAD], so that 99 of them give BERT's ids."""
+    first = config.special.first
+    return [*first[:1], *config.unused_names, *first[1:]] if first else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Letters:
+    """The alphabet of a sample, and those of its letters that stand behind another in a word."""
+
+    alphabet: list[str]
+    inside: list[str]
+
+
+def _letters(tokenizer: Tokenizer, sample: _Sample) -> _Letters:
+    """The most frequent letters of a sample as a WordPiece tokenizer sees it.
+
+    The library numbers the letters inside of words in the order in which it meets them, another one each time. They are
+    given to it in this order instead, which is that of Unicode.
+    """
+    words: Counter[str] = Counter()
+    for text in sample.texts():
+        split = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+        words.update(word for word, _ in split)
+    counts: Counter[str] = Counter()
+    behind: set[str] = set()
+    for word, count in words.items():
+        for letter in word:
+            counts[letter] += count
+        behind.update(word[1:])
+    kept = sorted(counts, key=lambda letter: (-counts[letter], letter))[:MOST_CHARACTERS]
+    return _Letters(alphabet=sorted(kept), inside=sorted(behind.intersection(kept)))
+
+
+def _trainer(
+    config: TrainingConfig, *, vocab_size: int, special: Sequence[str], letters: _Letters | None
+) -> Any:
+    """The library's trainer.
+
+    config: kind and names
+    vocab_size: entries to be learned, `special` included
+    special: entries that stand first
+    letters: of a WordPiece
+    """
+    from tokenizers import AddedToken, pre_tokenizers, trainers
+
+    mask = config.special.roles["mask"]
+    first = [*special, *([PREFIX + letter for letter in letters.inside] if letters else [])]
+    common = {
+        "vocab_size": vocab_size,
+        "show_progress": False,
+        "special_tokens": [
+            AddedToken(name, special=True, normalized=False, lstrip=name == mask) for name in first
+        ],
+    }
+    if letters:
+        size = len(letters.alphabet)
+        return trainers.WordPieceTrainer(
+            initial_alphabet=letters.alphabet, limit_alphabet=size, **common
+        )
+    if config.kind == "unigram":
+        return trainers.UnigramTrainer(unk_token=config.special.roles["unk"], **common)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return trainers.BpeTrainer(initial_alphabet=alphabet, **common)
+
+
+def _put_specials(
+    content: dict[str, Any], config: TrainingConfig, appended: Sequence[str], *, first_id: int
+) -> None:
+    """The appended entries, the post-processor, and unused entries that are plain ones."""
+    special = config.special
+    unused = {*config.unused_names}
+    named = {*special.first, *special.last}
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] in named
+    ]
+    for number, name in enumerate(appended, start=first_id):
+        lstrip = name == special.roles["mask"]
+        content["added_tokens"].append(
+            added_token(number, name, special=name not in unused, lstrip=lstrip)
+        )
+    if config.kind == "unigram":
+        content["model"]["vocab"] = [
+            [piece, NEVER_CHOSEN if piece in unused else score]
+            for piece, score in content["model"]["vocab"]
+        ]
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    # ModernBERT's has no segments
+    second = 0 if config.kind == "bpe" else 1
+    content["post_processor"] = template(special.roles, ids, frame=special.frame, second=second)
+
+
+def sources_of(patterns: Sequence[str]) -> list[Source]:
+    """File names and globs as sources by their endings, those of packing left out; everything else as plain text."""
+    kinds = {
+        ".jsonl": JsonlSource,
+        ".json": JsonlSource,
+        ".csv": CsvSource,
+        ".tsv": TsvSource,
+        ".parquet": ParquetSource,
+        ".arrow": ArrowSource,
+    }
+
+    def source(index: int, pattern: str) -> Source:
+        path = Path(pattern)
+        bare = path.with_suffix("") if path.suffix in PACKED_ENDINGS else path
+        kind = MdsSource if path.name == INDEX else kinds.get(bare.suffix, TextSource)
+        return kind(name=f"files_{index}", files=(pattern,))
+
+    return [source(i, p) for i, p in enumerate(patterns)]
+
+
+class _Sample:
+    """About `wanted_bytes` of the documents of all sources, chosen by the hash of their text, in order."""
+
+    def __init__(self, sources: Sequence[Source], root: Path, wanted_bytes: int) -> None:
+        self.documents = self.bytes = 0
+        if hub := next((source for source in sources if isinstance(source, HubSource)), None):
+            raise ConfigError(
+                f"source {hub.name} lies on the hub, and a sample of it would read all of it;"
+                " needed: files. Give --files."
+            )
+        self._files = [(source, file) for source in sources for file in find_files(source, root)]
+        self._wanted = wanted_bytes
+        self._share = min(1.0, wanted_bytes / max(1, sum(file.bytes for _, file in self._files)))
+
+    def texts(self) -> Iterator[str]:
+        """The documents, each time from the first on."""
+        self.documents = self.bytes = 0
+        for source, file in self._files:
+            for block in read_blocks(source, file):
+                parsed = parse(block)
+                if parsed.problem:
+                    raise ConfigError(parse(numbered(block, file)).problem)
+                for text in parsed.texts:
+                    if text_hash(text) < self._share * 2.0**64 and self.bytes <= 2 * self._wanted:
+                        self.documents += 1
+                        self.bytes += len(text.encode("utf-8"))
+                        yield text
