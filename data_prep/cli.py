@@ -56,18 +56,15 @@ Tokens come from the cards of finished shards, else from a source's estimate, el
 
 TRAIN = """Train a tokenizer on text. Example, of BERT uncased:
 
-  data-prep tokenizer train --kind wordpiece --lowercase --vocab-size 30522 --unused 99 --files 'corpus/*.jsonl' --out t.json
+  data-prep tokenizer train --kind wordpiece --lowercase --vocab-size 30522 --unused 99 --files corpus/web.jsonl --out corpus/tokenizer.json
 
   --kind    bpe          byte-level, as ModernBERT and RoBERTa      wordpiece    as BERT, ELECTRA and DistilBERT
             unigram      as ALBERT and XLNet
   --names   bert [CLS] [SEP]      roberta <s> </s>      albert [CLS] [SEP] <pad>      xlnet A <sep> <cls>"""
 
-FROM_HF = """Take over the tokenizer.json of a Hugging Face folder, whatever its special tokens are called. Example:
+FROM_HF = """Take over the tokenizer.json of a Hugging Face folder, whatever its special tokens are called.
 
-  data-prep tokenizer from-hf roberta-base --out corpus/tokenizer.json
-  data-prep tokenizer from-hf elsewhere/tokenizer.json --cls '[BEGIN]' --sep '[END]' --out corpus/tokenizer.json
-
-Which token has which role is told by these options, by tokenizer_config.json, by special_tokens_map.json, or by the names
+Which token has which role is told by options (--cls '[BEGIN]' --sep '[END]'), by tokenizer_config.json, by special_tokens_map.json, or by the names
 [CLS] <cls> <s>, [SEP] <sep> </s>, [PAD] <pad>, [MASK] <mask>, [UNK] <unk>. A token of another name is marked in the file."""
 
 INDEX = """Make MDS shards that another program wrote ready for training here. Example:

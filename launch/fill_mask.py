@@ -76,7 +76,8 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
         raise ExportError(f"--top {top}: needed is 1 to {model.config.vocab_size:,}.")
     found = []
     for text in texts:
-        inputs = tokenizer(text, return_tensors="pt")
+        # RoBERTa and XLNet call it <mask>
+        inputs = tokenizer(text.replace("[MASK]", tokenizer.mask_token), return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         if length > model.config.max_position_embeddings:
             raise ExportError(

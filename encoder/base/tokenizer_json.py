@@ -133,8 +133,8 @@ def check_roles(file: TokenizerFile, roles: Mapping[str, str], *, error: type[Us
         raise error(
             f"{file.path} lacks {', '.join(lacking)}, or names it otherwise; needed: [CLS] [SEP]"
             " [PAD] [MASK] [UNK], or <s> </s> <pad> <mask> <unk>, or <cls> <sep>. Tell other names"
-            " by data-prep tokenizer from-hf FILE --cls NAME, or make a tokenizer with data-prep"
-            " tokenizer."
+            " to data-prep tokenizer from-hf (its --cls and others), or make a tokenizer with"
+            " data-prep tokenizer."
         )
     if unknown := [name for name in roles.values() if name not in file.ids]:
         raise error(

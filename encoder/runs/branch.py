@@ -23,7 +23,8 @@ from encoder.engine.checkpoint.folder import COMMITTED, damage
 from encoder.base.agreement import all_ranks_agree
 from encoder.runs.facts import DataFacts
 from encoder.runs.config import RunConfig
-from encoder.runs.initial import check_same_shape, check_same_tokens
+from encoder.runs.initial import check_same_shape
+from encoder.runs.vocabulary import edits_of
 from encoder.runs.weights import read_saved_run
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 
@@ -100,5 +101,5 @@ def _fitting(checkpoint: Path, run: RunConfig, facts: DataFacts | None) -> Paren
             f" another, for example {max(seeds) + 1}."
         )
     if facts and (tokenizer := checkpoint.parent.parent / TOKENIZER).is_file():
-        check_same_tokens(tokenizer, facts.tokenizer_json)
+        edits_of(tokenizer, facts.tokenizer_json, None)
     return Parent(checkpoint=checkpoint, run=parent, progress=progress, seeds=seeds)

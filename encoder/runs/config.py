@@ -42,6 +42,7 @@ from encoder.optim.whole_tensors import MomentsConfig
 from encoder.runs.faults import FaultConfig
 from encoder.runs.other_words import OTHER_WORDS
 from encoder.runs.short_forms import read_run_mapping
+from encoder.runs.vocabulary import VocabularyConfig
 
 MOST_WINDOW_DOCUMENTS = 2**24
 MOST_WORKERS = 256
@@ -298,6 +299,8 @@ class RunConfig:
         default_factory=OPTIMIZERS["stable_adamw"]
     )
     init_from: PathText | None = None  # a stored model that the weights start from, not the seed
+    # where the shards' tokenizer was edited after init_from was trained; default: it was not
+    vocabulary: VocabularyConfig | None = None
     # a run's checkpoint: weights and optimizer state start from it
     branch_from: LocalText | None = None
     evaluation: EvaluationConfig | None = None  # default: held_out beside each train; null for none
@@ -324,6 +327,11 @@ class RunConfig:
             raise ConfigError(
                 "init_from and branch_from both say where the weights start. Leave one out:"
                 " branch_from takes the optimizer state, too."
+            )
+        if self.vocabulary and not self.init_from:
+            raise ConfigError(
+                "vocabulary has no effect without init_from: a new model has no tokens yet. Leave"
+                " it out."
             )
         scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", self.init_from or "")
         if scheme and scheme[1] != "hf":
@@ -492,7 +500,17 @@ class RunConfig:
         return phase.sources or self.data.sources
 
 
-IDENTITY = ("seed", "model", "init_from", "branch_from", "data", "objective", "optimizer", "phases")
+IDENTITY = (
+    "seed",
+    "model",
+    "init_from",
+    "vocabulary",
+    "branch_from",
+    "data",
+    "objective",
+    "optimizer",
+    "phases",
+)
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

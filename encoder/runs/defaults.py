@@ -170,12 +170,15 @@ class _Filler:
                 parent_seed + 1,
                 f"another one than branch_from's {parent_seed}, which would bring the same order",
             )
-        whole = (
-            {"system": system_of(source), **to_plain(source), **self._heads_of(source)}
-            if source
-            else UNKNOWN
-        )  # on a resume the source may be gone
-        self.put(m, "model", whole, f"that of {word} {path}")
+        rows, why_rows = self._vocabulary_of(source, word) if source else (0, "")
+        # on a resume the source may be gone
+        whole: Any = UNKNOWN
+        why = f"that of {word} {path}"
+        if source:
+            whole = {"system": system_of(source), **to_plain(source), "vocab_size": rows}
+            whole |= self._heads_of(source)
+            why += f", vocab_size {rows:,}: {why_rows}" * (rows != source.vocab_size)
+        self.put(m, "model", whole, why)
         if "model" not in m and isinstance(path, str) and path:
             try:
                 model_facts(Path(path))
@@ -195,7 +198,7 @@ class _Filler:
                 value = getattr(source, name, UNKNOWN) if source else UNKNOWN
                 self.put(model, f"model.{name}", value, f"the weights of {word} were trained at it")
         if source:
-            self.put(model, "model.vocab_size", source.vocab_size, f"that of {word}")
+            self.put(model, "model.vocab_size", rows, why_rows)
             self.put(model, "model.initializer_range", source.initializer_range, f"that of {word}")
             for name, needed in self._heads_of(source).items():
                 if needed != getattr(source, name):
@@ -229,6 +232,16 @@ class _Filler:
                 initializer_range_of(width),
                 "sqrt(2 / (5 hidden_size))",
             )
+
+    def _vocabulary_of(self, source: ModelConfig, word: str) -> tuple[int, str]:
+        """Rows of the embedding: the source's, more where tokens were added to the shards' tokenizer; and why."""
+        edited = self.mapping.get("vocabulary")
+        added = isinstance(edited, dict) and edited.get("added") in ("drawn", "mean")
+        card = next((c for c in map(_card_at, _folders(self.mapping)) if c), None) if added else None
+        if card is None or card.vocab_size <= source.vocab_size:
+            return source.vocab_size, f"that of {word}"
+        rows = whole_vocabulary(card.vocab_size)
+        return rows, f"the shards' {card.vocab_size:,} tokens in whole {VOCAB_MULTIPLE}s"
 
     def _fill_model_needs(self, model: dict[str, Any]) -> None:
         """What the objective needs of the model, where its family has such a setting."""

@@ -1,4 +1,5 @@
-"""Where a run's first weights come from when it is not the seed: `init_from`, a stored model of the same shape and tokenizer."""
+"""Where a run's first weights come from when it is not the seed: `init_from`, a stored model of the same shape and tokenizer,
+or of a tokenizer that was edited as the run says (vocabulary.py)."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from encoder.base.command import as_typed
 from encoder.base.errors import ModelError
-from encoder.base.tokenizer_json import read_tokenizer_json
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import differing, must_be_equal
 from encoder.models.stored import StoredModel, drawn_weights, parameter_names, stems
+from encoder.models.vocabulary import VOCABULARY, NewRows, with_new_rows
 from encoder.runs.facts import DataFacts
 from encoder.runs.config import RunConfig
+from encoder.runs.vocabulary import edits_of
 from encoder.runs.weights import read_model
 
 
@@ -41,15 +43,25 @@ def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWe
         f"    {name} is {there} there, {here} in the run"
         for name, there, here in differing(stored.config, _at_start(run))
     ]
+    weights = fitting.weights
     if stored.tokenizer_json is None:
+        if run.vocabulary is not None:
+            raise ModelError(
+                f"{run.init_from} has no tokenizer.json, so what vocabulary says cannot be seen."
+                " Put the model's own there."
+            )
         lines.append(
             f"    {run.init_from} has no tokenizer.json: that its ids mean the shards' tokens was"
             " not seen"
         )
     else:
-        check_same_tokens(stored.tokenizer_json, facts.tokenizer_json)
+        edits = edits_of(stored.tokenizer_json, facts.tokenizer_json, run.vocabulary)
+        if run.vocabulary is not None:
+            rows = NewRows(drawn=edits.drawn, means=edits.means)
+            weights = with_new_rows(weights, _at_start(run), rows, seed=run.seed)
+            lines.append(f"    {edits.text}")
     lines += [f"    {line}" for line in fitting.lines]
-    return InitialWeights(weights=fitting.weights, sha256=sha256, lines=tuple(lines))
+    return InitialWeights(weights=weights, sha256=sha256, lines=tuple(lines))
 
 
 def with_heads(stored: StoredModel, run: RunConfig) -> InitialWeights:
@@ -92,6 +104,9 @@ def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path
     heads = rules.heads if key == "init_from" else ()
     judged = [name for name in (*may_grow, *must_be_equal(run.model)) if name not in heads]
     wrong = [d for d in differing(there, run.model) if d[0] in judged]
+    if run.vocabulary and run.vocabulary.added != "refused":
+        # more rows, for added tokens
+        wrong = [d for d in wrong if d[0] != VOCABULARY or d[1] > d[2]]
     if wrong:
         found = ", ".join(f"{name} {old} there, {new} in the run" for name, old, new in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -107,20 +122,6 @@ def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path
                 f" {grow}, then init_from: OUT."
             )
         raise ModelError(f"{key} {path} has another shape: {found}{more}. {advice}")
-
-
-def check_same_tokens(source: Path, shards: Path) -> None:
-    """Every id is the same token in both tokenizer.json; how text is cut may differ. Raises ModelError."""
-    there, here = ({i: token for token, i in read_tokenizer_json(path).ids.items()} for path in (source, shards))
-    wrong = next(
-        (i for i in sorted(there.keys() | here.keys()) if there.get(i) != here.get(i)), None
-    )
-    if wrong is not None:
-        said = [repr(names[wrong]) if wrong in names else "no token" for names in (there, here)]
-        raise ModelError(
-            f"id {wrong} is {said[0]} in {source}, {said[1]} in {shards}; needed: shards made with"
-            " that model's tokenizer. Prepare them with it, or start from another model."
-        )
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:

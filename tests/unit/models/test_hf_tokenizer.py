@@ -9,9 +9,21 @@ import transformers
 
 from encoder.base.errors import ModelError
 from encoder.base.tokenizer_json import special_ids_of
+from encoder.models.bert import BertConfig, RobertaConfig
+from encoder.models.catalog import build_model
 from encoder.models.hf.tokenizer import read_tokenizer, write_tokenizer
+from encoder.models.hf.write import export_hf
+from encoder.models.stored import StoredModel
+from launch.fill_mask import answers
 from tests.helpers.tokenizers_of import NAMES, TEXTS, train
 
+SIZES = dict(
+    hidden_size=16,
+    intermediate_size=20,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+)
 ASKED = [*TEXTS, "", "  Two  spaces ", "日本語 🙂 unseen", "The [MASK] sat on <mask>."]
 
 
@@ -59,6 +71,28 @@ def test_the_roles_have_the_familys_names_and_ids(family, tmp_path):
     assert ours.padding_side == theirs.padding_side
     padded = ours(["cat", "The cat sat"], padding=True)["input_ids"]
     assert padded == theirs(["cat", "The cat sat"], padding=True)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])
+def test_an_exported_family_is_asked_by_its_own_mask(kind, tmp_path):
+    name = "bert" if kind is BertConfig else "roberta"
+    theirs = train(name, tmp_path / "theirs")
+    config = kind(**SIZES, vocab_size=len(theirs))
+    stored = StoredModel(
+        config=config,
+        weights=build_model(config, seed=1).state_dict(),
+        tokenizer_json=None,
+        origin="a test",
+        max_tokens=None,
+    )
+    path = tmp_path / "theirs/tokenizer.json"
+    export_hf(stored, path, special_ids_of(path)[1], tmp_path / "out")
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    pair = ours(TEXTS[0], TEXTS[1])
+    assert pair["input_ids"] == theirs(TEXTS[0], TEXTS[1])["input_ids"]
+    assert ("token_type_ids" in pair) == (name == "bert")
+    asked = answers(tmp_path / "out", ["The [MASK] sat."], top=2)
+    assert [len(mask) for mask in asked[0]["masks"]] == [2]
 
 
 def test_a_file_without_a_post_processor_is_given_the_familys_frame(family, tmp_path):

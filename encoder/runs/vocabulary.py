@@ -1,0 +1,151 @@
+"""Shards whose tokenizer was edited after the model was trained: what may differ, and where the new tokens' rows come from.
+
+    init_from's tokenizer      ... 12 [unused0]   13 [unused1]   14 cat
+    the shards' tokenizer      ... 12 covid       13 [unused1]   14 cat   15 ICU        renamed: {"[unused0]": covid}, added: mean
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from encoder.base.errors import ConfigError, ModelError
+from encoder.base.files import native_path
+from encoder.base.tokenizer_json import is_unused, read_tokenizer_json
+from encoder.base.untrusted import native_code
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+    """How the shards' tokenizer was edited, against that of init_from; what is not said is refused."""
+
+    # unused tokens of init_from -> the tokens of the same ids in the shards; they keep their rows
+    renamed: dict[str, str] = field(default_factory=dict)
+    # tokens that init_from has not: drawn, rows as a new model has them; mean, of the rows of their pieces in init_from
+    added: Literal["refused", "drawn", "mean"] = "refused"
+
+    def __post_init__(self) -> None:
+        if not self.renamed and self.added == "refused":
+            raise ConfigError(
+                "vocabulary says nothing: needed is renamed: {OLD: NEW}, or added: drawn or mean."
+                " Leave it out where the shards have the tokenizer of init_from."
+            )
+        if plain := [token for token in self.renamed if not is_unused(token)]:
+            raise ConfigError(
+                f"vocabulary.renamed: {plain[0]!r} is no unused token, such as [unused1]: its row"
+                " means that token. Rename unused ones alone."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edits:
+    """What the shards' tokenizer has otherwise, seen to be what the run says."""
+
+    renamed: Mapping[int, str]  # id -> its token now
+    added: Mapping[int, str]
+
+
+def edits_of(source: Path, shards: Path, config: VocabularyConfig | None) -> Edits:
+    """Every id is the same token in both tokenizer.json, or another one that the run names; how text is cut may differ.
+
+    source: the model's
+    shards: the shards'
+    config: what may differ; None: nothing
+
+    Raises ModelError for any other difference, and for a renaming that is none.
+    """
+    there, here = (
+        {i: token for token, i in read_tokenizer_json(path, error=ModelError).ids.items()}
+        for path in (source, shards)
+    )
+    renames = config.renamed if config else {}
+    renamed: dict[int, str] = {}
+    added: dict[int, str] = {}
+    for number in sorted(there.keys() | here.keys()):
+        old, new = there.get(number), here.get(number)
+        if old == new:
+            continue
+        if old is not None and new is not None and renames.get(old) == new:
+            renamed[number] = new
+        elif old is None and new is not None and config and config.added != "refused":
+            added[number] = new
+        else:
+            raise ModelError(_difference(number, old, new, source, shards))
+    missing = {old: new for old, new in renames.items() if new not in renamed.values()}
+    if missing:
+        old, new = next(iter(missing.items()))
+        raise ModelError(
+            f"vocabulary.renamed says {old!r}: {new!r}, but no id is the one in {source} and the"
+            f" other in {shards}. Leave it out, or prepare the shards with the edited tokenizer."
+        )
+    return Edits(renamed=renamed, added=added)
+
+
+def pieces_there(source: Path, shards: Path, edits: Edits) -> dict[int, tuple[int, ...]]:
+    """The ids by which the model's tokenizer writes each added token's text; none where that is unknown to it.
+
+    source: the model's tokenizer.json
+    shards: the shards', which tells the text of a token
+    edits: with the added tokens
+    """
+    old, new = _opened(source), _opened(shards)
+    file = read_tokenizer_json(source, error=ModelError)
+    # a piece ##like this is written as the word it is
+    prefix = file.content["model"].get("continuing_subword_prefix") or ""
+    never = {file.ids[name] for name in file.special}
+    found = {}
+    for number, token in edits.added.items():
+        text = new.decode([number], skip_special_tokens=False) or token
+        ids = old.encode(text.removeprefix(prefix), add_special_tokens=False).ids
+        found[number] = () if never & {*ids} else tuple(ids)
+    return found
+
+
+def edits_text(edits: Edits, pieces: Mapping[int, tuple[int, ...]], rows: tuple[int, int]) -> str:
+    """One line for the run's header.
+
+    edits: of the vocabulary
+    pieces: of added tokens whose row is a mean
+    rows: of the model that is read, and of the run's
+    """
+    parts = []
+    if edits.renamed:
+        parts.append(f"tokens renamed: {len(edits.renamed):,}, with the rows that they had")
+    if edits.added:
+        means = sum(1 for ids in pieces.values() if ids)
+        drawn = len(edits.added) - means
+        parts.append(
+            f"tokens added: {len(edits.added):,}, rows of {means:,} the mean of their pieces, of"
+            f" {drawn:,} drawn"
+        )
+    if rows[0] != rows[1]:
+        parts.append(f"{rows[0]:,} rows there, {rows[1]:,} in the run")
+    return "; ".join(parts) or "no token is renamed or added: vocabulary has no effect"
+
+
+def _difference(
+    number: int, old: str | None, new: str | None, source: Path, shards: Path
+) -> str:
+    said = ["no token" if token is None else repr(token) for token in (old, new)]
+    meant = ""
+    if old is None:
+        meant = " Where it was added: vocabulary: {added: mean}, or drawn."
+    elif new is not None and is_unused(old):
+        meant = f" Where it was renamed: vocabulary: {{renamed: {{{old!r}: {new!r}}}}}."
+    return (
+        f"id {number} is {said[0]} in {source}, {said[1]} in {shards}; needed: shards made"
+        f" with that model's tokenizer. Prepare them with it, or start from another model.{meant}"
+    )
+
+
+def _opened(tokenizer_json: Path) -> Tokenizer:
+    import tokenizers
+
+    what = f"{tokenizer_json} cannot be used as a tokenizer.json"
+    with native_path(tokenizer_json) as path, native_code(what, error=ModelError):
+        return tokenizers.Tokenizer.from_file(path)
