@@ -54,18 +54,19 @@ PLAN = """What the sources of a settings file hold and cost, and how often a run
 
 Tokens come from the cards of finished shards, else from a source's estimate, else from the sizes of its files."""
 
-TRAIN = """Train a tokenizer on text. Example, of BERT uncased:
-
-  data-prep tokenizer train --kind wordpiece --lowercase --vocab-size 30522 --unused 99 --files corpus/web.jsonl --out corpus/tokenizer.json
+TRAIN = """Train a tokenizer on text.
 
   --kind    bpe          byte-level, as ModernBERT and RoBERTa      wordpiece    as BERT, ELECTRA and DistilBERT
             unigram      as ALBERT and XLNet
-  --names   bert [CLS] [SEP]      roberta <s> </s>      albert [CLS] [SEP] <pad>      xlnet A <sep> <cls>"""
+  --names   bert [CLS] [SEP]      roberta <s> </s>      albert [CLS] [SEP] <pad>      xlnet A <sep> <cls>
+
+BERT uncased: --kind wordpiece --lowercase --vocab-size 30522 --unused 99, which gives BERT's own special ids."""
 
 FROM_HF = """Take over the tokenizer.json of a Hugging Face folder, whatever its special tokens are called.
 
-Which token has which role is told by options (--cls '[BEGIN]' --sep '[END]'), by tokenizer_config.json, by special_tokens_map.json, or by the names
-[CLS] <cls> <s>, [SEP] <sep> </s>, [PAD] <pad>, [MASK] <mask>, [UNK] <unk>. A token of another name is marked in the file."""
+Which token has which role is told by options (--cls '[BEGIN]' --sep '[END]'), by tokenizer_config.json, by
+special_tokens_map.json, or by the names [CLS] <cls> <s>, [SEP] <sep> </s>, [PAD] <pad>, [MASK] <mask>, [UNK] <unk>.
+A token of another name is marked in the file."""
 
 INDEX = """Make MDS shards that another program wrote ready for training here. Example:
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -48,6 +48,26 @@ class Edits:
 
     renamed: Mapping[int, str]  # id -> its token now
     added: Mapping[int, str]
+    # added id -> the ids by which the model's tokenizer writes its text, where it can and the run asks for their mean
+    means: Mapping[int, Sequence[int]]
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """The added ids whose rows are those of a new model."""
+        return tuple(number for number in self.added if number not in self.means)
+
+    @property
+    def text(self) -> str:
+        """One line for the run's header."""
+        parts = []
+        if self.renamed:
+            parts.append(f"tokens renamed: {len(self.renamed):,}, with the rows that they had")
+        if self.added:
+            parts.append(
+                f"tokens added: {len(self.added):,}, rows of {len(self.means):,} the mean of their"
+                f" pieces, of {len(self.drawn):,} drawn"
+            )
+        return "; ".join(parts) or "no token is renamed or added: vocabulary has no effect"
 
 
 def edits_of(source: Path, shards: Path, config: VocabularyConfig | None) -> Edits:
@@ -83,15 +103,20 @@ def edits_of(source: Path, shards: Path, config: VocabularyConfig | None) -> Edi
             f"vocabulary.renamed says {old!r}: {new!r}, but no id is the one in {source} and the"
             f" other in {shards}. Leave it out, or prepare the shards with the edited tokenizer."
         )
-    return Edits(renamed=renamed, added=added)
+    means = {}
+    if config and config.added == "mean":
+        means = _pieces_there(source, shards, added)
+    return Edits(renamed=renamed, added=added, means=means)
 
 
-def pieces_there(source: Path, shards: Path, edits: Edits) -> dict[int, tuple[int, ...]]:
-    """The ids by which the model's tokenizer writes each added token's text; none where that is unknown to it.
+def _pieces_there(
+    source: Path, shards: Path, added: Mapping[int, str]
+) -> dict[int, tuple[int, ...]]:
+    """The ids by which the model's tokenizer writes each added token's text; without tokens that are unknown to it.
 
     source: the model's tokenizer.json
     shards: the shards', which tells the text of a token
-    edits: with the added tokens
+    added: id -> token
     """
     old, new = _opened(source), _opened(shards)
     file = read_tokenizer_json(source, error=ModelError)
@@ -99,33 +124,12 @@ def pieces_there(source: Path, shards: Path, edits: Edits) -> dict[int, tuple[in
     prefix = file.content["model"].get("continuing_subword_prefix") or ""
     never = {file.ids[name] for name in file.special}
     found = {}
-    for number, token in edits.added.items():
+    for number, token in added.items():
         text = new.decode([number], skip_special_tokens=False) or token
         ids = old.encode(text.removeprefix(prefix), add_special_tokens=False).ids
-        found[number] = () if never & {*ids} else tuple(ids)
+        if ids and not never & {*ids}:
+            found[number] = tuple(ids)
     return found
-
-
-def edits_text(edits: Edits, pieces: Mapping[int, tuple[int, ...]], rows: tuple[int, int]) -> str:
-    """One line for the run's header.
-
-    edits: of the vocabulary
-    pieces: of added tokens whose row is a mean
-    rows: of the model that is read, and of the run's
-    """
-    parts = []
-    if edits.renamed:
-        parts.append(f"tokens renamed: {len(edits.renamed):,}, with the rows that they had")
-    if edits.added:
-        means = sum(1 for ids in pieces.values() if ids)
-        drawn = len(edits.added) - means
-        parts.append(
-            f"tokens added: {len(edits.added):,}, rows of {means:,} the mean of their pieces, of"
-            f" {drawn:,} drawn"
-        )
-    if rows[0] != rows[1]:
-        parts.append(f"{rows[0]:,} rows there, {rows[1]:,} in the run")
-    return "; ".join(parts) or "no token is renamed or added: vocabulary has no effect"
 
 
 def _difference(

@@ -10,11 +10,11 @@ import torch
 
 from encoder.base.batch import IGNORE
 from encoder.base.errors import ConfigError, ShardError
-from encoder.base.objective import MaskedRow, PairRule, RowTargets
+from encoder.base.objective import MaskedRow, RowTargets
 from encoder.data.assembly import Assembled, wrap_int64
 from encoder.data.loader import DataPosition, Loader
 from encoder.data.shards import open_source
-from encoder.objectives.catalog import build_objective
+from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.mlm import MlmConfig
 from tests.helpers.loading import held_out_with, loader_with
 from tests.helpers.memory_source import in_memory
@@ -145,8 +145,8 @@ def test_every_piece_of_a_document_with_cls_behind_it_has_its_frame():
 
 def test_pairs_of_sentences_with_cls_behind_them_are_refused():
     source, _ = with_cls_behind()
-    ask = objective([source])
-    ask.pairs = PairRule(label_1="random")
+    specials = source.card.specials
+    ask = build_objective(OBJECTIVES["mlm_nsp"](), vocab_size=V, specials=specials)
     with pytest.raises(ShardError, match="xlnet has .CLS. behind each text; needed for pairs"):
         steps_of([source], 1, weights=[1.0], masker=ask)
 

@@ -146,7 +146,7 @@ def test_added_tokens_get_the_mean_of_the_rows_of_their_pieces(rows, model, tmp_
     assert all(torch.equal(found.weights[name], before[name]) for name in others)
     said = "tokens added: 3, rows of 2 the mean of their pieces, of 1 drawn"
     assert said in found.lines[-1]
-    assert ("208 rows there, 256 in the run" in found.lines[-1]) == (rows == 256)
+    assert ("vocab_size is 208 there, 256 in the run" in found.lines[-2]) == (rows == 256)
 
 
 def pieces_of(word: str, ids: dict[str, int]) -> list[int]:
