@@ -76,6 +76,9 @@ LEFT_OUT = {
     r"pytest|make ": "tests of tests; the targets are looked up in the Makefile",
     r"python -m (?:encoder|data_prep)": "a module's name",
     r"(?:python )?launch/demo\.py": "minutes; tests/journey/test_journey.py",
+    r"python launch/export_hf\.py SOURCE OUT --onnx": (
+        "10 s; tests/unit/models/test_hf_serves.py exports with --onnx"
+    ),
     r"data-prep environment-corpus": (
         "reads all of this environment; tests/unit/prep/test_environment_corpus.py"
     ),

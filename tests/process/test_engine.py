@@ -56,18 +56,10 @@ TWO_RANKS = [
     {"label": "fp32-s1-2x2", "zero_stage": 1, "precision": "fp32", "rows": 2},
     {"label": "fp32-s1-2x4", "zero_stage": 1, "precision": "fp32", "rows": 1},
     {"label": "fp32-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2},
-    {"label": "fp32-s2-2x4", "zero_stage": 2, "precision": "fp32", "rows": 1},
     {
         "label": "means_fp64-s0-2x2",
         "zero_stage": 0,
         "precision": "fp64",
-        "rows": 2,
-        "mean_of_means": True,
-    },
-    {
-        "label": "means_fp32-s1-2x2",
-        "zero_stage": 1,
-        "precision": "fp32",
         "rows": 2,
         "mean_of_means": True,
     },

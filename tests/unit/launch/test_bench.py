@@ -41,7 +41,15 @@ def memory_is_given_back(monkeypatch):
 
 
 # engine: tests/process/test_bench_engine.py, for DeepSpeed starts once a process
-@pytest.mark.parametrize("question", [q for q in command.QUESTIONS if q != "engine"])
+@pytest.mark.parametrize(
+    "question",
+    [
+        # its rows are compared with the slow twin's below, too
+        pytest.param(q, marks=pytest.mark.slow) if q == "loader" else q
+        for q in command.QUESTIONS
+        if q != "engine"
+    ],
+)
 def test_every_question_answers_with_numbers_their_spread_and_the_machine(
     question, tmp_path, capsys, monkeypatch
 ):
