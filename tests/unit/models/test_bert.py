@@ -114,6 +114,22 @@ def test_segments_and_the_sentence_head_equal_the_plain_reference():
     assert found.shape == (4, 2) and (found - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("config", [TINY, SETTINGS["crammed_bert"]], ids=["bert", "no head"])
+def test_flops_of_head_decoder_and_sentence_head_equal_torchs_counter(config):
+    """7 predicted tokens and 3 pairs beyond what none of them costs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(config, sentence_head=True)
+    model, x_MC = build_model(config, seed=0), torch.zeros(7, 24)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.decode(x_MC)
+        model.sentence_decoder(x_MC[:3])
+    none, all_of_them = (
+        config.train_flops(lengths=[9], targets=targets) for targets in ({}, {"mlm": 7, "nsp": 3})
+    )
+    assert all_of_them - none == 3 * counter.get_total_flops()
+
+
 # parameters by transformers' classes, built without data: with the MLM head, and with the sentence head
 COUNTS = {
     "bert_tiny": (4_416_698, 4_433_468),
