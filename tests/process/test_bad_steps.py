@@ -77,7 +77,7 @@ def start(
     term_at: int = 0,
 ) -> str:
     """A start of a run; returns its error or nothing. `stop_at`: it fails before this step, as a kill would end it;
-    `term_at`: SIGTERM comes then."""
+    `term_at`: SIGTERM comes before this step, which is not trained any more."""
     plain, calls = Loader.next_step, [0]
 
     def next_step(self):
@@ -142,8 +142,8 @@ def preempted_in_a_row(world: World, folder: str) -> list[str]:
     """Bad steps 8, 9 and 10, and a stop after each of the first two."""
     told = ["preempted", "checkpoints.keep_last=1"]
     return [
-        start(world, folder, *told, bad=[8], term_at=8),
-        start(world, folder, *told, bad=[1], term_at=1),
+        start(world, folder, *told, bad=[8], term_at=9),
+        start(world, folder, *told, bad=[1], term_at=2),
         start(world, folder, *told, bad=[1]),
     ]
 
