@@ -163,7 +163,7 @@ def test_a_recipe_for_one_machine_is_short_fits_a_gpu_and_says_hours(name, param
 def test_every_journey_of_the_documents_ends_in_a_folder_that_transformers_reads():
     text = (ROOT / "docs" / "recipes.md").read_text()
     journeys = [
-        block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "tessera" in block
+        block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "tessera new" in block
     ]
     assert len(journeys) == 5 and all("tessera export" in j or "--export" in j for j in journeys)
     for word in re.findall(r"^tessera new (?!prep)([\w-]+)", text, re.M):
