@@ -286,7 +286,7 @@ def as_run(command: str, number: int) -> str:
         if word == "OUT":
             asks = "fill_mask" in text
             words[i] = "hf/tiny" if asks else fresh
-        elif before == "--tokenizer" and word in ("FILE", "{}/tokenizer.json"):
+        elif before == "--tokenizer" and word in ("FILE", "{}", "{}/tokenizer.json"):
             words[i] = "t.json"
         elif word == "{}":
             words[i] = hole(text, before, fresh)
