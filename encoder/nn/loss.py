@@ -117,7 +117,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 squares += sums[1].sum()
                 if with_gradients:  # in the place of the logits stands their gradient
                     d_h[start : start + piece] = logits_mV @ weight
-                    _add_product_(d_weight, logits_mV.T, h_mC)
+                    add_product_(d_weight, logits_mV.T, h_mC)
                 del logits_mV  # or it stands beside the next piece's, where activations are most
         if with_gradients:
             given_d_bias = None
@@ -199,7 +199,7 @@ def _hits(logits_mV: Tensor, bias_V: Tensor | None, target_m: Tensor) -> Tensor:
     return ((logits_mV.argmax(1) == target_m) & (target_m != IGNORE)).sum()
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b; on CUDA the halves' product is added in fp32 where it is made."""
     if total.device.type == "cuda" and a.element_size() == 2 and total.dtype == torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
