@@ -71,7 +71,7 @@ def grow(
     final_norm = new.growth().final_norm or ()
     fresh = []
     for name, own in grown.items():
-        source = _source_name(name, sources)
+        source = source_name(name, sources)
         if settings.final_norm == "ones" and name.startswith(final_norm):
             fresh.append(
                 f"{name}: as the new model has it, as final_norm {settings.final_norm} asks"
@@ -214,7 +214,8 @@ def _places(old: int, new: int, *, blocks: int, mode: Mode) -> Tensor:
     return torch.cat([torch.where(place < 0, -1, place + block * old) for block in range(blocks)])
 
 
-def _source_name(name: str, sources: tuple[int, ...]) -> str:
+def source_name(name: str, sources: tuple[int, ...]) -> str:
+    """The parameter of the old model that one of the new model comes from."""
     return re.sub(r"(?<=\blayers\.)\d+", lambda layer: str(sources[int(layer[0])]), name)
 
 

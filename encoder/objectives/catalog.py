@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from encoder.objectives.contract import (
     MaskShare,
@@ -11,12 +12,14 @@ from encoder.objectives.contract import (
     ObjectiveFacts,
     Specials,
 )
+from encoder.objectives.distill import DistillConfig
 from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.pairs import MlmNspConfig, MlmSopConfig
 from encoder.objectives.words import WordEdges
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "mlm": MlmConfig,
+    "distill": DistillConfig,
     "mlm_nsp": MlmNspConfig,
     "mlm_sop": MlmSopConfig,
 }
@@ -30,6 +33,7 @@ def build_objective(
     share: MaskShare | None = None,
     words: WordEdges | None = None,
     unused: Sequence[int] = (),
+    models: Mapping[str, Any] | None = None,
 ) -> Objective:
     """The objective of its settings. Raises ConfigError if a special id is outside the vocabulary.
 
@@ -39,9 +43,15 @@ def build_objective(
     share: the phase's masking rate; None: the settings'
     words: where words begin, for whole words
     unused: ids that no text has
+    models: those that it asks beside the trained one, for the loss alone
     """
     return config.build(
         ObjectiveFacts(
-            vocab_size=vocab_size, specials=specials, share=share, words=words, unused_ids=unused
+            vocab_size=vocab_size,
+            specials=specials,
+            share=share,
+            words=words,
+            unused_ids=unused,
+            models=models or {},
         )
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
 
 from encoder.base.objective import (
     MaskedRow,
@@ -21,6 +23,7 @@ __all__ = [
     "MaskShare",
     "MaskedRow",
     "Masker",
+    "ModelShape",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveFacts",
@@ -34,6 +37,8 @@ __all__ = [
 class ObjectiveConfig(Settings, Protocol):
     """The settings of an objective: a frozen dataclass that checks itself when it is made (ConfigError)."""
 
+    # settings that name stored models which the loss asks beside the trained one, such as a teacher
+    STORED_MODELS: ClassVar[tuple[str, ...]]
     # least values of settings that the model must have, such as type_vocab_size: 2
     model_needs: ClassVar[Mapping[str, int]]
 
@@ -63,8 +68,40 @@ class ObjectiveConfig(Settings, Protocol):
     def without_effect(self, given: Callable[[str], bool]) -> Iterator[str]:
         """Settings that change nothing beside the others, a sentence each; `given`: whether the run file has one."""
 
+    def check_models(self, model: ModelShape, stored: Mapping[str, ModelShape]) -> None:
+        """The trained model and those of STORED_MODELS, by setting, fit each other. Raises ConfigError."""
+
+    def expected_targets(self, *, tokens: float, mask_share: float) -> dict[str, float]:
+        """Targets of each loss term in so many tokens, for a plan."""
+
+    def train_flops(
+        self,
+        model: ModelShape,
+        stored: Mapping[str, ModelShape],
+        *,
+        lengths: Sequence[int] | np.ndarray,
+        targets: Mapping[str, float],
+    ) -> float:
+        """Model FLOP of documents forward and backward, and of the stored models that are at hand.
+
+        model, stored: the trained model, and those of STORED_MODELS by setting
+        lengths: of the documents, in tokens
+        targets: of each loss term
+        """
+
     def build(self, facts: ObjectiveFacts) -> Objective:
         """The objective of a phase. Raises ConfigError."""
+
+
+class ModelShape(Protocol):
+    """What an objective's settings ask of a model's."""
+
+    hidden_size: int
+
+    def train_flops(
+        self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]
+    ) -> float:
+        """Model FLOP of documents forward and backward; targets by loss term."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +113,8 @@ class ObjectiveFacts:
     share: MaskShare | None = None  # the phase's masking rate; None: the settings'
     words: WordEdges | None = None  # where it needs_word_edges
     unused_ids: Sequence[int] = ()  # where it needs_unused_ids
+    # those of STORED_MODELS by setting, for the loss alone: loader workers have none
+    models: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Specials(Protocol):

@@ -27,7 +27,14 @@ from encoder.base.batch import LossTerm, Targets, TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.nn.heads import TokenDecoder
 from encoder.nn.loss import cross_entropy_sum
-from encoder.objectives.contract import MaskedRow, MaskShare, ObjectiveFacts, PairRule, RowTargets
+from encoder.objectives.contract import (
+    MaskedRow,
+    MaskShare,
+    ModelShape,
+    ObjectiveFacts,
+    PairRule,
+    RowTargets,
+)
 from encoder.objectives.masking import LONGEST_SPAN, Count, ExactChoice, Spans
 from encoder.objectives.words import WordEdges
 
@@ -39,6 +46,8 @@ WORDS_VARIANCE = 4.0
 @dataclass(frozen=True, kw_only=True)
 class MlmConfig:
     """Which share of the tokens is predicted, and how they are shown."""
+
+    STORED_MODELS: ClassVar[tuple[str, ...]] = ()  # the loss asks no other model
 
     mask_share: float = 0.3  # of the tokens that may be masked
     random_share: float = 0.1  # of the predicted ones: shown as a random id
@@ -161,6 +170,30 @@ class MlmConfig:
                 "objective.random_tokens has no effect: with mask_special_tokens ids are drawn as"
                 " for the released ModernBERT. vocabulary and not_special have one."
             )
+
+    def check_models(self, model: ModelShape, stored: Mapping[str, ModelShape]) -> None:
+        """Every model fits."""
+
+    def expected_targets(self, *, tokens: float, mask_share: float) -> dict[str, float]:
+        """Targets of each loss term in so many tokens."""
+        return {MLM: mask_share * tokens}
+
+    def train_flops(
+        self,
+        model: ModelShape,
+        stored: Mapping[str, ModelShape],
+        *,
+        lengths: Sequence[int] | np.ndarray,
+        targets: Mapping[str, float],
+    ) -> float:
+        """Model FLOP of documents forward and backward.
+
+        model: the trained one
+        stored: none
+        lengths: of the documents, in tokens
+        targets: of each loss term
+        """
+        return model.train_flops(lengths=lengths, targets=targets)
 
     def build(self, facts: ObjectiveFacts) -> MaskedLanguageModel:
         """Raises ConfigError if a special id is outside the vocabulary."""

@@ -116,6 +116,9 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
         lines["versions"] = ", ".join(
             f"{name} {number}" for name, number in about["versions"].items()
         )
+    asked = next((e for e in starts if isinstance(e.get("objective_sha256"), dict)), {})
+    for name, sha256 in asked.get("objective_sha256", {}).items():
+        lines[str(name)] = f"a stored model, SHA-256 {str(sha256)[:16]}"
     begun = next((e for e in starts if e.get("init_sha256")), None)
     if begun:
         lines["weights from"] = f"a stored model, SHA-256 {str(begun['init_sha256'])[:16]}"

@@ -333,12 +333,9 @@ class RunConfig:
                 "vocabulary has no effect without init_from: a new model has no tokens yet. Leave"
                 " it out."
             )
-        scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", self.init_from or "")
-        if scheme and scheme[1] != "hf":
-            raise ConfigError(
-                f"init_from {self.init_from} begins with {scheme[0]}; needed: a folder or file of"
-                " this machine, or a name of the hub, such as hf://answerdotai/ModernBERT-base."
-            )
+        _check_place("init_from", self.init_from)
+        for name in self.objective.STORED_MODELS:
+            _check_place(f"objective.{name}", getattr(self.objective, name))
         if not self.phases:
             raise ConfigError("phases is empty; needed: at least one phase.")
         if self.compile == "blocks" and self.engine.zero_stage == 3:
@@ -500,6 +497,16 @@ class RunConfig:
         return phase.sources or self.data.sources
 
 
+def _check_place(key: str, place: str | None) -> None:
+    """A stored model is here, or on the hub. Raises ConfigError for another scheme."""
+    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", place or "")
+    if scheme and scheme[1] != "hf":
+        raise ConfigError(
+            f"{key} {place} begins with {scheme[0]}; needed: a folder or file of"
+            " this machine, or a name of the hub, such as hf://answerdotai/ModernBERT-base."
+        )
+
+
 IDENTITY = (
     "seed",
     "model",
@@ -548,15 +555,26 @@ def with_settings(run: RunConfig, **changes: Any) -> RunConfig:
 def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
     """The plain values that decide the curve; a checkpoint goes on only under equal ones.
 
-    No path is among them, for it is content that decides: encoder.runs.same holds cards, initial weights and a branch's parent
-    against what the checkpoint has of them.
+    No path is among them, for it is content that decides: encoder.runs.same holds cards, initial weights, a branch's parent
+    and the objective's stored models against what the checkpoint has of them.
     """
     plain = _with_old_meanings(run) if isinstance(run, dict) else to_plain(run)
     identity = _without_places({key: plain.get(key) for key in IDENTITY})
     for key in ("init_from", "branch_from"):
-        identity[key] = "a stored model" if plain.get(key) else None
+        identity[key] = _A_MODEL if plain.get(key) else None
+    identity["objective"] = _without_models(identity["objective"])
     identity["engine"] = {"gradient_clipping": (plain.get("engine") or {}).get("gradient_clipping")}
     return identity
+
+
+_A_MODEL = "a stored model"  # whichever path names it
+
+
+def _without_models(objective: Any) -> Any:
+    """The settings of an objective without where its stored models lie."""
+    word = objective.get("name") if isinstance(objective, dict) else None
+    models = getattr(OBJECTIVES.get(word), "STORED_MODELS", ()) if isinstance(word, str) else ()
+    return {**objective, **dict.fromkeys(models, _A_MODEL)} if models else objective
 
 
 # of a phase, which are in its `model` now

@@ -4,6 +4,7 @@
     sources            the SHA-256 of their cards, which hold that of the index, which holds those of the shards
     init_from          the SHA-256 of the weights
     branch_from        the link of the parent's ledger
+    objective          the SHA-256 of the weights of its stored models, such as a teacher
 
 So shards and models may be moved, and named by another path; what is no longer needed may be gone.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from encoder.engine.checkpoint.folder import COMMITTED, committed_folders
 from encoder.runs.facts import HELD_OUT, DataFacts
 from encoder.runs.config import RunConfig, changed_settings
 from encoder.runs.initial import weights_sha256
+from encoder.runs.objective_models import AskedModel, check_same_models
 from encoder.runs.foreign_files import check_folder
 from encoder.runs.weights import read_model
 from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE, read_jsonl
@@ -91,13 +94,27 @@ def check_same_data(run: RunConfig, facts: DataFacts, folder: Path) -> None:
         _check_cards(run, facts, read_progress(found[-1])[1]["card_sha256"])
 
 
-def check_same_content(run: RunConfig, facts: DataFacts, checkpoint: Path, *, first: bool) -> None:
-    """Sources, initial weights and parent are those of a checkpoint, as far as they are still there. Called on every rank.
+def check_same_content(
+    run: RunConfig,
+    facts: DataFacts,
+    checkpoint: Path,
+    *,
+    asked: Mapping[str, AskedModel],
+    first: bool,
+) -> None:
+    """Sources, stored models and parent are those of a checkpoint, as far as they are still there. Called on every rank.
 
-    `first`: of rank zero, which alone reads initial weights. Raises ShardError, CheckpointError.
+    run: that goes on
+    facts: of its sources
+    checkpoint: that it goes on from
+    asked: the models that its objective asks
+    first: of rank zero, which alone reads initial weights
+
+    Raises ShardError, CheckpointError.
     """
     extra = read_progress(checkpoint)[1]
     _check_cards(run, facts, extra["card_sha256"])
+    check_same_models(asked, extra.get("objective_sha256") or {}, run=run)
     before = read_mapping(checkpoint / RUN_FILE)
     if first and run.init_from and extra.get("init_sha256"):
         _check_weights(Path(run.init_from), extra["init_sha256"], before=before.get("init_from"))

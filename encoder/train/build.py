@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from encoder.objectives.contract import Objective
 from encoder.objectives.words import read_word_edges
 from encoder.runs.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.runs.facts import DataFacts, source_name
+from encoder.runs.objective_models import AskedModel
 from encoder.train.evaluate import HeldOut, unigram_entropy
 
 # 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
@@ -135,8 +136,42 @@ def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Sou
     return opened
 
 
-def make_objective(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Objective:
-    """The objective of a phase: how its rows are masked, and the loss."""
+def make_objective_models(
+    run: RunConfig, asked: Mapping[str, AskedModel], device: torch.device
+) -> dict[str, torch.nn.Module]:
+    """The models that the objective asks, by setting, on the device: they train nothing, and no engine knows them.
+
+    run: its precision decides theirs
+    asked: as they were read; their weights are let go
+    device: of this rank
+    """
+    dtypes = {"fp64": torch.float64, "bf16": torch.bfloat16}
+    dtype = dtypes.get(run.engine.precision, torch.float32)
+    models = {}
+    for name, stored in asked.items():
+        with torch.device("meta"):
+            model = build_model(stored.config, attention=run.attention, seed=0)
+        model.load_state_dict(stored.weights, assign=True)
+        stored.weights.clear()
+        models[name] = model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        if compiles(run, device):
+            models[name].compile_blocks_()
+    return models
+
+
+def make_objective(
+    run: RunConfig,
+    facts: DataFacts,
+    phase: PhaseConfig,
+    *,
+    models: Mapping[str, torch.nn.Module] | None = None,
+) -> Objective:
+    """The objective of a phase: how its rows are masked, and the loss.
+
+    run, phase: whose objective
+    facts: of the shards
+    models: those that the loss asks; rows are masked without them
+    """
     words = (
         read_word_edges(facts.tokenizer_json, vocab_size=facts.vocab_size)
         if run.objective.needs_word_edges
@@ -149,6 +184,7 @@ def make_objective(run: RunConfig, facts: DataFacts, phase: PhaseConfig) -> Obje
         share=run.mask_share_of(phase),
         words=words,
         unused=_unused(run, facts),
+        models=models,
     )
 
 

@@ -106,6 +106,7 @@ class Checkpointing:
                 "fingerprint_precision": session.run.engine.precision,
                 "card_sha256": session.facts.card_sha256,
                 "init_sha256": self._started.init_sha256,
+                "objective_sha256": self._started.objective_sha256,
                 "quarantine": self._started.quarantine.to_plain(),
                 "parent": self._started.parent,
                 **self._state(),

@@ -40,6 +40,7 @@ from encoder.runs.facts import check_data, fetch_cards, named_sources, source_na
 from encoder.runs.folder import CHECKPOINTS, DONE
 from encoder.runs.initial import read_initial
 from encoder.runs.ledger import chain
+from encoder.runs.objective_models import read_objective_models
 from encoder.runs.phases import current_phase, enter_next_phase, lr_at, phase_is_done
 from encoder.runs.same import check_same_run
 from encoder.train import build
@@ -110,6 +111,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     run = named_sources(run)
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
+    asked = read_objective_models(run, facts, hashed=world.first)
     device = build.choose_device(run, world)
     run = with_engine(run, precision=precision_on(run.engine.precision, device))
 
@@ -120,7 +122,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     try:
         with watchdog, contextlib.ExitStack() as held:
             build.check_same_precision(run)
-            started = start_run(run, facts, world, device, folder, held, initial, known)
+            started = start_run(run, facts, world, device, folder, held, initial, known, asked)
             display = held.enter_context(
                 open_display(first_rank=world.first, every_steps=run.tracking.print_every_steps)
             )
@@ -135,6 +137,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
                 watchdog=watchdog,
                 errors=DeferredErrors(world),
                 progress=started.progress,
+                objective_models={name: model.config for name, model in asked.items()},
             )
             trainer = Trainer(session, started, display)
             try:
@@ -357,10 +360,12 @@ class Trainer:
 
     def _flops(self, data: StepData) -> int:
         """Model FLOP of this rank's documents as long as they are; padding is no work."""
-        model = self.session.run.model
+        session = self.session
+        train_flops = session.run.objective.train_flops
+        shapes = (session.run.model, session.objective_models)
         return int(
             sum(
-                model.train_flops(lengths=document_lengths(b), targets=b.counts)
+                train_flops(*shapes, lengths=document_lengths(b), targets=b.counts)
                 for b in data.micro_batches
             )
         )

@@ -78,6 +78,8 @@ class Recorder:
         origin: dict[str, Any] = {}
         if run.init_from:
             origin |= {"init_from": run.init_from, "init_sha256": started.init_sha256}
+        if started.objective_sha256:
+            origin["objective_sha256"] = started.objective_sha256
         if started.parent:
             origin["parent"] = started.parent
         about = about_run(

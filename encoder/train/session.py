@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from encoder.base.agreement import DeferredErrors
 from encoder.base.dist import World
 from encoder.base.units import Progress
 from encoder.engine.engine import Engine
+from encoder.models.contract import ModelConfig
 from encoder.runs.config import PhaseConfig, RunConfig
 from encoder.runs.facts import DataFacts
 from encoder.train.meters import Clock
@@ -31,6 +32,8 @@ class Session:
     watchdog: Watchdog
     errors: DeferredErrors  # of this rank, until all ranks meet
     progress: Progress
+    # the shapes of the models that the objective asks, by setting
+    objective_models: dict[str, ModelConfig] = field(default_factory=dict)
 
     @property
     def phase(self) -> PhaseConfig:

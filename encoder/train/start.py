@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from encoder.runs.facts import DataFacts
 from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE
 from encoder.runs.initial import InitialWeights
 from encoder.runs.lock import RunLock, lock_folder
+from encoder.runs.objective_models import AskedModel
 from encoder.runs.phases import phase_of_weights
 from encoder.runs.same import check_same_content, check_same_settings
 from encoder.train import build
@@ -52,6 +53,8 @@ class Started:
     bad_steps: dict[str, Any]  # of the checkpoint, for the judge of steps
     quarantine: Quarantine
     lock: RunLock | None  # of the folder, on rank zero
+    # of the weights of the models that the objective asks, by setting; on rank zero
+    objective_sha256: dict[str, str] = field(default_factory=dict)
 
 
 def start_run(
@@ -63,12 +66,15 @@ def start_run(
     held: contextlib.ExitStack,
     initial: InitialWeights | None,
     mistakes: Sequence[str] = (),
+    asked: Mapping[str, AskedModel] | None = None,
 ) -> Started:
     """Everything before the first step; `held` keeps the folder's lock. An error on one rank ends all of them here.
 
     `initial`: what init_from names; its weights are taken into the engine unless a checkpoint is there, and let go.
     `mistakes`: of the settings of a run that has begun, to be said.
+    `asked`: the models that the objective asks; their weights go to the device, and are let go here.
     """
+    asked = asked or {}
     entropy: float | None = None
     lock: RunLock | None = None
     with all_ranks_agree(world):
@@ -85,7 +91,8 @@ def start_run(
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder))
-    objective = build.make_objective(run, facts, run.phases[0])
+    models = build.make_objective_models(run, asked, device)
+    objective = build.make_objective(run, facts, run.phases[0], models=models)
     engine = start_engine(
         build.make_model(run),
         objective=objective,
@@ -102,7 +109,7 @@ def start_run(
     if found is not None:
         with all_ranks_agree(world):
             check_same_settings(run, found / RUN_FILE, of=str(found))
-            check_same_content(run, facts, found, first=world.first)
+            check_same_content(run, facts, found, asked=asked, first=world.first)
         progress, extra = load_verified(found, run, engine, device)
     elif parent:
         load_verified(parent.checkpoint, parent.run, engine, device)
@@ -120,6 +127,8 @@ def start_run(
     _say_header(run, world, device, engine, progress, found, mistakes)
     for line in initial.lines if initial else (f"branched off {parent.text}",) if parent else ():
         say(line)
+    for line in (line for model in asked.values() for line in model.lines):
+        say(line)
     return Started(
         engine=engine,
         incarnation=incarnation,
@@ -132,6 +141,7 @@ def start_run(
         bad_steps=extra.get("bad_steps", {}),
         quarantine=Quarantine(folder, extra.get("quarantine", [])),
         lock=lock,
+        objective_sha256={name: m.sha256 for name, m in asked.items() if m.sha256},
     )
 
 

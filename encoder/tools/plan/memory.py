@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,7 @@ from encoder.models.catalog import build_model
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.runs.config import RunConfig, with_engine
+from encoder.runs.objective_models import shapes_at_hand
 from encoder.tools.plan.activations import count_kept
 from encoder.tools.plan.forecast import Machine
 from encoder.train.build import compiles
@@ -32,11 +33,14 @@ class Memory:
     activations: int
     bucket: int  # of gradients on their way to their owner
     offloaded: int  # in the machine's memory
+    # weights of the models that the objective asks, by setting
+    asked: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """Without what is offloaded."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.bucket
+        own = self.weights + self.gradients + self.optimizer + self.activations + self.bucket
+        return own + sum(self.asked.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,10 @@ def estimate_memory(
         activations=_activation_bytes(run, width=width),
         bucket=4 * BUCKET_ELEMENTS if has_bucket else 0,
         offloaded=offloaded,
+        asked={
+            name: width * shape.parameter_counts().total
+            for name, shape in shapes_at_hand(run).items()
+        },
     )
 
 
@@ -167,12 +175,14 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
         share = COMPILED_SHARE[engine.fp8] if compiled else 1.0
         layers = model.num_hidden_layers * (share * layer + counted.layer_fixed)
 
-    # one piece of logits, which becomes its gradient; the decoder's weight in 2 bytes, and its
-    # gradient before and after scaling
-    masked = tokens * max(run.mask_share_of(phase).highest for phase in run.phases)
-    piece = min(masked, PIECE_POSITIONS[kind])
+    # one piece of logits, which becomes its gradient, and one of each model that is asked; the
+    # decoder's weight in 2 bytes, and its gradient before and after scaling
+    share = max(run.mask_share_of(phase).highest for phase in run.phases)
+    targets = run.objective.expected_targets(tokens=tokens, mask_share=share)
+    piece = min(max(targets.values()), PIECE_POSITIONS[kind])
     logit_width = 2 if in_half else width
+    pieces = 1 + len(run.objective.STORED_MODELS)
     decoder_width = 10 if in_half else 8
-    loss = model.vocab_size * (logit_width * piece + decoder_width * model.hidden_size)
+    loss = model.vocab_size * (logit_width * pieces * piece + decoder_width * model.hidden_size)
     workspace = 0 if kind == "cpu" else CUBLAS_BYTES
     return int(outside + layers + loss) + workspace

@@ -19,6 +19,7 @@ from encoder.runs.config import PhaseConfig, RunConfig
 from encoder.runs.defaults import slow_precision_text, warnings_of
 from encoder.runs.filling import FILL, fill_rows
 from encoder.runs.initial import check_same_shape, read_fitting
+from encoder.runs.objective_models import plan_texts
 from encoder.runs.phases import PlannedSteps, planned_steps
 from encoder.runs.weights import model_facts
 from encoder.tools.plan.data import data_lines, epochs_lines
@@ -118,6 +119,7 @@ def _settings_lines(run: RunConfig, needs: Needs, *, precision: str, ranks: int)
         f" micro-batches of {counted(rows, 'row')} = {rows * run.data.row_tokens:,} tokens",
         f"optimizer   {run.optimizer.text}, decay {_decay_text(run)}",
         f"weights     {_weights_text(run)}",
+        *(f"{name:<12}{text}" for name, text in plan_texts(run).items()),
     ]
     if blocker := export_blocker(model):
         lines.append(f"export      {blocker}")
@@ -199,6 +201,7 @@ def _memory_lines(
         f"optimizer {short_bytes(memory.optimizer)}",
         f"activations {short_bytes(memory.activations)}",
     ]
+    parts += [f"{name} {short_bytes(size)}" for name, size in memory.asked.items()]
     if memory.bucket:
         parts.append(f"a bucket of gradients {short_bytes(memory.bucket)}")
     text = f"memory a rank  about {short_bytes(memory.total)}: {', '.join(parts)}"

@@ -27,6 +27,7 @@ from encoder.data.loader import DataPosition
 from encoder.engine.precision import precision_on
 from encoder.runs.config import RunConfig, read_run, with_engine
 from encoder.runs.facts import check_data
+from encoder.runs.objective_models import read_objective_models
 from encoder.tools.plan.forecast import Probe
 from encoder.train.meters import document_lengths
 
@@ -147,7 +148,10 @@ def measure(run: RunConfig) -> Probe:
     import_deepspeed(device)
     join(world, device=device)
     base = psutil.Process().memory_info().rss
-    objective = build.make_objective(run, facts, run.phases[0])
+    asked = read_objective_models(run, facts, hashed=False)
+    shapes = {name: model.config for name, model in asked.items()}
+    models = build.make_objective_models(run, asked, device)
+    objective = build.make_objective(run, facts, run.phases[0], models=models)
     engine = start_engine(
         build.make_model(run),
         objective=objective,
@@ -183,7 +187,9 @@ def measure(run: RunConfig) -> Probe:
                     waited = clock() - asked
                     some = data.micro_batches[:count]
                     flops = sum(
-                        run.model.train_flops(lengths=document_lengths(b), targets=b.counts)
+                        run.objective.train_flops(
+                            run.model, shapes, lengths=document_lengths(b), targets=b.counts
+                        )
                         for b in some
                     )
                     counts = counts_of(some)

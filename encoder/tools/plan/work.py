@@ -12,6 +12,7 @@ from encoder.base.errors import ShardError
 from encoder.data.windows import pieces_of
 from encoder.runs.config import PhaseConfig, RunConfig
 from encoder.runs.filling import stored_lengths
+from encoder.runs.objective_models import shapes_at_hand
 
 # documents of a source whose lengths tell the work: the mean is good to a few in a thousand
 LOOKED_AT = 100_000
@@ -30,6 +31,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     long as they may be, which is the most it can be."""
     longest = phase.max_tokens_per_document
     share = run.mask_share_of(phase).mean
+    asked = shapes_at_hand(run)
     sources = run.sources_of(phase)
     weights = sum(source.weight for source in sources)
     unknown: list[str] = []
@@ -49,8 +51,13 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
             lengths = np.array([longest])
             unknown.append(source.path)
         tokens = int(lengths.sum())
-        one_token = run.model.train_flops(lengths=lengths, targets={"mlm": share * tokens}) / tokens
-        flops += one_token * phase.tokens * source.weight / weights
+        some_flops = run.objective.train_flops(
+            run.model,
+            asked,
+            lengths=lengths,
+            targets=run.objective.expected_targets(tokens=tokens, mask_share=share),
+        )
+        flops += some_flops / tokens * phase.tokens * source.weight / weights
     return PhaseWork(flops=flops, unknown=tuple(unknown))
 
 
