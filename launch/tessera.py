@@ -49,6 +49,11 @@ VERBS = {
         "a larger model from a smaller one's weights",
         "grow runs/base weights/large --preset modernbert_large",
     ),
+    "shrink": Verb(
+        "shrink",
+        "some layers of a model, for a distillation",
+        "shrink runs/base weights/student --layers 0,4,8,12,16,20",
+    ),
     "average": Verb(
         "average",
         "the mean of several checkpoints",

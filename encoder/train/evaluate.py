@@ -28,7 +28,8 @@ def held_out_numbers(
         held_out_loss_web, held_out_accuracy_web          of each of several sources
         held_out_loss_sop, held_out_accuracy_sop          of each further loss term, over all sources
 
-    The mean over everything is sum / count, never a mean of means. Without a target both are nan.
+    The mean over everything is sum / count, never a mean of means. Without a target both are nan; a further term that no
+    source asks about is left out.
 
     sets: this rank's batches of each source
     evaluate: the sums of each loss term over all ranks
@@ -38,7 +39,8 @@ def held_out_numbers(
     shown = {"": _added([s[first] for s in sums.values()])}
     if len(sums) > 1:
         shown |= {f"_{name}": s[first] for name, s in sums.items()}
-    shown |= {f"_{term}": _added([s[term] for s in sums.values()]) for term in others}
+    further = {f"_{term}": _added([s[term] for s in sums.values()]) for term in others}
+    shown |= {end: s for end, s in further.items() if s.count}
     losses = {f"held_out_loss{end}": _mean(s.sum, s.count) for end, s in shown.items()}
     return losses | {
         f"held_out_accuracy{end}": _mean(s.correct, s.count) for end, s in shown.items()

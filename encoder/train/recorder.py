@@ -248,6 +248,7 @@ class Recorder:
             f"{name} {numbers[f'held_out_loss_{name}']:.3f}"
             f" {numbers[f'held_out_accuracy_{name}']:.1%}"
             for name in shown
+            if f"held_out_loss_{name}" in numbers
         ]
         begins = progress.step and not progress.phase_step
         as_of = f" as phase {session.phase.name} asks" if begins else ""

@@ -18,16 +18,20 @@ from safetensors.torch import load_file, save_file
 
 from encoder.base.batch import IGNORE, LossTerm, Targets, TokenBatch
 from encoder.base.dist import World
+from encoder.base.errors import CheckpointError
 from encoder.base.objective import MaskedRow, RowTargets
-from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
+from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
 from encoder.engine.engine import Engine, start_engine
 from encoder.engine.zero.config import EngineConfig
+from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.models.stored import StoredModel, read_stored, write_stored
 from encoder.nn.loss import cross_entropy_sum
 from encoder.objectives.catalog import OBJECTIVES
 from encoder.objectives.mlm import MaskedLanguageModel, MlmConfig, mlm_loss
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.runs.config import read_run
-from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
+from encoder.runs.initial import weights_sha256
 from encoder.runs.ledger import follow_chain
 from encoder.train.loop import pretrain
 from tests.helpers.memory_source import sentences_of
@@ -258,7 +262,26 @@ BERT = (
     " mlp: gelu_tanh, mlp_inner_dropout: 0.1, position_offset: 2}"
 )
 PAIRS = [BERT, "phases.0.model={}", "phases.1.model={}", "objective.short_share=0.3"]
-OBJECTIVES_RUN = {"two": ("rare", WEIGHT, []), "mlm_nsp": ("nsp", 1.0, PAIRS)}
+DISTILLED = ["objective.teacher={folder}/teacher", "objective.soft_targets=all"]
+# the weights of its terms, and its settings
+OBJECTIVES_RUN = {
+    "two": ({"mlm": 1.0, "rare": WEIGHT}, []),
+    "mlm_nsp": ({"mlm": 1.0, "nsp": 1.0}, PAIRS),
+    "distill": ({"mlm": 2.0, "soft": 5.0, "cosine": 1.0}, DISTILLED),
+}
+# of another depth and MLP than the student, with dropout that it must not have
+TEACHER = ModernBertConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    attention_output_dropout=0.3,
+)
+
+
+RESUMED = ("mlm_nsp", "distill")
 
 
 def trained(world: World, *, folder: str, runs: list[tuple[str, str, list[str]]]) -> None:
@@ -270,7 +293,7 @@ def trained(world: World, *, folder: str, runs: list[tuple[str, str, list[str]]]
             "engine.precision=fp64",
             "engine.zero_stage=0",
             f"objective.name={name}",
-            *OBJECTIVES_RUN[name][2],
+            *(setting.replace("{folder}", folder) for setting in OBJECTIVES_RUN[name][1]),
             *more,
         ]
         pretrain(read_run(f"{folder}/run.yaml", settings), world)
@@ -288,21 +311,26 @@ def as_after_a_kill(run: Path, copy: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Both objectives on one and on two ranks; the pairs also resumed on two, and at ZeRO stage 3."""
+    """Each objective on one and on two ranks; two also resumed on two, and at ZeRO stage 3."""
     root = tmp_path_factory.mktemp("loop")
     for number, (name, longest) in enumerate((("a", 60), ("b", 30), ("held", 60))):
         documents = random_documents(60, seed=number, longest=longest)
         folder = write_source(root / name, documents, vocab_size=64)
         write_sentences(folder, sentences_of([len(ids) for ids in documents]))
     (root / "run.yaml").write_text(RUN.format(root=root))
+    for name, seed in (("teacher", 7), ("another", 8)):
+        weights = ModernBertForMaskedLM(TEACHER, seed=seed).state_dict()
+        tokenizer = root / "a" / "tokenizer.json"
+        stored = StoredModel(config=TEACHER, weights=weights, tokenizer_json=tokenizer, origin=name)
+        write_stored(stored, root / name)
     alone = [(name, f"{name}-1", []) for name in OBJECTIVES_RUN]
     run_ranks(trained, 1, folder=str(root), runs=alone)
-    as_after_a_kill(root / "mlm_nsp-1", root / "resumed")
     together = [(name, f"{name}-2", []) for name in OBJECTIVES_RUN]
-    together += [
-        ("mlm_nsp", "resumed", ["loader.workers=1"]),
-        ("mlm_nsp", "zero3", ["engine.zero_stage=3", "engine.precision=fp32"]),
-    ]
+    for name in RESUMED:
+        as_after_a_kill(root / f"{name}-1", root / f"{name}-resumed")
+        zero3 = ["engine.zero_stage=3", "engine.precision=fp32"]
+        together.append((name, f"{name}-resumed", ["loader.workers=1"]))
+        together.append((name, f"{name}-zero3", zero3))
     run_ranks(trained, 2, folder=str(root), runs=together)
     return root
 
@@ -313,8 +341,9 @@ def stored_weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", OBJECTIVES_RUN)
 def test_two_terms_go_through_the_loop_on_one_and_two_ranks(runs, name):
-    """Ledger, metrics, held-out losses and checkpoints have both terms."""
-    term, weight, _ = OBJECTIVES_RUN[name]
+    """Ledger, metrics, held-out losses and checkpoints have all terms."""
+    weight_of = OBJECTIVES_RUN[name][0]
+    term = [*weight_of][1]
     one, two = (read_jsonl(runs / f"{name}-{ranks}" / LEDGER) for ranks in (1, 2))
     assert one == two and any(line["other_targets"][term] for line in one)
     follow_chain(one, runs / f"{name}-1" / LEDGER)
@@ -326,23 +355,62 @@ def test_two_terms_go_through_the_loop_on_one_and_two_ranks(runs, name):
     metrics = merged_metrics(runs / f"{name}-1" / METRICS)
     steps = [m for m in metrics if m.get(f"loss_{term}") is not None]
     assert steps and all(
-        m["loss"] == pytest.approx(m["loss_mlm"] + weight * m[f"loss_{term}"], rel=1e-9)
+        m["loss"] == pytest.approx(sum(w * m[f"loss_{t}"] for t, w in weight_of.items()), rel=1e-9)
         for m in steps
     )
-    assert any(f"held_out_accuracy_{term}" in m and "held_out_loss" in m for m in metrics)
+    # the held-out question of a distillation is that of mlm
+    judged = [m for m in metrics if "held_out_loss" in m]
+    assert judged
+    assert all((f"held_out_accuracy_{term}" in m) == (name != "distill") for m in judged)
     weights = [stored_weights(runs / f"{name}-{ranks}") for ranks in (1, 2)]
     assert max(float((weights[0][n] - t).abs().max()) for n, t in weights[1].items()) < 1e-10
 
 
-def test_pairs_resume_on_other_ranks_with_the_same_rows(runs):
-    whole, resumed = runs / "mlm_nsp-1", runs / "resumed"
+@pytest.mark.parametrize("name", RESUMED)
+def test_terms_resume_on_other_ranks_with_the_same_rows(runs, name):
+    whole, resumed = runs / f"{name}-1", runs / f"{name}-resumed"
     assert read_jsonl(resumed / LEDGER) == read_jsonl(whole / LEDGER)
     found = stored_weights(resumed)
     assert max(float((stored_weights(whole)[n] - t).abs().max()) for n, t in found.items()) < 1e-10
 
 
-def test_pairs_at_zero_stage_3_give_the_curve_of_one_rank(runs):
-    one, other = (stored_weights(runs / name) for name in ("mlm_nsp-1", "zero3"))
-    assert read_jsonl(runs / "zero3" / LEDGER) == read_jsonl(runs / "mlm_nsp-1" / LEDGER)
+@pytest.mark.parametrize("name", RESUMED)
+def test_terms_at_zero_stage_3_give_the_curve_of_one_rank(runs, name):
+    one, other = (stored_weights(runs / f"{name}-{way}") for way in ("1", "zero3"))
+    assert read_jsonl(runs / f"{name}-zero3" / LEDGER) == read_jsonl(runs / f"{name}-1" / LEDGER)
     off = sum(float((one[n].double() - other[n].double()).square().sum()) for n in one)
     assert (off / sum(float(t.double().square().sum()) for t in one.values())) ** 0.5 < 1e-5
+
+
+def test_a_teacher_is_in_no_checkpoint_and_known_by_its_weights(runs):
+    run = runs / "distill-1"
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    assert stored_weights(run).keys() == stored_weights(runs / "two-1").keys()
+    known = weights_sha256(read_stored(runs / "teacher").weights)
+    assert read_progress(checkpoint)[1]["objective_sha256"] == {"teacher": known}
+    begun = next(e for e in read_jsonl(run / EVENTS) if e["event"] == "start")
+    assert begun["objective_sha256"] == {"teacher": known}
+
+
+def resumed_with_another(world: World, *, folder: str) -> list[str]:
+    """What a resume says with another teacher, and then with the same one elsewhere."""
+    said = []
+    for teacher in ("another", "elsewhere"):
+        try:
+            trained(
+                world,
+                folder=folder,
+                runs=[("distill", "other", [f"objective.teacher={folder}/{teacher}"])],
+            )
+            said.append("done")
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_another_teacher_under_the_same_run_is_refused_and_a_moved_one_is_not(runs):
+    as_after_a_kill(runs / "distill-1", runs / "other")
+    shutil.copytree(runs / "teacher", runs / "elsewhere")
+    (said,) = run_ranks(resumed_with_another, 1, folder=str(runs))
+    assert "objective.teacher" in said[0] and "this run was trained with" in said[0]
+    assert said[1] == "done"
