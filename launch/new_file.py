@@ -55,6 +55,7 @@ RUNS = {
     "large": "modernbert_large",
     "continue": "continue",
     "domain": "domain",
+    "distilled": "modernbert_distilled",
     "four-domains": "mini_four_domains",
     **{name.replace("_", "-"): name for name in FAMILIES},
 }

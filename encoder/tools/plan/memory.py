@@ -175,14 +175,16 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
         share = COMPILED_SHARE[engine.fp8] if compiled else 1.0
         layers = model.num_hidden_layers * (share * layer + counted.layer_fixed)
 
-    # one piece of logits, which becomes its gradient, and one of each model that is asked; the
-    # decoder's weight in 2 bytes, and its gradient before and after scaling
+    # one piece of logits, which becomes its gradient; the decoder's weight in 2 bytes, and its
+    # gradient before and after scaling
     share = max(run.mask_share_of(phase).highest for phase in run.phases)
     targets = run.objective.expected_targets(tokens=tokens, mask_share=share)
     piece = min(max(targets.values()), PIECE_POSITIONS[kind])
     logit_width = 2 if in_half else width
-    pieces = 1 + len(run.objective.STORED_MODELS)
+    if run.objective.STORED_MODELS:
+        # of soft targets: both models' logits, and three pieces that are computed in full precision
+        logit_width = 2 * logit_width + 12 if in_half else 3 * width
     decoder_width = 10 if in_half else 8
-    loss = model.vocab_size * (logit_width * pieces * piece + decoder_width * model.hidden_size)
+    loss = model.vocab_size * (logit_width * piece + decoder_width * model.hidden_size)
     workspace = 0 if kind == "cpu" else CUBLAS_BYTES
     return int(outside + layers + loss) + workspace
