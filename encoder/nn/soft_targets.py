@@ -9,6 +9,8 @@ with the loss, while a piece's logits are still warm. Per position, with p = sof
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,16 +36,14 @@ def soft_target_sum(
     """
     shared = min(len(student.weight_VC), len(teacher.weight_VC))
     student = _of_vocabulary(student, shared)
-    teacher = _of_vocabulary(teacher, shared)
+    teacher = _at_rest(_of_vocabulary(teacher, shared))
     device = student.hidden_MC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return LossTerm(
         *_SoftTargetSum.apply(
             *student,
-            TokenDecoder(*(None if x is None else x.detach() for x in teacher)),
-            target_M,
-            temperature,
-            dtype,
+            teacher,
+            _Question(target_M, temperature, dtype),
             torch.is_grad_enabled(),
         )
     )
@@ -70,11 +70,31 @@ def _of_vocabulary(decoder: TokenDecoder, words: int) -> TokenDecoder:
     return TokenDecoder(decoder.hidden_MC, decoder.weight_VC[:words], bias_V)
 
 
+def _at_rest(decoder: TokenDecoder) -> TokenDecoder:
+    bias_V = None if decoder.bias_V is None else decoder.bias_V.detach()
+    return TokenDecoder(decoder.hidden_MC.detach(), decoder.weight_VC.detach(), bias_V)
+
+
+class _Question(NamedTuple):
+    """What is asked of both models."""
+
+    target_M: Tensor
+    temperature: float
+    dtype: torch.dtype | None  # of the matrix products; None: the weight's
+
+
 class _SoftTargetSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, h_MC, weight_VC, bias_V, teacher, target_M, temperature, dtype, with_gradients
-    ):
+        ctx: Any,
+        h_MC: Tensor,
+        weight_VC: Tensor,
+        bias_V: Tensor | None,
+        teacher: TokenDecoder,
+        question: _Question,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        target_M, temperature, dtype = question
         exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
         piece = PIECE_POSITIONS[h_MC.device.type]
         total = torch.zeros((), dtype=exact, device=h_MC.device)
@@ -114,9 +134,9 @@ class _SoftTargetSum(torch.autograd.Function):
         return total, reported, count, correct
 
     @staticmethod
-    def backward(ctx, d_total, *_):
+    def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradients = (None if d is None else scaled(d, d_total) for d in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None)
 
 
 class _Product:

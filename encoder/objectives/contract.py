@@ -96,7 +96,9 @@ class ObjectiveConfig(Settings, Protocol):
 class ModelShape(Protocol):
     """What an objective's settings ask of a model's."""
 
-    hidden_size: int
+    @property
+    def hidden_size(self) -> int:
+        """Features of a state."""
 
     def train_flops(
         self, *, lengths: Sequence[int] | np.ndarray, targets: Mapping[str, float]

@@ -228,7 +228,8 @@ class Distillation(MaskedLanguageModel):
 
 def _nothing(term: LossTerm) -> LossTerm:
     """A term without a target."""
-    return LossTerm(*(torch.zeros_like(value) for value in term[:4]))
+    total, loss, count, correct = (torch.zeros_like(value) for value in term[:4])
+    return LossTerm(total, loss, count, correct)
 
 
 @dataclass(frozen=True, kw_only=True)

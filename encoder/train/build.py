@@ -138,7 +138,7 @@ def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Sou
 
 def make_objective_models(
     run: RunConfig, asked: Mapping[str, AskedModel], device: torch.device
-) -> dict[str, torch.nn.Module]:
+) -> dict[str, Model]:
     """The models that the objective asks, by setting, on the device: they train nothing, and no engine knows them.
 
     run: its precision decides theirs
@@ -147,15 +147,19 @@ def make_objective_models(
     """
     dtypes = {"fp64": torch.float64, "bf16": torch.bfloat16}
     dtype = dtypes.get(run.engine.precision, torch.float32)
-    models = {}
+    models: dict[str, Model] = {}
     for name, stored in asked.items():
         with torch.device("meta"):
             model = build_model(stored.config, attention=run.attention, seed=0)
         model.load_state_dict(stored.weights, assign=True)
         stored.weights.clear()
-        models[name] = model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.train(False)
+        model.to(device=device, dtype=dtype)
         if compiles(run, device):
-            models[name].compile_blocks_()
+            model.compile_blocks_()
+        models[name] = model
     return models
 
 
@@ -164,7 +168,7 @@ def make_objective(
     facts: DataFacts,
     phase: PhaseConfig,
     *,
-    models: Mapping[str, torch.nn.Module] | None = None,
+    models: Mapping[str, Model] | None = None,
 ) -> Objective:
     """The objective of a phase: how its rows are masked, and the loss.
 

@@ -361,11 +361,11 @@ class Trainer:
     def _flops(self, data: StepData) -> int:
         """Model FLOP of this rank's documents as long as they are; padding is no work."""
         session = self.session
+        model, asked = session.run.model, session.objective_models
         train_flops = session.run.objective.train_flops
-        shapes = (session.run.model, session.objective_models)
         return int(
             sum(
-                train_flops(*shapes, lengths=document_lengths(b), targets=b.counts)
+                train_flops(model, asked, lengths=document_lengths(b), targets=b.counts)
                 for b in data.micro_batches
             )
         )

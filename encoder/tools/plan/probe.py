@@ -148,9 +148,9 @@ def measure(run: RunConfig) -> Probe:
     import_deepspeed(device)
     join(world, device=device)
     base = psutil.Process().memory_info().rss
-    asked = read_objective_models(run, facts, hashed=False)
-    shapes = {name: model.config for name, model in asked.items()}
-    models = build.make_objective_models(run, asked, device)
+    stored = read_objective_models(run, facts, hashed=False)
+    shapes = {name: model.config for name, model in stored.items()}
+    models = build.make_objective_models(run, stored, device)
     objective = build.make_objective(run, facts, run.phases[0], models=models)
     engine = start_engine(
         build.make_model(run),
