@@ -105,7 +105,7 @@ class _SoftTargetSum(torch.autograd.Function):
             if with_gradients:
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
-                d_bias = None if bias_V is None else torch.zeros_like(own.bias_V)
+                d_bias = None if own.bias_V is None else torch.zeros_like(own.bias_V)
             for start in range(0, len(target_M), piece):
                 part = slice(start, start + piece)
                 logits_mV = own.logits(part)
@@ -124,9 +124,9 @@ class _SoftTargetSum(torch.autograd.Function):
                 # or they stand beside the next piece's
                 del logits_mV, teacher_mV
         if with_gradients:
-            ctx.save_for_backward(
-                d_h, d_weight.to(weight_VC.dtype), None if bias_V is None else d_bias.to(bias_V)
-            )
+            if bias_V is not None and d_bias is not None:
+                d_bias = d_bias.to(bias_V.dtype)
+            ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), d_bias)
         count = (target_M != IGNORE).sum()
         correct = torch.zeros_like(count)
         reported = total.clone()
