@@ -122,7 +122,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     try:
         with watchdog, contextlib.ExitStack() as held:
             build.check_same_precision(run)
-            started = start_run(run, facts, world, device, folder, held, initial, known, asked)
+            started = start_run(run, facts, world, device, held, initial, known, asked)
             display = held.enter_context(
                 open_display(first_rank=world.first, every_steps=run.tracking.print_every_steps)
             )

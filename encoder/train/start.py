@@ -62,7 +62,6 @@ def start_run(
     facts: DataFacts,
     world: World,
     device: torch.device,
-    folder: Path,
     held: contextlib.ExitStack,
     initial: InitialWeights | None,
     mistakes: Sequence[str] = (),
@@ -75,6 +74,7 @@ def start_run(
     `asked`: the models that the objective asks; their weights go to the device, and are let go here.
     """
     asked = asked or {}
+    folder = Path(run.out)
     entropy: float | None = None
     lock: RunLock | None = None
     with all_ranks_agree(world):

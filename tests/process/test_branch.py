@@ -110,7 +110,7 @@ def first_step(world: World, *, root: Path, name: str, settings: list[str] = ())
     facts = check_data(run)
     initial = read_initial(run, facts, hashed=False) if run.init_from else None
     with contextlib.ExitStack() as held:
-        started = start_run(run, facts, world, torch.device("cpu"), Path(run.out), held, initial)
+        started = start_run(run, facts, world, torch.device("cpu"), held, initial)
     engine = started.engine
     write_state(engine, root / f"{name}_before")
     batches = share_of_step(1, rank=world.rank, world_size=world.size, micro_batch_rows=2)

@@ -103,7 +103,7 @@ def masters_are_the_stored_values(world: World, *, folder: str, stage: int, prec
     facts, device = check_data(run), torch.device("cpu")
     initial = read_initial(run, facts, hashed=world.first)
     with contextlib.ExitStack() as held:
-        engine = start_run(run, facts, world, device, Path(run.out), held, initial).engine
+        engine = start_run(run, facts, world, device, held, initial).engine
     expected = read_stored(Path(folder) / "moved").weights
     found = [
         (p.master, expected[p.name].view(-1)[p.start : p.start + len(p.master)])
