@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from encoder.base.batch import Targets, packed_documents
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
+from encoder.engine.graphed import GraphedForward
 from encoder.models.bert import BertConfig
 from encoder.models.catalog import build_model
 from encoder.models.modernbert import ModernBertConfig
@@ -211,3 +212,23 @@ def test_settings_without_effect_are_told():
     ]
     assert any("temperature has no effect" in line for line in told)
     assert any("z_loss_weight has no effect" in line for line in told)
+
+
+def test_a_graphed_forward_has_the_same_terms_and_gradients():
+    """All but the capture, which needs CUDA: the teacher is asked inside of it."""
+    one = objective()
+    student = build_model(STUDENT, seed=1)
+    batch = batch_of(masked(one))
+    graphed = GraphedForward(student, lambda given: one.loss(student, given))
+    gradients = []
+    for forward in (graphed, lambda given: one.loss(student, given)):
+        terms = forward(batch)
+        assert {name: term.weight for name, term in terms.items()} == {
+            "mlm": 2.0,
+            "soft": 5.0,
+            "cosine": 1.0,
+        }
+        total = sum(term.weight * term.total for term in terms.values())
+        gradients.append(torch.autograd.grad(total, [*student.parameters()]))
+    for ours, plain in zip(*gradients, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
