@@ -17,7 +17,8 @@ from encoder.base.units import short_count
 from encoder.models.contract import ModelConfig
 from encoder.runs.config import RunConfig
 from encoder.runs.facts import DataFacts
-from encoder.runs.initial import check_same_tokens, weights_sha256
+from encoder.runs.initial import weights_sha256
+from encoder.runs.vocabulary import edits_of
 from encoder.runs.weights import model_facts, read_model
 
 
@@ -60,7 +61,7 @@ def _read(run: RunConfig, facts: DataFacts, *, name: str, place: str, hashed: bo
             f"    {place} has no tokenizer.json: that its ids mean the shards' tokens was not seen"
         )
     else:
-        check_same_tokens(stored.tokenizer_json, facts.tokenizer_json)
+        edits_of(stored.tokenizer_json, facts.tokenizer_json, None)
     return AskedModel(
         config=stored.config, weights=stored.weights, sha256=sha256, lines=tuple(lines)
     )
