@@ -98,13 +98,17 @@ def start_engine(
     device: of this rank
     """
     config = replace(config, precision=precision_on(config.precision, device))
-    steps = build_optimizer(model, optimizer)  # grouped by dimensions, which stage 3 takes away
+    # groups go by a parameter's dimensions, which stage 3 takes away
+    steps = build_optimizer(model, optimizer)
     deepspeed = import_deepspeed(device)
     forget_former_groups()
     if config.activation_checkpointing == "blocks":
         model.recompute_blocks_()
+    # replaces modules, not parameters: these the optimizer holds already
     if config.fp8 == "layers":
         model.fp8_blocks_()
+
+    # stage 3 never has the whole model on a rank; below it every rank starts with all of it
     if config.zero_stage == 3:
         partition_(
             model,
@@ -115,6 +119,8 @@ def start_engine(
         first: Values = model.initial_values
     else:
         model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
+
+        # DeepSpeed casts the parameters to bf16: the masters start from these copies in fp32
         whole = (
             {name: p.detach().clone() for name, p in model.named_parameters()}
             if config.precision == "bf16"
@@ -124,9 +130,9 @@ def start_engine(
     ds_engine = initialize(
         deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size)
     )
-    ds_engine.enable_backward_allreduce = (
-        config.zero_stage > 0
-    )  # stage 0: ours, because DeepSpeed's refuses fp64
+    # stage 0: ours, because DeepSpeed's refuses fp64
+    ds_engine.enable_backward_allreduce = config.zero_stage > 0
+
     engine = Engine(
         ds_engine, objective=objective, optimizer=steps, config=config, world=world, device=device
     )
@@ -152,23 +158,30 @@ class Engine:
         self.module: TrainedModel = ds_engine.module  # the bare model
         self.optimizer = optimizer
         self.objective = objective
+
+        # DeepSpeed's engine calls the module's forward, so the loss stands in its place
         forward: Forward = self._terms_of
         if config.graphs == "micro_step":
             forward = GraphedForward(self.module, forward)
         # of this module, not of its class
         self.module.forward = self._in_mode(forward)
+        # whole shapes, also where stage 3 has cut the parameters
         self.shapes = {
             name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad
         }
         self._ds = ds_engine
         self._parts = flat_parts(ds_engine)
         self._plain_norm = torch.zeros(())  # stage 0: DeepSpeed measures no norm there
+
+        # a checkpoint has what each rank owns: without gaps, nothing twice
         check_cover(
             [s for _, s in self._owned()],
             numels={name: math.prod(shape) for name, shape in self.shapes.items()},
             world=world,
             device=device,
         )
+
+        # stage 0 steps whole tensors, and has no ZeRO that averages, clips and checks the gradients
         if config.zero_stage:
             optimizer.set_stretches(self._parts, shapes=self.shapes)
         else:
@@ -200,16 +213,20 @@ class Engine:
                 loss=math.nan, grad_norm=0.0, applied=False, means=dict.fromkeys(counts, math.nan)
             )
         assert max_lr > 0.0, "the decay is relative to the peak rate"
+
+        # a phase may change the decay, but not which groups decay
         for group in self.optimizer.param_groups:
             group.update(lr=lr, max_lr=max_lr)
             if weight_decay is not None and group["decays"]:
                 group["weight_decay"] = weight_decay
         # of losses and of targets, by term: one all-reduce
+        # kept on the device, so that the host need not wait for a micro-batch
         sums = torch.zeros(len(counts), 2, dtype=torch.float64, device=self.device)
         weights: dict[str, float] = {}
         for batch in on_device(micro_batches, self.device):
             loss = self._ds(batch)
             assert [*loss] == [*counts], f"the loss has the terms {[*loss]}, the step {[*counts]}"
+            # the loss has its denominator already, so DeepSpeed must not divide it again
             self._ds.backward(self._objective_of(loss, counts), scale_wrt_gas=False)
             for row, term in zip(sums, loss.values(), strict=True):
                 row[0] += term.sum
@@ -218,8 +235,12 @@ class Engine:
         self._ds.step()
         norm = self._plain_norm if self.config.zero_stage == 0 else self._ds.get_global_grad_norm()
         norm = float(norm)
+
+        # the comparison is false for nan, too
         if not norm < float("inf"):
             forget_gradients(self._ds)
+
+        # the denominators were fixed before the first forward: the loss must count as many
         means = {}
         for (name, count), (loss_sum, counted) in zip(
             counts.items(), sum_over_ranks(sums).tolist(), strict=True
@@ -228,6 +249,8 @@ class Engine:
                 f"{name}: the batches announced {count} targets, the loss counted {counted:.0f}"
             )
             means[name] = loss_sum / count if count else math.nan
+
+        # the mean of a term without targets is nan and stays out of the loss; a norm of nan is inf
         return StepResult(
             loss=sum(weights[name] * mean for name, mean in means.items() if counts[name]),
             means=means,
@@ -242,6 +265,7 @@ class Engine:
 
         A term without targets in the whole step is exactly zero, and stays in the graph: every parameter has a gradient.
         """
+        # weight x sum of the losses x ranks / targets; max(1, ...): 0 / 1 rather than 0 / 0
         shares = [
             term.total * (term.weight * self.world.size / max(1, counts[name]))
             for name, term in loss.items()
@@ -251,11 +275,13 @@ class Engine:
     def evaluate(self, batches: Sequence[TokenBatch]) -> dict[str, TermSum]:
         """The loss terms without dropout and without gradients, over all ranks, which may bring different numbers of batches."""
         terms = self.objective.terms
+
+        # by term: losses, targets, targets with the highest logit; fp64 is exact up to 2^53
         sums = torch.zeros(len(terms), 3, dtype=torch.float64, device=self.device)
         forwards = [*batches]
-        if (
-            self.config.zero_stage == 3
-        ):  # weights are gathered layer by layer, by all ranks or by none
+
+        # weights are gathered layer by layer, by all ranks or by none
+        if self.config.zero_stage == 3:
             most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
             forwards += [_nothing_to_predict(terms)] * (most - len(batches))
         training = self.module.training
@@ -311,9 +337,8 @@ class Engine:
     def _owned(self) -> Iterator[tuple[FlatPart, ParamSlice]]:
         for part in self._parts:
             for s in part.stretches:
-                s = (
-                    share_of(s, self.world) if self.config.zero_stage == 0 else s
-                )  # stage 0: all lies on every rank
+                # stage 0: all lies on every rank, so each answers for a share
+                s = share_of(s, self.world) if self.config.zero_stage == 0 else s
                 if s.length:
                     yield part, s
 
@@ -334,9 +359,9 @@ class Engine:
             # layers that are computed again keep no weight, and theirs must not be replaced while they are in their backward
             if self.config.zero_stage == 3 and self.config.activation_checkpointing == "off":
                 forward.enter_context(weights_may_go())
-            if (
-                self.config.precision == "autocast"
-            ):  # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
+
+            # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
+            if self.config.precision == "autocast":
                 forward.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             yield
 
@@ -357,14 +382,19 @@ class Engine:
         """Stage 0, what ZeRO's optimizers do before they step: the mean over ranks, its norm, clipping, and no update from
         a gradient that is not finite."""
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        # one all-reduce of all gradients; every parameter has one (see _objective_of)
         flat = sum_over_ranks(torch.cat([p.grad.view(-1) for p in tensors])).div_(self.world.size)
         self._plain_norm = _norm(flat)
-        if self.config.gradient_clipping:  # the formula of ZeRO's unscale_and_clip_grads
+
+        # the formula of ZeRO's unscale_and_clip_grads
+        if self.config.gradient_clipping:
             flat.div_(
                 ((self._plain_norm + 1e-6) / self.config.gradient_clipping)
                 .clamp(min=1.0)
                 .to(flat.dtype)
             )
+
+        # a tensor without a gradient is left where it is by the optimizer, and its counter, too
         finite = bool(torch.isfinite(self._plain_norm))
         for p, grad in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
             p.grad = grad.view_as(p) if finite else None
@@ -383,6 +413,7 @@ def _norm(flat: torch.Tensor) -> torch.Tensor:
 
 def _nothing_to_predict(terms: Sequence[str]) -> TokenBatch:
     """One document of two tokens without targets: a forward of a rank whose batches are done while others go on."""
+    # index 0, id 0: any would do, since IGNORE keeps the position out of the loss
     one = torch.zeros(1, dtype=torch.int64)
     nothing = Targets(index_M=one, value_M=one + IGNORE, count=0)
     return packed_documents([one.repeat(2)], dict.fromkeys(terms, nothing))

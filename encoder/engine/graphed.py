@@ -22,7 +22,8 @@ from encoder.base.batch import LossTerm, TokenBatch
 from encoder.base.model import TrainedModel
 from encoder.nn.loss import scaled
 
-WARM_UP = 3  # micro-steps before a capture, on a stream of their own: kernels are compiled and tuned, libraries loaded
+# micro-steps before a capture, on its stream: kernels are compiled and tuned, libraries loaded
+WARM_UP = 3
 ENDS = "cu_seqlens_S1"
 
 Terms = dict[str, LossTerm]
@@ -48,6 +49,8 @@ class GraphedForward:
         """Raises RuntimeError in the backward of a forward that another one has followed."""
         if not torch.is_grad_enabled():
             return self._plain(batch)
+
+        # a graph repeats its launches as captured: the key holds what they were bound to
         key = (*self._of_batch(batch), *self._of_model(batch.ids_T.device))
         if key != self._key or self._graph is None or not self._graph.has_room(batch):
             self._key = self._graph = None  # its memory first
@@ -56,6 +59,8 @@ class GraphedForward:
                 key,
             )
             self.captures += 1
+
+        # flat, four tensors a term: an autograd function returns tensors alone
         results = iter(_Replay.apply(self._graph, batch, *self._parameters))
         terms: Terms = {}
         for name, weight in self._graph.weights.items():
@@ -66,6 +71,7 @@ class GraphedForward:
     @property
     def pool_bytes(self) -> int:
         """What the graph keeps on a CUDA device between micro-steps; torch counts only its results as allocated."""
+        # nothing is captured yet, or on a CPU nothing ever is: no pool
         pool = getattr(self._graph and self._graph.replay, "pool", None)
         return (
             sum(s["total_size"] for s in torch.cuda.memory_snapshot(pool, include_traces=False))
@@ -81,8 +87,10 @@ class GraphedForward:
 
     def _of_model(self, device: torch.device) -> Iterator[Any]:
         yield self._model.training
+        # False, or the dtype that autocast computes in
         yield torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         yield from self._model.phase_settings.values()
+        # a graph reads weights by address, and does not follow those that move
         yield from (p.data_ptr() for p in self._parameters)
 
 
@@ -109,6 +117,8 @@ class _Graph:
         leaves: dict[str, Tensor] = {
             f"model.{name}": nn.Parameter(p.detach()) for name, p in parameters.items()
         }
+
+        # the addresses that the graph reads; run() copies each micro-batch there
         self._batch = batch.with_tensors(
             {name: tensor.clone() for name, tensor in batch.tensors().items()}
         )
@@ -125,6 +135,8 @@ class _Graph:
                 loss = functional_call(bare, leaves, (self._batch,))
             self.weights = {name: term.weight for name, term in loss.items()}
             # of each term by itself: their denominators are the caller's
+            # all but the last keep the activations, which the terms share. One term alone must
+            # reach every parameter, or torch raises; of several each may leave some out (zeros)
             *others, last = (term.total for term in loss.values())
             gradients = [
                 torch.autograd.grad(
@@ -155,12 +167,14 @@ class _Graph:
             theirs = given[name]
             ours[: len(theirs)].copy_(theirs, non_blocking=True)
             if len(theirs) < len(ours):
-                ours[len(theirs) :] = len(batch.ids_T)  # of cu_seqlens: empty documents
+                # cu_seqlens alone may be shorter: empty documents, which end at the last token
+                ours[len(theirs) :] = len(batch.ids_T)
         return self.replay()
 
 
 def captured(work: Work) -> Work:
     """The work as a CUDA graph; what it returns stays where it is."""
+    # the default stream cannot be captured; the warm-up runs on the capture's own
     beside = _stream(torch.cuda.current_device())
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
@@ -203,9 +217,10 @@ class _Replay(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         loss, ctx.gradients = graph.run(batch)
         ctx.graph, ctx.turn = graph, graph.turn
-        results = tuple(
-            x.clone() for term in loss.values() for x in term[:4]
-        )  # the caller may keep them
+
+        # clones: the caller may keep them, and the next replay writes over ours
+        results = tuple(x.clone() for term in loss.values() for x in term[:4])
+        # of a term's four results only the first, its total, is differentiated
         ctx.mark_non_differentiable(*(x for i, x in enumerate(results) if i % 4))
         return results
 
@@ -224,11 +239,15 @@ class _Replay(torch.autograd.Function):
                 "two forwards before a backward: the graph has written over the gradients of the"
                 " first."
             )
+
+        # a term's gradients times what the caller multiplied its total with, every fourth result
         # new tensors: autograd may keep one as a parameter's .grad, and the next replay writes over ours
         by_term = [
             [scaled(d, d_total) for d in own]
             for own, d_total in zip(gradients, d_results[::4], strict=True)
         ]
+
+        # none for the graph and the batch; a parameter's gradient is the sum over terms
         return (
             None,
             None,

@@ -31,6 +31,7 @@ def on_device(batches: Sequence[TokenBatch], device: torch.device) -> Iterator[T
         with torch.cuda.stream(beside):
             return batch.to(device, non_blocking=True), beside.record_event()
 
+    # one ahead: the next copy is queued before the kernels of this micro-batch
     coming = [sent(batch) for batch in batches[:1]]
     for i in range(len(batches)):
         ready, copied = coming.pop()

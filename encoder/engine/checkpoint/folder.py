@@ -33,8 +33,10 @@ def claim_next(run_folder: Path) -> int:
     number = newest_incarnation(run_folder)
     while True:
         number += 1
+        # O_EXCL: of starts in the same moment one alone creates the file
         with contextlib.suppress(FileExistsError):  # another start took it in this moment
             os.close(os.open(folder / f"{number:04d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            # durable, so that after a crash no start gets the same number again
             fsync_path(folder)
             return number
 
@@ -73,6 +75,7 @@ def check_not_stale(root: Path, incarnation: int) -> None:
 def committed_folders(root: Path) -> list[Path]:
     """Committed folders, the last written last: by incarnation, then by tokens."""
     found = []
+    # a newer start may have gone back, so its checkpoint of fewer tokens is the last written
     for path in root.iterdir() if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match and (path / COMMITTED).exists():
@@ -83,6 +86,7 @@ def committed_folders(root: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """The first file that is not what the manifest says, in one sentence; None if all are."""
     try:
+        # from cheap to dear: the mark, the sizes, then all hashes
         committed = read_bytes(folder / COMMITTED, error=CheckpointError, most_bytes=2**16)
         if committed.decode("ascii", "replace") != sha256_of(folder / MANIFEST):
             return (
@@ -103,6 +107,8 @@ def damage(folder: Path) -> str | None:
             ):
                 if digest != manifest[name]["sha256"]:
                     return f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}."
+
+        # a load reads every rank file it finds, also one that the manifest does not name
         if unknown := sorted(
             p.name for p in folder.glob("rank*.safetensors") if p.name not in manifest
         ):
@@ -110,6 +116,7 @@ def damage(folder: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{error.filename} is missing."
     except CheckpointError as error:
+        # a file that is not there is named as such; anything else says itself what it is
         lost = error.__cause__
         return f"{lost.filename} is missing." if isinstance(lost, FileNotFoundError) else str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -134,18 +141,21 @@ def remove_old(
     check_not_stale(root, incarnation)
     committed = committed_folders(root)
     kept, whole, good = {path for path in committed if (path / MILESTONE).exists()}, 0, False
+
+    # from the newest on; a folder is hashed only where it would be kept
     for path in reversed(committed):
         wanted = not good and is_good(path)
         if whole < keep_last or wanted:
             kept.add(path)
             found = is_whole(path)
             whole, good = whole + found, good or (wanted and found)
+
+    # `.NAME.part` is an uncommitted save; a higher incarnation is a newer start's
     for path in sorted(root.iterdir()):
         match = _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part"))
         if match and int(match.group(2)) <= incarnation and path not in kept:
-            if (
-                path.is_symlink()
-            ):  # laid by a person: what lies behind it is not this run's to remove
+            # laid by a person: what lies behind it is not this run's to remove
+            if path.is_symlink():
                 path.unlink()
                 continue
             # the mark goes first: a kill while removing must not leave a committed folder with files missing

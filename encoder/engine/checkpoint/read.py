@@ -44,6 +44,7 @@ from encoder.engine.engine import Engine
 
 def claim_incarnation(run_folder: Path, world: World) -> int:
     """The number of this start of the run; from now on older starts can neither commit nor delete. Raises CheckpointError."""
+    # stays zero on all ranks but the first, so the sum is its number
     claimed = torch.zeros(1, dtype=torch.int64)
     run_on_all_ranks(
         (lambda: claimed.fill_(claim_next(run_folder))) if world.first else None,
@@ -60,6 +61,7 @@ def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: Tr
     Raises CheckpointError if there are checkpoints but none is whole.
     """
     folders = committed_folders(root)
+    # stays zero on all ranks but the first, so the sum is its choice; incarnation 0: none
     names = torch.zeros(2, dtype=torch.int64)  # tokens, incarnation
 
     def choose() -> None:
@@ -75,6 +77,8 @@ def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: Tr
             warn_once(
                 f"{problem} Checkpoint {folder.name} is left out, the one before it is tried."
             )
+
+        # none was chosen, and the oldest is damaged as well
         if problem:
             raise CheckpointError(
                 f"none of the {len(folders)} checkpoints in {root} is whole: {problem} "
@@ -103,6 +107,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, A
                     reader.copy_into(tensor, name=piece.name, start=piece.start, kind=kind)
         state["progress"], state["extra"] = read_progress(folder)
 
+    # what follows is a collective: only after every rank has read all of its pieces
     run_on_all_ranks(
         load,
         doing=f"cannot read checkpoint {folder}",
@@ -130,9 +135,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         with StretchReader(folder) as reader:
             for name, shape in _read_state(folder)["shapes"].items():
-                reader.check_whole(
-                    name, math.prod(shape)
-                )  # before memory is taken for what a file only tells of
+                # before memory is taken for what a file only tells of
+                reader.check_whole(name, math.prod(shape))
                 weights[name] = torch.empty(shape, dtype=reader.dtype)
                 reader.copy_into(weights[name].view(-1), name=name, start=0, kind="master")
     except (OSError, SafetensorError) as error:
@@ -164,6 +168,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
             f"{folder} has format {ascii(state.get('format'))[:40]}; this version reads format"
             f" {FORMAT}."
         )
+
+    # the file may come from anywhere; by type() true is no number
     shapes, steps = state.get("shapes"), state.get("optimizer_steps")
     if (
         not isinstance(shapes, dict)

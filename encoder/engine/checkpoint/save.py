@@ -92,9 +92,8 @@ class Saver:
         )
         self._is_good = is_good
         self._save: _Save | None = None
-        self._known_whole: dict[
-            Path, bool
-        ] = {}  # rank zero: folders that this start wrote, or has hashed
+        # rank zero: folders that this start wrote, or has hashed
+        self._known_whole: dict[Path, bool] = {}
 
     @property
     def busy(self) -> bool:
@@ -128,11 +127,14 @@ class Saver:
         )
         with self._cleaned_up_after(save):
             run_on_all_ranks(save.begin if first else None, doing=save.doing, then=save.then)
+            # rank zero alone has looked; the sum tells the others
             kept_already = int(sum_over_ranks(save.kept_already))
             if not kept_already:
                 run_on_all_ranks(save.copy, doing=save.doing, then=save.then)
         if kept_already:
             return save.result()
+
+        # from here on training may change weights and state: the copies are the thread's
         self._save = save
         save.go(save.write_rank)
         return None
@@ -146,7 +148,9 @@ class Saver:
             run_on_all_ranks(save.raise_error, doing=save.doing, then=save.then)
             if not save.written:
                 save.written = True
+                # each rank filled its own row: with the sum rank zero can write the manifest
                 sum_over_ranks(save.digests)
+                # the others run an empty part, so that `ready` has the same meaning on every rank
                 save.go(self._commit if self._engine.world.first else _nothing)
                 return None
         self._save = None
@@ -168,6 +172,8 @@ class Saver:
         """On rank zero's thread: the rest of the files, then retention."""
         assert self._save
         self._save.commit()
+
+        # hashed while it was written: retention need not read it again
         self._known_whole[self._save.final] = True
         try:
             remove_old(
@@ -224,9 +230,8 @@ class _Save:
         self.doing = f"cannot write checkpoint {self.final}"
         self.then = "The one before it stays valid; start again once there is room."
         self.kept_already = torch.zeros(1, dtype=torch.int64)
-        self.digests = torch.zeros(
-            engine.world.size, 33, dtype=torch.int64
-        )  # a row a rank: bytes, SHA-256
+        # a row a rank: bytes of its file, then the 32 bytes of its SHA-256
+        self.digests = torch.zeros(engine.world.size, 33, dtype=torch.int64)
         self.began = time.monotonic()
         self.written = False  # the files of all ranks
         self.error: BaseException | None = None
@@ -281,6 +286,7 @@ class _Save:
         rank = self.engine.world.rank
         path = self.part / rank_file(rank)
         write_tensors(path, self.tensors)
+        # the copies' memory, while the hash is computed
         self.tensors = {}
         self.digests[rank] = torch.tensor([path.stat().st_size, *bytes.fromhex(sha256_of(path))])
 
@@ -294,6 +300,8 @@ class _Save:
         )
         write_atomic(part / "run.yaml", self.run_yaml)
         write_json(part / "environment.json", _environment())
+
+        # the ranks have hashed their own files, rank zero hashes the rest
         files = {
             p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
             for p in sorted(part.iterdir())
@@ -304,6 +312,9 @@ class _Save:
         write_json(part / MANIFEST, files)
         if self.milestone:
             write_atomic(part / MILESTONE, self.milestone)
+
+        # the last look for a newer start. Then name and mark, each durable before the next: a kill
+        # in between leaves an uncommitted folder
         check_not_stale(self.root, self.incarnation)
         os.rename(part, self.final)
         fsync_path(self.root)

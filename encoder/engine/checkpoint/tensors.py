@@ -42,6 +42,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     fsync_path(path)
 
 
+# 18 digits: an int64 holds every start
 _KEY = re.compile(r"(?P<name>.+)@(?P<start>[0-9]{1,18})/(?P<kind>[^/]+)", re.DOTALL)
 _DTYPES = ("F32", "F64", "F16", "BF16")
 
@@ -69,6 +70,7 @@ class StretchReader:
 
     def copy_into(self, target: torch.Tensor, *, name: str, start: int, kind: str) -> None:
         """Fills a 1-d tensor with elements [start, start + len) of a parameter's state. Raises CheckpointError for a gap."""
+        # all in elements of the parameter; [a, b) is what a stored stretch has of the target
         end, filled = start + target.numel(), 0
         for low, high, file in self._where.get(name, []):
             a, b = max(start, low), min(end, high)
@@ -101,6 +103,8 @@ class StretchReader:
                     f" needed: stretches of parameters, {' or '.join(_DTYPES)}. Remove this folder"
                     " to use the one before it."
                 )
+
+            # every stretch has a master, and its other kinds have the same range
             if match["kind"] == "master":
                 name, start = match["name"], match["start"]
                 self._where.setdefault(name, []).append(

@@ -77,9 +77,9 @@ class EngineConfig:
             )
 
 
-BUCKET_ELEMENTS = (
-    2**26
-)  # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
+# gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
+BUCKET_ELEMENTS = 2**26
+
 # Stages 1 and 2 reduce each stretch of a bucket to its owner; by default DeepSpeed all-reduces whole buckets: twice the bytes
 TO_THE_OWNER = {"use_multi_rank_bucket_allreduce": False}
 STAGE_3 = {
@@ -100,7 +100,8 @@ def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
         "train_batch_size": world_size,
         # DeepSpeed's default is 1.0; at stage 0 our own hook clips
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
-        "communication_data_type": "fp32",  # else bf16 parameters reduce their gradients in bf16
+        # else bf16 parameters reduce their gradients in bf16
+        "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": False,
@@ -114,10 +115,13 @@ def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
             ),
         },
         "zero_allow_untested_optimizer": True,
+        # our optimizer also where it is offloaded, not DeepSpeed's compiled CPU Adam
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+
+    # gradients of several micro-batches are added up in fp32
     if config.precision == "bf16":
         plain |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return plain
@@ -130,9 +134,8 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     killed) that training never calls. It would also ask the compiler which of its kernels could be built here: 0.3 s.
     """
     os.environ["DS_ACCELERATOR"] = device.type
-    logging.getLogger("DeepSpeed").setLevel(
-        logging.ERROR
-    )  # exists before its import, which then only adds a handler
+    # exists before its import, which then only adds a handler
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with quiet():
         import deepspeed
         import deepspeed.ops
@@ -163,6 +166,8 @@ def forget_former_groups() -> None:
 
     if comm.cdb is None or groups._WORLD_GROUP is None:
         return
+
+    # a group that torch.distributed no longer knows belonged to a run that is over
     try:
         dist.get_process_group_ranks(groups._WORLD_GROUP)
     except (KeyError, ValueError):

@@ -25,9 +25,9 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
     """This rank's tensors that are stepped, one per optimizer group (stages 1, 2) or per parameter (stage 0)."""
     names = {p: name for name, p in ds_engine.module.named_parameters() if p.requires_grad}
     optimizer = ds_engine.optimizer
-    if isinstance(
-        optimizer, torch.optim.Optimizer
-    ):  # stage 0: DeepSpeed leaves our optimizer as it is
+
+    # stage 0: DeepSpeed leaves our optimizer as it is, one whole tensor a parameter
+    if isinstance(optimizer, torch.optim.Optimizer):
         return [
             FlatPart(
                 tensor=p,
@@ -41,7 +41,9 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
             for i, group in enumerate(optimizer.param_groups)
             for p in group["params"]
         ]
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+
+    # stage 3: a flat tensor a sub-group, with this rank's part of each of its parameters
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return [
             FlatPart(
                 tensor=flat,
@@ -52,6 +54,8 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
                 zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
             )
         ]
+
+    # stages 1 and 2: a stretch of a group; without `_hp_mapping` it has nothing of a parameter
     if hasattr(optimizer, "bf16_groups"):  # BF16_Optimizer: bf16 parameters at stage 1
         groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
     else:  # DeepSpeedZeroOptimizer
@@ -70,13 +74,15 @@ def refresh_parameters(ds_engine: Any) -> None:
     """The model's parameters become what the master weights say, on all ranks (an all-gather at stages 1 and 2)."""
     optimizer = ds_engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        ds_engine.empty_partition_cache()  # what is gathered now is old; it is gathered again when used
+        # what is gathered now is old; it is gathered again when used
+        ds_engine.empty_partition_cache()
         for weights, masters in zip(
             optimizer.fp16_partitioned_groups_flat,
             optimizer.fp32_partitioned_groups_flat,
             strict=True,
         ):
             weights.data.copy_(masters.data)
+    # at stage 0 nothing is to be done: the masters are the model's own weights
     elif not isinstance(optimizer, torch.optim.Optimizer):
         optimizer.update_lp_params()
 
@@ -95,6 +101,7 @@ def whole_shape(p: torch.Tensor) -> tuple[int, ...]:
 
 def share_of(whole: ParamSlice, world: World) -> ParamSlice:
     """This rank's part of a parameter that every rank holds whole, near-equal in size."""
+    # numel * rank // ranks: the end of a share is the start of the next
     start, end = (whole.numel * (world.rank + i) // world.size for i in (0, 1))
     return dataclasses.replace(whole, start=start, length=end - start, flat_start=start)
 
@@ -106,6 +113,8 @@ def check_cover(
     row = {name: i for i, name in enumerate(numels)}
     # one stretch of a parameter on a rank: a partition is contiguous, at stages 1 and 2 of a group, at stage 3 of it alone
     table = torch.zeros(world.size, len(row), 2, dtype=torch.int64)
+
+    # each rank fills its own row of zeros, so the sum is the table of all
     for s in owned:
         table[world.rank, row[s.name]] = torch.tensor([s.start, s.length])
     everywhere = [
@@ -133,10 +142,13 @@ def _stretch(name: str, p: Any) -> ParamSlice:  # a Tensor with attributes of De
 def _own_parts(names: dict[torch.Tensor, str], group: Sequence[Any]) -> Iterator[ParamSlice]:
     flat_start = 0
     for p in group:
+        # equal parts: the last ones reach beyond the parameter's end, or lie behind it
         start = p.ds_zero_partition_rank * p.partition_numel()
         length = min(p.partition_numel(), p.ds_numel - start)
         if length > 0:
             yield ParamSlice(
                 name=names[p], numel=p.ds_numel, start=start, length=length, flat_start=flat_start
             )
+
+        # padding takes its place in the flat tensor, too
         flat_start += p.partition_numel()

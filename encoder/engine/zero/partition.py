@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from encoder.base.model import DrawnModel
 from encoder.engine.zero.config import quiet
 
-Values = Callable[
-    [str, Sequence[int]], Tensor
-]  # (name, shape) of a parameter -> its first values, whole
+# (name, shape) of a parameter -> its first values, whole
+Values = Callable[[str, Sequence[int]], Tensor]
 
 
 def partition_(
@@ -40,6 +39,8 @@ def partition_(
             values = model.initial_values(name, parameter.shape).to(device=device, dtype=dtype)
             # in place: the optimizer's groups hold the parameter
             torch.utils.swap_tensors(parameter, nn.Parameter(values, parameter.requires_grad))
+
+            # cut over the ranks at once: the whole values are gone before the next are drawn
             deepspeed.zero.Init(
                 nn.ParameterList([parameter]), mem_efficient_linear=False, dtype=dtype
             )
