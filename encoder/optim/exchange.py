@@ -35,6 +35,8 @@ class Exchange:
     ) -> None:
         self.owners = deal(costs, ranks=len(held))
         self._numels = {h.stretch.name: h.stretch.numel for own in held for h in own}
+
+        # _mine[r] lies here and goes to rank r; _others[r] lies on rank r and comes here
         self._mine = [
             [h for h in held[rank] if self.owners[h.stretch.name] == r] for r in range(len(held))
         ]
@@ -42,6 +44,7 @@ class Exchange:
 
     def bring_together(self, flats: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The whole matrices that this rank works on, flattened."""
+        # all ranks know the order of `held`, so values alone are sent, end to end
         like = next(iter(flats.values()))
         received = exchange(
             [_joined([h.stretch.of(flats[h.part]) for h in some], like) for some in self._mine],
@@ -59,6 +62,8 @@ class Exchange:
     def give_back(self, wholes: Mapping[str, Tensor], flats: Mapping[int, Tensor]) -> None:
         """Writes every rank's stretches of the matrices into its flat tensors."""
         like = next(iter(flats.values()))
+
+        # the same way back: what came is sent, what was sent comes
         received = exchange(
             [_joined([_place(wholes, h) for h in some], like) for some in self._others],
             receive=[sum(h.stretch.length for h in some) for some in self._mine],
@@ -70,6 +75,7 @@ class Exchange:
 def deal(costs: Mapping[str, float], *, ranks: int) -> dict[str, int]:
     """The rank of each matrix: the dearest first, each to the rank with the least to do."""
     load, owners = [0.0] * ranks, {}
+    # equal costs by name: every rank must deal alike
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         owners[name] = load.index(min(load))
         load[owners[name]] += costs[name]

@@ -20,6 +20,7 @@ def decay_groups(
     `matrices` each of its parameters is: for those named in `hidden_matrices` (name -> number), 0 for all others.
     """
     hidden = hidden_matrices or {}
+    # keyed by (decays, matrices), in an order that does not depend on that of the parameters
     groups: dict[tuple[bool, int], list[torch.Tensor]] = {
         (True, n): [] for n in sorted({*hidden.values(), 0})
     }

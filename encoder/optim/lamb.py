@@ -43,14 +43,19 @@ class Lamb(WholeTensorOptimizer):
     config: LambConfig
 
     def _move(self, live: Live) -> None:
+        # sums of squares of the weights and of the update, both over whole parameters
         sums, bundles = self._no_sums(width=2), self._bundles(live)
         for bundle in bundles:
             self._take_in(bundle)
             self._add_squares(sums, 0, bundle, bundle.weights)
             self._add_squares(sums, 1, bundle, self._update(bundle))
+
+        # |theta| and |u| of each parameter
         weights, lengths = self._whole(sums).sqrt().unbind(dim=1)
         one = torch.ones_like(weights)
         trust = torch.where((weights > 0) & (lengths > 0), weights / lengths, one)
+
+        # the update is computed again: kept from above it would take as much memory as the weights
         for bundle in bundles:
             self._subtract(
                 bundle.weights,

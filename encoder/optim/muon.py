@@ -30,11 +30,12 @@ from encoder.optim.slices import FlatPart, ParamSlice
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
 from encoder.optim.whole_tensors import Live
 
+# x -> a x + b x^3 + c x^5: the steepest start that stays near 1 (Jordan)
 NEWTON_SCHULZ = (
     3.4445,
     -4.7750,
     2.0315,
-)  # x -> a x + b x^3 + c x^5: the steepest start that stays near 1 (Jordan)
+)
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -81,6 +82,8 @@ class Muon(StableAdamW):
         """As StableAdamW's; the ranks also tell each other where the matrices lie."""
         super().set_stretches(parts, shapes=shapes)
         self._shapes, names = shapes, list(shapes)
+
+        # stretches as rows of six integers: names become row numbers, the same on all ranks
         row = {name: i for i, name in enumerate(names)}
         mine = [
             (i, self._groups[part.group]["matrices"], row[s.name], s.start, s.length, s.flat_start)
@@ -88,6 +91,8 @@ class Muon(StableAdamW):
             if self._groups[part.group]["matrices"]
             for s in part.stretches
         ]
+
+        # by rank, in the order in which each rank has them: what Exchange asks for
         self._held, self._exchanges = [], {}
         for table in gather_rows(
             torch.tensor(mine, dtype=torch.int64, device=parts[0].tensor.device).view(-1, 6)
@@ -119,11 +124,15 @@ class Muon(StableAdamW):
         hidden = [(group, p) for group, p in live if group["matrices"]]
         if not hidden:
             return
+
+        # M <- mu M + (1 - mu) G in place, and U = mu M + (1 - mu) G of the new M
         mu = self.config.momentum
         updates: dict[Tensor, Tensor] = {}
         for _, p in hidden:
             assert p.grad is not None, "only what has a gradient is live"
             updates[p] = p.grad.lerp(self.state[p]["momentum"].lerp_(p.grad, 1.0 - mu), mu)
+
+        # flat tensors have stretches of matrices; at stage 0 each is whole on every rank
         if self._parts:
             self._orthogonalize_cut(updates)
         else:
@@ -138,6 +147,8 @@ class Muon(StableAdamW):
         """The updates of flat tensors, each matrix by the rank that it was dealt to."""
         flats = {i: updates[tensor] for i, tensor in enumerate(self._parts) if tensor in updates}
         live = tuple(flats)  # all ranks step the same parts: groups, or sub-groups
+
+        # who sends what depends on the stepped parts alone: planned once for each set of them
         if live not in self._exchanges:
             held = [[h for h in own if h.part in flats] for own in self._held]
             names = {h.stretch.name for own in held for h in own}
@@ -152,9 +163,8 @@ class Muon(StableAdamW):
     def _orthogonalize_(self, values: Tensor, *, matrices: int) -> None:
         """Each of the matrices, one above another, becomes orthogonal, and as large as its scale says."""
         for matrix in values.chunk(matrices):
-            near = (
-                matrix if matrix.is_cuda else matrix.to(collective_device())
-            )  # offloaded: to the GPU and back
+            # offloaded: to the GPU and back
+            near = matrix if matrix.is_cuda else matrix.to(collective_device())
             matrix.copy_(newton_schulz(near)).mul_(
                 self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale)
             )
@@ -164,9 +174,13 @@ class Muon(StableAdamW):
 def newton_schulz(matrix: Tensor) -> Tensor:
     """U S' V^T of a matrix U S V^T, with S' near 1 (0.7 to 1.2) unless the singular value is below about 1e-3 of the norm."""
     a, b, c = NEWTON_SCHULZ
+    # the shorter side first, for the smaller Gram matrix. Over its Frobenius norm a matrix has no
+    # singular value above 1, which the iteration needs
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
+
+    # x <- a x + (b G + c G^2) x with G = x x^T
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -184,5 +198,6 @@ def _scale(shape: Sequence[int], kind: str) -> float:
 
 def _cost(shape: Sequence[int], matrices: int) -> float:
     """FLOP of one Newton-Schulz step on the matrices of a parameter."""
+    # G = x x^T and the product with x: 2 n^2 w each; G^2: 2 n^3
     narrow, wide = sorted((shape[0] // matrices, shape[1]))
     return matrices * (4.0 * narrow**2 * wide + 2.0 * narrow**3)

@@ -228,6 +228,8 @@ class CosineInverseSqrt:
             decay_tokens=self.decay_tokens,
             phase_tokens=phase_tokens,
         )
+
+        # in the decay the curve stands still: a line falls from where it stood to the floor
         decay_start = phase_tokens - self.decay_tokens
         high = self._share(min(tokens, decay_start) - self.warmup_tokens, phase_tokens)
         share = high - (high - self.floor_share) * _decay_share(
@@ -241,6 +243,8 @@ class CosineInverseSqrt:
         cosine = phase_tokens / 4 if self.cosine_tokens is None else self.cosine_tokens
         if u <= cosine:
             return f + (1.0 - f) * 0.5 * (1.0 + math.cos(math.pi * u / (2.0 * cosine)))
+
+        # C + d of the class's formula; u + d = u - C + reach
         reach = cosine * (1.0 + f) / (math.pi * (1.0 - f))
         return max(f, 0.5 * (1.0 + f) * math.sqrt(reach / (u - cosine + reach)))
 
@@ -320,10 +324,12 @@ class _Stairs:
 
     def passed(self, stairs: int) -> int:
         """The sum of the first sizes."""
+        # an arithmetic series: n a + s n (n - 1) / 2
         return stairs * self.sizes.start + self.sizes.step * stairs * (stairs - 1) // 2
 
     def index_at(self, phase_tokens: int) -> int:
         """The first stair with phase_tokens < over_tokens * passed / weight; their number behind the last one."""
+        # both sides times the weight (the sum of all sizes): integers, nothing is rounded
         return bisect.bisect_right(
             range(1, len(self.sizes) + 1),
             phase_tokens * self.passed(len(self.sizes)),
@@ -332,6 +338,7 @@ class _Stairs:
 
     def end_of(self, stair: int) -> int:
         """The first tokens that are not on it any more."""
+        # rounded up: the first whole token at which index_at gives the next stair
         return -(-self.over_tokens * self.passed(stair + 1) // self.passed(len(self.sizes)))
 
 
@@ -354,6 +361,8 @@ def whole_rows(tokens: int, row_tokens: int, *, name: str) -> int:
     """Rows in an amount of tokens. Raises ConfigError naming the nearest whole amounts."""
     if tokens >= row_tokens and tokens % row_tokens == 0:
         return tokens // row_tokens
+
+    # less than a row has no lower neighbour: 0 rows are no batch
     below = tokens // row_tokens * row_tokens
     near = ", ".join(f"{n:,}" for n in (below, below + row_tokens) if n)
     raise ConfigError(

@@ -47,6 +47,8 @@ def first_gap(numels: Mapping[str, int], stretches: Sequence[ParamSlice]) -> str
         if by_name.get(stretch.name) is None or stretch.numel != numels[stretch.name]:
             return f"{stretch.name} with {stretch.numel:,} elements is no parameter of the model"
         by_name[stretch.name].append(stretch)
+
+    # sorted by start, each must begin where the one before it ended
     for name, parts in by_name.items():
         end = 0
         for part in sorted(parts, key=lambda s: s.start):

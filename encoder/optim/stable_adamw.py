@@ -51,13 +51,17 @@ class StableAdamW(WholeTensorOptimizer):
     config: StableAdamWConfig
 
     def _move(self, live: Live) -> None:
+        # first pass: averages, and sums of g^2 / max(v, eps^2) over whole parameters
         sums, bundles = self._no_sums(width=1), self._bundles(live)
         for bundle in bundles:
             self._take_in(bundle)
             self._add_squares(sums, 0, bundle, self._roots_of_ratios(bundle))
+
+        # RMS over the whole parameter; at most 1 it leaves the step as it is
         rms = (self._whole(sums)[:, 0] / self._numels).sqrt()
         factors = rms.clamp(min=1.0).reciprocal()
         for bundle in bundles:
+            # relative to the rate, which _subtract multiplies with: eta / max_lr * lambda in all
             decay = bundle.group["weight_decay"] / bundle.group["max_lr"]
             self._subtract(
                 bundle.weights, self._direction(bundle), self._rates(bundle, factors), decay=decay

@@ -33,7 +33,8 @@ from encoder.optim.slices import FlatPart
 # kernels (32 more at base), each of which takes 320 x 65,536 elements at most
 TOGETHER_ELEMENTS = 2**26
 
-Live = list[tuple[dict[str, Any], Tensor]]  # (group, tensor) of the tensors that one step moves
+# (group, tensor) of the tensors that one step moves
+Live = list[tuple[dict[str, Any], Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,14 +107,13 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             },
         )
         self.config = config
-        self._groups = list(
-            self.param_groups
-        )  # ZeRO empties the list and what is in it, not the groups
+        # ZeRO empties the list and what is in it, not the groups
+        self._groups = list(self.param_groups)
         self._parts: dict[Tensor, FlatPart] = {}  # empty: the tensors are whole
+
+        # by tensor, or by name where they are cut over ranks
         whole = [p for group in self._groups for p in group["params"]]
-        self._row: dict[Tensor | str, int] = {
-            p: i for i, p in enumerate(whole)
-        }  # of a tensor, or a name where they are cut
+        self._row: dict[Tensor | str, int] = {p: i for i, p in enumerate(whole)}
         self._know(
             torch.tensor([p.numel() for p in whole], dtype=torch.float64, device=whole[0].device)
         )
@@ -159,9 +159,8 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         for group, p in live:
             self._state_of(p, group)["step"] += 1
         if live:
-            if (
-                self._numels.device != live[0][1].device
-            ):  # stage 0: the model went to its device after this was made
+            # stage 0: the model went to its device after this was made
+            if self._numels.device != live[0][1].device:
                 self._know(self._numels.to(live[0][1].device))
             self._move(live)
 
@@ -176,6 +175,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
     def _bundles(self, live: Live) -> list[Bundle]:
         """All that a step moves, once: on CUDA many tensors together, on a CPU a few small ones or a large one."""
         bundles: list[Bundle] = []
+        # of one group and one count of steps: rate, decay and bias correction are the bundle's
         alike: dict[tuple[int, int], Live] = {}
         for group, p in live:
             alike.setdefault((id(group), self.state[p]["step"]), []).append((group, p))
@@ -185,6 +185,8 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             rows: list[int] = []
             columns: list[list[Tensor]] = []
             elements = 0
+
+            # a bundle is full before it would pass the limit; a larger tensor is one by itself
             for row, views in self._views(members, kinds):
                 if rows and elements + views[0].numel() > limit:
                     bundles.append(_bundle(group, step, kinds, rows, columns))
@@ -213,6 +215,8 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             beta1 = _debiased(beta1, bundle.step)
             beta2 = _debiased(beta2, bundle.step)
         m, v = bundle.state["exp_avg"], bundle.state["exp_avg_sq"]
+
+        # m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
         torch._foreach_lerp_(m, bundle.grads, 1.0 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, bundle.grads, bundle.grads, value=1.0 - beta2)
@@ -257,7 +261,8 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         decay: float = 0.0,
     ) -> None:
         """theta <- theta - rate (update + decay theta), of one rate or one for each; `updates` are used up."""
-        if decay:  # added to the update first: 1 - 1e-5 in fp32 would be off by 0.3 % of the decay
+        # added to the update first: 1 - 1e-5 in fp32 would be off by 0.3 % of the decay
+        if decay:
             torch._foreach_add_(updates, weights, alpha=decay)
         torch._foreach_mul_(updates, rates)
         torch._foreach_sub_(weights, updates)
