@@ -63,6 +63,7 @@ class Block(nn.Module):
 
     def whole(self, x_TC: Tensor, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
         """What forward computes, in one piece: the gradients of the stream are added up inside of what is compiled."""
+        # the class's methods: on this block the same names stand for compiled ones
         q_THD, k_THD, v_THD = Block.up(self, x_TC, rope)
         return Block.down(self, x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
 

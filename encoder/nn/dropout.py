@@ -38,7 +38,9 @@ class AddressedDropout(nn.Module):
         # attention's address is older than the other places
         address = (layer,) if place == "attention" else (layer, place)
         draw = generator(0, "dropout", *address)
+        # odd, so invertible modulo 2^64
         drawn = draw.integers(-(2**63), 2**63, size=width, dtype=np.int64) | 1
+        # a function of the address, so not part of a checkpoint
         self.register_buffer("constant_C", torch.from_numpy(drawn), persistent=False)
 
     def forward(self, x_TC: Tensor, y_TC: Tensor, key_T: Tensor) -> Tensor:
@@ -48,6 +50,8 @@ class AddressedDropout(nn.Module):
         # in bf16 1 / 0.9 itself would be 0.16 % too small
         exact = torch.promote_types(x_TC.dtype, torch.float32)
         factor_TC = self._factor(key_T, exact)
+
+        # compiled it is one pass anyway; uncompiled our own step makes it one
         if torch.compiler.is_compiling():
             return torch.addcmul(x_TC.to(exact), y_TC.to(exact), factor_TC).to(x_TC.dtype)
         return _AddScaled.apply(x_TC, y_TC, factor_TC)
@@ -62,6 +66,7 @@ class AddressedDropout(nn.Module):
 
     def _factor(self, key_T: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, C]: 1 / (1 - p) where an element is kept, 0 where it falls out."""
+        # the product wraps modulo 2^64, as meant; read as signed it is uniform over all int64
         keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
         return keep_TC.to(dtype) * (1.0 / (1.0 - self.p))
 

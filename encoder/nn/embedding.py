@@ -52,6 +52,7 @@ class TokenEmbedding(nn.Module):
         """[T, C] of [T] ids, positions inside the document, segments (None: every token is of segment 0) and keys."""
         x_TC = lookup(self.tok_embeddings, ids_T)
         if self.position_embeddings is not None:
+            # the row of a document's first token
             at_T = positions_T + self.first_position if self.first_position else positions_T
             x_TC = x_TC + lookup(self.position_embeddings, at_T)
         if self.sinusoids is not None:
@@ -75,6 +76,7 @@ class ScaledSinusoids(nn.Module):
         """[T] -> [T, C]; the angles in fp32."""
         even = torch.arange(0, self.width, 2, device=positions_T.device, dtype=torch.float32)
         angle_TF = positions_T.to(torch.float32)[:, None] * (1.0 / 10000.0 ** (even / self.width))
+        # sine and cosine side by side; an odd width has no place for the last cosine
         waves_TC = torch.stack((angle_TF.sin(), angle_TF.cos()), dim=-1).flatten(1)
         return self.scale * waves_TC[:, : self.width].to(self.scale.dtype)
 

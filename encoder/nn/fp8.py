@@ -37,6 +37,8 @@ class Fp8Linear(nn.Linear):
                 f" multiples of {MULTIPLE}. Change hidden_size or intermediate_size, or use"
                 " engine.fp8: off."
             )
+
+        # no memory of its own: it works on the parameters of the layer whose place it takes
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=False)
         made.weight, made.bias = linear.weight, linear.bias
@@ -53,6 +55,7 @@ class Fp8Linear(nn.Linear):
 def to_fp8_(module: nn.Module) -> None:
     """Every nn.Linear in it, from now on; parameters and their names stay. Raises ConfigError as Fp8Linear.of,
     before any is changed."""
+    # all first: a layer that cannot be taken must leave none of the others changed
     made = {
         name: Fp8Linear.of(child, name=name)
         for name, child in module.named_modules()
@@ -85,7 +88,9 @@ class _Products(torch.autograd.Function):
         x_dtype, w_dtype = ctx.dtypes
         d8, d_scale = quantized(d_TO, BACKWARD)
         d_x = _product(d8, _by_columns(w8), d_scale, w_scale, x_dtype)
-        if short := -len(d8) % MULTIPLE:  # the tokens are the sum's length here
+
+        # the tokens are the sum's length here; bytes of zero are 0.0 in both formats
+        if short := -len(d8) % MULTIPLE:
             d8, x8 = (F.pad(y.view(torch.uint8), (0, 0, 0, short)).view(y.dtype) for y in (d8, x8))
         d_weight = _product(d8.t().contiguous(), _by_columns(x8), d_scale, x_scale, w_dtype)
         return d_x, d_weight, None
@@ -95,11 +100,12 @@ def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torc
     """a row-major, b column-major: what the tensor cores read."""
     if a.device.type == "cuda":
         return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
-    with torch.autocast(
-        a.device.type, enabled=False
-    ):  # torch's own on a CPU takes 50 ms for 64 x 64 x 128
+
+    # torch's own on a CPU takes 50 ms for 64 x 64 x 128
+    with torch.autocast(a.device.type, enabled=False):
         return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
 
 
 def _by_columns(x: Tensor) -> Tensor:
+    # the same values and shape, laid column by column
     return x.t().contiguous().t()

@@ -84,6 +84,8 @@ def initial_values(
     sigma = initializer_range
     if rule == "megatron":
         sigma = sigma_of(name, shape, initializer_range=initializer_range, layers=layers)
+
+    # on the CPU, wherever the model is: all devices start with the same values
     drawn = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     draw = torch.Generator().manual_seed(address_seed(seed, "init", name))
     if rule == "normal":

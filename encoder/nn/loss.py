@@ -80,6 +80,8 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
         piece = PIECE_POSITIONS[h_MC.device.type]
+
+        # the kernel computes in fp32 and always makes the gradient
         by_kernel = (
             with_gradients
             and h_MC.device.type == "cuda"
@@ -92,6 +94,7 @@ class _CrossEntropySum(torch.autograd.Function):
             h, weight = h_MC.to(product), weight_VC.to(product)
             bias = None if bias_V is None else bias_V.to(exact)
             d_bias = None if bias is None or not with_gradients else torch.zeros_like(bias)
+            # d_h is written once; the others are summed over pieces, so in fp32 or fp64
             if with_gradients:
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
@@ -118,7 +121,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 if with_gradients:  # in the place of the logits stands their gradient
                     d_h[start : start + piece] = logits_mV @ weight
                     add_product_(d_weight, logits_mV.T, h_mC)
-                del logits_mV  # or it stands beside the next piece's, where activations are most
+                # or it stands beside the next piece's, where activations are most
+                del logits_mV
         if with_gradients:
             given_d_bias = None
             if d_bias is not None and bias_V is not None:
@@ -162,6 +166,8 @@ def turn_into_gradient_(
     cross_entropy_m1, squares_m1 = torch.empty(
         (2, len(target_m), 1), dtype=exact, device=logits_mV.device
     ).unbind()
+
+    # halves are turned in a buffer of a few rows, fp32 and fp64 logits where they lie
     in_place = logits_mV.dtype == exact
     buffer_rV = torch.empty(
         (0 if in_place else min(rows, len(logits_mV)), words), dtype=exact, device=logits_mV.device
@@ -170,19 +176,27 @@ def turn_into_gradient_(
         *(x.split(rows) for x in (logits_mV, target_m, cross_entropy_m1, squares_m1)), strict=True
     ):
         turned_rV = logits_rV if in_place else buffer_rV[: len(logits_rV)].copy_(logits_rV)
+
+        # gather needs a valid index: word 0 stands in for IGNORE, and its row is zeroed later
         counts_r1 = (target_r != IGNORE)[:, None]
         safe_r1 = target_r[:, None].where(counts_r1, 0)
         if bias_V is not None:
             turned_rV.add_(bias_V)
+
+        # shifted by the highest logit: no exponential overflows, and logsumexp gets it back
         top_r1 = turned_rV.amax(1, keepdim=True)
         at_target_r1 = turned_rV.sub_(top_r1).gather(1, safe_r1)
         sum_r1 = turned_rV.exp_().sum(1, keepdim=True)
         log_sum_r1 = sum_r1.log()
+
+        # -log softmax(x)[target] = log sum exp(x - top) - (x[target] - top)
         cross_entropy_r1.copy_((log_sum_r1 - at_target_r1).where(counts_r1, 0))
         logsumexp_r1 = log_sum_r1.add_(top_r1)
         squares_r1.copy_(logsumexp_r1.square().where(counts_r1, 0))
         if sums_alone:
             continue
+
+        # exp(x - top) / sum (1 + 2 z logsumexp) - onehot(target), in place
         scale_r1 = ((1 + 2 * z_loss_weight * logsumexp_r1) / sum_r1).where(counts_r1, 0)
         turned_rV.mul_(scale_r1).scatter_add_(1, safe_r1, -counts_r1.to(exact))
         if d_bias_V is not None:
@@ -195,6 +209,7 @@ def turn_into_gradient_(
 def _hits(logits_mV: Tensor, bias_V: Tensor | None, target_m: Tensor) -> Tensor:
     """How many targets have the highest logit."""
     if bias_V is not None:
+        # a copy: the logits are used by the caller after this
         logits_mV = logits_mV + bias_V
     return ((logits_mV.argmax(1) == target_m) & (target_m != IGNORE)).sum()
 

@@ -47,6 +47,8 @@ def turn_into_gradient_(
     ).unbind()
     if len(target_m):
         words = logits_mV.shape[1]
+
+        # one program a position; without a bias any pointer will do, it is never read
         _kernel()[(len(target_m),)](
             logits_mV,
             logits_mV if bias_V is None else bias_V,
@@ -58,6 +60,7 @@ def turn_into_gradient_(
             z_loss_weight,
             HAS_BIAS=bias_V is not None,
             IGNORED=IGNORE,
+            # a power of two, as tl.arange asks; a small vocabulary fits one block
             BLOCK=min(BLOCK_WORDS, 1 << (words - 1).bit_length()),
             num_warps=WARPS,
         )
@@ -86,6 +89,7 @@ def _kernel() -> Any:
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0)
+        # int64: of many rows the product may pass 2^31
         logits += row.to(tl.int64) * stride
         target = tl.load(targets + row)
         place = tl.arange(0, BLOCK)
@@ -96,11 +100,15 @@ def _kernel() -> Any:
             x = tl.load(logits + start + place, mask=inside, other=float("-inf")).to(tl.float32)
             if HAS_BIAS:
                 x += tl.load(bias + start + place, mask=inside, other=0.0)
+
+            # online: where a higher logit comes, the sum so far is scaled to it
             higher = tl.maximum(top, tl.max(x, 0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
             top = higher
         log_total = tl.log(total)
         logsumexp = top + log_total
+
+        # IGNORE is no address: word 0 is read instead, and nothing of it counts
         counts = target != IGNORED
         safe = tl.where(counts, target, 0)
         at_target = tl.load(logits + safe).to(tl.float32)
@@ -110,7 +118,9 @@ def _kernel() -> Any:
         tl.store(squares + row, tl.where(counts, logsumexp * logsumexp, 0.0))
         scale = tl.where(counts, (1.0 + 2.0 * z_loss_weight * logsumexp) / total, 0.0)
         onehot = tl.where(counts, 1.0, 0.0)
-        tl.debug_barrier()  # all threads have read the target's logit before one of them writes over it
+
+        # all threads have read the target's logit before one of them writes over it
+        tl.debug_barrier()
         for start in range(0, words, BLOCK):
             inside = start + place < words
             x = tl.load(logits + start + place, mask=inside, other=float("-inf")).to(tl.float32)

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from encoder.nn.dropout import AddressedDropout
 
 Mlp = Literal["geglu", "swiglu", "gelu", "gelu_tanh"]
-Gelu = Literal["gelu", "gelu_tanh"]  # x Phi(x), exact by erf; or as BERT's code has it, by tanh
+# x Phi(x), exact by erf; or as BERT's code has it, by tanh
+Gelu = Literal["gelu", "gelu_tanh"]
+
+# what bends the first half; GELU is the exact one, by erf
 _BEND: dict[str, Callable[[Tensor], Tensor]] = {
     "geglu": F.gelu,
     "swiglu": F.silu,
-}  # GELU is the exact one, by erf
+}
 _UNBEND = {"geglu": torch.ops.aten.gelu_backward, "swiglu": torch.ops.aten.silu_backward}
 
 
@@ -64,9 +67,9 @@ class FeedForward(nn.Module):
             if self.inner_dropout is not None:
                 inner = self.inner_dropout.alone(inner, dropout_key_T)
             return self.Wo(inner)
-        if (
-            torch.compiler.is_compiling()
-        ):  # the compiler fuses this better than it can see through our own step
+
+        # the compiler fuses this better than it can see through our own step
+        if torch.compiler.is_compiling():
             a_TF, gate_TF = inner.chunk(2, dim=-1)
             return self.Wo(_BEND[self.kind](a_TF) * gate_TF)
         return self.Wo(_Gated.apply(inner, self.kind))
@@ -89,6 +92,8 @@ class _Gated(torch.autograd.Function):
         a_TF, gate_TF = both_T2F.chunk(2, dim=-1)
         d_both = torch.empty_like(both_T2F)
         d_a, d_gate = d_both.chunk(2, dim=-1)
+
+        # y = bend(a) g, so d_g = d bend(a) and d_a = bend'(a) d g; both are halves of d_both
         torch.mul(d_TF, bent_TF, out=d_gate)
         _UNBEND[ctx.kind](d_TF * gate_TF, a_TF, grad_input=d_a)
         return d_both, None

@@ -40,5 +40,6 @@ class _Mark(autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_TC: Tensor) -> Tensor:
+        # to ask is to compute: unpacking what was kept runs the layer's forward again
         ctx.saved_tensors  # noqa: B018
         return d_TC

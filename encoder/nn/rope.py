@@ -9,9 +9,8 @@ from torch import Tensor
 
 from encoder.base.pieces import piece_rows
 
-Positions = Literal[
-    "rope", "learned"
-]  # turned in attention, or a table added to the tokens (encoder.nn.embedding)
+# turned in attention, or a table added to the tokens (encoder.nn.embedding)
+Positions = Literal["rope", "learned"]
 
 
 def rope_table(positions_T: Tensor, *, theta: float, head_width: int) -> Tensor:
@@ -31,9 +30,8 @@ def split_and_rotate(qkv_T3HD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, T
 
     The turn is computed in fp32 (fp64 for fp64 input) and rounded once, as one autograd step instead of the 14 of plain torch.
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # the compiler fuses this better than it can see through our own step
+    # the compiler fuses this better than it can see through our own step
+    if torch.compiler.is_compiling():
         query_THD, key_THD, value_THD = qkv_T3HD.unbind(1)
         # each a tensor of its own: two views of one would come back as views, whose gradients autograd adds up in two zeroed
         # tensors of [T, 2, H, D] outside of what is compiled, 7 memory passes a layer
@@ -54,6 +52,7 @@ def _turned(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     exact = torch.promote_types(x_THD.dtype, torch.float32)
     a, b = x_THD.to(exact).chunk(2, dim=-1)
     cos, sin = cos.to(exact), sin.to(exact)
+    # (a, b) turned by the angle; a and b are the two halves of a head
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THD.dtype)
 
 
@@ -74,9 +73,9 @@ class _SplitAndRotate(torch.autograd.Function):
         cos, sin = table
         tokens, heads, width = dq_THD.shape
         d_qkv = dq_THD.new_empty(tokens, 3, heads, width)
-        _turn(
-            (dq_THD, dk_THD), cos, -sin, out=(d_qkv[:, 0], d_qkv[:, 1])
-        )  # the transpose of a turn is the turn back
+
+        # the transpose of a turn is the turn back
+        _turn((dq_THD, dk_THD), cos, -sin, out=(d_qkv[:, 0], d_qkv[:, 1]))
         d_qkv[:, 2] = dv_THD
         return d_qkv, None
 
@@ -92,6 +91,8 @@ def _turn(
     tokens, heads, width = xs[0].shape
     exact = torch.promote_types(xs[0].dtype, torch.float32)
     cos, sin = cos.to(exact), sin.to(exact)
+
+    # two buffers for all pieces, each with the heads of the query beside those of the key
     piece = piece_rows(xs[0], elements=2 * heads * width)
     straight, turned = xs[0].new_empty((2, min(piece, tokens), 2 * heads, width), dtype=exact)
     with torch.autocast(xs[0].device.type, enabled=False):
@@ -101,6 +102,8 @@ def _turn(
             x, y = straight[: len(cos_t)], turned[: len(cos_t)]
             for into, x_THD in zip(x.split(heads, dim=1), xs, strict=True):
                 into.copy_(x_THD[here])
+
+            # a cos - b sin and b cos + a sin
             (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
             torch.mul(a, cos_t, out=turned_a).addcmul_(b, sin_t, value=-1)
             torch.mul(b, cos_t, out=turned_b).addcmul_(a, sin_t)

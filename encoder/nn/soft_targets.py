@@ -34,6 +34,7 @@ def soft_target_sum(
     The teacher gets no gradient. Sums and logits are fp64 for fp64 weights, else fp32; matrix products run in the autocast
     dtype where autocast is on, else in the weight's own.
     """
+    # words past the smaller vocabulary are in no text: they leave both softmaxes
     shared = min(len(student.weight_VC), len(teacher.weight_VC))
     student = _of_vocabulary(student, shared)
     teacher = _at_rest(_of_vocabulary(teacher, shared))
@@ -103,6 +104,7 @@ class _SoftTargetSum(torch.autograd.Function):
             theirs = _Product(teacher, dtype, exact)
             d_bias = None
             if with_gradients:
+                # d_h is written once; the others are summed over pieces, so in fp32 or fp64
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
                 d_bias = None if own.bias_V is None else torch.zeros_like(own.bias_V)
@@ -129,6 +131,7 @@ class _SoftTargetSum(torch.autograd.Function):
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), d_bias)
         count = (target_M != IGNORE).sum()
         correct = torch.zeros_like(count)
+        # two outputs of one value: the first is differentiated, the other only reported
         reported = total.clone()
         ctx.mark_non_differentiable(reported, count, correct)
         return total, reported, count, correct
@@ -174,6 +177,7 @@ def turn_into_gradient_(
     """
     exact = torch.promote_types(logits_mV.dtype, torch.float32)
     loss_m = torch.empty(len(target_m), dtype=exact, device=logits_mV.device)
+    # both models' logits of a position are worked on at once: twice the vocabulary
     rows = piece_rows(logits_mV, elements=2 * logits_mV.shape[1])
     for start in range(0, len(target_m), rows):
         part = slice(start, start + rows)
@@ -181,8 +185,12 @@ def turn_into_gradient_(
         log_student_rV = _log_softmax(logits_mV[part].to(exact), biases[0], temperature)
         log_teacher_rV = _log_softmax(teacher_mV[part].to(exact), biases[1], temperature)
         teacher_rV = log_teacher_rV.exp()
+
+        # sum_v p_teacher (log p_teacher - log p_student); log_teacher is used up
         summands_rV = log_teacher_rV.sub_(log_student_rV).mul_(teacher_rV)
         loss_m[part] = summands_rV.sum(1).mul_(temperature**2).where(counts_r1[:, 0], 0)
+
+        # T (p_student - p_teacher), zero where the target is IGNORE; log_student is used up
         gradient_rV = log_student_rV.exp_().sub_(teacher_rV).mul_(counts_r1 * temperature)
         if d_bias_V is not None:
             d_bias_V += gradient_rV.sum(0)

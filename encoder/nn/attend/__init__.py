@@ -29,9 +29,8 @@ __all__ = [
 ]
 
 Word = Literal["auto", "flash", "flash4", "flash3", "flash2", "varlen", "flex", "tiles", "sdpa"]
-BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (*FLASH, Varlen(), Flex(), Tiles(), Sdpa())
-}  # fastest first
+# fastest first
+BACKENDS: dict[str, Backend] = {b.name: b for b in (*FLASH, Varlen(), Flex(), Tiles(), Sdpa())}
 
 _given: ContextVar[Backend | None] = ContextVar("the backend of attend_by", default=None)
 
@@ -55,8 +54,12 @@ def choose_backend(word: str, request: AttentionRequest) -> Choice:
     check_backend_name(word)
     if given := _given.get():
         return Choice(backend=given, reason=f"{given.name}: given")
+
+    # all are asked, whatever the word: the run's header names those that cannot run
     refusals = {name: why for name, b in BACKENDS.items() if (why := b.why_not(request))}
     able = [name for name in BACKENDS if name not in refusals]
+
+    # a word for several takes the first that can run; they are fastest first
     asked = {"auto": list(BACKENDS), "flash": [b.name for b in FLASH]}.get(word, [word])
     name = next((name for name in asked if name in able), None)
     if name is None:

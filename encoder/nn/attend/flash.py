@@ -91,9 +91,9 @@ def _torch_op(module: ModuleType) -> Callable[..., Tensor]:
             max_seqlen_k=longest,
             window_size=(-1, -1) if radius is None else (radius, radius),
         )
-        return (
-            out[0] if isinstance(out, tuple) else out
-        )  # version 3 gave (out, log-sum-exp) in its betas
+
+        # version 3 gave (out, log-sum-exp) in its betas
+        return out[0] if isinstance(out, tuple) else out
 
     return attend
 
@@ -158,6 +158,8 @@ def _flash4_op(module: ModuleType) -> Callable[..., Tensor]:
 
     def back(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+
+        # none for cu_seqlens, longest and radius; nothing uses the log-sum-exp, so d_lse is left
         return (
             *backward(d_out.contiguous(), q, k, v, out, lse, cu_seqlens, ctx.longest, ctx.radius),
             None,
@@ -165,6 +167,7 @@ def _flash4_op(module: ModuleType) -> Callable[..., Tensor]:
             None,
         )
 
+    # shapes and dtypes for the compiler: the log-sum-exp is fp32 [H, T]
     forward.register_fake(
         lambda q, k, v, cu_seqlens, longest, radius: (
             torch.empty_like(q),
@@ -188,6 +191,7 @@ def _import(module: str, package: str) -> ModuleType | str:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        # missing is not the package itself, but something that it imports
         inside = error.name and not (module + ".").startswith(error.name + ".")
         if inside:
             return f"{package} needs {error.name}, which is not installed"

@@ -64,6 +64,8 @@ class FlexPlan:
         tokens = len(q_THD)
         if not tokens:
             return v_THD
+
+        # [T, H, D] -> [1, H, T', D], T' whole blocks; the padding is a document of its own
         spare = -tokens % BLOCK_TOKENS
         q, k, v = (
             F.pad(x_THD, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None]
@@ -88,8 +90,12 @@ def block_mask(cu_seqlens_S1: Tensor, *, tokens: int, radius: int | None) -> Blo
         document_T.view(blocks, BLOCK_TOKENS)[:, 0],
         document_T.view(blocks, BLOCK_TOKENS)[:, -1],
     )
+
+    # the ranges of documents of two blocks meet; or both are one and the same document
     some_BB = (first_B[:, None] <= last_B) & (first_B <= last_B[:, None])
     all_BB = (first_B[:, None] == last_B) & (first_B == last_B[:, None])
+
+    # from the distance of two blocks' first tokens: the nearest pair less 127, the farthest plus
     if radius is not None:
         apart_BB = BLOCK_TOKENS * (place_T[:blocks, None] - place_T[:blocks]).abs()
         some_BB &= apart_BB - (BLOCK_TOKENS - 1) <= radius
@@ -99,21 +105,22 @@ def block_mask(cu_seqlens_S1: Tensor, *, tokens: int, radius: int | None) -> Blo
         together = document_T[query] == document_T[key]
         return together if radius is None else together & ((query - key).abs() <= radius)
 
+    # where all pairs see each other the kernel does not ask `sees`
     partial, full = _listed(some_BB & ~all_BB), _listed(all_BB)
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees)
 
 
 def _listed(sees_BB: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each block sees [1, 1, B], and which, those first [1, 1, B, B]."""
+    # stable: the seen ones first, in ascending order
     order_BB = sees_BB.int().argsort(dim=1, descending=True, stable=True)
     return sees_BB.sum(1, dtype=torch.int32)[None, None], order_BB.int()[None, None]
 
 
 @cache
 def _missing() -> str | None:
-    return (
-        None if find_spec("triton") else "triton is not installed"
-    )  # a search of the disk: not at every forward
+    # a search of the disk: not at every forward
+    return None if find_spec("triton") else "triton is not installed"
 
 
 @cache

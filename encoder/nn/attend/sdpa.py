@@ -48,6 +48,7 @@ class SdpaPlan:
         parts = []
         for qkv in zip(*(x.split(self.lengths) for x in (q_THD, k_THD, v_THD)), strict=True):
             length = len(qkv[0])
+            # among radius + 1 tokens no two are farther apart than the radius
             mask = self.band_LL[:length, :length] if local and length > self.radius + 1 else None
             q_1HLD, k_1HLD, v_1HLD = (x_LHD.transpose(0, 1)[None] for x_LHD in qkv)
             out = F.scaled_dot_product_attention(q_1HLD, k_1HLD, v_1HLD, attn_mask=mask)

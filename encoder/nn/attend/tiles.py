@@ -30,11 +30,12 @@ from torch import Tensor
 
 from encoder.nn.attend.contract import AttentionRequest, document_bounds
 
-HIDDEN = (
-    -1e30
-)  # added to the scores of keys that a query must not see: exp gives exactly 0 beside a visible key
-WIDTH_STEP = 32  # document tiles are widened to a multiple of this, so that few shapes occur
-PRODUCT_KEYS = 256  # wider tiles go to torch's blockwise kernel, which keeps no scores (512 in bf16: 54 ms against 89)
+# added to the scores of keys that a query must not see: exp gives exactly 0 beside a visible key
+HIDDEN = -1e30
+# lengths that round up to the same multiple of this share a width, so that groups are few
+WIDTH_STEP = 32
+# wider tiles go to torch's blockwise kernel, which keeps no scores (512 in bf16: 54 ms against 89)
+PRODUCT_KEYS = 256
 
 
 class Tiles:
@@ -56,6 +57,9 @@ class Tiles:
         starts_S, lengths_S = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
         longest = int(lengths_S.max()) if len(lengths_S) else 0
         whole = _document_tiles(starts_S, lengths_S, tokens=tokens, radius=None)
+
+        # up to radius + 1 tokens the band hides nothing. Up to two radii a document is narrower
+        # than the three blocks of keys of a window tile
         if longest <= window_radius_tokens + 1:
             windowed: DocumentTiles | WindowTiles = whole
         elif longest <= 2 * window_radius_tokens:
@@ -113,6 +117,8 @@ class DocumentTiles:
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         """[T, H, D] -> [T, H, D]."""
+        # back from slots to tokens by one slot a token: empty slots give no gradient. They are
+        # hidden as keys, and their outputs get none (`empty`)
         slots = [
             _Gather.apply(x_THD, self.token_of_slot, self.slot_of_token, None)
             for x_THD in (q_THD, k_THD, v_THD)
@@ -141,6 +147,7 @@ class WindowTiles:
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         """[T, H, D] -> [T, H, D]."""
         tokens = len(q_THD)
+        # to whole blocks; the keys are padded by _Windows, with a block on either side
         q_THD = F.pad(q_THD, (0, 0, 0, 0, 0, -tokens % self.block))
         q = q_THD.unflatten(0, (-1, self.block)).transpose(1, 2)
         out = _attend(
@@ -158,10 +165,14 @@ def _document_tiles(
         starts_N, lengths_N = starts_S[widths_S == width], lengths_S[widths_S == width]
         longest = int(lengths_N.max())
         place_L = torch.arange(longest)
+
+        # keys beyond a document's end are hidden from all of its queries: one row of mask a tile
         real_NL = place_L < lengths_N[:, None]
         mask = torch.zeros(len(starts_N), 1, 1, longest).masked_fill_(
             ~real_NL[:, None, None, :], HIDDEN
         )
+
+        # the band differs from query to query: a mask [N, 1, L, L]
         if radius is not None and longest > radius + 1:
             far_LL = (place_L[:, None] - place_L).abs() > radius
             mask = mask.expand(-1, 1, longest, -1).masked_fill(far_LL, HIDDEN)
@@ -170,8 +181,12 @@ def _document_tiles(
             (starts_N[:, None] + place_L).where(real_NL, starts_N[:, None]).flatten()
         )
         real.append(real_NL.flatten())
+
+    # for a batch without documents, of which nothing could be joined
     none = torch.zeros(0, dtype=torch.int64)
     there, holds = torch.cat([none, *token_of_slot]), torch.cat([none.bool(), *real])
+
+    # slot_of_token is the inverse of token_of_slot on the slots that hold a token
     slots = holds.nonzero()[:, 0]
     return DocumentTiles(
         groups=groups,
@@ -184,10 +199,14 @@ def _document_tiles(
 def _window_tiles(lengths_S: Tensor, *, tokens: int, radius: int) -> WindowTiles:
     block = max(radius, 32)  # a shorter block makes many small products
     blocks = -(-tokens // block)
-    document_T = torch.full(((blocks + 2) * block,), -1)  # one block of nothing before, one behind
+
+    # one block of nothing before, one behind. Nothing sees nothing, so no query is without a key
+    document_T = torch.full(((blocks + 2) * block,), -1)
     document_T[block : block + tokens] = torch.repeat_interleave(
         torch.arange(len(lengths_S)), lengths_S
     )
+
+    # places in a tile of three blocks: the queries are the middle one
     place_B, place_K = torch.arange(block, 2 * block), torch.arange(3 * block)
     query_NB = document_T[block:-block].view(blocks, block)
     key_NK = document_T.unfold(0, 3 * block, block)
@@ -222,6 +241,7 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
         ctx.tokens, ctx.block = len(x), block
+        # a block of zeros in front; behind as many as fill the last block, and one more block
         return (
             F.pad(x, (0, 0, 0, 0, block, block - len(x) % -block))
             .unfold(0, 3 * block, block)
@@ -230,9 +250,10 @@ class _Windows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        before, own, after = d.unflatten(2, (3, ctx.block)).unbind(
-            2
-        )  # the parts of a tile in its three blocks
+        # the parts of a tile in its three blocks, each [N, H, block, D]
+        before, own, after = d.unflatten(2, (3, ctx.block)).unbind(2)
+
+        # block n is the first of tile n + 1, the middle of tile n and the last of tile n - 1
         d_x = own.clone()
         d_x[:-1] += before[1:]
         d_x[1:] += after[:-1]
@@ -261,6 +282,7 @@ class _Products(torch.autograd.Function):
         ctx.scale = width**-0.5
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         with torch.autocast(q.device.type, enabled=False):
+            # the mask first, and q k^T / sqrt(D) added to it in the product itself
             scores = (
                 mask.to(exact)
                 .expand(tiles, heads, queries, keys)
@@ -281,6 +303,8 @@ class _Products(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             d_v = torch.bmm(p.transpose(1, 2), d_out)
             d_p = torch.bmm(d_out, v.transpose(1, 2))
+
+            # p (d_p - sum over keys of d_p p), then times the scale of the scores
             d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(ctx.scale)
             d_q = torch.bmm(d_scores, k)
             d_k = torch.bmm(d_scores.transpose(1, 2), q)
