@@ -24,8 +24,8 @@ from encoder.data.shard_format import SpecialIds
 from encoder.data.shards import Source
 from encoder.data.windows import DOCUMENT, GOES_ON, SOURCE, RowGeometry
 
-# Static shapes: cu_seqlens has room for one document in 128 tokens (web text has one in 500 to 1,000), doubled until it
-# suffices; each unused entry costs attention kernels an empty block
+# Static shapes: cu_seqlens has room for one document in 128 tokens (web text has one in 500 to
+# 1,000), doubled until it suffices; each unused entry costs attention kernels an empty block
 TOKENS_PER_SEQLEN = 128
 
 
@@ -33,13 +33,13 @@ TOKENS_PER_SEQLEN = 128
 class RowSpec:
     """One row to be assembled."""
 
-    address: tuple[
-        int | str, ...
-    ]  # Windows.address and row, or ("held_out", source, row): keys masks and dropout
+    # Windows.address and row, or ("held_out", source, row): keys masks and dropout
+    address: tuple[int | str, ...]
     number: int  # in its step, counted over all ranks
     pieces_P4: np.ndarray  # int64, as in WindowPlan
     pair_P: np.ndarray | None = None  # int8, as in WindowPlan
-    phase_tokens: int = 0  # tokens of the phase before this row: what schedules of masks go by
+    # tokens of the phase before this row: what schedules of masks go by
+    phase_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,9 @@ class Assembled:
     row_hash: int
 
     def __getstate__(self) -> dict[str, Any]:
-        # from a worker tensors travel as arrays through its pipe: seven tensors in shared memory would cost the main
-        # process 1 ms in handles and 2 ms in waiting, whatever their size, and need room in /dev/shm
+        # from a worker tensors travel as arrays through its pipe: seven tensors in shared
+        # memory would cost the main process 1 ms in handles and 2 ms in waiting, whatever their
+        # size, and need room in /dev/shm
         arrays = {name: tensor.numpy() for name, tensor in self.batch.tensors().items()}
         bare = self.batch.with_tensors(dict.fromkeys(arrays, cast(torch.Tensor, None)))
         return {"row_hash": self.row_hash, "bare": bare, "arrays": arrays}
@@ -98,20 +99,29 @@ class Assembler:
 
     def assemble(self, specs: Sequence[RowSpec]) -> Assembled:
         """The micro-batch of these rows. Raises ShardError for a shard that cannot be read, DamagedShard for one that is wrong."""
-        rows = [
-            self._row(spec) for spec in specs if len(spec.pieces_P4)
-        ]  # none: all it had was left out
+        # a row without pieces: all that it had was left out
+        rows = [self._row(spec) for spec in specs if len(spec.pieces_P4)]
         tokens = sum(len(r.masked.ids) for r in rows)
+
+        # static shapes: rows times their capacity; else what the rows
+        # hold, and never an empty tensor
         total = (
             self.micro_batch_rows * self.geometry.row_tokens
             if self.static_shapes
             else max(tokens, 1)
         )
+
+        # padding is cut into documents as text is, so that max_seqlen holds for it, too
         lengths = [n for r in rows for n in r.lengths_P] + self._padding_segments(total - tokens)
         starts_S1 = np.concatenate([[0], np.cumsum(lengths)])
         row_starts = np.cumsum([0, *(len(r.masked.ids) for r in rows)])
+
+        # the place of each token in its document: its place in the
+        # micro-batch less the document's start
         positions_T = np.arange(total) - np.repeat(starts_S1[:-1], lengths)
+        # unused entries repeat the total: empty documents behind the last
         seqlens = self._seqlens_room(len(starts_S1)) if self.static_shapes else len(starts_S1)
+
         batch = TokenBatch(
             ids_T=_filled([r.masked.ids for r in rows], total, self.specials.pad_id),
             positions_T=torch.from_numpy(positions_T.astype(np.int32)),
@@ -127,11 +137,14 @@ class Assembler:
         return Assembled(batch=batch, row_hash=wrap_int64(sum(r.hash for r in rows)))
 
     def _targets(self, term: str, rows: Sequence[_Row], row_starts: np.ndarray) -> Targets:
+        # a row's targets, moved to where the row stands in the micro-batch
         index = [
             r.masked.targets[term].index + start for r, start in zip(rows, row_starts, strict=False)
         ]
         value = [r.masked.targets[term].value for r in rows]
         count = sum(len(part) for part in index)
+
+        # targets have a fixed room of their own; unused places get IGNORE, which no loss counts
         room = (
             self.micro_batch_rows * self.masker.capacity(term, self.geometry.row_tokens)
             if self.static_shapes
@@ -155,11 +168,18 @@ class Assembler:
             self._lay_piece(parts, *piece, goes_on=goes_on)
             for piece, goes_on in zip(spec.pieces_P4.tolist(), goes_on_P, strict=True)
         ]
+
+        # of pairs the document is both parts: attention and positions
+        # go over [CLS] A [SEP] B [SEP]
         pairs, lengths = _joined(spec, laid_P)
         ids = np.concatenate(parts, dtype=np.int64)
         assert len(ids) <= self.geometry.row_tokens, "a row was planned above its capacity"
+
         self._check_ids(ids, spec)
         place = spec.address
+
+        # the address keys all that is drawn: neither rank nor
+        # micro-batch nor the other rows enter
         masked = self.masker.mask(
             ids,
             generator(self.seed, "mlm", *place),
@@ -171,6 +191,9 @@ class Assembler:
             masked,
             targets={term: self._in_room(term, masked.targets[term]) for term in self.masker.terms},
         )
+
+        # one key per token: SplitMix64 over a counter that begins at
+        # the row's key and wraps at 2^64
         with np.errstate(over="ignore"):
             counters = address_key(self.seed, "dropout", *place)[0] + np.arange(
                 len(ids), dtype=np.uint64
@@ -183,7 +206,8 @@ class Assembler:
         )
 
     def _in_room(self, term: str, targets: RowTargets) -> RowTargets:
-        # room is counted by row, not by micro-batch, so that what is predicted does not depend on the micro-batch
+        # room is counted by row, not by micro-batch, so that what is predicted does
+        # not depend on the micro-batch
         room = self.masker.capacity(term, self.geometry.row_tokens)
         return RowTargets(targets.index[:room], targets.value[:room])
 
@@ -218,6 +242,8 @@ class Assembler:
         vocab_size = self.sources[0].card.vocab_size
         if ids.max() < vocab_size and ids.min() >= 0:
             return
+
+        # rare: the documents are read once more, to name the one that is wrong
         for source, document in spec.pieces_P4[:, [SOURCE, DOCUMENT]].tolist():
             read = self.sources[source].read(document)
             wrong = read[(read >= vocab_size) | (read < 0)]
@@ -235,6 +261,7 @@ class Assembler:
 
     def _seqlens_room(self, needed: int) -> int:
         room = max(2, self.micro_batch_rows * self.geometry.row_tokens // TOKENS_PER_SEQLEN)
+        # doubled, so that few shapes occur and each recurs
         while room < needed:
             room *= 2
         return room
@@ -251,6 +278,8 @@ def _joined(spec: RowSpec, laid_P: list[int]) -> tuple[dict[str, RowPairs], list
     """What a masker is told of a row's pairs, none where there are none; and the lengths of the row's documents."""
     if spec.pair_P is None:
         return {}, laid_P
+
+    # pieces come in twos: even places hold first parts, odd places second parts
     laid = np.array(laid_P, dtype=np.int64)
     pairs = RowPairs(spec.pair_P[::2].astype(np.int64), laid[::2])
     return {"pairs": pairs}, (laid[::2] + laid[1::2]).tolist()
@@ -278,15 +307,20 @@ def deal(
         8 rows, 4 ranks, 2 lanes:     lane 0  rank 0 [0 4]  rank 1 [2 6]     lane 1  rank 2 [1 5]  rank 3 [3 7]
     """
     assert lanes == 1 or len(specs) % lanes == 0, "a step has as many rows of every lane"
+
+    # inside its group a rank takes every group_ranks-th row of the group's lanes
     own = lanes_of(rank, world_size=world_size, lanes=lanes)
     group_ranks = world_size // math.gcd(lanes, world_size)
     mine = [s for s in specs if s.number % lanes in own][rank % group_ranks :: group_ranks]
+    # rounded up over all ranks: each runs as many micro-batches, the
+    # last ones perhaps without a row
     count = -(-len(specs) // (world_size * micro_batch_rows))
     return [list(mine[i * micro_batch_rows : (i + 1) * micro_batch_rows]) for i in range(count)]
 
 
 def lanes_of(rank: int, *, world_size: int, lanes: int) -> range:
     """The lanes whose rows `deal` gives to a rank, alone or with the other ranks of its group."""
+    # groups divide ranks and lanes evenly: rank r is in group floor(r groups / world_size)
     groups = math.gcd(lanes, world_size)
     group = rank * groups // world_size
     return range(group * lanes // groups, (group + 1) * lanes // groups)
@@ -300,12 +334,16 @@ def wrap_int64(number: int) -> int:
 def _row_hash(number: int, masked: MaskedRow, lengths_P: Sequence[int]) -> int:
     """Of the row's number, where its documents end, the ids after masking, each term's targets, and the segments."""
     digest = blake2b(np.array([number, *lengths_P], dtype="<i8").data, digest_size=8)
+
+    # only what is there is hashed: further terms and segments leave no mark where there are none.
+    # Each further term begins with its length
     first, *others = masked.targets.values()
     parts = [masked.ids, *first]
     for targets in others:
         parts += [np.array([len(targets.index)]), *targets]
     if masked.segments is not None:
         parts.append(masked.segments)
+
     for part in parts:
         digest.update(part.astype("<u4").data)
     return int.from_bytes(digest.digest(), "little", signed=True)

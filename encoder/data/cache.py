@@ -41,7 +41,8 @@ from encoder.data.shard_format import (
 )
 
 TRIES = 5
-BACKOFF_SECONDS = 1.0  # before the second try, doubled before each one after it: 15 s in all
+# before the second try, doubled before each one after it: 15 s in all
+BACKOFF_SECONDS = 1.0
 ORIGIN, SHARDS, ROOM = "origin.txt", "shards", ".room.lock"
 
 
@@ -83,6 +84,7 @@ class ShardCache:
         None, only if `may_exceed` is false and nothing can be evicted to make room, or `wait` is false and another
         process is fetching it. Raises ShardError, DamagedShard for a shard whose bytes are not those of index.json.
         """
+        # in place the names come from an index made elsewhere, and links may leave the folder
         for name in {shard.name, shard.stored} if self.in_place else ():
             inside(self.folder, name, where=self.folder / INDEX, error=ShardError)
         try:
@@ -110,13 +112,19 @@ class ShardCache:
             if (file := self._present(shard)) is not None:
                 return file
             self.folder.mkdir(parents=True, exist_ok=True)
+
+            # one process fetches a shard; the others wait here, and then find it
             with _exclusive(self._lock_of(shard), wait=wait) as lock:
                 if lock is None:
                     return None
                 if self.place(shard).exists():
                     continue
+
+                # what the fetch needs at its peak: the unpacked shard, and the packed one beside
+                # it. Others read this number in the lock file, and leave room for it
                 lock.write(str(shard.size_bytes + (shard.stored_bytes if shard.compression else 0)))
                 lock.flush()
+
                 if (above := self._bytes_above_limit()) > 0:
                     if not may_exceed:
                         return None
@@ -136,8 +144,11 @@ class ShardCache:
         try:
             take_lock(file, path, "shared", wait=True)
         except NoLocks:
-            if not self.in_place:  # in place nothing is evicted, so no reader needs a lock
+            # in place nothing is evicted, so no reader needs a lock
+            if not self.in_place:
                 raise
+
+        # while this waited for the lock, the file may have been evicted: no link is left to it
         found = os.fstat(file.fileno())
         if found.st_nlink and found.st_size == shard.size_bytes and self._is_right(file, shard):
             with contextlib.suppress(OSError):  # another user's
@@ -146,9 +157,8 @@ class ShardCache:
         file.close()
         if found.st_nlink:  # damaged since it was fetched: a power cut, a full disk
             with _exclusive(self.folder / ROOM), contextlib.suppress(FileNotFoundError):
-                if (
-                    path.stat().st_ino == found.st_ino
-                ):  # also where others have it open: they keep what they have
+                # also where others have it open: they keep what they have
+                if path.stat().st_ino == found.st_ino:
                     path.unlink()
         return None
 
@@ -156,9 +166,8 @@ class ShardCache:
         """Whether an unpacked copy in place has its bytes: read once, about 0.1 s for 64 MiB."""
         if not self.in_place or not shard.raw_sha256 or shard.name in self._seen_right:
             return True
-        right = (
-            hashlib.sha256(file.read()).hexdigest() == shard.raw_sha256
-        )  # this file, whatever has its name by now
+        # this open file, whatever has its name by now
+        right = hashlib.sha256(file.read()).hexdigest() == shard.raw_sha256
         if right:
             self._seen_right.add(shard.name)
         return right
@@ -167,15 +176,19 @@ class ShardCache:
         """Evicts what nobody holds until all that is here or on its way fits the limit; how much it still is above."""
         if self.limit_bytes is None:
             return 0
+        # one process at a time counts and evicts, so that two do not give away the same room
         with _exclusive(self.folder / ROOM):
             shards, coming = [], 0
             for entry in os.scandir(self.folder):
+                # this process's own fetch is found like the others: flock
+                # refuses a second handle, too
                 if entry.name.endswith(".lock") and entry.name != ROOM:
                     coming += self._coming(Path(entry.path))
                 elif not entry.name.startswith("."):
                     found = entry.stat()
                     shards.append((found.st_mtime_ns, found.st_size, Path(entry.path)))
             above = sum(size for _, size, _ in shards) + coming - self.limit_bytes
+            # the modification time is that of the last use: least recently used first
             for _, size, path in sorted(shards):
                 if above > 0 and _evict(path):
                     above -= size
@@ -183,6 +196,7 @@ class ShardCache:
 
     def _coming(self, lock: Path) -> int:
         """Bytes that a fetch under way will take; what a killed one left is removed."""
+        # not ours: opening it would lead to another file
         if lock.is_symlink():
             return 0
         with (
@@ -193,10 +207,11 @@ class ShardCache:
                 take_lock(file, lock)
             except Busy:
                 return _whole_number(file.read())
-            if not os.fstat(
-                file.fileno()
-            ).st_nlink:  # removed meanwhile: another fetch may have the next file
+            # the name was removed meanwhile: another fetch may have the next file of this name
+            if not os.fstat(file.fileno()).st_nlink:
                 return self._coming(lock)
+
+            # the lock was free: its fetch was killed
             shutil.rmtree(lock.with_suffix(".part"), ignore_errors=True)
             lock.unlink(missing_ok=True)
         return 0
@@ -205,6 +220,7 @@ class ShardCache:
         part = self._lock_of(shard).with_suffix(".part")
         url = remote.url_of(self.origin, shard.stored)
         try:
+            # in place the packed file stays where it is, and is checked as a fetched one is
             if self.in_place:
                 stored = self.folder / shard.stored
                 if wrong := _difference(stored, shard):
@@ -212,16 +228,19 @@ class ShardCache:
                 _new_folder(part)
             else:
                 stored = _fetched(url, part, check=lambda path: _difference(path, shard))
+
             ready = part / "ready"
             if shard.compression:
                 ready.write_bytes(_unpacked(stored, shard, url=url))
             else:
                 stored.rename(ready)
             fsync_path(ready)
+
+            # locked before it has its name, so that nobody evicts it first
             file = open(ready, "rb")
-            take_lock(
-                file, ready, "shared", wait=True
-            )  # before it has its name, so that nobody evicts it first
+            take_lock(file, ready, "shared", wait=True)
+
+            # under the room's lock, so that its bytes count once: on their way, then as a file
             with _exclusive(self.folder / ROOM):
                 ready.rename(self.place(shard))
                 lock.truncate(0)  # here, and no more on its way
@@ -244,12 +263,16 @@ def fetch_side_files(origin: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder / ".side.lock"):
             mark = folder / ORIGIN
+            # a folder with other files is never taken for a cache: side
+            # files would replace what is there
             if not mark.exists() and any(
                 p.name != ".side.lock" and not is_leftover(p.name) for p in folder.iterdir()
             ):
                 raise ShardError(
                     f"{folder} is not empty and no cache of shards. Name an empty folder as cache."
                 )
+
+            # a cache of another origin holds other shards under the same names
             if (
                 mark.exists()
                 and (found := read_text(mark, error=ShardError, most_bytes=2**16).strip()) != origin
@@ -259,9 +282,10 @@ def fetch_side_files(origin: str, folder: Path) -> None:
                         f"{folder} is the cache of {found}, not of {origin}. Give each source a"
                         " cache of its own."
                     )
-                write_atomic(
-                    mark, origin + "\n"
-                )  # moved, or named by another path: the same card, the same bytes
+                # moved, or named by another path: the same card, the same bytes
+                write_atomic(mark, origin + "\n")
+
+            # the card is written last: where it is, all side files are there and right
             if not (folder / CARD).exists():
                 write_atomic(mark, origin + "\n")
                 _fetch_side_files(origin, folder)
@@ -289,6 +313,7 @@ def _fetch_side_files(origin: str, folder: Path) -> None:
     part = folder / ".side.part"
     try:
         card_file = _fetched(remote.url_of(origin, CARD), part / "card", check=lambda path: None)
+        # the card names the hashes that all other side files must have
         try:
             card = read_card(card_file.parent)
         except ShardError as error:
@@ -304,6 +329,7 @@ def _fetch_side_files(origin: str, folder: Path) -> None:
             needed[HASHES] = card.hashes_sha256
         if card.sentences_sha256:
             needed[SENTENCES] = card.sentences_sha256
+
         for name, sha256 in needed.items():
 
             def check(path: Path, sha256: str = sha256) -> str | None:
@@ -336,10 +362,12 @@ def _fetched(url: str, part: Path, *, check: Callable[[Path], str | None]) -> Pa
         _new_folder(part)
         try:
             remote.download(url, path)
+            # damaged: it came whole and is wrong. A fault on the way is no damage, and may pass
             wrong, damaged = check(path), True
         except ShardError:  # what it needs is not installed
             raise
         except Exception as error:  # streaming raises what its many back ends raise
+            # a full or read-only disk of this machine: another try does not help
             if isinstance(error, OSError) and error.errno in (
                 errno.ENOSPC,
                 errno.EDQUOT,
@@ -394,6 +422,7 @@ def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
 def _evict(path: Path) -> bool:
     """Remove a shard that nobody holds; called under the room's lock, so that a name means one file meanwhile."""
     try:
+        # opened for writing, since NFS gives the exclusive lock to no other
         with open(path, "r+b") as file:
             take_lock(file, path)
             path.unlink()
@@ -414,9 +443,8 @@ def _exclusive(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
             except Busy:
                 yield None
                 return
-            if not os.fstat(
-                file.fileno()
-            ).st_nlink:  # removed by the one before: others lock the next file
+            # removed by the one before: others lock the next file of this name
+            if not os.fstat(file.fileno()).st_nlink:
                 continue
             file.truncate(0)
             try:

@@ -128,9 +128,12 @@ class Loader:
             micro_batch_rows=dealing.micro_batch_rows,
             static_shapes=dealing.static_shapes,
         )
+
         self.sources = sources
         self._row_tokens = geometry.row_tokens
         self._windows = Windows(sources, order=order, geometry=geometry, pairs=masker.pairs)
+
+        # a fresh phase begins at row 0 of window 0 in every lane
         places = start.lanes or ((0, 0),) * order.lanes
         assert len(places) == order.lanes, (
             f"a position of {len(places)} lanes in a run of {order.lanes}"
@@ -152,18 +155,23 @@ class Loader:
             )
             self._prefetch.start(places)
         self._iterator = _start(_MicroBatches(assembler), self._planner, workers)
-        # also at interpreter exit, before multiprocessing waits for its children: workers do not listen to SIGTERM
+        # also at interpreter exit, before multiprocessing waits for its children:
+        # workers do not listen to SIGTERM
         self._finish = weakref.finalize(
             self, getattr(self._iterator, "_shutdown_workers", _nothing)
         )
 
     def next_step(self) -> StepData:
         """The next step. Waits for the workers where they are behind."""
+        # the first micro-batch is asked for before: asking makes the planner plan its step
         first = self._take()
         step = self._planner.steps.popleft()
         made = [first, *(self._take() for _ in range(step.micro_batches - 1))]
-        if self._prefetch:  # from the step that was taken, not from the plans ahead of it: those are still to be read
+
+        # from the step that was taken, not from the plans ahead of it: those are still to be read
+        if self._prefetch:
             self._prefetch.at(step.end.lanes)
+
         return StepData(
             micro_batches=[m.batch for m in made],
             rows=step.rows,
@@ -251,16 +259,21 @@ class _Planner:
             assert rows >= 1 and rows % len(self._lanes) == 0, (
                 "a step has as many rows of every lane, at least one"
             )
+
+            # row r of the step comes from lane r mod L; a schedule of masks
+            # sees the tokens before each row
             specs, tokens = [], start.phase_tokens
             for number in range(rows):
                 spec, row_tokens = self._lanes[number % len(self._lanes)].next_row(number, tokens)
                 specs.append(spec)
                 tokens += row_tokens
+
             self._position = DataPosition(
                 lanes=tuple(lane.place for lane in self._lanes), phase_tokens=tokens
             )
             if tokens == start.phase_tokens:  # all of it left out
                 continue
+
             mine = deal(
                 specs,
                 rank=self._dealing.world.rank,
@@ -292,16 +305,22 @@ class _Lane:
         """The next row, as row `number` of its step, with its tokens."""
         window, row = self.place
         plan = self._plan or self._windows.plan(window, lane=self._lane)
+
+        # only a stored position can be wrong: row 0 of an empty window is skipped below
         if row > 0 and row >= plan.rows:
             raise ShardError(
                 f"row {row} of window {window} does not exist: the window has {plan.rows} rows. "
                 "The shards or the data settings are not those of this run."
             )
+
         while plan.rows == 0:  # a window of fewer than one document
             window += 1
             plan = self._windows.plan(window, lane=self._lane)
+
+        # behind the last row the next window is planned when it is asked for, not before
         last = row + 1 == plan.rows
         self.place, self._plan = ((window + 1, 0), None) if last else ((window, row + 1), plan)
+
         spec = RowSpec(
             address=(*self._windows.address(window, lane=self._lane), row),
             number=number,
@@ -321,9 +340,8 @@ class _MicroBatches(Dataset):
     def __getitem__(self, specs: list[RowSpec]) -> Assembled | UserError:
         try:
             return self._assembler.assemble(specs)
-        except (
-            UserError
-        ) as error:  # goes home as a value: torch would bury its one line in a traceback
+        except UserError as error:
+            # goes home as a value: torch would bury its one line in a traceback
             return error
 
 
@@ -340,6 +358,7 @@ def _start(
     context: Any = None
     if workers.processes:
         context = multiprocessing.get_context("forkserver")
+        # the server imports this module once, torch with it, and forks every worker from that
         context.set_forkserver_preload([__name__])
     loader = DataLoader(
         data,
@@ -351,9 +370,13 @@ def _start(
         multiprocessing_context=context,
         prefetch_factor=MICRO_BATCHES_AHEAD if workers.processes else None,
         worker_init_fn=_end_with_main_process,
+        # its own: the default would draw from the model's
         generator=torch.Generator(),
-    )  # its own: the default would draw from the model's
-    resource_tracker.ensure_running()  # now, since it unblocks signals when it starts (Python 3.10 to 3.12)
+    )
+
+    # workers inherit which signals are blocked. The tracker starts before, since it unblocks
+    # some when it starts (Python 3.10 to 3.12)
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with without_main_script():
@@ -408,11 +431,15 @@ def evaluation_batches(
         micro_batch_rows=dealing.micro_batch_rows,
         static_shapes=dealing.static_shapes,
     )
+
     row_tokens = geometry.row_tokens
     max_tokens = geometry.max_tokens_per_document
+
+    # enough documents to fill the rows, by their cumulative lengths; each has at least one token
     documents = np.arange(min(source.documents, rows * row_tokens))
     lengths = np.minimum(source.lengths[: len(documents)], max_tokens)
     needed = 1 + int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), rows * row_tokens))
+
     pieces = pieces_of(
         [source],
         [documents[:needed]],
@@ -420,9 +447,13 @@ def evaluation_batches(
         pairs=masker.pairs,
         chance=generator(seed, "pairs", "held_out", source.name),
     )
+
+    # as many first pieces as sum to the rows' capacity. Best fit may spread these over more rows
+    # than asked for; the last ones are left out
     fitting = int(np.searchsorted(np.cumsum(pieces.tokens_P), rows * row_tokens, side="right"))
     packing = pack_best_fit(pieces.tokens_P[:fitting], row_tokens)
     plan = lay_rows(pieces, packing, np.arange(min(rows, packing.rows)))
+
     specs = [
         RowSpec(
             address=("held_out", source.name, row),
@@ -450,10 +481,14 @@ def token_counts(source: Source, vocab_size: int, documents: int | None = None) 
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     total = source.documents if documents is None else min(documents, source.documents)
+
+    # in stretches of documents: each bincount makes a table of the whole vocabulary
     for first in range(0, total, 1024):
         read = [source.read(d) for d in range(first, min(first + 1024, total))]
         found = np.bincount(np.concatenate(read), minlength=vocab_size)
         if len(found) > vocab_size:
+            # bincount grew beyond minlength: some id is too large,
+            # and its document is to be named
             document = first + next(
                 i for i, ids in enumerate(read) if ids.max(initial=0) >= vocab_size
             )

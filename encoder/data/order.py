@@ -31,8 +31,11 @@ def deal_shards(samples_per_shard: np.ndarray, lanes: int) -> list[np.ndarray]:
     if lanes == 1:
         return [np.arange(len(samples_per_shard))]
     dealt: list[list[int]] = [[] for _ in range(lanes)]
+
+    # a heap of (documents, lane): its head is the lane with the fewest, the lower number in ties
     held = [(0, lane) for lane in range(lanes)]
     samples = samples_per_shard.tolist()
+    # sorted by the negative counts: the largest first, stable, so that ties keep their order
     for shard in np.argsort(-np.asarray(samples_per_shard, dtype=np.int64), kind="stable").tolist():
         documents, lane = held[0]
         dealt[lane].append(shard)
@@ -68,11 +71,16 @@ class DocumentOrder:
         group_shards: int | None = None,
     ) -> None:
         samples = np.asarray(samples_per_shard, dtype=np.int64)
+
+        # document numbers go over the whole source, also where a lane has a share of its shards
         self._ends = np.cumsum(samples)
         self._shards = np.arange(len(samples)) if lane is None else lane[1]
         self._samples = samples[self._shards]
+        # one lane is left out of the address: its order is that of a run without lanes
         self._address = ("order", phase, source, *((f"lane {lane[0]}",) if lane else ()))
+
         self._seed, self._group_shards = seed, group_shards or SHARDS_PER_GROUP
+
         self.documents_per_epoch = int(self._samples.sum())
         assert self.documents_per_epoch > 0, "an empty source has no order"
         self._epoch: _Epoch | None = None
@@ -82,28 +90,33 @@ class DocumentOrder:
         """Document numbers int64 [count] at places start to start + count of the endless order."""
         parts, used = [], {}
         while count > 0:
+            # one turn for each group that the stretch touches; it may cross groups and epochs
             number, place = divmod(start, self.documents_per_epoch)
             epoch = self._epoch_of(number)
             group = int(np.searchsorted(epoch.group_starts, place, side="right")) - 1
             inside = place - int(epoch.group_starts[group])
+
             key = (number, group)
             used[key] = self._groups[key] if key in self._groups else self._shuffled(epoch, group)
             part = used[key][inside : inside + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
-        self._groups = (
-            used or self._groups
-        )  # one group, or two at a border: the next stretch begins in the last
+
+        # one group, or two at a border: the next stretch begins in the last
+        self._groups = used or self._groups
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
     def shards(self, start: int, count: int, *, at_most: int) -> list[int]:
         """The shards whose groups the places start to start + count touch, soonest first: `at_most`, or a group more."""
+        # a dict as a set that keeps its order
         found: dict[int, None] = {}
         end = start + count
         while start < end and len(found) < min(at_most, len(self._samples)):
             number, place = divmod(start, self.documents_per_epoch)
             epoch = self._epoch_of(number)
             group = int(np.searchsorted(epoch.group_starts, place, side="right")) - 1
+
+            # documents are shuffled inside a group, so a stretch in it may need any of its shards
             found.update(
                 dict.fromkeys(
                     epoch.shards[
@@ -111,12 +124,16 @@ class DocumentOrder:
                     ].tolist()
                 )
             )
+
+            # to the first document of the next group
             start += int(epoch.group_starts[group + 1]) - place
         return list(found)
 
     def _epoch_of(self, number: int) -> _Epoch:
         if self._epoch is None or self._epoch.number != number:
             order = generator(self._seed, *self._address, number).permutation(len(self._samples))
+
+            # group g ends with shard min((g + 1) size, shards) - 1 of the permuted ones
             ends = np.cumsum(self._samples[order])
             size = self._group_shards
             last_of_group = np.minimum(np.arange(size, len(order) + size, size), len(order)) - 1
@@ -126,12 +143,14 @@ class DocumentOrder:
         return self._epoch
 
     def _shuffled(self, epoch: _Epoch, group: int) -> np.ndarray:
+        # the numbers of all documents in the group's shards, shard by shard, then shuffled
         shards = epoch.shards[group * self._group_shards : (group + 1) * self._group_shards]
         first = [int(self._ends[s - 1]) if s else 0 for s in shards]
         documents = np.concatenate(
             [np.arange(f, int(self._ends[s])) for f, s in zip(first, shards, strict=True)]
         )
+
         generator(self._seed, *self._address, epoch.number, group).shuffle(documents)
-        # kept in 4 bytes where they suffice: 2 MB a group of the 2T mixture, for each source and lane. Shuffled in 8, which
-        # numpy does in two thirds of the time: 5 ms
+        # kept in 4 bytes where they suffice: 2 MB a group of the 2T mixture, for each source and
+        # lane. Shuffled in 8, which numpy does in two thirds of the time: 5 ms
         return documents.astype(np.uint32) if self._ends[-1] < 2**32 else documents

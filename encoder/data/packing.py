@@ -21,7 +21,8 @@ _ROW_BITS = 32
 class Packing:
     """Which pieces each row holds. P pieces, R rows, in the order they were opened."""
 
-    pieces_P: np.ndarray  # int64 numbers of pieces, row after row, in a row the longest first
+    # int64 numbers of pieces, row after row, in a row the longest first
+    pieces_P: np.ndarray
     row_starts_R1: np.ndarray  # int64 into pieces_P
 
     @property
@@ -38,34 +39,49 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Packing
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) == 0:
         return Packing(np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+    # capacity - length ascends where length descends, and is never negative, as the sort needs
     order = _stable_argsort(capacity - lengths, capacity)
     descending = lengths[order]
     shortest, longest = int(descending[-1]), int(descending[0])
     assert 0 < shortest and longest <= capacity, (
         f"{shortest} to {longest} tokens do not fit rows of {capacity}"
     )
+
+    # where each different length begins among the descending ones, and how many pieces have it
     first_of_length = np.flatnonzero(np.diff(descending, prepend=0))
     counts = np.diff(first_of_length, append=len(descending))
+
     opened = 0
-    open_rows: list[
-        int
-    ] = []  # room << 32 | row, ascending: one search finds the least room, then the first row
+    # room << 32 | row, ascending: one search finds the least room, then the row opened first
+    open_rows: list[int] = []
+
+    # a stretch: pieces of one length that follow each other into one row
     stretch_rows: list[int] = []
     stretch_pieces: list[int] = []
     for length, count in zip(descending[first_of_length].tolist(), counts.tolist(), strict=True):
         while count:
+            # the key is (length, row 0): the first entry not below it has
+            # the least room that suffices
             at = bisect_left(open_rows, length << _ROW_BITS)
             if at < len(open_rows):
                 room_and_row = open_rows.pop(at)
                 row, room = room_and_row & ((1 << _ROW_BITS) - 1), room_and_row >> _ROW_BITS
             else:
                 row, room, opened = opened, capacity, opened + 1
+
+            # the row with the least room stays that until it is too
+            # small: it takes all it can at once
             taken = min(count, room // length)
             stretch_rows.append(row)
             stretch_pieces.append(taken)
             count, room = count - taken, room - taken * length
+
+            # a row with less room than the shortest piece takes no other: it is closed
             if room >= shortest:
                 insort(open_rows, room << _ROW_BITS | row)
+
+    # pieces in descending order have their rows; a stable sort by row keeps the longest first
     row_of = np.repeat(np.array(stretch_rows), stretch_pieces)
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=opened))])
     return Packing(order[_stable_argsort(row_of, opened)], starts)

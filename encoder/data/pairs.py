@@ -37,6 +37,7 @@ class WindowSentences:
         """Of several sources: the number of each, its documents, and their sentences."""
         counts = [np.diff(lists.starts_D1) for _, _, lists in parts]
         tokens = [lists.tokens_N for _, _, lists in parts]
+
         return WindowSentences(
             np.concatenate([np.full(len(documents), source) for source, documents, _ in parts]),
             np.concatenate([documents for _, documents, _ in parts]),
@@ -46,6 +47,7 @@ class WindowSentences:
 
     def reached(self, first_N: np.ndarray, tokens: np.ndarray, document: np.ndarray) -> np.ndarray:
         """The sentence behind the first ones of a document that have so many tokens together, or its last."""
+        # the first boundary between sentences at or behind so many tokens, inside the document
         place = np.searchsorted(self.before_N1, self.before_N1[first_N] + tokens)
         return np.minimum(place, self.starts_D1[document + 1])
 
@@ -100,9 +102,13 @@ def pairs_of(
     """
     room = max_tokens - PAIR_FRAME_TOKENS
     assert room >= 2, "a pair has a token of each part"
+
+    # short_share of the documents get shorter pairs, of 2 to `room` tokens: one length for each
     counts_D = np.diff(text.starts_D1)
     is_short_D = chance.random(len(counts_D)) < rule.short_share
     target_D = np.where(is_short_D, chance.integers(2, room + 1, len(counts_D)), room)
+
+    # each turn makes one pair of every document that has sentences left
     next_D = text.starts_D1[:-1].copy()
     partners = np.flatnonzero(counts_D)
     open_D = partners
@@ -112,13 +118,16 @@ def pairs_of(
         turns.append(turn)
         next_D[open_D] = turn.next
         open_D = open_D[turn.next < text.starts_D1[open_D + 1]]
+
     if not turns:
         nothing = np.zeros(0, np.int64)
         return Pairs(np.zeros((0, 4), np.int64), nothing, nothing.astype(np.int8))
+
     # those of a document together, in their order
     order = np.argsort(np.concatenate([turn.document for turn in turns]), kind="stable")
     first = _Part.joined([turn.first for turn in turns], order)
     second = _Part.joined([turn.second for turn in turns], order)
+
     pieces_P4, tokens = _cut_to(room, text, first, second, chance)
     return Pairs(pieces_P4, tokens, np.concatenate([turn.label for turn in turns])[order])
 
@@ -154,26 +163,38 @@ def _next_pairs(
     """
     first = next_D[open_D]
     target = target_D[open_D]
+
+    # the chunk: sentences until the target is reached, split behind 1 to count - 1 of them. Of
+    # one sentence A is all, and the rest is empty
     end = text.reached(first, target, open_D)
     count = end - first
     split = first + chance.integers(1, np.maximum(count, 2))
     coin = chance.random(len(open_D)) < 0.5
+
     part_a = _Part(open_D, first, split)
     rest = _Part(open_D, split, end)
+
+    # drawn for every pair, used or not; B gets as many tokens as A leaves of the target
     other = _other_parts(text, open_D, target - part_a.tokens(text), partners, chance)
+
+    # random: B of another document by the coin, and where a chunk of one sentence has no rest.
+    # Swapped: by the coin, and B of another document only where there is no rest
     if rule.label_1 == "random":
         is_other = coin | (count == 1)
         is_swapped = np.zeros(len(open_D), bool)
     else:
         is_other = count == 1
         is_swapped = coin & ~is_other
+
     part_b = other.where(is_other, rest)
     first_part = part_a
     second_part = part_b
     if is_swapped.any():
         first_part = part_b.where(is_swapped, part_a)
         second_part = part_a.where(is_swapped, part_b)
+
     label = (is_other | is_swapped).astype(np.int8)
+    # where B is of another document, the rest was not used, and is read again for the next pair
     return _Turn(open_D, first_part, second_part, label, np.where(is_other, split, end))
 
 
@@ -192,9 +213,12 @@ def _other_parts(
     tokens: that it is to have, of each
     partners: documents with sentences
     """
+    # uniform over all partners but one: drawn among one fewer, and moved
+    # past the document's own place
     place = chance.integers(0, max(len(partners) - 1, 1), len(open_D))
     if len(partners) > 1:
         place += place >= np.searchsorted(partners, open_D)
+
     document = partners[place]
     counts = text.starts_D1[document + 1] - text.starts_D1[document]
     first = text.starts_D1[document] + chance.integers(0, counts)
@@ -220,12 +244,17 @@ def _cut_to(
     """
     tokens_a = part_a.tokens(text)
     tokens_b = part_b.tokens(text)
+
+    # in closed form: the longer part first comes down to the length of the shorter one. What is
+    # still above the room is dropped in turn, B first
     above = np.maximum(tokens_a + tokens_b - room, 0)
     drop_a = np.minimum(above, np.maximum(tokens_a - tokens_b, 0))
     drop_b = np.minimum(above, np.maximum(tokens_b - tokens_a, 0))
+
     rest = above - drop_a - drop_b
     drop_a += rest // 2
     drop_b += (rest + 1) // 2
+
     pieces_a = _pieces(text, part_a, drop_a, chance.binomial(drop_a, 0.5))
     pieces_b = _pieces(text, part_b, drop_b, chance.binomial(drop_b, 0.5))
     pieces_P4 = np.stack([pieces_a, pieces_b], axis=1).reshape(-1, 4)
@@ -241,6 +270,8 @@ def _pieces(
     part: of each pair
     dropped, dropped_first: tokens that each loses, and how many of them are its first
     """
+    # the start in the stored document: [CLS], the sentences before the
+    # part, the dropped first tokens
     begin_D = text.before_N1[text.starts_D1[:-1]]
     start = 1 + text.before_N1[part.first] - begin_D[part.document] + dropped_first
     end = start + part.tokens(text) - dropped

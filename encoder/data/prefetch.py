@@ -40,13 +40,13 @@ class Prefetch:
         self._held: dict[tuple[int, int], IO[bytes]] = {}
         self._failed: set[tuple[int, int]] = set()
         self._changed = threading.Condition()
-        self._wanted: (
-            list[tuple[int, int]] | None
-        ) = []  # (source, shard), soonest first; None: closed
+        # (source, shard), soonest first; None: closed
+        self._wanted: list[tuple[int, int]] | None = []
         self._thread: threading.Thread | None = None
 
     def start(self, places: Sequence[tuple[int, int]]) -> None:
         """Have what the first windows of the lanes need, and go on in the background."""
+        # the first windows are fetched here, before the first step asks for them
         self._wanted = self._needed(places, windows=1)
         self._bring(self._wanted)
         self.at(places)
@@ -69,6 +69,7 @@ class Prefetch:
 
     def _needed(self, places: Sequence[tuple[int, int]], *, windows: int) -> list[tuple[int, int]]:
         """Worked out in the main thread, which alone walks the order of documents."""
+        # one queue for each lane and source that is read through a cache
         queues = [
             [(number, shard) for shard in shards]
             for lane in self._lanes
@@ -77,6 +78,8 @@ class Prefetch:
             )
             if self._sources[number].cache is not None
         ]
+
+        # the soonest shard of each queue, then the second of each: none of them runs dry alone
         return list(
             dict.fromkeys(key for keys in zip_longest(*queues) for key in keys if key is not None)
         )
@@ -90,23 +93,26 @@ class Prefetch:
         done: list[tuple[int, int]] | None = []
         while True:
             with self._changed:
+                # compared by identity: an equal list that came anew is tried anew
                 self._changed.wait_for(lambda: self._wanted is not done)  # noqa: B023
                 done = self._wanted
+
             if done is None:
                 return
             self._bring(done)
 
     def _bring(self, wanted: list[tuple[int, int]]) -> None:
         self._let_go(set(wanted))
-        for wait in (
-            False,
-            True,
-        ):  # first what no other process of this machine is fetching just now
+
+        # first what no other process of this machine is fetching just now, then wait for the rest
+        for wait in (False, True):
             for source, shard in wanted:
+                # the run moved on: what it needs now goes before the rest of this list
                 if self._wanted is not wanted:
                     return
                 if (source, shard) in self._held or (source, shard) in self._failed:
                     continue
+
                 try:
                     file = self._sources[source].hold(shard, wait=wait)
                 except ShardError:
@@ -115,7 +121,8 @@ class Prefetch:
                 if file is not None:
                     self._held[source, shard] = file
                 elif wait:
-                    return  # no room, until the run has moved on
+                    # no room, until the run has moved on
+                    return
 
     def _let_go(self, wanted: set[tuple[int, int]]) -> None:
         for key in self._held.keys() - wanted:

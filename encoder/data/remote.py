@@ -52,9 +52,8 @@ def download(url: str, path: Path) -> None:
             shutil.copyfileobj(response, f, 1 << 20)
         return
     try:
-        from streaming.base.storage.download import (
-            CloudDownloader,
-        )  # 3.8 s to import, so only where it is needed
+        # 3.8 s to import, so only where it is needed
+        from streaming.base.storage.download import CloudDownloader
     except ModuleNotFoundError as error:
         raise ShardError(
             f"{url} is read by mosaicml-streaming, which is not here ({error.name}). Install the"

@@ -41,13 +41,18 @@ class Sentences:
         kind = lengths_dtype(card.max_tokens_per_document)
         try:
             size = path.stat().st_size
+            # the file's size must be exactly that of its starts, and of as
+            # many sentences as they end with
             behind = START_BYTES * (card.documents + 1)
             if size < behind:
                 raise ShardError(_other_size(path, size, card))
+
             self._starts_D1 = np.memmap(path, dtype="<u8", mode="r", shape=(card.documents + 1,))
             self.count = int(self._starts_D1[-1])
             if size != behind + self.count * kind.itemsize or self._starts_D1[0] != 0:
                 raise ShardError(_other_size(path, size, card))
+
+            # numpy maps no empty file part
             self._tokens_N = (
                 np.memmap(path, dtype=kind, mode="r", offset=behind, shape=(self.count,))
                 if self.count
@@ -63,11 +68,15 @@ class Sentences:
         """The sentences of these documents, in their order. Raises ShardError for a damaged file."""
         begin_D = self._starts_D1[documents].astype(np.int64)
         end_D = self._starts_D1[documents + 1].astype(np.int64)
+        # a damaged start would read beyond the file, or backwards
         if np.any(begin_D > end_D) or np.any(end_D > self.count):
             raise ShardError(
                 f"{self._path} is damaged: its documents have no order. Copy it again, or make it"
                 " again with data-prep index."
             )
+
+        # place of every sentence in the file: those of a document
+        # follow each other from its begin
         starts_D1 = np.concatenate([[0], np.cumsum(end_D - begin_D)])
         place_N = np.arange(starts_D1[-1]) + np.repeat(begin_D - starts_D1[:-1], end_D - begin_D)
         return SentenceLists(starts_D1, self._tokens_N[place_N].astype(np.int64))
@@ -98,9 +107,12 @@ def check_sentences(sentences: Sentences, lengths_D: np.ndarray, *, where: Path)
     for first in range(0, len(lengths_D), CHECKED_DOCUMENTS):
         some_D = np.arange(first, min(first + CHECKED_DOCUMENTS, len(lengths_D)))
         lists = sentences.of(some_D)
+        # tokens of each document: differences of the cumulative sum at its first sentences
         before_N = np.concatenate([[0], np.cumsum(lists.tokens_N)])
         found_D = np.diff(before_N[lists.starts_D1])
+        # a stored document without text has no sentence: 0, not below
         expected_D = np.maximum(lengths_D[some_D].astype(np.int64) - FRAME_TOKENS, 0)
+
         wrong = np.flatnonzero(found_D != expected_D)
         if len(wrong) or np.any(lists.tokens_N < 1):
             document = int(some_D[wrong[0]]) if len(wrong) else first
@@ -116,6 +128,7 @@ def sentence_bytes(counts_D: Iterable[np.ndarray], tokens_N: Iterable[bytes]) ->
     counts_D: sentences of each document, in stretches of documents
     tokens_N: tokens of each sentence as they are stored, in stretches
     """
+    # the first start is 0; then each document's end is the next one's start
     total = 0
     yield np.zeros(1, "<u8").tobytes()
     for part_D in counts_D:

@@ -42,7 +42,8 @@ SENTENCES = "sentences.bin"
 FORMAT = 2  # 1 had no hashes of content
 Width = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
 WIDTHS: tuple[str, ...] = typing.get_args(Width)
-# how an MDS column `ndarray` without a type names that of each sample (streaming's encodings.NDArray)
+# how an MDS column `ndarray` without a type names that of each sample
+# (streaming's encodings.NDArray)
 _WIDTH_OF_BYTE = {
     8: "uint8",
     9: "int8",
@@ -86,9 +87,8 @@ class Card:
     column: str = INPUT_IDS  # of the shards: where the ids are
     encoding: str = ""  # of that column, as index.json has it; empty: ndarray:DTYPE
     format: int = FORMAT
-    recipe: dict[str, Any] = field(
-        default_factory=dict
-    )  # the settings and versions that made the folder
+    # the settings and versions that made the folder
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -132,7 +132,8 @@ class Card:
         return id_column(self.column, self.stored_as, dtype=self.dtype)
 
 
-# fields that a card has only where they say something: a card of data-prep prepare is the same bytes as ever
+# fields that a card has only where they say something: a card of data-prep
+# prepare is the same bytes as ever
 _SELDOM = (
     "strips_padding",
     "holds_specials",
@@ -164,6 +165,8 @@ def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:
     if kind == "bytes":
         return IdColumn(name, np.dtype(dtype).newbyteorder("<"), has_shape=False)
     sizes = [int(size) for size in shape.split(",") if size.isdecimal()] if shape else []
+
+    # a shape in the encoding is fixed for all samples: one axis, or others of size 1
     if (
         kind != "ndarray"
         or word not in ("", *WIDTHS)
@@ -180,11 +183,16 @@ def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:
 def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
     """The ids [T] in `size` bytes of a column from `begin` on, a view. Raises ValueError, IndexError."""
     at, end, dtype = begin, begin + size, column.dtype
+
+    # the array's type is its first byte
     if dtype is None:
         dtype, at = np.dtype(_width_named(data[at])).newbyteorder("<"), at + 1
+
+    # then a byte with the number of axes and the width of a size, then the sizes, then the values
     if column.has_shape:
         axes, width = data[at] >> 2, 1 << (data[at] & 3)
         values = at + 1 + axes * width
+        # one axis is usual, and is read without numpy
         count = (
             int.from_bytes(data[at + 1 : values], "little")
             if axes == 1
@@ -193,13 +201,14 @@ def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
         if values + count * dtype.itemsize != end:
             raise ValueError("no one-dimensional array that fills its column")
         at = values
+
     count, rest = divmod(end - at, dtype.itemsize)
     if rest:
         raise ValueError(f"{end - at} bytes are no whole number of {dtype.name}")
     ids = np.frombuffer(data, dtype, count, at)
-    return (
-        ids.view(np.int64) if dtype == np.uint64 else ids
-    )  # no arithmetic is exact over both of them
+
+    # numpy mixes uint64 with int64 to floats. Beyond 2^63 an id turns negative, and is refused
+    return ids.view(np.int64) if dtype == np.uint64 else ids
 
 
 def _width_named(byte: int) -> str:
@@ -233,6 +242,8 @@ def read_card(folder: Path) -> Card:
                 " where they were made elsewhere, the card with data-prep index FOLDER --tokenizer"
                 " FILE."
             )
+
+        # perhaps a folder above was named: folders below it that have a card, train first
         below = sorted(
             (
                 p.parent
@@ -244,6 +255,7 @@ def read_card(folder: Path) -> Card:
         )
         hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
+
     again = "Make the shards again with data-prep prepare CONFIG --again."
     try:
         content = read_json(path, error=ConfigError)
@@ -273,6 +285,7 @@ def read_lengths(folder: Path, card: Card) -> np.ndarray:
         raise ShardError(
             f"{path} is missing. Make the shards again with data-prep prepare CONFIG --again."
         )
+
     size = path.stat().st_size
     kind = lengths_dtype(card.max_tokens_per_document)
     if size != card.documents * kind.itemsize:
@@ -321,6 +334,7 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     entries = content.get("shards")
     if not isinstance(entries, list):
         raise _no_index(path, "shards is no list of mappings")
+
     names: list[str] = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -352,8 +366,10 @@ def _names_of(entry: dict[str, Any], path: Path) -> list[str]:
         )
     _check_columns(entry, path)
     _check_number("samples", entry["samples"], path)
+
     raw, packed = entry["raw_data"], entry["zip_data"]
     for key, info in (("raw_data", raw), ("zip_data", packed)):
+        # a shard that is not packed has zip_data: null
         if info is None and key == "zip_data":
             continue
         if not isinstance(info, dict):
@@ -371,7 +387,8 @@ def _names_of(entry: dict[str, Any], path: Path) -> list[str]:
             raise _no_index(path, f"{name} is the name of another kind of file")
     if packed is None:
         return [raw["basename"]]
-    # MDSWriter's rule. A shard is unpacked beside its packed file: under another name it could replace any file there
+    # MDSWriter's rule. A shard is unpacked beside its packed file: under another name it
+    # could replace any file there
     if not re.fullmatch(re.escape(raw["basename"]) + r"\.[a-z0-9]{1,8}", packed["basename"]):
         raise _no_index(
             path,
@@ -431,11 +448,15 @@ def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
     before = specials.before
     if before and ids_T[:1].tolist() == [*before]:
         before = ()
+
+    # of two ids behind the text the sample may end with the first
+    # alone: only the missing are added
     behind = specials.behind
     for there in range(len(behind), 0, -1):
         if ids_T[-there:].tolist() == [*behind[:there]]:
             behind = behind[there:]
             break
+
     # ids of 8 bits can be those of a large vocabulary's first tokens
     narrow = np.iinfo(ids_T.dtype).max < max(specials.cls_id, specials.sep_id)
     dtype = np.dtype(np.int64) if narrow else ids_T.dtype

@@ -39,8 +39,8 @@ from encoder.data.shard_format import (
     stored_info,
 )
 
-# Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the 8 shards of one
-# group of encoder.data.order, or of two at a border
+# Each open shard holds one file handle, of 1,024 that a process usually has; reading touches the
+# 8 shards of one group of encoder.data.order, or of two at a border
 OPEN_SHARDS = 32
 
 
@@ -80,17 +80,22 @@ class Source:
     ) -> None:
         self.name, self.cache = name, cache
         self._again = (origin, name, cache, cache_bytes)
+        # with a cache all side files are read from there
         if cache is not None:
             fetch_side_files(origin, cache)
         path = self.path = cache or Path(origin)  # where the side files are
         self._cache = ShardCache(origin=origin, folder=path, limit_bytes=cache_bytes)
+
         self.card = read_card(path)
         self.lengths = read_lengths(path, self.card)
+
+        # the card's hash holds the index, and the index holds the hash of each shard
         check_index(path, self.card)
         hashes = read_hashes(path, self.card)
         self._shards = [
             _shard_file(entry, path / INDEX, self.card, hashes) for entry in read_index(path)
         ]
+
         self.samples_per_shard = np.array([s.samples for s in self._shards], dtype=np.int64)
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
@@ -99,6 +104,7 @@ class Source:
                 f" {self.card.documents:,}. Make the shards again with data-prep prepare CONFIG"
                 " --again."
             )
+
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.open_shards = OPEN_SHARDS
         self._sentences: Sentences | None = None
@@ -128,6 +134,7 @@ class Source:
         number = bisect_right(self._first_document, document) - 1
         sample = document - self._first_document[number]
         ids = as_read(self._ids_at(self._opened(number), number, sample), self.card)
+        # rows were planned by lengths.bin: another length would shift all behind it
         if len(ids) != self.lengths[document]:
             raise self._damaged(
                 number,
@@ -151,6 +158,7 @@ class Source:
             try:
                 size = path.stat().st_size
             except FileNotFoundError as error:
+                # it is unpacked when it is first read
                 if shard.compression:
                     continue
                 raise _missing(path) from error
@@ -173,10 +181,15 @@ class Source:
         shard = self._shards[number]
         begin, end = int(opened.offsets[sample]), int(opened.offsets[sample + 1])
         try:
+            # a sample's head: a uint32 for each column of variable
+            # size, in the order of the columns
             head = np.frombuffer(opened.buffer, "<u4", shard.variable_columns, begin).tolist()
+
+            # over the columns before the ids, by their fixed size or the next one of the head
             at = begin + 4 * shard.variable_columns
             for size in shard.before:
                 at += head.pop(0) if size is None else size
+            # what is left of the head begins with the ids' own size
             size = head[0] if shard.size is None else shard.size
             if at + size > end:
                 raise ValueError("its columns do not fit its size")
@@ -193,6 +206,7 @@ class Source:
         if opened is None:
             opened = self._open[number] = self._open_shard(number)
             if len(self._open) > self.open_shards:
+                # the least recently used one; views of its map keep it alive
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(number)
@@ -216,6 +230,8 @@ class Source:
             ) from error
         except DamagedShard as error:
             raise self._damaged(number, str(error)) from error
+
+        # the head is held against the index before an offset of it is used
         if len(buffer) != shard.size_bytes:
             raise self._damaged(number, _wrong_size(path, len(buffer), shard))
         samples = int.from_bytes(buffer[:4], "little")
@@ -237,9 +253,9 @@ class Source:
             file = self._cache.open(shard)
             assert file is not None, "it waits, and may exceed the cache's size"
             return file
-        inside(
-            self.path, shard.name, where=self.path / INDEX, error=ShardError
-        )  # a link may have come since
+
+        # a symbolic link may have come since the index was read
+        inside(self.path, shard.name, where=self.path / INDEX, error=ShardError)
         return regular_file(path)
 
     def _damaged(self, number: int, text: str) -> DamagedShard:
@@ -288,6 +304,8 @@ def _shard_file(
             f"{index}: column {card.column} is {encoding}, the card says {card.stored_as}. "
             "Make the shards again with data-prep prepare CONFIG --again."
         )
+
+    # the hash of the file as it lies in the folder, packed or not
     stored = stored_info(info)
     sha256 = stored["hashes"].get(SHARD_HASH) or hashes.get(stored["basename"])
     if not sha256:
@@ -295,6 +313,8 @@ def _shard_file(
             f"{index} has no {SHARD_HASH} of {stored['basename']}; needed: that of every shard. "
             "Write it with data-prep index FOLDER --tokenizer FILE --again."
         )
+
+    # the columns of a sample lie in the order in which the index lists them
     sizes = info["column_sizes"]
     return _ShardFile(
         name=info["raw_data"]["basename"],

@@ -37,7 +37,8 @@ from encoder.data.shard_format import Card
 
 SOURCE, DOCUMENT, START, END = range(4)  # columns of a piece
 GOES_ON = -1  # in the place of a pair's label: the piece is the pair's second
-# a step takes as many rows of each lane, so that a lane with 5 % fewer documents repeats its own 5 % more often
+# a step takes as many rows of each lane, so that a lane with 5 % fewer documents
+# repeats its own 5 % more often
 LANES_APART = 0.05
 LEAST_DOCUMENT_TOKENS = 3  # [CLS], [SEP] and one between them
 
@@ -77,7 +78,8 @@ class WindowPlan:
     pieces_P4: np.ndarray  # int64, row after row
     row_starts_R1: np.ndarray  # int64 into the pieces
     tokens_R: np.ndarray  # int64, tokens of each row without padding
-    # int8 [P], of pairs: the label of the pair that begins with the piece, or GOES_ON; None: no pairs
+    # int8 [P], of pairs: the label of the pair that begins with the
+    # piece, or GOES_ON; None: no pairs
     pair_P: np.ndarray | None = None
 
     @property
@@ -144,9 +146,12 @@ class Windows:
         self._order = order
         self._geometry = geometry
         self._left_out = frozenset(order.left_out)
+
         self._documents_per_window = documents_per_window(
             [s.card for s in sources], order.weights, order.window_documents
         )
+
+        # by lane and source: an order over the lane's own shards
         dealt = [shards_of_lanes(s.name, s.samples_per_shard, order.lanes) for s in sources]
         self._orders_of_lane = [
             [
@@ -168,10 +173,12 @@ class Windows:
 
     def address(self, window: int, *, lane: int = 0) -> tuple[int, ...]:
         """Where a window stands in the run: (phase, window), with several lanes (phase, lane, window)."""
+        # one lane is left out: its masks and rows are those of a run without lanes
         return (self._order.phase, *((lane,) if self._order.lanes > 1 else ()), window)
 
     def documents_before(self, window: int) -> list[int]:
         """How many documents of each source the windows of a lane before this one took."""
+        # floor(window x), with x an exact fraction
         return [x.numerator * window // x.denominator for x in self._documents_per_window]
 
     def epochs_before(self, windows: Sequence[int]) -> dict[str, float]:
@@ -212,6 +219,7 @@ class Windows:
             order.documents(before[number], after[number] - before[number])
             for number, order in enumerate(self._orders_of_lane[lane])
         ]
+
         pieces = pieces_of(
             self._sources,
             documents,
@@ -219,34 +227,44 @@ class Windows:
             pairs=self._pairs,
             chance=generator(self._order.seed, "pairs", *self.address(window, lane=lane)),
         )
+
+        # best fit decreasing puts the longest pieces into the first rows: rows are shuffled
         packing = pack_best_fit(pieces.tokens_P, self._geometry.row_tokens)
         shuffled = generator(
             self._order.seed, "rows", *self.address(window, lane=lane)
         ).permutation(packing.rows)
+
         plan = lay_rows(pieces, packing, shuffled)
         return self._without_left_out(plan) if self._left_out else plan
 
     def _without_left_out(self, plan: WindowPlan) -> WindowPlan:
         source_P, document_P, start_P, end_P = plan.pieces_P4.T
+
         kept_P, length_P = (
             np.ones(len(plan.pieces_P4), dtype=bool),
             np.zeros(len(plan.pieces_P4), dtype=np.int64),
         )
         for number, source in enumerate(self._sources):
             length_P[source_P == number] = source.lengths[document_P[source_P == number]]
+
         for number, shard in self._left_out:
             samples = self._sources[number].samples_per_shard
             first = int(samples[:shard].sum())
             kept_P &= (
                 (source_P != number) | (document_P < first) | (document_P >= first + samples[shard])
             )
+
+        # tokens of each row are counted anew, with what is put back where pieces were cut
         frame = self._sources[0].card.specials.frame
         tokens_P = (end_P - start_P) + put_back(start_P, end_P, length_P, frame)
         if plan.pair_P is not None:  # a pair goes as a whole
             kept_P = np.repeat(kept_P.reshape(-1, 2).all(axis=1), 2)
+            # put_back counts a [CLS] for each part; the second has none
             tokens_P = tokens_P - (plan.pair_P == GOES_ON)
+
         tokens_P = tokens_P * kept_P
         tokens_R = np.diff(np.concatenate([[0], np.cumsum(tokens_P)])[plan.row_starts_R1])
+
         return WindowPlan(
             plan.pieces_P4[kept_P],
             np.concatenate([[0], np.cumsum(kept_P)])[plan.row_starts_R1],
@@ -288,6 +306,8 @@ def documents_per_window(
                 f"weight {weight} of source {card.source} must be above 0. Leave the source out"
                 " instead."
             )
+
+    # weight / mean length, as a fraction: documents of each source in proportion
     shares = [
         Fraction(weight) * card.documents / card.tokens
         for card, weight in zip(cards, weights, strict=True)
@@ -343,12 +363,14 @@ def pieces_of(
                 for number, source, some in numbered
             ]
         )
+
     for source in sources:
         if source.card.specials.frame != "both_ends":
             raise ShardError(
                 f"{source.name} has [CLS] behind each text; needed for pairs of sentences: a"
                 " tokenizer whose [CLS] stands first. Use objective: {name: mlm}, or other shards."
             )
+
     text = WindowSentences.joined(
         [(number, some, source.sentences_of(some)) for number, source, some in numbered]
     )
@@ -394,14 +416,22 @@ def cut(
             f"document {place} of source number {source} has {lengths.min()} tokens by lengths.bin;"
             " needed: at least 1. Look at the folder with data-prep verify."
         )
+
+    # whole, or ceil(body / (max_tokens - 2)) pieces, each of which has a frame of its own
     body = lengths - 2
     count = np.where(lengths <= max_tokens, 1, -(-body // (max_tokens - 2)))
+
+    # of each piece: the number of its document, and its own number in the document
     whose = np.repeat(np.arange(len(documents)), count)
     number = np.arange(len(whose)) - np.repeat(np.cumsum(count) - count, count)
+
+    # piece i has the body's tokens floor(i body / count) to floor((i + 1) body / count). The
+    # first and the last piece keep the stored frame
     body, count, length = body[whose], count[whose], lengths[whose]
     first = 1 if frame == "both_ends" else 0
     start = np.where(number == 0, 0, first + body * number // count)
     end = np.where(number == count - 1, length, first + body * (number + 1) // count)
+
     tokens = (end - start) + put_back(start, end, length, frame)
     return Pieces(
         np.stack([np.full(len(whose), source), documents[whose], start, end], axis=1), tokens
@@ -424,13 +454,18 @@ def put_back(
 def lay_rows(pieces: Pieces, packing: Packing, order_R: np.ndarray) -> WindowPlan:
     """The plan in which these rows of a packing follow each other."""
     parts = 1 if pieces.label_P is None else 2  # pieces of what was packed
+
     counts = np.diff(packing.row_starts_R1)[order_R]
     starts = np.concatenate([[0], np.cumsum(counts)])
+    # a gather: each row's stretch of the packing, moved to where the row stands now
     order = packing.pieces_P[
         np.repeat(packing.row_starts_R1[order_R] - starts[:-1], counts) + np.arange(starts[-1])
     ]
+
     tokens = np.concatenate([[0], np.cumsum(pieces.tokens_P[order])])
+    # of a pair both pieces, the first before the second
     place = (order[:, None] * parts + np.arange(parts)).ravel()
+
     pair_P = None
     if pieces.label_P is not None:
         labels = pieces.label_P[order]
