@@ -41,10 +41,12 @@ def all_ranks_agree(world: World) -> Iterator[None]:
 
 def agree_on_errors(error: UserError | None, world: World) -> None:
     """All ranks leave together: the lowest rank with an error raises it, the others raise SilentError."""
+    # size - rank, or 0 without an error: the maximum names the lowest rank that has one
     mine = torch.tensor([world.size - world.rank if error else 0])
     highest = int(max_over_ranks(mine)[0])
     if highest == 0:
         return
+
     if error is not None and world.size - highest == world.rank:
         raise as_rank_says(error, rank=world.rank) from error
     raise SilentError(f"rank {world.size - highest} met an error")
@@ -62,8 +64,11 @@ def run_on_all_ranks(act: Callable[[], object] | None, *, doing: str, then: str 
             act()
     except Exception as caught:
         error, text = caught, _sentence(caught, doing, then)
+
+    # every rank comes here, also after an error of its own: nobody is left in the collective
     for said in texts_of_all_ranks(text):
         if said:
+            # an error of our own code keeps its traceback
             if error is not None and not isinstance(error, (UserError, OSError, SafetensorError)):
                 raise error
             raise CheckpointError(said) from error
@@ -83,9 +88,12 @@ def _sentence(error: Exception, doing: str, then: str) -> str:
 def texts_of_all_ranks(text: str) -> Iterator[str]:
     """The text of each rank, by rank; one all-reduce of a small table."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
     table = torch.zeros(ranks, TEXT_BYTES, dtype=torch.uint8)
     encoded = text.encode("utf-8")[:TEXT_BYTES]
     table[rank, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+
+    # each rank filled its own row of zeros: the sum is the table of all
     for row in sum_over_ranks(table).tolist():
         yield bytes(row).rstrip(b"\0").decode("utf-8", errors="ignore")
 

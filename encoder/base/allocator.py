@@ -17,6 +17,7 @@ def keep_freed_memory() -> bool:
     """From now on tensors of any size come from the heap, which never shrinks; False where the C library is not glibc."""
     if sys.platform != "linux":
         return False
+    # no mmap for large tensors, and a heap whose end is never given back
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return (
         mallopt is not None

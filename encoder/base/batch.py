@@ -35,13 +35,16 @@ class TokenBatch:
 
     ids_T: torch.Tensor  # int64, after masking
     positions_T: torch.Tensor  # int32, restarts at 0 in every document
-    cu_seqlens_S1: torch.Tensor  # int32, first 0, last T; the tail may repeat T (empty documents)
+    # int32, first 0, last T; the tail may repeat T (empty documents)
+    cu_seqlens_S1: torch.Tensor
     max_seqlen: int  # longest document, known on the host
     targets: Mapping[str, Targets]  # by the name of a loss term
-    # int64, one random key per token, a function of the row's address: what dropout, sampling and permutations are drawn from
+    # int64, one random key per token, a function of the row's address: what dropout, sampling
+    # and permutations are drawn from
     token_key_T: torch.Tensor
     tokens: int  # tokens without padding
-    segments_T: torch.Tensor | None = None  # int64, segment of each token; None: all of segment 0
+    # int64, segment of each token; None: all of segment 0
+    segments_T: torch.Tensor | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -52,6 +55,7 @@ class TokenBatch:
         """All tensors by name, those of targets as `targets.NAME.index_M`."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         found = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
+
         for name, t in self.targets.items():
             found[f"targets.{name}.index_M"] = t.index_M
             found[f"targets.{name}.value_M"] = t.value_M
@@ -67,6 +71,7 @@ class TokenBatch:
             )
             for name, t in self.targets.items()
         }
+
         own: dict[str, Any] = {
             name: tensor for name, tensor in tensors.items() if not name.startswith("targets.")
         }
@@ -107,15 +112,13 @@ class LossTerm(NamedTuple):
     The loss of a step is, over all its micro-batches and ranks, the sum over terms of weight x total / count.
     """
 
-    total: (
-        torch.Tensor
-    )  # what is differentiated: `sum`, and what is added to it in training (z-loss)
+    # what is differentiated: `sum`, and what is added to it in training (z-loss)
+    total: torch.Tensor
     sum: torch.Tensor  # nats, detached: what is reported
     # int64: targets in the sums (the batch's count); instead of a tuple's own method of this name
     count: torch.Tensor  # type: ignore[assignment]
-    correct: (
-        torch.Tensor
-    )  # int64: targets that have the highest logit; counted without gradients only
+    # int64: targets that have the highest logit; counted without gradients only
+    correct: torch.Tensor
     weight: float = 1.0  # of this term's mean in the loss
 
 

@@ -32,6 +32,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         readable_streams()  # here, since every command begins here
+
         typed = Path(sys.argv[0]).name if sys.argv else ""
         if typed.startswith("tessera ") and settings.get("description"):
             # under a verb the file's own examples are the verb's
@@ -44,9 +45,9 @@ class CommandLine(argparse.ArgumentParser):
                 **settings,
             }
         )
-        self.register(
-            "type", Path, _path
-        )  # of every option and place with type=Path, also of those of groups
+
+        # of every option and place with type=Path, also of those of groups
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Found, needed, where to read on."""
@@ -60,9 +61,11 @@ class CommandLine(argparse.ArgumentParser):
         """About words that are no option and have no place: the option they may be."""
         word = next((w for w in words if w.startswith("-")), words[0])
         option, equals, _ = word.partition("=")
+
         settings = any(action.dest == "overrides" for action in self._actions)
         if settings and equals and word.startswith("--"):
             return f"{option} is unknown. Settings are given without dashes: {word.lstrip('-')}"
+
         known = [
             o
             for action in self._actions
@@ -109,9 +112,11 @@ def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> 
     """Runs a command's body and returns its exit code; mistakes, full disks and Ctrl-C become one line, never a traceback."""
     try:
         code = body() or 0
-        flush_output()  # an error of what is still buffered is told here, not when Python ends
+        # an error of what is still buffered is told here, not when Python ends
+        flush_output()
         return code
     except BrokenPipeError as error:
+        # a pipe of the command's own, not standard output: a mistake like others
         if not reader_has_left(sys.stdout):
             return complain(str(as_user_error(error)))
         let_go(sys.stdout)

@@ -54,15 +54,18 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     False if it runs already: whoever started it ends it. Raises ConfigError without an address, PassingError where the
     ranks do not meet. From here on a rank whose peer is gone ends, wherever it stands (peers.py).
     """
+    # a run of this process ended while others failed: the old group goes before the next
     if _met.peer_failed:
         _met.peer_failed = False
         leave()
     if dist.is_initialized():
         return False
-    # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us
+
+    # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us.
+    # LOCAL_RANK is the device that deepspeed takes
     local_rank = (
         device.index if device.type == "cuda" and device.index is not None else world.local_rank
-    )  # deepspeed's device
+    )
     backend = "nccl" if device.type == "cuda" else "gloo"
     names = dict(
         RANK=str(world.rank),
@@ -73,11 +76,13 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
     )
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.size == 1:
+        # a store in memory: no port is opened
         os.environ.update(names)
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
         return True
+
     place = meeting_address(world)
     os.environ.update(names, MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
     try:
@@ -111,6 +116,7 @@ def watched(world: World) -> Iterator[None]:
         peers.fail(2)
         raise
     finally:
+        # once the ranks have met, the connections are the run's, and leave() closes them
         if not dist.is_initialized():
             peers.close()
 
@@ -136,12 +142,15 @@ def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.
         said_by=world.said_by or "the caller",
         size=world.size,
     )
+
     store = _store(world, place, aloud, until=until)
     # runs in one process, one after the other, meet at the same place
     _met.times += 1
     store = dist.PrefixStore(
         f"tessera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_met.times}", store
     )
+
+    # rank zero publishes where it listens; the others wait for that, and connect
     if world.first:
         store.set("peers", peers.listen(place.host))
     else:
@@ -155,6 +164,8 @@ def _meet(world: World, place: MeetingPlace, *, timeout_seconds: float) -> dist.
                 " that another rank is gone is noticed by the next collective alone",
                 sys.stderr,
             )
+
+    # a counter of the ranks that are here: add 0 only reads it
     arrived = store.add("arrived", 1)
     while world.first and arrived < world.size:
         aloud.wait(f"{world.size - arrived} of {world.size} ranks", until=until)
@@ -168,12 +179,16 @@ def _store(world: World, place: MeetingPlace, aloud: Aloud, *, until: float) -> 
     key = f"{place.host} {place.port}"
     if key in _met.stores:
         return _met.stores[key]
+
     opens = world.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while not opens:
+        # a plain connection first: TCPStore itself would wait in silence
         with contextlib.suppress(OSError):
             socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS).close()
             break
         aloud.wait("rank 0", until=until)
+
+    # no rank waits inside of TCPStore for all to come: _meet counts them, and says who is missing
     left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
     _met.stores[key] = dist.TCPStore(
         place.host,
@@ -272,6 +287,8 @@ def rank_and_size() -> tuple[int, int]:
 
 def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
     """Each rank's table int64 [rows, K], by rank; ranks may have different numbers of rows."""
+    # collectives take equal shapes: each rank fills its own table, padded to the most rows, and
+    # the sum over ranks is the tables of all
     rank, size = rank_and_size()
     counts = rows.new_zeros(size)
     counts[rank] = len(rows)
@@ -284,6 +301,7 @@ def exchange(chunks: Sequence[torch.Tensor], *, receive: Sequence[int]) -> list[
     """Sends the 1-d chunks[r] to rank r; gives back what each rank r sent here, receive[r] elements."""
     if len(chunks) == 1:
         return list(chunks)
+
     sent = torch.cat(list(chunks)).to(collective_device())
     received = sent.new_empty(sum(receive))
     dist.all_to_all_single(received, sent, list(receive), [len(chunk) for chunk in chunks])

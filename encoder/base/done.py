@@ -32,6 +32,7 @@ def read_done(folder: Path, *, with_checkpoint: bool = True) -> dict[str, Any] |
     done = read_json(path, root=dict, error=LedgerError)
     if type(done.get("step")) is not int or not isinstance(done.get("ledger_hash"), str):
         raise LedgerError(f"{path} has no step or no ledger_hash.")
+
     said = (done["step"], done["ledger_hash"])
     last = _last_line(folder / LEDGER)
     if last is None:
@@ -42,6 +43,7 @@ def read_done(folder: Path, *, with_checkpoint: bool = True) -> dict[str, Any] |
             f" {str(last.get('chain'))[:32]}, the finished run at step {said[0]} with"
             f" {said[1][:32]}. Lines are missing: restore the file."
         )
+
     checkpoints = sorted((folder / CHECKPOINTS).glob("tokens*"), reverse=True)
     if with_checkpoint and not any(_stood_at(checkpoint, said) for checkpoint in checkpoints):
         raise LedgerError(
@@ -67,6 +69,8 @@ def _last_line(path: Path) -> dict[str, Any] | None:
     try:
         with open_regular(path, error=LedgerError) as file:
             file.seek(0, 2)
+            # the end of the file holds the last line whole; behind its
+            # newline stands an empty part
             file.seek(max(0, file.tell() - _TAIL_BYTES))
             lines = file.read().split(b"\n")
         found = json.loads(lines[-2]) if len(lines) > 1 else None
@@ -84,6 +88,8 @@ def _stood_at(checkpoint: Path, said: tuple[int, str]) -> bool:
         committed = read_bytes(checkpoint / "COMMITTED", error=LedgerError, most_bytes=2**16)
         saved = read_bytes(checkpoint / "progress.json", error=LedgerError)
         progress = read_json(checkpoint / "progress.json", root=dict, error=LedgerError)["progress"]
+
+        # COMMITTED has the manifest's hash, and the manifest has that of progress.json
         told = read_json(checkpoint / "MANIFEST.json", root=dict, error=LedgerError)[
             "progress.json"
         ]["sha256"]

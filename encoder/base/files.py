@@ -37,8 +37,10 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
-            beside.unlink()  # of a killed process of this number, or a link that somebody laid
+            # of a killed process of this number, or a link that somebody laid
+            beside.unlink()
         with open(beside, "xb") as f:
+            # exclusive: never through a link. Durable before it takes the name
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -91,6 +93,8 @@ def native_path(path: Path) -> Iterator[str]:
     if name.isascii() or not os.path.isdir("/proc/self/fd"):
         yield name
         return
+
+    # a name in ASCII for the open file; O_NONBLOCK, so that a fifo keeps nobody
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{handle}"
@@ -109,6 +113,7 @@ def fsync_path(path: Path) -> None:
 
 def usual_mode(path: Path) -> None:
     """Readable for whom the umask allows: safetensors makes its files 0600, and a group could not read an export."""
+    # the umask can only be read by setting it
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
@@ -132,6 +137,7 @@ def atomic_folder(out: Path, *, mark: str, ours: Collection[str] | None = None) 
             f"{out} is not empty and holds no {mark}, so it was not written by this command. "
             "Name another folder, or remove it."
         )
+
     if ours is not None and out.is_dir():
         foreign = next(
             (name for name in files_below(out) if name != mark and name not in ours), None
@@ -141,19 +147,27 @@ def atomic_folder(out: Path, *, mark: str, ours: Collection[str] | None = None) 
                 f"{out} holds {foreign}, which this command did not write and would remove. Move it"
                 " away, or name another folder."
             )
+
+    # beside `out`, hence on its file system: a rename is then one step
     out.parent.mkdir(parents=True, exist_ok=True)
     part, old = (
         out.with_name(f".{out.name}.{_HOST}.{os.getpid()}.{end}") for end in ("part", "old")
     )
+
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         yield part
+
+        # all content is durable before the folder has its name
         for path in part.rglob("*"):
             if path.is_file():
                 usual_mode(path)
             fsync_path(path)
         fsync_path(part)
+
+        # no rename replaces a full folder: the old one moves aside, and
+        # comes back if the next fails
         if out.exists():
             os.rename(out, old)
         os.rename(part, out)
@@ -183,6 +197,7 @@ def _put_right(out: Path) -> None:
     left = re.compile(re.escape(f".{out.name}.{_HOST}.") + r"(\d+)\.(part|old)")
     for path in sorted(out.parent.iterdir()):
         match = left.fullmatch(path.name)
+        # a live process's folders are its own business
         if match is None or _is_alive(int(match[1])):
             continue
         if match[2] == "old" and not out.exists():
@@ -194,6 +209,7 @@ def _put_right(out: Path) -> None:
 
 def _is_alive(pid: int) -> bool:
     try:
+        # signal 0 asks only whether the process is there
         os.kill(pid, 0)
     except ProcessLookupError:
         return False

@@ -28,7 +28,8 @@ _OUR_FOLDERS = ("configs", "corpus", "hf", "runs", "shards", "weights")
 _FILES = (".json", ".jsonl", ".pt", ".safetensors", ".yaml", ".yml")
 # of httpx, requests and urllib3, by name: none of them is imported for this
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout", "ConnectionError", "NewConnectionError")
-PICKLED = "pytorch_model.bin"  # taken only where there is nothing else; read as tensors alone
+# taken only where there is nothing else; read as tensors alone
+PICKLED = "pytorch_model.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,13 @@ def parse_hub_name(text: str | Path) -> HubName | None:
     name (weights/wider) or is called like a file (corpus/tokenizer.json). hf://runs/base is a name
     in any case.
     """
+    # the hub allows neither .. nor -- in a name
     match = _NAME.fullmatch(str(text))
     if match is None or ".." in match["id"] or "--" in match["id"]:
         return None
     if not match["scheme"]:
         path = Path(str(text))
+        # what is here, or begins with a folder that is here, is a path
         if path.exists() or path.is_symlink() or Path(path.parts[0]).exists():
             return None
         if path.parts[0] in _OUR_FOLDERS or path.suffix in _FILES:
@@ -112,6 +115,7 @@ def _fetched(name: HubName, weights: bool) -> Fetched:
     )
 
     try:
+        # asked for the list of files, so that no more than what is read is fetched
         info = huggingface_hub.HfApi().model_info(name.id, revision=name.revision, timeout=20)
     except GatedRepoError:
         raise UserError(
@@ -131,8 +135,10 @@ def _fetched(name: HubName, weights: bool) -> Fetched:
             "name, or it is private. "
             "Mend the name, or log in: hf auth login"
         ) from None
-    except Exception as why:  # the hub's library and its network each raise their own kinds
+    except Exception as why:
+        # the hub's library and its network each raise their own kinds
         return _from_cache(name, weights, why)
+
     patterns = _wanted([s.rfilename for s in info.siblings or []], weights)
     try:
         folder = huggingface_hub.snapshot_download(
@@ -141,6 +147,7 @@ def _fetched(name: HubName, weights: bool) -> Fetched:
     except LocalEntryNotFoundError as why:
         return _from_cache(name, weights, why)
     except OSError as why:
+        # a file of the cache; errors of the network's libraries have neither name nor number
         if why.filename or why.errno:
             raise UserError(
                 f"{name} cannot be written to the cache of the hub ({why}). Make room, or set "
@@ -174,6 +181,7 @@ def _from_cache(name: HubName, weights: bool, why: Exception) -> Fetched:
         )
     except Exception:  # whatever the library raises: the network is what is missing
         _no_network(name, why)
+
     held = [path.name for path in folder.iterdir()]
     if (
         "config.json" not in held

@@ -15,7 +15,8 @@ from typing import IO, Literal
 
 Kind = Literal["alone", "shared"]
 
-# of the kernel's own errors, which no C library has a word for: NFS and overlay file systems let it through
+# of the kernel's own errors, which no C library has a word for: NFS and
+# overlay file systems let it through
 ENOTSUPP = 524
 
 NO_LOCKS = {
@@ -44,6 +45,8 @@ def open_lock(path: Path) -> IO[str]:
 
     A folder made elsewhere could hold a link in its place, and what a lock says would replace what the link points to.
     """
+    # no symbolic link is followed, no fifo waited for, and nothing is
+    # cut off before the lock is held
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         handle = os.open(path, flags, 0o666)

@@ -70,7 +70,8 @@ _PLAIN = str.maketrans(
         "✗": "x",
     }
 )
-READABLE = "tessera.readable"  # the name of the error handler, for open() and reconfigure()
+# the name of the error handler, for open() and reconfigure()
+READABLE = "tessera.readable"
 # nobody reads any more: a closed pipe, a terminal that hung up
 _LOST = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
@@ -107,9 +108,11 @@ def print_line(line: str, stream: TextIO, *, survive: bool = False) -> None:
         try:
             print(line, file=stream, flush=True)
         except UnicodeEncodeError:
+            # a stream whose error handler was not set: the same replacement by hand
             encoding = stream.encoding or "ascii"
             print(line.encode(encoding, READABLE).decode(encoding), file=stream, flush=True)
     except (OSError, ValueError) as error:
+        # ValueError: the stream is closed
         lost = isinstance(error, ValueError) or error.errno in _LOST
         if not (lost and (survive or _state.survives)):
             raise
@@ -189,6 +192,8 @@ def let_go(stream: TextIO) -> None:
         handle = stream.fileno()
     except (OSError, ValueError, AttributeError):  # no file
         return
+
+    # the same file number now leads to /dev/null, also for libraries that hold it
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, handle)
     os.close(null)

@@ -49,9 +49,8 @@ class MaskedRow:
     """
 
     ids: np.ndarray  # int64 [T], after masking
-    targets: Mapping[
-        str, RowTargets
-    ]  # by the name of a loss term: each of the objective's, also where it is empty
+    # by the name of a loss term: each of the objective's, also where it is empty
+    targets: Mapping[str, RowTargets]
     segments: np.ndarray | None = None  # int64 [T]; None: all of segment 0
 
 

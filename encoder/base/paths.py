@@ -26,6 +26,8 @@ def expand_path(path: Path | str) -> Any:
             "it is empty; needed: a path. For the folder that you are in, write its name's path,"
             " such as ./runs."
         )
+
+    # printable, but not in the locale's encoding: the locale is what is wrong
     if text.isprintable() and not names_a_file(text):
         raise ConfigError(
             f"{ascii(text)[:80]} has letters that the locale's encoding,"
@@ -36,11 +38,13 @@ def expand_path(path: Path | str) -> Any:
         raise ConfigError(
             f"{ascii(text)[:80]} holds a character that no path has. Write the path again."
         )
+
     if "${oc." in text or re.search(r"\$\{[^}]*[:.][^}]*\}", text):
         raise ConfigError(
             f"{text[:200]} is a reference of OmegaConf, which is not read here. Write $NAME for a"
             " variable of the environment, such as $HOME/runs, or the path itself."
         )
+
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text):
         return path
 
@@ -55,12 +59,14 @@ def expand_path(path: Path | str) -> Any:
 
     # the environment's own values are not looked through again
     new = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", filled, text)
+
     longest = max(len(os.fsencode(part)) for part in new.split("/"))
     if longest > MOST_NAME_BYTES or len(os.fsencode(new)) > MOST_PATH_BYTES:
         raise ConfigError(
             f"{text[:60]}... is too long for a path: a name has at most {MOST_NAME_BYTES} bytes."
             " Shorten it."
         )
+
     if text.startswith("~"):
         new = os.path.expanduser(new)
         if new.startswith("~"):

@@ -28,8 +28,8 @@ from collections.abc import Callable, Sequence
 from encoder.base.log import print_line
 from encoder.base.world import MeetingPlace, World
 
-# so long has a rank to end by its own error, which says more: after a mistake of another one (longer than that one waits
-# for the others to say it, too), and after another one's death
+# so long has a rank to end by its own error, which says more: after a mistake of another one
+# (longer than that one waits for the others to say it, too), and after another one's death
 GRACE_SECONDS = 3.5
 LOST_SECONDS = 2.0
 # a network may be away for so long: a switch that starts again, a link that comes back
@@ -40,7 +40,8 @@ SPEAK_SECONDS = 1.0
 LOOK_SECONDS = 0.05
 MOST_NEIGHBOURS = 64
 FAILED_CODE = 1
-# connections that nothing is left for wait in the system's queue: how long, before rank zero asks again
+# connections that nothing is left for wait in the system's queue: how
+# long, before rank zero asks again
 FULL_SECONDS = 1.0
 # of a process beside its connections: files, workers' pipes, torch's own connections
 OTHER_FILES = 1024
@@ -82,7 +83,8 @@ class Peers:
         """Finds those of the ranks `near` that are on this machine, also those that begin later; each is watched."""
         # Linux's abstract names: no file is left, and the name is free when its process ends
         self._name = f"\0tessera {os.getuid()} {place.host} {place.port} "
-        # both ways: one that dies right after it began has perhaps not looked yet, but can be looked for
+        # both ways: one that dies right after it began has perhaps not
+        # looked yet, but can be looked for
         self._sought = [rank for rank in near if rank != self.rank]
         with contextlib.suppress(OSError):
             door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -108,17 +110,22 @@ class Peers:
 
         near: the host of the meeting place, by which the others reach this machine.
         """
+        # the token keeps strangers out: rank zero's port is open to the network
         self._token = secrets.token_hex(16).encode()
         _allow_files(self.size + OTHER_FILES)
+        # IPv4 and IPv6 by one socket, where the system can; the system gives the port
         if socket.has_dualstack_ipv6():
             self._server = socket.create_server(
                 ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
             )
         else:
             self._server = socket.create_server(("", 0), backlog=1024)
+
         self._server.setblocking(False)
         self._selector.register(self._server, selectors.EVENT_READ)
         self._wake()
+
+        # several names of this machine: which of them a rank can reach depends on its network
         hosts = dict.fromkeys([near, _address_towards(near), socket.gethostname()])
         return " ".join(
             [self._token.decode(), str(self._server.getsockname()[1]), *filter(None, hosts)]
@@ -133,6 +140,7 @@ class Peers:
             try:
                 connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
                 connection.sendall(f"{token} {self.rank}\n".encode())
+                # rank zero answers + to its token; another program on that port does not
                 if connection.recv(1) != b"+":
                     raise ConnectionError("somebody else answers")
             except OSError as error:
@@ -148,9 +156,11 @@ class Peers:
     def close(self) -> None:
         """Leaves in good order: the others do not take it for a death."""
         self._closing = True
+        # first a word: the end of a connection without it is a death
         for connection in [*self._rank_of]:
             with contextlib.suppress(OSError):
                 connection.send(_BYE + b"\n")
+
         self._wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=2.0)
@@ -164,6 +174,8 @@ class Peers:
 
     def _hold(self, connection: socket.socket, rank: int) -> None:
         connection.setblocking(False)
+        # the kernel of the same machine closes a dead process's socket;
+        # only a network needs to be asked
         if connection.family != socket.AF_UNIX:
             _keep_alive(connection)
         self._rank_of[connection] = rank
@@ -178,14 +190,18 @@ class Peers:
         self._rank_of = {}
 
     def _watch(self) -> None:
+        # connections that have not said who they are, and since when
         strangers: dict[socket.socket, float] = {}
         while not self._closing:
             self._ask_again()
+            # often while neighbours are looked for, or a connection waits for
+            # room; else an event wakes it
             soon = LOOK_SECONDS if self._sought else FULL_SECONDS if self._full_until else 5.0
             for key, _ in self._selector.select(timeout=soon):
                 one = key.fileobj
                 if self._closing:
                     return
+                # woken by this process: what changed is looked at below
                 if one is self._ear:
                     one.recv(64)
                 elif one in (self._server, self._door):
@@ -197,10 +213,12 @@ class Peers:
                 if self.gone:
                     self._end()
                     return
+
             if self._met:
                 self._let_neighbours_go()
             for rank in [*self._sought]:
                 self._visit(rank)
+            # a stranger that says nothing does not stay
             for one, since in [*strangers.items()]:
                 if time.monotonic() - since > 2 * CONNECT_SECONDS:
                     self._drop(one)
@@ -221,7 +239,8 @@ class Peers:
         self._hold(door, rank)
 
     def _let_neighbours_go(self) -> None:
-        # the door stays open: one that has just connected, and waits to be taken, would see its end as this rank's death
+        # the door stays open: one that has just connected, and waits to be taken, would see
+        # its end as this rank's death
         self._met = False
         self._sought = []
         for connection in [one for one in self._rank_of if one.family == socket.AF_UNIX]:
@@ -268,6 +287,7 @@ class Peers:
         self._selector.unregister(connection)
         with contextlib.suppress(OSError, ValueError):
             *token, rank = connection.recv(_LINE_BYTES).split()
+            # a neighbour shows by its user that it is ours, a rank of the network by the token
             if connection.family == socket.AF_UNIX:
                 known = not token and _user_of(connection) == os.getuid()
             else:
@@ -287,18 +307,25 @@ class Peers:
             return
         except OSError as error:
             text = b""
+            # TCP's keepalive gave up
             if isinstance(error, TimeoutError):
                 self.gone = f"rank {rank} does not answer, its machine or the network is gone"
+
         if text.startswith(_BYE):
             self._drop(connection)
             return
+
+        # a line "CODE WORDS" tells of a mistake or of another's death;
+        # an end without one is a death
         if text:
             code, _, words = text.decode("ascii", "replace").split("\n", 1)[0].partition(" ")
             self.gone = words
             self._code = int(code) if code.isdecimal() and int(code) < 256 else FAILED_CODE
         else:
             self.gone = self.gone or f"rank {rank} is gone"
+
         self._drop(connection)
+        # rank zero passes it on; elsewhere it reaches who is still connected
         self._tell(f"{self._code} {self.gone}")
 
     def fail(self, code: int) -> None:
@@ -318,6 +345,7 @@ class Peers:
 
     def _end(self) -> None:
         """Ends this process, unless its main thread does so first or leaves in good order."""
+        # a rank that meets a mistake in the same collective says it better: it gets time to do so
         until = time.monotonic() + (LOST_SECONDS if self._code == FAILED_CODE else GRACE_SECONDS)
         while time.monotonic() < until:
             if self._closing:
@@ -349,6 +377,8 @@ def watch_peers(world: World, place: MeetingPlace) -> Peers:
     peers = _of_this_process.get("peers")
     if peers is None:
         peers = _of_this_process["peers"] = Peers(rank=world.rank, size=world.size)
+        # ranks of this node by their numbers; without local sizes,
+        # any rank may be on this machine
         first = world.rank - world.local_rank
         near = (
             range(first, first + world.local_size)

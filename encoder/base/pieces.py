@@ -10,7 +10,8 @@ import sys
 import torch
 from torch import Tensor
 
-PIECE_ELEMENTS = 2**18  # of fp32 for each thread: 1 MiB, of a core's 2; 2^16 and 2^20 are slower
+# of fp32 for each thread: 1 MiB, of a core's 2; 2^16 and 2^20 are slower
+PIECE_ELEMENTS = 2**18
 
 
 def piece_elements(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 def address_key(seed: int, *address: int | str) -> np.ndarray:
     """uint64[2]: the Philox key of an address such as (17, 'mlm', phase, window, row)."""
+    # the digest of the address as text: numpy's integers are made Python's, whose repr is fixed
     text = repr((int(seed), *(part if isinstance(part, str) else int(part) for part in address)))
     return np.frombuffer(
         hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype="<u8"

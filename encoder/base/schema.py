@@ -34,7 +34,8 @@ from encoder.base.untrusted import (
 )
 
 Tokens = Annotated[int, "tokens"]  # an amount of tokens: 98304, 500K, 1.719T
-PathText = Annotated[str, "path"]  # a file, a folder or a URL: ~/x and $HOME/x are expanded
+# a file, a folder or a URL: ~/x and $HOME/x are expanded
+PathText = Annotated[str, "path"]
 LocalText = Annotated[str, "path", "local"]  # of this machine, and no URL
 MOST_YAML_BYTES = 2**20  # the largest shipped settings file has 12 KB
 MOST_NODES = 20_000  # of a YAML text, every alias counted as what it stands for
@@ -100,6 +101,7 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
             f"{path} does not exist. "
             + (nearest(path.name, beside) if beside else "There is no settings file beside it.")
         ) from error
+
     mapping = parse_yaml(text, where=str(path))
     if not isinstance(mapping, dict):
         found = "is empty" if mapping is None else f"holds {_kind(mapping)}"
@@ -175,11 +177,14 @@ def from_mapping(
             f"{_at(where, key)} is {_kind(mapping)}; needed: a mapping with keys"
             f" {', '.join(_names(cls))}."
         )
+
+    # all mistakes of a file are collected, so that one start names all of them
     root = root or cls
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     mistakes: list[str] = []
     meant: set[str] = set()
+    # unknown keys, each with what it may have meant: here, elsewhere, or in another program
     for name in mapping:
         if name not in fields:
             known = [*([tag] if tag else []), *fields]
@@ -191,6 +196,8 @@ def from_mapping(
                 f"{_at(where, _join(key, _shown_key(name)))} is unknown."
                 f" {_other_word(str(name), root) or hint}"
             )
+
+    # known keys by their types. A missing key is no second mistake where a misspelt one meant it
     values = {}
     for name, field in fields.items():
         if name in mapping:
@@ -209,10 +216,13 @@ def from_mapping(
                 f"{_at(where, _join(key, name))} is missing. Add it: {name}:"
                 f" {_example(name, hints[name])}."
             )
+
     if len(mistakes) > 1:
         raise Mistakes(mistakes, where=where)
     if mistakes:
         raise ConfigError(mistakes[0])
+
+    # finally the class's own checks, which need values of the right types
     try:
         return cls(**values)
     except ConfigError as error:
@@ -239,13 +249,16 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
         return None
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
+
     if typing.get_origin(hint) is Annotated and "path" in hint.__metadata__:
         return _path(value, _at(where, key), local=False) if isinstance(value, str) else value
+
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return [
             _expanded(typing.get_args(hint)[0], item, where, _join(key, i))
             for i, item in enumerate(value)
         ]
+
     chosen = choice_of(hint)
     if chosen and isinstance(value, Mapping):
         word = value.get(chosen.tag, chosen.default)
@@ -272,6 +285,7 @@ def to_plain(value: Any) -> Any:
             if f.init:
                 item = getattr(value, f.name)
                 plain[f.name] = to_plain(item)
+                # a choice gets back the key that picks its class, first of all
                 chosen = choice_of(hints[f.name])
                 if chosen and item is not None:
                     tag = next(word for word, cls in chosen.choices.items() if type(item) is cls)
@@ -293,6 +307,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]
     """(dotted key, old value, new value) wherever two plain values differ; an item that one of two lists lacks is None there."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
+        # keys of the old in their order, then those that are new
         for name in [*old, *(n for n in new if n not in old)]:
             found += differences(old.get(name), new.get(name), _join(key, name))
         return found
@@ -336,18 +351,20 @@ _RESOLVERS = {
         r"|\.(?:nan|NaN|NAN))\Z"
     ),
 }
+# words of YAML 1.1, taken where a truth value is due
 _TRUTHS = {
     "yes": True,
     "on": True,
     "no": False,
     "off": False,
-}  # words of YAML 1.1, taken where a truth value is due
+}
 
 
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's reader of plain values, with bounds; every mistake is one of its own errors, with a place."""
 
-    # as YAML 1.2 has it, not 1.1: no dates, 1:30 is not 90, 017 not 15, and the language no is not false
+    # as YAML 1.2 has it, not 1.1: no dates, 1:30 is not 90, 017 not 15, and
+    # the language no is not false
     yaml_implicit_resolvers: ClassVar = {
         letter: [
             (tag, _RESOLVERS.get(tag.rpartition(":")[2], regexp))
@@ -360,14 +377,14 @@ class _StrictLoader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._nodes = 0
-        self._sizes: dict[
-            int, int
-        ] = {}  # by identity of a node: its own and those below it, aliases counted again
+        # by identity of a node: its own and those below it, aliases counted again
+        self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One node, after its depth, its tag and its size were judged."""
         event = self.peek_event()
         place = event.start_mark
+        # counters go up before PyYAML composes what is below: bounds hold while it reads
         self._depth += 1
         self._nodes += 1
         if self._depth > MOST_DEPTH:
@@ -376,10 +393,14 @@ class _StrictLoader(yaml.SafeLoader):
             )
         node = super().compose_node(parent, index)
         self._depth -= 1
+        # an alias to a node that is not finished yet would be a value inside itself
         if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
             raise yaml.composer.ComposerError(
                 None, None, f"the alias *{event.anchor} stands inside of what it names", place
             )
+
+        # a new node; an alias of it comes here with its size known, and
+        # counts as often as it stands
         if id(node) not in self._sizes:
             if node.tag not in _PLAIN_TAGS:
                 tag = str(node.tag).replace("tag:yaml.org,2002:", "!!")[:60]
@@ -396,6 +417,7 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             )
             self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in below)
+
         if max(self._nodes, self._sizes[id(node)]) > MOST_NODES:
             raise yaml.composer.ComposerError(
                 None, None, f"more than {MOST_NODES:,} values with what aliases repeat", place
@@ -404,6 +426,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         """The value of a node; one that its tag does not allow is an error with its place."""
+        # Python refuses to read integers of thousands of digits, and
+        # text may hold half characters
         try:
             if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
                 raise ValueError
@@ -433,6 +457,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> dict:
+    # keys by identity before <<: is resolved: what comes with it is not the mapping's own
     own = {id(key) for key, _ in node.value}
     loader.flatten_mapping(node)
     seen: dict = {}
@@ -447,7 +472,8 @@ def _mapping_without_duplicates(loader: yaml.Loader, node: yaml.MappingNode) -> 
                 " quotes",
                 key_node.start_mark,
             )
-        if id(key_node) not in own:  # by <<: what stands in the mapping itself goes before it
+        # merged by <<: what stands in the mapping itself goes before it
+        if id(key_node) not in own:
             merged.add(name)
         elif name in seen and name not in merged:
             raise yaml.constructor.ConstructorError(
@@ -484,6 +510,7 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
             " engine.zero_stage=2."
         )
     value = parse_yaml(text, where=f"override {dotted}")
+    # walk down to the last part; mappings on the way are made where they are missing
     at: Any = mapping
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
@@ -519,6 +546,7 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type[Settings]) ->
     at = _at(where, key)
     chosen = choice_of(hint)
     origin = typing.get_origin(hint)
+    # X | None: an empty value is None, any other is held against X
     if origin in (Union, types.UnionType):
         options = typing.get_args(hint)
         if value is None:
@@ -526,8 +554,12 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type[Settings]) ->
                 return None
             raise ConfigError(f"{at} is empty; needed: {_wanted(hint)}.")
         return _value(next(o for o in options if o is not type(None)), value, where, key, root)
+
+    # a mapping whose key picks the class
     if chosen:
         return _chosen(chosen, value, where, key, root)
+
+    # paths and amounts of tokens; other notes leave the type as it is
     if origin is Annotated:
         if "path" in hint.__metadata__ and isinstance(value, str):
             return _path(value, at, local="local" in hint.__metadata__)
@@ -538,18 +570,23 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type[Settings]) ->
                 raise ConfigError(f"{at}: {error}") from error
         hint = typing.get_args(hint)[0]
         origin = typing.get_origin(hint)
+
     if is_settings(hint):
         return from_mapping(hint, value, where=where, key=key, root=root)
+
     if origin is Literal:
         words = typing.get_args(hint)
         if value is False and "off" in words:  # YAML 1.1 reads a bare off so
             return "off"
+        # by type, too: True is not 1
         for word in words:
             if type(value) is type(word) and value == word:
                 return word
         raise ConfigError(
             f"{at} is {_shown(value)}. {_nearest_value(value, [str(w) for w in words])}"
         )
+
+    # tuple[X, ...] of any length, or tuple[X, Y] with a type for each item
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{at} is {_kind(value)}; needed: a list.")
@@ -575,6 +612,8 @@ def _value(hint: Any, value: Any, where: str, key: str, root: type[Settings]) ->
                 where,
             )
         )
+
+    # dict[str, X]: keys are made text, as YAML reads 1: as a number
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{at} is {_kind(value)}; needed: a mapping.")
@@ -615,12 +654,15 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
         return value
     if hint is bool and isinstance(value, str) and value.lower() in _TRUTHS:
         return _TRUTHS[value.lower()]
+
     if hint is str and isinstance(value, str):
         if "\0" in value or not _whole_text(value):
             raise ConfigError(
                 f"{at} is {_shown(value)}, with a character that no text has. Take it out."
             )
         return value
+
+    # 1.0e3 is a float in YAML; a whole float counts as an integer
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -629,13 +671,17 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
                 f"{at} is {_shown(value)}; needed: a whole number of at most 63 bits."
             )
         return value
+
     if hint is float and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-4 as text
+        try:
+            # YAML 1.1 reads 1e-4, which has no point, as text
             number = float(value) if isinstance(value, (int, float, str)) else None
         except (ValueError, OverflowError):
             number = None
         if number is not None and math.isfinite(number):
             return number
+
+    # no type took the value
     shown = f"{_shown(value)} ({_kind(value)})" if value is not None else "empty"
     quotes = " Put it in quotes." if hint is str and isinstance(value, (bool, int, float)) else ""
     raise ConfigError(f"{at} is {shown}; needed: {_wanted(hint)}.{quotes}")
@@ -646,6 +692,7 @@ def _chosen(chosen: ChosenBy, value: Any, where: str, key: str, root: type[Setti
         raise ConfigError(
             f"{_at(where, key)} is {_kind(value)}; needed: a mapping with the key {chosen.tag}."
         )
+
     word = value.get(chosen.tag, chosen.default)
     if word is None:
         raise ConfigError(
@@ -657,6 +704,8 @@ def _chosen(chosen: ChosenBy, value: Any, where: str, key: str, root: type[Setti
             f"{_at(where, _join(key, chosen.tag))} is {_shown(word)}."
             f" {_nearest_value(word, list(chosen.choices))}"
         )
+        # without the class no key can be judged but by all classes
+        # together: what none of them knows
         known = [name for cls in chosen.choices.values() for name in _names(cls)]
         unknown = [name for name in value if name != chosen.tag and name not in known]
         others = [
@@ -749,13 +798,16 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
         return _EXAMPLES[name]
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
+
     chosen, tag = choice_of(hint), ""
     if chosen:
         word = chosen.default or next(iter(chosen.choices))
         hint, tag = chosen.choices[word], f"{chosen.tag}: {word}"
+
     if is_settings(hint):
         if depth > 3:
             return "{...}"
+
         hints = typing.get_type_hints(hint, include_extras=True)
         needed = [
             f"{f.name}: {_example(f.name, hints[f.name], depth + 1)}"
@@ -799,6 +851,7 @@ def _where_else(name: str, root: type[Settings], cls: type[Settings]) -> str | N
 def _places(
     name: str, cls: type[Settings], key: str, above: tuple[type[Settings], ...]
 ) -> typing.Iterator[tuple[str, type[Settings]]]:
+    # a class that holds itself has no end
     if cls in above:
         return
     hints = typing.get_type_hints(cls, include_extras=True)

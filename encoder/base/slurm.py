@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 from encoder.base.errors import ConfigError
 
-_NAME = re.compile(
-    r"(?:[^,\[\]]|\[[^\[\]]*\])+"
-)  # one entry of a list: commas inside brackets are its own
+# one entry of a list: commas inside brackets are its own
+_NAME = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
 
 
 def expand_hosts(text: str) -> list[str]:
@@ -19,6 +18,7 @@ def expand_hosts(text: str) -> list[str]:
     hosts: list[str] = []
     for name in _NAME.findall(text):
         parts = re.split(r"\[([^\]]*)\]", name)  # text, ranges, text, ranges, ..., text
+        # every second part is a list of ranges: all combinations, the last range fastest
         choices = [
             [part] if i % 2 == 0 else _numbers(part, of=text) for i, part in enumerate(parts)
         ]
@@ -36,6 +36,7 @@ def _numbers(ranges: str, *, of: str) -> list[str]:
                 " node[1,3-5]."
             )
         first, last = match[1], match[2] or match[1]
+        # leading zeros are kept: 03-05 is 03, 04, 05
         found += [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
     return found
 
@@ -57,6 +58,8 @@ def nodes_of_ranks(env: Mapping[str, str], *, size: int, local_size: int) -> lis
     tasks = tasks_per_node(
         env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "0"
     )
+
+    # names count only where they account for every rank of this very step
     if len(names) == len(tasks) and sum(tasks) == size and "SLURM_STEP_ID" in env:
         return [name for name, count in zip(names, tasks) for _ in range(count)]
     first = [rank // local_size * local_size for rank in range(size)]

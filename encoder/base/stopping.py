@@ -30,7 +30,8 @@ NOTICES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 DEMANDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 STOP_SIGNALS = (*DEMANDS, *NOTICES)
 
-# a terminal's Ctrl-C reaches a rank twice: from the terminal, and from the launcher that heard it, too
+# a terminal's Ctrl-C reaches a rank twice: from the terminal, and from
+# the launcher that heard it, too
 ECHO_SECONDS = 1.5
 LAUNCHER_LOOK_SECONDS = 1.0
 # programs that start ranks and are there as long as these are
@@ -87,18 +88,22 @@ class StopFlag:
         self.begun = True
 
     def __enter__(self) -> StopFlag:
+        # the C-level handler writes each signal's number here, whatever the main thread does
         self._ear, self._mouth = socket.socketpair()
         for end in (self._ear, self._mouth):
             end.setblocking(False)
+        # Python lets only the main thread set handlers
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # nohup's stays ignored; a batch script's trap '' USR1 shields its launcher alone, a shell's & the keyboard
+                # nohup's stays ignored; a batch script's trap '' USR1 shields its launcher
+                # alone, a shell's & the keyboard
                 if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._before[number] = signal.signal(number, self._on_signal)
             self._wakeup_before = signal.set_wakeup_fd(
                 self._mouth.fileno(), warn_on_full_buffer=False
             )
+
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -108,6 +113,7 @@ class StopFlag:
             signal.set_wakeup_fd(self._wakeup_before)
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        # a byte wakes the thread from its select
         self._over.set()
         with contextlib.suppress(OSError):
             self._mouth.send(b"\0")

@@ -77,6 +77,8 @@ class TokenizerFile:
 
     def roles(self) -> dict[str, str]:
         """Role -> token, as far as there are tokens of known names, or such as say their role."""
+        # a token that says its role goes first, then one of a known name
+        # that is special, then any such
         told = {role: token["content"] for token in self.added if (role := _role_of(token))}
         found = {}
         for role, names in ROLES.items():
@@ -100,6 +102,7 @@ def read_tokenizer_json(path: Path, *, error: type[UserError] = ShardError) -> T
         ) from why
     try:
         added = content.get("added_tokens", [])
+        # added tokens come last: they may have ids of the vocabulary, or their own behind it
         ids = {**_vocabulary(content["model"]), **{a["content"]: a["id"] for a in added}}
         _check_ids(ids)
         if not all(isinstance(a["content"], str) for a in added):
@@ -158,6 +161,7 @@ def check_roles(file: TokenizerFile, roles: Mapping[str, str], *, error: type[Us
 
 def frame_of(content: Mapping[str, Any], roles: Mapping[str, str]) -> Frame:
     """Where the post-processor of a tokenizer.json puts [CLS]; both ends where it has none that says it."""
+    # one post-processor, or several in a row, of which a template is one
     found = content.get("post_processor") or {}
     steps = found.get("processors", [found]) if isinstance(found, dict) else []
     for step in steps:
@@ -183,6 +187,7 @@ def template(
     second: the segment of the second text
     """
     cls, sep = roles["cls"], roles["sep"]
+
     single = f"{cls}:0 A:0 {sep}:0"
     pair = f"{single} B:{second} {sep}:{second}"
     if frame == "end":
@@ -200,8 +205,8 @@ def template(
     }
 
 
-# ids kept free for later or left over: [unused12] (BERT, ModernBERT), <unused12> (Gemma), madeupword0001 (RoBERTa),
-# <|reserved_special_token_12|> (Llama 3), <extra_id_12> (T5)
+# ids kept free for later or left over: [unused12] (BERT, ModernBERT), <unused12> (Gemma),
+# madeupword0001 (RoBERTa), <|reserved_special_token_12|> (Llama 3), <extra_id_12> (T5)
 _UNUSED = re.compile(
     r"[\[<]\|?(unused|reserved)[a-z_ ]*[-_ ]?\d+\|?[\]>]|<extra_id_\d+>|madeupword\d+",
     re.IGNORECASE,

@@ -24,17 +24,21 @@ def parse_tokens(value: int | float | str) -> int:
     """'2T' -> 2_000_000_000_000; also 500K, 1.719T, 98_304, 4Mi. Raises ConfigError unless a whole number >= 0."""
     if isinstance(value, bool):
         raise ConfigError(f"{value} is no number of tokens. Write for example 500K, 1.5B or 98304.")
+
+    # for messages: cut, since str() of a huge integer is slow, and refused beyond 4,300 digits
     shown = (
         ascii(value)
         if not isinstance(value, int) or abs(value) < 10**40
         else "a number of more than 40 digits"
     )
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+
     if isinstance(value, int):
         amount = Decimal(value)
     elif len(str(value)) > 60:
         raise ConfigError(f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304.")
     else:
+        # a number, and a unit in either case; Decimal keeps 1.719T exact
         found = re.fullmatch(
             r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+]?[0-9]+)?)\s*([kmbtKMBTgG]?[iI]?)\s*", str(value)
         )
@@ -49,6 +53,7 @@ def parse_tokens(value: int | float | str) -> int:
             raise ConfigError(
                 f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304."
             ) from error
+
     if abs(amount) >= 2**63:
         raise ConfigError(f"{shown} is more tokens than 63 bits can count.")
     if amount < 0:
@@ -95,9 +100,8 @@ class Progress:
     phase_step: int = 0  # updates done in the current phase
     phase_tokens: int = 0  # tokens without padding, current phase
     masked_tokens: int = 0  # positions predicted, whole run
-    lanes: tuple[
-        tuple[int, int], ...
-    ] = ()  # next (window, row) of each lane of the phase's data; none at its beginning
+    # next (window, row) of each lane of the phase's data; none at its beginning
+    lanes: tuple[tuple[int, int], ...] = ()
     ledger_hash: str = ""  # hash chain over every step's batch
 
 

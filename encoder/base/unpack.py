@@ -24,6 +24,8 @@ def unpack(algorithm: str, packed: bytes, *, size: int) -> bytes:
     name = algorithm.partition(":")[0]
     if name not in _ALGORITHMS:
         raise ValueError(f"compression {algorithm!r} is none of {', '.join(_ALGORITHMS)}")
+
+    # refused before a byte is unpacked
     if size > max(LARGE_BYTES, MOST_TIMES * len(packed)):
         raise ValueError(f"{len(packed):,} bytes would grow to {size:,}, as no shard of text does")
     try:
@@ -34,6 +36,7 @@ def unpack(algorithm: str, packed: bytes, *, size: int) -> bytes:
         raise ValueError(
             " ".join(str(error).split()).rstrip(".") or type(error).__name__
         ) from error
+
     if len(content) != size:
         found = "more" if len(content) > size else f"{len(content):,}"
         raise ValueError(f"it holds {found} bytes")
@@ -41,6 +44,7 @@ def unpack(algorithm: str, packed: bytes, *, size: int) -> bytes:
 
 
 def _zstd(packed: bytes, size: int) -> bytes:
+    # zstd.decompress allocates what the header says, so that is held against the size before
     told = _told_by_zstd(packed)
     if told is None:
         return _stream("zstd", packed, size)
@@ -55,16 +59,22 @@ def _told_by_zstd(packed: bytes) -> int | None:
     """The size in a frame's header (RFC 8878, section 3.1.1.1), None where it does not tell."""
     if int.from_bytes(packed[:4], "little") != _ZSTD_MAGIC or len(packed) < 6:
         raise ValueError("it is no frame of zstd")
+
+    # bits 0 and 1: width of a dictionary's id; bit 5: single segment, without a window byte;
+    # bits 6 and 7: width of the size
     descriptor = packed[4]
     single, field = bool(descriptor & 0x20), descriptor >> 6
     width = (1 if single else 0, 2, 4, 8)[field]
     at = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]
+
     if not width:
         return None
+    # sizes in two bytes begin at 256
     return int.from_bytes(packed[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def _gzip(packed: bytes, size: int) -> bytes:
+    # one byte more than it may have: enough to see that it is too long
     return gzip.GzipFile(fileobj=io.BytesIO(packed)).read(size + 1)
 
 
@@ -78,7 +88,8 @@ def _brotli(packed: bytes, size: int) -> bytes:
 
 def _snappy(packed: bytes, size: int) -> bytes:
     told = 0
-    for place, byte in enumerate(packed[:5]):  # a number of 7 bits a byte, the low ones first
+    # a number of 7 bits a byte, the low ones first; the last byte has no high bit
+    for place, byte in enumerate(packed[:5]):
         told |= (byte & 127) << 7 * place
         if byte < 128:
             break

@@ -50,12 +50,14 @@ class _Refused(ValueError):
 
 def regular_file(path: Path | str) -> IO[bytes]:
     """A regular file, open for reading bytes. Raises OSError, also for a fifo or a device, which it does not wait for."""
+    # O_NONBLOCK: opening a fifo would wait for a writer. What it is, is asked of the open file
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             kind = next((word for test, word in _KINDS if test(mode)), "another kind")
             raise OSError(errno.EINVAL, f"it is {kind}; needed: a file", os.fspath(path))
+        # a regular file from here on: reads wait as usual
         os.set_blocking(handle, True)
         return os.fdopen(handle, "rb")
     except BaseException:
@@ -89,6 +91,7 @@ def read_bytes(
     """A regular file of at most `most_bytes`. Raises `error`."""
     with open_regular(path, error=error) as file:
         try:
+            # one byte more tells a longer file, also one that grows or has no size
             content = file.read(most_bytes + 1)
         except OSError as why:
             raise error(f"{path} cannot be read: {why.strerror or why}.") from why
@@ -162,11 +165,14 @@ def parse_json(
             raise _Refused(f"holds {word}; needed: numbers that JSON knows")
         return float(word)
 
+    # brackets in strings count, too: an upper bound, which costs no parse
     if text.count("[") + text.count("{") > MOST_CONTAINERS:
         raise error(
             f"{where} cannot be read: it holds more than {MOST_CONTAINERS:,} lists and mappings, as"
             " no such file does."
         )
+
+    # hooks refuse what json.loads would take: huge integers, NaN, keys that stand twice
     try:
         value = json.loads(
             text,
@@ -182,6 +188,7 @@ def parse_json(
         raise error(f"{where} cannot be read: {what}; needed: JSON.") from why
     except _Refused as why:
         raise error(f"{where} cannot be read: it {why}.") from why
+
     if not isinstance(value, root):
         found = {dict: "a mapping", list: "a list", str: "text", type(None): "null"}.get(
             type(value), "one number"
@@ -203,6 +210,7 @@ def native_code(what: str, *, error: type[UserError] = UserError) -> Iterator[No
     except (UserError, MemoryError, ImportError):
         raise
     except BaseException as why:
+        # a Rust panic comes as PanicException; Ctrl-C and exits go on
         if not isinstance(why, Exception) and type(why).__name__ != "PanicException":
             raise
         said = " ".join(str(why).split())[:200].rstrip(".") or type(why).__name__
@@ -243,9 +251,11 @@ def inside(
     """
     path = folder / plain_name(name, where=where, error=error, folders=folders)
     try:
+        # with all links resolved: the file must lie below its folder
         there, home = os.path.realpath(path), os.path.realpath(folder)
     except (OSError, ValueError) as why:
         raise error(f"{path} cannot be looked up: {why}.") from why
+
     homes = [home]
     if Path(home).parent.name == "snapshots":
         homes.append(str(Path(home).parent.parent / "blobs"))
@@ -308,6 +318,7 @@ def _check(value: Any, text: str, where: Path | str, error: type[UserError]) -> 
     """
     surrogates = _SURROGATE.search(text) is not None
     level, depth = [value], 0
+    # breadth first: a recursion would fail on the depth that is to be refused
     while level:
         below: list[Any] = []
         for item in level:
@@ -344,6 +355,7 @@ def _is_whole(text: str, errors: str = "strict") -> bool:
 
 def _too_deep(text: str, where: Path | str, error: type[UserError]) -> NoReturn:
     depth, line = 0, 1
+    # the text is read once more, to name the line where the depth is first exceeded
     for match in _BRACKETS.finditer(text):
         if match[0] in "[{":
             depth += 1

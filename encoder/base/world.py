@@ -18,9 +18,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    said_by: str = field(
-        default="", compare=False
-    )  # the variable that says how many ranks there are
+    # the variable that says how many ranks there are
+    said_by: str = field(default="", compare=False)
 
     @property
     def first(self) -> bool:
@@ -34,6 +33,8 @@ def world_from_env(env: Mapping[str, str] | None = None) -> World:
     Raises ConfigError for values that no launcher gives.
     """
     env = os.environ if env is None else env
+    # launchers before SLURM: torchrun inside srun has a rank for each
+    # process, srun one for each node
     if "RANK" in env and "WORLD_SIZE" in env:
         local_size = _whole(
             env, "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1
@@ -56,6 +57,7 @@ def world_from_env(env: Mapping[str, str] | None = None) -> World:
         )
     else:
         return World()
+
     if world.rank >= world.size:
         raise ConfigError(
             f"the environment says rank {world.rank} of {world.size}; needed: ranks from 0 to below"
@@ -80,7 +82,8 @@ def _slurm_tasks(env: Mapping[str, str]) -> int:
 
 
 def _slurm_tasks_variable(env: Mapping[str, str]) -> str:
-    # the step's own count first: SLURM_NTASKS may be the job's, where srun ran with --ntasks-per-node alone
+    # the step's own count first: SLURM_NTASKS may be the job's, where srun ran
+    # with --ntasks-per-node alone
     return "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
 
 
@@ -124,6 +127,7 @@ def meeting_address(world: World, env: Mapping[str, str] | None = None) -> Meeti
     env = os.environ if env is None else env
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     step_host, step_port = meeting_place(env) or ("", 0)
+
     if not host and not step_host:
         raise ConfigError(
             f"{world.size} ranks but no MASTER_ADDR. Start with srun, deepspeed or torchrun, "
@@ -140,6 +144,7 @@ def meeting_address(world: World, env: Mapping[str, str] | None = None) -> Meeti
             " zero's machine, the same on all ranks. Mend it, such as 29500, or unset it and start"
             " with deepspeed or torchrun."
         )
+
     said_by = [name for name, said in (("MASTER_ADDR", host), ("MASTER_PORT", port)) if said] or [
         "SLURM_STEP_NODELIST"
     ]
