@@ -147,6 +147,7 @@ class MaskShare:
         """The share in a row before which the phase had `phase_tokens` tokens."""
         if self.end is None:
             return self.start
+        # linear in the phase's tokens, constant behind over_tokens
         return self.start + (self.end - self.start) * min(1.0, phase_tokens / self.over_tokens)
 
     @property

@@ -189,16 +189,22 @@ class Distillation(MaskedLanguageModel):
 
     def loss(self, model: TokenModel, batch: TokenBatch) -> dict[str, LossTerm]:
         """Sums over the masked tokens, and over those where the teacher is asked, in fp32 (fp64 for fp64 weights)."""
+        # all of the teacher's terms have the same places, those of the first of them
         asked = batch.targets[self.terms[1]]
         # an evaluation of masked tokens alone
         is_plain = asked.count == 0 and not torch.is_grad_enabled()
         # before the student's forward: what the teacher's needs on its way is free again by then
         taught_MC = None if is_plain else self._teacher_states(batch, asked.index_M)
         x_TC = model.hidden_states(batch)
+
         mlm = mlm_loss(model, batch, x_TC=x_TC, z_loss_weight=self.config.z_loss_weight)
         found = {MLM: mlm._replace(weight=self.config.mlm_weight)}
+
+        # every term is answered, also where it has no target: sums of zero
         if taught_MC is None:
             return found | dict.fromkeys(self.terms[1:], _nothing(mlm))
+
+        # student and teacher at the same places, [M, C]
         x_MC = x_TC.index_select(0, asked.index_M)
         if SOFT in self.terms:
             soft = self._soft_loss(model, x_MC, taught_MC, asked)
@@ -216,6 +222,7 @@ class Distillation(MaskedLanguageModel):
     def _soft_loss(
         self, model: TokenModel, x_MC: Tensor, taught_MC: Tensor, asked: Targets
     ) -> LossTerm:
+        # no gradient leads into the teacher
         with torch.no_grad():
             teacher = self.teacher.token_decoder(taught_MC)
         return soft_target_sum(

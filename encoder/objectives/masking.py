@@ -71,11 +71,15 @@ class ExactChoice:
         runs: list[np.ndarray] = []
         start = 0
         for length in lengths or (len(ids),):
+            # each document has a number of its own; its places count from its start
             own = slice(start, start + length)
             for run in self._runs(ids[own], maskable_T[own], generator, share=share):
                 index.append(start + run)
                 runs.append(np.full(len(run), len(runs)))
             start += length
+
+        # runs come in the order they were drawn; targets ascend. The empty part keeps int64
+        # where there are no runs
         index_M = np.concatenate([*index, np.empty(0, dtype=np.int64)])
         run_M = np.concatenate([*runs, np.empty(0, dtype=np.int64)])
         order = np.argsort(index_M, kind="stable")
@@ -90,6 +94,7 @@ class ExactChoice:
         share: float,
     ) -> Iterator[np.ndarray]:
         """The places of each run in one document."""
+        # runs are made among the places that may be masked, so they reach over special tokens
         places = np.flatnonzero(maskable_T)
         counted = len(ids) if self.counts_special else len(places)
         number = number_of(self.count, share=share, tokens=counted, generator=generator)
@@ -97,6 +102,8 @@ class ExactChoice:
             number = min(number, self.most_tokens)
         if not number or not len(places):
             return
+
+        # first units are tried in a random order: the ranks of one draw for each unit
         starts_U = self._unit_starts(ids, places)
         lengths_U = np.diff(starts_U, append=len(places))
         order = np.argsort(generator.random(len(starts_U)), kind="stable")
@@ -110,6 +117,7 @@ class ExactChoice:
         """Where units begin among the places that may be masked."""
         if self.words is None:
             return np.arange(len(places))
+        # where the number of the word changes; -1 makes the first place a beginning
         word_M = self.words.words(ids)[places]
         return np.flatnonzero(np.diff(word_M, prepend=-1))
 
@@ -117,6 +125,9 @@ class ExactChoice:
         """Units of the run that begins at each unit of `order`, drawn among the lengths that the document has room for."""
         if self.spans == "none":
             return np.ones(len(order), dtype=np.int64)
+
+        # inverse CDF: a uniform draw below the cumulative weight of the lengths that have room,
+        # and the first length whose cumulative weight exceeds it
         cumulative = np.cumsum(span_weights(self.spans, self.longest_span))
         room = np.minimum(len(order) - order, self.longest_span)
         drawn = generator.random(len(order)) * cumulative[room - 1]
@@ -155,12 +166,14 @@ def take_runs(
     sizes: units of the run that begins at each of them
     number: tokens to be predicted
     """
+    # one byte for each unit, so that a slice of them tells whether a run is free
     taken = bytearray(len(lengths_U))
     lengths = lengths_U.tolist()
     left = number
     for first, units in zip(order.tolist(), sizes.tolist(), strict=True):
         if not left:
             return
+        # a run with too many tokens is tried without its last units, down to none
         while units and sum(lengths[first : first + units]) > left:
             units -= 1
         if units and not any(taken[first : first + units]):

@@ -38,8 +38,9 @@ from encoder.objectives.contract import (
 from encoder.objectives.masking import LONGEST_SPAN, Count, ExactChoice, Spans
 from encoder.objectives.words import WordEdges
 
-# Variance of a row's count of predicted tokens over that of single tokens: mean squared over mean length of its words. Rows of
-# 16,384 have 1.2 to 1.5, the worst of 659 rows (web, books, science, code; ModernBERT's vocabulary) 4.1, none over 8
+# Variance of a row's count of predicted tokens over that of single tokens: mean squared over mean
+# length of its words. Rows of 16,384 have 1.2 to 1.5, the worst of 659 rows (web, books, science,
+# code; ModernBERT's vocabulary) 4.1, none over 8
 WORDS_VARIANCE = 4.0
 
 
@@ -229,6 +230,8 @@ def mlm_loss(
     targets = batch.targets[MLM]
     if x_TC is None:
         x_TC = model.hidden_states(batch)
+
+    # head and decoder see the masked positions alone: M of T
     x_MC = x_TC.index_select(0, targets.index_M)
     z_loss_weight = z_loss_weight if model.training else 0.0
     return cross_entropy_sum(
@@ -277,19 +280,24 @@ class MaskedLanguageModel:
         assert words is not None or not config.whole_words, (
             "whole words need the vocabulary's word edges"
         )
+        # what is never predicted: with mask_special_tokens only padding, else all special ids
         left_out = {pad_id} if config.mask_special_tokens else {*special_ids, pad_id, mask_id}
         if max(left_out | {mask_id}) >= vocab_size:
             raise ConfigError(
                 f"special id {max(left_out | {mask_id})} is outside the vocabulary of"
                 f" {vocab_size:,}. Use the tokenizer's own vocab_size, or larger."
             )
+
         self.config = config
         self.share = share or MaskShare(start=config.mask_share)
         self._words = words if config.whole_words else None
         self._exact = _exact_choice(config, self._words)
         self.mask_id = mask_id
+
+        # by id, so that a row's mask is one look-up
         self._maskable_V = np.ones(vocab_size, dtype=bool)
         self._maskable_V[list(left_out)] = False
+
         self._replacements = _replacements(
             config,
             vocab_size=vocab_size,
@@ -337,28 +345,37 @@ class MaskedLanguageModel:
             self.share.at(phase_tokens),
             1.0 - self.config.random_share - self.config.keep_share,
         )
+
+        # each branch gives the predicted places and u ~ U(0, p) of each, by which it is shown
         maskable_T = self._maskable_V[ids]
         if self._exact is not None:
             chosen = self._exact.choose(ids, maskable_T, lengths, generator, share=p)
             index = chosen.index_M
             u_M = generator.random(len(index)) * p
             if self.config.spans == "geometric":
+                # a run's number picks its draw, so that a span is shown alike
                 u_M = u_M[chosen.run_M]
         elif self._words is None:
+            # u < p is a Bernoulli draw of p, and u is uniform below p where
+            # it holds: one draw serves both
             u_T = generator.random(len(ids))
             index = np.flatnonzero((u_T < p) & maskable_T)
             u_M = u_T[index]
         else:
+            # a draw for each word, and another for each of its tokens
             word_T = self._words.words(ids)
             u_W = generator.random(int(word_T[-1]) + 1)
             index = np.flatnonzero((u_W < p)[word_T] & maskable_T)
             u_M = generator.random(len(index)) * p
+
+        # [MASK] below p * hidden_share, a random id below p (1 - keep_share), else as it is
         shown = ids.copy()
         shown[index[u_M < p * hidden_share]] = self.mask_id
         replaced = index[(u_M >= p * hidden_share) & (u_M < p * (1.0 - self.config.keep_share))]
         shown[replaced] = self._replacements[
             generator.integers(len(self._replacements), size=len(replaced))
         ]
+
         return MaskedRow(ids=shown, targets={MLM: RowTargets(index, ids[index])})
 
     def loss(self, model: TokenModel, batch: TokenBatch) -> dict[str, LossTerm]:
@@ -375,6 +392,8 @@ class MaskedLanguageModel:
         `round` has up to 4/3 of its mean in a document of 3 / (4 p) tokens and more (5 for a share of 0.15): shorter ones must
         be most of a row to exceed it.
         """
+        # the count is Binomial(tokens, p) for single tokens, and wider
+        # for words: variance as measured
         p, variance = self.share.highest, WORDS_VARIANCE if self._words else 1.0
         room = tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p) * variance)
         if self.config.mask_count == "round":

@@ -117,10 +117,14 @@ class SentencePairs(MaskedLanguageModel):
         """
         assert pairs is not None, "who has a rule for pairs gets them"
         row = super().mask(ids, generator, lengths=lengths, phase_tokens=phase_tokens)
+
+        # the place of each token in its pair; behind [CLS] A [SEP] the segment is 1
         lengths_S = np.asarray(lengths, dtype=np.int64)
         starts_S = np.cumsum(lengths_S) - lengths_S
         place_T = np.arange(len(ids)) - np.repeat(starts_S, lengths_S)
         segments_T = (place_T >= np.repeat(pairs.first_tokens_S, lengths_S)).astype(np.int64)
+
+        # a label stands at the pair's [CLS], the first token of each document
         labels = RowTargets(starts_S, pairs.label_S)
         return replace(row, targets={**row.targets, self.config.TERM: labels}, segments=segments_T)
 
@@ -139,6 +143,7 @@ class SentencePairs(MaskedLanguageModel):
         targets = batch.targets[self.config.TERM]
         logits_M2 = model.sentence_decoder(x_TC.index_select(0, targets.index_M))
         pairs = class_loss_sum(logits_M2, targets.value_M)
+
         z_loss_weight = self.config.z_loss_weight
         return {
             MLM: mlm_loss(model, batch, x_TC=x_TC, z_loss_weight=z_loss_weight),

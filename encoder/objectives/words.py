@@ -20,7 +20,8 @@ from encoder.base.byte_level import byte_of_character
 from encoder.base.errors import ConfigError
 from encoder.base.tokenizer_json import read_tokenizer_json
 
-LONGEST_WORD = 8  # tokens; what is longer (a key in base 64, a sentence without spaces) is asked in stretches of 8
+# tokens; what is longer (a key in base 64, a sentence without spaces) is asked in stretches of 8
+LONGEST_WORD = 8
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class WordEdges:
 
     def words(self, ids: np.ndarray) -> np.ndarray:
         """The number of each token's word, int64 [T], ascending from 0; no word has over LONGEST_WORD tokens."""
+        # a token begins a word by itself, behind one that leaves none open, or at the row's start
         starts = self.begins_V[ids]
         starts[1:] |= ~self.open_V[ids[:-1]]
         starts[:1] = True
+
+        # the place of each token in its word: every LONGEST_WORD-th begins a new one. The running
+        # sum of beginnings is then the number of the word
         first = np.flatnonzero(starts)
         inside = np.arange(len(ids)) - np.repeat(first, np.diff(first, append=len(ids)))
         return np.cumsum(starts | (inside % LONGEST_WORD == 0)) - 1
@@ -45,11 +50,13 @@ def read_word_edges(tokenizer_json: Path, *, vocab_size: int) -> WordEdges:
 
     Raises ConfigError.
     """
+    # special tokens and ids without a token are words of their own
     begins_V, open_V = np.ones(vocab_size, dtype=bool), np.zeros(vocab_size, dtype=bool)
     file = read_tokenizer_json(tokenizer_json, error=ConfigError)
     try:
         edges = _edges_of(file.content)
         special_of = {token["content"]: token["special"] for token in file.added}
+        # an added token that is not special stands for its text, as it is spelt
         for token, number in file.ids.items():
             if token not in special_of:
                 begins_V[number], open_V[number] = edges(token)
@@ -68,11 +75,15 @@ def _edges_of(content: dict[str, Any]) -> Callable[[str], tuple[bool, bool]]:
     kind = content["model"].get("type")
     if kind == "WordLevel":
         return lambda token: (True, False)
+    # a token without the prefix (##) begins a word; any may be followed by one that has it
     if kind == "WordPiece":
         prefix = content["model"]["continuing_subword_prefix"]
         return lambda token: (not token.startswith(prefix), True)
+
     if kind not in ("BPE", "Unigram"):
         raise ValueError(f"a {kind} model; known: BPE, Unigram, WordPiece, WordLevel")
+
+    # bytes are written as other characters, and a token may hold half of one: U+FFFD then
     if '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
         byte_of = byte_of_character()
         return lambda token: _edges_of_text(
