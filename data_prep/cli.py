@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     args, rest = _parser().parse_known_args(arguments)
     if args.command in ("prepare", "merge", "missing", "plan"):
+        # argparse takes settings behind an option for unknown words
         args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in args.overrides]
     if rest:
@@ -213,6 +214,8 @@ def _parser() -> CommandLine:
 
     tokenizer = command("tokenizer", None, "make a tokenizer.json: train, modernbert or from-hf")
     kinds = tokenizer.add_subparsers(dest="way", metavar="WAY", required=True)
+
+    # tokenizer WAY: each way is a command below this one
     train = command("train", _train, "train one on text", TRAIN, under=kinds)
     text = train.add_mutually_exclusive_group(required=True)
     text.add_argument(
@@ -422,6 +425,8 @@ def _merge(args: argparse.Namespace) -> int:
     from encoder.base.schema import read_settings
 
     config = read_settings(PrepareConfig, args.config, args.overrides)
+
+    # merged sources are verified only where that is asked for, since every byte is read
     merge(config, only=args.source)
     if not args.verify:
         return 0
@@ -504,6 +509,7 @@ def _modernbert(args: argparse.Namespace) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> None:
+    # options that were not given leave the role to the files
     from data_prep.tokenizer_files import take_over
 
     roles = ("cls", "sep", "pad", "mask", "unk")
@@ -546,9 +552,10 @@ def _upload(args: argparse.Namespace) -> None:
 
 
 def _width(text: str) -> str:
+    # not where the commands are only listed: it imports numpy
     from encoder.data.shard_format import (
         WIDTHS,
-    )  # not where the commands are only listed: it imports numpy
+    )
 
     if text not in WIDTHS:
         raise argparse.ArgumentTypeError(f"{text}; needed: one of {', '.join(WIDTHS)}")

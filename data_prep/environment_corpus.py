@@ -34,20 +34,24 @@ from encoder.base.main_script import without_main_script
 from encoder.base.untrusted import read_json
 
 MANIFEST = "manifest.json"
-PACKAGE_SHARE = 0.2  # at most this share of a source from one package: oci alone has 18,000 files
-LEAST_SHARE = 0.5  # of the text asked for; with a tenth of it a source has no document to hold out
+# at most this share of a source from one package: oci alone has 18,000 files
+PACKAGE_SHARE = 0.2
+# of the text asked for; with a tenth of it a source has no document to hold out
+LEAST_SHARE = 0.5
 MIN_CHARS, MAX_CHARS = 200, 200_000
 MAX_LINE_CHARS = 500  # longer: data or minified
 MIN_LETTERS = 0.5  # share of letters and white space in code; below: tables of numbers
-MIN_PLAIN = 0.9  # share of letters, spaces and plain punctuation in prose; below: formulas, paths
+# share of letters, spaces and plain punctuation in prose; below: formulas, paths
+MIN_PLAIN = 0.9
 NOT_LETTERS = bytes(b for b in range(128) if not (chr(b).isalpha() or chr(b).isspace()))
 NOT_PLAIN = bytes(b for b in range(128) if not (chr(b).isalpha() or chr(b) in " ,.'-"))
+# the project itself: its text must not change the corpus
 OWN = {
     "encoder",
     "data_prep",
     "launch",
     "tessera",
-}  # the project itself: its text must not change the corpus
+}
 
 SKIPPED_FOLDERS = {
     "test",
@@ -115,6 +119,8 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
         raise ConfigError(f"--size-mb is {size_mb:g}; needed: more than 0 and at most 1000.")
     files = sorted(_files(), key=lambda f: _order(f.name))
     made_from = {"size_mb": size_mb, "corpus": 1, "files": _fingerprint(files)}
+
+    # the manifest is written last, so it tells that all is there
     manifest = out / MANIFEST
     if _stands(manifest, made_from):
         say(f"{out}: made before from the same environment. Nothing to do.")
@@ -126,7 +132,8 @@ def environment_corpus(out: Path, *, size_mb: float) -> None:
             ours=lambda head: head.startswith(b'{"text": ') and b'"source": "' in head,
         )
     with output(out, ["code.jsonl", "prose.jsonl", MANIFEST]):
-        manifest.unlink(missing_ok=True)  # written last: without it the corpus is not finished
+        # written last: without it the corpus is not finished
+        manifest.unlink(missing_ok=True)
         sums = _write_sources(files, out, int(size_mb * 1e6 / 2))
         write_json(
             manifest,
@@ -140,6 +147,7 @@ def _write_sources(files: list[File], out: Path, limit: int) -> dict[str, dict[s
     sources = {"code": _code(files, limit, taken), "prose": _prose(files, limit, taken)}
     sums: dict[str, dict[str, Any]] = {}
     for name, documents in sources.items():
+        # in the order of a hash: documents of one package do not lie together
         documents.sort(key=lambda d: _order(d["text"]))
         content = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode(
             "utf-8"
@@ -186,6 +194,7 @@ def _prose(files: list[File], limit: int, taken: set[str]) -> list[dict[str, str
     documents, seen = _Chosen(limit), set()
     # documentation and package descriptions first: the best prose, and the least of it
     left = sorted((f for f in files if f.name not in taken), key=lambda f: f.path.suffix == ".py")
+    # spawn, as a forked copy of a process with threads can hang
     with without_main_script():
         pool = get_context("spawn").Pool(
             min(8, os.cpu_count() or 1), initializer=_leave_interrupts_to_the_parent
@@ -211,6 +220,7 @@ def _prose_of(file: File) -> list[str]:
         text = _python_text(file)
         return _docstring_paragraphs(text) if text and _worth_parsing(text) else []
     text = _read(file.path) or ""
+    # METADATA: fields first, the description behind the first empty line
     return list(_paragraphs(text.partition("\n\n")[2] if file.path.name == "METADATA" else text))
 
 
@@ -254,6 +264,7 @@ def _files() -> Iterator[File]:
     for folder in dict.fromkeys([Path(paths["purelib"]), Path(paths["platlib"])]):
         for path in _walk(folder):
             parts = path.relative_to(folder).parts
+            # numpy-2.1.dist-info -> numpy, six.py -> six
             package = re.split(r"-\d|\.py$", parts[0])[0].lower()
             wanted = (
                 path.suffix == ".py"
@@ -266,6 +277,7 @@ def _files() -> Iterator[File]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for at, folders, names in os.walk(folder):
+        # os.walk goes on into what is left in `folders`
         folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS]
         yield from (Path(at, name) for name in names)
 
@@ -278,12 +290,14 @@ def _read(path: Path) -> str | None:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError):
         return None
+    # a path of this environment would make the text another on each machine
     return None if sys.prefix in text and sys.prefix != sys.base_prefix else text
 
 
 def _python_text(file: File) -> str | None:
     """A source file that a person wrote, or None."""
     if file.path.name.startswith("_sysconfigdata"):
+        # a dump of settings from the build of Python
         return None
     text = _read(file.path)
     if (
@@ -332,13 +346,16 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 def _paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of a text that read as English, one line each, markup taken off."""
+    # blocks of code between ``` or ~~~ go
     fenced = re.sub(r"(?ms)^(```|~~~).*?^\1", "", text)
     for block in re.split(r"\n[ \t]*\n", fenced):
         if NOT_PROSE.search(block):
             continue
         line = " ".join(block.split())
         line = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", line)  # [text](link)
-        line = re.sub(r":[a-z:]+:`[~!]?([^`<]+?)\s*(?:<[^`]*>)?`", r"\1", line)  # :class:`Name`
+        # :class:`Name`
+        line = re.sub(r":[a-z:]+:`[~!]?([^`<]+?)\s*(?:<[^`]*>)?`", r"\1", line)
+        # `code` and **bold**
         line = re.sub(
             r"`+([^`]*)`+_{0,2}|\*\*([^*]+)\*\*", lambda m: m.group(1) or m.group(2) or "", line
         )

@@ -46,6 +46,7 @@ class Filter:
         if not self.rules:
             known = ", ".join(f.name for f in fields(self)[1:])
             raise ConfigError(f"the filter on {self.column} has no rule. Known: {known}.")
+        # an empty list would let nothing pass, or everything
         for given in (self.one_of, self.none_of):
             if given is not None and not given:
                 raise ConfigError(
@@ -97,8 +98,10 @@ class Filter:
         items = value if isinstance(value, list) else [value]
         if value is ABSENT or value is None or items == []:
             return list(self.rules) == ["none_of"]
+        # a text against a number is a mistake in the filter, not a document to leave out
         for given in ((self.equals,), self.one_of or (), self.none_of or ()):
             self._check_comparable(items, [w for w in given if w is not None])
+        # of a list every item must be wanted, and none be unwanted
         for wanted in (() if self.equals is None else (self.equals,), self.one_of):
             if wanted and not all(any(_same(item, w) for w in wanted) for item in items):
                 return False

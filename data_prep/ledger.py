@@ -59,9 +59,8 @@ class Counts:
     content_tokens: int = 0  # as the tokenizer gave them
     pieces: int = 0  # samples written
     tokens: int = 0  # written, [CLS] and [SEP] counted
-    bad_files: dict[str, str] = field(
-        default_factory=dict
-    )  # files cut short or of another kind, and why; the first 50
+    # files cut short or of another kind, and why; the first 50
+    bad_files: dict[str, str] = field(default_factory=dict)
 
     def add_bad_file(self, name: str, why: str) -> None:
         """Remember a file that could not be read as what it is meant to be."""
@@ -88,6 +87,7 @@ class Counts:
 
     def leave_out(self, reasons: dict[str, int]) -> None:
         """Count documents that were left out."""
+        # sorted, so that the card's bytes do not depend on which reason was met first
         self.left_out = dict(sorted((Counter(self.left_out) + Counter(reasons)).items()))
 
     def add(self, other: Counts) -> None:
@@ -114,9 +114,8 @@ class Record:
     stretches: list[Any]  # [file, first byte, last byte] of each
     counts: Counts
     tokens: dict[str, int]  # by split
-    shards: dict[
-        str, list[dict[str, Any]]
-    ]  # by split: entries of index.json, with the segment's own file names
+    # by split: entries of index.json, with the segment's own file names
+    shards: dict[str, list[dict[str, Any]]]
 
 
 class Ledger:
@@ -132,9 +131,11 @@ class Ledger:
         from something else, unless `again`: then it is thrown away. Only who is `alone` throws anything away.
         """
         if alone:
+            # what a killed run had renamed away, but not yet removed
             _remove(self._trash)
         found = self._made_from()
         if changed := changes(found, made_from) if found else "":
+            # other parts may be at work on these segments, so only the whole may throw them away
             if not (again and alone):
                 raise ShardError(
                     f"{self.part} holds segments made from something else ({changed}). "
@@ -152,6 +153,7 @@ class Ledger:
         return (self.part / "train" / CARD).is_file()
 
     def _made_from(self) -> dict[str, Any] | None:
+        # put_in_place removes the segments' recipe before the last rename; the card has the same
         if self.assembled:
             return identity(read_card(self.part / "train"))
         with contextlib.suppress(ShardError):
@@ -172,6 +174,7 @@ class Ledger:
         try:
             content = read_json(path, root=dict, error=ShardError, most_bytes=INDEX_BYTES)
             record = Record(**{**content, "counts": Counts(**content["counts"])})
+            # names and sizes in it decide what is moved: a name may not lead out of the folder
             for info in (stored_info(entry) for split in SPLITS for entry in record.shards[split]):
                 plain_name(info["basename"], where=path, error=ShardError, folders=False)
                 if type(info["bytes"]) is not int:
@@ -201,10 +204,10 @@ class Ledger:
         beside.mkdir()
         try:
             yield beside
+            # durable from the inside out: the content, the name, the folder of names
             fsync_path(beside)
-            with contextlib.suppress(
-                FileExistsError
-            ):  # another part of another count did it too, the same bytes
+            # another part of another count may have made it too, with the same bytes
+            with contextlib.suppress(FileExistsError):
                 _rename_new(beside, self.folder_of(segment))
             fsync_path(self.segments)
         finally:
@@ -214,11 +217,13 @@ class Ledger:
         """Throw away what killed runs of this part (of every part, for the whole) left half-made: folders of segments, and
         the files of a killed write_atomic."""
         for name in os.listdir(self.segments):
+            # the whole (1-of-1) clears for all parts
             if name.startswith("." if part.count == 1 else f".{part.label}."):
                 _remove(self.segments / name)
 
     def put_in_place(self) -> None:
         """OUT/.NAME.part, complete but for its segments folder, becomes OUT/NAME; an older one leaves at the last moment."""
+        # from here on the card alone says what the source was made from
         _remove(self.segments)
         for path in [
             path
@@ -228,6 +233,9 @@ class Ledger:
         ]:
             _remove(path)
         fsync_path(self.part)
+
+        # a kill between the two renames leaves the new one whole as .part: the next run finds it
+        # assembled, and goes on here
         if self.out.exists():
             _remove(self._trash)
             os.rename(self.out, self._trash)
@@ -254,14 +262,18 @@ def open_ledger(folder: Path, part: Part) -> Iterator[Ledger]:
     whole, ledger = part.count == 1, Ledger(folder)
     busy = f"another data-prep is making {folder} at this moment. Wait for it, or set another out."
     with contextlib.ExitStack() as locks:
+        # parts beside each other share this lock; the whole and merge hold it alone
         locks.enter_context(
             _locked(folder.with_name(f".{folder.name}.lock"), "alone" if whole else "shared", busy)
         )
+
+        # alone, so no part is at work: their lock files were left by killed ones
         for name in os.listdir(folder.parent) if whole else ():
-            if re.fullmatch(
-                rf"\.{re.escape(folder.name)}\.\d+-of-\d+\.lock", name
-            ):  # not those of a source NAME.x
+            # those of a source NAME.x do not match
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+-of-\d+\.lock", name):
                 (folder.parent / name).unlink(missing_ok=True)
+
+        # the same part may not be made twice at a time
         if not whole:
             name = f".{folder.name}.{part.label}.lock"
             locks.enter_context(
@@ -274,6 +286,7 @@ def open_ledger(folder: Path, part: Part) -> Iterator[Ledger]:
         try:
             yield ledger
         finally:
+            # nothing was finished or assembled: an empty folder does not stay
             if (
                 whole
                 and ledger.part.exists()
@@ -294,6 +307,7 @@ def tidy(folder: Path) -> None:
 def _locked(path: Path, kind: Kind, busy: str) -> Iterator[None]:
     """A lock that dies with its process, SIGKILL included. The last one that leaves removes the file."""
     without_locks = False
+    # open, lock, and look whether the name still leads to what was locked; else begin again
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -301,6 +315,7 @@ def _locked(path: Path, kind: Kind, busy: str) -> Iterator[None]:
         except Busy as error:
             os.close(handle)
             raise UserError(busy) from error
+        # some network file systems have no locks: work goes on, with a warning
         except NoLocks as error:
             without_locks = True
             warn_once(
@@ -318,9 +333,11 @@ def _locked(path: Path, kind: Kind, busy: str) -> Iterator[None]:
         yield
     finally:
         try:
+            # the last one removes the file: only it gets the lock alone
             with contextlib.suppress(OSError, Busy):
                 if not without_locks:
                     take_lock(handle, path, "alone")  # fails while other parts hold it
+                # without locks nobody knows who is the last
                 if not (without_locks and kind == "shared"):
                     os.unlink(path)
         finally:
@@ -347,6 +364,7 @@ def _remove(path: Path) -> None:
 
 def identity(card: Card) -> dict[str, Any]:
     """What a source was made from: its tokenizer, settings and files."""
+    # counts are a result, and not what it was made from
     return {
         "tokenizer": card.tokenizer_sha256[:12],
         **{k: v for k, v in card.recipe.items() if k != "counts"},

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 MOST_UNCUT_CHARS = 2**22  # encoded at once: 0.2 GB by fastokens, 0.9 GB by tokenizers
-SEARCH_CHARS = (
-    2**12
-)  # a cut is looked for in so many characters before the end of a part, then in all
+# a cut is looked for in so many characters before the end of a part, then in all
+SEARCH_CHARS = 2**12
 
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer")
 _PRE_TOKENIZERS = (
@@ -33,16 +32,17 @@ _PRE_TOKENIZERS = (
     "Punctuation",
 )
 _MODELS = ("BPE", "WordPiece", "WordLevel")
+# the splits of GPT-2, of Llama 3 (up to 3 digits) and of Qwen2 (single digits)
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _LETTERS % "{1,3}",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _LETTERS % "",
 )
+# [^\W\d_] is a letter
 _CUT = re.compile(r"(?<=[^\W\d_])[ \n](?=[^\W\d_])")
-_CUT_AT_MARKS = re.compile(
-    r"(?<=[^\W\d_])[ \n\u3002\u3001\uff0c](?=[^\W\d_])"
-)  # full stop and commas of Chinese and Japanese
+# full stop and commas of Chinese and Japanese
+_CUT_AT_MARKS = re.compile(r"(?<=[^\W\d_])[ \n\u3002\u3001\uff0c](?=[^\W\d_])")
 
 
 class TooLong(Exception):
@@ -68,6 +68,7 @@ def cuts_of(tokenizer_json: Path) -> Cuts:
 def _place_of(content: dict[str, Any]) -> re.Pattern[str] | None:
     normalizers = _steps(content.get("normalizer"), "normalizers")
     steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    # of anything else it is not known which characters it joins
     if content["model"].get("type", "BPE") not in _MODELS or any(
         step["type"] not in _NORMALIZERS for step in normalizers
     ):
@@ -84,12 +85,15 @@ def _place_of(content: dict[str, Any]) -> re.Pattern[str] | None:
     ]
     if not splits:
         return None
+
+    # a token matched in text, with white space inside or taken in from beside, might lie over a cut
     for token in content.get("added_tokens", []):
         words = token["content"]
         if not token["special"] and (
             token["rstrip"] or token["lstrip"] or words.strip() and words.split() != [words]
         ):
             return None
+    # WhitespaceSplit ends no word at a mark
     return _CUT if any(step["type"] == "WhitespaceSplit" for step in steps) else _CUT_AT_MARKS
 
 
@@ -110,10 +114,12 @@ def parts_of(text: str, cuts: Cuts, *, most_chars: int) -> Iterator[str]:
     """The text in parts of at most `most_chars`, or where no cut lies so near, of up to MOST_UNCUT_CHARS. Raises TooLong."""
     begin = 0
     while len(text) - begin > most_chars:
+        # the last cut within `most_chars`, else the first one behind
         end = _cut_before(text, cuts, begin + most_chars, begin + 1) or _cut_behind(
             text, cuts, begin + most_chars, begin + MOST_UNCUT_CHARS
         )
         if end is None:
+            # without a cut the rest is one part, if it is not too long for that
             if len(text) - begin > MOST_UNCUT_CHARS:
                 raise TooLong
             break
@@ -126,6 +132,7 @@ def _cut_before(text: str, cuts: Cuts, end: int, least: int) -> int | None:
     """The last cut before `end`."""
     if cuts.place is None:
         return None
+    # most cuts lie near the end, so a short stretch is looked at first
     for begin in (max(least, end - SEARCH_CHARS), least):
         found = [
             match.start()

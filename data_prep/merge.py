@@ -49,6 +49,7 @@ def assemble(
         for record in records:
             counts.add(record.counts)
         counts.check()
+        # segments without training text are of no use to a next run: it begins anew
         if not counts.documents_train:
             ledger.discard()
             bad = "".join(
@@ -65,6 +66,7 @@ def assemble(
             _assemble_split(
                 ledger, segments, records, dataclasses.replace(card, split=split), tokenizer_json
             )
+    # killed before the last rename: the card has the counts
     else:
         counts = Counts(**read_card(ledger.part / "train").recipe["counts"])
     ledger.put_in_place()
@@ -94,6 +96,8 @@ def _checked(ledger: Ledger, segments: Sequence[Segment], made_from_sha256: str)
             "Prepare it with --again."
         )
     records = [ledger.record(segment) for segment in segments]
+
+    # every segment is from the same files, settings and tokenizer, and lost nothing
     for segment, record in zip(segments, records, strict=True):
         folder = ledger.folder_of(segment)
         if record.made_from_sha256 != made_from_sha256:
@@ -125,6 +129,7 @@ def _assemble_split(
     folder.mkdir(exist_ok=True)
     entries: list[dict[str, Any]] = []
     samples = 0
+    # shards keep the order of segments, and are numbered through
     for segment, record in zip(segments, records, strict=True):
         for entry in record.shards[card.split]:
             moved = _named(entry, f"shard.{len(entries):05}.mds")
@@ -136,6 +141,8 @@ def _assemble_split(
             entries.append(moved)
             samples += entry["samples"]
     write_atomic(folder / INDEX, json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+
+    # side files of all segments end to end, each held against the size it must have
     itemsize = lengths_dtype(card.max_tokens_per_document).itemsize
     _write_whole(
         _bytes_of(_side_files(ledger, segments, card.split, "lengths")),
@@ -150,11 +157,13 @@ def _assemble_split(
         _write_whole(
             sentence_bytes((np.fromfile(p, COUNT_DTYPE) for p in counts), _bytes_of(tokens_files)),
             folder / SENTENCES,
+            # a start of each sample and one more, then the tokens of sentences
             START_BYTES * (samples + 1) + stored_bytes,
         )
         sentences_sha256 = sha256_of(folder / SENTENCES)
     write_atomic(folder / TOKENIZER, tokenizer_json)
     fsync_path(folder)
+    # the card comes last: with it the split counts as whole
     tokens = sum(record.tokens[card.split] for record in records)
     write_card(
         folder,
@@ -211,6 +220,7 @@ def _write_whole(parts: Iterable[bytes], whole: Path, size: int) -> None:
         for part in parts:
             out.write(part)
         out.flush()
+        # a side file cut short gives a wrong size, and no file
         os.fsync(out.fileno())
         found = out.tell()
     if found != size:

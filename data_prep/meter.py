@@ -57,6 +57,7 @@ class Meter:
         self.tokens += tokens
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self.bytes, counts=self.counts())
+        # no terminal: lines now and then, as a log takes them
         elif time.monotonic() - self._said >= LINE_SECONDS:
             self._said = time.monotonic()
             share = 100 * self.bytes / max(1, self.total_bytes)

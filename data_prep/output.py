@@ -15,6 +15,7 @@ def output(folder: Path, names: Sequence[str]) -> Iterator[None]:
     """Makes the folder that the files `names` will be written to. After an error, Ctrl-C too, the files and folders
     that were not there before are gone again. Raises UserError for a place that cannot be written or is full.
     """
+    # the nearest place that exists must be a folder
     for place in (folder, *folder.parents):
         if place.exists():
             if not place.is_dir():
@@ -29,6 +30,7 @@ def output(folder: Path, names: Sequence[str]) -> Iterator[None]:
                 f"{folder / name} is a folder; needed: the name of a file to write, such as "
                 f"{folder / name / 'tokenizer.json'}."
             )
+    # from the inside out, so that each is empty when it is removed
     new_folders = [place for place in (folder, *folder.parents) if not place.exists()]
     new_files = [folder / name for name in names if not (folder / name).exists()]
     try:
@@ -46,9 +48,8 @@ def output(folder: Path, names: Sequence[str]) -> Iterator[None]:
             with contextlib.suppress(OSError):  # never made, or others write to it, too
                 place.rmdir()
         if isinstance(error, OSError):
-            hidden = not error.filename or str(error.filename).endswith(
-                ".part"
-            )  # write_atomic's, beside the file
+            # write_atomic's own file beside it: a name that means nothing to a person
+            hidden = not error.filename or str(error.filename).endswith(".part")
             place = (folder / names[0] if len(names) == 1 else folder) if hidden else error.filename
             raise UserError(
                 f"{place}: {error.strerror or error}. Make room, or name another place."

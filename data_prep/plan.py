@@ -27,7 +27,8 @@ PACKED = 3.0  # gzip of the same; zstd and Parquet are near it
 SAMPLE_BYTES = 13  # offset, head and shape in the shard, length beside it
 TOKENS_PER_SAMPLE = 700  # mean of the four domains; for sources without a card
 ZSTD = 0.5  # of uint16 ids, books and code
-MANY_EPOCHS = 4  # up to here repeated text is worth nearly as much as new (arXiv 2305.16264)
+# up to here repeated text is worth nearly as much as new (arXiv 2305.16264)
+MANY_EPOCHS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ def plan(
             " above 0."
         )
     plans = [source_plan(config, source, speed) for source in config.sources]
+    # sources of unknown size are left out of the total
     known = [p for p in plans if p.amount]
     tokens = sum(p.amount.tokens for p in plans if p.amount)
     total = SourcePlan(
@@ -111,6 +113,7 @@ def source_plan(config: PrepareConfig, source: Source, tokens_per_core_second: f
     amount = _amount(config, source)
     if amount is None:
         return SourcePlan(name=source.name, license=source.license, amount=None)
+    # ids, packed or not, and what each sample takes beside its ids
     disk = (
         amount.tokens * _id_bytes(config) * (ZSTD if config.compression == "zstd" else 1)
         + amount.samples * SAMPLE_BYTES
@@ -136,6 +139,7 @@ def _amount(config: PrepareConfig, source: Source) -> Amount | None:
     elif isinstance(source, HubSource):
         return None
     else:
+        # files are taken for JSON lines of BYTES_PER_TOKEN, packed ones unpacked by PACKED
         try:
             sizes = [
                 file.bytes * (PACKED if file.packing or isinstance(source, ParquetSource) else 1)
@@ -194,6 +198,7 @@ def _mixture_cells(given: Mixture, plans: dict[str, SourcePlan]) -> list[tuple[s
 
 def _remarks(plans: Sequence[SourcePlan], mixtures: dict[str, Mixture]) -> None:
     for p in plans:
+        # over all mixtures shown, since a run goes through them one after the other
         taken = sum(m.sources.get(p.name, 0) for m in mixtures.values())
         if p.amount is None:
             warn_once(f"nothing tells how much {p.name} holds: give it an estimate, or prepare it.")
@@ -208,6 +213,7 @@ def _remarks(plans: Sequence[SourcePlan], mixtures: dict[str, Mixture]) -> None:
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
     """Columns that begin with letters to the left, numbers to the right."""
+    # a column is of numbers where its first cell below the head begins with a digit
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = [not any(c.isdigit() for c in rows[1][i][:1]) for i in range(len(rows[0]))]
     for row in rows:

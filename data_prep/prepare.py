@@ -54,9 +54,12 @@ def prepare(
             " and its hidden one beside it, or set another out."
         )
     plans = _plans(config, only)
+    # `_finished` is asked last: it says its line, or raises for a source made from something else
     open_plans = [plan for plan in plans if not _stands(plan) or again or not _finished(plan)]
     if not open_plans:
         return
+
+    # one pool for all sources, so that each process loads the tokenizer once
     pool = _start_pool(config, open_plans, part or Part())
     try:
         encoder = choose_encoder(open_plans[0].tokenizer_json, _real_texts(open_plans, pool))
@@ -67,6 +70,7 @@ def prepare(
                 except BaseException:
                     pool.close()  # before anything of theirs is cleaned up
                     raise
+                # a part makes segments alone; `merge` puts them together
                 if not part:
                     _assemble(plan, ledger)
     finally:
@@ -84,6 +88,7 @@ def merge(config: PrepareConfig, *, only: str | None = None) -> None:
 
 def all_made(config: PrepareConfig) -> bool:
     """Whether every source is finished and merged; says which are. Raises UserError."""
+    # a list, not a generator: every source is looked at, and says its line
     return all([_stands(plan) and _finished(plan) for plan in _plans(config, None)])
 
 
@@ -92,6 +97,7 @@ def missing_parts(config: PrepareConfig, *, count: int) -> list[int]:
     missing: set[int] = set()
     for plan in _plans(config, None):
         ledger = Ledger(plan.folder)
+        # a source that is finished, or assembled but for its last rename, needs no part any more
         if not _stands(plan) and not ledger.assembled:
             finished = ledger.finished()
             missing |= {
@@ -114,6 +120,7 @@ def _plans(config: PrepareConfig, only: str | None) -> list[_Plan]:
     tokenizer_json = check_tokenizer_path(Path(config.tokenizer))
     vocab_size, specials = special_ids_of(tokenizer_json)
     plans = [_plan(config, source, tokenizer_json, vocab_size, specials) for source in sources]
+    # made here, so that a place that cannot be written to is found before any work
     with _disk_errors(Path(config.out)):
         Path(config.out).mkdir(parents=True, exist_ok=True)
     return plans
@@ -147,11 +154,14 @@ def _plan(
     config: PrepareConfig, source: Source, tokenizer_json: Path, vocab_size: int, specials: Any
 ) -> _Plan:
     files = find_files(source, Path(config.root))
+    # a source of the hub is held to the commit that its files were found at
     source, described = pinned(source, files), [file.described() for file in files]
     files = [
         dataclasses.replace(file, fingerprint=of.get("fingerprint"))
         for file, of in zip(files, described, strict=True)
     ]
+
+    # settings that decide the content of shards; part of what `identity` compares
     settings = {
         **recipe_of(source),
         "max_tokens_per_document": config.max_tokens_per_document,
@@ -159,13 +169,15 @@ def _plan(
         "shard_bytes": config.shard_bytes,
         "compression": config.compression,
     }
-    if (
-        config.on_error == "skip" and config.max_document_bytes != MOST_DOCUMENT_BYTES
-    ):  # else none was left out for it
+    # under on_error: stop no document is ever left out for its size, and the default says nothing
+    if config.on_error == "skip" and config.max_document_bytes != MOST_DOCUMENT_BYTES:
         settings["max_document_bytes"] = config.max_document_bytes
     splitter = splitter_name() if config.sentences else ""
     if splitter:
+        # the key is there only where it says something: other cards stay the same bytes
         settings["sentences"] = splitter
+
+    # under on_error: skip a file of another kind is counted as bad when it is read
     if config.on_error == "stop":
         for file in files:
             check_kind(source, file)
@@ -220,6 +232,7 @@ def _finished(plan: _Plan) -> bool:
         f" {short_count(card.tokens)} tokens in train, {held_out:,} documents held out,"
         f" {left_out:,} left out{bad} ({plan.folder}). Nothing to do."
     )
+    # a run that was killed behind its last rename left its lock or its old folder beside the source
     tidy(plan.folder)
     return True
 
@@ -251,6 +264,7 @@ def _make_segments(
     """The segments of a part that are not finished."""
     name, label = plan.source.name, "" if part.count == 1 else f" part {part.label}"
     ledger.begin(identity(plan.card), alone=part.count == 1, again=again)
+    # all but the last rename is done: no segment is left to make
     if ledger.assembled:
         return
     ledger.clear(part)
@@ -291,6 +305,7 @@ def _make_segments(
 
 
 def _assemble(plan: _Plan, ledger: Ledger) -> None:
+    # the copy beside the shards must be the file that their ids were encoded with
     tokenizer_json = plan.tokenizer_json.read_bytes()
     if hashlib.sha256(tokenizer_json).hexdigest() != plan.card.tokenizer_sha256:
         raise ConfigError(
@@ -308,6 +323,7 @@ def _assemble(plan: _Plan, ledger: Ledger) -> None:
 
 
 def _report(plan: _Plan, counts: Counts) -> None:
+    # the conservation law, for people: what came in is in train, held out or left out
     left_out = sum(counts.left_out.values())
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.left_out.items()))
     why = f" ({reasons})" if reasons else ""
@@ -319,6 +335,8 @@ def _report(plan: _Plan, counts: Counts) -> None:
         f"  tokens     {counts.tokens:>13,} written = {counts.content_tokens:,} of text + 2 x"
         f" {counts.pieces:,} pieces"
     )
+
+    # at most SHOWN_FILES are remembered, so a full list says `or more`
     if counts.bad_files:
         more = " or more" if len(counts.bad_files) == SHOWN_FILES else ""
         files = {stretch.file.name for segment in plan.segments for stretch in segment.stretches}
@@ -336,6 +354,8 @@ def _report(plan: _Plan, counts: Counts) -> None:
             f" {word_of(plan.source)}, first {next(iter(counts.bad_files))}. What they hold is not"
             " in the shards; mend them and prepare with --again."
         )
+
+    # all documents fell on the side of training, as happens with a few dozen
     if not counts.documents_held_out and plan.card.recipe["settings"]["held_out_share"]:
         warn_once(
             f"{plan.source.name} has too few documents for held_out_share: none was held out, "
@@ -358,6 +378,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # EDQUOT is a user's or a group's quota, used up
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk of {out} is full. Free space or set another out, and run the same"

@@ -54,6 +54,7 @@ def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
     rows = table(found)
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     for row in rows:
+        # source and split to the left, numbers to the right
         words, numbers = (
             zip(row[:2], widths[:2], strict=True),
             zip(row[2:], widths[2:], strict=True),
@@ -89,6 +90,7 @@ def summarize(folder: Path) -> Summary:
             f"{folder / TOKENIZER} is damaged: its SHA-256 is not the card's. Make the shards"
             " again."
         )
+    # before any text is decoded: a folder that was changed has no meaning
     check_index(folder, card)
     lengths = np.asarray(read_lengths(folder, card))
     filled = next((entry for entry in read_index(folder) if entry["samples"]), None)
@@ -101,6 +103,7 @@ def summarize(folder: Path) -> Summary:
     what = f"{folder / TOKENIZER} is not a tokenizer that tokenizers can read"
     with native_path(folder / TOKENIZER) as name, native_code(what, error=ShardError):
         tokenizer = tokenizers.Tokenizer.from_file(name)
+    # spread evenly over the shard
     chosen = [shard[i * len(shard) // SAMPLES] for i in range(min(SAMPLES, len(shard)))]
     read = [as_read(ids_T, card)[:SAMPLE_CHARS].tolist() for ids_T in chosen]
     with native_code(what, error=ShardError):
@@ -133,6 +136,7 @@ def table(found: Sequence[Summary]) -> list[tuple[str, ...]]:
 
 def histogram(lengths: np.ndarray) -> list[str]:
     """Lines 'up to 128 | #### 1,234 samples, 12.3 % of the tokens', in powers of two."""
+    # powers of two from 32 to the first that the longest sample fits
     edges = [2**k for k in range(5, 64) if 2 ** (k - 1) < lengths.max()] or [32]
     lines, low, tokens = [], 0, int(lengths.sum(dtype=np.int64))
     counts = [
@@ -164,6 +168,7 @@ def _picture(found: Sequence[Summary]) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for s in _shown(found):
+        # a sample counts by its tokens, so bars add up to 1
         weights = s.lengths / s.lengths.sum(dtype=np.int64)
         axes.hist(
             s.lengths,
@@ -182,6 +187,7 @@ def _picture(found: Sequence[Summary]) -> bytes:
 def _page(rows: Sequence[tuple[str, ...]], found: Sequence[Summary], picture: bytes) -> str:
     cells = "\n".join(
         "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+        # the head's cells are <th>
         for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
     )
     samples = "\n".join(

@@ -21,7 +21,8 @@ from data_prep.readers import InputFile, can_be_cut
 
 # shard_bytes of text in a segment: of English prose 1.8 shards of uint16, of code 2.4
 SEGMENT_SHARDS = 4
-SEGMENTS = 64  # a source has at least so many, for as many cores to share, as long as they have
+# a source has at least so many, for as many cores to share, as long as they have
+SEGMENTS = 64
 LEAST_BYTES = 2**23  # this much text: 0.1 s of work, against 10 ms of fsync
 
 
@@ -62,8 +63,9 @@ class Part:
 
     def of(self, segments: Sequence[Segment]) -> list[Segment]:
         """Its segments."""
+        # a segment is of the part in whose share it begins: floor(begin * count / total) + 1
         total = max(1, sum(s.bytes for s in segments))
-        # an empty last file may begin at `total`
+        # an empty last file may begin at `total`, which is of the last part
         return [
             s for s in segments if min(s.begin, total - 1) * self.count // total == self.index - 1
         ]
@@ -82,24 +84,31 @@ def numbers_text(numbers: Sequence[int]) -> str:
 
 def segment_bytes(source_bytes: int, shard_bytes: int) -> int:
     """The bytes of a source that begin a segment: shards are full from 16 GB of text on, of the usual 64 MiB."""
+    # -(-a // b) rounds up: smaller segments where there would else be fewer than SEGMENTS
     return min(SEGMENT_SHARDS * shard_bytes, max(LEAST_BYTES, -(-source_bytes // SEGMENTS)))
 
 
 def segments_of(source: Source, files: Sequence[InputFile], *, shard_bytes: int) -> list[Segment]:
     """The segments of a source's files, in order."""
     size, at = segment_bytes(sum(file.bytes for file in files), shard_bytes), 0
-    found: dict[int, list[tuple[int, int, Stretch]]] = {}  # (begin in the source, bytes, stretch)
+    # (begin in the source, bytes, stretch)
+    found: dict[int, list[tuple[int, int, Stretch]]] = {}
     for file in files:
+        # the segments in which the file begins and ends
         first, last = at // size, (at + file.bytes - 1) // size
         if can_be_cut(source, file) and first < last:
+            # a stretch for each of them, in bytes of the file
             for k in range(first, last + 1):
                 begin, end = max(0, k * size - at), min(file.bytes, (k + 1) * size - at)
                 found.setdefault(k, []).append(
                     (at + begin, end - begin, Stretch(file=file, begin=begin, end=end))
                 )
         else:
+            # read as a whole, by the segment in which it begins
             found.setdefault(first, []).append((at, file.bytes, Stretch(file=file)))
         at += file.bytes
+
+    # numbered anew: those in which nothing begins are left out
     return [
         Segment(
             number=number,

@@ -76,20 +76,26 @@ class SentenceSplitter:
         begins_P, ends_P: the stretch of each piece's text, without [CLS] and [SEP]
         """
         shown_T = ids_T.astype(np.int64)
+        # entry V + i shows token i with a space before it
         if not self._keeps_spaces:
             shown_T += len(self._kinds_V) * self._spaces(shown_T)
         data = b"".join(
             self._bytes_of(shown_T[at : at + TOKENS_AT_ONCE])
             for at in range(0, len(shown_T), TOKENS_AT_ONCE)
         )
+        # where each token begins in the joined text, in bytes; at last its end
         byte_starts_T1 = np.concatenate([[0], np.cumsum(self._lengths_V[shown_T])])
         byte_ends: list[int] = []
+
+        # each piece is split alone, its ends moved to places of the joined text
         for begin, end in zip(
             byte_starts_T1[begins_P].tolist(), byte_starts_T1[ends_P].tolist(), strict=True
         ):
             if begin == end:
                 continue
             byte_ends += [begin + place for place in self._byte_ends(data[begin:end])]
+
+        # back from bytes to tokens
         is_last_T = np.zeros(len(ids_T), bool)
         # a token that reaches over the end of a sentence belongs to it
         is_last_T[np.searchsorted(byte_starts_T1[1:], byte_ends)] = True
@@ -98,6 +104,7 @@ class SentenceSplitter:
 
     def _bytes_of(self, shown_T: np.ndarray) -> bytes:
         """The texts of tokens, joined: half the time of joining Python's bytes, 75 ns a token."""
+        # byte j of token t, which begins at b here and at s in the vocabulary, is byte s + j there
         lengths_T = self._lengths_V[shown_T]
         ends_T = np.cumsum(lengths_T)
         offset_T = self._starts_V[shown_T] - ends_T + lengths_T
@@ -106,15 +113,18 @@ class SentenceSplitter:
     def _byte_ends(self, data: bytes) -> list[int]:
         """Where the sentences of a text end, the white space behind them left out."""
         text = data.decode("utf-8", errors="surrogateescape")
+        # then places in characters are places in bytes
         is_ascii = len(text) == len(data)
         ends: list[int] = []
         at = byte = 0
+        # a byte that is not UTF-8 is a surrogate, which the library does not take: it sees U+FFFD
         for part in self._parts(text if is_ascii else _SURROGATE.sub("\ufffd", text)):
             # white space between two parts may be missing in both
             begin = text.find(part, at) if is_ascii else _found(text, part, at)
             if begin < 0:
                 continue
             end = begin + len(part)
+            # bytes from the last part's end to this one's
             byte = end if is_ascii else byte + len(_raw(text[at:end]))
             at = end
             ends.append(byte)
@@ -135,6 +145,7 @@ class SentenceSplitter:
         kinds_T = self._kinds_V[ids_T]
         begins_T = (kinds_T & _BEGINS) > 0
         short_T = (kinds_T & _SHORT) > 0
+        # letter or number, point, letter or number: no space inside
         inside = short_T[2:] & short_T[:-2] & ((kinds_T[1:-1] & _POINT) > 0)
         begins_T[2:] &= ~inside
         return begins_T.astype(np.int64)
@@ -161,6 +172,7 @@ class _TokenTexts:
 
     def _read(self, content: dict[str, Any]) -> None:
         vocab = content["model"]["vocab"]
+        # of BPE and WordPiece a dictionary, of Unigram a list of (piece, score)
         ids = vocab if isinstance(vocab, dict) else {t[0]: i for i, t in enumerate(vocab)}
         added = {a["content"]: a for a in content.get("added_tokens", [])}
         size = max([*ids.values(), *(a["id"] for a in added.values())]) + 1
@@ -168,6 +180,7 @@ class _TokenTexts:
         self.keeps_spaces = text_of is not None
         self.kinds_V = np.zeros(size, np.uint8)
         plain = [b""] * size
+        # "\0" begins no token: without a prefix each begins a word
         prefix = content["model"].get("continuing_subword_prefix") or "\0"
         for token, number in ids.items():
             if token in added:
@@ -179,6 +192,7 @@ class _TokenTexts:
             text = token if begins else token.removeprefix(prefix)
             plain[number] = text.encode("utf-8", errors="surrogateescape")
             self.kinds_V[number] = _kind(text, begins)
+        # special tokens show nothing
         for token, about in added.items():
             if not about["special"]:
                 plain[about["id"]] = token.encode("utf-8")
@@ -187,10 +201,13 @@ class _TokenTexts:
 
 def _between(is_last_T: np.ndarray, begins_P: np.ndarray, ends_P: np.ndarray) -> FoundSentences:
     """The sentences of pieces whose every last token is marked."""
+    # sentence ends before each token, so a difference counts those of a piece
     before_T1 = np.concatenate([[0], np.cumsum(is_last_T)])
     counts_P = before_T1[ends_P] - before_T1[begins_P]
     last_N = np.flatnonzero(is_last_T)
     first_P = np.cumsum(counts_P) - counts_P
+
+    # the token before each sentence; a piece's first sentence begins where the piece does
     before_N = np.concatenate([[-1], last_N[:-1]])
     some_P = counts_P > 0
     before_N[first_P[some_P]] = begins_P[some_P] - 1
@@ -209,10 +226,12 @@ def _text_of(content: dict[str, Any]) -> Callable[[str], bytes] | None:
     """The bytes of a token for tokenizers that keep spaces; None for those that do not."""
     if content["model"].get("type") in ("WordPiece", "WordLevel"):
         return None
+    # it may be one step of a sequence
     if '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
         byte_of = byte_of_character()
         return lambda token: bytes(byte_of[c] for c in token)
 
+    # SentencePiece: <0x41> is a byte, U+2581 a space
     def text_of(token: str) -> bytes:
         byte = _BYTE.fullmatch(token)
         if byte:

@@ -62,6 +62,7 @@ class ShardWriter:
             "column_encodings": [f"ndarray:{dtype.name}"],
             "column_sizes": [None],
         }
+        # the settings stand in every shard, too, between offsets and samples
         self._head = json.dumps(self._config, sort_keys=True).encode("utf-8")
         self._samples: list[bytes | memoryview] = []
         self._sizes: list[int] = []
@@ -70,6 +71,7 @@ class ShardWriter:
     def _begin(self) -> None:
         self._samples = []
         self._sizes = []
+        # 8 bytes: the count, and one offset more than there are samples
         self._room = self._config["size_limit"] - 8 - len(self._head)
 
     def add(self, ids_T: np.ndarray, lengths_P: np.ndarray, chosen_P: np.ndarray) -> None:
@@ -78,6 +80,7 @@ class ShardWriter:
             np.ascontiguousarray(ids_T, self._dtype).data.cast("B"),
             self._dtype.itemsize,
         )
+        # first and last place of every chosen piece, then in bytes
         ends_P = np.cumsum(lengths_P)[chosen_P]
         lengths_P = lengths_P[chosen_P]
         for begin, end, length in zip(
@@ -88,6 +91,7 @@ class ShardWriter:
         ):
             head = sample_head(length, width)
             size = len(head) + end - begin
+            # a sample larger than the limit gets a shard of its own
             if self._room < size + 4 and self._sizes:
                 self._write()
             self._samples += (head, ids[begin:end])
@@ -103,6 +107,7 @@ class ShardWriter:
 
     def _write(self) -> None:
         """One shard: count, offsets, settings, samples."""
+        # offsets count from the file's beginning: count (4), count + 1 offsets (4 each), settings
         count = len(self._sizes)
         offsets = (
             np.concatenate([[0], np.cumsum(self._sizes)]) + 4 + 4 * (count + 1) + len(self._head)
@@ -111,6 +116,8 @@ class ShardWriter:
             [struct.pack("<I", count), offsets.astype("<u4").tobytes(), self._head, *self._samples]
         )
         self._begin()
+
+        # index.json tells of both forms; the packed one is stored
         name = f"{self._split}.{len(self.entries):05}.mds"
         entry = {**self._config, "samples": count, "raw_data": _info(name, data), "zip_data": None}
         if self._config["compression"]:
@@ -138,6 +145,7 @@ def _info(name: str, data: bytes) -> dict:
 def sample_head(length: int, width: int) -> bytes:
     """What stands before a sample's ids (streaming's encodings.NDArray): the bytes below, kind and shape. The kind is
     4 x axes + width of the shape."""
+    # one axis (4), its size in 1, 2 or 4 bytes (+ 0, 1, 2)
     shape = (
         struct.pack("<BB", 4, length)
         if length < 2**8
@@ -178,6 +186,8 @@ def lacking_specials(samples: ShardSamples, specials: SpecialIds) -> Lacking:
             cls_P=_ids_at(samples, begins_P) != specials.cls_id,
             sep_P=_ids_at(samples, ends_P - 1) != specials.sep_id,
         )
+
+    # the frame at the end alone: text [SEP] [CLS]
     last_P = _ids_at(samples, ends_P - 1)
     framed_P = (last_P == specials.cls_id) & (_ids_at(samples, ends_P - 2) == specials.sep_id)
     return Lacking(cls_P=~framed_P, sep_P=~framed_P & (last_P != specials.sep_id))
@@ -199,11 +209,14 @@ def padding_of(samples: ShardSamples, specials: SpecialIds) -> Padded:
             before_P=np.zeros(len(samples.lengths_P), np.int64),
             behind_P=np.zeros(len(samples.lengths_P), np.int64),
         )
+
+    # places of all ids that are kept; of each sample the first, and the one behind its last
     kept = np.flatnonzero(~is_pad_T)
     ends_P = np.cumsum(samples.lengths_P)
     begins_P = ends_P - samples.lengths_P
     place_P, behind_P = np.searchsorted(kept, begins_P), np.searchsorted(kept, ends_P)
     some_P = place_P < behind_P  # not padding alone
+    # so that `place_P` of a last sample of padding alone points at something
     kept = np.append(kept, 0)
     first_P = np.where(some_P, kept[place_P], ends_P)
     last_P = np.where(some_P, kept[behind_P - 1], ends_P - 1)
@@ -214,6 +227,9 @@ def without_padding(samples: ShardSamples, padded: Padded) -> ShardSamples:
     """The samples as they are read where the card strips padding."""
     if not (padded.before_P.any() or padded.behind_P.any()):
         return samples
+
+    # +1 where the kept ids of a sample begin, -1 behind them: the running sum is 1 on what is kept.
+    # Empty samples stay out, since += counts a repeated place once
     ends_P = np.cumsum(samples.lengths_P)
     lengths_P = samples.lengths_P - padded.before_P - padded.behind_P
     some_P = lengths_P > 0
@@ -240,6 +256,7 @@ def text_stretches(
     begins_P = ends_P - lengths_P
     lacks_cls_P = np.zeros(len(ends_P), bool) if lacks is None else lacks.cls_P
     lacks_sep_P = np.zeros(len(ends_P), bool) if lacks is None else lacks.sep_P
+    # ~lacks is 1 where the token is stored
     if specials.frame == "end":
         ends_P = ends_P - ~lacks_cls_P
     else:
@@ -258,6 +275,8 @@ def specials_inside(samples: ShardSamples, specials: SpecialIds) -> dict[str, np
     """Which samples hold a special id where no text has one, bool [P] by what it is: [MASK] or [PAD] anywhere, [CLS] and
     [SEP] elsewhere than in the frame."""
     ids_T, some_P, ends_P = samples.ids_T, samples.lengths_P > 0, np.cumsum(samples.lengths_P)
+
+    # the places where the frame has them, which are allowed
     cls_word, cls_P = "[CLS] behind its first place", (ends_P - samples.lengths_P)[some_P]
     sep_word, sep_P = "[SEP] before its last place", ends_P[some_P] - 1
     if specials.frame == "end":
@@ -275,6 +294,7 @@ def specials_inside(samples: ShardSamples, specials: SpecialIds) -> dict[str, np
         at = at if allowed is None else at[~np.isin(at, allowed)]
         if len(at):
             found[word] = np.zeros(len(ends_P), bool)
+            # the sample of each place: the first that ends behind it
             found[word][np.searchsorted(ends_P, at, side="right")] = True
     return found
 
@@ -319,6 +339,7 @@ def column_encodings(folder: Path, entry: dict, *, column: str = INPUT_IDS) -> d
             entry["format"],
             dict(zip(entry["column_names"], entry["column_encodings"], strict=True)),
         )
+        # looked up for the KeyError alone
         (
             stored_info(entry)["basename"],
             stored_info(entry)["hashes"],
@@ -342,6 +363,7 @@ def column_encodings(folder: Path, entry: dict, *, column: str = INPUT_IDS) -> d
                 " code. Write the shards again without that column."
             )
     if column not in columns:
+        # perhaps another column holds the ids
         hold = [
             name
             for name, encoding in columns.items()
@@ -440,9 +462,11 @@ def _samples(
     count = int(np.frombuffer(data, "<u4", 1)[0])
     if count != samples:
         raise ValueError(f"it holds {count:,} samples")
+    # layout: count, count + 1 offsets, settings, samples; all little-endian
     offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64)
     raw = np.frombuffer(data, np.uint8)
     begins, limits = offsets[:-1], offsets[1:]
+    # a column without a fixed size has its bytes, a uint32, at the head of each sample
     variable = [i for i, size in enumerate(sizes) if size is None]
     if offsets[-1] != len(raw) or np.any(limits - begins < 4 * len(variable)):
         raise ValueError("its offsets do not fit its size")
@@ -455,6 +479,7 @@ def _samples(
     widths: list[Any] = [head.get(i, size) for i, size in enumerate(sizes)]
     columns = begins + 4 * len(variable) + sum(widths[:at], start=0)
     ends = columns + widths[at]
+    # numbers of a damaged shard may point anywhere; needed: begins <= columns <= ends <= limits
     if (
         np.any(columns < begins)
         or np.any(columns > limits)
@@ -462,7 +487,7 @@ def _samples(
         or np.any(ends < columns)
     ):
         raise ValueError("a sample's columns do not fit its size")
-    # of one axis each
+    # the kind byte is 4 x axes + width of the shape: one axis each
     plain = bool(
         column.dtype is not None
         and column.has_shape
@@ -499,10 +524,13 @@ def _together(
     id_bytes = ends - first_byte
     if np.any(id_bytes < has_shape) or np.any(id_bytes % dtype.itemsize):
         raise ValueError(f"a sample's size is no whole number of {dtype.name}")
+
+    # +1 where ids begin, -1 behind them: the running sum is 1 on the bytes of ids
     edges = np.zeros(len(raw) + 1, np.int8)
     edges[first_byte[id_bytes > 0]] += 1
     edges[ends[id_bytes > 0]] -= 1
     ids_T = raw[np.cumsum(edges[:-1], dtype=np.int8).astype(bool)].view(dtype)
+    # int64, since numpy has no exact common type of uint64 and int64
     return ShardSamples(
         name=name,
         ids_T=ids_T.view(np.int64) if dtype == np.uint64 else ids_T,

@@ -111,11 +111,13 @@ def index(
     splitter = SentenceSplitter(tokenizer_json) if sentences else None
     vocab_size, specials = special_ids_of(tokenizer_json)
     for folder in _with_index(folders):
+        # shards of `prepare` have everything else already
         if splitter and _is_prepared(folder):
             _add_sentences(folder, tokenizer_json, splitter)
             continue
         _check_free(folder, tokenizer_json, again)
         entries = read_index(folder)
+        # ndarrays that name their own type may differ; they are read as int64
         column, encoding = _column_of(folder, entries, reading)
         dtype: Width = "int64" if column.dtype is None else width_of(column.dtype)
         with output(folder, [LENGTHS, TOKENIZER, HASHES, SENTENCES, CARD]):
@@ -129,7 +131,7 @@ def index(
                 splitter=splitter,
             )
             longest = int(read.lengths.max())
-            # all is checked; an old card goes before what it names: beside new lengths it would be a wrong one
+            # all is checked; an old card goes first, since it would be wrong beside new lengths
             (folder / CARD).unlink(missing_ok=True)
             write_lengths(folder, read.lengths, max_tokens_per_document=longest)
             write_atomic(folder / TOKENIZER, tokenizer_json.read_bytes())
@@ -156,6 +158,7 @@ def index(
                 strips_padding=read.padded > 0,
                 holds_specials=read.special > 0,
                 column=column.name,
+                # on the card only where it is not what `prepare` writes
                 encoding="" if encoding == f"ndarray:{dtype}" else encoding,
                 recipe={
                     "index": 1,
@@ -164,6 +167,8 @@ def index(
             )
             card = with_content(card, folder, read.lengths)
             write_card(folder, card)
+
+        # remarks for the line that is printed
         said = (
             [f", {read.lacking:,} of them without [CLS] or [SEP], which are added when read"]
             if read.lacking
@@ -209,12 +214,15 @@ def _add_sentences(folder: Path, tokenizer_json: Path, splitter: SentenceSplitte
             f"{tokenizer_json} is not the tokenizer of {folder}. Give {folder / TOKENIZER}."
         )
     check_index(folder, card)
+
+    # each shard is read back and checked before its ids are split in sentences
     hashes, found = read_hashes(folder, card), []
     for entry in read_index(folder):
         samples = read_shard(folder, entry, card=card, hashes=hashes)
         begins_P, ends_P = text_stretches(samples.lengths_P, card.specials)
         found.append(splitter(samples.ids_T, begins_P, ends_P))
     with output(folder, [SENTENCES]):
+        # the card, which names the file, is written last
         _write_sentences(folder, found, max_tokens_per_document=card.max_tokens_per_document)
         sentences = Sentences(folder / SENTENCES, card)
         check_sentences(sentences, read_lengths(folder, card), where=folder / SENTENCES)
@@ -246,6 +254,7 @@ def _sentences_text(found: Sequence[FoundSentences]) -> str:
 
 def just_above_text(lengths: np.ndarray) -> str | None:
     """One line where many samples are a token or two longer than a power of two: chunks to which [CLS] and [SEP] were added."""
+    # share of samples with 2^n + 1 or 2^n + 2 tokens, for 32 to 65,536
     shares = {2**n: float(np.mean((lengths > 2**n) & (lengths <= 2**n + 2))) for n in range(5, 17)}
     length, share = max(shares.items(), key=lambda item: item[1])
     if share < MANY_JUST_ABOVE:
@@ -294,6 +303,8 @@ class _Read:
     def _lengths(self, path: Path, stored: ShardSamples, column: IdColumn) -> np.ndarray:
         """Of the samples of a shard as they are read, int64 [P]. Raises ShardError for ids that are no document's."""
         self._check_ids(path, stored, column)
+
+        # padding: refused, or cut off when the samples are read
         padded = padding_of(stored, self._specials)
         some_P = (padded.before_P > 0) | (padded.behind_P > 0)
         padding = int(padded.before_P.sum() + padded.behind_P.sum())
@@ -310,6 +321,8 @@ class _Read:
             self.stored + len(stored.ids_T),
         )
         samples = without_padding(stored, padded) if padding else stored
+
+        # [CLS] and [SEP], looked at without the padding: needed, or added when the samples are read
         lacks = lacking_specials(samples, self._specials)
         words = frame_words(self._specials)
         for word, lacks_P in zip(words, (lacks.cls_P, lacks.sep_P), strict=True):
@@ -319,6 +332,8 @@ class _Read:
                     " Give the tokenizer that made the shards, or --add-specials where they were"
                     " made without."
                 )
+
+        # other special ids: refused, or trained on as they are
         inside = specials_inside(samples, self._specials)
         if inside and not self._reading.keep_specials:
             word, found_P = next(iter(inside.items()))
@@ -327,11 +342,13 @@ class _Read:
                 f" first: {int(np.argmax(found_P))}), which would be trained as text."
                 f" {_INSIDE.get(word, _INSIDE_TEXT)} Where that is meant: --keep-specials."
             )
+        # a sample counts once, however many kinds of them it holds
         self.special += int(np.sum(np.any([*inside.values()], axis=0))) if inside else 0
         self.lacking += int(np.sum(lacks.cls_P | lacks.sep_P))
         if self._splitter:
             begins_P, ends_P = text_stretches(samples.lengths_P, self._specials, lacks)
             self.sentences.append(self._splitter(samples.ids_T, begins_P, ends_P))
+        # lengths as read: what is stored, without padding, and what is added
         return samples.lengths_P + lacks.cls_P + lacks.sep_P
 
     def _check_ids(self, path: Path, stored: ShardSamples, column: IdColumn) -> None:
@@ -344,6 +361,7 @@ class _Read:
                 f"{path} holds the id {wrong:,}, the tokenizer has {self._vocab_size:,} entries."
                 f" Give the tokenizer that made the shards{other}."
             )
+        # bytes read as too narrow a type give a 0 behind every id; a few ids prove nothing
         if (
             self._reading.dtype
             and column.dtype is not None
@@ -358,6 +376,7 @@ class _Read:
                 )
 
     def _hash(self, folder: Path, entry: dict, data: bytes) -> None:
+        # the index's own hash is held against; where it has none, ours goes to hashes.json
         info, found = stored_info(entry), hashlib.sha256(data).hexdigest()
         if known := info["hashes"].get(SHARD_HASH):
             if known != found:
@@ -388,6 +407,7 @@ def _with_index(folders: Sequence[Path]) -> list[Path]:
                 f"{folder} holds no {INDEX}; needed: a folder of MDS shards, or one above such"
                 " folders."
             )
+        # once each, in the order given
         found.update(dict.fromkeys(below))
     return list(found)
 
@@ -450,6 +470,7 @@ def _column_of(folder: Path, entries: Sequence[dict], reading: Reading) -> tuple
         raise ShardError(
             f"{folder / INDEX} has the columns {columns_text(columns)}; {error}"
         ) from error
+    # an ndarray names its type itself
     if (
         reading.dtype is not None
         and encoding.partition(":")[0] != "bytes"
@@ -467,6 +488,7 @@ def _wider(stored: ShardSamples, narrow: np.dtype, vocab_size: int) -> str | Non
     raw = stored.ids_T.view(np.uint8)
     for width in ("int64", "int32", "int16"):
         size = np.dtype(width).itemsize
+        # every sample must be a whole number of the wider type, and every id one of the vocabulary
         if size > narrow.itemsize and not np.any(stored.lengths_P * narrow.itemsize % size):
             ids = raw.view(np.dtype(width).newbyteorder("<"))
             if ids.min() >= 0 and ids.max() < vocab_size:

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 EncoderName = Literal["fastokens", "tokenizers"]
 HASH_CHARS = 2**20  # of a text at a time, as bytes
+# 30 and 250 bytes of memory each
 BATCH_CHARS: dict[EncoderName, int] = {
     "fastokens": 2**21,
     "tokenizers": 2**18,
-}  # 30 and 250 bytes of memory each
+}
 
 # What encoders disagree on: spellings of specials, white space around them, composed and decomposed letters,
 # runs of spaces, controls, scripts without spaces, joined emoji, digits, contractions.
@@ -100,6 +101,7 @@ class TextEncoder:
                 self._tokenizer = fastokens.Tokenizer.from_file(path)
             else:
                 self._tokenizer = _of_text_alone(tokenizer_json, path)
+            # a tokenizer.json may ask for both, and documents are cut here alone
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
 
@@ -115,7 +117,9 @@ class TextEncoder:
         for documents, parts in batches(texts, self._cuts, most_chars=BATCH_CHARS[self.name]):
             ids_T, lengths_P = self._encode(parts)
             ids.append(ids_T.astype(dtype, copy=False))
+            # parts of one text add up; lengths_D[documents] += would count a text once
             np.add.at(lengths_D, documents, lengths_P)
+        # the empty array holds the type where there is no text
         return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, dtype), *ids]), lengths_D
 
     def fits(self, text: str) -> bool:
@@ -158,6 +162,8 @@ def _of_text_alone(tokenizer_json: Path, native: str) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(native)
         tokenizer.encode_special_tokens = True
         return tokenizer
+
+    # Unigram: tokens named U+FFFF number U+FFFF, which no text holds, with the same ids and scores
     special = {token["content"] for token in content["added_tokens"] if token["special"]}
     content["added_tokens"] = [t for t in content["added_tokens"] if not t["special"]]
     content["post_processor"] = None
@@ -210,10 +216,14 @@ def encode_pieces(
     ids_T, lengths_D = encoder.encode(texts, dtype)
     content_tokens = int(lengths_D.sum())
     assert len(ids_T) == content_tokens, "offsets and ids must end together"
+
+    # room for the frame is kept free in every piece
     frame_tokens = len(specials.before) + len(specials.behind)
     pieces_P, document_P = cut_lengths(lengths_D, max_tokens_per_document - frame_tokens)
     held_out_D = np.array([is_held_out(text, held_out_share) for text in texts], bool)
     lengths_P = pieces_P + frame_tokens
+
+    # the frame is put at both ends of each piece; what it leaves free takes the ids in order
     ends_P = np.cumsum(lengths_P)
     wrapped_T = np.empty(int(ends_P[-1]) if len(ends_P) else 0, dtype)
     content = np.ones(len(wrapped_T), bool)
@@ -238,8 +248,10 @@ def cut_lengths(lengths_D: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nd
 
     10 tokens, capacity 4   ->   4 3 3
     """
+    # a document without tokens is one piece, its frame alone
     pieces_D = np.maximum(1, -(-lengths_D // capacity))
     document_P = np.repeat(np.arange(len(lengths_D)), pieces_D)
+    # a piece's number in its document; the first (length mod pieces) have one token more
     index_P = np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
     base_D, longer_D = lengths_D // pieces_D, lengths_D % pieces_D
     return base_D[document_P] + (index_P < longer_D[document_P]), document_P
@@ -247,12 +259,14 @@ def cut_lengths(lengths_D: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nd
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document belongs to the held-out split: a function of its text alone, so equal texts never part."""
+    # the hash is even over 0 ... 2^64 - 1
     return text_hash(text) < share * 2.0**64
 
 
 def text_hash(text: str) -> int:
     """64 bits of the text's BLAKE2b."""
     digest = hashlib.blake2b(digest_size=8)
+    # by parts, since the bytes of the whole would be in memory twice
     for at in range(0, len(text), HASH_CHARS):
         digest.update(text[at : at + HASH_CHARS].encode("utf-8"))
     return int.from_bytes(digest.digest(), "little")

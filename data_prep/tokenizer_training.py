@@ -90,6 +90,7 @@ class TrainingConfig:
     sample_mb: float = 100.0  # of the text
 
     def __post_init__(self) -> None:
+        # special and unused entries, and the smallest alphabet: 256 bytes, or one letter
         least = len(self.special.first + self.special.last) + self.unused
         least += 256 if self.kind == "bpe" else 1
         if self.vocab_size < least:
@@ -132,15 +133,18 @@ def train_tokenizer(
     """
     special = config.special
     tokenizer = _untrained(config)
+    # `inside` stand before the learned entries, `appended` behind; the trainer counts the former
     inside = _inside(config)
     appended = [*special.last, *([] if inside else config.unused_names)]
     vocab_size = config.vocab_size - len(appended)
     refuse_others(out)
     sample = _Sample(sources, root, int(config.sample_mb * 1e6))
     with output(out.parent, [out.name]):
+        # WordPiece goes over the sample twice, first for its letters
         letters = _letters(tokenizer, sample) if config.kind == "wordpiece" else None
         trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=letters)
         tokenizer.train_from_iterator(sample.texts(), trainer)
+        # too little text gives fewer entries; an alphabet alone may be more
         learned = tokenizer.get_vocab_size()
         if learned != config.vocab_size - len(appended):
             found = learned + len(appended)
@@ -163,6 +167,7 @@ def train_tokenizer(
 def _untrained(config: TrainingConfig) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    # what lower case does to letters
     plain = [normalizers.StripAccents(), normalizers.Lowercase()]
     if config.kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token=config.special.roles["unk"]))
@@ -179,6 +184,7 @@ def _untrained(config: TrainingConfig) -> Tokenizer:
         tokenizer.decoder = decoders.Metaspace()
         return tokenizer
     tokenizer = Tokenizer(models.BPE())
+    # letters are taken apart, bared of accents, and put together again
     tokenizer.normalizer = normalizers.NFC()
     if config.lowercase:
         steps = [normalizers.NFD(), *plain, normalizers.NFC()]
@@ -218,6 +224,7 @@ def _letters(tokenizer: Tokenizer, sample: _Sample) -> _Letters:
         for letter in word:
             counts[letter] += count
         behind.update(word[1:])
+    # the most frequent; of equally frequent ones the order of Unicode decides
     kept = sorted(counts, key=lambda letter: (-counts[letter], letter))[:MOST_CHARACTERS]
     return _Letters(alphabet=sorted(kept), inside=sorted(behind.intersection(kept)))
 
@@ -234,6 +241,7 @@ def _trainer(
     """
     from tokenizers import AddedToken, pre_tokenizers, trainers
 
+    # [MASK] takes the space before it into itself
     mask = config.special.roles["mask"]
     first = [*special, *([PREFIX + letter for letter in letters.inside] if letters else [])]
     common = {
@@ -261,6 +269,7 @@ def _put_specials(
     special = config.special
     unused = {*config.unused_names}
     named = {*special.first, *special.last}
+    # unused entries inside stay in the vocabulary, where no text gives them
     content["added_tokens"] = [
         token for token in content["added_tokens"] if token["content"] in named
     ]
@@ -269,6 +278,7 @@ def _put_specials(
         content["added_tokens"].append(
             added_token(number, name, special=name not in unused, lstrip=lstrip)
         )
+    # Unigram chooses by scores
     if config.kind == "unigram":
         content["model"]["vocab"] = [
             [piece, NEVER_CHOSEN if piece in unused else score]
@@ -312,6 +322,7 @@ class _Sample:
             )
         self._files = [(source, file) for source in sources for file in find_files(source, root)]
         self._wanted = wanted_bytes
+        # files count as they lie, so packed ones give more: `texts` ends at twice the sample
         self._share = min(1.0, wanted_bytes / max(1, sum(file.bytes for _, file in self._files)))
 
     def texts(self) -> Iterator[str]:

@@ -45,15 +45,19 @@ def upload(folder: Path, remote: str) -> None:
         ]
         names += [HASHES] if card.hashes_sha256 else []
         names += [SENTENCES] if card.sentences_sha256 else []
-        for name in (*names, CARD):  # what was verified is what is copied, and no file of elsewhere
+        # what was verified is what is copied, and no file of elsewhere
+        for name in (*names, CARD):
             inside(shards, name, where=shards / INDEX, error=ShardError)
         place = shards.relative_to(folder)
         paths = [str(place / name) for name in names]
         try:
+            # a list, so that the first error is raised here
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(uploader.upload_file, paths))
+            # without its card a folder counts as unfinished
             uploader.upload_file(str(place / CARD))
-        except Exception as error:  # as many kinds as there are clients below streaming's uploaders
+        except Exception as error:
+            # as many kinds as there are clients below streaming's uploaders
             raise UserError(
                 f"{shards} could not be copied to {remote}:"
                 f" {' '.join(str(error).split())[:200].rstrip('.')}. Run the same command again."
@@ -93,16 +97,17 @@ def _uploader(folder: Path, remote: str) -> Any:
             f"{remote} begins with {scheme}://; needed: one of"
             f" {', '.join(f'{s}://' for s in UPLOADERS if s)}, or a path."
         )
-    if scheme == "hf":  # HFUploader puts files into the repository's root, wherever the path points
+    # HFUploader puts files into the repository's root, wherever the path points
+    if scheme == "hf":
+        # hf: | (nothing) | datasets | ORGANISATION | NAME
         if len(remote.rstrip("/").split("/")) != 5:
             raise UserError(
                 f"{remote} is not hf://datasets/ORGANISATION/NAME, which is all that an upload to"
                 " hf can name."
             )
         remote = f"{remote.rstrip('/')}/"
-    logging.getLogger("streaming.base.storage.upload").setLevel(
-        logging.ERROR
-    )  # it warns that `folder` holds files
+    # it warns that `folder` holds files
+    logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)
     try:
         uploader = CloudUploader.get(remote, keep_local=True, retry=TRIES)
     except Exception as error:
@@ -110,6 +115,7 @@ def _uploader(folder: Path, remote: str) -> Any:
             f"{remote} cannot be written to: {' '.join(str(error).split())[:200].rstrip('.')}. "
             "Check the name and the credentials of its client."
         ) from error
-    os.rmdir(uploader.local)  # a temporary folder of its own, empty
+    # it made a temporary folder of its own, which is empty; files are read from ours
+    os.rmdir(uploader.local)
     uploader.local = str(folder)
     return uploader

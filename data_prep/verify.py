@@ -60,6 +60,7 @@ def find_shard_folders(folders: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for folder in folders:
         cards = [path for path in sorted(folder.rglob(CARD)) if not is_hidden(path, below=folder)]
+        # no card at all
         if not cards:
             read_card(folder)  # says what is missing
         found.update({p.parent: None for p in cards})
@@ -81,6 +82,7 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
         read_index(folder),
         read_hashes(folder, card),
     )
+    # files as a whole first, then shard by shard; `at` counts the samples before a shard
     check_lengths(folder, card)
     check_sentence_file(folder, card)
     if card.sentences_sha256:
@@ -101,6 +103,7 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
 def _check_samples(folder: Path, stored: ShardSamples, expected_P: np.ndarray, card: Card) -> None:
     path, padded = folder / stored.name, padding_of(stored, card.specials)
     samples = without_padding(stored, padded) if card.strips_padding else stored
+    # lengths as training sees them: without padding, and with what the frame lacks
     lacks = lacking_specials(samples, card.specials)
     no_cls, no_sep = frame_words(card.specials)
     lengths_P = (
@@ -113,9 +116,8 @@ def _check_samples(folder: Path, stored: ShardSamples, expected_P: np.ndarray, c
             f"{path} has other sample lengths than lengths.bin. Make the shards again."
         )
     inside = {} if card.holds_specials else specials_inside(samples, card.specials)
-    padding = {
-        word: found_P for word, found_P in inside.items() if word == "[PAD]"
-    }  # before what it hides at the ends
+    # [PAD] first: at the ends it stands where [CLS] and [SEP] would
+    padding = {word: found_P for word, found_P in inside.items() if word == "[PAD]"}
     _refuse(
         path,
         {
@@ -153,6 +155,7 @@ def _refuse_specials(path: Path, inside: dict[str, np.ndarray], padded: Padded, 
     for word, found_P in inside.items():
         way = "Make the shards again."
         if "index" in card.recipe:
+            # shards of another program can be read in another way
             at_ends = word == "[PAD]" and (padded.before_P.any() or padded.behind_P.any())
             option = (
                 "--strip-padding, which cuts it off when they are read"

@@ -54,9 +54,11 @@ from encoder.data.shard_format import lengths_dtype
 
 # also where one process is asked for; a test that looks into its work has it in its own
 IN_CHILDREN = True
-CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000  # real text for the check of the encoder, per source
+# real text for the check of the encoder, per source
+CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000
 MOST_CHECK_CHARS = 20_000  # of one document
-MANY = 100  # documents of a part of a file, of which none is good: the file is of another kind
+# documents of a part of a file, of which none is good: the file is of another kind
+MANY = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +153,14 @@ class SegmentMaker:
     def _sample(self, asked: SampleJob) -> Sample:
         """Bad lines are reported later, in place."""
         texts: list[str] = []
+        # one block is enough; what cannot be read in it is reported when its segment is made
         with contextlib.suppress(ReadError), _memory_told(self):
             for block in itertools.islice(self._blocks(asked.source, Stretch(file=asked.file)), 1):
                 texts = [text for text in parse(block).texts if len(text) < MOST_CHECK_CHARS][
                     :CHECK_DOCUMENTS
                 ]
+
+        # as many texts as together stay within CHECK_CHARS
         ends = list(itertools.accumulate(map(len, texts)))
         return Sample(texts=texts[: sum(end <= CHECK_CHARS for end in ends)])
 
@@ -167,6 +172,8 @@ class SegmentMaker:
                 self._read(asked, out, counts)
             shards = out.finish()
             counts.tokens = sum(out.tokens.values())
+
+            # a segment that lost a document or a token never becomes a finished one
             counts.check()
             stretches = [s.described() for s in asked.segment.stretches]
             write_record(
@@ -184,6 +191,7 @@ class SegmentMaker:
         """The stretches of a segment, each to its end or to where it breaks."""
         encoder = self.encoder(asked.encoder)
         for stretch in asked.segment.stretches:
+            # of this stretch: documents taken, those that should not be there, the first of these
             good, problems, first_problem, broken = 0, 0, "", ""
             try:
                 for block in self._blocks(asked.source, stretch):
@@ -191,12 +199,16 @@ class SegmentMaker:
                     good += len(parsed.texts)
                     problems += parsed.problems
                     first_problem = first_problem or parsed.problem or ""
+            # what came before the break is kept
             except ReadError as error:
                 if self._job.stop_on_error:
                     raise
                 broken = str(error)
                 warn_once(f"left out, with an unknown number of documents: {error}")
                 counts.leave_out({"rest of a broken file": 1})
+
+            # no good document at all: the file is of another kind. In a part of a file, which has
+            # an end, a few bad lines prove nothing, so it takes MANY
             if not broken and not good and problems >= (1 if stretch.end is None else MANY):
                 broken = f"none of {problems:,} documents could be read: {first_problem}"
                 warn_once(f"{stretch.file.place}: {broken}")
@@ -227,6 +239,7 @@ class SegmentMaker:
         self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts
     ) -> Parsed:
         job, parsed, tokens = self._job, parse(block), 0
+        # from the last to the first: taking a text out moves those behind it
         for number in [
             number
             for number in sorted(parsed.long, reverse=True)
@@ -239,6 +252,8 @@ class SegmentMaker:
                 "follow one another without a place to cut between words; needed: prose or code "
                 f"with spaces. Leave it out, or {SKIP}.",
             )
+
+        # the message needs the number of the line in its file, which costs reading what lies before
         if parsed.problem and job.stop_on_error:
             raise ConfigError(parse(numbered(block, file)).problem or parsed.problem)
         counts.leave_out(parsed.left_out)
@@ -320,9 +335,11 @@ class _Splits:
 
     def add(self, pieces: Pieces, sentences: FoundSentences | None) -> None:
         for split, chosen_P in zip(SPLITS, (~pieces.held_out_P, pieces.held_out_P), strict=True):
+            # `train` gets the pieces that are not held out
             self._writers[split].add(pieces.ids_T, pieces.lengths_P, chosen_P)
             self._keep(split, "lengths", pieces.lengths_P[chosen_P], self._lengths_dtype)
             if sentences is not None:
+                # N sentences: each goes where its piece goes
                 chosen_N = np.repeat(chosen_P, sentences.counts_P)
                 self._keep(split, "sentence_counts", sentences.counts_P[chosen_P], COUNT_DTYPE)
                 self._keep(split, "sentences", sentences.tokens_N[chosen_N], self._lengths_dtype)
@@ -355,9 +372,11 @@ class SegmentPool:
         if processes > 1 or IN_CHILDREN:
             # spawn: a forked copy of a process with threads (arrow) can hang
             context = get_context("spawn")
-            for _ in range(processes):  # they start and load while this process checks the encoder
+            # they start and load while this process checks the encoder
+            for _ in range(processes):
                 here, there = context.Pipe()
                 process = context.Process(target=_work, args=(job, there), daemon=True)
+                # a new process must not run the script that started this one
                 with without_main_script():
                     process.start()
                 there.close()  # so that the end of the process ends the pipe
@@ -372,6 +391,7 @@ class SegmentPool:
     def make(self, jobs: Iterable[SegmentJob | SampleJob], tell: Callable[[Any], None]) -> None:
         """All of them; `tell` is called with what is Done, and each Sample. Raises the error of the first that has one."""
         if not self._processes:
+            # in this process, without children; where it is now interests nobody
             maker = SegmentMaker(
                 self._job, lambda news: None if isinstance(news, At) else tell(news)
             )
@@ -383,22 +403,30 @@ class SegmentPool:
     def _make(
         self, jobs: Iterator[tuple[int, SegmentJob | SampleJob]], tell: Callable[[Any], None]
     ) -> None:
+        # every process has one job at most; `places` is for the sentence about one that dies
         idle = list(self._processes)
         busy: dict[connection.Connection, int] = {}
         failed: dict[int, tuple[Exception, str]] = {}
         places = {pipe: "its start" for pipe in idle}
         while True:
+            # after a failure nothing new is begun
             while idle and not failed and (job := next(jobs, None)):
                 pipe = idle.pop()
                 busy[pipe] = job[0]
                 places[pipe] = _file_of(job[1]).place
-                with contextlib.suppress(OSError):  # dead: told of where its news are read
+                # dead: told of where its news are read
+                with contextlib.suppress(OSError):
                     pipe.send(job[1])
+
+            # the error to raise is that of the earliest job, whoever failed first.
+            # So wait until no earlier job is under way: the same input gives the same message
             if failed and min(failed) < min(busy.values(), default=min(failed) + 1):
                 error, trace = failed[min(failed)]
                 raise error from None if isinstance(error, UserError) else RuntimeError(trace)
             if not busy:
                 return
+
+            # news: where it is (At), what was done (Done, Sample); at a job's end None or an error
             for ready in connection.wait(busy):
                 assert isinstance(ready, connection.Connection)
                 pipe = ready
@@ -427,6 +455,7 @@ class SegmentPool:
             if code and -code in set(signal.Signals)
             else f"with code {code}"
         )
+        # SIGKILL comes from the kernel when memory is out, and native code aborts (SIGABRT)
         memory = code in (-signal.SIGKILL, -signal.SIGABRT, 1, None)
         why = ", most likely for want of memory" if memory else ""
         fewer = f"fewer processes than {count} (processes: N), " if count > 1 else ""
@@ -461,6 +490,7 @@ def _work(job: EncodeJob, pipe: connection.Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     one_thread_a_process()
     maker = SegmentMaker(job, pipe.send)
+    # loaded while the parent checks the encoder; without it the job says which one to use
     with contextlib.suppress(ImportError, ShardError):
         maker.encoder("fastokens")
     while True:
@@ -475,5 +505,6 @@ def _work(job: EncodeJob, pipe: connection.Connection) -> None:
 def _end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None, "a worker has a parent"
+    # ready when the parent is gone, after SIGKILL too. sys.exit would end this thread alone
     connection.wait([parent.sentinel])
     os._exit(1)

@@ -140,6 +140,7 @@ def numbered(block: Block, file: InputFile) -> Block:
         return block
     from data_prep.readers.lines import line_ends
 
+    # how a file of the hub is packed is not known before it is opened
     if file.url:
         with open_at(file.url) as stream:
             file = dataclasses.replace(file, packing=kind_of(stream.read(HEAD_BYTES)).packing)

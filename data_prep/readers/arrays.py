@@ -40,7 +40,9 @@ def array_blocks(source: JsonArraySource, file: InputFile, limits: Limits) -> It
             if item is not None:
                 items.append(item)
                 size += item_bytes
+            # a block ends when it is full, and before an item that is too large: the order stays
             if items and (size >= limits.block_bytes or item is None):
+                # `number` counts this item, which is one of `items` unless it is too large
                 first = number - len(items) + (item is not None)
                 yield block(first=first, items=items, file_bytes=raw.tell() - seen)
                 items, size, seen = [], 0, raw.tell()
@@ -83,6 +85,7 @@ class _Outline:
                     f"Set the format to what it is, or {SKIP}."
                 )
             self._begun, at = True, 1
+        # where the open item begins in these bytes; depth 0 is between the array's brackets
         begin = at
         while True:
             if self._ended:
@@ -97,6 +100,8 @@ class _Outline:
                 if self._in_string:
                     break
                 continue
+
+            # the next mark that means something outside of a string
             found = _OUTSIDE.search(data, at)
             if not found:
                 break
@@ -118,6 +123,7 @@ class _Outline:
                     f"{self._file.place} item {self._number + 1} closes an object that is not open."
                     f" Repair the file, or {SKIP}."
                 )
+        # the open item goes on in the next bytes
         self._keep(data[begin:])
 
     def finish(self) -> None:
@@ -131,11 +137,13 @@ class _Outline:
 
     def _string_end(self, data: bytes, at: int) -> int:
         """Behind the end of the open string, or of the data."""
+        # an escape at the end of the last bytes took its character from these
         if self._escaped and at < len(data):
             self._escaped, at = False, at + 1
         while True:
             end = data.find(b'"', at)
             stop = len(data) if end < 0 else end
+            # a quote ends the string unless an odd number of backslashes stands before it
             back = stop
             while back > at and data[back - 1] == 0x5C:
                 back -= 1
@@ -150,6 +158,7 @@ class _Outline:
 
     def _keep(self, rest: bytes) -> None:
         self._bytes += len(rest)
+        # of an item that is too large only the size is kept
         if self._bytes > self._most:
             self._pieces.clear()
         elif rest:

@@ -64,18 +64,19 @@ class Block:
 
     source: Source
     file: str
-    first: int  # number of the first line (row, item), from 1: counted from `counted_from`
+    # number of the first line (row, item), from 1: counted from `counted_from`
+    first: int
     lines: bytes | None = None
     items: list[bytes] | None = None
     columns: Mapping[str, list[Any]] | None = None
     numbers: list[int] | None = None  # of the rows, where they do not follow one another
     unit: str = "row"  # what a row of `columns` is called in messages
-    malformed: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # (place, what is wrong) of records beside them
+    # (place, what is wrong) of records beside them
+    malformed: list[tuple[str, str]] = field(default_factory=list)
     too_large: TooLarge | None = None  # the block stands for this document alone
     most_bytes: int = MOST_DOCUMENT_BYTES  # that a document may have; for messages
-    file_bytes: int = 0  # bytes of the file that were read for this block, for the progress bar
+    # bytes of the file that were read for this block, for the progress bar
+    file_bytes: int = 0
     # byte of the (decompressed) file; only messages need more, see `numbered`
     counted_from: int = 0
 
@@ -98,9 +99,8 @@ class Parsed:
     texts: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
-    long: dict[int, str] = field(
-        default_factory=dict
-    )  # places of the texts that are long, by their number
+    # places of the texts that are long, by their number
+    long: dict[int, str] = field(default_factory=dict)
     problems: int = 0  # documents that should not be there at all
 
     def leave_out(self, reason: str, problem: str) -> None:
@@ -120,6 +120,7 @@ class UntilBroken:
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from self._given
+        # a process without memory says nothing about the file
         except MemoryError:
             raise
         except Exception as error:
@@ -138,6 +139,7 @@ def readable(
     """What goes wrong with the file inside is a ReadError that begins with `place()`."""
     try:
         yield
+    # says already what is wrong
     except UserError:
         raise
     except errors as error:

@@ -33,10 +33,10 @@ READ_BYTES = 2**18
 SEPARATORS = (",", ";", "\t", "|")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)
-_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape keeps them
-_END = (  # a record of our own: inside an open quote it would be a part of a cell
-    "\ue000end of file\ue000"
-)
+# bytes that are not UTF-8, as surrogateescape keeps them
+_ESCAPED = re.compile("[\udc80-\udcff]")
+# a record of our own: inside an open quote it would be a part of a cell
+_END = "\ue000end of file\ue000"
 
 
 def delimited_blocks(source: CsvSource, file: InputFile, limits: Limits) -> Iterator[Block]:
@@ -82,6 +82,7 @@ class _Records:
         self._reader = csv.reader(
             self._lines(stream), delimiter=self._source.delimiter, quoting=quoting, strict=False
         )
+        # the header is the first record that is no empty line
         self._names = list(self._source.columns) or next(
             (cells for _, cells, _ in self if cells), []
         )
@@ -95,6 +96,7 @@ class _Records:
         for column in source.used_columns:
             if names.count(column) != 1:
                 what = "twice" if column in names else ""
+                # one column alone, with another separator in its name: a wrong delimiter
                 other = next(
                     (
                         d
@@ -121,11 +123,13 @@ class _Records:
 
     def __iter__(self) -> Iterator[tuple[int, list[str], int]]:
         while True:
+            # csv takes as many lines as the record has; `_counted` counts them and their bytes
             line = self._line + 1
             self._bytes = 0
             cells = next(self._reader, None)
             if cells is None or cells == [_END]:
                 return
+            # the end was read as a part of a cell: its quote is still open
             if cells and cells[-1].endswith(_END + "\n"):
                 raise ReadError(
                     f"{self._file.place} line {line}: a quote is opened and never closed. Close it,"
@@ -140,6 +144,7 @@ class _Records:
         pieces = _pieces(stream)
         while True:
             piece = next(pieces, b"")
+            # joined only when a line end has come: else each piece would copy a long line
             data = (
                 b"".join([*rest, piece])
                 if piece and (rest and (b"\n" in piece or b"\r" in piece))
@@ -153,6 +158,7 @@ class _Records:
             data = data if data is not None else piece if piece else b"".join(rest)
             lines = data.splitlines(keepends=True)
             # what has not ended, or ends in a \r whose \n may follow, waits
+            # bytes after the last line end, for the next piece
             held = lines.pop() if piece and lines and not lines[-1].endswith(b"\n") else b""
             rest, size = [held] if held else [], len(held)
             for line in lines:
@@ -181,6 +187,7 @@ class _Records:
 def _pieces(stream: ByteStream) -> Iterator[bytes]:
     """What a stream gives, without a byte order mark at its beginning; no empty pieces."""
     first = stream.read1(READ_BYTES)
+    # the first piece may be shorter than the mark
     while len(first) < len(BYTE_ORDER_MARK) and (more := stream.read1(READ_BYTES)):
         first += more
     if first := first.removeprefix(BYTE_ORDER_MARK):
@@ -259,6 +266,7 @@ def _converter(filters: list[Filter]) -> Any:
         return lambda cell: cell
     wanted = [
         value
+        # what the filters compare with decides what a cell is read as
         for f in filters
         for value in (f.equals, *(f.one_of or ()), *(f.none_of or ()))
         if value is not None

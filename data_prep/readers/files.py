@@ -88,6 +88,8 @@ def matches(source: Source, root: Path, *, folders: str = "") -> list[Path]:
         if not files:
             raise ConfigError(f"source {source.name}: {_no_match(root, pattern, folders)}")
         found.update(dict.fromkeys(files))
+
+    # two names of one file, as links make them
     once: dict[tuple[int, int], Path] = {}
     for path in found:
         first = once.setdefault(_file_number(path), path)
@@ -111,6 +113,7 @@ def _no_match(root: Path, pattern: str, folders: str) -> str:
     )
     what = "matches no file" if glob.has_magic(pattern) else "does not exist"
     hint = (
+        # perhaps a name is misspelled: the nearest of those beside it is named
         nearest(place.name, beside)
         if beside
         else f"No file is in {place.parent}. Set root or the files."
@@ -123,6 +126,7 @@ def check_kind(source: Source, file: InputFile) -> None:
     if file.path is None or isinstance(source, HubSource):
         return
     try:
+        # of the file as it lies there, then of what is packed in it
         kind = kind_of(head_of(file.path))
         head = head_of(file.path)
         if kind.packing:
@@ -133,6 +137,8 @@ def check_kind(source: Source, file: InputFile) -> None:
         return  # told of where it is read
     if not head:
         return
+
+    # tables and shards tell by themselves what they are; all else is text
     word, inside = word_of(source), kind_of(head)
     if isinstance(source, ParquetSource | ArrowSource):
         _check_table(source, file, kind, inside, head_of(file.path))
@@ -251,6 +257,7 @@ def fingerprint(path: Path, *, stretch_bytes: int = 2**16, stretches: int = 16) 
                 digest.update(f.read())
             else:
                 for i in range(stretches):
+                    # the first stretch at the beginning, the last at the end
                     f.seek(i * (size - stretch_bytes) // (stretches - 1))
                     digest.update(f.read(stretch_bytes))
     except OSError as error:

@@ -26,8 +26,10 @@ from data_prep.readers.tables import parquet_blocks, table_blocks
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.hub import reason_in_short
 
-READ_HERE = ("parquet", "json")  # builders of datasets whose files are read by our readers
-HUB_FILE_BYTES = 2**28  # a hub file whose size is not known: for the bar and the processes alone
+# builders of datasets whose files are read by our readers
+READ_HERE = ("parquet", "json")
+# a hub file whose size is not known: for the bar and the processes alone
+HUB_FILE_BYTES = 2**28
 _TYPED_NAME = re.compile(
     r"(?:^|[\s{'])([A-Za-z_][\w.]*)'?: (?:Value|List|string|int|double|float|bool|list|struct|null)"
 )
@@ -43,12 +45,14 @@ def hub_files(source: HubSource) -> list[InputFile]:
     ]
     ours = bool(urls) and getattr(builder, "name", "") in READ_HERE
     names = [url.removeprefix("hf://datasets/") for url in urls]
-    if not ours:  # the builder of datasets (and torch, with it) is asked only where it is needed
+    # the builder of datasets (and torch, with it) is asked only where it is needed
+    if not ours:
         count = _hub_rows(source).num_shards
         if len(names) != count:
             names = [f"{source.dataset} {source.split} {i + 1} of {count}" for i in range(count)]
     splits = builder.info.splits or {}
     known = splits[source.split].num_bytes if source.split in splits else None
+    # only the split's size is known; its files share it evenly
     size = known // len(names) if known else HUB_FILE_BYTES
     local = Path(source.dataset)
     return [
@@ -80,14 +84,14 @@ def hub_blocks(source: HubSource, file: InputFile, limits: Limits) -> Iterator[B
         raise
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # a remote file fails in as many ways as there are libraries below fsspec
+    except Exception as error:
+        # a remote file fails in as many ways as there are libraries below fsspec
         raise ReadError(_why(file, error)) from error
 
 
 def _blocks_here(source: HubSource, file: InputFile, limits: Limits) -> Iterator[Block]:
     """Parquet and JSON files by the readers of local files; which columns other files have does not matter to them."""
+    # opened for its first bytes alone; the reader opens it again
     with open_at(file.url) as stream:
         head = stream.read(HEAD_BYTES)
         kind = kind_of(head)
@@ -103,6 +107,7 @@ def _blocks_here(source: HubSource, file: InputFile, limits: Limits) -> Iterator
         "filters": source.filters,
         "files": (file.place,),
     }
+    # the readers of local files take it from here
     known = dataclasses.replace(file, packing=kind.packing)
     if shape_of(head) == "array":
         yield from array_blocks(JsonArraySource(**common), known, limits)
@@ -114,7 +119,8 @@ def _tables(rows: Any) -> Iterator[Any]:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it prints errors that are raised, too
+    # it prints errors that are raised, too
+    datasets.logging.set_verbosity(logging.CRITICAL)
     yield from rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
 
 
@@ -148,9 +154,8 @@ def _hub_builder(source: HubSource) -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # five tries in 23 s, each told of in 500 characters
+    # five tries in 23 s, each told of in 500 characters
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     local = os.path.isdir(source.dataset)
     try:
         return datasets.load_dataset_builder(
@@ -159,7 +164,8 @@ def _hub_builder(source: HubSource) -> Any:
             data_files=list(source.files) or None,
             revision=None if local else source.revision,
         )
-    except Exception as error:  # as many kinds as there are libraries between here and the hub
+    except Exception as error:
+        # as many kinds as there are libraries between here and the hub
         raise ConfigError(
             f"source {source.name}: dataset {source.dataset} cannot be opened:"
             f" {reason_in_short(error).rstrip('.')}. On a machine without a way to the"

@@ -65,7 +65,8 @@ _FOREIGN_LETTERS: tuple[tuple[bytes, str, str], ...] = (
 )
 _UTF16 = ("text in UTF-16", "Save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b")) + b"\x7f"
-_MOST_CONTROLS = 0.02  # of text, whatever its encoding, hardly any byte; of compressed bytes 11 %
+# of text, whatever its encoding, hardly any byte; of compressed bytes 11 %
+_MOST_CONTROLS = 0.02
 _MANY_BYTES = 64  # from so many on, shares of a head tell something
 
 
@@ -118,6 +119,7 @@ def _is_arrow_stream(head: bytes) -> bool:
     """A length that is a small multiple of 8, before a FlatBuffers table; since Arrow 0.15 with ffffffff before it."""
     if len(head) < 16:
         return False
+    # size of the first message, and where its root table lies: both small, so zeros are near
     at = 4 if head.startswith(b"\xff\xff\xff\xff") else 0
     size, root = (int.from_bytes(head[at + 4 * k : at + 4 * k + 4], "little") for k in range(2))
     return (
@@ -134,12 +136,14 @@ def _kind_by_bytes(head: bytes) -> Kind:
         return Kind(
             "other", "nothing but NUL bytes, as after a crash of a machine", "Fetch the file again"
         )
+    # UTF-32 of Latin letters: three of each four bytes are 0, in one byte order or the other
     if any(
         len(head) >= 16 and all(head[at::4].count(b"\0") > 0.95 * len(head[at::4]) for at in places)
         for places in ((1, 2, 3), (0, 1, 2))
     ):
         return Kind("other", "text in UTF-32", "Save it as UTF-8 (iconv -f UTF-32 -t UTF-8)")
     nuls, controls = head.count(b"\0"), len(head) - len(head.translate(None, _CONTROLS))
+    # UTF-16 of Latin letters: every other byte is 0, and of the rest none
     if (
         nuls * 3 > len(head)
         and len(head) >= 4
@@ -148,6 +152,7 @@ def _kind_by_bytes(head: bytes) -> Kind:
         return Kind("other", *_UTF16)
     if len(head) < _MANY_BYTES:
         return Kind("text")
+    # many NULs, in the first line already; or many controls in what is no UTF-8
     if (
         nuls * 10 > len(head)
         and b"\0" in head.partition(b"\n")[0]
@@ -172,6 +177,7 @@ def shape_of(head: bytes) -> Literal["array", "objects", "markup", "pretty objec
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     line, _, rest = text.partition(b"\n")
     if text.startswith(b"["):
+        # a list that ends in its line, and more below: lines of lists, no array
         return "array" if not (_is_json(line) and rest.strip()) else "other"
     if text.startswith(b"{"):
         if _is_json(line) or b"\n" not in text:

@@ -35,6 +35,9 @@ def line_blocks(
         opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
     ):
         left = None
+
+        # from the first document that begins at or after `begin` to the first at or after `end`:
+        # stretches side by side read each document once
         if begin or end is not None:
             at, stop = (
                 _next_document(raw, x, ends) for x in (begin, file.bytes if end is None else end)
@@ -46,6 +49,7 @@ def line_blocks(
             source=source, file=file.place, first=1, unit="line", most_bytes=limits.document_bytes
         )
         for piece in _pieces(stream, left, limits.block_bytes, compressed=stream is not raw):
+            # None: a document that is too large, of which the size alone is known
             for lines, size in rest.add(piece):
                 now = raw.tell()
                 too_large = TooLarge(number=1, bytes=size) if lines is None else None
@@ -72,7 +76,8 @@ class _Rest:
         self._end = re.compile(b"|".join(map(re.escape, ends)))
         self._pieces: list[bytes] = []  # joined once: a line may have many megabytes
         self._bytes = self._lines = 0  # of the document that has not ended
-        self._seam = b""  # its last bytes: an end between paragraphs may lie in two pieces
+        # its last bytes: an end between paragraphs may lie in two pieces
+        self._seam = b""
 
     @property
     def line_ends(self) -> int:
@@ -82,10 +87,12 @@ class _Rest:
     def add(self, piece: bytes) -> Iterator[tuple[bytes | None, int]]:
         """Whole documents, end to end (None for one that is too large), and their bytes."""
         seam, before = self._seam, self._bytes
+        # `cut` is behind the last document that ends in this piece
         if cut := self._last_end(seam, piece):
             pieces, self._pieces = self._pieces, []
             self._bytes = self._lines = 0
             self._seam, begin = b"", 0
+            # the open document ends at the first end; if it is small enough it joins the others
             if before:
                 found = self._end.search(seam + piece)
                 assert found is not None, "the last end was found above"
@@ -98,6 +105,8 @@ class _Rest:
             lines = b"".join([*pieces, piece[begin:cut]])
             pieces.clear()
             yield from self._within(lines)
+
+        # what follows the last end is the new open document, or more of the old one
         left = piece[cut:]
         self._bytes += len(left)
         self._lines += left.count(b"\n")
@@ -130,6 +139,7 @@ class _Rest:
 
     def _within(self, lines: bytes) -> Iterator[tuple[bytes | None, int]]:
         """Whole documents, without those that are too large."""
+        # a document has at most as many bytes as all together
         if len(lines) <= self._most:
             if lines:
                 yield lines, len(lines)
@@ -153,11 +163,13 @@ def text_blocks(source: TextSource, file: InputFile, limits: Limits) -> Iterator
         readable(lambda: f"{file.place} cannot be read to its end"),
         opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
     ):
+        # without packing the file's size tells it before anything is read
         if stream is raw and file.bytes > limits.document_bytes:
             yield dataclasses.replace(
                 made, too_large=TooLarge(number=1, bytes=file.bytes), file_bytes=file.bytes
             )
             return
+        # one byte more than is allowed
         content = stream.read(limits.document_bytes + 1)
         if len(content) > limits.document_bytes:
             yield dataclasses.replace(made, too_large=TooLarge(number=1), file_bytes=file.bytes)
@@ -182,6 +194,7 @@ def _pieces(
     stream: ByteStream, left: int | None, block_bytes: int, *, compressed: bool
 ) -> Iterator[bytes]:
     """The next `left` bytes (None: all) by `block_bytes`; where reading breaks, first what was read until there."""
+    # packed: in small steps, so that a break costs little of what comes before it
     step = STEP_BYTES if compressed else block_bytes
     while True:
         parts, missing, error = [], block_bytes if left is None else min(left, block_bytes), None
@@ -205,12 +218,15 @@ def _next_document(f: IO[bytes], at: int, ends: tuple[bytes, ...]) -> int:
     if at == 0:
         return 0
     longest = max(map(len, ends))
+    # from a little before, since an end may reach up to `at`
     base = f.seek(max(0, at - longest))
     data = b""
     while piece := f.read(2**16):
         data += piece
+        # ends that lie at `at` or behind it
         found = [i + len(e) for e in ends if (i := data.find(e, max(0, at - base - len(e)))) >= 0]
         if found:
             return base + min(found)
+        # the last bytes stay, in which an end may have begun
         base, data = base + len(data[:-longest]), data[-longest:]
     return base + len(data)

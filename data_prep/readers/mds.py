@@ -35,9 +35,8 @@ from encoder.base.unpack import unpack
 from encoder.base.untrusted import INDEX_BYTES, inside, read_json
 from encoder.data.shard_format import INDEX
 
-MOST_UNPACKED_BYTES = (
-    2**30
-)  # of a shard in br or snappy, which are unpacked as a whole; streaming's have 64 MiB
+# of a shard in br or snappy, which are unpacked as a whole; streaming's have 64 MiB
+MOST_UNPACKED_BYTES = 2**30
 MOST_SAMPLES = 2**28
 SKIP_BYTES = 2**20
 WHOLE = ("br", "snappy")
@@ -121,6 +120,7 @@ def _file_of(
             raise ConfigError(
                 f"{index} has the column {name!r} as {encoding}; needed: {needed}.{hint}"
             )
+    # the packed file where it is there, else the one unpacked beside it
     places = [
         (info, inside(index.parent, info.get("basename"), where=index, error=ConfigError))
         for info in (packed, raw)
@@ -167,6 +167,7 @@ def _shard_of(entry: dict[str, Any]) -> TextShard:
         or not isinstance(compression, str | None)
     ):
         raise ValueError("samples is no number of samples")
+    # zstd is read as a stream, so such a shard may be larger than those unpacked as a whole
     if type(unpacked) is not int or not 0 <= unpacked <= MOST_UNPACKED_BYTES * 4:
         raise ValueError("a shard has no size")
     return TextShard(
@@ -188,7 +189,8 @@ def mds_blocks(source: MdsSource, file: InputFile, limits: Limits) -> Iterator[B
     """The samples of one shard in order, as columns. Raises ReadError."""
     shard, first, size, seen = file.shard, 1, 0, 0
     found = dict.fromkeys(_top(column, shard) for column in source.used_columns)
-    tops = [top for top in found if top is not None]  # the index was seen to have them all
+    # the index was seen to have them all
+    tops = [top for top in found if top is not None]
     rows: list[list[Any]] = []
 
     def block(**content: Any) -> Block:
@@ -207,6 +209,7 @@ def mds_blocks(source: MdsSource, file: InputFile, limits: Limits) -> Iterator[B
         readable(place, (OSError, EOFError, ValueError, struct.error)),
         opened(file.at, file.packing, zstd_window_bytes=source.zstd_window_bytes) as (stream, raw),
     ):
+        # br and snappy are unpacked as a whole
         if shard.compression and shard.compression.partition(":")[0] in WHOLE:
             stream = _unpacked_whole(stream, shard)
         for sample, sample_bytes in (
@@ -216,6 +219,7 @@ def mds_blocks(source: MdsSource, file: InputFile, limits: Limits) -> Iterator[B
                 columns = _columns_of(sample, shard)
                 rows.append([_decoder(shard, top)(columns[top]) for top in tops])
                 size += sample_bytes
+            # a block ends when it is full, and before a sample that is too large
             if rows and (size >= limits.block_bytes or sample is None):
                 yield block(first=first, columns=_by_name(tops, rows), file_bytes=raw.tell() - seen)
                 first, rows, size, seen = first + len(rows), [], 0, raw.tell()
@@ -253,6 +257,8 @@ def _samples(
     if count != shard.samples:
         raise ValueError(f"it holds {count:,} samples, {INDEX} tells of {shard.samples:,}")
     offsets = np.frombuffer(_exactly(stream, 4 * (count + 1)), "<u4").astype(np.int64)
+
+    # offsets count from the file's beginning; the settings lie between them and the first sample
     sizes = np.diff(offsets)
     at = 4 + 4 * (count + 1)
     if offsets[0] < at or np.any(sizes < 0):
@@ -280,6 +286,7 @@ def _pass_over(stream: ByteStream, size: int) -> None:
 
 def _columns_of(sample: bytes, shard: TextShard) -> dict[str, bytes]:
     """The bytes of each column of a sample. Raises ValueError."""
+    # the head has the size of each column that has no fixed one
     variable = sum(size is None for size in shard.sizes)
     head = list(struct.unpack_from(f"<{variable}I", sample))
     at, found = 4 * variable, {}
@@ -301,6 +308,7 @@ def _decoder(shard: TextShard, name: str) -> Callable[[bytes], Any]:
         return _json
     if encoding in ("str_int", "str_float"):
         return lambda data: (int if encoding == "str_int" else float)(data.decode("ascii"))
+    # numbers are stored with the fewest bytes first; `int` has 64 bits
     return lambda data: np.frombuffer(
         data, "<i8" if encoding == "int" else np.dtype(encoding).newbyteorder("<"), 1
     )[0].item()

@@ -46,6 +46,7 @@ def opened(
     """(the decompressed stream, the file below it), by a path or a URL. Raises ReadError for a zstd window above the one
     allowed."""
     with open_at(place) as raw:
+        # an empty file is no stream of any of these formats
         if (
             isinstance(place, Path)
             and place.suffix in PACKED_ENDINGS
@@ -91,9 +92,8 @@ def inner_head(
     """The first bytes of what is in a compressed file. Raises READ_ERRORS, ReadError."""
     with opened(path, packing, zstd_window_bytes=zstd_window_bytes) as (stream, _):
         head = b""
-        with contextlib.suppress(
-            OSError, EOFError, ValueError
-        ):  # a break is told of where the file is read
+        # a break is told of where the file is read
+        with contextlib.suppress(OSError, EOFError, ValueError):
             while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES - len(head))):
                 head += piece
         return head
@@ -111,9 +111,11 @@ class _Unpacked:
     def read1(self, size: int) -> bytes:
         """Up to `size` unpacked bytes, b'' at the end. Raises OSError, EOFError."""
         while True:
+            # streams may follow one another (cat a.xz b.xz); between those of xz zeros may lie
             if self._decompressor.eof:
                 self._rest = self._decompressor.unused_data.lstrip(b"\0" if self._padding else b"")
                 self._decompressor, self._begun = self._new(), False
+            # more is read only when the decompressor has nothing left to work on
             if not self._rest and (self._begun is False or self._decompressor.needs_input):
                 self._rest = self._raw.read(STEP_BYTES)
                 if self._padding and not self._begun:
@@ -147,9 +149,11 @@ class _Unpacked:
 
 
 def _zstd_stream(raw: BufferedReader, place: str, window_bytes: int) -> ByteStream:
+    # the window is in the head, so it is refused before memory is taken for it
     if (needed := zstd_window(raw.read(32))) > window_bytes:
         raise ReadError(too_wide(place, needed, window_bytes))
     raw.seek(0)
+    # Arrow reads the usual windows alone
     if window_bytes > USUAL_ZSTD_WINDOW and (library := _libzstd()):
         return _Unpacked(raw, lambda: _LongZstd(library, place, window_bytes), place=place)
     if needed > USUAL_ZSTD_WINDOW:
@@ -171,10 +175,13 @@ def zstd_window(head: bytes) -> int:
     if len(head) < 6 or not head.startswith(b"\x28\xb5\x2f\xfd"):
         return 0
     descriptor = head[4]
+    # no single segment: the window is (1 + mantissa / 8) 2^(10 + exponent)
     if not descriptor & 0x20:
         exponent, mantissa = head[5] >> 3, head[5] & 7
         base = 1 << (10 + exponent)
         return base + base // 8 * mantissa
+    # a single segment: the window is the content's size. It follows the id of a dictionary
+    # (0, 1, 2 or 4 bytes), and has 1, 2, 4 or 8 bytes; two of them count from 256
     at, width = 5 + (0, 1, 2, 4)[descriptor & 3], (1, 2, 4, 8)[descriptor >> 6]
     return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
 
@@ -234,6 +241,7 @@ class _LongZstd:
     def __init__(self, library: ctypes.CDLL, place: str, window_bytes: int) -> None:
         self._library, self._place, self._window = library, place, window_bytes
         self._context = library.ZSTD_createDCtx()
+        # 100 is ZSTD_d_windowLogMax
         library.ZSTD_DCtx_setParameter(
             self._context, 100, min(31, max(10, (window_bytes - 1).bit_length()))
         )
@@ -247,6 +255,7 @@ class _LongZstd:
         self._given += data
         source = ctypes.create_string_buffer(self._given, len(self._given))
         target = ctypes.create_string_buffer(size)
+        # both count in `at` what was taken and what was made
         given = _Buffer(ctypes.cast(source, ctypes.c_void_p), len(self._given), 0)
         made = _Buffer(ctypes.cast(target, ctypes.c_void_p), size, 0)
         left = self._library.ZSTD_decompressStream(
@@ -258,8 +267,10 @@ class _LongZstd:
                 raise ReadError(too_wide(self._place, 0, self._window))
             raise OSError(why)
         self._given = self._given[given.at :]
+        # 0: the frame is whole
         if left == 0:
             self.eof, self.unused_data, self._given = True, self._given, b""
+        # an output that is full may have more behind it
         self.needs_input = not self._given and made.at < size
         return target.raw[: made.at]
 

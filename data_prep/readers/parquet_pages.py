@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import IO
 
 HEADER_BYTES = 2**12
+# kinds of values in Thrift's compact protocol
 _BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (
     (1, 2),
     3,
@@ -38,10 +39,12 @@ def pages_of(file: IO[bytes], begin: int, size: int) -> Iterator[Page]:
     at, end = begin, begin + size
     while at < end:
         header = _Compact(file, at)
+        # fields of a page's header: 1 is its kind, 2 its unpacked and 3 its packed size
         fields = header.struct()
         if not {1, 2, 3} <= fields.keys() or fields[2] < 0 or fields[3] < 0:
             raise ValueError("a page without sizes")
         yield Page(kind=fields[1], bytes=fields[2])
+        # behind the header the packed page, then the next header
         at = header.at + fields[3]
 
 
@@ -65,6 +68,7 @@ class _Compact:
         return self._data[self.at - 1 - self._base]
 
     def _number(self) -> int:
+        # 7 bits a byte, the lowest first; the highest bit says that more follow
         value = shift = 0
         while True:
             byte = self._byte()
@@ -77,6 +81,7 @@ class _Compact:
 
     def _signed(self) -> int:
         value = self._number()
+        # 0, -1, 1, -2 ... are written as 0, 1, 2, 3 ...
         return value >> 1 ^ -(value & 1)
 
     def struct(self, depth: int = 0) -> dict[int, int]:
@@ -85,6 +90,7 @@ class _Compact:
             raise ValueError("a page header of no sense")
         found, field = {}, 0
         while head := self._byte():
+            # upper 4 bits: distance from the last field's number, 0: it follows; lower 4: the kind
             field = field + (head >> 4) if head >> 4 else self._signed()
             value = self._value(head & 15, depth, in_list=False)
             if value is not None:
@@ -93,6 +99,7 @@ class _Compact:
 
     def _value(self, kind: int, depth: int, *, in_list: bool) -> int | None:
         if kind in _BOOLEANS:
+            # in a struct the kind is the value (1 true, 2 false), in a list each takes a byte
             if in_list:
                 self.at += 1
         elif kind == _BYTE:
@@ -106,6 +113,7 @@ class _Compact:
             self.at += size
         elif kind in _LISTS:
             head = self._byte()
+            # up to 14 items are counted in the head, more in a number behind it
             count = self._number() if head >> 4 == 15 else head >> 4
             for _ in range(min(count, HEADER_BYTES)):
                 self._value(head & 15, depth + 1, in_list=True)

@@ -40,6 +40,7 @@ def parse(block: Block) -> Parsed:
     )
     for place, row in rows:
         try:
+            # a document is counted under the first filter that it does not pass
             stopped_by = next(
                 (f for f in source.filters if not f.passes(look_up(row, f.column))), None
             )
@@ -79,6 +80,7 @@ def _leave_out_large(block: Block, large: TooLarge, result: Parsed) -> None:
     whole = isinstance(block.source, TextSource) and block.source.document == "file"
     place = block.file if whole else f"{block.file} {unit} {block.first}"
     result.leave_out("larger than max_document_bytes", large.sentence(place, block.most_bytes))
+    # one was counted above; the block may stand for several
     result.left_out["larger than max_document_bytes"] += large.documents - 1
     result.problems += large.documents - 1
 
@@ -125,12 +127,14 @@ def _json_rows(
         if not line.strip():
             result.left_out["empty"] += 1
             continue
+        # as objects of Python such a line would take gigabytes
         if _is_crowded(line) and (value := _used_fields(source, line)) is not ABSENT:
             yield place, value
             continue
         try:
             value = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
+            # what the parser refuses may lie in a field that nobody uses
             value = _used_fields(source, line)
             if value is ABSENT and isinstance(error, UnicodeDecodeError):
                 result.leave_out(
@@ -198,6 +202,7 @@ def _table_rows(
 def _plain_texts(block: Block, document: str, result: Parsed) -> Iterator[tuple[str, str]]:
     """Lines, paragraphs (between empty lines) or the whole file; a paragraph's place is the line it begins at."""
     number = block.first
+    # in a group, so that the split keeps the separators: text, separator, text, ...
     separator = {"line": rb"(\r?\n)", "paragraph": rb"(\r?\n(?:\r?\n)+)"}.get(document)
     lines = block.whole_lines
     parts: list[bytes] = re.split(separator, lines) if separator else [lines]
@@ -218,6 +223,7 @@ def _plain_texts(block: Block, document: str, result: Parsed) -> Iterator[tuple[
                 raw.decode("utf-8"),
             )
         except UnicodeDecodeError as error:
+            # where the bad byte is, in lines and bytes for people
             line = number + raw.count(b"\n", 0, error.start)
             byte = error.start - raw.rfind(b"\n", 0, error.start)
             result.leave_out(

@@ -28,6 +28,7 @@ def string_end(data: bytes, at: int) -> int:
         if end < 0:
             return -1
         back = end
+        # a quote after an odd number of backslashes is a letter
         while back > at and data[back - 1] == 0x5C:
             back -= 1
         if (end - back) % 2 == 0:
@@ -47,6 +48,8 @@ def value_end(data: bytes, at: int) -> int:
         if not (found := _SCALAR.match(data, at)):
             raise NotJson("no value")
         return found.end()
+
+    # brackets that are open; one that closes must fit the last of them
     open_marks = bytearray()
     while True:
         found = _MARKS.search(data, at)
@@ -79,6 +82,7 @@ def fields_of(data: bytes, wanted: Collection[str]) -> dict[str, Any]:
         if data[at : at + 1] != b'"':
             raise NotJson("no key")
         key_end = value_end(data, at)
+        # bad bytes are replaced, since such a key is none of those wanted
         key = json.loads(data[at:key_end].decode("utf-8", "replace"))
         at = _skip(data, key_end)
         if data[at : at + 1] != b":":

@@ -20,7 +20,8 @@ TABLE_ROWS = 1024  # in one block, fewer when they are long
 BATCH_BYTES = 2**26  # of a Parquet batch, where pages tell how long a row may be
 ARROW_FILE = b"ARROW1"  # first and last
 ARROW_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")  # since Arrow 0.15; before
-PAGE_DOCUMENTS = 5  # a Parquet page may have as many times max_document_bytes: 8 took 2.1 GB
+# a Parquet page may have as many times max_document_bytes: 8 took 2.1 GB
+PAGE_DOCUMENTS = 5
 BATCH_DOCUMENTS = 8  # a compressed Arrow batch, too
 
 
@@ -48,6 +49,7 @@ def parquet_blocks(
         )
         for group in range(f.num_row_groups):
             facts = f.metadata.row_group(group)
+            # the chunks of columns in use, with all fields inside these
             chunks = [
                 facts.column(i)
                 for i in range(facts.num_columns)
@@ -55,6 +57,7 @@ def parquet_blocks(
                 or facts.column(i).path_in_schema in columns
             ]
             rows = facts.num_rows
+            # a page is unpacked as a whole, so one that is too large keeps its whole row group out
             largest, dictionary = _largest_pages(
                 raw, chunks, PAGE_DOCUMENTS * limits.document_bytes
             )
@@ -66,6 +69,7 @@ def parquet_blocks(
                     PAGE_DOCUMENTS,
                 )
                 continue
+            # any row may be as long as the largest page, or an entry of the dictionary
             batch_rows = min(TABLE_ROWS, max(1, BATCH_BYTES // max(1, largest, dictionary)))
             for batch in f.iter_batches(batch_rows, row_groups=[group], columns=columns):
                 yield from made.blocks(pyarrow.Table.from_batches([batch]))
@@ -76,12 +80,15 @@ def _largest_pages(raw: IO[bytes], chunks: list[Any], most: int) -> tuple[int, i
     largest = dictionary = 0
     at = raw.tell()
     for chunk in chunks:
+        # a dictionary stands before the pages of data
         begin = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
         begin = chunk.data_page_offset if begin is None or begin <= 0 else begin
-        with contextlib.suppress(ValueError):  # what is no header is the reader's to report
+        # what is no header is the reader's to report
+        with contextlib.suppress(ValueError):
             for page in pages_of(raw, begin, chunk.total_compressed_size):
                 if page.kind == DICTIONARY:
                     dictionary = max(dictionary, page.bytes)
+                # a chunk within the limit has no page beyond it, and a dictionary comes first
                 if chunk.total_uncompressed_size <= most:
                     break
                 largest = max(largest, page.bytes)
@@ -101,11 +108,11 @@ def arrow_blocks(source: ArrowSource, file: InputFile, limits: Limits) -> Iterat
     ):
         if not file.bytes:
             raise ReadError(_cut_short(file))
-        pages = mmap.mmap(
-            raw.fileno(), 0, access=mmap.ACCESS_READ
-        )  # closed with the last array that looks into it
+        # closed with the last array that looks into it
+        pages = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         unpacked = _check_arrow(file, pages)
         _let_go(pages)
+        # compressed batches are unpacked as a whole, so one that is too large ends the file
         if unpacked > BATCH_DOCUMENTS * limits.document_bytes:
             yield made.too_large(
                 1,
@@ -158,9 +165,11 @@ def _check_arrow(file: InputFile, pages: mmap.mmap) -> int:
     import pyarrow.ipc
 
     is_file = pages[:6] == ARROW_FILE
+    # a file begins with its mark in 8 bytes; batches follow as in a stream
     whole, unpacked, end = is_file and pages[-6:] == ARROW_FILE, 0, 8 if is_file else 0
     reader = pyarrow.BufferReader(pyarrow.py_buffer(memoryview(pages)))
     with contextlib.suppress(EOFError, OSError, pyarrow.ArrowException):
+        # from message to message, by their headers
         while end < file.bytes:
             if not is_file:
                 whole = pages[end : end + 8].startswith(ARROW_STREAM_ENDS)
@@ -193,6 +202,8 @@ def unpacked_bytes(message: Any) -> int:
         return 0
     data, body = memoryview(message.metadata), message.body
 
+    # where a field of a table lies, 0 where it is absent: the table's vtable has 4 bytes of sizes,
+    # then 2 bytes a field
     def field(table: int, number: int) -> int:
         vtable = table - struct.unpack_from("<i", data, table)[0]
         if 4 + 2 * number + 2 > struct.unpack_from("<H", data, vtable)[0]:
@@ -204,14 +215,17 @@ def unpacked_bytes(message: Any) -> int:
         root = struct.unpack_from("<I", data, 0)[0]
         at = field(root, 2)
         batch = at + struct.unpack_from("<I", data, at)[0]
+        # no compression
         if not field(batch, 3):
             return 0
         at = field(batch, 2)
         buffers = at + struct.unpack_from("<I", data, at)[0]
         total, view = 0, memoryview(body)
         for k in range(struct.unpack_from("<I", data, buffers)[0]):
+            # a buffer is its place and its length, 8 bytes each
             offset, length = struct.unpack_from("<qq", data, buffers + 4 + 16 * k)
             if length >= 8:
+                # -1: this buffer is stored as it is, behind its 8 bytes
                 size = struct.unpack_from("<q", view, offset)[0]
                 total += length - 8 if size < 0 else size
         return total
@@ -240,6 +254,7 @@ class _Maker:
         )
 
     def _made(self, first: int, size: int, **content: Any) -> Block:
+        # never more than is left, so that a progress bar ends at the file's end
         here = min(self._left, size)
         self._left -= here
         return Block(
@@ -261,6 +276,7 @@ class _Maker:
         ends_R = np.cumsum(bytes_R)
         at = 0
         while at < table.num_rows:
+            # as many rows as fit, one at least
             before = int(ends_R[at - 1]) if at else 0
             stop = max(
                 at + 1,
@@ -300,6 +316,7 @@ def _text_bytes(chunk: Any) -> Any:
     import pyarrow
     import pyarrow.compute
 
+    # each row takes the length of its entry
     if pyarrow.types.is_dictionary(chunk.type):
         return (
             pyarrow.compute.binary_length(chunk.dictionary)
@@ -333,6 +350,7 @@ def _column(table: Any, column: str, source: TableSource, file: InputFile) -> An
 
     found = top(column, table.column_names, file)
     array = table.column(found)
+    # from the column down to the field that is named
     for name in column.split(".")[1:] if found != column else ():
         fields = [f.name for f in array.type] if pyarrow.types.is_struct(array.type) else []
         if name not in fields:
@@ -341,6 +359,7 @@ def _column(table: Any, column: str, source: TableSource, file: InputFile) -> An
                 f"Set the source's text or filters, or {SKIP}."
             )
         array = pyarrow.compute.struct_field(array, name)
+    # texts may be stored as numbers of a dictionary's entries
     kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
     words = (
         pyarrow.types.is_string,
