@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
+        # imported here, so that --help and mistakes need no torch
         from encoder.tools.weights.average import average_checkpoints
 
         model = average_checkpoints(args.checkpoints, args.out)

@@ -16,16 +16,17 @@ from encoder.base.home import home
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Asks, prints, returns the exit code."""
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # as launch/pretrain.py has it; peers in this process have it, too
+    # as launch/pretrain.py has it; peers in this process have it, too
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     root = str(home())
-    if root not in sys.path:  # benchmarks/ is no package of its own where a wheel is installed
+    # benchmarks/ is no package of its own where a wheel is installed
+    if root not in sys.path:
         sys.path.insert(0, root)
     from encoder.base.command import run_command
 
     def body() -> None:
-        from benchmarks.command import bench  # here: torch takes seconds, in which Ctrl-C may come
+        # here: torch takes seconds, in which Ctrl-C may come
+        from benchmarks.command import bench
 
         bench(sys.argv[1:] if argv is None else argv)
 

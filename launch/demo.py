@@ -174,6 +174,7 @@ def train_killed_and_resumed(
         log=out / "training.log",
         tokens=sum(phase.tokens for phase in read_run(RUN_FILE, settings).phases),
     )
+    # kept at the kill; where it is there, the rest alone is to be trained
     ledger_at_kill = out / "killed.json"
     if is_done(run)[0]:
         shell.show(training.command)

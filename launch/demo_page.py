@@ -19,6 +19,7 @@ def write_demo_page(run: Path, answers_file: Path, proof: Sequence[tuple[str, st
     """
     rows = []
     for answer in json.loads(answers_file.read_text(encoding="utf-8")):
+        # the answers to the text's first [MASK]
         likeliest = [
             f"{token.strip() or token!r} {share:.0%}" for token, share in answer["masks"][0]
         ]

@@ -38,9 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         metavar="S",
         help="longest wait for another rank (45)",
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     if not 0 < args.wait_seconds <= 86_400:
         parser.error(

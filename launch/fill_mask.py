@@ -65,9 +65,8 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
             model = AutoModelForMaskedLM.from_pretrained(
                 name, attn_implementation="sdpa", **of_disk
             ).eval()
-    except (
-        Exception
-    ) as error:  # transformers, tokenizers and safetensors each raise their own kinds
+    except Exception as error:
+        # transformers, tokenizers and safetensors each raise their own kinds
         why = " ".join(str(error).split())[:200]
         raise ExportError(
             f"{folder} cannot be read as a model ({why}). Export again with tessera export."
@@ -86,6 +85,8 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
             )
         with torch.no_grad():
             logits_TV = model(**inputs).logits[0]
+
+        # where the text had [MASK]; logits are [tokens, vocabulary]
         places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
         masks = []
         for place in places:

@@ -50,6 +50,7 @@ def train(training: Training, shell: ShownCommands, *, kill_at: float | None = N
         try:
             _watch(process, training, kill_at, show)
         except BaseException:
+            # Ctrl-C, too: no rank goes on in the background
             kill_tree(process.pid)
             raise
     lines = read_jsonl(training.run / LEDGER)
@@ -90,6 +91,7 @@ def _watch(
             return
     if process.returncode != 0:
         tail = training.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        # what the ranks said went to the log
         print("\n".join(tail), file=sys.stderr)
     check_code(process.returncode, training.command)
 
@@ -102,6 +104,7 @@ def _now(run: Path) -> dict[str, Any] | None:
         return None
     held_out = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
     return {
+        # the ledger has a line for each step
         "tokens": read_jsonl(run / LEDGER)[-1]["tokens_seen"],
         "phase": trained[-1]["phase"],
         "loss": f"{trained[-1]['loss']:.2f}",

@@ -177,11 +177,13 @@ def list_text() -> str:
 
 def with_data(text: str, folders: Sequence[str], *, of: str) -> str:
     """The text with other shard folders; in `evaluation` SOURCE/train becomes SOURCE/held_out. Raises ConfigError."""
+    # a list further in belongs to a phase
     if re.search(r"^ {4,}(?:sources|mixture):", text, re.M):
         raise ConfigError(
             f"{of} has other shards in other phases, so one --data would not do. Leave it out, and"
             " edit the paths."
         )
+    # prepared sources have `held_out` beside `train`
     held_out = [str(Path(f).parent / "held_out") if Path(f).name == "train" else f for f in folders]
     return _replace_items(_replace_items(text, "data", folders), "evaluation", held_out)
 
@@ -201,6 +203,7 @@ def _replace_items(text: str, key: str, folders: Sequence[str]) -> str:
             inside = found.group(1)
         if inside != key or not _ITEM.match(line):
             lines.append(line)
+        # the first item gives way to all folders, the others go
         elif not done:
             indent = line[: len(line) - len(line.lstrip())]
             lines += [f"{indent}- {{path: {_quoted(folder)}}}\n" for folder in folders]

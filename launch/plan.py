@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         from encoder.runs.phases import planned_steps
         from encoder.tools.plan.plan import plan_text
 
+        # packed rows are never quite full, so a phase takes a few steps more
         steps = planned_steps(run, fills=row_fills(run))
         machine = probed = None
         if args.gpu:

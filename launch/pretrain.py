@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         metavar="key=value",
         help="settings put over the file's, for example engine.zero_stage=2 phases.0.tokens=1M",
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -59,9 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         speak_on(world.first)
         try:
             if world.size > 1:
-                watch_peers(
-                    world, meeting_address(world)
-                )  # before torch is imported, which takes seconds
+                # before torch is imported, which takes seconds
+                watch_peers(world, meeting_address(world))
             from encoder.runs.config import read_run
 
             run = read_run(args.run, args.overrides)
@@ -73,15 +71,15 @@ def main(argv: list[str] | None = None) -> int:
             raise
         except UserError as error:
             tell_job(error)
+            # the others must not wait for this rank
             if peers := peers_of_this_rank():
                 peers.fail(2)
             if isinstance(error, SilentError):
                 time.sleep(SPEAKER_SECONDS)
                 return 2
             if not (world.first or isinstance(error, RankError)):
-                time.sleep(
-                    SPEAKER_SECONDS
-                )  # a launcher whose rank zero met it too has ended this one by now
+                # a launcher whose rank zero met it too has ended this one by now
+                time.sleep(SPEAKER_SECONDS)
                 raise as_rank_says(error, rank=world.rank) from error
             raise
         # a run that is done already is left before the ranks have met: the others must not take that for a death

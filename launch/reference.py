@@ -100,12 +100,14 @@ def sections_of(cls: type, title: str = "") -> Iterator[Section]:
             continue
         told.add(cls)
         hints = typing.get_type_hints(cls, include_extras=True)
+        # a class that was told has its section already
         fields = [f for f in dataclasses.fields(cls) if f.init]
         yield Section(
             title=title,
             text=_first_paragraph(cls),
             settings=tuple(_setting(cls, f, hints[f.name]) for f in fields),
         )
+        # without the tag of a choice, which stands in brackets
         below = title.partition(" (")[0]
         for f in fields:
             waiting += _classes_in(hints[f.name], f"{below}.{f.name}" if below else f.name)
@@ -123,6 +125,7 @@ def _page(cls: type, intro: str) -> str:
 
 
 def _setting(cls: type, f: dataclasses.Field, hint: Any) -> Setting:
+    # a comment ends in the rule by which a default follows from other settings
     meaning, _, derived = comment_of(cls, f.name).partition("; default: ")
     if meaning.startswith("default: "):
         meaning, derived = "", meaning.removeprefix("default: ")
@@ -158,6 +161,7 @@ def _comments(cls: type) -> dict[str, str]:
     lines, start = inspect.getsourcelines(cls)
     source = inspect.getsource(sys.modules[cls.__module__]).splitlines()
     found = {}
+    # lines of `definition` count from the class's first, which is line `start` of its module
     (definition,) = ast.parse("".join(_dedented(lines))).body
     assert isinstance(definition, ast.ClassDef)
     for node in definition.body:
@@ -167,6 +171,7 @@ def _comments(cls: type) -> dict[str, str]:
             behind = last[node.end_col_offset :].partition("#")[2].strip()
             above: list[str] = []
             row = start + node.lineno - 3
+            # else the comment lines above the field, upwards to the first line that is none
             while not behind and source[row].strip().startswith("#"):
                 above.insert(0, source[row].strip().removeprefix("#").strip())
                 row -= 1
@@ -188,6 +193,7 @@ def _classes_in(hint: Any, key: str) -> list[tuple[type[schema.Settings], str]]:
         return [(hint, key)]
     origin = typing.get_origin(hint)
     inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
+    # a list, or a mapping from names: the settings of an item
     if origin is tuple:
         return [found for a in inner[:1] for found in _classes_in(a, f"{key}[]")]
     if origin is dict:

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         page = write_report(args.folders, args.out or args.folders[0])
         for folder in args.folders:
+            # each line of a ledger holds the hash of the one before
             print(f"ledger of {folder}: {verify_ledger(folder):,} steps, chain unbroken")
         print(f"wrote {page} and {page.with_name('loss.png')}")
 

@@ -91,12 +91,14 @@ def folded(command: str) -> str:
     parts: list[str] = []
     for word in shlex.split(command):
         is_value = bool(parts) and parts[-1].startswith("--") and " " not in parts[-1]
+        # an option takes the word behind it onto its line
         if is_value:
             parts[-1] += f" {shlex.quote(word)}"
         else:
             parts.append(shlex.quote(word))
     lines = [""]
     for part in parts:
+        # room for the indent and for the backslash
         if lines[-1] and len(lines[-1]) + len(part) > COLUMNS - 4:
             lines.append("   ")
         lines[-1] += f" {part}" if lines[-1] else part

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--layers {args.layers}: needed are numbers such as 0,2,4")
 
     def body() -> None:
+        # imported here, so that --help and mistakes need no torch
         from encoder.tools.weights.shrink import shrink_model, student_text
 
         student = shrink_model(

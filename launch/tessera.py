@@ -94,13 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_verb(word: str, words: list[str]) -> int:
     """What the verb's own file does with the words."""
+    # in --help and in mistakes the verb stands for its file
     before, sys.argv = (
         sys.argv,
         [
             f"tessera {word}",
             *words,
         ],
-    )  # in --help and in mistakes the verb stands for its file
+    )
     try:
         if VERBS[word].module == "slurm":
             return _submit(["status", *words] if word == "status" else words)
@@ -138,6 +139,7 @@ def _submit(words: list[str]) -> int:
     path = home() / "slurm" / "submit.py"
     spec = importlib.util.spec_from_file_location("tessera_submit", path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    # entered in sys.modules before it runs, as an import does it
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.command(words)
@@ -152,6 +154,7 @@ def command() -> None:
     except Exception:
         traceback.print_exc()
         code = 1
+    # end_process is for torch's threads; without torch there are none
     if "torch" not in sys.modules:
         sys.exit(code)
     from encoder.base.dist import end_process
