@@ -160,9 +160,8 @@ class Job:
         )
         handle = os.open(self.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            torn = os.fstat(handle).st_size and not self.record.read_bytes().endswith(
-                b"\n"
-            )  # a kill in the middle of a line
+            # a kill in the middle of a line
+            torn = os.fstat(handle).st_size and not self.record.read_bytes().endswith(b"\n")
             left = b"\n" * bool(torn) + line.encode() + b"\n"
             while left:  # a disk that is all but full takes a part of it
                 left = left[os.write(handle, left) :]
@@ -175,12 +174,14 @@ class Job:
     def committed(self) -> tuple[int, int]:
         """Step and tokens of the newest checkpoint; (0, 0) before the first."""
         found = []
+        # a folder without COMMITTED is no checkpoint yet
         for path in (self.folder / "checkpoints").glob("tokens*"):
             match = CHECKPOINT.fullmatch(path.name)
             if match and (path / "COMMITTED").exists():
                 found.append((int(match[2]), int(match[1]), path))
         if not found:
             return 0, 0
+        # of the newest start, by its incarnation; in it the one with the most tokens
         _, tokens, path = max(found)
         try:
             return (
@@ -213,6 +214,8 @@ def begin(run_file: str, overrides: list[str], *, ranks: int) -> int:
         limit(name)  # refused now, not when it is needed
     job = Job(folder)
     job.own.mkdir(parents=True, exist_ok=True)
+
+    # a start that wrote no end was killed
     before = [e for e in job.events() if e["event"] in ("start", "end")]
     after = "" if not before else before[-1]["cause"] if before[-1]["event"] == "end" else "killed"
     step, tokens = job.committed()
@@ -265,6 +268,7 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
             f"the run file {run_file} cannot be read ({getattr(error, 'strerror', None) or error})."
             f" {here}"
         ) from error
+    # an override wins over the file, and the last of several
     found = [value for key, _, value in (o.partition("=") for o in overrides) if key == "out"]
     lines = (
         list(re.finditer(r"^out[ \t]*:(?:[ \t]+(.*?))?[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE))
@@ -283,9 +287,8 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
     value = found[-1].strip() if found else ""
     if value[:1] in "\"'" and value[:1] == value[-1:]:
         value = value[1:-1]
-    if (
-        not value or value[0] in "{[&*|>!%@`\"'" or re.search(r"""['"\\]|: | #""", value)
-    ):  # YAML might read another name
+    # YAML might read another name
+    if not value or value[0] in "{[&*|>!%@`\"'" or re.search(r"""['"\\]|: | #""", value):
         raise Mistake(
             f"{run_file} has no line `out: FOLDER` with a plain name, but {value or 'none'}. Add"
             " it, or give out=FOLDER."
@@ -295,10 +298,12 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
 
 def preflight(job: Job, *, code: int, signalled: str, seconds: float) -> int:
     """Goes on, or ends this start: a mistake stops the job, bad nodes are left out of its next start."""
+    # neither a mistake nor a signal is a node's fault
     bad = sorted(read_bad_nodes(job)) if code not in (0, MISTAKE) and not signalled else []
     job.write("preflight", code=code, seconds=seconds, bad_nodes=bad)
     if code == 0 and not signalled:
         return GO
+    # a mistake that no rank wrote down itself
     if code == MISTAKE and not signalled and not job.mistake_file.exists():
         write_text(job.mistake_file, f"{named_mistake(job)}\n")
     silent = f"the preflight ended with exit code {code} and without a word"
@@ -330,9 +335,8 @@ def read_bad_nodes(job: Job) -> set[str]:
         {p.stem for p in job.preflight_folder.glob("*.json")},
     )
     bad = set(named.read_text(encoding="utf-8").split()) if named.exists() else set()
-    return bad | (
-        set(node_names()) - heard if heard else set()
-    )  # silence of all is no node's fault
+    # silence of all is no node's fault
+    return bad | (set(node_names()) - heard if heard else set())
 
 
 # --- when a step has ended -----------------------------------------------------------------------------------------------------
@@ -350,9 +354,8 @@ def end(
     """Notes why the step ended and what follows, and does it; returns the batch script's exit code.
 
     `silent`: why it crashed, where no rank left a word."""
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # a requeue ends this job; what it calls inherits this
+    # a requeue ends this job; what it calls inherits this
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cause, why = cause_of_end(
         job,
         code=code,
@@ -407,6 +410,8 @@ def cause_of_end(
     job: Job, *, code: int, signalled: str, bad_nodes: list[str], silent: str
 ) -> tuple[str, str]:
     """The word and the sentence."""
+    # in this order: what is proven, what SLURM decided, what a rank or the preflight wrote.
+    # A crash is what nothing else explains
     if counts_as_done(job.folder):
         return "done", "the run is done"
     if signalled == "TERM":
@@ -442,9 +447,8 @@ def decide(
     if cause == "bad_nodes":
         before = {node for e in job.events() if e["event"] == "excluded" for node in e["nodes"]}
         out, here = before | set(bad_nodes), node_names()
-        if set(here) <= set(bad_nodes) and (
-            before or len(here) > 1
-        ):  # one node alone may be bad once
+        # one node alone may be bad once
+        if set(here) <= set(bad_nodes) and (before or len(here) > 1):
             return (
                 "stop",
                 (
@@ -476,7 +480,9 @@ def decide(
                 ),
             )
         return "requeue", ""
+    # a crash, from here on
     allowed = limit("TESSERA_MAX_CRASHES")
+    # without progress since the last crash it would crash there again
     if crashes and tokens <= crashes[-1]["tokens"]:
         return (
             "stop",
@@ -505,6 +511,7 @@ def starts_without_progress(job: Job, *, tokens: int) -> int:
     """How many of the job's last starts, this one included, began with what is committed now."""
     begun = [e["tokens"] for e in job.events() if e["event"] == "start"]
     count = 0
+    # committed tokens only grow, so no start before that one counts
     for at in reversed(begun):
         if at < tokens:
             break
@@ -519,6 +526,7 @@ def stopped_by_itself(job: Job) -> str:
         (e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart),
         default=0.0,
     )
+    # an event of an earlier start says nothing about this one
     if not events.exists() or events.stat().st_mtime < began:
         return ""
     try:
@@ -546,6 +554,7 @@ def first_error(job: Job) -> str:
     if not files:
         return ""
     return (
+        # the first to fail; the others failed because of it
         min(files, key=lambda p: p.stat().st_mtime)
         .read_text(encoding="utf-8", errors="replace")
         .split("\n", 1)[0][:400]
@@ -614,6 +623,7 @@ def node_names() -> list[str]:
 
 def requeue(job: Job, *, leave_out: list[str]) -> str:
     """Asks SLURM to start the job again, without some nodes; what it answered where it refused, else nothing."""
+    # asked before the requeue, for the nodes that are left out already
     state = job_state(job.id) if leave_out else {}
     answer = ask("scontrol", "requeue", job.id)
     if answer.returncode:
@@ -636,6 +646,7 @@ def leave_out_of_next_jobs(job: Job, nodes: list[str]) -> list[str]:
     """Trainings of this run that are queued behind this job (submit.py --jobs) are not to be given the nodes; returns their ids."""
     after = []
     for line in records(job.own / SUBMITTED):
+        # preparation and export may run there, and this job is not queued behind itself
         if not str(line.get("role", "")).startswith("training") or line.get("job") in (
             None,
             job.id,
@@ -677,6 +688,7 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
         answer = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", check=False
         )
+        # words of SLURM's commands while the controller is away
         silent = re.search(
             "contact slurm controller|timed out|Connection refused|Unable to establish",
             answer.stderr,
@@ -698,6 +710,7 @@ def signal_ranks(number: int) -> int:
                 word.partition(b"=")[::2] for word in (folder / "environ").read_bytes().split(b"\0")
             )
             command = (folder / "cmdline").read_bytes()
+            # the launcher and its shell have the job's id as well, but no RANK
             if (
                 env.get(b"SLURM_JOB_ID") == job_id.encode()
                 and b"RANK" in env

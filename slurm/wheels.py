@@ -63,6 +63,8 @@ class Target:
     @property
     def pip_options(self) -> list[str]:
         """All platforms that the target can run: pip takes each tag by its name alone."""
+        # manylinux_2_28 runs everything built for an older glibc, and three tags have names of
+        # their own
         glibc = int(self.platform.split("_")[2])
         old = {5: "manylinux1", 12: "manylinux2010", 17: "manylinux2014"}
         tags = [
@@ -152,16 +154,21 @@ def collect(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [Requirement(text) for text in needs]
     asked: dict[str, SpecifierSet] = {}
-    walked: set[tuple[str, str]] = set()  # (package, extra or nothing) whose requirements are known
+    # (package, extra or nothing) whose requirements are known
+    walked: set[tuple[str, str]] = set()
+    # a round: fetch what is wanted, then ask those wheels what they require of the target
     while wanted:
         wanted = [
             need
             for need in wanted
             if not any(fnmatch(canonicalize_name(need.name), pattern) for pattern in without)
         ]
+        # all that was asked of a package so far must hold
         for need in wanted:
             name = canonicalize_name(need.name)
             asked[name] = asked.get(name, SpecifierSet()) & need.specifier
+
+        # a version fetched earlier may be too old or too new for what was asked since
         have = wheels_by_name(folder)
         for name in {canonicalize_name(need.name) for need in wanted} & set(have):
             if not asked[name].contains(parse_wheel_filename(have[name].name)[1], prereleases=True):
@@ -170,6 +177,7 @@ def collect(
         names = dict.fromkeys(canonicalize_name(need.name) for need in wanted)
         fetch(folder, target, {name: asked[name] for name in names if name not in have})
         have, following = wheels_by_name(folder), []
+        # a package's requirements are followed once, and those of each of its extras
         for need in wanted:
             name = canonicalize_name(need.name)
             for extra in ("", *need.extras):
@@ -210,6 +218,7 @@ def fetch(folder: Path, target: Target, needs: dict[str, SpecifierSet]) -> None:
         )
         if done.returncode == 0:
             return
+        # pip names the package without a wheel: it is built here, the others are fetched again
         absent = re.search(
             r"(?:No matching distribution found for|Cannot install) ([A-Za-z0-9_.-]+)", done.stderr
         )
@@ -240,6 +249,7 @@ def build(folder: Path, name: str, specifier: SpecifierSet) -> None:
             f" {folder}, and run this again."
         )
     wheel = made.pop()
+    # a wheel with compiled code is for this machine
     if not wheel.name.endswith("-none-any.whl"):
         wheel.unlink()
         raise Refused(
@@ -263,7 +273,8 @@ def requirements_of(wheel: Path, target: Target, extra: str) -> list[Requirement
         need = Requirement(line)
         if need.marker is None:
             holds = not extra
-        else:  # of an extra, what is required without it, too, is known from the package itself
+        else:
+            # of an extra, what is required without it, too, is known from the package itself
             holds = need.marker.evaluate({**target.environment, "extra": extra}) and (
                 not extra or not need.marker.evaluate({**target.environment, "extra": ""})
             )
