@@ -78,6 +78,7 @@ def measure(
     )
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     routes = {"padded to a batch and back": padded(lengths, local=local, device=device)}
+    # the mask has a place for each pair of tokens
     if sum(lengths) <= DENSE_TOKENS:
         routes = {
             "dense mask over the row": dense_row(lengths, local=local, device=device),
@@ -89,8 +90,9 @@ def measure(
         device=device, dtype=dtype, head_width=args.head_width, training=True
     )
     for name, backend in BACKENDS.items():
+        # tiles is for CPUs, sdpa the judge's: cuDNN would make a plan for each of some 100 lengths
         if device.type == "cuda" and name in ("tiles", "sdpa"):
-            continue  # for CPUs, and the judge's: cuDNN would make a plan for every length, some hundred
+            continue
         if backend.why_not(situation) is None:
             plan = backend.plan(
                 ends, max_seqlen=max(lengths), tokens=len(q), window_radius_tokens=RADIUS
@@ -147,10 +149,10 @@ def check(
     local: bool,
 ) -> None:
     """Every route against a dense mask a document, in fp64. Raises UserError."""
-    bound = (
-        1e-4 if q.dtype == torch.float32 else 0.02
-    )  # of a block's length as a vector; seen: 1e-5 and 5e-3
+    # of a block's length as a vector; seen: 1e-5 and 5e-3
+    bound = 1e-4 if q.dtype == torch.float32 else 0.02
     found = {name: both_ways(route, q, k, v, d_out) for name, route in routes.items()}
+    # attention knows no other document, so each is computed alone
     for start, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths):
         own = slice(start, start + length)
         exact = both_ways(
@@ -174,10 +176,12 @@ def difference(ours: Tensor, truth: Tensor) -> float:
     [L, H, D] both. The largest element would not do: of documents of 8,192 tokens all are below 0.2. Nor would the whole
     document: what a kernel does wrong at its end alone is 1 % of it.
     """
+    # [L, H, D] -> [blocks, 128, H, D] -> a norm for each block and head
     off, whole = (
         F.pad(x, (0, 0, 0, 0, 0, -len(x) % 128)).unflatten(0, (-1, 128)).norm(dim=(1, 3))
         for x in (ours.double() - truth, truth)
     )
+    # the second term keeps blocks whose truth is near 0 from deciding
     return (off / (whole + 1e-2 * (min(len(truth), 128) * truth.shape[2]) ** 0.5)).max().item()
 
 
@@ -193,6 +197,7 @@ def dense_row(lengths: list[int], *, local: bool, device: torch.device) -> Route
     """One call over all tokens, with a mask of T x T."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(document))
+    # the same document, and in local layers near enough
     sees = document[:, None] == document
     if local:
         sees &= (place[:, None] - place).abs() <= RADIUS
@@ -210,6 +215,7 @@ def padded(lengths: list[int], *, local: bool, device: torch.device) -> Route:
     longest = max(lengths)
     place = torch.arange(longest)
     real = place < torch.tensor(lengths)[:, None]
+    # places of tokens in the padded batch, for the way there and back
     at = real.flatten().nonzero()[:, 0].to(device)
     sees = None if real.all() else real[:, None, None, :].expand(-1, 1, longest, -1)
     if local:
@@ -233,7 +239,7 @@ def padded(lengths: list[int], *, local: bool, device: torch.device) -> Route:
 
 def jagged(lengths: list[int], ends: Tensor) -> Route:
     """Nested tensors; they know no windows."""
-    # told, or each call would ask the device
+    # lengths are told, or each call would ask the device
     make = functools.partial(
         torch.nested.nested_tensor_from_jagged,
         offsets=ends,

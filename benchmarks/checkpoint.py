@@ -68,9 +68,12 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             "ours, in the background": list(rounds(saves.ours, args.rounds)),
             "safetensors, blocking": list(rounds(saves.safetensors, args.rounds)),
             "torch.save, blocking": list(rounds(saves.torch_save, args.rounds)),
+            # steps while nothing is saved, for comparison
         }
         alone = statistics.median(_step_seconds(side, device) for _ in range(args.rounds))
     size = saves.bytes
+
+    # ratios above 1 say that training waits longer than for ours
     stalls = {name: [r["stall_seconds"] for r in taken] for name, taken in found.items()}
     ratios = {
         name: statistics.median(stalls[name]) / statistics.median(stalls["ours, in the background"])
@@ -144,11 +147,14 @@ class _Saves:
 
     def ours(self, _number: int) -> dict[str, Any]:
         """Stall, time to the commit, and a step's length meanwhile."""
+
+        # the device is idle, so that no earlier work counts as stall
         self._settle()
         self._tokens += 1
         began = time.perf_counter()
         self._saver.start(Progress(step=self._tokens, tokens=self._tokens), run_yaml="", extra={})
         stall, steps = time.perf_counter() - began, []
+        # training goes on while it writes; a turn of the saver holds it up, so it counts as stall
         while self._saver.busy:
             if self._saver.ready:
                 turned = time.perf_counter()
@@ -193,6 +199,7 @@ class _Saves:
         self._settle()
         began = time.perf_counter()
         write(
+            # on the host, as a writer of files needs them
             {
                 f"{piece.name}/{kind}": t.cpu()
                 for piece in self._pieces()

@@ -41,13 +41,13 @@ def bench(words: Sequence[str]) -> None:
     if question not in (*QUESTIONS, "all"):
         raise ConfigError(f"{question} is no question. {nearest(question, [*QUESTIONS, 'all'])}")
     if question == "all":
-        _parser("all", None).parse_args(
-            [*rest]
-        )  # words of one question alone are refused before anything runs
+        # words of one question alone are refused before anything runs
+        _parser("all", None).parse_args([*rest])
     modules = {
         name: importlib.import_module(f"benchmarks.{name}")
         for name in (ALL if question == "all" else [question])
     }
+    # all command lines are read before the first question is asked
     asked = {
         name: _parser(name, module, quick="--quick" in rest).parse_args([*rest])
         for name, module in modules.items()
@@ -116,6 +116,7 @@ def _parser(question: str, module: ModuleType | None, *, quick: bool = False) ->
     )
     if module is not None:
         module.options(parser)
+        # a word that is given still goes before those of --quick
         if quick:
             parser.set_defaults(rounds=2, **module.QUICK)
     return parser

@@ -87,6 +87,7 @@ def _tables(args: argparse.Namespace, report: Report, device: torch.device) -> N
         plain = Plain(args.shape, batches, precision=precision, device=device)
         sides: dict[str, Callable[[], None]] = {"without DeepSpeed": plain.step}
         off = {}
+        # each stage is checked against the plain side before anything is timed
         for stage in map(int, args.stages):
             name = f"ZeRO stage {stage}"
             sides[name], off[name] = engine_side(
@@ -133,6 +134,7 @@ class Plain:
             decay_groups(self.model, weight_decay=RULE.weight_decay), RULE, lr=LR, max_lr=MAX_LR
         )
         self.batches, self.context = batches, forward_context(precision, device)
+        # one denominator for the whole step, so that the update is that of one batch
         self.masked = sum(b.counts["mlm"] for b in batches)
 
     def step(self) -> None:
@@ -151,6 +153,7 @@ def engine_side(
     """A stage's step, and how far off the plain side's its weights are after two. Raises UserError."""
     from encoder.engine.engine import EngineConfig, start_engine
 
+    # stage 3 takes a model without weights; the engine draws them
     with torch.device("meta" if stage == 3 else "cpu"):
         model = ModernBertForMaskedLM(config_of(shape, dropout=0.0), seed=1)
     engine = start_engine(
@@ -170,6 +173,7 @@ def engine_side(
     for _ in range(2):
         step()
         plain.step()
+    # relative L2 over all weights: |ours - plain| / |plain|
     wanted, far, whole = dict(plain.model.named_parameters()), 0.0, 0.0
     for piece in engine.pieces():
         other = (

@@ -24,10 +24,13 @@ from encoder.nn.loss import PIECE_POSITIONS
 from encoder.train.meters import bf16_peak
 
 QUICK = dict(shape="tiny", tokens=256, square=256)
-FORMS = {"forward": "nt", "d input": "nn", "d weight": "tn"}  # n: as it lies, t: transposed
+# n: as it lies, t: transposed
+FORMS = {"forward": "nt", "d input": "nn", "d weight": "tn"}
 PRODUCTS = 5  # of a round at least: one alone is too short for the clock
-GPU_ROUND = 1e13  # FLOP of a round on CUDA: 10 ms at 1 PFLOP/s, or launching and waiting, about 20 us, would show
-BOUND = 0.02  # of the largest element: bf16 has 8 bits, and rounds inputs alike on both sides
+# FLOP of a round on CUDA: 10 ms at 1 PFLOP/s, or launching and waiting, about 20 us, would show
+GPU_ROUND = 1e13
+# of the largest element: bf16 has 8 bits, and rounds inputs alike on both sides
+BOUND = 0.02
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +48,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 def ask(args: argparse.Namespace, report: Report) -> None:
     """A line a shape."""
     device, found, rows = torch.device(args.device), {}, []
+    # operands of the forward product and of both on the way back
     for name, (m, k, n) in shapes_of(args).items():
         operands = {form: operands_of(form, m, k, n, device=device) for form in FORMS}
         for form, (a, b) in operands.items():
             check_product(a[:64], b[:, :64], what=f"{name}, {form}")
+        # as many products as make a round long enough for the clock
         times = max(
             PRODUCTS, math.ceil(GPU_ROUND / (2 * m * k * n)) if device.type == "cuda" else 0
         )
@@ -57,6 +62,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             rounds=args.rounds,
             device=device,
         )
+        # a product of m x k and k x n has 2 m k n FLOP
         found[name] = {
             form: 2e-12 * m * k * n * times / took.median for form, took in timed.items()
         }
@@ -68,6 +74,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 f"{max(took.spread for took in timed.values()):.0%}",
             ]
         )
+    # of the best square product, in its best form
     ceiling = max(found["square"].values())
     for row, name in zip(rows, found):
         row.append(f"{sum(found[name].values()) / len(FORMS) / ceiling:.0%}")
@@ -120,6 +127,7 @@ def operands_of(
     form: str, m: int, k: int, n: int, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The two factors as autograd hands them to the product: views, transposed where FORMS says t."""
+    # shapes of the factors as they lie in memory, before they are transposed
     left, right = {
         "forward": ((m, k), (n, k)),
         "d input": ((m, n), (n, k)),

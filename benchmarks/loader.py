@@ -84,6 +84,8 @@ def ask(args: argparse.Namespace, report: Report) -> None:
         shards = args.shards
         if shards is None:
             shards = Path(scratch)
+
+            # a quarter of the real lengths for each domain
             for number, name in enumerate(DOMAINS):
                 write_documents(
                     shards / name / "train",
@@ -108,12 +110,15 @@ def pack(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
 
     sources, found, rows = mixture(shards), {}, []
     for longest in LENGTHS_OF_PHASES:
+        # the slow twin looks at every row for every piece, so it gets some of them
         some = pieces_of(windows_of(sources, longest=longest).plan(0), sources)[
             : 2000 if args.quick else 8192
         ]
+        # by CPU time, for the same pieces
         began = time.process_time()
         slow = best_fit_decreasing(some.tolist(), ROW_TOKENS)
         slow_seconds, fast = time.process_time() - began, pack_best_fit(some, ROW_TOKENS)
+        # rows as lists of pieces, in the same order
         if [
             fast.pieces_P[a:b].tolist() for a, b in zip(fast.row_starts_R1, fast.row_starts_R1[1:])
         ] != slow:
@@ -125,6 +130,8 @@ def pack(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
                 for k in range(2 if args.quick else 12)
             ]
             pieces = [pieces_of(plan, sources) for plan in plans]
+
+            # fill = tokens / (rows x row_tokens)
             tokens, opened, count = (
                 sum(int(p.sum()) for p in pieces),
                 sum(plan.rows for plan in plans),
@@ -167,7 +174,10 @@ def plan(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
     sources, found, rows, each = mixture(shards), {}, [], 2 if args.quick else 12
     for longest in LENGTHS_OF_PHASES:
         windows = windows_of(sources, longest=longest)
+        # what is made once is not timed
         windows.plan(0)
+
+        # five rounds of `each` windows, which are new ones in every round
         rate = []
         for first in range(0, 5 * each, each):
             wall, cpu = time.perf_counter(), time.process_time()
@@ -205,6 +215,8 @@ def plan(shards: Path, report: Report, *, where: str, args: argparse.Namespace) 
 def loader(shards: Path, report: Report, *, where: str, args: argparse.Namespace) -> None:
     """Processes that make micro-batches of 98,304 tokens as fast as they can."""
     check_two_ranks(mixture(shards))
+
+    # one process and two in turn, each round; `sum` adds what two of them make
     found, table = {}, []
     for longest in LENGTHS_OF_PHASES[:1] if args.quick else LENGTHS_OF_PHASES:
         rounds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
@@ -256,6 +268,7 @@ def check_two_ranks(sources: list[Source]) -> None:
                 sources, longest=LENGTHS_OF_PHASES[0], rank=rank, world_size=world_size
             ) as made:
                 total += made.next_step().row_hash
+        # a sum of hashes, so that the order in which ranks make rows has no say
         hashes.append(total % 2**64)
     if hashes[0] != hashes[1]:
         raise UserError("two ranks make other rows than one. Nothing was timed.")
@@ -266,6 +279,7 @@ def loader_child(shards: Path, arguments: str) -> None:
     counted_seconds = float(arguments.split(",")[3])
     with loader_of(mixture(shards), longest=longest, rank=rank, world_size=world_size) as made:
         made.next_step()
+        # all children wait here, so that none is timed while another still starts
         print("ready", flush=True)
         sys.stdin.readline()
         wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
@@ -327,9 +341,11 @@ def index2t_child(folder: Path, arguments: str) -> None:
     paths = sorted(folder.glob("all" if arguments == "1" else "source-*"))
     sources = [open_source(path, name=path.name) for path in paths]
     windows = windows_of(sources, longest=1024, weights=[1.0] * len(sources))
+    # until here files are opened and checked, no window is planned
     opened = time.perf_counter()
     windows.plan(0)
     first, seeks, resident = time.perf_counter(), [], psutil.Process().memory_info()
+    # places all over two epochs, in no order
     for k in (
         np.random.default_rng(0).integers(0, 2 * DOCUMENTS_2T // WINDOW_DOCUMENTS, 60).tolist()
     ):
@@ -365,6 +381,7 @@ def write_index2t(folder: Path) -> None:
     """Two billion documents as eight sources, which share one lengths.bin of 500 MB, and as one, whose own is 4 GB: a
     million lengths over and over."""
     per_source, shards = DOCUMENTS_2T // SOURCES_2T, SHARDS_2T // SOURCES_2T
+    # median e^6.3, about 540 tokens
     some = np.clip(np.random.default_rng(0).lognormal(6.3, 1.1, 1_000_000), 3, 8192).astype("<u2")
     for path in (folder / "lengths.bin", folder / "all-lengths.bin"):
         with open(path, "wb") as f:
@@ -377,6 +394,7 @@ def write_index2t(folder: Path) -> None:
         ("all", SHARDS_2T, DOCUMENTS_2T, "all-lengths.bin"),
     ):
         (folder / name).mkdir()
+        # source folders share a file of lengths, so the disk holds 5 GB and not 8
         (folder / name / LENGTHS).symlink_to(folder / lengths)
         samples = [len(part) for part in np.array_split(np.empty(documents, dtype=np.bool_), count)]
         write_json(
@@ -470,6 +488,7 @@ def memory_child(folder: Path, what: str) -> None:
                 windows.plan(documents // WINDOW_DOCUMENTS)
                 documents += WINDOW_DOCUMENTS
             else:
+                # a position is (window, row) of each lane; there is one lane
                 documents = made.next_step().end.lanes[0][0] * WINDOW_DOCUMENTS
             if documents >= 1_000_000 * (len(resident) + 1):
                 resident.append(psutil.Process().memory_info().rss / 1e6)
@@ -553,6 +572,7 @@ def plan_all(windows: Windows, count: int) -> None:
 
 def pieces_of(plan: WindowPlan, sources: list[Source]) -> np.ndarray:
     """Tokens of a plan's pieces, with the [CLS] and [SEP] that are put back."""
+    # a piece that begins inside of its document gets a [CLS], one that ends inside a [SEP]
     source, document, start, end = plan.pieces_P4.T
     stored = np.array([sources[s].lengths[d] for s, d in zip(source, document)], dtype=np.int64)
     return end - start + (start > 0) + (end < stored)
@@ -573,6 +593,7 @@ def profile(do: Callable[[], Any], *, lines: int) -> list[str]:
     taken = cProfile.Profile(time.process_time)
     taken.runcall(do)
     stats = pstats.Stats(taken).stats  # type: ignore[attr-defined]  # typeshed lacks it
+    # an entry: primitive calls, calls, own time, time with what it calls, callers
     total = sum(own for _, _, own, _, _ in stats.values())
     return [
         f"    {own / total:6.1%}  {calls:>8,} calls  {Path(path).stem}.{name}"
@@ -596,6 +617,7 @@ def side_by_side(shards: Path, children: list[str]) -> list[dict[str, Any]]:
         )
         for child in children
     ]
+    # nobody goes before all are ready
     for process in started:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", f"{children} could not start"

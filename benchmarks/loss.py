@@ -61,6 +61,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 return here(route, positions, precision)
             return in_a_process(route, precision, positions, args)
 
+        # both routes on a few positions: what is wrong is not measured
         a, b = here("pieces", 64)["loss"], here("dense", 64)["loss"]
         if not abs(a - b) <= SAME_LOSS[precision] * abs(b):
             raise UserError(
@@ -71,6 +72,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             case("pieces", positions),
             *(case("dense", m)["bytes"] for m in DENSE_POSITIONS),
         )
+        # the line through both measured points, at the whole number of positions
         dense = large + (positions - DENSE_POSITIONS[1]) * (large - small) / (
             DENSE_POSITIONS[1] - DENSE_POSITIONS[0]
         )
@@ -132,11 +134,12 @@ def measure(
     weight_VC = (0.02 * torch.randn(vocab, width, generator=draw)).to(device).requires_grad_()
     bias_V = torch.zeros(vocab, device=device, requires_grad=True)
     target_M = torch.randint(0, vocab, (positions,), generator=draw).to(device)
-    step(route, precision, h_MC[:8], weight_VC, bias_V, target_M[:8])  # libraries load their parts
-    if (
-        device == "cuda"
-    ):  # and kernels are compiled; on a CPU a first pass would leave memory behind that it then finds
+    # libraries load their parts
+    step(route, precision, h_MC[:8], weight_VC, bias_V, target_M[:8])
+    # on CUDA kernels are compiled before; on a CPU a first pass would leave memory to be found
+    if device == "cuda":
         step(route, precision, h_MC, weight_VC, bias_V, target_M)
+    # gradients are made anew inside of the measured step
     h_MC.grad = weight_VC.grad = bias_V.grad = None
     before, began = reset_peak(device), time.perf_counter()
     loss = step(route, precision, h_MC, weight_VC, bias_V, target_M)

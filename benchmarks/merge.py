@@ -37,6 +37,7 @@ def read(path: Path) -> dict[str, Any]:
     """One file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        # looked up for the KeyError alone
         found["tables"], found["command"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

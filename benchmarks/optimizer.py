@@ -27,7 +27,8 @@ from encoder.optim.whole_tensors import MomentsConfig
 
 QUICK = dict(shape="tiny")
 BOUND = 1e-5  # fp32, three updates, relative to the largest weight
-MUON_BOUND = 0.2  # of its updates: five Newton-Schulz iterations in bf16 stand for a singular value decomposition
+# of its updates: five Newton-Schulz iterations in bf16 stand for a singular value decomposition
+MUON_BOUND = 0.2
 PEER = "torch AdamW, fused"
 
 
@@ -42,6 +43,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     device = torch.device(args.device)
     for rule in args.rules:
         check_rule(OPTIMIZERS[rule](), device=device)
+    # shapes alone, for counts
     with torch.device("meta"):
         bare = ModernBertForMaskedLM(config_of(args.shape, dropout=0.0))
     count = sum(p.numel() for p in bare.parameters())
@@ -83,12 +85,14 @@ def ours(shape: str, config: MomentsConfig, *, device: torch.device) -> Callable
     """Updates by a rule of ours."""
     model = with_gradients(shape, device=device)
     optimizer = build_optimizer(model, config)
+    # what the schedule sets before each step
     for group in optimizer.param_groups:
         group.update(lr=1e-4, max_lr=1e-3)
     return optimizer.step
 
 
 def peers(shape: str, *, device: torch.device) -> dict[str, Callable[[], object]]:
+    # foreach and fused are torch's own fast ways
     """torch's AdamW twice, and torch-optimi's StableAdamW where it is installed."""
     settings: dict[str, Any] = dict(lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0125)
     forms: dict[str, dict[str, Any]] = {
@@ -131,6 +135,7 @@ def check_rule(config: MomentsConfig, *, device: torch.device) -> None:
     grads = [{name: torch.randn(p.shape, generator=draw) for name, p in start.items()} for _ in lrs]
     # it has what grouping asks for
     optimizer = build_optimizer(cast(TrainedModel, small), config)
+    # the gradients of all rules and of the slow twin are the same
     for lr, grad in zip(lrs, grads):
         for name, p in small.named_parameters():
             p.grad = grad[name].to(device)
@@ -141,6 +146,7 @@ def check_rule(config: MomentsConfig, *, device: torch.device) -> None:
         start, grads, config, lrs=lrs, max_lr=max_lr, hidden_matrices=small.hidden_matrices()
     )
     for name, p in small.named_parameters():
+        # Muon's iterations are approximate, so its bound is a share of how far it moved
         moves_by_muon = config.rule == "Muon" and name in small.hidden_matrices()
         off = (p.detach().cpu().double() - exact[name]).abs().max().item()
         bound = (

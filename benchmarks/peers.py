@@ -86,6 +86,7 @@ class Theirs:
         # its stubs take a device for a model
         model: Any = transformers.ModernBertForMaskedLM(own)
         self.model = model
+        # decoder.weight is tied to the embedding, so our state does not hold it
         missing = self.model.load_state_dict(
             first_model(config).state_dict(), strict=False
         ).missing_keys
@@ -97,9 +98,11 @@ class Theirs:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.autocast = autocast
         self._masks: tuple[Any, Any] | None = None
+        # version 4 makes its masks in this method; ours are put in their place
         if not self.newer:
             made = self.model.model._update_attention_mask
             self.model.model._update_attention_mask = lambda *a, **k: self._masks or made(*a, **k)
+        # version 5 has no setting for it
         if compiled and self.newer:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
@@ -113,6 +116,7 @@ class Theirs:
         }[kind]
         self.steps = [[_on(part, device) for part in make(documents_of(b))] for b in batches]
         self.masked, self.tokens = [b.counts["mlm"] for b in batches], [b.tokens for b in batches]
+        # padding counts as a place, too
         places = sum(p.inputs["input_ids"].numel() for s in self.steps for p in s)
         self.name = f"transformers {kind}"
         self.how = (
@@ -141,6 +145,7 @@ class Theirs:
                 **inputs,
                 "attention_mask": dict(zip(("full_attention", "sliding_attention"), part.masks)),
             }
+        # it returns a mean over the predictions of this forward; what is wanted is their sum
         count = (inputs["labels"] != IGNORE).sum()
         with self.autocast():
             return self.model(**inputs).loss * count
@@ -150,7 +155,8 @@ def _padded(documents: list[Document], size: int) -> list[Part]:
     parts = []
     for start in range(0, len(documents), size):
         some = documents[start : start + size]
-        if any((d.labels != IGNORE).any() for d in some):  # transformers cannot be asked nothing
+        # transformers cannot be asked nothing
+        if any((d.labels != IGNORE).any() for d in some):
             parts.append(
                 Part(
                     inputs={
@@ -178,6 +184,8 @@ def _packed(
     device: torch.device,
 ) -> list[Part]:
     """All rows of a micro-batch as one batch [R, L]; padding is a document of its own."""
+
+    # rows by best fit, as ours
     packing = pack_best_fit(torch.tensor([len(d.ids) for d in documents]).numpy(), row_tokens)
     ids, labels, document, position = [], [], [], []
     for row in range(packing.rows):
@@ -185,6 +193,7 @@ def _packed(
             documents[i]
             for i in packing.pieces_P[slice(*packing.row_starts_R1[row : row + 2])].tolist()
         ]
+        # the rest of a row is a document of padding
         room = row_tokens - sum(len(d.ids) for d in own)
         own.append(Document(ids=torch.full((room,), PAD), labels=torch.full((room,), IGNORE)))
         ids.append(torch.cat([d.ids for d in own]))
@@ -209,6 +218,7 @@ def _dense_masks(document_RL: Tensor, *, radius: int) -> tuple[Tensor, Tensor]:
     place_L = torch.arange(document_RL.shape[1], device=document_RL.device)
     sees = (document_RL[:, :, None] == document_RL[:, None, :])[:, None]
     near = sees & ((place_L[:, None] - place_L).abs() <= radius)
+    # as in transformers' own masks, the lowest number in place of -inf
     lowest = torch.finfo(torch.float32).min
 
     def scores(mask: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
             )
         check_same_ids(files, tokenizer, folder)
         our, their = [], []
+        # both sides in each round, since the machine's load changes
         for _ in range(1 if args.quick else min(3, args.rounds)):
             our.append(
                 ours(files, tokenizer, folder, megabytes=args.megabytes, processes=args.processes)
@@ -164,6 +165,7 @@ def check_same_ids(files: list[Path], tokenizer: Path, folder: Path) -> None:
     """What our command stores of some documents is what transformers' tokenizer makes of them. Raises UserError."""
     from transformers import PreTrainedTokenizerFast
 
+    # short enough to be one piece each
     lines = [line for line in first_lines(files, CHECKED_BYTES // len(files)) if len(line) < 8192]
     (folder / "checked").mkdir()
     (folder / "checked/some.jsonl").write_bytes(b"".join(lines))
@@ -175,6 +177,7 @@ def check_same_ids(files: list[Path], tokenizer: Path, folder: Path) -> None:
         processes=1,
         keep=True,
     )
+    # as bags of documents: held-out ones lie in a split of their own
     found: Counter[bytes] = Counter()
     for split in ("train", "held_out"):
         if (folder / "checked/ours/all" / split).is_dir():
@@ -223,6 +226,7 @@ def ours(
 ) -> Took:
     """The command."""
     copies, copied = [], 0  # not links: one file under two names is refused
+    # the files over and over, until there is enough
     for number, file in enumerate(itertools.cycle(files)):
         if copied >= megabytes * 1e6:
             break
@@ -237,6 +241,7 @@ def ours(
         "sources": [{"name": "all", "format": "jsonl", "files": [copy.name for copy in copies]}],
     }
     (folder / "prep.yaml").write_text(json.dumps(config))
+    # CPU time of children that have ended: the command and all its processes
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, "-m", "data_prep", "prepare", str(folder / "prep.yaml")],
@@ -286,6 +291,7 @@ def first_lines(files: list[Path], file_bytes: int) -> Iterator[bytes]:
 
 def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float]:
     """Nanoseconds of CPU time a token by stage, in this process, on every file once."""
+    # `stack` has, for each stage that is open, the time of stages inside it
     spent, stack = dict.fromkeys(STAGES, 0.0), []
 
     def timed(stage: str, real: Callable) -> Callable:
@@ -302,6 +308,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
 
         return call
 
+    # the functions are replaced in this process for good, so it comes last
     for stage, places in STAGES.items():
         for owner, name in places:
             setattr(owner, name, timed(stage, getattr(owner, name)))
@@ -322,6 +329,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
     source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
     tokens = 0
 
+    # only what a block brought counts
     def add(told: worker.At | worker.Done | worker.Sample) -> None:
         nonlocal tokens
         if isinstance(told, worker.Done):

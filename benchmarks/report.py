@@ -27,6 +27,7 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
+# of /proc/cpuinfo, those that tell speeds
 FLAGS = (
     "amx_bf16",
     "amx_int8",
@@ -35,7 +36,7 @@ FLAGS = (
     "avx2",
     "bf16",
     "sve",
-)  # of /proc/cpuinfo, those that tell speeds
+)
 
 
 class Report:
@@ -131,6 +132,7 @@ def environment_text(facts: dict[str, Any]) -> str:
 def _cpu_words(key: str) -> list[str]:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            # ARM calls its flags features
             if line.split(":")[0].strip().lower() in (key, "features" if key == "flags" else key):
                 return line.partition(":")[2].split()
     return []

@@ -146,14 +146,15 @@ def ask(args: argparse.Namespace, report: Report) -> None:
     if not 0.0 <= args.dropout < 1.0:
         raise ConfigError(f"--dropout {args.dropout:g} must lie in [0, 1).")
     compiling = args.compile or ["blocks" if device.type == "cuda" else "off"]
-    truths: dict[
-        int, Truth
-    ] = {}  # by tokens of a micro-batch: no precision, backend, compiler or graph has a say in them
+    # by tokens of a micro-batch: no precision, backend, compiler or graph has a say in them
+    truths: dict[int, Truth] = {}
     for precision in args.precision or [usual_precision(device)]:
         autocast = forward_context(precision, device)
         sides: dict[str, Ours | Theirs] = {}
         too_large: list[str] = []
         off: dict[str, str] = {}
+
+        # every way of ours; one that the device has no room for is told of, and left out
         attentions = backends_of(args.attention, device, config, precision)
         for rows, attention, compiled, graphs in itertools.product(
             args.rows, attentions, compiling, args.graphs
@@ -192,14 +193,15 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 " Nothing was timed."
             )
         first = next(iter(sides))
+
+        # transformers has no layers in 8 bits
         if args.against == "hf" and precision != "fp8":
             ours = sides[first]
             assert isinstance(ours, Ours)
             batches = ours.all_batches
             attention, kinds = hf_attention(args.hf_attention), args.kinds
-            if attention.startswith(
-                "flash"
-            ):  # it leaves padding out by itself, and takes no mask of documents
+            # it leaves padding out by itself, and takes no mask of documents
+            if attention.startswith("flash"):
                 kinds = [k for k in kinds if k != "packed"]
             for kind in kinds:
                 theirs = functools.partial(
@@ -220,6 +222,8 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 else:
                     name = f"{peer[0].name}, {peer[0].how}"
                     sides[name], off[name] = peer
+
+        # sides in turn, since what else the machine does then hits all of them
         timed = in_turn(
             {name: side_round(side) for name, side in sides.items()},
             rounds=args.rounds,
@@ -332,6 +336,7 @@ def held_bytes(side: Ours | Theirs) -> int:
             if isinstance(x, torch.Tensor)
         ),
     ]
+    # once for each storage, which tied weights and views share
     own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.is_cuda}
     return sum(own.values()) + getattr(getattr(side, "terms_of", None), "pool_bytes", 0)
 
@@ -453,11 +458,13 @@ def check_same(
     Raises UserError.
     """
     found = taken(side)
+    # `not <=`, so that a loss that is NaN is refused, too
     if not abs(found.loss - truth.loss) <= (bound := SAME_LOSS[precision]) * abs(truth.loss):
         raise UserError(
             f"the loss is {found.loss:.6f} with {what} and {truth.loss:.6f} in fp32 with attention"
             f" sdpa; needed: equal within {bound:g}. Nothing was timed."
         )
+    # the largest over all tensors; NaN counts as infinite
     off, name = max(
         (
             (found.gradients[name] - wanted)
@@ -496,6 +503,7 @@ def _tell(
         memory = timed[name].peak_bytes + held_bytes(side)
         if isinstance(side, Ours):
             batches = side.all_batches
+        # what the model needs for a token of these documents, whoever computes it
         flops = statistics.mean(
             config.train_flops(lengths=document_lengths(b), targets=b.counts) / b.tokens
             for b in batches

@@ -15,10 +15,10 @@ class Timed:
     """Seconds of one side's counted rounds."""
 
     seconds: tuple[float, ...]
-    cpu_seconds: tuple[
-        float, ...
-    ] = ()  # of all threads of the process: neighbours on the machine disturb it less
-    peak_bytes: int = 0  # of the CUDA device, in the rounds, beside what stood there before each
+    # of all threads of the process: neighbours on the machine disturb it less
+    cpu_seconds: tuple[float, ...] = ()
+    # of the CUDA device, in the rounds, beside what stood there before each
+    peak_bytes: int = 0
 
     @property
     def median(self) -> float:
@@ -43,6 +43,7 @@ def in_turn(
     peaks = dict.fromkeys(sides, 0)
     for number in range(warm_up + rounds):
         for name, do in sides.items():
+            # kernels run on after their call has returned
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
@@ -51,9 +52,8 @@ def in_turn(
             do()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                if (
-                    number >= warm_up
-                ):  # in a first round a peer's optimizer makes its state, which stays
+                # in a first round a peer's optimizer makes its state, which stays
+                if number >= warm_up:
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) - before)
             if number >= warm_up:
                 seconds[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
@@ -69,6 +69,7 @@ def in_turn(
 
 def paired_ratio(a: Timed, b: Timed) -> tuple[float, float, float]:
     """How many times as fast a is as b, round by round: lowest, median, highest."""
+    # of the same round, since the machine's load changes between rounds
     ratios = sorted(slow / fast for fast, slow in zip(a.seconds, b.seconds, strict=True))
     return ratios[0], statistics.median(ratios), ratios[-1]
 

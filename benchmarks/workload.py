@@ -63,9 +63,8 @@ def first_model(config: ModernBertConfig, *, attention: str = "auto") -> ModernB
 
 @cache
 def _drawn(config: ModernBertConfig) -> ModernBertForMaskedLM:
-    return ModernBertForMaskedLM(
-        config, seed=1
-    )  # large: 7 s, a copy less than one; a bench has up to six sides
+    # large: 7 s, a copy less than one; a bench has up to six sides
+    return ModernBertForMaskedLM(config, seed=1)
 
 
 def real_lengths(*, longest: int) -> np.ndarray:
@@ -82,6 +81,8 @@ def make_batch(
     Drawn at random from the whole corpus until 0.2 % is free: rows that best fit packed hold documents of like lengths, and four
     of them would spare a peer that pads most of its padding.
     """
+
+    # more than fits, since a document that is too long for what is free is passed over
     draw = generator(0, "bench", number)
     capacity = rows * row_tokens
     lengths = draw.permutation(real_lengths(longest=min(longest, row_tokens)))
@@ -95,17 +96,21 @@ def make_batch(
         if room <= capacity // 500:
             break
     tokens = sum(real)
+    # what is free becomes documents of padding
     segments = list(real)
     while room:
         segments.append(min(room, longest))
         room -= segments[-1]
     ends = np.cumsum([0, *segments])
     ids_T = torch.from_numpy(draw.integers(5, vocab_size, capacity))
+
+    # of fixed shape: room for 5 % more predictions than full rows have, the rest ignored
     masked = round(MASK_SHARE * tokens)
     fixed = round(1.05 * MASK_SHARE * capacity)
     index, target = torch.zeros(fixed, dtype=torch.int64), torch.full((fixed,), IGNORE)
     index[:masked] = torch.from_numpy(np.sort(draw.permutation(tokens)[:masked]))
     target[:masked] = torch.from_numpy(draw.integers(5, vocab_size, masked))
+    # of fixed shape: the last end repeated is a document without tokens
     seqlens = torch.full((max(len(ends), capacity // 16) + 1,), capacity, dtype=torch.int32)
     seqlens[: len(ends)] = torch.from_numpy(ends)
     return TokenBatch(
@@ -129,10 +134,13 @@ class Document:
 
 def documents_of(batch: TokenBatch) -> list[Document]:
     """The documents of a packed micro-batch, in a random order."""
+
+    # labels at predicted positions alone
     labels_T = torch.full_like(batch.ids_T, IGNORE)
     masked = batch.targets[MLM]
     labels_T[masked.index_M[: masked.count]] = masked.value_M[: masked.count]
-    lengths = [n for n in document_lengths(batch).tolist() if n]  # a full row repeats its end
+    # a full row repeats its end
+    lengths = [n for n in document_lengths(batch).tolist() if n]
     found = [
         Document(ids=ids, labels=labels)
         for ids, labels in zip(

@@ -43,6 +43,7 @@ def main() -> None:
     args = asked.parse_args()
     out, places = args.out.resolve(), _places(args.shards.resolve())
     _launch("pretrain.py", HERE / "small.yaml", f"out={out / 'small'}", *places)
+    # the same run file from each start
     for label, words in WAYS.items():
         start = []
         if words:
@@ -97,6 +98,7 @@ def _table(curves: dict[str, list[tuple[int, float]]]) -> None:
         + "|"
     )
     for rows in zip(*curves.values(), strict=True):
+        # a table line compares losses at the same number of tokens
         assert len({tokens for tokens, _ in rows}) == 1, "the runs saw the same documents"
         print(f"| {rows[0][0]:,} | " + " | ".join(f"{loss:.3f}" for _, loss in rows) + " |")
 
