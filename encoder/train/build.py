@@ -53,17 +53,18 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
         )
     device = torch.device("cpu")
     if run.device != "cpu" and torch.cuda.is_available():
+        # SLURM may show a task some of the node's GPUs alone, numbered from 0
         device = torch.device("cuda", device_index(world, visible=torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    elif (
-        "OMP_NUM_THREADS" not in os.environ
-    ):  # the deepspeed launcher leaves it unset: every rank takes all cores
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # the deepspeed launcher leaves it unset: every rank would take all cores
         cores = (
             len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1
         )
         torch.set_num_threads(max(1, cores // world.local_size))
+
     if device.type == "cpu":
         keep_freed_memory()
         if run.engine.graphs == "micro_step":
@@ -71,6 +72,8 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
                 "engine.graphs is micro_step and the device a CPU; needed: CUDA, for it is CUDA's"
                 " graphs that save launches. Use graphs: off."
             )
+
+    # 8.9 (Ada) is the first compute capability with products of 8-bit floats
     if (
         run.engine.fp8 == "layers"
         and device.type == "cuda"
@@ -80,6 +83,8 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
             f"engine.fp8 is layers, but {torch.cuda.get_device_name(device)} has no 8-bit products;"
             " needed: compute capability 8.9 (Ada, Hopper or newer). Use fp8: off."
         )
+
+    # what a kernel of attention meets: bf16 also under autocast, whose weights are fp32
     precision = precision_on(run.engine.precision, device)
     computing = {"fp32": torch.float32, "fp64": torch.float64}.get(precision, torch.bfloat16)
     if head_width := run.model.head_width:
@@ -94,6 +99,7 @@ def check_same_precision(run: RunConfig) -> None:
     """All ranks train in one precision; with ranks joined. Raises ConfigError on all of them where auto meant two."""
     words = ("fp32", "fp64", "autocast", "bf16")
     mine = words.index(run.engine.precision)
+    # max(x) and -max(-x) = min(x) in one all-reduce: equal where all ranks have one word
     highest, lowest = max_over_ranks(torch.tensor([mine, -mine])).tolist()
     if highest != -lowest:
         raise ConfigError(
@@ -110,6 +116,7 @@ def make_model(run: RunConfig) -> Model:
 
 def compiles(run: RunConfig, device: torch.device) -> bool:
     """Whether the layers run compiled."""
+    # auto leaves ZeRO 3 out: it fetches weights by hooks that compiled code does not call
     return run.compile == "blocks" or (
         run.compile == "auto" and device.type == "cuda" and run.engine.zero_stage < 3
     )
@@ -131,6 +138,7 @@ def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Sou
         )
         for s in sources
     ]
+    # refuses shards that cannot be dealt to the lanes evenly
     for source in opened:
         shards_of_lanes(source.name, source.samples_per_shard, lanes)
     return opened
@@ -145,10 +153,12 @@ def make_objective_models(
     asked: as they were read; their weights are let go
     device: of this rank
     """
+    # as the trained model computes: under autocast the weights stay fp32, the products are bf16
     dtypes = {"fp64": torch.float64, "bf16": torch.bfloat16}
     dtype = dtypes.get(run.engine.precision, torch.float32)
     models: dict[str, Model] = {}
     for name, stored in asked.items():
+        # no weight is drawn, and assign=True takes the stored ones without a copy
         with torch.device("meta"):
             model = build_model(stored.config, attention=run.attention, seed=0)
         model.load_state_dict(stored.weights, assign=True)
@@ -230,6 +240,7 @@ def make_loader(
         workers=WorkerSettings(
             processes=run.loader.workers,
             pin_memory=device.type == "cuda",
+            # only a source with a cache has shards to bring ahead
             prefetch_windows=prefetch_windows if any(s.cache for s in mixture) else 0,
         ),
         rows_at=lambda seen: run.rows_at(phase, seen),

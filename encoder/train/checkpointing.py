@@ -78,9 +78,12 @@ class Checkpointing:
         session, began = self._session, time.monotonic()
         step = session.progress.step
         session.watchdog.heartbeat(f"saving after step {step}")
+        # at most one save is under way
         if self._saver.busy:
             say(f"step {step:>6}  waits for the checkpoint before, which is still being written")
             self.wait()
+
+        # the ledger is durable first: no power cut leaves a checkpoint beyond it
         with session.errors.deferred():
             if self._recorder.ledger:
                 self._recorder.ledger.sync()
@@ -94,6 +97,8 @@ class Checkpointing:
                     f"{where}: they are not saved, the checkpoints before them stay."
                     f" {lower_rate_text(session)}."
                 )
+
+            # no reason to end: the steps to come may be judged bad, and the run goes back
             say(f"step {step:>6}  not saved: {where}")
             return
 
@@ -102,6 +107,7 @@ class Checkpointing:
             run_yaml=to_yaml(session.run),
             milestone=milestone,
             extra={
+                # what a load must give again, then what a resume is held against or goes on with
                 "fingerprint_loss": loss,
                 "fingerprint_precision": session.run.engine.precision,
                 "card_sha256": session.facts.card_sha256,
@@ -113,6 +119,7 @@ class Checkpointing:
             },
         )
         if wait or milestone or not session.run.checkpoints.background:
+            # a position that was committed already comes back as saved at once
             saved = saved or self._saver.wait()
         self._stall_seconds = time.monotonic() - began
         self._committed(saved)

@@ -35,6 +35,7 @@ def open_display(
 ) -> Iterator[ProgressDisplay]:
     """The board of this rank. What is said meanwhile scrolls above the bar, which is gone at the end."""
     console = console or Console()
+    # a dumb terminal cannot move its cursor: it gets the lines of a log
     if not (first_rank and console.is_terminal and not console.is_dumb_terminal):
         yield ProgressDisplay(None, every_steps=every_steps)
         return

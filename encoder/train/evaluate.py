@@ -34,12 +34,16 @@ def held_out_numbers(
     sets: this rank's batches of each source
     evaluate: the sums of each loss term over all ranks
     """
+    # [source][loss term] -> sums over all ranks; every source has the same terms
     sums = {s.name: evaluate(s.batches) for s in sets}
     first, *others = next(iter(sums.values()))
+
+    # the ends of the numbers' names, each with its sums
     shown = {"": _added([s[first] for s in sums.values()])}
     if len(sums) > 1:
         shown |= {f"_{name}": s[first] for name, s in sums.items()}
     further = {f"_{term}": _added([s[term] for s in sums.values()]) for term in others}
+    # no target anywhere: the text has no such pairs, say
     shown |= {end: s for end, s in further.items() if s.count}
     losses = {f"held_out_loss{end}": _mean(s.sum, s.count) for end, s in shown.items()}
     return losses | {
@@ -60,6 +64,7 @@ def unigram_entropy(counts_V: np.ndarray, special_ids: Sequence[int]) -> float:
 
     The best loss of a model that knows how often each token of this very text occurs and nothing else.
     """
+    # -sum p ln p over ids that occur: 0 ln 0 is 0
     counts = counts_V.astype(np.float64)
     counts[list(special_ids)] = 0.0
     share = counts[counts > 0] / max(1.0, counts.sum())

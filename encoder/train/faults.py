@@ -24,6 +24,7 @@ class Deadline:
 
     def __init__(self, max_hours: float | None, *, started: float, env: Mapping[str, str]) -> None:
         """`started` as time.time()."""
+        # setting -> end, as time of day: whichever comes first
         ends = {"faults.max_hours": started + 3600 * max_hours} if max_hours is not None else {}
         if (end := number_in_name(env.get("SLURM_JOB_END_TIME", ""))) is not None:
             ends["SLURM_JOB_END_TIME"] = float(end)
@@ -42,6 +43,8 @@ class Deadline:
         if self._stepped is not None:
             self._step_seconds = max(self._step_seconds, now - self._stepped)
         self._stepped = now
+
+        # twice the slowest of each, since the next may be slower still
         margin = self.SPARE_SECONDS + 2 * (
             self._step_seconds + (self._save_seconds or self.FIRST_SAVE_SECONDS)
         )
@@ -60,9 +63,9 @@ class StepMonitor:
     ) -> None:
         self._config, self._recorded = config, recorded
         self.in_a_row: int = saved.get("in_a_row", 0)
-        self.went_back: bool = saved.get(
-            "went_back", False
-        )  # and no checkpoint was made on the way since
+        # and no checkpoint was made on the way since
+        self.went_back: bool = saved.get("went_back", False)
+
         self._losses = deque(
             saved.get("losses", ()), maxlen=config.spike.over_steps if config.spike else 0
         )
@@ -86,8 +89,10 @@ class StepMonitor:
 
     def classify(self, step: int, *, loss: float, applied: bool) -> str:
         """OK, NOT_FINITE or SPIKE. Raises MachineError, the same on all ranks, where a step was fine and is not finite now."""
+
         finite = applied and math.isfinite(loss)
         found = self._recorded.get(step)
+        # a step done again is what the ledger says; fine then and not finite now is the machine
         if found is None:
             found = NOT_FINITE if not finite else SPIKE if self._is_spike(loss) else OK
         elif not finite and found != NOT_FINITE:
@@ -96,10 +101,12 @@ class StepMonitor:
                 " ledger. A defect of the machine is likely: start again, on another one if it"
                 " comes back."
             )
+
         if found == OK:
             self.in_a_row = 0
             self._losses.append(loss)
-        elif applied and not math.isfinite(loss):  # the weights have moved
+        elif applied and not math.isfinite(loss):
+            # the weights have moved by a loss that is no number: back at once, whatever the count
             self.in_a_row = self._config.bad_steps
         else:
             self.in_a_row += 1
@@ -117,6 +124,8 @@ class StepMonitor:
     def _is_spike(self, loss: float) -> bool:
         if not self._config.spike or len(self._losses) < self._config.spike.over_steps:
             return False
+
+        # at least 0.1 % of the median: a flat loss would make a spike of any wiggle
         middle = median(self._losses)
         deviation = max(median(abs(x - middle) for x in self._losses), 1e-3 * middle)
         return loss > middle + self._config.spike.deviations * deviation

@@ -91,6 +91,7 @@ def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> O
 def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     folder = Path(run.out)
     clock = Clock(began=psutil.Process().create_time())
+    # what needs no data and no other rank comes first: a mistake is told in seconds
     run.tracking.check_packages()
     check_same_run(run, folder)
     done, problem = is_done(folder)
@@ -109,9 +110,13 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     facts = check_data(run)
     known = check_settings(run)
     run = named_sources(run)
+
+    # a run that has a checkpoint goes on from that, and init_from may be gone
     fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
     initial = read_initial(run, facts, hashed=world.first) if fresh else None
+    # models that the objective asks, such as a teacher, are needed at every start
     asked = read_objective_models(run, facts, hashed=world.first)
+
     device = build.choose_device(run, world)
     run = with_engine(run, precision=precision_on(run.engine.precision, device))
 
@@ -188,6 +193,8 @@ class Trainer:
             if outcome is StepOutcome.STOP:
                 return self._stopped(stop)
             self._end_phase(phase)
+            # asked to stop in the phase's last step, whose end is saved; after the last phase the
+            # run is done all the same
             if (
                 self.stop_agreed
                 and current_phase(self.session.run, self.session.progress) is not None
@@ -203,11 +210,14 @@ class Trainer:
         session.clock.turn_to("starting")
         say(f"phase {describe_phase(session.run, phase)}")
         session.engine.module.set_phase_(phase.model)
+
         with self._open_data(phase) as loader:
+            # a resume within the phase has its first evaluation behind it
             if session.progress.phase_step == 0:
                 self._begin_phase()
             session.clock.turn_to("training")
             stop.begin()
+
             while not phase_is_done(session.run, session.progress):
                 outcome = self._train_step(phase, loader, stop)
                 if outcome is not StepOutcome.CONTINUE:
@@ -231,6 +241,7 @@ class Trainer:
 
         # the update
         lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
+        # not finite the first time: computing it again could move the weights where it did not then
         if monitor.is_left_out(step):
             result = _left_out(agreed.counts)
         else:
@@ -246,6 +257,7 @@ class Trainer:
         fault = OK
         if agreed.predicts:
             fault = monitor.classify(step, loss=result.loss, applied=result.applied)
+
         session.progress = _after(before, data, agreed, fault)
         with session.errors.deferred():
             self.recorder.step(data, result, lr=lr, agreed=agreed, fault=fault, monitor=monitor)
@@ -266,10 +278,12 @@ class Trainer:
         ended = phase_is_done(run, progress)
         if agreed.stop and not ended:
             return self._save_and_stop()
+        # by the clock of tokens, or for a going-back that the ledger has later
         if _crossed(before, progress, run.checkpoints.every_tokens) or self.recovery.wants_save(
             progress.step
         ):
             self.save_is_due = True
+        # amid bad steps it stays due: a checkpoint that a run may go back to follows a good one
         if self.save_is_due and not ended and not self.recovery.monitor.in_a_row:
             self.save()
             self.save_is_due = False
@@ -290,6 +304,7 @@ class Trainer:
     def _end_phase(self, phase: PhaseConfig) -> None:
         """Its held-out loss and its checkpoint, which is kept."""
         self.evaluate()
+        # the checkpoint stands at the beginning of the next phase, where a resume begins
         self.session.progress = enter_next_phase(self.session.progress)
         self.save(milestone=phase.name)
         self.save_is_due = False
@@ -312,6 +327,7 @@ class Trainer:
                 stops=run.loader.on_bad_shard == "stop",
                 on_shard_lost=self._on_shard_lost,
             )
+
         session.errors.agree()
         return loader
 
@@ -331,8 +347,11 @@ class Trainer:
         """What all ranks know of a step before it, by one all-reduce. Raises what a rank has met."""
         session = self.session
         terms = session.engine.objective.terms
+        # one vector for one all-reduce: targets of each loss term, hash, FLOP, then four flags.
+        # a rank without a batch sends zeros and its error flag; all leave together below
         counts = [data.counts[term] if data else 0 for term in terms]
         mine = [data.row_hash, self._flops(data)] if data else [0, 0]
+        # rank zero's clock alone decides: clocks of machines differ
         time_is_near = session.world.first and self.deadline.is_near()
         flags = [
             stop.asked,
@@ -344,9 +363,11 @@ class Trainer:
             torch.tensor([*counts, *mine, *flags], dtype=torch.int64, device=session.device)
         ).tolist()
 
+        # int64 sums wrap: the sum of the rows' hashes does not depend on the dealing
         batch_hash, flops, stops, errors, saves_ready, time_is_up = summed[len(terms) :]
         if errors:
             session.errors.agree()
+        # a failed write counts for all ranks, so that all go to meet it (Saver.ready)
         if saves_ready >= session.world.size:
             self.checkpointing.commit()
         self.time_is_up = time_is_up > 0
@@ -373,6 +394,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Held-out loss and accuracy; nothing without an evaluation section, or twice at one step of a phase."""
         progress = self.session.progress
+        # at the start of a phase the step is the same, but length and thetas are others
         again = self.last_held_out.get("step") == progress.step and progress.phase_step
         if not self.held_out or again:
             return
@@ -387,11 +409,13 @@ class Trainer:
         """At the start of a phase: whether the held-out loss is another one than at the end of the phase before."""
         run, progress = self.session.run, self.session.progress
         now, before = run.phases[progress.phase], run.phases[max(0, progress.phase - 1)]
+        # the mixture of training does not decide it, its length and the phase's thetas do
         decided_by = [(p.max_tokens_per_document, p.model) for p in (now, before)]
         return progress.step == 0 or decided_by[0] != decided_by[1]
 
     def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
         """A checkpoint; a milestone, and one that is waited for, is committed on return."""
+        # a checkpoint on the way shows that the run got on after going back; one to stop does not
         if not wait:
             self.recovery.monitor.went_back = False
         self.checkpointing.save(milestone, wait=wait)
@@ -462,4 +486,5 @@ def _left_out(counts: Mapping[str, int]) -> StepResult:
 
 def _crossed(before: Progress, after: Progress, every_tokens: int) -> bool:
     """Whether a multiple of `every_tokens` lies between."""
+    # a step may pass several multiples at once: they count as one
     return before.tokens // every_tokens != after.tokens // every_tokens

@@ -38,6 +38,7 @@ def document_lengths(batch: TokenBatch) -> np.ndarray:
 
     cu_seqlens 0 5 8 10 10     tokens 8     ->     5 3
     """
+    # behind `tokens` come the end of the padding, T, and repeats of T
     ends = batch.cu_seqlens_S1.numpy().astype(np.int64)
     return np.diff(ends[ends <= batch.tokens])
 
@@ -58,7 +59,8 @@ class Clock:
     now was starting. From here on a clock that nobody sets.
     """
 
-    KINDS = ("starting", "training", "waiting", "evaluating", "saving")  # waiting: for data
+    # waiting: for data
+    KINDS = ("starting", "training", "waiting", "evaluating", "saving")
 
     def __init__(self, *, began: float) -> None:
         self.began, self._kind, self._since = began, "starting", time.perf_counter()
@@ -82,6 +84,7 @@ class Clock:
 
     def seconds(self) -> dict[str, float]:
         """So far, by kind."""
+        # to the same kind: books what has passed since the last turn
         self.turn_to(self._kind)
         return dict(self._seconds)
 
@@ -98,6 +101,7 @@ class SpeedMeter:
 
     def step(self, tokens: int, flops: float) -> None:
         """A step with this many tokens and model FLOP, over all ranks, ended now."""
+        # these two kinds are steps: saves and evaluations between them do not slow the rate
         before, self._before = self._before, self._clock.seconds()
         training, waiting = (self._before[kind] - before[kind] for kind in ("training", "waiting"))
         self._steps.append((training + waiting, waiting, tokens, flops))
@@ -127,5 +131,6 @@ class SpeedMeter:
         return tokens / speed if speed else 0.0
 
     def _per_second(self, column: int) -> float:
+        # sums over sums: a long step counts for as long as it took
         seconds = sum(s[0] for s in self._steps)
         return sum(s[column] for s in self._steps) / seconds if seconds else 0.0

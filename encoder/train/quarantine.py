@@ -76,6 +76,7 @@ class Quarantine:
     def add(self, lost: LostShard, source: Source) -> None:
         """Raises ShardError where too much of the source is lost."""
         of_source = [x for x in self.lost if x.source == lost.source] + [lost]
+        # one shard may always go, however large its share: a second one is held to the limit
         share = sum(x.tokens for x in of_source) / source.card.tokens
         if len(of_source) > 1 and share > MAX_LOST_SHARE:
             raise ShardError(
@@ -124,6 +125,7 @@ class QuarantiningLoader:
             data: StepData | None = None
             error: UserError | OSError | None = None
             try:
+                # the list has grown: the loader opens anew here, and the step is made again
                 if (
                     left_out := self._quarantine.left_out(self._step, self._names)
                 ) != self._left_out:
@@ -135,10 +137,12 @@ class QuarantiningLoader:
                 data = self._loader.next_step()
             except (UserError, OSError) as problem:
                 error = problem
+            # with `stops` no rank asks the others: an error is raised where it was met
             if self._stops or not self._all_leave_out(error):
                 if error is not None:
                     raise error
                 assert data is not None, "there is a step or an error"
+                # moves only with a step: a repeated try is of the same rows
                 self._position = data.end
                 self._step += 1
                 return data
@@ -160,10 +164,15 @@ class QuarantiningLoader:
             mine = FINE
         elif isinstance(error, DamagedShard):
             mine = DAMAGED
+            # 600 bytes: the texts travel in a table of fixed width
             reason = str(error).encode()[:600].decode(errors="ignore")
             said = json.dumps([error.source, error.shard, reason], ensure_ascii=False)
+
+        # FINE < DAMAGED < OTHER: one rank with any other error, and nothing is left out
         if int(max_over_ranks(torch.tensor([mine]))[0]) != DAMAGED:
             return False
+
+        # several ranks may have met the same shard; sorted, so that all lists are equal
         found = {
             (source, shard): reason
             for source, shard, reason in map(json.loads, filter(None, texts_of_all_ranks(said)))
@@ -187,6 +196,7 @@ class QuarantiningLoader:
 
     def _check_some_is_left(self, lost: LostShard) -> None:
         """Raises ShardError, the same on all ranks, where the mixture would have no document without this shard, too."""
+        # (number of the source, shard) of all that would be lost, this one included
         gone = {
             *self._quarantine.left_out(self._step, self._names),
             (self._names.index(lost.source), lost.shard),

@@ -52,6 +52,7 @@ class Recorder:
         self.tracker: Tracker | None = None
 
         run, world = session.run, session.world
+        # the peak is that of bf16: a share of it says nothing of a run in fp32 or fp64
         peak = bf16_peak(session.device) if run.engine.precision in ("bf16", "autocast") else None
         self.speed = SpeedMeter(session.clock, peak=peak and peak * world.size)
         if world.first:
@@ -75,6 +76,7 @@ class Recorder:
             run_name=run.name,
             settings=to_plain(run),
         )
+        # where the weights came from, for the report and the card of an export
         origin: dict[str, Any] = {}
         if run.init_from:
             origin |= {"init_from": run.init_from, "init_sha256": started.init_sha256}
@@ -116,6 +118,8 @@ class Recorder:
         monitor: how many bad steps there were in a row
         """
         progress, phase = self._session.progress, self._session.phase
+
+        # a step that is left out, or that asks nothing, takes no time worth a rate
         computed = agreed.predicts and not monitor.is_left_out(progress.step)
         if computed:
             self.speed.step(data.tokens, agreed.flops)
@@ -177,6 +181,8 @@ class Recorder:
 
     def _show(self, data: StepData, result: StepResult, *, lr: float, memory: int) -> None:
         progress, speed = self._session.progress, self.speed
+
+        # of this phase and those to come; a phase's last step may pass its end
         left = max(
             0,
             sum(p.tokens for p in self._session.run.phases[progress.phase :])
@@ -218,6 +224,7 @@ class Recorder:
 
     def epochs(self, loader: QuarantiningLoader, data: StepData) -> None:
         """The sources of which an epoch began in a step."""
+        # an epoch begins with a window: within one nothing is looked up
         windows_before = [window for window, _ in data.start.lanes]
         windows_after = [window for window, _ in data.end.lanes]
         if self.tracker is None or windows_before == windows_after:
@@ -232,6 +239,8 @@ class Recorder:
     def held_out(self, numbers: dict[str, float], sources: list[str]) -> None:
         """The held-out loss and accuracy, said and written."""
         session, progress = self._session, self._session.progress
+
+        # a source without a masked token has a nan; with one source it is the number of the whole
         whole = numbers["held_out_accuracy"]
         silent = [
             name for name in sources if math.isnan(numbers.get(f"held_out_accuracy_{name}", whole))
@@ -250,6 +259,7 @@ class Recorder:
             for name in shown
             if f"held_out_loss_{name}" in numbers
         ]
+        # after enter_next_phase: the phase before ended at this step, and has its own line
         begins = progress.step and not progress.phase_step
         as_of = f" as phase {session.phase.name} asks" if begins else ""
         say(

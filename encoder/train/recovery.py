@@ -62,7 +62,9 @@ class Recovery:
         found = self._checkpoint_to_go_back_to(result)
 
         weights, _ = load_verified(found, session.run, session.engine, session.device)
+        # load_verified has set those of the checkpoint's phase, which may be an earlier one
         session.engine.module.set_phase_(session.run.phases[p.phase].model)
+        # each lane goes on at its next window; one at a window's start (row 0) stays there
         lanes = tuple((window + (row > 0), 0) for window, row in p.lanes)
         link = chain_back(p.ledger_hash, step=step, weights_of_step=weights.step, lanes=lanes)
         session.progress = dataclasses.replace(p, lanes=lanes, ledger_hash=link)
@@ -71,6 +73,7 @@ class Recovery:
 
     def _checkpoint_to_go_back_to(self, result: StepResult) -> Path:
         session, step = self._session, self._session.progress.step
+        # `taken`: the step whose weights the first start took here; is_good finds no other then
         again, taken = self.monitor.went_back, self._taken_after.get(step)
         found = (
             None if again else newest_checkpoint(session.folder / CHECKPOINTS, fits=self.is_good)
@@ -101,6 +104,7 @@ class Recovery:
         except CheckpointError:
             return False
         step = self._session.progress.step
+        # the next going-back that the ledger has from here on: its checkpoint alone will do
         taken = next(
             (taken for back, taken in sorted(self._taken_after.items()) if back >= step), None
         )
@@ -114,6 +118,7 @@ def _from_first_rank(
 ) -> list[tuple[int, str, int]]:
     """The ledger's steps that will be done again, on all ranks."""
     words = [OK, NOT_FINITE, SPIKE]
+    # rank zero alone has the ledger; the others add zeros, so that a sum is a broadcast
     count = int(sum_over_ranks(torch.tensor([len(recorded)], device=device)))
     table = torch.zeros(count, 3, dtype=torch.int64, device=device)
     for row, (step, fault, weights_of_step) in enumerate(recorded):

@@ -77,6 +77,8 @@ def start_run(
     folder = Path(run.out)
     entropy: float | None = None
     lock: RunLock | None = None
+
+    # rank zero alone looks at files; sizes do not count where damaged shards are left out
     with all_ranks_agree(world):
         sources = [
             source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))
@@ -85,12 +87,17 @@ def start_run(
             for source in sources:
                 source.check_files(sizes=run.loader.on_bad_shard == "stop")
             entropy = build.held_out_entropy(run, facts)
+
+    # a parent is looked for once: a run that has a checkpoint goes on from that
     fresh = not committed_folders(folder / CHECKPOINTS)
     parent = find_parent(run, world, facts=facts) if run.branch_from and fresh else None
+
+    # one start at a time; the other ranks wait here for rank zero's lock
     with all_ranks_agree(world):
         if world.first:
             folder.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder))
+
     models = build.make_objective_models(run, asked, device)
     objective = build.make_objective(run, facts, run.phases[0], models=models)
     engine = start_engine(
@@ -103,6 +110,9 @@ def start_run(
     )
     if build.compiles(run, device):
         engine.module.compile_blocks_()
+
+    # the first that is there: its own checkpoint, the parent's of a branch, init_from's weights;
+    # else the weights stay those of the seed
     progress = Progress()
     extra: dict[str, Any] = {}
     found = newest_checkpoint(folder / CHECKPOINTS)
@@ -113,6 +123,8 @@ def start_run(
         progress, extra = load_verified(found, run, engine, device)
     elif parent:
         load_verified(parent.checkpoint, parent.run, engine, device)
+        # weights and optimizer state are the parent's, and its ledger's chain goes on;
+        # step and tokens begin at zero
         progress, extra = (
             Progress(ledger_hash=parent.progress.ledger_hash),
             {"parent": parent.record},
@@ -121,9 +133,9 @@ def start_run(
         assert initial, f"{folder} had a checkpoint a moment ago"
         engine.set_masters(lambda name, _shape: initial.weights[name])
         initial.weights.clear()  # 1.6 GB of the large model, on every rank
-    incarnation = claim_incarnation(
-        folder, world
-    )  # from here on an older start of this run cannot save any more
+    # from here on an older start of this run cannot save any more
+    incarnation = claim_incarnation(folder, world)
+
     _say_header(run, world, device, engine, progress, found, mistakes)
     for line in initial.lines if initial else (f"branched off {parent.text}",) if parent else ():
         say(line)
@@ -221,12 +233,16 @@ def load_verified(
 ) -> tuple[Progress, dict[str, Any]]:
     """A checkpoint of `run` into the engine; seen to give the loss it gave when it was saved."""
     progress, extra = load_checkpoint(found, engine)
+    # under the thetas that the loss was recorded with
     engine.module.set_phase_(run.phases[phase_of_weights(progress)].model)
+
+    # both losses carry the rounding of their precision, so the wider tolerance holds
     loss, recorded = fingerprint(run, engine, device), extra["fingerprint_loss"]
     tolerance = max(
         FINGERPRINT_TOLERANCE[word]
         for word in (engine.config.precision, extra["fingerprint_precision"])
     )
+    # `not <=`: a loss that is nan fails as well
     if not abs(loss - recorded) <= tolerance * abs(recorded):
         raise CheckpointError(
             f"{found}: the loss of the fixed batch is {loss:.8f}, {recorded:.8f} was recorded at"

@@ -36,6 +36,7 @@ class Tracker:
         run_name: str,
         settings: dict[str, Any],
     ) -> None:
+        # or this start's first line would be glued to half a line of the one before
         drop_torn_tail(folder / METRICS)
         drop_torn_tail(folder / EVENTS)
         self._metrics = open_to_append(folder / METRICS)
@@ -105,6 +106,7 @@ def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
     # the same run folder goes on in the same wandb run; another folder of the same name does not
     identity = hashlib.blake2b(os.fsencode(os.path.realpath(folder)), digest_size=6).hexdigest()
+
     told: dict[str, Any] = dict(
         project=project,
         name=name,
@@ -113,9 +115,12 @@ def _start_wandb(folder: Path, project: str, name: str, settings: dict[str, Any]
         resume="allow",
         id=f"{re.sub('[^a-zA-Z0-9_.-]+', '-', name)[:100]}-{identity}",
     )
+
+    # as asked; where wandb does not answer, offline; where that fails too, not at all
     try:
         return wandb.init(mode=mode, **told)
-    except (wandb.errors.Error, OSError) as error:  # no run ends for want of its curves elsewhere
+    except (wandb.errors.Error, OSError) as error:
+        # no run ends for want of its curves elsewhere
         warn_once(
             f"wandb does not answer ({' '.join(str(error).split())[:200]}); it is written to"
             f" {folder / 'wandb'}, and goes up with: wandb sync"
