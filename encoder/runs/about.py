@@ -48,6 +48,7 @@ def data_facts(run: RunConfig) -> list[dict[str, Any]]:
                 continue
             share = source.weight / sum(s.weight for s in mixture)
             name = source.name or card.source
+            # one entry a name: what several phases train on adds up
             entry = found.setdefault(
                 name,
                 {"name": name, "documents": card.documents, "tokens": card.tokens, "trained": 0.0},
@@ -80,6 +81,7 @@ def versions() -> dict[str, str]:
 
 def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     """Model, data, precision, machine and versions of a run folder, a line each."""
+    # the last start that has an `about`: not every one wrote it
     events = read_jsonl(folder / EVENTS)
     starts = [e for e in events if e.get("event") in ("start", "resume")]
     told = [e for e in starts if isinstance(e.get("about"), dict)]
@@ -108,6 +110,7 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
         lines["precision"] = (
             f"{last.get('precision', run.engine.precision)}, ZeRO stage {last.get('zero_stage', 0)}"
         )
+        # each number once, in the order of the starts
         ranks = list(dict.fromkeys(str(e.get("ranks")) for e in starts if "ranks" in e))
         lines["ranks"] = " then ".join(ranks) + (
             f", on {about['device']}" if "device" in about else ""

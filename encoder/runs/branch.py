@@ -78,6 +78,7 @@ def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None)
         raise CheckpointError(
             f"branch_from {path} holds no checkpoint yet; needed: a run that has saved one."
         )
+    # newest_checkpoint has looked for damage; of a named one rank zero does it here
     with all_ranks_agree(world):
         if is_checkpoint and world.first and (problem := damage(checkpoint)):
             raise CheckpointError(f"{problem} Branch off another checkpoint.")
@@ -93,6 +94,8 @@ def _fitting(checkpoint: Path, run: RunConfig, facts: DataFacts | None) -> Paren
             f" optimizer is {run.optimizer.rule}. Use the same, or take the weights alone:"
             " init_from."
         )
+
+    # of the parent, its parent, and so on
     seeds = (parent.seed, *(extra.get("parent") or {}).get("seeds", ()))
     if run.seed in seeds:
         raise ConfigError(
@@ -100,6 +103,7 @@ def _fitting(checkpoint: Path, run: RunConfig, facts: DataFacts | None) -> Paren
             " documents in the order, and mask them, as its phase of the same number did. Use"
             f" another, for example {max(seeds) + 1}."
         )
+
     if facts and (tokenizer := checkpoint.parent.parent / TOKENIZER).is_file():
         edits_of(tokenizer, facts.tokenizer_json, None)
     return Parent(checkpoint=checkpoint, run=parent, progress=progress, seeds=seeds)

@@ -99,6 +99,7 @@ def _warmups_too_long(run: RunConfig) -> Iterator[str]:
     for number, phase in enumerate(run.phases):
         warmup = phase.batch_warmup
         if warmup and warmup.over_tokens > phase.tokens:
+            # tokens of a step at the end of the phase
             last = run.rows_at(phase, phase.tokens) * run.data.row_tokens
             yield (
                 f"phases.{number}.batch_warmup.over_tokens {warmup.over_tokens:,} is more than the"
@@ -108,6 +109,7 @@ def _warmups_too_long(run: RunConfig) -> Iterator[str]:
 
 
 def _text_in_both(run: RunConfig) -> Iterator[str]:
+    # by the hash of the index, which has those of the shards: the same text under any path
     training = {known.card.index_sha256: known for known in _training(run)}
     for held_out in _held_out(run):
         if both := training.get(held_out.card.index_sha256):
@@ -122,8 +124,10 @@ def _pairs_of_nothing(run: RunConfig) -> Iterator[str]:
     """Text of which no pair of sentences can be made."""
     if run.objective.pairs is None:
         return
+
     groups = [list(_known(where, sources)) for where, sources in _mixtures(run)]
     held_out = list(_held_out(run))
+    # said once: whoever prepares them again does so with all
     for known in [known for group in [*groups, held_out] for known in group]:
         if not known.card.sentences_sha256:
             yield (
@@ -159,6 +163,7 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
     ):
         yield "objective.mask_share has no effect: each phase has a mask_share of its own."
     yield from run.objective.without_effect(lambda name: _is_given(run, "objective", name))
+
     cached = [source for _, sources in _mixtures(run) for source in sources if source.cache]
     if cached and run.data.shuffle_shards > SHARDS_PER_GROUP:
         yield (
@@ -172,6 +177,7 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
                 f"phases.{number}.mask_share_end {share.end:g} has no effect: it is the share that"
                 " the phase begins with."
             )
+        # max_lr is the rate at which weight_decay is lost: of nothing, nothing is lost
         if phase.max_lr is not None and run.weight_decay_of(phase) == 0:
             yield (
                 f"phases.{number}.max_lr {phase.max_lr:g} has no effect: the phase's weight_decay"
@@ -195,6 +201,7 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
 
 
 def _of_intervals(run: RunConfig, steps: PlannedSteps) -> Iterator[str]:
+    # what was worked out here, and not written by a person, draws no hint
     total, derived = sum(phase.tokens for phase in run.phases), {d.key for d in run.derived}
     saves, checks = run.checkpoints.every_tokens, run.evaluation and run.evaluation.every_tokens
     if saves > total and "checkpoints.every_tokens" not in derived:
@@ -209,6 +216,8 @@ def _of_intervals(run: RunConfig, steps: PlannedSteps) -> Iterator[str]:
             f"checkpoints.keep_last {run.checkpoints.keep_last} has no effect: the run saves"
             f" {total // saves} times."
         )
+
+    # the last step stands for all
     step = steps[len(steps) - 1].tokens
     for key, every, what in (
         ("checkpoints", saves, "it saves"),
@@ -231,6 +240,7 @@ def _of_intervals(run: RunConfig, steps: PlannedSteps) -> Iterator[str]:
             f"tracking.print_every_steps {run.tracking.print_every_steps} is more than the run's"
             f" {len(steps):,} steps."
         )
+
     most = max(len(steps.indices(index)) for index in range(len(run.phases)))
     if run.faults.spike and run.faults.spike.over_steps >= most:
         yield (
@@ -259,11 +269,13 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
                 " batch."
             )
             continue
+        # not every schedule has them
         warmup, decay = (
             getattr(phase.lr, "warmup_tokens", 0),
             getattr(phase.lr, "decay_tokens", 0) or 0,
         )
         left_out = {d.key for d in run.derived}
+        # a rate is taken at the middle of its step
         if 0 < warmup <= first.tokens // 2 and f"phases.{number}.lr.warmup_tokens" not in left_out:
             yield (
                 f"phases.{number}.lr.warmup_tokens {warmup:,} has no effect: half of the first"
@@ -281,6 +293,7 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
             )
         if phase.batch_warmup and phase.batch_warmup.over_tokens <= first.tokens:
             yield f"phases.{number}.batch_warmup is over after one step of {first.tokens:,} tokens."
+
     most = max(stretch.rows for stretch in steps.stretches)
     share = math.ceil(most / ranks)
     if run.loader.micro_batch_rows > share:
@@ -330,12 +343,14 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
     ]:
         seen: dict[str, _Known] = {}
         for known in _known(where, sources):
+            # the first source of this text, which may be this one
             other = seen.setdefault(known.card.index_sha256, known)
             if other is not known:
                 yield (
                     f"{known.where} ({known.name}) is the same text as {other.where}"
                     f" ({other.name}): it counts twice."
                 )
+
     rows = run.evaluation.rows if run.evaluation else 0
     for known in _held_out(run):
         asked = rows * run.data.row_tokens
@@ -344,10 +359,12 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
                 f"evaluation.rows {rows} asks for {asked:,} tokens of {known.name},"
                 f" which has {known.card.tokens:,}: all of it is used."
             )
+
     for where, sources in _mixtures(run):
         all_known = [*_known(where, sources)]
         if len(all_known) < len(sources) or not all(k.card.tokens for k in all_known):
             continue
+        # documents of each source in a window: more than it has, and it comes several times
         shares = documents_per_window(
             [k.card for k in all_known], [s.weight for s in sources], run.data.window_documents
         )
@@ -357,6 +374,7 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
             if share > k.card.documents
         ]
         if small and "data.window_documents" not in {d.key for d in run.derived}:
+            # the worst of them
             one, share = max(small, key=lambda pair: pair[1] / pair[0].card.documents)
             yield (
                 f"data.window_documents {run.data.window_documents:,} is more than there is: a"
@@ -379,10 +397,13 @@ def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterato
             f" {len(lengths):,} that were looked at has {longest:,}: none is cut, and no position"
             " beyond is trained."
         )
+
+    # cut in two halves for 5 % too much, or for two tokens
     above = (lengths > limit) & (lengths <= max(limit + 2, JUST_ABOVE * limit))
     share = float(above.mean())
     if share >= MANY_JUST_ABOVE:
         whole = int(lengths[above].max())
+        # the same packed again with documents whole, to say what it would gain
         room = max(run.data.row_tokens, whole)
         other = fill_rows(run, phase, max_tokens=whole, row_tokens=room)
         rows = f" and data.row_tokens {room:,}" if room != run.data.row_tokens else ""
@@ -412,6 +433,7 @@ def _of_questions(
     if run.objective.asks_every_document:
         return
     share = run.mask_share_of(phase)
+    # where the phase masks least
     lowest = min(share.start, share.end if share.end is not None else share.start)
     if filling is None:
         tokens_R, pieces_R = np.array([run.data.row_tokens]), np.array([1])
@@ -421,6 +443,7 @@ def _of_questions(
     units_R = np.maximum(0, tokens_R - 2 * pieces_R) / (
         _word_tokens(run, phase) if run.objective.needs_word_edges else 1.0
     )
+    # a row has no masked token with probability (1 - rate)^units, a step of R rows with silent^R
     silent = float(np.mean((1.0 - lowest) ** units_R))
     own = [s for s in steps.stretches if s.phase == index]
     expected = sum(s.steps * silent**s.rows for s in own)
@@ -447,6 +470,7 @@ def _word_tokens(run: RunConfig, phase: PhaseConfig) -> float:
             words = tokens = 0
             for document in range(min(DOCUMENTS_READ, opened.documents)):
                 ids = opened.read(document).astype(np.int64)
+                # words are numbered from 0 in each document
                 words, tokens = words + int(edges.words(ids)[-1]) + 1, tokens + len(ids)
             return tokens / words
     return WORD_TOKENS
@@ -457,6 +481,7 @@ def _word_tokens(run: RunConfig, phase: PhaseConfig) -> float:
 
 def _mixtures(run: RunConfig) -> Iterator[tuple[str, tuple[SourceConfig, ...]]]:
     """The mixtures that a phase trains on, and the setting of each."""
+    # data.sources is trained on where some phase has no sources of its own
     if any(not phase.sources for phase in run.phases):
         yield "data.sources", run.data.sources
     yield from (

@@ -387,6 +387,7 @@ class RunConfig:
 
     def _fill_in_phase_models(self) -> None:
         may_change = self.model.PHASE_SETTINGS
+        # in the end every phase has all of these settings: nobody else looks at the model's
         own = {name: getattr(self.model, name) for name in may_change}
         whole = []
         for number, phase in enumerate(self.phases):
@@ -396,6 +397,7 @@ class RunConfig:
                         f"phases.{number}.model.{name} is nothing that a phase may change of this"
                         f" model. {nearest(name, list(may_change))}"
                     )
+            # for its checks alone
             try:
                 dataclasses.replace(self.model, **phase.model)
             except ConfigError as error:
@@ -403,6 +405,7 @@ class RunConfig:
                     f"phases.{number}.model of phase {phase.name}: {error}"
                 ) from error
             whole.append(dataclasses.replace(phase, model={**own, **phase.model}))
+        # the class is frozen
         object.__setattr__(self, "phases", tuple(whole))
 
     def _check_objective(self) -> None:
@@ -420,12 +423,15 @@ class RunConfig:
                     f"model.{name} is {json.dumps(found)}; this objective needs {needed}. Set"
                     f" model.{name}: {needed}."
                 )
+
+        # a head that no loss reaches would be saved as it was drawn
         for name in self.model.growth().heads:
             if getattr(self.model, name) and not self.objective.model_needs.get(name):
                 raise ConfigError(
                     f"model.{name} is true, and this objective has no loss for it: nothing would"
                     f" train it. Set model.{name}: false, or use an objective that needs it."
                 )
+
         for phase in self.phases if self.objective.pairs else ():
             if phase.max_tokens_per_document < LEAST_PAIR_TOKENS:
                 raise ConfigError(
@@ -438,6 +444,7 @@ class RunConfig:
         for source in self.all_sources():
             if not source.cache:
                 continue
+            # one cache for one folder: files of two would have the same names
             other = cached.setdefault(source.cache, source)
             if (other.path.rstrip("/"), other.cache_bytes) != (
                 source.path.rstrip("/"),
@@ -463,6 +470,7 @@ class RunConfig:
         return lanes * rows_at(
             phase_tokens,
             batch_tokens=phase.batch_tokens,
+            # a row of each lane together count as one
             row_tokens=lanes * self.data.row_tokens,
             warmup=phase.batch_warmup,
         )
@@ -563,6 +571,7 @@ def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
     for key in ("init_from", "branch_from"):
         identity[key] = _A_MODEL if plain.get(key) else None
     identity["objective"] = _without_models(identity["objective"])
+    # of the engine only clipping decides the curve: stage and precision may change on the way
     identity["engine"] = {"gradient_clipping": (plain.get("engine") or {}).get("gradient_clipping")}
     return identity
 
@@ -604,6 +613,7 @@ def _with_old_meanings(plain: dict[str, Any]) -> dict[str, Any]:
     for dotted, meaning in OLD_MEANINGS.items():
         section, _, key = dotted.partition(".")
         if isinstance(plain.get(section), dict):
+            # what the file says stands last, and wins
             plain[section] = {key: meaning, **plain[section]}
     return plain
 
@@ -619,6 +629,7 @@ def changed_settings(before: dict[str, Any], run: RunConfig) -> list[tuple[str, 
     return [
         (key, old, new)
         for key, old, new in changed
+        # a name against none: the cards decide, which are compared elsewhere
         if not (".sources." in f".{key}" and key.endswith(".name") and (old is None or new is None))
         and (_stands_in(saved, key) or new != _default_at(run, key))
     ]
@@ -628,6 +639,7 @@ def _stands_in(plain: Any, dotted: str) -> bool:
     """Whether plain values have something at a dotted key."""
     for part in dotted.split("."):
         if isinstance(plain, list):
+            # an index of a list is a part of the key: phases.0.tokens
             plain = {str(number): item for number, item in enumerate(plain)}
         if not isinstance(plain, dict) or part not in plain:
             return False
@@ -653,12 +665,13 @@ def _default_at(run: RunConfig, dotted: str) -> Any:
     return default if default is dataclasses.MISSING else to_plain(default)
 
 
+# of a source: where it is, and how much of it is too much
 PLACES = (
     "path",
     "cache",
     "cache_bytes",
     "max_epochs",
-)  # of a source: where it is, and how much of it is too much
+)
 
 
 def _without_places(plain: Any) -> Any:

@@ -38,17 +38,21 @@ WINDOW_DOCUMENTS = 8192  # rows of 16,384 of real text are 99.7 % full
 LEAST_WINDOW_DOCUMENTS = 256  # smaller windows leave rows half empty
 ROWS_A_STEP = 8  # or more, so that ranks and micro-batches find rows to share
 VOCAB_MULTIPLE = 64  # of the embedding's rows: what matrix products like
+# of the run's first phase; ModernBERT's 3B are the most
 WARMUP_SHARE, MOST_WARMUP_TOKENS = (
     0.02,
     3_000_000_000,
-)  # of the run's first phase; ModernBERT's 3B are the most
+)
 DECAY_SHARE = 0.2  # of the run's last phase (arXiv 2405.18392: 10 to 20 %)
-TIMES, LEAST_STEPS = 20, 10  # a run saves and is judged about so often, but not after fewer steps
+# a run saves and is judged about so often, but not after fewer steps
+TIMES, LEAST_STEPS = 20, 10
 MOST_BETWEEN_TOKENS = 5_000_000_000
+# ModernBERT-base: 50B of 1.719T, from 768 of 4,608 sequences
 BATCH_WARMUP_SHARE, FIRST_BATCH_SHARE = (
     0.03,
     1 / 6,
-)  # ModernBERT-base: 50B of 1.719T, from 768 of 4,608 sequences
+)
+# no value at all: None is one that a setting may have
 UNKNOWN = object()
 
 
@@ -158,9 +162,11 @@ class _Filler:
         word = "branch_from" if m.get("branch_from") else "init_from"
         path = m.get(word)
         source = parent_seed = None
+
         if isinstance(path, str) and path:
             source = _facts_of(path)
             parent_seed = _seed_of(path) if source and word == "branch_from" else None
+
         if parent_seed is None:
             self.put(m, "seed", SEED, "the usual one")
         else:
@@ -170,6 +176,9 @@ class _Filler:
                 parent_seed + 1,
                 f"another one than branch_from's {parent_seed}, which would bring the same order",
             )
+
+        # a model that is left out is that of init_from or branch_from, with as many rows as the
+        # shards' tokens need and the heads that the objective needs
         rows, why_rows = self._vocabulary_of(source, word) if source else (0, "")
         # on a resume the source may be gone
         whole: Any = UNKNOWN
@@ -179,6 +188,8 @@ class _Filler:
             whole |= self._heads_of(source)
             why += f", vocab_size {rows:,}: {why_rows}" * (rows != source.vocab_size)
         self.put(m, "model", whole, why)
+
+        # asked again for the error, which says why nothing could be read
         if "model" not in m and isinstance(path, str) and path:
             try:
                 model_facts(Path(path))
@@ -186,27 +197,34 @@ class _Filler:
                 raise ConfigError(
                     f"model is missing, and {word} does not tell it: {error}"
                 ) from error
+
         model = m.get("model")
+        # no mapping: the schema refuses it; the source's own: nothing is left open
         if not isinstance(model, dict) or model is whole:
             return
         model.setdefault("system", SYSTEM)
         if not isinstance(model["system"], str) or model["system"] not in SYSTEMS:
             return
+
+        # only rope has such settings as thetas: a learned table is in the weights
         family = SYSTEMS[model["system"]]
         if model.get("positions", "rope") == "rope":
             for name in family.PHASE_SETTINGS:
                 value = getattr(source, name, UNKNOWN) if source else UNKNOWN
                 self.put(model, f"model.{name}", value, f"the weights of {word} were trained at it")
+
         if source:
             self.put(model, "model.vocab_size", rows, why_rows)
             self.put(model, "model.initializer_range", source.initializer_range, f"that of {word}")
             for name, needed in self._heads_of(source).items():
                 if needed != getattr(source, name):
                     self.put(model, f"model.{name}", needed, "what the objective needs")
+            # where the source is as its family's defaults are, the schema fills in the same
             for key, value in to_plain(source).items():
                 if value != getattr(family, key, None):
                     self.put(model, f"model.{key}", value, f"that of {word}")
             return
+
         self._fill_model_needs(model)
         card = next((c for c in map(_card_at, _folders(m)) if c), None)
         if card:
@@ -223,6 +241,7 @@ class _Filler:
                 family.vocab_size,
                 "the family's own, until the shards are there",
             )
+
         rule = model.get("initialization", getattr(family, "initialization", "megatron"))
         width = model.get("hidden_size", family.hidden_size)
         if rule == "megatron" and isinstance(width, int) and not isinstance(width, bool) and 0 < width < 2**31:
@@ -267,6 +286,7 @@ class _Filler:
     def _fill_phases(self) -> None:
         m = self.mapping
         data = _mapping_at(m, "data")
+        # rows and positions limit how long a document may be
         amounts = (_amount(data.get("row_tokens")), _amount(_most_positions(m.get("model"))))
         limits = [a for a in amounts if a]
         phases = list(phases_of(m))
@@ -288,12 +308,15 @@ class _Filler:
                     else "as long as rows and positions allow"
                 ),
             )
+
             lr, tokens = phase.get("lr"), _amount(phase.get("tokens"))
             if not isinstance(lr, dict) or "schedule" in lr:
                 continue
             self.put(lr, f"{at}.lr.schedule", "wsd", "warm-up, flat, decay")
             if lr["schedule"] != "wsd" or tokens is None:
                 continue
+
+            # only the run's first phase warms up; a branch goes on with a warm optimizer
             if number == 0 and not m.get("branch_from"):
                 warmup = min(int(WARMUP_SHARE * tokens), MOST_WARMUP_TOKENS)
                 self.put(
@@ -302,6 +325,7 @@ class _Filler:
                     warmup,
                     f"{WARMUP_SHARE:.0%} of the phase, at most 3B",
                 )
+            # and only its last one decays
             if number == len(phases) - 1:
                 self.put(
                     lr,
@@ -316,6 +340,8 @@ class _Filler:
             return
         lanes = data.get("lanes", 1)
         lanes = lanes if isinstance(lanes, int) and lanes > 0 else 1
+
+        # every size that a batch may have: a row must divide all of them
         warmups = [p["batch_warmup"] for p in phases if isinstance(p.get("batch_warmup"), dict)]
         amounts = [_amount(p.get("batch_tokens")) for p in phases]
         amounts += [
@@ -328,15 +354,20 @@ class _Filler:
             (a for p in phases if (a := _amount(p.get("max_tokens_per_document")))),
             default=DOCUMENT_TOKENS,
         )
+
+        # of each lane: a step has as many rows of each
         step = math.gcd(*(a // lanes for a in amounts if a)) if any(amounts) else 0
         row = row_tokens_of(step, longest_tokens=longest)
         self.put(
             data, "data.row_tokens", row, f"divides every batch, holds documents of {longest:,}"
         )
+
+        # the run file's own row, where it has one
         row = _amount(data["row_tokens"]) or row
         window = window_documents_of(self.mapping, lanes=lanes)
         fewer = window if window < WINDOW_DOCUMENTS else UNKNOWN
         self.put(data, "data.window_documents", fewer, "a window goes through no source twice")
+
         for number, phase in enumerate(phases):
             warmup, batch, tokens = (
                 phase.get("batch_warmup"),
@@ -344,6 +375,7 @@ class _Filler:
                 _amount(phase.get("tokens")),
             )
             if isinstance(warmup, dict) and batch and tokens:
+                # whole rows of every lane
                 rows = max(1, int(FIRST_BATCH_SHARE * batch) // (row * lanes))
                 self.put(
                     warmup,
@@ -373,12 +405,15 @@ class _Filler:
         tokens, batches = (
             [_amount(p.get(key)) or 1 for p in phases_of(m)] for key in ("tokens", "batch_tokens")
         )
+
         every = min(
             max(sum(tokens) // TIMES, LEAST_STEPS * max(batches, default=1)), MOST_BETWEEN_TOKENS
         )
         why = f"a twentieth of the run, at least {LEAST_STEPS} steps, at most 5B"
+
         if isinstance(m.setdefault("checkpoints", {}), dict):
             self.put(m["checkpoints"], "checkpoints.every_tokens", every, why)
+
         if beside := _held_out_beside(m):
             if isinstance(m.get("evaluation"), dict):
                 self.put(
@@ -417,9 +452,11 @@ def window_documents_of(mapping: Mapping[str, Any], *, lanes: int) -> int:
         found = [_card_at(Path(place)) for place in places if isinstance(place, str)]
         cards = [card for card in found if card and card.tokens]
         weights = [s.get("weight", 1.0) for s in sources]
+        # without all of its cards the shares of a mixture are not known
         if not cards or len(cards) < len(sources):
             continue
         with contextlib.suppress(ConfigError, TypeError):
+            # documents of each source in a window of one: of n documents a window takes n * share
             shares = documents_per_window(cards, weights, 1)
             most = min(
                 most,
@@ -438,11 +475,13 @@ def row_tokens_of(step_tokens: int, *, longest_tokens: int) -> int:
     """
     if step_tokens < longest_tokens:
         return longest_tokens  # no row fits: the run file's check says so
+    # the capacities of k = 1, 2, ... rows a step; 2^20 tries end a search of absurd sizes
     divisors = [
         step_tokens // k
         for k in range(1, min(step_tokens // longest_tokens, 2**20) + 1)
         if step_tokens % k == 0
     ]
+    # at least 8 rows a step, and none longer than one forward of a GPU needs
     shared = [d for d in divisors if d <= min(MOST_ROW_TOKENS, step_tokens // ROWS_A_STEP)]
     return max(shared) if shared else min(divisors)
 
@@ -486,6 +525,7 @@ def _held_out_beside(mapping: Mapping[str, Any]) -> list[dict[str, str]]:
         beside = Path(path).parent / "held_out"
         if card := _card_at(beside):
             name = source.get("name")
+            # an empty held_out folder is none
             found += (
                 [{"path": str(beside), **({"name": name} if name else {})}]
                 if card.documents
@@ -519,6 +559,7 @@ def _started_settings(out: Any) -> dict[str, Any]:
         folder = Path(out) if isinstance(out, str) and out else None
         if folder and (folder / RUN_FILE).is_file():
             ledger = folder / LEDGER
+            # run.yaml alone is of a start that failed before its first step
             if (folder / CHECKPOINTS).is_dir() or ledger.is_file() and ledger.stat().st_size:
                 return todays_form(read_mapping(folder / RUN_FILE))
     return {}

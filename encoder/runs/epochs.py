@@ -36,12 +36,16 @@ def count_repeats(run: RunConfig) -> list[Repeats]:
             except ShardError:  # not prepared yet: a plan says so, a start refuses it
                 continue
             name = source.name or card.source
+
+            # with lanes: documents of the lane that has fewest, which is the one to repeat most
             if lanes > 1 and source.folder not in fewest:
                 samples = read_samples_per_shard(source.folder)
                 fewest[source.folder] = min(
                     int(samples[own].sum()) for own in shards_of_lanes(name, samples, lanes)
                 )
+            # mean documents of a lane over those of the smallest: 1.0 to 1.05
             unequal = card.documents / lanes / fewest[source.folder] if lanes > 1 else 1.0
+            # the source's share of the phase's tokens over its own tokens
             epochs = (
                 phase.tokens
                 * source.weight

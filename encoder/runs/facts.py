@@ -33,9 +33,8 @@ class DataFacts:
     specials: SpecialIds
     vocab_size: int  # the tokenizer's; the model's may be padded above it
     tokenizer_json: Path
-    card_sha256: dict[
-        str, str
-    ]  # by source name, held-out ones as NAME (held out); saved in checkpoints
+    # by source name, held-out ones as NAME (held out); saved in checkpoints
+    card_sha256: dict[str, str]
 
 
 def source_name(config: SourceConfig) -> str:
@@ -61,6 +60,7 @@ def check_data(run: RunConfig) -> DataFacts:
     groups = [(run.data.sources, "")] + [(p.sources, "") for p in run.phases if p.sources]
     if run.evaluation:
         groups.append((run.evaluation.sources, HELD_OUT))
+
     for sources, mark in groups:
         names = [source_name(s) for s in sources]
         twice = next((n for n in names if names.count(n) > 1), None)
@@ -73,6 +73,7 @@ def check_data(run: RunConfig) -> DataFacts:
             path = source.folder
             cards[name + mark] = read_card(path)
             digest = sha256_of(path / CARD)
+            # one name in several mixtures must mean one text
             if digests.setdefault(name + mark, digest) != digest:
                 raise ConfigError(
                     f"{paths[name + mark]} and {path} are both named {name}. Give one of them"

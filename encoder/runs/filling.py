@@ -14,7 +14,8 @@ from encoder.data.shard_format import Card, read_card, read_lengths
 from encoder.data.windows import documents_per_window, pieces_of
 from encoder.runs.config import PhaseConfig, RunConfig
 
-FILL = 0.998  # of rows of documents that are not there yet (99.7 to 99.9 % in windows of thousands of documents)
+# of rows of documents that are not there yet (99.7 to 99.9 % in windows of thousands)
+FILL = 0.998
 FILL_WINDOWS = 8  # packed to know how full rows get
 MOST_DOCUMENTS = 65_536  # of a window: larger ones are as full
 
@@ -78,12 +79,14 @@ def fill_rows(
         stored = [stored_lengths(s.folder) for s in sources]
     except ShardError:
         return None
+    # pairs are cut at sentences, which the shards do not tell yet
     if run.objective.pairs and not all(s.card.sentences_sha256 for s in stored):
         return None
     longest, capacity = (
         max_tokens or phase.max_tokens_per_document,
         row_tokens or run.data.row_tokens,
     )
+
     shares = documents_per_window(
         [s.card for s in stored],
         [s.weight for s in sources],
@@ -94,7 +97,9 @@ def fill_rows(
     pieces: list[np.ndarray] = []
     documents: list[np.ndarray] = []
     for number in range(FILL_WINDOWS * max(1, -(-1 // sum(shares)))):
+        # rounded by chance: the mean over windows is the share
         counts = [int(share + draw.random()) for share in shares]
+        # an empty window is left out; were the first 8 all empty, each source gives one document
         if not any(counts) and (tokens or number + 1 < FILL_WINDOWS):
             continue
         counts = counts if any(counts) else [1] * len(counts)
@@ -103,10 +108,12 @@ def fill_rows(
             draw.integers(0, len(s.lengths), count) if count else np.zeros(0, np.int64)
             for s, count in zip(stored, counts, strict=True)
         ]
+
         lengths = pieces_of(
             stored, drawn, max_tokens=longest, pairs=run.objective.pairs, chance=draw
         ).tokens_P
         packing = pack_best_fit(lengths, capacity)
+        # tokens of each row: the lengths of its pieces summed from one row's start to the next
         tokens.append(np.add.reduceat(lengths[packing.pieces_P], packing.row_starts_R1[:-1]))
         pieces.append(np.diff(packing.row_starts_R1))
         documents += [s.lengths[some] for s, some in zip(stored, drawn, strict=True)]

@@ -40,6 +40,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
+    # the last part follows the last line break: empty, or a torn line
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             lines.append(json.loads(line))
@@ -73,6 +74,7 @@ def merged_metrics(path: Path) -> list[dict[str, Any]]:
             raise LedgerError(
                 f"{path} line {number} has no step. Restore the file, or remove that line."
             )
+        # a step has several lines: of training, of evaluation, of a later start that did it again
         there = merged.setdefault((line["step"], line.get("phase", "")), {})
         # a bad step that is done again is not computed: its loss of the first time stays
         there.update({k: v for k, v in line.items() if v is not None or k not in there})

@@ -21,6 +21,7 @@ EDITED = "run.edited.yaml"
 
 def check_folder(folder: Path) -> None:
     """Raises ConfigError for a folder in which a run would write over, or among, what no run wrote."""
+    # a run's own folder is held against its settings elsewhere (same.py)
     if not folder.exists() or _holds_a_run(folder):
         return
     if not folder.is_dir():
@@ -46,6 +47,7 @@ def write_run_file(folder: Path, run: RunConfig) -> None:
     """Writes the resolved settings as RUN_FILE; a file there that was edited by hand is put aside."""
     path = folder / RUN_FILE
     text = to_yaml(run)
+    # what another start or version wrote may differ as well, and is written over
     found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else text
     if found != text and _is_edited(found):
         if (folder / EDITED).exists():

@@ -39,6 +39,7 @@ def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWe
         f"weights from {run.init_from}: {stored.origin}"
         + (f", SHA-256 {sha256[:16]}" if sha256 else "")
     ]
+    # settings that may differ with the same weights, such as thetas
     lines += [
         f"    {name} is {there} there, {here} in the run"
         for name, there, here in differing(stored.config, _at_start(run))
@@ -55,6 +56,7 @@ def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWe
             " not seen"
         )
     else:
+        # raises where an id is another token than the run says
         edits = edits_of(stored.tokenizer_json, facts.tokenizer_json, run.vocabulary)
         if run.vocabulary is not None:
             rows = NewRows(drawn=edits.drawn, means=edits.means)
@@ -102,6 +104,7 @@ def check_same_shape(there: ModelConfig, run: RunConfig, *, key: str, path: Path
     rules = run.model.growth()
     may_grow = rules.grows
     heads = rules.heads if key == "init_from" else ()
+    # what may grow is held equal here: growing is a command of its own
     judged = [name for name in (*may_grow, *must_be_equal(run.model)) if name not in heads]
     wrong = [d for d in differing(there, run.model) if d[0] in judged]
     if run.vocabulary and run.vocabulary.added != "refused":

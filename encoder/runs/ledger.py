@@ -36,7 +36,9 @@ def chain(
     fault: what was bad, or ""
     other_targets: of further loss terms, by name
     """
+    # an int64 as 16 hex digits of its two's complement, so that a negative hash has no sign
     link = f"{previous}|{step}|{tokens}|{masked_tokens}|{batch_hash & (2**64 - 1):016x}"
+    # a run of one loss term has nothing here
     for name, count in (other_targets or {}).items():
         link += f"|{name}={count}"
     if fault:
@@ -66,11 +68,14 @@ class Ledger:
         """
         self.path = folder / LEDGER
         self.repeated_steps = 0
+
         lines = read_jsonl(self.path)
         follow_chain(lines, self.path)
+        # number of the line -> its link; going back has a line with the number of its step, too
         here = {
             i: line["chain"] for i, line in enumerate(lines, 1) if line["step"] == resumed_at.step
-        }  # also of going back
+        }
+        # how many lines lead to where the run stands: what follows will be done again
         done = next((i for i, link in here.items() if link == resumed_at.ledger_hash), 0)
         if here and not done:
             raise LedgerError(
@@ -82,6 +87,8 @@ class Ledger:
             lines, done = self._start_again(folder, resumed_at), 1
         elif parent and not lines:
             lines, done = [{"parent": parent, "step": 0, "chain": resumed_at.ledger_hash}], 1
+
+        # a step and a going-back after it share a number, so the key has both
         self._witness = {(line["step"], "back" in line): line for line in lines[done:]}
         # a new file under the old name: a start of this run that still lives elsewhere writes on into the old one
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -128,9 +135,10 @@ class Ledger:
         }
         if other_targets:
             line["other_targets"] = dict(other_targets)
+        # next: (window, row) of each lane
         line |= {
             "tokens_seen": progress.tokens,
-            "next": [list(place) for place in progress.lanes],  # (window, row) of each lane
+            "next": [list(place) for place in progress.lanes],
             "batch": f"{batch_hash & (2**64 - 1):016x}",
         }
         if fault:
@@ -152,6 +160,7 @@ class Ledger:
 
     def _add(self, line: dict[str, Any]) -> None:
         witness = self._witness.pop((line["step"], "back" in line), None)
+        # done again: it must be the line that is there, and is not written a second time
         if witness is not None:
             if witness != line:
                 key = next(k for k in {**line, **witness} if witness.get(k) != line.get(k))
@@ -190,6 +199,7 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
 
     The first line is step 1, or the restart of a ledger that was lost, or the parent of a branch.
     """
+    # seen: tokens before the line; None where a restart does not tell them
     link, step = "", 0
     seen: int | None = 0
     for number, line in enumerate(lines, 1):
@@ -197,6 +207,7 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
             if number == 1 and (line.get("restart") or line.get("parent")):
                 link, step, seen = line["chain"], line["step"], None if line.get("restart") else 0
                 continue
+            # going back is no step of its own
             step += "back" not in line
             if "back" in line:
                 link = chain_back(

@@ -63,6 +63,7 @@ class RunLock:
         self.close()
 
     def _write(self) -> None:
+        # opened to append: a write goes to the end, which is the beginning now
         self._file.truncate(0)
         self._file.write(json.dumps(self._holder))
         self._file.flush()
@@ -79,6 +80,7 @@ def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
     lock = RunLock(
         folder,
         {
+            # job and restart: are two starts of one job; pids with their beginnings: who is gone
             "job": env.get("SLURM_JOB_ID"),
             "restart": int(env.get("SLURM_RESTART_COUNT") or "0"),
             "host": socket.gethostname(),
@@ -101,6 +103,8 @@ def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
             return lock
         except Busy as error:
             other = lock.other()
+
+            # an earlier start of this job, on a node that was cut off: it cannot save any more
             if (
                 env.get("SLURM_JOB_ID")
                 and other.get("job") == env["SLURM_JOB_ID"]
@@ -111,6 +115,7 @@ def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
                     " save no more"
                 )
                 return lock
+
             if not _is_leaving(other):
                 lock.close()
                 raise CheckpointError(
@@ -122,6 +127,7 @@ def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
                 f"waits for an earlier start of this run, process {other.get('pid')} on"
                 f" {other.get('host')}: it saves and leaves"
             )
+            # after 0, 10, 30, 70, ... seconds
             say_at = 2 * say_at + 10
         time.sleep(0.2)
 
@@ -129,8 +135,11 @@ def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
 def _is_leaving(other: dict[str, Any]) -> bool:
     if other.get("ending"):
         return True
+    # processes of another machine cannot be seen from here
     if other.get("host") != socket.gethostname() or "pid" not in other:
         return False
+
+    # one of them is gone: what is left ends by itself
     return not all(
         _is_there(pid, began)
         for pid, began in [[other["pid"], other["began"]], *other["launchers"]]
@@ -140,6 +149,7 @@ def _is_leaving(other: dict[str, Any]) -> bool:
 def _is_there(pid: int, began: float) -> bool:
     try:
         process = psutil.Process(pid)
+        # a process number is given anew in time; a number and its beginning are not
         return abs(process.create_time() - began) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

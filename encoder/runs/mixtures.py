@@ -49,6 +49,7 @@ def write_out_mixtures(mapping: dict[str, Any], *, run_file: Path) -> None:
     run_file: for messages, and for the folder that the mixtures' files are looked for in.
     """
     data = mapping.get("data")
+    # phases and evaluation name a mixture of the same file unless they say another
     of_data = data.get("mixture") if isinstance(data, dict) else None
     usual_file = of_data.get("file") if isinstance(of_data, dict) else None
 
@@ -93,6 +94,7 @@ def _read_mixture(choice: Any, *, key: str, run_file: Path) -> tuple[Mixture, st
     choice = from_mapping(MixtureChoice, choice, where=str(run_file), key=key)
     file = _find(choice.file, key=key, run_file=run_file)
     content = read_mapping(file)
+    # only what is read here is held against the schema: the rest is data preparation's
     needed = {name: content[name] for name in ("out", "mixtures") if name in content}
     preparation = from_mapping(_Preparation, needed, where=str(file))
 
@@ -121,6 +123,7 @@ def _find(file: str, *, key: str, run_file: Path) -> Path:
     found = next((place for place in places if os.path.exists(place)), None)
     if found is not None:
         return found
+    # names for "did you mean": the YAML files where it was looked for
     beside = {path.name for place in places for path in place.parent.glob("*.y*ml")} - {
         run_file.name
     }

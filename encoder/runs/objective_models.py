@@ -61,6 +61,7 @@ def _read(run: RunConfig, facts: DataFacts, *, name: str, place: str, hashed: bo
             f"    {place} has no tokenizer.json: that its ids mean the shards' tokens was not seen"
         )
     else:
+        # raises where an id is another token: nothing may differ here
         edits_of(stored.tokenizer_json, facts.tokenizer_json, None)
     return AskedModel(
         config=stored.config, weights=stored.weights, sha256=sha256, lines=tuple(lines)
@@ -141,6 +142,7 @@ def check_same_models(
     """
     for name, place in places_of(run).items():
         now, before = found[name].sha256, saved_sha256.get(name)
+        # rank zero alone has hashed them
         if now and before and now != before:
             raise CheckpointError(
                 f"objective.{name} {place} holds weights of SHA-256 {now[:16]}, this run was"

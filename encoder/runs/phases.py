@@ -92,6 +92,7 @@ class PlannedSteps(Sequence[PlannedStep]):
         index += len(self) if index < 0 else 0
         if not 0 <= index < len(self):
             raise IndexError(index)
+        # the last stretch that begins at or before the step
         number = bisect_right(self._firsts, index) - 1
         return self._step(self.stretches[number], index - self._firsts[number])
 
@@ -108,6 +109,8 @@ class PlannedSteps(Sequence[PlannedStep]):
         first, end = own[0].first_step - 1, own[-1].first_step - 1 + own[-1].steps
         if until_tokens is None:
             return range(first, end)
+
+        # phase_tokens rise with the number: the steps in question end where a bisection says
         return range(
             first,
             bisect_right(range(end), until_tokens, lo=first, key=lambda i: self[i].phase_tokens),
@@ -118,6 +121,7 @@ class PlannedSteps(Sequence[PlannedStep]):
         own, settings = self.indices(phase), self._run.phases[phase]
         highest = highest_at(settings.lr, phase_tokens=settings.tokens)
         top = self.indices(phase, until_tokens=highest)[-1]
+        # a step's rate is taken at its middle, so the highest is beside `top` or at an end
         return max(
             self[i].lr
             for i in {own[0], own[-1], *range(max(own[0], top - 1), min(own[-1], top + 1) + 1)}
@@ -145,8 +149,10 @@ def planned_steps(run: RunConfig, *, fills: Sequence[float] | None = None) -> Pl
         fill, seen = fills[index] if fills else 1.0, 0
         while seen < phase.tokens:
             rows, rise = run.rows_at(phase, seen), run.next_rise(phase, seen)
+            # as the loader counts them: without the padding of rows that are not full
             tokens = max(1, int(rows * run.data.row_tokens * fill))
             end = phase.tokens if rise is None else min(rise, phase.tokens)
+            # rounded up: the step that reaches the end is of this size, too
             steps = -(-(end - seen) // tokens)
             stretches.append(
                 Stretch(

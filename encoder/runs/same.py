@@ -54,6 +54,7 @@ def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
     changed = changed_settings(read_mapping(path), run)
     if not changed:
         return
+
     key, old, new = changed[0]
     more = ""
     if len(changed) > 1:
@@ -61,6 +62,7 @@ def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
         rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         more = f" (also {others}{rest})"
     found = f"{of} holds another run: {key} was {brief(old)}, now {brief(new)}{more}."
+    # only more training was asked for: the way to that is a branch
     if all(_is_extension(*change) for change in changed):
         raise CheckpointError(
             f"{found} The phases of a run that has begun stay as they are. To train on from it: a"
@@ -80,6 +82,7 @@ def _is_extension(key: str, old: Any, new: Any) -> bool:
         and parse_tokens(old) < parse_tokens(new)
     )
     return (
+        # a phase that was not there, more tokens, or a schedule that was worked out from them
         old is None
         and isinstance(new, dict)
         or longer
@@ -123,10 +126,10 @@ def check_same_content(
 
 
 def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str]) -> None:
-    saved = {
-        name: digest for name, digest in saved_sha256.items() if HELD_OUT not in name
-    }  # what is only looked at may change
+    # what is only looked at may change
+    saved = {name: digest for name, digest in saved_sha256.items() if HELD_OUT not in name}
     here = {name: digest for name, digest in facts.card_sha256.items() if HELD_OUT not in name}
+    # names in their order: the order of the sources decides which documents come
     if [*saved] != [*here]:
         number, old, new = next(
             (i, a, b) for i, (a, b) in enumerate(zip_longest(saved, here)) if a != b
@@ -147,6 +150,7 @@ def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str])
 
 def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
     """The model at `path` is the one that the run began with. One that is gone is not needed any more."""
+    # a name on the hub is no path: the same name as before needs no look
     if not path.exists() and (parse_hub_name(path) is None or str(path) == str(Path(before or ""))):
         return
     same_place = before is not None and os.path.realpath(path) == os.path.realpath(before)

@@ -18,6 +18,7 @@ def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any
     It may name a mixture, data.mixture.name=long, or a source that a mixture is written out to, data.sources.0.weight=3.
     """
     mapping = long_form(read_mapping(path))
+    # overrides of sources that a mixture stands for wait until it is written out
     keys = keys_written_out(mapping)
     into_written_out = tuple(f"{key}{end}" for key in keys for end in (".", "="))
     put_overrides(mapping, [o for o in overrides if not o.startswith(into_written_out)])
@@ -36,6 +37,7 @@ def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
     model: null, with init_from       ->    no model: it is that of init_from
     """
     mapping = copy.deepcopy(mapping)
+    # an explicit null, which means what leaving it out means
     if mapping.get("model", ...) is None and (mapping.get("init_from") or mapping.get("branch_from")):
         del mapping["model"]
     for key in ("data", "evaluation"):
@@ -50,6 +52,7 @@ def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
         if isinstance(holder, dict):
             _write_out_sources(holder)
     for phase in phases_of(mapping):
+        # true and false are ints to Python
         if isinstance(phase.get("lr"), (int, float, str)) and not isinstance(phase["lr"], bool):
             phase["lr"] = {"peak": phase["lr"]}
     return mapping

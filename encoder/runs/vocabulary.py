@@ -79,6 +79,7 @@ def edits_of(source: Path, shards: Path, config: VocabularyConfig | None) -> Edi
 
     Raises ModelError for any other difference, and for a renaming that is none.
     """
+    # id -> token in both
     there, here = (
         {i: token for token, i in read_tokenizer_json(path, error=ModelError).ids.items()}
         for path in (source, shards)
@@ -86,6 +87,7 @@ def edits_of(source: Path, shards: Path, config: VocabularyConfig | None) -> Edi
     renames = config.renamed if config else {}
     renamed: dict[int, str] = {}
     added: dict[int, str] = {}
+    # three kinds of differences: renamed, added, and those that are refused
     for number in sorted(there.keys() | here.keys()):
         old, new = there.get(number), here.get(number)
         if old == new:
@@ -96,6 +98,7 @@ def edits_of(source: Path, shards: Path, config: VocabularyConfig | None) -> Edi
             added[number] = new
         else:
             raise ModelError(_difference(number, old, new, source, shards))
+
     missing = {old: new for old, new in renames.items() if new not in renamed.values()}
     if missing:
         old, new = next(iter(missing.items()))
