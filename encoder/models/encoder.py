@@ -206,6 +206,7 @@ def _check_head_width(config: PackedSettings) -> None:
             )
     elif config.hidden_size % (even * config.num_attention_heads):
         width = even * config.num_attention_heads
+        # the nearest multiples of heads times 2 (or 1), at least one
         down = max(width, config.hidden_size // width * width)
         raise ConfigError(
             f"hidden_size {config.hidden_size} over {config.num_attention_heads} heads gives a head"
@@ -303,7 +304,8 @@ class PackedEncoder(nn.Module):
 
     def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
-        if name.endswith("sinusoids.scale"):  # as long as a drawn vector of deviation 1 / sqrt(C)
+        if name.endswith("sinusoids.scale"):
+            # as long as a drawn vector of deviation 1 / sqrt(C)
             return torch.full(tuple(shape), self.config.hidden_size**-0.5, device="cpu")
         values = initial_values(
             name,
@@ -321,6 +323,7 @@ class PackedEncoder(nn.Module):
     def hidden_matrices(self) -> dict[str, int]:
         """The matrices of the layers, by parameter: how many stand in it, one above another (query, key and value in Wqkv,
         both halves in a gated Wi)."""
+        # Muon orthogonalizes each matrix by itself, so it must know where one ends
         several = {"Wqkv": 3, "Wi": 1 + is_gated(self.config.mlp)}
         return {
             f"model.layers.{name}": several.get(name.split(".")[-2], 1)
@@ -357,6 +360,7 @@ class PackedEncoder(nn.Module):
         ).reason
 
     def _situation(self, device: torch.device) -> AttentionRequest:
+        # under autocast the kernels meet its dtype, whatever the weights are
         mixed = torch.is_autocast_enabled(device.type)
         return AttentionRequest(
             device=device,
@@ -384,6 +388,7 @@ class _Encoder(nn.Module):
         self.layers = nn.ModuleList(
             _block(config, layer) for layer in range(config.num_hidden_layers)
         )
+        # post: every layer ends in a norm already
         ends = config.norm_place == "pre" and config.final_norm
         self.final_norm = _norm(config) if ends else nn.Identity()
         self.recomputes = False
@@ -398,6 +403,8 @@ class _Encoder(nn.Module):
             tokens=len(batch.ids_T),
             window_radius_tokens=self.config.window_radius_tokens,
         )
+
+        # a table for each theta, of the positions within documents; one where both are equal
         ropes: dict[float | None, Tensor | None] = {None: None}
         global_theta = local_theta = None
         if self.config.positions == "rope":
@@ -406,7 +413,9 @@ class _Encoder(nn.Module):
                 theta: rope_table(batch.positions_T, theta=theta, head_width=self.config.head_width)
                 for theta in {global_theta, local_theta}
             }
+
         x_TC = self.embeddings(batch.ids_T, batch.positions_T, batch.segments_T, batch.token_key_T)
+        # without gradients there is no backward to compute anything again for
         run = recomputed if self.recomputes and torch.is_grad_enabled() else nn.Module.__call__
         for block in self.layers:
             x_TC = run(
@@ -420,6 +429,7 @@ class _Encoder(nn.Module):
 
 
 def _embedding(config: PackedSettings) -> TokenEmbedding:
+    # positions begin behind the offset, so that many rows are never looked up
     rows = config.max_position_embeddings + config.position_offset
     dropout = AddressedDropout(
         width=config.hidden_size, layer=0, p=config.embedding_dropout, place="embedding"
@@ -485,6 +495,7 @@ def _prediction_head(config: PackedSettings) -> nn.Module:
         width=config.hidden_size,
         bias=config.head_bias,
         norm=_norm(config),
+        # gelu_tanh is that of BERT's own code, whose head computes it so, too
         activation="gelu_tanh" if config.mlp == "gelu_tanh" else "gelu",
     )
 

@@ -120,10 +120,13 @@ class EncoderShape(Protocol):
 def parameter_counts(config: EncoderShape) -> ParameterCounts:
     """Counts from the shape alone."""
     c, width, layers = config, config.hidden_size, config.num_hidden_layers
+    # width of all heads together, which attention_head_width may make another than C
     inner = c.num_attention_heads * c.head_width
     norm = width * (1 + c.norm_bias)
     positions = c.max_position_embeddings + c.position_offset
+    # dense C x C with its bias, and a norm
     head = (c.head == "dense") * (width * width + c.head_bias * width + norm)
+    # pooler C x C + C, and two labels, 2 C + 2
     sentence = c.sentence_head * (width * width + width + 2 * width + 2)
     return ParameterCounts(
         # scaled sinusoids learn one number
@@ -167,16 +170,21 @@ def train_flops(
     decoded: positions that reach head and decoder
     sentences: texts that reach the pooler and the sentence head
     """
+    # global layers score all pairs of a document, local ones those of the window
     local = sum(config.is_local(i) for i in range(config.num_hidden_layers))
     pairs = (config.num_hidden_layers - local) * attended_pairs(
         lengths, None
     ) + local * attended_pairs(lengths, config.window_radius_tokens)
+
+    # 2 FLOP for each number of the matrices and each token
     layers = (
         2.0
         * config.num_hidden_layers
         * _matrix_numbers(config)
         * int(np.sum(lengths, dtype=np.int64))
     )
+
+    # of the positions that are asked: the dense layer C x C, and the decoder C x V
     width = config.hidden_size
     head = 2.0 * width * ((config.head == "dense") * width + config.vocab_size) * decoded
     head += 2.0 * width * (width + 2) * sentences

@@ -63,11 +63,13 @@ def grow(
     _check_settings(old, new)
     _check_sizes(old, new, settings)
     sources = layer_sources(old, new, layer_map=settings.layer_map)
+    # the new model as it is drawn: what finds no source below keeps these values
     grown = {
         name: w.detach().float()
         for name, w in build_model(new, seed=settings.seed).state_dict().items()
     }
     _check_names(weights, old)
+
     final_norm = new.growth().final_norm or ()
     fresh = []
     for name, own in grown.items():
@@ -117,6 +119,7 @@ def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
 
     Raises ModelError for two families.
     """
+    # one family has the same settings in the same order, so values can be zipped
     fields = [[f.name for f in dataclasses.fields(config)] for config in (old, new)]
     if fields[0] != fields[1]:
         raise ModelError(
@@ -195,9 +198,11 @@ def _grown(
     mode: Mode,
 ) -> Tensor:
     """One parameter: `source` of the old model spread over the shape of `own`, the new model's first values."""
+    # axis by axis; a value is inherited where it is on every axis
     out, inherited = source.float(), torch.ones((), dtype=torch.bool)
     for dim, axis in enumerate(axes):
         index = _places(axis.length(old), axis.length(new), blocks=axis.blocks(old), mode=mode)
+        # places from nowhere (-1) take any value here, and are the new model's own at the end
         out = out.index_select(dim, index.clamp(min=0))
         inherited = inherited & (index >= 0).view([-1 if d == dim else 1 for d in range(len(axes))])
     assert out.shape == own.shape, f"{list(out.shape)} grew where {list(own.shape)} is needed"
@@ -206,11 +211,13 @@ def _grown(
 
 def _places(old: int, new: int, *, blocks: int, mode: Mode) -> Tensor:
     """[blocks * new]: the place in the old axis that each place of the new one comes from; -1: from nowhere."""
+    # place[k] = (k - shift) mod old: the source in the middle (edge: in front), wrapped around
     k = torch.arange(new)
     shift = 0 if mode == "edge" else (new - old) // 2
     place = (k - shift) % old
     if mode == "centre":
         place[(k < shift) | (k >= shift + old)] = -1
+    # block b of the old axis begins at b * old
     return torch.cat([torch.where(place < 0, -1, place + block * old) for block in range(blocks)])
 
 
@@ -229,6 +236,7 @@ def _check_settings(old: ModelConfig, new: ModelConfig) -> None:
     if wrong:
         name, there, here = wrong
         hint = f" Set {name}: {there}"
+        # a size that follows from others, such as the head width: say which setting would keep it
         rules = old.growth()
         if name in rules.derived:
             for size, features in rules.uncut.items():
@@ -241,6 +249,7 @@ def _check_settings(old: ModelConfig, new: ModelConfig) -> None:
 
 def _blocks_hint(size: str, features: int, old: ModelConfig, new: ModelConfig) -> str:
     """How many blocks of the old number of features the new width has, or the nearest width that has whole ones."""
+    # whole blocks alone; where they do not fill the new width, the nearest width that they do
     blocks = max(getattr(old, size), round(new.hidden_size / features))
     hint = f", or {size}: {blocks}"
     if blocks * features != new.hidden_size:
@@ -264,6 +273,7 @@ def _check_sizes(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> 
         )
     for name, features in old.growth().uncut.items():
         there, here = sizes[name]
+        # the shift is half the difference: of an odd number of heads it would cut one in two
         if settings.mode != "edge" and (here - there) % 2:
             raise ModelError(
                 f"{name} {there} -> {here} in mode {settings.mode} shifts by {(here - there) / 2:g}"

@@ -43,6 +43,7 @@ def shrink(
     fresh: list[str] = []
     found: dict[str, Tensor] = {}
     for name, own in build_model(new, seed=seed).state_dict().items():
+        # student layer i -> teacher layer layers[i]; other names stay
         source = source_name(name, tuple(layers))
         if source not in weights:
             fresh.append(name)
@@ -55,6 +56,8 @@ def shrink(
             )
         taken.add(source)
         found[name] = weights[source].detach().float()
+
+    # told as left out: what lies outside layers or in one that was taken; other layers were to go
     kept = re.compile(r"\blayers\.(" + "|".join(map(str, layers)) + r")\.")
     others = (n for n in weights if n not in taken and ("layers." not in n or kept.search(n)))
     return Shrunk(weights=found, left_out=tuple(others), not_inherited=tuple(fresh))
@@ -90,6 +93,8 @@ def student_config(
             f"a {system_of(old)} has other settings than a {system}: its weights do not fit. Leave"
             " --system out."
         )
+
+    # a setting on whose default the families agree is the teacher's, another the student's own
     kept = {
         name: value for name, value in dataclasses.asdict(old).items() if own[name] == theirs[name]
     }

@@ -68,6 +68,7 @@ def read_stored(folder: Path) -> StoredModel:
         config = read_stored_config(folder)
         origin = read_json(folder / ORIGIN, root=dict, error=ConfigError)
         origin, max_tokens = origin["origin"], origin["max_tokens"]
+        # `type is int`: true is an int to isinstance
         if not isinstance(origin, str) or not (
             max_tokens is None or type(max_tokens) is int and 0 < max_tokens < 2**40
         ):
@@ -97,6 +98,7 @@ def read_stored_config(folder: Path) -> ModelConfig:
 
 def check_weights(weights: dict[str, Tensor], config: ModelConfig, *, of: str) -> None:
     """Names and shapes are those of the config's model. Raises ModelError with the first three that are not."""
+    # names and shapes alone: no weight is drawn
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in build_model(config, seed=0).state_dict().items()}
     lacking = sorted(wanted.keys() - weights.keys())
@@ -130,6 +132,7 @@ def parameter_names(config: ModelConfig) -> list[str]:
 def drawn_weights(config: ModelConfig, names: Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:
     """First values of some parameters of the config's model, which is not built for it: for heads that weights lack."""
     with torch.device("meta"):
+        # values follow from seed, name and shape: any parameter can be drawn alone
         model = build_model(config, seed=seed)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     return {name: model.initial_values(name, shapes[name]) for name in names}

@@ -50,6 +50,7 @@ def with_new_rows(
     for name, old in weights.items():
         axes = [axis.name for axis in axes_of(name, new.growth())]
         if VOCABULARY in axes:
+            # the whole parameter as a new model of this seed has it
             drawn = model.initial_values(name, shapes[name]).float()
             changed[name] = _filled(old, drawn, rows, axis=axes.index(VOCABULARY))
     return changed
@@ -57,11 +58,14 @@ def with_new_rows(
 
 def _filled(old: Tensor, drawn: Tensor, rows: NewRows, *, axis: int) -> Tensor:
     """A parameter with the vocabulary on one axis."""
+    # a view with the vocabulary first: rows of the embedding, elements of a bias
     old_V = old.movedim(axis, 0)
     new_V = drawn.movedim(axis, 0).clone()
+    # an added id may lie in the old padding: such a row is made anew
     kept = torch.ones(len(old_V), dtype=torch.bool)
     kept[[number for number in (*rows.drawn, *rows.means) if number < len(old_V)]] = False
     new_V[: len(old_V)][kept] = old_V[kept]
     for number, pieces in rows.means.items():
+        # pieces are ids of the old tokenizer, so their rows are the old ones
         new_V[number] = old_V[[*pieces]].mean(dim=0)
     return new_V.movedim(0, axis).contiguous()

@@ -206,6 +206,7 @@ DISTILBERT_LAYOUT = Layout(
 
 def model_type_of(config: BertConfig, specials: SpecialIds | None) -> str:
     """The class that a model becomes; before its tokenizer is known BERT, which has the same words."""
+    # in the order in which a class asks for more: BERT has all, the others lack something
     if config.sentence_head or specials is None:
         return BERT_LAYOUT.model_type
     if config.type_vocab_size and config.position_offset == specials.pad_id + 1:
@@ -249,8 +250,10 @@ def to_settings(layout: Layout, config: BertConfig, specials: SpecialIds) -> Set
             " setting, or keep the model as a weights folder."
         )
     said = {theirs: getattr(config, ours) for ours, theirs in layout.keys.items()}
+    # RoBERTa counts the table's rows, ours the longest document
     if layout is ROBERTA_LAYOUT:
         said["max_position_embeddings"] += config.position_offset
+    # transformers' table has a row at least: it becomes one of zeros (weights_to)
     if "type_vocab_size" in said:
         said["type_vocab_size"] = max(1, config.type_vocab_size)
     architecture = layout.architectures[1 if config.sentence_head else 0]
@@ -307,6 +310,7 @@ def from_settings(
             f"{where}: {layout.activation} is {activation!r}; needed:"
             f" {' or '.join(THEIR_ACTIVATIONS)}. Give a model with one of these."
         )
+
     said = {**layout.defaults, **values}
     found = {ours: said[theirs] for ours, theirs in layout.keys.items() if theirs in said}
     empty = next((name for name, value in found.items() if value is None), None)
@@ -317,10 +321,12 @@ def from_settings(
         )
     if layout is ROBERTA_LAYOUT:
         found |= _positions_of(said, where=where)
+    # theirs has one rate for embedding, attention and MLP; DistilBERT has none after attention
     dropout = found.get("mlp_output_dropout", layout.settings.mlp_output_dropout)
     found["embedding_dropout"] = dropout
     if layout is not DISTILBERT_LAYOUT:
         found["attention_output_dropout"] = dropout
+    # a folder of BertForMaskedLM may have a pooler: then the sentence head is the model's, too
     has_pooler = any(name.endswith("pooler.dense.weight") for name in names)
     sentences = layout is BERT_LAYOUT and (architectures[0] == "BertForPreTraining" or has_pooler)
     try:
@@ -357,10 +363,12 @@ def smaller(layout: Layout, values: Settings, config: BertConfig) -> tuple[Setti
     sizes: dict[str, Any] = {
         "num_attention_heads": heads,
         "hidden_size": heads * config.head_width,
+        # the pad id, position_offset - 1, stays an id of the vocabulary
         "vocab_size": min(config.vocab_size, max(256, config.position_offset + 1)),
         "intermediate_size": min(config.intermediate_size, 96),
         "num_hidden_layers": min(config.num_hidden_layers, 3),
     }
+    # special ids beyond the small vocabulary become its last one
     last = sizes["vocab_size"] - 1
     ids = {
         word: min(i, last)
@@ -380,6 +388,7 @@ def their_names(layout: Layout, name: str) -> tuple[str, ...]:
         return (f"{layout.heads[stem]}.{kind}",)
     if stem in layout.embeddings:
         return (f"{layout.body}.{layout.embeddings[stem]}.{kind}",)
+    # model.layers.3.attn.Wqkv -> layer 3, part attn.Wqkv
     _, _, layer, part = stem.split(".", 3)
     at = f"{layout.body}.{layout.layer}.{layer}"
     return tuple(f"{at}.{theirs}.{kind}" for theirs in layout.parts[part])
@@ -391,9 +400,11 @@ def weights_to(
     """Our weights by their names; values are cut and laid, never computed with."""
     found: dict[str, Tensor] = {}
     for name, w in weights.items():
+        # BERT and DistilBERT begin at row 0: rows before the offset were never looked up
         if name == POSITIONS and layout is not ROBERTA_LAYOUT:
             w = w[config.position_offset :]
         names = their_names(layout, name)
+        # rows of Wqkv are q, k, v: three names get a third each
         found.update(zip(names, (p.contiguous() for p in w.chunk(len(names))), strict=True))
     if not config.type_vocab_size and layout is not DISTILBERT_LAYOUT and TOKENS in weights:
         name = f"{layout.body}.embeddings.token_type_embeddings.weight"
@@ -414,15 +425,18 @@ def weights_from(
 
     Raises ModelError where the decoder is no copy of the embedding.
     """
+    # ..._ids are buffers of older versions, such as position_ids
     theirs = {name: w for name, w in _todays_names(layout, raw) if not name.endswith("_ids")}
     for copy, original in layout.tied.items():
         w = theirs.pop(copy, None)
+        # a copy without its original passes here: the check of names finds what is missing
         if w is not None and not torch.equal(w, theirs.get(original, w)):
             raise ModelError(
                 f"{of}: {copy} is not {original}; needed: a decoder that is the embedding. Our"
                 " BERT has no other."
             )
     found: dict[str, Tensor] = {}
+    # what is taken is popped, so that the rest is what has no place
     for name in ours:
         names = their_names(layout, name)
         if all(n in theirs for n in names):
@@ -435,9 +449,11 @@ def weights_from(
 
 
 def _todays_names(layout: Layout, raw: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    # a body alone (BertModel) has names without the class's prefix
     bare = not any(name.startswith(f"{layout.body}.") for name in raw)
     parts = ("embeddings.", f"{layout.layer}.", "pooler.")
     for name, w in raw.items():
+        # names that TensorFlow's checkpoints left behind
         new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         new = new.replace("LayerNorm.beta", "LayerNorm.bias")
         yield (f"{layout.body}.{new}" if bare and new.startswith(parts) else new), w
@@ -493,6 +509,7 @@ def _bridge(
         ),
         completed=lambda values, config: completed(layout, values, config),
         smaller=lambda values, config: smaller(layout, values, config),
+        # no window: two lengths stand for all
         edges=lambda config: (2, 40),
         hidden_states=_hidden_states(layout),
         logits=logits,

@@ -21,14 +21,12 @@ Weights = dict[str, Tensor]
 class Padding:
     """How transformers' model may be padded."""
 
-    left: bool = (
-        True  # its positions follow the attention mask, so the left side may be padded as well
-    )
+    # its positions follow the attention mask, so the left side may be padded as well
+    left: bool = True
     # tokens of this id are padding to it whatever the mask says; None: the mask alone decides
     pad_id: int | None = None
-    most_tokens: int | None = (
-        None  # of a batch's width, padding included; None: as many as you like
-    )
+    # of a batch's width, padding included; None: as many as you like
+    most_tokens: int | None = None
 
 
 BY_MASK = Padding()
@@ -52,19 +50,18 @@ class Bridge:
     title: str  # for people
     config_class: str  # in transformers
     without_word: str | None  # the setting that config.json cannot say
-    blocker: Callable[[Any], str | None]  # why a model cannot become such a folder; None: it can
+    # why a model cannot become such a folder; None: it can
+    blocker: Callable[[Any], str | None]
     to_settings: Callable[[Any, Any], Settings]  # (ours, special ids) -> config.json
     from_settings: Callable[..., ModelConfig]  # (config.json, where=, names=) -> ours
-    completed: Callable[
-        [Settings, Any], Settings
-    ]  # with the words that one version of transformers lacks
-    smaller: Callable[
-        [Settings, Any], tuple[Settings, ModelConfig]
-    ]  # the same kind of model, small enough to try
-    edges: Callable[[Any], tuple[int, ...]]  # document lengths at which its attention changes
-    hidden_states: Callable[
-        [Any, Tensor, Tensor], Tensor
-    ]  # (theirs, ids_BL, attention mask) -> x_BLC
+    # with the words that one version of transformers lacks
+    completed: Callable[[Settings, Any], Settings]
+    # the same kind of model, small enough to try
+    smaller: Callable[[Settings, Any], tuple[Settings, ModelConfig]]
+    # document lengths at which its attention changes
+    edges: Callable[[Any], tuple[int, ...]]
+    # (theirs, ids_BL, attention mask) -> x_BLC
+    hidden_states: Callable[[Any, Tensor, Tensor], Tensor]
     # (theirs, x_MC) -> logits_MV, and beside them those of the sentence head, where there is one
     logits: Callable[[Any, Tensor], Tensor]
     # the class of transformers that loads such a config.json
@@ -77,5 +74,6 @@ class Bridge:
     head_names: Callable[[Sequence[str]], tuple[str, ...]] = lambda names: ()
     # parts of theirs' names that a folder may hold beyond the model: left out, and said
     leaves: tuple[str, ...] = ()
-    tied: tuple[str, ...] = ("decoder.weight",)  # of theirs: copies that a file need not hold
+    # of theirs: copies that a file need not hold
+    tied: tuple[str, ...] = ("decoder.weight",)
     padding: Callable[[Settings], Padding] = lambda values: BY_MASK

@@ -71,6 +71,7 @@ def read_composer(
                 "or 160000)."
             )
     found = load_tensors(path, allowed=composer_types())
+    # None: the file has no configuration, as a bare state dict
     content = _within(found, "state", *HUGGING_FACE, "model", "config", "content", where=path)
     weights, tables = _our_names(_state_dict(found, path), path)
     shape = _shape_of(weights, path)
@@ -88,6 +89,7 @@ def read_composer(
                 global_rope_theta=global_rope_theta,
                 local_rope_theta=local_rope_theta,
             )
+            # rotary pairs of neighbours: rows are put in another order, the values stay
             if turns_neighbours(words, config):
                 weights = _half_split(weights, config)
             assumed = words.assumed
@@ -95,6 +97,7 @@ def read_composer(
         raise ModelError(
             f"{path}: {str(error).replace('set attention_head_width', 'give --heads')}"
         ) from error
+
     _check_angles(tables, config, path)
     weights = untie(weights, tied=config.tie_word_embeddings, of=str(path))
     check_weights(weights, config, of=str(path))
@@ -116,6 +119,7 @@ def _half_split(weights: dict[str, Tensor], config: ModernBertConfig) -> dict[st
     """Queries and keys of pairs (2j, 2j + 1) as our rotation has them; values stay."""
     found = dict(weights)
     for name, rows in weights.items():
+        # rows are q, k, v, each of all heads
         if ".attn.Wqkv." in name and len(rows) == 3 * config.hidden_size:
             query, key, value = rows.chunk(3)
             turned = [
@@ -131,6 +135,7 @@ def composer_types() -> list[Any]:
     None of them runs code of the file's choice: arrays of numbers (numpy's generator), a
     timedelta, the version of torch, which is a string.
     """
+    # numpy 1 and 2 name the module of this function differently
     rebuild = np.empty(0).__reduce__()[0]
     numbers = [type(np.dtype(word)) for word in ("u1", "u4", "u8", "i4", "i8", "f4", "f8")]
     return [
@@ -165,6 +170,7 @@ def _within(found: Any, *keys: str, where: Path) -> dict[str, Any] | None:
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
+    # state/model of a trainer's checkpoint, model alone, or the state dict itself
     for key in ("state", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -202,6 +208,7 @@ def _our_names(found: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor],
     tables: dict[str, Tensor] = {}
     for name, tensor in found.items():
         name = name.removeprefix("model.")
+        # inv_freq is a buffer that theta makes again: not a weight, but a witness of theta
         kind = tables if name.endswith(".inv_freq") else weights
         kind[name.replace("bert.encoder.", "model.", 1).replace("bert.", "model.", 1)] = tensor
     if EMBEDDING not in weights:
@@ -237,6 +244,7 @@ def _shape_of(weights: dict[str, Tensor], path: Path) -> Shape:
             "weights as "
             "ModernBERT's code saves them."
         )
+    # layers 0 to `last` must all be there
     last = max(map(int, layers))
     if last >= len(set(layers)):
         raise ModelError(
@@ -267,6 +275,7 @@ def _config_of(
             "--global-rope-theta 10000 for a checkpoint of the first phase, 160000 after context "
             "extension."
         )
+
     width = shape["hidden_size"]
     if heads is None and width % HEAD_WIDTH:
         raise ModelError(
@@ -276,6 +285,7 @@ def _config_of(
         )
     if heads is not None and heads < 1:
         raise ModelError(f"--heads is {heads}; needed: at least 1.")
+
     told: dict[str, Any] = {"num_attention_heads": heads, "local_rope_theta": local_theta}
     default: dict[str, Any] = {
         "num_attention_heads": width // HEAD_WIDTH,
@@ -290,6 +300,7 @@ def _config_of(
         "max_position_embeddings",
         "attention_output_dropout",
     )
+    # told to the reader as such: a wrong one would show nowhere else
     assumed = {
         **{name: value for name, value in default.items() if told[name] is None},
         **{name: getattr(ModernBertConfig, name) for name in unsaid},
@@ -297,6 +308,7 @@ def _config_of(
     config = ModernBertConfig(
         **shape,
         **{**default, **{name: value for name, value in told.items() if value is not None}},
+        # some writers store the copy as well
         tie_word_embeddings=DECODER not in weights or weights[DECODER].equal(weights[EMBEDDING]),
         norm_bias="model.embeddings.norm.bias" in weights,
         attention_bias="model.layers.0.attn.Wqkv.bias" in weights,
@@ -316,6 +328,8 @@ def _check_angles(tables: dict[str, Tensor], config: ModernBertConfig, path: Pat
             continue
         theta = config.local_rope_theta if config.is_local(layer) else config.global_rope_theta
         width = config.head_width
+
+        # theta^(-2j / D) for j = 0 .. D/2 - 1; a table saved in bf16 is off by up to 0.4 %
         expected = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         if table.shape != expected.shape or not torch.allclose(table.double(), expected, rtol=1e-2):
             raise ModelError(

@@ -171,9 +171,8 @@ class FlexBertWords:
 
     values: dict[str, Any]
     where: str  # opens every error
-    assumed: dict[str, Any] = field(
-        default_factory=dict
-    )  # what it does not say, and what was taken for it
+    # what it does not say, and what was taken for it
+    assumed: dict[str, Any] = field(default_factory=dict)
 
     def get(self, key: str, kind: type | tuple[type, ...] = object) -> Any:
         """The value of a key, or its default, then listed as assumed. Raises ModelError."""
@@ -181,6 +180,7 @@ class FlexBertWords:
             self.assumed[key] = DEFAULTS[key]
             return DEFAULTS[key]
         value = self.values[key]
+        # true and false are ints to Python, and no number here
         is_flag = isinstance(value, bool)
         fits = isinstance(value, kind) and (not is_flag or kind in (bool, object))
         if not fits or isinstance(value, float) and not math.isfinite(value):
@@ -219,6 +219,7 @@ def config_from_flexbert(
     or what was told; ConfigError.
     """
     _refuse_unknown(words)
+    # the tensors tell the sizes; a configuration of other sizes belongs to another file
     for key, found in shape.items():
         said = words.values.get(key, found)
         if said != found:
@@ -227,10 +228,13 @@ def config_from_flexbert(
                 "Give the checkpoint "
                 "that the configuration belongs to."
             )
+
     attention, layer, mlp = (_layer_word(words, kind) for kind in ("attention", "bert", "mlp"))
     for key, only in ONLY.items():
         if _without_padding(words.get(key)) != only:
             raise words.refusal(key, words.get(key), needed=repr(only))
+
+    # pre-norm: a final norm, and no first one, since the embedding has its own; post-norm: no final
     if layer not in PLACES:
         raise words.refusal("bert_layer", layer, needed="prenorm or postnorm")
     pre = PLACES[layer] == "pre"
@@ -238,14 +242,17 @@ def config_from_flexbert(
         raise words.refusal("final_norm", not pre, needed=f"{pre} with bert_layer {layer}")
     if pre and not words.get("skip_first_prenorm", bool):
         raise words.refusal("skip_first_prenorm", False, needed="True")
+
     activation = words.get("hidden_act", str)
     if (mlp, activation) not in MLPS:
+        # the error names the word that is wrong by itself, or else the pair's second
         key = "mlp_layer" if mlp not in ("glu", "mlp") else "hidden_act"
         raise words.refusal(
             key,
             mlp if key == "mlp_layer" else activation,
             needed="mlp_layer glu with hidden_act gelu or silu, or mlp with gelu",
         )
+
     embedding = words.get("embedding_layer", str)
     positions = POSITIONS.get((attention, embedding))
     if positions is None:
@@ -255,6 +262,7 @@ def config_from_flexbert(
             attention if key == "attention_layer" else embedding,
             needed="attention_layer rope with embedding_layer sans_pos, or base with absolute_pos",
         )
+
     every_n, radius = _windows(words)
     head_count = _heads(words, width=shape["hidden_size"], told=heads)
     thetas = _thetas(words, positions, every_n, told=(global_rope_theta, local_rope_theta))
@@ -278,10 +286,11 @@ def config_from_flexbert(
         window_radius_tokens=radius,
         attention_output_dropout=float(words.get("attn_out_dropout_prob", (int, float))),
         initializer_range=float(words.get("init_std", (int, float))),
+        # FlexBERT's None is 3
         initializer_cutoff_factor=float(
             words.get("init_cutoff_factor", (int, float, type(None))) or 3.0
         ),
-    )  # FlexBERT's None is 3
+    )
 
 
 def _refuse_unknown(words: FlexBertWords) -> None:
@@ -292,6 +301,7 @@ def _refuse_unknown(words: FlexBertWords) -> None:
                 "needed: words and numbers, as Composer writes them."
             )
     known = READ | WITHOUT_EFFECT
+    # values that switch something off: a key that we do not know is harmless with one
     nothing: tuple[Any, ...] = (None, False, "", {}, [], -1, 0)
     unknown = [
         key
@@ -312,6 +322,7 @@ def _layer_word(words: FlexBertWords, kind: str) -> str:
     """rope, prenorm, glu, ...: without the padding in front, the same for all layers."""
     key = f"{kind}_layer"
     word = _without_padding(words.get(key, str))
+    # the first layers may be of another kind in FlexBERT, in our model not
     first, how_many = (
         words.get(f"initial_{key}", (str, type(None))),
         words.get("num_initial_layers", int),
@@ -336,6 +347,7 @@ def _norm(words: FlexBertWords) -> dict[str, Any]:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not isinstance(bias, bool):
         raise words.refusal("norm_kwargs", details, needed="eps, a number, and bias, true or false")
     for name, value in {"eps": eps, **({"bias": bias} if norm == "layernorm" else {})}.items():
+        # where norm_kwargs itself is missing, it is on the list already
         if name not in details and "norm_kwargs" in words.values:
             words.assumed[f"norm_kwargs.{name}"] = value
     return {"norm": norm, "norm_eps": float(eps), "norm_bias": bias and norm == "layernorm"}
@@ -352,6 +364,7 @@ def _both(words: FlexBertWords, one: str, other: str) -> bool:
 def _windows(words: FlexBertWords) -> tuple[int, int]:
     """Every how many layers one is global, and the radius of the others' window."""
     window, every_n = words.get("sliding_window", int), words.get("global_attn_every_n_layers", int)
+    # -1: every layer is global
     if window == -1:
         if every_n != -1:
             raise words.refusal(
@@ -366,6 +379,7 @@ def _windows(words: FlexBertWords) -> tuple[int, int]:
             every_n,
             needed="at least 1 where there is a sliding_window",
         )
+    # sliding_window counts both sides
     return every_n, window // 2
 
 
@@ -406,6 +420,7 @@ def _thetas(
                 "out."
             )
         return {}
+
     said = words.values.get("rotary_emb_base")
     whole = _theta(words, "rotary_emb_base", said, told[0], option="--global-rope-theta")
     if whole is None:
@@ -468,6 +483,7 @@ def _max_positions(words: FlexBertWords, positions: str) -> int:
         if isinstance(said, bool) or not isinstance(said, int) or said < 1:
             raise words.refusal("max_position_embeddings", said, needed="at least 1")
         return said
+    # with rope no number of the file means the longest text
     longest = ModernBertConfig.max_position_embeddings
     words.assumed["max_position_embeddings"] = longest
     return longest

@@ -36,16 +36,19 @@ HF_KEYS = {
     "initializer_range": "initializer_range",
     "initializer_cutoff_factor": "initializer_cutoff_factor",
 }
+# our mlp -> hidden_activation; transformers' layer is always gated
 ACTIVATIONS = {
     "geglu": "gelu",
     "swiglu": "silu",
-}  # our mlp -> hidden_activation; transformers' layer is always gated
+}
+# what theirs always is
 OURS_ONLY = {
     "norm": "layernorm",
     "norm_place": "pre",
     "positions": "rope",
     "type_vocab_size": 0,
-}  # what theirs always is
+}
+# what ours always is
 THEIRS_ONLY = {
     "attention_dropout": 0.0,
     "embedding_dropout": 0.0,
@@ -53,7 +56,7 @@ THEIRS_ONLY = {
     "classifier_activation": "gelu",
     "rope_scaling": None,
     "quantization_config": None,
-}  # what ours always is
+}
 # words of other models, and of attributes that transformers would set over its own: what each may say, if it is there
 FOREIGN = {
     "is_causal": False,
@@ -119,9 +122,8 @@ def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
         **{name: only for name, only in THEIRS_ONLY.items() if only is not None},
         "classifier_pooling": "mean",
         "classifier_dropout": 0.0,
-        "reference_compile": (
-            False
-        ),  # transformers 4 would compile on a GPU, and fails at it now and then
+        # transformers 4 would compile on a GPU, and fails at it now and then
+        "reference_compile": (False),
         "pad_token_id": specials.pad_id,
         "cls_token_id": specials.cls_id,
         "sep_token_id": specials.sep_id,
@@ -141,6 +143,7 @@ def config_from_hf(
         values.get("model_type"),
         values.get("architectures") or ["ModernBertForMaskedLM"],
     )
+    # architectures may be missing; named, it is this one alone
     if kind != "modernbert" or architectures != ["ModernBertForMaskedLM"]:
         of = architectures if values.get("architectures") else kind
         of = ", ".join(map(str, of)) if isinstance(of, list) else of
@@ -150,6 +153,7 @@ def config_from_hf(
         )
     for name, only in {**THEIRS_ONLY, **FOREIGN}.items():
         found = values.get(name, only)
+        # null says nothing for a word of other models
         if found != only and not (found is None and name in FOREIGN):
             raise ModelError(
                 f"{where}: {name} is {found!r}; needed: {only!r}, our model has nothing else. Where"
@@ -162,6 +166,7 @@ def config_from_hf(
             f"{where}: hidden_activation is {activation!r}; needed:"
             f" {' or '.join(ACTIVATIONS.values())}. Give a model with one of these."
         )
+    # null is not the default: leaving a word out means that
     empty = next(
         (theirs for theirs in HF_KEYS.values() if theirs in values and values[theirs] is None), None
     )
@@ -182,6 +187,7 @@ def config_from_hf(
                 **_thetas(values, where),
             },
         )
+        # needs the number of layers, which the settings class has checked first
         every_n = _global_every_n(values, config.num_hidden_layers, where)
         return dataclasses.replace(config, global_attn_every_n_layers=every_n)
     except ConfigError as error:
@@ -209,8 +215,10 @@ def smaller(
         "hidden_size": heads * config.head_width,
         "vocab_size": min(config.vocab_size, 256),
         "intermediate_size": min(config.intermediate_size, 96),
+        # up to the second global layer and the local one behind it
         "num_hidden_layers": min(config.num_hidden_layers, config.global_attn_every_n_layers + 2),
     }
+    # special ids beyond the small vocabulary become its last one
     last = sizes["vocab_size"] - 1
     ids = {
         word: min(i, last)
@@ -285,6 +293,7 @@ def _window_radius(values: dict[str, Any], where: str) -> int:
 def _thetas(values: dict[str, Any], where: str) -> dict[str, float]:
     """Both thetas, from the words of transformers 4, of 5, or of both where they agree."""
     thetas: dict[str, float] = {}
+    # transformers 5: {full_attention: {rope_type, rope_theta}, sliding_attention: ...}
     ropes = {} if values.get("rope_parameters") is None else values["rope_parameters"]
     kinds = [kind for kind, _ in THETA.values()]
     if (
@@ -297,6 +306,7 @@ def _thetas(values: dict[str, Any], where: str) -> dict[str, float]:
             " each to its rope_type and rope_theta. Write it so, with the thetas that the model"
             " was trained with."
         )
+    # the global one first: the local one may be taken from it
     for name, (kind, default) in THETA.items():
         rope = ropes.get(kind) or {}
         beyond = [
@@ -310,15 +320,15 @@ def _thetas(values: dict[str, Any], where: str) -> dict[str, float]:
                 " default and a rope_theta, our model has nothing else."
             )
         old, new = values.get(name), rope.get("rope_theta")
+        # transformers 4: an empty local theta is the global one
         if name in values and old is None:
-            old = thetas.get(
-                "global_rope_theta"
-            )  # transformers 4: an empty local theta is the global one
+            old = thetas.get("global_rope_theta")
         if old is not None and new is not None and old != new:
             raise ModelError(
                 f"{where}: {name} is {old}, but rope_parameters say {new} for {kind}. "
                 "Keep the one that the model was trained with."
             )
+
         theta = new if new is not None else old if old is not None else default
         if (
             not isinstance(theta, (int, float))
@@ -347,11 +357,13 @@ def _global_every_n(values: dict[str, Any], layers: int, where: str) -> int:
         raise ModelError(
             f"{where}: layer_types is {kinds!r}; needed: a list with the kind of each layer."
         )
+    # the first global layer after layer 0; none: layer 0 alone is global
     if every_n is None and kinds is not None:
         every_n = next(
             (i for i, kind in enumerate(kinds) if i and kind == "full_attention"), layers
         )
     elif "global_attn_every_n_layers" not in values:
+        # transformers' default
         every_n = 3
     if not isinstance(every_n, int) or isinstance(every_n, bool) or every_n < 1:
         raise ModelError(

@@ -61,11 +61,14 @@ def write_onnx(
     """
     path = folder / "onnx" / "model.onnx"
     path.parent.mkdir()
+    # one tensor twice were one input
     example = (
         torch.zeros(2, 16, dtype=torch.int64),
         torch.ones(2, 16, dtype=torch.int64),
-    )  # one tensor twice were one input
+    )
+    # any batch and length, not those of the example
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+
     size = sum(p.numel() * p.element_size() for p in theirs.parameters())
     try:
         with _quiet(), torch.no_grad():

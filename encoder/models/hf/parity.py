@@ -36,18 +36,19 @@ from encoder.models.contract import Model, ModelConfig
 from encoder.models.hf.bridge import BY_MASK, Bridge, Padding
 from encoder.models.hf.catalog import bridge_of, bridge_of_settings
 
-TOLERANCE = 1e-4  # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
+# fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
+TOLERANCE = 1e-4
 TOLERANCE_FP64 = 1e-6  # equal models: 1e-13; the angles are fp32 on both sides
 # equal: 4e-14; theta 160,001 for 160,000: 2e-4; norm_eps 1e-12 for 1e-6: 2e-3
 TOLERANCE_DRAWN = 1e-7
 FP64_TOKENS = 1024  # the longest document asked in fp64
-CHUNK_TOKENS = 512  # logits compared at once: 100 MB of 50,368 entries; of a whole document of 8,192 it were 1.6 GB
+# logits compared at once: 100 MB of 50,368 entries; of a whole document of 8,192 it were 1.6 GB
+CHUNK_TOKENS = 512
 PADDING_TOKENS = 3  # beside the longest document of a batch
 
 Rows = Callable[[int, slice], Tensor]  # (row, positions) -> logits [positions, V]
-LogitsFn = Callable[
-    [Tensor, Tensor], Rows
-]  # (ids_BL, attention mask) -> their logits, made when they are looked at
+# (ids_BL, attention mask) -> their logits, made when they are looked at
+LogitsFn = Callable[[Tensor, Tensor], Rows]
 
 
 class MaskedModel(Model, Protocol):
@@ -102,6 +103,7 @@ def prove(
     ask_fp64: the same model in fp64, asked where fp32 differs by more than `tolerance`.
     padding: how the other model may be padded.
     """
+    # 1 token, around the window, 1,024, and the longest, as far as the model can be so long
     edges = _bridge(ours.config).edges(ours.config)
     longest = min(ours.config.max_position_embeddings, max(max_tokens, *edges))
     lengths = sorted({min(n, longest) for n in (1, *edges, 1024, max_tokens, longest)})
@@ -109,6 +111,8 @@ def prove(
     proof = Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=padding.left)
     if worst <= tolerance:
         return proof
+
+    # fp64 tells rounding, which is below 1e-6 there, from another model, which is not
     said, needed = f"by {worst:.2e}", f"at most {tolerance:.0e}"
     if ask_fp64 is not None and math.isfinite(worst):
         fp64 = _compared(
@@ -146,6 +150,7 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     import transformers
 
     bridge = bridge_of_settings(settings)
+    # the same small weights on both sides; only what config.json means can differ
     settings, config = bridge.smaller(settings, config)
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in build_model(config, seed=0).state_dict().items()}
@@ -153,9 +158,8 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     weights = {name: torch.from_numpy(_drawn(name, shape, draw)) for name, shape in shapes.items()}
     ours = our_model(weights, config)
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # transformers draws first weights from torch's own generator
+        # transformers draws first weights from torch's own generator
+        with torch.random.fork_rng(devices=[]):
             made = getattr(transformers, bridge.auto_class(settings)).from_config(
                 _config_of(bridge, settings), attn_implementation="sdpa"
             )
@@ -166,12 +170,14 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
             f"transformers {transformers.__version__} cannot make the model of config.json: "
             f"{_line(error)}"
         ) from error
+
     lost = [n for n in (*notes.missing_keys, *notes.unexpected_keys) if n not in bridge.tied]
     if lost:
         raise ExportError(
             f"transformers {transformers.__version__} by config.json has other weights than we"
             f" have: {lost[:3]}."
         )
+    # also about half of an edge, the window's radius: from there on it hides something
     edges = bridge.edges(config)
     lengths = {1, 2, 40, *(n // 2 + 1 for n in edges), *(min(n, FP64_TOKENS) for n in edges)}
     return _compared(
@@ -225,12 +231,13 @@ def transformers_model(
                 output_loading_info=True,
                 **given,
             )
-    except (
-        Exception
-    ) as error:  # whatever its version raises: the answer is the same, with its words
+    except Exception as error:
+        # whatever its version raises: the answer is the same, with its words
         raise ExportError(
             f"transformers {transformers.__version__} cannot load the folder: {_line(error)}"
         ) from error
+
+    # allowed: parts that are left out and said, tied copies, and heads that are drawn
     unexpected = [
         n for n in notes.get("unexpected_keys", ()) if not any(part in n for part in bridge.leaves)
     ]
@@ -288,9 +295,8 @@ class _KeepFloat64(TorchFunctionMode):
     """transformers 5 turns queries and keys as fp32 whatever they are: of an fp64 model 4e-6 in the logits, 4e-14 with this."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func is Tensor.float and args[0].dtype == torch.float64 and args[0].ndim == 4
-        ):  # [B, heads, L, D], no angles
+        # queries and keys alone: [B, heads, L, D], where tables of angles have fewer axes
+        if func is Tensor.float and args[0].dtype == torch.float64 and args[0].ndim == 4:
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -313,10 +319,12 @@ def _compared(
     draw = generator(0, "export proof")
     vocab = ours.config.vocab_size
     documents = [torch.from_numpy(draw.integers(0, vocab, n)) for n in lengths]
-    if padding.pad_id is not None:  # in a text it would be padding to them
+    if padding.pad_id is not None:
+        # in a text it would be padding to them
         other = (padding.pad_id + 1) % vocab
         documents = [d.where(d != padding.pad_id, torch.tensor(other)) for d in documents]
     with torch.inference_mode():
+        # ours sees all documents packed in one forward, theirs in batches
         expected = ours.hidden_states(packed_documents(documents)).split(lengths)
         return max(
             _worst(
@@ -336,6 +344,7 @@ def _compared(
 def _answers(ours: MaskedModel, x_MC: Tensor, *, width: int) -> Tensor:
     """Our logits [M, V], and the sentence head's beside them where the other model gives so many."""
     logits_MV = ours.decode(x_MC)
+    # the head's logits stand behind the vocabulary, [M, V + 2]
     if width == logits_MV.shape[-1]:
         return logits_MV
     return torch.cat((logits_MV, ours.sentence_decoder(x_MC)), dim=-1)
@@ -393,7 +402,9 @@ def _worst(
         answers = [(ask(d[None], torch.ones_like(d)[None]), 0, 0) for d in documents]
     else:
         width = max(map(len, documents)) + PADDING_TOKENS
+        # a model whose positions count padding cannot be wider than its table
         width = min(width, padding.most_tokens or width)
+
         shape = (len(documents), width)
         ids_BL = torch.full(shape, padding.pad_id or 0, dtype=torch.int64)
         real_BL = torch.zeros_like(ids_BL)
@@ -407,10 +418,12 @@ def _worst(
         answers = [(rows, row, start) for row, start in enumerate(starts)]
     worst = 0.0
     for (rows, row, start), x_TC in zip(answers, expected, strict=True):
+        # head and decoder in pieces: see CHUNK_TOKENS
         for at in range(0, len(x_TC), CHUNK_TOKENS):
             end = min(at + CHUNK_TOKENS, len(x_TC))
             found = rows(row, slice(start + at, start + end))
             mine = _answers(ours, x_TC[at:end], width=found.shape[-1])
             difference = float((found - mine).abs().max())
+            # nan is not equal to itself: it counts as infinitely far
             worst = max(worst, difference if difference == difference else float("inf"))
     return worst

@@ -46,7 +46,8 @@ def push_export(
             allow_patterns=names,
             commit_message="Export by Tessera",
         )
-    except Exception as error:  # the hub's library and its network each raise their own kinds
+    except Exception as error:
+        # the hub's library and its network each raise kinds of their own, which may hold the token
         raise ExportError(_told(error, repository, token)) from None
     lines = [
         f"pushed {folder} to {repository}: {len(names)} files, {getattr(done, 'commit_url', done)}"
@@ -69,6 +70,7 @@ def _proven_files(folder: Path) -> list[str]:
             f"{folder} was exported before model cards were. Export again: tessera export SOURCE "
             "OUT"
         )
+    # the card is a person's to edit; anything else was proven as it was
     if edited := [name for name in edited_since(folder, proof) if name != CARD]:
         raise ExportError(
             f"{folder / edited[0]} is not what was proven. Export again: tessera export SOURCE OUT"

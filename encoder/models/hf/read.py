@@ -59,6 +59,7 @@ def read_hf(folder: Path) -> StoredModel:
     bridge = bridge_of_settings(values)
     names = parameter_names(config)
     raw = _read_weights(folder)
+    # our names, the copy of the embedding dropped, missing heads drawn: then all names must fit
     weights, left_out = bridge.weights_from(raw, config, of=str(folder), ours=names)
     weights = untie(weights, tied=config.tie_word_embeddings, of=str(folder))
     drawn = [name for name in bridge.head_names(names) if name not in weights]
@@ -121,6 +122,8 @@ def prove_import(model: StoredModel, folder: Path) -> Proof:
     """
     settings = _read_json(folder / CONFIG)
     bridge = bridge_of_settings(settings)
+
+    # transformers is given the same drawn heads, so that they are compared as well
     drawn = {name: model.weights[name] for name in model.drawn}
     theirs = transformers_model(
         folder,
@@ -256,6 +259,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
             f"{folder / INDEX} has no weight_map; needed: the names of the weights with their"
             " files."
         )
+    # before anything is read: an index may name files outside of the folder
     for file in files.values():
         plain_name(file, where=folder / INDEX, error=ModelError, folders=False)
     weights: dict[str, Tensor] = {}
@@ -287,4 +291,6 @@ def _max_tokens(folder: Path, config: ModelConfig) -> int | None:
     found = _read_json(path).get("model_max_length") if path.is_file() else None
     if not isinstance(found, int) or isinstance(found, bool):
         return None
+
+    # tokenizers say 10^30 where there is no limit
     return found if 1 <= found <= config.max_position_embeddings else None

@@ -88,6 +88,8 @@ def _served(
             "Give the tokenizer that the model was trained with."
         )
     names = {role: token_of[i] for role, i in role_ids.items()}
+
+    # a mask that is no added token would be cut like any other text
     masks = [token for token in file.added if token["id"] == specials.mask_id]
     if not masks:
         raise ModelError(
@@ -103,6 +105,7 @@ def _served(
         _put_segments(content["post_processor"])
     # a maker's own would cut and fill what transformers is asked for
     content["truncation"] = content["padding"] = None
+    # an empty text shows the frame alone
     needed = [*specials.before, *specials.behind]
     framed = _tokenizer(content, tokenizer_json).encode("").ids
     if framed != needed:
@@ -116,6 +119,7 @@ def _served(
 
 def _put_segments(post_processor: dict[str, Any]) -> None:
     """The second of two texts, and the special tokens behind it that had its segment, become segment 1."""
+    # a sequence of post-processors, or one by itself; where B has segment 1 already, nothing to do
     for step in post_processor.get("processors", [post_processor]):
         if step.get("type") != "TemplateProcessing" or _part_of(step["pair"], "B") != 0:
             continue

@@ -47,10 +47,11 @@ from encoder.models.hf.tokenizer import write_tokenizer
 from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, write_safetensors
 
 PROOF = "export_proof.json"
+# in it: the names of what the export wrote, and hashes of what a person may edit
 FILES, SHA256 = (
     "files",
     "sha256",
-)  # in it: the names of what the export wrote, and hashes of what a person may edit
+)
 HASHED = ("config.json", WEIGHTS, TOKENIZER, CARD)
 
 
@@ -79,6 +80,7 @@ def export_hf(
     bridge = bridge_of(config, specials)
     if bridge is None:
         raise ExportError("this model has no class in transformers. Keep it as a weights folder.")
+    # all that can be refused without writing comes first
     settings = bridge.to_settings(config, specials)
     check_weights(model.weights, config, of=model.origin)
     if onnx:
@@ -96,6 +98,8 @@ def export_hf(
         )
         write_safetensors(bridge.weights_to(model.weights, config), part / WEIGHTS)
         write_json(part / "config.json", settings)
+
+        # read back from the disk, as a stranger would
         theirs = transformers_model(part, bridge)
         mask_token = _load_tokenizer(part).mask_token
         drawn = drawn_difference(settings, config)
@@ -106,6 +110,7 @@ def export_hf(
                 " transformers config.json says another model than ours: use a version of it that"
                 " the README names."
             )
+
         proofs = {
             "transformers": prove(
                 ours,
@@ -117,9 +122,8 @@ def export_hf(
             )
         }
         if onnx:
-            rounding = min(
-                2 * proofs["transformers"].max_abs_difference, 1e-2
-            )  # a wrong window is 1e-1 off
+            # as much as transformers was seen to round; a wrong window is 1e-1 off
+            rounding = min(2 * proofs["transformers"].max_abs_difference, 1e-2)
             proofs["onnxruntime"] = write_onnx(
                 part,
                 theirs,
@@ -189,9 +193,8 @@ def _load_tokenizer(folder: Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(
                 name, local_files_only=True, trust_remote_code=False
             )
-    except (
-        Exception
-    ) as error:  # whatever its version raises: the answer is the same, with its words
+    except Exception as error:
+        # whatever its version raises: the answer is the same, with its words
         raise ExportError(
             f"transformers {transformers.__version__} cannot load the tokenizer: {error}"
         ) from error
