@@ -171,6 +171,7 @@ def open_shards(path: Path | str, *, cache: Path | str | None = None) -> Shards:
         where.path, name=where.path, cache=None if where.cache is None else Path(where.cache)
     )
     tokenizer_json = source.path / TOKENIZER
+    # decode would show other words than were trained on
     if tokenizer_fingerprint(tokenizer_json) != source.card.tokenizer_sha256:
         raise ShardError(
             f"{tokenizer_json} is not the one that made these ids: its SHA-256 is not the card's. "
@@ -209,6 +210,7 @@ class Shards:
 
     def __getitem__(self, document: int) -> np.ndarray:
         """The ids of a document, int64 [T]. Raises IndexError, ShardError."""
+        # negative numbers count from the end, and one beyond raises IndexError
         number = range(len(self))[document]
         return self.source.read(number).astype(np.int64)
 

@@ -108,15 +108,13 @@ def alive_jobs(record: Path) -> list[str]:
     nobody can say."""
     text = record.read_text(encoding="utf-8", errors="replace") if record.exists() else ""
     ids = re.findall(r'"job": "(\d+)"', text)  # also beside torn lines
-    ids += sorted(
-        path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit()
-    )  # submitted by hand
+    # and those submitted by hand
+    ids += sorted(path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit())
     if not ids:
         return []
     try:
-        queued = ask(
-            ["squeue", "--noheader", "--me", "--format=%A %F"]
-        ).split()  # tasks of an array, and the array
+        # tasks of an array, and the array
+        queued = ask(["squeue", "--noheader", "--me", "--format=%A %F"]).split()
     except NotHere:
         return []
     except NoAnswer as why:
@@ -149,11 +147,11 @@ def check_cluster(
         *([f"--partition={partition}"] if partition else []),
     ]
     rows = [row.split("|") for row in quiet(asked).splitlines() if row.count("|") == 5]
+    # sinfo marks the default partition with a star
     if partition is None:
         rows = [row for row in rows if row[4].endswith("*")] or rows  # the default one
-    by_partition: dict[
-        str, dict[str, list[str]]
-    ] = {}  # a node may be in several; a job runs in one of them
+    # a node may be in several; a job runs in one of them
+    by_partition: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         by_partition.setdefault(row[4].rstrip("*"), {})[row[0]] = row
     if partition:
@@ -184,6 +182,7 @@ def _lack(
     fit = [
         row
         for row in rows
+        # sinfo writes 64+ for nodes of a group that differ
         if int(re.sub(r"\D", "", row[1]) or 0) >= cpus and count_gpus(row[2]) >= gpus
     ]
     if len(fit) < nodes:
@@ -196,6 +195,7 @@ def _lack(
             f"partition {partition} has {len(fit)} of {wish}; it has {len(rows)} nodes, of at most"
             f" {best}"
         )
+
     limit, wanted = minutes(rows[0][5]), minutes(time_limit or "")
     if limit and wanted and wanted > limit:
         return (
@@ -216,6 +216,7 @@ def minutes(text: str) -> float:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
         return 0.0
+    # behind days come hours; without days: minutes, minutes:seconds or hours:minutes:seconds
     days, *rest = match.groups()
     a, b, c = (int(word or 0) for word in rest)
     if days is not None:

@@ -28,11 +28,14 @@ def plan_first(
         ) from error
     run = read_run(run_file, overrides)
     check_same_run(run, Path(run.out))
+    # fewest and most nodes of a range: the run must fit both
     for count in ranks:
         for warning in fit_ranks(run, ranks=count).warnings:
             print(f"warning: {warning}")
     if shards_must_be_there and not any(source.cache for source in run.all_sources()):
         check_same_data(run, check_data(run), Path(run.out))
+
+    # the run folder is not there yet: the nearest folder above it is on the same disk
     place = next(
         path
         for path in (Path(run.out).absolute(), *Path(run.out).absolute().parents)

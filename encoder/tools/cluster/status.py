@@ -26,12 +26,13 @@ from encoder.base.untrusted import number_in_name
 from encoder.runs.short_forms import read_run_mapping, run_folder
 from encoder.tools.cluster.commands import ENDED, NoAnswer, NotHere, quiet, show_job
 
+# the words of job.py, where they do not speak for themselves
 CAUSES = {
     "stopped": "saved before its limit",
     "ended": "requeued, preempted or cancelled",
     "bad_nodes": "bad nodes",
     "taken_over": "taken over",
-}  # the words of job.py, where they do not speak for themselves
+}
 UNKNOWN, NO_CONTROLLER = "unknown", "the controller does not answer"
 TAIL_BYTES = 2**16  # of a ledger or of metrics: some hundred lines
 
@@ -91,6 +92,8 @@ def print_status(given: Path, overrides: list[str]) -> None:
         print(f"no job of {folder} is known (no {folder / 'slurm'})")
     if silence:
         print(f"warning: {silence}")
+
+    # True: queued or running, False: ended, None: nobody can say
     training = [job for job in jobs if job.role.startswith("training")]
     trains = {job.alive for job in training}
     if any(job.alive and not job.state.startswith("PENDING") for job in training):
@@ -120,6 +123,7 @@ def states(folder: Path) -> tuple[list[JobState], str]:
         if _is_job(p.stem) and p.stem not in submitted
     ]
     ids = sorted([*submitted, *by_hand], key=int)
+    # one question to the accounting for all jobs
     known = _from_sacct(ids)
     found, silence = [], ""
     for job in ids:
@@ -162,6 +166,7 @@ def _state(
     silence: str,
 ) -> JobState:
     """`shown`: what the controller says, nothing of a job that it has forgotten, None where it does not answer."""
+    # the controller's word, or else the accounting's
     tasks = [
         {
             "state": task.get("JobState", "?"),
@@ -244,6 +249,7 @@ def _cause(written: list[dict[str, Any]], *, state: str) -> str:
     ends = [e for e in written if e["event"] == "end"]
     counts = Counter(CAUSES.get(e["cause"], e["cause"]) for e in ends)
     over = state.startswith((*ENDED, "ended", "gone"))
+    # the last start wrote no end: it runs, or it was killed
     if written and written[-1]["event"] != "end":
         killed = over or state == "PENDING"
         if not ends and not killed:
@@ -254,10 +260,12 @@ def _cause(written: list[dict[str, Any]], *, state: str) -> str:
         return f"{now}; before: {_counted(counts)}" if ends else now
     if not ends:
         return ""
+
     last = ends[-1]
     if over and last["decision"] == "requeue":
         how = "SLURM knows it no more" if state == "gone" else state.lower()
         return f"{how} while it waited for its next start; before: {_counted(counts)}"
+    # the last one is told in full, so it is not counted again
     counts[CAUSES.get(last["cause"], last["cause"])] -= 1
     before = f" (before: {_counted(+counts)})" if +counts else ""
     return f"done{before}" if last["cause"] == "done" else f"{last['cause']}, {last['why']}{before}"
@@ -284,6 +292,7 @@ def _from_sacct(ids: list[str]) -> dict[str, list[dict[str, str]]]:
     for line in quiet(asked).splitlines():
         words = line.split("|")
         if len(words) == 5:
+            # JOB or JOB_TASK: the tasks of an array are gathered under their job
             name, state, code, ran, nodes = words
             found.setdefault(name.split("_")[0].split(".")[0], {})[name] = {
                 "state": state.split(" ")[0],
@@ -314,6 +323,7 @@ def progress_text(folder: Path, settings: dict[str, Any], *, stands: str, now: f
         f"{folder}: phase {last['phase']}, step {last['step']:,}, {short_count(done)} of "
         f"{short_count(total)} tokens ({done / max(1, total):.1%})"
     )
+
     speeds = [
         line["tokens_per_second"]
         for line in _tail(folder / "metrics.jsonl")
@@ -353,6 +363,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with open(path, "rb") as f:
+        # the first line is torn by the seek, and the last may be: whole_records leaves both out
         f.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = f.read().split(b"\n")
     return whole_records(lines)

@@ -27,7 +27,8 @@ from encoder.tools.cluster.outlet import Outlet
 from encoder.tools.cluster.precheck import plan_first
 from encoder.tools.cluster.status import main as status
 
-LEAST_MINUTES = 10  # pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
+# pretrain.sbatch asks for its signal 5 minutes before the limit; SLURM may send it one earlier
+LEAST_MINUTES = 10
 SUBMITTED = "submitted.jsonl"  # in RUN/slurm: one line a job
 
 
@@ -179,6 +180,7 @@ def _submit(args: argparse.Namespace, chain: Chain) -> int:
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     folder = _run_folder(args) if args.run else None
     missing = chain.missing_parts(Path(args.prep), args.prep_set, args.parts) if args.prep else ""
+    # the fewest nodes of a range are enough for SLURM to start the job
     check_cluster(
         nodes=fewest if args.run else 1,
         gpus=(args.gpus_per_node or 0) if args.run else 0,
@@ -209,6 +211,7 @@ def _submit(args: argparse.Namespace, chain: Chain) -> int:
                 ranks=[n * per_node for n in dict.fromkeys((fewest, most))],
                 shards_must_be_there=not (args.prep or args.shards_elsewhere),
             )
+
     jobs = _chain(args, folder, missing, env=env, home=chain.home)
     if not jobs:
         print("nothing to do: all parts are there, and merged")
@@ -266,6 +269,7 @@ def _chain(
         also: str = "",
         **changes: str,
     ) -> None:
+        # each job waits for the one before it
         after: tuple[tuple[str, str], ...] = ((how, jobs[-1].role),) if jobs else ()
         after += (("afterok", also),) if also else ()
         jobs.append(
@@ -294,6 +298,7 @@ def _chain(
                 f"--output={early}/prep-%A_%a.out",
                 TESSERA_PARTS=str(args.parts),
             )
+        # also where all parts are there and only merging is left
         if missing is not None:
             add(
                 "merge",
@@ -305,6 +310,7 @@ def _chain(
             )
     if folder is None:
         return jobs
+
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     shape = [f"--nodes={args.nodes}", f"--ntasks-per-node={per_node}"]
     shape += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
@@ -320,7 +326,8 @@ def _chain(
             f"--job-name=check-{name}",
             f"--output={early}/check-%j.out",
         )
-    early_end = jobs[-1].role if jobs else ""  # where it fails, none of several trainings may run
+    # where the last job before training fails, none of several trainings may run
+    early_end = jobs[-1].role if jobs else ""
     for number in range(1, args.jobs + 1):
         role = "training" if args.jobs == 1 else f"training-{number}"
         own = (
@@ -335,6 +342,7 @@ def _chain(
             *shape,
             *own,
             f"--output={late}/%x-%j.out",
+            # however the training before it ended, this one goes on from there
             how="afterany" if number > 1 else "afterok",
             also=early_end if number > 1 else "",
         )
@@ -415,15 +423,15 @@ def _show(jobs: list[Job], home: Path) -> int:
 def _send(jobs: list[Job], folder: Path | None) -> dict[str, str]:
     """Submits all of them or none; returns the ids by role."""
     if folder:
-        (folder / "slurm").mkdir(
-            parents=True, exist_ok=True
-        )  # SLURM makes no folder for its output
+        # SLURM makes no folder for its output
+        (folder / "slurm").mkdir(parents=True, exist_ok=True)
     ids: dict[str, str] = {}
     try:
         with open(_record(folder) if folder else os.devnull, "a", encoding="utf-8") as record:
             for job in jobs:
                 command = job.command(ids)
                 said = run_words(command, env=job.env).strip()
+                # ID, or ID;CLUSTER
                 if not said.partition(";")[0].isdigit():
                     raise ConfigError(
                         f"sbatch gave no job id, but {said or 'nothing'}. Leave out what makes it"
@@ -443,6 +451,7 @@ def _send(jobs: list[Job], folder: Path | None) -> dict[str, str]:
                 )
                 record.flush()
     except (UserError, OSError):
+        # all or none: what was submitted so far is taken back
         if ids:
             subprocess.run(["scancel", *ids.values()], check=False, capture_output=True)
         raise

@@ -79,6 +79,7 @@ class Doctor:
         self.expected = nodes_of_ranks(
             self.env, size=self.world.size, local_size=self.world.local_size
         )
+        # nobody leaves yet: a rank that cannot read the run file must be heard by rank zero
         run, facts = self._look(path, overrides)
         self._write_report("started", facts=facts)
         try:
@@ -115,11 +116,13 @@ class Doctor:
         """Rank zero: asks for everything in turn, and judges."""
         found = self.findings
         facts = rendezvous.collect("facts")
+
         wrong = {
             fact["node"]: f"{fact['error']} Looked for from the folder {fact['folder']}"
             for fact in facts.values()
             if "error" in fact
         }
+
         found.exclude_or_mistake(wrong, of=len({fact["node"] for fact in facts.values()}))
         needs = None
         try:
@@ -127,6 +130,8 @@ class Doctor:
                 needs = count_needs(run, ranks=self.world.size)
         except UserError as error:
             found.mistakes.append(str(error))
+
+        # the others wait for each word in turn: "folder" is said also where nothing is asked
         if run is None or needs is None:
             found.mistakes += (
                 [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
@@ -136,12 +141,17 @@ class Doctor:
             whole = {rank: fact for rank, fact in facts.items() if "error" not in fact}
             judge_facts(found, whole, self.expected, needs=needs, came=set(facts))
             self._judge_run(run)
+
+            # files of this doctor alone: those of an earlier one may still lie there
             nonce = secrets.token_hex(6)
             firsts = {rank: fact["node"] for rank, fact in whole.items() if fact["local_rank"] == 0}
             self._folder(rendezvous, run, nonce, needs.checkpoint_bytes, firsts)
+
+        # links are measured only where nothing was wrong so far
         if rendezvous.broadcast("links", not found.exit_code and self.world.size > 1):
             assert run is not None, "who has no run has made a mistake"
             self._links(rendezvous, [facts[rank]["node"] for rank in range(self.world.size)], run)
+
         nodes = {
             facts[rank]["node"] if rank in facts else self.expected[rank]
             for rank in range(self.world.size)
@@ -160,6 +170,7 @@ class Doctor:
         """Every other rank: answers in the same order."""
         asked = rendezvous.receive("folder")
         if asked is not None and self.world.local_rank == 0 and run is not None:
+            # well within the time that rank zero waits for the answer
             wait_seconds = self.wait_seconds / 3
             seen = look_at_folder(
                 Path(run.out), asked["nonce"], node=self.node, wait_seconds=wait_seconds
@@ -187,6 +198,7 @@ class Doctor:
                 check()
             except (UserError, OSError) as error:
                 self.findings.mistakes.append(str(as_user_error(error)))
+
         try:
             fit = fit_ranks(run, ranks=self.world.size)
             self.findings.rows.append(("fit", fit.text))
@@ -211,18 +223,22 @@ class Doctor:
         folder = Path(run.out)
         with _made_if_absent(folder):
             mine = look_at_folder(folder, nonce, node=self.node, wait_seconds=0.0, first=True)
+            # only now is rank zero's file there to be looked for
             rendezvous.broadcast("folder", {"nonce": nonce})
             rendezvous.publish("shared", mine)
             shared = {
                 value["node"]: value
                 for value in rendezvous.collect("shared", ranks=list(firsts)).values()
             }
+
+            # and back: what a node wrote must be seen from here
             unseen = [
                 node
                 for node in shared
                 if not shared[node].get("error")
                 and not _appears(folder / f".doctor-{nonce}-{node}", self.wait_seconds / 3)
             ]
+
             for node in set(firsts.values()) - set(shared):
                 self.findings.exclude(
                     node,
@@ -235,6 +251,7 @@ class Doctor:
                 unseen,
                 run.out,
                 checkpoint_bytes=checkpoint_bytes,
+                # kept ones, one being written, one a phase's end, less what stands already
                 at_most=run.checkpoints.keep_last + 1 + len(run.phases) - _standing(folder),
             )
             with contextlib.suppress(OSError):
@@ -253,10 +270,13 @@ class Doctor:
             inject_fault=self.inject_fault,
         )
         views: list[dict[str, Any]] = []
+
+        # views holds what was seen until then, also where a link hangs
         _within(self.wait_seconds, lambda: links.neighbours(nodes, views))
         rendezvous.publish("links", list(views))
         if first:
             judge_links(self.findings, rendezvous.collect("links"), nodes)
+
         if rendezvous.broadcast("all", not self.findings.exit_code):
             result: list[dict[str, Any]] = []
             _within(self.wait_seconds, lambda: result.append(links.all(self.world.size)))
@@ -298,14 +318,15 @@ class Doctor:
 
     def _write_bad_nodes(self, nodes: Sequence[str]) -> None:
         if self.report is not None:
-            names = [
-                node for node in nodes if not re.fullmatch(r"ranks \d+-\d+", node)
-            ]  # no name of a node is known
+            # a word such as "ranks 8-15" is no name of a node
+            names = [node for node in nodes if not re.fullmatch(r"ranks \d+-\d+", node)]
             write_atomic(self.report / BAD_NODES, "".join(f"{node}\n" for node in names))
 
     def _write_report(self, stage: str, **values: Any) -> None:
         if self.report is None or self.world.local_rank:
             return
+
+        # a file of that name which no doctor wrote is not written over
         refuse_foreign(
             self.report / f"{self.node}.json", ours=lambda head: head.startswith(b'{\n "node": "')
         )
@@ -348,6 +369,7 @@ def _standing(folder: Path) -> int:
 @contextlib.contextmanager
 def _made_if_absent(folder: Path) -> Iterator[None]:
     """Makes a folder for the block; what was made and is empty at the end goes again."""
+    # innermost first, the order in which empty folders can go
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.suppress(OSError):  # look_at_folder says why
         folder.mkdir(parents=True, exist_ok=True)

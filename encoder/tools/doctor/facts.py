@@ -79,6 +79,7 @@ def versions() -> dict[str, str]:
 def sources_sha256(root: Path = ROOT) -> str:
     """Hex SHA-256 over the names and bytes of every Python file that a run uses."""
     digest = hashlib.sha256()
+    # names and lengths, too, so that no two trees give the same bytes
     for path in sorted((*root.glob("encoder/**/*.py"), *root.glob("launch/*.py"))):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root)} {len(content)}\n".encode())
@@ -100,6 +101,7 @@ def look_at_shards(run: RunConfig) -> dict[str, dict[str, str]]:
                 cache=Path(config.cache) if config.cache else None,
                 cache_bytes=config.cache_bytes,
             )
+            # first, middle and last: a copy that broke off shows in one of them
             for document in (0, source.documents // 2, source.documents - 1):
                 with contextlib.suppress(
                     *(DamagedShard,) if run.loader.on_bad_shard == "quarantine" else ()
@@ -118,7 +120,8 @@ def look_at_folder(
     many bytes are free there."""
     facts: dict[str, Any] = {"node": node, "seen": True, "place": "it is there", "free": 0}
     theirs, mine = folder / f".doctor-{nonce}", folder / f".doctor-{nonce}-{node}"
-    end = time.monotonic() + wait_seconds  # file systems of several nodes show a new file late
+    # file systems of several nodes show a new file late
+    end = time.monotonic() + wait_seconds
     while not first and not theirs.exists():
         if time.monotonic() > end:
             return facts | {
@@ -129,6 +132,7 @@ def look_at_folder(
     try:
         if first and not folder.exists():
             folder.mkdir(parents=True)
+        # rank zero writes both its own files: the one to be seen, and the one every node writes
         for path in (theirs, mine) if first else (mine,):
             path.write_text(node, encoding="utf-8")
         facts["free"] = shutil.disk_usage(folder).free
@@ -158,6 +162,7 @@ def look_at_device(run: RunConfig, world: World) -> dict[str, Any]:
             facts |= {"name": torch.cuda.get_device_name(device), "free": free, "total": total}
             facts["memory_errors"] = _uncorrected_errors() if world.local_rank == 0 else ""
         wrong = matmul_error(device)
+        # `not <=`: nan is wrong as well
         if not wrong <= MATMUL_TOLERANCE:
             facts["error"] = (
                 f"a matrix product of {device} is off by {wrong:.1g} of its size; a sound one by"
@@ -166,13 +171,15 @@ def look_at_device(run: RunConfig, world: World) -> dict[str, Any]:
     except (
         UserError,
         RuntimeError,
-    ) as error:  # torch's CUDA errors are RuntimeErrors of several lines
+    ) as error:
+        # torch's CUDA errors are RuntimeErrors of several lines
         facts["error"] = str(error).strip().split("\n")[0]
     return facts
 
 
 def matmul_error(device: torch.device) -> float:
     """The largest error of a fp32 product on the device, relative to the largest element of the fp64 product on the CPU."""
+    # TF32 is off by more than the tolerance
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
         random = torch.Generator().manual_seed(0)

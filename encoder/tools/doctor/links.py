@@ -24,9 +24,8 @@ MESSAGE_BYTES = {"cpu": 2**22, "cuda": 2**27}  # 4 ms at 1 GB/s; 3 ms at 50 GB/s
 REPEATS = 3
 SUM_SECONDS = 6.0  # an all-reduce that takes longer counts as no answer
 
-FaultInjection = Callable[
-    [torch.Tensor], None
-]  # called with what is about to be sent: tests are late or damage it
+# called with what is about to be sent: tests are late or damage it
+FaultInjection = Callable[[torch.Tensor], None]
 
 
 def ring(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
@@ -35,6 +34,7 @@ def ring(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
     if count < 3:
         return [[(nodes[0], nodes[1])]] if count == 2 else []
     pairs = [(nodes[i], nodes[(i + 1) % count]) for i in range(count)]
+    # an even ring takes two rounds; in an odd one the last pair needs a third
     even = count - count % 2
     rounds = [pairs[0:even:2], pairs[1:even:2], pairs[even:]]
     return [pairs for pairs in rounds if pairs]
@@ -73,6 +73,7 @@ class Links:
             for pair in pairs:
                 if own not in pair:
                     continue
+                # every rank of both nodes: the sum crosses the link between them
                 ranks = [rank for rank, node in enumerate(node_of_rank) if node in pair]
                 into.append({"nodes": list(pair), "error": "no answer"})
                 # the neighbour may have waited in vain in each round before
@@ -110,9 +111,11 @@ class Links:
             return {"error": f"no answer ({str(error).strip().splitlines()[0][:120]})"}
         if not exact:
             return {"error": "a sum is wrong"}
+        # a ring all-reduce sends each byte 2 (n - 1) / n times
         return {"gb_per_second": 2 * (size - 1) / size * self._bytes / min(seconds) / 1e9}
 
     def _connect(self, name: str, rank: int, size: int, seconds: float) -> Any:
+        # keys of their own: several groups share one store
         store = dist.PrefixStore(name, self._store)
         timeout = datetime.timedelta(seconds=seconds)
         if self._device.type == "cuda":

@@ -66,6 +66,7 @@ class Rendezvous:
     def collect(self, what: str, *, ranks: Sequence[int] | None = None) -> dict[int, Any]:
         """Rank zero: what each rank (of `ranks`) published, by rank; without those that did not in time."""
         end = time.monotonic() + self.wait_seconds
+        # one deadline for all ranks together, not one for each
         found = {}
         for rank in range(self.world.size) if ranks is None else ranks:
             value = self._get(f"{what}/{rank}", end - time.monotonic())
@@ -82,6 +83,7 @@ class Rendezvous:
 
     def receive(self, what: str) -> Any:
         """What rank zero broadcasts; it may have waited for others meanwhile. Raises RankTimeout."""
+        # half as long again: rank zero may just have waited its whole time for a third rank
         value = self._get(what, 1.5 * self.wait_seconds)
         if value is None:
             raise RankTimeout(

@@ -51,6 +51,7 @@ class Findings:
 
     def exclude_or_mistake(self, wrong: Mapping[str, str], *, of: int) -> None:
         """`wrong` says of some of the `of` nodes what is wrong with them: nodes to leave out, or a mistake."""
+        # fewer than half: those nodes are at fault; else it is what all of them read
         if 2 * len(wrong) < of:
             for node, why in wrong.items():
                 self.exclude(node, why)
@@ -61,6 +62,7 @@ class Findings:
     def check_equal(self, what: str, by_node: Mapping[str, Any], *, advice: str) -> bool:
         """All nodes must have the same value of something; says which have another."""
         texts = {node: json.dumps(value, sort_keys=True) for node, value in by_node.items()}
+        # the value of most nodes is taken for the right one
         common = Counter(texts.values()).most_common(1)[0][0]
         here = next(node for node, text in texts.items() if text == common)
         wrong = {
@@ -84,6 +86,7 @@ def judge_facts(
     needs: Needs,
 ) -> None:
     """`facts` by rank, `expected` the node of each rank as it was started; ranks that are not among `came` are silent."""
+    # backwards, so that the lowest silent rank of a node stays
     silent = {expected[rank]: rank for rank in reversed(range(len(expected))) if rank not in came}
     for node, rank in silent.items():
         findings.exclude(
@@ -91,6 +94,7 @@ def judge_facts(
             f"rank {rank} of {node} did not come: the node is dead, cut off, or could not start"
             " python",
         )
+
     firsts = {fact["node"]: fact for fact in facts.values() if fact["local_rank"] == 0}
     if not firsts:
         return
@@ -151,6 +155,8 @@ def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -
     broken: dict[str, str] = {}
     for rank, fact in facts.items():
         device, node = fact["device"], fact["node"]
+
+        # GPUs that SLURM gave the node, as its first rank saw them
         allotted = next(
             (
                 f["gpus_allotted"]
@@ -161,7 +167,8 @@ def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -
         )
         was_given = allotted.isdigit() and int(allotted) >= fact["local_size"]
         if "error" in device and device["seen"] < fact["local_size"] and not was_given:
-            short[node] = device["error"]  # the run file and the allocation do not fit each other
+            # the run file and the allocation do not fit each other
+            short[node] = device["error"]
         elif "error" in device:
             broken.setdefault(node, f"rank {rank} of {node}: {device['error']}")
         elif device["kind"] != common:
@@ -173,9 +180,8 @@ def _judge_devices(findings: Findings, facts: Mapping[int, Mapping[str, Any]]) -
         elif device.get("memory_errors"):
             findings.exclude(node, f"{node}: {device['memory_errors']}")
     nodes = {fact["node"] for fact in facts.values()}
-    if len(nodes) > 1 and len(broken) == len(
-        nodes
-    ):  # a torch without CUDA, say: other nodes have it, too
+    # a torch without CUDA, say: other nodes have it, too
+    if len(nodes) > 1 and len(broken) == len(nodes):
         findings.mistakes.append(
             f"{next(iter(broken.values())).rstrip('.')} (and so on every node)"
         )
@@ -212,12 +218,14 @@ def _judge_memory(
         node, device, local = fact["node"], fact["device"], fact["local_size"]
         machine = firsts.get(node, {}).get("memory", {"free": 0, "allowed": 0})
         if on_gpu and "free" in device:
+            # a GPU for each rank; on CPUs the ranks of a node share its memory
             have, need, all_need = device["free"], sure, memory.total
         else:
             have = min(v for v in (machine["free"], machine["allowed"] or machine["free"]))
             need, all_need = local * sure, local * memory.total
         if not have:
             continue
+
         least = min(least or have, have)
         for_ranks = "" if on_gpu else f" for {counted(local, 'rank')}"
         if have < need:
@@ -252,6 +260,7 @@ def judge_folder(
     `shared`: by node, whether it saw rank zero's file in the run folder, whether it could write there, and the room.
     `missing`: nodes whose file rank zero did not see."""
     wrong: dict[str, str] = {}
+    # a new checkpoint is written before an old one goes
     need = 2 * checkpoint_bytes
     for node, at in shared.items():
         if not at["seen"]:
@@ -315,8 +324,10 @@ def judge_links(
         if "error" in view:
             errors.setdefault(pair, view["error"])
         else:
+            # the slower of the two views of a pair
             speeds[pair] = min(view["gb_per_second"], speeds.get(pair, view["gb_per_second"]))
 
+    # pairs that some rank saw fail do not set the mark
     fastest = max((speed for pair, speed in speeds.items() if pair not in errors), default=0.0)
     slow = {
         pair: f"{speed:.3g} GB/s, where the fastest pair has {fastest:.3g}"
@@ -325,6 +336,7 @@ def judge_links(
     }
     bad = slow | errors
     pairs = list(speeds | errors)
+    # one bad pair may be the other's fault; all pairs bad is the node's own
     for node in dict.fromkeys(nodes):
         own = [pair for pair in pairs if node in pair]
         if own and all(pair in bad for pair in own):
@@ -360,6 +372,8 @@ def judge_all_reduce(
         for rank, value in found.items()
         if "error" in value
     }
+
+    # all nodes wrong at once, though each pair was fine: no node is to blame
     several = len(set(nodes)) > 1
     if not silent and several and len(wrong) == len(set(nodes)):
         findings.mistakes.append(
@@ -368,6 +382,7 @@ def judge_all_reduce(
             " (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
         )
         return
+    # where ranks fell silent, the errors of the others follow from that
     for node, why in (silent or wrong).items():
         findings.exclude(node, why)
     if not silent and not wrong:
@@ -382,6 +397,7 @@ def _by_node(facts: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, Any]
     found: dict[str, Any] = {}
     for fact in facts.values():
         found.setdefault(fact["node"], fact[key])
+        # unlike any other node's value, so that the node is found out
         if fact[key] != found[fact["node"]]:
             found[fact["node"]] = {"two on one node": [found[fact["node"]], fact[key]]}
     return found

@@ -59,6 +59,7 @@ def count_kept(
     try:
         return _count(config, precision=precision, device=device, fp8=fp8, zero_3=zero_3)
     except needs_data:
+        # bytes of a number; what lies outside of the layers is left out
         width = {"autocast": 2, "bf16": 2, "fp64": 8}.get(precision, 4)
         return Kept(
             layer_per_token=width * config.activation_width, layer_fixed=0.0, outside_per_token=0.0
@@ -75,6 +76,7 @@ def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_
             shape, tokens=tokens, precision=precision, device=device, fp8=fp8, zero_3=zero_3
         )
 
+    # two lengths give bytes per token, two depths bytes per layer
     few_short = count(few, short)
     many_short = count(many, short)
     few_per_token = (count(few, long) - few_short) / (long - short)
@@ -106,6 +108,7 @@ def _bytes_kept(
         with _default_dtype(precision), torch.device(device):
             model = build_model(config, seed=0)
             ids_T = torch.zeros(tokens, dtype=torch.int64)
+            # one document without data: under fake tensors no kernel reads its ids
             batch = TokenBatch(
                 ids_T=ids_T,
                 positions_T=ids_T.to(torch.int32),
@@ -129,6 +132,7 @@ def _bytes_kept(
         # held, as the loss holds it: what its last step keeps is counted
         hidden = model.hidden_states(batch)
         parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        # what autograd keeps of the weights themselves is counted as weights elsewhere
         found = sum(storage.nbytes() for key, storage in storages.items() if key not in parameters)
         del hidden
     return found
@@ -152,6 +156,7 @@ class _Counted:
         self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
     ) -> _Counted:
         """Itself."""
+        # three blocks of keys around a block of queries (tiles)
         self.window = 3 * max(window_radius_tokens, 32)
         return self
 
@@ -168,6 +173,7 @@ class _Keeps(autograd.Function):
         tokens, heads, width = q_THD.shape
         if window:
             k_THD, v_THD = (x.new_empty(3 * tokens, heads, width) for x in (k_THD, v_THD))
+            # keys and values of each block's window, and its probabilities
             ctx.save_for_backward(q_THD, k_THD, v_THD, q_THD.new_empty(tokens, heads, window))
         else:
             ctx.save_for_backward(

@@ -39,6 +39,7 @@ def columns_of(run: RunConfig, steps: PlannedSteps) -> list[Column]:
             getattr(phase.lr, "warmup_tokens", 0),
             phase.batch_warmup.over_tokens if phase.batch_warmup else 0,
         )
+        # a fifth beyond the warm-up, to see what follows
         end = warm_up * 6 // 5
         if 0 < warm_up < NARROW * phase.tokens:
             columns.append(
@@ -85,6 +86,7 @@ def draw_plan(run: RunConfig, steps: PlannedSteps, path: Path) -> None:
     )
     for number, column in enumerate(columns):
         rate, batch, share, length = axes[:, number]
+        # a step is drawn at its middle, where its rate is taken
         phase, x = run.phases[column.phase], [s.phase_tokens + s.tokens // 2 for s in column.steps]
         rate.set_title(f"{column.title}\n{short_count(column.end_tokens)} tokens", fontsize=9)
         rate.plot(x, [s.lr for s in column.steps], color="#444")
@@ -133,6 +135,7 @@ def draw_plan(run: RunConfig, steps: PlannedSteps, path: Path) -> None:
 
 def _thinned(steps: PlannedSteps, own: range) -> list[PlannedStep]:
     every = max(1, len(own) // POINTS)
+    # the last step always, whatever the stride
     return [steps[i] for i in (*own[::every], own[-1])]
 
 

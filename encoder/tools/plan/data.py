@@ -67,6 +67,7 @@ def _order_lines(run: RunConfig) -> list[str]:
     local: dict[str, tuple[int, int]] = {}
     for source, card in _cards(run):
         with contextlib.suppress(ShardError, OSError):
+            # a lane has its own share of the shards
             shards = _shards_of(source) // run.data.lanes
             if shards > group:
                 local[source.name or card.source] = (shards, card.documents)
@@ -74,6 +75,7 @@ def _order_lines(run: RunConfig) -> list[str]:
         return []
     name, (shards, documents) = max(local.items(), key=lambda item: item[1][0])
     more = f" (and of {len(local) - 1} more)" if len(local) > 1 else ""
+    # documents of a group, as many a shard as the mean
     together = short_count(documents * group / shards)
     return [
         f"order: {group} of {shards:,} shards of {name}{more} are read at a time, {together} of its"
@@ -91,6 +93,7 @@ def _cards(run: RunConfig) -> Iterator[tuple[SourceConfig, Card]]:
 def _shards_of(source: SourceConfig) -> int:
     """By the index, by its size where it is long. Raises ShardError and OSError."""
     size = (source.folder / INDEX).stat().st_size
+    # a long index is not parsed for its number of shards: an entry takes about 700 bytes
     if size > QUICKLY_READ_BYTES:
         return size // INDEX_BYTES_A_SHARD
     return len(read_samples_per_shard(source.folder))

@@ -40,6 +40,7 @@ def fit_ranks(run: RunConfig, *, ranks: int) -> Fit:
                 f"phase {phase.name} begins with {first} rows a step: {ranks - first} of {ranks}"
                 " ranks wait until its batch has grown."
             )
+        # a step takes as long as the rank with most rows, ceil(rows / ranks)
         share = 1 - rows[phase.name] / (ranks * math.ceil(rows[phase.name] / ranks))
         if share > IDLE_SHARE:
             warnings.append(

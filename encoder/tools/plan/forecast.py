@@ -92,9 +92,8 @@ BUSY_SHARE, BUSY_SPREAD = 0.1, 2.0
 class Probe:
     """What a short run of the same model on this machine took, on one rank."""
 
-    flops_per_second: dict[
-        int, float
-    ]  # model FLOP of forward and backward, by max_tokens_per_document
+    # model FLOP of forward and backward, by max_tokens_per_document
+    flops_per_second: dict[int, float]
     update_seconds: float
     data_seconds_per_token: float
     base_bytes: int  # the process with everything imported and no model
@@ -163,12 +162,14 @@ def forecast(
         update = probe.update_seconds
     else:
         assert machine is not None
+        # from ZeRO 1 on a rank updates its share alone
         own = parameters / (ranks if run.engine.zero_stage else 1)
         reached = machine.memory_bytes_per_second * machine.memory_share
         update = own * UPDATE_BYTES / reached
     parts = {"computing": 0.0, "update": 0.0, "communication": 0.0, "data": 0.0}
     most_bytes = 0.0
     for stretch in stretches:
+        # the rank that has most rows: the others wait for it
         phase, rows = run.phases[stretch.phase], math.ceil(stretch.rows / ranks)
         micro_batches = math.ceil(rows / run.loader.micro_batch_rows)
         tokens = stretch.tokens / stretch.rows * rows
@@ -189,6 +190,7 @@ def forecast(
         seconds_of_step = {
             "computing": computing,
             "update": update,
+            # nothing overlaps: the most that it can take
             "communication": sent / link,
             "data": waiting,
         }
@@ -216,8 +218,10 @@ def communication_bytes(
     gradients = parameters * (8 if run.engine.precision == "fp64" else 4) * share
     weights = parameters * {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4) * share
     if run.engine.zero_stage == 0:
+        # an all-reduce is a reduce-scatter and an all-gather
         return 2 * gradients
     if run.engine.zero_stage == 3:
+        # weights are gathered for the forward, and again for the backward
         return micro_batches * (gradients + 2 * weights)
     return gradients * (micro_batches if run.engine.zero_stage == 2 else 1) + weights
 
@@ -289,6 +293,7 @@ def _probe_lines(probe: Probe, seconds: float) -> list[str]:
         now = short_seconds(seconds * probe.wall_over_cpu)
         lines.append(f"{busy}: the time above is that of an idle one; as busy as now about {now}.")
         return lines
+    # 0.02: where threads waited almost all the time, no more than 50 times is promised
     times = f"about {1 / max(0.02, 1 - waited):.1f} times" if is_waiting else "several times"
     lines.append(f"{busy}: alone the run may be {times} as fast. Measure again when it is idle.")
     return lines
@@ -305,6 +310,7 @@ def _computing_seconds(
         flops / (machine.peak(run.engine.precision) * machine.product_share)
         + moved / (machine.memory_bytes_per_second * machine.memory_share)
     )
+    # a small model waits for its kernels to be launched, a large one for the device
     return max(busy, micro_batches * m.num_hidden_layers * MICRO_STEP_KERNELS * KERNEL_SECONDS)
 
 

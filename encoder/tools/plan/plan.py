@@ -61,6 +61,7 @@ def plan_text(
     if steps is None:
         fills = [filling.fill if filling else FILL for filling in fillings]
         steps = planned_steps(run, fills=fills)
+
     warnings = [
         *mistakes,
         *_warnings(run, machine),
@@ -156,6 +157,7 @@ def _phase_row(
     batch = _from_to(short_count(first.rows * capacity), short_count(last.rows * capacity))
 
     micro_batches = [
+        # rows of the rank that has most, in micro-batches
         math.ceil(math.ceil(step.rows / ranks) / run.loader.micro_batch_rows)
         for step in (first, last)
     ]
@@ -164,6 +166,7 @@ def _phase_row(
         each += f" ({ranks - first.rows} idle)"
 
     peak = steps.peak_lr(index)
+    # 1.0001: a peak that an end reaches but for rounding is not shown twice
     above_ends = peak > max(first.lr, last.lr) * 1.0001
     middle = f" -> {peak:.2e}" if above_ends else ""
     texts = run.model_of(phase).phase_texts
@@ -220,6 +223,7 @@ def _fits_lines(
     """What a GPU has; or what the process will hold, by the probe of one rank, less what more ranks share."""
     if probe:
         alone = count_needs(run, ranks=1).memory
+        # what the process held beyond what is counted: torch, its libraries, the allocator's rest
         libraries = probe.peak_bytes - alone.total - alone.offloaded
         held = libraries + memory.total + memory.offloaded
         return [
@@ -297,7 +301,8 @@ def _weights_text(run: RunConfig) -> str:
     if name := parse_hub_name(run.init_from):
         try:
             there = model_facts(Path(run.init_from))
-        except ModelError as error:  # a plan needs no network; the run says so when it starts
+        except ModelError as error:
+            # a plan needs no network; the run says so when it starts
             return f"from {name} on the Hugging Face hub: {error}"
         check_same_shape(there, run, key="init_from", path=Path(run.init_from))
         return f"from {name} on the Hugging Face hub"

@@ -32,10 +32,11 @@ from encoder.tools.plan.forecast import Probe
 from encoder.train.meters import document_lengths
 
 ROUNDS, SECONDS_A_PHASE = 7, 40.0
+# micro-batches of the two kinds of steps: their difference is the micro-batch, the rest the update
 FEW, MANY = (
     1,
     3,
-)  # micro-batches of the two kinds of steps: their difference is the micro-batch, the rest the update
+)
 
 
 # of a micro-batch's time by its share of the FLOP, that the difference of the two kinds of steps is at least: beyond is noise
@@ -66,6 +67,7 @@ class Clock:
         delay = _waited_for_cores()
         if delay is None or self._delay is None:
             return None
+
         waited = max(0.0, delay - self._delay)
         return waited / max(1e-9, waited + self.cpu_seconds)
 
@@ -95,13 +97,17 @@ def rate_of(
     (few_flops, few_seconds), (many_flops, many_seconds) = (
         _faster_half(steps) for steps in (few, many)
     )
+
+    # the difference of the steps is `more` work; a floor keeps noise from making it free
     more = many_flops - few_flops
     seconds = max(many_seconds - few_seconds, LEAST_SHARE * many_seconds * more / many_flops)
     rate = more / seconds
+    # the update is what a step of few takes beyond its micro-batches
     return rate, max(0.0, few_seconds - few_flops / rate)
 
 
 def _faster_half(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    # by seconds a FLOP: batches differ in their work
     fast = sorted(steps, key=lambda step: step[1] / step[0])[: (len(steps) + 1) // 2]
     flops, seconds = zip(*fast, strict=True)
     return statistics.median(flops), statistics.median(seconds)
@@ -109,13 +115,14 @@ def _faster_half(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def probe(path: str, overrides: Sequence[str]) -> Probe:
     """In a new process. Raises UserError with what that process said."""
+    # the allocator's setting is that of launch/pretrain.py
     done = subprocess.run(
         [sys.executable, "-m", "encoder.tools.plan.probe", path, *overrides],
         encoding="utf-8",
         errors="replace",
         capture_output=True,
         env={"THP_MEM_ALLOC_ENABLE": "1", **os.environ},
-    )  # as launch/pretrain.py has it
+    )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1].removeprefix(
             "error: "
@@ -125,6 +132,7 @@ def probe(path: str, overrides: Sequence[str]) -> Probe:
     return Probe(
         **{
             **found,
+            # keys of JSON are text
             "flops_per_second": {
                 int(length): rate for length, rate in found["flops_per_second"].items()
             },
@@ -163,6 +171,7 @@ def measure(run: RunConfig) -> Probe:
     rates, updates, waits, spreads, peak, rounds = {}, [], [], [], 0, 0
     stopwatch = Clock()
     for phase in run.phases:
+        # phases of one length cost the same
         if phase.max_tokens_per_document in rates:
             continue
         many = dataclasses.replace(
@@ -181,10 +190,12 @@ def measure(run: RunConfig) -> Probe:
             times: dict[int, list[tuple[float, float]]] = {FEW: [], MANY: []}
             began = time.monotonic()
             for number in range(ROUNDS + 1):
+                # in turn, so that a busy moment meets both kinds
                 for count in (FEW, MANY):
                     asked = clock()
                     data = loader.next_step()
                     waited = clock() - asked
+                    # a step of few is a part of the same batch as one of many
                     some = data.micro_batches[:count]
                     flops = sum(
                         run.objective.train_flops(
@@ -200,6 +211,7 @@ def measure(run: RunConfig) -> Probe:
                         times[count].append((flops, took))
                         waits.append(waited / data.tokens)
                     peak = max(peak, psutil.Process().memory_info().rss)
+                # at least three timed rounds, however slow
                 if number >= 3 and time.monotonic() - began > SECONDS_A_PHASE:
                     break
         if not (times[FEW] and times[MANY]):

@@ -39,6 +39,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
     for source in sources:
         try:
             stored = stored_lengths(source.folder)
+            # every k-th document of the whole source: its order may not be one of chance
             every = math.ceil(len(stored.lengths) / LOOKED_AT)
             lengths = pieces_of(
                 [stored],
@@ -48,6 +49,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
                 chance=np.random.default_rng(0),
             ).tokens_P
         except ShardError:
+            # the longest that may be: attention makes long documents the most work a token
             lengths = np.array([longest])
             unknown.append(source.path)
         tokens = int(lengths.sum())
@@ -57,6 +59,7 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
             lengths=lengths,
             targets=run.objective.expected_targets(tokens=tokens, mask_share=share),
         )
+        # work a token, times the source's share of the phase's tokens
         flops += some_flops / tokens * phase.tokens * source.weight / weights
     return PhaseWork(flops=flops, unknown=tuple(unknown))
 

@@ -28,6 +28,7 @@ def compare_ledgers(run: Path, file: Path) -> list[tuple[str, str]]:
     if whole[: len(before)] != before:
         raise SystemExit("error: the ledger of the resumed run does not continue the first one's")
     resumed = next((e["step"] for e in read_jsonl(run / EVENTS) if e["event"] == "resume"), 0)
+    # steps that the first run had done and the second did again, from its checkpoint on
     again = kept["steps"] - resumed
     steps = verify_ledger(run)
     return [

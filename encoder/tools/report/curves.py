@@ -49,6 +49,7 @@ def draw(runs: Sequence[Curves]) -> bytes:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+    # a share of the peak where it is known for any run, or else FLOP a second
     used = "mfu" if any("mfu" in m for run in runs for m in run.metrics) else "tflops_per_second"
     figure, at = pyplot.subplot_mosaic(
         [
@@ -87,9 +88,8 @@ def draw(runs: Sequence[Curves]) -> bytes:
             colour = "#888" if len(runs) == 1 else colour
             for name, tokens in _phase_starts(run):
                 axis.axvline(tokens, lw=0.7, color=colour, alpha=0.6)
-                if (
-                    key == "loss"
-                ):  # runs one above another: their phases often begin at the same tokens
+                # runs one above another: their phases often begin at the same tokens
+                if key == "loss":
                     axis.annotate(
                         _literal(name),
                         (tokens, 0.03 + 0.04 * number),
@@ -99,6 +99,8 @@ def draw(runs: Sequence[Curves]) -> bytes:
                         xytext=(3, 0),
                         textcoords="offset points",
                     )
+
+    # two marks for the loss: guessing evenly, and guessing by how often a token occurs
     for size in sorted({run.vocab_size for run in runs}):
         at["loss"].axhline(
             math.log(size),
@@ -116,11 +118,11 @@ def draw(runs: Sequence[Curves]) -> bytes:
             label=f"unigram entropy, held-out text = {entropy:.2f}",
         )
     at["loss"].legend(fontsize=8, frameon=False)
+
     png = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of a name's letters that no font here has: they are drawn as boxes
+        # of a name's letters that no font here has: they are drawn as boxes
+        warnings.simplefilter("ignore")
         figure.savefig(png, dpi=110, format="png")
     pyplot.close(figure)
     return png.getvalue()
@@ -168,11 +170,13 @@ def running_mean(values: np.ndarray, *, over: int) -> np.ndarray:
 
     1 3 5 over 3   ->   1, 2.33, 3.86
     """
+    # the mean over `over` values of a plain window has the same average age
     keep = 1.0 - 2.0 / (over + 1)
     total = weight = 0.0
     means = np.empty(len(values))
     for i, value in enumerate(values):
         total = keep * total + (1.0 - keep) * float(value)
+        # the sum of the weights so far, below 1: divided by it the mean has no bias to zero
         weight = keep * weight + (1.0 - keep)
         means[i] = total / weight
     return means
@@ -182,6 +186,7 @@ def _literal(name: str) -> str:
     """A name as matplotlib draws it letter by letter: no formula, no hidden label, one short line."""
     line = " ".join(name.split())
     line = line if len(line) <= 60 else f"{line[:57]}..."
+    # a leading underscore hides a label, a dollar begins a formula
     return f"\u200b{line}".replace("$", r"\$") if line.startswith("_") else line.replace("$", r"\$")
 
 

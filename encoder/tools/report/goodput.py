@@ -39,15 +39,15 @@ WHAT_IS = {
 class _Start:
     began_ms: int = 0
     step: int = 0  # where it went on from
-    steps: list[tuple[int, dict[str, int]]] = field(
-        default_factory=list
-    )  # (step, ms by kind so far)
+    # (step, ms by kind so far)
+    steps: list[tuple[int, dict[str, int]]] = field(default_factory=list)
     spent_ms: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Clock.KINDS, 0))
     backs: list[tuple[int, int]] = field(default_factory=list)  # (step, weights of step)
 
     def add(self, spent: Mapping[str, float]) -> dict[str, int]:
         """What the start had spent by some line: in the end, by the last one."""
         now = {kind: round(1000 * spent[kind]) for kind in Clock.KINDS}
+        # lines of two files: the latest is the one with most time
         self.spent_ms = max(self.spent_ms, now, key=lambda ms: sum(ms.values()))
         return now
 
@@ -64,6 +64,7 @@ def wall_ms(folder: Path) -> dict[str, int]:
     if not starts:
         return {}
     parts = dict.fromkeys(WHAT_IS, 0)
+    # what a start wasted moves from its kinds to `wasted`: the sum stays
     for i, start in enumerate(starts):
         for kind, ms in start.spent_ms.items():
             parts[kind] += ms
@@ -71,6 +72,7 @@ def wall_ms(folder: Path) -> dict[str, int]:
             parts[kind] -= ms
             parts["wasted"] += ms
     for before, after in zip(starts, starts[1:]):
+        # below zero: the later start began before the earlier one wrote its last line
         gap = after.began_ms - before.end_ms
         parts["stopped" if gap >= 0 else "twice"] += gap
     return {**parts, "wall time": starts[-1].end_ms - starts[0].began_ms}
@@ -88,6 +90,7 @@ def _read(folder: Path) -> list[_Start]:
                     f"{folder / name} line {number} has times that cannot be read. Restore the"
                     " file, or remove that line."
                 ) from error
+    # without a beginning its lines cannot be placed on the wall clock
     return [start for _, start in sorted(found.items()) if start.began_ms]
 
 
@@ -108,11 +111,13 @@ def _take_metrics(found: dict[int, _Start], m: Mapping[str, Any]) -> None:
 
 def _wasted(start: _Start, later: list[_Start]) -> dict[str, int]:
     """Of a start's time: what led to its lines of steps that do not count."""
+    # steps beyond the earliest place that a later start went on from were done again
     kept = min((s.step for s in later), default=None)
     backs = [b for s in (start, *later) for b in s.backs]
     wasted: dict[str, int] = defaultdict(int)
     before: Mapping[str, Any] = dict.fromkeys(Clock.KINDS, 0)
     for step, now in start.steps:
+        # done again, or between a going-back and the weights that it went back to
         if (
             kept is not None
             and step > kept

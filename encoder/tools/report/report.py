@@ -63,10 +63,12 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
     """Writes loss.png and report.html of one or several runs into `out`; returns the page. Raises UserError, LedgerError."""
     runs = [_read_run(folder) for folder in folders]
     names = [run.config.name for run in runs]
+    # names of runs, or of their folders, or whole paths: what tells them apart first
     if len(set(names)) < len(names):
         names = [folder.name for folder in folders]
         if len(set(names)) < len(names):
             names = [str(folder) for folder in folders]
+
     _check_ours(out)
     out.mkdir(parents=True, exist_ok=True)
     picture = draw(
@@ -205,6 +207,8 @@ def _state(run: _Run) -> str:
     ]
     if events and events[-1]["event"] == "stopped":
         return f"stopped after step {events[-1].get('step')}, not done yet"
+
+    # errors and hangs that are younger than the last start are its own
     found = [path for name in (ERRORS, HANGS) for path in (run.folder / name).glob("*.txt")]
     began = max((e.get("began", 0) for e in events), default=0)
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
@@ -215,6 +219,7 @@ def _state(run: _Run) -> str:
 
 def _time_facts(run: _Run) -> dict[str, str]:
     """Seconds to the millisecond, in which they are counted."""
+    # at least 1 ms, which only a division needs
     wall = max(1, run.spent_ms.get("wall time", 0))
     return {
         kind: f"{ms / 1000:,.3f} s  ({ms / wall:.1%})"
@@ -286,6 +291,7 @@ def verify_ledger(folder: Path) -> int:
     lines = read_jsonl(folder / LEDGER)
     follow_chain(lines, folder / LEDGER)
     last: dict[str, Any] = lines[-1] if lines else {"step": 0, "chain": ""}
+    # raises where done.json tells of a later end than the ledger has
     read_done(folder, with_checkpoint=False)
     if not lines and (folder / METRICS).exists():
         raise LedgerError(

@@ -72,6 +72,7 @@ def mean_weights(checkpoints: Sequence[Path], facts: StoredModel) -> dict[str, T
         with contextlib.ExitStack() as held:
             readers = [held.enter_context(StretchReader(path)) for path in checkpoints]
             for name, shape in shapes.items():
+                # one tensor at a time, put together from the stretches in the ranks' files
                 total = torch.zeros(math.prod(shape), dtype=torch.float64)
                 one = torch.empty_like(total)
                 for reader in readers:

@@ -33,6 +33,7 @@ def training_of(source: Path, model: StoredModel, *, name: str) -> Training:
         return Training(name=name, facts={"origin": model.origin})
     run, folder = saved_run(checkpoint), checkpoint.parent.parent
     progress, _ = read_progress(checkpoint)
+    # up to this checkpoint: the run may have gone on since
     metrics = [m for m in merged_metrics(folder / METRICS) if m["step"] <= progress.step]
     nothing: dict[str, Any] = {}
     last = next((m for m in reversed(metrics) if "held_out_loss" in m), nothing)

@@ -49,8 +49,10 @@ def grow_model(
         raise ModelError(f"{out} is the source itself. Name another folder to write.")
     old = read_model(source)
     config = new_config(old.config, preset=preset, run=run, overrides=overrides)
+
     growth = grow(old.weights, old.config, config, settings)
     how = ", ".join(f"{key} {word}" for key, word in to_plain(settings).items())
+    # None stays None: the length is that of the new model's positions
     longest = old.max_tokens and min(old.max_tokens, config.max_position_embeddings)
     model = StoredModel(
         config=config,
@@ -84,6 +86,7 @@ def new_config(
     else:
         model = to_plain(_Target(model=old))["model"]
         if preset:
+            # what changes no weight is the source's, where the preset does not say it
             left_open = (
                 n
                 for n in (*old.growth().free, "max_position_embeddings")

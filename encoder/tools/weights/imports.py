@@ -52,7 +52,9 @@ def import_model(
                 f"{option} has no effect on a folder, whose config.json says it. Leave it out."
             )
         else:
+            # a name on the hub also tells the commit in its origin
             model = read_model(source) if name else read_hf(folder)
+
         if tokenizer is not None:
             if model.tokenizer_json is not None:
                 raise ModelError(
