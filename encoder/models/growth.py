@@ -49,7 +49,8 @@ class Growth:
     weights: dict[str, Tensor]  # as ModernBertForMaskedLM.state_dict() names them
     layer_sources: tuple[int, ...]  # the old layer that each new layer comes from
     not_inherited: tuple[str, ...]  # what keeps the new model's own first values, and why
-    other_settings: tuple[str, ...]  # settings that are not those the source was trained with
+    # settings that are not those the source was trained with
+    other_settings: tuple[str, ...]
 
 
 def grow(

@@ -41,13 +41,16 @@ class StoredModel:
     weights: dict[str, Tensor]  # fp32 on the CPU, as state_dict() names them
     tokenizer_json: Path | None  # a file, read when the model is written elsewhere
     origin: str  # one line for people
-    drawn: tuple[str, ...] = ()  # parameters that the source lacked: heads of a body without
-    max_tokens: int | None = None  # the longest document trained on; None: max_position_embeddings
+    # parameters that the source lacked: heads of a body without
+    drawn: tuple[str, ...] = ()
+    # the longest document trained on; None: max_position_embeddings
+    max_tokens: int | None = None
 
 
 def write_stored(model: StoredModel, out: Path) -> None:
     """Write the weights folder `out`, whole or not at all. Raises UserError; ModelError where weights and config differ."""
     check_weights(model.weights, model.config, of=model.origin)
+    # whole or not at all; origin.json is the mark that lets us write over it
     with atomic_folder(out, mark=ORIGIN, ours=(MODEL, WEIGHTS, TOKENIZER)) as part:
         write_atomic(part / MODEL, to_yaml(_ModelFile(model=model.config)))
         write_safetensors(model.weights, part / WEIGHTS)

@@ -46,6 +46,7 @@ def data_facts(run: RunConfig) -> list[dict[str, Any]]:
                 card = read_card(source.folder)
             except (UserError, OSError):
                 continue
+            # of the mixture's tokens, as weights say
             share = source.weight / sum(s.weight for s in mixture)
             name = source.name or card.source
             # one entry a name: what several phases train on adds up
@@ -88,6 +89,7 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     about = told[-1]["about"] if told else {}
     m = run.model
     optimizer = next((w for w, kind in OPTIMIZERS.items() if type(run.optimizer) is kind), "")
+    # where no start told it, counted from the shape
     size = about.get("parameters") or m.parameter_counts().total
     lines = {
         "model": (f"{size:,} parameters, " if isinstance(size, int) else "") + m.shape_text,

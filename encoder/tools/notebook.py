@@ -84,7 +84,8 @@ def load(path: Path | str, *, tokenizer: Path | str | None = None) -> LoadedMode
 class LoadedModel:
     """A stored model, ready to be asked."""
 
-    model: MaskedModel = field(repr=False)  # an nn.Module on the CPU, fp32, in evaluation mode
+    # an nn.Module on the CPU, fp32, in evaluation mode
+    model: MaskedModel = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)  # of the library tokenizers; it adds [CLS] and [SEP]
     origin: str  # where the weights came from, for people
     max_tokens: int  # of a text, [CLS] and [SEP] included

@@ -48,7 +48,8 @@ class StepAgreement:
     counts: dict[str, int]  # targets of each loss term, over all ranks
     batch_hash: int  # int64, of all rows
     flops: int  # model FLOP, over all ranks
-    stop: bool  # a rank was asked to stop, or rank zero's time is up: save after this step
+    # a rank was asked to stop, or rank zero's time is up: save after this step
+    stop: bool
 
     @property
     def predicts(self) -> bool:

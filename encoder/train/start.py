@@ -48,7 +48,8 @@ class Started:
     entropy: float | None  # unigram entropy of the held-out text, on rank zero
     resumed: bool
     last_held_out: dict[str, float | None]  # of the checkpoint
-    init_sha256: str | None  # of the weights of init_from, also when resumed; on rank zero
+    # of the weights of init_from, also when resumed; on rank zero
+    init_sha256: str | None
     parent: dict[str, Any] | None  # what branch_from named, also when resumed
     bad_steps: dict[str, Any]  # of the checkpoint, for the judge of steps
     quarantine: Quarantine

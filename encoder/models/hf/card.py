@@ -102,6 +102,7 @@ def write_card(
 
 def write_sentence_transformers(folder: Path, *, width: int, max_tokens: int) -> None:
     """Writes what SentenceTransformer(folder) reads: the mean over all tokens of a text, in the words of versions 2 to 5."""
+    # the list of stages: the transformer in the folder itself, pooling in its own
     modules = [
         {
             "idx": number,
@@ -181,6 +182,7 @@ print(vectors.shape)
 def _table(table: Table) -> str:
     if not table.rows:
         return ""
+    # a rule of dashes makes the first row a head in Markdown
     lines = [table.head, ["---"] * len(table.head), *table.rows]
     cells = [["---" if cell == "---" else plain(cell) for cell in row] for row in lines]
     return f"## {plain(table.title)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in cells)

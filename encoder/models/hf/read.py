@@ -174,6 +174,7 @@ def load_tensors(path: Path, *, allowed: Sequence[Any] = ()) -> Any:
     """
     open_regular(path, error=ModelError).close()  # a fifo would be waited for
     try:
+        # weights_only: no code of the file runs; mmap: no second copy, for torch's zip format alone
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)

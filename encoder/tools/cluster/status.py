@@ -117,6 +117,7 @@ def states(folder: Path) -> tuple[list[JobState], str]:
         for line in records(folder / "slurm" / "submitted.jsonl")
         if _is_job(line.get("job")) and isinstance(line.get("role"), str)
     }
+    # what sbatch alone started is known by what it wrote, RUN/slurm/JOBID.jsonl
     by_hand = [
         p.stem
         for p in (folder / "slurm").glob("*.jsonl")
@@ -194,6 +195,7 @@ def _state(
         ),
         "",
     )
+    # of an array, the first task that failed
     failed = next((f"exit code {task['code']}" for task in tasks if task["state"] == "FAILED"), "")
     return JobState(
         job=job,
@@ -332,6 +334,8 @@ def progress_text(folder: Path, settings: dict[str, Any], *, stands: str, now: f
     speed = speeds[-1] if speeds else 0.0
     if not speed:
         return text
+
+    # at the last step's speed, without the time between starts
     left = max(0, total - done) / speed
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
     then = (

@@ -47,6 +47,7 @@ class Job:
 
     def command(self, ids: dict[str, str]) -> list[str]:
         """The whole line, once the jobs before it have their ids."""
+        # SLURM ends a job whose condition can never come true, instead of keeping it for ever
         waits = [f"{how}:{ids[role]}" for how, role in self.after]
         depends = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
         return [
@@ -248,6 +249,8 @@ def _chain(
             folder.absolute() / "slurm" if folder else Path.cwd(),
         )
     )
+
+    # options of every job of the chain
     where = tuple(
         f"--{key}={value}"
         for key, value in (
@@ -315,6 +318,7 @@ def _chain(
     shape = [f"--nodes={args.nodes}", f"--ntasks-per-node={per_node}"]
     shape += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
     shape += [f"--cpus-per-task={args.cpus_per_task}"] if args.cpus_per_task else []
+    # letters that SLURM and file systems take alike
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
     if not args.no_check:
         add(
@@ -347,6 +351,7 @@ def _chain(
             also=early_end if number > 1 else "",
         )
     if args.export:
+        # one task on one node is enough for an export
         words = [str(folder), args.export, *(["--onnx"] if args.onnx else [])]
         own = (f"--cpus-per-task={args.cpus_per_task}",) if args.cpus_per_task else ()
         add(
@@ -363,6 +368,7 @@ def _chain(
 def _environment(args: argparse.Namespace, home: Path) -> dict[str, str]:
     """What the job scripts read. Containers: their own python, and options for every srun."""
     env = {"TESSERA_HOME": str(home)}
+    # options that every srun of the job scripts takes over
     extra = [
         f"--{key}={value}"
         for key, value in (
@@ -389,6 +395,8 @@ def _environment(args: argparse.Namespace, home: Path) -> dict[str, str]:
                 " the nodes see."
             )
         env["TESSERA_ENV"] = str(Path(own).absolute())
+
+    # the Python that submits runs the jobs, too; a container has its own
     if "TESSERA_PYTHON" not in os.environ:
         env["TESSERA_PYTHON"] = "python3" if args.container_image else sys.executable
     return env
@@ -408,6 +416,7 @@ def _run_folder(args: argparse.Namespace) -> Path:
 
 def _show(jobs: list[Job], home: Path) -> int:
     """What would be submitted: every line, then every script."""
+    # no job has an id yet: <check> stands for that of the check
     ids = {job.role: f"<{job.role}>" for job in jobs}
     for job in jobs:
         words = [f"{key}={shlex.quote(value)}" for key, value in job.env.items()]

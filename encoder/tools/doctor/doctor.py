@@ -144,6 +144,7 @@ class Doctor:
 
             # files of this doctor alone: those of an earlier one may still lie there
             nonce = secrets.token_hex(6)
+            # one rank a node looks at the folder
             firsts = {rank: fact["node"] for rank, fact in whole.items() if fact["local_rank"] == 0}
             self._folder(rendezvous, run, nonce, needs.checkpoint_bytes, firsts)
 

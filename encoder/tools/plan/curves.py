@@ -35,6 +35,7 @@ def columns_of(run: RunConfig, steps: PlannedSteps) -> list[Column]:
     """The phases in order, each after its warm-ups where these are short; at most POINTS steps in each."""
     columns = []
     for index, phase in enumerate(run.phases):
+        # the longer of the two warm-ups, of the rate and of the batch
         warm_up = max(
             getattr(phase.lr, "warmup_tokens", 0),
             phase.batch_warmup.over_tokens if phase.batch_warmup else 0,
@@ -119,6 +120,8 @@ def draw_plan(run: RunConfig, steps: PlannedSteps, path: Path) -> None:
         length.set(xlim=(0, column.end_tokens))
         length.xaxis.set_major_locator(MaxNLocator(4))
         length.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+
+    # rows share an axis, so the left column labels all of them
     for axis, label in zip(
         axes[:, 0],
         ("learning rate", "tokens a step", "mask share", "longest document"),

@@ -26,7 +26,8 @@ class Machine:
 
     name: str
     flops: float  # peak of the matrix products in bf16
-    fp32_flops: float  # and in fp32, without TF32: torch does not use it unless it is told to
+    # and in fp32, without TF32: torch does not use it unless it is told to
+    fp32_flops: float
     memory_bytes_per_second: float
     memory_bytes: float  # that it has
     link_bytes_per_second: float  # of a rank to the others of its machine, each way
@@ -100,7 +101,8 @@ class Probe:
     peak_bytes: int  # the process while it trained
     text: str  # what it was made on
     clock: str = "wall clock"
-    rounds: int = 0  # steps of several micro-batches that were timed, all lengths together
+    # steps of several micro-batches that were timed, all lengths together
+    rounds: int = 0
     spread: float = 1.0  # the slowest of them over the fastest, of one length
     # of the time that threads could have computed, they waited for a core
     waited_share: float | None = None

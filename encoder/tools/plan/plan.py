@@ -53,6 +53,7 @@ def plan_text(
 
     Raises UserError where the run cannot be; what is not there yet is only said.
     """
+    # what `auto` means depends on the machine, the plan's or this one
     asked_precision = run.engine.precision
     run = on_machine(run, machine)
     needs = count_needs(run, ranks=ranks)
@@ -210,6 +211,7 @@ def _memory_lines(
     text = f"memory a rank  about {short_bytes(memory.total)}: {', '.join(parts)}"
     if memory.offloaded:
         text += f"; in the machine {short_bytes(memory.offloaded)}"
+    # a probe measured it; a GPU's memory is not the machine's
     on_cpu = run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available())
     if on_cpu and not probe:
         # 782 to 840 MB seen
@@ -282,6 +284,7 @@ def _fills_text(run: RunConfig, steps: PlannedSteps) -> str:
 
 
 def _decay_text(run: RunConfig) -> str:
+    # phases that have one of their own come behind
     texts = [run.optimizer.decay_text]
     for phase in run.phases:
         if phase.weight_decay is None and phase.max_lr is None:
@@ -321,5 +324,6 @@ def _spread(count: int) -> Sequence[int]:
 
 
 def _spark(values: list[float], *, top: float) -> str:
+    # 0 to 1 of the highest; a run at rate 0 has no highest
     heights = [value / (top or 1.0) for value in values]
     return "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)

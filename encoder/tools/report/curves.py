@@ -35,7 +35,8 @@ class Curves:
     metrics: list[dict[str, Any]]
     entropy: float | None  # unigram entropy of the held-out text, nats
     vocab_size: int
-    tokens_before: int = 0  # of the checkpoint that a branch began with: its curve goes on there
+    # of the checkpoint that a branch began with: its curve goes on there
+    tokens_before: int = 0
 
 
 def draw(runs: Sequence[Curves]) -> bytes:

@@ -83,6 +83,7 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
             for name, run in zip(names, runs)
         ]
     )
+    # titles name the run where there are several
     of = [f" of {name}" if len(runs) > 1 else "" for name in names]
     page = _page(
         ", ".join(names),
@@ -119,6 +120,7 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
 
 
 def _phases(title: str, run: RunConfig) -> Section:
+    # columns of what a phase may change: the same for all phases of a model
     own = [run.model_of(p).phase_texts for p in run.phases]
     rows = [
         [
@@ -141,6 +143,7 @@ def _check_ours(out: Path) -> None:
     page = out / PAGE
     foreign = None
     if page.exists():
+        # a picture alone is foreign: a report writes its page first
         text = page.read_text(encoding="utf-8", errors="replace")
         foreign = None if MARK in text or OLD_MARK in text else page
     elif (out / PICTURE).exists():
@@ -262,6 +265,7 @@ def _events(run: _Run) -> list[list[str]]:
 
 def _tokens_before(run: _Run) -> int:
     """Tokens of the checkpoint that the run branched off; zero for a run of its own."""
+    # every start of a branch has its parent
     begun = next((e for e in read_jsonl(run.folder / EVENTS) if e.get("parent")), {})
     return begun.get("parent", {}).get("tokens", 0)
 
@@ -270,6 +274,7 @@ def _side_by_side(
     title: str, names: Sequence[str], facts: Sequence[dict[str, str]], text: str = ""
 ) -> Section:
     """A row for each fact, a column for each run."""
+    # every fact that any of the runs has, in the order in which it first comes
     keys = list(dict.fromkeys(key for of_run in facts for key in of_run))
     return Section(
         title=title,
@@ -313,6 +318,7 @@ _STYLE = (
 
 def _page(name: str, picture: bytes, sections: Sequence[Section]) -> str:
     title = html.escape(name)
+    # the picture is inside the page, which can be sent as one file
     image = base64.b64encode(picture).decode()
     body = "".join(_table(s) for s in sections)
     return (

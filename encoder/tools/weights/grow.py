@@ -84,6 +84,7 @@ def new_config(
                 **model,
             }
     else:
+        # no run file: the source's own settings, or a preset's
         model = to_plain(_Target(model=old))["model"]
         if preset:
             # what changes no weight is the source's, where the preset does not say it
@@ -111,6 +112,7 @@ def growth_text(grown: Grown) -> str:
         ),
         f"{'values':<22}{_values(grown.source):>9,} -> {_values(grown.model):,}",
     ]
+    # 28 layers a line
     for start in range(0, len(sources), 28):
         part = range(start, min(start + 28, len(sources)))
         lines += [
