@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from encoder.base.home import PROJECT
 from encoder.base.dist import World
 from encoder.base.errors import UserError
+from encoder.base.home import PROJECT
 from encoder.base.units import short_count
 from encoder.data.shard_format import read_card
 from encoder.optim.catalog import OPTIMIZERS

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoder.base.agreement import all_ranks_agree
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError, ConfigError
 from encoder.base.units import Progress, short_count
 from encoder.data.shard_format import TOKENIZER
-from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.engine.checkpoint.folder import COMMITTED, damage
-from encoder.base.agreement import all_ranks_agree
-from encoder.runs.facts import DataFacts
+from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.runs.config import RunConfig
+from encoder.runs.facts import DataFacts
+from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 from encoder.runs.initial import check_same_shape
 from encoder.runs.vocabulary import edits_of
 from encoder.runs.weights import read_saved_run
-from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

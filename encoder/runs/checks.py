@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from encoder.base.units import counted
 from encoder.base.errors import ConfigError, ShardError
+from encoder.base.units import counted
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.sentences import read_sentences
 from encoder.data.shard_format import TOKENIZER, Card, read_card
@@ -386,12 +386,9 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
 def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterator[str]:
     limit, lengths = phase.max_tokens_per_document, filling.lengths_D.astype(np.int64)
     longest = int(lengths.max())
-    if (
-        longest * 2 <= limit
-        and f"phases.{run.phases.index(phase)}.max_tokens_per_document" not in {
-            d.key for d in run.derived
-        }
-    ):
+    if longest * 2 <= limit and f"phases.{run.phases.index(phase)}.max_tokens_per_document" not in {
+        d.key for d in run.derived
+    }:
         yield (
             f"phase {phase.name} cuts documents at {limit:,} tokens, and the longest of"
             f" {len(lengths):,} that were looked at has {longest:,}: none is cut, and no position"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from encoder.base.errors import ConfigError, nearest
+from encoder.base.objective import LEAST_PAIR_TOKENS
 from encoder.base.schema import (
     LocalText,
     PathText,
@@ -27,14 +28,13 @@ from encoder.base.schema import (
     to_plain,
 )
 from encoder.base.units import short_count
-from encoder.base.objective import LEAST_PAIR_TOKENS
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
 from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
+from encoder.models.contract import ModelConfig
 from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
-from encoder.models.contract import ModelConfig
 from encoder.objectives.contract import MaskShare, ObjectiveConfig
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, Schedule, next_rise, rows_at
@@ -295,8 +295,8 @@ class RunConfig:
     objective: Annotated[ObjectiveConfig, chosen_by("name", OBJECTIVES, default="mlm")] = field(
         default_factory=OBJECTIVES["mlm"]
     )
-    optimizer: Annotated[MomentsConfig, chosen_by("name", OPTIMIZERS, default="stable_adamw")] = field(
-        default_factory=OPTIMIZERS["stable_adamw"]
+    optimizer: Annotated[MomentsConfig, chosen_by("name", OPTIMIZERS, default="stable_adamw")] = (
+        field(default_factory=OPTIMIZERS["stable_adamw"])
     )
     init_from: PathText | None = None  # a stored model that the weights start from, not the seed
     # where the shards' tokenizer was edited after init_from was trained; default: it was not

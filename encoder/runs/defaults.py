@@ -25,9 +25,9 @@ from encoder.models.catalog import SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
 from encoder.objectives.catalog import OBJECTIVES
 from encoder.runs.config import OLD_MEANINGS, Derived, RunConfig, run_of, todays_form
+from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE
 from encoder.runs.short_forms import phases_of, run_folder
 from encoder.runs.weights import model_facts, saved_run
-from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE
 
 SEED = 17
 SYSTEM = "modernbert"
@@ -244,7 +244,12 @@ class _Filler:
 
         rule = model.get("initialization", getattr(family, "initialization", "megatron"))
         width = model.get("hidden_size", family.hidden_size)
-        if rule == "megatron" and isinstance(width, int) and not isinstance(width, bool) and 0 < width < 2**31:
+        if (
+            rule == "megatron"
+            and isinstance(width, int)
+            and not isinstance(width, bool)
+            and 0 < width < 2**31
+        ):
             self.put(
                 model,
                 "model.initializer_range",
@@ -256,7 +261,9 @@ class _Filler:
         """Rows of the embedding: the source's, more where tokens were added to the shards' tokenizer; and why."""
         edited = self.mapping.get("vocabulary")
         added = isinstance(edited, dict) and edited.get("added") in ("drawn", "mean")
-        card = next((c for c in map(_card_at, _folders(self.mapping)) if c), None) if added else None
+        card = (
+            next((c for c in map(_card_at, _folders(self.mapping)) if c), None) if added else None
+        )
         if card is None or card.vocab_size <= source.vocab_size:
             return source.vocab_size, f"that of {word}"
         rows = whole_vocabulary(card.vocab_size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encoder.base.dist import World
-from encoder.base.errors import ConfigError, as_rank_says, UserError
+from encoder.base.errors import ConfigError, UserError, as_rank_says
 from encoder.base.files import sha256_of
 from encoder.data.cache import fetch_side_files
 from encoder.data.loader import check_fits

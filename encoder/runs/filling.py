@@ -90,7 +90,7 @@ def fill_rows(
     shares = documents_per_window(
         [s.card for s in stored],
         [s.weight for s in sources],
-        min(run.data.window_documents, MOST_DOCUMENTS)
+        min(run.data.window_documents, MOST_DOCUMENTS),
     )
     draw = np.random.default_rng(0)
     tokens: list[np.ndarray] = []

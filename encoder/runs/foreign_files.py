@@ -10,8 +10,7 @@ from encoder.base.log import warn_once
 from encoder.base.schema import parse_yaml, to_yaml
 from encoder.engine.checkpoint.folder import INCARNATIONS
 from encoder.runs.config import RunConfig
-from encoder.runs.folder import CHECKPOINTS, EVENTS, LEDGER, RUN_FILE
-from encoder.runs.folder import ERRORS, HANGS
+from encoder.runs.folder import CHECKPOINTS, ERRORS, EVENTS, HANGS, LEDGER, RUN_FILE
 
 # what may lie in the folder of a run that has not begun: what jobs, shells and failed starts leave there
 _BESIDE = (HANGS, ERRORS, "slurm", "doctor", "wandb", "nohup.out")

@@ -15,8 +15,8 @@ from encoder.models.contract import ModelConfig
 from encoder.models.growth import differing, must_be_equal
 from encoder.models.stored import StoredModel, drawn_weights, parameter_names, stems
 from encoder.models.vocabulary import VOCABULARY, NewRows, with_new_rows
-from encoder.runs.facts import DataFacts
 from encoder.runs.config import RunConfig
+from encoder.runs.facts import DataFacts
 from encoder.runs.vocabulary import edits_of
 from encoder.runs.weights import read_model
 

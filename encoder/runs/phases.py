@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import overload, NamedTuple
+from typing import NamedTuple, overload
 
 from encoder.base.units import Progress
 from encoder.optim.schedule import highest_at

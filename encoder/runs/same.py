@@ -12,8 +12,8 @@ So shards and models may be moved, and named by another path; what is no longer 
 from __future__ import annotations
 
 import os
-from itertools import zip_longest
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,15 @@ from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.base.hub import parse_hub_name
 from encoder.base.schema import brief, read_mapping
 from encoder.base.units import parse_tokens
-from encoder.engine.checkpoint.read import read_progress
 from encoder.engine.checkpoint.folder import COMMITTED, committed_folders
-from encoder.runs.facts import HELD_OUT, DataFacts
+from encoder.engine.checkpoint.read import read_progress
 from encoder.runs.config import RunConfig, changed_settings
+from encoder.runs.facts import HELD_OUT, DataFacts
+from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE, read_jsonl
+from encoder.runs.foreign_files import check_folder
 from encoder.runs.initial import weights_sha256
 from encoder.runs.objective_models import AskedModel, check_same_models
-from encoder.runs.foreign_files import check_folder
 from encoder.runs.weights import read_model
-from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE, read_jsonl
 
 ANEW = "or start anew with out=ANOTHER_FOLDER."
 

@@ -38,7 +38,9 @@ def long_form(mapping: dict[str, Any]) -> dict[str, Any]:
     """
     mapping = copy.deepcopy(mapping)
     # an explicit null, which means what leaving it out means
-    if mapping.get("model", ...) is None and (mapping.get("init_from") or mapping.get("branch_from")):
+    if mapping.get("model", ...) is None and (
+        mapping.get("init_from") or mapping.get("branch_from")
+    ):
         del mapping["model"]
     for key in ("data", "evaluation"):
         if isinstance(mapping.get(key), (str, list)):

@@ -1,7 +1,7 @@
 """Shards whose tokenizer was edited after the model was trained: what may differ, and where the new tokens' rows come from.
 
-    init_from's tokenizer      ... 12 [unused0]   13 [unused1]   14 cat
-    the shards' tokenizer      ... 12 covid       13 [unused1]   14 cat   15 ICU        renamed: {"[unused0]": covid}, added: mean
+init_from's tokenizer      ... 12 [unused0]   13 [unused1]   14 cat
+the shards' tokenizer      ... 12 covid       13 [unused1]   14 cat   15 ICU        renamed: {"[unused0]": covid}, added: mean
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def _pieces_there(
     return found
 
 
-def _difference(
-    number: int, old: str | None, new: str | None, source: Path, shards: Path
-) -> str:
+def _difference(number: int, old: str | None, new: str | None, source: Path, shards: Path) -> str:
     said = ["no token" if token is None else repr(token) for token in (old, new)]
     meant = ""
     if old is None:

@@ -9,14 +9,14 @@ from encoder.base.errors import CheckpointError, ModelError
 from encoder.base.hub import HubName, fetch_model, parse_hub_name
 from encoder.base.schema import from_mapping, read_mapping
 from encoder.data.shard_format import TOKENIZER
-from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
 from encoder.engine.checkpoint.folder import COMMITTED, committed_folders, damage
+from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.read import CONFIG, read_hf, read_hf_config
 from encoder.models.stored import MODEL, StoredModel, fp32, read_stored, read_stored_config
 from encoder.runs.config import RunConfig, todays_form
-from encoder.runs.phases import phase_of_weights
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
+from encoder.runs.phases import phase_of_weights
 
 _KINDS = (
     "a run folder, a checkpoint, a weights folder, a Hugging Face folder, or ORG/NAME on the"

@@ -228,8 +228,7 @@ def test_documents_just_above_the_length_are_told_with_what_fills_the_rows(root)
     (said,) = [line for line in hints_of(run, ranks=1) if "just above" in line]
     assert (
         "100% of the documents of phase one are just above max_tokens_per_document 64 and are cut"
-        " in two halves"
-        in said
+        " in two halves" in said
     )
     assert "rows are 53% full" in said
     assert (

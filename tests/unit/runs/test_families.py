@@ -101,7 +101,10 @@ def test_a_model_takes_the_heads_that_its_objective_needs(tmp_path):
     assert "pooler.dense.weight" not in fitting.weights
     assert fitting.lines == ("left out, for the run's model has none: nsp, pooler.dense",)
 
-    for model in ("", "model: {system: bert, " + ", ".join(f"{k}: {v}" for k, v in SHAPE.items()) + "}\n"):
+    for model in (
+        "",
+        "model: {system: bert, " + ", ".join(f"{k}: {v}" for k, v in SHAPE.items()) + "}\n",
+    ):
         run = run_from(tmp_path, without, objective="{name: mlm_nsp}", model=model)
         assert run.model.sentence_head
         fitting = with_heads(read_fitting(run), run)

@@ -205,7 +205,9 @@ def places(value, at=()) -> list[tuple]:
     items = (
         value.items()
         if isinstance(value, dict)
-        else enumerate(value) if isinstance(value, list) else ()
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
     )
     return [found for key, item in items for found in ((*at, key), *places(item, (*at, key)))]
 

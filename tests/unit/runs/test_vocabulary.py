@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from encoder.base.errors import ConfigError, ModelError
+from encoder.base.schema import to_plain
 from encoder.base.tokenizer_json import read_tokenizer_json
 from encoder.data.shard_format import TOKENIZER
 from encoder.models.catalog import SYSTEMS, build_model
@@ -22,7 +23,6 @@ from encoder.runs.config import changed_settings, read_run
 from encoder.runs.facts import DataFacts
 from encoder.runs.initial import read_initial
 from encoder.runs.vocabulary import VocabularyConfig, edits_of
-from encoder.base.schema import to_plain
 from tests.helpers.prep import run as data_prep
 from tests.helpers.prep import write_jsonl
 from tests.helpers.shards import random_documents, write_source
@@ -98,9 +98,7 @@ def run_of(model: Path, folder: Path, *, vocab_size: int, vocabulary: dict | Non
 
 def initial(model, folder, tokenizer_json, *, vocabulary, vocab_size=208):
     run = run_of(model, folder, vocab_size=vocab_size, vocabulary=vocabulary)
-    facts = DataFacts(
-        specials=None, vocab_size=0, tokenizer_json=tokenizer_json, card_sha256={}
-    )
+    facts = DataFacts(specials=None, vocab_size=0, tokenizer_json=tokenizer_json, card_sha256={})
     return read_initial(run, facts, hashed=False)
 
 
@@ -171,7 +169,11 @@ def test_added_tokens_may_get_rows_as_a_new_model_has_them(model, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "vocabulary", "said"),
     [
-        ({"renamed": {"[unused3]": "covid"}}, None, r"vocabulary: \{renamed: \{'\[unused3\]': 'cov"),
+        (
+            {"renamed": {"[unused3]": "covid"}},
+            None,
+            r"vocabulary: \{renamed: \{'\[unused3\]': 'cov",
+        ),
         ({"added": ["x"]}, None, "no token in .* 'x' in .* vocabulary: {added: mean}, or drawn"),
         ({"renamed": {"the": "covid"}}, {"added": "mean"}, "is 'the' in .* 'covid' in"),
         ({}, {"renamed": {"[unused3]": "covid"}}, "but no id is the one in .* and the other in"),
