@@ -175,11 +175,11 @@ def test_the_other_commands_refuse_what_is_not_there(tmp_path, source, capsys):
 def test_an_import_that_cannot_be_leaves_no_folder(tmp_path, capsys):
     out, bert = tmp_path / "weights", tmp_path / "bert"
     bert.mkdir()
-    write_json(bert / "config.json", {"model_type": "bert", "architectures": ["BertForMaskedLM"]})
-    assert "is of a BertForMaskedLM; needed: ModernBertForMaskedLM" in refused(
+    write_json(bert / "config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    assert "is of a GPT2LMHeadModel; needed: ModernBertForMaskedLM" in refused(
         capsys, import_hf, bert, out
     )
-    assert "is of a BertForMaskedLM" in refused(capsys, export_hf, bert, tmp_path / "hf")
+    assert "is of a GPT2LMHeadModel" in refused(capsys, export_hf, bert, tmp_path / "hf")
     assert "--heads has no effect on a folder" in refused(
         capsys, import_hf, bert, out, "--heads", 2
     )

@@ -52,7 +52,7 @@ def test_a_card_says_what_was_trained_and_leaves_the_license_open(folder):
         "3M tokens",
         "3.100 nats",
         "the same logits within",
-        "2, every 3. global",
+        "2, 1 of 3 global",
     ):
         assert words in body, words
 

@@ -121,7 +121,7 @@ def test_onnx_without_its_packages_names_the_extra(tmp_path, monkeypatch):
     )
     with pytest.raises(
         ExportError,
-        match=r"--onnx needs onnxscript, which is not installed.*pip install -e '.\[onnx\]'",
+        match=r"--onnx needs packages that are not installed: onnxscript.*pip install -e '.\[onnx\]'",
     ):
         exported(tokenizer_json, tmp_path / "out", MODEL, onnx=True)
     assert names_in(tmp_path) == ["shards"]
