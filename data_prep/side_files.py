@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -498,7 +499,7 @@ def _wider(stored: ShardSamples, narrow: np.dtype, vocab_size: int) -> str | Non
 
 def _name_of(folder: Path) -> str:
     """The folder's name, or its parent's where it is named after a split."""
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     return (
         folder.parent.name
         if folder.name in ("train", "val", "validation", "valid", "test", "held_out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path) -> StoredModel:
     """
     checkpoints = [_newest_of(path) for path in checkpoints]
     facts = [_checked(path) for path in checkpoints]
-    different = len({path.resolve() for path in checkpoints})
+    different = len({os.path.realpath(path) for path in checkpoints})
     if different < len(checkpoints):
         raise ModelError(
             f"a mean of {len(checkpoints)} checkpoints, {different} different; needed: each once."

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from encoder.base.errors import ModelError
 from encoder.base.schema import chosen_by, from_mapping, put_overrides, read_mapping, to_plain
 from encoder.models.catalog import PRESETS, SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import Growth, GrowthConfig, grow
-from encoder.models.stored import StoredModel, write_stored
+from encoder.models.stored import StoredModel
 from encoder.runs.config import with_preset
 from encoder.runs.defaults import initializer_range_of
-from encoder.runs.weights import read_model
+from encoder.tools.weights.derived import read_source, write_derived
 
 FOLLOWS = ("vocab_size",)  # the source's, where a run file does not say
 
@@ -45,23 +43,13 @@ def grow_model(
     weight; or that of the run file `run`; or the source's own settings; `overrides` (hidden_size=256) are put over.
     Raises UserError.
     """
-    if os.path.realpath(out) == os.path.realpath(source):
-        raise ModelError(f"{out} is the source itself. Name another folder to write.")
-    old = read_model(source)
+    old = read_source(source, out=out)
     config = new_config(old.config, preset=preset, run=run, overrides=overrides)
 
     growth = grow(old.weights, old.config, config, settings)
     how = ", ".join(f"{key} {word}" for key, word in to_plain(settings).items())
-    # None stays None: the length is that of the new model's positions
-    longest = old.max_tokens and min(old.max_tokens, config.max_position_embeddings)
-    model = StoredModel(
-        config=config,
-        weights=growth.weights,
-        tokenizer_json=old.tokenizer_json,
-        max_tokens=longest,
-        origin=f"grown ({how}) from {old.origin}",
-    )
-    write_stored(model, out)
+    origin = f"grown ({how}) from {old.origin}"
+    model = write_derived(old, out, config=config, weights=growth.weights, origin=origin)
     return Grown(source=old, model=model, growth=growth)
 
 

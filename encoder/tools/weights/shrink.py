@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from encoder.base.errors import ModelError
 from encoder.models.shrink import Shrunk, other_kinds, shrink, student_config, values
-from encoder.models.stored import StoredModel, write_stored
-from encoder.runs.weights import read_model
+from encoder.models.stored import StoredModel
+from encoder.tools.weights.derived import read_source, write_derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +33,11 @@ def shrink_model(
 
     Raises UserError.
     """
-    if out.resolve() == source.resolve():
-        raise ModelError(f"{out} is the source itself. Name another folder to write.")
-    old = read_model(source)
+    old = read_source(source, out=out)
     config = student_config(old.config, layers, system=system)
     shrunk = shrink(old.weights, config, layers)
-    longest = old.max_tokens and min(old.max_tokens, config.max_position_embeddings)
-    model = StoredModel(
-        config=config,
-        weights=shrunk.weights,
-        tokenizer_json=old.tokenizer_json,
-        max_tokens=longest,
-        origin=f"layers {', '.join(map(str, layers))} of {old.origin}",
-    )
-    write_stored(model, out)
+    origin = f"layers {', '.join(map(str, layers))} of {old.origin}"
+    model = write_derived(old, out, config=config, weights=shrunk.weights, origin=origin)
     return Student(source=old, model=model, layers=tuple(layers), shrunk=shrunk)
 
 

@@ -17,7 +17,7 @@ from encoder.runs.defaults import initializer_range_of
 from encoder.runs.initial import read_fitting, weights_sha256
 from encoder.runs.vocabulary import edits_of
 from encoder.tools.weights.grow import new_config
-from launch import grow, plan, pretrain
+from launch import average, grow, plan, pretrain, shrink
 from tests.helpers.shards import random_documents, write_source, write_tokenizer
 from tests.unit.launch.test_bad_input import refused
 
@@ -151,10 +151,20 @@ def test_the_words_of_the_command_reach_the_growth(root, capsys):
     )
 
 
-def test_links_that_lead_in_a_circle_are_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (grow, ["a", "b", "seed=1"]),
+        (shrink, ["a", "b", "--layers", "0,1"]),
+        (average, ["a", "b", "--out", "out"]),
+    ],
+    ids=["grow", "shrink", "average"],
+)
+def test_links_that_lead_in_a_circle_are_one_line(tmp_path, monkeypatch, capsys, verb, words):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    assert "does not exist" in refused(capsys, grow, tmp_path / "a", tmp_path / "b", "seed=1")
+    monkeypatch.chdir(tmp_path)
+    assert "does not exist" in refused(capsys, verb, *words)
 
 
 def test_what_cannot_grow_is_refused_and_leaves_nothing(root, capsys):
