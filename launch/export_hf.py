@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from encoder.base.command import CommandLine, run_command
-from encoder.base.log import note
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,10 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        from encoder.tools.weights.export import export_run, unfinished_text
+        from encoder.tools.weights.export import export_run
 
-        if unfinished := unfinished_text(args.source):
-            note(unfinished)
         for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():
             print(f"wrote {args.out}: {asked} gives {proof}")
 

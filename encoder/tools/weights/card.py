@@ -28,7 +28,7 @@ def training_of(source: Path, model: StoredModel, *, name: str) -> Training:
 
     Paths of the machine that trained are left out: a card is made to be published.
     """
-    checkpoint = _checkpoint_of(source)
+    checkpoint = checkpoint_of(source)
     if checkpoint is None:
         return Training(name=name, facts={"origin": model.origin})
     run, folder = saved_run(checkpoint), checkpoint.parent.parent
@@ -83,8 +83,8 @@ def training_of(source: Path, model: StoredModel, *, name: str) -> Training:
     )
 
 
-def _checkpoint_of(source: Path) -> Path | None:
-    """The checkpoint that a model was read from; None for a model that lies by itself."""
+def checkpoint_of(source: Path) -> Path | None:
+    """The checkpoint that a model is read from; None for a model that lies by itself. Of a run folder its files are hashed."""
     if (source / COMMITTED).exists():
         return source
     if (source / CHECKPOINTS).is_dir() or (source / RUN_FILE).is_file():

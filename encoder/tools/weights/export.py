@@ -8,21 +8,26 @@ from pathlib import Path
 from encoder.base.command import as_typed
 from encoder.base.done import is_done
 from encoder.base.errors import ExportError
+from encoder.base.log import note
 from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
-from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
+from encoder.engine.checkpoint.read import read_progress
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.hf.parity import Proof
 from encoder.models.hf.write import export_hf
 from encoder.models.stored import MODEL
 from encoder.runs.folder import CHECKPOINTS
 from encoder.runs.weights import read_model, saved_run
-from encoder.tools.weights.card import training_of
+from encoder.tools.weights.card import checkpoint_of, training_of
 
 
 def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proof]:
     """Exports a run folder's newest checkpoint, a checkpoint, or a weights folder; returns the proofs. Raises UserError."""
-    model = read_model(source)
+    # found once: to choose a run's newest checkpoint is to hash all of its files
+    checkpoint = checkpoint_of(source)
+    model = read_model(checkpoint or source)
+    if checkpoint and (unfinished := unfinished_text(source, checkpoint)):
+        note(unfinished)
     if stays := export_blocker(model.config):
         kept = (
             "it is one already"
@@ -39,19 +44,16 @@ def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proo
             " it there: of a run it stands beside the shards, too."
         )
     _, specials = special_ids_of(model.tokenizer_json)
-    training = training_of(source, model, name=Path(os.path.abspath(out)).name)
+    training = training_of(checkpoint or source, model, name=Path(os.path.abspath(out)).name)
     return export_hf(model, model.tokenizer_json, specials, out, onnx=onnx, training=training)
 
 
-def unfinished_text(source: Path) -> str | None:
-    """What to say of a run folder whose run has not ended: how far its newest checkpoint is. None for any other source."""
+def unfinished_text(source: Path, checkpoint: Path) -> str | None:
+    """What to say of a run folder whose run has not ended: how far the checkpoint is. None for any other source."""
     if not (source / CHECKPOINTS).is_dir() or is_done(source)[0]:
         return None
-    newest = newest_checkpoint(source / CHECKPOINTS)
-    if newest is None:
-        return None
-    progress, _ = read_progress(newest)
-    planned = sum(phase.tokens for phase in saved_run(newest).phases)
+    progress, _ = read_progress(checkpoint)
+    planned = sum(phase.tokens for phase in saved_run(checkpoint).phases)
     return (
         f"{source} is not trained to its end: step {progress.step:,},"
         f" {short_count(progress.tokens)} of {short_count(planned)} tokens. This exports that step."

@@ -21,6 +21,7 @@ from encoder.base.dist import World
 from encoder.base.errors import ConfigError, ModelError, ShardError, UserError
 from encoder.models.stored import write_stored
 from encoder.tools import notebook
+from encoder.tools.weights.card import checkpoint_of
 from encoder.tools.weights.export import export_run, unfinished_text
 from encoder.train.loop import pretrain
 from tests.helpers.hf import exported, stored, write_tokenizer_json
@@ -84,11 +85,15 @@ def test_every_block_of_the_page_runs_and_has_at_most_five_lines(
 
 def test_an_export_says_of_a_run_that_it_is_not_at_its_end(desk, tmp_path):
     run = desk / "runs" / "small"
-    assert unfinished_text(run) is None
-    assert unfinished_text(desk / "hf" / "small") is None
+    assert unfinished_text(run, checkpoint_of(run)) is None
+    assert checkpoint_of(desk / "hf" / "small") is None
+    assert unfinished_text(checkpoint_of(run), checkpoint_of(run)) is None
     stopped = shutil.copytree(run, tmp_path / "stopped")
     (stopped / "done.json").unlink()
-    assert re.search(r"not trained to its end: step \d+, .* of 1K tokens", unfinished_text(stopped))
+    assert re.search(
+        r"not trained to its end: step \d+, .* of 1K tokens",
+        unfinished_text(stopped, checkpoint_of(stopped)),
+    )
 
 
 def test_the_page_shows_each_thing_that_a_notebook_may_ask():
