@@ -20,12 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.base.errors import ConfigError, ExportError, ModelError
+from encoder.base.errors import ConfigError, ModelError
 from encoder.base.schema import from_mapping
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
-from encoder.models.hf.bridge import Bridge, Padding, Settings
+from encoder.models.hf.bridge import (
+    Bridge,
+    Padding,
+    Settings,
+    blocker_text,
+    refuse_strange,
+    without_words,
+)
 
+FAMILY = "BERT"  # for people: RoBERTa and DistilBERT have the same words
 # our mlp -> hidden_act; the other names of transformers mean one of these
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 THEIR_ACTIVATIONS = {
@@ -219,36 +227,16 @@ def model_type_of(config: BertConfig, specials: SpecialIds | None) -> str:
 
 def blocker(config: BertConfig) -> str | None:
     """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
-    strange = without_words(config)
-    return (
-        f"not to Hugging Face, whose BERT has no word for {', '.join(strange)}" if strange else None
-    )
+    return blocker_text(_strange(config), family=FAMILY)
 
 
-def without_words(config: BertConfig) -> list[str]:
-    """The settings that no class has a word for, each with what is needed."""
-    strange = [
-        f"{name} {getattr(config, name)} (needed: {only})"
-        for name, only in ALWAYS.items()
-        if getattr(config, name) != only
-    ]
-    if config.mlp not in ACTIVATIONS:
-        strange.append(f"mlp {config.mlp} (needed: {' or '.join(ACTIVATIONS)})")
-    if config.head_width * config.num_attention_heads != config.hidden_size:
-        strange.append(
-            f"attention_head_width {config.attention_head_width} (needed: hidden_size /"
-            f" num_attention_heads, {config.hidden_size / config.num_attention_heads:g})"
-        )
-    return strange
+def _strange(config: BertConfig) -> list[str]:
+    return without_words(config, only=ALWAYS, activations=ACTIVATIONS)
 
 
 def to_settings(layout: Layout, config: BertConfig, specials: SpecialIds) -> Settings:
     """config.json. Raises ExportError for a setting that transformers has no word for."""
-    if strange := without_words(config):
-        raise ExportError(
-            f"Hugging Face's BERT has no word for {', '.join(strange)}. Train with the needed"
-            " setting, or keep the model as a weights folder."
-        )
+    refuse_strange(_strange(config), family=FAMILY)
     said = {theirs: getattr(config, ours) for ours, theirs in layout.keys.items()}
     # RoBERTa counts the table's rows, ours the longest document
     if layout is ROBERTA_LAYOUT:

@@ -5,12 +5,13 @@ our settings  <->  config.json        our logits  ==  transformers' logits, befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from encoder.base.errors import ExportError
 from encoder.models.contract import ModelConfig
 
 Settings = dict[str, Any]  # config.json
@@ -77,3 +78,43 @@ class Bridge:
     # of theirs: copies that a file need not hold
     tied: tuple[str, ...] = ("decoder.weight",)
     padding: Callable[[Settings], Padding] = lambda values: BY_MASK
+
+
+def without_words(
+    config: Any, *, only: Mapping[str, object], activations: Collection[str]
+) -> list[str]:
+    """The settings of a model that its class has no word for, each with what is needed.
+
+    config: ours
+    only: settings that the class has one value of
+    activations: of the MLP, those that it knows
+    """
+    strange = [
+        f"{name} {getattr(config, name)} (needed: {value})"
+        for name, value in only.items()
+        if getattr(config, name) != value
+    ]
+    if config.mlp not in activations:
+        strange.append(f"mlp {config.mlp} (needed: {' or '.join(activations)})")
+    if config.head_width * config.num_attention_heads != config.hidden_size:
+        strange.append(
+            f"attention_head_width {config.attention_head_width} (needed: hidden_size /"
+            f" num_attention_heads, {config.hidden_size / config.num_attention_heads:g})"
+        )
+    return strange
+
+
+def blocker_text(strange: Sequence[str], *, family: str) -> str | None:
+    """Why a model with such settings cannot become a Hugging Face folder, or None if it can."""
+    if not strange:
+        return None
+    return f"not to Hugging Face, whose {family} has no word for {', '.join(strange)}"
+
+
+def refuse_strange(strange: Sequence[str], *, family: str) -> None:
+    """Raises ExportError where there are such settings."""
+    if strange:
+        raise ExportError(
+            f"Hugging Face's {family} has no word for {', '.join(strange)}. Train with the needed"
+            " setting, or keep the model as a weights folder."
+        )

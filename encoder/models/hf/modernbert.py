@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from encoder.base.errors import ConfigError, ExportError, ModelError
+from encoder.base.errors import ConfigError, ModelError
 from encoder.base.schema import from_mapping
 from encoder.base.tokenizer_json import SpecialIds
-from encoder.models.hf.bridge import Bridge
+from encoder.models.hf.bridge import Bridge, blocker_text, refuse_strange, without_words
 from encoder.models.modernbert import ModernBertConfig
 
+FAMILY = "ModernBERT"  # for people
 # ours -> theirs
 HF_KEYS = {
     "vocab_size": "vocab_size",
@@ -74,28 +75,11 @@ THETA = {
 
 def _blocker(config: ModernBertConfig) -> str | None:
     """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
-    strange = _without_words(config)
-    return (
-        f"not to Hugging Face, whose ModernBERT has no word for {', '.join(strange)}"
-        if strange
-        else None
-    )
+    return blocker_text(_strange(config), family=FAMILY)
 
 
-def _without_words(config: ModernBertConfig) -> list[str]:
-    strange = [
-        f"{name} {getattr(config, name)} (needed: {only})"
-        for name, only in OURS_ONLY.items()
-        if getattr(config, name) != only
-    ]
-    if config.mlp not in ACTIVATIONS:
-        strange.append(f"mlp {config.mlp} (needed: {' or '.join(ACTIVATIONS)})")
-    if config.head_width * config.num_attention_heads != config.hidden_size:
-        strange.append(
-            f"attention_head_width {config.attention_head_width} (needed: hidden_size /"
-            f" num_attention_heads, {config.hidden_size / config.num_attention_heads:g})"
-        )
-    return strange
+def _strange(config: ModernBertConfig) -> list[str]:
+    return without_words(config, only=OURS_ONLY, activations=ACTIVATIONS)
 
 
 def _edges(config: ModernBertConfig) -> tuple[int, ...]:
@@ -106,11 +90,7 @@ def _edges(config: ModernBertConfig) -> tuple[int, ...]:
 
 def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
     """config.json. Raises ExportError for a setting that Hugging Face's ModernBERT has no word for."""
-    if strange := _without_words(config):
-        raise ExportError(
-            f"Hugging Face's ModernBERT has no word for {', '.join(strange)}. Train with the needed"
-            " setting, or keep the model as a weights folder."
-        )
+    refuse_strange(_strange(config), family=FAMILY)
     return {
         "architectures": ["ModernBertForMaskedLM"],
         "model_type": "modernbert",
