@@ -9,14 +9,13 @@ import torch
 
 from encoder.base.errors import ConfigError
 from encoder.base.schema import from_mapping
-from encoder.models.bert import BertConfig, BertForPretraining, DistilBertConfig, RobertaConfig
+from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.catalog import PRESETS, SYSTEMS, build_model
 from encoder.models.growth import GrowthConfig, grow
-from encoder.objectives.mlm import mlm_loss
 from tests.helpers.contracts import check_model
 from tests.helpers.packed import packed
-from tests.reference.dense import whole_vocabulary_loss
-from tests.reference.plain_encoder import plain_hidden_states, plain_logits
+from tests.helpers.plain import check_loss_and_gradients, with_random_weights
+from tests.reference.plain_encoder import plain_hidden_states
 
 SIZES = dict(
     vocab_size=60,
@@ -57,17 +56,6 @@ SETTINGS = {
 }
 
 
-def with_random_weights(config, *, attention: str = "sdpa") -> BertForPretraining:
-    """fp64, every parameter off its first value."""
-    model = build_model(config, attention=attention, seed=0).double()
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            p.copy_(around + 0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64))
-    return model
-
-
 def with_segments(batch, segments: int):
     """The batch, the second half of it in the last segment."""
     half = torch.arange(len(batch.ids_T)) >= len(batch.ids_T) // 2
@@ -83,25 +71,12 @@ def test_the_promises_of_a_family_hold(config):
 @pytest.mark.parametrize("lengths", [[1], [9, 1, 30, 4]], ids=str)
 def test_loss_and_gradients_equal_the_plain_reference_in_fp64(config, lengths):
     model = with_random_weights(config, attention="sdpa" if len(lengths) > 1 else "tiles")
-    batch = packed(lengths, vocab=60, seed=len(lengths))
-    found = mlm_loss(model, batch).total
-    found.backward()
-    weights = {name: p.detach().clone().requires_grad_() for name, p in model.state_dict().items()}
-    logits = plain_logits(weights, config, batch.ids_T, lengths)[batch.targets["mlm"].index_M]
-    expected = whole_vocabulary_loss(
-        logits, torch.eye(60, dtype=torch.float64), torch.zeros(60), batch.targets["mlm"].value_M
-    )
-    expected.backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
-    for name, p in model.named_parameters():
-        true = weights[name].grad
-        true = torch.zeros_like(p) if true is None else true
-        assert (p.grad - true).abs().max() <= 1e-10 * true.abs().max().clamp(min=1e-3), name
+    check_loss_and_gradients(model, lengths)
 
 
 def test_segments_and_the_sentence_head_equal_the_plain_reference():
     config = replace(TINY, sentence_head=True)
-    model = with_random_weights(config).eval()
+    model = with_random_weights(config, attention="sdpa").eval()
     lengths = [9, 1, 30, 4]
     batch = with_segments(packed(lengths, vocab=60), 2)
     w = model.state_dict()

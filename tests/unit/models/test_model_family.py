@@ -9,11 +9,9 @@ import torch
 
 from encoder.base.errors import ConfigError
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.objectives.mlm import mlm_loss
 from tests.helpers.hf import transformers_modernbert
 from tests.helpers.packed import packed
-from tests.reference.dense import whole_vocabulary_loss
-from tests.reference.plain_encoder import plain_logits
+from tests.helpers.plain import check_loss_and_gradients, with_random_weights
 
 TINY = ModernBertConfig(
     vocab_size=60,
@@ -56,39 +54,13 @@ SETTINGS = {
 PACKINGS = [[1], [9, 1, 5, 8, 10], [1, 1, 30, 4, 3], [20, 17, 1]]
 
 
-def with_random_weights(
-    config: ModernBertConfig, *, attention: str = "auto"
-) -> ModernBertForMaskedLM:
-    """fp64, every parameter off its first value: zero biases and norms of one would hide a mistake."""
-    model = ModernBertForMaskedLM(config, attention=attention).double()
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            p.copy_(around + 0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64))
-    return model
-
-
 @pytest.mark.parametrize("lengths", PACKINGS, ids=str)
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_loss_and_gradients_of_every_setting_equal_the_plain_reference_in_fp64(setting, lengths):
     model = with_random_weights(
         replace(TINY, **setting), attention="sdpa" if len(lengths) % 2 else "tiles"
     )
-    batch = packed(lengths, vocab=60, seed=len(lengths))
-    found = mlm_loss(model, batch).total
-    found.backward()
-    weights = {name: p.detach().clone().requires_grad_() for name, p in model.state_dict().items()}
-    logits = plain_logits(weights, model.config, batch.ids_T, lengths)[batch.targets["mlm"].index_M]
-    expected = whole_vocabulary_loss(
-        logits, torch.eye(60, dtype=torch.float64), torch.zeros(60), batch.targets["mlm"].value_M
-    )
-    expected.backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
-    for name, p in model.named_parameters():
-        true = weights[name].grad
-        true = torch.zeros_like(p) if true is None else true
-        assert (p.grad - true).abs().max() <= 1e-10 * true.abs().max().clamp(min=1e-3), name
+    check_loss_and_gradients(model, lengths)
 
 
 def test_a_setting_changes_the_parameters_it_names_and_no_others():
