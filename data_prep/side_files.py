@@ -217,7 +217,8 @@ def _add_sentences(folder: Path, tokenizer_json: Path, splitter: SentenceSplitte
     check_index(folder, card)
 
     # each shard is read back and checked before its ids are split in sentences
-    hashes, found = read_hashes(folder, card), []
+    hashes = read_hashes(folder, card)
+    found = []
     for entry in read_index(folder):
         samples = read_shard(folder, entry, card=card, hashes=hashes)
         begins_P, ends_P = text_stretches(samples.lengths_P, card.specials)

@@ -55,7 +55,8 @@ from encoder.data.shard_format import lengths_dtype
 # also where one process is asked for; a test that looks into its work has it in its own
 IN_CHILDREN = True
 # real text for the check of the encoder, per source
-CHECK_DOCUMENTS, CHECK_CHARS = 200, 500_000
+CHECK_DOCUMENTS = 200
+CHECK_CHARS = 500_000
 MOST_CHECK_CHARS = 20_000  # of one document
 # documents of a part of a file, of which none is good: the file is of another kind
 MANY = 100

@@ -799,7 +799,8 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
 
-    chosen, tag = choice_of(hint), ""
+    chosen = choice_of(hint)
+    tag = ""
     if chosen:
         word = chosen.default or next(iter(chosen.choices))
         hint, tag = chosen.choices[word], f"{chosen.tag}: {word}"

@@ -119,7 +119,9 @@ class EncoderShape(Protocol):
 
 def parameter_counts(config: EncoderShape) -> ParameterCounts:
     """Counts from the shape alone."""
-    c, width, layers = config, config.hidden_size, config.num_hidden_layers
+    c = config
+    width = config.hidden_size
+    layers = config.num_hidden_layers
     # width of all heads together, which attention_head_width may make another than C
     inner = c.num_attention_heads * c.head_width
     norm = width * (1 + c.norm_bias)

@@ -38,7 +38,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm_place, self.local = norm_place, local
         self.attn_norm, self.attn, self.attn_dropout = attn_norm, attn, attn_dropout
-        self.mlp_norm, self.mlp, self.mlp_dropout = mlp_norm, mlp, mlp_dropout
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+        self.mlp_dropout = mlp_dropout
 
     def forward(
         self, x_TC: Tensor, *, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor

@@ -40,7 +40,8 @@ class TokenEmbedding(nn.Module):
         self.sinusoids = ScaledSinusoids(width=width) if sinusoids else None
         self.token_type_embeddings = nn.Embedding(segments, width) if segments else None
         self.norm = norm
-        self.first_position, self.dropout = first_position, dropout
+        self.first_position = first_position
+        self.dropout = dropout
 
     def forward(
         self,

@@ -26,7 +26,8 @@ class PredictionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width, bias=bias)
-        self.norm, self.activation = norm, activation
+        self.norm = norm
+        self.activation = activation
 
     def forward(self, x_MC: Tensor) -> Tensor:
         """[M, C] -> [M, C]."""

@@ -341,10 +341,8 @@ class MaskedLanguageModel:
         lengths: of the row's documents, each of which has a number of its own with a `mask_count`
         phase_tokens: tokens of the phase before this row, for a masking rate that changes
         """
-        p, hidden_share = (
-            self.share.at(phase_tokens),
-            1.0 - self.config.random_share - self.config.keep_share,
-        )
+        p = self.share.at(phase_tokens)
+        hidden_share = 1.0 - self.config.random_share - self.config.keep_share
 
         # each branch gives the predicted places and u ~ U(0, p) of each, by which it is shown
         maskable_T = self._maskable_V[ids]
@@ -394,7 +392,8 @@ class MaskedLanguageModel:
         """
         # the count is Binomial(tokens, p) for single tokens, and wider
         # for words: variance as measured
-        p, variance = self.share.highest, WORDS_VARIANCE if self._words else 1.0
+        p = self.share.highest
+        variance = WORDS_VARIANCE if self._words else 1.0
         room = tokens * p + 6.0 * math.sqrt(tokens * p * (1.0 - p) * variance)
         if self.config.mask_count == "round":
             room = tokens * p * 4.0 / 3.0

@@ -45,7 +45,8 @@ WARMUP_SHARE, MOST_WARMUP_TOKENS = (
 )
 DECAY_SHARE = 0.2  # of the run's last phase (arXiv 2405.18392: 10 to 20 %)
 # a run saves and is judged about so often, but not after fewer steps
-TIMES, LEAST_STEPS = 20, 10
+TIMES = 20
+LEAST_STEPS = 10
 MOST_BETWEEN_TOKENS = 5_000_000_000
 # ModernBERT-base: 50B of 1.719T, from 768 of 4,608 sequences
 BATCH_WARMUP_SHARE, FIRST_BATCH_SHARE = (

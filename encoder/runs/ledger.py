@@ -200,7 +200,8 @@ def follow_chain(lines: list[dict[str, Any]], path: Path) -> None:
     The first line is step 1, or the restart of a ledger that was lost, or the parent of a branch.
     """
     # seen: tokens before the line; None where a restart does not tell them
-    link, step = "", 0
+    link = ""
+    step = 0
     seen: int | None = 0
     for number, line in enumerate(lines, 1):
         try:

@@ -118,7 +118,8 @@ class PlannedSteps(Sequence[PlannedStep]):
 
     def peak_lr(self, phase: int) -> float:
         """The highest rate of a phase's steps: schedules rise to one point and fall from there."""
-        own, settings = self.indices(phase), self._run.phases[phase]
+        own = self.indices(phase)
+        settings = self._run.phases[phase]
         highest = highest_at(settings.lr, phase_tokens=settings.tokens)
         top = self.indices(phase, until_tokens=highest)[-1]
         # a step's rate is taken at its middle, so the highest is beside `top` or at an end

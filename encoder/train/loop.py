@@ -382,7 +382,8 @@ class Trainer:
     def _flops(self, data: StepData) -> int:
         """Model FLOP of this rank's documents as long as they are; padding is no work."""
         session = self.session
-        model, asked = session.run.model, session.objective_models
+        model = session.run.model
+        asked = session.objective_models
         train_flops = session.run.objective.train_flops
         return int(
             sum(

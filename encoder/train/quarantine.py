@@ -159,7 +159,8 @@ class QuarantiningLoader:
 
     def _all_leave_out(self, error: Exception | None) -> bool:
         """Whether some ranks met damaged shards, and nothing else was met: now they are on the list."""
-        mine, said = OTHER, ""
+        mine = OTHER
+        said = ""
         if error is None:
             mine = FINE
         elif isinstance(error, DamagedShard):

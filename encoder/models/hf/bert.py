@@ -214,7 +214,7 @@ DISTILBERT_LAYOUT = Layout(
 
 def model_type_of(config: BertConfig, specials: SpecialIds | None) -> str:
     """The class that a model becomes; before its tokenizer is known BERT, which has the same words."""
-    # in the order in which a class asks for more: BERT has all, the others lack something
+    # a sentence head is BERT's alone; RoBERTa needs segments and its offset, DistilBERT neither
     if config.sentence_head or specials is None:
         return BERT_LAYOUT.model_type
     if config.type_vocab_size and config.position_offset == specials.pad_id + 1:
@@ -244,9 +244,8 @@ def to_settings(layout: Layout, config: BertConfig, specials: SpecialIds) -> Set
     # transformers' table has a row at least: it becomes one of zeros (weights_to)
     if "type_vocab_size" in said:
         said["type_vocab_size"] = max(1, config.type_vocab_size)
-    architecture = layout.architectures[1 if config.sentence_head else 0]
     return {
-        "architectures": [architecture],
+        "architectures": [_architecture(layout, config)],
         "model_type": layout.model_type,
         "dtype": "float32",
         **said,
@@ -328,7 +327,8 @@ def from_settings(
 
 def _positions_of(said: Mapping[str, Any], *, where: str) -> dict[str, int]:
     """RoBERTa's positions begin behind its pad id; the table's rows before them hold no document."""
-    rows, pad_id = said["max_position_embeddings"], said["pad_token_id"]
+    rows = said["max_position_embeddings"]
+    pad_id = said["pad_token_id"]
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, pad_id))
     if not whole or pad_id < 0 or rows <= pad_id + 1:
         raise ModelError(
@@ -341,8 +341,12 @@ def _positions_of(said: Mapping[str, Any], *, where: str) -> dict[str, int]:
 
 def completed(layout: Layout, values: Settings, config: BertConfig) -> Settings:
     """config.json that names the class which has all of the model's heads."""
-    architecture = layout.architectures[1 if config.sentence_head else 0]
-    return {**values, "architectures": [architecture]}
+    return {**values, "architectures": [_architecture(layout, config)]}
+
+
+def _architecture(layout: Layout, config: BertConfig) -> str:
+    """The class with all of the model's heads: BertForPreTraining has one for sentences."""
+    return layout.architectures[1 if config.sentence_head else 0]
 
 
 def smaller(layout: Layout, values: Settings, config: BertConfig) -> tuple[Settings, BertConfig]:

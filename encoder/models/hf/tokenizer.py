@@ -80,7 +80,8 @@ def _served(
 ) -> tuple[TokenizerFile, dict[str, str]]:
     """A tokenizer.json with the edits, and role -> token."""
     file = _read(tokenizer_json, vocab_size)
-    content, token_of = file.content, {number: token for token, number in file.ids.items()}
+    content = file.content
+    token_of = {number: token for token, number in file.ids.items()}
     role_ids = {role: getattr(specials, f"{role}_id") for role in ROLES}
     if strange := [f"{role} {i}" for role, i in role_ids.items() if i not in token_of]:
         raise ModelError(

@@ -98,7 +98,8 @@ def _take_event(found: dict[int, _Start], e: Mapping[str, Any]) -> None:
     start = found[int(e["start"])]
     start.add(e["spent"])
     if "began" in e:
-        start.began_ms, start.step = round(1000 * e["began"]), int(e["step"])
+        start.began_ms = round(1000 * e["began"])
+        start.step = int(e["step"])
     if e["event"] == "back":
         start.backs.append((int(e["step"]), int(e["weights_of_step"])))
 
