@@ -20,18 +20,7 @@ from encoder.base.command import CommandLine, run_command
 def main(argv: list[str] | None = None) -> int:
     """Parses, grows, prints, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a run folder, a checkpoint, a weights folder or a Hugging Face folder",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="the weights folder to write; replaced only if it is an earlier weights folder",
-    )
+    parser.takes_model_and_out()
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -10,7 +10,6 @@ Then train OUT with `init_from: OUT` and `objective: {name: distill, teacher: SO
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from encoder.base.command import CommandLine, run_command
 
@@ -18,18 +17,7 @@ from encoder.base.command import CommandLine, run_command
 def main(argv: list[str] | None = None) -> int:
     """Parses, shrinks, prints, returns the exit code."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a run folder, a checkpoint, a weights folder or a Hugging Face folder",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="the weights folder to write; replaced only if it is an earlier weights folder",
-    )
+    parser.takes_model_and_out()
     parser.add_argument(
         "--layers",
         required=True,

@@ -49,6 +49,21 @@ class CommandLine(argparse.ArgumentParser):
         # of every option and place with type=Path, also of those of groups
         self.register("type", Path, _path)
 
+    def takes_model_and_out(self) -> None:
+        """SOURCE, any stored model, and OUT, the weights folder that is made of it."""
+        self.add_argument(
+            "source",
+            type=Path,
+            metavar="SOURCE",
+            help="a run folder, a checkpoint, a weights folder or a Hugging Face folder",
+        )
+        self.add_argument(
+            "out",
+            type=Path,
+            metavar="OUT",
+            help="the weights folder to write; replaced only if it is an earlier weights folder",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Found, needed, where to read on."""
         if message.startswith(_UNKNOWN):
