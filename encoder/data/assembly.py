@@ -228,15 +228,14 @@ class Assembler:
         goes_on: it is the second of a pair, which has no [CLS]
         """
         ids = self.sources[source].read(document)
-        specials = self.specials
-        before: list[int] = []
-        if start > 0 and not goes_on:
-            before = [*specials.before]
-        behind: list[int] = [*specials.behind] if end < len(ids) else []
-        # a piece that was not cut is laid as it is: an empty list would make its ids floats
-        parts += [np.array(before)] * bool(before) + [ids[start:end]]
-        parts += [np.array(behind)] * bool(behind)
-        return len(before) + (end - start) + len(behind)
+        first = len(parts)
+        # cut at its front: what stands before every document is put back, but not inside a pair
+        if start > 0 and not goes_on and self.specials.before:
+            parts.append(np.array(self.specials.before))
+        parts.append(ids[start:end])
+        if end < len(ids) and self.specials.behind:
+            parts.append(np.array(self.specials.behind))
+        return sum(len(part) for part in parts[first:])
 
     def _check_ids(self, ids: np.ndarray, spec: RowSpec) -> None:
         vocab_size = self.sources[0].card.vocab_size
