@@ -309,6 +309,8 @@ def judge_links(
 ) -> None:
     """Excludes a node all of whose pairs fail or are far slower than the fastest pair; a bad pair of good nodes is a warning.
 
+    Slow is a node by two measured links: where a neighbour fails and one link is left, that is a warning, too.
+
     found: by rank, what it measured of its pairs: {"nodes", "gb_per_second"} or {"nodes", "error"}
     nodes: of each rank
     """
@@ -336,19 +338,32 @@ def judge_links(
     }
     bad = slow | errors
     pairs = list(speeds | errors)
-    # one bad pair may be the other's fault; all pairs bad is the node's own
-    for node in dict.fromkeys(nodes):
-        own = [pair for pair in pairs if node in pair]
-        if own and all(pair in bad for pair in own):
-            other = next(name for name in own[0] if name != node)
+    pairs_of = {node: [pair for pair in pairs if node in pair] for node in dict.fromkeys(nodes)}
+    failing = {
+        node for node, own in pairs_of.items() if own and all(pair in errors for pair in own)
+    }
+    # a link that is slow once may have met a busy moment: beside a node that fails, only one is left to judge by
+    enough = min(2, len(pairs_of) - 1)
+    for node, own in pairs_of.items():
+        telling = [pair for pair in own if node in failing or not failing & set(pair)]
+        slow_with_all = len(telling) >= enough and all(pair in bad for pair in telling)
+        # one bad pair may be the other's fault; all pairs bad is the node's own
+        if node in failing or slow_with_all:
+            other = next(name for name in telling[0] if name != node)
             more = "; cannot tell which of the two is at fault" if len(pairs) == 1 else ""
-            findings.exclude(node, f"{node} with {other}: {bad[own[0]]}{more}")
+            findings.exclude(node, f"{node} with {other}: {bad[telling[0]]}{more}")
     for pair, why in bad.items():
-        if not set(pair) & set(findings.nodes):
-            findings.warnings.append(
-                f"{pair[0]} with {pair[1]}: {why}, though both are well linked to their other"
-                " neighbours."
-            )
+        if set(pair) & set(findings.nodes):
+            continue
+        well_linked = all(
+            any(own not in bad for own in pairs_of[node] if own != pair) for node in pair
+        )
+        elsewhere = (
+            "though both are well linked to their other neighbours"
+            if well_linked
+            else "measured once, since a neighbour fails: ask again without it"
+        )
+        findings.warnings.append(f"{pair[0]} with {pair[1]}: {why}, {elsewhere}.")
     if speeds and not bad:
         findings.rows.append(
             (

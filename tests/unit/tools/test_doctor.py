@@ -100,8 +100,12 @@ def test_a_pair_is_as_fast_as_its_slowest_rank_says():
         rank: [{"nodes": ["n0", "n1"], "gb_per_second": speed}]
         for rank, speed in enumerate((8.0, 8.0, 0.001))
     }
+    views[3] = [
+        {"nodes": ["n1", "n2"], "gb_per_second": 8.0},
+        {"nodes": ["n2", "n0"], "gb_per_second": 0.002},
+    ]
     findings = Findings()
-    judge_links(findings, {**views, 3: [{"nodes": ["n1", "n2"], "gb_per_second": 8.0}]}, nodes)
+    judge_links(findings, views, nodes)
     assert list(findings.nodes) == ["n0"] and "0.001 GB/s" in findings.nodes["n0"]
 
 
@@ -109,6 +113,19 @@ def test_a_silent_node_is_named_and_its_neighbours_are_not():
     findings = judged("no answer", "no answer", 9, 9, 9, count=5, silent=(1,))
     assert findings.nodes == {"n1": "n1 fell silent while links were measured"}
     assert list(judged("no answer", count=2, silent=(1,)).nodes) == ["n1"]
+
+
+@pytest.mark.parametrize("silent", [(), (2,)])
+def test_a_slow_moment_beside_a_node_that_fails_names_the_failing_node_alone(silent):
+    # n2 fails with n1 and n3; n1 was slow with n0, once
+    findings = judged(1, "no answer", "no answer", 10, count=4, silent=silent)
+    assert list(findings.nodes) == ["n2"]
+    (warning,) = findings.warnings
+    assert "n0 with n1: 1 GB/s" in warning and "measured once" in warning
+
+
+def test_a_node_that_fails_with_one_neighbour_and_is_slow_with_the_other_is_named():
+    assert list(judged(1, "no answer", 9, 10, 10, count=5).nodes) == ["n1"]
 
 
 def test_a_job_whose_nodes_are_all_bad_has_an_exit_code_of_its_own():
