@@ -343,7 +343,7 @@ def judge_links(
         node for node, own in pairs_of.items() if own and all(pair in errors for pair in own)
     }
     # a link that is slow once may have met a busy moment: beside a node that fails, only one is left to judge by
-    enough = min(2, len(pairs_of) - 1)
+    enough = 2 if len(pairs_of) > 2 else 1
     for node, own in pairs_of.items():
         telling = [pair for pair in own if node in failing or not failing & set(pair)]
         slow_with_all = len(telling) >= enough and all(pair in bad for pair in telling)

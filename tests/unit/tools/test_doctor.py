@@ -207,6 +207,12 @@ def test_of_two_nodes_with_a_bad_link_both_are_named():
         assert findings.nodes["n1"].endswith("cannot tell which of the two is at fault")
 
 
+def test_a_single_node_has_no_links_and_is_fine():
+    findings = Findings()
+    judge_links(findings, {0: [], 1: []}, ["n0", "n0"])
+    assert (findings.nodes, findings.warnings, findings.rows) == ({}, [], [])
+
+
 def test_what_most_nodes_have_is_right_and_half_of_them_is_a_mistake():
     findings = Findings()
     three = {"a": {"torch": "2.11"}, "b": {"torch": "2.10"}, "c": {"torch": "2.11"}}
