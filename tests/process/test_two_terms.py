@@ -309,10 +309,8 @@ def as_after_a_kill(run: Path, copy: Path) -> None:
     (copy / LEDGER).write_text("".join(lines[:-2]))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """Each objective on one and on two ranks; two also resumed on two, and at ZeRO stage 3."""
-    root = tmp_path_factory.mktemp("loop")
+def write_texts(root: Path) -> Path:
+    """Shards with sentences, two teachers and the run file, in a folder; returns it."""
     for number, (name, longest) in enumerate((("a", 60), ("b", 30), ("held", 60))):
         documents = random_documents(60, seed=number, longest=longest)
         folder = write_source(root / name, documents, vocab_size=64)
@@ -323,6 +321,13 @@ def runs(tmp_path_factory) -> Path:
         tokenizer = root / "a" / "tokenizer.json"
         stored = StoredModel(config=TEACHER, weights=weights, tokenizer_json=tokenizer, origin=name)
         write_stored(stored, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Each objective on one and on two ranks; two also resumed on two, and at ZeRO stage 3."""
+    root = write_texts(tmp_path_factory.mktemp("loop"))
     alone = [(name, f"{name}-1", []) for name in OBJECTIVES_RUN]
     run_ranks(trained, 1, folder=str(root), runs=alone)
     for name in OBJECTIVES_RUN:

@@ -1,0 +1,135 @@
+"""SIGKILL in the middle of a step, and on other ranks at another ZeRO stage: pairs, distillation and RoBERTa lose nothing.
+
+whole      one rank, stage 0, 4 micro-batches of 2 rows a step
+killed     rank 0 is gone between forward and backward of its sixth step, and with it the others
+resumed    on another number of ranks, with other micro-batches, at another stage
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from encoder.base.dist import World
+from encoder.engine.engine import Engine
+from encoder.runs.config import read_run
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
+from encoder.tools.report.report import verify_ledger
+from encoder.train.checkpointing import Checkpointing
+from encoder.train.loop import pretrain
+from tests.process.ranks import run_ranks
+from tests.process.test_one_curve import distance, weights
+from tests.process.test_two_terms import DISTILLED, PAIRS, write_texts
+
+KILLED_STEP = 6
+ROBERTA = [
+    "model={system: roberta, vocab_size: 64, hidden_size: 64, intermediate_size: 96,"
+    " num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}",
+    "phases.0.model={}",
+    "phases.1.model={}",
+    "objective={name: mlm, mask_share: 0.15, mask_count: round_at_random,"
+    " mask_special_tokens: true, random_tokens: not_special}",
+]
+SETTINGS = {
+    "nsp": [*PAIRS, "objective.name=mlm_nsp"],
+    "distill": [*DISTILLED, "objective.name=distill"],
+    "roberta": ROBERTA,
+}
+# loss, held-out loss, and each term's where there are several
+TERMS = {"nsp": 4, "distill": 5, "roberta": 2}
+# (ranks, ZeRO stage, rows of a micro-batch) until the kill, and after it
+ON = {
+    "nsp": ((2, 1, 1), (3, 2, 2)),
+    "distill": ((2, 2, 2), (1, 0, 3)),
+    "roberta": ((3, 3, 1), (2, 1, 2)),
+}
+
+
+def settings_of(name: str, out: str, *, folder: str, stage: int, rows: int) -> list[str]:
+    return [
+        f"out={folder}/{out}",
+        f"engine.zero_stage={stage}",
+        f"loader.micro_batch_rows={rows}",
+        *(setting.replace("{folder}", folder) for setting in SETTINGS[name]),
+    ]
+
+
+def train_whole(world: World, *, folder: str) -> None:
+    for name in SETTINGS:
+        settings = settings_of(name, f"{name}-whole", folder=folder, stage=0, rows=2)
+        pretrain(read_run(f"{folder}/run.yaml", settings), world)
+
+
+def train(world: World, *, folder: str, name: str, stage: int, rows: int, dies: bool) -> None:
+    """Trains on; where it dies, rank 0 is killed between a forward and its backward pass."""
+    settings = settings_of(name, name, folder=folder, stage=stage, rows=rows)
+    with pytest.MonkeyPatch.context() as patch:
+        # saves are waited for, so that one is there before the kill on any machine
+        plain = Checkpointing.save
+        patch.setattr(Checkpointing, "save", lambda own, name, **_: plain(own, name, wait=True))
+        if dies and world.rank == 0:
+            patch.setattr(Engine, "step", _killed_at(KILLED_STEP))
+        pretrain(read_run(f"{folder}/run.yaml", settings), world)
+
+
+def _killed_at(step: int) -> Any:
+    plain = Engine.step
+    taken: list[int] = []
+
+    def stepping(engine: Engine, *values: Any, **named: Any) -> Any:
+        taken.append(len(taken))
+        if len(taken) == step:
+            engine.module.register_forward_hook(
+                lambda *_: os.kill(os.getpid(), signal.SIGKILL), always_call=True
+            )
+        return plain(engine, *values, **named)
+
+    return stepping
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = write_texts(tmp_path_factory.mktemp("killed_families"))
+    run_ranks(train_whole, 1, folder=str(root))
+    for name, (before, after) in ON.items():
+        for ranks, stage, rows in (before, after):
+            values = dict(folder=str(root), name=name, stage=stage, rows=rows)
+            if (ranks, stage, rows) == after:
+                run_ranks(train, ranks, dies=False, **values)
+                continue
+            with pytest.raises(AssertionError, match="rank 0, exit code -9"):
+                run_ranks(train, ranks, dies=True, **values)
+            assert not (root / name / "done.json").exists()
+    return root
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_killed_family_goes_on_with_the_same_rows_and_weights(folder, name):
+    killed, whole = folder / name, folder / f"{name}-whole"
+    assert read_jsonl(killed / LEDGER) == read_jsonl(whole / LEDGER) and verify_ledger(killed)
+    assert distance(weights(whole), weights(killed)) < 1e-5
+    starts = [e for e in read_jsonl(killed / EVENTS) if e["event"] in ("start", "resume")]
+    assert [(e["event"], e["ranks"], e["zero_stage"]) for e in starts] == [
+        ("start", *ON[name][0][:2]),
+        ("resume", *ON[name][1][:2]),
+    ]
+    assert 0 < starts[1]["step"] < KILLED_STEP
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_term_of_a_killed_family_is_that_of_the_whole_run(folder, name):
+    found, expected = (losses_of(folder / run) for run in (name, f"{name}-whole"))
+    assert len(found) == len(expected) > 8
+    assert len({term for line in expected for term in line}) >= TERMS[name]
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+
+
+def losses_of(run: Path) -> list[dict[str, float]]:
+    """Every loss of each step; a term without a target in it is left out."""
+    lines = merged_metrics(run / METRICS)
+    return [{k: v for k, v in line.items() if "loss" in k and v is not None} for line in lines]
