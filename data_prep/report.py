@@ -96,7 +96,7 @@ def summarize(folder: Path) -> Summary:
     filled = next((entry for entry in read_index(folder) if entry["samples"]), None)
     if filled is None:
         raise ShardError(
-            f"{folder / INDEX} tells of no samples, the card of {card.documents:,}. Make the shards"
+            f"{folder / INDEX} lists no samples, the card of {card.documents:,}. Make the shards"
             " again."
         )
     shard = list(read_shard(folder, filled, card=card, hashes=read_hashes(folder, card)))

@@ -117,7 +117,7 @@ class ShardWriter:
         )
         self._begin()
 
-        # index.json tells of both forms; the packed one is stored
+        # index.json lists both forms; the packed one is stored
         name = f"{self._split}.{len(self.entries):05}.mds"
         entry = {**self._config, "samples": count, "raw_data": _info(name, data), "zip_data": None}
         if self._config["compression"]:
@@ -353,8 +353,7 @@ def column_encodings(folder: Path, entry: dict, *, column: str = INPUT_IDS) -> d
         ) from error
     if word != "mds" or entry.get("version") != 2:
         raise ShardError(
-            f"{folder / INDEX} tells of {word} version {entry.get('version')}; needed: mds"
-            " version 2."
+            f"{folder / INDEX} holds {word} version {entry.get('version')}; needed: mds version 2."
         )
     for name, encoding in columns.items():
         if encoding.partition(":")[0] == "pkl":
@@ -394,8 +393,7 @@ def stored_bytes(folder: Path, entry: dict) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size != info["bytes"]:
             raise ShardError(
-                f"{path} has {size:,} bytes, {INDEX} tells of {info['bytes']:,}. Make the shards"
-                " again."
+                f"{path} has {size:,} bytes, {INDEX} says {info['bytes']:,}. Make the shards again."
             )
         try:
             return file.read()
@@ -414,7 +412,7 @@ def _unpacked(folder: Path, entry: dict, data: bytes) -> bytes:
     except ValueError as error:
         raise ShardError(
             f"{folder / stored_info(entry)['basename']} cannot be unpacked to the"
-            f" {entry['raw_data']['bytes']:,} bytes that {INDEX} tells of: {error}. Make the shards"
+            f" {entry['raw_data']['bytes']:,} bytes that {INDEX} lists: {error}. Make the shards"
             " again."
         ) from error
 

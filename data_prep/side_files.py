@@ -450,7 +450,7 @@ _INSIDE = {
 def _column_of(folder: Path, entries: Sequence[dict], reading: Reading) -> tuple[IdColumn, str]:
     """The ids' column and its encoding, the same in all shards. Raises ShardError, saying which columns there are."""
     if not any(entry["samples"] for entry in entries):
-        raise ShardError(f"{folder / INDEX} tells of no samples. Leave the folder out.")
+        raise ShardError(f"{folder / INDEX} lists no samples. Leave the folder out.")
     name = reading.column
     columns = column_encodings(folder, entries[0], column=name)
     found = {column_encodings(folder, entry, column=name)[name] for entry in entries}

@@ -94,7 +94,7 @@ def verify_folder(folder: Path) -> tuple[Card, int]:
     tokens = int(np.sum(lengths, dtype=np.int64))
     if at != card.documents or tokens != card.tokens:
         raise ShardError(
-            f"{folder} has {at:,} samples and {tokens:,} tokens, {CARD} tells of {card.documents:,}"
+            f"{folder} has {at:,} samples and {tokens:,} tokens, {CARD} says {card.documents:,}"
             f" and {card.tokens:,}. Make the shards again."
         )
     return card, len(shards)

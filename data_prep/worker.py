@@ -1,4 +1,4 @@
-"""Segments to shards on every core: a process reads, parses, encodes and writes a whole segment, and tells of it in a line.
+"""Segments to shards on every core: a process reads, parses, encodes and writes a whole segment, and reports it in a line.
 
 Nothing but a few numbers passes between processes, so the cores do not wait for one another.
 """

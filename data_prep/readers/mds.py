@@ -62,7 +62,7 @@ _KNOWN = (
 
 @dataclass(frozen=True, kw_only=True)
 class TextShard:
-    """What index.json tells of a shard file."""
+    """What index.json says of a shard file."""
 
     samples: int
     names: tuple[str, ...]  # of the columns, in their order
@@ -91,7 +91,7 @@ def mds_files(source: MdsSource, root: Path) -> list[InputFile]:
         for entry, packed, raw, shard in entries:
             if entry.get("format") != "mds" or entry.get("version") != 2:
                 raise ConfigError(
-                    f"{index} tells of {entry.get('format')} version {entry.get('version')};"
+                    f"{index} holds {entry.get('format')} version {entry.get('version')};"
                     " needed: mds version 2."
                 )
             found.append(_file_of(source, root, index, packed, raw, shard))
@@ -132,7 +132,7 @@ def _file_of(
     size = size_of(path)
     if size != info.get("bytes"):
         raise ReadError(
-            f"{path} has {size:,} bytes, {INDEX} tells of {info.get('bytes')}. Copy it again."
+            f"{path} has {size:,} bytes, {INDEX} says {info.get('bytes')}. Copy it again."
         )
     if packed is not info:
         shard = TextShard(**{**shard.__dict__, "compression": None})
@@ -255,7 +255,7 @@ def _samples(
     """Each sample (None where it is too large) and its bytes."""
     count = int.from_bytes(_exactly(stream, 4), "little")
     if count != shard.samples:
-        raise ValueError(f"it holds {count:,} samples, {INDEX} tells of {shard.samples:,}")
+        raise ValueError(f"it holds {count:,} samples, {INDEX} says {shard.samples:,}")
     offsets = np.frombuffer(_exactly(stream, 4 * (count + 1)), "<u4").astype(np.int64)
 
     # offsets count from the file's beginning; the settings lie between them and the first sample

@@ -1,4 +1,4 @@
-"""The record of a finished run, done.json, counts only with the ledger's last line and the checkpoint that it tells of.
+"""The record of a finished run, done.json, counts only with the ledger's last line and the checkpoint that it names.
 
 Imports Python alone and this room: a job's first node may have no packages outside of its container.
 """
@@ -47,7 +47,7 @@ def read_done(folder: Path, *, with_checkpoint: bool = True) -> dict[str, Any] |
     checkpoints = sorted((folder / CHECKPOINTS).glob("tokens*"), reverse=True)
     if with_checkpoint and not any(_stood_at(checkpoint, said) for checkpoint in checkpoints):
         raise LedgerError(
-            f"{path} tells of step {said[0]}, and no whole checkpoint of {folder / CHECKPOINTS} was"
+            f"{path} names step {said[0]}, and no whole checkpoint of {folder / CHECKPOINTS} was"
             " saved there."
         )
     return done

@@ -16,7 +16,7 @@ class ShardError(UserError):
 
 
 class DamagedShard(ShardError):
-    """A shard whose bytes are not those that its folder tells of; `source` and number `shard` once they are known."""
+    """A shard whose bytes are not those that its folder lists; `source` and number `shard` once they are known."""
 
     def __init__(self, text: str, *, source: str = "", shard: int = -1) -> None:
         super().__init__(text)

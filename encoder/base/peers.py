@@ -315,7 +315,7 @@ class Peers:
             self._drop(connection)
             return
 
-        # a line "CODE WORDS" tells of a mistake or of another's death;
+        # a line "CODE WORDS" reports a mistake, or another's death;
         # an end without one is a death
         if text:
             code, _, words = text.decode("ascii", "replace").split("\n", 1)[0].partition(" ")

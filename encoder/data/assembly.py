@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -105,30 +106,32 @@ class Assembler:
 
         # static shapes: rows times their capacity; else what the rows
         # hold, and never an empty tensor
-        total = (
-            self.micro_batch_rows * self.geometry.row_tokens
-            if self.static_shapes
-            else max(tokens, 1)
-        )
+        total = max(tokens, 1)
+        if self.static_shapes:
+            total = self.micro_batch_rows * self.geometry.row_tokens
 
         # padding is cut into documents as text is, so that max_seqlen holds for it, too
-        lengths = [n for r in rows for n in r.lengths_P] + self._padding_segments(total - tokens)
+        lengths = list(chain.from_iterable(r.lengths_P for r in rows))
+        lengths += self._padding_segments(total - tokens)
         starts_S1 = np.concatenate([[0], np.cumsum(lengths)])
         row_starts = np.cumsum([0, *(len(r.masked.ids) for r in rows)])
 
         # the place of each token in its document: its place in the
         # micro-batch less the document's start
         positions_T = np.arange(total) - np.repeat(starts_S1[:-1], lengths)
-        # unused entries repeat the total: empty documents behind the last
-        seqlens = self._seqlens_room(len(starts_S1)) if self.static_shapes else len(starts_S1)
+
+        seqlens = len(starts_S1)
+        longest = max(lengths)
+        if self.static_shapes:
+            # unused entries repeat the total: empty documents behind the last
+            seqlens = self._seqlens_room(len(starts_S1))
+            longest = self.geometry.max_tokens_per_document
 
         batch = TokenBatch(
             ids_T=_filled([r.masked.ids for r in rows], total, self.specials.pad_id),
             positions_T=torch.from_numpy(positions_T.astype(np.int32)),
             cu_seqlens_S1=_filled([starts_S1], seqlens, total, dtype=np.int32),
-            max_seqlen=self.geometry.max_tokens_per_document
-            if self.static_shapes
-            else max(lengths),
+            max_seqlen=longest,
             targets={term: self._targets(term, rows, row_starts) for term in self.masker.terms},
             token_key_T=_filled([r.token_key_T for r in rows], total, 0),
             segments_T=self._segments(rows, total),
@@ -145,11 +148,10 @@ class Assembler:
         count = sum(len(part) for part in index)
 
         # targets have a fixed room of their own; unused places get IGNORE, which no loss counts
-        room = (
-            self.micro_batch_rows * self.masker.capacity(term, self.geometry.row_tokens)
-            if self.static_shapes
-            else count
-        )
+        room = count
+        if self.static_shapes:
+            of_row = self.masker.capacity(term, self.geometry.row_tokens)
+            room = self.micro_batch_rows * of_row
         return Targets(
             index_M=_filled(index, room, 0), value_M=_filled(value, room, IGNORE), count=count
         )
@@ -274,7 +276,7 @@ def _goes_on(spec: RowSpec) -> list[bool]:
 
 
 def _joined(spec: RowSpec, laid_P: list[int]) -> tuple[dict[str, RowPairs], list[int]]:
-    """What a masker is told of a row's pairs, none where there are none; and the lengths of the row's documents."""
+    """The masker's argument `pairs`, left out for a row without pairs; and the lengths of the row's documents."""
     if spec.pair_P is None:
         return {}, laid_P
 

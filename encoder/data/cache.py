@@ -48,7 +48,7 @@ ORIGIN, SHARDS, ROOM = "origin.txt", "shards", ".room.lock"
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard file as index.json tells of it."""
+    """A shard file as index.json lists it."""
 
     name: str
     size_bytes: int
@@ -74,7 +74,9 @@ class ShardCache:
 
     def place(self, shard: StoredShard) -> Path:
         """Where the shard lies once it is here."""
-        return self.folder / (shard.name if self.in_place else shard.name.replace("/", "--"))
+        if self.in_place:
+            return self.folder / shard.name
+        return self.folder / shard.name.replace("/", "--")
 
     def open(
         self, shard: StoredShard, *, may_exceed: bool = True, wait: bool = True
@@ -84,9 +86,10 @@ class ShardCache:
         None, only if `may_exceed` is false and nothing can be evicted to make room, or `wait` is false and another
         process is fetching it. Raises ShardError, DamagedShard for a shard whose bytes are not those of index.json.
         """
-        # in place the names come from an index made elsewhere, and links may leave the folder
-        for name in {shard.name, shard.stored} if self.in_place else ():
-            inside(self.folder, name, where=self.folder / INDEX, error=ShardError)
+        if self.in_place:
+            # the names come from an index made elsewhere, and links may leave the folder
+            for name in {shard.name, shard.stored}:
+                inside(self.folder, name, where=self.folder / INDEX, error=ShardError)
         try:
             return self._open(shard, may_exceed=may_exceed, wait=wait)
         except OSError as error:
@@ -122,7 +125,10 @@ class ShardCache:
 
                 # what the fetch needs at its peak: the unpacked shard, and the packed one beside
                 # it. Others read this number in the lock file, and leave room for it
-                lock.write(str(shard.size_bytes + (shard.stored_bytes if shard.compression else 0)))
+                peak_bytes = shard.size_bytes
+                if shard.compression:
+                    peak_bytes += shard.stored_bytes
+                lock.write(str(peak_bytes))
                 lock.flush()
 
                 if (above := self._bytes_above_limit()) > 0:
@@ -334,11 +340,9 @@ def _fetch_side_files(origin: str, folder: Path) -> None:
 
             def check(path: Path, sha256: str = sha256) -> str | None:
                 found = sha256_of(path)
-                return (
-                    None
-                    if found == sha256
-                    else f"has SHA-256 {found[:12]}, {CARD} beside it tells of {sha256[:12]}"
-                )
+                if found == sha256:
+                    return None
+                return f"has SHA-256 {found[:12]}, {CARD} beside it says {sha256[:12]}"
 
             file = _fetched(remote.url_of(origin, name), part / "file", check=check)
             fsync_path(file)
@@ -394,11 +398,9 @@ def _difference(path: Path, shard: StoredShard) -> str | None:
     if size != shard.stored_bytes:
         return f"has {size:,} bytes, {INDEX} says {shard.stored_bytes:,}"
     found = sha256_of(path)
-    return (
-        None
-        if found == shard.sha256
-        else f"has SHA-256 {found[:12]}, {INDEX} tells of {shard.sha256[:12]}"
-    )
+    if found != shard.sha256:
+        return f"has SHA-256 {found[:12]}, {INDEX} says {shard.sha256[:12]}"
+    return None
 
 
 def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
@@ -408,12 +410,12 @@ def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
         content = unpack(shard.compression, stored.read_bytes(), size=shard.size_bytes)
     except ValueError as error:
         raise DamagedShard(
-            f"{url} cannot be unpacked to the {shard.size_bytes:,} bytes that {INDEX} tells of"
+            f"{url} cannot be unpacked to the {shard.size_bytes:,} bytes that {INDEX} lists"
             f" ({error}). Prepare the shard again."
         ) from error
     if shard.raw_sha256 and (found := hashlib.sha256(content).hexdigest()) != shard.raw_sha256:
         raise DamagedShard(
-            f"{url} unpacks to bytes of SHA-256 {found[:12]}, {INDEX} tells of"
+            f"{url} unpacks to bytes of SHA-256 {found[:12]}, {INDEX} says"
             f" {shard.raw_sha256[:12]}. Prepare the shard again."
         )
     return content
@@ -456,7 +458,9 @@ def _exclusive(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
 
 def _whole_number(text: str) -> int:
     """The number a lock file holds; 0 for an empty one, and for what no fetch of ours wrote."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else 0
+    if text.isascii() and text.isdecimal() and len(text) < 20:
+        return int(text)
+    return 0
 
 
 def _new_folder(path: Path) -> None:

@@ -318,8 +318,10 @@ class _Lane:
             plan = self._windows.plan(window, lane=self._lane)
 
         # behind the last row the next window is planned when it is asked for, not before
-        last = row + 1 == plan.rows
-        self.place, self._plan = ((window + 1, 0), None) if last else ((window, row + 1), plan)
+        if row + 1 == plan.rows:
+            self.place, self._plan = (window + 1, 0), None
+        else:
+            self.place, self._plan = (window, row + 1), plan
 
         spec = RowSpec(
             address=(*self._windows.address(window, lane=self._lane), row),
@@ -341,7 +343,7 @@ class _MicroBatches(Dataset):
         try:
             return self._assembler.assemble(specs)
         except UserError as error:
-            # goes home as a value: torch would bury its one line in a traceback
+            # returned instead of raised: torch would bury its one line in a traceback
             return error
 
 
@@ -356,7 +358,9 @@ def _start(
     still has to finish its step. They end when it does.
     """
     context: Any = None
+    ahead = None
     if workers.processes:
+        ahead = MICRO_BATCHES_AHEAD
         context = multiprocessing.get_context("forkserver")
         # the server imports this module once, torch with it, and forks every worker from that
         context.set_forkserver_preload([__name__])
@@ -368,7 +372,7 @@ def _start(
         num_workers=workers.processes,
         pin_memory=workers.pin_memory,
         multiprocessing_context=context,
-        prefetch_factor=MICRO_BATCHES_AHEAD if workers.processes else None,
+        prefetch_factor=ahead,
         worker_init_fn=_end_with_main_process,
         # its own: the default would draw from the model's
         generator=torch.Generator(),
@@ -480,7 +484,9 @@ def token_counts(source: Source, vocab_size: int, documents: int | None = None) 
     Raises ShardError for an id beyond the vocabulary.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    total = source.documents if documents is None else min(documents, source.documents)
+    total = source.documents
+    if documents is not None:
+        total = min(documents, total)
 
     # in stretches of documents: each bincount makes a table of the whole vocabulary
     for first in range(0, total, 1024):

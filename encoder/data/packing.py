@@ -89,4 +89,6 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Packing
 
 def _stable_argsort(values: np.ndarray, top: int) -> np.ndarray:
     # numpy sorts 16-bit integers by radix, 5 times as fast as wider ones
-    return np.argsort(values.astype(np.uint16) if top < 2**16 else values, kind="stable")
+    if top < 2**16:
+        values = values.astype(np.uint16)
+    return np.argsort(values, kind="stable")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import IO
 
 from encoder.base.errors import ShardError
@@ -70,19 +70,17 @@ class Prefetch:
     def _needed(self, places: Sequence[tuple[int, int]], *, windows: int) -> list[tuple[int, int]]:
         """Worked out in the main thread, which alone walks the order of documents."""
         # one queue for each lane and source that is read through a cache
-        queues = [
-            [(number, shard) for shard in shards]
-            for lane in self._lanes
-            for number, shards in enumerate(
-                self._windows.shards(places[lane][0], windows, lane=lane, at_most=OPEN_SHARDS)
-            )
-            if self._sources[number].cache is not None
-        ]
+        queues = []
+        for lane in self._lanes:
+            window, _ = places[lane]
+            of_sources = self._windows.shards(window, windows, lane=lane, at_most=OPEN_SHARDS)
+            for number, shards in enumerate(of_sources):
+                if self._sources[number].cache is not None:
+                    queues.append([(number, shard) for shard in shards])
 
         # the soonest shard of each queue, then the second of each: none of them runs dry alone
-        return list(
-            dict.fromkeys(key for keys in zip_longest(*queues) for key in keys if key is not None)
-        )
+        in_turn = chain.from_iterable(zip_longest(*queues))
+        return list(dict.fromkeys(key for key in in_turn if key is not None))
 
     def _want(self, wanted: list[tuple[int, int]] | None) -> None:
         with self._changed:

@@ -53,11 +53,11 @@ class Sentences:
                 raise ShardError(_other_size(path, size, card))
 
             # numpy maps no empty file part
-            self._tokens_N = (
-                np.memmap(path, dtype=kind, mode="r", offset=behind, shape=(self.count,))
-                if self.count
-                else np.zeros(0, kind)
-            )
+            self._tokens_N = np.zeros(0, kind)
+            if self.count:
+                self._tokens_N = np.memmap(
+                    path, dtype=kind, mode="r", offset=behind, shape=(self.count,)
+                )
         except OSError as error:
             raise ShardError(
                 f"{path} cannot be read: {error.strerror}. Copy the folder again, or make the"
@@ -115,7 +115,10 @@ def check_sentences(sentences: Sentences, lengths_D: np.ndarray, *, where: Path)
 
         wrong = np.flatnonzero(found_D != expected_D)
         if len(wrong) or np.any(lists.tokens_N < 1):
-            document = int(some_D[wrong[0]]) if len(wrong) else first
+            # an empty sentence is only known to lie in this stretch
+            document = first
+            if len(wrong):
+                document = int(some_D[wrong[0]])
             raise ShardError(
                 f"{where} does not fit lengths.bin at document {document:,}. Make it again with"
                 " data-prep index."
@@ -133,7 +136,8 @@ def sentence_bytes(counts_D: Iterable[np.ndarray], tokens_N: Iterable[bytes]) ->
     yield np.zeros(1, "<u8").tobytes()
     for part_D in counts_D:
         ends_D = total + np.cumsum(part_D, dtype=np.uint64)
-        total = int(ends_D[-1]) if len(ends_D) else total
+        if len(ends_D):
+            total = int(ends_D[-1])
         yield ends_D.astype("<u8").tobytes()
     yield from tokens_N
 

@@ -116,7 +116,7 @@ class Card:
         most = self.documents * self.max_tokens_per_document
         if self.documents < 0 or not min(1, self.documents) <= self.tokens <= most:
             raise ConfigError(
-                f"it tells of {self.documents:,} samples of at most"
+                f"it lists {self.documents:,} samples of at most"
                 f" {self.max_tokens_per_document:,} tokens, and of {self.tokens:,} tokens in all,"
                 " which cannot be."
             )
@@ -164,7 +164,7 @@ def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:
     word, _, shape = rest.partition(":")
     if kind == "bytes":
         return IdColumn(name, np.dtype(dtype).newbyteorder("<"), has_shape=False)
-    sizes = [int(size) for size in shape.split(",") if size.isdecimal()] if shape else []
+    sizes = [int(size) for size in shape.split(",") if size.isdecimal()]
 
     # a shape in the encoding is fixed for all samples: one axis, or others of size 1
     if (
@@ -177,7 +177,10 @@ def id_column(name: str, encoding: str, *, dtype: str | None) -> IdColumn:
             f"the column {name} is {encoding}; needed: ndarray of whole numbers of one axis (or"
             " others of size 1), or bytes."
         )
-    return IdColumn(name, np.dtype(word).newbyteorder("<") if word else None, has_shape=not shape)
+    width = None
+    if word:
+        width = np.dtype(word).newbyteorder("<")
+    return IdColumn(name, width, has_shape=not shape)
 
 
 def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
@@ -193,11 +196,10 @@ def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
         axes, width = data[at] >> 2, 1 << (data[at] & 3)
         values = at + 1 + axes * width
         # one axis is usual, and is read without numpy
-        count = (
-            int.from_bytes(data[at + 1 : values], "little")
-            if axes == 1
-            else _folded(np.frombuffer(data, f"<u{width}", axes, at + 1).tolist())
-        )
+        if axes == 1:
+            count = int.from_bytes(data[at + 1 : values], "little")
+        else:
+            count = _folded(np.frombuffer(data, f"<u{width}", axes, at + 1).tolist())
         if values + count * dtype.itemsize != end:
             raise ValueError("no one-dimensional array that fills its column")
         at = values
@@ -208,7 +210,9 @@ def ids_in(column: IdColumn, data: Any, begin: int, size: int) -> np.ndarray:
     ids = np.frombuffer(data, dtype, count, at)
 
     # numpy mixes uint64 with int64 to floats. Beyond 2^63 an id turns negative, and is refused
-    return ids.view(np.int64) if dtype == np.uint64 else ids
+    if dtype == np.uint64:
+        return ids.view(np.int64)
+    return ids
 
 
 def _width_named(byte: int) -> str:
@@ -243,17 +247,10 @@ def read_card(folder: Path) -> Card:
                 " FILE."
             )
 
-        # perhaps a folder above was named: folders below it that have a card, train first
-        below = sorted(
-            (
-                p.parent
-                for depth in ("*", "*/*")
-                for p in folder.glob(f"{depth}/{CARD}")
-                if not is_hidden(p, below=folder)
-            ),
-            key=lambda p: (p.name != "train", str(p)),
-        )
-        hint = f"Did you mean {below[0]}?" if below else "Make shards with data-prep prepare."
+        # perhaps a folder above was named
+        hint = "Make shards with data-prep prepare."
+        if below := _shard_folders_below(folder):
+            hint = f"Did you mean {below[0]}?"
         raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
 
     again = "Make the shards again with data-prep prepare CONFIG --again."
@@ -262,7 +259,9 @@ def read_card(folder: Path) -> Card:
     except ConfigError as error:
         raise ShardError(f"{error} {again}") from error
     try:
-        found = content.get("format") if isinstance(content, dict) else None
+        found = None
+        if isinstance(content, dict):
+            found = content.get("format")
         if found != FORMAT:
             raise ConfigError(f"it has format {found!r}, this version reads format {FORMAT}.")
         return from_mapping(Card, content)
@@ -270,12 +269,25 @@ def read_card(folder: Path) -> Card:
         raise ShardError(f"{path} cannot be read: {str(error).rstrip('.')}. {again}") from error
 
 
+def _shard_folders_below(folder: Path) -> list[Path]:
+    """Folders one or two levels below that have a card, train first."""
+    cards = [*folder.glob(f"*/{CARD}"), *folder.glob(f"*/*/{CARD}")]
+    found = [card.parent for card in cards if not is_hidden(card, below=folder)]
+    return sorted(found, key=lambda p: (p.name != "train", str(p)))
+
+
 def write_card(folder: Path, card: Card) -> None:
     """Write card.json atomically: the last act of making a shard folder."""
-    plain, usual = to_plain(card), {f.name: f.default for f in dataclasses.fields(Card)}
+    plain = to_plain(card)
     if card.specials.frame == "both_ends":
         del plain["specials"]["frame"]
-    write_json(folder / CARD, {k: v for k, v in plain.items() if k not in _SELDOM or v != usual[k]})
+
+    # what few shards have is written only where it differs from the default
+    usual = {f.name: f.default for f in dataclasses.fields(Card)}
+    for name in _SELDOM:
+        if plain[name] == usual[name]:
+            del plain[name]
+    write_json(folder / CARD, plain)
 
 
 def read_lengths(folder: Path, card: Card) -> np.ndarray:
@@ -290,7 +302,7 @@ def read_lengths(folder: Path, card: Card) -> np.ndarray:
     kind = lengths_dtype(card.max_tokens_per_document)
     if size != card.documents * kind.itemsize:
         raise ShardError(
-            f"{path} has {size:,} bytes, but the card tells of {card.documents:,} documents of "
+            f"{path} has {size:,} bytes, but the card says {card.documents:,} documents of "
             f"{kind.itemsize} bytes. Make the shards again with data-prep prepare CONFIG --again."
         )
     if card.documents == 0:
@@ -361,7 +373,7 @@ def _names_of(entry: dict[str, Any], path: Path) -> list[str]:
     """The names of one entry's files. Raises ShardError, and KeyError for a key that every entry has."""
     if entry["format"] != "mds" or entry["version"] != 2:
         raise ShardError(
-            f"{path} tells of {ascii(entry['format'])[:40].strip(chr(39))} version"
+            f"{path} holds {ascii(entry['format'])[:40].strip(chr(39))} version"
             f" {ascii(entry['version'])[:40]}; needed: mds version 2."
         )
     _check_columns(entry, path)
@@ -432,7 +444,9 @@ def as_read(ids_T: np.ndarray, card: Card) -> np.ndarray:
     """A stored sample as it is trained: without padding at its ends, then with [CLS] and [SEP], as the card says."""
     if card.strips_padding:
         ids_T = without_padding(ids_T, card.specials.pad_id)
-    return with_specials(ids_T, card.specials) if card.adds_specials else ids_T
+    if card.adds_specials:
+        ids_T = with_specials(ids_T, card.specials)
+    return ids_T
 
 
 def without_padding(ids_T: np.ndarray, pad_id: int) -> np.ndarray:
@@ -440,7 +454,9 @@ def without_padding(ids_T: np.ndarray, pad_id: int) -> np.ndarray:
     if len(ids_T) and ids_T[0] != pad_id and ids_T[-1] != pad_id:
         return ids_T
     kept = np.flatnonzero(ids_T != pad_id)
-    return ids_T[kept[0] : kept[-1] + 1] if len(kept) else ids_T[:0]
+    if len(kept) == 0:
+        return ids_T[:0]
+    return ids_T[kept[0] : kept[-1] + 1]
 
 
 def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
@@ -458,8 +474,9 @@ def with_specials(ids_T: np.ndarray, specials: SpecialIds) -> np.ndarray:
             break
 
     # ids of 8 bits can be those of a large vocabulary's first tokens
-    narrow = np.iinfo(ids_T.dtype).max < max(specials.cls_id, specials.sep_id)
-    dtype = np.dtype(np.int64) if narrow else ids_T.dtype
+    dtype = ids_T.dtype
+    if np.iinfo(dtype).max < max(specials.cls_id, specials.sep_id):
+        dtype = np.dtype(np.int64)
     return np.concatenate([np.array(before, dtype), ids_T, np.array(behind, dtype)])
 
 
@@ -484,8 +501,8 @@ def _check_sha256(path: Path, needed: str) -> None:
         ) from error
     if found != needed:
         raise ShardError(
-            f"{path} has SHA-256 {found[:12]}, {CARD} beside it tells of {needed[:12]}: the folder"
-            " holds files of two makings, or a damaged one. Copy the folder again, or make the"
+            f"{path} has SHA-256 {found[:12]}, {CARD} beside it says {needed[:12]}: the folder"
+            " holds files of two different runs, or a damaged one. Copy the folder again, or make the"
             " shards again with data-prep prepare CONFIG --again."
         )
 

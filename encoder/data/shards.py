@@ -100,7 +100,7 @@ class Source:
         self._first_document = np.concatenate([[0], np.cumsum(self.samples_per_shard)]).tolist()
         if self._first_document[-1] != self.card.documents:
             raise ShardError(
-                f"{path / INDEX} tells of {self._first_document[-1]:,} samples, the card of"
+                f"{path / INDEX} lists {self._first_document[-1]:,} samples, the card of"
                 f" {self.card.documents:,}. Make the shards again with data-prep prepare CONFIG"
                 " --again."
             )
@@ -153,7 +153,10 @@ class Source:
 
     def check_files(self, *, sizes: bool = True) -> None:
         """Every shard read in place is there, with its size: a look at each name, no read. Raises ShardError."""
-        for shard in self._shards if self.cache is None else ():
+        # a cache looks at what it fetches
+        if self.cache is not None:
+            return
+        for shard in self._shards:
             path = self.path / shard.name
             try:
                 size = path.stat().st_size
@@ -188,9 +191,9 @@ class Source:
             # over the columns before the ids, by their fixed size or the next one of the head
             at = begin + 4 * shard.variable_columns
             for size in shard.before:
-                at += head.pop(0) if size is None else size
+                at += _next_size(size, head)
             # what is left of the head begins with the ids' own size
-            size = head[0] if shard.size is None else shard.size
+            size = _next_size(shard.size, head)
             if at + size > end:
                 raise ValueError("its columns do not fit its size")
             return ids_in(shard.column, opened.buffer, at, size)
@@ -263,9 +266,7 @@ class Source:
 
 
 def _missing(path: Path) -> ShardError:
-    return ShardError(
-        f"{path} is missing, but {INDEX} tells of it. Copy or prepare the shard again."
-    )
+    return ShardError(f"{path} is missing, but {INDEX} lists it. Copy or prepare the shard again.")
 
 
 def _wrong_size(path: Path, size: int, shard: _ShardFile) -> str:
@@ -286,6 +287,13 @@ def _reopen(
 def read_samples_per_shard(folder: Path) -> np.ndarray:
     """Documents of each shard of a folder, int64 [shards], by its index alone. Raises ShardError."""
     return np.array([entry["samples"] for entry in read_index(folder)], dtype=np.int64)
+
+
+def _next_size(fixed: int | None, head: list[int]) -> int:
+    """A column's bytes in a sample: the same in each, or the next number of the sample's head, which is taken from it."""
+    if fixed is not None:
+        return fixed
+    return head.pop(0)
 
 
 def _shard_file(
@@ -316,10 +324,13 @@ def _shard_file(
 
     # the columns of a sample lie in the order in which the index lists them
     sizes = info["column_sizes"]
+    compression = None
+    if info["zip_data"]:
+        compression = info["compression"]
     return _ShardFile(
         name=info["raw_data"]["basename"],
         size_bytes=info["raw_data"]["bytes"],
-        compression=info["compression"] if info["zip_data"] else None,
+        compression=compression,
         stored=stored["basename"],
         stored_bytes=stored["bytes"],
         sha256=sha256,

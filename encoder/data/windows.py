@@ -92,7 +92,9 @@ class WindowPlan:
 
     def pairs(self, row: int) -> np.ndarray | None:
         """pair_P of the pieces of a row."""
-        return None if self.pair_P is None else self.pair_P[self._of_row(row)]
+        if self.pair_P is None:
+            return None
+        return self.pair_P[self._of_row(row)]
 
     def _of_row(self, row: int) -> slice:
         return slice(self.row_starts_R1[row], self.row_starts_R1[row + 1])
@@ -154,27 +156,30 @@ class Windows:
         # by lane and source: an order over the lane's own shards
         dealt = [shards_of_lanes(s.name, s.samples_per_shard, order.lanes) for s in sources]
         self._orders_of_lane = [
-            [
-                self._order_of(s, (lane, shards[lane]))
-                for s, shards in zip(sources, dealt, strict=True)
-            ]
-            for lane in range(order.lanes)
+            self._orders_of(lane, shards_of_sources)
+            for lane, shards_of_sources in enumerate(zip(*dealt, strict=True))
         ]
 
-    def _order_of(self, source: PlannedSource, lane: tuple[int, np.ndarray]) -> DocumentOrder:
-        return DocumentOrder(
-            source.samples_per_shard,
-            seed=self._order.seed,
-            phase=self._order.phase,
-            source=source.name,
-            lane=lane if self._order.lanes > 1 else None,
-            group_shards=self._order.shuffle_shards,
-        )
+    def _orders_of(self, lane: int, shards_of_sources: Sequence[np.ndarray]) -> list[DocumentOrder]:
+        orders = []
+        for source, shards in zip(self._sources, shards_of_sources, strict=True):
+            order = DocumentOrder(
+                source.samples_per_shard,
+                seed=self._order.seed,
+                phase=self._order.phase,
+                source=source.name,
+                lane=(lane, shards) if self._order.lanes > 1 else None,
+                group_shards=self._order.shuffle_shards,
+            )
+            orders.append(order)
+        return orders
 
     def address(self, window: int, *, lane: int = 0) -> tuple[int, ...]:
         """Where a window stands in the run: (phase, window), with several lanes (phase, lane, window)."""
         # one lane is left out: its masks and rows are those of a run without lanes
-        return (self._order.phase, *((lane,) if self._order.lanes > 1 else ()), window)
+        if self._order.lanes == 1:
+            return (self._order.phase, window)
+        return (self._order.phase, lane, window)
 
     def documents_before(self, window: int) -> list[int]:
         """How many documents of each source the windows of a lane before this one took."""
@@ -184,33 +189,24 @@ class Windows:
     def epochs_before(self, windows: Sequence[int]) -> dict[str, float]:
         """How often the lane that did so most went through its documents of each source, by name, when each stands at the
         beginning of its window."""
-        epochs = [
-            [
-                n / order.documents_per_epoch
-                for n, order in zip(self.documents_before(w), orders, strict=True)
-            ]
-            for w, orders in zip(windows, self._orders_of_lane, strict=False)
-        ]
-        return {
-            s.name: max(of_lanes)
-            for s, of_lanes in zip(self._sources, zip(*epochs, strict=True), strict=True)
-        }
+        most = dict.fromkeys((s.name for s in self._sources), 0.0)
+        for window, orders in zip(windows, self._orders_of_lane, strict=False):
+            documents = self.documents_before(window)
+            for source, n, order in zip(self._sources, documents, orders, strict=True):
+                most[source.name] = max(most[source.name], n / order.documents_per_epoch)
+        return most
 
     def shards(self, window: int, count: int, *, lane: int = 0, at_most: int) -> list[list[int]]:
         """Of each source the shards that `count` windows of a lane read, soonest first; at least those of its next document."""
-        places = zip(
-            self._orders_of_lane[lane],
-            self.documents_before(window),
-            self.documents_before(window + count),
-        )
-        return [
-            [
-                shard
-                for shard in order.shards(start, max(1, end - start), at_most=at_most)
-                if (number, shard) not in self._left_out
-            ]
-            for number, (order, start, end) in enumerate(places)
-        ]
+        starts = self.documents_before(window)
+        ends = self.documents_before(window + count)
+
+        found = []
+        for number, order in enumerate(self._orders_of_lane[lane]):
+            documents = max(1, ends[number] - starts[number])
+            read = order.shards(starts[number], documents, at_most=at_most)
+            found.append([shard for shard in read if (number, shard) not in self._left_out])
+        return found
 
     def plan(self, window: int, *, lane: int = 0) -> WindowPlan:
         """The rows of a lane's window, packed and shuffled."""
@@ -235,18 +231,20 @@ class Windows:
         ).permutation(packing.rows)
 
         plan = lay_rows(pieces, packing, shuffled)
-        return self._without_left_out(plan) if self._left_out else plan
+        if self._left_out:
+            plan = self._without_left_out(plan)
+        return plan
 
     def _without_left_out(self, plan: WindowPlan) -> WindowPlan:
         source_P, document_P, start_P, end_P = plan.pieces_P4.T
 
-        kept_P, length_P = (
-            np.ones(len(plan.pieces_P4), dtype=bool),
-            np.zeros(len(plan.pieces_P4), dtype=np.int64),
-        )
+        # tokens of each piece's document
+        length_P = np.zeros(len(plan.pieces_P4), dtype=np.int64)
         for number, source in enumerate(self._sources):
-            length_P[source_P == number] = source.lengths[document_P[source_P == number]]
+            of_source_P = source_P == number
+            length_P[of_source_P] = source.lengths[document_P[of_source_P]]
 
+        kept_P = np.ones(len(plan.pieces_P4), dtype=bool)
         for number, shard in self._left_out:
             samples = self._sources[number].samples_per_shard
             first = int(samples[:shard].sum())
@@ -257,10 +255,12 @@ class Windows:
         # tokens of each row are counted anew, with what is put back where pieces were cut
         frame = self._sources[0].card.specials.frame
         tokens_P = (end_P - start_P) + put_back(start_P, end_P, length_P, frame)
-        if plan.pair_P is not None:  # a pair goes as a whole
+        pair_P = plan.pair_P
+        if pair_P is not None:  # a pair goes as a whole
             kept_P = np.repeat(kept_P.reshape(-1, 2).all(axis=1), 2)
             # put_back counts a [CLS] for each part; the second has none
-            tokens_P = tokens_P - (plan.pair_P == GOES_ON)
+            tokens_P = tokens_P - (pair_P == GOES_ON)
+            pair_P = pair_P[kept_P]
 
         tokens_P = tokens_P * kept_P
         tokens_R = np.diff(np.concatenate([[0], np.cumsum(tokens_P)])[plan.row_starts_R1])
@@ -269,7 +269,7 @@ class Windows:
             plan.pieces_P4[kept_P],
             np.concatenate([[0], np.cumsum(kept_P)])[plan.row_starts_R1],
             tokens_R,
-            None if plan.pair_P is None else plan.pair_P[kept_P],
+            pair_P,
         )
 
 
@@ -382,7 +382,9 @@ def check_lengths(geometry: RowGeometry, *, pairs: PairRule | None) -> None:
     """A row has room for a document, and a document for its frame and text. Raises ConfigError."""
     max_tokens = geometry.max_tokens_per_document
     row_tokens = geometry.row_tokens
-    least = LEAST_DOCUMENT_TOKENS if pairs is None else LEAST_PAIR_TOKENS
+    least = LEAST_DOCUMENT_TOKENS
+    if pairs is not None:
+        least = LEAST_PAIR_TOKENS
     if not least <= max_tokens <= row_tokens:
         raise ConfigError(
             f"max_tokens_per_document {max_tokens:,} must lie between {least} and "
@@ -428,7 +430,7 @@ def cut(
     # piece i has the body's tokens floor(i body / count) to floor((i + 1) body / count). The
     # first and the last piece keep the stored frame
     body, count, length = body[whose], count[whose], lengths[whose]
-    first = 1 if frame == "both_ends" else 0
+    first = int(frame == "both_ends")
     start = np.where(number == 0, 0, first + body * number // count)
     end = np.where(number == count - 1, length, first + body * (number + 1) // count)
 
@@ -448,26 +450,27 @@ def put_back(
     frame: end has both behind the text
     """
     behind_P = (end_P < length_P).astype(np.int64)
-    return 2 * behind_P if frame == "end" else (start_P > 0) + behind_P
+    if frame == "end":
+        return 2 * behind_P
+    return (start_P > 0) + behind_P
 
 
 def lay_rows(pieces: Pieces, packing: Packing, order_R: np.ndarray) -> WindowPlan:
     """The plan in which these rows of a packing follow each other."""
-    parts = 1 if pieces.label_P is None else 2  # pieces of what was packed
-
     counts = np.diff(packing.row_starts_R1)[order_R]
     starts = np.concatenate([[0], np.cumsum(counts)])
+
     # a gather: each row's stretch of the packing, moved to where the row stands now
-    order = packing.pieces_P[
-        np.repeat(packing.row_starts_R1[order_R] - starts[:-1], counts) + np.arange(starts[-1])
-    ]
+    moved = np.repeat(packing.row_starts_R1[order_R] - starts[:-1], counts)
+    order = packing.pieces_P[moved + np.arange(starts[-1])]
 
     tokens = np.concatenate([[0], np.cumsum(pieces.tokens_P[order])])
-    # of a pair both pieces, the first before the second
-    place = (order[:, None] * parts + np.arange(parts)).ravel()
+    tokens_R = np.diff(tokens[starts])
+    if pieces.label_P is None:
+        return WindowPlan(pieces.pieces_P4[order], starts, tokens_R)
 
-    pair_P = None
-    if pieces.label_P is not None:
-        labels = pieces.label_P[order]
-        pair_P = np.stack([labels, np.full_like(labels, GOES_ON)], axis=1).ravel()
-    return WindowPlan(pieces.pieces_P4[place], starts * parts, np.diff(tokens[starts]), pair_P)
+    # of a pair both pieces, the first before the second
+    place = (2 * order[:, None] + np.arange(2)).ravel()
+    labels = pieces.label_P[order]
+    pair_P = np.stack([labels, np.full_like(labels, GOES_ON)], axis=1).ravel()
+    return WindowPlan(pieces.pieces_P4[place], 2 * starts, tokens_R, pair_P)

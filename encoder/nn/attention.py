@@ -22,7 +22,9 @@ class Attention(nn.Module):
     def project(self, x_TC: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, C] -> query, key and value, each [T, H, D]; rope is a table of encoder.nn.rope, or None: nothing turns."""
         qkv_T3HD = self.Wqkv(x_TC).view(-1, 3, self.heads, self.head_width)
-        return qkv_T3HD.unbind(1) if rope is None else split_and_rotate(qkv_T3HD, rope)
+        if rope is None:
+            return qkv_T3HD.unbind(1)
+        return split_and_rotate(qkv_T3HD, rope)
 
     def merge(self, out_THD: Tensor) -> Tensor:
         """[T, H, D] -> [T, C]."""

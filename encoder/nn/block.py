@@ -19,8 +19,8 @@ class Block(nn.Module):
     """pre:   x = x + dropout(attention(attn_norm(x)));   x = x + dropout(mlp(mlp_norm(x)))
     post:  x = attn_norm(x + dropout(attention(x)));   x = mlp_norm(x + dropout(mlp(x)))
 
-    What of it is compiled has a fixed shape: the whole layer where its attention can be traced (kernels for packed documents), else
-    the way up to attention and the way down from it, while the backend between them meets other documents in each micro-batch.
+    What of it is compiled has a fixed shape: the full layer where its attention can be traced (kernels for packed documents), else
+    what comes before attention and what comes after it, while the backend between them meets other documents in each micro-batch.
     """
 
     def __init__(
@@ -47,33 +47,37 @@ class Block(nn.Module):
     ) -> Tensor:
         """[T, C] -> [T, C]."""
         if plan.traceable:
-            return self.whole(x_TC, plan, rope, dropout_key_T)
-        q_THD, k_THD, v_THD = self.up(x_TC, rope)
-        return self.down(x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
+            return self.full(x_TC, plan, rope, dropout_key_T)
+        q_THD, k_THD, v_THD = self.pre_attention(x_TC, rope)
+        out_THD = plan(q_THD, k_THD, v_THD, local=self.local)
+        return self.post_attention(x_TC, out_THD, dropout_key_T)
 
     def compile_(self, *, backend: str = "inductor") -> None:
         """From now on its parts run compiled, one graph for each shape; all blocks of a process share the graphs."""
         # kept by the code's place, so for all models and modes of a process: training, evaluation and the fixed batch of one
         # run are 6 already, torch's limit is 8, and beyond it a full graph raises
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        for part in ("up", "down", "whole"):
+        for part in ("pre_attention", "post_attention", "full"):
             setattr(
                 self,
                 part,
                 torch.compile(getattr(self, part), backend=backend, dynamic=False, fullgraph=True),
             )
 
-    def whole(self, x_TC: Tensor, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
+    def full(self, x_TC: Tensor, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor) -> Tensor:
         """What forward computes, in one piece: the gradients of the stream are added up inside of what is compiled."""
         # the class's methods: on this block the same names stand for compiled ones
-        q_THD, k_THD, v_THD = Block.up(self, x_TC, rope)
-        return Block.down(self, x_TC, plan(q_THD, k_THD, v_THD, local=self.local), dropout_key_T)
+        q_THD, k_THD, v_THD = Block.pre_attention(self, x_TC, rope)
+        out_THD = plan(q_THD, k_THD, v_THD, local=self.local)
+        return Block.post_attention(self, x_TC, out_THD, dropout_key_T)
 
-    def up(self, x_TC: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def pre_attention(self, x_TC: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, C] -> query, key and value, each [T, H, D]."""
-        return self.attn.project(self.attn_norm(x_TC) if self.norm_place == "pre" else x_TC, rope)
+        if self.norm_place == "pre":
+            x_TC = self.attn_norm(x_TC)
+        return self.attn.project(x_TC, rope)
 
-    def down(self, x_TC: Tensor, out_THD: Tensor, dropout_key_T: Tensor) -> Tensor:
+    def post_attention(self, x_TC: Tensor, out_THD: Tensor, dropout_key_T: Tensor) -> Tensor:
         """The stream [T, C] and what attention gave [T, H, D] -> [T, C]."""
         x_TC = self.attn_dropout(x_TC, self.attn.merge(out_THD), dropout_key_T)
         if self.norm_place == "pre":

@@ -35,9 +35,12 @@ class AddressedDropout(nn.Module):
     def __init__(self, *, width: int, layer: int, p: float, place: Place = "attention") -> None:
         super().__init__()
         self.p = p
+        address: tuple[int | str, ...] = (layer, place)
         # attention's address is older than the other places
-        address = (layer,) if place == "attention" else (layer, place)
+        if place == "attention":
+            address = (layer,)
         draw = generator(0, "dropout", *address)
+
         # odd, so invertible modulo 2^64
         drawn = draw.integers(-(2**63), 2**63, size=width, dtype=np.int64) | 1
         # a function of the address, so not part of a checkpoint

@@ -53,16 +53,23 @@ class TokenEmbedding(nn.Module):
         """[T, C] of [T] ids, positions inside the document, segments (None: every token is of segment 0) and keys."""
         x_TC = lookup(self.tok_embeddings, ids_T)
         if self.position_embeddings is not None:
-            # the row of a document's first token
-            at_T = positions_T + self.first_position if self.first_position else positions_T
+            at_T = positions_T
+            if self.first_position:  # the row of a document's first token
+                at_T = positions_T + self.first_position
             x_TC = x_TC + lookup(self.position_embeddings, at_T)
         if self.sinusoids is not None:
             x_TC = x_TC + self.sinusoids(positions_T).to(x_TC.dtype)
         if self.token_type_embeddings is not None:
             table = self.token_type_embeddings
-            x_TC = x_TC + (table.weight[0] if segments_T is None else lookup(table, segments_T))
+            if segments_T is None:
+                x_TC = x_TC + table.weight[0]
+            else:
+                x_TC = x_TC + lookup(table, segments_T)
+
         x_TC = self.norm(x_TC)
-        return x_TC if self.dropout is None else self.dropout.alone(x_TC, dropout_key_T)
+        if self.dropout is not None:
+            x_TC = self.dropout.alone(x_TC, dropout_key_T)
+        return x_TC
 
 
 class ScaledSinusoids(nn.Module):
@@ -75,8 +82,9 @@ class ScaledSinusoids(nn.Module):
 
     def forward(self, positions_T: Tensor) -> Tensor:
         """[T] -> [T, C]; the angles in fp32."""
-        even = torch.arange(0, self.width, 2, device=positions_T.device, dtype=torch.float32)
-        angle_TF = positions_T.to(torch.float32)[:, None] * (1.0 / 10000.0 ** (even / self.width))
+        even_F = torch.arange(0, self.width, 2, device=positions_T.device, dtype=torch.float32)
+        frequency_F = 1.0 / 10000.0 ** (even_F / self.width)
+        angle_TF = positions_T.to(torch.float32)[:, None] * frequency_F
         # sine and cosine side by side; an odd width has no place for the last cosine
         waves_TC = torch.stack((angle_TF.sin(), angle_TF.cos()), dim=-1).flatten(1)
         return self.scale * waves_TC[:, : self.width].to(self.scale.dtype)
@@ -88,8 +96,6 @@ def lookup(table: nn.Embedding, ids_T: Tensor) -> Tensor:
     By torch 2.11 on a CPU that of a half-precision table is 9 % off for a token seen 2,000 times.
     """
     weight = table.weight
-    return (
-        F.embedding(ids_T, weight.float()).to(weight.dtype)
-        if sums_are_rounded(weight)
-        else table(ids_T)
-    )
+    if sums_are_rounded(weight):
+        return F.embedding(ids_T, weight.float()).to(weight.dtype)
+    return table(ids_T)

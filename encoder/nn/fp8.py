@@ -1,13 +1,15 @@
-"""Linear layers whose three products run in 8 bits: E4M3 for weights and activations, E5M2 for gradients, one scale a tensor
+"""Linear layers whose three matmuls run in FP8: E4M3 for weights and activations, E5M2 for gradients, one scale a tensor
 (Micikevicius et al. 2022, FP8 Formats for Deep Learning).
 
     y = x W^T        d_x = d_y W        d_W = d_y^T x        each of quantized(a) quantized(b) times both scales, the sum in fp32
 
 A scale maps the largest absolute value of a tensor, as it is now, to the format's largest: nothing overflows, nothing is remembered
 from step to step, so a resumed run is the run. Weights, their gradients and the optimizer keep their precision. A layer keeps its
-input for the way back in one byte an element. On CUDA (compute capability 8.9 and up) torch._scaled_mm computes it; on a CPU the
-same 8-bit numbers are multiplied in fp32, whose sums are exact to 1e-7. Hopper's units keep 13 bits of fraction while they add (by
-reports, not measured here): sums of equal signs are good to about 1e-4.
+input for the backward pass in one byte an element.
+
+On CUDA (compute capability 8.9 and up) torch._scaled_mm computes it; on a CPU the same 8-bit numbers are multiplied in
+fp32, whose sums are exact to 1e-7. Hopper's units keep 13 bits of fraction while they add (by reports, not measured
+here): sums of equal signs are good to about 1e-4.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.base.errors import ConfigError
+from encoder.nn.half import product_dtype
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of both sides of a matrix: the tensor cores' demand
@@ -46,10 +49,11 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, O]."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x.device, x.dtype)
         out = _Products.apply(x, self.weight, dtype)
-        return out if self.bias is None else out + self.bias.to(dtype)
+        if self.bias is not None:
+            out = out + self.bias.to(dtype)
+        return out
 
 
 def to_fp8_(module: nn.Module) -> None:
@@ -91,9 +95,15 @@ class _Products(torch.autograd.Function):
 
         # the tokens are the sum's length here; bytes of zero are 0.0 in both formats
         if short := -len(d8) % MULTIPLE:
-            d8, x8 = (F.pad(y.view(torch.uint8), (0, 0, 0, short)).view(y.dtype) for y in (d8, x8))
+            d8 = _with_rows_of_zeros(d8, short)
+            x8 = _with_rows_of_zeros(x8, short)
         d_weight = _product(d8.t().contiguous(), _by_columns(x8), d_scale, x_scale, w_dtype)
         return d_x, d_weight, None
+
+
+def _with_rows_of_zeros(x8: Tensor, rows: int) -> Tensor:
+    # padding knows no 8-bit floats
+    return F.pad(x8.view(torch.uint8), (0, 0, 0, rows)).view(x8.dtype)
 
 
 def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +113,8 @@ def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torc
 
     # torch's own on a CPU takes 50 ms for 64 x 64 x 128
     with torch.autocast(a.device.type, enabled=False):
-        return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
+        product = a.float() @ b.float()
+        return (product * (a_scale * b_scale)).to(dtype)
 
 
 def _by_columns(x: Tensor) -> Tensor:

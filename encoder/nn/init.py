@@ -1,7 +1,7 @@
-"""First values of weights, by one of three rules.
+"""Initial weights, by one of three rules.
 
-    megatron   normals cut short, narrower where added to the stream (Shoeybi et al. 2019)
-    bert       normals cut short, all with sigma initializer_range (Devlin et al. 2018: cut at 2 sigma)
+    megatron   truncated normals, narrower where added to the stream (Shoeybi et al. 2019)
+    bert       truncated normals, all with sigma initializer_range (Devlin et al. 2018: cut at 2 sigma)
     normal     the same, not cut (Liu et al. 2019: RoBERTa)
 
 Megatron's:
@@ -62,7 +62,7 @@ def initial_values(
     layers: int,
     rule: Initialization = "megatron",
 ) -> Tensor:
-    """The first values of a whole parameter, fp32 on the CPU: a function of the seed, the name and the shape alone.
+    """The initial weights of a whole parameter, fp32 on the CPU: a function of the seed, the name and the shape alone.
 
     Matrices ~ normal(0, sigma) cut at +- cutoff_factor * sigma, biases 0, norm weights 1. Each matrix has its own
     generator, named by the parameter, so neither the order of construction, the number of ranks, the ZeRO stage nor the
@@ -80,7 +80,9 @@ def initial_values(
         # decoder.bias is zero too. ModernBERT's own code forgot it when the decoder is tied and left nn.Linear's
         # uniform +-1/sqrt(C): noise of about sigma / 0.02 = one embedding deviation on every logit, for no reason.
         assert name.endswith(("bias", "norm.weight")), f"no rule to draw {name}"
-        return torch.full(tuple(shape), 0.0 if name.endswith("bias") else 1.0, device="cpu")
+        if name.endswith("bias"):
+            return torch.zeros(tuple(shape), device="cpu")
+        return torch.ones(tuple(shape), device="cpu")
     sigma = initializer_range
     if rule == "megatron":
         sigma = sigma_of(name, shape, initializer_range=initializer_range, layers=layers)

@@ -17,6 +17,7 @@ from torch import Tensor
 from encoder.base.batch import IGNORE, LossTerm
 from encoder.base.pieces import piece_rows
 from encoder.nn import loss_kernel
+from encoder.nn.half import product_dtype
 
 # Positions of one piece. Every piece reads and writes the whole [V, C] gradient, so few positions waste the product; on a CPU 512
 # took what 1,024 did. CUDA by reasoning, not measured: at 2,048 the gradient's traffic (0.4 GB) takes less than half the time of
@@ -40,10 +41,7 @@ def cross_entropy_sum(
     section 5; ST-MoE, Zoph et al. 2022, section 3.3, eq. 5, for a router's logits).
     Matrix products run in the autocast dtype where autocast is on, else in the weight's; the rest in fp32 or fp64.
     """
-    device = h_MC.device.type
-    product = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
-    )
+    product = product_dtype(h_MC.device, weight_VC.dtype)
     return LossTerm(
         *_CrossEntropySum.apply(
             h_MC, weight_VC, bias_V, target_M, z_loss_weight, product, torch.is_grad_enabled()
@@ -57,8 +55,7 @@ def class_loss_sum(logits_MK: Tensor, target_M: Tensor) -> LossTerm:
     logits_MK: [M, K], computed in fp32 where they are not fp64
     target_M: int64 [M], a class or IGNORE
     """
-    exact = logits_MK.dtype if logits_MK.dtype == torch.float64 else torch.float32
-    logits_MK = logits_MK.to(exact)
+    logits_MK = logits_MK.to(torch.promote_types(logits_MK.dtype, torch.float32))
     total = F.cross_entropy(logits_MK, target_M, ignore_index=IGNORE, reduction="sum")
     correct = torch.zeros((), dtype=torch.int64, device=logits_MK.device)
     if not torch.is_grad_enabled():
@@ -78,7 +75,7 @@ class _CrossEntropySum(torch.autograd.Function):
         product: torch.dtype,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
+        exact = torch.promote_types(weight_VC.dtype, torch.float32)
         piece = PIECE_POSITIONS[h_MC.device.type]
 
         # the kernel computes in fp32 and always makes the gradient
@@ -93,11 +90,13 @@ class _CrossEntropySum(torch.autograd.Function):
         with torch.autocast(h_MC.device.type, enabled=False):
             h, weight = h_MC.to(product), weight_VC.to(product)
             bias = None if bias_V is None else bias_V.to(exact)
-            d_bias = None if bias is None or not with_gradients else torch.zeros_like(bias)
+            d_bias = None
             # d_h is written once; the others are summed over pieces, so in fp32 or fp64
             if with_gradients:
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
+                if bias is not None:
+                    d_bias = torch.zeros_like(bias)
             for start in range(0, len(target_M), piece):
                 h_mC, target_m = h[start : start + piece], target_M[start : start + piece]
                 logits_mV = h_mC @ weight.T
@@ -130,19 +129,18 @@ class _CrossEntropySum(torch.autograd.Function):
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), given_d_bias)
         count = (target_M != IGNORE).sum()
         ctx.mark_non_differentiable(cross_entropy, count, correct)
+        total = cross_entropy.clone()
         # without z-loss its squares, which may overflow, have no say
-        total = cross_entropy + z_loss_weight * squares if z_loss_weight else cross_entropy.clone()
+        if z_loss_weight:
+            total += z_loss_weight * squares
         return total, cross_entropy, count, correct
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return (
-            *(None if d is None else scaled(d, d_total) for d in ctx.saved_tensors),
-            None,
-            None,
-            None,
-            None,
-        )
+        d_h, d_weight, d_bias = ctx.saved_tensors
+        if d_bias is not None:
+            d_bias = scaled(d_bias, d_total)
+        return scaled(d_h, d_total), scaled(d_weight, d_total), d_bias, None, None, None, None
 
 
 def turn_into_gradient_(
@@ -169,13 +167,15 @@ def turn_into_gradient_(
 
     # halves are turned in a buffer of a few rows, fp32 and fp64 logits where they lie
     in_place = logits_mV.dtype == exact
-    buffer_rV = torch.empty(
-        (0 if in_place else min(rows, len(logits_mV)), words), dtype=exact, device=logits_mV.device
-    )
+    if not in_place:
+        size = (min(rows, len(logits_mV)), words)
+        buffer_rV = torch.empty(size, dtype=exact, device=logits_mV.device)
     for logits_rV, target_r, cross_entropy_r1, squares_r1 in zip(
         *(x.split(rows) for x in (logits_mV, target_m, cross_entropy_m1, squares_m1)), strict=True
     ):
-        turned_rV = logits_rV if in_place else buffer_rV[: len(logits_rV)].copy_(logits_rV)
+        turned_rV = logits_rV
+        if not in_place:
+            turned_rV = buffer_rV[: len(logits_rV)].copy_(logits_rV)
 
         # gather needs a valid index: word 0 stands in for IGNORE, and its row is zeroed later
         counts_r1 = (target_r != IGNORE)[:, None]

@@ -36,5 +36,9 @@ class LayerNorm(nn.LayerNorm):
         """[..., C] -> [..., C], in the dtype of x."""
         if not sums_are_rounded(x):
             return super().forward(x)
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        weight = self.weight.float()
+        bias: Tensor | None = self.bias
+        if bias is not None:
+            bias = bias.float()
+        out = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        return out.to(x.dtype)

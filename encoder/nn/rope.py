@@ -94,17 +94,20 @@ def _turn(
 
     # two buffers for all pieces, each with the heads of the query beside those of the key
     piece = piece_rows(xs[0], elements=2 * heads * width)
-    straight, turned = xs[0].new_empty((2, min(piece, tokens), 2 * heads, width), dtype=exact)
+    size = (2, min(piece, tokens), 2 * heads, width)
+    straight, turned = xs[0].new_empty(size, dtype=exact)
     with torch.autocast(xs[0].device.type, enabled=False):
         for start in range(0, tokens, piece):
             here = slice(start, start + piece)
             cos_t, sin_t = cos[here], sin[here]
-            x, y = straight[: len(cos_t)], turned[: len(cos_t)]
+            x = straight[: len(cos_t)]
+            y = turned[: len(cos_t)]
             for into, x_THD in zip(x.split(heads, dim=1), xs, strict=True):
                 into.copy_(x_THD[here])
 
             # a cos - b sin and b cos + a sin
-            (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+            a, b = x.chunk(2, dim=-1)
+            turned_a, turned_b = y.chunk(2, dim=-1)
             torch.mul(a, cos_t, out=turned_a).addcmul_(b, sin_t, value=-1)
             torch.mul(b, cos_t, out=turned_b).addcmul_(a, sin_t)
             for y_tHD, into in zip(y.split(heads, dim=1), out, strict=True):

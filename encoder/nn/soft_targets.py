@@ -38,8 +38,11 @@ def soft_target_sum(
     shared = min(len(student.weight_VC), len(teacher.weight_VC))
     student = _of_vocabulary(student, shared)
     teacher = _at_rest(_of_vocabulary(teacher, shared))
+    # both in the student's dtype under autocast, else each in its own
+    dtype = None
     device = student.hidden_MC.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     return LossTerm(
         *_SoftTargetSum.apply(
             *student,
@@ -77,7 +80,7 @@ def _at_rest(decoder: TokenDecoder) -> TokenDecoder:
 
 
 class _Question(NamedTuple):
-    """What is asked of both models."""
+    """What both models are compared at."""
 
     target_M: Tensor
     temperature: float
@@ -96,7 +99,7 @@ class _SoftTargetSum(torch.autograd.Function):
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         target_M, temperature, dtype = question
-        exact = torch.float64 if weight_VC.dtype == torch.float64 else torch.float32
+        exact = torch.promote_types(weight_VC.dtype, torch.float32)
         piece = PIECE_POSITIONS[h_MC.device.type]
         total = torch.zeros((), dtype=exact, device=h_MC.device)
         with torch.autocast(h_MC.device.type, enabled=False):
@@ -107,7 +110,8 @@ class _SoftTargetSum(torch.autograd.Function):
                 # d_h is written once; the others are summed over pieces, so in fp32 or fp64
                 d_h = torch.empty_like(h_MC)
                 d_weight = torch.zeros_like(weight_VC, dtype=exact)
-                d_bias = None if own.bias_V is None else torch.zeros_like(own.bias_V)
+                if own.bias_V is not None:
+                    d_bias = torch.zeros_like(own.bias_V)
             for start in range(0, len(target_M), piece):
                 part = slice(start, start + piece)
                 logits_mV = own.logits(part)
@@ -138,8 +142,10 @@ class _SoftTargetSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients = (None if d is None else scaled(d, d_total) for d in ctx.saved_tensors)
-        return (*gradients, None, None, None)
+        d_h, d_weight, d_bias = ctx.saved_tensors
+        if d_bias is not None:
+            d_bias = scaled(d_bias, d_total)
+        return scaled(d_h, d_total), scaled(d_weight, d_total), d_bias, None, None, None
 
 
 class _Product:

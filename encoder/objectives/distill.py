@@ -65,9 +65,12 @@ class DistillConfig(MlmConfig):
     @property
     def terms(self) -> tuple[str, ...]:
         """The loss terms that have a weight; masked tokens always, which ledgers count."""
-        soft = (SOFT,) if self.soft_weight else ()
-        cosine = (COSINE,) if self.cosine_weight else ()
-        return (MLM, *soft, *cosine)
+        terms = [MLM]
+        if self.soft_weight:
+            terms.append(SOFT)
+        if self.cosine_weight:
+            terms.append(COSINE)
+        return tuple(terms)
 
     @property
     def asks_every_document(self) -> bool:
@@ -101,8 +104,10 @@ class DistillConfig(MlmConfig):
     def expected_targets(self, *, tokens: float, mask_share: float) -> dict[str, float]:
         """Targets of each loss term in so many tokens."""
         masked = mask_share * tokens
-        asked = tokens if self.soft_targets == "all" else masked
-        return {MLM: masked, **dict.fromkeys(self.terms[1:], asked)}
+        taught = masked
+        if self.soft_targets == "all":
+            taught = tokens
+        return {MLM: masked, **dict.fromkeys(self.terms[1:], taught)}
 
     def train_flops(
         self,
@@ -194,7 +199,9 @@ class Distillation(MaskedLanguageModel):
         # an evaluation of masked tokens alone
         is_plain = asked.count == 0 and not torch.is_grad_enabled()
         # before the student's forward: what the teacher's needs on its way is free again by then
-        taught_MC = None if is_plain else self._teacher_states(batch, asked.index_M)
+        taught_MC = None
+        if not is_plain:
+            taught_MC = self._teacher_states(batch, asked.index_M)
         x_TC = model.hidden_states(batch)
 
         mlm = mlm_loss(model, batch, x_TC=x_TC, z_loss_weight=self.config.z_loss_weight)
@@ -252,4 +259,6 @@ class _HeldOut(Distillation):
         return np.zeros(0, dtype=np.int64)
 
     def capacity(self, term: str, tokens: int) -> int:
-        return super().capacity(term, tokens) if term == MLM else 0
+        if term != MLM:
+            return 0
+        return super().capacity(term, tokens)

@@ -96,7 +96,9 @@ class ExactChoice:
         """The places of each run in one document."""
         # runs are made among the places that may be masked, so they reach over special tokens
         places = np.flatnonzero(maskable_T)
-        counted = len(ids) if self.counts_special else len(places)
+        counted = len(places)
+        if self.counts_special:
+            counted = len(ids)
         number = number_of(self.count, share=share, tokens=counted, generator=generator)
         if self.most_tokens is not None:
             number = min(number, self.most_tokens)
@@ -153,7 +155,9 @@ def number_of(count: Count, *, share: float, tokens: int, generator: np.random.G
 def span_weights(spans: Spans, longest: int) -> np.ndarray:
     """The chance of each length from 1 to the longest, up to a factor, fp64 [longest]."""
     lengths = np.arange(1, longest + 1)
-    return 1.0 / lengths if spans == "ngram" else (1.0 - GEOMETRIC) ** (lengths - 1)
+    if spans == "ngram":
+        return 1.0 / lengths
+    return (1.0 - GEOMETRIC) ** (lengths - 1)
 
 
 def take_runs(

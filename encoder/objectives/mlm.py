@@ -233,7 +233,8 @@ def mlm_loss(
 
     # head and decoder see the masked positions alone: M of T
     x_MC = x_TC.index_select(0, targets.index_M)
-    z_loss_weight = z_loss_weight if model.training else 0.0
+    if not model.training:
+        z_loss_weight = 0.0
     return cross_entropy_sum(
         *model.token_decoder(x_MC), targets.value_M, z_loss_weight=z_loss_weight
     )
@@ -281,7 +282,9 @@ class MaskedLanguageModel:
             "whole words need the vocabulary's word edges"
         )
         # what is never predicted: with mask_special_tokens only padding, else all special ids
-        left_out = {pad_id} if config.mask_special_tokens else {*special_ids, pad_id, mask_id}
+        left_out = {*special_ids, pad_id, mask_id}
+        if config.mask_special_tokens:
+            left_out = {pad_id}
         if max(left_out | {mask_id}) >= vocab_size:
             raise ConfigError(
                 f"special id {max(left_out | {mask_id})} is outside the vocabulary of"

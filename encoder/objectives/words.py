@@ -90,11 +90,15 @@ def _edges_of(content: dict[str, Any]) -> Callable[[str], tuple[bool, bool]]:
             bytes(byte_of[c] for c in token).decode("utf-8", errors="replace")
         )
     if kind == "Unigram":
-        # a lone U+2581 is the begin of the word behind it
-        return lambda token: (
-            (True, True) if token == "\u2581" else _edges_of_text(token.replace("\u2581", " "))
-        )
+        return _edges_of_unigram
     return lambda token: _edges_of_text(token.replace("\u2581", " "))
+
+
+def _edges_of_unigram(token: str) -> tuple[bool, bool]:
+    # a lone U+2581 is the begin of the word behind it
+    if token == "\u2581":
+        return True, True
+    return _edges_of_text(token.replace("\u2581", " "))
 
 
 def _edges_of_text(text: str) -> tuple[bool, bool]:

@@ -135,7 +135,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         with StretchReader(folder) as reader:
             for name, shape in _read_state(folder)["shapes"].items():
-                # before memory is taken for what a file only tells of
+                # before memory is taken for what a file only claims
                 reader.check_whole(name, math.prod(shape))
                 weights[name] = torch.empty(shape, dtype=reader.dtype)
                 reader.copy_into(weights[name].view(-1), name=name, start=0, kind="master")

@@ -272,7 +272,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     lost = sorted(files.keys() - weights.keys())
     if lost:
         raise ModelError(
-            f"{folder}: {INDEX} tells of {lost[0]} in {files[lost[0]]}, which lacks it. Copy the"
+            f"{folder}: {INDEX} lists {lost[0]} in {files[lost[0]]}, which lacks it. Copy the"
             " folder again."
         )
     return weights

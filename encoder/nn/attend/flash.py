@@ -50,10 +50,10 @@ class Flash:
             return found
         takes = inspect.signature(getattr(found, FUNCTION)).parameters
         missing = [name for name in self.takes if name not in takes]
+        if not missing:
+            return None
         return (
             f"the installed {self.package} is too old or too new: it takes no {', '.join(missing)}"
-            if missing
-            else None
         )
 
     def plan(
@@ -93,7 +93,9 @@ def _torch_op(module: ModuleType) -> Callable[..., Tensor]:
         )
 
         # version 3 gave (out, log-sum-exp) in its betas
-        return out[0] if isinstance(out, tuple) else out
+        if isinstance(out, tuple):
+            return out[0]
+        return out
 
     return attend
 
@@ -102,7 +104,7 @@ def _torch_op(module: ModuleType) -> Callable[..., Tensor]:
 def _flash4_op(module: ModuleType) -> Callable[..., Tensor]:
     """Version 4 compiles its kernels in Python, which torch.compile cannot look through: they become one operator.
 
-    torch's own use of version 4 refuses windows on the way back (torch.nn.attention, 2.11); the kernels take them.
+    torch's own use of version 4 refuses windows in the backward pass (torch.nn.attention, 2.11); the kernels take them.
     """
 
     def documents(cu_seqlens_S1: Tensor, longest: int) -> dict[str, Any]:
@@ -200,7 +202,9 @@ def _import(module: str, package: str) -> ModuleType | str:
         # a build for another torch or CUDA: any failure is an answer to "why not"
         said = str(error).splitlines() or [type(error).__name__]
         return f"{package} does not import: {said[0]}"
-    return found if hasattr(found, FUNCTION) else f"{package} has no {FUNCTION}"
+    if not hasattr(found, FUNCTION):
+        return f"{package} has no {FUNCTION}"
+    return found
 
 
 FLASH = (

@@ -28,7 +28,7 @@ BLOCK_TOKENS = 128  # what the kernel skips by
 
 
 class Flex:
-    """Any precision that Triton multiplies in; CUDA alone, because on a CPU flex_attention has no way back."""
+    """Any precision that Triton multiplies in; CUDA alone, because on a CPU flex_attention has no backward pass."""
 
     name = "flex"
     needs = Needs(at_least=(8, 0), dtypes=(*HALVES, torch.float32), head_widths=range(16, 257))
@@ -41,7 +41,9 @@ class Flex:
         self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
     ) -> FlexPlan:
         """Two block masks; nothing is read back from the device."""
-        attend = _compiled() if cu_seqlens_S1.device.type == "cuda" else flex_attention
+        attend: Callable[..., Any] = flex_attention
+        if cu_seqlens_S1.device.type == "cuda":
+            attend = _compiled()
         return FlexPlan(
             attend,
             whole=block_mask(cu_seqlens_S1, tokens=tokens, radius=None),
@@ -86,10 +88,9 @@ def block_mask(cu_seqlens_S1: Tensor, *, tokens: int, radius: int | None) -> Blo
         blocks * BLOCK_TOKENS, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
     )
     document_T = torch.searchsorted(cu_seqlens_S1[1:].contiguous(), place_T, right=True)
-    first_B, last_B = (
-        document_T.view(blocks, BLOCK_TOKENS)[:, 0],
-        document_T.view(blocks, BLOCK_TOKENS)[:, -1],
-    )
+    document_BT = document_T.view(blocks, BLOCK_TOKENS)
+    first_B = document_BT[:, 0]
+    last_B = document_BT[:, -1]
 
     # the ranges of documents of two blocks meet; or both are one and the same document
     some_BB = (first_B[:, None] <= last_B) & (first_B <= last_B[:, None])
@@ -120,7 +121,9 @@ def _listed(sees_BB: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _missing() -> str | None:
     # a search of the disk: not at every forward
-    return None if find_spec("triton") else "triton is not installed"
+    if find_spec("triton"):
+        return None
+    return "triton is not installed"
 
 
 @cache

@@ -61,4 +61,6 @@ def _missing() -> str | None:
     except (ImportError, AttributeError) as error:
         return f"this torch has no varlen_attn ({error})"
     missing = [name for name in ARGUMENTS if name not in takes]
-    return f"this torch's varlen_attn takes no {', '.join(missing)}" if missing else None
+    if not missing:
+        return None
+    return f"this torch's varlen_attn takes no {', '.join(missing)}"

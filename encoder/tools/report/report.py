@@ -296,7 +296,7 @@ def verify_ledger(folder: Path) -> int:
     lines = read_jsonl(folder / LEDGER)
     follow_chain(lines, folder / LEDGER)
     last: dict[str, Any] = lines[-1] if lines else {"step": 0, "chain": ""}
-    # raises where done.json tells of a later end than the ledger has
+    # raises where done.json names a later end than the ledger has
     read_done(folder, with_checkpoint=False)
     if not lines and (folder / METRICS).exists():
         raise LedgerError(

@@ -235,7 +235,7 @@ def test_an_index_without_samples_is_one_sentence_in_a_report(folders, capsys):
     shards, _ = folders
     change_index(shards, lambda entries: entries.clear())
     seal_again(shards)
-    assert "tells of no samples" in refused(capsys, data_prep, "report", shards)
+    assert "lists no samples" in refused(capsys, data_prep, "report", shards)
 
 
 def test_a_link_in_place_of_a_lock_or_log_writes_nothing_outside(folders, tmp_path):

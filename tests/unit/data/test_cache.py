@@ -163,7 +163,7 @@ def refuse(name, _number, _path):
             flip,
             DamagedShard,
             (
-                r"/shard\.00001\.mds has SHA-256 \w{12}, index\.json tells of \w{12}; so it was 5"
+                r"/shard\.00001\.mds has SHA-256 \w{12}, index\.json says \w{12}; so it was 5"
                 r" times\. "
             ),
         ),
@@ -193,7 +193,7 @@ def test_a_damaged_side_file_is_named_with_its_url(folder, tmp_path, faults):
     faults.wrong = lambda name, _number, path: name == INDEX and path.write_bytes(b"{}")
     with pytest.raises(
         ShardError,
-        match=rf"^s3://bucket{folder}/index\.json has SHA-256 \w+, card\.json beside it tells of",
+        match=rf"^s3://bucket{folder}/index\.json has SHA-256 \w+, card\.json beside it says",
     ):
         open_source(f"s3://bucket{folder}", name="web", cache=tmp_path / "cache")
     faults.wrong = lambda *_: None

@@ -271,7 +271,7 @@ def test_shards_replaced_by_others_of_the_same_counts_are_refused_when_opened(tm
     for path in [*new.glob("*.mds"), new / INDEX]:
         shutil.copy(path, old)
     with pytest.raises(
-        ShardError, match=rf"{old}/index\.json has SHA-256 \w{{12}}, card\.json beside it tells of"
+        ShardError, match=rf"{old}/index\.json has SHA-256 \w{{12}}, card\.json beside it says"
     ):
         open_source(old, name="web")
     cards = [json.loads((d / CARD).read_text()) for d in (old, new)]

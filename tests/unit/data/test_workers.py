@@ -111,7 +111,7 @@ def test_a_users_mistake_comes_home_as_one_line(folder, tmp_path):
             path.rename(moved / path.name)
         try:
             with pytest.raises(
-                ShardError, match=r"^\S+\.mds is missing, but index.json tells of it\. [^\n]*$"
+                ShardError, match=r"^\S+\.mds is missing, but index.json lists it\. [^\n]*$"
             ):
                 for _ in range(100):  # what was open before stays readable
                     loader.next_step()

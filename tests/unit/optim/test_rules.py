@@ -249,7 +249,7 @@ def test_gradients_that_lie_otherwise_in_memory_are_the_same_gradients(name):
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 def test_a_model_may_go_to_its_device_after_its_optimizer_is_made(rule):
-    """As at stage 0, where nobody tells of stretches later. CUDA is pretended: tensors of sizes and devices alone."""
+    """As at stage 0, where no stretches are known later. CUDA is pretended: tensors of sizes and devices alone."""
     with FakeTensorMode():
         model = Small(torch.float32, device="cuda")
         optimizer = build_optimizer(model, OPTIMIZERS[rule]())

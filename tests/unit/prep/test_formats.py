@@ -292,7 +292,7 @@ def test_numbers_and_truth_values_in_csv_are_judged_by_filters(tmp_path):
         ({"basename": "../outside.mds"}, "leaves its folder"),
         ({"basename": "/etc/passwd"}, "is absolute"),
         ({"basename": 5}, "is no text"),
-        ({"bytes": 7}, "tells of 7"),
+        ({"bytes": 7}, "says 7"),
     ],
 )
 def test_names_in_an_index_of_text_stay_below_their_folder(tmp_path, capsys, change, words):

@@ -437,7 +437,7 @@ def damaged(change, folder: Path) -> None:
             lambda f: (f / "index.json").write_text('{"shards": [{"format": "mds"}]}'),
             "is no index of MDS shards",
         ),
-        (lambda f: (f / "index.json").write_text('{"shards": []}'), "tells of no samples"),
+        (lambda f: (f / "index.json").write_text('{"shards": []}'), "lists no samples"),
         (lambda f: (f / "index.json").unlink(), "holds no index.json"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "holds another tokenizer.json"),
     ],

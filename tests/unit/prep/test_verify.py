@@ -56,7 +56,7 @@ DAMAGES = {
     "index.json has SHA-256": (
         lambda f: (f / "index.json").write_text((f / "index.json").read_text() + " ")
     ),
-    "bytes, but the card tells of": (
+    "bytes, but the card says": (
         lambda f: (f / "lengths.bin").write_bytes((f / "lengths.bin").read_bytes() + b"\0\0")
     ),
     "is not the tokenizer of card.json": lambda f: flip(f / "tokenizer.json", 40),
@@ -64,7 +64,7 @@ DAMAGES = {
     "index.json cannot be read: Expecting": lambda f: and_seal(
         lambda g: (g / "index.json").write_text("{"), f
     ),
-    "tokens, card.json tells of": lambda f: change_card(f, tokens=5),
+    "tokens, card.json says": lambda f: change_card(f, tokens=5),
     "needed: input_ids as ndarray:uint32": lambda f: change_card(f, dtype="uint32"),
     "a sample longer than 64 tokens": lambda f: change_card(f, max_tokens_per_document=64),
     "does not begin with [CLS]": lambda f: change_card(f, specials=specials(f, cls_id=1)),
