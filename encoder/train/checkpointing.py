@@ -43,6 +43,7 @@ class Checkpointing:
         self._recorder = recorder
         self._deadline = deadline
         self._state = state
+        self._run_yaml = to_yaml(session.run)
         self._stall_seconds = 0.0  # of the save that is under way
         self._saver = Saver(
             session.folder / CHECKPOINTS,
@@ -104,7 +105,7 @@ class Checkpointing:
 
         saved = self._saver.start(
             session.progress,
-            run_yaml=to_yaml(session.run),
+            run_yaml=self._run_yaml,
             milestone=milestone,
             extra={
                 # what a load must give again, then what a resume is held against or goes on with
