@@ -14,7 +14,7 @@ from encoder.base.dist import World
 from encoder.base.log import speak_on
 from encoder.tools.doctor.doctor import Doctor
 from tests.helpers.shards import random_documents, write_source
-from tests.process.ranks import run_ranks
+from tests.process.ranks import run_ranks, start_ranks, wait_for
 
 RUN = """
 name: doctored
@@ -33,9 +33,42 @@ loader: {{workers: 0}}
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    write_source(tmp_path / "a", random_documents(40, seed=1, longest=60), vocab_size=64)
-    (tmp_path / "run.yaml").write_text(RUN.format(out=tmp_path / "out", source=tmp_path / "a"))
-    return tmp_path
+    return prepared(tmp_path)
+
+
+def prepared(folder: Path) -> Path:
+    """With shards and a run file."""
+    folder.mkdir(exist_ok=True)
+    write_source(folder / "a", random_documents(40, seed=1, longest=60), vocab_size=64)
+    (folder / "run.yaml").write_text(RUN.format(out=folder / "out", source=folder / "a"))
+    return folder
+
+
+# (ranks, what is wrong): in each somebody is waited for until the wait is over
+WAITING = {
+    "stuck": (4, {"stuck": 2, "wait_seconds": 20.0}),
+    "absent": (3, {"absent": 1, "wait_seconds": 12.0}),
+    "absent_first": (2, {"absent": 0, "wait_seconds": 8.0}),
+    "own_folder_of_three": (3, {"own_folder": 2, "wait_seconds": 12.0}),
+    "own_folder_of_two": (2, {"own_folder": 1, "wait_seconds": 12.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def waited(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
+    """Each job's folder and results; they wait side by side, for one after the other takes a minute."""
+    root = tmp_path_factory.mktemp("waiting")
+    began = time.monotonic()
+    jobs = {}
+    for name, (ranks, wrong) in WAITING.items():
+        folder = prepared(root / name)
+        jobs[name] = folder, start_ranks(examine, ranks, folder=str(folder), **wrong)
+    found = {
+        name: (folder, wait_for(ranks, timeout_seconds=100.0))
+        for name, (folder, ranks) in jobs.items()
+    }
+    assert time.monotonic() - began < 100
+    return found
 
 
 def examine(
@@ -142,10 +175,8 @@ def test_the_node_that_damages_what_it_sends_is_named(folder):
     )
 
 
-def test_a_node_that_falls_silent_among_the_links_is_named_and_hangs_nobody(folder):
-    began = time.monotonic()
-    results = run_ranks(examine, 4, folder=str(folder), stuck=2, wait_seconds=20.0)
-    assert time.monotonic() - began < 100
+def test_a_node_that_falls_silent_among_the_links_is_named_and_hangs_nobody(waited):
+    _, results = waited["stuck"]
     assert [r["code"] for r in results] == [4] * 4
     assert list(results[0]["nodes"]) == ["node3"] and "no answer" in results[0]["nodes"]["node3"]
 
@@ -171,25 +202,23 @@ def test_ranks_of_one_node_are_measured_all_at_once(folder):
     ]
 
 
-def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(folder):
-    began = time.monotonic()
-    results = run_ranks(examine, 3, folder=str(folder), absent=1, wait_seconds=12.0)
-    assert time.monotonic() - began < 100
+def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(waited):
+    _, results = waited["absent"]
     assert (results[0]["code"], results[2]["code"]) == (4, 4) and list(results[0]["nodes"]) == [
         "node2"
     ]
     assert "rank 1 of node2 did not come" in results[0]["nodes"]["node2"]
 
 
-def test_without_rank_zero_the_others_name_its_node(folder):
-    results = run_ranks(examine, 2, folder=str(folder), absent=0, wait_seconds=8.0)
+def test_without_rank_zero_the_others_name_its_node(waited):
+    folder, results = waited["absent_first"]
     assert results[1]["code"] == 4 and (folder / "report" / "bad_nodes").read_text() == "node1\n"
 
 
-def test_of_three_nodes_one_with_another_run_file_is_a_bad_node_of_two_it_is_a_mistake(folder):
-    three = run_ranks(examine, 3, folder=str(folder), own_folder=2, wait_seconds=12.0)
+def test_of_three_nodes_one_with_another_run_file_is_a_bad_node_of_two_it_is_a_mistake(waited):
+    _, three = waited["own_folder_of_three"]
     assert [r["code"] for r in three] == [4] * 3 and list(three[0]["nodes"]) == ["node3"]
-    two = run_ranks(examine, 2, folder=str(folder), own_folder=1, wait_seconds=12.0)
+    _, two = waited["own_folder_of_two"]
     assert [r["code"] for r in two] == [2] * 2 and "settings of node" in two[0]["mistakes"][0]
 
 

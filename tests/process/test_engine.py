@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tests.process import engine_cases
 from tests.process.ranks import ROOT, run_ranks
 
-# 4 micro-batches of 2 rows at one rank, 2 of 2 and 4 of 1 at two ranks, 3 of 1 at three (9 rows, one of them empty).
+# 4 micro-batches of 2 rows at one rank, 1 of 4, 2 of 2 and 4 of 1 at two ranks, 3 of 1 at three (9 rows, one of them empty).
 # In two of the ten steps a rank of two, of three, has nothing to predict.
 ONE_RANK = [
     {"label": "fp64-s0-1x4", "zero_stage": 0, "precision": "fp64", "rows": 2},
@@ -63,29 +63,14 @@ TWO_RANKS = [
         "rows": 2,
         "mean_of_means": True,
     },
-    {
-        "label": "means_fp32-s3-2x4",
-        "zero_stage": 3,
-        "precision": "fp32",
-        "rows": 1,
-        "mean_of_means": True,
-    },
     {"label": "clip-s1-2x2", "zero_stage": 1, "precision": "fp32", "rows": 2, "clipping": 0.5},
     {"label": "clip-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2, "clipping": 0.5},
     {"label": "bf16-s1-2x2", "zero_stage": 1, "precision": "bf16", "rows": 2},
     {"label": "bf16-s2-2x2", "zero_stage": 2, "precision": "bf16", "rows": 2},
     {"label": "fp32-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2},
-    {"label": "fp32-s3-2x4", "zero_stage": 3, "precision": "fp32", "rows": 1},
-    {"label": "clip-s3-2x2", "zero_stage": 3, "precision": "fp32", "rows": 2, "clipping": 0.5},
+    {"label": "clip-s3-2x1", "zero_stage": 3, "precision": "fp32", "rows": 4, "clipping": 0.5},
     {"label": "bf16-s3-2x2", "zero_stage": 3, "precision": "bf16", "rows": 2},
-    {"label": "autocast-s3-2x2", "zero_stage": 3, "precision": "autocast", "rows": 2},
-    {
-        "label": "again-s3-2x2",
-        "zero_stage": 3,
-        "precision": "fp32",
-        "rows": 2,
-        "memory": {"activation_checkpointing": "blocks"},
-    },
+    {"label": "autocast-s3-2x1", "zero_stage": 3, "precision": "autocast", "rows": 4},
     {
         "label": "offload-s1-2x2",
         "zero_stage": 1,
@@ -101,11 +86,11 @@ TWO_RANKS = [
         "memory": {"offload_optimizer": "cpu"},
     },
     {
-        "label": "offload-s3-2x2",
+        "label": "again_offload-s3-2x2",
         "zero_stage": 3,
         "precision": "fp32",
         "rows": 2,
-        "memory": {"offload_optimizer": "cpu"},
+        "memory": {"activation_checkpointing": "blocks", "offload_optimizer": "cpu"},
     },
     *(
         {
@@ -118,10 +103,10 @@ TWO_RANKS = [
         for stage, precision in ((0, "fp64"), (1, "fp32"), (2, "bf16"))
     ),
     {
-        "label": "all_kinds-s3-2x2",
+        "label": "all_kinds-s3-2x1",
         "zero_stage": 3,
         "precision": "fp32",
-        "rows": 2,
+        "rows": 4,
         "all_kinds": True,
     },
 ]
@@ -274,7 +259,7 @@ def test_a_mean_of_means_is_no_such_curve_at_either_tolerance(label):
 def test_every_kind_of_parameter_moves_at_stage_3_as_in_the_plain_loop():
     """Learned positions, segments, biases, an untied decoder: what is used outside its own module is gathered there."""
     trained()
-    assert distance("all_kinds-s3-2x2", "plain_all_kinds") < 1e-5
+    assert distance("all_kinds-s3-2x1", "plain_all_kinds") < 1e-5
 
 
 @pytest.mark.parametrize("label", STAGE_3)
@@ -308,10 +293,9 @@ def test_gradients_that_are_made_with_the_forward_and_handed_on_later_give_the_s
 @pytest.mark.parametrize(
     "label, plain",
     [
-        ("again-s3-2x2", "fp32-s3-2x2"),
         ("offload-s1-2x2", "bf16-s1-2x2"),
         ("offload-s2-2x2", "fp32-s2-2x2"),
-        ("offload-s3-2x2", "fp32-s3-2x2"),
+        ("again_offload-s3-2x2", "fp32-s3-2x2"),
     ],
 )
 def test_layers_computed_again_and_an_offloaded_optimizer_change_no_bit(label, plain):
@@ -361,7 +345,7 @@ def test_an_optimizer_that_takes_flat_partitions_for_tensors_is_caught_by_the_sp
     assert distance("flat-s1-1x4", "plain") > 1e-3  # seen: 1e-2; the right ones 3e-6
 
 
-@pytest.mark.parametrize("label", ["clip-s1-2x2", "clip-s2-2x2", "clip-s3-2x2"])
+@pytest.mark.parametrize("label", ["clip-s1-2x2", "clip-s2-2x2", "clip-s3-2x1"])
 def test_gradient_clipping_is_the_same_at_every_stage(label):
     trained()
     assert distance(label, "clip-s0-1x4") < 1e-5
@@ -376,7 +360,7 @@ def test_gradient_clipping_is_the_same_at_every_stage(label):
         "bf16-s2-2x2",
         "bf16-s3-2x2",
         "autocast-s1-1x4",
-        "autocast-s3-2x2",
+        "autocast-s3-2x1",
         "graphed_bf16-s2-2x2",
     ],
 )

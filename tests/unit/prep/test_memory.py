@@ -37,7 +37,7 @@ from tests.unit.prep.test_bad_input import refused
 
 MB = 10**6
 MOST = 2 * MB  # max_document_bytes here, and about the bytes of a row
-ROWS = 40  # 80 MB in a file
+ROWS = 24  # 48 MB in a file
 SPREAD_MB, MOST_MB = (
     35,
     500,
@@ -94,10 +94,10 @@ def write_rows(folder: Path, kind: str) -> dict:
     "kind", ["jsonl", "json_array", "csv", "parquet", "arrow", "arrows", "hub", "too large"]
 )
 def test_memory_is_bounded_in_bytes_by_the_longest_document(tmp_path, monkeypatch, kind):
-    """Counted: a file of ten times as many rows of 2 MB takes no more, and all of it little."""
-    few, many = (peak_mb(tmp_path / str(rows), monkeypatch, kind, rows) for rows in (4, 40))
+    """Counted: a file of six times as many rows of 2 MB takes no more, and all of it little."""
+    few, many = (peak_mb(tmp_path / str(rows), monkeypatch, kind, rows) for rows in (4, ROWS))
     assert many < few + SPREAD_MB and many < MOST_MB, (
-        f"{kind}: {few:.0f} MB for 8 MB, {many:.0f} MB for 80 MB"
+        f"{kind}: {few:.0f} MB for 8 MB, {many:.0f} MB for 48 MB"
     )
 
 
