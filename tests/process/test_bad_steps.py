@@ -34,7 +34,7 @@ model: {{system: modernbert, vocab_size: 64, hidden_size: 32, intermediate_size:
 data: {{sources: [{{path: {root}/a, name: a}}], row_tokens: 64, window_documents: 30}}
 objective: {{name: mlm}}
 optimizer: {{}}
-phases: [{{name: one, tokens: 6K, max_tokens_per_document: 48, batch_tokens: 256, lr: {{schedule: constant, peak: 1e-3}}}}]
+phases: [{{name: one, tokens: 5K, max_tokens_per_document: 48, batch_tokens: 256, lr: {{schedule: constant, peak: 1e-3}}}}]
 checkpoints: {{every_tokens: 1K, keep_last: 99}}
 engine: {{precision: fp32}}
 loader: {{workers: 0}}
