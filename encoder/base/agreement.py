@@ -18,11 +18,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from encoder.base.command import as_user_error
-from encoder.base.dist import World, max_over_ranks, sum_over_ranks
+from encoder.base.dist import World, max_over_ranks, rank_and_size, sum_over_ranks
 from encoder.base.errors import CheckpointError, SilentError, UserError, as_rank_says
 
 TEXT_BYTES = 1000
@@ -77,17 +76,13 @@ def run_on_all_ranks(act: Callable[[], object] | None, *, doing: str, then: str 
 def _sentence(error: Exception, doing: str, then: str) -> str:
     if isinstance(error, UserError):
         return str(error)
-    reason = (
-        (error.strerror if isinstance(error, OSError) else None)
-        or f"{error}"
-        or type(error).__name__
-    )
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(f"{doing}: {reason.rstrip('.')}. {then}".split())
 
 
 def texts_of_all_ranks(text: str) -> Iterator[str]:
     """The text of each rank, by rank; one all-reduce of a small table."""
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    rank, ranks = rank_and_size()
 
     table = torch.zeros(ranks, TEXT_BYTES, dtype=torch.uint8)
     encoded = text.encode("utf-8")[:TEXT_BYTES]

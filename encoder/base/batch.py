@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -86,7 +87,10 @@ class TokenBatch:
 
 def counts_of(batches: Sequence[TokenBatch]) -> dict[str, int]:
     """Targets of each loss term in several micro-batches, at least one."""
-    return {term: sum(b.counts[term] for b in batches) for term in batches[0].counts}
+    counts = Counter(batches[0].counts)
+    for batch in batches[1:]:
+        counts.update(batch.counts)
+    return dict(counts)
 
 
 def packed_documents(

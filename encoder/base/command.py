@@ -81,12 +81,10 @@ class CommandLine(argparse.ArgumentParser):
         if settings and equals and word.startswith("--"):
             return f"{option} is unknown. Settings are given without dashes: {word.lstrip('-')}"
 
-        known = [
-            o
-            for action in self._actions
-            if action.help != argparse.SUPPRESS
-            for o in action.option_strings
-        ]
+        known: list[str] = []
+        for action in self._actions:
+            if action.help != argparse.SUPPRESS:
+                known += action.option_strings
         return f"{option} is unknown. {nearest(option, known)}"
 
 
@@ -100,7 +98,9 @@ def _path(text: str) -> Path:
     try:
         if not re.match("hf:/", text):
             local_path(text)
-        return expand_path(Path(text)) if text else expand_path("")
+        if not text:
+            return expand_path("")
+        return expand_path(Path(text))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
@@ -160,7 +160,9 @@ def as_user_error(error: UserError | OSError) -> UserError:
     """The error itself, or a file's problem as found, needed, what to do."""
     if isinstance(error, UserError):
         return error
-    place = f"{os.fspath(error.filename)}: " if error.filename else ""
+    place = ""
+    if error.filename:
+        place = f"{os.fspath(error.filename)}: "
     return UserError(
         f"{place}{error.strerror or error}. "
         "Needed: a place that can be read and written, with room. Mend it, or name another."

@@ -24,12 +24,11 @@ from encoder.base.world import MeetingPlace, World, meeting_address, meeting_pla
 __all__ = ["World", "meeting_place", "world_from_env"]
 
 
-def device_index(world: World, *, visible: int, env: Mapping[str, str] | None = None) -> int:
+def device_index(world: World, *, visible: int, env: Mapping[str, str] = os.environ) -> int:
     """Which of the `visible` GPUs is this rank's: its own one where SLURM binds GPUs to tasks, else that of its local rank.
 
     Raises ConfigError where ranks would share a GPU.
     """
-    env = os.environ if env is None else env
     if world.local_rank < visible and world.local_size <= visible:
         return world.local_rank
     # --gpus-per-task and --gpu-bind let a task see some of the node's GPUs alone, numbered from 0
@@ -63,9 +62,9 @@ def join(world: World, *, device: torch.device, timeout_seconds: float = 600.0) 
 
     # libraries that look for torchrun's names (deepspeed, streaming) find them whoever started us.
     # LOCAL_RANK is the device that deepspeed takes
-    local_rank = (
-        device.index if device.type == "cuda" and device.index is not None else world.local_rank
-    )
+    local_rank = world.local_rank
+    if device.type == "cuda" and device.index is not None:
+        local_rank = device.index
     backend = "nccl" if device.type == "cuda" else "gloo"
     names = dict(
         RANK=str(world.rank),
@@ -258,7 +257,9 @@ def end_process(code: int) -> NoReturn:
 def collective_device() -> torch.device:
     """Where collectives take their tensors: on the GPU under nccl."""
     on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -282,7 +283,9 @@ def _reduce_over_ranks(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> tor
 
 def rank_and_size() -> tuple[int, int]:
     """This process among those that have joined; (0, 1) before."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return (dist.get_rank(), dist.get_world_size())
+    return (0, 1)
 
 
 def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:

@@ -73,10 +73,14 @@ def _last_line(path: Path) -> dict[str, Any] | None:
             # newline stands an empty part
             file.seek(max(0, file.tell() - _TAIL_BYTES))
             lines = file.read().split(b"\n")
-        found = json.loads(lines[-2]) if len(lines) > 1 else None
+        if len(lines) < 2:
+            return None
+        found = json.loads(lines[-2])
     except (LedgerError, OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    if isinstance(found, dict):
+        return found
+    return None
 
 
 def _stood_at(checkpoint: Path, said: tuple[int, str]) -> bool:

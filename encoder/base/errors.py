@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake in the input. A command prints its text as one line and exits with code 2."""
@@ -60,7 +62,9 @@ class ExportError(UserError):
 
 def as_rank_says(error: UserError, *, rank: int) -> UserError:
     """The error as its rank raises it: rank zero's as it is, another's a RankError with its number, which is printed, too."""
-    return error if rank == 0 else RankError(f"rank {rank}: {error}")
+    if rank == 0:
+        return error
+    return RankError(f"rank {rank}: {error}")
 
 
 def nearest(word: str, choices: list[str]) -> str:
@@ -74,13 +78,23 @@ def nearest(word: str, choices: list[str]) -> str:
         if c == word or len(c) != len(word) or c.rstrip("0123456789") != word.rstrip("0123456789")
     ]
     if close:
-        return f"Did you mean {_cut(close[0], 200)}?"
-    return f"Known: {', '.join(_cut(choice, 80) for choice in choices)}."
+        return f"Did you mean {shortened(close[0], 200)}?"
+    return f"Known: {', '.join(shortened(choice, 80) for choice in choices)}."
 
 
-def _cut(text: str, most: int) -> str:
-    """A text of at most so many letters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many letters, three points at its end where it was longer."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 3]}..."
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """a, b, c and 4 more."""
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
 
 
 def _damaged_shard(text: str, source: str, shard: int) -> DamagedShard:

@@ -32,8 +32,9 @@ def is_hidden(path: Path, *, below: Path) -> bool:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part."""
-    # a name of a file that is not UTF-8 is written as JSON and YAML escape it: \udcff
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    if isinstance(content, str):
+        # a name of a file that is not UTF-8 is written as JSON and YAML escape it: \udcff
+        content = content.encode("utf-8", "backslashreplace")
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -41,7 +42,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             beside.unlink()
         with open(beside, "xb") as f:
             # exclusive: never through a link. Durable before it takes the name
-            f.write(data)
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)

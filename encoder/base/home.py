@@ -12,4 +12,6 @@ def home() -> Path:
     """The clone, or what an installed wheel has of it."""
     beside = PROJECT
     shipped = beside / "launch" / "shipped"
-    return shipped if shipped.is_dir() else beside
+    if shipped.is_dir():
+        return shipped
+    return beside

@@ -40,7 +40,9 @@ class HubName:
     revision: str | None
 
     def __str__(self) -> str:
-        return f"{self.id}@{self.revision}" if self.revision else self.id
+        if self.revision:
+            return f"{self.id}@{self.revision}"
+        return self.id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,9 @@ def _from_cache(name: HubName, weights: bool, why: Exception) -> Fetched:
 
 
 def _no_network(name: HubName, why: Exception) -> NoReturn:
-    revision = f" --revision {name.revision}" if name.revision else ""
+    revision = ""
+    if name.revision:
+        revision = f" --revision {name.revision}"
     folder = name.id.partition("/")[2]
     raise UserError(
         f"{name} is no file or folder here, and the Hugging Face hub cannot be asked from this"

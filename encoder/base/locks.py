@@ -72,9 +72,11 @@ def take_lock(file: IO | int, path: Path, kind: Kind = "alone", *, wait: bool = 
 
     Raises NoLocks where the file system knows none, OSError for other faults of the disk.
     """
-    how = fcntl.LOCK_EX if kind == "alone" else fcntl.LOCK_SH
+    how = {"alone": fcntl.LOCK_EX, "shared": fcntl.LOCK_SH}[kind]
+    if not wait:
+        how |= fcntl.LOCK_NB
     try:
-        fcntl.flock(file, how if wait else how | fcntl.LOCK_NB)
+        fcntl.flock(file, how)
     except BlockingIOError as error:
         raise Busy(f"another process holds {path}") from error
     except OSError as error:

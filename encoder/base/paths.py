@@ -74,17 +74,17 @@ def expand_path(path: Path | str) -> Any:
                 f"{text[:200]} begins with ~, and no such home folder is known. Write the path"
                 " itself, or ./ before it for a folder of that name."
             )
-    return type(path)(new) if isinstance(path, Path) else new
+    if isinstance(path, Path):
+        return type(path)(new)
+    return new
 
 
 def local_path(path: str) -> str:
     """The path, if it is no URL, which would make a folder of this name here. Raises ConfigError."""
     if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+", path):
-        there = (
-            " Write the path itself: /" + path[scheme.end() :]
-            if scheme[1].lower() == "file"
-            else ""
-        )
+        there = ""
+        if scheme[1].lower() == "file":
+            there = " Write the path itself: /" + path[scheme.end() :]
         raise ConfigError(
             f"{path[:200]} begins with {scheme[0]}; needed: a path of this"
             f" machine.{there or ' Name a folder here.'}"

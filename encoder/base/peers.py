@@ -196,7 +196,12 @@ class Peers:
             self._ask_again()
             # often while neighbours are looked for, or a connection waits for
             # room; else an event wakes it
-            soon = LOOK_SECONDS if self._sought else FULL_SECONDS if self._full_until else 5.0
+            if self._sought:
+                soon = LOOK_SECONDS
+            elif self._full_until:
+                soon = FULL_SECONDS
+            else:
+                soon = 5.0
             for key, _ in self._selector.select(timeout=soon):
                 one = key.fileobj
                 if self._closing:
@@ -320,7 +325,7 @@ class Peers:
         if text:
             code, _, words = text.decode("ascii", "replace").split("\n", 1)[0].partition(" ")
             self.gone = words
-            self._code = int(code) if code.isdecimal() and int(code) < 256 else FAILED_CODE
+            self._code = _exit_code(code)
         else:
             self.gone = self.gone or f"rank {rank} is gone"
 
@@ -346,7 +351,10 @@ class Peers:
     def _end(self) -> None:
         """Ends this process, unless its main thread does so first or leaves in good order."""
         # a rank that meets a mistake in the same collective says it better: it gets time to do so
-        until = time.monotonic() + (LOST_SECONDS if self._code == FAILED_CODE else GRACE_SECONDS)
+        patience = GRACE_SECONDS
+        if self._code == FAILED_CODE:
+            patience = LOST_SECONDS
+        until = time.monotonic() + patience
         while time.monotonic() < until:
             if self._closing:
                 return
@@ -360,7 +368,9 @@ class Peers:
 
     def _speak(self, code: list[int]) -> None:
         line, found = self.last_words(self.gone)
-        code[0] = found if self._code == FAILED_CODE else self._code
+        code[0] = found
+        if self._code != FAILED_CODE:
+            code[0] = self._code
         print_line(line, sys.stderr, survive=True)
 
 
@@ -372,6 +382,13 @@ def peers_of_this_rank() -> Peers | None:
     return _of_this_process.get("peers")
 
 
+def _exit_code(text: str) -> int:
+    """The exit code that a peer's line names, that of a failure where it names none."""
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
+    return FAILED_CODE
+
+
 def watch_peers(world: World, place: MeetingPlace) -> Peers:
     """Begins to watch the neighbours, unless this process does; call it early, and again to meet."""
     peers = _of_this_process.get("peers")
@@ -380,11 +397,10 @@ def watch_peers(world: World, place: MeetingPlace) -> Peers:
         # ranks of this node by their numbers; without local sizes,
         # any rank may be on this machine
         first = world.rank - world.local_rank
-        near = (
-            range(first, first + world.local_size)
-            if world.local_size > 1
-            else range(min(world.size, MOST_NEIGHBOURS))
-        )
+        if world.local_size > 1:
+            near = range(first, first + world.local_size)
+        else:
+            near = range(min(world.size, MOST_NEIGHBOURS))
         peers.seek_neighbours(place, near)
         peers.start()
     return peers
@@ -403,11 +419,10 @@ def _allow_files(needed: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE,
-            (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard),
-        )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _keep_alive(connection: socket.socket) -> None:

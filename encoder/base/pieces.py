@@ -16,7 +16,9 @@ PIECE_ELEMENTS = 2**18
 
 def piece_elements(device: torch.device) -> int:
     """Elements to work on at once: all there are where the device is no CPU."""
-    return PIECE_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else sys.maxsize
+    if device.type == "cpu":
+        return PIECE_ELEMENTS * torch.get_num_threads()
+    return sys.maxsize
 
 
 def piece_rows(x: Tensor, *, elements: int) -> int:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeV
 
 import yaml
 
-from encoder.base.errors import ConfigError, nearest
+from encoder.base.errors import ConfigError, nearest, shortened
 from encoder.base.paths import expand_path, local_path, names_a_file
 from encoder.base.units import parse_tokens
 from encoder.base.untrusted import (
@@ -97,15 +97,19 @@ def read_mapping(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, 
     except ConfigError as error:
         if not missing(error):
             raise
-        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(
-            f"{path} does not exist. "
-            + (nearest(path.name, beside) if beside else "There is no settings file beside it.")
-        ) from error
+        beside = []
+        if path.parent.is_dir():
+            beside = sorted(p.name for p in path.parent.glob("*.y*ml"))
+        hint = "There is no settings file beside it."
+        if beside:
+            hint = nearest(path.name, beside)
+        raise ConfigError(f"{path} does not exist. {hint}") from error
 
     mapping = parse_yaml(text, where=str(path))
     if not isinstance(mapping, dict):
-        found = "is empty" if mapping is None else f"holds {_kind(mapping)}"
+        found = "is empty"
+        if mapping is not None:
+            found = f"holds {_kind(mapping)}"
         raise ConfigError(f"{path} {found}; a settings file is a mapping of keys to values.")
     put_overrides(mapping, overrides)
     return mapping
@@ -126,7 +130,9 @@ def parse_yaml(text: str, *, where: str) -> Any:
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        at_line = f" line {mark.line + 1}" if mark else ""
+        at_line = ""
+        if mark:
+            at_line = f" line {mark.line + 1}"
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(f"{where}{at_line}: {problem}.") from error
     except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
@@ -137,7 +143,9 @@ def _unshared(value: Any) -> Any:
     """The same plain value without parts that stand in several places: an override changes one place."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_unshared(item) for item in value]
+    return value
 
 
 class Mistakes(ConfigError):
@@ -188,7 +196,7 @@ def from_mapping(
     # unknown keys, each with what it may have meant: here, elsewhere, or in another program
     for name in mapping:
         if name not in fields:
-            known = [*([tag] if tag else []), *fields]
+            known = [*filter(None, [tag]), *fields]
             hint = nearest(_shown_key(name), known)
             meant.add(hint.removeprefix("Did you mean ").rstrip("?"))
             if not hint.startswith("Did you mean"):
@@ -227,9 +235,10 @@ def from_mapping(
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(
-            f"{_at(where, key)}: {error}" if (where or key) else str(error)
-        ) from error
+        place = ""
+        if where or key:
+            place = f"{_at(where, key)}: "
+        raise ConfigError(f"{place}{error}") from error
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{_at(where, key)}: {error}") from error
 
@@ -252,7 +261,9 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
 
     if typing.get_origin(hint) is Annotated and "path" in hint.__metadata__:
-        return _path(value, _at(where, key), local=False) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return _path(value, _at(where, key), local=False)
+        return value
 
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return [
@@ -264,7 +275,9 @@ def _expanded(hint: Any, value: Any, where: str, key: str) -> Any:
     if chosen and isinstance(value, Mapping):
         word = value.get(chosen.tag, chosen.default)
         hint = chosen.choices.get(word) if isinstance(word, str) else None
-    return expand_paths(hint, value, where=where, key=key) if is_settings(hint) else value
+    if is_settings(hint):
+        return expand_paths(hint, value, where=where, key=key)
+    return value
 
 
 def _path(value: str, at: str, *, local: bool) -> str:
@@ -272,7 +285,9 @@ def _path(value: str, at: str, *, local: bool) -> str:
         path = expand_path(value)
         if path != path.strip() and not os.path.lexists(path):
             raise ConfigError(f"{path!r} begins or ends with white space. Take it out.")
-        return local_path(path) if local else path
+        if local:
+            local_path(path)
+        return path
     except ConfigError as error:
         raise ConfigError(f"{at}: {error}") from error
 
@@ -313,9 +328,13 @@ def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]
             found += differences(old.get(name), new.get(name), _join(key, name))
         return found
     if isinstance(old, list) and isinstance(new, list):
-        pairs = enumerate(itertools.zip_longest(old, new))
-        return [d for i, (a, b) in pairs for d in differences(a, b, _join(key, i))]
-    return [] if old == new else [(key, old, new)]
+        found = []
+        for number, (a, b) in enumerate(itertools.zip_longest(old, new)):
+            found += differences(a, b, _join(key, number))
+        return found
+    if old == new:
+        return []
+    return [(key, old, new)]
 
 
 def brief(value: Any) -> str:
@@ -323,19 +342,16 @@ def brief(value: Any) -> str:
     if value is None:
         return "not there"
     if isinstance(value, dict):
-        word = next(
-            (
-                value[key]
-                for key in ("name", "preset", "schedule", "path")
-                if isinstance(value.get(key), str)
-            ),
-            "",
-        )
-        return f"{{{word}, ...}}" if word else "a mapping"
+        for key in ("name", "preset", "schedule", "path"):
+            word = value.get(key)
+            if word and isinstance(word, str):
+                return f"{{{word}, ...}}"
+        return "a mapping"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    text = f"{value:,}" if type(value) is int and abs(value) >= 10**5 else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if type(value) is int and abs(value) >= 10**5:
+        return shortened(f"{value:,}", 60)
+    return shortened(str(value), 60)
 
 
 _PLAIN_TAGS = tuple(
@@ -361,17 +377,23 @@ _TRUTHS = {
 }
 
 
+def _todays_resolvers(resolvers: list[tuple[str, re.Pattern[str]]]) -> list[tuple[str, Any]]:
+    """Those of YAML 1.1 for one first letter as YAML 1.2 has them."""
+    kept = []
+    for tag, regexp in resolvers:
+        kind = tag.rpartition(":")[2]
+        if kind != "timestamp":
+            kept.append((tag, _RESOLVERS.get(kind, regexp)))
+    return kept
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's reader of plain values, with bounds; every mistake is one of its own errors, with a place."""
 
     # as YAML 1.2 has it, not 1.1: no dates, 1:30 is not 90, 017 not 15, and
     # the language no is not false
     yaml_implicit_resolvers: ClassVar = {
-        letter: [
-            (tag, _RESOLVERS.get(tag.rpartition(":")[2], regexp))
-            for tag, regexp in resolvers
-            if not tag.endswith(":timestamp")
-        ]
+        letter: _todays_resolvers(resolvers)
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -408,15 +430,11 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(
                     None, None, f"the tag {tag} is not read here; write the value alone", place
                 )
-            below = (
-                node.value
-                if isinstance(node, yaml.SequenceNode)
-                else (
-                    [part for pair in node.value for part in pair]
-                    if isinstance(node, yaml.MappingNode)
-                    else []
-                )
-            )
+            below: list[yaml.Node] = []
+            if isinstance(node, yaml.SequenceNode):
+                below = node.value
+            if isinstance(node, yaml.MappingNode):
+                below = list(itertools.chain.from_iterable(node.value))
             self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in below)
 
         if max(self._nodes, self._sizes[id(node)]) > MOST_NODES:
@@ -451,7 +469,9 @@ class _StrictLoader(yaml.SafeLoader):
                 "bool": "true or false",
                 "str": "text",
             }.get(node.tag.rpartition(":")[2], "a value")
-            shown = ascii(node.value)[:40] if isinstance(node.value, str) else "this"
+            shown = "this"
+            if isinstance(node.value, str):
+                shown = ascii(node.value)[:40]
             raise yaml.constructor.ConstructorError(
                 None, None, f"{shown} cannot be read as {kind}", node.start_mark
             ) from error
@@ -518,11 +538,9 @@ def put_override(mapping: dict[str, Any], override: str) -> None:
         if isinstance(at, list):
             if (number := number_in_name(part)) is None or number >= len(at):
                 place = ".".join(parts[:i])
-                meant = (
-                    f" Did you mean {place}.0.{'.'.join(parts[i:])}?"
-                    if at and number is None
-                    else ""
-                )
+                meant = ""
+                if at and number is None:
+                    meant = f" Did you mean {place}.0.{'.'.join(parts[i:])}?"
                 raise ConfigError(
                     f"override {dotted}: {place} is a list of {len(at)} items, "
                     f"and {part!r} is none of 0 to {len(at) - 1}.{meant}"
@@ -676,15 +694,19 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             # YAML 1.1 reads 1e-4, which has no point, as text
-            number = float(value) if isinstance(value, (int, float, str)) else None
-        except (ValueError, OverflowError):
-            number = None
-        if number is not None and math.isfinite(number):
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
             return number
 
     # no type took the value
-    shown = f"{_shown(value)} ({_kind(value)})" if value is not None else "empty"
-    quotes = " Put it in quotes." if hint is str and isinstance(value, (bool, int, float)) else ""
+    shown = "empty"
+    if value is not None:
+        shown = f"{_shown(value)} ({_kind(value)})"
+    quotes = ""
+    if hint is str and isinstance(value, (bool, int, float)):
+        quotes = " Put it in quotes."
     raise ConfigError(f"{at} is {shown}; needed: {_wanted(hint)}.{quotes}")
 
 
@@ -707,14 +729,16 @@ def _chosen(chosen: ChosenBy, value: Any, where: str, key: str, root: type[Setti
         )
         # without the class no key can be judged but by all classes
         # together: what none of them knows
-        known = [name for cls in chosen.choices.values() for name in _names(cls)]
+        known = list(itertools.chain.from_iterable(map(_names, chosen.choices.values())))
         unknown = [name for name in value if name != chosen.tag and name not in known]
         others = [
             f"{_at(where, _join(key, _shown_key(name)))} is unknown."
             f" {nearest(_shown_key(name), known)}"
             for name in unknown
         ]
-        raise Mistakes([wrong, *others], where=where) if others else ConfigError(wrong)
+        if others:
+            raise Mistakes([wrong, *others], where=where)
+        raise ConfigError(wrong)
     rest = {k: v for k, v in value.items() if k != chosen.tag}
     return from_mapping(chosen.choices[word], rest, where=where, key=key, tag=chosen.tag, root=root)
 
@@ -820,12 +844,16 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
         ]
         return "{" + ", ".join([tag] * bool(tag) + needed) + "}"
     if typing.get_origin(hint) is Annotated:
-        return "1M" if "tokens" in hint.__metadata__ else "path/to/it"
+        if "tokens" in hint.__metadata__:
+            return "1M"
+        return "path/to/it"
     if typing.get_origin(hint) is Literal:
         return str(typing.get_args(hint)[0])
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
-        kinds = inner[:1] if len(inner) == 2 and inner[1] is Ellipsis else inner
+        kinds = inner
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            kinds = inner[:1]
         return "[" + ", ".join(_example("", kind, depth + 1) for kind in kinds) + "]"
     if typing.get_origin(hint) is dict:
         return "{first: " + _example("", typing.get_args(hint)[1], depth + 1) + "}"
@@ -834,20 +862,26 @@ def _example(name: str, hint: Any, depth: int = 0) -> str:
 
 def _nearest_value(value: Any, words: list[str]) -> str:
     meant = next((w for w in _OTHER_VALUES.get(str(value)[:200].lower(), ()) if w in words), None)
-    return f"Did you mean {meant}?" if meant else nearest(str(value)[:200], words)
+    if meant:
+        return f"Did you mean {meant}?"
+    return nearest(str(value)[:200], words)
 
 
 def _other_word(name: str, root: type[Settings]) -> str | None:
     """What another program's word is called here, where the file's class knows it: `other_words`."""
     known: Mapping[str, str] = getattr(root, "other_words", {})
     plain = name.lower().replace("-", "_").lstrip("_")[:200]
-    return f"Here it is {known[plain]}." if plain in known else None
+    if plain in known:
+        return f"Here it is {known[plain]}."
+    return None
 
 
 def _where_else(name: str, root: type[Settings], cls: type[Settings]) -> str | None:
     """The other places of the file where a key of this name belongs."""
     places = [place for place, owner in _places(name, root, "", ()) if owner is not cls]
-    return f"It belongs to {' or '.join(dict.fromkeys(places[:3]))}." if places else None
+    if places:
+        return f"It belongs to {' or '.join(dict.fromkeys(places[:3]))}."
+    return None
 
 
 def _places(
@@ -870,31 +904,31 @@ def _places(
 def _classes_of(hint: Any) -> list[tuple[type[Settings], str]]:
     """The settings classes that a field may hold, and the number of a list's first item."""
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return [found for option in typing.get_args(hint) for found in _classes_of(option)]
+        return list(itertools.chain.from_iterable(map(_classes_of, typing.get_args(hint))))
     chosen = choice_of(hint)
     if chosen:
         return [(kind, "") for kind in chosen.choices.values()]
     if typing.get_origin(hint) is tuple:
         return [(kind, ".0") for kind, _ in _classes_of(typing.get_args(hint)[0])]
-    return [(hint, "")] if is_settings(hint) else []
+    if is_settings(hint):
+        return [(hint, "")]
+    return []
 
 
 def _shown(value: Any) -> str:
     """A value in a message, short."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return f"a number of {len(str(abs(value)))} digits"
-    text = (
-        repr(value)
-        if not isinstance(value, (dict, list)) or len(str(value)) <= 60
-        else _kind(value)
-    )
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, (dict, list)) and len(str(value)) > 60:
+        return _kind(value)
+    return shortened(repr(value), 80)
 
 
 def _shown_key(name: Any) -> str:
     text = str(name)
-    text = text if text.isprintable() and text else ascii(name)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if not text or not text.isprintable():
+        text = ascii(name)
+    return shortened(text, 80)
 
 
 def _whole_text(text: str) -> bool:
@@ -918,11 +952,13 @@ def _names(cls: type[Settings]) -> list[str]:
 
 
 def _join(key: str, part: Any) -> str:
-    return f"{key}.{part}" if key else str(part)
+    if not key:
+        return str(part)
+    return f"{key}.{part}"
 
 
 def _at(where: str, key: str) -> str:
-    return f"{where}: {key}" if where and key else (where or key)
+    return ": ".join(filter(None, (where, key)))
 
 
 def _kind(value: Any) -> str:
@@ -946,11 +982,11 @@ def _wanted(hint: Any) -> str:
             "nothing" if o is type(None) else _wanted(o) for o in typing.get_args(hint)
         )
     if typing.get_origin(hint) is Annotated:
-        return (
-            "a number of tokens (98304, 500K, 1.5B)"
-            if "tokens" in hint.__metadata__
-            else ("a path" if "path" in hint.__metadata__ else "a value")
-        )
+        if "tokens" in hint.__metadata__:
+            return "a number of tokens (98304, 500K, 1.5B)"
+        if "path" in hint.__metadata__:
+            return "a path"
+        return "a value"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(str(w) for w in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

@@ -61,7 +61,8 @@ def nodes_of_ranks(env: Mapping[str, str], *, size: int, local_size: int) -> lis
 
     # names count only where they account for every rank of this very step
     if len(names) == len(tasks) and sum(tasks) == size and "SLURM_STEP_ID" in env:
-        return [name for name, count in zip(names, tasks) for _ in range(count)]
+        repeated = map(itertools.repeat, names, tasks)
+        return list(itertools.chain.from_iterable(repeated))
     first = [rank // local_size * local_size for rank in range(size)]
     return [f"ranks {rank}-{min(rank + local_size, size) - 1}" for rank in first]
 

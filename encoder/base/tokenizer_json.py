@@ -48,12 +48,16 @@ class SpecialIds:
     @property
     def before(self) -> tuple[int, ...]:
         """The ids before a text."""
-        return (self.cls_id,) if self.frame == "both_ends" else ()
+        if self.frame == "both_ends":
+            return (self.cls_id,)
+        return ()
 
     @property
     def behind(self) -> tuple[int, ...]:
         """The ids behind a text."""
-        return (self.sep_id,) if self.frame == "both_ends" else (self.sep_id, self.cls_id)
+        if self.frame == "both_ends":
+            return (self.sep_id,)
+        return (self.sep_id, self.cls_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +231,9 @@ def unused_ids(path: Path, *, vocab_size: int) -> tuple[int, ...]:
 
 def _role_of(token: Mapping[str, Any]) -> str | None:
     role = token.get("role")
-    return role if isinstance(role, str) and role in ROLES else None
+    if isinstance(role, str) and role in ROLES:
+        return role
+    return None
 
 
 def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
@@ -248,5 +254,7 @@ def _check_ids(ids: Mapping[str, Any]) -> None:
 
 def _part(word: str) -> dict[str, Any]:
     name, _, segment = word.rpartition(":")
-    kind = "Sequence" if name in ("A", "B") else "SpecialToken"
+    kind = "SpecialToken"
+    if name in ("A", "B"):
+        kind = "Sequence"
     return {kind: {"id": name, "type_id": int(segment)}}

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, shortened
 
 TOKEN_UNITS = {
     "": 1,
@@ -26,12 +26,9 @@ def parse_tokens(value: int | float | str) -> int:
         raise ConfigError(f"{value} is no number of tokens. Write for example 500K, 1.5B or 98304.")
 
     # for messages: cut, since str() of a huge integer is slow, and refused beyond 4,300 digits
-    shown = (
-        ascii(value)
-        if not isinstance(value, int) or abs(value) < 10**40
-        else "a number of more than 40 digits"
-    )
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    shown = "a number of more than 40 digits"
+    if not isinstance(value, int) or abs(value) < 10**40:
+        shown = shortened(ascii(value), 60)
 
     if isinstance(value, int):
         amount = Decimal(value)
@@ -42,13 +39,13 @@ def parse_tokens(value: int | float | str) -> int:
         found = re.fullmatch(
             r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+]?[0-9]+)?)\s*([kmbtKMBTgG]?[iI]?)\s*", str(value)
         )
-        unit = found.group(2).lower() if found else ""
-        if not found or unit not in TOKEN_UNITS:
+        if not found or found[2].lower() not in TOKEN_UNITS:
             raise ConfigError(
                 f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304."
             )
         try:
-            amount = Decimal(found.group(1).replace("_", "").replace(",", "")) * TOKEN_UNITS[unit]
+            number = Decimal(found[1].replace("_", "").replace(",", ""))
+            amount = number * TOKEN_UNITS[found[2].lower()]
         except ArithmeticError as error:  # an exponent beyond any
             raise ConfigError(
                 f"{shown} is no number of tokens. Write for example 500K, 1.5B or 98304."

@@ -184,7 +184,9 @@ def parse_json(
     except RecursionError:
         _too_deep(text, where, error)
     except json.JSONDecodeError as why:
-        what = "it is empty" if not text.strip() else f"{why.msg} in line {why.lineno}"
+        what = f"{why.msg} in line {why.lineno}"
+        if not text.strip():
+            what = "it is empty"
         raise error(f"{where} cannot be read: {what}; needed: JSON.") from why
     except _Refused as why:
         raise error(f"{where} cannot be read: it {why}.") from why
@@ -269,7 +271,9 @@ def inside(
 
 def number_in_name(text: str, *, digits: int = 18) -> int | None:
     """The number that a name on disk spells, None where it is no number or one that nobody counted to."""
-    return int(text) if len(text) <= digits and text.isascii() and text.isdigit() else None
+    if len(text) <= digits and text.isascii() and text.isdigit():
+        return int(text)
+    return None
 
 
 def _wrong_name(name: Any, folders: bool) -> str | None:

@@ -27,18 +27,17 @@ class World:
         return self.rank == 0
 
 
-def world_from_env(env: Mapping[str, str] | None = None) -> World:
+def world_from_env(env: Mapping[str, str] = os.environ) -> World:
     """Rank and size from RANK/WORLD_SIZE (torchrun, deepspeed), else from srun's own variables, else one rank.
 
     Raises ConfigError for values that no launcher gives.
     """
-    env = os.environ if env is None else env
     # launchers before SLURM: torchrun inside srun has a rank for each
     # process, srun one for each node
     if "RANK" in env and "WORLD_SIZE" in env:
-        local_size = _whole(
-            env, "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1
-        )
+        local_size = _whole(env, "LOCAL_SIZE", 1)
+        if env.get("LOCAL_WORLD_SIZE"):
+            local_size = _whole(env, "LOCAL_WORLD_SIZE")
         world = World(
             rank=_whole(env, "RANK"),
             size=_whole(env, "WORLD_SIZE"),
@@ -84,26 +83,25 @@ def _slurm_tasks(env: Mapping[str, str]) -> int:
 def _slurm_tasks_variable(env: Mapping[str, str]) -> str:
     # the step's own count first: SLURM_NTASKS may be the job's, where srun ran
     # with --ntasks-per-node alone
-    return "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+    if env.get("SLURM_STEP_NUM_TASKS"):
+        return "SLURM_STEP_NUM_TASKS"
+    return "SLURM_NTASKS"
 
 
 def _slurm_local_size(env: Mapping[str, str]) -> int:
     """Tasks on this node. SLURM_NTASKS_PER_NODE, which is there only where it was asked for, says what was asked for."""
     counts, node = env.get("SLURM_STEP_TASKS_PER_NODE"), _whole(env, "SLURM_NODEID", 0)
-    return (
-        tasks_per_node(counts)[node]
-        if counts
-        else int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
-    )
+    if counts:
+        return tasks_per_node(counts)[node]
+    return int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0])
 
 
-def meeting_place(env: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+def meeting_place(env: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
     """Host and port where the ranks of a SLURM step meet: rank zero's node, which is the step's first; None outside a step.
 
     The port follows from job, restart and step, so that jobs that share a node, and ranks that an unplugged node still runs, do
     not meet one another. It lies in 15000 to 31999, below the ports that Linux gives to connections.
     """
-    env = os.environ if env is None else env
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
     if not nodes or "SLURM_STEP_ID" not in env:
         return None
@@ -122,9 +120,8 @@ class MeetingPlace:
     said_by: str  # which variables said so
 
 
-def meeting_address(world: World, env: Mapping[str, str] | None = None) -> MeetingPlace:
+def meeting_address(world: World, env: Mapping[str, str] = os.environ) -> MeetingPlace:
     """The meeting place of several ranks, by MASTER_ADDR and MASTER_PORT, else by SLURM's step. Raises ConfigError."""
-    env = os.environ if env is None else env
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     step_host, step_port = meeting_place(env) or ("", 0)
 

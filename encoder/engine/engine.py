@@ -42,6 +42,7 @@ from encoder.engine.zero.layout import (
 )
 from encoder.engine.zero.partition import Values, partition_, weights_may_go
 from encoder.optim.catalog import build_optimizer
+from encoder.optim.groups import parameters_of
 from encoder.optim.slices import FlatPart, ParamSlice
 from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer
 
@@ -64,7 +65,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StateShard:
-    """A stretch of a parameter that this rank answers for in a checkpoint, and its part of the optimizer's state."""
+    """A slice of a parameter that this rank answers for in a checkpoint, and its part of the optimizer's state."""
 
     name: str
     start: int
@@ -121,11 +122,9 @@ def start_engine(
         model.to(device=device, dtype=torch.float64 if config.precision == "fp64" else None)
 
         # DeepSpeed casts the parameters to bf16: the masters start from these copies in fp32
-        whole = (
-            {name: p.detach().clone() for name, p in model.named_parameters()}
-            if config.precision == "bf16"
-            else {}
-        )
+        whole = {}
+        if config.precision == "bf16":
+            whole = {name: p.detach().clone() for name, p in model.named_parameters()}
         first = lambda name, _shape: whole[name]  # noqa: E731
     ds_engine = initialize(
         deepspeed, model=model, optimizer=steps, config=zero_config(config, world_size=world.size)
@@ -183,7 +182,7 @@ class Engine:
 
         # stage 0 steps whole tensors, and has no ZeRO that averages, clips and checks the gradients
         if config.zero_stage:
-            optimizer.set_stretches(self._parts, shapes=self.shapes)
+            optimizer.set_slices(self._parts, shapes=self.shapes)
         else:
             optimizer.register_step_pre_hook(self._before_plain_step)
         optimizer.init_state()
@@ -233,8 +232,10 @@ class Engine:
                 row[1] += term.count
             weights = {name: term.weight for name, term in loss.items()}
         self._ds.step()
-        norm = self._plain_norm if self.config.zero_stage == 0 else self._ds.get_global_grad_norm()
-        norm = float(norm)
+        if self.config.zero_stage == 0:
+            norm = float(self._plain_norm)
+        else:
+            norm = float(self._ds.get_global_grad_norm())
 
         # the comparison is false for nan, too
         if not norm < float("inf"):
@@ -248,7 +249,9 @@ class Engine:
             assert counted == count, (
                 f"{name}: the batches announced {count} targets, the loss counted {counted:.0f}"
             )
-            means[name] = loss_sum / count if count else math.nan
+            means[name] = math.nan
+            if count:
+                means[name] = loss_sum / count
 
         # the mean of a term without targets is nan and stays out of the loss; a norm of nan is inf
         return StepResult(
@@ -304,7 +307,10 @@ class Engine:
 
     def pieces(self) -> list[StateShard]:
         """All the state that lies on this rank, to be written to."""
-        return [self._piece(part, s) for part in self._parts for s in part.stretches]
+        found = []
+        for part in self._parts:
+            found += [self._piece(part, s) for s in part.slices]
+        return found
 
     def owned_pieces(self) -> list[StateShard]:
         """The state this rank answers for when all ranks save: every element on exactly one rank."""
@@ -336,9 +342,10 @@ class Engine:
 
     def _owned(self) -> Iterator[tuple[FlatPart, ParamSlice]]:
         for part in self._parts:
-            for s in part.stretches:
+            for s in part.slices:
                 # stage 0: all lies on every rank, so each answers for a share
-                s = share_of(s, self.world) if self.config.zero_stage == 0 else s
+                if self.config.zero_stage == 0:
+                    s = share_of(s, self.world)
                 if s.length:
                     yield part, s
 
@@ -381,7 +388,7 @@ class Engine:
     def _before_plain_step(self, optimizer: WholeTensorOptimizer, _args: Any, _kwargs: Any) -> None:
         """Stage 0, what ZeRO's optimizers do before they step: the mean over ranks, its norm, clipping, and no update from
         a gradient that is not finite."""
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        tensors: list[Any] = parameters_of(optimizer.param_groups)
         # one all-reduce of all gradients; every parameter has one (see _objective_of)
         flat = sum_over_ranks(torch.cat([p.grad.view(-1) for p in tensors])).div_(self.world.size)
         self._plain_norm = _norm(flat)
@@ -397,7 +404,10 @@ class Engine:
         # a tensor without a gradient is left where it is by the optimizer, and its counter, too
         finite = bool(torch.isfinite(self._plain_norm))
         for p, grad in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
-            p.grad = grad.view_as(p) if finite else None
+            if finite:
+                p.grad = grad.view_as(p)
+            else:
+                p.grad = None
 
 
 def _norm(flat: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -73,11 +74,11 @@ class GraphedForward:
         """What the graph keeps on a CUDA device between micro-steps; torch counts only its results as allocated."""
         # nothing is captured yet, or on a CPU nothing ever is: no pool
         pool = getattr(self._graph and self._graph.replay, "pool", None)
-        return (
-            sum(s["total_size"] for s in torch.cuda.memory_snapshot(pool, include_traces=False))
-            if pool
-            else 0
-        )
+        if pool:
+            return sum(
+                s["total_size"] for s in torch.cuda.memory_snapshot(pool, include_traces=False)
+            )
+        return 0
 
     def _of_batch(self, batch: TokenBatch) -> Iterator[Any]:
         """What a graph is bound to, the host's numbers as well: max_seqlen is a launch's argument. Not the length of cu_seqlens."""
@@ -124,7 +125,9 @@ class _Graph:
         )
         device = batch.ids_T.device
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else None
+        dtype = None
+        if autocast:
+            dtype = torch.get_autocast_dtype(device.type)
 
         def work() -> tuple[Terms, list[tuple[Tensor, ...]]]:
             # autocast's own cache would keep the weights of the warm-up in bf16 for ever
@@ -147,11 +150,11 @@ class _Graph:
             gradients.append(
                 torch.autograd.grad(last, [*leaves.values()], materialize_grads=bool(others))
             )
-            return {
-                name: LossTerm(*(x.detach() for x in term[:4])) for name, term in loss.items()
-            }, gradients
+            return {name: _detached(term) for name, term in loss.items()}, gradients
 
-        self.replay = captured(work) if device.type == "cuda" else work
+        self.replay = work
+        if device.type == "cuda":
+            self.replay = captured(work)
 
     def has_room(self, batch: TokenBatch) -> bool:
         """For as many documents. The loader makes room for more of them by the power of two, micro-batch by micro-batch: were a
@@ -210,6 +213,11 @@ def _stream(_device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+def _detached(term: LossTerm) -> LossTerm:
+    total, summed, count, correct = (x.detach() for x in term[:4])
+    return LossTerm(total, summed, count, correct)
+
+
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -219,7 +227,8 @@ class _Replay(torch.autograd.Function):
         ctx.graph, ctx.turn = graph, graph.turn
 
         # clones: the caller may keep them, and the next replay writes over ours
-        results = tuple(x.clone() for term in loss.values() for x in term[:4])
+        of_terms = chain.from_iterable(term[:4] for term in loss.values())
+        results = tuple(x.clone() for x in of_terms)
         # of a term's four results only the first, its total, is differentiated
         ctx.mark_non_differentiable(*(x for i, x in enumerate(results) if i % 4))
         return results
@@ -242,10 +251,9 @@ class _Replay(torch.autograd.Function):
 
         # a term's gradients times what the caller multiplied its total with, every fourth result
         # new tensors: autograd may keep one as a parameter's .grad, and the next replay writes over ours
-        by_term = [
-            [scaled(d, d_total) for d in own]
-            for own, d_total in zip(gradients, d_results[::4], strict=True)
-        ]
+        by_term = []
+        for own, d_total in zip(gradients, d_results[::4], strict=True):
+            by_term.append([scaled(d, d_total) for d in own])
 
         # none for the graph and the batch; a parameter's gradient is the sum over terms
         return (

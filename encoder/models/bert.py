@@ -65,7 +65,7 @@ class BertConfig(EncoderSettings):
     mlp_inner_dropout: float = 0.0  # between the MLP's matrices, after GELU
     # of the published recipe: not applied, no kernel for packed documents has a place for it; an export's config.json says it
     attention_probability_dropout: float = 0.1
-    # bert: normals cut short, one sigma; normal: not cut; megatron: narrower into the stream
+    # bert: truncated normals, one sigma; normal: not cut; megatron: narrower into the stream
     initialization: Initialization = "bert"
     # sigma of the first weights; default with megatron: sqrt(2 / (5 hidden_size))
     initializer_range: float = 0.02
@@ -110,16 +110,21 @@ class BertConfig(EncoderSettings):
     def growth(self) -> GrowthRules:
         """How a larger model takes over this one's weights."""
         ends_in_norm = self.norm_place == "pre" and self.final_norm
-        fixed = self.positions == "sinusoidal"  # no table is as long as the positions
+        final_norm = None
+        if ends_in_norm:
+            final_norm = "model.final_norm."
+        free: tuple[str, ...] = _FREE
+        if self.positions == "sinusoidal":  # no table is as long as the positions
+            free = (*_FREE, "max_position_embeddings")
         return GrowthRules(
             axes=AXES,
             grows=GROWS,
-            free=(*_FREE, "max_position_embeddings") if fixed else _FREE,
+            free=free,
             heads=("sentence_head",),
             layer_kinds=("global",) * self.num_hidden_layers,
             uncut={"num_attention_heads": self.head_width},
             derived={"attention_head_width": self.head_width},
-            final_norm="model.final_norm." if ends_in_norm else None,
+            final_norm=final_norm,
         )
 
     def without_effect(self, given: Callable[[str], bool], *, longest_tokens: int) -> Iterator[str]:

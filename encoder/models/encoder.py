@@ -25,6 +25,7 @@ from encoder.nn.block import Block, NormPlace
 from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.fp8 import to_fp8_
+from encoder.nn.half import product_dtype
 from encoder.nn.heads import Decoder, Pooler, PredictionHead, TokenDecoder
 from encoder.nn.init import Initialization, draw_, initial_values
 from encoder.nn.mlp import FeedForward, is_gated
@@ -196,8 +197,8 @@ def check_settings(config: PackedSettings) -> None:
 
 
 def _check_head_width(config: PackedSettings) -> None:
-    turns = config.positions == "rope"
-    even = 2 if turns else 1  # rotary positions turn pairs
+    # rotary positions turn pairs
+    even = 1 + (config.positions == "rope")
     if config.attention_head_width is not None:
         if config.attention_head_width < 1 or config.attention_head_width % even:
             raise ConfigError(
@@ -361,21 +362,18 @@ class PackedEncoder(nn.Module):
 
     def _situation(self, device: torch.device) -> AttentionRequest:
         # under autocast the kernels meet its dtype, whatever the weights are
-        mixed = torch.is_autocast_enabled(device.type)
         return AttentionRequest(
             device=device,
             head_width=self.config.head_width,
             training=torch.is_grad_enabled(),
-            dtype=torch.get_autocast_dtype(device.type) if mixed else self._decoder_weight.dtype,
+            dtype=product_dtype(device, self._decoder_weight.dtype),
         )
 
     @property
     def _decoder_weight(self) -> Tensor:
-        return (
-            self.model.embeddings.tok_embeddings.weight
-            if self.decoder.weight is None
-            else self.decoder.weight
-        )
+        if self.decoder.weight is None:
+            return self.model.embeddings.tok_embeddings.weight
+        return self.decoder.weight
 
 
 class _Encoder(nn.Module):
@@ -390,7 +388,9 @@ class _Encoder(nn.Module):
         )
         # post: every layer ends in a norm already
         ends = config.norm_place == "pre" and config.final_norm
-        self.final_norm = _norm(config) if ends else nn.Identity()
+        self.final_norm: nn.Module = nn.Identity()
+        if ends:
+            self.final_norm = _norm(config)
         self.recomputes = False
 
     def forward(
@@ -416,7 +416,9 @@ class _Encoder(nn.Module):
 
         x_TC = self.embeddings(batch.ids_T, batch.positions_T, batch.segments_T, batch.token_key_T)
         # without gradients there is no backward to compute anything again for
-        run = recomputed if self.recomputes and torch.is_grad_enabled() else nn.Module.__call__
+        run = nn.Module.__call__
+        if self.recomputes and torch.is_grad_enabled():
+            run = recomputed
         for block in self.layers:
             x_TC = run(
                 block,

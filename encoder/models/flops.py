@@ -155,7 +155,9 @@ def attended_pairs(lengths: Sequence[int] | np.ndarray, radius: int | None) -> i
     w (w + 1) / 2 keys that are missing at each end.
     """
     n = np.asarray(lengths, dtype=np.int64)
-    w = n - 1 if radius is None else np.minimum(radius, n - 1)
+    w = n - 1
+    if radius is not None:
+        w = np.minimum(radius, n - 1)
     return int((n * (2 * w + 1) - w * (w + 1)).sum())
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from encoder.base.errors import ModelError
+from encoder.base.errors import ModelError, first_names
 from encoder.models.catalog import build_model, system_of
 from encoder.models.contract import Axis, GrowthRules, ModelConfig
 
@@ -48,7 +48,7 @@ class Growth:
 
     weights: dict[str, Tensor]  # as ModernBertForMaskedLM.state_dict() names them
     layer_sources: tuple[int, ...]  # the old layer that each new layer comes from
-    not_inherited: tuple[str, ...]  # what keeps the new model's own first values, and why
+    not_inherited: tuple[str, ...]  # what keeps the new model's own initial weights, and why
     # settings that are not those the source was trained with
     other_settings: tuple[str, ...]
 
@@ -59,7 +59,7 @@ def grow(
     """The new model with the old one's weights in it. Raises ModelError naming the setting that cannot grow.
 
     weights: of the `old` model, as its state_dict() names them; the result is fp32. Building draws the new model from
-    settings.seed, so that what stays uninherited has its usual first values.
+    settings.seed, so that what stays uninherited has its usual initial weights.
     """
     _check_settings(old, new)
     _check_sizes(old, new, settings)
@@ -108,9 +108,8 @@ def _check_names(weights: Mapping[str, Tensor], old: ModelConfig) -> None:
         known = build_model(old, seed=0).state_dict()
     unknown = sorted(weights.keys() - known.keys())
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ModelError(
-            f"the source has {unknown[0]}{more}, which no model of its settings has. It was written"
+            f"the source has {first_names(unknown, 1)}, which no model of its settings has. It was written"
             " by other code: load it with that, or leave these weights out."
         )
 
@@ -121,8 +120,7 @@ def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
     Raises ModelError for two families.
     """
     # one family has the same settings in the same order, so values can be zipped
-    fields = [[f.name for f in dataclasses.fields(config)] for config in (old, new)]
-    if fields[0] != fields[1]:
+    if _setting_names(old) != _setting_names(new):
         raise ModelError(
             f"the source is a {system_of(old)}, the new model a {system_of(new)}; needed: one"
             f" family. Set model.system: {system_of(old)}, or name another source."
@@ -172,12 +170,18 @@ def layer_sources(old: ModelConfig, new: ModelConfig, *, layer_map: str) -> tupl
     return tuple(found[i] for i in every_new)
 
 
+def _setting_names(config: ModelConfig) -> list[str]:
+    return [f.name for f in dataclasses.fields(config)]
+
+
 def axes_of(name: str, rules: GrowthRules) -> tuple[Axis, ...]:
     """The axes of a parameter by its name. Raises ModelError where the family has none for it."""
     stem, _, kind = name.rpartition(".")
     for end, axes in rules.axes.items():
         if stem.endswith(end):
-            return axes[:1] if kind == "bias" else axes
+            if kind == "bias":
+                return axes[:1]
+            return axes
     raise ModelError(
         f"{name} cannot grow: its family's growth() names no axes for it. Needed: an entry whose"
         f" key ends {stem or 'the name before .weight'}, and parameters called weight or bias."
@@ -198,23 +202,29 @@ def _grown(
     *,
     mode: Mode,
 ) -> Tensor:
-    """One parameter: `source` of the old model spread over the shape of `own`, the new model's first values."""
+    """One parameter: `source` of the old model spread over the shape of `own`, the new model's initial weights."""
     # axis by axis; a value is inherited where it is on every axis
     out, inherited = source.float(), torch.ones((), dtype=torch.bool)
     for dim, axis in enumerate(axes):
         index = _places(axis.length(old), axis.length(new), blocks=axis.blocks(old), mode=mode)
         # places from nowhere (-1) take any value here, and are the new model's own at the end
         out = out.index_select(dim, index.clamp(min=0))
-        inherited = inherited & (index >= 0).view([-1 if d == dim else 1 for d in range(len(axes))])
+        shape = [1] * len(axes)
+        shape[dim] = -1
+        inherited = inherited & (index >= 0).view(shape)
     assert out.shape == own.shape, f"{list(out.shape)} grew where {list(own.shape)} is needed"
-    return out if inherited.all() else torch.where(inherited, out, own)
+    if inherited.all():
+        return out
+    return torch.where(inherited, out, own)
 
 
 def _places(old: int, new: int, *, blocks: int, mode: Mode) -> Tensor:
     """[blocks * new]: the place in the old axis that each place of the new one comes from; -1: from nowhere."""
     # place[k] = (k - shift) mod old: the source in the middle (edge: in front), wrapped around
     k = torch.arange(new)
-    shift = 0 if mode == "edge" else (new - old) // 2
+    shift = (new - old) // 2
+    if mode == "edge":
+        shift = 0
     place = (k - shift) % old
     if mode == "centre":
         place[(k < shift) | (k >= shift + old)] = -1

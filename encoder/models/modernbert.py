@@ -107,10 +107,15 @@ class ModernBertConfig(EncoderSettings):
     def growth(self) -> GrowthRules:
         """How a larger model takes over this one's weights."""
         # rope learns no table
-        free = (*_FREE, "max_position_embeddings") if self.positions == "rope" else _FREE
+        free: tuple[str, ...] = _FREE
+        if self.positions == "rope":
+            free = (*_FREE, "max_position_embeddings")
         kinds = tuple(
             "local" if self.is_local(layer) else "global" for layer in range(self.num_hidden_layers)
         )
+        final_norm = None
+        if self.norm_place == "pre":
+            final_norm = "model.final_norm."
         return GrowthRules(
             axes=AXES,
             grows=GROWS,
@@ -118,7 +123,7 @@ class ModernBertConfig(EncoderSettings):
             layer_kinds=kinds,
             uncut={"num_attention_heads": self.head_width},
             derived={"attention_head_width": self.head_width},
-            final_norm="model.final_norm." if self.norm_place == "pre" else None,
+            final_norm=final_norm,
         )
 
     def without_effect(self, given: Callable[[str], bool], *, longest_tokens: int) -> Iterator[str]:

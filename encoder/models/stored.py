@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from encoder.base.errors import ConfigError, ModelError, UserError
+from encoder.base.errors import ConfigError, ModelError, UserError, first_names
 from encoder.base.files import atomic_folder, native_path, write_atomic, write_json
 from encoder.base.schema import chosen_by, read_settings, to_yaml
 from encoder.base.untrusted import open_regular, read_json
@@ -119,9 +119,8 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, *, of: str) -
         ("are no floats in", no_floats),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
-                f"{of}: the weights {words} {', '.join(names[:3])}{more}. "
+                f"{of}: the weights {words} {first_names(names)}. "
                 "Give the config that the weights were trained with, or complete weights."
             )
 
@@ -133,7 +132,7 @@ def parameter_names(config: ModelConfig) -> list[str]:
 
 
 def drawn_weights(config: ModelConfig, names: Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:
-    """First values of some parameters of the config's model, which is not built for it: for heads that weights lack."""
+    """Initial weights of some parameters of the config's model, which is not built for it: for heads that weights lack."""
     with torch.device("meta"):
         # values follow from seed, name and shape: any parameter can be drawn alone
         model = build_model(config, seed=seed)

@@ -33,9 +33,9 @@ class AdamW(WholeTensorOptimizer):
 
     config: AdamWConfig
 
-    def _move(self, live: Live) -> None:
+    def _apply_update(self, live: Live) -> None:
         for bundle in self._bundles(live):
-            self._take_in(bundle)
+            self._update_moments(bundle)
             self._subtract(
                 bundle.weights,
                 self._direction(bundle),

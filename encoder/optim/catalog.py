@@ -27,7 +27,9 @@ _RULES: dict[type, type[WholeTensorOptimizer]] = {
 
 def build_optimizer(model: TrainedModel, config: MomentsConfig) -> WholeTensorOptimizer:
     """The optimizer of a settings object over a whole model's parameters; for Muon the model says its `hidden_matrices()`."""
-    hidden = model.hidden_matrices() if isinstance(config, MuonConfig) else None
+    hidden = None
+    if isinstance(config, MuonConfig):
+        hidden = model.hidden_matrices()
     return _RULES[type(config)](
         decay_groups(model, weight_decay=config.weight_decay, hidden_matrices=hidden), config
     )
@@ -36,8 +38,8 @@ def build_optimizer(model: TrainedModel, config: MomentsConfig) -> WholeTensorOp
 def state_elements(model: TrainedModel, config: MomentsConfig) -> int:
     """Numbers that the optimizer keeps beside the weights, over all ranks."""
     optimizer = build_optimizer(model, config)
-    return sum(
-        len(optimizer.kinds_of(group)) * p.numel()
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
+    elements = 0
+    for group in optimizer.param_groups:
+        kinds = len(optimizer.kinds_of(group))
+        elements += kinds * sum(p.numel() for p in group["params"])
+    return elements

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,3 +43,8 @@ def decay_groups(
 
 def _decays(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def parameters_of(groups: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """The parameters of all groups of an optimizer, in their order."""
+    return list(chain.from_iterable(group["params"] for group in groups))

@@ -42,11 +42,11 @@ class Lamb(WholeTensorOptimizer):
 
     config: LambConfig
 
-    def _move(self, live: Live) -> None:
+    def _apply_update(self, live: Live) -> None:
         # sums of squares of the weights and of the update, both over whole parameters
-        sums, bundles = self._no_sums(width=2), self._bundles(live)
+        sums, bundles = self._zeros(width=2), self._bundles(live)
         for bundle in bundles:
-            self._take_in(bundle)
+            self._update_moments(bundle)
             self._add_squares(sums, 0, bundle, bundle.weights)
             self._add_squares(sums, 1, bundle, self._update(bundle))
 

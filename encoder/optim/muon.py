@@ -76,21 +76,19 @@ class Muon(StableAdamW):
         self._matrices: dict[str, int] = {}  # in each parameter
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
 
-    def set_stretches(
-        self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]
-    ) -> None:
+    def set_slices(self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]) -> None:
         """As StableAdamW's; the ranks also tell each other where the matrices lie."""
-        super().set_stretches(parts, shapes=shapes)
+        super().set_slices(parts, shapes=shapes)
         self._shapes, names = shapes, list(shapes)
 
-        # stretches as rows of six integers: names become row numbers, the same on all ranks
+        # slices as rows of six integers: names become row numbers, the same on all ranks
         row = {name: i for i, name in enumerate(names)}
-        mine = [
-            (i, self._groups[part.group]["matrices"], row[s.name], s.start, s.length, s.flat_start)
-            for i, part in enumerate(parts)
-            if self._groups[part.group]["matrices"]
-            for s in part.stretches
-        ]
+        mine = []
+        for i, part in enumerate(parts):
+            matrices = self._groups[part.group]["matrices"]
+            if matrices:
+                for s in part.slices:
+                    mine.append((i, matrices, row[s.name], s.start, s.length, s.flat_start))
 
         # by rank, in the order in which each rank has them: what Exchange asks for
         self._held, self._exchanges = [], {}
@@ -115,12 +113,14 @@ class Muon(StableAdamW):
 
     def kinds_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """A matrix has its momentum alone."""
-        return ("momentum",) if group["matrices"] else super().kinds_of(group)
+        if group["matrices"]:
+            return ("momentum",)
+        return super().kinds_of(group)
 
-    def _move(self, live: Live) -> None:
+    def _apply_update(self, live: Live) -> None:
         rest = [(group, p) for group, p in live if not group["matrices"]]
         if rest:
-            super()._move(rest)
+            super()._apply_update(rest)
         hidden = [(group, p) for group, p in live if group["matrices"]]
         if not hidden:
             return
@@ -132,7 +132,7 @@ class Muon(StableAdamW):
             assert p.grad is not None, "only what has a gradient is live"
             updates[p] = p.grad.lerp(self.state[p]["momentum"].lerp_(p.grad, 1.0 - mu), mu)
 
-        # flat tensors have stretches of matrices; at stage 0 each is whole on every rank
+        # flat tensors have slices of matrices; at stage 0 each is whole on every rank
         if self._parts:
             self._orthogonalize_cut(updates)
         else:
@@ -150,9 +150,12 @@ class Muon(StableAdamW):
 
         # who sends what depends on the stepped parts alone: planned once for each set of them
         if live not in self._exchanges:
-            held = [[h for h in own if h.part in flats] for own in self._held]
-            names = {h.stretch.name for own in held for h in own}
-            costs = {name: _cost(self._shapes[name], self._matrices[name]) for name in names}
+            held: list[list[Held]] = []
+            costs: dict[str, float] = {}
+            for own in self._held:
+                held.append([h for h in own if h.part in flats])
+                for name in (h.slice.name for h in held[-1]):
+                    costs[name] = _cost(self._shapes[name], self._matrices[name])
             self._exchanges[live] = Exchange(held, costs=costs, rank=rank_and_size()[0])
         exchange = self._exchanges[live]
         wholes = exchange.bring_together(flats)
@@ -163,8 +166,9 @@ class Muon(StableAdamW):
     def _orthogonalize_(self, values: Tensor, *, matrices: int) -> None:
         """Each of the matrices, one above another, becomes orthogonal, and as large as its scale says."""
         for matrix in values.chunk(matrices):
-            # offloaded: to the GPU and back
-            near = matrix if matrix.is_cuda else matrix.to(collective_device())
+            near = matrix
+            if not matrix.is_cuda:  # offloaded: to the GPU and back
+                near = matrix.to(collective_device())
             matrix.copy_(newton_schulz(near)).mul_(
                 self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale)
             )
@@ -177,23 +181,27 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     # the shorter side first, for the smaller Gram matrix. Over its Frobenius norm a matrix has no
     # singular value above 1, which the iteration needs
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
-    x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
+    x = matrix
+    if tall:
+        x = matrix.T
+    x = x / matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
+    if x.is_cuda:
+        x = x.to(torch.bfloat16)
 
     # x <- a x + (b G + c G^2) x with G = x x^T
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    if tall:
+        return x.T
+    return x
 
 
 def _scale(shape: Sequence[int], kind: str) -> float:
     rows, columns = shape
-    return (
-        0.2 * math.sqrt(max(rows, columns))
-        if kind == "adam"
-        else math.sqrt(max(1.0, rows / columns))
-    )
+    if kind == "adam":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
 
 
 def _cost(shape: Sequence[int], matrices: int) -> float:

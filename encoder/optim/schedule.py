@@ -300,7 +300,9 @@ def rows_at(
         return full
     stairs = _stairs_of(warmup, full=full, batch_tokens=batch_tokens, row_tokens=row_tokens)
     at = stairs.index_at(phase_tokens)
-    return stairs.sizes[at] if at < len(stairs.sizes) else full
+    if at < len(stairs.sizes):
+        return stairs.sizes[at]
+    return full
 
 
 def next_rise(
@@ -312,7 +314,9 @@ def next_rise(
     full = whole_rows(batch_tokens, row_tokens, name="batch_tokens")
     stairs = _stairs_of(warmup, full=full, batch_tokens=batch_tokens, row_tokens=row_tokens)
     at = stairs.index_at(phase_tokens)
-    return stairs.end_of(at) if at < len(stairs.sizes) else None
+    if at < len(stairs.sizes):
+        return stairs.end_of(at)
+    return None
 
 
 @dataclass(frozen=True)
@@ -344,11 +348,9 @@ class _Stairs:
 
 def _stairs_of(warmup: BatchWarmup, *, full: int, batch_tokens: int, row_tokens: int) -> _Stairs:
     first = whole_rows(warmup.from_tokens, row_tokens, name="batch_warmup.from_tokens")
-    stair = (
-        first
-        if warmup.increase_tokens is None
-        else whole_rows(warmup.increase_tokens, row_tokens, name="batch_warmup.increase_tokens")
-    )
+    stair = first
+    if warmup.increase_tokens is not None:
+        stair = whole_rows(warmup.increase_tokens, row_tokens, name="batch_warmup.increase_tokens")
     if first >= full:
         raise ConfigError(
             f"batch_warmup.from_tokens {warmup.from_tokens:,} is not below batch_tokens"
@@ -371,13 +373,17 @@ def whole_rows(tokens: int, row_tokens: int, *, name: str) -> int:
 
 
 def _warmup(tokens: int, warmup_tokens: int) -> float:
-    return min(1.0, tokens / warmup_tokens) if warmup_tokens else 1.0
+    if warmup_tokens:
+        return min(1.0, tokens / warmup_tokens)
+    return 1.0
 
 
 def _decay_share(tokens: int, decay_tokens: int, phase_tokens: int) -> float:
     """0 before the decay, 1 at the end of the phase and after it."""
     start = phase_tokens - decay_tokens
-    return min(1.0, (tokens - start) / decay_tokens) if tokens > start and decay_tokens else 0.0
+    if tokens > start and decay_tokens:
+        return min(1.0, (tokens - start) / decay_tokens)
+    return 0.0
 
 
 def _line_down(tokens: int, phase_tokens: int, *, floor_share: float) -> float:

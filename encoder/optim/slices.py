@@ -1,11 +1,11 @@
-"""Which stretch of a flat tensor is which parameter.
+"""Which slice of a flat tensor is which parameter.
 
 ZeRO hands the optimizer one flat tensor per group and rank, cut without regard to parameters:
 
     parameters   | Wqkv            | Wo     | norm |  (padding)
     flat, rank 0 | . . . . . . . . . . . . |
     flat, rank 1                           | . . . . . . . . |
-    stretches      Wqkv [0, 17)  Wo [0, 7)   Wo [7, 9)  norm [0, 6)
+    slices         Wqkv [0, 17)  Wo [0, 7)   Wo [7, 9)  norm [0, 6)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ParamSlice:
     flat_start: int  # first element, inside the flat tensor
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The stretch as a 1-d view of a flat tensor (or of a contiguous tensor of any shape)."""
+        """The slice as a 1-d view of a flat tensor (or of a contiguous tensor of any shape)."""
         return flat.view(-1).narrow(0, self.flat_start, self.length)
 
 
@@ -36,17 +36,17 @@ class FlatPart:
     """A tensor that the optimizer steps, and the parameters that lie in it."""
 
     tensor: torch.Tensor
-    stretches: tuple[ParamSlice, ...]
+    slices: tuple[ParamSlice, ...]
     group: int = 0  # of the optimizer's groups
 
 
-def first_gap(numels: Mapping[str, int], stretches: Sequence[ParamSlice]) -> str | None:
-    """What is wrong if the stretches (of all ranks) do not cover every parameter exactly once, else None."""
+def first_gap(numels: Mapping[str, int], slices: Sequence[ParamSlice]) -> str | None:
+    """What is wrong if the slices (of all ranks) do not cover every parameter exactly once, else None."""
     by_name: dict[str, list[ParamSlice]] = {name: [] for name in numels}
-    for stretch in stretches:
-        if by_name.get(stretch.name) is None or stretch.numel != numels[stretch.name]:
-            return f"{stretch.name} with {stretch.numel:,} elements is no parameter of the model"
-        by_name[stretch.name].append(stretch)
+    for part in slices:
+        if by_name.get(part.name) is None or part.numel != numels[part.name]:
+            return f"{part.name} with {part.numel:,} elements is no parameter of the model"
+        by_name[part.name].append(part)
 
     # sorted by start, each must begin where the one before it ended
     for name, parts in by_name.items():

@@ -1,6 +1,6 @@
 """StableAdamW: AdamW whose step shrinks, tensor by tensor, when a gradient is larger than its history (arXiv 2304.13013).
 
-For each parameter with gradient g, Adam's averages m and v, rate eta_t, and the peak rate max_lr:
+For each parameter with gradient g, Adam's moments m and v, rate eta_t, and the peak rate max_lr:
 
     RMS = sqrt(mean over the WHOLE parameter of g^2 / max(v, eps^2))
     eta = eta_t / max(1, RMS)
@@ -50,11 +50,11 @@ class StableAdamW(WholeTensorOptimizer):
 
     config: StableAdamWConfig
 
-    def _move(self, live: Live) -> None:
-        # first pass: averages, and sums of g^2 / max(v, eps^2) over whole parameters
-        sums, bundles = self._no_sums(width=1), self._bundles(live)
+    def _apply_update(self, live: Live) -> None:
+        # first pass: moments, and sums of g^2 / max(v, eps^2) over whole parameters
+        sums, bundles = self._zeros(width=1), self._bundles(live)
         for bundle in bundles:
-            self._take_in(bundle)
+            self._update_moments(bundle)
             self._add_squares(sums, 0, bundle, self._roots_of_ratios(bundle))
 
         # RMS over the whole parameter; at most 1 it leaves the step as it is

@@ -1,10 +1,10 @@
-"""What every optimizer here does: its rule looks at whole parameters, though ZeRO may hand it stretches of them.
+"""What every optimizer here does: its rule looks at whole parameters, though ZeRO may hand it slices of them.
 
-Adam's two averages with the bias correction folded into the betas, at step t = 1, 2, ...:
+Adam's first and second moments with the bias correction folded into the betas, at step t = 1, 2, ...:
 
     b1 = beta1 (1 - beta1^(t-1)) / (1 - beta1^t), b2 likewise      m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
 
-so that m / (sqrt(v) + eps) is Adam's direction as published. Each rank sums its stretches, one all-reduce adds the sums.
+so that m / (sqrt(v) + eps) is Adam's direction as published. Each rank sums its slices, one all-reduce adds the sums.
 
 Without bias correction b1 = beta1 and b2 = beta2, as in the code of BERT, ALBERT, ELECTRA and XLNet. With betas 0.9, 0.999 a
 constant gradient then moves a weight (1 - 0.9^t) / sqrt(1 - 0.999^t) times as far: 3.16 at t = 1, 6.57 at 12, 1.26 at 1,000.
@@ -27,6 +27,7 @@ from torch import Tensor
 from encoder.base.dist import sum_over_ranks
 from encoder.base.errors import ConfigError
 from encoder.base.pieces import piece_elements
+from encoder.optim.groups import parameters_of
 from encoder.optim.slices import FlatPart
 
 # moved together at most, unless one tensor is larger: what is computed on the way takes twice that, 0.5 GB in fp32. It costs few
@@ -51,7 +52,7 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsConfig:
-    """What all of them are told of Adam's two averages."""
+    """What all of them are told of Adam's two moments."""
 
     rule: ClassVar[str]
     # weight_decay is the share lost in a step at the peak rate, max_lr
@@ -63,7 +64,7 @@ class MomentsConfig:
     )  # decay of the averages of gradients and of their squares
     eps: float = 1e-6  # added to the root of the second
     weight_decay: float = 0.0
-    # false: the averages as they are, as in the code of BERT, ALBERT, ELECTRA and XLNet: larger first steps
+    # false: the moments as they are, as in the code of BERT, ALBERT, ELECTRA and XLNet: larger first steps
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class MomentsConfig:
 
 
 class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
-    """An update rule for fp32 and fp64 parameters, whole or cut over ranks (then `set_stretches` says how).
+    """An update rule for fp32 and fp64 parameters, whole or cut over ranks (then `set_slices` says how).
 
     State of a tensor: what `kinds_of` its group names, and its own `step`, because ZeRO calls step() once per group. Groups
     come from encoder.optim.groups and carry `lr` and `max_lr`, too, which the caller sets before each step.
@@ -112,9 +113,9 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         self._parts: dict[Tensor, FlatPart] = {}  # empty: the tensors are whole
 
         # by tensor, or by name where they are cut over ranks
-        whole = [p for group in self._groups for p in group["params"]]
+        whole = parameters_of(self._groups)
         self._row: dict[Tensor | str, int] = {p: i for i, p in enumerate(whole)}
-        self._know(
+        self._set_sizes(
             torch.tensor([p.numel() for p in whole], dtype=torch.float64, device=whole[0].device)
         )
 
@@ -122,13 +123,11 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         """As torch's, without its wrapper, which imports torch's compiler: 1.5 s of CPU at the start of every rank."""
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, group)
 
-    def set_stretches(
-        self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]
-    ) -> None:
+    def set_slices(self, parts: Sequence[FlatPart], *, shapes: dict[str, tuple[int, ...]]) -> None:
         """How the parameters (name -> shape, the same dict on every rank) lie in this rank's flat tensors."""
         self._parts = {part.tensor: part for part in parts}
         self._row = {name: i for i, name in enumerate(shapes)}
-        self._know(
+        self._set_sizes(
             torch.tensor(
                 [torch.Size(s).numel() for s in shapes.values()],
                 dtype=torch.float64,
@@ -136,15 +135,17 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             )
         )
 
-    def _know(self, numels: Tensor) -> None:
+    def _set_sizes(self, numels: Tensor) -> None:
         self._numels = numels  # fp64 [parameters]
         self._rows = torch.arange(len(numels), device=numels.device).unbind()
 
     def init_state(self) -> None:
-        """Zero averages for every tensor, as they are before the first step; what is there stays."""
+        """Zero moments for every tensor, as they are before the first step; what is there stays."""
         for part in self._parts.values():
             self._state_of(part.tensor, self._groups[part.group])
-        for group in [] if self._parts else self._groups:
+        if self._parts:
+            return
+        for group in self._groups:
             for p in group["params"]:
                 self._state_of(p, group)
 
@@ -153,23 +154,23 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every tensor that has a gradient. No host synchronisation; few collectives if the tensors are cut."""
         assert closure is None, "gradients are made by the engine"
-        live = [
-            (group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
+        live: Live = []
+        for group in self.param_groups:
+            live += [(group, p) for p in group["params"] if p.grad is not None]
         for group, p in live:
             self._state_of(p, group)["step"] += 1
         if live:
             # stage 0: the model went to its device after this was made
             if self._numels.device != live[0][1].device:
-                self._know(self._numels.to(live[0][1].device))
-            self._move(live)
+                self._set_sizes(self._numels.to(live[0][1].device))
+            self._apply_update(live)
 
     def kinds_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The state tensors of a group's parameters."""
         return "exp_avg", "exp_avg_sq"
 
     @abstractmethod
-    def _move(self, live: Live) -> None:
+    def _apply_update(self, live: Live) -> None:
         """The rule: takes the gradients in and moves the tensors."""
 
     def _bundles(self, live: Live) -> list[Bundle]:
@@ -199,17 +200,18 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         return bundles
 
     def _views(self, members: Live, kinds: Sequence[str]) -> Iterator[tuple[int, list[Tensor]]]:
-        """(row; weights, gradients and states) of each stretch, or whole tensor; padding of flat tensors is in none."""
+        """(row; weights, gradients and states) of each slice, or whole tensor; padding of flat tensors is in none."""
         for _, p in members:
             assert p.grad is not None, "only what has a gradient is live"
             values = [p, p.grad.contiguous(), *(self.state[p][kind] for kind in kinds)]
             if not self._parts:
                 yield self._row[p], values
-            for s in self._parts[p].stretches if self._parts else ():
+                continue
+            for s in self._parts[p].slices:
                 yield self._row[s.name], [s.of(x) for x in values]
 
-    def _take_in(self, bundle: Bundle) -> None:
-        """Moves Adam's averages on."""
+    def _update_moments(self, bundle: Bundle) -> None:
+        """Takes the gradients into Adam's moments."""
         beta1, beta2 = self.config.betas
         if self.config.bias_correction:
             beta1 = _debiased(beta1, bundle.step)
@@ -227,7 +229,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         torch._foreach_add_(below, self.config.eps)
         return [*torch._foreach_div(bundle.state["exp_avg"], below)]
 
-    def _no_sums(self, *, width: int) -> Tensor:
+    def _zeros(self, *, width: int) -> Tensor:
         """fp64 [parameters, width] of zeros, for sums over whole parameters."""
         return self._numels.new_zeros(len(self._numels), width)
 

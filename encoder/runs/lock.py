@@ -69,14 +69,13 @@ class RunLock:
         self._file.flush()
 
 
-def lock_folder(folder: Path, env: Mapping[str, str] | None = None) -> RunLock:
+def lock_folder(folder: Path, env: Mapping[str, str] = os.environ) -> RunLock:
     """This process alone trains in the folder, on this machine and where the file system knows locks; freed when it ends.
 
     Waits, aloud, for a start that is leaving: it was asked to, or its launcher is gone. An earlier start of the same
     SLURM job that still holds it, on a node that was cut off, is passed by: its incarnation keeps it from saving.
     Raises CheckpointError for any other.
     """
-    env = os.environ if env is None else env
     lock = RunLock(
         folder,
         {

@@ -157,7 +157,7 @@ def take_flats_for_tensors(optimizer: WholeTensorOptimizer) -> None:
     """Each flat partition is one whole parameter, as an optimizer has it that knows no better."""
     flats = [*optimizer._parts]
     optimizer._parts, optimizer._row = {}, {flat: i for i, flat in enumerate(flats)}
-    optimizer._know(torch.tensor([flat.numel() for flat in flats], dtype=torch.float64))
+    optimizer._set_sizes(torch.tensor([flat.numel() for flat in flats], dtype=torch.float64))
 
 
 def take_means_of_means(engine: Engine, *, rows: int) -> None:

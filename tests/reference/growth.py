@@ -79,7 +79,7 @@ def grown(
     mode: str,
     copy_final_norm: bool = True,
 ) -> dict[str, np.ndarray]:
-    """All weights of the new model. `layers`: the old layer of each new one; `fresh`: the new model's own first values."""
+    """All weights of the new model. `layers`: the old layer of each new one; `fresh`: the new model's own initial weights."""
     out = dict(fresh)
     for name in fresh:
         parts = name.split(".")

@@ -74,9 +74,11 @@ def check_not_stale(root: Path, incarnation: int) -> None:
 
 def committed_folders(root: Path) -> list[Path]:
     """Committed folders, the last written last: by incarnation, then by tokens."""
+    if not root.is_dir():
+        return []
     found = []
     # a newer start may have gone back, so its checkpoint of fewer tokens is the last written
-    for path in root.iterdir() if root.is_dir() else ():
+    for path in root.iterdir():
         match = _NAME.fullmatch(path.name)
         if match and (path / COMMITTED).exists():
             found.append(((int(match.group(2)), int(match.group(1))), path))
@@ -118,7 +120,9 @@ def damage(folder: Path) -> str | None:
     except CheckpointError as error:
         # a file that is not there is named as such; anything else says itself what it is
         lost = error.__cause__
-        return f"{lost.filename} is missing." if isinstance(lost, FileNotFoundError) else str(error)
+        if isinstance(lost, FileNotFoundError):
+            return f"{lost.filename} is missing."
+        return str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / MANIFEST} cannot be read ({error})."
     return None

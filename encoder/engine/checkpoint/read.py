@@ -2,7 +2,7 @@
 
     RUN/incarnations/0001, 0002, ...     one empty file per start of the run; only the newest may commit or delete
     RUN/checkpoints/tokens0000001234567-i0002/
-        rank00000.safetensors ...        stretches of parameters: masters and optimizer state
+        rank00000.safetensors ...        slices of parameters: masters and optimizer state
         state.json                       shapes by name, optimizer steps, ranks and ZeRO stage of the save
         progress.json  run.yaml  environment.json
         MANIFEST.json                    size and SHA-256 of every file above
@@ -88,7 +88,9 @@ def newest_checkpoint(root: Path, *, fits: Callable[[Path], bool] = lambda _: Tr
     first = not dist.is_initialized() or dist.get_rank() == 0
     run_on_all_ranks(choose if first else None, doing=f"cannot read the checkpoints in {root}")
     tokens, incarnation = sum_over_ranks(names).tolist()
-    return root / folder_name(tokens=tokens, incarnation=incarnation) if incarnation else None
+    if incarnation:
+        return root / folder_name(tokens=tokens, incarnation=incarnation)
+    return None
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, Any]]:

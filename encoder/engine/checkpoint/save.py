@@ -1,6 +1,6 @@
 """Saving while training goes on: the run waits for a copy in memory; threads write it, and rank zero commits.
 
-    start      all ranks meet; rank zero makes the hidden folder; each rank copies its stretches to memory     the stall
+    start      all ranks meet; rank zero makes the hidden folder; each rank copies its slices to memory     the stall
     write      a thread of each rank: its file, synced and hashed
     commit     when the files of all ranks are durable: a thread of rank zero writes the rest, the name and the mark
 
@@ -105,7 +105,9 @@ class Saver:
         """This rank's word for a sum over ranks: from the number of ranks on, all call `advance`. A failure counts for all."""
         if self._save is None or self._save.thread.is_alive():
             return 0
-        return 1 if self._save.error is None else self._engine.world.size
+        if self._save.error is None:
+            return 1
+        return self._engine.world.size
 
     def start(
         self,

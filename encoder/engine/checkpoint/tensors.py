@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: stretches of parameters in one safetensors file a rank, read back by name and range.
+"""The tensors of a checkpoint: slices of parameters in one safetensors file a rank, read back by name and range.
 
 key  model.layers.0.attn.Wqkv.weight@192/exp_avg      elements from 192 on of the flattened parameter's exp_avg
 """
@@ -22,17 +22,17 @@ from encoder.engine.engine import StateShard
 
 
 def rank_file(rank: int) -> str:
-    """The name of the file with one rank's stretches."""
+    """The name of the file with one rank's slices."""
     return f"rank{rank:05d}.safetensors"
 
 
 def copy_pieces(pieces: Iterable[StateShard]) -> dict[str, torch.Tensor]:
-    """One rank's stretches in memory, by key, in their own precision: training may go on."""
-    return {
-        f"{piece.name}@{piece.start}/{kind}": tensor.to("cpu", copy=True)
-        for piece in pieces
-        for kind, tensor in piece.tensors.items()
-    }
+    """One rank's slices in memory, by key, in their own precision: training may go on."""
+    copies = {}
+    for piece in pieces:
+        for kind, tensor in piece.tensors.items():
+            copies[f"{piece.name}@{piece.start}/{kind}"] = tensor.to("cpu", copy=True)
+    return copies
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -70,7 +70,7 @@ class StretchReader:
 
     def copy_into(self, target: torch.Tensor, *, name: str, start: int, kind: str) -> None:
         """Fills a 1-d tensor with elements [start, start + len) of a parameter's state. Raises CheckpointError for a gap."""
-        # all in elements of the parameter; [a, b) is what a stored stretch has of the target
+        # all in elements of the parameter; [a, b) is what a stored slice has of the target
         end, filled = start + target.numel(), 0
         for low, high, file in self._where.get(name, []):
             a, b = max(start, low), min(end, high)
@@ -100,11 +100,11 @@ class StretchReader:
             if match is None or len(part.get_shape()) != 1 or part.get_dtype() not in _DTYPES:
                 raise CheckpointError(
                     f"{path} holds {ascii(key)[:80]} of {part.get_dtype()} {part.get_shape()};"
-                    f" needed: stretches of parameters, {' or '.join(_DTYPES)}. Remove this folder"
+                    f" needed: slices of parameters, {' or '.join(_DTYPES)}. Remove this folder"
                     " to use the one before it."
                 )
 
-            # every stretch has a master, and its other kinds have the same range
+            # every slice has a master, and its other kinds have the same range
             if match["kind"] == "master":
                 name, start = match["name"], match["start"]
                 self._where.setdefault(name, []).append(

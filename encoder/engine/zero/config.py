@@ -80,7 +80,7 @@ class EngineConfig:
 # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
 BUCKET_ELEMENTS = 2**26
 
-# Stages 1 and 2 reduce each stretch of a bucket to its owner; by default DeepSpeed all-reduces whole buckets: twice the bytes
+# Stages 1 and 2 reduce each slice of a bucket to its owner; by default DeepSpeed all-reduces whole buckets: twice the bytes
 TO_THE_OWNER = {"use_multi_rank_bucket_allreduce": False}
 STAGE_3 = {
     # A weight goes after each use. By default DeepSpeed keeps what is used again within 1e9 elements, and any look ahead

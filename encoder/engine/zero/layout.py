@@ -28,26 +28,20 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
 
     # stage 0: DeepSpeed leaves our optimizer as it is, one whole tensor a parameter
     if isinstance(optimizer, torch.optim.Optimizer):
-        return [
-            FlatPart(
-                tensor=p,
-                group=i,
-                stretches=(
-                    ParamSlice(
-                        name=names[p], numel=p.numel(), start=0, length=p.numel(), flat_start=0
-                    ),
-                ),
-            )
-            for i, group in enumerate(optimizer.param_groups)
-            for p in group["params"]
-        ]
+        parts = []
+        for i, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                numel = p.numel()
+                own = ParamSlice(name=names[p], numel=numel, start=0, length=numel, flat_start=0)
+                parts.append(FlatPart(tensor=p, group=i, slices=(own,)))
+        return parts
 
     # stage 3: a flat tensor a sub-group, with this rank's part of each of its parameters
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return [
             FlatPart(
                 tensor=flat,
-                stretches=tuple(_own_parts(names, params)),
+                slices=tuple(_own_parts(names, params)),
                 group=optimizer.sub_group_to_group_id[i],
             )
             for i, (params, flat) in enumerate(
@@ -55,19 +49,16 @@ def flat_parts(ds_engine: Any) -> list[FlatPart]:
             )
         ]
 
-    # stages 1 and 2: a stretch of a group; without `_hp_mapping` it has nothing of a parameter
+    # stages 1 and 2: a slice of a group; without `_hp_mapping` it has nothing of a parameter
     if hasattr(optimizer, "bf16_groups"):  # BF16_Optimizer: bf16 parameters at stage 1
         groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
     else:  # DeepSpeedZeroOptimizer
         groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-    return [
-        FlatPart(
-            tensor=flat,
-            stretches=tuple(_stretch(names[p], p) for p in params if p._hp_mapping is not None),
-            group=i,
-        )
-        for i, (params, flat) in enumerate(zip(groups, flats, strict=True))
-    ]
+    parts = []
+    for i, (params, flat) in enumerate(zip(groups, flats, strict=True)):
+        slices = tuple(_slice(names[p], p) for p in params if p._hp_mapping is not None)
+        parts.append(FlatPart(tensor=flat, slices=slices, group=i))
+    return parts
 
 
 def refresh_parameters(ds_engine: Any) -> None:
@@ -109,27 +100,28 @@ def share_of(whole: ParamSlice, world: World) -> ParamSlice:
 def check_cover(
     owned: Sequence[ParamSlice], *, numels: dict[str, int], world: World, device: torch.device
 ) -> None:
-    """Asserts that the stretches of all ranks cover every parameter exactly once; one all-reduce of a small table."""
+    """Asserts that the slices of all ranks cover every parameter exactly once; one all-reduce of a small table."""
     row = {name: i for i, name in enumerate(numels)}
-    # one stretch of a parameter on a rank: a partition is contiguous, at stages 1 and 2 of a group, at stage 3 of it alone
+    # one slice of a parameter on a rank: a partition is contiguous, at stages 1 and 2 of a group, at stage 3 of it alone
     table = torch.zeros(world.size, len(row), 2, dtype=torch.int64)
 
     # each rank fills its own row of zeros, so the sum is the table of all
     for s in owned:
         table[world.rank, row[s.name]] = torch.tensor([s.start, s.length])
-    everywhere = [
-        ParamSlice(name=name, numel=numels[name], start=start, length=length, flat_start=0)
-        for rows in sum_over_ranks(table.to(device)).tolist()
-        for name, (start, length) in zip(numels, rows)
-        if length
-    ]
+    everywhere = []
+    for rows in sum_over_ranks(table.to(device)).tolist():
+        for (name, numel), (start, length) in zip(numels.items(), rows):
+            if length:
+                everywhere.append(
+                    ParamSlice(name=name, numel=numel, start=start, length=length, flat_start=0)
+                )
     problem = first_gap(numels, everywhere)
     assert problem is None, (
         f"DeepSpeed lays its flat tensors out in a way this code does not know: {problem}"
     )
 
 
-def _stretch(name: str, p: Any) -> ParamSlice:  # a Tensor with attributes of DeepSpeed's
+def _slice(name: str, p: Any) -> ParamSlice:  # a Tensor with attributes of DeepSpeed's
     inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.get_hp_fragment_address()
     assert inside.numel == flat.numel, (
         f"{name}: {inside.numel} elements in the parameter, {flat.numel} in the flat tensor"

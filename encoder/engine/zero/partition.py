@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from encoder.base.model import DrawnModel
 from encoder.engine.zero.config import quiet
 
-# (name, shape) of a parameter -> its first values, whole
+# (name, shape) of a parameter -> its initial weights, whole
 Values = Callable[[str, Sequence[int]], Tensor]
 
 

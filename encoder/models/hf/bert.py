@@ -346,7 +346,9 @@ def completed(layout: Layout, values: Settings, config: BertConfig) -> Settings:
 
 def _architecture(layout: Layout, config: BertConfig) -> str:
     """The class with all of the model's heads: BertForPreTraining has one for sentences."""
-    return layout.architectures[1 if config.sentence_head else 0]
+    if config.sentence_head:
+        return layout.architectures[1]
+    return layout.architectures[0]
 
 
 def smaller(layout: Layout, values: Settings, config: BertConfig) -> tuple[Settings, BertConfig]:
@@ -433,11 +435,18 @@ def weights_from(
         names = their_names(layout, name)
         if all(n in theirs for n in names):
             parts = [theirs.pop(n) for n in names]
-            found[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    left_out = tuple(name for name in theirs if any(part in name for part in LEFT_OUT))
+            if len(parts) == 1:
+                found[name] = parts[0]
+            else:
+                found[name] = torch.cat(parts)
+    left_out = tuple(filter(_is_left_out, theirs))
     # what has no place at all keeps its name, by which it is refused
     found.update({name: w for name, w in theirs.items() if name not in left_out})
     return found, left_out
+
+
+def _is_left_out(name: str) -> bool:
+    return any(part in name for part in LEFT_OUT)
 
 
 def _todays_names(layout: Layout, raw: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -448,7 +457,9 @@ def _todays_names(layout: Layout, raw: Mapping[str, Tensor]) -> Iterator[tuple[s
         # names that TensorFlow's checkpoints left behind
         new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         new = new.replace("LayerNorm.beta", "LayerNorm.bias")
-        yield (f"{layout.body}.{new}" if bare and new.startswith(parts) else new), w
+        if bare and new.startswith(parts):
+            new = f"{layout.body}.{new}"
+        yield new, w
 
 
 def head_names(names: Sequence[str]) -> tuple[str, ...]:

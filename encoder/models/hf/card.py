@@ -184,5 +184,13 @@ def _table(table: Table) -> str:
         return ""
     # a rule of dashes makes the first row a head in Markdown
     lines = [table.head, ["---"] * len(table.head), *table.rows]
-    cells = [["---" if cell == "---" else plain(cell) for cell in row] for row in lines]
-    return f"## {plain(table.title)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    text = f"## {plain(table.title)}\n\n"
+    for line in lines:
+        text += f"| {' | '.join(map(_cell, line))} |\n"
+    return text
+
+
+def _cell(text: str) -> str:
+    if text == "---":
+        return text
+    return plain(text)

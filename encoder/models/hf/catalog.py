@@ -27,21 +27,23 @@ CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
 def bridge_of(config: ModelConfig, specials: SpecialIds | None = None) -> Bridge | None:
     """The bridge of a settings object's family, or None: it stays ours."""
     choose = CHOICES.get(type(config))
-    return BRIDGES[choose(config, specials)] if choose else None
+    if choose:
+        return BRIDGES[choose(config, specials)]
+    return None
 
 
 def export_blocker(config: ModelConfig) -> str | None:
     """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
     bridge = bridge_of(config)
-    return (
-        "not to Hugging Face, which has no class for it"
-        if bridge is None
-        else bridge.blocker(config)
-    )
+    if bridge is None:
+        return "not to Hugging Face, which has no class for it"
+    return bridge.blocker(config)
 
 
 def bridge_of_settings(settings: Mapping[str, Any]) -> Bridge:
     """The bridge of a config.json by its model_type; for an unknown one the first, which says what is needed."""
     kind = settings.get("model_type")
     default = BRIDGES[MODERNBERT.model_type]
-    return BRIDGES.get(kind, default) if isinstance(kind, str) else default
+    if isinstance(kind, str):
+        return BRIDGES.get(kind, default)
+    return default

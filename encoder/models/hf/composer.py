@@ -174,9 +174,9 @@ def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    tensors = (
-        {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
-    )
+    tensors = {}
+    if isinstance(found, dict):
+        tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)}
     if not tensors:
         raise ModelError(
             f"{path} holds no tensors by name; needed: a Composer checkpoint, or the state dict of "
@@ -340,9 +340,7 @@ def _check_angles(tables: dict[str, Tensor], config: ModernBertConfig, path: Pat
 
 
 def _described(config: ModernBertConfig) -> str:
-    how = (
-        f"RoPE theta {config.global_rope_theta:g} and {config.local_rope_theta:g}"
-        if config.positions == "rope"
-        else "learned positions"
-    )
+    how = "learned positions"
+    if config.positions == "rope":
+        how = f"RoPE theta {config.global_rope_theta:g} and {config.local_rope_theta:g}"
     return f"{config.num_attention_heads} heads, {how}, {config.norm}, {config.mlp}"

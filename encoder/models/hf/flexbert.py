@@ -246,20 +246,21 @@ def config_from_flexbert(
     activation = words.get("hidden_act", str)
     if (mlp, activation) not in MLPS:
         # the error names the word that is wrong by itself, or else the pair's second
-        key = "mlp_layer" if mlp not in ("glu", "mlp") else "hidden_act"
+        wrong: tuple[str, Any] = ("hidden_act", activation)
+        if mlp not in ("glu", "mlp"):
+            wrong = ("mlp_layer", mlp)
         raise words.refusal(
-            key,
-            mlp if key == "mlp_layer" else activation,
-            needed="mlp_layer glu with hidden_act gelu or silu, or mlp with gelu",
+            *wrong, needed="mlp_layer glu with hidden_act gelu or silu, or mlp with gelu"
         )
 
     embedding = words.get("embedding_layer", str)
     positions = POSITIONS.get((attention, embedding))
     if positions is None:
-        key = "attention_layer" if attention not in ("rope", "base") else "embedding_layer"
+        wrong = ("embedding_layer", embedding)
+        if attention not in ("rope", "base"):
+            wrong = ("attention_layer", attention)
         raise words.refusal(
-            key,
-            attention if key == "attention_layer" else embedding,
+            *wrong,
             needed="attention_layer rope with embedding_layer sans_pos, or base with absolute_pos",
         )
 
@@ -300,15 +301,13 @@ def _refuse_unknown(words: FlexBertWords) -> None:
                 f"{words.where}: its configuration holds a {type(value).__name__} under {key!r}; "
                 "needed: words and numbers, as Composer writes them."
             )
-    known = READ | WITHOUT_EFFECT
     # values that switch something off: a key that we do not know is harmless with one
     nothing: tuple[Any, ...] = (None, False, "", {}, [], -1, 0)
+    known = READ | WITHOUT_EFFECT
     unknown = [
         key
         for key, value in words.values.items()
-        if not (
-            key in known or key.startswith("_") or any(value is n or value == n for n in nothing)
-        )
+        if key not in known and not key.startswith("_") and value not in nothing
     ]
     if unknown:
         raise ModelError(
@@ -333,7 +332,9 @@ def _layer_word(words: FlexBertWords, kind: str) -> str:
 
 
 def _without_padding(word: Any) -> Any:
-    return word.removeprefix("unpadded_").removeprefix("padded_") if isinstance(word, str) else word
+    if isinstance(word, str):
+        return word.removeprefix("unpadded_").removeprefix("padded_")
+    return word
 
 
 def _norm(words: FlexBertWords) -> dict[str, Any]:
@@ -346,7 +347,10 @@ def _norm(words: FlexBertWords) -> dict[str, Any]:
     eps, bias = details.get("eps", 1e-5), details.get("bias", True)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not isinstance(bias, bool):
         raise words.refusal("norm_kwargs", details, needed="eps, a number, and bias, true or false")
-    for name, value in {"eps": eps, **({"bias": bias} if norm == "layernorm" else {})}.items():
+    needed = {"eps": eps}
+    if norm == "layernorm":
+        needed["bias"] = bias
+    for name, value in needed.items():
         # where norm_kwargs itself is missing, it is on the list already
         if name not in details and "norm_kwargs" in words.values:
             words.assumed[f"norm_kwargs.{name}"] = value

@@ -125,8 +125,11 @@ def config_from_hf(
     )
     # architectures may be missing; named, it is this one alone
     if kind != "modernbert" or architectures != ["ModernBertForMaskedLM"]:
-        of = architectures if values.get("architectures") else kind
-        of = ", ".join(map(str, of)) if isinstance(of, list) else of
+        of = kind
+        if values.get("architectures"):
+            of = architectures
+        if isinstance(of, list):
+            of = ", ".join(map(str, of))
         raise ModelError(
             f"{where} is of a {of}; needed: ModernBertForMaskedLM alone (model_type modernbert,"
             ' architectures ["ModernBertForMaskedLM"]). Give such a folder.'
@@ -274,7 +277,9 @@ def _thetas(values: dict[str, Any], where: str) -> dict[str, float]:
     """Both thetas, from the words of transformers 4, of 5, or of both where they agree."""
     thetas: dict[str, float] = {}
     # transformers 5: {full_attention: {rope_type, rope_theta}, sliding_attention: ...}
-    ropes = {} if values.get("rope_parameters") is None else values["rope_parameters"]
+    ropes = values.get("rope_parameters")
+    if ropes is None:
+        ropes = {}
     kinds = [kind for kind, _ in THETA.values()]
     if (
         not isinstance(ropes, dict)

@@ -72,11 +72,9 @@ class Proof:
     left_padded: bool = True
 
     def __str__(self) -> str:
-        fp64 = (
-            ""
-            if self.fp64_difference is None
-            else f" in fp32, by its rounding ({self.fp64_difference:.1e} in fp64),"
-        )
+        fp64 = ""
+        if self.fp64_difference is not None:
+            fp64 = f" in fp32, by its rounding ({self.fp64_difference:.1e} in fp64),"
         side = "either side" if self.left_padded else "the right"
         return (
             f"the same logits within {self.max_abs_difference:.1e}{fp64} at lengths "
@@ -128,15 +126,12 @@ def prove(
             f"{said} in fp32 and by {fp64:.2e} in fp64",
             f"{needed}, or {TOLERANCE_FP64:.0e} in fp64",
         )
-    why = (
-        "They are not finite: look for inf and nan in the weights."
-        if not math.isfinite(worst)
-        else (
-            "Check that the weights and the config belong together."
-            if ask_fp64 is not None
-            else "A model of sharp attention rounds as much in fp32, and fp64 cannot be asked here."
-        )
-    )
+    if not math.isfinite(worst):
+        why = "They are not finite: look for inf and nan in the weights."
+    elif ask_fp64 is not None:
+        why = "Check that the weights and the config belong together."
+    else:
+        why = "A model of sharp attention rounds as much in fp32, and fp64 cannot be asked here."
     raise ExportError(
         f"the logits of {asked} differ from ours {said}; needed: {needed}. Nothing was written."
         f" {why}"
@@ -217,10 +212,14 @@ def transformers_model(
     drawn = drawn or {}
     try:
         said = settings or read_json(folder / "config.json", root=dict, error=ExportError)
-        given = {} if settings is None else {"config": _config_of(bridge, settings)}
+        given = {}
+        if settings is not None:
+            given = {"config": _config_of(bridge, settings)}
         auto = getattr(transformers, bridge.auto_class(said))
         # that heads are missing is said by who drew them
-        quiet = _without_warnings() if drawn else contextlib.nullcontext()
+        quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if drawn:
+            quiet = _without_warnings()
         with native_path(folder) as name, quiet:
             model, notes = auto.from_pretrained(
                 name,
@@ -238,9 +237,9 @@ def transformers_model(
         ) from error
 
     # allowed: parts that are left out and said, tied copies, and heads that are drawn
-    unexpected = [
-        n for n in notes.get("unexpected_keys", ()) if not any(part in n for part in bridge.leaves)
-    ]
+    unexpected = list(notes.get("unexpected_keys", ()))
+    for part in bridge.leaves:
+        unexpected = [name for name in unexpected if part not in name]
     wrong = [
         n
         for n in (*notes.get("missing_keys", ()), *unexpected, *notes.get("mismatched_keys", ()))
@@ -326,19 +325,15 @@ def _compared(
     with torch.inference_mode():
         # ours sees all documents packed in one forward, theirs in batches
         expected = ours.hidden_states(packed_documents(documents)).split(lengths)
-        return max(
-            _worst(
-                ours,
-                ask,
-                [documents[i] for i in batch],
-                [expected[i] for i in batch],
-                left=left,
-                padding=padding,
-            )
-            for batch in _batches(lengths)
-            for left in sides
-            if padding.left or not left
-        )
+        found = []
+        for batch in _batches(lengths):
+            texts = [documents[i] for i in batch]
+            answers = [expected[i] for i in batch]
+            for left in sides:
+                if padding.left or not left:
+                    worst = _worst(ours, ask, texts, answers, left=left, padding=padding)
+                    found.append(worst)
+        return max(found)
 
 
 def _answers(ours: MaskedModel, x_MC: Tensor, *, width: int) -> Tensor:

@@ -99,7 +99,9 @@ def _origin(
         said.append(f"drawn, for it has none: {', '.join(stems(drawn))}")
     if left_out:
         said.append(f"left out: {', '.join(stems(left_out))}")
-    notes = f" ({'; '.join(said)})" if said else ""
+    notes = ""
+    if said:
+        notes = f" ({'; '.join(said)})"
     return f"Hugging Face folder {folder.name}{notes}"
 
 
@@ -200,11 +202,9 @@ def named_tensors(found: Any, *, where: str) -> dict[str, Tensor]:
     for name, tensor in found.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not isinstance(name, str) or not dense:
-            kind = (
-                f"{tensor.layout} tensor"
-                if isinstance(tensor, Tensor) and not dense
-                else type(tensor).__name__
-            )
+            kind = type(tensor).__name__
+            if isinstance(tensor, Tensor) and not dense:
+                kind = f"{tensor.layout} tensor"
             raise ModelError(
                 f"{where} holds a {kind} under {name!r}; needed: dense tensors under names. Save"
                 " the model's state_dict()."
@@ -289,9 +289,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _max_tokens(folder: Path, config: ModelConfig) -> int | None:
     """model_max_length of the tokenizer, where it says one that the model can do."""
     path = folder / "tokenizer_config.json"
-    found = _read_json(path).get("model_max_length") if path.is_file() else None
+    found = None
+    if path.is_file():
+        found = _read_json(path).get("model_max_length")
     if not isinstance(found, int) or isinstance(found, bool):
         return None
 
     # tokenizers say 10^30 where there is no limit
-    return found if 1 <= found <= config.max_position_embeddings else None
+    if 1 <= found <= config.max_position_embeddings:
+        return found
+    return None

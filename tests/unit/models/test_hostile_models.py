@@ -157,12 +157,12 @@ def test_names_in_a_manifest_stay_in_the_checkpoint(tmp_path):
         ("w@0/master", torch.zeros(2, dtype=torch.int64)),
     ],
 )
-def test_stretches_of_a_strange_name_shape_or_dtype_are_refused(tmp_path, key, tensor):
+def test_slices_of_a_strange_name_shape_or_dtype_are_refused(tmp_path, key, tensor):
     folder = checkpoint(
         tmp_path / "c", state={"format": 1, "optimizer_steps": 1, "shapes": {"w": [2]}}
     )
     save_file({key: tensor}, folder / "rank00000.safetensors")
-    assert "needed: stretches of parameters" in said(CheckpointError, read_weights, folder)
+    assert "needed: slices of parameters" in said(CheckpointError, read_weights, folder)
 
 
 def test_shapes_that_no_file_holds_take_no_memory(tmp_path):

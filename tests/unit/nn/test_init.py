@@ -1,4 +1,4 @@
-"""First values: the deviation of each matrix, and that they depend on the seed and the name alone."""
+"""Initial weights: the deviation of each matrix, and that they depend on the seed and the name alone."""
 
 from __future__ import annotations
 

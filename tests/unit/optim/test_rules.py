@@ -1,4 +1,4 @@
-"""Every optimizer against its slow truth: whole tensors, and stretches of them cut at random as ZeRO cuts groups."""
+"""Every optimizer against its slow truth: whole tensors, and slices of them cut at random as ZeRO cuts groups."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def cut_groups(model, optimizer, parts, chance):
         cuts = [0, *sorted(chance.randrange(total + 1) for _ in range(parts - 1)), total]
         own = []
         for low, high in zip(cuts, cuts[1:]):
-            at, stretches = 0, []
+            at, slices = 0, []
             for p in group["params"]:
                 a, b = max(low, at), min(high, at + p.numel())
                 if a < b:
-                    stretches.append(
+                    slices.append(
                         ParamSlice(
                             name=name_of[p],
                             numel=p.numel(),
@@ -114,7 +114,7 @@ def cut_groups(model, optimizer, parts, chance):
             own.append(
                 FlatPart(
                     tensor=torch.zeros(high - low, dtype=torch.float64),
-                    stretches=tuple(stretches),
+                    slices=tuple(slices),
                     group=number,
                 )
             )
@@ -125,7 +125,7 @@ def cut_groups(model, optimizer, parts, chance):
 
 def fill(flats, values):
     for flat, tensor in flats:
-        for s in flat.stretches:
+        for s in flat.slices:
             s.of(tensor).copy_(values[s.name].flatten()[s.start : s.start + s.length])
 
 
@@ -139,7 +139,7 @@ def test_the_update_is_the_slow_rule(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cut_at_random_the_update_is_that_of_whole_tensors(name):
-    """All flat tensors in one process: the sums over a tensor's stretches, and its matrices, meet without a collective."""
+    """All flat tensors in one process: the sums over a tensor's slices, and its matrices, meet without a collective."""
     start, grads = start_and_grads()
     truth = truth_of(CONFIGS[name], start, grads)
     shapes = {n: tuple(p.shape) for n, p in start.items()}
@@ -148,7 +148,7 @@ def test_cut_at_random_the_update_is_that_of_whole_tensors(name):
         optimizer = build_optimizer(model, CONFIGS[name])
         flats = cut_groups(model, optimizer, parts=1 + seed % 4, chance=chance)
         fill([(flat, flat.tensor) for flat in flats], start)
-        optimizer.set_stretches(flats, shapes=shapes)
+        optimizer.set_slices(flats, shapes=shapes)
         groups = list(optimizer.param_groups)
         for g, lr in zip(grads, LRS):
             for flat in flats:
@@ -162,7 +162,7 @@ def test_cut_at_random_the_update_is_that_of_whole_tensors(name):
             if not seed % 2:
                 optimizer.step()
         for flat in flats:
-            for s in flat.stretches:
+            for s in flat.slices:
                 torch.testing.assert_close(
                     s.of(flat.tensor),
                     truth[s.name].flatten()[s.start : s.start + s.length],
@@ -249,11 +249,11 @@ def test_gradients_that_lie_otherwise_in_memory_are_the_same_gradients(name):
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 def test_a_model_may_go_to_its_device_after_its_optimizer_is_made(rule):
-    """As at stage 0, where no stretches are known later. CUDA is pretended: tensors of sizes and devices alone."""
+    """As at stage 0, where no slices are known later. CUDA is pretended: tensors of sizes and devices alone."""
     with FakeTensorMode():
         model = Small(torch.float32, device="cuda")
         optimizer = build_optimizer(model, OPTIMIZERS[rule]())
-        optimizer._know(optimizer._numels.cpu())  # where the model was when it was made
+        optimizer._set_sizes(optimizer._numels.cpu())  # where the model was when it was made
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
