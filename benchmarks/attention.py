@@ -50,7 +50,9 @@ def lengths(text: str) -> list[int] | str:
     if text == "real":
         return text
     number, _, length = text.partition("x")
-    return [count(length)] * count(number) if length else [count(n) for n in text.split(",")]
+    if length:
+        return [count(length)] * count(number)
+    return [count(n) for n in text.split(",")]
 
 
 def ask(args: argparse.Namespace, report: Report) -> None:

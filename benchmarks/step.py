@@ -390,13 +390,11 @@ def backends_of(
 
 def hf_attention(word: str) -> str:
     """transformers' own word."""
-    return (
-        word
-        if word != "best"
-        else "flash_attention_2"
-        if importlib.util.find_spec("flash_attn")
-        else "sdpa"
-    )
+    if word != "best":
+        return word
+    if importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return "sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,12 +238,12 @@ class PrepareConfig:
             raise ConfigError(
                 f"two sources are named {twice[0]}; needed: a name of its own for each."
             )
-        for mixture, source in (
-            (m, s) for m, given in self.mixtures.items() for s in given.sources
-        ):
-            if source not in names:
+        for mixture, given in self.mixtures.items():
+            unknown = [source for source in given.sources if source not in names]
+            if unknown:
                 raise ConfigError(
-                    f"mixtures.{mixture} names the source {source}. {nearest(source, names)}"
+                    f"mixtures.{mixture} names the source {unknown[0]}."
+                    f" {nearest(unknown[0], names)}"
                 )
         if not 8 <= self.max_tokens_per_document < 2**32:  # lengths.bin holds uint32 at most
             raise ConfigError(
@@ -275,8 +275,6 @@ class PrepareConfig:
         """How many processes encode: the setting, or the cores this process may use."""
         if self.processes:
             return self.processes
-        return (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else (os.cpu_count() or 1)
-        )
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1

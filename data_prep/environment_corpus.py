@@ -328,7 +328,10 @@ def _docstring_paragraphs(text: str) -> list[str]:
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    return [p for docstring in _docstrings(tree) for p in _paragraphs(inspect.cleandoc(docstring))]
+    found: list[str] = []
+    for docstring in _docstrings(tree):
+        found += _paragraphs(inspect.cleandoc(docstring))
+    return found
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:

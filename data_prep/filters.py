@@ -13,11 +13,11 @@ passes `none_of` and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, shortened
 
 ABSENT = object()
 LABEL_CHARS = 70
@@ -90,24 +90,31 @@ class Filter:
             word if value is True and word == "not_empty" else f"{word} {_shown(value)}"
             for word, value in self.rules.items()
         )
-        label = f"{self.column} not {said}"
-        return label if len(label) <= LABEL_CHARS else f"{label[: LABEL_CHARS - 3]}..."
+        return shortened(f"{self.column} not {said}", LABEL_CHARS)
 
     def passes(self, value: Any) -> bool:
         """Whether a document with this value is taken; ABSENT and None are no value. Raises WrongType."""
-        items = value if isinstance(value, list) else [value]
+        items = [value]
+        if isinstance(value, list):
+            items = value
         if value is ABSENT or value is None or items == []:
             return list(self.rules) == ["none_of"]
+
         # a text against a number is a mistake in the filter, not a document to leave out
-        for given in ((self.equals,), self.one_of or (), self.none_of or ()):
+        equals = [w for w in (self.equals,) if w is not None]
+        for given in (equals, self.one_of or (), self.none_of or ()):
             self._check_comparable(items, [w for w in given if w is not None])
+
         # of a list every item must be wanted, and none be unwanted
-        for wanted in (() if self.equals is None else (self.equals,), self.one_of):
-            if wanted and not all(any(_same(item, w) for w in wanted) for item in items):
+        for item in items:
+            if equals and not _is_among(item, equals):
                 return False
-        if any(_same(item, w) for item in items for w in self.none_of or ()):
-            return False
-        if self.not_empty and (not value.strip() if isinstance(value, str) else value == {}):
+            if self.one_of and not _is_among(item, self.one_of):
+                return False
+            if _is_among(item, self.none_of or ()):
+                return False
+
+        if self.not_empty and _is_empty(value):
             return False
         return self._within(value, self.at_least, self.at_most) and self._within_chars(value)
 
@@ -167,3 +174,14 @@ def _same(a: Any, b: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _is_among(item: Any, wanted: Iterable[Any]) -> bool:
+    return any(_same(item, w) for w in wanted)
+
+
+def _is_empty(value: Any) -> bool:
+    """A text of white space, or a mapping without keys; an empty list never comes here."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value == {}

@@ -70,11 +70,9 @@ class Counts:
     def plain(self) -> dict[str, Any]:
         """For segment.json and the card; without bad files, as it was before they were counted."""
         plain = dataclasses.asdict(self)
-        return (
-            plain
-            if self.bad_files
-            else {key: value for key, value in plain.items() if key != "bad_files"}
-        )
+        if not self.bad_files:
+            del plain["bad_files"]
+        return plain
 
     def check(self) -> None:
         """Everything read was written, and each piece got its [CLS] and [SEP]."""
@@ -116,6 +114,14 @@ class Record:
     tokens: dict[str, int]  # by split
     # by split: entries of index.json, with the segment's own file names
     shards: dict[str, list[dict[str, Any]]]
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The shard entries of all splits. Raises KeyError where one is missing."""
+        found: list[dict[str, Any]] = []
+        for split in SPLITS:
+            found += self.shards[split]
+        return found
 
 
 class Ledger:
@@ -175,7 +181,7 @@ class Ledger:
             content = read_json(path, root=dict, error=ShardError, most_bytes=INDEX_BYTES)
             record = Record(**{**content, "counts": Counts(**content["counts"])})
             # names and sizes in it decide what is moved: a name may not lead out of the folder
-            for info in (stored_info(entry) for split in SPLITS for entry in record.shards[split]):
+            for info in map(stored_info, record.entries):
                 plain_name(info["basename"], where=path, error=ShardError, folders=False)
                 if type(info["bytes"]) is not int:
                     raise TypeError("bytes is no whole number")
@@ -225,13 +231,10 @@ class Ledger:
         """OUT/.NAME.part, complete but for its segments folder, becomes OUT/NAME; an older one leaves at the last moment."""
         # from here on the card alone says what the source was made from
         _remove(self.segments)
-        for path in [
-            path
-            for split in SPLITS
-            for path in (self.part / split).glob(".*")
-            if is_leftover(path.name)
-        ]:
-            _remove(path)
+        for split in SPLITS:
+            hidden = list((self.part / split).glob(".*"))
+            for path in [path for path in hidden if is_leftover(path.name)]:
+                _remove(path)
         fsync_path(self.part)
 
         # a kill between the two renames leaves the new one whole as .part: the next run finds it

@@ -94,7 +94,9 @@ def _place_of(content: dict[str, Any]) -> re.Pattern[str] | None:
         ):
             return None
     # WhitespaceSplit ends no word at a mark
-    return _CUT if any(step["type"] == "WhitespaceSplit" for step in steps) else _CUT_AT_MARKS
+    if any(step["type"] == "WhitespaceSplit" for step in steps):
+        return _CUT
+    return _CUT_AT_MARKS
 
 
 def _steps(given: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:

@@ -76,7 +76,9 @@ def assemble(
 def _reasons(counts: Counts) -> str:
     """Why documents were left out, the most frequent reasons first."""
     first = sorted(counts.left_out.items(), key=lambda item: -item[1])[:4]
-    return f": {', '.join(f'{n:,} {reason}' for reason, n in first)}" if first else ""
+    if first:
+        return f": {', '.join(f'{n:,} {reason}' for reason, n in first)}"
+    return ""
 
 
 def _checked(ledger: Ledger, segments: Sequence[Segment], made_from_sha256: str) -> list[Record]:
@@ -106,7 +108,7 @@ def _checked(ledger: Ledger, segments: Sequence[Segment], made_from_sha256: str)
                 " rest. Remove it, and run prepare again."
             )
         record.counts.check()
-        samples = sum(entry["samples"] for split in SPLITS for entry in record.shards[split])
+        samples = sum(entry["samples"] for entry in record.entries)
         if samples != record.counts.pieces:
             raise ShardError(
                 f"{folder} has {samples:,} samples, its counts tell of {record.counts.pieces:,}. "

@@ -56,8 +56,12 @@ def plan(
     config: PrepareConfig, *, mixture: str | None = None, speed_mtok: float | None = None
 ) -> None:
     """Print sources with their costs, and epochs for the mixture named, or for all. Raises ConfigError."""
-    chosen = {mixture: _mixture(config, mixture)} if mixture else config.mixtures
-    speed = TOKENS_PER_CORE_SECOND if speed_mtok is None else speed_mtok * 1e6
+    chosen = config.mixtures
+    if mixture:
+        chosen = {mixture: _mixture(config, mixture)}
+    speed: float = TOKENS_PER_CORE_SECOND
+    if speed_mtok is not None:
+        speed = speed_mtok * 1e6
     if not speed > 0:
         raise ConfigError(
             f"--speed is {speed_mtok:g}; needed: millions of tokens a core encodes in a second,"
@@ -214,12 +218,13 @@ def _remarks(plans: Sequence[SourcePlan], mixtures: dict[str, Mixture]) -> None:
 def _table(rows: Sequence[Sequence[str]]) -> None:
     """Columns that begin with letters to the left, numbers to the right."""
     # a column is of numbers where its first cell below the head begins with a digit
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = [not any(c.isdigit() for c in rows[1][i][:1]) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_number = [cell[:1].isdigit() for cell in rows[1]]
     for row in rows:
-        say(
-            "  ".join(
-                cell.ljust(w) if is_left else cell.rjust(w)
-                for cell, w, is_left in zip(row, widths, left, strict=True)
-            ).rstrip()
-        )
+        cells = []
+        for cell, width, to_the_right in zip(row, widths, is_number, strict=True):
+            if to_the_right:
+                cells.append(cell.rjust(width))
+            else:
+                cells.append(cell.ljust(width))
+        say("  ".join(cells).rstrip())

@@ -100,14 +100,10 @@ def missing_parts(config: PrepareConfig, *, count: int) -> list[int]:
         # a source that is finished, or assembled but for its last rename, needs no part any more
         if not _stands(plan) and not ledger.assembled:
             finished = ledger.finished()
-            missing |= {
-                index
-                for index in range(1, count + 1)
-                if any(
-                    s.number not in finished
-                    for s in Part(index=index, count=count).of(plan.segments)
-                )
-            }
+            for index in range(1, count + 1):
+                segments = Part(index=index, count=count).of(plan.segments)
+                if any(s.number not in finished for s in segments):
+                    missing.add(index)
     return sorted(missing)
 
 
@@ -339,7 +335,7 @@ def _report(plan: _Plan, counts: Counts) -> None:
     # at most SHOWN_FILES are remembered, so a full list says `or more`
     if counts.bad_files:
         more = " or more" if len(counts.bad_files) == SHOWN_FILES else ""
-        files = {stretch.file.name for segment in plan.segments for stretch in segment.stretches}
+        files = set(itertools.chain.from_iterable(map(_names_of_files, plan.segments)))
         say(
             f"  bad files  {len(counts.bad_files):>13,}{more} of {len(files):,}: "
             + "; ".join(
@@ -365,11 +361,10 @@ def _report(plan: _Plan, counts: Counts) -> None:
 
 def _real_texts(plans: list[_Plan], pool: SegmentPool) -> list[str]:
     """Some short documents of every source, for the check of the encoder."""
-    return [
-        text
-        for plan in plans
-        for text in pool.sample(plan.source, plan.segments[0].stretches[0].file)
-    ]
+    texts: list[str] = []
+    for plan in plans:
+        texts += pool.sample(plan.source, plan.segments[0].stretches[0].file)
+    return texts
 
 
 @contextlib.contextmanager
@@ -388,3 +383,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
             f"{error.filename or out}: {error.strerror or error}. "
             "Check the folder out and its rights."
         ) from error
+
+
+def _names_of_files(segment: Segment) -> set[str]:
+    return {stretch.file.name for stretch in segment.stretches}

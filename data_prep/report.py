@@ -52,18 +52,12 @@ def report(folders: Sequence[Path], *, out: Path | None = None) -> None:
     """Print the report; with `out`, also write out/report.html and out/lengths.png. Raises ShardError."""
     found = [summarize(folder) for folder in find_shard_folders(folders)]
     rows = table(found)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         # source and split to the left, numbers to the right
-        words, numbers = (
-            zip(row[:2], widths[:2], strict=True),
-            zip(row[2:], widths[2:], strict=True),
-        )
-        say(
-            "  ".join(
-                [*(cell.ljust(w) for cell, w in words), *(cell.rjust(w) for cell, w in numbers)]
-            )
-        )
+        words = [cell.ljust(w) for cell, w in zip(row[:2], widths[:2], strict=True)]
+        numbers = [cell.rjust(w) for cell, w in zip(row[2:], widths[2:], strict=True)]
+        say("  ".join([*words, *numbers]))
     for summary in _shown(found):
         say(f"\n{summary.folder}: tokens per sample")
         for line in histogram(summary.lengths):
@@ -184,17 +178,20 @@ def _picture(found: Sequence[Summary]) -> bytes:
     return buffer.getvalue()
 
 
+def _table_row(row: Sequence[str], *, tag: str) -> str:
+    cells = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _samples_of(summary: Summary) -> str:
+    head = f"<h3>{html.escape(summary.card.source)} {summary.card.split}</h3>"
+    return head + "".join(f"<pre>{html.escape(text)}</pre>" for text in summary.samples)
+
+
 def _page(rows: Sequence[tuple[str, ...]], found: Sequence[Summary], picture: bytes) -> str:
-    cells = "\n".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
-        # the head's cells are <th>
-        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
-    )
-    samples = "\n".join(
-        f"<h3>{html.escape(s.card.source)} {s.card.split}</h3>"
-        + "".join(f"<pre>{html.escape(text)}</pre>" for text in s.samples)
-        for s in found
-    )
+    head, *body = rows
+    cells = "\n".join([_table_row(head, tag="th"), *(_table_row(row, tag="td") for row in body)])
+    samples = "\n".join(map(_samples_of, found))
     return f"""<!doctype html><meta charset="utf-8"><title>Shards</title>
 <meta name="generator" content="{MADE_BY}">
 <style>body{{font:16px sans-serif;max-width:60em;margin:2em auto}} td,th{{padding:.2em .8em;text-align:right}}

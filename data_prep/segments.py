@@ -109,12 +109,10 @@ def segments_of(source: Source, files: Sequence[InputFile], *, shard_bytes: int)
         at += file.bytes
 
     # numbered anew: those in which nothing begins are left out
-    return [
-        Segment(
-            number=number,
-            begin=of_k[0][0],
-            bytes=sum(size for _, size, _ in of_k),
-            stretches=tuple(stretch for *_, stretch in of_k),
+    segments = []
+    for number, (_, of_k) in enumerate(sorted(found.items())):
+        begins, sizes, stretches = zip(*of_k, strict=True)
+        segments.append(
+            Segment(number=number, begin=begins[0], bytes=sum(sizes), stretches=stretches)
         )
-        for number, (_, of_k) in enumerate(sorted(found.items()))
-    ]
+    return segments

@@ -173,7 +173,10 @@ class _TokenTexts:
     def _read(self, content: dict[str, Any]) -> None:
         vocab = content["model"]["vocab"]
         # of BPE and WordPiece a dictionary, of Unigram a list of (piece, score)
-        ids = vocab if isinstance(vocab, dict) else {t[0]: i for i, t in enumerate(vocab)}
+        if isinstance(vocab, dict):
+            ids = vocab
+        else:
+            ids = {t[0]: i for i, t in enumerate(vocab)}
         added = {a["content"]: a for a in content.get("added_tokens", [])}
         size = max([*ids.values(), *(a["id"] for a in added.values())]) + 1
         text_of = _text_of(content)
@@ -196,7 +199,10 @@ class _TokenTexts:
         for token, about in added.items():
             if not about["special"]:
                 plain[about["id"]] = token.encode("utf-8")
-        self.shown = plain if self.keeps_spaces else plain + [b" " + text for text in plain]
+        if self.keeps_spaces:
+            self.shown = plain
+        else:
+            self.shown = plain + [b" " + text for text in plain]
 
 
 def _between(is_last_T: np.ndarray, begins_P: np.ndarray, ends_P: np.ndarray) -> FoundSentences:

@@ -146,11 +146,12 @@ def sample_head(length: int, width: int) -> bytes:
     """What stands before a sample's ids (streaming's encodings.NDArray): the bytes below, kind and shape. The kind is
     4 x axes + width of the shape."""
     # one axis (4), its size in 1, 2 or 4 bytes (+ 0, 1, 2)
-    shape = (
-        struct.pack("<BB", 4, length)
-        if length < 2**8
-        else (struct.pack("<BH", 5, length) if length < 2**16 else struct.pack("<BI", 6, length))
-    )
+    if length < 2**8:
+        shape = struct.pack("<BB", 4, length)
+    elif length < 2**16:
+        shape = struct.pack("<BH", 5, length)
+    else:
+        shape = struct.pack("<BI", 6, length)
     return struct.pack("<I", len(shape) + length * width) + shape
 
 

@@ -345,7 +345,8 @@ class _Read:
                 f" {_INSIDE.get(word, _INSIDE_TEXT)} Where that is meant: --keep-specials."
             )
         # a sample counts once, however many kinds of them it holds
-        self.special += int(np.sum(np.any([*inside.values()], axis=0))) if inside else 0
+        if inside:
+            self.special += int(np.sum(np.any([*inside.values()], axis=0)))
         self.lacking += int(np.sum(lacks.cls_P | lacks.sep_P))
         if self._splitter:
             begins_P, ends_P = text_stretches(samples.lengths_P, self._specials, lacks)
@@ -395,15 +396,14 @@ def _with_index(folders: Sequence[Path]) -> list[Path]:
     folders below it counts as the folder's own."""
     found: dict[Path, None] = {}
     for folder in folders:
-        below = (
-            [folder]
-            if (folder / INDEX).is_file()
-            else sorted(
+        if (folder / INDEX).is_file():
+            below = [folder]
+        else:
+            below = sorted(
                 path.parent
                 for path in folder.glob(f"**/{INDEX}")
                 if not is_hidden(path, below=folder)
             )
-        )
         if not below:
             raise ShardError(
                 f"{folder} holds no {INDEX}; needed: a folder of MDS shards, or one above such"
@@ -501,8 +501,6 @@ def _wider(stored: ShardSamples, narrow: np.dtype, vocab_size: int) -> str | Non
 def _name_of(folder: Path) -> str:
     """The folder's name, or its parent's where it is named after a split."""
     folder = Path(os.path.realpath(folder))
-    return (
-        folder.parent.name
-        if folder.name in ("train", "val", "validation", "valid", "test", "held_out")
-        else folder.name
-    )
+    if folder.name in ("train", "val", "validation", "valid", "test", "held_out"):
+        return folder.parent.name
+    return folder.name

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -143,10 +144,8 @@ class TextEncoder:
             )
         found = [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
         lengths = np.array([len(f) for f in found], np.int64)
-        return (
-            np.fromiter((i for f in found for i in f), np.uint32, count=int(lengths.sum())),
-            lengths,
-        )
+        ids = np.fromiter(chain.from_iterable(found), np.uint32, count=int(lengths.sum()))
+        return ids, lengths
 
 
 def _of_text_alone(tokenizer_json: Path, native: str) -> Tokenizer:

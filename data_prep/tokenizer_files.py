@@ -142,7 +142,9 @@ def _tokenizer_of(given: Path) -> Path:
             f"{given} has {', '.join(others)}, but no {TOKENIZER}. Write it once with transformers:"
             f" AutoTokenizer.from_pretrained({str(given)!r}).save_pretrained({str(given)!r})."
         )
-    what = "is a folder" if path.is_dir() else "does not exist"
+    what = "does not exist"
+    if path.is_dir():
+        what = "is a folder"
     raise ConfigError(f"{path} {what}; needed: a {TOKENIZER}, or the folder of one.")
 
 

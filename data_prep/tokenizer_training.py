@@ -303,7 +303,9 @@ def sources_of(patterns: Sequence[str]) -> list[Source]:
 
     def source(index: int, pattern: str) -> Source:
         path = Path(pattern)
-        bare = path.with_suffix("") if path.suffix in PACKED_ENDINGS else path
+        bare = path
+        if path.suffix in PACKED_ENDINGS:
+            bare = path.with_suffix("")
         kind = MdsSource if path.name == INDEX else kinds.get(bare.suffix, TextSource)
         return kind(name=f"files_{index}", files=(pattern,))
 
@@ -320,7 +322,9 @@ class _Sample:
                 f"source {hub.name} lies on the hub, and a sample of it would read all of it;"
                 " needed: files. Give --files."
             )
-        self._files = [(source, file) for source in sources for file in find_files(source, root)]
+        self._files = []
+        for source in sources:
+            self._files += [(source, file) for file in find_files(source, root)]
         self._wanted = wanted_bytes
         # files count as they lie, so packed ones give more: `texts` ends at twice the sample
         self._share = min(1.0, wanted_bytes / max(1, sum(file.bytes for _, file in self._files)))

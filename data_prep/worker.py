@@ -451,14 +451,14 @@ class SegmentPool:
         process = self._processes[pipe]
         process.join(DEATH_SECONDS)
         code, count = process.exitcode, len(self._processes)
-        how = (
-            f"by signal {-code} ({signal.Signals(-code).name})"
-            if code and -code in set(signal.Signals)
-            else f"with code {code}"
-        )
+        how = f"with code {code}"
+        if code and -code in set(signal.Signals):
+            how = f"by signal {-code} ({signal.Signals(-code).name})"
         # SIGKILL comes from the kernel when memory is out, and native code aborts (SIGABRT)
         memory = code in (-signal.SIGKILL, -signal.SIGABRT, 1, None)
-        why = ", most likely for want of memory" if memory else ""
+        why = ""
+        if memory:
+            why = ", most likely for want of memory"
         fewer = f"fewer processes than {count} (processes: N), " if count > 1 else ""
         return (
             f"a process that encodes text died {how} at {place}{why}. Run it again with {fewer}a"
@@ -477,7 +477,9 @@ class SegmentPool:
 
 
 def _file_of(job: SegmentJob | SampleJob) -> InputFile:
-    return job.file if isinstance(job, SampleJob) else job.segment.stretches[0].file
+    if isinstance(job, SampleJob):
+        return job.file
+    return job.segment.stretches[0].file
 
 
 DEATH_SECONDS = 10.0  # until the exit code of a process that closed its pipe is known

@@ -138,11 +138,9 @@ def _setting(cls: type, f: dataclasses.Field, hint: Any) -> Setting:
         default = "*needed*"
     held = _classes_in(hint, "")
     if not meaning and held:
-        meaning = (
-            _first_sentence(held[0][0])
-            if len({cls for cls, _ in held}) == 1
-            else "each kind has its settings below"
-        )
+        meaning = "each kind has its settings below"
+        if len({cls for cls, _ in held}) == 1:
+            meaning = _first_sentence(held[0][0])
     return Setting(
         key=f.name, kind=_kind_text(hint), default=_cell(derived or default), meaning=_cell(meaning)
     )
@@ -195,14 +193,14 @@ def _classes_in(hint: Any, key: str) -> list[tuple[type[schema.Settings], str]]:
     inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
     # a list, or a mapping from names: the settings of an item
     if origin is tuple:
-        return [found for a in inner[:1] for found in _classes_in(a, f"{key}[]")]
+        return _classes_in(inner[0], f"{key}[]")
     if origin is dict:
         return _classes_in(inner[1], f"{key}.NAME")
-    return (
-        [found for a in inner for found in _classes_in(a, key)]
-        if origin in (Union, types.UnionType)
-        else []
-    )
+    found: list[tuple[type, str]] = []
+    if origin in (Union, types.UnionType):
+        for option in inner:
+            found += _classes_in(option, key)
+    return found
 
 
 def _first_paragraph(cls: type) -> str:

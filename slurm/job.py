@@ -269,7 +269,7 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
             f" {here}"
         ) from error
     # an override wins over the file, and the last of several
-    found = [value for key, _, value in (o.partition("=") for o in overrides) if key == "out"]
+    found = [o.removeprefix("out=") for o in overrides if o.startswith("out=")]
     lines = (
         list(re.finditer(r"^out[ \t]*:(?:[ \t]+(.*?))?[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE))
         if not found
@@ -299,7 +299,9 @@ def run_folder(run_file: str, overrides: list[str]) -> Path:
 def preflight(job: Job, *, code: int, signalled: str, seconds: float) -> int:
     """Goes on, or ends this start: a mistake stops the job, bad nodes are left out of its next start."""
     # neither a mistake nor a signal is a node's fault
-    bad = sorted(read_bad_nodes(job)) if code not in (0, MISTAKE) and not signalled else []
+    bad = []
+    if code not in (0, MISTAKE) and not signalled:
+        bad = sorted(read_bad_nodes(job))
     job.write("preflight", code=code, seconds=seconds, bad_nodes=bad)
     if code == 0 and not signalled:
         return GO
@@ -334,7 +336,9 @@ def read_bad_nodes(job: Job) -> set[str]:
         job.preflight_folder / "bad_nodes",
         {p.stem for p in job.preflight_folder.glob("*.json")},
     )
-    bad = set(named.read_text(encoding="utf-8").split()) if named.exists() else set()
+    bad = set()
+    if named.exists():
+        bad = set(named.read_text(encoding="utf-8").split())
     # silence of all is no node's fault
     return bad | (set(node_names()) - heard if heard else set())
 
@@ -378,7 +382,9 @@ def end(
         crashes=len(crashes) + (cause == "crash"),
     )
     # before a requeue: SLURM may end this process at once
-    whole = f"{why}; {reason}" if reason else why
+    whole = why
+    if reason:
+        whole = f"{why}; {reason}"
     job.write("end", **facts, decision=decision, why=whole)
     if decision == "requeue":
         refused = requeue(job, leave_out=bad_nodes or [])
@@ -401,7 +407,9 @@ def end(
         return complain(
             f"{why}; {reason}. Report: {report}", code=MISTAKE if cause == "mistake" else FAILED
         )
-    whole = f"{why}; {reason}" if reason else why
+    whole = why
+    if reason:
+        whole = f"{why}; {reason}"
     say(f"{whole}; committed: step {step}, {tokens:,} tokens")
     return NOT_DONE if decision == "submit_again" else ENDED
 
@@ -445,8 +453,12 @@ def decide(
     if cause == "mistake":
         return "stop", "no requeue can mend that"
     if cause == "bad_nodes":
-        before = {node for e in job.events() if e["event"] == "excluded" for node in e["nodes"]}
-        out, here = before | set(bad_nodes), node_names()
+        before: set[str] = set()
+        for event in job.events():
+            if event["event"] == "excluded":
+                before.update(event["nodes"])
+        out = before | set(bad_nodes)
+        here = node_names()
         # one node alone may be bad once
         if set(here) <= set(bad_nodes) and (before or len(here) > 1):
             return (
@@ -545,12 +557,8 @@ def first_error(job: Job) -> str:
         (e["time"] for e in job.events() if e["event"] == "start" and e["restart"] == job.restart),
         default=0.0,
     )
-    files = [
-        p
-        for name in ("errors", "hangs")
-        for p in (job.folder / name).glob("*.txt")
-        if p.stat().st_mtime >= began
-    ]
+    written = [*(job.folder / "errors").glob("*.txt"), *(job.folder / "hangs").glob("*.txt")]
+    files = [p for p in written if p.stat().st_mtime >= began]
     if not files:
         return ""
     return (
@@ -614,11 +622,9 @@ def job_state(job_id: str) -> dict[str, str]:
 def node_names() -> list[str]:
     """The nodes of this job."""
     nodes = os.environ["SLURM_JOB_NODELIST"]
-    return (
-        ask("scontrol", "show", "hostnames", nodes).stdout.split()
-        if re.search(r"[\[,]", nodes)
-        else [nodes]
-    )
+    if re.search(r"[\[,]", nodes):
+        return ask("scontrol", "show", "hostnames", nodes).stdout.split()
+    return [nodes]
 
 
 def requeue(job: Job, *, leave_out: list[str]) -> str:

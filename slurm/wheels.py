@@ -158,11 +158,8 @@ def collect(
     walked: set[tuple[str, str]] = set()
     # a round: fetch what is wanted, then ask those wheels what they require of the target
     while wanted:
-        wanted = [
-            need
-            for need in wanted
-            if not any(fnmatch(canonicalize_name(need.name), pattern) for pattern in without)
-        ]
+        for pattern in without:
+            wanted = [n for n in wanted if not fnmatch(canonicalize_name(n.name), pattern)]
         # all that was asked of a package so far must hold
         for need in wanted:
             name = canonicalize_name(need.name)
@@ -197,7 +194,10 @@ def own_requirements(extras: Iterable[str]) -> list[str]:
     parts = project["optional-dependencies"]
     if unknown := [extra for extra in extras if extra not in parts]:
         raise Refused(f"there is no extra {unknown[0]}. Known: {', '.join(parts)}.")
-    return [*project["dependencies"], *(need for extra in extras for need in parts[extra])]
+    needs = list(project["dependencies"])
+    for extra in extras:
+        needs += parts[extra]
+    return needs
 
 
 def fetch(folder: Path, target: Target, needs: dict[str, SpecifierSet]) -> None:

@@ -78,7 +78,9 @@ class _Records:
         """Read the header, where there is one. Raises ReadError."""
         # a cell is bounded before csv sees it, by the bytes of its lines
         csv.field_size_limit(2**31 - 1)
-        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if self._source.quotes else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_NONE
+        if self._source.quotes:
+            quoting = csv.QUOTE_MINIMAL
         self._reader = csv.reader(
             self._lines(stream), delimiter=self._source.delimiter, quoting=quoting, strict=False
         )
@@ -145,22 +147,22 @@ class _Records:
         while True:
             piece = next(pieces, b"")
             # joined only when a line end has come: else each piece would copy a long line
-            data = (
-                b"".join([*rest, piece])
-                if piece and (rest and (b"\n" in piece or b"\r" in piece))
-                else None
-            )
-            if data is None and piece and rest:
+            ends_a_line = b"\n" in piece or b"\r" in piece
+            if piece and rest and not ends_a_line:
                 rest.append(piece)
                 size += len(piece)
                 self._check(self._line + 1, size)
                 continue
-            data = data if data is not None else piece if piece else b"".join(rest)
+            data = piece
+            if rest:
+                data = b"".join([*rest, piece])
             lines = data.splitlines(keepends=True)
             # what has not ended, or ends in a \r whose \n may follow, waits
             # bytes after the last line end, for the next piece
-            held = lines.pop() if piece and lines and not lines[-1].endswith(b"\n") else b""
-            rest, size = [held] if held else [], len(held)
+            rest = []
+            if piece and lines and not lines[-1].endswith(b"\n"):
+                rest.append(lines.pop())
+            size = sum(map(len, rest))
             for line in lines:
                 yield self._counted(line)
             if not piece:
@@ -201,10 +203,10 @@ class _Columns:
 
     def __init__(self, source: CsvSource, file: InputFile, limits: Limits) -> None:
         self._source, self._file, self._limits = source, file, limits
-        self._convert = [
-            _converter([f for f in source.filters if f.column == name])
-            for name in source.used_columns
-        ]
+        self._convert = []
+        for name in source.used_columns:
+            of_column = [f for f in source.filters if f.column == name]
+            self._convert.append(_converter(of_column))
         self._numbers: list[int] = []
         self._rows: list[list[Any]] = []
         self.malformed: list[tuple[int, int, int]] = []  # line, cells, columns
@@ -224,10 +226,9 @@ class _Columns:
     def flush(self, file_bytes: int) -> Iterator[Block]:
         """The records so far."""
         if self._rows or self.malformed:
-            columns = {
-                name: [row[k] for row in self._rows]
-                for k, name in enumerate(self._source.used_columns)
-            }
+            columns: dict[str, list[Any]] = {}
+            for k, name in enumerate(self._source.used_columns):
+                columns[name] = [row[k] for row in self._rows]
             problems = [
                 (
                     f"line {line}",
@@ -264,13 +265,11 @@ def _converter(filters: list[Filter]) -> Any:
     filter's column is no value."""
     if not filters:
         return lambda cell: cell
-    wanted = [
-        value
-        # what the filters compare with decides what a cell is read as
-        for f in filters
-        for value in (f.equals, *(f.one_of or ()), *(f.none_of or ()))
-        if value is not None
-    ]
+    # what the filters compare with decides what a cell is read as
+    wanted: list[Any] = []
+    for f in filters:
+        given = (f.equals, *(f.one_of or ()), *(f.none_of or ()))
+        wanted += [value for value in given if value is not None]
     numeric = any(f.at_least is not None or f.at_most is not None for f in filters)
     numeric = numeric or any(
         isinstance(value, int | float) and not isinstance(value, bool) for value in wanted
@@ -287,6 +286,8 @@ def _converter(filters: list[Filter]) -> Any:
             return word.lower() == "true"
         if numeric and _WHOLE.fullmatch(word):
             return int(word)
-        return float(word) if numeric and _NUMBER.fullmatch(word) else cell
+        if numeric and _NUMBER.fullmatch(word):
+            return float(word)
+        return cell
 
     return convert

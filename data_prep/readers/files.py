@@ -106,12 +106,12 @@ def _no_match(root: Path, pattern: str, folders: str) -> str:
     if place.is_dir():
         needed = f"one with an {folders}" if folders else f"files, such as {place / '*.jsonl'}"
         return f"{place} is a folder; needed: {needed}."
-    beside = (
-        sorted(p.name for p in place.parent.glob("[!.]*") if p.is_file())[:50]
-        if place.parent.is_dir()
-        else []
-    )
-    what = "matches no file" if glob.has_magic(pattern) else "does not exist"
+    beside = []
+    if place.parent.is_dir():
+        beside = sorted(p.name for p in place.parent.glob("[!.]*") if p.is_file())[:50]
+    what = "does not exist"
+    if glob.has_magic(pattern):
+        what = "matches no file"
     hint = (
         # perhaps a name is misspelled: the nearest of those beside it is named
         nearest(place.name, beside)

@@ -51,9 +51,13 @@ def hub_files(source: HubSource) -> list[InputFile]:
         if len(names) != count:
             names = [f"{source.dataset} {source.split} {i + 1} of {count}" for i in range(count)]
     splits = builder.info.splits or {}
-    known = splits[source.split].num_bytes if source.split in splits else None
+    known = None
+    if source.split in splits:
+        known = splits[source.split].num_bytes
     # only the split's size is known; its files share it evenly
-    size = known // len(names) if known else HUB_FILE_BYTES
+    size = HUB_FILE_BYTES
+    if known:
+        size = known // len(names)
     local = Path(source.dataset)
     return [
         InputFile(
@@ -145,7 +149,9 @@ def _why(file: InputFile, error: Exception) -> str:
 def _names_in(said: str) -> str:
     """The columns in a CastError: 'text: string a: int64 to {...}' names both sides."""
     found = list(dict.fromkeys(_TYPED_NAME.findall(said)))
-    return f" (in all: {', '.join(found[:12])})" if found else ""
+    if found:
+        return f" (in all: {', '.join(found[:12])})"
+    return ""
 
 
 @functools.lru_cache(maxsize=8)

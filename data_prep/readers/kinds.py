@@ -137,10 +137,7 @@ def _kind_by_bytes(head: bytes) -> Kind:
             "other", "nothing but NUL bytes, as after a crash of a machine", "Fetch the file again"
         )
     # UTF-32 of Latin letters: three of each four bytes are 0, in one byte order or the other
-    if any(
-        len(head) >= 16 and all(head[at::4].count(b"\0") > 0.95 * len(head[at::4]) for at in places)
-        for places in ((1, 2, 3), (0, 1, 2))
-    ):
+    if len(head) >= 16 and (_are_zero(head, (1, 2, 3)) or _are_zero(head, (0, 1, 2))):
         return Kind("other", "text in UTF-32", "Save it as UTF-8 (iconv -f UTF-32 -t UTF-8)")
     nuls, controls = head.count(b"\0"), len(head) - len(head.translate(None, _CONTROLS))
     # UTF-16 of Latin letters: every other byte is 0, and of the rest none
@@ -178,11 +175,15 @@ def shape_of(head: bytes) -> Literal["array", "objects", "markup", "pretty objec
     line, _, rest = text.partition(b"\n")
     if text.startswith(b"["):
         # a list that ends in its line, and more below: lines of lists, no array
-        return "array" if not (_is_json(line) and rest.strip()) else "other"
+        if not (_is_json(line) and rest.strip()):
+            return "array"
+        return "other"
     if text.startswith(b"{"):
         if _is_json(line) or b"\n" not in text:
             return "objects"
-        return "pretty object" if line.strip() == b"{" else "other"
+        if line.strip() == b"{":
+            return "pretty object"
+        return "other"
     if re.match(rb"<(!doctype|html|\?xml|!--)", text, re.IGNORECASE):
         return "markup"
     return "other"
@@ -194,3 +195,8 @@ def _is_json(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _are_zero(head: bytes, places: tuple[int, ...]) -> bool:
+    """Whether nearly all bytes at these places of each four are 0."""
+    return all(head[at::4].count(b"\0") > 0.95 * len(head[at::4]) for at in places)

@@ -22,7 +22,9 @@ def line_blocks(
 ) -> Iterator[Block]:
     """Blocks of the whole lines that begin in [begin, end); of whole paragraphs where these are the documents."""
     by_paragraph = isinstance(source, TextSource) and source.document == "paragraph"
-    ends = (b"\n\n", b"\n\r\n") if by_paragraph else (b"\n",)
+    ends: tuple[bytes, ...] = (b"\n",)
+    if by_paragraph:
+        ends = (b"\n\n", b"\n\r\n")
     rest = _Rest(ends, limits.document_bytes)
     at = 0  # where it begins
 
@@ -180,7 +182,10 @@ def text_blocks(source: TextSource, file: InputFile, limits: Limits) -> Iterator
 def line_ends(file: InputFile, source: Source, before: int, limits: Limits) -> int:
     """Line ends in the first `before` bytes of a file, decompressed, as far as it can be read."""
     count = 0
-    window = USUAL_ZSTD_WINDOW if isinstance(source, HubSource) else source.zstd_window_bytes
+    if isinstance(source, HubSource):
+        window = USUAL_ZSTD_WINDOW
+    else:
+        window = source.zstd_window_bytes
     with (
         contextlib.suppress(*READ_ERRORS),
         opened(file.at, file.packing, zstd_window_bytes=window) as (stream, raw),

@@ -181,8 +181,10 @@ def _shard_of(entry: dict[str, Any]) -> TextShard:
 
 
 def _top(column: str, shard: TextShard) -> str | None:
-    top = column if column in shard.names else column.partition(".")[0]
-    return top if top in shard.names else None
+    for name in (column, column.partition(".")[0]):
+        if name in shard.names:
+            return name
+    return None
 
 
 def mds_blocks(source: MdsSource, file: InputFile, limits: Limits) -> Iterator[Block]:

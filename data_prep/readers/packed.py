@@ -188,17 +188,17 @@ def zstd_window(head: bytes) -> int:
 
 def too_wide(place: str, needed: int, allowed: int) -> str:
     """The sentence about a zstd frame whose window is beyond the settings."""
-    size = (
-        f"of {needed:,} bytes (as zstd --long writes)"
-        if needed
-        else "wider than the settings allow (as zstd --long writes)"
-    )
+    size = "wider than the settings allow (as zstd --long writes)"
+    if needed:
+        size = f"of {needed:,} bytes (as zstd --long writes)"
     if needed > MOST_ZSTD_WINDOW:
         return (
             f"{place} needs a zstd window {size}; at most {MOST_ZSTD_WINDOW:,} can be read. Pack it"
             f" anew, or {SKIP}."
         )
-    enough = 1 << (needed - 1).bit_length() if needed else MOST_ZSTD_WINDOW
+    enough = MOST_ZSTD_WINDOW
+    if needed:
+        enough = 1 << (needed - 1).bit_length()
     return (
         f"{place} needs a zstd window {size}; zstd_window_bytes is {allowed:,}. Set the source's"
         f" zstd_window_bytes: {enough} (a process may take as much more memory), or {SKIP}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_prep.config import ColumnSource, TextSource
@@ -33,11 +33,10 @@ def parse(block: Block) -> Parsed:
         return result
     for place, wrong in block.malformed:
         result.leave_out("not csv", f"{block.file} {place} {wrong}")
-    rows = (
-        _table_rows(block, block.columns)
-        if block.columns is not None
-        else _json_rows(block, source, result)
-    )
+    if block.columns is not None:
+        rows = _table_rows(block, block.columns)
+    else:
+        rows = _json_rows(block, source, result)
     for place, row in rows:
         try:
             # a document is counted under the first filter that it does not pass
@@ -171,9 +170,10 @@ def _used_fields(source: ColumnSource, line: bytes) -> Any:
     """The fields of a line that the source names, where the rest is what Python's parser does not take: an integer of
     5,000 digits, a list 2,000 levels deep, bytes that are not UTF-8. ABSENT where these are not to be had.
     """
-    names = source.used_columns
+    # of a dotted name the outer key, too
+    names = {*source.used_columns, *(name.partition(".")[0] for name in source.used_columns)}
     try:
-        return fields_of(line, {part for name in names for part in (name, name.partition(".")[0])})
+        return fields_of(line, names)
     except (ValueError, RecursionError):
         return ABSENT
 
@@ -191,7 +191,9 @@ def _table_rows(
     block: Block, columns: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     count = len(next(iter(columns.values())))
-    numbers = range(block.first, block.first + count) if block.numbers is None else block.numbers
+    numbers: Sequence[int] = range(block.first, block.first + count)
+    if block.numbers is not None:
+        numbers = block.numbers
     for number, values in zip(numbers, zip(*columns.values(), strict=True), strict=True):
         row = {
             name: value for name, value in zip(columns, values, strict=True) if value is not ABSENT

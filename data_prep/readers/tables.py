@@ -360,7 +360,9 @@ def _column(table: Any, column: str, source: TableSource, file: InputFile) -> An
             )
         array = pyarrow.compute.struct_field(array, name)
     # texts may be stored as numbers of a dictionary's entries
-    kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
+    kind = array.type
+    if pyarrow.types.is_dictionary(array.type):
+        kind = array.type.value_type
     words = (
         pyarrow.types.is_string,
         pyarrow.types.is_large_string,
@@ -377,7 +379,10 @@ def _column(table: Any, column: str, source: TableSource, file: InputFile) -> An
 
 def top(column: str, names: list[str], file: InputFile) -> str:
     """The column of a table that holds `column`: itself, or the a of a.b.c. Raises ReadError."""
-    found = column if column in names else column.partition(".")[0]
+    if column in names:
+        found = column
+    else:
+        found = column.partition(".")[0]
     if found not in names:
         raise ReadError(
             f"{file.place} has no column {column!r}. {nearest(column, sorted(names))} "

@@ -319,6 +319,13 @@ def to_yaml(value: Any) -> str:
     return yaml.safe_dump(to_plain(value), sort_keys=False, allow_unicode=True, width=120)
 
 
+def value_at(value: Any, key: str) -> Any:
+    """What a plain value has under a key; None where it is no mapping, or has no such key."""
+    if not isinstance(value, Mapping):
+        return None
+    return value.get(key)
+
+
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two plain values differ; an item that one of two lists lacks is None there."""
     if isinstance(old, dict) and isinstance(new, dict):

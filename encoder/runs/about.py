@@ -86,7 +86,9 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     events = read_jsonl(folder / EVENTS)
     starts = [e for e in events if e.get("event") in ("start", "resume")]
     told = [e for e in starts if isinstance(e.get("about"), dict)]
-    about = told[-1]["about"] if told else {}
+    about = {}
+    if told:
+        about = told[-1]["about"]
     m = run.model
     optimizer = next((w for w, kind in OPTIMIZERS.items() if type(run.optimizer) is kind), "")
     # where no start told it, counted from the shape
@@ -97,7 +99,9 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     }
     share = getattr(run.objective, "mask_share", None)
     if share is not None:
-        pairs = " and pairs of sentences" if run.objective.pairs else ""
+        pairs = ""
+        if run.objective.pairs:
+            pairs = " and pairs of sentences"
         lines["objective"] = f"masked tokens, {share:.0%} of the text{pairs}"
     for source in about.get("sources") or data_facts(run):
         if isinstance(source, dict) and isinstance(source.get("tokens"), int):

@@ -73,7 +73,9 @@ def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None)
             f"branch_from {path} {found}; needed: a run folder or one of its checkpoints, whose"
             " optimizer state the run goes on with. Weights alone: init_from."
         )
-    checkpoint = path if is_checkpoint else newest_checkpoint(path / CHECKPOINTS)
+    checkpoint: Path | None = path
+    if not is_checkpoint:
+        checkpoint = newest_checkpoint(path / CHECKPOINTS)
     if checkpoint is None:
         raise CheckpointError(
             f"branch_from {path} holds no checkpoint yet; needed: a run that has saved one."

@@ -9,6 +9,7 @@ plan, doctor, submit and pretrain ask here. What a single setting may be is chec
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def _pairs_of_nothing(run: RunConfig) -> Iterator[str]:
     groups = [list(_known(where, sources)) for where, sources in _mixtures(run)]
     held_out = list(_held_out(run))
     # said once: whoever prepares them again does so with all
-    for known in [known for group in [*groups, held_out] for known in group]:
+    for known in itertools.chain(*groups, held_out):
         if not known.card.sentences_sha256:
             yield (
                 f"{known.where} {known.config.folder} does not say where its sentences end, which"
@@ -164,7 +165,8 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
         yield "objective.mask_share has no effect: each phase has a mask_share of its own."
     yield from run.objective.without_effect(lambda name: _is_given(run, "objective", name))
 
-    cached = [source for _, sources in _mixtures(run) for source in sources if source.cache]
+    training = itertools.chain.from_iterable(sources for _, sources in _mixtures(run))
+    cached = [source for source in training if source.cache]
     if cached and run.data.shuffle_shards > SHARDS_PER_GROUP:
         yield (
             f"data.shuffle_shards {run.data.shuffle_shards}: so many shards of {cached[0].path} are"
@@ -351,7 +353,9 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
                     f" ({other.name}): it counts twice."
                 )
 
-    rows = run.evaluation.rows if run.evaluation else 0
+    rows = 0
+    if run.evaluation:
+        rows = run.evaluation.rows
     for known in _held_out(run):
         asked = rows * run.data.row_tokens
         if known.card.tokens < asked and "evaluation" not in {d.key for d in run.derived}:
@@ -403,7 +407,9 @@ def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterato
         # the same packed again with documents whole, to say what it would gain
         room = max(run.data.row_tokens, whole)
         other = fill_rows(run, phase, max_tokens=whole, row_tokens=room)
-        rows = f" and data.row_tokens {room:,}" if room != run.data.row_tokens else ""
+        rows = ""
+        if room != run.data.row_tokens:
+            rows = f" and data.row_tokens {room:,}"
         better = other.fill if other else 1.0
         yield (
             f"{share:.0%} of the documents of phase {phase.name} are just above"

@@ -26,6 +26,7 @@ from encoder.base.schema import (
     expand_paths,
     from_mapping,
     to_plain,
+    value_at,
 )
 from encoder.base.units import short_count
 from encoder.data.order import SHARDS_PER_GROUP
@@ -270,7 +271,10 @@ class Derived:
     @property
     def text(self) -> str:
         """One line for people."""
-        value = f"{self.value:,}" if type(self.value) is int else self.value
+        if type(self.value) is int:
+            value = f"{self.value:,}"
+        else:
+            value = self.value
         return (
             f"{self.key} {value}: {self.why}"
             if not isinstance(value, (dict, list))
@@ -461,8 +465,12 @@ class RunConfig:
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Of all phases and of the evaluation; a source that several phases share stands several times."""
-        training = (s for phase in self.phases for s in self.sources_of(phase))
-        return (*training, *(self.evaluation.sources if self.evaluation else ()))
+        found: list[SourceConfig] = []
+        for phase in self.phases:
+            found += self.sources_of(phase)
+        if self.evaluation:
+            found += self.evaluation.sources
+        return tuple(found)
 
     def rows_at(self, phase: PhaseConfig, phase_tokens: int) -> int:
         """Rows of the next step when `phase_tokens` were seen in the phase."""
@@ -566,7 +574,10 @@ def identity_of(run: RunConfig | dict[str, Any]) -> dict[str, Any]:
     No path is among them, for it is content that decides: encoder.runs.same holds cards, initial weights, a branch's parent
     and the objective's stored models against what the checkpoint has of them.
     """
-    plain = _with_old_meanings(run) if isinstance(run, dict) else to_plain(run)
+    if isinstance(run, dict):
+        plain = _with_old_meanings(run)
+    else:
+        plain = to_plain(run)
     identity = _without_places({key: plain.get(key) for key in IDENTITY})
     for key in ("init_from", "branch_from"):
         identity[key] = _A_MODEL if plain.get(key) else None
@@ -581,9 +592,11 @@ _A_MODEL = "a stored model"  # whichever path names it
 
 def _without_models(objective: Any) -> Any:
     """The settings of an objective without where its stored models lie."""
-    word = objective.get("name") if isinstance(objective, dict) else None
+    word = value_at(objective, "name")
     models = getattr(OBJECTIVES.get(word), "STORED_MODELS", ()) if isinstance(word, str) else ()
-    return {**objective, **dict.fromkeys(models, _A_MODEL)} if models else objective
+    if models:
+        return {**objective, **dict.fromkeys(models, _A_MODEL)}
+    return objective
 
 
 # of a phase, which are in its `model` now
@@ -662,7 +675,9 @@ def _default_at(run: RunConfig, dotted: str) -> Any:
     if factory is not dataclasses.MISSING:
         return to_plain(factory())
     default = fields[name].default
-    return default if default is dataclasses.MISSING else to_plain(default)
+    if default is dataclasses.MISSING:
+        return default
+    return to_plain(default)
 
 
 # of a source: where it is, and how much of it is too much
@@ -678,7 +693,9 @@ def _without_places(plain: Any) -> Any:
     """The settings without where a source lies and where its files are kept: neither decides anything."""
     if isinstance(plain, dict):
         return {k: _without_places(v) for k, v in plain.items() if k not in PLACES}
-    return [_without_places(v) for v in plain] if isinstance(plain, list) else plain
+    if isinstance(plain, list):
+        return [_without_places(v) for v in plain]
+    return plain
 
 
 def with_preset(mapping: dict[str, Any], *, where: str) -> dict[str, Any]:

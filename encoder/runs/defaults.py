@@ -262,9 +262,9 @@ class _Filler:
         """Rows of the embedding: the source's, more where tokens were added to the shards' tokenizer; and why."""
         edited = self.mapping.get("vocabulary")
         added = isinstance(edited, dict) and edited.get("added") in ("drawn", "mean")
-        card = (
-            next((c for c in map(_card_at, _folders(self.mapping)) if c), None) if added else None
-        )
+        card = None
+        if added:
+            card = next((c for c in map(_card_at, _folders(self.mapping)) if c), None)
         if card is None or card.vocab_size <= source.vocab_size:
             return source.vocab_size, f"that of {word}"
         rows = whole_vocabulary(card.vocab_size)
@@ -282,7 +282,9 @@ class _Filler:
     def _needs(self) -> tuple[Any, Mapping[str, int]]:
         """The objective's word, and the least values of settings that it needs."""
         objective = self.mapping.get("objective")
-        word = objective.get("name") if isinstance(objective, dict) else objective
+        word = objective
+        if isinstance(objective, dict):
+            word = objective.get("name")
         known = OBJECTIVES.get(word) if isinstance(word, str) else None
         return word, getattr(known, "model_needs", {})
 
@@ -350,14 +352,12 @@ class _Filler:
         lanes = lanes if isinstance(lanes, int) and lanes > 0 else 1
 
         # every size that a batch may have: a row must divide all of them
-        warmups = [p["batch_warmup"] for p in phases if isinstance(p.get("batch_warmup"), dict)]
         amounts = [_amount(p.get("batch_tokens")) for p in phases]
-        amounts += [
-            _amount(w[key])
-            for w in warmups
-            for key in ("from_tokens", "increase_tokens")
-            if key in w
-        ]
+        for warmup in [
+            p["batch_warmup"] for p in phases if isinstance(p.get("batch_warmup"), dict)
+        ]:
+            given = [key for key in ("from_tokens", "increase_tokens") if key in warmup]
+            amounts += [_amount(warmup[key]) for key in given]
         longest = max(
             (a for p in phases if (a := _amount(p.get("max_tokens_per_document")))),
             default=DOCUMENT_TOKENS,
@@ -410,9 +410,9 @@ class _Filler:
 
     def _fill_intervals(self) -> None:
         m = self.mapping
-        tokens, batches = (
-            [_amount(p.get(key)) or 1 for p in phases_of(m)] for key in ("tokens", "batch_tokens")
-        )
+        phases = phases_of(m)
+        tokens = [_amount(p.get("tokens")) or 1 for p in phases]
+        batches = [_amount(p.get("batch_tokens")) or 1 for p in phases]
 
         every = min(
             max(sum(tokens) // TIMES, LEAST_STEPS * max(batches, default=1)), MOST_BETWEEN_TOKENS
@@ -491,7 +491,9 @@ def row_tokens_of(step_tokens: int, *, longest_tokens: int) -> int:
     ]
     # at least 8 rows a step, and none longer than one forward of a GPU needs
     shared = [d for d in divisors if d <= min(MOST_ROW_TOKENS, step_tokens // ROWS_A_STEP)]
-    return max(shared) if shared else min(divisors)
+    if shared:
+        return max(shared)
+    return min(divisors)
 
 
 def _most_positions(model: Any) -> Any:
@@ -499,7 +501,9 @@ def _most_positions(model: Any) -> Any:
     if not isinstance(model, dict):
         return None
     system = model.get("system")
-    family = SYSTEMS.get(system) if isinstance(system, str) else None
+    family = None
+    if isinstance(system, str):
+        family = SYSTEMS.get(system)
     return model.get("max_position_embeddings", getattr(family, "max_position_embeddings", None))
 
 
@@ -509,10 +513,10 @@ def _sources(holder: Any) -> list[dict[str, Any]]:
 
 
 def _folders(mapping: Mapping[str, Any]) -> Iterator[Path]:
-    for source in [
-        *_sources(mapping.get("data")),
-        *(s for p in phases_of(mapping) for s in _sources(p)),
-    ]:
+    sources = _sources(mapping.get("data"))
+    for phase in phases_of(mapping):
+        sources = [*sources, *_sources(phase)]
+    for source in sources:
         place = _place_of(source)
         if isinstance(place, str):
             yield Path(place)
@@ -564,7 +568,9 @@ def _seed_of(path: str) -> int | None:
 def _started_settings(out: Any) -> dict[str, Any]:
     """What the run folder was started with; empty for a folder that holds no run."""
     with contextlib.suppress(UserError, OSError, ValueError):
-        folder = Path(out) if isinstance(out, str) and out else None
+        folder = None
+        if isinstance(out, str) and out:
+            folder = Path(out)
         if folder and (folder / RUN_FILE).is_file():
             ledger = folder / LEDGER
             # run.yaml alone is of a start that failed before its first step

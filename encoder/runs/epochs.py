@@ -65,12 +65,10 @@ def count_repeats(run: RunConfig) -> list[Repeats]:
 
 def repeats_text(repeats: list[Repeats]) -> str:
     """'stable: web 0.42, code 1.3; decay: web 0.05', for people."""
-    phases = dict.fromkeys(r.phase for r in repeats)
-    return "; ".join(
-        f"{phase}: "
-        + ", ".join(f"{r.source} {_times(r.epochs)}" for r in repeats if r.phase == phase)
-        for phase in phases
-    )
+    of_phases: dict[str, list[str]] = {}
+    for r in repeats:
+        of_phases.setdefault(r.phase, []).append(f"{r.source} {_times(r.epochs)}")
+    return "; ".join(f"{phase}: {', '.join(texts)}" for phase, texts in of_phases.items())
 
 
 def many_epochs_text(repeats: list[Repeats]) -> str | None:
@@ -94,4 +92,6 @@ def many_epochs_text(repeats: list[Repeats]) -> str | None:
 
 
 def _times(epochs: float) -> str:
-    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+    if epochs >= 100:
+        return f"{epochs:,.0f}"
+    return f"{epochs:.3g}"

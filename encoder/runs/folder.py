@@ -83,11 +83,13 @@ def merged_metrics(path: Path) -> list[dict[str, Any]]:
 
 def flat(values: Mapping[str, Any], key: str = "") -> list[tuple[str, Any]]:
     """Names and values of a line, those of inner tables as `outer.inner`."""
-    return [
-        pair
-        for k, v in values.items()
-        for pair in (flat(v, f"{key}{k}.") if isinstance(v, dict) else [(f"{key}{k}", v)])
-    ]
+    pairs = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs += flat(value, f"{key}{name}.")
+        else:
+            pairs.append((f"{key}{name}", value))
+    return pairs
 
 
 def append_line(file: IO[str], line: dict[str, Any]) -> None:

@@ -47,7 +47,9 @@ def write_run_file(folder: Path, run: RunConfig) -> None:
     path = folder / RUN_FILE
     text = to_yaml(run)
     # what another start or version wrote may differ as well, and is written over
-    found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else text
+    found = text
+    if path.exists():
+        found = path.read_text(encoding="utf-8", errors="replace")
     if found != text and _is_edited(found):
         if (folder / EDITED).exists():
             raise CheckpointError(

@@ -65,9 +65,10 @@ def write_out_mixtures(mapping: dict[str, Any], *, run_file: Path) -> None:
         if isinstance(choice, dict) and usual_file is not None:
             choice = {"file": usual_file, **choice}
         mixture, out = _read_mixture(choice, key=f"{key}.mixture", run_file=run_file)
-        holder["sources"] = (
-            held_out_of(mixture, out=out) if key == "evaluation" else sources_of(mixture, out=out)
-        )
+        if key == "evaluation":
+            holder["sources"] = held_out_of(mixture, out=out)
+        else:
+            holder["sources"] = sources_of(mixture, out=out)
 
 
 def keys_written_out(mapping: dict[str, Any]) -> tuple[str, ...]:
@@ -100,11 +101,9 @@ def _read_mixture(choice: Any, *, key: str, run_file: Path) -> tuple[Mixture, st
 
     if choice.name not in preparation.mixtures:
         known = list(preparation.mixtures)
-        hint = (
-            nearest(choice.name[:200], known)
-            if known
-            else "It has none; `mixtures` is where they stand."
-        )
+        hint = "It has none; `mixtures` is where they stand."
+        if known:
+            hint = nearest(choice.name[:200], known)
         raise ConfigError(
             f"{run_file}: {key}.name is {choice.name[:80]!r}, which is no mixture of {file}. {hint}"
         )
@@ -124,14 +123,13 @@ def _find(file: str, *, key: str, run_file: Path) -> Path:
     if found is not None:
         return found
     # names for "did you mean": the YAML files where it was looked for
-    beside = {path.name for place in places for path in place.parent.glob("*.y*ml")} - {
-        run_file.name
-    }
-    hint = (
-        nearest(Path(file).name, sorted(beside))
-        if beside
-        else "Needed: the path of a preparation file."
-    )
+    beside: set[str] = set()
+    for place in places:
+        beside.update(path.name for path in place.parent.glob("*.y*ml"))
+    beside.discard(run_file.name)
+    hint = "Needed: the path of a preparation file."
+    if beside:
+        hint = nearest(Path(file).name, sorted(beside))
     raise ConfigError(
         f"{run_file}: {key}.file {file} does not exist, neither from the run file's folder nor from"
         f" {os.getcwd()}. {hint}"

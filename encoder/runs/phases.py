@@ -50,7 +50,9 @@ def enter_next_phase(progress: Progress) -> Progress:
 
 def phase_of_weights(progress: Progress) -> int:
     """The phase whose theta the model had when it was saved: at the end of a phase the next one is entered but not begun."""
-    return progress.phase - 1 if progress.phase_step == 0 and progress.phase > 0 else progress.phase
+    if progress.phase_step == 0 and progress.phase > 0:
+        return progress.phase - 1
+    return progress.phase
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,9 @@ class PlannedSteps(Sequence[PlannedStep]):
         return self._step(self.stretches[number], index - self._firsts[number])
 
     def __iter__(self) -> Iterator[PlannedStep]:
-        return (
-            self._step(stretch, place)
-            for stretch in self.stretches
-            for place in range(stretch.steps)
-        )
+        for stretch in self.stretches:
+            for place in range(stretch.steps):
+                yield self._step(stretch, place)
 
     def indices(self, phase: int, *, until_tokens: int | None = None) -> range:
         """Of the steps of a phase; of those alone before which it had at most `until_tokens`."""

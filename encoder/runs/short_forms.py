@@ -19,12 +19,16 @@ def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any
     """
     mapping = long_form(read_mapping(path))
     # overrides of sources that a mixture stands for wait until it is written out
-    keys = keys_written_out(mapping)
-    into_written_out = tuple(f"{key}{end}" for key in keys for end in (".", "="))
-    put_overrides(mapping, [o for o in overrides if not o.startswith(into_written_out)])
+    written_out = tuple(f"{key}." for key in keys_written_out(mapping))
+
+    def waits(override: str) -> bool:
+        # data.sources=... and data.sources.0.weight=...
+        return override.replace("=", ".", 1).startswith(written_out)
+
+    put_overrides(mapping, [o for o in overrides if not waits(o)])
     mapping = long_form(mapping)
     write_out_mixtures(mapping, run_file=Path(path))
-    put_overrides(mapping, [o for o in overrides if o.startswith(into_written_out)])
+    put_overrides(mapping, list(filter(waits, overrides)))
     return long_form(mapping)
 
 

@@ -80,11 +80,11 @@ def edits_of(source: Path, shards: Path, config: VocabularyConfig | None) -> Edi
     Raises ModelError for any other difference, and for a renaming that is none.
     """
     # id -> token in both
-    there, here = (
-        {i: token for token, i in read_tokenizer_json(path, error=ModelError).ids.items()}
-        for path in (source, shards)
-    )
-    renames = config.renamed if config else {}
+    there = _tokens_of(source)
+    here = _tokens_of(shards)
+    renames: Mapping[str, str] = {}
+    if config:
+        renames = config.renamed
     renamed: dict[int, str] = {}
     added: dict[int, str] = {}
     # three kinds of differences: renamed, added, and those that are refused
@@ -154,3 +154,9 @@ def _opened(tokenizer_json: Path) -> Tokenizer:
     what = f"{tokenizer_json} cannot be used as a tokenizer.json"
     with native_path(tokenizer_json) as path, native_code(what, error=ModelError):
         return tokenizers.Tokenizer.from_file(path)
+
+
+def _tokens_of(tokenizer_json: Path) -> dict[int, str]:
+    """The token of each id."""
+    ids = read_tokenizer_json(tokenizer_json, error=ModelError).ids
+    return {number: token for token, number in ids.items()}

@@ -45,8 +45,13 @@ def read_model(path: Path) -> StoredModel:
     if (path / CONFIG).is_file():
         return read_hf(path)
     names = sorted(p.name for p in path.iterdir())
-    shown = names if len(names) <= 3 else [*names[:3], "..."]
-    found = f"holds {', '.join(shown)}" if names else "is empty"
+    if len(names) <= 3:
+        shown = names
+    else:
+        shown = [*names[:3], "..."]
+    found = "is empty"
+    if names:
+        found = f"holds {', '.join(shown)}"
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")
 
 

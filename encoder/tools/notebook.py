@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class LoadedModel:
             for documents in _forwards(self._documents(texts)):
                 x_TC = self.model.hidden_states(packed_documents(documents))
                 # copies: one text that is kept or saved does not hold the others
-                states += [x.clone() for x in x_TC.split([len(d) for d in documents])]
+                states += [x.clone() for x in x_TC.split(list(map(len, documents)))]
         return states
 
     def logits(self, texts: Sequence[str]) -> list[Tensor]:
@@ -153,8 +154,10 @@ def metrics(run: Path | str) -> dict[str, list[Any]]:
     One entry per step and phase, None where a step has no such number. Raises UserError.
     """
     lines = [dict(flat(line)) for line in read_metrics(Path(expand_path(run)))]
-    names = dict.fromkeys(name for line in lines for name in line)
-    return {name: [line.get(name) for line in lines] for name in names}
+    columns: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(chain.from_iterable(lines)):
+        columns[name] = [line.get(name) for line in lines]
+    return columns
 
 
 def open_shards(path: Path | str, *, cache: Path | str | None = None) -> Shards:

@@ -58,11 +58,10 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         # the deepspeed launcher leaves it unset: every rank would take all cores
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // world.local_size))
 
     if device.type == "cpu":

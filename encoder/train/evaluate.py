@@ -42,9 +42,11 @@ def held_out_numbers(
     shown = {"": _added([s[first] for s in sums.values()])}
     if len(sums) > 1:
         shown |= {f"_{name}": s[first] for name, s in sums.items()}
-    further = {f"_{term}": _added([s[term] for s in sums.values()]) for term in others}
-    # no target anywhere: the text has no such pairs, say
-    shown |= {end: s for end, s in further.items() if s.count}
+    for term in others:
+        summed = _added([s[term] for s in sums.values()])
+        # no target anywhere: the text has no such pairs, say
+        if summed.count:
+            shown[f"_{term}"] = summed
     losses = {f"held_out_loss{end}": _mean(s.sum, s.count) for end, s in shown.items()}
     return losses | {
         f"held_out_accuracy{end}": _mean(s.correct, s.count) for end, s in shown.items()
@@ -56,7 +58,9 @@ def _added(sums: Sequence[TermSum]) -> TermSum:
 
 
 def _mean(total: float, count: int) -> float:
-    return total / count if count else math.nan
+    if count:
+        return total / count
+    return math.nan
 
 
 def unigram_entropy(counts_V: np.ndarray, special_ids: Sequence[int]) -> float:

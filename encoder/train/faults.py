@@ -25,7 +25,9 @@ class Deadline:
     def __init__(self, max_hours: float | None, *, started: float, env: Mapping[str, str]) -> None:
         """`started` as time.time()."""
         # setting -> end, as time of day: whichever comes first
-        ends = {"faults.max_hours": started + 3600 * max_hours} if max_hours is not None else {}
+        ends = {}
+        if max_hours is not None:
+            ends = {"faults.max_hours": started + 3600 * max_hours}
         if (end := number_in_name(env.get("SLURM_JOB_END_TIME", ""))) is not None:
             ends["SLURM_JOB_END_TIME"] = float(end)
         self.of, self._end = min(ends.items(), key=lambda item: item[1], default=("", math.inf))

@@ -30,7 +30,9 @@ BF16_PEAKS = {
 
 def bf16_peak(device: torch.device) -> float | None:
     """FLOP per second that the device can do at most in bf16, or None where this is not known."""
-    return BF16_PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if device.type == "cuda":
+        return BF16_PEAKS.get(torch.cuda.get_device_name(device))
+    return None
 
 
 def document_lengths(batch: TokenBatch) -> np.ndarray:
@@ -123,14 +125,20 @@ class SpeedMeter:
     @property
     def mfu(self) -> float | None:
         """Model FLOP utilization (PaLM, Chowdhery et al. 2022, appendix B): the share of the peak, 0 to 1."""
-        return self._per_second(3) / self._peak if self._peak else None
+        if self._peak:
+            return self._per_second(3) / self._peak
+        return None
 
     def seconds_for(self, tokens: int) -> float:
         """Seconds until this many more tokens are done at the present speed."""
         speed = self.tokens_per_second
-        return tokens / speed if speed else 0.0
+        if speed:
+            return tokens / speed
+        return 0.0
 
     def _per_second(self, column: int) -> float:
         # sums over sums: a long step counts for as long as it took
         seconds = sum(s[0] for s in self._steps)
-        return sum(s[column] for s in self._steps) / seconds if seconds else 0.0
+        if seconds:
+            return sum(s[column] for s in self._steps) / seconds
+        return 0.0

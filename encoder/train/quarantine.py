@@ -51,9 +51,9 @@ class Quarantine:
         """Of the run folder, or, where only a checkpoint was copied, as the checkpoint has them."""
         self.path = folder / QUARANTINE
         try:
-            found = (
-                read_json(self.path, error=ShardError, root=list) if self.path.exists() else saved
-            )
+            found = saved
+            if self.path.exists():
+                found = read_json(self.path, error=ShardError, root=list)
             self.lost = [LostShard(**values) for values in found]
         except (ShardError, TypeError) as error:
             raise ShardError(

@@ -160,7 +160,9 @@ class Recorder:
         self._show(data, result, lr=lr, memory=memory)
 
     def _mfu(self) -> dict[str, float]:
-        return {} if self.speed.mfu is None else {"mfu": round(self.speed.mfu, 4)}
+        if self.speed.mfu is None:
+            return {}
+        return {"mfu": round(self.speed.mfu, 4)}
 
     def _bad_step(self, result: StepResult, fault: str, monitor: StepMonitor) -> None:
         progress, phase = self._session.progress, self._session.phase
@@ -173,7 +175,9 @@ class Recorder:
                 loss=_finite(result.loss),
                 grad_norm=_finite(result.grad_norm),
             )
-        again = ", says the ledger" if monitor.is_recorded(progress.step) else ""
+        again = ""
+        if monitor.is_recorded(progress.step):
+            again = ", says the ledger"
         say(
             f"step {progress.step:>6}  {phase.name}  bad: {_FAULT_TEXTS[fault]}{again}  loss"
             f" {result.loss:.3f}  gradient norm {result.grad_norm:.3g}  {monitor.in_a_row} in a row"
@@ -189,7 +193,9 @@ class Recorder:
             - progress.phase_tokens,
         )
         mfu = self._mfu()
-        computing = f"mfu {mfu['mfu']:.0%}" if mfu else f"{speed.tflops_per_second:.4g} TFLOP/s"
+        computing = f"{speed.tflops_per_second:.4g} TFLOP/s"
+        if mfu:
+            computing = f"mfu {mfu['mfu']:.0%}"
         columns = [
             f"step {progress.step:>6}",
             self._session.phase.name,
@@ -250,7 +256,9 @@ class Recorder:
                 f"the held-out rows of {', '.join(silent)} have no masked token, and so no loss."
                 " Raise evaluation.rows or evaluation.mask_share"
             )
-        beside = f" (unigram entropy {self._entropy:.2f})" if self._entropy is not None else ""
+        beside = ""
+        if self._entropy is not None:
+            beside = f" (unigram entropy {self._entropy:.2f})"
         # of each of several sources, and of each further loss term
         shown = [*(sources if len(sources) > 1 else []), *session.engine.objective.terms[1:]]
         of_each = [
@@ -261,7 +269,9 @@ class Recorder:
         ]
         # after enter_next_phase: the phase before ended at this step, and has its own line
         begins = progress.step and not progress.phase_step
-        as_of = f" as phase {session.phase.name} asks" if begins else ""
+        as_of = ""
+        if begins:
+            as_of = f" as phase {session.phase.name} asks"
         say(
             "  ".join(
                 [
@@ -297,7 +307,9 @@ class Recorder:
     def saved(self, saved: Saved, *, stall_seconds: float) -> None:
         """A checkpoint that was committed, and how long training waited for it."""
         p = saved.progress
-        end = f", the end of {saved.milestone}" if saved.milestone else ""
+        end = ""
+        if saved.milestone:
+            end = f", the end of {saved.milestone}"
         say(
             f"step {self._session.progress.step:>6}  saved {saved.path.name} (step {p.step}{end}):"
             f" {short_bytes(saved.bytes)} in {short_seconds(saved.seconds)}, training waited"
@@ -379,4 +391,6 @@ def _terms_text(means: Mapping[str, float]) -> str:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    if math.isfinite(value):
+        return value
+    return None

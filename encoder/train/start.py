@@ -15,6 +15,7 @@ from encoder.base.dist import World
 from encoder.base.errors import CheckpointError
 from encoder.base.log import say, warn_once
 from encoder.base.units import Progress, counted, short_count
+from encoder.data.shards import Source
 from encoder.engine.checkpoint.folder import committed_folders
 from encoder.engine.checkpoint.read import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.engine import Engine, start_engine
@@ -81,9 +82,9 @@ def start_run(
 
     # rank zero alone looks at files; sizes do not count where damaged shards are left out
     with all_ranks_agree(world):
-        sources = [
-            source for phase in run.phases for source in build.open_mixture(run.sources_of(phase))
-        ]
+        sources: list[Source] = []
+        for phase in run.phases:
+            sources += build.open_mixture(run.sources_of(phase))
         if world.first:
             for source in sources:
                 source.check_files(sizes=run.loader.on_bad_shard == "stop")
@@ -138,10 +139,14 @@ def start_run(
     incarnation = claim_incarnation(folder, world)
 
     _say_header(run, world, device, engine, progress, found, mistakes)
-    for line in initial.lines if initial else (f"branched off {parent.text}",) if parent else ():
-        say(line)
-    for line in (line for model in asked.values() for line in model.lines):
-        say(line)
+    if initial:
+        for line in initial.lines:
+            say(line)
+    elif parent:
+        say(f"branched off {parent.text}")
+    for model in asked.values():
+        for line in model.lines:
+            say(line)
     return Started(
         engine=engine,
         incarnation=incarnation,
@@ -168,7 +173,9 @@ def _say_header(
     mistakes: Sequence[str],
 ) -> None:
     tokens = sum(phase.tokens for phase in run.phases)
-    in_8_bits = ", layers in 8 bits" if run.engine.fp8 == "layers" else ""
+    in_8_bits = ""
+    if run.engine.fp8 == "layers":
+        in_8_bits = ", layers in 8 bits"
     say(
         f"{run.name}: {short_count(engine.parameter_count)} parameters,"
         f" {counted(world.size, 'rank')} on {device.type}"

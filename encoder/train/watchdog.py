@@ -69,11 +69,10 @@ class Watchdog:
             return
 
         # a mistake of the input needs no traceback
-        text = (
-            f"{error}"
-            if isinstance(error, UserError)
-            else "".join(traceback.format_exception(error))
-        )
+        if isinstance(error, UserError):
+            text = f"{error}"
+        else:
+            text = "".join(traceback.format_exception(error))
 
         first = self._write_first(
             " ".join(

@@ -83,9 +83,10 @@ def _strange(config: ModernBertConfig) -> list[str]:
 
 
 def _edges(config: ModernBertConfig) -> tuple[int, ...]:
-    """At the edges of the window: of `edge + 2` tokens the first and the last do not see each other in a local layer."""
-    edge = 2 * config.window_radius_tokens
-    return edge - 1, edge, edge + 1, edge + 2
+    """Lengths around a whole window of 2 r + 1 tokens: there the middle token sees all others in a local layer. One token
+    more, and none does."""
+    window = 2 * config.window_radius_tokens + 1
+    return window - 2, window - 1, window, window + 1
 
 
 def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:

@@ -98,15 +98,15 @@ def show_job(job_id: str) -> list[dict[str, str]]:
         if "Invalid job id" in str(why):  # any other failure says nothing of the job
             return []
         raise
-    return [
-        dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines
-    ]
+    return list(map(_settings_in, lines))
 
 
 def alive_jobs(record: Path) -> list[str]:
     """The ids of earlier submissions of a run that have not ended; none on a machine without squeue. Raises UserError where
     nobody can say."""
-    text = record.read_text(encoding="utf-8", errors="replace") if record.exists() else ""
+    text = ""
+    if record.exists():
+        text = record.read_text(encoding="utf-8", errors="replace")
     ids = re.findall(r'"job": "(\d+)"', text)  # also beside torn lines
     # and those submitted by hand
     ids += sorted(path.stem for path in record.parent.glob("*.jsonl") if path.stem.isdigit())
@@ -221,4 +221,12 @@ def minutes(text: str) -> float:
     a, b, c = (int(word or 0) for word in rest)
     if days is not None:
         return 1440 * int(days) + 60 * a + b + c / 60
-    return 60 * a + b + c / 60 if rest[2] is not None else a + b / 60
+    if rest[2] is not None:
+        return 60 * a + b + c / 60
+    return a + b / 60
+
+
+def _settings_in(line: str) -> dict[str, str]:
+    """The NAME=value words of a line of scontrol."""
+    pairs = (word.split("=", 1) for word in line.split() if "=" in word)
+    return {name: value for name, value in pairs}

@@ -51,14 +51,16 @@ class JobState:
     @property
     def alive(self) -> bool | None:
         """None where nobody can say."""
-        return (
-            None if self.state == UNKNOWN else not self.state.startswith((*ENDED, "ended", "gone"))
-        )
+        if self.state == UNKNOWN:
+            return None
+        return not self.state.startswith((*ENDED, "ended", "gone"))
 
 
 def main(argv: list[str]) -> int:
     """Parses, prints, returns the exit code."""
-    prog = "submit.py status" if Path(sys.argv[0]).name == "submit.py" else None
+    prog = None
+    if Path(sys.argv[0]).name == "submit.py":
+        prog = "submit.py status"
     parser = CommandLine(prog=prog, description=__doc__)
     parser.add_argument(
         "run",
@@ -81,13 +83,10 @@ def print_status(given: Path, overrides: list[str]) -> None:
             ("job", "role", "state", "ran", "nodes", "how it ended"),
             *((j.job, j.role, j.state, j.ran, j.nodes, j.ended) for j in jobs),
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        *widths, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            print(
-                "  ".join(
-                    [*(word.ljust(width) for word, width in zip(row[:5], widths)), row[5]]
-                ).rstrip()
-            )
+            words = [word.ljust(width) for word, width in zip(row, widths)]
+            print("  ".join([*words, row[-1]]).rstrip())
     else:
         print(f"no job of {folder} is known (no {folder / 'slurm'})")
     if silence:
@@ -101,7 +100,10 @@ def print_status(given: Path, overrides: list[str]) -> None:
     elif True in trains:
         stands = "it waits for its start"
     else:
-        stands = "nobody says whether it trains now" if None in trains else "nothing trains now"
+        if None in trains:
+            stands = "nobody says whether it trains now"
+        else:
+            stands = "nothing trains now"
     print(progress_text(folder, settings, stands=stands, now=time.time()))
     if any((folder / "wandb").glob("offline-run-*")):
         print(
@@ -128,7 +130,9 @@ def states(folder: Path) -> tuple[list[JobState], str]:
     known = _from_sacct(ids)
     found, silence = [], ""
     for job in ids:
-        role = submitted[job]["role"] if job in submitted else "training"
+        role = "training"
+        if job in submitted:
+            role = submitted[job]["role"]
         written = _story(records(folder / "slurm" / f"{job}.jsonl"))
         shown: list[dict[str, str]] | None = None
         if not silence:  # each question to a controller that is away takes its time
@@ -181,11 +185,9 @@ def _state(
     if not tasks:
         return _without_slurm(job, role, written, silence=silence if shown is None else "")
     counts = Counter(task["state"] for task in tasks)
-    state = (
-        tasks[0]["state"]
-        if len(tasks) == 1
-        else ", ".join(f"{n} {word}" for word, n in counts.most_common())
-    )
+    state = ", ".join(f"{n} {word}" for word, n in counts.most_common())
+    if len(tasks) == 1:
+        state = tasks[0]["state"]
     ended = _cause(written, state=state)
     waiting = next(
         (
@@ -213,7 +215,9 @@ def _state(
 
 def _without_slurm(job: str, role: str, written: list[dict[str, Any]], *, silence: str) -> JobState:
     """From what the job wrote alone: SLURM has forgotten it, or nobody answers (`silence`)."""
-    last = written[-1] if written else {}
+    last = {}
+    if written:
+        last = written[-1]
     nodes = next((event["nodes"] for event in reversed(written) if event["event"] == "start"), "")
     # of its own accord; after the others SLURM may have started it again
     if last.get("decision") in ("finish", "stop", "submit_again") or (
@@ -243,7 +247,9 @@ def _without_slurm(job: str, role: str, written: list[dict[str, Any]], *, silenc
 def _ran(task: dict[str, str]) -> str:
     """Of a job that never started SLURM reckons from 1970, and of one that waits it shows when it may start."""
     started = re.match(r"\d{4}-", task.get("StartTime", "")) and task.get("JobState") != "PENDING"
-    return task.get("RunTime", "").replace("00:00:00", "") if started else ""
+    if started:
+        return task.get("RunTime", "").replace("00:00:00", "")
+    return ""
 
 
 def _cause(written: list[dict[str, Any]], *, state: str) -> str:
@@ -259,18 +265,27 @@ def _cause(written: list[dict[str, Any]], *, state: str) -> str:
         now = f"start {written[-1]['restart'] + 1} runs"
         if killed:
             now = f"start {written[-1]['restart'] + 1} was killed: it wrote no end"
-        return f"{now}; before: {_counted(counts)}" if ends else now
+        if ends:
+            return f"{now}; before: {_counted(counts)}"
+        return now
     if not ends:
         return ""
 
     last = ends[-1]
     if over and last["decision"] == "requeue":
-        how = "SLURM knows it no more" if state == "gone" else state.lower()
+        if state == "gone":
+            how = "SLURM knows it no more"
+        else:
+            how = state.lower()
         return f"{how} while it waited for its next start; before: {_counted(counts)}"
     # the last one is told in full, so it is not counted again
     counts[CAUSES.get(last["cause"], last["cause"])] -= 1
-    before = f" (before: {_counted(+counts)})" if +counts else ""
-    return f"done{before}" if last["cause"] == "done" else f"{last['cause']}, {last['why']}{before}"
+    before = ""
+    if +counts:
+        before = f" (before: {_counted(+counts)})"
+    if last["cause"] == "done":
+        return f"done{before}"
+    return f"{last['cause']}, {last['why']}{before}"
 
 
 def _counted(counts: Counter[str]) -> str:
@@ -331,18 +346,19 @@ def progress_text(folder: Path, settings: dict[str, Any], *, stands: str, now: f
         for line in _tail(folder / "metrics.jsonl")
         if line.get("tokens_per_second")
     ]
-    speed = speeds[-1] if speeds else 0.0
+    speed = 0.0
+    if speeds:
+        speed = speeds[-1]
     if not speed:
         return text
 
     # at the last step's speed, without the time between starts
     left = max(0, total - done) / speed
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
-    then = (
-        f"{short_seconds(left)} of training are left; {stands}"
-        if stands
-        else (f"done in {short_seconds(left)} ({ends}) without stops")
-    )
+    if stands:
+        then = f"{short_seconds(left)} of training are left; {stands}"
+    else:
+        then = f"done in {short_seconds(left)} ({ends}) without stops"
     return f"{text}, {short_count(speed)} tokens/s, {then}"
 
 

@@ -196,11 +196,10 @@ def _submit(args: argparse.Namespace, chain: Chain) -> int:
                 f" leaves 5 minutes before its limit. Needed: {LEAST_MINUTES} minutes or more."
             )
         if alive := alive_jobs(_record(folder)):
-            who = (
-                f"job {alive[0]} of this run is"
-                if len(alive) == 1
-                else f"jobs {', '.join(alive)} of this run are"
-            )
+            if len(alive) == 1:
+                who = f"job {alive[0]} of this run is"
+            else:
+                who = f"jobs {', '.join(alive)} of this run are"
             raise ConfigError(
                 f"{who} still queued or running. Wait, or scancel {' '.join(alive)}; "
                 "slurm/submit.py status says how it stands."
@@ -316,8 +315,10 @@ def _chain(
 
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     shape = [f"--nodes={args.nodes}", f"--ntasks-per-node={per_node}"]
-    shape += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
-    shape += [f"--cpus-per-task={args.cpus_per_task}"] if args.cpus_per_task else []
+    if args.gpus_per_node:
+        shape.append(f"--gpus-per-node={args.gpus_per_node}")
+    if args.cpus_per_task:
+        shape.append(f"--cpus-per-task={args.cpus_per_task}")
     # letters that SLURM and file systems take alike
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
     if not args.no_check:
@@ -331,7 +332,9 @@ def _chain(
             f"--output={early}/check-%j.out",
         )
     # where the last job before training fails, none of several trainings may run
-    early_end = jobs[-1].role if jobs else ""
+    early_end = ""
+    if jobs:
+        early_end = jobs[-1].role
     for number in range(1, args.jobs + 1):
         role = "training" if args.jobs == 1 else f"training-{number}"
         own = (

@@ -86,9 +86,10 @@ class Doctor:
         try:
             rendezvous = Rendezvous(self.world, wait_seconds=self.wait_seconds)
             rendezvous.publish("facts", facts)
-            verdict = (
-                self._lead(rendezvous, run) if self.world.first else self._follow(rendezvous, run)
-            )
+            if self.world.first:
+                verdict = self._lead(rendezvous, run)
+            else:
+                verdict = self._follow(rendezvous, run)
         except RankTimeout as error:
             return self._without_rank_zero(str(error))
         self._write_report("ended", facts=facts, verdict=verdict)
@@ -134,9 +135,8 @@ class Doctor:
 
         # the others wait for each word in turn: "folder" is said also where nothing is asked
         if run is None or needs is None:
-            found.mistakes += (
-                [] if found.mistakes else [f"rank 0 on {self.node}: {wrong[self.node]}"]
-            )
+            if not found.mistakes:
+                found.mistakes.append(f"rank 0 on {self.node}: {wrong[self.node]}")
             rendezvous.broadcast("folder", None)
         else:
             whole = {rank: fact for rank, fact in facts.items() if "error" not in fact}

@@ -152,7 +152,9 @@ def machine_memory(env: Mapping[str, str]) -> dict[str, int]:
 
 def look_at_device(run: RunConfig, world: World) -> dict[str, Any]:
     """This rank's device: kind, how many torch sees, free bytes, a matrix product held against the CPU's in fp64."""
-    seen = torch.cuda.device_count() if run.device != "cpu" and torch.cuda.is_available() else 0
+    seen = 0
+    if run.device != "cpu" and torch.cuda.is_available():
+        seen = torch.cuda.device_count()
     facts: dict[str, Any] = {"kind": "none", "seen": seen}
     try:
         device = choose_device(run, world)

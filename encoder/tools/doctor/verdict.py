@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from encoder.base.units import counted, short_bytes
@@ -39,11 +40,17 @@ class Findings:
     @property
     def exit_code(self) -> int:
         """0 fine, 2 a mistake, 4 bad nodes."""
-        return 2 if self.mistakes else 4 if self.nodes else 0
+        if self.mistakes:
+            return 2
+        if self.nodes:
+            return 4
+        return 0
 
     def exit_code_of(self, nodes: Collection[str]) -> int:
         """The same of a job that has these nodes: 5 where no other is left."""
-        return 5 if self.exit_code == 4 and set(nodes) <= set(self.nodes) else self.exit_code
+        if self.exit_code == 4 and set(nodes) <= set(self.nodes):
+            return 5
+        return self.exit_code
 
     def exclude(self, node: str, why: str) -> None:
         """A node to leave out; the first reason stays."""
@@ -98,7 +105,10 @@ def judge_facts(
     firsts = {fact["node"]: fact for fact in facts.values() if fact["local_rank"] == 0}
     if not firsts:
         return
-    fact = facts[0] if 0 in facts else next(iter(firsts.values()))
+    if 0 in facts:
+        fact = facts[0]
+    else:
+        fact = next(iter(firsts.values()))
     same = findings.check_equal(
         "versions",
         _by_node(facts, "versions"),
@@ -288,11 +298,9 @@ def judge_folder(
     if not wrong:
         free = min(at["free"] for at in shared.values())
         whole = at_most * checkpoint_bytes
-        later = (
-            f", the {at_most} still to stand at once {short_bytes(whole)}: NOT enough to the end"
-            if free < whole
-            else ""
-        )
+        later = ""
+        if free < whole:
+            later = f", the {at_most} still to stand at once {short_bytes(whole)}: NOT enough to the end"
         findings.rows.append(
             (
                 "run folder",
@@ -319,7 +327,7 @@ def judge_links(
         findings.exclude(node, f"{node} fell silent while links were measured")
     speeds: dict[tuple[str, ...], float] = {}
     errors: dict[tuple[str, ...], str] = {}
-    for view in (view for views in found.values() for view in views):
+    for view in chain.from_iterable(found.values()):
         pair = tuple(view["nodes"])
         if silent & set(pair):
             continue
@@ -338,10 +346,10 @@ def judge_links(
     }
     bad = slow | errors
     pairs = list(speeds | errors)
-    pairs_of = {node: [pair for pair in pairs if node in pair] for node in dict.fromkeys(nodes)}
-    failing = {
-        node for node, own in pairs_of.items() if own and all(pair in errors for pair in own)
-    }
+    pairs_of: dict[str, list[tuple[str, ...]]] = {}
+    for node in nodes:
+        pairs_of[node] = [pair for pair in pairs if node in pair]
+    failing = {node for node, own in pairs_of.items() if own and errors.keys() >= set(own)}
     # a link that is slow once may have met a busy moment: beside a node that fails, only one is left to judge by
     enough = 2 if len(pairs_of) > 2 else 1
     for node, own in pairs_of.items():
@@ -355,14 +363,11 @@ def judge_links(
     for pair, why in bad.items():
         if set(pair) & set(findings.nodes):
             continue
-        well_linked = all(
-            any(own not in bad for own in pairs_of[node] if own != pair) for node in pair
-        )
-        elsewhere = (
-            "though both are well linked to their other neighbours"
-            if well_linked
-            else "measured once, since a neighbour fails: ask again without it"
-        )
+        well_linked = [node for node in pair if set(pairs_of[node]) - bad.keys() - {pair}]
+        if len(well_linked) == len(pair):
+            elsewhere = "though both are well linked to their other neighbours"
+        else:
+            elsewhere = "measured once, since a neighbour fails: ask again without it"
         findings.warnings.append(f"{pair[0]} with {pair[1]}: {why}, {elsewhere}.")
     if speeds and not bad:
         findings.rows.append(
@@ -436,4 +441,6 @@ def _difference(here: Any, there: Any) -> str:
 
 def _span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
-    return f"{low:.3g}" if len(values) == 1 else f"{low:.3g} to {high:.3g}"
+    if len(values) == 1:
+        return f"{low:.3g}"
+    return f"{low:.3g} to {high:.3g}"

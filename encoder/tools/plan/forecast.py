@@ -296,7 +296,9 @@ def _probe_lines(probe: Probe, seconds: float) -> list[str]:
         lines.append(f"{busy}: the time above is that of an idle one; as busy as now about {now}.")
         return lines
     # 0.02: where threads waited almost all the time, no more than 50 times is promised
-    times = f"about {1 / max(0.02, 1 - waited):.1f} times" if is_waiting else "several times"
+    times = "several times"
+    if is_waiting:
+        times = f"about {1 / max(0.02, 1 - waited):.1f} times"
     lines.append(f"{busy}: alone the run may be {times} as fast. Measure again when it is idle.")
     return lines
 

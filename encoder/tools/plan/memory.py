@@ -155,7 +155,9 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     after compiling: compiled layers keep a measured share (COMPILED_SHARE) of the plain ones.
     """
     model, engine = run.model, run.engine
-    kind = "cpu" if run.device == "cpu" else "cuda"
+    kind = "cuda"
+    if run.device == "cpu":
+        kind = "cpu"
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     counted = count_kept(
         model,
@@ -180,7 +182,10 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     share = max(run.mask_share_of(phase).highest for phase in run.phases)
     targets = run.objective.expected_targets(tokens=tokens, mask_share=share)
     piece = min(max(targets.values()), PIECE_POSITIONS[kind])
-    logit_width = 2 if in_half else width
+    if in_half:
+        logit_width = 2
+    else:
+        logit_width = width
     if run.objective.STORED_MODELS:
         # of soft targets: both models' logits, and three pieces that are computed in full precision
         logit_width = 2 * logit_width + 12 if in_half else 3 * width

@@ -169,7 +169,9 @@ def _phase_row(
     peak = steps.peak_lr(index)
     # 1.0001: a peak that an end reaches but for rounding is not shown twice
     above_ends = peak > max(first.lr, last.lr) * 1.0001
-    middle = f" -> {peak:.2e}" if above_ends else ""
+    middle = ""
+    if above_ends:
+        middle = f" -> {peak:.2e}"
     texts = run.model_of(phase).phase_texts
     cells = "".join(f"{text:>{len(label) + 2}}" for label, text in texts.items())
     return (
@@ -179,7 +181,9 @@ def _phase_row(
 
 
 def _from_to(first: str, last: str) -> str:
-    return first if first == last else f"{first} -> {last}"
+    if first == last:
+        return first
+    return f"{first} -> {last}"
 
 
 def _curve_lines(run: RunConfig, steps: PlannedSteps) -> list[str]:
@@ -263,7 +267,9 @@ def _checkpoint_line(run: RunConfig, needs: Needs) -> str:
 def _precision_text(run: RunConfig, asked: str, machine: Machine | None) -> str:
     if asked != "auto":
         return run.engine.precision
-    where = machine.name if machine else f"this {device_here(run).type}"
+    where = f"this {device_here(run).type}"
+    if machine:
+        where = machine.name
     return f"{run.engine.precision} (auto: what {where} is best at)"
 
 
@@ -280,7 +286,9 @@ def _fills_text(run: RunConfig, steps: PlannedSteps) -> str:
     fills = [s.tokens / (s.rows * run.data.row_tokens) for s in largest.values()]
     low = f"{min(fills):.1%}"
     high = f"{max(fills):.1%}"
-    return low if low == high else f"{low} to {high}"
+    if low == high:
+        return low
+    return f"{low} to {high}"
 
 
 def _decay_text(run: RunConfig) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from encoder.base.errors import ShardError
+from encoder.base.errors import ShardError, first_names
 from encoder.data.windows import pieces_of
 from encoder.runs.config import PhaseConfig, RunConfig
 from encoder.runs.filling import stored_lengths
@@ -66,10 +67,11 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
 
 def works_text(run: RunConfig, works: Sequence[PhaseWork]) -> str:
     """Where the lengths came from."""
-    unknown = sorted({path for work in works for path in work.unknown})
+    unknown = sorted(set(chain.from_iterable(work.unknown for work in works)))
     if not unknown:
         return "documents as long as lengths.bin says, cut as the phases cut them"
-    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-    all_paths = {source.path for phase in run.phases for source in run.sources_of(phase)}
-    others = "" if all_paths == set(unknown) else "; the others as long as lengths.bin says"
-    return f"documents of {unknown[0]}{more} counted as long as they may be{others}"
+    text = f"documents of {first_names(unknown, 1)} counted as long as they may be"
+    all_sources = chain.from_iterable(map(run.sources_of, run.phases))
+    if {source.path for source in all_sources} != set(unknown):
+        text += "; the others as long as lengths.bin says"
+    return text

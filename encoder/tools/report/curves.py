@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ def draw(runs: Sequence[Curves]) -> bytes:
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     # a share of the peak where it is known for any run, or else FLOP a second
-    used = "mfu" if any("mfu" in m for run in runs for m in run.metrics) else "tflops_per_second"
+    used = "tflops_per_second"
+    if any("mfu" in m for m in chain.from_iterable(run.metrics for run in runs)):
+        used = "mfu"
     figure, at = pyplot.subplot_mosaic(
         [
             ["loss", "loss", "lr"],
@@ -70,7 +73,9 @@ def draw(runs: Sequence[Curves]) -> bytes:
                 marker = "o" if key == "held_out_accuracy" else None
                 axis.plot(*_curve(run, key), lw=1.2, color=colour, marker=marker, ms=3)
         title, unit = TITLES[key]
-        alone = f"{_literal(runs[0].name)}: " if key == "loss" and len(runs) == 1 else ""
+        alone = ""
+        if key == "loss" and len(runs) == 1:
+            alone = f"{_literal(runs[0].name)}: "
         axis.set_title(f"{alone}{title}", fontsize=10)
         axis.set_xlabel("tokens seen", fontsize=8)
         axis.set_ylabel(unit, fontsize=8)
@@ -186,9 +191,14 @@ def running_mean(values: np.ndarray, *, over: int) -> np.ndarray:
 def _literal(name: str) -> str:
     """A name as matplotlib draws it letter by letter: no formula, no hidden label, one short line."""
     line = " ".join(name.split())
-    line = line if len(line) <= 60 else f"{line[:57]}..."
+    if len(line) <= 60:
+        line = line
+    else:
+        line = f"{line[:57]}..."
     # a leading underscore hides a label, a dollar begins a formula
-    return f"\u200b{line}".replace("$", r"\$") if line.startswith("_") else line.replace("$", r"\$")
+    if line.startswith("_"):
+        return f"\u200b{line}".replace("$", r"\$")
+    return line.replace("$", r"\$")
 
 
 def _curve(run: Curves, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _wasted(start: _Start, later: list[_Start]) -> dict[str, int]:
     """Of a start's time: what led to its lines of steps that do not count."""
     # steps beyond the earliest place that a later start went on from were done again
     kept = min((s.step for s in later), default=None)
-    backs = [b for s in (start, *later) for b in s.backs]
+    backs = list(chain.from_iterable(s.backs for s in (start, *later)))
     wasted: dict[str, int] = defaultdict(int)
     before: Mapping[str, Any] = dict.fromkeys(Clock.KINDS, 0)
     for step, now in start.steps:

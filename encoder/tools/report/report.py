@@ -7,6 +7,7 @@ import html
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,9 @@ def _facts(run: _Run) -> dict[str, str]:
 def _held_out_text(name: str, value: float | None) -> str:
     if value is None:
         return "not finite"
-    return f"{value:.2%}" if "accuracy" in name else f"{value:.3f} nats"
+    if "accuracy" in name:
+        return f"{value:.2%}"
+    return f"{value:.3f} nats"
 
 
 def _state(run: _Run) -> str:
@@ -212,7 +215,7 @@ def _state(run: _Run) -> str:
         return f"stopped after step {events[-1].get('step')}, not done yet"
 
     # errors and hangs that are younger than the last start are its own
-    found = [path for name in (ERRORS, HANGS) for path in (run.folder / name).glob("*.txt")]
+    found = [*(run.folder / ERRORS).glob("*.txt"), *(run.folder / HANGS).glob("*.txt")]
     began = max((e.get("began", 0) for e in events), default=0)
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     if newest is not None and newest.stat().st_mtime > began:
@@ -248,19 +251,17 @@ def _detail(name: str, value: Any) -> str:
 
 
 def _events(run: _Run) -> list[list[str]]:
-    return [
-        [
-            str(e.get("time", "")).replace("T", " ").removesuffix("Z"),
-            e.get("event", ""),
-            ", ".join(
-                _detail(k, v)
-                for k, v in flat(e)
-                if k not in ("time", "event", "start", "began", "spent")
-                and not k.startswith(("about.", "spent."))
-            ),
+    rows = []
+    for event in read_jsonl(run.folder / EVENTS):
+        time = str(event.get("time", "")).replace("T", " ").removesuffix("Z")
+        details = [
+            _detail(key, value)
+            for key, value in flat(event)
+            if key not in ("time", "event", "start", "began", "spent")
+            and not key.startswith(("about.", "spent."))
         ]
-        for e in read_jsonl(run.folder / EVENTS)
-    ]
+        rows.append([time, event.get("event", ""), ", ".join(details)])
+    return rows
 
 
 def _tokens_before(run: _Run) -> int:
@@ -275,12 +276,15 @@ def _side_by_side(
 ) -> Section:
     """A row for each fact, a column for each run."""
     # every fact that any of the runs has, in the order in which it first comes
-    keys = list(dict.fromkeys(key for of_run in facts for key in of_run))
+    keys = dict.fromkeys(chain.from_iterable(facts))
+    rows = []
+    for key in keys:
+        rows.append([key, *(of_run.get(key, "") for of_run in facts)])
     return Section(
         title=title,
         head=("", *names) if len(names) > 1 else ("", ""),
         text=text,
-        rows=[[key, *(of_run.get(key, "") for of_run in facts)] for key in keys],
+        rows=rows,
     )
 
 
@@ -295,7 +299,9 @@ def verify_ledger(folder: Path) -> int:
     """Follows the ledger's hash chain to its end, which a finished run knows; returns the last step. Raises LedgerError."""
     lines = read_jsonl(folder / LEDGER)
     follow_chain(lines, folder / LEDGER)
-    last: dict[str, Any] = lines[-1] if lines else {"step": 0, "chain": ""}
+    last: dict[str, Any] = {"step": 0, "chain": ""}
+    if lines:
+        last = lines[-1]
     # raises where done.json names a later end than the ledger has
     read_done(folder, with_checkpoint=False)
     if not lines and (folder / METRICS).exists():

@@ -29,11 +29,9 @@ def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proo
     if checkpoint and (unfinished := unfinished_text(source, checkpoint)):
         note(unfinished)
     if stays := export_blocker(model.config):
-        kept = (
-            "it is one already"
-            if (source / MODEL).is_file()
-            else as_typed("average", source, "--out", "OUT")
-        )
+        kept = as_typed("average", source, "--out", "OUT")
+        if (source / MODEL).is_file():
+            kept = "it is one already"
         raise ExportError(
             f"{source} goes {stays}. Train with the needed setting, or keep the model as a weights"
             f" folder: {kept}"

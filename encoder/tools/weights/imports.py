@@ -42,7 +42,9 @@ def import_model(
             f"{source} does not exist; needed: a Hugging Face folder, ORG/NAME on its hub, or a "
             ".pt file."
         )
-    folder = fetch_model(name, error=ModelError).folder if name else source
+    folder = source
+    if name:
+        folder = fetch_model(name, error=ModelError).folder
     with tempfile.TemporaryDirectory() as scratch:
         if not folder.is_dir():
             model = read_composer(source, **told, tokenizer_to=Path(scratch) / "tokenizer.json")
@@ -53,7 +55,10 @@ def import_model(
             )
         else:
             # a name on the hub also tells the commit in its origin
-            model = read_model(source) if name else read_hf(folder)
+            if name:
+                model = read_model(source)
+            else:
+                model = read_hf(folder)
 
         if tokenizer is not None:
             if model.tokenizer_json is not None:
