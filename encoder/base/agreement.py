@@ -4,6 +4,13 @@ all_ranks_agree(world)      a block in which a rank may meet a mistake of its ow
 DeferredErrors(world)       the same for several blocks, whose first mistake is kept until agree()
 run_on_all_ranks(act, ...)  an act of some ranks, such as a save: all ranks leave at its end, with the same words
 
+They agree by one mechanism: an all-reduce of one number names the lowest rank that met a mistake. What follows differs:
+
+- a start or a step ends with the mistake. Its rank raises it as it is, so that its class still says which exit code it
+  has, and the others have nothing to say;
+- a save or a load may be survived: training goes on, or an older checkpoint is read. So every rank needs the words, and
+  all catch the same CheckpointError.
+
 Who speaks is said by the class of what is raised, and launch/pretrain.py alone looks at it:
 
 UserError on rank zero      printed
@@ -35,20 +42,27 @@ def all_ranks_agree(world: World) -> Iterator[None]:
         yield
     except (UserError, OSError) as problem:
         error = as_user_error(problem)
-    agree_on_errors(error, world)
+    _leave_together(error, world)
 
 
-def agree_on_errors(error: UserError | None, world: World) -> None:
-    """All ranks leave together: the lowest rank with an error raises it, the others raise SilentError."""
-    # size - rank, or 0 without an error: the maximum names the lowest rank that has one
-    mine = torch.tensor([world.size - world.rank if error else 0])
-    highest = int(max_over_ranks(mine)[0])
-    if highest == 0:
+def _leave_together(error: UserError | None, world: World) -> None:
+    """The lowest rank with an error raises it, the others raise SilentError."""
+    first = _first_with_error(error is not None)
+    if first is None:
         return
-
-    if error is not None and world.size - highest == world.rank:
+    if error is not None and first == world.rank:
         raise as_rank_says(error, rank=world.rank) from error
-    raise SilentError(f"rank {world.size - highest} met an error")
+    raise SilentError(f"rank {first} met an error")
+
+
+def _first_with_error(has_error: bool) -> int | None:
+    """The lowest rank that has an error, None where no rank has; called on every rank."""
+    rank, ranks = rank_and_size()
+    # ranks - rank, or 0 without an error: the maximum is that of the lowest rank
+    highest = int(max_over_ranks(torch.tensor([(ranks - rank) * has_error]))[0])
+    if highest == 0:
+        return None
+    return ranks - highest
 
 
 def run_on_all_ranks(act: Callable[[], object] | None, *, doing: str, then: str = "") -> None:
@@ -57,20 +71,24 @@ def run_on_all_ranks(act: Callable[[], object] | None, *, doing: str, then: str 
     Raises CheckpointError on all of them if a file could not be read or written ("DOING: reason. THEN") or an act found
     a mistake. An error that is none of these is raised where it happened, and the other ranks leave with it.
     """
-    text, error = "", None
+    error: Exception | None = None
+    text = ""
     try:
         if act:
             act()
     except Exception as caught:
-        error, text = caught, _sentence(caught, doing, then)
+        error = caught
+        text = _sentence(caught, doing, then)
 
     # every rank comes here, also after an error of its own: nobody is left in the collective
-    for said in texts_of_all_ranks(text):
-        if said:
-            # an error of our own code keeps its traceback
-            if error is not None and not isinstance(error, (UserError, OSError, SafetensorError)):
-                raise error
-            raise CheckpointError(said) from error
+    first = _first_with_error(error is not None)
+    if first is None:
+        return
+    words = list(texts_of_all_ranks(text))[first]
+    # an error of our own code keeps its traceback
+    if error is not None and not isinstance(error, (UserError, OSError, SafetensorError)):
+        raise error
+    raise CheckpointError(words) from error
 
 
 def _sentence(error: Exception, doing: str, then: str) -> str:
@@ -115,4 +133,4 @@ class DeferredErrors:
 
     def agree(self) -> None:
         """Called on every rank: raises on all of them where one has met a mistake."""
-        agree_on_errors(self.first, self._world)
+        _leave_together(self.first, self._world)

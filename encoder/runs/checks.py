@@ -34,6 +34,7 @@ from encoder.runs.same import has_begun
 POOR_FILL = 0.9  # of rows: real text in windows of thousands of documents fills 99.7 %
 MANY_JUST_ABOVE = 0.1  # of the documents
 JUST_ABOVE = 1.05  # times the length: cut in two halves for so little
+MOST_STEP_ROWS = 2**20  # of a step over all ranks: 10^9 tokens in rows of 1,024
 SELDOM_STEPS = 0.01  # steps of a phase without a masked token, from which on it is said
 WORD_TOKENS = 1.5  # a word's, where no document can be read
 DOCUMENTS_READ = 64
@@ -64,6 +65,7 @@ def mistakes_of(run: RunConfig) -> list[str]:
     """What contradicts itself, the same on every rank that sees the same cards."""
     return [
         *_warmups_too_long(run),
+        *_steps_too_large(run),
         *_text_in_both(run),
         *_rates_of_nothing(run),
         *_pairs_of_nothing(run),
@@ -304,6 +306,21 @@ def _of_phases(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> Iterator[s
             f" {counted(share, 'row')} that a rank of {ranks} has of the largest step: a micro-batch"
             f" holds {share} at most."
         )
+
+
+def _steps_too_large(run: RunConfig) -> Iterator[str]:
+    """About a step that would assemble rows without end."""
+    largest: dict[int, int] = {}
+    for stretch in planned_steps(run, fills=[1.0] * len(run.phases)).stretches:
+        largest[stretch.phase] = max(stretch.rows, largest.get(stretch.phase, 0))
+    for number, rows in largest.items():
+        if rows > MOST_STEP_ROWS:
+            phase = run.phases[number]
+            yield (
+                f"phases.{number}.batch_tokens {phase.batch_tokens:,} makes a step of {rows:,} rows of"
+                f" {run.data.row_tokens:,} tokens; needed: at most {MOST_STEP_ROWS:,} rows. Lower"
+                f" phases.{number}.batch_tokens: the whole phase has {phase.tokens:,} tokens."
+            )
 
 
 def _rates_of_nothing(run: RunConfig) -> Iterator[str]:

@@ -96,13 +96,14 @@ def fill_rows(
     tokens: list[np.ndarray] = []
     pieces: list[np.ndarray] = []
     documents: list[np.ndarray] = []
-    for number in range(FILL_WINDOWS * max(1, -(-1 // sum(shares)))):
+    for number in range(FILL_WINDOWS):
         # rounded by chance: the mean over windows is the share
         counts = [int(share + draw.random()) for share in shares]
         # an empty window is left out; were the first 8 all empty, each source gives one document
         if not any(counts) and (tokens or number + 1 < FILL_WINDOWS):
             continue
-        counts = counts if any(counts) else [1] * len(counts)
+        if not any(counts):
+            counts = [1] * len(counts)
         # a source without a document draws nothing, so that the others draw the same
         drawn = [
             draw.integers(0, len(s.lengths), count) if count else np.zeros(0, np.int64)

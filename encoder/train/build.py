@@ -285,6 +285,24 @@ def make_held_out(
     ]
 
 
+def check_held_out_names(run: RunConfig, facts: DataFacts) -> None:
+    """Raises ConfigError for a held-out source named like a loss term: both had held_out_loss_sop."""
+    # of a single source the numbers are held_out_loss alone
+    if run.evaluation is None or len(run.evaluation.sources) < 2:
+        return
+    settings = run.objective.held_out(mask_share=run.evaluation.mask_share)
+    masker = build_objective(settings, vocab_size=facts.vocab_size, specials=facts.specials)
+    for number, source in enumerate(run.evaluation.sources):
+        name = source_name(source)
+        # the first term's numbers are held_out_loss, too
+        if name in masker.terms[1:]:
+            raise ConfigError(
+                f"evaluation.sources.{number} is named {name}, as a loss term of the objective is:"
+                f" held_out_loss_{name} would be of both. Give it another name, such as"
+                f" evaluation.sources.{number}.name=text_{name}."
+            )
+
+
 def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:
     """Unigram entropy in nats of the held-out text, or None without evaluation."""
     if run.evaluation is None:

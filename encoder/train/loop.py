@@ -112,8 +112,12 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     run = named_sources(run)
 
     # a run that has a checkpoint goes on from that, and init_from may be gone
-    fresh = run.init_from and not committed_folders(folder / CHECKPOINTS)
-    initial = read_initial(run, facts, hashed=world.first) if fresh else None
+    fresh = not committed_folders(folder / CHECKPOINTS)
+    initial = None
+    if fresh:
+        build.check_held_out_names(run, facts)
+        if run.init_from:
+            initial = read_initial(run, facts, hashed=world.first)
     # models that the objective asks, such as a teacher, are needed at every start
     asked = read_objective_models(run, facts, hashed=world.first)
 

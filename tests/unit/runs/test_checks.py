@@ -13,9 +13,11 @@ from encoder.base.dist import World
 from encoder.base.errors import ConfigError, ShardError
 from encoder.runs.checks import check_settings, hints_of, mistakes_of
 from encoder.runs.config import read_run
+from encoder.runs.facts import check_data
 from encoder.runs.filling import fill_rows
 from encoder.runs.folder import LEDGER
 from encoder.tools.plan.plan import plan_text
+from encoder.train.build import check_held_out_names
 from encoder.train.loop import pretrain
 from launch.plan import main
 from tests.helpers.shards import random_documents, write_source
@@ -314,6 +316,47 @@ def test_a_plan_says_how_local_the_order_is(root):
     )
     with pytest.raises(ConfigError, match="shuffle_shards 0 must be 1 to 256"):
         read_run(root / "run.yaml", ["data.shuffle_shards=0"])
+
+
+def test_a_step_of_rows_without_end_is_refused_before_it_begins(root, capsys):
+    settings = ["phases.0.tokens=2K", f"phases.0.batch_tokens={256 * 10**12}"]
+    said = (
+        "phases.0.batch_tokens 256,000,000,000,000 makes a step of 1,000,000,000,000 rows of 256"
+        " tokens; needed: at most 1,048,576 rows. Lower phases.0.batch_tokens: the whole phase has"
+        " 2,000 tokens."
+    )
+    assert mistakes_of(read_run(root / "run.yaml", settings)) == [said]
+    assert main([str(root / "run.yaml"), *settings]) == 2
+    assert said in capsys.readouterr().err and not (root / "out").exists()
+
+    # a warm-up that never comes to such a step is read; a step of a million rows, too
+    warmed = [*settings, "phases.0.batch_warmup={from_tokens: 256, over_tokens: 2K}"]
+    assert said not in mistakes_of(read_run(root / "run.yaml", warmed))
+    settings[1] = f"phases.0.batch_tokens={256 * 2**20}"
+    assert mistakes_of(read_run(root / "run.yaml", settings)) == []
+
+
+def test_held_out_sources_named_like_a_loss_term_are_refused(root):
+    sources = [{"path": f"{root}/a/held_out", "name": name} for name in ("a", "sop")]
+    settings = [
+        "model={system: bert, vocab_size: 64, hidden_size: 32, intermediate_size: 32,"
+        " num_hidden_layers: 2, num_attention_heads: 1, sentence_head: true}",
+        f"evaluation.sources={json.dumps(sources)}",
+    ]
+    run = read_run(root / "run.yaml", [*settings, "objective={name: mlm_sop}"])
+    with pytest.raises(ConfigError) as caught:
+        check_held_out_names(run, check_data(run))
+    assert str(caught.value) == (
+        "evaluation.sources.1 is named sop, as a loss term of the objective is: held_out_loss_sop"
+        " would be of both. Give it another name, such as evaluation.sources.1.name=text_sop."
+    )
+
+    # no such term, or no name beside it: nothing stands twice
+    run = read_run(root / "run.yaml", [*settings, "objective={name: mlm_nsp}"])
+    check_held_out_names(run, check_data(run))
+    alone = f"evaluation.sources={json.dumps(sources[1:])}"
+    run = read_run(root / "run.yaml", [*settings, "objective={name: mlm_sop}", alone])
+    check_held_out_names(run, check_data(run))
 
 
 def test_a_run_of_one_step_at_rate_zero_is_refused(root):
