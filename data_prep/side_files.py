@@ -108,94 +108,124 @@ def index(
     sentences: also find where sentences end; for shards of data-prep prepare this alone is added.
     again: side files that an earlier index wrote are written anew.
     """
-    reading = reading or Reading()
-    splitter = SentenceSplitter(tokenizer_json) if sentences else None
-    vocab_size, specials = special_ids_of(tokenizer_json)
+    splitter = None
+    if sentences:
+        splitter = SentenceSplitter(tokenizer_json)
+    vocabulary = special_ids_of(tokenizer_json)
     for folder in _with_index(folders):
         # shards of `prepare` have everything else already
         if splitter and _is_prepared(folder):
             _add_sentences(folder, tokenizer_json, splitter)
             continue
         _check_free(folder, tokenizer_json, again)
-        entries = read_index(folder)
-        # ndarrays that name their own type may differ; they are read as int64
-        column, encoding = _column_of(folder, entries, reading)
-        dtype: Width = "int64" if column.dtype is None else width_of(column.dtype)
-        with output(folder, [LENGTHS, TOKENIZER, HASHES, SENTENCES, CARD]):
-            read = _Read(
-                folder,
-                entries,
-                vocab_size=vocab_size,
-                specials=specials,
-                column=column,
-                reading=reading,
-                splitter=splitter,
-            )
-            longest = int(read.lengths.max())
-            # all is checked; an old card goes first, since it would be wrong beside new lengths
-            (folder / CARD).unlink(missing_ok=True)
-            write_lengths(folder, read.lengths, max_tokens_per_document=longest)
-            write_atomic(folder / TOKENIZER, tokenizer_json.read_bytes())
-            if read.hashes:
-                write_json(folder / HASHES, read.hashes)
-            if splitter:
-                _write_sentences(folder, read.sentences, max_tokens_per_document=longest)
-            card = Card(
-                source=source or _name_of(folder),
-                split=split,
-                tokenizer_sha256=sha256_of(folder / TOKENIZER),
-                vocab_size=vocab_size,
-                specials=specials,
-                dtype=dtype,
-                documents=0,
-                tokens=0,
-                max_tokens_per_document=longest,
-                index_sha256="",
-                lengths_sha256="",
-                hashes_sha256=sha256_of(folder / HASHES) if read.hashes else "",
-                sentences_sha256=sha256_of(folder / SENTENCES) if splitter else "",
-                sentence_splitter=splitter_name() if splitter else "",
-                adds_specials=read.lacking > 0,
-                strips_padding=read.padded > 0,
-                holds_specials=read.special > 0,
-                column=column.name,
-                # on the card only where it is not what `prepare` writes
-                encoding="" if encoding == f"ndarray:{dtype}" else encoding,
-                recipe={
-                    "index": 1,
-                    "columns": column_encodings(folder, entries[0], column=column.name),
-                },
-            )
-            card = with_content(card, folder, read.lengths)
-            write_card(folder, card)
-
-        # remarks for the line that is printed
-        said = (
-            [f", {read.lacking:,} of them without [CLS] or [SEP], which are added when read"]
-            if read.lacking
-            else []
-        )
-        said += (
-            [
-                f", {read.padded:,} of them with [PAD] at their ends"
-                f" ({read.padding / read.stored:.0%} of the stored ids), which is cut off when read"
-            ]
-            if read.padded
-            else []
-        )
-        said += (
-            [f", {read.special:,} of them with special ids inside, which are kept"]
-            if read.special
-            else []
+        read, card = _write_side_files(
+            folder,
+            tokenizer_json,
+            vocabulary=vocabulary,
+            source=source or _name_of(folder),
+            split=split,
+            reading=reading or Reading(),
+            splitter=splitter,
         )
         say(
-            f"{folder}: {card.documents:,} samples of up to {longest:,} tokens,"
-            f" {short_count(card.tokens)} tokens, {card.stored_as}{''.join(said)}."
+            f"{folder}: {card.documents:,} samples of up to {card.max_tokens_per_document:,}"
+            f" tokens, {short_count(card.tokens)} tokens, {card.stored_as}{_remarks(read)}."
         )
         if splitter:
             say(f"{folder}: {_sentences_text(read.sentences)}")
         if above := just_above_text(read.lengths):
             say(f"{folder}: {above}")
+
+
+def _write_side_files(
+    folder: Path,
+    tokenizer_json: Path,
+    *,
+    vocabulary: tuple[int, SpecialIds],
+    source: str,
+    split: str,
+    reading: Reading,
+    splitter: SentenceSplitter | None,
+) -> tuple[_Read, Card]:
+    """All that stands beside an index; what was read, and the card.
+
+    vocabulary: of the tokenizer: its size, and the special ids
+    source, split: of the card
+    reading: how the ids lie in the samples
+    splitter: finds where sentences end; None: that is not written
+    """
+    vocab_size, specials = vocabulary
+    entries = read_index(folder)
+    # ndarrays that name their own type may differ; they are read as int64
+    column, encoding = _column_of(folder, entries, reading)
+    dtype: Width = "int64" if column.dtype is None else width_of(column.dtype)
+    with output(folder, [LENGTHS, TOKENIZER, HASHES, SENTENCES, CARD]):
+        read = _Read(
+            folder,
+            entries,
+            vocab_size=vocab_size,
+            specials=specials,
+            column=column,
+            reading=reading,
+            splitter=splitter,
+        )
+        longest = int(read.lengths.max())
+        # all is checked; an old card goes first, since it would be wrong beside new lengths
+        (folder / CARD).unlink(missing_ok=True)
+        write_lengths(folder, read.lengths, max_tokens_per_document=longest)
+        write_atomic(folder / TOKENIZER, tokenizer_json.read_bytes())
+        hashes_sha256 = sentences_sha256 = sentence_splitter = ""
+        if read.hashes:
+            write_json(folder / HASHES, read.hashes)
+            hashes_sha256 = sha256_of(folder / HASHES)
+        if splitter:
+            _write_sentences(folder, read.sentences, max_tokens_per_document=longest)
+            sentences_sha256 = sha256_of(folder / SENTENCES)
+            sentence_splitter = splitter_name()
+        card = Card(
+            source=source,
+            split=split,
+            tokenizer_sha256=sha256_of(folder / TOKENIZER),
+            vocab_size=vocab_size,
+            specials=specials,
+            dtype=dtype,
+            documents=0,
+            tokens=0,
+            max_tokens_per_document=longest,
+            index_sha256="",
+            lengths_sha256="",
+            hashes_sha256=hashes_sha256,
+            sentences_sha256=sentences_sha256,
+            sentence_splitter=sentence_splitter,
+            adds_specials=read.lacking > 0,
+            strips_padding=read.padded > 0,
+            holds_specials=read.special > 0,
+            column=column.name,
+            # on the card only where it is not what `prepare` writes
+            encoding="" if encoding == f"ndarray:{dtype}" else encoding,
+            recipe={
+                "index": 1,
+                "columns": column_encodings(folder, entries[0], column=column.name),
+            },
+        )
+        card = with_content(card, folder, read.lengths)
+        write_card(folder, card)
+    return read, card
+
+
+def _remarks(read: _Read) -> str:
+    """What is special about some of the samples, for the line that is printed."""
+    text = ""
+    if read.lacking:
+        text += f", {read.lacking:,} of them without [CLS] or [SEP], which are added when read"
+    if read.padded:
+        text += (
+            f", {read.padded:,} of them with [PAD] at their ends"
+            f" ({read.padding / read.stored:.0%} of the stored ids), which is cut off when read"
+        )
+    if read.special:
+        text += f", {read.special:,} of them with special ids inside, which are kept"
+    return text
 
 
 def _is_prepared(folder: Path) -> bool:

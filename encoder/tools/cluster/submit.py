@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,133 +239,180 @@ def _chain(
     env: dict[str, str],
     home: Path,
 ) -> list[Job]:
-    """The jobs in order."""
-    # what comes before the check writes where this was called: a run folder that is not shared is found by the check alone
-    early, late = (
-        str(path).replace("%", "%%")
-        for path in (  # sbatch fills in what follows a %
-            Path.cwd(),
-            folder.absolute() / "slurm" if folder else Path.cwd(),
-        )
-    )
+    """The jobs in order.
 
-    # options of every job of the chain
-    where = tuple(
-        f"--{key}={value}"
-        for key, value in (
-            ("partition", args.partition),
-            ("account", args.account),
-            ("qos", args.qos),
+    args: of the command line
+    folder: the run's; None: only shards are prepared
+    missing: parts of the preparation, as sbatch's array; "": all are there, and are merged; None: all is done
+    env: for the job scripts
+    home: the clone that they run from
+    """
+    jobs = _Jobs(args, env=env, home=home)
+    if args.prep:
+        _add_prep(jobs, missing)
+    if folder is None:
+        return jobs.made
+
+    # letters that SLURM and file systems take alike
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
+    if not args.no_check:
+        jobs.add(
+            "check",
+            "check.sbatch",
+            [args.run, *args.overrides],
+            *_shape(args),
+            "--time=15",
+            f"--job-name=check-{name}",
+            f"--output={jobs.early}/check-%j.out",
         )
-        if value
-    )
-    common = (*where, *args.sbatch)
-    jobs: list[Job] = []
+    late = _for_sbatch(folder.absolute() / "slurm")
+    _add_trainings(jobs, name=name, output=late)
+    if args.export:
+        _add_export(jobs, folder, name=name, output=late)
+    return jobs.made
+
+
+class _Jobs:
+    """The jobs of a chain so far; each waits for the one before it."""
+
+    def __init__(self, args: argparse.Namespace, *, env: dict[str, str], home: Path) -> None:
+        self.args = args
+        self.made: list[Job] = []
+        # what comes before the check writes where this was called: a run folder that is not
+        # shared is found by the check alone
+        self.early = _for_sbatch(Path.cwd())
+        self._env, self._home = env, home
+
+        # options of every job of the chain
+        asked = {"partition": args.partition, "account": args.account, "qos": args.qos}
+        self._common = [f"--{key}={value}" for key, value in asked.items() if value]
+        self._common += args.sbatch
 
     def add(
+        self,
         role: str,
         script: str,
-        words: list[str],
+        words: Sequence[str],
         *options: str,
         how: str = "afterok",
         also: str = "",
         **changes: str,
     ) -> None:
-        # each job waits for the one before it
-        after: tuple[tuple[str, str], ...] = ((how, jobs[-1].role),) if jobs else ()
-        after += (("afterok", also),) if also else ()
-        jobs.append(
+        """One more job.
+
+        role: its name in the chain
+        script, words: what is run, and its arguments
+        options: of sbatch
+        how: in which state the job before it must end
+        also: the role of another job that must have ended well
+        changes: of the environment
+        """
+        after: list[tuple[str, str]] = []
+        if self.made:
+            after.append((how, self.made[-1].role))
+        if also:
+            after.append(("afterok", also))
+        self.made.append(
             Job(
                 role=role,
                 script=script,
                 words=tuple(words),
-                options=(*common, *options),
-                after=after,
-                env={**env, **changes},
-                home=home,
+                options=(*self._common, *options),
+                after=tuple(after),
+                env={**self._env, **changes},
+                home=self._home,
             )
         )
 
-    own: tuple[str, ...]
-    if args.prep:
-        cpus = args.prep_cpus or args.cpus_per_task
-        own = (f"--cpus-per-task={cpus}",) if cpus else ()
-        if missing:
-            add(
-                "prep",
-                "prep_array.sbatch",
-                [args.prep, *args.prep_set],
-                f"--array={missing}",
-                *own,
-                f"--output={early}/prep-%A_%a.out",
-                TESSERA_PARTS=str(args.parts),
-            )
-        # also where all parts are there and only merging is left
-        if missing is not None:
-            add(
-                "merge",
-                "prep_array.sbatch",
-                [args.prep, *args.prep_set],
-                "--job-name=merge",
-                *own,
-                f"--output={early}/merge-%j.out",
-            )
-    if folder is None:
-        return jobs
 
+def _for_sbatch(folder: Path) -> str:
+    """A folder in --output, where sbatch fills in what follows a %."""
+    return str(folder).replace("%", "%%")
+
+
+def _cpus(number: int | None) -> list[str]:
+    if not number:
+        return []
+    return [f"--cpus-per-task={number}"]
+
+
+def _shape(args: argparse.Namespace) -> list[str]:
+    """Nodes, ranks and GPUs of a training, and of its check."""
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     shape = [f"--nodes={args.nodes}", f"--ntasks-per-node={per_node}"]
     if args.gpus_per_node:
         shape.append(f"--gpus-per-node={args.gpus_per_node}")
-    if args.cpus_per_task:
-        shape.append(f"--cpus-per-task={args.cpus_per_task}")
-    # letters that SLURM and file systems take alike
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
-    if not args.no_check:
-        add(
-            "check",
-            "check.sbatch",
-            [args.run, *args.overrides],
-            *shape,
-            "--time=15",
-            f"--job-name=check-{name}",
-            f"--output={early}/check-%j.out",
+    return shape + _cpus(args.cpus_per_task)
+
+
+def _add_prep(jobs: _Jobs, missing: str | None) -> None:
+    args = jobs.args
+    words = [args.prep, *args.prep_set]
+    own = _cpus(args.prep_cpus or args.cpus_per_task)
+    if missing:
+        jobs.add(
+            "prep",
+            "prep_array.sbatch",
+            words,
+            f"--array={missing}",
+            *own,
+            f"--output={jobs.early}/prep-%A_%a.out",
+            TESSERA_PARTS=str(args.parts),
         )
+    # also where all parts are there and only merging is left
+    if missing is not None:
+        jobs.add(
+            "merge",
+            "prep_array.sbatch",
+            words,
+            "--job-name=merge",
+            *own,
+            f"--output={jobs.early}/merge-%j.out",
+        )
+
+
+def _add_trainings(jobs: _Jobs, *, name: str, output: str) -> None:
+    args = jobs.args
+    options = [*_shape(args), f"--job-name={name}"]
+    if args.time:
+        options.append(f"--time={args.time}")
+    options.append(f"--output={output}/%x-%j.out")
+    words = [args.run, *args.overrides]
+    if args.jobs == 1:
+        jobs.add("training", "pretrain.sbatch", words, *options)
+        return
+
+    options.insert(-1, "--no-requeue")
     # where the last job before training fails, none of several trainings may run
     early_end = ""
-    if jobs:
-        early_end = jobs[-1].role
-    for number in range(1, args.jobs + 1):
-        role = "training" if args.jobs == 1 else f"training-{number}"
-        own = (
-            f"--job-name={name}",
-            *([f"--time={args.time}"] if args.time else []),
-            *(["--no-requeue"] if args.jobs > 1 else []),
-        )
-        add(
-            role,
+    if jobs.made:
+        early_end = jobs.made[-1].role
+    jobs.add("training-1", "pretrain.sbatch", words, *options)
+    for number in range(2, args.jobs + 1):
+        # however the training before it ended, this one goes on from there
+        jobs.add(
+            f"training-{number}",
             "pretrain.sbatch",
-            [args.run, *args.overrides],
-            *shape,
-            *own,
-            f"--output={late}/%x-%j.out",
-            # however the training before it ended, this one goes on from there
-            how="afterany" if number > 1 else "afterok",
-            also=early_end if number > 1 else "",
-        )
-    if args.export:
-        # one task on one node is enough for an export
-        words = [str(folder), args.export, *(["--onnx"] if args.onnx else [])]
-        own = (f"--cpus-per-task={args.cpus_per_task}",) if args.cpus_per_task else ()
-        add(
-            "export",
-            "export.sbatch",
             words,
-            f"--job-name=export-{name}",
-            *own,
-            f"--output={late}/export-%j.out",
+            *options,
+            how="afterany",
+            also=early_end,
         )
-    return jobs
+
+
+def _add_export(jobs: _Jobs, folder: Path, *, name: str, output: str) -> None:
+    words = [str(folder), jobs.args.export]
+    if jobs.args.onnx:
+        words.append("--onnx")
+    # one task on one node is enough for an export
+    jobs.add(
+        "export",
+        "export.sbatch",
+        words,
+        f"--job-name=export-{name}",
+        *_cpus(jobs.args.cpus_per_task),
+        f"--output={output}/export-%j.out",
+    )
 
 
 def _environment(args: argparse.Namespace, home: Path) -> dict[str, str]:
