@@ -2,7 +2,7 @@
 
     python launch/bench.py checkpoint [--shape small] [--folder FOLDER]
 
-What is saved is a model's weights and its optimizer's two averages in fp32, by one rank. Before anything is timed a checkpoint is
+What is saved is a model's weights and its optimizer's two moments in fp32, by one rank. Before anything is timed a checkpoint is
 written, and its weights read back must be those that were there. The stall is what training waits; committed is when the
 checkpoint counts, synced and hashed, while training steps of the same model go on: their slowdown stands beside it.
 """

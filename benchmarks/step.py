@@ -154,7 +154,7 @@ def ask(args: argparse.Namespace, report: Report) -> None:
         too_large: list[str] = []
         off: dict[str, str] = {}
 
-        # every way of ours; one that the device has no room for is told of, and left out
+        # every way of ours; one that the device has no room for is reported, and left out
         attentions = backends_of(args.attention, device, config, precision)
         for rows, attention, compiled, graphs in itertools.product(
             args.rows, attentions, compiling, args.graphs

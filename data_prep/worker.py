@@ -415,7 +415,7 @@ class SegmentPool:
                 pipe = idle.pop()
                 busy[pipe] = job[0]
                 places[pipe] = _file_of(job[1]).place
-                # dead: told of where its news are read
+                # dead: reported where its messages are read
                 with contextlib.suppress(OSError):
                     pipe.send(job[1])
 

@@ -1,4 +1,4 @@
-"""The files of a source on this machine: found by names and globs, known by their first bytes, seen to be unchanged."""
+"""The files of a source on this machine: found by names and globs, known by their first bytes, checked to be unchanged."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def check_kind(source: Source, file: InputFile) -> None:
     except OSError as error:
         raise ReadError(f"{file.place} cannot be read: {error.strerror or error}.") from error
     except EOFError:
-        return  # told of where it is read
+        return  # reported where it is read
     if not head:
         return
 

@@ -160,7 +160,7 @@ def _hub_builder(source: HubSource) -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    # five tries in 23 s, each told of in 500 characters
+    # five tries in 23 s, each reported in 500 characters
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     local = os.path.isdir(source.dataset)
     try:

@@ -191,7 +191,7 @@ def mds_blocks(source: MdsSource, file: InputFile, limits: Limits) -> Iterator[B
     """The samples of one shard in order, as columns. Raises ReadError."""
     shard, first, size, seen = file.shard, 1, 0, 0
     found = dict.fromkeys(_top(column, shard) for column in source.used_columns)
-    # the index was seen to have them all
+    # the index was checked to have them all
     tops = [top for top in found if top is not None]
     rows: list[list[Any]] = []
 

@@ -92,7 +92,7 @@ def inner_head(
     """The first bytes of what is in a compressed file. Raises READ_ERRORS, ReadError."""
     with opened(path, packing, zstd_window_bytes=zstd_window_bytes) as (stream, _):
         head = b""
-        # a break is told of where the file is read
+        # a break is reported where the file is read
         with contextlib.suppress(OSError, EOFError, ValueError):
             while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES - len(head))):
                 head += piece

@@ -11,11 +11,11 @@ They agree by one mechanism: an all-reduce of one number names the lowest rank t
 - a save or a load may be survived: training goes on, or an older checkpoint is read. So every rank needs the words, and
   all catch the same CheckpointError.
 
-Who speaks is said by the class of what is raised, and launch/pretrain.py alone looks at it:
+Which rank reports it is said by the class of what is raised, and launch/pretrain.py alone looks at it:
 
 UserError on rank zero      printed
 RankError                   printed with the rank's number: only this rank met it
-SilentError                 not printed: another rank speaks
+SilentError                 not printed: another rank reports it
 PassingError                printed; another start may not meet it again, so a job is queued anew
 """
 

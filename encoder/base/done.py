@@ -20,7 +20,7 @@ _TAIL_BYTES = 2**16
 
 
 def read_done(folder: Path, *, with_checkpoint: bool = True) -> dict[str, Any] | None:
-    """What done.json of a run folder says, seen to be so; None where there is no such file.
+    """What done.json of a run folder says, checked to be so; None where there is no such file.
 
     with_checkpoint: also the checkpoint of its step must be there; a report of a run needs none.
 

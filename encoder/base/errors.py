@@ -37,11 +37,11 @@ class LedgerError(UserError):
 
 
 class RankError(UserError):
-    """A mistake that only this rank met while training; it speaks itself, whatever its number."""
+    """A mistake that only this rank met while training; this rank reports it, whatever its number."""
 
 
 class SilentError(UserError):
-    """Another rank met a mistake and speaks; this one only leaves with it."""
+    """Another rank met a mistake and reports it; this one only leaves with it."""
 
 
 class PassingError(UserError):

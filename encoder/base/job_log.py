@@ -16,7 +16,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def whole_records(lines: list[bytes]) -> list[dict[str, Any]]:
-    """Of JSON lines those that no kill, and no window, has torn."""
+    """The JSON lines that are whole: a kill cuts the last one short, a window the first."""
     found = []
     for line in lines:
         try:

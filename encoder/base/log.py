@@ -1,4 +1,4 @@
-"""Lines for people: rank zero speaks, the others are silent, and warnings are said once, in any locale."""
+"""Lines for people: rank zero speaks, the others are silent; warnings are said once, in any locale."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class StopFlag:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
             let_go_of_lost_streams()
-        # a limit of CPU seconds is told of once a second
+        # a limit of CPU seconds is signalled once a second
         if again and number != signal.SIGXCPU:
             self._leave(
                 f"asked a second time, by {name}: ends at once; the last checkpoint stays", number

@@ -62,7 +62,7 @@ class SpecialIds:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFile:
-    """The content of a tokenizer.json, seen to be one."""
+    """The content of a tokenizer.json, checked to be one."""
 
     path: Path
     content: dict[str, Any]

@@ -222,7 +222,7 @@ def native_code(what: str, *, error: type[UserError] = UserError) -> Iterator[No
 def plain_name(
     name: Any, *, where: Path | str, error: type[UserError] = UserError, folders: bool = True
 ) -> str:
-    """A name out of a file made elsewhere, seen to be a relative path that stays below its folder; nothing is opened.
+    """A name out of a file made elsewhere, checked to be a relative path that stays below its folder; nothing is opened.
 
     where: the file that holds the name, for messages.
     error: class of what is raised for any other name.

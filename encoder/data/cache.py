@@ -355,7 +355,7 @@ def _fetch_side_files(origin: str, folder: Path) -> None:
 
 
 def _fetched(url: str, part: Path, *, check: Callable[[Path], str | None]) -> Path:
-    """The file of a URL in the folder `part`, seen to be right by `check`, which tells what is wrong, or None.
+    """The file of a URL in the folder `part`, checked to be right by `check`, which tells what is wrong, or None.
 
     Raises DamagedShard for a file that was never right, ShardError for one that could not be had, after TRIES tries.
     """
@@ -404,7 +404,7 @@ def _difference(path: Path, shard: StoredShard) -> str | None:
 
 
 def _unpacked(stored: Path, shard: StoredShard, *, url: str) -> bytes:
-    """The bytes of a shard, seen to be those of index.json before they get its name. Raises DamagedShard."""
+    """The bytes of a shard, checked to be those of index.json before they get its name. Raises DamagedShard."""
     try:
         assert shard.compression, "only what was compressed is unpacked"
         content = unpack(shard.compression, stored.read_bytes(), size=shard.size_bytes)

@@ -336,7 +336,7 @@ def read_hashes(folder: Path, card: Card) -> dict[str, str]:
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
-    """The shard entries of index.json, seen to be what MDSWriter writes: the one reader of other people's indexes.
+    """The shard entries of index.json, checked to be what MDSWriter writes: the one reader of other people's indexes.
 
     Every file is named once, below the folder, and a packed one as its shard with an ending more; sizes and counts are
     whole numbers that MDS can have. Nothing but index.json is opened. Raises ShardError.

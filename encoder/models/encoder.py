@@ -283,7 +283,9 @@ class PackedEncoder(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """x_TC after the last norm."""
-        backend = choose_backend(self.attention, self._situation(batch.ids_T.device)).backend
+        backend = choose_backend(
+            self.attention, self._attention_request(batch.ids_T.device)
+        ).backend
         return self.model(batch, backend=backend, thetas=self.phase_settings)
 
     def logits(self, batch: TokenBatch) -> Tensor:
@@ -347,7 +349,7 @@ class PackedEncoder(nn.Module):
         self.model.recomputes = True
 
     def fp8_blocks_(self) -> None:
-        """From now on the layers' linear maps compute in 8 bits (encoder.nn.fp8). Raises ConfigError for odd shapes."""
+        """From now on the layers' linear layers compute in FP8 (encoder.nn.fp8). Raises ConfigError for odd shapes."""
         to_fp8_(self.model.layers)
 
     def parameter_count(self) -> int:
@@ -357,10 +359,10 @@ class PackedEncoder(nn.Module):
     def attention_reason(self, device: torch.device | None = None) -> str:
         """Which backend runs in training, why, and why others cannot: a line for the run's header."""
         return choose_backend(
-            self.attention, self._situation(device or self._decoder_weight.device)
+            self.attention, self._attention_request(device or self._decoder_weight.device)
         ).reason
 
-    def _situation(self, device: torch.device) -> AttentionRequest:
+    def _attention_request(self, device: torch.device) -> AttentionRequest:
         # under autocast the kernels meet its dtype, whatever the weights are
         return AttentionRequest(
             device=device,

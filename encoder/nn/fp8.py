@@ -29,7 +29,7 @@ LEAST_SCALE = 1e-30  # of a tensor of zeros
 
 
 class Fp8Linear(nn.Linear):
-    """nn.Linear, its products in 8 bits; the output in autocast's dtype, else the input's."""
+    """nn.Linear, its matmuls in FP8; the output in autocast's dtype, else the input's."""
 
     @classmethod
     def of(cls, linear: nn.Linear, *, name: str) -> Fp8Linear:

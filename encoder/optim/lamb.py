@@ -28,7 +28,7 @@ class LambConfig(MomentsConfig):
     betas: tuple[float, float] = (
         0.9,
         0.999,
-    )  # decay of the averages of gradients and of their squares
+    )  # decay of the first and second moments
     weight_decay: float = 0.01  # of the weights, inside the direction whose length is normed
 
     @property

@@ -61,7 +61,7 @@ class MomentsConfig:
     betas: tuple[float, float] = (
         0.9,
         0.98,
-    )  # decay of the averages of gradients and of their squares
+    )  # decay of the first and second moments
     eps: float = 1e-6  # added to the root of the second
     weight_decay: float = 0.0
     # false: the moments as they are, as in the code of BERT, ALBERT, ELECTRA and XLNet: larger first steps

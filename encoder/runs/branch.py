@@ -5,7 +5,7 @@
     branches                  decay       extension ----- decay
 
 A branch is a run like any other: its own run file, folder, phases, schedules and data order begin at zero. From the parent it
-has the weights, the optimizer's averages and the number of its steps, and the chain of its ledger goes on from the parent's.
+has the weights, the optimizer's moments and the number of its steps, and the chain of its ledger goes on from the parent's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from encoder.runs.weights import read_saved_run
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
-    """A checkpoint that a run branches off, seen to fit."""
+    """A checkpoint that a run branches off, checked to fit."""
 
     checkpoint: Path
     run: RunConfig  # that saved it

@@ -230,7 +230,7 @@ class CheckpointConfig:
     # how often a checkpoint is written; default: a twentieth of the run, at most 5B
     every_tokens: Tokens
     keep_last: int = 2  # whole ones; older ones are removed, ends of phases are kept
-    background: bool = True  # written while training goes on, from a copy in the machine's memory
+    background: bool = True  # written while training goes on, from a copy in host memory
 
     def __post_init__(self) -> None:
         if self.every_tokens < 1 or self.keep_last < 1:

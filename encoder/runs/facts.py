@@ -28,7 +28,7 @@ HELD_OUT = " (held out)"
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """What the cards of a run's sources say, once they were seen to fit together and to fit the model."""
+    """What the cards of a run's sources say, after they were checked to fit together and to fit the model."""
 
     specials: SpecialIds
     vocab_size: int  # the tokenizer's; the model's may be padded above it
@@ -48,7 +48,7 @@ def fetch_cards(run: RunConfig, world: World) -> None:
         for source in run.all_sources():
             if source.cache:
                 fetch_side_files(source.path, Path(source.cache))
-    except UserError as error:  # other machines may have met nothing: whoever did speaks
+    except UserError as error:  # other machines may have met nothing: whoever did reports it
         raise as_rank_says(error, rank=world.rank) from error
 
 

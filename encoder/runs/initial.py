@@ -31,7 +31,7 @@ class InitialWeights:
 
 
 def read_initial(run: RunConfig, facts: DataFacts, *, hashed: bool) -> InitialWeights:
-    """The weights of `run.init_from`, seen to fit. Raises ModelError for another shape or tokenizer, CheckpointError."""
+    """The weights of `run.init_from`, checked to fit. Raises ModelError for another shape or tokenizer, CheckpointError."""
     stored = read_fitting(run)
     fitting = with_heads(stored, run)
     sha256 = weights_sha256(stored.weights) if hashed else None

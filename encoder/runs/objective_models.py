@@ -1,4 +1,4 @@
-"""The stored models that an objective asks beside the trained one, such as a teacher: read, seen to fit, known by their hash.
+"""The stored models that an objective asks beside the trained one, such as a teacher: read, checked to fit, known by their hash.
 
 They are named in `objective:` of a run file as init_from is, and are needed at every start: a resume asks them, too.
 """

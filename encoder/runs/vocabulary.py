@@ -44,7 +44,7 @@ class VocabularyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Edits:
-    """What the shards' tokenizer has otherwise, seen to be what the run says."""
+    """What the shards' tokenizer has otherwise, checked to be what the run says."""
 
     renamed: Mapping[int, str]  # id -> its token now
     added: Mapping[int, str]

@@ -124,7 +124,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     device = build.choose_device(run, world)
     run = with_engine(run, precision=precision_on(run.engine.precision, device))
 
-    # the watchdog speaks before a collective gives up
+    # the watchdog reports before a collective gives up
     hang_minutes = run.faults.watchdog_minutes
     joined = join(world, device=device, timeout_seconds=max(600.0, 60 * (hang_minutes or 0) + 60))
     watchdog = Watchdog(folder, world, hang_minutes=hang_minutes)

@@ -95,7 +95,7 @@ class QuarantiningLoader:
     """The steps of one phase, from its loader; opened again where another shard is left out. Use it in `with`.
 
     `open_loader(position, left_out)` opens the phase's loader; `names` are those of its sources. With `stops` no further
-    shard is left out. `on_shard_lost(lost)` is told of every loss, on every rank, and raises nothing.
+    shard is left out. `on_shard_lost(lost)` is called for every loss, on every rank, and raises nothing.
     """
 
     def __init__(

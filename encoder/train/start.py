@@ -239,7 +239,7 @@ def fingerprint(run: RunConfig, engine: Engine, device: torch.device) -> float:
 def load_verified(
     found: Path, run: RunConfig, engine: Engine, device: torch.device
 ) -> tuple[Progress, dict[str, Any]]:
-    """A checkpoint of `run` into the engine; seen to give the loss it gave when it was saved."""
+    """A checkpoint of `run` into the engine; verified against the loss that was saved with it."""
     progress, extra = load_checkpoint(found, engine)
     # under the thetas that the loss was recorded with
     engine.module.set_phase_(run.phases[phase_of_weights(progress)].model)

@@ -33,7 +33,7 @@ class EngineConfig:
     fp8: Literal["off", "layers"] = "off"
     # blocks: of a layer its input alone is kept for the backward, which computes the rest again: exact, a third more work
     activation_checkpointing: Literal["off", "blocks"] = "off"
-    # cpu: masters and optimizer state lie in the machine's memory, and the update is computed there; experimental with CUDA
+    # cpu: masters and optimizer state lie in host memory, and the update is computed there; experimental with CUDA
     offload_optimizer: Literal["none", "cpu"] = "none"
     # micro_step: forward and backward of a micro-batch as one CUDA graph, for small models that wait for launches;
     # experimental: never run on a GPU

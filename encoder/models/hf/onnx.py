@@ -56,7 +56,7 @@ def write_onnx(
     folder: the export's.
     theirs, ours: transformers' model, and ours that the graph is compared with.
     max_tokens: of the longest document.
-    tolerance: of a logit; the graph is fp32, so it may round as transformers was seen to round on these weights.
+    tolerance: of a logit; the graph is fp32, so it may round as transformers was measured to round on these weights.
     padding: how the graph may be padded.
     """
     path = folder / "onnx" / "model.onnx"

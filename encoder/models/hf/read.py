@@ -48,7 +48,7 @@ EMBEDDING, DECODER = "model.embeddings.tok_embeddings.weight", "decoder.weight"
 
 
 def read_hf(folder: Path) -> StoredModel:
-    """The model of a Hugging Face folder, its config.json seen to mean the same to transformers, on drawn weights in fp64.
+    """The model of a Hugging Face folder, its config.json checked to mean the same to transformers, on drawn weights in fp64.
 
     Raises ModelError for another architecture, a config that cannot be ours, missing or unfit weights. ModernBERT's
     dropout after attention has no word in config.json: the model has its own 0.1. `origin` says so, and which heads were

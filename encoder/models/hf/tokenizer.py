@@ -139,7 +139,7 @@ def _part_of(pair: list[dict[str, Any]], name: str) -> int | None:
 
 
 def _tokenizer(content: dict[str, Any], tokenizer_json: Path) -> Tokenizer:
-    """The tokenizer of this content, seen to encode. Raises ModelError."""
+    """The tokenizer of this content, checked to encode. Raises ModelError."""
     import tokenizers
 
     with native_code(f"{tokenizer_json} cannot be used as a tokenizer.json", error=ModelError):

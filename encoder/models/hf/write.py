@@ -122,7 +122,7 @@ def export_hf(
             )
         }
         if onnx:
-            # as much as transformers was seen to round; a wrong window is 1e-1 off
+            # as much as transformers was measured to round; a wrong window is 1e-1 off
             rounding = min(2 * proofs["transformers"].max_abs_difference, 1e-2)
             proofs["onnxruntime"] = write_onnx(
                 part,

@@ -1,7 +1,7 @@
 """The curves of a plan as a picture: rate, decay, batch, mask share, length and RoPE theta over the tokens of each phase.
 
-A column a phase, all of one width, for the last one has a fortieth of the published tokens; warm-ups that would be a hair's
-breadth of their phase have a column of their own.
+A column a phase, all of one width, for the last one has a fortieth of the published tokens; warm-ups that would be too
+narrow to see have a column of their own.
 """
 
 from __future__ import annotations

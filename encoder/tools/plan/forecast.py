@@ -1,7 +1,7 @@
 """How fast a run will be on a cluster, before it is there: seconds a step from FLOP, bytes, and shares of the peaks.
 
     micro-batch    model FLOP / (peak x product share)  +  what layers read and write / (memory rate x memory share)
-    update         bytes of weights, gradients, averages on a rank / (memory rate x memory share)
+    update         bytes of weights, gradients, moments on a rank / (memory rate x memory share)
     communication  bytes a rank sends in a step / link rate; nothing of it is hidden behind computing (overlap_comm is off)
 
 A number that nobody measured on the machine in question is an assumption, and the forecast carries its name.
@@ -51,7 +51,7 @@ _SHEETS = {
 }
 GPUS = tuple(_SHEETS)
 BETWEEN_MACHINES = 50e9  # a 400 Gb/s card a GPU
-# read and written for each element: gradient, master, two averages, in several passes
+# read and written for each element: gradient, master, two moments, in several passes
 UPDATE_BYTES = 60
 LAYER_PASSES = 4  # what a layer keeps is written, read again, and its gradient too
 # launched for each layer, forward and backward: 52 (base) to 64 (17m) counted, compiled

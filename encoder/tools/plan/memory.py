@@ -32,7 +32,7 @@ class Memory:
     optimizer: int
     activations: int
     bucket: int  # of gradients on their way to their owner
-    offloaded: int  # in the machine's memory
+    offloaded: int  # in host memory
     # weights of the models that the objective asks, by setting
     asked: dict[str, int] = field(default_factory=dict)
 
