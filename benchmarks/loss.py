@@ -141,9 +141,11 @@ def measure(
         step(route, precision, h_MC, weight_VC, bias_V, target_M)
     # gradients are made anew inside of the measured step
     h_MC.grad = weight_VC.grad = bias_V.grad = None
-    before, began = reset_peak(device), time.perf_counter()
+    before = reset_peak(device)
+    began = time.perf_counter()
     loss = step(route, precision, h_MC, weight_VC, bias_V, target_M)
-    return {"bytes": peak(device) - before, "seconds": time.perf_counter() - began, "loss": loss}
+    seconds = time.perf_counter() - began
+    return {"bytes": peak(device) - before, "seconds": seconds, "loss": loss}
 
 
 def step(

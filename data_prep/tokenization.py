@@ -139,10 +139,11 @@ class TextEncoder:
     def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.name == "fastokens":
             ids, offsets = self._tokenizer.encode_batch_flat(list(texts), False, True)
-            return np.frombuffer(ids, "<u4"), np.diff(
-                np.frombuffer(offsets, "<u8").astype(np.int64)
-            )
-        found = [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+            ends = np.frombuffer(offsets, "<u8").astype(np.int64)
+            return np.frombuffer(ids, "<u4"), np.diff(ends)
+
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        found = [e.ids for e in encoded]
         lengths = np.array([len(f) for f in found], np.int64)
         ids = np.fromiter(chain.from_iterable(found), np.uint32, count=int(lengths.sum()))
         return ids, lengths
@@ -252,8 +253,9 @@ def cut_lengths(lengths_D: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nd
     document_P = np.repeat(np.arange(len(lengths_D)), pieces_D)
     # a piece's number in its document; the first (length mod pieces) have one token more
     index_P = np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
-    base_D, longer_D = lengths_D // pieces_D, lengths_D % pieces_D
-    return base_D[document_P] + (index_P < longer_D[document_P]), document_P
+    base_D, longer_D = np.divmod(lengths_D, pieces_D)
+    tokens_P = base_D[document_P] + (index_P < longer_D[document_P])
+    return tokens_P, document_P
 
 
 def is_held_out(text: str, share: float) -> bool:

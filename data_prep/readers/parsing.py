@@ -75,9 +75,10 @@ def parse(block: Block) -> Parsed:
 
 
 def _leave_out_large(block: Block, large: TooLarge, result: Parsed) -> None:
-    unit = "item" if block.unit == "item" else "line" if block.unit == "line" else "row"
-    whole = isinstance(block.source, TextSource) and block.source.document == "file"
-    place = block.file if whole else f"{block.file} {unit} {block.first}"
+    unit = {"item": "item", "line": "line"}.get(block.unit, "row")
+    place = f"{block.file} {unit} {block.first}"
+    if isinstance(block.source, TextSource) and block.source.document == "file":
+        place = block.file
     result.leave_out("larger than max_document_bytes", large.sentence(place, block.most_bytes))
     # one was counted above; the block may stand for several
     result.left_out["larger than max_document_bytes"] += large.documents - 1

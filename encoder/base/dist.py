@@ -312,7 +312,7 @@ def exchange(chunks: Sequence[torch.Tensor], *, receive: Sequence[int]) -> list[
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has at the moment."""
+    """A port of this machine that is free at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

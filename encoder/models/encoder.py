@@ -349,7 +349,7 @@ class PackedEncoder(nn.Module):
         self.model.recomputes = True
 
     def fp8_blocks_(self) -> None:
-        """From now on the layers' linear layers compute in FP8 (encoder.nn.fp8). Raises ConfigError for odd shapes."""
+        """From now on the blocks' linear layers compute in FP8 (encoder.nn.fp8). Raises ConfigError for odd shapes."""
         to_fp8_(self.model.layers)
 
     def parameter_count(self) -> int:

@@ -63,7 +63,8 @@ def _filled(old: Tensor, drawn: Tensor, rows: NewRows, *, axis: int) -> Tensor:
     new_V = drawn.movedim(axis, 0).clone()
     # an added id may lie in the old padding: such a row is made anew
     kept = torch.ones(len(old_V), dtype=torch.bool)
-    kept[[number for number in (*rows.drawn, *rows.means) if number < len(old_V)]] = False
+    added = [number for number in (*rows.drawn, *rows.means) if number < len(old_V)]
+    kept[added] = False
     new_V[: len(old_V)][kept] = old_V[kept]
     for number, pieces in rows.means.items():
         # pieces are ids of the old tokenizer, so their rows are the old ones

@@ -239,7 +239,8 @@ class CosineInverseSqrt:
 
     def _share(self, after_warmup: int, phase_tokens: int) -> float:
         """Of the peak, before the decay."""
-        u, f = max(0, after_warmup), self.floor_share
+        u = max(0, after_warmup)
+        f = self.floor_share
         cosine = phase_tokens / 4 if self.cosine_tokens is None else self.cosine_tokens
         if u <= cosine:
             return f + (1.0 - f) * 0.5 * (1.0 + math.cos(math.pi * u / (2.0 * cosine)))

@@ -412,11 +412,16 @@ class Trainer:
 
     def _held_out_changed(self) -> bool:
         """At the start of a phase: whether the held-out loss is another one than at the end of the phase before."""
-        run, progress = self.session.run, self.session.progress
-        now, before = run.phases[progress.phase], run.phases[max(0, progress.phase - 1)]
+        progress = self.session.progress
+        if progress.step == 0:
+            return True
+
         # the mixture of training does not decide it, its length and the phase's thetas do
-        decided_by = [(p.max_tokens_per_document, p.model) for p in (now, before)]
-        return progress.step == 0 or decided_by[0] != decided_by[1]
+        phases = self.session.run.phases
+        now = phases[progress.phase]
+        before = phases[max(0, progress.phase - 1)]
+        is_other_length = now.max_tokens_per_document != before.max_tokens_per_document
+        return is_other_length or now.model != before.model
 
     def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
         """A checkpoint; a milestone, and one that is waited for, is committed on return."""
