@@ -410,7 +410,7 @@ class _Filler:
 
     def _fill_intervals(self) -> None:
         m = self.mapping
-        phases = phases_of(m)
+        phases = list(phases_of(m))
         tokens = [_amount(p.get("tokens")) or 1 for p in phases]
         batches = [_amount(p.get("batch_tokens")) or 1 for p in phases]
 
