@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from encoder.base.errors import ConfigError
 
 MOST = 10_000_000  # hours or minutes: 19 years, which clocks and collectives can count
-LEAST_WATCHDOG_MINUTES = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +45,3 @@ class FaultConfig:
                 raise ConfigError(
                     f"{key} {value:g} must be above 0 and at most {MOST:,}. Use {key}: null for none."
                 )
-        if self.watchdog_minutes is not None and self.watchdog_minutes < LEAST_WATCHDOG_MINUTES:
-            raise ConfigError(
-                f"watchdog_minutes {self.watchdog_minutes:g} would end a run that works; needed: at"
-                f" least {LEAST_WATCHDOG_MINUTES}, since the first step alone may compile kernels"
-                " for so long. Use watchdog_minutes: null for none."
-            )

@@ -336,6 +336,21 @@ def test_a_step_of_rows_without_end_is_refused_before_it_begins(root, capsys):
     assert mistakes_of(read_run(root / "run.yaml", settings)) == []
 
 
+def test_a_watchdog_that_ends_a_working_run_is_refused(root):
+    for minutes in ("1e-300", "0.99"):
+        run = read_run(root / "run.yaml", [f"faults.watchdog_minutes={minutes}"])
+        with pytest.raises(ConfigError) as caught:
+            check_settings(run)
+        assert str(caught.value) == (
+            f"faults.watchdog_minutes {minutes} would end a run that works; needed: at least 1,"
+            " since kernels may compile for so long before the first step. Use"
+            " faults.watchdog_minutes: null for none."
+        )
+    for minutes in ("1", "null"):
+        run = read_run(root / "run.yaml", [f"faults.watchdog_minutes={minutes}"])
+        assert mistakes_of(run) == []
+
+
 def test_held_out_sources_named_like_a_loss_term_are_refused(root):
     sources = [{"path": f"{root}/a/held_out", "name": name} for name in ("a", "sop")]
     settings = [
