@@ -133,7 +133,7 @@ class SentenceSplitter:
 
     def _parts(self, text: str) -> list[str]:
         try:
-            with native_code("a text cannot be split in sentences"):
+            with native_code("a text cannot be split in sentences", remedy=""):
                 parts = self._segment(LANGUAGE, text)
         except UserError as error:
             warn_once(f"{error} It counts as one sentence.")

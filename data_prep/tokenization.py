@@ -181,7 +181,9 @@ def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> Enco
     try:
         fast = TextEncoder(tokenizer_json, "fastokens")
     except (ImportError, ShardError) as error:
-        warn_once(f"fastokens cannot be used ({' '.join(str(error).split())}). {slow}")
+        # the library's own reason, without the advice to make another tokenizer
+        why = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        warn_once(f"fastokens cannot be used ({why}). {slow}")
         return "tokenizers"
     texts = [*HOSTILE, *real_texts]
     for text, (a, b) in zip(

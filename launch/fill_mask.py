@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "folder", type=Path, metavar="HF_FOLDER", help="a folder written by tessera export"
     )
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them, or with the model's own name for it, such as <mask>")
     parser.add_argument(
         "--top", type=count, default=5, metavar="N", help="answers for each [MASK] (default 5)"
     )
@@ -52,9 +52,6 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
         raise ExportError(
             f"{folder} holds no config.json; needed: a folder written by tessera export."
         )
-    without = next((t for t in texts if "[MASK]" not in t), None)
-    if without is not None:
-        raise ExportError(f"{without!r} has no [MASK]; write one where the model shall answer.")
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -73,15 +70,20 @@ def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]
         ) from error
     if not 1 <= top <= model.config.vocab_size:
         raise ExportError(f"--top {top}: needed is 1 to {model.config.vocab_size:,}.")
+    # RoBERTa's table has two rows more than its longest text
+    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    # [MASK] in any model's text, or the tokenizer's own name: <mask> in RoBERTa and XLNet
+    masked = [text.replace("[MASK]", tokenizer.mask_token) for text in texts]
+    for text, asked in zip(texts, masked, strict=True):
+        if tokenizer.mask_token not in asked:
+            raise ExportError(f"{text!r} has no [MASK]; write one where the model shall answer.")
     found = []
-    for text in texts:
-        # RoBERTa and XLNet call it <mask>
-        inputs = tokenizer(text.replace("[MASK]", tokenizer.mask_token), return_tensors="pt")
+    for text, asked in zip(texts, masked, strict=True):
+        inputs = tokenizer(asked, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
-        if length > model.config.max_position_embeddings:
+        if length > longest:
             raise ExportError(
-                f"a text of {length:,} tokens is longer than the model's "
-                f"{model.config.max_position_embeddings:,}. Shorten it."
+                f"a text of {length:,} tokens is longer than the model's {longest:,}. Shorten it."
             )
         with torch.no_grad():
             logits_TV = model(**inputs).logits[0]

@@ -202,7 +202,12 @@ def parse_json(
 
 
 @contextlib.contextmanager
-def native_code(what: str, *, error: type[UserError] = UserError) -> Iterator[None]:
+def native_code(
+    what: str,
+    *,
+    error: type[UserError] = UserError,
+    remedy: str = "Make one with data-prep tokenizer.",
+) -> Iterator[None]:
     """Whatever a library of native code raises inside, a panic of Rust too, is one `error` that begins with `what`.
 
     A panic is no Exception to Python, so that nothing else would catch it.
@@ -216,7 +221,7 @@ def native_code(what: str, *, error: type[UserError] = UserError) -> Iterator[No
         if not isinstance(why, Exception) and type(why).__name__ != "PanicException":
             raise
         said = " ".join(str(why).split())[:200].rstrip(".") or type(why).__name__
-        raise error(f"{what}: {said}. Make one with data-prep tokenizer.") from why
+        raise error(f"{what}: {said}. {remedy}".rstrip()) from why
 
 
 def plain_name(

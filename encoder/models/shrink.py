@@ -94,9 +94,12 @@ def student_config(
             " --system out."
         )
 
-    # a setting on whose default the families agree is the teacher's, another the student's own
+    # a setting on whose default the families agree is the teacher's, another the student's own.
+    # Both read one tokenizer, whatever its size
     kept = {
-        name: value for name, value in dataclasses.asdict(old).items() if own[name] == theirs[name]
+        name: value
+        for name, value in dataclasses.asdict(old).items()
+        if own[name] == theirs[name] or name == "vocab_size"
     }
     return SYSTEMS[system](**{**kept, **changes})
 

@@ -319,7 +319,8 @@ def _weights_text(run: RunConfig) -> str:
         return f"from {name} on the Hugging Face hub"
     if not Path(run.init_from).exists():
         return (
-            f"from {run.init_from}, which is not there yet: tessera grow or tessera import makes it"
+            f"from {run.init_from}, which is not there yet: tessera import, tessera grow or tessera"
+            " shrink makes it"
         )
     return f"from {run.init_from}: {read_fitting(run).origin}"
 
