@@ -70,7 +70,7 @@ def _drawn(config: ModernBertConfig) -> ModernBertForMaskedLM:
 def real_lengths(*, longest: int) -> np.ndarray:
     """Lengths of documents of the four domains, int64, cut into pieces as a phase of this length cuts them."""
     documents = np.array(json.loads(LENGTHS.read_text(encoding="utf-8"))["lengths"])
-    return cut(0, np.arange(len(documents)), documents, longest).tokens_P
+    return cut(0, np.arange(len(documents)), documents, longest).tokens_D
 
 
 def make_batch(

@@ -410,6 +410,11 @@ def _add_index(commands: _Commands) -> None:
         ),
     )
     index.add_argument(
+        "--language",
+        metavar="CODE",
+        help="of the text, with --sentences: en (the default), de, fr, ja, ...",
+    )
+    index.add_argument(
         "--again", action="store_true", help="write side files of an earlier data-prep index anew"
     )
 
@@ -597,9 +602,21 @@ def _index(args: argparse.Namespace) -> None:
         source=args.source,
         split=args.split,
         reading=reading,
-        sentences=args.sentences,
+        sentence_language=_sentence_language(args),
         again=args.again,
     )
+
+
+def _sentence_language(args: argparse.Namespace) -> str | None:
+    """In which language sentences are to be found; None: they are not. Raises ConfigError."""
+    from data_prep.sentences import ENGLISH, check_language
+    from encoder.base.errors import ConfigError
+
+    if args.sentences:
+        return check_language(args.language or ENGLISH, where="--language")
+    if args.language:
+        raise ConfigError("--language has no effect without --sentences. Add it, or leave it out.")
+    return None
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from data_prep.filters import Filter
 from data_prep.other_words import OTHER_WORDS
+from data_prep.sentences import ENGLISH, check_language
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.mixtures import Mixture
 from encoder.base.schema import LocalText, PathText, Tokens, chosen_by, to_plain
@@ -217,6 +218,8 @@ class PrepareConfig:
     compression: Literal["none", "zstd"] = "none"  # of the shards; training unpacks them once
     # also find where sentences end (sentencex), which objectives of sentence pairs need
     sentences: bool = False
+    # of the text, for its abbreviations and marks: am, ar, bg, ..., de, en, ..., uk
+    sentence_language: str = ENGLISH
     # of a line, row or file as it is read; larger ones are left out
     max_document_bytes: int = 70_000_000
     mixtures: dict[str, Mixture] = field(
@@ -249,6 +252,12 @@ class PrepareConfig:
             raise ConfigError(
                 f"max_tokens_per_document is {self.max_tokens_per_document}; "
                 "needed: at least 8 and at most 4294967295."
+            )
+        check_language(self.sentence_language, where="sentence_language")
+        if self.sentence_language != ENGLISH and not self.sentences:
+            raise ConfigError(
+                f"sentence_language {self.sentence_language} has no effect without sentences: true."
+                " Set it, or leave the language out."
             )
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(

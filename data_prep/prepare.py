@@ -168,7 +168,7 @@ def _plan(
     # under on_error: stop no document is ever left out for its size, and the default says nothing
     if config.on_error == "skip" and config.max_document_bytes != MOST_DOCUMENT_BYTES:
         settings["max_document_bytes"] = config.max_document_bytes
-    splitter = splitter_name() if config.sentences else ""
+    splitter = splitter_name(config.sentence_language) if config.sentences else ""
     if splitter:
         # the key is there only where it says something: other cards stay the same bytes
         settings["sentences"] = splitter
@@ -245,7 +245,7 @@ def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> Segmen
         compression=None if config.compression == "none" else config.compression,
         stop_on_error=config.on_error == "stop",
         max_document_bytes=config.max_document_bytes,
-        sentences=config.sentences,
+        sentence_language=config.sentence_language if config.sentences else None,
     )
     # more processes than segments would only cost their start
     return SegmentPool(

@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from encoder.base.byte_level import byte_of_character
-from encoder.base.errors import ShardError, UserError
+from encoder.base.errors import ConfigError, ShardError, UserError, nearest
 from encoder.base.log import warn_once
 from encoder.base.untrusted import native_code
 
-# of its lists of abbreviations; it ends sentences at the marks of other scripts, too
-LANGUAGE = "en"
+# whose abbreviations and marks the library knows; for others it takes those of a related one
+LANGUAGES = tuple(
+    "am ar bg bn ca da de el en es fi fr gu hi hy it ja kk kn ml mr my nl pa pl pt ru sk ta te uk".split()
+)
+ENGLISH = "en"  # the default; English lists end sentences at the marks of other scripts, too
 TOKENS_AT_ONCE = 2**16  # read back: 3 MB of places
 # a token of these alone stands behind a word without a space (WordPiece and WordLevel do not keep spaces)
 _CLOSING = re.compile(r"[.,;:!?%)\]}'\u2019\u201d\u2026\u3002\uff0c\uff01\uff1f\u0964\u061f]+")
@@ -32,10 +35,23 @@ _SURROGATE = re.compile("[\udc80-\udcff]")
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
-def splitter_name() -> str:
-    """The library and its version, for the card. Raises UserError where it is not installed."""
+def check_language(language: str, *, where: str) -> str:
+    """The language, which the library has lists of. Raises ConfigError; `where`: the setting or option."""
+    if language not in LANGUAGES:
+        raise ConfigError(
+            f"{where} is {language!r}, of which sentencex has no list of its own."
+            f" {nearest(language, list(LANGUAGES))}"
+        )
+    return language
+
+
+def splitter_name(language: str) -> str:
+    """The library and its version, and the language unless it is English, for the card. Raises UserError where the library
+    is not installed."""
+    # cards of English text are those of before there was a choice
+    chosen = "" if language == ENGLISH else f", {language}"
     try:
-        return f"sentencex {importlib.metadata.version('sentencex')}"
+        return f"sentencex {importlib.metadata.version('sentencex')}{chosen}"
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             "sentences are found by sentencex, which is not installed. Install it: pip install"
@@ -54,12 +70,14 @@ class FoundSentences:
 class SentenceSplitter:
     """Finds the sentences of stored ids."""
 
-    def __init__(self, tokenizer_json: Path) -> None:
+    def __init__(self, tokenizer_json: Path, *, language: str = ENGLISH) -> None:
         """Raises ShardError for a tokenizer whose tokens cannot be read, UserError without the library."""
-        splitter_name()
+        # for the card, and so that a missing library is one sentence
+        self.name = splitter_name(language)
         from sentencex import segment
 
         self._segment = segment
+        self._language = language
         texts = _TokenTexts(tokenizer_json)
         self._keeps_spaces = texts.keeps_spaces
         self._kinds_V = texts.kinds_V
@@ -134,7 +152,7 @@ class SentenceSplitter:
     def _parts(self, text: str) -> list[str]:
         try:
             with native_code("a text cannot be split in sentences", remedy=""):
-                parts = self._segment(LANGUAGE, text)
+                parts = self._segment(self._language, text)
         except UserError as error:
             warn_once(f"{error} It counts as one sentence.")
             return []

@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.meter import Meter
 from data_prep.output import output
-from data_prep.sentences import FoundSentences, SentenceSplitter, splitter_name
+from data_prep.sentences import FoundSentences, SentenceSplitter
 from data_prep.shards import (
     ShardSamples,
     column_encodings,
@@ -98,19 +98,19 @@ def index(
     source: str | None = None,
     split: str = "train",
     reading: Reading | None = None,
-    sentences: bool = False,
+    sentence_language: str | None = None,
     again: bool = False,
 ) -> None:
     """Write the side files of every folder with an index.json, at or below those given. Raises ShardError.
 
     folders, tokenizer_json: the shards, and the tokenizer that made their ids.
     source, split: of the card; by default the folder's name, and train.
-    sentences: also find where sentences end; for shards of data-prep prepare this alone is added.
+    sentence_language: also find where sentences end, in this language; for shards of data-prep prepare this alone is added.
     again: side files that an earlier index wrote are written anew.
     """
     splitter = None
-    if sentences:
-        splitter = SentenceSplitter(tokenizer_json)
+    if sentence_language is not None:
+        splitter = SentenceSplitter(tokenizer_json, language=sentence_language)
     vocabulary = special_ids_of(tokenizer_json)
     for folder in _with_index(folders):
         # shards of `prepare` have everything else already
@@ -132,7 +132,7 @@ def index(
             f" tokens, {short_count(card.tokens)} tokens, {card.stored_as}{_remarks(read)}."
         )
         if splitter:
-            say(f"{folder}: {_sentences_text(read.sentences)}")
+            say(f"{folder}: {_sentences_text(read.sentences, splitter)}")
         if above := just_above_text(read.lengths):
             say(f"{folder}: {above}")
 
@@ -181,7 +181,7 @@ def _write_side_files(
         if splitter:
             _write_sentences(folder, read.sentences, max_tokens_per_document=longest)
             sentences_sha256 = sha256_of(folder / SENTENCES)
-            sentence_splitter = splitter_name()
+            sentence_splitter = splitter.name
         card = Card(
             source=source,
             split=split,
@@ -263,10 +263,10 @@ def _add_sentences(folder: Path, tokenizer_json: Path, splitter: SentenceSplitte
             dataclasses.replace(
                 card,
                 sentences_sha256=sha256_of(folder / SENTENCES),
-                sentence_splitter=splitter_name(),
+                sentence_splitter=splitter.name,
             ),
         )
-    say(f"{folder}: {_sentences_text(found)}")
+    say(f"{folder}: {_sentences_text(found, splitter)}")
 
 
 def _write_sentences(
@@ -278,10 +278,10 @@ def _write_sentences(
     write_atomic(folder / SENTENCES, b"".join(parts))
 
 
-def _sentences_text(found: Sequence[FoundSentences]) -> str:
+def _sentences_text(found: Sequence[FoundSentences], splitter: SentenceSplitter) -> str:
     count = sum(len(part.tokens_N) for part in found)
     tokens = sum(int(part.tokens_N.sum()) for part in found)
-    return f"{count:,} sentences of {tokens / max(1, count):.1f} tokens, by {splitter_name()}."
+    return f"{count:,} sentences of {tokens / max(1, count):.1f} tokens, by {splitter.name}."
 
 
 def just_above_text(lengths: np.ndarray) -> str | None:

@@ -75,7 +75,7 @@ class EncodeJob:
     compression: str | None
     stop_on_error: bool
     max_document_bytes: int
-    sentences: bool
+    sentence_language: str | None  # None: sentences are not asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +138,12 @@ class SegmentMaker:
 
     def _sentences(self, pieces: Pieces) -> FoundSentences | None:
         """Where the sentences of the pieces end, where that is asked for."""
-        if not self._job.sentences:
+        language = self._job.sentence_language
+        if language is None:
             return None
-        self._splitter = self._splitter or SentenceSplitter(Path(self._job.tokenizer_json))
+        self._splitter = self._splitter or SentenceSplitter(
+            Path(self._job.tokenizer_json), language=language
+        )
         begins_P, ends_P = text_stretches(pieces.lengths_P, self._job.specials)
         return self._splitter(pieces.ids_T, begins_P, ends_P)
 
@@ -331,7 +334,7 @@ class _Splits:
         self._side: dict[str, list[np.ndarray]] = {
             side_file(split, kind): []
             for split in SPLITS
-            for kind in (SIDE_FILES if job.sentences else SIDE_FILES[:1])
+            for kind in (SIDE_FILES if job.sentence_language else SIDE_FILES[:1])
         }
 
     def add(self, pieces: Pieces, sentences: FoundSentences | None) -> None:

@@ -20,7 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "folder", type=Path, metavar="HF_FOLDER", help="a folder written by tessera export"
     )
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="sentences with [MASK] in them, or with the model's own name for it, such as <mask>")
+    parser.add_argument(
+        "texts",
+        nargs="+",
+        metavar="TEXT",
+        help="sentences with [MASK] in them, or with the model's own name for it, such as <mask>",
+    )
     parser.add_argument(
         "--top", type=count, default=5, metavar="N", help="answers for each [MASK] (default 5)"
     )

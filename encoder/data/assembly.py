@@ -38,7 +38,7 @@ class RowSpec:
     address: tuple[int | str, ...]
     number: int  # in its step, counted over all ranks
     pieces_P4: np.ndarray  # int64, as in WindowPlan
-    pair_P: np.ndarray | None = None  # int8, as in WindowPlan
+    label_P: np.ndarray | None = None  # int8, as in WindowPlan
     # tokens of the phase before this row: what schedules of masks go by
     phase_tokens: int = 0
 
@@ -171,9 +171,9 @@ class Assembler:
             for piece, goes_on in zip(spec.pieces_P4.tolist(), goes_on_P, strict=True)
         ]
 
-        # of pairs the document is both parts: attention and positions
-        # go over [CLS] A [SEP] B [SEP]
-        pairs, lengths = _joined(spec, laid_P)
+        # of pairs and blocks the document is all its parts: attention and
+        # positions go over [CLS] A [SEP] B [SEP]
+        pairs, lengths = _joined(spec, laid_P, has_pairs=self.masker.pairs is not None)
         ids = np.concatenate(parts, dtype=np.int64)
         assert len(ids) <= self.geometry.row_tokens, "a row was planned above its capacity"
 
@@ -227,11 +227,11 @@ class Assembler:
 
         parts: what is laid already
         source, document, start, end: the piece
-        goes_on: it is the second of a pair, which has no [CLS]
+        goes_on: it is no first of a pair or block, and has no [CLS]
         """
         ids = self.sources[source].read(document)
         first = len(parts)
-        # cut at its front: what stands before every document is put back, but not inside a pair
+        # cut at its front: what stands before every document is put back, but not inside one
         if start > 0 and not goes_on and self.specials.before:
             parts.append(np.array(self.specials.before))
         parts.append(ids[start:end])
@@ -269,21 +269,26 @@ class Assembler:
 
 
 def _goes_on(spec: RowSpec) -> list[bool]:
-    """Which pieces are the second of a pair."""
-    if spec.pair_P is None:
+    """Which pieces go on with the document that one before them began."""
+    if spec.label_P is None:
         return [False] * len(spec.pieces_P4)
-    return (spec.pair_P == GOES_ON).tolist()
+    return (spec.label_P == GOES_ON).tolist()
 
 
-def _joined(spec: RowSpec, laid_P: list[int]) -> tuple[dict[str, RowPairs], list[int]]:
+def _joined(
+    spec: RowSpec, laid_P: list[int], *, has_pairs: bool
+) -> tuple[dict[str, RowPairs], list[int]]:
     """The masker's argument `pairs`, left out for a row without pairs; and the lengths of the row's documents."""
-    if spec.pair_P is None:
+    if spec.label_P is None:
         return {}, laid_P
 
-    # pieces come in twos: even places hold first parts, odd places second parts
+    # a document is the pieces from one that begins it up to the next
     laid = np.array(laid_P, dtype=np.int64)
-    pairs = RowPairs(spec.pair_P[::2].astype(np.int64), laid[::2])
-    return {"pairs": pairs}, (laid[::2] + laid[1::2]).tolist()
+    first = np.flatnonzero(spec.label_P != GOES_ON)
+    lengths = np.add.reduceat(laid, first).tolist()
+    if not has_pairs:
+        return {}, lengths
+    return {"pairs": RowPairs(spec.label_P[first].astype(np.int64), laid[first])}, lengths
 
 
 @dataclass(frozen=True, kw_only=True)

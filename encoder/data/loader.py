@@ -327,7 +327,7 @@ class _Lane:
             address=(*self._windows.address(window, lane=self._lane), row),
             number=number,
             pieces_P4=plan.pieces(row),
-            pair_P=plan.pairs(row),
+            label_P=plan.labels(row),
             phase_tokens=phase_tokens,
         )
         return spec, int(plan.tokens_R[row])
@@ -454,8 +454,8 @@ def evaluation_batches(
 
     # as many first pieces as sum to the rows' capacity. Best fit may spread these over more rows
     # than asked for; the last ones are left out
-    fitting = int(np.searchsorted(np.cumsum(pieces.tokens_P), rows * row_tokens, side="right"))
-    packing = pack_best_fit(pieces.tokens_P[:fitting], row_tokens)
+    fitting = int(np.searchsorted(np.cumsum(pieces.tokens_D), rows * row_tokens, side="right"))
+    packing = pack_best_fit(pieces.tokens_D[:fitting], row_tokens)
     plan = lay_rows(pieces, packing, np.arange(min(rows, packing.rows)))
 
     specs = [
@@ -463,7 +463,7 @@ def evaluation_batches(
             address=("held_out", source.name, row),
             number=row,
             pieces_P4=plan.pieces(row),
-            pair_P=plan.pairs(row),
+            label_P=plan.labels(row),
         )
         for row in range(plan.rows)
     ]

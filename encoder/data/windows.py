@@ -13,6 +13,8 @@ source, so that a reader of one lane needs only those.
     where the objective asks for pairs (pairs.py), two pieces are one document, the second without [CLS]:
         stored   C a b. c d. e. S      sentences of 2, 2 and 1 tokens
         pair     C' a b. S' c d. e. S' start 1, end 3; start 3, end 6
+
+    where documents are joined (blocks.py), so are all pieces of a block
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from encoder.base.errors import ConfigError, ShardError
 from encoder.base.objective import LEAST_PAIR_TOKENS, PairRule
 from encoder.base.rng import generator
 from encoder.base.tokenizer_json import Frame
+from encoder.data.blocks import Blocks, blocks_of
 from encoder.data.order import DocumentOrder, deal_shards
 from encoder.data.packing import Packing, pack_best_fit
 from encoder.data.pairs import WindowSentences, pairs_of
@@ -36,11 +39,13 @@ from encoder.data.sentences import SentenceLists
 from encoder.data.shard_format import Card
 
 SOURCE, DOCUMENT, START, END = range(4)  # columns of a piece
-GOES_ON = -1  # in the place of a pair's label: the piece is the pair's second
+GOES_ON = -1  # in the place of a label: the piece goes on with what the one before it began
 # a step takes as many rows of each lane, so that a lane with 5 % fewer documents
 # repeats its own 5 % more often
 LANES_APART = 0.05
 LEAST_DOCUMENT_TOKENS = 3  # [CLS], [SEP] and one between them
+# whether documents are joined to blocks of running text, and where these may end
+Join = Literal["none", "anywhere", "sentences"]
 
 
 class PlannedSource(Protocol):
@@ -63,7 +68,7 @@ class PlannedSource(Protocol):
         """Documents of each shard."""
 
     def sentences_of(self, documents: np.ndarray) -> SentenceLists:
-        """Asked for pairs alone. Raises ShardError where its sentences are not known."""
+        """Asked for pairs, and for blocks of whole sentences. Raises ShardError where its sentences are not known."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +76,16 @@ class WindowPlan:
     """The rows of one window. P pieces, R rows.
 
     A piece is (source, document, start, end): stored tokens start to end of that document, with [CLS] put back where
-    start > 0 and [SEP] where end is not the document's. Of a pair the second piece gets no [CLS]. Of the frame `end` a piece
-    gets [SEP] [CLS] where end is not the document's, and nothing before it.
+    start > 0 and [SEP] where end is not the document's. One that goes on, as the second of a pair, gets no [CLS]. Of the frame
+    `end` a piece gets [SEP] [CLS] where end is not the document's, and nothing before it.
     """
 
     pieces_P4: np.ndarray  # int64, row after row
     row_starts_R1: np.ndarray  # int64 into the pieces
     tokens_R: np.ndarray  # int64, tokens of each row without padding
-    # int8 [P], of pairs: the label of the pair that begins with the
-    # piece, or GOES_ON; None: no pairs
-    pair_P: np.ndarray | None = None
+    # int8 [P]: the label of the pair, or 0 of the block, that begins
+    # with the piece, or GOES_ON; None: each piece is a document
+    label_P: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -90,11 +95,11 @@ class WindowPlan:
         """The pieces of a row, int64 [pieces, 4], in the order they are laid."""
         return self.pieces_P4[self._of_row(row)]
 
-    def pairs(self, row: int) -> np.ndarray | None:
-        """pair_P of the pieces of a row."""
-        if self.pair_P is None:
+    def labels(self, row: int) -> np.ndarray | None:
+        """label_P of the pieces of a row."""
+        if self.label_P is None:
             return None
-        return self.pair_P[self._of_row(row)]
+        return self.label_P[self._of_row(row)]
 
     def _of_row(self, row: int) -> slice:
         return slice(self.row_starts_R1[row], self.row_starts_R1[row + 1])
@@ -105,7 +110,8 @@ class RowGeometry:
     """How long rows and the pieces in them are."""
 
     row_tokens: int  # capacity of a row
-    max_tokens_per_document: int  # longer documents are cut into near-equal pieces
+    max_tokens_per_document: int  # longer documents are cut into near-equal pieces; also of a block
+    join: Join = "none"  # of training documents to blocks; held-out ones stay apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +227,12 @@ class Windows:
             documents,
             max_tokens=self._geometry.max_tokens_per_document,
             pairs=self._pairs,
+            join=self._geometry.join,
             chance=generator(self._order.seed, "pairs", *self.address(window, lane=lane)),
         )
 
         # best fit decreasing puts the longest pieces into the first rows: rows are shuffled
-        packing = pack_best_fit(pieces.tokens_P, self._geometry.row_tokens)
+        packing = pack_best_fit(pieces.tokens_D, self._geometry.row_tokens)
         shuffled = generator(
             self._order.seed, "rows", *self.address(window, lane=lane)
         ).permutation(packing.rows)
@@ -255,12 +262,14 @@ class Windows:
         # tokens of each row are counted anew, with what is put back where pieces were cut
         frame = self._sources[0].card.specials.frame
         tokens_P = (end_P - start_P) + put_back(start_P, end_P, length_P, frame)
-        pair_P = plan.pair_P
-        if pair_P is not None:  # a pair goes as a whole
-            kept_P = np.repeat(kept_P.reshape(-1, 2).all(axis=1), 2)
-            # put_back counts a [CLS] for each part; the second has none
-            tokens_P = tokens_P - (pair_P == GOES_ON)
-            pair_P = pair_P[kept_P]
+        label_P = plan.label_P
+        if label_P is not None:  # a pair or a block goes as a whole
+            begins_P = label_P != GOES_ON
+            kept_U = np.logical_and.reduceat(kept_P, np.flatnonzero(begins_P))
+            kept_P = kept_U[np.cumsum(begins_P) - 1]
+            # put_back counts a [CLS] for each part; one that goes on has none
+            tokens_P = tokens_P - ~begins_P
+            label_P = label_P[kept_P]
 
         tokens_P = tokens_P * kept_P
         tokens_R = np.diff(np.concatenate([[0], np.cumsum(tokens_P)])[plan.row_starts_R1])
@@ -269,26 +278,39 @@ class Windows:
             plan.pieces_P4[kept_P],
             np.concatenate([[0], np.cumsum(kept_P)])[plan.row_starts_R1],
             tokens_R,
-            pair_P,
+            label_P,
         )
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces before packing: int64 [P, 4] as in WindowPlan, and the tokens of each with what is put back.
+    """What is packed: int64 [P, 4] as in WindowPlan, and the tokens of each document, with what is put back. D documents.
 
-    Of pairs the tokens and the label are those of a pair, which is two pieces.
+    A document is what attention sees as one: a piece, a pair of two, or a block of any number.
     """
 
     pieces_P4: np.ndarray
-    tokens_P: np.ndarray
-    label_P: np.ndarray | None = None  # int8; None: no pairs
+    tokens_D: np.ndarray
+    label_D: np.ndarray | None = None  # int8, as in WindowPlan; None: a document is a piece
+    starts_D1: np.ndarray | None = None  # int64 into the pieces; None: a document is a piece
 
     @staticmethod
     def joined(parts: Sequence[Pieces]) -> Pieces:
         return Pieces(
             np.concatenate([p.pieces_P4 for p in parts]),
-            np.concatenate([p.tokens_P for p in parts]),
+            np.concatenate([p.tokens_D for p in parts]),
+        )
+
+    @staticmethod
+    def of_blocks(parts: Sequence[Blocks]) -> Pieces:
+        """The blocks of several sources."""
+        tokens_D = np.concatenate([p.tokens_B for p in parts])
+        counts_D = np.concatenate([np.diff(p.starts_B1) for p in parts])
+        return Pieces(
+            np.concatenate([p.pieces_P4 for p in parts]),
+            tokens_D,
+            np.zeros(len(tokens_D), np.int8),
+            np.concatenate([[0], np.cumsum(counts_D)]),
         )
 
 
@@ -341,16 +363,18 @@ def pieces_of(
     max_tokens: int,
     pairs: PairRule | None,
     chance: np.random.Generator,
+    join: Join = "none",
 ) -> Pieces:
-    """Documents as they are packed: cut to length, or made into pairs of sentences.
+    """Documents as they are packed: cut to length, joined to blocks, or made into pairs of sentences.
 
     sources, documents: numbers of documents, int64, of each source
-    max_tokens: of a piece or a pair
+    max_tokens: of a piece, a block or a pair
     pairs: the rule; None: documents
     chance: for pairs, belongs to these documents alone
+    join: whether documents become blocks, and where these end
     """
     numbered = list(zip(range(len(sources)), sources, documents, strict=True))
-    if pairs is None:
+    if pairs is None and join == "none":
         return Pieces.joined(
             [
                 cut(
@@ -366,16 +390,33 @@ def pieces_of(
 
     for source in sources:
         if source.card.specials.frame != "both_ends":
+            asked = "pairs of sentences" if pairs else f"data.join {join}"
             raise ShardError(
-                f"{source.name} has [CLS] behind each text; needed for pairs of sentences: a"
-                " tokenizer whose [CLS] stands first. Use objective: {name: mlm}, or other shards."
+                f"{source.name} has [CLS] behind each text; needed for {asked}: a tokenizer whose"
+                " [CLS] stands first. Use objective: {name: mlm} without data.join, or other"
+                " shards."
             )
+
+    if pairs is None:
+        return Pieces.of_blocks(
+            [
+                blocks_of(
+                    number,
+                    some,
+                    source.lengths[some],
+                    max_tokens=max_tokens,
+                    sentences=source.sentences_of(some) if join == "sentences" else None,
+                )
+                for number, source, some in numbered
+            ]
+        )
 
     text = WindowSentences.joined(
         [(number, some, source.sentences_of(some)) for number, source, some in numbered]
     )
     made = pairs_of(text, pairs, max_tokens=max_tokens, chance=chance)
-    return Pieces(made.pieces_P4, made.tokens, made.label)
+    starts_D1 = np.arange(0, len(made.pieces_P4) + 1, 2)
+    return Pieces(made.pieces_P4, made.tokens, made.label, starts_D1)
 
 
 def check_lengths(geometry: RowGeometry, *, pairs: PairRule | None) -> None:
@@ -464,13 +505,16 @@ def lay_rows(pieces: Pieces, packing: Packing, order_R: np.ndarray) -> WindowPla
     moved = np.repeat(packing.row_starts_R1[order_R] - starts[:-1], counts)
     order = packing.pieces_P[moved + np.arange(starts[-1])]
 
-    tokens = np.concatenate([[0], np.cumsum(pieces.tokens_P[order])])
+    tokens = np.concatenate([[0], np.cumsum(pieces.tokens_D[order])])
     tokens_R = np.diff(tokens[starts])
-    if pieces.label_P is None:
+    if pieces.starts_D1 is None or pieces.label_D is None:
         return WindowPlan(pieces.pieces_P4[order], starts, tokens_R)
 
-    # of a pair both pieces, the first before the second
-    place = (2 * order[:, None] + np.arange(2)).ravel()
-    labels = pieces.label_P[order]
-    pair_P = np.stack([labels, np.full_like(labels, GOES_ON)], axis=1).ravel()
-    return WindowPlan(pieces.pieces_P4[place], 2 * starts, tokens_R, pair_P)
+    # the same gather once more: each document's pieces, the first before the others
+    parts = np.diff(pieces.starts_D1)[order]
+    before = np.concatenate([[0], np.cumsum(parts)])
+    place = np.repeat(pieces.starts_D1[order] - before[:-1], parts) + np.arange(before[-1])
+
+    label_P = np.full(len(place), GOES_ON, np.int8)
+    label_P[before[:-1]] = pieces.label_D[order]
+    return WindowPlan(pieces.pieces_P4[place], before[starts], tokens_R, label_P)

@@ -71,8 +71,10 @@ class ObjectiveConfig(Settings, Protocol):
     def check_models(self, model: ModelShape, stored: Mapping[str, ModelShape]) -> None:
         """The trained model and those of STORED_MODELS, by setting, fit each other. Raises ConfigError."""
 
-    def expected_targets(self, *, tokens: float, mask_share: float) -> dict[str, float]:
-        """Targets of each loss term in so many tokens, for a plan."""
+    def expected_targets(
+        self, *, documents: float, tokens: float, mask_share: float
+    ) -> dict[str, float]:
+        """Targets of each loss term in so many documents, or pairs, of so many tokens together, for a plan."""
 
     def train_flops(
         self,

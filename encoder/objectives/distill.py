@@ -101,8 +101,10 @@ class DistillConfig(MlmConfig):
                 f" {teacher.hidden_size}."
             )
 
-    def expected_targets(self, *, tokens: float, mask_share: float) -> dict[str, float]:
-        """Targets of each loss term in so many tokens."""
+    def expected_targets(
+        self, *, documents: float, tokens: float, mask_share: float
+    ) -> dict[str, float]:
+        """Targets of each loss term in so many documents of so many tokens together."""
         masked = mask_share * tokens
         taught = masked
         if self.soft_targets == "all":

@@ -175,8 +175,10 @@ class MlmConfig:
     def check_models(self, model: ModelShape, stored: Mapping[str, ModelShape]) -> None:
         """Every model fits."""
 
-    def expected_targets(self, *, tokens: float, mask_share: float) -> dict[str, float]:
-        """Targets of each loss term in so many tokens."""
+    def expected_targets(
+        self, *, documents: float, tokens: float, mask_share: float
+    ) -> dict[str, float]:
+        """Targets of each loss term in so many documents of so many tokens together."""
         return {MLM: mask_share * tokens}
 
     def train_flops(

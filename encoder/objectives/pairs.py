@@ -54,6 +54,13 @@ class _PairConfig(MlmConfig):
         """How the loader makes pairs of documents."""
         return PairRule(label_1=self.LABEL_1, short_share=self.short_share)
 
+    def expected_targets(
+        self, *, documents: float, tokens: float, mask_share: float
+    ) -> dict[str, float]:
+        """Targets of each loss term in so many pairs of so many tokens together."""
+        masked = super().expected_targets(documents=documents, tokens=tokens, mask_share=mask_share)
+        return {**masked, self.TERM: documents}
+
     def build(self, facts: ObjectiveFacts) -> SentencePairs:
         """Raises ConfigError if a special id is outside the vocabulary."""
         return SentencePairs.of(self, facts)

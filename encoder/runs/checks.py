@@ -70,7 +70,7 @@ def mistakes_of(run: RunConfig) -> list[str]:
         *_watchdog_too_soon(run),
         *_text_in_both(run),
         *_rates_of_nothing(run),
-        *_pairs_of_nothing(run),
+        *_sentences_of_nothing(run),
     ]
 
 
@@ -125,23 +125,26 @@ def _text_in_both(run: RunConfig) -> Iterator[str]:
             )
 
 
-def _pairs_of_nothing(run: RunConfig) -> Iterator[str]:
-    """Text of which no pair of sentences can be made."""
-    if run.objective.pairs is None:
+def _sentences_of_nothing(run: RunConfig) -> Iterator[str]:
+    """Text whose sentences are not known, or of which no pair can be made."""
+    if not run.needs_sentences:
         return
 
+    is_pairs = run.objective.pairs is not None
     groups = [list(_known(where, sources)) for where, sources in _mixtures(run)]
-    held_out = list(_held_out(run))
+    # held-out documents are not joined
+    held_out = list(_held_out(run)) if is_pairs else []
+    asking = "this objective" if is_pairs else "data.join sentences"
     # said once: whoever prepares them again does so with all
     for known in itertools.chain(*groups, held_out):
         if not known.card.sentences_sha256:
             yield (
                 f"{known.where} {known.config.folder} does not say where its sentences end, which"
-                f" this objective needs. Find them: data-prep index {known.config.folder}"
+                f" {asking} needs. Find them: data-prep index {known.config.folder}"
                 f" --tokenizer {known.config.folder / TOKENIZER} --sentences."
             )
             return
-    for group in groups:
+    for group in groups if is_pairs else ():
         if group and not any(_has_pairs(known) for known in group):
             yield (
                 f"{group[0].where}: no document of {group[0].config.folder} has two sentences, so"
@@ -420,9 +423,10 @@ def _of_sources(run: RunConfig) -> Iterator[str]:
 def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterator[str]:
     limit, lengths = phase.max_tokens_per_document, filling.lengths_D.astype(np.int64)
     longest = int(lengths.max())
-    if longest * 2 <= limit and f"phases.{run.phases.index(phase)}.max_tokens_per_document" not in {
-        d.key for d in run.derived
-    }:
+    apart = run.data.join == "none"
+    derived = {d.key for d in run.derived}
+    key = f"phases.{run.phases.index(phase)}.max_tokens_per_document"
+    if apart and longest * 2 <= limit and key not in derived:
         yield (
             f"phase {phase.name} cuts documents at {limit:,} tokens, and the longest of"
             f" {len(lengths):,} that were looked at has {longest:,}: none is cut, and no position"
@@ -432,7 +436,7 @@ def _of_lengths(run: RunConfig, phase: PhaseConfig, filling: Filling) -> Iterato
     # cut in two halves for 5 % too much, or for two tokens
     above = (lengths > limit) & (lengths <= max(limit + 2, JUST_ABOVE * limit))
     share = float(above.mean())
-    if share >= MANY_JUST_ABOVE:
+    if apart and share >= MANY_JUST_ABOVE:
         whole = int(lengths[above].max())
         # the same packed again with documents whole, to say what it would gain
         room = max(run.data.row_tokens, whole)

@@ -31,6 +31,7 @@ from encoder.base.schema import (
 from encoder.base.units import short_count
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
+from encoder.data.windows import Join
 from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS
 from encoder.models.contract import ModelConfig
@@ -113,6 +114,8 @@ class DataConfig:
     window_documents: int = 8192
     lanes: int = 1  # sequences of windows side by side, each over its own shards of every source
     shuffle_shards: int = SHARDS_PER_GROUP  # of a source, shuffled together; more where shards are local: a wider shuffle
+    # documents follow each other in blocks of max_tokens_per_document, which end `anywhere` or behind `sentences` (RoBERTa)
+    join: Join = "none"
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -436,6 +439,11 @@ class RunConfig:
                     f" train it. Set model.{name}: false, or use an objective that needs it."
                 )
 
+        if self.objective.pairs and self.data.join != "none":
+            raise ConfigError(
+                f"data.join {self.data.join} and an objective of pairs: a pair is a document of its"
+                " own. Leave data.join out, or use objective: {name: mlm}."
+            )
         for phase in self.phases if self.objective.pairs else ():
             if phase.max_tokens_per_document < LEAST_PAIR_TOKENS:
                 raise ConfigError(
@@ -462,6 +470,11 @@ class RunConfig:
             raise ConfigError(
                 "loader.prefetch_windows has no effect: no source has a cache. Leave it out."
             )
+
+    @property
+    def needs_sentences(self) -> bool:
+        """Whether shards must say where their sentences end: for pairs, and for blocks of whole sentences."""
+        return self.objective.pairs is not None or self.data.join == "sentences"
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Of all phases and of the evaluation; a source that several phases share stands several times."""

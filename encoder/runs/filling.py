@@ -79,8 +79,8 @@ def fill_rows(
         stored = [stored_lengths(s.folder) for s in sources]
     except ShardError:
         return None
-    # pairs are cut at sentences, which the shards do not tell yet
-    if run.objective.pairs and not all(s.card.sentences_sha256 for s in stored):
+    # what is cut at sentences, which the shards do not tell yet
+    if run.needs_sentences and not all(s.card.sentences_sha256 for s in stored):
         return None
     longest, capacity = (
         max_tokens or phase.max_tokens_per_document,
@@ -111,8 +111,13 @@ def fill_rows(
         ]
 
         lengths = pieces_of(
-            stored, drawn, max_tokens=longest, pairs=run.objective.pairs, chance=draw
-        ).tokens_P
+            stored,
+            drawn,
+            max_tokens=longest,
+            pairs=run.objective.pairs,
+            join=run.data.join,
+            chance=draw,
+        ).tokens_D
         packing = pack_best_fit(lengths, capacity)
         # tokens of each row: the lengths of its pieces summed from one row's start to the next
         tokens.append(np.add.reduceat(lengths[packing.pieces_P], packing.row_starts_R1[:-1]))

@@ -249,7 +249,9 @@ def make_loader(
 
 def _geometry(run: RunConfig, phase: PhaseConfig) -> RowGeometry:
     return RowGeometry(
-        row_tokens=run.data.row_tokens, max_tokens_per_document=phase.max_tokens_per_document
+        row_tokens=run.data.row_tokens,
+        max_tokens_per_document=phase.max_tokens_per_document,
+        join=run.data.join,
     )
 
 

@@ -11,7 +11,7 @@ from encoder.data.loader import DataPosition, Loader, WorkerSettings, evaluation
 from encoder.data.windows import DataOrder, RowGeometry, Windows
 
 ORDER = ("weights", "seed", "phase", "window_documents", "lanes", "shuffle_shards", "left_out")
-GEOMETRY = ("row_tokens", "max_tokens_per_document")
+GEOMETRY = ("row_tokens", "max_tokens_per_document", "join")
 
 
 def loader_with(sources, *, workers=0, prefetch_windows=0, start=None, **settings) -> Loader:

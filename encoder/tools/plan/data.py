@@ -25,7 +25,12 @@ def data_lines(run: RunConfig) -> list[str]:
     mixtures: dict[tuple[SourceConfig, ...], list[str]] = {}
     for phase in run.phases:
         mixtures.setdefault(run.sources_of(phase), []).append(phase.name)
-    lines = [f"rows of {run.data.row_tokens:,} tokens"]
+    joined = {
+        "none": "",
+        "anywhere": ", of blocks of running text",
+        "sentences": ", of blocks of whole sentences of running text",
+    }
+    lines = [f"rows of {run.data.row_tokens:,} tokens{joined[run.data.join]}"]
     missing: dict[str, str] = {}
     for sources, phases in mixtures.items():
         total = sum(source.weight for source in sources)

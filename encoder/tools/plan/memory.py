@@ -180,7 +180,7 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     # one piece of logits, which becomes its gradient; the decoder's weight in 2 bytes, and its
     # gradient before and after scaling
     share = max(run.mask_share_of(phase).highest for phase in run.phases)
-    targets = run.objective.expected_targets(tokens=tokens, mask_share=share)
+    targets = run.objective.expected_targets(documents=1, tokens=tokens, mask_share=share)
     piece = min(max(targets.values()), PIECE_POSITIONS[kind])
     if in_half:
         logit_width = 2

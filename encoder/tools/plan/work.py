@@ -47,8 +47,9 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
                 [np.arange(0, len(stored.lengths), every)],
                 max_tokens=longest,
                 pairs=run.objective.pairs,
+                join=run.data.join,
                 chance=np.random.default_rng(0),
-            ).tokens_P
+            ).tokens_D
         except ShardError:
             # the longest that may be: attention makes long documents the most work a token
             lengths = np.array([longest])
@@ -58,7 +59,9 @@ def phase_work(run: RunConfig, phase: PhaseConfig) -> PhaseWork:
             run.model,
             asked,
             lengths=lengths,
-            targets=run.objective.expected_targets(tokens=tokens, mask_share=share),
+            targets=run.objective.expected_targets(
+                documents=len(lengths), tokens=tokens, mask_share=share
+            ),
         )
         # work a token, times the source's share of the phase's tokens
         flops += some_flops / tokens * phase.tokens * source.weight / weights

@@ -175,7 +175,7 @@ def test_a_window_of_pairs_is_a_function_of_its_number(rule):
     assert not np.array_equal(plans[0].pieces_P4, plans[1].pieces_P4)
     for plan in plans:
         assert plan.tokens_R.max() <= 64
-        assert (plan.pair_P[1::2] == GOES_ON).all() and (plan.pair_P[::2] >= 0).all()
+        assert (plan.label_P[1::2] == GOES_ON).all() and (plan.label_P[::2] >= 0).all()
         assert (plan.row_starts_R1 % 2 == 0).all()
         lengths_P = plan.pieces_P4[:, 3] - plan.pieces_P4[:, 2]
         tokens = lengths_P.reshape(-1, 2).sum(axis=1) + 3

@@ -48,6 +48,7 @@ class Case:
     whole_words: bool
     seed: int
     objective: str = "mlm"
+    join: str = "none"  # of documents, where the objective has no pairs
 
 
 cases = st.builds(
@@ -60,6 +61,7 @@ cases = st.builds(
     whole_words=st.booleans(),
     seed=st.integers(0, 2**40),
     objective=st.sampled_from([*OBJECTIVES]),
+    join=st.sampled_from(["none", "anywhere", "sentences"]),
 )
 
 
@@ -82,6 +84,7 @@ def steps_of(
         seed=case.seed,
         phase=1,
         max_tokens_per_document=case.cap if ask.pairs is None else max(case.cap, 5),
+        join=case.join if ask.pairs is None else "none",
         row_tokens=ROW,
         window_documents=case.window_documents,
         masker=ask,
@@ -165,8 +168,8 @@ def test_all_ranks_rows_are_those_of_one_rank_from_any_position(
     assert content(ranks) == content([whole])[walked:]
 
 
-@pytest.mark.parametrize("objective", ["mlm", "mlm_nsp"])
-def test_worker_processes_make_the_same_rows(objective):
+@pytest.mark.parametrize("objective, join", [("mlm", "sentences"), ("mlm_nsp", "none")])
+def test_worker_processes_make_the_same_rows(objective, join):
     case = Case(
         sources=3,
         lanes=2,
@@ -176,6 +179,7 @@ def test_worker_processes_make_the_same_rows(objective):
         whole_words=True,
         seed=7,
         objective=objective,
+        join=join,
     )
     whole = steps_of(case, 7)
     ranks = [

@@ -40,13 +40,13 @@ def random_lengths(count, longest, seed=0):
 def test_a_document_is_cut_as_drawn_in_the_first_lines():
     pieces = cut(0, np.array([5]), np.array([9]), 6)
     assert pieces.pieces_P4.tolist() == [[0, 5, 0, 4], [0, 5, 4, 9]]
-    assert pieces.tokens_P.tolist() == [5, 6]  # C a b c S' and C' d e f g S
+    assert pieces.tokens_D.tolist() == [5, 6]  # C a b c S' and C' d e f g S
 
 
 def test_a_document_with_cls_at_its_end_gets_sep_and_cls_back():
     pieces = cut(0, np.array([5]), np.array([9]), 6, frame="end")
     assert pieces.pieces_P4.tolist() == [[0, 5, 0, 3], [0, 5, 3, 9]]
-    assert pieces.tokens_P.tolist() == [5, 6]  # a b c S' C' and d e f g S C
+    assert pieces.tokens_D.tolist() == [5, 6]  # a b c S' C' and d e f g S C
 
 
 @pytest.mark.parametrize("frame", ["both_ends", "end"])
@@ -61,9 +61,9 @@ def test_pieces_cover_every_token_once_and_differ_by_one(cap, frame):
             and (starts[1:] == ends[:-1]).all()
             and (starts < ends).all()
         )
-        assert (pieces.tokens_P <= cap).all()
-        assert pieces.tokens_P.max() - pieces.tokens_P.min() <= 1
-        assert len(pieces.tokens_P) == (1 if length <= cap else -(-(length - 2) // (cap - 2)))
+        assert (pieces.tokens_D <= cap).all()
+        assert pieces.tokens_D.max() - pieces.tokens_D.min() <= 1
+        assert len(pieces.tokens_D) == (1 if length <= cap else -(-(length - 2) // (cap - 2)))
 
 
 def test_one_epoch_of_windows_holds_every_stored_token_exactly_once():

@@ -11,11 +11,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import encoder.models.encoder as shared
+from encoder.base.batch import Targets
 from encoder.base.schema import from_mapping
-from encoder.models.catalog import PRESETS
+from encoder.models.bert import BertConfig
+from encoder.models.catalog import PRESETS, build_model
 from encoder.models.flops import attended_pairs
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import mlm_loss
+from encoder.objectives.pairs import MlmNspConfig
+from tests.helpers.memory_source import SPECIALS
 from tests.helpers.packed import packed
 
 SMALL = ModernBertConfig(
@@ -98,6 +103,26 @@ def test_flops_equal_torchs_counter_forward_and_backward(monkeypatch, setting, l
     with FlopCounterMode(display=False) as both:
         mlm_loss(model, batch).total.backward()
     assert both.get_total_flops() == expected
+
+
+def test_a_sentence_head_costs_its_pooler_and_two_logits_for_each_pair(monkeypatch):
+    """By torch's counter, and by hand: 3 x 2 (32 x 32 + 32 x 2) for each of three pairs."""
+    lengths = [9, 4, 17]
+    backend = SimpleNamespace(plan=lambda *_, **__: WholeDocuments(lengths))
+    monkeypatch.setattr(shared, "choose_backend", lambda *_: SimpleNamespace(backend=backend))
+    shape = dict(hidden_size=32, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
+    config = BertConfig(vocab_size=96, sentence_head=True, **shape)
+    model = build_model(config, seed=1)
+    batch = packed(lengths, vocab=96)
+    first = Targets(index_M=batch.cu_seqlens_S1[:3].long(), value_M=torch.zeros(3).long(), count=3)
+    batch = replace(batch, targets={**batch.targets, "nsp": first})
+    objective = build_objective(MlmNspConfig(), vocab_size=96, specials=SPECIALS)
+    with FlopCounterMode(display=False) as both:
+        sum(term.total for term in objective.loss(model, batch).values()).backward()
+    found = config.train_flops(lengths=lengths, targets=batch.counts)
+    assert both.get_total_flops() == found
+    without = config.train_flops(lengths=lengths, targets={"mlm": batch.counts["mlm"]})
+    assert found - without == 3 * 3 * 2 * (32 * 32 + 32 * 2)
 
 
 class WholeDocuments:

@@ -173,7 +173,7 @@ def test_the_held_out_question_is_masked_tokens_alone_and_asks_no_teacher():
 def test_work_is_the_students_step_and_the_teachers_forward():
     config = DistillConfig(teacher="x")
     lengths = np.array([30, 34])
-    targets = config.expected_targets(tokens=64, mask_share=0.25)
+    targets = config.expected_targets(documents=2, tokens=64, mask_share=0.25)
     assert targets == {"mlm": 16.0, "soft": 64, "cosine": 64}
     found = config.train_flops(STUDENT, {"teacher": TEACHER}, lengths=lengths, targets=targets)
     own = STUDENT.train_flops(lengths=lengths, targets={"mlm": 80.0})

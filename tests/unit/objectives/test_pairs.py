@@ -53,7 +53,7 @@ LABELS = np.array([0, GOES_ON, 1, GOES_ON], dtype=np.int8)
 @pytest.mark.parametrize("static_shapes", [False, True])
 def test_pairs_are_laid_with_segments_and_labels(static_shapes):
     masker = objective(MlmNspConfig(mask_share=0.001))
-    spec = RowSpec(address=(0, 0, 0), number=0, pieces_P4=PIECES, pair_P=LABELS)
+    spec = RowSpec(address=(0, 0, 0), number=0, pieces_P4=PIECES, label_P=LABELS)
     batch = assembler(masker, static_shapes=static_shapes).assemble([spec]).batch
     ids = [CLS, 0, 1, 2, SEP, 3, 4, SEP, CLS, 1, 2, SEP, 2, 3, 4, SEP]
     assert batch.ids_T[:16].tolist() == ids
@@ -109,7 +109,7 @@ def test_a_pair_objective_keeps_the_promises_of_an_objective(name):
 
 def test_the_loss_is_torchs_cross_entropy_of_both_terms():
     masker = objective(MlmSopConfig(pair_weight=0.5))
-    spec = RowSpec(address=(0, 0, 0), number=0, pieces_P4=PIECES, pair_P=LABELS)
+    spec = RowSpec(address=(0, 0, 0), number=0, pieces_P4=PIECES, label_P=LABELS)
     batch = assembler(masker, static_shapes=True).assemble([spec]).batch
     model = bert()
     terms = masker.loss(model, batch)

@@ -173,6 +173,35 @@ def test_shards_without_sentences_say_how_to_make_them(tmp_path, text):
     assert len(read_lengths(source.path, source.card)) == source.documents
 
 
+def test_sentences_of_another_language_and_one_that_is_none(tmp_path, capsys):
+    """German: `z.B.` and `bzw.` end no sentence. The card says the language; English cards stay as they were."""
+    documents = [f"Wir sehen {i} Hunde, z.B. Dackel, bzw. Pudel. Sie bellen." for i in range(40)]
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    text = settings(tmp_path)
+    counts = {}
+    for language in ("en", "de"):
+        out = tmp_path / language
+        asked = ["sentences=true", f"sentence_language={language}", f"out={out}"]
+        assert run("prepare", text, *asked) == 0
+        card = read_card(out / "a/train")
+        assert card.sentence_splitter.endswith(", de") == (language == "de")
+        counts[language] = read_sentences(out / "a/train", card).count / card.documents
+    assert counts["de"] == 2.0 < counts["en"]
+
+    plain = tmp_path / "plain"
+    assert run("prepare", text, f"out={plain}") == 0
+    asked = [plain / "a/train", "--tokenizer", plain / "a/train/tokenizer.json"]
+    capsys.readouterr()
+    assert "without --sentences" in refused(capsys, "index", *asked, "--language", "de")
+    assert run("index", *asked, "--sentences", "--language", "de") == 0
+    ours, theirs = (tmp_path / name / "a/train" / SENTENCES for name in ("plain", "de"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+    said = refused(capsys, "prepare", text, "sentences=true", "sentence_language=deu")
+    assert "sentence_language is 'deu'" in said and "Did you mean de?" in said
+    assert "without sentences: true" in refused(capsys, "prepare", text, "sentence_language=de")
+
+
 def test_without_the_library_nothing_is_made(tmp_path, text, capsys, monkeypatch):
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)

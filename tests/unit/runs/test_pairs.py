@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from encoder.data.windows import pieces_of
 from encoder.runs.config import read_run
-from encoder.runs.filling import fill_rows
+from encoder.runs.filling import fill_rows, stored_lengths
 from encoder.tools.plan.work import phase_work
 from launch import plan, pretrain
 from tests.helpers.memory_source import sentences_of
@@ -99,5 +101,23 @@ def test_the_plan_packs_pairs_and_the_model_gets_a_sentence_head(run_file):
     assert filling.fill > 0.8
     plain = fill_rows(read_run(run_file, ["objective={name: mlm}"]), run.phases[0])
     assert len(filling.pieces_R) and len(plain.pieces_R)
+
+
+def test_the_plan_counts_the_pooler_and_the_sentence_head(run_file):
+    """Of each pair 3 x 2 (16 x 16 + 16 x 2), over the tokens of the phase."""
+    with_sentences(run_file)
+    run = read_run(run_file)
     work = phase_work(run, run.phases[0])
-    assert work.flops > 0 and not work.unknown
+    assert not work.unknown
+    lengths = pieces_of(
+        [stored_lengths(run_file.parent / "a/train")],
+        [np.arange(len(DOCUMENTS))],
+        max_tokens=32,
+        pairs=run.objective.pairs,
+        chance=np.random.default_rng(0),
+    ).tokens_D
+    tokens = int(lengths.sum())
+    masked = {"mlm": run.objective.mask_share * tokens}
+    body = run.model.train_flops(lengths=lengths, targets=masked)
+    heads = len(lengths) * 3 * 2 * (16 * 16 + 16 * 2)
+    assert work.flops == pytest.approx((body + heads) / tokens * 1000, rel=1e-12)
