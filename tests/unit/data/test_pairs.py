@@ -262,7 +262,7 @@ def test_a_lost_shard_takes_whole_pairs_and_moves_nothing_else():
         kept = pairs[~gone.any(axis=1)]
         assert np.array_equal(lost.pieces(row), kept.reshape(-1, 4))
         assert lost.tokens_R[row] == (kept[:, :, 3] - kept[:, :, 2]).sum() + 3 * len(kept)
-        assert np.array_equal(lost.pairs(row)[::2], whole.pairs(row)[::2][~gone.any(axis=1)])
+        assert np.array_equal(lost.labels(row)[::2], whole.labels(row)[::2][~gone.any(axis=1)])
 
 
 @pytest.mark.parametrize("name", ["mlm_nsp", "mlm_sop"])
