@@ -168,8 +168,6 @@ def test_the_other_commands_refuse_what_is_not_there(tmp_path, source, capsys):
     )
     assert "has begun" in refused(capsys, report, tmp_path / "run")
     assert "no config.json" in refused(capsys, fill_mask, tmp_path / "run", "a [MASK]")
-    (tmp_path / "run" / "config.json").write_text("{}")
-    assert "has no [MASK]" in refused(capsys, fill_mask, tmp_path / "run", "a mask")
 
 
 def test_an_import_that_cannot_be_leaves_no_folder(tmp_path, capsys):
