@@ -323,7 +323,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
         compression=None,
         stop_on_error=True,
         max_document_bytes=2**26,
-        sentences=False,
+        sentence_language=None,
     )
     tokenization.one_thread_a_process()
     source = JsonlSource(name="all", files=tuple(str(file.resolve()) for file in files))
