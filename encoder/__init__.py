@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from encoder.tools.notebook import metrics as metrics
     from encoder.tools.notebook import open_shards as open_shards
     from encoder.tools.notebook import preset as preset
-    from encoder.train.loop import pretrain as pretrain
+    from encoder.train.pretraining import pretrain as pretrain
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ _ROOMS = {
     "Shards": "encoder.tools.notebook",
     "read_run": "encoder.runs.config",
     "RunConfig": "encoder.runs.config",
-    "pretrain": "encoder.train.loop",
+    "pretrain": "encoder.train.pretraining",
     "World": "encoder.base.dist",
     "read_model": "encoder.runs.weights",
     "ModernBertConfig": "encoder.models.modernbert",

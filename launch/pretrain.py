@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             from encoder.runs.config import read_run
 
             run = read_run(args.run, args.overrides)
-            from encoder.train.loop import pretrain
+            from encoder.train.pretraining import pretrain
 
             pretrain(run, world, stop=stop)
         except OSError as error:

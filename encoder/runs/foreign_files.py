@@ -7,9 +7,8 @@ from pathlib import Path
 from encoder.base.errors import CheckpointError, ConfigError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.log import warn_once
-from encoder.base.schema import parse_yaml, to_yaml
+from encoder.base.schema import Settings, parse_yaml, to_yaml
 from encoder.engine.checkpoint.folder import INCARNATIONS
-from encoder.runs.config import RunConfig
 from encoder.runs.folder import CHECKPOINTS, ERRORS, EVENTS, HANGS, LEDGER, RUN_FILE
 
 # what may lie in the folder of a run that has not begun: what jobs, shells and failed starts leave there
@@ -42,7 +41,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write_run_file(folder: Path, run: RunConfig) -> None:
+def write_run_file(folder: Path, run: Settings) -> None:
     """Writes the resolved settings as RUN_FILE; a file there that was edited by hand is put aside."""
     path = folder / RUN_FILE
     text = to_yaml(run)

@@ -35,13 +35,14 @@ from encoder.objectives.words import read_word_edges
 from encoder.runs.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.runs.facts import DataFacts, source_name
 from encoder.runs.objective_models import AskedModel
+from encoder.train.course import ModelShape, RunSettings
 from encoder.train.evaluate import HeldOut, unigram_entropy
 
 # 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
 PREFETCH_WINDOWS = 128
 
 
-def choose_device(run: RunConfig, world: World) -> torch.device:
+def choose_device(run: RunSettings, world: World) -> torch.device:
     """The device of this rank, where the run's attention can run. Raises ConfigError before anything is made.
 
     On CPU also takes this rank's share of the cores, unless OMP_NUM_THREADS says otherwise, and keeps freed memory.
@@ -94,7 +95,7 @@ def choose_device(run: RunConfig, world: World) -> torch.device:
     return device
 
 
-def check_same_precision(run: RunConfig) -> None:
+def check_same_precision(run: RunSettings) -> None:
     """All ranks train in one precision; with ranks joined. Raises ConfigError on all of them where auto meant two."""
     words = ("fp32", "fp64", "autocast", "bf16")
     mine = words.index(run.engine.precision)
@@ -113,7 +114,7 @@ def make_model(run: RunConfig) -> Model:
         return build_model(run.model, attention=run.attention, seed=run.seed)
 
 
-def compiles(run: RunConfig, device: torch.device) -> bool:
+def compiles(run: RunSettings, device: torch.device) -> bool:
     """Whether the layers run compiled."""
     # auto leaves ZeRO 3 out: it fetches weights by hooks that compiled code does not call
     return run.compile == "blocks" or (
@@ -121,7 +122,7 @@ def compiles(run: RunConfig, device: torch.device) -> bool:
     )
 
 
-def has_static_shapes(run: RunConfig, device: torch.device) -> bool:
+def has_static_shapes(run: RunSettings, device: torch.device) -> bool:
     """Whether micro-batches are padded to one shape: costs the rows' unfilled end, saves compiling and allocating anew."""
     return device.type == "cuda" or compiles(run, device)
 
@@ -315,10 +316,15 @@ def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:
     return unigram_entropy(np.asarray(counts), facts.specials.all_special)
 
 
-def fingerprint_batch(run: RunConfig, objective: Objective) -> TokenBatch:
-    """A fixed batch of random tokens, all of them predicted: its loss tells whether weights came back as they went."""
-    length = min(64, run.model.max_position_embeddings)
-    ids_T = torch.from_numpy(
-        generator(run.seed, "fingerprint").integers(0, run.model.vocab_size, length)
-    )
+def fingerprint_batch(
+    model: ModelShape, *, objective: Objective, seed: int, address: str
+) -> TokenBatch:
+    """A fixed batch of random tokens, all that can be predicted: its loss tells whether weights came back as they went.
+
+    model: whose vocabulary and length bound it
+    objective: whose targets it has
+    seed, address: of the tokens
+    """
+    length = min(64, model.max_position_embeddings)
+    ids_T = torch.from_numpy(generator(seed, address).integers(0, model.vocab_size, length))
     return packed_documents([ids_T], objective.all_targets(ids_T))

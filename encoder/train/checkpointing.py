@@ -13,7 +13,6 @@ from encoder.base.log import say
 from encoder.base.schema import to_yaml
 from encoder.engine.checkpoint.save import Saved, Saver
 from encoder.runs.folder import CHECKPOINTS
-from encoder.runs.phases import phase_of_weights
 from encoder.train.faults import Deadline
 from encoder.train.recorder import Recorder
 from encoder.train.session import Session
@@ -90,13 +89,13 @@ class Checkpointing:
                 self._recorder.ledger.sync()
         session.errors.agree()
 
-        loss = fingerprint(session.run, session.engine, session.device)
+        loss = fingerprint(session.course, session.engine, session.device)
         if not math.isfinite(loss):  # the same on all ranks
             where = f"the weights after step {step} give a loss of {loss} on the fixed batch"
             if wait or milestone:
                 raise UserError(
                     f"{where}: they are not saved, the checkpoints before them stay."
-                    f" {lower_rate_text(session)}."
+                    f" {session.course.lower_rate_text(session.progress)}."
                 )
 
             # no reason to end: the steps to come may be judged bad, and the run goes back
@@ -111,11 +110,7 @@ class Checkpointing:
                 # what a load must give again, then what a resume is held against or goes on with
                 "fingerprint_loss": loss,
                 "fingerprint_precision": session.run.engine.precision,
-                "card_sha256": session.facts.card_sha256,
-                "init_sha256": self._started.init_sha256,
-                "objective_sha256": self._started.objective_sha256,
-                "quarantine": self._started.quarantine.to_plain(),
-                "parent": self._started.parent,
+                **session.course.to_plain(),
                 **self._state(),
             },
         )
@@ -133,10 +128,3 @@ class Checkpointing:
     def close(self) -> None:
         """The writing thread ended; safe after any error."""
         self._saver.close()
-
-
-def lower_rate_text(session: Session) -> str:
-    """What to do where training diverges: the rate of the phase that moved the weights last."""
-    number = phase_of_weights(session.progress)
-    peak = session.run.phases[number].lr.peak
-    return f"Start anew with a lower rate: out=ANOTHER_FOLDER phases.{number}.lr.peak={peak / 2:g}"

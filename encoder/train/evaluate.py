@@ -53,6 +53,49 @@ def held_out_numbers(
     }
 
 
+def silent_sources(numbers: dict[str, float], sources: Sequence[str]) -> list[str]:
+    """The sources without a target."""
+    # such a source has a nan; with one source it is the number of the whole
+    whole = numbers["held_out_accuracy"]
+    return [name for name in sources if math.isnan(numbers.get(f"held_out_accuracy_{name}", whole))]
+
+
+def held_out_text(
+    numbers: dict[str, float],
+    sources: Sequence[str],
+    *,
+    terms: Sequence[str],
+    entropy: float | None,
+    phase: str | None,
+) -> str:
+    """One line for people.
+
+    numbers: as held_out_numbers gives them
+    sources: the names of the held-out sources
+    terms: of the loss
+    entropy: of the held-out text's tokens, where it is known
+    phase: the phase that begins with this evaluation, where it is another one than before
+    """
+    beside = ""
+    if entropy is not None:
+        beside = f" (unigram entropy {entropy:.2f})"
+    as_of = ""
+    if phase:
+        as_of = f" as phase {phase} asks"
+    whole = (
+        f"held-out loss{as_of} {numbers['held_out_loss']:.3f}{beside} "
+        f"accuracy {numbers['held_out_accuracy']:.1%}"
+    )
+    # of each of several sources, and of each further loss term
+    shown = [*(sources if len(sources) > 1 else []), *terms[1:]]
+    of_each = [
+        f"{name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
+        for name in shown
+        if f"held_out_loss_{name}" in numbers
+    ]
+    return "  ".join([whole, *of_each])
+
+
 def _added(sums: Sequence[TermSum]) -> TermSum:
     return TermSum(*map(sum, zip(*sums)))
 

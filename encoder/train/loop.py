@@ -1,5 +1,6 @@
 """The training loop: phase after phase, step after step, evaluating and saving on the way.
 
+Course           what it trains on, and how far (course.py)
 Trainer          this file: phases and steps
 Recorder         ledger, metrics, events, what the reader sees
 Checkpointing    saves in the background
@@ -18,39 +19,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from encoder.base.agreement import DeferredErrors
-from encoder.base.command import as_typed
-from encoder.base.dist import World, join, leave, sum_over_ranks, watched
-from encoder.base.done import is_done
-from encoder.base.log import outlive_readers, say, warn_once
+from encoder.base.dist import World, join, leave, sum_over_ranks
+from encoder.base.log import say
 from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress
-from encoder.data.loader import DataPosition, StepData
-from encoder.engine.checkpoint.folder import committed_folders
+from encoder.data.loader import StepData
 from encoder.engine.engine import StepResult
-from encoder.engine.precision import precision_on
-from encoder.runs.checks import check_settings
-from encoder.runs.config import PhaseConfig, RunConfig, describe_phase, with_engine
-from encoder.runs.defaults import settled
-from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
-from encoder.runs.facts import check_data, fetch_cards, named_sources, source_name
-from encoder.runs.folder import CHECKPOINTS, DONE
-from encoder.runs.initial import read_initial
 from encoder.runs.ledger import chain
-from encoder.runs.objective_models import read_objective_models
-from encoder.runs.phases import current_phase, enter_next_phase, lr_at, phase_is_done
-from encoder.runs.same import check_same_run
+from encoder.runs.phases import enter_next_phase
 from encoder.train import build
 from encoder.train.checkpointing import Checkpointing
+from encoder.train.course import Course, Phase, Steps
 from encoder.train.display import ProgressDisplay, open_display
-from encoder.train.evaluate import HeldOut, held_out_numbers
 from encoder.train.faults import OK, Deadline
 from encoder.train.hints import how_to_go_on
-from encoder.train.meters import Clock, document_lengths
-from encoder.train.quarantine import LostShard, QuarantiningLoader
+from encoder.train.meters import Clock
 from encoder.train.recorder import Recorder
 from encoder.train.recovery import Recovery
 from encoder.train.session import Session, StepAgreement
@@ -75,69 +61,31 @@ class StepOutcome(enum.Enum):
     STOP = "stop"  # saved, as it was asked to
 
 
-def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
-    """Trains a run to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint in `run.out`.
+def train_course(
+    course: Course, world: World, device: torch.device, *, clock: Clock, stop: StopFlag
+) -> Outcome:
+    """Trains a course to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint.
 
-    `stop`: a flag that listens already; None: one that listens from here to the end. Raises UserError.
+    course: what the run trains on
+    world, device: of this rank
+    clock: of this start
+    stop: listens already
     """
-    if stop is None:
-        with StopFlag() as stop:
-            return pretrain(run, world, stop=stop)
-    outlive_readers()
-    with watched(world):
-        return _pretrain(run, world, stop)
-
-
-def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
+    run = course.run
     folder = Path(run.out)
-    clock = Clock(began=psutil.Process().create_time())
-    # what needs no data and no other rank comes first: a mistake is told in seconds
-    run.tracking.check_packages()
-    check_same_run(run, folder)
-    done, problem = is_done(folder)
-    if problem and world.first:
-        warn_once(problem.replace("start the run again, and what", "what"))
-    if done:
-        say(
-            f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
-            " new run use name=ANOTHER."
-        )
-        return Outcome(done=True, progress=None)
-
-    # all of the run file and of the shards' cards, before any rank waits for another
-    fetch_cards(run, world)
-    run = settled(run)
-    facts = check_data(run)
-    known = check_settings(run)
-    run = named_sources(run)
-
-    # a run that has a checkpoint goes on from that, and init_from may be gone
-    fresh = not committed_folders(folder / CHECKPOINTS)
-    initial = None
-    if fresh:
-        build.check_held_out_names(run, facts)
-        if run.init_from:
-            initial = read_initial(run, facts, hashed=world.first)
-    # models that the objective asks, such as a teacher, are needed at every start
-    asked = read_objective_models(run, facts, hashed=world.first)
-
-    device = build.choose_device(run, world)
-    run = with_engine(run, precision=precision_on(run.engine.precision, device))
-
-    # the watchdog reports before a collective gives up
+    # the watchdog speaks before a collective gives up
     hang_minutes = run.faults.watchdog_minutes
     joined = join(world, device=device, timeout_seconds=max(600.0, 60 * (hang_minutes or 0) + 60))
     watchdog = Watchdog(folder, world, hang_minutes=hang_minutes)
     try:
         with watchdog, contextlib.ExitStack() as held:
             build.check_same_precision(run)
-            started = start_run(run, facts, world, device, held, initial, known, asked)
+            started = start_run(course, world, device, held)
             display = held.enter_context(
                 open_display(first_rank=world.first, every_steps=run.tracking.print_every_steps)
             )
             session = Session(
-                run=run,
-                facts=facts,
+                course=course,
                 world=world,
                 device=device,
                 folder=folder,
@@ -146,7 +94,6 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
                 watchdog=watchdog,
                 errors=DeferredErrors(world),
                 progress=started.progress,
-                objective_models={name: model.config for name, model in asked.items()},
             )
             trainer = Trainer(session, started, display)
             try:
@@ -162,11 +109,9 @@ class Trainer:
     """A run under way: its phases and steps."""
 
     def __init__(self, session: Session, started: Started, display: ProgressDisplay) -> None:
-        self.session = session
-        self.quarantine = started.quarantine
+        self.session, self.course = session, session.course
         self.lock = started.lock
-        self.last_held_out = started.last_held_out
-        self.held_out: list[HeldOut] = []  # of the phase
+        self.last_evaluation = started.last_evaluation
         self.deadline = Deadline(
             session.run.faults.max_hours, started=session.clock.began, env=os.environ
         )
@@ -189,8 +134,8 @@ class Trainer:
         """Phase after phase; a phase that went back is opened again at another place of its data."""
         if self.lock:
             stop.on_asked = self.lock.say_ending
-        self._say_epochs()
-        while (phase := current_phase(self.session.run, self.session.progress)) is not None:
+        self.course.announce()
+        while (phase := self.course.phase_at(self.session.progress)) is not None:
             outcome = self._train_phase(phase, stop)
             if outcome is StepOutcome.ROLLED_BACK:
                 continue
@@ -199,38 +144,34 @@ class Trainer:
             self._end_phase(phase)
             # asked to stop in the phase's last step, whose end is saved; after the last phase the
             # run is done all the same
-            if (
-                self.stop_agreed
-                and current_phase(self.session.run, self.session.progress) is not None
-            ):
+            if self.stop_agreed and self.course.phase_at(self.session.progress) is not None:
                 return self._stopped(stop)
-        self.recorder.done(self.last_held_out)
+        self.session.watchdog.heartbeat("finishing")
+        self.recorder.done(self.last_evaluation, self.course.finish(self.session.engine))
         return Outcome(done=True, progress=self.session.progress)
 
-    def _train_phase(self, phase: PhaseConfig, stop: StopFlag) -> StepOutcome:
+    def _train_phase(self, phase: Phase, stop: StopFlag) -> StepOutcome:
         """Its steps, from where the run stands."""
         session = self.session
         session.watchdog.heartbeat(f"opening phase {phase.name}")
         session.clock.turn_to("starting")
-        say(f"phase {describe_phase(session.run, phase)}")
+        say(f"phase {self.course.describe(session.progress)}")
         session.engine.module.set_phase_(phase.model)
 
-        with self._open_data(phase) as loader:
+        with self._open_data() as loader:
             # a resume within the phase has its first evaluation behind it
             if session.progress.phase_step == 0:
                 self._begin_phase()
             session.clock.turn_to("training")
             stop.begin()
 
-            while not phase_is_done(session.run, session.progress):
-                outcome = self._train_step(phase, loader, stop)
+            while not self.course.is_done(session.progress):
+                outcome = self._train_step(loader, stop)
                 if outcome is not StepOutcome.CONTINUE:
                     return outcome
         return StepOutcome.CONTINUE
 
-    def _train_step(
-        self, phase: PhaseConfig, loader: QuarantiningLoader, stop: StopFlag
-    ) -> StepOutcome:
+    def _train_step(self, loader: Steps, stop: StopFlag) -> StepOutcome:
         """One step of training, and what is due after it."""
         session, monitor = self.session, self.recovery.monitor
         before, step = session.progress, session.progress.step + 1
@@ -244,7 +185,7 @@ class Trainer:
             return self._save_and_stop()
 
         # the update
-        lr = lr_at(phase, phase_tokens=before.phase_tokens, step_tokens=data.tokens)
+        update = self.course.update(before, data)
         # not finite the first time: computing it again could move the weights where it did not then
         if monitor.is_left_out(step):
             result = _left_out(agreed.counts)
@@ -252,9 +193,9 @@ class Trainer:
             result = session.engine.step(
                 data.micro_batches,
                 counts=agreed.counts,
-                lr=lr,
-                max_lr=phase.max_lr or phase.lr.peak,
-                weight_decay=session.run.weight_decay_of(phase),
+                lr=update.lr,
+                max_lr=update.max_lr,
+                weight_decay=update.weight_decay,
             )
 
         # a step that predicts nothing is neither good nor bad: the ledger's count of masked tokens tells it
@@ -264,7 +205,9 @@ class Trainer:
 
         session.progress = _after(before, data, agreed, fault)
         with session.errors.deferred():
-            self.recorder.step(data, result, lr=lr, agreed=agreed, fault=fault, monitor=monitor)
+            self.recorder.step(
+                data, result, lr=update.lr, agreed=agreed, fault=fault, monitor=monitor
+            )
             self.recorder.epochs(loader, data)
 
         if monitor.must_go_back:
@@ -275,17 +218,15 @@ class Trainer:
 
     def _evaluate_and_save(self, before: Progress, agreed: StepAgreement) -> StepOutcome:
         """What is due after a good or a skipped step."""
-        run, progress = self.session.run, self.session.progress
-        if run.evaluation and _crossed(before, progress, run.evaluation.every_tokens):
+        progress = self.session.progress
+        if self.course.evaluation_is_due(before, progress):
             self.evaluate()
         # the end of a phase saves by itself
-        ended = phase_is_done(run, progress)
+        ended = self.course.is_done(progress)
         if agreed.stop and not ended:
             return self._save_and_stop()
-        # by the clock of tokens, or for a going-back that the ledger has later
-        if _crossed(before, progress, run.checkpoints.every_tokens) or self.recovery.wants_save(
-            progress.step
-        ):
+        # by the course's clock, or for a going-back that the ledger has later
+        if self.course.save_is_due(before, progress) or self.recovery.wants_save(progress.step):
             self.save_is_due = True
         # amid bad steps it stays due: a checkpoint that a run may go back to follows a good one
         if self.save_is_due and not ended and not self.recovery.monitor.in_a_row:
@@ -302,47 +243,28 @@ class Trainer:
     def _begin_phase(self) -> None:
         """At its first step."""
         self.recovery.monitor.new_phase()
-        if self._held_out_changed():
+        if self.course.evaluation_begins(self.session.progress):
             self.evaluate()
 
-    def _end_phase(self, phase: PhaseConfig) -> None:
-        """Its held-out loss and its checkpoint, which is kept."""
+    def _end_phase(self, phase: Phase) -> None:
+        """Its evaluation and its checkpoint, which is kept."""
         self.evaluate()
         # the checkpoint stands at the beginning of the next phase, where a resume begins
         self.session.progress = enter_next_phase(self.session.progress)
         self.save(milestone=phase.name)
         self.save_is_due = False
 
-    def _open_data(self, phase: PhaseConfig) -> QuarantiningLoader:
-        """The phase's held-out batches and its steps, on all ranks or on none."""
-        session = self.session
-        run, progress, loader = session.run, session.progress, None
-        with session.errors.deferred():
-            parts = (run, session.facts, session.world, session.device)
-            self.held_out = build.make_held_out(*parts, phase)
-            loader = QuarantiningLoader(
-                open_loader=lambda at, left_out: build.make_loader(
-                    *parts, phase, at, left_out=left_out
-                ),
-                names=[source_name(s) for s in run.sources_of(phase)],
-                quarantine=self.quarantine,
-                position=DataPosition(lanes=progress.lanes, phase_tokens=progress.phase_tokens),
-                step=progress.step + 1,
-                stops=run.loader.on_bad_shard == "stop",
-                on_shard_lost=self._on_shard_lost,
-            )
+    def _open_data(self) -> Steps:
+        """The phase's steps and what is evaluated, on all ranks or on none."""
+        steps: Steps | None = None
+        with self.session.errors.deferred():
+            steps = self.course.open_data(self.session, self.recorder)
 
-        session.errors.agree()
-        return loader
+        self.session.errors.agree()
+        assert steps is not None, "who could not open them has met an error, and all left with it"
+        return steps
 
-    def _on_shard_lost(self, lost: LostShard) -> None:
-        """On every rank, before the first step without the shard."""
-        if self.session.world.first:
-            with self.session.errors.deferred():
-                self.quarantine.write()
-        self.recorder.shard_lost(lost)
-
-    def _next_batch(self, loader: QuarantiningLoader) -> StepData | None:
+    def _next_batch(self, loader: Steps) -> StepData | None:
         with self.session.clock.doing("waiting"), self.session.errors.deferred():
             return loader.next_step()
         return None
@@ -354,7 +276,10 @@ class Trainer:
         # one vector for one all-reduce: targets of each loss term, hash, FLOP, then four flags.
         # a rank without a batch sends zeros and its error flag; all leave together below
         counts = [data.counts[term] if data else 0 for term in terms]
-        mine = [data.row_hash, self._flops(data)] if data else [0, 0]
+        mine = [0, 0]
+        if data:
+            # as long as documents are; padding is no work
+            mine = [data.row_hash, int(sum(self.course.flops(b) for b in data.micro_batches))]
         # rank zero's clock alone decides: clocks of machines differ
         time_is_near = session.world.first and self.deadline.is_near()
         flags = [
@@ -383,45 +308,22 @@ class Trainer:
             stop=self.stop_agreed,
         )
 
-    def _flops(self, data: StepData) -> int:
-        """Model FLOP of this rank's documents as long as they are; padding is no work."""
-        session = self.session
-        model = session.run.model
-        asked = session.objective_models
-        train_flops = session.run.objective.train_flops
-        return int(
-            sum(
-                train_flops(model, asked, lengths=document_lengths(b), targets=b.counts)
-                for b in data.micro_batches
-            )
-        )
-
     def evaluate(self) -> None:
-        """Held-out loss and accuracy; nothing without an evaluation section, or twice at one step of a phase."""
-        progress = self.session.progress
+        """What the course evaluates; nothing twice at one step of a phase."""
+        session, progress = self.session, self.session.progress
         # at the start of a phase the step is the same, but length and thetas are others
-        again = self.last_held_out.get("step") == progress.step and progress.phase_step
-        if not self.held_out or again:
+        if self.last_evaluation.get("step") == progress.step and progress.phase_step:
             return
-        self.session.watchdog.heartbeat(f"evaluating after step {progress.step}")
-        with self.session.clock.doing("evaluating"):
-            numbers = held_out_numbers(self.held_out, self.session.engine.evaluate)
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self.last_held_out = {"step": progress.step, **finite}
-        self.recorder.held_out(numbers, [source.name for source in self.held_out])
-
-    def _held_out_changed(self) -> bool:
-        """At the start of a phase: whether the held-out loss is another one than at the end of the phase before."""
-        progress = self.session.progress
-        if progress.step == 0:
-            return True
-
-        # the mixture of training does not decide it, its length and the phase's thetas do
-        phases = self.session.run.phases
-        now = phases[progress.phase]
-        before = phases[max(0, progress.phase - 1)]
-        is_other_length = now.max_tokens_per_document != before.max_tokens_per_document
-        return is_other_length or now.model != before.model
+        session.watchdog.heartbeat(f"evaluating after step {progress.step}")
+        with session.clock.doing("evaluating"):
+            found = self.course.evaluate(session.engine, progress)
+        if found is None:
+            return
+        finite = {
+            name: value if math.isfinite(value) else None for name, value in found.numbers.items()
+        }
+        self.last_evaluation = {"step": progress.step, **finite}
+        self.recorder.evaluated(found)
 
     def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
         """A checkpoint; a milestone, and one that is waited for, is committed on return."""
@@ -432,13 +334,10 @@ class Trainer:
 
     def _state(self) -> dict[str, object]:
         """What a checkpoint holds of the loop."""
-        return {"last_held_out": self.last_held_out, "bad_steps": self.recovery.monitor.to_plain()}
-
-    def _say_epochs(self) -> None:
-        repeats = count_repeats(self.session.run)
-        say(f"epochs: {repeats_text(repeats)}")
-        if many := many_epochs_text(repeats):
-            warn_once(many)
+        return {
+            "last_held_out": self.last_evaluation,
+            "bad_steps": self.recovery.monitor.to_plain(),
+        }
 
     def _stopped(self, stop: StopFlag) -> Outcome:
         session, progress = self.session, self.session.progress
@@ -492,9 +391,3 @@ def _left_out(counts: Mapping[str, int]) -> StepResult:
     return StepResult(
         loss=math.nan, grad_norm=math.inf, applied=False, means=dict.fromkeys(counts, math.nan)
     )
-
-
-def _crossed(before: Progress, after: Progress, every_tokens: int) -> bool:
-    """Whether a multiple of `every_tokens` lies between."""
-    # a step may pass several multiples at once: they count as one
-    return before.tokens // every_tokens != after.tokens // every_tokens

@@ -21,15 +21,14 @@ from encoder.data.loader import StepData
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.save import Saved
 from encoder.engine.engine import StepResult
-from encoder.runs.about import about_run
 from encoder.runs.folder import DONE, EVENTS
 from encoder.runs.foreign_files import write_run_file
 from encoder.runs.ledger import Ledger
+from encoder.train.course import Evaluation, Steps
 from encoder.train.display import ProgressDisplay
 from encoder.train.faults import NOT_FINITE, SPIKE, StepMonitor
-from encoder.train.hints import what_comes_next
 from encoder.train.meters import SpeedMeter, bf16_peak, memory_bytes
-from encoder.train.quarantine import LostShard, QuarantiningLoader
+from encoder.train.quarantine import LostShard
 from encoder.train.session import Session, StepAgreement
 from encoder.train.start import Started
 from encoder.train.tracker import Tracker
@@ -46,7 +45,6 @@ class Recorder:
     def __init__(self, session: Session, started: Started, display: ProgressDisplay) -> None:
         self._session = session
         self._display = display
-        self._entropy = started.entropy
         self._has_shown = False
         self.ledger: Ledger | None = None
         self.tracker: Tracker | None = None
@@ -65,9 +63,12 @@ class Recorder:
         write_run_file(session.folder, run)
         # an export needs no shards
         write_atomic(
-            session.folder / TOKENIZER, read_bytes(session.facts.tokenizer_json, error=ShardError)
+            session.folder / TOKENIZER, read_bytes(session.course.tokenizer_json, error=ShardError)
         )
-        self.ledger = Ledger(session.folder, resumed_at=session.progress, parent=started.parent)
+        origin = session.course.origin()
+        self.ledger = Ledger(
+            session.folder, resumed_at=session.progress, parent=origin.get("parent")
+        )
         self.tracker = Tracker(
             session.folder,
             run.tracking,
@@ -76,17 +77,7 @@ class Recorder:
             run_name=run.name,
             settings=to_plain(run),
         )
-        # where the weights came from, for the report and the card of an export
-        origin: dict[str, Any] = {}
-        if run.init_from:
-            origin |= {"init_from": run.init_from, "init_sha256": started.init_sha256}
-        if started.objective_sha256:
-            origin["objective_sha256"] = started.objective_sha256
-        if started.parent:
-            origin["parent"] = started.parent
-        about = about_run(
-            run, session.world, session.device, parameters=session.engine.parameter_count
-        )
+        about = session.course.about(parameters=session.engine.parameter_count)
         self.tracker.event(
             "resume" if started.resumed else "start",
             step=session.progress.step,
@@ -187,11 +178,7 @@ class Recorder:
         progress, speed = self._session.progress, self.speed
 
         # of this phase and those to come; a phase's last step may pass its end
-        left = max(
-            0,
-            sum(p.tokens for p in self._session.run.phases[progress.phase :])
-            - progress.phase_tokens,
-        )
+        left = self._session.course.tokens_left(progress)
         mfu = self._mfu()
         computing = f"{speed.tflops_per_second:.4g} TFLOP/s"
         if mfu:
@@ -228,7 +215,7 @@ class Recorder:
         if self.tracker:
             self.tracker.event("nothing_asked", step=step, tokens=data.tokens)
 
-    def epochs(self, loader: QuarantiningLoader, data: StepData) -> None:
+    def epochs(self, loader: Steps, data: StepData) -> None:
         """The sources of which an epoch began in a step."""
         # an epoch begins with a window: within one nothing is looked up
         windows_before = [window for window, _ in data.start.lanes]
@@ -242,55 +229,19 @@ class Recorder:
                 say(f"step {step:>6}  epoch {int(epochs) + 1} of {source} begins")
                 self.tracker.event("epoch", step=step, source=source, epoch=int(epochs) + 1)
 
-    def held_out(self, numbers: dict[str, float], sources: list[str]) -> None:
-        """The held-out loss and accuracy, said and written."""
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """The numbers of an evaluation, said and written."""
         session, progress = self._session, self._session.progress
-
-        # a source without a masked token has a nan; with one source it is the number of the whole
-        whole = numbers["held_out_accuracy"]
-        silent = [
-            name for name in sources if math.isnan(numbers.get(f"held_out_accuracy_{name}", whole))
-        ]
-        if silent:
-            warn_once(
-                f"the held-out rows of {', '.join(silent)} have no masked token, and so no loss."
-                " Raise evaluation.rows or evaluation.mask_share"
-            )
-        beside = ""
-        if self._entropy is not None:
-            beside = f" (unigram entropy {self._entropy:.2f})"
-        # of each of several sources, and of each further loss term
-        shown = [*(sources if len(sources) > 1 else []), *session.engine.objective.terms[1:]]
-        of_each = [
-            f"{name} {numbers[f'held_out_loss_{name}']:.3f}"
-            f" {numbers[f'held_out_accuracy_{name}']:.1%}"
-            for name in shown
-            if f"held_out_loss_{name}" in numbers
-        ]
-        # after enter_next_phase: the phase before ended at this step, and has its own line
-        begins = progress.step and not progress.phase_step
-        as_of = ""
-        if begins:
-            as_of = f" as phase {session.phase.name} asks"
-        say(
-            "  ".join(
-                [
-                    f"step {progress.step:>6}",
-                    (
-                        f"held-out loss{as_of} {numbers['held_out_loss']:.3f}{beside} "
-                        f"accuracy {whole:.1%}"
-                    ),
-                    *of_each,
-                ]
-            )
-        )
+        for warning in evaluation.warnings:
+            warn_once(warning)
+        say(f"step {progress.step:>6}  {evaluation.text}")
         if self.tracker:
             with session.errors.deferred():
                 self.tracker.metrics(
                     progress.step,
                     phase=session.phase.name,
                     tokens=progress.tokens,
-                    **{name: _finite(value) for name, value in numbers.items()},
+                    **{name: _finite(value) for name, value in evaluation.numbers.items()},
                 )
 
     def shard_lost(self, lost: LostShard) -> None:
@@ -330,35 +281,39 @@ class Recorder:
         progress = self._session.progress
         say(
             f"step {progress.step:>6}  back to the weights of step {weights.step} ({name}); the"
-            " data go on at the next window"
+            " data go on behind the bad steps"
         )
         with self._session.errors.deferred():
             if self.ledger:
                 self.ledger.write_back(progress, weights_of_step=weights.step)
         self.event("back", step=progress.step, weights_of_step=weights.step, name=name)
 
-    def done(self, last_held_out: dict[str, Any]) -> None:
-        """The run is at its end."""
+    def done(self, last_evaluation: dict[str, Any], beside: dict[str, Any]) -> None:
+        """The run is at its end.
+
+        last_evaluation: its numbers, and its step
+        beside: what the course says of its end
+        """
         session, p = self._session, self._session.progress
         # rank zero
         if self.ledger is not None and self.tracker is not None:
             with session.errors.deferred():
                 self.ledger.sync()
                 self.tracker.event("done", step=p.step, tokens=p.tokens)
-                results = {key: value for key, value in last_held_out.items() if key != "step"}
+                results = {key: value for key, value in last_evaluation.items() if key != "step"}
                 write_json(
                     session.folder / DONE,
                     {
                         "step": p.step,
                         "tokens": p.tokens,
                         "ledger_hash": p.ledger_hash,
-                        "unigram_entropy": self._entropy,
+                        **beside,
                         **results,
                     },
                 )
         session.errors.agree()
         say(f"done: {p.step} steps, {short_count(p.tokens)} tokens, ledger {p.ledger_hash}")
-        for line in what_comes_next(session.run, session.folder):
+        for line in session.course.what_comes_next():
             say(line)
 
     def event(self, what: str, **values: Any) -> None:

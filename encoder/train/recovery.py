@@ -15,7 +15,6 @@ from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.engine.engine import StepResult
 from encoder.runs.folder import CHECKPOINTS, LEDGER
 from encoder.runs.ledger import chain_back
-from encoder.train.checkpointing import lower_rate_text
 from encoder.train.faults import NOT_FINITE, OK, SPIKE, StepMonitor
 from encoder.train.recorder import Recorder
 from encoder.train.session import Session
@@ -47,7 +46,7 @@ class Recovery:
         return step in self._taken_after.values()
 
     def go_back(self, result: StepResult, *, wait_for_save: Callable[[], None]) -> None:
-        """The weights of the last good checkpoint, and the data from the next window on.
+        """The weights of the last good checkpoint, and the data from behind the bad steps on.
 
         The clock of tokens goes on: what was trained between is in the ledger, and so is this.
         Raises UserError, the same on all ranks, the second time in a row.
@@ -61,11 +60,11 @@ class Recovery:
         wait_for_save()
         found = self._checkpoint_to_go_back_to(result)
 
-        weights, _ = load_verified(found, session.run, session.engine, session.device)
+        course = session.course
+        weights, _ = load_verified(found, course, session.engine, session.device)
         # load_verified has set those of the checkpoint's phase, which may be an earlier one
-        session.engine.module.set_phase_(session.run.phases[p.phase].model)
-        # each lane goes on at its next window; one at a window's start (row 0) stays there
-        lanes = tuple((window + (row > 0), 0) for window, row in p.lanes)
+        session.engine.module.set_phase_(course.last_phase(p).model)
+        lanes = course.past_bad_steps(p)
         link = chain_back(p.ledger_hash, step=step, weights_of_step=weights.step, lanes=lanes)
         session.progress = dataclasses.replace(p, lanes=lanes, ledger_hash=link)
         self.monitor.gone_back()
@@ -93,7 +92,7 @@ class Recovery:
         raise UserError(
             f"{self.monitor.in_a_row} bad steps in a row, and {why}: the loss of step {step} is"
             f" {result.loss:.4g}, its gradient norm {result.grad_norm:.4g}."
-            f" {lower_rate_text(session)}, or look at the data of these steps in {ledger}."
+            f" {session.course.lower_rate_text(session.progress)}, or look at the data of these steps in {ledger}."
         )
 
     def is_good(self, folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,9 +11,7 @@ from encoder.base.agreement import DeferredErrors
 from encoder.base.dist import World
 from encoder.base.units import Progress
 from encoder.engine.engine import Engine
-from encoder.models.contract import ModelConfig
-from encoder.runs.config import PhaseConfig, RunConfig
-from encoder.runs.facts import DataFacts
+from encoder.train.course import Course, Phase, RunSettings
 from encoder.train.meters import Clock
 from encoder.train.watchdog import Watchdog
 
@@ -22,8 +20,7 @@ from encoder.train.watchdog import Watchdog
 class Session:
     """One start of a run on this rank. `progress` moves with every step; the rest stays."""
 
-    run: RunConfig
-    facts: DataFacts
+    course: Course
     world: World
     device: torch.device
     folder: Path  # of the run
@@ -32,13 +29,16 @@ class Session:
     watchdog: Watchdog
     errors: DeferredErrors  # of this rank, until all ranks meet
     progress: Progress
-    # the shapes of the models that the objective asks, by setting
-    objective_models: dict[str, ModelConfig] = field(default_factory=dict)
 
     @property
-    def phase(self) -> PhaseConfig:
+    def run(self) -> RunSettings:
+        """Its settings."""
+        return self.course.run
+
+    @property
+    def phase(self) -> Phase:
         """The phase that the run is in; the last one once all are done."""
-        return self.run.phases[min(self.progress.phase, len(self.run.phases) - 1)]
+        return self.course.last_phase(self.progress)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from encoder.engine.zero.config import import_deepspeed
 
 # torch._dynamo: a model without data, at stage 3, asks it; 1.5 s of CPU in every rank
 NAMES = (
-    "encoder.train.loop",
+    "encoder.train.pretraining",
     "encoder.tools.weights.export",
     "encoder.tools.weights.grow",
     "torch._dynamo",

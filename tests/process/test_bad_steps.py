@@ -21,7 +21,7 @@ from encoder.engine.engine import Engine
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.report.report import verify_ledger
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 

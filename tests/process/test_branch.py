@@ -25,7 +25,7 @@ from encoder.runs.folder import LEDGER, read_jsonl
 from encoder.runs.ledger import follow_chain
 from encoder.tools.plan.plan import plan_text
 from encoder.tools.report.report import verify_ledger
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import Pretraining, pretrain
 from encoder.train.start import start_run
 from launch import average
 from tests.helpers.shards import random_documents, write_source
@@ -109,8 +109,10 @@ def first_step(world: World, *, root: Path, name: str, settings: list[str] = ())
     run = read_run(root / "run.yaml", [f"out={root}/{name}", *settings])
     facts = check_data(run)
     initial = read_initial(run, facts, hashed=False) if run.init_from else None
+    device = torch.device("cpu")
+    course = Pretraining(run, facts, world=world, device=device, initial=initial)
     with contextlib.ExitStack() as held:
-        started = start_run(run, facts, world, torch.device("cpu"), held, initial)
+        started = start_run(course, world, device, held)
     engine = started.engine
     write_state(engine, root / f"{name}_before")
     batches = share_of_step(1, rank=world.rank, world_size=world.size, micro_batch_rows=2)
@@ -125,7 +127,7 @@ def first_step(world: World, *, root: Path, name: str, settings: list[str] = ())
                         started.progress == Progress(ledger_hash=started.progress.ledger_hash)
                     ),
                     "ledger_hash": started.progress.ledger_hash,
-                    "parent": started.parent,
+                    "parent": course.origin().get("parent"),
                 }
             )
         )

@@ -21,7 +21,7 @@ from encoder.base.stopping import StopFlag
 from encoder.data.loader import Loader
 from encoder.engine.engine import Engine
 from encoder.runs.config import read_run
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 
 def run_of(out, stage, workers):
     settings = [f"out={out}", f"engine.zero_stage={stage}", f"loader.workers={workers}"]

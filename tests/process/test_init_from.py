@@ -20,8 +20,7 @@ from encoder.runs.config import read_run
 from encoder.runs.facts import check_data
 from encoder.runs.folder import read_jsonl
 from encoder.runs.initial import read_initial, weights_sha256
-from encoder.train import build
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import Pretraining, pretrain
 from encoder.train.start import FINGERPRINT_TOLERANCE, fingerprint, start_run
 from launch import grow
 from tests.helpers.shards import random_documents, write_source
@@ -102,8 +101,9 @@ def masters_are_the_stored_values(world: World, *, folder: str, stage: int, prec
     )
     facts, device = check_data(run), torch.device("cpu")
     initial = read_initial(run, facts, hashed=world.first)
+    course = Pretraining(run, facts, world=world, device=device, initial=initial)
     with contextlib.ExitStack() as held:
-        engine = start_run(run, facts, world, device, held, initial).engine
+        engine = start_run(course, world, device, held).engine
     expected = read_stored(Path(folder) / "moved").weights
     found = [
         (p.master, expected[p.name].view(-1)[p.start : p.start + len(p.master)])
@@ -111,9 +111,9 @@ def masters_are_the_stored_values(world: World, *, folder: str, stage: int, prec
     ]
     plain = ModernBertForMaskedLM(run.model).eval()
     plain.load_state_dict(expected)
-    batch = build.fingerprint_batch(run, engine.objective)
+    batch = course.fingerprint_batch(engine.objective)
     loss = mlm_loss(plain, batch).sum.item() / batch.counts["mlm"]
-    assert fingerprint(run, engine, device) == pytest.approx(
+    assert fingerprint(course, engine, device) == pytest.approx(
         loss, rel=FINGERPRINT_TOLERANCE[precision]
     )
     return bool(found) and all(torch.equal(a, b.to(a.dtype)) for a, b in found)

@@ -16,7 +16,7 @@ from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
 from encoder.tools.report.report import verify_ledger
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import start_ranks, wait_for
 

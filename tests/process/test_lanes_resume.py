@@ -11,7 +11,7 @@ from encoder.base.dist import World
 from encoder.data.loader import Loader
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 

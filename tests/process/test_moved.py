@@ -17,8 +17,8 @@ from encoder.data.shard_format import tokenizer_fingerprint
 from encoder.runs import foreign_files
 from encoder.runs.config import read_run
 from encoder.runs.folder import CHECKPOINTS, DONE, LEDGER, read_jsonl
-from encoder.train import checkpointing, loop
-from encoder.train.loop import pretrain
+from encoder.train import checkpointing, pretraining
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 
@@ -69,7 +69,7 @@ def moves(world: World, *, folder: str) -> dict[str, str]:
         with pytest.MonkeyPatch.context() as patch:
             # as runs were recorded before: a source's name only where the run file has one
             if name == "old":
-                patch.setattr(loop, "named_sources", lambda run: run)
+                patch.setattr(pretraining, "named_sources", lambda run: run)
             said[f"{name} stops"] = start(world, root, name, stop_at=9)
     begun = root / "branch", root / "grown"
     said["branch stops"] = start(

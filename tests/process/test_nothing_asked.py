@@ -17,7 +17,7 @@ from encoder.engine.engine import Engine
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, read_jsonl
 from encoder.tools.report.report import verify_ledger, write_report
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 

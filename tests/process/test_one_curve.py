@@ -13,7 +13,7 @@ from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.runs.config import read_run
 from encoder.runs.filling import row_fills
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 

@@ -16,7 +16,7 @@ from encoder.base.dist import World, free_port
 from encoder.base.peers import LOOK_SECONDS
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, read_jsonl
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import Rank, start_ranks
 from tests.process.test_killed_run import RUN
@@ -108,7 +108,7 @@ def seconds_to_end(rank: Rank, *, most: float = 90.0) -> float:
 STANDS = {
     "start": "encoder.train.start:start_engine",
     "step": "encoder.engine.engine:Engine.step",
-    "evaluation": "encoder.train.loop:held_out_numbers",
+    "evaluation": "encoder.train.pretraining:held_out_numbers",
     "save": "encoder.engine.checkpoint.save:_Save.write_rank",
     "end": "encoder.train.recorder:Recorder.done",
 }

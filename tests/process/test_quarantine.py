@@ -13,7 +13,7 @@ from encoder.base.dist import World
 from encoder.base.errors import ShardError
 from encoder.runs.config import read_run
 from encoder.runs.folder import CHECKPOINTS, DONE, EVENTS, LEDGER, read_jsonl
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN

@@ -12,7 +12,7 @@ from encoder.engine.engine import Engine
 from encoder.runs.config import RunConfig, read_run
 from encoder.runs.folder import METRICS, merged_metrics
 from encoder.runs.phases import planned_steps
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import write_source
 from tests.process.ranks import run_ranks
 

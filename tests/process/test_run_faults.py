@@ -13,7 +13,7 @@ from encoder.data.loader import Loader
 from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, read_jsonl
 from encoder.tools.weights.export import export_run
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import RUN

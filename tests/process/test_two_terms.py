@@ -33,7 +33,7 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.runs.initial import weights_sha256
 from encoder.runs.ledger import follow_chain
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.memory_source import sentences_of
 from tests.helpers.shards import random_documents, write_sentences, write_source
 from tests.process import tiny

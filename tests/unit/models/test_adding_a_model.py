@@ -23,7 +23,7 @@ from encoder.objectives.contract import ObjectiveFacts
 from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.plan.plan import plan_text
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.contracts import check_model, check_objective
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks

@@ -18,7 +18,7 @@ from encoder.runs.filling import fill_rows
 from encoder.runs.folder import LEDGER
 from encoder.tools.plan.plan import plan_text
 from encoder.train.build import check_held_out_names
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from launch.plan import main
 from tests.helpers.shards import random_documents, write_source
 

@@ -20,8 +20,8 @@ from encoder.tools.report.curves import Curves
 from encoder.tools.report.goodput import wall_ms
 from encoder.tools.report.report import write_report
 from encoder.train.display import open_display
-from encoder.train.loop import pretrain
 from encoder.train.meters import Clock
+from encoder.train.pretraining import pretrain
 from launch import report
 from tests.helpers.shards import random_documents, write_source
 

@@ -23,7 +23,7 @@ from encoder.models.stored import write_stored
 from encoder.tools import notebook
 from encoder.tools.weights.card import checkpoint_of
 from encoder.tools.weights.export import export_run, unfinished_text
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.helpers.hf import exported, stored, write_tokenizer_json
 from tests.helpers.prep import run as data_prep
 from tests.helpers.prep import settings, texts, write_jsonl
