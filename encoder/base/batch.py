@@ -110,6 +110,14 @@ def packed_documents(
     )
 
 
+def nothing_to_predict(terms: Sequence[str]) -> TokenBatch:
+    """One document of two tokens without targets: a forward of a rank whose batches are done while others go on."""
+    # index 0, id 0: any would do, since IGNORE keeps the position out of the loss
+    one = torch.zeros(1, dtype=torch.int64)
+    nothing = Targets(index_M=one, value_M=one + IGNORE, count=0)
+    return packed_documents([one.repeat(2)], dict.fromkeys(terms, nothing))
+
+
 class LossTerm(NamedTuple):
     """One term of a micro-batch's loss: sums over its targets, scalars on the model's device.
 

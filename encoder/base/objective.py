@@ -91,8 +91,12 @@ class Masker(Protocol):
         """Targets of a term to make room for in a row of `tokens` tokens; a row has more once in 10^9."""
 
 
-class Objective(Masker, Protocol):
-    """Both halves. One object serves one phase."""
+class TrainedObjective(Protocol):
+    """The half of an objective that an engine needs: the loss."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms, in the order in which ledger and reports have them."""
 
     def loss(self, model: Any, batch: TokenBatch) -> dict[str, LossTerm]:
         """The loss terms of a micro-batch, one for each of `terms` in their order.
@@ -102,3 +106,7 @@ class Objective(Masker, Protocol):
 
     def all_targets(self, ids_T: Tensor) -> dict[str, Targets]:
         """Targets at every place of a document that can have one: the loss that tells whether weights came back as they went."""
+
+
+class Objective(Masker, TrainedObjective, Protocol):
+    """Both halves. One object serves one phase."""

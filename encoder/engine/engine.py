@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from encoder.base.batch import IGNORE, LossTerm, Targets, TermSum, TokenBatch, packed_documents
+from encoder.base.batch import LossTerm, TermSum, TokenBatch, nothing_to_predict
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.model import TrainedModel
-from encoder.base.objective import Objective
+from encoder.base.objective import TrainedObjective
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
@@ -49,7 +49,7 @@ from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer
 __all__ = ["Engine", "EngineConfig", "StateShard", "StepResult", "start_engine"]
 
 
-Forward = Callable[[TokenBatch], dict[str, LossTerm]]
+Forward = Callable[[TokenBatch], Any]  # in training dict[str, LossTerm]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class StateShard:
 def start_engine(
     model: TrainedModel,
     *,
-    objective: Objective,
+    objective: TrainedObjective,
     config: EngineConfig,
     optimizer: MomentsConfig,
     world: World,
@@ -147,7 +147,7 @@ class Engine:
         self,
         ds_engine: Any,
         *,
-        objective: Objective,
+        objective: TrainedObjective,
         optimizer: WholeTensorOptimizer,
         config: EngineConfig,
         world: World,
@@ -162,8 +162,9 @@ class Engine:
         forward: Forward = self._terms_of
         if config.graphs == "micro_step":
             forward = GraphedForward(self.module, forward)
+        self._forward = forward
         # of this module, not of its class
-        self.module.forward = self._in_mode(forward)
+        self.module.forward = self._in_mode()
         # whole shapes, also where stage 3 has cut the parameters
         self.shapes = {
             name: whole_shape(p) for name, p in self.module.named_parameters() if p.requires_grad
@@ -281,29 +282,54 @@ class Engine:
 
         # by term: losses, targets, targets with the highest logit; fp64 is exact up to 2^53
         sums = torch.zeros(len(terms), 3, dtype=torch.float64, device=self.device)
-        forwards = [*batches]
-
-        # weights are gathered layer by layer, by all ranks or by none
-        if self.config.zero_stage == 3:
-            most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
-            forwards += [_nothing_to_predict(terms)] * (most - len(batches))
-        training = self.module.training
-        self.module.train(False)
-        try:
-            with torch.no_grad():
-                for batch in on_device(forwards, self.device):
-                    loss = self.module(batch)
-                    for row, term in zip(sums, loss.values(), strict=True):
-                        row[0] += term.sum
-                        row[1] += term.count
-                        row[2] += term.correct
-        finally:
-            self.module.train(training)
+        for loss in self._without_gradients(batches):
+            for row, term in zip(sums, loss.values(), strict=True):
+                row[0] += term.sum
+                row[1] += term.count
+                row[2] += term.correct
         over_ranks = sum_over_ranks(sums).tolist()
         return {
             name: TermSum(loss_sum, int(count), int(correct))
             for name, (loss_sum, count, correct) in zip(terms, over_ranks, strict=True)
         }
+
+    def predict(
+        self,
+        batches: Sequence[TokenBatch],
+        answers: Callable[[Any, TokenBatch], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """What a model answers to each batch of this rank, without dropout and without gradients, on the CPU.
+
+        Called on every rank; the ranks may bring different numbers of batches.
+
+        batches: of this rank
+        answers: (model, batch) -> answers
+        """
+        trained = self._forward
+        self._forward = lambda batch: answers(self.module, batch)
+        try:
+            # what a forward without a batch of its own answered is left out
+            found = [answer.cpu() for answer in self._without_gradients(batches)]
+            return found[: len(batches)]
+        finally:
+            self._forward = trained
+
+    def _without_gradients(self, batches: Sequence[TokenBatch]) -> Iterator[Any]:
+        """What the module's forward gives for each batch, in eval mode; at stage 3 all ranks make as many."""
+        forwards = [*batches]
+
+        # weights are gathered layer by layer, by all ranks or by none
+        if self.config.zero_stage == 3:
+            most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
+            forwards += [nothing_to_predict(self.objective.terms)] * (most - len(batches))
+        training = self.module.training
+        self.module.train(False)
+        try:
+            with torch.no_grad():
+                for batch in on_device(forwards, self.device):
+                    yield self.module(batch)
+        finally:
+            self.module.train(training)
 
     def pieces(self) -> list[StateShard]:
         """All the state that lies on this rank, to be written to."""
@@ -375,13 +401,13 @@ class Engine:
     def _terms_of(self, batch: TokenBatch) -> dict[str, LossTerm]:
         return self.objective.loss(self.module, batch)
 
-    def _in_mode(self, forward: Forward) -> Forward:
+    def _in_mode(self) -> Forward:
         """Inside DeepSpeed's own forward, which switches an autocast off that it finds around itself. It looks for CUDA's alone:
         a GPU would have trained in fp32, a CPU in bf16."""
 
-        def in_mode(batch: TokenBatch) -> dict[str, LossTerm]:
+        def in_mode(batch: TokenBatch) -> Any:
             with self.forward_mode():
-                return forward(batch)
+                return self._forward(batch)
 
         return in_mode
 
@@ -419,11 +445,3 @@ def _norm(flat: torch.Tensor) -> torch.Tensor:
         torch.linalg.vector_norm(flat[whole:]).view(1),
     )
     return torch.cat(parts).double().square().sum().sqrt()
-
-
-def _nothing_to_predict(terms: Sequence[str]) -> TokenBatch:
-    """One document of two tokens without targets: a forward of a rank whose batches are done while others go on."""
-    # index 0, id 0: any would do, since IGNORE keeps the position out of the loss
-    one = torch.zeros(1, dtype=torch.int64)
-    nothing = Targets(index_M=one, value_M=one + IGNORE, count=0)
-    return packed_documents([one.repeat(2)], dict.fromkeys(terms, nothing))

@@ -250,8 +250,8 @@ AXES: dict[str, tuple[Axis, ...]] = {
 GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
 
 
-class PackedEncoder(nn.Module):
-    """Packed tokens -> hidden states, and the heads and decoder that an objective asks for.
+class PackedBody(nn.Module):
+    """Packed tokens -> hidden states: what a model has before any head. Who inherits it adds its heads and draws.
 
     `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device).
     """
@@ -262,20 +262,9 @@ class PackedEncoder(nn.Module):
         self.config = config
         self.attention = attention
         self.model = _Encoder(config)
-        self.head = _prediction_head(config)
-        self.decoder = Decoder(
-            vocab_size=config.vocab_size,
-            width=config.hidden_size,
-            bias=config.decoder_bias,
-            tied=config.tie_word_embeddings,
-        )
-        if config.sentence_head:
-            self.pooler = Pooler(width=config.hidden_size)
-            self.nsp = nn.Linear(config.hidden_size, SENTENCE_LABELS)
         self.phase_settings: dict[str, float] = {}
         self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
         self.seed = seed
-        draw_(self)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """x_TC; under an engine this is replaced by the objective's loss."""
@@ -287,23 +276,6 @@ class PackedEncoder(nn.Module):
             self.attention, self._attention_request(batch.ids_T.device)
         ).backend
         return self.model(batch, backend=backend, thetas=self.phase_settings)
-
-    def logits(self, batch: TokenBatch) -> Tensor:
-        """[T, V] at all positions: for proofs and for asking questions, not for training."""
-        return self.decode(self.hidden_states(batch))
-
-    def decode(self, x_MC: Tensor) -> Tensor:
-        """Hidden states [M, C] -> logits [M, V]."""
-        return F.linear(*self.token_decoder(x_MC))
-
-    def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
-        """Hidden states [M, C] -> the head's output, and the decoder's weight and bias: logits not yet computed."""
-        return TokenDecoder(self.head(x_MC), self._decoder_weight, self.decoder.bias)
-
-    def sentence_decoder(self, x_MC: Tensor) -> Tensor:
-        """Hidden states [M, C] of texts' first tokens -> logits [M, 2] of the labels 0, B follows A, and 1."""
-        assert self.config.sentence_head, "a model without sentence_head was asked about sentences"
-        return self.nsp(self.pooler(x_MC))
 
     def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
@@ -359,7 +331,7 @@ class PackedEncoder(nn.Module):
     def attention_reason(self, device: torch.device | None = None) -> str:
         """Which backend runs in training, why, and why others cannot: a line for the run's header."""
         return choose_backend(
-            self.attention, self._attention_request(device or self._decoder_weight.device)
+            self.attention, self._attention_request(device or self._embedding_weight.device)
         ).reason
 
     def _attention_request(self, device: torch.device) -> AttentionRequest:
@@ -368,13 +340,52 @@ class PackedEncoder(nn.Module):
             device=device,
             head_width=self.config.head_width,
             training=torch.is_grad_enabled(),
-            dtype=product_dtype(device, self._decoder_weight.dtype),
+            dtype=product_dtype(device, self._embedding_weight.dtype),
         )
+
+    @property
+    def _embedding_weight(self) -> Tensor:
+        return self.model.embeddings.tok_embeddings.weight
+
+
+class PackedEncoder(PackedBody):
+    """The body, with the heads and the decoder that pretraining asks for."""
+
+    def __init__(self, config: PackedSettings, *, attention: str = "auto", seed: int = 0) -> None:
+        super().__init__(config, attention=attention, seed=seed)
+        self.head = prediction_head(config)
+        self.decoder = Decoder(
+            vocab_size=config.vocab_size,
+            width=config.hidden_size,
+            bias=config.decoder_bias,
+            tied=config.tie_word_embeddings,
+        )
+        if config.sentence_head:
+            self.pooler = Pooler(width=config.hidden_size)
+            self.nsp = nn.Linear(config.hidden_size, SENTENCE_LABELS)
+        draw_(self)
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """[T, V] at all positions: for proofs and for asking questions, not for training."""
+        return self.decode(self.hidden_states(batch))
+
+    def decode(self, x_MC: Tensor) -> Tensor:
+        """Hidden states [M, C] -> logits [M, V]."""
+        return F.linear(*self.token_decoder(x_MC))
+
+    def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
+        """Hidden states [M, C] -> the head's output, and the decoder's weight and bias: logits not yet computed."""
+        return TokenDecoder(self.head(x_MC), self._decoder_weight, self.decoder.bias)
+
+    def sentence_decoder(self, x_MC: Tensor) -> Tensor:
+        """Hidden states [M, C] of texts' first tokens -> logits [M, 2] of the labels 0, B follows A, and 1."""
+        assert self.config.sentence_head, "a model without sentence_head was asked about sentences"
+        return self.nsp(self.pooler(x_MC))
 
     @property
     def _decoder_weight(self) -> Tensor:
         if self.decoder.weight is None:
-            return self.model.embeddings.tok_embeddings.weight
+            return self._embedding_weight
         return self.decoder.weight
 
 
@@ -492,7 +503,8 @@ def _feed_forward(config: PackedSettings, layer: int) -> FeedForward:
     )
 
 
-def _prediction_head(config: PackedSettings) -> nn.Module:
+def prediction_head(config: PackedSettings) -> nn.Module:
+    """Dense, activation and norm of a model that has them; nothing of one without."""
     if config.head == "none":
         return nn.Identity()
     return PredictionHead(

@@ -10,7 +10,7 @@ Megatron's:
     tok_embeddings, position_embeddings, token_type_embeddings           initializer_range                      0.02
     attn.Wqkv, mlp.Wi, head.dense, pooler.dense, nsp                     initializer_range                      0.02
     attn.Wo, mlp.Wo                                                      initializer_range / sqrt(2 layers)     0.0030151
-    decoder.weight, where it is not the embedding                        hidden_size ** -0.5                    0.036084
+    decoder.weight, where it is not the embedding; classifier.weight     hidden_size ** -0.5                    0.036084
     biases 0, norm weights 1
 
 These are the values ModernBERT-base was trained from. transformers' own init differs: it divides head.dense by
@@ -41,7 +41,7 @@ PLAIN = (
     "nsp.weight",
 )
 INTO_STREAM = ("attn.Wo.weight", "mlp.Wo.weight")
-INTO_LOGITS = ("decoder.weight",)
+INTO_LOGITS = ("decoder.weight", "classifier.weight")
 
 
 @torch.no_grad()

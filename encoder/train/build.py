@@ -13,6 +13,7 @@ from encoder.base.allocator import keep_freed_memory
 from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.dist import World, device_index, max_over_ranks
 from encoder.base.errors import ConfigError
+from encoder.base.objective import TrainedObjective
 from encoder.base.rng import generator
 from encoder.base.tokenizer_json import unused_ids
 from encoder.data.assembly import Dealing
@@ -317,7 +318,7 @@ def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:
 
 
 def fingerprint_batch(
-    model: ModelShape, *, objective: Objective, seed: int, address: str
+    model: ModelShape, *, objective: TrainedObjective, seed: int, address: str
 ) -> TokenBatch:
     """A fixed batch of random tokens, all that can be predicted: its loss tells whether weights came back as they went.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from encoder.base.batch import TokenBatch
 from encoder.base.model import TrainedModel
-from encoder.base.objective import Objective
+from encoder.base.objective import TrainedObjective
 from encoder.base.schema import Settings
 from encoder.base.units import Progress
 from encoder.data.loader import DataPosition, StepData
@@ -153,7 +153,7 @@ class SavedWeights(Protocol):
     def model_at(self, progress: Progress) -> dict[str, float]:
         """What the model ran with when it was saved (Phase.model)."""
 
-    def fingerprint_batch(self, objective: Objective) -> TokenBatch:
+    def fingerprint_batch(self, objective: TrainedObjective) -> TokenBatch:
         """A fixed batch, whose loss is saved with the weights."""
 
 
@@ -176,7 +176,7 @@ class Course(SavedWeights, Protocol):
     def make_model(self) -> TrainedModel:
         """With its initial weights; for ZeRO stage 3 on the meta device."""
 
-    def make_objective(self) -> Objective:
+    def make_objective(self) -> TrainedObjective:
         """Whose loss the engine computes."""
 
     def check_same(self, checkpoint: Path) -> None:

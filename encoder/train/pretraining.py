@@ -16,7 +16,7 @@ from encoder.base.dist import World, watched
 from encoder.base.done import is_done
 from encoder.base.log import outlive_readers, say, warn_once
 from encoder.base.model import TrainedModel
-from encoder.base.objective import Objective
+from encoder.base.objective import Objective, TrainedObjective
 from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress, counted, short_count
 from encoder.data.loader import DataPosition, StepData
@@ -114,7 +114,7 @@ class SavedPhases:
         """The thetas that the loss of the fixed batch was recorded with."""
         return self.run.phases[phase_of_weights(progress)].model
 
-    def fingerprint_batch(self, objective: Objective) -> TokenBatch:
+    def fingerprint_batch(self, objective: TrainedObjective) -> TokenBatch:
         """A fixed batch of random tokens, all of them predicted."""
         return build.fingerprint_batch(
             self.run.model, objective=objective, seed=self.run.seed, address="fingerprint"
