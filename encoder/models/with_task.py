@@ -1,0 +1,134 @@
+"""A pretrained body with the head of a task: classification or regression of a text, or of a pair of texts.
+
+Each family has the head that transformers gives it, so that the weights become a folder of its classes:
+
+    modernbert    pooling, dense, GELU, norm, dropout, classifier          dense and norm are the pretrained head's
+    bert          [CLS], dense, tanh, dropout, classifier                  dense is the pooler's, where there is one
+    roberta       [CLS], dropout, dense, tanh, dropout, classifier         new
+    distilbert    [CLS], dense, ReLU, dropout, classifier                  new
+
+Parameters: model.*, head.dense, head.norm (modernbert), classifier; encoder/models/hf/task.py has transformers' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from encoder.base.batch import TokenBatch
+from encoder.base.errors import ConfigError, ModelError
+from encoder.base.tokenizer_json import SpecialIds
+from encoder.models.bert import BertConfig
+from encoder.models.contract import ModelConfig
+from encoder.models.encoder import PackedBody, PackedSettings, prediction_head
+from encoder.models.hf.catalog import CHOICES
+from encoder.models.modernbert import ModernBertConfig
+from encoder.nn.init import draw_
+from encoder.nn.task_heads import DenseHead, HeadDropout, Pooling, pooled
+
+HeadFamily = Literal["modernbert", "bert", "roberta", "distilbert"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """The head of a task on a body."""
+
+    family: HeadFamily
+    outputs: int  # logits of a text
+    pooling: Pooling = "cls"
+    dropout: float = 0.0  # before the classifier; RoBERTa: before dense, too
+
+    def __post_init__(self) -> None:
+        if self.pooling != "cls" and self.family != "modernbert":
+            raise ConfigError(
+                f"pooling {self.pooling} with a {self.family}: its classifier stands on the first"
+                " token, in transformers as well. Use pooling: cls."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout {self.dropout} of the head; needed: 0 to below 1.")
+
+
+def head_family(config: ModelConfig, specials: SpecialIds) -> HeadFamily:
+    """Whose head a model gets: that of the class of transformers that it becomes. Raises ConfigError where there is none."""
+    if not isinstance(config, (BertConfig, ModernBertConfig)):
+        raise ConfigError(
+            "this model has no head for a task; needed: a ModernBERT, BERT, RoBERTa or DistilBERT."
+            " Name another in start_from."
+        )
+    return cast(HeadFamily, CHOICES[type(config)](config, specials))
+
+
+class TaskModel(PackedBody):
+    """Packed tokens -> logits of each document."""
+
+    def __init__(
+        self, config: PackedSettings, head: HeadShape, *, attention: str = "auto", seed: int = 0
+    ) -> None:
+        """config: of the body
+        head: of the task
+        attention, seed: as of any model
+        """
+        super().__init__(config, attention=attention, seed=seed)
+        self.head_shape = head
+        width = config.hidden_size
+        self.head: nn.Module
+        if head.family == "modernbert":
+            self.head = prediction_head(config)
+        else:
+            activation: Literal["relu", "tanh"] = "relu" if head.family == "distilbert" else "tanh"
+            self.head = DenseHead(width=width, activation=activation)
+        into_head = head.dropout if head.family == "roberta" else 0.0
+        self.dropout_in = HeadDropout(width=width, layer=0, p=into_head, place="head")
+        self.dropout = HeadDropout(width=width, layer=0, p=head.dropout, place="head_output")
+        self.classifier = nn.Linear(width, head.outputs)
+        draw_(self)
+
+    def answers(self, batch: TokenBatch, first_M: Tensor) -> Tensor:
+        """Logits [M, K] of the documents that begin at tokens first_M."""
+        x_MC = pooled(self.hidden_states(batch), batch, first_M, self.head_shape.pooling)
+        # a document's key is its first token's
+        key_M = batch.token_key_T.index_select(0, first_M)
+        return self.classifier(self.dropout(self.head(self.dropout_in(x_MC, key_M)), key_M))
+
+
+def first_weights(
+    weights: Mapping[str, Tensor], model: TaskModel, *, of_task: bool = False
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Weights of a task's model from those of another one, and the names of those that are drawn.
+
+    weights: by our names
+    model: whose parameters are filled; it may be without data
+    of_task: they are of a model with a task, whose head is taken over; a classifier of other outputs is not
+
+    Raises ModelError where the body is not whole.
+    """
+    given = dict(weights) if of_task else _of_pretrained(weights, model.head_shape.family)
+    found: dict[str, Tensor] = {}
+    drawn: list[str] = []
+    for name, parameter in model.named_parameters():
+        if name in given and given[name].shape == parameter.shape:
+            found[name] = given[name].to(torch.float32)
+            continue
+        if name.startswith("model."):
+            raise ModelError(
+                f"the weights lack {name} {list(parameter.shape)}. Give complete ones."
+            )
+        found[name] = model.initial_values(name, parameter.shape)
+        drawn.append(name)
+    return found, tuple(drawn)
+
+
+def _of_pretrained(weights: Mapping[str, Tensor], family: HeadFamily) -> dict[str, Tensor]:
+    """What a head takes over of a pretrained model: ModernBERT's that over masked tokens, BERT's the pooler."""
+    if family == "modernbert":
+        return dict(weights)
+    body = {name: w for name, w in weights.items() if name.startswith("model.")}
+    poolers = {} if family != "bert" else _POOLER
+    return body | {ours: weights[name] for name, ours in poolers.items() if name in weights}
+
+
+_POOLER = {f"pooler.dense.{kind}": f"head.dense.{kind}" for kind in ("weight", "bias")}
