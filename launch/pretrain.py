@@ -13,19 +13,13 @@ a job names one; 3 it hung, RUN/hangs says where; 130 stopped by Ctrl-C before a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import time
 import traceback
 
 from encoder.base.command import CommandLine, run_command
-from encoder.base.log import speak_on
-from encoder.base.peers import peers_of_this_rank, watch_peers
+from encoder.base.ranks import run_on_ranks
 from encoder.base.stopping import StopFlag
-from encoder.base.world import meeting_address, world_from_env
-
-# launchers end the other ranks as soon as one leaves: those that say nothing leave last
-SPEAKER_SECONDS = 3.0
+from encoder.base.world import World
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,58 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    from encoder.base.errors import PassingError, RankError, SilentError, UserError, as_rank_says
+    def train(world: World, stop: StopFlag) -> None:
+        from encoder.runs.config import read_run
 
-    def body() -> int:
-        with StopFlag() as stop:
-            return train(stop)
+        run = read_run(args.run, args.overrides)
+        from encoder.train.pretraining import pretrain
 
-    def train(stop: StopFlag) -> int:
-        world = world_from_env()
-        speak_on(world.first)
-        try:
-            if world.size > 1:
-                # before torch is imported, which takes seconds
-                watch_peers(world, meeting_address(world))
-            from encoder.runs.config import read_run
+        pretrain(run, world, stop=stop)
 
-            run = read_run(args.run, args.overrides)
-            from encoder.train.pretraining import pretrain
-
-            pretrain(run, world, stop=stop)
-        except OSError as error:
-            tell_job(error)
-            raise
-        except UserError as error:
-            tell_job(error)
-            # the others must not wait for this rank
-            if peers := peers_of_this_rank():
-                peers.fail(2)
-            if isinstance(error, SilentError):
-                time.sleep(SPEAKER_SECONDS)
-                return 2
-            if not (world.first or isinstance(error, RankError)):
-                # a launcher whose rank zero met it too has ended this one by now
-                time.sleep(SPEAKER_SECONDS)
-                raise as_rank_says(error, rank=world.rank) from error
-            raise
-        # a run that is done already is left before the ranks have met: the others must not take that for a death
-        if peers := peers_of_this_rank():
-            peers.close()
-        return 0
-
-    def tell_job(error: Exception) -> None:
-        # srun ends the other ranks when one leaves, and then has their exit code, not this one's 2
-        path = os.environ.get("TESSERA_MISTAKE_FILE")
-        if path and not isinstance(error, (PassingError, SilentError)):
-            # backslashreplace: a path in it may be no UTF-8
-            with (
-                contextlib.suppress(OSError),
-                open(path, "w", encoding="utf-8", errors="backslashreplace") as file,
-            ):
-                file.write(" ".join(str(error).split()))
-
-    return run_command(body, stopped="stopped before the first step; nothing was written")
+    return run_command(
+        lambda: run_on_ranks(train), stopped="stopped before the first step; nothing was written"
+    )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ VERBS = {
     ),
     "doctor": Verb("doctor", "what would go wrong on this machine", "doctor run.yaml"),
     "pretrain": Verb("pretrain", "train, or go on from the newest checkpoint", "pretrain run.yaml"),
+    "finetune": Verb(
+        "finetune", "train a classifier on labelled rows", "finetune sentiment.yaml epochs=5"
+    ),
     "export": Verb("export_hf", "a Hugging Face folder of a run", "export runs/small hf/small"),
     "import": Verb(
         "import_hf",

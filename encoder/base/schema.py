@@ -56,7 +56,8 @@ class Settings(Protocol):
 T = TypeVar("T", bound=Settings)
 
 
-@dataclasses.dataclass(frozen=True)
+# by identity: a type's notes must have a hash where `X | None` is made of it, and a dict has none
+@dataclasses.dataclass(frozen=True, eq=False)
 class ChosenBy:
     """A mapping's key `tag` names one of the classes, or the default does."""
 

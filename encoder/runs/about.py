@@ -26,10 +26,17 @@ def about_run(
     run: RunConfig, world: World, device: torch.device, *, parameters: int
 ) -> dict[str, Any]:
     """Model size, data, machine and versions, as plain values for the start event."""
-    gpu = device.type == "cuda"
     return {
         "parameters": parameters,
         "sources": data_facts(run),
+        **machine_facts(world, device),
+    }
+
+
+def machine_facts(world: World, device: torch.device) -> dict[str, Any]:
+    """Where a run computes, and with what."""
+    gpu = device.type == "cuda"
+    return {
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU ({platform.machine()})",
         "ranks": world.size,
         "versions": versions(),

@@ -12,7 +12,7 @@ So shards and models may be moved, and named by another path; what is no longer 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,16 @@ def check_same_run(run: RunConfig, folder: Path) -> None:
 
 def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
     """The run file at `path` decides the same curve. Raises CheckpointError naming the first setting that changed, of `of`."""
-    changed = changed_settings(read_mapping(path), run)
+    refuse_changes(changed_settings(read_mapping(path), run), of=of, out=run.out)
+
+
+def refuse_changes(changed: Sequence[tuple[str, Any, Any]], *, of: str, out: str) -> None:
+    """Raises CheckpointError where settings that decide the curve are others than a run folder has.
+
+    changed: (dotted key, before, now) of each
+    of: what holds the former ones
+    out: the run folder
+    """
     if not changed:
         return
 
@@ -66,7 +75,7 @@ def check_same_settings(run: RunConfig, path: Path, *, of: str) -> None:
     if all(_is_extension(*change) for change in changed):
         raise CheckpointError(
             f"{found} The phases of a run that has begun stay as they are. To train on from it: a"
-            f" run file with branch_from: {run.out}, another name, out and seed, and only the"
+            f" run file with branch_from: {out}, another name, out and seed, and only the"
             " phases that are to come."
         )
     raise CheckpointError(f"{found} Put it back, {ANEW}")

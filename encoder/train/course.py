@@ -165,6 +165,10 @@ class Course(SavedWeights, Protocol):
         """Its settings, as they are written to the run folder."""
 
     @property
+    def verb(self) -> str:
+        """The command that starts such a run."""
+
+    @property
     def tokenizer_json(self) -> Path:
         """The tokenizer of its texts, kept in the run folder."""
 

@@ -36,14 +36,19 @@ def what_comes_next(run: RunConfig, folder: Path) -> list[str]:
     return [f"{mark}{c:<{width}}   {why}" for mark, (c, why) in zip(first, commands, strict=True)]
 
 
-def how_to_go_on(folder: Path, world: World) -> str:
-    """How a run that was stopped goes on: by the command that started it, or by its own run file."""
+def how_to_go_on(folder: Path, world: World, *, verb: str = "pretrain") -> str:
+    """How a run that was stopped goes on: by the command that started it, or by its own run file.
+
+    folder: of the run
+    world: this rank among the others
+    verb: that starts such a run; its file is launch/VERB.py
+    """
     same = "the same command goes on from here"
     run_file = folder / RUN_FILE
     if world.size == 1:
-        return f"{same}, and so does: {as_typed('pretrain', run_file)}"
+        return f"{same}, and so does: {as_typed(verb, run_file)}"
     if world.size == world.local_size:
         ranks = ["torchrun", "--standalone", "--nproc-per-node", str(world.size)]
-        typed = shlex.join([*ranks, "-m", "launch.pretrain", str(run_file)])
+        typed = shlex.join([*ranks, "-m", f"launch.{verb}", str(run_file)])
         return f"{same}, and so does: {typed}"
     return f"{same}, on any number of ranks"

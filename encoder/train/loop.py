@@ -350,7 +350,7 @@ class Trainer:
             cause = {"signal": int(number)}
         say(
             f"stopped by {name} after step {progress.step};"
-            f" {how_to_go_on(session.folder, session.world)}"
+            f" {how_to_go_on(session.folder, session.world, verb=self.course.verb)}"
         )
         if self.recorder.tracker:
             self.recorder.tracker.event("stopped", step=progress.step, **cause)

@@ -124,6 +124,8 @@ class SavedPhases:
 class Pretraining(SavedPhases):
     """The course of a run over shards (encoder.train.course.Course)."""
 
+    verb = "pretrain"
+
     def __init__(
         self,
         run: RunConfig,

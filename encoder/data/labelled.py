@@ -1,0 +1,184 @@
+"""Rows of labelled data, by column, from one file: JSON lines, CSV, TSV, Parquet or Arrow. Every row knows its place.
+
+    train.jsonl      {"text": "a fine film", "label": "positive"}     place: train.jsonl line 1
+    train.csv        text,label                                       the line of the file, its header counted
+    train.tsv        the same with tabs; quotes are text, as in GLUE's files
+    train.parquet    columns                                          row 1, 2, ...
+
+A whole file is read: labelled data are small beside a model.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encoder.base.errors import UserError, nearest
+
+
+class DataError(UserError):
+    """A labelled file that cannot be used: its text names file and row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some columns of a file. N rows."""
+
+    path: Path
+    columns: dict[str, list[Any]]  # [N] each
+    word: str  # what a row is called: line or row
+    numbers: list[int]  # [N], counted from 1
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def place(self, row: int) -> str:
+        """`train.jsonl line 3`."""
+        return f"{self.path} {self.word} {self.numbers[row]:,}"
+
+
+# a cell of a CSV file may be a whole document; Python's own limit is 131,072
+MOST_CELL_BYTES = 2**27
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Rows:
+    """These columns of all rows of a file. Raises DataError."""
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {found}; needed: a file ending in {', '.join(READERS)}.")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path} ends in {path.suffix!r}; needed: {', '.join(READERS)}.")
+    try:
+        rows = reader(path, columns)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 at byte {error.start:,}. Write it as UTF-8.") from None
+    if not len(rows):
+        raise DataError(f"{path} has no rows; needed: at least one.")
+    return rows
+
+
+def _json_lines(path: Path, columns: Sequence[str]) -> Rows:
+    found: dict[str, list[Any]] = {name: [] for name in columns}
+    numbers = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number:,}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place} is no JSON ({error}). Write one object a line.") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{place} is no object; needed: one of {', '.join(columns)}.")
+            for name in columns:
+                if name not in row:
+                    raise DataError(f"{place} has no {name}. {nearest(name, [*map(str, row)])}")
+                found[name].append(row[name])
+            numbers.append(number)
+    return Rows(path=path, columns=found, word="line", numbers=numbers)
+
+
+def _delimited(path: Path, columns: Sequence[str], **form: Any) -> Rows:
+    found: dict[str, list[Any]] = {name: [] for name in columns}
+    numbers = []
+    csv.field_size_limit(MOST_CELL_BYTES)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True, **form)
+        try:
+            header = next(reader, [])
+            places = _places(path, header, columns)
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path} line {reader.line_num:,} has {len(cells)} cells, the header"
+                        f" {len(header)}. Quote or escape what stands inside of a cell."
+                    )
+                for name, place in places.items():
+                    found[name].append(cells[place])
+                numbers.append(reader.line_num)
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num:,}: {error}. Correct it.") from None
+    return Rows(path=path, columns=found, word="line", numbers=numbers)
+
+
+def _places(path: Path, header: list[str], columns: Sequence[str]) -> dict[str, int]:
+    for name in columns:
+        if name not in header:
+            raise DataError(f"{path} has no column {name}. {nearest(name, header)}")
+    return {name: header.index(name) for name in columns}
+
+
+def _comma(path: Path, columns: Sequence[str]) -> Rows:
+    return _delimited(path, columns)
+
+
+def _tab(path: Path, columns: Sequence[str]) -> Rows:
+    return _delimited(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Rows:
+    import pyarrow.parquet
+
+    return _table(path, columns, lambda: pyarrow.parquet.ParquetFile(path).read())
+
+
+def _arrow(path: Path, columns: Sequence[str]) -> Rows:
+    import pyarrow
+
+    def read() -> Any:
+        # a file, as feather and as `datasets` caches it: the latter is a stream
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                return pyarrow.ipc.open_file(source).read_all()
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                return pyarrow.ipc.open_stream(source).read_all()
+
+    return _table(path, columns, read)
+
+
+def _table(path: Path, columns: Sequence[str], read: Callable[[], Any]) -> Rows:
+    import pyarrow
+
+    try:
+        table = read()
+        for name in columns:
+            if name not in table.column_names:
+                raise DataError(f"{path} has no column {name}. {nearest(name, table.column_names)}")
+        found = {name: table.column(name).to_pylist() for name in columns}
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} cannot be read: {why}. Copy or write the file again.") from error
+    return Rows(path=path, columns=found, word="row", numbers=list(range(1, table.num_rows + 1)))
+
+
+READERS: dict[str, Callable[[Path, Sequence[str]], Rows]] = {
+    ".jsonl": _json_lines,
+    ".csv": _comma,
+    ".tsv": _tab,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".feather": _arrow,
+}
+
+
+def texts_of(rows: Rows, column: str) -> Iterator[str]:
+    """The texts of a column. Raises DataError for a cell that is none, or empty."""
+    for row, value in enumerate(rows.columns[column]):
+        if not isinstance(value, str):
+            raise DataError(f"{rows.place(row)}: {column} is {_kind(value)}; needed: a text.")
+        if not value.strip():
+            raise DataError(f"{rows.place(row)}: {column} is empty; needed: a text.")
+        yield value
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"{str(value)[:40]!r} ({type(value).__name__})"

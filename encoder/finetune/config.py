@@ -1,0 +1,238 @@
+"""A task file: everything that decides a fine-tuning, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from encoder.base.errors import ConfigError
+from encoder.base.schema import (
+    LocalText,
+    PathText,
+    chosen_by,
+    differences,
+    from_mapping,
+    read_mapping,
+    to_plain,
+)
+from encoder.engine.engine import EngineConfig
+from encoder.finetune.schedules import SHARE_SCHEDULES, ShareSchedule
+from encoder.finetune.tasks import TASKS, TaskConfig
+from encoder.models.catalog import SYSTEMS
+from encoder.models.contract import ModelConfig
+from encoder.nn.attend import Word as AttentionWord
+from encoder.optim.adamw import AdamWConfig
+from encoder.optim.catalog import OPTIMIZERS
+from encoder.optim.whole_tensors import MomentsConfig
+from encoder.runs.config import TrackingConfig
+from encoder.runs.faults import FaultConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledDataConfig:
+    """Where the rows are."""
+
+    train: PathText  # a file of rows: .jsonl, .csv, .tsv, .parquet or .arrow
+    # name -> file, evaluated during training
+    dev: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
+    # name -> file, evaluated once, at the end
+    test: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
+    max_tokens: int = 512  # of an example; a longer one is cut at its end, and counted
+
+    def __post_init__(self) -> None:
+        both = [name for name in self.dev if name in self.test]
+        if both:
+            raise ConfigError(f"dev and test both have {both[0]}; each name may stand once.")
+        wrong = [n for n in (*self.dev, *self.test) if not n.replace("_", "").isalnum()]
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]!r} is no name of a data set; needed: letters, digits and _."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutConfig:
+    """Dropout of a fine-tuning; what is left out is the model's own."""
+
+    embedding: float | None = None  # after the embedding's norm (BERT and its kind)
+    attention_output: float | None = None  # after attention's Wo
+    mlp_output: float | None = None  # after the MLP's Wo (BERT and its kind)
+    # before the classifier; default: as transformers has it, 0 for ModernBERT, 0.1, DistilBERT 0.2
+    head: float | None = None
+
+    @property
+    def of_body(self) -> dict[str, float]:
+        """Settings of the model that differ from its own."""
+        given = {
+            "embedding_dropout": self.embedding,
+            "attention_output_dropout": self.attention_output,
+            "mlp_output_dropout": self.mlp_output,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """When the dev sets are asked."""
+
+    every_epochs: float = 1.0  # and at the end
+
+    def __post_init__(self) -> None:
+        if not self.every_epochs > 0:
+            raise ConfigError(f"every_epochs {self.every_epochs:g} must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCheckpointConfig:
+    """When to save; the end and interruptions are always saved."""
+
+    every_epochs: float = 1.0  # how often a checkpoint is written
+    keep_last: int = 1  # whole ones; older ones are removed
+    background: bool = True  # written while training goes on
+
+    def __post_init__(self) -> None:
+        if not self.every_epochs > 0 or self.keep_last < 1:
+            raise ConfigError(
+                f"every_epochs {self.every_epochs:g} must be above 0, keep_last {self.keep_last} at"
+                " least 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleLoaderConfig:
+    """How examples reach this machine; nothing here changes the steps."""
+
+    micro_batch_tokens: int = 8192  # in one forward; what is left of the batch is accumulated
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens < 1:
+            raise ConfigError(f"micro_batch_tokens {self.micro_batch_tokens} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """The whole task file."""
+
+    other_words: ClassVar[dict[str, str]] = {}
+
+    name: str  # of the run, in reports and in runs/NAME
+    # a run, a checkpoint, a weights folder or a Hugging Face folder
+    start_from: PathText
+    task: Annotated[TaskConfig, chosen_by("kind", TASKS)]
+    data: LabelledDataConfig
+    # or its peak alone: linear, with a tenth of warm-up
+    lr: Annotated[ShareSchedule, chosen_by("schedule", SHARE_SCHEDULES, default="linear")]
+    out: LocalText = ""  # the run folder; default: runs/NAME
+    seed: int = 17  # of the head's first weights, the order of the examples and dropout
+    epochs: int = 3  # how often the training rows are gone through
+    batch_examples: int = 32  # of a step, over all ranks and micro-batches
+    optimizer: Annotated[MomentsConfig, chosen_by("name", OPTIMIZERS, default="adamw")] = field(
+        default_factory=lambda: AdamWConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+    )
+    # share of a matrix that a step at the peak rate takes, as Composer counts decay (ModernBERT's table); instead of weight_decay
+    decay_at_peak: float | None = None
+    dropout: DropoutConfig = field(default_factory=DropoutConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoints: TaskCheckpointConfig = field(default_factory=TaskCheckpointConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(gradient_clipping=1.0))
+    loader: ExampleLoaderConfig = field(default_factory=ExampleLoaderConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    attention: AttentionWord = "auto"  # the kernels; auto: the fastest that can run
+    compile: Literal["auto", "blocks", "off"] = "off"  # micro-batches differ in length
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch sees it
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    # of start_from, with this file's dropout: written down by the run, to be left out by you
+    body: Annotated[ModelConfig, chosen_by("system", SYSTEMS)] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            object.__setattr__(self, "out", f"runs/{self.name}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed} must be 0 to 2^63 - 1.")
+        for key in ("epochs", "batch_examples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} {getattr(self, key)} must be at least 1.")
+        if self.engine.graphs != "off":
+            raise ConfigError(
+                "engine.graphs micro_step: micro-batches of labelled examples differ in shape. Use"
+                " graphs: off."
+            )
+        if self.compile == "blocks" and self.engine.zero_stage == 3:
+            raise ConfigError(
+                "compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks"
+                " that compiled code does not call. Use compile: off, or zero_stage 2."
+            )
+        if self.decay_at_peak is not None and not 0.0 <= self.decay_at_peak < 1.0:
+            raise ConfigError(f"decay_at_peak {self.decay_at_peak:g} must lie in [0, 1).")
+
+    @property
+    def model(self) -> ModelConfig:
+        """The body's settings."""
+        assert self.body is not None, "the body is known once start_from was read"
+        return self.body
+
+    @property
+    def weight_decay(self) -> float:
+        """The optimizer's setting for the decay that this file asks for."""
+        if self.decay_at_peak is None:
+            return self.optimizer.weight_decay
+        # of some optimizers the setting itself is a share at the peak rate, of AdamW a share at rate 1
+        relative = self.optimizer.decay_at_peak
+        return self.decay_at_peak if relative else self.decay_at_peak / self.lr.peak
+
+
+def read_task(path: Path | str, overrides: Sequence[str] = ()) -> FineTuneConfig:
+    """A task file with `key=value` overrides. Raises ConfigError."""
+    mapping = read_mapping(Path(path), overrides)
+    return task_of(mapping, where=str(path))
+
+
+def task_of(mapping: dict[str, Any], *, where: str) -> FineTuneConfig:
+    """A task file's mapping; `lr` may be the peak alone. Raises ConfigError."""
+    rate = mapping.get("lr")
+    if isinstance(rate, (int, float, str)) and not isinstance(rate, bool):
+        mapping = {**mapping, "lr": {"peak": rate}}
+    optimizer = mapping.get("optimizer")
+    if mapping.get("decay_at_peak") is not None and isinstance(optimizer, dict):
+        # a run's own file has the optimizer's default as well, without effect
+        if "weight_decay" in optimizer and mapping.get("body") is None:
+            raise ConfigError(
+                f"{where}: decay_at_peak and optimizer.weight_decay both say the decay. Leave one"
+                " out: decay_at_peak is weight_decay times the peak rate."
+            )
+    return from_mapping(FineTuneConfig, mapping, where=where)
+
+
+# what may change between two starts: where things lie, how a step is computed, what is told
+_PLACES = (
+    "name",
+    "out",
+    "start_from",
+    "checkpoints",
+    "evaluate",
+    "loader",
+    "faults",
+    "attention",
+    "compile",
+    "device",
+    "tracking",
+)
+
+
+def identity_of(plain: dict[str, Any]) -> dict[str, Any]:
+    """Of a task's plain values those that decide the curve; of data and start it is the content that decides."""
+    identity = {key: value for key, value in plain.items() if key not in _PLACES}
+    data = identity.get("data") or {}
+    identity["data"] = {"max_tokens": data.get("max_tokens")}
+    task = identity.get("task") or {}
+    identity["task"] = {key: value for key, value in task.items() if key != "metrics"}
+    engine = identity.get("engine") or {}
+    identity["engine"] = {"gradient_clipping": engine.get("gradient_clipping")}
+    return identity
+
+
+def changed_settings(before: dict[str, Any], task: FineTuneConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of what decides the curve and is another than in the run file `before`."""
+    return differences(identity_of(before), identity_of(to_plain(task)))

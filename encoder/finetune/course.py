@@ -1,0 +1,434 @@
+"""A fine-tuning: from a task file to its end, epochs over labelled examples, by the clock of examples.
+
+Position of the data: (epoch, index), the next example's place in the epoch's order; Progress.lanes holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from encoder.base.agreement import all_ranks_agree
+from encoder.base.batch import TokenBatch
+from encoder.base.command import as_typed
+from encoder.base.dist import World, watched
+from encoder.base.done import is_done
+from encoder.base.errors import CheckpointError
+from encoder.base.log import outlive_readers, say, warn_once
+from encoder.base.schema import read_mapping
+from encoder.base.stopping import StopFlag
+from encoder.base.units import Progress, counted, short_count
+from encoder.data.examples import (
+    ExampleDealing,
+    Examples,
+    ExampleSteps,
+    NumberedBatch,
+    in_order,
+)
+from encoder.data.loader import DataPosition, StepData
+from encoder.engine.checkpoint.read import read_progress
+from encoder.engine.engine import Engine
+from encoder.engine.precision import precision_on
+from encoder.finetune.config import FineTuneConfig, changed_settings
+from encoder.finetune.metrics import Scores, check_packages, metrics_of, scores
+from encoder.finetune.predict import predicted, write_predictions, write_result
+from encoder.finetune.prepare import Prepared, Start, prepare, read_start
+from encoder.models.hf.catalog import export_blocker
+from encoder.models.with_task import TaskModel, first_weights
+from encoder.objectives.text_tasks import TERM, TextTask
+from encoder.runs.about import machine_facts
+from encoder.runs.folder import DONE, RUN_FILE
+from encoder.runs.foreign_files import check_folder
+from encoder.runs.initial import weights_sha256
+from encoder.runs.same import has_begun, refuse_changes
+from encoder.train import build
+from encoder.train.course import Evaluation, UpdateSettings, crossed
+from encoder.train.loop import Outcome, train_course
+from encoder.train.meters import Clock, document_lengths
+from encoder.train.recorder import Recorder
+from encoder.train.session import Session
+
+
+def finetune(task: FineTuneConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
+    """Trains a task to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint in `task.out`.
+
+    `stop`: a flag that listens already; None: one that listens from here to the end. Raises UserError.
+    """
+    if stop is None:
+        with StopFlag() as stop:
+            return finetune(task, world, stop=stop)
+    outlive_readers()
+    with watched(world):
+        return _finetune(task, world, stop)
+
+
+def _finetune(task: FineTuneConfig, world: World, stop: StopFlag) -> Outcome:
+    folder = Path(task.out)
+    clock = Clock(began=psutil.Process().create_time())
+    # what needs no data comes first: a mistake is told in seconds
+    task.tracking.check_packages()
+    check_packages()
+    metrics_of(task.task.KIND, task.task.metrics)
+    check_folder(folder)
+    done, problem = is_done(folder)
+    if problem and world.first:
+        warn_once(problem)
+    if done:
+        say(
+            f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
+            " new run use name=ANOTHER."
+        )
+        return Outcome(done=True, progress=None)
+
+    start = read_start(task)
+    prepared = prepare(task, start)
+    task = prepared.task
+    if has_begun(folder):
+        _check_same_settings(task, folder / RUN_FILE, of=folder)
+
+    device = build.choose_device(task, world)
+    precise = dataclasses.replace(
+        task.engine, precision=precision_on(task.engine.precision, device)
+    )
+    task = dataclasses.replace(task, engine=precise)
+    course = FineTuning(
+        dataclasses.replace(prepared, task=task), world=world, device=device, start=start
+    )
+    return train_course(course, world, device, clock=clock, stop=stop)
+
+
+def _check_same_settings(task: FineTuneConfig, path: Path, *, of: Path) -> None:
+    refuse_changes(changed_settings(read_mapping(path), task), of=str(of), out=task.out)
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """The one phase of a fine-tuning (encoder.train.course.Phase)."""
+
+    name: str
+    model: dict[str, float]
+
+
+class FineTuning:
+    """The course of a run over labelled examples (encoder.train.course.Course)."""
+
+    verb = "finetune"
+
+    def __init__(
+        self, prepared: Prepared, *, world: World, device: torch.device, start: Start
+    ) -> None:
+        """prepared: the task, settled
+        world, device: of this rank
+        start: its weights are taken into the engine, and let go
+        """
+        self.run = prepared.task
+        self.prepared = prepared
+        self._world, self._device, self._start = world, device, start
+        self._metrics = metrics_of(self.run.task.KIND, self.run.task.metrics)
+        self._dealing = ExampleDealing(
+            world=world, micro_batch_tokens=self.run.loader.micro_batch_tokens
+        )
+        self._phase = Epochs(
+            name="epochs",
+            model={name: getattr(self.run.model, name) for name in self.run.model.PHASE_SETTINGS},
+        )
+        self._schedule = self.run.lr.over(self._examples)
+        self._start_sha256: str | None = None
+        self._drawn: tuple[str, ...] = ()
+        # this rank's batches of each data set, once they are asked for
+        self._batches: dict[str, list[NumberedBatch]] = {}
+
+    @property
+    def _examples(self) -> int:
+        """Of all epochs."""
+        return self.run.epochs * len(self.prepared.train)
+
+    @property
+    def tokenizer_json(self) -> Path:
+        """That of the model."""
+        return self.prepared.encoder.path
+
+    def prepare(self, *, fresh: bool) -> None:
+        """The rows were read before; what follows is cheap."""
+
+    def make_model(self) -> TaskModel:
+        """With the weights of start_from, which the engine takes afterwards; for ZeRO stage 3 without any."""
+        with torch.device("meta" if self.run.engine.zero_stage == 3 else "cpu"):
+            return TaskModel(
+                self.run.model,  # type: ignore[arg-type]  # head_family has seen it
+                self.prepared.head,
+                attention=self.run.attention,
+                seed=self.run.seed,
+            )
+
+    def make_objective(self) -> TextTask:
+        """Of the task."""
+        return self.prepared.objective
+
+    def check_same(self, checkpoint: Path) -> None:
+        """By settings, and by the encoded rows."""
+        _check_same_settings(self.run, checkpoint / RUN_FILE, of=checkpoint)
+        saved = read_progress(checkpoint)[1].get("examples_sha256")
+        here = self.prepared.train.sha256()
+        if saved != here:
+            raise CheckpointError(
+                f"data.train {self.run.data.train} gives examples of SHA-256 {here[:16]}, this run"
+                f" was trained on {str(saved)[:16]}. Put those rows back, or start anew with"
+                " out=ANOTHER_FOLDER."
+            )
+
+    def set_first_weights(self, engine: Engine) -> Progress:
+        """Those of start_from; a head that it has none for is drawn."""
+        weights = self._first_weights()
+        engine.set_masters(lambda name, _shape: weights[name])
+        self._start.model.weights.clear()
+        return Progress()
+
+    def _first_weights(self) -> dict[str, Tensor]:
+        with torch.device("meta"):
+            model = TaskModel(self.run.model, self.prepared.head, seed=self.run.seed)  # type: ignore[arg-type]
+        stored = self._start.model.weights
+        if self._world.first:
+            self._start_sha256 = weights_sha256(stored)
+        weights, self._drawn = first_weights(stored, model)
+        return weights
+
+    def take_up(self, saved: dict[str, Any]) -> None:
+        """Where the first weights came from."""
+        self._start_sha256 = self._start_sha256 or saved.get("init_sha256")
+
+    def to_plain(self) -> dict[str, Any]:
+        """What a resume is held against."""
+        return {
+            "examples_sha256": self.prepared.train.sha256(),
+            "init_sha256": self._start_sha256,
+        }
+
+    def model_at(self, progress: Progress) -> dict[str, float]:
+        """The model's own thetas."""
+        return self._phase.model
+
+    def fingerprint_batch(self, objective: Any) -> TokenBatch:
+        """A fixed text of random tokens."""
+        return build.fingerprint_batch(
+            self.run.model, objective=objective, seed=self.run.seed, address="fingerprint"
+        )
+
+    @property
+    def amount(self) -> str:
+        """Epochs and examples."""
+        train = self.prepared.train
+        return (
+            f"{counted(self.run.epochs, 'epoch')} of {len(train):,} examples,"
+            f" {short_count(len(train.ids_A))} tokens each time"
+        )
+
+    def warnings(self) -> list[str]:
+        """Of texts that were cut."""
+        sets = [self.prepared.train, *self.prepared.dev, *self.prepared.test]
+        lines = [
+            f"{counted(examples.cut, 'example')} of {examples.name} ({examples.cut / len(examples):.1%})"
+            f" longer than data.max_tokens {self.run.data.max_tokens:,}: cut"
+            for examples in sets
+            if examples.cut
+        ]
+        if not self.prepared.dev:
+            lines.append("no dev set: what the model learns is not measured. Add data.dev")
+        return lines
+
+    def origin_lines(self) -> list[str]:
+        """Of the weights, and of the head."""
+        head = self.prepared.head
+        lines = [
+            f"head of {head.family}: pooling {head.pooling}, {counted(head.outputs, 'output')},"
+            f" dropout {head.dropout:g}"
+        ]
+        if not self._start.resumes:
+            drawn = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._drawn))
+            lines.append(
+                f"weights from {self.run.start_from}: {self._start.model.origin}"
+                f"; drawn from the seed: {drawn}"
+            )
+        return lines
+
+    def announce(self) -> None:
+        """The steps to come, and how they are packed."""
+        train = self.prepared.train
+        steps = math.ceil(len(train) / self.run.batch_examples) * self.run.epochs
+        mean = len(train.ids_A) / len(train)
+        say(
+            f"{counted(steps, 'step')} of {self.run.batch_examples} examples, packed without padding:"
+            f" {mean:.1f} tokens each, at most {int(train.lengths_N.max()):,}"
+        )
+
+    @property
+    def export_text(self) -> str | None:
+        """Why the model stays ours."""
+        return export_blocker(self.run.model)
+
+    def origin(self) -> dict[str, Any]:
+        """Where the weights came from."""
+        return {"start_from": self.run.start_from, "init_sha256": self._start_sha256}
+
+    def about(self, *, parameters: int) -> dict[str, Any]:
+        """Model size, data, machine and versions."""
+        sources = [
+            {"name": e.name, "documents": len(e), "tokens": len(e.ids_A)}
+            for e in (self.prepared.train,)
+        ]
+        trained = len(self.prepared.train.ids_A) * self.run.epochs
+        return {
+            "parameters": parameters,
+            "sources": [{**source, "trained": trained} for source in sources],
+            **machine_facts(self._world, self._device),
+        }
+
+    def phase_at(self, progress: Progress) -> Epochs | None:
+        """There is one phase."""
+        return self._phase if progress.phase == 0 else None
+
+    def last_phase(self, progress: Progress) -> Epochs:
+        """There is one phase."""
+        return self._phase
+
+    def is_done(self, progress: Progress) -> bool:
+        """After the last epoch."""
+        return self._seen(progress) >= self._examples
+
+    def describe(self, progress: Progress) -> str:
+        """The rate's course."""
+        return f"{self._phase.name}: {self.amount}, rate {self.run.lr.peak:g} at its peak"
+
+    def tokens_left(self, progress: Progress) -> int:
+        """Every epoch has the same tokens."""
+        return max(0, len(self.prepared.train.ids_A) * self.run.epochs - progress.tokens)
+
+    def past_bad_steps(self, progress: Progress) -> tuple[tuple[int, int], ...]:
+        """The next example: those of the bad steps lie behind."""
+        return progress.lanes
+
+    def open_data(self, session: Session, recorder: Recorder) -> ExampleSteps:
+        """The epochs from where the run stands."""
+        return ExampleSteps(
+            self.prepared.train,
+            term=TERM,
+            seed=self.run.seed,
+            batch_examples=self.run.batch_examples,
+            dealing=self._dealing,
+            start=DataPosition(
+                lanes=session.progress.lanes, phase_tokens=session.progress.phase_tokens
+            ),
+        )
+
+    def update(self, before: Progress, data: StepData) -> UpdateSettings:
+        """By the schedule at the middle example of the step."""
+        middle = min(self._seen(before) + data.rows // 2, self._examples)
+        return UpdateSettings(
+            lr=self._schedule.at(middle, phase_tokens=self._examples),
+            max_lr=self.run.lr.peak,
+            weight_decay=self.run.weight_decay,
+        )
+
+    def flops(self, batch: TokenBatch) -> float:
+        """Of the body; the head is small."""
+        return self.run.model.train_flops(lengths=document_lengths(batch), targets={})
+
+    def evaluation_is_due(self, before: Progress, after: Progress) -> bool:
+        """By the clock of examples."""
+        return self._is_due(before, after, self.run.evaluate.every_epochs)
+
+    def evaluation_begins(self, progress: Progress) -> bool:
+        """A new head knows nothing."""
+        return False
+
+    def evaluate(self, engine: Engine, progress: Progress) -> Evaluation | None:
+        """Loss and metrics of each dev set."""
+        if not self.prepared.dev:
+            return None
+        found = {e.name: self._scores(e, self._predicted(engine, e)) for e in self.prepared.dev}
+        numbers: dict[str, float] = {}
+        for name, measured in found.items():
+            numbers |= {f"{name}_loss": measured.loss}
+            numbers |= {f"{name}_{metric}": value for metric, value in measured.metrics.items()}
+        constant = [name for name, measured in found.items() if measured.constant]
+        return Evaluation(
+            numbers=numbers,
+            text="  ".join(scores_text(name, measured) for name, measured in found.items()),
+            warnings=tuple(
+                f"all predictions of {name} are the same: what has no value then counts as 0"
+                for name in constant
+            ),
+        )
+
+    def save_is_due(self, before: Progress, after: Progress) -> bool:
+        """By the clock of examples."""
+        return self._is_due(before, after, self.run.checkpoints.every_epochs)
+
+    def finish(self, engine: Engine) -> dict[str, Any]:
+        """Predictions of all dev and test sets, in the order of their rows, and result.json."""
+        folder, results = Path(self.run.out), {}
+        for examples in (*self.prepared.dev, *self.prepared.test):
+            logits_NK = self._predicted(engine, examples)
+            results[examples.name] = self._scores(examples, logits_NK)
+            with all_ranks_agree(self._world):
+                if self._world.first:
+                    write_predictions(folder, examples, logits_NK, task=self.run.task)
+        for examples in self.prepared.test:
+            say(f"test  {scores_text(examples.name, results[examples.name])}")
+        with all_ranks_agree(self._world):
+            if self._world.first:
+                write_result(folder, self.run, self.prepared.train, results)
+        return {name: _plain(measured) for name, measured in results.items()}
+
+    def what_comes_next(self) -> list[str]:
+        """Its export."""
+        out = Path(self.run.out)
+        beside = out.with_name(f"{out.name}-hf")
+        return [f"next: {as_typed('export', out, beside)}   a Hugging Face folder, proven"]
+
+    def lower_rate_text(self, progress: Progress) -> str:
+        """The rate, halved."""
+        return f"Start anew with a lower rate: out=ANOTHER_FOLDER lr.peak={self.run.lr.peak / 2:g}"
+
+    def _seen(self, progress: Progress) -> int:
+        """Examples gone through."""
+        if progress.phase > 0:
+            return self._examples
+        ((epoch, index),) = progress.lanes or ((0, 0),)
+        return epoch * len(self.prepared.train) + index
+
+    def _is_due(self, before: Progress, after: Progress, every_epochs: float) -> bool:
+        every = max(1, round(every_epochs * len(self.prepared.train)))
+        return crossed(self._seen(before), self._seen(after), every)
+
+    def _predicted(self, engine: Engine, examples: Examples) -> np.ndarray:
+        if examples.name not in self._batches:
+            self._batches[examples.name] = in_order(examples, term=TERM, dealing=self._dealing)
+        return predicted(
+            engine,
+            self._batches[examples.name],
+            examples=len(examples),
+            outputs=self.prepared.head.outputs,
+            objective=self.prepared.objective,
+        )
+
+    def _scores(self, examples: Examples, logits_NK: np.ndarray) -> Scores:
+        return scores(logits_NK, examples.value_N, kind=self.run.task.KIND, metrics=self._metrics)
+
+
+def scores_text(name: str, measured: Scores) -> str:
+    """`dev loss 0.412 accuracy 0.853 f1 0.851`."""
+    numbers = " ".join(f"{metric} {value:.4f}" for metric, value in measured.metrics.items())
+    return f"{name} loss {measured.loss:.4f} {numbers}"
+
+
+def _plain(measured: Scores) -> dict[str, float]:
+    return {"loss": measured.loss, **measured.metrics}

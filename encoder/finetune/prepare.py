@@ -1,0 +1,126 @@
+"""Before a fine-tuning starts: its model, its rows, and the head that follows from both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from encoder.base.errors import ConfigError, ModelError
+from encoder.data.examples import Examples
+from encoder.data.labelled import Rows, read_rows
+from encoder.data.shard_format import TOKENIZER
+from encoder.engine.checkpoint.folder import committed_folders
+from encoder.finetune.config import FineTuneConfig, read_task
+from encoder.finetune.encoding import TextEncoder, check_length, encode, read_encoder
+from encoder.models.stored import StoredModel
+from encoder.models.with_task import HeadShape, head_family
+from encoder.objectives.text_tasks import TextTask
+from encoder.runs.folder import CHECKPOINTS, RUN_FILE
+from encoder.runs.weights import read_model
+
+# before the classifier, as transformers' classes have it
+HEAD_DROPOUT = {"modernbert": 0.0, "bert": 0.1, "roberta": 0.1, "distilbert": 0.2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a fine-tuning begins with, or began with."""
+
+    model: StoredModel  # its weights are empty where the run goes on from a checkpoint
+    tokenizer_json: Path
+    resumes: bool
+
+
+def read_start(task: FineTuneConfig) -> Start:
+    """The model of start_from; once there is a checkpoint, what the run folder has of it. Raises UserError."""
+    folder = Path(task.out)
+    if committed_folders(folder / CHECKPOINTS) and (folder / RUN_FILE).is_file():
+        begun = read_task(folder / RUN_FILE)
+        model = StoredModel(
+            config=begun.model, weights={}, tokenizer_json=folder / TOKENIZER, origin=""
+        )
+        return Start(model=model, tokenizer_json=folder / TOKENIZER, resumes=True)
+    model = read_model(Path(task.start_from))
+    if model.tokenizer_json is None:
+        raise ModelError(
+            f"start_from {task.start_from} has no {TOKENIZER}; needed: the one that the model was"
+            " trained with. Put it there."
+        )
+    return Start(model=model, tokenizer_json=model.tokenizer_json, resumes=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A task with all that its rows and its model say."""
+
+    task: FineTuneConfig  # body and labels filled in
+    head: HeadShape
+    encoder: TextEncoder
+    train: Examples
+    dev: list[Examples] = field(default_factory=list)
+    test: list[Examples] = field(default_factory=list)
+
+    @property
+    def objective(self) -> TextTask:
+        """Of the task."""
+        return TextTask(kind=self.task.task.KIND, outputs=self.head.outputs)
+
+
+def prepare(task: FineTuneConfig, start: Start) -> Prepared:
+    """Reads and encodes all rows, and shapes the head. Raises UserError with file and row."""
+    kind = task.task
+    body = dataclasses.replace(start.model.config, **_known(task, start.model))
+    if task.body is not None and task.body != body:
+        raise ConfigError(
+            f"body is another model than that of start_from {task.start_from}. Leave body out."
+        )
+    pairs = len(kind.texts) == 2
+    check_length(task.data.max_tokens, longest=body.max_position_embeddings, pairs=pairs)
+    encoder = read_encoder(
+        start.tokenizer_json,
+        vocab_size=body.vocab_size,
+        max_tokens=task.data.max_tokens,
+        segments=getattr(body, "type_vocab_size", 0) > 1,
+        pairs=pairs,
+    )
+
+    train_rows = _rows(task, task.data.train)
+    if kind.labels is None and (named := kind.labels_in(train_rows)):
+        kind = dataclasses.replace(kind, labels=named)
+    task = dataclasses.replace(task, task=kind, body=body)
+    train = encode(train_rows, kind, encoder, name="train")
+    kind.check_training(train.value_N, train_rows)
+
+    family = head_family(body, encoder.specials)
+    dropout = HEAD_DROPOUT[family] if task.dropout.head is None else task.dropout.head
+    return Prepared(
+        task=task,
+        head=HeadShape(family=family, outputs=kind.outputs, pooling=kind.pooling, dropout=dropout),
+        encoder=encoder,
+        train=train,
+        dev=_examples_of(task, task.data.dev, encoder),
+        test=_examples_of(task, task.data.test, encoder),
+    )
+
+
+def _known(task: FineTuneConfig, model: StoredModel) -> dict[str, float]:
+    """The task's dropout of the body, as far as the model has such places. Raises ConfigError."""
+    fields = {f.name for f in dataclasses.fields(model.config)}
+    for name in task.dropout.of_body:
+        if name not in fields:
+            raise ConfigError(
+                f"dropout.{name.removesuffix('_dropout')}: this model has no {name}. Leave it out."
+            )
+    return task.dropout.of_body
+
+
+def _rows(task: FineTuneConfig, path: str) -> Rows:
+    return read_rows(Path(path), [*task.task.texts, task.task.label])
+
+
+def _examples_of(
+    task: FineTuneConfig, files: Mapping[str, str], encoder: TextEncoder
+) -> list[Examples]:
+    return [encode(_rows(task, path), task.task, encoder, name=n) for n, path in files.items()]
