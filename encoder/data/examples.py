@@ -80,6 +80,7 @@ class ExampleSteps:
         *,
         term: str,
         seed: int,
+        epochs: int,
         batch_examples: int,
         dealing: ExampleDealing,
         start: DataPosition,
@@ -87,11 +88,13 @@ class ExampleSteps:
         """examples: that are gone through
         term: the loss term whose targets they have
         seed: of order and dropout
+        epochs: how many there are; the steps themselves have no end
         batch_examples: of a step over all ranks; the last one of an epoch may have fewer
         dealing: who computes what
         start: where the run stands
         """
         self._examples, self._term, self._seed = examples, term, seed
+        self._epochs = epochs
         self._batch_examples, self._dealing = batch_examples, dealing
         self._position = DataPosition(
             lanes=start.lanes or ((0, 0),), phase_tokens=start.phase_tokens
@@ -136,7 +139,8 @@ class ExampleSteps:
     def epochs_at(self, position: DataPosition) -> dict[str, float]:
         """How often the examples were gone through."""
         ((epoch, index),) = position.lanes or ((0, 0),)
-        return {self._examples.name: epoch + index / len(self._examples)}
+        # behind the last epoch none begins
+        return {self._examples.name: min(epoch, self._epochs - 1) + index / len(self._examples)}
 
     def __enter__(self) -> ExampleSteps:
         return self

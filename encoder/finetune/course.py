@@ -321,6 +321,7 @@ class FineTuning:
             self.prepared.train,
             term=TERM,
             seed=self.run.seed,
+            epochs=self.run.epochs,
             batch_examples=self.run.batch_examples,
             dealing=self._dealing,
             start=DataPosition(

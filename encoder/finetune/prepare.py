@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from encoder.base.errors import ConfigError, ModelError
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.examples import Examples
 from encoder.data.labelled import Rows, read_rows
 from encoder.data.shard_format import TOKENIZER
@@ -93,15 +94,22 @@ def prepare(task: FineTuneConfig, start: Start) -> Prepared:
     train = encode(train_rows, kind, encoder, name="train")
     kind.check_training(train.value_N, train_rows)
 
-    family = head_family(body, encoder.specials)
-    dropout = HEAD_DROPOUT[family] if task.dropout.head is None else task.dropout.head
     return Prepared(
         task=task,
-        head=HeadShape(family=family, outputs=kind.outputs, pooling=kind.pooling, dropout=dropout),
+        head=head_shape(task, encoder.specials),
         encoder=encoder,
         train=train,
         dev=_examples_of(task, task.data.dev, encoder),
         test=_examples_of(task, task.data.test, encoder),
+    )
+
+
+def head_shape(task: FineTuneConfig, specials: SpecialIds) -> HeadShape:
+    """The head of a task whose body and labels are known. Raises ConfigError."""
+    family = head_family(task.model, specials)
+    dropout = HEAD_DROPOUT[family] if task.dropout.head is None else task.dropout.head
+    return HeadShape(
+        family=family, outputs=task.task.outputs, pooling=task.task.pooling, dropout=dropout
     )
 
 

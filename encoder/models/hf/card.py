@@ -85,10 +85,10 @@ def write_card(
             " in masked tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n"
         ),
         _usage(shown_as, mask_token),
-        _table(Table(title="Model", head=("", ""), rows=list(model.items()))),
-        _table(Table(title="Training", head=("", ""), rows=list(training.facts.items()))),
-        *(_table(table) for table in training.tables),
-        _table(Table(title="Proof of the export", head=("asked", "gives"), rows=proven)),
+        table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),
+        table_text(Table(title="Training", head=("", ""), rows=list(training.facts.items()))),
+        *(table_text(table) for table in training.tables),
+        table_text(Table(title="Proof of the export", head=("asked", "gives"), rows=proven)),
         (
             "## Limits\n\nWhat was measured is the loss above. The vectors are those of a language"
             " model: they were not trained for similarity, and nothing was filtered from its"
@@ -179,7 +179,8 @@ print(vectors.shape)
 """
 
 
-def _table(table: Table) -> str:
+def table_text(table: Table) -> str:
+    """A table in Markdown under its title; nothing of an empty one."""
     if not table.rows:
         return ""
     # a rule of dashes makes the first row a head in Markdown

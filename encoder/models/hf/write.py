@@ -85,7 +85,7 @@ def export_hf(
     check_weights(model.weights, config, of=model.origin)
     if onnx:
         check_onnx_installed()
-    earlier = _files_of_earlier(out)
+    earlier = files_of_earlier(out)
     ours = our_model(model.weights, config)
     with atomic_folder(out, mark=PROOF, ours=earlier) as part:
         write_tokenizer(
@@ -146,19 +146,26 @@ def export_hf(
             proofs=proofs,
             shown_as=Path(os.path.abspath(out)).name,
         )
-        write_json(
-            part / PROOF,
-            {
-                "drawn_weights_fp64_difference": drawn,
-                **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()},
-                SHA256: {name: sha256_of(part / name) for name in HASHED},
-                FILES: files_below(part),
-            },
-        )
+        write_json(part / PROOF, proof_file(part, drawn=drawn, proofs=proofs))
     return proofs
 
 
-def _files_of_earlier(out: Path) -> list[str] | None:
+def proof_file(folder: Path, *, drawn: float, proofs: dict[str, Proof]) -> dict[str, Any]:
+    """What export_proof.json says.
+
+    folder: all that was written beside it
+    drawn: the difference on drawn weights in fp64
+    proofs: by what was asked
+    """
+    return {
+        "drawn_weights_fp64_difference": drawn,
+        **{asked: dataclasses.asdict(proof) for asked, proof in proofs.items()},
+        SHA256: {name: sha256_of(folder / name) for name in HASHED},
+        FILES: files_below(folder),
+    }
+
+
+def files_of_earlier(out: Path) -> list[str] | None:
     """What an earlier export wrote to `out`; None where it did not say. Raises ExportError where its card was edited since."""
     if not (out / PROOF).is_file():
         return None

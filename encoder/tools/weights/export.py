@@ -12,8 +12,10 @@ from encoder.base.log import note
 from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
 from encoder.engine.checkpoint.read import read_progress
+from encoder.finetune.stored import is_task, read_trained
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.hf.parity import Proof
+from encoder.models.hf.task import export_task
 from encoder.models.hf.write import export_hf
 from encoder.models.stored import MODEL
 from encoder.runs.folder import CHECKPOINTS
@@ -23,6 +25,12 @@ from encoder.tools.weights.card import checkpoint_of, training_of
 
 def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proof]:
     """Exports a run folder's newest checkpoint, a checkpoint, or a weights folder; returns the proofs. Raises UserError."""
+    if is_task(source):
+        if onnx:
+            raise ExportError(
+                f"{source} is a fine-tuned model, of which there is no ONNX yet. Leave --onnx out."
+            )
+        return export_task(read_trained(source), out)
     # found once: to choose a run's newest checkpoint is to hash all of its files
     checkpoint = checkpoint_of(source)
     model = read_model(checkpoint or source)

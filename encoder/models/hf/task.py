@@ -1,0 +1,320 @@
+"""A model with a task to transformers' class for sequence classification, proven before the folder has its name.
+
+    ours          ModernBERT      BERT                RoBERTa                  DistilBERT
+    head.dense    head.dense      bert.pooler.dense   classifier.dense         pre_classifier
+    head.norm     head.norm
+    classifier    classifier      classifier          classifier.out_proj      classifier
+
+The body has the names of encoder/models/hf/bridge.py. Logits are compared with transformers' on texts of several lengths,
+each alone and padded on the right; on the left only where a mean is pooled: a class on the first token would read padding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoder.base.batch import packed_documents
+from encoder.base.errors import ExportError
+from encoder.base.files import atomic_folder, native_path, write_json
+from encoder.base.rng import generator
+from encoder.base.schema import to_yaml
+from encoder.base.tokenizer_json import SpecialIds
+from encoder.models.contract import ModelConfig
+from encoder.models.hf.bridge import Bridge, Padding
+from encoder.models.hf.card import CARD, Table, plain, table_text
+from encoder.models.hf.catalog import bridge_of, export_blocker
+from encoder.models.hf.parity import (
+    PADDING_TOKENS,
+    TOLERANCE,
+    TOLERANCE_DRAWN,
+    TOLERANCE_FP64,
+    Proof,
+    drawn_difference,
+)
+from encoder.models.hf.tokenizer import write_tokenizer
+from encoder.models.hf.write import PROOF, files_of_earlier, proof_file
+from encoder.models.stored import WEIGHTS, write_safetensors
+from encoder.models.with_task import HeadFamily, HeadShape, TaskModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskClass:
+    """A family's class for sequence classification."""
+
+    architecture: str
+    names: dict[str, str]  # stems of our head's parameters -> theirs
+    dropout: str  # the word of config.json for the head's
+
+
+CLASSES: dict[HeadFamily, TaskClass] = {
+    "modernbert": TaskClass(
+        architecture="ModernBertForSequenceClassification",
+        names={"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"},
+        dropout="classifier_dropout",
+    ),
+    "bert": TaskClass(
+        architecture="BertForSequenceClassification",
+        names={"head.dense": "bert.pooler.dense", "classifier": "classifier"},
+        dropout="classifier_dropout",
+    ),
+    "roberta": TaskClass(
+        architecture="RobertaForSequenceClassification",
+        names={"head.dense": "classifier.dense", "classifier": "classifier.out_proj"},
+        dropout="classifier_dropout",
+    ),
+    "distilbert": TaskClass(
+        architecture="DistilBertForSequenceClassification",
+        names={"head.dense": "pre_classifier", "classifier": "classifier"},
+        dropout="seq_classif_dropout",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTask:
+    """A fine-tuned model at rest."""
+
+    name: str
+    config: ModelConfig
+    head: HeadShape
+    weights: dict[str, Tensor]  # fp32 on the CPU, by our names
+    tokenizer_json: Path
+    specials: SpecialIds
+    max_tokens: int
+    labels: tuple[str, ...] | None  # of the outputs; None: a number
+    problem: str  # transformers' problem_type
+    origin: str
+    facts: dict[str, str] = field(default_factory=dict)  # of the training, for the card
+    # by data set: metric -> value
+    results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def export_task(task: TrainedTask, out: Path) -> dict[str, Proof]:
+    """Writes `out`, a folder that AutoModelForSequenceClassification and AutoTokenizer load; the proof of it.
+
+    Raises UserError, leaving nothing behind, where transformers has no such model or gives other logits.
+    """
+    bridge = bridge_of(task.config, task.specials)
+    if bridge is None or (stays := export_blocker(task.config)):
+        raise ExportError(
+            f"{task.name} goes {stays if bridge else 'not to Hugging Face, which has no class for it'}."
+        )
+    # what config.json means of the body is seen on drawn weights, as for a language model
+    drawn = drawn_difference(bridge.to_settings(task.config, task.specials), task.config)
+    if not drawn <= TOLERANCE_DRAWN:
+        raise ExportError(
+            f"the logits of transformers differ from ours by {drawn:.2e} on drawn weights in fp64;"
+            f" needed: at most {TOLERANCE_DRAWN:.0e}. Nothing was written. Use a version of"
+            " transformers that the README names."
+        )
+    earlier = files_of_earlier(out)
+    ours = task_model(task)
+    with atomic_folder(out, mark=PROOF, ours=earlier) as part:
+        write_tokenizer(
+            part,
+            task.tokenizer_json,
+            task.specials,
+            vocab_size=task.config.vocab_size,
+            max_tokens=task.max_tokens,
+            segments=getattr(task.config, "type_vocab_size", 0) > 1,
+        )
+        write_safetensors(their_weights(task, bridge), part / WEIGHTS)
+        settings = their_settings(task, bridge)
+        write_json(part / "config.json", settings)
+        proofs = {"transformers": _prove(task, ours, part, bridge.padding(settings))}
+        _write_card(
+            part, task, bridge, proofs, parameters=sum(p.numel() for p in ours.parameters())
+        )
+        write_json(part / PROOF, proof_file(part, drawn=drawn, proofs=proofs))
+    return proofs
+
+
+def task_model(task: TrainedTask) -> TaskModel:
+    """The model on the CPU, in eval mode, with these weights, which are not copied."""
+    with torch.device("meta"):
+        model = TaskModel(task.config, task.head, seed=0)  # type: ignore[arg-type]
+    # buffers of dropout are no weights: they are drawn with the model, and unused here
+    model.load_state_dict(task.weights, assign=True)
+    return model.eval()
+
+
+def their_settings(task: TrainedTask, bridge: Bridge) -> dict[str, Any]:
+    """config.json."""
+    known = CLASSES[task.head.family]
+    labels = task.labels or tuple(f"LABEL_{k}" for k in range(task.head.outputs))
+    settings = bridge.to_settings(task.config, task.specials)
+    if task.head.family == "modernbert":
+        settings["classifier_pooling"] = task.head.pooling
+    return {
+        **settings,
+        "architectures": [known.architecture],
+        known.dropout: task.head.dropout,
+        "id2label": {str(number): name for number, name in enumerate(labels)},
+        "label2id": {name: number for number, name in enumerate(labels)},
+        "problem_type": task.problem,
+    }
+
+
+def their_weights(task: TrainedTask, bridge: Bridge) -> dict[str, Tensor]:
+    """Weights by transformers' names."""
+    names = CLASSES[task.head.family].names
+    body = {name: w for name, w in task.weights.items() if name.startswith("model.")}
+    found = dict(bridge.weights_to(body, task.config))
+    for name, w in task.weights.items():
+        stem, _, kind = name.rpartition(".")
+        if stem in names:
+            found[f"{names[stem]}.{kind}"] = w
+    return found
+
+
+def _prove(task: TrainedTask, ours: TaskModel, folder: Path, padding: Padding) -> Proof:
+    """Compares with transformers, reading the folder as a stranger would. Raises ExportError."""
+    import transformers
+
+    try:
+        with native_path(folder) as name:
+            theirs, notes = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever its version raises
+        why = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"transformers {transformers.__version__} cannot load the folder: {why}"
+        ) from error
+    lost = [*notes.get("missing_keys", ()), *notes.get("unexpected_keys", ())]
+    if lost:
+        raise ExportError(
+            f"transformers {transformers.__version__} does not find all weights: {lost[:3]}."
+        )
+    theirs.eval()
+
+    longest = min(task.max_tokens, task.config.max_position_embeddings)
+    lengths = sorted({min(n, longest) for n in (1, 2, 40, 127, 128, 129, 130, 512, longest)})
+    left = padding.left and task.head.pooling == "mean"
+    worst = _worst(ours, theirs, lengths, padding=padding, left=left)
+    proof = Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=left)
+    if worst <= TOLERANCE:
+        return proof
+    fp64 = _worst(
+        copy.deepcopy(ours).double(), theirs.double(), lengths, padding=padding, left=left
+    )
+    if fp64 <= TOLERANCE_FP64:
+        return Proof(
+            max_abs_difference=worst,
+            lengths=tuple(lengths),
+            fp64_difference=fp64,
+            left_padded=left,
+        )
+    raise ExportError(
+        f"the logits of transformers differ from ours by {worst:.2e} in fp32 and by {fp64:.2e} in"
+        f" fp64; needed: {TOLERANCE:.0e}, or {TOLERANCE_FP64:.0e} in fp64. Nothing was written."
+    )
+
+
+def _worst(
+    ours: TaskModel, theirs: Any, lengths: Sequence[int], *, padding: Padding, left: bool
+) -> float:
+    """The largest difference of a logit over drawn texts, each alone and padded.
+
+    ours, theirs: both models
+    lengths: of the texts
+    padding: how theirs may be padded
+    left: whether padding may stand before a text, too
+    """
+    draw = generator(0, "task proof")
+    vocab = ours.config.vocab_size
+    documents = [torch.from_numpy(draw.integers(0, vocab, n)) for n in lengths]
+    if padding.pad_id is not None:
+        # in a text it would be padding to them
+        other = torch.tensor((padding.pad_id + 1) % vocab)
+        documents = [d.where(d != padding.pad_id, other) for d in documents]
+    starts_M = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    worst = 0.0
+    with torch.inference_mode():
+        expected_MK = ours.answers(packed_documents(documents), starts_M)
+        for document, expected_K in zip(documents, expected_MK, strict=True):
+            alone = theirs(input_ids=document[None], attention_mask=torch.ones_like(document)[None])
+            worst = _larger(worst, alone.logits[0] - expected_K)
+            for at_left in (False, True) if left else (False,):
+                ids_1L, real_1L = _padded(document, padding, at_left=at_left)
+                found = theirs(input_ids=ids_1L, attention_mask=real_1L)
+                worst = _larger(worst, found.logits[0] - expected_K)
+    return worst
+
+
+def _padded(document: Tensor, padding: Padding, *, at_left: bool) -> tuple[Tensor, Tensor]:
+    """A text with padding beside it [1, L], as far as the model can be so wide; and the mask."""
+    room = (padding.most_tokens or 2**31) - len(document)
+    filler = torch.full((min(PADDING_TOKENS, max(0, room)),), padding.pad_id or 0)
+    parts = [document, filler]
+    real = [torch.ones_like(document), torch.zeros_like(filler)]
+    if at_left:
+        parts.reverse()
+        real.reverse()
+    return torch.cat(parts)[None], torch.cat(real)[None]
+
+
+def _larger(worst: float, difference: Tensor) -> float:
+    found = float(difference.abs().max())
+    # nan is not equal to itself: it counts as infinitely far
+    return max(worst, found if found == found else float("inf"))
+
+
+def _write_card(
+    folder: Path, task: TrainedTask, bridge: Bridge, proofs: dict[str, Proof], *, parameters: int
+) -> None:
+    """Writes README.md; the license is left to be chosen by whoever publishes it."""
+    results = [
+        {
+            "task": {"type": "text-classification"},
+            "dataset": {"name": name, "type": name},
+            "metrics": [{"type": metric, "value": value} for metric, value in numbers.items()],
+        }
+        for name, numbers in task.results.items()
+    ]
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": [bridge.model_type, "text-classification", "tessera"],
+        "model-index": [{"name": task.name, "results": results}],
+    }
+    model = {
+        "parameters": f"{parameters:,}",
+        **task.config.facts,
+        "longest text": f"{task.max_tokens:,} tokens",
+        "pooling": task.head.pooling,
+        "outputs": ", ".join(task.labels) if task.labels else "a number",
+    }
+    measured = [
+        [name, metric, f"{value:.4f}"]
+        for name, numbers in task.results.items()
+        for metric, value in numbers.items()
+    ]
+    proven = [[asked, str(proof)] for asked, proof in proofs.items()]
+    text = "\n".join(
+        [
+            "---\n# license: name one before you publish, for example apache-2.0\n"
+            f"{to_yaml(head)}---\n",
+            f"# {plain(task.name)}\n",
+            f"A {bridge.title} fine-tuned with Tessera. Pad texts on the right.\n",
+            '```python\nfrom transformers import pipeline\n\nanswer = pipeline("text-classification",'
+            ' model="FOLDER")("a text")\n```\n',
+            table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),
+            table_text(Table(title="Training", head=("", ""), rows=list(task.facts.items()))),
+            table_text(Table(title="Results", head=("set", "metric", "value"), rows=measured)),
+            table_text(Table(title="Proof of the export", head=("asked", "gives"), rows=proven)),
+        ]
+    )
+    (folder / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
