@@ -56,7 +56,7 @@ def read_encoder(
             f"{tokenizer_json} has {text_vocabulary:,} ids, the model {vocab_size:,}; needed: the"
             " tokenizer that the model was trained with."
         )
-    tokenizer = read_tokenizer(tokenizer_json, specials, vocab_size=vocab_size)
+    tokenizer = read_tokenizer(tokenizer_json, specials, vocab_size=vocab_size, segments=segments)
     if pairs:
         _check_pairs(tokenizer, specials, tokenizer_json)
     tokenizer.encode_special_tokens = True

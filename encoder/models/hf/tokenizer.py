@@ -27,12 +27,16 @@ def check_tokenizer(tokenizer_json: Path, *, vocab_size: int) -> None:
     _read(tokenizer_json, vocab_size)
 
 
-def read_tokenizer(tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int) -> Tokenizer:
+def read_tokenizer(
+    tokenizer_json: Path, specials: SpecialIds, *, vocab_size: int, segments: bool = False
+) -> Tokenizer:
     """The tokenizer that an export of the model has. It frames a text, [CLS] ... [SEP]; it cuts and pads nothing.
+
+    tokenizer_json, specials, vocab_size, segments: as write_tokenizer has them
 
     Raises ModelError.
     """
-    file, _ = _served(tokenizer_json, specials, vocab_size)
+    file, _ = _served(tokenizer_json, specials, vocab_size, segments=segments)
     return _tokenizer(file.content, tokenizer_json)
 
 

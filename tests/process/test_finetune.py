@@ -1,0 +1,132 @@
+"""A fine-tuning through the real loop: one curve on any ranks, micro-batches and stages, also after SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.base.dist import World
+from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
+from encoder.finetune.config import read_task
+from encoder.finetune.course import finetune
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
+from encoder.tools.report.report import verify_ledger
+from encoder.tools.weights.export import export_run
+from tests.helpers.tasks import write_task
+from tests.process.ranks import run_ranks, start_ranks, wait_for
+
+# (name, ranks, settings)
+CASES = [
+    ("one", 1, []),
+    ("two", 2, []),
+    ("three", 3, ["loader.micro_batch_tokens=30"]),
+    ("zero3", 2, ["engine.zero_stage=3", "engine.precision=fp32"]),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("finetune")
+    write_task(root)
+    for name, ranks, settings in CASES:
+        done = run_ranks(train, ranks, root=str(root), out=name, settings=settings)
+        assert done == [True] * ranks
+    return root
+
+
+def train(world: World, *, root: str, out: str, settings: list[str]) -> bool:
+    task = read_task(f"{root}/task.yaml", [f"out={root}/{out}", *settings])
+    return finetune(task, world).done
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(newest_checkpoint(run / "checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [(c[0], 1e-5 if "zero" in c[0] else 1e-10) for c in CASES[1:]]
+)
+def test_the_curve_is_one_on_any_ranks_and_micro_batches(root, name, tolerance):
+    assert read_jsonl(root / name / LEDGER) == read_jsonl(root / "one" / LEDGER)
+    one, other = (merged_metrics(root / run / METRICS) for run in ("one", name))
+    assert len(one) == 12 and one[-1]["lr"] < one[3]["lr"]
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+        assert a.get("dev_loss", 0.0) == pytest.approx(b.get("dev_loss", 0.0), rel=tolerance)
+    assert sum("dev_loss" in line for line in one) == 4
+    whole = weights_of(root / "one")
+    for key, w in weights_of(root / name).items():
+        assert (
+            torch.linalg.vector_norm(w - whole[key])
+            <= tolerance * torch.linalg.vector_norm(w) + tolerance
+        ), key
+
+
+@pytest.mark.parametrize("name", ["three", "zero3"])
+def test_predictions_stand_in_the_order_of_the_rows(root, name):
+    for data in ("dev", "more"):
+        one, other = (
+            [json.loads(line) for line in (root / run / "predictions" / f"{data}.jsonl").open()]
+            for run in ("one", name)
+        )
+        assert [line["row"] for line in other] == list(range(11 if data == "dev" else 5))
+        rows = [json.loads(line) for line in (root / f"{data}.jsonl").open()]
+        assert [line["target"] for line in other] == [row["label"] for row in rows]
+        for a, b in zip(one, other, strict=True):
+            assert a["logits"] == pytest.approx(b["logits"], abs=1e-4)
+
+
+def test_killed_and_started_again_on_other_ranks_nothing_shows_it(root):
+    for size, after in ((2, 4), (3, 7)):
+        ranks = start_ranks(train, size, root=str(root), out="killed", settings=[])
+        # a checkpoint is due after every quarter of an epoch, 11 examples
+        while len(read_jsonl(root / "killed" / LEDGER)) < after and ranks[0][0].poll() is None:
+            time.sleep(0.02)
+        for process, _ in ranks:
+            process.kill()
+        with pytest.raises(AssertionError):
+            wait_for(ranks, timeout_seconds=60)
+    assert run_ranks(train, 1, root=str(root), out="killed", settings=[]) == [True]
+    killed = root / "killed"
+    starts = [e["event"] for e in read_jsonl(killed / EVENTS) if e["event"] in ("start", "resume")]
+    assert len(starts) == 3 and "resume" in starts
+    assert read_jsonl(killed / LEDGER) == read_jsonl(root / "one" / LEDGER) and verify_ledger(
+        killed
+    )
+    results = [json.loads((root / run / "result.json").read_text()) for run in ("one", "killed")]
+    assert results[1]["metrics"]["more"] == pytest.approx(results[0]["metrics"]["more"], rel=1e-9)
+    whole = weights_of(root / "one")
+    for key, w in weights_of(killed).items():
+        torch.testing.assert_close(w, whole[key], rtol=1e-9, atol=1e-10)
+
+
+def test_another_data_set_cannot_go_on_in_the_folder_of_a_run(root):
+    text = (root / "train.jsonl").read_text().splitlines()
+    (root / "other.jsonl").write_text("\n".join(text[1:]) + "\n")
+    shutil.copytree(root / "two", root / "begun")
+    (root / "begun" / "done.json").unlink()
+    with pytest.raises(AssertionError, match="gives examples of SHA-256"):
+        run_ranks(
+            train, 1, root=str(root), out="begun", settings=[f"data.train={root}/other.jsonl"]
+        )
+    with pytest.raises(AssertionError, match="seed was 5, now 6"):
+        run_ranks(train, 1, root=str(root), out="begun", settings=["seed=6"])
+
+
+def test_a_finished_run_becomes_a_folder_whose_pipeline_says_the_labels(root, tmp_path):
+    import transformers
+
+    proofs = export_run(root / "one", tmp_path / "hf")
+    assert proofs["transformers"].max_abs_difference < 1e-4
+    answer = transformers.pipeline("text-classification", model=str(tmp_path / "hf"), device="cpu")
+    rows = [json.loads(line) for line in (root / "dev.jsonl").open()]
+    said = [json.loads(line) for line in (root / "one" / "predictions" / "dev.jsonl").open()]
+    for row, ours in zip(rows, said, strict=True):
+        (theirs,) = answer([row["text"]], truncation=True, max_length=24)
+        assert theirs["label"] == ours["label"]
+        assert theirs["score"] == pytest.approx(ours["probability"], abs=1e-4)

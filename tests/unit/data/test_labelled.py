@@ -1,0 +1,79 @@
+"""Labelled files of every format give the same rows; what is wrong in one is said with file and row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from encoder.data.labelled import DataError, read_rows, texts_of
+
+ROWS = [{"text": 'a "fine" film', "label": "good"}, {"text": "dull, and long", "label": "bad"}]
+
+
+def write(path: Path) -> Path:
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    kind = path.suffix
+    if kind == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    elif kind == ".csv":
+        path.write_text('\ufefftext,label\n"a ""fine"" film",good\n"dull, and long",bad\n')
+    elif kind == ".tsv":
+        path.write_text('label\ttext\ngood\ta "fine" film\nbad\tdull, and long\n')
+    elif kind == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind == ".feather":
+        pyarrow.feather.write_feather(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file:
+            with pyarrow.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "feather", "arrow"])
+def test_a_file_of_any_format_gives_the_same_rows(tmp_path, kind):
+    rows = read_rows(write(tmp_path / f"rows.{kind}"), ["text", "label"])
+    assert rows.columns == {name: [row[name] for row in ROWS] for name in ("text", "label")}
+    assert rows.place(1).endswith(
+        "row 2" if kind in ("parquet", "feather", "arrow") else f"line {2 + (kind != 'jsonl')}"
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "arrow"])
+def test_a_missing_column_names_the_nearest_one(tmp_path, kind):
+    path = write(tmp_path / f"rows.{kind}")
+    with pytest.raises(DataError, match=r"rows.* has no (column )?txt\. Did you mean text"):
+        read_rows(path, ["txt"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl line 2 is no JSON"),
+        ("a.jsonl", b'["x"]\n', "line 1 is no object"),
+        ("a.jsonl", b"\n", "has no rows"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "is no UTF-8 at byte"),
+        ("a.csv", b"text,label\nx,1\ny\n", "line 3 has 1 cells, the header 2"),
+        ("a.parquet", b"PAR1 no", "cannot be read"),
+        ("a.arrow", b"no", "cannot be read"),
+        ("a.xlsx", b"", "ends in '.xlsx'; needed: .jsonl"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as error:
+        read_rows(tmp_path / name, ["text"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cell", ['""', '" "', "null", "3"])
+def test_a_cell_that_is_no_text_is_refused_with_its_line(tmp_path, cell):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{{"text": {cell}}}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl line 2: text is .*needed: a text"):
+        list(texts_of(read_rows(tmp_path / "a.jsonl", ["text"]), "text"))

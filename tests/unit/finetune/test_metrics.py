@@ -1,0 +1,74 @@
+"""Metrics are those of the formulas; predictions that are all the same count as nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from encoder.base.errors import ConfigError
+from encoder.finetune.metrics import metrics_of, scores
+
+
+def test_classes_are_counted_as_the_formulas_say():
+    # TP 2, FP 1, FN 1, TN 3
+    true = np.array([1, 1, 1, 0, 0, 0, 0])
+    guessed = np.array([1, 1, 0, 1, 0, 0, 0])
+    logits = np.stack([1.0 - guessed, guessed * 1.0], axis=1)
+    found = scores(logits, true, kind="classify", metrics=metrics_of("classify", None))
+    assert found.metrics["accuracy"] == 5 / 7
+    assert found.metrics["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert found.metrics["matthews"] == pytest.approx((2 * 3 - 1 * 1) / math.sqrt(3 * 3 * 4 * 4))
+    expected = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(true))
+    assert found.loss == pytest.approx(expected.item()) and not found.constant
+
+
+def test_a_model_that_says_one_class_has_no_matthews_and_that_is_said():
+    found = scores(
+        np.tile([0.0, 1.0], (4, 1)),
+        np.array([0, 1, 1, 0]),
+        kind="classify",
+        metrics=metrics_of("classify", ["matthews"]),
+    )
+    assert found.constant and found.metrics == {"matthews": 0.0}
+
+
+def test_f1_of_three_classes_is_their_mean_also_where_one_does_not_occur():
+    true, guessed = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    found = scores(
+        np.eye(3)[guessed], true, kind="classify", metrics=metrics_of("classify", ["f1"])
+    )
+    assert found.metrics["f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+
+
+def test_several_labels_have_the_loss_of_torch():
+    draw = np.random.default_rng(1)
+    logits, true = draw.normal(size=(6, 3)), (draw.random((6, 3)) > 0.5).astype(np.float32)
+    found = scores(logits, true, kind="labels", metrics=metrics_of("labels", None))
+    expected = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(true))
+    assert found.loss == pytest.approx(expected.item())
+    rows = ((logits > 0) == (true > 0)).all(axis=1)
+    assert found.metrics["exact_match"] == pytest.approx(rows.mean())
+
+
+def test_correlations_are_those_of_numpy_and_zero_without_variance():
+    draw = np.random.default_rng(1)
+    true = draw.normal(size=(20, 1)).astype(np.float32)
+    guessed = true + draw.normal(size=(20, 1))
+    metrics = metrics_of("regress", None)
+    found = scores(guessed, true, kind="regress", metrics=metrics).metrics
+    assert found["pearson"] == pytest.approx(np.corrcoef(true[:, 0], guessed[:, 0])[0, 1])
+    ranks = [np.argsort(np.argsort(x[:, 0])) for x in (true, guessed)]
+    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    same = scores(np.ones((20, 1)), true, kind="regress", metrics=metrics)
+    assert same.constant and same.metrics["pearson"] == same.metrics["spearman"] == 0.0
+
+
+def test_an_unknown_metric_names_the_nearest():
+    with pytest.raises(
+        ConfigError, match="task.metrics: acuracy is unknown. Did you mean accuracy"
+    ):
+        metrics_of("classify", ["acuracy"])

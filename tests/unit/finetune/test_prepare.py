@@ -1,0 +1,178 @@
+"""What is wrong in a task file or in its rows is one line with file and row, exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoder.base.errors import UserError
+from encoder.finetune.config import read_task
+from encoder.finetune.prepare import prepare, read_start
+from encoder.models.stored import TOKENIZER
+from launch import finetune
+from tests.helpers.tasks import write_rows, write_start, write_task
+
+PAIR = ["task.texts=[text, other]"]
+
+
+def prepared(root: Path, overrides: list[str]):
+    task = read_task(root / "task.yaml", overrides)
+    return prepare(task, read_start(task))
+
+
+def test_texts_are_framed_cut_and_counted_and_labels_are_numbers(tmp_path):
+    write_task(tmp_path)
+    write_rows(
+        tmp_path / "train.jsonl",
+        [
+            {"text": "abc", "label": "a"},
+            {"text": "x" * 99, "label": 1},
+            {"text": "[SEP]", "label": "b"},
+        ],
+    )
+    train = prepared(tmp_path, ["data.max_tokens=24"]).train
+    assert train.lengths_N.tolist() == [5, 24, 7] and train.cut == 1
+    assert train.value_N.tolist() == [0, 1, 1]
+    ids = [train.ids_A[a:b].tolist() for a, b in zip(train.starts_N1, train.starts_N1[1:])]
+    assert all(one[0] == 1 and one[-1] == 2 for one in ids)
+    # a special token that a text spells is text
+    assert 2 not in ids[2][1:-1]
+
+
+def test_a_pair_has_its_form_and_the_second_text_its_segment(tmp_path):
+    write_task(tmp_path)
+    write_start(tmp_path / "bert", family="bert")
+    rows = [{"text": "ab", "other": "c", "label": label} for label in "ab"]
+    for name in ("train", "dev", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    train = prepared(tmp_path, [*PAIR, f"start_from={tmp_path}/bert", "dropout={}"]).train
+    assert train.ids_A[:6].tolist()[0] == 1 and train.ids_A[:6].tolist().count(2) == 2
+    assert train.segments_A[:6].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_labels_left_out_are_those_of_the_training_rows(tmp_path):
+    write_task(tmp_path)
+    rows = [{"text": "x", "label": label} for label in (10, 9, 10)]
+    for name in ("train", "dev", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    found = prepared(tmp_path, ["task.labels=null"])
+    assert found.task.task.labels == ("9", "10") and found.train.value_N.tolist() == [1, 0, 1]
+
+
+def test_several_labels_and_numbers_become_targets(tmp_path):
+    write_task(tmp_path)
+    rows = [
+        {"text": "x", "label": ["b", "a"]},
+        {"text": "y", "label": "b"},
+        {"text": "z", "label": []},
+    ]
+    for name in ("train", "dev", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    task = "task={kind: labels, texts: [text], label: label}"
+    assert prepared(tmp_path, [task]).train.value_N.tolist() == [[1, 1], [0, 1], [0, 0]]
+
+    for name in ("train", "dev", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": "x", "label": n} for n in (0.5, "2", 3)])
+    task = "task={kind: regress, texts: [text], label: label}"
+    assert np.array_equal(prepared(tmp_path, [task]).train.value_N, [[0.5], [2], [3]])
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "overrides", "said"),
+    [
+        (
+            "dev",
+            {"text": "x", "label": "c"},
+            [],
+            r"dev.jsonl line 12: label is 'c', which is none of task.labels",
+        ),
+        ("train", {"text": "x", "label": None}, [], r"train.jsonl line 43: the label is None"),
+        ("train", {"text": " ", "label": "a"}, [], r"train.jsonl line 43: text is empty"),
+        ("train", {"label": "a"}, [], r"train.jsonl line 43 has no text. Known: label"),
+        (
+            "train",
+            {"text": "x", "label": "a"},
+            ["task.labels=[a, b, z]"],
+            r"train.jsonl: no row has the class 'z'",
+        ),
+        (
+            "train",
+            {"text": "x", "label": "a"},
+            ["data.max_tokens=65"],
+            r"data.max_tokens is 65; needed: 3 to 64",
+        ),
+        ("train", {"text": "x", "label": "a"}, PAIR, r"train.jsonl line 1 has no other"),
+        (
+            "train",
+            {"text": "x", "label": "a"},
+            ["task.kind=regress", "task.labels=null"],
+            "labels is unknown",
+        ),
+        (
+            "train",
+            {"text": "x", "label": "a"},
+            ["dropout.mlp_output=0.1"],
+            "this model has no mlp_output_dropout",
+        ),
+        (
+            "train",
+            {"text": "x", "label": "a"},
+            ["decay_at_peak=1e-5", "optimizer.weight_decay=0.1"],
+            "both say the decay",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, name, row, overrides, said):
+    write_task(tmp_path)
+    with open(tmp_path / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=said):
+        prepared(tmp_path, overrides)
+    if name == "dev":
+        assert finetune.main([str(tmp_path / "task.yaml"), *overrides]) == 2
+        said_at = capsys.readouterr().err.strip().splitlines()
+        assert len(said_at) == 1 and said_at[0].startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"much"', "true", "null"])
+def test_a_target_that_is_no_finite_number_is_refused_with_its_row(tmp_path, value):
+    write_task(tmp_path)
+    (tmp_path / "train.jsonl").write_text(
+        f'{{"text": "x", "label": 1}}\n{{"text": "x", "label": {value}}}\n'
+    )
+    with pytest.raises(UserError, match=r"train.jsonl line 2: label is .*needed: a finite number"):
+        prepared(tmp_path, ["task={kind: regress, texts: [text], label: label}"])
+
+
+def test_a_tokenizer_without_pair_form_or_of_another_vocabulary_is_refused(tmp_path):
+    write_task(tmp_path)
+    path = tmp_path / "start" / TOKENIZER
+    content = json.loads(path.read_text())
+    special = {
+        name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (("[CLS]", 1), ("[SEP]", 2))
+    }
+    frame = [
+        {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    frame.append({"SpecialToken": {"id": "[SEP]", "type_id": 0}})
+    both = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    post = {"type": "TemplateProcessing", "single": frame, "pair": both, "special_tokens": special}
+    path.write_text(json.dumps({**content, "post_processor": post}))
+    write_rows(tmp_path / "train.jsonl", [{"text": "x", "other": "y", "label": n} for n in "ab"])
+    with pytest.raises(
+        UserError, match=r"makes \[\] of a pair of empty texts, which is no pair form"
+    ):
+        prepared(tmp_path, PAIR)
+
+    added = [
+        *content["added_tokens"],
+        {**content["added_tokens"][0], "id": 300, "content": "[MORE]"},
+    ]
+    path.write_text(json.dumps({**content, "added_tokens": added}))
+    with pytest.raises(UserError, match="has 301 ids, the model 280; needed: the tokenizer"):
+        prepared(tmp_path, [])

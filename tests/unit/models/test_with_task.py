@@ -1,0 +1,150 @@
+"""A head on a packed body gives the logits and gradients of transformers' class on padded batches, of each family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from encoder.base.errors import ConfigError
+from encoder.base.world import World
+from encoder.data.examples import ExampleDealing, Examples, deal_examples, micro_batch
+from encoder.models.catalog import build_model
+from encoder.models.hf.catalog import bridge_of
+from encoder.models.hf.task import TrainedTask, task_model, their_settings, their_weights
+from encoder.models.with_task import HeadShape, TaskModel, first_weights
+from encoder.objectives.text_tasks import TERM, TextTask
+from tests.helpers.tasks import BODIES, drawn_examples, drawn_task
+
+CASES = [
+    ("modernbert", "cls"),
+    ("modernbert", "mean"),
+    ("bert", "cls"),
+    ("roberta", "cls"),
+    ("distilbert", "cls"),
+]
+COUNT = 11
+
+
+def transformers_model(task: TrainedTask) -> nn.Module:
+    """Theirs in fp64, with our weights by its names; nothing may be missing."""
+    import transformers
+
+    bridge = bridge_of(task.config, task.specials)
+    settings = transformers.AutoConfig.for_model(**their_settings(task, bridge))
+    theirs = transformers.AutoModelForSequenceClassification.from_config(
+        settings, attn_implementation="eager"
+    )
+    theirs.load_state_dict(their_weights(task, bridge))
+    return theirs.double().eval()
+
+
+def padded_loss(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
+    """-log p of each example's class, summed over one padded batch and divided by the examples once."""
+    width = int(examples.lengths_N.max())
+    ids_BL = torch.full((len(examples), width), pad_id)
+    real_BL = torch.zeros_like(ids_BL)
+    segments_BL = torch.zeros_like(ids_BL)
+    for row, (start, end) in enumerate(zip(examples.starts_N1, examples.starts_N1[1:])):
+        ids_BL[row, : end - start] = torch.from_numpy(examples.ids_A[start:end]).long()
+        real_BL[row, : end - start] = 1
+        if examples.segments_A is not None:
+            segments_BL[row, : end - start] = torch.from_numpy(examples.segments_A[start:end])
+    told = {} if examples.segments_A is None else {"token_type_ids": segments_BL}
+    logits_BK = theirs(input_ids=ids_BL, attention_mask=real_BL, **told).logits
+    return nn.functional.cross_entropy(logits_BK, torch.from_numpy(examples.value_N))
+
+
+def packed_gradients(
+    task: TrainedTask, examples: Examples, parts: list[np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """Ours over several micro-batches, each a sum that is divided by the examples of all."""
+    ours = task_model(task).double()
+    objective = TextTask(kind="classify", outputs=task.head.outputs)
+    for numbers in parts:
+        batch = micro_batch(examples, numbers, term=TERM).batch
+        (objective.loss(ours, batch)[TERM].total / len(examples)).backward()
+    return {name: p.grad for name, p in ours.named_parameters()}
+
+
+@pytest.mark.parametrize(("family", "pooling"), CASES)
+def test_packed_gradients_are_those_of_transformers_padded_with_one_denominator(family, pooling):
+    task = drawn_task(family, pooling=pooling)
+    examples = drawn_examples(COUNT, segments=family == "bert")
+    theirs = transformers_model(task)
+    padded_loss(theirs, examples, task.specials.pad_id).backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+
+    # their names hold gradients, too: the map is one of rows and names
+    all_at_once = packed_gradients(task, examples, [np.arange(COUNT)])
+    found = their_weights(
+        TrainedTask(**{**task.__dict__, "weights": all_at_once}),
+        bridge_of(task.config, task.specials),
+    )
+    for name, gradient in expected.items():
+        if gradient is not None and name in found:
+            # cosines of rotary angles are fp32 on both sides, and may differ in their last digit
+            atol = 1e-7 if family == "modernbert" else 1e-10
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol)
+    assert sum(name in found for name in expected) >= len(expected) - 1
+
+    one_by_one = packed_gradients(task, examples, [np.array([n]) for n in range(COUNT)])
+    accumulated = packed_gradients(
+        task, examples, np.split(np.random.default_rng(1).permutation(COUNT), [4, 9])
+    )
+    dealing = [
+        ExampleDealing(
+            world=World(rank=r, size=3, local_rank=r, local_size=3), micro_batch_tokens=40
+        )
+        for r in range(3)
+    ]
+    over_ranks = [part for d in dealing for part in deal_examples(examples.lengths_N, d)]
+    for other in (one_by_one, accumulated, packed_gradients(task, examples, over_ranks)):
+        for name, gradient in all_at_once.items():
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-10)
+
+
+def test_a_head_drops_the_same_elements_of_an_example_whatever_it_is_packed_with():
+    task = drawn_task("roberta", dropout=0.5)
+    ours = task_model(task).double().train()
+    examples = drawn_examples(COUNT)
+    keys = lambda number: np.array([number * 977 + 5], dtype=np.uint64)  # noqa: E731
+
+    def logits(numbers: list[int]) -> torch.Tensor:
+        batch = micro_batch(examples, np.array(numbers), term=TERM, keys_of=keys).batch
+        return ours.answers(batch, batch.targets[TERM].index_M)
+
+    together = logits([3, 1, 7])
+    torch.testing.assert_close(together[1:2], logits([1]))
+    assert not torch.allclose(together[1:2], ours.eval().answers(*_asked(examples, 1)))
+
+
+def _asked(examples: Examples, number: int):
+    batch = micro_batch(examples, np.array([number]), term=TERM).batch
+    return batch, batch.targets[TERM].index_M
+
+
+@pytest.mark.parametrize("family", BODIES)
+def test_a_head_takes_over_what_the_pretrained_model_has_of_it(family):
+    config, _ = BODIES[family]
+    pretrained = build_model(config, seed=7).state_dict()
+    if family == "bert":
+        pretrained |= {
+            "pooler.dense.weight": torch.ones(16, 16),
+            "pooler.dense.bias": torch.ones(16),
+        }
+    model = TaskModel(config, HeadShape(family=family, outputs=2), seed=8)
+    weights, drawn = first_weights(pretrained, model)
+    body = [name for name in weights if name.startswith("model.")]
+    assert all(torch.equal(weights[name], pretrained[name]) for name in body)
+    kept = {"modernbert": "head.dense.weight", "bert": "pooler.dense.weight"}.get(family)
+    if kept:
+        assert torch.equal(weights["head.dense.weight"], pretrained[kept])
+    assert ("head.dense.weight" in drawn) is (kept is None) and "classifier.weight" in drawn
+    assert set(weights) == set(model.state_dict())
+
+
+def test_a_mean_is_refused_where_transformers_has_none():
+    with pytest.raises(ConfigError, match="pooling mean with a bert.*Use pooling: cls"):
+        HeadShape(family="bert", outputs=2, pooling="mean")
