@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write the reference of all settings, docs/run_file.md and docs/prep_file.md, from the settings classes and their comments.
+"""Write the reference of all settings, docs/run_file.md and others, from the settings classes and their comments.
 
-python launch/reference.py           write both files of this clone; a test holds them against the classes
+python launch/reference.py           write the files of this clone; a test holds them against the classes
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ Short forms: `data: FOLDER` or a list of folders for `data: {sources: [{path: FO
 `data-prep plan configs/prep/mixture_2t.yaml --mixture pretrain_1024 --yaml` prints. `data`, a phase and `evaluation` (there the
 held-out documents) may have one; `file` is said once, in `data`. It is looked for from the run file's folder, from the working
 folder, and among the files that Tessera brings. The `run.yaml` of the run folder has the plain sources.
+"""
+_TASK_INTRO = """# The task file
+
+All settings of `tessera finetune TASK.yaml`. Needed are `name`, `start_from`, `task`, `data` and `lr`; `lr: 5e-5` stands for
+`lr: {peak: 5e-5}`. Any of them can be put over the file's on the command line: `epochs=5 lr.peak=3e-5`. What they mean together
+is told in [finetune.md](finetune.md).
 """
 _PREP_INTRO = """# The preparation file
 
@@ -80,12 +86,14 @@ def main(argv: list[str] | None = None) -> int:
 def pages() -> dict[str, str]:
     """File name -> text of each page."""
     from data_prep.config import PrepareConfig
+    from encoder.finetune.config import FineTuneConfig
     from encoder.models.catalog import PRESETS
     from encoder.runs.config import RunConfig
 
     presets = ", ".join(f"`{name}`" for name in PRESETS)
     return {
         "run_file.md": _page(RunConfig, _RUN_INTRO.replace("PRESETS", presets)),
+        "task_file.md": _page(FineTuneConfig, _TASK_INTRO),
         "prep_file.md": _page(PrepareConfig, _PREP_INTRO),
     }
 

@@ -129,14 +129,14 @@ class FineTuneConfig:
     epochs: int = 3  # how often the training rows are gone through
     batch_examples: int = 32  # of a step, over all ranks and micro-batches
     optimizer: Annotated[MomentsConfig, chosen_by("name", OPTIMIZERS, default="adamw")] = field(
-        default_factory=lambda: AdamWConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+        default_factory=AdamWConfig
     )
     # share of a matrix that a step at the peak rate takes, as Composer counts decay (ModernBERT's table); instead of weight_decay
     decay_at_peak: float | None = None
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoints: TaskCheckpointConfig = field(default_factory=TaskCheckpointConfig)
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(gradient_clipping=1.0))
+    engine: EngineConfig = field(default_factory=EngineConfig)
     loader: ExampleLoaderConfig = field(default_factory=ExampleLoaderConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
     attention: AttentionWord = "auto"  # the kernels; auto: the fastest that can run

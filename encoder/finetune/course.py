@@ -198,7 +198,7 @@ class FineTuning:
         stored = self._start.model.weights
         if self._world.first:
             self._start_sha256 = weights_sha256(stored)
-        weights, self._drawn = first_weights(stored, model)
+        weights, self._drawn = first_weights(stored, model, of_task=self._start.of_task)
         return weights
 
     def take_up(self, saved: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ class FineTuning:
             drawn = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._drawn))
             lines.append(
                 f"weights from {self.run.start_from}: {self._start.model.origin}"
-                f"; drawn from the seed: {drawn}"
+                f"; drawn from the seed: {drawn or 'nothing'}"
             )
         return lines
 

@@ -8,21 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from encoder.base.errors import ConfigError, ModelError
-from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.examples import Examples
 from encoder.data.labelled import Rows, read_rows
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import committed_folders
 from encoder.finetune.config import FineTuneConfig, read_task
 from encoder.finetune.encoding import TextEncoder, check_length, encode, read_encoder
+from encoder.finetune.head import head_shape
+from encoder.finetune.stored import is_task, read_trained
 from encoder.models.stored import StoredModel
-from encoder.models.with_task import HeadShape, head_family
+from encoder.models.with_task import HeadShape
 from encoder.objectives.text_tasks import TextTask
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 from encoder.runs.weights import read_model
-
-# before the classifier, as transformers' classes have it
-HEAD_DROPOUT = {"modernbert": 0.0, "bert": 0.1, "roberta": 0.1, "distilbert": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,7 @@ class Start:
     model: StoredModel  # its weights are empty where the run goes on from a checkpoint
     tokenizer_json: Path
     resumes: bool
+    of_task: bool = False  # it has a head already
 
 
 def read_start(task: FineTuneConfig) -> Start:
@@ -43,6 +42,17 @@ def read_start(task: FineTuneConfig) -> Start:
             config=begun.model, weights={}, tokenizer_json=folder / TOKENIZER, origin=""
         )
         return Start(model=model, tokenizer_json=folder / TOKENIZER, resumes=True)
+    if is_task(Path(task.start_from)):
+        trained = read_trained(Path(task.start_from))
+        model = StoredModel(
+            config=trained.config,
+            weights=trained.weights,
+            tokenizer_json=trained.tokenizer_json,
+            origin=trained.origin,
+        )
+        return Start(
+            model=model, tokenizer_json=trained.tokenizer_json, resumes=False, of_task=True
+        )
     model = read_model(Path(task.start_from))
     if model.tokenizer_json is None:
         raise ModelError(
@@ -101,15 +111,6 @@ def prepare(task: FineTuneConfig, start: Start) -> Prepared:
         train=train,
         dev=_examples_of(task, task.data.dev, encoder),
         test=_examples_of(task, task.data.test, encoder),
-    )
-
-
-def head_shape(task: FineTuneConfig, specials: SpecialIds) -> HeadShape:
-    """The head of a task whose body and labels are known. Raises ConfigError."""
-    family = head_family(task.model, specials)
-    dropout = HEAD_DROPOUT[family] if task.dropout.head is None else task.dropout.head
-    return HeadShape(
-        family=family, outputs=task.task.outputs, pooling=task.task.pooling, dropout=dropout
     )
 
 

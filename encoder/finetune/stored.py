@@ -13,8 +13,8 @@ from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import COMMITTED, damage
 from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
 from encoder.finetune.config import FineTuneConfig, task_of
+from encoder.finetune.head import head_shape
 from encoder.finetune.predict import RESULT
-from encoder.finetune.prepare import head_shape
 from encoder.models.hf.task import TrainedTask
 from encoder.models.stored import fp32
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE

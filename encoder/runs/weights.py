@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from encoder.base.command import as_typed
 from encoder.base.errors import CheckpointError, ModelError
 from encoder.base.hub import HubName, fetch_model, parse_hub_name
 from encoder.base.schema import from_mapping, read_mapping
@@ -79,7 +80,14 @@ def saved_run(path: Path) -> RunConfig:
 
 def read_saved_run(path: Path) -> RunConfig:
     """A run file that a run wrote: it says everything, and nothing is worked out again. Raises ConfigError."""
-    return from_mapping(RunConfig, todays_form(read_mapping(path)), where=str(path))
+    mapping = read_mapping(path)
+    if "task" in mapping:
+        raise ModelError(
+            f"{path} is of a fine-tuning, whose model has another head. Export it with"
+            f" {as_typed('export', path.parent, 'OUT')}, or name its folder in start_from of a task"
+            " file."
+        )
+    return from_mapping(RunConfig, todays_form(mapping), where=str(path))
 
 
 def _check_is_folder(path: Path) -> None:
