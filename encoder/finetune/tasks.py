@@ -70,9 +70,8 @@ class ClassifyConfig:
     # the classes' names in the order of their numbers; default: those of the training rows, sorted
     labels: tuple[str, ...] | None = None
     pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
-    metrics: tuple[str, ...] | None = (
-        None  # those that are reported; default: accuracy, f1, macro_f1, matthews
-    )
+    # those that are reported; default: accuracy, f1, macro_f1, matthews
+    metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_texts(self.texts)
@@ -130,14 +129,12 @@ class LabelsConfig:
 
     texts: tuple[str, ...]  # columns: one text, or two of a pair
     label: str  # column of the labels: a list of names, or names with `separator` between them
-    labels: tuple[str, ...] | None = (
-        None  # their names; default: those of the training rows, sorted
-    )
+    # their names; default: those of the training rows, sorted
+    labels: tuple[str, ...] | None = None
     separator: str = ","  # of a cell that is one text, as in CSV
     pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
-    metrics: tuple[str, ...] | None = (
-        None  # those that are reported; default: micro_f1, macro_f1, exact_match
-    )
+    # those that are reported; default: micro_f1, macro_f1, exact_match
+    metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_texts(self.texts)
@@ -200,9 +197,8 @@ class RegressConfig:
     texts: tuple[str, ...]  # columns: one text, or two of a pair
     label: str  # column of the number
     pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
-    metrics: tuple[str, ...] | None = (
-        None  # those that are reported; default: pearson, spearman, mean_squared_error
-    )
+    # those that are reported; default: pearson, spearman, mean_squared_error
+    metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_texts(self.texts)

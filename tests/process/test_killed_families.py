@@ -20,7 +20,7 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.report.report import verify_ledger
 from encoder.train.checkpointing import Checkpointing
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import distance, weights
 from tests.process.test_two_terms import DISTILLED, PAIRS, write_texts
