@@ -41,7 +41,7 @@ def how_to_go_on(folder: Path, world: World, *, verb: str = "pretrain") -> str:
 
     folder: of the run
     world: this rank among the others
-    verb: that starts such a run; its file is launch/VERB.py
+    verb: that starts such a run; its file in launch has the same name
     """
     same = "the same command goes on from here"
     run_file = folder / RUN_FILE
