@@ -14,6 +14,7 @@ from encoder.base.schema import (
     chosen_by,
     differences,
     from_mapping,
+    put_overrides,
     read_mapping,
     to_plain,
 )
@@ -185,15 +186,15 @@ class FineTuneConfig:
 
 def read_task(path: Path | str, overrides: Sequence[str] = ()) -> FineTuneConfig:
     """A task file with `key=value` overrides. Raises ConfigError."""
-    mapping = read_mapping(Path(path), overrides)
+    # the rate in its long form first: an override may name its peak
+    mapping = _with_rate(read_mapping(Path(path)))
+    put_overrides(mapping, overrides)
     return task_of(mapping, where=str(path))
 
 
 def task_of(mapping: dict[str, Any], *, where: str) -> FineTuneConfig:
     """A task file's mapping; `lr` may be the peak alone. Raises ConfigError."""
-    rate = mapping.get("lr")
-    if isinstance(rate, (int, float, str)) and not isinstance(rate, bool):
-        mapping = {**mapping, "lr": {"peak": rate}}
+    mapping = _with_rate(mapping)
     optimizer = mapping.get("optimizer")
     if mapping.get("decay_at_peak") is not None and isinstance(optimizer, dict):
         # a run's own file has the optimizer's default as well, without effect
@@ -203,6 +204,13 @@ def task_of(mapping: dict[str, Any], *, where: str) -> FineTuneConfig:
                 " out: decay_at_peak is weight_decay times the peak rate."
             )
     return from_mapping(FineTuneConfig, mapping, where=where)
+
+
+def _with_rate(mapping: dict[str, Any]) -> dict[str, Any]:
+    rate = mapping.get("lr")
+    if isinstance(rate, (int, float, str)) and not isinstance(rate, bool):
+        return {**mapping, "lr": {"peak": rate}}
+    return mapping
 
 
 # what may change between two starts: where things lie, how a step is computed, what is told

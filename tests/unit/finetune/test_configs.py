@@ -35,6 +35,15 @@ def test_the_rate_rises_and_falls_over_the_examples():
     assert rates == pytest.approx([0, 2.5e-5, 5e-5, 2.5e-5, 0])
 
 
+def test_a_rate_alone_is_the_peak_of_the_linear_schedule(tmp_path):
+    text = (CONFIGS / "sentiment.yaml").read_text()
+    (tmp_path / "short.yaml").write_text(text.partition("lr: ")[0] + "lr: 5e-5")
+    whole = read_task(CONFIGS / "sentiment.yaml")
+    assert read_task(tmp_path / "short.yaml") == whole
+    assert read_task(tmp_path / "short.yaml", ["lr.peak=1e-5"]).lr.peak == 1e-5
+    assert read_task(tmp_path / "short.yaml", ["lr=1e-5"]).lr.peak == 1e-5
+
+
 def test_what_decides_the_curve_may_not_change_and_places_may():
     task = read_task(CONFIGS / "sentiment.yaml")
     moved = read_task(
