@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-import datasets
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -191,6 +190,8 @@ def test_settings_that_say_nothing_leave_the_recipe_as_it_was():
 
 
 def test_local_json_lines_are_the_texts_of_the_json_builder_of_datasets(tmp_path, monkeypatch):
+    import datasets
+
     monkeypatch.setattr(readers, "BLOCK_BYTES", 300)
     documents = [
         *texts(40),
@@ -285,6 +286,8 @@ def test_a_wrong_subset_split_or_file_of_the_hub_is_one_line(
 
 
 def test_without_a_way_to_the_hub_the_message_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    import datasets
+
     asked = []
 
     def unreachable(*words, **more):
@@ -310,6 +313,7 @@ def test_without_a_way_to_the_hub_the_message_says_how_to_go_on(tmp_path, capsys
 
 def test_a_file_of_the_hub_is_named_with_its_commit_and_read_by_its_number(monkeypatch):
     """A stand-in for the hub: a builder whose files have resolved addresses, as `datasets` gives them."""
+    import datasets
 
     class Builder:
         class config:

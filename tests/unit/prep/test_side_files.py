@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import MDSWriter, StreamingDataset
 
 from encoder.base.errors import ShardError
 from encoder.data.shard_format import SpecialIds, read_card, read_lengths, with_specials
@@ -27,6 +26,8 @@ ETTIN = {"input_ids": "ndarray:uint32", "id": "str"}
 
 def write_foreign(folder: Path, columns: dict[str, str], documents=DOCUMENTS, **settings) -> Path:
     """Shards as another program writes them: plain MDSWriter, no hashes unless asked for."""
+    from streaming import MDSWriter
+
     dtype = columns["input_ids"].partition(":")[2] if "input_ids" in columns else ""
     with MDSWriter(columns=columns, out=str(folder), **{"size_limit": 4096, **settings}) as out:
         for number, ids in enumerate(documents):
@@ -48,6 +49,8 @@ def tokenizer(tmp_path):
 
 def streamed(folder: Path, cache: Path) -> list[np.ndarray]:
     """What streaming.StreamingDataset reads, in stored order; its shared memory goes when this process ends."""
+    from streaming import StreamingDataset
+
     dataset = StreamingDataset(
         local=str(cache), remote=str(folder), shuffle=False, batch_size=1, keep_zip=False
     )
@@ -157,6 +160,8 @@ def write_tokens(
     compression: str | None = None,
 ) -> Path:
     """Shards whose ids are in a column `tokens` beside another one, as other programs have them."""
+    from streaming import MDSWriter
+
     with MDSWriter(
         columns={"id": "str", "tokens": encoding},
         out=str(folder),
@@ -216,6 +221,8 @@ def test_axes_of_size_one_fold_and_two_long_ones_are_told(
     )
     source = open_source(folder, name="web")
     assert all(np.array_equal(source.read(i), even[0]) for i in range(50))
+    from streaming import MDSWriter
+
     with MDSWriter(columns={"input_ids": "ndarray:int32"}, out=str(tmp_path / "two")) as out:
         out.write({"input_ids": np.zeros((2, 20), np.int32)})
     assert "an array of shape (2, 20); needed: one axis" in refused(
