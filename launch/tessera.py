@@ -67,6 +67,11 @@ VERBS = {
         "ask an exported model",
         'fill-mask hf/small "The capital of France is [MASK]."',
     ),
+    "evaluate": Verb(
+        "evaluate",
+        "models side by side on held-out text, without fine-tuning",
+        "evaluate runs/small hf/laptop --texts held_out.jsonl",
+    ),
     "report": Verb("report", "curves and results of runs as a page", "report runs/small"),
     "bench": Verb("bench", "how fast it is here, beside others", "bench step --quick"),
     "submit": Verb(

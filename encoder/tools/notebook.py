@@ -24,7 +24,7 @@ from encoder.base.errors import ConfigError, ModelError, ShardError, UserError, 
 from encoder.base.files import native_path
 from encoder.base.paths import expand_path
 from encoder.base.schema import from_mapping
-from encoder.base.tokenizer_json import special_ids_of
+from encoder.base.tokenizer_json import SpecialIds, special_ids_of
 from encoder.base.untrusted import native_code
 from encoder.data.shard_format import TOKENIZER, Card, tokenizer_fingerprint
 from encoder.data.shards import Source, open_source
@@ -76,8 +76,10 @@ def load(path: Path | str, *, tokenizer: Path | str | None = None) -> LoadedMode
     return LoadedModel(
         model=our_model(stored.weights, stored.config),
         tokenizer=read_tokenizer(tokenizer_json, specials, vocab_size=stored.config.vocab_size),
+        specials=specials,
         origin=stored.origin,
         max_tokens=stored.max_tokens or stored.config.max_position_embeddings,
+        drawn=stored.drawn,
     )
 
 
@@ -88,8 +90,13 @@ class LoadedModel:
     # an nn.Module on the CPU, fp32, in evaluation mode
     model: MaskedModel = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)  # of the library tokenizers; it adds [CLS] and [SEP]
+    specials: SpecialIds = field(
+        repr=False
+    )  # the ids of [CLS], [MASK] and the others, and the frame
     origin: str  # where the weights came from, for people
     max_tokens: int  # of a text, [CLS] and [SEP] included
+    # parameters that the source lacked, as a body without heads does; their values are drawn
+    drawn: tuple[str, ...] = ()
 
     def hidden_states(self, texts: Sequence[str]) -> list[Tensor]:
         """[T, C] of each text, after the last norm; T counts [CLS] and [SEP].
@@ -99,10 +106,12 @@ class LoadedModel:
         states = []
         # not inference_mode: its tensors could not train a probe
         with torch.no_grad():
-            for documents in _forwards(self._documents(texts)):
-                x_TC = self.model.hidden_states(packed_documents(documents))
+            documents = self._documents(texts)
+            lengths = [len(d) for d in documents]
+            for some in in_forwards(lengths):
+                x_TC = self.model.hidden_states(packed_documents(documents[some]))
                 # copies: one text that is kept or saved does not hold the others
-                states += [x.clone() for x in x_TC.split(list(map(len, documents)))]
+                states += [x.clone() for x in x_TC.split(lengths[some])]
         return states
 
     def logits(self, texts: Sequence[str]) -> list[Tensor]:
@@ -130,18 +139,17 @@ class LoadedModel:
         return [torch.tensor(ids) for ids in found]
 
 
-def _forwards(documents: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Documents in their order, as many at a time as fit FORWARD_TOKENS; a longer one alone."""
-    some: list[Tensor] = []
-    tokens = 0
-    for document in documents:
-        if some and tokens + len(document) > FORWARD_TOKENS:
-            yield some
-            some, tokens = [], 0
-        some.append(document)
-        tokens += len(document)
-    if some:
-        yield some
+def in_forwards(lengths: Sequence[int], *, most_tokens: int = FORWARD_TOKENS) -> Iterator[slice]:
+    """Neighbouring documents, as many at a time as have at most so many tokens together; a longer one alone."""
+    start = tokens = 0
+    for number, length in enumerate(lengths):
+        if number > start and tokens + length > most_tokens:
+            yield slice(start, number)
+            start = number
+            tokens = 0
+        tokens += length
+    if len(lengths) > start:
+        yield slice(start, len(lengths))
 
 
 def metrics(run: Path | str) -> dict[str, list[Any]]:

@@ -153,6 +153,13 @@ def workspace(tmp_path_factory):
         for name in ("web", "books", "science", "code", "prose", "text"):
             lines = [json.dumps({"text": " ".join(draw.choice(words, 40))}) for _ in range(150)]
             Path(folder, f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    shutil.copy("corpus/books.jsonl", "held_out.jsonl")
+    long = json.dumps({"text": " ".join(draw.choice(words, 400))})
+    Path("books.jsonl").write_text(long + "\n")
+    Path("reviews").mkdir()
+    rows = [json.dumps({"text": f"{words[i % 9]} film", "label": i % 2}) for i in range(40)]
+    for name in ("train", "test"):
+        Path("reviews", f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     Path("demo").mkdir()
     Path("demo/corpus").symlink_to("../corpus")
     must(

@@ -35,6 +35,7 @@ from encoder.models.catalog import build_model
 from encoder.models.contract import Model, ModelConfig
 from encoder.models.hf.bridge import BY_MASK, Bridge, Padding
 from encoder.models.hf.catalog import bridge_of, bridge_of_settings
+from encoder.nn.heads import TokenDecoder
 
 # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
 TOLERANCE = 1e-4
@@ -53,6 +54,11 @@ LogitsFn = Callable[[Tensor, Tensor], Rows]
 
 class MaskedModel(Model, Protocol):
     """A model of ours that predicts masked tokens."""
+
+    training: bool
+
+    def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
+        """Hidden states [M, C] -> the head's output, and the decoder's weight and bias."""
 
     def decode(self, x_MC: Tensor) -> Tensor:
         """Hidden states [M, C] -> logits [M, V]."""

@@ -1,0 +1,231 @@
+"""What frozen embeddings tell about labels: logistic regression and nearest neighbours, layer by layer.
+
+The strength of the regression, the number of neighbours and the layer are chosen on texts held back from training, a tenth of
+it; test texts are asked once, with what was chosen. Embeddings are brought to length 1 first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encoder.base.errors import ConfigError
+from encoder.base.rng import generator
+
+STRENGTHS = (0.1, 1.0, 10.0)  # C of the logistic regression: larger is weaker regularization
+NEIGHBOURS = (5, 20, 50)
+HELD_BACK = 0.1  # of the training texts, to choose by
+LEAST_TEXTS_PER_LABEL = 5  # training texts a label, at least
+MOST_ITERATIONS = 1000  # of the regression; mteb's rule has 100 for few examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledTexts:
+    """Texts, each with the word of its class."""
+
+    texts: list[str]
+    labels: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScore:
+    """Accuracies of one layer's embeddings, 0 to 1."""
+
+    layer: int  # 0: the embeddings
+    setting: float  # C, or the number of neighbours
+    held_back: float
+    test: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScores:
+    """Of each layer, and the layer that the held-back texts choose."""
+
+    linear: list[LayerScore]
+    neighbours: list[LayerScore]
+    majority: float  # accuracy of the commonest class of the training texts
+
+    @property
+    def best_linear(self) -> LayerScore:
+        """By the held-back texts; of equal ones the last layer."""
+        return max(self.linear, key=lambda s: (s.held_back, s.layer))
+
+    @property
+    def best_neighbours(self) -> LayerScore:
+        return max(self.neighbours, key=lambda s: (s.held_back, s.layer))
+
+    def numbers(self) -> dict[str, float]:
+        """The short form, for a table."""
+        return {
+            "probe_accuracy": self.best_linear.test,
+            "probe_layer": self.best_linear.layer,
+            "probe_last_layer": self.linear[-1].test,
+            "neighbours_accuracy": self.best_neighbours.test,
+            "majority": self.majority,
+        }
+
+
+def check_labels(train: Sequence[str], test: Sequence[str]) -> None:
+    """They can be learned, and asked. Raises ConfigError."""
+    classes = sorted({*train})
+    if len(classes) < 2:
+        raise ConfigError(
+            f"the training texts have one label, {classes[0]!r}; needed: at least two."
+        )
+    if unknown := sorted({*test} - {*classes}):
+        raise ConfigError(
+            f"label {unknown[0]!r} of the test texts is none of the training texts'"
+            f" {', '.join(map(repr, classes[:5]))}. Needed: the same words on both sides."
+        )
+    if len(train) < LEAST_TEXTS_PER_LABEL * len(classes):
+        raise ConfigError(
+            f"{len(train):,} training texts for {len(classes):,} labels; needed: at least"
+            f" {LEAST_TEXTS_PER_LABEL} texts a label, of which a tenth is held back. Give more."
+        )
+    _regression()
+
+
+def probe_layers(
+    train: Sequence[Tensor],
+    train_labels: Sequence[str],
+    test: Sequence[Tensor],
+    test_labels: Sequence[str],
+    *,
+    seed: int = 0,
+) -> ProbeScores:
+    """Scores of each layer's embeddings.
+
+    train, test: [N, C] of each layer, as layer_features gives them
+    train_labels, test_labels: of the texts, which check_labels let pass
+    seed: chooses the texts that are held back
+    """
+    classes, train_y = np.unique(np.asarray(train_labels), return_inverse=True)
+    test_y = np.searchsorted(classes, np.asarray(test_labels))
+
+    dev_N, fit_N = held_back(train_y, seed=seed)
+    linear, neighbours = [], []
+    for layer, (train_NC, test_NC) in enumerate(zip(train, test, strict=True)):
+        x, x_test = _unit(train_NC), _unit(test_NC)
+        linear.append(_linear(layer, x, train_y, fit_N, dev_N, x_test, test_y))
+        neighbours.append(_neighbours(layer, x, train_y, fit_N, dev_N, x_test, test_y))
+    majority = float((test_y == np.bincount(train_y).argmax()).mean())
+    return ProbeScores(linear=linear, neighbours=neighbours, majority=majority)
+
+
+def held_back(y: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(held back, fitted): a tenth of each class, at least one text in all, and of no class all.
+
+    y: class numbers [N], at least five texts a class on average
+    seed: who is held back
+    """
+    order = generator(seed, "probe").permutation(len(y))
+    # a text is held back where it is among the first tenth of its class in the drawn order
+    back = np.zeros(len(y), dtype=bool)
+    for number in np.unique(y):
+        own = order[y[order] == number]
+        back[own[: int(HELD_BACK * len(own))]] = True
+    if not back.any():
+        largest = np.bincount(y).argmax()
+        back[order[y[order] == largest][0]] = True
+    return order[back[order]], order[~back[order]]
+
+
+def _linear(
+    layer: int,
+    x: np.ndarray,
+    y: np.ndarray,
+    fit_N: np.ndarray,
+    dev_N: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+) -> LayerScore:
+    """Regression with the strength that is best on the held-back texts, fitted again on all texts.
+
+    layer: its number
+    x, y: embeddings and class numbers of the training texts
+    fit_N, dev_N: which of them are fitted, and which are held back
+    x_test, y_test: those of the test
+    """
+    model = _regression()
+    scores = {}
+    for strength in STRENGTHS:
+        fitted = model(C=strength, max_iter=MOST_ITERATIONS).fit(x[fit_N], y[fit_N])
+        scores[strength] = float(fitted.score(x[dev_N], y[dev_N]))
+    strength = max(scores, key=lambda s: (scores[s], -s))
+    whole = model(C=strength, max_iter=MOST_ITERATIONS).fit(x, y)
+    return LayerScore(
+        layer=layer,
+        setting=strength,
+        held_back=scores[strength],
+        test=float(whole.score(x_test, y_test)),
+    )
+
+
+def _regression() -> type:
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ConfigError(
+            "probes need scikit-learn, which is not installed. Install it: pip install"
+            " 'scikit-learn>=1.4'."
+        ) from error
+    return LogisticRegression
+
+
+def _neighbours(
+    layer: int,
+    x: np.ndarray,
+    y: np.ndarray,
+    fit_N: np.ndarray,
+    dev_N: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+) -> LayerScore:
+    """Majority of the nearest texts by cosine, their number the best one on the held-back texts.
+
+    layer: its number
+    x, y: embeddings and class numbers of the training texts
+    fit_N, dev_N: which of them are asked, and which are held back
+    x_test, y_test: those of the test
+    """
+    sizes = [k for k in NEIGHBOURS if k <= len(fit_N)] or [len(fit_N)]
+    near_dev = vote(x[fit_N], y[fit_N], x[dev_N], sizes)
+    scores = {k: float((near_dev[k] == y[dev_N]).mean()) for k in sizes}
+    size = max(scores, key=lambda k: (scores[k], -k))
+    answers = vote(x, y, x_test, [size])[size]
+    return LayerScore(
+        layer=layer,
+        setting=size,
+        held_back=scores[size],
+        test=float((answers == y_test).mean()),
+    )
+
+
+def vote(
+    known: np.ndarray, y: np.ndarray, asked: np.ndarray, sizes: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """For each number of neighbours the class of each asked text: the commonest among its nearest ones, of equally common ones
+    the first.
+
+    known, y: unit vectors [N, C] and their classes
+    asked: unit vectors [M, C]
+    sizes: numbers of neighbours, at most N
+    """
+    # stable: of equally near texts the first
+    order = np.argsort(-(asked @ known.T), axis=1, kind="stable")[:, : max(sizes)]
+    classes = int(y.max()) + 1
+    found = {}
+    for size in sizes:
+        votes = np.zeros((len(asked), classes), dtype=np.int64)
+        np.add.at(votes, (np.arange(len(asked))[:, None], y[order[:, :size]]), 1)
+        found[size] = votes.argmax(1)
+    return found
+
+
+def _unit(x_NC: Tensor) -> np.ndarray:
+    return F.normalize(x_NC.to(torch.float64), dim=-1).numpy()
