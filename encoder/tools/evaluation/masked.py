@@ -62,9 +62,11 @@ def masked_loss(
     Sums over all asked tokens, never a mean of means. Raises ConfigError for a share that is none.
     """
     ids = bert.specials
+    # one more than the largest id
+    vocab_size = 1 + max(bert.tokenizer.get_vocab().values())
     objective = MaskedLanguageModel(
         MlmConfig().held_out(mask_share=mask_share),
-        vocab_size=bert.tokenizer.get_vocab_size(),
+        vocab_size=vocab_size,
         mask_id=ids.mask_id,
         pad_id=ids.pad_id,
         special_ids=ids.all_special,
@@ -81,9 +83,7 @@ def masked_loss(
             )
         )
     found = loss_of(bert, asked)
-    counts_V = np.bincount(
-        torch.cat(pieces.documents).numpy(), minlength=bert.tokenizer.get_vocab_size()
-    )
+    counts_V = np.bincount(torch.cat(pieces.documents).numpy(), minlength=vocab_size)
     return {
         "loss": found.mean,
         "perplexity": math.exp(min(found.mean, 700.0)),
