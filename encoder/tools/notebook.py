@@ -96,7 +96,7 @@ class LoadedModel:
     origin: str  # where the weights came from, for people
     max_tokens: int  # of a text, [CLS] and [SEP] included
     # parameters that the source lacked, as a body without heads does; their values are drawn
-    drawn: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = field(default=(), repr=False)
 
     def hidden_states(self, texts: Sequence[str]) -> list[Tensor]:
         """[T, C] of each text, after the last norm; T counts [CLS] and [SEP].
@@ -139,11 +139,11 @@ class LoadedModel:
         return [torch.tensor(ids) for ids in found]
 
 
-def in_forwards(lengths: Sequence[int], *, most_tokens: int = FORWARD_TOKENS) -> Iterator[slice]:
-    """Neighbouring documents, as many at a time as have at most so many tokens together; a longer one alone."""
+def in_forwards(lengths: Sequence[int]) -> Iterator[slice]:
+    """Neighbouring documents, as many at a time as have FORWARD_TOKENS together; a longer one alone."""
     start = tokens = 0
     for number, length in enumerate(lengths):
-        if number > start and tokens + length > most_tokens:
+        if number > start and tokens + length > FORWARD_TOKENS:
             yield slice(start, number)
             start = number
             tokens = 0
