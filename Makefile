@@ -26,9 +26,10 @@ $(STAMP): pyproject.toml configs/constraints.txt
 demo: install
 	@$(BIN)/python launch/demo.py
 
-# files of tests side by side, one a core, each file's tests in one process and in their order; the longest are among the first
+# files of tests side by side, one a core, each file's tests in one process and in their order; the longest are among the first;
+# some hundred processes compile our modules once, not each (0.3 s), whatever the environment says
 test: install
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-cluster: install
 	@$(BIN)/python tests/cluster/side_by_side.py
