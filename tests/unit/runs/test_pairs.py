@@ -25,6 +25,11 @@ objective: {{name: mlm_nsp}}
 phases: {{tokens: 1K, max_tokens_per_document: 32, batch_tokens: 128, lr: 1e-3}}
 loader: {{workers: 0}}
 """
+# a table of positions that is too short for a document
+ROBERTA = (
+    "model={system: roberta, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,"
+    " num_attention_heads: 1, max_position_embeddings: 31}"
+)
 DOCUMENTS = random_documents(40, longest=60)
 
 
@@ -57,6 +62,18 @@ def test_shards_without_sentences_are_refused_and_told_how(run_file, capsys, com
     assert not (run_file.parent / "run").exists()
 
 
+def test_blocks_of_sentences_need_shards_with_sentences(run_file, capsys):
+    """One line for the shards without them; `anywhere` asks for none."""
+    joined = [run_file, "objective={name: mlm}", "data.join=sentences"]
+    said = refused(capsys, pretrain, *joined)
+    assert "which data.join sentences needs" in said and "--sentences." in said
+    assert not (run_file.parent / "run").exists()
+    assert (
+        plan.main([str(word) for word in [*joined[:2], "data.join=anywhere", "evaluation="]]) == 0
+    )
+    assert "of blocks of running text" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("objective", ["mlm_nsp", "mlm_sop"])
 def test_documents_of_one_sentence_are_refused(run_file, capsys, objective):
     with_sentences(run_file, [[len(ids) - 2] for ids in DOCUMENTS])
@@ -76,6 +93,11 @@ def test_documents_of_one_sentence_are_refused(run_file, capsys, objective):
         ),
         (["phases.0.max_tokens_per_document=4"], "no room for two sentences; needed: at least 5"),
         (["objective.short_share=2"], "short_share 2.0 must lie between 0 and 1"),
+        (["data.join=anywhere"], "data.join anywhere and an objective of pairs"),
+        (
+            ["objective={name: mlm}", ROBERTA, "phases.0.max_tokens_per_document=32"],
+            "max_tokens_per_document 32 is above model.max_position_embeddings 31",
+        ),
     ],
 )
 def test_a_model_or_phase_without_room_for_pairs_is_refused(run_file, capsys, settings, words):
