@@ -87,6 +87,7 @@ def start_engine(
     optimizer: MomentsConfig,
     world: World,
     device: torch.device,
+    rates: Mapping[str, float] | None = None,
 ) -> Engine:
     """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join).
 
@@ -97,10 +98,11 @@ def start_engine(
     optimizer: the settings of the update
     world: this rank among the others
     device: of this rank
+    rates: parameter -> factor of every step's learning rate; 1 for all others
     """
     config = replace(config, precision=precision_on(config.precision, device))
     # groups go by a parameter's dimensions, which stage 3 takes away
-    steps = build_optimizer(model, optimizer)
+    steps = build_optimizer(model, optimizer, rates=rates)
     deepspeed = import_deepspeed(device)
     forget_former_groups()
     if config.activation_checkpointing == "blocks":
@@ -216,7 +218,7 @@ class Engine:
 
         # a phase may change the decay, but not which groups decay
         for group in self.optimizer.param_groups:
-            group.update(lr=lr, max_lr=max_lr)
+            group.update(lr=lr * group["rate"], max_lr=max_lr * group["rate"])
             if weight_decay is not None and group["decays"]:
                 group["weight_decay"] = weight_decay
         # of losses and of targets, by term: one all-reduce

@@ -134,6 +134,8 @@ class FineTuneConfig:
     )
     # share of a matrix that a step at the peak rate takes, as Composer counts decay (ModernBERT's table); instead of weight_decay
     decay_at_peak: float | None = None
+    # d of the rate d^(L - l) of layer l of L; embeddings d^L, the head 1; 1: one rate for all
+    layer_decay: float = 1.0
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoints: TaskCheckpointConfig = field(default_factory=TaskCheckpointConfig)
@@ -165,6 +167,8 @@ class FineTuneConfig:
                 "compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks"
                 " that compiled code does not call. Use compile: off, or zero_stage 2."
             )
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ConfigError(f"layer_decay {self.layer_decay:g} must lie above 0, at most 1.")
         if self.decay_at_peak is not None and not 0.0 <= self.decay_at_peak < 1.0:
             raise ConfigError(f"decay_at_peak {self.decay_at_peak:g} must lie in [0, 1).")
 

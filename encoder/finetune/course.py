@@ -23,6 +23,7 @@ from encoder.base.dist import World, watched
 from encoder.base.done import is_done
 from encoder.base.errors import CheckpointError
 from encoder.base.log import outlive_readers, say, warn_once
+from encoder.base.model import TrainedModel
 from encoder.base.schema import read_mapping
 from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress, counted, short_count
@@ -41,6 +42,7 @@ from encoder.finetune.config import FineTuneConfig, changed_settings
 from encoder.finetune.metrics import Scores, check_packages, metrics_of, scores
 from encoder.finetune.predict import predicted, write_predictions, write_result
 from encoder.finetune.prepare import Prepared, Start, prepare, read_start
+from encoder.finetune.rates import layer_rates
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.with_task import TaskModel, first_weights
 from encoder.objectives.text_tasks import TERM, TextTask
@@ -169,6 +171,11 @@ class FineTuning:
                 seed=self.run.seed,
             )
 
+    def rates(self, model: TrainedModel) -> dict[str, float]:
+        """By layer, as layer_decay says."""
+        layers = self.run.model.num_hidden_layers
+        return layer_rates(model, layers=layers, decay=self.run.layer_decay)
+
     def make_objective(self) -> TextTask:
         """Of the task."""
         return self.prepared.objective
@@ -251,6 +258,12 @@ class FineTuning:
             f"head of {head.family}: pooling {head.pooling}, {counted(head.outputs, 'output')},"
             f" dropout {head.dropout:g}"
         ]
+        if self.run.layer_decay != 1.0:
+            layers, decay = self.run.model.num_hidden_layers, self.run.layer_decay
+            lines.append(
+                f"rates: layer l of {layers} at {decay:g}^({layers} - l) of the peak, embeddings at"
+                f" {decay:g}^{layers} = {decay**layers:.3g}, the head at 1"
+            )
         if not self._start.resumes:
             drawn = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._drawn))
             lines.append(

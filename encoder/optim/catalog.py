@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from encoder.base.model import TrainedModel
 from encoder.optim.adamw import AdamW, AdamWConfig
 from encoder.optim.groups import decay_groups
@@ -25,14 +27,20 @@ _RULES: dict[type, type[WholeTensorOptimizer]] = {
 }
 
 
-def build_optimizer(model: TrainedModel, config: MomentsConfig) -> WholeTensorOptimizer:
-    """The optimizer of a settings object over a whole model's parameters; for Muon the model says its `hidden_matrices()`."""
+def build_optimizer(
+    model: TrainedModel, config: MomentsConfig, *, rates: Mapping[str, float] | None = None
+) -> WholeTensorOptimizer:
+    """The optimizer of a settings object over a whole model's parameters; for Muon the model says its `hidden_matrices()`.
+
+    rates: parameter -> factor of the learning rate; 1 for all others
+    """
     hidden = None
     if isinstance(config, MuonConfig):
         hidden = model.hidden_matrices()
-    return _RULES[type(config)](
-        decay_groups(model, weight_decay=config.weight_decay, hidden_matrices=hidden), config
+    groups = decay_groups(
+        model, weight_decay=config.weight_decay, hidden_matrices=hidden, rates=rates
     )
+    return _RULES[type(config)](groups, config)
 
 
 def state_elements(model: TrainedModel, config: MomentsConfig) -> int:

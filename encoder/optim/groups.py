@@ -12,31 +12,42 @@ from encoder.base.model import TorchModule
 
 
 def decay_groups(
-    model: TorchModule, *, weight_decay: float, hidden_matrices: Mapping[str, int] | None = None
+    model: TorchModule,
+    *,
+    weight_decay: float,
+    hidden_matrices: Mapping[str, int] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of a model's parameters; empty groups are left out, tied parameters come once.
 
     No decay: at most one dimension, or a name that ends in .bias (the rule of ModernBERT's optimizer.py). The tied
-    embedding is a matrix and decays. A group says whether it `decays` (a phase may change the amount), and how many
-    `matrices` each of its parameters is: for those named in `hidden_matrices` (name -> number), 0 for all others.
+    embedding is a matrix and decays. A group says whether it `decays` (a phase may change the amount), how many
+    `matrices` each of its parameters is, and by what `rate` the learning rate is multiplied.
+
+    model: whose parameters
+    weight_decay: of those that decay
+    hidden_matrices: name -> how many matrices a parameter is; 0 for all others
+    rates: name -> factor of the learning rate; 1 for all others
     """
     hidden = hidden_matrices or {}
-    # keyed by (decays, matrices), in an order that does not depend on that of the parameters
-    groups: dict[tuple[bool, int], list[torch.Tensor]] = {
-        (True, n): [] for n in sorted({*hidden.values(), 0})
+    factors = rates or {}
+    # keyed by (rate, decays, matrices), in an order that does not depend on that of the parameters
+    kinds = [(True, n) for n in sorted({*hidden.values(), 0})] + [(False, 0)]
+    groups: dict[tuple[float, bool, int], list[torch.Tensor]] = {
+        (rate, *kind): [] for rate in sorted({*factors.values(), 1.0}) for kind in kinds
     }
-    groups[False, 0] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[_decays(name, p), hidden.get(name, 0)].append(p)
+            groups[factors.get(name, 1.0), _decays(name, p), hidden.get(name, 0)].append(p)
     return [
         {
             "params": params,
             "weight_decay": weight_decay if decays else 0.0,
             "decays": decays,
             "matrices": matrices,
+            "rate": rate,
         }
-        for (decays, matrices), params in groups.items()
+        for (rate, decays, matrices), params in groups.items()
         if params
     ]
 

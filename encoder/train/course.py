@@ -180,6 +180,9 @@ class Course(SavedWeights, Protocol):
     def make_model(self) -> TrainedModel:
         """With its initial weights; for ZeRO stage 3 on the meta device."""
 
+    def rates(self, model: TrainedModel) -> dict[str, float]:
+        """Factors of the learning rate by parameter; 1 for all others."""
+
     def make_objective(self) -> TrainedObjective:
         """Whose loss the engine computes."""
 

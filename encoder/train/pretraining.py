@@ -187,6 +187,10 @@ class Pretraining(SavedPhases):
         """With the weights of the seed."""
         return build.make_model(self.run)
 
+    def rates(self, model: TrainedModel) -> dict[str, float]:
+        """All parameters have one rate."""
+        return {}
+
     def make_objective(self) -> Objective:
         """That of the first phase: phases change how rows are masked, not the loss."""
         models = build.make_objective_models(self.run, self._asked, self._device)

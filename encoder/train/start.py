@@ -61,13 +61,15 @@ def start_run(
             lock = held.enter_context(lock_folder(folder))
 
     objective = course.make_objective()
+    model = course.make_model()
     engine = start_engine(
-        course.make_model(),
+        model,
         objective=objective,
         config=run.engine,
         optimizer=run.optimizer,
         world=world,
         device=device,
+        rates=course.rates(model),
     )
     if build.compiles(run, device):
         engine.module.compile_blocks_()

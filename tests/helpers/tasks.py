@@ -142,6 +142,7 @@ data: {{train: {root}/train.jsonl, dev: {{dev: {root}/dev.jsonl}}, test: {{more:
 batch_examples: 8
 epochs: 2
 lr: {{peak: 5.0e-3}}
+layer_decay: 0.5
 dropout: {{attention_output: 0.1, head: 0.1}}
 evaluate: {{every_epochs: 0.5}}
 checkpoints: {{every_epochs: 0.25, keep_last: 2}}

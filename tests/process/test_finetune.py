@@ -14,6 +14,7 @@ from encoder.base.dist import World
 from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
+from encoder.models.stored import read_safetensors
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.report.report import verify_ledger
 from encoder.tools.weights.export import export_run
@@ -79,6 +80,31 @@ def test_predictions_stand_in_the_order_of_the_rows(root, name):
         assert [line["target"] for line in other] == [row["label"] for row in rows]
         for a, b in zip(one, other, strict=True):
             assert a["logits"] == pytest.approx(b["logits"], abs=1e-4)
+
+
+def test_a_first_step_moves_each_layer_by_its_rate(root):
+    """Adam's first step is the rate wherever a gradient is not small: d^(L - l), embeddings d^L, head 1, for d = 0.5, L = 2."""
+    settings = [
+        "epochs=1",
+        "batch_examples=64",
+        "lr={peak: 1e-3, schedule: constant}",
+        "optimizer={name: adamw, weight_decay: 0.0, eps: 1e-12}",
+        "engine.gradient_clipping=0",
+    ]
+    assert run_ranks(train, 1, root=str(root), out="step", settings=settings) == [True]
+    before = read_safetensors(root / "start" / "model.safetensors")
+    after = weights_of(root / "step")
+    moved = {
+        name: float((after[name] - before[name]).abs().max()) for name in after if name in before
+    }
+    for name, change in moved.items():
+        rate = 1e-3
+        if name.startswith("model.layers."):
+            rate *= 0.5 ** (1 - int(name.split(".")[2]))
+        if name.startswith("model.embeddings."):
+            rate *= 0.5**2
+        assert change == pytest.approx(rate, rel=1e-3), name
+    assert len(moved) > 10
 
 
 def test_killed_and_started_again_on_other_ranks_nothing_shows_it(root):

@@ -32,3 +32,15 @@ def test_matrices_decay_vectors_and_biases_do_not_and_a_tied_matrix_comes_once()
 
 def test_a_model_without_vectors_has_one_group():
     assert len(decay_groups(nn.Linear(2, 2, bias=False), weight_decay=0.1)) == 1
+
+
+def test_parameters_of_another_rate_stand_in_groups_of_their_own():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    groups = decay_groups(model, weight_decay=0.1, rates={"0.weight": 0.5, "0.bias": 0.5})
+    found = {(g["rate"], g["decays"]): [p.shape for p in g["params"]] for g in groups}
+    assert found == {
+        (0.5, True): [(2, 2)],
+        (0.5, False): [(2,)],
+        (1.0, True): [(3, 2)],
+        (1.0, False): [(3,)],
+    }
