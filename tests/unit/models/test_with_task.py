@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -40,8 +42,8 @@ def transformers_model(task: TrainedTask) -> nn.Module:
     return theirs.double().eval()
 
 
-def padded_loss(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
-    """-log p of each example's class, summed over one padded batch and divided by the examples once."""
+def padded(examples: Examples, pad_id: int) -> dict[str, torch.Tensor]:
+    """One batch of all examples, padded on the right, as transformers is asked."""
     width = int(examples.lengths_N.max())
     ids_BL = torch.full((len(examples), width), pad_id)
     real_BL = torch.zeros_like(ids_BL)
@@ -51,17 +53,24 @@ def padded_loss(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Ten
         real_BL[row, : end - start] = 1
         if examples.segments_A is not None:
             segments_BL[row, : end - start] = torch.from_numpy(examples.segments_A[start:end])
-    told = {} if examples.segments_A is None else {"token_type_ids": segments_BL}
-    logits_BK = theirs(input_ids=ids_BL, attention_mask=real_BL, **told).logits
+    asked = {"input_ids": ids_BL, "attention_mask": real_BL}
+    if examples.segments_A is not None:
+        asked["token_type_ids"] = segments_BL
+    return asked
+
+
+def padded_loss(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
+    """-log p of each example's class, summed over one padded batch and divided by the examples once."""
+    logits_BK = theirs(**padded(examples, pad_id)).logits
     return nn.functional.cross_entropy(logits_BK, torch.from_numpy(examples.value_N))
 
 
 def packed_gradients(
-    task: TrainedTask, examples: Examples, parts: list[np.ndarray]
+    task: TrainedTask, examples: Examples, parts: list[np.ndarray], *, kind: str = "classify"
 ) -> dict[str, torch.Tensor]:
     """Ours over several micro-batches, each a sum that is divided by the examples of all."""
     ours = task_model(task).double()
-    objective = TextTask(kind="classify", outputs=task.head.outputs)
+    objective = TextTask(kind=kind, outputs=task.head.outputs)
     for numbers in parts:
         batch = micro_batch(examples, numbers, term=TERM).batch
         (objective.loss(ours, batch)[TERM].total / len(examples)).backward()
@@ -79,7 +88,7 @@ def test_packed_gradients_are_those_of_transformers_padded_with_one_denominator(
     # their names hold gradients, too: the map is one of rows and names
     all_at_once = packed_gradients(task, examples, [np.arange(COUNT)])
     found = their_weights(
-        TrainedTask(**{**task.__dict__, "weights": all_at_once}),
+        dataclasses.replace(task, weights=all_at_once),
         bridge_of(task.config, task.specials),
     )
     for name, gradient in expected.items():
@@ -103,6 +112,34 @@ def test_packed_gradients_are_those_of_transformers_padded_with_one_denominator(
     for other in (one_by_one, accumulated, packed_gradients(task, examples, over_ranks)):
         for name, gradient in all_at_once.items():
             torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "problem"),
+    [("labels", 3, "multi_label_classification"), ("regress", 1, "regression")],
+)
+def test_several_labels_and_numbers_have_transformers_gradients_too(kind, outputs, problem):
+    task = dataclasses.replace(drawn_task("bert", outputs=outputs), problem=problem)
+    draw = np.random.default_rng(2)
+    values = draw.normal(size=(COUNT, outputs)).astype(np.float32)
+    if kind == "labels":
+        values = (values > 0).astype(np.float32)
+    examples = dataclasses.replace(drawn_examples(COUNT, segments=True), value_N=values)
+
+    theirs = transformers_model(task)
+    asked = padded(examples, task.specials.pad_id)
+    target_BK = torch.from_numpy(values).double()
+    theirs(**asked, labels=target_BK).loss.backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+
+    # a part without examples is what a rank has that only keeps the others company
+    parts = [np.arange(4), np.array([], dtype=np.int64), np.arange(4, COUNT)]
+    found = their_weights(
+        dataclasses.replace(task, weights=packed_gradients(task, examples, parts, kind=kind)),
+        bridge_of(task.config, task.specials),
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-10)
 
 
 def test_a_head_drops_the_same_elements_of_an_example_whatever_it_is_packed_with():
