@@ -101,7 +101,16 @@ def student_config(
         for name, value in dataclasses.asdict(old).items()
         if own[name] == theirs[name] or name == "vocab_size"
     }
-    return SYSTEMS[system](**{**kept, **changes})
+    student = SYSTEMS[system](**{**kept, **changes})
+
+    # tables of positions would not be of one size, and a row not of one place
+    offsets = [getattr(config, "position_offset", 0) for config in (old, student)]
+    if offsets[0] != offsets[1]:
+        raise ModelError(
+            f"positions of a {system_of(old)} begin at row {offsets[0]} of its table, those of a"
+            f" {system} at row {offsets[1]}: they do not fit. Leave --system out."
+        )
+    return student
 
 
 def _defaults(settings: type) -> dict[str, object]:

@@ -13,7 +13,7 @@ import pytest
 from data_prep import cli
 from encoder.base.dist import World
 from encoder.runs.config import read_run
-from encoder.train.loop import pretrain
+from encoder.train.pretraining import pretrain
 from launch import export_hf, fill_mask, import_hf, plan, shrink
 from tests.helpers.prep import texts, write_jsonl
 from tests.process.ranks import run_ranks

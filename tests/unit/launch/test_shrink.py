@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from encoder.models.bert import BertConfig, DistilBertConfig
+from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.catalog import build_model
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, read_stored, write_stored
@@ -120,6 +120,20 @@ def test_another_family_whose_settings_differ_is_refused(root, capsys):
     )
     words = ("--layers", "0,1", "--system", "distill")
     assert "no family" in refused(capsys, shrink, root / "bert", root / "out", *words)
+
+
+def test_positions_that_begin_elsewhere_are_refused_by_name(root, capsys):
+    """RoBERTa's table has two rows before a text's first; DistilBERT's has none."""
+    shape = {name: getattr(BERT, name) for name in ("vocab_size", "hidden_size")}
+    roberta = RobertaConfig(**shape, num_hidden_layers=2, num_attention_heads=2)
+    weights = build_model(roberta, seed=5).state_dict()
+    stored = StoredModel(config=roberta, weights=weights, origin="x", tokenizer_json=None)
+    write_stored(stored, root / "roberta")
+    words = ("--layers", "0", "--system", "distilbert")
+    said = refused(capsys, shrink, root / "roberta", root / "out", *words)
+    assert "begin at row 2 of its table" in said and "at row 0" in said
+    assert not (root / "out").exists()
+    assert shrink.main([str(root / "roberta"), str(root / "out"), "--layers", "0"]) == 0
 
 
 def test_a_student_is_planned_with_its_teacher(root, capsys):
