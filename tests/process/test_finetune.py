@@ -18,7 +18,7 @@ from encoder.models.stored import read_safetensors
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.report.report import verify_ledger
 from encoder.tools.weights.export import export_run
-from tests.helpers.tasks import write_task
+from tests.helpers.tasks import write_rows, write_task
 from tests.process.ranks import run_ranks, start_ranks, wait_for
 
 # (name, ranks, settings)
@@ -105,6 +105,28 @@ def test_a_first_step_moves_each_layer_by_its_rate(root):
             rate *= 0.5**2
         assert change == pytest.approx(rate, rel=1e-3), name
     assert len(moved) > 10
+
+
+def test_another_fine_tuning_may_be_the_start_and_its_head_is_kept(root):
+    still = ["epochs=1", "lr.peak=1e-30", f"start_from={root}/one"]
+    assert run_ranks(train, 1, root=str(root), out="after", settings=still) == [True]
+    whole = weights_of(root / "one")
+    for key, w in weights_of(root / "after").items():
+        # a stored model is fp32
+        torch.testing.assert_close(w, whole[key], rtol=1e-6, atol=1e-7)
+
+    # numbers are another head: its classifier is drawn anew
+    write_rows(root / "numbers.jsonl", [{"text": "abc", "label": n} for n in range(9)])
+    data = f"data={{train: {root}/numbers.jsonl, max_tokens: 24}}"
+    task = "task={kind: regress, texts: [text], label: label}"
+    assert run_ranks(train, 2, root=str(root), out="drawn", settings=[*still, data, task]) == [
+        True,
+        True,
+    ]
+    drawn = weights_of(root / "drawn")
+    assert drawn["classifier.weight"].shape == (1, 16)
+    dense = "head.dense.weight"
+    torch.testing.assert_close(drawn[dense], whole[dense], rtol=1e-6, atol=1e-7)
 
 
 def test_killed_and_started_again_on_other_ranks_nothing_shows_it(root):

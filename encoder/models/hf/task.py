@@ -12,6 +12,7 @@ each alone and padded on the right; on the left only where a mean is pooled: a c
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,13 +244,23 @@ def _worst(
     starts_M = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     worst = 0.0
     with torch.inference_mode():
-        expected_MK = ours.answers(packed_documents(documents), starts_M)
+        batch = packed_documents(documents)
+        expected_MK = ours.answers(batch, starts_M)
         for document, expected_K in zip(documents, expected_MK, strict=True):
             alone = theirs(input_ids=document[None], attention_mask=torch.ones_like(document)[None])
             worst = _larger(worst, alone.logits[0] - expected_K)
             for at_left in (False, True) if left else (False,):
                 ids_1L, real_1L = _padded(document, padding, at_left=at_left)
                 found = theirs(input_ids=ids_1L, attention_mask=real_1L)
+                worst = _larger(worst, found.logits[0] - expected_K)
+
+        # a pair: the second half of each text is of segment 1
+        if getattr(ours.config, "type_vocab_size", 0) > 1:
+            halves = [(torch.arange(n) >= n // 2).long() for n in lengths]
+            paired = dataclasses.replace(batch, segments_T=torch.cat(halves))
+            expected_MK = ours.answers(paired, starts_M)
+            for document, half, expected_K in zip(documents, halves, expected_MK, strict=True):
+                found = theirs(input_ids=document[None], token_type_ids=half[None])
                 worst = _larger(worst, found.logits[0] - expected_K)
     return worst
 

@@ -1,0 +1,73 @@
+"""A fine-tuned model's folder: transformers reads names, labels and pooling from it; a wrong one gets no name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.base.errors import ExportError
+from encoder.models.hf import task as hf_task
+from encoder.models.hf.task import TrainedTask, export_task
+from tests.helpers.hf import write_tokenizer_json
+from tests.helpers.tasks import BODIES, drawn_task
+
+
+def ready(tmp_path: Path, family: str, **changes) -> TrainedTask:
+    return dataclasses.replace(
+        drawn_task(family),
+        tokenizer_json=write_tokenizer_json(tmp_path / "tokenizer.json"),
+        results={"dev": {"accuracy": 0.5}},
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("family", BODIES)
+def test_a_folder_of_each_family_is_proven_and_says_its_labels(tmp_path, family):
+    import transformers
+
+    proofs = export_task(ready(tmp_path, family), tmp_path / "out")
+    assert proofs["transformers"].max_abs_difference < 1e-4
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert theirs.config.model_type == family and theirs.config.problem_type
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "| dev | accuracy | 0.5000 |" in card
+    assert json.loads((tmp_path / "out" / "export_proof.json").read_text())["transformers"]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("bert", "head.dense"), ("roberta", "classifier"), ("distilbert", "head.dense")],
+)
+def test_a_head_that_went_elsewhere_leaves_nothing_behind(tmp_path, monkeypatch, family, name):
+    names = dict(hf_task.CLASSES[family].names)
+    whole = hf_task.their_weights
+
+    def wrong(task, bridge):
+        found = whole(task, bridge)
+        stem = f"{names[name]}.bias"
+        return {**found, stem: found[stem] + 1.0}
+
+    monkeypatch.setattr(hf_task, "their_weights", wrong)
+    with pytest.raises(ExportError, match="the logits of transformers differ from ours by"):
+        export_task(ready(tmp_path, family), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_segments_of_a_pair_are_compared_as_well(tmp_path, monkeypatch):
+    task = ready(tmp_path, "bert")
+    whole = hf_task.their_weights
+
+    def wrong(task, bridge):
+        found = whole(task, bridge)
+        name = "bert.embeddings.token_type_embeddings.weight"
+        # the second segment's row alone: texts by themselves do not meet it
+        return {**found, name: found[name] + torch.tensor([[0.0], [0.1]]) * torch.arange(16.0)}
+
+    monkeypatch.setattr(hf_task, "their_weights", wrong)
+    with pytest.raises(ExportError, match="the logits of transformers differ from ours by"):
+        export_task(task, tmp_path / "out")
