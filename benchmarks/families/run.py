@@ -49,15 +49,18 @@ def main() -> None:
     asked.add_argument("--results", type=Path, default=HERE.parent / "results" / "families")
     args = asked.parse_args()
     for name in args.names or RUNS:
-        _train(name, args.results)
+        if not _train(name, args.results):
+            print(f"{name} was stopped; the same command goes on.")
+            return
 
 
-def _train(name: str, results: Path) -> None:
+def _train(name: str, results: Path) -> bool:
+    """Whether the run came to its end."""
     kept = results / f"{name}.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if before.get("finished"):
         print(f"{name}: done, see {kept}")
-        return
+        return True
     if name in BEFORE and not Path("weights", _folder(name)).exists():
         _tessera(*BEFORE[name].format(minilm=_minilm()).split())
 
@@ -68,6 +71,7 @@ def _train(name: str, results: Path) -> None:
         # of a run that was stopped and goes on, the CPU time adds up
         total = 60 * before.get("cpu_minutes", 0) + _cpu_seconds() - began
         _keep(name, results, total)
+    return bool(json.loads(kept.read_text(encoding="utf-8"))["finished"])
 
 
 def _keep(name: str, results: Path, cpu_seconds: float) -> None:
