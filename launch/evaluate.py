@@ -104,7 +104,8 @@ def _named(words: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
-        if not equals:
+        # a path may hold one, too
+        if not equals or Path(expand_path(word)).exists():
             end = Path(word).name
             name = end if ends[end] == 1 else word
             path = word
@@ -175,16 +176,14 @@ def _labelled(path: Path | None, text: str, label: str) -> LabelledTexts | None:
     """The rows of a file; a label is its word. Raises UserError."""
     if path is None:
         return None
-    from encoder.data.labelled import read_rows
+    from encoder.data.labelled import read_rows, texts_of
+    from encoder.finetune.tasks import label_name
     from encoder.tools.evaluation.probe import LabelledTexts
 
     rows = read_rows(path, [text, label])
-    for number, value in enumerate(rows.columns[text]):
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{rows.place(number)}: {text} is empty. Leave the row out.")
-    return LabelledTexts(
-        texts=rows.columns[text], labels=[str(value) for value in rows.columns[label]]
-    )
+    texts = list(texts_of(rows, text))
+    labels = [label_name(value, rows, row) for row, value in enumerate(rows.columns[label])]
+    return LabelledTexts(texts=texts, labels=labels)
 
 
 @contextlib.contextmanager

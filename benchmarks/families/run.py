@@ -75,7 +75,7 @@ def _train(name: str, results: Path) -> bool:
 
 
 def _keep(name: str, results: Path, cpu_seconds: float) -> None:
-    words = [f"runs/{name}", "--cpu-seconds", str(cpu_seconds), "--out", results]
+    words = [f"runs/{name}", "--cpu-seconds", str(cpu_seconds), "--out", str(results)]
     command = ["tessera", "pretrain", f"benchmarks/families/{name}.yaml"]
     subprocess.run([sys.executable, HERE / "keep.py", *words, "--", *command], check=True)
 
@@ -88,7 +88,9 @@ def _folder(name: str) -> str:
 def _minilm() -> Path | None:
     """The Hugging Face folder inside the package."""
     found = importlib.util.find_spec(MINILM)
-    return Path(found.submodule_search_locations[0], "model") if found else None
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(found.submodule_search_locations[0], "model")
 
 
 def _tessera(*words: str) -> None:

@@ -46,7 +46,8 @@ MOST_CELL_BYTES = 2**27
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Rows:
-    """These columns of all rows of a file. Raises DataError."""
+    """These columns of all rows of a file, each once. Raises DataError."""
+    columns = [*dict.fromkeys(columns)]
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {found}; needed: a file ending in {', '.join(READERS)}.")
@@ -177,7 +178,17 @@ def texts_of(rows: Rows, column: str) -> Iterator[str]:
             raise DataError(f"{rows.place(row)}: {column} is {_kind(value)}; needed: a text.")
         if not value.strip():
             raise DataError(f"{rows.place(row)}: {column} is empty; needed: a text.")
+        check_unicode(value, rows, row)
         yield value
+
+
+def check_unicode(text: str, rows: Rows, row: int) -> None:
+    """No half of a surrogate pair, as a cut emoji leaves it. Raises DataError."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(
+            f"{rows.place(row)} holds half a surrogate pair, which is no character; needed: whole"
+            " characters. Repair the row, or leave it out."
+        )
 
 
 def _kind(value: Any) -> str:

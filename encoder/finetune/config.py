@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +193,9 @@ def read_task(path: Path | str, overrides: Sequence[str] = ()) -> FineTuneConfig
     """A task file with `key=value` overrides. Raises ConfigError."""
     # the rate in its long form first: an override may name its peak
     mapping = _with_rate(read_mapping(Path(path)))
+    # lr=1e-5 is the peak alone here, too: the file's schedule stays
+    if isinstance(mapping.get("lr"), dict):
+        overrides = [re.sub(r"^lr=(?=\s*[^{\s])", "lr.peak=", override) for override in overrides]
     put_overrides(mapping, overrides)
     return task_of(mapping, where=str(path))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from encoder.base.batch import TokenBatch
 from encoder.base.command import as_typed
 from encoder.base.dist import World, watched
 from encoder.base.done import is_done
-from encoder.base.errors import CheckpointError
+from encoder.base.errors import CheckpointError, ConfigError
 from encoder.base.log import outlive_readers, say, warn_once
 from encoder.base.model import TrainedModel
 from encoder.base.schema import read_mapping
@@ -135,6 +136,7 @@ class FineTuning:
         self.prepared = prepared
         self._world, self._device, self._start = world, device, start
         self._metrics = metrics_of(self.run.task.KIND, self.run.task.metrics)
+        _refuse_equal_names([e.name for e in self.prepared.dev], [*self._metrics, "loss"])
         self._dealing = ExampleDealing(
             world=world, micro_batch_tokens=self.run.loader.micro_batch_tokens
         )
@@ -277,8 +279,9 @@ class FineTuning:
         train = self.prepared.train
         steps = math.ceil(len(train) / self.run.batch_examples) * self.run.epochs
         mean = len(train.ids_A) / len(train)
+        batch = min(self.run.batch_examples, len(train))
         say(
-            f"{counted(steps, 'step')} of {self.run.batch_examples} examples, packed without padding:"
+            f"{counted(steps, 'step')} of {batch:,} examples, packed without padding:"
             f" {mean:.1f} tokens each, at most {int(train.lengths_N.max()):,}"
         )
 
@@ -344,7 +347,8 @@ class FineTuning:
 
     def update(self, before: Progress, data: StepData) -> UpdateSettings:
         """By the schedule at the middle example of the step."""
-        middle = min(self._seen(before) + data.rows // 2, self._examples)
+        # rounded up: a step of one example is not the schedule's beginning, where the rate is 0
+        middle = min(self._seen(before) + (data.rows + 1) // 2, self._examples)
         return UpdateSettings(
             lr=self._schedule.at(middle, phase_tokens=self._examples),
             max_lr=self.run.lr.peak,
@@ -400,7 +404,7 @@ class FineTuning:
         with all_ranks_agree(self._world):
             if self._world.first:
                 write_result(folder, self.run, self.prepared.train, results)
-        return {name: _plain(measured) for name, measured in results.items()}
+        return {"results": {name: measured.plain() for name, measured in results.items()}}
 
     def what_comes_next(self) -> list[str]:
         """Its export."""
@@ -438,11 +442,18 @@ class FineTuning:
         return scores(logits_NK, examples.value_N, kind=self.run.task.KIND, metrics=self._metrics)
 
 
+def _refuse_equal_names(sets: Sequence[str], metrics: Sequence[str]) -> None:
+    """A dev set's number is called NAME_METRIC: sets dev and dev_macro would both have a dev_macro_f1. Raises ConfigError."""
+    names = [f"{name}_{metric}" for name in sets for metric in metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"two sets of data.dev would both have a number called {twice}; needed: names that do"
+            " not meet. Rename one."
+        )
+
+
 def scores_text(name: str, measured: Scores) -> str:
     """`dev loss 0.412 accuracy 0.853 f1 0.851`."""
     numbers = " ".join(f"{metric} {value:.4f}" for metric, value in measured.metrics.items())
     return f"{name} loss {measured.loss:.4f} {numbers}"
-
-
-def _plain(measured: Scores) -> dict[str, float]:
-    return {"loss": measured.loss, **measured.metrics}

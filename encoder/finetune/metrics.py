@@ -31,6 +31,11 @@ class Scores:
     metrics: dict[str, float]
     constant: bool  # all predictions are the same
 
+    def plain(self) -> dict[str, float | None]:
+        """For a file; null where there is no finite number."""
+        numbers = {"loss": self.loss, **self.metrics}
+        return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+
 
 def metrics_of(kind: TaskKind, chosen: Sequence[str] | None) -> dict[str, Metric]:
     """The metrics of a kind of task by name, or the chosen ones. Raises ConfigError for an unknown one."""
@@ -61,6 +66,9 @@ def scores(
     kind: of the task
     metrics: by name
     """
+    # without numbers there is no prediction: not the 0 of a formula without a value
+    if not np.isfinite(logits_NK).all():
+        return Scores(loss=math.nan, metrics=dict.fromkeys(metrics, math.nan), constant=False)
     guesses = predictions(logits_NK, kind=kind)
     found = {name: metric(value_N, guesses, logits_NK.shape[1]) for name, metric in metrics.items()}
     return Scores(

@@ -99,10 +99,7 @@ def write_result(
             "settings_sha256": hashlib.sha256(settings).hexdigest(),
             "examples_sha256": train.sha256(),
             "weights_of": "last epoch",
-            "metrics": {
-                name: {"loss": measured.loss, **measured.metrics}
-                for name, measured in results.items()
-            },
+            "metrics": {name: measured.plain() for name, measured in results.items()},
             "constant_predictions": [name for name, s in results.items() if s.constant],
         },
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from encoder.base.errors import CheckpointError, UserError
+from encoder.base.done import read_done
+from encoder.base.errors import CheckpointError, LedgerError, UserError
 from encoder.base.schema import read_mapping
 from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.untrusted import read_json
@@ -61,7 +62,7 @@ def read_trained(source: Path) -> TrainedTask:
             **_facts(task),
             "ledger": f"{progress.ledger_hash} after step {progress.step:,}",
         },
-        results=_results(folder),
+        results=_results(folder, progress.ledger_hash),
     )
 
 
@@ -75,9 +76,14 @@ def _facts(task: FineTuneConfig) -> dict[str, str]:
     }
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def _results(folder: Path, ledger_hash: str) -> dict[str, Any]:
+    """What the run measured at its end, where these weights are those of its end."""
     path = folder / RESULT
-    if not path.is_file():
+    try:
+        done = read_done(folder, with_checkpoint=False)
+    except LedgerError:
+        return {}
+    if done is None or done["ledger_hash"] != ledger_hash or not path.is_file():
         return {}
     found = read_json(path, error=CheckpointError, root=dict).get("metrics")
     return found if isinstance(found, dict) else {}

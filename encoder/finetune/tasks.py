@@ -11,7 +11,7 @@ import numpy as np
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.schema import Settings
-from encoder.data.labelled import DataError, Rows
+from encoder.data.labelled import DataError, Rows, check_unicode
 from encoder.nn.task_heads import Pooling
 from encoder.objectives.text_tasks import TaskKind
 
@@ -74,7 +74,7 @@ class ClassifyConfig:
     metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_texts(self.texts)
+        check_columns(self.texts, self.label)
         check_labels(self.labels, least=2)
 
     @property
@@ -85,7 +85,7 @@ class ClassifyConfig:
 
     def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
         """All that occur, sorted; numbers by their size."""
-        found = {_name(value, rows, row) for row, value in enumerate(rows.columns[self.label])}
+        found = {label_name(value, rows, row) for row, value in enumerate(rows.columns[self.label])}
         if len(found) < 2:
             raise DataError(
                 f"{rows.path}: {self.label} is {next(iter(found))!r} in every row; needed: at least"
@@ -102,7 +102,7 @@ class ClassifyConfig:
         numbers = {name: number for number, name in enumerate(self.labels)}
         return np.array(
             [
-                _number_of(_name(value, rows, row), numbers, rows, row, self.label)
+                _number_of(label_name(value, rows, row), numbers, rows, row, self.label)
                 for row, value in enumerate(rows.columns[self.label])
             ],
             dtype=np.int64,
@@ -137,7 +137,7 @@ class LabelsConfig:
     metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_texts(self.texts)
+        check_columns(self.texts, self.label)
         check_labels(self.labels, least=1)
         if not self.separator:
             raise ConfigError("separator is empty; needed: what stands between two labels.")
@@ -180,7 +180,7 @@ class LabelsConfig:
         if isinstance(value, str):
             return [part.strip() for part in value.split(self.separator) if part.strip()]
         if isinstance(value, list):
-            return [_name(part, rows, row) for part in value]
+            return [label_name(part, rows, row) for part in value]
         raise DataError(
             f"{rows.place(row)}: {self.label} is {str(value)[:40]!r}; needed: a list of labels."
         )
@@ -201,7 +201,7 @@ class RegressConfig:
     metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_texts(self.texts)
+        check_columns(self.texts, self.label)
 
     @property
     def outputs(self) -> int:
@@ -236,10 +236,16 @@ TASKS: dict[str, type[TaskConfig]] = {
 }
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """One text or two. Raises ConfigError."""
+def check_columns(texts: Sequence[str], label: str) -> None:
+    """One text or two, each of a column of its own. Raises ConfigError."""
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"texts has {len(texts)} columns; needed: one, or two of a pair.")
+    columns = [*texts, label]
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"texts and label name the column {twice!r} twice; needed: columns that differ."
+        )
 
 
 def check_labels(labels: Sequence[str] | None, *, least: int) -> None:
@@ -253,20 +259,26 @@ def check_labels(labels: Sequence[str] | None, *, least: int) -> None:
         raise ConfigError(f"labels has {twice!r} twice; each may stand once.")
 
 
-def _name(value: Any, rows: Rows, row: int) -> str:
+def label_name(value: Any, rows: Rows, row: int) -> str:
     """A label as its name: a number of a table is the text of it."""
     if isinstance(value, bool):
         return str(value).lower()
+    # a column of whole numbers with a gap is one of floats
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     if isinstance(value, (str, int)) and str(value).strip():
-        return str(value).strip()
-    raise DataError(f"{rows.place(row)}: the label is {value!r}; needed: a name or a number.")
+        name = str(value).strip()
+        check_unicode(name, rows, row)
+        return name
+    raise DataError(f"{rows.place(row)}: the label is {value!r}; needed: a name or a whole number.")
 
 
 def _number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: str) -> int:
     if name in numbers:
         return numbers[name]
-    # the number of a class, as GLUE's tables have it
-    if name.isdecimal() and int(name) < len(numbers):
+    # the number of a class, as GLUE's tables have it; where names are numbers themselves, a number is a name
+    named_by_numbers = any(other.isdecimal() for other in numbers)
+    if name.isdecimal() and not named_by_numbers and int(name) < len(numbers):
         return int(name)
     raise DataError(
         f"{rows.place(row)}: {column} is {name[:40]!r}, which is none of task.labels."

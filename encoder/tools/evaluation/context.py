@@ -22,7 +22,7 @@ from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
 from encoder.tools.evaluation.masked import Asked, MaskedLoss, loss_of, nats_of
-from encoder.tools.evaluation.pieces import cut_texts, plain_tokenizer
+from encoder.tools.evaluation.pieces import check_length, cut_texts, plain_tokenizer
 from encoder.tools.notebook import LoadedModel
 
 MOST_WINDOWS = 32
@@ -91,6 +91,7 @@ def context_windows(
     Raises ConfigError where no text is long enough.
     """
     length = context_lengths(longest or bert.max_tokens)[-1]
+    check_length(bert, length)
     windows: list[Tensor] = []
     for text in texts:
         if len(windows) == MOST_WINDOWS:
@@ -98,7 +99,11 @@ def context_windows(
         # hardly a token is longer than its text
         if len(text) < length // 2:
             continue
-        piece = cut_texts(bert, [text], longest=length, most_tokens=length)
+        try:
+            piece = cut_texts(bert, [text], longest=length, most_tokens=length)
+        except ConfigError:
+            # white space alone has no token
+            continue
         if len(piece.documents[0]) == length:
             windows.append(piece.documents[0])
     if not windows:

@@ -42,6 +42,11 @@ def test_a_rate_alone_is_the_peak_of_the_linear_schedule(tmp_path):
     assert read_task(tmp_path / "short.yaml") == whole
     assert read_task(tmp_path / "short.yaml", ["lr.peak=1e-5"]).lr.peak == 1e-5
     assert read_task(tmp_path / "short.yaml", ["lr=1e-5"]).lr.peak == 1e-5
+    # over a schedule of the file's, too: the rest of it stays
+    cosine = ["lr={schedule: cosine, peak: 3e-5, warmup_share: 0.06}", "lr=1e-5"]
+    (tmp_path / "long.yaml").write_text(text.partition("lr: ")[0] + f"lr: {cosine[0][3:]}")
+    swept = read_task(tmp_path / "long.yaml", cosine[1:]).lr
+    assert (type(swept).__name__, swept.peak, swept.warmup_share) == ("CosineShares", 1e-5, 0.06)
 
 
 def test_what_decides_the_curve_may_not_change_and_places_may():

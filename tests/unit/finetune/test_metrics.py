@@ -67,6 +67,15 @@ def test_correlations_are_those_of_numpy_and_zero_without_variance():
     assert same.constant and same.metrics["pearson"] == same.metrics["spearman"] == 0.0
 
 
+@pytest.mark.parametrize("kind", ["classify", "regress"])
+def test_logits_that_are_no_numbers_have_no_score_and_null_in_a_file(kind):
+    logits = np.array([[math.nan, 1.0], [0.0, 1.0]])[:, : 2 if kind == "classify" else 1]
+    true = np.array([0, 1]) if kind == "classify" else np.array([[0.5], [1.0]], dtype=np.float32)
+    found = scores(logits, true, kind=kind, metrics=metrics_of(kind, None))
+    assert math.isnan(found.loss) and all(math.isnan(x) for x in found.metrics.values())
+    assert {*found.plain().values()} == {None}
+
+
 def test_an_unknown_metric_names_the_nearest():
     with pytest.raises(
         ConfigError, match="task.metrics: acuracy is unknown. Did you mean accuracy"

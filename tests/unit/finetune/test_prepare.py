@@ -62,6 +62,19 @@ def test_labels_left_out_are_those_of_the_training_rows(tmp_path):
     assert found.task.task.labels == ("9", "10") and found.train.value_N.tolist() == [1, 0, 1]
 
 
+def test_where_classes_are_called_by_numbers_a_number_is_a_name(tmp_path):
+    write_task(tmp_path)
+    rows = [{"text": "x", "label": label} for label in (1, 2.0, "3")]
+    for name in ("train", "dev", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    found = prepared(tmp_path, ["task.labels=null"])
+    assert found.task.task.labels == ("1", "2", "3") and found.train.value_N.tolist() == [0, 1, 2]
+    # stars counted from 0 are no stars counted from 1
+    write_rows(tmp_path / "dev.jsonl", [{"text": "x", "label": 0}])
+    with pytest.raises(UserError, match="dev.jsonl line 1: label is '0', which is none"):
+        prepared(tmp_path, ["task.labels=null"])
+
+
 def test_several_labels_and_numbers_become_targets(tmp_path):
     write_task(tmp_path)
     rows = [
@@ -91,6 +104,16 @@ def test_several_labels_and_numbers_become_targets(tmp_path):
         ),
         ("train", {"text": "x", "label": None}, [], r"train.jsonl line 43: the label is None"),
         ("train", {"text": " ", "label": "a"}, [], r"train.jsonl line 43: text is empty"),
+        ("train", {"text": "x \ud83d", "label": "a"}, [], r"line 43 holds half a surrogate pair"),
+        ("train", {"text": "x", "label": "\ud83d"}, [], r"line 43 holds half a surrogate pair"),
+        ("train", {"text": "x", "label": 0.5}, [], r"line 43: the label is 0.5; needed: a name or"),
+        (
+            "train",
+            {"text": "x", "label": "a"},
+            ["task.texts=[text, text]"],
+            r"the column 'text' twice",
+        ),
+        ("train", {"text": "x", "label": "a"}, ["task.texts=[label]"], r"column 'label' twice"),
         ("train", {"label": "a"}, [], r"train.jsonl line 43 has no text. Known: label"),
         (
             "train",
