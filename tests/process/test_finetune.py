@@ -14,6 +14,7 @@ from encoder.base.dist import World
 from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
+from encoder.finetune.stored import read_trained
 from encoder.models.stored import read_safetensors
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.report.report import verify_ledger
@@ -168,6 +169,13 @@ def test_another_data_set_cannot_go_on_in_the_folder_of_a_run(root):
 
 def test_a_finished_run_becomes_a_folder_whose_pipeline_says_the_labels(root, tmp_path):
     import transformers
+
+    # a card has the run's results where the weights are those of its end
+    assert {*read_trained(root / "one").results} == {"dev", "more"}
+    assert json.loads((root / "one" / "done.json").read_text())["results"].keys() == {"dev", "more"}
+    shutil.copytree(root / "one", tmp_path / "earlier")
+    (tmp_path / "earlier" / "done.json").unlink()
+    assert read_trained(tmp_path / "earlier").results == {}
 
     proofs = export_run(root / "one", tmp_path / "hf")
     assert proofs["transformers"].max_abs_difference < 1e-4
