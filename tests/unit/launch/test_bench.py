@@ -78,11 +78,10 @@ def test_the_step_stands_beside_three_kinds_of_transformers_batches_without_padd
     assert len(figures["sides"]) == 4 and len({s["tokens"] for s in figures["sides"].values()}) == 1
     ours, *others = figures["sides"].values()
     for ratio, other in zip(figures["ratios"].values(), others, strict=True):
-        assert ratio[0] <= ratio[1] <= ratio[2]
-        assert (
-            ratio[1] == pytest.approx(other["seconds"][0] / ours["seconds"][0], rel=1)
-            and len(other["seconds"]) == 2
-        )
+        # round by round, whatever the machine did meanwhile
+        rounds = sorted(b / a for a, b in zip(ours["seconds"], other["seconds"], strict=True))
+        assert len(rounds) == 2
+        assert ratio == pytest.approx([rounds[0], sum(rounds) / 2, rounds[1]])
 
 
 @pytest.fixture
