@@ -12,7 +12,6 @@ a job names one; 3 it hung, RUN/hangs says where; 130 stopped by Ctrl-C before a
 
 from __future__ import annotations
 
-import argparse
 import os
 import traceback
 
@@ -30,15 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="TASK.yaml",
         help="the task file, for example configs/finetune/sentiment.yaml",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings put over the file's, for example seed=3 epochs=5 lr.peak=3e-5",
-    )
-    # the deepspeed launcher adds it
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.takes_overrides(example="seed=3 epochs=5 lr.peak=3e-5")
     args = parser.parse_args(argv)
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -12,7 +12,6 @@ a job names one; 3 it hung, RUN/hangs says where; 130 stopped by Ctrl-C before a
 
 from __future__ import annotations
 
-import argparse
 import os
 import traceback
 
@@ -28,15 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "run", metavar="RUN.yaml", help="the run file, for example configs/pretrain/tiny_cpu.yaml"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings put over the file's, for example engine.zero_stage=2 phases.0.tokens=1M",
-    )
-    # the deepspeed launcher adds it
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.takes_overrides(example="engine.zero_stage=2 phases.0.tokens=1M")
     args = parser.parse_args(argv)
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

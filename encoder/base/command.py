@@ -64,6 +64,18 @@ class CommandLine(argparse.ArgumentParser):
             help="the weights folder to write; replaced only if it is an earlier weights folder",
         )
 
+    def takes_overrides(self, *, example: str) -> None:
+        """key=value words over a file's settings, for a command that launchers start."""
+        self.add_argument(
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key=value",
+            help=f"settings put over the file's, for example {example}",
+        )
+        # the deepspeed launcher adds it
+        self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
     def error(self, message: str) -> NoReturn:
         """Found, needed, where to read on."""
         if message.startswith(_UNKNOWN):

@@ -109,10 +109,18 @@ def probe_layers(
 
     dev_N, fit_N = held_back(train_y, seed=seed)
     linear, neighbours = [], []
-    for layer, (train_NC, test_NC) in enumerate(zip(train, test, strict=True)):
-        x, x_test = _unit(train_NC), _unit(test_NC)
-        linear.append(_linear(layer, x, train_y, fit_N, dev_N, x_test, test_y))
-        neighbours.append(_neighbours(layer, x, train_y, fit_N, dev_N, x_test, test_y))
+    for number, (train_NC, test_NC) in enumerate(zip(train, test, strict=True)):
+        layer = _Embedded(
+            layer=number,
+            x=_unit(train_NC),
+            y=train_y,
+            fit_N=fit_N,
+            dev_N=dev_N,
+            x_test=_unit(test_NC),
+            y_test=test_y,
+        )
+        linear.append(_linear(layer))
+        neighbours.append(_neighbours(layer))
     majority = float((test_y == np.bincount(train_y).argmax()).mean())
     return ProbeScores(linear=linear, neighbours=neighbours, majority=majority)
 
@@ -135,22 +143,22 @@ def held_back(y: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[back[order]], order[~back[order]]
 
 
-def _linear(
-    layer: int,
-    x: np.ndarray,
-    y: np.ndarray,
-    fit_N: np.ndarray,
-    dev_N: np.ndarray,
-    x_test: np.ndarray,
-    y_test: np.ndarray,
-) -> LayerScore:
-    """Regression with the strength that is best on the held-back texts, fitted again on all texts.
+@dataclass(frozen=True, kw_only=True)
+class _Embedded:
+    """The texts of both sides as one layer embeds them, of length 1, with their class numbers."""
 
-    layer: its number
-    x, y: embeddings and class numbers of the training texts
-    fit_N, dev_N: which of them are fitted, and which are held back
-    x_test, y_test: those of the test
-    """
+    layer: int
+    x: np.ndarray  # [N, C] of the training texts
+    y: np.ndarray  # [N]
+    fit_N: np.ndarray  # which of them are learned from,
+    dev_N: np.ndarray  # and which are held back to choose by
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+def _linear(layer: _Embedded) -> LayerScore:
+    """Regression with the strength that is best on the held-back texts, fitted again on all texts."""
+    x, y, fit_N, dev_N = layer.x, layer.y, layer.fit_N, layer.dev_N
     model = _regression()
     scores = {}
     for strength in STRENGTHS:
@@ -159,10 +167,10 @@ def _linear(
     strength = max(scores, key=lambda s: (scores[s], -s))
     whole = model(C=strength, max_iter=MOST_ITERATIONS).fit(x, y)
     return LayerScore(
-        layer=layer,
+        layer=layer.layer,
         setting=strength,
         held_back=scores[strength],
-        test=float(whole.score(x_test, y_test)),
+        test=float(whole.score(layer.x_test, layer.y_test)),
     )
 
 
@@ -177,32 +185,19 @@ def _regression() -> type:
     return LogisticRegression
 
 
-def _neighbours(
-    layer: int,
-    x: np.ndarray,
-    y: np.ndarray,
-    fit_N: np.ndarray,
-    dev_N: np.ndarray,
-    x_test: np.ndarray,
-    y_test: np.ndarray,
-) -> LayerScore:
-    """Majority of the nearest texts by cosine, their number the best one on the held-back texts.
-
-    layer: its number
-    x, y: embeddings and class numbers of the training texts
-    fit_N, dev_N: which of them are asked, and which are held back
-    x_test, y_test: those of the test
-    """
+def _neighbours(layer: _Embedded) -> LayerScore:
+    """Majority of the nearest texts by cosine, their number the best one on the held-back texts."""
+    x, y, fit_N, dev_N = layer.x, layer.y, layer.fit_N, layer.dev_N
     sizes = [k for k in NEIGHBOURS if k <= len(fit_N)] or [len(fit_N)]
     near_dev = vote(x[fit_N], y[fit_N], x[dev_N], sizes)
     scores = {k: float((near_dev[k] == y[dev_N]).mean()) for k in sizes}
     size = max(scores, key=lambda k: (scores[k], -k))
-    answers = vote(x, y, x_test, [size])[size]
+    answers = vote(x, y, layer.x_test, [size])[size]
     return LayerScore(
-        layer=layer,
+        layer=layer.layer,
         setting=size,
         held_back=scores[size],
-        test=float((answers == y_test).mean()),
+        test=float((answers == layer.y_test).mean()),
     )
 
 
