@@ -21,9 +21,8 @@ from encoder.base.agreement import all_ranks_agree
 from encoder.base.batch import TokenBatch
 from encoder.base.command import as_typed
 from encoder.base.dist import World, watched
-from encoder.base.done import is_done
 from encoder.base.errors import CheckpointError, ConfigError
-from encoder.base.log import outlive_readers, say, warn_once
+from encoder.base.log import outlive_readers, say
 from encoder.base.model import TrainedModel
 from encoder.base.schema import read_mapping
 from encoder.base.stopping import StopFlag
@@ -48,13 +47,13 @@ from encoder.models.hf.catalog import export_blocker
 from encoder.models.with_task import TaskModel, first_weights
 from encoder.objectives.text_tasks import TERM, TextTask
 from encoder.runs.about import machine_facts
-from encoder.runs.folder import DONE, RUN_FILE
+from encoder.runs.folder import RUN_FILE
 from encoder.runs.foreign_files import check_folder
 from encoder.runs.initial import weights_sha256
 from encoder.runs.same import has_begun, refuse_changes
 from encoder.train import build
 from encoder.train.course import Evaluation, UpdateSettings, crossed
-from encoder.train.loop import Outcome, train_course
+from encoder.train.loop import Outcome, done_already, train_course
 from encoder.train.meters import Clock, document_lengths
 from encoder.train.recorder import Recorder
 from encoder.train.session import Session
@@ -81,15 +80,8 @@ def _finetune(task: FineTuneConfig, world: World, stop: StopFlag) -> Outcome:
     check_packages()
     metrics_of(task.task.KIND, task.task.metrics)
     check_folder(folder)
-    done, problem = is_done(folder)
-    if problem and world.first:
-        warn_once(problem)
-    if done:
-        say(
-            f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
-            " new run use name=ANOTHER."
-        )
-        return Outcome(done=True, progress=None)
+    if done := done_already(folder, world):
+        return done
 
     start = read_start(task)
     prepared = prepare(task, start)

@@ -22,12 +22,15 @@ from pathlib import Path
 import torch
 
 from encoder.base.agreement import DeferredErrors
+from encoder.base.command import as_typed
 from encoder.base.dist import World, join, leave, sum_over_ranks
-from encoder.base.log import say
+from encoder.base.done import is_done
+from encoder.base.log import say, warn_once
 from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress
 from encoder.data.loader import StepData
 from encoder.engine.engine import StepResult
+from encoder.runs.folder import DONE
 from encoder.runs.ledger import chain
 from encoder.runs.phases import enter_next_phase
 from encoder.train import build
@@ -59,6 +62,21 @@ class StepOutcome(enum.Enum):
     CONTINUE = "continue"
     ROLLED_BACK = "rolled back"  # the data go on elsewhere
     STOP = "stop"  # saved, as it was asked to
+
+
+def done_already(folder: Path, world: World) -> Outcome | None:
+    """Says so where a run folder's run is at its end; None: it is to be trained."""
+    done, problem = is_done(folder)
+    if problem and world.first:
+        # this command is that start already
+        warn_once(problem.replace("start the run again, and what", "what"))
+    if not done:
+        return None
+    say(
+        f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
+        " new run use name=ANOTHER."
+    )
+    return Outcome(done=True, progress=None)
 
 
 def train_course(

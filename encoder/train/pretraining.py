@@ -11,9 +11,7 @@ import torch
 
 from encoder.base.agreement import all_ranks_agree
 from encoder.base.batch import TokenBatch
-from encoder.base.command import as_typed
 from encoder.base.dist import World, watched
-from encoder.base.done import is_done
 from encoder.base.log import outlive_readers, say, warn_once
 from encoder.base.model import TrainedModel
 from encoder.base.objective import Objective, TrainedObjective
@@ -33,7 +31,7 @@ from encoder.runs.config import PhaseConfig, RunConfig, describe_phase, with_eng
 from encoder.runs.defaults import settled, slow_precision_text, warnings_of
 from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
 from encoder.runs.facts import DataFacts, check_data, fetch_cards, named_sources, source_name
-from encoder.runs.folder import CHECKPOINTS, DONE, RUN_FILE
+from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 from encoder.runs.initial import InitialWeights, read_initial
 from encoder.runs.objective_models import AskedModel, read_objective_models
 from encoder.runs.phases import current_phase, lr_at, phase_is_done, phase_of_weights
@@ -42,7 +40,7 @@ from encoder.train import build
 from encoder.train.course import Evaluation, UpdateSettings, crossed
 from encoder.train.evaluate import HeldOut, held_out_numbers, held_out_text, silent_sources
 from encoder.train.hints import what_comes_next
-from encoder.train.loop import Outcome, train_course
+from encoder.train.loop import Outcome, done_already, train_course
 from encoder.train.meters import Clock, document_lengths
 from encoder.train.quarantine import LostShard, Quarantine, QuarantiningLoader
 from encoder.train.recorder import Recorder
@@ -69,15 +67,8 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     # what needs no data and no other rank comes first: a mistake is told in seconds
     run.tracking.check_packages()
     check_same_run(run, folder)
-    done, problem = is_done(folder)
-    if problem and world.first:
-        warn_once(problem.replace("start the run again, and what", "what"))
-    if done:
-        say(
-            f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
-            " new run use name=ANOTHER."
-        )
-        return Outcome(done=True, progress=None)
+    if done := done_already(folder, world):
+        return done
 
     # all of the run file and of the shards' cards, before any rank waits for another
     fetch_cards(run, world)
