@@ -29,7 +29,7 @@ from encoder.base.paths import expand_path
 
 if TYPE_CHECKING:
     from encoder.tools.evaluation.evaluate import Answers, Questions
-    from encoder.tools.evaluation.probe import LabelledTexts
+    from encoder.train.probe_scores import LabelledTexts
 
 RESULT, TABLE, PICTURE = "evaluation.json", "table.md", "context.png"
 
@@ -176,14 +176,9 @@ def _labelled(path: Path | None, text: str, label: str) -> LabelledTexts | None:
     """The rows of a file; a label is its word. Raises UserError."""
     if path is None:
         return None
-    from encoder.data.labelled import read_rows, texts_of
-    from encoder.finetune.tasks import label_name
-    from encoder.tools.evaluation.probe import LabelledTexts
+    from encoder.train.probe_scores import read_labelled
 
-    rows = read_rows(path, [text, label])
-    texts = list(texts_of(rows, text))
-    labels = [label_name(value, rows, row) for row, value in enumerate(rows.columns[label])]
-    return LabelledTexts(texts=texts, labels=labels)
+    return read_labelled(path, text=text, label=label)
 
 
 @contextlib.contextmanager

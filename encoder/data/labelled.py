@@ -182,6 +182,20 @@ def texts_of(rows: Rows, column: str) -> Iterator[str]:
         yield value
 
 
+def label_name(value: Any, rows: Rows, row: int) -> str:
+    """A label as its name: a number of a table is the text of it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    # a column of whole numbers with a gap is one of floats
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (str, int)) and str(value).strip():
+        name = str(value).strip()
+        check_unicode(name, rows, row)
+        return name
+    raise DataError(f"{rows.place(row)}: the label is {value!r}; needed: a name or a whole number.")
+
+
 def check_unicode(text: str, rows: Rows, row: int) -> None:
     """No half of a surrogate pair, as a cut emoji leaves it. Raises DataError."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):

@@ -11,7 +11,7 @@ import numpy as np
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.schema import Settings
-from encoder.data.labelled import DataError, Rows, check_unicode
+from encoder.data.labelled import DataError, Rows, label_name
 from encoder.nn.task_heads import Pooling
 from encoder.objectives.text_tasks import TaskKind
 
@@ -257,20 +257,6 @@ def check_labels(labels: Sequence[str] | None, *, least: int) -> None:
     twice = next((name for name in labels if list(labels).count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"labels has {twice!r} twice; each may stand once.")
-
-
-def label_name(value: Any, rows: Rows, row: int) -> str:
-    """A label as its name: a number of a table is the text of it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    # a column of whole numbers with a gap is one of floats
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (str, int)) and str(value).strip():
-        name = str(value).strip()
-        check_unicode(name, rows, row)
-        return name
-    raise DataError(f"{rows.place(row)}: the label is {value!r}; needed: a name or a whole number.")
 
 
 def _number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: str) -> int:

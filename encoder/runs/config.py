@@ -209,6 +209,27 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A linear probe at every evaluation: what frozen embeddings tell about the labels of texts."""
+
+    name: str  # in metrics: probe_NAME
+    train: LocalText  # labelled texts to learn from: .jsonl, .csv, .tsv, .parquet, .arrow
+    test: LocalText  # to be asked
+    text: str = "text"  # the column of the text
+    label: str = "label"  # of the label
+    most_rows: int = 2000  # of each file, the first
+    max_tokens: int = 128  # of a text, [CLS] and [SEP] included; the rest is cut off
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ConfigError(
+                f"name {self.name!r}: metrics have it as probe_NAME. Use letters, digits and _."
+            )
+        if self.most_rows < 1 or self.max_tokens < 3:
+            raise ConfigError("most_rows must be at least 1, max_tokens at least 3.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """The held-out loss: fixed documents, fixed masks."""
 
@@ -218,8 +239,12 @@ class EvaluationConfig:
     every_tokens: Tokens  # how often it is measured; default: a twentieth of the run, at most 5B
     rows: int = 8  # of data.row_tokens, per source
     mask_share: float = 0.15  # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)
+    probes: tuple[ProbeConfig, ...] = ()  # of frozen embeddings, with every evaluation
 
     def __post_init__(self) -> None:
+        names = [probe.name for probe in self.probes]
+        if len({*names}) < len(names):
+            raise ConfigError(f"probes have the names {', '.join(names)}; each may stand once.")
         if self.every_tokens < 1 or self.rows < 1 or not 0 < self.mask_share < 1:
             raise ConfigError(
                 "every_tokens and rows must be at least 1, mask_share between 0 and 1."

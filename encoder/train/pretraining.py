@@ -42,6 +42,7 @@ from encoder.train.evaluate import HeldOut, held_out_numbers, held_out_text, sil
 from encoder.train.hints import what_comes_next
 from encoder.train.loop import Outcome, done_already, train_course
 from encoder.train.meters import Clock, document_lengths
+from encoder.train.probes import ProbeTexts, probe_numbers, probes_text, read_probes
 from encoder.train.quarantine import LostShard, Quarantine, QuarantiningLoader
 from encoder.train.recorder import Recorder
 from encoder.train.session import Session
@@ -76,6 +77,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     facts = check_data(run)
     known = check_settings(run)
     run = named_sources(run)
+    probes = read_probes(run, facts)
 
     # a run that has a checkpoint goes on from that, and init_from may be gone
     fresh = not committed_folders(folder / CHECKPOINTS)
@@ -90,7 +92,14 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     device = build.choose_device(run, world)
     run = with_engine(run, precision=precision_on(run.engine.precision, device))
     course = Pretraining(
-        run, facts, world=world, device=device, initial=initial, asked=asked, mistakes=known
+        run,
+        facts,
+        world=world,
+        device=device,
+        initial=initial,
+        asked=asked,
+        probes=probes,
+        mistakes=known,
     )
     return train_course(course, world, device, clock=clock, stop=stop)
 
@@ -126,18 +135,21 @@ class Pretraining(SavedPhases):
         device: torch.device,
         initial: InitialWeights | None = None,
         asked: Mapping[str, AskedModel] | None = None,
+        probes: Sequence[ProbeTexts] = (),
         mistakes: Sequence[str] = (),
     ) -> None:
         """run, facts: settled, and what the cards of its sources say
         world, device: of this rank
         initial: what init_from names; its weights are taken into the engine unless a checkpoint is there, and let go
         asked: the models that the objective asks; their weights go to the device, and are let go
+        probes: of its embeddings, with every evaluation
         mistakes: of the settings of a run that has begun, to be said
         """
         super().__init__(run)
         self.facts = facts
         self._world, self._device = world, device
         self._initial, self._asked, self._mistakes = initial, asked or {}, mistakes
+        self._probes = probes
         # the shapes of the models that the objective asks
         self._asked_configs: dict[str, ModelConfig] = {
             name: model.config for name, model in self._asked.items()
@@ -385,15 +397,17 @@ class Pretraining(SavedPhases):
             f"the held-out rows of {', '.join(silent)} have no masked token, and so no loss."
             " Raise evaluation.rows or evaluation.mask_share"
         )
+        text = held_out_text(
+            numbers,
+            sources,
+            terms=engine.objective.terms,
+            entropy=self._entropy,
+            phase=self.last_phase(progress).name if begins else None,
+        )
+        probed = probe_numbers(self._probes, engine, world=self._world, run=self.run)
         return Evaluation(
-            numbers=numbers,
-            text=held_out_text(
-                numbers,
-                sources,
-                terms=engine.objective.terms,
-                entropy=self._entropy,
-                phase=self.last_phase(progress).name if begins else None,
-            ),
+            numbers=numbers | probed,
+            text=text + probes_text(self._probes, probed),
             warnings=(warning,) if silent else (),
         )
 

@@ -4,9 +4,9 @@
     masked.py     masked-token loss, perplexity, bits a byte, pseudo-perplexity
     features.py   mean-pooled states of every layer
     health.py     how the embeddings fill their space
-    probe.py      logistic regression and nearest neighbours on frozen embeddings
     context.py    loss against context length and position; a needle in other text
     table.py      several models side by side
 
-Everything here takes what encoder.load gives, so that a model made elsewhere stands beside ours.
+Probes are scored by encoder/train/probe_scores.py, as they are during a run. Everything here takes what encoder.load gives,
+so that a model made elsewhere stands beside ours.
 """

@@ -17,8 +17,8 @@ from encoder.tools.evaluation.features import layer_features, text_documents
 from encoder.tools.evaluation.health import embedding_health
 from encoder.tools.evaluation.masked import masked_loss, pseudo_perplexity
 from encoder.tools.evaluation.pieces import Pieces, cut_texts
-from encoder.tools.evaluation.probe import LabelledTexts, ProbeScores, check_labels, probe_layers
 from encoder.tools.notebook import LoadedModel
+from encoder.train.probe_scores import LabelledTexts, ProbeScores, check_labels, probe_layers
 
 # what a measure asks for, and what it tells
 MEASURES = {

@@ -12,6 +12,7 @@ from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError
 from encoder.tools.evaluation.pieces import check_length, plain_tokenizer
 from encoder.tools.notebook import LoadedModel, in_forwards
+from encoder.train.probes import framed_ids
 
 
 def text_documents(bert: LoadedModel, texts: Sequence[str], *, longest: int) -> list[Tensor]:
@@ -24,15 +25,13 @@ def text_documents(bert: LoadedModel, texts: Sequence[str], *, longest: int) -> 
     Raises ConfigError for a text without a token.
     """
     check_length(bert, longest)
-    tokenizer = plain_tokenizer(bert)
-    before, behind = bert.specials.before, bert.specials.behind
-    room = longest - len(before) - len(behind)
-    found = [e.ids[:room] for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-    if empty := [number for number, ids in enumerate(found) if not ids]:
+    found = framed_ids(plain_tokenizer(bert), bert.specials, texts, longest=longest)
+    if not all(found):
         raise ConfigError(
-            f"text {empty[0] + 1} has no token; needed: texts that say something. Leave it out."
+            f"text {found.index([]) + 1} has no token; needed: texts that say something. Leave it"
+            " out."
         )
-    return [torch.tensor([*before, *ids, *behind]) for ids in found]
+    return [torch.tensor(ids) for ids in found]
 
 
 def layer_features(bert: LoadedModel, documents: Sequence[Tensor]) -> list[Tensor]:

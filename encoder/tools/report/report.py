@@ -197,7 +197,7 @@ def _facts(run: _Run) -> dict[str, str]:
 def _held_out_text(name: str, value: float | None) -> str:
     if value is None:
         return "not finite"
-    if "accuracy" in name:
+    if "accuracy" in name or name.startswith("probe_"):
         return f"{value:.2%}"
     return f"{value:.3f} nats"
 
@@ -292,7 +292,7 @@ def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
     """What the last evaluation found: losses and accuracies by name."""
     nothing: dict[str, Any] = {}
     found = next((m for m in reversed(metrics) if "held_out_loss" in m), nothing)
-    return {k: v for k, v in found.items() if k.startswith(("held_out_loss", "held_out_accuracy"))}
+    return {k: v for k, v in found.items() if k.startswith(("held_out_", "probe_"))}
 
 
 def verify_ledger(folder: Path) -> int:

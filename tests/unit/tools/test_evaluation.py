@@ -17,7 +17,7 @@ from encoder.tools.evaluation import context, masked
 from encoder.tools.evaluation.features import layer_features, text_documents
 from encoder.tools.evaluation.health import embedding_health
 from encoder.tools.evaluation.pieces import cut_texts
-from encoder.tools.evaluation.probe import check_labels, held_back, probe_layers, vote
+from encoder.train.probe_scores import check_labels, held_back, probe_layers, vote
 from launch import evaluate as command
 from tests.helpers.hf import exported, stored, write_tokenizer_json
 

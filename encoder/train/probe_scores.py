@@ -2,12 +2,15 @@
 
 The strength of the regression, the number of neighbours and the layer are chosen on texts held back from training, a tenth of
 it; test texts are asked once, with what was chosen. Embeddings are brought to length 1 first.
+
+Of a whole model by `tessera evaluate` (encoder/tools/evaluation), of its last layer during a run (probes.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
+from encoder.data.labelled import label_name, read_rows, texts_of
 
 STRENGTHS = (0.1, 1.0, 10.0)  # C of the logistic regression: larger is weaker regularization
 NEIGHBOURS = (5, 20, 50)
@@ -30,6 +34,19 @@ class LabelledTexts:
 
     texts: list[str]
     labels: list[str]
+
+
+def read_labelled(path: Path, *, text: str, label: str, most: int | None = None) -> LabelledTexts:
+    """The first rows of a file; a label is its word. Raises DataError.
+
+    path: .jsonl, .csv, .tsv, .parquet or .arrow
+    text, label: the columns
+    most: rows that are kept; None: all
+    """
+    rows = read_rows(path, [text, label])
+    texts = list(texts_of(rows, text))
+    labels = [label_name(value, rows, row) for row, value in enumerate(rows.columns[label])]
+    return LabelledTexts(texts=texts[:most], labels=labels[:most])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,25 +121,37 @@ def probe_layers(
     train_labels, test_labels: of the texts, which check_labels let pass
     seed: chooses the texts that are held back
     """
-    classes, train_y = np.unique(np.asarray(train_labels), return_inverse=True)
-    test_y = np.searchsorted(classes, np.asarray(test_labels))
-
-    dev_N, fit_N = held_back(train_y, seed=seed)
     linear, neighbours = [], []
     for number, (train_NC, test_NC) in enumerate(zip(train, test, strict=True)):
-        layer = _Embedded(
-            layer=number,
-            x=_unit(train_NC),
-            y=train_y,
-            fit_N=fit_N,
-            dev_N=dev_N,
-            x_test=_unit(test_NC),
-            y_test=test_y,
-        )
+        layer = _embedded(train_NC, train_labels, test_NC, test_labels, layer=number, seed=seed)
         linear.append(_linear(layer))
         neighbours.append(_neighbours(layer))
-    majority = float((test_y == np.bincount(train_y).argmax()).mean())
-    return ProbeScores(linear=linear, neighbours=neighbours, majority=majority)
+    return ProbeScores(
+        linear=linear, neighbours=neighbours, majority=majority(train_labels, test_labels)
+    )
+
+
+def linear_probe(
+    train_NC: Tensor,
+    train_labels: Sequence[str],
+    test_MC: Tensor,
+    test_labels: Sequence[str],
+    *,
+    seed: int,
+) -> float:
+    """Accuracy of logistic regression on one layer's embeddings: what probe_layers has of it.
+
+    train_NC, test_MC: embeddings
+    train_labels, test_labels: of the texts, which check_labels let pass
+    seed: chooses the texts that are held back
+    """
+    return _linear(_embedded(train_NC, train_labels, test_MC, test_labels, layer=0, seed=seed)).test
+
+
+def majority(train_labels: Sequence[str], test_labels: Sequence[str]) -> float:
+    """Accuracy of always saying the commonest class of the training texts; of equally common ones the first by name."""
+    classes, counts = np.unique(np.asarray(train_labels), return_counts=True)
+    return float((np.asarray(test_labels) == classes[counts.argmax()]).mean())
 
 
 def held_back(y: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,6 +183,28 @@ class _Embedded:
     dev_N: np.ndarray  # and which are held back to choose by
     x_test: np.ndarray
     y_test: np.ndarray
+
+
+def _embedded(
+    train_NC: Tensor,
+    train_labels: Sequence[str],
+    test_MC: Tensor,
+    test_labels: Sequence[str],
+    *,
+    layer: int,
+    seed: int,
+) -> _Embedded:
+    classes, train_y = np.unique(np.asarray(train_labels), return_inverse=True)
+    dev_N, fit_N = held_back(train_y, seed=seed)
+    return _Embedded(
+        layer=layer,
+        x=_unit(train_NC),
+        y=train_y,
+        fit_N=fit_N,
+        dev_N=dev_N,
+        x_test=_unit(test_MC),
+        y_test=np.searchsorted(classes, np.asarray(test_labels)),
+    )
 
 
 def _linear(layer: _Embedded) -> LayerScore:

@@ -1,0 +1,172 @@
+"""Linear probes during a run: what its frozen embeddings tell about labelled texts, at every evaluation.
+
+    evaluation:
+      probes:
+        - {name: sentiment, train: reviews/train.jsonl, test: reviews/test.jsonl}      metrics: probe_sentiment 0.71
+
+Each rank embeds its share of the texts, as the mean of their last states. Rank zero fits the regression (probe_scores.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from encoder.base.batch import TokenBatch
+from encoder.base.dist import World, sum_over_ranks
+from encoder.base.errors import ConfigError, UserError
+from encoder.base.tokenizer_json import SpecialIds
+from encoder.data.examples import ExampleDealing, Examples, NumberedBatch, in_order
+from encoder.engine.engine import Engine
+from encoder.nn.task_heads import pooled
+from encoder.runs.config import ProbeConfig, RunConfig
+from encoder.runs.facts import DataFacts
+from encoder.train.probe_scores import (
+    LabelledTexts,
+    check_labels,
+    linear_probe,
+    majority,
+    read_labelled,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTexts:
+    """The two sides of a probe, encoded; training texts come first. N of both."""
+
+    name: str
+    examples: Examples
+    train_labels: list[str]
+    test_labels: list[str]
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of always saying the commonest label."""
+        return majority(self.train_labels, self.test_labels)
+
+
+def read_probes(run: RunConfig, facts: DataFacts) -> list[ProbeTexts]:
+    """The probes of a run, read, checked and encoded. Raises UserError that names the setting, or file and row."""
+    if run.evaluation is None:
+        return []
+    return [_read(probe, number, run, facts) for number, probe in enumerate(run.evaluation.probes)]
+
+
+def probe_numbers(
+    probes: Sequence[ProbeTexts], engine: Engine, *, world: World, run: RunConfig
+) -> dict[str, float]:
+    """`probe_NAME`, the accuracy on the test texts of each probe; the same on every rank, all of which call this.
+
+    probes: of the run
+    engine: whose model embeds
+    world: of this rank
+    run: whose seed and micro-batches are used
+    """
+    numbers: dict[str, float] = {}
+    for probe in probes:
+        states_NC = _embedded(probe.examples, engine, world=world, run=run)
+        accuracy = torch.zeros((), dtype=torch.float64, device=engine.device)
+        if world.first:
+            cut = len(probe.train_labels)
+            accuracy += linear_probe(
+                states_NC[:cut],
+                probe.train_labels,
+                states_NC[cut:],
+                probe.test_labels,
+                seed=run.seed,
+            )
+        # zero on the other ranks
+        numbers[f"probe_{probe.name}"] = float(sum_over_ranks(accuracy))
+    return numbers
+
+
+def probes_text(probes: Sequence[ProbeTexts], numbers: dict[str, float]) -> str:
+    """`  probe sentiment 71.2% (commonest label 50.9%)` for each."""
+    parts = [
+        f"  probe {probe.name} {numbers[f'probe_{probe.name}']:.1%}"
+        f" (commonest label {probe.majority:.1%})"
+        for probe in probes
+    ]
+    return "".join(parts)
+
+
+def framed_ids(
+    tokenizer: Tokenizer, specials: SpecialIds, texts: Iterable[str], *, longest: int
+) -> list[list[int]]:
+    """The ids of each text in its frame, cut at its end; none of a text without a token.
+
+    tokenizer: to which "[MASK]" in a text is six letters, as in the preparation of shards
+    specials: the frame
+    texts: N of them
+    longest: tokens of a text, its frame included
+    """
+    before, behind = [*specials.before], [*specials.behind]
+    room = longest - len(before) - len(behind)
+    found = tokenizer.encode_batch([*texts], add_special_tokens=False)
+    return [[*before, *e.ids[:room], *behind] if e.ids else [] for e in found]
+
+
+def _read(probe: ProbeConfig, number: int, run: RunConfig, facts: DataFacts) -> ProbeTexts:
+    where = f"evaluation.probes.{number}"
+    longest = min(probe.max_tokens, run.model.max_position_embeddings)
+    sides: list[LabelledTexts] = []
+    try:
+        for file in (probe.train, probe.test):
+            side = read_labelled(
+                Path(file), text=probe.text, label=probe.label, most=probe.most_rows
+            )
+            sides.append(side)
+        train, test = sides
+        check_labels(train.labels, test.labels)
+    except UserError as error:
+        raise ConfigError(f"{where} ({probe.name}): {error}") from error
+
+    tokenizer = Tokenizer.from_file(str(facts.tokenizer_json))
+    tokenizer.encode_special_tokens = True
+    ids = framed_ids(tokenizer, facts.specials, [*train.texts, *test.texts], longest=longest)
+    if not all(ids):
+        raise ConfigError(
+            f"{where} ({probe.name}): text {ids.index([]) + 1:,} of its files has no token; needed:"
+            " texts that say something. Leave it out."
+        )
+    lengths = [len(one) for one in ids]
+    return ProbeTexts(
+        name=probe.name,
+        examples=Examples(
+            name=probe.name,
+            ids_A=np.concatenate([np.array(one, dtype=np.int32) for one in ids]),
+            starts_N1=np.concatenate([[0], np.cumsum(lengths)]),
+            # labels are words here: no loss is taken
+            value_N=np.zeros(len(ids), dtype=np.int64),
+        ),
+        train_labels=train.labels,
+        test_labels=test.labels,
+    )
+
+
+def _embedded(examples: Examples, engine: Engine, *, world: World, run: RunConfig) -> Tensor:
+    """States [N, C] in fp32 on the CPU: of each text the mean over its tokens, the frame's among them."""
+    # the term of a forward that only keeps other ranks company
+    term = engine.objective.terms[0]
+    micro_batch = run.loader.micro_batch_rows * run.data.row_tokens
+    dealing = ExampleDealing(world=world, micro_batch_tokens=micro_batch)
+    mine: list[NumberedBatch] = in_order(examples, term=term, dealing=dealing)
+
+    def means(model: Any, batch: TokenBatch) -> Tensor:
+        x_TC = model.hidden_states(batch)
+        return pooled(x_TC, batch, batch.targets[term].index_M, "mean").float()
+
+    answers = engine.predict([made.batch for made in mine], means)
+    width = run.model.hidden_size
+    states_NC = torch.zeros(len(examples), width, dtype=torch.float32)
+    for made, answer_MC in zip(mine, answers, strict=True):
+        states_NC[torch.from_numpy(made.numbers_M)] = answer_MC
+    # each text is on one rank, and zero on the others
+    return sum_over_ranks(states_NC.to(engine.device)).cpu()

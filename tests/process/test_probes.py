@@ -1,0 +1,141 @@
+"""Probes during a run: the same number on any ranks and stages, and the one that `tessera evaluate` has of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.base.dist import World
+from encoder.base.errors import UserError
+from encoder.base.rng import generator
+from encoder.runs.config import read_run
+from encoder.runs.folder import LEDGER, METRICS, read_jsonl
+from encoder.tools import notebook
+from encoder.tools.evaluation.features import layer_features, text_documents
+from encoder.tools.report.report import write_report
+from encoder.train.probe_scores import linear_probe, majority, probe_layers
+from encoder.train.pretraining import pretrain
+from tests.helpers.shards import random_documents, write_source
+from tests.process.ranks import run_ranks
+
+RUN = """
+name: probed
+out: none
+seed: 3
+model: {{system: modernbert, vocab_size: 64, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 2,
+        num_attention_heads: 1, max_position_embeddings: 32}}
+data: {{sources: [{{path: {root}/a, name: a}}], row_tokens: 32, window_documents: 30}}
+objective: {{name: mlm}}
+phases: [{{name: one, tokens: 600, max_tokens_per_document: 32, batch_tokens: 128, lr: {{schedule: constant, peak: 1e-3}}}}]
+checkpoints: {{every_tokens: 1K}}
+evaluation:
+  sources: [{{path: {root}/held, name: held}}]
+  every_tokens: 300
+  rows: 2
+  probes: [{{name: first, train: {root}/train.jsonl, test: {root}/test.jsonl, max_tokens: 12}}]
+engine: {{precision: fp32, zero_stage: {stage}}}
+loader: {{workers: 0}}
+"""
+
+
+def rows(count: int, *, seed: int) -> list[dict[str, str]]:
+    """Texts of words; half of them have the word t0 among them, and its label."""
+    draw = generator(seed, "probed rows")
+    found = []
+    for number in range(count):
+        words = [f"t{word}" for word in draw.integers(1, 50, int(draw.integers(3, 16)))]
+        if number % 2:
+            words[int(draw.integers(0, 3))] = "t0"
+        found.append({"text": " ".join(words), "label": "with" if number % 2 else "without"})
+    return found
+
+
+def train(world: World, *, folder: str, out: str, stage: int) -> bool:
+    settings = [f"out={folder}/{out}", f"engine.zero_stage={stage}"]
+    return pretrain(read_run(f"{folder}/run.yaml", settings), world).done
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("probed")
+    write_source(root / "a", random_documents(90, seed=1, longest=30), vocab_size=64)
+    write_source(
+        root / "held", random_documents(9, seed=2, longest=30), vocab_size=64, split="held_out"
+    )
+    for name, count, seed in (("train", 61, 4), ("test", 35, 5)):
+        lines = [json.dumps(row) for row in rows(count, seed=seed)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+    (root / "run.yaml").write_text(RUN.format(root=root, stage=1))
+    assert run_ranks(train, 1, folder=str(root), out="one", stage=1) == [True]
+    assert run_ranks(train, 2, folder=str(root), out="two", stage=3) == [True, True]
+    return root
+
+
+def test_a_probe_is_the_same_on_two_ranks_at_stage_3_and_leaves_the_run_as_it_was(root):
+    one, two = (
+        [m for m in read_jsonl(root / out / METRICS) if "held_out_loss" in m]
+        for out in ("one", "two")
+    )
+    assert [m["probe_first"] for m in one] == [m["probe_first"] for m in two]
+    assert [m["step"] for m in one if "probe_first" in m] == [m["step"] for m in one]
+    assert len(one) >= 3 and all(0 <= m["probe_first"] <= 1 for m in one)
+
+    text = (root / "run.yaml").read_text()
+    without = text.replace("probes:", "probes: []  #")
+    (root / "without.yaml").write_text(without)
+    pretrain(read_run(f"{root}/without.yaml", [f"out={root}/without"]), World())
+    assert read_jsonl(root / "without" / LEDGER) == read_jsonl(root / "one" / LEDGER)
+    losses = [
+        [m["loss"] for m in read_jsonl(root / out / METRICS) if "loss" in m]
+        for out in ("one", "without")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_last_number_is_that_of_an_evaluation_of_the_checkpoint(root):
+    bert = notebook.load(root / "one")
+    states, labels = [], []
+    for name in ("train", "test"):
+        read = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
+        documents = text_documents(bert, [row["text"] for row in read], longest=12)
+        states.append(layer_features(bert, documents))
+        labels.append([row["label"] for row in read])
+    scores = probe_layers(states[0], labels[0], states[1], labels[1], seed=3)
+    found = [m for m in read_jsonl(root / "one" / METRICS) if "probe_first" in m]
+    assert found[-1]["probe_first"] == scores.linear[-1].test
+    page = write_report([root / "one"], root / "report").read_text()
+    assert f"{scores.linear[-1].test:.2%}" in page
+
+
+def test_a_regression_finds_what_is_there_and_the_commonest_label_is_no_find():
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 8, generator=draw)
+    labels = ["b" if value > 0.3 else "a" for value in x[:, 2].tolist()]
+    assert linear_probe(x[:200], labels[:200], x[200:], labels[200:], seed=1) > 0.9
+    shuffled = [*labels[7:200], *labels[:7]]
+    assert linear_probe(x[:200], shuffled, x[200:], labels[200:], seed=1) < 0.75
+    share = labels[200:].count("a") / 100
+    assert majority(labels[:200], labels[200:]) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"probes.0.train": "nowhere.jsonl"}, ["evaluation.probes.0 (first)", "nowhere.jsonl"]),
+        ({"probes.0.label": "labels"}, ["train.jsonl line 1", "Did you mean label"]),
+        ({"probes.0.name": "a b"}, ["probe_NAME"]),
+        ({"probes.0.test": "one.jsonl"}, ["'other'", "none of the training texts'"]),
+        ({"probes.0.lable": "x"}, ["lable", "Did you mean label"]),
+    ],
+)
+def test_a_probe_that_cannot_be_asked_is_told_before_the_run(root, changes, words):
+    (root / "one.jsonl").write_text('{"text": "t1", "label": "other"}\n')
+    settings = [f"evaluation.{key}={value}" for key, value in changes.items()]
+    settings = [word.replace("=one.jsonl", f"={root}/one.jsonl") for word in settings]
+    with pytest.raises(UserError) as refused:
+        pretrain(read_run(f"{root}/run.yaml", [f"out={root}/bad", *settings]), World())
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert not (root / "bad").exists()
