@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole job on one machine: text -> tokenizer -> shards -> training, killed and resumed -> export -> answers.
+"""The whole job on one machine: text -> tokenizer -> shards -> training, killed and resumed -> export -> answers -> a probe.
 
     python launch/demo.py [--out demo] [--shrink 25]
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from encoder.base.command import CommandLine, run_command
 from encoder.base.done import is_done
 from encoder.base.units import short_seconds
+from launch.demo_probe import write_probe
 from launch.shown_commands import ShownCommands, done_already, say
 from launch.smaller_demo import ROOT, RUN_FILE, preparation_settings, run_settings, short
 
@@ -136,6 +137,20 @@ def tell(out: Path, *, shrink: float) -> None:
         "Plain transformers reads that folder: the five likeliest tokens for each [MASK].",
     )
     shell.run(f"tessera fill-mask {here}/hf {shlex.join(QUESTIONS)} --json {here}/answers.json")
+
+    shell.chapter(
+        "Probe",
+        "What the frozen model tells about text it was never asked of: from which package is a"
+        " passage of 24 words? A linear probe learns it from the mean of the states. Beside it"
+        " stands the same model with drawn weights.",
+    )
+    if not (out / "probe" / "train.jsonl").exists():
+        write_probe(out / "corpus" / "prose.jsonl", out / "probe")
+    shell.run(
+        f"tessera evaluate {here}/hf --untrained --train {here}/probe/train.jsonl --test"
+        f" {here}/probe/test.jsonl --out {here}/evaluation",
+        made=out / "evaluation" / "evaluation.json",
+    )
 
     shell.chapter(
         "Report",

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # a folder that cannot be written is told before the models are asked
         with _folder(args.out) as out:
-            answers = evaluate(models, questions)
+            answers = evaluate(models, questions, untrained=args.untrained)
             rows = table({answer.name: answer.numbers for answer in answers})
             if out is not None:
                 write_json(out / RESULT, as_json(answers, questions))
@@ -81,6 +81,11 @@ def _parser() -> CommandLine:
     parser.add_argument("--test", type=Path, metavar="FILE", help="labelled texts to be asked")
     parser.add_argument("--text", default="text", metavar="COLUMN", help="of the text (text)")
     parser.add_argument("--label", default="label", metavar="COLUMN", help="of the label (label)")
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="also ask each model's shape with drawn weights: what training has brought",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write everything there")
     for name, default, text in (
         ("--document-tokens", 128, "of a document, [CLS] and [SEP] included"),

@@ -8,6 +8,7 @@ Models run on the CPU, in fp32, without dropout and without gradients. Texts are
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -57,15 +58,25 @@ def preset(name: str, *, seed: int = 0, **settings: Any) -> Model:
     return build_model(config, seed=seed)
 
 
-def load(path: Path | str, *, tokenizer: Path | str | None = None) -> LoadedModel:
+def load(
+    path: Path | str, *, tokenizer: Path | str | None = None, untrained: int | None = None
+) -> LoadedModel:
     """Open a stored model.
 
     path: a run folder (its newest checkpoint), a checkpoint, a weights folder, a Hugging Face folder, or ORG/NAME on the hub
     tokenizer: a tokenizer.json, for a model that is stored without one
+    untrained: a seed; the same shape with weights drawn from it, to be compared with
 
     Raises UserError.
     """
     stored = read_model(Path(expand_path(path)))
+    if untrained is not None:
+        stored = dataclasses.replace(
+            stored,
+            weights=build_model(stored.config, seed=untrained).state_dict(),
+            origin=f"the shape of {path}, with weights drawn from seed {untrained}",
+            drawn=(),
+        )
     tokenizer_json = stored.tokenizer_json if tokenizer is None else Path(expand_path(tokenizer))
     if tokenizer_json is None:
         raise ModelError(

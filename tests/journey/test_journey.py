@@ -112,7 +112,7 @@ def test_a_second_run_redoes_nothing(demo, monkeypatch, capsys):
     monkeypatch.setattr(shown_commands, "subprocess", SimpleNamespace(run=noted))
     assert launch_demo.main(_words(out)) == 0
     said = capsys.readouterr().out
-    assert said.count("done already") == 5, said
+    assert said.count("done already") == 6, said
     assert ran == [["tessera", "fill-mask"]]
     assert {p: p.stat().st_mtime_ns for p in before} == before
 

@@ -16,8 +16,8 @@ from encoder.runs.folder import LEDGER, METRICS, read_jsonl
 from encoder.tools import notebook
 from encoder.tools.evaluation.features import layer_features, text_documents
 from encoder.tools.report.report import write_report
-from encoder.train.probe_scores import linear_probe, majority, probe_layers
 from encoder.train.pretraining import pretrain
+from encoder.train.probe_scores import linear_probe, majority, probe_layers
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 

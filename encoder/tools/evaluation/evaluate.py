@@ -72,20 +72,28 @@ def check_measures(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def evaluate(
-    models: Mapping[str, Path | str], questions: Questions, *, say: Callable[[str], None] = print
+    models: Mapping[str, Path | str],
+    questions: Questions,
+    *,
+    untrained: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[Answers]:
     """Ask every model everything. Raises UserError before anything is asked.
 
     models: by name, whatever encoder.load opens
     questions: the same for all
+    untrained: also ask the shape of each, with weights drawn from the seed of the questions
     say: told what is being done
     """
     # texts that do not serve a model are told before hours of another one
     documents = {name: _documents(notebook.load(path), questions) for name, path in models.items()}
-    return [
-        _answers(name, notebook.load(path), documents[name], questions, say)
-        for name, path in models.items()
-    ]
+    answers = []
+    for name, path in models.items():
+        answers.append(_answers(name, notebook.load(path), documents[name], questions, say))
+        if untrained:
+            drawn = notebook.load(path, untrained=questions.seed)
+            answers.append(_answers(f"{name} untrained", drawn, documents[name], questions, say))
+    return answers
 
 
 @dataclass(frozen=True, kw_only=True)

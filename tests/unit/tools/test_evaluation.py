@@ -301,6 +301,27 @@ def test_the_command_sets_two_models_side_by_side(place, tmp_path, capsys):
     assert (tmp_path / "out" / "table.md").read_text().startswith("|  | one | weights |")
 
 
+def test_an_untrained_twin_has_the_weights_that_its_seed_draws(place, tmp_path):
+    twin = notebook.load(place / "hf", untrained=5)
+    again = notebook.preset("modernbert_17m", seed=5, **dataclasses.asdict(twin.model.config))
+    for (name, ours), (other, theirs) in zip(
+        twin.model.named_parameters(), again.named_parameters(), strict=True
+    ):
+        assert name == other and torch.equal(ours, theirs)
+    assert not torch.equal(
+        next(twin.model.parameters()), next(notebook.load(place / "hf").model.parameters())
+    )
+
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    words = [str(place / "hf"), "--untrained", "--seed", "5", "--texts", str(tmp_path / "t.jsonl")]
+    assert command.main([*words, "--measures", "loss", "--out", str(tmp_path / "out")]) == 0
+    trained, untrained = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
+    assert untrained["name"] == "hf untrained" and "seed 5" in untrained["origin"]
+    pieces = cut_texts(twin, TEXTS, longest=128, most_tokens=100_000)
+    theirs = masked.masked_loss(twin, pieces, mask_share=0.15, seed=5)
+    assert untrained["numbers"]["loss"] == theirs["loss"] != trained["numbers"]["loss"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
