@@ -18,11 +18,15 @@ class Targets:
 
     masked tokens   index 2, 7    value cat, sat       (ids before masking)
     sentence pair   index 0       value 1              (0 or 1 at the document's [CLS])
+    one of several  index 0, 9    value 0, 1, group 0, 0    (the second is right)
     """
 
     index_M: torch.Tensor  # int64 into T
     value_M: torch.Tensor  # int64; IGNORE where the fixed capacity is not used
-    count: int  # positions that count, known on the host before the first forward
+    # positions that count, or groups of them, known on the host before the first forward
+    count: int
+    # int64, ascending from 0: positions of which one is to be picked; None: each is asked by itself
+    group_M: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,8 @@ class TokenBatch:
         for name, t in self.targets.items():
             found[f"targets.{name}.index_M"] = t.index_M
             found[f"targets.{name}.value_M"] = t.value_M
+            if t.group_M is not None:
+                found[f"targets.{name}.group_M"] = t.group_M
         return found
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> TokenBatch:
@@ -69,6 +75,7 @@ class TokenBatch:
                 t,
                 index_M=tensors[f"targets.{name}.index_M"],
                 value_M=tensors[f"targets.{name}.value_M"],
+                group_M=tensors.get(f"targets.{name}.group_M"),
             )
             for name, t in self.targets.items()
         }

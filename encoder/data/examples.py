@@ -25,15 +25,37 @@ from encoder.data.packing import Packing, pack_best_fit
 
 
 @dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where examples are asked, if not each at its first token. P places of N examples.
+
+    words     [CLS] John Sm ith ran [SEP]          tokens 1 2 4           each by itself
+    span      [CLS] who [SEP] John ran [SEP]       all tokens             one of them is picked
+    choice    [CLS] a [SEP] [CLS] b c [SEP]        tokens 0 3             one of them; each begins a document
+    """
+
+    starts_N1: np.ndarray  # int64 into the places
+    token_P: np.ndarray  # int32, ascending: the token of the example
+    grouped: bool = False  # one of an example's places is picked: what is asked of it counts once
+    documents: bool = False  # each place begins a document of its own
+
+    def of(self, numbers_M: np.ndarray) -> np.ndarray:
+        """Places of some examples, in their order: int64."""
+        starts = self.starts_N1
+        parts = [np.arange(starts[n], starts[n + 1]) for n in numbers_M]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Encoded rows of one data set, in its order. N of them, A tokens in all."""
+    """Encoded rows of one data set, in its order. N of them, A tokens in all, asked at P places."""
 
     name: str
     ids_A: np.ndarray  # int32, all examples end to end
     starts_N1: np.ndarray  # int64 into ids_A
-    # int64 [N] classes, or float32 [N, K]
-    value_N: np.ndarray
+    # int64 [P] classes, float32 [P, K] numbers, or int8 [P, K] whether a place is to be picked
+    value_P: np.ndarray
     segments_A: np.ndarray | None = None  # int8; None: the model has no segments
+    places: Places | None = None  # None: each is asked at its first token, and P is N
     cut: int = 0  # examples that were longer than allowed
 
     def __len__(self) -> int:
@@ -44,12 +66,18 @@ class Examples:
         """Tokens of each."""
         return np.diff(self.starts_N1)
 
+    def places_of(self, numbers_M: np.ndarray) -> np.ndarray:
+        """Places at which some examples are asked, in their order: int64."""
+        return numbers_M if self.places is None else self.places.of(numbers_M)
+
     def sha256(self) -> str:
-        """Hex digest of ids, lengths, targets and segments: what a resume is held against."""
+        """Hex digest of ids, lengths, targets, segments and places: what a resume is held against."""
         digest = sha256()
-        parts = [self.ids_A, self.starts_N1, self.value_N]
+        parts = [self.ids_A, self.starts_N1, self.value_P]
         if self.segments_A is not None:
             parts.append(self.segments_A)
+        if self.places is not None:
+            parts += [self.places.starts_N1, self.places.token_P]
         for part in parts:
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
@@ -223,7 +251,7 @@ def micro_batch(
     term: str,
     keys_of: Callable[[int], np.ndarray] | None = None,
 ) -> NumberedBatch:
-    """Some examples end to end, each with its target at its first token.
+    """Some examples end to end, with the targets of their places.
 
     examples: of one data set
     numbers_M: which of them; none: a batch that asks nothing
@@ -235,35 +263,56 @@ def micro_batch(
     lengths = examples.lengths_N[numbers_M]
     starts_M1 = np.concatenate([[0], np.cumsum(lengths)])
     total = int(starts_M1[-1])
-    positions_T = np.arange(total) - np.repeat(starts_M1[:-1], lengths)
+    # number of each token in its example
+    token_T = np.arange(total) - np.repeat(starts_M1[:-1], lengths)
     keys_T = np.zeros(total, dtype=np.int64)
     if keys_of is not None:
         firsts = np.array([keys_of(int(number))[0] for number in numbers_M], dtype=np.uint64)
         # a key for each token: SplitMix64 over a counter that begins at the example's, modulo 2^64
         with np.errstate(over="ignore"):
-            counters_T = np.repeat(firsts, lengths) + positions_T.astype(np.uint64)
+            counters_T = np.repeat(firsts, lengths) + token_T.astype(np.uint64)
         keys_T = splitmix64(counters_T).view(np.int64)
 
     segments_T = None
     if examples.segments_A is not None:
         segments_T = torch.from_numpy(_taken(examples.segments_A, examples, numbers_M, np.int64))
+    targets = _targets(examples, numbers_M, starts_M1[:-1])
+    starts_S1 = starts_M1
+    if examples.places is not None and examples.places.documents:
+        starts_S1 = np.append(targets.index_M.numpy(), total)
+    lengths_S = np.diff(starts_S1)
+    positions_T = np.arange(total) - np.repeat(starts_S1[:-1], lengths_S)
     batch = TokenBatch(
         ids_T=torch.from_numpy(_taken(examples.ids_A, examples, numbers_M, np.int64)),
         positions_T=torch.from_numpy(positions_T.astype(np.int32)),
-        cu_seqlens_S1=torch.from_numpy(starts_M1.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
-        targets={
-            term: Targets(
-                index_M=torch.from_numpy(starts_M1[:-1].copy()),
-                value_M=torch.from_numpy(examples.value_N[numbers_M]),
-                count=len(numbers_M),
-            )
-        },
+        cu_seqlens_S1=torch.from_numpy(starts_S1.astype(np.int32)),
+        max_seqlen=int(lengths_S.max()),
+        targets={term: targets},
         token_key_T=torch.from_numpy(keys_T),
         tokens=total,
         segments_T=segments_T,
     )
     return NumberedBatch(batch=batch, numbers_M=numbers_M)
+
+
+def _targets(examples: Examples, numbers_M: np.ndarray, starts_M: np.ndarray) -> Targets:
+    """Of some examples that begin at these tokens of a batch."""
+    places = examples.places
+    places_P = examples.places_of(numbers_M)
+    value_P = torch.from_numpy(examples.value_P[places_P])
+    if places is None:
+        return Targets(
+            index_M=torch.from_numpy(starts_M.copy()), value_M=value_P, count=len(numbers_M)
+        )
+    counts_M = np.diff(places.starts_N1)[numbers_M]
+    index_P = np.repeat(starts_M, counts_M) + places.token_P[places_P]
+    group_P = np.repeat(np.arange(len(numbers_M)), counts_M)
+    return Targets(
+        index_M=torch.from_numpy(index_P),
+        value_M=value_P,
+        count=len(numbers_M) if places.grouped else len(places_P),
+        group_M=torch.from_numpy(group_P) if places.grouped else None,
+    )
 
 
 def _taken(
@@ -275,11 +324,14 @@ def _taken(
 
 
 def _example_hash(examples: Examples, number: int, place: int) -> int:
-    """Of its place in the step, its ids, its target and its segments."""
+    """Of its place in the step, its ids, its targets, its segments and where it is asked."""
     start, end = examples.starts_N1[number], examples.starts_N1[number + 1]
     digest = blake2b(np.array([place, end - start], dtype="<i8").data, digest_size=8)
     digest.update(examples.ids_A[start:end].astype("<u4").data)
-    digest.update(np.ascontiguousarray(examples.value_N[number]).tobytes())
+    places_P = examples.places_of(np.array([number]))
+    digest.update(np.ascontiguousarray(examples.value_P[places_P]).tobytes())
     if examples.segments_A is not None:
         digest.update(examples.segments_A[start:end].tobytes())
+    if examples.places is not None:
+        digest.update(examples.places.token_P[places_P].tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)

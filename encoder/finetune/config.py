@@ -20,8 +20,9 @@ from encoder.base.schema import (
     to_plain,
 )
 from encoder.engine.engine import EngineConfig
+from encoder.finetune.kinds.catalog import TASKS
+from encoder.finetune.kinds.contract import TaskConfig
 from encoder.finetune.schedules import SHARE_SCHEDULES, ShareSchedule
-from encoder.finetune.tasks import TASKS, TaskConfig
 from encoder.models.catalog import SYSTEMS
 from encoder.models.contract import ModelConfig
 from encoder.nn.attend import Word as AttentionWord

@@ -39,13 +39,14 @@ from encoder.engine.checkpoint.read import read_progress
 from encoder.engine.engine import Engine
 from encoder.engine.precision import precision_on
 from encoder.finetune.config import FineTuneConfig, changed_settings
-from encoder.finetune.metrics import Scores, check_packages, metrics_of, scores
+from encoder.finetune.kinds.contract import AskedSet, Decided
+from encoder.finetune.metrics import Scores, check_packages
 from encoder.finetune.predict import predicted, write_predictions, write_result
 from encoder.finetune.prepare import Prepared, Start, prepare, read_start
 from encoder.finetune.rates import layer_rates
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.with_task import TaskModel, first_weights
-from encoder.objectives.text_tasks import TERM, TextTask
+from encoder.objectives.text_tasks import TERM, TextObjective
 from encoder.runs.about import machine_facts
 from encoder.runs.folder import RUN_FILE
 from encoder.runs.foreign_files import check_folder
@@ -77,8 +78,8 @@ def _finetune(task: FineTuneConfig, world: World, stop: StopFlag) -> Outcome:
     clock = Clock(began=psutil.Process().create_time())
     # what needs no data comes first: a mistake is told in seconds
     task.tracking.check_packages()
-    check_packages()
-    metrics_of(task.task.KIND, task.task.metrics)
+    check_packages(task.task.PACKAGES)
+    task.task.metric_names()
     check_folder(folder)
     if done := done_already(folder, world):
         return done
@@ -127,8 +128,8 @@ class FineTuning:
         self.run = prepared.task
         self.prepared = prepared
         self._world, self._device, self._start = world, device, start
-        self._metrics = metrics_of(self.run.task.KIND, self.run.task.metrics)
-        _refuse_equal_names([e.name for e in self.prepared.dev], [*self._metrics, "loss"])
+        self._metrics = self.run.task.metric_names()
+        _refuse_equal_names([*self.run.data.dev], [*self._metrics, "loss"])
         self._dealing = ExampleDealing(
             world=world, micro_batch_tokens=self.run.loader.micro_batch_tokens
         )
@@ -170,7 +171,7 @@ class FineTuning:
         layers = self.run.model.num_hidden_layers
         return layer_rates(model, layers=layers, decay=self.run.layer_decay)
 
-    def make_objective(self) -> TextTask:
+    def make_objective(self) -> TextObjective:
         """Of the task."""
         return self.prepared.objective
 
@@ -220,7 +221,11 @@ class FineTuning:
     def fingerprint_batch(self, objective: Any) -> TokenBatch:
         """A fixed text of random tokens."""
         return build.fingerprint_batch(
-            self.run.model, objective=objective, seed=self.run.seed, address="fingerprint"
+            self.run.model,
+            objective=objective,
+            seed=self.run.seed,
+            address="fingerprint",
+            documents=objective.documents,
         )
 
     @property
@@ -233,14 +238,9 @@ class FineTuning:
         )
 
     def warnings(self) -> list[str]:
-        """Of texts that were cut."""
-        sets = [self.prepared.train, *self.prepared.dev, *self.prepared.test]
-        lines = [
-            f"{counted(examples.cut, 'example')} of {examples.name} ({examples.cut / len(examples):.1%})"
-            f" longer than data.max_tokens {self.run.data.max_tokens:,}: cut"
-            for examples in sets
-            if examples.cut
-        ]
+        """Of rows that did not fit as they are."""
+        sets = [self.prepared.train_set, *self.prepared.dev, *self.prepared.test]
+        lines = [note for asked in sets for note in asked.notes()]
         if not self.prepared.dev:
             lines.append("no dev set: what the model learns is not measured. Add data.dev")
         return lines
@@ -363,7 +363,12 @@ class FineTuning:
         """Loss and metrics of each dev set."""
         if not self.prepared.dev:
             return None
-        found = {e.name: self._scores(e, self._predicted(engine, e)) for e in self.prepared.dev}
+        found = {
+            asked.examples.name: asked.scores(
+                self._predicted(engine, asked.examples), self._metrics
+            )
+            for asked in self.prepared.dev
+        }
         numbers: dict[str, float] = {}
         for name, measured in found.items():
             numbers |= {f"{name}_loss": measured.loss}
@@ -384,19 +389,42 @@ class FineTuning:
 
     def finish(self, engine: Engine) -> dict[str, Any]:
         """Predictions of all dev and test sets, in the order of their rows, and result.json."""
-        folder, results = Path(self.run.out), {}
-        for examples in (*self.prepared.dev, *self.prepared.test):
-            logits_NK = self._predicted(engine, examples)
-            results[examples.name] = self._scores(examples, logits_NK)
-            with all_ranks_agree(self._world):
-                if self._world.first:
-                    write_predictions(folder, examples, logits_NK, task=self.run.task)
-        for examples in self.prepared.test:
-            say(f"test  {scores_text(examples.name, results[examples.name])}")
+        folder = Path(self.run.out)
+        results: dict[str, Scores] = {}
+        decided: Decided | None = None
+        for asked in self.prepared.dev:
+            logits_PK = self._predicted(engine, asked.examples)
+            self._tell(asked, logits_PK, results, decided=None)
+            # what the first dev set chooses holds for the test sets
+            decided = decided or asked.decided(logits_PK)
+        for asked in self.prepared.test:
+            self._tell(asked, self._predicted(engine, asked.examples), results, decided=decided)
+        for name in self.run.data.test:
+            say(f"test  {scores_text(name, results[name])}")
         with all_ranks_agree(self._world):
             if self._world.first:
                 write_result(folder, self.run, self.prepared.train, results)
         return {"results": {name: measured.plain() for name, measured in results.items()}}
+
+    def _tell(
+        self,
+        asked: AskedSet,
+        logits_PK: np.ndarray,
+        results: dict[str, Scores],
+        *,
+        decided: Decided | None,
+    ) -> None:
+        """Measures a data set into `results` and writes its predictions.
+
+        asked, logits_PK: the data set, and the answers at its places
+        results: by the name of a data set
+        decided: on a dev set; None: on this one
+        """
+        name = asked.examples.name
+        results[name] = asked.scores(logits_PK, self._metrics, decided)
+        with all_ranks_agree(self._world):
+            if self._world.first:
+                write_predictions(Path(self.run.out), name, asked.lines(logits_PK, decided))
 
     def what_comes_next(self) -> list[str]:
         """Its export."""
@@ -425,13 +453,10 @@ class FineTuning:
         return predicted(
             engine,
             self._batches[examples.name],
-            examples=len(examples),
+            examples=examples,
             outputs=self.prepared.head.outputs,
             objective=self.prepared.objective,
         )
-
-    def _scores(self, examples: Examples, logits_NK: np.ndarray) -> Scores:
-        return scores(logits_NK, examples.value_N, kind=self.run.task.KIND, metrics=self._metrics)
 
 
 def _refuse_equal_names(sets: Sequence[str], metrics: Sequence[str]) -> None:

@@ -8,23 +8,24 @@ A special token that a text spells is text, as in pretraining.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from encoder.base.errors import ConfigError, ModelError
 from encoder.base.tokenizer_json import SpecialIds, special_ids_of
-from encoder.data.examples import Examples
-from encoder.data.labelled import Rows, texts_of
-from encoder.finetune.tasks import TaskConfig
+from encoder.data.examples import Examples, Places
 from encoder.models.hf.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 ENCODED_TOGETHER = 4096  # rows given to the tokenizer at a time
+# of two texts: the longer one first, or one of them alone
+Cut = Literal["longest_first", "only_first", "only_second"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,21 @@ class TextEncoder:
     tokenizer: Tokenizer
     specials: SpecialIds
     segments: bool  # whether the model has them
+    max_tokens: int  # of an encoded text or pair
     path: Path
+
+    def encoded(
+        self, texts: Sequence[Any], *, cut: Cut, overlap_tokens: int = 0
+    ) -> Iterator[Encoding]:
+        """Each text, or pair of texts, framed; what of a longer one is left is in its `overflowing`.
+
+        texts: one text each, or (first, second)
+        cut: which of two texts gives way
+        overlap_tokens: that what is left shares with what stands before it
+        """
+        self.tokenizer.enable_truncation(self.max_tokens, strategy=cut, stride=overlap_tokens)
+        for first in range(0, len(texts), ENCODED_TOGETHER):
+            yield from self.tokenizer.encode_batch(texts[first : first + ENCODED_TOGETHER])
 
 
 def read_encoder(
@@ -60,9 +75,12 @@ def read_encoder(
     if pairs:
         _check_pairs(tokenizer, specials, tokenizer_json)
     tokenizer.encode_special_tokens = True
-    tokenizer.enable_truncation(max_tokens, strategy="longest_first")
     return TextEncoder(
-        tokenizer=tokenizer, specials=specials, segments=segments, path=tokenizer_json
+        tokenizer=tokenizer,
+        specials=specials,
+        segments=segments,
+        max_tokens=max_tokens,
+        path=tokenizer_json,
     )
 
 
@@ -79,34 +97,38 @@ def _check_pairs(tokenizer: Tokenizer, specials: SpecialIds, path: Path) -> None
         )
 
 
-def encode(rows: Rows, task: TaskConfig, encoder: TextEncoder, *, name: str) -> Examples:
-    """The examples of a data set, in its order. Raises DataError with file and row.
+def examples_of(
+    encoded: Iterable[Encoding],
+    encoder: TextEncoder,
+    *,
+    name: str,
+    value_P: np.ndarray,
+    places: Places | None = None,
+) -> Examples:
+    """The examples of a data set, a document each.
 
-    rows: with the columns of the task
-    task: whose labels are known
-    encoder: of the model
+    encoded: in its order
+    encoder: of them
     name: of the data set
+    value_P: the targets
+    places: where they are asked; None: at their first tokens
     """
-    value_N = task.targets(rows)
-    texts: list[Any] = list(zip(*(texts_of(rows, column) for column in task.texts), strict=True))
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
     cut = 0
-    for first in range(0, len(texts), ENCODED_TOGETHER):
-        some = texts[first : first + ENCODED_TOGETHER]
-        given = [pair[0] if len(pair) == 1 else pair for pair in some]
-        for encoded in encoder.tokenizer.encode_batch(given):
-            ids.append(np.array(encoded.ids, dtype=np.int32))
-            cut += bool(encoded.overflowing)
-            if encoder.segments:
-                segments.append(np.array(encoded.type_ids, dtype=np.int8))
+    for one in encoded:
+        ids.append(np.array(one.ids, dtype=np.int32))
+        cut += bool(one.overflowing)
+        if encoder.segments:
+            segments.append(np.array(one.type_ids, dtype=np.int8))
     lengths = np.array([len(one) for one in ids], dtype=np.int64)
     return Examples(
         name=name,
         ids_A=np.concatenate(ids),
         starts_N1=np.concatenate([[0], np.cumsum(lengths)]),
-        value_N=value_N,
+        value_P=value_P,
         segments_A=np.concatenate(segments) if segments else None,
+        places=places,
         cut=cut,
     )
 

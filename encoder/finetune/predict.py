@@ -1,6 +1,7 @@
 """Predictions in the order of the rows, from all ranks, and what a run writes of them.
 
-RUN/predictions/NAME.jsonl    {"row": 0, "label": "positive", "probability": 0.97, "logits": [...], "target": "positive"}
+RUN/predictions/NAME.jsonl    {"row": 0, "label": "positive", "probability": 0.97, "logits": [...], "target": "positive"},
+                              in other words for other kinds of task (encoder/finetune/kinds)
 RUN/result.json               the settings' and the data's hashes, the seed, the metrics of every set
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,8 @@ from encoder.base.files import write_atomic, write_json
 from encoder.base.schema import to_yaml
 from encoder.data.examples import Examples, NumberedBatch
 from encoder.engine.engine import Engine
-from encoder.finetune.metrics import Scores, predictions
-from encoder.finetune.tasks import TaskConfig
-from encoder.objectives.text_tasks import TextTask
+from encoder.finetune.metrics import Scores
+from encoder.objectives.text_tasks import TextObjective
 
 if TYPE_CHECKING:
     from encoder.finetune.config import FineTuneConfig
@@ -34,50 +34,37 @@ def predicted(
     engine: Engine,
     batches: Sequence[NumberedBatch],
     *,
-    examples: int,
+    examples: Examples,
     outputs: int,
-    objective: TextTask,
+    objective: TextObjective,
 ) -> np.ndarray:
-    """Logits [N, K] in fp64 of a whole data set, in its order, the same on every rank.
+    """Logits [P, K] in fp64 at the places of a whole data set, in its order, the same on every rank.
 
     engine: whose model answers
     batches: this rank's share of the data set
-    examples, outputs: N, K
+    examples: the data set
+    outputs: K
     objective: that asks the model
     """
     answers = engine.predict([made.batch for made in batches], objective.answers)
-    logits_NK = torch.zeros(examples, outputs, dtype=torch.float64)
+    logits_PK = torch.zeros(len(examples.value_P), outputs, dtype=torch.float64)
     for made, answer_MK in zip(batches, answers, strict=True):
-        logits_NK[torch.from_numpy(made.numbers_M)] = answer_MK.double()
+        places = torch.from_numpy(examples.places_of(made.numbers_M))
+        logits_PK[places] = answer_MK.double()
     # every example is on one rank, and zero on the others
-    return sum_over_ranks(logits_NK.to(engine.device)).cpu().numpy()
+    return sum_over_ranks(logits_PK.to(engine.device)).cpu().numpy()
 
 
-def write_predictions(
-    folder: Path, examples: Examples, logits_NK: np.ndarray, *, task: TaskConfig
-) -> None:
+def write_predictions(folder: Path, name: str, lines: Iterable[dict[str, Any]]) -> None:
     """Writes RUN/predictions/NAME.jsonl, a line for each row.
 
     folder: of the run
-    examples: of the data set
-    logits_NK: of its rows
-    task: whose labels they are
+    name: of the data set
+    lines: what is told of its rows
     """
-    guesses = predictions(logits_NK, kind=task.KIND)
-    lines = [
-        json.dumps(
-            {
-                "row": row,
-                **_said(logits_NK[row], guesses[row], task),
-                "logits": [float(x) for x in logits_NK[row]],
-                "target": _target(examples.value_N[row], task),
-            },
-            ensure_ascii=False,
-        )
-        for row in range(len(examples))
-    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / PREDICTIONS).mkdir(exist_ok=True)
-    write_atomic(folder / PREDICTIONS / f"{examples.name}.jsonl", "\n".join(lines) + "\n")
+    write_atomic(folder / PREDICTIONS / f"{name}.jsonl", text)
 
 
 def write_result(
@@ -103,25 +90,3 @@ def write_result(
             "constant_predictions": [name for name, s in results.items() if s.constant],
         },
     )
-
-
-def _said(logits_K: np.ndarray, guess: Any, task: TaskConfig) -> dict[str, Any]:
-    if task.KIND == "regress":
-        return {"value": float(logits_K[0])}
-    labels = task.labels
-    assert labels, "a class has a name"
-    if task.KIND == "labels":
-        return {"labels": [name for name, is_it in zip(labels, guess, strict=True) if is_it]}
-    shifted = np.exp(logits_K - logits_K.max())
-    probability = float(shifted[guess] / shifted.sum())
-    return {"label": labels[int(guess)], "probability": probability}
-
-
-def _target(value: Any, task: TaskConfig) -> Any:
-    if task.KIND == "regress":
-        return float(value[0])
-    labels = task.labels
-    assert labels, "a class has a name"
-    if task.KIND == "labels":
-        return [name for name, is_it in zip(labels, value, strict=True) if is_it]
-    return labels[int(value)]

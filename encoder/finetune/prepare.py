@@ -13,12 +13,13 @@ from encoder.data.labelled import Rows, read_rows
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import committed_folders
 from encoder.finetune.config import FineTuneConfig, read_task
-from encoder.finetune.encoding import TextEncoder, check_length, encode, read_encoder
+from encoder.finetune.encoding import TextEncoder, check_length, read_encoder
 from encoder.finetune.head import head_shape
+from encoder.finetune.kinds.contract import AskedSet
 from encoder.finetune.stored import is_task, read_trained
 from encoder.models.stored import StoredModel
 from encoder.models.with_task import HeadShape
-from encoder.objectives.text_tasks import TextTask
+from encoder.objectives.text_tasks import TextObjective
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 from encoder.runs.weights import read_model
 
@@ -69,14 +70,19 @@ class Prepared:
     task: FineTuneConfig  # body and labels filled in
     head: HeadShape
     encoder: TextEncoder
-    train: Examples
-    dev: list[Examples] = field(default_factory=list)
-    test: list[Examples] = field(default_factory=list)
+    train_set: AskedSet
+    dev: list[AskedSet] = field(default_factory=list)
+    test: list[AskedSet] = field(default_factory=list)
 
     @property
-    def objective(self) -> TextTask:
+    def train(self) -> Examples:
+        """What is trained on."""
+        return self.train_set.examples
+
+    @property
+    def objective(self) -> TextObjective:
         """Of the task."""
-        return TextTask(kind=self.task.task.KIND, outputs=self.head.outputs)
+        return self.task.task.objective
 
 
 def prepare(task: FineTuneConfig, start: Start) -> Prepared:
@@ -87,30 +93,31 @@ def prepare(task: FineTuneConfig, start: Start) -> Prepared:
         raise ConfigError(
             f"body is another model than that of start_from {task.start_from}. Leave body out."
         )
-    pairs = len(kind.texts) == 2
-    check_length(task.data.max_tokens, longest=body.max_position_embeddings, pairs=pairs)
+    longest = body.max_position_embeddings
+    check_length(task.data.max_tokens, longest=longest, pairs=kind.pairs)
+    kind.check_length(task.data.max_tokens)
     encoder = read_encoder(
         start.tokenizer_json,
         vocab_size=body.vocab_size,
         max_tokens=task.data.max_tokens,
         segments=getattr(body, "type_vocab_size", 0) > 1,
-        pairs=pairs,
+        pairs=kind.pairs,
     )
 
     train_rows = _rows(task, task.data.train)
     if kind.labels is None and (named := kind.labels_in(train_rows)):
         kind = dataclasses.replace(kind, labels=named)
     task = dataclasses.replace(task, task=kind, body=body)
-    train = encode(train_rows, kind, encoder, name="train")
-    kind.check_training(train.value_N, train_rows)
+    train = kind.encode(train_rows, encoder, name="train")
+    kind.check_training(train.examples, train_rows)
 
     return Prepared(
         task=task,
         head=head_shape(task, encoder.specials),
         encoder=encoder,
-        train=train,
-        dev=_examples_of(task, task.data.dev, encoder),
-        test=_examples_of(task, task.data.test, encoder),
+        train_set=train,
+        dev=_sets_of(task, task.data.dev, encoder),
+        test=_sets_of(task, task.data.test, encoder),
     )
 
 
@@ -126,10 +133,10 @@ def _known(task: FineTuneConfig, model: StoredModel) -> dict[str, float]:
 
 
 def _rows(task: FineTuneConfig, path: str) -> Rows:
-    return read_rows(Path(path), [*task.task.texts, task.task.label])
+    return read_rows(Path(path), task.task.columns)
 
 
-def _examples_of(
+def _sets_of(
     task: FineTuneConfig, files: Mapping[str, str], encoder: TextEncoder
-) -> list[Examples]:
-    return [encode(_rows(task, path), task.task, encoder, name=n) for n, path in files.items()]
+) -> list[AskedSet]:
+    return [task.task.encode(_rows(task, path), encoder, name=name) for name, path in files.items()]

@@ -58,7 +58,7 @@ def read_trained(source: Path) -> TrainedTask:
         problem=task.task.PROBLEM,
         origin=f"run {task.name}, checkpoint {checkpoint.name}",
         facts={
-            "trained": f"{progress.step:,} steps, {progress.masked_tokens:,} examples",
+            "trained": f"{progress.step:,} steps, {progress.masked_tokens:,} {task.task.COUNTED}",
             **_facts(task),
             "ledger": f"{progress.ledger_hash} after step {progress.step:,}",
         },

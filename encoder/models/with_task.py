@@ -1,11 +1,12 @@
-"""A pretrained body with the head of a task: classification or regression of a text, or of a pair of texts.
+"""A pretrained body with the head of a task: on a text, on tokens, on the spans of a text, or on several choices.
 
 Each family has the head that transformers gives it, so that the weights become a folder of its classes:
 
-    modernbert    pooling, dense, GELU, norm, dropout, classifier          dense and norm are the pretrained head's
+    modernbert    place, dense, GELU, norm, dropout, classifier            dense and norm are the pretrained head's
     bert          [CLS], dense, tanh, dropout, classifier                  dense is the pooler's, where there is one
-    roberta       [CLS], dropout, dense, tanh, dropout, classifier         new
+    roberta       [CLS], dropout, dense, tanh, dropout, classifier         new; of choices as BERT's
     distilbert    [CLS], dense, ReLU, dropout, classifier                  new
+    all but modernbert on tokens and spans: token, dropout, classifier
 
 Parameters: model.*, head.dense, head.norm (modernbert), classifier; encoder/models/hf/task.py has transformers' names.
 """
@@ -31,6 +32,41 @@ from encoder.nn.init import draw_
 from encoder.nn.task_heads import DenseHead, HeadDropout, Pooling, pooled
 
 HeadFamily = Literal["modernbert", "bert", "roberta", "distilbert"]
+# on a vector for each text, on each token, on each token as start or end of a span, on a vector for each choice
+HeadKind = Literal["text", "token", "span", "choice"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLayers:
+    """What stands before a classifier, as transformers' class has it."""
+
+    # the pretrained head's dense, GELU and norm; or a dense layer and this; or nothing
+    dense: Literal["pretrained", "tanh", "relu"] | None = None
+    dropout: float = 0.1  # before the classifier, by default
+    drops_before_dense: bool = False  # as well
+    from_pooler: bool = False  # its dense layer is the pretrained pooler's, where there is one
+
+
+_MODERN = HeadLayers(dense="pretrained", dropout=0.0)
+_POOLED = HeadLayers(dense="tanh", from_pooler=True)
+_RELU = HeadLayers(dense="relu", dropout=0.2)
+_BARE = HeadLayers()
+LAYERS: dict[HeadKind, dict[HeadFamily, HeadLayers]] = {
+    "text": {
+        "modernbert": _MODERN,
+        "bert": _POOLED,
+        "roberta": HeadLayers(dense="tanh", drops_before_dense=True),
+        "distilbert": _RELU,
+    },
+    "token": {"modernbert": _MODERN, "bert": _BARE, "roberta": _BARE, "distilbert": _BARE},
+    "span": {
+        "modernbert": _MODERN,
+        "bert": HeadLayers(dropout=0.0),
+        "roberta": HeadLayers(dropout=0.0),
+        "distilbert": _BARE,
+    },
+    "choice": {"modernbert": _MODERN, "bert": _POOLED, "roberta": _POOLED, "distilbert": _RELU},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +74,10 @@ class HeadShape:
     """The head of a task on a body."""
 
     family: HeadFamily
-    outputs: int  # logits of a text
-    pooling: Pooling = "cls"
-    dropout: float = 0.0  # before the classifier; RoBERTa: before dense, too
+    outputs: int  # logits of a place
+    kind: HeadKind = "text"
+    pooling: Pooling = "cls"  # on tokens and spans cls, the token itself
+    dropout: float = 0.0  # before the classifier; RoBERTa's on a text: before dense, too
 
     def __post_init__(self) -> None:
         if self.pooling != "cls" and self.family != "modernbert":
@@ -63,7 +100,7 @@ def head_family(config: ModelConfig, specials: SpecialIds) -> HeadFamily:
 
 
 class TaskModel(PackedBody):
-    """Packed tokens -> logits of each document."""
+    """Packed tokens -> logits at the places that are asked."""
 
     def __init__(
         self, config: PackedSettings, head: HeadShape, *, attention: str = "auto", seed: int = 0
@@ -75,23 +112,23 @@ class TaskModel(PackedBody):
         super().__init__(config, attention=attention, seed=seed)
         self.head_shape = head
         width = config.hidden_size
-        self.head: nn.Module
-        if head.family == "modernbert":
+        layers = LAYERS[head.kind][head.family]
+        self.head: nn.Module = nn.Identity()
+        if layers.dense == "pretrained":
             self.head = prediction_head(config)
-        else:
-            activation: Literal["relu", "tanh"] = "relu" if head.family == "distilbert" else "tanh"
-            self.head = DenseHead(width=width, activation=activation)
-        into_head = head.dropout if head.family == "roberta" else 0.0
+        elif layers.dense is not None:
+            self.head = DenseHead(width=width, activation=layers.dense)
+        into_head = head.dropout if layers.drops_before_dense else 0.0
         self.dropout_in = HeadDropout(width=width, layer=0, p=into_head, place="head")
         self.dropout = HeadDropout(width=width, layer=0, p=head.dropout, place="head_output")
         self.classifier = nn.Linear(width, head.outputs)
         draw_(self)
 
-    def answers(self, batch: TokenBatch, first_M: Tensor) -> Tensor:
-        """Logits [M, K] of the documents that begin at tokens first_M."""
-        x_MC = pooled(self.hidden_states(batch), batch, first_M, self.head_shape.pooling)
+    def answers(self, batch: TokenBatch, index_M: Tensor) -> Tensor:
+        """Logits [M, K] at tokens index_M; where a text is pooled they are the first tokens of documents."""
+        x_MC = pooled(self.hidden_states(batch), batch, index_M, self.head_shape.pooling)
         # a document's key is its first token's
-        key_M = batch.token_key_T.index_select(0, first_M)
+        key_M = batch.token_key_T.index_select(0, index_M)
         return self.classifier(self.dropout(self.head(self.dropout_in(x_MC, key_M)), key_M))
 
 
@@ -106,7 +143,7 @@ def first_weights(
 
     Raises ModelError where the body is not whole.
     """
-    given = dict(weights) if of_task else _of_pretrained(weights, model.head_shape.family)
+    given = dict(weights) if of_task else _of_pretrained(weights, model.head_shape)
     found: dict[str, Tensor] = {}
     drawn: list[str] = []
     for name, parameter in model.named_parameters():
@@ -122,12 +159,13 @@ def first_weights(
     return found, tuple(drawn)
 
 
-def _of_pretrained(weights: Mapping[str, Tensor], family: HeadFamily) -> dict[str, Tensor]:
+def _of_pretrained(weights: Mapping[str, Tensor], head: HeadShape) -> dict[str, Tensor]:
     """What a head takes over of a pretrained model: ModernBERT's that over masked tokens, BERT's the pooler."""
-    if family == "modernbert":
+    layers = LAYERS[head.kind][head.family]
+    if layers.dense == "pretrained":
         return dict(weights)
     body = {name: w for name, w in weights.items() if name.startswith("model.")}
-    poolers = {} if family != "bert" else _POOLER
+    poolers = _POOLER if layers.from_pooler else {}
     return body | {ours: weights[name] for name, ours in poolers.items() if name in weights}
 
 

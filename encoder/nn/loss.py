@@ -63,6 +63,26 @@ def class_loss_sum(logits_MK: Tensor, target_M: Tensor) -> LossTerm:
     return LossTerm(total, total.detach(), (target_M != IGNORE).sum(), correct)
 
 
+def pick_loss_sum(logits_MK: Tensor, right_MK: Tensor, group_M: Tensor, *, groups: int) -> LossTerm:
+    """Sums over groups of -log softmax(logits)[right], the softmax over the group's rows; of K such picks the mean.
+
+    logits_MK: [M, K], computed in fp32 where they are not fp64
+    right_MK: [M, K], 1 at the row that is right, once in each group and column
+    group_M: int64 [M], ascending from 0
+    groups: how many there are, at least one
+    """
+    logits_MK = logits_MK.to(torch.promote_types(logits_MK.dtype, torch.float32))
+    nothing_GK = logits_MK.new_zeros(groups, logits_MK.shape[1])
+    index_MK = group_M[:, None].expand_as(logits_MK)
+    top_GK = nothing_GK.scatter_reduce(0, index_MK, logits_MK.detach(), "amax", include_self=False)
+    shares_MK = (logits_MK - top_GK.index_select(0, group_M)).exp()
+    logsumexp_GK = nothing_GK.index_add(0, group_M, shares_MK).log() + top_GK
+    right_GK = nothing_GK.index_add(0, group_M, logits_MK * right_MK.to(logits_MK.dtype))
+    total = (logsumexp_GK - right_GK).mean(dim=1).sum()
+    correct = (right_GK >= top_GK).all(dim=1).sum()
+    return LossTerm(total, total.detach(), correct.new_tensor(groups), correct)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -318,14 +318,20 @@ def held_out_entropy(run: RunConfig, facts: DataFacts) -> float | None:
 
 
 def fingerprint_batch(
-    model: ModelShape, *, objective: TrainedObjective, seed: int, address: str
+    model: ModelShape,
+    *,
+    objective: TrainedObjective,
+    seed: int,
+    address: str,
+    documents: int = 1,
 ) -> TokenBatch:
     """A fixed batch of random tokens, all that can be predicted: its loss tells whether weights came back as they went.
 
     model: whose vocabulary and length bound it
     objective: whose targets it has
     seed, address: of the tokens
+    documents: that the tokens are cut into, all about as long
     """
     length = min(64, model.max_position_embeddings)
     ids_T = torch.from_numpy(generator(seed, address).integers(0, model.vocab_size, length))
-    return packed_documents([ids_T], objective.all_targets(ids_T))
+    return packed_documents(ids_T.split(length // documents), objective.all_targets(ids_T))

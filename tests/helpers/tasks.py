@@ -88,7 +88,7 @@ def _examples(ids: Any, starts: Any, values: Any) -> Examples:
         name="drawn",
         ids_A=_array(ids, "int32"),
         starts_N1=_array(starts, "int64"),
-        value_N=_array(values, "int64"),
+        value_P=_array(values, "int64"),
     )
 
 

@@ -1,19 +1,20 @@
-"""A model with a task to transformers' class for sequence classification, proven before the folder has its name.
+"""A model with a task to transformers' class for it, proven before the folder has its name.
 
-    ours          ModernBERT      BERT                RoBERTa                  DistilBERT
-    head.dense    head.dense      bert.pooler.dense   classifier.dense         pre_classifier
-    head.norm     head.norm
-    classifier    classifier      classifier          classifier.out_proj      classifier
+    a text        ours          ModernBERT      BERT                RoBERTa                  DistilBERT
+                  head.dense    head.dense      bert.pooler.dense   classifier.dense         pre_classifier
+                  head.norm     head.norm
+                  classifier    classifier      classifier          classifier.out_proj      classifier
 
-The body has the names of encoder/models/hf/bridge.py. Logits are compared with transformers' on texts of several lengths,
-each alone and padded on the right; on the left only where a mean is pooled: a class on the first token would read padding.
+Tokens, spans and choices have their own names in FORMS. The body has the names of encoder/models/hf/bridge.py. Logits are
+compared with transformers' on texts of several lengths, each alone and padded on the right; on the left only where a class does
+not stand on the first token, which would be padding.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.base.batch import packed_documents
+from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.errors import ExportError
 from encoder.base.files import atomic_folder, native_path, write_json
 from encoder.base.rng import generator
@@ -42,38 +43,125 @@ from encoder.models.hf.parity import (
 from encoder.models.hf.tokenizer import write_tokenizer
 from encoder.models.hf.write import PROOF, files_of_earlier, proof_file
 from encoder.models.stored import WEIGHTS, write_safetensors
-from encoder.models.with_task import HeadFamily, HeadShape, TaskModel
+from encoder.models.with_task import HeadFamily, HeadKind, HeadShape, TaskModel
+
+# ours -> theirs, stems of a head's parameters
+Names = Mapping[str, str]
+_MODERN: Names = {"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"}
+_BARE: Names = {"classifier": "classifier"}
+_BERT: Names = {"head.dense": "bert.pooler.dense", "classifier": "classifier"}
+_DISTILBERT: Names = {"head.dense": "pre_classifier", "classifier": "classifier"}
+_QUESTION: Names = {"classifier": "qa_outputs"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskClass:
-    """A family's class for sequence classification."""
+class HeadForm:
+    """transformers' classes for one kind of head."""
 
-    architecture: str
-    names: dict[str, str]  # stems of our head's parameters -> theirs
-    dropout: str  # the word of config.json for the head's
+    suffix: str  # of the class's name
+    pipeline: str  # the tag of a card
+    names: Mapping[HeadFamily, Names]
+    outputs: str  # what a card says of them, where they have no names
+    usage: str  # Python that a card shows
+    # (their output) -> logits [B, P, K] of a batch: one place of a text, or each of its tokens
+    logits: Callable[[Any], Tensor]
+    dropout: Mapping[HeadFamily, str]  # the word of config.json for the head's, where there is one
+    by_token: bool = False  # asked at each token
+    choices: bool = False  # their ids are [B, choices, L]
+
+    @property
+    def usage_import(self) -> str:
+        """What `usage` needs of transformers."""
+        return self.auto_class if self.auto_class in self.usage else "pipeline"
+
+    @property
+    def auto_class(self) -> str:
+        """That loads it."""
+        return f"AutoModel{self.suffix}"
+
+    def architecture(self, family: HeadFamily) -> str:
+        """The class's name."""
+        return f"{_PREFIXES[family]}{self.suffix}"
 
 
-CLASSES: dict[HeadFamily, TaskClass] = {
-    "modernbert": TaskClass(
-        architecture="ModernBertForSequenceClassification",
-        names={"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"},
-        dropout="classifier_dropout",
+_PREFIXES: dict[HeadFamily, str] = {
+    "modernbert": "ModernBert",
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+}
+
+
+def _dropouts(distilbert: str | None) -> dict[HeadFamily, str]:
+    families: tuple[HeadFamily, ...] = ("modernbert", "bert", "roberta")
+    found = dict.fromkeys(families, "classifier_dropout")
+    return found if distilbert is None else {**found, "distilbert": distilbert}
+
+
+FORMS: dict[HeadKind, HeadForm] = {
+    "text": HeadForm(
+        suffix="ForSequenceClassification",
+        pipeline="text-classification",
+        names={
+            "modernbert": _MODERN,
+            "bert": _BERT,
+            "roberta": {"head.dense": "classifier.dense", "classifier": "classifier.out_proj"},
+            "distilbert": _DISTILBERT,
+        },
+        outputs="a number",
+        usage='answer = pipeline("text-classification", model="FOLDER")("a text")',
+        logits=lambda found: found.logits[:, None],
+        dropout=_dropouts("seq_classif_dropout"),
     ),
-    "bert": TaskClass(
-        architecture="BertForSequenceClassification",
-        names={"head.dense": "bert.pooler.dense", "classifier": "classifier"},
-        dropout="classifier_dropout",
+    "token": HeadForm(
+        suffix="ForTokenClassification",
+        pipeline="token-classification",
+        names={"modernbert": _MODERN, "bert": _BARE, "roberta": _BARE, "distilbert": _BARE},
+        outputs="a tag of each word, on its first token",
+        usage=(
+            'answer = pipeline("token-classification", model="FOLDER",\n'
+            '                  aggregation_strategy="first")("words of a text")'
+        ),
+        logits=lambda found: found.logits,
+        # DistilBERT's is that of its body
+        dropout=_dropouts(None),
+        by_token=True,
     ),
-    "roberta": TaskClass(
-        architecture="RobertaForSequenceClassification",
-        names={"head.dense": "classifier.dense", "classifier": "classifier.out_proj"},
-        dropout="classifier_dropout",
+    "span": HeadForm(
+        suffix="ForQuestionAnswering",
+        pipeline="question-answering",
+        names={
+            "modernbert": _MODERN,
+            "bert": _QUESTION,
+            "roberta": _QUESTION,
+            "distilbert": _QUESTION,
+        },
+        outputs="start and end of the answer",
+        usage=(
+            'answer = pipeline("question-answering", model="FOLDER")(\n'
+            '    question="a question", context="a text that has the answer")'
+        ),
+        logits=lambda found: torch.stack([found.start_logits, found.end_logits], dim=-1),
+        dropout={"modernbert": "classifier_dropout", "distilbert": "qa_dropout"},
+        by_token=True,
     ),
-    "distilbert": TaskClass(
-        architecture="DistilBertForSequenceClassification",
-        names={"head.dense": "pre_classifier", "classifier": "classifier"},
-        dropout="seq_classif_dropout",
+    "choice": HeadForm(
+        suffix="ForMultipleChoice",
+        pipeline="multiple-choice",
+        names={
+            "modernbert": _MODERN,
+            "bert": _BERT,
+            "roberta": {"head.dense": "roberta.pooler.dense", "classifier": "classifier"},
+            "distilbert": _DISTILBERT,
+        },
+        outputs="a score of each choice",
+        usage=(
+            'model = AutoModelForMultipleChoice.from_pretrained("FOLDER")\n'
+            "scores = model(input_ids=ids[None], attention_mask=mask[None]).logits  # a row a choice"
+        ),
+        logits=lambda found: found.logits[:, :, None],
+        dropout=_dropouts("seq_classif_dropout"),
+        choices=True,
     ),
 }
 
@@ -90,7 +178,7 @@ class TrainedTask:
     specials: SpecialIds
     max_tokens: int
     labels: tuple[str, ...] | None  # of the outputs; None: a number
-    problem: str  # transformers' problem_type
+    problem: str | None  # transformers' problem_type, where its class has one
     origin: str
     facts: dict[str, str] = field(default_factory=dict)  # of the training, for the card
     # by data set: metric -> value
@@ -98,7 +186,7 @@ class TrainedTask:
 
 
 def export_task(task: TrainedTask, out: Path) -> dict[str, Proof]:
-    """Writes `out`, a folder that AutoModelForSequenceClassification and AutoTokenizer load; the proof of it.
+    """Writes `out`, a folder that transformers' class for the task and AutoTokenizer load; the proof of it.
 
     Raises UserError, leaving nothing behind, where transformers has no such model or gives other logits.
     """
@@ -148,24 +236,26 @@ def task_model(task: TrainedTask) -> TaskModel:
 
 def their_settings(task: TrainedTask, bridge: Bridge) -> dict[str, Any]:
     """config.json."""
-    known = CLASSES[task.head.family]
+    form, family = FORMS[task.head.kind], task.head.family
     labels = task.labels or tuple(f"LABEL_{k}" for k in range(task.head.outputs))
     settings = bridge.to_settings(task.config, task.specials)
-    if task.head.family == "modernbert":
+    if family == "modernbert":
         settings["classifier_pooling"] = task.head.pooling
+    if word := form.dropout.get(family):
+        settings[word] = task.head.dropout
+    if task.problem is not None:
+        settings["problem_type"] = task.problem
     return {
         **settings,
-        "architectures": [known.architecture],
-        known.dropout: task.head.dropout,
+        "architectures": [form.architecture(family)],
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
-        "problem_type": task.problem,
     }
 
 
 def their_weights(task: TrainedTask, bridge: Bridge) -> dict[str, Tensor]:
     """Weights by transformers' names."""
-    names = CLASSES[task.head.family].names
+    names = FORMS[task.head.kind].names[task.head.family]
     body = {name: w for name, w in task.weights.items() if name.startswith("model.")}
     found = dict(bridge.weights_to(body, task.config))
     for name, w in task.weights.items():
@@ -179,9 +269,11 @@ def _prove(task: TrainedTask, ours: TaskModel, folder: Path, padding: Padding) -
     """Compares with transformers, reading the folder as a stranger would. Raises ExportError."""
     import transformers
 
+    form = FORMS[task.head.kind]
+    auto_class = getattr(transformers, form.auto_class)
     try:
         with native_path(folder) as name:
-            theirs, notes = transformers.AutoModelForSequenceClassification.from_pretrained(
+            theirs, notes = auto_class.from_pretrained(
                 name,
                 dtype=torch.float32,
                 attn_implementation="sdpa",
@@ -203,7 +295,7 @@ def _prove(task: TrainedTask, ours: TaskModel, folder: Path, padding: Padding) -
 
     longest = min(task.max_tokens, task.config.max_position_embeddings)
     lengths = sorted({min(n, longest) for n in (1, 2, 40, 127, 128, 129, 130, 512, longest)})
-    left = padding.left and task.head.pooling == "mean"
+    left = padding.left and (form.by_token or task.head.pooling == "mean")
     worst = _worst(ours, theirs, lengths, padding=padding, left=left)
     proof = Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=left)
     if worst <= TOLERANCE:
@@ -234,6 +326,7 @@ def _worst(
     padding: how theirs may be padded
     left: whether padding may stand before a text, too
     """
+    form = FORMS[ours.head_shape.kind]
     draw = generator(0, "task proof")
     vocab = ours.config.vocab_size
     documents = [torch.from_numpy(draw.integers(0, vocab, n)) for n in lengths]
@@ -241,32 +334,57 @@ def _worst(
         # in a text it would be padding to them
         other = torch.tensor((padding.pad_id + 1) % vocab)
         documents = [d.where(d != padding.pad_id, other) for d in documents]
-    starts_M = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     worst = 0.0
     with torch.inference_mode():
         batch = packed_documents(documents)
-        expected_MK = ours.answers(batch, starts_M)
-        for document, expected_K in zip(documents, expected_MK, strict=True):
-            alone = theirs(input_ids=document[None], attention_mask=torch.ones_like(document)[None])
-            worst = _larger(worst, alone.logits[0] - expected_K)
+        for document, expected_PK in zip(documents, _ours(ours, batch, lengths), strict=True):
+            real_L = torch.ones_like(document)
+            worst = _larger(worst, _theirs(theirs, form, document, real_L) - expected_PK)
             for at_left in (False, True) if left else (False,):
-                ids_1L, real_1L = _padded(document, padding, at_left=at_left)
-                found = theirs(input_ids=ids_1L, attention_mask=real_1L)
-                worst = _larger(worst, found.logits[0] - expected_K)
+                ids_L, real_L = _padded(document, padding, at_left=at_left)
+                worst = _larger(worst, _theirs(theirs, form, ids_L, real_L) - expected_PK)
 
         # a pair: the second half of each text is of segment 1
         if getattr(ours.config, "type_vocab_size", 0) > 1:
             halves = [(torch.arange(n) >= n // 2).long() for n in lengths]
             paired = dataclasses.replace(batch, segments_T=torch.cat(halves))
-            expected_MK = ours.answers(paired, starts_M)
-            for document, half, expected_K in zip(documents, halves, expected_MK, strict=True):
-                found = theirs(input_ids=document[None], token_type_ids=half[None])
-                worst = _larger(worst, found.logits[0] - expected_K)
+            expected = _ours(ours, paired, lengths)
+            for document, half, expected_PK in zip(documents, halves, expected, strict=True):
+                real_L = torch.ones_like(document)
+                found_PK = _theirs(theirs, form, document, real_L, segments_L=half)
+                worst = _larger(worst, found_PK - expected_PK)
     return worst
 
 
+def _ours(ours: TaskModel, batch: TokenBatch, lengths: Sequence[int]) -> list[Tensor]:
+    """Our logits [P, K] of each document: at its first token, or at each."""
+    if FORMS[ours.head_shape.kind].by_token:
+        index_M = torch.arange(len(batch.ids_T))
+        return [*ours.answers(batch, index_M).split([*lengths])]
+    starts_M = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    return [*ours.answers(batch, starts_M).split(1)]
+
+
+def _theirs(
+    theirs: Any, form: HeadForm, ids_L: Tensor, real_L: Tensor, *, segments_L: Tensor | None = None
+) -> Tensor:
+    """Their logits [P, K] of one text.
+
+    theirs, form: the model, and how it is asked
+    ids_L, real_L: the text, padded or not, and which of it is real
+    segments_L: of its tokens, where there are two
+    """
+    asked = {"input_ids": ids_L, "attention_mask": real_L}
+    if segments_L is not None:
+        asked["token_type_ids"] = segments_L
+    # one text of one choice
+    shaped = {name: x[None, None] if form.choices else x[None] for name, x in asked.items()}
+    (logits_PK,) = form.logits(theirs(**shaped))
+    return logits_PK[real_L.bool()] if form.by_token else logits_PK
+
+
 def _padded(document: Tensor, padding: Padding, *, at_left: bool) -> tuple[Tensor, Tensor]:
-    """A text with padding beside it [1, L], as far as the model can be so wide; and the mask."""
+    """A text with padding beside it [L], as far as the model can be so wide; and the mask."""
     room = (padding.most_tokens or 2**31) - len(document)
     filler = torch.full((min(PADDING_TOKENS, max(0, room)),), padding.pad_id or 0)
     parts = [document, filler]
@@ -274,7 +392,7 @@ def _padded(document: Tensor, padding: Padding, *, at_left: bool) -> tuple[Tenso
     if at_left:
         parts.reverse()
         real.reverse()
-    return torch.cat(parts)[None], torch.cat(real)[None]
+    return torch.cat(parts), torch.cat(real)
 
 
 def _larger(worst: float, difference: Tensor) -> float:
@@ -287,9 +405,10 @@ def _write_card(
     folder: Path, task: TrainedTask, bridge: Bridge, proofs: dict[str, Proof], *, parameters: int
 ) -> None:
     """Writes README.md; the license is left to be chosen by whoever publishes it."""
+    form = FORMS[task.head.kind]
     results = [
         {
-            "task": {"type": "text-classification"},
+            "task": {"type": form.pipeline},
             "dataset": {"name": name, "type": name},
             "metrics": [{"type": metric, "value": value} for metric, value in numbers.items()],
         }
@@ -297,8 +416,8 @@ def _write_card(
     ]
     head = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": [bridge.model_type, "text-classification", "tessera"],
+        "pipeline_tag": form.pipeline,
+        "tags": [bridge.model_type, form.pipeline, "tessera"],
         "model-index": [{"name": task.name, "results": results}],
     }
     model = {
@@ -306,7 +425,7 @@ def _write_card(
         **task.config.facts,
         "longest text": f"{task.max_tokens:,} tokens",
         "pooling": task.head.pooling,
-        "outputs": ", ".join(task.labels) if task.labels else "a number",
+        "outputs": ", ".join(task.labels) if task.labels else form.outputs,
     }
     measured = [
         [name, metric, f"{value:.4f}"]
@@ -320,8 +439,7 @@ def _write_card(
             f"{to_yaml(head)}---\n",
             f"# {plain(task.name)}\n",
             f"A {bridge.title} fine-tuned with Tessera. Pad texts on the right.\n",
-            '```python\nfrom transformers import pipeline\n\nanswer = pipeline("text-classification",'
-            ' model="FOLDER")("a text")\n```\n',
+            f"```python\nfrom transformers import {form.usage_import}\n\n{form.usage}\n```\n",
             table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),
             table_text(Table(title="Training", head=("", ""), rows=list(task.facts.items()))),
             table_text(Table(title="Results", head=("set", "metric", "value"), rows=measured)),

@@ -10,7 +10,20 @@ import torch
 from torch.nn import functional as F
 
 from encoder.base.errors import ConfigError
-from encoder.finetune.metrics import metrics_of, scores
+from encoder.data.examples import Examples
+from encoder.finetune.kinds.texts import ClassifyConfig, LabelsConfig, RegressConfig, TextSet
+
+COLUMNS = {"texts": ("text",), "label": "label"}
+CLASSIFY, LABELS, REGRESS = (
+    kind(**COLUMNS) for kind in (ClassifyConfig, LabelsConfig, RegressConfig)
+)
+
+
+def scores(kind, logits: np.ndarray, true: np.ndarray):
+    """Of a data set whose targets these are."""
+    nothing = np.zeros(0)
+    examples = Examples(name="dev", ids_A=nothing, starts_N1=nothing, value_P=true)
+    return TextSet(examples=examples, kind=kind).scores(logits, kind.metric_names())
 
 
 def test_classes_are_counted_as_the_formulas_say():
@@ -18,7 +31,7 @@ def test_classes_are_counted_as_the_formulas_say():
     true = np.array([1, 1, 1, 0, 0, 0, 0])
     guessed = np.array([1, 1, 0, 1, 0, 0, 0])
     logits = np.stack([1.0 - guessed, guessed * 1.0], axis=1)
-    found = scores(logits, true, kind="classify", metrics=metrics_of("classify", None))
+    found = scores(CLASSIFY, logits, true)
     assert found.metrics["accuracy"] == 5 / 7
     assert found.metrics["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert found.metrics["matthews"] == pytest.approx((2 * 3 - 1 * 1) / math.sqrt(3 * 3 * 4 * 4))
@@ -27,27 +40,21 @@ def test_classes_are_counted_as_the_formulas_say():
 
 
 def test_a_model_that_says_one_class_has_no_matthews_and_that_is_said():
-    found = scores(
-        np.tile([0.0, 1.0], (4, 1)),
-        np.array([0, 1, 1, 0]),
-        kind="classify",
-        metrics=metrics_of("classify", ["matthews"]),
-    )
+    kind = ClassifyConfig(**COLUMNS, metrics=("matthews",))
+    found = scores(kind, np.tile([0.0, 1.0], (4, 1)), np.array([0, 1, 1, 0]))
     assert found.constant and found.metrics == {"matthews": 0.0}
 
 
 def test_f1_of_three_classes_is_their_mean_also_where_one_does_not_occur():
     true, guessed = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
-    found = scores(
-        np.eye(3)[guessed], true, kind="classify", metrics=metrics_of("classify", ["f1"])
-    )
+    found = scores(CLASSIFY, np.eye(3)[guessed], true)
     assert found.metrics["f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
 
 
 def test_several_labels_have_the_loss_of_torch():
     draw = np.random.default_rng(1)
     logits, true = draw.normal(size=(6, 3)), (draw.random((6, 3)) > 0.5).astype(np.float32)
-    found = scores(logits, true, kind="labels", metrics=metrics_of("labels", None))
+    found = scores(LABELS, logits, true)
     expected = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(true))
     assert found.loss == pytest.approx(expected.item())
     rows = ((logits > 0) == (true > 0)).all(axis=1)
@@ -58,20 +65,19 @@ def test_correlations_are_those_of_numpy_and_zero_without_variance():
     draw = np.random.default_rng(1)
     true = draw.normal(size=(20, 1)).astype(np.float32)
     guessed = true + draw.normal(size=(20, 1))
-    metrics = metrics_of("regress", None)
-    found = scores(guessed, true, kind="regress", metrics=metrics).metrics
+    found = scores(REGRESS, guessed, true).metrics
     assert found["pearson"] == pytest.approx(np.corrcoef(true[:, 0], guessed[:, 0])[0, 1])
     ranks = [np.argsort(np.argsort(x[:, 0])) for x in (true, guessed)]
     assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    same = scores(np.ones((20, 1)), true, kind="regress", metrics=metrics)
+    same = scores(REGRESS, np.ones((20, 1)), true)
     assert same.constant and same.metrics["pearson"] == same.metrics["spearman"] == 0.0
 
 
-@pytest.mark.parametrize("kind", ["classify", "regress"])
+@pytest.mark.parametrize("kind", [CLASSIFY, REGRESS], ids=["classify", "regress"])
 def test_logits_that_are_no_numbers_have_no_score_and_null_in_a_file(kind):
-    logits = np.array([[math.nan, 1.0], [0.0, 1.0]])[:, : 2 if kind == "classify" else 1]
-    true = np.array([0, 1]) if kind == "classify" else np.array([[0.5], [1.0]], dtype=np.float32)
-    found = scores(logits, true, kind=kind, metrics=metrics_of(kind, None))
+    logits = np.array([[math.nan, 1.0], [0.0, 1.0]])[:, : 2 if kind is CLASSIFY else 1]
+    true = np.array([0, 1]) if kind is CLASSIFY else np.array([[0.5], [1.0]], dtype=np.float32)
+    found = scores(kind, logits, true)
     assert math.isnan(found.loss) and all(math.isnan(x) for x in found.metrics.values())
     assert {*found.plain().values()} == {None}
 
@@ -80,4 +86,4 @@ def test_an_unknown_metric_names_the_nearest():
     with pytest.raises(
         ConfigError, match="task.metrics: acuracy is unknown. Did you mean accuracy"
     ):
-        metrics_of("classify", ["acuracy"])
+        ClassifyConfig(**COLUMNS, metrics=("acuracy",)).metric_names()

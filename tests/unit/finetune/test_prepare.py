@@ -35,7 +35,7 @@ def test_texts_are_framed_cut_and_counted_and_labels_are_numbers(tmp_path):
     )
     train = prepared(tmp_path, ["data.max_tokens=24"]).train
     assert train.lengths_N.tolist() == [5, 24, 7] and train.cut == 1
-    assert train.value_N.tolist() == [0, 1, 1]
+    assert train.value_P.tolist() == [0, 1, 1]
     ids = [train.ids_A[a:b].tolist() for a, b in zip(train.starts_N1, train.starts_N1[1:])]
     assert all(one[0] == 1 and one[-1] == 2 for one in ids)
     # a special token that a text spells is text
@@ -59,7 +59,7 @@ def test_labels_left_out_are_those_of_the_training_rows(tmp_path):
     for name in ("train", "dev", "more"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     found = prepared(tmp_path, ["task.labels=null"])
-    assert found.task.task.labels == ("9", "10") and found.train.value_N.tolist() == [1, 0, 1]
+    assert found.task.task.labels == ("9", "10") and found.train.value_P.tolist() == [1, 0, 1]
 
 
 def test_where_classes_are_called_by_numbers_a_number_is_a_name(tmp_path):
@@ -68,7 +68,7 @@ def test_where_classes_are_called_by_numbers_a_number_is_a_name(tmp_path):
     for name in ("train", "dev", "more"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     found = prepared(tmp_path, ["task.labels=null"])
-    assert found.task.task.labels == ("1", "2", "3") and found.train.value_N.tolist() == [0, 1, 2]
+    assert found.task.task.labels == ("1", "2", "3") and found.train.value_P.tolist() == [0, 1, 2]
     # stars counted from 0 are no stars counted from 1
     write_rows(tmp_path / "dev.jsonl", [{"text": "x", "label": 0}])
     with pytest.raises(UserError, match="dev.jsonl line 1: label is '0', which is none"):
@@ -85,12 +85,12 @@ def test_several_labels_and_numbers_become_targets(tmp_path):
     for name in ("train", "dev", "more"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     task = "task={kind: labels, texts: [text], label: label}"
-    assert prepared(tmp_path, [task]).train.value_N.tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert prepared(tmp_path, [task]).train.value_P.tolist() == [[1, 1], [0, 1], [0, 0]]
 
     for name in ("train", "dev", "more"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "x", "label": n} for n in (0.5, "2", 3)])
     task = "task={kind: regress, texts: [text], label: label}"
-    assert np.array_equal(prepared(tmp_path, [task]).train.value_N, [[0.5], [2], [3]])
+    assert np.array_equal(prepared(tmp_path, [task]).train.value_P, [[0.5], [2], [3]])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_folder_of_each_family_is_proven_and_says_its_labels(tmp_path, family)
     [("bert", "head.dense"), ("roberta", "classifier"), ("distilbert", "head.dense")],
 )
 def test_a_head_that_went_elsewhere_leaves_nothing_behind(tmp_path, monkeypatch, family, name):
-    names = dict(hf_task.CLASSES[family].names)
+    names = hf_task.FORMS["text"].names[family]
     whole = hf_task.their_weights
 
     def wrong(task, bridge):

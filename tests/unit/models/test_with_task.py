@@ -16,7 +16,7 @@ from encoder.models.catalog import build_model
 from encoder.models.hf.catalog import bridge_of
 from encoder.models.hf.task import TrainedTask, task_model, their_settings, their_weights
 from encoder.models.with_task import HeadShape, TaskModel, first_weights
-from encoder.objectives.text_tasks import TERM, TextTask
+from encoder.objectives.text_tasks import TERM, Classes, Numbers, TextObjective, YesNo
 from tests.helpers.tasks import BODIES, drawn_examples, drawn_task
 
 CASES = [
@@ -63,15 +63,19 @@ def padded(examples: Examples, pad_id: int) -> dict[str, torch.Tensor]:
 def padded_loss(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
     """-log p of each example's class, summed over one padded batch and divided by the examples once."""
     logits_BK = theirs(**padded(examples, pad_id)).logits
-    return nn.functional.cross_entropy(logits_BK, torch.from_numpy(examples.value_N))
+    return nn.functional.cross_entropy(logits_BK, torch.from_numpy(examples.value_P))
 
 
 def packed_gradients(
-    task: TrainedTask, examples: Examples, parts: list[np.ndarray], *, kind: str = "classify"
+    task: TrainedTask,
+    examples: Examples,
+    parts: list[np.ndarray],
+    *,
+    objective: TextObjective | None = None,
 ) -> dict[str, torch.Tensor]:
     """Ours over several micro-batches, each a sum that is divided by the examples of all."""
     ours = task_model(task).double()
-    objective = TextTask(kind=kind, outputs=task.head.outputs)
+    objective = objective or Classes()
     for numbers in parts:
         batch = micro_batch(examples, numbers, term=TERM).batch
         (objective.loss(ours, batch)[TERM].total / len(examples)).backward()
@@ -114,16 +118,17 @@ def test_packed_gradients_are_those_of_transformers_padded_with_one_denominator(
 
 
 @pytest.mark.parametrize(
-    ("kind", "outputs", "problem"),
-    [("labels", 3, "multi_label_classification"), ("regress", 1, "regression")],
+    ("objective", "problem"),
+    [(YesNo(outputs=3), "multi_label_classification"), (Numbers(outputs=1), "regression")],
 )
-def test_several_labels_and_numbers_have_transformers_gradients_too(kind, outputs, problem):
+def test_several_labels_and_numbers_have_transformers_gradients_too(objective, problem):
+    outputs = objective.outputs
     task = dataclasses.replace(drawn_task("bert", outputs=outputs), problem=problem)
     draw = np.random.default_rng(2)
     values = draw.normal(size=(COUNT, outputs)).astype(np.float32)
-    if kind == "labels":
+    if outputs > 1:
         values = (values > 0).astype(np.float32)
-    examples = dataclasses.replace(drawn_examples(COUNT, segments=True), value_N=values)
+    examples = dataclasses.replace(drawn_examples(COUNT, segments=True), value_P=values)
 
     theirs = transformers_model(task)
     asked = padded(examples, task.specials.pad_id)
@@ -134,7 +139,9 @@ def test_several_labels_and_numbers_have_transformers_gradients_too(kind, output
     # a part without examples is what a rank has that only keeps the others company
     parts = [np.arange(4), np.array([], dtype=np.int64), np.arange(4, COUNT)]
     found = their_weights(
-        dataclasses.replace(task, weights=packed_gradients(task, examples, parts, kind=kind)),
+        dataclasses.replace(
+            task, weights=packed_gradients(task, examples, parts, objective=objective)
+        ),
         bridge_of(task.config, task.specials),
     )
     for name, gradient in expected.items():

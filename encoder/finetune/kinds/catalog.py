@@ -1,0 +1,12 @@
+"""The kinds of task that a task file can name."""
+
+from __future__ import annotations
+
+from encoder.finetune.kinds.contract import TaskConfig
+from encoder.finetune.kinds.texts import ClassifyConfig, LabelsConfig, RegressConfig
+
+TASKS: dict[str, type[TaskConfig]] = {
+    "classify": ClassifyConfig,
+    "labels": LabelsConfig,
+    "regress": RegressConfig,
+}

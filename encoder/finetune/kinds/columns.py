@@ -1,0 +1,52 @@
+"""What the settings of several kinds share: columns that differ, labels that differ, a label's number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from encoder.base.errors import ConfigError, nearest
+from encoder.data.labelled import DataError, Rows
+
+MOST_LABELS = 100_000
+
+
+def check_columns(texts: Sequence[str], label: str) -> None:
+    """One text or two, each of a column of its own. Raises ConfigError."""
+    if not 1 <= len(texts) <= 2:
+        raise ConfigError(f"texts has {len(texts)} columns; needed: one, or two of a pair.")
+    columns = [*texts, label]
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"texts and label name the column {twice!r} twice; needed: columns that differ."
+        )
+
+
+def check_labels(labels: Sequence[str] | None, *, least: int) -> None:
+    """Names that differ. Raises ConfigError."""
+    if labels is None:
+        return
+    if len(labels) < least:
+        raise ConfigError(f"labels has {len(labels)} names; needed: at least {least}.")
+    twice = next((name for name in labels if list(labels).count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"labels has {twice!r} twice; each may stand once.")
+
+
+def number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: str) -> int:
+    """The number of a label. Raises DataError.
+
+    name: as the row has it
+    numbers: of all labels
+    rows, row, column: where it stands
+    """
+    if name in numbers:
+        return numbers[name]
+    # the number of a class, as GLUE's tables have it; where names are numbers themselves, a number is a name
+    named_by_numbers = any(other.isdecimal() for other in numbers)
+    if name.isdecimal() and not named_by_numbers and int(name) < len(numbers):
+        return int(name)
+    raise DataError(
+        f"{rows.place(row)}: {column} is {name[:40]!r}, which is none of task.labels."
+        f" {nearest(name, [*numbers])}"
+    )

@@ -1,0 +1,430 @@
+"""Kinds that ask one thing of each text, or of each pair of texts: its class, several labels at once, or a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from encoder.base.errors import ConfigError
+from encoder.data.examples import Examples
+from encoder.data.labelled import DataError, Rows, label_name, texts_of
+from encoder.finetune import metrics as measures
+from encoder.finetune.encoding import TextEncoder, examples_of
+from encoder.finetune.kinds.columns import MOST_LABELS, check_columns, check_labels, number_of
+from encoder.finetune.kinds.contract import Decided
+from encoder.finetune.metrics import Metric, Scores
+from encoder.models.with_task import HeadKind
+from encoder.nn.task_heads import Pooling
+from encoder.objectives.text_tasks import Classes, Numbers, TextObjective, YesNo
+
+
+class TextKind(Protocol):
+    """What a kind has of its own: how logits become predictions, losses and words."""
+
+    METRICS: ClassVar[Mapping[str, Metric]]
+
+    def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
+        """Classes [N], labels [N, K] of 0 and 1, or numbers [N, K]."""
+
+    def mean_loss(self, logits_NK: np.ndarray, value_N: np.ndarray) -> float:
+        """As the objective takes it, over all rows."""
+
+    def said(self, logits_K: np.ndarray, guess: Any) -> dict[str, Any]:
+        """What is told of a row."""
+
+    def target(self, value: Any) -> Any:
+        """A row's target in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSet:
+    """A data set of texts (encoder.finetune.kinds.contract.AskedSet)."""
+
+    examples: Examples
+    kind: TextKind
+
+    def notes(self) -> list[str]:
+        """How many were cut."""
+        cut, count = self.examples.cut, len(self.examples)
+        if not cut:
+            return []
+        word = "example" if cut == 1 else "examples"
+        return [
+            f"{cut:,} {word} of {self.examples.name} ({cut / count:.1%}) longer than"
+            " data.max_tokens: cut"
+        ]
+
+    def decided(self, logits_PK: np.ndarray) -> Decided:
+        """Nothing."""
+        return {}
+
+    def scores(
+        self, logits_PK: np.ndarray, metrics: Sequence[str], decided: Decided | None = None
+    ) -> Scores:
+        """Loss and metrics of all rows."""
+        value_N = self.examples.value_P
+        if not np.isfinite(logits_PK).all():
+            return Scores.without_numbers(metrics)
+        guesses = self.kind.predictions(logits_PK)
+        outputs = logits_PK.shape[1]
+        return Scores.of(
+            loss=self.kind.mean_loss(logits_PK, value_N),
+            metrics={name: self.kind.METRICS[name](value_N, guesses, outputs) for name in metrics},
+            constant=len(guesses) > 1 and bool((guesses == guesses[:1]).all()),
+        )
+
+    def lines(
+        self, logits_PK: np.ndarray, decided: Decided | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """A line a row."""
+        guesses = self.kind.predictions(logits_PK)
+        for row, logits_K in enumerate(logits_PK):
+            yield {
+                "row": row,
+                **self.kind.said(logits_K, guesses[row]),
+                "logits": [float(x) for x in logits_K],
+                "target": self.kind.target(self.examples.value_P[row]),
+            }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """One class of several for each row."""
+
+    KIND: ClassVar[str] = "classify"
+    HEAD: ClassVar[HeadKind] = "text"
+    PROBLEM: ClassVar[str | None] = "single_label_classification"
+    COUNTED: ClassVar[str] = "examples"
+    PACKAGES: ClassVar[tuple[tuple[str, str], ...]] = measures.SCIKIT
+    METRICS: ClassVar[Mapping[str, Metric]] = {
+        "accuracy": measures.accuracy,
+        "f1": measures.f1,
+        "macro_f1": measures.macro_f1,
+        "matthews": measures.matthews,
+    }
+
+    texts: tuple[str, ...]  # columns: one text, or two of a pair
+    label: str  # column of the class, by its name or its number
+    # the classes' names in the order of their numbers; default: those of the training rows, sorted
+    labels: tuple[str, ...] | None = None
+    pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
+    # those that are reported; default: accuracy, f1, macro_f1, matthews
+    metrics: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_columns(self.texts, self.label)
+        check_labels(self.labels, least=2)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Texts and label."""
+        return (*self.texts, self.label)
+
+    @property
+    def pairs(self) -> bool:
+        """Two texts."""
+        return len(self.texts) == 2
+
+    @property
+    def outputs(self) -> int:
+        """One for each class."""
+        return len(_known(self.labels))
+
+    @property
+    def objective(self) -> TextObjective:
+        """Cross entropy."""
+        return Classes()
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of METRICS that are reported."""
+        return measures.chosen(self.METRICS, self.metrics)
+
+    def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
+        """All that occur, sorted; numbers by their size."""
+        found = {label_name(value, rows, row) for row, value in enumerate(rows.columns[self.label])}
+        if len(found) < 2:
+            raise DataError(
+                f"{rows.path}: {self.label} is {next(iter(found))!r} in every row; needed: at least"
+                " two classes."
+            )
+        if len(found) > MOST_LABELS:
+            raise DataError(f"{rows.path}: {self.label} has {len(found):,} different values.")
+        whole = all(name.isdecimal() for name in found)
+        return tuple(sorted(found, key=lambda name: (int(name) if whole else 0, name)))
+
+    def check_length(self, max_tokens: int) -> None:
+        """Any will do."""
+
+    def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
+        """A class for each row: int64 [N]."""
+        numbers = {name: number for number, name in enumerate(_known(self.labels))}
+        value_N = np.array(
+            [
+                number_of(label_name(value, rows, row), numbers, rows, row, self.label)
+                for row, value in enumerate(rows.columns[self.label])
+            ],
+            dtype=np.int64,
+        )
+        return _encoded(self, self.texts, rows, encoder, name=name, value_N=value_N)
+
+    def check_training(self, examples: Examples, rows: Rows) -> None:
+        """Every class is there."""
+        labels = _known(self.labels)
+        counts = np.bincount(examples.value_P, minlength=len(labels))
+        _refuse_missing(labels, counts, rows, word="class")
+
+    def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
+        """Classes [N]."""
+        return logits_NK.argmax(axis=1)
+
+    def mean_loss(self, logits_NK: np.ndarray, value_N: np.ndarray) -> float:
+        """Cross entropy."""
+        return measures.cross_entropy(logits_NK, value_N)
+
+    def said(self, logits_K: np.ndarray, guess: Any) -> dict[str, Any]:
+        """The class and its probability."""
+        shifted = np.exp(logits_K - logits_K.max())
+        probability = float(shifted[guess] / shifted.sum())
+        return {"label": _known(self.labels)[int(guess)], "probability": probability}
+
+    def target(self, value: Any) -> str:
+        """The class."""
+        return _known(self.labels)[int(value)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """Any number of labels for each row, each yes or no."""
+
+    KIND: ClassVar[str] = "labels"
+    HEAD: ClassVar[HeadKind] = "text"
+    PROBLEM: ClassVar[str | None] = "multi_label_classification"
+    COUNTED: ClassVar[str] = "examples"
+    PACKAGES: ClassVar[tuple[tuple[str, str], ...]] = measures.SCIKIT
+    METRICS: ClassVar[Mapping[str, Metric]] = {
+        "micro_f1": measures.micro_f1,
+        "macro_f1": measures.macro_f1,
+        "exact_match": measures.accuracy,
+    }
+
+    texts: tuple[str, ...]  # columns: one text, or two of a pair
+    label: str  # column of the labels: a list of names, or names with `separator` between them
+    # their names; default: those of the training rows, sorted
+    labels: tuple[str, ...] | None = None
+    separator: str = ","  # of a cell that is one text, as in CSV
+    pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
+    # those that are reported; default: micro_f1, macro_f1, exact_match
+    metrics: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_columns(self.texts, self.label)
+        check_labels(self.labels, least=1)
+        if not self.separator:
+            raise ConfigError("separator is empty; needed: what stands between two labels.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Texts and labels."""
+        return (*self.texts, self.label)
+
+    @property
+    def pairs(self) -> bool:
+        """Two texts."""
+        return len(self.texts) == 2
+
+    @property
+    def outputs(self) -> int:
+        """One for each label."""
+        return len(_known(self.labels))
+
+    @property
+    def objective(self) -> TextObjective:
+        """Binary cross entropy."""
+        return YesNo(outputs=self.outputs)
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of METRICS that are reported."""
+        return measures.chosen(self.METRICS, self.metrics)
+
+    def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
+        """All that occur, sorted."""
+        found = {name for row in range(len(rows)) for name in self._names(rows, row)}
+        if not found:
+            raise DataError(f"{rows.path}: no row has a label in {self.label}.")
+        return tuple(sorted(found))
+
+    def check_length(self, max_tokens: int) -> None:
+        """Any will do."""
+
+    def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
+        """float32 [N, K] of 0 and 1."""
+        labels = _known(self.labels)
+        numbers = {name: number for number, name in enumerate(labels)}
+        value_NK = np.zeros((len(rows), len(labels)), dtype=np.float32)
+        for row in range(len(rows)):
+            for label in self._names(rows, row):
+                value_NK[row, number_of(label, numbers, rows, row, self.label)] = 1.0
+        return _encoded(self, self.texts, rows, encoder, name=name, value_N=value_NK)
+
+    def check_training(self, examples: Examples, rows: Rows) -> None:
+        """Every label is there."""
+        _refuse_missing(_known(self.labels), examples.value_P.sum(0), rows, word="label")
+
+    def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
+        """[N, K]: given from probability 1/2 on."""
+        return (logits_NK > 0).astype(np.int64)
+
+    def mean_loss(self, logits_NK: np.ndarray, value_N: np.ndarray) -> float:
+        """-log sigmoid(x) = log(1 + exp(-x)); with target 0 that of -x."""
+        return float(np.logaddexp(0.0, np.where(value_N > 0, -logits_NK, logits_NK)).mean())
+
+    def said(self, logits_K: np.ndarray, guess: Any) -> dict[str, Any]:
+        """The labels that are given."""
+        return {"labels": self.target(guess)}
+
+    def target(self, value: Any) -> list[str]:
+        """The labels that are 1."""
+        return [name for name, is_it in zip(_known(self.labels), value, strict=True) if is_it]
+
+    def _names(self, rows: Rows, row: int) -> list[str]:
+        value = rows.columns[self.label][row]
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(self.separator) if part.strip()]
+        if isinstance(value, list):
+            return [label_name(part, rows, row) for part in value]
+        raise DataError(
+            f"{rows.place(row)}: {self.label} is {str(value)[:40]!r}; needed: a list of labels."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressConfig:
+    """A number for each row."""
+
+    KIND: ClassVar[str] = "regress"
+    HEAD: ClassVar[HeadKind] = "text"
+    PROBLEM: ClassVar[str | None] = "regression"
+    COUNTED: ClassVar[str] = "examples"
+    PACKAGES: ClassVar[tuple[tuple[str, str], ...]] = measures.SCIKIT
+    METRICS: ClassVar[Mapping[str, Metric]] = {
+        "pearson": measures.pearson,
+        "spearman": measures.spearman,
+        "mean_squared_error": measures.squared_error,
+    }
+    labels: ClassVar[None] = None
+    outputs: ClassVar[int] = 1
+
+    texts: tuple[str, ...]  # columns: one text, or two of a pair
+    label: str  # column of the number
+    pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
+    # those that are reported; default: pearson, spearman, mean_squared_error
+    metrics: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_columns(self.texts, self.label)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Texts and number."""
+        return (*self.texts, self.label)
+
+    @property
+    def pairs(self) -> bool:
+        """Two texts."""
+        return len(self.texts) == 2
+
+    @property
+    def objective(self) -> TextObjective:
+        """Squared error."""
+        return Numbers(outputs=self.outputs)
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of METRICS that are reported."""
+        return measures.chosen(self.METRICS, self.metrics)
+
+    def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
+        """A number has no names."""
+        return None
+
+    def check_length(self, max_tokens: int) -> None:
+        """Any will do."""
+
+    def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
+        """float32 [N, 1]."""
+        values = [
+            [_finite(value, rows, row, self.label)]
+            for row, value in enumerate(rows.columns[self.label])
+        ]
+        value_N1 = np.array(values, dtype=np.float32)
+        return _encoded(self, self.texts, rows, encoder, name=name, value_N=value_N1)
+
+    def check_training(self, examples: Examples, rows: Rows) -> None:
+        """The numbers differ."""
+        values = examples.value_P
+        if len(values) > 1 and values.min() == values.max():
+            raise DataError(
+                f"{rows.path}: {self.label} is {float(values[0, 0]):g} in every row; needed: numbers"
+                " that differ."
+            )
+
+    def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
+        """The numbers as they are."""
+        return logits_NK
+
+    def mean_loss(self, logits_NK: np.ndarray, value_N: np.ndarray) -> float:
+        """Squared error."""
+        return measures.squared_error(value_N, logits_NK, 1)
+
+    def said(self, logits_K: np.ndarray, guess: Any) -> dict[str, Any]:
+        """The number."""
+        return {"value": float(logits_K[0])}
+
+    def target(self, value: Any) -> float:
+        """The number."""
+        return float(value[0])
+
+
+def _known(labels: tuple[str, ...] | None) -> tuple[str, ...]:
+    assert labels, "labels are known once the training rows were read"
+    return labels
+
+
+def _encoded(
+    kind: TextKind,
+    columns: Sequence[str],
+    rows: Rows,
+    encoder: TextEncoder,
+    *,
+    name: str,
+    value_N: np.ndarray,
+) -> TextSet:
+    """The texts of all rows, the longer one of a pair cut first."""
+    texts: list[Any] = list(zip(*(texts_of(rows, column) for column in columns), strict=True))
+    given = [pair[0] if len(pair) == 1 else pair for pair in texts]
+    encoded = encoder.encoded(given, cut="longest_first")
+    return TextSet(examples=examples_of(encoded, encoder, name=name, value_P=value_N), kind=kind)
+
+
+def _refuse_missing(labels: Sequence[str], counts: np.ndarray, rows: Rows, *, word: str) -> None:
+    never = [name for name, count in zip(labels, counts, strict=True) if not count]
+    if never:
+        raise DataError(
+            f"{rows.path}: no row has the {word} {never[0]!r} of task.labels. Take it out, or add"
+            " rows of it."
+        )
+
+
+def _finite(value: Any, rows: Rows, row: int, column: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(
+            f"{rows.place(row)}: {column} is {str(value)[:40]!r}; needed: a finite number."
+        )
+    return number
