@@ -144,7 +144,7 @@ def _read(probe: ProbeConfig, number: int, run: RunConfig, facts: DataFacts) -> 
             ids_A=np.concatenate([np.array(one, dtype=np.int32) for one in ids]),
             starts_N1=np.concatenate([[0], np.cumsum(lengths)]),
             # labels are words here: no loss is taken
-            value_N=np.zeros(len(ids), dtype=np.int64),
+            value_P=np.zeros(len(ids), dtype=np.int64),
         ),
         train_labels=train.labels,
         test_labels=test.labels,
