@@ -427,10 +427,13 @@ class FineTuning:
                 write_predictions(Path(self.run.out), name, asked.lines(logits_PK, decided))
 
     def what_comes_next(self) -> list[str]:
-        """Its export."""
+        """Its page, its export."""
         out = Path(self.run.out)
         beside = out.with_name(f"{out.name}-hf")
-        return [f"next: {as_typed('export', out, beside)}   a Hugging Face folder, proven"]
+        return [
+            f"next: {as_typed('report', out)}   curves and results in one page",
+            f"next: {as_typed('export', out, beside)}   a Hugging Face folder, proven",
+        ]
 
     def lower_rate_text(self, progress: Progress) -> str:
         """The rate, halved."""

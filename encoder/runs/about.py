@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from encoder.base.errors import UserError
 from encoder.base.home import PROJECT
 from encoder.base.units import short_count
 from encoder.data.shard_format import read_card
+from encoder.models.contract import ModelConfig
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.runs.config import RunConfig
 from encoder.runs.folder import EVENTS, read_jsonl
@@ -89,19 +91,11 @@ def versions() -> dict[str, str]:
 
 def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     """Model, data, precision, machine and versions of a run folder, a line each."""
-    # the last start that has an `about`: not every one wrote it
-    events = read_jsonl(folder / EVENTS)
-    starts = [e for e in events if e.get("event") in ("start", "resume")]
-    told = [e for e in starts if isinstance(e.get("about"), dict)]
-    about = {}
-    if told:
-        about = told[-1]["about"]
-    m = run.model
+    starts = starts_of(folder)
+    about = newest_about(starts)
     optimizer = next((w for w, kind in OPTIMIZERS.items() if type(run.optimizer) is kind), "")
-    # where no start told it, counted from the shape
-    size = about.get("parameters") or m.parameter_counts().total
     lines = {
-        "model": (f"{size:,} parameters, " if isinstance(size, int) else "") + m.shape_text,
+        "model": model_line(about, run.model),
         "optimizer": f"{optimizer}, seed {run.seed}",
     }
     share = getattr(run.objective, "mask_share", None)
@@ -118,24 +112,51 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
                 "documents; of the run "
                 f"{short_count(trained)} tokens"
             )
-    if starts:
-        last = starts[-1]
-        lines["precision"] = (
-            f"{last.get('precision', run.engine.precision)}, ZeRO stage {last.get('zero_stage', 0)}"
-        )
-        # each number once, in the order of the starts
-        ranks = list(dict.fromkeys(str(e.get("ranks")) for e in starts if "ranks" in e))
-        lines["ranks"] = " then ".join(ranks) + (
-            f", on {about['device']}" if "device" in about else ""
-        )
-    if isinstance(about.get("versions"), dict):
-        lines["versions"] = ", ".join(
-            f"{name} {number}" for name, number in about["versions"].items()
-        )
+    lines |= machine_lines(starts, precision=run.engine.precision)
     asked = next((e for e in starts if isinstance(e.get("objective_sha256"), dict)), {})
     for name, sha256 in asked.get("objective_sha256", {}).items():
         lines[str(name)] = f"a stored model, SHA-256 {str(sha256)[:16]}"
-    begun = next((e for e in starts if e.get("init_sha256")), None)
-    if begun:
-        lines["weights from"] = f"a stored model, SHA-256 {str(begun['init_sha256'])[:16]}"
+    return lines | weights_lines(starts)
+
+
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run's starts."""
+    return [e for e in read_jsonl(folder / EVENTS) if e.get("event") in ("start", "resume")]
+
+
+def newest_about(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the last start told that told anything: not every one did."""
+    told = [e["about"] for e in starts if isinstance(e.get("about"), dict)]
+    return told[-1] if told else {}
+
+
+def model_line(about: Mapping[str, Any], model: ModelConfig) -> str:
+    """Parameters and shape; where no start told their number, it is counted from the shape."""
+    size = about.get("parameters") or model.parameter_counts().total
+    return (f"{size:,} parameters, " if isinstance(size, int) else "") + model.shape_text
+
+
+def machine_lines(starts: Sequence[dict[str, Any]], *, precision: str) -> dict[str, str]:
+    """Precision, stage, ranks, device and versions of a run's starts; `precision` is the settings'."""
+    if not starts:
+        return {}
+    about, last = newest_about(starts), starts[-1]
+    # each number once, in the order of the starts
+    ranks = list(dict.fromkeys(str(e.get("ranks")) for e in starts if "ranks" in e))
+    device = f", on {about['device']}" if "device" in about else ""
+    lines = {
+        "precision": f"{last.get('precision', precision)}, ZeRO stage {last.get('zero_stage', 0)}",
+        "ranks": " then ".join(ranks) + device,
+    }
+    if isinstance(about.get("versions"), dict):
+        versions = [f"{name} {number}" for name, number in about["versions"].items()]
+        lines["versions"] = ", ".join(versions)
     return lines
+
+
+def weights_lines(starts: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What model the weights came from, where they did."""
+    begun = next((e for e in starts if e.get("init_sha256")), None)
+    if begun is None:
+        return {}
+    return {"weights from": f"a stored model, SHA-256 {str(begun['init_sha256'])[:16]}"}

@@ -17,7 +17,7 @@ from encoder.finetune.course import finetune
 from encoder.finetune.stored import read_trained
 from encoder.models.stored import read_safetensors
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
-from encoder.tools.report.report import verify_ledger
+from encoder.tools.report.report import verify_ledger, write_report
 from encoder.tools.weights.export import export_run
 from tests.helpers.tasks import write_rows, write_task
 from tests.process.ranks import run_ranks, start_ranks, wait_for
@@ -81,6 +81,17 @@ def test_predictions_stand_in_the_order_of_the_rows(root, name):
         assert [line["target"] for line in other] == [row["label"] for row in rows]
         for a, b in zip(one, other, strict=True):
             assert a["logits"] == pytest.approx(b["logits"], abs=1e-4)
+
+
+def test_a_report_sets_fine_tunings_side_by_side(root):
+    page = write_report([root / "one", root / "two"], root / "page").read_text()
+    numbers = json.loads((root / "one" / "result.json").read_text())["metrics"]
+    for data, measured in numbers.items():
+        assert f"<td>{data} accuracy</td><td>{measured['accuracy']:.2%}</td>" in page
+        assert f"<td>{data} loss</td><td>{measured['loss']:.4f}</td>" in page
+    assert "2 epochs in steps of 8 examples" in page and "42 examples of" in page
+    assert "<td>ranks</td><td>1, on" in page and "Phases" not in page
+    assert (root / "page" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_first_step_moves_each_layer_by_its_rate(root):

@@ -17,15 +17,26 @@ from encoder.base.units import short_count
 MOST_POINTS = 2000  # of a curve; means of neighbouring steps above that
 SMOOTH_FROM = 20  # fewer steps are drawn as they are
 TITLES = {  # what a curve is, and the unit of its axis
-    "loss": ("masked-token loss", "nats a masked token"),
     "lr": ("learning rate", "rate"),
     "step_tokens": ("batch", "tokens a step"),
-    "held_out_accuracy": ("held-out accuracy", "share of the masked tokens"),
     "tokens_per_second": ("speed", "tokens/s, all ranks"),
     "mfu": ("model FLOP utilization", "share of the devices' bf16 peak"),
     "tflops_per_second": ("model FLOP a second", "FLOP/s, all ranks"),
 }
 COLOURS = ("#b5402a", "#2f6db3", "#3a7d44", "#8a5aa8", "#b8860b", "#4a4a4a")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What a run's evaluations measure: names in its metrics, and words for people."""
+
+    loss: str = "held_out_loss"
+    loss_title: str = "masked-token loss"
+    loss_unit: str = "nats a masked token"
+    score: str = "held_out_accuracy"
+    score_title: str = "held-out accuracy"
+    score_unit: str = "share of the masked tokens"
+    set_name: str = "held-out"  # what is evaluated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +46,8 @@ class Curves:
     name: str
     metrics: list[dict[str, Any]]
     entropy: float | None  # unigram entropy of the held-out text, nats
-    vocab_size: int
+    vocab_size: int | None  # None: its loss is not over a vocabulary
+    evaluated: Evaluated = Evaluated()
     # of the checkpoint that a branch began with: its curve goes on there
     tokens_before: int = 0
 
@@ -59,20 +71,28 @@ def draw(runs: Sequence[Curves]) -> bytes:
         [
             ["loss", "loss", "lr"],
             ["loss", "loss", "step_tokens"],
-            ["held_out_accuracy", "tokens_per_second", used],
+            ["score", "tokens_per_second", used],
         ],
         figsize=(13, 9.5),
         layout="constrained",
     )
     colours = list(zip(runs, COLOURS * len(runs)))
+    # runs of several kinds side by side: the first one's words
+    words = runs[0].evaluated
+    titles = {
+        "loss": (words.loss_title, words.loss_unit),
+        "score": (words.score_title, words.score_unit),
+        **TITLES,
+    }
     for key, axis in at.items():
         for run, colour in colours:
             if key == "loss":
                 _draw_loss(axis, run, colour)
             else:
-                marker = "o" if key == "held_out_accuracy" else None
-                axis.plot(*_curve(run, key), lw=1.2, color=colour, marker=marker, ms=3)
-        title, unit = TITLES[key]
+                marker = "o" if key == "score" else None
+                own = run.evaluated.score if key == "score" else key
+                axis.plot(*_curve(run, own), lw=1.2, color=colour, marker=marker, ms=3)
+        title, unit = titles[key]
         alone = ""
         if key == "loss" and len(runs) == 1:
             alone = f"{_literal(runs[0].name)}: "
@@ -88,7 +108,7 @@ def draw(runs: Sequence[Curves]) -> bytes:
             axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
         if key == "tflops_per_second":
             axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(1e12 * v)))
-        if key in ("held_out_accuracy", "mfu"):
+        if key in ("score", "mfu"):
             axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         for number, (run, colour) in enumerate(colours):
             colour = "#888" if len(runs) == 1 else colour
@@ -107,7 +127,7 @@ def draw(runs: Sequence[Curves]) -> bytes:
                     )
 
     # two marks for the loss: guessing evenly, and guessing by how often a token occurs
-    for size in sorted({run.vocab_size for run in runs}):
+    for size in sorted({run.vocab_size for run in runs if run.vocab_size}):
         at["loss"].axhline(
             math.log(size),
             lw=0.8,
@@ -156,7 +176,7 @@ def _draw_loss(axis: Any, run: Curves, colour: str) -> None:
             alpha=0.9,
             label=f"{name}: training, running mean, last {smooth[-1]:.2f}",
         )
-    x, y = _curve(run, "held_out_loss")
+    x, y = _curve(run, run.evaluated.loss)
     if len(y):
         axis.plot(
             x,
@@ -167,7 +187,7 @@ def _draw_loss(axis: Any, run: Curves, colour: str) -> None:
             color=colour,
             mec="white",
             mew=0.5,
-            label=f"{name}: held-out, last {y[-1]:.2f}",
+            label=f"{name}: {_literal(run.evaluated.set_name)}, last {y[-1]:.2f}",
         )
 
 
@@ -209,7 +229,8 @@ def _curve(run: Curves, key: str) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(m.get(key), (int, float)) and isinstance(m.get("tokens"), int)
     ]
     points = np.array(found, dtype=np.float64).reshape(-1, 2)
-    if len(points) > MOST_POINTS and not key.startswith("held_out"):
+    kept = key in (run.evaluated.loss, run.evaluated.score)
+    if len(points) > MOST_POINTS and not kept:
         points = np.array([part.mean(0) for part in np.array_split(points, MOST_POINTS)])
     return points[:, 0], points[:, 1]
 

@@ -15,23 +15,20 @@ from encoder.base.done import read_done
 from encoder.base.errors import LedgerError, UserError
 from encoder.base.files import write_atomic
 from encoder.base.units import short_bytes, short_count
-from encoder.runs.about import what_was_trained
-from encoder.runs.config import RunConfig, schedule_word
 from encoder.runs.folder import (
     ERRORS,
     EVENTS,
     HANGS,
     LEDGER,
     METRICS,
-    RUN_FILE,
     flat,
     read_jsonl,
     read_metrics,
 )
 from encoder.runs.ledger import follow_chain
-from encoder.runs.weights import read_saved_run
 from encoder.tools.report.curves import Curves, draw
 from encoder.tools.report.goodput import WHAT_IS, wall_ms
+from encoder.tools.report.told import Told, told_of
 
 PAGE, PICTURE = "report.html", "loss.png"
 MARK = "<meta name='generator' content='tessera report'>"
@@ -53,7 +50,7 @@ class _Run:
     """What a report reads of a run folder."""
 
     folder: Path
-    config: RunConfig
+    told: Told
     metrics: list[dict[str, Any]]
     done: dict[str, Any]
     steps: int  # of the ledger, its chain followed
@@ -63,7 +60,7 @@ class _Run:
 def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Section] = ()) -> Path:
     """Writes loss.png and report.html of one or several runs into `out`; returns the page. Raises UserError, LedgerError."""
     runs = [_read_run(folder) for folder in folders]
-    names = [run.config.name for run in runs]
+    names = [run.told.name for run in runs]
     # names of runs, or of their folders, or whole paths: what tells them apart first
     if len(set(names)) < len(names):
         names = [folder.name for folder in folders]
@@ -79,7 +76,8 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
                 metrics=run.metrics,
                 entropy=run.done.get("unigram_entropy"),
                 tokens_before=_tokens_before(run),
-                vocab_size=run.config.model.vocab_size,
+                vocab_size=run.told.vocab_size,
+                evaluated=run.told.evaluated,
             )
             for name, run in zip(names, runs)
         ]
@@ -91,11 +89,7 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
         picture,
         [
             _side_by_side("Result", names, [_facts(run) for run in runs]),
-            _side_by_side(
-                "What was trained",
-                names,
-                [what_was_trained(run.config, run.folder) for run in runs],
-            ),
+            _side_by_side("What was trained", names, [run.told.trained for run in runs]),
             *sections,
             _side_by_side(
                 "Where the time went",
@@ -105,7 +99,11 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
                 + "; ".join(f"{kind}: {what}" for kind, what in WHAT_IS.items())
                 + ".",
             ),
-            *(_phases(f"Phases{end}", run.config) for end, run in zip(of, runs)),
+            *(
+                Section(title=f"Phases{end}", head=run.told.phase_head, rows=run.told.phases)
+                for end, run in zip(of, runs)
+                if run.told.phases
+            ),
             *(
                 Section(
                     title=f"Events{end}", head=("time (UTC)", "event", "details"), rows=_events(run)
@@ -118,25 +116,6 @@ def write_report(folders: Sequence[Path], out: Path, *, sections: Sequence[Secti
     write_atomic(path, page)
     write_atomic(out / PICTURE, picture)
     return path
-
-
-def _phases(title: str, run: RunConfig) -> Section:
-    # columns of what a phase may change: the same for all phases of a model
-    own = [run.model_of(p).phase_texts for p in run.phases]
-    rows = [
-        [
-            p.name,
-            short_count(p.tokens),
-            f"{p.max_tokens_per_document:,}",
-            *texts.values(),
-            schedule_word(p),
-            f"{p.lr.peak:g}",
-        ]
-        for p, texts in zip(run.phases, own)
-    ]
-    return Section(
-        title=title, head=("phase", "tokens", "length", *own[0], "schedule", "peak rate"), rows=rows
-    )
 
 
 def _check_ours(out: Path) -> None:
@@ -158,11 +137,12 @@ def _check_ours(out: Path) -> None:
 
 def _read_run(folder: Path) -> _Run:
     metrics = read_metrics(folder)
+    done = read_done(folder, with_checkpoint=False) or {}
     return _Run(
         folder=folder,
-        config=read_saved_run(folder / RUN_FILE),
+        told=told_of(folder, metrics, done),
         metrics=metrics,
-        done=read_done(folder, with_checkpoint=False) or {},
+        done=done,
         steps=verify_ledger(folder),
         spent_ms=wall_ms(folder),
     )
@@ -170,7 +150,6 @@ def _read_run(folder: Path) -> _Run:
 
 def _facts(run: _Run) -> dict[str, str]:
     entropy, last = run.done.get("unigram_entropy"), run.metrics[-1]
-    held_out = _last_held_out(run.metrics)
     speeds = [
         m["tokens_per_second"]
         for m in run.metrics
@@ -185,21 +164,13 @@ def _facts(run: _Run) -> dict[str, str]:
             if speeds
             else {}
         ),
-        **{_shown(k): _held_out_text(k, v) for k, v in held_out.items()},
+        **run.told.results,
         **({"unigram entropy of the held-out text": f"{entropy:.3f} nats"} if entropy else {}),
         "ledger": (
             f"{run.steps:,} steps, chain unbroken"
             + (f", {run.done['ledger_hash']}" if run.done else "")
         ),
     }
-
-
-def _held_out_text(name: str, value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    if "accuracy" in name or name.startswith("probe_"):
-        return f"{value:.2%}"
-    return f"{value:.3f} nats"
 
 
 def _state(run: _Run) -> str:
@@ -286,13 +257,6 @@ def _side_by_side(
         text=text,
         rows=rows,
     )
-
-
-def _last_held_out(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
-    """What the last evaluation found: losses and accuracies by name."""
-    nothing: dict[str, Any] = {}
-    found = next((m for m in reversed(metrics) if "held_out_loss" in m), nothing)
-    return {k: v for k, v in found.items() if k.startswith(("held_out_", "probe_"))}
 
 
 def verify_ledger(folder: Path) -> int:
