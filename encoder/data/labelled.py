@@ -45,17 +45,21 @@ class Rows:
 MOST_CELL_BYTES = 2**27
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Rows:
-    """These columns of all rows of a file, each once. Raises DataError."""
-    columns = [*dict.fromkeys(columns)]
+def check_file(path: Path) -> None:
+    """A file is there, of a kind that is read. Raises DataError."""
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {found}; needed: a file ending in {', '.join(READERS)}.")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in READERS:
         raise DataError(f"{path} ends in {path.suffix!r}; needed: {', '.join(READERS)}.")
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Rows:
+    """These columns of all rows of a file, each once. Raises DataError."""
+    columns = [*dict.fromkeys(columns)]
+    check_file(path)
     try:
-        rows = reader(path, columns)
+        rows = READERS[path.suffix.lower()](path, columns)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 at byte {error.start:,}. Write it as UTF-8.") from None
     if not len(rows):

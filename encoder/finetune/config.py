@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, nearest
 from encoder.base.schema import (
     LocalText,
     PathText,
@@ -78,13 +78,24 @@ class DropoutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """When the dev sets are asked."""
+    """When the dev sets are asked, and which weights a run ends with."""
 
     every_epochs: float = 1.0  # and at the end
+    # whose weights the result, the predictions and an export have: the last step's, or the best evaluation's
+    keep: Literal["last", "best"] = "last"
+    # what best is judged by; default: the first metric of the task
+    metric: str | None = None
+    # data set that best is judged on; default: the only one of data.dev
+    of: str | None = None
 
     def __post_init__(self) -> None:
         if not self.every_epochs > 0:
             raise ConfigError(f"every_epochs {self.every_epochs:g} must be above 0.")
+        given = [key for key in ("metric", "of") if getattr(self, key) is not None]
+        if self.keep == "last" and given:
+            raise ConfigError(
+                f"{given[0]} has no effect with keep: last. Leave it out, or use keep: best."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +184,8 @@ class FineTuneConfig:
             raise ConfigError(f"layer_decay {self.layer_decay:g} must lie above 0, at most 1.")
         if self.decay_at_peak is not None and not 0.0 <= self.decay_at_peak < 1.0:
             raise ConfigError(f"decay_at_peak {self.decay_at_peak:g} must lie in [0, 1).")
+        if self.evaluate.keep == "best":
+            one_of_dev(self.evaluate.of, self.data.dev, key="evaluate.of")
 
     @property
     def model(self) -> ModelConfig:
@@ -188,6 +201,23 @@ class FineTuneConfig:
         # of some optimizers the setting itself is a share at the peak rate, of AdamW a share at rate 1
         relative = self.optimizer.decay_at_peak
         return self.decay_at_peak if relative else self.decay_at_peak / self.lr.peak
+
+
+def one_of_dev(name: str | None, dev: Mapping[str, str], *, key: str) -> str:
+    """The dev set of this name; without a name the only one. Raises ConfigError.
+
+    name: as it was given
+    dev: data.dev
+    key: of the setting, for messages
+    """
+    if not dev:
+        raise ConfigError(f"{key} needs a dev set, and data.dev has none. Add one.")
+    if name is None and len(dev) > 1:
+        raise ConfigError(f"{key} is missing: data.dev has {', '.join(dev)}. Name one of them.")
+    name = name or next(iter(dev))
+    if name not in dev:
+        raise ConfigError(f"{key} is {name}, which is none of data.dev. {nearest(name, [*dev])}")
+    return name
 
 
 def read_task(path: Path | str, overrides: Sequence[str] = ()) -> FineTuneConfig:
@@ -247,6 +277,10 @@ def identity_of(plain: dict[str, Any]) -> dict[str, Any]:
     identity["task"] = {key: value for key, value in task.items() if key != "metrics"}
     engine = identity.get("engine") or {}
     identity["engine"] = {"gradient_clipping": engine.get("gradient_clipping")}
+    # what best is judged by, and how often, decides the weights that a run ends with
+    evaluate = plain.get("evaluate") or {}
+    is_best = evaluate.get("keep") == "best"
+    identity["evaluate"] = evaluate if is_best else {"keep": "last"}
     return identity
 
 

@@ -22,7 +22,7 @@ from encoder.base.batch import TokenBatch
 from encoder.base.command import as_typed
 from encoder.base.dist import World, watched
 from encoder.base.errors import CheckpointError, ConfigError
-from encoder.base.log import outlive_readers, say
+from encoder.base.log import note, outlive_readers, say
 from encoder.base.model import TrainedModel
 from encoder.base.schema import read_mapping
 from encoder.base.stopping import StopFlag
@@ -38,10 +38,12 @@ from encoder.data.loader import DataPosition, StepData
 from encoder.engine.checkpoint.read import read_progress
 from encoder.engine.engine import Engine
 from encoder.engine.precision import precision_on
+from encoder.finetune.best import BestKeeper, best_checkpoint, judge_of
+from encoder.finetune.checks import check_first_start, check_same_start, check_task, say_differences
 from encoder.finetune.config import FineTuneConfig, changed_settings
 from encoder.finetune.kinds.contract import AskedSet, Decided
-from encoder.finetune.metrics import Scores, check_packages
-from encoder.finetune.predict import predicted, write_predictions, write_result
+from encoder.finetune.metrics import Scores
+from encoder.finetune.predict import KeptWeights, predicted, write_predictions, write_result
 from encoder.finetune.prepare import Prepared, Start, prepare, read_start
 from encoder.finetune.rates import layer_rates
 from encoder.models.hf.catalog import export_blocker
@@ -49,7 +51,6 @@ from encoder.models.with_task import TaskModel, first_weights
 from encoder.objectives.text_tasks import TERM, TextObjective
 from encoder.runs.about import machine_facts
 from encoder.runs.folder import RUN_FILE
-from encoder.runs.foreign_files import check_folder
 from encoder.runs.initial import weights_sha256
 from encoder.runs.same import has_begun, refuse_changes
 from encoder.train import build
@@ -58,6 +59,7 @@ from encoder.train.loop import Outcome, done_already, train_course
 from encoder.train.meters import Clock, document_lengths
 from encoder.train.recorder import Recorder
 from encoder.train.session import Session
+from encoder.train.start import load_verified
 
 
 def finetune(task: FineTuneConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
@@ -77,12 +79,10 @@ def _finetune(task: FineTuneConfig, world: World, stop: StopFlag) -> Outcome:
     folder = Path(task.out)
     clock = Clock(began=psutil.Process().create_time())
     # what needs no data comes first: a mistake is told in seconds
-    task.tracking.check_packages()
-    check_packages(task.task.PACKAGES)
-    task.task.metric_names()
-    check_folder(folder)
     if done := done_already(folder, world):
+        say_differences(task)
         return done
+    check_task(task)
 
     start = read_start(task)
     prepared = prepare(task, start)
@@ -130,6 +130,8 @@ class FineTuning:
         self._world, self._device, self._start = world, device, start
         self._metrics = self.run.task.metric_names()
         _refuse_equal_names([*self.run.data.dev], [*self._metrics, "loss"])
+        judge = judge_of(self.run)
+        self._keeper = BestKeeper(judge) if judge else None
         self._dealing = ExampleDealing(
             world=world, micro_batch_tokens=self.run.loader.micro_batch_tokens
         )
@@ -178,6 +180,8 @@ class FineTuning:
     def check_same(self, checkpoint: Path) -> None:
         """By settings, and by the encoded rows."""
         _check_same_settings(self.run, checkpoint / RUN_FILE, of=checkpoint)
+        if self._world.first:
+            check_same_start(self.run, checkpoint)
         saved = read_progress(checkpoint)[1].get("examples_sha256")
         here = self.prepared.train.sha256()
         if saved != here:
@@ -198,20 +202,25 @@ class FineTuning:
         with torch.device("meta"):
             model = TaskModel(self.run.model, self.prepared.head, seed=self.run.seed)  # type: ignore[arg-type]
         stored = self._start.model.weights
-        if self._world.first:
-            self._start_sha256 = weights_sha256(stored)
+        with all_ranks_agree(self._world):
+            if self._world.first:
+                self._start_sha256 = weights_sha256(stored)
+                check_first_start(self.run, self._start_sha256)
         weights, self._drawn = first_weights(stored, model, of_task=self._start.of_task)
         return weights
 
     def take_up(self, saved: dict[str, Any]) -> None:
-        """Where the first weights came from."""
+        """Where the first weights came from, and the best evaluation so far."""
         self._start_sha256 = self._start_sha256 or saved.get("init_sha256")
+        if self._keeper:
+            self._keeper.take_up(saved)
 
     def to_plain(self) -> dict[str, Any]:
         """What a resume is held against."""
         return {
             "examples_sha256": self.prepared.train.sha256(),
             "init_sha256": self._start_sha256,
+            **(self._keeper.to_plain() if self._keeper else {}),
         }
 
     def model_at(self, progress: Progress) -> dict[str, float]:
@@ -257,6 +266,10 @@ class FineTuning:
             lines.append(
                 f"rates: layer l of {layers} at {decay:g}^({layers} - l) of the peak, embeddings at"
                 f" {decay:g}^{layers} = {decay**layers:.3g}, the head at 1"
+            )
+        if self._keeper:
+            lines.append(
+                f"keeps the weights of the best {self._keeper.judge.text}, of equals the earlier"
             )
         if not self._start.resumes:
             drawn = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._drawn))
@@ -383,15 +396,20 @@ class FineTuning:
             ),
         )
 
+    def keeps(self, evaluation: Evaluation, progress: Progress) -> bool:
+        """The best so far, where the task asks for it."""
+        return self._keeper is not None and self._keeper.takes(evaluation.numbers, progress)
+
     def save_is_due(self, before: Progress, after: Progress) -> bool:
         """By the clock of examples."""
         return self._is_due(before, after, self.run.checkpoints.every_epochs)
 
-    def finish(self, engine: Engine) -> dict[str, Any]:
+    def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
         """Predictions of all dev and test sets, in the order of their rows, and result.json."""
         folder = Path(self.run.out)
         results: dict[str, Scores] = {}
         decided: Decided | None = None
+        kept = self._take_kept(engine, progress)
         for asked in self.prepared.dev:
             logits_PK = self._predicted(engine, asked.examples)
             self._tell(asked, logits_PK, results, decided=None)
@@ -399,11 +417,10 @@ class FineTuning:
             decided = decided or asked.decided(logits_PK)
         for asked in self.prepared.test:
             self._tell(asked, self._predicted(engine, asked.examples), results, decided=decided)
-        for name in self.run.data.test:
-            say(f"test  {scores_text(name, results[name])}")
         with all_ranks_agree(self._world):
             if self._world.first:
-                write_result(folder, self.run, self.prepared.train, results)
+                write_result(folder, self.run, self.prepared.train, results, kept=kept)
+        self._say_end(results)
         return {"results": {name: measured.plain() for name, measured in results.items()}}
 
     def _tell(
@@ -425,6 +442,30 @@ class FineTuning:
         with all_ranks_agree(self._world):
             if self._world.first:
                 write_predictions(Path(self.run.out), name, asked.lines(logits_PK, decided))
+
+    def _take_kept(self, engine: Engine, progress: Progress) -> KeptWeights:
+        """The weights that the run ends with, put into the engine where they are not those of its last step."""
+        if self._keeper is None:
+            return KeptWeights(text="last step", progress=progress)
+        best, text = self._keeper.best, self._keeper.text
+        say(f"keeps the {text}" if best else text)
+        if best is None or best.step == progress.step:
+            return KeptWeights(text=text, progress=progress)
+        path = best_checkpoint(Path(self.run.out), best)
+        taken, _ = load_verified(path, self, engine, self._device)
+        return KeptWeights(text=text, progress=taken)
+
+    def _say_end(self, results: dict[str, Scores]) -> None:
+        """The test sets' numbers; and, at the end of all lines, what makes them worth nothing."""
+        for name in self.run.data.test:
+            say(f"test  {scores_text(name, results[name])}")
+        constant = [name for name, measured in results.items() if measured.constant]
+        if constant:
+            # said of an evaluation long ago, perhaps: once more where a person reads
+            note(
+                f"warning: the model gives every row of {', '.join(constant)} the same answer. Try a"
+                f" lower rate, lr.peak={self.run.lr.peak / 2:g}, or another seed"
+            )
 
     def what_comes_next(self) -> list[str]:
         """Its page, its export."""

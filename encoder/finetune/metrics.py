@@ -15,6 +15,9 @@ import numpy as np
 
 from encoder.base.errors import ConfigError, nearest
 
+# of all others more is better
+LOWER_IS_BETTER = ("loss", "mean_squared_error")
+
 # (true, guessed, outputs of the task) -> number
 Metric = Callable[[np.ndarray, np.ndarray, int], float]
 # (module, package) of what measures

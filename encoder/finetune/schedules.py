@@ -38,7 +38,7 @@ class LinearShares:
 
     def over(self, examples: int) -> Schedule:
         """All that is not warm-up is decay."""
-        warmup = round(self.warmup_share * examples)
+        warmup = _warmup(self.warmup_share, examples)
         return WarmupStableDecay(
             peak=self.peak,
             warmup_tokens=warmup,
@@ -63,7 +63,7 @@ class CosineShares:
         """As the run's own cosine."""
         return Cosine(
             peak=self.peak,
-            warmup_tokens=round(self.warmup_share * examples),
+            warmup_tokens=_warmup(self.warmup_share, examples),
             floor_share=self.floor_share,
         )
 
@@ -88,6 +88,11 @@ SHARE_SCHEDULES: dict[str, type[ShareSchedule]] = {
     "cosine": CosineShares,
     "constant": ConstantShares,
 }
+
+
+def _warmup(share: float, examples: int) -> int:
+    """Examples of the warm-up: of few of them at least one is left to decay over."""
+    return min(round(share * examples), examples - 1)
 
 
 def _check(peak: float, warmup_share: float) -> None:

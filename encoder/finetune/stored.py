@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from encoder.base.done import read_done
+from encoder.base.done import is_done, read_done
 from encoder.base.errors import CheckpointError, LedgerError, UserError
-from encoder.base.schema import read_mapping
+from encoder.base.schema import from_mapping, read_mapping
 from encoder.base.tokenizer_json import special_ids_of
+from encoder.base.units import counted
 from encoder.base.untrusted import read_json
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import COMMITTED, damage
 from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
+from encoder.finetune.best import Best, best_checkpoint
 from encoder.finetune.config import FineTuneConfig, task_of
 from encoder.finetune.head import head_shape
 from encoder.finetune.predict import RESULT
@@ -32,13 +34,7 @@ def is_task(source: Path) -> bool:
 
 def read_trained(source: Path) -> TrainedTask:
     """The newest checkpoint of a run folder, or the one named. Raises CheckpointError, ConfigError."""
-    checkpoint = (
-        source if (source / COMMITTED).exists() else newest_checkpoint(source / CHECKPOINTS)
-    )
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{source} holds no checkpoint yet; needed: a run that has saved one."
-        )
+    checkpoint = source if (source / COMMITTED).exists() else _kept_checkpoint(source)
     if problem := damage(checkpoint):
         raise CheckpointError(f"{problem} Use another checkpoint.")
     task = task_of(read_mapping(checkpoint / RUN_FILE), where=str(checkpoint / RUN_FILE))
@@ -59,6 +55,7 @@ def read_trained(source: Path) -> TrainedTask:
         origin=f"run {task.name}, checkpoint {checkpoint.name}",
         facts={
             "trained": f"{progress.step:,} steps, {progress.masked_tokens:,} {task.task.COUNTED}",
+            **_kept_fact(folder, progress.ledger_hash),
             **_facts(task),
             "ledger": f"{progress.ledger_hash} after step {progress.step:,}",
         },
@@ -76,14 +73,56 @@ def _facts(task: FineTuneConfig) -> dict[str, str]:
     }
 
 
-def _results(folder: Path, ledger_hash: str) -> dict[str, Any]:
-    """What the run measured at its end, where these weights are those of its end."""
+def _kept_checkpoint(run: Path) -> Path:
+    """Of a run folder: where its best weights are, with keep: best; else the newest. Raises CheckpointError."""
+    newest = newest_checkpoint(run / CHECKPOINTS)
+    if newest is None:
+        raise CheckpointError(f"{run} holds no checkpoint yet; needed: a run that has saved one.")
+    best = read_progress(newest)[1].get("best")
+    if best is None:
+        return newest
+    return best_checkpoint(run, from_mapping(Best, best, where=str(newest)))
+
+
+def unfinished_text(source: Path) -> str | None:
+    """What to say of a run folder whose fine-tuning has not ended: how far it is. None for any other source."""
+    if not (source / CHECKPOINTS).is_dir() or is_done(source)[0]:
+        return None
+    newest = newest_checkpoint(source / CHECKPOINTS)
+    if newest is None:
+        return None
+    task = task_of(read_mapping(newest / RUN_FILE), where=str(newest / RUN_FILE))
+    progress, _ = read_progress(newest)
+    ((epoch, _),) = progress.lanes or ((task.epochs if progress.phase else 0, 0),)
+    return (
+        f"{source} is not trained to its end: step {progress.step:,}, {epoch} of"
+        f" {counted(task.epochs, 'epoch')} are whole. This exports that step."
+    )
+
+
+def _result_of(folder: Path, ledger_hash: str) -> dict[str, Any]:
+    """The finished run's result.json where it is about the weights of this ledger's end; else nothing."""
     path = folder / RESULT
     try:
         done = read_done(folder, with_checkpoint=False)
     except LedgerError:
         return {}
-    if done is None or done["ledger_hash"] != ledger_hash or not path.is_file():
+    if done is None or not path.is_file():
         return {}
-    found = read_json(path, error=CheckpointError, root=dict).get("metrics")
+    found = read_json(path, error=CheckpointError, root=dict)
+    # earlier versions always ended with the last weights
+    if found.get("weights_ledger_hash", done["ledger_hash"]) != ledger_hash:
+        return {}
+    return found
+
+
+def _kept_fact(folder: Path, ledger_hash: str) -> dict[str, str]:
+    """Which of a run's weights these are, where its result says so."""
+    text = _result_of(folder, ledger_hash).get("weights_of")
+    return {"weights": text} if isinstance(text, str) else {}
+
+
+def _results(folder: Path, ledger_hash: str) -> dict[str, Any]:
+    """What the run measured at its end, where these weights are those of its end."""
+    found = _result_of(folder, ledger_hash).get("metrics")
     return found if isinstance(found, dict) else {}

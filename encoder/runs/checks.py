@@ -34,7 +34,6 @@ from encoder.runs.same import has_begun
 POOR_FILL = 0.9  # of rows: real text in windows of thousands of documents fills 99.7 %
 MANY_JUST_ABOVE = 0.1  # of the documents
 JUST_ABOVE = 1.05  # times the length: cut in two halves for so little
-LEAST_WATCHDOG_MINUTES = 1
 MOST_STEP_ROWS = 2**20  # of a step over all ranks: 10^9 tokens in rows of 1,024
 SELDOM_STEPS = 0.01  # steps of a phase without a masked token, from which on it is said
 WORD_TOKENS = 1.5  # a word's, where no document can be read
@@ -67,7 +66,7 @@ def mistakes_of(run: RunConfig) -> list[str]:
     return [
         *_warmups_too_long(run),
         *_steps_too_large(run),
-        *_watchdog_too_soon(run),
+        *run.faults.mistakes(),
         *_text_in_both(run),
         *_rates_of_nothing(run),
         *_sentences_of_nothing(run),
@@ -326,17 +325,6 @@ def _steps_too_large(run: RunConfig) -> Iterator[str]:
                 f" {run.data.row_tokens:,} tokens; needed: at most {MOST_STEP_ROWS:,} rows. Lower"
                 f" phases.{number}.batch_tokens: the whole phase has {phase.tokens:,} tokens."
             )
-
-
-def _watchdog_too_soon(run: RunConfig) -> Iterator[str]:
-    """About a watchdog that would end a run which works."""
-    minutes = run.faults.watchdog_minutes
-    if minutes is not None and minutes < LEAST_WATCHDOG_MINUTES:
-        yield (
-            f"faults.watchdog_minutes {minutes:g} would end a run that works; needed: at least"
-            f" {LEAST_WATCHDOG_MINUTES}, since kernels may compile for so long before the first"
-            " step. Use faults.watchdog_minutes: null for none."
-        )
 
 
 def _rates_of_nothing(run: RunConfig) -> Iterator[str]:

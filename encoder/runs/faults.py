@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from encoder.base.errors import ConfigError
 
+LEAST_WATCHDOG_MINUTES = 1
 MOST = 10_000_000  # hours or minutes: 19 years, which clocks and collectives can count
 
 
@@ -45,3 +47,13 @@ class FaultConfig:
                 raise ConfigError(
                     f"{key} {value:g} must be above 0 and at most {MOST:,}. Use {key}: null for none."
                 )
+
+    def mistakes(self) -> Iterator[str]:
+        """About a watchdog that would end a run which works."""
+        minutes = self.watchdog_minutes
+        if minutes is not None and minutes < LEAST_WATCHDOG_MINUTES:
+            yield (
+                f"faults.watchdog_minutes {minutes:g} would end a run that works; needed: at least"
+                f" {LEAST_WATCHDOG_MINUTES}, since kernels may compile for so long before the first"
+                " step. Use faults.watchdog_minutes: null for none."
+            )

@@ -12,10 +12,12 @@ So shards and models may be moved, and named by another path; what is no longer 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.base.hub import parse_hub_name
@@ -129,7 +131,13 @@ def check_same_content(
     check_same_models(asked, extra.get("objective_sha256") or {}, run=run)
     before = read_mapping(checkpoint / RUN_FILE)
     if first and run.init_from and extra.get("init_sha256"):
-        _check_weights(Path(run.init_from), extra["init_sha256"], before=before.get("init_from"))
+        check_same_weights(
+            Path(run.init_from),
+            extra["init_sha256"],
+            key="init_from",
+            before=before.get("init_from"),
+            read=lambda path: read_model(path).weights,
+        )
     if run.branch_from and extra.get("parent"):
         _check_parent(Path(run.branch_from), extra["parent"])
 
@@ -157,14 +165,28 @@ def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str])
             )
 
 
-def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
-    """The model at `path` is the one that the run began with. One that is gone is not needed any more."""
+def check_same_weights(
+    path: Path,
+    sha256: str,
+    *,
+    key: str,
+    before: str | None,
+    read: Callable[[Path], dict[str, Tensor]],
+) -> None:
+    """The model at `path` is the one that the run began with. One that is gone is not needed any more. Raises UserError.
+
+    path: as the run names it now
+    sha256: of the weights that it began with
+    key: of the setting that names it
+    before: the path that it named then
+    read: the weights of a path
+    """
     # a name on the hub is no path: the same name as before needs no look
     if not path.exists() and (parse_hub_name(path) is None or str(path) == str(Path(before or ""))):
         return
     same_place = before is not None and os.path.realpath(path) == os.path.realpath(before)
     try:
-        found = weights_sha256(read_model(path).weights)
+        found = weights_sha256(read(path))
     except UserError:
         if same_place:
             return
@@ -172,7 +194,7 @@ def _check_weights(path: Path, sha256: str, *, before: str | None) -> None:
     # a run folder stands for its newest checkpoint, and that run may have gone on
     if found != sha256 and not (same_place and (path / CHECKPOINTS).is_dir()):
         raise CheckpointError(
-            f"init_from {path} holds weights of SHA-256 {found[:16]}, this run began with"
+            f"{key} {path} holds weights of SHA-256 {found[:16]}, this run began with"
             f" {sha256[:16]}. Name that model, {ANEW}"
         )
 

@@ -261,12 +261,15 @@ class Course(SavedWeights, Protocol):
     def evaluate(self, engine: Engine, progress: Progress) -> Evaluation | None:
         """Of the data that `open_data` opened; None: there is none."""
 
+    def keeps(self, evaluation: Evaluation, progress: Progress) -> bool:
+        """Whether the weights of an evaluation are wanted at the end, and so saved at once."""
+
     def save_is_due(self, before: Progress, after: Progress) -> bool:
         """Whether a step is followed by a checkpoint."""
 
     # its end
 
-    def finish(self, engine: Engine) -> dict[str, Any]:
+    def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
         """What is written once all phases are done, before the run's own record; and what that says beside."""
 
     def what_comes_next(self) -> list[str]:

@@ -165,7 +165,8 @@ class Trainer:
             if self.stop_agreed and self.course.phase_at(self.session.progress) is not None:
                 return self._stopped(stop)
         self.session.watchdog.heartbeat("finishing")
-        self.recorder.done(self.last_evaluation, self.course.finish(self.session.engine))
+        beside = self.course.finish(self.session.engine, self.session.progress)
+        self.recorder.done(self.last_evaluation, beside)
         return Outcome(done=True, progress=self.session.progress)
 
     def _train_phase(self, phase: Phase, stop: StopFlag) -> StepOutcome:
@@ -342,6 +343,10 @@ class Trainer:
         }
         self.last_evaluation = {"step": progress.step, **finite}
         self.recorder.evaluated(found)
+        # amid bad steps nothing is saved, so these weights could not be kept; the end is saved always
+        is_saved = self.course.is_done(progress) or not self.recovery.monitor.in_a_row
+        if is_saved and self.course.keeps(found, progress):
+            self.save_is_due = True
 
     def save(self, milestone: str | None = None, *, wait: bool = False) -> None:
         """A checkpoint; a milestone, and one that is waited for, is committed on return."""

@@ -411,11 +411,15 @@ class Pretraining(SavedPhases):
             warnings=(warning,) if silent else (),
         )
 
+    def keeps(self, evaluation: Evaluation, progress: Progress) -> bool:
+        """A run ends with its last weights."""
+        return False
+
     def save_is_due(self, before: Progress, after: Progress) -> bool:
         """By the clock of tokens."""
         return crossed(before.tokens, after.tokens, self.run.checkpoints.every_tokens)
 
-    def finish(self, engine: Engine) -> dict[str, Any]:
+    def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
         """Nothing more is written; the record says what the held-out loss is to be compared with."""
         return {"unigram_entropy": self._entropy}
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,12 @@ _NAME = re.compile(r"tokens([0-9]{13,18})-i([0-9]{4,18})")
 def folder_name(*, tokens: int, incarnation: int) -> str:
     """tokens0000001234567-i0002; sorts by tokens up to 9.9 T."""
     return f"tokens{tokens:013d}-i{incarnation:04d}"
+
+
+def tokens_of(folder: Path) -> int:
+    """Of a checkpoint's name; -1 of another one's."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
 
 
 def claim_next(run_folder: Path) -> int:
@@ -135,10 +141,12 @@ def remove_old(
     keep_last: int,
     is_whole: Callable[[Path], bool],
     is_good: Callable[[Path], bool] = lambda _: True,
+    stands_on: Callable[[Path], Collection[int]] = lambda _: (),
 ) -> None:
     """Keeps the last whole folders and the milestones; removes older ones, and what uncommitted saves left behind.
 
     The last whole one that `is_good`, to which the run may have to go back, stays however many others are newer.
+    So do those whose tokens a kept one `stands_on`: the best weights so far.
     A damaged folder counts for nothing; it goes when it is older than what is kept. Folders of a newer start are never
     touched. Raises CheckpointError if there is one.
     """
@@ -153,6 +161,9 @@ def remove_old(
             kept.add(path)
             found = is_whole(path)
             whole, good = whole + found, good or (wanted and found)
+
+    needed = {tokens for path in kept for tokens in stands_on(path)}
+    kept |= {path for path in committed if tokens_of(path) in needed}
 
     # `.NAME.part` is an uncommitted save; a higher incarnation is a newer start's
     for path in sorted(root.iterdir()):

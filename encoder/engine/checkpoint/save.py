@@ -184,6 +184,7 @@ class Saver:
                 keep_last=self._keep_last,
                 is_whole=self._is_whole,
                 is_good=self._is_good,
+                stands_on=_stands_on,
             )
         except OSError as error:
             raise CheckpointError(
@@ -353,3 +354,11 @@ def _environment() -> dict[str, str | None]:
 
 def _nothing() -> None:
     pass
+
+
+def _stands_on(folder: Path) -> list[int]:
+    """Tokens of other checkpoints that a checkpoint's run still needs; a damaged one needs none."""
+    try:
+        return read_progress(folder)[1].get("stands_on_tokens", [])
+    except CheckpointError:
+        return []

@@ -13,6 +13,7 @@ from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
 from encoder.engine.checkpoint.read import read_progress
 from encoder.finetune.stored import is_task, read_trained
+from encoder.finetune.stored import unfinished_text as unfinished_task_text
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.hf.parity import Proof
 from encoder.models.hf.task import export_task
@@ -30,7 +31,10 @@ def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proo
             raise ExportError(
                 f"{source} is a fine-tuned model, of which there is no ONNX yet. Leave --onnx out."
             )
-        return export_task(read_trained(source), out)
+        trained = read_trained(source)
+        if unfinished := unfinished_task_text(source):
+            note(unfinished)
+        return export_task(trained, out)
     # found once: to choose a run's newest checkpoint is to hash all of its files
     checkpoint = checkpoint_of(source)
     model = read_model(checkpoint or source)
