@@ -1,9 +1,10 @@
-"""Rows of labelled data, by column, from one file: JSON lines, CSV, TSV, Parquet or Arrow. Every row knows its place.
+"""Rows of labelled data, by column, from one file: JSON lines, CSV, TSV, Parquet, Arrow or CoNLL. Every row knows its place.
 
     train.jsonl      {"text": "a fine film", "label": "positive"}     place: train.jsonl line 1
     train.csv        text,label                                       the line of the file, its header counted
     train.tsv        the same with tabs; quotes are text, as in GLUE's files
     train.parquet    columns                                          row 1, 2, ...
+    train.conll      a word a line, a blank line behind a row         the line of its first word
 
 A whole file is read: labelled data are small beside a model.
 """
@@ -165,6 +166,36 @@ def _table(path: Path, columns: Sequence[str], read: Callable[[], Any]) -> Rows:
     return Rows(path=path, columns=found, word="row", numbers=list(range(1, table.num_rows + 1)))
 
 
+def _conll(path: Path, columns: Sequence[str]) -> Rows:
+    """Words in columns: `words` is the first, `tags` the last, and each is named by its number from 1."""
+    rows: list[list[list[str]]] = [[]]
+    numbers: list[int] = []
+    width = 0
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            cells = line.rstrip("\n").split("\t") if "\t" in line else line.split()
+            if not line.strip() or cells[0] == "-DOCSTART-":
+                rows += [[]] if rows[-1] else []
+                continue
+            width = width or len(cells)
+            if len(cells) != width:
+                raise DataError(
+                    f"{path} line {number:,} has {len(cells)} columns, the first {width}. Write a"
+                    " word with its columns on each line."
+                )
+            if not rows[-1]:
+                numbers.append(number)
+            rows[-1].append(cells)
+    header = ["words", *(str(k + 1) for k in range(1, width - 1)), "tags"][:width]
+    by_number = [str(k + 1) for k in range(width)]
+    found = {}
+    for name in columns:
+        names = by_number if name in by_number else header
+        (place,) = _places(path, names, [name]).values()
+        found[name] = [[cells[place].strip() for cells in row] for row in rows if row]
+    return Rows(path=path, columns=found, word="line", numbers=numbers)
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], Rows]] = {
     ".jsonl": _json_lines,
     ".csv": _comma,
@@ -172,6 +203,7 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Rows]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".feather": _arrow,
+    ".conll": _conll,
 }
 
 

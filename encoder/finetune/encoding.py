@@ -104,6 +104,7 @@ def examples_of(
     name: str,
     value_P: np.ndarray,
     places: Places | None = None,
+    cut: int | None = None,
 ) -> Examples:
     """The examples of a data set, a document each.
 
@@ -112,13 +113,14 @@ def examples_of(
     name: of the data set
     value_P: the targets
     places: where they are asked; None: at their first tokens
+    cut: how many were cut; None: those of which something is left
     """
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
-    cut = 0
+    overflowing = 0
     for one in encoded:
         ids.append(np.array(one.ids, dtype=np.int32))
-        cut += bool(one.overflowing)
+        overflowing += bool(one.overflowing)
         if encoder.segments:
             segments.append(np.array(one.type_ids, dtype=np.int8))
     lengths = np.array([len(one) for one in ids], dtype=np.int64)
@@ -129,7 +131,7 @@ def examples_of(
         value_P=value_P,
         segments_A=np.concatenate(segments) if segments else None,
         places=places,
-        cut=cut,
+        cut=overflowing if cut is None else cut,
     )
 
 

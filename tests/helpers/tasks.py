@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from encoder.base.rng import generator
 from encoder.base.tokenizer_json import SpecialIds
-from encoder.data.examples import Examples
+from encoder.data.examples import Examples, Places
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.task import TrainedTask
@@ -42,12 +43,21 @@ BODIES: dict[str, tuple[ModelConfig, SpecialIds]] = {
 }
 
 
+OUTPUTS = {"text": 3, "token": 3, "span": 2, "choice": 1}
+
+
 def drawn_task(
-    family: str, *, pooling: str = "cls", outputs: int = 3, dropout: float = 0.0
+    family: str,
+    *,
+    kind: str = "text",
+    pooling: str = "cls",
+    outputs: int | None = None,
+    dropout: float = 0.0,
 ) -> TrainedTask:
     """A model with a task, norms and biases drawn as well, so that none of them could be missed."""
     config, specials = BODIES[family]
-    head = HeadShape(family=family, outputs=outputs, pooling=pooling, dropout=dropout)
+    outputs = outputs or OUTPUTS[kind]
+    head = HeadShape(family=family, kind=kind, outputs=outputs, pooling=pooling, dropout=dropout)
     weights = TaskModel(config, head, attention="sdpa", seed=3).state_dict()
     draw = torch.Generator().manual_seed(4)
     weights = {
@@ -62,8 +72,8 @@ def drawn_task(
         tokenizer_json=Path("none"),
         specials=specials,
         max_tokens=40,
-        labels=tuple("abc"[:outputs]),
-        problem="single_label_classification",
+        labels=tuple("abc"[:outputs]) if kind in ("text", "token") else None,
+        problem="single_label_classification" if kind == "text" else None,
         origin="a test",
     )
 
@@ -83,6 +93,37 @@ def drawn_examples(
     )
 
 
+def drawn_places(count: int, *, kind: str, segments: bool = False) -> Examples:
+    """Random ids asked as a kind of head asks: one to four words each, a span of all tokens, or two to four choices."""
+    examples = drawn_examples(count, segments=segments)
+    if kind == "text":
+        return examples
+    draw = generator(2, "drawn places", kind)
+    places, values = [], []
+    for length in examples.lengths_N:
+        asked = int(draw.integers(2, 5))
+        tokens = np.sort(draw.permutation(np.arange(1, length))[:asked])
+        if kind == "span":
+            tokens = np.arange(length)
+            right = np.zeros((length, 2))
+            right[draw.integers(0, length, 2), [0, 1]] = 1
+        if kind == "choice":
+            tokens[0] = 0
+            right = np.eye(asked)[draw.integers(asked)][:, None]
+        places.append(tokens)
+        values.append(draw.integers(0, 3, asked) if kind == "token" else right)
+    return dataclasses.replace(
+        examples,
+        value_P=_array(np.concatenate(values), "int64" if kind == "token" else "int8"),
+        places=Places(
+            starts_N1=np.cumsum([0, *(len(one) for one in places)]),
+            token_P=_array(np.concatenate(places), "int32"),
+            grouped=kind != "token",
+            documents=kind == "choice",
+        ),
+    )
+
+
 def _examples(ids: Any, starts: Any, values: Any) -> Examples:
     return Examples(
         name="drawn",
@@ -93,8 +134,6 @@ def _examples(ids: Any, starts: Any, values: Any) -> Examples:
 
 
 def _array(values: Any, dtype: str) -> Any:
-    import numpy as np
-
     return np.asarray(values, dtype=dtype)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from encoder.finetune.kinds.contract import TaskConfig
+from encoder.finetune.kinds.tags import TagsConfig
 from encoder.finetune.kinds.texts import ClassifyConfig, LabelsConfig, RegressConfig
 
 TASKS: dict[str, type[TaskConfig]] = {
     "classify": ClassifyConfig,
     "labels": LabelsConfig,
     "regress": RegressConfig,
+    "tags": TagsConfig,
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from encoder.base.errors import ConfigError, nearest
 from encoder.data.labelled import DataError, Rows
 
@@ -50,3 +52,24 @@ def number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: 
         f"{rows.place(row)}: {column} is {name[:40]!r}, which is none of task.labels."
         f" {nearest(name, [*numbers])}"
     )
+
+
+def known_labels(labels: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those of settings that have met the training rows."""
+    assert labels, "labels are known once the training rows were read"
+    return labels
+
+
+def refuse_missing(labels: Sequence[str], counts: np.ndarray, rows: Rows, *, word: str) -> None:
+    """Raises DataError where a label never occurs.
+
+    labels, counts: their names, and how often they occur
+    rows: of training
+    word: what a label is called
+    """
+    never = [name for name, count in zip(labels, counts, strict=True) if not count]
+    if never:
+        raise DataError(
+            f"{rows.path}: no row has the {word} {never[0]!r} of task.labels. Take it out, or add"
+            " rows of it."
+        )

@@ -10,11 +10,19 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from encoder.base.errors import ConfigError
+from encoder.base.units import counted
 from encoder.data.examples import Examples
 from encoder.data.labelled import DataError, Rows, label_name, texts_of
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
-from encoder.finetune.kinds.columns import MOST_LABELS, check_columns, check_labels, number_of
+from encoder.finetune.kinds.columns import (
+    MOST_LABELS,
+    check_columns,
+    check_labels,
+    known_labels,
+    number_of,
+    refuse_missing,
+)
 from encoder.finetune.kinds.contract import Decided
 from encoder.finetune.metrics import Metric, Scores
 from encoder.models.with_task import HeadKind
@@ -52,9 +60,8 @@ class TextSet:
         cut, count = self.examples.cut, len(self.examples)
         if not cut:
             return []
-        word = "example" if cut == 1 else "examples"
         return [
-            f"{cut:,} {word} of {self.examples.name} ({cut / count:.1%}) longer than"
+            f"{counted(cut, 'example')} of {self.examples.name} ({cut / count:.1%}) longer than"
             " data.max_tokens: cut"
         ]
 
@@ -132,7 +139,7 @@ class ClassifyConfig:
     @property
     def outputs(self) -> int:
         """One for each class."""
-        return len(_known(self.labels))
+        return len(known_labels(self.labels))
 
     @property
     def objective(self) -> TextObjective:
@@ -161,7 +168,7 @@ class ClassifyConfig:
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
         """A class for each row: int64 [N]."""
-        numbers = {name: number for number, name in enumerate(_known(self.labels))}
+        numbers = {name: number for number, name in enumerate(known_labels(self.labels))}
         value_N = np.array(
             [
                 number_of(label_name(value, rows, row), numbers, rows, row, self.label)
@@ -173,9 +180,9 @@ class ClassifyConfig:
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """Every class is there."""
-        labels = _known(self.labels)
+        labels = known_labels(self.labels)
         counts = np.bincount(examples.value_P, minlength=len(labels))
-        _refuse_missing(labels, counts, rows, word="class")
+        refuse_missing(labels, counts, rows, word="class")
 
     def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
         """Classes [N]."""
@@ -189,11 +196,11 @@ class ClassifyConfig:
         """The class and its probability."""
         shifted = np.exp(logits_K - logits_K.max())
         probability = float(shifted[guess] / shifted.sum())
-        return {"label": _known(self.labels)[int(guess)], "probability": probability}
+        return {"label": known_labels(self.labels)[int(guess)], "probability": probability}
 
     def target(self, value: Any) -> str:
         """The class."""
-        return _known(self.labels)[int(value)]
+        return known_labels(self.labels)[int(value)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +246,7 @@ class LabelsConfig:
     @property
     def outputs(self) -> int:
         """One for each label."""
-        return len(_known(self.labels))
+        return len(known_labels(self.labels))
 
     @property
     def objective(self) -> TextObjective:
@@ -262,7 +269,7 @@ class LabelsConfig:
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
         """float32 [N, K] of 0 and 1."""
-        labels = _known(self.labels)
+        labels = known_labels(self.labels)
         numbers = {name: number for number, name in enumerate(labels)}
         value_NK = np.zeros((len(rows), len(labels)), dtype=np.float32)
         for row in range(len(rows)):
@@ -272,7 +279,7 @@ class LabelsConfig:
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """Every label is there."""
-        _refuse_missing(_known(self.labels), examples.value_P.sum(0), rows, word="label")
+        refuse_missing(known_labels(self.labels), examples.value_P.sum(0), rows, word="label")
 
     def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
         """[N, K]: given from probability 1/2 on."""
@@ -288,7 +295,7 @@ class LabelsConfig:
 
     def target(self, value: Any) -> list[str]:
         """The labels that are 1."""
-        return [name for name, is_it in zip(_known(self.labels), value, strict=True) if is_it]
+        return [name for name, is_it in zip(known_labels(self.labels), value, strict=True) if is_it]
 
     def _names(self, rows: Rows, row: int) -> list[str]:
         value = rows.columns[self.label][row]
@@ -388,11 +395,6 @@ class RegressConfig:
         return float(value[0])
 
 
-def _known(labels: tuple[str, ...] | None) -> tuple[str, ...]:
-    assert labels, "labels are known once the training rows were read"
-    return labels
-
-
 def _encoded(
     kind: TextKind,
     columns: Sequence[str],
@@ -407,15 +409,6 @@ def _encoded(
     given = [pair[0] if len(pair) == 1 else pair for pair in texts]
     encoded = encoder.encoded(given, cut="longest_first")
     return TextSet(examples=examples_of(encoded, encoder, name=name, value_P=value_N), kind=kind)
-
-
-def _refuse_missing(labels: Sequence[str], counts: np.ndarray, rows: Rows, *, word: str) -> None:
-    never = [name for name, count in zip(labels, counts, strict=True) if not count]
-    if never:
-        raise DataError(
-            f"{rows.path}: no row has the {word} {never[0]!r} of task.labels. Take it out, or add"
-            " rows of it."
-        )
 
 
 def _finite(value: Any, rows: Rows, row: int, column: str) -> float:

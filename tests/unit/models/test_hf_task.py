@@ -16,9 +16,9 @@ from tests.helpers.hf import write_tokenizer_json
 from tests.helpers.tasks import BODIES, drawn_task
 
 
-def ready(tmp_path: Path, family: str, **changes) -> TrainedTask:
+def ready(tmp_path: Path, family: str, *, kind: str = "text", **changes) -> TrainedTask:
     return dataclasses.replace(
-        drawn_task(family),
+        drawn_task(family, kind=kind),
         tokenizer_json=write_tokenizer_json(tmp_path / "tokenizer.json"),
         results={"dev": {"accuracy": 0.5}},
         **changes,
@@ -37,6 +37,22 @@ def test_a_folder_of_each_family_is_proven_and_says_its_labels(tmp_path, family)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "| dev | accuracy | 0.5000 |" in card
     assert json.loads((tmp_path / "out" / "export_proof.json").read_text())["transformers"]
+
+
+@pytest.mark.parametrize("kind", ["token", "span", "choice"])
+@pytest.mark.parametrize("family", BODIES)
+def test_other_heads_have_their_classes_and_are_proven_at_every_token(tmp_path, family, kind):
+    import transformers
+
+    proofs = export_task(ready(tmp_path, family, kind=kind), tmp_path / "out")
+    assert proofs["transformers"].max_abs_difference < 1e-4
+    form = hf_task.FORMS[kind]
+    theirs = getattr(transformers, form.auto_class).from_pretrained(tmp_path / "out")
+    assert type(theirs).__name__.endswith(form.suffix)
+    if kind == "token":
+        assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipeline_tag: {form.pipeline}" in card and form.usage in card
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,24 @@ from encoder.base.world import World
 from encoder.data.examples import ExampleDealing, Examples, deal_examples, micro_batch
 from encoder.models.catalog import build_model
 from encoder.models.hf.catalog import bridge_of
-from encoder.models.hf.task import TrainedTask, task_model, their_settings, their_weights
+from encoder.models.hf.task import FORMS, TrainedTask, task_model, their_settings, their_weights
 from encoder.models.with_task import HeadShape, TaskModel, first_weights
-from encoder.objectives.text_tasks import TERM, Classes, Numbers, TextObjective, YesNo
-from tests.helpers.tasks import BODIES, drawn_examples, drawn_task
+from encoder.objectives.text_tasks import TERM, Classes, Numbers, Picks, TextObjective, YesNo
+from tests.helpers.tasks import BODIES, drawn_examples, drawn_places, drawn_task
 
+KINDS = ("text", "token", "span", "choice")
 CASES = [
-    ("modernbert", "cls"),
-    ("modernbert", "mean"),
-    ("bert", "cls"),
-    ("roberta", "cls"),
-    ("distilbert", "cls"),
+    *((family, kind, "cls") for kind in KINDS for family in BODIES),
+    ("modernbert", "text", "mean"),
+    ("modernbert", "choice", "mean"),
 ]
-COUNT = 11
+OBJECTIVES: dict[str, TextObjective] = {
+    "text": Classes(),
+    "token": Classes(),
+    "span": Picks(outputs=2),
+    "choice": Picks(outputs=1, documents=2),
+}
+COUNT = 9
 
 
 def transformers_model(task: TrainedTask) -> nn.Module:
@@ -36,20 +41,24 @@ def transformers_model(task: TrainedTask) -> nn.Module:
     bridge = bridge_of(task.config, task.specials)
     settings = transformers.AutoConfig.for_model(**their_settings(task, bridge))
     # eager attention takes the softmax of ModernBERT in fp32
-    theirs = transformers.AutoModelForSequenceClassification.from_config(
-        settings, attn_implementation="sdpa"
-    )
+    auto_class = getattr(transformers, FORMS[task.head.kind].auto_class)
+    theirs = auto_class.from_config(settings, attn_implementation="sdpa")
     theirs.load_state_dict(their_weights(task, bridge))
     return theirs.double().eval()
 
 
 def padded(examples: Examples, pad_id: int) -> dict[str, torch.Tensor]:
-    """One batch of all examples, padded on the right, as transformers is asked."""
-    width = int(examples.lengths_N.max())
-    ids_BL = torch.full((len(examples), width), pad_id)
+    """One batch of all documents, padded on the right, as transformers is asked."""
+    starts, documents = examples.starts_N1, len(examples)
+    places = examples.places
+    if places is not None and places.documents:
+        starts = np.repeat(starts[:-1], np.diff(places.starts_N1)) + places.token_P
+        starts = np.append(starts, len(examples.ids_A))
+        documents = len(starts) - 1
+    ids_BL = torch.full((documents, int(np.diff(starts).max())), pad_id)
     real_BL = torch.zeros_like(ids_BL)
     segments_BL = torch.zeros_like(ids_BL)
-    for row, (start, end) in enumerate(zip(examples.starts_N1, examples.starts_N1[1:])):
+    for row, (start, end) in enumerate(zip(starts, starts[1:])):
         ids_BL[row, : end - start] = torch.from_numpy(examples.ids_A[start:end]).long()
         real_BL[row, : end - start] = 1
         if examples.segments_A is not None:
@@ -60,10 +69,49 @@ def padded(examples: Examples, pad_id: int) -> dict[str, torch.Tensor]:
     return asked
 
 
-def padded_loss(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
+def loss_of_texts(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
     """-log p of each example's class, summed over one padded batch and divided by the examples once."""
     logits_BK = theirs(**padded(examples, pad_id)).logits
     return nn.functional.cross_entropy(logits_BK, torch.from_numpy(examples.value_P))
+
+
+def loss_of_words(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
+    """Their own loss of one padded batch: a mean over all labelled tokens."""
+    asked = padded(examples, pad_id)
+    labels_BL = torch.full_like(asked["input_ids"], -100)
+    rows = np.repeat(np.arange(len(examples)), np.diff(examples.places.starts_N1))
+    labels_BL[rows, examples.places.token_P] = torch.from_numpy(examples.value_P)
+    return theirs(**asked, labels=labels_BL).loss
+
+
+def loss_of_spans(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
+    """Their own loss of each window by itself, without padding; the mean over windows."""
+    losses = []
+    asked = padded(examples, pad_id)
+    for row, (start, end) in enumerate(zip(examples.starts_N1, examples.starts_N1[1:])):
+        one = {name: x[row : row + 1, : end - start] for name, x in asked.items()}
+        first, last = torch.from_numpy(examples.value_P[start:end].argmax(axis=0)[:, None])
+        losses.append(theirs(**one, start_positions=first, end_positions=last).loss)
+    return torch.stack(losses).mean()
+
+
+def loss_of_choices(theirs: nn.Module, examples: Examples, pad_id: int) -> torch.Tensor:
+    """Their own loss of each example by itself, its choices padded; the mean over examples."""
+    losses = []
+    asked, starts = padded(examples, pad_id), examples.places.starts_N1
+    for start, end in zip(starts, starts[1:]):
+        one = {name: x[None, start:end] for name, x in asked.items()}
+        right = torch.from_numpy(examples.value_P[start:end].argmax(axis=0))
+        losses.append(theirs(**one, labels=right).loss)
+    return torch.stack(losses).mean()
+
+
+LOSSES = {
+    "text": loss_of_texts,
+    "token": loss_of_words,
+    "span": loss_of_spans,
+    "choice": loss_of_choices,
+}
 
 
 def packed_gradients(
@@ -73,21 +121,22 @@ def packed_gradients(
     *,
     objective: TextObjective | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Ours over several micro-batches, each a sum that is divided by the examples of all."""
+    """Ours over several micro-batches, each a sum that is divided by what is asked in all."""
     ours = task_model(task).double()
-    objective = objective or Classes()
-    for numbers in parts:
-        batch = micro_batch(examples, numbers, term=TERM).batch
-        (objective.loss(ours, batch)[TERM].total / len(examples)).backward()
+    objective = objective or OBJECTIVES[task.head.kind]
+    batches = [micro_batch(examples, numbers, term=TERM).batch for numbers in parts]
+    asked = sum(batch.targets[TERM].count for batch in batches)
+    for batch in batches:
+        (objective.loss(ours, batch)[TERM].total / asked).backward()
     return {name: p.grad for name, p in ours.named_parameters()}
 
 
-@pytest.mark.parametrize(("family", "pooling"), CASES)
-def test_packed_gradients_are_those_of_transformers_padded_with_one_denominator(family, pooling):
-    task = drawn_task(family, pooling=pooling)
-    examples = drawn_examples(COUNT, segments=family == "bert")
+@pytest.mark.parametrize(("family", "kind", "pooling"), CASES)
+def test_packed_gradients_are_those_of_transformers_with_one_denominator(family, kind, pooling):
+    task = drawn_task(family, kind=kind, pooling=pooling)
+    examples = drawn_places(COUNT, kind=kind, segments=family == "bert")
     theirs = transformers_model(task)
-    padded_loss(theirs, examples, task.specials.pad_id).backward()
+    LOSSES[kind](theirs, examples, task.specials.pad_id).backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
 
     # their names hold gradients, too: the map is one of rows and names
@@ -103,7 +152,7 @@ def test_packed_gradients_are_those_of_transformers_padded_with_one_denominator(
 
     one_by_one = packed_gradients(task, examples, [np.array([n]) for n in range(COUNT)])
     accumulated = packed_gradients(
-        task, examples, np.split(np.random.default_rng(1).permutation(COUNT), [4, 9])
+        task, examples, np.split(np.random.default_rng(1).permutation(COUNT), [4, 7])
     )
     dealing = [
         ExampleDealing(
