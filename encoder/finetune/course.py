@@ -258,7 +258,7 @@ class FineTuning:
         """Of the weights, and of the head."""
         head = self.prepared.head
         lines = [
-            f"head of {head.family}: pooling {head.pooling}, {counted(head.outputs, 'output')},"
+            f"head of {head.family}: {head.place_text}, {counted(head.outputs, 'output')},"
             f" dropout {head.dropout:g}"
         ]
         if self.run.layer_decay != 1.0:

@@ -88,6 +88,11 @@ class HeadShape:
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout {self.dropout} of the head; needed: 0 to below 1.")
 
+    @property
+    def place_text(self) -> str:
+        """Where it stands, for people."""
+        return "on each token" if self.kind in ("token", "span") else f"pooling {self.pooling}"
+
 
 def head_family(config: ModelConfig, specials: SpecialIds) -> HeadFamily:
     """Whose head a model gets: that of the class of transformers that it becomes. Raises ConfigError where there is none."""
