@@ -51,57 +51,16 @@ def main(argv: list[str] | None = None) -> int:
 def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]:
     """For each text, for each [MASK] in it, the `top` likeliest tokens with their probabilities. Raises ExportError."""
     from encoder.base.errors import ExportError
-    from encoder.base.files import native_path
+    from encoder.tools.page.fill_mask import check_masks, fill_mask
+    from encoder.tools.page.folders import open_folder
 
-    if not (folder / "config.json").is_file():
-        raise ExportError(
-            f"{folder} holds no config.json; needed: a folder written by tessera export."
-        )
-    import torch
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-    try:
-        with native_path(folder) as name:
-            of_disk = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(name, **of_disk)
-            model = AutoModelForMaskedLM.from_pretrained(
-                name, attn_implementation="sdpa", **of_disk
-            ).eval()
-    except Exception as error:
-        # transformers, tokenizers and safetensors each raise their own kinds
-        why = " ".join(str(error).split())[:200]
-        raise ExportError(
-            f"{folder} cannot be read as a model ({why}). Export again with tessera export."
-        ) from error
-    if not 1 <= top <= model.config.vocab_size:
-        raise ExportError(f"--top {top}: needed is 1 to {model.config.vocab_size:,}.")
-    # RoBERTa's table has two rows more than its longest text
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    # [MASK] in any model's text, or the tokenizer's own name: <mask> in RoBERTa and XLNet
-    masked = [text.replace("[MASK]", tokenizer.mask_token) for text in texts]
-    for text, asked in zip(texts, masked, strict=True):
-        if tokenizer.mask_token not in asked:
-            raise ExportError(f"{text!r} has no [MASK]; write one where the model shall answer.")
-    found = []
-    for text, asked in zip(texts, masked, strict=True):
-        inputs = tokenizer(asked, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
-        if length > longest:
-            raise ExportError(
-                f"a text of {length:,} tokens is longer than the model's {longest:,}. Shorten it."
-            )
-        with torch.no_grad():
-            logits_TV = model(**inputs).logits[0]
-
-        # where the text had [MASK]; logits are [tokens, vocabulary]
-        places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
-        masks = []
-        for place in places:
-            best = torch.softmax(logits_TV[place].float(), -1).topk(top)
-            pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            masks.append([(tokenizer.decode([token]), share) for share, token in pairs])
-        found.append({"text": text, "masks": masks})
-    return found
+    opened = open_folder(folder, kind="fill_mask")
+    if not 1 <= top <= opened.model.config.vocab_size:
+        raise ExportError(f"--top {top}: needed is 1 to {opened.model.config.vocab_size:,}.")
+    for text in texts:
+        check_masks(opened, text)
+    found = [fill_mask(opened, text, top=top, cut=False) for text in texts]
+    return [{"text": one.text, "masks": one.masks} for one in found]
 
 
 if __name__ == "__main__":

@@ -67,6 +67,9 @@ VERBS = {
         "ask an exported model",
         'fill-mask hf/small "The capital of France is [MASK]."',
     ),
+    "serve": Verb(
+        "serve", "a page to try exported models", "serve hf/small hf/sentiment --port 7870"
+    ),
     "evaluate": Verb(
         "evaluate",
         "models side by side on held-out text, without fine-tuning",

@@ -72,6 +72,9 @@ LEFT_OUT = {
     r".*answerdotai/ModernBERT-base": (
         "needs a network; tests/unit/base/test_hub.py has a hub of its own"
     ),
+    r"tessera serve|(?:python )?launch/serve\.py": (
+        "serves until it is stopped; tests/process/test_page.py"
+    ),
     r"tessera push|python launch/push_hub\.py": (
         "needs a network; tests/unit/models/test_hf_card.py"
     ),

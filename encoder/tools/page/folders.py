@@ -1,0 +1,201 @@
+"""What a folder is, by its config.json and modules.json, and its model, on the CPU in fp32.
+
+    ...ForMaskedLM, ...ForPreTraining  fill_mask       ...ForTokenClassification   tags
+    ...ForSequenceClassification       classify        ...ForQuestionAnswering     span
+    ...ForMultipleChoice               choice          a body alone                similarity
+
+Vectors of a folder with modules.json are those of sentence-transformers, of another one means over tokens.
+No code of a folder is run, no pickle is read, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from encoder.base.command import as_typed
+from encoder.base.errors import ExportError
+from encoder.base.files import native_path
+from encoder.base.untrusted import read_json
+
+CONFIG, MODULES = "config.json", "modules.json"
+# the ending of an architecture -> kind, transformers' class
+ARCHITECTURES = {
+    "ForMaskedLM": ("fill_mask", "AutoModelForMaskedLM"),
+    "ForPreTraining": ("fill_mask", "AutoModelForMaskedLM"),
+    "ForSequenceClassification": ("classify", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("tags", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("span", "AutoModelForQuestionAnswering"),
+    "ForMultipleChoice": ("choice", "AutoModelForMultipleChoice"),
+    "Model": ("similarity", "AutoModel"),
+}
+KINDS = tuple(dict.fromkeys(kind for kind, _ in ARCHITECTURES.values()))
+# classes of sentence-transformers; another one would be code of the folder
+_TRUSTED = "sentence_transformers."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opened:
+    """A model that can be asked."""
+
+    name: str  # for people
+    kind: str  # one of KINDS
+    # transformers' class of that kind, or a SentenceTransformer
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    max_tokens: int  # of a text, special tokens included
+    architecture: str  # a class's name
+    sentence_transformers: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """How many values the model has."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether transformers or sentence-transformers could read it."""
+    return (folder / CONFIG).is_file() or (folder / MODULES).is_file()
+
+
+def kind_of(folder: Path) -> tuple[str, str, str]:
+    """Kind, class of transformers and architecture of a folder. Raises ExportError."""
+    if not (folder / CONFIG).is_file():
+        # sentence-transformers may have the body in a folder below
+        if (folder / MODULES).is_file():
+            return "similarity", "AutoModel", ""
+        raise ExportError(
+            f"{folder} holds no {CONFIG}; needed: a folder written by tessera export."
+        )
+    found = read_json(folder / CONFIG, error=ExportError, root=dict).get("architectures")
+    architecture = str(found[0]) if isinstance(found, list) and found else ""
+    for ending, (kind, class_name) in ARCHITECTURES.items():
+        if architecture.endswith(ending):
+            return kind, class_name, architecture
+    known = ", ".join(f"...{ending}" for ending in ARCHITECTURES)
+    raise ExportError(
+        f"{folder / CONFIG} names the architecture {architecture or 'of nothing'}; needed: one of"
+        f" {known}."
+    )
+
+
+def open_folder(folder: Path, *, name: str = "", kind: str | None = None) -> Opened:
+    """Reads tokenizer and model.
+
+    folder: as tessera export writes it, or from elsewhere
+    name: for people; default: the folder's
+    kind: the one that is needed; `similarity` is had of any
+
+    Raises ExportError.
+    """
+    own, class_name, architecture = kind_of(folder)
+    if kind not in (None, own, "similarity"):
+        raise ExportError(
+            f"{folder} is a model for {own} ({architecture}); needed: one for {kind}. Look at it"
+            f" with {as_typed('serve', folder)}"
+        )
+    shown = name or folder.resolve().name
+    kind = kind or own
+    if kind == "similarity":
+        class_name = "AutoModel"
+        if (folder / MODULES).is_file():
+            return _sentence_transformer(folder, shown)
+
+    import transformers
+
+    try:
+        with native_path(folder) as path, _quietly():
+            of_disk = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **of_disk)
+            model = _model(getattr(transformers, class_name), path, of_disk)
+    except Exception as error:
+        # transformers, tokenizers and safetensors each raise their own kinds
+        raise _unreadable(folder, error) from error
+    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    return Opened(
+        name=shown,
+        kind=kind,
+        model=model,
+        tokenizer=tokenizer,
+        max_tokens=longest,
+        architecture=type(model).__name__,
+    )
+
+
+def _model(cls: Any, path: str, of_disk: dict[str, bool]) -> Any:
+    """From safetensors alone, without dropout. Raises ExportError where weights of it are missing."""
+    import torch
+
+    told = {**of_disk, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, notes = cls.from_pretrained(path, attn_implementation="sdpa", **told)
+    except ValueError as error:
+        # a family without torch's attention, such as DeBERTa
+        if "scaled_dot_product" not in str(error):
+            raise
+        model, notes = cls.from_pretrained(path, attn_implementation="eager", **told)
+    # BERT's pooler is not asked for states
+    missing = sorted(name for name in notes["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ExportError(f"it lacks {', '.join(missing[:3])}")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' warnings: of missing weights we speak ourselves."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _sentence_transformer(folder: Path, name: str) -> Opened:
+    for module in read_json(folder / MODULES, error=ExportError, root=list):
+        found = module.get("type") if isinstance(module, dict) else None
+        if not str(found).startswith(_TRUSTED):
+            raise ExportError(
+                f"{folder / MODULES} names {str(found)[:80]!r}, code from outside of"
+                " sentence-transformers, which is not run. Use a folder without it."
+            )
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ExportError(
+            f"{folder} is a model of sentence-transformers, which is not installed. Install it:"
+            " pip install -e '.[embed]'"
+        ) from error
+    try:
+        with native_path(folder) as path, _quietly():
+            model = SentenceTransformer(
+                path,
+                device="cpu",
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
+    except Exception as error:  # whatever its version raises
+        raise _unreadable(folder, error) from error
+    return Opened(
+        name=name,
+        kind="similarity",
+        model=model.eval(),
+        tokenizer=model.tokenizer,
+        max_tokens=int(model.max_seq_length or model.tokenizer.model_max_length),
+        architecture="SentenceTransformer",
+        sentence_transformers=True,
+    )
+
+
+def _unreadable(folder: Path, error: Exception) -> ExportError:
+    why = " ".join(str(error).split())[:200]
+    return ExportError(
+        f"{folder} cannot be read as a model ({why}). Export again with tessera export."
+    )
