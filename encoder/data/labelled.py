@@ -1,10 +1,11 @@
-"""Rows of labelled data, by column, from one file: JSON lines, CSV, TSV, Parquet, Arrow or CoNLL. Every row knows its place.
+"""Rows of labelled data, by column, from one file: JSON lines, CSV, TSV, Parquet, Arrow, CoNLL or SQuAD. Every row knows its place.
 
     train.jsonl      {"text": "a fine film", "label": "positive"}     place: train.jsonl line 1
     train.csv        text,label                                       the line of the file, its header counted
     train.tsv        the same with tabs; quotes are text, as in GLUE's files
     train.parquet    columns                                          row 1, 2, ...
     train.conll      a word a line, a blank line behind a row         the line of its first word
+    train.json       SQuAD's own layout                               question 1, 2, ...
 
 A whole file is read: labelled data are small beside a model.
 """
@@ -196,6 +197,31 @@ def _conll(path: Path, columns: Sequence[str]) -> Rows:
     return Rows(path=path, columns=found, word="line", numbers=numbers)
 
 
+def _squad(path: Path, columns: Sequence[str]) -> Rows:
+    """SQuAD's own file: data, paragraphs, qas; a row is a question, with the context of its paragraph."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = [
+            {**question, "context": paragraph["context"], "title": part.get("title", "")}
+            for part in content["data"]
+            for paragraph in part["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no file of SQuAD ({error}); needed: data, paragraphs, qas. Write other rows"
+            " as .jsonl, an object a line."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        for name in columns:
+            if name not in row:
+                raise DataError(
+                    f"{path} question {number:,} has no {name}. {nearest(name, [*row])}"
+                )
+    found = {name: [row[name] for row in rows] for name in columns}
+    return Rows(path=path, columns=found, word="question", numbers=[*range(1, len(rows) + 1)])
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], Rows]] = {
     ".jsonl": _json_lines,
     ".csv": _comma,
@@ -204,6 +230,7 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Rows]] = {
     ".arrow": _arrow,
     ".feather": _arrow,
     ".conll": _conll,
+    ".json": _squad,
 }
 
 

@@ -51,6 +51,33 @@ class TextEncoder:
         for first in range(0, len(texts), ENCODED_TOGETHER):
             yield from self.tokenizer.encode_batch(texts[first : first + ENCODED_TOGETHER])
 
+    def shortened(
+        self, texts: Sequence[str], *, most_tokens: int, keep: Literal["first", "last"]
+    ) -> list[str]:
+        """The texts themselves, those of more tokens cut at their end, or at their beginning.
+
+        texts: each alone
+        most_tokens: special ones not counted
+        keep: which tokens of a longer one
+        """
+        self.tokenizer.no_truncation()
+        found = []
+        for first in range(0, len(texts), ENCODED_TOGETHER):
+            some = list(texts[first : first + ENCODED_TOGETHER])
+            encoded = self.tokenizer.encode_batch(some, add_special_tokens=False)
+            for text, one in zip(some, encoded, strict=True):
+                room = most_tokens
+                # a part of a text may have other tokens than it has in the text
+                while len(one.ids) > most_tokens and room:
+                    begin, end = one.offsets[-room][0], one.offsets[room - 1][1]
+                    cut = text[:end] if keep == "first" else text[begin:]
+                    again = self.tokenizer.encode(cut, add_special_tokens=False)
+                    if len(again.ids) <= most_tokens:
+                        text, one = cut, again
+                    room -= 1
+                found.append(text)
+        return found
+
 
 def read_encoder(
     tokenizer_json: Path, *, vocab_size: int, max_tokens: int, segments: bool, pairs: bool

@@ -78,6 +78,21 @@ def cross_entropy(logits_NK: np.ndarray, value_N: np.ndarray) -> float:
     return float((logsumexp_N - logits_NK[np.arange(len(value_N)), value_N]).mean())
 
 
+def pick_loss(logits_PK: np.ndarray, right_PK: np.ndarray, starts_N: np.ndarray) -> float:
+    """Mean over groups, and over K picks, of -log softmax(logits of the group)[right].
+
+    logits_PK: of all places
+    right_PK: 1 at those that are right
+    starts_N: the first place of each group
+    """
+    counts = np.diff(starts_N, append=len(logits_PK))
+    top_NK = np.maximum.reduceat(logits_PK, starts_N)
+    shares_PK = np.exp(logits_PK - np.repeat(top_NK, counts, axis=0))
+    logsumexp_NK = np.log(np.add.reduceat(shares_PK, starts_N)) + top_NK
+    right_NK = np.add.reduceat(logits_PK * right_PK, starts_N)
+    return float((logsumexp_NK - right_NK).mean())
+
+
 def accuracy(true: np.ndarray, guessed: np.ndarray, _outputs: int) -> float:
     """The share that is right; of rows with several labels, those that are right in all."""
     from sklearn.metrics import accuracy_score

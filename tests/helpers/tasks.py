@@ -13,6 +13,8 @@ import torch
 from encoder.base.rng import generator
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.examples import Examples, Places
+from encoder.data.labelled import Rows
+from encoder.finetune.encoding import TextEncoder
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.task import TrainedTask
@@ -141,6 +143,46 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def rows_of(rows: list[dict[str, Any]]) -> Rows:
+    """As if read from a.jsonl."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    numbers = list(range(1, len(rows) + 1))
+    return Rows(path=Path("a.jsonl"), columns=columns, word="line", numbers=numbers)
+
+
+def bpe(*, prefix_space: bool = False) -> Any:
+    """A byte-level BPE that knows some words with the blank before them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        show_progress=False,
+        special_tokens=["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([" rejects lamb to German cott Black"] * 9, trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return tokenizer
+
+
+def encoder_of(tokenizer: Any, *, max_tokens: int, segments: bool = False) -> TextEncoder:
+    """A tokenizer as tasks use it."""
+    return TextEncoder(
+        tokenizer=tokenizer,
+        specials=SPECIALS,
+        segments=segments,
+        max_tokens=max_tokens,
+        path=Path("none"),
+    )
 
 
 def letter_rows(count: int, *, seed: int = 1) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from encoder.finetune.kinds.contract import TaskConfig
+from encoder.finetune.kinds.spans import SpansConfig
 from encoder.finetune.kinds.tags import TagsConfig
 from encoder.finetune.kinds.texts import ClassifyConfig, LabelsConfig, RegressConfig
 
@@ -11,4 +12,5 @@ TASKS: dict[str, type[TaskConfig]] = {
     "labels": LabelsConfig,
     "regress": RegressConfig,
     "tags": TagsConfig,
+    "spans": SpansConfig,
 }

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from encoder.base.errors import ConfigError
-from encoder.data.labelled import Rows
-from encoder.finetune.encoding import TextEncoder
 from encoder.finetune.kinds.tags import TagsConfig, TagSet
 from launch import finetune
-from tests.helpers.hf import SPECIALS
-from tests.helpers.tasks import write_rows, write_task
+from tests.helpers.tasks import bpe, encoder_of, rows_of, write_rows, write_task
 
 WORDS = [
     ["EU", "rejects", "German", "call", "to", "boycott", "British", "lamb", "."],
@@ -24,45 +20,10 @@ TAGS = [["B-ORG", "O", "B-MISC", "O", "O", "O", "B-MISC", "O", "O"], ["B-PER", "
 KIND = TagsConfig(words="words", label="tags", labels=("O", "B-ORG", "B-MISC", "B-PER", "I-PER"))
 
 
-def bpe(*, prefix_space: bool):
-    """A byte-level BPE that knows some words with the blank before them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        show_progress=False,
-        special_tokens=["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([" rejects lamb to German cott Black"] * 9, trainer)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return tokenizer
-
-
-def rows(words: list, tags: list) -> Rows:
-    numbers = list(range(1, len(words) + 1))
-    return Rows(
-        path=Path("a.jsonl"),
-        columns={"words": words, "tags": tags},
-        word="line",
-        numbers=numbers,
-    )
-
-
 def encoded(words: list, tags: list, *, max_tokens: int = 64, tokenizer=None) -> TagSet:
-    encoder = TextEncoder(
-        tokenizer=tokenizer or bpe(prefix_space=False),
-        specials=SPECIALS,
-        segments=False,
-        max_tokens=max_tokens,
-        path=Path("none"),
-    )
-    return KIND.encode(rows(words, tags), encoder, name="dev")
+    rows = rows_of([{"words": w, "tags": t} for w, t in zip(words, tags)])
+    encoder = encoder_of(tokenizer or bpe(), max_tokens=max_tokens)
+    return KIND.encode(rows, encoder, name="dev")
 
 
 def test_a_word_is_asked_at_the_token_that_a_list_with_a_blank_before_each_word_has_first():
@@ -70,10 +31,7 @@ def test_a_word_is_asked_at_the_token_that_a_list_with_a_blank_before_each_word_
     examples, other = asked.examples, bpe(prefix_space=True)
     for row, words in enumerate(WORDS):
         start, end = examples.starts_N1[row : row + 2]
-        assert (
-            examples.ids_A[start:end].tolist()
-            == bpe(prefix_space=False).encode(" ".join(words)).ids
-        )
+        assert examples.ids_A[start:end].tolist() == bpe().encode(" ".join(words)).ids
         # with add_prefix_space a list of words has the tokens of running text, the first word apart
         listed = other.encode(words, is_pretokenized=True)
         # a blank that is a token by itself is no letter of the word
@@ -93,7 +51,7 @@ def test_a_long_row_is_split_between_words_and_each_is_asked_once():
     assert examples.value_P.tolist() == asked.tag_W.tolist()
     # nothing is repeated and nothing is lost, but for the blank between two windows
     texts = [
-        bpe(prefix_space=False).decode(examples.ids_A[a:b].tolist())
+        bpe().decode(examples.ids_A[a:b].tolist())
         for a, b in zip(examples.starts_N1, examples.starts_N1[1:])
     ]
     whole = "".join("".join(words) for words in WORDS)
@@ -104,7 +62,7 @@ def test_a_long_row_is_split_between_words_and_each_is_asked_once():
 def test_a_word_without_a_token_is_read_as_outside_and_said():
     from tokenizers import normalizers
 
-    tokenizer = bpe(prefix_space=False)
+    tokenizer = bpe()
     tokenizer.normalizer = normalizers.Replace("\u200b", "")
     asked = encoded([["lamb", "\u200b", "to"]], [["O", "B-ORG", "B-PER"]], tokenizer=tokenizer)
     assert asked.word_P.tolist() == [0, 2]
