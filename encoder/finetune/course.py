@@ -206,7 +206,9 @@ class FineTuning:
             if self._world.first:
                 self._start_sha256 = weights_sha256(stored)
                 check_first_start(self.run, self._start_sha256)
-        weights, self._drawn = first_weights(stored, model, of_task=self._start.of_task)
+        weights, self._drawn = first_weights(
+            self._start.weights_for(self.run.task), model, of_task=self._start.head is not None
+        )
         return weights
 
     def take_up(self, saved: dict[str, Any]) -> None:

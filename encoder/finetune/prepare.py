@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from encoder.base.errors import ConfigError, ModelError
+from encoder.base.tokenizer_json import special_ids_of
 from encoder.data.examples import Examples
 from encoder.data.labelled import Rows, read_rows
 from encoder.data.shard_format import TOKENIZER
@@ -15,23 +18,46 @@ from encoder.engine.checkpoint.folder import committed_folders
 from encoder.finetune.config import FineTuneConfig, read_task
 from encoder.finetune.encoding import TextEncoder, check_length, read_encoder
 from encoder.finetune.head import head_shape
-from encoder.finetune.kinds.contract import AskedSet
+from encoder.finetune.kinds.contract import AskedSet, TaskConfig
 from encoder.finetune.stored import is_task, read_trained
+from encoder.models.hf.other_heads import TaskHead
+from encoder.models.hf.task import TrainedTask
 from encoder.models.stored import StoredModel
 from encoder.models.with_task import HeadShape
 from encoder.objectives.text_tasks import TextObjective
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
-from encoder.runs.weights import read_model
+from encoder.runs.weights import read_head, read_model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """What a fine-tuning begins with, or began with."""
 
-    model: StoredModel  # its weights are empty where the run goes on from a checkpoint
+    # its weights are empty where the run goes on from a checkpoint; with a head they have that, too
+    model: StoredModel
     tokenizer_json: Path
     resumes: bool
-    of_task: bool = False  # it has a head already
+    head: TaskHead | None = None  # of an earlier task
+
+    def weights_for(self, task: TaskConfig) -> dict[str, Tensor]:
+        """By our names; the classifier is kept for a task of the same kind with the same labels, and drawn for another."""
+        if self.head is None or self._is_of(task):
+            return self.model.weights
+        return {n: w for n, w in self.model.weights.items() if not n.startswith("classifier.")}
+
+    def in_its_order(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """The labels as the earlier task has them, where they are the same ones: its classifier then fits."""
+        known = self.head.labels if self.head else None
+        if known is not None and len(known) == len(labels) and {*known} == {*labels}:
+            return known
+        return labels
+
+    def _is_of(self, task: TaskConfig) -> bool:
+        return (
+            self.head is not None
+            and self.head.kind == task.HEAD
+            and self.head.labels == task.labels
+        )
 
 
 def read_start(task: FineTuneConfig) -> Start:
@@ -43,24 +69,41 @@ def read_start(task: FineTuneConfig) -> Start:
             config=begun.model, weights={}, tokenizer_json=folder / TOKENIZER, origin=""
         )
         return Start(model=model, tokenizer_json=folder / TOKENIZER, resumes=True)
-    if is_task(Path(task.start_from)):
-        trained = read_trained(Path(task.start_from))
-        model = StoredModel(
-            config=trained.config,
-            weights=trained.weights,
-            tokenizer_json=trained.tokenizer_json,
-            origin=trained.origin,
-        )
-        return Start(
-            model=model, tokenizer_json=trained.tokenizer_json, resumes=False, of_task=True
-        )
-    model = read_model(Path(task.start_from))
+    path = Path(task.start_from)
+    if is_task(path):
+        return _of_fine_tuning(read_trained(path))
+    model = read_model(path)
     if model.tokenizer_json is None:
         raise ModelError(
             f"start_from {task.start_from} has no {TOKENIZER}; needed: the one that the model was"
             " trained with. Put it there."
         )
-    return Start(model=model, tokenizer_json=model.tokenizer_json, resumes=False)
+    _, specials = special_ids_of(model.tokenizer_json, error=ModelError)
+    head = read_head(path, specials)
+    if head is None:
+        return Start(model=model, tokenizer_json=model.tokenizer_json, resumes=False)
+    # what was drawn in place of the head over masked tokens goes
+    own = {name: w for name, w in model.weights.items() if name not in model.drawn}
+    return Start(
+        model=dataclasses.replace(model, weights=own | head.weights),
+        tokenizer_json=model.tokenizer_json,
+        resumes=False,
+        head=head,
+    )
+
+
+def _of_fine_tuning(trained: TrainedTask) -> Start:
+    return Start(
+        model=StoredModel(
+            config=trained.config,
+            weights=trained.weights,
+            tokenizer_json=trained.tokenizer_json,
+            origin=trained.origin,
+        ),
+        tokenizer_json=trained.tokenizer_json,
+        resumes=False,
+        head=TaskHead(kind=trained.head.kind, labels=trained.labels, weights={}),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +149,7 @@ def prepare(task: FineTuneConfig, start: Start) -> Prepared:
 
     train_rows = _rows(task, task.data.train)
     if kind.labels is None and (named := kind.labels_in(train_rows)):
-        kind = dataclasses.replace(kind, labels=named)
+        kind = dataclasses.replace(kind, labels=start.in_its_order(named))
     task = dataclasses.replace(task, task=kind, body=body)
     train = kind.encode(train_rows, encoder, name="train")
     kind.check_training(train.examples, train_rows)

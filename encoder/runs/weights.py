@@ -9,11 +9,13 @@ from encoder.base.command import as_typed
 from encoder.base.errors import CheckpointError, ModelError
 from encoder.base.hub import HubName, fetch_model, parse_hub_name
 from encoder.base.schema import from_mapping, read_mapping
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import COMMITTED, committed_folders, damage
 from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
 from encoder.models.contract import ModelConfig
-from encoder.models.hf.read import CONFIG, read_hf, read_hf_config
+from encoder.models.hf.other_heads import TaskHead
+from encoder.models.hf.read import CONFIG, read_hf, read_hf_config, read_task_head
 from encoder.models.stored import MODEL, StoredModel, fp32, read_stored, read_stored_config
 from encoder.runs.config import RunConfig, todays_form
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
@@ -54,6 +56,21 @@ def read_model(path: Path) -> StoredModel:
     if names:
         found = f"holds {', '.join(shown)}"
     raise ModelError(f"{path} {found}; needed: {_KINDS}.")
+
+
+def read_head(path: Path, specials: SpecialIds) -> TaskHead | None:
+    """The head of a Hugging Face folder of a class for a task; None of any other model. Raises ModelError.
+
+    path: that read_model has read
+    specials: of its tokenizer
+    """
+    folder = path
+    if name := parse_hub_name(path):
+        folder = fetch_model(name, error=ModelError).folder
+    is_ours = (folder / MODEL).is_file() or _newest_folder(folder)
+    if is_ours or not (folder / CONFIG).is_file():
+        return None
+    return read_task_head(folder, specials)
 
 
 def model_facts(path: Path) -> ModelConfig:

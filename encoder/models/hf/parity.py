@@ -16,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -204,12 +204,14 @@ def transformers_model(
     bridge: Bridge,
     settings: dict[str, Any] | None = None,
     drawn: Mapping[str, Tensor] | None = None,
+    beside: Collection[str] = (),
 ) -> torch.nn.Module:
     """The model of a folder by transformers' own code, fp32.
 
     folder, bridge: of the model.
     settings: in place of its config.json.
     drawn: weights by their names that the folder lacks, for a body without heads.
+    beside: names of its tensors that are not of this model.
 
     Raises ExportError.
     """
@@ -246,6 +248,7 @@ def transformers_model(
     unexpected = list(notes.get("unexpected_keys", ()))
     for part in bridge.leaves:
         unexpected = [name for name in unexpected if part not in name]
+    unexpected = [name for name in unexpected if name not in beside]
     wrong = [
         n
         for n in (*notes.get("missing_keys", ()), *unexpected, *notes.get("mismatched_keys", ()))

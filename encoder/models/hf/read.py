@@ -1,7 +1,7 @@
 """From Hugging Face: a folder of a class that has a bridge, written by any transformers, as a stored model.
 
 Weights are read from model.safetensors, from its shards (model.safetensors.index.json) or from pytorch_model.bin, in
-whatever float they are, and become fp32. A body without heads has them drawn.
+whatever float they are, and become fp32. A body without heads has them drawn, as has a model with a task (other_heads.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ExportError, ModelError
+from encoder.base.tokenizer_json import SpecialIds
 from encoder.base.untrusted import inside, open_regular, plain_name, read_json
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.catalog import bridge_of_settings
+from encoder.models.hf.other_heads import (
+    TaskHead,
+    as_pretrained,
+    kind_of,
+    labels_of,
+    set_apart,
+    task_head,
+)
 from encoder.models.hf.parity import (
     TOLERANCE_DRAWN,
     Proof,
@@ -41,6 +50,7 @@ from encoder.models.stored import (
     read_safetensors,
     stems,
 )
+from encoder.models.with_task import head_family
 
 CONFIG = "config.json"
 INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
@@ -55,14 +65,18 @@ def read_hf(folder: Path) -> StoredModel:
     drawn or left out.
     """
     config = read_hf_config(folder)
-    values = _read_json(folder / CONFIG)
+    said = _read_json(folder / CONFIG)
+    values = as_pretrained(said)
     bridge = bridge_of_settings(values)
     names = parameter_names(config)
-    raw = _read_weights(folder)
+    raw, apart = set_apart(_read_weights(folder), said)
     # our names, the copy of the embedding dropped, missing heads drawn: then all names must fit
     weights, left_out = bridge.weights_from(raw, config, of=str(folder), ours=names)
     weights = untie(weights, tied=config.tie_word_embeddings, of=str(folder))
-    drawn = [name for name in bridge.head_names(names) if name not in weights]
+    may_lack = bridge.head_names(names)
+    if values is not said:
+        may_lack = tuple(name for name in names if not name.startswith("model."))
+    drawn = [name for name in may_lack if name not in weights]
     weights |= drawn_weights(config, drawn)
     check_weights(weights, config, of=str(folder))
     _check_meaning(values, config, folder / CONFIG)
@@ -71,7 +85,7 @@ def read_hf(folder: Path) -> StoredModel:
         config=config,
         weights=fp32(weights),
         tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
-        origin=_origin(folder, config, bridge, drawn=drawn, left_out=left_out),
+        origin=_origin(folder, config, bridge, drawn=drawn, left_out=[*left_out, *apart]),
         drawn=tuple(drawn),
         max_tokens=_max_tokens(folder, config),
     )
@@ -105,6 +119,24 @@ def _origin(
     return f"Hugging Face folder {folder.name}{notes}"
 
 
+def read_task_head(folder: Path, specials: SpecialIds) -> TaskHead | None:
+    """The head of a folder of a class for a task; None of another class. Raises ModelError.
+
+    folder: with config.json
+    specials: of its tokenizer, which say whose head it is
+    """
+    said = _read_json(folder / CONFIG)
+    kind = kind_of(said)
+    if kind is None:
+        return None
+    family = head_family(read_hf_config(folder), specials)
+    return TaskHead(
+        kind=kind,
+        labels=labels_of(said),
+        weights=fp32(task_head(_read_weights(folder), kind=kind, family=family)),
+    )
+
+
 def read_hf_config(folder: Path) -> ModelConfig:
     """The shape that a folder's config.json tells. Raises ModelError."""
     if not (folder / CONFIG).is_file():
@@ -112,7 +144,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
             f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM,"
             " or of a BERT, RoBERTa or DistilBERT."
         )
-    settings = _read_json(folder / CONFIG)
+    settings = as_pretrained(_read_json(folder / CONFIG))
     bridge = bridge_of_settings(settings)
     return bridge.from_settings(settings, where=str(folder / CONFIG), names=_tensor_names(folder))
 
@@ -122,8 +154,10 @@ def prove_import(model: StoredModel, folder: Path) -> Proof:
 
     To a transformers whose words config.json lacks they are given (Bridge.completed).
     """
-    settings = _read_json(folder / CONFIG)
+    said = _read_json(folder / CONFIG)
+    settings = as_pretrained(said)
     bridge = bridge_of_settings(settings)
+    _, apart = set_apart(dict.fromkeys(_tensor_names(folder), torch.empty(0)), said)
 
     # transformers is given the same drawn heads, so that they are compared as well
     drawn = {name: model.weights[name] for name in model.drawn}
@@ -132,6 +166,7 @@ def prove_import(model: StoredModel, folder: Path) -> Proof:
         bridge,
         bridge.completed(settings, model.config),
         bridge.weights_to(drawn, model.config),
+        beside=[*apart],
     )
     return prove(
         our_model(model.weights, model.config),

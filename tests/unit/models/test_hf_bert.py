@@ -246,7 +246,7 @@ def test_a_roberta_with_a_pooler_that_nobody_trained_leaves_it_out(folders, tmp_
         ("BertForMaskedLM", {"layer_norm_eps": None}, "layer_norm_eps is null"),
         ("BertForMaskedLM", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ("BertForMaskedLM", {"num_attention_heads": 5}, "hidden_size 24 over 5 heads"),
-        ("BertForMaskedLM", {"architectures": ["BertForQuestionAnswering"]}, "needed: one of"),
+        ("BertForMaskedLM", {"architectures": ["BertLMHeadModel"]}, "needed: one of"),
         ("DistilBertForMaskedLM", {"activation": "relu"}, "activation is 'relu'"),
     ],
 )

@@ -193,7 +193,7 @@ ALWAYS_FULL = ["full_attention"] * 4
             {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
             "is of a BertForMaskedLM; needed: ModernBertForMaskedLM",
         ),
-        ({"architectures": ["ModernBertModel"]}, "is of a ModernBertModel; needed"),
+        ({"architectures": ["ModernBertForCausalLM"]}, "is of a ModernBertForCausalLM; needed"),
         ({"model_type": "bert", "architectures": None}, "is of a bert; needed"),
         ({"hidden_activation": "relu"}, "hidden_activation is 'relu'; needed: gelu or silu"),
         ({"classifier_activation": "silu"}, "classifier_activation is 'silu'; needed: 'gelu'"),
@@ -366,8 +366,8 @@ def test_what_transformers_itself_cannot_run_is_one_line(folder, monkeypatch):
 
     model, theirs = read_hf(folder), hf_import.transformers_model
 
-    def broken(*args):
-        found = theirs(*args)
+    def broken(*args, **named):
+        found = theirs(*args, **named)
         del found.model.layers[1].mlp.Wo
         return found
 
