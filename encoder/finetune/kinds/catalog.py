@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from encoder.finetune.kinds.choice import ChoiceConfig
 from encoder.finetune.kinds.contract import TaskConfig
 from encoder.finetune.kinds.spans import SpansConfig
 from encoder.finetune.kinds.tags import TagsConfig
@@ -13,4 +14,5 @@ TASKS: dict[str, type[TaskConfig]] = {
     "regress": RegressConfig,
     "tags": TagsConfig,
     "spans": SpansConfig,
+    "choice": ChoiceConfig,
 }
