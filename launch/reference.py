@@ -46,6 +46,12 @@ All settings of `tessera finetune TASK.yaml`. Needed are `name`, `start_from`, `
 `lr: {peak: 5e-5}`. Any of them can be put over the file's on the command line: `epochs=5 lr.peak=3e-5`. What they mean together
 is told in [finetune.md](finetune.md).
 """
+_EMBED_INTRO = """# The embedding file
+
+All settings of `tessera embed EMBED.yaml`. Needed are `name`, `start_from`, `data` and `lr`; `lr: 2e-5` stands for
+`lr: {peak: 2e-5}`. Any of them can be put over the file's on the command line: `seed=3 lr.peak=3e-5`. What they mean together is
+told in [embedding.md](embedding.md).
+"""
 _PREP_INTRO = """# The preparation file
 
 All settings of `data-prep prepare FILE.yaml` and `data-prep plan FILE.yaml`. `tessera new prep own_text` writes one to start from.
@@ -89,11 +95,13 @@ def pages() -> dict[str, str]:
     from encoder.finetune.config import FineTuneConfig
     from encoder.models.catalog import PRESETS
     from encoder.runs.config import RunConfig
+    from encoder.tools.embedding.config import EmbedConfig
 
     presets = ", ".join(f"`{name}`" for name in PRESETS)
     return {
         "run_file.md": _page(RunConfig, _RUN_INTRO.replace("PRESETS", presets)),
         "task_file.md": _page(FineTuneConfig, _TASK_INTRO),
+        "embed_file.md": _page(EmbedConfig, _EMBED_INTRO),
         "prep_file.md": _page(PrepareConfig, _PREP_INTRO),
     }
 

@@ -67,6 +67,11 @@ VERBS = {
         "ask an exported model",
         'fill-mask hf/small "The capital of France is [MASK]."',
     ),
+    "embed": Verb(
+        "embed",
+        "train vectors for search, and measure them",
+        "embed configs/embed/boolq.yaml --evaluate-only",
+    ),
     "serve": Verb(
         "serve", "a page to try exported models", "serve hf/small hf/sentiment --port 7870"
     ),

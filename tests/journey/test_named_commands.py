@@ -72,6 +72,9 @@ LEFT_OUT = {
     r".*answerdotai/ModernBERT-base": (
         "needs a network; tests/unit/base/test_hub.py has a hub of its own"
     ),
+    r"tessera embed|(?:python )?launch/embed\.py": (
+        "trains and measures; tests/unit/tools/test_embedding.py"
+    ),
     r"tessera serve|(?:python )?launch/serve\.py": (
         "serves until it is stopped; tests/process/test_page.py"
     ),

@@ -1,10 +1,4 @@
-"""What stands beside an export's weights: a model card (README.md) and the files of sentence-transformers.
-
-OUT/
-    README.md                               what was trained, on what, proven how, and how to use it
-    modules.json, 1_Pooling/config.json     sentence-transformers: the mean of a text's tokens
-    sentence_bert_config.json, config_sentence_transformers.json
-"""
+"""The model card of an export, README.md: what was trained, on what, proven how, and how to use it."""
 
 from __future__ import annotations
 
@@ -14,15 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from encoder.base.files import write_json
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.parity import Proof
 
 CARD = "README.md"
-MODULES = [("", "Transformer"), ("1_Pooling", "Pooling")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,39 +89,6 @@ def write_card(
     # a folder in the snippets may have a name that is not UTF-8
     text = "\n".join(part for part in parts if part)
     (folder / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def write_sentence_transformers(folder: Path, *, width: int, max_tokens: int) -> None:
-    """Writes what SentenceTransformer(folder) reads: the mean over all tokens of a text, in the words of versions 2 to 5."""
-    # the list of stages: the transformer in the folder itself, pooling in its own
-    modules = [
-        {
-            "idx": number,
-            "name": str(number),
-            "path": path,
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for number, (path, kind) in enumerate(MODULES)
-    ]
-    pooling: dict[str, Any] = {"word_embedding_dimension": width}
-    kinds = (
-        "cls_token",
-        "mean_tokens",
-        "max_tokens",
-        "mean_sqrt_len_tokens",
-        "weightedmean_tokens",
-    )
-    pooling |= {f"pooling_mode_{kind}": kind == "mean_tokens" for kind in (*kinds, "lasttoken")}
-    (folder / "1_Pooling").mkdir()
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": True})
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False}
-    )
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
 
 
 def plain(text: object) -> str:

@@ -8,7 +8,7 @@ ModernBERT's parameters have Hugging Face's names already; those of the other fa
         tokenizer.json           the run's own, with the mask token taking the space before it
         tokenizer_config.json
         onnx/model.onnx          where asked for: ids and attention mask -> logits, for onnxruntime
-        README.md, modules.json  a model card, and what sentence-transformers reads (encoder/models/hf/card.py)
+        README.md, modules.json  a model card, and what sentence-transformers reads (card.py and stages.py)
         export_proof.json        what was compared, and how close it was; also the mark of a folder that we may replace
 """
 
@@ -28,7 +28,6 @@ from encoder.models.hf.card import (
     Described,
     Training,
     write_card,
-    write_sentence_transformers,
 )
 from encoder.models.hf.catalog import bridge_of
 from encoder.models.hf.onnx import check_onnx_installed, write_onnx
@@ -43,6 +42,7 @@ from encoder.models.hf.parity import (
     prove,
     transformers_model,
 )
+from encoder.models.hf.stages import write_sentence_transformers
 from encoder.models.hf.tokenizer import write_tokenizer
 from encoder.models.stored import TOKENIZER, WEIGHTS, StoredModel, check_weights, write_safetensors
 

@@ -20,8 +20,9 @@ from encoder.base.command import as_typed
 from encoder.base.errors import ExportError
 from encoder.base.files import native_path
 from encoder.base.untrusted import read_json
+from encoder.models.hf.stages import MODULES, check_stages
 
-CONFIG, MODULES = "config.json", "modules.json"
+CONFIG = "config.json"
 # the ending of an architecture -> kind, transformers' class
 ARCHITECTURES = {
     "ForMaskedLM": ("fill_mask", "AutoModelForMaskedLM"),
@@ -33,8 +34,6 @@ ARCHITECTURES = {
     "Model": ("similarity", "AutoModel"),
 }
 KINDS = tuple(dict.fromkeys(kind for kind, _ in ARCHITECTURES.values()))
-# classes of sentence-transformers; another one would be code of the folder
-_TRUSTED = "sentence_transformers."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,13 +157,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _sentence_transformer(folder: Path, name: str) -> Opened:
-    for module in read_json(folder / MODULES, error=ExportError, root=list):
-        found = module.get("type") if isinstance(module, dict) else None
-        if not str(found).startswith(_TRUSTED):
-            raise ExportError(
-                f"{folder / MODULES} names {str(found)[:80]!r}, code from outside of"
-                " sentence-transformers, which is not run. Use a folder without it."
-            )
+    check_stages(folder)
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:

@@ -1,0 +1,356 @@
+"""The story of an embedding training: data, numbers before, negatives, their trainer, numbers after, the folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from encoder.base.errors import ConfigError
+from encoder.base.files import sha256_of
+from encoder.tools.embedding.config import EmbedConfig
+from encoder.tools.embedding.folder import (
+    finished,
+    identity_of,
+    pooling_of,
+    write_folder,
+)
+from encoder.tools.embedding.lexical import tfidf_scores
+from encoder.tools.embedding.models import (
+    device_of,
+    embed,
+    is_sparse,
+    open_start,
+    vector_scores,
+)
+from encoder.tools.embedding.negatives import mine, with_negatives
+from encoder.tools.embedding.ranking import check_installed, measure, rank
+from encoder.tools.embedding.retrieval import (
+    Corpus,
+    Pairs,
+    Questions,
+    chosen,
+    hashes_of,
+    pairs_of,
+    read_corpus,
+    read_pairs,
+    read_questions,
+    some,
+)
+from encoder.tools.weights.export import export_run
+
+Say = Callable[[str], None]
+LOG_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """All that is read."""
+
+    corpus: Corpus | None
+    test: Questions | None
+    pairs: Pairs
+    train: Questions | None
+    numbers: list[tuple[int, int]]  # of each pair: question, passage
+    hashes: dict[str, str]
+
+
+def read_data(settings: EmbedConfig, *, training: bool = True) -> Data:
+    """Corpus, questions and pairs of the settings. Raises DataError."""
+    data = settings.data
+    corpus = test = train = None
+    pairs = Pairs(columns={"anchor": []})
+    numbers: list[tuple[int, int]] = []
+    splits: tuple[str, ...] = (data.test,)
+    if data.beir:
+        corpus = read_corpus(Path(data.beir))
+        test = read_questions(Path(data.beir), data.test, corpus)
+    if training and data.pairs:
+        pairs = read_pairs(Path(data.pairs))
+    elif training:
+        assert corpus is not None and data.beir, "settings have beir or pairs"
+        splits = (data.train, data.test)
+        train = read_questions(Path(data.beir), data.train, corpus)
+        pairs, numbers = pairs_of(train, corpus)
+    kept = chosen(pairs, data.most_pairs, seed=settings.seed)
+    return Data(
+        corpus=corpus,
+        test=test,
+        pairs=some(pairs, kept),
+        train=train,
+        numbers=[numbers[n] for n in kept] if numbers else [],
+        hashes=hashes_of(data.beir, data.pairs if training else None, splits),
+    )
+
+
+def train_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any]:
+    """Trains and writes settings.out; returns what result.json says. Raises UserError."""
+    check_installed()
+    data = read_data(settings)
+    if len(data.pairs) < settings.batch_examples:
+        raise ConfigError(
+            f"there are {len(data.pairs):,} pairs and batch_examples is {settings.batch_examples}."
+            " Lower it, or give more pairs."
+        )
+    with _start_folder(settings, say) as folder:
+        identity = identity_of(settings, {**data.hashes, **_weights_hashes(folder)})
+        if (found := finished(Path(settings.out), identity)) is not None:
+            say(f"done already: {settings.out} is of this very training")
+            return found
+        model = open_start(folder, settings)
+    if not is_sparse(model):
+        pooling_of(model)
+    before = _evaluation(model, data, settings, say=say, when="before")
+    pairs = _with_mined(model, data, settings, say=say)
+    begun = time.monotonic()
+    losses, steps = _fit(model, pairs, settings, say=say)
+    seconds = time.monotonic() - begun
+    after = _evaluation(model, data, settings, say=say, when="after")
+    tfidf = before.pop("tfidf", {})
+    after.pop("tfidf", None)
+    result = {
+        "name": settings.name,
+        "kind": settings.kind,
+        "identity": identity,
+        "seed": settings.seed,
+        "pairs": len(pairs),
+        "steps": steps,
+        "training_seconds": round(seconds, 1),
+        "tfidf": tfidf,
+        **before,
+        **after,
+        "losses": losses,
+        "versions": _versions(),
+    }
+    write_folder(model, settings, result)
+    say(f"wrote {settings.out}")
+    return result
+
+
+def evaluate_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any]:
+    """The numbers of start_from as it is. Raises UserError."""
+    check_installed()
+    if not settings.data.beir:
+        raise ConfigError("data.beir is missing: without questions there is nothing to evaluate.")
+    data = read_data(settings, training=False)
+    with _start_folder(settings, say) as folder:
+        hashes = {**data.hashes, **_weights_hashes(folder)}
+        model = open_start(folder, settings)
+    found = _evaluation(model, data, settings, say=say, when="start")
+    return {"name": settings.name, "sha256": hashes, **found, "versions": _versions()}
+
+
+@contextmanager
+def _start_folder(settings: EmbedConfig, say: Say) -> Iterator[Path]:
+    """A folder that sentence-transformers reads, during the block. Raises UserError."""
+    start = Path(settings.start_from)
+    if not start.is_dir():
+        raise ConfigError(
+            f"start_from {start} is no folder; needed: a run, a weights folder or a Hugging Face"
+            " folder. Look for a misspelling."
+        )
+    if (start / "config.json").is_file() or (start / "modules.json").is_file():
+        yield start
+        return
+    say(f"exporting {start} to a temporary folder")
+    with TemporaryDirectory(prefix="tessera-embed-") as scratch:
+        out = Path(scratch) / "hf"
+        export_run(start, out)
+        yield out
+
+
+def _weights_hashes(folder: Path) -> dict[str, str]:
+    return {f"start/{path.name}": sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _evaluation(
+    model: Any, data: Data, settings: EmbedConfig, *, say: Say, when: str
+) -> dict[str, Any]:
+    """Numbers by when they were measured, each also said; with those of tf-idf where they are asked for.
+
+    model: as it is now
+    data, settings: of the training
+    say: for lines
+    when: before, after or start
+    """
+    if data.test is None or data.corpus is None:
+        return {}
+    answers = data.test.answers
+    found: dict[str, Any] = {}
+    if settings.tfidf and when != "after":
+        ranked = rank(tfidf_scores(data.test.texts, data.corpus.texts), answers)
+        found["tfidf"] = measure(ranked, answers)
+        say(f"{'tf-idf':<8}{_text(found['tfidf'])}")
+    q = embed(model, data.test.texts, prompt="query", precision=settings.precision)
+    d = embed(model, data.corpus.texts, prompt="document", precision=settings.precision)
+    ranked = rank(vector_scores(q, d), answers)
+    found[when] = measure(ranked, answers)
+    ties = f"   {ranked.tied:,} of {len(answers):,} questions tie" if ranked.tied else ""
+    say(f"{when:<8}{_text(found[when])}{ties}")
+    found[f"{when}_ties"] = ranked.tied
+    for width in settings.loss.matryoshka:
+        if width < q.shape[1]:
+            # a cosine of what is cut: normalized again
+            cut = [
+                x / abs(x * x).sum(1, keepdims=True) ** 0.5 for x in (q[:, :width], d[:, :width])
+            ]
+            numbers = measure(rank(vector_scores(*cut), answers), answers)
+            found[f"{when}_at_{width}"] = numbers
+            say(f"{when:<8}{_text(numbers)}   of the first {width} dimensions")
+    return found
+
+
+def _text(numbers: dict[str, float]) -> str:
+    return "   ".join(f"{name.replace('_at_', '@')} {value:.4f}" for name, value in numbers.items())
+
+
+def _with_mined(model: Any, data: Data, settings: EmbedConfig, *, say: Say) -> Pairs:
+    """The pairs with their hard negatives, where they are asked for."""
+    asked = settings.data.negatives
+    if asked.mine == "none":
+        return data.pairs
+    assert data.train is not None and data.corpus is not None, "settings refuse mining of pairs"
+    if asked.mine == "tfidf":
+        score = tfidf_scores(data.train.texts, data.corpus.texts)
+    else:
+        q = embed(model, data.train.texts, prompt="query", precision=settings.precision)
+        d = embed(model, data.corpus.texts, prompt="document", precision=settings.precision)
+        score = vector_scores(q, d)
+    found = mine(score, data.train.answers, data.numbers, asked, seed=settings.seed)
+    say(f"mined {asked.per_query} negatives of each pair by {asked.mine}")
+    return with_negatives(data.pairs, data.corpus, found)
+
+
+def _fit(
+    model: Any, pairs: Pairs, settings: EmbedConfig, *, say: Say
+) -> tuple[list[dict[str, float]], int]:
+    """Their trainer over the pairs; the model is changed in place. Losses by step, and how many steps there were."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SparseEncoderTrainer,
+    )
+    from transformers import PrinterCallback, TrainerCallback
+
+    steps = math.ceil(len(pairs) / settings.batch_examples) * settings.epochs
+    say(
+        f"training on {len(pairs):,} pairs, {settings.epochs} epochs of {settings.batch_examples}"
+        f" a step: about {steps:,} steps"
+    )
+    losses: list[dict[str, float]] = []
+
+    class Told(TrainerCallback):
+        """A line of a step's loss."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append({"step": state.global_step, "loss": logs["loss"]})
+                say(
+                    f"step {state.global_step:>6,} of {state.max_steps:,}   loss {logs['loss']:.4f}"
+                )
+
+    with TemporaryDirectory(prefix="tessera-embed-") as scratch:
+        cls = SparseEncoderTrainer if is_sparse(model) else SentenceTransformerTrainer
+        trainer = cls(
+            model=model,
+            args=_arguments(settings, scratch, columns=[*pairs.columns], sparse=is_sparse(model)),
+            train_dataset=Dataset.from_dict(pairs.columns),
+            loss=_loss(model, settings),
+            callbacks=[Told()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        model.train()
+        trainer.train()
+    model.eval()
+    return losses, int(trainer.state.global_step)
+
+
+def _arguments(settings: EmbedConfig, scratch: str, *, columns: list[str], sparse: bool) -> Any:
+    """Their training arguments.
+
+    settings: ours
+    scratch: a folder; nothing of it is kept
+    columns: of the pairs, for the prompts
+    sparse: of a SparseEncoder
+    """
+    from sentence_transformers import (
+        SentenceTransformerTrainingArguments,
+        SparseEncoderTrainingArguments,
+    )
+
+    prompts = {
+        name: settings.prompts.query if name == "anchor" else settings.prompts.document
+        for name in columns
+    }
+    cls = SparseEncoderTrainingArguments if sparse else SentenceTransformerTrainingArguments
+    return cls(
+        output_dir=scratch,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_examples,
+        learning_rate=settings.lr.peak,
+        warmup_ratio=settings.lr.warmup_share,
+        lr_scheduler_type="linear",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.gradient_clipping,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        # an answer that stands twice in a batch would be a wrong negative
+        batch_sampler="no_duplicates",
+        prompts=prompts if any(prompts.values()) else None,
+        bf16=settings.precision == "bf16",
+        use_cpu=device_of(settings) == "cpu",
+        save_strategy="no",
+        eval_strategy="no",
+        logging_steps=LOG_STEPS,
+        logging_first_step=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def _loss(model: Any, settings: EmbedConfig) -> Any:
+    """Multiple negatives ranking, cached or not; around it Matryoshka, or SPLADE's regularizers."""
+    asked = settings.loss
+    cached = asked.name == "cached_mnrl"
+    if is_sparse(model):
+        from sentence_transformers.sparse_encoder import losses as sparse
+
+        inner = sparse.SparseMultipleNegativesRankingLoss(model, scale=asked.scale or 1.0)
+        told = {
+            "document_regularizer_weight": asked.flops_document,
+            "query_regularizer_weight": asked.flops_query,
+        }
+        if cached:
+            size = asked.mini_batch_examples
+            return sparse.CachedSpladeLoss(model, inner, mini_batch_size=size, **told)
+        return sparse.SpladeLoss(model, inner, **told)
+
+    from sentence_transformers import losses as dense
+
+    scale = asked.scale or 20.0
+    if cached:
+        loss = dense.CachedMultipleNegativesRankingLoss(
+            model, scale=scale, mini_batch_size=asked.mini_batch_examples
+        )
+    else:
+        loss = dense.MultipleNegativesRankingLoss(model, scale=scale)
+    if asked.matryoshka:
+        width = int(model.get_sentence_embedding_dimension())
+        above = [size for size in asked.matryoshka if size > width]
+        if above:
+            raise ConfigError(f"loss.matryoshka has {above[0]}, more than the model's {width}.")
+        widths = sorted({width, *asked.matryoshka}, reverse=True)
+        loss = dense.MatryoshkaLoss(model, loss, widths)
+    return loss
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("sentence-transformers", "transformers", "torch", "accelerate")
+    return {name: version(name) for name in names}

@@ -1,0 +1,249 @@
+"""Embedding training: numbers are those of formulas and of sentence-transformers, mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from encoder.base.errors import ConfigError, UserError
+from encoder.base.schema import from_mapping, to_plain
+from encoder.tools.embedding.config import EmbedConfig, NegativesConfig, read_embed
+from encoder.tools.embedding.lexical import tfidf_scores
+from encoder.tools.embedding.negatives import mine
+from encoder.tools.embedding.ranking import measure, rank
+from encoder.tools.embedding.retrieval import read_corpus, read_questions
+from launch import embed
+from tests.helpers.pages import write_page_folder
+from tests.helpers.tasks import write_rows
+
+for package in ("sentence_transformers", "accelerate", "pytrec_eval"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[embed]'")
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "embed"
+WORDS = ("ada", "bob", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
+
+
+def write_beir(folder: Path) -> Path:
+    """Ten passages, and questions that name one of them: six to train on, four to test."""
+    write_rows(
+        folder / "corpus.jsonl",
+        [
+            {"_id": f"p{n}", "title": word, "text": f"of {word} here"}
+            for n, word in enumerate(WORDS)
+        ],
+    )
+    write_rows(
+        folder / "queries.jsonl",
+        [{"_id": f"q{n}", "text": f"{word}?"} for n, word in enumerate(WORDS)],
+    )
+    (folder / "qrels").mkdir()
+    head = "query-id\tcorpus-id\tscore\n"
+    for split, numbers in (("train", range(6)), ("test", range(6, 10))):
+        rows = "".join(f"q{n}\tp{n}\t1\n" for n in numbers)
+        (folder / "qrels" / f"{split}.tsv").write_text(head + rows)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_beir(tmp_path / "data")
+    write_page_folder(tmp_path / "start", "BertForMaskedLM")
+    (tmp_path / "embed.yaml").write_text(
+        f"""
+name: letters
+out: {tmp_path}/out
+start_from: {tmp_path}/start
+data: {{beir: {tmp_path}/data, max_tokens: 20, negatives: {{mine: tfidf}}}}
+loss: {{mini_batch_examples: 2, matryoshka: [8]}}
+prompts: {{query: "q: "}}
+batch_examples: 3
+epochs: 2
+lr: 1.0e-3
+device: cpu
+"""
+    )
+    return tmp_path
+
+
+def test_measures_are_those_of_the_formulas():
+    # the answer of the first question is third, of the second eleventh, of the third first
+    score_QD = np.zeros((3, 12))
+    score_QD[0, [4, 5, 0]] = [3, 2, 1]
+    score_QD[1] = -np.arange(12)
+    score_QD[1, 0] = -10.5
+    score_QD[2, 0] = 1
+    answers = [{0: 1}, {0: 1}, {0: 1}]
+    found = measure(rank(lambda a, b: score_QD[a:b], answers), answers)
+    assert found["ndcg_at_10"] == pytest.approx((1 / math.log2(4) + 0 + 1) / 3)
+    assert found["mrr_at_10"] == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert [found[f"recall_at_{k}"] for k in (1, 10, 100)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_of_equal_scores_the_wrong_passage_comes_first_and_ties_are_counted():
+    score_QD = np.array([[0.5, 0.5 + 1e-9, 0.1], [0.9, 0.5, 0.5]])
+    answers = [{0: 1}, {0: 1}]
+    ranked = rank(lambda a, b: score_QD[a:b], answers)
+    assert ranked.passages == [[1, 0, 2], [0, 1, 2]] and ranked.tied == 1
+    assert measure(ranked, answers)["mrr_at_10"] == (1 / 2 + 1) / 2
+
+
+def test_without_ties_the_numbers_are_those_of_their_evaluator(place):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.evaluation import InformationRetrievalEvaluator
+
+    from encoder.tools.embedding.train import evaluate_embedding
+
+    overrides = ["data.test=train", "tfidf=false", "prompts={}"]
+    found = evaluate_embedding(read_embed(place / "embed.yaml", overrides), say=lambda line: None)
+    corpus = read_corpus(place / "data")
+    questions = read_questions(place / "data", "train", corpus)
+    model = SentenceTransformer(str(place / "start"), device="cpu")
+    model.max_seq_length = 20
+    theirs = InformationRetrievalEvaluator(
+        dict(zip(questions.ids, questions.texts)),
+        dict(zip(corpus.ids, corpus.texts)),
+        {q: {corpus.ids[d] for d in right} for q, right in zip(questions.ids, questions.answers)},
+        write_csv=False,
+    )(model)
+    assert found["start_ties"] == 0
+    for ours, name in (
+        ("ndcg_at_10", "ndcg@10"),
+        ("mrr_at_10", "mrr@10"),
+        ("recall_at_1", "recall@1"),
+    ):
+        assert found["start"][ours] == pytest.approx(theirs[f"cosine_{name}"])
+
+
+def test_a_negative_is_near_and_no_answer_and_not_too_near():
+    # of answer 0 (score 1.0): passage 1 may be an answer itself, 2 is one, 3 is the nearest that is none
+    row_D = np.array([1.0, 0.97, 0.9, 0.8, 0.7, 0.1])
+    settings = NegativesConfig(mine="model", per_query=2, depth=6)
+    score = lambda a, b: row_D[None]  # noqa: E731
+    assert mine(score, [{0: 1, 2: 1}], [(0, 0)], settings, seed=1) == [[3, 4]]
+    # where the ranking has too few, any passage that is no answer
+    settings = NegativesConfig(mine="model", per_query=2, depth=4)
+    ((first, second),) = mine(score, [{0: 1, 2: 1}], [(0, 0)], settings, seed=1)
+    assert first == 3 and second in (1, 4, 5)
+
+
+def test_tfidf_finds_the_passage_with_the_rare_word():
+    passages = ["the cat of the house", "the dog of the house", "the house"]
+    score_QD = tfidf_scores(["the dog"], passages)(0, 1)
+    assert score_QD.shape == (1, 3) and score_QD[0].argmax() == 1
+
+
+def test_a_folder_is_trained_twice_alike_and_reads_back(place, capsys):
+    from safetensors.torch import load_file
+    from sentence_transformers import SentenceTransformer
+
+    assert embed.main([str(place / "embed.yaml"), "--json", str(place / "first.json")]) == 0
+    said = capsys.readouterr().out
+    assert "tf-idf  ndcg@10 1.0000" in said and "of the first 8 dimensions" in said
+    first = json.loads((place / "out" / "result.json").read_text())
+    assert first["steps"] == 4 and first["pairs"] == 6 and first["after_at_8"]
+    assert first["losses"][0]["loss"] > 0 and first["read_back_difference"] < 1e-5
+    # by names that every version of sentence-transformers reads
+    types = [m["type"] for m in json.loads((place / "out" / "modules.json").read_text())]
+    assert types == [f"sentence_transformers.models.{n}" for n in ("Transformer", "Pooling")]
+    model = SentenceTransformer(str(place / "out"), device="cpu")
+    assert model.prompts["query"] == "q: " and model.max_seq_length == 20
+    card = (place / "out" / "README.md").read_text()
+    assert "library_name: sentence-transformers" in card and "| after | ndcg" in card
+
+    # a second time: said, and nothing trained
+    assert embed.main([str(place / "embed.yaml")]) == 0
+    assert "done already" in capsys.readouterr().out
+    assert embed.main([str(place / "embed.yaml"), "seed=3"]) == 2
+    assert "settings.seed is 17 there, 3 here" in capsys.readouterr().err
+    # elsewhere: the same weights, and others than at the start
+    assert embed.main([str(place / "embed.yaml"), f"out={place}/again"]) == 0
+    one, two = (load_file(place / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    start = load_file(place / "start" / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(one[name], start[f"bert.{name}"])
+
+
+def test_a_sparse_model_has_a_weight_for_each_token(place, capsys):
+    from sentence_transformers import SparseEncoder
+
+    words = ["kind=sparse", "loss={mini_batch_examples: 2}", f"out={place}/splade", "epochs=1"]
+    assert embed.main([str(place / "embed.yaml"), *words]) == 0
+    types = [m["type"] for m in json.loads((place / "splade" / "modules.json").read_text())]
+    assert all(t.startswith("sentence_transformers.sparse_encoder.models.") for t in types)
+    x_1V = SparseEncoder(str(place / "splade"), device="cpu").encode(["ada"])
+    assert x_1V.shape == (1, 280)
+
+
+def test_pairs_of_a_file_are_trained_on_without_an_evaluation(place, capsys):
+    rows = [{"anchor": f"{w}?", "positive": f"of {w}", "negative": "of no one"} for w in WORDS]
+    write_rows(place / "pairs.jsonl", rows)
+    words = [f"data={{pairs: {place}/pairs.jsonl}}", f"out={place}/of_pairs", "epochs=1"]
+    assert embed.main([str(place / "embed.yaml"), *words]) == 0
+    result = json.loads((place / "of_pairs" / "result.json").read_text())
+    assert result["pairs"] == 10 and "after" not in result
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["start_from=nowhere"], "start_from nowhere is no folder"),
+        (["batch_examples=7"], "there are 6 pairs and batch_examples is 7. Lower it"),
+        (["data.max_tokens=99"], "data.max_tokens 99 is more than the model's 40"),
+        (["loss.matryoshka=[64]"], "loss.matryoshka has 64, more than the model's 16"),
+        (["data.train=dev"], "dev.tsv does not exist"),
+        (["data.pairs=x.jsonl"], "data.negatives.mine needs the corpus"),
+        (["kind=sparse"], "kind sparse has one dimension a token"),
+        (["lr.peek=1"], "Did you mean"),
+        (["data={}"], "data has no beir and no pairs"),
+        (["pooling=max"], "pooling"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(place, capsys, words, said):
+    assert embed.main([str(place / "embed.yaml"), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("corpus.jsonl", '{"_id": "p0", "text": "a"}\n', r"line 2: the id 'p0' stands twice"),
+        ("queries.jsonl", '{"_id": "q99", "text": " "}\n', r"text is empty"),
+        ("qrels/train.tsv", "q0\tp77\t1\n", r"train.tsv line 8: corpus.jsonl has no 'p77'"),
+        ("qrels/train.tsv", "q77\tp0\t1\n", r"queries.jsonl has no 'q77'"),
+        ("qrels/train.tsv", "q0\tp0\tyes\n", r"score is 'yes'; needed: a whole number"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(place, file, text, said):
+    path = place / "data" / file
+    whole = path.read_text()
+    path.write_text(f"{text}{whole}" if file == "corpus.jsonl" else f"{whole}{text}")
+    with pytest.raises(UserError, match=said):
+        read_questions(place / "data", "train", read_corpus(place / "data"))
+
+
+def test_several_ranks_are_refused(place, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert embed.main([str(place / "embed.yaml")]) == 2
+    assert "runs on one rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_settings_file_says_the_same_when_it_is_written_again(path):
+    settings = read_embed(path)
+    assert from_mapping(EmbedConfig, to_plain(settings)) == settings
+    assert settings.out == f"hf/{settings.name}"
+
+
+def test_the_rate_alone_is_its_peak(place):
+    assert read_embed(place / "embed.yaml").lr.peak == 1e-3
+    assert read_embed(place / "embed.yaml", ["lr=2e-3"]).lr.peak == 2e-3
+    with pytest.raises(ConfigError, match="lr: peak -1"):
+        read_embed(place / "embed.yaml", ["lr=-1"])
