@@ -267,21 +267,22 @@ def _span(gr: Any, opened: Opened, name: str) -> None:
 
 
 def _choice(gr: Any, opened: Opened, name: str) -> None:
-    text = gr.Textbox(label="text or question", lines=3, max_lines=12)
+    text = gr.Textbox(label="text", lines=3, max_lines=12)
+    question = gr.Textbox(label="question, where the model was trained with one")
     answers = gr.Textbox(label="answers, one a line", lines=4, max_lines=12)
     ask = gr.Button("Choose", variant="primary")
     result = gr.Label(label="answer", num_top_classes=MOST_BARS)
     notes = gr.Markdown()
-    _examples(gr, examples.CHOICE, [text, answers], name)
+    _examples(gr, examples.CHOICE, [text, question, answers], name)
 
-    def answer(asked: str, lines: str) -> list[Any]:
-        found = choose(opened, asked, lines.splitlines())
+    def answer(asked: str, about: str, lines: str) -> list[Any]:
+        found = choose(opened, asked, lines.splitlines(), question=about)
         return [found.probabilities, _said(found.notes)]
 
     gr.on(
         [ask.click],
         _in_words(answer),
-        inputs=[text, answers],
+        inputs=[text, question, answers],
         outputs=[result, notes],
         api_name=name,
     )

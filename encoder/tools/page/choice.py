@@ -1,4 +1,7 @@
-"""One of several answers to a text: the text with each of them, and a softmax over their scores."""
+"""One of several answers to a text: the text with each of them, and a softmax over their scores.
+
+[CLS] text [SEP] question answer [SEP]      the question may be left out
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from encoder.base.errors import UserError
 from encoder.tools.page.encoding import checked, encode
 from encoder.tools.page.folders import Opened
 
+FRAME = 4  # special tokens around two texts, at most, and a token of the text
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -19,7 +24,7 @@ class Chosen:
     notes: list[str] = field(default_factory=list)
 
 
-def choose(opened: Opened, text: str, answers: list[str]) -> Chosen:
+def choose(opened: Opened, text: str, answers: list[str], *, question: str = "") -> Chosen:
     """Asks a model of kind choice. Raises UserError for less than two answers, and for one that stands twice.
 
     Each answer is scored alone: no padding can reach a score.
@@ -33,7 +38,13 @@ def choose(opened: Opened, text: str, answers: list[str]) -> Chosen:
     scores = []
     notes: list[str] = []
     for answer in answers:
-        found = encode(opened, text, checked(answer, what="answer"))
+        second = f"{question.strip()} {answer}".lstrip()
+        if len(opened.tokenizer(second, verbose=False)["input_ids"]) > opened.max_tokens - FRAME:
+            raise UserError(
+                f"the answer {answer[:40]!r} leaves no room for a text in the model's"
+                f" {opened.max_tokens:,} tokens. Shorten it, or the question."
+            )
+        found = encode(opened, text, second, cut="only_first")
         notes += [note for note in found.notes if note not in notes]
         with torch.no_grad():
             # [1 example, 1 choice, T]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from encoder.base.errors import UserError
 from encoder.tools.page.folders import Opened
@@ -33,13 +33,21 @@ def checked(text: str, *, what: str = "text") -> str:
     return text
 
 
-def encode(opened: Opened, text: str, second: str | None = None, *, plain: bool = True) -> Encoded:
+def encode(
+    opened: Opened,
+    text: str,
+    second: str | None = None,
+    *,
+    plain: bool = True,
+    cut: Literal["longest_first", "only_first"] = "longest_first",
+) -> Encoded:
     """Tokens of a text or of a pair.
 
     opened: whose tokenizer is asked
     text: the first text
-    second: the other one; the longer of the two is cut first
+    second: the other one
     plain: a special token that the text spells is text, as in training; else it is that token
+    cut: which of two texts gives way
 
     Raises UserError for a pair without a form.
     """
@@ -51,7 +59,7 @@ def encode(opened: Opened, text: str, second: str | None = None, *, plain: bool 
     found = tokenizer(
         text,
         second,
-        truncation=True,
+        truncation=cut,
         max_length=opened.max_tokens,
         return_offsets_mapping=True,
         return_tensors="pt",

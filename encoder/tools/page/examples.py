@@ -38,7 +38,8 @@ TOWER = (
 SPAN = (("Who built the tower?", TOWER), ("How tall is it?", TOWER))
 CHOICE = (
     (
-        "The ground was wet in the morning. What happened in the night?",
+        "The ground was wet in the morning.",
+        "What happened in the night?",
         "It rained.\nThe sun was shining.\nNobody was at home.",
     ),
 )

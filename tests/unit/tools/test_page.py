@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from encoder.base.errors import UserError
+from encoder.models.hf.task import export_task
 from encoder.tools.page import blocks, examples
 from encoder.tools.page.choice import choose
 from encoder.tools.page.classify import classify
@@ -24,8 +25,9 @@ from encoder.tools.page.similarity import similarity
 from encoder.tools.page.span import best_pair, span
 from encoder.tools.page.tags import tags
 from launch import serve
+from tests.helpers.hf import write_tokenizer_json
 from tests.helpers.pages import write_page_folder
-from tests.helpers.tasks import write_start
+from tests.helpers.tasks import drawn_task, write_start
 
 LABELS = {"id2label": {0: "O", 1: "B-PER", 2: "I-PER"}, "num_labels": 3}
 QUESTION, CONTEXT = "who?", "ada was in rome"
@@ -215,6 +217,12 @@ def test_answers_are_weighed_as_a_padded_batch(place):
         logits_K = opened.model(**{k: v[None] for k, v in batch.items()}).logits[0]
     assert [*found] == answers
     assert [*found.values()] == pytest.approx(logits_K.softmax(0).tolist(), rel=1e-4)
+    # a question stands before each answer
+    asked = choose(opened, "ab", ["x yes", "x no, never", "x b"]).probabilities
+    found = choose(opened, "ab", answers, question="x ").probabilities
+    assert [*found.values()] == [*asked.values()]
+    with pytest.raises(UserError, match="leaves no room for a text in the model's 40 tokens"):
+        choose(opened, "ab", ["yes", "n" * 60])
     with pytest.raises(UserError, match="there are 1 answers; needed: at least 2"):
         choose(opened, "ab", ["yes", " "])
     with pytest.raises(UserError, match="'yes' stands twice"):
@@ -293,6 +301,27 @@ def test_a_head_that_is_not_in_the_folder_is_not_drawn(place, mlm):
     (bare / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="bare cannot be read as a model .it lacks classifier.bias"):
         open_folder(bare)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"), [("token", "tags"), ("span", "span"), ("choice", "choice")]
+)
+def test_an_export_of_each_kind_of_task_has_its_tab(tmp_path, kind, shown):
+    tokenizer_json = write_tokenizer_json(tmp_path / "tokenizer.json")
+    content = json.loads(tokenizer_json.read_text())
+    content["post_processor"] = None  # the export's own then has the pair form
+    tokenizer_json.write_text(json.dumps(content))
+    task = drawn_task("modernbert", kind=kind)
+    export_task(dataclasses.replace(task, tokenizer_json=tokenizer_json), tmp_path / "out")
+    opened = open_folder(tmp_path / "out")
+    assert opened.kind == shown and opened.max_tokens == 40
+    if shown == "tags":
+        assert [word for word, _, _ in tags(opened, "ada of rome").words] == ["ada", "of", "rome"]
+    elif shown == "span":
+        found = span(opened, QUESTION, CONTEXT)
+        assert CONTEXT[found.start : found.end] == found.answer and found.answer
+    else:
+        assert sum(choose(opened, "ab", ["c", "d"]).probabilities.values()) == pytest.approx(1.0)
 
 
 def test_examples_fit_the_labels(classifier, place):
