@@ -97,7 +97,11 @@ def _bert(axis: Any, results: dict[str, Result]) -> None:
 
 
 def _next_sentence(axis: Any, results: dict[str, Result]) -> None:
-    names = {"bert_mini": ("BERT-mini", "#b5402a"), "minilm_nsp": ("from MiniLM", "#2a6fb5")}
+    names = {
+        "bert_mini": ("BERT-mini, books", "#b5402a"),
+        "minilm_nsp": ("from MiniLM, books", "#2a6fb5"),
+        "minilm_nsp_domains": ("from MiniLM, four domains", "#3a7d44"),
+    }
     for name, (label, colour) in names.items():
         if name in results:
             points = results[name]["held_out"]
