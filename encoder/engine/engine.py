@@ -159,6 +159,8 @@ class Engine:
         self.module: TrainedModel = ds_engine.module  # the bare model
         self.optimizer = optimizer
         self.objective = objective
+        # called after each forward of an evaluation, which may take an hour
+        self.on_forward: Callable[[], None] = lambda: None
 
         # DeepSpeed's engine calls the module's forward, so the loss stands in its place
         forward: Forward = self._terms_of
@@ -330,6 +332,7 @@ class Engine:
             with torch.no_grad():
                 for batch in on_device(forwards, self.device):
                     yield self.module(batch)
+                    self.on_forward()
         finally:
             self.module.train(training)
 

@@ -99,6 +99,7 @@ def train_course(
         with watchdog, contextlib.ExitStack() as held:
             build.check_same_precision(run)
             started = start_run(course, world, device, held)
+            started.engine.on_forward = watchdog.still_going
             display = held.enter_context(
                 open_display(first_rank=world.first, every_steps=run.tracking.print_every_steps)
             )

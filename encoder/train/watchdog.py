@@ -91,6 +91,10 @@ class Watchdog:
         """What this rank does from now on."""
         self._doing, self._since = doing, time.monotonic()
 
+    def still_going(self) -> None:
+        """A part of what it does is done."""
+        self._since = time.monotonic()
+
     def _watch(self) -> None:
         # a quarter of the limit: a hang is told at most 25 % late
         while not self._over.wait(min(LOOK_SECONDS, self._hang_seconds / 4)):

@@ -18,6 +18,7 @@ from encoder.tools.evaluation.features import layer_features, text_documents
 from encoder.tools.report.report import write_report
 from encoder.train.pretraining import pretrain
 from encoder.train.probe_scores import linear_probe, majority, probe_layers
+from encoder.train.watchdog import Watchdog
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
 
@@ -74,7 +75,9 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def test_a_probe_is_the_same_on_two_ranks_at_stage_3_and_leaves_the_run_as_it_was(root):
+def test_a_probe_is_the_same_on_two_ranks_at_stage_3_and_leaves_the_run_as_it_was(
+    root, monkeypatch
+):
     one, two = (
         [m for m in read_jsonl(root / out / METRICS) if "held_out_loss" in m]
         for out in ("one", "two")
@@ -86,7 +89,11 @@ def test_a_probe_is_the_same_on_two_ranks_at_stage_3_and_leaves_the_run_as_it_wa
     text = (root / "run.yaml").read_text()
     without = text.replace("probes:", "probes: []  #")
     (root / "without.yaml").write_text(without)
+    beats = []
+    monkeypatch.setattr(Watchdog, "still_going", lambda self: beats.append(self._doing))
     pretrain(read_run(f"{root}/without.yaml", [f"out={root}/without"]), World())
+    # a long evaluation is no hang: each of its forwards is noticed
+    assert {beat for beat in beats if "evaluating" in beat} and len(beats) >= len(one)
     assert read_jsonl(root / "without" / LEDGER) == read_jsonl(root / "one" / LEDGER)
     losses = [
         [m["loss"] for m in read_jsonl(root / out / METRICS) if "loss" in m]
