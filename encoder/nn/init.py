@@ -25,6 +25,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from encoder.base.model import DrawnModel
 from encoder.base.rng import address_seed
@@ -46,9 +47,9 @@ INTO_LOGITS = ("decoder.weight", "classifier.weight")
 
 @torch.no_grad()
 def draw_(model: DrawnModel) -> None:
-    """Fills every parameter of a model with its `initial_values`; what is on the meta device is left to be filled later."""
+    """Fills every parameter of a model with its `initial_values`, but those without data: on the meta device, or fake tensors."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
+        if not (parameter.is_meta or isinstance(parameter, FakeTensor)):
             parameter.copy_(model.initial_values(name, parameter.shape))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, autograd
 
 from encoder.base.batch import TokenBatch
 from encoder.models.catalog import build_model
-from encoder.models.contract import ModelConfig
+from encoder.models.contract import Model, ModelConfig
 from encoder.nn.attend import AttentionRequest, attend_by
 
 # a layer beyond the first four repeats them: of ModernBERT's, one in three is global
@@ -70,17 +70,15 @@ def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_
     few, many = LAYERS
     short, long = TOKENS
 
-    def count(layers: int, tokens: int) -> int:
+    def count(layers: int) -> list[int]:
         shape = replace(config, num_hidden_layers=layers)
-        return _bytes_kept(
-            shape, tokens=tokens, precision=precision, device=device, fp8=fp8, zero_3=zero_3
-        )
+        return _bytes_kept(shape, precision=precision, device=device, fp8=fp8, zero_3=zero_3)
 
     # two lengths give bytes per token, two depths bytes per layer
-    few_short = count(few, short)
-    many_short = count(many, short)
-    few_per_token = (count(few, long) - few_short) / (long - short)
-    many_per_token = (count(many, long) - many_short) / (long - short)
+    few_short, few_long = count(few)
+    many_short, many_long = count(many)
+    few_per_token = (few_long - few_short) / (long - short)
+    many_per_token = (many_long - many_short) / (long - short)
     layer_per_token = (many_per_token - few_per_token) / (many - few)
     layer = (many_short - few_short) / (many - few)
     return Kept(
@@ -91,33 +89,16 @@ def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_
 
 
 def _bytes_kept(
-    config: ModelConfig, *, tokens: int, precision: str, device: str, fp8: bool, zero_3: bool
-) -> int:
+    config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_3: bool
+) -> list[int]:
+    """For one document of each of TOKENS, through the same model."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        # held, so that no other storage takes its place
-        storage = x.untyped_storage()
-        storages[storage._cdata] = storage
-        return x
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         with _default_dtype(precision), torch.device(device):
             model = build_model(config, seed=0)
-            ids_T = torch.zeros(tokens, dtype=torch.int64)
-            # one document without data: under fake tensors no kernel reads its ids
-            batch = TokenBatch(
-                ids_T=ids_T,
-                positions_T=ids_T.to(torch.int32),
-                cu_seqlens_S1=torch.zeros(2, dtype=torch.int32),
-                max_seqlen=tokens,
-                targets={},
-                token_key_T=ids_T,
-                tokens=tokens,
-            )
+            batches = [_one_document(tokens) for tokens in TOKENS]
         # made by numpy, so not where torch.device says
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -128,13 +109,39 @@ def _bytes_kept(
             stack.enter_context(_linear_keeps_its_input())
         stack.enter_context(attend_by(_Counted()))
         stack.enter_context(_autocast(device, enabled=precision == "autocast"))
-        stack.enter_context(autograd.graph.saved_tensors_hooks(pack, lambda x: x))
+        return [_kept_by(model, batch) for batch in batches]
+
+
+def _one_document(tokens: int) -> TokenBatch:
+    """One without data: under fake tensors no kernel reads its ids."""
+    ids_T = torch.zeros(tokens, dtype=torch.int64)
+    return TokenBatch(
+        ids_T=ids_T,
+        positions_T=ids_T.to(torch.int32),
+        cu_seqlens_S1=torch.zeros(2, dtype=torch.int32),
+        max_seqlen=tokens,
+        targets={},
+        token_key_T=ids_T,
+        tokens=tokens,
+    )
+
+
+def _kept_by(model: Model, batch: TokenBatch) -> int:
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        # held, so that no other storage takes its place
+        storage = x.untyped_storage()
+        storages[storage._cdata] = storage
+        return x
+
+    with autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         # held, as the loss holds it: what its last step keeps is counted
         hidden = model.hidden_states(batch)
-        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        # what autograd keeps of the weights themselves is counted as weights elsewhere
-        found = sum(storage.nbytes() for key, storage in storages.items() if key not in parameters)
-        del hidden
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    # what autograd keeps of the weights themselves is counted as weights elsewhere
+    found = sum(storage.nbytes() for key, storage in storages.items() if key not in parameters)
+    del hidden
     return found
 
 
