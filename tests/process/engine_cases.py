@@ -47,11 +47,11 @@ from tests.process.tiny import (
 CPU = torch.device("cpu")
 _TORCHS_LINEAR = torch.nn.functional.linear
 CONFIG = StableAdamWConfig(weight_decay=0.01)
-STEPS, SAVED_AT = 10, 5
-SPIKED, SPIKE_STEP = (
-    "model.layers.1.mlp.Wi.weight",
-    3,
-)  # its gradient is 1,000 times as large in one step
+STEPS = 6
+SAVED_AT = 3
+# its gradient is 1,000 times as large in one step
+SPIKED = "model.layers.1.mlp.Wi.weight"
+SPIKE_STEP = 1
 
 
 def lr_of(step: int) -> float:
@@ -123,7 +123,7 @@ def curve(
     all_kinds: bool = False,
     memory: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Ten steps, a checkpoint after the fifth; the final weights in OUT/label.safetensors."""
+    """Six steps, a checkpoint after the third; the final weights in OUT/label.safetensors."""
     engine, spike = begin(
         world,
         zero_stage=zero_stage,
@@ -292,7 +292,7 @@ def first_launch(world: World, *, out: str, settings: list[dict]) -> dict[str, A
 
 
 def resumes(world: World, *, out: str, settings: list[dict]) -> dict[str, list[float]]:
-    """Loads checkpoints of the curves in this fresh process and trains on to step ten."""
+    """Loads checkpoints of the curves in this fresh process and trains on to the last step."""
     losses = {}
     for s in settings:
         engine, spike = begin(
@@ -308,8 +308,8 @@ def resumes(world: World, *, out: str, settings: list[dict]) -> dict[str, list[f
 
 
 def pairings(world: World, *, out: str, pairs: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
-    """Checkpoints (by label) loaded at a stage, one after the other into the same engine, and trained on to step ten: what is
-    not what was saved, the losses, and how far from the source's own end the weights are.
+    """Checkpoints (by label) loaded at a stage, one after the other into the same engine, and trained on to the last step: what
+    is not what was saved, the losses, and how far from the source's own end the weights are.
     """
     seen = {}
     for stage in range(4):

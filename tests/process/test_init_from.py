@@ -33,10 +33,12 @@ SMALL = [
     "model.num_hidden_layers=3",
     "model.attention_head_width=16",
 ]
+# 32 -> 64 wide, 3 -> 4 layers, 2 -> 4 heads
 LARGE = [
+    "model.num_hidden_layers=4",
     "model.attention_head_width=16",
     "model.num_attention_heads=4",
-]  # 32 -> 64 wide, 3 -> 4 layers, 2 -> 4 heads
+]
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ ON = {
 def settings_of(name: str, out: str, *, folder: str, stage: int, rows: int) -> list[str]:
     return [
         f"out={folder}/{out}",
+        "phases.0.tokens=1K",
         f"engine.zero_stage={stage}",
         f"loader.micro_batch_rows={rows}",
         *(setting.replace("{folder}", folder) for setting in SETTINGS[name]),

@@ -33,7 +33,7 @@ objective: {{name: mlm}}
 phases: [{{name: one, tokens: 3K, max_tokens_per_document: 48, batch_tokens: 256, lr: {{schedule: constant, peak: 1e-3}}}}]
 checkpoints: {{every_tokens: 1K, keep_last: 99}}
 engine: {{precision: fp32}}
-loader: {{workers: 0}}
+loader: {{micro_batch_rows: 4, workers: 0}}
 tracking: {{print_every_steps: 100}}
 """
 

@@ -21,7 +21,7 @@ RUN = """
 name: t
 out: none
 seed: 3
-model: {{system: modernbert, vocab_size: 64, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 4,
+model: {{system: modernbert, vocab_size: 64, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2,
         num_attention_heads: 2, window_radius_tokens: 8, max_position_embeddings: 64, attention_output_dropout: 0.1}}
 data: {{sources: [{{path: {root}/a, name: a, weight: 2}}, {{path: {root}/b, name: b}}], row_tokens: 64,
        window_documents: 24}}

@@ -35,8 +35,8 @@ def at_work(process: subprocess.Popen, out: Path) -> float:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_sigkills_of_prepare_end_byte_identical(tmp_path, kills):
-    write_jsonl(tmp_path / "a.jsonl", texts(20_000, longest=200))
-    config = settings(tmp_path, shard_bytes=2**16, processes=2, sentences=True)
+    write_jsonl(tmp_path / "a.jsonl", texts(10_000, longest=200))
+    config = settings(tmp_path, shard_bytes=2**15, processes=2, sentences=True)
     chance = random.Random(kills)
     process = start(config, f"out={tmp_path / 'whole'}")
     began = at_work(process, tmp_path / "whole")

@@ -21,7 +21,7 @@ ROW_TOKENS, STEPS = 32, 3  # of a stair of the batch warm-up; of each later stre
 TINY = [
     (
         "model={system: modernbert, vocab_size: 64, hidden_size: 16, intermediate_size: 24,"
-        " num_hidden_layers: 4, num_attention_heads: 2, window_radius_tokens: 3,"
+        " num_hidden_layers: 2, num_attention_heads: 2, window_radius_tokens: 3,"
         " max_position_embeddings: 32}"
     ),
     f"data.row_tokens={ROW_TOKENS}",
@@ -29,7 +29,7 @@ TINY = [
     "engine.precision=fp32",
     "evaluation=",
     "init_from=",
-    "loader={micro_batch_rows: 3, workers: 0}",
+    "loader={micro_batch_rows: 6, workers: 0}",
 ]
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from data_prep.tokenization import check_tokenizer_path
+from encoder.base.dist import World
 from encoder.base.errors import ConfigError, ModelError
 from encoder.base.hub import _wanted, parse_hub_name, reason_in_short
 from encoder.models.stored import read_stored
 from encoder.runs.weights import model_facts, read_model
 from launch import import_hf
 from tests.helpers.hf import exported, stored, write_tokenizer_json
+from tests.process.ranks import run_ranks
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -153,57 +155,41 @@ def hub(tmp_path):
     server.server_close()
 
 
-READS = """
-import sys
-from pathlib import Path
-from launch import import_hf
-from data_prep.tokenization import check_tokenizer_path
-from encoder.runs.weights import model_facts, read_model
-print(read_model(Path("hf://me/model@main")).origin)
-print(model_facts(Path("me/model")).hidden_size, check_tokenizer_path(Path("me/model")).name)
-print(import_hf.main(["me/nothing", "other"]))
-"""
-IMPORTS = """
-from launch import import_hf
-assert import_hf.main(["me/model", "out"]) == 0
-"""
+def asks_the_hub(world: World, *, place: str, imports: bool) -> tuple[str, str]:
+    """What is printed, and what is said of mistakes, by a process that has not asked the hub before."""
+    os.chdir(place)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        if imports:
+            assert import_hf.main(["me/model", "out"]) == 0
+        print(read_model(Path("hf://me/model@main")).origin)
+        print(model_facts(Path("me/model")).hidden_size)
+        print(check_tokenizer_path(Path("me/model")).name)
+        print(import_hf.main(["me/nothing", "other"]))
+    return out.getvalue(), err.getvalue()
 
 
-def test_a_model_is_fetched_from_the_hub_and_its_commit_recorded(hub, tmp_path):
+def test_a_model_is_fetched_from_the_hub_and_its_commit_recorded(hub, tmp_path, monkeypatch):
+    """huggingface_hub reads its settings when it is imported, so each asks in a process of its own."""
     kind, endpoint = hub
-    env = {
-        **os.environ,
+    settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "hf_secretsecret",
         "no_proxy": "127.0.0.1",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
     }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
     place = tmp_path / "place"
     place.mkdir()
 
-    def run(script, **changes):
-        return subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=place,
-            env={**env, **changes},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    done = run(IMPORTS + READS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (
-        f"from Hugging Face hub me/model at commit {COMMIT}" in done.stdout
-        and "32 tokenizer.json" in done.stdout
-    )
-    assert "the Hugging Face hub has no model of that name" in done.stderr and done.stdout.endswith(
-        "2\n"
-    )
-    assert "hf_secretsecret" not in done.stdout + done.stderr
+    ((said, mistakes),) = run_ranks(asks_the_hub, 1, place=str(place), imports=True)
+    assert f"from Hugging Face hub me/model at commit {COMMIT}" in said
+    assert "32\ntokenizer.json\n" in said and said.endswith("2\n")
+    assert "the Hugging Face hub has no model of that name" in mistakes
+    assert "hf_secretsecret" not in said + mistakes
     assert COMMIT in read_stored(place / "out").origin
     fetched = {path.rpartition("/")[2] for path in kind.asked if "/resolve/" in path}
     assert fetched == {
@@ -212,6 +198,8 @@ def test_a_model_is_fetched_from_the_hub_and_its_commit_recorded(hub, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
     # the machine loses its network: what was fetched serves on
-    again = run(READS, HF_HUB_OFFLINE="1")
-    assert COMMIT in again.stdout and "cannot be asked from this machine" in again.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ((said, mistakes),) = run_ranks(asks_the_hub, 1, place=str(place), imports=False)
+    assert COMMIT in said and "cannot be asked from this machine" in mistakes
