@@ -42,7 +42,7 @@ from encoder.engine.zero.layout import (
 )
 from encoder.engine.zero.partition import Values, partition_, weights_may_go
 from encoder.optim.catalog import build_optimizer
-from encoder.optim.groups import parameters_of
+from encoder.optim.groups import Factors, parameters_of
 from encoder.optim.slices import FlatPart, ParamSlice
 from encoder.optim.whole_tensors import MomentsConfig, WholeTensorOptimizer
 
@@ -87,7 +87,7 @@ def start_engine(
     optimizer: MomentsConfig,
     world: World,
     device: torch.device,
-    rates: Mapping[str, float] | None = None,
+    factors: Mapping[str, Factors] | None = None,
 ) -> Engine:
     """Puts a model under DeepSpeed; torch.distributed must run (encoder.base.dist.join).
 
@@ -98,11 +98,11 @@ def start_engine(
     optimizer: the settings of the update
     world: this rank among the others
     device: of this rank
-    rates: parameter -> factor of every step's learning rate; 1 for all others
+    factors: parameter -> of every step's rate and clipped gradient; 1 for all others
     """
     config = replace(config, precision=precision_on(config.precision, device))
     # groups go by a parameter's dimensions, which stage 3 takes away
-    steps = build_optimizer(model, optimizer, rates=rates)
+    steps = build_optimizer(model, optimizer, factors=factors)
     deepspeed = import_deepspeed(device)
     forget_former_groups()
     if config.activation_checkpointing == "blocks":

@@ -149,6 +149,8 @@ class FineTuneConfig:
     decay_at_peak: float | None = None
     # d of the rate d^(L - l) of layer l of L; embeddings d^L, the head 1; 1: one rate for all
     layer_decay: float = 1.0
+    # d of XLNet's form instead: the clipped gradients of layer l times d^(L - l), which is another rule under Adam
+    gradient_layer_decay: float = 1.0
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoints: TaskCheckpointConfig = field(default_factory=TaskCheckpointConfig)
@@ -180,8 +182,9 @@ class FineTuneConfig:
                 "compile blocks with zero_stage 3: DeepSpeed fetches a layer's weights by hooks"
                 " that compiled code does not call. Use compile: off, or zero_stage 2."
             )
-        if not 0.0 < self.layer_decay <= 1.0:
-            raise ConfigError(f"layer_decay {self.layer_decay:g} must lie above 0, at most 1.")
+        for key in ("layer_decay", "gradient_layer_decay"):
+            if not 0.0 < getattr(self, key) <= 1.0:
+                raise ConfigError(f"{key} {getattr(self, key):g} must lie above 0, at most 1.")
         if self.decay_at_peak is not None and not 0.0 <= self.decay_at_peak < 1.0:
             raise ConfigError(f"decay_at_peak {self.decay_at_peak:g} must lie in [0, 1).")
         if self.evaluate.keep == "best":
@@ -271,6 +274,9 @@ _PLACES = (
 def identity_of(plain: dict[str, Any]) -> dict[str, Any]:
     """Of a task's plain values those that decide the curve; of data and start it is the content that decides."""
     identity = {key: value for key, value in plain.items() if key not in _PLACES}
+    # runs from before it was there go on
+    if identity.get("gradient_layer_decay") == 1.0:
+        del identity["gradient_layer_decay"]
     data = identity.get("data") or {}
     identity["data"] = {"max_tokens": data.get("max_tokens")}
     task = identity.get("task") or {}

@@ -45,10 +45,11 @@ from encoder.finetune.kinds.contract import AskedSet, Decided
 from encoder.finetune.metrics import Scores
 from encoder.finetune.predict import KeptWeights, predicted, write_predictions, write_result
 from encoder.finetune.prepare import Prepared, Start, prepare, read_start
-from encoder.finetune.rates import layer_rates
+from encoder.finetune.rates import layer_factors
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.with_task import TaskModel, first_weights
 from encoder.objectives.text_tasks import TERM, TextObjective
+from encoder.optim.groups import Factors
 from encoder.runs.about import machine_facts
 from encoder.runs.folder import RUN_FILE
 from encoder.runs.initial import weights_sha256
@@ -168,10 +169,14 @@ class FineTuning:
                 seed=self.run.seed,
             )
 
-    def rates(self, model: TrainedModel) -> dict[str, float]:
-        """By layer, as layer_decay says."""
-        layers = self.run.model.num_hidden_layers
-        return layer_rates(model, layers=layers, decay=self.run.layer_decay)
+    def factors(self, model: TrainedModel) -> dict[str, Factors]:
+        """By layer, as layer_decay and gradient_layer_decay say."""
+        return layer_factors(
+            model,
+            layers=self.run.model.num_hidden_layers,
+            decay=self.run.layer_decay,
+            gradient_decay=self.run.gradient_layer_decay,
+        )
 
     def make_objective(self) -> TextObjective:
         """Of the task."""
@@ -272,6 +277,12 @@ class FineTuning:
         if self._keeper:
             lines.append(
                 f"keeps the weights of the best {self._keeper.judge.text}, of equals the earlier"
+            )
+        if self.run.gradient_layer_decay != 1.0:
+            layers, decay = self.run.model.num_hidden_layers, self.run.gradient_layer_decay
+            lines.append(
+                f"gradients: after clipping those of layer l of {layers} times"
+                f" {decay:g}^({layers} - l), of all others as they are"
             )
         if not self._start.resumes:
             drawn = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._drawn))

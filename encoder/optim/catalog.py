@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from encoder.base.model import TrainedModel
 from encoder.optim.adamw import AdamW, AdamWConfig
-from encoder.optim.groups import decay_groups
+from encoder.optim.groups import Factors, decay_groups
 from encoder.optim.lamb import Lamb, LambConfig
 from encoder.optim.muon import Muon, MuonConfig
 from encoder.optim.stable_adamw import StableAdamW, StableAdamWConfig
@@ -28,17 +28,17 @@ _RULES: dict[type, type[WholeTensorOptimizer]] = {
 
 
 def build_optimizer(
-    model: TrainedModel, config: MomentsConfig, *, rates: Mapping[str, float] | None = None
+    model: TrainedModel, config: MomentsConfig, *, factors: Mapping[str, Factors] | None = None
 ) -> WholeTensorOptimizer:
     """The optimizer of a settings object over a whole model's parameters; for Muon the model says its `hidden_matrices()`.
 
-    rates: parameter -> factor of the learning rate; 1 for all others
+    factors: parameter -> of its rate and gradient; 1 for all others
     """
     hidden = None
     if isinstance(config, MuonConfig):
         hidden = model.hidden_matrices()
     groups = decay_groups(
-        model, weight_decay=config.weight_decay, hidden_matrices=hidden, rates=rates
+        model, weight_decay=config.weight_decay, hidden_matrices=hidden, factors=factors
     )
     return _RULES[type(config)](groups, config)
 

@@ -105,6 +105,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
                 "weight_decay": config.weight_decay,
                 "decays": True,
                 "matrices": 0,
+                "gradient": 1.0,
             },
         )
         self.config = config
@@ -159,6 +160,9 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             live += [(group, p) for p in group["params"] if p.grad is not None]
         for group, p in live:
             self._state_of(p, group)["step"] += 1
+            if group["gradient"] != 1.0:
+                assert p.grad is not None, "only what has a gradient is live"
+                p.grad.mul_(group["gradient"])
         if live:
             # stage 0: the model went to its device after this was made
             if self._numels.device != live[0][1].device:

@@ -18,6 +18,7 @@ from encoder.base.schema import Settings
 from encoder.base.units import Progress
 from encoder.data.loader import DataPosition, StepData
 from encoder.engine.engine import Engine, EngineConfig
+from encoder.optim.groups import Factors
 from encoder.optim.whole_tensors import MomentsConfig
 from encoder.runs.config import TrackingConfig
 from encoder.runs.faults import FaultConfig
@@ -180,8 +181,8 @@ class Course(SavedWeights, Protocol):
     def make_model(self) -> TrainedModel:
         """With its initial weights; for ZeRO stage 3 on the meta device."""
 
-    def rates(self, model: TrainedModel) -> dict[str, float]:
-        """Factors of the learning rate by parameter; 1 for all others."""
+    def factors(self, model: TrainedModel) -> dict[str, Factors]:
+        """Of rate and gradient by parameter; 1 for all others."""
 
     def make_objective(self) -> TrainedObjective:
         """Whose loss the engine computes."""

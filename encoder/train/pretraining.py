@@ -24,6 +24,7 @@ from encoder.engine.engine import Engine
 from encoder.engine.precision import computes_bf16, precision_on
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.catalog import export_blocker
+from encoder.optim.groups import Factors
 from encoder.runs.about import about_run
 from encoder.runs.branch import Parent, find_parent
 from encoder.runs.checks import check_settings, hints_of
@@ -190,8 +191,8 @@ class Pretraining(SavedPhases):
         """With the weights of the seed."""
         return build.make_model(self.run)
 
-    def rates(self, model: TrainedModel) -> dict[str, float]:
-        """All parameters have one rate."""
+    def factors(self, model: TrainedModel) -> dict[str, Factors]:
+        """All parameters are updated alike."""
         return {}
 
     def make_objective(self) -> Objective:

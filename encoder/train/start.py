@@ -69,7 +69,7 @@ def start_run(
         optimizer=run.optimizer,
         world=world,
         device=device,
-        rates=course.rates(model),
+        factors=course.factors(model),
     )
     if build.compiles(run, device):
         engine.module.compile_blocks_()

@@ -119,6 +119,40 @@ def test_a_first_step_moves_each_layer_by_its_rate(root):
     assert len(moved) > 10
 
 
+@pytest.mark.parametrize(("ranks", "stage", "precision"), [(1, 0, "fp64"), (2, 2, "fp32")])
+def test_clipped_gradients_are_decayed_by_layer_whole_and_cut(root, ranks, stage, precision):
+    """With a huge eps Adam's first step is the gradient's: those of two runs differ by d^(L - l), and by nothing else."""
+    moved = {}
+    before = read_safetensors(root / "start" / "model.safetensors")
+    for decay in (1.0, 0.5):
+        settings = [
+            "epochs=1",
+            "batch_examples=64",
+            "layer_decay=1.0",
+            f"gradient_layer_decay={decay}",
+            "lr={peak: 1e11, schedule: constant}",
+            "optimizer={name: adamw, weight_decay: 0.0, eps: 1e6}",
+            f"engine={{zero_stage: {stage}, precision: {precision}, gradient_clipping: 0.001}}",
+            "data.dev={}",
+            "data.test={}",
+        ]
+        out = f"gradients{stage}-{decay}"
+        done = run_ranks(train, ranks, root=str(root), out=out, settings=settings)
+        assert done == [True] * ranks
+        after = weights_of(root / out)
+        moved[decay] = {name: after[name] - before[name] for name in after if name in before}
+    assert len(moved[1.0]) > 10
+    for name, change in moved[1.0].items():
+        factor = 1.0
+        if name.startswith("model.layers."):
+            factor = 0.5 ** (1 - int(name.split(".")[2]))
+        largest = float(change.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(
+            moved[0.5][name], factor * change, rtol=1e-3, atol=1e-3 * largest
+        )
+
+
 def test_another_fine_tuning_may_be_the_start_and_its_head_is_kept(root):
     still = ["epochs=1", "lr.peak=1e-30", f"start_from={root}/one"]
     assert run_ranks(train, 1, root=str(root), out="after", settings=still) == [True]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from encoder.optim.groups import decay_groups
+from encoder.optim.groups import Factors, decay_groups
 
 
 class Tied(nn.Module):
@@ -36,7 +36,11 @@ def test_a_model_without_vectors_has_one_group():
 
 def test_parameters_of_another_rate_stand_in_groups_of_their_own():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
-    groups = decay_groups(model, weight_decay=0.1, rates={"0.weight": 0.5, "0.bias": 0.5})
+    groups = decay_groups(
+        model,
+        weight_decay=0.1,
+        factors={name: Factors(rate=0.5) for name in ("0.weight", "0.bias")},
+    )
     found = {(g["rate"], g["decays"]): [p.shape for p in g["params"]] for g in groups}
     assert found == {
         (0.5, True): [(2, 2)],
