@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Write a commented run file or preparation file to start from; the templates are the shipped files of configs/.
+"""Write a commented run, preparation or task file to start from; the templates are the shipped files of configs/.
 
 tessera new --list
 tessera new small --data shards/web/train --out run.yaml
 tessera new prep own_text > own_text.yaml
+tessera new finetune rte --like roberta_large --out rte.yaml
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from encoder.base.command import CommandLine, as_typed, run_command
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import write_atomic
 from encoder.base.home import home
+from encoder.base.schema import parse_yaml
 
 # run files of published models, by their presets (docs/families.md)
 FAMILIES = (
@@ -62,6 +65,9 @@ RUNS = {
 _ITEM = re.compile(r"^ +- \{.*\bpath: ")  # one shard folder of a list
 _MIXTURES = re.compile(r"^mixtures:", re.M)
 _TOKENIZER = re.compile(r"^tokenizer: (\S+)", re.M)
+# from here on a task file says how its model is trained
+_TRAINING = re.compile(r"^# How it is trained", re.M)
+PUBLISHED = "published.yaml"
 _TOP_KEY = re.compile(r"^([A-Za-z_]+):")
 
 
@@ -72,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "words",
         nargs="*",
         metavar="TEMPLATE",
-        help=f"{', '.join(RUNS)}; or: prep {' | '.join(preparations())}",
+        help=f"{', '.join(RUNS)}; or: prep {' | '.join(preparations())}; or: finetune"
+        f" {' | '.join(tasks())}",
     )
     parser.add_argument("--list", action="store_true", help="what each template is for")
     parser.add_argument(
@@ -86,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--name", metavar="NAME", help="name of the run; its folder is then runs/NAME"
     )
     parser.add_argument(
+        "--like",
+        metavar="MODEL",
+        help=f"of a task file: with the published hyper-parameters of another model:"
+        f" {', '.join(published())}",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
@@ -97,11 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.words:
         parser.error(
             f"no template. Needed: one of {', '.join(RUNS)}, or prep and one of"
-            f" {', '.join(preparations())}"
+            f" {', '.join(preparations())}, or finetune and one of {', '.join(tasks())}"
         )
 
     def body() -> None:
         text = template(args.words)
+        if args.words[0] == "finetune" and args.data:
+            raise ConfigError(
+                "--data is for run files. Leave it out, and edit the task file's own data."
+            )
+        if args.like:
+            text = with_published(text, args.words, model=args.like)
         if args.words[0] == "prep" and (args.data or args.name):
             raise ConfigError(
                 "--data and --name are for run files. Leave them out, and edit the preparation"
@@ -124,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def next_step(text: str, out: Path, *, words: Sequence[str]) -> str:
     """The command after this one: a preparation needs its tokenizer first, where that is not there yet."""
+    if words[0] == "finetune":
+        return f"Put your data and start_from in, then: {as_typed('finetune', out)}"
     if words[0] != "prep":
         return f"Look at it, then: {as_typed('plan', out)}"
     file = shlex.quote(str(out))
@@ -145,6 +166,19 @@ def preparations() -> list[str]:
     return sorted(path.stem for path in (home() / "configs" / "prep").glob("*.yaml"))
 
 
+def tasks() -> dict[str, Path]:
+    """The task files, by name."""
+    files = sorted((home() / "configs" / "finetune").rglob("*.yaml"))
+    # a file of a sweep names one of these
+    return {path.stem: path for path in files if _TRAINING.search(path.read_text("utf-8"))}
+
+
+def published() -> dict[str, Any]:
+    """Hyper-parameters by model: its source, those of all tasks, and each task's own."""
+    path = home() / "configs" / PUBLISHED
+    return parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+
+
 def template(words: Sequence[str]) -> str:
     """The shipped file that one or two words name. Raises ConfigError."""
     if words[0] == "prep":
@@ -154,12 +188,21 @@ def template(words: Sequence[str]) -> str:
                 f"prep {name or 'without a name'} is no template. {nearest(name, preparations())}"
             )
         return (home() / "configs" / "prep" / f"{name}.yaml").read_text(encoding="utf-8")
+    if words[0] == "finetune":
+        name, known = words[1] if len(words) == 2 else "", tasks()
+        if name not in known:
+            raise ConfigError(
+                f"finetune {name or 'without a name'} is no template. {nearest(name, [*known])}"
+            )
+        return known[name].read_text(encoding="utf-8")
     if len(words) > 1:
         raise ConfigError(
             f"{words[1]} is too much: one template. Shards are given as --data {words[1]}."
         )
     if words[0] not in RUNS:
-        raise ConfigError(f"{words[0]} is no template. {nearest(words[0], [*RUNS, 'prep'])}")
+        raise ConfigError(
+            f"{words[0]} is no template. {nearest(words[0], [*RUNS, 'prep', 'finetune'])}"
+        )
     return (home() / "configs" / "pretrain" / f"{RUNS[words[0]]}.yaml").read_text(encoding="utf-8")
 
 
@@ -171,6 +214,8 @@ def list_text() -> str:
             *lines,
             "",
             *(f"{f'prep {name}':<20}{_first_line(['prep', name])}" for name in preparations()),
+            "",
+            *(f"{f'finetune {name}':<20}{_first_line(['finetune', name])}" for name in tasks()),
         ]
     )
 
@@ -186,6 +231,51 @@ def with_data(text: str, folders: Sequence[str], *, of: str) -> str:
     # prepared sources have `held_out` beside `train`
     held_out = [str(Path(f).parent / "held_out") if Path(f).name == "train" else f for f in folders]
     return _replace_items(_replace_items(text, "data", folders), "evaluation", held_out)
+
+
+def with_published(text: str, words: Sequence[str], *, model: str) -> str:
+    """A task file with the published hyper-parameters of another model in place of its own. Raises ConfigError."""
+    if words[0] != "finetune":
+        raise ConfigError("--like is for task files: tessera new finetune TASK --like MODEL.")
+    known = published()
+    if model not in known:
+        raise ConfigError(f"--like {model}: nothing is known of it. {nearest(model, [*known])}")
+    about, name = known[model], words[1]
+    if name not in about["tasks"]:
+        raise ConfigError(
+            f"--like {model}: nothing was published for {name}. {nearest(name, [*about['tasks']])}"
+        )
+    values = _over(about["all"], about["tasks"][name])
+    for key, indent in (("start_from", ""), ("max_tokens", "  ")):
+        if key in values:
+            line = f"{indent}{key}: {values.pop(key)}"
+            text = re.sub(rf"^{indent}{key}: .*$", line, text, flags=re.M)
+    found = _TRAINING.search(text)
+    assert found, "a task file says how its model is trained"
+    lines = [f"# How it is trained: as {model} was ({about['source']})"]
+    lines += [f"{key}: {_flow(value)}" for key, value in values.items()]
+    return text[: found.start()] + "\n".join(lines) + "\n"
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, what is above winning key by key."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _over(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def _flow(value: Any) -> str:
+    """In one line of YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(x)}" for key, x in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_flow(x) for x in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def with_name(text: str, name: str) -> str:

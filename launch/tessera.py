@@ -30,7 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "new": Verb(
         "new_file",
-        "write a commented run file to start from",
+        "write a commented run, preparation or task file to start from",
         "new small --data shards/web/train --out run.yaml",
     ),
     "plan": Verb(
@@ -39,7 +39,7 @@ VERBS = {
     "doctor": Verb("doctor", "what would go wrong on this machine", "doctor run.yaml"),
     "pretrain": Verb("pretrain", "train, or go on from the newest checkpoint", "pretrain run.yaml"),
     "finetune": Verb(
-        "finetune", "train a classifier on labelled rows", "finetune sentiment.yaml epochs=5"
+        "finetune", "train a model for a task on labelled rows", "finetune sentiment.yaml epochs=5"
     ),
     "export": Verb("export_hf", "a Hugging Face folder of a run", "export runs/small hf/small"),
     "import": Verb(

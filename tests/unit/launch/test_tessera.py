@@ -120,6 +120,9 @@ def test_a_template_takes_the_shards_and_the_name_that_are_given(word, tmp_path)
         (["prep"], "prep without a name is no template"),
         (["small", "shards/a"], "Shards are given as --data shards/a"),
         (["prep", "demo", "--name", "x"], "are for run files"),
+        (["finetune"], "finetune without a name is no template"),
+        (["finetune", "rte", "--data", "x"], "--data is for run files"),
+        (["small", "--like", "bert_base"], "--like is for task files"),
     ],
 )
 def test_a_template_that_cannot_be_is_one_sentence(words, said, capsys):
