@@ -15,7 +15,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,40 @@ class Rows:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def some(self, chosen: Sequence[int]) -> Rows:
+        """These of its rows; each still knows its place."""
+        return replace(
+            self,
+            columns={name: [cells[row] for row in chosen] for name, cells in self.columns.items()},
+            numbers=[self.numbers[row] for row in chosen],
+        )
+
     def place(self, row: int) -> str:
         """`train.jsonl line 3`."""
         return f"{self.path} {self.word} {self.numbers[row]:,}"
+
+
+def held_out_rows(rows: Rows, *, share: float) -> tuple[Rows, Rows]:
+    """(the others, about such a share of them); equal rows are on one side, wherever they stand. Raises DataError.
+
+    rows: of a file
+    share: above 0, below 1
+    """
+    names = [*rows.columns]
+    kept: list[int] = []
+    held_out: list[int] = []
+    for row in range(len(rows)):
+        said = json.dumps([rows.columns[name][row] for name in names], default=str)
+        number = int.from_bytes(blake2b(said.encode(), digest_size=8).digest(), "little")
+        # a row is held out where its hash, as a fraction of all, is below the share
+        side = held_out if number < share * 2**64 else kept
+        side.append(row)
+    if not kept or not held_out:
+        raise DataError(
+            f"{rows.path}: of {len(rows):,} rows a share of {share:g} is {len(held_out):,}; needed:"
+            " at least one on either side. Give more rows, or another dev_share."
+        )
+    return rows.some(kept), rows.some(held_out)
 
 
 # a cell of a CSV file may be a whole document; Python's own limit is 131,072
@@ -119,8 +151,20 @@ def _delimited(path: Path, columns: Sequence[str], **form: Any) -> Rows:
 def _places(path: Path, header: list[str], columns: Sequence[str]) -> dict[str, int]:
     for name in columns:
         if name not in header:
-            raise DataError(f"{path} has no column {name}. {nearest(name, header)}")
+            raise DataError(f"{path} has no column {name}. {_other_separator(header, name)}")
     return {name: header.index(name) for name in columns}
+
+
+def _other_separator(header: list[str], name: str) -> str:
+    """What to do about a column that is missing: the cells may be parted by another letter than the file's name says."""
+    if len(header) == 1:
+        for separator, word in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
+            if name in header[0].split(separator):
+                return (
+                    f"Its first line is parted by {word}; needed: .csv by commas, .tsv by tabs."
+                    " Save it so, or rename it."
+                )
+    return nearest(name, header)
 
 
 def _comma(path: Path, columns: Sequence[str]) -> Rows:

@@ -53,7 +53,7 @@ def judge_of(task: FineTuneConfig) -> Judge | None:
     if evaluate.keep == "last":
         return None
     return Judge(
-        of=one_of_dev(evaluate.of, task.data.dev, key="evaluate.of"),
+        of=one_of_dev(evaluate.of, task.data.dev_names, key="evaluate.of"),
         metric=one_of_metrics(evaluate.metric, task.task.metric_names(), key="evaluate.metric"),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,6 +32,8 @@ from encoder.optim.whole_tensors import MomentsConfig
 from encoder.runs.config import TrackingConfig
 from encoder.runs.faults import FaultConfig
 
+HELD_OUT = "dev"  # the name of what data.dev_share holds out
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDataConfig:
@@ -42,9 +44,24 @@ class LabelledDataConfig:
     dev: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
     # name -> file, evaluated once, at the end
     test: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
+    # of the training rows, held out as a data set called dev: by what a row says, so that equal rows stay together
+    dev_share: float | None = None
     max_tokens: int = 512  # of an example; a longer one is cut at its end, and counted
 
+    @property
+    def dev_names(self) -> tuple[str, ...]:
+        """Of the data sets that are evaluated during training."""
+        held_out = () if self.dev_share is None else (HELD_OUT,)
+        return (*self.dev, *held_out)
+
     def __post_init__(self) -> None:
+        if self.dev_share is not None and not 0.0 < self.dev_share < 1.0:
+            raise ConfigError(f"dev_share {self.dev_share:g} must lie between 0 and 1.")
+        if self.dev_share is not None and HELD_OUT in (*self.dev, *self.test):
+            raise ConfigError(
+                f"dev_share holds out a data set called {HELD_OUT}, and there is one of that name."
+                " Rename that, or leave dev_share out."
+            )
         both = [name for name in self.dev if name in self.test]
         if both:
             raise ConfigError(f"dev and test both have {both[0]}; each name may stand once.")
@@ -188,7 +205,7 @@ class FineTuneConfig:
         if self.decay_at_peak is not None and not 0.0 <= self.decay_at_peak < 1.0:
             raise ConfigError(f"decay_at_peak {self.decay_at_peak:g} must lie in [0, 1).")
         if self.evaluate.keep == "best":
-            one_of_dev(self.evaluate.of, self.data.dev, key="evaluate.of")
+            one_of_dev(self.evaluate.of, self.data.dev_names, key="evaluate.of")
 
     @property
     def model(self) -> ModelConfig:
@@ -206,7 +223,7 @@ class FineTuneConfig:
         return self.decay_at_peak if relative else self.decay_at_peak / self.lr.peak
 
 
-def one_of_dev(name: str | None, dev: Mapping[str, str], *, key: str) -> str:
+def one_of_dev(name: str | None, dev: Sequence[str], *, key: str) -> str:
     """The dev set of this name; without a name the only one. Raises ConfigError.
 
     name: as it was given
@@ -278,7 +295,7 @@ def identity_of(plain: dict[str, Any]) -> dict[str, Any]:
     if identity.get("gradient_layer_decay") == 1.0:
         del identity["gradient_layer_decay"]
     data = identity.get("data") or {}
-    identity["data"] = {"max_tokens": data.get("max_tokens")}
+    identity["data"] = {"max_tokens": data.get("max_tokens"), "dev_share": data.get("dev_share")}
     task = identity.get("task") or {}
     identity["task"] = {key: value for key, value in task.items() if key != "metrics"}
     engine = identity.get("engine") or {}

@@ -130,7 +130,7 @@ class FineTuning:
         self.prepared = prepared
         self._world, self._device, self._start = world, device, start
         self._metrics = self.run.task.metric_names()
-        _refuse_equal_names([*self.run.data.dev], [*self._metrics, "loss"])
+        _refuse_equal_names(self.run.data.dev_names, [*self._metrics, "loss"])
         judge = judge_of(self.run)
         self._keeper = BestKeeper(judge) if judge else None
         self._dealing = ExampleDealing(
@@ -258,7 +258,10 @@ class FineTuning:
         sets = [self.prepared.train_set, *self.prepared.dev, *self.prepared.test]
         lines = [note for asked in sets for note in asked.notes()]
         if not self.prepared.dev:
-            lines.append("no dev set: what the model learns is not measured. Add data.dev")
+            lines.append(
+                "no dev set: what the model learns is not measured. Add data.dev,"
+                " or data.dev_share: 0.1"
+            )
         return lines
 
     def origin_lines(self) -> list[str]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from encoder.base.errors import ConfigError, ModelError
 from encoder.base.tokenizer_json import special_ids_of
 from encoder.data.examples import Examples
-from encoder.data.labelled import Rows, read_rows
+from encoder.data.labelled import Rows, held_out_rows, read_rows
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import committed_folders
-from encoder.finetune.config import FineTuneConfig, read_task
+from encoder.finetune.config import HELD_OUT, FineTuneConfig, read_task
 from encoder.finetune.encoding import TextEncoder, check_length, read_encoder
 from encoder.finetune.head import head_shape
 from encoder.finetune.kinds.contract import AskedSet, TaskConfig
@@ -148,18 +148,24 @@ def prepare(task: FineTuneConfig, start: Start) -> Prepared:
     )
 
     train_rows = _rows(task, task.data.train)
+    held_out: Rows | None = None
+    if task.data.dev_share is not None:
+        train_rows, held_out = held_out_rows(train_rows, share=task.data.dev_share)
     if kind.labels is None and (named := kind.labels_in(train_rows)):
         kind = dataclasses.replace(kind, labels=start.in_its_order(named))
     task = dataclasses.replace(task, task=kind, body=body)
     train = kind.encode(train_rows, encoder, name="train")
     kind.check_training(train.examples, train_rows)
+    dev = _sets_of(task, task.data.dev, encoder)
+    if held_out is not None:
+        dev.append(kind.encode(held_out, encoder, name=HELD_OUT))
 
     return Prepared(
         task=task,
         head=head_shape(task, encoder.specials),
         encoder=encoder,
         train_set=train,
-        dev=_sets_of(task, task.data.dev, encoder),
+        dev=dev,
         test=_sets_of(task, task.data.test, encoder),
     )
 

@@ -90,7 +90,7 @@ def _of_task(
     task, folder: of the run
     metrics, done: as told_of has them
     """
-    name = next(iter(task.data.dev), "")
+    name = next(iter(task.data.dev_names), "")
     last = _last_with(f"{name}_loss", metrics)
     scores = [key for key in last if key.startswith(f"{name}_") and key != f"{name}_loss"]
     score = scores[0] if scores else f"{name}_score"

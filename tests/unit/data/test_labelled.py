@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from encoder.data.labelled import DataError, read_rows, texts_of
+from encoder.data.labelled import DataError, held_out_rows, read_rows, texts_of
 
 ROWS = [{"text": 'a "fine" film', "label": "good"}, {"text": "dull, and long", "label": "bad"}]
 
@@ -77,3 +77,32 @@ def test_a_cell_that_is_no_text_is_refused_with_its_line(tmp_path, cell):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{{"text": {cell}}}\n')
     with pytest.raises(DataError, match=r"a\.jsonl line 2: text is .*needed: a text"):
         list(texts_of(read_rows(tmp_path / "a.jsonl", ["text"]), "text"))
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "word"),
+    [("a.csv", ";", "semicolons"), ("a.csv", "\t", "tabs"), ("a.tsv", ",", "commas")],
+)
+def test_cells_parted_by_another_letter_are_told_by_its_name(tmp_path, name, separator, word):
+    (tmp_path / name).write_text(f"label{separator}text\n1{separator}fine\n")
+    with pytest.raises(DataError, match=f"has no column text. Its first line is parted by {word}"):
+        read_rows(tmp_path / name, ["text", "label"])
+
+
+def test_held_out_rows_are_chosen_by_what_they_say(tmp_path):
+    lines = [{"text": f"text {number % 400}", "label": "ab"[number % 2]} for number in range(1000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "turned.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[::-1]))
+    rows = read_rows(tmp_path / "rows.jsonl", ["text", "label"])
+    kept, held_out = held_out_rows(rows, share=0.2)
+    assert len(kept) + len(held_out) == 1000 and 140 < len(held_out) < 260
+    # a text that stands three times is on one side, and the file's order decides nothing
+    assert not {*kept.columns["text"]} & {*held_out.columns["text"]}
+    turned = held_out_rows(read_rows(tmp_path / "turned.jsonl", ["text", "label"]), share=0.2)[1]
+    assert turned.columns["text"] == held_out.columns["text"][::-1]
+    assert [
+        rows.place(lines.index({"text": t, "label": "ab"[int(t[5:]) % 2]}))
+        for t in held_out.columns["text"][:5]
+    ] == [held_out.place(row) for row in range(5)]
+    with pytest.raises(DataError, match="needed: at least one on either side"):
+        held_out_rows(rows.some([0, 1]), share=0.001)

@@ -199,3 +199,16 @@ def test_a_tokenizer_without_pair_form_or_of_another_vocabulary_is_refused(tmp_p
     path.write_text(json.dumps({**content, "added_tokens": added}))
     with pytest.raises(UserError, match="has 301 ids, the model 280; needed: the tokenizer"):
         prepared(tmp_path, [])
+
+
+def test_a_share_of_the_training_rows_is_a_dev_set(tmp_path):
+    write_task(tmp_path)
+    whole = prepared(tmp_path, ["data.dev={}"])
+    ready = prepared(tmp_path, ["data.dev={}", "data.dev_share=0.3"])
+    (dev,) = ready.dev
+    assert dev.examples.name == "dev" and 5 <= len(dev.examples) <= 20
+    assert len(ready.train) + len(dev.examples) == len(whole.train)
+    for wrong, said in (("0", "between 0 and 1"), ("0.2", "there is one of that name")):
+        overrides = [f"data.dev_share={wrong}"]
+        with pytest.raises(UserError, match=said):
+            read_task(tmp_path / "task.yaml", overrides)
