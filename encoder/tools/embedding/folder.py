@@ -20,6 +20,7 @@ from encoder.base.files import atomic_folder, files_below, native_path, write_js
 from encoder.base.schema import differences, to_plain, to_yaml
 from encoder.base.untrusted import read_json
 from encoder.models.hf.card import CARD, Table, plain, table_text
+from encoder.models.hf.quiet import quiet_transformers
 from encoder.models.hf.stages import MODULES, Embedding, write_sentence_transformers
 from encoder.tools.embedding.config import EmbedConfig
 from encoder.tools.embedding.models import embed, is_sparse
@@ -94,7 +95,7 @@ def _write_dense(model: Any, part: Path, settings: EmbedConfig) -> None:
     write_sentence_transformers(
         part,
         width=int(body.auto_model.config.hidden_size),
-        max_tokens=int(model.max_seq_length),
+        max_tokens=int(model.max_seq_length or body.tokenizer.model_max_length),
         embedding=Embedding(
             pooling=pooling_of(model),
             normalized=any(type(stage).__name__ == "Normalize" for stage in model),
@@ -132,7 +133,7 @@ def _write_sparse(model: Any, part: Path) -> None:
 
 
 def _read_back(part: Path, model: Any) -> Any:
-    with native_path(part) as path:
+    with native_path(part) as path, quiet_transformers():
         return type(model)(
             path, device=str(model.device), local_files_only=True, trust_remote_code=False
         )

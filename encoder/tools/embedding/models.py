@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from encoder.base.errors import ConfigError, ExportError
 from encoder.base.files import native_path
+from encoder.models.hf.quiet import quiet_transformers
 from encoder.models.hf.stages import check_stages
 from encoder.tools.embedding.config import EmbedConfig
 
@@ -34,9 +35,8 @@ def open_start(folder: Path, settings: EmbedConfig) -> Any:
     device = device_of(settings)
     # parameters that the folder lacks, as a pooler that is not asked, are drawn
     transformers.set_seed(settings.seed)
-    transformers.logging.set_verbosity_error()
     try:
-        with native_path(folder) as path:
+        with native_path(folder) as path, quiet_transformers():
             if settings.kind == "sparse":
                 model = _sparse(path, device)
             else:

@@ -10,8 +10,6 @@ No code of a folder is run, no pickle is read, and nothing is fetched.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from encoder.base.command import as_typed
 from encoder.base.errors import ExportError
 from encoder.base.files import native_path
 from encoder.base.untrusted import read_json
+from encoder.models.hf.quiet import quiet_transformers
 from encoder.models.hf.stages import MODULES, check_stages
 
 CONFIG = "config.json"
@@ -106,7 +105,7 @@ def open_folder(folder: Path, *, name: str = "", kind: str | None = None) -> Ope
     import transformers
 
     try:
-        with native_path(folder) as path, _quietly():
+        with native_path(folder) as path, quiet_transformers():
             of_disk = {"local_files_only": True, "trust_remote_code": False}
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **of_disk)
             model = _model(getattr(transformers, class_name), path, of_disk)
@@ -143,19 +142,6 @@ def _model(cls: Any, path: str, of_disk: dict[str, bool]) -> Any:
     return model.eval()
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' warnings: of missing weights we speak ourselves."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def _sentence_transformer(folder: Path, name: str) -> Opened:
     check_stages(folder)
     try:
@@ -166,7 +152,7 @@ def _sentence_transformer(folder: Path, name: str) -> Opened:
             " pip install -e '.[embed]'"
         ) from error
     try:
-        with native_path(folder) as path, _quietly():
+        with native_path(folder) as path, quiet_transformers():
             model = SentenceTransformer(
                 path,
                 device="cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,12 @@ def write_beir(folder: Path) -> Path:
         rows = "".join(f"q{n}\tp{n}\t1\n" for n in numbers)
         (folder / "qrels" / f"{split}.tsv").write_text(head + rows)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The command changes its process's own; tests that follow have theirs again."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", ""))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import socket
 import tempfile
@@ -31,6 +32,13 @@ from tests.helpers.tasks import drawn_task, write_start
 
 LABELS = {"id2label": {0: "O", 1: "B-PER", 2: "I-PER"}, "num_labels": 3}
 QUESTION, CONTEXT = "who?", "ada was in rome"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The command changes its process's own; tests that follow have theirs again."""
+    for name in ("HF_HUB_OFFLINE", "GRADIO_ANALYTICS_ENABLED", "NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
 
 @pytest.fixture(scope="module")
