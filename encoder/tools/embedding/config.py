@@ -41,8 +41,7 @@ class RetrievalDataConfig:
 
     # folder with corpus.jsonl, queries.jsonl and qrels/NAME.tsv, as BEIR has them
     beir: PathText | None = None
-    # the qrels that are trained on; none: `pairs` instead
-    train: str = "train"
+    train: str = "train"  # the qrels that are trained on, where `pairs` names no file
     test: str = "test"  # the qrels that are evaluated, before and after
     # JSON lines of anchor, positive and, in all of them or in none, negative; instead of beir's train
     pairs: PathText | None = None
@@ -136,7 +135,8 @@ class EmbedConfig:
     # of token states; default: as the folder has it, else their mean
     pooling: Literal["mean", "cls"] | None = None
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
+    # bf16: autocast, in the evaluation as well; weights stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch sees it
     tfidf: bool = True  # the evaluation also says what words in common give
 
