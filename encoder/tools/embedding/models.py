@@ -135,6 +135,11 @@ def is_sparse(model: Any) -> bool:
     return isinstance(model, SparseEncoder)
 
 
+def unit(x_NC: np.ndarray) -> np.ndarray:
+    """The vectors at length 1."""
+    return x_NC / np.maximum(np.linalg.norm(x_NC, axis=1, keepdims=True), 1e-12)
+
+
 def vector_scores(questions: Any, passages: Any) -> Any:
     """Dot products of vectors, for ranking.rank; of vectors of length 1 they are cosines."""
 

@@ -26,6 +26,7 @@ from encoder.tools.embedding.models import (
     embed,
     is_sparse,
     open_start,
+    unit,
     vector_scores,
 )
 from encoder.tools.embedding.negatives import mine, with_negatives
@@ -105,14 +106,15 @@ def train_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any
         model = open_start(folder, settings)
     if not is_sparse(model):
         pooling_of(model)
-    before = _evaluation(model, data, settings, say=say, when="before")
-    pairs = _with_mined(model, data, settings, say=say)
+    tfidf = _tfidf(data, settings, say=say)
+    passages = _passages(model, data, settings)
+    before = _evaluation(model, data, settings, passages, say=say, when="before")
+    pairs = _with_mined(model, data, settings, passages, say=say)
     begun = time.monotonic()
     losses, steps = _fit(model, pairs, settings, say=say)
     seconds = time.monotonic() - begun
-    after = _evaluation(model, data, settings, say=say, when="after")
-    tfidf = before.pop("tfidf", {})
-    after.pop("tfidf", None)
+    passages = _passages(model, data, settings)
+    after = _evaluation(model, data, settings, passages, say=say, when="after")
     result = {
         "name": settings.name,
         "kind": settings.kind,
@@ -141,8 +143,16 @@ def evaluate_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, 
     with _start_folder(settings, say) as folder:
         hashes = {**data.hashes, **_weights_hashes(folder)}
         model = open_start(folder, settings)
-    found = _evaluation(model, data, settings, say=say, when="start")
-    return {"name": settings.name, "sha256": hashes, **found, "versions": _versions()}
+    tfidf = _tfidf(data, settings, say=say)
+    passages = _passages(model, data, settings)
+    found = _evaluation(model, data, settings, passages, say=say, when="start")
+    return {
+        "name": settings.name,
+        "sha256": hashes,
+        "tfidf": tfidf,
+        **found,
+        "versions": _versions(),
+    }
 
 
 @contextmanager
@@ -168,40 +178,48 @@ def _weights_hashes(folder: Path) -> dict[str, str]:
     return {f"start/{path.name}": sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
+def _passages(model: Any, data: Data, settings: EmbedConfig) -> Any:
+    """Vectors of the corpus by the model as it is now; None without one."""
+    if data.corpus is None:
+        return None
+    return embed(model, data.corpus.texts, prompt="document", precision=settings.precision)
+
+
 def _evaluation(
-    model: Any, data: Data, settings: EmbedConfig, *, say: Say, when: str
+    model: Any, data: Data, settings: EmbedConfig, passages: Any, *, say: Say, when: str
 ) -> dict[str, Any]:
-    """Numbers by when they were measured, each also said; with those of tf-idf where they are asked for.
+    """Numbers by when they were measured, each also said.
 
     model: as it is now
     data, settings: of the training
+    passages: vectors of the corpus by that model
     say: for lines
     when: before, after or start
     """
-    if data.test is None or data.corpus is None:
+    if data.test is None:
         return {}
     answers = data.test.answers
-    found: dict[str, Any] = {}
-    if settings.tfidf and when != "after":
-        ranked = rank(tfidf_scores(data.test.texts, data.corpus.texts), answers)
-        found["tfidf"] = measure(ranked, answers)
-        say(f"{'tf-idf':<8}{_text(found['tfidf'])}")
-    q = embed(model, data.test.texts, prompt="query", precision=settings.precision)
-    d = embed(model, data.corpus.texts, prompt="document", precision=settings.precision)
-    ranked = rank(vector_scores(q, d), answers)
-    found[when] = measure(ranked, answers)
+    questions = embed(model, data.test.texts, prompt="query", precision=settings.precision)
+    ranked = rank(vector_scores(questions, passages), answers)
+    found: dict[str, Any] = {when: measure(ranked, answers), f"{when}_ties": ranked.tied}
     ties = f"   {ranked.tied:,} of {len(answers):,} questions tie" if ranked.tied else ""
     say(f"{when:<8}{_text(found[when])}{ties}")
-    found[f"{when}_ties"] = ranked.tied
     for width in settings.loss.matryoshka:
-        if width < q.shape[1]:
-            # a cosine of what is cut: normalized again
-            cut = [
-                x / abs(x * x).sum(1, keepdims=True) ** 0.5 for x in (q[:, :width], d[:, :width])
-            ]
+        if width < questions.shape[1]:
+            cut = [unit(x[:, :width]) for x in (questions, passages)]
             numbers = measure(rank(vector_scores(*cut), answers), answers)
             found[f"{when}_at_{width}"] = numbers
             say(f"{when:<8}{_text(numbers)}   of the first {width} dimensions")
+    return found
+
+
+def _tfidf(data: Data, settings: EmbedConfig, *, say: Say) -> dict[str, float]:
+    """The same numbers of words in common, where they are asked for."""
+    if data.test is None or data.corpus is None or not settings.tfidf:
+        return {}
+    score = tfidf_scores(data.test.texts, data.corpus.texts)
+    found = measure(rank(score, data.test.answers), data.test.answers)
+    say(f"{'tf-idf':<8}{_text(found)}")
     return found
 
 
@@ -209,8 +227,14 @@ def _text(numbers: dict[str, float]) -> str:
     return "   ".join(f"{name.replace('_at_', '@')} {value:.4f}" for name, value in numbers.items())
 
 
-def _with_mined(model: Any, data: Data, settings: EmbedConfig, *, say: Say) -> Pairs:
-    """The pairs with their hard negatives, where they are asked for."""
+def _with_mined(model: Any, data: Data, settings: EmbedConfig, passages: Any, *, say: Say) -> Pairs:
+    """The pairs with their hard negatives, where they are asked for.
+
+    model: that they are mined by
+    data, settings: of the training
+    passages: vectors of the corpus by that model
+    say: for lines
+    """
     asked = settings.data.negatives
     if asked.mine == "none":
         return data.pairs
@@ -219,8 +243,7 @@ def _with_mined(model: Any, data: Data, settings: EmbedConfig, *, say: Say) -> P
         score = tfidf_scores(data.train.texts, data.corpus.texts)
     else:
         q = embed(model, data.train.texts, prompt="query", precision=settings.precision)
-        d = embed(model, data.corpus.texts, prompt="document", precision=settings.precision)
-        score = vector_scores(q, d)
+        score = vector_scores(q, passages)
     found = mine(score, data.train.answers, data.numbers, asked, seed=settings.seed)
     say(f"mined {asked.per_query} negatives of each pair by {asked.mine}")
     return with_negatives(data.pairs, data.corpus, found)
