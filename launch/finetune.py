@@ -4,6 +4,7 @@
     deepspeed --num_accelerators 2 launch/finetune.py TASK.yaml [key=value ...]
     torchrun --standalone --nproc-per-node 2 launch/finetune.py TASK.yaml [key=value ...]
     python launch/finetune.py TASK.yaml [key=value ...]
+    python launch/finetune.py TASK.yaml --dry-run
 
 Exit code: 0 done, or stopped by a signal or its time limit after saving (done.json in the run folder tells which: without it,
 start again); 1 a defect, here or on another rank; 2 a mistake in the input, also written to the file TESSERA_MISTAKE_FILE where
@@ -29,6 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="TASK.yaml",
         help="the task file, for example configs/finetune/sentiment.yaml",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read task, model and rows, say what would be trained, and write nothing",
+    )
     parser.takes_overrides(example="seed=3 epochs=5 lr.peak=3e-5")
     args = parser.parse_args(argv)
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
@@ -42,6 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
         finetune(task, world, stop=stop)
 
+    def plan() -> None:
+        from encoder.finetune.config import read_task
+        from encoder.finetune.plan import plan_lines
+
+        print("\n".join(plan_lines(read_task(args.task, args.overrides))))
+
+    if args.dry_run:
+        return run_command(plan)
     return run_command(
         lambda: run_on_ranks(train), stopped="stopped before the first step; nothing was written"
     )

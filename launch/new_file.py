@@ -4,7 +4,7 @@
 tessera new --list
 tessera new small --data shards/web/train --out run.yaml
 tessera new prep own_text > own_text.yaml
-tessera new finetune rte --like roberta_large --out rte.yaml
+tessera new finetune rte --like roberta_large --out roberta_rte.yaml
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def with_data(text: str, folders: Sequence[str], *, of: str) -> str:
 def with_published(text: str, words: Sequence[str], *, model: str) -> str:
     """A task file with the published hyper-parameters of another model in place of its own. Raises ConfigError."""
     if words[0] != "finetune":
-        raise ConfigError("--like is for task files: tessera new finetune TASK --like MODEL.")
+        raise ConfigError("--like is for task files: tessera new finetune rte --like bert_base.")
     known = published()
     if model not in known:
         raise ConfigError(f"--like {model}: nothing is known of it. {nearest(model, [*known])}")

@@ -66,6 +66,12 @@ class Examples:
         """Tokens of each."""
         return np.diff(self.starts_N1)
 
+    @property
+    def asked(self) -> int:
+        """What a loss over all of them is divided by."""
+        each = self.places is not None and not self.places.grouped
+        return len(self.value_P) if each else len(self)
+
     def places_of(self, numbers_M: np.ndarray) -> np.ndarray:
         """Places at which some examples are asked, in their order: int64."""
         return numbers_M if self.places is None else self.places.of(numbers_M)

@@ -37,6 +37,7 @@ STOPS = r"(?:has|and|or|is|puts|says|gives|tells|then|where|for|of|in|to)\b"  # 
 SECOND = {
     "tokenizer": "train|modernbert|from-hf",
     "new": r"[\w-]+",
+    "new finetune": r"[\w-]+",
     "prep": r"[\w-]+",
     "bench": "step",
 }
@@ -67,7 +68,9 @@ def _whole(text: str, match: re.Match) -> str:
         word = WORD.match(text, at + 1)
         plain = re.compile(rf"(?!{STOPS})[A-Za-z][\w-]*").match(text, at + 1)
         option = len(words) > 1 and words[-1].startswith("--") and "=" not in words[-1]
-        second = SECOND.get(words[-1]) if words[0] in VERBS.split("|") else None
+        second = None
+        if words[0] in VERBS.split("|"):
+            second = SECOND.get(" ".join(words[-2:])) or SECOND.get(words[-1])
         follows = plain and second and re.fullmatch(second, plain[0])
         verb = takes_verb and len(words) == 1
         if plain and (word is None or len(plain[0]) > len(word[0])) and (verb or option or follows):

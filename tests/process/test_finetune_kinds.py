@@ -28,6 +28,7 @@ TASKS = {
 RUNS = [
     ("one", 1, []),
     ("three", 3, ["loader.micro_batch_tokens=30"]),
+    ("zero3", 2, ["engine.zero_stage=3", "engine.precision=fp32"]),
 ]
 
 
@@ -81,15 +82,17 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_the_curve_of_each_kind_is_one_on_any_ranks(root, kind):
-    runs = [root / f"{run}-{kind}" for run, _, _ in RUNS]
+@pytest.mark.parametrize(("other", "tolerance"), [("three", 1e-10), ("zero3", 1e-5)])
+def test_the_curve_of_each_kind_is_one_on_any_ranks(root, kind, other, tolerance):
+    runs = [root / f"{run}-{kind}" for run in ("one", other)]
     assert read_jsonl(runs[0] / LEDGER) == read_jsonl(runs[1] / LEDGER)
     for a, b in zip(*(merged_metrics(run / METRICS) for run in runs), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
-        assert a.get("dev_loss", 0.0) == pytest.approx(b.get("dev_loss", 0.0), rel=1e-10)
-    whole, other = (read_weights(newest_checkpoint(run / "checkpoints")) for run in runs)
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+        assert a.get("dev_loss", 0.0) == pytest.approx(b.get("dev_loss", 0.0), rel=tolerance)
+    whole, found = (read_weights(newest_checkpoint(run / "checkpoints")) for run in runs)
     for name, w in whole.items():
-        torch.testing.assert_close(other[name], w, rtol=1e-10, atol=1e-10)
+        distance = torch.linalg.vector_norm(found[name] - w)
+        assert distance <= tolerance * torch.linalg.vector_norm(w) + tolerance, name
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -98,7 +101,7 @@ def test_each_row_has_its_line_and_its_target(root, kind):
     target = {"tags": "tags", "spans": "answers", "choice": "right"}[kind]
     one, three = (
         [json.loads(line) for line in (root / f"{run}-{kind}/predictions/dev.jsonl").open()]
-        for run, _, _ in RUNS
+        for run in ("one", "three")
     )
     expected = [row[target] if kind != "spans" else row[target]["text"] for row in given]
     assert [line["target"] for line in one] == expected

@@ -126,18 +126,8 @@ class TagsConfig:
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TagSet:
         """A class for each word."""
-        numbers = {name: number for number, name in enumerate(known_labels(self.labels))}
         words = [self._words(rows, row) for row in range(len(rows))]
-        tags = [
-            [number_of(tag, numbers, rows, row, self.label) for tag in self._tags(rows, row)]
-            for row in range(len(rows))
-        ]
-        for row, (some, their) in enumerate(zip(words, tags, strict=True)):
-            if len(some) != len(their):
-                raise DataError(
-                    f"{rows.place(row)}: {self.words} has {counted(len(some), 'word')},"
-                    f" {self.label} {counted(len(their), 'tag')}; needed: a tag for each word."
-                )
+        tag_W = np.concatenate([self._numbers(rows, row, words[row]) for row in range(len(rows))])
         windows = _windows(words, encoder)
         split = len(rows) - sum(window.whole for window in windows)
         # a row without any token asks nothing
@@ -146,7 +136,6 @@ class TagsConfig:
             raise DataError(f"{rows.path}: no word has a token; needed: texts that say something.")
         word_P = np.concatenate([window.words_W for window in windows])
         counts = [len(window.words_W) for window in windows]
-        tag_W = np.array([tag for row in tags for tag in row], dtype=np.int64)
         places = Places(
             starts_N1=np.concatenate([[0], np.cumsum(counts)]),
             token_P=np.concatenate([window.token_W for window in windows]).astype(np.int32),
@@ -179,6 +168,18 @@ class TagsConfig:
                 )
             check_unicode(word, rows, row)
         return words
+
+    def _numbers(self, rows: Rows, row: int, words: list[str]) -> np.ndarray:
+        """int64, of the tags of a row's words."""
+        numbers = {name: number for number, name in enumerate(known_labels(self.labels))}
+        tags = self._tags(rows, row)
+        if len(tags) != len(words):
+            raise DataError(
+                f"{rows.place(row)}: {self.words} has {counted(len(words), 'word')}, {self.label}"
+                f" {counted(len(tags), 'tag')}; needed: a tag for each word."
+            )
+        found = [number_of(tag, numbers, rows, row, self.label) for tag in tags]
+        return np.array(found, dtype=np.int64)
 
     def _tags(self, rows: Rows, row: int) -> list[str]:
         tags = _list_of(rows, row, self.label, needed="tags")

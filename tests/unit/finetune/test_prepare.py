@@ -42,6 +42,22 @@ def test_texts_are_framed_cut_and_counted_and_labels_are_numbers(tmp_path):
     assert 2 not in ids[2][1:-1]
 
 
+def test_a_dry_run_says_steps_and_tokens_and_writes_nothing(tmp_path, capsys):
+    path = write_task(tmp_path)
+    assert finetune.main([str(path), "batch_examples=10", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    train = prepared(tmp_path, []).train
+    assert "letters: classify, 2 outputs: a, b\n" in said
+    assert f"train: 42 examples, {len(train.ids_A)} tokens" in said
+    assert "10 steps of 10 examples: 2 epochs of 5\n" in said
+    assert f"padded to data.max_tokens {24 * 42 / len(train.ids_A):.2f} times" in said
+    assert "dev: 11 examples" in said and "more: 5 examples" in said
+    assert not (tmp_path / "run").exists()
+
+    assert finetune.main([str(path), f"data.train={tmp_path}/none.jsonl", "--dry-run"]) == 2
+    assert "none.jsonl does not exist" in capsys.readouterr().err
+
+
 def test_a_pair_has_its_form_and_the_second_text_its_segment(tmp_path):
     write_task(tmp_path)
     write_start(tmp_path / "bert", family="bert")
