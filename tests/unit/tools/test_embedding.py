@@ -187,6 +187,21 @@ def test_a_sparse_model_has_a_weight_for_each_token(place, capsys):
     assert x_1V.shape == (1, 280)
 
 
+def test_a_start_is_measured_as_it_is_and_the_trained_folder_has_a_tab(place, capsys):
+    from encoder.tools.page.folders import open_folder
+    from encoder.tools.page.similarity import similarity
+
+    words = [str(place / "embed.yaml"), "--evaluate-only", "--json", str(place / "start.json")]
+    assert embed.main(words) == 0
+    assert "start   ndcg@10" in capsys.readouterr().out and not (place / "out").exists()
+    found = json.loads((place / "start.json").read_text())
+    assert embed.main([str(place / "embed.yaml")]) == 0
+    trained = json.loads((place / "out" / "result.json").read_text())
+    assert trained["before"] == found["start"] and trained["tfidf"] == found["tfidf"]
+    opened = open_folder(place / "out")
+    assert opened.sentence_transformers and len(similarity(opened, "ada\nbob").cosines) == 2
+
+
 def test_pairs_of_a_file_are_trained_on_without_an_evaluation(place, capsys):
     rows = [{"anchor": f"{w}?", "positive": f"of {w}", "negative": "of no one"} for w in WORDS]
     write_rows(place / "pairs.jsonl", rows)
