@@ -39,6 +39,7 @@ Tokens = Annotated[int, "tokens"]  # an amount of tokens: 98304, 500K, 1.719T
 PathText = Annotated[str, "path"]
 LocalText = Annotated[str, "path", "local"]  # of this machine, and no URL
 MOST_YAML_BYTES = 2**20  # the largest shipped settings file has 12 KB
+MOST_KEPT_LETTERS = 2**14  # of a YAML text whose value is kept
 MOST_NODES = 20_000  # of a YAML text, every alias counted as what it stands for
 MOST_INT = 2**63  # what numpy, torch and the ledger can count
 MOST_MISTAKES = 60  # named in one error: all of a file that somebody wrote
@@ -122,7 +123,8 @@ def parse_yaml(text: str, *, where: str) -> Any:
     Depth, digits and what aliases multiply are bounded, and no tag makes anything but plain values.
     """
     try:
-        return _unshared(yaml.load(text, Loader=_StrictLoader))
+        # copied anew each time: a caller may change what it gets
+        return _unshared(_loaded(text))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
@@ -138,6 +140,19 @@ def parse_yaml(text: str, *, where: str) -> Any:
         raise ConfigError(f"{where}{at_line}: {problem}.") from error
     except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
         raise ConfigError(f"{where} is no YAML ({type(error).__name__}).") from error
+
+
+def _loaded(text: str) -> Any:
+    # the bound holds what is kept to some megabytes
+    if len(text) > MOST_KEPT_LETTERS:
+        return yaml.load(text, Loader=_StrictLoader)
+    return _loaded_once(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded_once(text: str) -> Any:
+    # a start reads its run file three times, at 15 ms for 120 lines
+    return yaml.load(text, Loader=_StrictLoader)
 
 
 def _unshared(value: Any) -> Any:

@@ -121,6 +121,14 @@ def test_broken_yaml_names_the_line(tmp_path):
         read_mapping(path)
 
 
+def test_a_text_read_again_is_not_what_a_caller_made_of_its_value():
+    text = "a: [1, {b: 2}]\n"
+    first = parse_yaml(text, where="x")
+    first["a"][1]["b"] = 9
+    first["a"].append(3)
+    assert parse_yaml(text, where="x") == {"a": [1, {"b": 2}]}
+
+
 def test_a_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "tiny_cpu.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match="Did you mean tiny_cpu.yaml"):

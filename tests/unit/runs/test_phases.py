@@ -211,11 +211,25 @@ def test_a_plan_tells_of_every_phase_without_any_shards(tmp_path, monkeypatch):
     )
 
 
+# a twentieth of the published recipes: the batch warm-ups are whole, the rest has fewer equal steps
 WALKED = [
     ("tiny_cpu", 0.9731, []),
     ("mini_four_domains", 0.9731, []),
-    ("modernbert_base", 0.998, []),
-    ("modernbert_large", 1.0, []),
+    (
+        "modernbert_base",
+        0.998,
+        ["phases.0.tokens=86B", "phases.1.tokens=12B", "phases.2.tokens=3B"],
+    ),
+    (
+        "modernbert_large",
+        1.0,
+        [
+            "phases.0.tokens=45B",
+            "phases.1.tokens=41B",
+            "phases.2.tokens=12B",
+            "phases.3.tokens=3B",
+        ],
+    ),
     ("tiny_cpu", 0.9731, ["data.lanes=2"]),
     ("tiny_cpu", 1.0, ["phases.0.batch_tokens=200704", "data.row_tokens=512"]),
     ("tiny_cpu", 1.0, ["phases.0.lr={schedule: cosine, peak: 1e-3, warmup_tokens: 77K}"]),
