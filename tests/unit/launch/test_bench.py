@@ -44,8 +44,8 @@ def memory_is_given_back(monkeypatch):
 @pytest.mark.parametrize(
     "question",
     [
-        # its rows are compared with the slow twin's below, too
-        pytest.param(q, marks=pytest.mark.slow) if q == "loader" else q
+        # the loader's rows are compared with the slow twin's below, too; the loss takes three processes
+        pytest.param(q, marks=pytest.mark.slow) if q in ("loader", "loss") else q
         for q in command.QUESTIONS
         if q != "engine"
     ],
@@ -53,7 +53,7 @@ def memory_is_given_back(monkeypatch):
 def test_every_question_answers_with_numbers_their_spread_and_the_machine(
     question, tmp_path, capsys, monkeypatch
 ):
-    # each line of it takes three processes
+    # each line of the loss takes three processes
     monkeypatch.setattr(loss, "SAME_LOSS", {"fp32": 1e-5})
     assert (
         main([question, *ON_CPU, "--json", str(tmp_path / "out.json"), *AGAINST.get(question, [])])

@@ -359,8 +359,10 @@ def _dies(job: object, pipe: connection.Connection) -> None:
     os.kill(os.getpid(), int(getattr(asked, "made_from_sha256", signal.SIGABRT)))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [(signal.SIGABRT, 1), (signal.SIGKILL, 1), (signal.SIGSEGV, 1), (signal.SIGKILL, 2)],
+)
 def test_a_process_that_dies_is_one_sentence_with_file_and_row(monkeypatch, number, processes):
     monkeypatch.setattr(worker, "_work", _dies)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
