@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         help="read task, model and rows, say what would be trained, and write nothing",
     )
     parser.takes_overrides(example="seed=3 epochs=5 lr.peak=3e-5")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     # before torch starts: its CPU tensors on huge pages, 7 to 12 % more tokens a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -107,7 +107,7 @@ class Ours:
             device=CPU,
         )
         self.task = task
-        weights = course._first_weights()
+        weights = course.first_weights()
         self.engine.set_masters(lambda name, _shape: weights[name])
         self.steps = ExampleSteps(
             prepared.train,

@@ -198,19 +198,19 @@ class FineTuning:
 
     def set_first_weights(self, engine: Engine) -> Progress:
         """Those of start_from; a head that it has none for is drawn."""
-        weights = self._first_weights()
+        with all_ranks_agree(self._world):
+            if self._world.first:
+                self._start_sha256 = weights_sha256(self._start.model.weights)
+                check_first_start(self.run, self._start_sha256)
+        weights = self.first_weights()
         engine.set_masters(lambda name, _shape: weights[name])
         self._start.model.weights.clear()
         return Progress()
 
-    def _first_weights(self) -> dict[str, Tensor]:
+    def first_weights(self) -> dict[str, Tensor]:
+        """By our names; what start_from has none for is drawn, and origin_lines says so from then on."""
         with torch.device("meta"):
             model = TaskModel(self.run.model, self.prepared.head, seed=self.run.seed)  # type: ignore[arg-type]
-        stored = self._start.model.weights
-        with all_ranks_agree(self._world):
-            if self._world.first:
-                self._start_sha256 = weights_sha256(stored)
-                check_first_start(self.run, self._start_sha256)
         weights, self._drawn = first_weights(
             self._start.weights_for(self.run.task), model, of_task=self._start.head is not None
         )
@@ -255,8 +255,7 @@ class FineTuning:
 
     def warnings(self) -> list[str]:
         """Of rows that did not fit as they are."""
-        sets = [self.prepared.train_set, *self.prepared.dev, *self.prepared.test]
-        lines = [note for asked in sets for note in asked.notes()]
+        lines = [note for asked in self.prepared.sets for note in asked.notes()]
         if not self.prepared.dev:
             lines.append(
                 "no dev set: what the model learns is not measured. Add data.dev,"

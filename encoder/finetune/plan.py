@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from encoder.base.rng import generator
 from encoder.base.units import counted, short_count
+from encoder.base.world import World
 from encoder.finetune.checks import check_task
 from encoder.finetune.config import FineTuneConfig
+from encoder.finetune.course import FineTuning
 from encoder.finetune.kinds.contract import AskedSet
 from encoder.finetune.prepare import Prepared, prepare, read_start
 
@@ -18,20 +21,28 @@ from encoder.finetune.prepare import Prepared, prepare, read_start
 def plan_lines(task: FineTuneConfig) -> list[str]:
     """Its sets, its steps, what packing saves, its rates, and what did not fit. Raises UserError as the run would."""
     check_task(task)
-    prepared = prepare(task, read_start(task))
+    start = read_start(task)
+    prepared = prepare(task, start)
     task = prepared.task
+    course = FineTuning(prepared, world=World(), device=torch.device("cpu"), start=start)
+    begun = f"nothing was written; the run folder would be {task.out}"
+    if start.resumes:
+        begun = f"nothing was written; {task.out} has begun, and would go on"
+    else:
+        course.first_weights()
     kind, head = task.task, prepared.head
     names = "" if kind.labels is None else f": {', '.join(kind.labels[:12])}"
-    sets = [prepared.train_set, *prepared.dev, *prepared.test]
     return [
         f"{task.name}: {kind.KIND}, {counted(head.outputs, 'output')}{names}",
-        f"head of {head.family}: {head.place_text}, dropout {head.dropout:g}",
-        *(_set_line(asked, counts=kind.COUNTED) for asked in sets),
+        f"model: {start.model.config.shape_text}",
+        *course.origin_lines(),
+        *(_set_line(asked, counts=kind.COUNTED) for asked in prepared.sets),
         *_step_lines(prepared),
         f"rate {task.lr.peak:g} at its peak, weight decay {task.weight_decay:g}"
         f" ({task.optimizer.rule})",
         f"metrics: {', '.join(kind.metric_names())}",
-        *(f"warning: {note}" for asked in sets for note in asked.notes()),
+        *(f"warning: {line}" for line in course.warnings()),
+        begun,
     ]
 
 

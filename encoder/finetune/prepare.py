@@ -118,6 +118,11 @@ class Prepared:
     test: list[AskedSet] = field(default_factory=list)
 
     @property
+    def sets(self) -> list[AskedSet]:
+        """All of them, the training rows first."""
+        return [self.train_set, *self.dev, *self.test]
+
+    @property
     def train(self) -> Examples:
         """What is trained on."""
         return self.train_set.examples

@@ -44,7 +44,7 @@ def test_texts_are_framed_cut_and_counted_and_labels_are_numbers(tmp_path):
 
 def test_a_dry_run_says_steps_and_tokens_and_writes_nothing(tmp_path, capsys):
     path = write_task(tmp_path)
-    assert finetune.main([str(path), "batch_examples=10", "--dry-run"]) == 0
+    assert finetune.main([str(path), "--dry-run", "batch_examples=10"]) == 0
     said = capsys.readouterr().out
     train = prepared(tmp_path, []).train
     assert "letters: classify, 2 outputs: a, b\n" in said
