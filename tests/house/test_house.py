@@ -105,12 +105,14 @@ def test_readme_names_only_files_and_commands_that_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_readme_is_short_and_its_run_file_is_one(tmp_path):
+def test_the_readme_is_short_and_its_files_are_settings(tmp_path):
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 140
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
-    (tmp_path / "first.yaml").write_text(block)
+    run, task = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "first.yaml").write_text(run)
     assert read_run(tmp_path / "first.yaml").out == "runs/first"
+    (tmp_path / "reviews.yaml").write_text(task)
+    assert read_task(tmp_path / "reviews.yaml").out == "runs/reviews"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
