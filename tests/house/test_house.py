@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from encoder.base.schema import from_mapping, parse_yaml, to_yaml
+from encoder.finetune.config import read_task
 from encoder.runs.config import RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
