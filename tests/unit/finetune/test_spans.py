@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import namedtuple
 
 import numpy as np
 import pytest
+import torch
 from transformers.data.metrics import squad_metrics
 from transformers.data.processors import squad as squad_processor
 
 from encoder.base.errors import ConfigError
+from encoder.data.examples import micro_batch
+from encoder.finetune.encoding import read_encoder
 from encoder.finetune.kinds import squad
 from encoder.finetune.kinds.spans import SpansConfig, SpanSet, best_span, most_context
+from encoder.models.hf.task import export_task, task_model
+from encoder.objectives.text_tasks import TERM
 from launch import finetune
-from tests.helpers.tasks import bpe, encoder_of, rows_of, write_rows, write_task
+from tests.helpers.hf import write_tokenizer_json
+from tests.helpers.tasks import bpe, drawn_task, encoder_of, rows_of, write_rows, write_task
 
 CONTEXT = (
     "Peter Blackburn rejects German lamb. He went to Brussels in 1996, and came back to London."
@@ -99,7 +106,6 @@ def test_a_model_that_knows_has_every_answer_of_the_text_itself(max_context):
 
 
 def test_the_loss_of_logits_is_that_of_torch():
-    import torch
     from torch.nn.functional import cross_entropy
 
     asked = encoded(SpansConfig(**SHORT))
@@ -207,6 +213,53 @@ def test_a_long_question_is_cut_and_a_window_too_small_is_refused():
     assert "1 question of dev longer than task.max_question_tokens 8: cut" in asked.notes()
     with pytest.raises(ConfigError, match="data.max_tokens is 18; needed: at least 19, for"):
         kind.check_length(18)
+
+
+def test_answers_are_those_of_transformers_pipeline(tmp_path):
+    import transformers
+
+    tokenizer_json = write_tokenizer_json(tmp_path / "tokenizer.json")
+    # without one of its own it gets the export's, which has the pair form
+    content = {**json.loads(tokenizer_json.read_text()), "post_processor": None}
+    tokenizer_json.write_text(json.dumps(content))
+    task = dataclasses.replace(
+        drawn_task("bert", kind="span"), tokenizer_json=tokenizer_json, max_tokens=60
+    )
+    export_task(task, tmp_path / "hf")
+
+    contexts = ["the cat sat", "a dog ran home at one", "no one was here, they say"]
+    given = [
+        {
+            "question": "who?",
+            "context": text,
+            "answers": {"text": ["a"], "answer_start": [text.index("a")]},
+        }
+        for text in contexts
+    ]
+    encoder = read_encoder(
+        tmp_path / "hf" / "tokenizer.json",
+        vocab_size=280,
+        max_tokens=60,
+        segments=True,
+        pairs=True,
+    )
+    kind = SpansConfig(max_question_tokens=16, overlap_tokens=4, candidates=60)
+    asked = kind.encode(rows_of(given), encoder, name="dev")
+    made = micro_batch(asked.examples, np.arange(len(contexts)), term=TERM)
+    with torch.no_grad():
+        logits = kind.objective.answers(task_model(task), made.batch).double().numpy()
+    answer = transformers.pipeline(
+        "question-answering", model=str(tmp_path / "hf"), device="cpu", max_seq_len=60
+    )
+    for line, row in zip(asked.lines(logits), given, strict=True):
+        theirs = answer(
+            question=row["question"],
+            context=row["context"],
+            doc_stride=4,
+            max_answer_len=30,
+            align_to_words=False,
+        )
+        assert line["answer"] == theirs["answer"].strip()
 
 
 TASK = ["task={kind: spans, max_question_tokens: 8, overlap_tokens: 6}", "data.test={}"]
