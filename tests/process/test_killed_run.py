@@ -38,7 +38,7 @@ phases:
 evaluation: {{sources: [{{path: {root}/held, name: held}}], every_tokens: 2K, rows: 3}}
 checkpoints: {{every_tokens: 1K, keep_last: 2}}
 engine: {{zero_stage: 2, precision: fp32}}
-loader: {{workers: 1}}
+loader: {{micro_batch_rows: 2, workers: 1}}
 """
 
 

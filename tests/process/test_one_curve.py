@@ -35,7 +35,7 @@ phases:
 evaluation: {{sources: [{{path: {root}/held, name: held}}], every_tokens: 1K, rows: 3}}
 checkpoints: {{every_tokens: 1K, keep_last: 9}}
 engine: {{precision: fp32}}
-loader: {{workers: 0}}
+loader: {{micro_batch_rows: 2, workers: 0}}
 """
 # (name, rows of a micro-batch, ZeRO stage, precision, ranks); 8 rows a step, 7 at the end: 4 micro-batches of 2 on one rank.
 # Every stage on every number of ranks is test_engine's; here is the loop around it
