@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         models = _named(args.models)
         questions = _questions(args)
         # imported here, so that --help and mistakes need no torch
+        from encoder.base.tables import as_markdown, as_text
         from encoder.tools.evaluation.evaluate import as_json, evaluate
-        from encoder.tools.evaluation.table import as_markdown, as_text, table
+        from encoder.tools.evaluation.table import table
 
         # a folder that cannot be written is told before the models are asked
         with _folder(args.out) as out:

@@ -52,6 +52,10 @@ All settings of `tessera embed EMBED.yaml`. Needed are `name`, `start_from`, `da
 `lr: {peak: 2e-5}`. Any of them can be put over the file's on the command line: `seed=3 lr.peak=3e-5`. What they mean together is
 told in [embedding.md](embedding.md).
 """
+_SWEEP_INTRO = """# The sweep file
+
+All settings of `tessera sweep SWEEP.yaml`. What they mean together is told in [sweeps.md](sweeps.md).
+"""
 _PREP_INTRO = """# The preparation file
 
 All settings of `data-prep prepare FILE.yaml` and `data-prep plan FILE.yaml`. `tessera new prep own_text` writes one to start from.
@@ -93,6 +97,7 @@ def pages() -> dict[str, str]:
     """File name -> text of each page."""
     from data_prep.config import PrepareConfig
     from encoder.finetune.config import FineTuneConfig
+    from encoder.finetune.sweeps.config import SweepConfig
     from encoder.models.catalog import PRESETS
     from encoder.runs.config import RunConfig
     from encoder.tools.embedding.config import EmbedConfig
@@ -102,6 +107,7 @@ def pages() -> dict[str, str]:
         "run_file.md": _page(RunConfig, _RUN_INTRO.replace("PRESETS", presets)),
         "task_file.md": _page(FineTuneConfig, _TASK_INTRO),
         "embed_file.md": _page(EmbedConfig, _EMBED_INTRO),
+        "sweep_file.md": _page(SweepConfig, _SWEEP_INTRO),
         "prep_file.md": _page(PrepareConfig, _PREP_INTRO),
     }
 

@@ -41,6 +41,9 @@ VERBS = {
     "finetune": Verb(
         "finetune", "train a model for a task on labelled rows", "finetune sentiment.yaml epochs=5"
     ),
+    "sweep": Verb(
+        "sweep", "fine-tune over a grid and seeds, with a table", "sweep rates.yaml --parallel 2"
+    ),
     "export": Verb("export_hf", "a Hugging Face folder of a run", "export runs/small hf/small"),
     "import": Verb(
         "import_hf",

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What all job scripts share; sourced once they know TESSERA_HOME. Sets TESSERA_PYTHON and `extra` (options of every srun);
-# `step_shape` counts the ranks.
+# `step_shape` counts the ranks, `array_parts` the parts of an array.
 fail() { # CODE TEXT...: one line, and out
     echo "error: ${*:2}" >&2
     exit "$1"
@@ -41,4 +41,14 @@ step_shape() { # sets nodes, per_node, cpus (of a rank), shape (srun's options o
     shape=(--nodes="$nodes" --export=ALL)
     ranks=(--ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node")
     if [ "$cpus" -ge 1 ]; then ranks+=(--cpus-per-task="$cpus"); else ranks+=(--overcommit); fi
+}
+
+array_parts() { # sets parts: of how many a job array is made
+    parts=${TESSERA_PARTS:-}
+    if [ -z "$parts" ]; then
+        parts=$SLURM_ARRAY_TASK_COUNT
+        # shellcheck disable=SC2153  # they are SLURM's
+        [ "$SLURM_ARRAY_TASK_MIN-$SLURM_ARRAY_TASK_MAX" = "1-$parts" ] ||
+            fail 2 "the array is not 1-N, so nobody knows of how many parts these are. Set it: TESSERA_PARTS=N sbatch --array=..."
+    fi
 }

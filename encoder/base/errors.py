@@ -32,6 +32,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model or run."""
 
 
+class BusyRun(CheckpointError):
+    """A run that another process is training at the moment."""
+
+
 class LedgerError(UserError):
     """A ledger that does not continue: the data or the settings changed under a run."""
 

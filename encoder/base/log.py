@@ -148,6 +148,11 @@ def warn_once(line: str) -> None:
         print_line(f"warning: {line}", sys.stderr)
 
 
+def forget_warnings() -> None:
+    """What was said once may be said again: another run begins in this process."""
+    _state.said.clear()
+
+
 def reader_has_left(stream: TextIO) -> bool:
     """Whether nobody reads the stream any more, as after `| head`, or when its terminal hung up."""
     try:

@@ -28,6 +28,7 @@ from encoder.engine.transfers import on_device
 from encoder.engine.zero.config import (
     EngineConfig,
     forget_former_groups,
+    forget_modules,
     import_deepspeed,
     initialize,
     zero_config,
@@ -335,6 +336,18 @@ class Engine:
                     self.on_forward()
         finally:
             self.module.train(training)
+
+    def close(self) -> None:
+        """Lets go of all memory: DeepSpeed's hooks, which no garbage collector sees, would hold it until the process ends.
+
+        No rank waits for another; safe after any error. Nothing may be asked of it afterwards.
+        """
+        # an error before it is what is told
+        with contextlib.suppress(Exception):
+            self._ds.destroy()
+        forget_modules()
+        for parameter in self.module.parameters():
+            parameter.grad = None
 
     def pieces(self) -> list[StateShard]:
         """All the state that lies on this rank, to be written to."""

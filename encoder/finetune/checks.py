@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from encoder.base.errors import CheckpointError, UserError
 from encoder.base.log import warn_once
 from encoder.base.schema import Mistakes, brief, read_mapping
@@ -15,12 +13,10 @@ from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.finetune.best import judge_of
 from encoder.finetune.config import FineTuneConfig, changed_settings
 from encoder.finetune.metrics import check_packages
-from encoder.finetune.prepare import read_start
-from encoder.finetune.stored import is_task, read_trained
+from encoder.finetune.prepare import read_start, start_of
 from encoder.runs.folder import CHECKPOINTS, EVENTS, RUN_FILE, read_jsonl
 from encoder.runs.foreign_files import check_folder
 from encoder.runs.same import ANEW, check_same_weights
-from encoder.runs.weights import read_model
 
 
 def check_task(task: FineTuneConfig) -> None:
@@ -108,7 +104,7 @@ def check_same_start(task: FineTuneConfig, checkpoint: Path) -> None:
             sha256,
             key="start_from",
             before=read_mapping(checkpoint / RUN_FILE).get("start_from"),
-            read=start_weights,
+            read=lambda path: start_of(path).model.weights,
         )
 
 
@@ -125,8 +121,3 @@ def check_first_start(task: FineTuneConfig, sha256: str) -> None:
             f"start_from {task.start_from} holds weights of SHA-256 {sha256[:16]}, this run began"
             f" with {str(begun[0])[:16]}. Name that model, {ANEW}"
         )
-
-
-def start_weights(path: Path) -> dict[str, Tensor]:
-    """Of a model, or of another fine-tuning: what `read_start` gives. Raises UserError."""
-    return read_trained(path).weights if is_task(path) else read_model(path).weights

@@ -44,7 +44,7 @@ from encoder.finetune.config import FineTuneConfig, changed_settings
 from encoder.finetune.kinds.contract import AskedSet, Decided
 from encoder.finetune.metrics import Scores
 from encoder.finetune.predict import KeptWeights, predicted, write_predictions, write_result
-from encoder.finetune.prepare import Prepared, Start, prepare, read_start
+from encoder.finetune.prepare import LastRows, Prepared, Start, prepare, read_start
 from encoder.finetune.rates import layer_factors
 from encoder.models.hf.catalog import export_blocker
 from encoder.models.with_task import TaskModel, first_weights
@@ -63,22 +63,38 @@ from encoder.train.session import Session
 from encoder.train.start import load_verified
 
 
-def finetune(task: FineTuneConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
+def finetune(
+    task: FineTuneConfig,
+    world: World,
+    *,
+    stop: StopFlag | None = None,
+    began: float | None = None,
+    last: LastRows | None = None,
+) -> Outcome:
     """Trains a task to its end, or until a signal or its time limit stops it; goes on from the newest checkpoint in `task.out`.
 
-    `stop`: a flag that listens already; None: one that listens from here to the end. Raises UserError.
+    Raises UserError.
+
+    task: what is trained
+    world: of this rank
+    stop: a flag that listens already; None: one that listens from here to the end
+    began: time of day (seconds, Unix) from which on all was for this run; None: its process began for it
+    last: rows that another run of this process has encoded
     """
     if stop is None:
         with StopFlag() as stop:
-            return finetune(task, world, stop=stop)
+            return finetune(task, world, stop=stop, began=began, last=last)
     outlive_readers()
+    clock = Clock(began=began or psutil.Process().create_time())
     with watched(world):
-        return _finetune(task, world, stop)
+        return _finetune(task, world, stop, clock, last)
 
 
-def _finetune(task: FineTuneConfig, world: World, stop: StopFlag) -> Outcome:
+def _finetune(
+    task: FineTuneConfig, world: World, stop: StopFlag, clock: Clock, last: LastRows | None
+) -> Outcome:
+    """As finetune, whose parameters these are."""
     folder = Path(task.out)
-    clock = Clock(began=psutil.Process().create_time())
     # what needs no data comes first: a mistake is told in seconds
     if done := done_already(folder, world):
         say_differences(task)
@@ -86,7 +102,7 @@ def _finetune(task: FineTuneConfig, world: World, stop: StopFlag) -> Outcome:
     check_task(task)
 
     start = read_start(task)
-    prepared = prepare(task, start)
+    prepared = prepare(task, start, last=last)
     task = prepared.task
     if has_begun(folder):
         _check_same_settings(task, folder / RUN_FILE, of=folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,13 +69,17 @@ def read_start(task: FineTuneConfig) -> Start:
             config=begun.model, weights={}, tokenizer_json=folder / TOKENIZER, origin=""
         )
         return Start(model=model, tokenizer_json=folder / TOKENIZER, resumes=True)
-    path = Path(task.start_from)
+    return start_of(Path(task.start_from))
+
+
+def start_of(path: Path) -> Start:
+    """What a fine-tuning from a run, a checkpoint or a folder begins with. Raises UserError."""
     if is_task(path):
         return _of_fine_tuning(read_trained(path))
     model = read_model(path)
     if model.tokenizer_json is None:
         raise ModelError(
-            f"start_from {task.start_from} has no {TOKENIZER}; needed: the one that the model was"
+            f"start_from {path} has no {TOKENIZER}; needed: the one that the model was"
             " trained with. Put it there."
         )
     _, specials = special_ids_of(model.tokenizer_json, error=ModelError)
@@ -133,8 +137,40 @@ class Prepared:
         return self.task.task.objective
 
 
-def prepare(task: FineTuneConfig, start: Start) -> Prepared:
-    """Reads and encodes all rows, and shapes the head. Raises UserError with file and row."""
+@dataclass(frozen=True, kw_only=True)
+class EncodedSets:
+    """All rows of a task, encoded."""
+
+    kind: TaskConfig  # whose labels are known
+    train: AskedSet
+    dev: list[AskedSet]
+    test: list[AskedSet]
+
+
+class LastRows:
+    """The rows that a process encoded last: its next run often has the same ones, as the points of a sweep do."""
+
+    def __init__(self) -> None:
+        self._of: Hashable = None
+        self._sets: EncodedSets | None = None
+
+    def sets(self, task: FineTuneConfig, encoder: TextEncoder, start: Start) -> EncodedSets:
+        """Those of a task, encoded anew where files, tokenizer or what is asked are others. Raises UserError."""
+        of = (*_identity(task, encoder), start.head and start.head.labels)
+        if self._sets is None or of != self._of:
+            self._sets = None
+            self._sets = _encode_all(task, encoder, start)
+            self._of = of
+        return self._sets
+
+
+def prepare(task: FineTuneConfig, start: Start, *, last: LastRows | None = None) -> Prepared:
+    """Reads and encodes all rows, and shapes the head. Raises UserError with file and row.
+
+    task: as it was read
+    start: its model
+    last: rows that another run of this process has encoded
+    """
     kind = task.task
     body = dataclasses.replace(start.model.config, **_known(task, start.model))
     if task.body is not None and task.body != body:
@@ -152,27 +188,47 @@ def prepare(task: FineTuneConfig, start: Start) -> Prepared:
         pairs=kind.pairs,
     )
 
-    train_rows = _rows(task, task.data.train)
+    sets = (last or LastRows()).sets(task, encoder, start)
+    task = dataclasses.replace(task, task=sets.kind, body=body)
+    return Prepared(
+        task=task,
+        head=head_shape(task, encoder.specials),
+        encoder=encoder,
+        train_set=sets.train,
+        dev=sets.dev,
+        test=sets.test,
+    )
+
+
+def _encode_all(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> EncodedSets:
+    """Rows of all files. Raises UserError with file and row."""
+    kind = task.task
+    train_rows = read_rows(Path(task.data.train), kind.columns)
     held_out: Rows | None = None
     if task.data.dev_share is not None:
         train_rows, held_out = held_out_rows(train_rows, share=task.data.dev_share)
     if kind.labels is None and (named := kind.labels_in(train_rows)):
         kind = dataclasses.replace(kind, labels=start.in_its_order(named))
-    task = dataclasses.replace(task, task=kind, body=body)
     train = kind.encode(train_rows, encoder, name="train")
     kind.check_training(train.examples, train_rows)
-    dev = _sets_of(task, task.data.dev, encoder)
+    dev = _sets_of(kind, task.data.dev, encoder)
     if held_out is not None:
         dev.append(kind.encode(held_out, encoder, name=HELD_OUT))
-
-    return Prepared(
-        task=task,
-        head=head_shape(task, encoder.specials),
-        encoder=encoder,
-        train_set=train,
+    return EncodedSets(
+        kind=kind,
+        train=train,
         dev=dev,
-        test=_sets_of(task, task.data.test, encoder),
+        test=_sets_of(kind, task.data.test, encoder),
     )
+
+
+def _identity(task: FineTuneConfig, encoder: TextEncoder) -> tuple[Hashable, ...]:
+    """By what the encoded rows of two tasks are known to be the same."""
+    rows = [task.data.train, *task.data.dev.values(), *task.data.test.values()]
+    paths = [*map(Path, rows), encoder.path]
+    stats = [path.stat() for path in paths if path.exists()]
+    files = tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
+    return (repr(task.task), repr(task.data), encoder.segments, str(encoder.path), files)
 
 
 def _known(task: FineTuneConfig, model: StoredModel) -> dict[str, float]:
@@ -186,11 +242,8 @@ def _known(task: FineTuneConfig, model: StoredModel) -> dict[str, float]:
     return task.dropout.of_body
 
 
-def _rows(task: FineTuneConfig, path: str) -> Rows:
-    return read_rows(Path(path), task.task.columns)
-
-
-def _sets_of(
-    task: FineTuneConfig, files: Mapping[str, str], encoder: TextEncoder
-) -> list[AskedSet]:
-    return [task.task.encode(_rows(task, path), encoder, name=name) for name, path in files.items()]
+def _sets_of(kind: TaskConfig, files: Mapping[str, str], encoder: TextEncoder) -> list[AskedSet]:
+    return [
+        kind.encode(read_rows(Path(path), kind.columns), encoder, name=name)
+        for name, path in files.items()
+    ]

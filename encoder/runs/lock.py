@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from encoder.base.errors import CheckpointError
+from encoder.base.errors import BusyRun
 from encoder.base.locks import Busy, NoLocks, open_lock, take_lock
 from encoder.base.log import say, warn_once
 from encoder.base.stopping import launchers_above
@@ -74,7 +74,7 @@ def lock_folder(folder: Path, env: Mapping[str, str] = os.environ) -> RunLock:
 
     Waits, aloud, for a start that is leaving: it was asked to, or its launcher is gone. An earlier start of the same
     SLURM job that still holds it, on a node that was cut off, is passed by: its incarnation keeps it from saving.
-    Raises CheckpointError for any other.
+    Raises BusyRun for any other.
     """
     lock = RunLock(
         folder,
@@ -117,7 +117,7 @@ def lock_folder(folder: Path, env: Mapping[str, str] = os.environ) -> RunLock:
 
             if not _is_leaving(other):
                 lock.close()
-                raise CheckpointError(
+                raise BusyRun(
                     f"another start of this run is training in {folder}. "
                     "Wait for it, end it, or set another out."
                 ) from error

@@ -119,6 +119,9 @@ def train_course(
                 return trainer.train(stop)
             finally:
                 trainer.close()
+                # a rank that others have left ends at once
+                if not watchdog.peer_failed:
+                    started.engine.close()
     finally:
         if joined:
             leave(peer_failed=watchdog.peer_failed)

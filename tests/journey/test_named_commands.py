@@ -121,8 +121,18 @@ epochs: 1
 lr: 1.0e-3
 device: cpu
 """
+# two points each, of which the second starts no process
+SWEEP = """
+base: sentiment.yaml
+grid: {lr.peak: [1.0e-3, 2.0e-3]}
+"""
+AFTER = """
+base: sentiment.yaml
+after: mnli.yaml
+"""
 WORDS = {
     "TASK.yaml": "sentiment.yaml",
+    "SWEEP.yaml": "rates.yaml",
     "configs/finetune/sentiment.yaml": "sentiment.yaml",
     "RUN.yaml": "run.yaml",
     "SOURCE": "runs/small",
@@ -190,6 +200,8 @@ def workspace(tmp_path_factory):
     made_elsewhere()
     Path("run.yaml").write_text(RUN)
     Path("sentiment.yaml").write_text(TASK)
+    for name, text in (("rates", SWEEP), ("mnli", SWEEP), ("rte", AFTER)):
+        Path(f"{name}.yaml").write_text(text)
     rows = [{"text": f"{words[n]} {words[n % 7]}", "label": n % 2} for n in range(40)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     done, _ = [

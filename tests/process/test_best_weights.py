@@ -14,7 +14,7 @@ from encoder.engine.checkpoint.folder import committed_folders
 from encoder.engine.checkpoint.read import read_progress, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
-from encoder.finetune.stored import read_trained
+from encoder.finetune.stored import read_trained, unfinished_text
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.weights.export import export_run
 from tests.helpers.tasks import write_start, write_task
@@ -111,6 +111,10 @@ def test_another_model_to_start_from_is_refused_before_and_after_the_first_save(
         run_ranks(train, 1, root=str(root), out="begun", settings=other)
     assert run_ranks(train, 1, root=str(root), out="begun", settings=never) == [True]
 
+    assert unfinished_text(root / "begun") is None
     (root / "begun" / "done.json").unlink()
+    assert "begun is not trained to its end: step 12, 2 of 2 epochs" in unfinished_text(
+        root / "begun"
+    )
     with pytest.raises(AssertionError, match="start_from .* holds weights of SHA-256"):
         run_ranks(train, 1, root=str(root), out="begun", settings=other)

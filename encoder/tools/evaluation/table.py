@@ -58,20 +58,3 @@ def _measures(models: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[str,
         if name in names:
             found[name] = words
     return found
-
-
-def as_text(rows: list[list[str]]) -> str:
-    """Aligned columns for a terminal."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
-    return "\n".join(lines)
-
-
-def as_markdown(rows: list[list[str]]) -> str:
-    """The same as a table of a README."""
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body]) + "\n"

@@ -18,6 +18,7 @@ SCRIPTS = {
     "check": ["run.yaml"],
     "prep_array": ["prep.yaml"],
     "export": ["run", "hf"],
+    "sweep_array": ["sweep.yaml"],
 }
 SCONTROL = """#!/bin/sh
 case "$*" in
@@ -97,7 +98,8 @@ def spool(tmp_path) -> Spool:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_job_finds_the_repository_that_its_script_was_submitted_from(spool, name):
     done = spool.run(name)
-    program = {"prep_array": "data_prep", "export": "export_hf.py"}.get(name, "doctor.py")
+    programs = {"prep_array": "data_prep", "export": "export_hf.py", "sweep_array": "sweep.py"}
+    program = programs.get(name, "doctor.py")
     [step] = [step for step in spool.steps() if any(program in word for word in step)]
     if name != "prep_array":
         assert f"{spool.home}/launch/{program}" in step, done.stderr
@@ -181,3 +183,27 @@ def test_a_look_at_the_nodes_that_runs_out_of_time_says_what_gives_it_more(spool
             ends[-1]["cause"] == "crash"
             and "was not done after 1 s, TESSERA_PREFLIGHT_SECONDS gives it 1" in ends[-1]["why"]
         )
+
+
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "2",
+    "SLURM_ARRAY_TASK_COUNT": "3",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_MAX": "3",
+}
+
+
+@pytest.mark.parametrize("name", ["prep_array", "sweep_array"])
+def test_a_task_of_an_array_takes_its_part(spool, name):
+    spool.run(name, **ARRAY)
+    assert spool.steps()[0][-2:] == ["--part", "2/3"]
+    assert (
+        "TESSERA_PARTS=N" in Spool.run(spool, name, **{**ARRAY, "SLURM_ARRAY_TASK_MIN": "2"}).stderr
+    )
+
+
+@pytest.mark.parametrize("code, tries", [(0, 1), (1, 3), (2, 1), (143, 1)])
+def test_a_sweep_is_tried_again_only_where_a_process_died(spool, code, tries):
+    done = spool.run("sweep_array", TESSERA_TRIES="3", SRUN_CODE=str(code))
+    assert (done.returncode, len(spool.steps())) == (code, tries)
+    assert all("--part" not in step for step in spool.steps())
