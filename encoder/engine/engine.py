@@ -338,7 +338,7 @@ class Engine:
             self.module.train(training)
 
     def close(self) -> None:
-        """Lets go of all memory: DeepSpeed's hooks, which no garbage collector sees, would hold it until the process ends.
+        """Lets go of memory: DeepSpeed's hooks, which no garbage collector sees, would hold it for good; stage 3 still does.
 
         No rank waits for another; safe after any error. Nothing may be asked of it afterwards.
         """
