@@ -289,6 +289,8 @@ def _fit(
         trainer.remove_callback(PrinterCallback)
         model.train()
         trainer.train()
+        # else its autocast stays in the model, and the folder would be compared in bf16
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     model.eval()
     return losses, int(trainer.state.global_step)
 

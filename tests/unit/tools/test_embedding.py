@@ -202,6 +202,13 @@ def test_a_start_is_measured_as_it_is_and_the_trained_folder_has_a_tab(place, ca
     assert opened.sentence_transformers and len(similarity(opened, "ada\nbob").cosines) == 2
 
 
+def test_a_model_trained_in_bf16_is_written_and_reads_back_in_fp32(place):
+    words = ["precision=bf16", "epochs=1", "tfidf=false", f"out={place}/half"]
+    assert embed.main([str(place / "embed.yaml"), *words]) == 0
+    result = json.loads((place / "half" / "result.json").read_text())
+    assert result["read_back_difference"] < 1e-5
+
+
 def test_pairs_of_a_file_are_trained_on_without_an_evaluation(place, capsys):
     rows = [{"anchor": f"{w}?", "positive": f"of {w}", "negative": "of no one"} for w in WORDS]
     write_rows(place / "pairs.jsonl", rows)
