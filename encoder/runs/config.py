@@ -217,7 +217,7 @@ class ProbeConfig:
     test: LocalText  # to be asked
     text: str = "text"  # the column of the text
     label: str = "label"  # of the label
-    most_rows: int = 2000  # of each file, the first
+    most_rows: int = 2000  # of each file, drawn where it has more
     max_tokens: int = 128  # of a text, [CLS] and [SEP] included; the rest is cut off
 
     def __post_init__(self) -> None:

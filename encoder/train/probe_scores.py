@@ -37,16 +37,19 @@ class LabelledTexts:
 
 
 def read_labelled(path: Path, *, text: str, label: str, most: int | None = None) -> LabelledTexts:
-    """The first rows of a file; a label is its word. Raises DataError.
+    """Rows of a file in their order; a label is its word. Raises DataError.
 
     path: .jsonl, .csv, .tsv, .parquet or .arrow
     text, label: the columns
-    most: rows that are kept; None: all
+    most: rows that are kept, drawn: a file may be sorted by its labels; None: all
     """
     rows = read_rows(path, [text, label])
+    if most is not None and most < len(rows):
+        drawn = generator(0, "probe rows").permutation(len(rows))[:most]
+        rows = rows.some(sorted(drawn.tolist()))
     texts = list(texts_of(rows, text))
     labels = [label_name(value, rows, row) for row, value in enumerate(rows.columns[label])]
-    return LabelledTexts(texts=texts[:most], labels=labels[:most])
+    return LabelledTexts(texts=texts, labels=labels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ Each rank embeds its share of the texts, as the mean of their last states. Rank 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from encoder.base.agreement import all_ranks_agree
 from encoder.base.batch import TokenBatch
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import ConfigError, UserError
@@ -73,15 +75,10 @@ def probe_numbers(
     for probe in probes:
         states_NC = _embedded(probe.examples, engine, world=world, run=run)
         accuracy = torch.zeros((), dtype=torch.float64, device=engine.device)
-        if world.first:
-            cut = len(probe.train_labels)
-            accuracy += linear_probe(
-                states_NC[:cut],
-                probe.train_labels,
-                states_NC[cut:],
-                probe.test_labels,
-                seed=run.seed,
-            )
+        # an error of rank zero ends all ranks, which else would wait for it
+        with all_ranks_agree(world):
+            if world.first:
+                accuracy += _accuracy(probe, states_NC, seed=run.seed)
         # zero on the other ranks
         numbers[f"probe_{probe.name}"] = float(sum_over_ranks(accuracy))
     return numbers
@@ -148,6 +145,16 @@ def _read(probe: ProbeConfig, number: int, run: RunConfig, facts: DataFacts) -> 
         ),
         train_labels=train.labels,
         test_labels=test.labels,
+    )
+
+
+def _accuracy(probe: ProbeTexts, states_NC: Tensor, *, seed: int) -> float:
+    """On the test texts; nan where the states of a broken model are no numbers."""
+    if not states_NC.isfinite().all():
+        return math.nan
+    cut = len(probe.train_labels)
+    return linear_probe(
+        states_NC[:cut], probe.train_labels, states_NC[cut:], probe.test_labels, seed=seed
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from encoder.runs.folder import LEDGER, METRICS, read_jsonl
 from encoder.tools import notebook
 from encoder.tools.evaluation.features import layer_features, text_documents
 from encoder.tools.report.report import write_report
+from encoder.train import probes
 from encoder.train.pretraining import pretrain
-from encoder.train.probe_scores import linear_probe, majority, probe_layers
+from encoder.train.probe_scores import linear_probe, majority, probe_layers, read_labelled
+from encoder.train.probes import ProbeTexts
 from encoder.train.watchdog import Watchdog
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks
@@ -117,6 +122,31 @@ def test_the_last_number_is_that_of_an_evaluation_of_the_checkpoint(root):
     assert f"{scores.linear[-1].test:.2%}" in page
 
 
+def test_a_broken_model_has_no_number_and_an_error_of_rank_zero_is_everybodys(monkeypatch):
+    examples = SimpleNamespace(__len__=lambda self: 6)
+    probe = ProbeTexts(
+        name="p", examples=examples, train_labels=["a", "b"] * 2, test_labels=["a", "b"]
+    )
+    broken = torch.full((6, 4), math.nan)
+    monkeypatch.setattr(probes, "_embedded", lambda *_args, **_named: broken)
+    run, engine = SimpleNamespace(seed=1), SimpleNamespace(device=torch.device("cpu"))
+    found = probes.probe_numbers([probe], engine, world=World(), run=run)
+    assert math.isnan(found["probe_p"])
+
+    entered = []
+    monkeypatch.setattr(probes, "all_ranks_agree", lambda world: noted(entered))
+    monkeypatch.setattr(probes, "_accuracy", lambda *_args, **_named: entered.append("fit") or 0.5)
+    assert probes.probe_numbers([probe], engine, world=World(), run=run) == {"probe_p": 0.5}
+    assert entered == ["in", "fit", "out"]
+
+
+@contextlib.contextmanager
+def noted(entered: list[str]):
+    entered.append("in")
+    yield
+    entered.append("out")
+
+
 def test_a_regression_finds_what_is_there_and_the_commonest_label_is_no_find():
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(300, 8, generator=draw)
@@ -126,6 +156,17 @@ def test_a_regression_finds_what_is_there_and_the_commonest_label_is_no_find():
     assert linear_probe(x[:200], shuffled, x[200:], labels[200:], seed=1) < 0.75
     share = labels[200:].count("a") / 100
     assert majority(labels[:200], labels[200:]) == pytest.approx(share)
+
+
+def test_of_a_file_that_is_sorted_by_labels_all_labels_are_drawn(tmp_path):
+    rows = [{"text": f"t{number}", "label": "ab"[number >= 500]} for number in range(1000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    some = read_labelled(tmp_path / "rows.jsonl", text="text", label="label", most=100)
+    assert len(some.texts) == 100 and 30 < some.labels.count("a") < 70
+    numbers = [int(text[1:]) for text in some.texts]
+    assert numbers == sorted(numbers)
+    whole = read_labelled(tmp_path / "rows.jsonl", text="text", label="label")
+    assert len(whole.texts) == 1000
 
 
 @pytest.mark.parametrize(

@@ -181,8 +181,8 @@ class TrainedTask:
     problem: str | None  # transformers' problem_type, where its class has one
     origin: str
     facts: dict[str, str] = field(default_factory=dict)  # of the training, for the card
-    # by data set: metric -> value
-    results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # by data set: metric -> value; None where it was no finite number
+    results: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def export_task(task: TrainedTask, out: Path) -> dict[str, Proof]:
@@ -410,7 +410,11 @@ def _write_card(
         {
             "task": {"type": form.pipeline},
             "dataset": {"name": name, "type": name},
-            "metrics": [{"type": metric, "value": value} for metric, value in numbers.items()],
+            "metrics": [
+                {"type": metric, "value": value}
+                for metric, value in numbers.items()
+                if value is not None
+            ],
         }
         for name, numbers in task.results.items()
     ]
@@ -428,7 +432,7 @@ def _write_card(
         "outputs": ", ".join(task.labels) if task.labels else form.outputs,
     }
     measured = [
-        [name, metric, f"{value:.4f}"]
+        [name, metric, "not finite" if value is None else f"{value:.4f}"]
         for name, numbers in task.results.items()
         for metric, value in numbers.items()
     ]

@@ -100,7 +100,8 @@ def draw(runs: Sequence[Curves]) -> bytes:
         axis.set_xlabel("tokens seen", fontsize=8)
         axis.set_ylabel(unit, fontsize=8)
         axis.tick_params(labelsize=8)
-        if key != "loss":  # losses differ by less than their distance from zero
+        # losses differ by less than their distance from zero, a correlation may lie below it
+        if key not in ("loss", "score"):
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))

@@ -10,6 +10,7 @@ from typing import Any
 from encoder.base.schema import read_mapping
 from encoder.base.units import short_count
 from encoder.finetune.config import FineTuneConfig, task_of
+from encoder.finetune.metrics import LOWER_IS_BETTER
 from encoder.finetune.stored import is_task
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.runs.about import (
@@ -92,8 +93,12 @@ def _of_task(
     """
     name = next(iter(task.data.dev_names), "")
     last = _last_with(f"{name}_loss", metrics)
-    scores = [key for key in last if key.startswith(f"{name}_") and key != f"{name}_loss"]
+    # of this set alone: a set dev_b has names that begin alike
+    scores = [key for metric in task.task.metric_names() if (key := f"{name}_{metric}") in last]
     score = scores[0] if scores else f"{name}_score"
+    unit = "1 is the best"
+    if score.removeprefix(f"{name}_") in LOWER_IS_BETTER:
+        unit = "lower is better"
     results: dict[str, Any] = {key: last[key] for key in (f"{name}_loss", *scores) if key in last}
     # at the end all sets were asked
     for measured, numbers in done.get("results", {}).items():
@@ -105,10 +110,10 @@ def _of_task(
         evaluated=Evaluated(
             loss=f"{name}_loss",
             loss_title="loss of the task",
-            loss_unit="mean over examples",
+            loss_unit=f"mean over {task.task.COUNTED}",
             score=score,
             score_title=_shown(score),
-            score_unit="1 is the best",
+            score_unit=unit,
             set_name=name or "no set",
         ),
         vocab_size=None,

@@ -55,6 +55,16 @@ def test_other_heads_have_their_classes_and_are_proven_at_every_token(tmp_path, 
     assert f"pipeline_tag: {form.pipeline}" in card and form.usage in card
 
 
+def test_a_result_that_is_no_finite_number_is_said(tmp_path):
+    task = ready(tmp_path, "distilbert")
+    broken = dataclasses.replace(task, results={"dev": {"loss": None, "accuracy": 0.5}})
+    export_task(broken, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| dev | loss | not finite |" in card and "| dev | accuracy | 0.5000 |" in card
+    head = card.split("---")[1]
+    assert "accuracy" in head and "type: loss" not in head
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [("bert", "head.dense"), ("roberta", "classifier"), ("distilbert", "head.dense")],
