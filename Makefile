@@ -26,8 +26,7 @@ $(STAMP): pyproject.toml configs/constraints.txt
 demo: install
 	@$(BIN)/python launch/demo.py
 
-# files of tests side by side, one a core and one more, each file's tests in one process and in their order;
-# the longest are among the first;
+# files of tests side by side, one a core, each file's tests in one process and in their order; the longest are among the first;
 # some hundred processes compile our modules once, not each (0.3 s), whatever the environment says
 test: install
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -24,8 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # a plain pytest serves without pytest-xdist
 def pytest_xdist_auto_num_workers() -> int | None:
-    """A process for each core, one more that works while others wait, as tests of hangs and kills do for a fifth of
-    their time; each with 3 GiB of memory. At most 12: then the longest file takes longer than the rest.
+    """A process for each core and 3 GiB of memory, at most 12: then the longest file takes longer than the rest.
+
+    One more, which would work while tests of hangs and kills wait, made tests of slow links fail.
 
     0: all in this process. None, where the environment has PYTEST_XDIST_AUTO_NUM_WORKERS: as many as that says.
     """
@@ -36,7 +37,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
     )
     import psutil
 
-    workers = min(cores + 1, psutil.virtual_memory().available // (3 * 2**30), 12)
+    workers = min(cores, psutil.virtual_memory().available // (3 * 2**30), 12)
     return workers if workers > 1 else 0
 
 
