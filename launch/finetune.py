@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         from encoder.finetune.config import read_task
         from encoder.finetune.plan import plan_lines
 
-        print("\n".join(plan_lines(read_task(args.task, args.overrides))))
+        for line in plan_lines(read_task(args.task, args.overrides)):
+            print(line)
 
     if args.dry_run:
         return run_command(plan)

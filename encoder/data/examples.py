@@ -67,6 +67,21 @@ class Examples:
         return np.diff(self.starts_N1)
 
     @property
+    def document_lengths_D(self) -> np.ndarray:
+        """Tokens of each document: of an example, or of each of its choices."""
+        places = self.places
+        if places is None or not places.documents:
+            return self.lengths_N
+        first_D = np.repeat(self.starts_N1[:-1], np.diff(places.starts_N1)) + places.token_P
+        return np.diff(first_D, append=self.starts_N1[-1])
+
+    def documents_of(self, numbers_M: np.ndarray) -> np.ndarray:
+        """Documents of some examples, in their order: int64."""
+        if self.places is None or not self.places.documents:
+            return numbers_M
+        return self.places.of(numbers_M)
+
+    @property
     def asked(self) -> int:
         """What a loss over all of them is divided by."""
         each = self.places is not None and not self.places.grouped

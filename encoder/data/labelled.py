@@ -52,17 +52,17 @@ class Rows:
         return f"{self.path} {self.word} {self.numbers[row]:,}"
 
 
-def held_out_rows(rows: Rows, *, share: float) -> tuple[Rows, Rows]:
-    """(the others, about such a share of them); equal rows are on one side, wherever they stand. Raises DataError.
+def held_out_rows(rows: Rows, *, share: float, by: Sequence[str]) -> tuple[Rows, Rows]:
+    """(the others, about such a share of them); rows that are equal in `by` are on one side. Raises DataError.
 
     rows: of a file
     share: above 0, below 1
+    by: columns
     """
-    names = [*rows.columns]
     kept: list[int] = []
     held_out: list[int] = []
     for row in range(len(rows)):
-        said = json.dumps([rows.columns[name][row] for name in names], default=str)
+        said = json.dumps([rows.columns[name][row] for name in by], default=str)
         number = int.from_bytes(blake2b(said.encode(), digest_size=8).digest(), "little")
         # a row is held out where its hash, as a fraction of all, is below the share
         side = held_out if number < share * 2**64 else kept
@@ -70,7 +70,8 @@ def held_out_rows(rows: Rows, *, share: float) -> tuple[Rows, Rows]:
     if not kept or not held_out:
         raise DataError(
             f"{rows.path}: of {len(rows):,} rows a share of {share:g} is {len(held_out):,}; needed:"
-            " at least one on either side. Give more rows, or another dev_share."
+            f" at least one on either side. Give more rows that differ in {', '.join(by)}, or another"
+            " dev_share."
         )
     return rows.some(kept), rows.some(held_out)
 
@@ -131,6 +132,10 @@ def _delimited(path: Path, columns: Sequence[str], **form: Any) -> Rows:
         reader = csv.reader(file, strict=True, **form)
         try:
             header = next(reader, [])
+            if not header:
+                raise DataError(
+                    f"{path} is empty, or its first line is; needed: column names, then rows."
+                )
             places = _places(path, header, columns)
             for cells in reader:
                 if not cells:
@@ -152,7 +157,16 @@ def _places(path: Path, header: list[str], columns: Sequence[str]) -> dict[str, 
     for name in columns:
         if name not in header:
             raise DataError(f"{path} has no column {name}. {_other_separator(header, name)}")
+        _refuse_twice(path, header, name)
     return {name: header.index(name) for name in columns}
+
+
+def _refuse_twice(path: Path, header: Sequence[str], name: str) -> None:
+    """A column that is read stands once. Raises DataError."""
+    if header.count(name) > 1:
+        raise DataError(
+            f"{path} has {header.count(name)} columns called {name}; needed: one. Rename the others."
+        )
 
 
 def _other_separator(header: list[str], name: str) -> str:
@@ -204,6 +218,7 @@ def _table(path: Path, columns: Sequence[str], read: Callable[[], Any]) -> Rows:
         for name in columns:
             if name not in table.column_names:
                 raise DataError(f"{path} has no column {name}. {nearest(name, table.column_names)}")
+            _refuse_twice(path, table.column_names, name)
         found = {name: table.column(name).to_pylist() for name in columns}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
@@ -231,6 +246,8 @@ def _conll(path: Path, columns: Sequence[str]) -> Rows:
             if not rows[-1]:
                 numbers.append(number)
             rows[-1].append(cells)
+    if not numbers:
+        raise DataError(f"{path} is empty; needed: a word with its columns on each line.")
     header = ["words", *(str(k + 1) for k in range(1, width - 1)), "tags"][:width]
     by_number = [str(k + 1) for k in range(width)]
     found = {}

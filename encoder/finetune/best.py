@@ -21,7 +21,7 @@ from encoder.base.units import Progress
 from encoder.engine.checkpoint.folder import tokens_of
 from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.finetune.config import FineTuneConfig, one_of_dev
-from encoder.finetune.metrics import LOWER_IS_BETTER
+from encoder.finetune.metrics import CHOSEN, LOWER_IS_BETTER
 from encoder.runs.folder import CHECKPOINTS
 
 
@@ -62,12 +62,17 @@ def one_of_metrics(name: str | None, metrics: Sequence[str], *, key: str) -> str
     """The metric of this name, or the loss; without a name the first. Raises ConfigError.
 
     name: as it was given
-    metrics: that are measured
+    metrics: that are measured; what is chosen on a dev set judges nothing
     key: of the setting, for messages
     """
-    name = name or metrics[0]
-    if name not in (*metrics, "loss"):
-        raise ConfigError(f"{key} is {name}. {nearest(name, [*metrics, 'loss'])}")
+    judges = [*(metric for metric in metrics if metric not in CHOSEN), "loss"]
+    name = name or judges[0]
+    if name in CHOSEN:
+        raise ConfigError(
+            f"{key} is {name}, which is chosen and measures nothing; needed: {' or '.join(judges)}."
+        )
+    if name not in judges:
+        raise ConfigError(f"{key} is {name}. {nearest(name, judges)}")
     return name
 
 
@@ -110,7 +115,8 @@ class BestKeeper:
         return {"best": dataclasses.asdict(self.best), "stands_on_tokens": [self.best.tokens]}
 
     def take_up(self, saved: Mapping[str, Any]) -> None:
-        """What `to_plain` gave to the checkpoint that the run goes on from."""
+        """What `to_plain` gave to the checkpoint that the run goes on from; nothing where it had no best yet."""
+        self.best = None
         if saved.get("best") is not None:
             self.best = from_mapping(Best, saved["best"], where="best of the checkpoint")
 

@@ -33,6 +33,7 @@ from encoder.runs.config import TrackingConfig
 from encoder.runs.faults import FaultConfig
 
 HELD_OUT = "dev"  # the name of what data.dev_share holds out
+MOST_EPOCHS = 1_000_000  # between two evaluations or checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class LabelledDataConfig:
     dev: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
     # name -> file, evaluated once, at the end
     test: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
-    # of the training rows, held out as a data set called dev: by what a row says, so that equal rows stay together
+    # of the training rows, held out as a data set called dev: by their texts, so that rows of one text stay together
     dev_share: float | None = None
     max_tokens: int = 512  # of an example; a longer one is cut at its end, and counted
 
@@ -93,6 +94,14 @@ class DropoutConfig:
         return {name: value for name, value in given.items() if value is not None}
 
 
+def check_every_epochs(every_epochs: float) -> None:
+    """How often something is done. Raises ConfigError."""
+    if not 0 < every_epochs <= MOST_EPOCHS:
+        raise ConfigError(
+            f"every_epochs {every_epochs:g} must be above 0, at most {MOST_EPOCHS:,}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """When the dev sets are asked, and which weights a run ends with."""
@@ -106,8 +115,7 @@ class EvaluateConfig:
     of: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.every_epochs > 0:
-            raise ConfigError(f"every_epochs {self.every_epochs:g} must be above 0.")
+        check_every_epochs(self.every_epochs)
         given = [key for key in ("metric", "of") if getattr(self, key) is not None]
         if self.keep == "last" and given:
             raise ConfigError(
@@ -124,11 +132,9 @@ class TaskCheckpointConfig:
     background: bool = True  # written while training goes on
 
     def __post_init__(self) -> None:
-        if not self.every_epochs > 0 or self.keep_last < 1:
-            raise ConfigError(
-                f"every_epochs {self.every_epochs:g} must be above 0, keep_last {self.keep_last} at"
-                " least 1."
-            )
+        check_every_epochs(self.every_epochs)
+        if self.keep_last < 1:
+            raise ConfigError(f"keep_last {self.keep_last} must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ def _finetune(
     prepared = prepare(task, start, last=last)
     task = prepared.task
     if has_begun(folder):
-        _check_same_settings(task, folder / RUN_FILE, of=folder)
+        check_same_settings(task, folder / RUN_FILE, of=folder)
 
     device = build.choose_device(task, world)
     precise = dataclasses.replace(
@@ -118,7 +118,12 @@ def _finetune(
     return train_course(course, world, device, clock=clock, stop=stop)
 
 
-def _check_same_settings(task: FineTuneConfig, path: Path, *, of: Path) -> None:
+def check_same_settings(task: FineTuneConfig, path: Path, *, of: Path) -> None:
+    """What decides the curve is as in the run file of a run folder or a checkpoint. Raises UserError.
+
+    task: that goes on
+    path, of: the run file, and what it lies in
+    """
     refuse_changes(changed_settings(read_mapping(path), task), of=str(of), out=task.out)
 
 
@@ -200,7 +205,7 @@ class FineTuning:
 
     def check_same(self, checkpoint: Path) -> None:
         """By settings, and by the encoded rows."""
-        _check_same_settings(self.run, checkpoint / RUN_FILE, of=checkpoint)
+        check_same_settings(self.run, checkpoint / RUN_FILE, of=checkpoint)
         if self._world.first:
             check_same_start(self.run, checkpoint)
         saved = read_progress(checkpoint)[1].get("examples_sha256")
@@ -277,6 +282,10 @@ class FineTuning:
                 "no dev set: what the model learns is not measured. Add data.dev,"
                 " or data.dev_share: 0.1"
             )
+        lines += [
+            f"no dev set chooses {name}: test sets are measured at {value:g}. Name one as task.{name}"
+            for name, value in self._undecided().items()
+        ]
         return lines
 
     def origin_lines(self) -> list[str]:
@@ -439,7 +448,7 @@ class FineTuning:
         """Predictions of all dev and test sets, in the order of their rows, and result.json."""
         folder = Path(self.run.out)
         results: dict[str, Scores] = {}
-        decided: Decided | None = None
+        decided: Decided | None = self._undecided() or None
         kept = self._take_kept(engine, progress)
         for asked in self.prepared.dev:
             logits_PK = self._predicted(engine, asked.examples)
@@ -453,6 +462,12 @@ class FineTuning:
                 write_result(folder, self.run, self.prepared.train, results, kept=kept)
         self._say_end(results)
         return {"results": {name: measured.plain() for name, measured in results.items()}}
+
+    def _undecided(self) -> Decided:
+        """What test sets take as given, for want of a dev set; they never choose it themselves."""
+        if self.prepared.dev or not self.prepared.test:
+            return {}
+        return self.prepared.test[0].undecided()
 
     def _tell(
         self,

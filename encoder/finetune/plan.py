@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,20 +12,32 @@ import torch
 from encoder.base.rng import generator
 from encoder.base.units import counted, short_count
 from encoder.base.world import World
-from encoder.finetune.checks import check_task
+from encoder.engine.checkpoint.read import newest_checkpoint
+from encoder.finetune.checks import check_first_start, check_task, say_differences
 from encoder.finetune.config import FineTuneConfig
-from encoder.finetune.course import FineTuning
+from encoder.finetune.course import FineTuning, check_same_settings
 from encoder.finetune.kinds.contract import AskedSet
-from encoder.finetune.prepare import Prepared, prepare, read_start
+from encoder.finetune.prepare import Prepared, Start, prepare, read_start
+from encoder.runs.folder import CHECKPOINTS, RUN_FILE
+from encoder.runs.initial import weights_sha256
+from encoder.runs.same import has_begun
+from encoder.train.loop import done_already
 
 
 def plan_lines(task: FineTuneConfig) -> list[str]:
-    """Its sets, its steps, what packing saves, its rates, and what did not fit. Raises UserError as the run would."""
+    """Its sets, its steps, what packing saves, its rates, and what did not fit. Raises UserError as the run would.
+
+    None of a finished run, which is said as the run would.
+    """
+    if done_already(Path(task.out), World()):
+        say_differences(task)
+        return []
     check_task(task)
     start = read_start(task)
     prepared = prepare(task, start)
     task = prepared.task
     course = FineTuning(prepared, world=World(), device=torch.device("cpu"), start=start)
+    _check_goes_on(course, start)
     begun = f"nothing was written; the run folder would be {task.out}"
     if start.resumes:
         begun = f"nothing was written; {task.out} has begun, and would go on"
@@ -46,13 +59,30 @@ def plan_lines(task: FineTuneConfig) -> list[str]:
     ]
 
 
+def _check_goes_on(course: FineTuning, start: Start) -> None:
+    """Where a run has begun, it may go on with these settings, rows and weights. Raises UserError as the run would."""
+    folder = Path(course.run.out)
+    if not has_begun(folder):
+        return
+    check_same_settings(course.run, folder / RUN_FILE, of=folder)
+    newest = newest_checkpoint(folder / CHECKPOINTS)
+    if newest is not None:
+        course.check_same(newest)
+    elif not start.resumes:
+        check_first_start(course.run, weights_sha256(start.model.weights))
+
+
 def _set_line(asked: AskedSet, *, counts: str) -> str:
     examples = asked.examples
-    lengths = examples.lengths_N
+    lengths = examples.document_lengths_D
     asked_text = "" if counts == "examples" else f"; {examples.asked:,} {counts}"
+    documents = ""
+    if len(lengths) != len(examples):
+        documents = f" in {len(lengths):,} documents"
     return (
         f"{examples.name}: {counted(len(examples), 'example')}, {short_count(len(examples.ids_A))}"
-        f" tokens, {np.median(lengths):.0f} at the median, {lengths.max():,} at most{asked_text}"
+        f" tokens{documents}, {np.median(lengths):.0f} at the median, {lengths.max():,} at most"
+        f"{asked_text}"
     )
 
 
@@ -65,8 +95,9 @@ def _step_lines(prepared: Prepared) -> Iterator[str]:
         f" {counted(task.epochs, 'epoch')} of {steps:,}"
     )
     order = generator(task.seed, "examples", 0).permutation(len(train))
-    lengths = train.lengths_N[order]
-    parts = np.array_split(lengths, range(batch, len(lengths), batch))
+    lengths = train.document_lengths_D
+    batches = np.array_split(order, range(batch, len(order), batch))
+    parts = [lengths[train.documents_of(numbers)] for numbers in batches]
     by_batch = sum(int(part.max()) * len(part) for part in parts)
     whole = int(lengths.sum())
     yield (

@@ -56,6 +56,7 @@ class Start:
         return (
             self.head is not None
             and self.head.kind == task.HEAD
+            and self.head.problem == task.PROBLEM
             and self.head.labels == task.labels
         )
 
@@ -106,7 +107,12 @@ def _of_fine_tuning(trained: TrainedTask) -> Start:
         ),
         tokenizer_json=trained.tokenizer_json,
         resumes=False,
-        head=TaskHead(kind=trained.head.kind, labels=trained.labels, weights={}),
+        head=TaskHead(
+            kind=trained.head.kind,
+            labels=trained.labels,
+            weights={},
+            problem=trained.problem,
+        ),
     )
 
 
@@ -206,7 +212,9 @@ def _encode_all(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> Enc
     train_rows = read_rows(Path(task.data.train), kind.columns)
     held_out: Rows | None = None
     if task.data.dev_share is not None:
-        train_rows, held_out = held_out_rows(train_rows, share=task.data.dev_share)
+        train_rows, held_out = held_out_rows(
+            train_rows, share=task.data.dev_share, by=kind.kept_together
+        )
     if kind.labels is None and (named := kind.labels_in(train_rows)):
         kind = dataclasses.replace(kind, labels=start.in_its_order(named))
     train = kind.encode(train_rows, encoder, name="train")

@@ -92,11 +92,15 @@ def unfinished_text(source: Path) -> str | None:
     if newest is None:
         return None
     task = task_of(read_mapping(newest / RUN_FILE), where=str(newest / RUN_FILE))
-    progress, _ = read_progress(newest)
+    progress, saved = read_progress(newest)
     ((epoch, _),) = progress.lanes or ((task.epochs if progress.phase else 0, 0),)
+    exported = "that step"
+    if saved.get("best") is not None:
+        best = from_mapping(Best, saved["best"], where=str(newest))
+        exported = f"step {best.step:,}, the best so far"
     return (
         f"{source} is not trained to its end: step {progress.step:,}, {epoch} of"
-        f" {counted(task.epochs, 'epoch')} are whole. This exports that step."
+        f" {counted(task.epochs, 'epoch')} are whole. This exports {exported}."
     )
 
 

@@ -23,6 +23,7 @@ from encoder.data.examples import Examples, Places
 from encoder.data.labelled import DataError, Rows, check_unicode, label_name, texts_of
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
+from encoder.finetune.kinds.columns import is_whole_number
 from encoder.finetune.kinds.contract import Decided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
@@ -71,6 +72,11 @@ class ChoiceConfig:
     def columns(self) -> tuple[str, ...]:
         """Texts, choices and the right one."""
         return (*self.texts, *self.choices, self.label)
+
+    @property
+    def kept_together(self) -> tuple[str, ...]:
+        """All questions about a text."""
+        return self.texts[:1]
 
     @property
     def objective(self) -> TextObjective:
@@ -150,15 +156,17 @@ class ChoiceConfig:
         """The number of the right one: 2 and C are the third."""
         name = label_name(rows.columns[self.label][row], rows, row)
         number = -1
-        if name.isdecimal():
+        if is_whole_number(name):
             number = int(name)
         elif len(name) == 1 and "A" <= name <= "Z":
             number = ord(name) - ord("A")
         if not 0 <= number < len(choices):
             last = len(choices) - 1
+            # there are no more letters
+            letter = chr(ord("A") + min(last, 25))
             raise DataError(
                 f"{rows.place(row)}: {self.label} is {name[:40]!r}; needed: 0 to {last}, or A to"
-                f" {chr(ord('A') + last)}, as there are {len(choices)} choices."
+                f" {letter}, as there are {len(choices)} choices."
             )
         return number
 
@@ -198,6 +206,10 @@ class ChoiceSet:
         return lines
 
     def decided(self, logits_PK: np.ndarray) -> Decided:
+        """Nothing."""
+        return {}
+
+    def undecided(self) -> Decided:
         """Nothing."""
         return {}
 

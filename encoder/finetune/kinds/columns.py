@@ -10,6 +10,8 @@ from encoder.base.errors import ConfigError, nearest
 from encoder.data.labelled import DataError, Rows
 
 MOST_LABELS = 100_000
+# of a label that counts as a number; Python reads no more than some thousand
+MOST_DIGITS = 600
 
 
 def check_columns(texts: Sequence[str], label: str) -> None:
@@ -35,6 +37,11 @@ def check_labels(labels: Sequence[str] | None, *, least: int) -> None:
         raise ConfigError(f"labels has {twice!r} twice; each may stand once.")
 
 
+def is_whole_number(name: str) -> bool:
+    """Whether a label is a number that can be read: decimal digits, not too many."""
+    return name.isdecimal() and len(name) <= MOST_DIGITS
+
+
 def number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: str) -> int:
     """The number of a label. Raises DataError.
 
@@ -46,7 +53,7 @@ def number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: 
         return numbers[name]
     # the number of a class, as GLUE's tables have it; where names are numbers themselves, a number is a name
     named_by_numbers = any(other.isdecimal() for other in numbers)
-    if name.isdecimal() and not named_by_numbers and int(name) < len(numbers):
+    if is_whole_number(name) and not named_by_numbers and int(name) < len(numbers):
         return int(name)
     raise DataError(
         f"{rows.place(row)}: {column} is {name[:40]!r}, which is none of task.labels."

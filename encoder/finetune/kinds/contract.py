@@ -39,6 +39,9 @@ class AskedSet(Protocol):
     def decided(self, logits_PK: np.ndarray) -> Decided:
         """What these answers choose for other sets."""
 
+    def undecided(self) -> Decided:
+        """What holds for test sets where no dev set chooses it; empty: nothing is to be chosen."""
+
     def scores(
         self, logits_PK: np.ndarray, metrics: Sequence[str], decided: Decided | None = None
     ) -> Scores:
@@ -67,6 +70,10 @@ class TaskConfig(Settings, Protocol):
     @property
     def columns(self) -> tuple[str, ...]:
         """That are read of a file."""
+
+    @property
+    def kept_together(self) -> tuple[str, ...]:
+        """Columns: rows that are equal in them are never on both sides of data.dev_share."""
 
     @property
     def pairs(self) -> bool:

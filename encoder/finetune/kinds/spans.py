@@ -25,6 +25,7 @@ from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds import squad
 from encoder.finetune.kinds.contract import Decided
+from encoder.finetune.metrics import NO_ANSWER_THRESHOLD as THRESHOLD
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -33,7 +34,6 @@ from encoder.objectives.text_tasks import Picks, TextObjective
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-THRESHOLD = "no_answer_threshold"
 MOST_SPECIAL_TOKENS = 4  # <s> question </s></s> context </s>
 
 
@@ -63,7 +63,7 @@ class SpansConfig:
     candidates: int = 20  # starts, and ends, that are tried in a window
     # a token counts in the window alone that has most text on both sides of it, as in BERT
     max_context: bool = False
-    # no answer is given where the empty one scores higher by more than this; default: the best on the first dev set
+    # no answer is given where the empty one scores higher by more than this; default: the best on the first dev set, without one 0
     no_answer_threshold: float | None = None
     # those that are reported; default: f1, exact_match, and with no_answer the threshold
     metrics: tuple[str, ...] | None = None
@@ -87,6 +87,11 @@ class SpansConfig:
     def columns(self) -> tuple[str, ...]:
         """Question, context and answers."""
         return (self.question, self.context, self.answers)
+
+    @property
+    def kept_together(self) -> tuple[str, ...]:
+        """All questions about a text."""
+        return (self.context,)
 
     @property
     def objective(self) -> TextObjective:
@@ -329,6 +334,11 @@ class SpanSet:
         empty = [squad.f1("", golds) for golds in self.answers]
         threshold = squad.best_threshold(np.array(scores), np.array(empty), found.missing_R)
         return {THRESHOLD: threshold}
+
+    def undecided(self) -> Decided:
+        """Threshold 0, where rows may have no answer and none is given: an answer has to score at least as the empty one."""
+        is_open = self.kind.no_answer and self.kind.no_answer_threshold is None
+        return {THRESHOLD: 0.0} if is_open else {}
 
     def scores(
         self, logits_PK: np.ndarray, metrics: Sequence[str], decided: Decided | None = None

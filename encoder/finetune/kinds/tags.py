@@ -27,6 +27,7 @@ from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds.columns import (
     MOST_LABELS,
     check_labels,
+    is_whole_number,
     known_labels,
     number_of,
     refuse_missing,
@@ -80,6 +81,11 @@ class TagsConfig:
         return (self.words, self.label)
 
     @property
+    def kept_together(self) -> tuple[str, ...]:
+        """Rows of the same words."""
+        return (self.words,)
+
+    @property
     def outputs(self) -> int:
         """One for each tag."""
         return len(known_labels(self.labels))
@@ -117,7 +123,7 @@ class TagsConfig:
             )
         if len(found) > MOST_LABELS:
             raise DataError(f"{rows.path}: {self.label} has {len(found):,} different tags.")
-        whole = all(name.isdecimal() for name in found)
+        whole = all(is_whole_number(name) for name in found)
         order = sorted(found, key=lambda name: (name != OUTSIDE, int(name) if whole else 0, name))
         return tuple(order)
 
@@ -293,6 +299,10 @@ class TagSet:
         return lines
 
     def decided(self, logits_PK: np.ndarray) -> Decided:
+        """Nothing."""
+        return {}
+
+    def undecided(self) -> Decided:
         """Nothing."""
         return {}
 

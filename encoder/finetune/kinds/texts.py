@@ -19,6 +19,7 @@ from encoder.finetune.kinds.columns import (
     MOST_LABELS,
     check_columns,
     check_labels,
+    is_whole_number,
     known_labels,
     number_of,
     refuse_missing,
@@ -28,6 +29,8 @@ from encoder.finetune.metrics import Metric, Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
 from encoder.objectives.text_tasks import Classes, Numbers, TextObjective, YesNo
+
+MOST_FP32 = float(np.finfo(np.float32).max)
 
 
 class TextKind(Protocol):
@@ -66,6 +69,10 @@ class TextSet:
         ]
 
     def decided(self, logits_PK: np.ndarray) -> Decided:
+        """Nothing."""
+        return {}
+
+    def undecided(self) -> Decided:
         """Nothing."""
         return {}
 
@@ -132,6 +139,11 @@ class ClassifyConfig:
         return (*self.texts, self.label)
 
     @property
+    def kept_together(self) -> tuple[str, ...]:
+        """Rows of the same texts."""
+        return self.texts
+
+    @property
     def pairs(self) -> bool:
         """Two texts."""
         return len(self.texts) == 2
@@ -160,7 +172,7 @@ class ClassifyConfig:
             )
         if len(found) > MOST_LABELS:
             raise DataError(f"{rows.path}: {self.label} has {len(found):,} different values.")
-        whole = all(name.isdecimal() for name in found)
+        whole = all(is_whole_number(name) for name in found)
         return tuple(sorted(found, key=lambda name: (int(name) if whole else 0, name)))
 
     def check_length(self, max_tokens: int) -> None:
@@ -237,6 +249,11 @@ class LabelsConfig:
     def columns(self) -> tuple[str, ...]:
         """Texts and labels."""
         return (*self.texts, self.label)
+
+    @property
+    def kept_together(self) -> tuple[str, ...]:
+        """Rows of the same texts."""
+        return self.texts
 
     @property
     def pairs(self) -> bool:
@@ -340,6 +357,11 @@ class RegressConfig:
         return (*self.texts, self.label)
 
     @property
+    def kept_together(self) -> tuple[str, ...]:
+        """Rows of the same texts."""
+        return self.texts
+
+    @property
     def pairs(self) -> bool:
         """Two texts."""
         return len(self.texts) == 2
@@ -412,12 +434,17 @@ def _encoded(
 
 
 def _finite(value: Any, rows: Rows, row: int, column: str) -> float:
+    """The number of a cell, which fp32 can hold."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
+    except OverflowError:
+        # of a whole number
+        number = math.inf
+    if not abs(number) <= MOST_FP32:
         raise DataError(
-            f"{rows.place(row)}: {column} is {str(value)[:40]!r}; needed: a finite number."
+            f"{rows.place(row)}: {column} is {str(value)[:40]!r}; needed: a finite number, at most"
+            f" {MOST_FP32:.4g} in size."
         )
     return number

@@ -98,7 +98,7 @@ def rows_right(lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
     if said is None:
         raise ConfigError(
             "predictions of this kind of task are not right or wrong by the row; needed: classify,"
-            " labels, choose or regress."
+            " labels, choice or regress."
         )
     return np.array([float(line[said] == line["target"]) for line in lines])
 

@@ -35,14 +35,21 @@ class PointResult:
 
 
 def result_of(point: Point) -> PointResult:
-    """From its folder. Raises CheckpointError for a result.json that cannot be read."""
+    """From its folder. Raises CheckpointError for a result.json that cannot be read, or is no fine-tuning's."""
     if not is_done(point.folder)[0]:
         return PointResult(point=point, failure=failure_of(point.folder))
-    found = read_json(point.folder / RESULT, error=CheckpointError, root=dict)
+    path = point.folder / RESULT
+    found = read_json(path, error=CheckpointError, root=dict)
+    numbers = found.get("metrics")
+    if not isinstance(numbers, dict) or not all(isinstance(x, dict) for x in numbers.values()):
+        raise CheckpointError(
+            f"{path} has no metrics by data set, as a fine-tuning writes them. Put its own file"
+            " back, or remove the folder: the point is then trained anew."
+        )
     return PointResult(
         point=point,
         done=True,
-        numbers=found["metrics"],
+        numbers=numbers,
         constant=tuple(found.get("constant_predictions", ())),
     )
 

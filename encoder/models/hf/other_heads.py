@@ -29,6 +29,7 @@ class TaskHead:
     kind: HeadKind
     labels: tuple[str, ...] | None  # of its outputs; None: they have no names
     weights: dict[str, Tensor]  # by our names
+    problem: str | None = None  # of a head on texts: transformers' problem_type
 
 
 def kind_of(settings: Mapping[str, Any]) -> HeadKind | None:
@@ -82,6 +83,21 @@ def task_head(
             if f"{theirs}.{part}" in raw:
                 found[f"{ours}.{part}"] = raw[f"{theirs}.{part}"]
     return found
+
+
+def problem_of(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str | None:
+    """transformers' problem_type of a class's head on texts, by its outputs where none is said; None of other heads.
+
+    settings: config.json as it was read
+    weights: of the head, by our names
+    """
+    if kind_of(settings) != "text":
+        return None
+    said = settings.get("problem_type")
+    if isinstance(said, str):
+        return said
+    outputs = len(weights.get("classifier.weight", ()))
+    return "regression" if outputs == 1 else "single_label_classification"
 
 
 def labels_of(settings: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -26,6 +26,7 @@ from encoder.models.hf.other_heads import (
     as_pretrained,
     kind_of,
     labels_of,
+    problem_of,
     set_apart,
     task_head,
 )
@@ -130,10 +131,12 @@ def read_task_head(folder: Path, specials: SpecialIds) -> TaskHead | None:
     if kind is None:
         return None
     family = head_family(read_hf_config(folder), specials)
+    weights = fp32(task_head(_read_weights(folder), kind=kind, family=family))
     return TaskHead(
         kind=kind,
         labels=labels_of(said),
-        weights=fp32(task_head(_read_weights(folder), kind=kind, family=family)),
+        weights=weights,
+        problem=problem_of(said, weights),
     )
 
 

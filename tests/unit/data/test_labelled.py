@@ -60,6 +60,10 @@ def test_a_missing_column_names_the_nearest_one(tmp_path, kind):
         ("a.jsonl", b"\n", "has no rows"),
         ("a.jsonl", b'{"text": "\xff"}\n', "is no UTF-8 at byte"),
         ("a.csv", b"text,label\nx,1\ny\n", "line 3 has 1 cells, the header 2"),
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.tsv", b"", "a.tsv is empty"),
+        ("a.conll", b"\n\n", "a.conll is empty"),
+        ("a.csv", b"text,label,text\nx,1,y\n", "has 2 columns called text; needed: one"),
         ("a.parquet", b"PAR1 no", "cannot be read"),
         ("a.arrow", b"no", "cannot be read"),
         ("a.xlsx", b"", "ends in '.xlsx'; needed: .jsonl"),
@@ -90,19 +94,22 @@ def test_cells_parted_by_another_letter_are_told_by_its_name(tmp_path, name, sep
 
 
 def test_held_out_rows_are_chosen_by_what_they_say(tmp_path):
-    lines = [{"text": f"text {number % 400}", "label": "ab"[number % 2]} for number in range(1000)]
+    # some texts with both labels
+    lines = [
+        {"text": f"text {number % 400}", "label": "ab"[number // 400 % 2]} for number in range(1000)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "turned.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[::-1]))
     rows = read_rows(tmp_path / "rows.jsonl", ["text", "label"])
-    kept, held_out = held_out_rows(rows, share=0.2)
+    kept, held_out = held_out_rows(rows, share=0.2, by=["text"])
     assert len(kept) + len(held_out) == 1000 and 140 < len(held_out) < 260
     # a text that stands three times is on one side, and the file's order decides nothing
     assert not {*kept.columns["text"]} & {*held_out.columns["text"]}
-    turned = held_out_rows(read_rows(tmp_path / "turned.jsonl", ["text", "label"]), share=0.2)[1]
+    turned = held_out_rows(
+        read_rows(tmp_path / "turned.jsonl", ["text", "label"]), share=0.2, by=["text"]
+    )[1]
     assert turned.columns["text"] == held_out.columns["text"][::-1]
-    assert [
-        rows.place(lines.index({"text": t, "label": "ab"[int(t[5:]) % 2]}))
-        for t in held_out.columns["text"][:5]
-    ] == [held_out.place(row) for row in range(5)]
+    first = [lines.index({"text": t, "label": "a"}) for t in held_out.columns["text"][:5]]
+    assert [rows.place(number) for number in first] == [held_out.place(row) for row in range(5)]
     with pytest.raises(DataError, match="needed: at least one on either side"):
-        held_out_rows(rows.some([0, 1]), share=0.001)
+        held_out_rows(rows.some([0, 1]), share=0.001, by=["text"])

@@ -11,7 +11,8 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.base.schema import to_yaml
 from encoder.base.units import Progress
 from encoder.engine.checkpoint import folder
-from encoder.finetune.best import BestKeeper, Judge, judge_of
+from encoder.finetune import stored
+from encoder.finetune.best import BestKeeper, Judge, judge_of, one_of_metrics
 from encoder.finetune.checks import check_task, say_differences
 from encoder.finetune.config import changed_settings, read_task
 from encoder.finetune.schedules import CosineShares, LinearShares
@@ -40,6 +41,46 @@ def test_the_best_comes_back_from_a_checkpoint():
     again.take_up(keeper.to_plain())
     assert again.best == keeper.best and keeper.to_plain()["stands_on_tokens"] == [70]
     assert not again.takes({"dev_loss": 0.4}, Progress(step=4))
+
+
+def test_a_checkpoint_without_a_best_has_none_again():
+    keeper = BestKeeper(Judge(of="dev", metric="loss"))
+    keeper.takes({"dev_loss": 0.4}, Progress(step=3))
+    keeper.take_up({})
+    assert keeper.best is None
+
+
+def test_a_threshold_judges_nothing():
+    metrics = ("no_answer_threshold", "f1")
+    assert one_of_metrics(None, metrics, key="evaluate.metric") == "f1"
+    assert one_of_metrics(None, metrics[:1], key="evaluate.metric") == "loss"
+    with pytest.raises(ConfigError, match="is chosen and measures nothing; needed: f1 or loss"):
+        one_of_metrics("no_answer_threshold", metrics, key="evaluate.metric")
+
+
+@pytest.mark.parametrize("key", ["evaluate", "checkpoints"])
+@pytest.mark.parametrize("value", ["1e308", "0", "-1"])
+def test_a_share_of_epochs_has_bounds(tmp_path, key, value):
+    path = write_task(tmp_path)
+    with pytest.raises(ConfigError, match="every_epochs .* must be above 0, at most 1,000,000"):
+        read_task(path, [f"{key}.every_epochs={value}"])
+
+
+def test_an_unfinished_run_names_the_step_that_is_exported(tmp_path, monkeypatch):
+    path = write_task(tmp_path)
+    run = tmp_path / "run"
+    newest = run / "checkpoints" / "newest"
+    newest.mkdir(parents=True)
+    (newest / "run.yaml").write_text(to_yaml(read_task(path)))
+    best = {"step": 3, "tokens": 70, "ledger_hash": "ab", "value": 0.5}
+    saved: dict[str, object] = {}
+    monkeypatch.setattr(stored, "newest_checkpoint", lambda root: newest)
+    monkeypatch.setattr(stored, "read_progress", lambda folder: (Progress(step=9), saved))
+    assert stored.unfinished_text(run).endswith("are whole. This exports that step.")
+    saved["best"] = best
+    assert "step 9, 0 of 2 epochs are whole. This exports step 3, the best" in (
+        stored.unfinished_text(run)
+    )
 
 
 def test_what_best_is_judged_by_is_named_or_plain(tmp_path):

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from encoder.base.errors import ConfigError
 from encoder.base.world import World
 from encoder.data.examples import ExampleDealing, in_order
+from encoder.data.labelled import DataError
 from encoder.finetune.kinds.choice import ChoiceConfig, ChoiceSet
 from encoder.objectives.text_tasks import TERM
 from launch import finetune
@@ -112,6 +113,12 @@ def test_loss_and_accuracy_are_over_the_choices_of_each_row():
     lines = [*asked.lines(logits)]
     assert [line["target"] for line in lines] == [0, 1, 2]
     assert lines[1]["text"] == ROWS[1]["options"][lines[1]["choice"]]
+
+
+def test_there_are_letters_for_26_choices():
+    row = {"article": "x", "question": "y", "options": ["a"] * 40, "answer": "40"}
+    with pytest.raises(DataError, match="needed: 0 to 39, or A to Z, as there are 40 choices"):
+        encoded(ChoiceConfig(**RACE, max_choice_tokens=16), [row])
 
 
 def test_settings_without_room_or_choices_are_refused():

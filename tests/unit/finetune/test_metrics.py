@@ -61,6 +61,17 @@ def test_several_labels_have_the_loss_of_torch():
     assert found.metrics["exact_match"] == pytest.approx(rows.mean())
 
 
+def test_of_one_label_both_f1_are_its_own():
+    # TP 1, FP 1, FN 0, TN 2
+    true = np.array([[1], [0], [0], [0]], dtype=np.float32)
+    logits = np.array([[1.0], [1.0], [-1.0], [-1.0]])
+    found = scores(LABELS, logits, true).metrics
+    assert found["micro_f1"] == found["macro_f1"] == pytest.approx(2 * 1 / (2 * 1 + 1))
+    assert found["exact_match"] == 3 / 4
+    none = scores(LABELS, -np.ones((4, 1)), np.zeros((4, 1), dtype=np.float32))
+    assert none.metrics["micro_f1"] == none.metrics["macro_f1"] == 0.0
+
+
 def test_correlations_are_those_of_numpy_and_zero_without_variance():
     draw = np.random.default_rng(1)
     true = draw.normal(size=(20, 1)).astype(np.float32)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from encoder.base.errors import UserError
+from encoder.base.schema import to_yaml
 from encoder.finetune.config import read_task
 from encoder.finetune.prepare import prepare, read_start
 from encoder.models.stored import TOKENIZER
+from encoder.train import loop
 from launch import finetune
 from tests.helpers.tasks import write_rows, write_start, write_task
 
@@ -56,6 +58,42 @@ def test_a_dry_run_says_steps_and_tokens_and_writes_nothing(tmp_path, capsys):
 
     assert finetune.main([str(path), f"data.train={tmp_path}/none.jsonl", "--dry-run"]) == 2
     assert "none.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_choices_counts_padding_by_their_documents(tmp_path, capsys):
+    path = write_task(tmp_path)
+    # documents of 5 and of 11 tokens, each row has both
+    rows = [{"text": "x", "options": ["b", "b" * 7], "label": 0}] * 4
+    write_rows(tmp_path / "train.jsonl", rows)
+    task = (
+        "task={kind: choice, texts: [text], choices: [options], label: label, max_choice_tokens: 8}"
+    )
+    overrides = [task, "data.dev={}", "data.test={}", "batch_examples=2"]
+    assert finetune.main([str(path), "--dry-run", *overrides]) == 0
+    said = capsys.readouterr().out
+    train = prepared(tmp_path, overrides).train
+    short, long = train.lengths_N[0] - max(train.document_lengths_D), max(train.document_lengths_D)
+    assert short == long - 6 and len(train.document_lengths_D) == 8
+    assert f"in 8 documents, {(short + long) / 2:.0f} at the median, {long} at most" in said
+    assert f"it would be {2 * long / (short + long):.2f} times" in said
+    assert f"to data.max_tokens {2 * 24 / (short + long):.2f} times" in said
+
+
+def test_a_dry_run_of_a_run_that_has_begun_says_what_a_start_would(tmp_path, capsys, monkeypatch):
+    path = write_task(tmp_path)
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.yaml").write_text(to_yaml(prepared(tmp_path, []).task))
+    (out / "ledger.jsonl").write_text("{}\n")
+    assert finetune.main([str(path), "--dry-run"]) == 0
+    assert "42 examples" in capsys.readouterr().out
+    assert finetune.main([str(path), "--dry-run", "seed=6"]) == 2
+    assert "seed" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "is_done", lambda folder: (folder == out, ""))
+    assert finetune.main([str(path), "--dry-run", "seed=6"]) == 0
+    said = capsys.readouterr()
+    assert "is done already" in said.out and "42 examples" not in said.out
+    assert "seed was 5, now 6" in said.err
 
 
 def test_a_pair_has_its_form_and_the_second_text_its_segment(tmp_path):
@@ -177,7 +215,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, name, ro
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", '"much"', "true", "null"])
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "Infinity", '"much"', "true", "null", "1e300", "9" * 400, '"-1e39"'],
+    ids=lambda value: value[:8],
+)
 def test_a_target_that_is_no_finite_number_is_refused_with_its_row(tmp_path, value):
     write_task(tmp_path)
     (tmp_path / "train.jsonl").write_text(
@@ -185,6 +227,49 @@ def test_a_target_that_is_no_finite_number_is_refused_with_its_row(tmp_path, val
     )
     with pytest.raises(UserError, match=r"train.jsonl line 2: label is .*needed: a finite number"):
         prepared(tmp_path, ["task={kind: regress, texts: [text], label: label}"])
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "{kind: classify, texts: [text], label: label, labels: [a, b]}",
+        "{kind: labels, texts: [text], label: label, labels: [a, b]}",
+        "{kind: tags, words: words, label: tags, labels: [O, B-X]}",
+        "{kind: choice, texts: [text], choices: [words], label: label, max_choice_tokens: 4}",
+    ],
+)
+def test_a_label_of_very_many_digits_is_refused_in_a_line(tmp_path, task):
+    write_task(tmp_path)
+    row = {"text": "x", "words": ["a", "b"], "label": "9" * 5000, "tags": ["O", "9" * 5000]}
+    write_rows(tmp_path / "train.jsonl", [row])
+    with pytest.raises(UserError, match="train.jsonl line 1: (label|tags) is '9999") as told:
+        prepared(tmp_path, [f"task={task}"])
+    assert len(str(told.value)) < 400 + len(str(tmp_path))
+
+
+def test_labels_of_very_many_digits_are_names(tmp_path):
+    write_task(tmp_path)
+    rows = [{"text": "x", "label": label} for label in ("9" * 5000, "1")]
+    for name in ("train", "dev", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    assert prepared(tmp_path, ["task.labels=null"]).task.task.labels == ("1", "9" * 5000)
+
+
+def test_a_paragraph_is_on_one_side_of_a_share(tmp_path):
+    write_task(tmp_path)
+    rows = [
+        {
+            "question": f"who {number}?",
+            "context": f"cat {number % 9}",
+            "answers": {"text": ["cat"], "answer_start": [0]},
+        }
+        for number in range(90)
+    ]
+    write_rows(tmp_path / "train.jsonl", rows)
+    task = "task={kind: spans, max_question_tokens: 10, overlap_tokens: 2}"
+    ready = prepared(tmp_path, [task, "data.dev={}", "data.test={}", "data.dev_share=0.4"])
+    (dev,) = ready.dev
+    assert {*dev.contexts} and not {*dev.contexts} & {*ready.train_set.contexts}
 
 
 def test_a_tokenizer_without_pair_form_or_of_another_vocabulary_is_refused(tmp_path):

@@ -14,10 +14,14 @@ from transformers.data.metrics import squad_metrics
 from transformers.data.processors import squad as squad_processor
 
 from encoder.base.errors import ConfigError
+from encoder.base.world import World
 from encoder.data.examples import micro_batch
+from encoder.finetune.config import read_task
+from encoder.finetune.course import FineTuning
 from encoder.finetune.encoding import read_encoder
 from encoder.finetune.kinds import squad
 from encoder.finetune.kinds.spans import SpansConfig, SpanSet, best_span, most_context
+from encoder.finetune.prepare import prepare, read_start
 from encoder.models.hf.task import export_task, task_model
 from encoder.objectives.text_tasks import TERM
 from launch import finetune
@@ -131,6 +135,27 @@ def test_without_an_answer_the_threshold_of_the_dev_set_decides():
     assert always.metrics["exact_match"] == 4 / 5
     told = SpansConfig(**SHORT, no_answer=True, no_answer_threshold=-3.0)
     assert encoded(told, none=True).decided(logits) == {"no_answer_threshold": -3.0}
+
+
+def test_a_test_set_never_chooses_its_threshold(tmp_path):
+    write_task(tmp_path)
+    for name in ("train", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", rows(none=True))
+    kind = "kind: spans, max_question_tokens: 8, overlap_tokens: 6, no_answer: true"
+
+    def undecided(settings: str, *overrides: str) -> tuple[dict, str]:
+        task = read_task(tmp_path / "task.yaml", [f"task={{{settings}}}", *overrides])
+        start = read_start(task)
+        course = FineTuning(
+            prepare(task, start), world=World(), device=torch.device("cpu"), start=start
+        )
+        return dict(course._undecided()), " ".join(course.warnings())
+
+    found, said = undecided(kind, "data.dev={}")
+    assert found == {"no_answer_threshold": 0.0}
+    assert "no dev set chooses no_answer_threshold: test sets are measured at 0." in said
+    assert undecided(f"{kind}, no_answer_threshold: 2.0", "data.dev={}")[0] == {}
+    assert undecided(kind, f"data.dev.dev={tmp_path}/more.jsonl")[0] == {}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from encoder.base.errors import ConfigError
+from encoder.base.errors import CheckpointError, ConfigError
 from encoder.base.stopping import StopFlag
 from encoder.base.world import World
 from encoder.finetune.best import Judge
@@ -331,6 +331,16 @@ def test_after_a_mistake_a_process_goes_on_and_after_a_defect_it_ends(
     assert "what a library says" in log and ("Traceback" in log) == ends
 
 
+@pytest.mark.parametrize("content", ["{}", '{"metrics": 3}', '{"metrics": {"dev": 0.5}}'])
+def test_a_result_of_something_else_is_told_in_a_line(root, content):
+    sweep = read(root, grid={}, seeds=[1])
+    (point,) = sweep.points()
+    finish(point.folder, 0.5)
+    (point.folder / "result.json").write_text(content)
+    with pytest.raises(CheckpointError, match="result.json has no metrics by data set"):
+        results_of(sweep)
+
+
 def test_the_paired_bootstrap_is_scipys(root):
     from scipy.stats import bootstrap
 
@@ -370,5 +380,5 @@ def test_two_sweeps_are_compared_row_by_row_over_their_seeds(root):
         compare(*tables, of="more")
     assert rows_right([{"value": 1.5, "target": 1.0}]).tolist() == [-0.25]
     assert rows_right([{"labels": ["x"], "target": ["x"]}]).tolist() == [1.0]
-    with pytest.raises(ConfigError, match="not right or wrong by the row"):
+    with pytest.raises(ConfigError, match="by the row; needed: classify, labels, choice or"):
         rows_right([{"tags": ["O"], "target": ["O"]}])

@@ -13,6 +13,7 @@ from encoder.base.batch import packed_documents
 from encoder.finetune.config import read_task
 from encoder.finetune.prepare import prepare, read_start
 from encoder.models.hf.catalog import bridge_of
+from encoder.models.hf.other_heads import problem_of
 from encoder.models.hf.read import prove_import, read_hf, read_task_head
 from encoder.models.hf.task import export_task
 from encoder.models.with_task import TaskModel, first_weights
@@ -84,6 +85,21 @@ def test_a_head_of_theirs_is_kept_whole(folders, family, number):
     assert not drawn and weights.keys() == dict(model.named_parameters()).keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "outputs", "problem"),
+    [
+        ("SequenceClassification", {}, 3, "single_label_classification"),
+        ("SequenceClassification", {}, 1, "regression"),
+        ("SequenceClassification", {"problem_type": None}, 2, "single_label_classification"),
+        ("SequenceClassification", {"problem_type": "regression"}, 2, "regression"),
+        ("TokenClassification", {"problem_type": "regression"}, 2, None),
+    ],
+)
+def test_a_head_on_texts_has_its_problem(name, said, outputs, problem):
+    settings = {"architectures": [f"BertFor{name}"], **said}
+    assert problem_of(settings, {"classifier.weight": torch.empty(outputs, 4)}) == problem
+
+
 def test_a_classifier_is_kept_for_the_same_labels_alone(folders, tmp_path):
     write_task(tmp_path)
     rows = [{"text": "abc", "label": label} for label in ("b", "a", "a")]
@@ -105,6 +121,10 @@ def test_a_classifier_is_kept_for_the_same_labels_alone(folders, tmp_path):
     assert kept("[b, a]") == (False, ("b", "a"))
     # left out, they are those of the folder in its order
     assert kept("null") == (True, ("a", "b"))
+    # the same names of yes and no each are another question
+    classify = "{{kind: labels, texts: [text], label: label, labels: {}}}"
+    assert kept("[a, b]") == (False, ("a", "b"))
+    classify = "{{kind: classify, texts: [text], label: label, labels: {}}}"
     config = json.loads((folders / "modernbert" / "config.json").read_text())
     shutil.copytree(folders / "modernbert", tmp_path / "turned")
     turned = {**config, "id2label": {"0": "b", "1": "a"}, "label2id": {"b": 0, "a": 1}}
