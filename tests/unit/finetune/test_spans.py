@@ -14,8 +14,10 @@ from transformers.data.metrics import squad_metrics
 from transformers.data.processors import squad as squad_processor
 
 from encoder.base.errors import ConfigError
+from encoder.base.units import Progress
 from encoder.base.world import World
 from encoder.data.examples import micro_batch
+from encoder.finetune import course as course_module
 from encoder.finetune.config import read_task
 from encoder.finetune.course import FineTuning
 from encoder.finetune.encoding import read_encoder
@@ -137,25 +139,32 @@ def test_without_an_answer_the_threshold_of_the_dev_set_decides():
     assert encoded(told, none=True).decided(logits) == {"no_answer_threshold": -3.0}
 
 
-def test_a_test_set_never_chooses_its_threshold(tmp_path):
+def test_a_test_set_never_chooses_its_threshold(tmp_path, monkeypatch):
     write_task(tmp_path)
     for name in ("train", "more"):
         write_rows(tmp_path / f"{name}.jsonl", rows(none=True))
     kind = "kind: spans, max_question_tokens: 8, overlap_tokens: 6, no_answer: true"
 
-    def undecided(settings: str, *overrides: str) -> tuple[dict, str]:
+    told: list[object] = []
+    for name in ("_take_kept", "_predicted", "_say_end"):
+        monkeypatch.setattr(FineTuning, name, lambda *_args: None)
+    monkeypatch.setattr(FineTuning, "_tell", lambda *_args, decided: told.append(decided))
+    monkeypatch.setattr(course_module, "write_result", lambda *_args, **_settings: None)
+
+    def undecided(settings: str, *overrides: str) -> tuple[dict | None, str]:
         task = read_task(tmp_path / "task.yaml", [f"task={{{settings}}}", *overrides])
         start = read_start(task)
         course = FineTuning(
             prepare(task, start), world=World(), device=torch.device("cpu"), start=start
         )
-        return dict(course._undecided()), " ".join(course.warnings())
+        course.finish(None, Progress())
+        return told[-1], " ".join(course.warnings())
 
     found, said = undecided(kind, "data.dev={}")
     assert found == {"no_answer_threshold": 0.0}
     assert "no dev set chooses no_answer_threshold: test sets are measured at 0." in said
-    assert undecided(f"{kind}, no_answer_threshold: 2.0", "data.dev={}")[0] == {}
-    assert undecided(kind, f"data.dev.dev={tmp_path}/more.jsonl")[0] == {}
+    # what the task gives holds on every set
+    assert undecided(f"{kind}, no_answer_threshold: 2.0", "data.dev={}")[0] is None
 
 
 @pytest.mark.parametrize(
