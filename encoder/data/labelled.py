@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -76,6 +77,7 @@ def held_out_rows(rows: Rows, *, share: float, by: Sequence[str]) -> tuple[Rows,
     return rows.some(kept), rows.some(held_out)
 
 
+NO_NAME = re.compile("(?!)")  # matches nothing
 # a cell of a CSV file may be a whole document; Python's own limit is 131,072
 MOST_CELL_BYTES = 2**27
 
@@ -89,12 +91,17 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path} ends in {path.suffix!r}; needed: {', '.join(READERS)}.")
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Rows:
-    """These columns of all rows of a file, each once. Raises DataError."""
+def read_rows(path: Path, columns: Sequence[str], *, optional: re.Pattern[str] = NO_NAME) -> Rows:
+    """These columns of all rows of a file, each once. Raises DataError.
+
+    path: of one of the kinds above
+    columns: that every row must have
+    optional: names of more, where the file has them; a row of JSON lines without one has None there
+    """
     columns = [*dict.fromkeys(columns)]
     check_file(path)
     try:
-        rows = READERS[path.suffix.lower()](path, columns)
+        rows = READERS[path.suffix.lower()](path, columns, optional)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 at byte {error.start:,}. Write it as UTF-8.") from None
     if not len(rows):
@@ -102,9 +109,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> Rows:
     return rows
 
 
-def _json_lines(path: Path, columns: Sequence[str]) -> Rows:
+def _json_lines(path: Path, columns: Sequence[str], optional: re.Pattern[str]) -> Rows:
     found: dict[str, list[Any]] = {name: [] for name in columns}
-    numbers = []
+    # optional column -> row -> cell
+    more: dict[str, dict[int, Any]] = {}
+    numbers: list[int] = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -120,13 +129,16 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Rows:
                 if name not in row:
                     raise DataError(f"{place} has no {name}. {nearest(name, [*map(str, row)])}")
                 found[name].append(row[name])
+            for name in filter(optional.fullmatch, row):
+                more.setdefault(name, {})[len(numbers)] = row[name]
             numbers.append(number)
+    for name, cells in more.items():
+        found.setdefault(name, [cells.get(row) for row in range(len(numbers))])
     return Rows(path=path, columns=found, word="line", numbers=numbers)
 
 
-def _delimited(path: Path, columns: Sequence[str], **form: Any) -> Rows:
-    found: dict[str, list[Any]] = {name: [] for name in columns}
-    numbers = []
+def _delimited(path: Path, columns: Sequence[str], optional: re.Pattern[str], **form: Any) -> Rows:
+    numbers: list[int] = []
     csv.field_size_limit(MOST_CELL_BYTES)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True, **form)
@@ -136,7 +148,8 @@ def _delimited(path: Path, columns: Sequence[str], **form: Any) -> Rows:
                 raise DataError(
                     f"{path} is empty, or its first line is; needed: column names, then rows."
                 )
-            places = _places(path, header, columns)
+            places = _places(path, header, _with_optional(columns, optional, header))
+            found: dict[str, list[Any]] = {name: [] for name in places}
             for cells in reader:
                 if not cells:
                     continue
@@ -151,6 +164,13 @@ def _delimited(path: Path, columns: Sequence[str], **form: Any) -> Rows:
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num:,}: {error}. Correct it.") from None
     return Rows(path=path, columns=found, word="line", numbers=numbers)
+
+
+def _with_optional(
+    columns: Sequence[str], optional: re.Pattern[str], header: Sequence[str]
+) -> list[str]:
+    """The columns, and those of a file's header that are optional."""
+    return [*dict.fromkeys([*columns, *filter(optional.fullmatch, header)])]
 
 
 def _places(path: Path, header: list[str], columns: Sequence[str]) -> dict[str, int]:
@@ -181,21 +201,21 @@ def _other_separator(header: list[str], name: str) -> str:
     return nearest(name, header)
 
 
-def _comma(path: Path, columns: Sequence[str]) -> Rows:
-    return _delimited(path, columns)
+def _comma(path: Path, columns: Sequence[str], optional: re.Pattern[str]) -> Rows:
+    return _delimited(path, columns, optional)
 
 
-def _tab(path: Path, columns: Sequence[str]) -> Rows:
-    return _delimited(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _tab(path: Path, columns: Sequence[str], optional: re.Pattern[str]) -> Rows:
+    return _delimited(path, columns, optional, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Rows:
+def _parquet(path: Path, columns: Sequence[str], optional: re.Pattern[str]) -> Rows:
     import pyarrow.parquet
 
-    return _table(path, columns, lambda: pyarrow.parquet.ParquetFile(path).read())
+    return _table(path, columns, optional, lambda: pyarrow.parquet.ParquetFile(path).read())
 
 
-def _arrow(path: Path, columns: Sequence[str]) -> Rows:
+def _arrow(path: Path, columns: Sequence[str], optional: re.Pattern[str]) -> Rows:
     import pyarrow
 
     def read() -> Any:
@@ -207,26 +227,35 @@ def _arrow(path: Path, columns: Sequence[str]) -> Rows:
                 source.seek(0)
                 return pyarrow.ipc.open_stream(source).read_all()
 
-    return _table(path, columns, read)
+    return _table(path, columns, optional, read)
 
 
-def _table(path: Path, columns: Sequence[str], read: Callable[[], Any]) -> Rows:
+def _table(
+    path: Path, columns: Sequence[str], optional: re.Pattern[str], read: Callable[[], Any]
+) -> Rows:
+    """Columns of a table of pyarrow.
+
+    path: for messages
+    columns, optional: as of read_rows
+    read: gives the table
+    """
     import pyarrow
 
     try:
         table = read()
-        for name in columns:
+        names = _with_optional(columns, optional, table.column_names)
+        for name in names:
             if name not in table.column_names:
                 raise DataError(f"{path} has no column {name}. {nearest(name, table.column_names)}")
             _refuse_twice(path, table.column_names, name)
-        found = {name: table.column(name).to_pylist() for name in columns}
+        found = {name: table.column(name).to_pylist() for name in names}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise DataError(f"{path} cannot be read: {why}. Copy or write the file again.") from error
     return Rows(path=path, columns=found, word="row", numbers=list(range(1, table.num_rows + 1)))
 
 
-def _conll(path: Path, columns: Sequence[str]) -> Rows:
+def _conll(path: Path, columns: Sequence[str], _: re.Pattern[str]) -> Rows:
     """Words in columns: `words` is the first, `tags` the last, and each is named by its number from 1."""
     rows: list[list[list[str]]] = [[]]
     numbers: list[int] = []
@@ -258,7 +287,7 @@ def _conll(path: Path, columns: Sequence[str]) -> Rows:
     return Rows(path=path, columns=found, word="line", numbers=numbers)
 
 
-def _squad(path: Path, columns: Sequence[str]) -> Rows:
+def _squad(path: Path, columns: Sequence[str], _: re.Pattern[str]) -> Rows:
     """SQuAD's own file: data, paragraphs, qas; a row is a question, with the context of its paragraph."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -283,7 +312,7 @@ def _squad(path: Path, columns: Sequence[str]) -> Rows:
     return Rows(path=path, columns=found, word="question", numbers=[*range(1, len(rows) + 1)])
 
 
-READERS: dict[str, Callable[[Path, Sequence[str]], Rows]] = {
+READERS: dict[str, Callable[[Path, Sequence[str], re.Pattern[str]], Rows]] = {
     ".jsonl": _json_lines,
     ".csv": _comma,
     ".tsv": _tab,

@@ -101,7 +101,13 @@ def problem_of(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
 
 
 def labels_of(settings: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The names of a class's outputs in their order; None where it names none, or as LABEL_0 does, says nothing by them."""
+    """The names of a class's outputs 0 to K - 1; None where they are not told apart by them.
+
+    {"0": "bad", "1": "good"}          ("bad", "good")
+    {"0": "LABEL_0", "1": "LABEL_1"}   None: names that say nothing
+    {"0": "bad", "2": "good"}          None: which output is 2?
+    {"0": "bad", "1": "bad"}           None: two of one name
+    """
     named = settings.get("id2label")
     if not isinstance(named, dict):
         return None
@@ -110,6 +116,9 @@ def labels_of(settings: Mapping[str, Any]) -> tuple[str, ...] | None:
     except ValueError:
         return None
     labels = tuple(name for _, name in ordered)
+    numbers = [number for number, _ in ordered]
+    if numbers != [*range(len(numbers))] or len({*labels}) != len(labels):
+        return None
     if all(name == f"LABEL_{number}" for number, name in enumerate(labels)):
         return None
     return labels

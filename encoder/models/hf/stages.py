@@ -14,12 +14,30 @@ from typing import Any
 
 from encoder.base.errors import ExportError
 from encoder.base.files import write_json
-from encoder.base.untrusted import read_json
+from encoder.base.untrusted import inside, read_json
 
 MODULES = "modules.json"
 STAGES = [("", "Transformer"), ("1_Pooling", "Pooling")]
-# classes of sentence-transformers; another one would be code of the folder
-_THEIRS = "sentence_transformers."
+PROMPTS = "config_sentence_transformers.json"
+# the stages that are read, under every name that versions 2 to 5 gave them. Others may load code or pickles of a folder:
+# Router takes class names from a file of its own, Dense takes functions by name
+CLASSES = frozenset(
+    {
+        "sentence_transformers.models.Transformer",
+        "sentence_transformers.models.Pooling",
+        "sentence_transformers.models.Normalize",
+        "sentence_transformers.base.modules.transformer.Transformer",
+        "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+        "sentence_transformers.sentence_transformer.modules.normalize.Normalize",
+        "sentence_transformers.sparse_encoder.models.MLMTransformer",
+        "sentence_transformers.sparse_encoder.models.SpladePooling",
+        "sentence_transformers.sparse_encoder.modules.mlm_transformer.MLMTransformer",
+        "sentence_transformers.sparse_encoder.modules.splade_pooling.SpladePooling",
+    }
+)
+# an adapter names other weights, which may be anywhere
+_ADAPTER = "adapter_config.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +92,7 @@ def write_sentence_transformers(
         folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False}
     )
     write_json(
-        folder / "config_sentence_transformers.json",
+        folder / PROMPTS,
         {
             "prompts": dict(embedding.prompts),
             "default_prompt_name": None,
@@ -83,14 +101,61 @@ def write_sentence_transformers(
     )
 
 
-def check_stages(folder: Path) -> None:
-    """Raises ExportError for a folder whose stages are code of its own, which sentence-transformers would run."""
-    if not (folder / MODULES).is_file():
-        return
-    for module in read_json(folder / MODULES, error=ExportError, root=list):
-        found = module.get("type") if isinstance(module, dict) else None
-        if not str(found).startswith(_THEIRS):
-            raise ExportError(
-                f"{folder / MODULES} names {str(found)[:80]!r}, code from outside of"
-                " sentence-transformers, which is not run. Use a folder without it."
-            )
+def check_stages(folder: Path) -> list[Path]:
+    """The folders of a model's stages, its own first. Nothing of them is loaded.
+
+    Raises ExportError for what sentence-transformers would take code, pickles or files of elsewhere for: it trusts a
+    folder of this machine whatever it is told.
+    """
+    stages = [folder]
+    # a fifo or a broken link is refused by read_json
+    if (folder / MODULES).exists() or (folder / MODULES).is_symlink():
+        where = folder / MODULES
+        for module in read_json(where, error=ExportError, root=list):
+            stages.append(_stage(folder, module, where))
+    stages = [*dict.fromkeys(stages)]
+    for stage in stages:
+        _check_weights(stage)
+    return stages
+
+
+def prompts_of(folder: Path) -> dict[str, str]:
+    """The texts that a folder of sentence-transformers has before others, by their names. Raises ExportError."""
+    if not (folder / PROMPTS).is_file():
+        return {}
+    found = read_json(folder / PROMPTS, error=ExportError, root=dict).get("prompts")
+    if not isinstance(found, dict):
+        return {}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _stage(folder: Path, module: Any, where: Path) -> Path:
+    """The folder of an entry of modules.json."""
+    told = module if isinstance(module, dict) else {}
+    found = told.get("type")
+    if str(found) not in CLASSES:
+        known = sorted({name.rpartition(".")[2] for name in CLASSES})
+        raise ExportError(
+            f"{where} names the stage {str(found)[:80]!r}, which may run code of its folder and is"
+            f" not read; needed: {', '.join(known)}, by sentence-transformers' names. Use a folder"
+            " of these."
+        )
+    # the folder itself
+    if told.get("path") == "":
+        return folder
+    return inside(folder, told.get("path"), where=where, error=ExportError)
+
+
+def _check_weights(stage: Path) -> None:
+    """Weights of a stage are safetensors of its own folder."""
+    if (stage / _ADAPTER).exists():
+        raise ExportError(
+            f"{stage} has {_ADAPTER}: its other weights are elsewhere. Merge the adapter into the"
+            " model, and use that folder."
+        )
+    pickles = sorted(path.name for pattern in _PICKLES for path in stage.glob(pattern))
+    if pickles and not any(stage.glob("*.safetensors")):
+        raise ExportError(
+            f"{stage} has weights in {pickles[0]} alone, a pickle, which is not read; needed:"
+            " model.safetensors. Save the model with it."
+        )

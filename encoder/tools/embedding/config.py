@@ -43,7 +43,7 @@ class RetrievalDataConfig:
     beir: PathText | None = None
     train: str = "train"  # the qrels that are trained on, where `pairs` names no file
     test: str = "test"  # the qrels that are evaluated, before and after
-    # JSON lines of anchor, positive and, in all of them or in none, negative; instead of beir's train
+    # rows of anchor, positive and, in all of them or in none, negative or negative_1, negative_2, ...; instead of beir's train
     pairs: PathText | None = None
     most_pairs: int | None = None  # so many of the training pairs, chosen by the seed
     max_tokens: int | None = None  # of a text; a longer one is cut; default: the model's longest
@@ -109,8 +109,8 @@ class EmbedRateConfig:
 class PromptsConfig:
     """Text before every text, in training, in the evaluation and in the folder."""
 
-    query: str = ""  # before a question
-    document: str = ""  # before an answer
+    query: str | None = None  # before a question; default: as the folder has it, else none
+    document: str | None = None  # before an answer; default: as the folder has it, else none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def write_folder(model: Any, settings: EmbedConfig, result: Mapping[str, Any]) -
         if is_sparse(model):
             _write_sparse(model, part)
         else:
-            _write_dense(model, part, settings)
+            _write_dense(model, part)
         _write_card(part, settings, result)
         found = embed(_read_back(part, model), SAMPLES, prompt="query")
         worst = float(np.abs(found - expected).max())
@@ -87,7 +87,7 @@ def write_folder(model: Any, settings: EmbedConfig, result: Mapping[str, Any]) -
         write_json(part / RESULT, {**said, "files": [*files_below(part), RESULT]})
 
 
-def _write_dense(model: Any, part: Path, settings: EmbedConfig) -> None:
+def _write_dense(model: Any, part: Path) -> None:
     body = model[0]
     with native_path(part) as path:
         body.auto_model.save_pretrained(path, safe_serialization=True)
@@ -99,7 +99,7 @@ def _write_dense(model: Any, part: Path, settings: EmbedConfig) -> None:
         embedding=Embedding(
             pooling=pooling_of(model),
             normalized=any(type(stage).__name__ == "Normalize" for stage in model),
-            prompts=to_plain(settings.prompts),
+            prompts=model.prompts,
         ),
     )
 

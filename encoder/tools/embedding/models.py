@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from encoder.base.errors import ConfigError, ExportError
 from encoder.base.files import native_path
 from encoder.models.hf.quiet import quiet_transformers
-from encoder.models.hf.stages import check_stages
+from encoder.models.hf.stages import check_stages, prompts_of
 from encoder.tools.embedding.config import EmbedConfig
 
 SPARSE_AT_ONCE = 512  # texts: 62 MB of a vocabulary of 30,522
@@ -57,8 +57,15 @@ def open_start(folder: Path, settings: EmbedConfig) -> Any:
         model.max_seq_length = settings.data.max_tokens
     # their model card's examples are not shown
     model.model_card_data.widget = [{"text": ""}]
-    model.prompts = {"query": settings.prompts.query, "document": settings.prompts.document}
+    model.prompts = _prompts(folder, settings)
     return model
+
+
+def _prompts(folder: Path, settings: EmbedConfig) -> dict[str, str]:
+    """Those of the folder, and over them those of the settings."""
+    asked = {"query": settings.prompts.query, "document": settings.prompts.document}
+    given = {name: text for name, text in asked.items() if text is not None}
+    return {"query": "", "document": "", **prompts_of(folder), **given}
 
 
 def _dense(path: str, folder: Path, settings: EmbedConfig, device: str) -> Any:
@@ -83,14 +90,12 @@ def _sparse(path: str, device: str) -> Any:
     from sentence_transformers import SparseEncoder
     from sentence_transformers.sparse_encoder.models import MLMTransformer, SpladePooling
 
+    of_disk = {"local_files_only": True, "trust_remote_code": False}
     body = MLMTransformer(
         path,
-        model_args={
-            "use_safetensors": True,
-            "dtype": torch.float32,
-            "local_files_only": True,
-            "trust_remote_code": False,
-        },
+        model_args={"use_safetensors": True, "dtype": torch.float32, **of_disk},
+        config_args={**of_disk},
+        tokenizer_args={**of_disk},
     )
     return SparseEncoder(modules=[body, SpladePooling(pooling_strategy="max")], device=device)
 

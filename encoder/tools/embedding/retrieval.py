@@ -7,15 +7,19 @@ qrels/test.tsv       query-id  corpus-id  score         q7  p0  1
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from encoder.base.files import sha256_of
 from encoder.base.rng import generator
-from encoder.data.labelled import DataError, Rows, read_rows
+from encoder.data.labelled import NO_NAME, DataError, Rows, read_rows
 
 CORPUS, QUERIES = "corpus.jsonl", "queries.jsonl"
 ANCHOR, POSITIVE, NEGATIVE = "anchor", "positive", "negative"
+NEGATIVES = re.compile(rf"{NEGATIVE}(_[1-9][0-9]{{0,5}})?")
+TITLE = re.compile("title")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +57,12 @@ class Pairs:
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """The passages. Raises DataError."""
-    rows = _rows_by_id(folder / CORPUS, ["_id", "text"])
-    titles = [""] * len(rows)
-    with (folder / CORPUS).open(encoding="utf-8-sig") as file:
-        has_title = '"title"' in file.readline()
-    if has_title:
-        titles = [
-            str(title or "") for title in read_rows(folder / CORPUS, ["title"]).columns["title"]
-        ]
+    """The passages; a row without a title has its text alone. Raises DataError."""
+    rows = _rows_by_id(folder / CORPUS, ["_id", "text"], optional=TITLE)
+    titles = rows.columns.get("title", [""] * len(rows))
     texts = [
-        f"{title} {text}".strip() for title, text in zip(titles, rows.columns["text"], strict=True)
+        f"{title or ''} {text}".strip()
+        for title, text in zip(titles, rows.columns["text"], strict=True)
     ]
     return Corpus(ids=rows.columns["_id"], texts=_no_empty(rows, texts))
 
@@ -108,13 +107,17 @@ def pairs_of(questions: Questions, corpus: Corpus) -> tuple[Pairs, list[tuple[in
 
 
 def read_pairs(path: Path) -> Pairs:
-    """Rows of anchor, positive, and negative where the first row has one. Raises DataError."""
-    names = [ANCHOR, POSITIVE]
-    rows = read_rows(path, names)
-    with path.open(encoding="utf-8-sig") as file:
-        if f'"{NEGATIVE}"' in file.readline():
-            names.append(NEGATIVE)
-            rows = read_rows(path, names)
+    """Rows of anchor, positive, and negative or negative_1, negative_2, ... in all of them or in none. Raises DataError."""
+    rows = read_rows(path, [ANCHOR, POSITIVE], optional=NEGATIVES)
+    negatives = sorted({*rows.columns} - {ANCHOR, POSITIVE}, key=lambda name: (len(name), name))
+    for name in negatives:
+        lacking = [row for row, text in enumerate(rows.columns[name]) if text is None]
+        if lacking:
+            raise DataError(
+                f"{rows.place(lacking[0])} has no {name}, and other rows have one. Give all of them"
+                " one, or none."
+            )
+    names = [ANCHOR, POSITIVE, *negatives]
     return Pairs(columns={name: _no_empty(rows, rows.columns[name], name) for name in names})
 
 
@@ -132,19 +135,19 @@ def some(pairs: Pairs, numbers: list[int]) -> Pairs:
 
 
 def hashes_of(folder: str | None, pairs: str | None, splits: tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of every file that is read, by its name."""
-    files: list[Path] = []
+    """SHA-256 of every file that is read, by what it is for: corpus, queries, qrels/test, pairs."""
+    files: dict[str, Path] = {}
     if folder:
-        files += [Path(folder) / CORPUS, Path(folder) / QUERIES]
-        files += [Path(folder) / "qrels" / f"{split}.tsv" for split in splits]
+        files |= {"corpus": Path(folder) / CORPUS, "queries": Path(folder) / QUERIES}
+        files |= {f"qrels/{split}": Path(folder) / "qrels" / f"{split}.tsv" for split in splits}
     if pairs:
-        files.append(Path(pairs))
-    return {path.name: sha256_of(path) for path in files}
+        files["pairs"] = Path(pairs)
+    return {role: sha256_of(path) for role, path in files.items()}
 
 
-def _rows_by_id(path: Path, names: list[str]) -> Rows:
+def _rows_by_id(path: Path, names: Sequence[str], optional: re.Pattern[str] = NO_NAME) -> Rows:
     """Rows whose ids are texts, each once."""
-    rows = read_rows(path, names)
+    rows = read_rows(path, names, optional=optional)
     ids = [str(value) for value in rows.columns["_id"]]
     seen: set[str] = set()
     for number, name in enumerate(ids):

@@ -11,8 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from encoder.base.errors import ConfigError
 from encoder.base.files import sha256_of
+from encoder.models.hf.stages import MODULES, PROMPTS, check_stages
 from encoder.tools.embedding.config import EmbedConfig
 from encoder.tools.embedding.folder import (
     finished,
@@ -32,6 +35,7 @@ from encoder.tools.embedding.models import (
 from encoder.tools.embedding.negatives import mine, with_negatives
 from encoder.tools.embedding.ranking import check_installed, measure, rank
 from encoder.tools.embedding.retrieval import (
+    ANCHOR,
     Corpus,
     Pairs,
     Questions,
@@ -47,6 +51,15 @@ from encoder.tools.weights.export import export_run
 
 Say = Callable[[str], None]
 LOG_STEPS = 10
+# of a stage: its shape, its longest text, and how a text becomes tokens
+STAGE_FILES = (
+    "config.json",
+    "sentence_bert_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +102,20 @@ def read_data(settings: EmbedConfig, *, training: bool = True) -> Data:
     )
 
 
+def check_one_gpu(settings: EmbedConfig) -> None:
+    """Raises ConfigError where their trainer would spread a step over GPUs, each with batch_examples pairs of its own."""
+    count = torch.cuda.device_count()
+    if device_of(settings) == "cuda" and count > 1:
+        raise ConfigError(
+            f"torch sees {count} GPUs, and an embedding is trained on one. Choose it: set"
+            " CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def train_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any]:
     """Trains and writes settings.out; returns what result.json says. Raises UserError."""
     check_installed()
+    check_one_gpu(settings)
     data = read_data(settings)
     if len(data.pairs) < settings.batch_examples:
         raise ConfigError(
@@ -99,7 +123,7 @@ def train_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any
             " Lower it, or give more pairs."
         )
     with _start_folder(settings, say) as folder:
-        identity = identity_of(settings, {**data.hashes, **_weights_hashes(folder)})
+        identity = identity_of(settings, {**data.hashes, **start_hashes(folder)})
         if (found := finished(Path(settings.out), identity)) is not None:
             say(f"done already: {settings.out} is of this very training")
             return found
@@ -141,7 +165,7 @@ def evaluate_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, 
         raise ConfigError("data.beir is missing: without questions there is nothing to evaluate.")
     data = read_data(settings, training=False)
     with _start_folder(settings, say) as folder:
-        hashes = {**data.hashes, **_weights_hashes(folder)}
+        hashes = {**data.hashes, **start_hashes(folder)}
         model = open_start(folder, settings)
     tfidf = _tfidf(data, settings, say=say)
     passages = _passages(model, data, settings)
@@ -174,8 +198,15 @@ def _start_folder(settings: EmbedConfig, say: Say) -> Iterator[Path]:
         yield out
 
 
-def _weights_hashes(folder: Path) -> dict[str, str]:
-    return {f"start/{path.name}": sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
+def start_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of what decides a start's vectors, by its place: weights, tokenizer, shape, stages and prompts."""
+    found = {}
+    for stage in check_stages(folder):
+        named = [stage / name for name in (*STAGE_FILES, MODULES, PROMPTS)]
+        for path in (*named, *sorted(stage.glob("*.safetensors"))):
+            if path.is_file():
+                found[f"start/{path.relative_to(folder).as_posix()}"] = sha256_of(path)
+    return found
 
 
 def _passages(model: Any, data: Data, settings: EmbedConfig) -> Any:
@@ -281,7 +312,9 @@ def _fit(
         cls = SparseEncoderTrainer if is_sparse(model) else SentenceTransformerTrainer
         trainer = cls(
             model=model,
-            args=_arguments(settings, scratch, columns=[*pairs.columns], sparse=is_sparse(model)),
+            args=_arguments(
+                settings, scratch, prompts=_prompts(model, pairs), sparse=is_sparse(model)
+            ),
             train_dataset=Dataset.from_dict(pairs.columns),
             loss=_loss(model, settings),
             callbacks=[Told()],
@@ -295,12 +328,21 @@ def _fit(
     return losses, int(trainer.state.global_step)
 
 
-def _arguments(settings: EmbedConfig, scratch: str, *, columns: list[str], sparse: bool) -> Any:
+def _prompts(model: Any, pairs: Pairs) -> dict[str, str]:
+    """Text before the texts of each column."""
+    return {
+        name: model.prompts["query" if name == ANCHOR else "document"] for name in pairs.columns
+    }
+
+
+def _arguments(
+    settings: EmbedConfig, scratch: str, *, prompts: dict[str, str], sparse: bool
+) -> Any:
     """Their training arguments.
 
     settings: ours
     scratch: a folder; nothing of it is kept
-    columns: of the pairs, for the prompts
+    prompts: by column of the pairs
     sparse: of a SparseEncoder
     """
     from sentence_transformers import (
@@ -308,10 +350,6 @@ def _arguments(settings: EmbedConfig, scratch: str, *, columns: list[str], spars
         SparseEncoderTrainingArguments,
     )
 
-    prompts = {
-        name: settings.prompts.query if name == "anchor" else settings.prompts.document
-        for name in columns
-    }
     cls = SparseEncoderTrainingArguments if sparse else SentenceTransformerTrainingArguments
     return cls(
         output_dir=scratch,

@@ -34,6 +34,15 @@ TITLES = {
     "choice": "one of several answers",
     "similarity": "similarity of texts",
 }
+# read by gradio from the environment: other machines, other programs, files of this one, an editor of the page's code
+NOT_FOR_THE_PAGE = (
+    "GRADIO_SHARE",
+    "GRADIO_ROOT_PATH",
+    "GRADIO_NODE_PATH",
+    "GRADIO_MCP_SERVER",
+    "GRADIO_ALLOWED_PATHS",
+    "GRADIO_VIBE_MODE",
+)
 # nothing is asked of a font server
 FONTS = ("system-ui", "sans-serif")
 CODE_FONTS = ("ui-monospace", "monospace")
@@ -46,8 +55,7 @@ def prepare_gradio() -> None:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # read by gradio, and not meant for this page
-    for name in ("GRADIO_SHARE", "GRADIO_ROOT_PATH", "GRADIO_NODE_PATH", "GRADIO_MCP_SERVER"):
+    for name in NOT_FOR_THE_PAGE:
         os.environ.pop(name, None)
     # a proxy of the environment is not asked for this machine
     local = "127.0.0.1,localhost"

@@ -43,8 +43,15 @@ def classify(opened: Opened, text: str, second: str | None = None) -> Classified
         shares = torch.sigmoid(logits_K).tolist()
     else:
         shares = torch.softmax(logits_K, -1).tolist()
-    names = opened.model.config.id2label
+    names = distinct(opened.labels(len(shares)))
     return Classified(
-        probabilities={str(names[k]): share for k, share in enumerate(shares)},
+        probabilities=dict(zip(names, shares, strict=True)),
         notes=found.notes,
     )
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, each with its number where two are equal: a bar each, not one for both."""
+    if len({*names}) == len(names):
+        return names
+    return [f"{name} ({number})" for number, name in enumerate(names)]

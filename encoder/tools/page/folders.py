@@ -5,7 +5,8 @@
     ...ForMultipleChoice               choice          a body alone                similarity
 
 Vectors of a folder with modules.json are those of sentence-transformers, of another one means over tokens.
-No code of a folder is run, no pickle is read, and nothing is fetched.
+No code of a folder is run, no pickle is read, and nothing is fetched: transformers is told so, and of sentence-transformers
+the stages are read that encoder/models/hf/stages.py lists.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ARCHITECTURES = {
     "ForMultipleChoice": ("choice", "AutoModelForMultipleChoice"),
     "Model": ("similarity", "AutoModel"),
 }
+MOST_TOKENS = 8192  # of a model that names no longest text, as one with relative positions
 KINDS = tuple(dict.fromkeys(kind for kind, _ in ARCHITECTURES.values()))
 
 
@@ -52,6 +54,11 @@ class Opened:
     def parameters(self) -> int:
         """How many values the model has."""
         return sum(p.numel() for p in self.model.parameters())
+
+    def labels(self, count: int) -> list[str]:
+        """The names of that many outputs; LABEL_k for one that the folder leaves out."""
+        names = self.model.config.id2label or {}
+        return [str(names.get(k, f"LABEL_{k}")) for k in range(count)]
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -109,10 +116,10 @@ def open_folder(folder: Path, *, name: str = "", kind: str | None = None) -> Ope
             of_disk = {"local_files_only": True, "trust_remote_code": False}
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **of_disk)
             model = _model(getattr(transformers, class_name), path, of_disk)
+            longest = longest_text(model, tokenizer.model_max_length)
     except Exception as error:
         # transformers, tokenizers and safetensors each raise their own kinds
         raise _unreadable(folder, error) from error
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     return Opened(
         name=shown,
         kind=kind,
@@ -121,6 +128,24 @@ def open_folder(folder: Path, *, name: str = "", kind: str | None = None) -> Ope
         max_tokens=longest,
         architecture=type(model).__name__,
     )
+
+
+def longest_text(model: Any, of_tokenizer: int) -> int:
+    """How many tokens a model of transformers takes: as many as its tokenizer says, and as it has positions.
+
+    BERT's 512 rows of positions are for 512 tokens. RoBERTa's 514 are, too: its first text token has the position
+    padding_idx + 1, which is 2.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # XLNet says -1
+    if not isinstance(positions, int) or positions < 1:
+        return min(of_tokenizer, MOST_TOKENS)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            positions -= padding + 1
+            break
+    return min(of_tokenizer, positions)
 
 
 def _model(cls: Any, path: str, of_disk: dict[str, bool]) -> Any:

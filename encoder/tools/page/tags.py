@@ -44,13 +44,13 @@ def tags(opened: Opened, text: str) -> Tagged:
     with torch.no_grad():
         logits_TK = opened.model(**found.inputs).logits[0].float()
     shares_TK = torch.softmax(logits_TK, -1)
-    names = opened.model.config.id2label
+    names = opened.labels(shares_TK.shape[-1])
     words = []
     tokens = first_tokens(text, found.offsets)
     for match, token in zip(WORD.finditer(text), tokens, strict=True):
         if token is not None:
             share, label = shares_TK[token].max(-1)
-            words.append(_Word(match.start(), match.end(), str(names[int(label)]), float(share)))
+            words.append(_Word(match.start(), match.end(), names[int(label)], float(share)))
     return Tagged(
         spans=_spans(text, words),
         words=[(text[w.start : w.end], w.label, w.share) for w in words],

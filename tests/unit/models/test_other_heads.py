@@ -13,7 +13,7 @@ from encoder.base.batch import packed_documents
 from encoder.finetune.config import read_task
 from encoder.finetune.prepare import prepare, read_start
 from encoder.models.hf.catalog import bridge_of
-from encoder.models.hf.other_heads import problem_of
+from encoder.models.hf.other_heads import labels_of, problem_of
 from encoder.models.hf.read import prove_import, read_hf, read_task_head
 from encoder.models.hf.task import export_task
 from encoder.models.with_task import TaskModel, first_weights
@@ -67,6 +67,21 @@ def test_the_body_is_theirs_and_the_head_over_masked_tokens_is_drawn(folders, fa
     # the whole proof is dear, and the same for every head
     if name == "ForSequenceClassification":
         prove_import(read_hf(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("named", "labels"),
+    [
+        ({"0": "bad", "1": "good"}, ("bad", "good")),
+        ({"1": "good", "0": "bad"}, ("bad", "good")),
+        ({"0": "bad", "2": "good"}, None),
+        ({"1": "bad", "2": "good"}, None),
+        ({"0": "bad", "1": "bad"}, None),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, None),
+    ],
+)
+def test_labels_are_of_outputs_that_are_told_apart(named, labels):
+    assert labels_of({"id2label": named}) == labels
 
 
 @pytest.mark.parametrize("family", BODIES)

@@ -17,7 +17,8 @@ from encoder.tools.embedding.config import EmbedConfig, NegativesConfig, read_em
 from encoder.tools.embedding.lexical import tfidf_scores
 from encoder.tools.embedding.negatives import mine
 from encoder.tools.embedding.ranking import measure, rank
-from encoder.tools.embedding.retrieval import read_corpus, read_questions
+from encoder.tools.embedding.retrieval import hashes_of, read_corpus, read_pairs, read_questions
+from encoder.tools.embedding.train import start_hashes
 from launch import embed
 from tests.helpers.pages import write_page_folder
 from tests.helpers.tasks import write_rows
@@ -256,6 +257,99 @@ def test_a_row_that_does_not_fit_is_named(place, file, text, said):
     path.write_text(f"{text}{whole}" if file == "corpus.jsonl" else f"{whole}{text}")
     with pytest.raises(UserError, match=said):
         read_questions(place / "data", "train", read_corpus(place / "data"))
+
+
+def test_negatives_are_read_from_every_kind_of_file(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"anchor": ["a?", "b?"], "positive": ["a", "b"], "negative": ["c", "d"]}
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values())]
+    write_rows(tmp_path / "p.jsonl", rows)
+    lines = (tmp_path / "p.jsonl").read_text()
+    (tmp_path / "blank.jsonl").write_text(f"\n{lines}")
+    csv_lines = "\n".join(",".join(row.values()) for row in rows)
+    (tmp_path / "p.csv").write_text(f"{','.join(columns)}\n{csv_lines}\n")
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    for name in ("p.jsonl", "blank.jsonl", "p.csv", "p.parquet"):
+        assert read_pairs(tmp_path / name).columns == columns
+    # several of a row, by number
+    more = [{**row, "negative_10": "x", "negative_2": "y"} for row in rows]
+    write_rows(tmp_path / "more.jsonl", more)
+    found = read_pairs(tmp_path / "more.jsonl").columns
+    assert [*found] == ["anchor", "positive", "negative", "negative_2", "negative_10"]
+    # a text that says the word is no column
+    write_rows(tmp_path / "none.jsonl", [{"anchor": 'a "negative"', "positive": "b"}])
+    assert [*read_pairs(tmp_path / "none.jsonl").columns] == ["anchor", "positive"]
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_negatives_of_some_rows_alone_are_refused(tmp_path, lacking):
+    rows = [{"anchor": "a?", "positive": "a", "negative": "c"} for _ in range(2)]
+    del rows[lacking]["negative"]
+    write_rows(tmp_path / "p.jsonl", rows)
+    with pytest.raises(UserError, match=f"line {lacking + 1} has no negative, and other rows"):
+        read_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_title_is_read_from_each_row_that_has_one(tmp_path):
+    rows = [{"_id": "p0", "text": "a"}, {"_id": "p1", "title": "T", "text": "b"}]
+    write_rows(tmp_path / "corpus.jsonl", rows)
+    assert read_corpus(tmp_path).texts == ["a", "T b"]
+
+
+def test_prompts_that_are_left_out_are_those_of_the_start(place):
+    from sentence_transformers import SentenceTransformer
+
+    from encoder.tools.embedding.models import open_start
+
+    theirs = SentenceTransformer(
+        str(place / "start"), device="cpu", prompts={"query": "ask: ", "document": "say: "}
+    )
+    theirs.save_pretrained(str(place / "st"))
+    for words, expected in (
+        (["prompts={}"], {"query": "ask: ", "document": "say: "}),
+        (["prompts={}", "pooling=cls"], {"query": "ask: ", "document": "say: "}),
+        (['prompts={query: ""}'], {"query": "", "document": "say: "}),
+        (["prompts={query: 'q: '}"], {"query": "q: ", "document": "say: "}),
+    ):
+        settings = read_embed(place / "embed.yaml", words)
+        assert open_start(place / "st", settings).prompts == expected
+    # written with the trained folder
+    words = ["prompts={}", f"start_from={place}/st", "epochs=1", "tfidf=false"]
+    assert embed.main([str(place / "embed.yaml"), *words]) == 0
+    said = json.loads((place / "out" / "config_sentence_transformers.json").read_text())
+    assert said["prompts"] == {"query": "ask: ", "document": "say: "}
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "config.json", "1_Pooling/config.json", "model.safetensors"]
+)
+def test_another_file_of_the_start_is_another_training(place, name):
+    from sentence_transformers import SentenceTransformer
+
+    SentenceTransformer(str(place / "start"), device="cpu").save_pretrained(str(place / "st"))
+    first = start_hashes(place / "st")
+    path = place / "st" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    changed = start_hashes(place / "st")
+    assert {key for key in first if first[key] != changed[key]} == {f"start/{name}"}
+
+
+def test_data_are_known_by_what_they_are_for(place):
+    pairs = place / "corpus.jsonl"
+    write_rows(pairs, [{"anchor": "a", "positive": "b"}])
+    found = hashes_of(str(place / "data"), str(pairs), ("test",))
+    assert [*found] == ["corpus", "queries", "qrels/test", "pairs"]
+
+
+def test_several_gpus_are_refused(place, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert embed.main([str(place / "embed.yaml"), "device=auto"]) == 2
+    error = capsys.readouterr().err
+    assert "torch sees 2 GPUs" in error and "CUDA_VISIBLE_DEVICES=0" in error
+    assert error.count("\n") == 1 and not (place / "out").exists()
 
 
 def test_several_ranks_are_refused(place, capsys, monkeypatch):

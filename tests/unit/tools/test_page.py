@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from encoder.base.errors import UserError
+from encoder.models.hf.stages import check_stages
 from encoder.models.hf.task import export_task
 from encoder.tools.page import blocks, examples
 from encoder.tools.page.choice import choose
 from encoder.tools.page.classify import classify
 from encoder.tools.page.encoding import MOST_CHARACTERS
 from encoder.tools.page.fill_mask import bars, fill_mask, visible
-from encoder.tools.page.folders import ARCHITECTURES, kind_of, open_folder
+from encoder.tools.page.folders import ARCHITECTURES, kind_of, longest_text, open_folder
 from encoder.tools.page.similarity import similarity
 from encoder.tools.page.span import best_pair, span
 from encoder.tools.page.tags import tags
@@ -31,6 +32,8 @@ from tests.helpers.pages import write_page_folder
 from tests.helpers.tasks import drawn_task, write_start
 
 LABELS = {"id2label": {0: "O", 1: "B-PER", 2: "I-PER"}, "num_labels": 3}
+THEIRS = "sentence_transformers.models."
+POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 QUESTION, CONTEXT = "who?", "ada was in rome"
 
 
@@ -289,7 +292,7 @@ def test_kinds_follow_the_architecture_and_another_is_refused(tmp_path):
 
 def test_no_code_of_a_folder_is_run_and_no_pickle_read(mlm, tmp_path):
     (tmp_path / "modules.json").write_text(json.dumps([{"type": "modeling_mine.Mine"}]))
-    with pytest.raises(UserError, match="names 'modeling_mine.Mine', code from outside"):
+    with pytest.raises(UserError, match="names the stage 'modeling_mine.Mine', which may run code"):
         open_folder(tmp_path)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
@@ -299,6 +302,56 @@ def test_no_code_of_a_folder_is_run_and_no_pickle_read(mlm, tmp_path):
     torch.save({}, pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be read as a model"):
         open_folder(pickled)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("modules.json", [{"path": "", "type": THEIRS + "Router"}], "the stage '.*Router', which"),
+        ("modules.json", [{"path": "", "type": THEIRS + "Dense"}], "the stage '.*Dense', which"),
+        ("modules.json", [{"path": "", "type": "sentence_transformers.util.x"}], "which may run"),
+        ("modules.json", [{"path": "..", "type": THEIRS + "Pooling"}], "leaves its folder"),
+        ("modules.json", [{"path": "/tmp", "type": THEIRS + "Pooling"}], "is absolute"),
+        ("modules.json", [{"type": THEIRS + "Pooling"}], "is no text"),
+        ("1_Pooling/pytorch_model.bin", {}, "in pytorch_model.bin alone, a pickle"),
+        ("adapter_config.json", {}, "its other weights are elsewhere"),
+    ],
+)
+def test_a_stage_that_may_run_code_is_refused_before_anything_is_loaded(
+    tmp_path, file, content, said
+):
+    good = [{"path": "", "type": THEIRS + "Transformer"}, {"path": "1_Pooling", "type": POOLING}]
+    (tmp_path / "modules.json").write_text(json.dumps(good))
+    (tmp_path / "1_Pooling").mkdir()
+    assert check_stages(tmp_path) == [tmp_path, tmp_path / "1_Pooling"]
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        open_folder(tmp_path)
+
+
+def test_code_that_a_router_names_is_not_run(mlm, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    folder = tmp_path / "routed"
+    shutil.copytree(mlm, folder)
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    routed = {"types": {"x": "modeling_evil.E"}, "structure": {}, "parameters": {}}
+    (folder / "router_config.json").write_text(json.dumps(routed))
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": 0, "name": "0", "path": "", "type": THEIRS + "Router"}])
+    )
+    with pytest.raises(UserError, match="Router"):
+        open_folder(folder, kind="similarity")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_sentence_transformers_writes_today_is_read(mlm, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Normalize
+
+    theirs = sentence_transformers.SentenceTransformer(str(mlm), device="cpu")
+    theirs.append(Normalize())
+    theirs.save_pretrained(str(tmp_path / "st"))
+    assert len(check_stages(tmp_path / "st")) == 3
 
 
 def test_a_head_that_is_not_in_the_folder_is_not_drawn(place, mlm):
@@ -349,6 +402,42 @@ def test_a_weights_folder_is_exported_for_the_page_and_leaves_with_it(place, tmp
         assert (texts.name, texts.kind) == ("mine, similarity", "similarity")
         assert len([*tmp_path.glob("tessera-page-*")]) == 1
     assert not [*tmp_path.glob("tessera-page-*")]
+
+
+def test_two_classes_of_one_name_have_a_bar_each_and_a_gap_has_a_name(classifier):
+    opened = open_folder(classifier)
+    expected = [*classify(opened, "ab").probabilities.values()]
+    opened.model.config.id2label = {0: "bad", 1: "bad", 2: "good"}
+    found = classify(opened, "ab").probabilities
+    assert [*found] == ["bad (0)", "bad (1)", "good (2)"] and [*found.values()] == expected
+    opened.model.config.id2label = {0: "bad", 7: "good"}
+    assert [*classify(opened, "ab").probabilities] == ["bad", "LABEL_1", "LABEL_2"]
+
+
+def test_a_roberta_takes_as_many_tokens_as_its_positions_leave():
+    import transformers
+
+    small = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.RobertaConfig(**small, max_position_embeddings=14, pad_token_id=1)
+    model = transformers.RobertaModel(config).eval()
+    longest = longest_text(model, 99)
+    assert longest == 12
+    model(torch.full((1, longest), 5))
+    with pytest.raises(IndexError):
+        model(torch.full((1, longest + 1), 5))
+    bert = transformers.BertModel(transformers.BertConfig(**small, max_position_embeddings=14))
+    assert longest_text(bert, 99) == 14 and longest_text(bert, 6) == 6
+    # relative positions: none are named
+    funnel = SimpleNamespace(config=SimpleNamespace())
+    assert longest_text(funnel, 512) == 512 and longest_text(funnel, 10**30) == 8192
+
+
+def test_gradio_is_not_told_of_paths_and_editors_by_the_environment(monkeypatch):
+    pytest.importorskip("gradio")
+    for name in ("GRADIO_ALLOWED_PATHS", "GRADIO_VIBE_MODE"):
+        monkeypatch.setenv(name, "/")
+    blocks.prepare_gradio()
+    assert not {"GRADIO_ALLOWED_PATHS", "GRADIO_VIBE_MODE"} & {*os.environ}
 
 
 def refused(capsys, *words) -> str:
