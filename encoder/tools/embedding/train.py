@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,6 +113,21 @@ def check_one_gpu(settings: EmbedConfig) -> None:
         )
 
 
+# what launchers say, and what encoder.base.dist says for libraries that look for it
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No word of a launcher in the environment: of LOCAL_RANK alone accelerate takes this process for one of several."""
+    found = {name: os.environ.pop(name) for name in _LAUNCHERS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
+
+
+@alone()
 def train_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any]:
     """Trains and writes settings.out; returns what result.json says. Raises UserError."""
     check_installed()
@@ -158,6 +174,7 @@ def train_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any
     return result
 
 
+@alone()
 def evaluate_embedding(settings: EmbedConfig, *, say: Say = print) -> dict[str, Any]:
     """The numbers of start_from as it is. Raises UserError."""
     check_installed()

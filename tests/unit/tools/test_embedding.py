@@ -210,7 +210,13 @@ def test_a_model_trained_in_bf16_is_written_and_reads_back_in_fp32(place):
     assert result["read_back_difference"] < 1e-5
 
 
-def test_pairs_of_a_file_are_trained_on_without_an_evaluation(place, capsys):
+def test_pairs_of_a_file_are_trained_on_without_an_evaluation(place, capsys, monkeypatch):
+    # as a run of this process or a launcher of one rank leaves it; accelerate looks once a process
+    for word, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(word, value)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
     rows = [{"anchor": f"{w}?", "positive": f"of {w}", "negative": "of no one"} for w in WORDS]
     write_rows(place / "pairs.jsonl", rows)
     words = [f"data={{pairs: {place}/pairs.jsonl}}", f"out={place}/of_pairs", "epochs=1"]
