@@ -24,7 +24,7 @@ from encoder.data.labelled import DataError, Rows, check_unicode, label_name, te
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds.columns import is_whole_number
-from encoder.finetune.kinds.contract import Decided
+from encoder.finetune.kinds.contract import Decided, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -183,7 +183,7 @@ def _by_row(documents: Examples, starts_N1: np.ndarray) -> Examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceSet:
+class ChoiceSet(NothingDecided):
     """A data set of choices (encoder.finetune.kinds.contract.AskedSet)."""
 
     examples: Examples
@@ -204,14 +204,6 @@ class ChoiceSet:
                 " task.max_choice_tokens: cut at the beginning"
             )
         return lines
-
-    def decided(self, logits_PK: np.ndarray) -> Decided:
-        """Nothing."""
-        return {}
-
-    def undecided(self) -> Decided:
-        """Nothing."""
-        return {}
 
     def scores(
         self, logits_PK: np.ndarray, metrics: Sequence[str], decided: Decided | None = None

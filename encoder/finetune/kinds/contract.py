@@ -113,3 +113,15 @@ class TaskConfig(Settings, Protocol):
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """Raises DataError where a label never occurs."""
+
+
+class NothingDecided:
+    """Of data sets whose answers need no decision beforehand (AskedSet)."""
+
+    def decided(self, logits_PK: np.ndarray) -> Decided:
+        """Nothing."""
+        return {}
+
+    def undecided(self) -> Decided:
+        """Nothing."""
+        return {}

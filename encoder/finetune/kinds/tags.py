@@ -32,7 +32,7 @@ from encoder.finetune.kinds.columns import (
     number_of,
     refuse_missing,
 )
-from encoder.finetune.kinds.contract import Decided
+from encoder.finetune.kinds.contract import Decided, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -273,7 +273,7 @@ def _window(encoding: Encoding, words: list[str], *, first: int, whole: bool) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagSet:
+class TagSet(NothingDecided):
     """A data set of tagged words (encoder.finetune.kinds.contract.AskedSet). W words in all."""
 
     examples: Examples
@@ -297,14 +297,6 @@ class TagSet:
                 f" {self.labels[self._outside]}"
             )
         return lines
-
-    def decided(self, logits_PK: np.ndarray) -> Decided:
-        """Nothing."""
-        return {}
-
-    def undecided(self) -> Decided:
-        """Nothing."""
-        return {}
 
     def scores(
         self, logits_PK: np.ndarray, metrics: Sequence[str], decided: Decided | None = None

@@ -24,7 +24,7 @@ from encoder.finetune.kinds.columns import (
     number_of,
     refuse_missing,
 )
-from encoder.finetune.kinds.contract import Decided
+from encoder.finetune.kinds.contract import Decided, NothingDecided
 from encoder.finetune.metrics import Metric, Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -52,7 +52,7 @@ class TextKind(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSet:
+class TextSet(NothingDecided):
     """A data set of texts (encoder.finetune.kinds.contract.AskedSet)."""
 
     examples: Examples
@@ -67,14 +67,6 @@ class TextSet:
             f"{counted(cut, 'example')} of {self.examples.name} ({cut / count:.1%}) longer than"
             " data.max_tokens: cut"
         ]
-
-    def decided(self, logits_PK: np.ndarray) -> Decided:
-        """Nothing."""
-        return {}
-
-    def undecided(self) -> Decided:
-        """Nothing."""
-        return {}
 
     def scores(
         self, logits_PK: np.ndarray, metrics: Sequence[str], decided: Decided | None = None
@@ -105,8 +97,39 @@ class TextSet:
             }
 
 
+class _OfTexts:
+    """What kinds of task about one text or two share; the settings themselves stand in each."""
+
+    METRICS: ClassVar[Mapping[str, Metric]]
+    texts: tuple[str, ...]
+    label: str
+    metrics: tuple[str, ...] | None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Texts and label."""
+        return (*self.texts, self.label)
+
+    @property
+    def kept_together(self) -> tuple[str, ...]:
+        """Rows of the same texts."""
+        return self.texts
+
+    @property
+    def pairs(self) -> bool:
+        """Two texts."""
+        return len(self.texts) == 2
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of METRICS that are reported."""
+        return measures.chosen(self.METRICS, self.metrics)
+
+    def check_length(self, max_tokens: int) -> None:
+        """Any will do."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig:
+class ClassifyConfig(_OfTexts):
     """One class of several for each row."""
 
     KIND: ClassVar[str] = "classify"
@@ -134,21 +157,6 @@ class ClassifyConfig:
         check_labels(self.labels, least=2)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Texts and label."""
-        return (*self.texts, self.label)
-
-    @property
-    def kept_together(self) -> tuple[str, ...]:
-        """Rows of the same texts."""
-        return self.texts
-
-    @property
-    def pairs(self) -> bool:
-        """Two texts."""
-        return len(self.texts) == 2
-
-    @property
     def outputs(self) -> int:
         """One for each class."""
         return len(known_labels(self.labels))
@@ -157,10 +165,6 @@ class ClassifyConfig:
     def objective(self) -> TextObjective:
         """Cross entropy."""
         return Classes()
-
-    def metric_names(self) -> tuple[str, ...]:
-        """Those of METRICS that are reported."""
-        return measures.chosen(self.METRICS, self.metrics)
 
     def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
         """All that occur, sorted; numbers by their size."""
@@ -174,9 +178,6 @@ class ClassifyConfig:
             raise DataError(f"{rows.path}: {self.label} has {len(found):,} different values.")
         whole = all(is_whole_number(name) for name in found)
         return tuple(sorted(found, key=lambda name: (int(name) if whole else 0, name)))
-
-    def check_length(self, max_tokens: int) -> None:
-        """Any will do."""
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
         """A class for each row: int64 [N]."""
@@ -216,7 +217,7 @@ class ClassifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsConfig:
+class LabelsConfig(_OfTexts):
     """Any number of labels for each row, each yes or no."""
 
     KIND: ClassVar[str] = "labels"
@@ -246,21 +247,6 @@ class LabelsConfig:
             raise ConfigError("separator is empty; needed: what stands between two labels.")
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Texts and labels."""
-        return (*self.texts, self.label)
-
-    @property
-    def kept_together(self) -> tuple[str, ...]:
-        """Rows of the same texts."""
-        return self.texts
-
-    @property
-    def pairs(self) -> bool:
-        """Two texts."""
-        return len(self.texts) == 2
-
-    @property
     def outputs(self) -> int:
         """One for each label."""
         return len(known_labels(self.labels))
@@ -270,19 +256,12 @@ class LabelsConfig:
         """Binary cross entropy."""
         return YesNo(outputs=self.outputs)
 
-    def metric_names(self) -> tuple[str, ...]:
-        """Those of METRICS that are reported."""
-        return measures.chosen(self.METRICS, self.metrics)
-
     def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
         """All that occur, sorted."""
         found = {name for row in range(len(rows)) for name in self._names(rows, row)}
         if not found:
             raise DataError(f"{rows.path}: no row has a label in {self.label}.")
         return tuple(sorted(found))
-
-    def check_length(self, max_tokens: int) -> None:
-        """Any will do."""
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
         """float32 [N, K] of 0 and 1."""
@@ -326,7 +305,7 @@ class LabelsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegressConfig:
+class RegressConfig(_OfTexts):
     """A number for each row."""
 
     KIND: ClassVar[str] = "regress"
@@ -352,35 +331,13 @@ class RegressConfig:
         check_columns(self.texts, self.label)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Texts and number."""
-        return (*self.texts, self.label)
-
-    @property
-    def kept_together(self) -> tuple[str, ...]:
-        """Rows of the same texts."""
-        return self.texts
-
-    @property
-    def pairs(self) -> bool:
-        """Two texts."""
-        return len(self.texts) == 2
-
-    @property
     def objective(self) -> TextObjective:
         """Squared error."""
         return Numbers(outputs=self.outputs)
 
-    def metric_names(self) -> tuple[str, ...]:
-        """Those of METRICS that are reported."""
-        return measures.chosen(self.METRICS, self.metrics)
-
     def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
         """A number has no names."""
         return None
-
-    def check_length(self, max_tokens: int) -> None:
-        """Any will do."""
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
         """float32 [N, 1]."""
