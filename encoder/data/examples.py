@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b, sha256
 from types import TracebackType
 
@@ -61,7 +62,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.starts_N1) - 1
 
-    @property
+    @cached_property
     def lengths_N(self) -> np.ndarray:
         """Tokens of each."""
         return np.diff(self.starts_N1)
@@ -91,6 +92,7 @@ class Examples:
         """Places at which some examples are asked, in their order: int64."""
         return numbers_M if self.places is None else self.places.of(numbers_M)
 
+    @cached_property
     def sha256(self) -> str:
         """Hex digest of ids, lengths, targets, segments and places: what a resume is held against."""
         digest = sha256()

@@ -209,7 +209,7 @@ class FineTuning:
         if self._world.first:
             check_same_start(self.run, checkpoint)
         saved = read_progress(checkpoint)[1].get("examples_sha256")
-        here = self.prepared.train.sha256()
+        here = self.prepared.train.sha256
         if saved != here:
             raise CheckpointError(
                 f"data.train {self.run.data.train} gives examples of SHA-256 {here[:16]}, this run"
@@ -246,7 +246,7 @@ class FineTuning:
     def to_plain(self) -> dict[str, Any]:
         """What a resume is held against."""
         return {
-            "examples_sha256": self.prepared.train.sha256(),
+            "examples_sha256": self.prepared.train.sha256,
             "init_sha256": self._start_sha256,
             **(self._keeper.to_plain() if self._keeper else {}),
         }

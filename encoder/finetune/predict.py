@@ -100,7 +100,7 @@ def write_result(
             "name": task.name,
             "seed": task.seed,
             "settings_sha256": hashlib.sha256(settings).hexdigest(),
-            "examples_sha256": train.sha256(),
+            "examples_sha256": train.sha256,
             "weights_of": kept.text,
             "weights_step": kept.progress.step,
             "weights_ledger_hash": kept.progress.ledger_hash,
