@@ -9,6 +9,7 @@ A start takes 0.1 s of CPU, not 10: the processes are forked from one that has i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -58,8 +59,10 @@ class Rank:
 
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+        # it may have ended, and its code not be written yet
+        with contextlib.suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
         """Its exit code, once it has ended."""
