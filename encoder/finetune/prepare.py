@@ -20,6 +20,7 @@ from encoder.finetune.encoding import TextEncoder, check_length, read_encoder
 from encoder.finetune.head import head_shape
 from encoder.finetune.kinds.contract import AskedSet, TaskConfig
 from encoder.finetune.stored import is_task, read_trained
+from encoder.models.contract import ModelConfig
 from encoder.models.hf.other_heads import TaskHead
 from encoder.models.hf.task import TrainedTask
 from encoder.models.stored import StoredModel
@@ -183,6 +184,7 @@ def prepare(task: FineTuneConfig, start: Start, *, last: LastRows | None = None)
         raise ConfigError(
             f"body is another model than that of start_from {task.start_from}. Leave body out."
         )
+    _check_rates(task, body)
     longest = body.max_position_embeddings
     check_length(task.data.max_tokens, longest=longest, pairs=kind.pairs)
     kind.check_length(task.data.max_tokens)
@@ -248,6 +250,18 @@ def _known(task: FineTuneConfig, model: StoredModel) -> dict[str, float]:
                 f"dropout.{name.removesuffix('_dropout')}: this model has no {name}. Leave it out."
             )
     return task.dropout.of_body
+
+
+def _check_rates(task: FineTuneConfig, body: ModelConfig) -> None:
+    """Raises ConfigError for rates by layer of a model whose layers have no weights of their own."""
+    if not body.growth().shared_blocks:
+        return
+    for key in ("layer_decay", "gradient_layer_decay"):
+        if getattr(task, key) != 1.0:
+            raise ConfigError(
+                f"{key} {getattr(task, key):g}: the layers of this model share their weights, so"
+                f" none has a rate of its own. Leave {key} out."
+            )
 
 
 def _sets_of(kind: TaskConfig, files: Mapping[str, str], encoder: TextEncoder) -> list[AskedSet]:

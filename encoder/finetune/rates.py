@@ -36,6 +36,6 @@ def layer_factors(
             # layer l is number l - 1 in names
             above = layers - 1 - int(layer[1])
             found[name] = Factors(rate=decay**above, gradient=gradient_decay**above)
-        elif name.startswith("model.embeddings."):
+        elif name.startswith(("model.embeddings.", "model.embedding_projection.")):
             found[name] = Factors(rate=decay**layers)
     return {name: factors for name, factors in found.items() if factors != Factors()}

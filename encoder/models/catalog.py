@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, BertForPretraining, DistilBertConfig, RobertaConfig
 from encoder.models.contract import Family, Model, ModelConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
@@ -14,6 +15,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(settings=BertConfig, model=BertForPretraining),
     "roberta": Family(settings=RobertaConfig, model=BertForPretraining),
     "distilbert": Family(settings=DistilBertConfig, model=BertForPretraining),
+    "albert": Family(settings=AlbertConfig, model=BertForPretraining),
 }
 SYSTEMS: dict[str, type[ModelConfig]] = {name: family.settings for name, family in FAMILIES.items()}
 
@@ -110,6 +112,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "roberta_large": _shape("roberta", 24, 1024, 16, 4096),
     "distilroberta_base": _shape("roberta", 6, 768, 12, 3072),
     "distilbert_base": _shape("distilbert", 6, 768, 12, 3072),
+    # E 128, one block for all layers (Lan et al. 2019, table 1); heads of google-research/albert
+    "albert_base": _shape("albert", 12, 768, 12, 3072),
+    "albert_large": _shape("albert", 24, 1024, 16, 4096),
+    "albert_xlarge": _shape("albert", 24, 2048, 16, 8192),
+    "albert_xxlarge": _shape("albert", 12, 4096, 64, 16384),
     "mini_roberta": _shape("roberta", 6, 256, 8, 1024, **_MINI_ROBERTA),
     # what its README says instead: a RoBERTa of these sizes
     "mini_roberta_readme": _shape("roberta", 6, 256, 8, 1024, max_position_embeddings=128),

@@ -152,5 +152,7 @@ class GrowthRules:
     derived: Mapping[str, int] = field(default_factory=dict)
     # settings that add a head or take it away: a run that starts from a model without it draws it
     heads: tuple[str, ...] = ()
+    # how many sets of weights the layers share; 0: each has its own, and layer_kinds says which fit each other
+    shared_blocks: int = 0
     # how the parameters of the norm behind the last layer begin; None: there is none
     final_norm: str | None = None

@@ -6,6 +6,7 @@ A model file (modernbert.py, bert.py) has the settings of a family with their de
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -18,11 +19,16 @@ from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
 from encoder.base.units import counted
 from encoder.models.contract import Axis, ModelConfig, ParameterCounts
-from encoder.models.flops import EncoderShape, parameter_counts, train_flops
+from encoder.models.flops import (
+    EncoderShape,
+    first_norm_is_doubled,
+    parameter_counts,
+    train_flops,
+)
 from encoder.nn.attend import AttentionRequest, Backend, check_backend_name, choose_backend
 from encoder.nn.attention import Attention
 from encoder.nn.block import Block, NormPlace
-from encoder.nn.dropout import AddressedDropout
+from encoder.nn.dropout import AddressedDropout, key_of_call
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.fp8 import to_fp8_
 from encoder.nn.half import product_dtype
@@ -120,6 +126,21 @@ class EncoderSettings:
     def head_width(self: PackedSettings) -> int:
         """Features of one head."""
         return self.attention_head_width or self.hidden_size // self.num_attention_heads
+
+    @property
+    def embedding_width(self: PackedSettings) -> int:
+        """Features of a token in the tables, and of what is decoded: the stream's."""
+        return self.hidden_size
+
+    @property
+    def embedding_projection(self) -> bool:
+        """Whether a dense layer brings the embedding to the stream's width."""
+        return False
+
+    @property
+    def block_calls(self: PackedSettings) -> tuple[int, ...]:
+        """Of each block that runs, one after another, its number in `layers`: every layer is one of its own."""
+        return tuple(range(self.num_hidden_layers))
 
     @property
     def activation_width(self: PackedSettings) -> int:
@@ -223,6 +244,7 @@ _P = Axis(
 )
 _S = Axis(name="type_vocab_size", length=lambda c: c.type_vocab_size)
 _C = Axis(name="hidden_size", length=lambda c: c.hidden_size)
+_E = Axis(name="embedding_size", length=lambda c: c.embedding_width)
 _HD = Axis(name="num_attention_heads", length=lambda c: c.num_attention_heads * c.head_width)
 _QKV = Axis(name="num_attention_heads", length=_HD.length, blocks=lambda c: 3)
 _F = Axis(name="intermediate_size", length=lambda c: c.intermediate_size)
@@ -232,19 +254,22 @@ _LABELS = Axis(name="labels", length=lambda c: SENTENCE_LABELS)
 
 # the end of a parameter's name -> its axes; of a bias, the first one
 AXES: dict[str, tuple[Axis, ...]] = {
-    "tok_embeddings": (_V, _C),
-    "position_embeddings": (_P, _C),
-    "token_type_embeddings": (_S, _C),
+    "tok_embeddings": (_V, _E),
+    "position_embeddings": (_P, _E),
+    "token_type_embeddings": (_S, _E),
     "sinusoids": (_ONE,),
-    "norm": (_C,),  # embeddings.norm, attn_norm, mlp_norm, final_norm, head.norm
+    "embeddings.norm": (_E,),
+    "embedding_projection": (_C, _E),
+    "head.norm": (_E,),
+    "norm": (_C,),  # attn_norm, mlp_norm, final_norm
     "attn.Wqkv": (_QKV, _C),
     "attn.Wo": (_C, _HD),
     "mlp.Wi": (_GATED, _C),
     "mlp.Wo": (_C, _F),
-    "head.dense": (_C, _C),
+    "head.dense": (_E, _C),
     "pooler.dense": (_C, _C),
     "nsp": (_LABELS, _C),
-    "decoder": (_V, _C),  # its weight only where it is not the embedding
+    "decoder": (_V, _E),  # its weight only where it is not the embedding
 }
 # the sizes that may be larger in the new model
 GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
@@ -281,7 +306,7 @@ class PackedBody(nn.Module):
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
         if name.endswith("sinusoids.scale"):
             # as long as a drawn vector of deviation 1 / sqrt(C)
-            return torch.full(tuple(shape), self.config.hidden_size**-0.5, device="cpu")
+            return torch.full(tuple(shape), self.config.embedding_width**-0.5, device="cpu")
         values = initial_values(
             name,
             shape,
@@ -356,7 +381,7 @@ class PackedEncoder(PackedBody):
         self.head = prediction_head(config)
         self.decoder = Decoder(
             vocab_size=config.vocab_size,
-            width=config.hidden_size,
+            width=config.embedding_width,
             bias=config.decoder_bias,
             tied=config.tie_word_embeddings,
         )
@@ -396,9 +421,14 @@ class _Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = _embedding(config)
+        self.embedding_projection: nn.Linear | None = None
+        if config.embedding_projection:
+            self.embedding_projection = nn.Linear(config.embedding_width, config.hidden_size)
+        # a block that several layers run through stands here once: its weights have one name
         self.layers = nn.ModuleList(
-            _block(config, layer) for layer in range(config.num_hidden_layers)
+            _block(config, number) for number in range(max(config.block_calls) + 1)
         )
+        self.calls = _counted_calls(config.block_calls)
         # post: every layer ends in a norm already
         ends = config.norm_place == "pre" and config.final_norm
         self.final_norm: nn.Module = nn.Identity()
@@ -428,31 +458,46 @@ class _Encoder(nn.Module):
             }
 
         x_TC = self.embeddings(batch.ids_T, batch.positions_T, batch.segments_T, batch.token_key_T)
+        if self.embedding_projection is not None:
+            x_TC = self.embedding_projection(x_TC)
         # without gradients there is no backward to compute anything again for
         run = nn.Module.__call__
         if self.recomputes and torch.is_grad_enabled():
             run = recomputed
-        for block in self.layers:
+        for number, call in self.calls:
+            block = self.layers[number]
             x_TC = run(
                 block,
                 x_TC,
                 plan=plan,
                 rope=ropes[local_theta if block.local else global_theta],
-                dropout_key_T=batch.token_key_T,
+                dropout_key_T=key_of_call(batch.token_key_T, call),
             )
         return self.final_norm(x_TC)
+
+
+def _counted_calls(blocks: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Of each call the block, and how often it was called before."""
+    before: Counter[int] = Counter()
+    calls = []
+    for block in blocks:
+        calls.append((block, before[block]))
+        before[block] += 1
+    return tuple(calls)
 
 
 def _embedding(config: PackedSettings) -> TokenEmbedding:
     # positions begin behind the offset, so that many rows are never looked up
     rows = config.max_position_embeddings + config.position_offset
     dropout = AddressedDropout(
-        width=config.hidden_size, layer=0, p=config.embedding_dropout, place="embedding"
+        width=config.embedding_width, layer=0, p=config.embedding_dropout, place="embedding"
     )
     return TokenEmbedding(
         vocab_size=config.vocab_size,
-        width=config.hidden_size,
-        norm=_norm(config) if config.embedding_norm else nn.Identity(),
+        width=config.embedding_width,
+        norm=_norm(config, width=config.embedding_width)
+        if config.embedding_norm
+        else nn.Identity(),
         segments=config.type_vocab_size,
         positions=rows if config.positions == "learned" else 0,
         first_position=config.position_offset,
@@ -462,8 +507,7 @@ def _embedding(config: PackedSettings) -> TokenEmbedding:
 
 
 def _block(config: PackedSettings, layer: int) -> Block:
-    # the embedding's norm stands right before the first layer: a second one would only multiply two weights
-    doubled = layer == 0 and config.norm_place == "pre" and config.embedding_norm
+    doubled = layer == 0 and first_norm_is_doubled(config)
     return Block(
         norm_place=config.norm_place,
         local=config.is_local(layer),
@@ -509,12 +553,15 @@ def prediction_head(config: PackedSettings) -> nn.Module:
         return nn.Identity()
     return PredictionHead(
         width=config.hidden_size,
+        out_width=config.embedding_width,
         bias=config.head_bias,
-        norm=_norm(config),
+        norm=_norm(config, width=config.embedding_width),
         # gelu_tanh is that of BERT's own code, whose head computes it so, too
         activation="gelu_tanh" if config.mlp == "gelu_tanh" else "gelu",
     )
 
 
-def _norm(config: PackedSettings) -> nn.Module:
-    return make_norm(config.norm, config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+def _norm(config: PackedSettings, *, width: int | None = None) -> nn.Module:
+    return make_norm(
+        config.norm, width or config.hidden_size, eps=config.norm_eps, bias=config.norm_bias
+    )

@@ -110,6 +110,18 @@ class EncoderShape(Protocol):
         """Rows of the position table before that of the first token."""
 
     @property
+    def embedding_width(self) -> int:
+        """Features of a token in the tables, and of what is decoded."""
+
+    @property
+    def embedding_projection(self) -> bool:
+        """Whether a dense layer brings the embedding to the stream's width."""
+
+    @property
+    def block_calls(self) -> tuple[int, ...]:
+        """Of each block that runs, one after another, its number: shared ones come several times."""
+
+    @property
     def head_width(self) -> int:
         """Features of one attention head."""
 
@@ -121,31 +133,41 @@ def parameter_counts(config: EncoderShape) -> ParameterCounts:
     """Counts from the shape alone."""
     c = config
     width = config.hidden_size
-    layers = config.num_hidden_layers
+    tokens = config.embedding_width
+    # a block that several layers run through counts once
+    blocks = len({*c.block_calls})
     # width of all heads together, which attention_head_width may make another than C
     inner = c.num_attention_heads * c.head_width
     norm = width * (1 + c.norm_bias)
+    token_norm = tokens * (1 + c.norm_bias)
     positions = c.max_position_embeddings + c.position_offset
-    # dense C x C with its bias, and a norm
-    head = (c.head == "dense") * (width * width + c.head_bias * width + norm)
+    # dense C x E with its bias, and a norm
+    head = (c.head == "dense") * (width * tokens + c.head_bias * tokens + token_norm)
     # pooler C x C + C, and two labels, 2 C + 2
     sentence = c.sentence_head * (width * width + width + 2 * width + 2)
     return ParameterCounts(
         # scaled sinusoids learn one number
-        embedding=width
+        embedding=tokens
         * (c.vocab_size + c.type_vocab_size + (c.positions == "learned") * positions)
-        + (c.positions == "sinusoidal"),
-        matrices=layers * _matrix_numbers(c),
-        biases=layers
+        + (c.positions == "sinusoidal")
+        + c.embedding_projection * (tokens * width + width),
+        matrices=blocks * _matrix_numbers(c),
+        biases=blocks
         * (
             c.attention_bias * (3 * inner + width)
             + c.mlp_bias * (_mlp_inputs(c) * c.intermediate_size + width)
         ),
-        # pre: layer 0 has one norm instead of two where the embedding has one, which adds it back
-        norms=norm * (2 * layers + (c.final_norm if c.norm_place == "pre" else c.embedding_norm)),
+        norms=norm
+        * (2 * blocks - first_norm_is_doubled(c) + (c.norm_place == "pre" and c.final_norm))
+        + c.embedding_norm * token_norm,
         head=head + sentence,
-        decoder=c.decoder_bias * c.vocab_size + (not c.tie_word_embeddings) * c.vocab_size * width,
+        decoder=c.decoder_bias * c.vocab_size + (not c.tie_word_embeddings) * c.vocab_size * tokens,
     )
+
+
+def first_norm_is_doubled(config: EncoderShape) -> bool:
+    """Whether the embedding's norm stands right before the first layer: a second one would only multiply two weights."""
+    return config.norm_place == "pre" and config.embedding_norm and not config.embedding_projection
 
 
 def attended_pairs(lengths: Sequence[int] | np.ndarray, radius: int | None) -> int:
@@ -175,22 +197,22 @@ def train_flops(
     sentences: texts that reach the pooler and the sentence head
     """
     # global layers score all pairs of a document, local ones those of the window
-    local = sum(config.is_local(i) for i in range(config.num_hidden_layers))
-    pairs = (config.num_hidden_layers - local) * attended_pairs(
-        lengths, None
-    ) + local * attended_pairs(lengths, config.window_radius_tokens)
-
-    # 2 FLOP for each number of the matrices and each token
-    layers = (
-        2.0
-        * config.num_hidden_layers
-        * _matrix_numbers(config)
-        * int(np.sum(lengths, dtype=np.int64))
+    calls = config.block_calls
+    local = sum(config.is_local(block) for block in calls)
+    pairs = (len(calls) - local) * attended_pairs(lengths, None) + local * attended_pairs(
+        lengths, config.window_radius_tokens
     )
 
-    # of the positions that are asked: the dense layer C x C, and the decoder C x V
+    # 2 FLOP for each number of the matrices and each token, as often as a block is called
+    numbers = len(calls) * _matrix_numbers(config)
+    if config.embedding_projection:
+        numbers += config.embedding_width * config.hidden_size
+    layers = 2.0 * numbers * int(np.sum(lengths, dtype=np.int64))
+
+    # of the positions that are asked: the dense layer C x E, and the decoder E x V
     width = config.hidden_size
-    head = 2.0 * width * ((config.head == "dense") * width + config.vocab_size) * decoded
+    decoder = (config.head == "dense") * width + config.vocab_size
+    head = 2.0 * config.embedding_width * decoder * decoded
     head += 2.0 * width * (width + 2) * sentences
     # a pair costs query times key and weight times value: 2 products of 2 x head width in every head
     return 3.0 * (layers + head + 4.0 * config.num_attention_heads * config.head_width * pairs)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ModelError, first_names
+from encoder.base.units import counted
 from encoder.models.catalog import build_model, system_of
 from encoder.models.contract import Axis, GrowthRules, ModelConfig
 
@@ -148,7 +149,13 @@ def layer_sources(old: ModelConfig, new: ModelConfig, *, layer_map: str) -> tupl
     modernbert: round(i L_old / L_new), halves to even, as Python rounds; whether a layer is global or local is not asked.
     same_kind:  the same rule among the global layers by themselves, and among the local ones. Raises ModelError where
                 the source has none of a kind, or more of them than the new model.
+
+    Of layers that share their weights: the block of each block, and ModelError for a map other than the default.
     """
+    shared = new.growth().shared_blocks
+    if shared:
+        _check_shared(shared, layer_map=layer_map)
+        return tuple(range(shared))
     every_old, every_new = range(old.num_hidden_layers), range(new.num_hidden_layers)
     if layer_map == "modernbert":
         return tuple(_spread(len(every_old), len(every_new)))
@@ -168,6 +175,15 @@ def layer_sources(old: ModelConfig, new: ModelConfig, *, layer_map: str) -> tupl
             (i, there[j]) for i, j in zip(here, _spread(len(there), len(here)), strict=True)
         )
     return tuple(found[i] for i in every_new)
+
+
+def _check_shared(blocks: int, *, layer_map: str) -> None:
+    """Raises ModelError for a map of layers that have no weights of their own."""
+    if layer_map != GrowthConfig.layer_map:
+        raise ModelError(
+            f"layer_map {layer_map}: the layers of this model share {counted(blocks, 'block')} of"
+            " weights, so none has a source of its own. Leave layer_map out."
+        )
 
 
 def _setting_names(config: ModelConfig) -> list[str]:

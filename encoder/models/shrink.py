@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ModelError, nearest
+from encoder.base.units import counted
 from encoder.models.catalog import SYSTEMS, build_model, system_of
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import source_name
@@ -66,13 +67,18 @@ def shrink(
 def student_config(
     old: ModelConfig, layers: Sequence[int], *, system: str | None = None
 ) -> ModelConfig:
-    """The teacher's settings with some of its layers. Raises ModelError for layers that it has not.
+    """The teacher's settings with some of its layers. Raises ModelError for layers that it has not, or that share weights.
 
     old: the teacher's
     layers: of the teacher, ascending
     system: of the student, such as distilbert for a BERT; None: the teacher's. Where two families have other defaults,
         the student has its own family's (no segments, in DistilBERT)
     """
+    if shared := old.growth().shared_blocks:
+        raise ModelError(
+            f"the layers of this model share {counted(shared, 'block')} of weights: there is none"
+            " to leave out. Distil to a smaller model of its own: teacher: SOURCE in a run file."
+        )
     ascending = [*layers] == sorted({*layers})
     if not layers or not ascending or layers[0] < 0 or layers[-1] >= old.num_hidden_layers:
         raise ModelError(

@@ -9,12 +9,16 @@ is at least the p-quantile of all int64: multiply-shift hashing (Dietzfelbinger 
 - two channels (or layers, or places) a, b of one token depend on each other only through small whole numbers m, n with
   m a + n b = 0 modulo 2^64; for random odd constants such a pair below 1,000 exists with a chance of about 1e-13.
 
+A block that several layers share has one set of constants: its n-th call multiplies the keys with an odd constant of n, so that
+all of the above holds between calls, too.
+
 So the same elements fall out on any rank, in any micro-batch, after any resume, with no generator state. Cost: one
 outer product and one compare of int64, about as much as the residual addition beside it.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +77,18 @@ class AddressedDropout(nn.Module):
         # the product wraps modulo 2^64, as meant; read as signed it is uniform over all int64
         keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
         return keep_TC.to(dtype) * (1.0 / (1.0 - self.p))
+
+
+def key_of_call(key_T: Tensor, call: int) -> Tensor:
+    """The keys [T] of a block's call number 0, 1, ...; of the first, and so of a block of one layer, the tokens' own."""
+    if not call:
+        return key_T
+    return key_T * _call_constant(call)
+
+
+@lru_cache(maxsize=4096)
+def _call_constant(call: int) -> int:
+    return int(generator(0, "dropout", "call", call).integers(-(2**63), 2**63)) | 1
 
 
 def quantile_of_int64(p: float) -> int:

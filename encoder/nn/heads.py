@@ -22,15 +22,26 @@ class PredictionHead(nn.Module):
     """norm(gelu(dense(x)))."""
 
     def __init__(
-        self, *, width: int, bias: bool, norm: nn.Module, activation: Gelu = "gelu"
+        self,
+        *,
+        width: int,
+        out_width: int,
+        bias: bool,
+        norm: nn.Module,
+        activation: Gelu = "gelu",
     ) -> None:
+        """width, out_width: of the stream, and of what is decoded
+        bias: of the dense layer
+        norm: of out_width features
+        activation: between them
+        """
         super().__init__()
-        self.dense = nn.Linear(width, width, bias=bias)
+        self.dense = nn.Linear(width, out_width, bias=bias)
         self.norm = norm
         self.activation = activation
 
     def forward(self, x_MC: Tensor) -> Tensor:
-        """[M, C] -> [M, C]."""
+        """[M, C] -> [M, E], as wide as the embedding."""
         return self.norm(gelu(self.dense(x_MC), self.activation))
 
 

@@ -35,6 +35,7 @@ PLAIN = (
     "tok_embeddings.weight",
     "position_embeddings.weight",
     "token_type_embeddings.weight",
+    "embedding_projection.weight",
     "attn.Wqkv.weight",
     "mlp.Wi.weight",
     "head.dense.weight",

@@ -45,7 +45,7 @@ def pooled(x_TC: Tensor, batch: TokenBatch, first_M: Tensor, pooling: Pooling) -
 
 
 class DenseHead(nn.Module):
-    """activation(dense(x)): what BERT, RoBERTa and DistilBERT have before their classifiers."""
+    """activation(dense(x)): what BERT, ALBERT, RoBERTa and DistilBERT have before their classifiers."""
 
     def __init__(self, *, width: int, activation: Activation) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig
 from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.rope import rope_table
@@ -53,17 +54,19 @@ def plain_hidden_states(
         rows_T = places_T + config.position_offset
         x = x + w["model.embeddings.position_embeddings.weight"][rows_T]
     if config.positions == "sinusoidal":
-        waves = [_waves(int(place), config.hidden_size) for place in places_T]
+        waves = [_waves(int(place), config.embedding_width) for place in places_T]
         x = x + w["model.embeddings.sinusoids.scale"] * torch.tensor(waves, dtype=x.dtype)
     if config.type_vocab_size:
         segments = torch.zeros_like(ids_T) if segments_T is None else segments_T
         x = x + w["model.embeddings.token_type_embeddings.weight"][segments]
     if config.embedding_norm:
         x = norm(x, "model.embeddings.norm")
-    for i in range(config.num_hidden_layers):
+    if config.embedding_projection:
+        x = linear(x, "model.embedding_projection", True)
+    for i in _blocks_run(config):
         layer, local = f"model.layers.{i}", i % config.global_attn_every_n_layers != 0
         u = x
-        if pre and (i > 0 or not config.embedding_norm):
+        if pre and (i > 0 or not config.embedding_norm or config.embedding_projection):
             u = norm(x, f"{layer}.attn_norm")
         qkv = linear(u, f"{layer}.attn.Wqkv", config.attention_bias)
         q, k, v = qkv.view(len(x), 3, config.num_attention_heads, config.head_width).unbind(1)
@@ -90,6 +93,18 @@ def plain_hidden_states(
         if not pre:
             x = norm(x, f"{layer}.mlp_norm")
     return norm(x, "model.final_norm") if pre and config.final_norm else x
+
+
+def _blocks_run(config: ModernBertConfig | BertConfig) -> list[int]:
+    """The number of each block that runs; of an ALBERT as its code says it, group by group."""
+    if not isinstance(config, AlbertConfig):
+        return [*range(config.num_hidden_layers)]
+    found = []
+    for layer in range(config.num_hidden_layers):
+        group = int(layer / config.num_hidden_layers * config.num_hidden_groups)
+        for block in range(config.inner_group_num):
+            found.append(group * config.inner_group_num + block)
+    return found
 
 
 def plain_gelu(x: Tensor, kind: str) -> Tensor:

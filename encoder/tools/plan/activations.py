@@ -36,6 +36,7 @@ class Kept:
     layer_per_token: float
     layer_fixed: float  # whatever the tokens: the weights in bf16 under autocast
     outside_per_token: float  # embedding and final norm
+    outside_fixed: float  # whatever the tokens: shared layers' weights in bf16 under autocast
 
 
 @lru_cache(maxsize=32)
@@ -62,12 +63,17 @@ def count_kept(
         # bytes of a number; what lies outside of the layers is left out
         width = {"autocast": 2, "bf16": 2, "fp64": 8}.get(precision, 4)
         return Kept(
-            layer_per_token=width * config.activation_width, layer_fixed=0.0, outside_per_token=0.0
+            layer_per_token=width * config.activation_width,
+            layer_fixed=0.0,
+            outside_per_token=0.0,
+            outside_fixed=0.0,
         )
 
 
 def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_3: bool) -> Kept:
-    few, many = LAYERS
+    # a model whose layers share blocks has at least as many layers
+    least = max(1, config.growth().shared_blocks)
+    few, many = (least * layers for layers in LAYERS)
     short, long = TOKENS
 
     def count(layers: int) -> list[int]:
@@ -81,10 +87,12 @@ def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_
     many_per_token = (many_long - many_short) / (long - short)
     layer_per_token = (many_per_token - few_per_token) / (many - few)
     layer = (many_short - few_short) / (many - few)
+    layer_fixed = layer - short * layer_per_token
     return Kept(
         layer_per_token=layer_per_token,
-        layer_fixed=layer - short * layer_per_token,
+        layer_fixed=layer_fixed,
         outside_per_token=few_per_token - few * layer_per_token,
+        outside_fixed=few_short - short * few_per_token - few * layer_fixed,
     )
 
 

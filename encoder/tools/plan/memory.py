@@ -166,7 +166,7 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
         fp8=engine.fp8 == "layers",
         zero_3=engine.zero_stage == 3,
     )
-    outside = tokens * counted.outside_per_token
+    outside = tokens * counted.outside_per_token + counted.outside_fixed
     layer = tokens * counted.layer_per_token
     in_half = engine.precision in ("bf16", "autocast")
     if engine.activation_checkpointing == "blocks":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from encoder.base.schema import chosen_by, from_mapping, put_overrides, read_mapping, to_plain
+from encoder.base.units import counted
 from encoder.models.catalog import PRESETS, SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import Growth, GrowthConfig, grow
@@ -100,13 +101,7 @@ def growth_text(grown: Grown) -> str:
         ),
         f"{'values':<22}{_values(grown.source):>9,} -> {_values(grown.model):,}",
     ]
-    # 28 layers a line
-    for start in range(0, len(sources), 28):
-        part = range(start, min(start + 28, len(sources)))
-        lines += [
-            "new layer   " + "".join(f"{i:>4}" for i in part),
-            "source      " + "".join(f"{sources[i]:>4}" for i in part),
-        ]
+    lines += _layer_lines(sources, shared=new.growth().shared_blocks)
     if changed:
         lines.append(
             f"global here and local there, or the other way round: {', '.join(changed)} "
@@ -117,6 +112,28 @@ def growth_text(grown: Grown) -> str:
     if grown.model.tokenizer_json is None:
         lines.append("the source has no tokenizer.json, so the new folder has none")
     return "\n".join(lines)
+
+
+def _layer_lines(sources: Sequence[int], *, shared: int) -> list[str]:
+    """Where each layer comes from; of layers that share their weights, that none does.
+
+    sources: old layer of each new one
+    shared: sets of weights that the layers share; 0: each has its own
+    """
+    if shared:
+        return [
+            f"layers share {counted(shared, 'block')} of weights: their number is a setting, no"
+            " weight is new for it"
+        ]
+    lines = []
+    # 28 layers a line
+    for start in range(0, len(sources), 28):
+        part = range(start, min(start + 28, len(sources)))
+        lines += [
+            "new layer   " + "".join(f"{i:>4}" for i in part),
+            "source      " + "".join(f"{sources[i]:>4}" for i in part),
+        ]
+    return lines
 
 
 def _values(model: StoredModel) -> int:

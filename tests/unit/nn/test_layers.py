@@ -205,7 +205,9 @@ def test_learned_positions_and_segment_zero_are_added_before_the_norm():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_head_is_dense_then_gelu_then_norm(bias):
-    head = PredictionHead(width=4, bias=bias, norm=make_norm("layernorm", 4, eps=1e-5, bias=False))
+    head = PredictionHead(
+        width=4, out_width=4, bias=bias, norm=make_norm("layernorm", 4, eps=1e-5, bias=False)
+    )
     x = randn(3, 4, dtype=torch.float32)
     assert torch.allclose(
         head(x),

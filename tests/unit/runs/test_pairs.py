@@ -25,6 +25,10 @@ objective: {{name: mlm_nsp}}
 phases: {{tokens: 1K, max_tokens_per_document: 32, batch_tokens: 128, lr: 1e-3}}
 loader: {{workers: 0}}
 """
+SHARED = (
+    "model={system: albert, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,"
+    " num_attention_heads: 1, max_position_embeddings: 64, %s}"
+)
 # a table of positions that is too short for a document
 ROBERTA = (
     "model={system: roberta, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,"
@@ -93,6 +97,9 @@ def test_documents_of_one_sentence_are_refused(run_file, capsys, objective):
         ),
         (["phases.0.max_tokens_per_document=4"], "no room for two sentences; needed: at least 5"),
         (["objective.short_share=2"], "short_share 2.0 must lie between 0 and 1"),
+        ([SHARED % "embedding_size: 0"], "embedding_size is 0; needed: at least 1"),
+        ([SHARED % "num_hidden_groups: 2"], "num_hidden_groups is 2; needed: 1 to num_hidden_lay"),
+        ([SHARED % "embedding_sise: 8"], "embedding_size"),
         (["data.join=anywhere"], "data.join anywhere and an objective of pairs"),
         (
             ["objective={name: mlm}", ROBERTA, "phases.0.max_tokens_per_document=32"],
