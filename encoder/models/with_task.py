@@ -3,7 +3,7 @@
 Each family has the head that transformers gives it, so that the weights become a folder of its classes:
 
     modernbert    place, dense, GELU, norm, dropout, classifier            dense and norm are the pretrained head's
-    bert          [CLS], dense, tanh, dropout, classifier                  dense is the pooler's, where there is one
+    bert, albert  [CLS], dense, tanh, dropout, classifier                  dense is the pooler's, where there is one
     roberta       [CLS], dropout, dense, tanh, dropout, classifier         new; of choices as BERT's
     distilbert    [CLS], dense, ReLU, dropout, classifier                  new
     all but modernbert on tokens and spans: token, dropout, classifier
@@ -31,7 +31,7 @@ from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.init import draw_
 from encoder.nn.task_heads import DenseHead, HeadDropout, Pooling, pooled
 
-HeadFamily = Literal["modernbert", "bert", "roberta", "distilbert"]
+HeadFamily = Literal["modernbert", "bert", "roberta", "distilbert", "albert"]
 # on a vector for each text, on each token, on each token as start or end of a span, on a vector for each choice
 HeadKind = Literal["text", "token", "span", "choice"]
 
@@ -57,15 +57,29 @@ LAYERS: dict[HeadKind, dict[HeadFamily, HeadLayers]] = {
         "bert": _POOLED,
         "roberta": HeadLayers(dense="tanh", drops_before_dense=True),
         "distilbert": _RELU,
+        "albert": _POOLED,
     },
-    "token": {"modernbert": _MODERN, "bert": _BARE, "roberta": _BARE, "distilbert": _BARE},
+    "token": {
+        "modernbert": _MODERN,
+        "bert": _BARE,
+        "roberta": _BARE,
+        "distilbert": _BARE,
+        "albert": _BARE,
+    },
     "span": {
         "modernbert": _MODERN,
         "bert": HeadLayers(dropout=0.0),
         "roberta": HeadLayers(dropout=0.0),
         "distilbert": _BARE,
+        "albert": HeadLayers(dropout=0.0),
     },
-    "choice": {"modernbert": _MODERN, "bert": _POOLED, "roberta": _POOLED, "distilbert": _RELU},
+    "choice": {
+        "modernbert": _MODERN,
+        "bert": _POOLED,
+        "roberta": _POOLED,
+        "distilbert": _RELU,
+        "albert": _POOLED,
+    },
 }
 
 
@@ -98,8 +112,8 @@ def head_family(config: ModelConfig, specials: SpecialIds) -> HeadFamily:
     """Whose head a model gets: that of the class of transformers that it becomes. Raises ConfigError where there is none."""
     if not isinstance(config, (BertConfig, ModernBertConfig)):
         raise ConfigError(
-            "this model has no head for a task; needed: a ModernBERT, BERT, RoBERTa or DistilBERT."
-            " Name another in start_from."
+            "this model has no head for a task; needed: a ModernBERT, BERT, RoBERTa, DistilBERT or"
+            " ALBERT. Name another in start_from."
         )
     return cast(HeadFamily, CHOICES[type(config)](config, specials))
 

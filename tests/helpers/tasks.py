@@ -15,6 +15,7 @@ from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.examples import Examples, Places
 from encoder.data.labelled import Rows
 from encoder.finetune.encoding import TextEncoder
+from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.task import TrainedTask
@@ -42,6 +43,7 @@ BODIES: dict[str, tuple[ModelConfig, SpecialIds]] = {
         SPECIALS,
     ),
     "distilbert": (DistilBertConfig(**LETTERS, **NO_DROPOUT), SPECIALS),
+    "albert": (AlbertConfig(**LETTERS, **NO_DROPOUT, embedding_size=12), SPECIALS),
 }
 
 

@@ -33,7 +33,6 @@ from encoder.models.hf.bridge import (
     without_words,
 )
 
-FAMILY = "BERT"  # for people: RoBERTa and DistilBERT have the same words
 # our mlp -> hidden_act; the other names of transformers mean one of these
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 THEIR_ACTIVATIONS = {
@@ -71,7 +70,6 @@ TOKENS = "model.embeddings.tok_embeddings.weight"
 POSITIONS = "model.embeddings.position_embeddings.weight"
 SEGMENTS = "model.embeddings.token_type_embeddings.weight"
 SENTENCE = ("pooler.dense", "nsp")
-LEFT_OUT = ("pooler.dense.", "seq_relationship.")  # where the model has no sentence head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +81,33 @@ class Layout:
     config_class: str
     body: str  # before the names of the encoder's parameters
     embeddings: dict[str, str]
+    # of a block, by the number of its group and its number there
     layer: str
     parts: dict[str, tuple[str, ...]]  # of a layer
     heads: dict[str, str]
     decoder_bias: str
     tied: dict[str, str]  # copies that a file may hold -> what they are copies of
+    left_out: tuple[str, ...]  # parts of names: where the model has no sentence head
     keys: dict[str, str]  # our settings -> theirs
     defaults: dict[str, Any]  # of its config class, where they are not ours
     activation: str
     settings: type[BertConfig]
-    architectures: tuple[str, ...]  # the first for masked tokens
+    architectures: tuple[str, ...]  # the first for masked tokens, the second with all heads
+    family: str = "BERT"  # for people: RoBERTa and DistilBERT have the same words
+    # sizes of a small model of the same kind, beside those of all
+    small: Callable[[Any], dict[str, int]] = lambda config: {}
+    blocks_of_group: Callable[[Any], int] = lambda config: 1
+    # settings that the class cannot run, each with what is needed
+    strange: Callable[[Any], list[str]] = lambda config: []
+
+    @property
+    def has_sentences(self) -> bool:
+        """Whether a class of it has a sentence head."""
+        return "nsp" in self.heads
 
 
-_NORMS = {"model.embeddings.norm": "embeddings.LayerNorm"}
-_TABLES = {
+NORMS = {"model.embeddings.norm": "embeddings.LayerNorm"}
+TABLES = {
     "model.embeddings.tok_embeddings": "embeddings.word_embeddings",
     "model.embeddings.position_embeddings": "embeddings.position_embeddings",
 }
@@ -112,7 +123,7 @@ _BERT_PARTS = {
     "mlp.Wo": ("output.dense",),
     "mlp_norm": ("output.LayerNorm",),
 }
-_BERT_KEYS = {
+BERT_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -131,11 +142,11 @@ BERT_LAYOUT = Layout(
     config_class="BertConfig",
     body="bert",
     embeddings={
-        **_TABLES,
-        **_NORMS,
+        **TABLES,
+        **NORMS,
         "model.embeddings.token_type_embeddings": "embeddings.token_type_embeddings",
     },
-    layer="encoder.layer",
+    layer="encoder.layer.{0}",
     parts=_BERT_PARTS,
     heads={
         "head.dense": "cls.predictions.transform.dense",
@@ -148,7 +159,8 @@ BERT_LAYOUT = Layout(
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
-    keys=_BERT_KEYS,
+    left_out=("pooler.dense.", "seq_relationship."),
+    keys=BERT_KEYS,
     defaults={},
     activation="hidden_act",
     settings=BertConfig,
@@ -181,8 +193,8 @@ DISTILBERT_LAYOUT = Layout(
     title="DistilBERT",
     config_class="DistilBertConfig",
     body="distilbert",
-    embeddings={**_TABLES, **_NORMS},
-    layer="transformer.layer",
+    embeddings={**TABLES, **NORMS},
+    layer="transformer.layer.{0}",
     parts={
         "attn.Wqkv": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         "attn.Wo": ("attention.out_lin",),
@@ -194,6 +206,7 @@ DISTILBERT_LAYOUT = Layout(
     heads={"head.dense": "vocab_transform", "head.norm": "vocab_layer_norm"},
     decoder_bias="vocab_projector.bias",
     tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+    left_out=BERT_LAYOUT.left_out,
     keys={
         "vocab_size": "vocab_size",
         "hidden_size": "dim",
@@ -225,18 +238,19 @@ def model_type_of(config: BertConfig, specials: SpecialIds | None) -> str:
     return BERT_LAYOUT.model_type
 
 
-def blocker(config: BertConfig) -> str | None:
+def blocker(layout: Layout, config: BertConfig) -> str | None:
     """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
-    return blocker_text(_strange(config), family=FAMILY)
+    return blocker_text(_strange(layout, config), family=layout.family)
 
 
-def _strange(config: BertConfig) -> list[str]:
-    return without_words(config, only=ALWAYS, activations=ACTIVATIONS)
+def _strange(layout: Layout, config: BertConfig) -> list[str]:
+    strange = without_words(config, only=ALWAYS, activations=ACTIVATIONS)
+    return [*strange, *layout.strange(config)]
 
 
 def to_settings(layout: Layout, config: BertConfig, specials: SpecialIds) -> Settings:
     """config.json. Raises ExportError for a setting that transformers has no word for."""
-    refuse_strange(_strange(config), family=FAMILY)
+    refuse_strange(_strange(layout, config), family=layout.family)
     said = {theirs: getattr(config, ours) for ours, theirs in layout.keys.items()}
     # RoBERTa counts the table's rows, ours the longest document
     if layout is ROBERTA_LAYOUT:
@@ -291,14 +305,14 @@ def from_settings(
                 f"{where}: {name} is {values[name]!r}; needed: {only!r}, our model has nothing"
                 " else. Where the weights do not depend on it, change config.json."
             )
-    activation = values.get(layout.activation, "gelu")
+    said = {**layout.defaults, **values}
+    activation = said.get(layout.activation, "gelu")
     if not isinstance(activation, str) or activation not in THEIR_ACTIVATIONS:
         raise ModelError(
             f"{where}: {layout.activation} is {activation!r}; needed:"
             f" {' or '.join(THEIR_ACTIVATIONS)}. Give a model with one of these."
         )
 
-    said = {**layout.defaults, **values}
     found = {ours: said[theirs] for ours, theirs in layout.keys.items() if theirs in said}
     empty = next((name for name, value in found.items() if value is None), None)
     if empty:
@@ -314,8 +328,10 @@ def from_settings(
     if layout is not DISTILBERT_LAYOUT:
         found["attention_output_dropout"] = dropout
     # a folder of BertForMaskedLM may have a pooler: then the sentence head is the model's, too
-    has_pooler = any(name.endswith("pooler.dense.weight") for name in names)
-    sentences = layout is BERT_LAYOUT and (architectures[0] == "BertForPreTraining" or has_pooler)
+    pooler = layout.heads.get("pooler.dense", "").removeprefix(f"{layout.body}.")
+    has_pooler = any(name.endswith(f"{pooler}.weight") for name in names)
+    has_all_heads = architectures[0] == layout.architectures[1]
+    sentences = layout.has_sentences and (has_all_heads or has_pooler)
     try:
         return from_mapping(
             layout.settings,
@@ -345,7 +361,7 @@ def completed(layout: Layout, values: Settings, config: BertConfig) -> Settings:
 
 
 def _architecture(layout: Layout, config: BertConfig) -> str:
-    """The class with all of the model's heads: BertForPreTraining has one for sentences."""
+    """The class with all of the model's heads: one for pretraining has one for sentences."""
     if config.sentence_head:
         return layout.architectures[1]
     return layout.architectures[0]
@@ -361,6 +377,7 @@ def smaller(layout: Layout, values: Settings, config: BertConfig) -> tuple[Setti
         "vocab_size": min(config.vocab_size, max(256, config.position_offset + 1)),
         "intermediate_size": min(config.intermediate_size, 96),
         "num_hidden_layers": min(config.num_hidden_layers, 3),
+        **layout.small(config),
     }
     # special ids beyond the small vocabulary become its last one
     last = sizes["vocab_size"] - 1
@@ -373,7 +390,7 @@ def smaller(layout: Layout, values: Settings, config: BertConfig) -> tuple[Setti
     return {**values, **ids, **said}, dataclasses.replace(config, **sizes)
 
 
-def their_names(layout: Layout, name: str) -> tuple[str, ...]:
+def their_names(layout: Layout, name: str, config: BertConfig) -> tuple[str, ...]:
     """Of one of our parameters: one name, or three of which it is the rows."""
     stem, _, kind = name.rpartition(".")
     if name == "decoder.bias":
@@ -382,9 +399,10 @@ def their_names(layout: Layout, name: str) -> tuple[str, ...]:
         return (f"{layout.heads[stem]}.{kind}",)
     if stem in layout.embeddings:
         return (f"{layout.body}.{layout.embeddings[stem]}.{kind}",)
-    # model.layers.3.attn.Wqkv -> layer 3, part attn.Wqkv
-    _, _, layer, part = stem.split(".", 3)
-    at = f"{layout.body}.{layout.layer}.{layer}"
+    # model.layers.3.attn.Wqkv -> block 3, part attn.Wqkv
+    _, _, number, part = stem.split(".", 3)
+    block = layout.layer.format(*divmod(int(number), layout.blocks_of_group(config)))
+    at = f"{layout.body}.{block}"
     return tuple(f"{at}.{theirs}.{kind}" for theirs in layout.parts[part])
 
 
@@ -397,12 +415,12 @@ def weights_to(
         # BERT and DistilBERT begin at row 0: rows before the offset were never looked up
         if name == POSITIONS and layout is not ROBERTA_LAYOUT:
             w = w[config.position_offset :]
-        names = their_names(layout, name)
+        names = their_names(layout, name, config)
         # rows of Wqkv are q, k, v: three names get a third each
         found.update(zip(names, (p.contiguous() for p in w.chunk(len(names))), strict=True))
     if not config.type_vocab_size and layout is not DISTILBERT_LAYOUT and TOKENS in weights:
         name = f"{layout.body}.embeddings.token_type_embeddings.weight"
-        found[name] = torch.zeros(1, config.hidden_size, dtype=weights[TOKENS].dtype)
+        found[name] = torch.zeros(1, config.embedding_width, dtype=weights[TOKENS].dtype)
     return found
 
 
@@ -432,27 +450,23 @@ def weights_from(
     found: dict[str, Tensor] = {}
     # what is taken is popped, so that the rest is what has no place
     for name in ours:
-        names = their_names(layout, name)
+        names = their_names(layout, name, config)
         if all(n in theirs for n in names):
             parts = [theirs.pop(n) for n in names]
             if len(parts) == 1:
                 found[name] = parts[0]
             else:
                 found[name] = torch.cat(parts)
-    left_out = tuple(filter(_is_left_out, theirs))
+    left_out = tuple(n for n in theirs if any(part in n for part in layout.left_out))
     # what has no place at all keeps its name, by which it is refused
     found.update({name: w for name, w in theirs.items() if name not in left_out})
     return found, left_out
 
 
-def _is_left_out(name: str) -> bool:
-    return any(part in name for part in LEFT_OUT)
-
-
 def _todays_names(layout: Layout, raw: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     # a body alone (BertModel) has names without the class's prefix
     bare = not any(name.startswith(f"{layout.body}.") for name in raw)
-    parts = ("embeddings.", f"{layout.layer}.", "pooler.")
+    parts = ("embeddings.", f"{layout.layer.partition('.')[0]}.", "pooler.")
     for name, w in raw.items():
         # names that TensorFlow's checkpoints left behind
         new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
@@ -490,12 +504,12 @@ def _distilbert_logits(model: Any, x_MC: Tensor) -> Tensor:
     return model.vocab_projector(model.vocab_layer_norm(hidden_MC))
 
 
-def _on_the_right(values: Settings) -> Padding:
+def padded_on_the_right(values: Settings) -> Padding:
     """A position for each place of the batch, padding or not."""
     return Padding(left=False, most_tokens=values.get("max_position_embeddings", 512))
 
 
-def _bridge(
+def bridge_by(
     layout: Layout,
     logits: Callable[[Any, Tensor], Tensor],
     padding: Callable[[Settings], Padding],
@@ -505,7 +519,7 @@ def _bridge(
         title=layout.title,
         config_class=layout.config_class,
         without_word=None,
-        blocker=blocker,
+        blocker=lambda config: blocker(layout, config),
         to_settings=lambda config, specials: to_settings(layout, config, specials),
         from_settings=lambda values, *, where, names=(): from_settings(
             layout, values, where=where, names=names
@@ -518,7 +532,7 @@ def _bridge(
         logits=logits,
         auto_class=lambda values: (
             "AutoModelForPreTraining"
-            if values.get("architectures") == ["BertForPreTraining"]
+            if layout.has_sentences and values.get("architectures") == [layout.architectures[1]]
             else "AutoModelForMaskedLM"
         ),
         weights_to=lambda weights, config: weights_to(layout, weights, config),
@@ -526,18 +540,18 @@ def _bridge(
             layout, raw, config, of=of, ours=ours
         ),
         head_names=head_names,
-        leaves=LEFT_OUT,
+        leaves=layout.left_out,
         tied=tuple(layout.tied),
         padding=padding,
     )
 
 
-BERT = _bridge(BERT_LAYOUT, _bert_logits, _on_the_right)
-ROBERTA = _bridge(
+BERT = bridge_by(BERT_LAYOUT, _bert_logits, padded_on_the_right)
+ROBERTA = bridge_by(
     ROBERTA_LAYOUT,
     lambda model, x_MC: model.lm_head(x_MC),
     lambda values: Padding(
         pad_id=values.get("pad_token_id", 1), most_tokens=values.get("max_position_embeddings", 512)
     ),
 )
-DISTILBERT = _bridge(DISTILBERT_LAYOUT, _distilbert_logits, _on_the_right)
+DISTILBERT = bridge_by(DISTILBERT_LAYOUT, _distilbert_logits, padded_on_the_right)

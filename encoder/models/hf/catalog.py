@@ -6,21 +6,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from encoder.base.tokenizer_json import SpecialIds
+from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.contract import ModelConfig
+from encoder.models.hf.albert import ALBERT
 from encoder.models.hf.bert import BERT, DISTILBERT, ROBERTA, model_type_of
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.modernbert import MODERNBERT
 from encoder.models.modernbert import ModernBertConfig
 
 # by model_type of config.json
-BRIDGES: dict[str, Bridge] = {b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT)}
+BRIDGES: dict[str, Bridge] = {
+    b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT, ALBERT)
+}
 # the model_type that a model gets, by its settings and, where they are known, its special ids
 CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
     ModernBertConfig: lambda config, specials: MODERNBERT.model_type,
     BertConfig: model_type_of,
     RobertaConfig: model_type_of,
     DistilBertConfig: model_type_of,
+    AlbertConfig: lambda config, specials: ALBERT.model_type,
 }
 
 

@@ -145,7 +145,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if not (folder / CONFIG).is_file():
         raise ModelError(
             f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM,"
-            " or of a BERT, RoBERTa or DistilBERT."
+            " or of a BERT, RoBERTa, DistilBERT or ALBERT."
         )
     settings = as_pretrained(_read_json(folder / CONFIG))
     bridge = bridge_of_settings(settings)

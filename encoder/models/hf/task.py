@@ -5,6 +5,7 @@
                   head.norm     head.norm
                   classifier    classifier      classifier          classifier.out_proj      classifier
 
+ALBERT has BERT's, its pooler under the name albert.pooler.
 Tokens, spans and choices have their own names in FORMS. The body has the names of encoder/models/hf/bridge.py. Logits are
 compared with transformers' on texts of several lengths, each alone and padded on the right; on the left only where a class does
 not stand on the first token, which would be padding.
@@ -50,6 +51,7 @@ Names = Mapping[str, str]
 _MODERN: Names = {"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"}
 _BARE: Names = {"classifier": "classifier"}
 _BERT: Names = {"head.dense": "bert.pooler.dense", "classifier": "classifier"}
+_ALBERT: Names = {"head.dense": "albert.pooler", "classifier": "classifier"}
 _DISTILBERT: Names = {"head.dense": "pre_classifier", "classifier": "classifier"}
 _QUESTION: Names = {"classifier": "qa_outputs"}
 
@@ -89,12 +91,14 @@ _PREFIXES: dict[HeadFamily, str] = {
     "bert": "Bert",
     "roberta": "Roberta",
     "distilbert": "DistilBert",
+    "albert": "Albert",
 }
 
 
 def _dropouts(distilbert: str | None) -> dict[HeadFamily, str]:
     families: tuple[HeadFamily, ...] = ("modernbert", "bert", "roberta")
-    found = dict.fromkeys(families, "classifier_dropout")
+    found: dict[HeadFamily, str] = dict.fromkeys(families, "classifier_dropout")
+    found["albert"] = "classifier_dropout_prob"
     return found if distilbert is None else {**found, "distilbert": distilbert}
 
 
@@ -107,6 +111,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "bert": _BERT,
             "roberta": {"head.dense": "classifier.dense", "classifier": "classifier.out_proj"},
             "distilbert": _DISTILBERT,
+            "albert": _ALBERT,
         },
         outputs="a number",
         usage='answer = pipeline("text-classification", model="FOLDER")("a text")',
@@ -116,7 +121,13 @@ FORMS: dict[HeadKind, HeadForm] = {
     "token": HeadForm(
         suffix="ForTokenClassification",
         pipeline="token-classification",
-        names={"modernbert": _MODERN, "bert": _BARE, "roberta": _BARE, "distilbert": _BARE},
+        names={
+            "modernbert": _MODERN,
+            "bert": _BARE,
+            "roberta": _BARE,
+            "distilbert": _BARE,
+            "albert": _BARE,
+        },
         outputs="a tag of each word, on its first token",
         usage=(
             'answer = pipeline("token-classification", model="FOLDER",\n'
@@ -135,6 +146,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "bert": _QUESTION,
             "roberta": _QUESTION,
             "distilbert": _QUESTION,
+            "albert": _QUESTION,
         },
         outputs="start and end of the answer",
         usage=(
@@ -153,6 +165,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "bert": _BERT,
             "roberta": {"head.dense": "roberta.pooler.dense", "classifier": "classifier"},
             "distilbert": _DISTILBERT,
+            "albert": _ALBERT,
         },
         outputs="a score of each choice",
         usage=(

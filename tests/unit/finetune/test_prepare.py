@@ -107,6 +107,16 @@ def test_a_pair_has_its_form_and_the_second_text_its_segment(tmp_path):
     assert train.segments_A[:6].tolist() == [0, 0, 0, 0, 1, 1]
 
 
+def test_a_body_whose_layers_share_weights_has_one_rate_for_all(tmp_path):
+    write_task(tmp_path)
+    write_start(tmp_path / "albert", family="albert")
+    started = [f"start_from={tmp_path}/albert"]
+    with pytest.raises(UserError, match="layer_decay 0.5: the layers of this model share"):
+        prepared(tmp_path, started)
+    head = prepared(tmp_path, [*started, "layer_decay=1.0"]).head
+    assert head.family == "albert" and head.dropout == 0.1
+
+
 def test_labels_left_out_are_those_of_the_training_rows(tmp_path):
     write_task(tmp_path)
     rows = [{"text": "x", "label": label} for label in (10, 9, 10)]

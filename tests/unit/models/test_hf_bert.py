@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT to Hugging Face and back: logits and gradients of its classes, and a bitwise round trip."""
+"""BERT, RoBERTa, DistilBERT and ALBERT to Hugging Face and back: logits and gradients of its classes, and a bitwise round trip."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from encoder.base.errors import ExportError, ModelError
 from encoder.base.tokenizer_json import SpecialIds
+from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.catalog import build_model
 from encoder.models.hf.bert import SEGMENTS
@@ -38,6 +39,14 @@ CONFIGS = {
     "BertForMaskedLM": BertConfig(**SIZES, mlp="gelu_tanh"),
     "RobertaForMaskedLM": RobertaConfig(**SIZES, position_offset=SPECIALS.pad_id + 1),
     "DistilBertForMaskedLM": DistilBertConfig(**SIZES),
+    "AlbertForPreTraining": AlbertConfig(
+        **{**SIZES, "num_hidden_layers": 5},
+        embedding_size=10,
+        num_hidden_groups=2,
+        inner_group_num=2,
+        sentence_head=True,
+    ),
+    "AlbertForMaskedLM": AlbertConfig(**SIZES, embedding_size=10, mlp="gelu"),
 }
 
 
@@ -73,6 +82,7 @@ def theirs_of(name: str, config, specials: SpecialIds = SPECIALS):
     bridge = bridge_of(ours.config, specials)
     settings = bridge.to_settings(ours.config, specials)
     settings["attention_probs_dropout_prob"] = settings["attention_dropout"] = 0.0
+    settings["classifier_dropout_prob"] = 0.0  # of ALBERT's sentence head
     made = getattr(transformers, name)(
         getattr(transformers, bridge.config_class).from_dict(settings)
     ).double()
@@ -84,13 +94,14 @@ def theirs_of(name: str, config, specials: SpecialIds = SPECIALS):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_logits_and_every_gradient_are_those_of_transformers_padded(name):
     """Documents of 1, 2, 40 and the longest length, packed by us, padded to a batch by them."""
-    ours, theirs, bridge = theirs_of(name, CONFIGS[name])
+    config = CONFIGS[name]
+    ours, theirs, bridge = theirs_of(name, config)
     lengths = [1, 40, 2, 64, 17]
     # the pad id is padding to RoBERTa wherever it stands
     batch = packed(lengths, vocab=270)
     batch = dataclasses.replace(batch, ids_T=batch.ids_T + 5)
     segments = None
-    if name.startswith("Bert"):
+    if config.type_vocab_size == 2:
         batch = with_segments(batch, 2)
         segments = padded(batch.segments_T, lengths, 0)
     ids_BL = padded(batch.ids_T, lengths, SPECIALS.pad_id)
@@ -107,14 +118,13 @@ def test_packed_logits_and_every_gradient_are_those_of_transformers_padded(name)
     expected = answer[0][real_BL.bool()]
     assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
     their_loss = (expected * weight_TV).sum()
-    if name == "BertForPreTraining":
+    if config.sentence_head:
         first = batch.cu_seqlens_S1[: len(lengths)]
         pairs = ours.sentence_decoder(x_TC[first])
-        assert (pairs - answer.seq_relationship_logits).abs().max() < 1e-12
-        loss, their_loss = (
-            loss + pairs[:, 1].sum(),
-            (their_loss + answer.seq_relationship_logits[:, 1].sum()),
-        )
+        their_pairs = answer[1]
+        assert (pairs - their_pairs).abs().max() < 1e-12
+        loss = loss + pairs[:, 1].sum()
+        their_loss = their_loss + their_pairs[:, 1].sum()
     loss.backward()
     their_loss.backward()
     grads = {n: p.grad for n, p in theirs.named_parameters()}
@@ -143,7 +153,7 @@ def test_an_export_is_the_class_and_comes_back_to_the_bit(name, folders):
     assert prove_import(model, folder).max_abs_difference < 2e-5
     proof = json.loads((folder / "export_proof.json").read_text())
     assert proof["drawn_weights_fp64_difference"] < 1e-11
-    # positions of BERT and DistilBERT count padding, RoBERTa's do not
+    # positions of all but RoBERTa count padding
     assert proof["transformers"]["left_padded"] == name.startswith("Roberta")
 
 
@@ -177,7 +187,13 @@ def test_without_segments_and_another_epsilon_a_bert_gets_a_row_of_zeros(tokeniz
 
 
 @pytest.mark.parametrize(
-    "name", ["BertForPreTraining", "RobertaForMaskedLM", "DistilBertForMaskedLM"]
+    "name",
+    [
+        "BertForPreTraining",
+        "RobertaForMaskedLM",
+        "DistilBertForMaskedLM",
+        "AlbertForPreTraining",
+    ],
 )
 def test_a_body_without_heads_gets_drawn_ones_and_says_so(name, folders, tmp_path):
     folder = tmp_path / "body"
@@ -187,7 +203,7 @@ def test_a_body_without_heads_gets_drawn_ones_and_says_so(name, folders, tmp_pat
     model = read_hf(folder)
     first = stored(CONFIGS[name]).weights
     expected = {"head.dense", "head.norm", "decoder"}
-    if name == "BertForPreTraining":  # a BertModel has the pooler, and no head behind it
+    if name.endswith("ForPreTraining"):  # a BertModel has the pooler, and no head behind it
         expected |= {"nsp"}
         assert torch.equal(model.weights["pooler.dense.weight"], first["pooler.dense.weight"])
     drawn = {n.rpartition(".")[0] for n in model.drawn}
@@ -248,6 +264,9 @@ def test_a_roberta_with_a_pooler_that_nobody_trained_leaves_it_out(folders, tmp_
         ("BertForMaskedLM", {"num_attention_heads": 5}, "hidden_size 24 over 5 heads"),
         ("BertForMaskedLM", {"architectures": ["BertLMHeadModel"]}, "needed: one of"),
         ("DistilBertForMaskedLM", {"activation": "relu"}, "activation is 'relu'"),
+        ("AlbertForMaskedLM", {"num_hidden_groups": 9}, "num_hidden_groups is 9; needed: 1 to"),
+        ("AlbertForMaskedLM", {"embedding_size": None}, "embedding_size is null"),
+        ("AlbertForMaskedLM", {"embedding_size": 12}, "have another shape in"),
     ],
 )
 def test_what_our_model_cannot_be_is_one_sentence(name, changes, words, folders, tmp_path):
