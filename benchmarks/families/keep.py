@@ -72,8 +72,9 @@ def _yardsticks(run: RunConfig) -> dict[str, float]:
     found = {"unigram_entropy": round(held_out_entropy(run, facts) or math.nan, 4)}
     sets = make_held_out(run, facts, World(rank=0, size=1), torch.device("cpu"), run.phases[-1])
     batches = [batch for source in sets for batch in source.batches]
-    if "nsp" in batches[0].targets:
-        labels = torch.cat([batch.targets["nsp"].value_M for batch in batches])
+    pairs = next((name for name in ("nsp", "sop") if name in batches[0].targets), None)
+    if pairs:
+        labels = torch.cat([batch.targets[pairs].value_M for batch in batches])
         found["always_1"] = round(float((labels == 1).double().mean()), 4)
         found["pairs"] = len(labels)
     return found

@@ -2,7 +2,7 @@
 
     python benchmarks/families/run.py [NAME ...] [--results benchmarks/results/families]
 
-Runs in the folder that holds shards/ (see prep_wordpiece.yaml). What is finished is not done again, what was stopped goes on.
+Runs in the folder that holds shards/ (see prep_*.yaml). What is finished is not done again, what was stopped goes on.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ RUNS = (
     "mini_roberta",
     "mini_roberta_readme",
     "roberta_med_small",
+    "albert_small",
 )
 
 

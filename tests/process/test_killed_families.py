@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a step, and on other ranks at another ZeRO stage: pairs, distillation and RoBERTa lose nothing.
+"""SIGKILL in the middle of a step, and on other ranks at another ZeRO stage: pairs, distillation, RoBERTa and ALBERT lose nothing.
 
 whole      one rank, stage 0, 4 micro-batches of 2 rows a step
 killed     rank 0 is gone between forward and backward of its sixth step, and with it the others
@@ -23,7 +23,7 @@ from encoder.train.checkpointing import Checkpointing
 from encoder.train.pretraining import pretrain
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import distance, weights
-from tests.process.test_two_terms import DISTILLED, PAIRS, write_texts
+from tests.process.test_two_terms import DISTILLED, ORDERED, PAIRS, write_texts
 
 KILLED_STEP = 6
 ROBERTA = [
@@ -38,14 +38,16 @@ SETTINGS = {
     "nsp": [*PAIRS, "objective.name=mlm_nsp"],
     "distill": [*DISTILLED, "objective.name=distill"],
     "roberta": ROBERTA,
+    "albert": [*ORDERED, "objective.name=mlm_sop"],
 }
 # loss, held-out loss, and each term's where there are several
-TERMS = {"nsp": 4, "distill": 5, "roberta": 2}
+TERMS = {"nsp": 4, "distill": 5, "roberta": 2, "albert": 4}
 # (ranks, ZeRO stage, rows of a micro-batch) until the kill, and after it
 ON = {
     "nsp": ((2, 1, 1), (3, 2, 2)),
     "distill": ((2, 2, 2), (1, 0, 3)),
     "roberta": ((3, 3, 1), (2, 1, 2)),
+    "albert": ((2, 3, 1), (3, 2, 2)),
 }
 
 
