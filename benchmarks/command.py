@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
-from benchmarks.report import Report
 from encoder.base.allocator import keep_freed_memory
 from encoder.base.command import CommandLine, count
 from encoder.base.errors import ConfigError, nearest
@@ -47,11 +44,18 @@ def bench(words: Sequence[str]) -> None:
         name: importlib.import_module(f"benchmarks.{name}")
         for name in (ALL if question == "all" else [question])
     }
+    # here: torch takes seconds, and --help is read without it
+    import torch
+
+    from benchmarks.report import Report
+
     # all command lines are read before the first question is asked
     asked = {
         name: _parser(name, module, quick="--quick" in rest).parse_args([*rest])
         for name, module in modules.items()
     }
+    for one in asked.values():
+        one.device = one.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args = next(iter(asked.values()))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch sees no CUDA device. Use --device cpu.")
@@ -90,7 +94,7 @@ def _parser(question: str, module: ModuleType | None, *, quick: bool = False) ->
         prog=f"bench.py {question}", description=__doc__, epilog=f"questions:\n{about}"
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a CUDA device"
     )
     parser.add_argument(
         "--against", choices=("hf",), help="also the peer: transformers, for the step"

@@ -51,10 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 def answers(folder: Path, texts: list[str], *, top: int) -> list[dict[str, Any]]:
     """For each text, for each [MASK] in it, the `top` likeliest tokens with their probabilities. Raises ExportError."""
     from encoder.base.errors import ExportError
-    from encoder.tools.page.fill_mask import check_masks, fill_mask
     from encoder.tools.page.folders import open_folder
 
     opened = open_folder(folder, kind="fill_mask")
+    # here: it imports torch, and a folder of another kind is refused without it
+    from encoder.tools.page.fill_mask import check_masks, fill_mask
+
     if not 1 <= top <= opened.model.config.vocab_size:
         raise ExportError(f"--top {top}: needed is 1 to {opened.model.config.vocab_size:,}.")
     for text in texts:

@@ -33,7 +33,7 @@ from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.fp8 import to_fp8_
 from encoder.nn.half import product_dtype
 from encoder.nn.heads import Decoder, Pooler, PredictionHead, TokenDecoder
-from encoder.nn.init import Initialization, draw_, initial_values
+from encoder.nn.init import Initialization, draw_, drawn_later, initial_values
 from encoder.nn.mlp import FeedForward, is_gated
 from encoder.nn.norm import Norm, make_norm
 from encoder.nn.recompute import recomputed
@@ -286,7 +286,8 @@ class PackedBody(nn.Module):
         check_backend_name(attention)
         self.config = config
         self.attention = attention
-        self.model = _Encoder(config)
+        with drawn_later():
+            self.model = _Encoder(config)
         self.phase_settings: dict[str, float] = {}
         self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
         self.seed = seed

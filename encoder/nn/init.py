@@ -20,12 +20,13 @@ sqrt(2 layers), too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from encoder.base.model import DrawnModel
 from encoder.base.rng import address_seed
@@ -44,6 +45,28 @@ PLAIN = (
 )
 INTO_STREAM = ("attn.Wo.weight", "mlp.Wo.weight")
 INTO_LOGITS = ("decoder.weight", "classifier.weight")
+# what nn.Linear and nn.Embedding fill their new parameters by
+TORCHS_OWN = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+
+class drawn_later(TorchFunctionMode):
+    """While it lasts, torch's layers are made without random weights of torch's own: `draw_` fills all of them afterwards.
+
+    No weight is drawn twice then. On the meta device nn.Embedding's normal_ would also import torch's compiler, whose
+    1,000 modules are 2 s of CPU.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if func in TORCHS_OWN and given["generator"] is None:
+            return given["tensor"]
+        return func(*args, **given)
 
 
 @torch.no_grad()

@@ -219,15 +219,6 @@ def test_a_wheel_has_all_that_a_clone_has_beside_its_tests():
     assert all((ROOT / room / "py.typed").is_file() for room in ("encoder", "data_prep", "launch"))
 
 
-def test_the_library_says_its_version_and_names_without_torch():
-    code = (
-        "import encoder, sys; assert encoder.__version__; assert 'torch' not in sys.modules;"
-        " encoder.UserError; assert 'torch' not in sys.modules; assert callable(encoder.read_run)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_reference_of_settings_is_what_the_classes_say():
     """Every key with its type, its default and a meaning."""
     from launch.reference import pages

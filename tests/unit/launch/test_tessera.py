@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,22 +46,6 @@ def test_a_verb_speaks_of_itself_by_its_name(capsys):
         with pytest.raises(SystemExit) as ending:
             tessera.main([word, "--nonsense"])
         assert ending.value.code == 2 and f"See tessera {word} --help." in capsys.readouterr().err
-
-
-def test_help_and_templates_take_no_torch():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            (
-                "import sys, launch.tessera as t; t.main(['--help']); t.main(['new', 'tiny']); "
-                "t.main(['new', '--list']); sys.exit('torch' in sys.modules)"
-            ),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("word", new_file.RUNS)

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.nn.init import initial_values, sigma_of
+from encoder.nn.init import drawn_later, initial_values, sigma_of
 
 SHAPE = dict(
     vocab_size=2048,
@@ -125,3 +126,19 @@ def test_megatron_core_agrees_on_the_deviation_before_the_cut():
             assert sigma_of(name, p.shape, **RULE) == pytest.approx(
                 drawn.std().item(), rel=0.006
             ), name
+
+
+def test_layers_whose_weights_are_drawn_later_take_no_chance_from_torch():
+    before = torch.get_rng_state()
+    with drawn_later():
+        nn.Embedding(5, 4)
+        nn.Linear(4, 3)
+        norm = nn.LayerNorm(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    # what is no chance is set, and what has a generator of its own is drawn
+    assert norm.weight.eq(1.0).all() and norm.bias.eq(0.0).all()
+    with drawn_later():
+        own = nn.init.normal_(torch.zeros(3), generator=torch.Generator().manual_seed(1))
+    assert own.abs().min() > 0.0
+    nn.Linear(4, 3)
+    assert not torch.equal(torch.get_rng_state(), before)

@@ -20,11 +20,11 @@ from encoder.tools.embedding.ranking import measure, rank
 from encoder.tools.embedding.retrieval import hashes_of, read_corpus, read_pairs, read_questions
 from encoder.tools.embedding.train import start_hashes
 from launch import embed
+from tests.helpers.installed import needs
 from tests.helpers.pages import write_page_folder
 from tests.helpers.tasks import write_rows
 
-for package in ("sentence_transformers", "accelerate", "pytrec_eval"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[embed]'")
+needs("sentence_transformers", "accelerate", "pytrec_eval", extra="embed")
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "embed"
 WORDS = ("ada", "bob", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
 
