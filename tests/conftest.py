@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+# some million objects are made while tests are collected, and stay: looking for garbage among them took 6 of 30 s
+gc.disable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +43,12 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
     workers = min(cores, psutil.virtual_memory().available // (3 * 2**30), 12)
     return workers if workers > 1 else 0
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, and what was imported so far is not looked at again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

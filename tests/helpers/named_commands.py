@@ -11,7 +11,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from launch import tessera
@@ -118,18 +119,8 @@ def _texts() -> list[tuple[Path, str]]:
 
 
 def _strings(path: Path) -> list[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in ast.walk(node)
-        if part is not node
-    }
     texts = []
-    for node in ast.walk(tree):
-        if id(node) in inside:
-            continue
+    for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "as_typed":
             words = [a.value if isinstance(a, ast.Constant) else "{}" for a in node.args]
             quoted = [word if word == "{}" else shlex.quote(word) for word in words]
@@ -143,6 +134,16 @@ def _strings(path: Path) -> list[str]:
                 )
             )
     return texts
+
+
+def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All but those inside of f-strings, whose parts are read as one text."""
+    waiting = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        if not isinstance(node, ast.JoinedStr):
+            waiting.extend(ast.iter_child_nodes(node))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from encoder.tools.page.folders import open_folder
 from encoder.tools.page.span import span
 from encoder.tools.page.tags import tags
 from tests.helpers.browser import browser, chromium
+from tests.helpers.installed import needs
 from tests.helpers.pages import write_page_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[page]'")
+needs("gradio", extra="page")
 
 
 @pytest.fixture(scope="module")
