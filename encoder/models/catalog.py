@@ -8,6 +8,7 @@ from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, BertForPretraining, DistilBertConfig, RobertaConfig
 from encoder.models.contract import Family, Model, ModelConfig
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.models.xlnet import Xlnet, XlnetConfig
 
 # a new family is one line here (docs/adding_a_model.md)
 FAMILIES: dict[str, Family] = {
@@ -16,6 +17,7 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family(settings=RobertaConfig, model=BertForPretraining),
     "distilbert": Family(settings=DistilBertConfig, model=BertForPretraining),
     "albert": Family(settings=AlbertConfig, model=BertForPretraining),
+    "xlnet": Family(settings=XlnetConfig, model=Xlnet),
 }
 SYSTEMS: dict[str, type[ModelConfig]] = {name: family.settings for name, family in FAMILIES.items()}
 
@@ -135,6 +137,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         initializer_range=0.02,
     ),
     "crammed_bert": _shape("bert", 16, 768, 12, 1536, **_CRAMMED),
+    "xlnet_base": _shape("xlnet", 12, 768, 12, 3072),
+    "xlnet_large": _shape("xlnet", 24, 1024, 16, 4096),
     # mosaicml/examples: its ALiBi is not here, learned positions stand in its place
     "mosaic_bert": _shape("bert", 12, 768, 12, 3072, mlp="geglu", max_position_embeddings=512),
 }

@@ -29,7 +29,7 @@ from encoder.base.rng import generator
 
 # the output of attention, of the feed-forward, what is between its two matrices, the embedding (of layer 0), and what
 # goes into a task's head and out of it (of layer 0)
-Place = Literal["attention", "mlp", "mlp_inner", "embedding", "head", "head_output"]
+Place = Literal["attention", "mlp", "mlp_inner", "embedding", "head", "head_output", "last"]
 
 
 class AddressedDropout(nn.Module):

@@ -15,6 +15,7 @@ from encoder.objectives.contract import (
 from encoder.objectives.distill import DistillConfig
 from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.pairs import MlmNspConfig, MlmSopConfig
+from encoder.objectives.plm import PlmConfig
 from encoder.objectives.words import WordEdges
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "distill": DistillConfig,
     "mlm_nsp": MlmNspConfig,
     "mlm_sop": MlmSopConfig,
+    "plm": PlmConfig,
 }
 
 

@@ -17,6 +17,7 @@ from encoder.base.objective import (
     RowTargets,
 )
 from encoder.base.schema import Settings
+from encoder.base.tokenizer_json import Frame
 from encoder.objectives.words import WordEdges
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RowPairs",
     "RowTargets",
     "Specials",
+    "frame_text",
 ]
 
 
@@ -41,6 +43,8 @@ class ObjectiveConfig(Settings, Protocol):
     STORED_MODELS: ClassVar[tuple[str, ...]]
     # least values of settings that the model must have, such as type_vocab_size: 2
     model_needs: ClassVar[Mapping[str, int]]
+    # of the shards' documents; None: any
+    frame: ClassVar[Frame | None]
 
     @property
     def mask_share(self) -> float:
@@ -61,6 +65,9 @@ class ObjectiveConfig(Settings, Protocol):
     @property
     def asks_every_document(self) -> bool:
         """Whether no document is without a masked token, so that every step has some."""
+
+    def check_documents(self, *, longest_tokens: int) -> None:
+        """Documents of at most so many tokens fit the settings. Raises ConfigError."""
 
     def held_out(self, *, mask_share: float) -> ObjectiveConfig:
         """The objective of the held-out loss: the same for all models. Its loss terms are those of training."""
@@ -133,8 +140,21 @@ class Specials(Protocol):
         """[PAD]."""
 
     @property
+    def frame(self) -> Frame:
+        """Where [CLS] stands."""
+
+    @property
     def all_special(self) -> tuple[int, ...]:
         """All that no text has."""
+
+
+def frame_text(where: str) -> str:
+    """Why an objective that needs the frame `end` refuses documents that begin with [CLS]; `where` they are."""
+    return (
+        f"{where} has [CLS] before each text; this objective needs text <sep> <cls>, as XLNet reads"
+        " it. Prepare the text with such a tokenizer (data-prep tokenizer train --kind unigram"
+        " --names xlnet), or use objective: {name: mlm}."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from encoder.base.batch import LossTerm, Targets, TokenBatch
 from encoder.base.errors import ConfigError
+from encoder.base.tokenizer_json import Frame
 from encoder.nn.heads import TokenDecoder
 from encoder.nn.loss import cross_entropy_sum
 from encoder.objectives.contract import (
@@ -114,6 +115,7 @@ class MlmConfig:
 
     # least values of the model's settings
     model_needs: ClassVar[Mapping[str, int]] = {}
+    frame: ClassVar[Frame | None] = None  # documents may have any
 
     @property
     def pairs(self) -> PairRule | None:
@@ -134,6 +136,9 @@ class MlmConfig:
     def asks_every_document(self) -> bool:
         """Whether no document is without a predicted token."""
         return self.mask_count == "round"
+
+    def check_documents(self, *, longest_tokens: int) -> None:
+        """Any length does."""
 
     def held_out(self, *, mask_share: float) -> MlmConfig:
         """The objective of the held-out loss: the same for all models."""

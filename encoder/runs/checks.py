@@ -25,6 +25,7 @@ from encoder.data.sentences import read_sentences
 from encoder.data.shard_format import TOKENIZER, Card, read_card
 from encoder.data.shards import open_source
 from encoder.data.windows import documents_per_window
+from encoder.objectives.contract import frame_text
 from encoder.objectives.words import read_word_edges
 from encoder.runs.config import PhaseConfig, RunConfig, SourceConfig
 from encoder.runs.filling import Filling, fill_rows
@@ -70,6 +71,7 @@ def mistakes_of(run: RunConfig) -> list[str]:
         *_text_in_both(run),
         *_rates_of_nothing(run),
         *_sentences_of_nothing(run),
+        *_other_frames(run),
     ]
 
 
@@ -150,6 +152,16 @@ def _sentences_of_nothing(run: RunConfig) -> Iterator[str]:
                 " every second one would be a random one. Use objective: {name: mlm}, or text of"
                 " longer documents."
             )
+
+
+def _other_frames(run: RunConfig) -> Iterator[str]:
+    """Text whose [CLS] stands where the objective does not look for it."""
+    needed = run.objective.frame
+    for known in (*_training(run), *_held_out(run)):
+        if needed not in (None, known.card.specials.frame):
+            # said once: whoever prepares them again does so with all
+            yield frame_text(f"{known.where} {known.config.folder}")
+            return
 
 
 def _has_pairs(known: _Known) -> bool:

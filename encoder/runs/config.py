@@ -444,9 +444,14 @@ class RunConfig:
         settings = {field.name for field in dataclasses.fields(self.model)}
         for name, least in self.objective.model_needs.items():
             if name not in settings:
+                able = (
+                    system
+                    for system, kind in SYSTEMS.items()
+                    if name in {field.name for field in dataclasses.fields(kind)}
+                )
                 raise ConfigError(
                     f"this objective needs a model with {name}, which this one has not. Use another"
-                    " model.system, such as bert, or objective: {name: mlm}."
+                    f" model.system, such as {next(able)}, or objective: {{name: mlm}}."
                 )
             found = getattr(self.model, name)
             if found < least:
@@ -464,6 +469,8 @@ class RunConfig:
                     f" train it. Set model.{name}: false, or use an objective that needs it."
                 )
 
+        longest = max(phase.max_tokens_per_document for phase in self.phases)
+        self.objective.check_documents(longest_tokens=longest)
         if self.objective.pairs and self.data.join != "none":
             raise ConfigError(
                 f"data.join {self.data.join} and an objective of pairs: a pair is a document of its"

@@ -13,11 +13,13 @@ from encoder.models.hf.albert import ALBERT
 from encoder.models.hf.bert import BERT, DISTILBERT, ROBERTA, model_type_of
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.modernbert import MODERNBERT
+from encoder.models.hf.xlnet import XLNET
 from encoder.models.modernbert import ModernBertConfig
+from encoder.models.xlnet import XlnetConfig
 
 # by model_type of config.json
 BRIDGES: dict[str, Bridge] = {
-    b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT, ALBERT)
+    b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT, ALBERT, XLNET)
 }
 # the model_type that a model gets, by its settings and, where they are known, its special ids
 CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
@@ -26,6 +28,7 @@ CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
     RobertaConfig: model_type_of,
     DistilBertConfig: model_type_of,
     AlbertConfig: lambda config, specials: ALBERT.model_type,
+    XlnetConfig: lambda config, specials: XLNET.model_type,
 }
 
 

@@ -162,7 +162,7 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
         # transformers draws first weights from torch's own generator
         with torch.random.fork_rng(devices=[]):
             made = getattr(transformers, bridge.auto_class(settings)).from_config(
-                _config_of(bridge, settings), attn_implementation="sdpa"
+                _config_of(bridge, settings), attn_implementation=bridge.attention
             )
             theirs = made.double().eval()
             notes = theirs.load_state_dict(bridge.weights_to(weights, config), strict=False)
@@ -181,13 +181,14 @@ def drawn_difference(settings: dict[str, Any], config: ModelConfig) -> float:
     # also about half of an edge, the window's radius: from there on it hides something
     edges = bridge.edges(config)
     lengths = {1, 2, 40, *(n // 2 + 1 for n in edges), *(min(n, FP64_TOKENS) for n in edges)}
-    return _compared(
+    states = _compared(
         ours,
         logits_fn(theirs, bridge),
         sorted({min(n, config.max_position_embeddings) for n in lengths}),
         sides=(None, False),
         padding=bridge.padding(settings),
     )
+    return max(states, bridge.also_differs(ours, theirs))
 
 
 def our_model(weights: dict[str, Tensor], config: ModelConfig) -> MaskedModel:
@@ -232,7 +233,7 @@ def transformers_model(
             model, notes = auto.from_pretrained(
                 name,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
+                attn_implementation=bridge.attention,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,

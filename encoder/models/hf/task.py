@@ -230,7 +230,7 @@ def export_task(task: TrainedTask, out: Path) -> dict[str, Proof]:
         write_safetensors(their_weights(task, bridge), part / WEIGHTS)
         settings = their_settings(task, bridge)
         write_json(part / "config.json", settings)
-        proofs = {"transformers": _prove(task, ours, part, bridge.padding(settings))}
+        proofs = {"transformers": _prove(task, ours, part, bridge, bridge.padding(settings))}
         _write_card(
             part, task, bridge, proofs, parameters=sum(p.numel() for p in ours.parameters())
         )
@@ -278,8 +278,16 @@ def their_weights(task: TrainedTask, bridge: Bridge) -> dict[str, Tensor]:
     return found
 
 
-def _prove(task: TrainedTask, ours: TaskModel, folder: Path, padding: Padding) -> Proof:
-    """Compares with transformers, reading the folder as a stranger would. Raises ExportError."""
+def _prove(
+    task: TrainedTask, ours: TaskModel, folder: Path, bridge: Bridge, padding: Padding
+) -> Proof:
+    """Compares with transformers, reading the folder as a stranger would. Raises ExportError.
+
+    task, ours: the model
+    folder: as it was written
+    bridge: of its family
+    padding: how theirs may be padded
+    """
     import transformers
 
     form = FORMS[task.head.kind]
@@ -289,7 +297,7 @@ def _prove(task: TrainedTask, ours: TaskModel, folder: Path, padding: Padding) -
             theirs, notes = auto_class.from_pretrained(
                 name,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
+                attn_implementation=bridge.attention,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
