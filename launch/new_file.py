@@ -39,6 +39,8 @@ FAMILIES = (
     "albert_large",
     "albert_xlarge",
     "albert_xxlarge",
+    "xlnet_base",
+    "xlnet_large",
     "mini_roberta",
     "mini_roberta_readme",
     "ropert_small",

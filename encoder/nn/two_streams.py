@@ -331,7 +331,8 @@ class _Units:
 
 
 def _units(cu_seqlens_S1: Tensor, order: ReadingOrder, queries: QueryRows | None) -> _Units:
-    ends = cu_seqlens_S1.cpu().numpy().astype(np.int64)
+    # a list: tensors without data say here that they have none, and a plan takes its estimate
+    ends = np.array(cu_seqlens_S1.tolist(), dtype=np.int64)
     stream_T, stretch_T = (x.cpu().numpy() for x in (order.stream_T, order.stretch_T))
     tokens = len(stream_T)
     document_T = np.repeat(np.arange(len(ends) - 1), np.diff(ends))

@@ -36,6 +36,8 @@ COUNTS = {
     "albert_large": 17_847_474,
     "albert_xlarge": 59_021_490,
     "albert_xxlarge": 223_158_450,
+    "xlnet_base": 116_750_336,
+    "xlnet_large": 360_300_800,
     "mini_roberta": 17_699_072,
     "mini_roberta_readme": 17_757_017,
     "ettin_150m": 149_655_232,
