@@ -42,6 +42,8 @@ RUNS = (
     "mini_roberta_readme",
     "roberta_med_small",
     "albert_small",
+    "xlnet",
+    "xlnet_memory",
 )
 
 

@@ -183,15 +183,15 @@ class TwoStreamAttention(nn.Module):
 
     def forward(self, x_RC: Tensor, *, plan: TwoStreamPlan, waves_PC: Tensor) -> Tensor:
         """[R, C] -> [R, C]."""
-        # scaled here: a query meets keys, distances and segments with the same factor
         q_RHD = self.Wq(x_RC).unflatten(-1, (self.heads, self.head_width))
-        x_TC = x_RC[: plan.tokens]
-        kv_K = self.Wkv(x_TC)
+        x_KC = x_RC[: plan.tokens]
         if plan.memory_index_N is not None:
-            # gradients reach Wkv by way of the memory, and not what is remembered
-            memory_NC = x_TC.detach().index_select(0, plan.memory_index_N)
-            kv_K = torch.cat((kv_K, self.Wkv(memory_NC)))
-        k_KHD, v_KHD = kv_K.unflatten(-1, (2, self.heads, self.head_width)).unbind(1)
+            # gradients reach Wkv by way of the memory, and not what is remembered. One call: at ZeRO
+            # stage 3 ranks gather weights together, also where only some have a memory
+            memory_NC = x_KC.detach().index_select(0, plan.memory_index_N)
+            x_KC = torch.cat((x_KC, memory_NC))
+        kv_K2HD = self.Wkv(x_KC).unflatten(-1, (2, self.heads, self.head_width))
+        k_KHD, v_KHD = kv_K2HD.unbind(1)
 
         out_RHD = attend_two_streams(
             plan,

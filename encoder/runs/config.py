@@ -650,6 +650,20 @@ FORMER_PHASE_KEYS = ("global_rope_theta", "local_rope_theta")
 OLD_MEANINGS = {"objective.random_tokens": "all", "data.shuffle_shards": SHARDS_PER_GROUP}
 
 
+def old_meanings(plain: dict[str, Any]) -> dict[str, Any]:
+    """Those of OLD_MEANINGS that a run with these settings can have: not every objective draws random tokens."""
+    word = value_at(plain.get("objective"), "name")
+    kind = OBJECTIVES.get(word) if isinstance(word, str) else None
+    if kind is None:
+        return OLD_MEANINGS
+    known = {f"objective.{field.name}" for field in dataclasses.fields(kind)}
+    return {
+        dotted: meaning
+        for dotted, meaning in OLD_MEANINGS.items()
+        if dotted in known or not dotted.startswith("objective.")
+    }
+
+
 def todays_form(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved run file of any version, with the keys of today: RoPE thetas of a phase stood in the phase itself once."""
     phases = plain.get("phases")
@@ -668,7 +682,7 @@ def _todays_phase(phase: dict[str, Any]) -> dict[str, Any]:
 
 def _with_old_meanings(plain: dict[str, Any]) -> dict[str, Any]:
     plain = dict(todays_form(plain))
-    for dotted, meaning in OLD_MEANINGS.items():
+    for dotted, meaning in old_meanings(plain).items():
         section, _, key = dotted.partition(".")
         if isinstance(plain.get(section), dict):
             # what the file says stands last, and wins

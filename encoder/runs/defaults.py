@@ -24,7 +24,7 @@ from encoder.data.windows import documents_per_window
 from encoder.models.catalog import SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
 from encoder.objectives.catalog import OBJECTIVES
-from encoder.runs.config import OLD_MEANINGS, Derived, RunConfig, run_of, todays_form
+from encoder.runs.config import Derived, RunConfig, old_meanings, run_of, todays_form
 from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE
 from encoder.runs.short_forms import phases_of, run_folder
 from encoder.runs.weights import model_facts, saved_run
@@ -400,7 +400,7 @@ class _Filler:
 
     def _fill_added(self) -> None:
         """Settings that a run which began before there were any goes on with as it was."""
-        for dotted, before in OLD_MEANINGS.items() if self.started else ():
+        for dotted, before in old_meanings(self.mapping).items() if self.started else ():
             section, _, key = dotted.partition(".")
             holder = self.mapping.setdefault(section, {})
             if isinstance(holder, dict) and _look_up(self.started, dotted) is UNKNOWN:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from encoder.base.files import sha256_of
-from encoder.base.tokenizer_json import special_ids_of
+from encoder.base.tokenizer_json import Frame, special_ids_of, template
 from encoder.data.sentences import sentence_bytes
 from encoder.data.shard_format import (
     CARD,
@@ -33,8 +33,8 @@ from encoder.data.shard_format import (
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")  # the last five ids of the vocabulary
 
 
-def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
-    """A tokenizer.json of `vocab_size` words: t0, t1, ... and the five special tokens at the end."""
+def write_tokenizer(path: Path, *, vocab_size: int, frame: Frame | None = None) -> Path:
+    """A tokenizer.json of `vocab_size` words: t0, t1, ... and the five special tokens at the end; with a frame, where given."""
     vocab = {f"t{i}": i for i in range(vocab_size - len(SPECIALS))}
     added = []
     for name in SPECIALS:
@@ -50,6 +50,10 @@ def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
                 "special": True,
             }
         )
+    framed = None
+    if frame is not None:
+        roles = {"cls": "[CLS]", "sep": "[SEP]"}
+        framed = template(roles, vocab, frame=frame)
     path.write_text(
         json.dumps(
             {
@@ -59,7 +63,7 @@ def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
                 "added_tokens": added,
                 "normalizer": None,
                 "pre_tokenizer": {"type": "Whitespace"},
-                "post_processor": None,
+                "post_processor": framed,
                 "decoder": None,
                 "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
             }
@@ -91,8 +95,10 @@ def write_source(
     max_tokens_per_document: int = 8192,
     compression: str | None = None,
     columns: Mapping[str, str] | None = None,
+    frame: Frame | None = None,
 ) -> Path:
-    """Write a finished shard folder and return it; `columns` beside input_ids: {"id": "str", "len": "int"}."""
+    """Write a finished shard folder and return it; `columns` beside input_ids: {"id": "str", "len": "int"}. Documents have
+    their frame already: `frame` is what the tokenizer says."""
     from streaming import MDSWriter
 
     kind = ids_dtype(vocab_size)
@@ -116,7 +122,8 @@ def write_source(
                     },
                 }
             )
-    _, specials = special_ids_of(write_tokenizer(folder / TOKENIZER, vocab_size=vocab_size))
+    tokenizer_json = write_tokenizer(folder / TOKENIZER, vocab_size=vocab_size, frame=frame)
+    _, specials = special_ids_of(tokenizer_json)
     lengths = np.array([len(ids) for ids in documents])
     write_lengths(folder, lengths, max_tokens_per_document=max_tokens_per_document)
     card = Card(

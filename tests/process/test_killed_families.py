@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a step, and on other ranks at another ZeRO stage: pairs, distillation, RoBERTa and ALBERT lose nothing.
+"""SIGKILL in the middle of a step, and on other ranks at another ZeRO stage: pairs, distillation and each family lose nothing.
 
 whole      one rank, stage 0, 4 micro-batches of 2 rows a step
 killed     rank 0 is gone between forward and backward of its sixth step, and with it the others
@@ -34,16 +34,28 @@ ROBERTA = [
     "objective={name: mlm, mask_share: 0.15, mask_count: round_at_random,"
     " mask_special_tokens: true, random_tokens: not_special}",
 ]
+# two phases of documents up to 32 and 64 tokens: two and four segments
+XLNET = [
+    "model={system: xlnet, vocab_size: 64, hidden_size: 64, intermediate_size: 96,"
+    " num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}",
+    "phases.0.model={}",
+    "phases.1.model={}",
+    "objective={name: plm, block_tokens: 8, segment_tokens: 16, memory_tokens: 10}",
+    "data.sources=[{path: {folder}/a_cls_last}]",
+    "evaluation.sources=[{path: {folder}/held_cls_last}]",
+]
 SETTINGS = {
+    "xlnet": XLNET,
     "nsp": [*PAIRS, "objective.name=mlm_nsp"],
     "distill": [*DISTILLED, "objective.name=distill"],
     "roberta": ROBERTA,
     "albert": [*ORDERED, "objective.name=mlm_sop"],
 }
 # loss, held-out loss, and each term's where there are several
-TERMS = {"nsp": 4, "distill": 5, "roberta": 2, "albert": 4}
+TERMS = {"xlnet": 2, "nsp": 4, "distill": 5, "roberta": 2, "albert": 4}
 # (ranks, ZeRO stage, rows of a micro-batch) until the kill, and after it
 ON = {
+    "xlnet": ((2, 1, 1), (3, 3, 2)),
     "nsp": ((2, 1, 1), (3, 2, 2)),
     "distill": ((2, 2, 2), (1, 0, 3)),
     "roberta": ((3, 3, 1), (2, 1, 2)),
@@ -57,6 +69,7 @@ def settings_of(name: str, out: str, *, folder: str, stage: int, rows: int) -> l
         "phases.0.tokens=1K",
         f"engine.zero_stage={stage}",
         f"loader.micro_batch_rows={rows}",
+        *(["engine.activation_checkpointing=blocks"] if stage == 3 else []),
         *(setting.replace("{folder}", folder) for setting in SETTINGS[name]),
     ]
 

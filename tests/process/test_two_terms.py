@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -334,11 +335,14 @@ def as_after_a_kill(run: Path, copy: Path) -> None:
 
 
 def write_texts(root: Path) -> Path:
-    """Shards with sentences, two teachers and the run file, in a folder; returns it."""
+    """Shards with sentences and with [CLS] last, two teachers and the run file, in a folder; returns it."""
     for number, (name, longest) in enumerate((("a", 60), ("b", 30), ("held", 60))):
         documents = random_documents(60, seed=number, longest=longest)
         folder = write_source(root / name, documents, vocab_size=64)
         write_sentences(folder, sentences_of([len(ids) for ids in documents]))
+        # body [SEP] [CLS], as XLNet has it
+        last = [np.roll(ids, -1) for ids in documents]
+        write_source(root / f"{name}_cls_last", last, vocab_size=64, frame="end")
     (root / "run.yaml").write_text(RUN.format(root=root))
     for name, seed in (("teacher", 7), ("another", 8)):
         weights = ModernBertForMaskedLM(TEACHER, seed=seed).state_dict()
