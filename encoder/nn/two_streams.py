@@ -16,8 +16,9 @@ backward pass computes a block's scores again: at most BLOCK_SCORES of them stan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -249,23 +250,17 @@ def attend_two_streams(
     of_keys = [x.index_select(0, plan.key_index) for x in (k_KHD, v_KHD)]
     rows = [block.shape[0] * block.shape[1] for block in plan.blocks]
     keys = [block.shape[0] * block.shape[2] for block in plan.blocks]
-    parts = zip(
-        plan.blocks,
-        *(x.split(rows) for x in of_rows),
-        *(x.split(keys) for x in of_keys),
-        strict=True,
-    )
+    # [block] of three tensors of rows and two of keys
+    given = zip(*(x.split(rows) for x in of_rows), *(x.split(keys) for x in of_keys), strict=True)
+    run: Callable[..., Tensor] = _attend
+    if torch.is_grad_enabled():
+        # nothing in it draws random numbers
+        run = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
     out = []
-    for block, *given in parts:
-        r_pHD = r_PHD[block.nearest - plan.distances.start :][: block.farthest - block.nearest + 1]
-        if torch.is_grad_enabled():
-            # nothing in it draws random numbers
-            made = checkpoint(
-                _attend, block, *given, r_pHD, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            made = _attend(block, *given, r_pHD)
-        out.append(made)
+    for block, tensors in zip(plan.blocks, given, strict=True):
+        first = block.nearest - plan.distances.start
+        last = block.farthest - plan.distances.start
+        out.append(run(block, *tensors, r_PHD[first : last + 1]))
     return torch.cat(out).index_select(0, plan.place_of_R)
 
 
