@@ -27,7 +27,7 @@ from encoder.nn.attend import check_backend_name
 from encoder.nn.dropout import AddressedDropout
 from encoder.nn.embedding import TokenEmbedding
 from encoder.nn.heads import Decoder, TokenDecoder
-from encoder.nn.init import Initialization, draw_, initial_values
+from encoder.nn.init import Initialization, draw_, drawn_later, initial_values
 from encoder.nn.mlp import FeedForward, Gelu
 from encoder.nn.norm import LayerNorm
 from encoder.nn.recompute import recomputed
@@ -253,7 +253,8 @@ class XlnetBody(nn.Module):
         check_backend_name(attention)
         self.config = config
         self.seed = seed
-        self.model = _Layers(config)
+        with drawn_later():
+            self.model = _Layers(config)
         self.phase_settings: dict[str, float] = {}
 
     def forward(self, batch: TokenBatch) -> Tensor:
