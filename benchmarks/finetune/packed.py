@@ -149,7 +149,10 @@ class Theirs:
             task.start_from, num_labels=prepared.head.outputs, local_files_only=True
         ).train()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=task.lr.peak, weight_decay=task.weight_decay
+            self.model.parameters(),
+            lr=task.lr.peak,
+            weight_decay=task.weight_decay,
+            fused=True,
         )
         self.precision = precision_on(task.engine.precision, CPU)
         # the order of the packed side

@@ -69,6 +69,6 @@ class StableAdamW(WholeTensorOptimizer):
 
     def _roots_of_ratios(self, bundle: Bundle) -> list[Tensor]:
         """g / max(sqrt(v), eps), element by element."""
-        below = torch._foreach_sqrt(bundle.state["exp_avg_sq"])
+        below = self._roots(bundle.state["exp_avg_sq"])
         torch._foreach_clamp_min_(below, self.config.eps)
-        return [*torch._foreach_div(bundle.grads, below)]
+        return self._quotients(bundle.grads, below)

@@ -109,6 +109,8 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             },
         )
         self.config = config
+        self._room = torch.empty(0)  # of a CPU's bundle
+
         # ZeRO empties the list and what is in it, not the groups
         self._groups = list(self.param_groups)
         self._parts: dict[Tensor, FlatPart] = {}  # empty: the tensors are whole
@@ -209,17 +211,21 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
             assert p.grad is not None, "only what has a gradient is live"
             values = [p, p.grad.contiguous(), *(self.state[p][kind] for kind in kinds)]
             if not self._parts:
-                yield self._row[p], values
+                yield from _pieces(self._row[p], values)
                 continue
             for s in self._parts[p].slices:
-                yield self._row[s.name], [s.of(x) for x in values]
+                yield from _pieces(self._row[s.name], [s.of(x) for x in values])
+
+    def _betas(self, step: int) -> tuple[float, float]:
+        """b1 and b2 of a step: the settings' betas with the bias correction in them."""
+        beta1, beta2 = self.config.betas
+        if self.config.bias_correction:
+            return _debiased(beta1, step), _debiased(beta2, step)
+        return beta1, beta2
 
     def _update_moments(self, bundle: Bundle) -> None:
         """Takes the gradients into Adam's moments."""
-        beta1, beta2 = self.config.betas
-        if self.config.bias_correction:
-            beta1 = _debiased(beta1, bundle.step)
-            beta2 = _debiased(beta2, bundle.step)
+        beta1, beta2 = self._betas(bundle.step)
         m, v = bundle.state["exp_avg"], bundle.state["exp_avg_sq"]
 
         # m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
@@ -228,10 +234,33 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         torch._foreach_addcmul_(v, bundle.grads, bundle.grads, value=1.0 - beta2)
 
     def _direction(self, bundle: Bundle) -> list[Tensor]:
-        """m / (sqrt(v) + eps)."""
-        below = torch._foreach_sqrt(bundle.state["exp_avg_sq"])
+        """m / (sqrt(v) + eps); on a CPU it lasts until the next one is asked for."""
+        below = self._roots(bundle.state["exp_avg_sq"])
         torch._foreach_add_(below, self.config.eps)
-        return [*torch._foreach_div(bundle.state["exp_avg"], below)]
+        return self._quotients(bundle.state["exp_avg"], below)
+
+    def _roots(self, values: list[Tensor]) -> list[Tensor]:
+        """sqrt of each, in new memory; on a CPU in the same memory each time."""
+        if not self._on_cpu(values):
+            return [*torch._foreach_sqrt(values)]
+
+        # memory that is new to a process costs a CPU more than the roots
+        elements = sum(x.numel() for x in values)
+        if self._room.numel() < elements or self._room.dtype != values[0].dtype:
+            self._room = torch.empty(elements, dtype=values[0].dtype)
+        views = self._room[:elements].split([x.numel() for x in values])
+        return [torch.sqrt(x, out=view.view_as(x)) for x, view in zip(values, views, strict=True)]
+
+    def _quotients(self, above: list[Tensor], below: list[Tensor]) -> list[Tensor]:
+        """above / below, which is used up on a CPU."""
+        if not self._on_cpu(below):
+            return [*torch._foreach_div(above, below)]
+        return [torch.div(x, y, out=y) for x, y in zip(above, below, strict=True)]
+
+    @staticmethod
+    def _on_cpu(values: Sequence[Tensor]) -> bool:
+        """Where lists are no faster than their tensors one by one, and new memory is dear."""
+        return values[0].device.type == "cpu"
 
     def _zeros(self, *, width: int) -> Tensor:
         """fp64 [parameters, width] of zeros, for sums over whole parameters."""
@@ -278,6 +307,17 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         if not state:
             state.update(step=0, **{kind: torch.zeros_like(p) for kind in self.kinds_of(group)})
         return state
+
+
+def _pieces(row: int, values: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """A parameter's tensors, cut where a CPU's cache ends: an update has 7 operations, each of which would read all of it."""
+    limit = piece_elements(values[0].device)
+    if values[0].numel() <= limit:
+        yield row, values
+        return
+    cut = [x.view(-1).split(limit) for x in values]
+    for piece in zip(*cut, strict=True):
+        yield row, [*piece]
 
 
 def _debiased(beta: float, step: int) -> float:

@@ -8,7 +8,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ from encoder.engine.precision import Precision
 class EngineConfig:
     """How parameters are held; apart from rounding, none but gradient_clipping changes the curve."""
 
-    # 0: all on every rank; 1: optimizer state cut over ranks; 2: gradients, too; 3: weights, too, gathered when used
+    # 0: all on every rank; 1: optimizer state cut over ranks; 2: gradients, too; 3: weights, too, gathered when used;
+    # one CPU rank has nothing to cut: 1 and 2 step as 0 there
     zero_stage: Literal[0, 1, 2, 3] = 1
     # auto: autocast where the device has units for bf16, else fp32; autocast: fp32 parameters, matmuls in bf16 (as ModernBERT);
     # bf16: bf16 parameters, fp32 masters; fp64: for tests
@@ -75,6 +76,23 @@ class EngineConfig:
             raise ConfigError(
                 f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping."
             )
+
+
+def as_run(config: EngineConfig, *, ranks: int, device: torch.device) -> EngineConfig:
+    """The configuration as it is run: stages 1 and 2 of one CPU rank are stage 0, for there is nothing to cut.
+
+    DeepSpeed would copy every gradient and weight into flat tensors and back at each step. bf16 weights keep their stage,
+    whose masters they need, and so does an offloaded optimizer.
+
+    config: as the run file has it
+    ranks: of the run
+    device: of a rank
+    """
+    cuts = ranks > 1 or config.zero_stage == 3
+    needs_masters = config.precision == "bf16" or config.offload_optimizer == "cpu"
+    if device.type != "cpu" or cuts or needs_masters:
+        return config
+    return replace(config, zero_stage=0)
 
 
 # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from encoder.engine.precision import precision_on
-from encoder.engine.zero.config import BUCKET_ELEMENTS
+from encoder.engine.zero.config import BUCKET_ELEMENTS, as_run
 from encoder.models.catalog import build_model
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
@@ -109,6 +109,8 @@ def estimate_memory(
     ranks: that share them
     """
     engine = run.engine
+    if run.device == "cpu":
+        engine = as_run(engine, ranks=ranks, device=torch.device("cpu"))
     width = {"fp64": 8, "bf16": 2}.get(engine.precision, 4)
     master_width = 8 if engine.precision == "fp64" else 4
     gradient_width = 4 if engine.precision == "bf16" else width

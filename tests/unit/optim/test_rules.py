@@ -189,6 +189,31 @@ def test_the_update_does_not_depend_on_how_many_tensors_are_moved_together(
         torch.testing.assert_close(ours[n], truth[n], **TORCH_TO_1E_12)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_operations_of_a_cpu_and_those_of_a_device_give_one_update(name, monkeypatch):
+    """fp32, where a decay of 1e-8 of a weight would be lost in a factor of 1 - 1e-8."""
+    config = dataclasses.replace(CONFIGS[name], weight_decay=1e-6)
+    start, grads = start_and_grads(torch.float32)
+    on_cpu = whole(config, grads, torch.float32)
+    monkeypatch.setattr(whole_tensors.WholeTensorOptimizer, "_on_cpu", lambda self, values: False)
+    elsewhere = whole(config, grads, torch.float32)
+    for n in start:
+        torch.testing.assert_close(on_cpu[n], elsewhere[n], rtol=1e-6, atol=1e-7)
+
+
+def test_a_small_decay_is_not_rounded_in_fp32():
+    """A step takes 2e-7 of a weight. A factor of 1 - 2e-7 is 1 - 1.79e-7 in fp32, a tenth less."""
+    start = torch.linspace(1.0, 2.0, 2**16)
+    p = nn.Parameter(start.clone().view(256, 256))
+    optimizer = build_optimizer(nn.ParameterList([p]), AdamWConfig(weight_decay=0.1))
+    optimizer.param_groups[0]["lr"] = 2e-6
+    for _ in range(100):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    lost = 1.0 - float((p.detach().view(-1).double() / start.double()).mean())
+    assert lost == pytest.approx(2e-5, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("step", "factor"),
     # fact sheet of the families, 1.4: betas 0.9, 0.999
@@ -290,6 +315,7 @@ def test_on_a_device_an_update_of_many_tensors_calls_no_more_operations_than_one
         "_squares",
         lambda values: torch.stack(torch._foreach_norm(values, 2)).double().square(),
     )
+    monkeypatch.setattr(whole_tensors.WholeTensorOptimizer, "_on_cpu", lambda self, values: False)
     counts = []
     for tensors in (4, 60):
         model = nn.ParameterList(
