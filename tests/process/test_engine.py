@@ -39,13 +39,6 @@ ONE_RANK = [
         "rows": 2,
         "mean_of_means": True,
     },
-    {
-        "label": "flat-s1-1x4",
-        "zero_stage": 1,
-        "precision": "fp32",
-        "rows": 2,
-        "whole_tensors": False,
-    },
     {"label": "bf16-s1-1x4", "zero_stage": 1, "precision": "bf16", "rows": 2},
     {"label": "autocast-s1-1x4", "zero_stage": 1, "precision": "autocast", "rows": 2},
     {"label": "fp32-s3-1x4", "zero_stage": 3, "precision": "fp32", "rows": 2},
@@ -55,6 +48,13 @@ TWO_RANKS = [
     {"label": "fp64-s0-2x4", "zero_stage": 0, "precision": "fp64", "rows": 1},
     {"label": "fp32-s0-2x2", "zero_stage": 0, "precision": "fp32", "rows": 2},
     {"label": "fp32-s1-2x2", "zero_stage": 1, "precision": "fp32", "rows": 2},
+    {
+        "label": "flat-s1-2x2",
+        "zero_stage": 1,
+        "precision": "fp32",
+        "rows": 2,
+        "whole_tensors": False,
+    },
     {"label": "fp32-s1-2x4", "zero_stage": 1, "precision": "fp32", "rows": 1},
     {"label": "fp32-s2-2x2", "zero_stage": 2, "precision": "fp32", "rows": 2},
     {
@@ -343,7 +343,7 @@ def test_on_a_gpu_offloaded_masters_lie_in_the_machines_memory_and_the_curve_is_
 
 def test_an_optimizer_that_takes_flat_partitions_for_tensors_is_caught_by_the_spike():
     trained()
-    assert distance("flat-s1-1x4", "plain") > 1e-3  # seen: 7e-3; the right ones 8e-7
+    assert distance("flat-s1-2x2", "plain") > 1e-3  # seen: 7e-3; the right ones 8e-7
 
 
 @pytest.mark.parametrize("label", ["clip-s1-2x2", "clip-s2-2x2", "clip-s3-2x1"])
