@@ -148,10 +148,16 @@ class Theirs:
         self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
             task.start_from, num_labels=prepared.head.outputs, local_files_only=True
         ).train()
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [
+                {"params": matrices, "weight_decay": task.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
             lr=task.lr.peak,
-            weight_decay=task.weight_decay,
+            betas=task.optimizer.betas,
+            eps=task.optimizer.eps,
             fused=True,
         )
         self.precision = precision_on(task.engine.precision, CPU)
@@ -159,14 +165,14 @@ class Theirs:
         self.order = _order(self.examples, task)
         self.at = self.real = self.laid = 0
 
-    def step(self) -> float:
-        """One; its loss."""
-        numbers = self.order[self.at : self.at + self.task.batch_examples]
+    def step(self, size: int | None = None) -> float:
+        """One of so many examples, or of batch_examples; its loss."""
+        numbers = self.order[self.at : self.at + (size or self.task.batch_examples)]
         self.at += len(numbers)
-        batch = _padded(self.examples, numbers, pad_id=self.model.config.pad_token_id)
+        batch = padded(self.examples, numbers, pad_id=self.model.config.pad_token_id)
         self.real += int(batch["attention_mask"].sum())
         self.laid += batch["attention_mask"].numel()
-        with self._mode():
+        with self.mode():
             loss = self.model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(
@@ -184,7 +190,8 @@ class Theirs:
         """Of the tokens that were computed, those of texts."""
         return self.real / self.laid
 
-    def _mode(self) -> contextlib.AbstractContextManager[Any]:
+    def mode(self) -> contextlib.AbstractContextManager[Any]:
+        """What its forward runs in."""
         low = self.precision == "autocast"
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=low)
 
@@ -202,7 +209,7 @@ def _order(examples: Examples, task: FineTuneConfig) -> np.ndarray:
     return np.concatenate([steps._epoch(epoch) for epoch in range(task.epochs)])
 
 
-def _padded(
+def padded(
     examples: Examples, numbers: Sequence[int] | np.ndarray, *, pad_id: int
 ) -> dict[str, torch.Tensor]:
     """A batch as transformers' collator makes it, as long as its longest text."""
