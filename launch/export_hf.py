@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from encoder.base.command import CommandLine, run_command
+from encoder.base.command import CommandLine, importing, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        from encoder.tools.weights.export import export_run
+        with importing():
+            from encoder.tools.weights.export import export_run
 
         for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():
             print(f"wrote {args.out}: {asked} gives {proof}")

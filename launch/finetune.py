@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import traceback
 
-from encoder.base.command import CommandLine, run_command
+from encoder.base.command import CommandLine, importing, run_command
 from encoder.base.ranks import run_on_ranks
 from encoder.base.stopping import StopFlag
 from encoder.base.world import World
@@ -41,10 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     def train(world: World, stop: StopFlag) -> None:
-        from encoder.finetune.config import read_task
+        with importing():
+            from encoder.finetune.config import read_task
 
         task = read_task(args.task, args.overrides)
-        from encoder.finetune.course import finetune
+        with importing():
+            from encoder.finetune.course import finetune
 
         finetune(task, world, stop=stop)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from encoder.base.command import CommandLine, count, run_command
+from encoder.base.command import CommandLine, count, importing, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     def body() -> None:
-        from encoder.runs.config import read_run
+        with importing():
+            from encoder.runs.config import read_run
 
         run = read_run(args.run, args.overrides)
         from encoder.runs.foreign_files import check_folder

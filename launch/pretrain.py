@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import traceback
 
-from encoder.base.command import CommandLine, run_command
+from encoder.base.command import CommandLine, importing, run_command
 from encoder.base.ranks import run_on_ranks
 from encoder.base.stopping import StopFlag
 from encoder.base.world import World
@@ -33,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     def train(world: World, stop: StopFlag) -> None:
-        from encoder.runs.config import read_run
+        with importing():
+            from encoder.runs.config import read_run
 
         run = read_run(args.run, args.overrides)
-        from encoder.train.pretraining import pretrain
+        with importing():
+            from encoder.train.pretraining import pretrain
 
         pretrain(run, world, stop=stop)
 

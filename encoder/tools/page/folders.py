@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from encoder.base.command import as_typed
+from encoder.base.command import as_typed, importing
 from encoder.base.errors import ExportError
 from encoder.base.files import native_path
 from encoder.base.untrusted import read_json
@@ -109,10 +109,12 @@ def open_folder(folder: Path, *, name: str = "", kind: str | None = None) -> Ope
         if (folder / MODULES).is_file():
             return _sentence_transformer(folder, shown)
 
-    import transformers
+    with importing():
+        import transformers
 
     try:
-        with native_path(folder) as path, quiet_transformers():
+        # transformers imports a family's model where it is first asked for
+        with native_path(folder) as path, quiet_transformers(), importing():
             of_disk = {"local_files_only": True, "trust_remote_code": False}
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **of_disk)
             model = _model(getattr(transformers, class_name), path, of_disk)
