@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from encoder.base.dist import World, free_port
-from encoder.base.peers import LOOK_SECONDS
+from encoder.base.peers import LOOK_SECONDS, LOST_SECONDS
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, read_jsonl
 from encoder.train.pretraining import pretrain
@@ -164,7 +164,8 @@ class Slow:
     def find_spec(self, name, path=None, target=None):
         if name == "torch" and os.environ["RANK"] == "0":
             sys.meta_path.remove(self)
-            time.sleep(8)
+            while not os.path.exists(os.environ["RANK_ONE_LEFT"]):
+                time.sleep(0.02)
 
 
 sys.meta_path.insert(0, Slow())
@@ -183,6 +184,7 @@ def test_a_peer_that_leaves_a_done_run_is_not_taken_for_gone(folder, tmp_path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "RANK_ONE_LEFT": str(tmp_path / "left"),
     }
     ranks = [
         subprocess.Popen(
@@ -191,7 +193,13 @@ def test_a_peer_that_leaves_a_done_run_is_not_taken_for_gone(folder, tmp_path):
         )
         for rank in ("0", "1")
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    zero, one = ranks
+    assert one.wait(timeout=120) == 0
+    # a rank whose peer was gone would end by then
+    time.sleep(LOST_SECONDS + 0.5)
+    assert zero.poll() is None
+    (tmp_path / "left").touch()
+    assert zero.wait(timeout=120) == 0
 
 
 @pytest.mark.slow
