@@ -102,6 +102,19 @@ class Progress:
     ledger_hash: str = ""  # hash chain over every step's batch
 
 
+def with_article(name: str) -> str:
+    """'a BERT', 'an ALBERT', 'an XLNet': as it is spoken."""
+    article = "a"
+    if name[:1].lower() in "aeiox":
+        article = "an"
+    return f"{article} {name}"
+
+
+def begun(text: str) -> str:
+    """With a capital first letter, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def counted(count: int, word: str) -> str:
     """'1 rank', '2 ranks', '0 ranks'."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from encoder.base.errors import ConfigError
+from encoder.base.units import counted
 from encoder.models.bert import BertConfig
 from encoder.models.contract import GrowthRules
 from encoder.models.encoder import MOST
@@ -97,7 +98,10 @@ class AlbertConfig(BertConfig):
         blocks = self.num_hidden_groups * self.inner_group_num
         return {
             **super().facts,
-            "layers": f"{self.num_hidden_layers}, norms {self.norm_place}, weights of {blocks}",
+            "layers": (
+                f"{self.num_hidden_layers}, norms {self.norm_place}, sharing"
+                f" {counted(blocks, 'block')}"
+            ),
             "width, heads": (
                 f"{self.hidden_size}, {self.num_attention_heads}, embedding {self.embedding_size}"
             ),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ModelError, first_names
-from encoder.base.units import counted
+from encoder.base.units import counted, with_article
 from encoder.models.catalog import build_model, system_of
 from encoder.models.contract import Axis, GrowthRules, ModelConfig
 
@@ -123,7 +123,8 @@ def differing(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
     # one family has the same settings in the same order, so values can be zipped
     if _setting_names(old) != _setting_names(new):
         raise ModelError(
-            f"the source is a {system_of(old)}, the new model a {system_of(new)}; needed: one"
+            f"the source is {with_article(system_of(old))}, the new model"
+            f" {with_article(system_of(new))}; needed: one"
             f" family. Set model.system: {system_of(old)}, or name another source."
         )
 

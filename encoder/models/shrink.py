@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from encoder.base.errors import ModelError, nearest
-from encoder.base.units import counted
+from encoder.base.units import counted, with_article
 from encoder.models.catalog import SYSTEMS, build_model, system_of
 from encoder.models.contract import ModelConfig
 from encoder.models.growth import source_name
@@ -96,8 +96,8 @@ def student_config(
     own, theirs = _defaults(SYSTEMS[system]), _defaults(type(old))
     if own.keys() != theirs.keys():
         raise ModelError(
-            f"a {system_of(old)} has other settings than a {system}: its weights do not fit. Leave"
-            " --system out."
+            f"{with_article(system_of(old))} has other settings than {with_article(system)}: its"
+            " weights do not fit. Leave --system out."
         )
 
     # a setting on whose default the families agree is the teacher's, another the student's own.
@@ -113,8 +113,8 @@ def student_config(
     offsets = [getattr(config, "position_offset", 0) for config in (old, student)]
     if offsets[0] != offsets[1]:
         raise ModelError(
-            f"positions of a {system_of(old)} begin at row {offsets[0]} of its table, those of a"
-            f" {system} at row {offsets[1]}: they do not fit. Leave --system out."
+            f"positions of {with_article(system_of(old))} begin at row {offsets[0]} of its table,"
+            f" those of {with_article(system)} at row {offsets[1]}: they do not fit. Leave --system out."
         )
     return student
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError, ModelError
 from encoder.base.tokenizer_json import SpecialIds
+from encoder.base.units import with_article
 from encoder.models.bert import BertConfig
 from encoder.models.contract import ModelConfig
 from encoder.models.encoder import PackedBody, PackedSettings, prediction_head
@@ -96,8 +97,8 @@ class HeadShape:
     def __post_init__(self) -> None:
         if self.pooling != "cls" and self.family != "modernbert":
             raise ConfigError(
-                f"pooling {self.pooling} with a {self.family}: its classifier stands on the first"
-                " token, in transformers as well. Use pooling: cls."
+                f"pooling {self.pooling} with {with_article(self.family)}: its classifier stands on"
+                " the first token, in transformers as well. Use pooling: cls."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout {self.dropout} of the head; needed: 0 to below 1.")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from encoder.base.units import begun, with_article
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.parity import Proof
@@ -72,8 +73,9 @@ def write_card(
         _front_matter(training.base_model, tag=described.bridge.model_type),
         f"# {plain(training.name)}\n",
         (
-            f"A {described.bridge.title} encoder, pretrained by masked language modelling with Tessera. It fills"
-            " in masked tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n"
+            f"{begun(with_article(described.bridge.title))} encoder, pretrained by masked language"
+            " modelling with Tessera. It fills in masked tokens and gives vectors of tokens and"
+            " texts; for a task, fine-tune it.\n"
         ),
         _usage(shown_as, mask_token),
         table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),

@@ -29,6 +29,7 @@ from encoder.base.files import atomic_folder, native_path, write_json
 from encoder.base.rng import generator
 from encoder.base.schema import to_yaml
 from encoder.base.tokenizer_json import SpecialIds
+from encoder.base.units import begun, with_article
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge, Padding
 from encoder.models.hf.card import CARD, Table, plain, table_text
@@ -463,7 +464,7 @@ def _write_card(
             "---\n# license: name one before you publish, for example apache-2.0\n"
             f"{to_yaml(head)}---\n",
             f"# {plain(task.name)}\n",
-            f"A {bridge.title} fine-tuned with Tessera. Pad texts on the right.\n",
+            f"{begun(with_article(bridge.title))} fine-tuned with Tessera. Pad texts on the right.\n",
             f"```python\nfrom transformers import {form.usage_import}\n\n{form.usage}\n```\n",
             table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),
             table_text(Table(title="Training", head=("", ""), rows=list(task.facts.items()))),

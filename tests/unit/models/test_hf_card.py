@@ -13,12 +13,19 @@ import pytest
 import yaml
 
 from encoder.base.errors import ExportError, UserError
+from encoder.base.units import begun, with_article
 from encoder.models.hf.card import Table, Training
 from encoder.models.hf.push import push_export
 from tests.helpers.hf import CONFIG, exported, stored, write_tokenizer_json
 
 MODEL = stored(dataclasses.replace(CONFIG, num_hidden_layers=2))
 HOSTILE = "run`\n# a | <script>alert(1)</script> [x](http://y) ---"
+
+
+def test_an_article_is_as_it_is_spoken():
+    said = [with_article(name) for name in ("BERT", "ALBERT", "ELECTRA", "XLNet", "roberta")]
+    assert said == ["a BERT", "an ALBERT", "an ELECTRA", "an XLNet", "a roberta"]
+    assert begun("an ALBERT") == "An ALBERT"
 
 
 @pytest.fixture(scope="module")
