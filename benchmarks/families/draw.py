@@ -98,7 +98,7 @@ def _bert(axis: Any, results: dict[str, Result]) -> None:
 
 def _next_sentence(axis: Any, results: dict[str, Result]) -> None:
     names = {
-        "bert_mini": ("BERT-mini, books", "#b5402a"),
+        "bert_mini": ("BERT-mini, passages", "#b5402a"),
         "minilm_nsp": ("from MiniLM, books", "#2a6fb5"),
         "minilm_nsp_domains": ("from MiniLM, four domains", "#3a7d44"),
     }

@@ -11,8 +11,9 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -59,35 +60,7 @@ def write_onnx(
     tolerance: of a logit; the graph is fp32, so it may round as transformers was measured to round on these weights.
     padding: how the graph may be padded.
     """
-    path = folder / "onnx" / "model.onnx"
-    path.parent.mkdir()
-    # one tensor twice were one input
-    example = (
-        torch.zeros(2, 16, dtype=torch.int64),
-        torch.ones(2, 16, dtype=torch.int64),
-    )
-    # any batch and length, not those of the example
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-
-    size = sum(p.numel() * p.element_size() for p in theirs.parameters())
-    try:
-        with _quiet(), torch.no_grad():
-            torch.onnx.export(
-                _Logits(theirs),
-                example,
-                path,
-                dynamo=True,
-                verbose=False,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
-                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
-                external_data=size > INLINE_BYTES,
-            )
-    except Exception as error:  # the exporter has many kinds
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(
-            f"torch {torch.__version__} cannot write the ONNX graph: {why}. Export without --onnx."
-        ) from error
+    path = write_graph(folder, theirs, inputs=("input_ids", "attention_mask"), outputs=("logits",))
     return prove(
         ours,
         _logits_fn(path),
@@ -98,33 +71,99 @@ def write_onnx(
     )
 
 
-def _logits_fn(path: Path) -> LogitsFn:
-    import onnxruntime
+def write_graph(
+    folder: Path,
+    theirs: nn.Module,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    axes: Sequence[str] = ("batch", "length"),
+) -> Path:
+    """Writes onnx/model.onnx, which nothing has compared yet; its path. Raises ExportError.
 
-    with native_path(path.parent) as folder:
-        session = onnxruntime.InferenceSession(
-            f"{folder}/{path.name}", providers=["CPUExecutionProvider"]
-        )
+    folder: the export's
+    theirs: transformers' model
+    inputs: names of its arguments, int64 tensors of `axes`
+    outputs: names of its first outputs, in their order
+    axes: free in the graph: not those of the example it is made by
+    """
+    path = folder / "onnx" / "model.onnx"
+    path.parent.mkdir()
+    # one tensor twice were one input
+    shape = (2,) * (len(axes) - 1) + (16,)
+    example = tuple(torch.full(shape, int(name == "attention_mask")) for name in inputs)
+    free = {place: torch.export.Dim(name) for place, name in enumerate(axes)}
+
+    size = sum(p.numel() * p.element_size() for p in theirs.parameters())
+    try:
+        with _quiet(), torch.no_grad():
+            torch.onnx.export(
+                _Bare(theirs, outputs=len(outputs)),
+                example,
+                path,
+                dynamo=True,
+                verbose=False,
+                input_names=[*inputs],
+                output_names=[*outputs],
+                dynamic_shapes=dict.fromkeys(inputs, free),
+                external_data=size > INLINE_BYTES,
+            )
+    except Exception as error:  # the exporter has many kinds
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(
+            f"torch {torch.__version__} cannot write the ONNX graph: {why}. Export without --onnx."
+        ) from error
+    return path
+
+
+class Graph:
+    """A graph in onnxruntime that is called as transformers' model is: tensors by name, outputs as attributes."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        with native_path(path.parent) as folder:
+            self._session = onnxruntime.InferenceSession(
+                f"{folder}/{path.name}", providers=["CPUExecutionProvider"]
+            )
+        self._inputs = [of.name for of in self._session.get_inputs()]
+        self._outputs = [of.name for of in self._session.get_outputs()]
+
+    def __call__(self, **given: Tensor) -> SimpleNamespace:
+        """What is not given is zero, as segments are."""
+        zeros = torch.zeros_like(given["input_ids"])
+        asked = {name: given.get(name, zeros).numpy() for name in self._inputs}
+        found = self._session.run(None, asked)
+        by_name = zip(self._outputs, map(torch.from_numpy, found), strict=True)
+        return SimpleNamespace(**dict(by_name))
+
+
+def _logits_fn(path: Path) -> LogitsFn:
+    graph = Graph(path)
 
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
-        logits_BLV = torch.from_numpy(
-            session.run(None, {"input_ids": ids_BL.numpy(), "attention_mask": real_BL.numpy()})[0]
-        )
+        logits_BLV = graph(input_ids=ids_BL, attention_mask=real_BL).logits
         return lambda row, positions: logits_BLV[row, positions]
 
     return ask
 
 
-class _Logits(nn.Module):
-    """The model with tensors alone as its inputs and its output."""
+class _Bare(nn.Module):
+    """The model with tensors alone as its inputs and its first outputs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, outputs: int) -> None:
         super().__init__()
         self.model = model
+        self.outputs = outputs
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # the first output is the logits of masked tokens, whatever other heads there are
-        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        asked = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            asked["token_type_ids"] = token_type_ids
+        # logits come first, whatever else there is
+        return tuple(self.model(**asked)[: self.outputs])
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge, Padding
 from encoder.models.hf.card import CARD, Table, plain, table_text
 from encoder.models.hf.catalog import bridge_of, export_blocker
+from encoder.models.hf.onnx import PROOF_TOKENS, Graph, check_onnx_installed, write_graph
 from encoder.models.hf.parity import (
     PADDING_TOKENS,
     TOLERANCE,
@@ -70,6 +71,7 @@ class HeadForm:
     logits: Callable[[Any], Tensor]
     dropout: Mapping[HeadFamily, str]  # the word of config.json for the head's, where there is one
     by_token: bool = False  # asked at each token
+    graph_outputs: tuple[str, ...] = ("logits",)  # names of a graph's outputs, as in their output
     choices: bool = False  # their ids are [B, choices, L]
 
     @property
@@ -157,6 +159,7 @@ FORMS: dict[HeadKind, HeadForm] = {
         logits=lambda found: torch.stack([found.start_logits, found.end_logits], dim=-1),
         dropout={"modernbert": "classifier_dropout", "distilbert": "qa_dropout"},
         by_token=True,
+        graph_outputs=("start_logits", "end_logits"),
     ),
     "choice": HeadForm(
         suffix="ForMultipleChoice",
@@ -199,11 +202,17 @@ class TrainedTask:
     results: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
-def export_task(task: TrainedTask, out: Path) -> dict[str, Proof]:
-    """Writes `out`, a folder that transformers' class for the task and AutoTokenizer load; the proof of it.
+def export_task(task: TrainedTask, out: Path, *, onnx: bool = False) -> dict[str, Proof]:
+    """Writes `out`, a folder that transformers' class for the task and AutoTokenizer load; the proofs of it.
 
     Raises UserError, leaving nothing behind, where transformers has no such model or gives other logits.
+
+    task: the model
+    out: the folder
+    onnx: also onnx/model.onnx, for onnxruntime
     """
+    if onnx:
+        check_onnx_installed()
     bridge = bridge_of(task.config, task.specials)
     if bridge is None or (stays := export_blocker(task.config)):
         raise ExportError(
@@ -231,7 +240,16 @@ def export_task(task: TrainedTask, out: Path) -> dict[str, Proof]:
         write_safetensors(their_weights(task, bridge), part / WEIGHTS)
         settings = their_settings(task, bridge)
         write_json(part / "config.json", settings)
-        proofs = {"transformers": _prove(task, ours, part, bridge, bridge.padding(settings))}
+        theirs = _loaded(task, part, bridge)
+        padding = bridge.padding(settings)
+        proofs = {"transformers": _prove(task, ours, theirs, padding)}
+        if onnx:
+            graph = Graph(_graph_of(task, theirs.float(), part))
+            # as much as transformers was measured to round
+            rounding = min(2 * proofs["transformers"].max_abs_difference, 1e-2)
+            proofs["onnxruntime"] = _prove_graph(
+                task, ours, graph, padding, tolerance=max(TOLERANCE, rounding)
+            )
         _write_card(
             part, task, bridge, proofs, parameters=sum(p.numel() for p in ours.parameters())
         )
@@ -279,20 +297,11 @@ def their_weights(task: TrainedTask, bridge: Bridge) -> dict[str, Tensor]:
     return found
 
 
-def _prove(
-    task: TrainedTask, ours: TaskModel, folder: Path, bridge: Bridge, padding: Padding
-) -> Proof:
-    """Compares with transformers, reading the folder as a stranger would. Raises ExportError.
-
-    task, ours: the model
-    folder: as it was written
-    bridge: of its family
-    padding: how theirs may be padded
-    """
+def _loaded(task: TrainedTask, folder: Path, bridge: Bridge) -> Any:
+    """transformers' model of the folder, read as a stranger would. Raises ExportError."""
     import transformers
 
-    form = FORMS[task.head.kind]
-    auto_class = getattr(transformers, form.auto_class)
+    auto_class = getattr(transformers, FORMS[task.head.kind].auto_class)
     try:
         with native_path(folder) as name:
             theirs, notes = auto_class.from_pretrained(
@@ -313,11 +322,17 @@ def _prove(
         raise ExportError(
             f"transformers {transformers.__version__} does not find all weights: {lost[:3]}."
         )
-    theirs.eval()
+    return theirs.eval()
 
-    longest = min(task.max_tokens, task.config.max_position_embeddings)
-    lengths = sorted({min(n, longest) for n in (1, 2, 40, 127, 128, 129, 130, 512, longest)})
-    left = padding.left and (form.by_token or task.head.pooling == "mean")
+
+def _prove(task: TrainedTask, ours: TaskModel, theirs: Any, padding: Padding) -> Proof:
+    """Compares with transformers; theirs may be in fp64 behind it. Raises ExportError.
+
+    task, ours: the model
+    theirs: transformers'
+    padding: how theirs may be padded
+    """
+    lengths, left = _asked(task, padding)
     worst = _worst(ours, theirs, lengths, padding=padding, left=left)
     proof = Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=left)
     if worst <= TOLERANCE:
@@ -336,6 +351,43 @@ def _prove(
         f"the logits of transformers differ from ours by {worst:.2e} in fp32 and by {fp64:.2e} in"
         f" fp64; needed: {TOLERANCE:.0e}, or {TOLERANCE_FP64:.0e} in fp64. Nothing was written."
     )
+
+
+def _asked(task: TrainedTask, padding: Padding, *, most: int = 2**31) -> tuple[list[int], bool]:
+    """Lengths of the texts that are compared, in tokens; and whether padding may stand before them, too."""
+    form = FORMS[task.head.kind]
+    longest = min(task.max_tokens, task.config.max_position_embeddings, most)
+    lengths = sorted({min(n, longest) for n in (1, 2, 40, 127, 128, 129, 130, 512, longest)})
+    return lengths, padding.left and (form.by_token or task.head.pooling == "mean")
+
+
+def _graph_of(task: TrainedTask, theirs: Any, folder: Path) -> Path:
+    form = FORMS[task.head.kind]
+    inputs = ["input_ids", "attention_mask"]
+    if getattr(task.config, "type_vocab_size", 0) > 1:
+        inputs.append("token_type_ids")
+    axes = ("batch", "choices", "length") if form.choices else ("batch", "length")
+    return write_graph(folder, theirs, inputs=inputs, outputs=form.graph_outputs, axes=axes)
+
+
+def _prove_graph(
+    task: TrainedTask, ours: TaskModel, graph: Graph, padding: Padding, *, tolerance: float
+) -> Proof:
+    """Compares with onnxruntime. Raises ExportError.
+
+    task, ours: the model
+    graph: of it
+    padding: how it may be padded
+    tolerance: of a logit
+    """
+    lengths, left = _asked(task, padding, most=PROOF_TOKENS)
+    worst = _worst(ours, graph, lengths, padding=padding, left=left)
+    if not worst <= tolerance:
+        raise ExportError(
+            f"the logits of onnxruntime differ from ours by {worst:.2e}; needed: at most"
+            f" {tolerance:.0e}. Nothing was written. Export without --onnx."
+        )
+    return Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=left)
 
 
 def _worst(

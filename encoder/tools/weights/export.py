@@ -27,14 +27,10 @@ from encoder.tools.weights.card import checkpoint_of, training_of
 def export_run(source: Path, out: Path, *, onnx: bool = False) -> dict[str, Proof]:
     """Exports a run folder's newest checkpoint, a checkpoint, or a weights folder; returns the proofs. Raises UserError."""
     if is_task(source):
-        if onnx:
-            raise ExportError(
-                f"{source} is a fine-tuned model, of which there is no ONNX yet. Leave --onnx out."
-            )
         trained = read_trained(source)
         if unfinished := unfinished_task_text(source):
             note(unfinished)
-        return export_task(trained, out)
+        return export_task(trained, out, onnx=onnx)
     # found once: to choose a run's newest checkpoint is to hash all of its files
     checkpoint = checkpoint_of(source)
     model = read_model(checkpoint or source)

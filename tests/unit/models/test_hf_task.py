@@ -55,6 +55,58 @@ def test_other_heads_have_their_classes_and_are_proven_at_every_token(tmp_path, 
     assert f"pipeline_tag: {form.pipeline}" in card and form.usage in card
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "outputs"),
+    [
+        ("bert", "choice", ["logits"]),
+        ("modernbert", "span", ["start_logits", "end_logits"]),
+        pytest.param("roberta", "token", ["logits"], marks=pytest.mark.slow),
+        pytest.param("distilbert", "text", ["logits"], marks=pytest.mark.slow),
+    ],
+)
+def test_onnxruntime_answers_as_each_kind_of_head_does(tmp_path, family, kind, outputs):
+    """Padded, with the segments of a pair where the body has them, and with other numbers of choices than the example's."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    task = ready(tmp_path, family, kind=kind)
+    proofs = export_task(task, tmp_path / "out", onnx=True)
+    assert proofs["onnxruntime"].max_abs_difference < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "onnx" / "model.onnx")
+    assert [of.name for of in session.get_outputs()] == outputs
+    names = [of.name for of in session.get_inputs()]
+    assert ("token_type_ids" in names) == (family == "bert")
+    ids = torch.randint(5, 40, (3, 5, 7) if kind == "choice" else (3, 7))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "token_type_ids" in names:
+        given["token_type_ids"] = (torch.arange(7) > 3).long().expand_as(ids)
+    import transformers
+
+    auto = getattr(transformers, hf_task.FORMS[kind].auto_class)
+    theirs = auto.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = theirs(**given)
+    found = session.run(None, {name: x.numpy() for name, x in given.items()})
+    for name, value in zip(outputs, found, strict=True):
+        torch.testing.assert_close(
+            torch.from_numpy(value), getattr(expected, name), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_graph_of_a_head_that_differs_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    whole = hf_task._graph_of
+
+    def wrong(task, theirs, folder):
+        theirs.classifier.bias.data += 1.0
+        return whole(task, theirs, folder)
+
+    monkeypatch.setattr(hf_task, "_graph_of", wrong)
+    with pytest.raises(ExportError, match="the logits of onnxruntime differ from ours by"):
+        export_task(ready(tmp_path, "distilbert"), tmp_path / "out", onnx=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_result_that_is_no_finite_number_is_said(tmp_path):
     task = ready(tmp_path, "distilbert")
     broken = dataclasses.replace(task, results={"dev": {"loss": None, "accuracy": 0.5}})
