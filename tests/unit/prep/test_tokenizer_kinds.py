@@ -71,15 +71,15 @@ def test_berts_unused_entries_are_those_of_its_vocabulary(trained):
 def test_trained_pieces_are_those_of_transformers_slow_tokenizers(trained, tmp_path):
     content = json.loads(trained[0]["bert"].read_text())
     vocab = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
-    (tmp_path / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
-    bert = transformers.BertTokenizer(vocab_file=str(tmp_path / "vocab.txt"), do_lower_case=True)
+    for name in ("bert", "roberta"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bert/vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+    bert = transformers.BertTokenizer.from_pretrained(tmp_path / "bert", do_lower_case=True)
     content = json.loads(trained[0]["roberta"].read_text())["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps({**content["vocab"], "<mask>": 399}))
+    (tmp_path / "roberta/vocab.json").write_text(json.dumps({**content["vocab"], "<mask>": 399}))
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in content["merges"]), ""])
-    (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
-    roberta = transformers.RobertaTokenizer(
-        vocab_file=str(tmp_path / "vocab.json"), merges_file=str(tmp_path / "merges.txt")
-    )
+    (tmp_path / "roberta/merges.txt").write_text(merges, encoding="utf-8")
+    roberta = transformers.RobertaTokenizer.from_pretrained(tmp_path / "roberta")
     for judge, family in ((bert, "bert"), (roberta, "roberta")):
         ours = tokenizers.Tokenizer.from_file(str(trained[0][family]))
         for text in [*TEXTS, "ÉCOLE naïve [MASK]", "tabs\tand  spaces 日本語"]:
@@ -137,7 +137,8 @@ def renamed(folder: Path) -> dict[str, str]:
         text = text.replace(json.dumps(bracket), json.dumps(names[role]))
     (folder / "tokenizer.json").write_text(text)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        (folder / name).unlink()
+        # transformers 5 writes no map
+        (folder / name).unlink(missing_ok=True)
     return names
 
 
@@ -173,8 +174,8 @@ def test_a_token_that_is_told_a_role_is_special_from_then_on(tmp_path):
     train("bert", tmp_path / "hf")
     path = tmp_path / "hf/tokenizer.json"
     content = json.loads(path.read_text())
-    number = content["model"]["vocab"]["cat"] if "cat" in content["model"]["vocab"] else 40
-    token = next(t for t, i in content["model"]["vocab"].items() if i == number)
+    plain = {t: i for t, i in content["model"]["vocab"].items() if not t.startswith("[")}
+    token, number = max(plain.items(), key=lambda entry: entry[1])
     out = tmp_path / "t.json"
     assert run("tokenizer", "from-hf", path, "--sep", token, "--out", out) == 0
     _, specials = special_ids_of(out)
