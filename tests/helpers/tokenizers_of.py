@@ -30,7 +30,7 @@ def _bert(folder: Path) -> Any:
     trained = tokenizers.BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator(TEXTS, vocab_size=150, min_frequency=1, show_progress=False)
     trained.save_model(str(folder))
-    return transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    return transformers.BertTokenizerFast.from_pretrained(folder)
 
 
 def _roberta(folder: Path) -> Any:
@@ -43,9 +43,9 @@ def _roberta(folder: Path) -> Any:
         TEXTS, vocab_size=320, min_frequency=1, show_progress=False, special_tokens=special
     )
     trained.save_model(str(folder))
-    return transformers.RobertaTokenizerFast(
-        vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt")
-    )
+    # as in the published folder, in every version of transformers
+    mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)
+    return transformers.RobertaTokenizerFast.from_pretrained(folder, mask_token=mask)
 
 
 def _albert(folder: Path) -> Any:
