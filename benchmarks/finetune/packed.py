@@ -206,7 +206,7 @@ def _order(examples: Examples, task: FineTuneConfig) -> np.ndarray:
         dealing=ExampleDealing(world=World(), micro_batch_tokens=1),
         start=DataPosition(lanes=(), phase_tokens=0),
     )
-    return np.concatenate([steps._epoch(epoch) for epoch in range(task.epochs)])
+    return np.concatenate([steps.order_of(epoch) for epoch in range(task.epochs)])
 
 
 def padded(

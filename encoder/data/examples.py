@@ -156,7 +156,7 @@ class ExampleSteps:
         """The next step; a function of the position."""
         start = self._position
         ((epoch, index),) = start.lanes
-        numbers = self._epoch(epoch)[index : index + self._batch_examples]
+        numbers = self.order_of(epoch)[index : index + self._batch_examples]
         lengths = self._examples.lengths_N[numbers]
 
         mine = [
@@ -204,7 +204,8 @@ class ExampleSteps:
     ) -> None:
         """Nothing is held."""
 
-    def _epoch(self, epoch: int) -> np.ndarray:
+    def order_of(self, epoch: int) -> np.ndarray:
+        """Numbers of all examples in the order of an epoch, int64 [N]."""
         if self._order is None or self._order[0] != epoch:
             draw = generator(self._seed, "examples", epoch)
             self._order = epoch, draw.permutation(len(self._examples))
