@@ -31,13 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--onnx", action="store_true", help="also write OUT/onnx/model.onnx (needs the extra onnx)"
     )
+    parser.add_argument(
+        "--network",
+        metavar="NAME",
+        help="of a model of two networks: generator; default: discriminator, which is used",
+    )
     args = parser.parse_args(argv)
 
     def body() -> None:
         with importing():
             from encoder.tools.weights.export import export_run
 
-        for asked, proof in export_run(args.source, args.out, onnx=args.onnx).items():
+        proofs = export_run(args.source, args.out, onnx=args.onnx, network=args.network)
+        for asked, proof in proofs.items():
             print(f"wrote {args.out}: {asked} gives {proof}")
 
     return run_command(body)

@@ -52,6 +52,10 @@ FAMILIES = (
     "ettin_1b",
     "mmbert_small",
     "mmbert_base",
+    "electra_small",
+    "electra_base",
+    "electra_large",
+    "modernbert_rtd",
     "crammed_bert",
     "mosaic_bert",
 )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 IGNORE = -100  # target of a position that only fills the fixed capacity
+SCORE_BINS = 1024  # of logits, by which answers yes and no are told apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,8 @@ class LossTerm(NamedTuple):
     # int64: targets that have the highest logit; counted without gradients only
     correct: torch.Tensor
     weight: float = 1.0  # of this term's mean in the loss
+    # of a term of yes or no, without gradients: int64 [2, bins], targets no and yes by their logits, ascending
+    scores: torch.Tensor | None = None
 
 
 class TermSum(NamedTuple):
@@ -147,3 +150,5 @@ class TermSum(NamedTuple):
     sum: float
     count: int  # type: ignore[assignment]  # as in LossTerm
     correct: int
+    # int64 [2, bins] of a term of yes or no, as in LossTerm
+    scores: torch.Tensor | None = None

@@ -98,6 +98,10 @@ class TrainedObjective(Protocol):
     def terms(self) -> tuple[str, ...]:
         """Names of the loss terms, in the order in which ledger and reports have them."""
 
+    @property
+    def scored_terms(self) -> tuple[str, ...]:
+        """Those of yes or no, whose held-out answers are told apart by their scores, too; mostly none."""
+
     def loss(self, model: Any, batch: TokenBatch) -> dict[str, LossTerm]:
         """The loss terms of a micro-batch, one for each of `terms` in their order.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from encoder.base.batch import LossTerm, TermSum, TokenBatch, nothing_to_predict
+from encoder.base.batch import SCORE_BINS, LossTerm, TermSum, TokenBatch, nothing_to_predict
 from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.model import TrainedModel
 from encoder.base.objective import TrainedObjective
@@ -289,14 +289,23 @@ class Engine:
 
         # by term: losses, targets, targets with the highest logit; fp64 is exact up to 2^53
         sums = torch.zeros(len(terms), 3, dtype=torch.float64, device=self.device)
+        # every rank has them, also one without a batch of its own
+        scores = {
+            name: torch.zeros(2, SCORE_BINS, dtype=torch.int64, device=self.device)
+            for name in self.objective.scored_terms
+        }
         for loss in self._without_gradients(batches):
-            for row, term in zip(sums, loss.values(), strict=True):
+            for row, (name, term) in zip(sums, loss.items(), strict=True):
                 row[0] += term.sum
                 row[1] += term.count
                 row[2] += term.correct
+                if term.scores is not None:
+                    scores[name] += term.scores
         over_ranks = sum_over_ranks(sums).tolist()
+        for counted in scores.values():
+            sum_over_ranks(counted)
         return {
-            name: TermSum(loss_sum, int(count), int(correct))
+            name: TermSum(loss_sum, int(count), int(correct), scores.get(name))
             for name, (loss_sum, count, correct) in zip(terms, over_ranks, strict=True)
         }
 

@@ -23,7 +23,7 @@ from encoder.finetune.stored import is_task, read_trained
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.other_heads import TaskHead
 from encoder.models.hf.task import TrainedTask
-from encoder.models.stored import StoredModel
+from encoder.models.stored import StoredModel, used_network
 from encoder.models.with_task import HeadShape
 from encoder.objectives.text_tasks import TextObjective
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
@@ -78,7 +78,7 @@ def start_of(path: Path) -> Start:
     """What a fine-tuning from a run, a checkpoint or a folder begins with. Raises UserError."""
     if is_task(path):
         return _of_fine_tuning(read_trained(path))
-    model = read_model(path)
+    model = used_network(read_model(path))
     if model.tokenizer_json is None:
         raise ModelError(
             f"start_from {path} has no {TOKENIZER}; needed: the one that the model was"

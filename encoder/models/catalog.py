@@ -7,8 +7,27 @@ from typing import Any
 from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, BertForPretraining, DistilBertConfig, RobertaConfig
 from encoder.models.contract import Family, Model, ModelConfig
+from encoder.models.electra import (
+    ElectraConfig,
+    ElectraDiscriminatorConfig,
+    ElectraGeneratorConfig,
+    ModernBertDiscriminatorConfig,
+    ModernBertGeneratorConfig,
+    ModernBertRtdConfig,
+)
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
+from encoder.models.rtd import NETWORKS, Discriminator, ReplacedTokenModel, weights_of_network
 from encoder.models.xlnet import Xlnet, XlnetConfig
+
+
+def _two_networks(settings: type[ModelConfig]) -> Family:
+    return Family(
+        settings=settings,
+        model=ReplacedTokenModel,
+        networks=NETWORKS,
+        network_weights=weights_of_network,
+    )
+
 
 # a new family is one line here (docs/adding_a_model.md)
 FAMILIES: dict[str, Family] = {
@@ -18,6 +37,12 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(settings=DistilBertConfig, model=BertForPretraining),
     "albert": Family(settings=AlbertConfig, model=BertForPretraining),
     "xlnet": Family(settings=XlnetConfig, model=Xlnet),
+    "electra": _two_networks(ElectraConfig),
+    "electra_generator": Family(settings=ElectraGeneratorConfig, model=BertForPretraining),
+    "electra_discriminator": Family(settings=ElectraDiscriminatorConfig, model=Discriminator),
+    "modernbert_rtd": _two_networks(ModernBertRtdConfig),
+    "modernbert_generator": Family(settings=ModernBertGeneratorConfig, model=ModernBertForMaskedLM),
+    "modernbert_discriminator": Family(settings=ModernBertDiscriminatorConfig, model=Discriminator),
 }
 SYSTEMS: dict[str, type[ModelConfig]] = {name: family.settings for name, family in FAMILIES.items()}
 
@@ -136,6 +161,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         norm_eps=1e-12,
         initializer_range=0.02,
     ),
+    # google-research/electra, README and configure_pretraining.py; generators of 1/4, 1/3 and 1/4
+    "electra_small": _shape(
+        "electra", 12, 256, 4, 1024, embedding_size=128, generator_fraction=0.25
+    ),
+    "electra_base": _shape("electra", 12, 768, 12, 3072, generator_fraction=1 / 3),
+    "electra_large": _shape("electra", 24, 1024, 16, 4096, generator_fraction=0.25),
+    # DeBERTa-v3's way with its body exchanged: a generator as wide and half as deep
+    "modernbert_rtd": _shape(
+        "modernbert_rtd", 22, 768, 12, 1152, generator_layers=11, initializer_range=0.02
+    ),
     "crammed_bert": _shape("bert", 16, 768, 12, 1536, **_CRAMMED),
     "xlnet_base": _shape("xlnet", 12, 768, 12, 3072),
     "xlnet_large": _shape("xlnet", 24, 1024, 16, 4096),
@@ -152,3 +187,13 @@ def system_of(config: ModelConfig) -> str:
 def build_model(config: ModelConfig, *, attention: str = "auto", seed: int) -> Model:
     """The model of a settings object, its weights drawn from the seed."""
     return FAMILIES[system_of(config)].model(config, attention=attention, seed=seed)
+
+
+def networks_of(config: ModelConfig) -> dict[str, ModelConfig]:
+    """Settings of each network of a model of several, the one that is used afterwards first; of any other nothing."""
+    return {name: getattr(config, name) for name in FAMILIES[system_of(config)].networks}
+
+
+def predicts_tokens(config: ModelConfig) -> bool:
+    """Whether the model's states become logits over the vocabulary: not those of a discriminator."""
+    return getattr(config, "predicts_tokens", True)

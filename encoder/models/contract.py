@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from encoder.base.model import TrainedModel
 from encoder.base.schema import Settings
@@ -106,6 +107,10 @@ class Family:
 
     settings: type[ModelConfig]
     model: Callable[..., Model]  # (settings, *, attention, seed)
+    # of a model of several networks: their names, which are properties of its settings, the one used afterwards first
+    networks: tuple[str, ...] = ()
+    # (weights, settings, name of the network) -> its own weights by its own names
+    network_weights: Callable[..., dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +161,15 @@ class GrowthRules:
     shared_blocks: int = 0
     # how the parameters of the norm behind the last layer begin; None: there is none
     final_norm: str | None = None
+    # of a model of several networks: how each one's parameters begin -> its rules
+    networks: Mapping[str, NetworkRules] = field(default_factory=dict)
+    # why a model of this kind does not grow; None: it does
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRules:
+    """One network of several."""
+
+    rules: GrowthRules
+    config: Callable[[Any], Any]  # its settings, of those of all

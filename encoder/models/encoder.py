@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -121,6 +121,11 @@ class PackedSettings(EncoderShape, ModelConfig, Protocol):
 
 class EncoderSettings:
     """What follows from the settings of any such encoder; the fields are those of the class that inherits it."""
+
+    # objectives that train all of it; None: all that it has the heads for
+    TRAINED_BY: ClassVar[tuple[str, ...] | None] = None
+    # whether its states become logits over the vocabulary
+    predicts_tokens: ClassVar[bool] = True
 
     @property
     def head_width(self: PackedSettings) -> int:
@@ -243,13 +248,13 @@ _P = Axis(
     name="max_position_embeddings", length=lambda c: c.max_position_embeddings + c.position_offset
 )
 _S = Axis(name="type_vocab_size", length=lambda c: c.type_vocab_size)
-_C = Axis(name="hidden_size", length=lambda c: c.hidden_size)
+C = Axis(name="hidden_size", length=lambda c: c.hidden_size)
 _E = Axis(name="embedding_size", length=lambda c: c.embedding_width)
 _HD = Axis(name="num_attention_heads", length=lambda c: c.num_attention_heads * c.head_width)
 _QKV = Axis(name="num_attention_heads", length=_HD.length, blocks=lambda c: 3)
 _F = Axis(name="intermediate_size", length=lambda c: c.intermediate_size)
 _GATED = Axis(name="intermediate_size", length=_F.length, blocks=lambda c: 1 + is_gated(c.mlp))
-_ONE = Axis(name="one", length=lambda c: 1)
+ONE = Axis(name="one", length=lambda c: 1)
 _LABELS = Axis(name="labels", length=lambda c: SENTENCE_LABELS)
 
 # the end of a parameter's name -> its axes; of a bias, the first one
@@ -257,37 +262,54 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "tok_embeddings": (_V, _E),
     "position_embeddings": (_P, _E),
     "token_type_embeddings": (_S, _E),
-    "sinusoids": (_ONE,),
+    "sinusoids": (ONE,),
     "embeddings.norm": (_E,),
-    "embedding_projection": (_C, _E),
+    "embedding_projection": (C, _E),
     "head.norm": (_E,),
-    "norm": (_C,),  # attn_norm, mlp_norm, final_norm
-    "attn.Wqkv": (_QKV, _C),
-    "attn.Wo": (_C, _HD),
-    "mlp.Wi": (_GATED, _C),
-    "mlp.Wo": (_C, _F),
-    "head.dense": (_E, _C),
-    "pooler.dense": (_C, _C),
-    "nsp": (_LABELS, _C),
+    "norm": (C,),  # attn_norm, mlp_norm, final_norm
+    "attn.Wqkv": (_QKV, C),
+    "attn.Wo": (C, _HD),
+    "mlp.Wi": (_GATED, C),
+    "mlp.Wo": (C, _F),
+    "head.dense": (_E, C),
+    "pooler.dense": (C, C),
+    "nsp": (_LABELS, C),
     "decoder": (_V, _E),  # its weight only where it is not the embedding
 }
 # the sizes that may be larger in the new model
 GROWS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
 
 
+# (ids, positions, segments, dropout keys) of tokens -> their vectors [T, E]
+Embed = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+
 class PackedBody(nn.Module):
     """Packed tokens -> hidden states: what a model has before any head. Who inherits it adds its heads and draws.
 
-    `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device).
+    `attention` is a word of encoder.nn.attend ("auto": the fastest that can run on the batch's device). A body that does not
+    embed has no tables: it is given another's.
     """
 
-    def __init__(self, config: PackedSettings, *, attention: str = "auto", seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: PackedSettings,
+        *,
+        attention: str = "auto",
+        seed: int = 0,
+        embeds: bool = True,
+    ) -> None:
+        """config: the shape
+        attention: the kernels
+        seed: of the initial weights
+        embeds: whether it has tables of its own
+        """
         super().__init__()
         check_backend_name(attention)
         self.config = config
         self.attention = attention
         with drawn_later():
-            self.model = _Encoder(config)
+            self.model = _Encoder(config, embeds=embeds)
         self.phase_settings: dict[str, float] = {}
         self.set_phase_({name: getattr(config, name) for name in config.PHASE_SETTINGS})
         self.seed = seed
@@ -296,12 +318,12 @@ class PackedBody(nn.Module):
         """x_TC; under an engine this is replaced by the objective's loss."""
         return self.hidden_states(batch)
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC after the last norm."""
+    def hidden_states(self, batch: TokenBatch, *, embed: Embed | None = None) -> Tensor:
+        """x_TC after the last norm; `embed`: in place of its own embedding."""
         backend = choose_backend(
             self.attention, self._attention_request(batch.ids_T.device)
         ).backend
-        return self.model(batch, backend=backend, thetas=self.phase_settings)
+        return self.model(batch, backend=backend, thetas=self.phase_settings, embed=embed)
 
     def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
@@ -357,7 +379,7 @@ class PackedBody(nn.Module):
     def attention_reason(self, device: torch.device | None = None) -> str:
         """Which backend runs in training, why, and why others cannot: a line for the run's header."""
         return choose_backend(
-            self.attention, self._attention_request(device or self._embedding_weight.device)
+            self.attention, self._attention_request(device or self._first_weight.device)
         ).reason
 
     def _attention_request(self, device: torch.device) -> AttentionRequest:
@@ -366,12 +388,13 @@ class PackedBody(nn.Module):
             device=device,
             head_width=self.config.head_width,
             training=torch.is_grad_enabled(),
-            dtype=product_dtype(device, self._embedding_weight.dtype),
+            dtype=product_dtype(device, self._first_weight.dtype),
         )
 
     @property
-    def _embedding_weight(self) -> Tensor:
-        return self.model.embeddings.tok_embeddings.weight
+    def _first_weight(self) -> Tensor:
+        """One that every body has; its values are not looked at."""
+        return next(self.parameters())
 
 
 class PackedEncoder(PackedBody):
@@ -411,17 +434,18 @@ class PackedEncoder(PackedBody):
     @property
     def _decoder_weight(self) -> Tensor:
         if self.decoder.weight is None:
-            return self._embedding_weight
+            assert self.model.embeddings is not None, "who decodes by its embedding has one"
+            return self.model.embeddings.tok_embeddings.weight
         return self.decoder.weight
 
 
 class _Encoder(nn.Module):
     """Embedding, layers and, with norms before the sums, a final norm: the part that Hugging Face calls `model`."""
 
-    def __init__(self, config: PackedSettings) -> None:
+    def __init__(self, config: PackedSettings, *, embeds: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = _embedding(config)
+        self.embeddings = _embedding(config) if embeds else None
         self.embedding_projection: nn.Linear | None = None
         if config.embedding_projection:
             self.embedding_projection = nn.Linear(config.embedding_width, config.hidden_size)
@@ -438,9 +462,20 @@ class _Encoder(nn.Module):
         self.recomputes = False
 
     def forward(
-        self, batch: TokenBatch, *, backend: Backend, thetas: Mapping[str, float]
+        self,
+        batch: TokenBatch,
+        *,
+        backend: Backend,
+        thetas: Mapping[str, float],
+        embed: Embed | None = None,
     ) -> Tensor:
-        """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers."""
+        """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers.
+
+        batch: the tokens
+        backend: of attention
+        thetas: of the rotary angles, by setting
+        embed: in place of the embedding of its own
+        """
         plan = backend.plan(
             batch.cu_seqlens_S1,
             max_seqlen=batch.max_seqlen,
@@ -458,7 +493,9 @@ class _Encoder(nn.Module):
                 for theta in {global_theta, local_theta}
             }
 
-        x_TC = self.embeddings(batch.ids_T, batch.positions_T, batch.segments_T, batch.token_key_T)
+        embed = embed or self.embeddings
+        assert embed is not None, "a body without an embedding is given one"
+        x_TC = embed(batch.ids_T, batch.positions_T, batch.segments_T, batch.token_key_T)
         if self.embedding_projection is not None:
             x_TC = self.embedding_projection(x_TC)
         # without gradients there is no backward to compute anything again for

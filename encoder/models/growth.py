@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ def grow(
     weights: of the `old` model, as its state_dict() names them; the result is fp32. Building draws the new model from
     settings.seed, so that what stays uninherited has its usual initial weights.
     """
+    if why := new.growth().refused:
+        raise ModelError(f"{why}. Train another one from the seed.")
     _check_settings(old, new)
     _check_sizes(old, new, settings)
     sources = layer_sources(old, new, layer_map=settings.layer_map)
@@ -193,6 +195,10 @@ def _setting_names(config: ModelConfig) -> list[str]:
 
 def axes_of(name: str, rules: GrowthRules) -> tuple[Axis, ...]:
     """The axes of a parameter by its name. Raises ModelError where the family has none for it."""
+    network, _, own = name.partition(".")
+    if network in rules.networks:
+        part = rules.networks[network]
+        return tuple(_of_network(axis, part.config) for axis in axes_of(own, part.rules))
     stem, _, kind = name.rpartition(".")
     for end, axes in rules.axes.items():
         if stem.endswith(end):
@@ -202,6 +208,15 @@ def axes_of(name: str, rules: GrowthRules) -> tuple[Axis, ...]:
     raise ModelError(
         f"{name} cannot grow: its family's growth() names no axes for it. Needed: an entry whose"
         f" key ends {stem or 'the name before .weight'}, and parameters called weight or bias."
+    )
+
+
+def _of_network(axis: Axis, config: Callable[[Any], Any]) -> Axis:
+    """The axis of one network, asked of the settings of all of them."""
+    return Axis(
+        name=axis.name,
+        length=lambda whole: axis.length(config(whole)),
+        blocks=lambda whole: axis.blocks(config(whole)),
     )
 
 

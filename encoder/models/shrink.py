@@ -79,6 +79,8 @@ def student_config(
             f"the layers of this model share {counted(shared, 'block')} of weights: there is none"
             " to leave out. Distil to a smaller model of its own: teacher: SOURCE in a run file."
         )
+    if why := old.growth().refused:
+        raise ModelError(f"{why}. Train another one from the seed.")
     ascending = [*layers] == sorted({*layers})
     if not layers or not ascending or layers[0] < 0 or layers[-1] >= old.num_hidden_layers:
         raise ModelError(

@@ -9,6 +9,7 @@ OUT/
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from encoder.base.errors import ConfigError, ModelError, UserError, first_names
 from encoder.base.files import atomic_folder, native_path, write_atomic, write_json
 from encoder.base.schema import chosen_by, read_settings, to_yaml
 from encoder.base.untrusted import open_regular, read_json
-from encoder.models.catalog import SYSTEMS, build_model
+from encoder.models.catalog import FAMILIES, SYSTEMS, build_model, networks_of, system_of
 from encoder.models.contract import ModelConfig
 
 MODEL, WEIGHTS, TOKENIZER, ORIGIN = (
@@ -92,6 +93,33 @@ def read_stored(folder: Path) -> StoredModel:
         max_tokens=max_tokens,
         tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
     )
+
+
+def network_of(model: StoredModel, name: str) -> StoredModel:
+    """One network of a model of several, such as a discriminator; any other model as it is.
+
+    model: at rest, or its facts without weights
+    name: of the network
+    """
+    family = FAMILIES[system_of(model.config)]
+    if family.network_weights is None:
+        return model
+    weights = {}
+    # facts alone have none
+    if model.weights:
+        weights = family.network_weights(model.weights, model.config, name)
+    return dataclasses.replace(
+        model,
+        config=getattr(model.config, name),
+        weights=weights,
+        origin=f"{model.origin}, {name}",
+    )
+
+
+def used_network(model: StoredModel) -> StoredModel:
+    """Of a model of several networks the one that is used after training; any other model as it is."""
+    name = next(iter(networks_of(model.config)), None)
+    return network_of(model, name) if name else model
 
 
 def read_stored_config(folder: Path) -> ModelConfig:

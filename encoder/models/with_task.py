@@ -6,6 +6,7 @@ Each family has the head that transformers gives it, so that the weights become 
     bert, albert  [CLS], dense, tanh, dropout, classifier                  dense is the pooler's, where there is one
     roberta       [CLS], dropout, dense, tanh, dropout, classifier         new; of choices as BERT's
     distilbert    [CLS], dense, ReLU, dropout, classifier                  new
+    electra       [CLS], dropout, dense, GELU, dropout, classifier         new; of choices without the first dropout
     all but modernbert on tokens and spans: token, dropout, classifier
 
 Parameters: model.*, head.dense, head.norm (modernbert), classifier; encoder/models/hf/task.py has transformers' names.
@@ -32,7 +33,7 @@ from encoder.models.modernbert import ModernBertConfig
 from encoder.nn.init import draw_
 from encoder.nn.task_heads import DenseHead, HeadDropout, Pooling, pooled
 
-HeadFamily = Literal["modernbert", "bert", "roberta", "distilbert", "albert"]
+HeadFamily = Literal["modernbert", "bert", "roberta", "distilbert", "albert", "electra"]
 # on a vector for each text, on each token, on each token as start or end of a span, on a vector for each choice
 HeadKind = Literal["text", "token", "span", "choice"]
 
@@ -42,7 +43,7 @@ class HeadLayers:
     """What stands before a classifier, as transformers' class has it."""
 
     # the pretrained head's dense, GELU and norm; or a dense layer and this; or nothing
-    dense: Literal["pretrained", "tanh", "relu"] | None = None
+    dense: Literal["pretrained", "tanh", "relu", "gelu"] | None = None
     dropout: float = 0.1  # before the classifier, by default
     drops_before_dense: bool = False  # as well
     from_pooler: bool = False  # its dense layer is the pretrained pooler's, where there is one
@@ -59,6 +60,7 @@ LAYERS: dict[HeadKind, dict[HeadFamily, HeadLayers]] = {
         "roberta": HeadLayers(dense="tanh", drops_before_dense=True),
         "distilbert": _RELU,
         "albert": _POOLED,
+        "electra": HeadLayers(dense="gelu", drops_before_dense=True),
     },
     "token": {
         "modernbert": _MODERN,
@@ -66,6 +68,7 @@ LAYERS: dict[HeadKind, dict[HeadFamily, HeadLayers]] = {
         "roberta": _BARE,
         "distilbert": _BARE,
         "albert": _BARE,
+        "electra": _BARE,
     },
     "span": {
         "modernbert": _MODERN,
@@ -73,6 +76,7 @@ LAYERS: dict[HeadKind, dict[HeadFamily, HeadLayers]] = {
         "roberta": HeadLayers(dropout=0.0),
         "distilbert": _BARE,
         "albert": HeadLayers(dropout=0.0),
+        "electra": HeadLayers(dropout=0.0),
     },
     "choice": {
         "modernbert": _MODERN,
@@ -80,6 +84,7 @@ LAYERS: dict[HeadKind, dict[HeadFamily, HeadLayers]] = {
         "roberta": _POOLED,
         "distilbert": _RELU,
         "albert": _POOLED,
+        "electra": HeadLayers(dense="gelu"),
     },
 }
 
@@ -183,7 +188,8 @@ def _of_pretrained(weights: Mapping[str, Tensor], head: HeadShape) -> dict[str, 
     """What a head takes over of a pretrained model: ModernBERT's that over masked tokens, BERT's the pooler."""
     layers = LAYERS[head.kind][head.family]
     if layers.dense == "pretrained":
-        return dict(weights)
+        # a discriminator's own classifier tells replaced tokens, and no task
+        return {name: w for name, w in weights.items() if not name.startswith("classifier.")}
     body = {name: w for name, w in weights.items() if name.startswith("model.")}
     poolers = _POOLER if layers.from_pooler else {}
     return body | {ours: weights[name] for name, ours in poolers.items() if name in weights}

@@ -49,8 +49,23 @@ class TokenEmbedding(nn.Module):
         positions_T: Tensor,
         segments_T: Tensor | None = None,
         dropout_key_T: Tensor | None = None,
+        *,
+        beside_TC: Tensor | None = None,
     ) -> Tensor:
-        """[T, C] of [T] ids, positions inside the document, segments (None: every token is of segment 0) and keys."""
+        """[T, C] of [T] ids, positions inside the document, segments (None: every token is of segment 0) and keys.
+
+        beside_TC: added before the norm, as another embedding's `rows` are
+        """
+        x_TC = self.rows(ids_T, positions_T, segments_T)
+        if beside_TC is not None:
+            x_TC = x_TC + beside_TC
+        x_TC = self.norm(x_TC)
+        if self.dropout is not None:
+            x_TC = self.dropout.alone(x_TC, dropout_key_T)
+        return x_TC
+
+    def rows(self, ids_T: Tensor, positions_T: Tensor, segments_T: Tensor | None = None) -> Tensor:
+        """[T, C]: what the tables say, added; without norm and dropout."""
         x_TC = lookup(self.tok_embeddings, ids_T)
         if self.position_embeddings is not None:
             at_T = positions_T
@@ -65,10 +80,6 @@ class TokenEmbedding(nn.Module):
                 x_TC = x_TC + table.weight[0]
             else:
                 x_TC = x_TC + lookup(table, segments_T)
-
-        x_TC = self.norm(x_TC)
-        if self.dropout is not None:
-            x_TC = self.dropout.alone(x_TC, dropout_key_T)
         return x_TC
 
 

@@ -1,8 +1,9 @@
-"""Initial weights, by one of three rules.
+"""Initial weights, by one of four rules.
 
     megatron   truncated normals, narrower where added to the stream (Shoeybi et al. 2019)
     bert       truncated normals, all with sigma initializer_range (Devlin et al. 2018: cut at 2 sigma)
-    normal     the same, not cut (Liu et al. 2019: RoBERTa)
+    electra    the same, but for two matrices whose code names no rule: uniform to sqrt(6 / (in + out)), TensorFlow's default
+    normal     as bert, not cut (Liu et al. 2019: RoBERTa)
 
 Megatron's:
 
@@ -31,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from encoder.base.model import DrawnModel
 from encoder.base.rng import address_seed
 
-Initialization = Literal["megatron", "bert", "normal"]
+Initialization = Literal["megatron", "bert", "electra", "normal"]
 PLAIN = (
     "tok_embeddings.weight",
     "position_embeddings.weight",
@@ -45,6 +46,8 @@ PLAIN = (
 )
 INTO_STREAM = ("attn.Wo.weight", "mlp.Wo.weight")
 INTO_LOGITS = ("decoder.weight", "classifier.weight")
+# with electra (google-research/electra, model/modeling.py and run_pretraining.py)
+BY_DEFAULT = ("embedding_projection.weight", "classifier.weight")
 # what nn.Linear and nn.Embedding fill their new parameters by
 TORCHS_OWN = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
@@ -99,7 +102,7 @@ def initial_values(
     initializer_range: sigma of most matrices.
     cutoff_factor: sigmas at which a normal is cut; not with rule normal.
     layers: of the model, by which Megatron narrows what is added to the stream.
-    rule: of the three above.
+    rule: of the four above.
     """
     if len(shape) < 2:
         # decoder.bias is zero too. ModernBERT's own code forgot it when the decoder is tied and left nn.Linear's
@@ -117,6 +120,8 @@ def initial_values(
     draw = torch.Generator().manual_seed(address_seed(seed, "init", name))
     if rule == "normal":
         return nn.init.normal_(drawn, std=sigma, generator=draw)
+    if rule == "electra" and name.endswith(BY_DEFAULT):
+        return nn.init.xavier_uniform_(drawn, generator=draw)
     cut = cutoff_factor * sigma
     return nn.init.trunc_normal_(drawn, std=sigma, a=-cut, b=cut, generator=draw)
 

@@ -8,16 +8,17 @@ into their gradient, and one in fp32, turned in place into shifted logits, their
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder.base.batch import IGNORE, LossTerm
+from encoder.base.batch import IGNORE, SCORE_BINS, LossTerm
 from encoder.base.pieces import piece_rows
 from encoder.nn import loss_kernel
 from encoder.nn.half import product_dtype
+from encoder.nn.sampling import Draws, draw_from_logits
 
 # Positions of one piece. Every piece reads and writes the whole [V, C] gradient, so few positions waste the product; on a CPU 512
 # took what 1,024 did. CUDA by reasoning, not measured: at 2,048 the gradient's traffic (0.4 GB) takes less than half the time of
@@ -41,12 +42,38 @@ def cross_entropy_sum(
     section 5; ST-MoE, Zoph et al. 2022, section 3.3, eq. 5, for a router's logits).
     Matrix products run in the autocast dtype where autocast is on, else in the weight's; the rest in fp32 or fp64.
     """
+    return _cross_entropy(h_MC, weight_VC, bias_V, target_M, z_loss_weight, None)[0]
+
+
+def drawn_cross_entropy_sum(
+    h_MC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    target_M: Tensor,
+    draws: Draws,
+    *,
+    z_loss_weight: float = 0.0,
+) -> tuple[LossTerm, Tensor]:
+    """As cross_entropy_sum, and ids [M] drawn from the same softmax while a piece's logits are there; they have no gradient.
+
+    h_MC, weight_VC, bias_V, target_M, z_loss_weight: as there; what is drawn at a target IGNORE means nothing
+    draws: the keys of the positions, and the temperature
+    """
+    return _cross_entropy(h_MC, weight_VC, bias_V, target_M, z_loss_weight, draws)
+
+
+def _cross_entropy(
+    h_MC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    target_M: Tensor,
+    z_loss_weight: float,
+    draws: Draws | None,
+) -> tuple[LossTerm, Tensor]:
     product = product_dtype(h_MC.device, weight_VC.dtype)
-    return LossTerm(
-        *_CrossEntropySum.apply(
-            h_MC, weight_VC, bias_V, target_M, z_loss_weight, product, torch.is_grad_enabled()
-        )
-    )
+    how = _How(z_loss_weight, product, torch.is_grad_enabled(), draws)
+    *sums, drawn_M = _CrossEntropySum.apply(h_MC, weight_VC, bias_V, target_M, how)
+    return LossTerm(*sums), drawn_M
 
 
 def class_loss_sum(logits_MK: Tensor, target_M: Tensor) -> LossTerm:
@@ -61,6 +88,42 @@ def class_loss_sum(logits_MK: Tensor, target_M: Tensor) -> LossTerm:
     if not torch.is_grad_enabled():
         correct = (logits_MK.argmax(dim=-1) == target_M).sum()
     return LossTerm(total, total.detach(), (target_M != IGNORE).sum(), correct)
+
+
+def yes_no_sum(logits_M: Tensor, yes_M: Tensor, target_M: Tensor) -> LossTerm:
+    """Sums over positions of -log sigmoid(+-logit); positions with target IGNORE contribute exactly zero.
+
+    logits_M: [M], computed in fp32 where they are not fp64
+    yes_M: bool [M], what is right
+    target_M: int64 [M]; IGNORE, or anything else
+
+    Without gradients `correct` counts the positions whose logit has the right sign, and `scores` how many of either answer
+    have which logit.
+    """
+    logits_M = logits_M.to(torch.promote_types(logits_M.dtype, torch.float32))
+    counts_M = target_M != IGNORE
+    losses_M = F.binary_cross_entropy_with_logits(
+        logits_M, yes_M.to(logits_M.dtype), reduction="none"
+    )
+    total = losses_M.where(counts_M, 0.0).sum()
+    correct = torch.zeros((), dtype=torch.int64, device=logits_M.device)
+    scores = None
+    if not torch.is_grad_enabled():
+        correct = (((logits_M > 0) == yes_M) & counts_M).sum()
+        scores = score_counts(logits_M, yes_M, counts_M)
+    return LossTerm(total, total.detach(), counts_M.sum(), correct, scores=scores)
+
+
+def score_counts(logits_M: Tensor, yes_M: Tensor, counts_M: Tensor) -> Tensor:
+    """int64 [2, SCORE_BINS]: of the positions that count, how many no (0) and yes (1) have a logit in each bin.
+
+    logits_M: [M]; bins are 1 / 32 wide and reach from -16 to 16, what is beyond is in the first and the last
+    yes_M, counts_M: bool [M]
+    """
+    bin_M = ((logits_M.clamp(-16.0, 16.0) + 16.0) * 32.0).to(torch.int64).clamp(max=SCORE_BINS - 1)
+    counts_2B = torch.zeros(2 * SCORE_BINS, dtype=torch.int64, device=logits_M.device)
+    place_M = bin_M + SCORE_BINS * yes_M.to(torch.int64)
+    return counts_2B.index_add_(0, place_M, counts_M.to(torch.int64)).view(2, SCORE_BINS)
 
 
 def pick_loss_sum(logits_MK: Tensor, right_MK: Tensor, group_M: Tensor, *, groups: int) -> LossTerm:
@@ -83,6 +146,15 @@ def pick_loss_sum(logits_MK: Tensor, right_MK: Tensor, group_M: Tensor, *, group
     return LossTerm(total, total.detach(), correct.new_tensor(groups), correct)
 
 
+class _How(NamedTuple):
+    """How the cross entropy is computed."""
+
+    z_loss_weight: float
+    product: torch.dtype  # of the matrix products
+    with_gradients: bool
+    draws: Draws | None  # None: nothing is drawn
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -91,12 +163,12 @@ class _CrossEntropySum(torch.autograd.Function):
         weight_VC: Tensor,
         bias_V: Tensor | None,
         target_M: Tensor,
-        z_loss_weight: float,
-        product: torch.dtype,
-        with_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        how: _How,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        z_loss_weight, product, with_gradients, draws = how
         exact = torch.promote_types(weight_VC.dtype, torch.float32)
         piece = PIECE_POSITIONS[h_MC.device.type]
+        drawn_M = torch.zeros_like(target_M)
 
         # the kernel computes in fp32 and always makes the gradient
         by_kernel = (
@@ -122,6 +194,15 @@ class _CrossEntropySum(torch.autograd.Function):
                 logits_mV = h_mC @ weight.T
                 if not with_gradients:  # evaluation alone: a pass over the logits
                     correct += _hits(logits_mV, bias, target_m)
+                if draws is not None:
+                    drawn_M[start : start + piece] = draw_from_logits(
+                        logits_mV,
+                        bias,
+                        target_m,
+                        draws.key_M[start : start + piece],
+                        temperature=draws.temperature,
+                        leaves_target_out=draws.leaves_target_out,
+                    )
                 if by_kernel:
                     sums = loss_kernel.turn_into_gradient_(
                         logits_mV, target_m, bias, d_bias, z_loss_weight=z_loss_weight
@@ -148,19 +229,19 @@ class _CrossEntropySum(torch.autograd.Function):
                 given_d_bias = d_bias.to(bias_V.dtype)
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), given_d_bias)
         count = (target_M != IGNORE).sum()
-        ctx.mark_non_differentiable(cross_entropy, count, correct)
+        ctx.mark_non_differentiable(cross_entropy, count, correct, drawn_M)
         total = cross_entropy.clone()
         # without z-loss its squares, which may overflow, have no say
         if z_loss_weight:
             total += z_loss_weight * squares
-        return total, cross_entropy, count, correct
+        return total, cross_entropy, count, correct, drawn_M
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         d_h, d_weight, d_bias = ctx.saved_tensors
         if d_bias is not None:
             d_bias = scaled(d_bias, d_total)
-        return scaled(d_h, d_total), scaled(d_weight, d_total), d_bias, None, None, None, None
+        return scaled(d_h, d_total), scaled(d_weight, d_total), d_bias, None, None
 
 
 def turn_into_gradient_(

@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.base.batch import TokenBatch
 from encoder.nn.dropout import AddressedDropout
 
 Pooling = Literal["cls", "mean"]
-Activation = Literal["tanh", "relu"]
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+Activation = Literal["tanh", "relu", "gelu"]
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
 
 
 def pooled(x_TC: Tensor, batch: TokenBatch, first_M: Tensor, pooling: Pooling) -> Tensor:
@@ -45,7 +46,7 @@ def pooled(x_TC: Tensor, batch: TokenBatch, first_M: Tensor, pooling: Pooling) -
 
 
 class DenseHead(nn.Module):
-    """activation(dense(x)): what BERT, ALBERT, RoBERTa and DistilBERT have before their classifiers."""
+    """activation(dense(x)): what BERT, ALBERT, RoBERTa, DistilBERT and ELECTRA have before their classifiers."""
 
     def __init__(self, *, width: int, activation: Activation) -> None:
         super().__init__()

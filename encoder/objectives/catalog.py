@@ -16,6 +16,7 @@ from encoder.objectives.distill import DistillConfig
 from encoder.objectives.mlm import MlmConfig
 from encoder.objectives.pairs import MlmNspConfig, MlmSopConfig
 from encoder.objectives.plm import PlmConfig
+from encoder.objectives.rtd import RtdConfig
 from encoder.objectives.words import WordEdges
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "mlm_nsp": MlmNspConfig,
     "mlm_sop": MlmSopConfig,
     "plm": PlmConfig,
+    "rtd": RtdConfig,
 }
 
 

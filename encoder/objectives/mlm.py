@@ -262,6 +262,7 @@ class MaskedLanguageModel:
     """
 
     has_segments: bool = False
+    scored_terms: tuple[str, ...] = ()
 
     @property
     def terms(self) -> tuple[str, ...]:

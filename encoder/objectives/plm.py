@@ -230,6 +230,7 @@ class PermutationLanguageModel:
     """The objective of a phase. Its rows are the clean ones: only places and values of the targets are drawn there."""
 
     has_segments = False
+    scored_terms: tuple[str, ...] = ()
     terms = (PLM,)
     pairs: PairRule | None = None
 

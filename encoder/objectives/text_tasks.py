@@ -13,7 +13,7 @@ groups of them, on any ranks and micro-batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,10 @@ class TextObjective(Protocol):
         """The one loss term."""
 
     @property
+    def scored_terms(self) -> tuple[str, ...]:
+        """None: its answers are measured by the kind of task."""
+
+    @property
     def documents(self) -> int:
         """That the fixed batch of a checkpoint has."""
 
@@ -55,6 +59,7 @@ class TextObjective(Protocol):
 
 class _AtPlaces:
     terms = (TERM,)
+    scored_terms: ClassVar[tuple[str, ...]] = ()
     documents = 1
 
     def answers(self, model: AnsweringModel, batch: TokenBatch) -> Tensor:

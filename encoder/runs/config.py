@@ -33,7 +33,7 @@ from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
 from encoder.data.windows import Join
 from encoder.engine.engine import EngineConfig
-from encoder.models.catalog import PRESETS, SYSTEMS
+from encoder.models.catalog import PRESETS, SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
 from encoder.nn.attend import Word as AttentionWord
 from encoder.objectives.catalog import OBJECTIVES
@@ -440,7 +440,26 @@ class RunConfig:
         # the class is frozen
         object.__setattr__(self, "phases", tuple(whole))
 
+    def _check_trained(self) -> None:
+        """The objective trains all networks of the model, and a model is not half of one."""
+        own = getattr(self.model, "TRAINED_BY", None)
+        word = next(word for word, kind in OBJECTIVES.items() if type(self.objective) is kind)
+        if own is None or word in own:
+            return
+        system = system_of(self.model)
+        if not own:
+            raise ConfigError(
+                f"model.system {system} is half of a model, which no objective trains alone. Use"
+                f" model.system: {system.removesuffix('_discriminator')}, or leave model out and"
+                " start from a model of masked tokens."
+            )
+        raise ConfigError(
+            f"objective {word} does not train all of a model.system {system}; needed: objective:"
+            f" {{name: {own[0]}}}."
+        )
+
     def _check_objective(self) -> None:
+        self._check_trained()
         settings = {field.name for field in dataclasses.fields(self.model)}
         for name, least in self.objective.model_needs.items():
             if name not in settings:

@@ -207,8 +207,9 @@ class _Filler:
         if not isinstance(model["system"], str) or model["system"] not in SYSTEMS:
             return
 
-        # only rope has such settings as thetas: a learned table is in the weights
         family = SYSTEMS[model["system"]]
+        self._fill_objective(family, model["system"])
+        # only rope has such settings as thetas: a learned table is in the weights
         if model.get("positions", "rope") == "rope":
             for name in family.PHASE_SETTINGS:
                 value = getattr(source, name, UNKNOWN) if source else UNKNOWN
@@ -269,6 +270,13 @@ class _Filler:
             return source.vocab_size, f"that of {word}"
         rows = whole_vocabulary(card.vocab_size)
         return rows, f"the shards' {card.vocab_size:,} tokens in whole {VOCAB_MULTIPLE}s"
+
+    def _fill_objective(self, family: type[ModelConfig], system: str) -> None:
+        """The one objective that trains all of a model of several networks."""
+        own = getattr(family, "TRAINED_BY", None)
+        objective = self.mapping.setdefault("objective", {}) if own else None
+        if own and isinstance(objective, dict):
+            self.put(objective, "objective.name", own[0], f"what trains a model.system {system}")
 
     def _fill_model_needs(self, model: dict[str, Any]) -> None:
         """What the objective needs of the model, where its family has such a setting."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from encoder.base.errors import CheckpointError, ConfigError, UserError
 from encoder.base.hub import parse_hub_name
 from encoder.base.units import short_count
+from encoder.models.catalog import predicts_tokens
 from encoder.models.contract import ModelConfig
 from encoder.runs.config import RunConfig
 from encoder.runs.facts import DataFacts
@@ -81,6 +82,11 @@ def check_fits_run(
     places = places_of(run)
     for name, config in configs.items():
         where = f"objective.{name} {places[name]}"
+        if not predicts_tokens(config):
+            raise ConfigError(
+                f"{where} predicts no tokens; needed: a model of masked tokens. Of two networks the"
+                " generator is one: export it with --network generator, and name that folder."
+            )
         if config.vocab_size < text_vocabulary:
             raise ConfigError(
                 f"{where} has a vocabulary of {config.vocab_size:,}, the shards one of"

@@ -29,10 +29,11 @@ from encoder.base.tokenizer_json import SpecialIds, special_ids_of
 from encoder.base.untrusted import native_code
 from encoder.data.shard_format import TOKENIZER, Card, tokenizer_fingerprint
 from encoder.data.shards import Source, open_source
-from encoder.models.catalog import PRESETS, SYSTEMS, build_model
+from encoder.models.catalog import PRESETS, SYSTEMS, build_model, predicts_tokens
 from encoder.models.contract import Model
 from encoder.models.hf.parity import MaskedModel, our_model
 from encoder.models.hf.tokenizer import read_tokenizer
+from encoder.models.stored import used_network
 from encoder.runs.config import SourceConfig
 from encoder.runs.folder import flat, read_metrics
 from encoder.runs.weights import read_model
@@ -69,7 +70,7 @@ def load(
 
     Raises UserError.
     """
-    stored = read_model(Path(expand_path(path)))
+    stored = used_network(read_model(Path(expand_path(path))))
     if untrained is not None:
         stored = dataclasses.replace(
             stored,
@@ -90,7 +91,7 @@ def load(
         specials=specials,
         origin=stored.origin,
         max_tokens=stored.max_tokens or stored.config.max_position_embeddings,
-        drawn=stored.drawn,
+        drawn=stored.drawn if predicts_tokens(stored.config) else ("decoder", *stored.drawn),
     )
 
 
@@ -106,7 +107,7 @@ class LoadedModel:
     )  # the ids of [CLS], [MASK] and the others, and the frame
     origin: str  # where the weights came from, for people
     max_tokens: int  # of a text, [CLS] and [SEP] included
-    # parameters that the source lacked, as a body without heads does; their values are drawn
+    # parameters that the source lacked, as a body without heads does; their values are drawn. A discriminator lacks a decoder
     drawn: tuple[str, ...] = field(default=(), repr=False)
 
     def hidden_states(self, texts: Sequence[str]) -> list[Tensor]:

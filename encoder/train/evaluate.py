@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from encoder.base.batch import TermSum, TokenBatch
 
@@ -27,6 +28,7 @@ def held_out_numbers(
         held_out_loss, held_out_accuracy                  of the first loss term over all sources
         held_out_loss_web, held_out_accuracy_web          of each of several sources
         held_out_loss_sop, held_out_accuracy_sop          of each further loss term, over all sources
+        held_out_auc_rtd                                  of each term of yes or no
 
     The mean over everything is sum / count, never a mean of means. Without a target both are nan; a further term that no
     source asks about is left out.
@@ -47,10 +49,32 @@ def held_out_numbers(
         # no target anywhere: the text has no such pairs, say
         if summed.count:
             shown[f"_{term}"] = summed
-    losses = {f"held_out_loss{end}": _mean(s.sum, s.count) for end, s in shown.items()}
-    return losses | {
-        f"held_out_accuracy{end}": _mean(s.correct, s.count) for end, s in shown.items()
+    losses = {f"held_out_loss{end}": _ratio(s.sum, s.count) for end, s in shown.items()}
+    accuracies = {f"held_out_accuracy{end}": _ratio(s.correct, s.count) for end, s in shown.items()}
+    areas = {
+        f"held_out_auc{end}": area_under_curve(s.scores)
+        for end, s in shown.items()
+        if s.scores is not None
     }
+    return losses | accuracies | areas
+
+
+def area_under_curve(scores_2B: torch.Tensor) -> float:
+    """How often a target yes has a higher logit than a target no, those of one bin half; nan without one of both.
+
+    scores_2B: targets no and yes by bins of their logits, ascending
+
+    It is the area under the ROC curve (Hanley and McNeil 1982). Bins of 1 / 32 are as good as the logits to about 1e-3.
+    """
+    no_B, yes_B = scores_2B.to(torch.float64)
+    # of each bin: the targets no in lower ones, and half of its own
+    below_B = no_B.cumsum(0) - no_B / 2
+    pairs = float(no_B.sum() * yes_B.sum())
+    return _ratio(float((yes_B * below_B).sum()), pairs)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def silent_sources(numbers: dict[str, float], sources: Sequence[str]) -> list[str]:
@@ -88,22 +112,25 @@ def held_out_text(
     )
     # of each of several sources, and of each further loss term
     shown = [*(sources if len(sources) > 1 else []), *terms[1:]]
-    of_each = [
-        f"{name} {numbers[f'held_out_loss_{name}']:.3f} {numbers[f'held_out_accuracy_{name}']:.1%}"
-        for name in shown
-        if f"held_out_loss_{name}" in numbers
-    ]
+    of_each = [_term_text(numbers, name) for name in shown if f"held_out_loss_{name}" in numbers]
     return "  ".join([whole, *of_each])
 
 
+def _term_text(numbers: dict[str, float], name: str) -> str:
+    loss, accuracy = (numbers[f"held_out_{kind}_{name}"] for kind in ("loss", "accuracy"))
+    area = numbers.get(f"held_out_auc_{name}")
+    behind = "" if area is None else f" AUC {area:.3f}"
+    return f"{name} {loss:.3f} {accuracy:.1%}{behind}"
+
+
 def _added(sums: Sequence[TermSum]) -> TermSum:
-    return TermSum(*map(sum, zip(*sums)))
-
-
-def _mean(total: float, count: int) -> float:
-    if count:
-        return total / count
-    return math.nan
+    scores = [s.scores for s in sums if s.scores is not None]
+    return TermSum(
+        sum=sum(s.sum for s in sums),
+        count=sum(s.count for s in sums),
+        correct=sum(s.correct for s in sums),
+        scores=torch.stack(scores).sum(0) if scores else None,
+    )
 
 
 def unigram_entropy(counts_V: np.ndarray, special_ids: Sequence[int]) -> float:

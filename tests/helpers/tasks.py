@@ -18,6 +18,7 @@ from encoder.finetune.encoding import TextEncoder
 from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
 from encoder.models.contract import ModelConfig
+from encoder.models.electra import ElectraDiscriminatorConfig
 from encoder.models.hf.task import TrainedTask
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
@@ -44,6 +45,7 @@ BODIES: dict[str, tuple[ModelConfig, SpecialIds]] = {
     ),
     "distilbert": (DistilBertConfig(**LETTERS, **NO_DROPOUT), SPECIALS),
     "albert": (AlbertConfig(**LETTERS, **NO_DROPOUT, embedding_size=12), SPECIALS),
+    "electra": (ElectraDiscriminatorConfig(**LETTERS, **NO_DROPOUT, embedding_size=12), SPECIALS),
 }
 
 

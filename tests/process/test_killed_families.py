@@ -23,7 +23,7 @@ from encoder.train.checkpointing import Checkpointing
 from encoder.train.pretraining import pretrain
 from tests.process.ranks import run_ranks
 from tests.process.test_one_curve import distance, weights
-from tests.process.test_two_terms import DISTILLED, ORDERED, PAIRS, write_texts
+from tests.process.test_two_terms import DETECTED, DISTILLED, ORDERED, PAIRS, write_texts
 
 KILLED_STEP = 6
 ROBERTA = [
@@ -50,9 +50,10 @@ SETTINGS = {
     "distill": [*DISTILLED, "objective.name=distill"],
     "roberta": ROBERTA,
     "albert": [*ORDERED, "objective.name=mlm_sop"],
+    "electra": DETECTED,
 }
 # loss, held-out loss, and each term's where there are several
-TERMS = {"xlnet": 2, "nsp": 4, "distill": 5, "roberta": 2, "albert": 4}
+TERMS = {"xlnet": 2, "nsp": 4, "distill": 5, "roberta": 2, "albert": 4, "electra": 4}
 # (ranks, ZeRO stage, rows of a micro-batch) until the kill, and after it
 ON = {
     "xlnet": ((2, 1, 1), (3, 3, 2)),
@@ -60,6 +61,7 @@ ON = {
     "distill": ((2, 2, 2), (1, 0, 3)),
     "roberta": ((3, 3, 1), (2, 1, 2)),
     "albert": ((2, 3, 1), (3, 2, 2)),
+    "electra": ((3, 1, 1), (2, 2, 2)),
 }
 
 

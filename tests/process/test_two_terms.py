@@ -283,12 +283,25 @@ ORDERED = [
     "objective.spans=ngram",
     "engine.activation_checkpointing=blocks",
 ]
+# a generator beside it, narrower and with the same embedding
+ELECTRA = (
+    "model={system: electra, vocab_size: 64, embedding_size: 16, hidden_size: 64,"
+    " intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 2,"
+    " max_position_embeddings: 64, generator_fraction: 0.5}"
+)
+DETECTED = [
+    ELECTRA,
+    *PAIRS[1:3],
+    "objective={name: rtd}",
+    "engine.activation_checkpointing=blocks",
+]
 DISTILLED = ["objective.teacher={folder}/teacher", "objective.soft_targets=all"]
 # the weights of its terms, and its settings
 OBJECTIVES_RUN = {
     "two": ({"mlm": 1.0, "rare": WEIGHT}, []),
     "mlm_nsp": ({"mlm": 1.0, "nsp": 1.0}, PAIRS),
     "mlm_sop": ({"mlm": 1.0, "sop": 1.0}, ORDERED),
+    "rtd": ({"mlm": 1.0, "rtd": 50.0}, DETECTED),
     "distill": ({"mlm": 2.0, "soft": 5.0, "cosine": 1.0}, DISTILLED),
 }
 # of another depth and MLP than the student, with dropout that it must not have
@@ -304,7 +317,7 @@ TEACHER = ModernBertConfig(
 
 
 # resumes after a kill are those of test_killed_families.py
-AT_STAGE = {"mlm_nsp": 3, "mlm_sop": 1, "distill": 3}
+AT_STAGE = {"mlm_nsp": 3, "mlm_sop": 1, "rtd": 3, "distill": 3}
 
 
 def trained(world: World, *, folder: str, runs: list[tuple[str, str, list[str]]]) -> None:

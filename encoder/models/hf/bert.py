@@ -330,7 +330,7 @@ def from_settings(
     # a folder of BertForMaskedLM may have a pooler: then the sentence head is the model's, too
     pooler = layout.heads.get("pooler.dense", "").removeprefix(f"{layout.body}.")
     has_pooler = any(name.endswith(f"{pooler}.weight") for name in names)
-    has_all_heads = architectures[0] == layout.architectures[1]
+    has_all_heads = architectures[0] in layout.architectures[1:2]
     sentences = layout.has_sentences and (has_all_heads or has_pooler)
     try:
         return from_mapping(
@@ -466,7 +466,7 @@ def weights_from(
 def _todays_names(layout: Layout, raw: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     # a body alone (BertModel) has names without the class's prefix
     bare = not any(name.startswith(f"{layout.body}.") for name in raw)
-    parts = ("embeddings.", f"{layout.layer.partition('.')[0]}.", "pooler.")
+    parts = ("embeddings", f"{layout.layer.partition('.')[0]}.", "pooler.")
     for name, w in raw.items():
         # names that TensorFlow's checkpoints left behind
         new = name.replace("LayerNorm.gamma", "LayerNorm.weight")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from encoder.base.units import begun, with_article
+from encoder.models.catalog import predicts_tokens
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.parity import Proof
@@ -44,6 +45,7 @@ class Described:
     config: ModelConfig
     parameters: int  # trained numbers
     max_tokens: int  # of the longest text
+    auto_class: str  # of transformers, that loads it
 
 
 def write_card(
@@ -69,15 +71,26 @@ def write_card(
         "longest text": f"{described.max_tokens:,} tokens",
     }
     proven = [[asked, str(proof)] for asked, proof in proofs.items()]
-    parts = [
-        _front_matter(training.base_model, tag=described.bridge.model_type),
-        f"# {plain(training.name)}\n",
-        (
-            f"{begun(with_article(described.bridge.title))} encoder, pretrained by masked language"
-            " modelling with Tessera. It fills in masked tokens and gives vectors of tokens and"
+    fills_in = predicts_tokens(described.config)
+    title = begun(with_article(described.bridge.title))
+    says = (
+        f"{title} encoder, pretrained by masked language modelling with Tessera. It fills in masked"
+        " tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n"
+    )
+    usage = _fill_mask_usage(shown_as, mask_token)
+    if not fills_in:
+        says = (
+            f"{title} discriminator, pretrained by replaced-token detection with Tessera. It tells"
+            " which tokens of a text were put in by a generator, and gives vectors of tokens and"
             " texts; for a task, fine-tune it.\n"
-        ),
-        _usage(shown_as, mask_token),
+        )
+        usage = _detection_usage(shown_as, described.auto_class)
+    parts = [
+        _front_matter(training.base_model, tag=described.bridge.model_type, fills_in=fills_in),
+        f"# {plain(training.name)}\n",
+        says,
+        usage,
+        _vectors_usage(shown_as),
         table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),
         table_text(Table(title="Training", head=("", ""), rows=list(training.facts.items()))),
         *(table_text(table) for table in training.tables),
@@ -99,16 +112,16 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(line, quote=False))
 
 
-def _front_matter(base_model: str | None, *, tag: str) -> str:
+def _front_matter(base_model: str | None, *, tag: str, fills_in: bool) -> str:
     lines = [
         "---",
         "# license: name one before you publish, for example apache-2.0",
         "library_name: transformers",
-        "pipeline_tag: fill-mask",
+        f"pipeline_tag: {'fill-mask' if fills_in else 'feature-extraction'}",
         *([f"base_model: {json.dumps(base_model)}"] if base_model else []),
         "tags:",
         f"- {tag}",
-        "- masked-language-modelling",
+        f"- {'masked-language-modelling' if fills_in else 'replaced-token-detection'}",
         "- sentence-transformers",
         "- tessera",
         "---",
@@ -116,23 +129,43 @@ def _front_matter(base_model: str | None, *, tag: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _usage(shown_as: str, mask_token: str) -> str:
-    where = f"model = {json.dumps(shown_as)}        # this folder, or its name on the hub"
+def _shown(shown_as: str) -> str:
+    return f"model = {json.dumps(shown_as)}        # this folder, or its name on the hub"
+
+
+def _fill_mask_usage(shown_as: str, mask_token: str) -> str:
     text = json.dumps(f"The capital of France is {mask_token}.")
     return f"""## Use
 
 ```python
 from transformers import pipeline
 
-{where}
+{_shown(shown_as)}
 for answer in pipeline("fill-mask", model=model)({text}):
     print(answer["token_str"], answer["score"])
 ```
+"""
+
+
+def _detection_usage(shown_as: str, auto_class: str) -> str:
+    return f"""## Use
 
 ```python
+from transformers import {auto_class}, AutoTokenizer
+
+{_shown(shown_as)}
+tokens = AutoTokenizer.from_pretrained(model)("The capital of France is music.", return_tensors="pt")
+logits = {auto_class}.from_pretrained(model)(**tokens).logits
+print(logits > 0)        # of each token: was it put in?
+```
+"""
+
+
+def _vectors_usage(shown_as: str) -> str:
+    return f"""```python
 from sentence_transformers import SentenceTransformer
 
-{where}
+{_shown(shown_as)}
 vectors = SentenceTransformer(model).encode(["a text", "another text"])
 print(vectors.shape)
 ```

@@ -8,10 +8,18 @@ from typing import Any
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
+from encoder.models.catalog import networks_of
 from encoder.models.contract import ModelConfig
+from encoder.models.electra import (
+    ElectraDiscriminatorConfig,
+    ElectraGeneratorConfig,
+    ModernBertDiscriminatorConfig,
+    ModernBertGeneratorConfig,
+)
 from encoder.models.hf.albert import ALBERT
 from encoder.models.hf.bert import BERT, DISTILBERT, ROBERTA, model_type_of
 from encoder.models.hf.bridge import Bridge
+from encoder.models.hf.electra import ELECTRA
 from encoder.models.hf.modernbert import MODERNBERT
 from encoder.models.hf.xlnet import XLNET
 from encoder.models.modernbert import ModernBertConfig
@@ -19,7 +27,7 @@ from encoder.models.xlnet import XlnetConfig
 
 # by model_type of config.json
 BRIDGES: dict[str, Bridge] = {
-    b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT, ALBERT, XLNET)
+    b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT, ALBERT, XLNET, ELECTRA)
 }
 # the model_type that a model gets, by its settings and, where they are known, its special ids
 CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
@@ -29,6 +37,10 @@ CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
     DistilBertConfig: model_type_of,
     AlbertConfig: lambda config, specials: ALBERT.model_type,
     XlnetConfig: lambda config, specials: XLNET.model_type,
+    ElectraGeneratorConfig: lambda config, specials: ELECTRA.model_type,
+    ElectraDiscriminatorConfig: lambda config, specials: ELECTRA.model_type,
+    ModernBertGeneratorConfig: lambda config, specials: MODERNBERT.model_type,
+    ModernBertDiscriminatorConfig: lambda config, specials: MODERNBERT.model_type,
 }
 
 
@@ -41,11 +53,15 @@ def bridge_of(config: ModelConfig, specials: SpecialIds | None = None) -> Bridge
 
 
 def export_blocker(config: ModelConfig) -> str | None:
-    """Why a model of this shape cannot become a Hugging Face folder, or None if it can."""
-    bridge = bridge_of(config)
+    """Why a model of this shape cannot become a Hugging Face folder, or None if it can.
+
+    Of a model of several networks the one that is used afterwards is asked.
+    """
+    used = next(iter(networks_of(config).values()), config)
+    bridge = bridge_of(used)
     if bridge is None:
         return "not to Hugging Face, which has no class for it"
-    return bridge.blocker(config)
+    return bridge.blocker(used)
 
 
 def bridge_of_settings(settings: Mapping[str, Any]) -> Bridge:

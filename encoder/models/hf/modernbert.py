@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from encoder.base.errors import ConfigError, ModelError
 from encoder.base.schema import from_mapping
 from encoder.base.tokenizer_json import SpecialIds
@@ -48,6 +50,7 @@ OURS_ONLY = {
     "norm_place": "pre",
     "positions": "rope",
     "type_vocab_size": 0,
+    "embedding_projection": False,
 }
 # what ours always is
 THEIRS_ONLY = {
@@ -93,7 +96,7 @@ def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
     """config.json. Raises ExportError for a setting that Hugging Face's ModernBERT has no word for."""
     refuse_strange(_strange(config), family=FAMILY)
     return {
-        "architectures": ["ModernBertForMaskedLM"],
+        **_class_words(config),
         "model_type": "modernbert",
         "dtype": "float32",
         **{theirs: getattr(config, ours) for ours, theirs in HF_KEYS.items()},
@@ -111,6 +114,29 @@ def hf_config(config: ModernBertConfig, specials: SpecialIds) -> dict[str, Any]:
         "bos_token_id": specials.cls_id,
         "eos_token_id": specials.sep_id,
     }
+
+
+def _class_words(config: ModernBertConfig) -> dict[str, Any]:
+    """The class with the model's head: a discriminator is one that tells tokens apart by one logit."""
+    if config.predicts_tokens:
+        return {"architectures": ["ModernBertForMaskedLM"]}
+    return {
+        "architectures": ["ModernBertForTokenClassification"],
+        "id2label": {"0": "replaced"},
+        "label2id": {"replaced": 0},
+    }
+
+
+def _auto_class(values: dict[str, Any]) -> str:
+    if values.get("architectures") == ["ModernBertForTokenClassification"]:
+        return "AutoModelForTokenClassification"
+    return "AutoModelForMaskedLM"
+
+
+def _logits(model: Any, x_MC: Tensor) -> Tensor:
+    """[M, V], or [M, 1] of a discriminator."""
+    decoder = getattr(model, "classifier", None) or model.decoder
+    return decoder(model.head(x_MC))
 
 
 def config_from_hf(
@@ -211,11 +237,15 @@ def smaller(
     }
     if isinstance(values.get("layer_types"), list):
         ids["layer_types"] = values["layer_types"][: sizes["num_hidden_layers"]]
+    # tables that are named beside the stream are as wide
+    ours = dict(sizes)
+    if hasattr(config, "embedding_size"):
+        ours["embedding_size"] = sizes["hidden_size"]
     return {
         **values,
         **ids,
         **{HF_KEYS[name]: size for name, size in sizes.items()},
-    }, dataclasses.replace(config, **sizes)
+    }, dataclasses.replace(config, **ours)
 
 
 def _both_forms(config: ModernBertConfig) -> dict[str, Any]:
@@ -379,5 +409,6 @@ MODERNBERT = Bridge(
     hidden_states=lambda model, ids_BL, real_BL: (
         model.model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state
     ),
-    logits=lambda model, x_MC: model.decoder(model.head(x_MC)),
+    logits=_logits,
+    auto_class=_auto_class,
 )

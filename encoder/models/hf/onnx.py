@@ -54,6 +54,8 @@ def write_onnx(
 ) -> Proof:
     """Write onnx/model.onnx (input_ids, attention_mask -> logits [batch, length, V]) and prove it. Raises ExportError.
 
+    Of ELECTRA's discriminator, as transformers gives them: logits [batch, length].
+
     folder: the export's.
     theirs, ours: transformers' model, and ours that the graph is compared with.
     max_tokens: of the longest document.
@@ -143,6 +145,9 @@ def _logits_fn(path: Path) -> LogitsFn:
 
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
         logits_BLV = graph(input_ids=ids_BL, attention_mask=real_BL).logits
+        # a discriminator's has one number a token, and no axis for it
+        if logits_BLV.ndim == 2:
+            logits_BLV = logits_BLV[:, :, None]
         return lambda row, positions: logits_BLV[row, positions]
 
     return ask

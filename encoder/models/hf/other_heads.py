@@ -18,8 +18,10 @@ from encoder.models.hf.task import FORMS, Names
 from encoder.models.with_task import HeadFamily, HeadKind
 
 # tensors that are a task's head and nothing of a pretrained model, whatever the class
-TASK_STEMS = ("classifier.", "pre_classifier.", "qa_outputs.")
+TASK_STEMS = ("classifier.", "pre_classifier.", "qa_outputs.", "sequence_summary.")
 MASKED = "ForMaskedLM"
+# of classes whose body is no model of masked tokens
+PRETRAINED = {"Electra": "ForPreTraining"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,8 @@ def as_pretrained(settings: dict[str, Any]) -> dict[str, Any]:
     """config.json of the class with a head over masked tokens, for that of a body or of a task; others stay as they are."""
     named = _class_of(settings)
     if kind := kind_of(settings):
-        return {**settings, "architectures": [named.removesuffix(FORMS[kind].suffix) + MASKED]}
+        family = named.removesuffix(FORMS[kind].suffix)
+        return {**settings, "architectures": [family + PRETRAINED.get(family, MASKED)]}
     # BERT's bridges read bodies themselves
     if named == "ModernBertModel":
         return {**settings, "architectures": [f"ModernBert{MASKED}"]}

@@ -53,8 +53,10 @@ Names = Mapping[str, str]
 _MODERN: Names = {"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"}
 _BARE: Names = {"classifier": "classifier"}
 _BERT: Names = {"head.dense": "bert.pooler.dense", "classifier": "classifier"}
+_OWN_CLASS: Names = {"head.dense": "classifier.dense", "classifier": "classifier.out_proj"}
 _ALBERT: Names = {"head.dense": "albert.pooler", "classifier": "classifier"}
 _DISTILBERT: Names = {"head.dense": "pre_classifier", "classifier": "classifier"}
+_ELECTRA_CHOICE: Names = {"head.dense": "sequence_summary.summary", "classifier": "classifier"}
 _QUESTION: Names = {"classifier": "qa_outputs"}
 
 
@@ -95,11 +97,12 @@ _PREFIXES: dict[HeadFamily, str] = {
     "roberta": "Roberta",
     "distilbert": "DistilBert",
     "albert": "Albert",
+    "electra": "Electra",
 }
 
 
 def _dropouts(distilbert: str | None) -> dict[HeadFamily, str]:
-    families: tuple[HeadFamily, ...] = ("modernbert", "bert", "roberta")
+    families: tuple[HeadFamily, ...] = ("modernbert", "bert", "roberta", "electra")
     found: dict[HeadFamily, str] = dict.fromkeys(families, "classifier_dropout")
     found["albert"] = "classifier_dropout_prob"
     return found if distilbert is None else {**found, "distilbert": distilbert}
@@ -112,7 +115,8 @@ FORMS: dict[HeadKind, HeadForm] = {
         names={
             "modernbert": _MODERN,
             "bert": _BERT,
-            "roberta": {"head.dense": "classifier.dense", "classifier": "classifier.out_proj"},
+            "roberta": _OWN_CLASS,
+            "electra": _OWN_CLASS,
             "distilbert": _DISTILBERT,
             "albert": _ALBERT,
         },
@@ -130,6 +134,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "roberta": _BARE,
             "distilbert": _BARE,
             "albert": _BARE,
+            "electra": _BARE,
         },
         outputs="a tag of each word, on its first token",
         usage=(
@@ -150,6 +155,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "roberta": _QUESTION,
             "distilbert": _QUESTION,
             "albert": _QUESTION,
+            "electra": _QUESTION,
         },
         outputs="start and end of the answer",
         usage=(
@@ -170,6 +176,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "roberta": {"head.dense": "roberta.pooler.dense", "classifier": "classifier"},
             "distilbert": _DISTILBERT,
             "albert": _ALBERT,
+            "electra": _ELECTRA_CHOICE,
         },
         outputs="a score of each choice",
         usage=(
@@ -177,7 +184,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "scores = model(input_ids=ids[None], attention_mask=mask[None]).logits  # a row a choice"
         ),
         logits=lambda found: found.logits[:, :, None],
-        dropout=_dropouts("seq_classif_dropout"),
+        dropout={**_dropouts("seq_classif_dropout"), "electra": "summary_last_dropout"},
         choices=True,
     ),
 }

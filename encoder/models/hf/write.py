@@ -140,6 +140,7 @@ def export_hf(
                 config=config,
                 parameters=ours.parameter_count(),
                 max_tokens=max_tokens,
+                auto_class=bridge.auto_class(settings),
             ),
             mask_token=mask_token,
             training=training or Training(name=out.name, facts={"origin": model.origin}),

@@ -8,7 +8,8 @@ import torch
 
 from encoder.engine.precision import precision_on
 from encoder.engine.zero.config import BUCKET_ELEMENTS, as_run
-from encoder.models.catalog import build_model
+from encoder.models.catalog import build_model, networks_of
+from encoder.models.contract import ModelConfig
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.runs.config import RunConfig, with_engine
@@ -161,23 +162,10 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     if run.device == "cpu":
         kind = "cpu"
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
-    counted = count_kept(
-        model,
-        precision=engine.precision,
-        device=kind,
-        fp8=engine.fp8 == "layers",
-        zero_3=engine.zero_stage == 3,
-    )
-    outside = tokens * counted.outside_per_token + counted.outside_fixed
-    layer = tokens * counted.layer_per_token
     in_half = engine.precision in ("bf16", "autocast")
-    if engine.activation_checkpointing == "blocks":
-        inputs = tokens * model.num_hidden_layers * model.hidden_size * width
-        layers = inputs + layer + counted.layer_fixed
-    else:
-        compiled = in_half and compiles(run, torch.device(kind))
-        share = COMPILED_SHARE[engine.fp8] if compiled else 1.0
-        layers = model.num_hidden_layers * (share * layer + counted.layer_fixed)
+    # networks of one model keep theirs at the same time
+    networks = networks_of(model).values() or (model,)
+    layers = sum(_network_bytes(run, network, kind=kind, width=width) for network in networks)
 
     # one piece of logits, which becomes its gradient; the decoder's weight in 2 bytes, and its
     # gradient before and after scaling
@@ -194,4 +182,31 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     decoder_width = 10 if in_half else 8
     loss = model.vocab_size * (logit_width * piece + decoder_width * model.hidden_size)
     workspace = 0 if kind == "cpu" else CUBLAS_BYTES
-    return int(outside + layers + loss) + workspace
+    return int(layers + loss) + workspace
+
+
+def _network_bytes(run: RunConfig, network: ModelConfig, *, kind: str, width: int) -> float:
+    """What autograd keeps of a micro-batch's forward through one network.
+
+    run: its engine, loader and compiler decide
+    network: the settings of the model, or of one of its networks
+    kind: cuda or cpu
+    width: bytes of a number
+    """
+    engine = run.engine
+    tokens = run.loader.micro_batch_rows * run.data.row_tokens
+    counted = count_kept(
+        network,
+        precision=engine.precision,
+        device=kind,
+        fp8=engine.fp8 == "layers",
+        zero_3=engine.zero_stage == 3,
+    )
+    outside = tokens * counted.outside_per_token + counted.outside_fixed
+    layer = tokens * counted.layer_per_token
+    if engine.activation_checkpointing == "blocks":
+        inputs = tokens * network.num_hidden_layers * network.hidden_size * width
+        return outside + inputs + layer + counted.layer_fixed
+    compiled = engine.precision in ("bf16", "autocast") and compiles(run, torch.device(kind))
+    share = COMPILED_SHARE[engine.fp8] if compiled else 1.0
+    return outside + network.num_hidden_layers * (share * layer + counted.layer_fixed)

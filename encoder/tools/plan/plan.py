@@ -12,6 +12,8 @@ from encoder.base.dist import World
 from encoder.base.errors import ModelError
 from encoder.base.hub import parse_hub_name
 from encoder.base.units import counted, short_bytes, short_count
+from encoder.models.catalog import networks_of
+from encoder.models.contract import ModelConfig
 from encoder.models.hf.catalog import export_blocker
 from encoder.runs.branch import find_parent
 from encoder.runs.checks import check_settings, hints_of
@@ -117,6 +119,7 @@ def _settings_lines(run: RunConfig, needs: Needs, *, precision: str, ranks: int)
         f" ({needs.parameters - needs.decayed:,} without weight decay),"
         f" {model.num_hidden_layers} layers, hidden {model.hidden_size},"
         f" vocabulary {model.vocab_size:,}",
+        *_under("networks", [_network_text(*item) for item in networks_of(model).items()]),
         f"engine      ZeRO-{run.engine.zero_stage}, {precision}, {counted(ranks, 'rank')},"
         f" micro-batches of {counted(rows, 'row')} = {rows * run.data.row_tokens:,} tokens",
         f"optimizer   {run.optimizer.text}, decay {_decay_text(run)}",
@@ -126,6 +129,11 @@ def _settings_lines(run: RunConfig, needs: Needs, *, precision: str, ranks: int)
     if blocker := export_blocker(model):
         lines.append(f"export      {blocker}")
     return lines
+
+
+def _network_text(name: str, network: ModelConfig) -> str:
+    """`generator 4,620,026 parameters, 12 layers of 64, ...`; an embedding that both have is counted in both."""
+    return f"{name} {network.parameter_counts().total:,} parameters, {network.shape_text}"
 
 
 def _phase_table(run: RunConfig, steps: PlannedSteps, *, ranks: int) -> list[str]:

@@ -40,9 +40,9 @@ def transformers_model(task: TrainedTask) -> nn.Module:
 
     bridge = bridge_of(task.config, task.specials)
     settings = transformers.AutoConfig.for_model(**their_settings(task, bridge))
-    # eager attention takes the softmax of ModernBERT in fp32
+    # eager attention takes the softmax of ModernBERT in fp32; ELECTRA has no other
     auto_class = getattr(transformers, FORMS[task.head.kind].auto_class)
-    theirs = auto_class.from_config(settings, attn_implementation="sdpa")
+    theirs = auto_class.from_config(settings, attn_implementation=bridge.attention)
     theirs.load_state_dict(their_weights(task, bridge))
     return theirs.double().eval()
 

@@ -10,11 +10,14 @@ import torch
 from encoder.base.errors import ConfigError, ModelError, UserError
 from encoder.models.bert import BertConfig
 from encoder.models.catalog import PRESETS, build_model
+from encoder.models.electra import ElectraConfig
 from encoder.models.growth import differing
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
+from encoder.objectives.rtd import RtdConfig
 from encoder.runs.config import read_run
 from encoder.runs.initial import read_fitting, with_heads
+from encoder.runs.objective_models import plan_texts
 from encoder.tools.plan.forecast import gpu
 from encoder.tools.plan.plan import plan_text
 from launch.new_file import FAMILIES
@@ -38,6 +41,10 @@ COUNTS = {
     "albert_xxlarge": 223_158_450,
     "xlnet_base": 116_750_336,
     "xlnet_large": 360_300_800,
+    # both networks, their embedding once
+    "electra_small": 14_196_219,
+    "electra_base": 119_386_427,
+    "electra_large": 354_655_291,
     "mini_roberta": 17_699_072,
     "mini_roberta_readme": 17_757_017,
     "ettin_150m": 149_655_232,
@@ -158,3 +165,63 @@ def test_weights_of_another_family_are_refused_in_a_sentence(tmp_path):
         read_fitting(run)
     with pytest.raises(ModelError, match="the source is a modernbert, the new model a bert"):
         differing(ModernBertConfig(**SHAPE), BertConfig(**SHAPE))
+
+
+def test_a_model_of_two_networks_brings_its_objective_and_takes_no_other(tmp_path):
+    for model in ("{preset: electra_small}", "{preset: modernbert_rtd}"):
+        (tmp_path / "run.yaml").write_text(
+            f"name: a\ndata: shards/web/train\nmodel: {model}\n"
+            "phases: {tokens: 1M, batch_tokens: 8192, lr: 1.0e-3}\n"
+        )
+        run = read_run(tmp_path / "run.yaml")
+        assert type(run.objective) is RtdConfig
+        assert "objective.name" in {derived.key for derived in run.derived}
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "words"),
+    [
+        ("preset: electra_small", "mlm", "needed: objective: .name: rtd"),
+        ("preset: bert_tiny", "rtd", "needs a model with generator_fraction.* such as electra"),
+        ("system: electra_discriminator", "mlm", "half of a model, which no objective trains"),
+        ("system: electra_generator", "rtd", "needs a model with generator_fraction"),
+        ("preset: electra_small, generator_fraction: 2", "rtd", "no wider than its discriminator"),
+        ("preset: electra_small, generator_layers: 13", "rtd", "no deeper than its discriminator"),
+        ("preset: electra_small, embedding_sharing: all", "rtd", "shared"),
+    ],
+)
+def test_networks_and_objectives_that_do_not_fit_are_one_line(model, objective, words, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"name: a\ndata: shards/web/train\nmodel: {{{model}}}\nobjective: {{name: {objective}}}\n"
+        "phases: {tokens: 1M, batch_tokens: 8192, lr: 1.0e-3}\n"
+    )
+    with pytest.raises(ConfigError, match=words) as error:
+        read_run(tmp_path / "run.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_vocabulary_or_generator_are_refused(tmp_path):
+    config = ElectraConfig(**SHAPE)
+    source = written(tmp_path / "electra", config)
+    for other, words in (("vocab_size: 128", "vocab_size"), ("generator_fraction: 1", "generator")):
+        shape = {**SHAPE, **dict([other.split(": ")])}
+        text = ", ".join(f"{k}: {v}" for k, v in shape.items())
+        model = f"model: {{system: electra, {text}}}\n"
+        run = run_from(tmp_path, source, objective="{name: rtd}", model=model)
+        with pytest.raises(ModelError, match=f"another shape: {words}"):
+            read_fitting(run)
+    run = run_from(tmp_path, source, objective="{name: rtd}")
+    assert run.model == config and read_fitting(run).config == config
+
+
+def test_a_discriminator_teaches_no_tokens(tmp_path):
+    teacher = written(tmp_path / "teacher", ElectraConfig(**SHAPE))
+    shape = ", ".join(f"{k}: {v}" for k, v in SHAPE.items())
+    (tmp_path / "run.yaml").write_text(
+        f"name: a\ndata: shards/web/train\nmodel: {{system: bert, {shape}}}\n"
+        f"objective: {{name: distill, teacher: {teacher}}}\n"
+        "phases: {tokens: 1M, batch_tokens: 8192, lr: 1.0e-3, max_tokens_per_document: 32}\n"
+    )
+    run = read_run(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="predicts no tokens.*--network generator"):
+        plan_texts(run)
