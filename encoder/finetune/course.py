@@ -47,7 +47,7 @@ from encoder.finetune.predict import KeptWeights, predicted, write_predictions, 
 from encoder.finetune.prepare import LastRows, Prepared, Start, prepare, read_start
 from encoder.finetune.rates import layer_factors
 from encoder.models.hf.catalog import export_blocker
-from encoder.models.with_task import TaskModel, first_weights
+from encoder.models.with_task import AnyTaskModel, build_task_model, first_weights
 from encoder.objectives.text_tasks import TERM, TextObjective
 from encoder.optim.groups import Factors
 from encoder.runs.about import machine_facts
@@ -180,11 +180,11 @@ class FineTuning:
     def prepare(self, *, fresh: bool) -> None:
         """The rows were read before; what follows is cheap."""
 
-    def make_model(self) -> TaskModel:
+    def make_model(self) -> AnyTaskModel:
         """With the weights of start_from, which the engine takes afterwards; for ZeRO stage 3 without any."""
         with torch.device("meta" if self.run.engine.zero_stage == 3 else "cpu"):
-            return TaskModel(
-                self.run.model,  # type: ignore[arg-type]  # head_family has seen it
+            return build_task_model(
+                self.run.model,
                 self.prepared.head,
                 attention=self.run.attention,
                 seed=self.run.seed,
@@ -231,7 +231,7 @@ class FineTuning:
     def first_weights(self) -> dict[str, Tensor]:
         """By our names; what start_from has none for is drawn, and origin_lines says so from then on."""
         with torch.device("meta"):
-            model = TaskModel(self.run.model, self.prepared.head, seed=self.run.seed)  # type: ignore[arg-type]
+            model = build_task_model(self.run.model, self.prepared.head, seed=self.run.seed)
         weights, self._drawn = first_weights(
             self._start.weights_for(self.run.task), model, of_task=self._start.head is not None
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.finetune.config import FineTuneConfig
-from encoder.models.with_task import LAYERS, HeadShape, head_family
+from encoder.models.with_task import HeadShape, head_family, layers_of
 
 
 def head_shape(task: FineTuneConfig, specials: SpecialIds) -> HeadShape:
     """Family, kind, outputs, pooling and dropout. Raises ConfigError."""
     kind = task.task
     family = head_family(task.model, specials)
-    usual = LAYERS[kind.HEAD][family].dropout
+    usual = layers_of(kind.HEAD, family).dropout
     return HeadShape(
         family=family,
         kind=kind.HEAD,

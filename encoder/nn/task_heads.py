@@ -2,6 +2,7 @@
 
 [CLS] a  a [SEP] [CLS] b [SEP]         cls    the first token of each document
   x   x  x   x     x   x   x           mean   of all its tokens, special ones included, as transformers takes it
+                                       last   the last token: [CLS] of XLNet
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from encoder.base.batch import TokenBatch
 from encoder.nn.dropout import AddressedDropout
 
 Pooling = Literal["cls", "mean"]
+Place = Literal["cls", "mean", "last"]
 Activation = Literal["tanh", "relu", "gelu"]
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
 
 
-def pooled(x_TC: Tensor, batch: TokenBatch, first_M: Tensor, pooling: Pooling) -> Tensor:
+def pooled(x_TC: Tensor, batch: TokenBatch, first_M: Tensor, place: Place) -> Tensor:
     """A vector [M, C] of each document asked about.
 
     x_TC: hidden states
     batch: whose documents they are of
     first_M: int64, the first token of each document
-    pooling: cls or mean
+    place: cls, mean, or last
     """
-    if pooling == "cls":
+    if place == "cls":
         return x_TC.index_select(0, first_M)
 
     # the document of a token: documents that begin at it or before, less one. Empty documents
@@ -36,6 +38,10 @@ def pooled(x_TC: Tensor, batch: TokenBatch, first_M: Tensor, pooling: Pooling) -
     starts_S1 = batch.cu_seqlens_S1.to(torch.int64)
     tokens_T = torch.arange(len(x_TC), device=x_TC.device)
     document_T = torch.searchsorted(starts_S1, tokens_T, right=True) - 1
+    if place == "last":
+        ends_M = starts_S1[1:].index_select(0, document_T.index_select(0, first_M))
+        return x_TC.index_select(0, ends_M - 1)
+
     exact = torch.promote_types(x_TC.dtype, torch.float32)
     sums_SC = x_TC.new_zeros(len(starts_S1) - 1, x_TC.shape[1], dtype=exact)
     sums_SC = sums_SC.index_add(0, document_T, x_TC.to(exact))

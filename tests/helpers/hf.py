@@ -26,8 +26,8 @@ CONFIG = ModernBertConfig(
 )
 
 
-def write_tokenizer_json(path: Path) -> Path:
-    """Five special tokens and 256 letters, ids 0 to 260."""
+def write_tokenizer_json(path: Path, *, frame: bool = True) -> Path:
+    """Five special tokens and 256 letters, ids 0 to 260; without a frame it is that of the special ids."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
     names = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
@@ -39,9 +39,10 @@ def write_tokenizer_json(path: Path) -> Path:
     tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in names]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
+    if frame:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return path

@@ -22,7 +22,7 @@ from encoder.models.electra import ElectraDiscriminatorConfig
 from encoder.models.hf.task import TrainedTask
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
-from encoder.models.with_task import HeadShape, TaskModel
+from encoder.models.with_task import HeadShape, build_task_model
 from tests.helpers.hf import SPECIALS, write_tokenizer_json
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -64,7 +64,7 @@ def drawn_task(
     config, specials = BODIES[family]
     outputs = outputs or OUTPUTS[kind]
     head = HeadShape(family=family, kind=kind, outputs=outputs, pooling=pooling, dropout=dropout)
-    weights = TaskModel(config, head, attention="sdpa", seed=3).state_dict()
+    weights = build_task_model(config, head, attention="sdpa", seed=3).state_dict()
     draw = torch.Generator().manual_seed(4)
     weights = {
         name: w + (0.3 if w.dim() == 1 else 0.1) * torch.randn(w.shape, generator=draw)

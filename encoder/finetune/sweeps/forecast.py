@@ -15,7 +15,7 @@ from encoder.data.examples import ExampleDealing, in_order
 from encoder.finetune.prepare import Prepared, prepare, read_start
 from encoder.finetune.sweeps.board import Board
 from encoder.finetune.sweeps.points import Point, Sweep
-from encoder.models.with_task import TaskModel
+from encoder.models.with_task import build_task_model
 from encoder.objectives.text_tasks import TERM
 from encoder.train import build
 
@@ -119,8 +119,8 @@ def _tokens_per_second(prepared: Prepared) -> float:
     """Of forwards and backwards of the first micro-batches, without an update, with drawn weights."""
     task = prepared.task
     device = build.choose_device(task, World())
-    model = TaskModel(
-        task.model,  # type: ignore[arg-type]  # head_family has seen it
+    model = build_task_model(
+        task.model,
         prepared.head,
         attention=task.attention,
         seed=0,

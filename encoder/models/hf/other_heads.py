@@ -18,7 +18,7 @@ from encoder.models.hf.task import FORMS, Names
 from encoder.models.with_task import HeadFamily, HeadKind
 
 # tensors that are a task's head and nothing of a pretrained model, whatever the class
-TASK_STEMS = ("classifier.", "pre_classifier.", "qa_outputs.", "sequence_summary.")
+TASK_STEMS = ("classifier.", "pre_classifier.", "qa_outputs.", "logits_proj.", "sequence_summary.")
 MASKED = "ForMaskedLM"
 # of classes whose body is no model of masked tokens
 PRETRAINED = {"Electra": "ForPreTraining"}

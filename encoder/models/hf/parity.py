@@ -76,12 +76,15 @@ class Proof:
     # the same up to FP64_TOKENS in fp64; None: fp32 was close enough
     fp64_difference: float | None = None
     left_padded: bool = True
+    right_padded: bool = True
 
     def __str__(self) -> str:
         fp64 = ""
         if self.fp64_difference is not None:
             fp64 = f" in fp32, by its rounding ({self.fp64_difference:.1e} in fp64),"
         side = "either side" if self.left_padded else "the right"
+        if not self.right_padded:
+            side = "the left"
         return (
             f"the same logits within {self.max_abs_difference:.1e}{fp64} at lengths "
             f"{', '.join(f'{n:,}' for n in self.lengths)}, alone and padded on {side}"

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,8 +46,16 @@ from encoder.models.hf.parity import (
 from encoder.models.hf.tokenizer import write_tokenizer
 from encoder.models.hf.write import PROOF, files_of_earlier, proof_file
 from encoder.models.stored import WEIGHTS, write_safetensors
-from encoder.models.with_task import HeadFamily, HeadKind, HeadShape, TaskModel
+from encoder.models.with_task import (
+    AnyTaskModel,
+    HeadFamily,
+    HeadKind,
+    HeadShape,
+    build_task_model,
+    layers_of,
+)
 
+Sides = tuple[Literal["left", "right"], ...]
 # ours -> theirs, stems of a head's parameters
 Names = Mapping[str, str]
 _MODERN: Names = {"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"}
@@ -57,6 +65,7 @@ _OWN_CLASS: Names = {"head.dense": "classifier.dense", "classifier": "classifier
 _ALBERT: Names = {"head.dense": "albert.pooler", "classifier": "classifier"}
 _DISTILBERT: Names = {"head.dense": "pre_classifier", "classifier": "classifier"}
 _ELECTRA_CHOICE: Names = {"head.dense": "sequence_summary.summary", "classifier": "classifier"}
+_XLNET: Names = {"head.dense": "sequence_summary.summary", "classifier": "logits_proj"}
 _QUESTION: Names = {"classifier": "qa_outputs"}
 
 
@@ -98,6 +107,7 @@ _PREFIXES: dict[HeadFamily, str] = {
     "distilbert": "DistilBert",
     "albert": "Albert",
     "electra": "Electra",
+    "xlnet": "XLNet",
 }
 
 
@@ -105,7 +115,10 @@ def _dropouts(distilbert: str | None) -> dict[HeadFamily, str]:
     families: tuple[HeadFamily, ...] = ("modernbert", "bert", "roberta", "electra")
     found: dict[HeadFamily, str] = dict.fromkeys(families, "classifier_dropout")
     found["albert"] = "classifier_dropout_prob"
-    return found if distilbert is None else {**found, "distilbert": distilbert}
+    # XLNet's of tokens has none
+    if distilbert is not None:
+        found |= {"distilbert": distilbert, "xlnet": "summary_last_dropout"}
+    return found
 
 
 FORMS: dict[HeadKind, HeadForm] = {
@@ -119,6 +132,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "electra": _OWN_CLASS,
             "distilbert": _DISTILBERT,
             "albert": _ALBERT,
+            "xlnet": _XLNET,
         },
         outputs="a number",
         usage='answer = pipeline("text-classification", model="FOLDER")("a text")',
@@ -135,6 +149,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "distilbert": _BARE,
             "albert": _BARE,
             "electra": _BARE,
+            "xlnet": _BARE,
         },
         outputs="a tag of each word, on its first token",
         usage=(
@@ -177,6 +192,7 @@ FORMS: dict[HeadKind, HeadForm] = {
             "distilbert": _DISTILBERT,
             "albert": _ALBERT,
             "electra": _ELECTRA_CHOICE,
+            "xlnet": _XLNET,
         },
         outputs="a score of each choice",
         usage=(
@@ -264,10 +280,10 @@ def export_task(task: TrainedTask, out: Path, *, onnx: bool = False) -> dict[str
     return proofs
 
 
-def task_model(task: TrainedTask) -> TaskModel:
+def task_model(task: TrainedTask) -> AnyTaskModel:
     """The model on the CPU, in eval mode, with these weights, which are not copied."""
     with torch.device("meta"):
-        model = TaskModel(task.config, task.head, seed=0)  # type: ignore[arg-type]
+        model = build_task_model(task.config, task.head, seed=0)
     # buffers of dropout are no weights: they are drawn with the model, and unused here
     model.load_state_dict(task.weights, assign=True)
     return model.eval()
@@ -332,40 +348,34 @@ def _loaded(task: TrainedTask, folder: Path, bridge: Bridge) -> Any:
     return theirs.eval()
 
 
-def _prove(task: TrainedTask, ours: TaskModel, theirs: Any, padding: Padding) -> Proof:
+def _prove(task: TrainedTask, ours: AnyTaskModel, theirs: Any, padding: Padding) -> Proof:
     """Compares with transformers; theirs may be in fp64 behind it. Raises ExportError.
 
     task, ours: the model
     theirs: transformers'
     padding: how theirs may be padded
     """
-    lengths, left = _asked(task, padding)
-    worst = _worst(ours, theirs, lengths, padding=padding, left=left)
-    proof = Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=left)
+    lengths, sides = _asked(task, padding)
+    worst = _worst(ours, theirs, lengths, padding=padding, sides=sides)
+    proof = _proof(worst, lengths, sides)
     if worst <= TOLERANCE:
         return proof
     fp64 = _worst(
-        copy.deepcopy(ours).double(), theirs.double(), lengths, padding=padding, left=left
+        copy.deepcopy(ours).double(), theirs.double(), lengths, padding=padding, sides=sides
     )
     if fp64 <= TOLERANCE_FP64:
-        return Proof(
-            max_abs_difference=worst,
-            lengths=tuple(lengths),
-            fp64_difference=fp64,
-            left_padded=left,
-        )
+        return dataclasses.replace(proof, fp64_difference=fp64)
     raise ExportError(
         f"the logits of transformers differ from ours by {worst:.2e} in fp32 and by {fp64:.2e} in"
         f" fp64; needed: {TOLERANCE:.0e}, or {TOLERANCE_FP64:.0e} in fp64. Nothing was written."
     )
 
 
-def _asked(task: TrainedTask, padding: Padding, *, most: int = 2**31) -> tuple[list[int], bool]:
-    """Lengths of the texts that are compared, in tokens; and whether padding may stand before them, too."""
-    form = FORMS[task.head.kind]
+def _asked(task: TrainedTask, padding: Padding, *, most: int = 2**31) -> tuple[list[int], Sides]:
+    """Lengths of the texts that are compared, in tokens; and where padding may stand beside them."""
     longest = min(task.max_tokens, task.config.max_position_embeddings, most)
     lengths = sorted({min(n, longest) for n in (1, 2, 40, 127, 128, 129, 130, 512, longest)})
-    return lengths, padding.left and (form.by_token or task.head.pooling == "mean")
+    return lengths, _sides(task.head, padding)
 
 
 def _graph_of(task: TrainedTask, theirs: Any, folder: Path) -> Path:
@@ -378,7 +388,7 @@ def _graph_of(task: TrainedTask, theirs: Any, folder: Path) -> Path:
 
 
 def _prove_graph(
-    task: TrainedTask, ours: TaskModel, graph: Graph, padding: Padding, *, tolerance: float
+    task: TrainedTask, ours: AnyTaskModel, graph: Graph, padding: Padding, *, tolerance: float
 ) -> Proof:
     """Compares with onnxruntime. Raises ExportError.
 
@@ -387,25 +397,48 @@ def _prove_graph(
     padding: how it may be padded
     tolerance: of a logit
     """
-    lengths, left = _asked(task, padding, most=PROOF_TOKENS)
-    worst = _worst(ours, graph, lengths, padding=padding, left=left)
+    lengths, sides = _asked(task, padding, most=PROOF_TOKENS)
+    worst = _worst(ours, graph, lengths, padding=padding, sides=sides)
     if not worst <= tolerance:
         raise ExportError(
             f"the logits of onnxruntime differ from ours by {worst:.2e}; needed: at most"
             f" {tolerance:.0e}. Nothing was written. Export without --onnx."
         )
-    return Proof(max_abs_difference=worst, lengths=tuple(lengths), left_padded=left)
+    return _proof(worst, lengths, sides)
+
+
+def _proof(worst: float, lengths: Sequence[int], sides: Sides) -> Proof:
+    return Proof(
+        max_abs_difference=worst,
+        lengths=tuple(lengths),
+        left_padded="left" in sides,
+        right_padded="right" in sides,
+    )
+
+
+def _sides(head: HeadShape, padding: Padding) -> Sides:
+    """Where padding may stand beside a text: not where the head looks for its first or its last token."""
+    if layers_of(head.kind, head.family).at_last:
+        return ("left",)
+    if padding.left and (FORMS[head.kind].by_token or head.pooling == "mean"):
+        return ("right", "left")
+    return ("right",)
 
 
 def _worst(
-    ours: TaskModel, theirs: Any, lengths: Sequence[int], *, padding: Padding, left: bool
+    ours: AnyTaskModel,
+    theirs: Any,
+    lengths: Sequence[int],
+    *,
+    padding: Padding,
+    sides: Sides,
 ) -> float:
     """The largest difference of a logit over drawn texts, each alone and padded.
 
     ours, theirs: both models
     lengths: of the texts
     padding: how theirs may be padded
-    left: whether padding may stand before a text, too
+    sides: of a text, where padding may stand
     """
     form = FORMS[ours.head_shape.kind]
     draw = generator(0, "task proof")
@@ -421,8 +454,8 @@ def _worst(
         for document, expected_PK in zip(documents, _ours(ours, batch, lengths), strict=True):
             real_L = torch.ones_like(document)
             worst = _larger(worst, _theirs(theirs, form, document, real_L) - expected_PK)
-            for at_left in (False, True) if left else (False,):
-                ids_L, real_L = _padded(document, padding, at_left=at_left)
+            for side in sides:
+                ids_L, real_L = _padded(document, padding, at_left=side == "left")
                 worst = _larger(worst, _theirs(theirs, form, ids_L, real_L) - expected_PK)
 
         # a pair: the second half of each text is of segment 1
@@ -437,7 +470,7 @@ def _worst(
     return worst
 
 
-def _ours(ours: TaskModel, batch: TokenBatch, lengths: Sequence[int]) -> list[Tensor]:
+def _ours(ours: AnyTaskModel, batch: TokenBatch, lengths: Sequence[int]) -> list[Tensor]:
     """Our logits [P, K] of each document: at its first token, or at each."""
     if FORMS[ours.head_shape.kind].by_token:
         index_M = torch.arange(len(batch.ids_T))
@@ -518,12 +551,13 @@ def _write_card(
         for metric, value in numbers.items()
     ]
     proven = [[asked, str(proof)] for asked, proof in proofs.items()]
+    pad_on = _sides(task.head, bridge.padding({}))[0]
     text = "\n".join(
         [
             "---\n# license: name one before you publish, for example apache-2.0\n"
             f"{to_yaml(head)}---\n",
             f"# {plain(task.name)}\n",
-            f"{begun(with_article(bridge.title))} fine-tuned with Tessera. Pad texts on the right.\n",
+            f"{begun(with_article(bridge.title))} fine-tuned with Tessera. Pad texts on the {pad_on}.\n",
             f"```python\nfrom transformers import {form.usage_import}\n\n{form.usage}\n```\n",
             table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),
             table_text(Table(title="Training", head=("", ""), rows=list(task.facts.items()))),

@@ -50,6 +50,7 @@ ONLY: dict[str, Any] = {
     "pruned_heads": {},
 }
 ARCHITECTURES = ("XLNetLMHeadModel", "XLNetModel")
+OF_A_TASK = "XLNetForMaskedLM"  # what a class for a task stands for (other_heads.py)
 BODY = "transformer"
 TOKENS = "model.embeddings.tok_embeddings.weight"
 QUERY = "first_query.weight"
@@ -118,7 +119,7 @@ def from_settings(
     Raises ModelError for another architecture, and for what our model cannot be.
     """
     architectures = values.get("architectures") or [ARCHITECTURES[0]]
-    if architectures[0] not in ARCHITECTURES or len(architectures) != 1:
+    if architectures[0] not in (*ARCHITECTURES, OF_A_TASK) or len(architectures) != 1:
         raise ModelError(
             f"{where} is of a {', '.join(map(str, architectures))}; needed: one of"
             f" {', '.join(ARCHITECTURES)}. Give such a folder."
