@@ -418,6 +418,10 @@ class PackedEncoder(PackedBody):
         """[T, V] at all positions: for proofs and for asking questions, not for training."""
         return self.decode(self.hidden_states(batch))
 
+    def masked_states(self, batch: TokenBatch, index_M: Tensor) -> Tensor:
+        """x_MC, from which the decoder tells what stood at masked tokens index_M."""
+        return self.hidden_states(batch).index_select(0, index_M)
+
     def decode(self, x_MC: Tensor) -> Tensor:
         """Hidden states [M, C] -> logits [M, V]."""
         return F.linear(*self.token_decoder(x_MC))

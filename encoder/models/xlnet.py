@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -337,6 +337,19 @@ class Xlnet(XlnetBody):
         """
         queries = QueryRows(index_M=targets.index_M, real_M=targets.value_M >= 0)
         return self.model(batch, order, queries, self.first_query(len(targets.index_M)))
+
+    def masked_states(self, batch: TokenBatch, index_M: Tensor) -> Tensor:
+        """x_MC of the query stream at tokens that nobody sees, whatever ids stand there: what decodes to their answers.
+
+        Without a query stream those of the content stream, which was trained on masks.
+        """
+        if not self.config.query_stream:
+            return self.hidden_states(batch).index_select(0, index_M)
+        targets = Targets(index_M=index_M, value_M=batch.ids_T[index_M], count=len(index_M))
+        order = plain_order(batch.positions_T, batch.segments_T)
+        # rank 1 is seen by none whose own is 1, and all are
+        unseen_T = order.key_rank_T.index_fill(0, index_M, 1)
+        return self.predicted_states(batch, targets, replace(order, key_rank_T=unseen_T))
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """[T, V] of the content stream: for proofs."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from encoder.base.batch import packed_documents
+from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.errors import ExportError
 from encoder.base.files import native_path
 from encoder.base.rng import generator
@@ -59,6 +59,9 @@ class MaskedModel(Model, Protocol):
 
     def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
         """Hidden states [M, C] -> the head's output, and the decoder's weight and bias."""
+
+    def masked_states(self, batch: TokenBatch, index_M: Tensor) -> Tensor:
+        """x_MC, from which the decoder tells what stood at masked tokens index_M."""
 
     def decode(self, x_MC: Tensor) -> Tensor:
         """Hidden states [M, C] -> logits [M, V]."""

@@ -246,10 +246,10 @@ def _hay(
 
 def _answer(bert: LoadedModel, ids_T: Tensor, answers: Tensor) -> int:
     """The likeliest of some ids at the last mask."""
-    place = int((ids_T == bert.specials.mask_id).nonzero()[-1])
+    masks = (ids_T == bert.specials.mask_id).nonzero()[:, 0]
     with torch.no_grad():
-        x_TC = bert.model.hidden_states(packed_documents([ids_T]))
-        logits_V = bert.model.decode(x_TC[place : place + 1])[0]
+        x_MC = bert.model.masked_states(packed_documents([ids_T]), masks[-1:])
+        logits_V = bert.model.decode(x_MC)[0]
     return int(answers[logits_V[answers].argmax()])
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from encoder.base.batch import Targets, TokenBatch, packed_documents
 from encoder.base.rng import generator
-from encoder.objectives.mlm import MLM, MaskedLanguageModel, MlmConfig, mlm_loss
+from encoder.nn.loss import cross_entropy_sum
+from encoder.objectives.mlm import MLM, MaskedLanguageModel, MlmConfig
 from encoder.tools.evaluation.pieces import Pieces
 from encoder.tools.notebook import LoadedModel, in_forwards
 from encoder.train.evaluate import unigram_entropy
@@ -135,7 +136,9 @@ def loss_of(bert: LoadedModel, asked: Sequence[Asked]) -> MaskedLoss:
             batch = _batch(asked[some])
             if not batch.counts[MLM]:
                 continue
-            term = mlm_loss(bert.model, batch)
+            targets = batch.targets[MLM]
+            x_MC = bert.model.masked_states(batch, targets.index_M)
+            term = cross_entropy_sum(*bert.model.token_decoder(x_MC), targets.value_M)
             found.append(
                 MaskedLoss(sum=float(term.sum), count=int(term.count), correct=int(term.correct))
             )
@@ -145,8 +148,8 @@ def loss_of(bert: LoadedModel, asked: Sequence[Asked]) -> MaskedLoss:
 def nats_of(bert: LoadedModel, asked: Asked) -> Tensor:
     """[M], -log p of each asked token of one document."""
     with torch.no_grad():
-        x_TC = bert.model.hidden_states(packed_documents([asked.shown_T]))
-        logits_MV = bert.model.decode(x_TC[asked.index_M])
+        x_MC = bert.model.masked_states(packed_documents([asked.shown_T]), asked.index_M)
+        logits_MV = bert.model.decode(x_MC)
     return F.cross_entropy(logits_MV.float(), asked.value_M, reduction="none")
 
 

@@ -9,10 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import encoder.nn.two_streams as two_streams
+from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError, ModelError
 from encoder.models.catalog import PRESETS, build_model
 from encoder.models.growth import GrowthConfig, grow
 from encoder.models.xlnet import XlnetConfig
+from encoder.nn.two_streams import plain_order
 from tests.helpers.contracts import check_model
 from tests.helpers.plain import with_random_weights
 from tests.helpers.xlnet import QUIET, TINY, batch_of, objective_of, only, with_room
@@ -109,6 +111,24 @@ def test_a_target_changes_no_logit_of_its_own_and_of_those_before_it():
             after = model.decode(model.predicted_states(other, targets, order))
             same_M = (after == before).all(1)
             assert same_M[rank_M <= rank_M[m]].all() and not same_M[rank_M > rank_M[m]].any()
+
+
+def test_masked_tokens_are_answered_by_what_is_around_them_alone():
+    """The same answers whatever stands at the masks; of a single one those of the plain reference."""
+    model = with_random_weights(TINY).eval()
+    batch = packed_documents([torch.arange(20) + 7, torch.arange(9) + 30])
+    index_M = torch.tensor([3, 11, 22])
+    with torch.no_grad():
+        found = model.masked_states(batch, index_M)
+        other = replace(batch, ids_T=batch.ids_T.index_fill(0, index_M, 4))
+        assert torch.equal(model.masked_states(other, index_M), found)
+        (alone,) = model.decode(model.masked_states(batch, torch.tensor([3])))
+    order = plain_order(batch.positions_T[:20], None)
+    order = replace(order, key_rank_T=order.key_rank_T.index_fill(0, torch.tensor(3), 1))
+    (expected,) = plain_query_logits(
+        model.state_dict(), TINY, batch.ids_T[:20], order, torch.tensor([3])
+    )
+    assert (alone - expected).abs().max() < 1e-5
 
 
 def test_gradients_do_not_flow_into_the_memory_but_reach_its_keys_and_values():
