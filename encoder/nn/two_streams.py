@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from encoder.base.errors import ConfigError
+
 # scores of a block over all heads; fp32: 16 MB on a CPU, 256 MB on a GPU
 BLOCK_SCORES = {"cpu": 2**22, "cuda": 2**26}
 NEVER = 2**31 - 1  # rank of a key that nobody sees
@@ -126,8 +128,15 @@ def plan_two_streams(
     order: how they are read
     queries: where the query stream stands; None: there is none
     heads: of a layer, for the size of a block
+
+    Raises ConfigError while a CUDA graph is captured.
     """
     device = cu_seqlens_S1.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "engine.graphs micro_step with an XLNet: its attention asks the device how long documents"
+            " are, which no captured graph can. Use graphs: off."
+        )
     units = _units(cu_seqlens_S1, order, queries)
     most = BLOCK_SCORES[device.type] // heads
 
