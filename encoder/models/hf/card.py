@@ -85,8 +85,23 @@ def write_card(
             " texts; for a task, fine-tune it.\n"
         )
         usage = _detection_usage(shown_as, described.auto_class)
+    task = "masked-language-modelling" if fills_in else "replaced-token-detection"
+    # transformers has no pipeline that asks a query stream
+    if getattr(described.config, "query_stream", False):
+        fills_in = False
+        task = "permutation-language-modelling"
+        says = (
+            f"{title}, pretrained by permutation language modelling with Tessera. It gives vectors of"
+            " tokens and texts; for a task, fine-tune it. Pad texts on the left.\n"
+        )
+        usage = "## Use\n"
     parts = [
-        _front_matter(training.base_model, tag=described.bridge.model_type, fills_in=fills_in),
+        _front_matter(
+            training.base_model,
+            tag=described.bridge.model_type,
+            task=task,
+            fills_in=fills_in,
+        ),
         f"# {plain(training.name)}\n",
         says,
         usage,
@@ -112,7 +127,12 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(line, quote=False))
 
 
-def _front_matter(base_model: str | None, *, tag: str, fills_in: bool) -> str:
+def _front_matter(base_model: str | None, *, tag: str, task: str, fills_in: bool) -> str:
+    """base_model: that it was trained further from
+    tag: of the class
+    task: that it was pretrained by
+    fills_in: whether the pipeline fill-mask takes it
+    """
     lines = [
         "---",
         "# license: name one before you publish, for example apache-2.0",
@@ -121,7 +141,7 @@ def _front_matter(base_model: str | None, *, tag: str, fills_in: bool) -> str:
         *([f"base_model: {json.dumps(base_model)}"] if base_model else []),
         "tags:",
         f"- {tag}",
-        f"- {'masked-language-modelling' if fills_in else 'replaced-token-detection'}",
+        f"- {task}",
         "- sentence-transformers",
         "- tessera",
         "---",

@@ -150,6 +150,8 @@ def test_transformers_finds_every_weight_and_its_own_frame(folder):
     assert asked["input_ids"][-2:] == [2, 1]
     assert asked["token_type_ids"] == [0, 0, 0, 1, 1, 2]
     assert tokenizer.padding_side == "left"
+    card = (folder / "README.md").read_text()
+    assert "- permutation-language-modelling" in card and "fill-mask" not in card
 
 
 def test_a_body_gets_a_drawn_decoder(folder, tmp_path):
