@@ -81,11 +81,15 @@ def _draw(results: dict[str, Result], path: Path) -> None:
     for axis, panel in zip(axes.flat, drawn):
         panel(axis, results)
         axis.set_xlabel("tokens")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:.0f}K"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tokens(v)))
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _tokens(number: float) -> str:
+    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
 
 
 def _bert(axis: Any, results: dict[str, Result]) -> None:
@@ -107,7 +111,7 @@ def _next_sentence(axis: Any, results: dict[str, Result]) -> None:
             points = results[name]["held_out"]
             _line(axis, points, "held_out_accuracy_nsp", "o-", label=label, color=colour)
     always = results["minilm_nsp"]["always_1"]
-    axis.axhline(always, lw=0.8, ls="--", color="#999", label=f"always 1: {always:.2f}")
+    axis.axhline(always, lw=0.8, ls="--", color="#999", label=f"always 1, of books: {always:.2f}")
     axis.set(title="Next sentence, held out", ylabel="share of right labels", ylim=(0.4, 1))
 
 
