@@ -102,8 +102,8 @@ def start_engine(
     device: of this rank
     factors: parameter -> of every step's rate and clipped gradient; 1 for all others
     """
-    config = replace(config, precision=precision_on(config.precision, device))
-    config = as_run(config, ranks=world.size, device=device)
+    told = replace(config, precision=precision_on(config.precision, device))
+    config = as_run(told, ranks=world.size, device=device)
     # groups go by a parameter's dimensions, which stage 3 takes away
     steps = build_optimizer(model, optimizer, factors=factors)
     deepspeed = import_deepspeed(device)
@@ -138,7 +138,13 @@ def start_engine(
     ds_engine.enable_backward_allreduce = config.zero_stage > 0
 
     engine = Engine(
-        ds_engine, objective=objective, optimizer=steps, config=config, world=world, device=device
+        ds_engine,
+        objective=objective,
+        optimizer=steps,
+        config=told,
+        zero_stage=config.zero_stage,
+        world=world,
+        device=device,
     )
     if config.precision == "bf16":
         engine.set_masters(first)  # the bf16 parameters would start them 3 digits short
@@ -155,10 +161,22 @@ class Engine:
         objective: TrainedObjective,
         optimizer: WholeTensorOptimizer,
         config: EngineConfig,
+        zero_stage: int,
         world: World,
         device: torch.device,
     ) -> None:
+        """As start_engine makes it.
+
+        ds_engine: DeepSpeed's, around the model
+        objective: whose loss is the model's forward
+        optimizer: that it steps
+        config: as the run file has it, and as it is told elsewhere
+        zero_stage: as it is run (as_run)
+        world: this rank among the others
+        device: of this rank
+        """
         self.config, self.world, self.device = config, world, device
+        self._stage = zero_stage
         self.module: TrainedModel = ds_engine.module  # the bare model
         self.optimizer = optimizer
         self.objective = objective
@@ -189,7 +207,7 @@ class Engine:
         )
 
         # stage 0 steps whole tensors, and has no ZeRO that averages, clips and checks the gradients
-        if config.zero_stage:
+        if zero_stage:
             optimizer.set_slices(self._parts, shapes=self.shapes)
         else:
             optimizer.register_step_pre_hook(self._before_plain_step)
@@ -240,7 +258,7 @@ class Engine:
                 row[1] += term.count
             weights = {name: term.weight for name, term in loss.items()}
         self._ds.step()
-        if self.config.zero_stage == 0:
+        if self._stage == 0:
             norm = float(self._plain_norm)
         else:
             norm = float(self._ds.get_global_grad_norm())
@@ -335,7 +353,7 @@ class Engine:
         forwards = [*batches]
 
         # weights are gathered layer by layer, by all ranks or by none
-        if self.config.zero_stage == 3:
+        if self._stage == 3:
             most = int(max_over_ranks(torch.tensor([len(batches)], device=self.device)))
             forwards += [nothing_to_predict(self.objective.terms)] * (most - len(batches))
         training = self.module.training
@@ -399,7 +417,7 @@ class Engine:
         for part in self._parts:
             for s in part.slices:
                 # stage 0: all lies on every rank, so each answers for a share
-                if self.config.zero_stage == 0:
+                if self._stage == 0:
                     s = share_of(s, self.world)
                 if s.length:
                     yield part, s
@@ -419,7 +437,7 @@ class Engine:
         """What a forward runs in."""
         with contextlib.ExitStack() as forward:
             # layers that are computed again keep no weight, and theirs must not be replaced while they are in their backward
-            if self.config.zero_stage == 3 and self.config.activation_checkpointing == "off":
+            if self._stage == 3 and self.config.activation_checkpointing == "off":
                 forward.enter_context(weights_may_go())
 
             # our own: DeepSpeed's reduces the gradients of Linear modules in bf16
@@ -457,16 +475,19 @@ class Engine:
             grads = [part.view_as(p) for p, part in zip(tensors, parts, strict=True)]
         else:
             self._plain_norm = _norm(grads)
-        finite = bool(torch.isfinite(self._plain_norm))
 
         # the formula of ZeRO's unscale_and_clip_grads
-        if self.config.gradient_clipping and finite:
+        if self.config.gradient_clipping:
             above = (self._plain_norm + 1e-6) / self.config.gradient_clipping
-            if above > 1.0:
-                shrink = above.to(grads[0].dtype)
-                torch._foreach_div_([flat] if together else grads, shrink)
+            shrink = above.clamp(min=1.0).to(grads[0].dtype)
+            if together:
+                flat.div_(shrink)
+            # on a CPU a look at the norm waits for nothing, and a division by one would read and write all of it
+            elif shrink != 1.0:
+                torch._foreach_div_(grads, shrink)
 
         # a tensor without a gradient is left where it is by the optimizer, and its counter, too
+        finite = bool(torch.isfinite(self._plain_norm))
         for p, grad in zip(tensors, grads, strict=True):
             if finite:
                 p.grad = grad

@@ -15,7 +15,8 @@ import torch
 
 from encoder.optim.whole_tensors import Bundle, Live, MomentsConfig, WholeTensorOptimizer
 
-LATE = torch.tensor(2.0**60)
+# a step so late that torch's own bias correction, 1 - beta^step, is one
+LATE = 2.0**60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,7 @@ class AdamW(WholeTensorOptimizer):
             bundle.state["exp_avg"],
             bundle.state["exp_avg_sq"],
             [],
-            # so late that its own bias correction, 1 - beta^step, is one
-            [LATE] * len(bundle.weights),
+            [torch.full((), LATE, device="cpu")] * len(bundle.weights),
             lr=rate,
             beta1=beta1,
             beta2=beta2,

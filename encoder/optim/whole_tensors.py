@@ -209,6 +209,7 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
         """(row; weights, gradients and states) of each slice, or whole tensor; padding of flat tensors is in none."""
         for _, p in members:
             assert p.grad is not None, "only what has a gradient is live"
+            assert p.is_contiguous(), "weights and moments are moved as they lie in memory"
             values = [p, p.grad.contiguous(), *(self.state[p][kind] for kind in kinds)]
             if not self._parts:
                 yield from _pieces(self._row[p], values)

@@ -30,7 +30,7 @@ ONE_RANK = [
     {"label": "fp64-s0-1x4", "zero_stage": 0, "precision": "fp64", "rows": 2},
     {"label": "fp32-s0-1x4", "zero_stage": 0, "precision": "fp32", "rows": 2},
     {"label": "fp32-s1-1x4", "zero_stage": 1, "precision": "fp32", "rows": 2},
-    {"label": "fp32-s2-1x4", "zero_stage": 2, "precision": "fp32", "rows": 2},
+    {"label": "fp32-s2-1x4", "zero_stage": 2, "precision": "fp32", "rows": 2, "as_told": True},
     {"label": "clip-s0-1x4", "zero_stage": 0, "precision": "fp32", "rows": 2, "clipping": 0.5},
     {
         "label": "means_fp64-s0-1x4",
@@ -40,7 +40,13 @@ ONE_RANK = [
         "mean_of_means": True,
     },
     {"label": "bf16-s1-1x4", "zero_stage": 1, "precision": "bf16", "rows": 2},
-    {"label": "autocast-s1-1x4", "zero_stage": 1, "precision": "autocast", "rows": 2},
+    {
+        "label": "autocast-s1-1x4",
+        "zero_stage": 1,
+        "precision": "autocast",
+        "rows": 2,
+        "as_told": True,
+    },
     {"label": "fp32-s3-1x4", "zero_stage": 3, "precision": "fp32", "rows": 2},
 ]
 TWO_RANKS = [

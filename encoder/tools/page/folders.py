@@ -110,6 +110,7 @@ def open_folder(folder: Path, *, name: str = "", kind: str | None = None) -> Ope
             return _sentence_transformer(folder, shown)
 
     with importing():
+        import torch  # noqa: F401
         import transformers
 
     try:

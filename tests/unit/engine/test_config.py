@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from encoder.base.errors import ConfigError
-from encoder.engine.zero.config import EngineConfig, zero_config
+from encoder.engine.zero.config import EngineConfig, as_run, zero_config
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,20 @@ def test_an_offloaded_optimizer_is_ours_on_the_cpu_and_needs_zero():
 def test_negative_clipping_is_refused():
     with pytest.raises(ConfigError, match="below 0"):
         EngineConfig(gradient_clipping=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "device", "stage"),
+    [
+        (EngineConfig(zero_stage=1, precision="fp32"), 1, "cpu", 0),
+        (EngineConfig(zero_stage=2, precision="autocast"), 1, "cpu", 0),
+        # what is cut, or has masters of its own, or lies on a GPU, keeps its stage
+        (EngineConfig(zero_stage=1, precision="fp32"), 2, "cpu", 1),
+        (EngineConfig(zero_stage=3, precision="fp32"), 1, "cpu", 3),
+        (EngineConfig(zero_stage=1, precision="bf16"), 1, "cpu", 1),
+        (EngineConfig(zero_stage=2, precision="fp32", offload_optimizer="cpu"), 1, "cpu", 2),
+        (EngineConfig(zero_stage=1, precision="autocast"), 1, "cuda", 1),
+    ],
+)
+def test_stages_that_cut_nothing_are_run_as_stage_0(config, ranks, device, stage):
+    assert as_run(config, ranks=ranks, device=torch.device(device)).zero_stage == stage
