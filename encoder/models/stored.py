@@ -127,12 +127,18 @@ def read_stored_config(folder: Path) -> ModelConfig:
     return read_settings(_ModelFile, folder / MODEL).model
 
 
-def check_weights(weights: dict[str, Tensor], config: ModelConfig, *, of: str) -> None:
-    """Names and shapes are those of the config's model. Raises ModelError with the first three that are not."""
-    # names and shapes alone: no weight is drawn
-    with torch.device("meta"):
-        wanted = {name: p.shape for name, p in build_model(config, seed=0).state_dict().items()}
-    lacking = sorted(wanted.keys() - weights.keys())
+def check_weights(
+    weights: dict[str, Tensor], config: ModelConfig, *, of: str, may_lack: Sequence[str] = ()
+) -> None:
+    """Names and shapes are those of the config's model. Raises ModelError with the first three that are not.
+
+    weights: by our names
+    config: of the model
+    of: opens the errors
+    may_lack: parameters that will be drawn
+    """
+    wanted = parameter_shapes(config)
+    lacking = sorted(wanted.keys() - weights.keys() - {*may_lack})
     unknown = sorted(weights.keys() - wanted.keys())
     unfit = [
         f"{n} {list(weights[n].shape)} for {list(s)}"
@@ -153,10 +159,15 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, *, of: str) -
             )
 
 
-def parameter_names(config: ModelConfig) -> list[str]:
-    """Of the config's model, as state_dict() names them."""
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Of the config's model, as state_dict() names them: no weight is drawn."""
     with torch.device("meta"):
-        return list(build_model(config, seed=0).state_dict())
+        return {name: p.shape for name, p in build_model(config, seed=0).state_dict().items()}
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """The same without the shapes."""
+    return list(parameter_shapes(config))
 
 
 def drawn_weights(config: ModelConfig, names: Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ Place = Literal["attention", "mlp", "mlp_inner", "embedding", "head", "head_outp
 class AddressedDropout(nn.Module):
     """x + dropout(y): the residual addition with dropout of the branch; plain addition in eval mode or with p = 0."""
 
-    constant_C: Tensor
+    constant_C: Tensor  # without elements until they are needed, where p = 0 and on the meta device
 
     def __init__(self, *, width: int, layer: int, p: float, place: Place = "attention") -> None:
         super().__init__()
@@ -44,12 +44,20 @@ class AddressedDropout(nn.Module):
         # attention's address is older than the other places
         if place == "attention":
             address = (layer,)
-        draw = generator(0, "dropout", *address)
-
-        # odd, so invertible modulo 2^64
-        drawn = draw.integers(-(2**63), 2**63, size=width, dtype=np.int64) | 1
+        self._width = width
+        self._address = address
+        # who asks for names and shapes makes no numbers, whatever width a stranger's config says
+        constant_C = torch.empty(0, dtype=torch.int64, device="cpu")
+        if p > 0.0 and torch.get_default_device().type != "meta":
+            constant_C = self._drawn()
         # a function of the address, so not part of a checkpoint
-        self.register_buffer("constant_C", torch.from_numpy(drawn), persistent=False)
+        self.register_buffer("constant_C", constant_C, persistent=False)
+
+    def _drawn(self) -> Tensor:
+        draw = generator(0, "dropout", *self._address)
+        # odd, so invertible modulo 2^64
+        drawn = draw.integers(-(2**63), 2**63, size=self._width, dtype=np.int64) | 1
+        return torch.from_numpy(drawn)
 
     def forward(self, x_TC: Tensor, y_TC: Tensor, key_T: Tensor) -> Tensor:
         """[T, C] + [T, C] -> [T, C]; key_T int64."""
@@ -74,6 +82,8 @@ class AddressedDropout(nn.Module):
 
     def _factor(self, key_T: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, C]: 1 / (1 - p) where an element is kept, 0 where it falls out."""
+        if not len(self.constant_C):
+            self.constant_C = self._drawn().to(key_T.device)
         # the product wraps modulo 2^64, as meant; read as signed it is uniform over all int64
         keep_TC = key_T[:, None] * self.constant_C >= quantile_of_int64(self.p)
         return keep_TC.to(dtype) * (1.0 / (1.0 - self.p))

@@ -28,8 +28,11 @@ from encoder.models.hf.bridge import (
     Bridge,
     Padding,
     Settings,
+    Shapes,
     blocker_text,
+    check_shapes,
     refuse_strange,
+    without_data,
     without_words,
 )
 
@@ -425,7 +428,7 @@ def weights_to(
 
 
 def weights_from(
-    layout: Layout, raw: Mapping[str, Tensor], config: BertConfig, *, of: str, ours: Sequence[str]
+    layout: Layout, raw: Mapping[str, Tensor], config: BertConfig, *, of: str, ours: Shapes
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Their weights by our names, and the names of theirs that have no place in the model.
 
@@ -433,9 +436,9 @@ def weights_from(
     raw: as a file has them: with or without the body's name before them, gamma and beta for norms.
     config: the model.
     of: opens the errors.
-    ours: names of the model's parameters; a head that is not there is left out here, for another to draw.
+    ours: names and shapes of the model's parameters; a head that is not there is left out here, for another to draw.
 
-    Raises ModelError where the decoder is no copy of the embedding.
+    Raises ModelError where the decoder is no copy of the embedding, and where a shape is not that of the config.
     """
     # ..._ids are buffers of older versions, such as position_ids
     theirs = {name: w for name, w in _todays_names(layout, raw) if not name.endswith("_ids")}
@@ -447,6 +450,7 @@ def weights_from(
                 f"{of}: {copy} is not {original}; needed: a decoder that is the embedding. Our"
                 " BERT has no other."
             )
+    check_shapes(theirs, weights_to(layout, without_data(ours), config), of=of)
     found: dict[str, Tensor] = {}
     # what is taken is popped, so that the rest is what has no place
     for name in ours:

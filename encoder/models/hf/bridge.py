@@ -9,13 +9,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from encoder.base.errors import ExportError
+from encoder.base.errors import ExportError, ModelError, first_names
 from encoder.models.contract import ModelConfig
 
 Settings = dict[str, Any]  # config.json
 Weights = dict[str, Tensor]
+Shapes = Mapping[str, torch.Size]  # of parameters, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ def _same_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
 
 
 def _read_as_they_are(
-    raw: Mapping[str, Tensor], config: Any, *, of: str, ours: Sequence[str]
+    raw: Mapping[str, Tensor], config: Any, *, of: str, ours: Shapes
 ) -> tuple[Weights, tuple[str, ...]]:
     return dict(raw), ()
 
@@ -69,7 +71,7 @@ class Bridge:
     auto_class: Callable[[Settings], str] = lambda values: "AutoModelForMaskedLM"
     # (our weights, ours) -> theirs by name; by default the names are the same
     weights_to: Callable[[Mapping[str, Tensor], Any], Weights] = _same_weights
-    # (theirs, ours, of=, ours=) -> our weights by name, and names of theirs that have no place
+    # (theirs, ours, of=, ours=shapes) -> our weights by name, and names of theirs that have no place
     weights_from: Callable[..., tuple[Weights, tuple[str, ...]]] = _read_as_they_are
     # of our parameters, those that a folder may lack: they are drawn
     head_names: Callable[[Sequence[str]], tuple[str, ...]] = lambda names: ()
@@ -82,6 +84,30 @@ class Bridge:
     attention: str = "sdpa"
     # (ours, theirs) in fp64 -> the largest difference of what the family computes beside hidden states
     also_differs: Callable[[Any, Any], float] = lambda ours, theirs: 0.0
+
+
+def without_data(shapes: Shapes) -> Weights:
+    """Weights of these shapes on the meta device, which can be laid and cut as others."""
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def check_shapes(theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, of: str) -> None:
+    """Tensors of a file have the shapes that their layout needs, before they are laid anew. Raises ModelError.
+
+    theirs: by their names; those that are not expected are left to the check of names
+    expected: what weights_to makes of a model's weights
+    of: opens the error
+    """
+    unfit = [
+        f"{name} {list(w.shape)} for {list(expected[name].shape)}"
+        for name, w in theirs.items()
+        if name in expected and w.shape != expected[name].shape
+    ]
+    if unfit:
+        raise ModelError(
+            f"{of}: the weights have another shape in {first_names(unfit)}. Give the config that"
+            " the weights were trained with, or complete weights."
+        )
 
 
 def without_words(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from encoder.base.errors import ModelError, shortened
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig, DistilBertConfig, RobertaConfig
@@ -29,6 +30,8 @@ from encoder.models.xlnet import XlnetConfig
 BRIDGES: dict[str, Bridge] = {
     b.model_type: b for b in (MODERNBERT, BERT, ROBERTA, DISTILBERT, ALBERT, XLNET, ELECTRA)
 }
+# for people: what can be read
+TITLES = tuple(b.title for b in BRIDGES.values())
 # the model_type that a model gets, by its settings and, where they are known, its special ids
 CHOICES: dict[type, Callable[[Any, SpecialIds | None], str]] = {
     ModernBertConfig: lambda config, specials: MODERNBERT.model_type,
@@ -64,10 +67,23 @@ def export_blocker(config: ModelConfig) -> str | None:
     return bridge.blocker(used)
 
 
-def bridge_of_settings(settings: Mapping[str, Any]) -> Bridge:
-    """The bridge of a config.json by its model_type; for an unknown one the first, which says what is needed."""
+def bridge_of_settings(settings: Mapping[str, Any], *, where: str = "config.json") -> Bridge:
+    """The bridge of a config.json by its model_type; for an unknown one the first, which says what is needed.
+
+    Raises ModelError, opened by `where`, for architectures that are no list of texts: no bridge asks again.
+    """
+    said = settings.get("architectures")
+    if said is not None and not _are_texts(said):
+        raise ModelError(
+            f"{where}: architectures is {shortened(repr(said), 80)}; needed: a list of one text, the name of a"
+            " class, or nothing. Put the class that wrote the weights, or leave architectures out."
+        )
     kind = settings.get("model_type")
     default = BRIDGES[MODERNBERT.model_type]
     if isinstance(kind, str):
         return BRIDGES.get(kind, default)
     return default
+
+
+def _are_texts(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(one, str) for one in found)

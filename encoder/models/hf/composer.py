@@ -75,6 +75,7 @@ def read_composer(
     content = _within(found, "state", *HUGGING_FACE, "model", "config", "content", where=path)
     weights, tables = _our_names(_state_dict(found, path), path)
     shape = _shape_of(weights, path)
+    turned = False
     try:
         if content is None:
             config, assumed = _config_of(
@@ -89,9 +90,7 @@ def read_composer(
                 global_rope_theta=global_rope_theta,
                 local_rope_theta=local_rope_theta,
             )
-            # rotary pairs of neighbours: rows are put in another order, the values stay
-            if turns_neighbours(words, config):
-                weights = _half_split(weights, config)
+            turned = turns_neighbours(words, config)
             assumed = words.assumed
     except ConfigError as error:
         raise ModelError(
@@ -101,6 +100,9 @@ def read_composer(
     _check_angles(tables, config, path)
     weights = untie(weights, tied=config.tie_word_embeddings, of=str(path))
     check_weights(weights, config, of=str(path))
+    # rotary pairs of neighbours: rows are put in another order, the values stay
+    if turned:
+        weights = _half_split(weights, config)
     source = "its own configuration" if content is not None else "its tensors and as told"
     told = {name: "none" if value in ({}, "") else value for name, value in assumed.items()}
     list_of = ", ".join(f"{name} {value}" for name, value in told.items())

@@ -23,7 +23,7 @@ from encoder.models.bert import BertConfig
 from encoder.models.electra import ElectraDiscriminatorConfig, ElectraGeneratorConfig
 from encoder.models.hf import bert
 from encoder.models.hf.bert import BERT_KEYS, BERT_LAYOUT, Layout, bridge_by, padded_on_the_right
-from encoder.models.hf.bridge import Bridge, Settings, Weights
+from encoder.models.hf.bridge import Bridge, Settings, Shapes, Weights
 
 GENERATOR_CLASS, DISCRIMINATOR_CLASS = "ElectraForMaskedLM", "ElectraForPreTraining"
 # of our parameters, those of heads
@@ -115,7 +115,7 @@ def _to_settings(config: Any, specials: SpecialIds) -> Settings:
 
 
 def _weights_from(
-    raw: Mapping[str, Tensor], config: Any, *, of: str, ours: Sequence[str]
+    raw: Mapping[str, Tensor], config: Any, *, of: str, ours: Shapes
 ) -> tuple[Weights, tuple[str, ...]]:
     return bert.weights_from(_layout_of(config), raw, config, of=of, ours=ours)
 

@@ -20,7 +20,7 @@ from encoder.base.tokenizer_json import SpecialIds
 from encoder.base.untrusted import inside, open_regular, plain_name, read_json
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge
-from encoder.models.hf.catalog import bridge_of_settings
+from encoder.models.hf.catalog import TITLES, bridge_of_settings
 from encoder.models.hf.other_heads import (
     TaskHead,
     as_pretrained,
@@ -47,7 +47,7 @@ from encoder.models.stored import (
     check_weights,
     drawn_weights,
     fp32,
-    parameter_names,
+    parameter_shapes,
     read_safetensors,
     stems,
 )
@@ -68,18 +68,20 @@ def read_hf(folder: Path) -> StoredModel:
     config = read_hf_config(folder)
     said = _read_json(folder / CONFIG)
     values = as_pretrained(said)
-    bridge = bridge_of_settings(values)
-    names = parameter_names(config)
+    bridge = bridge_of_settings(values, where=str(folder / CONFIG))
+    shapes = parameter_shapes(config)
+    names = list(shapes)
     raw, apart = set_apart(_read_weights(folder), said)
-    # our names, the copy of the embedding dropped, missing heads drawn: then all names must fit
-    weights, left_out = bridge.weights_from(raw, config, of=str(folder), ours=names)
+    # our names, the copy of the embedding dropped; then all names must fit, before missing heads are drawn
+    weights, left_out = bridge.weights_from(raw, config, of=str(folder), ours=shapes)
     weights = untie(weights, tied=config.tie_word_embeddings, of=str(folder))
     may_lack = bridge.head_names(names)
     if values is not said:
         may_lack = tuple(name for name in names if not name.startswith("model."))
     drawn = [name for name in may_lack if name not in weights]
+    # first: a config that says more than the file holds makes nothing
+    check_weights(weights, config, of=str(folder), may_lack=drawn)
     weights |= drawn_weights(config, drawn)
-    check_weights(weights, config, of=str(folder))
     _check_meaning(values, config, folder / CONFIG)
     tokenizer_json = folder / TOKENIZER
     return StoredModel(
@@ -144,11 +146,11 @@ def read_hf_config(folder: Path) -> ModelConfig:
     """The shape that a folder's config.json tells. Raises ModelError."""
     if not (folder / CONFIG).is_file():
         raise ModelError(
-            f"{folder} has no {CONFIG}; needed: a Hugging Face folder of ModernBertForMaskedLM,"
-            " or of a BERT, RoBERTa, DistilBERT or ALBERT."
+            f"{folder} has no {CONFIG}; needed: a Hugging Face folder of a"
+            f" {', '.join(TITLES[:-1])} or {TITLES[-1]}."
         )
     settings = as_pretrained(_read_json(folder / CONFIG))
-    bridge = bridge_of_settings(settings)
+    bridge = bridge_of_settings(settings, where=str(folder / CONFIG))
     return bridge.from_settings(settings, where=str(folder / CONFIG), names=_tensor_names(folder))
 
 

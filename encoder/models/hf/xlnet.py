@@ -20,7 +20,7 @@ from encoder.base.errors import ConfigError, ModelError
 from encoder.base.rng import generator
 from encoder.base.schema import from_mapping
 from encoder.base.tokenizer_json import SpecialIds
-from encoder.models.hf.bridge import Bridge, Settings, Weights
+from encoder.models.hf.bridge import Bridge, Settings, Shapes, Weights, check_shapes, without_data
 from encoder.models.xlnet import DROPOUTS, XlnetConfig
 from encoder.nn.two_streams import ReadingOrder
 
@@ -147,7 +147,7 @@ def from_settings(
     # theirs has one rate for all places
     dropout = found.get("mlp_output_dropout", XlnetConfig.mlp_output_dropout)
     try:
-        return from_mapping(
+        config = from_mapping(
             XlnetConfig,
             {
                 **found,
@@ -158,6 +158,13 @@ def from_settings(
         )
     except ConfigError as error:
         raise ModelError(f"{where}: {error}") from error
+    head_width = config.hidden_size // config.num_attention_heads
+    if values.get("d_head", head_width) != head_width:
+        raise ModelError(
+            f"{where}: d_head is {values['d_head']!r}; needed: d_model over n_head, {head_width}."
+            " Put that, or leave d_head out."
+        )
+    return config
 
 
 def smaller(values: Settings, config: XlnetConfig) -> tuple[Settings, XlnetConfig]:
@@ -229,16 +236,16 @@ def _to_ours(name: str, w: Tensor) -> Tensor:
 
 
 def weights_from(
-    raw: Mapping[str, Tensor], config: XlnetConfig, *, of: str, ours: Sequence[str]
+    raw: Mapping[str, Tensor], config: XlnetConfig, *, of: str, ours: Shapes
 ) -> tuple[Weights, tuple[str, ...]]:
     """Their weights by our names, and the names of theirs that have no place in the model.
 
     raw: as a file has them, with or without the body's name before them
     config: the model
     of: opens the errors
-    ours: names of the model's parameters
+    ours: names and shapes of the model's parameters
 
-    Raises ModelError where the decoder is no copy of the embedding.
+    Raises ModelError where the decoder is no copy of the embedding, and where a shape is not that of the config.
     """
     bare = not any(name.startswith(f"{BODY}.") for name in raw)
     parts = ("word_embedding.", "mask_emb", "layer.")
@@ -251,6 +258,7 @@ def weights_from(
             f"{of}: lm_loss.weight is not {WHOLE[TOKENS]}; needed: a decoder that is the embedding."
             " Our XLNet has no other."
         )
+    check_shapes(theirs, weights_to(without_data(ours), config), of=of)
     found: Weights = {}
     for name in ours:
         names = their_names(name)

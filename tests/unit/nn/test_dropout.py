@@ -107,3 +107,18 @@ def test_in_bf16_the_sum_is_the_exact_one_rounded_once():
     layer, key_T = AddressedDropout(width=64, layer=0, p=0.1), keys(100)
     x, y = torch.randn(100, 64).bfloat16(), torch.randn(100, 64).bfloat16()
     assert torch.equal(layer(x, y, key_T), layer(x.float(), y.float(), key_T).bfloat16())
+
+
+def test_constants_are_made_where_they_are_needed_and_not_before():
+    with torch.device("meta"):
+        shape_alone = AddressedDropout(width=64, layer=1, p=0.1)
+        plain = AddressedDropout(width=64, layer=1, p=0.1, place="mlp")
+    unused = AddressedDropout(width=64, layer=1, p=0.0)
+    assert not any(len(layer.constant_C) for layer in (shape_alone, plain, unused))
+    made, key_T = AddressedDropout(width=64, layer=1, p=0.1), keys(50)
+    assert torch.equal(fallen_of(shape_alone, key_T), fallen_of(made, key_T))
+    assert torch.equal(shape_alone.constant_C, made.constant_C) and shape_alone.state_dict() == {}
+
+
+def fallen_of(layer: AddressedDropout, key_T: torch.Tensor) -> torch.Tensor:
+    return layer.alone(torch.ones(len(key_T), 64), key_T) == 0
