@@ -152,8 +152,8 @@ def frame_text(where: str) -> str:
     """Why an objective that needs the frame `end` refuses documents that begin with [CLS]; `where` they are."""
     return (
         f"{where} has [CLS] before each text; this objective needs text <sep> <cls>, as XLNet reads"
-        " it. Prepare the text with such a tokenizer (data-prep tokenizer train --kind unigram"
-        " --names xlnet), or use objective: {name: mlm}."
+        " it. Prepare the text with such a tokenizer, data-prep tokenizer train --kind unigram --names"
+        " xlnet --files YOUR_FILES --out unigram.json, or use objective: {name: mlm}."
     )
 
 
