@@ -352,7 +352,7 @@ def as_run(command: str, number: int) -> str:
     if "import_hf.py" in text or "tessera import" in text:
         text = text.replace("runs/small ", "hf/tiny ")
     if "tokenizer train" in text:  # of little text
-        entries = 200 if "unigram" in text else 400
+        entries = 100 if "unigram" in text else 400
         text = f"{re.sub('--vocab-size [0-9]+', '', text)} --vocab-size {entries}"
         text = text.replace("--out corpus/tokenizer.json", f"--out {fresh}.json")
     if "prepare" in words or "prepare" in text.split(" ")[:2]:
