@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Take a model from Hugging Face, or from ModernBERT's own training code, as a weights folder.
 
-    python launch/import_hf.py HF_FOLDER OUT                          ModernBERT, BERT, RoBERTa, DistilBERT or ALBERT
+    python launch/import_hf.py HF_FOLDER OUT                          of ModernBERT, BERT, RoBERTa, DistilBERT, ALBERT, XLNet
+                                                                      or ELECTRA
     python launch/import_hf.py answerdotai/ModernBERT-base OUT        from the Hugging Face hub, where there is a network
     python launch/import_hf.py ep0-ba1000-rank0.pt OUT                a checkpoint of Composer's trainer: it says all settings
     python launch/import_hf.py STATE_DICT.pt OUT --global-rope-theta 160000 --tokenizer tokenizer.json

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from encoder.base.command import as_typed
 from encoder.base.dist import World
-from encoder.models.hf.catalog import export_blocker
+from encoder.models.catalog import networks_of
+from encoder.models.contract import ModelConfig
+from encoder.models.hf.catalog import bridge_of, export_blocker
+from encoder.models.hf.use import FILL_MASK
 from encoder.runs.config import RunConfig
 from encoder.runs.folder import RUN_FILE
 
@@ -19,7 +22,7 @@ def what_comes_next(run: RunConfig, folder: Path) -> list[str]:
               tessera export runs/small runs/small-hf     a Hugging Face folder, proven
               tessera fill-mask runs/small-hf 'It is a [MASK].'
 
-    A model that Hugging Face has no word for becomes a weights folder instead.
+    A model that Hugging Face has no word for becomes a weights folder instead. A class without fill-mask is not asked.
     """
     beside = folder.with_name(f"{folder.name}-hf")
     commands = [(as_typed("report", folder), "its curves and results, as a page")]
@@ -27,13 +30,22 @@ def what_comes_next(run: RunConfig, folder: Path) -> list[str]:
         weights = folder.with_name(f"{folder.name}-weights")
         commands.append((as_typed("average", folder, "--out", weights), "its weights, as a folder"))
     else:
-        commands += [
-            (as_typed("export", folder, beside), "a Hugging Face folder with a model card"),
-            (as_typed("fill-mask", beside, "It is a [MASK]."), "what it answers"),
-        ]
+        commands.append(
+            (as_typed("export", folder, beside), "a Hugging Face folder with a model card")
+        )
+        if _fills_masks(run.model):
+            asked = as_typed("fill-mask", beside, "It is a [MASK].")
+            commands.append((asked, "what it answers"))
     width = max(len(command) for command, _ in commands)
     first = ["next: ", *["      "] * (len(commands) - 1)]
     return [f"{mark}{c:<{width}}   {why}" for mark, (c, why) in zip(first, commands, strict=True)]
+
+
+def _fills_masks(config: ModelConfig) -> bool:
+    """Whether the exported model, of several networks the one that is used afterwards, is of a class for masked tokens."""
+    used = next(iter(networks_of(config).values()), config)
+    bridge = bridge_of(used)
+    return bridge is not None and bridge.use(used).pipeline_tag == FILL_MASK
 
 
 def how_to_go_on(folder: Path, world: World, *, verb: str = "pretrain") -> str:

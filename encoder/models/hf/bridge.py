@@ -14,6 +14,7 @@ from torch import Tensor
 
 from encoder.base.errors import ExportError, ModelError, first_names
 from encoder.models.contract import ModelConfig
+from encoder.models.hf.use import Use, usual_use
 
 Settings = dict[str, Any]  # config.json
 Weights = dict[str, Tensor]
@@ -71,6 +72,8 @@ class Bridge:
     auto_class: Callable[[Settings], str] = lambda values: "AutoModelForMaskedLM"
     # (our weights, ours) -> theirs by name; by default the names are the same
     weights_to: Callable[[Mapping[str, Tensor], Any], Weights] = _same_weights
+    # ours -> what a card says that it is for
+    use: Callable[[Any], Use] = usual_use
     # (theirs, ours, of=, ours=shapes) -> our weights by name, and names of theirs that have no place
     weights_from: Callable[..., tuple[Weights, tuple[str, ...]]] = _read_as_they_are
     # of our parameters, those that a folder may lack: they are drawn

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from encoder.base.units import begun, with_article
-from encoder.models.catalog import predicts_tokens
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.bridge import Bridge
 from encoder.models.hf.parity import Proof
+from encoder.models.hf.use import Named, Use
 
 CARD = "README.md"
 
@@ -71,41 +71,15 @@ def write_card(
         "longest text": f"{described.max_tokens:,} tokens",
     }
     proven = [[asked, str(proof)] for asked, proof in proofs.items()]
-    fills_in = predicts_tokens(described.config)
+    use = described.bridge.use(described.config)
     title = begun(with_article(described.bridge.title))
-    says = (
-        f"{title} encoder, pretrained by masked language modelling with Tessera. It fills in masked"
-        " tokens and gives vectors of tokens and texts; for a task, fine-tune it.\n"
-    )
-    usage = _fill_mask_usage(shown_as, mask_token)
-    if not fills_in:
-        says = (
-            f"{title} discriminator, pretrained by replaced-token detection with Tessera. It tells"
-            " which tokens of a text were put in by a generator, and gives vectors of tokens and"
-            " texts; for a task, fine-tune it.\n"
-        )
-        usage = _detection_usage(shown_as, described.auto_class)
-    task = "masked-language-modelling" if fills_in else "replaced-token-detection"
-    # transformers has no pipeline that asks a query stream
-    if getattr(described.config, "query_stream", False):
-        fills_in = False
-        task = "permutation-language-modelling"
-        says = (
-            f"{title}, pretrained by permutation language modelling with Tessera. It gives vectors of"
-            " tokens and texts; for a task, fine-tune it. Pad texts on the left.\n"
-        )
-        usage = "## Use\n"
+    named = Named(shown_as=shown_as, mask_token=mask_token, auto_class=described.auto_class)
     parts = [
-        _front_matter(
-            training.base_model,
-            tag=described.bridge.model_type,
-            task=task,
-            fills_in=fills_in,
-        ),
+        _front_matter(training.base_model, tag=described.bridge.model_type, use=use),
         f"# {plain(training.name)}\n",
-        says,
-        usage,
-        _vectors_usage(shown_as),
+        f"{title} {use.kind}, {use.says}\n",
+        f"## Use\n\n```python\n{use.snippet(named)}```\n",
+        _vectors_usage(named),
         table_text(Table(title="Model", head=("", ""), rows=list(model.items()))),
         table_text(Table(title="Training", head=("", ""), rows=list(training.facts.items()))),
         *(table_text(table) for table in training.tables),
@@ -127,21 +101,16 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(line, quote=False))
 
 
-def _front_matter(base_model: str | None, *, tag: str, task: str, fills_in: bool) -> str:
-    """base_model: that it was trained further from
-    tag: of the class
-    task: that it was pretrained by
-    fills_in: whether the pipeline fill-mask takes it
-    """
+def _front_matter(base_model: str | None, *, tag: str, use: Use) -> str:
     lines = [
         "---",
         "# license: name one before you publish, for example apache-2.0",
         "library_name: transformers",
-        f"pipeline_tag: {'fill-mask' if fills_in else 'feature-extraction'}",
+        f"pipeline_tag: {use.pipeline_tag}",
         *([f"base_model: {json.dumps(base_model)}"] if base_model else []),
         "tags:",
         f"- {tag}",
-        f"- {task}",
+        f"- {use.task_tag}",
         "- sentence-transformers",
         "- tessera",
         "---",
@@ -149,43 +118,11 @@ def _front_matter(base_model: str | None, *, tag: str, task: str, fills_in: bool
     return "\n".join(lines) + "\n"
 
 
-def _shown(shown_as: str) -> str:
-    return f"model = {json.dumps(shown_as)}        # this folder, or its name on the hub"
-
-
-def _fill_mask_usage(shown_as: str, mask_token: str) -> str:
-    text = json.dumps(f"The capital of France is {mask_token}.")
-    return f"""## Use
-
-```python
-from transformers import pipeline
-
-{_shown(shown_as)}
-for answer in pipeline("fill-mask", model=model)({text}):
-    print(answer["token_str"], answer["score"])
-```
-"""
-
-
-def _detection_usage(shown_as: str, auto_class: str) -> str:
-    return f"""## Use
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-{_shown(shown_as)}
-tokens = AutoTokenizer.from_pretrained(model)("The capital of France is music.", return_tensors="pt")
-logits = {auto_class}.from_pretrained(model)(**tokens).logits
-print(logits > 0)        # of each token: was it put in?
-```
-"""
-
-
-def _vectors_usage(shown_as: str) -> str:
+def _vectors_usage(named: Named) -> str:
     return f"""```python
 from sentence_transformers import SentenceTransformer
 
-{_shown(shown_as)}
+{named.model_line}
 vectors = SentenceTransformer(model).encode(["a text", "another text"])
 print(vectors.shape)
 ```

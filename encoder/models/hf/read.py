@@ -146,7 +146,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     """The shape that a folder's config.json tells. Raises ModelError."""
     if not (folder / CONFIG).is_file():
         raise ModelError(
-            f"{folder} has no {CONFIG}; needed: a Hugging Face folder of a"
+            f"{folder} has no {CONFIG}; needed: a Hugging Face folder of"
             f" {', '.join(TITLES[:-1])} or {TITLES[-1]}."
         )
     settings = as_pretrained(_read_json(folder / CONFIG))

@@ -64,11 +64,11 @@ def export_hf(
     onnx: bool = False,
     training: Training | None = None,
 ) -> dict[str, Proof]:
-    """Write `out`, a folder that AutoModelForMaskedLM and AutoTokenizer load, and prove it before it has its name.
+    """Write `out`, a folder that its class of transformers and AutoTokenizer load, and prove it before it has its name.
 
     training: what the model card says of its making; default: where the model came from.
     Returns the proofs by what was asked: transformers, and onnxruntime where `onnx`. Raises UserError, leaving nothing
-    behind, where Hugging Face's ModernBERT cannot be this model, the weights do not fit the config, `out` holds
+    behind, where its class cannot be this model, the weights do not fit the config, `out` holds
     something that is no export of ours, or logits differ (encoder/models/hf/parity.py says by how much).
     """
     config, max_tokens = model.config, model.max_tokens or model.config.max_position_embeddings

@@ -21,6 +21,7 @@ from encoder.base.rng import generator
 from encoder.base.schema import from_mapping
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.models.hf.bridge import Bridge, Settings, Shapes, Weights, check_shapes, without_data
+from encoder.models.hf.use import FILLS_MASKS, Named, Use
 from encoder.models.xlnet import DROPOUTS, XlnetConfig
 from encoder.nn.two_streams import ReadingOrder
 
@@ -357,6 +358,56 @@ def _hidden_states(model: Any, ids_BL: Tensor, real_BL: Tensor) -> Tensor:
     return model.transformer(input_ids=ids_BL, attention_mask=real_BL)[0]
 
 
+# what its card says -------------------------------------------------------------------------------------------------
+
+
+def _asked_snippet(named: Named) -> str:
+    """The query stream at a mask, which no token sees."""
+    return f"""import torch
+from transformers import {named.auto_class}, AutoTokenizer
+
+{named.model_line}
+tokenizer = AutoTokenizer.from_pretrained(model)
+tokens = tokenizer({named.question}, return_tensors="pt")
+masked = tokens["input_ids"][0] == tokenizer.mask_token_id
+unseen = masked.float().repeat(1, len(masked), 1)        # by any token
+asked = torch.eye(len(masked))[masked][None]
+answer = {named.auto_class}.from_pretrained(model)(**tokens, perm_mask=unseen, target_mapping=asked)
+print(tokenizer.convert_ids_to_tokens(answer.logits[0, 0].topk(5).indices))
+"""
+
+
+def _content_snippet(named: Named) -> str:
+    return f"""from transformers import {named.auto_class}, AutoTokenizer
+
+{named.model_line}
+tokenizer = AutoTokenizer.from_pretrained(model)
+tokens = tokenizer({named.question}, return_tensors="pt")
+masked = tokens["input_ids"][0] == tokenizer.mask_token_id
+answer = {named.auto_class}.from_pretrained(model)(**tokens)
+print(tokenizer.convert_ids_to_tokens(answer.logits[0, masked][0].topk(5).indices))
+"""
+
+
+# transformers has no XLNet for its pipeline fill-mask
+PERMUTED = Use(
+    kind="encoder",
+    says=(
+        "pretrained by permutation language modelling with Tessera. Its query stream predicts tokens"
+        " that nobody sees, and it gives vectors of tokens and texts; for a task, fine-tune it. Pad"
+        " texts on the left."
+    ),
+    pipeline_tag="feature-extraction",
+    task_tag="permutation-language-modelling",
+    snippet=_asked_snippet,
+)
+MASKED = dataclasses.replace(
+    FILLS_MASKS,
+    says=f"{FILLS_MASKS.says} Pad texts on the left.",
+    pipeline_tag="feature-extraction",
+    snippet=_content_snippet,
+)
+
 XLNET = Bridge(
     model_type="xlnet",
     title="XLNet",
@@ -377,5 +428,6 @@ XLNET = Bridge(
     head_names=head_names,
     tied=("lm_loss.weight",),
     attention="eager",
+    use=lambda config: PERMUTED if config.query_stream else MASKED,
     also_differs=two_streams_differ,
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from encoder.base.errors import ModelError
+from encoder.base.batch import packed_documents
+from encoder.base.errors import ExportError, ModelError
+from encoder.models.bert import BertConfig
 from encoder.models.catalog import build_model
+from encoder.models.electra import ElectraConfig
 from encoder.models.hf.catalog import bridge_of, export_blocker
-from encoder.models.hf.parity import drawn_difference
+from encoder.models.hf.parity import drawn_difference, our_model
 from encoder.models.hf.read import prove_import, read_hf, read_hf_config
 from encoder.models.hf.write import export_hf
 from encoder.models.hf.xlnet import XLNET, _blocked, _fp64_sinusoids, two_streams_differ
 from encoder.models.stored import StoredModel
+from encoder.tools.page.folders import open_folder
+from encoder.train.hints import _fills_masks
 from tests.helpers.plain import with_random_weights
 from tests.helpers.xlnet import SPECIALS, TINY, batch_of, objective_of
 
@@ -150,8 +158,6 @@ def test_transformers_finds_every_weight_and_its_own_frame(folder):
     assert asked["input_ids"][-2:] == [2, 1]
     assert asked["token_type_ids"] == [0, 0, 0, 1, 1, 2]
     assert tokenizer.padding_side == "left"
-    card = (folder / "README.md").read_text()
-    assert "- permutation-language-modelling" in card and "fill-mask" not in card
 
 
 def test_a_body_gets_a_drawn_decoder(folder, tmp_path):
@@ -167,10 +173,53 @@ def test_a_body_gets_a_drawn_decoder(folder, tmp_path):
     assert torch.equal(back.weights["first_query.weight"], stored().weights["first_query.weight"])
 
 
-def test_a_model_without_a_query_stream_is_exported_too(tmp_path, tokenizer_json):
+def test_a_model_without_a_query_stream_is_exported_too(
+    tmp_path, tokenizer_json, monkeypatch, capsys
+):
     config = dataclasses.replace(CONFIG, query_stream=False)
     export_hf(stored(config), tokenizer_json, SPECIALS, tmp_path / "out")
     assert not load_file(tmp_path / "out/model.safetensors")["transformer.mask_emb"].any()
+    assert answers_of_card(tmp_path / "out", monkeypatch, capsys)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- masked-language-modelling" in card and "fill-mask" not in card
+
+
+def answers_of_card(folder, monkeypatch, capsys) -> list[str]:
+    """What the first snippet of a card prints: five tokens."""
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    script = folder.parent / "snippet.py"
+    script.write_text(snippet)
+    monkeypatch.chdir(folder.parent)
+    runpy.run_path(str(script))
+    found = ast.literal_eval(capsys.readouterr().out)
+    assert len(found) == 5
+    return found
+
+
+def test_a_card_asks_the_query_stream_and_promises_no_fill_mask(folder, monkeypatch, capsys):
+    """Its snippet gives the tokens that our own model gives of a text whose mask nobody sees."""
+    card = (folder / "README.md").read_text()
+    assert "- permutation-language-modelling" in card and "pipeline_tag: feature-extraction" in card
+    assert "fill-mask" not in card and "masked language" not in card
+    found = answers_of_card(folder, monkeypatch, capsys)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids_T = torch.tensor(tokenizer("The capital of France is <mask>.")["input_ids"])
+    ours = our_model(stored().weights, CONFIG)
+    batch = dataclasses.replace(
+        packed_documents([ids_T]), segments_T=(ids_T == SPECIALS.cls_id) * 2
+    )
+    with torch.no_grad():
+        logits_MV = ours.decode(
+            ours.masked_states(batch, (ids_T == SPECIALS.mask_id).nonzero()[:, 0])
+        )
+    assert found == tokenizer.convert_ids_to_tokens(logits_MV[0].topk(5).indices)
+
+
+def test_fill_mask_and_the_hints_know_that_it_has_no_such_class(folder):
+    with pytest.raises(ExportError, match="XLNetLMHeadModel.*needed: one for fill_mask"):
+        open_folder(folder, kind="fill_mask")
+    assert not _fills_masks(CONFIG) and _fills_masks(BertConfig())
+    assert not _fills_masks(ElectraConfig())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from encoder.base.errors import ModelError
 from encoder.models.albert import AlbertConfig
 from encoder.models.bert import BertConfig
 from encoder.models.catalog import build_model
-from encoder.models.hf.catalog import BRIDGES, bridge_of, bridge_of_settings
+from encoder.models.hf.catalog import BRIDGES, TITLES, bridge_of, bridge_of_settings
 from encoder.models.hf.read import read_hf
 from tests.helpers.xlnet import SPECIALS, TINY
 
@@ -77,6 +77,19 @@ def test_the_honest_folders_are_read(written, tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps(settings))
         save_file(weights, tmp_path / "model.safetensors")
         assert not read_hf(tmp_path).drawn
+
+
+def test_what_can_be_read_is_listed_where_people_look(tmp_path):
+    root = Path(read.__file__).parents[3]
+    with pytest.raises(ModelError) as caught:
+        read_hf(tmp_path)
+    said = [str(caught.value)]
+    said += [(root / name).read_text() for name in ("launch/import_hf.py", "docs/commands.md")]
+    listed = f"{', '.join(TITLES[:-1])} or {TITLES[-1]}"
+    assert all(f"of {listed}" in " ".join(text.split()) for text in said)
+    for name in ("README.md", "docs/README.md"):
+        text = (root / name).read_text()
+        assert ", ".join(TITLES[1:]) in text
 
 
 # what a size may not be
