@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
@@ -71,10 +72,13 @@ def steps_of(
     settings = OBJECTIVES[case.objective]
     # rows are masked without the models that a loss asks
     stored = dict.fromkeys(settings.STORED_MODELS, "not read")
+    # where words begin, each objective in its own word
+    named = {field.name for field in dataclasses.fields(settings)} & {"whole_words", "word_starts"}
+    by_words = dict.fromkeys(named, case.whole_words)
     ask = build_objective(
-        settings(whole_words=case.whole_words, **stored),
+        settings(**by_words, **stored),
         vocab_size=64,
-        specials=SPECIALS,
+        specials=dataclasses.replace(SPECIALS, frame=settings.frame or SPECIALS.frame),
         words=EDGES,
         share=MaskShare(start=0.5, end=0.1, over_tokens=2000),
     )
