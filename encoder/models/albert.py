@@ -114,4 +114,6 @@ class AlbertConfig(BertConfig):
             rules,
             grows=(*rules.grows, "embedding_size"),
             shared_blocks=self.num_hidden_groups * self.inner_group_num,
+            fewest_layers=self.num_hidden_groups,
+            most_layers=MOST["num_hidden_layers"] // self.inner_group_num,
         )

@@ -159,6 +159,9 @@ class GrowthRules:
     heads: tuple[str, ...] = ()
     # how many sets of weights the layers share; 0: each has its own, and layer_kinds says which fit each other
     shared_blocks: int = 0
+    # how many layers a model with these sets of weights has; the most where a layer calls many blocks
+    fewest_layers: int = 1
+    most_layers: int | None = None
     # how the parameters of the norm behind the last layer begin; None: there is none
     final_norm: str | None = None
     # of a model of several networks: how each one's parameters begin -> its rules

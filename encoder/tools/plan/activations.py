@@ -71,9 +71,11 @@ def count_kept(
 
 
 def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_3: bool) -> Kept:
-    # a model whose layers share blocks has at least as many layers
-    least = max(1, config.growth().shared_blocks)
-    few, many = (least * layers for layers in LAYERS)
+    # a model whose layers share blocks has as many layers as sets of them, or more
+    rules = config.growth()
+    few, many = (rules.fewest_layers * layers for layers in LAYERS)
+    if rules.most_layers is not None:
+        many = min(many, rules.most_layers)
     short, long = TOKENS
 
     def count(layers: int) -> list[int]:
@@ -82,8 +84,16 @@ def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_
 
     # two lengths give bytes per token, two depths bytes per layer
     few_short, few_long = count(few)
-    many_short, many_long = count(many)
     few_per_token = (few_long - few_short) / (long - short)
+    # no other depth can be: all of it is that of its layers
+    if many == few:
+        return Kept(
+            layer_per_token=few_per_token / few,
+            layer_fixed=(few_short - short * few_per_token) / few,
+            outside_per_token=0.0,
+            outside_fixed=0.0,
+        )
+    many_short, many_long = count(many)
     many_per_token = (many_long - many_short) / (long - short)
     layer_per_token = (many_per_token - few_per_token) / (many - few)
     layer = (many_short - few_short) / (many - few)

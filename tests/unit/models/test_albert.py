@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import encoder.models.encoder as shared
+import encoder.tools.plan.activations as activations
 from encoder.base.errors import ConfigError, ModelError
 from encoder.models.albert import AlbertConfig
 from encoder.models.catalog import build_model
@@ -49,6 +50,23 @@ def test_the_promises_of_a_family_hold(config):
 def test_loss_and_gradients_equal_the_plain_reference_in_fp64(config, lengths):
     model = with_random_weights(config, attention="sdpa" if len(lengths) > 1 else "tiles")
     check_loss_and_gradients(model, lengths)
+
+
+@pytest.mark.parametrize("layers, groups, inner", [(24, 24, 4), (2, 1, 512), (256, 256, 4)])
+def test_what_is_kept_is_counted_for_every_shape_that_may_be(monkeypatch, layers, groups, inner):
+    """By a stand-in that keeps a number a token and call: a valid shape is refused nowhere."""
+    config = replace(
+        TINY, num_hidden_layers=layers, num_hidden_groups=groups, inner_group_num=inner
+    )
+
+    def kept(shape, **_):
+        return [tokens * (7 + len(shape.block_calls)) for tokens in activations.TOKENS]
+
+    monkeypatch.setattr(activations, "_bytes_kept", kept)
+    found = activations._count(config, precision="fp32", device="cpu", fp8=False, zero_3=False)
+    whole = layers * found.layer_per_token + found.outside_per_token
+    assert whole == pytest.approx(7 + layers * inner)
+    assert layers * found.layer_fixed + found.outside_fixed == pytest.approx(0.0, abs=1e-6)
 
 
 # parameters by transformers' classes (fact sheet 1.3): AlbertForMaskedLM and AlbertForPreTraining
