@@ -29,7 +29,9 @@ from encoder.models.hf.bridge import (
     Padding,
     Settings,
     Shapes,
+    architecture_of,
     blocker_text,
+    check_only,
     check_shapes,
     refuse_strange,
     without_data,
@@ -295,19 +297,8 @@ def from_settings(
 
     Raises ModelError for another architecture, and for what our model cannot be.
     """
-    known = layout.architectures
-    architectures = values.get("architectures") or [known[0]]
-    if architectures[0] not in known or len(architectures) != 1:
-        raise ModelError(
-            f"{where} is of a {', '.join(map(str, architectures))}; needed: one of"
-            f" {', '.join(known)}. Give such a folder."
-        )
-    for name, only in THEIRS_ONLY.items():
-        if values.get(name) not in (None, only):
-            raise ModelError(
-                f"{where}: {name} is {values[name]!r}; needed: {only!r}, our model has nothing"
-                " else. Where the weights do not depend on it, change config.json."
-            )
+    architecture = architecture_of(values, layout.architectures, where=where)
+    check_only(values, THEIRS_ONLY, where=where)
     said = {**layout.defaults, **values}
     activation = said.get(layout.activation, "gelu")
     if not isinstance(activation, str) or activation not in THEIR_ACTIVATIONS:
@@ -333,7 +324,7 @@ def from_settings(
     # a folder of BertForMaskedLM may have a pooler: then the sentence head is the model's, too
     pooler = layout.heads.get("pooler.dense", "").removeprefix(f"{layout.body}.")
     has_pooler = any(name.endswith(f"{pooler}.weight") for name in names)
-    has_all_heads = architectures[0] in layout.architectures[1:2]
+    has_all_heads = architecture in layout.architectures[1:2]
     sentences = layout.has_sentences and (has_all_heads or has_pooler)
     try:
         return from_mapping(

@@ -113,6 +113,40 @@ def check_shapes(theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], *
         )
 
 
+def architecture_of(
+    values: Mapping[str, Any], known: Sequence[str], *, where: str, unnamed: Sequence[str] = ()
+) -> str:
+    """The architecture of a config.json; the first known one where it says none. Raises ModelError for another.
+
+    values: config.json
+    known: architectures of the bridge
+    where: opens the error
+    unnamed: others that it takes, which no folder on a disk has
+    """
+    architectures = values.get("architectures") or [known[0]]
+    if architectures[0] not in (*known, *unnamed) or len(architectures) != 1:
+        raise ModelError(
+            f"{where} is of a {', '.join(map(str, architectures))}; needed: one of"
+            f" {', '.join(known)}. Give such a folder."
+        )
+    return str(architectures[0])
+
+
+def check_only(values: Mapping[str, Any], only: Mapping[str, Any], *, where: str) -> None:
+    """Raises ModelError for a setting that our model has one value of, where a config.json says another.
+
+    values: config.json
+    only: name -> that value
+    where: opens the error
+    """
+    for name, needed in only.items():
+        if values.get(name) not in (None, needed):
+            raise ModelError(
+                f"{where}: {name} is {values[name]!r}; needed: {needed!r}, our model has nothing"
+                " else. Where the weights do not depend on it, change config.json."
+            )
+
+
 def without_words(
     config: Any, *, only: Mapping[str, object], activations: Collection[str]
 ) -> list[str]:

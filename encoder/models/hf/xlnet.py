@@ -20,7 +20,16 @@ from encoder.base.errors import ConfigError, ModelError
 from encoder.base.rng import generator
 from encoder.base.schema import from_mapping
 from encoder.base.tokenizer_json import SpecialIds
-from encoder.models.hf.bridge import Bridge, Settings, Shapes, Weights, check_shapes, without_data
+from encoder.models.hf.bridge import (
+    Bridge,
+    Settings,
+    Shapes,
+    Weights,
+    architecture_of,
+    check_only,
+    check_shapes,
+    without_data,
+)
 from encoder.models.hf.use import FILLS_MASKS, Named, Use
 from encoder.models.xlnet import DROPOUTS, XlnetConfig
 from encoder.nn.two_streams import ReadingOrder
@@ -119,18 +128,8 @@ def from_settings(
 
     Raises ModelError for another architecture, and for what our model cannot be.
     """
-    architectures = values.get("architectures") or [ARCHITECTURES[0]]
-    if architectures[0] not in (*ARCHITECTURES, OF_A_TASK) or len(architectures) != 1:
-        raise ModelError(
-            f"{where} is of a {', '.join(map(str, architectures))}; needed: one of"
-            f" {', '.join(ARCHITECTURES)}. Give such a folder."
-        )
-    for name, only in ONLY.items():
-        if values.get(name) not in (None, only):
-            raise ModelError(
-                f"{where}: {name} is {values[name]!r}; needed: {only!r}, our model has nothing"
-                " else. Where the weights do not depend on it, change config.json."
-            )
+    architecture_of(values, ARCHITECTURES, where=where, unnamed=(OF_A_TASK,))
+    check_only(values, ONLY, where=where)
     activation = values.get("ff_activation", "gelu")
     if not isinstance(activation, str) or activation not in THEIR_ACTIVATIONS:
         raise ModelError(
