@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -13,6 +14,7 @@ import torch
 from encoder.base.dist import World
 from encoder.base.log import speak_on
 from encoder.tools.doctor.doctor import Doctor
+from encoder.tools.doctor.links import SUM_SECONDS
 from tests.helpers.shards import random_documents, write_source
 from tests.process.ranks import run_ranks, start_ranks, wait_for
 
@@ -46,7 +48,7 @@ def prepared(folder: Path) -> Path:
 
 # (ranks, what is wrong): in each somebody is waited for until the wait is over
 WAITING = {
-    "stuck": (4, {"stuck": 2, "wait_seconds": 20.0}),
+    "stuck": (4, {"stuck": 2, "wait_seconds": 14.0, "sum_seconds": 3.0}),
     "absent": (3, {"absent": 1, "wait_seconds": 12.0}),
     "absent_first": (2, {"absent": 0, "wait_seconds": 8.0}),
     "own_folder_of_three": (3, {"own_folder": 2, "wait_seconds": 12.0}),
@@ -82,15 +84,17 @@ def examine(
     stuck: int = -1,
     per_node: int = 1,
     wait_seconds: float = 20.0,
+    sum_seconds: float = SUM_SECONDS,
     overrides: tuple[str, ...] = (),
 ) -> dict:
-    """Each rank is a node of its own. `slow` sends late, `damaged` sends other bytes, `absent` never comes, `own_folder` has
-    another run file, `stuck` never ends its first sum. Each node has `per_node` ranks, the last one what is left.
+    """Each rank is a node of its own. `slow` takes 400 times as long to send, `damaged` sends other bytes, `absent` never comes,
+    `own_folder` has another run file, `stuck` never ends its first sum. Each node has `per_node` ranks, the last one what is left.
+
+    What a link takes is told, not measured: beside other work a good node of this machine is slow at times.
     """
+    seconds = itertools.count(step=0.4 if world.rank == slow else 0.001)
 
     def inject_fault(sent: torch.Tensor) -> None:
-        if world.rank == slow:
-            time.sleep(0.4)
         if world.rank == damaged:
             sent[-1] += 1
         if world.rank == stuck:
@@ -122,7 +126,9 @@ def examine(
         env=env,
         report=Path(folder) / "report",
         inject_fault=inject_fault,
+        clock=lambda: next(seconds),
         wait_seconds=wait_seconds,
+        sum_seconds=sum_seconds,
         message_bytes=2**18,
     )
     code = doctor.examine(f"{folder}/run.yaml", [*overrides, *words])
@@ -163,6 +169,8 @@ def test_the_node_whose_links_are_slow_is_named_and_no_other(folder):
     results = run_ranks(examine, 4, folder=str(folder), slow=2)
     assert [r["code"] for r in results] == [4] * 4
     assert list(results[0]["nodes"]) == ["node3"] and "GB/s, where" in results[0]["nodes"]["node3"]
+    # 256 KiB, sent once, in 0.4 s
+    assert f"{2**18 / 0.4 / 1e9:.3g} GB/s" in results[0]["nodes"]["node3"]
     assert (folder / "report" / "bad_nodes").read_text() == "node3\n"
     assert list(report_of(folder, "node1")["verdict"]["nodes"]) == ["node3"]
 

@@ -38,7 +38,7 @@ from encoder.runs.defaults import warnings_of
 from encoder.runs.facts import check_data
 from encoder.runs.same import check_same_data, check_same_run
 from encoder.tools.doctor.facts import gather_facts, look_at_folder
-from encoder.tools.doctor.links import FaultInjection, Links
+from encoder.tools.doctor.links import SUM_SECONDS, Clock, FaultInjection, Links
 from encoder.tools.doctor.rendezvous import RankTimeout, Rendezvous
 from encoder.tools.doctor.verdict import (
     Findings,
@@ -62,7 +62,9 @@ class Doctor:
 
     report: the folder of NODE.json and bad_nodes
     message_bytes: of the all-reduces; default: by the device
-    inject_fault: slows or damages what this rank sends, in tests
+    inject_fault: holds back or damages what this rank sends, in tests
+    clock: what the speed of links is measured by
+    sum_seconds: an all-reduce that takes longer counts as no answer
     """
 
     world: World
@@ -71,6 +73,8 @@ class Doctor:
     wait_seconds: float = WAIT_SECONDS
     message_bytes: int | None = None
     inject_fault: FaultInjection | None = None
+    clock: Clock = time.perf_counter
+    sum_seconds: float = SUM_SECONDS
     findings: Findings = field(default_factory=Findings)
 
     def examine(self, path: Path | str, overrides: Sequence[str]) -> int:
@@ -270,6 +274,8 @@ class Doctor:
             device=build.choose_device(run, self.world),
             message_bytes=self.message_bytes,
             inject_fault=self.inject_fault,
+            clock=self.clock,
+            sum_seconds=self.sum_seconds,
         )
         views: list[dict[str, Any]] = []
 
