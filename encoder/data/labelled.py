@@ -1,5 +1,7 @@
 """Rows of labelled data, by column, from one file: JSON lines, CSV, TSV, Parquet, Arrow, CoNLL or SQuAD. Every row knows its place.
 
+Splits of a dataset of the hub are read by encoder/data/hub_rows.py.
+
     train.jsonl      {"text": "a fine film", "label": "positive"}     place: train.jsonl line 1
     train.csv        text,label                                       the line of the file, its header counted
     train.tsv        the same with tabs; quotes are text, as in GLUE's files
@@ -16,7 +18,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ class DataError(UserError):
 class Rows:
     """Some columns of a file. N rows."""
 
-    path: Path
+    path: Path  # of a dataset its name and split
     columns: dict[str, list[Any]]  # [N] each
     word: str  # what a row is called: line or row
     numbers: list[int]  # [N], counted from 1
+    # column -> names of its classes in the order of their numbers, where the data say them
+    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def check_task(task: FineTuneConfig) -> None:
         task.task.metric_names,
         lambda: judge_of(task),
         lambda: check_folder(Path(task.out)),
-        *(_file_look(path) for path in files_of(task)),
+        *(partial(check_file, path) for path in task.data.files),
+        *([task.data.hub.check] if task.data.hub else []),
     ):
         found += _mistakes(look)
     # reading a model takes seconds: done here only where a start is wanted that fails, or all fails anyway
@@ -38,16 +40,6 @@ def check_task(task: FineTuneConfig) -> None:
         raise Mistakes(found)
     if found:
         raise UserError(found[0])
-
-
-def files_of(task: FineTuneConfig) -> list[Path]:
-    """All files of rows, each once."""
-    named = [task.data.train, *task.data.dev.values(), *task.data.test.values()]
-    return [Path(path) for path in dict.fromkeys(named)]
-
-
-def _file_look(path: Path) -> Any:
-    return lambda: check_file(path)
 
 
 def _mistakes(look: Any) -> list[str]:

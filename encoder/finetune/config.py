@@ -19,6 +19,8 @@ from encoder.base.schema import (
     read_mapping,
     to_plain,
 )
+from encoder.data.hub_rows import HubConfig
+from encoder.data.labelled import READERS
 from encoder.engine.engine import EngineConfig
 from encoder.finetune.kinds.catalog import TASKS
 from encoder.finetune.kinds.contract import TaskConfig
@@ -40,11 +42,13 @@ MOST_EPOCHS = 1_000_000  # between two evaluations or checkpoints
 class LabelledDataConfig:
     """Where the rows are."""
 
-    train: PathText  # a file of rows: .jsonl, .csv, .tsv, .parquet or .arrow
-    # name -> file, evaluated during training
+    # a file of rows: .jsonl, .csv, .tsv, .parquet or .arrow; with hub a split of it, or a file
+    train: PathText
+    # name -> file or split, evaluated during training
     dev: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
-    # name -> file, evaluated once, at the end
+    # name -> file or split, evaluated once, at the end
     test: dict[str, Annotated[str, "path"]] = field(default_factory=dict)
+    hub: HubConfig | None = None  # whose splits train, dev and test name
     # of the training rows, held out as a data set called dev: by their texts, so that rows of one text stay together
     dev_share: float | None = None
     max_tokens: int = 512  # of an example; a longer one is cut at its end, and counted
@@ -54,6 +58,20 @@ class LabelledDataConfig:
         """Of the data sets that are evaluated during training."""
         held_out = () if self.dev_share is None else (HELD_OUT,)
         return (*self.dev, *held_out)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """All files and splits, each once."""
+        return tuple(dict.fromkeys([self.train, *self.dev.values(), *self.test.values()]))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Of these the files: with hub those that end as a file of rows does."""
+        return tuple(Path(name) for name in self.named if not self.is_split(name))
+
+    def is_split(self, name: str) -> bool:
+        """Whether rows come from a split of hub."""
+        return self.hub is not None and Path(name).suffix.lower() not in READERS
 
     def __post_init__(self) -> None:
         if self.dev_share is not None and not 0.0 < self.dev_share < 1.0:

@@ -212,10 +212,16 @@ class FineTuning:
         here = self.prepared.train.sha256
         if saved != here:
             raise CheckpointError(
-                f"data.train {self.run.data.train} gives examples of SHA-256 {here[:16]}, this run"
-                f" was trained on {str(saved)[:16]}. Put those rows back, or start anew with"
-                " out=ANOTHER_FOLDER."
+                f"data.train {self.prepared.rows_of['train']} gives examples of SHA-256 {here[:16]},"
+                f" this run was trained on {str(saved)[:16]}{self._read_before(checkpoint)}. Put"
+                " those rows back, or start anew with out=ANOTHER_FOLDER."
             )
+
+    def _read_before(self, checkpoint: Path) -> str:
+        """Where a run's training rows came from, if it was elsewhere."""
+        rows_of = read_progress(checkpoint)[1].get("rows_of") or {}
+        before = rows_of.get("train", self.prepared.rows_of["train"])
+        return "" if before == self.prepared.rows_of["train"] else f", of {before}"
 
     def set_first_weights(self, engine: Engine) -> Progress:
         """Those of start_from; a head that it has none for is drawn."""
@@ -248,6 +254,7 @@ class FineTuning:
         return {
             "examples_sha256": self.prepared.train.sha256,
             "init_sha256": self._start_sha256,
+            "rows_of": self.prepared.rows_of,
             **(self._keeper.to_plain() if self._keeper else {}),
         }
 
@@ -311,6 +318,8 @@ class FineTuning:
                 f"gradients: after clipping those of layer l of {layers} times"
                 f" {decay:g}^({layers} - l), of all others as they are"
             )
+        if self.run.data.hub is not None:
+            lines.append(f"rows of {', '.join(dict.fromkeys(self.prepared.rows_of.values()))}")
         if not self._start.resumes:
             drawn = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._drawn))
             lines.append(
@@ -337,7 +346,11 @@ class FineTuning:
 
     def origin(self) -> dict[str, Any]:
         """Where the weights came from."""
-        return {"start_from": self.run.start_from, "init_sha256": self._start_sha256}
+        return {
+            "start_from": self.run.start_from,
+            "init_sha256": self._start_sha256,
+            "rows_of": self.prepared.rows_of,
+        }
 
     def about(self, *, parameters: int) -> dict[str, Any]:
         """Model size, data, machine and versions."""
@@ -459,7 +472,14 @@ class FineTuning:
             self._tell(asked, self._predicted(engine, asked.examples), results, decided=decided)
         with all_ranks_agree(self._world):
             if self._world.first:
-                write_result(folder, self.run, self.prepared.train, results, kept=kept)
+                write_result(
+                    folder,
+                    self.run,
+                    self.prepared.train,
+                    results,
+                    kept=kept,
+                    rows_of=self.prepared.rows_of,
+                )
         self._say_end(results)
         return {"results": {name: measured.plain() for name, measured in results.items()}}
 

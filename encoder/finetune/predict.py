@@ -2,14 +2,14 @@
 
 RUN/predictions/NAME.jsonl    {"row": 0, "label": "positive", "probability": 0.97, "logits": [...], "target": "positive"},
                               in other words for other kinds of task (encoder/finetune/kinds)
-RUN/result.json               the settings' and the data's hashes, the seed, the metrics of every set
+RUN/result.json               the settings' and the data's hashes, where the rows were read, the seed, the metrics of every set
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,7 @@ def write_result(
     results: dict[str, Scores],
     *,
     kept: KeptWeights,
+    rows_of: Mapping[str, str],
 ) -> None:
     """Writes RUN/result.json.
 
@@ -92,6 +93,7 @@ def write_result(
     train: what it was trained on
     results: by the name of a data set
     kept: whose results they are
+    rows_of: data set -> where its rows were read
     """
     settings = to_yaml(task).encode()
     write_json(
@@ -101,6 +103,7 @@ def write_result(
             "seed": task.seed,
             "settings_sha256": hashlib.sha256(settings).hexdigest(),
             "examples_sha256": train.sha256,
+            "rows": dict(rows_of),
             "weights_of": kept.text,
             "weights_step": kept.progress.step,
             "weights_ledger_hash": kept.progress.ledger_hash,

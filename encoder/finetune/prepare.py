@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from encoder.base.errors import ConfigError, ModelError
 from encoder.base.tokenizer_json import special_ids_of
 from encoder.data.examples import Examples
+from encoder.data.hub_rows import read_split
 from encoder.data.labelled import Rows, held_out_rows, read_rows
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import committed_folders
-from encoder.finetune.config import HELD_OUT, FineTuneConfig, read_task
+from encoder.finetune.config import HELD_OUT, FineTuneConfig, LabelledDataConfig, read_task
 from encoder.finetune.encoding import TextEncoder, check_length, read_encoder
 from encoder.finetune.head import head_shape
 from encoder.finetune.kinds.contract import AskedSet, TaskConfig
@@ -127,6 +128,8 @@ class Prepared:
     train_set: AskedSet
     dev: list[AskedSet] = field(default_factory=list)
     test: list[AskedSet] = field(default_factory=list)
+    # data set -> file, or dataset with commit and split, that its rows were read of
+    rows_of: dict[str, str] = field(default_factory=dict)
 
     @property
     def sets(self) -> list[AskedSet]:
@@ -152,6 +155,7 @@ class EncodedSets:
     train: AskedSet
     dev: list[AskedSet]
     test: list[AskedSet]
+    rows_of: dict[str, str]  # as of Prepared
 
 
 class LastRows:
@@ -205,37 +209,41 @@ def prepare(task: FineTuneConfig, start: Start, *, last: LastRows | None = None)
         train_set=sets.train,
         dev=sets.dev,
         test=sets.test,
+        rows_of=sets.rows_of,
     )
 
 
 def _encode_all(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> EncodedSets:
-    """Rows of all files. Raises UserError with file and row."""
-    kind = task.task
-    train_rows = read_rows(Path(task.data.train), kind.columns)
+    """Rows of all files and splits. Raises UserError with file and row."""
+    kind, data = task.task, task.data
+    train_rows = _rows(data, data.train, kind)
+    rows_of = {"train": str(train_rows.path)}
     held_out: Rows | None = None
-    if task.data.dev_share is not None:
+    if data.dev_share is not None:
         train_rows, held_out = held_out_rows(
-            train_rows, share=task.data.dev_share, by=kind.kept_together
+            train_rows, share=data.dev_share, by=kind.kept_together
         )
     if kind.labels is None and (named := kind.labels_in(train_rows)):
         kind = dataclasses.replace(kind, labels=start.in_its_order(named))
     train = kind.encode(train_rows, encoder, name="train")
     kind.check_training(train.examples, train_rows)
-    dev = _sets_of(kind, task.data.dev, encoder)
+
+    sets: dict[str, list[AskedSet]] = {}
+    for side, named_sets in (("dev", data.dev), ("test", data.test)):
+        sets[side] = []
+        for name, where in named_sets.items():
+            rows = _rows(data, where, kind)
+            rows_of[name] = str(rows.path)
+            sets[side].append(kind.encode(rows, encoder, name=name))
     if held_out is not None:
-        dev.append(kind.encode(held_out, encoder, name=HELD_OUT))
-    return EncodedSets(
-        kind=kind,
-        train=train,
-        dev=dev,
-        test=_sets_of(kind, task.data.test, encoder),
-    )
+        rows_of[HELD_OUT] = str(held_out.path)
+        sets["dev"].append(kind.encode(held_out, encoder, name=HELD_OUT))
+    return EncodedSets(kind=kind, train=train, dev=sets["dev"], test=sets["test"], rows_of=rows_of)
 
 
 def _identity(task: FineTuneConfig, encoder: TextEncoder) -> tuple[Hashable, ...]:
     """By what the encoded rows of two tasks are known to be the same."""
-    rows = [task.data.train, *task.data.dev.values(), *task.data.test.values()]
-    paths = [*map(Path, rows), encoder.path]
+    paths = [*task.data.files, encoder.path]
     stats = [path.stat() for path in paths if path.exists()]
     files = tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
     return (repr(task.task), repr(task.data), encoder.segments, str(encoder.path), files)
@@ -264,8 +272,8 @@ def _check_rates(task: FineTuneConfig, body: ModelConfig) -> None:
             )
 
 
-def _sets_of(kind: TaskConfig, files: Mapping[str, str], encoder: TextEncoder) -> list[AskedSet]:
-    return [
-        kind.encode(read_rows(Path(path), kind.columns), encoder, name=name)
-        for name, path in files.items()
-    ]
+def _rows(data: LabelledDataConfig, name: str, kind: TaskConfig) -> Rows:
+    """Of a file, or of a split of data.hub. Raises DataError."""
+    if data.hub is not None and data.is_split(name):
+        return read_split(data.hub, name, kind.columns)
+    return read_rows(Path(name), kind.columns)

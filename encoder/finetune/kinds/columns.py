@@ -61,6 +61,13 @@ def number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: 
     )
 
 
+def class_names(rows: Rows, column: str) -> tuple[str, ...] | None:
+    """Of a column of classes, as a dataset of the hub has them; None: it has none that tell more than their numbers."""
+    names = rows.classes.get(column, ())
+    is_told = len({*names}) > 1 and not any(is_whole_number(name) for name in names)
+    return names if is_told else None
+
+
 def known_labels(labels: tuple[str, ...] | None) -> tuple[str, ...]:
     """Those of settings that have met the training rows."""
     assert labels, "labels are known once the training rows were read"

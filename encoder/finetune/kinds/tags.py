@@ -27,6 +27,7 @@ from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds.columns import (
     MOST_LABELS,
     check_labels,
+    class_names,
     is_whole_number,
     known_labels,
     number_of,
@@ -114,7 +115,9 @@ class TagsConfig:
         return names
 
     def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
-        """All that occur, O first, then sorted; numbers by their size."""
+        """Those that the data name, or all that occur, O first, then sorted; numbers by their size."""
+        if names := class_names(rows, self.label):
+            return names
         found = {name for row in range(len(rows)) for name in self._tags(rows, row)}
         if len(found) < 2:
             raise DataError(

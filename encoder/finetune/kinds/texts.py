@@ -19,6 +19,7 @@ from encoder.finetune.kinds.columns import (
     MOST_LABELS,
     check_columns,
     check_labels,
+    class_names,
     is_whole_number,
     known_labels,
     number_of,
@@ -167,7 +168,9 @@ class ClassifyConfig(_OfTexts):
         return Classes()
 
     def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
-        """All that occur, sorted; numbers by their size."""
+        """Those that the data name, or all that occur, sorted; numbers by their size."""
+        if names := class_names(rows, self.label):
+            return names
         found = {label_name(value, rows, row) for row, value in enumerate(rows.columns[self.label])}
         if len(found) < 2:
             raise DataError(
