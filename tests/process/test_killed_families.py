@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def settings_of(name: str, out: str, *, folder: str, stage: int, rows: int) -> l
         f"engine.zero_stage={stage}",
         f"loader.micro_batch_rows={rows}",
         *(["engine.activation_checkpointing=blocks"] if stage == 3 else []),
-        *(setting.replace("{folder}", folder) for setting in SETTINGS[name]),
+        *(setting.replace("{folder}", folder) for setting in SETTINGS.get(name, ())),
     ]
 
 
@@ -82,9 +83,18 @@ def train_whole(world: World, *, folder: str) -> None:
         pretrain(read_run(f"{folder}/run.yaml", settings), world)
 
 
-def train(world: World, *, folder: str, name: str, stage: int, rows: int, dies: bool) -> None:
-    """Trains on; where it dies, rank 0 is killed between a forward and its backward pass."""
-    settings = settings_of(name, name, folder=folder, stage=stage, rows=rows)
+def train(
+    world: World,
+    *,
+    folder: str,
+    name: str,
+    stage: int,
+    rows: int,
+    dies: bool,
+    more: Sequence[str] = (),
+) -> None:
+    """Trains on; where it dies, rank 0 is killed between a forward and its backward pass. `more`: settings that come last."""
+    settings = [*settings_of(name, name, folder=folder, stage=stage, rows=rows), *more]
     with pytest.MonkeyPatch.context() as patch:
         # saves are waited for, so that one is there before the kill on any machine
         plain = Checkpointing.save

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from encoder.base.batch import Targets, packed_documents
@@ -86,21 +87,64 @@ def test_spans_are_those_of_the_published_code(size, number):
         assert found == expected and len(found) == number
 
 
+LENGTH_SHARES = np.diff([0.0, *CUMULATIVE])
+
+
+def sizes_of_spans(number: int, draw: np.random.Generator) -> np.ndarray:
+    """Lengths of the spans in a text with room for all of them; at least one token lies between two."""
+    size = 8 * number
+    places = span_places(
+        [True] * size,
+        [True] * size,
+        number,
+        draw.random,
+        cumulative=CUMULATIVE,
+        context_tokens=6,
+    )
+    begins = np.flatnonzero(np.diff(places, prepend=-9) > 1)
+    return np.diff(begins, append=number)
+
+
 def test_lengths_of_spans_are_drawn_by_one_over_n():
-    """Alone in a long text each span is drawn with its full length: chi-square over 4,000 spans, 4 degrees."""
+    """The first 20 of some 46 spans, which the number of targets does not cut: 4,000 draws, chi-square of 4 degrees."""
     draw = np.random.default_rng(3)
-    counts = np.zeros(5)
-    for _ in range(200):
-        places = span_places(
-            [True] * 2000, [True] * 2000, 100, draw.random, cumulative=CUMULATIVE, context_tokens=6
-        )
-        # two spans that touch look like one: left out with what lies beside the last one
-        edges = np.flatnonzero(np.diff(places, prepend=-9) > 1)
-        sizes = np.diff(edges)[:20]
-        counts += np.bincount(sizes, minlength=6)[1:6]
-    expected = np.diff([0.0, *CUMULATIVE]) * counts.sum()
-    assert ((counts - expected) ** 2 / expected).sum() < 60
-    assert np.dot(np.arange(1, 6), np.diff([0.0, *CUMULATIVE])) == pytest.approx(2.19, abs=0.005)
+    drawn = np.concatenate([sizes_of_spans(100, draw)[:20] for _ in range(200)])
+    counts = np.bincount(drawn, minlength=6)[1:]
+    assert scipy.stats.chisquare(counts, LENGTH_SHARES * counts.sum()).pvalue > 1e-3
+    # as the paper's K = 6 has it
+    assert np.dot(np.arange(1, 6), LENGTH_SHARES) == pytest.approx(2.19, abs=0.005)
+
+
+def spans_expected(number: int) -> np.ndarray:
+    """Spans of each length among so many targets, the last of them cut: by the chance that a walk of lengths meets a sum."""
+    chance_of_sum = np.zeros(number + 1)
+    chance_of_sum[0] = 1.0
+    expected = np.zeros(5)
+    for before in range(number):
+        for length, share in enumerate(LENGTH_SHARES, 1):
+            laid = min(length, number - before)
+            expected[laid - 1] += chance_of_sum[before] * share
+            chance_of_sum[before + laid] += chance_of_sum[before] * share
+    return expected
+
+
+def test_the_last_of_43_targets_cuts_its_span_as_chance_has_it():
+    """Counts of a block depend on each other, so their means over blocks are judged: Hotelling's T squared, 4 degrees."""
+    draw = np.random.default_rng(4)
+    blocks = 2000
+    drawn = [np.bincount(sizes_of_spans(43, draw), minlength=6)[1:] for _ in range(blocks)]
+    expected = spans_expected(43)
+    assert np.dot(np.arange(1, 6), expected) == pytest.approx(43)
+
+    def p_value(supposed: np.ndarray) -> float:
+        # the fifth count follows from the others: their tokens are 43
+        off = (np.mean(drawn, axis=0) - supposed)[:4]
+        spread = np.cov(np.array(drawn)[:, :4].T)
+        return float(scipy.stats.chi2.sf(blocks * off @ np.linalg.solve(spread, off), 4))
+
+    assert p_value(expected) > 1e-3
+    # and it can tell: as many targets in spans of which none was cut
+    assert p_value(LENGTH_SHARES * 43 / 2.19) < 1e-3
 
 
 def test_85_of_512_tokens_are_targets_and_none_is_special():
@@ -140,7 +184,7 @@ def test_a_span_begins_where_a_word_does():
 
 
 def test_all_orders_of_three_targets_are_as_likely():
-    """Chi-square of 6 orders over 3,000 documents: below 30 of 5 degrees."""
+    """3,000 documents: chi-square of 5 degrees."""
     objective = objective_of(directions="forward")
     documents = [torch.arange(5, 13)] * 3000
     index_M = (torch.arange(3000)[:, None] * 8 + torch.tensor([0, 2, 5])).flatten()
@@ -152,7 +196,7 @@ def test_all_orders_of_three_targets_are_as_likely():
     ranks = order.key_rank_T[index_M].view(3000, 3)
     assert all(len({*row}) == 3 for row in ranks.tolist())
     found = np.unique(ranks.argsort(1).numpy() @ [9, 3, 1], return_counts=True)[1]
-    assert len(found) == 6 and ((found - 500.0) ** 2 / 500).sum() < 30
+    assert len(found) == 6 and scipy.stats.chisquare(found).pvalue > 1e-3
 
 
 def test_half_of_the_documents_are_read_from_their_end():
@@ -161,7 +205,7 @@ def test_half_of_the_documents_are_read_from_their_end():
     order = objective.order(batch_of(objective, lengths))
     place = order.place_T.view(400, 9)
     backwards = place[:, 8] < 0
-    assert 150 < int(backwards.sum()) < 250
+    assert scipy.stats.binomtest(int(backwards.sum()), 400).pvalue > 1e-3
     forward, back = place[~backwards][0], place[backwards][0]
     assert forward.tolist() == [*range(9)]
     # the frame stands before the text: the same distances as if the text were laid backwards
