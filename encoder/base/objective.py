@@ -23,6 +23,14 @@ class RowTargets(NamedTuple):
     value: np.ndarray  # int64 [M]
 
 
+class Stretch(NamedTuple):
+    """Tokens of a document that attend to each other, and what they see beside themselves."""
+
+    tokens: int
+    memory_tokens: int = 0  # before them, whose keys they see
+    query_rows: float = 0.0  # rows beside theirs, which are no keys
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairRule:
     """How the documents of an objective become pairs of sentences: [CLS] A [SEP] B [SEP]."""

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from encoder.base.model import TrainedModel
+from encoder.base.objective import Stretch
 from encoder.base.schema import Settings
 
 
@@ -53,6 +54,15 @@ class ModelConfig(Settings, Protocol):
         """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by.
 
         Its memory, too, if the model cannot run on tensors without data (encoder/tools/plan/activations.py).
+        """
+
+    def attention_bytes(self, stretch: Stretch, *, tokens: int, width: int, device: str) -> int:
+        """Bytes that attention takes for a moment beside what is kept; 0: its kernels keep no scores.
+
+        stretch: the longest that attends to itself
+        tokens: of a micro-batch
+        width: bytes of a number
+        device: cpu or cuda
         """
 
     @property

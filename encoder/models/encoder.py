@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from encoder.base.batch import TokenBatch
 from encoder.base.errors import ConfigError
+from encoder.base.objective import Stretch
 from encoder.base.units import counted
 from encoder.models.contract import Axis, ModelConfig, ParameterCounts
 from encoder.models.flops import (
@@ -151,6 +152,10 @@ class EncoderSettings:
     def activation_width(self: PackedSettings) -> int:
         """Numbers per token that a layer writes in the forward pass: what its time in memory is estimated by."""
         return 14 * self.hidden_size + 4 * self.intermediate_size
+
+    def attention_bytes(self, stretch: Stretch, *, tokens: int, width: int, device: str) -> int:
+        """None: kernels for packed documents keep no scores."""
+        return 0
 
     @property
     def shape_text(self: PackedSettings) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from encoder.base.batch import Targets, TokenBatch
 from encoder.base.errors import ConfigError
+from encoder.base.objective import Stretch
 from encoder.base.units import counted
 from encoder.models.contract import Axis, GrowthRules, ParameterCounts
 from encoder.models.encoder import MOST
@@ -38,6 +39,7 @@ from encoder.nn.two_streams import (
     TwoStreamPlan,
     plain_order,
     plan_two_streams,
+    score_bytes,
 )
 
 SIZES = (
@@ -124,6 +126,12 @@ class XlnetConfig:
     def activation_width(self) -> int:
         """Numbers per token and layer that are kept: 12 of the stream's width and 4 of the MLP's, a sixth more of query rows."""
         return 14 * self.hidden_size + 5 * self.intermediate_size
+
+    def attention_bytes(self, stretch: Stretch, *, tokens: int, width: int, device: str) -> int:
+        """Scores of a block while its backward pass runs, and the masks of all blocks."""
+        return score_bytes(
+            stretch, tokens=tokens, heads=self.num_attention_heads, width=width, device=device
+        )
 
     @property
     def shape_text(self) -> str:

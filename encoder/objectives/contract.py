@@ -15,6 +15,7 @@ from encoder.base.objective import (
     PairRule,
     RowPairs,
     RowTargets,
+    Stretch,
 )
 from encoder.base.schema import Settings
 from encoder.base.tokenizer_json import Frame
@@ -32,6 +33,7 @@ __all__ = [
     "RowPairs",
     "RowTargets",
     "Specials",
+    "Stretch",
     "frame_text",
 ]
 
@@ -49,6 +51,10 @@ class ObjectiveConfig(Settings, Protocol):
     @property
     def mask_share(self) -> float:
         """Of the tokens that may be masked."""
+
+    @property
+    def task_text(self) -> str:
+        """What is learned, for people: `masked tokens, 30% of the text`."""
 
     @property
     def pairs(self) -> PairRule | None:
@@ -82,6 +88,9 @@ class ObjectiveConfig(Settings, Protocol):
         self, *, documents: float, tokens: float, mask_share: float
     ) -> dict[str, float]:
         """Targets of each loss term in so many documents, or pairs, of so many tokens together, for a plan."""
+
+    def longest_stretch(self, *, longest_tokens: int, mask_share: float) -> Stretch:
+        """What of a document of so many tokens attends to each other, for a plan's memory."""
 
     def train_flops(
         self,

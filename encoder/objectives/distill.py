@@ -73,6 +73,11 @@ class DistillConfig(MlmConfig):
         return tuple(terms)
 
     @property
+    def task_text(self) -> str:
+        """What is learned, for people."""
+        return f"{super().task_text} and a teacher's answers"
+
+    @property
     def asks_every_document(self) -> bool:
         """Whether no document is without a target."""
         return self.soft_targets == "all" or super().asks_every_document

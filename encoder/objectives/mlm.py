@@ -35,6 +35,7 @@ from encoder.objectives.contract import (
     ObjectiveFacts,
     PairRule,
     RowTargets,
+    Stretch,
 )
 from encoder.objectives.masking import LONGEST_SPAN, Count, ExactChoice, Spans
 from encoder.objectives.words import WordEdges
@@ -118,6 +119,11 @@ class MlmConfig:
     frame: ClassVar[Frame | None] = None  # documents may have any
 
     @property
+    def task_text(self) -> str:
+        """What is learned, for people."""
+        return f"masked tokens, {self.mask_share:.0%} of the text"
+
+    @property
     def pairs(self) -> PairRule | None:
         """How the loader makes pairs of sentences of documents: it does not."""
         return None
@@ -185,6 +191,10 @@ class MlmConfig:
     ) -> dict[str, float]:
         """Targets of each loss term in so many documents of so many tokens together."""
         return {MLM: mask_share * tokens}
+
+    def longest_stretch(self, *, longest_tokens: int, mask_share: float) -> Stretch:
+        """A document sees all of itself."""
+        return Stretch(longest_tokens)
 
     def train_flops(
         self,

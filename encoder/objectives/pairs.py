@@ -33,6 +33,7 @@ class _PairConfig(MlmConfig):
 
     LABEL_1: ClassVar[Literal["random", "swapped"]]
     TERM: ClassVar[str]  # the loss term of the labels
+    ASKED: ClassVar[str]  # what the labels tell, for people
     model_needs: ClassVar[Mapping[str, int]] = {"type_vocab_size": 2, "sentence_head": True}
 
     short_share: float = 0.1  # of the documents: shorter pairs, of a random length
@@ -48,6 +49,11 @@ class _PairConfig(MlmConfig):
             raise ConfigError(
                 f"pair_weight {self.pair_weight} must be at least 0. BERT and ALBERT use 1."
             )
+
+    @property
+    def task_text(self) -> str:
+        """What is learned, for people."""
+        return f"{super().task_text} and {self.ASKED}"
 
     @property
     def pairs(self) -> PairRule:
@@ -72,6 +78,7 @@ class MlmNspConfig(_PairConfig):
 
     LABEL_1 = "random"
     TERM = "nsp"
+    ASKED = "the next sentence"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,7 @@ class MlmSopConfig(_PairConfig):
 
     LABEL_1 = "swapped"
     TERM = "sop"
+    ASKED = "the order of sentences"
 
 
 class PairModel(TokenModel, Protocol):

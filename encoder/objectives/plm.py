@@ -34,6 +34,7 @@ from encoder.objectives.contract import (
     ObjectiveFacts,
     PairRule,
     RowTargets,
+    Stretch,
     frame_text,
 )
 from encoder.objectives.words import WordEdges
@@ -85,6 +86,11 @@ class PlmConfig:
                 f"segment_tokens {self.segment_tokens:,} is not a whole number of blocks of"
                 f" {self.block_tokens:,}. Nearest: {down:,}, {down + self.block_tokens:,}."
             )
+
+    @property
+    def task_text(self) -> str:
+        """What is learned, for people."""
+        return f"tokens in an order that chance gives, {self.mask_share:.0%} of the text"
 
     @property
     def pairs(self) -> PairRule | None:
@@ -144,6 +150,15 @@ class PlmConfig:
     ) -> dict[str, float]:
         """Targets of each loss term in so many documents of so many tokens together."""
         return {PLM: mask_share * max(0.0, tokens - FRAME_TOKENS * documents)}
+
+    def longest_stretch(self, *, longest_tokens: int, mask_share: float) -> Stretch:
+        """A segment and its memory, or a whole document where there is none; a query row at each target."""
+        tokens = longest_tokens
+        if self.memory_tokens:
+            tokens = min(tokens, self.segment_tokens)
+        return Stretch(
+            tokens, memory_tokens=self.memory_tokens, query_rows=mask_share * float(tokens)
+        )
 
     def train_flops(
         self,

@@ -65,6 +65,11 @@ class RtdConfig(MlmConfig):
             raise ConfigError(f"temperature {self.temperature} must be above 0. ELECTRA uses 1.")
 
     @property
+    def task_text(self) -> str:
+        """What is learned, for people."""
+        return f"replaced tokens, by a generator of {super().task_text}"
+
+    @property
     def asks_every_document(self) -> bool:
         """Of every token the discriminator is asked."""
         return True

@@ -97,13 +97,8 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
     lines = {
         "model": model_line(about, run.model),
         "optimizer": f"{optimizer}, seed {run.seed}",
+        "objective": run.objective.task_text,
     }
-    share = getattr(run.objective, "mask_share", None)
-    if share is not None:
-        pairs = ""
-        if run.objective.pairs:
-            pairs = " and pairs of sentences"
-        lines["objective"] = f"masked tokens, {share:.0%} of the text{pairs}"
     for source in about.get("sources") or data_facts(run):
         if isinstance(source, dict) and isinstance(source.get("tokens"), int):
             trained = source.get("trained", 0)

@@ -166,6 +166,7 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     # networks of one model keep theirs at the same time
     networks = networks_of(model).values() or (model,)
     layers = sum(_network_bytes(run, network, kind=kind, width=width) for network in networks)
+    scores = max(_score_bytes(run, network, kind=kind, width=width) for network in networks)
 
     # one piece of logits, which becomes its gradient; the decoder's weight in 2 bytes, and its
     # gradient before and after scaling
@@ -182,7 +183,26 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     decoder_width = 10 if in_half else 8
     loss = model.vocab_size * (logit_width * piece + decoder_width * model.hidden_size)
     workspace = 0 if kind == "cpu" else CUBLAS_BYTES
-    return int(layers + loss) + workspace
+    return int(layers + scores + loss) + workspace
+
+
+def _score_bytes(run: RunConfig, network: ModelConfig, *, kind: str, width: int) -> int:
+    """What the attention of a network takes beside, in the phase where it is most.
+
+    run: its loader, phases and objective decide
+    network: the settings of the model, or of one of its networks
+    kind: cuda or cpu
+    width: bytes of a number
+    """
+    tokens = run.loader.micro_batch_rows * run.data.row_tokens
+    found = []
+    for phase in run.phases:
+        stretch = run.objective.longest_stretch(
+            longest_tokens=phase.max_tokens_per_document,
+            mask_share=run.mask_share_of(phase).highest,
+        )
+        found.append(network.attention_bytes(stretch, tokens=tokens, width=width, device=kind))
+    return max(found)
 
 
 def _network_bytes(run: RunConfig, network: ModelConfig, *, kind: str, width: int) -> float:

@@ -15,6 +15,7 @@ from encoder.models.growth import differing
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
 from encoder.objectives.rtd import RtdConfig
+from encoder.runs.about import what_was_trained
 from encoder.runs.config import read_run
 from encoder.runs.initial import read_fitting, with_heads
 from encoder.runs.objective_models import plan_texts
@@ -60,6 +61,22 @@ def test_a_familys_run_file_is_planned_with_its_parameters(name):
     assert f"{counted:,} parameters" in said and "does NOT fit" not in said
     assert counted == COUNTS.get(name, counted)
     assert name in PRESETS and run.name == name
+
+
+TASKS = {
+    "modernbert_base": "masked tokens, 30% of the text",
+    "bert_base": "masked tokens, 15% of the text and the next sentence",
+    "albert_base": "masked tokens, 15% of the text and the order of sentences",
+    "distilbert_base": "masked tokens, 15% of the text and a teacher's answers",
+    "electra_large": "replaced tokens, by a generator of masked tokens, 25% of the text",
+    "xlnet_base": "tokens in an order that chance gives, 17% of the text",
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_learned_is_said_by_the_objective(name, tmp_path):
+    run = read_run(CONFIGS / f"{name}.yaml")
+    assert what_was_trained(run, tmp_path)["objective"] == TASKS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("modernbert")])
