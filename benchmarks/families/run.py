@@ -44,6 +44,8 @@ RUNS = (
     "albert_small",
     "xlnet",
     "xlnet_memory",
+    "electra_mini",
+    "electra_mini_mlm",
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.families.run import BEFORE, RUNS
 from encoder.base.errors import ConfigError, ModelError, UserError
 from encoder.models.bert import BertConfig
 from encoder.models.catalog import PRESETS, build_model
@@ -23,7 +24,9 @@ from encoder.tools.plan.forecast import gpu
 from encoder.tools.plan.plan import plan_text
 from launch.new_file import FAMILIES
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "pretrain"
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = ROOT / "configs" / "pretrain"
+SMALL_RUNS = ROOT / "benchmarks" / "families"
 
 # by transformers' classes, with the heads that are trained; of the others by shape
 COUNTS = {
@@ -61,6 +64,29 @@ def test_a_familys_run_file_is_planned_with_its_parameters(name):
     assert f"{counted:,} parameters" in said and "does NOT fit" not in said
     assert counted == COUNTS.get(name, counted)
     assert name in PRESETS and run.name == name
+
+
+def test_every_small_run_is_in_the_list_of_those_that_are_made():
+    files = {path.stem for path in SMALL_RUNS.glob("*.yaml") if not path.stem.startswith("prep_")}
+    assert sorted(RUNS) == sorted(files)
+    assert set(BEFORE) <= set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_small_run_has_a_file_that_can_be_trained(name):
+    settings = []
+    if name.startswith("minilm"):
+        # its weights are imported before it is read
+        settings = ["init_from=null", "model={preset: bert_mini}"]
+    run = read_run(SMALL_RUNS / f"{name}.yaml", settings)
+    assert run.name == name and f"runs/{name}" == run.out
+
+
+# one of each objective that only these have
+@pytest.mark.parametrize("name", ["albert_small", "electra_mini", "xlnet_memory", "distilbert"])
+def test_a_small_run_is_planned(name):
+    run = read_run(SMALL_RUNS / f"{name}.yaml")
+    assert "memory a rank" in plan_text(run, ranks=1, machine=None)
 
 
 TASKS = {
