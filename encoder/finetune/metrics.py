@@ -21,6 +21,8 @@ LOWER_IS_BETTER = ("loss", "mean_squared_error")
 # chosen on a dev set and told beside metrics: no measure of a model
 NO_ANSWER_THRESHOLD = "no_answer_threshold"
 CHOSEN = (NO_ANSWER_THRESHOLD,)
+# of classes whose rows are in groups
+GROUP_EXACT_MATCH = "group_exact_match"
 
 # (true, guessed, outputs of the task) -> number
 Metric = Callable[[np.ndarray, np.ndarray, int], float]
@@ -82,6 +84,11 @@ def cross_entropy(logits_NK: np.ndarray, value_N: np.ndarray) -> float:
     return float((logsumexp_N - logits_NK[np.arange(len(value_N)), value_N]).mean())
 
 
+def yes_no_loss(logits_NK: np.ndarray, value_NK: np.ndarray) -> float:
+    """Mean of binary cross entropy: -log sigmoid(x) = log(1 + exp(-x)); with target 0 that of -x."""
+    return float(np.logaddexp(0.0, np.where(value_NK > 0, -logits_NK, logits_NK)).mean())
+
+
 def pick_loss(logits_PK: np.ndarray, right_PK: np.ndarray, starts_N: np.ndarray) -> float:
     """Mean over groups, and over K picks, of -log softmax(logits of the group)[right].
 
@@ -102,6 +109,16 @@ def accuracy(true: np.ndarray, guessed: np.ndarray, _outputs: int) -> float:
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(true, guessed))
+
+
+def group_exact_match(true: np.ndarray, guessed: np.ndarray, group_N: np.ndarray) -> float:
+    """The share of groups whose rows are all right: EM of MultiRC (Khashabi et al. 2018).
+
+    true, guessed: classes [N]
+    group_N: numbers of the groups, from 0
+    """
+    wrong_G = np.bincount(group_N, weights=true != guessed)
+    return float((wrong_G == 0).mean())
 
 
 def f1(true: np.ndarray, guessed: np.ndarray, outputs: int) -> float:

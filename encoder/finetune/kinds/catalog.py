@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from encoder.finetune.kinds.choice import ChoiceConfig
+from encoder.finetune.kinds.cloze import ClozeConfig
 from encoder.finetune.kinds.contract import TaskConfig
 from encoder.finetune.kinds.spans import SpansConfig
 from encoder.finetune.kinds.tags import TagsConfig
@@ -15,4 +16,5 @@ TASKS: dict[str, type[TaskConfig]] = {
     "tags": TagsConfig,
     "spans": SpansConfig,
     "choice": ChoiceConfig,
+    "cloze": ClozeConfig,
 }

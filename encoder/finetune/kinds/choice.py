@@ -20,10 +20,10 @@ import numpy as np
 from encoder.base.errors import ConfigError
 from encoder.base.units import counted
 from encoder.data.examples import Examples, Places
-from encoder.data.labelled import DataError, Rows, check_unicode, label_name, texts_of
+from encoder.data.labelled import DataError, Rows, check_unicode, label_name
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
-from encoder.finetune.kinds.columns import is_whole_number
+from encoder.finetune.kinds.columns import columns_of, is_whole_number, written
 from encoder.finetune.kinds.contract import Decided, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
@@ -46,7 +46,8 @@ class ChoiceConfig:
     labels: ClassVar[None] = None
     outputs: ClassVar[int] = 1
 
-    # columns of what stands before the choices: a text, and perhaps a question that each choice follows
+    # columns of what stands before the choices: a text, and perhaps a question that each choice follows; as of classify
+    # a text may be of several columns, "{premise} {question}"
     texts: tuple[str, ...]
     choices: tuple[str, ...]  # a column of lists, or a column for each choice
     label: str  # column of the right one: its number from 0, or its letter from A
@@ -62,7 +63,8 @@ class ChoiceConfig:
             )
         if not self.choices:
             raise ConfigError("choices names no column; needed: one of lists, or one for each.")
-        twice = next((name for name in self.columns if self.columns.count(name) > 1), None)
+        named = [*self.texts, *self.choices, self.label]
+        twice = next((name for name in named if named.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"two columns are called {twice!r}; needed: columns that differ.")
         if self.max_choice_tokens < 1:
@@ -71,12 +73,12 @@ class ChoiceConfig:
     @property
     def columns(self) -> tuple[str, ...]:
         """Texts, choices and the right one."""
-        return (*self.texts, *self.choices, self.label)
+        return (*columns_of(self.texts), *self.choices, self.label)
 
     @property
     def kept_together(self) -> tuple[str, ...]:
         """All questions about a text."""
-        return self.texts[:1]
+        return columns_of(self.texts[:1])
 
     @property
     def objective(self) -> TextObjective:
@@ -102,10 +104,10 @@ class ChoiceConfig:
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> ChoiceSet:
         """A document for each choice of each row."""
-        texts = list(texts_of(rows, self.texts[0]))
+        texts = list(written(rows, self.texts[0]))
         questions = [""] * len(rows)
         if len(self.texts) == 2:
-            questions = list(texts_of(rows, self.texts[1]))
+            questions = list(written(rows, self.texts[1]))
         choices = [self._choices(rows, row) for row in range(len(rows))]
         right = [self._right(rows, row, choices[row]) for row in range(len(rows))]
 
@@ -125,7 +127,7 @@ class ChoiceConfig:
             encoder.encoded(pairs, cut="only_first"), encoder, name=name, value_P=right_P1
         )
         return ChoiceSet(
-            examples=_by_row(documents, starts),
+            examples=by_row(documents, starts, grouped=True),
             choices=choices,
             cut_choices=sum(a != b for a, b in zip(seconds, cut, strict=True)),
         )
@@ -171,13 +173,18 @@ class ChoiceConfig:
         return number
 
 
-def _by_row(documents: Examples, starts_N1: np.ndarray) -> Examples:
-    """Documents, an example each, as choices of rows that begin at documents starts_N1."""
+def by_row(documents: Examples, starts_N1: np.ndarray, *, grouped: bool) -> Examples:
+    """Documents, an example each, as choices of rows.
+
+    documents: of all rows, in their order
+    starts_N1: the first document of each row
+    grouped: one choice of a row is picked; else each is asked by itself
+    """
     token_starts = documents.starts_N1[starts_N1]
     lengths = np.diff(starts_N1)
     token_P = documents.starts_N1[:-1] - np.repeat(token_starts[:-1], lengths)
     places = Places(
-        starts_N1=starts_N1, token_P=token_P.astype(np.int32), grouped=True, documents=True
+        starts_N1=starts_N1, token_P=token_P.astype(np.int32), grouped=grouped, documents=True
     )
     return dataclasses.replace(documents, starts_N1=token_starts, places=places)
 

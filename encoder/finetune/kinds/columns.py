@@ -1,25 +1,83 @@
-"""What the settings of several kinds share: columns that differ, labels that differ, a label's number."""
+"""What the settings of several kinds share: texts of columns, columns that differ, labels that differ, a label's number.
+
+sentence1                  the column of this name
+"{word}: {sentence1}"      columns in a text"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.data.labelled import DataError, Rows
+from encoder.data.labelled import DataError, Rows, texts_of
 
 MOST_LABELS = 100_000
+_PART = re.compile(r"\{([^{}]+)\}")
 # of a label that counts as a number; Python reads no more than some thousand
 MOST_DIGITS = 600
 
 
+def columns_of(texts: Sequence[str]) -> tuple[str, ...]:
+    """The columns of texts, each once: a text is a column's name, or has names in braces."""
+    names = [name for text in texts for name in _PART.findall(text) or [text]]
+    return tuple(dict.fromkeys(names))
+
+
+def written(rows: Rows, text: str) -> Iterator[str]:
+    """A column's texts, or those of several columns in one text. Raises DataError for a cell that is none, or empty."""
+    names = _PART.findall(text)
+    if not names:
+        yield from texts_of(rows, text)
+        return
+    cells = {name: list(texts_of(rows, name)) for name in names}
+    # what stands between names, and names, by turns
+    parts = _PART.split(text)
+    for row in range(len(rows)):
+        yield "".join(cells[part][row] if k % 2 else part for k, part in enumerate(parts))
+
+
+def groups_of(rows: Rows, names: Sequence[str]) -> np.ndarray | None:
+    """The number of each row's group, int64 [N]: rows are in one where they are equal in all of these; None: without names.
+
+    names: columns; idx.question is what the objects of column idx have under question
+
+    Raises DataError for a cell without such a part.
+    """
+    if not names:
+        return None
+    numbers: dict[str, int] = {}
+    found = []
+    for row in range(len(rows)):
+        cells = [_part_of(rows, row, name) for name in names]
+        found.append(numbers.setdefault(json.dumps(cells, default=str), len(numbers)))
+    return np.array(found, dtype=np.int64)
+
+
+def _part_of(rows: Rows, row: int, name: str) -> Any:
+    column, dot, part = name.partition(".")
+    cell = rows.columns[column][row]
+    if not dot:
+        return cell
+    if not isinstance(cell, dict) or part not in cell:
+        raise DataError(
+            f"{rows.place(row)}: {column} is {str(cell)[:40]!r}; needed: an object with {part}, as"
+            f" task.groups has {name}."
+        )
+    return cell[part]
+
+
 def check_columns(texts: Sequence[str], label: str) -> None:
-    """One text or two, each of a column of its own. Raises ConfigError."""
+    """One text or two, each of a column of its own, and without the label. Raises ConfigError."""
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"texts has {len(texts)} columns; needed: one, or two of a pair.")
     columns = [*texts, label]
     twice = next((name for name in columns if columns.count(name) > 1), None)
+    if label in columns_of(texts):
+        twice = label
     if twice is not None:
         raise ConfigError(
             f"texts and label name the column {twice!r} twice; needed: columns that differ."

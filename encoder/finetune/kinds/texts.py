@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from encoder.base.errors import ConfigError
 from encoder.base.units import counted
 from encoder.data.examples import Examples
-from encoder.data.labelled import DataError, Rows, label_name, texts_of
+from encoder.data.labelled import DataError, Rows, label_name
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds.columns import (
@@ -20,10 +21,13 @@ from encoder.finetune.kinds.columns import (
     check_columns,
     check_labels,
     class_names,
+    columns_of,
+    groups_of,
     is_whole_number,
     known_labels,
     number_of,
     refuse_missing,
+    written,
 )
 from encoder.finetune.kinds.contract import Decided, NothingDecided
 from encoder.finetune.metrics import Metric, Scores
@@ -58,6 +62,7 @@ class TextSet(NothingDecided):
 
     examples: Examples
     kind: TextKind
+    group_N: np.ndarray | None = None  # int64, the question of each row, where rows are in groups
 
     def notes(self) -> list[str]:
         """How many were cut."""
@@ -80,9 +85,16 @@ class TextSet(NothingDecided):
         outputs = logits_PK.shape[1]
         return Scores.of(
             loss=self.kind.mean_loss(logits_PK, value_N),
-            metrics={name: self.kind.METRICS[name](value_N, guesses, outputs) for name in metrics},
+            metrics={name: self._metric(name, guesses, outputs) for name in metrics},
             constant=len(guesses) > 1 and bool((guesses == guesses[:1]).all()),
         )
+
+    def _metric(self, name: str, guesses: np.ndarray, outputs: int) -> float:
+        value_N = self.examples.value_P
+        if name != measures.GROUP_EXACT_MATCH:
+            return self.kind.METRICS[name](value_N, guesses, outputs)
+        assert self.group_N is not None, "metric_names has it with groups alone"
+        return measures.group_exact_match(value_N, guesses, self.group_N)
 
     def lines(
         self, logits_PK: np.ndarray, decided: Decided | None = None
@@ -109,12 +121,12 @@ class _OfTexts:
     @property
     def columns(self) -> tuple[str, ...]:
         """Texts and label."""
-        return (*self.texts, self.label)
+        return (*columns_of(self.texts), self.label)
 
     @property
     def kept_together(self) -> tuple[str, ...]:
         """Rows of the same texts."""
-        return self.texts
+        return columns_of(self.texts)
 
     @property
     def pairs(self) -> bool:
@@ -145,17 +157,36 @@ class ClassifyConfig(_OfTexts):
         "matthews": measures.matthews,
     }
 
-    texts: tuple[str, ...]  # columns: one text, or two of a pair
+    # columns: one text, or two of a pair; "{word}: {sentence1}" makes one text of several columns
+    texts: tuple[str, ...]
     label: str  # column of the class, by its name or its number
     # the classes' names in the order of their numbers; default: those of the training rows, sorted
     labels: tuple[str, ...] | None = None
+    # columns in which all rows about one question are equal, as in MultiRC; idx.question: what cells of idx have under question
+    groups: tuple[str, ...] | None = None
     pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
-    # those that are reported; default: accuracy, f1, macro_f1, matthews
+    # those that are reported; default: accuracy, f1, macro_f1, matthews, and with groups group_exact_match
     metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_columns(self.texts, self.label)
         check_labels(self.labels, least=2)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Texts, label and those of groups."""
+        groups = [name.partition(".")[0] for name in self.groups or ()]
+        return (*columns_of(self.texts), self.label, *groups)
+
+    @property
+    def kept_together(self) -> tuple[str, ...]:
+        """Rows of the same texts; with groups all about a first text."""
+        return columns_of(self.texts[:1] if self.groups else self.texts)
+
+    def metric_names(self) -> tuple[str, ...]:
+        """That of groups needs some."""
+        of_groups = (measures.GROUP_EXACT_MATCH,) if self.groups else ()
+        return measures.chosen([*self.METRICS, *of_groups], self.metrics)
 
     @property
     def outputs(self) -> int:
@@ -192,7 +223,8 @@ class ClassifyConfig(_OfTexts):
             ],
             dtype=np.int64,
         )
-        return _encoded(self, self.texts, rows, encoder, name=name, value_N=value_N)
+        found = _encoded(self, self.texts, rows, encoder, name=name, value_N=value_N)
+        return dataclasses.replace(found, group_N=groups_of(rows, self.groups or ()))
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """Every class is there."""
@@ -234,7 +266,8 @@ class LabelsConfig(_OfTexts):
         "exact_match": measures.accuracy,
     }
 
-    texts: tuple[str, ...]  # columns: one text, or two of a pair
+    # columns: one text, or two of a pair; "{word}: {sentence1}" makes one text of several columns
+    texts: tuple[str, ...]
     label: str  # column of the labels: a list of names, or names with `separator` between them
     # their names; default: those of the training rows, sorted
     labels: tuple[str, ...] | None = None
@@ -285,8 +318,8 @@ class LabelsConfig(_OfTexts):
         return (logits_NK > 0).astype(np.int64)
 
     def mean_loss(self, logits_NK: np.ndarray, value_N: np.ndarray) -> float:
-        """-log sigmoid(x) = log(1 + exp(-x)); with target 0 that of -x."""
-        return float(np.logaddexp(0.0, np.where(value_N > 0, -logits_NK, logits_NK)).mean())
+        """Binary cross entropy."""
+        return measures.yes_no_loss(logits_NK, value_N)
 
     def said(self, logits_K: np.ndarray, guess: Any) -> dict[str, Any]:
         """The labels that are given."""
@@ -324,7 +357,8 @@ class RegressConfig(_OfTexts):
     labels: ClassVar[None] = None
     outputs: ClassVar[int] = 1
 
-    texts: tuple[str, ...]  # columns: one text, or two of a pair
+    # columns: one text, or two of a pair; "{word}: {sentence1}" makes one text of several columns
+    texts: tuple[str, ...]
     label: str  # column of the number
     pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
     # those that are reported; default: pearson, spearman, mean_squared_error
@@ -379,7 +413,7 @@ class RegressConfig(_OfTexts):
 
 def _encoded(
     kind: TextKind,
-    columns: Sequence[str],
+    texts: Sequence[str],
     rows: Rows,
     encoder: TextEncoder,
     *,
@@ -387,8 +421,8 @@ def _encoded(
     value_N: np.ndarray,
 ) -> TextSet:
     """The texts of all rows, the longer one of a pair cut first."""
-    texts: list[Any] = list(zip(*(texts_of(rows, column) for column in columns), strict=True))
-    given = [pair[0] if len(pair) == 1 else pair for pair in texts]
+    pairs: list[Any] = list(zip(*(written(rows, text) for text in texts), strict=True))
+    given = [pair[0] if len(pair) == 1 else pair for pair in pairs]
     encoded = encoder.encoded(given, cut="longest_first")
     return TextSet(examples=examples_of(encoded, encoder, name=name, value_P=value_N), kind=kind)
 
