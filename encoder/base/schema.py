@@ -312,22 +312,28 @@ def to_plain(value: Any) -> Any:
     """Settings -> dicts, lists and scalars that `from_mapping` reads back to an equal object."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = _hints(type(value))
-        plain = {}
-        for f in dataclasses.fields(value):
-            if f.init:
-                item = getattr(value, f.name)
-                plain[f.name] = to_plain(item)
-                # a choice gets back the key that picks its class, first of all
-                chosen = choice_of(hints[f.name])
-                if chosen and item is not None:
-                    tag = next(word for word, cls in chosen.choices.items() if type(item) is cls)
-                    plain[f.name] = {chosen.tag: tag, **plain[f.name]}
-        return plain
+        return {
+            f.name: _tagged(getattr(value, f.name), hints[f.name])
+            for f in dataclasses.fields(value)
+            if f.init
+        }
     if isinstance(value, (tuple, list)):
         return [to_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {k: to_plain(v) for k, v in value.items()}
     return value
+
+
+def _tagged(value: Any, hint: Any) -> Any:
+    """A field's plain value; a choice, and each one of a list, gets back the key that picks its class, first of all."""
+    if isinstance(value, tuple) and typing.get_origin(hint) is tuple:
+        item_hint = typing.get_args(hint)[0]
+        return [_tagged(item, item_hint) for item in value]
+    chosen = choice_of(hint)
+    if chosen is None or value is None:
+        return to_plain(value)
+    tag = next(word for word, cls in chosen.choices.items() if type(value) is cls)
+    return {chosen.tag: tag, **to_plain(value)}
 
 
 def to_yaml(value: Any) -> str:

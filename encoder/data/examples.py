@@ -92,6 +92,17 @@ class Examples:
         """Places at which some examples are asked, in their order: int64."""
         return numbers_M if self.places is None else self.places.of(numbers_M)
 
+    def some(self, first: int, end: int) -> Examples:
+        """Those from `first` to before `end`, of texts that are asked at their first tokens and have no segments."""
+        assert self.places is None and self.segments_A is None, "places and segments are not cut"
+        begin, stop = self.starts_N1[first], self.starts_N1[end]
+        return Examples(
+            name=self.name,
+            ids_A=self.ids_A[begin:stop],
+            starts_N1=self.starts_N1[first : end + 1] - begin,
+            value_P=self.value_P[first:end],
+        )
+
     @cached_property
     def sha256(self) -> str:
         """Hex digest of ids, lengths, targets, segments and places: what a resume is held against."""

@@ -367,14 +367,14 @@ class Engine:
             self.module.train(training)
 
     def close(self) -> None:
-        """Lets go of memory: DeepSpeed's hooks, which no garbage collector sees, would hold it for good; stage 3 still does.
+        """Lets go of memory: DeepSpeed's hooks, which no garbage collector sees, and its caches would hold it for good.
 
         No rank waits for another; safe after any error. Nothing may be asked of it afterwards.
         """
         # an error before it is what is told
         with contextlib.suppress(Exception):
             self._ds.destroy()
-        forget_modules()
+        forget_modules(self.module)
         for parameter in self.module.parameters():
             parameter.grad = None
 
@@ -412,6 +412,19 @@ class Engine:
                 whole = values(piece.name, self.shapes[piece.name]).reshape(-1)
                 piece.master.copy_(whole[piece.start : piece.start + piece.master.numel()])
         refresh_parameters(self._ds)
+
+    def whole_masters(self) -> dict[str, torch.Tensor]:
+        """The master weights by name, whole, on the CPU of every rank, all of which call this."""
+        dtype = torch.float64 if self.config.precision == "fp64" else torch.float32
+        owned = {piece.name: piece for piece in self.owned_pieces()}
+        found = {}
+        for name, shape in self.shapes.items():
+            # every element is on one rank, and zero on the others
+            flat = torch.zeros(math.prod(shape), dtype=dtype)
+            if piece := owned.get(name):
+                flat[piece.start : piece.start + piece.master.numel()] = piece.master.cpu()
+            found[name] = sum_over_ranks(flat).view(shape)
+        return found
 
     def _owned(self) -> Iterator[tuple[FlatPart, ParamSlice]]:
         for part in self._parts:

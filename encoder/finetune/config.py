@@ -24,12 +24,12 @@ from encoder.data.labelled import READERS
 from encoder.engine.engine import EngineConfig
 from encoder.finetune.kinds.catalog import TASKS
 from encoder.finetune.kinds.contract import TaskConfig
-from encoder.finetune.schedules import SHARE_SCHEDULES, ShareSchedule
 from encoder.models.catalog import SYSTEMS
 from encoder.models.contract import ModelConfig
 from encoder.nn.attend import Word as AttentionWord
 from encoder.optim.adamw import AdamWConfig
 from encoder.optim.catalog import OPTIMIZERS
+from encoder.optim.shares import SHARE_SCHEDULES, ShareSchedule
 from encoder.optim.whole_tensors import MomentsConfig
 from encoder.runs.config import TrackingConfig
 from encoder.runs.faults import FaultConfig

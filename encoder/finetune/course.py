@@ -50,6 +50,7 @@ from encoder.models.hf.catalog import export_blocker
 from encoder.models.with_task import AnyTaskModel, build_task_model, first_weights
 from encoder.objectives.text_tasks import TERM, TextObjective
 from encoder.optim.groups import Factors
+from encoder.optim.shares import rate_of_step
 from encoder.runs.about import machine_facts
 from encoder.runs.folder import RUN_FILE
 from encoder.runs.initial import weights_sha256
@@ -405,10 +406,13 @@ class FineTuning:
 
     def update(self, before: Progress, data: StepData) -> UpdateSettings:
         """By the schedule at the middle example of the step."""
-        # rounded up: a step of one example is not the schedule's beginning, where the rate is 0
-        middle = min(self._seen(before) + (data.rows + 1) // 2, self._examples)
         return UpdateSettings(
-            lr=self._schedule.at(middle, phase_tokens=self._examples),
+            lr=rate_of_step(
+                self._schedule,
+                seen=self._seen(before),
+                rows=data.rows,
+                examples=self._examples,
+            ),
             max_lr=self.run.lr.peak,
             weight_decay=self.run.weight_decay,
         )

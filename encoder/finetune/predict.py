@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from encoder.base.dist import sum_over_ranks
 from encoder.base.files import write_atomic, write_json
 from encoder.base.schema import to_yaml
 from encoder.base.units import Progress
@@ -25,6 +24,7 @@ from encoder.data.examples import Examples, NumberedBatch
 from encoder.engine.engine import Engine
 from encoder.finetune.metrics import Scores
 from encoder.objectives.text_tasks import TextObjective
+from encoder.train.answers import answered
 
 if TYPE_CHECKING:
     from encoder.finetune.config import FineTuneConfig
@@ -56,13 +56,15 @@ def predicted(
     outputs: K
     objective: that asks the model
     """
-    answers = engine.predict([made.batch for made in batches], objective.answers)
-    logits_PK = torch.zeros(len(examples.value_P), outputs, dtype=torch.float64)
-    for made, answer_MK in zip(batches, answers, strict=True):
-        places = torch.from_numpy(examples.places_of(made.numbers_M))
-        logits_PK[places] = answer_MK.double()
-    # every example is on one rank, and zero on the others
-    return sum_over_ranks(logits_PK.to(engine.device)).cpu().numpy()
+    logits_PK = answered(
+        engine,
+        batches,
+        objective.answers,
+        examples=examples,
+        width=outputs,
+        dtype=torch.float64,
+    )
+    return logits_PK.numpy()
 
 
 def write_predictions(folder: Path, name: str, lines: Iterable[dict[str, Any]]) -> None:

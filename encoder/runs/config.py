@@ -36,10 +36,12 @@ from encoder.engine.engine import EngineConfig
 from encoder.models.catalog import PRESETS, SYSTEMS, system_of
 from encoder.models.contract import ModelConfig
 from encoder.nn.attend import Word as AttentionWord
+from encoder.nn.task_heads import Pooling
 from encoder.objectives.catalog import OBJECTIVES
 from encoder.objectives.contract import MaskShare, ObjectiveConfig
 from encoder.optim.catalog import OPTIMIZERS
 from encoder.optim.schedule import SCHEDULES, BatchWarmup, Schedule, next_rise, rows_at
+from encoder.optim.shares import LinearShares
 from encoder.optim.whole_tensors import MomentsConfig
 from encoder.runs.faults import FaultConfig
 from encoder.runs.other_words import OTHER_WORDS
@@ -210,7 +212,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """A linear probe at every evaluation: what frozen embeddings tell about the labels of texts."""
+    """Labelled texts that a run is asked about at every evaluation."""
 
     name: str  # in metrics: probe_NAME
     train: LocalText  # labelled texts to learn from: .jsonl, .csv, .tsv, .parquet, .arrow
@@ -230,6 +232,38 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearProbeConfig(ProbeConfig):
+    """A linear probe: what frozen embeddings tell about the labels of texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneProbeConfig(ProbeConfig):
+    """A short fine-tuning of a copy of the weights, as `tessera finetune` does it; the run itself stays as it is."""
+
+    epochs: int = 1  # how often the training texts are gone through
+    batch_examples: int = 32  # of a step, over all ranks and micro-batches
+    lr: float = 5.0e-5  # the highest rate: linear, with a tenth of warm-up
+    seed: int = 17  # of the head's first weights, the order of the texts and dropout
+    pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("epochs", "batch_examples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} {getattr(self, key)} must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed} must be 0 to 2^63 - 1.")
+        # raises where the rate is none
+        LinearShares(peak=self.lr)
+
+
+PROBES: dict[str, type[ProbeConfig]] = {
+    "linear": LinearProbeConfig,
+    "finetune": FineTuneProbeConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """The held-out loss: fixed documents, fixed masks."""
 
@@ -239,7 +273,8 @@ class EvaluationConfig:
     every_tokens: Tokens  # how often it is measured; default: a twentieth of the run, at most 5B
     rows: int = 8  # of data.row_tokens, per source
     mask_share: float = 0.15  # as published for ModernBERT (15 %, [CLS] and [SEP] never masked)
-    probes: tuple[ProbeConfig, ...] = ()  # of frozen embeddings, with every evaluation
+    # what the weights tell about labels, with every evaluation
+    probes: tuple[Annotated[ProbeConfig, chosen_by("kind", PROBES, default="linear")], ...] = ()
 
     def __post_init__(self) -> None:
         names = [probe.name for probe in self.probes]

@@ -107,6 +107,10 @@ def check_labels(train: Sequence[str], test: Sequence[str]) -> None:
             f"{len(train):,} training texts for {len(classes):,} labels; needed: at least"
             f" {LEAST_TEXTS_PER_LABEL} texts a label, of which a tenth is held back. Give more."
         )
+
+
+def check_regression() -> None:
+    """scikit-learn is there. Raises ConfigError."""
     _regression()
 
 

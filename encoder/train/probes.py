@@ -1,10 +1,13 @@
-"""Linear probes during a run: what its frozen embeddings tell about labelled texts, at every evaluation.
+"""Probes during a run: what its weights tell about labelled texts, at every evaluation.
 
     evaluation:
       probes:
         - {name: sentiment, train: reviews/train.jsonl, test: reviews/test.jsonl}      metrics: probe_sentiment 0.71
+        - {name: tuned, kind: finetune, train: reviews/train.jsonl, test: reviews/test.jsonl}    probe_tuned 0.78
 
-Each rank embeds its share of the texts, as the mean of their last states. Rank zero fits the regression (probe_scores.py).
+linear      each rank embeds its share of the texts, as the mean of their last states; rank zero fits the regression
+            (probe_scores.py)
+finetune    all ranks train a copy (tuned_probe.py)
 """
 
 from __future__ import annotations
@@ -28,15 +31,18 @@ from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.examples import ExampleDealing, Examples, NumberedBatch, in_order
 from encoder.engine.engine import Engine
 from encoder.nn.task_heads import pooled
-from encoder.runs.config import ProbeConfig, RunConfig
+from encoder.runs.config import FineTuneProbeConfig, ProbeConfig, RunConfig
 from encoder.runs.facts import DataFacts
+from encoder.train.answers import answered
 from encoder.train.probe_scores import (
     LabelledTexts,
     check_labels,
+    check_regression,
     linear_probe,
     majority,
     read_labelled,
 )
+from encoder.train.tuned_probe import Tuning, tuned_logits, tuning_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +50,10 @@ class ProbeTexts:
     """The two sides of a probe, encoded; training texts come first. N of both."""
 
     name: str
-    examples: Examples
+    examples: Examples  # targets are numbers of classes, in the order of their names
     train_labels: list[str]
     test_labels: list[str]
+    tuning: Tuning | None = None  # None: a linear probe
 
     @property
     def majority(self) -> float:
@@ -67,12 +74,17 @@ def probe_numbers(
     """`probe_NAME`, the accuracy on the test texts of each probe; the same on every rank, all of which call this.
 
     probes: of the run
-    engine: whose model embeds
+    engine: whose model is asked
     world: of this rank
     run: whose seed and micro-batches are used
     """
     numbers: dict[str, float] = {}
     for probe in probes:
+        if probe.tuning is not None:
+            numbers[f"probe_{probe.name}"] = _tuned_accuracy(
+                probe, probe.tuning, engine, world=world, run=run
+            )
+            continue
         states_NC = _embedded(probe.examples, engine, world=world, run=run)
         accuracy = torch.zeros((), dtype=torch.float64, device=engine.device)
         # an error of rank zero ends all ranks, which else would wait for it
@@ -122,6 +134,11 @@ def _read(probe: ProbeConfig, number: int, run: RunConfig, facts: DataFacts) -> 
             sides.append(side)
         train, test = sides
         check_labels(train.labels, test.labels)
+        tuning = None
+        if isinstance(probe, FineTuneProbeConfig):
+            tuning = tuning_of(probe, run, facts.specials, labels=len({*train.labels}))
+        else:
+            check_regression()
     except UserError as error:
         raise ConfigError(f"{where} ({probe.name}): {error}") from error
 
@@ -134,18 +151,37 @@ def _read(probe: ProbeConfig, number: int, run: RunConfig, facts: DataFacts) -> 
             " texts that say something. Leave it out."
         )
     lengths = [len(one) for one in ids]
+    classes = sorted({*train.labels})
     return ProbeTexts(
         name=probe.name,
         examples=Examples(
             name=probe.name,
             ids_A=np.concatenate([np.array(one, dtype=np.int32) for one in ids]),
             starts_N1=np.concatenate([[0], np.cumsum(lengths)]),
-            # labels are words here: no loss is taken
-            value_P=np.zeros(len(ids), dtype=np.int64),
+            value_P=np.searchsorted(classes, [*train.labels, *test.labels]),
         ),
         train_labels=train.labels,
         test_labels=test.labels,
+        tuning=tuning,
     )
+
+
+def _tuned_accuracy(
+    probe: ProbeTexts, tuning: Tuning, engine: Engine, *, world: World, run: RunConfig
+) -> float:
+    """On the test texts; nan where the weights of a broken model are no numbers.
+
+    probe, tuning: the texts, and what learns them
+    engine, world, run: as of probe_numbers
+    """
+    cut = len(probe.train_labels)
+    train = probe.examples.some(0, cut)
+    test = probe.examples.some(cut, len(probe.examples))
+    logits_NK = tuned_logits(tuning, train, test, engine=engine, run=run, world=world)
+    if not logits_NK.isfinite().all():
+        return math.nan
+    right_N = logits_NK.argmax(dim=1).numpy() == test.value_P
+    return float(right_N.mean())
 
 
 def _accuracy(probe: ProbeTexts, states_NC: Tensor, *, seed: int) -> float:
@@ -170,10 +206,11 @@ def _embedded(examples: Examples, engine: Engine, *, world: World, run: RunConfi
         x_TC = model.hidden_states(batch)
         return pooled(x_TC, batch, batch.targets[term].index_M, "mean").float()
 
-    answers = engine.predict([made.batch for made in mine], means)
-    width = run.model.hidden_size
-    states_NC = torch.zeros(len(examples), width, dtype=torch.float32)
-    for made, answer_MC in zip(mine, answers, strict=True):
-        states_NC[torch.from_numpy(made.numbers_M)] = answer_MC
-    # each text is on one rank, and zero on the others
-    return sum_over_ranks(states_NC.to(engine.device)).cpu()
+    return answered(
+        engine,
+        mine,
+        means,
+        examples=examples,
+        width=run.model.hidden_size,
+        dtype=torch.float32,
+    )

@@ -1,19 +1,25 @@
-"""Probes during a run: the same number on any ranks and stages, and the one that `tessera evaluate` has of the checkpoint."""
+"""Probes during a run: one number on any ranks and stages, that which `tessera evaluate` or `finetune` has of the checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.rng import generator
+from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
+from encoder.finetune.config import read_task
+from encoder.finetune.course import finetune
 from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, METRICS, read_jsonl
 from encoder.tools import notebook
@@ -23,8 +29,10 @@ from encoder.train import probes
 from encoder.train.pretraining import pretrain
 from encoder.train.probe_scores import linear_probe, majority, probe_layers, read_labelled
 from encoder.train.probes import ProbeTexts
+from encoder.train.tuned_probe import tuned_logits
 from encoder.train.watchdog import Watchdog
 from tests.helpers.shards import random_documents, write_source
+from tests.helpers.tasks import drawn_examples
 from tests.process.ranks import run_ranks
 
 RUN = """
@@ -39,9 +47,11 @@ phases: [{{name: one, tokens: 600, max_tokens_per_document: 32, batch_tokens: 12
 checkpoints: {{every_tokens: 1K}}
 evaluation:
   sources: [{{path: {root}/held, name: held}}]
-  every_tokens: 300
+  every_tokens: 400
   rows: 2
-  probes: [{{name: first, train: {root}/train.jsonl, test: {root}/test.jsonl, max_tokens: 12}}]
+  probes: [{{name: first, train: {root}/train.jsonl, test: {root}/test.jsonl, max_tokens: 12}},
+           {{name: tuned, kind: finetune, train: {root}/train.jsonl, test: {root}/test.jsonl, max_tokens: 12,
+            epochs: 2, batch_examples: 16, lr: 3e-3, seed: 5}}]
 engine: {{precision: fp32, zero_stage: {stage}}}
 loader: {{workers: 0}}
 """
@@ -59,13 +69,36 @@ def rows(count: int, *, seed: int) -> list[dict[str, str]]:
     return found
 
 
+TASK = """
+name: as_tuned
+start_from: {root}/one
+task: {{kind: classify, texts: [text], label: label}}
+data: {{train: {root}/train.jsonl, test: {{test: {root}/test.jsonl}}, max_tokens: 12}}
+lr: 3e-3
+epochs: 2
+batch_examples: 16
+seed: 5
+engine: {{precision: fp32, zero_stage: 1}}
+"""
+
+
 def train(world: World, *, folder: str, out: str, stage: int) -> bool:
     settings = [f"out={folder}/{out}", f"engine.zero_stage={stage}"]
     return pretrain(read_run(f"{folder}/run.yaml", settings), world).done
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A fine-tuning of a run: its logits, and the random states before and after."""
+
+    logits: list
+    before: tuple
+    after: tuple
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def place(tmp_path_factory) -> Path:
+    """Shards, rows and the run file."""
     root = tmp_path_factory.mktemp("probed")
     write_source(root / "a", random_documents(90, seed=1, longest=30), vocab_size=64)
     write_source(
@@ -75,25 +108,56 @@ def root(tmp_path_factory) -> Path:
         lines = [json.dumps(row) for row in rows(count, seed=seed)]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
     (root / "run.yaml").write_text(RUN.format(root=root, stage=1))
-    assert run_ranks(train, 1, folder=str(root), out="one", stage=1) == [True]
-    assert run_ranks(train, 2, folder=str(root), out="two", stage=3) == [True, True]
     return root
 
 
-def test_a_probe_is_the_same_on_two_ranks_at_stage_3_and_leaves_the_run_as_it_was(
-    root, monkeypatch
-):
+@pytest.fixture(scope="module")
+def probed(place) -> tuple[Path, list[Asked]]:
+    """The runs `one`, here, and `two`, on two ranks at stage 3; and what the fine-tunings of the first gave."""
+    asked = []
+
+    def noted(*parts, **named):
+        before = random_states()
+        logits = tuned_logits(*parts, **named)
+        asked.append(Asked(logits.tolist(), before, random_states()))
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "tuned_logits", noted)
+        assert train(World(), folder=str(place), out="one", stage=1)
+    assert run_ranks(train, 2, folder=str(place), out="two", stage=3) == [True, True]
+    return place, asked
+
+
+@pytest.fixture
+def root(probed) -> Path:
+    return probed[0]
+
+
+def random_states() -> tuple:
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(newest_checkpoint(run / "checkpoints"))
+
+
+@pytest.mark.parametrize("probe", ["probe_first", "probe_tuned"])
+def test_a_probe_is_the_same_on_two_ranks_at_stage_3(root, probe):
     one, two = (
         [m for m in read_jsonl(root / out / METRICS) if "held_out_loss" in m]
         for out in ("one", "two")
     )
-    assert [m["probe_first"] for m in one] == [m["probe_first"] for m in two]
-    assert [m["step"] for m in one if "probe_first" in m] == [m["step"] for m in one]
-    assert len(one) >= 3 and all(0 <= m["probe_first"] <= 1 for m in one)
+    assert [m[probe] for m in one] == [m[probe] for m in two]
+    assert [m["step"] for m in one if probe in m] == [m["step"] for m in one]
+    assert len(one) >= 3 and all(0 <= m[probe] <= 1 for m in one)
 
+
+def test_probes_leave_the_run_as_it_was(root, monkeypatch):
+    one = [m for m in read_jsonl(root / "one" / METRICS) if "held_out_loss" in m]
     text = (root / "run.yaml").read_text()
-    without = text.replace("probes:", "probes: []  #")
-    (root / "without.yaml").write_text(without)
+    begin, end = text.index("  probes:"), text.index("engine:")
+    (root / "without.yaml").write_text(text[:begin] + text[end:])
     beats = []
     monkeypatch.setattr(Watchdog, "still_going", lambda self: beats.append(self._doing))
     pretrain(read_run(f"{root}/without.yaml", [f"out={root}/without"]), World())
@@ -105,6 +169,27 @@ def test_a_probe_is_the_same_on_two_ranks_at_stage_3_and_leaves_the_run_as_it_wa
         for out in ("one", "without")
     ]
     assert losses[0] == losses[1]
+    plain = weights_of(root / "without")
+    for name, weight in weights_of(root / "one").items():
+        assert torch.equal(weight, plain[name]), name
+
+
+def test_a_short_fine_tuning_is_that_of_the_checkpoint_and_moves_no_random_state(probed):
+    """From the last checkpoint of the run `tessera finetune` gives the logits of its last probe, bit by bit."""
+    root, asked = probed
+    assert len(asked) >= 3 and all(one.before == one.after for one in asked)
+    run = read_run(root / "one" / "run.yaml")
+    micro_batch = run.loader.micro_batch_rows * run.data.row_tokens
+    settings = [f"out={root}/as_tuned", f"loader.micro_batch_tokens={micro_batch}"]
+    (root / "task.yaml").write_text(TASK.format(root=root))
+    assert finetune(read_task(root / "task.yaml", settings), World()).done
+    lines = read_jsonl(root / "as_tuned" / "predictions" / "test.jsonl")
+    assert [line["logits"] for line in lines] == asked[-1].logits
+    right = [line["label"] == line["target"] for line in lines]
+    found = [m for m in read_jsonl(root / "one" / METRICS) if "probe_tuned" in m]
+    assert found[-1]["probe_tuned"] == sum(right) / len(right)
+    # it has learned something: the head alone knows nothing
+    assert sum(right) / len(right) > 0.6
 
 
 def test_the_last_number_is_that_of_an_evaluation_of_the_checkpoint(root):
@@ -131,6 +216,11 @@ def test_a_broken_model_has_no_number_and_an_error_of_rank_zero_is_everybodys(mo
     monkeypatch.setattr(probes, "_embedded", lambda *_args, **_named: broken)
     run, engine = SimpleNamespace(seed=1), SimpleNamespace(device=torch.device("cpu"))
     found = probes.probe_numbers([probe], engine, world=World(), run=run)
+    assert math.isnan(found["probe_p"])
+    monkeypatch.setattr(probes, "tuned_logits", lambda *_parts, **_named: broken)
+    examples = drawn_examples(6)
+    tuned = replace(probe, examples=examples, tuning=SimpleNamespace())
+    found = probes.probe_numbers([tuned], engine, world=World(), run=run)
     assert math.isnan(found["probe_p"])
 
     entered = []
@@ -177,13 +267,17 @@ def test_of_a_file_that_is_sorted_by_labels_all_labels_are_drawn(tmp_path):
         ({"probes.0.name": "a b"}, ["probe_NAME"]),
         ({"probes.0.test": "one.jsonl"}, ["'other'", "none of the training texts'"]),
         ({"probes.0.lable": "x"}, ["lable", "Did you mean label"]),
+        ({"probes.1.kind": "tune"}, ["evaluation.probes.1.kind is 'tune'", "finetune"]),
+        ({"probes.1.lr": "0"}, ["probes.1", "peak 0 must be above 0"]),
+        ({"probes.0.epochs": "2"}, ["probes.0.epochs is unknown"]),
+        ({"probes.1.test": "one.jsonl"}, ["evaluation.probes.1 (tuned)", "'other'"]),
     ],
 )
-def test_a_probe_that_cannot_be_asked_is_told_before_the_run(root, changes, words):
-    (root / "one.jsonl").write_text('{"text": "t1", "label": "other"}\n')
+def test_a_probe_that_cannot_be_asked_is_told_before_the_run(place, changes, words):
+    (place / "one.jsonl").write_text('{"text": "t1", "label": "other"}\n')
     settings = [f"evaluation.{key}={value}" for key, value in changes.items()]
-    settings = [word.replace("=one.jsonl", f"={root}/one.jsonl") for word in settings]
+    settings = [word.replace("=one.jsonl", f"={place}/one.jsonl") for word in settings]
     with pytest.raises(UserError) as refused:
-        pretrain(read_run(f"{root}/run.yaml", [f"out={root}/bad", *settings]), World())
+        pretrain(read_run(f"{place}/run.yaml", [f"out={place}/bad", *settings]), World())
     assert all(word in str(refused.value) for word in words), refused.value
-    assert not (root / "bad").exists()
+    assert not (place / "bad").exists()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from encoder.base.errors import ConfigError
 from encoder.base.model import TrainedModel
@@ -193,11 +194,36 @@ def forget_former_groups() -> None:
         groups._release_process_group_references()
 
 
-def forget_modules() -> None:
-    """Takes from DeepSpeed the list in which stage 3 holds the modules of a run that is over."""
-    from deepspeed.runtime.zero import parameter_offload
+def forget_modules(module: nn.Module) -> None:
+    """Takes from DeepSpeed what would hold an engine that is closed: stage 3 has a list of modules and a cache in a class.
 
-    parameter_offload.FWD_MODULE_STACK.clear()
+    module: of the engine; another engine of this process keeps its own
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    own = {id(part) for part in module.modules()}
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [part for part in stack if id(part) not in own]
+    # which parameters a module lets go, keyed by the coordinator, which knows the whole engine:
+    # an engine that is still there works its own out again
+    for cache in _caches_in(PartitionedParameterCoordinator):
+        cache.cache_clear()
+
+
+def _caches_in(cls: type) -> Iterator[Any]:
+    """The functools.lru_cache of each method, also below its decorators."""
+    waiting = [*vars(cls).values()]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        if hasattr(function, "cache_clear"):
+            yield function
+        cells = getattr(function, "__closure__", None) or ()
+        waiting += [cell.cell_contents for cell in cells if callable(cell.cell_contents)]
 
 
 def initialize(

@@ -18,7 +18,13 @@ from encoder.tools.evaluation.health import embedding_health
 from encoder.tools.evaluation.masked import masked_loss, pseudo_perplexity
 from encoder.tools.evaluation.pieces import Pieces, cut_texts
 from encoder.tools.notebook import LoadedModel
-from encoder.train.probe_scores import LabelledTexts, ProbeScores, check_labels, probe_layers
+from encoder.train.probe_scores import (
+    LabelledTexts,
+    ProbeScores,
+    check_labels,
+    check_regression,
+    probe_layers,
+)
 
 # what a measure asks for, and what it tells
 MEASURES = {
@@ -135,6 +141,7 @@ def _documents(bert: LoadedModel, questions: Questions) -> _Documents:
                 " text and a label."
             )
         check_labels(train.labels, test.labels)
+        check_regression()
         found["train"] = text_documents(bert, train.texts, longest=longest)
         found["test"] = text_documents(bert, test.texts, longest=longest)
     if "context" in asked:

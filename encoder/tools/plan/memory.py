@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from encoder.engine.precision import precision_on
-from encoder.engine.zero.config import BUCKET_ELEMENTS, as_run
+from encoder.engine.zero.config import BUCKET_ELEMENTS, EngineConfig, as_run
 from encoder.models.catalog import build_model, networks_of
 from encoder.models.contract import ModelConfig
 from encoder.nn.loss import PIECE_POSITIONS
@@ -17,6 +17,7 @@ from encoder.runs.objective_models import shapes_at_hand
 from encoder.tools.plan.activations import count_kept
 from encoder.tools.plan.forecast import Machine
 from encoder.train.build import compiles
+from encoder.train.tuned_probe import body_of, engine_of, fine_tunes
 
 # of what plain layers keep, by engine.fp8
 # found: large 0.87, base 0.92 to 0.97, 17m 1.00 to 1.04, base in FP8 0.78 (docs/log.md)
@@ -36,12 +37,13 @@ class Memory:
     offloaded: int  # in host memory
     # weights of the models that the objective asks, by setting
     asked: dict[str, int] = field(default_factory=dict)
+    probes: int = 0  # a copy that is fine-tuned, while it is
 
     @property
     def total(self) -> int:
         """Without what is offloaded."""
         own = self.weights + self.gradients + self.optimizer + self.activations + self.bucket
-        return own + sum(self.asked.values())
+        return own + sum(self.asked.values()) + self.probes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +111,71 @@ def estimate_memory(
     optimizer_elements: numbers that the optimizer keeps beside the weights, over all ranks
     ranks: that share them
     """
-    engine = run.engine
+    own = _state_bytes(
+        run,
+        run.engine,
+        parameters=parameters,
+        largest=largest,
+        optimizer_elements=optimizer_elements,
+        ranks=ranks,
+    )
+    # a CPU maps what of a bucket is used
+    has_bucket = run.device != "cpu" and run.engine.zero_stage > 0
+    bucket = 4 * BUCKET_ELEMENTS if has_bucket else 0
+    probes = 0
+    offloaded = own.offloaded
+    if fine_tunes(run):
+        copy = _copy_bytes(run, largest=largest, ranks=ranks)
+        probes = copy.weights + copy.gradients + copy.optimizer + bucket
+        offloaded += copy.offloaded
+    return Memory(
+        weights=own.weights,
+        gradients=own.gradients,
+        optimizer=own.optimizer,
+        activations=_activation_bytes(run, width=_width(run.engine)),
+        bucket=bucket,
+        offloaded=offloaded,
+        asked={
+            name: _width(run.engine) * shape.parameter_counts().total
+            for name, shape in shapes_at_hand(run).items()
+        },
+        probes=probes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes on one rank of what an engine holds."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    offloaded: int = 0  # in host memory
+
+
+def _width(engine: EngineConfig) -> int:
+    """Bytes of a number of a weight."""
+    return {"fp64": 8, "bf16": 2}.get(engine.precision, 4)
+
+
+def _state_bytes(
+    run: RunConfig,
+    engine: EngineConfig,
+    *,
+    parameters: int,
+    largest: int,
+    optimizer_elements: int,
+    ranks: int,
+) -> StateBytes:
+    """Weights, gradients and optimizer, as estimate_memory says.
+
+    run: whose device decides
+    engine: that holds them
+    parameters, largest, optimizer_elements, ranks: as there
+    """
     if run.device == "cpu":
         engine = as_run(engine, ranks=ranks, device=torch.device("cpu"))
-    width = {"fp64": 8, "bf16": 2}.get(engine.precision, 4)
+    width = _width(engine)
     master_width = 8 if engine.precision == "fp64" else 4
     gradient_width = 4 if engine.precision == "bf16" else width
 
@@ -125,28 +188,33 @@ def estimate_memory(
     masters = parameters if stage > 0 else 0
     optimizer = master_width * (masters + optimizer_elements) // optimizer_parts
     gathered = largest if stage == 3 else 0
-    weights = width * (parameters // weight_parts + gathered)
-    gradients = gradient_width * parameters // gradient_parts
-
     offloaded = 0
     if engine.offload_optimizer == "cpu":
         copies = 2 if stage == 3 else 1
         offloaded = optimizer + master_width * copies * parameters // optimizer_parts
         optimizer = 0
-
-    # a CPU maps what of a bucket is used
-    has_bucket = run.device != "cpu" and stage > 0
-    return Memory(
-        weights=weights,
-        gradients=gradients,
+    return StateBytes(
+        weights=width * (parameters // weight_parts + gathered),
+        gradients=gradient_width * parameters // gradient_parts,
         optimizer=optimizer,
-        activations=_activation_bytes(run, width=width),
-        bucket=4 * BUCKET_ELEMENTS if has_bucket else 0,
         offloaded=offloaded,
-        asked={
-            name: width * shape.parameter_counts().total
-            for name, shape in shapes_at_hand(run).items()
-        },
+    )
+
+
+def _copy_bytes(run: RunConfig, *, largest: int, ranks: int) -> StateBytes:
+    """What a fine-tuning as a probe holds beside the run, one at a time.
+
+    Its micro-batches are as large as the run's, and come when those of the run are gone.
+    """
+    parameters = body_of(run.model).parameter_counts().total
+    return _state_bytes(
+        run,
+        engine_of(run.engine),
+        parameters=parameters,
+        largest=largest,
+        # AdamW's two moments
+        optimizer_elements=2 * parameters,
+        ranks=ranks,
     )
 
 

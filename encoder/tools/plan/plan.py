@@ -218,6 +218,8 @@ def _memory_lines(
         f"activations {short_bytes(memory.activations)}",
     ]
     parts += [f"{name} {short_bytes(size)}" for name, size in memory.asked.items()]
+    if memory.probes:
+        parts.append(f"a copy for evaluation.probes {short_bytes(memory.probes)}")
     if memory.bucket:
         parts.append(f"a bucket of gradients {short_bytes(memory.bucket)}")
     text = f"memory a rank  about {short_bytes(memory.total)}: {', '.join(parts)}"

@@ -15,7 +15,7 @@ from encoder.finetune import stored
 from encoder.finetune.best import BestKeeper, Judge, judge_of, one_of_metrics
 from encoder.finetune.checks import check_task, say_differences
 from encoder.finetune.config import changed_settings, read_task
-from encoder.finetune.schedules import CosineShares, LinearShares
+from encoder.optim.shares import CosineShares, LinearShares
 from tests.helpers.tasks import write_task
 
 

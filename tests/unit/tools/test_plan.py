@@ -184,6 +184,19 @@ def test_an_offloaded_optimizer_takes_the_machines_memory_instead(stage, offload
     assert "in the machine" in plan_text(run, ranks=2)
 
 
+def test_a_copy_that_probes_fine_tune_is_counted_as_a_run_of_its_shape_by_adamw():
+    """On one of two ranks at ZeRO-1: weights, gradients, and half of masters and two moments; 4 + 4 + 6 bytes each."""
+    probe = "{name: p, kind: finetune, train: a.jsonl, test: b.jsonl}"
+    settings = ["engine.zero_stage=1", "engine.precision=fp32", "device=cpu"]
+    run = read_run(TINY, [*settings, f"evaluation.probes=[{probe}]"])
+    numbers = dict(parameters=10**6, largest=10**5, optimizer_elements=10**6, ranks=2)
+    memory = estimate_memory(run, **numbers)
+    assert memory.probes == 14 * run.model.parameter_counts().total
+    plain = estimate_memory(read_run(TINY, settings), **numbers)
+    assert memory.total == plain.total + memory.probes
+    assert "a copy for evaluation.probes" in plan_text(run, ranks=2)
+
+
 def test_layers_computed_again_keep_their_inputs_and_one_of_them_whole():
     words = ("off", "blocks")
     off, blocks = (

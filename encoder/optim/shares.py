@@ -90,6 +90,19 @@ SHARE_SCHEDULES: dict[str, type[ShareSchedule]] = {
 }
 
 
+def rate_of_step(schedule: Schedule, *, seen: int, rows: int, examples: int) -> float:
+    """The rate of a step, at its middle example.
+
+    schedule: over all examples
+    seen: examples before the step
+    rows: examples of the step
+    examples: of all epochs
+    """
+    # rounded up: a step of one example is not the schedule's beginning, where the rate is 0
+    middle = min(seen + (rows + 1) // 2, examples)
+    return schedule.at(middle, phase_tokens=examples)
+
+
 def _warmup(share: float, examples: int) -> int:
     """Examples of the warm-up: of few of them at least one is left to decay over."""
     return min(round(share * examples), examples - 1)
