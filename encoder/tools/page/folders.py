@@ -3,6 +3,7 @@
     ...ForMaskedLM, ...ForPreTraining  fill_mask       ...ForTokenClassification   tags
     ...ForSequenceClassification       classify        ...ForQuestionAnswering     span
     ...ForMultipleChoice               choice          a body alone                similarity
+    a discriminator, an XLNet          similarity: no word is to be filled in
 
 Vectors of a folder with modules.json are those of sentence-transformers, of another one means over tokens.
 No code of a folder is run, no pickle is read, and nothing is fetched: transformers is told so, and of sentence-transformers
@@ -25,6 +26,9 @@ from encoder.models.hf.stages import MODULES, check_stages
 CONFIG = "config.json"
 # the ending of an architecture -> kind, transformers' class
 ARCHITECTURES = {
+    # their heads tell what was replaced, and what comes next in an order: bodies are left
+    "ElectraForPreTraining": ("similarity", "AutoModel"),
+    "XLNetLMHeadModel": ("similarity", "AutoModel"),
     "ForMaskedLM": ("fill_mask", "AutoModelForMaskedLM"),
     "ForPreTraining": ("fill_mask", "AutoModelForMaskedLM"),
     "ForSequenceClassification": ("classify", "AutoModelForSequenceClassification"),

@@ -96,6 +96,34 @@ def test_bars_show_blanks_and_bytes_and_lose_none(mlm):
     assert [visible(text) for text in (" Paris", "  a", "\n", "ß")] == ["␣Paris", "␣␣a", "\\n", "ß"]
 
 
+@pytest.mark.parametrize(
+    ("family", "architecture", "shape"),
+    [
+        ("Electra", "ForPreTraining", {"hidden_size": 16, "num_attention_heads": 2}),
+        ("XLNet", "LMHeadModel", {"d_model": 16, "n_head": 2, "d_inner": 24}),
+    ],
+)
+def test_a_model_that_fills_in_no_word_compares_texts(place, family, architecture, shape):
+    """By the means of transformers' own body; asked for masks it is refused."""
+    import transformers
+
+    folder = write_page_folder(place / family, "BertForMaskedLM")
+    config = getattr(transformers, f"{family}Config")(vocab_size=280, num_hidden_layers=1, **shape)
+    drawn = getattr(transformers, f"{family}{architecture}")(config)
+    drawn.save_pretrained(folder)
+    opened = open_folder(folder)
+    assert opened.kind == "similarity" and opened.architecture == f"{family}Model"
+    texts = ["a fine film", "a dull one"]
+    ids = [opened.tokenizer(text, return_tensors="pt") for text in texts]
+    body = drawn.base_model.eval()
+    with torch.no_grad():
+        means = [body(**given).last_hidden_state[0].mean(0) for given in ids]
+    expected = float(torch.nn.functional.cosine_similarity(*means, dim=0))
+    assert similarity(opened, "\n".join(texts)).cosines[0][1] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UserError, match=f"a model for similarity \\({family}{architecture}\\)"):
+        open_folder(folder, kind="fill_mask")
+
+
 def test_labels_have_the_probabilities_of_the_pipeline(classifier):
     found = classify(open_folder(classifier), "a fine film")
     expected = pipeline("text-classification", classifier, top_k=None)(["a fine film"])[0]
