@@ -36,7 +36,9 @@ def main() -> None:
     args = asked.parse_args()
 
     files = sorted(args.results.glob("*.json"))
-    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    # cost.json is no run
+    results = {name: result for name, result in found.items() if "held_out" in result}
     _draw(results, args.picture)
     print(_table(results))
 
