@@ -31,6 +31,10 @@ demo: install
 test: install
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# what a plain run shows in one combination, in the others
+test-matrix: install
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --matrix -m matrix
+
 test-cluster: install
 	@$(BIN)/python tests/cluster/side_by_side.py
 

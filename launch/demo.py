@@ -145,7 +145,7 @@ def tell(out: Path, *, shrink: float) -> None:
         " stands the same model with drawn weights.",
     )
     if not (out / "probe" / "train.jsonl").exists():
-        write_probe(out / "corpus" / "prose.jsonl", out / "probe")
+        write_probe(out / "corpus" / "prose.jsonl", out / "probe", shrink=shrink)
     shell.run(
         f"tessera evaluate {here}/hf --untrained --train {here}/probe/train.jsonl --test"
         f" {here}/probe/test.jsonl --out {here}/evaluation",

@@ -19,11 +19,12 @@ PASSAGES = {"train": 100, "test": 50}  # of a package, at most
 TEST_SHARE = 3  # of so many documents one is asked
 
 
-def write_probe(prose: Path, folder: Path) -> None:
+def write_probe(prose: Path, folder: Path, *, shrink: float = 1.0) -> None:
     """Writes folder/test.jsonl, then folder/train.jsonl: {"text": ..., "label": "numpy"}.
 
     prose: prose.jsonl of the corpus
     folder: is made
+    shrink: the passages of a package are divided by its square root
     """
     sides: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     for line in prose.read_text(encoding="utf-8").splitlines():
@@ -46,7 +47,7 @@ def write_probe(prose: Path, folder: Path) -> None:
         rows = [
             {"text": text, "label": label}
             for label in labels
-            for text in sides[side][label][: PASSAGES[side]]
+            for text in sides[side][label][: round(PASSAGES[side] / shrink**0.5)]
         ]
         write_atomic(folder / f"{side}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 

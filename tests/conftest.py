@@ -11,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+# marks of what a plain run leaves out
+LEFT_OUT = ("gpu", "cluster", "slow", "matrix")
+
 # some million objects are made while tests are collected, and stay: looking for garbage among them took 6 of 30 s
 gc.disable()
 
@@ -18,6 +21,11 @@ gc.disable()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--slow", action="store_true", help="also run tests marked slow (minutes each)"
+    )
+    parser.addoption(
+        "--matrix",
+        action="store_true",
+        help="also run tests marked matrix (make test-matrix runs them alone)",
     )
     parser.addoption(
         "--cluster",
@@ -52,11 +60,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    marked = {
-        item
-        for item in items
-        if any(item.get_closest_marker(m) for m in ("gpu", "cluster", "slow"))
-    }
+    marked = {item for item in items if any(item.get_closest_marker(m) for m in LEFT_OUT)}
     if not marked:
         return
     has_gpu, no_cluster = False, "brings up a Slurm cluster: make test-cluster"
@@ -73,6 +77,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("cluster") and no_cluster:
             item.add_marker(pytest.mark.skip(reason=no_cluster))
+        if item.get_closest_marker("matrix") and not config.getoption("--matrix"):
+            item.add_marker(pytest.mark.skip(reason="further combinations: make test-matrix"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 

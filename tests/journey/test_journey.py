@@ -117,6 +117,7 @@ def test_a_second_run_redoes_nothing(demo, monkeypatch, capsys):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.matrix
 def test_the_launcher_passes_on_the_exit_code_of_a_mistake(tmp_path):
     """`deepspeed` with a misspelt key: one line from rank zero, exit code 2, no traceback, nothing made."""
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

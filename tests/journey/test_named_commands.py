@@ -91,6 +91,9 @@ LEFT_OUT = {
     r"python launch/export_hf\.py SOURCE OUT --onnx": (
         "10 s; tests/unit/models/test_hf_serves.py exports with --onnx"
     ),
+    r"tessera export RUN OUT --onnx": (
+        "10 s; tests/unit/models/test_hf_task.py and test_hf_serves.py export with --onnx"
+    ),
     r"data-prep environment-corpus": (
         "reads all of this environment; tests/unit/prep/test_environment_corpus.py"
     ),

@@ -183,6 +183,7 @@ def test_the_node_that_damages_what_it_sends_is_named(folder):
     )
 
 
+@pytest.mark.matrix
 def test_a_node_that_falls_silent_among_the_links_is_named_and_hangs_nobody(waited):
     _, results = waited["stuck"]
     assert [r["code"] for r in results] == [4] * 4
@@ -210,6 +211,7 @@ def test_ranks_of_one_node_are_measured_all_at_once(folder):
     ]
 
 
+@pytest.mark.matrix
 def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(waited):
     _, results = waited["absent"]
     assert (results[0]["code"], results[2]["code"]) == (4, 4) and list(results[0]["nodes"]) == [
@@ -218,11 +220,13 @@ def test_a_rank_that_never_comes_is_named_by_its_node_within_the_wait(waited):
     assert "rank 1 of node2 did not come" in results[0]["nodes"]["node2"]
 
 
+@pytest.mark.matrix
 def test_without_rank_zero_the_others_name_its_node(waited):
     folder, results = waited["absent_first"]
     assert results[1]["code"] == 4 and (folder / "report" / "bad_nodes").read_text() == "node1\n"
 
 
+@pytest.mark.matrix
 def test_of_three_nodes_one_with_another_run_file_is_a_bad_node_of_two_it_is_a_mistake(waited):
     _, three = waited["own_folder_of_three"]
     assert [r["code"] for r in three] == [4] * 3 and list(three[0]["nodes"]) == ["node3"]

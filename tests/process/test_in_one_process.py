@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from encoder.runs.folder import LEDGER, METRICS, read_jsonl
 from tests.helpers.shards import random_documents, write_source
 from tests.process.test_killed_run import RUN
@@ -59,6 +61,7 @@ print("all done")
 """
 
 
+@pytest.mark.matrix
 def test_runs_follow_each_other_in_one_process_without_a_main_guard(tmp_path):
     write_source(tmp_path / "a", random_documents(60, seed=1, longest=60), vocab_size=64)
     write_source(tmp_path / "held", random_documents(30, seed=2, longest=60), vocab_size=64)

@@ -70,6 +70,7 @@ def settings_of(name: str, out: str, *, folder: str, stage: int, rows: int) -> l
     return [
         f"out={folder}/{out}",
         "phases.0.tokens=1K",
+        "phases.1.tokens=1K",
         f"engine.zero_stage={stage}",
         f"loader.micro_batch_rows={rows}",
         *(["engine.activation_checkpointing=blocks"] if stage == 3 else []),
@@ -77,10 +78,9 @@ def settings_of(name: str, out: str, *, folder: str, stage: int, rows: int) -> l
     ]
 
 
-def train_whole(world: World, *, folder: str) -> None:
-    for name in SETTINGS:
-        settings = settings_of(name, f"{name}-whole", folder=folder, stage=0, rows=2)
-        pretrain(read_run(f"{folder}/run.yaml", settings), world)
+def train_whole(world: World, *, folder: str, name: str) -> None:
+    settings = settings_of(name, f"{name}-whole", folder=folder, stage=0, rows=2)
+    pretrain(read_run(f"{folder}/run.yaml", settings), world)
 
 
 def train(
@@ -120,22 +120,35 @@ def _killed_at(step: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    root = write_texts(tmp_path_factory.mktemp("killed_families"))
-    run_ranks(train_whole, 1, folder=str(root))
-    for name, (before, after) in ON.items():
-        for ranks, stage, rows in (before, after):
-            values = dict(folder=str(root), name=name, stage=stage, rows=rows)
-            if (ranks, stage, rows) == after:
-                run_ranks(train, ranks, dies=False, **values)
-                continue
-            with pytest.raises(AssertionError, match="rank 0, exit code -9"):
-                run_ranks(train, ranks, dies=True, **values)
-            assert not (root / name / "done.json").exists()
-    return root
+def texts(tmp_path_factory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("killed_families"))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.fixture
+def folder(texts, name) -> Path:
+    """Both runs of a family, trained for the first test that asks."""
+    if (texts / name).exists():
+        return texts
+    run_ranks(train_whole, 1, folder=str(texts), name=name)
+    before, after = (
+        dict(zip(("ranks", "stage", "rows"), numbers, strict=True)) for numbers in ON[name]
+    )
+    with pytest.raises(AssertionError, match="rank 0, exit code -9"):
+        run_ranks(train, before.pop("ranks"), folder=str(texts), name=name, dies=True, **before)
+    assert not (texts / name / "done.json").exists()
+    run_ranks(train, after.pop("ranks"), folder=str(texts), name=name, dies=False, **after)
+    return texts
+
+
+# segments that see each other, shared layers, two networks
+IN_EVERY_RUN = ("xlnet", "albert", "electra")
+NAMES = [
+    name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.matrix)
+    for name in SETTINGS
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_killed_family_goes_on_with_the_same_rows_and_weights(folder, name):
     killed, whole = folder / name, folder / f"{name}-whole"
     assert read_jsonl(killed / LEDGER) == read_jsonl(whole / LEDGER) and verify_ledger(killed)
@@ -148,10 +161,10 @@ def test_a_killed_family_goes_on_with_the_same_rows_and_weights(folder, name):
     assert 0 < starts[1]["step"] < KILLED_STEP
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_term_of_a_killed_family_is_that_of_the_whole_run(folder, name):
     found, expected = (losses_of(folder / run) for run in (name, f"{name}-whole"))
-    assert len(found) == len(expected) > 8
+    assert len(found) == len(expected) > 6
     assert len({term for line in expected for term in line}) >= TERMS[name]
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-5)

@@ -151,7 +151,10 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("launcher", "name"), [("torchrun", "KILL"), ("deepspeed", "TERM")])
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [pytest.param("torchrun", "KILL", marks=pytest.mark.matrix), ("deepspeed", "TERM")],
+)
 def test_ranks_save_and_leave_when_their_launcher_is_gone(folder, launcher, name):
     seen = signalled(launcher, name, "alone", folder)
     assert seen.saved and seen.rank_seconds < 10 and seen.left == 0, str(seen)

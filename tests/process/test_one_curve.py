@@ -90,6 +90,7 @@ def train_cases(world: World, *, folder: str, cases: list) -> None:
                     f"loader.micro_batch_rows={rows}",
                     f"engine.zero_stage={stage}",
                     f"engine.precision={precision}",
+                    "phases.1.tokens=1K",
                 ],
             ),
             world,
@@ -128,7 +129,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def test_the_ledgers_are_equal_line_by_line(folder):
     first = read_jsonl(folder / "fp64-1" / LEDGER)
-    assert len(first) >= 10 and {line["rows"] for line in first} >= {4, 8, 7}
+    assert len(first) >= 8 and {line["rows"] for line in first} >= {4, 8, 7}
     for run, _ in RUNS:
         assert read_jsonl(folder / run / LEDGER) == first, run
 
@@ -177,7 +178,12 @@ def resume(world: World, *, folder: str) -> None:
     pretrain(
         read_run(
             f"{folder}/run.yaml",
-            [f"out={folder}/zero2-2", "loader.micro_batch_rows=3", "engine.zero_stage=0"],
+            [
+                f"out={folder}/zero2-2",
+                "loader.micro_batch_rows=3",
+                "engine.zero_stage=0",
+                "phases.1.tokens=1K",
+            ],
         ),
         world,
     )

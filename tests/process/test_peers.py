@@ -122,6 +122,7 @@ def test_a_rank_whose_peer_is_killed_ends_within_ten_seconds(left_alone, place):
     assert "rank 1 is gone" in said
 
 
+@pytest.mark.matrix
 def test_a_peer_that_is_stopped_or_busy_is_not_taken_for_gone(folder):
     (zero, _), (one, _) = start_ranks(
         trains, 2, folder=str(folder), out="stopped", overrides=["loader.workers=0"]
@@ -132,7 +133,7 @@ def test_a_peer_that_is_stopped_or_busy_is_not_taken_for_gone(folder):
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in (one, zero):
             os.kill(rank.pid, number)
-            time.sleep(4.0 if number == signal.SIGSTOP else 0.1)
+            time.sleep(3.0 if number == signal.SIGSTOP else 0.1)
     steps = len(read_jsonl(folder / "stopped" / METRICS))
     until = time.monotonic() + 60
     while len(read_jsonl(folder / "stopped" / METRICS)) < steps + 5 and time.monotonic() < until:
@@ -172,6 +173,7 @@ sys.meta_path.insert(0, Slow())
 """
 
 
+@pytest.mark.matrix
 def test_a_peer_that_leaves_a_done_run_is_not_taken_for_gone(folder, tmp_path):
     """Rank one finds done.json and leaves while rank zero, on a busy machine, is still importing torch."""
     tokens = [f"phases.{i}.tokens=2K" for i in range(3)]

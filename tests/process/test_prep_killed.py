@@ -33,7 +33,9 @@ def at_work(process: subprocess.Popen, out: Path) -> float:
     return time.monotonic()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, marks=pytest.mark.matrix), pytest.param(50, marks=pytest.mark.slow)]
+)
 def test_random_sigkills_of_prepare_end_byte_identical(tmp_path, kills):
     write_jsonl(tmp_path / "a.jsonl", texts(10_000, longest=200))
     config = settings(tmp_path, shard_bytes=2**15, processes=2, sentences=True)

@@ -23,6 +23,8 @@ from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_js
 from tests.helpers.tasks import write_task
 from tests.process.ranks import ROOT, run_ranks
 
+pytestmark = pytest.mark.matrix  # named_commands runs sweeps in every run, without kills
+
 SWEEP = """
 base: {root}/task.yaml
 out: {root}/points

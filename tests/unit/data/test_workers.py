@@ -163,6 +163,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.matrix
 def test_workers_end_with_a_main_process_that_never_closed_the_loader(folder, tmp_path):
     ends = {3: "raise SystemExit(3)", -9: "os.kill(os.getpid(), 9)"}  # by the exit code
     started = {}

@@ -270,6 +270,7 @@ def test_a_typo_is_one_line_and_exit_code_2(words, said, capsys):
     assert code == 2 and said in error and "\n" not in error
 
 
+@pytest.mark.matrix
 def test_a_bare_machine_measures_steps_without_what_only_preparing_and_distributing_need(tmp_path):
     """None of these modules is there: the GPU machine has torch and numpy."""
     absent = [

@@ -59,9 +59,11 @@ def test_other_heads_have_their_classes_and_are_proven_at_every_token(tmp_path, 
     ("family", "kind", "outputs"),
     [
         ("bert", "choice", ["logits"]),
-        ("modernbert", "span", ["start_logits", "end_logits"]),
-        pytest.param("roberta", "token", ["logits"], marks=pytest.mark.slow),
-        pytest.param("distilbert", "text", ["logits"], marks=pytest.mark.slow),
+        pytest.param(
+            "modernbert", "span", ["start_logits", "end_logits"], marks=pytest.mark.matrix
+        ),
+        pytest.param("roberta", "token", ["logits"], marks=pytest.mark.matrix),
+        pytest.param("distilbert", "text", ["logits"], marks=pytest.mark.matrix),
     ],
 )
 def test_onnxruntime_answers_as_each_kind_of_head_does(tmp_path, family, kind, outputs):
@@ -92,6 +94,7 @@ def test_onnxruntime_answers_as_each_kind_of_head_does(tmp_path, family, kind, o
         )
 
 
+@pytest.mark.matrix
 def test_a_graph_of_a_head_that_differs_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

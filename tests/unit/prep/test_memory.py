@@ -91,7 +91,17 @@ def write_rows(folder: Path, kind: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "kind", ["jsonl", "json_array", "csv", "parquet", "arrow", "arrows", "hub", "too large"]
+    "kind",
+    [
+        "jsonl",
+        "csv",
+        "parquet",
+        "too large",
+        *(
+            pytest.param(k, marks=pytest.mark.matrix)
+            for k in ("json_array", "arrow", "arrows", "hub")
+        ),
+    ],
 )
 def test_memory_is_bounded_in_bytes_by_the_longest_document(tmp_path, monkeypatch, kind):
     """Counted: a file of six times as many rows of 2 MB takes no more, and all of it little."""
