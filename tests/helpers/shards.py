@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +31,9 @@ from encoder.data.shard_format import (
     write_card,
     write_lengths,
 )
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter
 
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")  # the last five ids of the vocabulary
 
@@ -85,6 +90,15 @@ def random_documents(
     ]
 
 
+def mds_writer(**settings: Any) -> MDSWriter:
+    """streaming's own writer. It asks once a second whether its threads are done with a second shard: here, at once."""
+    from streaming import MDSWriter
+    from streaming.base.format.base import writer
+
+    writer.sleep = lambda _seconds: time.sleep(0.002)
+    return MDSWriter(**settings)
+
+
 def write_source(
     folder: Path,
     documents: Sequence[np.ndarray],
@@ -99,11 +113,9 @@ def write_source(
 ) -> Path:
     """Write a finished shard folder and return it; `columns` beside input_ids: {"id": "str", "len": "int"}. Documents have
     their frame already: `frame` is what the tokenizer says."""
-    from streaming import MDSWriter
-
     kind = ids_dtype(vocab_size)
     columns = {INPUT_IDS: f"ndarray:{kind.name}", **(columns or {})}
-    with MDSWriter(
+    with mds_writer(
         columns=columns,
         out=str(folder),
         size_limit=shard_bytes,

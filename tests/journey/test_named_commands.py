@@ -27,6 +27,7 @@ from launch import tessera
 from tests.helpers.composer import flexbert, flexbert_config, write_composer
 from tests.helpers.hf import CONFIG, stored, write_tokenizer_json
 from tests.helpers.named_commands import ROOT, named_commands
+from tests.helpers.shards import mds_writer
 
 COMMANDS = named_commands()
 OURS = re.compile(
@@ -253,8 +254,6 @@ def workspace(tmp_path_factory):
 
 def made_elsewhere() -> None:
     """MDS of other makers: as streaming writes it, padded, and in another column."""
-    from streaming import MDSWriter
-
     web = Path("shards/four_domains/web/train")
     target = Path("shards/elsewhere/train")
     shutil.copytree(web, target)
@@ -269,7 +268,7 @@ def made_elsewhere() -> None:
         ("tokens", "tokens", body[1:-1]),
     ):
         kind = np.uint16 if column == "input_ids" else np.int64
-        with MDSWriter(
+        with mds_writer(
             out=f"shards/{name}", columns={column: f"ndarray:{np.dtype(kind)}"}
         ) as writer:
             for _ in range(20):

@@ -20,6 +20,7 @@ from encoder.base import log
 from encoder.base.errors import ConfigError
 from encoder.data.shard_format import read_card
 from tests.helpers.prep import bytes_of, ids_of, run, settings, texts, write_jsonl
+from tests.helpers.shards import mds_writer
 from tests.unit.prep.test_bad_input import refused
 from tests.unit.prep.test_readers import texts_of
 
@@ -52,9 +53,7 @@ def csv_of(rows: list[list], **how) -> bytes:
 
 
 def write_mds(folder, rows: list[dict], columns: dict, **how):
-    from streaming import MDSWriter
-
-    with MDSWriter(out=str(folder), columns=columns, size_limit=2000, **how) as out:
+    with mds_writer(out=str(folder), columns=columns, size_limit=2000, **how) as out:
         for row in rows:
             out.write(row)
     return folder

@@ -17,6 +17,7 @@ from data_prep.shards import ShardWriter, read_shard
 from encoder.base import log
 from encoder.data.shard_format import Card, SpecialIds, read_card, read_index, read_lengths
 from tests.helpers.prep import bytes_of, ids_of, run, settings, texts, write_jsonl
+from tests.helpers.shards import mds_writer
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +103,6 @@ def test_streaming_reads_the_same_ids_back(tmp_path):
     "dtype, compression", [(np.uint16, None), (np.uint32, None), (np.uint16, "zstd")]
 )
 def test_shards_have_the_bytes_of_streamings_own_writer(tmp_path, dtype, compression):
-    from streaming import MDSWriter
-
     lengths_P = np.array([2, 255, 256, 65535, 65536, 3])  # around the widths of a shape's numbers
     ids_T = np.arange(lengths_P.sum()).astype(dtype)
     name = np.dtype(dtype).name
@@ -114,7 +113,7 @@ def test_shards_have_the_bytes_of_streamings_own_writer(tmp_path, dtype, compres
         ids_of_half = ids_T[lengths_P[: half.start].sum() :][: lengths_P[half].sum()]
         ours.add(ids_of_half, lengths_P[half], np.ones(3, bool))
     entries = ours.finish()
-    with MDSWriter(
+    with mds_writer(
         columns={"input_ids": f"ndarray:{name}"},
         out=str(tmp_path / "theirs"),
         size_limit=2**18,

@@ -15,7 +15,7 @@ from encoder.objectives.catalog import build_objective
 from encoder.objectives.mlm import MlmConfig
 from tests.helpers.loading import loader_with
 from tests.helpers.prep import bytes_of, run, settings, texts, write_jsonl
-from tests.helpers.shards import random_documents, write_tokenizer
+from tests.helpers.shards import mds_writer, random_documents, write_tokenizer
 from tests.unit.prep.test_bad_input import refused
 
 V, CLS, SEP, PAD = 64, 60, 61, 62
@@ -26,10 +26,8 @@ ETTIN = {"input_ids": "ndarray:uint32", "id": "str"}
 
 def write_foreign(folder: Path, columns: dict[str, str], documents=DOCUMENTS, **settings) -> Path:
     """Shards as another program writes them: plain MDSWriter, no hashes unless asked for."""
-    from streaming import MDSWriter
-
     dtype = columns["input_ids"].partition(":")[2] if "input_ids" in columns else ""
-    with MDSWriter(columns=columns, out=str(folder), **{"size_limit": 4096, **settings}) as out:
+    with mds_writer(columns=columns, out=str(folder), **{"size_limit": 4096, **settings}) as out:
         for number, ids in enumerate(documents):
             values = {
                 "input_ids": np.asarray(ids, dtype or None),
@@ -160,9 +158,7 @@ def write_tokens(
     compression: str | None = None,
 ) -> Path:
     """Shards whose ids are in a column `tokens` beside another one, as other programs have them."""
-    from streaming import MDSWriter
-
-    with MDSWriter(
+    with mds_writer(
         columns={"id": "str", "tokens": encoding},
         out=str(folder),
         size_limit=4096,
@@ -221,9 +217,7 @@ def test_axes_of_size_one_fold_and_two_long_ones_are_told(
     )
     source = open_source(folder, name="web")
     assert all(np.array_equal(source.read(i), even[0]) for i in range(50))
-    from streaming import MDSWriter
-
-    with MDSWriter(columns={"input_ids": "ndarray:int32"}, out=str(tmp_path / "two")) as out:
+    with mds_writer(columns={"input_ids": "ndarray:int32"}, out=str(tmp_path / "two")) as out:
         out.write({"input_ids": np.zeros((2, 20), np.int32)})
     assert "an array of shape (2, 20); needed: one axis" in refused(
         capsys, "index", tmp_path / "two", "--tokenizer", tokenizer
