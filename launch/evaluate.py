@@ -4,11 +4,13 @@
     python launch/evaluate.py runs/small --texts held_out.jsonl
     python launch/evaluate.py ours=runs/small theirs=hf/laptop --texts held_out.jsonl --measures loss,pseudo,health
     python launch/evaluate.py runs/small --train reviews/train.jsonl --test reviews/test.jsonl --label label
+    python launch/evaluate.py runs/small --pairs blimp.jsonl --by UID
     python launch/evaluate.py runs/small --texts books.jsonl --measures context --out results/small
 
 loss      masked-token loss, perplexity, bits a byte       pseudo    each token masked alone
 health    anisotropy, uniformity, rank of embeddings       probe     linear probe and nearest neighbours, by layer
 context   loss against context length and position, and a needle
+pairs     is the good sentence likelier than the bad one, as BLiMP asks
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from encoder.base.paths import expand_path
 
 if TYPE_CHECKING:
     from encoder.tools.evaluation.evaluate import Answers, Questions
+    from encoder.tools.evaluation.minimal_pairs import SentencePairs
     from encoder.train.probe_scores import LabelledTexts
 
 RESULT, TABLE, PICTURE = "evaluation.json", "table.md", "context.png"
@@ -76,12 +79,20 @@ def _parser() -> CommandLine:
         help="held-out text: .txt (a document a file), .jsonl, .csv, .tsv, .parquet, .arrow; globs",
     )
     parser.add_argument(
-        "--measures", metavar="WORD,WORD", help="default: loss,health of texts, probe of labels"
+        "--measures",
+        metavar="WORD,WORD",
+        help="default: loss,health of texts, probe of labels, pairs of pairs",
     )
     parser.add_argument("--train", type=Path, metavar="FILE", help="labelled texts to learn from")
     parser.add_argument("--test", type=Path, metavar="FILE", help="labelled texts to be asked")
     parser.add_argument("--text", default="text", metavar="COLUMN", help="of the text (text)")
     parser.add_argument("--label", default="label", metavar="COLUMN", help="of the label (label)")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="rows of two sentences")
+    parser.add_argument(
+        "--good", metavar="COLUMN", help="of --pairs, the acceptable one (sentence_good)"
+    )
+    parser.add_argument("--bad", metavar="COLUMN", help="of --pairs, the other (sentence_bad)")
+    parser.add_argument("--by", metavar="COLUMN", help="of --pairs: groups that count alike")
     parser.add_argument(
         "--untrained",
         action="store_true",
@@ -123,15 +134,17 @@ def _named(words: Sequence[str]) -> dict[str, str]:
 
 def _questions(args: argparse.Namespace) -> Questions:
     """What is asked, its texts read. Raises UserError."""
+    pairs = _pairs(args)
     words = args.measures.split(",") if args.measures else _usual(args)
     if not words:
         raise ConfigError(
-            "nothing is asked; needed: --texts FILE, or --train FILE and --test FILE. See --help."
+            "nothing is asked; needed: --texts FILE, --train FILE and --test FILE, or --pairs FILE. See"
+            " --help."
         )
-    from encoder.tools.evaluation.evaluate import LABELLED, Questions, check_measures
+    from encoder.tools.evaluation.evaluate import OF_ROWS, Questions, check_measures
 
     measures = check_measures(words)
-    plain = [measure for measure in measures if measure not in LABELLED]
+    plain = [measure for measure in measures if measure not in OF_ROWS]
     if plain and not args.texts:
         raise ConfigError(f"measure {plain[0]} needs texts. Give --texts FILE.")
     return Questions(
@@ -139,6 +152,7 @@ def _questions(args: argparse.Namespace) -> Questions:
         texts=_read_texts(args.texts, args.text, args.most_texts),
         train=_labelled(args.train, args.text, args.label),
         test=_labelled(args.test, args.text, args.label),
+        pairs=pairs,
         document_tokens=args.document_tokens,
         mask_share=args.mask_share,
         most_tokens=args.most_tokens,
@@ -154,6 +168,8 @@ def _usual(args: argparse.Namespace) -> list[str]:
         found += ["loss", "health"]
     if args.train or args.test:
         found.append("probe")
+    if args.pairs:
+        found.append("pairs")
     return found
 
 
@@ -185,6 +201,19 @@ def _labelled(path: Path | None, text: str, label: str) -> LabelledTexts | None:
     from encoder.train.probe_scores import read_labelled
 
     return read_labelled(path, text=text, label=label)
+
+
+def _pairs(args: argparse.Namespace) -> SentencePairs | None:
+    """Two sentences a row. Raises UserError."""
+    if args.pairs is None:
+        given = next((name for name in ("good", "bad", "by") if getattr(args, name)), None)
+        if given:
+            raise ConfigError(f"--{given} names a column of pairs. Give --pairs FILE, too.")
+        return None
+    from encoder.tools.evaluation.minimal_pairs import BAD, GOOD, read_pairs
+
+    good, bad = args.good or GOOD, args.bad or BAD
+    return read_pairs(args.pairs, good=good, bad=bad, by=args.by)
 
 
 @contextlib.contextmanager

@@ -180,6 +180,8 @@ def workspace(tmp_path_factory):
     shutil.copy("corpus/books.jsonl", "held_out.jsonl")
     long = json.dumps({"text": " ".join(draw.choice(words, 400))})
     Path("books.jsonl").write_text(long + "\n")
+    pair = {"sentence_good": words[0], "sentence_bad": words[1], "UID": "a"}
+    Path("blimp.jsonl").write_text(json.dumps(pair) + "\n")
     Path("reviews").mkdir()
     rows = [json.dumps({"text": f"{words[i % 9]} film", "label": i % 2}) for i in range(40)]
     for name in ("train", "test"):

@@ -21,7 +21,7 @@ from torch import Tensor
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
-from encoder.tools.evaluation.masked import Asked, MaskedLoss, loss_of, nats_of
+from encoder.tools.evaluation.masked import Asked, MaskedLoss, loss_of, nats_of_each
 from encoder.tools.evaluation.pieces import check_length, cut_texts, plain_tokenizer
 from encoder.tools.notebook import LoadedModel
 
@@ -173,7 +173,7 @@ def _position_loss(
         # the frame is never asked
         chosen_T[: edges[0]] = chosen_T[edges[-1] :] = False
         index_M = torch.from_numpy(np.flatnonzero(chosen_T))
-        found_M = nats_of(bert, _hidden(bert, window_T, index_M)).tolist()
+        found_M = nats_of_each(bert, [_hidden(bert, window_T, index_M)]).tolist()
         # the stretch of each asked place
         bucket_M = np.searchsorted(edges, index_M.numpy(), side="right") - 1
         for bucket, loss in zip(bucket_M.tolist(), found_M, strict=True):

@@ -16,6 +16,13 @@ from encoder.tools.evaluation.context import ContextScores, context_scores, cont
 from encoder.tools.evaluation.features import layer_features, text_documents
 from encoder.tools.evaluation.health import embedding_health
 from encoder.tools.evaluation.masked import masked_loss, pseudo_perplexity
+from encoder.tools.evaluation.minimal_pairs import (
+    PairScores,
+    SentencePairs,
+    Sentences,
+    framed,
+    pair_scores,
+)
 from encoder.tools.evaluation.pieces import Pieces, cut_texts
 from encoder.tools.notebook import LoadedModel
 from encoder.train.probe_scores import (
@@ -30,13 +37,15 @@ from encoder.train.probe_scores import (
 MEASURES = {
     "loss": "masked-token loss, perplexity, bits a byte",
     "pseudo": "pseudo-perplexity: each token masked alone",
+    "pairs": "minimal pairs: is the good sentence likelier, each token masked alone",
     "health": "anisotropy, uniformity and rank of mean-pooled embeddings",
     "probe": "logistic regression and nearest neighbours on frozen embeddings, by layer",
     "context": "loss against context length and position, and a needle",
 }
 # these ask the prediction head and the decoder
-DECODED = ("loss", "pseudo", "context")
-LABELLED = ("probe",)  # of labelled texts; the others ask plain ones
+DECODED = ("loss", "pseudo", "pairs", "context")
+# of rows of a file of their own; the others ask plain texts
+OF_ROWS = ("pairs", "probe")
 USUAL = ("loss", "health")  # of plain texts, where nothing is named
 
 
@@ -48,6 +57,7 @@ class Questions:
     texts: Sequence[str] = ()
     train: LabelledTexts | None = None
     test: LabelledTexts | None = None
+    pairs: SentencePairs | None = None
     document_tokens: int = 128  # of a document, [CLS] and [SEP] included
     mask_share: float = 0.15
     most_tokens: int = 100_000  # of the text that the loss asks
@@ -67,6 +77,7 @@ class Answers:
     numbers: dict[str, float]
     probe: ProbeScores | None = None
     context: ContextScores | None = None
+    pairs: PairScores | None = None
 
 
 def check_measures(words: Sequence[str]) -> tuple[str, ...]:
@@ -109,6 +120,8 @@ class _Documents:
     asked: tuple[str, ...]  # measures
     loss: Pieces | None = None
     pseudo: Pieces | None = None
+    good: Sentences | None = None  # of minimal pairs
+    bad: Sentences | None = None
     health: list[Tensor] | None = None
     train: list[Tensor] | None = None
     test: list[Tensor] | None = None
@@ -125,6 +138,13 @@ def _documents(bert: LoadedModel, questions: Questions) -> _Documents:
     if "pseudo" in asked:
         most = questions.pseudo_tokens
         found["pseudo"] = cut_texts(bert, texts, longest=longest, most_tokens=most)
+    if "pairs" in asked:
+        if questions.pairs is None:
+            raise ConfigError(
+                "the measure pairs needs sentences. Give --pairs FILE, rows with a good and a bad one."
+            )
+        found["good"] = framed(bert, questions.pairs.good)
+        found["bad"] = framed(bert, questions.pairs.bad)
     if "health" in asked:
         some = texts[: questions.health_texts]
         if len(some) < 2:
@@ -172,12 +192,16 @@ def _answers(
             say(f"  {measure}: left out, for the model came without {bert.drawn[0]}")
 
     numbers: dict[str, float] = {}
-    probe = context = None
+    probe = context = pairs = None
     if documents.loss is not None:
         share = questions.mask_share
         numbers |= masked_loss(bert, documents.loss, mask_share=share, seed=questions.seed)
     if documents.pseudo is not None:
         numbers |= pseudo_perplexity(bert, documents.pseudo)
+    if documents.good is not None and documents.bad is not None:
+        assert questions.pairs is not None, "they gave sentences"
+        pairs = pair_scores(bert, documents.good, documents.bad, questions.pairs.groups)
+        numbers |= pairs.numbers()
     if documents.health is not None:
         last_NC = layer_features(bert, documents.health)[-1]
         numbers |= {**embedding_health(last_NC), "width": last_NC.shape[-1]}
@@ -202,6 +226,7 @@ def _answers(
         numbers=numbers,
         probe=probe,
         context=context,
+        pairs=pairs,
     )
 
 
@@ -210,9 +235,10 @@ def as_json(answers: Sequence[Answers], questions: Questions) -> dict[str, Any]:
     asked = {
         key: value
         for key, value in asdict(questions).items()
-        if key not in ("texts", "train", "test")
+        if key not in ("texts", "train", "test", "pairs")
     }
     asked["texts"] = len(questions.texts)
+    asked["pairs"] = None if questions.pairs is None else len(questions.pairs)
     for side in ("train", "test"):
         rows = getattr(questions, side)
         asked[side] = None if rows is None else len(rows.texts)

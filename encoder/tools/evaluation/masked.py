@@ -114,18 +114,30 @@ def pseudo_perplexity(bert: LoadedModel, pieces: Pieces) -> dict[str, float]:
 def _masked_one_by_one(bert: LoadedModel, pieces: Pieces, *, later_of_word: bool) -> MaskedLoss:
     found = []
     for ids_T, word_T in zip(pieces.documents, pieces.words, strict=True):
-        asked = []
-        for place in np.flatnonzero(word_T >= 0):
-            hidden = np.zeros(len(word_T), dtype=bool)
-            hidden[place] = True
-            if later_of_word:
-                hidden[place:] |= word_T[place:] == word_T[place]
-            shown_T = ids_T.clone()
-            shown_T[torch.from_numpy(hidden)] = bert.specials.mask_id
-            index_M = torch.tensor([place])
-            asked.append(Asked(shown_T=shown_T, index_M=index_M, value_M=ids_T[index_M]))
-        found.append(loss_of(bert, asked))
+        found.append(loss_of(bert, one_by_one(bert, ids_T, word_T, later_of_word=later_of_word)))
     return _added(found)
+
+
+def one_by_one(
+    bert: LoadedModel, ids_T: Tensor, word_T: np.ndarray, *, later_of_word: bool
+) -> list[Asked]:
+    """A document as often as it has tokens, each time with another one masked.
+
+    bert: whose mask is shown
+    ids_T, word_T: the tokens, and the numbers of their words; -1: never asked
+    later_of_word: the later tokens of the word are masked, too
+    """
+    asked = []
+    for place in np.flatnonzero(word_T >= 0):
+        hidden = np.zeros(len(word_T), dtype=bool)
+        hidden[place] = True
+        if later_of_word:
+            hidden[place:] |= word_T[place:] == word_T[place]
+        shown_T = ids_T.clone()
+        shown_T[torch.from_numpy(hidden)] = bert.specials.mask_id
+        index_M = torch.tensor([place])
+        asked.append(Asked(shown_T=shown_T, index_M=index_M, value_M=ids_T[index_M]))
+    return asked
 
 
 def loss_of(bert: LoadedModel, asked: Sequence[Asked]) -> MaskedLoss:
@@ -145,12 +157,16 @@ def loss_of(bert: LoadedModel, asked: Sequence[Asked]) -> MaskedLoss:
     return _added(found)
 
 
-def nats_of(bert: LoadedModel, asked: Asked) -> Tensor:
-    """[M], -log p of each asked token of one document."""
+def nats_of_each(bert: LoadedModel, asked: Sequence[Asked]) -> Tensor:
+    """[M], -log p of each asked token of all documents, in their order."""
+    found = [torch.empty(0)]
     with torch.no_grad():
-        x_MC = bert.model.masked_states(packed_documents([asked.shown_T]), asked.index_M)
-        logits_MV = bert.model.decode(x_MC)
-    return F.cross_entropy(logits_MV.float(), asked.value_M, reduction="none")
+        for some in in_forwards([len(a.shown_T) for a in asked]):
+            batch = _batch(asked[some])
+            targets = batch.targets[MLM]
+            logits_MV = bert.model.decode(bert.model.masked_states(batch, targets.index_M))
+            found.append(F.cross_entropy(logits_MV.float(), targets.value_M, reduction="none"))
+    return torch.cat(found)
 
 
 def _batch(asked: Sequence[Asked]) -> TokenBatch:

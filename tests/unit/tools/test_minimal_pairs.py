@@ -1,0 +1,141 @@
+"""Minimal pairs against transformers, one mask at a time; and the command on a folder of each kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoModelForMaskedLM
+
+from encoder.base.errors import ConfigError
+from encoder.models.stored import write_stored
+from encoder.tools import notebook
+from encoder.tools.evaluation import minimal_pairs
+from encoder.tools.evaluation.minimal_pairs import framed, pair_scores, read_pairs, sums_of_logs
+from launch import evaluate as command
+from tests.helpers.hf import exported, stored, write_tokenizer_json
+from tests.helpers.tasks import write_rows
+from tests.reference.pseudo_likelihood import pseudo_log_likelihood
+
+PAIRS = [
+    ("the cats sleep", "the cats sleeps"),
+    ("who ran", "who run ran"),
+    ("ünï [MASK]", "[MASK] ünï"),
+    ("a b c", "a c b"),
+    ("no one ever", "one no ever"),
+]
+GROUPS = ["agree", "agree", "order", "order", "order"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model of letters as a Hugging Face folder and as a weights folder, and a file of pairs."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer_json = write_tokenizer_json(root / "tokenizer.json")
+    exported(tokenizer_json, root / "hf")
+    write_stored(dataclasses.replace(stored(), tokenizer_json=tokenizer_json), root / "weights")
+    rows = [
+        {"sentence_good": good, "sentence_bad": bad, "UID": group}
+        for (good, bad), group in zip(PAIRS, GROUPS)
+    ]
+    write_rows(root / "pairs.jsonl", rows)
+    return root
+
+
+@pytest.fixture(scope="module")
+def slow(place):
+    """later_of_word -> sums of the good and of the bad sentences, by transformers."""
+    bert = notebook.load(place / "hf")
+    theirs = AutoModelForMaskedLM.from_pretrained(place / "hf", attn_implementation="eager").eval()
+    found = {}
+    for later in (False, True):
+        sides = []
+        for side in (0, 1):
+            sentences = framed(bert, [pair[side] for pair in PAIRS])
+            sides.append(
+                [
+                    pseudo_log_likelihood(
+                        theirs,
+                        ids_T.tolist(),
+                        word_T.tolist(),
+                        mask_id=bert.specials.mask_id,
+                        later_of_word=later,
+                    )
+                    for ids_T, word_T in zip(sentences.ids, sentences.words, strict=True)
+                ]
+            )
+        found[later] = np.array(sides)
+    return found
+
+
+@pytest.mark.parametrize("together", [1, 3, 64])
+def test_packed_sums_are_those_of_one_mask_at_a_time(place, slow, monkeypatch, together):
+    monkeypatch.setattr(minimal_pairs, "SENTENCES_TOGETHER", together)
+    bert = notebook.load(place / "hf")
+    for later, sides in slow.items():
+        for side in (0, 1):
+            sentences = framed(bert, [pair[side] for pair in PAIRS])
+            found = sums_of_logs(bert, sentences, later_of_word=later)
+            np.testing.assert_allclose(found, sides[side], atol=1e-3)
+    # masking the rest of a word is another question
+    assert np.abs(slow[False] - slow[True]).max() > 0.01
+
+
+def test_the_share_is_of_pairs_whose_good_sentence_is_likelier(place, slow):
+    bert = notebook.load(place / "hf")
+    good, bad = (framed(bert, [pair[side] for pair in PAIRS]) for side in (0, 1))
+    right = {later: sides[0] > sides[1] for later, sides in slow.items()}
+    found = pair_scores(bert, good, bad, GROUPS)
+    assert found.right == right[False].mean() and found.right_of_words == right[True].mean()
+    by_group = {"agree": right[False][:2].mean(), "order": right[False][2:].mean()}
+    assert found.by_group == by_group
+    assert found.numbers()["pairs_right_by_group"] == np.mean([*by_group.values()])
+    # turned round, what was right is wrong; of the same sentences none is right
+    turned = pair_scores(bert, bad, good, None)
+    assert turned.right == 1 - found.right
+    assert "pairs_right_by_group" not in turned.numbers()
+    assert pair_scores(bert, good, good, None).right == 0.0
+
+
+def test_the_command_asks_pairs_of_folders_of_both_kinds(place, slow, tmp_path, capsys):
+    words = [str(place / "hf"), str(place / "weights"), "--pairs", str(place / "pairs.jsonl")]
+    assert command.main([*words, "--by", "UID", "--out", str(tmp_path / "out")]) == 0
+    assert "minimal pairs right, mean over groups" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    share = float((slow[False][0] > slow[False][1]).mean())
+    for model in result["models"]:
+        assert model["numbers"]["pairs_right"] == share
+        assert [*model["pairs"]["by_group"]] == ["agree", "order"]
+    assert result["questions"]["pairs"] == len(PAIRS)
+
+
+def test_a_sentence_must_be_whole(place):
+    bert = notebook.load(place / "hf")
+    with pytest.raises(ConfigError, match="'x{40}' has 999 tokens; needed: 1 to"):
+        framed(bert, ["ab", "x" * 999])
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "said"),
+    [
+        ({"sentence_good": "a", "sentence_bad": "a"}, [], "line 1: sentence_good and sentence_bad"),
+        ({"sentence_good": "a", "bad": "b"}, [], "line 1 has no sentence_bad"),
+        ({"sentence_good": "a", "bad": " "}, ["--bad", "bad"], "line 1: bad is empty"),
+        (None, ["--by", "UID"], "--by names a column of pairs. Give --pairs FILE"),
+        (None, ["--measures", "pairs"], "needs sentences. Give --pairs FILE"),
+    ],
+)
+def test_a_mistake_about_pairs_is_one_line(place, tmp_path, capsys, row, words, said):
+    if row is not None:
+        words = [*words, "--pairs", str(write_rows(tmp_path / "pairs.jsonl", [row]))]
+    assert command.main([str(place / "hf"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_columns_and_groups_may_have_other_names(tmp_path):
+    path = write_rows(tmp_path / "p.jsonl", [{"right": "a b", "wrong": "b a", "kind": 3}])
+    found = read_pairs(path, good="right", bad="wrong", by="kind")
+    assert (found.good, found.bad, found.groups) == (["a b"], ["b a"], ["3"])
