@@ -48,6 +48,7 @@ class Embedding:
     normalized: bool = False
     # name -> text before every text
     prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None  # name of the one before a text that comes without a name
 
 
 def write_sentence_transformers(
@@ -95,7 +96,7 @@ def write_sentence_transformers(
         folder / PROMPTS,
         {
             "prompts": dict(embedding.prompts),
-            "default_prompt_name": None,
+            "default_prompt_name": embedding.default_prompt,
             "similarity_fn_name": "cosine",
         },
     )
@@ -121,12 +122,23 @@ def check_stages(folder: Path) -> list[Path]:
 
 def prompts_of(folder: Path) -> dict[str, str]:
     """The texts that a folder of sentence-transformers has before others, by their names. Raises ExportError."""
-    if not (folder / PROMPTS).is_file():
-        return {}
-    found = read_json(folder / PROMPTS, error=ExportError, root=dict).get("prompts")
+    found = _prompt_settings(folder).get("prompts")
     if not isinstance(found, dict):
         return {}
     return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def default_prompt_of(folder: Path) -> str | None:
+    """The name of the one of these that stands before a text without a name; None: none does. Raises ExportError."""
+    name = _prompt_settings(folder).get("default_prompt_name")
+    return name if isinstance(name, str) and name in prompts_of(folder) else None
+
+
+def _prompt_settings(folder: Path) -> dict[str, Any]:
+    if not (folder / PROMPTS).is_file():
+        return {}
+    found: dict[str, Any] = read_json(folder / PROMPTS, error=ExportError, root=dict)
+    return found
 
 
 def _stage(folder: Path, module: Any, where: Path) -> Path:

@@ -111,6 +111,8 @@ class PromptsConfig:
 
     query: str | None = None  # before a question; default: as the folder has it, else none
     document: str | None = None  # before an answer; default: as the folder has it, else none
+    # whose text `model.encode` takes where it is told no name, in the folder alone; default: as the folder has it, else none
+    default: Literal["query", "document", "none"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

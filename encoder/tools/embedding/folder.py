@@ -100,6 +100,7 @@ def _write_dense(model: Any, part: Path) -> None:
             pooling=pooling_of(model),
             normalized=any(type(stage).__name__ == "Normalize" for stage in model),
             prompts=model.prompts,
+            default_prompt=model.default_prompt_name,
         ),
     )
 

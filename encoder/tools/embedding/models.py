@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from encoder.base.errors import ConfigError, ExportError
 from encoder.base.files import native_path
 from encoder.models.hf.quiet import quiet_transformers
-from encoder.models.hf.stages import check_stages, prompts_of
+from encoder.models.hf.stages import check_stages, default_prompt_of, prompts_of
 from encoder.tools.embedding.config import EmbedConfig
 
 SPARSE_AT_ONCE = 512  # texts: 62 MB of a vocabulary of 30,522
@@ -58,6 +58,8 @@ def open_start(folder: Path, settings: EmbedConfig) -> Any:
     # their model card's examples are not shown
     model.model_card_data.widget = [{"text": ""}]
     model.prompts = _prompts(folder, settings)
+    # training and evaluation name their prompts: this one is for who encodes without a name
+    model.default_prompt_name = _default_prompt(folder, settings)
     return model
 
 
@@ -66,6 +68,14 @@ def _prompts(folder: Path, settings: EmbedConfig) -> dict[str, str]:
     asked = {"query": settings.prompts.query, "document": settings.prompts.document}
     given = {name: text for name, text in asked.items() if text is not None}
     return {"query": "", "document": "", **prompts_of(folder), **given}
+
+
+def _default_prompt(folder: Path, settings: EmbedConfig) -> str | None:
+    """The settings' one, else that of the folder."""
+    asked = settings.prompts.default
+    if asked is None:
+        return default_prompt_of(folder)
+    return None if asked == "none" else asked
 
 
 def _dense(path: str, folder: Path, settings: EmbedConfig, device: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.schema import from_mapping, to_plain
 from encoder.tools.embedding.config import EmbedConfig, NegativesConfig, read_embed
+from encoder.tools.embedding.folder import write_folder
 from encoder.tools.embedding.lexical import tfidf_scores
 from encoder.tools.embedding.negatives import mine
 from encoder.tools.embedding.ranking import measure, rank
@@ -326,6 +327,42 @@ def test_prompts_that_are_left_out_are_those_of_the_start(place):
     assert embed.main([str(place / "embed.yaml"), *words]) == 0
     said = json.loads((place / "out" / "config_sentence_transformers.json").read_text())
     assert said["prompts"] == {"query": "ask: ", "document": "say: "}
+
+
+def test_a_text_without_a_name_gets_the_default_prompt(place, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    from encoder.tools.embedding.models import open_start
+
+    theirs = SentenceTransformer(
+        str(place / "start"),
+        device="cpu",
+        prompts={"query": "ask: ", "own": "I: "},
+        default_prompt_name="own",
+    )
+    theirs.save_pretrained(str(tmp_path / "st"))
+    for words, expected in (
+        ([], "own"),
+        (["pooling=cls"], "own"),
+        (["prompts.default=none"], None),
+        (["prompts.default=document"], "document"),
+    ):
+        settings = read_embed(place / "embed.yaml", words)
+        assert open_start(tmp_path / "st", settings).default_prompt_name == expected
+
+    settings = read_embed(
+        place / "embed.yaml", ["prompts={query: 'q: ', default: query}", f"out={tmp_path}/out"]
+    )
+    model = open_start(place / "start", settings)
+    write_folder(model, settings, {"pairs": 1, "steps": 1})
+    ours = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert ours.default_prompt_name == "query"
+    plain, named, bare = (
+        ours.encode("a text", **more)
+        for more in ({}, {"prompt": "q: "}, {"prompt_name": "document"})
+    )
+    np.testing.assert_array_equal(plain, named)
+    assert np.abs(plain - bare).max() > 1e-4
 
 
 @pytest.mark.parametrize(
