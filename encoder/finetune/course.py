@@ -482,6 +482,7 @@ class FineTuning:
                     self.prepared.train,
                     results,
                     kept=kept,
+                    decided=decided or {},
                     rows_of=self.prepared.rows_of,
                 )
         self._say_end(results)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def write_result(
     results: dict[str, Scores],
     *,
     kept: KeptWeights,
+    decided: Mapping[str, float],
     rows_of: Mapping[str, str],
 ) -> None:
     """Writes RUN/result.json.
@@ -95,6 +97,7 @@ def write_result(
     train: what it was trained on
     results: by the name of a data set
     kept: whose results they are
+    decided: on the first dev set, or without one given
     rows_of: data set -> where its rows were read
     """
     settings = to_yaml(task).encode()
@@ -110,6 +113,8 @@ def write_result(
             "weights_step": kept.progress.step,
             "weights_ledger_hash": kept.progress.ledger_hash,
             "metrics": {name: measured.plain() for name, measured in results.items()},
+            # what a test set, an export and the page take as given
+            "decided": {name: v for name, v in decided.items() if math.isfinite(v)},
             "constant_predictions": [name for name, s in results.items() if s.constant],
         },
     )

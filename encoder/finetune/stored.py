@@ -17,6 +17,7 @@ from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, rea
 from encoder.finetune.best import Best, best_checkpoint
 from encoder.finetune.config import FineTuneConfig, task_of
 from encoder.finetune.head import head_shape
+from encoder.finetune.metrics import CHOSEN
 from encoder.finetune.predict import RESULT
 from encoder.models.hf.task import TrainedTask
 from encoder.models.stored import fp32
@@ -60,6 +61,7 @@ def read_trained(source: Path) -> TrainedTask:
             "ledger": f"{progress.ledger_hash} after step {progress.step:,}",
         },
         results=_results(folder, progress.ledger_hash),
+        carried=task.task.carried(_decided(task, folder, progress.ledger_hash)),
     )
 
 
@@ -118,6 +120,23 @@ def _result_of(folder: Path, ledger_hash: str) -> dict[str, Any]:
     if found.get("weights_ledger_hash", done["ledger_hash"]) != ledger_hash:
         return {}
     return found
+
+
+def _decided(task: FineTuneConfig, folder: Path, ledger_hash: str) -> dict[str, float]:
+    """What the first dev set chose for others, where these weights are those of the run's end."""
+    found = _result_of(folder, ledger_hash)
+    decided = found.get("decided")
+    if not isinstance(decided, dict):
+        # of earlier versions: it stands among the metrics
+        metrics = found.get("metrics")
+        first = next(iter(task.data.dev_names), None)
+        measured = metrics.get(first) if isinstance(metrics, dict) else None
+        decided = measured if isinstance(measured, dict) else {}
+    return {
+        name: float(value)
+        for name, value in decided.items()
+        if name in CHOSEN and isinstance(value, (int, float))
+    }
 
 
 def _kept_fact(folder: Path, ledger_hash: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from encoder.base.rng import generator
 from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
+from encoder.finetune.prepare import start_of
 from encoder.runs.folder import LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.weights.export import export_run
 from tests.helpers.tasks import write_rows, write_task
@@ -121,7 +122,15 @@ def test_each_kind_becomes_a_folder_that_transformers_reads(root, tmp_path, kind
 
     proofs = export_run(root / f"one-{kind}", tmp_path / "hf")
     assert proofs["transformers"].max_abs_difference < 1e-4
+    carried = json.loads((tmp_path / "hf" / "config.json").read_text()).get("answer_rule")
+    if kind == "spans":
+        numbers = json.loads((root / "one-spans" / "result.json").read_text())["metrics"]
+        assert carried["no_answer_threshold"] == numbers["dev"]["no_answer_threshold"]
+        assert carried["overlap_tokens"] == 6
+        # it can be the start of another one
+        assert start_of(tmp_path / "hf").head.kind == "span"
     if kind != "tags":
+        assert kind == "spans" or carried is None
         return
     tagger = transformers.pipeline(
         "token-classification", model=str(tmp_path / "hf"), device="cpu", ignore_labels=[]

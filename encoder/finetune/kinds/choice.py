@@ -24,7 +24,7 @@ from encoder.data.labelled import DataError, Rows, check_unicode, label_name
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds.columns import columns_of, is_whole_number, written
-from encoder.finetune.kinds.contract import Decided, NothingDecided
+from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -34,7 +34,7 @@ MOST_SPECIAL_TOKENS = 4  # <s> text </s></s> choice </s>
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceConfig:
+class ChoiceConfig(NothingCarried):
     """Which of a row's choices is right."""
 
     KIND: ClassVar[str] = "choice"

@@ -25,7 +25,7 @@ from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds import squad
 from encoder.finetune.kinds.choice import MOST_SPECIAL_TOKENS, by_row
-from encoder.finetune.kinds.contract import Decided, NothingDecided
+from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -33,7 +33,7 @@ from encoder.objectives.text_tasks import TextObjective, YesNo
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClozeConfig:
+class ClozeConfig(NothingCarried):
     """Which of a row's candidates fills the gap of a sentence about a text."""
 
     KIND: ClassVar[str] = "cloze"

@@ -114,6 +114,20 @@ class TaskConfig(Settings, Protocol):
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """Raises DataError where a label never occurs."""
 
+    def carried(self, decided: Decided) -> dict[str, Any]:
+        """What config.json of an export has beside transformers' words: how answers are read off logits.
+
+        decided: on a dev set of the run
+        """
+
+
+class NothingCarried:
+    """Of kinds whose answers are read off logits as everybody reads them (TaskConfig)."""
+
+    def carried(self, decided: Decided) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
 
 class NothingDecided:
     """Of data sets whose answers need no decision beforehand (AskedSet)."""

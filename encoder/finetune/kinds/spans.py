@@ -13,17 +13,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from encoder.base.errors import ConfigError
+from encoder.base.schema import to_plain
 from encoder.base.units import counted
 from encoder.data.examples import Examples, Places
 from encoder.data.labelled import DataError, Rows, texts_of
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds import squad
+from encoder.finetune.kinds.answers import (
+    ANSWER_RULE,
+    AnswerRule,
+    BestAnswer,
+    WindowLogits,
+    best_answer,
+)
 from encoder.finetune.kinds.contract import Decided
 from encoder.finetune.metrics import NO_ANSWER_THRESHOLD as THRESHOLD
 from encoder.finetune.metrics import Scores
@@ -97,6 +106,24 @@ class SpansConfig:
     def objective(self) -> TextObjective:
         """Cross entropy of start and end over the tokens of a window."""
         return Picks(outputs=2)
+
+    def rule(self, decided: Decided) -> AnswerRule:
+        """How answers are read off logits, by what a dev set has decided; without that a threshold of 0."""
+        threshold = None
+        if self.no_answer:
+            threshold = decided.get(THRESHOLD, self.no_answer_threshold or 0.0)
+        return AnswerRule(
+            max_question_tokens=self.max_question_tokens,
+            overlap_tokens=self.overlap_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+            candidates=self.candidates,
+            max_context=self.max_context,
+            no_answer_threshold=threshold,
+        )
+
+    def carried(self, decided: Decided) -> dict[str, Any]:
+        """The rule, by which the page reads answers."""
+        return {ANSWER_RULE: to_plain(self.rule(decided))}
 
     def metric_names(self) -> tuple[str, ...]:
         """The threshold stands beside those that depend on it."""
@@ -291,10 +318,10 @@ class Answers:
         """How much better the empty answer is."""
         return self.none_R - self.score_R
 
-    def given(self, threshold: float) -> list[str]:
-        """The answers, empty where that is better by more than the threshold."""
+    def given(self, rule: AnswerRule) -> list[str]:
+        """The answers, empty where the rule gives none."""
         pairs = zip(self.texts, self.missing_R, strict=True)
-        return ["" if missing > threshold else text for text, missing in pairs]
+        return ["" if rule.gives_none(missing) else text for text, missing in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +374,7 @@ class SpanSet:
         if not np.isfinite(logits_PK).all():
             return Scores.without_numbers(metrics)
         decided = self.decided(logits_PK) if decided is None else decided
-        texts = self._predicted(logits_PK).given(decided.get(THRESHOLD, np.inf))
+        texts = self._predicted(logits_PK).given(self.kind.rule(decided))
         pairs = list(zip(texts, self.answers, strict=True))
         found = {
             "f1": float(np.mean([squad.f1(text, golds) for text, golds in pairs])),
@@ -369,7 +396,7 @@ class SpanSet:
         """A line a row: the answer, the best span's score and that of none."""
         decided = self.decided(logits_PK) if decided is None else decided
         found = self._predicted(logits_PK)
-        given = found.given(decided.get(THRESHOLD, np.inf))
+        given = found.given(self.kind.rule(decided))
         for row, answer in enumerate(given):
             yield {
                 "row": row,
@@ -381,91 +408,37 @@ class SpanSet:
             }
 
     def _predicted(self, logits_PK: np.ndarray) -> Answers:
-        count = len(self.contexts)
-        score_R, none_R = np.full(count, -np.inf), np.full(count, np.inf)
-        span_R2 = np.zeros((count, 2), dtype=np.int64)
-        counts = self._counts_A() if self.kind.max_context else None
-        for window, row in enumerate(self.windows.row_N):
-            begin, end = self.windows.starts_N1[window : window + 2]
-            logits_L2, spans_L2 = logits_PK[begin:end], self.windows.span_L2(window)
-            none_R[row] = min(none_R[row], logits_L2[0].sum())
-            may_start_L = spans_L2[:, 0] >= 0
-            if counts is not None:
-                may_start_L = may_start_L & counts[begin:end]
-            score, first, last = best_span(
-                logits_L2,
-                may_start_L=may_start_L,
-                may_end_L=spans_L2[:, 0] >= 0,
-                candidates=self.kind.candidates,
-                most_tokens=self.kind.max_answer_tokens,
-            )
-            if score > score_R[row]:
-                score_R[row] = score
-                span_R2[row] = spans_L2[first, 0], spans_L2[last, 1]
-        # a row without any possible span has the empty answer
-        score_R = np.where(np.isfinite(score_R), score_R, none_R)
-        texts = [
-            context[a:b].strip() for context, (a, b) in zip(self.contexts, span_R2, strict=True)
-        ]
-        return Answers(texts=texts, start_R=span_R2[:, 0], score_R=score_R, none_R=none_R)
-
-    def _counts_A(self) -> np.ndarray:
-        """Whether a token has the most context in its window: bool [A]."""
-        counts = np.zeros(len(self.windows.span_A2), dtype=bool)
-        rows = np.flatnonzero(np.diff(self.windows.row_N, prepend=-1))
-        for first, end in zip(rows, [*rows[1:], len(self.windows.row_N)]):
-            places = [self._context(window) for window in range(first, end)]
-            begins = self.windows.begin_N[first:end]
-            best = most_context([len(place) for place in places], begins)
-            for window, (place, begin) in enumerate(zip(places, begins)):
-                counts[place] = best[begin : begin + len(place)] == window
-        return counts
-
-    def _context(self, window: int) -> np.ndarray:
-        """Tokens of a window that are of the context, as numbers of all tokens."""
-        return self.windows.starts_N1[window] + np.flatnonzero(
-            self.windows.span_L2(window)[:, 0] >= 0
+        rule = self.kind.rule({})
+        found = [best_answer(windows, rule) for windows in self._windows_of_rows(logits_PK)]
+        spans = [self._characters(row, best) for row, best in enumerate(found)]
+        texts = [context[a:b].strip() for context, (a, b) in zip(self.contexts, spans, strict=True)]
+        return Answers(
+            texts=texts,
+            start_R=np.array([start for start, _ in spans], dtype=np.int64),
+            score_R=np.array([best.score for best in found]),
+            none_R=np.array([best.none for best in found]),
         )
 
+    def _windows_of_rows(self, logits_PK: np.ndarray) -> Iterator[list[WindowLogits]]:
+        starts_N1, begin_N = self.windows.starts_N1, self.windows.begin_N
+        for first, end in zip(self._first_R, [*self._first_R[1:], len(begin_N)], strict=True):
+            yield [
+                WindowLogits(
+                    logits_L2=logits_PK[starts_N1[window] : starts_N1[window + 1]],
+                    inside_L=self.windows.span_L2(window)[:, 0] >= 0,
+                    begin=int(begin_N[window]),
+                )
+                for window in range(first, end)
+            ]
 
-def best_span(
-    logits_L2: np.ndarray,
-    *,
-    may_start_L: np.ndarray,
-    may_end_L: np.ndarray,
-    candidates: int,
-    most_tokens: int,
-) -> tuple[float, int, int]:
-    """Score, start and end of the best span of a window; -inf where none is possible.
+    @cached_property
+    def _first_R(self) -> np.ndarray:
+        """The first window of each row, which has one at least."""
+        return np.flatnonzero(np.diff(self.windows.row_N, prepend=-1))
 
-    logits_L2: of start and end
-    may_start_L, may_end_L: tokens that can be one
-    candidates: highest starts and ends that are tried, of all tokens
-    most_tokens: of a span
-    """
-    start_C, end_C = np.argsort(-logits_L2, axis=0, kind="stable")[:candidates].T
-    length_CC = end_C[None, :] - start_C[:, None] + 1
-    possible_CC = (length_CC >= 1) & (length_CC <= most_tokens)
-    possible_CC &= may_start_L[start_C][:, None] & may_end_L[end_C][None, :]
-    score_CC = logits_L2[start_C, 0][:, None] + logits_L2[end_C, 1][None, :]
-    score_CC = np.where(possible_CC, score_CC, -np.inf)
-    best = np.unravel_index(score_CC.argmax(), score_CC.shape)
-    return float(score_CC[best]), int(start_C[best[0]]), int(end_C[best[1]])
-
-
-def most_context(lengths: Sequence[int], begins: Sequence[int] | np.ndarray) -> np.ndarray:
-    """For each token of a context the window in which the lesser of its two sides is largest: int64 [tokens].
-
-    lengths, begins: tokens of the context that a window has, and the number of its first
-
-    BERT adds a hundredth of the window's length, and the first of equal windows wins (Devlin et al. 2019, run_squad.py).
-    """
-    total = int(begins[-1]) + lengths[-1]
-    most, best = np.full(total, -np.inf), np.zeros(total, dtype=np.int64)
-    for window, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
-        left = np.arange(length)
-        context = np.minimum(left, left[::-1]) + 0.01 * length
-        here = slice(int(begin), int(begin) + length)
-        best[here] = np.where(context > most[here], window, best[here])
-        most[here] = np.maximum(most[here], context)
-    return best
+    def _characters(self, row: int, best: BestAnswer) -> tuple[int, int]:
+        """First character of the best span, and the one behind its last; 0, 0 without any."""
+        if best.window is None:
+            return 0, 0
+        spans_L2 = self.windows.span_L2(int(self._first_R[row]) + best.window)
+        return int(spans_L2[best.first, 0]), int(spans_L2[best.last, 1])

@@ -33,7 +33,7 @@ from encoder.finetune.kinds.columns import (
     number_of,
     refuse_missing,
 )
-from encoder.finetune.kinds.contract import Decided, NothingDecided
+from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -50,7 +50,7 @@ WORD_METRICS = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagsConfig:
+class TagsConfig(NothingCarried):
     """A tag for each word of a row, as named entities have it."""
 
     KIND: ClassVar[str] = "tags"

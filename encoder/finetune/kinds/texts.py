@@ -29,7 +29,7 @@ from encoder.finetune.kinds.columns import (
     refuse_missing,
     written,
 )
-from encoder.finetune.kinds.contract import Decided, NothingDecided
+from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
 from encoder.finetune.metrics import Metric, Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -110,7 +110,7 @@ class TextSet(NothingDecided):
             }
 
 
-class _OfTexts:
+class _OfTexts(NothingCarried):
     """What kinds of task about one text or two share; the settings themselves stand in each."""
 
     METRICS: ClassVar[Mapping[str, Metric]]

@@ -10,7 +10,7 @@ say nothing, so less rows are needed than for two means alone. Seeds are average
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from encoder.base.errors import ConfigError
 from encoder.base.rng import generator
+from encoder.finetune.kinds import squad
 from encoder.finetune.predict import PREDICTIONS
 from encoder.finetune.sweeps.results import SettingResult
 from encoder.finetune.sweeps.table import SweepTable
@@ -91,16 +92,44 @@ def paired_bootstrap(ours_N: np.ndarray, theirs_N: np.ndarray) -> Comparison:
 
 
 def rows_right(lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Of each predicted row 1 or 0, whether it is right; of a number minus its squared error. Raises ConfigError."""
-    if "value" in lines[0]:
-        return np.array([-((line["value"] - line["target"]) ** 2) for line in lines])
-    said = next((key for key in ("label", "labels", "choice") if key in lines[0]), None)
+    """A number of each predicted row, by its target; the larger the better.
+
+    label, labels, choice    1 where it is the target, else 0
+    value                    minus the squared error
+    answer                   F1 of its words, the best over the right answers (SQuAD)
+    tags                     the share of the row's words that have the right tag
+
+    Raises ConfigError for lines without any of these.
+    """
+    said = next((key for key in _BY_ROW if key in lines[0]), None)
     if said is None:
         raise ConfigError(
-            "predictions of this kind of task are not right or wrong by the row; needed: classify,"
-            " labels, choice or regress."
+            f"predictions have {', '.join(lines[0])}; needed: one of {', '.join(_BY_ROW)}."
         )
-    return np.array([float(line[said] == line["target"]) for line in lines])
+    return np.array([_BY_ROW[said](line[said], line["target"]) for line in lines], dtype=float)
+
+
+def _same(given: Any, target: Any) -> float:
+    return float(given == target)
+
+
+def _minus_squared_error(given: float, target: float) -> float:
+    return -((given - target) ** 2)
+
+
+def _share_of_words(given: Sequence[str], target: Sequence[str]) -> float:
+    right = [tag == other for tag, other in zip(given, target, strict=True)]
+    return float(np.mean(right)) if right else 1.0
+
+
+_BY_ROW: dict[str, Callable[[Any, Any], float]] = {
+    "label": _same,
+    "labels": _same,
+    "choice": _same,
+    "value": _minus_squared_error,
+    "answer": squad.f1,
+    "tags": _share_of_words,
+}
 
 
 def _predictions(table: SweepTable, of: str) -> list[list[dict[str, Any]]]:

@@ -223,6 +223,8 @@ class TrainedTask:
     facts: dict[str, str] = field(default_factory=dict)  # of the training, for the card
     # by data set: metric -> value; None where it was no finite number
     results: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    # of config.json beside transformers' words: how answers are read off logits
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export_task(task: TrainedTask, out: Path, *, onnx: bool = False) -> dict[str, Proof]:
@@ -302,6 +304,7 @@ def their_settings(task: TrainedTask, bridge: Bridge) -> dict[str, Any]:
         settings["problem_type"] = task.problem
     return {
         **settings,
+        **task.carried,
         "architectures": [form.architecture(family)],
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},

@@ -263,7 +263,8 @@ def _span(gr: Any, opened: Opened, name: str) -> None:
 
     def answer(asked: str, text: str) -> list[Any]:
         found = span(opened, asked, text)
-        return [f"{found.answer}   ({found.probability:.1%})", found.spans, _said(found.notes)]
+        given = found.answer or "no answer"
+        return [f"{given}   ({found.probability:.1%})", found.spans, _said(found.notes)]
 
     gr.on(
         [ask.click, question.submit],

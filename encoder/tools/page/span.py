@@ -2,7 +2,8 @@
 
     When was it built?     [("The tower was built in ", None), ("1889", "answer"), (".", None)]
 
-A context longer than the model is read in windows that overlap; the best answer of all windows counts.
+A context longer than the model is read in windows that overlap. Which answer of all windows is given, and when none is, says
+the rule of encoder/finetune/kinds/answers.py, with the threshold that the folder carries.
 """
 
 from __future__ import annotations
@@ -11,77 +12,120 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from encoder.base.errors import UserError
+from encoder.base.errors import ConfigError, ExportError, UserError
+from encoder.base.schema import from_mapping
+from encoder.finetune.kinds.answers import (
+    ANSWER_RULE,
+    AnswerRule,
+    BestAnswer,
+    WindowLogits,
+    best_answer,
+)
 from encoder.tools.page.encoding import check_pair_form, checked
 from encoder.tools.page.folders import Opened
 
 ANSWER = "answer"
-MOST_ANSWER_TOKENS, BEST_ENDS = 30, 20  # as SQuAD is predicted
-MOST_QUESTION_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The best answer."""
+    """The answer, or that there is none."""
 
-    answer: str
+    answer: str  # empty: none
     start: int  # in characters of the context
     end: int
-    probability: float  # of start times that of end, in its window
-    no_answer: float  # the same of "there is none", at the first token
+    probability: float  # of start times that of end, in its window; of none: of the first token
+    missing: float  # by how much the empty answer scores higher than the best stretch
     spans: list[tuple[str, str | None]]  # all of the context in order
     windows: int
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Best:
-    score: float  # logit of the start plus that of the end
-    start: int
-    end: int
-    probability: float
-    no_answer: float
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """A stretch of the context behind the question."""
+
+    inputs: dict[str, Any]
+    offsets: list[tuple[int, int]]
+    inside: list[bool]  # tokens of the context
+    begin: int  # number of the first one in the context
 
 
 def span(opened: Opened, question: str, context: str) -> Found:
     """Asks a model of kind span. Raises UserError."""
     checked(question, what="question")
     checked(context, what="context")
-    windows = _windows(opened, question, context)
-    best = max((_best_of(opened, window) for window in windows), key=lambda one: one.score)
-    notes = []
-    if len(windows) > 1:
-        notes.append(f"The context was read in {len(windows)} windows that overlap.")
-    if best.no_answer > best.probability:
-        notes.append(f"The model rather says that there is no answer ({best.no_answer:.0%}).")
-    parts = (
-        (context[: best.start], None),
-        (context[best.start : best.end], ANSWER),
-        (context[best.end :], None),
-    )
+    carried = _carried(opened)
+    rule, windows = _windows(opened, question, context, carried)
+    logits = [_asked(opened, window) for window in windows]
+    best = best_answer(logits, rule)
+    gives_none = best.window is None or rule.gives_none(best.missing)
+    start = end = 0
+    if best.window is not None and not gives_none:
+        offsets = windows[best.window].offsets
+        start, end = offsets[best.first][0], offsets[best.last][1]
+    parts = ((context[:start], None), (context[start:end], ANSWER), (context[end:], None))
     return Found(
-        answer=context[best.start : best.end],
-        start=best.start,
-        end=best.end,
-        probability=best.probability,
-        no_answer=best.no_answer,
+        answer=context[start:end],
+        start=start,
+        end=end,
+        probability=_probability(logits, best, gives_none=gives_none),
+        missing=best.missing,
         spans=[(text, label) for text, label in parts if text],
         windows=len(windows),
-        notes=notes,
+        notes=_notes(best, rule, windows=len(windows), knows_none=carried is not None),
     )
 
 
-def _windows(opened: Opened, question: str, context: str) -> list[dict[str, Any]]:
-    """Question and a stretch of the context each, with offsets, and where the context is."""
+def _carried(opened: Opened) -> AnswerRule | None:
+    """The rule of config.json; None in folders from elsewhere. Raises ExportError."""
+    given = getattr(opened.model.config, ANSWER_RULE, None)
+    if given is None:
+        return None
+    try:
+        return from_mapping(AnswerRule, given, where=f"{opened.name}: {ANSWER_RULE}")
+    except ConfigError as error:
+        raise ExportError(f"{error} Export again with tessera export.") from error
+
+
+def _notes(best: BestAnswer, rule: AnswerRule, *, windows: int, knows_none: bool) -> list[str]:
+    """What is said beside an answer.
+
+    best, rule: of all windows
+    windows: how many there are
+    knows_none: the folder says when there is no answer
+    """
+    notes = []
+    if windows > 1:
+        notes.append(f"The context was read in {windows} windows that overlap.")
+    if best.window is None:
+        notes.append("No answer: none of the likeliest starts and ends make a stretch.")
+    elif rule.gives_none(best.missing):
+        notes.append(
+            f"No answer: that scores higher than the best stretch by {best.missing:.2f}, more than"
+            f" the threshold of {rule.no_answer_threshold:.2f}."
+        )
+    elif not knows_none and best.missing > 0:
+        notes.append(
+            f"That there is no answer scores higher by {best.missing:.2f}; the folder has no"
+            " threshold for it."
+        )
+    return notes
+
+
+def _windows(
+    opened: Opened, question: str, context: str, carried: AnswerRule | None
+) -> tuple[AnswerRule, list[_Window]]:
+    """The rule, and question and a stretch of the context each."""
     check_pair_form(opened)
     tokenizer = opened.tokenizer
     asked = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
     frame = tokenizer.num_special_tokens_to_add(pair=True)
     room = opened.max_tokens - frame - len(asked)
-    if len(asked) > MOST_QUESTION_TOKENS or room < 2:
-        most = min(MOST_QUESTION_TOKENS, opened.max_tokens - frame - 2)
+    rule = carried or AnswerRule(overlap_tokens=max(0, min(128, room // 2)))
+    if len(asked) > rule.max_question_tokens or room < 2:
+        most = min(rule.max_question_tokens, opened.max_tokens - frame - 2)
         raise UserError(
             f"the question has {len(asked):,} tokens; needed: at most {most:,}. Shorten it."
         )
@@ -90,56 +134,51 @@ def _windows(opened: Opened, question: str, context: str) -> list[dict[str, Any]
         context,
         truncation="only_second",
         max_length=opened.max_tokens,
-        stride=min(128, room // 2),  # of Hugging Face: the overlap
+        stride=min(rule.overlap_tokens, room - 1),  # of Hugging Face: the overlap
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
         split_special_tokens=True,
         verbose=False,
     )
     names = [name for name in tokenizer.model_input_names if name in found]
-    return [
-        {
-            "inputs": {name: torch.tensor([found[name][k]]) for name in names},
-            "offsets": found["offset_mapping"][k],
-            "context": [part == 1 for part in found.sequence_ids(k)],
-        }
-        for k in range(len(found["input_ids"]))
-    ]
+    windows: list[_Window] = []
+    begin = 0
+    for k in range(len(found["input_ids"])):
+        inside = [part == 1 for part in found.sequence_ids(k)]
+        inputs = {name: torch.tensor([found[name][k]]) for name in names}
+        windows.append(
+            _Window(inputs=inputs, offsets=found["offset_mapping"][k], inside=inside, begin=begin)
+        )
+        begin += sum(inside) - min(rule.overlap_tokens, room - 1)
+    return rule, windows
 
 
-def _best_of(opened: Opened, window: dict[str, Any]) -> _Best:
+def _asked(opened: Opened, window: _Window) -> WindowLogits:
     with torch.no_grad():
-        out = opened.model(**window["inputs"])
-    inside_T = torch.tensor(window["context"])
-    # the first token means that there is no answer
-    allowed_T = inside_T.clone()
-    allowed_T[0] = True
-    start_T = _within(out.start_logits[0], allowed_T)
-    end_T = _within(out.end_logits[0], allowed_T)
-    start, end = best_pair(start_T, end_T, inside_T)
-    p_start, p_end = start_T.softmax(0), end_T.softmax(0)
-    return _Best(
-        score=float(start_T[start] + end_T[end]),
-        start=window["offsets"][start][0],
-        end=window["offsets"][end][1],
-        probability=float(p_start[start] * p_end[end]),
-        no_answer=float(p_start[0] * p_end[0]),
+        out = opened.model(**window.inputs)
+    logits_L2 = torch.stack([out.start_logits[0], out.end_logits[0]], dim=1)
+    return WindowLogits(
+        logits_L2=logits_L2.double().numpy(),
+        inside_L=torch.tensor(window.inside).numpy(),
+        begin=window.begin,
     )
 
 
-def best_pair(start_T: Tensor, end_T: Tensor, inside_T: Tensor) -> tuple[int, int]:
-    """First and last token of the best answer: of the 20 best starts and ends, at most 30 tokens apart.
+def _probability(logits: list[WindowLogits], best: BestAnswer, *, gives_none: bool) -> float:
+    """Of the start times that of the end, over the context and the first token, which means that there is no answer.
 
-    start_T, end_T: logits
-    inside_T: where an answer may be
+    logits: of all windows
+    best: of them
+    gives_none: there is no answer: the least of all windows
     """
-    starts = _within(start_T, inside_T).topk(min(BEST_ENDS, int(inside_T.sum()))).indices.tolist()
-    ends = _within(end_T, inside_T).topk(min(BEST_ENDS, int(inside_T.sum()))).indices.tolist()
-    pairs = [(s, e) for s in starts for e in ends if 0 <= e - s < MOST_ANSWER_TOKENS]
-    # no start before an end among the best: the best start alone
-    pairs = pairs or [(starts[0], starts[0])]
-    return max(pairs, key=lambda pair: float(start_T[pair[0]] + end_T[pair[1]]))
-
-
-def _within(logits_T: Tensor, allowed_T: Tensor) -> Tensor:
-    return logits_T.float().masked_fill(~allowed_T, float("-inf"))
+    found = []
+    for number, window in enumerate(logits):
+        allowed_L = torch.from_numpy(window.inside_L).clone()
+        allowed_L[0] = True
+        chance_L2 = torch.from_numpy(window.logits_L2).masked_fill(~allowed_L[:, None], -torch.inf)
+        chance_L2 = chance_L2.softmax(dim=0)
+        if gives_none:
+            found.append(float(chance_L2[0].prod()))
+        elif number == best.window:
+            found.append(float(chance_L2[best.first, 0] * chance_L2[best.last, 1]))
+    return min(found)

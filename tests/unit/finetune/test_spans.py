@@ -22,7 +22,14 @@ from encoder.finetune.config import read_task
 from encoder.finetune.course import FineTuning
 from encoder.finetune.encoding import read_encoder
 from encoder.finetune.kinds import squad
-from encoder.finetune.kinds.spans import SpansConfig, SpanSet, best_span, most_context
+from encoder.finetune.kinds.answers import (
+    AnswerRule,
+    WindowLogits,
+    best_answer,
+    best_span,
+    most_context,
+)
+from encoder.finetune.kinds.spans import SpansConfig, SpanSet
 from encoder.finetune.prepare import prepare, read_start
 from encoder.models.hf.task import export_task, task_model
 from encoder.objectives.text_tasks import TERM
@@ -224,6 +231,33 @@ def test_a_best_span_is_that_of_all_pairs():
         score = {(a, b): logits[a, 0] + logits[b, 1] for a, b in pairs}
         best = max(score, key=score.get)
         assert found == (pytest.approx(score[best]), *best)
+
+
+def test_there_is_no_answer_where_that_scores_higher_by_more_than_the_threshold():
+    """Of all windows the best sum of two logits, against the lowest sum at the first token (SQuAD 2.0, Devlin et al. 2019)."""
+    draw = np.random.default_rng(5)
+    for _ in range(20):
+        logits = draw.normal(size=(3, 9, 2))
+        inside = np.arange(9) >= 3
+        windows = [WindowLogits(logits_L2=one, inside_L=inside, begin=0) for one in logits]
+        pairs = [
+            (one[a, 0] + one[b, 1], number, a, b)
+            for number, one in enumerate(logits)
+            for a in range(3, 9)
+            for b in range(a, 9)
+        ]
+        score, *place = max(pairs)
+        none = min(one[0, 0] + one[0, 1] for one in logits)
+        best = best_answer(windows, AnswerRule(candidates=9))
+        assert (best.score, best.none) == (pytest.approx(score), pytest.approx(none))
+        assert [best.window, best.first, best.last] == place
+        for threshold in (none - score - 0.1, none - score + 0.1):
+            rule = AnswerRule(no_answer_threshold=threshold)
+            assert rule.gives_none(best.missing) == (none - score > threshold)
+    assert not AnswerRule().gives_none(1e9)
+    # no stretch of a window without the context
+    nothing = WindowLogits(logits_L2=np.zeros((4, 2)), inside_L=np.zeros(4, dtype=bool), begin=0)
+    assert best_answer([nothing], AnswerRule()).window is None
 
 
 def test_a_token_counts_in_the_window_that_the_published_rule_names():

@@ -380,5 +380,12 @@ def test_two_sweeps_are_compared_row_by_row_over_their_seeds(root):
         compare(*tables, of="more")
     assert rows_right([{"value": 1.5, "target": 1.0}]).tolist() == [-0.25]
     assert rows_right([{"labels": ["x"], "target": ["x"]}]).tolist() == [1.0]
-    with pytest.raises(ConfigError, match="by the row; needed: classify, labels, choice or"):
-        rows_right([{"tags": ["O"], "target": ["O"]}])
+    # of an answer the F1 of SQuAD's script: 2 of 3 words are right, 2 of 2 were found; of tags the share
+    assert rows_right([{"answer": "a Denver Broncos team", "target": ["Denver Broncos", "x"]}]) == (
+        pytest.approx(0.8)
+    )
+    assert rows_right([{"answer": "", "target": []}]).tolist() == [1.0]
+    tagged = {"tags": ["O", "B-X", "O"], "target": ["O", "B-X", "B-X"]}
+    assert rows_right([tagged]).tolist() == pytest.approx([2 / 3])
+    with pytest.raises(ConfigError, match="predictions have row; needed: one of label, labels"):
+        rows_right([{"row": 0}])

@@ -9,14 +9,21 @@ import os
 import shutil
 import socket
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from encoder.base.errors import UserError
+from encoder.base.rng import generator
+from encoder.data.examples import micro_batch
+from encoder.finetune.encoding import read_encoder
+from encoder.finetune.kinds.spans import SpansConfig, SpanSet
 from encoder.models.hf.stages import check_stages
-from encoder.models.hf.task import export_task
+from encoder.models.hf.task import export_task, task_model
+from encoder.objectives.text_tasks import TERM
 from encoder.tools.page import blocks, examples
 from encoder.tools.page.choice import choose
 from encoder.tools.page.classify import classify
@@ -24,12 +31,12 @@ from encoder.tools.page.encoding import MOST_CHARACTERS
 from encoder.tools.page.fill_mask import bars, fill_mask, visible
 from encoder.tools.page.folders import ARCHITECTURES, kind_of, longest_text, open_folder
 from encoder.tools.page.similarity import similarity
-from encoder.tools.page.span import best_pair, span
+from encoder.tools.page.span import span
 from encoder.tools.page.tags import tags
 from launch import serve
 from tests.helpers.hf import write_tokenizer_json
 from tests.helpers.pages import write_page_folder
-from tests.helpers.tasks import drawn_task, write_start
+from tests.helpers.tasks import drawn_task, rows_of, write_start
 
 LABELS = {"id2label": {0: "O", 1: "B-PER", 2: "I-PER"}, "num_labels": 3}
 THEIRS = "sentence_transformers.models."
@@ -213,25 +220,76 @@ def test_an_answer_is_that_of_the_pipeline(reader):
     assert found.answer == theirs["answer"] and "".join(t for t, _ in found.spans) == CONTEXT
 
 
-def test_of_all_pairs_the_best_that_is_no_longer_than_30_tokens():
-    draw = torch.Generator().manual_seed(3)
-    inside_T = torch.ones(50, dtype=torch.bool)
-    inside_T[:3] = False
-    for _ in range(20):
-        start_T, end_T = torch.randn(2, 50, generator=draw)
-        start, end = best_pair(start_T, end_T, inside_T)
-        scores = [
-            float(start_T[s] + end_T[e])
-            for s in start_T[3:].topk(20).indices + 3
-            for e in end_T[3:].topk(20).indices + 3
-            if 0 <= e - s < 30
-        ]
-        assert float(start_T[start] + end_T[end]) == max(scores)
+def spans_of(folder: Path, kind: SpansConfig, rows: list[dict]) -> tuple[SpanSet, np.ndarray]:
+    """A data set of questions, and what an exported span model answers, by our own forward."""
+    encoder = read_encoder(
+        folder / "tokenizer.json", vocab_size=280, max_tokens=40, segments=False, pairs=True
+    )
+    asked = kind.encode(rows_of(rows), encoder, name="dev")
+    made = micro_batch(asked.examples, np.arange(len(asked.examples)), term=TERM)
+    with torch.no_grad():
+        logits = kind.objective.answers(
+            task_model(drawn_task("modernbert", kind="span")), made.batch
+        )
+    return asked, logits.double().numpy()
+
+
+@pytest.mark.parametrize("max_context", [False, True])
+def test_the_page_gives_the_answers_of_an_evaluation_and_none_where_it_gives_none(
+    tmp_path, max_context
+):
+    """By the threshold that the dev set chose, which the folder carries, over several windows a row."""
+    draw = generator(3, "asked rows")
+    rows = []
+    for number in range(12):
+        context = "".join(draw.choice(list("abcdefgh "), int(draw.integers(30, 90)))) + "."
+        right = {"text": [context[5:9]], "answer_start": [5]}
+        if number % 3 == 0 or not context[5:9].strip():
+            right = {"text": [], "answer_start": []}
+        rows.append({"question": "who?", "context": context, "answers": right})
+    tokenizer_json = write_tokenizer_json(tmp_path / "tokenizer.json")
+    content = {**json.loads(tokenizer_json.read_text()), "post_processor": None}
+    tokenizer_json.write_text(json.dumps(content))
+    kind = SpansConfig(
+        no_answer=True,
+        max_question_tokens=8,
+        overlap_tokens=9,
+        max_answer_tokens=6,
+        candidates=30,
+        max_context=max_context,
+    )
+    task = dataclasses.replace(drawn_task("modernbert", kind="span"), tokenizer_json=tokenizer_json)
+    export_task(task, tmp_path / "bare")
+    asked, logits = spans_of(tmp_path / "bare", kind, rows)
+    missing = [line["no_answer_score"] - line["score"] for line in asked.lines(logits, {})]
+    decided = {"no_answer_threshold": float(np.median(missing))}
+    export_task(dataclasses.replace(task, carried=kind.carried(decided)), tmp_path / "out")
+
+    opened = open_folder(tmp_path / "out")
+    given = [line["answer"] for line in asked.lines(logits, decided)]
+    assert given.count("") >= 5 and len({*given}) >= 5
+    found = [span(opened, row["question"], row["context"]) for row in rows]
+    assert [one.answer.strip() for one in found] == given
+    assert max(one.windows for one in found) >= 3
+    assert [one.missing for one in found] == pytest.approx(missing, abs=1e-5)
+    for one in found:
+        said = any(note.startswith("No answer: that scores higher") for note in one.notes)
+        assert said == (not one.answer)
+        assert "".join(text for text, _ in one.spans)
+
+
+def test_a_rule_in_a_folder_that_is_none_is_refused_in_a_line(reader):
+    opened = open_folder(reader)
+    opened.model.config.answer_rule = {"no_answer_threshold": "much"}
+    with pytest.raises(UserError, match="reader: answer_rule.*no_answer_threshold.*much"):
+        span(opened, QUESTION, CONTEXT)
 
 
 def test_an_answer_far_behind_is_found_in_a_later_window(reader):
     class Pointing(torch.nn.Module):
         """At the letter z, wherever it stands."""
+
+        config = SimpleNamespace()
 
         def forward(self, input_ids, **others):
             hit_T = (input_ids == opened.tokenizer.convert_tokens_to_ids("z")) * 9.0
