@@ -47,6 +47,8 @@ class ObjectiveConfig(Settings, Protocol):
     model_needs: ClassVar[Mapping[str, int]]
     # of the shards' documents; None: any
     frame: ClassVar[Frame | None]
+    # what the first loss term asks, for people
+    target_text: ClassVar[str]
 
     @property
     def mask_share(self) -> float:

@@ -117,6 +117,7 @@ class MlmConfig:
     # least values of the model's settings
     model_needs: ClassVar[Mapping[str, int]] = {}
     frame: ClassVar[Frame | None] = None  # documents may have any
+    target_text: ClassVar[str] = "masked token"
 
     @property
     def task_text(self) -> str:

@@ -55,6 +55,7 @@ class PlmConfig:
     STORED_MODELS: ClassVar[tuple[str, ...]] = ()
     model_needs: ClassVar[Mapping[str, int]] = {"query_stream": True}
     frame: ClassVar[Frame | None] = "end"  # of the shards' documents
+    target_text: ClassVar[str] = "predicted token"
 
     mask_share: float = 0.166  # of the text: 85 of 512, the paper's K = 6
     context_tokens: int = 6  # text that a span takes for each of its tokens, itself included

@@ -56,7 +56,12 @@ def told_of(folder: Path, metrics: Sequence[dict[str, Any]], done: dict[str, Any
 def _of_pretraining(run: RunConfig, folder: Path, metrics: Sequence[dict[str, Any]]) -> Told:
     # columns of what a phase may change: the same for all phases of a model
     own = [run.model_of(phase).phase_texts for phase in run.phases]
-    evaluated = Evaluated()
+    asked = run.objective.target_text
+    evaluated = Evaluated(
+        loss_title=f"{asked.replace(' ', '-')} loss",
+        loss_unit=f"nats a {asked}",
+        score_unit=f"share of the {asked}s",
+    )
     last = _last_with(evaluated.loss, metrics)
     return Told(
         name=run.name,

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.families.run import BEFORE, RUNS
 from encoder.base.errors import ConfigError, ModelError, UserError
+from encoder.base.schema import to_yaml
 from encoder.models.bert import BertConfig
 from encoder.models.catalog import PRESETS, build_model
 from encoder.models.electra import ElectraConfig
@@ -16,12 +17,13 @@ from encoder.models.growth import differing
 from encoder.models.modernbert import ModernBertConfig
 from encoder.models.stored import StoredModel, write_stored
 from encoder.objectives.rtd import RtdConfig
-from encoder.runs.about import what_was_trained
 from encoder.runs.config import read_run
+from encoder.runs.folder import RUN_FILE
 from encoder.runs.initial import read_fitting, with_heads
 from encoder.runs.objective_models import plan_texts
 from encoder.tools.plan.forecast import gpu
 from encoder.tools.plan.plan import plan_text
+from encoder.tools.report.told import told_of
 from launch.new_file import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,7 +104,12 @@ TASKS = {
 @pytest.mark.parametrize("name", TASKS)
 def test_what_is_learned_is_said_by_the_objective(name, tmp_path):
     run = read_run(CONFIGS / f"{name}.yaml")
-    assert what_was_trained(run, tmp_path)["objective"] == TASKS[name]
+    (tmp_path / RUN_FILE).write_text(to_yaml(run))
+    told = told_of(tmp_path, [], {})
+    assert told.trained["objective"] == TASKS[name]
+    asked = "predicted" if name == "xlnet_base" else "masked"
+    assert told.evaluated.loss_title == f"{asked}-token loss"
+    assert told.evaluated.score_unit == f"share of the {asked} tokens"
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("modernbert")])
