@@ -129,7 +129,7 @@ def test_a_plan_is_near_the_most_bytes_of_tensors_of_a_long_document(folder, mem
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as kept:
         objective.loss(model, batch)["plm"].total.backward()
     found = most_bytes(kept) - planned.gradients
-    assert planned.activations == pytest.approx(found, rel=0.15)
+    assert planned.activations == pytest.approx(found, rel=0.08)
 
 
 def most_bytes(kept: profile) -> int:
