@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def read_trained(source: Path) -> TrainedTask:
     folder = checkpoint.parent.parent
     tokenizer_json = folder / TOKENIZER
     _, specials = special_ids_of(tokenizer_json)
-    progress, _ = read_progress(checkpoint)
+    progress, saved = read_progress(checkpoint)
+    rows = hub_rows_of(task, saved)
     return TrainedTask(
         name=task.name,
         config=task.model,
@@ -58,11 +60,25 @@ def read_trained(source: Path) -> TrainedTask:
             "trained": f"{progress.step:,} steps, {progress.masked_tokens:,} {task.task.COUNTED}",
             **_kept_fact(folder, progress.ledger_hash),
             **_facts(task),
+            **({"rows": rows} if rows else {}),
             "ledger": f"{progress.ledger_hash} after step {progress.step:,}",
         },
+        dataset=task.data.hub.dataset if task.data.hub and rows else None,
         results=_results(folder, progress.ledger_hash),
         carried=task.task.carried(_decided(task, folder, progress.ledger_hash)),
     )
+
+
+def hub_rows_of(task: FineTuneConfig, saved: Mapping[str, Any]) -> str | None:
+    """The training rows as dataset, commit and split of the hub; None: they were files, which a card does not name.
+
+    task: as the checkpoint has it
+    saved: what the checkpoint has beside its progress
+    """
+    if task.data.hub is None:
+        return None
+    told = str((saved.get("rows_of") or {}).get("train", ""))
+    return told if told.startswith(f"{task.data.hub.dataset}@") else None
 
 
 def _facts(task: FineTuneConfig) -> dict[str, str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.data.labelled import DataError, Rows, texts_of
+from encoder.finetune.kinds.marks import marked
 
 MOST_LABELS = 100_000
 _PART = re.compile(r"\{([^{}]+)\}")
@@ -27,13 +28,25 @@ def columns_of(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def written(rows: Rows, text: str) -> Iterator[str]:
-    """A column's texts, or those of several columns in one text. Raises DataError for a cell that is none, or empty."""
+def written(
+    rows: Rows, text: str, marks: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[str]:
+    """A column's texts, or those of several columns in one text. Raises DataError for a cell that is none, or empty.
+
+    rows: of a data set
+    text: a column's name, or names in braces
+    marks: columns whose words are marked, and where (encoder/finetune/kinds/marks.py)
+    """
+    marks = marks or {}
+
+    def cells_of(name: str) -> Iterator[str]:
+        return marked(rows, name, marks[name]) if name in marks else texts_of(rows, name)
+
     names = _PART.findall(text)
     if not names:
-        yield from texts_of(rows, text)
+        yield from cells_of(text)
         return
-    cells = {name: list(texts_of(rows, name)) for name in names}
+    cells = {name: list(cells_of(name)) for name in names}
     # what stands between names, and names, by turns
     parts = _PART.split(text)
     for row in range(len(rows)):

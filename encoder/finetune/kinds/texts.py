@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -30,6 +30,7 @@ from encoder.finetune.kinds.columns import (
     written,
 )
 from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
+from encoder.finetune.kinds.marks import check_marks
 from encoder.finetune.metrics import Metric, Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
@@ -164,6 +165,9 @@ class ClassifyConfig(_OfTexts):
     labels: tuple[str, ...] | None = None
     # columns in which all rows about one question are equal, as in MultiRC; idx.question: what cells of idx have under question
     groups: tuple[str, ...] | None = None
+    # column of a text -> columns of a first character and of an end, or of a word's number from 0 and of the words: these
+    # words of it stand between asterisks
+    marks: dict[str, tuple[str, ...]] | None = None
     pooling: Pooling = "cls"  # the first token, or the mean of all (ModernBERT alone)
     # those that are reported; default: accuracy, f1, macro_f1, matthews, and with groups group_exact_match
     metrics: tuple[str, ...] | None = None
@@ -171,12 +175,14 @@ class ClassifyConfig(_OfTexts):
     def __post_init__(self) -> None:
         check_columns(self.texts, self.label)
         check_labels(self.labels, least=2)
+        check_marks(self.marks or {}, columns_of(self.texts))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Texts, label and those of groups."""
+        """Texts, label, and those of groups and marks."""
         groups = [name.partition(".")[0] for name in self.groups or ()]
-        return (*columns_of(self.texts), self.label, *groups)
+        marks = [name for places in (self.marks or {}).values() for name in places]
+        return (*columns_of(self.texts), self.label, *groups, *marks)
 
     @property
     def kept_together(self) -> tuple[str, ...]:
@@ -223,7 +229,8 @@ class ClassifyConfig(_OfTexts):
             ],
             dtype=np.int64,
         )
-        found = _encoded(self, self.texts, rows, encoder, name=name, value_N=value_N)
+        texts = [written(rows, text, self.marks) for text in self.texts]
+        found = _encoded(self, texts, encoder, name=name, value_N=value_N)
         return dataclasses.replace(found, group_N=groups_of(rows, self.groups or ()))
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
@@ -307,7 +314,8 @@ class LabelsConfig(_OfTexts):
         for row in range(len(rows)):
             for label in self._names(rows, row):
                 value_NK[row, number_of(label, numbers, rows, row, self.label)] = 1.0
-        return _encoded(self, self.texts, rows, encoder, name=name, value_N=value_NK)
+        texts = [written(rows, text) for text in self.texts]
+        return _encoded(self, texts, encoder, name=name, value_N=value_NK)
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """Every label is there."""
@@ -383,7 +391,8 @@ class RegressConfig(_OfTexts):
             for row, value in enumerate(rows.columns[self.label])
         ]
         value_N1 = np.array(values, dtype=np.float32)
-        return _encoded(self, self.texts, rows, encoder, name=name, value_N=value_N1)
+        texts = [written(rows, text) for text in self.texts]
+        return _encoded(self, texts, encoder, name=name, value_N=value_N1)
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """The numbers differ."""
@@ -413,15 +422,21 @@ class RegressConfig(_OfTexts):
 
 def _encoded(
     kind: TextKind,
-    texts: Sequence[str],
-    rows: Rows,
+    texts: Sequence[Iterable[str]],
     encoder: TextEncoder,
     *,
     name: str,
     value_N: np.ndarray,
 ) -> TextSet:
-    """The texts of all rows, the longer one of a pair cut first."""
-    pairs: list[Any] = list(zip(*(written(rows, text) for text in texts), strict=True))
+    """The examples of all rows.
+
+    kind: of the data set
+    texts: the first of each row, and of a pair the second; the longer one is cut first
+    encoder: of the model
+    name: of the data set
+    value_N: the targets
+    """
+    pairs: list[Any] = list(zip(*texts, strict=True))
     given = [pair[0] if len(pair) == 1 else pair for pair in pairs]
     encoded = encoder.encoded(given, cut="longest_first")
     return TextSet(examples=examples_of(encoded, encoder, name=name, value_P=value_N), kind=kind)

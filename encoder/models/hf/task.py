@@ -221,6 +221,7 @@ class TrainedTask:
     problem: str | None  # transformers' problem_type, where its class has one
     origin: str
     facts: dict[str, str] = field(default_factory=dict)  # of the training, for the card
+    dataset: str | None = None  # of the hub, that it was trained on
     # by data set: metric -> value; None where it was no finite number
     results: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     # of config.json beside transformers' words: how answers are read off logits
@@ -539,6 +540,7 @@ def _write_card(
         "library_name": "transformers",
         "pipeline_tag": form.pipeline,
         "tags": [bridge.model_type, form.pipeline, "tessera"],
+        **({"datasets": [task.dataset]} if task.dataset else {}),
         "model-index": [{"name": task.name, "results": results}],
     }
     model = {

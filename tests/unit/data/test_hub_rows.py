@@ -17,6 +17,7 @@ from encoder.finetune.config import read_task
 from encoder.finetune.course import FineTuning
 from encoder.finetune.plan import plan_lines
 from encoder.finetune.prepare import prepare, read_start
+from encoder.finetune.stored import hub_rows_of
 from launch import finetune
 from tests.helpers.tasks import letter_rows, write_task
 
@@ -219,6 +220,10 @@ def test_another_commit_with_other_rows_is_refused_by_its_name(tmp_path, monkeyp
     monkeypatch.setattr("encoder.finetune.course.check_same_settings", lambda *_, **__: None)
     monkeypatch.setattr("encoder.finetune.course.check_same_start", lambda *_: None)
     begun.check_same(tmp_path)
+    # a card names the dataset; of a folder here it says nothing
+    assert hub_rows_of(begun.run, saved) == f"someone/letters@{COMMITS[0]} letters train"
+    here = read_task(tmp_path / "task.yaml", [f"data.hub.dataset={tmp_path}", "data.train=train"])
+    assert hub_rows_of(here, {"rows_of": {"train": f"{tmp_path} train"}}) is None
     with pytest.raises(UserError) as told:
         course("data.hub.revision=v2").check_same(tmp_path)
     assert f"someone/letters@{COMMITS[1]} letters train gives examples of SHA-256" in str(

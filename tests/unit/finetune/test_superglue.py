@@ -15,10 +15,11 @@ from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError
+from encoder.base.schema import from_mapping, to_plain
 from encoder.base.world import World
 from encoder.data.examples import ExampleDealing, in_order
 from encoder.data.labelled import DataError, held_out_rows
-from encoder.finetune.config import read_task
+from encoder.finetune.config import FineTuneConfig, changed_settings, read_task
 from encoder.finetune.kinds.cloze import ClozeConfig, ClozeSet
 from encoder.finetune.kinds.texts import ClassifyConfig
 from encoder.models.with_task import HeadShape, build_task_model
@@ -67,19 +68,19 @@ HUB_ROWS = {
             "idx": 0,
             "label": 0,
         },
-        ["bed: The bed of a river.|Next to my bed.|"],
+        ["bed: The *bed* of a river.|Next to my *bed*.|"],
     ),
     "wsc": (
         {
-            "text": "Mark told Pete many lies.",
+            "text": "Mark told Pete lies; he ran.",
             "span1_index": 0,
             "span1_text": "Mark",
             "span2_index": 4,
-            "span2_text": "He",
+            "span2_text": "he",
             "idx": 0,
             "label": 1,
         },
-        ["Mark told Pete many lies.|He refers to Mark.|"],
+        ["Mark told Pete lies; *he* ran.|he refers to Mark.|"],
     ),
     "multirc": (
         {
@@ -119,6 +120,45 @@ def test_a_text_of_several_columns_is_what_a_column_of_it_would_be():
     of_parts = encoded(ClassifyConfig(texts=("see {b}, {a}",), **kind), rows).examples
     of_column = encoded(ClassifyConfig(texts=("whole",), **kind), whole).examples
     assert of_parts.sha256 == of_column.sha256
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (4, 7, "The *bed* of it, a bed."),
+        ("4", "7", "The *bed* of it, a bed."),
+        (3, "it", "The bed of *it*, a bed."),
+        ("5", "bed", "The bed of it, a *bed*."),
+        (1, "bed of", "The *bed of* it, a bed."),
+        (19, 99, None),
+        (7, 4, None),
+        (6, "bed", None),
+        (None, 4, None),
+        (-3, 4, None),
+        (2, "", None),
+    ],
+)
+def test_marks_are_characters_or_words(first, last, expected):
+    kind = ClassifyConfig(
+        texts=("a",), label="label", labels=("n", "m"), marks={"a": ("first", "last")}
+    )
+    row = {"a": "The bed of it, a bed.", "label": "n", "first": first, "last": last}
+    if expected is None:
+        with pytest.raises(
+            DataError, match="line 1: first .* and last .* are no place in a, of 21"
+        ):
+            encoded(kind, [row])
+    else:
+        assert documents(encoded(kind, [row]).examples) == [f"{expected}|"]
+        assert {"first", "last"} < {*kind.columns}
+
+
+def test_marks_are_of_a_texts_column_and_name_two():
+    kind = {"texts": ("{a} b",), "label": "label"}
+    with pytest.raises(ConfigError, match="marks has b, which is no column of texts; needed: a"):
+        ClassifyConfig(**kind, marks={"b": ("x", "y")})
+    with pytest.raises(ConfigError, match="marks.a names 1 columns; needed: two"):
+        ClassifyConfig(**kind, marks={"a": ("x",)})
 
 
 def test_columns_inside_of_a_text_are_checked_as_columns_are():
@@ -175,6 +215,16 @@ def test_groups_need_their_part_and_the_metric_needs_groups():
     assert (
         "group_exact_match" in ClassifyConfig(texts=("a",), label="b", groups=("c",)).metric_names()
     )
+
+
+def test_runs_from_before_groups_and_marks_go_on(tmp_path):
+    task = read_task(write_task(tmp_path))
+    before = to_plain(task)
+    for key in ("groups", "marks"):
+        del before["task"][key]
+    del before["data"]["hub"]
+    assert changed_settings(before, task) == []
+    assert from_mapping(FineTuneConfig, before) == task
 
 
 def test_all_answers_about_a_paragraph_are_on_one_side_of_a_share():

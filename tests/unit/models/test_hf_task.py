@@ -110,14 +110,16 @@ def test_a_graph_of_a_head_that_differs_is_refused_and_nothing_is_left(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_result_that_is_no_finite_number_is_said(tmp_path):
+def test_a_card_says_the_dataset_and_that_a_result_is_no_finite_number(tmp_path):
     task = ready(tmp_path, "distilbert")
-    broken = dataclasses.replace(task, results={"dev": {"loss": None, "accuracy": 0.5}})
+    results = {"dev": {"loss": None, "accuracy": 0.5}}
+    broken = dataclasses.replace(task, results=results, dataset="someone/letters")
     export_task(broken, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| dev | loss | not finite |" in card and "| dev | accuracy | 0.5000 |" in card
     head = card.split("---")[1]
     assert "accuracy" in head and "type: loss" not in head
+    assert "datasets:\n- someone/letters\n" in head
 
 
 @pytest.mark.parametrize(
