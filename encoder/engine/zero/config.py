@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from encoder.base.errors import ConfigError
 from encoder.base.model import TrainedModel
@@ -194,7 +193,7 @@ def forget_former_groups() -> None:
         groups._release_process_group_references()
 
 
-def forget_modules(module: nn.Module) -> None:
+def forget_modules(module: TrainedModel) -> None:
     """Takes from DeepSpeed what would hold an engine that is closed: stage 3 has a list of modules and a cache in a class.
 
     module: of the engine; another engine of this process keeps its own
