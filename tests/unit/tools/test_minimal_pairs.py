@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -11,11 +10,12 @@ from transformers import AutoModelForMaskedLM
 
 from encoder.base.errors import ConfigError
 from encoder.models.stored import write_stored
+from encoder.runs.weights import read_model
 from encoder.tools import notebook
 from encoder.tools.evaluation import minimal_pairs
 from encoder.tools.evaluation.minimal_pairs import framed, pair_scores, read_pairs, sums_of_logs
 from launch import evaluate as command
-from tests.helpers.hf import exported, stored, write_tokenizer_json
+from tests.helpers.pages import write_page_folder
 from tests.helpers.tasks import write_rows
 from tests.reference.pseudo_likelihood import pseudo_log_likelihood
 
@@ -31,11 +31,10 @@ GROUPS = ["agree", "agree", "order", "order", "order"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model of letters as a Hugging Face folder and as a weights folder, and a file of pairs."""
+    """A BERT of letters as transformers writes it, the same as a weights folder, and a file of pairs."""
     root = tmp_path_factory.mktemp("models")
-    tokenizer_json = write_tokenizer_json(root / "tokenizer.json")
-    exported(tokenizer_json, root / "hf")
-    write_stored(dataclasses.replace(stored(), tokenizer_json=tokenizer_json), root / "weights")
+    write_page_folder(root / "hf", "BertForMaskedLM")
+    write_stored(read_model(root / "hf"), root / "weights")
     rows = [
         {"sentence_good": good, "sentence_bad": bad, "UID": group}
         for (good, bad), group in zip(PAIRS, GROUPS)
@@ -45,9 +44,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def slow(place):
+def bert(place):
+    return notebook.load(place / "hf")
+
+
+@pytest.fixture(scope="module")
+def slow(place, bert):
     """later_of_word -> sums of the good and of the bad sentences, by transformers."""
-    bert = notebook.load(place / "hf")
     theirs = AutoModelForMaskedLM.from_pretrained(place / "hf", attn_implementation="eager").eval()
     found = {}
     for later in (False, True):
@@ -70,21 +73,19 @@ def slow(place):
     return found
 
 
-@pytest.mark.parametrize("together", [1, 3, 64])
-def test_packed_sums_are_those_of_one_mask_at_a_time(place, slow, monkeypatch, together):
+@pytest.mark.parametrize("together", [2, 64])
+def test_packed_sums_are_those_of_one_mask_at_a_time(bert, slow, monkeypatch, together):
     monkeypatch.setattr(minimal_pairs, "SENTENCES_TOGETHER", together)
-    bert = notebook.load(place / "hf")
     for later, sides in slow.items():
         for side in (0, 1):
             sentences = framed(bert, [pair[side] for pair in PAIRS])
             found = sums_of_logs(bert, sentences, later_of_word=later)
-            np.testing.assert_allclose(found, sides[side], atol=1e-3)
+            np.testing.assert_allclose(found, sides[side], atol=1e-4)
     # masking the rest of a word is another question
     assert np.abs(slow[False] - slow[True]).max() > 0.01
 
 
-def test_the_share_is_of_pairs_whose_good_sentence_is_likelier(place, slow):
-    bert = notebook.load(place / "hf")
+def test_the_share_is_of_pairs_whose_good_sentence_is_likelier(bert, slow):
     good, bad = (framed(bert, [pair[side] for pair in PAIRS]) for side in (0, 1))
     right = {later: sides[0] > sides[1] for later, sides in slow.items()}
     found = pair_scores(bert, good, bad, GROUPS)
@@ -111,8 +112,7 @@ def test_the_command_asks_pairs_of_folders_of_both_kinds(place, slow, tmp_path, 
     assert result["questions"]["pairs"] == len(PAIRS)
 
 
-def test_a_sentence_must_be_whole(place):
-    bert = notebook.load(place / "hf")
+def test_a_sentence_must_be_whole(bert):
     with pytest.raises(ConfigError, match="'x{40}' has 999 tokens; needed: 1 to"):
         framed(bert, ["ab", "x" * 999])
 
