@@ -185,8 +185,14 @@ def _check_commit(source: HubConfig, commit: str | None) -> None:
 
 
 def _unreadable(source: HubConfig, place: str, error: Exception) -> DataError:
-    """A failure of `datasets` in one line, with the way for machines without network."""
+    """A failure of `datasets` in one line, with the way to go on."""
     said = f"{place} cannot be read: {reason_in_short(error).rstrip('.')}."
+    if "scripts are no longer supported" in str(error):
+        return DataError(
+            f"{said} Code of the hub is never run; read the files that the hub converted it to:"
+            f" data.hub={{dataset: {source.dataset}, folder: {source.subset or 'CONFIG'}, revision:"
+            " refs/convert/parquet}."
+        )
     if source.is_here:
         return DataError(said)
     revision = f" --revision {source.revision}" if source.revision else ""

@@ -125,6 +125,19 @@ def test_without_a_way_to_the_hub_the_error_says_how_to_go_on():
     assert str(told.value).endswith("set data.hub.dataset=FOLDER.")
 
 
+def test_a_dataset_made_by_a_script_is_read_as_it_was_converted(monkeypatch):
+    def refused(*_words, **_more):
+        # the words of `datasets` 4 and 5
+        raise RuntimeError("Dataset scripts are no longer supported, but found letters.py")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refused)
+    with pytest.raises(DataError) as told:
+        read_split(HubConfig(dataset="someone/letters", config="big"), "train", COLUMNS)
+    assert str(told.value).endswith(
+        "data.hub={dataset: someone/letters, folder: big, revision: refs/convert/parquet}."
+    )
+
+
 def in_cache(tmp_path: Path) -> str:
     """Lays letters in the cache of `datasets` as a dataset of the hub that was once fetched; its commit."""
     # files of the cache have the dataset's name
