@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +24,11 @@ from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
 from encoder.runs.config import read_run
-from encoder.runs.folder import LEDGER, METRICS, read_jsonl
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools import notebook
 from encoder.tools.evaluation.features import layer_features, text_documents
 from encoder.tools.report.report import write_report
-from encoder.train import probes
+from encoder.train import probes, tuned_probe
 from encoder.train.pretraining import pretrain
 from encoder.train.probe_scores import linear_probe, majority, probe_layers, read_labelled
 from encoder.train.probes import ProbeTexts
@@ -33,7 +36,7 @@ from encoder.train.tuned_probe import tuned_logits
 from encoder.train.watchdog import Watchdog
 from tests.helpers.shards import random_documents, write_source
 from tests.helpers.tasks import drawn_examples
-from tests.process.ranks import run_ranks
+from tests.process.ranks import run_ranks, start_ranks, wait_for
 
 RUN = """
 name: probed
@@ -190,6 +193,45 @@ def test_a_short_fine_tuning_is_that_of_the_checkpoint_and_moves_no_random_state
     assert found[-1]["probe_tuned"] == sum(right) / len(right)
     # it has learned something: the head alone knows nothing
     assert sum(right) / len(right) > 0.6
+
+
+def train_killed_in_a_probe(world: World, *, folder: str) -> bool:
+    """SIGKILL in the middle of the second fine-tuning."""
+    asked = []
+
+    def killed(*parts: Any, **named: Any) -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return copy_trained(*parts, **named)
+
+    copy_trained = tuned_probe._train
+    tuned_probe._train = killed
+    settings = [f"out={folder}/killed", "checkpoints.every_tokens=100"]
+    return pretrain(read_run(f"{folder}/run.yaml", settings), world).done
+
+
+@pytest.mark.matrix
+def test_killed_in_a_probe_a_run_goes_on_and_asks_again(root):
+    killed = start_ranks(train_killed_in_a_probe, 1, folder=str(root))
+    with contextlib.suppress(AssertionError):
+        wait_for(killed, timeout_seconds=100)
+    assert killed[0][0].poll() == -signal.SIGKILL
+    assert run_ranks(train, 1, folder=str(root), out="killed", stage=1) == [True]
+    assert "resume" in [line["event"] for line in read_jsonl(root / "killed" / EVENTS)]
+    assert read_jsonl(root / "killed" / LEDGER) == read_jsonl(root / "one" / LEDGER)
+    numbers = [
+        [
+            (m["step"], m["probe_tuned"])
+            for m in merged_metrics(root / run / METRICS)
+            if "probe_tuned" in m
+        ]
+        for run in ("one", "killed")
+    ]
+    assert numbers[0] == numbers[1]
+    whole = weights_of(root / "one")
+    for name, weight in weights_of(root / "killed").items():
+        assert torch.equal(weight, whole[name]), name
 
 
 def test_the_last_number_is_that_of_an_evaluation_of_the_checkpoint(root):
