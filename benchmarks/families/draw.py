@@ -25,6 +25,14 @@ STUDENTS = {
     "distilbert": ("BERT's, taught", "#d98c7a", "o-"),
     "distilbert_alone": ("BERT's, alone", "#8fb6dd", "s--"),
 }
+ELECTRAS = {
+    "electra_mini": ("generator of ELECTRA", "#b5402a", "o-"),
+    "electra_mini_mlm": ("discriminator's body, masks alone", "#2a6fb5", "s-"),
+}
+XLNETS = {
+    "xlnet": ("without memory", "#2a6fb5", "s-"),
+    "xlnet_memory": ("memory of 96 tokens", "#b5402a", "o-"),
+}
 DOMAINS = ("web", "books", "science", "code")
 
 
@@ -74,6 +82,9 @@ def _draw(results: dict[str, Result], path: Path) -> None:
         "ropert_small": _ropert,
         "mini_roberta": _robertas,
         "minilm": _minilm,
+        "albert_small": _albert,
+        "electra_mini": _electras,
+        "xlnet": _xlnets,
     }
     drawn = [panel for name, panel in panels.items() if name in results]
     rows = math.ceil(len(drawn) / 3)
@@ -139,11 +150,39 @@ def _ropert(axis: Any, results: dict[str, Result]) -> None:
     axis.set(title="RoPERT-small, half as wide: 30 % masks", ylabel="perplexity", yscale="log")
 
 
-def _robertas(axis: Any, results: dict[str, Result]) -> None:
-    for name, (label, colour, style) in ROBERTAS.items():
+def _albert(axis: Any, results: dict[str, Result]) -> None:
+    result = results["albert_small"]
+    _line(
+        axis, result["held_out"], "held_out_accuracy_sop", "o-", label="held out", color="#b5402a"
+    )
+    # the commoner label is 0 or 1
+    always = max(result["always_1"], 1 - result["always_1"])
+    axis.axhline(always, lw=0.8, ls="--", color="#999", label=f"always one: {always:.2f}")
+    title = "ALBERT, order of sentences, code"
+    axis.set(title=title, ylabel="share of right labels", ylim=(0.4, 1))
+
+
+def _electras(axis: Any, results: dict[str, Result]) -> None:
+    _held_out_of(axis, results, ELECTRAS)
+    _unigram(axis, results["electra_mini"])
+    axis.set(title="ELECTRA at equal FLOP", ylabel="nats per masked token, held out")
+
+
+def _xlnets(axis: Any, results: dict[str, Result]) -> None:
+    _held_out_of(axis, results, XLNETS)
+    _unigram(axis, results["xlnet"])
+    axis.set(title="XLNet, spans of 6", ylabel="nats per predicted token, held out")
+
+
+def _held_out_of(axis: Any, results: dict[str, Result], named: dict[str, tuple]) -> None:
+    for name, (label, colour, style) in named.items():
         if name in results:
             points = results[name]["held_out"]
             _line(axis, points, "held_out_loss", style, label=label, color=colour)
+
+
+def _robertas(axis: Any, results: dict[str, Result]) -> None:
+    _held_out_of(axis, results, ROBERTAS)
     _unigram(axis, results["mini_roberta"])
     axis.set(title="RoBERTas, web", ylabel="nats per masked token, held out")
 
