@@ -13,8 +13,6 @@ from encoder.engine.engine import Engine
 from tests.process.engine_cases import begin, train
 from tests.process.ranks import run_ranks
 
-STAGES = (0, 1, 2, 3)
-
 
 def stepped(world: World, stage: int, steps: range = range(2)) -> tuple[Engine, list[float]]:
     engine, spike = begin(world, zero_stage=stage)
@@ -32,37 +30,35 @@ def gone_after_closing(world: World, stage: int) -> bool:
     return not any(part() for part in parts)
 
 
-def ended(world: World) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for stage in STAGES:
-        gone = [gone_after_closing(world, stage)]
-        objects = len(gc.get_objects())
-        gone.append(gone_after_closing(world, stage))
-        found[str(stage)] = {"gone": gone, "more": len(gc.get_objects()) - objects}
+def gone_twice(world: World, *, stage: int) -> dict[str, Any]:
+    """Whether two engines were gone once they were closed, and how many objects the second one left."""
+    gone = [gone_after_closing(world, stage)]
+    objects = len(gc.get_objects())
+    gone.append(gone_after_closing(world, stage))
+    return {"gone": gone, "more": len(gc.get_objects()) - objects}
 
-    # the first of two engines trains on when the second has gone
+
+def beside(world: World) -> dict[str, Any]:
+    """The first of two engines trains on when the second has gone; and one that was always alone."""
     engine, spike = begin(world, zero_stage=3)
     losses = train(engine, spike, rows=2, steps=range(2))
     other_gone = gone_after_closing(world, 3)
     losses += train(engine, spike, rows=2, steps=range(2, 4))
-    found["beside"] = {"losses": losses, "gone": other_gone}
     engine.close()
-    found["alone"] = stepped(world, 3, range(4))[1]
-    return found
+    return {"losses": losses, "gone": other_gone, "alone": stepped(world, 3, range(4))[1]}
 
 
-@pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
-    return run_ranks(ended, 2)[0]
+@pytest.mark.parametrize(
+    "stage", [3, *(pytest.param(stage, marks=pytest.mark.matrix) for stage in (0, 1, 2))]
+)
+def test_nothing_of_an_engine_is_left_once_it_is_closed(stage):
+    for found in run_ranks(gone_twice, 2, stage=stage):
+        assert found["gone"] == [True, True]
+        # an engine of two layers is 5,000 objects at stage 3
+        assert found["more"] < 100
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_nothing_of_an_engine_is_left_once_it_is_closed(seen, stage):
-    found = seen[str(stage)]
-    assert found["gone"] == [True, True]
-    # an engine of two layers is 5,000 objects at stage 3
-    assert found["more"] < 100
-
-
-def test_an_engine_does_not_notice_that_another_came_and_went(seen):
-    assert seen["beside"]["losses"] == seen["alone"] and seen["beside"]["gone"]
+@pytest.mark.matrix
+def test_an_engine_does_not_notice_that_another_came_and_went():
+    for found in run_ranks(beside, 2):
+        assert found["losses"] == found["alone"] and found["gone"]

@@ -120,6 +120,7 @@ def lean(folder) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", LEAN, ids=lambda case: case.out)
 def test_xlnet_has_one_curve_in_fp64_and_at_stage_2(lean, case):
     check(lean, case)

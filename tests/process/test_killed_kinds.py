@@ -26,9 +26,11 @@ KINDS = {
     "labels": "{kind: labels, texts: [context], label: tags}",
     "regress": "{kind: regress, texts: [context], label: length}",
 }
+KILLS = 3
 # on a run folder: a file is opened, gets its name or goes
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove")
-IN_EVERY_RUN = "spans"
+
+pytestmark = pytest.mark.matrix  # test_finetune.py kills one of texts in every run
 
 
 def train(world: World, *, root: str, kind: str, out: str, kill_at: int = 0) -> int:
@@ -59,21 +61,11 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("kind", "kills"),
-    [
-        (IN_EVERY_RUN, 1),
-        *(
-            pytest.param(kind, 3, marks=pytest.mark.matrix)
-            for kind in KINDS
-            if kind != IN_EVERY_RUN
-        ),
-    ],
-)
-def test_killed_anywhere_the_ledger_and_the_weights_are_those_of_an_unkilled_run(root, kind, kills):
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_anywhere_the_ledger_and_the_weights_are_those_of_an_unkilled_run(root, kind):
     (operations,) = run_ranks(train, 1, root=str(root), kind=kind, out=f"whole-{kind}")
     # the first checkpoint stands before half of them
-    places = generator(7, kind).integers(operations // 2, operations, kills)
+    places = generator(7, kind).integers(operations // 2, operations, KILLS)
     for number, place in enumerate(places):
         out = f"killed-{kind}-{number}"
         killed = start_ranks(train, 1, root=str(root), kind=kind, out=out, kill_at=int(place))
