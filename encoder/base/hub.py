@@ -194,6 +194,16 @@ def _from_cache(name: HubName, weights: bool, why: Exception) -> Fetched:
     return Fetched(folder=folder, commit=folder.name)
 
 
+def cached_commit(dataset: str, revision: str) -> str | None:
+    """The commit that a branch or tag of a dataset was when its files were last asked for here; None: they never were."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=dataset, repo_type="dataset")
+    path = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
+    return path.read_text().strip() if path.is_file() else None
+
+
 def _no_network(name: HubName, why: Exception) -> NoReturn:
     revision = ""
     if name.revision:

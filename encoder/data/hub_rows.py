@@ -4,7 +4,8 @@
     copies/glue            the same files here, as `hf download --repo-type dataset` lays them
     saved/rte              what `DatasetDict.save_to_disk` wrote, or `Dataset.save_to_disk`
 
-Code from the hub is never run: `datasets` reads files of rows alone. The commit that was read is in the name of the rows.
+Code from the hub is never run: `datasets` reads files of rows alone, of a folder those inside (hub_folders.py). The commit
+that was read is in the name of the rows.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from encoder.base.errors import ConfigError, nearest
-from encoder.base.hub import reason_in_short
+from encoder.base.hub import cached_commit, reason_in_short
+from encoder.base.log import warn_once
 from encoder.base.schema import PathText
+from encoder.data.hub_folders import SAVED, check_card, check_reader, check_saved
 from encoder.data.labelled import DataError, Rows
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-# beside the Arrow files of one dataset that was saved
-_SAVED = "state.json"
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +125,10 @@ def _open(source: HubConfig) -> _Opened:
     try:
         if saved := _saved_splits(source):
             return _Opened(name=_name(source), splits=saved)
-        builder = datasets.load_dataset_builder(
-            source.dataset,
-            source.config,
-            data_dir=source.folder,
-            revision=None if source.is_here else source.revision,
-        )
+        builder = _builder(source)
         commit = None if source.is_here else str(builder.hash)
-        _check_commit(source, commit)
+        if commit and builder.name == "cache":
+            _check_cached(source, commit)
         builder.download_and_prepare()
     except DataError:
         raise
@@ -143,18 +140,43 @@ def _open(source: HubConfig) -> _Opened:
     return _Opened(name=_name(source, commit), splits=splits)
 
 
-def _saved_splits(source: HubConfig) -> dict[str, Callable[[], Any]]:
-    """Of a folder of save_to_disk: a folder a split, or one dataset, which counts as train; none of another folder."""
+def _builder(source: HubConfig) -> Any:
+    """What `datasets` will read the rows with, and no more than rows. Raises DataError."""
     import datasets
 
+    here, place = source.is_here, source.dataset
+    if here:
+        check_card(Path(place))
+        # absolute: a bare pandas, json, ... is a reader of `datasets`, of any file around
+        place = os.path.abspath(place)
+    builder = datasets.load_dataset_builder(
+        place,
+        source.config,
+        data_dir=source.folder,
+        revision=None if here else source.revision,
+    )
+    check_reader(builder, source.dataset, here=here)
+    return builder
+
+
+def _saved_splits(source: HubConfig) -> dict[str, Callable[[], Any]]:
+    """Of a folder of save_to_disk: a folder a split, or one dataset, which counts as train; none of another folder."""
     folder = Path(source.dataset, source.subset)
     folders = {"train": folder}
-    if not (folder / _SAVED).is_file():
-        folders = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{_SAVED}"))}
+    if not (folder / SAVED).is_file():
+        folders = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{SAVED}"))}
     return {
-        name: functools.partial(datasets.load_from_disk, str(path))
+        name: functools.partial(_load_saved, path, root=Path(source.dataset))
         for name, path in folders.items()
     }
+
+
+def _load_saved(folder: Path, *, root: Path) -> Any:
+    import datasets
+
+    check_saved(folder, root)
+    # datasets.load_from_disk would follow a dataset_dict.json to splits anywhere
+    return datasets.Dataset.load_from_disk(os.path.abspath(folder))
 
 
 def _classes(features: Mapping[str, Any], columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -173,14 +195,21 @@ def _name(source: HubConfig, commit: str | None = None) -> str:
     return f"{source.dataset}{at} {source.subset}".rstrip()
 
 
-def _check_commit(source: HubConfig, commit: str | None) -> None:
-    """Without a network the cache may have another one than the settings name. Raises DataError."""
-    asked = source.revision or ""
-    if commit and _COMMIT.fullmatch(asked) and asked != commit:
+def _check_cached(source: HubConfig, commit: str) -> None:
+    """What the cache has of a dataset, where the hub gave nothing, may be of another commit than asked. Raises DataError."""
+    asked = source.revision or "main"
+    if asked == "main":
+        warn_once(
+            f"the hub gave nothing: rows of dataset {source.dataset} are those of commit {commit} in"
+            f" the cache of this machine. data.hub.revision={commit} asks for these"
+        )
+        return
+    is_it = _COMMIT.fullmatch(asked) and commit.startswith(asked)
+    if not is_it and cached_commit(source.dataset, asked) != commit:
         raise DataError(
             f"dataset {source.dataset} is in the cache of this machine at {commit}, not at revision"
-            f" {asked}, and the hub gave none. Name that revision, or go on where there is a"
-            " network."
+            f" {asked} as far as is known here, and the hub gave none. Set"
+            f" data.hub.revision={commit}, or go on where there is a network."
         )
 
 

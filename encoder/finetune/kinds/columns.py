@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,12 +124,26 @@ def number_of(name: str, numbers: dict[str, int], rows: Rows, row: int, column: 
         return numbers[name]
     # the number of a class, as GLUE's tables have it; where names are numbers themselves, a number is a name
     named_by_numbers = any(other.isdecimal() for other in numbers)
-    if is_whole_number(name) and not named_by_numbers and int(name) < len(numbers):
-        return int(name)
+    if is_whole_number(name) and not named_by_numbers:
+        own = rows.classes.get(column, ())
+        # the dataset's numbers are in its own order, and the task may have another, or fewer
+        if not numbers.keys() <= {*own}:
+            own = tuple(numbers)
+        name = own[int(name)] if int(name) < len(own) else name
+        if name in numbers:
+            return numbers[name]
     raise DataError(
         f"{rows.place(row)}: {column} is {name[:40]!r}, which is none of task.labels."
         f" {nearest(name, [*numbers])}"
     )
+
+
+def sorted_labels(found: Iterable[str], *, first: str = "") -> tuple[str, ...]:
+    """Labels that occur, sorted, `first` before all others; where all are numbers, by their size."""
+    names = [*found]
+    whole = all(is_whole_number(name) for name in names)
+    order = sorted(names, key=lambda name: (name != first, int(name) if whole else 0, name))
+    return tuple(order)
 
 
 def class_names(rows: Rows, column: str) -> tuple[str, ...] | None:
@@ -145,16 +159,23 @@ def known_labels(labels: tuple[str, ...] | None) -> tuple[str, ...]:
     return labels
 
 
-def refuse_missing(labels: Sequence[str], counts: np.ndarray, rows: Rows, *, word: str) -> None:
+def refuse_missing(
+    labels: Sequence[str], counts: np.ndarray, rows: Rows, column: str, *, word: str
+) -> None:
     """Raises DataError where a label never occurs.
 
     labels, counts: their names, and how often they occur
-    rows: of training
+    rows, column: of training
     word: what a label is called
     """
     never = [name for name, count in zip(labels, counts, strict=True) if not count]
-    if never:
+    if not never:
+        return
+    found = f"{rows.path}: no row has the {word} {never[0]!r}"
+    if {*labels} == {*rows.classes.get(column, ())}:
+        occur = [name for name in labels if name not in never]
         raise DataError(
-            f"{rows.path}: no row has the {word} {never[0]!r} of task.labels. Take it out, or add"
-            " rows of it."
+            f"{found}, which the dataset names. Set task.labels to those that occur,"
+            f" {json.dumps(occur, ensure_ascii=False)}, or add rows of it."
         )
+    raise DataError(f"{found} of task.labels. Take it out, or add rows of it.")

@@ -28,10 +28,10 @@ from encoder.finetune.kinds.columns import (
     MOST_LABELS,
     check_labels,
     class_names,
-    is_whole_number,
     known_labels,
     number_of,
     refuse_missing,
+    sorted_labels,
 )
 from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
 from encoder.finetune.metrics import Scores
@@ -126,9 +126,7 @@ class TagsConfig(NothingCarried):
             )
         if len(found) > MOST_LABELS:
             raise DataError(f"{rows.path}: {self.label} has {len(found):,} different tags.")
-        whole = all(is_whole_number(name) for name in found)
-        order = sorted(found, key=lambda name: (name != OUTSIDE, int(name) if whole else 0, name))
-        return tuple(order)
+        return sorted_labels(found, first=OUTSIDE)
 
     def check_length(self, max_tokens: int) -> None:
         """Any will do."""
@@ -165,7 +163,7 @@ class TagsConfig(NothingCarried):
         """Every tag is there."""
         labels = known_labels(self.labels)
         counts = np.bincount(examples.value_P, minlength=len(labels))
-        refuse_missing(labels, counts, rows, word="tag")
+        refuse_missing(labels, counts, rows, self.label, word="tag")
 
     def _words(self, rows: Rows, row: int) -> list[str]:
         words = _list_of(rows, row, self.words, needed="words")

@@ -23,10 +23,10 @@ from encoder.finetune.kinds.columns import (
     class_names,
     columns_of,
     groups_of,
-    is_whole_number,
     known_labels,
     number_of,
     refuse_missing,
+    sorted_labels,
     written,
 )
 from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
@@ -216,8 +216,7 @@ class ClassifyConfig(_OfTexts):
             )
         if len(found) > MOST_LABELS:
             raise DataError(f"{rows.path}: {self.label} has {len(found):,} different values.")
-        whole = all(is_whole_number(name) for name in found)
-        return tuple(sorted(found, key=lambda name: (int(name) if whole else 0, name)))
+        return sorted_labels(found)
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
         """A class for each row: int64 [N]."""
@@ -237,7 +236,7 @@ class ClassifyConfig(_OfTexts):
         """Every class is there."""
         labels = known_labels(self.labels)
         counts = np.bincount(examples.value_P, minlength=len(labels))
-        refuse_missing(labels, counts, rows, word="class")
+        refuse_missing(labels, counts, rows, self.label, word="class")
 
     def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
         """Classes [N]."""
@@ -300,11 +299,13 @@ class LabelsConfig(_OfTexts):
         return YesNo(outputs=self.outputs)
 
     def labels_in(self, rows: Rows) -> tuple[str, ...] | None:
-        """All that occur, sorted."""
+        """Those that the data name, or all that occur, sorted; numbers by their size."""
+        if names := class_names(rows, self.label):
+            return names
         found = {name for row in range(len(rows)) for name in self._names(rows, row)}
         if not found:
             raise DataError(f"{rows.path}: no row has a label in {self.label}.")
-        return tuple(sorted(found))
+        return sorted_labels(found)
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> TextSet:
         """float32 [N, K] of 0 and 1."""
@@ -319,7 +320,8 @@ class LabelsConfig(_OfTexts):
 
     def check_training(self, examples: Examples, rows: Rows) -> None:
         """Every label is there."""
-        refuse_missing(known_labels(self.labels), examples.value_P.sum(0), rows, word="label")
+        counts = examples.value_P.sum(0)
+        refuse_missing(known_labels(self.labels), counts, rows, self.label, word="label")
 
     def predictions(self, logits_NK: np.ndarray) -> np.ndarray:
         """[N, K]: given from probability 1/2 on."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 import shutil
+import types
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 
 from encoder.base.errors import ConfigError, UserError
+from encoder.base.log import forget_warnings
 from encoder.data import hub_rows
 from encoder.data.hub_rows import HubConfig, read_split
 from encoder.data.labelled import DataError, read_rows
@@ -19,7 +24,7 @@ from encoder.finetune.plan import plan_lines
 from encoder.finetune.prepare import prepare, read_start
 from encoder.finetune.stored import hub_rows_of
 from launch import finetune
-from tests.helpers.tasks import letter_rows, write_task
+from tests.helpers.tasks import letter_rows, write_rows, write_task
 
 COLUMNS = ["text", "label"]
 CARD = """---
@@ -34,6 +39,8 @@ COMMITS = ["c0ffee" * 6 + "beef", "deed" * 10]
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    forget_warnings()
     hub_rows._open.cache_clear()
 
 
@@ -167,6 +174,7 @@ class FakeBuilder:
 
     def __init__(self, found: datasets.DatasetDict, commit: str) -> None:
         self._found, self.hash = found, commit
+        self.name, self.config = "parquet", types.SimpleNamespace(data_files=None)
         self.info = datasets.DatasetInfo(splits=datasets.SplitDict())
 
     def download_and_prepare(self) -> None:
@@ -253,3 +261,155 @@ def test_a_split_that_is_not_there_ends_a_task_in_one_line(tmp_path, capsys):
     assert said.count("\n") == 1
     assert f"error: {tmp_path}/saved has no split dev. Known: train, validation." in said
     assert finetune.main([*words, "data.train=train", "data.dev.dev=validation"]) == 0
+
+
+def test_without_the_hub_a_revision_is_held_to_what_the_cache_has(tmp_path, capsys):
+    commit = in_cache(tmp_path)
+
+    def read(revision: str | None):
+        source = HubConfig(dataset="someone/letters", config="letters", revision=revision)
+        return read_split(source, "train", COLUMNS)
+
+    assert len(read("main")) == len(read(None)) == len(read(commit[:7])) == 42
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and f"are those of commit {commit} in the cache" in said
+    with pytest.raises(DataError, match=f"at {commit}, not at revision v1 as far as is known"):
+        read("v1")
+    # as huggingface_hub writes it down where a tag was asked for
+    ref = tmp_path / "hub/datasets--someone--letters/refs/v1"
+    ref.parent.mkdir(parents=True)
+    ref.write_text(COMMITS[1])
+    with pytest.raises(DataError, match="not at revision v1"):
+        read("v1")
+    ref.write_text(commit)
+    assert len(read("v1")) == 42
+
+
+class LeavesAFile:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self):
+        return open, (str(self._path), "w")
+
+
+def test_a_folder_called_like_a_reader_of_datasets_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("json", "pandas"):
+        (tmp_path / name).mkdir()
+    # the reader json would take all that lies around
+    write_rows(tmp_path / "train.jsonl", letter_rows(5))
+    write_rows(tmp_path / "json/train.jsonl", letter_rows(3, seed=2))
+    rows = read_split(HubConfig(dataset="json"), "train", COLUMNS)
+    assert rows.columns["text"] == [row["text"] for row in letter_rows(3, seed=2)]
+    # the reader pandas would run what a pickle says
+    (tmp_path / "pandas/train.pkl").write_bytes(pickle.dumps(LeavesAFile(tmp_path / "ran")))
+    with pytest.raises(DataError):
+        read_split(HubConfig(dataset="pandas", folder="pandas"), "train", COLUMNS)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "said"),
+    [
+        ("webdataset", "a.tar", "would be read as webdataset; needed: arrow, cache, conll, csv"),
+        ("csv", "a.csv.PKL", "has the file a.csv.PKL; needed: no pickle"),
+    ],
+)
+def test_what_is_no_plain_file_of_rows_is_refused(monkeypatch, name, file, said):
+    builder = FakeBuilder(splits(count=2), COMMITS[0])
+    builder.name, builder.config.data_files = name, {"train": [file]}
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_split(HubConfig(dataset="someone/letters"), "train", COLUMNS)
+
+
+def write_card(folder: Path, path: str) -> None:
+    files = f"[{{split: train, path: '{path}'}}]"
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- {{config_name: c, data_files: {files}}}\n---\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../secret.jsonl", "{}/secret.jsonl", "link.jsonl", "https://127.0.0.1:9/secret.jsonl"],
+)
+def test_a_copy_names_no_file_outside_of_its_folder(tmp_path, path):
+    write_rows(tmp_path / "secret.jsonl", letter_rows(2))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    write_card(copy, path.format(tmp_path))
+    with pytest.raises(DataError, match="needed: files inside"):
+        read_split(HubConfig(dataset=str(copy)), "train", COLUMNS)
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_read_through_its_links(tmp_path):
+    snapshot = tmp_path / "datasets--someone--letters/snapshots" / COMMITS[0]
+    blobs = snapshot.parent.parent / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    write_rows(blobs / "1234", letter_rows(2))
+    (snapshot / "train.jsonl").symlink_to("../../blobs/1234")
+    write_card(snapshot, "train.jsonl")
+    assert len(read_split(HubConfig(dataset=str(snapshot)), "train", COLUMNS)) == 2
+
+
+def test_a_saved_dataset_consists_of_files_of_its_folder(tmp_path, monkeypatch):
+    found = splits()
+    found.save_to_disk(tmp_path / "saved")
+    found["train"].save_to_disk(tmp_path / "secret")
+    state = tmp_path / "saved/train/state.json"
+    content = json.loads(state.read_text())
+    (file,) = content["_data_files"]
+    file["filename"] = f"../../secret/{file['filename']}"
+    state.write_text(json.dumps(content))
+    source = HubConfig(dataset=str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="needed: files inside"):
+        read_split(source, "train", COLUMNS)
+
+    # a split that calls itself a dataset of splits is none
+    split = tmp_path / "saved/validation"
+    (split / "dataset_info.json").unlink()
+    (split / "dataset_dict.json").write_text('{"splits": ["../../secret"]}')
+    asked = []
+    monkeypatch.setattr(datasets.DatasetDict, "load_from_disk", lambda *_, **__: asked.append(1))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_split(source, "validation", COLUMNS)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells", "targets"),
+    [
+        ("classify", [2, 0, 2], [0, 1, 0]),
+        ("labels", [[2], [0, 2], []], [[1, 0], [1, 1], [0, 0]]),
+    ],
+)
+def test_classes_of_a_dataset_are_known_by_name(tmp_path, kind, cells, targets):
+    write_task(tmp_path)
+    classes = datasets.ClassLabel(names=["b", "z", "a"])
+    label = [classes] if kind == "labels" else classes
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    rows = datasets.Dataset.from_dict({"text": ["x", "y", "v"], "label": cells}, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+
+    def prepared(*overrides: str):
+        task = read_task(
+            tmp_path / "task.yaml",
+            [
+                f"task={{kind: {kind}, texts: [text], label: label}}",
+                f"data={{hub: {{dataset: {tmp_path}/saved}}, train: train, max_tokens: 24}}",
+                *overrides,
+            ],
+        )
+        return prepare(task, read_start(task))
+
+    said = """'z', which the dataset names. Set task.labels to those that occur, ["b", "a"]"""
+    with pytest.raises(DataError, match=re.escape(said)):
+        prepared()
+    # 2 is a, which the dataset counts last
+    assert prepared("task.labels=[a, b]").train.value_P.tolist() == targets

@@ -150,6 +150,10 @@ def test_several_labels_and_numbers_become_targets(tmp_path):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     task = "task={kind: labels, texts: [text], label: label}"
     assert prepared(tmp_path, [task]).train.value_P.tolist() == [[1, 1], [0, 1], [0, 0]]
+    # numbers by their size
+    for name in ("train", "dev", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": "x", "label": [10, 9]}])
+    assert prepared(tmp_path, [task]).task.task.labels == ("9", "10")
 
     for name in ("train", "dev", "more"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "x", "label": n} for n in (0.5, "2", 3)])
