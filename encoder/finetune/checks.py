@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from encoder.base.agreement import texts_of_all_ranks
 from encoder.base.errors import CheckpointError, UserError
 from encoder.base.log import warn_once
 from encoder.base.schema import Mistakes, brief, read_mapping
-from encoder.data.labelled import check_file
+from encoder.data.labelled import DataError, check_file
 from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.finetune.best import judge_of
 from encoder.finetune.config import FineTuneConfig, changed_settings
 from encoder.finetune.metrics import check_packages
-from encoder.finetune.prepare import read_start, start_of
+from encoder.finetune.prepare import Prepared, read_start, start_of
 from encoder.runs.folder import CHECKPOINTS, EVENTS, RUN_FILE, read_jsonl
 from encoder.runs.foreign_files import check_folder
 from encoder.runs.same import ANEW, check_same_weights
@@ -48,6 +50,38 @@ def _mistakes(look: Any) -> list[str]:
     except UserError as error:
         return [str(error)]
     return []
+
+
+def check_same_rows(prepared: Prepared) -> None:
+    """All ranks have read the same rows; with ranks joined. Raises DataError on all of them."""
+    sets = [asked.examples for asked in prepared.sets]
+    whole = sha256(" ".join(examples.sha256 for examples in sets).encode()).hexdigest()
+    # hashes, then words: a path may be another on each machine
+    lines = [
+        f"{examples.sha256[:16]} {examples.name}: {len(examples):,} examples"
+        f" of {prepared.rows_of.get(examples.name, '')}"
+        for examples in sets
+    ]
+    # the first line stands for all sets, also where the table has no room for some
+    text = "\n".join([f"{whole[:16]} other sets", *lines])
+    texts = [said.split("\n") for said in texts_of_all_ranks(text)]
+    other = next((rank for rank, said in enumerate(texts) if said[0] != texts[0][0]), None)
+    if other is None:
+        return
+    pairs = zip(texts[0], texts[other], strict=False)
+    differing = [pair for pair in pairs if pair[0][:16] != pair[1][:16]]
+    # behind the first lines, those of the first set that differs
+    one, two = differing[min(1, len(differing) - 1)]
+    raise DataError(
+        f"ranks have read different rows: rank 0 {_words_and_hash(one)}, rank {other}"
+        f" {_words_and_hash(two)}. Give all machines the same files, or the same commit as"
+        " data.hub.revision."
+    )
+
+
+def _words_and_hash(line: str) -> str:
+    digest, _, words = line.partition(" ")
+    return f"{words} (SHA-256 {digest})"
 
 
 def say_differences(task: FineTuneConfig) -> None:

@@ -39,7 +39,13 @@ from encoder.engine.checkpoint.read import read_progress
 from encoder.engine.engine import Engine
 from encoder.engine.precision import precision_on
 from encoder.finetune.best import BestKeeper, best_checkpoint, judge_of
-from encoder.finetune.checks import check_first_start, check_same_start, check_task, say_differences
+from encoder.finetune.checks import (
+    check_first_start,
+    check_same_rows,
+    check_same_start,
+    check_task,
+    say_differences,
+)
 from encoder.finetune.config import FineTuneConfig, changed_settings
 from encoder.finetune.kinds.contract import AskedSet, Decided
 from encoder.finetune.metrics import Scores
@@ -179,7 +185,8 @@ class FineTuning:
         return self.prepared.encoder.path
 
     def prepare(self, *, fresh: bool) -> None:
-        """The rows were read before; what follows is cheap."""
+        """The rows were read before, on every rank: they are the same ones."""
+        check_same_rows(self.prepared)
 
     def make_model(self) -> AnyTaskModel:
         """With the weights of start_from, which the engine takes afterwards; for ZeRO stage 3 without any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from encoder.base.dist import World
+from encoder.data.labelled import DataError
 from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
@@ -231,3 +233,22 @@ def test_a_finished_run_becomes_a_folder_whose_pipeline_says_the_labels(root, tm
         (theirs,) = answer([row["text"]], truncation=True, max_length=24)
         assert theirs["label"] == ours["label"]
         assert theirs["score"] == pytest.approx(ours["probability"], abs=1e-4)
+
+
+def train_on_other_rows(world: World, *, root: str) -> str:
+    """What ends a rank whose dev set is another."""
+    dev = ["dev", "more"][world.rank]
+    task = read_task(f"{root}/task.yaml", [f"out={root}/other", f"data.dev.dev={root}/{dev}.jsonl"])
+    with pytest.raises(DataError) as told:
+        finetune(task, world)
+    return str(told.value)
+
+
+def test_ranks_that_read_other_rows_end_together(root):
+    one, other = run_ranks(train_on_other_rows, 2, root=str(root))
+    assert one == other
+    # nothing but the words
+    assert [path.name for path in (root / "other").iterdir()] == ["errors"]
+    assert re.search(
+        r"rank 0 dev: 11 examples of \S+/dev.jsonl \(SHA-256 \w{16}\), rank 1 dev: 5 ", one
+    )
