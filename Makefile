@@ -1,5 +1,5 @@
 # make demo   raw text -> shards -> training (killed and resumed) -> Hugging Face folder -> fill-mask, in one command
-# make test   every test that needs neither a GPU nor a cluster
+# make test   what needs neither a GPU nor a cluster, without the tests marked matrix and slow
 # make test-cluster  job scripts on a real Slurm of several nodes on this machine; needs root and Debian's Slurm, says what is missing
 # make check  style, import contract, types and the tests that take seconds
 
