@@ -23,7 +23,7 @@ from encoder.base.errors import ConfigError, nearest
 from encoder.base.hub import cached_commit, reason_in_short
 from encoder.base.log import warn_once
 from encoder.base.schema import PathText
-from encoder.data.hub_folders import SAVED, check_card, check_reader, check_saved
+from encoder.data.hub_folders import SAVED, check_card, check_reader, check_saved, files_digest
 from encoder.data.labelled import DataError, Rows
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -144,15 +144,20 @@ def _builder(source: HubConfig) -> Any:
     """What `datasets` will read the rows with, and no more than rows. Raises DataError."""
     import datasets
 
-    here, place = source.is_here, source.dataset
+    here = source.is_here
+    place = source.dataset
+    cache: str | None = None
     if here:
         check_card(Path(place))
+        # one for each state of the files: with a README.md `datasets` looks at their names alone
+        cache = os.path.join(datasets.config.HF_DATASETS_CACHE, f"here-{files_digest(Path(place))}")
         # absolute: a bare pandas, json, ... is a reader of `datasets`, of any file around
         place = os.path.abspath(place)
     builder = datasets.load_dataset_builder(
         place,
         source.config,
         data_dir=source.folder,
+        cache_dir=cache,
         revision=None if here else source.revision,
     )
     check_reader(builder, source.dataset, here=here)

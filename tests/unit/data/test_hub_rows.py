@@ -208,7 +208,8 @@ def test_a_task_asks_the_hub_for_its_revision_and_says_the_commit(tmp_path, monk
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     said = plan_lines(task_of_the_hub(tmp_path, "task.labels=null"))
     # once for all splits; nothing asks for code
-    assert asked == [(("someone/letters", "letters"), {"data_dir": None, "revision": "v1"})]
+    known = {"data_dir": None, "cache_dir": None, "revision": "v1"}
+    assert asked == [(("someone/letters", "letters"), known)]
     # the classes are in the dataset's order, not sorted
     assert "letters: classify, 2 outputs: b, a" in said
     place = f"someone/letters@{COMMITS[0]} letters"
@@ -345,6 +346,18 @@ def test_a_copy_names_no_file_outside_of_its_folder(tmp_path, path):
     write_card(copy, path.format(tmp_path))
     with pytest.raises(DataError, match="needed: files inside"):
         read_split(HubConfig(dataset=str(copy)), "train", COLUMNS)
+
+
+def test_files_that_were_changed_are_read_anew(tmp_path):
+    """With a card `datasets` knows rows by the names of folder and files: those of another folder were read, too."""
+    for place, seed in (("a", 1), ("b", 2), ("a", 3)):
+        copy = tmp_path / place / "letters"
+        copy.mkdir(parents=True, exist_ok=True)
+        write_rows(copy / "train.jsonl", letter_rows(3, seed=seed))
+        write_card(copy, "train.jsonl")
+        hub_rows._open.cache_clear()
+        rows = read_split(HubConfig(dataset=str(copy)), "train", COLUMNS)
+        assert rows.columns["text"] == [row["text"] for row in letter_rows(3, seed=seed)]
 
 
 def test_a_snapshot_in_the_cache_of_the_hub_is_read_through_its_links(tmp_path):
