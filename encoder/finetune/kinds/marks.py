@@ -15,8 +15,10 @@ from encoder.data.labelled import DataError, Rows, texts_of
 
 MARK = "*"
 _WORD = re.compile(r"\S+")
-# behind a word, as the number of words counts it
-_BEHIND = ".,;:!?\"')"
+# before and behind words, which blanks alone part
+_OPENING = "\"'([{“‘«"
+_CLOSING = ".,;:!?\"')]}”’»…-–—"
+_APOSTROPHES = ("'", "’")
 
 
 def check_marks(marks: Mapping[str, Sequence[str]], columns: Sequence[str]) -> None:
@@ -38,44 +40,71 @@ def check_marks(marks: Mapping[str, Sequence[str]], columns: Sequence[str]) -> N
 
 
 def marked(rows: Rows, column: str, places: Sequence[str]) -> Iterator[str]:
-    """A column's texts, each with its words marked. Raises DataError for a place that is not in the text.
+    """A column's texts, each with its words marked. Raises DataError for a place that is not in the text, or of other words.
 
     rows: of a data set
     column: of the texts
     places: as check_marks has them
     """
     for row, text in enumerate(texts_of(rows, column)):
-        cells = [rows.columns[name][row] for name in places]
-        span = _span(text, *cells)
+        first, last = (rows.columns[name][row] for name in places)
+        span = _span(text, first, last)
         if span is None:
             raise DataError(
-                f"{rows.place(row)}: {places[0]} {str(cells[0])[:40]!r} and {places[1]}"
-                f" {str(cells[1])[:40]!r} are no place in {column}, of {len(text):,} characters;"
+                f"{rows.place(row)}: {places[0]} {str(first)[:40]!r} and {places[1]}"
+                f" {str(last)[:40]!r} are no place in {column}, of {len(text):,} characters;"
                 " needed: a first character and an end, or a word's number from 0 and the words."
             )
         begin, end = span
+        if _is_of_words(first, last) and not _same(text[begin:end], last):
+            raise DataError(
+                f"{rows.place(row)}: {places[0]} {first} is {text[begin:end][:40]!r} in {column};"
+                f" needed: {last[:40]!r}, as {places[1]} says. Words are counted from 0, and blanks"
+                " alone part them."
+            )
         yield f"{text[:begin]}{MARK}{text[begin:end]}{MARK}{text[end:]}"
 
 
 def _span(text: str, first: Any, last: Any) -> tuple[int, int] | None:
     """Characters (begin, end) of a text; None: there is no such place."""
     begin, end = _number(first), _number(last)
-    # a text of a table with types is words, whatever it says
-    if isinstance(last, str) and (end is None or not isinstance(first, str)):
-        return None if begin is None else _words(text, begin, len(last.split()))
+    if _is_of_words(first, last):
+        return None if begin is None else _words(text, begin, last)
     if begin is None or end is None or not begin < end <= len(text):
         return None
     return begin, end
 
 
-def _words(text: str, number: int, count: int) -> tuple[int, int] | None:
-    """Characters of `count` words from this one on, without what stands behind the last."""
+def _is_of_words(first: Any, last: Any) -> bool:
+    """A text of a table with types is words, whatever it says."""
+    return isinstance(last, str) and (_number(last) is None or not isinstance(first, str))
+
+
+def _words(text: str, number: int, needed: str) -> tuple[int, int] | None:
+    """Characters of as many words as are needed, from this one on, without what stands around them."""
+    count = len(needed.split())
     words = list(_WORD.finditer(text))[number : number + count]
     if not count or len(words) < count:
         return None
     begin, end = words[0].start(), words[-1].end()
-    bare = text[begin:end].rstrip(_BEHIND)
-    return begin, begin + len(bare) if bare else end
+    whole = text[begin:end]
+    bare = _bare(whole)
+    begin += whole.index(bare)
+    # of "it's" the word "it"
+    part = bare[: len(_bare(needed))]
+    if _same(part, needed) and bare[len(part) :].startswith(_APOSTROPHES):
+        bare = part
+    return begin, begin + len(bare)
+
+
+def _bare(words: str) -> str:
+    """Without what stands around them; as they are where nothing else is there."""
+    return words.lstrip(_OPENING).rstrip(_CLOSING) or words
+
+
+def _same(found: str, needed: str) -> bool:
+    """Whether they are the same words but for case, blanks and what stands around them."""
+    return _bare(found).casefold().split() == _bare(needed.strip()).casefold().split()
 
 
 def _number(cell: Any) -> int | None:

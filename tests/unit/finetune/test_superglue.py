@@ -153,6 +153,34 @@ def test_marks_are_characters_or_words(first, last, expected):
         assert {"first", "last"} < {*kind.columns}
 
 
+WSC = 'Mark told Pete lies; "he ran (it\'s far), big dog."'
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "expected"),
+    [
+        (4, "he", '"he -> "*he*'),
+        (4, "He", '"he -> "*he*'),
+        (6, "it", "(it's -> (*it*'s"),
+        (8, "big dog", "big dog -> *big dog*"),
+        (8, "Big dog.", "big dog -> *big dog*"),
+        (3, "he", "'lies'.* needed: 'he', as words says"),
+        (5, "ran (its", "\"ran .it's\".* needed: 'ran .its'"),
+    ],
+)
+def test_words_that_are_marked_are_those_that_a_column_names(number, words, expected):
+    kind = ClassifyConfig(
+        texts=("a",), label="label", labels=("n", "m"), marks={"a": ("number", "words")}
+    )
+    row = {"a": WSC, "label": "n", "number": number, "words": words}
+    if " -> " in expected:
+        shown = WSC.replace(*expected.split(" -> "))
+        assert documents(encoded(kind, [row]).examples) == [f"{shown}|"]
+        return
+    with pytest.raises(DataError, match=f"line 1: number {number} is {expected}"):
+        encoded(kind, [row])
+
+
 def test_marks_are_of_a_texts_column_and_name_two():
     kind = {"texts": ("{a} b",), "label": "label"}
     with pytest.raises(ConfigError, match="marks has b, which is no column of texts; needed: a"):
