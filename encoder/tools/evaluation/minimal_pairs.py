@@ -44,7 +44,7 @@ class SentencePairs:
 class PairScores:
     """What a model makes of pairs."""
 
-    right: float  # share of pairs whose good sentence has the higher sum of log p
+    right: float  # share of pairs whose good sentence has the higher sum of log p; nan: of a broken model
     right_of_words: float  # the same with the later tokens of a word masked, too
     by_group: dict[str, float]  # right, in the order of the file; empty without groups
 
@@ -137,19 +137,22 @@ def pair_scores(
 ) -> PairScores:
     """The share of pairs in which the good sentence is likelier; of equally likely ones the pair is wrong.
 
+    A pair with a sum that is no number makes a share nan: the weights of a broken model say nothing of sentences.
+
     bert: the model
     good, bad: N sentences each
     groups: of each pair; None: there are none
     """
     right = {}
     for later in (False, True):
-        likelier_N = sums_of_logs(bert, good, later_of_word=later) > sums_of_logs(
-            bert, bad, later_of_word=later
-        )
-        right[later] = likelier_N
-    of_group: dict[str, list[bool]] = {}
+        good_N = sums_of_logs(bert, good, later_of_word=later)
+        bad_N = sums_of_logs(bert, bad, later_of_word=later)
+        # means of a nan are nan
+        is_told_N = np.isfinite(good_N) & np.isfinite(bad_N)
+        right[later] = np.where(is_told_N, good_N > bad_N, np.nan)
+    of_group: dict[str, list[float]] = {}
     for group, is_right in zip(groups or (), right[False], strict=False):
-        of_group.setdefault(group, []).append(bool(is_right))
+        of_group.setdefault(group, []).append(float(is_right))
     return PairScores(
         right=float(right[False].mean()),
         right_of_words=float(right[True].mean()),

@@ -13,6 +13,7 @@ from encoder.models.stored import write_stored
 from encoder.runs.weights import read_model
 from encoder.tools import notebook
 from encoder.tools.evaluation import minimal_pairs
+from encoder.tools.evaluation.evaluate import Answers, Questions, as_json
 from encoder.tools.evaluation.minimal_pairs import framed, pair_scores, read_pairs, sums_of_logs
 from launch import evaluate as command
 from tests.helpers.pages import write_page_folder
@@ -98,6 +99,18 @@ def test_the_share_is_of_pairs_whose_good_sentence_is_likelier(bert, slow):
     assert turned.right == 1 - found.right
     assert "pairs_right_by_group" not in turned.numbers()
     assert pair_scores(bert, good, good, None).right == 0.0
+
+
+def test_a_sum_that_is_no_number_leaves_no_share(bert, monkeypatch):
+    """nan > nan is false: a broken model would have 0 %, and not be told from a bad one."""
+    sums = {"good": np.array([-1.0, np.nan, -1.0, -1.0, -3.0]), "bad": np.full(5, -2.0)}
+    monkeypatch.setattr(minimal_pairs, "sums_of_logs", lambda _bert, side, **_settings: sums[side])
+    found = pair_scores(bert, "good", "bad", GROUPS)
+    assert np.isnan([found.right, found.right_of_words, found.by_group["agree"]]).all()
+    assert found.by_group["order"] == pytest.approx(2 / 3)
+    answers = Answers(name="x", origin="", parameters=1, numbers=found.numbers(), pairs=found)
+    (told,) = as_json([answers], Questions(measures=("pairs",)))["models"]
+    assert {*told["numbers"].values(), told["pairs"]["by_group"]["agree"]} == {None}
 
 
 def test_the_command_asks_pairs_of_folders_of_both_kinds(place, slow, tmp_path, capsys):
