@@ -25,7 +25,7 @@ from encoder.engine.precision import computes_bf16, precision_on
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.catalog import export_blocker
 from encoder.optim.groups import Factors
-from encoder.runs.about import about_run
+from encoder.runs.about import about_run, newest_about, starts_of
 from encoder.runs.branch import Parent, find_parent
 from encoder.runs.checks import check_settings, hints_of
 from encoder.runs.config import PhaseConfig, RunConfig, describe_phase, with_engine
@@ -43,11 +43,20 @@ from encoder.train.evaluate import HeldOut, held_out_numbers, held_out_text, sil
 from encoder.train.hints import what_comes_next
 from encoder.train.loop import Outcome, done_already, train_course
 from encoder.train.meters import Clock, document_lengths
-from encoder.train.probes import ProbeTexts, probe_numbers, probes_text, read_probes
+from encoder.train.probes import (
+    Probes,
+    other_texts,
+    probe_numbers,
+    probes_text,
+    read_probes,
+    sha256_of_each,
+)
 from encoder.train.quarantine import LostShard, Quarantine, QuarantiningLoader
 from encoder.train.recorder import Recorder
 from encoder.train.session import Session
 from encoder.train.start import load_verified
+
+PROBES_SHA256 = "probes_sha256"  # in events, under about
 
 
 def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
@@ -99,7 +108,7 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
         device=device,
         initial=initial,
         asked=asked,
-        probes=probes,
+        probes=Probes(texts=probes, stop=stop),
         mistakes=known,
     )
     return train_course(course, world, device, clock=clock, stop=stop)
@@ -136,7 +145,7 @@ class Pretraining(SavedPhases):
         device: torch.device,
         initial: InitialWeights | None = None,
         asked: Mapping[str, AskedModel] | None = None,
-        probes: Sequence[ProbeTexts] = (),
+        probes: Probes | None = None,
         mistakes: Sequence[str] = (),
     ) -> None:
         """run, facts: settled, and what the cards of its sources say
@@ -150,7 +159,9 @@ class Pretraining(SavedPhases):
         self.facts = facts
         self._world, self._device = world, device
         self._initial, self._asked, self._mistakes = initial, asked or {}, mistakes
-        self._probes = probes
+        self._probes = probes or Probes()
+        # of the start before, on rank zero
+        self._probes_sha256: Any = None
         # the shapes of the models that the objective asks
         self._asked_configs: dict[str, ModelConfig] = {
             name: model.config for name, model in self._asked.items()
@@ -182,6 +193,9 @@ class Pretraining(SavedPhases):
                 for source in sources:
                     source.check_files(sizes=run.loader.on_bad_shard == "stop")
                 self._entropy = build.held_out_entropy(run, self.facts)
+            if first and self._probes.texts:
+                about = newest_about(starts_of(Path(run.out)))
+                self._probes_sha256 = about.get(PROBES_SHA256)
 
         # a parent is looked for once: a run that has a checkpoint goes on from that
         if run.branch_from and fresh:
@@ -251,6 +265,7 @@ class Pretraining(SavedPhases):
         lines = [*self._mistakes, *warnings_of(run)]
         if self._world.first:
             lines += hints_of(run, ranks=self._world.size)
+            lines += other_texts(self._probes.texts, self._probes_sha256)
         if (
             device.type == "cuda"
             and computes_bf16(device)
@@ -295,7 +310,10 @@ class Pretraining(SavedPhases):
 
     def about(self, *, parameters: int) -> dict[str, Any]:
         """Model size, data, machine and versions."""
-        return about_run(self.run, self._world, self._device, parameters=parameters)
+        about = about_run(self.run, self._world, self._device, parameters=parameters)
+        if self._probes.texts:
+            about[PROBES_SHA256] = sha256_of_each(self._probes.texts)
+        return about
 
     def phase_at(self, progress: Progress) -> PhaseConfig | None:
         """Of the run file."""
@@ -405,10 +423,12 @@ class Pretraining(SavedPhases):
             entropy=self._entropy,
             phase=self.last_phase(progress).name if begins else None,
         )
-        probed = probe_numbers(self._probes, engine, world=self._world, run=self.run)
+        probed = probe_numbers(
+            self._probes.texts, engine, world=self._world, run=self.run, stop=self._probes.stop
+        )
         return Evaluation(
             numbers=numbers | probed,
-            text=text + probes_text(self._probes, probed),
+            text=text + probes_text(self._probes.texts, probed),
             warnings=(warning,) if silent else (),
         )
 

@@ -13,7 +13,7 @@ finetune    all ranks train a copy (tuned_probe.py)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from encoder.base.agreement import all_ranks_agree
 from encoder.base.batch import TokenBatch
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.errors import ConfigError, UserError
+from encoder.base.stopping import StopFlag
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.examples import ExampleDealing, Examples, NumberedBatch, in_order
 from encoder.engine.engine import Engine
@@ -61,6 +62,14 @@ class ProbeTexts:
         return majority(self.train_labels, self.test_labels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """The probes of a run, and what those that take long listen to."""
+
+    texts: Sequence[ProbeTexts] = ()
+    stop: StopFlag | None = None
+
+
 def read_probes(run: RunConfig, facts: DataFacts) -> list[ProbeTexts]:
     """The probes of a run, read, checked and encoded. Raises UserError that names the setting, or file and row."""
     if run.evaluation is None:
@@ -69,7 +78,12 @@ def read_probes(run: RunConfig, facts: DataFacts) -> list[ProbeTexts]:
 
 
 def probe_numbers(
-    probes: Sequence[ProbeTexts], engine: Engine, *, world: World, run: RunConfig
+    probes: Sequence[ProbeTexts],
+    engine: Engine,
+    *,
+    world: World,
+    run: RunConfig,
+    stop: StopFlag | None = None,
 ) -> dict[str, float]:
     """`probe_NAME`, the accuracy on the test texts of each probe; the same on every rank, all of which call this.
 
@@ -77,12 +91,13 @@ def probe_numbers(
     engine: whose model is asked
     world: of this rank
     run: whose seed and micro-batches are used
+    stop: once it is asked, a fine-tuning leaves, and its number is nan
     """
     numbers: dict[str, float] = {}
     for probe in probes:
         if probe.tuning is not None:
             numbers[f"probe_{probe.name}"] = _tuned_accuracy(
-                probe, probe.tuning, engine, world=world, run=run
+                probe, probe.tuning, engine, world=world, run=run, stop=stop
             )
             continue
         states_NC = _embedded(probe.examples, engine, world=world, run=run)
@@ -104,6 +119,26 @@ def probes_text(probes: Sequence[ProbeTexts], numbers: dict[str, float]) -> str:
         for probe in probes
     ]
     return "".join(parts)
+
+
+def sha256_of_each(probes: Sequence[ProbeTexts]) -> dict[str, str]:
+    """Of the encoded texts and their labels, by the probes' names: for the event of a start."""
+    return {probe.name: probe.examples.sha256 for probe in probes}
+
+
+def other_texts(probes: Sequence[ProbeTexts], before: Any) -> list[str]:
+    """A sentence for each probe whose texts are others than at the start before.
+
+    probes: of this start
+    before: sha256_of_each, as the event of that start has it; anything else: it told none
+    """
+    told = before if isinstance(before, Mapping) else {}
+    return [
+        f"the texts of probe {name} are others than at the start before: probe_{name} is not to be"
+        " compared with its numbers until then"
+        for name, sha256 in sha256_of_each(probes).items()
+        if told.get(name, sha256) != sha256
+    ]
 
 
 def framed_ids(
@@ -167,17 +202,23 @@ def _read(probe: ProbeConfig, number: int, run: RunConfig, facts: DataFacts) -> 
 
 
 def _tuned_accuracy(
-    probe: ProbeTexts, tuning: Tuning, engine: Engine, *, world: World, run: RunConfig
+    probe: ProbeTexts,
+    tuning: Tuning,
+    engine: Engine,
+    *,
+    world: World,
+    run: RunConfig,
+    stop: StopFlag | None,
 ) -> float:
-    """On the test texts; nan where the weights of a broken model are no numbers.
+    """On the test texts; nan where the weights of a broken model are no numbers, or the run is asked to stop.
 
     probe, tuning: the texts, and what learns them
-    engine, world, run: as of probe_numbers
+    engine, world, run, stop: as of probe_numbers
     """
     cut = len(probe.train_labels)
     train = probe.examples.some(0, cut)
     test = probe.examples.some(cut, len(probe.examples))
-    logits_NK = tuned_logits(tuning, train, test, engine=engine, run=run, world=world)
+    logits_NK = tuned_logits(tuning, train, test, engine=engine, run=run, world=world, stop=stop)
     if not logits_NK.isfinite().all():
         return math.nan
     right_N = logits_NK.argmax(dim=1).numpy() == test.value_P

@@ -4,8 +4,8 @@
                          nothing comes back     epochs of steps, then the logits of the test texts
 
 All ranks train it together, at the run's ZeRO stage and precision, and let its engine go. It has no checkpoint: a run that is
-killed meanwhile goes on from its own, and asks again. Its steps are those of `tessera finetune`: the same examples in the same
-order, the same head, rates and engine.
+killed meanwhile goes on from its own, and asks again; one that is asked to stop leaves it, without a number. Its steps are those
+of `tessera finetune`: the same examples in the same order, the same head, rates and engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from encoder.base.dist import World
+from encoder.base.dist import World, max_over_ranks
+from encoder.base.log import say
+from encoder.base.stopping import StopFlag
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.data.examples import ExampleDealing, Examples, ExampleSteps, in_order
 from encoder.data.loader import DataPosition
@@ -97,14 +99,18 @@ def tuned_logits(
     engine: Engine,
     run: RunConfig,
     world: World,
+    stop: StopFlag | None = None,
 ) -> Tensor:
     """Logits [N, K] in fp64 of the test texts after the fine-tuning; the same on every rank, all of which call this.
+
+    All nan where a rank is asked to stop meanwhile: the run's step is done, and waits to be saved.
 
     tuning: head and settings
     train, test: the texts with the numbers of their classes
     engine: of the run; its weights are read, and stay
     run: whose model, attention and micro-batches are used
     world: of this rank
+    stop: asked between two steps
     """
     dealing = ExampleDealing(
         world=world, micro_batch_tokens=run.loader.micro_batch_rows * run.data.row_tokens
@@ -112,7 +118,9 @@ def tuned_logits(
     with _random_state_kept(engine.device):
         copy = _start(tuning, engine, run, world)
         try:
-            _train(copy, tuning.settings, train, dealing)
+            if not _train(copy, tuning.settings, train, dealing, stop):
+                shape = (len(test), tuning.head.outputs)
+                return torch.full(shape, torch.nan, dtype=torch.float64)
             return answered(
                 copy,
                 in_order(test, term=TERM, dealing=dealing),
@@ -159,8 +167,19 @@ def _start(tuning: Tuning, engine: Engine, run: RunConfig, world: World) -> Engi
 
 
 def _train(
-    copy: Engine, settings: FineTuneProbeConfig, train: Examples, dealing: ExampleDealing
-) -> None:
+    copy: Engine,
+    settings: FineTuneProbeConfig,
+    train: Examples,
+    dealing: ExampleDealing,
+    stop: StopFlag | None,
+) -> bool:
+    """Whether it came to its end; it leaves where a rank is asked to stop.
+
+    copy: what is trained
+    settings: of the probe
+    train, dealing: the examples, and who computes what
+    stop: of this rank
+    """
     total = settings.epochs * len(train)
     schedule = LinearShares(peak=settings.lr).over(total)
     steps = ExampleSteps(
@@ -174,6 +193,12 @@ def _train(
     )
     seen = 0
     while seen < total:
+        if _any_rank_stops(stop):
+            say(
+                f"probe {settings.name}: left after {seen:,} of {total:,} texts, for the run is asked"
+                " to stop; no number here"
+            )
+            return False
         data = steps.next_step()
         copy.step(
             data.micro_batches,
@@ -184,6 +209,13 @@ def _train(
         # a long probe is no hang
         copy.on_forward()
         seen += data.rows
+    return True
+
+
+def _any_rank_stops(stop: StopFlag | None) -> bool:
+    """Agreed by one all-reduce: a signal reaches ranks at different steps."""
+    is_asked = stop is not None and stop.asked
+    return bool(max_over_ranks(torch.tensor([int(is_asked)]))[0])
 
 
 @contextlib.contextmanager

@@ -20,9 +20,11 @@ import torch
 from encoder.base.dist import World
 from encoder.base.errors import UserError
 from encoder.base.rng import generator
-from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
+from encoder.base.stopping import StopFlag
+from encoder.engine.checkpoint.read import newest_checkpoint, read_progress, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
+from encoder.optim.shares import rate_of_step
 from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools import notebook
@@ -232,6 +234,38 @@ def test_killed_in_a_probe_a_run_goes_on_and_asks_again(root):
     whole = weights_of(root / "one")
     for name, weight in weights_of(root / "killed").items():
         assert torch.equal(weight, whole[name]), name
+
+
+def test_asked_to_stop_in_a_probe_a_run_leaves_it_saves_and_goes_on(root, monkeypatch, capsys):
+    """In the tenth step of its fine-tunings; it goes on with other rows of the first probe, which is told."""
+    stop = StopFlag()
+    rates = []
+
+    def noted_rate(*parts, **named):
+        rates.append(rate_of_step(*parts, **named))
+        if len(rates) == 10:
+            stop.cause = "SIGTERM"
+        return rates[-1]
+
+    monkeypatch.setattr(tuned_probe, "rate_of_step", noted_rate)
+    out = f"out={root}/stopped"
+    stopped = pretrain(read_run(root / "run.yaml", [out]), World(), stop=stop)
+    assert not stopped.done and len(rates) == 10
+    at = read_jsonl(root / "stopped" / LEDGER)[-1]["step"]
+    saved = newest_checkpoint(root / "stopped" / "checkpoints")
+    assert read_progress(saved)[0].step == at
+    lines = read_jsonl(root / "stopped" / METRICS)
+    (number,) = (m for m in lines if "probe_tuned" in m and m["step"])
+    assert (number["step"], number["probe_tuned"]) == (at, None) and number["probe_first"] > 0
+    assert "probe tuned: left after 32 of 122 texts" in capsys.readouterr().out
+
+    (root / "other.jsonl").write_text((root / "train.jsonl").read_text().replace("t1", "t2"))
+    settings = [out, f"evaluation.probes.0.train={root}/other.jsonl"]
+    assert pretrain(read_run(root / "run.yaml", settings), World()).done
+    told = capsys.readouterr().err
+    assert told.count("the texts of probe first are others than at the start before") == 1
+    assert "probe tuned" not in told
+    assert read_jsonl(root / "stopped" / LEDGER) == read_jsonl(root / "one" / LEDGER)
 
 
 def test_the_last_number_is_that_of_an_evaluation_of_the_checkpoint(root):
