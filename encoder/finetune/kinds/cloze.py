@@ -11,7 +11,7 @@ are the best over the right answers, as ReCoRD's script counts them (Zhang et al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -203,13 +203,7 @@ class ClozeSet(NothingDecided):
         if not np.isfinite(logits_PK).all():
             return Scores.without_numbers(metrics)
         texts = [text for text, _ in self._guesses(logits_PK)]
-        pairs = list(zip(texts, self.answers, strict=True))
-        found: Mapping[str, float] = {
-            "f1": float(np.mean([squad.f1(text, golds) for text, golds in pairs])),
-            "exact_match": float(
-                np.mean([squad.exact_match(text, golds) for text, golds in pairs])
-            ),
-        }
+        found = squad.means(texts, self.answers)
         return Scores.of(
             loss=measures.yes_no_loss(logits_PK, self.examples.value_P),
             metrics={name: found[name] for name in metrics},

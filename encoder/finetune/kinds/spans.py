@@ -65,13 +65,13 @@ class SpansConfig:
     # column of the right answers: {text: [...], answer_start: [...]}, or a list of {text, answer_start}; starts count characters
     answers: str = "answers"
     no_answer: bool = False  # a row may have none, as in SQuAD 2.0
-    max_question_tokens: int = 64  # a longer question is cut at its end
+    max_question_tokens: int = AnswerRule.max_question_tokens  # a longer question is cut at its end
     # tokens that a window shares with the one before; BERT's doc stride is what it does not share
-    overlap_tokens: int = 128
-    max_answer_tokens: int = 30  # of a predicted answer
-    candidates: int = 20  # starts, and ends, that are tried in a window
+    overlap_tokens: int = AnswerRule.overlap_tokens
+    max_answer_tokens: int = AnswerRule.max_answer_tokens  # of a predicted answer
+    candidates: int = AnswerRule.candidates  # starts, and ends, that are tried in a window
     # a token counts in the window alone that has most text on both sides of it, as in BERT
-    max_context: bool = False
+    max_context: bool = AnswerRule.max_context
     # no answer is given where the empty one scores higher by more than this; default: the best on the first dev set, without one 0
     no_answer_threshold: float | None = None
     # those that are reported; default: f1, exact_match, and with no_answer the threshold
@@ -82,11 +82,8 @@ class SpansConfig:
         twice = next((name for name in columns if columns.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"two columns are called {twice!r}; needed: columns that differ.")
-        for key in ("max_question_tokens", "max_answer_tokens", "candidates"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} {getattr(self, key)} must be at least 1.")
-        if self.overlap_tokens < 0:
-            raise ConfigError(f"overlap_tokens {self.overlap_tokens} must be at least 0.")
+        # the rule checks the settings that it takes
+        self.rule({})
         if self.no_answer_threshold is not None and not self.no_answer:
             raise ConfigError(
                 "no_answer_threshold has no effect without no_answer: true. Leave it out."
@@ -108,10 +105,10 @@ class SpansConfig:
         return Picks(outputs=2)
 
     def rule(self, decided: Decided) -> AnswerRule:
-        """How answers are read off logits, by what a dev set has decided; without that a threshold of 0."""
+        """How answers are read off logits, by what a dev set or the task has decided; undecided without a threshold."""
         threshold = None
         if self.no_answer:
-            threshold = decided.get(THRESHOLD, self.no_answer_threshold or 0.0)
+            threshold = decided.get(THRESHOLD, self.no_answer_threshold)
         return AnswerRule(
             max_question_tokens=self.max_question_tokens,
             overlap_tokens=self.overlap_tokens,
@@ -375,14 +372,7 @@ class SpanSet:
             return Scores.without_numbers(metrics)
         decided = self.decided(logits_PK) if decided is None else decided
         texts = self._predicted(logits_PK).given(self.kind.rule(decided))
-        pairs = list(zip(texts, self.answers, strict=True))
-        found = {
-            "f1": float(np.mean([squad.f1(text, golds) for text, golds in pairs])),
-            "exact_match": float(
-                np.mean([squad.exact_match(text, golds) for text, golds in pairs])
-            ),
-            **decided,
-        }
+        found = {**squad.means(texts, self.answers), **decided}
         starts = self.examples.starts_N1[:-1]
         return Scores.of(
             loss=measures.pick_loss(logits_PK, self.examples.value_P, starts),

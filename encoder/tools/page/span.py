@@ -74,7 +74,7 @@ def span(opened: Opened, question: str, context: str) -> Found:
         missing=best.missing,
         spans=[(text, label) for text, label in parts if text],
         windows=len(windows),
-        notes=_notes(best, rule, windows=len(windows), knows_none=carried is not None),
+        notes=_notes(best, rule, windows=len(windows)),
     )
 
 
@@ -89,12 +89,11 @@ def _carried(opened: Opened) -> AnswerRule | None:
         raise ExportError(f"{error} Export again with tessera export.") from error
 
 
-def _notes(best: BestAnswer, rule: AnswerRule, *, windows: int, knows_none: bool) -> list[str]:
+def _notes(best: BestAnswer, rule: AnswerRule, *, windows: int) -> list[str]:
     """What is said beside an answer.
 
     best, rule: of all windows
     windows: how many there are
-    knows_none: the folder says when there is no answer
     """
     notes = []
     if windows > 1:
@@ -106,7 +105,7 @@ def _notes(best: BestAnswer, rule: AnswerRule, *, windows: int, knows_none: bool
             f"No answer: that scores higher than the best stretch by {best.missing:.2f}, more than"
             f" the threshold of {rule.no_answer_threshold:.2f}."
         )
-    elif not knows_none and best.missing > 0:
+    elif rule.no_answer_threshold is None and best.missing > 0:
         notes.append(
             f"That there is no answer scores higher by {best.missing:.2f}; the folder has no"
             " threshold for it."

@@ -221,6 +221,28 @@ def test_the_best_threshold_gives_the_best_mean_of_the_published_search():
     assert 100 * mean <= best + 1e-9 and 100 * mean > best - 5.0
 
 
+def test_the_best_threshold_lies_on_no_row():
+    """The same model by other kernels has logits that differ in the last digits; what it answers must not."""
+    few = np.array([0.0, 1.0, 3.0])
+    assert squad.best_threshold(np.array([1, 1, 0]), 1 - np.array([1, 1, 0]), few) == 2.0
+    assert squad.best_threshold(np.ones(3), np.zeros(3), few) == 4.0
+    assert squad.best_threshold(np.zeros(3), np.ones(3), few) == -1.0
+    draw = np.random.default_rng(3)
+    for _ in range(20):
+        missing = draw.normal(size=12).round(1)
+        score, empty = draw.random((2, 12))
+        threshold = squad.best_threshold(score, empty, missing)
+        tried = [np.where(missing > t, empty, score).mean() for t in [*missing, missing.min() - 1]]
+        for noise in (-1e-6, 0.0, 1e-6):
+            found = np.where(missing + noise > threshold, empty, score).mean()
+            assert found == pytest.approx(max(tried))
+    # between neighbours of fp64 there is no middle
+    low = np.nextafter(1.0, 2.0)
+    near = np.array([low, np.nextafter(low, 2.0)])
+    threshold = squad.best_threshold(np.array([1, 0]), np.array([0, 1]), near)
+    assert near[0] <= threshold < near[1]
+
+
 def test_a_best_span_is_that_of_all_pairs():
     draw = np.random.default_rng(2)
     for _ in range(20):

@@ -241,12 +241,10 @@ def test_the_page_gives_the_answers_of_an_evaluation_and_none_where_it_gives_non
     """By the threshold that the dev set chose, which the folder carries, over several windows a row."""
     draw = generator(3, "asked rows")
     rows = []
-    for number in range(12):
+    for _ in range(12):
         context = "".join(draw.choice(list("abcdefgh "), int(draw.integers(30, 90)))) + "."
-        right = {"text": [context[5:9]], "answer_start": [5]}
-        if number % 3 == 0 or not context[5:9].strip():
-            right = {"text": [], "answer_start": []}
-        rows.append({"question": "who?", "context": context, "answers": right})
+        none = {"text": [], "answer_start": []}
+        rows.append({"question": "who?", "context": context, "answers": none})
     tokenizer_json = write_tokenizer_json(tmp_path / "tokenizer.json")
     content = {**json.loads(tokenizer_json.read_text()), "post_processor": None}
     tokenizer_json.write_text(json.dumps(content))
@@ -261,8 +259,15 @@ def test_the_page_gives_the_answers_of_an_evaluation_and_none_where_it_gives_non
     task = dataclasses.replace(drawn_task("modernbert", kind="span"), tokenizer_json=tokenizer_json)
     export_task(task, tmp_path / "bare")
     asked, logits = spans_of(tmp_path / "bare", kind, rows)
-    missing = [line["no_answer_score"] - line["score"] for line in asked.lines(logits, {})]
-    decided = {"no_answer_threshold": float(np.median(missing))}
+    lines = [*asked.lines(logits, {})]
+    missing = [line["no_answer_score"] - line["score"] for line in lines]
+    # below the median the model is right, above it there is no answer
+    for row, line, more in zip(rows, lines, missing, strict=True):
+        if line["answer"] and more < np.median(missing):
+            start = row["context"].index(line["answer"], line["start"])
+            row["answers"] = {"text": [line["answer"]], "answer_start": [start]}
+    asked, _ = spans_of(tmp_path / "bare", kind, rows)
+    decided = asked.decided(logits)
     export_task(dataclasses.replace(task, carried=kind.carried(decided)), tmp_path / "out")
 
     opened = open_folder(tmp_path / "out")
@@ -276,6 +281,25 @@ def test_the_page_gives_the_answers_of_an_evaluation_and_none_where_it_gives_non
         said = any(note.startswith("No answer: that scores higher") for note in one.notes)
         assert said == (not one.answer)
         assert "".join(text for text, _ in one.spans)
+
+
+def test_a_rule_that_nothing_decided_gives_an_answer_and_says_what_none_scores(reader):
+    """Of a run that is not at its end, say: no threshold was chosen, and 0 would be one."""
+
+    class Undecided(torch.nn.Module):
+        """Likes the first token best."""
+
+        config = SimpleNamespace(**SpansConfig(no_answer=True).carried({}))
+
+        def forward(self, input_ids, **others):
+            first_T = (torch.arange(input_ids.shape[1]) == 0)[None] * 9.0
+            return SimpleNamespace(start_logits=first_T, end_logits=first_T)
+
+    opened = dataclasses.replace(open_folder(reader), model=Undecided())
+    assert opened.model.config.answer_rule["no_answer_threshold"] is None
+    found = span(opened, QUESTION, "ada")
+    assert found.answer and found.missing == 18.0
+    assert "That there is no answer scores higher by 18.00; the folder has no" in found.notes[-1]
 
 
 def test_a_rule_in_a_folder_that_is_none_is_refused_in_a_line(reader):
