@@ -335,6 +335,8 @@ class Peers:
 
     def fail(self, code: int) -> None:
         """This rank has said its mistake and ends with this exit code: so do the others, if not by their own."""
+        # one that heard of it first, and lets this rank go, is no death: a mistake of both has one code on both
+        self._code = code
         self._tell(f"{code} rank {self.rank} met a mistake")
 
     def _tell(self, line: str) -> None:

@@ -170,3 +170,16 @@ def test_neighbours_whose_connections_still_wait_are_let_go_without_a_death():
     finally:
         for one in ranks:
             one.close()
+
+
+def test_a_mistake_of_both_has_its_code_on_both():
+    """Who is told of it first lets the other go; that end of a connection is no death then."""
+    peers = Peers(rank=1, size=2)
+    mine, other = socket.socketpair()
+    peers._hold(mine, 0)
+    peers.fail(2)
+    assert other.recv(64) == b"2 rank 1 met a mistake\n"
+    other.close()
+    peers._read(mine)
+    assert peers.gone and peers._code == 2
+    peers._forget()
