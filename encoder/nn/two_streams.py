@@ -12,8 +12,7 @@ them. They stand in the same micro-batch, so a layer computes all stretches at o
 
 This is the plain path, for any device and precision. Stretches of similar length are laid side by side in blocks, and the
 backward pass computes a block's scores again: BLOCK_SCORES of them stand in memory at once, or those of one stretch where it
-is longer. Its rows times its keys: a document of 6,000 tokens that is read whole took 2.6 GB with 3 heads on a CPU
-(score_bytes).
+is longer: its rows times its keys (score_bytes).
 """
 
 from __future__ import annotations
