@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole job on one machine: text -> tokenizer -> shards -> training, killed and resumed -> export -> answers -> a probe.
 
-    python launch/demo.py [--out demo] [--shrink 25]
+    python launch/demo.py [--out demo] [--shrink 50]
 
 Every command is shown as you would type it, then run. What is done already is left out, so that a second run goes on.
 """
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "--shrink",
         type=float,
         default=1.0,
-        help="divide the corpus and the training by this (tests use 25)",
+        help="divide the corpus and the training by this (tests use 50)",
     )
     args = parser.parse_args(argv)
     if not 1 <= args.shrink <= 1000:

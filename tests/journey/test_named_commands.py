@@ -441,7 +441,13 @@ LAUNCHED = [
 ]
 
 
-@pytest.mark.parametrize("command", LAUNCHED)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.matrix) if "torchrun" in command else command
+        for command in LAUNCHED
+    ],
+)
 def test_a_named_launcher_starts_the_run_on_its_ranks(workspace, command):
     """On the run that is done: what is asked is whether the launchers take the line as it stands.
 

@@ -140,8 +140,8 @@ def folder(texts, name) -> Path:
     return texts
 
 
-# segments that see each other, shared layers, two networks
-IN_EVERY_RUN = ("xlnet", "albert", "electra")
+# segments that see each other, and shared layers with two terms
+IN_EVERY_RUN = ("xlnet", "albert")
 NAMES = [
     name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.matrix)
     for name in SETTINGS

@@ -99,6 +99,7 @@ def test_one_ranks_defect_ends_all_and_is_the_error_shown(tmp_path, name):
     assert first in of_zero and "IndexError" in said
 
 
+@pytest.mark.matrix
 def test_a_run_that_moves_is_left_alone_and_nothing_is_written(tmp_path):
     with Watchdog(tmp_path, World(), hang_minutes=2 / 60) as watch:
         for _ in range(10):

@@ -77,13 +77,16 @@ def test_thirty_varied_batches_compile_three_graphs_and_never_again(attention):
     "settings",
     [
         {},
-        dict(
-            norm_place="post",
-            mlp="gelu",
-            positions="learned",
-            type_vocab_size=1,
-            attention_bias=True,
-            mlp_bias=True,
+        pytest.param(
+            dict(
+                norm_place="post",
+                mlp="gelu",
+                positions="learned",
+                type_vocab_size=1,
+                attention_bias=True,
+                mlp_bias=True,
+            ),
+            marks=pytest.mark.matrix,
         ),
         pytest.param(dict(mlp="swiglu", norm="rmsnorm"), marks=pytest.mark.matrix),
     ],

@@ -94,12 +94,10 @@ def write_rows(folder: Path, kind: str) -> dict:
     "kind",
     [
         "jsonl",
-        "csv",
-        "parquet",
         "too large",
         *(
             pytest.param(k, marks=pytest.mark.matrix)
-            for k in ("json_array", "arrow", "arrows", "hub")
+            for k in ("csv", "parquet", "json_array", "arrow", "arrows", "hub")
         ),
     ],
 )
