@@ -133,7 +133,7 @@ def test_a_peer_that_is_stopped_or_busy_is_not_taken_for_gone(folder):
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in (one, zero):
             os.kill(rank.pid, number)
-            time.sleep(3.0 if number == signal.SIGSTOP else 0.1)
+            time.sleep(4.0 if number == signal.SIGSTOP else 0.1)
     steps = len(read_jsonl(folder / "stopped" / METRICS))
     until = time.monotonic() + 60
     while len(read_jsonl(folder / "stopped" / METRICS)) < steps + 5 and time.monotonic() < until:
