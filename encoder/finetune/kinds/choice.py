@@ -23,14 +23,18 @@ from encoder.data.examples import Examples, Places
 from encoder.data.labelled import DataError, Rows, check_unicode, label_name
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
-from encoder.finetune.kinds.columns import columns_of, is_whole_number, written
+from encoder.finetune.kinds.columns import (
+    check_differ,
+    check_room,
+    columns_of,
+    is_whole_number,
+    written,
+)
 from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
 from encoder.nn.task_heads import Pooling
 from encoder.objectives.text_tasks import Picks, TextObjective
-
-MOST_SPECIAL_TOKENS = 4  # <s> text </s></s> choice </s>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,7 @@ class ChoiceConfig(NothingCarried):
             )
         if not self.choices:
             raise ConfigError("choices names no column; needed: one of lists, or one for each.")
-        named = [*self.texts, *self.choices, self.label]
-        twice = next((name for name in named if named.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"two columns are called {twice!r}; needed: columns that differ.")
+        check_differ([*self.texts, *self.choices, self.label])
         if self.max_choice_tokens < 1:
             raise ConfigError(f"max_choice_tokens {self.max_choice_tokens} must be at least 1.")
 
@@ -95,12 +96,7 @@ class ChoiceConfig(NothingCarried):
 
     def check_length(self, max_tokens: int) -> None:
         """Room for a choice and a token of the text."""
-        least = self.max_choice_tokens + MOST_SPECIAL_TOKENS + 1
-        if max_tokens < least:
-            raise ConfigError(
-                f"data.max_tokens is {max_tokens:,}; needed: at least {least:,}, for"
-                f" task.max_choice_tokens {self.max_choice_tokens:,} and a text. Lower that."
-            )
+        check_room(max_tokens, max_choice_tokens=self.max_choice_tokens)
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> ChoiceSet:
         """A document for each choice of each row."""

@@ -24,7 +24,8 @@ from encoder.data.labelled import DataError, Rows, check_unicode, texts_of
 from encoder.finetune import metrics as measures
 from encoder.finetune.encoding import TextEncoder, examples_of
 from encoder.finetune.kinds import squad
-from encoder.finetune.kinds.choice import MOST_SPECIAL_TOKENS, by_row
+from encoder.finetune.kinds.choice import by_row
+from encoder.finetune.kinds.columns import check_differ, check_room
 from encoder.finetune.kinds.contract import Decided, NothingCarried, NothingDecided
 from encoder.finetune.metrics import Scores
 from encoder.models.with_task import HeadKind
@@ -56,10 +57,7 @@ class ClozeConfig(NothingCarried):
     metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        columns = self.columns
-        twice = next((name for name in columns if columns.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"two columns are called {twice!r}; needed: columns that differ.")
+        check_differ(self.columns)
         if not self.gap.strip():
             raise ConfigError("gap is empty; needed: how a query spells it, such as @placeholder.")
         if self.max_query_tokens < 1:
@@ -90,12 +88,7 @@ class ClozeConfig(NothingCarried):
 
     def check_length(self, max_tokens: int) -> None:
         """Room for a query and a token of the text."""
-        least = self.max_query_tokens + MOST_SPECIAL_TOKENS + 1
-        if max_tokens < least:
-            raise ConfigError(
-                f"data.max_tokens is {max_tokens:,}; needed: at least {least:,}, for"
-                f" task.max_query_tokens {self.max_query_tokens:,} and a text. Lower that."
-            )
+        check_room(max_tokens, max_query_tokens=self.max_query_tokens)
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> ClozeSet:
         """A document for each candidate of each row; float32 [P, 1], whether it is an answer."""

@@ -1,4 +1,4 @@
-"""What the settings of several kinds share: texts of columns, columns that differ, labels that differ, a label's number.
+"""What the settings of several kinds share: texts of columns, what must differ or have room, a label's number.
 
 sentence1                  the column of this name
 "{word}: {sentence1}"      columns in a text"""
@@ -17,6 +17,7 @@ from encoder.data.labelled import DataError, Rows, texts_of
 from encoder.finetune.kinds.marks import marked
 
 MOST_LABELS = 100_000
+MOST_SPECIAL_TOKENS = 4  # of a pair: <s> first </s></s> second </s>
 _PART = re.compile(r"\{([^{}]+)\}")
 # of a label that counts as a number; Python reads no more than some thousand
 MOST_DIGITS = 600
@@ -95,6 +96,30 @@ def check_columns(texts: Sequence[str], label: str) -> None:
         raise ConfigError(
             f"texts and label name the column {twice!r} twice; needed: columns that differ."
         )
+
+
+def check_differ(columns: Sequence[str]) -> None:
+    """Columns of which each has one use. Raises ConfigError."""
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two columns are called {twice!r}; needed: columns that differ.")
+
+
+def check_room(max_tokens: int, **kept: int) -> None:
+    """Room for a token of the text beside what is kept of other parts. Raises ConfigError.
+
+    max_tokens: of a document
+    kept: tokens, by the setting of the task that says how many
+    """
+    least = sum(kept.values()) + MOST_SPECIAL_TOKENS + 1
+    if max_tokens >= least:
+        return
+    told = ", ".join(f"task.{setting} {tokens:,}" for setting, tokens in kept.items())
+    which = "that" if len(kept) == 1 else "one of them"
+    raise ConfigError(
+        f"data.max_tokens is {max_tokens:,}; needed: at least {least:,}, for {told} and a text."
+        f" Lower {which}."
+    )
 
 
 def check_labels(labels: Sequence[str] | None, *, least: int) -> None:

@@ -33,6 +33,7 @@ from encoder.finetune.kinds.answers import (
     WindowLogits,
     best_answer,
 )
+from encoder.finetune.kinds.columns import check_differ, check_room
 from encoder.finetune.kinds.contract import Decided
 from encoder.finetune.metrics import NO_ANSWER_THRESHOLD as THRESHOLD
 from encoder.finetune.metrics import Scores
@@ -42,8 +43,6 @@ from encoder.objectives.text_tasks import Picks, TextObjective
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-
-MOST_SPECIAL_TOKENS = 4  # <s> question </s></s> context </s>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +77,7 @@ class SpansConfig:
     metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        columns = self.columns
-        twice = next((name for name in columns if columns.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"two columns are called {twice!r}; needed: columns that differ.")
+        check_differ(self.columns)
         # the rule checks the settings that it takes
         self.rule({})
         if self.no_answer_threshold is not None and not self.no_answer:
@@ -133,13 +129,11 @@ class SpansConfig:
 
     def check_length(self, max_tokens: int) -> None:
         """Room for the question, the overlap and one token more."""
-        least = self.max_question_tokens + self.overlap_tokens + MOST_SPECIAL_TOKENS + 1
-        if max_tokens < least:
-            raise ConfigError(
-                f"data.max_tokens is {max_tokens:,}; needed: at least {least:,}, for"
-                f" task.max_question_tokens {self.max_question_tokens:,}, task.overlap_tokens"
-                f" {self.overlap_tokens:,} and a text. Lower one of them."
-            )
+        check_room(
+            max_tokens,
+            max_question_tokens=self.max_question_tokens,
+            overlap_tokens=self.overlap_tokens,
+        )
 
     def encode(self, rows: Rows, encoder: TextEncoder, *, name: str) -> SpanSet:
         """Windows of all rows, in their order."""
