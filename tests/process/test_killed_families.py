@@ -130,13 +130,12 @@ def folder(texts, name) -> Path:
     if (texts / name).exists():
         return texts
     run_ranks(train_whole, 1, folder=str(texts), name=name)
-    before, after = (
-        dict(zip(("ranks", "stage", "rows"), numbers, strict=True)) for numbers in ON[name]
-    )
+    (ranks, stage, rows), (other_ranks, other_stage, other_rows) = ON[name]
+    values = dict(folder=str(texts), name=name)
     with pytest.raises(AssertionError, match="rank 0, exit code -9"):
-        run_ranks(train, before.pop("ranks"), folder=str(texts), name=name, dies=True, **before)
+        run_ranks(train, ranks, stage=stage, rows=rows, dies=True, **values)
     assert not (texts / name / "done.json").exists()
-    run_ranks(train, after.pop("ranks"), folder=str(texts), name=name, dies=False, **after)
+    run_ranks(train, other_ranks, stage=other_stage, rows=other_rows, dies=False, **values)
     return texts
 
 
