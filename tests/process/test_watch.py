@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -69,10 +70,8 @@ def test_a_hang_is_ended_by_every_rank_with_its_step_and_the_stacks_of_all_threa
         " hangs: nothing has moved for " in error.read_text() and "in step 3." in error.read_text()
     )
     stacks = (tmp_path / "run" / HANGS / "rank00001.txt").read_text()
-    assert (
-        "rank 1 hangs: nothing has moved for 2 s, in step 3." in stacks
-        or "for 3 s, in step 3" in stacks
-    )
+    # the seconds are measured
+    assert re.search(r"rank 1 hangs: nothing has moved for \d+ s, in step 3\.", stacks)
     assert "in stands_still" in stacks and stacks.count("hread 0x") >= 2
     assert "sum_over_ranks" in (tmp_path / "run" / HANGS / "rank00000.txt").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,10 +180,10 @@ def test_a_look_at_the_nodes_that_runs_out_of_time_says_what_gives_it_more(spool
                 (spool.folder / "elsewhere" / "run" / "slurm" / "7.jsonl").read_text().splitlines()
             )
         ]
-        assert (
-            ends[-1]["cause"] == "crash"
-            and "was not done after 1 s, TESSERA_PREFLIGHT_SECONDS gives it 1" in ends[-1]["why"]
-        )
+        assert ends[-1]["cause"] == "crash"
+        # the seconds are measured: a busy machine may need two
+        said = r"was not done after \d+ s, TESSERA_PREFLIGHT_SECONDS gives it 1:"
+        assert re.search(said, ends[-1]["why"]), ends[-1]["why"]
 
 
 ARRAY = {
