@@ -135,11 +135,13 @@ def checkpoint_facts(checkpoint: Path) -> StoredModel:
     run = read_saved_run(checkpoint / RUN_FILE)
     index = phase_of_weights(read_progress(checkpoint)[0])
     phase = run.phases[index]
-    tokenizer_json = checkpoint.parent.parent / TOKENIZER
+    # the run's; one that was moved away from its run may have a copy beside it
+    beside = (checkpoint.parent.parent / TOKENIZER, checkpoint / TOKENIZER)
+    tokenizer_json = next((path for path in beside if path.is_file()), None)
     return StoredModel(
         config=run.model_of(phase),
         weights={},
-        tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
+        tokenizer_json=tokenizer_json,
         origin=f"run {run.name}, checkpoint {checkpoint.name}",
         max_tokens=max(p.max_tokens_per_document for p in run.phases[: index + 1]),
     )

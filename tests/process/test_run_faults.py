@@ -12,6 +12,7 @@ from encoder.base.errors import CheckpointError, ShardError, UserError
 from encoder.data.loader import Loader
 from encoder.runs.config import read_run
 from encoder.runs.folder import LEDGER, read_jsonl
+from encoder.runs.weights import read_model
 from encoder.tools.weights.export import export_run
 from encoder.train.pretraining import pretrain
 from tests.helpers.shards import random_documents, write_source
@@ -95,6 +96,17 @@ def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path):
     with pytest.raises(CheckpointError, match="rank00000.safetensors is damaged"):
         export_run(damaged, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_checkpoint_away_from_its_run_is_read_with_the_tokenizer_that_was_put_into_it(
+    folder, tmp_path
+):
+    checkpoint = max((folder / "whole" / "checkpoints").iterdir())
+    moved = shutil.copytree(checkpoint, tmp_path / "elsewhere" / "moved")
+    assert read_model(moved).tokenizer_json is None
+    shutil.copy(folder / "whole" / "tokenizer.json", moved)
+    assert read_model(moved).tokenizer_json == moved / "tokenizer.json"
+    assert read_model(checkpoint).tokenizer_json == folder / "whole" / "tokenizer.json"
 
 
 def test_a_second_start_is_refused_while_the_first_trains(folder):
