@@ -27,6 +27,7 @@ QUESTIONS = {
     "checkpoint": "how long a save holds training up, beside torch.save",
     "gemm": "matrix products of a model, beside the device's own ceiling",
     "loss": "memory of the loss, beside all logits at once",
+    "time-to-loss": "seconds to a held-out loss, beside transformers' Trainer",
 }
 ALL = ("step", "attention", "optimizer", "checkpoint", "loader", "prep")
 
@@ -41,7 +42,7 @@ def bench(words: Sequence[str]) -> None:
         # words of one question alone are refused before anything runs
         _parser("all", None).parse_args([*rest])
     modules = {
-        name: importlib.import_module(f"benchmarks.{name}")
+        name: importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
         for name in (ALL if question == "all" else [question])
     }
     # here: torch takes seconds, and --help is read without it
@@ -88,7 +89,7 @@ def bench(words: Sequence[str]) -> None:
 
 def _parser(question: str, module: ModuleType | None, *, quick: bool = False) -> CommandLine:
     about = "\n".join(
-        f"  {name:<11} {text}" for name, text in (*QUESTIONS.items(), ("all", ", ".join(ALL)))
+        f"  {name:<13} {text}" for name, text in (*QUESTIONS.items(), ("all", ", ".join(ALL)))
     )
     parser = CommandLine(
         prog=f"bench.py {question}", description=__doc__, epilog=f"questions:\n{about}"

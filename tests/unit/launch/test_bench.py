@@ -40,14 +40,14 @@ def memory_is_given_back(monkeypatch):
     monkeypatch.setattr(command, "keep_freed_memory", lambda: True)
 
 
-# engine: tests/process/test_bench_engine.py, for DeepSpeed starts once a process
+# engine: tests/process/test_bench_engine.py, for DeepSpeed starts once a process; time-to-loss: test_time_to_loss.py beside it
 @pytest.mark.parametrize(
     "question",
     [
         # the loader's rows are compared with the slow twin's below, too; the loss takes three processes
         pytest.param(q, marks=pytest.mark.slow) if q in ("loader", "loss") else q
         for q in command.QUESTIONS
-        if q != "engine"
+        if q not in ("engine", "time-to-loss")
     ],
 )
 def test_every_question_answers_with_numbers_their_spread_and_the_machine(
