@@ -2,7 +2,8 @@
 """How fast it is here, beside what others do: preparation, loader, step, attention, optimizer, engine, checkpoint.
 
 python launch/bench.py [prep|loader|step|attention|optimizer|engine|checkpoint|gemm|loss|time-to-loss|all]
-                       [--device cpu|cuda] [--against hf] [--json FILE] [...]          each question has more: launch/bench.py step --help
+                       [--device cpu|cuda] [--against hf] [--json FILE] [...]
+each question has more: launch/bench.py step --help
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""tessera bench time-to-loss: both sides are trained, judged by the same masks, and told only where the run's own loss is the judge's."""
+"""tessera bench time-to-loss: both sides are judged by the same masks; a judge unlike the run's own loss tells nothing."""
 
 from __future__ import annotations
 
