@@ -10,7 +10,8 @@ times Adam's. Hidden matrices are those of the layers. Query, key and value are 
 Wi two: nothing mixes their features before they are used. Embeddings, the head and the decoder are StableAdamW's.
 
 Newton-Schulz needs whole matrices. Under ZeRO each is brought together on one rank (exchange.py), a share of them on each;
-at stage 0 every rank does all of them. It computes in bf16 on CUDA, as published, and in the weights' own precision on a CPU.
+at stage 0 every rank does all of them. It computes in bf16 on CUDA, as published, and on a CPU in the weights' own precision or,
+where `matrix_precision` says so, in bf16 as well.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class MuonConfig(StableAdamWConfig):
     momentum: float = 0.95  # of the matrices
     matrix_scale: Literal["adam", "jordan"] = "adam"  # size of an update: AdamW's, or Jordan's own
     matrix_lr: float = 1.0  # rate of the matrices over that of the rest
+    # Newton-Schulz computes in it; auto: bf16 on CUDA, as published, the weights' own on a CPU
+    matrix_precision: Literal["auto", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,14 +172,18 @@ class Muon(StableAdamW):
             near = matrix
             if not matrix.is_cuda:  # offloaded: to the GPU and back
                 near = matrix.to(collective_device())
-            matrix.copy_(newton_schulz(near)).mul_(
+            low = near.is_cuda or self.config.matrix_precision == "bf16"
+            matrix.copy_(newton_schulz(near, in_bf16=low)).mul_(
                 self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale)
             )
             self.orthogonalized += 1
 
 
-def newton_schulz(matrix: Tensor) -> Tensor:
-    """U S' V^T of a matrix U S V^T, with S' near 1 (0.7 to 1.2) unless the singular value is below about 1e-3 of the norm."""
+def newton_schulz(matrix: Tensor, *, in_bf16: bool) -> Tensor:
+    """U S' V^T of a matrix U S V^T, with S' near 1 (0.7 to 1.2) unless the singular value is below about 1e-3 of the norm.
+
+    in_bf16: whether its products are; else they have the matrix's own precision
+    """
     a, b, c = NEWTON_SCHULZ
     # the shorter side first, for the smaller Gram matrix. Over its Frobenius norm a matrix has no
     # singular value above 1, which the iteration needs
@@ -185,7 +192,7 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     if tall:
         x = matrix.T
     x = x / matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
-    if x.is_cuda:
+    if in_bf16:
         x = x.to(torch.bfloat16)
 
     # x <- a x + (b G + c G^2) x with G = x x^T
