@@ -1,8 +1,10 @@
 """Text to MDS shards end to end on two cores, ours beside MDSWriter + a Hugging Face tokenizer per document, in one run.
 
     python launch/bench.py prep [--corpus FOLDER --tokenizer corpus/tokenizer.json] [--megabytes 500] [--against-megabytes 20]
+                                [--kind wordpiece]
 
-FOLDER holds *.jsonl with the key text; without it text of this Python environment is collected and a tokenizer trained on it.
+FOLDER holds *.jsonl with the key text; without it text of this Python environment is collected and a tokenizer of --kind
+trained on it.
 Ours is the command data-prep prepare with --processes processes (start-up and checks included) on the files one after the
 other, gone through as often as --megabytes asks. The other is what people usually write, in one process: json.loads,
 tokenizer(text) of transformers, MDSWriter.write; on the first --against-megabytes of every file in equal shares, start-up left
@@ -38,7 +40,12 @@ from data_prep.config import JsonlSource
 from data_prep.environment_corpus import environment_corpus
 from data_prep.ledger import open_ledger
 from data_prep.segments import Part, segments_of
-from data_prep.tokenizer_training import TrainingConfig, sources_of, train_tokenizer
+from data_prep.tokenizer_training import (
+    NAMES_OF_KIND,
+    TrainingConfig,
+    sources_of,
+    train_tokenizer,
+)
 from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.tokenizer_json import special_ids_of
@@ -68,6 +75,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; needed with --corpus"
     )
+    parser.add_argument(
+        "--kind",
+        choices=NAMES_OF_KIND,
+        default="bpe",
+        help="of the tokenizer that is trained; without --tokenizer",
+    )
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--against-megabytes", type=float, default=5)
     parser.add_argument("--processes", type=count, default=2)
@@ -93,7 +106,9 @@ def ask(args: argparse.Namespace, report: Report) -> None:
                 sources_of(["*.jsonl"]),
                 corpus,
                 tokenizer,
-                TrainingConfig(vocab_size=1024 if args.quick else 8192, sample_mb=2),
+                TrainingConfig(
+                    kind=args.kind, vocab_size=1024 if args.quick else 8192, sample_mb=2
+                ),
             )
         files = sorted(corpus.glob("*.jsonl"))
         if not files or not tokenizer.is_file():
@@ -313,6 +328,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
         for owner, name in places:
             setattr(owner, name, timed(stage, getattr(owner, name)))
     vocab_size, specials = special_ids_of(tokenizer)
+    encoder = tokenization.choose_encoder(tokenizer)
     job = worker.EncodeJob(
         tokenizer_json=str(tokenizer),
         specials=specials,
@@ -344,7 +360,7 @@ def profile(files: list[Path], tokenizer: Path, folder: Path) -> dict[str, float
             maker(
                 worker.SegmentJob(
                     source=source,
-                    encoder="fastokens",
+                    encoder=encoder,
                     segment=segment,
                     part=Part(),
                     folder=str(ledger.out),
