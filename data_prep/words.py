@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +70,7 @@ class WordEncoder:
         numbers = self._known.numbers
         new = [word for word in words_U if word not in numbers]
         if new:
-            self._known.add(new, *self._new.encode([word.decode("utf-8") for word in new]))
+            self._known.add(new, *self._new.encode(new))
         return np.fromiter(map(numbers.__getitem__, words_U), np.int64, count=len(words_U))
 
 
@@ -131,16 +131,16 @@ class _NewWords:
         self._rules = rules
         self._model = tokenizer.model
 
-    def encode(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all words end to end, tokens per word [W] int64)."""
-        is_plain_W = np.array([self._is_plain(word) for word in words], bool)
-        plain = [word for word, is_plain in zip(words, is_plain_W, strict=True) if is_plain]
-        others = [word for word, is_plain in zip(words, is_plain_W, strict=True) if not is_plain]
-        if self._rules.plain == "lower":
-            plain = [word.lower() for word in plain]
+        is_plain_W = _printable_ascii(words)
+        if self._rules.plain is None:
+            is_plain_W[:] = False
+        plain = list(compress(words, is_plain_W.tolist()))
+        others = [word.decode("utf-8") for word in compress(words, (~is_plain_W).tolist())]
 
         # normalizer and pre-tokenizer take longer than the model, and do nothing else to plain words
-        found = [self._model.tokenize(self._rules.prefix + word) for word in plain]
+        found = list(map(self._model.tokenize, self._ready(plain)))
         plain_lengths = np.fromiter(map(len, found), np.int64, count=len(found))
         plain_ids = [token.id for token in chain.from_iterable(found)]
         other_ids, other_lengths = ids_of_each(self._tokenizer, others)
@@ -153,10 +153,26 @@ class _NewWords:
         ids_T[~is_plain_T] = other_ids
         return ids_T, lengths_W
 
-    def _is_plain(self, word: str) -> bool:
-        if self._rules.plain is None or not word.isascii():
-            return False
-        return word.isprintable() and " " not in word
+    def _ready(self, plain: Sequence[bytes]) -> list[str]:
+        """What the model sees of words of printable ASCII."""
+        if not plain:
+            return []
+        # all at once, since a step of Python for each word takes as long as a third of the model
+        joined = b" ".join(plain)
+        if self._rules.plain == "lower":
+            joined = joined.lower()
+        text = self._rules.prefix + joined.decode("ascii").replace(" ", " " + self._rules.prefix)
+        return text.split(" ")
+
+
+def _printable_ascii(words: Sequence[bytes]) -> np.ndarray:
+    """Which words have nothing but printable ASCII, bool [W]; no word is empty."""
+    data = np.frombuffer(b"".join(words), np.uint8)
+    ends = np.cumsum(np.fromiter(map(len, words), np.int64, count=len(words)))
+    others = np.flatnonzero((data < 33) | (data > 126))
+    is_printable_W = np.ones(len(words), bool)
+    is_printable_W[np.searchsorted(ends, others, side="right")] = False
+    return is_printable_W
 
 
 def ids_of_each(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
