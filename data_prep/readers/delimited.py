@@ -29,7 +29,7 @@ from data_prep.readers.packed import ByteStream, opened
 from encoder.base.errors import nearest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-READ_BYTES = 2**18
+READ_BYTES = 2**20  # records that lie whole in it are taken at once
 SEPARATORS = (",", ";", "\t", "|")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)
