@@ -30,7 +30,8 @@ def plan_first(
     check_same_run(run, Path(run.out))
     # fewest and most nodes of a range: the run must fit both
     for count in ranks:
-        for warning in fit_ranks(run, ranks=count).warnings:
+        # GPUs pad; a login node, which has none, does not tell what the jobs train on
+        for warning in fit_ranks(run, ranks=count, padded=run.device != "cpu").warnings:
             print(f"warning: {warning}")
     if shards_must_be_there and not any(source.cache for source in run.all_sources()):
         check_same_data(run, check_data(run), Path(run.out))

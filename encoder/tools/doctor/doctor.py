@@ -48,7 +48,7 @@ from encoder.tools.doctor.verdict import (
     judge_links,
 )
 from encoder.tools.plan.fit import fit_ranks
-from encoder.tools.plan.memory import count_needs
+from encoder.tools.plan.memory import count_needs, device_here
 from encoder.train import build
 
 WAIT_SECONDS = 45.0  # a python of 1,000 nodes on a busy file system starts within that
@@ -206,7 +206,8 @@ class Doctor:
                 self.findings.mistakes.append(str(as_user_error(error)))
 
         try:
-            fit = fit_ranks(run, ranks=self.world.size)
+            padded = build.has_static_shapes(run, device_here(run))
+            fit = fit_ranks(run, ranks=self.world.size, padded=padded)
             self.findings.rows.append(("fit", fit.text))
             self.findings.warnings += fit.warnings
             self.findings.warnings += [

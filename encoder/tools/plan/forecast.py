@@ -17,6 +17,7 @@ from encoder.base.errors import ConfigError, nearest
 from encoder.base.units import short_count, short_seconds
 from encoder.runs.config import RunConfig
 from encoder.runs.phases import Stretch
+from encoder.tools.plan.fit import share_of_rows
 from encoder.train.meters import BF16_PEAKS
 
 
@@ -152,10 +153,19 @@ def forecast(
     machine: Machine | None = None,
     probe: Probe | None = None,
     interconnect: float | None = None,
+    padded: bool = True,
 ) -> Forecast:
-    """Of the steps in `stretches` on `ranks` ranks of a machine, or of the one that was probed. flops_per_token: a number a phase.
+    """How long the steps take on ranks of a machine, or of the one that was probed.
 
-    interconnect: bytes a second of a rank to the others, each way.
+    run: its engine, model and loader decide
+    stretches: the steps
+    flops_per_token: model FLOP, a number a phase
+    parameters: trained numbers
+    ranks: that share a step's rows
+    machine: a GPU by its published numbers; else
+    probe: what was measured here
+    interconnect: bytes a second of a rank to the others, each way
+    padded: whether micro-batches have one shape, as on a GPU
     """
     assert (machine is None) != (probe is None), "one of them"
     assumed = list(machine.assumed if machine else ())
@@ -172,9 +182,15 @@ def forecast(
     most_bytes = 0.0
     for stretch in stretches:
         # the rank that has most rows: the others wait for it
-        phase, rows = run.phases[stretch.phase], math.ceil(stretch.rows / ranks)
-        micro_batches = math.ceil(rows / run.loader.micro_batch_rows)
-        tokens = stretch.tokens / stretch.rows * rows
+        phase = run.phases[stretch.phase]
+        share = share_of_rows(
+            stretch.rows,
+            ranks=ranks,
+            micro_batch_rows=run.loader.micro_batch_rows,
+            padded=padded,
+        )
+        micro_batches = share.micro_batches
+        tokens = stretch.tokens / stretch.rows * share.rows
         flops = tokens * flops_per_token[stretch.phase]
         sent = communication_bytes(
             run, parameters=parameters, ranks=ranks, micro_batches=micro_batches

@@ -25,9 +25,11 @@ from encoder.runs.objective_models import plan_texts
 from encoder.runs.phases import PlannedSteps, planned_steps
 from encoder.runs.weights import model_facts
 from encoder.tools.plan.data import data_lines, epochs_lines
+from encoder.tools.plan.fit import idle_warnings
 from encoder.tools.plan.forecast import Machine, Probe, forecast, forecast_lines
 from encoder.tools.plan.memory import Memory, Needs, count_needs, device_here, on_machine
 from encoder.tools.plan.work import PhaseWork, phase_work, works_text
+from encoder.train.build import has_static_shapes
 
 # the rest is CUDA's context, NCCL's buffers and gaps between tensors: assumed
 CUDA_SHARE = 0.92
@@ -65,10 +67,12 @@ def plan_text(
         fills = [filling.fill if filling else FILL for filling in fillings]
         steps = planned_steps(run, fills=fills)
 
+    padded = has_static_shapes(run, _device(run, machine))
     warnings = [
         *mistakes,
         *_warnings(run, machine),
         *hints_of(run, ranks=ranks, fillings=fillings),
+        *idle_warnings(run, ranks=ranks, padded=padded),
     ]
     works = [phase_work(run, phase) for phase in run.phases]
 
@@ -100,6 +104,7 @@ def plan_text(
             machine=machine,
             probe=probe,
             interconnect=interconnect,
+            padded=padded,
         )
         lines += forecast_lines(speed, ranks=ranks, machine=machine, probe=probe)
     return "\n".join(lines)
@@ -283,9 +288,13 @@ def _precision_text(run: RunConfig, asked: str, machine: Machine | None) -> str:
     return f"{run.engine.precision} (auto: what {where} is best at)"
 
 
+def _device(run: RunConfig, machine: Machine | None) -> torch.device:
+    """What a machine of the plan trains on: its GPU, or what is here."""
+    return torch.device("cuda") if machine else device_here(run)
+
+
 def _warnings(run: RunConfig, machine: Machine | None) -> list[str]:
-    on_cuda = machine is not None or device_here(run).type == "cuda"
-    slow = slow_precision_text(run, on_cuda=on_cuda)
+    slow = slow_precision_text(run, on_cuda=_device(run, machine).type == "cuda")
     return [*warnings_of(run), *([slow] if slow else [])]
 
 
