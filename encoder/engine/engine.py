@@ -23,6 +23,7 @@ from encoder.base.dist import World, max_over_ranks, sum_over_ranks
 from encoder.base.model import TrainedModel
 from encoder.base.objective import TrainedObjective
 from encoder.engine.graphed import GraphedForward
+from encoder.engine.overlap import Overlap
 from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
 from encoder.engine.zero.config import (
@@ -32,6 +33,7 @@ from encoder.engine.zero.config import (
     forget_modules,
     import_deepspeed,
     initialize,
+    sends_during_backward,
     zero_config,
 )
 from encoder.engine.zero.layout import (
@@ -43,6 +45,7 @@ from encoder.engine.zero.layout import (
     whole_shape,
 )
 from encoder.engine.zero.partition import Values, partition_, weights_may_go
+from encoder.engine.zero.ways import AllReduced, way_of
 from encoder.optim.catalog import build_optimizer
 from encoder.optim.groups import Factors, parameters_of
 from encoder.optim.slices import FlatPart, ParamSlice
@@ -198,6 +201,13 @@ class Engine:
         self._parts = flat_parts(ds_engine)
         self._plain_norm = torch.zeros(())  # stage 0: DeepSpeed measures no norm there
 
+        # what sends the gradients during the backward pass; None where they are sent behind it
+        self._overlap: Overlap | None = None
+        if sends_during_backward(config, stage=zero_stage, ranks=world.size):
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            way = way_of(ds_engine, stage=zero_stage)
+            self._overlap = Overlap(way, parameters=trained, world=world)
+
         # a checkpoint has what each rank owns: without gaps, nothing twice
         check_cover(
             [s for _, s in self._owned()],
@@ -248,15 +258,18 @@ class Engine:
         # kept on the device, so that the host need not wait for a micro-batch
         sums = torch.zeros(len(counts), 2, dtype=torch.float64, device=self.device)
         weights: dict[str, float] = {}
-        for batch in on_device(micro_batches, self.device):
+        for number, batch in enumerate(on_device(micro_batches, self.device), start=1):
             loss = self._ds(batch)
             assert [*loss] == [*counts], f"the loss has the terms {[*loss]}, the step {[*counts]}"
-            # the loss has its denominator already, so DeepSpeed must not divide it again
-            self._ds.backward(self._objective_of(loss, counts), scale_wrt_gas=False)
+            with self._sending(last=number == len(micro_batches)):
+                # the loss has its denominator already, so DeepSpeed must not divide it again
+                self._ds.backward(self._objective_of(loss, counts), scale_wrt_gas=False)
             for row, term in zip(sums, loss.values(), strict=True):
                 row[0] += term.sum
                 row[1] += term.count
             weights = {name: term.weight for name, term in loss.items()}
+        if self._overlap:
+            self._overlap.finish()
         self._ds.step()
         if self._stage == 0:
             norm = float(self._plain_norm)
@@ -286,6 +299,10 @@ class Engine:
             grad_norm=norm if norm == norm else float("inf"),
             applied=norm < float("inf"),
         )
+
+    def _sending(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """What the backward pass of a micro-batch, the last of a step or not, runs in."""
+        return self._overlap.backward(last=last) if self._overlap else contextlib.nullcontext()
 
     def _objective_of(
         self, loss: Mapping[str, LossTerm], counts: Mapping[str, int]
@@ -371,6 +388,8 @@ class Engine:
 
         No rank waits for another; safe after any error. Nothing may be asked of it afterwards.
         """
+        if self._overlap:
+            self._overlap.close()
         # an error before it is what is told
         with contextlib.suppress(Exception):
             self._ds.destroy()
@@ -475,18 +494,16 @@ class Engine:
         """Stage 0, what ZeRO's optimizers do before they step: the mean over ranks, its norm, clipping, and no update from
         a gradient that is not finite."""
         tensors: list[Any] = parameters_of(optimizer.param_groups)
-        # every parameter has a gradient (see _objective_of)
-        grads = [p.grad for p in tensors]
 
-        # one all-reduce of all of them; one rank on a CPU has nothing to send, and a copy of all would cost as much as an update
+        # one rank on a CPU has nothing to send, and a copy of all would cost as much as an update
         together = self.world.size > 1 or self.device.type != "cpu"
         if together:
-            flat = sum_over_ranks(torch.cat([grad.view(-1) for grad in grads]))
-            flat.div_(self.world.size)
+            flat = self._summed(tensors).div_(self.world.size)
             self._plain_norm = _norm([flat])
             parts = flat.split([p.numel() for p in tensors])
             grads = [part.view_as(p) for p, part in zip(tensors, parts, strict=True)]
         else:
+            grads = [p.grad for p in tensors]
             self._plain_norm = _norm(grads)
 
         # the formula of ZeRO's unscale_and_clip_grads
@@ -506,6 +523,14 @@ class Engine:
                 p.grad = grad
             else:
                 p.grad = None
+
+    def _summed(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Their gradients, one behind the other, summed over the ranks."""
+        if self._overlap:
+            assert isinstance(self._overlap.way, AllReduced), "stage 0"
+            return self._overlap.way.take_sums()
+        # every parameter has a gradient (see _objective_of): one all-reduce of all of them
+        return sum_over_ranks(torch.cat([p.grad.view(-1) for p in tensors if p.grad is not None]))
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from encoder.base.dist import World
 from encoder.engine.engine import EngineConfig, start_engine
 from encoder.optim.stable_adamw import StableAdamWConfig
 from encoder.runs.config import read_run
-from encoder.tools.plan.forecast import communication_bytes
+from encoder.tools.plan.forecast import traffic_of
 from tests.process.ranks import run_ranks
 from tests.process.tiny import micro_batch, mlm_objective, tiny_model
 
@@ -96,13 +96,13 @@ def test_the_plan_counts_what_is_sent(stage):
     """Within 10 %: what DeepSpeed pads, and small tensors, are not counted."""
     run = read_run("configs/pretrain/tiny_cpu.yaml", [f"engine.zero_stage={stage}"])
     for found, micro_batches in zip(counted := run_ranks(moved, 2, stage=stage)[0], (1, 3)):
-        planned = communication_bytes(
-            run, parameters=found["parameters"], ranks=2, micro_batches=micro_batches
-        )
+        planned = traffic_of(
+            run, parameters=found["parameters"], largest=1, ranks=2, micro_batches=micro_batches
+        ).total
         parameters = found.pop("parameters")
         if (
             stage == 3
         ):  # weights as small as these stay on every rank, so only gradients are sent as in a large model
             planned -= micro_batches * 2 * parameters * 4 / 2
-            found = {"reduce_scatter_fn": found["reduce_scatter_fn"]}
+            found = {"reduce_scatter_tensor": found["reduce_scatter_tensor"]}
         assert sum(found.values()) == pytest.approx(planned, rel=0.1), (counted, planned)

@@ -39,6 +39,9 @@ class EngineConfig:
     # micro_step: forward and backward of a micro-batch as one CUDA graph, for small models that wait for launches;
     # experimental: never run on a GPU
     graphs: Literal["off", "micro_step"] = "off"
+    # reduction: gradients are summed over the ranks while the backward pass still computes others; off: after it;
+    # weights: stage 3 also gathers the next layers' weights while one computes, and keeps them until their backward
+    overlap: Literal["reduction", "weights", "off"] = "reduction"
     # largest global gradient norm; 0: none (StableAdamW clips its own updates)
     gradient_clipping: float = 0.0
 
@@ -72,6 +75,11 @@ class EngineConfig:
                 " or layers apart in the middle of a micro-step, and are for models too large to"
                 " wait for launches. Use graphs: off."
             )
+        if self.overlap == "weights" and self.zero_stage != 3:
+            raise ConfigError(
+                f"overlap weights with zero_stage {self.zero_stage}: only stage 3 gathers weights"
+                " during a pass. Use overlap reduction, or zero_stage 3."
+            )
         if self.gradient_clipping < 0.0:
             raise ConfigError(
                 f"gradient_clipping {self.gradient_clipping} is below 0. Use 0 for no clipping."
@@ -95,6 +103,25 @@ def as_run(config: EngineConfig, *, ranks: int, device: torch.device) -> EngineC
     return replace(config, zero_stage=0)
 
 
+def sends_during_backward(config: EngineConfig, *, stage: int, ranks: int) -> bool:
+    """Whether gradients are summed over the ranks during the backward pass, and not by DeepSpeed.
+
+    It stays DeepSpeed's on one rank, which sends nothing; with graphs, which give all gradients at once; with an offloaded
+    optimizer, whose copies are its own; and with bf16 weights at stage 1, whose gradients it adds up elsewhere.
+
+    config: of the run
+    stage: as it is run
+    ranks: of the run
+    """
+    return (
+        ranks > 1
+        and config.overlap != "off"
+        and config.graphs == "off"
+        and config.offload_optimizer == "none"
+        and not (config.precision == "bf16" and stage == 1)
+    )
+
+
 # gradients that are reduced at a time, in fp32 268 MB; DeepSpeed's 5e8 would be a buffer of 2 GB
 BUCKET_ELEMENTS = 2**26
 
@@ -106,6 +133,8 @@ STAGE_3 = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
+# weights that are on their way while others compute, in fp32 67 MB: two layers of large
+LOOK_AHEAD = {"stage3_prefetch_bucket_size": 2**24}
 
 
 def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
@@ -126,6 +155,7 @@ def zero_config(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
             **TO_THE_OWNER,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             **(STAGE_3 if config.zero_stage == 3 else {}),
+            **(LOOK_AHEAD if config.overlap == "weights" else {}),
             **(
                 {"offload_optimizer": {"device": "cpu"}}
                 if config.offload_optimizer == "cpu"

@@ -2,7 +2,7 @@
 
     micro-batch    model FLOP / (peak x product share)  +  what layers read and write / (memory rate x memory share)
     update         bytes of weights, gradients, moments on a rank / (memory rate x memory share)
-    communication  bytes a rank sends in a step / link rate; nothing of it is hidden behind computing (overlap_comm is off)
+    communication  bytes a rank sends in a step / link rate, less what is sent during the backward pass (communication.py)
 
 A number that nobody measured on the machine in question is an assumption, and the forecast carries its name.
 """
@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.units import short_count, short_seconds
+from encoder.engine.zero.config import sends_during_backward
 from encoder.runs.config import RunConfig
 from encoder.runs.phases import Stretch
+from encoder.tools.plan.communication import HOP_SECONDS, Traffic, waiting_seconds
 from encoder.tools.plan.fit import share_of_rows
 from encoder.train.meters import BF16_PEAKS
 
@@ -116,6 +118,16 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What is to be computed, and by how many."""
+
+    stretches: Sequence[Stretch]
+    flops_per_token: Sequence[float]  # model FLOP, a number a phase
+    ranks: int  # that share a step's rows
+    padded: bool = True  # whether micro-batches have one shape, as on a GPU
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """Of a whole run."""
 
@@ -125,6 +137,8 @@ class Forecast:
     communication_seconds: float
     data_seconds: float
     bytes_a_step: float  # that a rank sends, in the longest step
+    link_seconds: float  # that they take, in that step
+    hidden_share: float  # of them, beside computing
     assumed: tuple[str, ...]
 
     @property
@@ -146,27 +160,24 @@ class Forecast:
 def forecast(
     run: RunConfig,
     *,
-    stretches: Sequence[Stretch],
-    flops_per_token: Sequence[float],
+    steps: Steps,
     parameters: int,
-    ranks: int,
+    largest: int,
     machine: Machine | None = None,
     probe: Probe | None = None,
     interconnect: float | None = None,
-    padded: bool = True,
 ) -> Forecast:
     """How long the steps take on ranks of a machine, or of the one that was probed.
 
     run: its engine, model and loader decide
-    stretches: the steps
-    flops_per_token: model FLOP, a number a phase
+    steps: that are taken
     parameters: trained numbers
-    ranks: that share a step's rows
+    largest: of them, those of the largest matrix
     machine: a GPU by its published numbers; else
     probe: what was measured here
     interconnect: bytes a second of a rank to the others, each way
-    padded: whether micro-batches have one shape, as on a GPU
     """
+    ranks = steps.ranks
     assert (machine is None) != (probe is None), "one of them"
     assumed = list(machine.assumed if machine else ())
     link = _link(interconnect, machine, ranks, assumed)
@@ -179,23 +190,27 @@ def forecast(
         reached = machine.memory_bytes_per_second * machine.memory_share
         update = own * UPDATE_BYTES / reached
     parts = {"computing": 0.0, "update": 0.0, "communication": 0.0, "data": 0.0}
-    most_bytes = 0.0
-    for stretch in stretches:
+    overlaps = sends_during_backward(run.engine, stage=run.engine.zero_stage, ranks=ranks)
+    most_bytes = most_link = hidden = 0.0
+    for stretch in steps.stretches:
         # the rank that has most rows: the others wait for it
         phase = run.phases[stretch.phase]
         share = share_of_rows(
             stretch.rows,
             ranks=ranks,
             micro_batch_rows=run.loader.micro_batch_rows,
-            padded=padded,
+            padded=steps.padded,
         )
         micro_batches = share.micro_batches
         tokens = stretch.tokens / stretch.rows * share.rows
-        flops = tokens * flops_per_token[stretch.phase]
-        sent = communication_bytes(
-            run, parameters=parameters, ranks=ranks, micro_batches=micro_batches
+        flops = tokens * steps.flops_per_token[stretch.phase]
+        traffic = traffic_of(
+            run,
+            parameters=parameters,
+            largest=largest,
+            ranks=ranks,
+            micro_batches=micro_batches,
         )
-        most_bytes = max(most_bytes, sent)
         if probe is not None:
             computing = flops / probe.flops_per_second[phase.max_tokens_per_document]
             waiting = tokens * probe.data_seconds_per_token
@@ -205,43 +220,54 @@ def forecast(
                 run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches
             )
             waiting = 0.0  # a GPU's rows are made by other processes meanwhile
+        alone, beside = (
+            waiting_seconds(traffic, computing=computing, bytes_per_second=link, overlaps=how)
+            for how in (False, overlaps)
+        )
+        if traffic.total > most_bytes:
+            most_bytes, most_link = traffic.total, alone
+            hidden = 1 - beside / alone
         seconds_of_step = {
             "computing": computing,
             "update": update,
-            # nothing overlaps: the most that it can take
-            "communication": sent / link,
+            "communication": beside,
             "data": waiting,
         }
         for name, seconds in seconds_of_step.items():
             parts[name] += stretch.steps * seconds
     return Forecast(
-        tokens=sum(s.steps * s.tokens for s in stretches),
+        tokens=sum(s.steps * s.tokens for s in steps.stretches),
         bytes_a_step=most_bytes,
+        link_seconds=most_link,
+        hidden_share=hidden,
         assumed=tuple(assumed),
         **{f"{name}_seconds": seconds for name, seconds in parts.items()},
     )
 
 
-def communication_bytes(
-    run: RunConfig, *, parameters: int, ranks: int, micro_batches: int
-) -> float:
-    """That each rank sends in one step, by ring collectives: a reduce-scatter or an all-gather of n bytes sends n (N - 1) / N.
+def traffic_of(
+    run: RunConfig, *, parameters: int, largest: int, ranks: int, micro_batches: int
+) -> Traffic:
+    """What a rank sends in a step of a run.
 
-    Gradients travel in fp32. As counted on two ranks (tests/process/test_communication.py): at stage 0 they are all-reduced;
-    each stretch is reduced to its owner at stage 1 once a step, at stage 2 after every micro-batch, and then the weights are
-    gathered. Stage 3 reduce-scatters after every micro-batch and gathers weights for every forward and every backward (the latter
-    is not counted: a small model's weights are all below DeepSpeed's threshold and stay).
+    As counted on two ranks (tests/process/test_communication.py), but for the gathers of stage 3: a small model's weights are all
+    below DeepSpeed's threshold and stay.
+
+    run: its engine decides
+    parameters: trained numbers
+    largest: of them, those of the largest matrix
+    ranks: that share a step
+    micro_batches: of a rank's step
     """
-    share = (ranks - 1) / ranks
-    gradients = parameters * (8 if run.engine.precision == "fp64" else 4) * share
-    weights = parameters * {"fp64": 8, "bf16": 2}.get(run.engine.precision, 4) * share
-    if run.engine.zero_stage == 0:
-        # an all-reduce is a reduce-scatter and an all-gather
-        return 2 * gradients
-    if run.engine.zero_stage == 3:
-        # weights are gathered for the forward, and again for the backward
-        return micro_batches * (gradients + 2 * weights)
-    return gradients * (micro_batches if run.engine.zero_stage == 2 else 1) + weights
+    return Traffic.of(
+        stage=run.engine.zero_stage,
+        precision=run.engine.precision,
+        parameters=parameters,
+        largest=largest,
+        ranks=ranks,
+        micro_batches=micro_batches,
+        overlap=run.engine.overlap,
+    )
 
 
 def forecast_lines(
@@ -278,7 +304,8 @@ def forecast_lines(
         lines += _probe_lines(probe, whole)
     if ranks > 1:
         lines.append(
-            f"communication  up to {found.bytes_a_step / 1e9:,.3g} GB sent by a rank in a step"
+            f"communication  up to {found.bytes_a_step / 1e9:,.3g} GB sent by a rank in a step:"
+            f" {1e3 * found.link_seconds:,.3g} ms, {found.hidden_share:.0%} of them beside computing"
         )
     title = "assumed, not measured"
     for text in found.assumed:
@@ -348,4 +375,5 @@ def _link(
     assumed.append(
         f"{rate / 1e9:,.0f} GB/s of a rank to the others, {where}; --interconnect says another"
     )
+    assumed.append(f"{1e6 * HOP_SECONDS:.0f} us from one rank to the next")
     return rate

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 import torch
 
 from encoder.engine.precision import precision_on
-from encoder.engine.zero.config import BUCKET_ELEMENTS, EngineConfig, as_run
+from encoder.engine.zero.config import (
+    BUCKET_ELEMENTS,
+    EngineConfig,
+    as_run,
+    sends_during_backward,
+)
 from encoder.models.catalog import build_model, networks_of
 from encoder.models.contract import ModelConfig
 from encoder.nn.loss import PIECE_POSITIONS
@@ -51,6 +56,7 @@ class Needs:
     """What a run asks of its machines."""
 
     parameters: int
+    largest: int  # of them, in the largest matrix
     decayed: int  # of them, with weight decay
     memory: Memory  # of one rank
     checkpoint_bytes: int  # of one: masters and what the optimizer keeps, in fp32
@@ -72,6 +78,7 @@ def count_needs(run: RunConfig, *, ranks: int) -> Needs:
     )
     return Needs(
         parameters=sum(sizes),
+        largest=max(sizes),
         decayed=sum(p.numel() for p in model.parameters() if p.ndim > 1),
         memory=memory,
         checkpoint_bytes=4 * (sum(sizes) + state),
@@ -119,9 +126,7 @@ def estimate_memory(
         optimizer_elements=optimizer_elements,
         ranks=ranks,
     )
-    # a CPU maps what of a bucket is used
-    has_bucket = run.device != "cpu" and run.engine.zero_stage > 0
-    bucket = 4 * BUCKET_ELEMENTS if has_bucket else 0
+    bucket = _bucket_bytes(run, parameters=parameters, ranks=ranks)
     probes = 0
     offloaded = own.offloaded
     if fine_tunes(run):
@@ -141,6 +146,23 @@ def estimate_memory(
         },
         probes=probes,
     )
+
+
+def _bucket_bytes(run: RunConfig, *, parameters: int, ranks: int) -> int:
+    """Gradients on their way: what may wait for the link, at stage 0 all of them, which become the sums.
+
+    run: its engine decides
+    parameters: trained numbers
+    ranks: that share a step
+    """
+    # a CPU maps what of a bucket is used
+    if run.device == "cpu":
+        return 0
+    engine = run.engine
+    if engine.zero_stage > 0:
+        return 4 * BUCKET_ELEMENTS
+    sends = sends_during_backward(engine, stage=0, ranks=ranks)
+    return _width(engine) * parameters if sends else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +205,8 @@ def _state_bytes(
     stage = engine.zero_stage
     optimizer_parts = ranks if stage >= 1 else 1
     gradient_parts = ranks if stage >= 2 else 1
-    weight_parts = ranks if stage >= 3 else 1
+    # a look ahead keeps every weight until its backward pass
+    weight_parts = ranks if stage >= 3 and engine.overlap != "weights" else 1
 
     masters = parameters if stage > 0 else 0
     optimizer = master_width * (masters + optimizer_elements) // optimizer_parts

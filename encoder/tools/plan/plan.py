@@ -26,7 +26,7 @@ from encoder.runs.phases import PlannedSteps, planned_steps
 from encoder.runs.weights import model_facts
 from encoder.tools.plan.data import data_lines, epochs_lines
 from encoder.tools.plan.fit import idle_warnings
-from encoder.tools.plan.forecast import Machine, Probe, forecast, forecast_lines
+from encoder.tools.plan.forecast import Machine, Probe, Steps, forecast, forecast_lines
 from encoder.tools.plan.memory import Memory, Needs, count_needs, device_here, on_machine
 from encoder.tools.plan.work import PhaseWork, phase_work, works_text
 from encoder.train.build import has_static_shapes
@@ -97,14 +97,19 @@ def plan_text(
     if machine or probe:
         speed = forecast(
             run,
-            stretches=steps.stretches,
-            flops_per_token=[w.flops / p.tokens for w, p in zip(works, run.phases, strict=True)],
+            steps=Steps(
+                stretches=steps.stretches,
+                flops_per_token=[
+                    w.flops / p.tokens for w, p in zip(works, run.phases, strict=True)
+                ],
+                ranks=ranks,
+                padded=padded,
+            ),
             parameters=needs.parameters,
-            ranks=ranks,
+            largest=needs.largest,
             machine=machine,
             probe=probe,
             interconnect=interconnect,
-            padded=padded,
         )
         lines += forecast_lines(speed, ranks=ranks, machine=machine, probe=probe)
     return "\n".join(lines)

@@ -13,16 +13,18 @@ import pytest
 from encoder.base.errors import ConfigError
 from encoder.runs.config import read_run
 from encoder.runs.phases import Stretch
+from encoder.tools.plan.communication import HOP_SECONDS
 from encoder.tools.plan.forecast import (
     KERNEL_SECONDS,
     MICRO_STEP_KERNELS,
     UPDATE_BYTES,
     Machine,
     Probe,
-    communication_bytes,
+    Steps,
     forecast,
     forecast_lines,
     gpu,
+    traffic_of,
 )
 from encoder.tools.plan.plan import plan_text
 from encoder.tools.plan.probe import Clock, rate_of
@@ -47,25 +49,21 @@ def steps(rows: int = 8, count: int = 3) -> list[Stretch]:
     ]
 
 
-def of(run, **named):
-    return forecast(
-        run,
-        **{
-            "stretches": steps(),
-            "flops_per_token": [1e9, 1e9, 1e9],
-            "parameters": 10**6,
-            "ranks": 2,
-            "machine": MACHINE,
-            **named,
-        },
-    )
+def of(run, *, ranks: int = 2, **named):
+    work = Steps(stretches=steps(), flops_per_token=[1e9, 1e9, 1e9], ranks=ranks)
+    sizes = {"parameters": 10**6, "largest": 10**5}
+    return forecast(run, **{"steps": work, **sizes, "machine": MACHINE, **named})
 
 
 def test_three_steps_by_hand():
-    """4,000 tokens of 1 GFLOP on two ranks at 0.5 TFLOP/s: 4 s a step. Sent: half of 4 MB of gradients, half of 4 MB."""
+    """4,000 tokens of 1 GFLOP on two ranks at 0.5 TFLOP/s: 4 s a step. Sent: half of 4 MB of gradients, in 8 buckets, the
+    last of which comes when the backward pass is over, and half of 4 MB of weights."""
     found = of(read_run(TINY))
     assert found.tokens == 12_000 and found.computing_seconds == pytest.approx(12.0, rel=1e-3)
-    assert found.bytes_a_step == 4e6 and found.communication_seconds == pytest.approx(3 * 4e6 / 1e9)
+    reduction, last = 2e6 / 1e9 + 8 * HOP_SECONDS, 2**17 / 10**6
+    assert found.communication_seconds == pytest.approx(3 * (2e6 / 1e9 + last * reduction))
+    assert found.bytes_a_step == 4e6 and found.link_seconds == pytest.approx(2e-3 + reduction)
+    assert found.hidden_share == pytest.approx((1 - last) * reduction / (2e-3 + reduction))
     assert found.update_seconds == pytest.approx(3 * 10**6 / 2 * UPDATE_BYTES / 1e15)
     assert found.tokens_per_second == pytest.approx(12_000 / found.seconds)
     assert [a for a in found.assumed if "1 GB/s" in a and "2 in one machine" in a]
@@ -74,7 +72,9 @@ def test_three_steps_by_hand():
 def test_a_measured_link_is_not_assumed_and_one_rank_sends_nothing():
     run = read_run(TINY)
     told = of(run, interconnect=2e9)
-    assert told.communication_seconds == pytest.approx(3 * 4e6 / 2e9) and not told.assumed
+    reduction, last = 2e6 / 2e9 + 8 * HOP_SECONDS, 2**17 / 10**6
+    assert told.communication_seconds == pytest.approx(3 * (2e6 / 2e9 + last * reduction))
+    assert not told.assumed
     assert of(run, ranks=1).bytes_a_step == 0 and of(run, ranks=1).communication_seconds == 0
 
 
@@ -109,7 +109,7 @@ def test_a_probe_counts_its_own_rates_of_each_length_and_the_time_for_data():
 def test_stages_two_and_three_send_after_every_micro_batch(stage, one, three):
     run = read_run(TINY, [f"engine.zero_stage={stage}"])
     assert [
-        communication_bytes(run, parameters=10**6, ranks=2, micro_batches=n) for n in (1, 3)
+        traffic_of(run, parameters=10**6, largest=1, ranks=2, micro_batches=n).total for n in (1, 3)
     ] == [one, three]
 
 
