@@ -49,6 +49,7 @@ NETWORK = "10.213.7"
 BURST_BYTES = 128 * 1024
 QUEUE_BYTES = 8 * 2**20
 SEARCHES = 3  # runs that look for the rate of a share
+Overlapping = Literal["reduction", "weights", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Asked:
     row_tokens: int
     micro_batches: int
     buckets: int
+    ahead: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batches", type=several(count), default=[1])
     parser.add_argument(
         "--buckets", type=several(count), default=[overlap.BUCKETS], help="of a model, about"
+    )
+    parser.add_argument(
+        "--ahead", action="store_true", help="stage 3 gathers weights ahead (overlap: weights)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
@@ -94,8 +99,7 @@ def measure(args: argparse.Namespace) -> None:
             "network namespaces need root, ip and tc. Run as root; on Debian: apt-get install"
             " iproute2."
         )
-    words = [word for word in (*sys.argv[1:],)]
-    command = " ".join(["python -m benchmarks.overlap", *words])
+    command = " ".join(["python -m benchmarks.overlap", *sys.argv[1:]])
     report = Report(args.json, command=command, device=torch.device("cpu"))
     for ranks in args.ranks:
         for micro_batches in args.micro_batches:
@@ -109,6 +113,7 @@ def measure(args: argparse.Namespace) -> None:
                         row_tokens=args.row_tokens,
                         micro_batches=micro_batches,
                         buckets=bucket,
+                        ahead=args.ahead and stage == 3,
                     )
                     lines += measure_stage(asked, shares=args.shares, rounds=args.rounds)
                     add_table(report, asked, lines, last=stage == args.stages[-1])
@@ -168,16 +173,20 @@ def line_of(
     """
     off, on = (statistics.median(seconds[kind]) for kind in ("off", "on"))
     communication = off - computing
-    # the bytes that the link carried, by the shares of them that the plan counts
-    planned = Traffic.of(
-        stage=asked.stage,
-        precision="fp32",
-        parameters=facts["parameters"],
-        largest=facts["largest"],
-        ranks=asked.ranks,
-        micro_batches=asked.micro_batches,
+    planned, during = (
+        Traffic.of(
+            stage=asked.stage,
+            precision="fp32",
+            parameters=facts["parameters"],
+            largest=facts["largest"],
+            ranks=asked.ranks,
+            micro_batches=asked.micro_batches,
+            overlap=how,
+        )
+        for how in ("off", "weights" if asked.ahead else "reduction")
     )
-    carried = planned.scaled(communication * rate / planned.total)
+    # gloo is not a ring in all it does: as many bytes as the link carried in these seconds
+    carried = during.scaled(communication * rate / planned.total)
     waited = waiting_seconds(carried, computing=computing, bytes_per_second=rate, hop_seconds=0.0)
     return {
         **vars(asked),
@@ -203,7 +212,7 @@ def add_table(report: Report, asked: Asked, lines: list[dict[str, Any]], *, last
     head = ["stage", "link MB/s", "on the link", "computing", "after", "during", "model", "ideal"]
     rows = [
         [
-            f"{line['stage']}",
+            f"{line['stage']}{' ahead' if line['ahead'] else ''}",
             f"{line['rate'] / 1e6:.1f}",
             f"{line['share']:.0%}",
             f"{line['computing']:.2f}",
@@ -355,9 +364,10 @@ def work(asked: Asked) -> None:
     world = world_from_env()
     device = torch.device("cpu")
     join(world, device=device)
+    during: Overlapping = "weights" if asked.ahead else "reduction"
     engines = {
         "off": make_engine(asked, "off", world),
-        "on": make_engine(asked, "reduction", world),
+        "on": make_engine(asked, during, world),
     }
     config = config_of(asked.shape, dropout=0.0)
     batches = [
@@ -394,7 +404,7 @@ def work(asked: Asked) -> None:
     os._exit(0)
 
 
-def make_engine(asked: Asked, how: Literal["reduction", "off"], world: World) -> Engine:
+def make_engine(asked: Asked, how: Overlapping, world: World) -> Engine:
     """As a run has it."""
     config = config_of(asked.shape, dropout=0.0)
     with torch.device("meta" if asked.stage == 3 else "cpu"):

@@ -88,6 +88,7 @@ def engine_of(run: EngineConfig) -> EngineConfig:
         precision=run.precision,
         activation_checkpointing=run.activation_checkpointing,
         offload_optimizer=run.offload_optimizer,
+        overlap=run.overlap,
     )
 
 
