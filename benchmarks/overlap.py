@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -63,6 +63,11 @@ class Asked:
     micro_batches: int
     buckets: int
     ahead: bool
+
+    @property
+    def during(self) -> Overlapping:
+        """How gradients are sent during the backward pass."""
+        return "weights" if self.ahead else "reduction"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,21 +178,6 @@ def line_of(
     """
     off, on = (statistics.median(seconds[kind]) for kind in ("off", "on"))
     communication = off - computing
-    planned, during = (
-        Traffic.of(
-            stage=asked.stage,
-            precision="fp32",
-            parameters=facts["parameters"],
-            largest=facts["largest"],
-            ranks=asked.ranks,
-            micro_batches=asked.micro_batches,
-            overlap=how,
-        )
-        for how in ("off", "weights" if asked.ahead else "reduction")
-    )
-    # gloo is not a ring in all it does: as many bytes as the link carried in these seconds
-    carried = during.scaled(communication * rate / planned.total)
-    waited = waiting_seconds(carried, computing=computing, bytes_per_second=rate, hop_seconds=0.0)
     return {
         **vars(asked),
         **facts,
@@ -196,13 +186,50 @@ def line_of(
         "communication": communication,
         "share": communication / off,
         "bytes_a_step": a_step,
-        "planned_bytes": planned.total,
+        "planned_bytes": traffic_of(asked, facts, "off").total,
         "off": off,
         "on": on,
         "ideal": max(computing, communication),
-        "model": computing + waited,
+        "model": model_seconds(asked, facts, rate, computing, communication),
         "seconds": seconds,
     }
+
+
+def model_seconds(
+    asked: Asked, facts: dict[str, Any], rate: float, computing: float, communication: float
+) -> float:
+    """What the plan's model makes of these seconds of computing and of the link.
+
+    asked, facts: as line_of
+    rate: of the link
+    computing: seconds of a step without the link
+    communication: seconds of the link alone
+    """
+    behind = as_gloo(traffic_of(asked, facts, "off"), asked.stage)
+    during = as_gloo(traffic_of(asked, facts, asked.during), asked.stage)
+    carried = during.scaled(communication * rate / behind.total)
+    waited = waiting_seconds(carried, computing=computing, bytes_per_second=rate, hop_seconds=0.0)
+    return computing + waited
+
+
+def traffic_of(asked: Asked, facts: dict[str, Any], how: str) -> Traffic:
+    """What the plan counts of a step."""
+    return Traffic.of(
+        stage=asked.stage,
+        precision="fp32",
+        parameters=facts["parameters"],
+        largest=facts["largest"],
+        ranks=asked.ranks,
+        micro_batches=asked.micro_batches,
+        overlap=how,
+    )
+
+
+def as_gloo(planned: Traffic, stage: int) -> Traffic:
+    """Its reduce to one rank leaves the sums on all of them, as a reduce-scatter, then sends them to the owner: twice the time."""
+    if stage in (1, 2):
+        return replace(planned, gradients=2 * planned.gradients)
+    return planned
 
 
 def add_table(report: Report, asked: Asked, lines: list[dict[str, Any]], *, last: bool) -> None:
@@ -359,15 +386,16 @@ def ranks_of(asked: Asked) -> Iterator[Ranks]:
 def work(asked: Asked) -> None:
     """A rank: makes two engines of one model and takes steps as told, until nobody tells."""
     torch.set_num_threads(1)
-    overlap.BUCKETS = asked.buckets
-    overlap.PART_ELEMENTS = 1
+    # as asked, also where each rank's part becomes small
+    if asked.buckets != overlap.BUCKETS:
+        overlap.BUCKETS = asked.buckets
+        overlap.PART_ELEMENTS = 1
     world = world_from_env()
     device = torch.device("cpu")
     join(world, device=device)
-    during: Overlapping = "weights" if asked.ahead else "reduction"
     engines = {
         "off": make_engine(asked, "off", world),
-        "on": make_engine(asked, during, world),
+        "on": make_engine(asked, asked.during, world),
     }
     config = config_of(asked.shape, dropout=0.0)
     batches = [

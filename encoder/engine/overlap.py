@@ -23,7 +23,7 @@ from encoder.base.dist import World, sum_over_ranks
 # gradients that travel together: at most so many, a share of the model's, and so many for each rank, whose part of a bucket is a
 # message
 BUCKET_ELEMENTS = 2**22
-BUCKETS = 16
+BUCKETS = 64
 PART_ELEMENTS = 2**16
 # that wait for the link at once; then the backward pass waits, too
 WAITING_ELEMENTS = 2**26
