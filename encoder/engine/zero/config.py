@@ -40,8 +40,9 @@ class EngineConfig:
     # experimental: never run on a GPU
     graphs: Literal["off", "micro_step"] = "off"
     # reduction: gradients are summed over the ranks while the backward pass still computes others; off: after it;
-    # weights: stage 3 also gathers the next layers' weights while one computes, and keeps them until their backward
-    overlap: Literal["reduction", "weights", "off"] = "reduction"
+    # weights: stage 3 also gathers the next layers' weights while one computes, and keeps them until their backward;
+    # auto: reduction on a CPU, off on CUDA, where the other words are experimental: never run on a GPU
+    overlap: Literal["auto", "reduction", "weights", "off"] = "auto"
     # largest global gradient norm; 0: none (StableAdamW clips its own updates)
     gradient_clipping: float = 0.0
 
@@ -87,7 +88,7 @@ class EngineConfig:
 
 
 def as_run(config: EngineConfig, *, ranks: int, device: torch.device) -> EngineConfig:
-    """The configuration as it is run: stages 1 and 2 of one CPU rank are stage 0, for there is nothing to cut.
+    """The configuration as it is run: `overlap` of the device, and stages 1 and 2 of one CPU rank are stage 0: nothing is cut.
 
     DeepSpeed would copy every gradient and weight into flat tensors and back at each step. bf16 weights keep their stage,
     whose masters they need, and so does an offloaded optimizer.
@@ -96,11 +97,19 @@ def as_run(config: EngineConfig, *, ranks: int, device: torch.device) -> EngineC
     ranks: of the run
     device: of a rank
     """
+    config = replace(config, overlap=overlap_on(config.overlap, cuda=device.type != "cpu"))
     cuts = ranks > 1 or config.zero_stage == 3
     needs_masters = config.precision == "bf16" or config.offload_optimizer == "cpu"
     if device.type != "cpu" or cuts or needs_masters:
         return config
     return replace(config, zero_stage=0)
+
+
+def overlap_on(word: str, *, cuda: bool) -> Any:
+    """What `overlap: auto` means on a device; other words as they are."""
+    if word != "auto":
+        return word
+    return "off" if cuda else "reduction"
 
 
 def sends_during_backward(config: EngineConfig, *, stage: int, ranks: int) -> bool:
@@ -109,13 +118,13 @@ def sends_during_backward(config: EngineConfig, *, stage: int, ranks: int) -> bo
     It stays DeepSpeed's on one rank, which sends nothing; with graphs, which give all gradients at once; with an offloaded
     optimizer, whose copies are its own; and with bf16 weights at stage 1, whose gradients it adds up elsewhere.
 
-    config: of the run
+    config: of the run, its `overlap` the device's
     stage: as it is run
     ranks: of the run
     """
     return (
         ranks > 1
-        and config.overlap != "off"
+        and config.overlap not in ("auto", "off")
         and config.graphs == "off"
         and config.offload_optimizer == "none"
         and not (config.precision == "bf16" and stage == 1)

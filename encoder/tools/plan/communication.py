@@ -63,7 +63,7 @@ class Traffic:
         largest: of them, those of the largest matrix, the embedding
         ranks: that share a step
         micro_batches: of a rank's step
-        overlap: as the engine is told; DeepSpeed's own buckets are larger
+        overlap: as it is run; DeepSpeed's own buckets are larger
         """
         share = (ranks - 1) / ranks
         # an all-reduce is a reduce-scatter and an all-gather

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.units import short_count, short_seconds
-from encoder.engine.zero.config import sends_during_backward
-from encoder.runs.config import RunConfig
+from encoder.engine.zero.config import overlap_on, sends_during_backward
+from encoder.runs.config import RunConfig, with_engine
 from encoder.runs.phases import Stretch
 from encoder.tools.plan.communication import HOP_SECONDS, Traffic, waiting_seconds
 from encoder.tools.plan.fit import share_of_rows
@@ -179,6 +179,7 @@ def forecast(
     """
     ranks = steps.ranks
     assert (machine is None) != (probe is None), "one of them"
+    run = with_engine(run, overlap=overlap_on(run.engine.overlap, cuda=machine is not None))
     assumed = list(machine.assumed if machine else ())
     link = _link(interconnect, machine, ranks, assumed)
     if probe is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from encoder.base.errors import ConfigError
-from encoder.engine.zero.config import EngineConfig, sends_during_backward
+from encoder.engine.zero.config import EngineConfig, as_run, sends_during_backward
 from encoder.runs.config import read_run
 from encoder.runs.phases import Stretch
 from encoder.tools.plan.communication import BACKWARD_SHARE, Traffic, waiting_seconds
@@ -90,8 +91,16 @@ def test_a_bucket_grows_with_the_ranks_so_that_hops_do_not_outweigh_bytes():
     ],
 )
 def test_what_stays_behind_the_backward_pass(settings, stage, ranks, sends):
-    config = EngineConfig(zero_stage=stage, **settings)
+    told = EngineConfig(zero_stage=stage, **settings)
+    config = as_run(told, ranks=ranks, device=torch.device("cpu"))
     assert sends_during_backward(config, stage=stage, ranks=ranks) is sends
+
+
+def test_on_cuda_gradients_stay_behind_the_backward_pass_unless_asked():
+    for word, sends in (("auto", False), ("reduction", True)):
+        told = EngineConfig(zero_stage=2, overlap=word)
+        config = as_run(told, ranks=2, device=torch.device("cuda"))
+        assert sends_during_backward(config, stage=2, ranks=2) is sends
 
 
 @pytest.mark.parametrize("name, micro_batch_rows", [("base", 9), ("base", 3), ("large", 3)])
