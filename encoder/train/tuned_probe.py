@@ -70,10 +70,10 @@ def tuning_of(
     return Tuning(settings=settings, head=head)
 
 
-def fine_tunes(run: RunConfig) -> bool:
-    """Whether a probe of the run is such a fine-tuning."""
+def tuned_probes(run: RunConfig) -> list[FineTuneProbeConfig]:
+    """The probes of the run that are such a fine-tuning."""
     probes = run.evaluation.probes if run.evaluation else ()
-    return any(isinstance(probe, FineTuneProbeConfig) for probe in probes)
+    return [probe for probe in probes if isinstance(probe, FineTuneProbeConfig)]
 
 
 def body_of(model: ModelConfig) -> ModelConfig:

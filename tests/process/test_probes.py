@@ -8,7 +8,9 @@ import math
 import os
 import random
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,7 @@ from encoder.runs.config import read_run
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools import notebook
 from encoder.tools.evaluation.features import layer_features, text_documents
+from encoder.tools.plan.memory import count_needs
 from encoder.tools.report.report import write_report
 from encoder.train import probes, tuned_probe
 from encoder.train.pretraining import pretrain
@@ -322,6 +325,52 @@ def test_a_regression_finds_what_is_there_and_the_commonest_label_is_no_find():
     assert linear_probe(x[:200], shuffled, x[200:], labels[200:], seed=1) < 0.75
     share = labels[200:].count("a") / 100
     assert majority(labels[:200], labels[200:]) == pytest.approx(share)
+
+
+def most_bytes_of_tensors(body: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call gives, and the most bytes of tensors that it had made and not let go, as torch's profiler counts them."""
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        given = body()
+    events = profiled.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda change: change[0])
+    return given, max(accumulate(nbytes for _, nbytes in changes))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["engine.precision=autocast"],
+        ["engine.activation_checkpointing=blocks", "model.num_hidden_layers=6"],
+    ],
+)
+def test_a_plan_counts_what_a_short_fine_tuning_takes(place, tmp_path, monkeypatch, settings):
+    """All that it makes lies below what the plan says, and above four fifths of it: its texts are not all of full length."""
+    most = []
+
+    def measured(*parts, **named):
+        logits, nbytes = most_bytes_of_tensors(lambda: tuned_logits(*parts, **named))
+        most.append(nbytes)
+        return logits
+
+    monkeypatch.setattr(probes, "tuned_logits", measured)
+    wide = [
+        "model.hidden_size=128",
+        "model.intermediate_size=192",
+        "data.row_tokens=512",
+        "phases.0.batch_tokens=512",
+        "evaluation.probes.1.batch_examples=61",
+        "device=cpu",
+        f"out={tmp_path}/wide",
+        *settings,
+    ]
+    run = read_run(place / "run.yaml", wide)
+    assert pretrain(run, World()).done
+    counted = count_needs(run, ranks=1).memory
+    assert counted.probe and counted.probe.training == counted.probe.total
+    assert 0.8 * counted.probe.total < max(most) < counted.probe.total
+    assert counted.total == counted.held + max(counted.activations, counted.probe.total)
 
 
 def test_of_a_file_that_is_sorted_by_labels_all_labels_are_drawn(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from encoder.base.objective import Stretch
 from encoder.engine.precision import precision_on
 from encoder.engine.zero.config import (
     BUCKET_ELEMENTS,
@@ -17,17 +18,43 @@ from encoder.models.catalog import build_model, networks_of
 from encoder.models.contract import ModelConfig
 from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
-from encoder.runs.config import RunConfig, with_engine
+from encoder.runs.config import FineTuneProbeConfig, RunConfig, with_engine
 from encoder.runs.objective_models import shapes_at_hand
 from encoder.tools.plan.activations import count_kept
 from encoder.tools.plan.forecast import Machine
 from encoder.train.build import compiles
-from encoder.train.tuned_probe import body_of, engine_of, fine_tunes
+from encoder.train.tuned_probe import body_of, engine_of, tuned_probes
 
 # of what plain layers keep, by engine.fp8
 # found: large 0.87, base 0.92 to 0.97, 17m 1.00 to 1.04, base in FP8 0.78 (docs/log.md)
 COMPILED_SHARE = {"off": 0.94, "layers": 0.78}
 CUBLAS_BYTES = 64 * 2**20  # what cuBLAS keeps to work in
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeMemory:
+    """Bytes on one rank of a copy that is fine-tuned as a probe, beside the run that waits for it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    bucket: int  # of gradients on their way to their owner
+    offloaded: int  # in host memory
+    # before its first step: the run's masters whole, and what is made of them, in host memory
+    start: int
+    on_cpu: bool  # host memory is the device's
+
+    @property
+    def training(self) -> int:
+        """On the device, in its steps."""
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.bucket
+
+    @property
+    def total(self) -> int:
+        """On the device, when it is most."""
+        return max(self.training, self.start) if self.on_cpu else self.training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +69,23 @@ class Memory:
     offloaded: int  # in host memory
     # weights of the models that the objective asks, by setting
     asked: dict[str, int] = field(default_factory=dict)
-    probes: int = 0  # a copy that is fine-tuned, while it is
+    probe: ProbeMemory | None = None  # the largest of those that fine-tune; one at a time
+
+    @property
+    def held(self) -> int:
+        """Between two steps, without what is offloaded."""
+        own = self.weights + self.gradients + self.optimizer + self.bucket
+        return own + sum(self.asked.values())
+
+    @property
+    def in_step(self) -> int:
+        """While the run trains."""
+        return self.held + self.activations
 
     @property
     def total(self) -> int:
-        """Without what is offloaded."""
-        own = self.weights + self.gradients + self.optimizer + self.activations + self.bucket
-        return own + sum(self.asked.values()) + self.probes
+        """When it is most: a probe takes its memory where the run has its activations else."""
+        return self.held + max(self.activations, self.probe.total if self.probe else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +164,19 @@ def estimate_memory(
         ranks=ranks,
     )
     bucket = _bucket_bytes(run, parameters=parameters, ranks=ranks)
-    probes = 0
-    offloaded = own.offloaded
-    if fine_tunes(run):
-        copy = _copy_bytes(run, largest=largest, ranks=ranks)
-        probes = copy.weights + copy.gradients + copy.optimizer + bucket
-        offloaded += copy.offloaded
+    copies = [_probe_bytes(run, probe, largest=largest, ranks=ranks) for probe in tuned_probes(run)]
     return Memory(
         weights=own.weights,
         gradients=own.gradients,
         optimizer=own.optimizer,
         activations=_activation_bytes(run, width=_width(run.engine)),
         bucket=bucket,
-        offloaded=offloaded,
+        offloaded=own.offloaded,
         asked={
             name: _width(run.engine) * shape.parameter_counts().total
             for name, shape in shapes_at_hand(run).items()
         },
-        probes=probes,
+        probe=max(copies, key=lambda copy: copy.total, default=None),
     )
 
 
@@ -224,21 +256,62 @@ def _state_bytes(
     )
 
 
-def _copy_bytes(run: RunConfig, *, largest: int, ranks: int) -> StateBytes:
-    """What a fine-tuning as a probe holds beside the run, one at a time.
+def _probe_bytes(
+    run: RunConfig, probe: FineTuneProbeConfig, *, largest: int, ranks: int
+) -> ProbeMemory:
+    """A fine-tuning as a probe (encoder.train.tuned_probe), of texts that are all as long as they may be.
 
-    Its micro-batches are as large as the run's, and come when those of the run are gone.
+    run: whose weights it copies
+    probe: how many texts of which length are in a step
+    largest: numbers of the largest matrix
+    ranks: that share them
     """
-    parameters = body_of(run.model).parameter_counts().total
-    return _state_bytes(
+    body, engine = body_of(run.model), engine_of(run.engine)
+    kind, width = _kind(run), _width(engine)
+    parameters = body.parameter_counts().total
+    copy = _state_bytes(
         run,
-        engine_of(run.engine),
+        engine,
         parameters=parameters,
         largest=largest,
         # AdamW's two moments
         optimizer_elements=2 * parameters,
         ranks=ranks,
     )
+
+    # texts are dealt to the ranks, and to as few micro-batches as hold them (encoder.data.examples)
+    longest = min(probe.max_tokens, body.max_position_embeddings)
+    most = run.loader.micro_batch_rows * run.data.row_tokens
+    share = -(-probe.batch_examples * longest // ranks)
+    tokens = max(longest, min(most, share))
+    activations = _network_bytes(body, engine=engine, tokens=tokens, kind=kind, share=1.0)
+    activations += body.attention_bytes(Stretch(longest), tokens=tokens, width=width, device=kind)
+    activations += 0 if kind == "cpu" else CUBLAS_BYTES
+
+    # every rank has the run's masters whole; below stage 3 the copy is made on the CPU, in fp32
+    whole = 8 if engine.precision == "fp64" else 4
+    start = whole * run.model.parameter_counts().total
+    if kind == "cpu":
+        # its masters are set from a second whole copy where its weights are bf16
+        drawn = 4 * parameters if engine.precision == "bf16" else 0
+        start += copy.weights + copy.optimizer + drawn
+    elif engine.zero_stage < 3:
+        start += 4 * parameters
+    return ProbeMemory(
+        weights=copy.weights,
+        gradients=copy.gradients,
+        optimizer=copy.optimizer,
+        activations=int(activations),
+        # it sends its gradients as the run does
+        bucket=_bucket_bytes(run, parameters=parameters, ranks=ranks),
+        offloaded=copy.offloaded,
+        start=start,
+        on_cpu=kind == "cpu",
+    )
+
+
+def _kind(run: RunConfig) -> str:
+    return "cpu" if run.device == "cpu" else "cuda"
 
 
 def _activation_bytes(run: RunConfig, *, width: int) -> int:
@@ -249,14 +322,17 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     after compiling: compiled layers keep a measured share (COMPILED_SHARE) of the plain ones.
     """
     model, engine = run.model, run.engine
-    kind = "cuda"
-    if run.device == "cpu":
-        kind = "cpu"
+    kind = _kind(run)
     tokens = run.loader.micro_batch_rows * run.data.row_tokens
     in_half = engine.precision in ("bf16", "autocast")
     # networks of one model keep theirs at the same time
     networks = networks_of(model).values() or (model,)
-    layers = sum(_network_bytes(run, network, kind=kind, width=width) for network in networks)
+    compiled = in_half and compiles(run, torch.device(kind))
+    kept = COMPILED_SHARE[engine.fp8] if compiled else 1.0
+    layers = sum(
+        _network_bytes(network, engine=engine, tokens=tokens, kind=kind, share=kept)
+        for network in networks
+    )
     scores = max(_score_bytes(run, network, kind=kind, width=width) for network in networks)
 
     # one piece of logits, which becomes its gradient; the decoder's weight in 2 bytes, and its
@@ -296,16 +372,17 @@ def _score_bytes(run: RunConfig, network: ModelConfig, *, kind: str, width: int)
     return max(found)
 
 
-def _network_bytes(run: RunConfig, network: ModelConfig, *, kind: str, width: int) -> float:
+def _network_bytes(
+    network: ModelConfig, *, engine: EngineConfig, tokens: int, kind: str, share: float
+) -> float:
     """What autograd keeps of a micro-batch's forward through one network.
 
-    run: its engine, loader and compiler decide
     network: the settings of the model, or of one of its networks
+    engine: that computes it
+    tokens: of the micro-batch
     kind: cuda or cpu
-    width: bytes of a number
+    share: of what plain layers keep, that compiled ones do
     """
-    engine = run.engine
-    tokens = run.loader.micro_batch_rows * run.data.row_tokens
     counted = count_kept(
         network,
         precision=engine.precision,
@@ -316,8 +393,6 @@ def _network_bytes(run: RunConfig, network: ModelConfig, *, kind: str, width: in
     outside = tokens * counted.outside_per_token + counted.outside_fixed
     layer = tokens * counted.layer_per_token
     if engine.activation_checkpointing == "blocks":
-        inputs = tokens * network.num_hidden_layers * network.hidden_size * width
+        inputs = tokens * network.num_hidden_layers * network.hidden_size * _width(engine)
         return outside + inputs + layer + counted.layer_fixed
-    compiled = engine.precision in ("bf16", "autocast") and compiles(run, torch.device(kind))
-    share = COMPILED_SHARE[engine.fp8] if compiled else 1.0
     return outside + network.num_hidden_layers * (share * layer + counted.layer_fixed)

@@ -27,7 +27,14 @@ from encoder.runs.weights import model_facts
 from encoder.tools.plan.data import data_lines, epochs_lines
 from encoder.tools.plan.fit import idle_warnings
 from encoder.tools.plan.forecast import Machine, Probe, Steps, forecast, forecast_lines
-from encoder.tools.plan.memory import Memory, Needs, count_needs, device_here, on_machine
+from encoder.tools.plan.memory import (
+    Memory,
+    Needs,
+    ProbeMemory,
+    count_needs,
+    device_here,
+    on_machine,
+)
 from encoder.tools.plan.work import PhaseWork, phase_work, works_text
 from encoder.train.build import has_static_shapes
 
@@ -228,11 +235,9 @@ def _memory_lines(
         f"activations {short_bytes(memory.activations)}",
     ]
     parts += [f"{name} {short_bytes(size)}" for name, size in memory.asked.items()]
-    if memory.probes:
-        parts.append(f"a copy for evaluation.probes {short_bytes(memory.probes)}")
     if memory.bucket:
         parts.append(f"a bucket of gradients {short_bytes(memory.bucket)}")
-    text = f"memory a rank  about {short_bytes(memory.total)}: {', '.join(parts)}"
+    text = f"memory a rank  about {short_bytes(memory.in_step)}: {', '.join(parts)}"
     if memory.offloaded:
         text += f"; in the machine {short_bytes(memory.offloaded)}"
     # a probe measured it; a GPU's memory is not the machine's
@@ -240,7 +245,28 @@ def _memory_lines(
     if on_cpu and not probe:
         # 782 to 840 MB seen
         text += "; torch and its libraries take about 0.8 GB beside it"
-    return [text, *_fits_lines(run, memory, machine, probe)]
+    lines = [text]
+    if memory.probe:
+        lines.append(_probe_line(memory, memory.probe))
+    return [*lines, *_fits_lines(run, memory, machine, probe)]
+
+
+def _probe_line(memory: Memory, copy: ProbeMemory) -> str:
+    """What a probe that fine-tunes takes at most, and what of it is the copy's."""
+    parts = [
+        f"weights {short_bytes(copy.weights)}",
+        f"gradients {short_bytes(copy.gradients)}",
+        f"optimizer {short_bytes(copy.optimizer)}",
+        f"activations {short_bytes(copy.activations)}",
+    ]
+    if copy.bucket:
+        parts.append(f"a bucket {short_bytes(copy.bucket)}")
+    in_machine = copy.start + copy.offloaded
+    return (
+        f"in a probe     about {short_bytes(memory.held + copy.total)} while evaluation.probes"
+        f" fine-tunes a copy, without the run's activations: {', '.join(parts)};"
+        f" {short_bytes(in_machine)} in the machine before its first step"
+    )
 
 
 def _fits_lines(
@@ -250,8 +276,11 @@ def _fits_lines(
     if probe:
         alone = count_needs(run, ranks=1).memory
         # what the process held beyond what is counted: torch, its libraries, the allocator's rest
-        libraries = probe.peak_bytes - alone.total - alone.offloaded
+        # its steps alone were probed, no probe of evaluation
+        libraries = probe.peak_bytes - alone.in_step - alone.offloaded
         held = libraries + memory.total + memory.offloaded
+        if memory.probe:
+            held += memory.probe.offloaded
         return [
             f"process        about {short_bytes(held)} resident: as probed on one rank"
             f" {short_bytes(probe.peak_bytes)}, of which {short_bytes(probe.base_bytes)} libraries"

@@ -185,16 +185,46 @@ def test_an_offloaded_optimizer_takes_the_machines_memory_instead(stage, offload
 
 
 def test_a_copy_that_probes_fine_tune_is_counted_as_a_run_of_its_shape_by_adamw():
-    """On one of two ranks at ZeRO-1: weights, gradients, and half of masters and two moments; 4 + 4 + 6 bytes each."""
-    probe = "{name: p, kind: finetune, train: a.jsonl, test: b.jsonl}"
+    """On one of two ranks at ZeRO-1: weights, gradients, and half of masters and two moments; 4 + 4 + 6 bytes each.
+
+    Two texts of 8 tokens are 8 on each rank. The run's masters are whole before the first step, beside weights and moments.
+    """
+    probe = (
+        "{name: p, kind: finetune, train: a.jsonl, test: b.jsonl, max_tokens: 8, batch_examples: 2}"
+    )
     settings = ["engine.zero_stage=1", "engine.precision=fp32", "device=cpu"]
     run = read_run(TINY, [*settings, f"evaluation.probes=[{probe}]"])
     numbers = dict(parameters=10**6, largest=10**5, optimizer_elements=10**6, ranks=2)
     memory = estimate_memory(run, **numbers)
-    assert memory.probes == 14 * run.model.parameter_counts().total
+    parameters = run.model.parameter_counts().total
+    probe = memory.probe
+    assert (probe.weights, probe.gradients) == (4 * parameters, 4 * parameters)
+    assert probe.optimizer == 6 * parameters and probe.start == (4 + 4 + 6) * parameters
+    kept = count_kept(run.model, precision="fp32", device="cpu")
+    layers = run.model.num_hidden_layers * kept.layer_per_token
+    assert probe.activations == 8 * (layers + kept.outside_per_token)
     plain = estimate_memory(read_run(TINY, settings), **numbers)
-    assert memory.total == plain.total + memory.probes
-    assert "a copy for evaluation.probes" in plan_text(run, ranks=2)
+    assert memory.in_step == plain.total == plain.in_step
+    # the run's own activations are gone meanwhile
+    assert memory.total == plain.held + max(plain.activations, probe.total)
+    text = plan_text(run, ranks=2)
+    assert "\nin a probe     about " in text and "\nin a probe " not in plan_text(
+        read_run(TINY), ranks=2
+    )
+
+
+def test_on_a_gpu_a_probe_starts_in_the_machines_memory():
+    """The run's masters and a copy, 4 bytes each, but at stage 3, where the copy is cut from the first moment on."""
+    probe = "{name: p, kind: finetune, train: a.jsonl, test: b.jsonl}"
+    for stage, copies in ((1, 2), (3, 1)):
+        run = read_run(
+            TINY,
+            [f"evaluation.probes=[{probe}]", "device=cuda", f"engine.zero_stage={stage}"],
+        )
+        numbers = dict(parameters=10**6, largest=10**5, optimizer_elements=10**6, ranks=2)
+        found = estimate_memory(run, **numbers).probe
+        assert found.start == 4 * copies * run.model.parameter_counts().total
+        assert found.total == found.training and found.bucket == 2**28
 
 
 def test_layers_computed_again_keep_their_inputs_and_one_of_them_whole():
