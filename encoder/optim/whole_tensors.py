@@ -140,7 +140,8 @@ class WholeTensorOptimizer(torch.optim.Optimizer, ABC):
 
     def _set_sizes(self, numels: Tensor) -> None:
         self._numels = numels  # fp64 [parameters]
-        self._rows = torch.arange(len(numels), device=numels.device).unbind()
+        # made on the CPU: on the meta device, where stage 3 starts, arange imports torch's compiler
+        self._rows = torch.arange(len(numels), device="cpu").to(numels.device).unbind()
 
     def init_state(self) -> None:
         """Zero moments for every tensor, as they are before the first step; what is there stays."""

@@ -1,23 +1,28 @@
-"""What autograd keeps of a forward, counted on tensors without data: no weight is made, no kernel runs.
+"""What autograd keeps of a forward, counted on a few tokens: weights without values, and products that are not computed.
 
     fp32, one plain layer of width C, MLP width F      [T, C]: stream, norm, q, k, v, attention, dropout, stream, norm = 9
                                                        [T, F]: both halves of Wi, their GELU, its product with the gate = 4
 
 A model of one layer and one of four meet two batches each; the differences are bytes per token and layer. A model whose shapes
-depend on values, such as the number of distinct ids, cannot run without data: its settings say activation_width.
+depend on values, such as the number of distinct ids, cannot be counted so: its settings say activation_width.
+
+All runs on the CPU, whatever device is meant: tensors say that they are there, and what autocast and kernels do otherwise there is
+done here (_Device). torch's FakeTensorMode knows it all, by its compiler: 870 modules, about 1 s of CPU, a third of a plan. It is
+the judge in tests/reference/fake_activations.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, autograd
+from torch import Tensor, autograd, nn
+from torch.overrides import TorchFunctionMode
 
 from encoder.base.batch import TokenBatch
 from encoder.models.catalog import build_model
@@ -26,7 +31,30 @@ from encoder.nn.attend import AttentionRequest, attend_by
 
 # a layer beyond the first four repeats them: of ModernBERT's, one in three is global
 LAYERS = (1, 4)
-TOKENS = (128, 256)
+# what is kept grows with them exactly
+TOKENS = (4, 8)
+# what gives values to Python, or has a shape that depends on them
+VALUES = (
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__bool__,
+    Tensor.nonzero,
+    torch.bincount,
+    torch.nonzero,
+    torch.unique,
+)
+# other functions that CUDA's autocast gives bf16 or fp32 (docs of torch.amp); on a CPU autocast itself does it
+IN_HALF = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    torch.einsum,
+    F.conv1d,
+    F.scaled_dot_product_attention,
+)
+IN_FP32 = (torch.softmax, Tensor.softmax, F.softmax, F.log_softmax, Tensor.log_softmax)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +78,9 @@ def count_kept(
     fp8: the layers' matmuls run in FP8
     zero_3: DeepSpeed's linear layers of ZeRO stage 3, which keep their input as it comes: under autocast in fp32
     """
-    from torch._subclasses import fake_tensor
-
-    needs_data = (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-        fake_tensor.UnsupportedOperatorException,
-    )
     try:
         return _count(config, precision=precision, device=device, fp8=fp8, zero_3=zero_3)
-    except needs_data:
+    except _NeedsValues:
         # bytes of a number; what lies outside of the layers is left out
         width = {"autocast": 2, "bf16": 2, "fp64": 8}.get(precision, 4)
         return Kept(
@@ -110,28 +131,32 @@ def _bytes_kept(
     config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_3: bool
 ) -> list[int]:
     """For one document of each of TOKENS, through the same model."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with contextlib.ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        with _default_dtype(precision), torch.device(device):
-            model = build_model(config, seed=0)
-            batches = [_one_document(tokens) for tokens in TOKENS]
-        # made by numpy, so not where torch.device says
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(name, buffer.to(device), persistent=False)
+        with _default_dtype(precision):
+            model = _without_values(config)
         if fp8:
             model.fp8_blocks_()
         if zero_3:
             stack.enter_context(_linear_keeps_its_input())
         stack.enter_context(attend_by(_Counted()))
         stack.enter_context(_autocast(device, enabled=precision == "autocast"))
-        return [_kept_by(model, batch) for batch in batches]
+        stack.enter_context(_Device(torch.device(device)))
+        return [_kept_by(model, _one_document(tokens)) for tokens in TOKENS]
+
+
+def _without_values(config: ModelConfig) -> Model:
+    """A model on the CPU whose weights are not drawn: memory that nothing is written to is not mapped."""
+    with torch.device("meta"):
+        model = build_model(config, seed=0)
+    for parameter in model.parameters():
+        # not empty_like, which asks torch's compiler about a tensor of the meta device
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        torch.utils.swap_tensors(parameter, nn.Parameter(values))
+    return model
 
 
 def _one_document(tokens: int) -> TokenBatch:
-    """One without data: under fake tensors no kernel reads its ids."""
+    """Of one token, again and again."""
     ids_T = torch.zeros(tokens, dtype=torch.int64)
     return TokenBatch(
         ids_T=ids_T,
@@ -205,6 +230,112 @@ class _Keeps(autograd.Function):
                 q_THD, k_THD, v_THD, out_THD, q_THD.new_empty(heads, tokens, dtype=torch.float32)
             )
         return out_THD
+
+
+class _NeedsValues(Exception):
+    """A value was asked, which a weight that is not drawn does not give."""
+
+
+class _Device(TorchFunctionMode):
+    """While it lasts, tensors of the CPU say that they are on a device, and keep for the backward what they would keep there."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        # each weight as autocast gives it to products, made once; beside the weight, whose id stays its own
+        self._cast: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = {name: _on_cpu(x) for name, x in (kwargs or {}).items()}
+        found = [_on_cpu(x) for x in args]
+        if func == _DEVICE_OF:
+            return self.device
+        if func in VALUES:
+            raise _NeedsValues(str(func))
+        if func is _LINEAR:
+            return self._linear(*found, **given)
+        if func in (F.layer_norm, F.rms_norm) and self.device.type == "cuda":
+            return self._norm(*found, **given, statistics=2 if func is F.layer_norm else 1)
+        if self.device.type == "cuda" and self._autocasts:
+            if func in IN_HALF:
+                found = [_as(x, torch.get_autocast_dtype("cuda")) for x in found]
+            if func in IN_FP32:
+                found = [_as(x, torch.float32) for x in found]
+        if func is torch._scaled_mm:
+            return found[0].new_empty(len(found[0]), found[1].shape[1], dtype=given["out_dtype"])
+        return func(*found, **given)
+
+    @property
+    def _autocasts(self) -> bool:
+        return torch.is_autocast_enabled(self.device.type)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self._autocasts or input.dtype == torch.float64:
+            return _KeepsFactors.apply(input, weight)
+        dtype = torch.get_autocast_dtype(self.device.type)
+        if id(weight) not in self._cast:
+            self._cast[id(weight)] = (weight, weight.to(dtype))
+        return _KeepsFactors.apply(input.to(dtype), self._cast[id(weight)][1])
+
+    def _norm(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        *settings: Any,
+        statistics: int,
+        **more: Any,
+    ) -> Tensor:
+        """CUDA's LayerNorm, under autocast in fp32; or its RMSNorm, which has no mean.
+
+        input, normalized_shape, weight: as of torch's function
+        statistics: numbers of a token that are kept
+        settings, more: a bias, and epsilon
+        """
+        if statistics == 2 and self._autocasts and input.dtype != torch.float64:
+            input = input.float()
+        return _KeepsStatistics.apply(input, weight, statistics)
+
+
+# a new object each time that it is asked
+_DEVICE_OF = Tensor.device.__get__
+
+
+def _as(x: Any, dtype: torch.dtype) -> Any:
+    """A tensor as autocast gives it to a function: floats but fp64."""
+    casts = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if casts else x
+
+
+def _on_cpu(x: Any) -> Any:
+    """The CPU instead of a device."""
+    return torch.device("cpu") if isinstance(x, torch.device) else x
+
+
+class _KeepsFactors(autograd.Function):
+    """A linear layer that is not computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+
+class _KeepsStatistics(autograd.Function):
+    """A norm that is not computed; its statistics are fp32 at least."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, statistics: int) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        found = x.new_empty(statistics, *x.shape[:-1], dtype=dtype)
+        ctx.save_for_backward(x, weight, found)
+        return torch.empty_like(x)
 
 
 class _KeepsItsInput(autograd.Function):
