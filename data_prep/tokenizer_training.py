@@ -31,6 +31,7 @@ from data_prep.readers import find_files, numbered, parse, read_blocks
 from data_prep.readers.packed import PACKED_ENDINGS
 from data_prep.tokenization import text_hash
 from data_prep.tokenizer_files import SPECIALS, added_token, refuse_others, write_tokenizer_json
+from data_prep.words import WordCounter
 from encoder.base.errors import ConfigError
 from encoder.base.log import say
 from encoder.base.tokenizer_json import Frame, template
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 MOST_SAMPLE_MB = 1_000_000
 MOST_CHARACTERS = 1000  # of a WordPiece alphabet, as BERT's; rarer ones are unknown
 PREFIX = "##"  # of a WordPiece inside of a word
+COUNTED_CHARS = 2**22  # whose words are counted at a time
 NEVER_CHOSEN = -1000.0  # score of a Unigram entry that no text gives
 
 
@@ -214,19 +216,33 @@ def _letters(tokenizer: Tokenizer, sample: _Sample) -> _Letters:
     The library numbers the letters inside of words in the order in which it meets them, another one each time. They are
     given to it in this order instead, which is that of Unicode.
     """
-    words: Counter[str] = Counter()
-    for text in sample.texts():
-        split = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
-        words.update(word for word, _ in split)
     counts: Counter[str] = Counter()
     behind: set[str] = set()
-    for word, count in words.items():
-        for letter in word:
-            counts[letter] += count
-        behind.update(word[1:])
+    # the words of some texts at a time, since a Python step for each word of a text takes 2 us
+    for word, count in _counted_words(tokenizer, sample.texts()):
+        split = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word))
+        for piece, _ in split:
+            for letter in piece:
+                counts[letter] += count
+            behind.update(piece[1:])
     # the most frequent; of equally frequent ones the order of Unicode decides
     kept = sorted(counts, key=lambda letter: (-counts[letter], letter))[:MOST_CHARACTERS]
     return _Letters(alphabet=sorted(kept), inside=sorted(behind.intersection(kept)))
+
+
+def _counted_words(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[tuple[str, int]]:
+    """The words of texts and how often they stand there: a word may come again, COUNTED_CHARS later."""
+    counter = WordCounter(tokenizer)
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= COUNTED_CHARS:
+            yield from counter(batch)
+            batch = []
+            chars = 0
+    yield from counter(batch)
 
 
 def _trainer(

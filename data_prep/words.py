@@ -74,6 +74,23 @@ class WordEncoder:
         return np.fromiter(map(numbers.__getitem__, words_U), np.int64, count=len(words_U))
 
 
+class WordCounter:
+    """Counts the words of texts."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises UnknownStructure."""
+        self._rules = rules_of(tokenizer)
+        self._characters = KnownCharacters(tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """Each different word and how often it is there."""
+        found = _cut(texts, self._rules, self._characters).words_N.value_counts()
+        words = found.field("values").to_pylist()
+        counts = found.field("counts").to_pylist()
+        for word, count in zip(words, counts, strict=True):
+            yield word.decode("utf-8"), count
+
+
 class _KnownWords:
     """The ids of words that were met before, bounded. W words."""
 

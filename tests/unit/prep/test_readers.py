@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import random
 import re
+from collections.abc import Iterator
 
 import pyarrow
 import pyarrow.ipc
@@ -13,6 +16,7 @@ import pytest
 from data_prep import readers
 from data_prep.config import (
     ArrowSource,
+    CsvSource,
     HubSource,
     JsonlSource,
     ParquetSource,
@@ -20,6 +24,7 @@ from data_prep.config import (
     recipe_of,
 )
 from data_prep.filters import ABSENT, Filter, WrongType, look_up
+from data_prep.readers import ReadError, delimited, find_files, read_blocks
 from encoder.data.shard_format import read_card
 from tests.helpers.prep import ids_of, run, settings, texts, write_jsonl
 from tests.unit.prep.test_bad_input import refused, table_bytes
@@ -372,3 +377,49 @@ def test_a_value_that_a_filter_cannot_judge_is_named_by_line(tmp_path, capsys):
     assert read_card(tmp_path / "shards/a/train").recipe["counts"]["left_out"] == {
         "filter cannot judge": 1
     }
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 2**20])
+def test_csv_records_are_those_of_pythons_csv(piece_bytes, tmp_path, monkeypatch):
+    """Well-formed records are read by a pattern, others by csv: here it reads them all, a line at a time."""
+    monkeypatch.setattr(delimited, "READ_BYTES", piece_bytes)
+    parts = ['"', '""', "a", "bc", "\n", "\r\n", "\r", ",", "é", "x\ny", '"a\nb\n\nc"', '"d"\n']
+    chance = random.Random(piece_bytes)
+    for _ in range(150):
+        content = "text\n" + "".join(chance.choices(parts, k=chance.randint(0, 50)))
+        (tmp_path / "a.csv").write_bytes(content.encode())
+        source = CsvSource(name="a", files=("a.csv",))
+        (file,) = find_files(source, tmp_path)
+        found: list[tuple[int, str]] = []
+        try:
+            for block in read_blocks(source, file):
+                found += zip(block.numbers, block.columns["text"], strict=True)
+        # a quote that is never closed: what stands before it is kept
+        except ReadError as error:
+            assert "never closed" in str(error)
+            assert found == records_of_csv(content)[: len(found)]
+            continue
+        assert found == records_of_csv(content), ascii(content)
+
+
+def records_of_csv(content: str) -> list[tuple[int, str]]:
+    """(first line, cell) of the records that have one cell, behind the header."""
+    lines = content.encode().splitlines(keepends=True)
+    taken = 0
+
+    def given() -> Iterator[str]:
+        nonlocal taken
+        for line in lines:
+            taken += 1
+            yield line.decode()
+
+    reader = csv.reader(given())
+    next(reader)
+    found = []
+    while True:
+        first = taken + 1
+        cells = next(reader, None)
+        if cells is None:
+            return found
+        if len(cells) == 1:
+            found.append((first, cells[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,19 @@ def test_what_is_remembered_is_bounded_and_the_frequent_stays(monkeypatch):
             ids = known.ids[begin : begin + known.lengths_W[number]]
             assert ids.tolist() == [place] * (place % 3)
     assert b"the" in known.numbers
+
+
+def test_words_that_are_counted_are_all_words(tmp_path):
+    train("bert", tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+    def pieces(text: str) -> list[str]:
+        normal = tokenizer.normalizer.normalize_str(text)
+        return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+    texts = documents(seed=3)
+    found: Counter[str] = Counter()
+    for word, count in words.WordCounter(tokenizer)(texts):
+        for piece in pieces(word):
+            found[piece] += count
+    assert found == Counter(piece for text in texts for piece in pieces(text))
