@@ -221,7 +221,8 @@ def traffic_of(asked: Asked, facts: dict[str, Any], how: str) -> Traffic:
         largest=facts["largest"],
         ranks=asked.ranks,
         micro_batches=asked.micro_batches,
-        overlap=how,
+        sends=how != "off",
+        looks_ahead=how == "weights",
     )
 
 

@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,10 +41,12 @@ from encoder.base.command import count
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_json
 from encoder.base.rng import generator
+from encoder.base.schema import to_plain
 from encoder.engine.checkpoint.folder import committed_folders, tokens_of
 from encoder.engine.precision import precision_on
 from encoder.models.hf.catalog import bridge_of
 from encoder.models.hf.tokenizer import write_tokenizer
+from encoder.objectives.mlm import MlmConfig
 from encoder.runs.config import RunConfig, read_run
 from encoder.runs.facts import DataFacts, check_data
 from encoder.runs.folder import CHECKPOINTS, read_metrics
@@ -52,7 +55,7 @@ from encoder.train.build import open_mixture
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 DEMO = "configs/pretrain/tiny_cpu.yaml"
 WORK = Path("runs/time_to_loss")
-ASKED = "asked.json"  # of a side: what it was asked, and what it found
+FOUND = "found.json"  # of a side: what it was asked, and what it found
 # the judge's loss of a last checkpoint beside the one that its run found: the run computes in its own precision
 SAME_LOSS = {"fp32": 1e-4, "fp64": 1e-4, "autocast": 5e-3, "bf16": 2e-2}
 # side -> seed -> points
@@ -122,10 +125,11 @@ class Side:
     ranks: int = 1
     peer: Mapping[str, Any] | None = None
 
-    def folder(self, work: Path, seed: int) -> Path:
-        """A folder of its own."""
+    def folder(self, work: Path, asked: Mapping[str, Any]) -> Path:
+        """A folder of its own for everything that decides what it finds."""
         plain = re.sub(r"[^A-Za-z0-9.]+", "_", self.name).strip("_")
-        return work / f"{plain[:100]}-seed{seed}"
+        digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return work / f"{plain[:60]}-seed{asked['seed']}-{digest[:12]}"
 
 
 class Bench:
@@ -135,6 +139,7 @@ class Bench:
         self._path, self._settings = args.run_file, [*args.settings]
         self.run = read_run(self._path, self._settings)
         self._facts: DataFacts = check_data(self.run)
+        check_masking(self.run)
         self._judge = Judge(self.run, self._facts)
         self._points, self._work = args.points, args.work
         self._threads = torch.get_num_threads()
@@ -180,22 +185,29 @@ class Bench:
 
     def learn(self, side: Side, seed: int) -> None:
         """Trains it, unless that is done, and has it judged."""
-        folder = side.folder(self._work, seed)
+        run = read_run(self._path, [*self._settings, *side.words])
         asked = {
-            "run": self._path,
-            "settings": [*self._settings, *side.words],
+            # all of it: how a step is computed decides the seconds
+            "run": {
+                key: value for key, value in to_plain(run).items() if key not in ("name", "out")
+            },
+            "shards": self._facts.card_sha256,
             "ranks": side.ranks,
+            "threads": self._threads,
             "peer": dict(side.peer) if side.peer else None,
             "seed": seed,
             "points": self._points,
         }
-        kept = _read_kept(folder, asked)
-        if kept is None:
+        folder = side.folder(self._work, asked)
+        path = folder / FOUND
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        else:
             shutil.rmtree(folder, ignore_errors=True)
             print(f"training: {side.name}, seed {seed}", flush=True)
             train = self._train_peer if side.peer else self._train_ours
             kept = {"asked": asked, "found": train(side, seed, folder)}
-            write_json(folder / ASKED, kept)
+            write_json(path, kept)
         found = kept["found"]
         self.found.setdefault(side.name, {})[seed] = [Point(**point) for point in found["points"]]
         if check := found.get("check"):
@@ -308,6 +320,30 @@ class Bench:
         )
 
 
+def check_masking(run: RunConfig) -> None:
+    """The Trainer's collator can mask as the run does. Raises ConfigError."""
+    objective = run.objective
+    usual = MlmConfig(mask_share=run.mask_share_of(run.phases[0]).highest)
+    strange = [
+        name
+        for name in (
+            "whole_words",
+            "spans",
+            "mask_count",
+            "mask_special_tokens",
+            "random_share",
+            "keep_share",
+        )
+        if getattr(objective, name, None) != getattr(usual, name)
+    ]
+    if strange:
+        raise ConfigError(
+            f"objective {', '.join(strange)}: the Trainer's collator masks single tokens, 80 % of them"
+            " as [MASK], 10 % by another, 10 % not at all. Needed: objective {name: mlm} with no"
+            " more than mask_share."
+        )
+
+
 def drawn_documents(run: RunConfig, *, seed: int) -> list[np.ndarray]:
     """Whole documents of the run's first mixture, by its weights, as many tokens as the run trains on, mixed.
 
@@ -326,15 +362,6 @@ def drawn_documents(run: RunConfig, *, seed: int) -> list[np.ndarray]:
             documents.append(source.read(int(number)))
             left -= len(documents[-1])
     return [documents[i] for i in draw.permutation(len(documents))]
-
-
-def _read_kept(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a side found, if it was asked the same."""
-    path = folder / ASKED
-    if not path.is_file():
-        return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return kept if kept["asked"] == asked else None
 
 
 def _run(command: Sequence[str], folder: Path, *, threads: int) -> None:
@@ -427,7 +454,11 @@ def draw(path: Path, found: Found) -> None:
 
 
 def _mean_last(seeds: Mapping[int, Sequence[Point]]) -> float:
-    return statistics.mean(points[-1].loss for points in seeds.values())
+    """Infinite where a seed diverged."""
+    losses = [points[-1].loss for points in seeds.values()]
+    if not all(math.isfinite(loss) for loss in losses):
+        return math.inf
+    return statistics.mean(losses)
 
 
 def _mean_text(times: Sequence[float | None]) -> str:

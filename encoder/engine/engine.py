@@ -33,6 +33,7 @@ from encoder.engine.zero.config import (
     forget_modules,
     import_deepspeed,
     initialize,
+    overlap_on,
     sends_during_backward,
     zero_config,
 )
@@ -105,7 +106,11 @@ def start_engine(
     device: of this rank
     factors: parameter -> of every step's rate and clipped gradient; 1 for all others
     """
-    told = replace(config, precision=precision_on(config.precision, device))
+    told = replace(
+        config,
+        precision=precision_on(config.precision, device),
+        overlap=overlap_on(config.overlap, cuda=device.type != "cpu"),
+    )
     config = as_run(told, ranks=world.size, device=device)
     # groups go by a parameter's dimensions, which stage 3 takes away
     steps = build_optimizer(model, optimizer, factors=factors)

@@ -146,6 +146,7 @@ class Overlap:
 
         self._sending = False
         self._in_step = False
+        self._failed = False
         self._missing: dict[Bucket, set[Parameter]] = {}
         self._buffers: dict[Bucket, torch.Tensor] = {}
         self._sent = 0  # buckets of this backward pass, in order
@@ -160,6 +161,7 @@ class Overlap:
 
         last: of its step. Stages that keep whole gradients add up those of the others first
         """
+        assert not self._failed, "a backward pass failed: what it had sent is lost"
         self._sending = self.way.every_backward or last
         if self._sending and not self._in_step:
             self.way.begin_step()
@@ -170,6 +172,9 @@ class Overlap:
             yield
             if self._sending:
                 self._send_the_rest()
+        except BaseException:
+            self._failed = True
+            raise
         finally:
             self._sending = False
 

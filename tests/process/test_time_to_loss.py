@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import command, time_to_loss
+from benchmarks.command import bench
 from benchmarks.judge import Point, seconds_to
-from benchmarks.time_to_loss import against, drawn_documents
+from benchmarks.time_to_loss import against, drawn_documents, tell
 from benchmarks.trainer import grouped
+from encoder.base.errors import UserError
 from encoder.runs.config import read_run
 from launch.bench import main
 from tests.helpers.shards import random_documents, write_source
@@ -81,6 +85,15 @@ def test_both_sides_are_judged_alike_and_what_is_done_is_not_done_again(
     assert again[0]["figures"] == table["figures"]
     capsys.readouterr()
 
+    # another rate in the file is another side, and leaves what is there
+    before = {path.name for path in (run_file.parent / "work").iterdir()}
+    run_file.write_text(run_file.read_text().replace("lr: 1.0e-3", "lr: 2.0e-3"))
+    asked_for = []
+    monkeypatch.setattr(time_to_loss, "_run", lambda command, *_, **__: asked_for.append(command))
+    with pytest.raises(UserError):
+        bench(asked(run_file, *words))
+    assert len(asked_for) == 1 and before <= {p.name for p in (run_file.parent / "work").iterdir()}
+
 
 @pytest.mark.parametrize(
     "words, said",
@@ -88,6 +101,7 @@ def test_both_sides_are_judged_alike_and_what_is_done_is_not_done_again(
         (["--ours", "ranks=two"], "ranks=two; needed: a number"),
         (["--ours", "optimizer.nam=muon"], "optimizer.nam"),
         (["evaluation=null"], "has no held-out text"),
+        (["objective.whole_words=true"], "objective whole_words: the Trainer's collator masks"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_is_trained(
@@ -104,6 +118,20 @@ def test_a_judge_who_finds_another_loss_than_the_run_reports_nothing(run_file, c
     assert main(asked(run_file, "--peer-lr", "1e-3")) == 2
     assert "the judge found a held-out loss of 1.00000" in capsys.readouterr().err
     assert not (run_file.parent / "out.json").exists()
+
+
+def test_a_rate_that_diverged_is_not_the_best_peer():
+    point = Point(tokens=1, seconds=1.0, loss=4.0)
+    found = {
+        "wild": {1: [replace(point, loss=float("nan"))]},
+        "calm": {1: [point]},
+        "ours": {1: [replace(point, seconds=0.5)]},
+    }
+    rows = []
+    report = SimpleNamespace(add=lambda _title, **table: rows.append(table))
+    tell(report, found, peers=["wild", "calm"], checks=[])
+    assert rows[0]["notes"] == ["best peer: calm"]
+    assert rows[0]["figures"]["ours"]["times_as_fast"] == [pytest.approx(2.0)]
 
 
 def test_blocks_are_the_documents_end_to_end_and_have_the_shares_of_the_mixture(run_file):

@@ -53,7 +53,8 @@ class Traffic:
         largest: int,
         ranks: int,
         micro_batches: int,
-        overlap: str = "reduction",
+        sends: bool = True,
+        looks_ahead: bool = False,
     ) -> Traffic:
         """Counted from shapes; gradients travel in fp32.
 
@@ -63,7 +64,8 @@ class Traffic:
         largest: of them, those of the largest matrix, the embedding
         ranks: that share a step
         micro_batches: of a rank's step
-        overlap: as it is run; DeepSpeed's own buckets are larger
+        sends: whether we send them during the backward pass; DeepSpeed's own buckets are larger
+        looks_ahead: whether stage 3 gathers weights while others compute
         """
         share = (ranks - 1) / ranks
         # an all-reduce is a reduce-scatter and an all-gather
@@ -71,9 +73,8 @@ class Traffic:
         gradients = passes * parameters * (8 if precision == "fp64" else 4) * share
         weights = parameters * {"fp64": 8, "bf16": 2}.get(precision, 4) * share
         bucket = bucket_elements(parameters, ranks=ranks)
-        if overlap == "off":
+        if not sends:
             bucket = BUCKET_ELEMENTS
-        looks_ahead = overlap == "weights"
         return Traffic(
             gradients=gradients,
             reductions=micro_batches if stage >= 2 else 1,

@@ -118,17 +118,22 @@ def _idle_text(
     if padded:
         plural = "" if share.micro_batches == 1 else "es"
         dealt = f"{share.micro_batches} micro-batch{plural} of {counted(now, 'row')} on each"
+    micro_batch, left = _micro_batch(rows, ranks=ranks, micro_batch_rows=now, padded=padded)
     good = [
         _batches(run, rows, ranks=ranks, padded=padded),
         _rank_counts(rows, ranks=ranks, micro_batch_rows=now, padded=padded),
-        _micro_batch(rows, ranks=ranks, micro_batch_rows=now, padded=padded),
+        micro_batch if not left else "",
     ]
-    nearest = "; ".join(text for text in good if text)
-    return (
+    found = [
         f"{title} {names}: {rows} rows a step over {ranks} ranks are {dealt}, room for"
-        f" {ranks * share.rows}: {idle:.0%} of the ranks' time is idle. Nearest without:"
-        f" {nearest}."
-    )
+        f" {ranks * share.rows}: {idle:.0%} of the ranks' time is idle."
+    ]
+    if any(good):
+        nearest = "; ".join(text for text in good if text)
+        found.append(f"Nearest without: {nearest}.")
+    if left:
+        found.append(f"With less: {micro_batch} ({left:.0%}).")
+    return " ".join(found)
 
 
 def _batches(run: RunConfig, rows: int, *, ranks: int, padded: bool) -> str:
@@ -171,8 +176,10 @@ def _rank_counts(rows: int, *, ranks: int, micro_batch_rows: int, padded: bool) 
     return f"{' or '.join(found)} ranks" if found else ""
 
 
-def _micro_batch(rows: int, *, ranks: int, micro_batch_rows: int, padded: bool) -> str:
-    """The micro-batch, no larger than now, that leaves the least time idle, with the share that is left.
+def _micro_batch(
+    rows: int, *, ranks: int, micro_batch_rows: int, padded: bool
+) -> tuple[str, float]:
+    """The micro-batch, smaller than now, that leaves the least time idle, and the share that is left; empty where none helps.
 
     rows: of a full step
     ranks: that share them
@@ -180,18 +187,17 @@ def _micro_batch(rows: int, *, ranks: int, micro_batch_rows: int, padded: bool) 
     padded: as share_of_rows; without padding a micro-batch decides nothing
     """
     if not padded:
-        return ""
+        return "", 0.0
     computed = {
         size: share_of_rows(rows, ranks=ranks, micro_batch_rows=size, padded=True).rows
         for size in range(micro_batch_rows, 0, -1)
     }
     # the first of equals: the largest
     best = min(computed, key=lambda size: computed[size])
-    if best == micro_batch_rows:
-        return ""
+    if computed[best] == computed[micro_batch_rows]:
+        return "", 0.0
     left = 1 - rows / (ranks * computed[best])
-    text = f"loader.micro_batch_rows {best}"
-    return f"{text} ({left:.0%} idle)" if left else text
+    return f"loader.micro_batch_rows {best}", left
 
 
 def _whole_micro_batch(rows: int, ranks: int, *, now: int, padded: bool) -> int:
@@ -199,7 +205,7 @@ def _whole_micro_batch(rows: int, ranks: int, *, now: int, padded: bool) -> int:
 
     rows: of the step
     ranks: that share them
-    now: rows of a micro-batch as set; at most halved, for small micro-batches are slow
+    now: rows of a micro-batch as set; at most halved, for small micro-batches are slow, unless a rank has fewer rows
     padded: as share_of_rows
     """
     if rows % ranks:
@@ -207,6 +213,8 @@ def _whole_micro_batch(rows: int, ranks: int, *, now: int, padded: bool) -> int:
     if not padded:
         return now
     own = rows // ranks
+    if own < now:
+        return own
     sizes = range(now, (now - 1) // 2, -1)
     return next((size for size in sizes if own % size == 0), 0)
 

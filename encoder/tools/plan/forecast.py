@@ -267,7 +267,8 @@ def traffic_of(
         largest=largest,
         ranks=ranks,
         micro_batches=micro_batches,
-        overlap=run.engine.overlap,
+        sends=sends_during_backward(run.engine, stage=run.engine.zero_stage, ranks=ranks),
+        looks_ahead=run.engine.overlap == "weights",
     )
 
 

@@ -51,7 +51,7 @@ def test_288_rows_on_64_ranks_are_told_with_what_would_divide():
         "phases stable, extension, decay: 288 rows a step over 64 ranks are 2 micro-batches of 3"
         " rows on each, room for 384: 25% of the ranks' time is idle. Nearest without: batch_tokens"
         " 4,194,304 (loader.micro_batch_rows 2) or 6,291,456; 48 or 72 (loader.micro_batch_rows 2)"
-        " ranks; loader.micro_batch_rows 1 (10% idle)."
+        " ranks. With less: loader.micro_batch_rows 1 (10%)."
     )
 
 
@@ -61,7 +61,7 @@ def test_what_is_named_leaves_no_rank_idle(ranks, padded):
     run = read_run(BASE)
     for said in idle_warnings(run, ranks=ranks, padded=padded):
         nearest = said.split("Nearest without: ")[1]
-        batches, *others = nearest.split("; ")
+        batches, *others = nearest.split(" With less: ")[0].split("; ")
         found = re.findall(r"([\d,]+)(?: \(loader.micro_batch_rows (\d+)\))?", batches)
         counts = [text for text in others if text.endswith(" ranks.") or text.endswith(" ranks")]
         for tokens, size in found:
@@ -85,6 +85,19 @@ def test_rows_that_divide_are_not_told_and_the_doctor_says_the_same():
     assert told[-1:] == tuple(idle_warnings(run, ranks=64, padded=True))
     # 5 rows on the busiest of 64: a tenth is idle, which is not told
     assert not idle_warnings(run, ranks=64, padded=False)
+
+
+def test_a_rank_with_fewer_rows_than_a_micro_batch_is_told_the_batch_of_one_smaller():
+    """70 rows on 64 ranks in micro-batches of 64: 64 rows in micro-batches of 1, not 2,048 rows."""
+    run = read_run(
+        BASE,
+        [
+            "loader.micro_batch_rows=64",
+            *(f"phases.{i}.batch_tokens={70 * 16384}" for i in range(3)),
+        ],
+    )
+    for said in idle_warnings(run, ranks=64, padded=True):
+        assert f"batch_tokens {64 * 16384:,} (loader.micro_batch_rows 1)" in said
 
 
 def test_lanes_divide_the_batch_that_is_named():

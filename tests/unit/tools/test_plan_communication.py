@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -144,12 +145,13 @@ def rate_of(name: str, ranks: int, micro_batch_rows: int, overlap: str) -> float
     return found.tokens_per_second / ranks
 
 
-def test_the_plan_says_how_much_of_the_link_is_hidden():
-    text = plan_text(
-        read_run("configs/pretrain/modernbert_base.yaml"), ranks=8, machine=gpu("h100")
-    )
+@pytest.mark.parametrize("word, hides", [("auto", False), ("reduction", True)])
+def test_the_plan_says_how_much_of_the_link_is_hidden(word, hides):
+    run = read_run("configs/pretrain/modernbert_base.yaml", [f"engine.overlap={word}"])
+    text = plan_text(run, ranks=8, machine=gpu("h100"))
     line = next(line for line in text.splitlines() if line.startswith("communication"))
-    assert "GB sent by a rank in a step" in line and "beside computing" in line
+    found = re.search(r"GB sent by a rank in a step: .* ms, (\d+)% of them beside computing", line)
+    assert found and (int(found[1]) > 0) is hides
     assert "5 us from one rank to the next" in text
 
 
@@ -169,7 +171,7 @@ def test_a_look_ahead_gathers_once_beside_the_forward_pass():
         largest=0,
         ranks=2,
         micro_batches=1,
-        overlap="weights",
+        looks_ahead=True,
     )
     found = waiting_seconds(some, computing=3.0, bytes_per_second=LINK, hop_seconds=0.0)
     assert some.gathered == 2e9 and found == pytest.approx(1.0 + 2.0 * some.last)
