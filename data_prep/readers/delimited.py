@@ -36,8 +36,8 @@ _WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _LINE_END = re.compile(rb"\n|\r\n?")
 # bytes that are not UTF-8, as surrogateescape keeps them
 _ESCAPED = re.compile("[\udc80-\udcff]")
-# a record of our own: inside an open quote it would be a part of a cell
-_END = "\ue000end of file\ue000"
+# a record of our own: inside an open quote it would be a part of a cell. No letter of it is anybody's delimiter
+_END = "\ue000\ue001\ue002"
 
 
 def delimited_blocks(source: CsvSource, file: InputFile, limits: Limits) -> Iterator[Block]:

@@ -68,6 +68,7 @@ def write_mds(folder, rows: list[dict], columns: dict, **how):
         {"quoting": csv.QUOTE_ALL},
         {"delimiter": ";"},
         {"delimiter": "\t"},
+        {"delimiter": "n"},
     ],
 )
 @pytest.mark.parametrize("piece", [1, 2, 7, 2**18])

@@ -169,6 +169,11 @@ def test_added_tokens_are_found_in_text_as_by_the_library(tmp_path):
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}},
         {"pre_tokenizer": None},
         {"pre_tokenizer": {"type": "CharDelimiterSplit", "delimiter": "-"}},
+        # its marks are no white space to this split
+        {
+            "normalizer": {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"},
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+        },
         {
             "pre_tokenizer": {
                 "type": "Metaspace",
