@@ -46,6 +46,9 @@ RUNS = (
     "xlnet_memory",
     "electra_mini",
     "electra_mini_mlm",
+    "mini",
+    "mini_task",
+    "task_alone",
 )
 
 

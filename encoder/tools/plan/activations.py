@@ -160,8 +160,9 @@ def _one_document(tokens: int) -> TokenBatch:
     ids_T = torch.zeros(tokens, dtype=torch.int64)
     return TokenBatch(
         ids_T=ids_T,
-        positions_T=ids_T.to(torch.int32),
-        cu_seqlens_S1=torch.zeros(2, dtype=torch.int32),
+        positions_T=torch.arange(tokens, dtype=torch.int32),
+        # a model may look up its documents by them
+        cu_seqlens_S1=torch.tensor([0, tokens], dtype=torch.int32),
         max_seqlen=tokens,
         targets={},
         token_key_T=ids_T,
