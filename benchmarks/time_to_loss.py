@@ -58,6 +58,14 @@ WORK = Path("runs/time_to_loss")
 FOUND = "found.json"  # of a side: what it was asked, and what it found
 # the judge's loss of a last checkpoint beside the one that its run found: the run computes in its own precision
 SAME_LOSS = {"fp32": 1e-4, "fp64": 1e-4, "autocast": 5e-3, "bf16": 2e-2}
+OF_A_LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 # side -> seed -> points
 Found: TypeAlias = Mapping[str, Mapping[int, Sequence[Point]]]
 QUICK = dict(seeds=[1], points=2, peer_lr=[1e-3])
@@ -368,15 +376,16 @@ def _run(command: Sequence[str], folder: Path, *, threads: int) -> None:
     """A process that says what it says into a log. Raises UserError with its last line where it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads)), "CUDA_VISIBLE_DEVICES": ""}
+    # of its own: ranks that this process may be told of are none of its
+    env = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
+    env |= {"OMP_NUM_THREADS": str(max(1, threads)), "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = os.pathsep.join([str(LAUNCH.parent), env.get("PYTHONPATH", "")])
     with log.open("w", encoding="utf-8") as out:
         code = subprocess.run([*command], stdout=out, stderr=subprocess.STDOUT, env=env).returncode
     if code:
         lines = log.read_text(encoding="utf-8").strip().splitlines()
-        raise UserError(
-            f"{log}: exit code {code}: {[*lines, 'nothing was said'][-1 if lines else 0]}"
-        )
+        said = lines[-1] if lines else "nothing was said"
+        raise UserError(f"{log}: exit code {code}: {said}")
 
 
 def tell(report: Report, found: Found, *, peers: Sequence[str], checks: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,10 @@ def asked(run_file: Path, *words: str) -> list[str]:
 def test_both_sides_are_judged_alike_and_what_is_done_is_not_done_again(
     run_file, capsys, monkeypatch
 ):
+    # as a launcher, or a test before, leaves them
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     words = ["--peer-lr", "1e-3", "--peer-precision", "fp32", "--ours", "engine.precision=fp32"]
     curve = run_file.parent / "curve.png"
     assert main(asked(run_file, *words, "--curve", str(curve))) == 0
@@ -118,6 +123,12 @@ def test_a_judge_who_finds_another_loss_than_the_run_reports_nothing(run_file, c
     assert main(asked(run_file, "--peer-lr", "1e-3")) == 2
     assert "the judge found a held-out loss of 1.00000" in capsys.readouterr().err
     assert not (run_file.parent / "out.json").exists()
+
+
+def test_a_side_that_fails_is_told_with_its_last_line(tmp_path):
+    failing = [sys.executable, "-c", "print('first'); raise SystemExit('no room left')"]
+    with pytest.raises(UserError, match="exit code 1: no room left"):
+        time_to_loss._run(failing, tmp_path, threads=1)
 
 
 def test_a_rate_that_diverged_is_not_the_best_peer():
