@@ -42,6 +42,7 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_json
 from encoder.base.rng import generator
 from encoder.base.schema import to_plain
+from encoder.base.world import alone
 from encoder.engine.checkpoint.folder import committed_folders, tokens_of
 from encoder.engine.precision import precision_on
 from encoder.models.hf.catalog import bridge_of
@@ -58,13 +59,14 @@ WORK = Path("runs/time_to_loss")
 FOUND = "found.json"  # of a side: what it was asked, and what it found
 # the judge's loss of a last checkpoint beside the one that its run found: the run computes in its own precision
 SAME_LOSS = {"fp32": 1e-4, "fp64": 1e-4, "autocast": 5e-3, "bf16": 2e-2}
-OF_A_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+# of an objective, that the Trainer's collator has no other words for
+MASKING = (
+    "whole_words",
+    "spans",
+    "mask_count",
+    "mask_special_tokens",
+    "random_share",
+    "keep_share",
 )
 # side -> seed -> points
 Found: TypeAlias = Mapping[str, Mapping[int, Sequence[Point]]]
@@ -128,10 +130,9 @@ class Side:
     """One way to train."""
 
     name: str
-    # settings of the run file, or of the peer
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()  # settings of the run file
     ranks: int = 1
-    peer: Mapping[str, Any] | None = None
+    peer: Mapping[str, Any] | None = None  # of the Trainer; None: a side of ours
 
     def folder(self, work: Path, asked: Mapping[str, Any]) -> Path:
         """A folder of its own for everything that decides what it finds."""
@@ -144,12 +145,14 @@ class Bench:
     """The sides of one run file, and what they found: side -> seed -> points."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._path, self._settings = args.run_file, [*args.settings]
+        self._path = args.run_file
+        self._settings = [*args.settings]
         self.run = read_run(self._path, self._settings)
         self._facts: DataFacts = check_data(self.run)
         check_masking(self.run)
         self._judge = Judge(self.run, self._facts)
-        self._points, self._work = args.points, args.work
+        self._points = args.points
+        self._work = args.work
         self._threads = torch.get_num_threads()
         self.tokens = sum(phase.tokens for phase in self.run.phases)
         self.found: dict[str, dict[int, list[Point]]] = {}
@@ -171,8 +174,7 @@ class Bench:
                 ranks = int(number)
             # refused before anything is trained
             read_run(self._path, [*self._settings, *settings])
-            side = Side(name=f"ours {text}".strip(), words=tuple(settings), ranks=ranks)
-            sides.append(side)
+            sides.append(Side(name=f"ours {text}".strip(), words=tuple(settings), ranks=ranks))
         return sides
 
     def peer_sides(self, args: argparse.Namespace) -> list[Side]:
@@ -288,7 +290,8 @@ class Bench:
     def _peer(self, side: Side, seed: int, folder: Path) -> Peer:
         asked = side.peer
         assert asked is not None
-        run, specials = self.run, self._facts.specials
+        run = self.run
+        specials = self._facts.specials
         bridge = bridge_of(run.model, specials)
         if bridge is None:
             raise ConfigError(
@@ -332,18 +335,7 @@ def check_masking(run: RunConfig) -> None:
     """The Trainer's collator can mask as the run does. Raises ConfigError."""
     objective = run.objective
     usual = MlmConfig(mask_share=run.mask_share_of(run.phases[0]).highest)
-    strange = [
-        name
-        for name in (
-            "whole_words",
-            "spans",
-            "mask_count",
-            "mask_special_tokens",
-            "random_share",
-            "keep_share",
-        )
-        if getattr(objective, name, None) != getattr(usual, name)
-    ]
+    strange = [name for name in MASKING if getattr(objective, name, None) != getattr(usual, name)]
     if strange:
         raise ConfigError(
             f"objective {', '.join(strange)}: the Trainer's collator masks single tokens, 80 % of them"
@@ -376,16 +368,19 @@ def _run(command: Sequence[str], folder: Path, *, threads: int) -> None:
     """A process that says what it says into a log. Raises UserError with its last line where it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    # of its own: ranks that this process may be told of are none of its
-    env = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
-    env |= {"OMP_NUM_THREADS": str(max(1, threads)), "CUDA_VISIBLE_DEVICES": ""}
-    env["PYTHONPATH"] = os.pathsep.join([str(LAUNCH.parent), env.get("PYTHONPATH", "")])
-    with log.open("w", encoding="utf-8") as out:
-        code = subprocess.run([*command], stdout=out, stderr=subprocess.STDOUT, env=env).returncode
-    if code:
+    settings = {
+        "OMP_NUM_THREADS": str(max(1, threads)),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(LAUNCH.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    with alone(), log.open("w", encoding="utf-8") as out:
+        done = subprocess.run(
+            [*command], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **settings}
+        )
+    if done.returncode:
         lines = log.read_text(encoding="utf-8").strip().splitlines()
         said = lines[-1] if lines else "nothing was said"
-        raise UserError(f"{log}: exit code {code}: {said}")
+        raise UserError(f"{log}: exit code {done.returncode}: {said}")
 
 
 def tell(report: Report, found: Found, *, peers: Sequence[str], checks: Sequence[str]) -> None:

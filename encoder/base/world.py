@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from encoder.base.errors import ConfigError
@@ -64,6 +65,20 @@ def world_from_env(env: Mapping[str, str] = os.environ) -> World:
             " or unset them."
         )
     return world
+
+
+# what launchers say, and what encoder.base.dist says for libraries that look for it
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No word of a launcher in the environment: of LOCAL_RANK alone accelerate takes this process for one of several."""
+    found = {name: os.environ.pop(name) for name in _LAUNCHERS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def _whole(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 
 from encoder.base.errors import ConfigError
 from encoder.base.files import sha256_of
+from encoder.base.world import alone
 from encoder.models.hf.stages import MODULES, PROMPTS, check_stages
 from encoder.tools.embedding.config import EmbedConfig
 from encoder.tools.embedding.folder import (
@@ -111,20 +111,6 @@ def check_one_gpu(settings: EmbedConfig) -> None:
             f"torch sees {count} GPUs, and an embedding is trained on one. Choose it: set"
             " CUDA_VISIBLE_DEVICES=0."
         )
-
-
-# what launchers say, and what encoder.base.dist says for libraries that look for it
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """No word of a launcher in the environment: of LOCAL_RANK alone accelerate takes this process for one of several."""
-    found = {name: os.environ.pop(name) for name in _LAUNCHERS if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(found)
 
 
 @alone()
