@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,21 @@ def _is_between_letters(text: str, at: int) -> bool:
 def _is_letter(character: str) -> bool:
     """A letter that stays letters, and nothing else, however it is normalized."""
     return character.isalpha() and unicodedata.normalize("NFKD", character).isalpha()
+
+
+def by_chars(texts: Iterable[str], *, most_chars: int) -> Iterator[list[str]]:
+    """Texts by at most `most_chars` at a time, a longer one alone."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        if batch and chars + len(text) > most_chars:
+            yield batch
+            batch = []
+            chars = 0
+        batch.append(text)
+        chars += len(text)
+    if batch:
+        yield batch
 
 
 def batches(

@@ -26,6 +26,7 @@ from data_prep.config import (
     TextSource,
     TsvSource,
 )
+from data_prep.long_texts import by_chars
 from data_prep.output import output
 from data_prep.readers import find_files, numbered, parse, read_blocks
 from data_prep.readers.packed import PACKED_ENDINGS
@@ -233,16 +234,8 @@ def _letters(tokenizer: Tokenizer, sample: _Sample) -> _Letters:
 def _counted_words(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[tuple[str, int]]:
     """The words of texts and how often they stand there: a word may come again, COUNTED_CHARS later."""
     counter = WordCounter(tokenizer)
-    batch: list[str] = []
-    chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= COUNTED_CHARS:
-            yield from counter(batch)
-            batch = []
-            chars = 0
-    yield from counter(batch)
+    for batch in by_chars(texts, most_chars=COUNTED_CHARS):
+        yield from counter(batch)
 
 
 def _trainer(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.long_texts import by_chars
 from data_prep.word_rules import KnownCharacters, WordRules, rules_of
 
 if TYPE_CHECKING:
@@ -196,27 +197,13 @@ def ids_of_each(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray,
     """(ids of all texts end to end [T] uint32, tokens per text [D] int64): each as if it were alone."""
     ids = [np.zeros(0, np.uint32)]
     lengths = [np.zeros(0, np.int64)]
-    for batch in _batches(texts):
+    for batch in by_chars(texts, most_chars=NEW_CHARS):
         # one list of texts costs half of as many texts: each has no objects of its own
         found = tokenizer.encode(batch, is_pretokenized=True, add_special_tokens=False)
         ids.append(np.array(found.ids, np.uint32))
         text_of = np.array(found.word_ids, np.int64)
         lengths.append(np.bincount(text_of, minlength=len(batch)))
     return np.concatenate(ids), np.concatenate(lengths)
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars = 0
-    for text in texts:
-        if batch and chars + len(text) > NEW_CHARS:
-            yield batch
-            batch = []
-            chars = 0
-        batch.append(text)
-        chars += len(text)
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True, kw_only=True)
