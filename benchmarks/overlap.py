@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -106,22 +107,22 @@ def measure(args: argparse.Namespace) -> None:
         )
     command = " ".join(["python -m benchmarks.overlap", *sys.argv[1:]])
     report = Report(args.json, command=command, device=torch.device("cpu"))
-    for ranks in args.ranks:
-        for micro_batches in args.micro_batches:
-            for bucket in args.buckets:
-                lines = []
-                for stage in args.stages:
-                    asked = Asked(
-                        stage=stage,
-                        ranks=ranks,
-                        shape=args.shape,
-                        row_tokens=args.row_tokens,
-                        micro_batches=micro_batches,
-                        buckets=bucket,
-                        ahead=args.ahead and stage == 3,
-                    )
-                    lines += measure_stage(asked, shares=args.shares, rounds=args.rounds)
-                    add_table(report, asked, lines, last=stage == args.stages[-1])
+    for ranks, micro_batches, buckets in itertools.product(
+        args.ranks, args.micro_batches, args.buckets
+    ):
+        lines = []
+        for stage in args.stages:
+            asked = Asked(
+                stage=stage,
+                ranks=ranks,
+                shape=args.shape,
+                row_tokens=args.row_tokens,
+                micro_batches=micro_batches,
+                buckets=buckets,
+                ahead=args.ahead and stage == 3,
+            )
+            lines += measure_stage(asked, shares=args.shares, rounds=args.rounds)
+        add_table(report, asked, lines)
 
 
 def measure_stage(asked: Asked, *, shares: Sequence[int], rounds: int) -> list[dict[str, Any]]:
@@ -233,10 +234,8 @@ def as_gloo(planned: Traffic, stage: int) -> Traffic:
     return planned
 
 
-def add_table(report: Report, asked: Asked, lines: list[dict[str, Any]], *, last: bool) -> None:
-    """The lines of one number of ranks, once all stages are there."""
-    if not last:
-        return
+def add_table(report: Report, asked: Asked, lines: list[dict[str, Any]]) -> None:
+    """The lines of all stages that were asked the same."""
     head = ["stage", "link MB/s", "on the link", "computing", "after", "during", "model", "ideal"]
     rows = [
         [
@@ -272,7 +271,8 @@ def network(ranks: int) -> Iterator[None]:
         tell("ip", "link", "add", NAME, "type", "bridge")
         tell("ip", "link", "set", NAME, "up")
         for rank in range(ranks):
-            space, there = f"{NAME}{rank}", f"{NAME}_r{rank}"
+            space = f"{NAME}{rank}"
+            there = f"{NAME}_r{rank}"
             tell("ip", "netns", "add", space)
             tell("ip", "link", "add", there, "type", "veth", "peer", "name", "eth0", "netns", space)
             tell("ip", "link", "set", there, "master", NAME, "up")
