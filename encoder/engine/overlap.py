@@ -133,7 +133,8 @@ class Overlap:
         parameters: of the model, as it was made: until a backward pass was seen, those made last are expected first
         world: this rank among the others
         """
-        self.way, self._world = way, world
+        self.way = way
+        self._world = world
         elements = bucket_elements(sum(_numel(p) for p in parameters), ranks=world.size)
         buckets = buckets_of(way.groups, elements=elements)
         self._place = {p: (b, i) for b in buckets for i, p in enumerate(b.parameters)}

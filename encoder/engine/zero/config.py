@@ -19,6 +19,8 @@ from encoder.base.errors import ConfigError
 from encoder.base.model import TrainedModel
 from encoder.engine.precision import Precision
 
+OverlapWord = Literal["auto", "reduction", "weights", "off"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -42,7 +44,7 @@ class EngineConfig:
     # reduction: gradients are summed over the ranks while the backward pass still computes others; off: after it;
     # weights: stage 3 also gathers the next layers' weights while one computes, and keeps them until their backward;
     # auto: reduction on a CPU, off on CUDA, where the other words are experimental: never run on a GPU
-    overlap: Literal["auto", "reduction", "weights", "off"] = "auto"
+    overlap: OverlapWord = "auto"
     # largest global gradient norm; 0: none (StableAdamW clips its own updates)
     gradient_clipping: float = 0.0
 
@@ -88,7 +90,7 @@ class EngineConfig:
 
 
 def as_run(config: EngineConfig, *, ranks: int, device: torch.device) -> EngineConfig:
-    """The configuration as it is run: `overlap` of the device, and stages 1 and 2 of one CPU rank are stage 0: nothing is cut.
+    """The configuration as it is run: stages 1 and 2 of one CPU rank are stage 0, for there is nothing to cut.
 
     DeepSpeed would copy every gradient and weight into flat tensors and back at each step. bf16 weights keep their stage,
     whose masters they need, and so does an offloaded optimizer.
@@ -97,7 +99,6 @@ def as_run(config: EngineConfig, *, ranks: int, device: torch.device) -> EngineC
     ranks: of the run
     device: of a rank
     """
-    config = replace(config, overlap=overlap_on(config.overlap, cuda=device.type != "cpu"))
     cuts = ranks > 1 or config.zero_stage == 3
     needs_masters = config.precision == "bf16" or config.offload_optimizer == "cpu"
     if device.type != "cpu" or cuts or needs_masters:
@@ -105,7 +106,7 @@ def as_run(config: EngineConfig, *, ranks: int, device: torch.device) -> EngineC
     return replace(config, zero_stage=0)
 
 
-def overlap_on(word: str, *, cuda: bool) -> Any:
+def overlap_on(word: OverlapWord, *, cuda: bool) -> OverlapWord:
     """What `overlap: auto` means on a device; other words as they are."""
     if word != "auto":
         return word
@@ -124,7 +125,7 @@ def sends_during_backward(config: EngineConfig, *, stage: int, ranks: int) -> bo
     """
     return (
         ranks > 1
-        and config.overlap not in ("auto", "off")
+        and config.overlap in ("reduction", "weights")
         and config.graphs == "off"
         and config.offload_optimizer == "none"
         and not (config.precision == "bf16" and stage == 1)

@@ -43,6 +43,7 @@ class Traffic:
     hops: int
     # share of the gradients that is there only when the backward pass is over
     last: float
+    sends: bool  # whether gradients are sent during the backward pass
 
     @staticmethod
     def of(
@@ -85,6 +86,7 @@ class Traffic:
             micro_batches=micro_batches,
             hops=passes * math.ceil(parameters / bucket) * (ranks - 1),
             last=min(1.0, max(largest, bucket) / parameters),
+            sends=sends,
         )
 
     @property
@@ -109,7 +111,6 @@ def waiting_seconds(
     computing: float,
     bytes_per_second: float,
     hop_seconds: float = HOP_SECONDS,
-    overlaps: bool = True,
 ) -> float:
     """What the link adds to a step.
 
@@ -117,7 +118,6 @@ def waiting_seconds(
     computing: seconds of its forward and backward passes
     bytes_per_second: of a rank's link, each way
     hop_seconds: from one rank of a ring to the next
-    overlaps: whether gradients are sent during the backward pass
     """
     reduction = traffic.gradients / bytes_per_second + traffic.hops * hop_seconds
     forward = (1 - BACKWARD_SHARE) * computing / traffic.micro_batches
@@ -125,7 +125,7 @@ def waiting_seconds(
     if traffic.looks_ahead:
         gather = max(0.0, gather - forward)
     behind = traffic.weights / bytes_per_second + traffic.micro_batches * gather
-    if not overlaps:
+    if not traffic.sends:
         return traffic.reductions * reduction + behind
 
     last = traffic.last * reduction

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.units import short_count, short_seconds
-from encoder.engine.zero.config import overlap_on, sends_during_backward
-from encoder.runs.config import RunConfig, with_engine
+from encoder.engine.zero.config import sends_during_backward
+from encoder.runs.config import RunConfig
 from encoder.runs.phases import Stretch
 from encoder.tools.plan.communication import HOP_SECONDS, Traffic, waiting_seconds
 from encoder.tools.plan.fit import share_of_rows
@@ -169,7 +169,7 @@ def forecast(
 ) -> Forecast:
     """How long the steps take on ranks of a machine, or of the one that was probed.
 
-    run: its engine, model and loader decide
+    run: its engine, model and loader decide; `auto` means what it means on the machine (memory.on_machine)
     steps: that are taken
     parameters: trained numbers
     largest: of them, those of the largest matrix
@@ -179,7 +179,6 @@ def forecast(
     """
     ranks = steps.ranks
     assert (machine is None) != (probe is None), "one of them"
-    run = with_engine(run, overlap=overlap_on(run.engine.overlap, cuda=machine is not None))
     assumed = list(machine.assumed if machine else ())
     link = _link(interconnect, machine, ranks, assumed)
     if probe is not None:
@@ -191,7 +190,6 @@ def forecast(
         reached = machine.memory_bytes_per_second * machine.memory_share
         update = own * UPDATE_BYTES / reached
     parts = {"computing": 0.0, "update": 0.0, "communication": 0.0, "data": 0.0}
-    overlaps = sends_during_backward(run.engine, stage=run.engine.zero_stage, ranks=ranks)
     most_bytes = most_link = hidden = 0.0
     for stretch in steps.stretches:
         # the rank that has most rows: the others wait for it
@@ -221,9 +219,10 @@ def forecast(
                 run, machine, tokens=tokens, flops=flops, micro_batches=micro_batches
             )
             waiting = 0.0  # a GPU's rows are made by other processes meanwhile
+        # as if all of it were sent behind the passes, and as it is
         alone, beside = (
-            waiting_seconds(traffic, computing=computing, bytes_per_second=link, overlaps=how)
-            for how in (False, overlaps)
+            waiting_seconds(sent, computing=computing, bytes_per_second=link)
+            for sent in (replace(traffic, sends=False), traffic)
         )
         if traffic.total > most_bytes:
             most_bytes, most_link = traffic.total, alone

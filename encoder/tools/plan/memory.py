@@ -12,6 +12,7 @@ from encoder.engine.zero.config import (
     BUCKET_ELEMENTS,
     EngineConfig,
     as_run,
+    overlap_on,
     sends_during_backward,
 )
 from encoder.models.catalog import build_model, networks_of
@@ -32,15 +33,26 @@ CUBLAS_BYTES = 64 * 2**20  # what cuBLAS keeps to work in
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeMemory:
-    """Bytes on one rank of a copy that is fine-tuned as a probe, beside the run that waits for it."""
+class StateBytes:
+    """Bytes on one rank of what an engine holds."""
 
     weights: int
     gradients: int
     optimizer: int
+    offloaded: int  # in host memory
+
+    @property
+    def states(self) -> int:
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeMemory(StateBytes):
+    """Bytes on one rank of a copy that is fine-tuned as a probe, beside the run that waits for it."""
+
     activations: int
     bucket: int  # of gradients on their way to their owner
-    offloaded: int  # in host memory
     # before its first step: the run's masters whole, and what is made of them, in host memory
     start: int
     on_cpu: bool  # host memory is the device's
@@ -48,8 +60,7 @@ class ProbeMemory:
     @property
     def training(self) -> int:
         """On the device, in its steps."""
-        states = self.weights + self.gradients + self.optimizer
-        return states + self.activations + self.bucket
+        return self.states + self.activations + self.bucket
 
     @property
     def total(self) -> int:
@@ -58,15 +69,11 @@ class ProbeMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one rank."""
+class Memory(StateBytes):
+    """Bytes on one rank of a run."""
 
-    weights: int
-    gradients: int
-    optimizer: int
     activations: int
     bucket: int  # of gradients on their way to their owner
-    offloaded: int  # in host memory
     # weights of the models that the objective asks, by setting
     asked: dict[str, int] = field(default_factory=dict)
     probe: ProbeMemory | None = None  # the largest of those that fine-tune; one at a time
@@ -74,8 +81,7 @@ class Memory:
     @property
     def held(self) -> int:
         """Between two steps, without what is offloaded."""
-        own = self.weights + self.gradients + self.optimizer + self.bucket
-        return own + sum(self.asked.values())
+        return self.states + self.bucket + sum(self.asked.values())
 
     @property
     def in_step(self) -> int:
@@ -123,10 +129,14 @@ def count_needs(run: RunConfig, *, ranks: int) -> Needs:
 
 
 def on_machine(run: RunConfig, machine: Machine | None) -> RunConfig:
-    """The run with the precision that `auto` means on a GPU, or here."""
+    """The run with the precision and the overlap that `auto` means on a GPU, or here."""
+    device = device_here(run)
+    precision = precision_on(run.engine.precision, device)
     if machine and run.engine.precision == "auto":
-        return with_engine(run, precision="autocast")
-    return with_engine(run, precision=precision_on(run.engine.precision, device_here(run)))
+        precision = "autocast"
+    on_cuda = machine is not None or device.type == "cuda"
+    overlap = overlap_on(run.engine.overlap, cuda=on_cuda)
+    return with_engine(run, precision=precision, overlap=overlap)
 
 
 def device_here(run: RunConfig) -> torch.device:
@@ -163,15 +173,11 @@ def estimate_memory(
         optimizer_elements=optimizer_elements,
         ranks=ranks,
     )
-    bucket = _bucket_bytes(run, parameters=parameters, ranks=ranks)
     copies = [_probe_bytes(run, probe, largest=largest, ranks=ranks) for probe in tuned_probes(run)]
     return Memory(
-        weights=own.weights,
-        gradients=own.gradients,
-        optimizer=own.optimizer,
+        **vars(own),
         activations=_activation_bytes(run, width=_width(run.engine)),
-        bucket=bucket,
-        offloaded=own.offloaded,
+        bucket=_bucket_bytes(run, parameters=parameters, ranks=ranks),
         asked={
             name: _width(run.engine) * shape.parameter_counts().total
             for name, shape in shapes_at_hand(run).items()
@@ -195,16 +201,6 @@ def _bucket_bytes(run: RunConfig, *, parameters: int, ranks: int) -> int:
         return 4 * BUCKET_ELEMENTS
     sends = sends_during_backward(engine, stage=0, ranks=ranks)
     return _width(engine) * parameters if sends else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateBytes:
-    """Bytes on one rank of what an engine holds."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    offloaded: int = 0  # in host memory
 
 
 def _width(engine: EngineConfig) -> int:
@@ -266,8 +262,10 @@ def _probe_bytes(
     largest: numbers of the largest matrix
     ranks: that share them
     """
-    body, engine = body_of(run.model), engine_of(run.engine)
-    kind, width = _kind(run), _width(engine)
+    body = body_of(run.model)
+    engine = engine_of(run.engine)
+    kind = _kind(run)
+    width = _width(engine)
     parameters = body.parameter_counts().total
     copy = _state_bytes(
         run,
@@ -298,13 +296,10 @@ def _probe_bytes(
     elif engine.zero_stage < 3:
         start += 4 * parameters
     return ProbeMemory(
-        weights=copy.weights,
-        gradients=copy.gradients,
-        optimizer=copy.optimizer,
+        **vars(copy),
         activations=int(activations),
         # it sends its gradients as the run does
         bucket=_bucket_bytes(run, parameters=parameters, ranks=ranks),
-        offloaded=copy.offloaded,
         start=start,
         on_cpu=kind == "cpu",
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
-import torch
 
 from encoder.base.errors import ConfigError
-from encoder.engine.zero.config import EngineConfig, as_run, sends_during_backward
+from encoder.engine.zero.config import EngineConfig, overlap_on, sends_during_backward
 from encoder.runs.config import read_run
 from encoder.runs.phases import Stretch
 from encoder.tools.plan.communication import BACKWARD_SHARE, Traffic, waiting_seconds
@@ -60,7 +60,8 @@ def test_the_closed_form_is_a_link_that_sends_bucket_by_bucket(
 
 def test_nothing_is_hidden_where_gradients_are_sent_behind_the_backward_pass():
     some = traffic(1, micro_batches=3)
-    found = waiting_seconds(some, computing=9.0, bytes_per_second=LINK, overlaps=False)
+    behind = replace(some, sends=False)
+    found = waiting_seconds(behind, computing=9.0, bytes_per_second=LINK)
     assert found == pytest.approx(some.total / LINK + some.hops * 5e-6)
 
 
@@ -93,14 +94,14 @@ def test_a_bucket_grows_with_the_ranks_so_that_hops_do_not_outweigh_bytes():
 )
 def test_what_stays_behind_the_backward_pass(settings, stage, ranks, sends):
     told = EngineConfig(zero_stage=stage, **settings)
-    config = as_run(told, ranks=ranks, device=torch.device("cpu"))
+    config = replace(told, overlap=overlap_on(told.overlap, cuda=False))
     assert sends_during_backward(config, stage=stage, ranks=ranks) is sends
 
 
 def test_on_cuda_gradients_stay_behind_the_backward_pass_unless_asked():
     for word, sends in (("auto", False), ("reduction", True)):
         told = EngineConfig(zero_stage=2, overlap=word)
-        config = as_run(told, ranks=2, device=torch.device("cuda"))
+        config = replace(told, overlap=overlap_on(told.overlap, cuda=True))
         assert sends_during_backward(config, stage=2, ranks=2) is sends
 
 
