@@ -10,15 +10,15 @@ times Adam's. Hidden matrices are those of the layers. Query, key and value are 
 Wi two: nothing mixes their features before they are used. Embeddings, the head and the decoder are StableAdamW's.
 
 Newton-Schulz needs whole matrices. Under ZeRO each is brought together on one rank (exchange.py), a share of them on each;
-at stage 0 every rank does all of them. It computes in bf16 on CUDA, as published, and on a CPU in the weights' own precision or,
-where `matrix_precision` says so, in bf16 as well.
+at stage 0 every rank does all of them. It computes in bf16 on CUDA, as published, and on a CPU in the weights' own precision,
+or in bf16 where the model's products are, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -47,8 +47,8 @@ class MuonConfig(StableAdamWConfig):
     momentum: float = 0.95  # of the matrices
     matrix_scale: Literal["adam", "jordan"] = "adam"  # size of an update: AdamW's, or Jordan's own
     matrix_lr: float = 1.0  # rate of the matrices over that of the rest
-    # Newton-Schulz computes in it; auto: bf16 on CUDA, as published, the weights' own on a CPU
-    matrix_precision: Literal["auto", "bf16"] = "auto"
+    # of Newton-Schulz; weights: theirs; auto: bf16 on CUDA, and on a CPU with units for it under autocast, else theirs
+    matrix_precision: Literal["auto", "weights", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +56,12 @@ class MuonConfig(StableAdamWConfig):
             raise ConfigError(
                 f"momentum {self.momentum} must lie in [0, 1), matrix_lr {self.matrix_lr} above 0."
             )
+
+    def beside_bf16(self) -> MuonConfig:
+        """Newton-Schulz in bf16, too, unless another precision was asked for."""
+        if self.matrix_precision != "auto":
+            return self
+        return replace(self, matrix_precision="bf16")
 
     @property
     def text(self) -> str:
@@ -172,7 +178,8 @@ class Muon(StableAdamW):
             near = matrix
             if not matrix.is_cuda:  # offloaded: to the GPU and back
                 near = matrix.to(collective_device())
-            low = near.is_cuda or self.config.matrix_precision == "bf16"
+            asked = self.config.matrix_precision
+            low = asked == "bf16" or near.is_cuda and asked == "auto"
             matrix.copy_(newton_schulz(near, in_bf16=low)).mul_(
                 self.config.matrix_lr * _scale(matrix.shape, self.config.matrix_scale)
             )

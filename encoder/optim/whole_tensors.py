@@ -75,6 +75,10 @@ class MomentsConfig:
         if not self.weight_decay >= 0.0:
             raise ConfigError(f"weight_decay {self.weight_decay} must be at least 0.")
 
+    def beside_bf16(self) -> MomentsConfig:
+        """What they are where the model's own products are in bf16, on units for it."""
+        return self
+
     @property
     def decay_text(self) -> str:
         """The decay in words."""

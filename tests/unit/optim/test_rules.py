@@ -490,6 +490,13 @@ def test_muon_in_bf16_moves_matrices_by_the_slow_rule_to_two_digits_and_the_rest
         assert n in HIDDEN or torch.equal(ours[n], before[n]), n
 
 
+def test_beside_products_in_bf16_auto_alone_means_bf16():
+    asked = ("auto", "weights", "bf16")
+    found = [MuonConfig(matrix_precision=word).beside_bf16().matrix_precision for word in asked]
+    assert found == ["bf16", "weights", "bf16"]
+    assert StableAdamWConfig().beside_bf16() == StableAdamWConfig()
+
+
 def test_matrices_are_dealt_the_dearest_first_to_the_rank_with_the_least_to_do():
     assert deal({"a": 1.0, "b": 4.0, "c": 2.0, "d": 2.0}, ranks=2) == {
         "b": 0,
