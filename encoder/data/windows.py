@@ -44,6 +44,8 @@ GOES_ON = -1  # in the place of a label: the piece goes on with what the one bef
 # repeats its own 5 % more often
 LANES_APART = 0.05
 LEAST_DOCUMENT_TOKENS = 3  # [CLS], [SEP] and one between them
+# which pieces of one length stand in a row: any, or those that follow each other in their documents
+PieceOrder = Literal["mixed", "documents"]
 # whether documents are joined to blocks of running text, and where these may end
 Join = Literal["none", "anywhere", "sentences"]
 
@@ -125,6 +127,7 @@ class DataOrder:
     lanes: int = 1  # sequences of windows side by side, each over its own shards
     # of a source, whose documents are shuffled together; None: as DocumentOrder has it
     shuffle_shards: int | None = None
+    piece_order: PieceOrder = "mixed"
     # (number of the source, shard): their pieces are taken out of the rows once these are laid
     left_out: Sequence[tuple[int, int]] = ()
 
@@ -232,7 +235,7 @@ class Windows:
         )
 
         # best fit decreasing puts the longest pieces into the first rows: rows are shuffled
-        packing = pack_best_fit(pieces.tokens_D, self._geometry.row_tokens)
+        packing = self._packing(pieces, window, lane)
         shuffled = generator(
             self._order.seed, "rows", *self.address(window, lane=lane)
         ).permutation(packing.rows)
@@ -241,6 +244,20 @@ class Windows:
         if self._left_out:
             plan = self._without_left_out(plan)
         return plan
+
+    def _packing(self, pieces: Pieces, window: int, lane: int) -> Packing:
+        """Which pieces each row holds.
+
+        A long document's pieces have one length or two, and pieces of one length fill a row in their order: a row of it alone.
+        Mixed before, a row has as many documents as pieces; how full it is does not change.
+        """
+        if self._order.piece_order == "documents":
+            return pack_best_fit(pieces.tokens_D, self._geometry.row_tokens)
+        mixed_D = generator(
+            self._order.seed, "pieces", *self.address(window, lane=lane)
+        ).permutation(len(pieces.tokens_D))
+        packing = pack_best_fit(pieces.tokens_D[mixed_D], self._geometry.row_tokens)
+        return Packing(mixed_D[packing.pieces_P], packing.row_starts_R1)
 
     def _without_left_out(self, plan: WindowPlan) -> WindowPlan:
         source_P, document_P, start_P, end_P = plan.pieces_P4.T

@@ -233,6 +233,7 @@ def make_loader(
             window_documents=run.data.window_documents,
             lanes=run.data.lanes,
             shuffle_shards=run.data.shuffle_shards,
+            piece_order=run.data.piece_order,
             left_out=left_out,
         ),
         geometry=_geometry(run, phase),

@@ -10,7 +10,16 @@ from encoder.data.assembly import Dealing
 from encoder.data.loader import DataPosition, Loader, WorkerSettings, evaluation_batches
 from encoder.data.windows import DataOrder, RowGeometry, Windows
 
-ORDER = ("weights", "seed", "phase", "window_documents", "lanes", "shuffle_shards", "left_out")
+ORDER = (
+    "weights",
+    "seed",
+    "phase",
+    "window_documents",
+    "lanes",
+    "shuffle_shards",
+    "piece_order",
+    "left_out",
+)
 GEOMETRY = ("row_tokens", "max_tokens_per_document", "join")
 
 
