@@ -82,8 +82,8 @@ class Assembler:
     """Makes micro-batches of at most `micro_batch_rows` rows. Picklable: worker processes hold a copy.
 
     With `static_shapes` every micro-batch has micro_batch_rows * row_tokens tokens and the same number of targets,
-    the padding at its end in segments of at most `max_tokens_per_document`. Without, it has no padding, and
-    one padding token where it has no row.
+    the padding at its end in segments of at most `max_tokens_per_document`. Without, tokens and targets are padded
+    to the next multiple of `shape_step`, and a micro-batch without a row has so many.
     """
 
     sources: Sequence[Source]  # of one tokenizer
@@ -92,6 +92,7 @@ class Assembler:
     geometry: RowGeometry
     micro_batch_rows: int
     static_shapes: bool
+    shape_step: int = 1
 
     @property
     def specials(self) -> SpecialIds:
@@ -104,9 +105,9 @@ class Assembler:
         rows = [self._row(spec) for spec in specs if len(spec.pieces_P4)]
         tokens = sum(len(r.masked.ids) for r in rows)
 
-        # static shapes: rows times their capacity; else what the rows
-        # hold, and never an empty tensor
-        total = max(tokens, 1)
+        # static shapes: rows times their capacity; else about what
+        # the rows hold, and never an empty tensor
+        total = _next_multiple(max(tokens, 1), self.shape_step)
         if self.static_shapes:
             total = self.micro_batch_rows * self.geometry.row_tokens
 
@@ -147,8 +148,8 @@ class Assembler:
         value = [r.masked.targets[term].value for r in rows]
         count = sum(len(part) for part in index)
 
-        # targets have a fixed room of their own; unused places get IGNORE, which no loss counts
-        room = count
+        # targets have a room of their own; unused places get IGNORE, which no loss counts
+        room = _next_multiple(count, self.shape_step)
         if self.static_shapes:
             of_row = self.masker.capacity(term, self.geometry.row_tokens)
             room = self.micro_batch_rows * of_row
@@ -268,6 +269,10 @@ class Assembler:
         return room
 
 
+def _next_multiple(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
 def _goes_on(spec: RowSpec) -> list[bool]:
     """Which pieces go on with the document that one before them began."""
     if spec.label_P is None:
@@ -298,6 +303,7 @@ class Dealing:
     world: World = field(default_factory=World)
     micro_batch_rows: int  # rows in one forward
     static_shapes: bool  # whether micro-batches are padded to one shape
+    shape_step: int = 1  # where they are not: of what tokens and targets are a multiple
 
 
 def deal(

@@ -127,6 +127,7 @@ class Loader:
             geometry=geometry,
             micro_batch_rows=dealing.micro_batch_rows,
             static_shapes=dealing.static_shapes,
+            shape_step=dealing.shape_step,
         )
 
         self.sources = sources
@@ -434,6 +435,7 @@ def evaluation_batches(
         geometry=geometry,
         micro_batch_rows=dealing.micro_batch_rows,
         static_shapes=dealing.static_shapes,
+        shape_step=dealing.shape_step,
     )
 
     row_tokens = geometry.row_tokens

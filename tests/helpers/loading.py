@@ -60,6 +60,7 @@ def _dealing(settings: dict[str, Any]) -> Dealing:
         world=World(rank=settings.pop("rank", 0), size=settings.pop("world_size", 1)),
         micro_batch_rows=settings.pop("micro_batch_rows", 1),
         static_shapes=settings.pop("static_shapes", False),
+        shape_step=settings.pop("shape_step", 1),
     )
 
 

@@ -294,6 +294,27 @@ def test_static_shapes_are_the_same_in_every_micro_batch(sources):
     assert all(s & (s - 1) == 0 for _, s, _, _ in shapes)
 
 
+def test_a_shape_step_rounds_tokens_and_targets_up_and_adds_nothing_that_counts(sources):
+    own, rounded = (
+        [
+            m
+            for s in steps_of(sources, 6, shape_step=step, micro_batch_rows=3)
+            for m in s.micro_batches
+        ]
+        for step in (1, 16)
+    )
+    assert len({len(m.ids_T) for m in rounded}) < len({len(m.ids_T) for m in own})
+    for a, b in zip(own, rounded, strict=True):
+        assert len(b.ids_T) % 16 == len(b.targets["mlm"].index_M) % 16 == 0
+        assert len(b.ids_T) - len(a.ids_T) < 16
+        assert (b.tokens, b.counts) == (a.tokens, a.counts)
+        assert torch.equal(b.ids_T[: a.tokens], a.ids_T) and (b.ids_T[a.tokens :] == PAD).all()
+        values = b.targets["mlm"].value_M
+        assert torch.equal(values[: a.counts["mlm"]], a.targets["mlm"].value_M)
+        assert (values[a.counts["mlm"] :] == IGNORE).all()
+        assert b.cu_seqlens_S1[-1] == len(b.ids_T) and b.max_seqlen <= CAP
+
+
 @pytest.mark.parametrize("static_shapes", [False, True])
 def test_ranks_left_short_get_as_many_micro_batches_of_nothing(sources, static_shapes):
     ranks = [

@@ -19,7 +19,16 @@ def planned(name, lengths, *, documents_per_shard=10):
 
 
 def windows_of(
-    sources, *, weights=None, cap=32, row_tokens=64, window_documents=20, seed=1, phase=0, lanes=1
+    sources,
+    *,
+    weights=None,
+    cap=32,
+    row_tokens=64,
+    window_documents=20,
+    seed=1,
+    phase=0,
+    lanes=1,
+    **order,
 ):
     return windows_with(
         sources,
@@ -30,6 +39,7 @@ def windows_of(
         max_tokens_per_document=cap,
         row_tokens=row_tokens,
         window_documents=window_documents,
+        **order,
     )
 
 
@@ -161,6 +171,24 @@ def test_rows_are_shuffled_and_each_phase_by_its_own_chance():
     # packing opens rows from the longest piece down; after the shuffle the first rows are no longer the longest
     first_lengths = [int(source.lengths[one.pieces(r)[0, 1]]) for r in range(one.rows)]
     assert first_lengths != sorted(first_lengths, reverse=True)
+
+
+def test_mixed_pieces_make_rows_of_many_documents_that_are_as_full():
+    """Twenty documents of 256 tokens in pieces of 32, four a row: in their order each row is of one document."""
+    sources = [planned("a", [256] * 20)]
+    found = {}
+    for order in ("mixed", "documents"):
+        plan = windows_of(sources, row_tokens=128, piece_order=order).plan(0)
+        assert len(plan.pieces_P4) == 20 * 9
+        documents = [len(set(plan.pieces(row)[:, 1].tolist())) for row in range(plan.rows)]
+        found[order] = {
+            "pieces": sorted(plan.pieces_P4.tolist()),
+            "tokens": sorted(plan.tokens_R.tolist()),
+            "documents": sum(documents) / plan.rows,
+        }
+    mixed, before = found["mixed"], found["documents"]
+    assert mixed["pieces"] == before["pieces"] and mixed["tokens"] == before["tokens"]
+    assert before["documents"] < 2.0 and mixed["documents"] > 3.5
 
 
 def test_a_window_of_less_than_one_document_may_be_empty():
