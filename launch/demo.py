@@ -117,7 +117,7 @@ def tell(out: Path, *, shrink: float) -> None:
 
     shell.chapter(
         "Training, killed and resumed",
-        "A ModernBERT of 4 million weights, on two ranks. In the middle every process gets"
+        "A ModernBERT of 4 million weights, one rank on all cores. In the middle every process gets"
         " SIGKILL, as in a power cut. The same command then goes on from the last checkpoint. The"
         " steps since then are done again, and each must read the batches whose hashes stand in"
         f" the ledger of the run. What the ranks print goes to {short(out)}/training.log.",
@@ -182,7 +182,7 @@ def train_killed_and_resumed(
 
     run = out / "run"
     settings = run_settings(out, shrink=shrink)
-    launcher = f"deepspeed --num_accelerators 2 --master_port {free_port()} launch/pretrain.py"
+    launcher = f"deepspeed --num_accelerators 1 --master_port {free_port()} launch/pretrain.py"
     training = Training(
         command=f"{launcher} {short(RUN_FILE)} {shlex.join(settings)}",
         run=run,

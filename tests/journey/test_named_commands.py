@@ -433,7 +433,7 @@ RUNNABLE = [
 
 
 # the demo trains by it, so tests/journey/test_journey.py sees that deepspeed takes the line
-DEMOS_LAUNCHER = "deepspeed --num_accelerators 2"
+DEMOS_LAUNCHER = "deepspeed --num_accelerators 1"
 LAUNCHED = [
     c
     for c in sorted(COMMANDS)
