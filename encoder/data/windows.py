@@ -127,7 +127,7 @@ class DataOrder:
     lanes: int = 1  # sequences of windows side by side, each over its own shards
     # of a source, whose documents are shuffled together; None: as DocumentOrder has it
     shuffle_shards: int | None = None
-    piece_order: PieceOrder = "mixed"
+    piece_order: PieceOrder = "documents"
     # (number of the source, shard): their pieces are taken out of the rows once these are laid
     left_out: Sequence[tuple[int, int]] = ()
 

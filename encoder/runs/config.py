@@ -116,8 +116,8 @@ class DataConfig:
     window_documents: int = 8192
     lanes: int = 1  # sequences of windows side by side, each over its own shards of every source
     shuffle_shards: int = SHARDS_PER_GROUP  # of a source, shuffled together; more where shards are local: a wider shuffle
-    # mixed: a row has pieces of many documents; documents: often of one, cut from it one after another
-    piece_order: PieceOrder = "mixed"
+    # documents: a row often has pieces of one document, cut from it one after another; mixed: of many, for small batches
+    piece_order: PieceOrder = "documents"
     # documents follow each other in blocks of max_tokens_per_document, which end `anywhere` or behind `sentences` (RoBERTa)
     join: Join = "none"
 
@@ -703,11 +703,7 @@ def _without_models(objective: Any) -> Any:
 # of a phase, which are in its `model` now
 FORMER_PHASE_KEYS = ("global_rope_theta", "local_rope_theta")
 # settings that came later, and what a resolved run file without them means
-OLD_MEANINGS = {
-    "objective.random_tokens": "all",
-    "data.shuffle_shards": SHARDS_PER_GROUP,
-    "data.piece_order": "documents",
-}
+OLD_MEANINGS = {"objective.random_tokens": "all", "data.shuffle_shards": SHARDS_PER_GROUP}
 
 
 def old_meanings(plain: dict[str, Any]) -> dict[str, Any]:

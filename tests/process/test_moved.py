@@ -160,7 +160,7 @@ def restarts(world: World, *, folder: str) -> dict[str, str]:
     old = ["objective.random_tokens=all"]
     said["whole"] = start(world, root, "whole", *old)
     with pytest.MonkeyPatch.context() as patch:
-        added = ("random_tokens", "shuffle_shards", "piece_order")
+        added = ("random_tokens", "shuffle_shards")
         for writer in (checkpointing, foreign_files):
             patch.setattr(
                 writer,

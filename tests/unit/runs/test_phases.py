@@ -235,11 +235,11 @@ WALKED = [
     ("tiny_cpu", 1.0, ["phases.0.lr={schedule: cosine, peak: 1e-3, warmup_tokens: 77K}"]),
     ("tiny_cpu", 1.0, ["phases.0.lr={schedule: bert, peak: 1e-3, warmup_tokens: 77K}"]),
     ("tiny_cpu", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 77K}"]),
-    ("tiny_cpu", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 900K}"]),
+    ("tiny_cpu", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 640K}"]),
     (
         "tiny_cpu",
         0.9,
-        ["phases.0.batch_warmup={from_tokens: 512, increase_tokens: 1024, over_tokens: 899_999}"],
+        ["phases.0.batch_warmup={from_tokens: 512, increase_tokens: 1024, over_tokens: 639_999}"],
     ),
 ]
 
