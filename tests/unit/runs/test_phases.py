@@ -116,11 +116,14 @@ def test_every_step_has_as_many_rows_of_each_lane():
 
 
 def test_a_phase_may_ask_another_share_and_let_it_fall_over_its_tokens():
-    run = read_run(TINY, ["phases.1.mask_share=0.2", "phases.2.mask_share_end=0.15"])
+    run = read_run(
+        TINY,
+        ["objective.mask_share=0.4", "phases.1.mask_share=0.2", "phases.2.mask_share_end=0.15"],
+    )
     shares = [run.mask_share_of(phase) for phase in run.phases]
-    assert [s.at(0) for s in shares] == [0.3, 0.2, 0.3] and [
+    assert [s.at(0) for s in shares] == [0.4, 0.2, 0.3] and [
         s.at(10**9) for s in shares
-    ] == pytest.approx([0.3, 0.2, 0.15])
+    ] == pytest.approx([0.4, 0.2, 0.15])
     assert (
         shares[2].at(run.phases[2].tokens // 2)
         == pytest.approx(0.225)

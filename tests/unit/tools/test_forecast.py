@@ -58,7 +58,7 @@ def of(run, *, ranks: int = 2, **named):
 def test_three_steps_by_hand():
     """4,000 tokens of 1 GFLOP on two ranks at 0.5 TFLOP/s: 4 s a step. Sent: half of 4 MB of gradients, in 8 buckets, the
     last of which comes when the backward pass is over, and half of 4 MB of weights."""
-    found = of(read_run(TINY, ["engine.overlap=reduction"]))
+    found = of(read_run(TINY, ["engine.zero_stage=1", "engine.overlap=reduction"]))
     assert found.tokens == 12_000 and found.computing_seconds == pytest.approx(12.0, rel=1e-3)
     reduction, last = 2e6 / 1e9 + 8 * HOP_SECONDS, 2**17 / 10**6
     assert found.communication_seconds == pytest.approx(3 * (2e6 / 1e9 + last * reduction))
@@ -70,7 +70,7 @@ def test_three_steps_by_hand():
 
 
 def test_a_measured_link_is_not_assumed_and_one_rank_sends_nothing():
-    run = read_run(TINY, ["engine.overlap=reduction"])
+    run = read_run(TINY, ["engine.zero_stage=1", "engine.overlap=reduction"])
     told = of(run, interconnect=2e9)
     reduction, last = 2e6 / 2e9 + 8 * HOP_SECONDS, 2**17 / 10**6
     assert told.communication_seconds == pytest.approx(3 * (2e6 / 2e9 + last * reduction))
@@ -79,7 +79,7 @@ def test_a_measured_link_is_not_assumed_and_one_rank_sends_nothing():
 
 
 def test_small_models_wait_for_their_kernels():
-    run = read_run(TINY)
+    run = read_run(TINY, ["loader.micro_batch_rows=2"])
     fast = replace(MACHINE, flops=1e30, fp32_flops=1e30)
     layers, micro_batches = run.model.num_hidden_layers, 2  # 4 rows a rank, two in a micro-batch
     seconds = 3 * micro_batches * layers * MICRO_STEP_KERNELS * KERNEL_SECONDS
