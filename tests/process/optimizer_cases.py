@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.rng import address_seed
 from encoder.base.units import Progress
+from encoder.engine import engine as engine_module
 from encoder.engine.checkpoint.read import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.engine.zero import config as zero_config
@@ -58,6 +60,23 @@ def begin(world: World, *, optimizer: str, zero_stage: int) -> tuple[Engine, dic
     for name, p in engine.module.named_parameters():
         p.register_hook(lambda g, name=name: gradient(name, g.shape, at["step"]))
     return engine, at
+
+
+def muons_products(world: World) -> list[tuple[str, bool, str]]:
+    """Of a precision, with and without units for bf16, what Newton-Schulz computes in."""
+    found = []
+    for precision, units in (("fp32", True), ("autocast", True), ("autocast", False)):
+        with mock.patch.object(engine_module, "computes_bf16", lambda _, units=units: units):
+            engine = start_engine(
+                tiny_model(),
+                objective=mlm_objective(),
+                config=EngineConfig(zero_stage=0, precision=precision),
+                optimizer=MuonConfig(),
+                world=world,
+                device=CPU,
+            )
+        found.append((precision, units, engine.optimizer.config.matrix_precision))
+    return found
 
 
 def train(engine: Engine, at: dict, steps: range) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.process import optimizer_cases
 from tests.process.optimizer_cases import CONFIGS, LRS, MAX_LR, gradient
-from tests.process.ranks import start_ranks, wait_for
+from tests.process.ranks import run_ranks, start_ranks, wait_for
 from tests.process.tiny import tiny_model
 from tests.reference.updates import slow_updates
 
@@ -97,3 +97,12 @@ def test_newton_schulz_ran_on_every_matrix_of_every_step_once_and_on_all_of_them
         )
         assert rank["own"] > 0
         assert rank["kinds"] == ["exp_avg", "exp_avg_sq", "master", "momentum"]
+
+
+def test_muons_products_are_in_bf16_where_the_models_are_on_units_for_it():
+    (found,) = run_ranks(optimizer_cases.muons_products, 1)
+    assert found == [
+        ["fp32", True, "auto"],
+        ["autocast", True, "bf16"],
+        ["autocast", False, "auto"],
+    ]
