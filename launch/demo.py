@@ -120,7 +120,7 @@ def tell(out: Path, *, shrink: float) -> None:
         "A ModernBERT of 4 million weights, one rank on all cores. In the middle every process gets"
         " SIGKILL, as in a power cut. The same command then goes on from the last checkpoint. The"
         " steps since then are done again, and each must read the batches whose hashes stand in"
-        f" the ledger of the run. What the ranks print goes to {short(out)}/training.log.",
+        f" the ledger of the run. What it prints goes to {short(out)}/training.log.",
     )
     proof = train_killed_and_resumed(shell, out, shrink=shrink)
     for what, found in proof:

@@ -44,7 +44,7 @@ GOES_ON = -1  # in the place of a label: the piece goes on with what the one bef
 # repeats its own 5 % more often
 LANES_APART = 0.05
 LEAST_DOCUMENT_TOKENS = 3  # [CLS], [SEP] and one between them
-# which pieces of one length stand in a row: any, or those that follow each other in their documents
+# documents: pieces of one length stay in the order of their documents; mixed: they are shuffled before they are packed
 PieceOrder = Literal["mixed", "documents"]
 # whether documents are joined to blocks of running text, and where these may end
 Join = Literal["none", "anywhere", "sentences"]
@@ -248,8 +248,8 @@ class Windows:
     def _packing(self, pieces: Pieces, window: int, lane: int) -> Packing:
         """Which pieces each row holds.
 
-        A long document's pieces have one length or two, and pieces of one length fill a row in their order: a row of it alone.
-        Mixed before, a row has as many documents as pieces; how full it is does not change.
+        A long document's pieces have one length or two. In their order they fill whole rows, so a batch of a few rows is of few
+        documents. Shuffled before, a row has about as many documents as pieces; how full it is does not change.
         """
         if self._order.piece_order == "documents":
             return pack_best_fit(pieces.tokens_D, self._geometry.row_tokens)

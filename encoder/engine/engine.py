@@ -24,7 +24,7 @@ from encoder.base.model import TrainedModel
 from encoder.base.objective import TrainedObjective
 from encoder.engine.graphed import GraphedForward
 from encoder.engine.overlap import Overlap
-from encoder.engine.precision import computes_bf16, precision_on
+from encoder.engine.precision import precision_on
 from encoder.engine.transfers import on_device
 from encoder.engine.zero.config import (
     EngineConfig,
@@ -112,7 +112,7 @@ def start_engine(
         overlap=overlap_on(config.overlap, cuda=device.type != "cpu"),
     )
     config = as_run(told, ranks=world.size, device=device)
-    if config.precision in ("autocast", "bf16") and computes_bf16(device):
+    if config.precision in ("autocast", "bf16"):
         optimizer = optimizer.beside_bf16()
     # groups go by a parameter's dimensions, which stage 3 takes away
     steps = build_optimizer(model, optimizer, factors=factors)

@@ -10,8 +10,8 @@ times Adam's. Hidden matrices are those of the layers. Query, key and value are 
 Wi two: nothing mixes their features before they are used. Embeddings, the head and the decoder are StableAdamW's.
 
 Newton-Schulz needs whole matrices. Under ZeRO each is brought together on one rank (exchange.py), a share of them on each;
-at stage 0 every rank does all of them. It computes in bf16 on CUDA, as published, and on a CPU in the weights' own precision,
-or in bf16 where the model's products are, too.
+at stage 0 every rank does all of them. It computes in bf16 on CUDA, as published, and on a CPU in the weights' own precision or,
+where `matrix_precision` says so, in bf16 as well.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class MuonConfig(StableAdamWConfig):
     momentum: float = 0.95  # of the matrices
     matrix_scale: Literal["adam", "jordan"] = "adam"  # size of an update: AdamW's, or Jordan's own
     matrix_lr: float = 1.0  # rate of the matrices over that of the rest
-    # of Newton-Schulz; weights: theirs; auto: bf16 on CUDA, and on a CPU with units for it under autocast, else theirs
-    matrix_precision: Literal["auto", "weights", "bf16"] = "auto"
+    # of Newton-Schulz; auto: bf16 on CUDA, as published, the weights' own on a CPU; model: bf16 where the model's products are
+    matrix_precision: Literal["auto", "model", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,8 +58,8 @@ class MuonConfig(StableAdamWConfig):
             )
 
     def beside_bf16(self) -> MuonConfig:
-        """Newton-Schulz in bf16, too, unless another precision was asked for."""
-        if self.matrix_precision != "auto":
+        """Newton-Schulz in bf16, too, where it is to be as the model's."""
+        if self.matrix_precision != "model":
             return self
         return replace(self, matrix_precision="bf16")
 

@@ -76,7 +76,7 @@ class MomentsConfig:
             raise ConfigError(f"weight_decay {self.weight_decay} must be at least 0.")
 
     def beside_bf16(self) -> MomentsConfig:
-        """What they are where the model's own products are in bf16, on units for it."""
+        """What they are where the model's own products are in bf16."""
         return self
 
     @property

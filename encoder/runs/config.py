@@ -116,7 +116,7 @@ class DataConfig:
     window_documents: int = 8192
     lanes: int = 1  # sequences of windows side by side, each over its own shards of every source
     shuffle_shards: int = SHARDS_PER_GROUP  # of a source, shuffled together; more where shards are local: a wider shuffle
-    # documents: a row often has pieces of one document, cut from it one after another; mixed: of many, for small batches
+    # documents: a long document's pieces fill whole rows; mixed: rows have pieces of many documents, for batches of few rows
     piece_order: PieceOrder = "documents"
     # documents follow each other in blocks of max_tokens_per_document, which end `anywhere` or behind `sentences` (RoBERTa)
     join: Join = "none"

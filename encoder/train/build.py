@@ -26,7 +26,7 @@ from encoder.data.loader import (
 )
 from encoder.data.shards import Source, open_source
 from encoder.data.windows import DataOrder, RowGeometry, shards_of_lanes
-from encoder.engine.precision import precision_on
+from encoder.engine.precision import computes_bf16, precision_on
 from encoder.models.catalog import build_model
 from encoder.models.contract import Model
 from encoder.nn.attend import AttentionRequest, choose_backend
@@ -42,7 +42,7 @@ from encoder.train.evaluate import HeldOut, unigram_entropy
 # 320M tokens of 4,096 web documents each: 10 to 30 s of training at 10 to 30 Mtok/s
 PREFETCH_WINDOWS = 128
 # a CPU's bf16 products (oneDNN) get code of their own for each shape: with few shapes the demo trains 1.1 to 1.4 times as fast
-HALF_STEP = 64
+BF16_SHAPE_STEP = 64
 
 
 def choose_device(run: RunSettings, world: World) -> torch.device:
@@ -133,7 +133,7 @@ def has_static_shapes(run: RunSettings, device: torch.device) -> bool:
 def shape_step_of(run: RunSettings, device: torch.device) -> int:
     """Of what a micro-batch's tokens and targets are a multiple, where they have no one shape."""
     halves = precision_on(run.engine.precision, device) in ("autocast", "bf16")
-    return HALF_STEP if device.type == "cpu" and halves else 1
+    return BF16_SHAPE_STEP if device.type == "cpu" and halves and computes_bf16(device) else 1
 
 
 def open_mixture(sources: Sequence[SourceConfig], *, lanes: int = 1) -> list[Source]:

@@ -432,8 +432,6 @@ RUNNABLE = [
 ]
 
 
-# the demo trains by it, so tests/journey/test_journey.py sees that deepspeed takes the line
-DEMOS_LAUNCHER = "deepspeed --num_accelerators 1"
 LAUNCHED = [
     c
     for c in sorted(COMMANDS)
@@ -451,15 +449,10 @@ LAUNCHED = [
 def test_a_named_launcher_starts_the_run_on_its_ranks(workspace, command):
     """On the run that is done: what is asked is whether the launchers take the line as it stands.
 
-    A line that differs from one before it by pretrain for finetune starts no launcher again, nor does the demo's own: it
-    gives the script one word more.
+    A line that differs from one before it by pretrain for finetune starts no launcher again.
     """
     words = as_run(command, 0).split()
     launch = re.sub(r"launch/\w+\.py \S+", "", " ".join(words)).strip()
-    if launch == DEMOS_LAUNCHER:
-        script = " ".join(words).removeprefix(launch)
-        assert "is done already" in must(f"{script} --local_rank=0")
-        return
     if launch in SEEN_TO_WORK:
         return
     program = Path(sys.executable).parent / words[0]

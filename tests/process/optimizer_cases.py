@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from encoder.base.dist import World, sum_over_ranks
 from encoder.base.rng import address_seed
 from encoder.base.units import Progress
-from encoder.engine import engine as engine_module
 from encoder.engine.checkpoint.read import claim_incarnation, load_checkpoint, newest_checkpoint
 from encoder.engine.engine import Engine, EngineConfig, start_engine
 from encoder.engine.zero import config as zero_config
@@ -62,20 +60,19 @@ def begin(world: World, *, optimizer: str, zero_stage: int) -> tuple[Engine, dic
     return engine, at
 
 
-def muons_products(world: World) -> list[tuple[str, bool, str]]:
-    """Of a precision, with and without units for bf16, what Newton-Schulz computes in."""
+def muons_settings(world: World) -> list[list[str]]:
+    """Of a precision of the engine and a word: what the optimizer is told of Newton-Schulz."""
     found = []
-    for precision, units in (("fp32", True), ("autocast", True), ("autocast", False)):
-        with mock.patch.object(engine_module, "computes_bf16", lambda _, units=units: units):
-            engine = start_engine(
-                tiny_model(),
-                objective=mlm_objective(),
-                config=EngineConfig(zero_stage=0, precision=precision),
-                optimizer=MuonConfig(),
-                world=world,
-                device=CPU,
-            )
-        found.append((precision, units, engine.optimizer.config.matrix_precision))
+    for precision, word in (("fp32", "model"), ("autocast", "model"), ("autocast", "auto")):
+        engine = start_engine(
+            tiny_model(),
+            objective=mlm_objective(),
+            config=EngineConfig(zero_stage=0, precision=precision),
+            optimizer=MuonConfig(matrix_precision=word),
+            world=world,
+            device=CPU,
+        )
+        found.append([precision, word, engine.optimizer.config.matrix_precision])
     return found
 
 

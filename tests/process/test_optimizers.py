@@ -99,10 +99,10 @@ def test_newton_schulz_ran_on_every_matrix_of_every_step_once_and_on_all_of_them
         assert rank["kinds"] == ["exp_avg", "exp_avg_sq", "master", "momentum"]
 
 
-def test_muons_products_are_in_bf16_where_the_models_are_on_units_for_it():
-    (found,) = run_ranks(optimizer_cases.muons_products, 1)
+def test_muon_is_told_of_bf16_products_under_autocast_where_it_asks_for_the_models():
+    (found,) = run_ranks(optimizer_cases.muons_settings, 1)
     assert found == [
-        ["fp32", True, "auto"],
-        ["autocast", True, "bf16"],
-        ["autocast", False, "auto"],
+        ["fp32", "model", "model"],
+        ["autocast", "model", "bf16"],
+        ["autocast", "auto", "auto"],
     ]

@@ -294,6 +294,12 @@ def test_static_shapes_are_the_same_in_every_micro_batch(sources):
     assert all(s & (s - 1) == 0 for _, s, _, _ in shapes)
 
 
+def test_held_out_rows_are_rounded_as_the_loaders_are(sources):
+    own, rounded = (held_out(sources, shape_step=step) for step in (1, 16))
+    for a, b in zip(own, rounded, strict=True):
+        assert len(b.ids_T) % 16 == 0 and torch.equal(b.ids_T[: a.tokens], a.ids_T)
+
+
 def test_a_shape_step_rounds_tokens_and_targets_up_and_adds_nothing_that_counts(sources):
     own, rounded = (
         [

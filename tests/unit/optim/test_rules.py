@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoder.base.errors import ConfigError
-from encoder.optim import whole_tensors
+from encoder.optim import muon, whole_tensors
 from encoder.optim.adamw import AdamWConfig
 from encoder.optim.catalog import OPTIMIZERS, build_optimizer, state_elements
 from encoder.optim.exchange import deal
@@ -490,10 +490,26 @@ def test_muon_in_bf16_moves_matrices_by_the_slow_rule_to_two_digits_and_the_rest
         assert n in HIDDEN or torch.equal(ours[n], before[n]), n
 
 
-def test_beside_products_in_bf16_auto_alone_means_bf16():
-    asked = ("auto", "weights", "bf16")
-    found = [MuonConfig(matrix_precision=word).beside_bf16().matrix_precision for word in asked]
-    assert found == ["bf16", "weights", "bf16"]
+@pytest.mark.parametrize(
+    ("word", "beside_fp32", "beside_bf16"),
+    [("auto", False, False), ("model", False, True), ("bf16", True, True)],
+)
+def test_newton_schulz_on_a_cpu_computes_in_bf16_where_it_was_told_to(
+    monkeypatch, word, beside_fp32, beside_bf16
+):
+    computed = []
+
+    def noted(matrix, *, in_bf16):
+        computed.append(in_bf16)
+        return newton_schulz(matrix, in_bf16=in_bf16)
+
+    monkeypatch.setattr(muon, "newton_schulz", noted)
+    start, grads = start_and_grads(torch.float32)
+    config = MuonConfig(matrix_precision=word)
+    for told, right in ((config, beside_fp32), (config.beside_bf16(), beside_bf16)):
+        computed.clear()
+        whole(told, grads, torch.float32)
+        assert computed and set(computed) == {right}
     assert StableAdamWConfig().beside_bf16() == StableAdamWConfig()
 
 
