@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.long_texts import by_chars
+from data_prep.viterbi import viterbi_of
 from data_prep.word_rules import KnownCharacters, WordRules, rules_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class WordEncoder:
         self._rules = rules_of(tokenizer)
         self._known = _KnownWords()
         self._new = _NewWords(tokenizer, self._rules)
+        self._viterbi = viterbi_of(tokenizer, self._rules)
         self._characters = KnownCharacters(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -56,23 +58,49 @@ class WordEncoder:
         found = cut.words_N.dictionary_encode()
         # to_numpy would load pandas
         index_N = np.frombuffer(found.indices.buffers()[1], np.int32)[: len(cut.words_N)]
-        numbers_U = self._numbers(found.dictionary.to_pylist())
-        self._known.count(numbers_U, index_N)
-        numbers_N = numbers_U[index_N]
+        ids, lengths_U = self._ids_of_words(found.dictionary, index_N)
 
-        lengths_N = self._known.lengths_W[numbers_N]
-        ids_T = self._known.ids[_places(self._known.starts_W[numbers_N], lengths_N)]
-        self._known = self._known.shrunk()
+        starts_U = np.cumsum(lengths_U) - lengths_U
+        lengths_N = lengths_U[index_N]
+        ids_T = ids[_places(starts_U[index_N], lengths_N)]
         ends_N1 = np.concatenate([[0], np.cumsum(lengths_N)])
         return ids_T, np.diff(ends_N1[cut.ends_D], prepend=0)
 
-    def _numbers(self, words_U: list[bytes]) -> np.ndarray:
-        """The numbers of words among the known ones, which new ones join."""
-        numbers = self._known.numbers
-        new = [word for word in words_U if word not in numbers]
+    def _ids_of_words(
+        self, words_U: pyarrow.BinaryArray, index_N: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of different words end to end uint32, tokens per word [U] int64); index_N: those that were met."""
+        if self._viterbi is None or not len(words_U):
+            return self._remembered(words_U.to_pylist(), np.bincount(index_N))
+
+        _, offsets, data = words_U.buffers()
+        offsets_U1 = np.frombuffer(offsets, np.int32)[: len(words_U) + 1].astype(np.int64)
+        letters = np.frombuffer(data, np.uint8)[: offsets_U1[-1]]
+        takes_U = self._viterbi.takes(letters, offsets_U1[1:])
+        # so fast that remembering them would take longer
+        ids, lengths = self._viterbi.encode(
+            letters, offsets_U1[:-1][takes_U], np.diff(offsets_U1)[takes_U]
+        )
+        others = np.flatnonzero(~takes_U)
+        if not len(others):
+            return ids, lengths
+        places = zip(offsets_U1[others].tolist(), offsets_U1[others + 1].tolist(), strict=True)
+        other_words = [letters[begin:end].tobytes() for begin, end in places]
+        remembered = self._remembered(other_words, np.bincount(index_N)[others])
+        return _merged(takes_U, (ids, lengths), remembered)
+
+    def _remembered(self, words: list[bytes], times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of different words end to end uint32, tokens per word int64); times: how often each was met."""
+        known = self._known
+        new = [word for word in words if word not in known.numbers]
         if new:
-            self._known.add(new, *self._new.encode(new))
-        return np.fromiter(map(numbers.__getitem__, words_U), np.int64, count=len(words_U))
+            known.add(new, *self._new.encode(new))
+        numbers = np.fromiter(map(known.numbers.__getitem__, words), np.int64, count=len(words))
+        known.count(numbers, times)
+        lengths = known.lengths_W[numbers]
+        ids = known.ids[_places(known.starts_W[numbers], lengths)]
+        self._known = known.shrunk()
+        return ids, lengths
 
 
 class WordCounter:
@@ -114,9 +142,9 @@ class _KnownWords:
         self.ids = np.concatenate([self.ids, ids])
         self._bytes += sum(map(len, words))
 
-    def count(self, numbers_U: np.ndarray, index_N: np.ndarray) -> None:
-        """These words were met so often."""
-        self._met_W[numbers_U] += np.bincount(index_N, minlength=len(numbers_U))
+    def count(self, numbers: np.ndarray, times: np.ndarray) -> None:
+        """These words, each different, were met so often."""
+        self._met_W[numbers] += times
 
     def shrunk(self) -> _KnownWords:
         """Without the words that were met least, where there are too many."""
@@ -162,14 +190,11 @@ class _NewWords:
         plain_lengths = np.fromiter(map(len, found), np.int64, count=len(found))
         plain_ids = [token.id for token in chain.from_iterable(found)]
         other_ids, other_lengths = ids_of_each(self._tokenizer, others)
-        lengths_W = np.zeros(len(words), np.int64)
-        lengths_W[is_plain_W] = plain_lengths
-        lengths_W[~is_plain_W] = other_lengths
-        is_plain_T = np.repeat(is_plain_W, lengths_W)
-        ids_T = np.zeros(len(is_plain_T), np.uint32)
-        ids_T[is_plain_T] = plain_ids
-        ids_T[~is_plain_T] = other_ids
-        return ids_T, lengths_W
+        return _merged(
+            is_plain_W,
+            (np.array(plain_ids, np.uint32), plain_lengths),
+            (other_ids, other_lengths),
+        )
 
     def _ready(self, plain: Sequence[bytes]) -> list[str]:
         """What the model sees of words of printable ASCII."""
@@ -181,6 +206,22 @@ class _NewWords:
             joined = joined.lower()
         text = self._rules.prefix + joined.decode("ascii").replace(" ", " " + self._rules.prefix)
         return text.split(" ")
+
+
+def _merged(
+    is_first_W: np.ndarray,
+    first: tuple[np.ndarray, np.ndarray],
+    second: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids of all words end to end [T] uint32, tokens per word [W] int64), from those of the ones and the others."""
+    lengths_W = np.zeros(len(is_first_W), np.int64)
+    lengths_W[is_first_W] = first[1]
+    lengths_W[~is_first_W] = second[1]
+    is_first_T = np.repeat(is_first_W, lengths_W)
+    ids_T = np.zeros(len(is_first_T), np.uint32)
+    ids_T[is_first_T] = first[0]
+    ids_T[~is_first_T] = second[0]
+    return ids_T, lengths_W
 
 
 def _printable_ascii(words: Sequence[bytes]) -> np.ndarray:
@@ -228,7 +269,8 @@ def _cut(texts: Sequence[str], rules: WordRules, characters: KnownCharacters) ->
     joined = _END + _END.join(encoded) + 3 * _END
     is_gap = _marked(joined, rules.spaces + _END)
     if rules.between_known:
-        is_gap = is_gap & ~_unknown_spaces(joined, rules.spaces, characters)
+        is_gap = is_gap.copy()
+        is_gap[_unknown_spaces(joined, rules.spaces, characters)] = False
     begins = ~is_gap
     breaks = is_gap[:-1]
     if rules.marks_alone:
@@ -257,20 +299,23 @@ def _marked(data: bytes, which: bytes) -> np.ndarray:
 
 
 def _unknown_spaces(data: bytes, spaces: bytes, characters: KnownCharacters) -> np.ndarray:
-    """Which bytes are spaces in a run that does not lie between two known characters, bool."""
+    """Places of spaces in a run that does not lie between two known characters."""
     is_space = _marked(data, spaces)
     # R runs, each from an edge to the next: _END is no space
     edges = np.flatnonzero(is_space[1:] != is_space[:-1]) + 1
     begins_R = edges[::2]
     ends_R = edges[1::2]
     codes = np.frombuffer(data, np.uint8)
-    is_known_R = characters(_before(codes, begins_R)) & characters(_behind(codes, ends_R))
 
-    # + 1 where an unknown run begins, - 1 where it ends
-    steps = np.zeros(len(codes), np.int8)
-    steps[begins_R[~is_known_R]] = 1
-    steps[ends_R[~is_known_R]] = -1
-    return np.cumsum(steps, dtype=np.int8).astype(bool)
+    # most lie between ASCII, which a table tells faster
+    is_known_byte = np.zeros(256, bool)
+    is_known_byte[:128] = characters(np.arange(128))
+    others = np.flatnonzero(~(is_known_byte[codes[begins_R - 1]] & is_known_byte[codes[ends_R]]))
+    begins = begins_R[others]
+    ends = ends_R[others]
+    is_known = characters(_before(codes, begins)) & characters(_behind(codes, ends))
+    begins = begins[~is_known]
+    return _places(begins, ends[~is_known] - begins)
 
 
 def _before(data: np.ndarray, places: np.ndarray) -> np.ndarray:
