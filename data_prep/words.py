@@ -3,7 +3,8 @@
     text     The cat. The dog.      words   the cat . the dog .      given to tokenizers   the cat . dog
 
 A word is here a stretch of text between two places over which no rule of the tokenizer looks (word_rules.py). So the ids
-of a text are those of its words, end to end. Words are cut and counted in bulk, as bytes of UTF-8.
+of a text are those of its words, end to end. Words are cut and counted in bulk, as bytes of UTF-8. Words of printable
+ASCII are not remembered where the model is Unigram: numpy finds their pieces faster (viterbi.py).
 """
 
 from __future__ import annotations
