@@ -121,8 +121,9 @@ def test_epochs_with_lanes_are_those_of_the_lane_of_fewest_documents(tmp_path):
     ],
 )
 def test_a_plan_says_which_optimizer_moves_the_weights(name, said):
-    settings = [f"optimizer.name={name}", "optimizer.betas=[0.9,0.98]", "optimizer.eps=1e-6"]
-    assert f"optimizer   {said}" in plan_text(read_run(TINY, settings), ranks=1)
+    asked = f"{{name: {name}, betas: [0.9, 0.98], eps: 1.0e-6, weight_decay: 1.0e-5}}"
+    run = read_run(TINY, [f"optimizer={asked}"])
+    assert f"optimizer   {said}" in plan_text(run, ranks=1)
 
 
 def test_a_plan_says_how_many_ranks_have_nothing_to_do():
