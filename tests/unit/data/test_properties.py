@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoder.base.batch import IGNORE
+from encoder.base.errors import ConfigError, ShardError
 from encoder.base.rng import generator
 from encoder.data.assembly import wrap_int64
 from encoder.data.loader import DataPosition
 from encoder.data.order import deal_shards
+from encoder.data.windows import GOES_ON, Join, PieceOrder
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.contract import MaskShare
 from encoder.objectives.mlm import MlmConfig
@@ -23,6 +27,7 @@ from encoder.objectives.words import WordEdges
 from tests.helpers.loading import loader_with, windows_with
 from tests.helpers.memory_source import SPECIALS, MemorySource, in_memory, planned, sentences_of
 from tests.helpers.shards import random_documents
+from tests.helpers.small_runs import run_with, trained_by
 
 ROW = 64
 SOURCES = [
@@ -34,6 +39,7 @@ for source in SOURCES:
     source.sentences = sentences_of(source.lengths)
 EDGES = WordEdges(np.arange(64) % 3 == 0, np.arange(64) < 59)
 START = DataPosition()
+several = settings(max_examples=4, deadline=None, derandomize=True, database=None)
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
@@ -50,6 +56,8 @@ class Case:
     seed: int
     objective: str = "mlm"
     join: str = "none"  # of documents, where the objective has no pairs
+    piece_order: str = "documents"
+    left_out: tuple[tuple[int, int], ...] = ()  # (number of the source, shard)
 
 
 cases = st.builds(
@@ -62,7 +70,9 @@ cases = st.builds(
     whole_words=st.booleans(),
     seed=st.integers(0, 2**40),
     objective=st.sampled_from([*OBJECTIVES]),
-    join=st.sampled_from(["none", "anywhere", "sentences"]),
+    join=st.sampled_from(get_args(Join)),
+    piece_order=st.sampled_from(get_args(PieceOrder)),
+    left_out=st.sampled_from([(), ((0, 1),), ((0, 3), (0, 7))]),
 )
 
 
@@ -89,6 +99,8 @@ def steps_of(
         phase=1,
         max_tokens_per_document=case.cap if ask.pairs is None else max(case.cap, 5),
         join=case.join if ask.pairs is None else "none",
+        piece_order=case.piece_order,
+        left_out=case.left_out,
         row_tokens=ROW,
         window_documents=case.window_documents,
         masker=ask,
@@ -172,8 +184,169 @@ def test_all_ranks_rows_are_those_of_one_rank_from_any_position(
     assert content(ranks) == content([whole])[walked:]
 
 
-@pytest.mark.parametrize("objective, join", [("mlm", "sentences"), ("mlm_nsp", "none")])
-def test_worker_processes_make_the_same_rows(objective, join):
+def allowed_and_refused() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(objective, join) that the configuration takes with mixed pieces, and those that it does not."""
+    allowed, refused = [], []
+    for objective, join in itertools.product(OBJECTIVES, get_args(Join)):
+        # such text is refused where it is read, see below
+        if join != "none" and OBJECTIVES[objective].frame == "end":
+            continue
+        data = {"piece_order": "mixed", "join": join, "lanes": 2}
+        try:
+            run_with(trained_by(objective)[0], objective, data=data)
+        except ConfigError as error:
+            assert f"data.join {join} and an objective of pairs" in str(error)
+            refused.append((objective, join))
+        else:
+            allowed.append((objective, join))
+    return allowed, refused
+
+
+ALLOWED, REFUSED = allowed_and_refused()
+mixed_cases = st.builds(
+    Case,
+    sources=st.integers(1, 3),
+    lanes=st.integers(1, 4),
+    cap=st.integers(5, ROW),
+    window_documents=st.integers(1, 50),
+    rows_of_lane=st.integers(1, 3),
+    whole_words=st.booleans(),
+    seed=st.integers(0, 2**40),
+    piece_order=st.just("mixed"),
+    left_out=st.sampled_from([(), ((0, 1),), ((0, 3), (0, 7))]),
+)
+
+
+def test_only_pairs_refuse_to_be_joined_mixed_or_not():
+    has_pairs = [word for word in OBJECTIVES if _settings_of(word).pairs]
+    assert {*REFUSED} == {*itertools.product(has_pairs, ["anywhere", "sentences"])}
+    assert {objective for objective, _ in ALLOWED} == {*OBJECTIVES}
+
+
+@pytest.mark.parametrize("join", ["anywhere", "sentences"])
+@pytest.mark.parametrize("piece_order", get_args(PieceOrder))
+def test_text_with_cls_at_its_end_is_not_joined_mixed_or_not(join, piece_order):
+    source = planned("xlnet's", [20] * 12, shards=3)
+    source.card = dataclasses.replace(
+        source.card, specials=dataclasses.replace(SPECIALS, frame="end")
+    )
+    shapes = dict(max_tokens_per_document=ROW, row_tokens=ROW, window_documents=4)
+    windows = windows_with([source], join=join, piece_order=piece_order, **shapes)
+    with pytest.raises(ShardError, match=f"data.join {join}"):
+        windows.plan(0)
+
+
+@pytest.mark.parametrize("objective, join", ALLOWED)
+@several
+@given(
+    case=mixed_cases,
+    world_size=st.integers(1, 8),
+    micro_batch_rows=st.integers(1, 4),
+    walked=st.integers(0, 4),
+    past_bad=st.booleans(),
+)
+def test_mixed_pieces_are_the_same_on_any_ranks_after_any_resume(
+    objective, join, case, world_size, micro_batch_rows, walked, past_bad
+):
+    case = dataclasses.replace(case, objective=objective, join=join)
+    whole = steps_of(case, walked + 3)
+    # where a checkpoint's run goes on
+    start = whole[walked - 1].end if walked else START
+    if past_bad:
+        # behind steps that were left out: each lane at its next window
+        lanes = tuple((window + (row > 0), 0) for window, row in start.lanes)
+        start = dataclasses.replace(start, lanes=lanes)
+        whole = whole[:walked] + steps_of(case, 3, start=start)
+        start = whole[walked].end
+        walked += 1
+
+    ranks = [
+        steps_of(
+            case,
+            2,
+            start=start,
+            rank=r,
+            world_size=world_size,
+            micro_batch_rows=micro_batch_rows,
+        )
+        for r in range(world_size)
+    ]
+    assert content(ranks) == content([whole])[walked : walked + 2]
+
+
+@pytest.mark.parametrize("objective, join", ALLOWED)
+@several
+@given(case=mixed_cases, window=st.integers(0, 40))
+def test_a_mixed_window_has_the_documents_of_one_that_is_not(objective, join, case, window):
+    case = dataclasses.replace(case, objective=objective, join=join)
+    mixed = units_of(case, window)
+    before = units_of(dataclasses.replace(case, piece_order="documents"), window)
+    whole = units_of(dataclasses.replace(case, left_out=()), window)
+
+    flat = [[unit for row in rows for unit in row] for rows in (mixed, before)]
+    assert sorted(flat[0]) == sorted(flat[1])
+    # what is left out goes from its row, and moves nothing else
+    lost = lost_documents(case)
+    assert mixed == [[unit for unit in row if not lost & documents_of(unit)] for row in whole]
+
+
+def units_of(case, window):
+    """Of each lane's rows the documents: (label, pieces), a piece (source, document, start, end)."""
+    rows = []
+    for lane in range(case.lanes):
+        plan = windows_with(
+            SOURCES[: case.sources],
+            weights=[3.0, 2.0, 0.5][: case.sources],
+            seed=case.seed,
+            phase=1,
+            max_tokens_per_document=case.cap,
+            join=case.join,
+            piece_order=case.piece_order,
+            left_out=case.left_out,
+            row_tokens=ROW,
+            window_documents=case.window_documents,
+            lanes=case.lanes,
+            pairs=_settings_of(case.objective).pairs,
+        ).plan(window, lane=lane)
+        assert all(tokens <= ROW for tokens in plan.tokens_R)
+        for row in range(plan.rows):
+            units = []
+            labels = plan.labels(row)
+            labels = np.zeros(len(plan.pieces(row))) if labels is None else labels
+            for piece, label in zip(plan.pieces(row).tolist(), labels.tolist(), strict=True):
+                if label != GOES_ON:
+                    units.append((label, []))
+                units[-1][1].append(tuple(piece))
+            rows.append(units)
+    return rows
+
+
+def documents_of(unit):
+    return {piece[:2] for piece in unit[1]}
+
+
+def lost_documents(case):
+    found = set()
+    for source, shard in case.left_out:
+        ends = np.cumsum(SOURCES[source].samples_per_shard)
+        found |= {(source, d) for d in range(ends[shard - 1], ends[shard])}
+    return found
+
+
+def _settings_of(objective):
+    settings = OBJECTIVES[objective]
+    return settings(**dict.fromkeys(settings.STORED_MODELS, "not read"))
+
+
+@pytest.mark.parametrize(
+    "objective, join, piece_order",
+    [
+        ("mlm", "sentences", "documents"),
+        ("mlm_nsp", "none", "documents"),
+        ("mlm_sop", "none", "mixed"),
+    ],
+)
+def test_worker_processes_make_the_same_rows(objective, join, piece_order):
     case = Case(
         sources=3,
         lanes=2,
@@ -184,6 +357,8 @@ def test_worker_processes_make_the_same_rows(objective, join):
         seed=7,
         objective=objective,
         join=join,
+        piece_order=piece_order,
+        left_out=((0, 5),) if piece_order == "mixed" else (),
     )
     whole = steps_of(case, 7)
     ranks = [
@@ -219,7 +394,9 @@ def test_a_rank_meets_the_lanes_of_its_group_only(lanes, ranks, rows):
         assert {lane_of[d] * groups // lanes for d in read} <= {rank * groups // ranks}
 
 
-@few
+@pytest.mark.parametrize("piece_order", get_args(PieceOrder))
+@pytest.mark.parametrize("join", get_args(Join))
+@several
 @given(
     lanes=st.integers(1, 4),
     window_documents=st.integers(1, 60),
@@ -227,7 +404,7 @@ def test_a_rank_meets_the_lanes_of_its_group_only(lanes, ranks, rows):
     seed=st.integers(0, 99),
 )
 def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(
-    lanes, window_documents, cap, seed
+    join, piece_order, lanes, window_documents, cap, seed
 ):
     windows = windows_with(
         SOURCES,
@@ -235,10 +412,14 @@ def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(
         seed=seed,
         phase=0,
         max_tokens_per_document=cap,
+        join=join,
+        piece_order=piece_order,
         row_tokens=ROW,
         window_documents=window_documents,
         lanes=lanes,
     )
+    # of a joined document the frame may be left out
+    shown = slice(None) if join == "none" else slice(1, -1)
     for lane in range(lanes):
         own = [np.flatnonzero(lane_of_document(s, lanes) == lane).tolist() for s in SOURCES]
         count = next(
@@ -246,22 +427,19 @@ def test_every_lane_shows_every_token_of_its_shards_once_an_epoch(
             for k in range(10**6)
             if all(n >= len(o) for n, o in zip(windows.documents_before(k), own))
         )
-        tokens = Counter()
+        # of every token of every document, how often it came
+        times = [[np.zeros(n, dtype=int) for n in source.lengths] for source in SOURCES]
         for k in range(count):
             for source, document, start, end in windows.plan(k, lane=lane).pieces_P4.tolist():
-                tokens.update(
-                    (source, document, place) for place in (start, end - 1)
-                )  # first and last of a piece
-                tokens[source, document] += end - start
-        for source, documents in enumerate(own):
-            epochs, rest = divmod(windows.documents_before(count)[source], len(documents))
-            lengths = SOURCES[source].lengths
-            seen = Counter(tokens[source, d] / lengths[d] for d in documents)
-            assert seen == Counter(
-                {epochs: len(documents) - rest, **({epochs + 1: rest} if rest else {})}
-            )
-            assert all(tokens[source, d, 0] == tokens[source, d] / lengths[d] for d in documents)
-        assert {key[:2] for key in tokens} == {(s, d) for s, o in enumerate(own) for d in o}
+                times[source][document][start:end] += 1
+        for documents, found, after in zip(
+            own, times, windows.documents_before(count), strict=True
+        ):
+            epochs, rest = divmod(after, len(documents))
+            once = {epochs: len(documents) - rest, **({epochs + 1: rest} if rest else {})}
+            assert all(len(set(found[d][shown])) == 1 for d in documents)
+            assert Counter(int(found[d][1]) for d in documents) == Counter(once)
+            assert not any(found[d].any() for d in set(range(len(found))) - {*documents})
 
 
 @few

@@ -11,29 +11,17 @@ import pytest
 import torch
 
 from encoder.base.batch import LossTerm, TokenBatch, counts_of
-from encoder.base.errors import ConfigError
-from encoder.models.catalog import SYSTEMS, build_model
+from encoder.models.catalog import build_model
 from encoder.models.modernbert import ModernBertConfig
 from encoder.objectives.catalog import OBJECTIVES, build_objective
 from encoder.objectives.contract import Objective
 from encoder.objectives.words import WordEdges
-from encoder.runs.config import RunConfig, run_of
 from encoder.train import build
 from tests.helpers.loading import loader_with
 from tests.helpers.memory_source import SPECIALS, in_memory, sentences_of
 from tests.helpers.shards import random_documents
+from tests.helpers.small_runs import LONGEST, ROW, SIZES, run_with, trained_by
 
-ROW = 64
-# shorter than what rounding adds, so that padding is several documents
-LONGEST = 24
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=24,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    max_position_embeddings=64,
-)
 # beside an objective's defaults: settings by which its loss takes another way
 OTHER_WAYS: dict[str, dict[str, Any]] = {
     "mlm": {"z_loss_weight": 1e-2, "whole_words": True},
@@ -54,34 +42,6 @@ def test_shapes_are_rounded_for_bf16_products_on_a_cpu_with_units_for_them(monke
             run = SimpleNamespace(engine=SimpleNamespace(precision=precision))
             found.append([build.shape_step_of(run, torch.device(d)) for d in ("cpu", "cuda")])
     assert found == [[1, 1], [1, 1], [64, 1], [64, 1]] + 4 * [[1, 1]]
-
-
-def run_with(system: str, objective: str, **settings: Any) -> RunConfig:
-    """A run of a small model. Raises ConfigError where the objective does not train the family."""
-    lr = {"schedule": "wsd", "peak": 1e-3, "warmup_tokens": 100, "decay_tokens": 100}
-    phase = {"name": "a", "tokens": 1000, "batch_tokens": 128, "lr": lr}
-    asked = dict.fromkeys(OBJECTIVES[objective].STORED_MODELS, "not read")
-    given = {
-        "name": "t",
-        "out": "t",
-        "model": {"system": system, **SIZES},
-        "objective": {"name": objective, **asked, **settings},
-        "data": {"sources": [{"path": "not read"}], "row_tokens": ROW},
-        "phases": [{**phase, "max_tokens_per_document": LONGEST}],
-    }
-    return run_of(given, where="a test")
-
-
-def trained_by(objective: str) -> list[str]:
-    """The families that the configuration lets an objective train."""
-    found = []
-    for system in SYSTEMS:
-        try:
-            run_with(system, objective)
-        except ConfigError:
-            continue
-        found.append(system)
-    return found
 
 
 def every_way() -> list[tuple[str, str, dict[str, Any]]]:
