@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from encoder.nn.dropout import AddressedDropout
 from encoder.nn.half import sums_are_rounded
 
+# ends the name of the table of tokens in every model
+TOKEN_TABLE = "tok_embeddings.weight"
+
 
 class TokenEmbedding(nn.Module):
     """dropout(norm(token + position, if not rotary + segment, if there are segments)).

@@ -45,6 +45,8 @@ PLAIN = (
     "nsp.weight",
 )
 INTO_STREAM = ("attn.Wo.weight", "mlp.Wo.weight")
+ATTENTION = "attn."
+INTO_HEAD = "head.dense.weight"
 INTO_LOGITS = ("decoder.weight", "classifier.weight")
 # with electra (google-research/electra, model/modeling.py and run_pretraining.py)
 BY_DEFAULT = ("embedding_projection.weight", "classifier.weight")
@@ -134,3 +136,51 @@ def sigma_of(name: str, shape: Sequence[int], *, initializer_range: float, layer
         return initializer_range / math.sqrt(2 * layers)
     assert name.endswith(INTO_LOGITS), f"no rule to draw {name}"
     return shape[1] ** -0.5
+
+
+def why_not_mimetic(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """Why a model with parameters of these shapes cannot have mimetic_values; None: it can."""
+    layers = [name.removesuffix("Wo.weight") for name in shapes if name.endswith("attn.Wo.weight")]
+    if not all(f"{layer}Wqkv.weight" in shapes for layer in layers):
+        return "its query, key and value are not one matrix"
+    heads = [shape for name, shape in shapes.items() if name.endswith(INTO_HEAD)]
+    if not all(rows == columns for rows, columns in heads):
+        return "its embeddings are not as wide as its layers"
+    return None
+
+
+def mimetic_values(name: str, drawn: Tensor, *, seed: int, strength: float) -> Tensor:
+    """A drawn parameter of a model whose attention begins by passing on what it sees, and whose head by letting it through.
+
+        Wo Wv = strength x identity        Wv [A, C] orthogonal, drawn from the seed; Wo [C, A] its transpose times strength
+        head.dense = identity
+
+    Where heads together are narrower than the stream (A < C), Wo Wv projects on A directions. All else stays as it is. Weights of
+    attention that look like those of a trained model: Trockman and Kolter 2023, Mimetic Initialization of Self-Attention Layers.
+    The head's is ours: without it the masked token's logits do not see what was passed on.
+
+    name, drawn: of the whole parameter of a model for which why_not_mimetic has no reason
+    seed: of the run
+    strength: of the identity
+    """
+    if name.endswith(INTO_HEAD):
+        return torch.eye(len(drawn))
+    stem, found, matrix = name.rpartition(ATTENTION)
+    if not found or matrix not in ("Wqkv.weight", "Wo.weight"):
+        return drawn
+    is_output = matrix == "Wo.weight"
+    rows, columns = drawn.shape
+    inner, width = (columns, rows) if is_output else (rows // 3, columns)
+
+    # both matrices of a layer are made of one draw. QR leaves signs to the library: the diagonal of R takes them away
+    draw = torch.Generator().manual_seed(address_seed(seed, "mimetic", stem))
+    more, fewer = max(inner, width), min(inner, width)
+    tall, upper = torch.linalg.qr(torch.randn(more, fewer, generator=draw, dtype=torch.float64))
+    value_AC = (tall * upper.diagonal().sign()).float()
+    if inner < width:
+        value_AC = value_AC.T
+    if is_output:
+        return (strength * value_AC.T).contiguous()
+    values = drawn.clone()
+    values[2 * inner :] = value_AC
+    return values

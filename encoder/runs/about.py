@@ -22,6 +22,7 @@ from encoder.runs.config import RunConfig
 from encoder.runs.folder import EVENTS, read_jsonl
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers")
+FIRST_VECTORS = "init_embeddings"  # in events, under about: what was counted before the first step
 
 
 def about_run(
@@ -99,6 +100,11 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
         "optimizer": f"{optimizer}, seed {run.seed}",
         "objective": run.objective.task_text,
     }
+    if counted := first_vectors_of(starts):
+        lines["rows of tokens"] = (
+            f"{counted['rows']:,} began with their neighbours in"
+            f" {short_count(counted['tokens'])} tokens, {counted['attention']}"
+        )
     for source in about.get("sources") or data_facts(run):
         if isinstance(source, dict) and isinstance(source.get("tokens"), int):
             trained = source.get("trained", 0)
@@ -117,6 +123,12 @@ def what_was_trained(run: RunConfig, folder: Path) -> dict[str, str]:
 def starts_of(folder: Path) -> list[dict[str, Any]]:
     """The events of a run's starts."""
     return [e for e in read_jsonl(folder / EVENTS) if e.get("event") in ("start", "resume")]
+
+
+def first_vectors_of(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the start that counted neighbours told of them; {} where none did. A resume counts nothing."""
+    told = [e["about"].get(FIRST_VECTORS) for e in starts if isinstance(e.get("about"), dict)]
+    return next((found for found in reversed(told) if isinstance(found, dict)), {})
 
 
 def newest_about(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:

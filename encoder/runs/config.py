@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from encoder.base.schema import (
     value_at,
 )
 from encoder.base.units import short_count
+from encoder.data.neighbours import MOST_WINDOW
 from encoder.data.order import SHARDS_PER_GROUP
 from encoder.data.remote import SCHEMES
 from encoder.data.windows import Join, PieceOrder
@@ -50,6 +52,8 @@ from encoder.runs.vocabulary import VocabularyConfig
 
 MOST_WINDOW_DOCUMENTS = 2**24
 MOST_WORKERS = 256
+# tokens times window, of init_embeddings: 200 bytes while they are factorized if each were another pair, 10 GB; in text few are
+MOST_COUNTED_PAIRS = 50_000_000
 MOST_SHUFFLED = 256  # an open shard takes a file handle, of 1,024 that a process usually has
 
 
@@ -348,6 +352,41 @@ class Derived:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitEmbeddingsConfig:
+    """The table of tokens begins with vectors of neighbours that were counted (encoder.nn.token_vectors), and attention
+    with passing them on (encoder.nn.init.mimetic_values)."""
+
+    tokens: Tokens = 5_000_000  # of the first phase's documents, read before the first step
+    window: int = 2  # tokens on either side
+    times_drawn: float = 2.5  # deviation of an element over that of a table that is drawn
+    # attention begins by passing on what it sees, Wo Wv as this times the identity, and the head's dense layer as the identity;
+    # 0: they are drawn
+    mimetic: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= MOST_WINDOW:
+            raise ConfigError(
+                f"init_embeddings.window {self.window} must lie between 1 and {MOST_WINDOW}."
+            )
+        most = MOST_COUNTED_PAIRS // self.window
+        if not 1 <= self.tokens <= most:
+            raise ConfigError(
+                f"init_embeddings.tokens {self.tokens:,} must lie between 1 and {most:,} with a"
+                f" window of {self.window}: the pairs stand in the memory of one rank."
+            )
+        if not 0 <= self.mimetic < math.inf:
+            raise ConfigError(
+                f"init_embeddings.mimetic {self.mimetic} must be at least 0; 0 leaves attention as"
+                " it is drawn."
+            )
+        if not 0 < self.times_drawn < math.inf:
+            raise ConfigError(
+                f"init_embeddings.times_drawn {self.times_drawn} must be above 0; 1 gives"
+                " the deviation of drawn rows."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The whole run file."""
 
@@ -368,6 +407,8 @@ class RunConfig:
         field(default_factory=OPTIMIZERS["stable_adamw"])
     )
     init_from: PathText | None = None  # a stored model that the weights start from, not the seed
+    # rows of the tokens from counts of their neighbours in the shards, for small runs; default: drawn from the seed
+    init_embeddings: InitEmbeddingsConfig | None = None
     # where the shards' tokenizer was edited after init_from was trained; default: it was not
     vocabulary: VocabularyConfig | None = None
     # a run's checkpoint: weights and optimizer state start from it
@@ -396,6 +437,11 @@ class RunConfig:
             raise ConfigError(
                 "init_from and branch_from both say where the weights start. Leave one out:"
                 " branch_from takes the optimizer state, too."
+            )
+        if self.init_embeddings and (self.init_from or self.branch_from):
+            raise ConfigError(
+                "init_embeddings has no effect with init_from or branch_from, whose tables are"
+                " trained. Leave one out."
             )
         if self.vocabulary and not self.init_from:
             raise ConfigError(
@@ -628,6 +674,7 @@ IDENTITY = (
     "seed",
     "model",
     "init_from",
+    "init_embeddings",
     "vocabulary",
     "branch_from",
     "data",

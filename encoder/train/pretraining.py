@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from encoder.engine.precision import computes_bf16, precision_on
 from encoder.models.contract import ModelConfig
 from encoder.models.hf.catalog import export_blocker
 from encoder.optim.groups import Factors
-from encoder.runs.about import about_run, newest_about, starts_of
+from encoder.runs.about import FIRST_VECTORS, about_run, newest_about, starts_of
 from encoder.runs.branch import Parent, find_parent
 from encoder.runs.checks import check_settings, hints_of
 from encoder.runs.config import PhaseConfig, RunConfig, describe_phase, with_engine
@@ -40,6 +41,7 @@ from encoder.runs.same import check_same_content, check_same_run, check_same_set
 from encoder.train import build
 from encoder.train.course import Evaluation, UpdateSettings, crossed
 from encoder.train.evaluate import HeldOut, held_out_numbers, held_out_text, silent_sources
+from encoder.train.first_vectors import FirstVectors, set_first_vectors
 from encoder.train.hints import what_comes_next
 from encoder.train.loop import Outcome, done_already, train_course
 from encoder.train.meters import Clock, document_lengths
@@ -56,7 +58,8 @@ from encoder.train.recorder import Recorder
 from encoder.train.session import Session
 from encoder.train.start import load_verified
 
-PROBES_SHA256 = "probes_sha256"  # in events, under about
+# in events, under about
+PROBES_SHA256 = "probes_sha256"
 
 
 def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:
@@ -168,6 +171,8 @@ class Pretraining(SavedPhases):
         }
         # unigram entropy of the held-out text, on rank zero
         self._entropy: float | None = None
+        # of a run whose tables begin with counted neighbours
+        self._first_vectors: FirstVectors | None = None
         self._parent: Parent | None = None
         self._parent_record: dict[str, Any] | None = None
         # of the weights of init_from, also when resumed; on rank zero
@@ -222,7 +227,7 @@ class Pretraining(SavedPhases):
         )
 
     def set_first_weights(self, engine: Engine) -> Progress:
-        """Those of the parent of a branch, of init_from, or else of the seed."""
+        """Those of the parent of a branch, of init_from, or else of the seed and, where asked for, of counted neighbours."""
         run, parent = self.run, self._parent
         if parent:
             load_verified(parent.checkpoint, SavedPhases(parent.run), engine, self._device)
@@ -235,6 +240,8 @@ class Pretraining(SavedPhases):
             assert initial, f"{run.out} had a checkpoint a moment ago"
             engine.set_masters(lambda name, _shape: initial.weights[name])
             initial.weights.clear()  # 1.6 GB of the large model, on every rank
+        if run.init_embeddings:
+            self._first_vectors = set_first_vectors(run, self.facts, engine, self._world)
         return Progress()
 
     def take_up(self, saved: dict[str, Any]) -> None:
@@ -281,6 +288,8 @@ class Pretraining(SavedPhases):
             lines += self._initial.lines
         elif self._parent:
             lines.append(f"branched off {self._parent.text}")
+        elif self._first_vectors:
+            lines.append(self._first_vectors.text)
         for model in self._asked.values():
             lines += model.lines
         return lines
@@ -313,6 +322,8 @@ class Pretraining(SavedPhases):
         about = about_run(self.run, self._world, self._device, parameters=parameters)
         if self._probes.texts:
             about[PROBES_SHA256] = sha256_of_each(self._probes.texts)
+        if self._first_vectors:
+            about[FIRST_VECTORS] = dataclasses.asdict(self._first_vectors)
         return about
 
     def phase_at(self, progress: Progress) -> PhaseConfig | None:

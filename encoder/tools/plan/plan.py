@@ -360,6 +360,12 @@ def _weights_text(run: RunConfig) -> str:
         return f"branched off {find_parent(run, World()).text}"
     if run.branch_from is not None:
         return f"branched off {run.branch_from} (not there yet)"
+    if run.init_embeddings:
+        return (
+            f"drawn from seed {run.seed}; rows of tokens from their neighbours in"
+            f" {short_count(run.init_embeddings.tokens)} tokens"
+            + (", which attention passes on" if run.init_embeddings.mimetic else "")
+        )
     if run.init_from is None:
         return f"drawn from seed {run.seed}"
     if name := parse_hub_name(run.init_from):

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.nn.init import drawn_later, initial_values, sigma_of
+from encoder.nn.init import (
+    drawn_later,
+    initial_values,
+    mimetic_values,
+    sigma_of,
+    why_not_mimetic,
+)
 
 SHAPE = dict(
     vocab_size=2048,
@@ -142,3 +148,78 @@ def test_layers_whose_weights_are_drawn_later_take_no_chance_from_torch():
     assert own.abs().min() > 0.0
     nn.Linear(4, 3)
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("inner", "width"), [(24, 24), (32, 24), (16, 24)])
+def test_mimetic_attention_passes_on_what_it_sees(inner, width):
+    drawn = {"Wqkv": torch.randn(3 * inner, width), "Wo": torch.randn(width, inner)}
+    found = {
+        name: mimetic_values(f"model.layers.3.attn.{name}.weight", w, seed=4, strength=0.25)
+        for name, w in drawn.items()
+    }
+    assert torch.equal(found["Wqkv"][: 2 * inner], drawn["Wqkv"][: 2 * inner])
+    passed = found["Wo"] @ found["Wqkv"][2 * inner :] / 0.25
+    if inner >= width:
+        assert passed == pytest.approx(torch.eye(width), abs=1e-6)
+    else:
+        # a projection on as many directions as attention has features
+        assert passed @ passed == pytest.approx(passed, abs=1e-6)
+        assert passed.trace().item() == pytest.approx(inner, abs=1e-4)
+
+
+def test_mimetic_layers_differ_and_other_parameters_stay():
+    drawn = torch.randn(24, 24)
+    one, other, again = (
+        mimetic_values(f"model.layers.{n}.attn.Wo.weight", drawn, seed=4, strength=1.0)
+        for n in (0, 1, 0)
+    )
+    assert torch.equal(one, again)
+    assert (one - other).abs().max() > 0.1
+    for name in (
+        "model.layers.0.mlp.Wo.weight",
+        "pooler.dense.weight",
+        "model.layers.0.attn_norm.weight",
+        "x.attn.Wo.bias",
+    ):
+        assert mimetic_values(name, drawn, seed=4, strength=1.0) is drawn
+
+
+def test_a_mimetic_head_lets_through():
+    found = mimetic_values("head.dense.weight", torch.randn(24, 24), seed=4, strength=0.25)
+    assert torch.equal(found, torch.eye(24))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "why"),
+    [
+        (
+            {
+                "l.0.attn.Wqkv.weight": (72, 24),
+                "l.0.attn.Wo.weight": (24, 24),
+                "head.dense.weight": (24, 24),
+            },
+            None,
+        ),
+        ({"l.0.attn.Wqkv.weight": (72, 24), "l.0.attn.Wo.weight": (24, 24)}, None),
+        ({"l.0.attn.Wkv.weight": (48, 24), "l.0.attn.Wo.weight": (24, 24)}, "not one matrix"),
+        (
+            {
+                "l.0.attn.Wqkv.weight": (72, 24),
+                "l.0.attn.Wo.weight": (24, 24),
+                "head.dense.weight": (8, 24),
+            },
+            "not as wide as its layers",
+        ),
+    ],
+    ids=["as ModernBERT", "without a head", "as XLNet", "as ALBERT"],
+)
+def test_models_that_cannot_begin_mimetic_are_told(shapes, why):
+    said = why_not_mimetic(shapes)
+    assert (why is None and said is None) or why in said
+
+
+def test_mimetic_signs_are_not_the_librarys(monkeypatch):
+    drawn, name, qr = torch.randn(24, 24), "model.layers.0.attn.Wo.weight", torch.linalg.qr
+    expected = mimetic_values(name, drawn, seed=4, strength=1.0)
+    monkeypatch.setattr(torch.linalg, "qr", lambda x: tuple(-part for part in qr(x)))
+    assert mimetic_values(name, drawn, seed=4, strength=1.0) == pytest.approx(expected)
