@@ -12,7 +12,7 @@ from encoder.base.schema import to_plain, to_yaml
 from encoder.runs.config import changed_settings, read_run, todays_form
 from encoder.runs.weights import read_saved_run
 
-TINY = Path(__file__).resolve().parents[3] / "configs" / "pretrain" / "tiny_cpu.yaml"
+TINY = Path(__file__).resolve().parents[2] / "helpers" / "three_phases.yaml"
 
 
 def old_form(run) -> dict:

@@ -21,7 +21,8 @@ from encoder.tools.plan.plan import plan_text
 from encoder.train.evaluate import HeldOut, held_out_numbers, unigram_entropy
 from tests.reference.planned_steps import walked_steps
 
-TINY = Path(__file__).resolve().parents[3] / "configs" / "pretrain" / "tiny_cpu.yaml"
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ROOT / "tests" / "helpers" / "three_phases.yaml"
 
 
 def test_a_peak_for_a_decay_that_knows_none_is_refused():
@@ -216,7 +217,7 @@ def test_a_plan_tells_of_every_phase_without_any_shards(tmp_path, monkeypatch):
 
 # a twentieth of the published recipes: the batch warm-ups are whole, the rest has fewer equal steps
 WALKED = [
-    ("tiny_cpu", 0.9731, []),
+    ("three_phases", 0.9731, []),
     ("mini_four_domains", 0.9731, []),
     (
         "modernbert_base",
@@ -233,14 +234,14 @@ WALKED = [
             "phases.3.tokens=3B",
         ],
     ),
-    ("tiny_cpu", 0.9731, ["data.lanes=2"]),
-    ("tiny_cpu", 1.0, ["phases.0.batch_tokens=200704", "data.row_tokens=512"]),
-    ("tiny_cpu", 1.0, ["phases.0.lr={schedule: cosine, peak: 1e-3, warmup_tokens: 77K}"]),
-    ("tiny_cpu", 1.0, ["phases.0.lr={schedule: bert, peak: 1e-3, warmup_tokens: 77K}"]),
-    ("tiny_cpu", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 77K}"]),
-    ("tiny_cpu", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 640K}"]),
+    ("three_phases", 0.9731, ["data.lanes=2"]),
+    ("three_phases", 1.0, ["phases.0.batch_tokens=200704", "data.row_tokens=512"]),
+    ("three_phases", 1.0, ["phases.0.lr={schedule: cosine, peak: 1e-3, warmup_tokens: 77K}"]),
+    ("three_phases", 1.0, ["phases.0.lr={schedule: bert, peak: 1e-3, warmup_tokens: 77K}"]),
+    ("three_phases", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 77K}"]),
+    ("three_phases", 0.9, ["phases.0.lr={schedule: electra, peak: 1e-3, warmup_tokens: 640K}"]),
     (
-        "tiny_cpu",
+        "three_phases",
         0.9,
         ["phases.0.batch_warmup={from_tokens: 512, increase_tokens: 1024, over_tokens: 639_999}"],
     ),
@@ -249,7 +250,8 @@ WALKED = [
 
 @pytest.mark.parametrize(("name", "fill", "settings"), WALKED)
 def test_steps_worked_out_are_the_steps_walked_through(name, fill, settings):
-    run = read_run(TINY.with_name(f"{name}.yaml"), settings)
+    path = TINY if name == TINY.stem else ROOT / "configs" / "pretrain" / f"{name}.yaml"
+    run = read_run(path, settings)
     planned, walked = (
         of(run, fills=[fill] * len(run.phases)) for of in (planned_steps, walked_steps)
     )

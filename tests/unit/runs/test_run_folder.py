@@ -14,7 +14,7 @@ from encoder.runs.foreign_files import EDITED, check_folder, write_run_file
 from launch import plan
 
 ROOT = Path(__file__).resolve().parents[3]
-RUN = ROOT / "configs" / "pretrain" / "tiny_cpu.yaml"
+RUN = ROOT / "tests" / "helpers" / "three_phases.yaml"
 
 
 def test_a_run_file_of_a_persons_own_is_not_replaced_by_the_resolved_one(

@@ -26,7 +26,7 @@ from encoder.runs.other_words import OTHER_WORDS
 from encoder.tools.cluster.submit import _parser as submit_parser
 
 ROOT = Path(__file__).resolve().parents[3]
-RUN = (ROOT / "configs" / "pretrain" / "tiny_cpu.yaml").read_text()
+RUN = (ROOT / "tests" / "helpers" / "three_phases.yaml").read_text()
 
 
 def run_file(tmp_path: Path, text: str) -> Path:

@@ -30,7 +30,7 @@ from encoder.tools.plan.plan import plan_text
 from encoder.tools.plan.probe import Clock, rate_of
 from launch.plan import main
 
-TINY = "configs/pretrain/tiny_cpu.yaml"
+TINY = "tests/helpers/three_phases.yaml"
 MACHINE = Machine(
     name="one of ours",
     flops=1e12,

@@ -26,7 +26,7 @@ from encoder.tools.plan.plan import plan_text
 from encoder.tools.plan.work import phase_work
 from tests.helpers.shards import write_source
 
-TINY = Path("configs/pretrain/tiny_cpu.yaml")
+TINY = Path("tests/helpers/three_phases.yaml")
 
 
 def test_work_follows_the_stored_lengths_cut_as_the_phase_cuts_them(tmp_path):
