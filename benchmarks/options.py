@@ -19,6 +19,14 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return read
 
 
+def share(text: str) -> float:
+    """'0.15' -> 0.15, between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
+    return value
+
+
 def several_of(*choices: str) -> Callable[[str], list[str]]:
     """'a,b' -> ['a', 'b'], each one of the choices."""
 

@@ -5,9 +5,10 @@
     tessera bench time-to-loss RUN.yaml --peer-lr 1e-3,2e-3 --seeds 1,2,3 --json FILE
 
 A side is trained alone, one after another, in processes of its own; what is finished is kept in --work and not done again.
-The Trainer has the documents of the run's own mixture, as many tokens, its batches of as many tokens, the run's masking rate, and
-its own initialization. Snapshots of all sides are judged by the same code, in fp32, on the run's held-out documents with the same
-masks. Seconds are those of training: start, evaluation and saving are left out on both sides.
+The Trainer has documents of the run's own mixture, batches of as many tokens as the run's last phase and, unless it is told
+otherwise, as many tokens in all and the run's masking rate. It has its own initialization. Snapshots of all sides are judged by
+the same code, in fp32, on the run's held-out documents with the same masks. Seconds are those of training, and of vectors that
+are counted before it (init_embeddings): start, evaluation and saving are left out on both sides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.judge import CPU, Judge, Point, seconds_to
-from benchmarks.options import several, several_of
+from benchmarks.options import several, several_of, share
 from benchmarks.report import Report
 from benchmarks.timing import ratio_text
 from benchmarks.trainer import POINTS, Peer, grouped, write_peer
@@ -42,12 +43,14 @@ from encoder.base.errors import ConfigError, UserError
 from encoder.base.files import write_json
 from encoder.base.rng import generator
 from encoder.base.schema import to_plain
+from encoder.base.units import parse_tokens, short_count
 from encoder.base.world import alone
 from encoder.engine.checkpoint.folder import committed_folders, tokens_of
 from encoder.engine.precision import precision_on
 from encoder.models.hf.catalog import bridge_of
 from encoder.models.hf.tokenizer import write_tokenizer
 from encoder.objectives.mlm import MlmConfig
+from encoder.runs.about import first_vectors_of, starts_of
 from encoder.runs.config import RunConfig, read_run
 from encoder.runs.facts import DataFacts, check_data
 from encoder.runs.folder import CHECKPOINTS, read_metrics
@@ -93,6 +96,21 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--peer-block",
         type=several(count),
         help="tokens of a block (default: the longest document)",
+    )
+    parser.add_argument(
+        "--peer-tokens",
+        type=several(parse_tokens),
+        help="its length, such as 1.5M (default: the run's)",
+    )
+    parser.add_argument(
+        "--peer-batch",
+        type=several(parse_tokens),
+        help="tokens of its steps (default: those of the run's last phase)",
+    )
+    parser.add_argument(
+        "--peer-mask",
+        type=several(share),
+        help="share of the tokens that it predicts (default: the run's in its first phase)",
     )
     parser.add_argument(
         "--peer-sparse",
@@ -178,18 +196,32 @@ class Bench:
         return sides
 
     def peer_sides(self, args: argparse.Namespace) -> list[Side]:
-        """Every rate with every block, sparse or not."""
+        """Every rate with every block, length and share of masks, sparse or not."""
         precision = args.peer_precision
         if precision is None:
             precision = [precision_on("auto", CPU)]
         blocks = args.peer_block or [self.run.phases[-1].max_tokens_per_document]
+        lengths = args.peer_tokens or [self.tokens]
+        masks = args.peer_mask or [self.run.mask_share_of(self.run.phases[0]).highest]
         sides = []
-        for lr, block, sparse, computed in itertools.product(
-            args.peer_lr, blocks, args.peer_sparse, precision
+        batches = args.peer_batch or [self.run.phases[-1].batch_tokens]
+        for lr, block, tokens, batch, mask, sparse, computed in itertools.product(
+            args.peer_lr, blocks, lengths, batches, masks, args.peer_sparse, precision
         ):
-            peer = {"lr": lr, "block": block, "sparse": sparse == "on", "precision": computed}
+            peer = {
+                "lr": lr,
+                "block": block,
+                "tokens": tokens,
+                "batch_tokens": batch,
+                "mask_share": mask,
+                "sparse": sparse == "on",
+                "precision": computed,
+            }
             dense = "" if sparse == "on" else ", all logits"
-            name = f"Trainer {computed}, rate {lr:g}, blocks of {block}{dense}"
+            name = (
+                f"Trainer {computed}, {short_count(tokens)} tokens by {batch:,}, masks {mask:g},"
+                f" rate {lr:g}, blocks of {block}{dense}"
+            )
             sides.append(Side(name=name, peer=peer))
         return sides
 
@@ -247,6 +279,8 @@ class Bench:
 
         # a checkpoint stands where its step's line says the tokens and the seconds
         lines = {line["tokens"]: line for line in read_metrics(run) if "spent" in line}
+        # what was done to the weights before the first step is learning, too
+        before = first_vectors_of(starts_of(run)).get("seconds", 0.0)
         points = []
         # the newest comes last
         for checkpoint in sorted(committed_folders(run / CHECKPOINTS), key=tokens_of):
@@ -255,7 +289,7 @@ class Bench:
             points.append(
                 {
                     "tokens": tokens,
-                    "seconds": spent["training"] + spent["waiting"],
+                    "seconds": before + spent["training"] + spent["waiting"],
                     "loss": self._judge.loss_of(checkpoint),
                 }
             )
@@ -311,11 +345,11 @@ class Bench:
             vocab_size=run.model.vocab_size,
             max_tokens=run.model.max_position_embeddings,
         )
-        blocks = grouped(drawn_documents(run, seed=seed), tokens=asked["block"])
+        documents = drawn_documents(run, seed=seed, tokens=asked["tokens"])
+        blocks = grouped(documents, tokens=asked["block"])
         np.save(folder / "blocks.npy", blocks)
-        last = run.phases[-1]
-        rows = max(1, round(last.batch_tokens / asked["block"]))
-        steps = math.ceil(self.tokens / (rows * asked["block"]))
+        rows = max(1, round(asked["batch_tokens"] / asked["block"]))
+        steps = math.ceil(asked["tokens"] / (rows * asked["block"]))
         return Peer(
             tokenizer=str(tokenizer),
             settings=settings,
@@ -324,7 +358,7 @@ class Bench:
             steps=steps,
             every_steps=max(1, steps // self._points),
             lr=asked["lr"],
-            mask_share=run.mask_share_of(run.phases[0]).highest,
+            mask_share=asked["mask_share"],
             autocast=asked["precision"] == "autocast",
             threads=self._threads,
             seed=seed,
@@ -344,12 +378,11 @@ def check_masking(run: RunConfig) -> None:
         )
 
 
-def drawn_documents(run: RunConfig, *, seed: int) -> list[np.ndarray]:
-    """Whole documents of the run's first mixture, by its weights, as many tokens as the run trains on, mixed.
+def drawn_documents(run: RunConfig, *, seed: int, tokens: int) -> list[np.ndarray]:
+    """Whole documents of the run's first mixture, by its weights, so many tokens of them, mixed.
 
     A source with less text than its share gives all of it, once.
     """
-    tokens = sum(phase.tokens for phase in run.phases)
     mixture = run.sources_of(run.phases[0])
     whole = sum(source.weight for source in mixture)
     draw = generator(seed, "grouped")

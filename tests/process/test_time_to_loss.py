@@ -147,14 +147,17 @@ def test_a_rate_that_diverged_is_not_the_best_peer():
 
 def test_blocks_are_the_documents_end_to_end_and_have_the_shares_of_the_mixture(run_file):
     run = read_run(run_file)
-    documents = drawn_documents(run, seed=1)
+    documents = drawn_documents(run, seed=1, tokens=sum(p.tokens for p in run.phases))
     blocks = grouped(documents, tokens=64)
     assert np.array_equal(blocks.ravel(), np.concatenate(documents)[: blocks.size])
     assert sum(len(document) for document in documents) == pytest.approx(5000, abs=128)
     known = {document.astype(np.int64).tobytes() for document in random_documents(200, seed=0)}
     of_a = [len(d) for d in documents if d.astype(np.int64).tobytes() in known]
     assert sum(of_a) == pytest.approx(3750, abs=64)
-    assert not np.array_equal(blocks, grouped(drawn_documents(run, seed=2), tokens=64))
+    assert not np.array_equal(
+        blocks,
+        grouped(drawn_documents(run, seed=2, tokens=sum(p.tokens for p in run.phases)), tokens=64),
+    )
 
 
 def test_the_seconds_to_a_loss_lie_on_the_line_between_two_points():
