@@ -57,6 +57,7 @@ def _amounts() -> dict[str, int | str]:
     found = {
         f"{key}.every_tokens": mapping[key]["every_tokens"] for key in ("checkpoints", "evaluation")
     }
+    found["init_embeddings.tokens"] = mapping["init_embeddings"]["tokens"]
     for i, phase in enumerate(mapping["phases"]):
         found[f"phases.{i}.tokens"] = phase["tokens"]
         if "warmup_tokens" in phase["lr"]:
