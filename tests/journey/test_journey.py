@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from encoder.runs.folder import EVENTS, LEDGER, read_jsonl
+from encoder.runs.folder import EVENTS, LEDGER, METRICS, read_jsonl
 from encoder.tools.report.report import verify_ledger
 from launch import demo as launch_demo
 from launch import shown_commands
@@ -71,8 +71,9 @@ def test_all_three_phases_ran_and_the_model_learned(demo):
         "extension",
         "decay",
     }
-    # uniform would be ln 8192 = 9.01; seen after the 20 steps: 7.21
-    assert done["held_out_loss"] < 8.0
+    # rows of neighbours begin far from uniform, ln 8192 = 9.01; seen after the 14 steps: 9.2
+    evaluated = [line for line in read_jsonl(out / "run" / METRICS) if "held_out_loss" in line]
+    assert done["held_out_loss"] < evaluated[0]["held_out_loss"] - 2.0
 
 
 def test_the_export_answers_in_plain_transformers(demo):
