@@ -5,8 +5,8 @@
     tessera bench time-to-loss RUN.yaml --peer-lr 1e-3,2e-3 --seeds 1,2,3 --json FILE
 
 A side is trained alone, one after another, in processes of its own; what is finished is kept in --work and not done again.
-The Trainer has documents of the run's own mixture, batches of as many tokens as the run's last phase and, unless it is told
-otherwise, as many tokens in all and the run's masking rate. It has its own initialization. Snapshots of all sides are judged by
+The Trainer has documents of the run's own mixture and its own initialization. Unless it is told otherwise, it has as many tokens
+in all, batches as large as the run's last phase, and the run's masking rate. Snapshots of all sides are judged by
 the same code, in fp32, on the run's held-out documents with the same masks. Seconds are those of training, and of vectors that
 are counted before it (init_embeddings): start, evaluation and saving are left out on both sides.
 """
@@ -196,15 +196,15 @@ class Bench:
         return sides
 
     def peer_sides(self, args: argparse.Namespace) -> list[Side]:
-        """Every rate with every block, length and share of masks, sparse or not."""
+        """Every rate with every block, length, batch and share of masks, sparse or not."""
         precision = args.peer_precision
         if precision is None:
             precision = [precision_on("auto", CPU)]
         blocks = args.peer_block or [self.run.phases[-1].max_tokens_per_document]
         lengths = args.peer_tokens or [self.tokens]
         masks = args.peer_mask or [self.run.mask_share_of(self.run.phases[0]).highest]
-        sides = []
         batches = args.peer_batch or [self.run.phases[-1].batch_tokens]
+        sides = []
         for lr, block, tokens, batch, mask, sparse, computed in itertools.product(
             args.peer_lr, blocks, lengths, batches, masks, args.peer_sparse, precision
         ):

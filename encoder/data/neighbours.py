@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from encoder.base.errors import ConfigError, DamagedShard
 from encoder.data.order import DocumentOrder, deal_shards
-from encoder.data.shards import Source
+
+# the run file knows MOST_WINDOW: it needs no reader of shards
+if TYPE_CHECKING:
+    from encoder.data.shards import Source
 
 # counted at a time: keys of 2^20 tokens are 8 MB for each distance
 STRETCH_TOKENS = 2**20

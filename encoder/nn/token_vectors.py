@@ -14,6 +14,7 @@ Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization; smoothing
 from __future__ import annotations
 
 import warnings
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,29 +32,40 @@ LEAST = 0.1
 NOTHING = 1e-10
 
 
-def token_vectors(
-    first_P: np.ndarray,
-    second_P: np.ndarray,
-    count_P: np.ndarray,
-    *,
-    vocab_size: int,
-    width: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+class CountedPairs(Protocol):
+    """Pairs of tokens, each once (encoder.data.neighbours.Neighbours)."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def first_P(self) -> np.ndarray:
+        """int64 [P], first <= second."""
+
+    @property
+    def second_P(self) -> np.ndarray:
+        """int64 [P]."""
+
+    @property
+    def count_P(self) -> np.ndarray:
+        """[P], above 0, in any unit."""
+
+
+def token_vectors(pairs: CountedPairs, *, width: int, seed: int) -> tuple[Tensor, Tensor]:
     """Vectors fp32 [V, width] and bool [V]: which tokens have one. Their elements have a mean square of 1, the others' are zero.
 
     A token has none where no pair says anything of it, or where its elements would be less than LEAST of the usual size.
     Computed in fp64 on the CPU.
 
-    first_P, second_P: int64 [P], each pair once, first <= second
-    count_P: [P], above 0, in any unit
-    vocab_size: V
+    pairs: that were counted
     width: of a vector
     seed: of the subspace's start and of R
     """
-    if not len(count_P):
-        return torch.zeros(vocab_size, width), torch.zeros(vocab_size, dtype=torch.bool)
-    information = _mutual_information(first_P, second_P, count_P, vocab_size=vocab_size)
+    if not len(pairs.count_P):
+        there_V = torch.zeros(pairs.vocab_size, dtype=torch.bool)
+        return torch.zeros(pairs.vocab_size, width), there_V
+    information = _mutual_information(pairs)
     vectors = _factor(information, width=width, seed=seed)
 
     # twice: vectors that are left out have no say in the size of the others
@@ -69,11 +81,10 @@ def token_vectors(
     return (vectors / vectors[there_V].square().mean().sqrt()).float(), there_V
 
 
-def _mutual_information(
-    first_P: np.ndarray, second_P: np.ndarray, count_P: np.ndarray, *, vocab_size: int
-) -> Tensor:
+def _mutual_information(pairs: CountedPairs) -> Tensor:
     """M [V, V], symmetric and sparse."""
-    count_P = count_P.astype(np.float64)
+    first_P, second_P, vocab_size = pairs.first_P, pairs.second_P, pairs.vocab_size
+    count_P = pairs.count_P.astype(np.float64)
     apart_P = first_P != second_P
     # a pair of one token stands in both of its places
     rows = np.concatenate([first_P, second_P[apart_P]])

@@ -52,7 +52,7 @@ from encoder.runs.vocabulary import VocabularyConfig
 
 MOST_WINDOW_DOCUMENTS = 2**24
 MOST_WORKERS = 256
-# tokens times window, of init_embeddings: 200 bytes while they are factorized if each were another pair, 10 GB; in text few are
+# tokens times window, of init_embeddings: a different pair takes about 200 bytes while it is factorized, so at most 10 GB
 MOST_COUNTED_PAIRS = 50_000_000
 MOST_SHUFFLED = 256  # an open shard takes a file handle, of 1,024 that a process usually has
 

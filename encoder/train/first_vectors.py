@@ -114,14 +114,7 @@ def fill_tables_(
     for table in tables:
         width = table.shape[1]
         if width not in of_width:
-            of_width[width] = token_vectors(
-                found.first_P,
-                found.second_P,
-                found.count_P,
-                vocab_size=found.vocab_size,
-                width=width,
-                seed=seed,
-            )
+            of_width[width] = token_vectors(found, width=width, seed=seed)
         vectors, there = of_width[width]
         table *= times_drawn
         rows = there.nonzero()[:, 0]

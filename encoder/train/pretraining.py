@@ -58,8 +58,7 @@ from encoder.train.recorder import Recorder
 from encoder.train.session import Session
 from encoder.train.start import load_verified
 
-# in events, under about
-PROBES_SHA256 = "probes_sha256"
+PROBES_SHA256 = "probes_sha256"  # in events, under about
 
 
 def pretrain(run: RunConfig, world: World, *, stop: StopFlag | None = None) -> Outcome:

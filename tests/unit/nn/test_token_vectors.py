@@ -25,14 +25,7 @@ def text_of_classes(*, vocab_size: int, classes: int, tokens: int) -> list[np.nd
 def vectors_of(
     found: Neighbours, *, width: int, seed: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return token_vectors(
-        found.first_P,
-        found.second_P,
-        found.count_P,
-        vocab_size=found.vocab_size,
-        width=width,
-        seed=seed,
-    )
+    return token_vectors(found, width=width, seed=seed)
 
 
 # the last: more tokens than the subspace has dimensions, so that four rounds come near
@@ -124,7 +117,8 @@ def test_tokens_of_which_little_is_known_have_none():
     first = np.array([0, 0, 0, 0, 0, 0, 1, 3, 5])
     second = np.array([1, 2, 3, 4, 5, 6, 2, 4, 6])
     count = np.array([1, 1, 1, 1, 1, 1, 1000, 1000, 1000])
-    vectors, there = token_vectors(first, second, count, vocab_size=8, width=3, seed=1)
+    found = Neighbours(vocab_size=8, first_P=first, second_P=second, count_P=count, tokens=0)
+    vectors, there = vectors_of(found, width=3)
     assert there.tolist() == [False, *[True] * 6, False]
     sizes = vectors.square().mean(dim=1).sqrt()
     assert (sizes[there] > 0.1).all()

@@ -25,6 +25,7 @@ from encoder.tools.plan.forecast import gpu
 from encoder.tools.plan.plan import plan_text
 from encoder.tools.report.told import told_of
 from launch.new_file import FAMILIES
+from tests.helpers.small_runs import SIZES
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "configs" / "pretrain"
@@ -125,16 +126,6 @@ def test_a_run_file_that_picks_a_preset_needs_nothing_else(name, tmp_path):
     assert expected in (None, run.model.initializer_range)
 
 
-SHAPE = dict(
-    vocab_size=64,
-    hidden_size=24,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    max_position_embeddings=64,
-)
-
-
 def written(folder: Path, config) -> Path:
     """A weights folder of the settings, without a tokenizer."""
     weights = build_model(config, seed=9).state_dict()
@@ -155,7 +146,7 @@ def run_from(tmp_path: Path, source: Path, *, objective: str, model: str = ""):
 def test_a_model_takes_the_heads_that_its_objective_needs(tmp_path):
     """From a body with a sentence head to masked tokens alone, and from one without to pairs."""
     with_head, without = (
-        written(tmp_path / str(head), BertConfig(**SHAPE, sentence_head=head))
+        written(tmp_path / str(head), BertConfig(**SIZES, sentence_head=head))
         for head in (True, False)
     )
     run = run_from(tmp_path, with_head, objective="{name: mlm}")
@@ -166,7 +157,7 @@ def test_a_model_takes_the_heads_that_its_objective_needs(tmp_path):
 
     for model in (
         "",
-        "model: {system: bert, " + ", ".join(f"{k}: {v}" for k, v in SHAPE.items()) + "}\n",
+        "model: {system: bert, " + ", ".join(f"{k}: {v}" for k, v in SIZES.items()) + "}\n",
     ):
         run = run_from(tmp_path, without, objective="{name: mlm_nsp}", model=model)
         assert run.model.sentence_head
@@ -206,15 +197,15 @@ def test_a_document_longer_than_the_table_of_positions_is_refused(tmp_path):
 
 
 def test_weights_of_another_family_are_refused_in_a_sentence(tmp_path):
-    source = written(tmp_path / "modernbert", ModernBertConfig(**SHAPE))
-    shape = ", ".join(f"{k}: {v}" for k, v in SHAPE.items())
+    source = written(tmp_path / "modernbert", ModernBertConfig(**SIZES))
+    shape = ", ".join(f"{k}: {v}" for k, v in SIZES.items())
     with pytest.raises(UserError, match="model"):
         run = run_from(
             tmp_path, source, objective="{name: mlm}", model=f"model: {{system: bert, {shape}}}\n"
         )
         read_fitting(run)
     with pytest.raises(ModelError, match="the source is a modernbert, the new model a bert"):
-        differing(ModernBertConfig(**SHAPE), BertConfig(**SHAPE))
+        differing(ModernBertConfig(**SIZES), BertConfig(**SIZES))
 
 
 def test_a_model_of_two_networks_brings_its_objective_and_takes_no_other(tmp_path):
@@ -251,10 +242,10 @@ def test_networks_and_objectives_that_do_not_fit_are_one_line(model, objective, 
 
 
 def test_weights_of_another_vocabulary_or_generator_are_refused(tmp_path):
-    config = ElectraConfig(**SHAPE)
+    config = ElectraConfig(**SIZES)
     source = written(tmp_path / "electra", config)
     for other, words in (("vocab_size: 128", "vocab_size"), ("generator_fraction: 1", "generator")):
-        shape = {**SHAPE, **dict([other.split(": ")])}
+        shape = {**SIZES, **dict([other.split(": ")])}
         text = ", ".join(f"{k}: {v}" for k, v in shape.items())
         model = f"model: {{system: electra, {text}}}\n"
         run = run_from(tmp_path, source, objective="{name: rtd}", model=model)
@@ -265,8 +256,8 @@ def test_weights_of_another_vocabulary_or_generator_are_refused(tmp_path):
 
 
 def test_a_discriminator_teaches_no_tokens(tmp_path):
-    teacher = written(tmp_path / "teacher", ElectraConfig(**SHAPE))
-    shape = ", ".join(f"{k}: {v}" for k, v in SHAPE.items())
+    teacher = written(tmp_path / "teacher", ElectraConfig(**SIZES))
+    shape = ", ".join(f"{k}: {v}" for k, v in SIZES.items())
     (tmp_path / "run.yaml").write_text(
         f"name: a\ndata: shards/web/train\nmodel: {{system: bert, {shape}}}\n"
         f"objective: {{name: distill, teacher: {teacher}}}\n"
