@@ -365,23 +365,20 @@ class InitEmbeddingsConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= MOST_WINDOW:
-            raise ConfigError(
-                f"init_embeddings.window {self.window} must lie between 1 and {MOST_WINDOW}."
-            )
+            raise ConfigError(f"window {self.window} must lie between 1 and {MOST_WINDOW}.")
         most = MOST_COUNTED_PAIRS // self.window
         if not 1 <= self.tokens <= most:
             raise ConfigError(
-                f"init_embeddings.tokens {self.tokens:,} must lie between 1 and {most:,} with a"
+                f"tokens {self.tokens:,} must lie between 1 and {most:,} with a"
                 f" window of {self.window}: the pairs stand in the memory of one rank."
             )
         if not 0 <= self.mimetic < math.inf:
             raise ConfigError(
-                f"init_embeddings.mimetic {self.mimetic} must be at least 0; 0 leaves attention as"
-                " it is drawn."
+                f"mimetic {self.mimetic} must be at least 0; 0 leaves attention as it is drawn."
             )
         if not 0 < self.times_drawn < math.inf:
             raise ConfigError(
-                f"init_embeddings.times_drawn {self.times_drawn} must be above 0; 1 gives"
+                f"times_drawn {self.times_drawn} must be above 0; 1 gives"
                 " the deviation of drawn rows."
             )
 
